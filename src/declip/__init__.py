@@ -1,0 +1,43 @@
+"""declip: contrastive language-image models when pairs are few.
+
+The public names: `train`, `load`, `evaluate`, `PairBatch`, `Recipe`, `load_recipe`, and the package `interchange`.
+They are imported when they are first used, so that ``import declip`` is quick and asks for nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from declip import interchange
+    from declip.config import Recipe, load_recipe
+    from declip.data.batch import PairBatch
+    from declip.errors import UserError
+    from declip.evaluation.protocols import evaluate
+    from declip.interchange.load import load
+    from declip.training.trainer import train
+
+_WHERE = {
+    "PairBatch": "declip.data.batch",
+    "Recipe": "declip.config",
+    "UserError": "declip.errors",
+    "evaluate": "declip.evaluation.protocols",
+    "load": "declip.interchange.load",
+    "load_recipe": "declip.config",
+    "train": "declip.training.trainer",
+}
+
+__all__ = ["PairBatch", "Recipe", "UserError", "evaluate", "interchange", "load", "load_recipe", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "interchange":
+        return import_module("declip.interchange")
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'declip' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,137 @@
+"""The command ``declip``: it parses words and calls the API, nothing else."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from declip.errors import UserError
+
+app = typer.Typer(
+    help="Contrastive language-image models when pairs are few.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Prepare and look at pairs.", no_args_is_help=True)
+app.add_typer(data, name="data")
+console = Console()
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name, or a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    out: Annotated[Path | None, typer.Option(help="the run folder; by default runs/RECIPE")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in that folder")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+) -> None:
+    """Train a recipe, measure it, and write a report."""
+    from declip.config import load_recipe, parse_overrides
+
+    resolved = load_recipe(recipe, parse_overrides(overrides or []))
+    from declip.training.trainer import train as run_training
+
+    run = run_training(resolved, out=out or Path("runs") / Path(recipe).stem, resume=resume, quiet=quiet)
+    if not run.finished:
+        words = " ".join(["declip train", recipe, *(overrides or []), "--out", str(run.folder), "--resume"])
+        console.print(f"Stopped after step {run.step:,} of {run.recipe.train.steps:,}; a checkpoint was saved. Go on with:")
+        console.print(f"  {words}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130)
+    console.print(_results_table(run))
+    console.print(f"Report: {run.report}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, or a weights file")],
+    on: Annotated[str, typer.Option("--on", help="builtin:NAME, a table, or a folder")],
+    protocol: Annotated[str, typer.Option(help="zero-shot or retrieval")] = "zero-shot",
+    templates: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images a pass")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
+    json_out: Annotated[Path | None, typer.Option("--json", help="also write the result to this file")] = None,
+) -> None:
+    """Measure a model on held-out pairs."""
+    import json
+
+    from declip.evaluation.protocols import evaluate as measure
+    from declip.interchange.load import load
+
+    result = measure(load(model, device), on, protocol, templates=templates, batch=batch)
+    console.print(_measures_table([(result.on, protocol, result.measures())]))
+    for reason, count in result.skipped.items():
+        console.print(f"Left out: {count} × {reason}")
+    if json_out is not None:
+        try:
+            json_out.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"Cannot write '{json_out}': {error.strerror}. Choose another place with --json.") from error
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes and their terms."""
+    from declip.config import load_recipe, recipe_names
+
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        terms = ", ".join(f"{getattr(recipe.weights, term):g} {term}" for term in recipe.weights.active())
+        console.print(f"[bold]{name}[/]  {recipe.image.name}, {recipe.image.size} px, {recipe.data.source}")
+        console.print(f"    {terms}")
+
+
+@data.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="builtin:emoji")],
+    cache: Annotated[Path | None, typer.Option(help="where; by default DECLIP_CACHE or the user's cache")] = None,
+) -> None:
+    """Fetch and render a built-in set once; later calls find it done."""
+    from declip.data.builtin import prepare as prepare_builtin
+
+    console.print(f"Ready: {prepare_builtin(source, cache)}", soft_wrap=True)
+
+
+def _results_table(run: Any) -> Table:
+    from declip.evaluation.results import read_result
+
+    table = _measures_table([(row["on"], row["protocol"], read_result(row).measures()) for row in run.results])
+    seen = run.step * run.recipe.train.batch
+    speeds = [row["pairs_per_second"] for row in run.metrics if row["pairs_per_second"]]
+    speed = f"{sorted(speeds)[len(speeds) // 2]:,.0f} pairs/s (median)" if speeds else "speed not measured"
+    table.caption = f"{run.recipe.name}, seed {run.recipe.seed}: {seen:,} pairs seen in {run.step:,} steps, {speed}"
+    return table
+
+
+def _measures_table(rows: list[tuple[str, str, list[Any]]]) -> Table:
+    table = Table("held out", "measure", "result", "chance", "× chance", "n")
+    for on, protocol, measures in rows:
+        for number, measure in enumerate(measures):
+            table.add_row(
+                f"{on} ({protocol})" if number == 0 else "",
+                measure.name,
+                f"{100 * measure.value:.1f} %",
+                f"{100 * measure.chance:.2f} %",
+                f"{measure.times_chance:.0f}",
+                f"{measure.n:,}",
+                end_section=number == len(measures) - 1,
+            )
+    return table
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends with its message and status 2, never with a traceback."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,382 @@
+"""The recipe: one typed tree that describes a whole experiment.
+
+A recipe is YAML. ``extends: NAME`` starts from another one, ``key.sub=value`` overrides a single entry, and a key that
+does not exist is an error that names the nearest one. `Recipe` is what every part of the package is built from, and what
+a run folder and a checkpoint keep.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from declip.errors import UserError, unknown
+
+TERMS = (
+    "contrastive",
+    "multi_view",
+    "simsiam",
+    "masked_language",
+    "nearest_neighbour",
+    "simclr",
+    "late_interaction",
+)
+
+
+class Section(BaseModel):
+    """A part of the recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class Data(Section):
+    """Which pairs teach, and which measure."""
+
+    source: str = "builtin:emoji"
+    image_column: str = "image"
+    caption_column: str = "caption"
+    image_root: str | None = None
+    pairs: int | None = Field(None, ge=2, description="use only this many pairs, chosen by the seed")
+    workers: int = Field(0, ge=0)
+    max_broken_share: float = Field(0.05, ge=0, le=1)
+
+
+class ImageTower(Section):
+    """A timm model by name, or one of the small towers of `declip.models.image_tower.SMALL_TOWERS`."""
+
+    name: str = "declip_vit_small32"
+    size: int = Field(32, ge=16, description="pixels, height and width")
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    options: dict[str, Any] = Field(default_factory=dict, description="passed to timm.create_model")
+    freeze_patch_projection: bool = False
+
+
+class TextTower(Section):
+    """CLIP's causal transformer (Radford et al. 2021, section 2.4)."""
+
+    width: int = Field(512, ge=8)
+    layers: int = Field(12, ge=1)
+    heads: int = Field(8, ge=1)
+    context: int = Field(77, ge=4)
+    merges: int | None = Field(None, ge=0, description="None: CLIP's whole vocabulary; n: its first n merges")
+    projection_bias: bool = False
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"text.width {self.width} is not a multiple of text.heads {self.heads}")
+        return self
+
+
+class ImageView(Section):
+    """MoCo v2's augmentation (Chen et al. 2020, arXiv 2003.04297), as DeCLIP uses it."""
+
+    crop_area: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_p: float = Field(0.8, ge=0, le=1)
+    grey_p: float = Field(0.2, ge=0, le=1)
+    blur_p: float = Field(0.5, ge=0, le=1)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    flip_p: float = Field(0.5, ge=0, le=1)
+
+
+class TextView(Section):
+    """EDA (Wei and Zou 2019) and which words a caption is made of."""
+
+    eda_alpha: float = Field(0.1, ge=0, le=1)
+    keyword_share: float = Field(0.0, ge=0, le=1, description="how often keywords follow the caption")
+
+
+class Views(Section):
+    """What the model sees of a pair."""
+
+    image: ImageView = ImageView()
+    text: TextView = TextView()
+    base: ImageView | None = Field(None, description="a milder first view for `contrastive`; the others stay (SLIP)")
+
+
+class Weights(Section):
+    """The weight of each term in the total; 0 leaves the term, its head and its views out."""
+
+    contrastive: float = Field(0.0, ge=0)
+    multi_view: float = Field(0.0, ge=0)
+    simsiam: float = Field(0.0, ge=0)
+    masked_language: float = Field(0.0, ge=0)
+    nearest_neighbour: float = Field(0.0, ge=0)
+    simclr: float = Field(0.0, ge=0)
+    late_interaction: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_teaches(self) -> Self:
+        if not any(weight > 0 for _, weight in self):
+            raise ValueError(f"every weight is 0: at least one of {', '.join(TERMS)} must be above 0")
+        return self
+
+    def active(self) -> tuple[str, ...]:
+        """The names of the terms with a weight above 0, in the order of `TERMS`."""
+        return tuple(name for name in TERMS if getattr(self, name) > 0)
+
+
+class SimSiam(Section):
+    """Widths of the projector and the predictor (Chen and He 2021; DeCLIP's constants)."""
+
+    hidden: int = Field(1024, ge=1)
+    out: int = Field(1024, ge=1)
+    predictor_hidden: int = Field(512, ge=1)
+
+
+class SimCLR(Section):
+    """SLIP's head (Mu et al. 2022) and NT-Xent's temperature."""
+
+    hidden: int = Field(4096, ge=1)
+    out: int = Field(256, ge=1)
+    temperature: float = Field(0.1, gt=0)
+
+
+class MaskedLanguage(Section):
+    """BERT's corruption of the caption; `share_pass` lets one pass serve this term and the contrast."""
+
+    probability: float = Field(0.15, ge=0, le=1)
+    share_pass: bool = True
+    mask_without_loss: bool = Field(
+        False, description="mask the caption although the term has no weight (FILIP)"
+    )
+
+
+class NearestNeighbour(Section):
+    """The queue of text features."""
+
+    queue_size: int = Field(65536, ge=1)
+    symmetric: bool = Field(False, description="True: the paper's formula; False: the authors' code")
+
+
+class LateInteraction(Section):
+    """FILIP's token-wise similarity (Yao et al. 2022)."""
+
+    width: int = Field(256, ge=1)
+    top_k: int | None = Field(None, ge=1, description="tokens kept on the gathered side; None keeps all")
+    count_padding: bool = False
+
+
+class LogitScale(Section):
+    """The logarithm of the inverse temperature, and its limits after each step."""
+
+    start: float = 2.6592600369327783
+    min: float | None = None
+    max: float = 4.605170185988092
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min is not None and self.min > self.max:
+            raise ValueError(f"logit_scale.min {self.min} is above logit_scale.max {self.max}")
+        return self
+
+
+class Train(Section):
+    """Optimisation and the bookkeeping of a run."""
+
+    steps: int = Field(1000, ge=1)
+    batch: int = Field(128, ge=2)
+    lr_start: float = Field(1e-4, ge=0)
+    lr_peak: float = Field(1e-3, gt=0)
+    lr_end: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+    clip_norm: float | None = Field(None, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the averaged weights; they are evaluated"
+    )
+    log_every: int = Field(10, ge=1)
+    evaluate_every: int = Field(0, ge=0, description="0: only at the end")
+    checkpoint_every: int = Field(200, ge=1)
+    keep: int = Field(2, ge=1, description="how many checkpoints stay")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
+    threads: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.lr_start > self.lr_peak:
+            raise ValueError(f"train.lr_start {self.lr_start} is above train.lr_peak {self.lr_peak}")
+        return self
+
+
+class Evaluation(Section):
+    """What is measured during training and at its end."""
+
+    zero_shot: tuple[str, ...] = ()
+    retrieval: tuple[str, ...] = ()
+    final_zero_shot: tuple[str, ...] = Field((), description="only at the end: the test sets")
+    final_retrieval: tuple[str, ...] = ()
+
+
+class Recipe(Section):
+    """A whole experiment.
+
+    Raises:
+        UserError: from `load_recipe`, when a key or a value is not allowed.
+    """
+
+    name: str = "unnamed"
+    seed: int = Field(0, ge=0)
+    data: Data = Data()
+    image: ImageTower = ImageTower()
+    text: TextTower = TextTower()
+    embed_dim: int = Field(512, ge=1)
+    views: Views = Views()
+    weights: Weights = Weights(contrastive=1.0)
+    simsiam: SimSiam = SimSiam()
+    simclr: SimCLR = SimCLR()
+    masked_language: MaskedLanguage = MaskedLanguage()
+    nearest_neighbour: NearestNeighbour = NearestNeighbour()
+    late_interaction: LateInteraction = LateInteraction()
+    logit_scale: LogitScale = LogitScale()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def image_view_count(self) -> int:
+        """2 when a term compares two views of an image, else 1; one more with a base view."""
+        compared = {"multi_view", "simsiam", "simclr", "nearest_neighbour"} & set(self.weights.active())
+        return (2 if compared else 0) + (1 if self.views.base else 0) or 1
+
+    @property
+    def text_view_count(self) -> int:
+        """2 when a term uses the EDA caption, else 1."""
+        return 2 if {"multi_view", "nearest_neighbour"} & set(self.weights.active()) else 1
+
+    @property
+    def masks(self) -> bool:
+        """Whether the caption is corrupted for masked language modelling."""
+        return self.weights.masked_language > 0 or self.masked_language.mask_without_loss
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that the package ships."""
+    folder = resources.files("declip.recipes")
+    names = (entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_"))
+
+
+def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe, its ancestors and the overrides.
+
+    Args:
+        name: A shipped recipe's name, or the path of a YAML file.
+        overrides: Dotted keys and values, such as ``{"train.steps": 500}``; a value of type str is read as YAML.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        UserError: unknown recipe, unknown key (with the nearest name), or a value that is not allowed.
+    """
+    tree = _read_tree(name, ())
+    for key, value in (overrides or {}).items():
+        _set(tree, key, yaml.safe_load(value) if isinstance(value, str) else value)
+    return _checked(tree, str(name))
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, str]:
+    """Split ``key=value`` words of the command line.
+
+    Raises:
+        UserError: a word has no ``=``.
+    """
+    pairs = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not sign or not key:
+            raise UserError(
+                f"Cannot read the override '{word}'. Write key=value, for example train.steps=500."
+            )
+        pairs[key.strip()] = value
+    return pairs
+
+
+def _read_tree(name: str | Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    text, label = _read_text(name, Path(seen[-1]).parent if seen else None)
+    if label in seen:
+        raise UserError(f"The recipe '{label}' extends itself: {' → '.join((*seen, label))}.")
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe '{label}' is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"The recipe '{label}' must be a mapping of keys to values, not {type(tree).__name__}."
+        )
+    parent = tree.pop("extends", None)
+    tree.setdefault("name", Path(label).stem)
+    return tree if parent is None else _merge(_read_tree(parent, (*seen, label)), tree)
+
+
+def _read_text(name: str | Path, beside: Path | None) -> tuple[str, str]:
+    """Find a recipe by path (also beside the file that extends it) or among those shipped."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        for candidate in filter(None, (path, beside and beside / path)):
+            if candidate.is_file():
+                return candidate.read_text(encoding="utf-8"), str(candidate)
+        raise UserError(f"There is no recipe file '{path}'. Shipped recipes: {', '.join(recipe_names())}.")
+    shipped = resources.files("declip.recipes") / f"{name}.yaml"
+    if str(name) not in recipe_names() and not (beside is not None and shipped.is_file()):
+        raise unknown("recipe", str(name), recipe_names())
+    return shipped.read_text(encoding="utf-8"), str(name)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        replace = key in {"weights", "options"}  # a recipe names its terms and its tower whole
+        merged[key] = _merge(merged[key], value) if both and not replace else value
+    return merged
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = tree.get(parent)
+        tree[parent] = dict(child) if isinstance(child, Mapping) else {}
+        tree = tree[parent]
+    tree[last] = value
+
+
+def _checked(tree: Mapping[str, Any], label: str) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(dict(problem)) for problem in error.errors()]
+        raise UserError(f"The recipe '{label}' is not valid. " + " ".join(problems)) from error
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    place = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        return str(unknown("recipe key", ".".join(place), _keys(Recipe)))
+    message = problem["msg"].removeprefix("Value error, ")
+    where = f"{'.'.join(place)}={problem['input']!r}: " if place and problem["type"] != "value_error" else ""
+    return f"{where}{message[0].lower()}{message[1:]}."
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _keys(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name

@@ -1,0 +1,202 @@
+"""From a step's number to its batch: which pairs, which captions, which views. A pure function of the position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from declip.data.batch import Draw, PairBatch, Photometric
+from declip.data.checks import check_range
+from declip.data.pairs import BrokenPair
+from declip.data.text_views import augment, mask_tokens
+from declip.errors import UserError
+
+if TYPE_CHECKING:
+    from declip.data.image_views import ImageViews
+    from declip.data.pairs import Pair, PairSource
+    from declip.data.tokenizer import Tokenizer
+
+MOST_KEYWORDS = 3
+"""Keywords appended to a caption at most."""
+
+LENGTH_STEP = 8
+"""Text lengths are rounded up to a multiple of this, so that few different shapes occur."""
+
+NO_LABEL = -100
+"""The label where nothing is to be predicted, which PyTorch's cross-entropy ignores."""
+
+
+class Assembler:
+    """Makes the batch of any step.
+
+    Epoch e shows all pairs in an order drawn from (seed, e); step s belongs to epoch s // steps_per_epoch, and
+    the pairs that do not fill a last batch wait for another epoch. All that is random about pair i in epoch e
+    comes from a generator seeded by (seed, e, i), in this order: caption, keywords, augmentation, mask, then
+    crop and photometric parameters of each image view.
+
+    Args:
+        source: Where pairs come from.
+        tokenizer: Makes ids of captions.
+        image_views: Draws the image views.
+        batch: Pairs a step.
+        seed: Not negative.
+        image_view_count: 1 or 2.
+        text_view_count: 1, or 2 with the EDA augmentation.
+        mask: Whether to corrupt the caption for masked-language modelling.
+        mask_probability: Share of the tokens chosen for it.
+        eda_alpha: Share of the words that the augmentation changes.
+        keyword_share: Share of the captions that some of the pair's keywords are appended to.
+
+    Raises:
+        UserError: An option is out of its range, or the source holds fewer pairs than a batch.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        tokenizer: Tokenizer,
+        image_views: ImageViews,
+        *,
+        batch: int,
+        seed: int,
+        image_view_count: int = 2,
+        text_view_count: int = 2,
+        mask: bool = True,
+        mask_probability: float = 0.15,
+        eda_alpha: float = 0.1,
+        keyword_share: float = 0.0,
+    ) -> None:
+        check_range("batch", batch, 2)
+        check_range("seed", seed, 0)
+        check_range("image_view_count", image_view_count, 1, 2)
+        check_range("text_view_count", text_view_count, 1, 2)
+        shares = {"mask_probability": mask_probability, "eda_alpha": eda_alpha, "keyword_share": keyword_share}
+        for name, share in shares.items():
+            check_range(name, share, 0, 1)
+        if len(source) < batch:
+            raise UserError(
+                f"'{source.name}' holds {len(source)} pairs, fewer than one batch of {batch}. "
+                "Give a smaller batch or more pairs."
+            )
+        self.source, self.tokenizer, self.image_views = source, tokenizer, image_views
+        self.batch, self.seed = batch, seed
+        self.image_view_count, self.text_view_count = image_view_count, text_view_count
+        self.mask, self.mask_probability = mask, mask_probability
+        self.eda_alpha, self.keyword_share = eda_alpha, keyword_share
+        self._order: tuple[int, np.ndarray] | None = None  # of the epoch last asked for
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the source."""
+        return len(self.source) // self.batch
+
+    def __getitem__(self, step: int) -> PairBatch:
+        """Make the batch of a step; pairs that cannot be used are in its `skipped`."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        indices = self.order(epoch)[place * self.batch : (place + 1) * self.batch]
+        samples: list[_Sample] = []
+        skipped: list[BrokenPair] = []
+        for index in indices.tolist():
+            try:
+                pair = self.source[index]
+            except BrokenPair as broken:
+                skipped.append(broken)
+            else:
+                samples.append(self._sample(pair, epoch, index))
+        return self._collate(samples, skipped)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch: a permutation of the source's indices, (n,) int64."""
+        if self._order is None or self._order[0] != epoch:
+            # The third number is no pair's index: no pair shares this stream.
+            generator = np.random.default_rng((self.seed, epoch, len(self.source)))
+            self._order = epoch, generator.permutation(len(self.source))
+        return self._order[1]
+
+    def words(self, tag: int, view: int) -> str:
+        """The text that the pair `tag` (epoch * len(source) + index) showed as text view 0 or 1.
+
+        Raises:
+            UserError: There is no such view.
+            BrokenPair: The pair can no longer be read.
+        """
+        check_range("view", view, 0, self.text_view_count - 1)
+        epoch, index = divmod(tag, len(self.source))
+        if self.keyword_share:
+            pair = self.source[index]
+            captions, keywords = pair.captions, pair.keywords
+        else:
+            captions, keywords = self.source.captions(index), ()
+        return self._texts(captions, keywords, self._generator(epoch, index))[view]
+
+    def _generator(self, epoch: int, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, epoch, index))
+
+    def _texts(self, captions: Sequence[str], keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
+        """Draw the text views of a pair."""
+        text = captions[int(generator.integers(len(captions)))]
+        if self.keyword_share and keywords and generator.random() < self.keyword_share:
+            count = generator.integers(1, min(MOST_KEYWORDS, len(keywords)) + 1)
+            chosen = generator.permutation(len(keywords))[:count]
+            text = ", ".join((text, *(keywords[number] for number in chosen)))
+        if self.text_view_count == 1:
+            return [text]
+        return [text, augment(text, generator, self.eda_alpha)]
+
+    def _sample(self, pair: Pair, epoch: int, index: int) -> _Sample:
+        """Draw everything about one pair."""
+        generator = self._generator(epoch, index)
+        rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, pair.keywords, generator)]
+        masked: list[int] = []
+        labels: list[int] = []
+        if self.mask:
+            masked, labels = mask_tokens(rows[0], generator, self.tokenizer, self.mask_probability)
+        pixels = np.asarray(pair.image)
+        crops: list[np.ndarray] = []
+        draws: list[Draw] = []
+        for _ in range(self.image_view_count):
+            crops.append(self.image_views.crop(pixels, generator))
+            draws.append(self.image_views.draw(generator))
+        return _Sample(crops, draws, rows, masked, labels, tag=epoch * len(self.source) + index)
+
+    def _collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
+        """Stack the samples; every text is padded to the longest, rounded up."""
+        size, views = self.image_views.size, range(self.image_view_count)
+        images = np.empty((len(views), len(samples), 3, size, size), dtype=np.uint8)
+        for number, sample in enumerate(samples):
+            for view in views:
+                images[view, number] = sample.crops[view]
+        longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
+        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.tokenizer.context)
+        texts = [_pad([sample.rows[view] for sample in samples], length) for view in range(self.text_view_count)]
+        return PairBatch(
+            images=torch.from_numpy(images),
+            texts=torch.stack(texts),
+            masked=_pad([sample.masked for sample in samples], length) if self.mask else None,
+            labels=_pad([sample.labels for sample in samples], length, NO_LABEL) if self.mask else None,
+            tags=torch.tensor([sample.tag for sample in samples], dtype=torch.int64),
+            photometric=Photometric.stack([[sample.draws[view] for sample in samples] for view in views]),
+            skipped=skipped,
+        )
+
+
+class _Sample(NamedTuple):
+    """One pair with every random choice made."""
+
+    crops: list[np.ndarray]  # a view each, (3, S, S) uint8
+    draws: list[Draw]
+    rows: list[list[int]]  # the ids of each text view
+    masked: list[int]
+    labels: list[int]
+    tag: int
+
+
+def _pad(rows: list[list[int]], length: int, value: int = 0) -> torch.Tensor:
+    """Make (B, length) int64 of rows of ids, filled up on the right."""
+    padded = np.full((len(rows), length), value, dtype=np.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return torch.from_numpy(padded)

@@ -1,0 +1,77 @@
+"""The data sets that come with the package, as `builtin:NAME`: how each is opened and made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from declip.data.emoji import open_emoji
+from declip.data.emoji_build import prepare_emoji
+from declip.data.pairs import BUILTIN_PREFIX, PairSource
+from declip.errors import unknown
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A set that is made once and kept in the cache.
+
+    Attributes:
+        open: Opens it, given the cache folder or None for the usual one.
+        prepare: Makes the cache, given that folder and whether to show progress, and returns where it is.
+        about: What it holds, in a line.
+    """
+
+    open: Callable[[str | Path | None], PairSource]
+    prepare: Callable[[str | Path | None, bool], Path]
+    about: str
+
+
+def _emoji(split: str, about: str) -> Builtin:
+    return Builtin(partial(open_emoji, split), prepare_emoji, about)
+
+
+BUILTINS: dict[str, Builtin] = {
+    "emoji": _emoji("emoji", "emoji by five designers, permissive licences: for training"),
+    "emoji-share-alike": _emoji("emoji-share-alike", "the same and a sixth designer, CC-BY-SA-4.0: for training"),
+    "emoji-validation": _emoji("emoji-validation", "another designer, concepts of the training set: for choosing"),
+    "emoji-validation-new": _emoji("emoji-validation-new", "that designer, concepts never trained on"),
+    "emoji-test": _emoji("emoji-test", "a third designer, concepts of the training set: for the result alone"),
+    "emoji-test-new": _emoji("emoji-test-new", "that designer, concepts never trained on"),
+}
+
+
+def open_builtin(name: str, cache: str | Path | None = None) -> PairSource:
+    """Open a built-in set by its name, with or without "builtin:".
+
+    Args:
+        name: One of `BUILTINS`.
+        cache: Cache folder; None for the usual one.
+
+    Raises:
+        UserError: There is no such set, or it has not been made yet.
+    """
+    return _find(name).open(cache)
+
+
+def prepare(name: str, cache: str | Path | None = None, progress: bool = True) -> Path:
+    """Fetch and make a built-in set, unless it is there already.
+
+    Args:
+        name: One of `BUILTINS`, with or without "builtin:".
+        cache: Cache folder; None for the usual one.
+        progress: Show a progress bar.
+
+    Returns:
+        The folder that holds it.
+
+    Raises:
+        UserError: There is no such set, or it cannot be made; the message says what is missing.
+    """
+    return _find(name).prepare(cache, progress)
+
+
+def _find(name: str) -> Builtin:
+    given = name.removeprefix(BUILTIN_PREFIX)
+    if given not in BUILTINS:
+        raise unknown("built-in set", given, BUILTINS)
+    return BUILTINS[given]

@@ -1,0 +1,184 @@
+"""`builtin:emoji`: emoji drawn by many hands, read from the cache that `prepare_emoji` makes.
+
+Several designers drew the same concepts, so the pairs are real and there is a clean test: a designer never seen in
+training, for concepts seen and for concepts never seen.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from declip.data.cache import cache_folder
+from declip.data.pairs import BUILTIN_PREFIX, Pair
+from declip.errors import UserError, unknown
+
+FOLDER = "emoji"
+IMAGES, TABLE, MANIFEST, CHECKSUMS, NOTICE = (
+    "images.npy",
+    "pairs.parquet",
+    "manifest.json",
+    "checksums.json",
+    "NOTICE.txt",
+)
+LAYOUT = 1
+"""Raised when the files change their meaning; a cache of another layout is built anew."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """A designer's set.
+
+    Attributes:
+        key: Name in keys and tables.
+        package: The npm package with its drawings.
+        credit: What its licence asks to be said wherever a drawing is shown.
+        spelled: Whether the names of its drawings are written as words and so serve as captions.
+    """
+
+    key: str
+    package: str
+    credit: str
+    spelled: bool = True
+
+
+DESIGNS = (
+    Design("noto", "@iconify-json/noto", "Noto Emoji by Google, Apache-2.0"),
+    Design("noto-v1", "@iconify-json/noto-v1", "Noto Emoji v1 by Google, Apache-2.0"),
+    Design("twemoji", "@iconify-json/twemoji", "Twemoji by Twitter and contributors, CC-BY-4.0"),
+    Design("fxemoji", "@iconify-json/fxemoji", "FxEmoji by Mozilla, Apache-2.0", spelled=False),
+    Design("emojione-v2", "@iconify-json/emojione", "EmojiOne v2 by EmojiOne, CC-BY-4.0"),
+    Design("emojione-v1", "@iconify-json/emojione-v1", "EmojiOne v1 by EmojiOne, CC-BY-SA-4.0"),
+    Design("openmoji", "@iconify-json/openmoji", "OpenMoji by the OpenMoji project, CC-BY-SA-4.0"),
+    Design("fluent", "@iconify-json/fluent-emoji-flat", "Fluent Emoji by Microsoft, MIT"),
+)
+TRAINING = ("noto", "noto-v1", "twemoji", "fxemoji", "emojione-v2")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which pairs: all drawings by these designers of concepts that training knows, or of those held out of it."""
+
+    designs: tuple[str, ...]
+    new: bool = False
+    evaluation: bool = False
+
+
+SPLITS: dict[str, Split] = {
+    "emoji": Split(TRAINING),
+    "emoji-share-alike": Split((*TRAINING, "emojione-v1")),
+    "emoji-validation": Split(("openmoji",), evaluation=True),
+    "emoji-validation-new": Split(("openmoji",), new=True, evaluation=True),
+    "emoji-test": Split(("fluent",), evaluation=True),
+    "emoji-test-new": Split(("fluent",), new=True, evaluation=True),
+}
+
+
+class EmojiSource:
+    """Drawings of one split, in the order of the cache: by designer, then as Unicode orders emoji.
+
+    Args:
+        split: One of `SPLITS`.
+        cache: Folder of the cache; None for the usual one.
+
+    Raises:
+        UserError: The cache is missing, damaged or of another layout.
+    """
+
+    def __init__(self, split: str, cache: str | Path | None = None) -> None:
+        if split not in SPLITS:
+            raise unknown("split of the emoji", split, SPLITS)
+        self._arguments = (split, cache)
+        self.name = BUILTIN_PREFIX + split
+        folder = emoji_folder(cache)
+        check_emoji(folder)
+        wanted = SPLITS[split]
+        table = pq.read_table(folder / TABLE).to_pylist()
+        known = {row["code"] for row in table if row["design"] in TRAINING and not row["held_out"]}
+        self.rows: list[dict[str, Any]] = [
+            row
+            for row in table
+            if row["design"] in wanted.designs and (row["held_out"] if wanted.new else row["code"] in known)
+        ]
+        self.credit = "; ".join(design.credit for design in DESIGNS if design.key in wanted.designs)
+        self._images = np.load(folder / IMAGES, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        row = self.rows[index]
+        image = Image.fromarray(np.array(self._images[row["image"]]))
+        return Pair(row["key"], image, tuple(row["captions"]), tuple(row["keywords"]))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of pair `index`, the CLDR name first."""
+        return tuple(self.rows[index]["captions"])
+
+    def __reduce__(self) -> tuple[type["EmojiSource"], tuple[object, ...]]:
+        """Pickled as what to open: the images stay in the file, shared by all processes."""
+        return type(self), self._arguments
+
+
+class EmojiClasses(EmojiSource):
+    """A split for evaluation: one designer, so that each concept is a class of one drawing.
+
+    Attributes:
+        labels: int64 (n,), the position of each pair.
+        class_names: The n CLDR names, no two alike.
+    """
+
+    def __init__(self, split: str, cache: str | Path | None = None) -> None:
+        super().__init__(split, cache)
+        self.labels = np.arange(len(self), dtype=np.int64)
+        self.class_names = tuple(row["name"] for row in self.rows)
+
+
+def open_emoji(split: str, cache: str | Path | None = None) -> EmojiSource:
+    """Open one of `SPLITS`; those for evaluation have `labels` and `class_names`."""
+    evaluation = split in SPLITS and SPLITS[split].evaluation
+    return EmojiClasses(split, cache) if evaluation else EmojiSource(split, cache)
+
+
+def emoji_folder(cache: str | Path | None = None) -> Path:
+    """Where the emoji are, or are to be, in a cache folder; None for the usual one."""
+    return (cache_folder() if cache is None else Path(cache).expanduser()) / FOLDER
+
+
+def check_emoji(folder: Path, images_too: bool = False) -> None:
+    """Check that the cache is whole: every file's size, and the SHA-256 of all but the images.
+
+    Args:
+        folder: As `emoji_folder` gives it.
+        images_too: Also the SHA-256 of the images, about a second; done once after they are made.
+
+    Raises:
+        UserError: It is missing, damaged, or of another layout; the message says what to run.
+    """
+    prepare = "Run `declip data prepare builtin:emoji`, which fetches 17 MB and takes about a minute."
+    if not folder.is_dir():
+        raise UserError(f"The built-in emoji are not there yet ('{folder}'). {prepare}")
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, (size, digest) in expected.items():
+            path = folder / name
+            if path.stat().st_size != size or ((name != IMAGES or images_too) and sha256(path) != digest):
+                raise UserError(f"The built-in emoji are damaged: '{path}' has changed. {prepare}")
+        layout = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"The built-in emoji in '{folder}' are damaged: {error}. {prepare}") from error
+    if layout != LAYOUT:
+        raise UserError(f"The emoji in '{folder}' were made by another version of declip. {prepare}")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,247 @@
+"""Make the emoji cache: fetch the packages, match drawings to concepts, draw them, and write everything once."""
+
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from declip.data.cache import written_beside
+from declip.data.emoji import (
+    CHECKSUMS,
+    DESIGNS,
+    IMAGES,
+    LAYOUT,
+    MANIFEST,
+    NOTICE,
+    TABLE,
+    Design,
+    check_emoji,
+    emoji_folder,
+    sha256,
+)
+from declip.data.emoji_concepts import TEXT_PACKAGES, Concept, read_concepts, read_json, tidy
+from declip.data.emoji_groups import group_of, is_held_out
+from declip.data.emoji_icons import IconSet, charted_names, match
+from declip.data.npm import fetch_packages
+from declip.errors import UserError
+
+SIDE = 96
+"""Pixels. A view of a 64 px model that shows 44 % of the drawing still has a pixel of its own for each of the model's;
+smaller blurs the crops, larger only costs disk (28 kB a drawing now)."""
+
+INVISIBLE = 250
+"""A drawing whose darkest value is above this shows nothing on white, and is left out."""
+
+Draw = Callable[[str], bytes]
+"""From an SVG document to a PNG file."""
+
+Matches = dict[Design, dict[str, str]]
+"""Name of the drawing by the concept's code, for each designer."""
+
+
+def prepare_emoji(cache: str | Path | None = None, progress: bool = True) -> Path:
+    """Fetch and draw the emoji, unless a whole cache is there already.
+
+    Args:
+        cache: Folder of the cache; None for the usual one.
+        progress: Show a progress bar.
+
+    Returns:
+        The folder that holds them.
+
+    Raises:
+        UserError: No network, no npm, no resvg-py, no room or no right to write.
+    """
+    folder = emoji_folder(cache)
+    try:
+        check_emoji(folder, images_too=True)
+    except UserError:
+        draw = drawer()
+        with tempfile.TemporaryDirectory() as packages, _bar(progress) as bar:
+            names = [*TEXT_PACKAGES, *(design.package for design in DESIGNS)]
+            step = bar.add_task(f"fetching {len(names)} packages", total=None)
+            fetch_packages(names, Path(packages))
+            bar.remove_task(step)
+            build_emoji(Path(packages), folder, draw, bar=bar)
+    return folder
+
+
+def build_emoji(
+    packages: Path, folder: Path, draw: Draw, designs: Sequence[Design] = DESIGNS, bar: Progress | None = None
+) -> None:
+    """Make the cache from unpacked packages; it appears whole or not at all.
+
+    Args:
+        packages: Folder of unpacked packages, by name.
+        folder: What to make; what was there is replaced at the end.
+        draw: From SVG to PNG.
+        designs: The designers to draw.
+        bar: Progress bar to report to.
+    """
+    concepts, layers = read_concepts(packages)
+    sets = {design: IconSet(packages / design.package) for design in designs}
+    layers.insert(1, charted_names(sets.values(), concepts))
+    found = {design: match(icons, concepts, layers) for design, icons in sets.items()}
+    _name_by_designers(concepts, sets, found)
+    tidy(concepts)
+    drawings = [(d, concepts[c], names[c]) for d, names in found.items() for c in concepts if c in names]
+    step = None if bar is None else bar.add_task("drawing", total=len(drawings))
+    rows, left_out = [], []
+    with written_beside(folder) as beside:
+        beside.mkdir()
+        with (beside / IMAGES).open("wb") as file:
+            shape = (len(drawings), SIDE, SIDE, 3)
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for index, (design, concept, name) in enumerate(drawings):
+                row = {"key": f"{design.key}/{concept.code}", "image": index, "design": design.key, "drawing": name}
+                pixels = rasterise(sets[design].svg(name, SIDE), draw)
+                file.write(pixels.tobytes())
+                if pixels.min() > INVISIBLE:
+                    left_out.append(row["key"])
+                else:
+                    rows.append(row | _meaning(concept))
+                if bar is not None and step is not None:
+                    bar.advance(step)
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), beside / TABLE)
+        _write_record(beside, packages, designs, rows, left_out)
+        check_emoji(beside, images_too=True)
+
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image", pa.int64()),
+        ("design", pa.string()),
+        ("drawing", pa.string()),
+        ("code", pa.string()),
+        ("name", pa.string()),
+        ("category", pa.string()),
+        ("group", pa.string()),
+        ("held_out", pa.bool_()),
+        ("captions", pa.list_(pa.string())),
+        ("keywords", pa.list_(pa.string())),
+    ]
+)
+
+
+def _meaning(concept: Concept) -> dict[str, Any]:
+    """The columns that all drawings of a concept share."""
+    group = group_of(concept.name)
+    return {
+        "code": concept.code,
+        "name": concept.name,
+        "category": concept.category,
+        "group": group,
+        "held_out": is_held_out(group),
+        "captions": [concept.name, *concept.names],
+        "keywords": concept.keywords,
+    }
+
+
+def _name_by_designers(concepts: dict[str, Concept], sets: dict[Design, IconSet], found: Matches) -> None:
+    """Add the names that the designers give their drawings of each concept."""
+    for design, icons in sets.items():
+        if design.spelled:
+            for code, drawing in found[design].items():
+                names = (name.replace("-", " ") for name in (drawing, *icons.other_names(drawing)))
+                concepts[code].names += [name.replace("flag for flag", "flag for") for name in names]
+
+
+def drawer() -> Draw:
+    """The renderer of SVG drawings, resvg.
+
+    Raises:
+        UserError: resvg-py is not installed.
+    """
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError as error:
+        raise UserError("resvg-py is needed once, to draw the emoji: `pip install resvg-py`.") from error
+    # No drawing holds text, and looking through the system's fonts would take ten times as long as drawing.
+    return lambda svg: bytes(svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True))
+
+
+def rasterise(svg: str, draw: Draw) -> np.ndarray:
+    """Draw an SVG document over white: uint8 (SIDE, SIDE, 3)."""
+    with Image.open(BytesIO(draw(svg)), formats=["PNG"]) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _write_record(
+    folder: Path, packages: Path, designs: Sequence[Design], rows: list[dict[str, Any]], left_out: list[str]
+) -> None:
+    """Write what the cache was made from, the licences, and last the checksums of all files."""
+    drawn = Counter(row["design"] for row in rows)
+    origins = {}
+    for name in (*TEXT_PACKAGES, *(design.package for design in designs)):
+        origins[name] = _origin(packages / name)
+        kept = folder / "licences" / name.replace("/", "-")
+        kept.mkdir(parents=True)
+        for pattern in ("LICEN[CS]E*", "README*", "info.json", "package.json"):
+            for path in sorted((packages / name).glob(pattern)):
+                shutil.copyfile(path, kept / path.name)
+    manifest = {
+        "layout": LAYOUT,
+        "side": SIDE,
+        "pairs": len(rows),
+        "drawn": dict(drawn),
+        "left_out": left_out,
+        "packages": origins,
+        "resvg_py": _version("resvg-py"),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (folder / NOTICE).write_text(_notice(designs, origins, drawn), encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+
+
+def _origin(package: Path) -> dict[str, str]:
+    """Version, licence and author of a package, as it tells them itself."""
+    told = read_json(package / "package.json")
+    info = read_json(package / "info.json") if (package / "info.json").exists() else {}
+    licence, author = info.get("license", {}), info.get("author", {})
+    return {
+        "version": told["version"],
+        "licence": licence.get("spdx") or told.get("license", ""),
+        "licence_url": licence.get("url", ""),
+        "author": author.get("name", ""),
+        "source": author.get("url", "") or told.get("homepage", ""),
+    }
+
+
+def _notice(designs: Sequence[Design], origins: dict[str, dict[str, str]], drawn: Counter[str]) -> str:
+    lines = ["The drawings in this folder belong to others. Show these lines wherever you show a drawing.", ""]
+    for design in designs:
+        origin = origins[design.package]
+        lines.append(f"{design.credit}: {drawn[design.key]} drawings, rendered at {SIDE} px over white, not altered.")
+        lines.append(f"  from {origin['source']} through {design.package} {origin['version']}")
+        lines.append(f"  licence: {origin['licence']} {origin['licence_url']}")
+    lines += ["", "Names and keywords:"]
+    for name in TEXT_PACKAGES:
+        lines.append(f"  {name} {origins[name]['version']}, {origins[name]['licence']}, {origins[name]['source']}")
+    return "\n".join(lines) + "\n"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -1,0 +1,119 @@
+"""The drawings of one designer, and which of them shows which emoji."""
+
+import re
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from declip.data.emoji_concepts import code_of, read_json, squash
+
+
+class IconSet:
+    """The drawings of one designer, unpacked from an `@iconify-json` package.
+
+    Args:
+        folder: The unpacked package.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        data = read_json(folder / "icons.json")
+        self.prefix: str = data["prefix"]
+        self.side = (data.get("width", 16), data.get("height", 16))
+        self.icons: dict[str, dict[str, Any]] = {n: i for n, i in data["icons"].items() if not i.get("hidden")}
+        self.aliases: dict[str, dict[str, Any]] = data.get("aliases", {})
+        self._same: dict[str, list[str]] = {}
+        for name, alias in self.aliases.items():
+            if alias.keys() == {"parent"}:
+                self._same.setdefault(alias["parent"], []).append(name)
+        chars = folder / "chars.json"
+        self.chars: dict[str, str] = read_json(chars) if chars.exists() else {}
+
+    def other_names(self, icon: str) -> list[str]:
+        """Aliases under which the same drawing, not turned or mirrored, is listed."""
+        return self._same.get(icon, [])
+
+    def svg(self, name: str, side: int) -> str:
+        """The drawing as an SVG document of `side` by `side` pixels, its shape kept."""
+        alias = self.aliases.get(name, {"parent": name}) if name not in self.icons else {"parent": name}
+        icon = self.icons[alias["parent"]]
+        width, height = icon.get("width", self.side[0]), icon.get("height", self.side[1])
+        left, top, body = icon.get("left", 0), icon.get("top", 0), icon["body"]
+        if alias.get("hFlip"):
+            body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
+        return (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'width="{side}" height="{side}" viewBox="{left} {top} {width} {height}">{body}</svg>'
+        )
+
+    def drawings(self) -> Iterator[str]:
+        """Names of all drawings, mirrored ones included."""
+        yield from self.icons
+        for name, alias in self.aliases.items():
+            if alias.get("hFlip") and alias.keys() <= {"parent", "hFlip"} and alias["parent"] in self.icons:
+                yield name
+
+
+def corrections(prefix: str) -> dict[str, str | None]:
+    """Drawings whose name tells the wrong emoji or none: the right code, or None for one that is damaged.
+
+    Args:
+        prefix: The set's prefix.
+
+    Returns:
+        Code by drawing; empty for a set whose names are right.
+    """
+    file = resources.files("declip.data") / "assets" / f"{prefix}.tsv"
+    if not file.is_file():
+        return {}
+    rows = (line.split("\t") for line in file.read_text(encoding="utf-8").splitlines())
+    return {name: None if emoji == "-" else code_of(emoji) for name, emoji in rows}
+
+
+def charted_names(sets: Iterable[IconSet], codes: Iterable[str]) -> dict[str, str]:
+    """Codes by squashed name, from the sets that come with a table of code points."""
+    known = set(codes)
+    layer: dict[str, str] = {}
+    for icons in sets:
+        for char, name in icons.chars.items():
+            if (code := code_of(char)) in known:
+                for other in (name, *icons.other_names(name)):
+                    layer.setdefault(squash(other), code)
+    return layer
+
+
+def match(icons: IconSet, codes: Iterable[str], layers: list[dict[str, str]]) -> dict[str, str]:
+    """Find which drawing shows which emoji.
+
+    By the set's own table of code points or, where it has none, by name: all drawings' names are looked up in a layer
+    before the next, more doubtful layer is tried, and their own names before their aliases.
+
+    Args:
+        icons: The set.
+        codes: The concepts' codes.
+        layers: Codes by squashed name, most trustworthy first.
+
+    Returns:
+        Drawing by code; a drawing shows one emoji, an emoji has one drawing.
+    """
+    drawings, fixed = list(icons.drawings()), corrections(icons.prefix)
+    free, left = set(codes), dict.fromkeys(name for name in drawings if name not in fixed)
+    found: dict[str, str] = {}
+
+    def take(code: str | None, name: str) -> None:
+        if code in free and code is not None:
+            found[code] = name
+            free.discard(code)
+            left.pop(name, None)
+
+    for name in drawings:
+        take(fixed.get(name), name)
+    for char, name in icons.chars.items():
+        if name in left:
+            take(code_of(char), name)
+    for layer in layers if not icons.chars else ():
+        for names_of in (lambda name: [name], icons.other_names):
+            for name in list(left):
+                keys = [squash(re.sub(r"^flag-for-(flag-)?", "flag-", other)) for other in names_of(name)]
+                take(next((layer[key] for key in keys if layer.get(key) in free), None), name)
+    return found

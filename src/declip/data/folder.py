@@ -1,0 +1,70 @@
+"""Pairs from a folder: images, each with a text file of the same name beside it, one caption a line."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from declip.data.decode import EXTENSIONS, decode
+from declip.data.pairs import LONGEST_CAPTION, BrokenPair, Pair, clean_captions
+from declip.errors import UserError
+
+MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION
+"""A caption file beyond this is not read: it is another kind of file that happens to end in .txt."""
+
+
+class FolderSource:
+    """Images of a folder and of the folders in it, sorted by path; `a/b.jpg` has its captions in `a/b.txt`.
+
+    Names that start with a dot are passed over. Linked folders are not entered.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        UserError: It is no folder, or it holds no image.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        if not self.path.is_dir():
+            raise UserError(f"There is no folder '{self.path}'.")
+        self.name = self.path.name or str(self.path)
+        # A million paths are 0.1 GB as Python strings in every worker, and a third of it here, shared.
+        self._keys = pa.array(sorted(_images(self.path)), pa.large_string())
+        if not len(self._keys):
+            raise UserError(f"The folder '{self.path}' holds no image ({', '.join(EXTENSIONS)}).")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> Pair:
+        captions = self.captions(index)
+        key = self._keys[index].as_py()
+        return Pair(key, decode(self.path / key, key), captions)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The cleaned captions of pair `index`; raises `BrokenPair`."""
+        key = self._keys[index].as_py()
+        try:
+            with (self.path / key).with_suffix(".txt").open("rb") as file:
+                content = file.read(MOST_CAPTION_BYTES + 1)
+        except OSError as error:
+            raise BrokenPair("missing caption", key, str(error)) from error
+        if len(content) > MOST_CAPTION_BYTES:
+            raise BrokenPair("caption too long", key, f"its file is longer than {MOST_CAPTION_BYTES:,} bytes")
+        try:
+            lines = content.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error
+        return clean_captions(lines, key)
+
+
+def _images(root: Path) -> Iterator[str]:
+    """Paths of the images, relative to `root`, with forward slashes on every platform."""
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
+                yield (Path(folder) / name).relative_to(root).as_posix()

@@ -1,0 +1,35 @@
+"""Errors that a user can cause and mend."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+MOST_NAMES = 30
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the message says what was given, what is allowed and what to do.
+
+    The command line prints the message alone, without a traceback, and exits with status 2.
+    """
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
+    """Build the error for a name that is not known.
+
+    Args:
+        kind: What the name stands for, such as "recipe".
+        given: The name as given.
+        known: All names that would have been accepted.
+
+    Returns:
+        The error to raise; it names the nearest match and lists what is known, or what is near where that is long.
+    """
+    names = sorted(known)
+    near = get_close_matches(given, names, n=5, cutoff=0.4)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    if len(names) > MOST_NAMES:
+        shown = f" Near it: {', '.join(near)}; {len(names)} are known." if near else f" {len(names)} are known."
+    else:
+        shown = f" Known: {', '.join(names)}."
+    return UserError(f"Unknown {kind} '{given}'.{hint}{shown}")

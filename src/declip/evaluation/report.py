@@ -1,0 +1,273 @@
+"""The report of a run: one HTML file to look at, with nothing to load from elsewhere."""
+
+import datetime
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from pydantic import ValidationError
+
+from declip.config import Recipe
+from declip.data.batch import PairBatch
+from declip.data.cache import written_beside
+from declip.data.image_views import ImageViews
+from declip.data.pairs import PairSource
+from declip.data.tokenizer import Tokenizer
+from declip.errors import UserError
+from declip.evaluation.datasets import open_dataset, templates_of, with_classes
+from declip.evaluation.features import Encoder, SourceFeatures, encode_source
+from declip.evaluation.report_curves import accuracy_curves, progress_curves, term_curves
+from declip.evaluation.report_gallery import Confusions, Gallery, confusions, image_to_text, text_to_image
+from declip.evaluation.report_headline import figures, lead, primary, rows
+from declip.evaluation.report_pictures import Pictures
+from declip.evaluation.report_run import Run, read_run
+from declip.evaluation.report_training import Neighbours, Seen, Wording, neighbours, views
+from declip.evaluation.results import percent
+from declip.evaluation.zero_shot import class_features, read_templates
+from declip.supervision.nearest_neighbour import Queue
+
+NAME = "report.html"
+LIMIT = 4000  # held-out pairs that the galleries are made from
+
+T = TypeVar("T")
+
+
+class ReportModel(Encoder, Protocol):
+    """An `Encoder` whose tokenizer can decode."""
+
+    tokenizer: Tokenizer
+
+
+class Loader(Wording, Iterator[PairBatch], Protocol):
+    """What a report needs of a `PairLoader`: a batch, and which words a pair showed when."""
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Why a section has nothing to show."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """A held-out source, encoded, and how much of it that is."""
+
+    source: PairSource
+    features: SourceFeatures
+    pictures: Pictures
+    seed: int
+
+    def generator(self) -> np.random.Generator:
+        return np.random.default_rng(self.seed)
+
+
+def write_report(
+    run_folder: str | Path,
+    model: ReportModel,
+    *,
+    recipe: Recipe | None = None,
+    heldout: str | PairSource | None = None,
+    train_source: PairSource | None = None,
+    image_views: ImageViews | None = None,
+    loader: Loader | None = None,
+    queue: Queue | None = None,
+    limit: int = LIMIT,
+    seed: int = 0,
+) -> Path:
+    """Write ``report.html`` into a run folder, of what there is: a run that is not finished gets a shorter one.
+
+    Numbers and curves are read from the folder's files. A section whose input was not given says so.
+
+    Args:
+        run_folder: Holds recipe.yaml, metrics.jsonl, evaluations.jsonl, skipped.json, as far as written.
+        model: Encodes the held-out pairs and the captions that look into the queue.
+        recipe: The run's recipe; by default the folder's recipe.yaml is read.
+        heldout: What the headline and the galleries are about; by default the first source of the recipe's
+            evaluation: its final ones before the others, zero-shot before retrieval.
+        train_source: The training pairs.
+        image_views: Finishes the loader's image views.
+        loader: The training loader; its next batch is shown.
+        queue: The objective's queue; None for a recipe without the nearest-neighbour term.
+        limit: Held-out pairs that galleries and confusions are made from, evenly spaced; all if there are fewer.
+        seed: Chooses what is shown.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        UserError: there is no such folder, or it cannot be written to.
+    """
+    run = read_run(run_folder)
+    recipe = recipe or _recipe_of(run)
+    rng = np.random.default_rng(seed)
+    held_out = _or_absent(lambda: _encode(model, _chosen(heldout, recipe), limit, seed))
+    on = primary(run, None if isinstance(held_out, Absent) else held_out.source.name)
+    content = _render(
+        run=run,
+        on=on,
+        recipe=recipe,
+        recipe_text=run.recipe or (recipe.to_yaml() if recipe else ""),
+        facts=_facts(run, recipe, model, train_source),
+        lead=lead(run, on),
+        figures=figures(run, on),
+        rows=rows(run.last()),
+        terms=term_curves(run, recipe),
+        progress=progress_curves(run) if run.metrics else [],
+        accuracy=accuracy_curves(run),
+        held_out=held_out,
+        shown=_extent(held_out),
+        to_images=_and_then(held_out, _to_images),
+        to_texts=_and_then(held_out, _to_texts),
+        confused=_and_then(held_out, lambda each: _confused(model, each)),
+        neighbours=_or_absent(lambda: _neighbours(model, recipe, queue, train_source, loader, rng)),
+        views=_or_absent(lambda: _views(model, train_source, image_views, loader, rng)),
+        unread=_unread(run),
+    )
+    path = Path(run_folder) / NAME
+    with written_beside(path) as beside:
+        beside.write_text(content, encoding="utf-8")
+    return path
+
+
+def _render(**content: Any) -> str:
+    folder = resources.files("declip.evaluation") / "templates"
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string((folder / "report.html").read_text(encoding="utf-8"))
+    template.globals["percent"] = percent
+    return template.render(
+        style=Markup((folder / "report.css").read_text(encoding="utf-8")),
+        version=metadata.version("declip"),
+        date=datetime.datetime.now().strftime("%d %B %Y, %H:%M"),
+        **content,
+    )
+
+
+def _recipe_of(run: Run) -> Recipe | None:
+    """The recipe in the folder; None when there is none or it is of another version."""
+    try:
+        tree = yaml.safe_load(run.recipe)
+        return Recipe.model_validate(tree) if tree else None
+    except (ValidationError, yaml.YAMLError):
+        return None
+
+
+def _chosen(heldout: str | PairSource | None, recipe: Recipe | None) -> PairSource:
+    if heldout is not None:
+        return open_dataset(heldout)
+    measured = recipe.evaluation if recipe is not None else None
+    names = (
+        (*measured.final_zero_shot, *measured.zero_shot, *measured.final_retrieval, *measured.retrieval)
+        if measured is not None
+        else ()
+    )
+    if not names:
+        raise UserError("The recipe names no source under `evaluation`, so there are no held-out pairs to show.")
+    return open_dataset(names[0])
+
+
+def _encode(model: Encoder, source: PairSource, limit: int, seed: int) -> _HeldOut:
+    places = np.arange(len(source))
+    if len(places) > limit:
+        places = np.linspace(0, len(source) - 1, limit).round().astype(np.int64)
+    features = encode_source(model, source, indices=places.tolist())
+    return _HeldOut(source, features, Pictures(source), seed)
+
+
+def _to_images(held_out: _HeldOut) -> Gallery:
+    return text_to_image(held_out.features, held_out.pictures, held_out.generator())
+
+
+def _to_texts(held_out: _HeldOut) -> Gallery:
+    return image_to_text(held_out.features, held_out.pictures, held_out.generator())
+
+
+def _confused(model: Encoder, held_out: _HeldOut) -> Confusions:
+    source = with_classes(held_out.source)
+    _, templates = read_templates(templates_of(source))
+    classes = class_features(model, source.class_names, templates)
+    labels = np.asarray(source.labels)[held_out.features.indices]
+    return confusions(held_out.features, labels, source.class_names, classes, held_out.pictures)
+
+
+def _neighbours(
+    model: Encoder,
+    recipe: Recipe | None,
+    queue: Queue | None,
+    source: PairSource | None,
+    loader: Wording | None,
+    rng: np.random.Generator,
+) -> Neighbours:
+    if queue is None:
+        name = f"The recipe '{recipe.name}'" if recipe is not None else "This run"
+        raise UserError(f"{name} keeps no queue: its nearest_neighbour term has no weight.")
+    if source is None or loader is None:
+        raise UserError("The training pairs were not at hand when this report was written.")
+    if len(queue) == 0:
+        raise UserError("The queue is still empty.")
+    found = neighbours(model, queue, source, loader, rng)
+    if found is None:
+        raise UserError("The queue's entries do not say which pairs they are, so their captions cannot be shown.")
+    return found
+
+
+def _views(
+    model: ReportModel,
+    source: PairSource | None,
+    maker: ImageViews | None,
+    loader: Loader | None,
+    rng: np.random.Generator,
+) -> list[Seen]:
+    if source is None or maker is None or loader is None:
+        raise UserError("The training pairs were not at hand when this report was written.")
+    batch = next(loader)
+    if len(batch) == 0:
+        raise UserError("The next batch holds no pair that can be read.")
+    return views(batch, source, maker, model.tokenizer, rng)
+
+
+def _or_absent(make: Callable[[], T]) -> T | Absent:
+    try:
+        return make()
+    except UserError as error:
+        return Absent(str(error))
+
+
+def _and_then(held_out: _HeldOut | Absent, make: Callable[[_HeldOut], T]) -> T | Absent:
+    return held_out if isinstance(held_out, Absent) else _or_absent(lambda: make(held_out))
+
+
+def _extent(held_out: _HeldOut | Absent) -> str:
+    if isinstance(held_out, Absent):
+        return ""
+    used, whole = len(held_out.features), len(held_out.source)
+    part = "" if used == whole else f" of its {whole:,}"
+    return f"{used:,}{part} held-out pairs of {held_out.source.name}"
+
+
+def _facts(run: Run, recipe: Recipe | None, model: Encoder, source: PairSource | None) -> list[str]:
+    """What the run was, in a few words each."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    facts = [f"recipe {recipe.name}"] if recipe is not None else []
+    if source is not None:
+        facts.append(f"{len(source):,} pairs of {source.name}")
+    facts.append(f"{weights / 1e6:.1f} million weights")
+    if recipe is not None:
+        facts += [f"{recipe.image.name} at {recipe.image.size} px", f"seed {recipe.seed}"]
+        if run.step < recipe.train.steps:
+            facts.append(f"step {run.step:,} of {recipe.train.steps:,}: not finished")
+    return facts
+
+
+def _unread(run: Run) -> list[tuple[str, int, str]]:
+    """What was left out: reason, count, a few examples."""
+    reasons = run.skipped or {}
+    ordered: Iterable[Any] = sorted(reasons.items(), key=lambda item: -item[1]["count"])
+    return [(reason, entry["count"], ", ".join(map(str, entry["examples"]))) for reason, entry in ordered]

@@ -1,0 +1,137 @@
+"""Image-text retrieval: does a caption find its image, and an image one of its captions?"""
+
+from collections.abc import Sequence
+from math import comb
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from declip.errors import UserError
+from declip.evaluation.features import SourceFeatures
+from declip.evaluation.results import Recall, RetrievalResult
+
+TIE = 1e-6  # cosines nearer than this are equal: features are float32
+BLOCK = 8_000_000  # scores held at a time: 64 MB
+
+SameCaption = Literal["wrong", "right"]
+
+
+def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, block: int = BLOCK) -> np.ndarray:
+    """Rank of each query's best right candidate, 1 being the first.
+
+    Ties go against the model: a wrong candidate whose cosine is as high as the best right one's (to `TIE`)
+    counts as before it, so that a model that gives every input the same feature finds nothing. The plain loop::
+
+        best = max(scores[i, j] for j in right[i])
+        rank[i] = 1 + sum(scores[i, j] > best - TIE for j in range(M) if j not in right[i])
+
+    Args:
+        queries: (N, d), L2-normalised.
+        candidates: (M, d), L2-normalised.
+        right: N arrays, each of one or more right candidates.
+        block: At most about this many scores are held at a time; N × M of them never are.
+
+    Returns:
+        (N,) int64.
+    """
+    rows = max(1, block // len(candidates))
+    candidates = candidates.double()
+    found = []
+    for start in range(0, len(queries), rows):
+        scores = queries[start : start + rows].double() @ candidates.T
+        own = torch.zeros_like(scores, dtype=torch.bool)
+        for row, columns in enumerate(right[start : start + rows]):
+            own[row, torch.from_numpy(columns)] = True
+        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        found.append(1 + ((scores > best - TIE) & ~own).sum(1))
+    return torch.cat(found).numpy()
+
+
+def recall(rank: np.ndarray, right: Sequence[np.ndarray], candidates: int) -> Recall:
+    """Sum up ranks.
+
+    Args:
+        rank: (N,) ranks of the best right candidates.
+        right: N arrays of right candidates; their number sets the chance.
+        candidates: How many candidates there were.
+    """
+    chance = {k: _chance(k, right, candidates) for k in (1, 5, 10)}
+    return Recall(
+        queries=len(rank),
+        candidates=candidates,
+        r1=float(np.mean(rank <= 1)),
+        r5=float(np.mean(rank <= 5)),
+        r10=float(np.mean(rank <= 10)),
+        chance1=chance[1],
+        chance5=chance[5],
+        chance10=chance[10],
+        median_rank=float(np.median(rank)),
+    )
+
+
+def retrieve(features: SourceFeatures, *, same_caption: SameCaption = "wrong", block: int = BLOCK) -> RetrievalResult:
+    """Measure R@1, R@5 and R@10 both ways.
+
+    A caption looks for its image among all images; an image looks for any one of its captions among the
+    captions of all images. When two images carry the same caption, word for word, the usual practice is kept:
+    the caption counts for its own image only, although nobody could tell from the words (and from image to text
+    the two captions tie, so both images miss rank 1). The result says how many captions this concerns;
+    ``same_caption="right"`` lets a caption count for every image that carries it.
+
+    Args:
+        features: Images and captions of a source, encoded.
+        same_caption: "wrong" or "right", what an equal caption of another image is.
+        block: See `ranks`.
+
+    Raises:
+        UserError: the captions were not encoded, or `same_caption` is something else.
+    """
+    if features.texts is None:
+        raise UserError("Retrieval needs the captions' features. Encode the source with texts=True.")
+    if same_caption not in ("wrong", "right"):
+        raise UserError(f"same_caption is '{same_caption}', but must be 'wrong' or 'right'.")
+    owners, words = features.owners, features.words
+    images_of_text = [owners[row : row + 1] for row in range(len(words))]
+    texts_of_image = np.split(np.arange(len(words)), np.cumsum([len(own) for own in features.captions])[:-1])
+    carriers = carriers_of(features)
+    if same_caption == "right":
+        images_of_text = [carriers[word] for word in words]
+        texts_of_image = _equal_texts(features.captions, words)
+    text_rank = ranks(features.texts, features.images, images_of_text, block=block)
+    image_rank = ranks(features.images, features.texts, texts_of_image, block=block)
+    return RetrievalResult(
+        on=features.name,
+        images=len(features),
+        texts=len(words),
+        text_to_image=recall(text_rank, images_of_text, len(features)),
+        image_to_text=recall(image_rank, texts_of_image, len(words)),
+        duplicate_captions=sum(len(carriers[word]) > 1 for word in words),
+        same_caption=same_caption,
+        skipped=dict(features.skipped.counts),
+    )
+
+
+def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
+    """Of each caption, the rows of the images that carry it, word for word."""
+    carriers: dict[str, set[int]] = {}
+    for word, owner in zip(features.words, features.owners, strict=True):
+        carriers.setdefault(word, set()).add(int(owner))
+    return {word: np.array(sorted(rows), dtype=np.int64) for word, rows in carriers.items()}
+
+
+def _equal_texts(captions: Sequence[tuple[str, ...]], words: Sequence[str]) -> list[np.ndarray]:
+    """Of each image, all rows of `words` that equal one of its captions."""
+    places: dict[str, list[int]] = {}
+    for row, word in enumerate(words):
+        places.setdefault(word, []).append(row)
+    return [np.array(sorted({row for word in own for row in places[word]}), dtype=np.int64) for own in captions]
+
+
+def _chance(k: int, right: Sequence[np.ndarray], candidates: int) -> float:
+    """R@k of a random order: 1 - C(M - c, k) / C(M, k) with c right ones among M, so k / M when c is 1."""
+    k = min(k, candidates)
+    counts, times = np.unique([len(own) for own in right], return_counts=True)
+    hits = [1 - comb(candidates - int(count), k) / comb(candidates, k) for count in counts]
+    return float(np.average(hits, weights=times))

@@ -1,0 +1,138 @@
+"""Zero-shot classification: the class whose name, put into sentences, lies nearest to the image."""
+
+from collections.abc import Sequence
+from importlib import resources
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from declip.errors import UserError, unknown
+from declip.evaluation.features import Encoder, SourceFeatures, text_features
+from declip.evaluation.results import ZeroShotResult
+from declip.evaluation.retrieval import BLOCK, ranks
+
+
+def prompt_names() -> list[str]:
+    """Names of the template sets that the package ships."""
+    folder = resources.files("declip.evaluation") / "prompts"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_templates(templates: str | Sequence[str]) -> tuple[str, list[str]]:
+    """Find templates by name, or take them as given.
+
+    Args:
+        templates: Name of a shipped set, one template, or several; ``{}`` stands where the class name goes.
+
+    Returns:
+        A name for the result, and the templates.
+
+    Raises:
+        UserError: unknown name, no template, or a template without ``{}``.
+    """
+    if isinstance(templates, str) and "{}" not in templates:
+        if templates not in prompt_names():
+            raise unknown("template set", templates, prompt_names())
+        shipped = resources.files("declip.evaluation") / "prompts" / f"{templates}.yaml"
+        return templates, list(yaml.safe_load(shipped.read_text(encoding="utf-8"))["templates"])
+    given = [templates] if isinstance(templates, str) else list(templates)
+    wrong = [template for template in given if "{}" not in template]
+    if wrong or not given:
+        problem = f"'{wrong[0]}' has none" if wrong else "there is no template"
+        raise UserError(
+            f"A template needs {{}} where the class name goes, but {problem}. Example: 'a drawing of {{}}'."
+        )
+    return " | ".join(given), given
+
+
+def class_features(
+    model: Encoder,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch: int = 256,
+    progress: bool = False,
+) -> Tensor:
+    """One text feature a class: of every template normalised, averaged over the templates, normalised again.
+
+    This is CLIP's prompt ensemble (Radford et al. 2021, section 3.1.4).
+
+    Args:
+        model: The model.
+        class_names: C names.
+        templates: T sentences with ``{}`` for the name.
+        batch: Texts a pass.
+        progress: Show a bar when there are many batches.
+
+    Returns:
+        (C, d) float32 on the CPU.
+    """
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    features = text_features(model, prompts, batch=batch, progress=progress)
+    return normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
+
+
+def classify(
+    features: SourceFeatures,
+    labels: np.ndarray,
+    classes: Tensor,
+    *,
+    templates: str = "plain",
+    block: int = BLOCK,
+) -> ZeroShotResult:
+    """Measure top-1, top-5 and the mean per class.
+
+    Ties go against the model, as in `declip.evaluation.retrieval.ranks`: two classes with the same name are
+    never right.
+
+    Args:
+        features: The images of a source, encoded.
+        labels: (n,) int, the class of each row of `features`.
+        classes: (C, d) the classes' text features.
+        templates: What the templates are called in the result.
+        block: Scores held at a time.
+
+    Raises:
+        UserError: a label names no class.
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    outside = labels[(labels < 0) | (labels >= len(classes))]
+    if len(outside):
+        raise UserError(
+            f"'{features.name}' has the label {outside[0]}, but its {len(classes)} class names are numbered "
+            f"0 to {len(classes) - 1}. Mend the labels or give a name for every class."
+        )
+    rank = ranks(features.images, classes, [labels[row : row + 1] for row in range(len(labels))], block=block)
+    first = rank <= 1
+    size = np.bincount(labels, minlength=len(classes))
+    correct = np.bincount(labels, weights=first, minlength=len(classes))
+    return ZeroShotResult(
+        on=features.name,
+        n=len(labels),
+        classes=len(classes),
+        top1=float(first.mean()),
+        top5=float((rank <= 5).mean()),
+        mean_per_class=float((correct[size > 0] / size[size > 0]).mean()),
+        templates=templates,
+        skipped=dict(features.skipped.counts),
+    )
+
+
+def predict(images: Tensor, classes: Tensor, count: int = 1, *, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest classes of each image, best first.
+
+    Args:
+        images: (n, d), L2-normalised.
+        classes: (C, d), L2-normalised.
+        count: How many to return.
+        block: Scores held at a time.
+
+    Returns:
+        Class numbers (n, count) int64 and cosines (n, count) float32.
+    """
+    rows = max(1, block // len(classes))
+    best = [torch.topk(part @ classes.T, min(count, len(classes))) for part in images.split(rows)]
+    return torch.cat([top.indices for top in best]).numpy(), torch.cat([top.values for top in best]).numpy()

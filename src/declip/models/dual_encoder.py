@@ -1,0 +1,85 @@
+"""The model: an image tower and a text tower that meet in one space."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from declip.config import Recipe
+from declip.data.image_views import Preprocess
+from declip.data.tokenizer import Tokenizer
+from declip.models.image_tower import ImageTower
+from declip.models.text_tower import TextTower
+
+
+class DualEncoder(nn.Module):
+    """Image tower, text tower and logit scale, with the preprocessing that belongs to them.
+
+    Args:
+        image_tower: Gives `ImageFeatures` with d-dimensional `pooled`.
+        text_tower: Gives `TextFeatures` with d-dimensional `pooled`.
+        preprocess: Turns PIL images into the (n, 3, S, S) tensor that the image tower takes.
+        tokenizer: Turns captions into the (n, L) ids that the text tower takes.
+        logit_scale: Start of the logarithm of the inverse temperature.
+    """
+
+    def __init__(
+        self,
+        image_tower: ImageTower,
+        text_tower: TextTower,
+        preprocess: Preprocess,
+        tokenizer: Tokenizer,
+        logit_scale: float,
+    ) -> None:
+        super().__init__()
+        self.image_tower = image_tower
+        self.text_tower = text_tower
+        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
+        self.preprocessor = preprocess
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> "DualEncoder":
+        """Build the model that a recipe describes, with random weights from torch's current seed."""
+        image, text = recipe.image, recipe.text
+        tokenizer = Tokenizer(context=text.context, merges=text.merges)
+        image_tower = ImageTower(
+            image.name, image.size, recipe.embed_dim, image.options, image.freeze_patch_projection
+        )
+        text_tower = TextTower(
+            vocabulary=tokenizer.vocabulary,
+            end=tokenizer.end,
+            embed_dim=recipe.embed_dim,
+            width=text.width,
+            layers=text.layers,
+            heads=text.heads,
+            context=text.context,
+            projection_bias=text.projection_bias,
+            activation=text.activation,
+        )
+        preprocess = Preprocess(image.size, image.mean, image.std)
+        return cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.start)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.logit_scale.device
+
+    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """PIL images → (n, 3, S, S) float32, normalised, on the model's device."""
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        return self.preprocessor(images).to(self.device)
+
+    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
+        """Captions → (n, L) int64 on the model's device."""
+        return self.tokenizer(texts).to(self.device)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(n, 3, S, S) normalised → (n, d) float32 of length 1."""
+        return F.normalize(self.image_tower(images).pooled.float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(n, L) ids → (n, d) float32 of length 1."""
+        return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)

@@ -1,0 +1,142 @@
+"""Image towers: any timm model, through one adapter that gives pooled and token features."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.layers import AttentionPool2d
+from timm.models.byobnet import ByoBlockCfg
+from torch import Tensor, nn
+
+from declip.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What an image tower gives for a batch.
+
+    Attributes:
+        pooled: (B, d) projected embedding f, not normalised.
+        hidden: (B, width) pooled feature before the projection: what linear probes and SLIP's head read.
+        tokens: (B, P, width) features of the patches or grid cells before the last norm and projection.
+    """
+
+    pooled: Tensor
+    hidden: Tensor
+    tokens: Tensor
+
+
+def _conv(depths: tuple[int, ...], widths: tuple[int, ...], stem: int) -> dict[str, Any]:
+    """A residual network for small images: stem of stride 2 without a pool, then stride 2 from stage to stage."""
+    blocks = tuple(
+        ByoBlockCfg(type="basic", d=depth, c=width, s=1 if index == 0 else 2, br=1.0)
+        for index, (depth, width) in enumerate(zip(depths, widths, strict=True))
+    )
+    plain = {"num_features": 0, "act_layer": "relu", "stem_type": "3x3", "stem_pool": ""}
+    return {"blocks": blocks, "stem_chs": stem, **plain}
+
+
+def _vit(patch: int, width: int, depth: int) -> dict[str, Any]:
+    return {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": width // 64}
+
+
+SMALL_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "declip_conv_tiny": ("resnet51q", _conv((1, 1, 1), (32, 64, 128), 16)),
+    "declip_conv_small": ("resnet51q", _conv((1, 1, 1), (48, 96, 192), 24)),
+    "declip_conv_base": ("resnet51q", _conv((1, 1, 1), (64, 128, 256), 32)),
+    "declip_vit_tiny": ("vit_base_patch32_clip_quickgelu_224", _vit(4, 128, 4)),
+    "declip_vit_small": ("vit_base_patch32_clip_quickgelu_224", _vit(4, 192, 6)),
+    "declip_vit_base": ("vit_base_patch32_clip_quickgelu_224", _vit(8, 256, 8)),
+}
+"""Named sizes for images of 32 to 64 pixels: our name → (timm model, options)."""
+
+
+class ImageTower(nn.Module):
+    """A timm model with a projection into the shared space.
+
+    The projection is CLIP's (Radford et al. 2021, section 2.4): the output map of the attention pool, with a bias, for
+    its modified ResNets, a linear map without bias for every other model. The last norm of a ViT is held here, so that
+    the tokens can be given before it.
+
+    Args:
+        name: A timm model's name or a key of `SMALL_TOWERS`. Weights are random; nothing is downloaded.
+        size: Height and width of the images in pixels.
+        embed_dim: Width d of the shared space.
+        options: Passed to `timm.create_model`; ``depths`` sets the stages of CLIP's ResNets.
+        freeze_patch_projection: Leave a ViT's patch projection at its start (the authors' code does).
+
+    Raises:
+        UserError: unknown model (with the nearest name), or options that the model does not take.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        embed_dim: int,
+        options: dict[str, Any] | None = None,
+        freeze_patch_projection: bool = False,
+    ) -> None:
+        super().__init__()
+        self.trunk = _create(name, size, dict(options or {}))
+        self.norm: nn.Module = nn.Identity()
+        if isinstance(getattr(self.trunk, "norm", None), nn.LayerNorm) and hasattr(self.trunk, "blocks"):
+            self.norm, self.trunk.norm = self.trunk.norm, nn.Identity()
+        self.hidden_width = int(self.trunk.head_hidden_size)
+        pools_by_attention = isinstance(getattr(self.trunk, "head", None), AttentionPool2d)
+        self.proj = nn.Linear(self.hidden_width, embed_dim, bias=pools_by_attention)
+        nn.init.normal_(self.proj.weight, std=self.hidden_width**-0.5)
+        if pools_by_attention:
+            nn.init.zeros_(self.proj.bias)
+        self.token_width = int(self.trunk.num_features)
+        self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
+        if freeze_patch_projection:
+            self._freeze_patch_projection(name)
+
+    def forward(self, images: Tensor) -> ImageFeatures:
+        """Encode images (B, 3, H, W), normalised."""
+        features = self.trunk.forward_features(images)
+        hidden = self.norm(self.trunk.forward_head(features, pre_logits=True))
+        return ImageFeatures(self.proj(hidden), hidden, self._tokens(features))
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        if features.ndim == 4:  # (B, C, h, w), or (B, h, w, C) for the towers that work channels last
+            last = features.shape[-1] == self.token_width and features.shape[1] != self.token_width
+            return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+        return features[:, getattr(self.trunk, "num_prefix_tokens", 0) :]
+
+    def _freeze_patch_projection(self, name: str) -> None:
+        patches = getattr(self.trunk, "patch_embed", None)
+        if patches is None or not hasattr(patches, "proj"):
+            raise UserError(
+                f"image.freeze_patch_projection needs a vision transformer; '{name}' has no patch projection. "
+                "Set it to false."
+            )
+        patches.proj.requires_grad_(False)
+
+
+def _create(name: str, size: int, options: dict[str, Any]) -> Any:
+    base, preset = SMALL_TOWERS.get(name, (name, {}))
+    if not timm.is_model(base):
+        raise unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
+    clip_resnet = base.startswith("resnet") and "_clip" in base
+    options = {**preset, **options}
+    if "depths" in options:
+        options["blocks"] = _clip_resnet_blocks(options.pop("depths"))
+    if clip_resnet or "img_size" in options or base.startswith(("vit", "deit", "eva", "beit")):
+        options.setdefault("img_size", size)
+    try:
+        with torch.no_grad():
+            return timm.create_model(base, pretrained=False, num_classes=0, **options)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"timm cannot build the image tower '{name}' with image.size={size} and image.options={options}: {error}"
+        ) from error
+
+
+def _clip_resnet_blocks(depths: list[int]) -> tuple[ByoBlockCfg, ...]:
+    return tuple(
+        ByoBlockCfg(type="bottle", d=depth, c=256 * 2**stage, s=1 if stage == 0 else 2, br=0.25)
+        for stage, depth in enumerate(depths)
+    )

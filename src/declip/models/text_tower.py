@@ -1,0 +1,135 @@
+"""CLIP's text transformer, for sequences of any length up to the context."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What the text tower gives for a batch.
+
+    Attributes:
+        pooled: (B, d) projected embedding g of the end-of-text token, not normalised.
+        words: (B, L, width) token states after the final norm.
+        lengths: (B,) number of tokens up to and with the end-of-text token.
+    """
+
+    pooled: Tensor
+    words: Tensor
+    lengths: Tensor
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), as CLIP's released weights were trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to each element."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention that sees no later token; parameters are named as in `nn.MultiheadAttention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, width) → (B, L, width)."""
+        batch, length, width = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block; parameters are named as in CLIP."""
+
+    def __init__(self, width: int, heads: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = CausalSelfAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", activation)
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, width) → (B, L, width)."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TextTower(nn.Module):
+    """CLIP's text encoder (Radford et al. 2021, section 2.4); weights map one to one onto CLIP's.
+
+    A causal transformer pooled at the end-of-text token sees nothing of the padding behind it, so a batch may be cut to
+    its longest caption: the features are the same as at the full context.
+
+    Args:
+        vocabulary: Number of token ids, ``<|mask|>`` included.
+        end: Id of the end-of-text token.
+        embed_dim: Width d of the shared space.
+        width, layers, heads: Size of the transformer.
+        context: Longest sequence.
+        projection_bias: Whether the projection has a bias (CLIP: no; the authors' weights: yes).
+        activation: "quick_gelu" (CLIP) or "gelu".
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        end: int,
+        embed_dim: int,
+        width: int = 512,
+        layers: int = 12,
+        heads: int = 8,
+        context: int = 77,
+        projection_bias: bool = False,
+        activation: str = "quick_gelu",
+    ) -> None:
+        super().__init__()
+        self.end = end
+        self.width = width
+        self.context = context
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context, width))
+        gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList(Block(width, heads, gelu) for _ in range(layers))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Linear(width, embed_dim, bias=projection_bias)
+        self._initialise(layers)
+
+    def forward(self, tokens: Tensor) -> TextFeatures:
+        """Encode token ids (B, L), L at most the context; every row holds an end-of-text token."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        for block in self.transformer.resblocks:
+            x = block(x)
+        words = self.ln_final(x)
+        ends = (tokens == self.end).to(torch.uint8).argmax(dim=1)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return TextFeatures(self.text_projection(words[rows, ends]), words, ends + 1)
+
+    def _initialise(self, layers: int) -> None:
+        """CLIP's standard deviations."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        residual = self.width**-0.5 * (2 * layers) ** -0.5
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual)
+            nn.init.zeros_(block.attn.out_proj.bias)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
+        nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
+        if self.text_projection.bias is not None:
+            nn.init.zeros_(self.text_projection.bias)

@@ -1,0 +1,121 @@
+"""Token-wise contrast of FILIP: every patch finds its best word, every word its best patch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from declip.supervision.contrastive import in_full_precision
+
+SCORES_AT_ONCE = 2**26
+"""Token-to-token scores held at a time: 256 MiB in float32, whatever the batch."""
+
+
+def select_tokens(
+    tokens: Tensor,
+    paired_tokens: Tensor,
+    k: int,
+    mask: Tensor | None = None,
+    paired_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Keep the k tokens of each sample that are most similar, in sum, to the paired sample's tokens.
+
+    What FILIP does before it gathers, to move and compare less (arXiv 2111.07783). Equals the plain loop
+        score[b, t] = Σ_u tokens[b, t]·paired_tokens[b, u];  keep the k largest of each b
+    computed as a product with the sum over u: B·n·d multiplications.
+
+    Args:
+        tokens: (B, n, d) of one modality, L2-normalised.
+        paired_tokens: (B, m, d) of the other modality of the same pairs, L2-normalised.
+        k: How many to keep; all n when n is smaller.
+        mask: (B, n) bool, True where a token counts: others are taken last. None: all count.
+        paired_mask: (B, m) bool, the same for `paired_tokens`.
+
+    Returns:
+        The kept tokens (B, min(k, n), d), with gradient, and the mask (B, min(k, n)) of those that count.
+    """
+    counted = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+    with torch.no_grad():
+        paired = in_full_precision(paired_tokens)
+        if paired_mask is not None:
+            paired = paired * paired_mask.unsqueeze(-1)
+        score = (in_full_precision(tokens) * paired.sum(dim=1, keepdim=True)).sum(dim=-1)
+        best = score.masked_fill(~counted, float("-inf")).topk(min(k, tokens.shape[1]), dim=1).indices
+    return tokens.take_along_dim(best.unsqueeze(-1), dim=1), counted.take_along_dim(best, dim=1)
+
+
+def similarity(tokens: Tensor, keys: Tensor, mask: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
+    """Late-interaction similarity of samples to key samples of the other modality (FILIP, arXiv 2111.07783).
+
+    Equals the plain loop
+        similarity[b, n] = mean over t in mask[b] of max over u in key_mask[n] of tokens[b, t]·keys[n, u]
+
+    Costs 2·B·t·N·u·d operations. The B·t·N·u scores are made in blocks of keys of about `SCORES_AT_ONCE`; for the
+    backward pass only the B·t·N positions of the maxima are kept, 8 bytes each.
+
+    Args:
+        tokens: (B, t, d) patches or words, L2-normalised.
+        keys: (N, u, d) words or patches, L2-normalised.
+        mask: (B, t) bool, True where a token counts, at least one in each row. None: all count.
+        key_mask: (N, u) bool, the same for `keys`.
+
+    Returns:
+        (B, N), between -1 and 1.
+    """
+    tokens, keys = in_full_precision(tokens), in_full_precision(keys)
+    counted = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens)
+    share = (counted / counted.sum(dim=1, keepdim=True)).unsqueeze(-1)
+    block = max(1, SCORES_AT_ONCE // (counted.numel() * keys.shape[1]))
+    key_blocks = keys.split(block)
+    mask_blocks = [None] * len(key_blocks) if key_mask is None else key_mask.split(block)
+    columns = []
+    with torch.autocast(tokens.device.type, enabled=False):
+        for some, some_mask in zip(key_blocks, mask_blocks, strict=True):
+            score = (tokens.flatten(0, 1) @ some.flatten(0, 1).mT).unflatten(1, some.shape[:2])
+            if some_mask is not None:
+                score.masked_fill_(~some_mask, float("-inf"))
+            best = score.max(dim=-1).values.unflatten(0, tokens.shape[:2])
+            columns.append((best * share).sum(dim=1))
+    return torch.cat(columns, dim=1)
+
+
+def late_interaction(
+    image_tokens: Tensor,
+    word_tokens: Tensor,
+    word_mask: Tensor,
+    image_keys: Tensor,
+    word_keys: Tensor,
+    word_key_mask: Tensor,
+    scale: Tensor | float,
+    offset: int = 0,
+    count_padding: bool = False,
+) -> Tensor:
+    """InfoNCE on token-wise similarities (FILIP, arXiv 2111.07783; in DeFILIP, arXiv 2203.05796).
+
+    Equals the plain loop, y = offset + b
+        i[b, n] = mean over patches p of max over words l of image_tokens[b, p]·word_keys[n, l]
+        t[b, n] = mean over words l of max over patches p of word_tokens[b, l]·image_keys[n, p]
+        ½ mean over b of [ logsumexpₙ(s·i[b, n]) - s·i[b, y] + logsumexpₙ(s·t[b, n]) - s·t[b, y] ]
+
+    The own side keeps all tokens; for fewer tokens on the keys' side, as the authors do with 16, pass each
+    rank's tokens through `select_tokens` before gathering them. Ranks whose captions differ in length pad the
+    words, and the mask with False, before gathering.
+
+    Args:
+        image_tokens: (B, P, d) projected patches of this rank, L2-normalised.
+        word_tokens: (B, L, d) projected words of this rank, L2-normalised.
+        word_mask: (B, L) bool, True at real tokens, False at padding.
+        image_keys: (N, K, d) patches of all ranks, with gradient, all or selected.
+        word_keys: (N, M, d) words of all ranks, with gradient, all or selected.
+        word_key_mask: (N, M) bool, `word_mask` for `word_keys`.
+        scale: exp of the logit scale that this term has for itself.
+        offset: Row of the keys that belongs to this rank's first pair.
+        count_padding: Let padding count like words, as the authors' code does; both masks are ignored.
+
+    Returns:
+        The loss, a scalar.
+    """
+    own, keys = (None, None) if count_padding else (word_mask, word_key_mask)
+    positives = torch.arange(offset, offset + len(image_tokens), device=image_tokens.device)
+    image_to_text = F.cross_entropy(scale * similarity(image_tokens, word_keys, key_mask=keys), positives)
+    text_to_image = F.cross_entropy(scale * similarity(word_tokens, image_keys, mask=own), positives)
+    return (image_to_text + text_to_image) / 2

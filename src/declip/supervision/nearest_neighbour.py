@@ -1,0 +1,164 @@
+"""Nearest-neighbour supervision: a queue of past text features, and the contrast with what is found in it."""
+
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from declip.supervision.contrastive import one_way
+
+NO_TAG = -1
+
+
+class Queue(nn.Module):
+    """A first-in-first-out store of L2-normalised features, on one device, saved with the model.
+
+    DeCLIP keeps 2¹⁶ text features (arXiv 2110.05208, nearest-neighbour supervision). A new feature takes the
+    oldest one's slot. Slots that were never written are never found.
+
+    `written` and `pointer` are plain integers, so that neither `len` nor `push` waits for the device; they are
+    saved through the module's extra state, as one int64 tensor.
+
+    Attributes:
+        features: (size, width) float32 buffer, rows of length 1.
+        tags: (size,) int64 buffer, what the caller gave with each row; -1 where nothing was given.
+        written: Number of slots that hold a feature.
+        pointer: Slot that the next feature is written to.
+    """
+
+    features: Tensor
+    tags: Tensor
+
+    def __init__(self, size: int, width: int) -> None:
+        """Make an empty queue.
+
+        Args:
+            size: Number of features that it can hold, at least 1.
+            width: Width of a feature.
+        """
+        super().__init__()
+        assert size > 0, f"a queue needs at least one slot, not {size}"
+        self.register_buffer("features", torch.zeros(size, width))
+        self.register_buffer("tags", torch.full((size,), NO_TAG))
+        self.written = 0
+        self.pointer = 0
+
+    def __len__(self) -> int:
+        return self.written
+
+    @property
+    def size(self) -> int:
+        """Number of features that the queue can hold."""
+        return len(self.tags)
+
+    @torch.no_grad()
+    def push(self, features: Tensor, tags: Tensor | None = None) -> None:
+        """Write features over the oldest ones; two pushes equal one push of both.
+
+        Equals the plain loop
+            for f, t in zip(features, tags): slot[pointer] = f / |f|, t; pointer = (pointer + 1) % size
+
+        Args:
+            features: (n, width), oldest first, any length; no gradient is kept. Of more rows than slots the
+                last stay.
+            tags: (n,) int64 that say what each row is; -1 by default.
+        """
+        start = (self.pointer + max(len(features) - self.size, 0)) % self.size
+        rows = F.normalize(features[-self.size :].to(self.features), dim=-1)
+        marks = rows.new_full((len(rows),), NO_TAG, dtype=torch.int64) if tags is None else tags[-self.size :]
+        before_end = self.size - start
+        for store, values in ((self.features, rows), (self.tags, marks)):
+            store[start : start + len(rows)] = values[:before_end]
+            store[: max(len(rows) - before_end, 0)] = values[before_end:]
+        self.pointer = (start + len(rows)) % self.size
+        self.written = min(self.written + len(rows), self.size)
+
+    def fill(self, features: Tensor, tags: Tensor | None = None) -> None:
+        """Forget everything, then push.
+
+        Args:
+            features: (n, width), oldest first.
+            tags: (n,) int64; -1 by default.
+        """
+        self.features.zero_()
+        self.tags.fill_(NO_TAG)
+        self.written = self.pointer = 0
+        self.push(features, tags)
+
+    @torch.no_grad()
+    def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Find each query's nearest feature by cosine, in one matrix product: n · len(queue) float32 values.
+
+        Equals the plain loop
+            rows[i] = argmax over r < written of queries[i]·features[r]
+
+        Args:
+            queries: (n, width), any length; give all views together.
+
+        Returns:
+            The features found (n, width), float32 and without gradient, and their slots (n,): `tags[slots]` says
+            what they are.
+
+        Raises:
+            LookupError: The queue is empty. Ask `len(queue)` first: the term is 0 then.
+        """
+        if self.written == 0:
+            raise LookupError("nothing to find: the queue is empty; check len(queue) before searching it")
+        with torch.autocast(queries.device.type, enabled=False):
+            similarity = queries.to(self.features) @ self.features[: self.written].mT
+        slots = similarity.argmax(dim=1)
+        return self.features[slots], slots
+
+    def ordered(self) -> Tensor:
+        """Give what the queue holds, oldest first: (len(queue), width)."""
+        if self.written < self.size:
+            return self.features[: self.written].clone()
+        return self.features.roll(-self.pointer, dims=0)
+
+    def get_extra_state(self) -> Tensor:
+        """Give `written` and `pointer` for the state dict: (2,) int64, on the CPU."""
+        return torch.tensor([self.written, self.pointer])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take `written` and `pointer` from a state dict."""
+        self.written, self.pointer = state.tolist()
+
+
+def neighbour_contrast(
+    images: Tensor,
+    neighbours: Tensor,
+    neighbour_keys: Tensor,
+    scale: Tensor | float,
+    offset: int = 0,
+    symmetric: bool = False,
+    image_keys: Tensor | None = None,
+) -> Tensor:
+    """Contrast images with their captions' nearest neighbours (L_NNS of DeCLIP, arXiv 2110.05208).
+
+    Equals the plain loop, F = images, N = neighbour_keys, y = offset + b
+        mean over i, j, b of  logsumexpₙ(s·F[i, b]·N[j, n]) - s·F[i, b]·N[j, y]
+    and, when symmetric, half of that plus half of the same from neighbours[j, b] to image_keys[i]. The paper
+    writes it symmetric; the authors' code goes from image to text only. No gradient goes into the neighbours.
+
+    Args:
+        images: (V, B, d) features of the image views, L2-normalised.
+        neighbours: (T, B, d) neighbours of this rank's text views, L2-normalised; used only when symmetric.
+        neighbour_keys: (T, N, d) neighbours of all ranks.
+        scale: exp(logit_scale).
+        offset: Row of the keys that belongs to this rank's first pair.
+        symmetric: Add the direction from neighbour to image.
+        image_keys: (V, N, d) image features of all ranks, with gradient; needed only when symmetric.
+
+    Returns:
+        The loss, a scalar. V·T (B, N) matrices are kept for the backward pass, twice as many when symmetric.
+    """
+    keys = neighbour_keys.detach()
+    pairings = list(product(range(len(images)), range(len(keys))))
+    to_text = torch.stack([one_way(images[i], keys[j], scale, offset) for i, j in pairings]).mean()
+    if not symmetric:
+        return to_text
+    assert image_keys is not None, "the symmetric form needs image_keys"
+    own = neighbours.detach()
+    to_image = torch.stack([one_way(own[j], image_keys[i], scale, offset) for i, j in pairings]).mean()
+    return (to_text + to_image) / 2

@@ -1,0 +1,336 @@
+"""The objective: which terms teach, with which weights.
+
+A new kind of supervision is one function in a file of its own, one line in `Objective.terms`, one recipe.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from declip.config import Recipe
+from declip.data.batch import PairBatch
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.models.heads import MaskedLanguageHead, Predictor, Projector, SimCLRHead, TokenProjection
+from declip.models.image_tower import ImageFeatures
+from declip.supervision import (
+    contrastive,
+    late_interaction,
+    masked_language,
+    nearest_neighbour,
+    simclr,
+    simsiam,
+)
+from declip.supervision.contrastive import in_full_precision
+from declip.supervision.masked_language import IGNORED
+
+T = TypeVar("T")
+Gather = Callable[[Tensor], Tensor]
+
+
+def alone(rows: Tensor) -> Tensor:
+    """The gather of a single process: its own rows are all rows."""
+    return rows
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the towers and heads made of this rank's pairs.
+
+    Attributes:
+        images: (V, B, d) F of each view, L2-normalised float32; `image_pairs` are the last two.
+        texts: (T, B, d) G of the caption, then of its EDA augmentation.
+        simsiam: p1, p2, z1, z2, each (B, k), or None. Not gathered.
+        language: (M, vocabulary) logits and (M,) targets at the masked words, or None. Not gathered.
+        masked: (B,) number of masked words of each caption, or None.
+        simclr: (2, B, k) outputs of SimCLR's head, or None.
+        patches, words: (B, P, w), (B, L, w) token features in the late-interaction space, or None.
+        word_mask: (B, L) True at real tokens, or None.
+        tags: (B,) int64, which pair was seen when.
+    """
+
+    images: Tensor
+    texts: Tensor
+    simsiam: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    language: tuple[Tensor, Tensor] | None
+    masked: Tensor | None
+    simclr: Tensor | None
+    patches: Tensor | None
+    words: Tensor | None
+    word_mask: Tensor | None
+    tags: Tensor
+
+
+class Objective(nn.Module):
+    """The weighted sum of a recipe's terms, with the heads and the queue that they need.
+
+    Args:
+        recipe: Its weights, the terms' sections and `embed_dim` are read.
+        image_hidden_width: Width of the image feature before the projection (SimCLR's head reads it, as in SLIP).
+        image_token_width: Width of the patch features.
+        vocabulary: Number of token ids.
+
+    Attributes:
+        weights: Term name → weight, active terms only.
+        queue: The nearest-neighbour queue, or None when that term has no weight.
+    """
+
+    def __init__(
+        self, recipe: Recipe, image_hidden_width: int, image_token_width: int, vocabulary: int
+    ) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.weights = {name: getattr(recipe.weights, name) for name in recipe.weights.active()}
+        self.queue: nearest_neighbour.Queue | None = None
+        if "simsiam" in self.weights:
+            sizes = recipe.simsiam
+            self.projector = Projector(recipe.embed_dim, sizes.hidden, sizes.out)
+            self.predictor = Predictor(sizes.out, sizes.predictor_hidden, sizes.out)
+        if "simclr" in self.weights:
+            self.simclr_head = SimCLRHead(image_hidden_width, recipe.simclr.hidden, recipe.simclr.out)
+        if "masked_language" in self.weights:
+            self.language_head = MaskedLanguageHead(recipe.text.width, vocabulary)
+        if "nearest_neighbour" in self.weights:
+            self.queue = nearest_neighbour.Queue(recipe.nearest_neighbour.queue_size, recipe.embed_dim)
+        if "late_interaction" in self.weights:
+            self.patch_projection = TokenProjection(image_token_width, recipe.late_interaction.width)
+            self.word_projection = TokenProjection(recipe.text.width, recipe.late_interaction.width)
+            self.late_scale = nn.Parameter(torch.tensor(recipe.logit_scale.start))
+
+    @classmethod
+    def for_model(cls, recipe: Recipe, model: DualEncoder) -> "Objective":
+        """Build the objective whose heads fit a model."""
+        tower = model.image_tower
+        return cls(recipe, tower.hidden_width, tower.token_width, model.tokenizer.vocabulary)
+
+    def forward(
+        self, model: DualEncoder, batch: PairBatch, gather: Gather = alone, rank: int = 0
+    ) -> dict[str, Tensor]:
+        """Compute every active term and the total.
+
+        Args:
+            model: The two towers.
+            batch: Images (V, B, 3, H, W) float and texts (T, B, L); masked and labels when the recipe masks.
+            gather: Rows of all ranks, in rank order, with gradient; the identity on one process.
+            rank: This process's place in that order.
+
+        Returns:
+            Scalars by term name, and "total": the sum of weight · term. In training mode the queue is then written.
+
+        Raises:
+            UserError: the batch lacks a view or the masked captions that a term needs.
+        """
+        self._check(batch)
+        features = self.encode(model, batch)
+        keys = gather_features(self._key_tokens(features), gather)
+        terms = self.terms(features, keys, model.logit_scale.exp(), offset=rank * len(batch))
+        if self.queue is not None and self.training:
+            self.queue.push(keys.texts[1], tags=2 * keys.tags + 1)
+            self.queue.push(keys.texts[0], tags=2 * keys.tags)
+        return self.total(terms)
+
+    def encode(self, model: DualEncoder, batch: PairBatch) -> Features:
+        """Run the towers and the heads on this rank's pairs."""
+        views = len(batch.images)
+        images = _encode_views(model, batch.images)
+        captions, masked_at = self._captions(batch)
+        texts = model.text_tower(captions.flatten(0, 1))
+        count, size = captions.shape[:2]
+        late = "late_interaction" in self.weights
+        pooled = texts.pooled.unflatten(0, (count, size))[: len(batch.texts)]
+        length = captions.shape[-1]
+        positions = torch.arange(length, device=captions.device)
+        return Features(
+            images=_normalise(images.pooled),
+            texts=_normalise(pooled),
+            simsiam=self._simsiam(images.pooled[-2:]) if "simsiam" in self.weights else None,
+            language=self._language(texts.words.unflatten(0, (count, size))[masked_at], batch),
+            masked=(batch.labels != IGNORED).sum(dim=1) if batch.labels is not None else None,
+            simclr=self._simclr(images.hidden[views - 2 :]) if "simclr" in self.weights else None,
+            patches=_normalise(self.patch_projection(images.tokens[0])) if late else None,
+            words=_normalise(self.word_projection(texts.words[:size])) if late else None,
+            word_mask=positions < texts.lengths[:size, None] if late else None,
+            tags=batch.tags if batch.tags is not None else torch.full((size,), -1, device=captions.device),
+        )
+
+    def terms(self, own: Features, keys: Features, scale: Tensor, offset: int) -> dict[str, Tensor]:
+        """The terms that contrast this rank's rows with all ranks' (formulas: docs/method.md)."""
+        sized = {"scale": scale, "offset": offset}
+        functions: dict[str, Callable[[], Tensor]] = {
+            "contrastive": lambda: contrastive.info_nce(
+                own.images[0], own.texts[0], keys.images[0], keys.texts[0], **sized
+            ),
+            "multi_view": lambda: contrastive.multi_view(
+                own.images[-2:], own.texts, keys.images[-2:], keys.texts, **sized
+            ),
+            "simsiam": lambda: simsiam.negative_cosine(*_given(own.simsiam)),
+            "masked_language": lambda: self._masked_language(own, keys),
+            "nearest_neighbour": lambda: self._nearest_neighbour(own, keys, **sized),
+            "simclr": lambda: self._nt_xent(own.simclr, keys.simclr, offset),
+            "late_interaction": lambda: self._late_interaction(own, keys, offset),
+        }
+        return {name: functions[name]() for name in self.weights}
+
+    def total(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add the weighted sum under "total"."""
+        weighted = [weight * terms[name] for name, weight in self.weights.items()]
+        return {**terms, "total": torch.stack(weighted).sum()}
+
+    @torch.no_grad()
+    def limit_scales(self, model: DualEncoder) -> None:
+        """Bring the logit scales back into the recipe's limits; called after the optimiser's step."""
+        limits = self.recipe.logit_scale
+        model.logit_scale.clamp_(min=limits.min, max=limits.max)
+        if "late_interaction" in self.weights and limits.min is not None:
+            self.late_scale.clamp_(min=limits.min)
+
+    def _captions(self, batch: PairBatch) -> tuple[Tensor, int]:
+        """The sequences to encode (T or T + 1, B, L), and which of them the language head reads."""
+        if batch.masked is None:
+            return batch.texts, 0
+        if self.recipe.masked_language.share_pass:
+            return torch.cat([batch.masked[None], batch.texts[1:]]), 0
+        if "masked_language" not in self.weights:
+            return batch.texts, 0
+        return torch.cat([batch.texts, batch.masked[None]]), len(batch.texts)
+
+    def _simsiam(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z1, z2 = (self.projector(view) for view in pooled)
+        return self.predictor(z1), self.predictor(z2), z1, z2
+
+    def _simclr(self, hidden: Tensor) -> Tensor:
+        return torch.stack([self.simclr_head(view) for view in hidden])
+
+    def _nt_xent(self, own: Tensor | None, keys: Tensor | None, offset: int) -> Tensor:
+        temperature = self.recipe.simclr.temperature
+        return simclr.nt_xent(*_given(own), *_given(keys), temperature=temperature, offset=offset)
+
+    def _language(self, words: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor] | None:
+        if "masked_language" not in self.weights or batch.labels is None:
+            return None
+        rows, targets = masked_language.chosen_rows(words, batch.labels)
+        return self.language_head(rows), targets
+
+    def _masked_language(self, own: Features, keys: Features) -> Tensor:
+        """Divide by all ranks' words over the ranks, so that the mean over ranks is the mean over words."""
+        ranks = len(keys.tags) / len(own.tags)
+        count = (_given(keys.masked).sum() / ranks).clamp(min=1 / ranks)
+        return masked_language.cross_entropy(*_given(own.language), count=count)
+
+    def _nearest_neighbour(self, own: Features, keys: Features, scale: Tensor, offset: int) -> Tensor:
+        """Every rank looks up all ranks' captions in its copy of the queue: no second collective."""
+        assert self.queue is not None
+        if len(self.queue) == 0:
+            return own.images.sum() * 0.0
+        found, _ = self.queue.nearest(keys.texts.detach().flatten(0, 1))
+        neighbour_keys = found.unflatten(0, keys.texts.shape[:2])
+        size = own.images.shape[1]
+        return nearest_neighbour.neighbour_contrast(
+            own.images[-2:],
+            neighbour_keys[:, offset : offset + size],
+            neighbour_keys,
+            scale,
+            offset=offset,
+            symmetric=self.recipe.nearest_neighbour.symmetric,
+            image_keys=keys.images[-2:],
+        )
+
+    def _late_interaction(self, own: Features, keys: Features, offset: int) -> Tensor:
+        return late_interaction.late_interaction(
+            _given(own.patches),
+            _given(own.words),
+            _given(own.word_mask),
+            _given(keys.patches),
+            _given(keys.words),
+            _given(keys.word_mask),
+            scale=self.late_scale.exp(),
+            offset=offset,
+            count_padding=self.recipe.late_interaction.count_padding,
+        )
+
+    def _key_tokens(self, own: Features) -> Features:
+        """Keep the tokens of the keys' side that the recipe selects; the own side keeps all."""
+        k = self.recipe.late_interaction.top_k
+        if own.patches is None or own.words is None or k is None:
+            return own
+        counted = None if self.recipe.late_interaction.count_padding else own.word_mask
+        patches, _ = late_interaction.select_tokens(own.patches, own.words, k, paired_mask=counted)
+        words, mask = late_interaction.select_tokens(own.words, own.patches, k, mask=counted)
+        return replace(own, patches=patches, words=words, word_mask=mask)
+
+    def _check(self, batch: PairBatch) -> None:
+        views = {"images": (len(batch.images), self.recipe.image_view_count)}
+        views["texts"] = (len(batch.texts), self.recipe.text_view_count)
+        for name, (given, needed) in views.items():
+            if given < needed:
+                raise UserError(
+                    f"The batch has {given} view of its {name}; {', '.join(self.weights)} need {needed}. "
+                    f"Give {name} with {needed} views, or set the weights of the terms that need them to 0."
+                )
+        if "masked_language" in self.weights and (batch.masked is None or batch.labels is None):
+            raise UserError(
+                "masked_language needs `masked` and `labels` in the batch; none were given. "
+                "Give both, or set weights.masked_language to 0."
+            )
+
+
+def gather_features(own: Features, gather: Gather) -> Features:
+    """Bring the features of all ranks together in one collective.
+
+    Everything travels as one (B, k) float tensor: views and tokens side by side, and the tags' bits as floats that are
+    only copied, never computed with.
+
+    Args:
+        own: This rank's features; captions padded to one length on all ranks when words are among them.
+        gather: (B, k) → (N, k), rows in rank order, with gradient.
+
+    Returns:
+        The same fields with N rows.
+    """
+    if gather is alone:
+        return own
+    tensors = {"images": own.images, "texts": own.texts, "simclr": own.simclr}
+    by_row = {name: tensor.transpose(0, 1) for name, tensor in tensors.items() if tensor is not None}
+    by_row |= {n: t for n, t in (("patches", own.patches), ("words", own.words)) if t is not None}
+    by_row["tags"] = own.tags.view(own.images.dtype).unflatten(0, (len(own.tags), -1))
+    if own.word_mask is not None:
+        by_row["word_mask"] = own.word_mask.float()
+    if own.masked is not None:
+        by_row["masked"] = own.masked.float().unsqueeze(1)
+    rows = gather(torch.cat([tensor.flatten(1) for tensor in by_row.values()], dim=1))
+    parts = rows.split([tensor[0].numel() for tensor in by_row.values()], dim=1)
+    found: dict[str, Tensor] = {
+        name: part.reshape(len(part), *tensor.shape[1:])
+        for (name, tensor), part in zip(by_row.items(), parts, strict=True)
+    }
+    found |= {name: found[name].transpose(0, 1) for name in tensors if name in found}
+    found["tags"] = found["tags"].detach().contiguous().view(torch.int64).flatten()
+    if "word_mask" in found:
+        found["word_mask"] = found["word_mask"].detach() > 0.5
+    return replace(own, **found)
+
+
+def _given(value: T | None) -> T:
+    assert value is not None, "the term is active, so its features were made"
+    return value
+
+
+def _normalise(features: Tensor) -> Tensor:
+    return F.normalize(in_full_precision(features), dim=-1)
+
+
+def _encode_views(model: DualEncoder, images: Tensor) -> ImageFeatures:
+    """Encode (V, B, 3, H, W): all views in one pass, or one by one where batch norm must see each view alone."""
+    views, size = images.shape[:2]
+    if model.training and model.image_tower.has_batch_norm:
+        each = [model.image_tower(view) for view in images]
+        return ImageFeatures(*(torch.stack([getattr(view, name) for view in each]) for name in _IMAGE_FIELDS))
+    joint = model.image_tower(images.flatten(0, 1))
+    return ImageFeatures(*(getattr(joint, name).unflatten(0, (views, size)) for name in _IMAGE_FIELDS))
+
+
+_IMAGE_FIELDS = ("pooled", "hidden", "tokens")

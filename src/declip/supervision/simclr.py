@@ -1,0 +1,39 @@
+"""Image self-supervision of SLIP: SimCLR's NT-Xent between two views of an image."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from declip.supervision.contrastive import in_full_precision, scaled_similarity
+
+
+def nt_xent(z1: Tensor, z2: Tensor, keys1: Tensor, keys2: Tensor, temperature: float = 0.1, offset: int = 0) -> Tensor:
+    """NT-Xent over both views of all images (SimCLR, arXiv 2002.05709, equation 1; SLIP, arXiv 2112.12750).
+
+    Each view looks for the other view of its image among both views of all images, itself left out.
+    Equals the plain loop, y = offset + b, all vectors normalised
+        total[b] = Σₙ exp(z1[b]·keys2[n]/T) + Σ_{n≠y} exp(z1[b]·keys1[n]/T)
+        ½ mean over b of [ log total[b] - z1[b]·keys2[y]/T + the same with 1 and 2 exchanged ]
+    so the mean over ranks of the ranks' losses is the loss of the whole batch.
+
+    Args:
+        z1: (B, d) head outputs of view 1 on this rank, any length: normalised here.
+        z2: (B, d) head outputs of view 2.
+        keys1: (N, d) view 1 of all ranks, with gradient, any length.
+        keys2: (N, d) view 2 of all ranks.
+        temperature: Divides the cosines.
+        offset: Row of the keys that belongs to this rank's first image.
+
+    Returns:
+        The loss, a scalar. Two (B, 2N) logit matrices are kept for the backward pass.
+    """
+    z1, z2, keys1, keys2 = (F.normalize(in_full_precision(x), dim=-1) for x in (z1, z2, keys1, keys2))
+    positives = torch.arange(offset, offset + len(z1), device=z1.device)
+    itself = positives.unsqueeze(1) == torch.arange(len(keys1), device=z1.device)
+
+    def view(own: Tensor, own_keys: Tensor, other_keys: Tensor) -> Tensor:
+        others = scaled_similarity(own, other_keys, 1 / temperature)
+        same_view = scaled_similarity(own, own_keys, 1 / temperature).masked_fill(itself, float("-inf"))
+        return F.cross_entropy(torch.cat([others, same_view], dim=1), positives)
+
+    return (view(z1, keys1, keys2) + view(z2, keys2, keys1)) / 2

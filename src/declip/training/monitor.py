@@ -1,0 +1,156 @@
+"""What a run tells: progress on the terminal, metrics and evaluations as files, TensorBoard events, a log."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+CLOCK = ("seconds", "pairs_per_second")
+"""Fields of a metrics row that depend on the machine; all others repeat bit for bit."""
+
+log = logging.getLogger("declip")
+
+
+class Monitor:
+    """Writes the files of a run folder and draws its progress bar.
+
+    Rows after `start` are dropped first: they belong to steps that a resumed run does again.
+
+    Args:
+        run: The run folder.
+        start: Steps already done.
+        steps: Steps in all.
+        batch: Pairs a step.
+        quiet: Draw nothing.
+    """
+
+    def __init__(self, run: Path, start: int, steps: int, batch: int, quiet: bool = False) -> None:
+        self.run, self.batch, self.steps = run, batch, steps
+        for name in (METRICS, EVALUATIONS):
+            _keep_rows(run / name, start)
+        self.console = Console(stderr=True, quiet=quiet)
+        self._handlers = [logging.FileHandler(run / "log.txt", encoding="utf-8")]
+        self._handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        if not quiet:
+            self._handlers.append(RichHandler(console=self.console, show_path=False, markup=False))
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[terms]}", style="dim"),
+            console=self.console,
+            refresh_per_second=2,
+        )
+        self.task = self.progress.add_task("training", total=steps, completed=start, speed="", terms="")
+        self._mark, self._mark_step = time.perf_counter(), start
+
+    def __enter__(self) -> Self:
+        log.setLevel(logging.INFO)
+        for handler in self._handlers:
+            log.addHandler(handler)
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+        self.board.close()
+        for handler in self._handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=step)
+
+    def pause(self) -> None:
+        """Leave the time until `metrics` is next called out of the speed: an evaluation or a checkpoint was made."""
+        self._mark, self._mark_step = time.perf_counter(), -1
+
+    def metrics(self, step: int, values: Mapping[str, float], learning_rate: float, logit_scale: float) -> None:
+        """Write one row.
+
+        Args:
+            step: Steps done.
+            values: Terms by name, "total" and "grad_norm".
+            learning_rate: Of that step.
+            logit_scale: s = exp of the parameter, after that step.
+        """
+        terms = {name: value for name, value in values.items() if name not in {"total", "grad_norm"}}
+        now = time.perf_counter()
+        seconds = now - self._mark
+        done = step - self._mark_step if self._mark_step >= 0 else 0
+        speed = done * self.batch / seconds if done and seconds > 0 else None
+        self._mark, self._mark_step = now, step
+        row = {
+            "step": step,
+            "pairs_seen": step * self.batch,
+            "learning_rate": learning_rate,
+            "logit_scale": logit_scale,
+            "total": values["total"],
+            "terms": terms,
+            "grad_norm": values["grad_norm"],
+            "seconds": round(seconds, 4),
+            "pairs_per_second": None if speed is None else round(speed, 1),
+        }
+        _append(self.run / METRICS, row)
+        for name, value in {**values, "learning_rate": learning_rate, "logit_scale": logit_scale}.items():
+            self.board.add_scalar(f"train/{name}", value, step)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in {"total": values["total"], **terms}.items())
+        fields: dict[str, Any] = {"terms": shown}
+        if speed is not None:
+            self.board.add_scalar("speed/pairs_per_second", speed, step)
+            fields["speed"] = f"{speed:,.0f} pairs/s"
+        self.progress.update(self.task, completed=step, **fields)
+
+    def evaluation(self, step: int, row: Mapping[str, Any]) -> None:
+        """Write the result of an evaluation."""
+        _append(self.run / EVALUATIONS, {"step": step, **row})
+        for name, value in row.items():
+            if isinstance(value, float):
+                self.board.add_scalar(f"{row['on']}/{row['protocol']}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Bring the rows to the disk; called before a checkpoint, so that none is older than its rows."""
+        for name in (METRICS, EVALUATIONS):
+            if (self.run / name).exists():
+                with (self.run / name).open("rb+") as file:
+                    os.fsync(file.fileno())
+        self.board.flush()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a JSONL file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _keep_rows(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    rows = [row for row in read_rows(path) if row["step"] <= last_step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)

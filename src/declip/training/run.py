@@ -1,0 +1,142 @@
+"""The run folder: what it holds, and whether a run may start or go on in it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from declip.config import Recipe
+from declip.errors import UserError
+from declip.training.checkpoint import Checkpoint, list_checkpoints, newest_good
+from declip.training.monitor import EVALUATIONS, METRICS, log, read_rows
+
+RECIPE = "recipe.yaml"
+CHANGEABLE = ("data.workers", "train.device", "train.threads", "train.keep", "train.checkpoint_every", "name")
+"""Recipe keys that may differ between a run and its resumption: none of them changes a number."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run.
+
+    Attributes:
+        folder: Holds recipe.yaml, metrics.jsonl, evaluations.jsonl, skipped.json, checkpoints, report.html.
+        recipe: The resolved recipe.
+        step: Steps done.
+        finished: Whether all steps are done.
+    """
+
+    folder: Path
+    recipe: Recipe
+    step: int
+    finished: bool
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return read_rows(self.folder / METRICS)
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations.jsonl."""
+        return read_rows(self.folder / EVALUATIONS)
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """The evaluations of the last step."""
+        return [row for row in self.evaluations if row["step"] == self.step]
+
+    @property
+    def report(self) -> Path:
+        """Where the report is."""
+        return self.folder / "report.html"
+
+
+def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:
+    """Make the run folder, or find where the run in it stopped.
+
+    Args:
+        recipe: What is to be run.
+        folder: The run folder.
+        resume: Go on if there is something to go on with.
+
+    Returns:
+        The newest good checkpoint, or None for a new start.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is off, it holds another recipe's run, it can't be written,
+            or none of its checkpoints is whole.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(
+            f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out."
+        ) from error
+    if not (folder / RECIPE).exists():
+        (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+        return None
+    if not resume:
+        raise UserError(
+            f"'{folder}' already holds a run. Go on with it by --resume, or choose another folder with --out."
+        )
+    refuse_another(recipe, read_recipe(folder), folder)
+    (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    return _newest(folder)
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run folder.
+
+    Raises:
+        UserError: there is none, or it does not fit this version.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        raise UserError(f"'{folder}' is not a run folder: it has no {RECIPE}.")
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not a recipe of this version of declip: {error}") from error
+
+
+def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
+    """Refuse to go on with a run under a recipe that would change its numbers.
+
+    Raises:
+        UserError: names up to five keys that differ, with both values.
+    """
+    now, then = _flat(recipe.model_dump(mode="json")), _flat(earlier.model_dump(mode="json"))
+    changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+    changed = [key for key in changed if key not in CHANGEABLE]
+    if changed:
+        shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed[:5])
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"'{folder}' holds the run of another recipe ('{earlier.name}'): {shown}{more}. "
+            "Give the same recipe and overrides to go on, or another folder with --out."
+        )
+
+
+def _newest(folder: Path) -> Checkpoint | None:
+    checkpoint, problems = newest_good(folder)
+    for problem in problems:
+        log.warning(problem)
+    if checkpoint is None and list_checkpoints(folder):
+        raise UserError(f"No checkpoint in '{folder}' is whole. {problems[0]} Start anew in another folder with --out.")
+    if problems and checkpoint is not None:
+        log.warning("Going on from the newest good checkpoint, step %d.", checkpoint.step)
+    return checkpoint
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,75 @@
+"""What several tests share: a small table of real picture files, and recipes small enough for seconds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+torch.set_num_threads(1)
+
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("circle", "square", "triangle", "bar")
+
+TINY = {
+    "image": {"name": "declip_vit_tiny", "size": 32, "options": {"patch_size": 8, "embed_dim": 64, "depth": 1}},
+    "text": {"width": 32, "layers": 1, "heads": 2, "context": 16, "merges": 300},
+    "embed_dim": 16,
+    "simsiam": {"hidden": 16, "out": 16, "predictor_hidden": 8},
+    "simclr": {"hidden": 16, "out": 8},
+    "late_interaction": {"width": 8},
+    "nearest_neighbour": {"queue_size": 32},
+    "train": {"steps": 8, "batch": 8, "warmup_steps": 2, "log_every": 2, "checkpoint_every": 4, "threads": 1},
+}
+"""A recipe's keys for towers of a few thousand parameters."""
+
+WEIGHTS = {
+    "clip": {"contrastive": 1.0},
+    "slip": {"contrastive": 1.0, "simclr": 1.0},
+    "filip": {"contrastive": 1.0, "late_interaction": 1.0},
+    "declip": {
+        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2,
+    },
+    "defilip": {
+        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2,
+        "late_interaction": 0.2,
+    },
+}  # fmt: skip
+
+
+def draw(colour: str, shape: str, size: int = 40) -> Image.Image:
+    """A coloured shape on white."""
+    image = Image.new("RGB", (size, size), "white")
+    pen, box = ImageDraw.Draw(image), (8, 8, size - 8, size - 8)
+    if shape == "circle":
+        pen.ellipse(box, fill=colour)
+    elif shape == "square":
+        pen.rectangle(box, fill=colour)
+    elif shape == "triangle":
+        pen.polygon([(size // 2, 6), (6, size - 6), (size - 6, size - 6)], fill=colour)
+    else:
+        pen.rectangle((6, size // 2 - 4, size - 6, size // 2 + 4), fill=colour)
+    return image
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL table of 24 pictures with two captions each."""
+    folder = tmp_path_factory.mktemp("shapes")
+    rows = []
+    for colour in COLOURS:
+        for shape in SHAPES:
+            draw(colour, shape).save(folder / f"{colour}-{shape}.png")
+            captions = [f"a {colour} {shape}", f"{shape} painted in {colour} on white paper"]
+            rows.append({"image": f"{colour}-{shape}.png", "caption": captions})
+    path = folder / "shapes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture()
+def generator() -> np.random.Generator:
+    """A generator with a fixed seed."""
+    return np.random.default_rng(0)

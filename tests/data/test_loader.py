@@ -1,0 +1,295 @@
+"""The loader: batches are a function of their position, whoever makes them; broken pairs are never lost."""
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+
+from declip.data.batch import PairBatch
+from declip.data.image_views import ImageViews
+from declip.data.loader import PairLoader
+from declip.data.pairs import BrokenPair, Pair
+from declip.errors import UserError
+
+VIEWS = ImageViews(12, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+PAIRS = 30
+
+
+class Source:
+    """Pictures of one colour each, two captions and four keywords a pair; some broken."""
+
+    name = "fake"
+
+    def __init__(self, count: int = PAIRS, broken: dict[int, str] | None = None) -> None:
+        self.count = count
+        self.broken = broken or {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return tuple(f"{index} {word} of a small dog under the green tree by night" for word in ("photo", "sketch"))
+
+    def __getitem__(self, index: int) -> Pair:
+        if index in self.broken:
+            raise BrokenPair(self.broken[index], f"pair-{index}")
+        noise = np.random.default_rng(index).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        return Pair(f"pair-{index}", Image.fromarray(noise), self.captions(index), ("red", "round", "old", "wet"))
+
+
+class Words:
+    """A tokenizer with an id a word."""
+
+    vocabulary, start, end, mask = 5003, 5000, 5001, 5002
+
+    def __init__(self, context: int = 32) -> None:
+        self.context = context
+
+    def encode(self, text: str) -> list[int]:
+        ids = [1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999 for word in text.split()]
+        return [self.start, *ids[: self.context - 2], self.end]
+
+
+def make(source: Source | None = None, context: int = 32, **options) -> PairLoader:
+    return PairLoader(source or Source(), Words(context), VIEWS, **({"batch": 6, "seed": 3} | options))
+
+
+def take(loader: PairLoader, count: int) -> list[PairBatch]:
+    with loader:
+        return list(itertools.islice(loader, count))
+
+
+def content(batch: PairBatch) -> dict[str, torch.Tensor]:
+    tensors = {**vars(batch), **vars(batch.photometric)}
+    return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+
+def assert_same(given: list[PairBatch], expected: list[PairBatch]) -> None:
+    assert len(given) == len(expected)
+    for one, other in zip(given, expected, strict=True):
+        ours, theirs = content(one), content(other)
+        assert len(ours) == 13
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert [str(broken) for broken in one.skipped] == [str(broken) for broken in other.skipped]
+
+
+def test_workers_make_the_same_batches_as_this_process():
+    source = Source(broken={4: "missing image", 11: "truncated image"})
+    options = {"keyword_share": 0.5, "max_broken_share": 1.0}
+    alone, loader = make(source, **options), make(source, workers=2, **options)
+    assert_same(take(loader, 12), take(alone, 12))
+    assert loader.skipped.to_dict() == alone.skipped.to_dict()
+    assert (loader.seen, loader.step) == (alone.seen, alone.step) == (72, 12)
+    assert loader.skipped.counts["missing image"] >= 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_started_at_a_step_continues_bit_for_bit(workers):
+    whole = take(make(), 14)
+    for start in (1, 5, 9):
+        assert_same(take(make(start_step=start, workers=workers), 14 - start), whole[start:])
+
+
+def test_every_pair_is_seen_once_an_epoch_in_another_order():
+    loader = make()
+    assert loader.steps_per_epoch == 5
+    tags = torch.cat([batch.tags for batch in take(loader, 10)]).view(2, PAIRS)
+    assert (tags // PAIRS == torch.tensor([[0], [1]])).all()
+    orders = (tags % PAIRS).tolist()
+    assert all(sorted(order) == list(range(PAIRS)) for order in orders)
+    assert orders[0] != orders[1]
+
+
+def test_pairs_that_fill_no_batch_wait_for_another_epoch():
+    loader = make(batch=8)
+    assert loader.steps_per_epoch == 3
+    tags = torch.cat([batch.tags for batch in take(loader, 30)]).view(10, 24)
+    assert all(len(set(row)) == 24 for row in tags.tolist())
+    assert set((tags % PAIRS).flatten().tolist()) == set(range(PAIRS))
+
+
+def test_a_pair_is_drawn_anew_each_epoch_and_by_each_seed():
+    first, second = (take(make(batch=PAIRS, start_step=step), 1)[0] for step in (0, 1))
+    third = take(make(batch=PAIRS, seed=4), 1)[0]
+    for other in (second, third):
+        rows = [(batch.tags % PAIRS).argsort() for batch in (first, other)]
+        assert (first.images[:, rows[0]] != other.images[:, rows[1]]).flatten(2).any(-1).float().mean() > 0.9
+        assert (first.masked[rows[0]] != other.masked[rows[1]]).any()
+        assert (first.photometric.hue[:, rows[0]] != other.photometric.hue[:, rows[1]]).all()
+    assert (first.images[0] != first.images[1]).flatten(1).any(-1).float().mean() > 0.9
+
+
+def test_shapes_types_and_options_off():
+    batch = take(make(), 1)[0]
+    assert (batch.images.shape, batch.images.dtype) == ((2, 6, 3, 12, 12), torch.uint8)
+    assert batch.texts.shape == (2, 6, 16)
+    assert VIEWS.finish(batch.images, batch.photometric).shape == (2, 6, 3, 12, 12)
+    single = take(make(image_view_count=1, text_view_count=1, mask=False), 1)[0]
+    assert (single.images.shape[0], single.texts.shape) == (1, (1, 6, 16))
+    assert single.masked is None
+    assert single.labels is None
+
+
+@pytest.mark.parametrize(("context", "length"), [(32, 16), (12, 12), (9, 9)])
+def test_all_texts_have_one_length_a_multiple_of_eight_within_the_context(context, length):
+    batch = take(make(context=context), 1)[0]
+    assert batch.texts.shape[2] == batch.masked.shape[1] == batch.labels.shape[1] == length
+    assert ((batch.texts == Words.end).sum(-1) == 1).all()
+
+
+def test_the_mask_is_of_the_caption_view():
+    batches = take(make(mask_probability=0.5), 20)
+    for batch in batches:
+        chosen = batch.labels != -100
+        assert torch.equal(batch.masked[~chosen], batch.texts[0][~chosen])
+        assert torch.equal(batch.labels[chosen], batch.texts[0][chosen])
+    words = sum(int((batch.texts[0] > 0).sum()) - 2 * len(batch) for batch in batches)
+    chosen = sum(int((batch.labels != -100).sum()) for batch in batches)
+    assert binomtest(chosen, words, 0.5).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("keyword_share", [0.0, 0.6])
+def test_words_tells_what_each_text_view_said(keyword_share):
+    loader = make(keyword_share=keyword_share)
+    for batch in itertools.islice(loader, 12):
+        for view, row in itertools.product((0, 1), range(len(batch))):
+            ids = Words().encode(loader.words(int(batch.tags[row]), view))
+            assert batch.texts[view, row, : len(ids)].tolist() == ids
+            assert not batch.texts[view, row, len(ids) :].any()
+
+
+def test_one_caption_is_drawn_each_time_and_its_augmentation_is_of_the_same_one():
+    loader, tags = make(eda_alpha=0.1), range(PAIRS * 20)
+    said = [(loader.words(tag, 0), loader.words(tag, 1)) for tag in tags]
+    assert all(caption in loader._assembler.source.captions(tag % PAIRS) for tag, (caption, _) in enumerate(said))
+    assert binomtest(sum("photo" in caption for caption, _ in said), len(said), 0.5).pvalue > 1e-4
+    assert sum(caption != other for caption, other in said) > 0.5 * len(said)
+    assert not any("photo" in caption and "sketch" in other for caption, other in said)
+
+
+def test_keywords_are_appended_to_a_share_of_the_captions():
+    loader = make(keyword_share=0.3)
+    extra = [loader.words(tag, 0).split(", ")[1:] for tag in range(PAIRS * 40)]
+    assert binomtest(sum(map(bool, extra)), len(extra), 0.3).pvalue > 1e-4
+    assert {len(words) for words in extra} == {0, 1, 2, 3}
+    assert all(len(set(words)) == len(words) for words in extra)
+    assert Counter(itertools.chain(*extra)).keys() == {"red", "round", "old", "wet"}
+
+
+def test_broken_pairs_shrink_their_batch_and_are_counted_when_it_is_yielded():
+    broken = dict.fromkeys(range(10), "missing image") | {20: "image too large"}
+    loader = make(Source(broken=broken), workers=1, max_broken_share=1.0)
+    total = 0
+    for step, batch in enumerate(itertools.islice(loader, 5)):
+        assert len(batch) + len(batch.skipped) == 6
+        assert batch.texts.shape[1] == batch.tags.shape[0] == len(batch)
+        total += len(batch.skipped)
+        assert (loader.skipped.total, loader.seen, loader.step) == (total, 6 * (step + 1), step + 1)
+    loader.close()
+    assert loader.skipped.counts == {"missing image": 10, "image too large": 1}
+    assert loader.skipped.to_dict()["reasons"]["image too large"]["examples"] == ["pair-20"]
+
+
+def test_a_batch_without_a_good_pair_is_empty_and_keeps_its_step():
+    source = Source(broken=dict.fromkeys(range(PAIRS), "missing image"))
+    batches = take(make(source), 16)
+    assert [len(batch) for batch in batches] == [0] * 16
+    assert batches[0].images.shape == (2, 0, 3, 12, 12)
+
+
+def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():
+    source = Source(broken={1: "missing image", 2: "missing image", 3: "truncated image"})
+    exact = make(source, batch=PAIRS, max_broken_share=0.1)
+    assert len(take(exact, 8)) == 8  # a tenth is broken in every batch, a tenth is allowed
+    loader = make(source, workers=1, max_broken_share=0.05)
+    with pytest.raises(UserError) as caught:
+        take(loader, 40)
+    assert loader.step == 17
+    said = str(caught.value)
+    assert said.startswith(f"{loader.skipped.total} of the 102 pairs seen (")
+    for part in ("max_broken_share = 5.0%", " x missing image, such as pair-", " x truncated image, such as pair-3"):
+        assert part in said
+
+
+def test_a_mistake_that_a_worker_meets_arrives_as_it_was(monkeypatch):
+    def fail(_, index: int) -> Pair:
+        raise UserError(f"Row {index} is gone.")
+
+    monkeypatch.setattr(Source, "__getitem__", fail)
+    with pytest.raises(UserError, match=r"^Row \d+ is gone\.$"):
+        take(make(workers=1), 1)
+
+
+def test_a_lost_worker_is_explained(monkeypatch):
+    monkeypatch.setattr(Source, "__getitem__", lambda *_: os._exit(1))
+    with pytest.raises(UserError, match=r"lost at step 4: .* Use fewer workers \(0 loads in the training process\)"):
+        take(make(workers=1, start_step=4), 1)
+
+
+def test_workers_ignore_interrupts_and_end_with_the_loader():
+    before = set(multiprocessing.active_children())
+    loader = make(workers=2)
+    first = next(loader)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert_same([first, *itertools.islice(loader, 9)], take(make(), 10))
+    loader.close()
+    loader.close()
+    assert wait_for(lambda: not any(worker.is_alive() for worker in workers))
+    assert list(loader) == []
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_global_random_state_is_used(workers):
+    def states() -> tuple:
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    before = states()
+    take(make(workers=workers, keyword_share=0.5), 6)
+    assert states() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch": 1}, "batch is 1; it must be 2 or more"),
+        ({"batch": 31}, "'fake' holds 30 pairs, fewer than one batch of 31"),
+        ({"seed": -1}, "seed is -1"),
+        ({"image_view_count": 3}, "image_view_count is 3; it must be between 1 and 2"),
+        ({"text_view_count": 0}, "text_view_count is 0"),
+        ({"mask_probability": 1.5}, "mask_probability is 1.5"),
+        ({"eda_alpha": -0.1}, "eda_alpha is -0.1"),
+        ({"keyword_share": 2}, "keyword_share is 2"),
+        ({"workers": -1}, "workers is -1"),
+        ({"max_broken_share": 1.01}, "max_broken_share is 1.01"),
+        ({"start_step": -5}, "start_step is -5"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, says):
+    with pytest.raises(UserError, match=says):
+        make(**options)
+
+
+def test_words_of_a_view_that_is_not_shown_is_refused():
+    with pytest.raises(UserError, match="view is 1; it must be between 0 and 0"):
+        make(text_view_count=1).words(0, 1)

@@ -1,0 +1,93 @@
+"""A model whose features can be worked out by hand: an image is its mean colour, a text the colours it names."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from declip.data.pairs import BrokenPair, Pair
+
+COLOURS = {
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "cyan": (0, 255, 255),
+    "magenta": (255, 0, 255),
+    "white": (255, 255, 255),
+}
+WORDS = list(COLOURS)
+OTHER = len(WORDS) + 1  # the id of every word that is no colour
+
+
+class ColourModel(nn.Module):
+    """Knows the colours; `gain` is a weight without effect on the direction of a feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.frozen = nn.BatchNorm1d(3)
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))
+        self.passes: list[tuple[str, int, bool, bool]] = []
+
+    def preprocess(self, images: list[Image.Image]) -> Tensor:
+        pixels = [np.asarray(image.resize((4, 4)), dtype=np.float32) / 255 for image in images]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        self.passes.append(("image", len(images), self.training, torch.is_grad_enabled()))
+        return self.gain * images.mean((2, 3))
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        ids = [[WORDS.index(word) + 1 if word in WORDS else OTHER for word in text.split()] for text in texts]
+        width = max(map(len, ids))
+        return torch.tensor([row + [0] * (width - len(row)) for row in ids])
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        self.passes.append(("text", len(tokens), self.training, torch.is_grad_enabled()))
+        table = torch.zeros(OTHER + 1, 3)
+        table[1:OTHER] = torch.tensor(list(COLOURS.values())) / 255
+        return self.gain * (table[tokens].sum(1) + 1e-3)
+
+
+class PaintedSource:
+    """Images of one colour each; places in `broken` cannot be read."""
+
+    def __init__(
+        self,
+        colours: Sequence[str],
+        captions: Sequence[tuple[str, ...]] | None = None,
+        classes: Sequence[str] | None = None,
+        broken: Sequence[int] = (),
+        name: str = "painted",
+    ) -> None:
+        self.name, self.colours, self.broken = name, list(colours), set(broken)
+        self.texts = list(captions) if captions is not None else [(colour,) for colour in colours]
+        if classes is not None:
+            self.class_names = tuple(classes)
+            self.labels = np.array([self.class_names.index(colour) for colour in colours])
+
+    def __len__(self) -> int:
+        return len(self.colours)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if index in self.broken:
+            raise BrokenPair("truncated image", f"row {index}")
+        return self.texts[index]
+
+    def __getitem__(self, index: int) -> Pair:
+        captions = self.captions(index)
+        return Pair(f"row {index}", Image.new("RGB", (8, 8), COLOURS[self.colours[index]]), captions)
+
+
+@pytest.fixture
+def model() -> ColourModel:
+    return ColourModel()
+
+
+@pytest.fixture
+def painted() -> type[PaintedSource]:
+    return PaintedSource

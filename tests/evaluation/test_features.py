@@ -1,0 +1,87 @@
+"""Encoding a source: batches, modes, broken pairs."""
+
+import numpy as np
+import pytest
+import torch
+
+from declip.errors import UserError
+from declip.evaluation import features as module
+from declip.evaluation.features import encode_source, measuring, text_features
+
+
+def test_rows_follow_the_source_and_broken_ones_are_counted(model, painted) -> None:
+    captions = [("red", "a red thing"), ("green",), ("blue",), ("yellow", "red green")]
+    source = painted(["red", "green", "blue", "yellow"], captions, broken=[1])
+    found = encode_source(model, source, batch=2)
+    assert found.indices.tolist() == [0, 2, 3]
+    assert found.captions == (captions[0], captions[2], captions[3])
+    assert found.owners.tolist() == [0, 0, 1, 2, 2]
+    assert found.words == ["red", "a red thing", "blue", "yellow", "red green"]
+    assert found.skipped.counts == {"truncated image": 1}
+    half = 0.5**0.5
+    np.testing.assert_allclose(found.images, [[1, 0, 0], [0, 0, 1], [half, half, 0]], atol=1e-6)
+    assert found.texts is not None
+    np.testing.assert_allclose(found.texts.norm(dim=1), np.ones(5), atol=1e-6)
+    np.testing.assert_allclose(found.texts[4], [half, half, 0], atol=2e-3)
+
+
+def test_in_batches_in_evaluation_mode_without_gradient(model, painted) -> None:
+    encode_source(model, painted(["red"] * 5, [(f"{n}",) for n in range(5)]), batch=2)
+    assert [(kind, size) for kind, size, _, _ in model.passes] == [
+        ("image", 2), ("image", 2), ("image", 1), ("text", 2), ("text", 2), ("text", 1),
+    ]  # fmt: skip
+    assert not any(training or grad for _, _, training, grad in model.passes)
+
+
+def test_every_part_gets_its_own_mode_back(model) -> None:
+    model.train()
+    model.frozen.eval()
+    with pytest.raises(RuntimeError, match="on the way"), measuring(model) as device:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        assert device == torch.device("cpu")
+        raise RuntimeError("on the way")
+    assert model.training
+    assert not model.frozen.training
+    assert torch.is_grad_enabled()
+
+
+def test_equal_texts_are_encoded_once_and_keep_their_places(model) -> None:
+    found = text_features(model, ["red", "blue", "red"], batch=8)
+    assert [(kind, size) for kind, size, _, _ in model.passes] == [("text", 2)]
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_only_the_places_asked_for(model, painted) -> None:
+    found = encode_source(model, painted(["red", "green", "blue"]), indices=[2, 0], texts=False)
+    assert found.indices.tolist() == [2, 0]
+    assert found.texts is None
+    assert len(found) == 2
+
+
+def test_workers_change_nothing(model, painted) -> None:
+    source = painted(["red", "green", "blue", "cyan", "white"], broken=[3])
+    alone, helped = encode_source(model, source, batch=2), encode_source(model, source, batch=2, workers=1)
+    assert torch.equal(alone.images, helped.images)
+    assert alone.indices.tolist() == helped.indices.tolist()
+    assert helped.skipped.counts == {"truncated image": 1}
+
+
+def test_nothing_readable(model, painted) -> None:
+    with pytest.raises(UserError, match=r"'painted'.*2 pairs none.*2 × truncated image"):
+        encode_source(model, painted(["red", "red"], broken=[0, 1]), batch=1)
+
+
+@pytest.mark.parametrize(("batches", "shown"), [(module.LONG - 1, False), (module.LONG, True)])
+def test_a_progress_bar_only_for_what_takes_long(monkeypatch, model, painted, batches: int, shown: bool) -> None:
+    bars = []
+    track = module.track
+
+    def watched(*args, disable: bool, **options):
+        bars.append(not disable)
+        return track(*args, disable=True, **options)
+
+    monkeypatch.setattr(module, "track", watched)
+    encode_source(model, painted(["red"] * batches), texts=False, batch=1, progress=True)
+    assert bars == [shown]

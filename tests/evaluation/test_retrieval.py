@@ -1,0 +1,142 @@
+"""Retrieval against matrices worked out by hand and against a plain loop."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.random import default_rng
+
+from declip.data.pairs import SkipCounter
+from declip.errors import UserError
+from declip.evaluation.features import SourceFeatures
+from declip.evaluation.retrieval import ranks, recall, retrieve
+
+
+def _singles(*columns: int) -> list[np.ndarray]:
+    return [np.array([column]) for column in columns]
+
+
+def _rank_by_loop(scores: np.ndarray, right: list[np.ndarray]) -> list[int]:
+    found = []
+    for row, own in zip(scores, right, strict=True):
+        best = max(row[j] for j in own)
+        found.append(1 + sum(row[j] > best - 1e-6 for j in range(len(row)) if j not in own))
+    return found
+
+
+def _features(images: torch.Tensor, texts: torch.Tensor, captions: list[tuple[str, ...]]) -> SourceFeatures:
+    owners = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
+    return SourceFeatures("hand", np.arange(len(captions)), images, tuple(captions), texts, owners, SkipCounter())
+
+
+def test_ranks_of_a_matrix_made_by_hand() -> None:
+    scores = torch.tensor(
+        [
+            [0.9, 0.1, 0.2, 0.3],  # own 0: first
+            [0.5, 0.4, 0.1, 0.0],  # own 1: second
+            [0.4, 0.3, 0.1, 0.2],  # own 2: last
+            [0.1, 0.9, 0.8, 0.7],  # own 3: third
+        ]
+    )
+    assert ranks(scores, torch.eye(4), _singles(0, 1, 2, 3)).tolist() == [1, 2, 4, 3]
+
+
+def test_ties_go_against_the_model() -> None:
+    scores = torch.tensor([[0.5, 0.5, 0.5], [0.2, 0.2, 0.1], [0.1, 0.2, 0.2], [0.3, 0.3 + 1e-8, 0.0]])
+    assert ranks(scores, torch.eye(3), _singles(0, 0, 1, 0)).tolist() == [3, 2, 2, 2]
+
+
+def test_a_model_that_says_always_the_same_finds_nothing() -> None:
+    same = torch.ones(20, 8) / 8**0.5
+    result = retrieve(_features(same, same, [(f"text {row}",) for row in range(20)]))
+    assert (result.text_to_image.r10, result.image_to_text.r10) == (0.0, 0.0)
+    assert result.text_to_image.median_rank == 20
+
+
+def test_the_best_of_several_right_candidates_counts() -> None:
+    scores = torch.tensor([[0.1, 0.5, 0.3, 0.4], [0.9, 0.2, 0.3, 0.1]])
+    assert ranks(scores, torch.eye(4), [np.array([0, 3]), np.array([1, 2])]).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("block", [1, 37, 10_000])
+def test_ranks_equal_a_loop_whatever_the_block(block: int) -> None:
+    rng = default_rng(3)
+    queries, candidates = rng.standard_normal((41, 6)), rng.standard_normal((29, 6)).round(1)
+    candidates[5] = candidates[17]
+    right = [rng.choice(29, size=rng.integers(1, 4), replace=False) for _ in range(41)]
+    found = ranks(torch.from_numpy(queries), torch.from_numpy(candidates), right, block=block)
+    assert found.tolist() == _rank_by_loop(queries @ candidates.T, right)
+
+
+def test_never_more_scores_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    zeros_like = torch.zeros_like
+
+    def watched(scores: torch.Tensor, **options: object) -> torch.Tensor:
+        sizes.append(scores.numel())
+        return zeros_like(scores, **options)
+
+    monkeypatch.setattr(torch, "zeros_like", watched)
+    ranks(torch.rand(100, 4), torch.rand(50, 4), _singles(*[0] * 100), block=500)
+    assert len(sizes) == 10
+    assert max(sizes) == 500
+
+
+def test_recall_and_chance_by_hand() -> None:
+    found = recall(np.array([1, 1, 3, 6, 11, 40]), _singles(0, 1, 2, 3, 4, 5), candidates=50)
+    assert (found.r1, found.r5, found.r10) == (2 / 6, 3 / 6, 4 / 6)
+    assert (found.chance1, found.chance5, found.chance10) == pytest.approx((1 / 50, 5 / 50, 10 / 50))
+    assert found.median_rank == 4.5
+
+
+def test_chance_of_several_captions_is_that_of_drawing_without_replacement() -> None:
+    right = [np.arange(5), np.arange(2)]
+    rng = default_rng(0)
+    draws = np.stack([rng.permutation(20)[:5] for _ in range(20_000)])
+    simulated = np.mean([(draws < 5).any(1).mean(), (draws < 2).any(1).mean()])
+    assert recall(np.array([1, 1]), right, 20).chance5 == pytest.approx(simulated, abs=0.01)
+
+
+def test_both_directions_with_several_captions() -> None:
+    images = torch.eye(3)
+    captions = [("a", "b"), ("c",), ("d", "e", "f")]
+    texts = torch.tensor(
+        [
+            [0.9, 0.1, 0.0],  # a finds image 0
+            [0.1, 0.8, 0.0],  # b finds image 1 first, own second
+            [0.3, 0.5, 0.1],  # c finds image 1
+            [0.9, 0.5, 0.1],  # d: own is third
+            [0.0, 0.0, 0.7],  # e finds image 2
+            [0.0, 0.0, 0.2],  # f finds image 2
+        ]
+    )
+    result = retrieve(_features(images, texts, captions))
+    assert (result.images, result.texts, result.duplicate_captions) == (3, 6, 0)
+    assert result.text_to_image.r1 == pytest.approx(4 / 6)
+    assert result.text_to_image.r5 == 1.0
+    assert result.text_to_image.median_rank == 1.0
+    # image 0: a and d tie at 0.9, against it; image 1: b 0.8 is before c 0.5, d too; image 2: e.
+    assert result.image_to_text.r1 == pytest.approx(1 / 3)
+    assert result.image_to_text.median_rank == 2.0
+    assert result.image_to_text.chance1 == pytest.approx((2 + 1 + 3) / 6 / 3)
+
+
+def test_a_caption_that_two_images_share() -> None:
+    images = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])
+    texts = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    captions = [("a cat",), ("a cat",), ("a dog",)]
+    usual = retrieve(_features(images, texts, captions))
+    assert usual.duplicate_captions == 2
+    assert usual.text_to_image.r1 == pytest.approx(2 / 3)  # the second cat's caption finds the first cat
+    assert usual.image_to_text.r1 == pytest.approx(1 / 3)  # the cats' captions tie
+    shared = retrieve(_features(images, texts, captions), same_caption="right")
+    assert (shared.text_to_image.r1, shared.image_to_text.r1) == (1.0, 1.0)
+    assert shared.text_to_image.chance1 == pytest.approx((2 + 2 + 1) / 3 / 3)
+    assert (usual.same_caption, shared.same_caption) == ("wrong", "right")
+
+
+def test_wrong_arguments() -> None:
+    features = _features(torch.eye(2), torch.eye(2), [("a",), ("b",)])
+    with pytest.raises(UserError, match="'maybe'.*'wrong' or 'right'"):
+        retrieve(features, same_caption="maybe")  # type: ignore[arg-type]  # the mistake that is tested
+    with pytest.raises(UserError, match="texts=True"):
+        retrieve(SourceFeatures("x", np.arange(2), torch.eye(2), (("a",), ("b",)), None, np.arange(2), SkipCounter()))

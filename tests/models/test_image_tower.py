@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from declip.errors import UserError
+from declip.models.image_tower import SMALL_TOWERS, ImageTower
+
+
+@pytest.mark.parametrize("name", [*SMALL_TOWERS, "resnet50_clip", "convnext_atto", "vit_tiny_patch16_224"])
+def test_pooled_hidden_and_token_features_have_the_announced_widths(name: str) -> None:
+    tower = ImageTower(name, size=64, embed_dim=24).eval()
+    with torch.no_grad():
+        features = tower(torch.randn(2, 3, 64, 64))
+    assert features.pooled.shape == (2, 24)
+    assert features.hidden.shape == (2, tower.hidden_width)
+    assert features.tokens.ndim == 3
+    assert features.tokens.shape[2] == tower.token_width
+    assert features.tokens.shape[1] > 1
+
+
+def test_regnety_64gf_is_built_with_its_published_size() -> None:
+    with torch.device("meta"):
+        tower = ImageTower("regnety_640", size=64, embed_dim=512)
+    millions = sum(p.numel() for p in tower.trunk.parameters()) / 1e6
+    assert 275 < millions < 285  # 281.4 M with its 1000-way classifier (timm), which is not built here
+
+
+def test_a_clip_vit_equals_timm_with_its_own_head() -> None:
+    import timm
+
+    options = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    tower = ImageTower("vit_base_patch32_clip_quickgelu_224", 64, 24, options).eval()
+    theirs = timm.create_model("vit_base_patch32_clip_quickgelu_224", img_size=64, num_classes=24, **options).eval()
+    state = {name: value for name, value in tower.trunk.state_dict().items()}
+    state |= {"norm.weight": tower.norm.weight, "norm.bias": tower.norm.bias, "head.weight": tower.proj.weight}
+    missing = theirs.load_state_dict(state, strict=False)
+    assert missing.missing_keys == ["head.bias"]
+    torch.nn.init.zeros_(theirs.head.bias)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(tower(images).pooled, theirs(images), rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_of_a_map_keep_the_order_of_the_grid() -> None:
+    tower = ImageTower("declip_conv_tiny", size=32, embed_dim=8).eval()
+    images = torch.randn(1, 3, 32, 32)
+    grid = tower.trunk.forward_features(images)
+    tokens = tower(images).tokens
+    torch.testing.assert_close(tokens[0, grid.shape[3]], grid[0, :, 1, 0])
+
+
+def test_freezing_the_patch_projection() -> None:
+    tower = ImageTower("declip_vit_tiny", 32, 8, freeze_patch_projection=True)
+    assert not tower.trunk.patch_embed.proj.weight.requires_grad
+    with pytest.raises(UserError, match="needs a vision transformer"):
+        ImageTower("declip_conv_tiny", 32, 8, freeze_patch_projection=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet50_klip", {}, "Did you mean 'resnet50_clip'"),
+        ("resnet18", {"colour": 3}, "timm cannot build the image tower 'resnet18'"),
+        ("declip_vit_tiny", {"patch_size": "big"}, "timm cannot build"),
+    ],
+)
+def test_a_wrong_tower_is_named(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ImageTower(name, 32, 8, options)

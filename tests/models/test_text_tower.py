@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from declip.models.text_tower import TextTower
+
+VOCABULARY, END = 50, 48
+
+
+def small_tower(**options: object) -> TextTower:
+    torch.manual_seed(0)
+    return TextTower(VOCABULARY, END, embed_dim=12, width=32, layers=2, heads=4, context=20, **options)  # type: ignore[arg-type]
+
+
+def captions(lengths: list[int], context: int) -> torch.Tensor:
+    tokens = torch.zeros(len(lengths), context, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        tokens[row, 0] = 47
+        tokens[row, 1 : length - 1] = torch.randint(1, 47, (length - 2,))
+        tokens[row, length - 1] = END
+    return tokens
+
+
+def test_a_batch_cut_to_its_longest_caption_equals_the_padded_one() -> None:
+    tower, tokens = small_tower().double(), captions([5, 8, 3], 20)
+    padded, cut = tower(tokens), tower(tokens[:, :8])
+    assert torch.equal(padded.lengths, torch.tensor([5, 8, 3]))
+    torch.testing.assert_close(cut.pooled, padded.pooled, rtol=0, atol=1e-12)
+    torch.testing.assert_close(cut.words, padded.words[:, :8], rtol=0, atol=1e-12)
+
+
+def test_no_word_sees_a_later_one() -> None:
+    tower, tokens = small_tower(), captions([10, 10], 10)
+    changed = tokens.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % 47
+    before, after = tower(tokens).words, tower(changed).words
+    torch.testing.assert_close(before[:, :6], after[:, :6], rtol=0, atol=1e-6)
+    assert not torch.allclose(before[:, 6:], after[:, 6:])
+
+
+def test_a_mask_id_above_the_end_id_does_not_move_the_pooling() -> None:
+    tower, tokens = small_tower(), captions([6], 8)
+    tokens[0, 2] = VOCABULARY - 1
+    assert tower(tokens).lengths.item() == 6
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_equals_open_clip_on_the_same_weights(activation: str) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    from open_clip.transformer import QuickGELU
+
+    tower = small_tower(activation=activation).double()
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs = open_clip.transformer.TextTransformer(
+        context_length=20, vocab_size=VOCABULARY, width=32, heads=4, layers=2, output_dim=12,
+        act_layer=QuickGELU if activation == "quick_gelu" else torch.nn.GELU, pool_type="eos", eos_id=END,
+    ).double()  # fmt: skip
+    state = dict(tower.state_dict())
+    state["text_projection"] = state.pop("text_projection.weight").T
+    theirs.load_state_dict(state, strict=True)
+    tokens = captions([20, 7, 2], 20)
+    torch.testing.assert_close(tower(tokens).pooled, theirs(tokens), rtol=1e-9, atol=1e-9)

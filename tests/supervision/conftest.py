@@ -1,0 +1,106 @@
+"""What the tests of the terms share: golden cases, random unit vectors, and what every term must do."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "loss_cases.npz"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    """Read one case of the authors' values: golden("infonce/0")["loss"]."""
+    arrays = np.load(GOLDEN)
+
+    def case(name: str) -> dict[str, Tensor]:
+        found = {k.removeprefix(f"{name}/"): torch.tensor(arrays[k]) for k in arrays if k.startswith(f"{name}/")}
+        assert found, f"no golden case {name}"
+        return found
+
+    return case
+
+
+@pytest.fixture
+def units() -> Callable[..., Tensor]:
+    """Draw float64 vectors of length 1, the same ones in every run: units(2, 5, 8)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+    return draw
+
+
+class NoDeviceReads(TorchDispatchMode):
+    """Fails at operations whose outcome the host must read, and on a GPU wait for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_device_reads() -> type[NoDeviceReads]:
+    """A context in which nothing may wait for the device: with no_device_reads(): ..."""
+    return NoDeviceReads
+
+
+@pytest.fixture
+def check_precision() -> Callable[..., None]:
+    """A term's loss is float32 for half-precision input, float64 for float64, and deaf to autocast."""
+
+    def check(term: Callable[..., Tensor], *inputs: Tensor) -> None:
+        halves = [x.bfloat16() if x.is_floating_point() else x for x in inputs]
+        singles = [x.float() if x.is_floating_point() else x for x in halves]
+        expected = term(*singles)
+        assert expected.dtype == torch.float32
+        for given in (halves, singles):
+            for autocast in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    found = term(*given)
+                assert found.dtype == torch.float32
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert term(*inputs).dtype == torch.float64
+
+    return check
+
+
+@pytest.fixture
+def check_gradients() -> Callable[..., None]:
+    """Analytic gradients equal finite differences in float64."""
+
+    def check(term: Callable[..., Tensor], *inputs: Tensor) -> None:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        assert torch.autograd.gradcheck(term, leaves)
+
+    return check
+
+
+@pytest.fixture
+def check_ranks() -> Callable[..., None]:
+    """Two ranks' losses, each with all keys, have the whole batch's loss as mean, and its gradients."""
+
+    def check(term: Callable[..., Tensor], *features: Tensor, batch_dim: int = 0) -> None:
+        """`term(*rows, *keys, offset)`; the rows of each rank are a part of `features`, whose batch is even."""
+        whole = [x.clone().requires_grad_() for x in features]
+        loss = term(*whole, *whole, 0)
+        shared = [x.clone().requires_grad_() for x in features]
+        half = features[0].shape[batch_dim] // 2
+        ranks = [term(*(x.narrow(batch_dim, offset, half) for x in shared), *shared, offset) for offset in (0, half)]
+        assert abs(ranks[0] - ranks[1]) > 1e-6
+        together = torch.stack(ranks).mean()
+        torch.testing.assert_close(together, loss)
+        for found, expected in zip(
+            torch.autograd.grad(together, shared), torch.autograd.grad(loss, whole), strict=True
+        ):
+            torch.testing.assert_close(found, expected)
+
+    return check

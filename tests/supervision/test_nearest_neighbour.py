@@ -1,0 +1,278 @@
+import copy
+import io
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from safetensors.torch import load, save
+
+from declip.supervision.nearest_neighbour import Queue, neighbour_contrast
+
+WIDTH = 4
+
+
+def rows(generator, n):
+    return torch.randn(n, WIDTH, generator=generator)
+
+
+class ListQueue:
+    """The queue as a plain list of (feature, tag), oldest first."""
+
+    def __init__(self, size):
+        self.size = size
+        self.items = []
+
+    def push(self, features, tags):
+        for feature, tag in zip(features.tolist(), tags.tolist(), strict=True):
+            length = math.hypot(*feature)
+            self.items.append(([x / length for x in feature], tag))
+            self.items = self.items[-self.size :]
+
+    def scores(self, query):
+        """Each held tag's similarity to a query."""
+        return {tag: sum(x * y for x, y in zip(query, f, strict=True)) for f, tag in self.items}
+
+
+pushes = st.lists(st.integers(0, 17), max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 8), counts=pushes, seed=st.integers(0, 999))
+def test_equals_a_plain_list_under_any_pushes(size, counts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    queue, model = Queue(size, WIDTH), ListQueue(size)
+    tag = 0
+    for count in counts:
+        features, tags = rows(generator, count), torch.arange(tag, tag + count)
+        tag += count
+        queue.push(features, tags)
+        model.push(features, tags)
+        assert len(queue) == len(model.items)
+        expected = torch.tensor([f for f, _ in model.items]).reshape(-1, WIDTH)
+        torch.testing.assert_close(queue.ordered(), expected, rtol=0, atol=1e-6)
+        if len(queue):
+            queries = rows(generator, 5)
+            found, slots = queue.nearest(queries)
+            for query, found_tag in zip(queries.tolist(), queue.tags[slots].tolist(), strict=True):
+                scores = model.scores(query)
+                assert scores[found_tag] == pytest.approx(max(scores.values()), abs=1e-5)
+            assert torch.equal(found, queue.features[slots])
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 8), counts=pushes, together=st.integers(0, 30))
+def test_one_push_of_all_equals_many_pushes(size, counts, together):
+    generator = torch.Generator().manual_seed(1)
+    parts = [rows(generator, together), *(rows(generator, n) for n in counts)]
+    many, one = Queue(size, WIDTH), Queue(size, WIDTH)
+    for part in parts:
+        many.push(part)
+    one.push(torch.cat(parts))
+    assert_same(many, one)
+
+
+def assert_same(queue, other):
+    state, expected = queue.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(state[name], value), name
+    assert (len(queue), queue.pointer) == (len(other), other.pointer)
+
+
+@pytest.mark.parametrize("bank", [0, 1, 2])
+def test_against_the_authors_bank(golden, bank):
+    """Same slots, pointer and neighbours, but the rows that they drop at the end go on at the front.
+
+    Theirs starts from random vectors and stores what it is given; ours stores rows of length 1. So each of their
+    states is put in, and where they fill the end exactly or not at all the outcomes are the same.
+    """
+    case = golden(f"nn_bank/{bank}")
+    size, wrapped = int(case["size"]), 0
+    for op in range(int(case["n_ops"])):
+        step = {k.removeprefix(f"op{op}/"): v for k, v in case.items() if k.startswith(f"op{op}/")}
+        before, query = step["bank_before"].T, step["query"]
+        queue = Queue(size, before.shape[1])
+        queue.push(before)
+        queue.pointer = start = int(step["ptr_before"])
+        assert torch.allclose(queue.features.norm(dim=1), torch.ones(size))
+        found, slots = queue.nearest(query)
+        if torch.allclose(before.norm(dim=1), torch.ones(size)):
+            torch.testing.assert_close(found, step["output"][0], rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(slots, (query @ queue.features.T).argmax(dim=1))
+        if not step["update"]:
+            continue
+        queue.push(query)
+        tail = len(query) - (size - start)
+        if tail <= 0:
+            assert queue.pointer == int(step["ptr_after"])
+            expected = F.normalize(step["bank_after"].T, dim=1)
+            torch.testing.assert_close(queue.features, expected, rtol=0, atol=1e-6)
+        else:
+            wrapped += 1
+            assert int(step["ptr_after"]) == 0
+            assert queue.pointer == tail % size
+            torch.testing.assert_close(queue.features[:tail], F.normalize(query[-tail:], dim=1))
+    assert wrapped == {0: 1, 1: 0, 2: 2}[bank]
+
+
+def test_unwritten_slots_are_never_found():
+    queue = Queue(100, WIDTH)
+    queue.push(torch.eye(WIDTH)[:1])
+    found, slots = queue.nearest(-torch.eye(WIDTH))
+    assert slots.tolist() == [0] * WIDTH
+    assert torch.equal(found, torch.eye(WIDTH)[:1].expand(WIDTH, WIDTH))
+
+
+def test_an_empty_queue_says_so():
+    queue = Queue(3, WIDTH)
+    assert len(queue) == 0
+    assert queue.ordered().shape == (0, WIDTH)
+    with pytest.raises(LookupError, match="empty"):
+        queue.nearest(torch.ones(1, WIDTH))
+
+
+def test_fill_forgets_what_was_there():
+    queue, expected = Queue(5, WIDTH), Queue(5, WIDTH)
+    generator = torch.Generator().manual_seed(2)
+    queue.push(rows(generator, 7), torch.arange(7))
+    fresh = rows(generator, 3)
+    queue.fill(fresh, torch.tensor([7, 8, 9]))
+    expected.push(fresh, torch.tensor([7, 8, 9]))
+    assert_same(queue, expected)
+    assert queue.tags.tolist() == [7, 8, 9, -1, -1]
+
+
+def test_rows_pushed_without_a_tag_lose_the_old_rows_tag():
+    queue = Queue(3, WIDTH)
+    queue.push(torch.eye(WIDTH)[:3], torch.arange(3))
+    queue.push(torch.eye(WIDTH)[:2])
+    assert queue.tags.tolist() == [-1, -1, 2]
+
+
+def test_written_in_float32_at_length_1_and_without_gradient():
+    queue = Queue(6, WIDTH)
+    features = (100 * torch.randn(4, WIDTH)).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        queue.push(features)
+        found, _ = queue.nearest(features)
+    assert queue.features.dtype == torch.float32
+    assert not found.requires_grad
+    assert not queue.features.requires_grad
+    expected = F.normalize(features.detach().float(), dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+def test_searching_is_in_float32_even_inside_autocast():
+    near = torch.tensor([[1.0, 0.001, 0, 0], [1.0, 0, 0, 0]])
+    queue = Queue(2, WIDTH)
+    queue.push(near)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, slots = queue.nearest(torch.tensor([[1.0, 0.003, 0, 0], [1.0, -0.003, 0, 0]]))
+    assert slots.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("count", [0, 3, 5, 8])
+def test_a_saved_queue_goes_on_as_if_never_stopped(count):
+    generator = torch.Generator().manual_seed(3)
+    queue = Queue(5, WIDTH)
+    queue.push(rows(generator, count), torch.arange(count))
+    pickled = io.BytesIO()
+    torch.save(queue.state_dict(), pickled)
+    pickled.seek(0)
+    states = [load(save(queue.state_dict())), torch.load(pickled, weights_only=True)]
+    more = rows(generator, 3)
+    resumed = [Queue(5, WIDTH) for _ in states]
+    for other, state in zip(resumed, states, strict=True):
+        other.load_state_dict(state)
+        assert_same(other, queue)
+    resumed.append(copy.deepcopy(queue))
+    queue.push(more)
+    for other in resumed:
+        other.push(more)
+        assert_same(other, queue)
+
+
+def test_buffers_move_with_the_module():
+    assert {name for name, _ in Queue(2, 3).named_buffers()} == {"features", "tags"}
+    assert all(buffer.device.type == "meta" for buffer in Queue(2, 3).to("meta").buffers())
+
+
+def test_never_waits_for_the_device(no_device_reads):
+    queue = Queue(5, WIDTH)
+    with no_device_reads():
+        for count in (3, 3, 9):
+            queue.push(torch.ones(count, WIDTH), torch.arange(count))
+            found, _ = queue.nearest(torch.ones(2, WIDTH))
+            neighbour_contrast(found[None], found[None], found[None], 10.0)
+        assert len(queue) == 5
+
+
+def test_a_found_feature_is_not_changed_by_later_pushes():
+    queue = Queue(2, WIDTH)
+    queue.push(torch.eye(WIDTH)[:2])
+    found, _ = queue.nearest(torch.eye(WIDTH)[:1])
+    queue.push(torch.eye(WIDTH)[2:])
+    assert torch.equal(found, torch.eye(WIDTH)[:1])
+
+
+def loop_contrast(row_views, key_views, scale, offset):
+    losses = []
+    for view in row_views.tolist():
+        for keys in key_views.tolist():
+            for b, row in enumerate(view):
+                logits = [scale * sum(x * y for x, y in zip(row, key, strict=True)) for key in keys]
+                losses.append(math.log(sum(math.exp(v) for v in logits)) - logits[offset + b])
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_contrast_equals_a_plain_loop(units, offset, symmetric):
+    images, neighbours, image_keys, keys = units(2, 3, 5), units(2, 3, 5), units(2, 6, 5), units(2, 6, 5)
+    expected = loop_contrast(images, keys, 12.0, offset)
+    if symmetric:
+        expected = (expected + loop_contrast(neighbours, image_keys, 12.0, offset)) / 2
+    found = neighbour_contrast(images, neighbours, keys, 12.0, offset, symmetric, image_keys)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_contrast_gradients_reach_images_and_scale_only(units, check_gradients, symmetric):
+    neighbours, keys = units(2, 2, 3).requires_grad_(), units(2, 4, 3).requires_grad_()
+    images, image_keys = units(2, 2, 3), units(2, 4, 3)
+    scale = torch.tensor(5.0, dtype=torch.float64)
+    inputs = (images, scale, image_keys) if symmetric else (images, scale)
+
+    def term(images, scale, image_keys=None):
+        return neighbour_contrast(images, neighbours, keys, scale, 1, symmetric, image_keys)
+
+    check_gradients(term, *inputs)
+    leaf = images.clone().requires_grad_()
+    term(leaf, scale, image_keys).backward()
+    assert leaf.grad.abs().sum() > 0
+    assert neighbours.grad is None
+    assert keys.grad is None
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_contrast_of_ranks_together_equals_the_whole_batch(units, check_ranks, symmetric):
+    neighbours = units(2, 6, 5)
+
+    def term(images, image_keys, offset):
+        own = neighbours.narrow(1, offset, images.shape[1])
+        return neighbour_contrast(images, own, neighbours, 9.0, offset, symmetric, image_keys)
+
+    check_ranks(term, units(2, 6, 5), batch_dim=1)
+
+
+def test_contrast_precision_and_range(units, check_precision):
+    check_precision(lambda x, n: neighbour_contrast(x, n, n, 100.0, 0, True, x), units(2, 4, 8), units(2, 4, 8))
+    images = torch.eye(4).expand(2, 4, 4).clone().requires_grad_()
+    loss = neighbour_contrast(images, -images, -images, 100.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(100 + math.log(3), rel=1e-6)
+    assert images.grad.isfinite().all()

@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from declip.config import TERMS, Recipe, Weights, load_recipe, parse_overrides, recipe_names
+from declip.errors import UserError
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    text = (Path(__file__).parents[1] / "src/declip/recipes" / f"{name}.yaml").read_text()
+    assert text.startswith("#"), "a recipe begins with what it is and what came out"
+
+
+METHOD = {
+    "clip": {"contrastive": 1},
+    "slip": {"contrastive": 1, "simclr": 1},
+    "filip": {"contrastive": 1, "late_interaction": 1},
+    "declip": {"contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2},
+    "declip-paper": {
+        "contrastive": 0.4, "multi_view": 0.2, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2,
+    },
+    "defilip": {
+        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2,
+        "late_interaction": 0.2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_recipes_have_the_weights_of_the_method(name: str) -> None:
+    weights = load_recipe(name).weights
+    assert {term: getattr(weights, term) for term in weights.active()} == METHOD[name]
+
+
+def test_the_published_recipe_has_the_authors_numbers() -> None:
+    recipe = load_recipe("declip-yfcc15m-r50")
+    assert recipe.image.name == "resnet50_clip"
+    assert (recipe.image.size, recipe.embed_dim) == (224, 1024)
+    assert (recipe.text.width, recipe.text.layers, recipe.text.heads, recipe.text.context) == (512, 12, 8, 77)
+    train = recipe.train
+    assert (train.batch, train.steps, train.warmup_steps) == (4096, 128000, 2500)
+    assert (train.lr_start, train.lr_peak, train.weight_decay) == (1e-4, 1e-3, 0.1)
+    assert (train.betas, train.eps) == ((0.9, 0.98), 1e-8)
+    assert recipe.nearest_neighbour.queue_size == 65536
+    assert recipe.logit_scale.min == 3.0
+    views = recipe.views.image
+    assert (views.crop_area, views.jitter, views.grey_p, views.blur_p) == ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "images", "texts"),
+    [
+        ({"contrastive": 1}, 1, 1),
+        ({"contrastive": 1, "simclr": 1}, 2, 1),
+        ({"contrastive": 1, "simsiam": 1}, 2, 1),
+        ({"multi_view": 1}, 2, 2),
+        ({"nearest_neighbour": 1}, 2, 2),
+        ({"late_interaction": 1}, 1, 1),
+    ],
+)
+def test_only_the_views_that_a_term_needs_are_made(weights: dict[str, float], images: int, texts: int) -> None:
+    recipe = Recipe(weights=Weights(**weights))
+    assert (recipe.image_view_count, recipe.text_view_count) == (images, texts)
+
+
+def test_a_recipe_extends_another_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("extends: declip\nseed: 7\ntrain: {steps: 11}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {batch: 9}\nweights: {contrastive: 2}\n")
+    recipe = load_recipe(tmp_path / "mine.yaml", {"train.lr_peak": "0.5", "image.size": 48})
+    assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch) == ("mine", 7, 11, 9)
+    assert (recipe.train.lr_peak, recipe.image.size) == (0.5, 48)
+    assert recipe.weights.active() == ("contrastive",), "weights are named whole, not merged"
+
+
+def test_an_override_of_one_weight_keeps_the_others() -> None:
+    weights = load_recipe("declip", {"weights.simsiam": "0"}).weights
+    assert (weights.simsiam, weights.multi_view) == (0, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("declop", {}, "Unknown recipe 'declop'. Did you mean 'declip'"),
+        ("clip", {"train.stepps": "5"}, "Unknown recipe key 'train.stepps'. Did you mean 'train.steps'"),
+        ("clip", {"trian.steps": "5"}, "Unknown recipe key 'trian'. Did you mean"),
+        ("clip", {"train.steps": "many"}, "train.steps='many': input should be a valid integer"),
+        ("clip", {"train.batch": "1"}, "train.batch=1: input should be greater than or equal to 2"),
+        ("clip", {"weights.contrastive": "0"}, "every weight is 0"),
+        ("clip", {"text.heads": "3"}, "text.width 128 is not a multiple of text.heads 3"),
+        ("clip", {"train.lr_start": "1"}, "lr_start 1.0 is above train.lr_peak"),
+        ("missing.yaml", {}, "There is no recipe file 'missing.yaml'"),
+    ],
+)
+def test_a_mistake_is_named(name: str, overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(name, overrides)
+    assert message in str(caught.value)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    for name, message in (("loop", "extends itself"), ("list", "must be a mapping"), ("broken", "not valid YAML")):
+        with pytest.raises(UserError, match=message):
+            load_recipe(tmp_path / f"{name}.yaml")
+
+
+def test_overrides_are_key_equals_value() -> None:
+    assert parse_overrides(["a.b=1", "c=x=y"]) == {"a.b": "1", "c": "x=y"}
+    with pytest.raises(UserError, match="Write key=value"):
+        parse_overrides(["steps"])
+
+
+def test_every_weight_is_a_term() -> None:
+    assert tuple(Weights.model_fields) == TERMS

@@ -1,0 +1,44 @@
+import torch
+from conftest import TINY, WEIGHTS
+
+from declip.config import Recipe
+from declip.models.dual_encoder import DualEncoder
+from declip.supervision.objective import Objective
+from declip.training.optimizer import build_optimizer, decays, named_trainable
+
+UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "late_scale", "pos_embed", "positional", "cls_token")
+
+
+def parts(name: str = "defilip") -> tuple[DualEncoder, Objective, Recipe]:
+    recipe = Recipe.model_validate({**TINY, "weights": WEIGHTS[name]})
+    model = DualEncoder.from_recipe(recipe)
+    return model, Objective.for_model(recipe, model), recipe
+
+
+def test_decay_spares_biases_norms_scales_and_positions_and_nothing_else() -> None:
+    model, objective, _ = parts()
+    named = named_trainable(model, objective)
+    spared = {name for name, parameter in named if not decays(name, parameter)}
+    expected = {name for name, _ in named if any(word in name for word in UNDECAYED_WORDS)}
+    assert spared == expected
+    assert "0.text_tower.token_embedding.weight" not in spared
+
+
+def test_every_parameter_is_in_exactly_one_group() -> None:
+    model, objective, recipe = parts()
+    optimizer = build_optimizer(named_trainable(model, objective), recipe.train)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    learning = [id(p) for module in (model, objective) for p in module.parameters()]
+    assert sorted(held) == sorted(learning)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_one_step_equals_adamw_by_hand() -> None:
+    _, _, recipe = parts("clip")
+    weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    optimizer = build_optimizer([("w", weight)], recipe.train)
+    optimizer.param_groups[0]["lr"] = 0.01
+    weight.grad = torch.tensor([[0.5, -0.1]])
+    optimizer.step()
+    decayed = torch.tensor([[1.0, -2.0]]) * (1 - 0.01 * 0.1)
+    torch.testing.assert_close(weight.data, decayed - 0.01 * torch.tensor([[1.0, -1.0]]), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,204 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, WEIGHTS
+
+from declip.config import Recipe
+from declip.errors import UserError
+from declip.training import trainer as trainer_module
+from declip.training.checkpoint import list_checkpoints, load_checkpoint
+from declip.training.monitor import CLOCK, read_rows
+from declip.training.trainer import Trainer, train
+
+
+def recipe_for(table: Path, name: str = "declip", **train_keys: object) -> Recipe:
+    tree = {**TINY, "name": name, "data": {"source": str(table)}, "weights": WEIGHTS[name]}
+    tree["train"] = {**TINY["train"], **train_keys}
+    return Recipe.model_validate(tree)
+
+
+def same_end(one: Path, other: Path) -> None:
+    """Weights, heads, queue, moments, random states and metrics of two runs are equal bit for bit."""
+    first, second = (load_checkpoint(list_checkpoints(folder)[-1]) for folder in (one, other))
+    assert first.step == second.step
+    for mine, theirs in ((first.weights, second.weights), (first.training, second.training)):
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            assert torch.equal(mine[key], theirs[key]), key
+    rows = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(f / "metrics.jsonl")] for f in (one, other)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str) -> None:
+    recipe = recipe_for(table, name, steps=60, lr_peak=3e-3, log_every=1, checkpoint_every=60)
+    run = train(recipe, out=tmp_path, quiet=True)
+    totals = [row["total"] for row in run.metrics]
+    assert run.finished
+    assert sum(totals[-10:]) < 0.9 * sum(totals[:10]) if min(totals) > 0 else totals[-1] < totals[0]
+    assert set(run.metrics[0]["terms"]) == set(WEIGHTS[name])
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["clip", "defilip"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_equals_one_never_interrupted(table: Path, tmp_path: Path, name: str, workers: int) -> None:
+    recipe = recipe_for(table, name, ema=0.9)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
+    train(recipe, out=tmp_path / "whole", quiet=True)
+
+    stopped = Trainer(recipe, tmp_path / "parts", quiet=True)
+    save = stopped.save
+
+    def save_and_stop() -> Path:
+        stopped._stop_asked = True
+        return save()
+
+    stopped.save = save_and_stop  # type: ignore[method-assign]
+    assert not stopped.train().finished
+    assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True).finished
+    same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+SCRIPT = """
+import sys; sys.path[:0] = [{tests!r}]
+from pathlib import Path
+from declip.config import Recipe
+from declip.training.trainer import train
+train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), out=sys.argv[2], resume=True, quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(table: Path, tmp_path: Path) -> None:
+    """SIGKILL at moments spread over the run, checkpoint writing included, until it gets through."""
+    recipe = recipe_for(table, "declip", steps=60, checkpoint_every=7, log_every=3)
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    train(recipe, out=tmp_path / "whole", quiet=True)
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", script, str(tmp_path / "recipe.json"), str(tmp_path / "killed")]
+    kills = 0
+    for delay in (0.05, 0.6, 0.3, 0.02):
+        process = subprocess.Popen(words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
+        before = len(list((tmp_path / "killed" / "checkpoints").glob("*")))
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list((tmp_path / "killed" / "checkpoints").glob("*"))) != before:
+                time.sleep(delay)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2, "the run was too quick to be killed"
+    subprocess.run(words, env=environment, cwd=tmp_path, check=True, capture_output=True)
+    same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_ctrl_c_saves_and_a_resume_goes_on(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(table, steps=20, checkpoint_every=100)
+    step = trainer_module.training_step
+
+    def interrupted(*arguments: object) -> object:
+        if not (tmp_path / "once").exists():
+            (tmp_path / "once").touch()
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer_module, "training_step", interrupted)
+    run = train(recipe, out=tmp_path / "run", quiet=True)
+    assert (run.finished, run.step) == (False, 1)
+    assert len(list_checkpoints(run.folder)) == 1
+    assert train(recipe, out=tmp_path / "run", resume=True, quiet=True).step == 20
+    train(recipe, out=tmp_path / "whole", quiet=True)
+    same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_average_follows_the_weights(table: Path, tmp_path: Path) -> None:
+    trainer = Trainer(recipe_for(table, "clip", ema=0.999, steps=3), tmp_path, quiet=True)
+    start = trainer.model.logit_scale.item()
+    trainer.train()
+    end = trainer.model.logit_scale.item()
+    averaged = trainer.evaluated_model.logit_scale.item()
+    assert trainer.evaluated_model is not trainer.model
+    assert min(start, end) < averaged < max(start, end)
+
+
+def test_the_logit_scale_stays_within_its_limits(table: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(table, "clip", lr_peak=1.0, lr_start=1.0, steps=4)
+    limited = recipe.model_copy(update={"logit_scale": recipe.logit_scale.model_copy(update={"min": 2.0, "max": 2.7})})
+    trainer = Trainer(limited, tmp_path, quiet=True)
+    trainer.train()
+    assert 2.0 <= trainer.model.logit_scale.item() <= 2.7
+
+
+def test_a_loss_that_is_not_finite_stops_with_all_that_helps(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(recipe_for(table, checkpoint_every=2, log_every=1), tmp_path, quiet=True)
+    total = trainer.objective.total
+
+    def poisoned(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return total({**terms, "contrastive": terms["contrastive"] * float("nan")}) if trainer.step == 5 else total(terms)
+
+    monkeypatch.setattr(trainer.objective, "total", poisoned)
+    with pytest.raises(UserError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert "not finite at step 6" in message
+    assert "contrastive nan" in message
+    assert "step-00000004" in message
+    named = {int(word.strip(",")) for word in message.split("pairs ")[1].split(" of ")[0].split()}
+    assert named == {int(i) for i in trainer.loader.indices(5)}
+    weights = load_checkpoint(list_checkpoints(tmp_path)[-1]).weights
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_another_recipes_run_is_not_resumed(table: Path, tmp_path: Path) -> None:
+    train(recipe_for(table), out=tmp_path, quiet=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(recipe_for(table), out=tmp_path, quiet=True)
+    with pytest.raises(UserError, match=r"another recipe.*train\.lr_peak was 0\.001, now 0\.002"):
+        train(recipe_for(table, lr_peak=2e-3), out=tmp_path, resume=True, quiet=True)
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    assert train(recipe_for(table, checkpoint_every=3), out=tmp_path, resume=True, quiet=True).finished
+    assert (tmp_path / "metrics.jsonl").read_text() == rows
+
+
+def test_a_folder_that_cannot_be_written_is_named(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="Cannot write into the run folder"):
+        train(recipe_for(table), out=tmp_path / "file" / "run", quiet=True)
+
+
+def test_a_source_smaller_than_a_batch_is_named(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="24"):
+        train(recipe_for(table, batch=64), out=tmp_path, quiet=True)
+
+
+def test_an_unknown_device_is_named(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train.device"):
+        train(recipe_for(table, device="cuda:7"), out=tmp_path, quiet=True)
+
+
+def test_broken_pairs_are_counted_and_too_many_stop_the_run(table: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    for row in rows[:3]:
+        row["image"] = "missing.png"
+    broken = table.with_name("broken.jsonl")
+    broken.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_for(broken, steps=30)
+    with pytest.raises(UserError, match=r"missing image"):
+        train(recipe, out=tmp_path / "strict", quiet=True)
+    allowed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_broken_share": 0.5})})
+    train(allowed, out=tmp_path / "allowed", quiet=True)
+    counts = json.loads((tmp_path / "allowed" / "skipped.json").read_text())
+    assert counts["seen"] == 240
+    assert counts["reasons"]["missing image"]["count"] == 30, "3 of 24 pairs in each of 10 epochs"
