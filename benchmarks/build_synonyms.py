@@ -36,13 +36,14 @@ SKIPPED_GLOSS = re.compile(
     r"\bslang\b|\barchaic\b|\bobsolete\b|\bdialect|sexual|prostitut|intercourse|copulat|genital|masturbat"
     r"|\bsemen\b|\bfec(es|al)\b|defecat|eliminate urine|buttocks"
 )
-# Crude, dated or belittling words that WordNet does not mark; phrases with them are left out too.
-_UNMARKED_WORDS = """
-barbarian bitch bollock boob colored coloured cretin crone eskimo fart gipsy goy gyp hag heathen hottentot
-hussy idiot imbecile infidel loony lunatic midget mongol moron negro nutcase prat rape ravish retard savage
-shrew slut strumpet tit titty trollop vixen wench wino
+# Crude, dated or belittling words: most are not marked in WordNet, and none may be a word of a phrase either.
+_CRUDE_WORDS = """
+arse ass asshole barbarian bitch bollock boob bugger cock colored coloured coon crap crapper cretin crone cunt
+eskimo fart fuck gipsy goy gyp hag heathen hottentot hussy idiot imbecile infidel loony lunatic midget mongol
+moron negro nutcase piss prat rape ravish retard savage shit shitter shitting shrew slut strumpet tit titty
+trollop vixen wench whore wino
 """
-UNMARKED = frozenset(_UNMARKED_WORDS.split())
+CRUDE = frozenset(_CRUDE_WORDS.split())
 
 SPELLING = re.compile(r"[A-Za-z]{2}[A-Za-z'_-]*")
 UNPRONOUNCEABLE = re.compile(r"[b-df-hj-np-tv-xz]+")  # "ft", but "TV" is a word
@@ -86,8 +87,8 @@ def read_senses(folder: Path) -> dict[tuple[str, str], list[tuple[str, int]]]:
     counts = {}
     for line in _lines(folder / "cntlist.rev"):
         key, number, count = line.split()
-        lemma, _, rest = key.partition("%")
-        counts[lemma, "nvara"[int(rest[0]) - 1], int(number)] = int(count)
+        lemma, _, sense = key.partition("%")
+        counts[lemma, "nvara"[int(sense[0]) - 1], int(number)] = int(count)
     senses = {}
     for part, name in PARTS.items():
         for entry in _lines(folder / f"index.{name}"):
@@ -185,7 +186,7 @@ class Chooser:
                 and word.count("_") < 3
                 and not (latin and not word.islower())
                 and word.lower() not in self.unwanted
-                and UNMARKED.isdisjoint(word.lower().split("_"))
+                and CRUDE.isdisjoint(word.lower().split("_"))
                 and not domains & ODD_USAGE
             ):
                 yield word

@@ -209,6 +209,7 @@ def test_boxes_are_distributed_as_torchvisions(shape):
         lambda box: box[:, 2] / box[:, 3],
         lambda box: box[:, 0],
         lambda box: box[:, 1],
+        lambda box: box[:, 0] - box[:, 1],
     ):
         assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
     left, top, wide, high = ours.T
@@ -230,7 +231,7 @@ def test_a_picture_too_long_for_any_box_gives_its_middle(shape, box):
     assert maker.box(*shape, np.random.default_rng(0)) == box
 
 
-@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (31, 200), (500, 333), (9, 8)])
+@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (31, 200), (500, 333), (9, 8), (32, 35)])
 def test_preprocess_equals_clips(shape):
     image = picture(*shape)
     clip = T.Compose(
@@ -256,6 +257,21 @@ def test_preprocess_takes_any_mode_any_shape_and_one_picture():
         assert prepared.shape == (1, 3, 16, 16)
         torch.testing.assert_close(prepared, white.view(1, 3, 1, 1).expand(1, 3, 16, 16))
     assert prepare([]).shape == (0, 3, 16, 16)
+
+
+def test_a_thin_line_is_not_blown_up_before_it_is_cut(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+
+    def spy(image, size, *arguments):
+        sizes.append(size)
+        return resize(image, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    line = Image.new("RGB", (30_001, 3))
+    line.paste((255, 255, 255), (14_990, 0, 15_010, 3))
+    prepared = Preprocess(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))(line)
+    assert sizes == [(160, 16)]
+    torch.testing.assert_close(prepared, torch.ones(1, 3, 16, 16))
 
 
 @pytest.mark.parametrize(

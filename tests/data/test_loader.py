@@ -141,8 +141,12 @@ def test_shapes_types_and_options_off():
     assert single.labels is None
 
 
-@pytest.mark.parametrize(("context", "length"), [(32, 16), (12, 12), (9, 9)])
-def test_all_texts_have_one_length_a_multiple_of_eight_within_the_context(context, length):
+@pytest.mark.parametrize(
+    ("words", "context", "length"), [(6, 32, 8), (7, 32, 16), (15, 32, 24), (15, 12, 12), (15, 9, 9)]
+)
+def test_all_texts_have_one_length_a_multiple_of_eight_within_the_context(words, context, length, monkeypatch):
+    caption = " ".join(f"qx{word}" for word in range(words))  # no synonyms
+    monkeypatch.setattr(Source, "captions", lambda *_: (caption,))
     batch = take(make(context=context), 1)[0]
     assert batch.texts.shape[2] == batch.masked.shape[1] == batch.labels.shape[1] == length
     assert ((batch.texts == Words.end).sum(-1) == 1).all()

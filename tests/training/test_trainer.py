@@ -1,8 +1,7 @@
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -67,39 +66,26 @@ def test_a_resumed_run_equals_one_never_interrupted(table: Path, tmp_path: Path,
     same_end(tmp_path / "whole", tmp_path / "parts")
 
 
-SCRIPT = """
-import sys; sys.path[:0] = [{tests!r}]
-from pathlib import Path
-from declip.config import Recipe
-from declip.training.trainer import train
-train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), out=sys.argv[2], resume=True, quiet=True)
-"""
-
-
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_bits(table: Path, tmp_path: Path) -> None:
     """SIGKILL at moments spread over the run, checkpoint writing included, until it gets through."""
     recipe = recipe_for(table, "declip", steps=60, checkpoint_every=7, log_every=3)
-    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
     train(recipe, out=tmp_path / "whole", quiet=True)
-    script = SCRIPT.format(tests=str(Path(__file__).parents[1]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", script, str(tmp_path / "recipe.json"), str(tmp_path / "killed")]
-    kills = 0
-    for delay in (0.05, 0.6, 0.3, 0.02):
-        process = subprocess.Popen(words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
-        before = len(list((tmp_path / "killed" / "checkpoints").glob("*")))
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list((tmp_path / "killed" / "checkpoints").glob("*"))) != before:
-                time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2, "the run was too quick to be killed"
-    subprocess.run(words, env=environment, cwd=tmp_path, check=True, capture_output=True)
-    same_end(tmp_path / "whole", tmp_path / "killed")
+    run, kills = tmp_path / "killed", 0
+    fork = multiprocessing.get_context("fork")
+    for delay in (0.05, 0.3, 0.02, 0.11, 0.0, 0.004):
+        process = fork.Process(target=train, args=(recipe,), kwargs={"out": run, "resume": True, "quiet": True})
+        before = set((run / "checkpoints").glob("*"))
+        process.start()
+        while process.is_alive() and set((run / "checkpoints").glob("*")) == before:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills >= 3, "the run was too quick to be killed"
+    train(recipe, out=run, resume=True, quiet=True)
+    same_end(tmp_path / "whole", run)
 
 
 def test_ctrl_c_saves_and_a_resume_goes_on(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from declip.data.batch import Draw, PairBatch, Photometric
 from declip.data.checks import check_range
 from declip.data.pairs import BrokenPair
-from declip.data.text_views import augment, mask_tokens
+from declip.data.text_views import IGNORED, augment, mask_tokens
 from declip.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ MOST_KEYWORDS = 3
 
 LENGTH_STEP = 8
 """Text lengths are rounded up to a multiple of this, so that few different shapes occur."""
-
-NO_LABEL = -100
-"""The label where nothing is to be predicted, which PyTorch's cross-entropy ignores."""
 
 
 class Assembler:
@@ -95,11 +92,10 @@ class Assembler:
 
     def __getitem__(self, step: int) -> PairBatch:
         """Make the batch of a step; pairs that cannot be used are in its `skipped`."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        indices = self.order(epoch)[place * self.batch : (place + 1) * self.batch]
+        epoch = step // self.steps_per_epoch
         samples: list[_Sample] = []
         skipped: list[BrokenPair] = []
-        for index in indices.tolist():
+        for index in self.indices(step).tolist():
             try:
                 pair = self.source[index]
             except BrokenPair as broken:
@@ -107,6 +103,11 @@ class Assembler:
             else:
                 samples.append(self._sample(pair, epoch, index))
         return self._collate(samples, skipped)
+
+    def indices(self, step: int) -> np.ndarray:
+        """The pairs of a step's batch, (batch,) int64 places in the source."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[place * self.batch : (place + 1) * self.batch]
 
     def order(self, epoch: int) -> np.ndarray:
         """The order of an epoch: a permutation of the source's indices, (n,) int64."""
@@ -176,7 +177,7 @@ class Assembler:
             images=torch.from_numpy(images),
             texts=torch.stack(texts),
             masked=_pad([sample.masked for sample in samples], length) if self.mask else None,
-            labels=_pad([sample.labels for sample in samples], length, NO_LABEL) if self.mask else None,
+            labels=_pad([sample.labels for sample in samples], length, IGNORED) if self.mask else None,
             tags=torch.tensor([sample.tag for sample in samples], dtype=torch.int64),
             photometric=Photometric.stack([[sample.draws[view] for sample in samples] for view in views]),
             skipped=skipped,

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,12 @@ from pathlib import Path
 from declip.errors import UserError
 
 CACHE_VARIABLE = "DECLIP_CACHE"
+ENDINGS = ("partial", "old")
+DAY = 86_400
+"""Seconds. Nothing takes that long to write, so what is older was left by a process that was killed."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def cache_folder() -> Path:
@@ -30,6 +37,8 @@ def cache_folder() -> Path:
 def written_beside(target: Path) -> Iterator[Path]:
     """Give a path beside `target` to write to, a file or a folder, and rename it to `target` when all went well.
 
+    What a killed process left behind is removed a day later.
+
     Args:
         target: What is to exist. What was there before stays until the new one is whole.
 
@@ -39,12 +48,12 @@ def written_beside(target: Path) -> Iterator[Path]:
     Raises:
         UserError: The folder cannot be written to, or the disk is full.
     """
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    beside, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ENDINGS)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove(beside)
+        for path in (beside, old, *_leftovers(target)):
+            remove(path)
         yield beside
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
         if target.is_dir():
             target.rename(old)
         beside.replace(target)
@@ -52,7 +61,15 @@ def written_beside(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise _explained(error, target) from error
     finally:
-        remove(beside)
+        if target.parent.is_dir():
+            remove(beside)
+
+
+def _leftovers(target: Path) -> Iterator[Path]:
+    for ending in ENDINGS:
+        for path in target.parent.glob(f".{target.name}.*.{ending}"):
+            if time.time() - path.stat().st_mtime > DAY:
+                yield path
 
 
 def remove(path: Path) -> None:
@@ -64,9 +81,10 @@ def remove(path: Path) -> None:
 
 
 def _explained(error: OSError, target: Path) -> OSError | UserError:
-    move = f"Make room or set {CACHE_VARIABLE} to another folder."
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"No room left on the disk to write '{target}'. {move}")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"'{target}' cannot be written: {error.strerror}. Set {CACHE_VARIABLE} to another folder.")
+    """The user's error where the disk or its rights are at fault, else the error itself."""
+    elsewhere = f"set {CACHE_VARIABLE} to another folder"
+    if error.errno in FULL:
+        return UserError(f"No room left on the disk to write '{target}'. Make room or {elsewhere}.")
+    if error.errno in FORBIDDEN:
+        return UserError(f"'{target}' cannot be written: {error.strerror}. Mend that or {elsewhere}.")
     return error

@@ -26,6 +26,7 @@ IMAGES, TABLE, MANIFEST, CHECKSUMS, NOTICE = (
     "checksums.json",
     "NOTICE.txt",
 )
+PREPARE = "Run `declip data prepare builtin:emoji` (17 MB to fetch, about a minute)."
 LAYOUT = 1
 """Raised when the files change their meaning; a cache of another layout is built anew."""
 
@@ -155,27 +156,30 @@ def check_emoji(folder: Path, images_too: bool = False) -> None:
 
     Args:
         folder: As `emoji_folder` gives it.
-        images_too: Also the SHA-256 of the images, about a second; done once after they are made.
+        images_too: Also the SHA-256 of the images, 0.3 GB; done once after they are made.
 
     Raises:
         UserError: It is missing, damaged, or of another layout; the message says what to run.
     """
-    prepare = "Run `declip data prepare builtin:emoji`, which fetches 17 MB and takes about a minute."
     if not folder.is_dir():
-        raise UserError(f"The built-in emoji are not there yet ('{folder}'). {prepare}")
+        raise UserError(f"The built-in emoji are not there yet ('{folder}'). {PREPARE}")
+    if fault := _fault(folder, images_too):
+        raise UserError(f"The built-in emoji in '{folder}' cannot be used: {fault}. {PREPARE}")
+
+
+def _fault(folder: Path, images_too: bool) -> str | None:
+    """What is wrong with the cache, None when it is whole."""
     try:
-        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        for name, (size, digest) in expected.items():
+        layout = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"]
+        if layout != LAYOUT:
+            return "another version of declip made them"
+        for name, (size, digest) in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
             path = folder / name
             if path.stat().st_size != size or ((name != IMAGES or images_too) and sha256(path) != digest):
-                raise UserError(f"The built-in emoji are damaged: '{path}' has changed. {prepare}")
-        layout = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"The built-in emoji in '{folder}' are damaged: {error}. {prepare}") from error
-    if layout != LAYOUT:
-        raise UserError(f"The emoji in '{folder}' were made by another version of declip. {prepare}")
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def sha256(path: Path) -> str:

@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -78,44 +78,45 @@ def prepare_emoji(cache: str | Path | None = None, progress: bool = True) -> Pat
     return folder
 
 
-def build_emoji(
-    packages: Path, folder: Path, draw: Draw, designs: Sequence[Design] = DESIGNS, bar: Progress | None = None
-) -> None:
+def build_emoji(packages: Path, folder: Path, draw: Draw, bar: Progress | None = None) -> None:
     """Make the cache from unpacked packages; it appears whole or not at all.
 
     Args:
         packages: Folder of unpacked packages, by name.
         folder: What to make; what was there is replaced at the end.
         draw: From SVG to PNG.
-        designs: The designers to draw.
         bar: Progress bar to report to.
     """
     concepts, layers = read_concepts(packages)
-    sets = {design: IconSet(packages / design.package) for design in designs}
+    sets = {design: IconSet(packages / design.package) for design in DESIGNS}
     layers.insert(1, charted_names(sets.values(), concepts))
     found = {design: match(icons, concepts, layers) for design, icons in sets.items()}
     _name_by_designers(concepts, sets, found)
     tidy(concepts)
     drawings = [(d, concepts[c], names[c]) for d, names in found.items() for c in concepts if c in names]
     step = None if bar is None else bar.add_task("drawing", total=len(drawings))
-    rows, left_out = [], []
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
     with written_beside(folder) as beside:
         beside.mkdir()
         with (beside / IMAGES).open("wb") as file:
+            # Written in order and not through a memory map: on a full disk a map dies of SIGBUS, this with a message.
             shape = (len(drawings), SIDE, SIDE, 3)
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for index, (design, concept, name) in enumerate(drawings):
-                row = {"key": f"{design.key}/{concept.code}", "image": index, "design": design.key, "drawing": name}
                 pixels = rasterise(sets[design].svg(name, SIDE), draw)
                 file.write(pixels.tobytes())
+                key = f"{design.key}/{concept.code}"
                 if pixels.min() > INVISIBLE:
-                    left_out.append(row["key"])
+                    left_out.append(key)
                 else:
-                    rows.append(row | _meaning(concept))
+                    rows.append(
+                        {"key": key, "image": index, "design": design.key, "drawing": name, **_meaning(concept)}
+                    )
                 if bar is not None and step is not None:
                     bar.advance(step)
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), beside / TABLE)
-        _write_record(beside, packages, designs, rows, left_out)
+        _write_record(beside, packages, rows, left_out)
         check_emoji(beside, images_too=True)
 
 
@@ -179,13 +180,11 @@ def rasterise(svg: str, draw: Draw) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _write_record(
-    folder: Path, packages: Path, designs: Sequence[Design], rows: list[dict[str, Any]], left_out: list[str]
-) -> None:
+def _write_record(folder: Path, packages: Path, rows: list[dict[str, Any]], left_out: list[str]) -> None:
     """Write what the cache was made from, the licences, and last the checksums of all files."""
     drawn = Counter(row["design"] for row in rows)
     origins = {}
-    for name in (*TEXT_PACKAGES, *(design.package for design in designs)):
+    for name in (*TEXT_PACKAGES, *(design.package for design in DESIGNS)):
         origins[name] = _origin(packages / name)
         kept = folder / "licences" / name.replace("/", "-")
         kept.mkdir(parents=True)
@@ -202,7 +201,7 @@ def _write_record(
         "resvg_py": _version("resvg-py"),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    (folder / NOTICE).write_text(_notice(designs, origins, drawn), encoding="utf-8")
+    (folder / NOTICE).write_text(_notice(origins, drawn), encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
@@ -222,9 +221,9 @@ def _origin(package: Path) -> dict[str, str]:
     }
 
 
-def _notice(designs: Sequence[Design], origins: dict[str, dict[str, str]], drawn: Counter[str]) -> str:
+def _notice(origins: dict[str, dict[str, str]], drawn: Counter[str]) -> str:
     lines = ["The drawings in this folder belong to others. Show these lines wherever you show a drawing.", ""]
-    for design in designs:
+    for design in DESIGNS:
         origin = origins[design.package]
         lines.append(f"{design.credit}: {drawn[design.key]} drawings, rendered at {SIDE} px over white, not altered.")
         lines.append(f"  from {origin['source']} through {design.package} {origin['version']}")

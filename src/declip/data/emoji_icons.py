@@ -1,7 +1,7 @@
 """The drawings of one designer, and which of them shows which emoji."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,28 +30,18 @@ class IconSet:
         self.chars: dict[str, str] = read_json(chars) if chars.exists() else {}
 
     def other_names(self, icon: str) -> list[str]:
-        """Aliases under which the same drawing, not turned or mirrored, is listed."""
+        """Other names of the same drawing, neither turned nor mirrored."""
         return self._same.get(icon, [])
 
     def svg(self, name: str, side: int) -> str:
         """The drawing as an SVG document of `side` by `side` pixels, its shape kept."""
-        alias = self.aliases.get(name, {"parent": name}) if name not in self.icons else {"parent": name}
-        icon = self.icons[alias["parent"]]
+        icon = self.icons[name]
         width, height = icon.get("width", self.side[0]), icon.get("height", self.side[1])
-        left, top, body = icon.get("left", 0), icon.get("top", 0), icon["body"]
-        if alias.get("hFlip"):
-            body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
+        box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
         return (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'width="{side}" height="{side}" viewBox="{left} {top} {width} {height}">{body}</svg>'
+            f'width="{side}" height="{side}" viewBox="{box}">{icon["body"]}</svg>'
         )
-
-    def drawings(self) -> Iterator[str]:
-        """Names of all drawings, mirrored ones included."""
-        yield from self.icons
-        for name, alias in self.aliases.items():
-            if alias.get("hFlip") and alias.keys() <= {"parent", "hFlip"} and alias["parent"] in self.icons:
-                yield name
 
 
 def corrections(prefix: str) -> dict[str, str | None]:
@@ -96,8 +86,8 @@ def match(icons: IconSet, codes: Iterable[str], layers: list[dict[str, str]]) ->
     Returns:
         Drawing by code; a drawing shows one emoji, an emoji has one drawing.
     """
-    drawings, fixed = list(icons.drawings()), corrections(icons.prefix)
-    free, left = set(codes), dict.fromkeys(name for name in drawings if name not in fixed)
+    fixed = corrections(icons.prefix)
+    free, left = set(codes), dict.fromkeys(name for name in icons.icons if name not in fixed)
     found: dict[str, str] = {}
 
     def take(code: str | None, name: str) -> None:
@@ -106,7 +96,7 @@ def match(icons: IconSet, codes: Iterable[str], layers: list[dict[str, str]]) ->
             free.discard(code)
             left.pop(name, None)
 
-    for name in drawings:
+    for name in icons.icons:
         take(fixed.get(name), name)
     for char, name in icons.chars.items():
         if name in left:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -128,6 +129,10 @@ class PairLoader(Iterator[PairBatch]):
         self.step += 1
         self._count(batch)
         return batch
+
+    def indices(self, step: int) -> np.ndarray:
+        """The pairs of a step's batch, (batch,) int64 places in the source."""
+        return self._assembler.indices(step)
 
     def words(self, tag: int, view: int) -> str:
         """The text that the pair `tag` (epoch * len(source) + index) showed as text view 0 or 1.

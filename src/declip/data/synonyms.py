@@ -77,7 +77,7 @@ class Table:
             yield "base", word, count, synonyms, _FINITE_VERB if part == "v" else weight
         irregular = self.irregular.lemmas(word)
         settled = {*(part for part in own if part != "n"), *(part for part, _, _ in irregular)}
-        regular = [row for row in detach(word) if row[0] not in settled]
+        regular = dict.fromkeys(row for row in detach(word) if row[0] not in settled)
         for part, form, lemma in (*irregular, *regular):
             entry = self.parts(lemma).get(part)
             if entry is not None:

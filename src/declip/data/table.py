@@ -121,12 +121,12 @@ class TableSource:
 
 
 def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path) -> str:
-    """Find a column: as given, else by its usual names.
+    """Find a column: as given or, where that is the default and missing, by another usual name.
 
     Args:
         columns: The columns that exist.
         given: The name asked for.
-        usual: Names to look for when that is missing, compared without case.
+        usual: Usual names, the default first; compared without case.
         what: What the column holds, for the message.
         path: The table, for the message.
 
@@ -134,12 +134,12 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
         The column's name as the table writes it.
 
     Raises:
-        UserError: None of them exists; the message lists those that do.
+        UserError: None of them exists; the message lists those that do and the nearest.
     """
     if given in columns:
         return given
     lower = {name.strip().lower(): name for name in reversed(columns)}
-    for name in (given.lower(), *usual):
+    for name in usual if given == usual[0] else ():
         if name in lower:
             return lower[name]
     near = get_close_matches(given, columns, n=1, cutoff=0.5)

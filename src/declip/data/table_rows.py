@@ -54,7 +54,9 @@ class JsonLines:
         ends = [np.flatnonzero(self._bytes[i : i + SCAN] == ord("\n")) + i for i in range(0, len(self._bytes), SCAN)]
         stops = np.concatenate([*ends, [len(self._bytes)]]).astype(np.int64)
         starts = np.concatenate([[0], stops[:-1] + 1])
-        filled = stops - starts > 1
+        lengths = stops - starts
+        filled = lengths > 1
+        filled[lengths == 1] = self._bytes[starts[lengths == 1]] > ord(" ")
         self._starts, self._stops = starts[filled], stops[filled]
         self._lines = np.flatnonzero(filled) + 1
         self.columns: Sequence[str] = self._peek()
@@ -257,10 +259,9 @@ class ParquetRows:
         target = cache_folder() / "parquet" / f"{hashlib.sha256(state.encode()).hexdigest()[:16]}.arrow"
         if not target.exists():
             schema = pa.schema([self._file.schema_arrow.field(name) for name in columns])
-            with written_beside(target) as beside, pa.OSFile(str(beside), "wb") as sink:
-                with pa.ipc.new_file(sink, schema) as writer:
-                    for batch in self._file.iter_batches(256, columns=columns):
-                        writer.write_batch(batch.select(columns))
+            with written_beside(target) as beside, pa.ipc.new_file(str(beside), schema) as writer:
+                for batch in self._file.iter_batches(256, columns=columns):
+                    writer.write_batch(batch.select(columns))
         return pa.ipc.open_file(pa.memory_map(str(target))).read_all()
 
     def __len__(self) -> int:

@@ -48,6 +48,12 @@ class Loader(Wording, Iterator[PairBatch], Protocol):
     """What a report needs of a `PairLoader`: a batch, and which words a pair showed when."""
 
 
+class HasQueue(Protocol):
+    """An objective: its queue is None when the nearest-neighbour term has no weight."""
+
+    queue: Queue | None
+
+
 @dataclass(frozen=True)
 class Absent:
     """Why a section has nothing to show."""
@@ -77,7 +83,7 @@ def write_report(
     train_source: PairSource | None = None,
     image_views: ImageViews | None = None,
     loader: Loader | None = None,
-    queue: Queue | None = None,
+    objective: HasQueue | None = None,
     limit: int = LIMIT,
     seed: int = 0,
 ) -> Path:
@@ -94,7 +100,7 @@ def write_report(
         train_source: The training pairs.
         image_views: Finishes the loader's image views.
         loader: The training loader; its next batch is shown.
-        queue: The objective's queue; None for a recipe without the nearest-neighbour term.
+        objective: The run's objective; its queue is looked into if it has one.
         limit: Held-out pairs that galleries and confusions are made from, evenly spaced; all if there are fewer.
         seed: Chooses what is shown.
 
@@ -126,7 +132,7 @@ def write_report(
         to_images=_and_then(held_out, _to_images),
         to_texts=_and_then(held_out, _to_texts),
         confused=_and_then(held_out, lambda each: _confused(model, each)),
-        neighbours=_or_absent(lambda: _neighbours(model, recipe, queue, train_source, loader, rng)),
+        neighbours=_or_absent(lambda: _neighbours(model, recipe, objective, train_source, loader, rng)),
         views=_or_absent(lambda: _views(model, train_source, image_views, loader, rng)),
         unread=_unread(run),
     )
@@ -200,11 +206,14 @@ def _confused(model: Encoder, held_out: _HeldOut) -> Confusions:
 def _neighbours(
     model: Encoder,
     recipe: Recipe | None,
-    queue: Queue | None,
+    objective: HasQueue | None,
     source: PairSource | None,
     loader: Wording | None,
     rng: np.random.Generator,
 ) -> Neighbours:
+    if objective is None:
+        raise UserError("The objective was not at hand when this report was written, so there is no queue to show.")
+    queue = objective.queue
     if queue is None:
         name = f"The recipe '{recipe.name}'" if recipe is not None else "This run"
         raise UserError(f"{name} keeps no queue: its nearest_neighbour term has no weight.")

@@ -230,7 +230,7 @@ def _ids(tokenizer: Tokenizer, row: Tensor) -> list[int]:
 
 
 def _caption(tokenizer: Tokenizer, row: Tensor) -> str:
-    return tokenizer.decode(_ids(tokenizer, row)).strip()
+    return tokenizer.decode(row.tolist())
 
 
 def _changes(caption: str, augmented: str) -> list[Word]:
@@ -246,8 +246,8 @@ def _masked(tokenizer: Tokenizer, masked: Tensor, labels: Tensor) -> list[Word]:
     """The corrupted caption token by token; under each token that is to be predicted, what it was."""
     words = []
     for token, label in zip(_ids(tokenizer, masked), labels.tolist()[1:], strict=False):
-        text = tokenizer.decode([token]).strip()
-        was = "" if label == IGNORED else tokenizer.decode([label]).strip()
+        text = tokenizer.decode([token])
+        was = "" if label == IGNORED else tokenizer.decode([label])
         mark = "" if label == IGNORED else "kept" if label == token else "swapped"
         words.append(Word("mask", "masked", was) if token == tokenizer.mask else Word(text, mark, was))
     return words

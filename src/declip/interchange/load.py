@@ -52,5 +52,7 @@ def _from_checkpoint(path: Path) -> DualEncoder:
     try:
         model.load_state_dict(part("average", found.weights) or part("model", found.weights))
     except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"The weights in '{path}' do not fit their recipe: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(
+            f"The weights in '{path}' do not fit their recipe: {str(error).splitlines()[-1].strip()}"
+        ) from error
     return model

@@ -118,7 +118,7 @@ class Queue(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Give `written` and `pointer` for the state dict: (2,) int64, on the CPU."""
-        return torch.tensor([self.written, self.pointer])
+        return torch.tensor([self.written, self.pointer], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take `written` and `pointer` from a state dict."""

@@ -108,7 +108,7 @@ class Trainer:
     def loader(self) -> PairLoader:
         """Batches from the step that the run is at."""
         loader = build_loader(self.recipe, self.source, self.model, self.views, start_step=self.step)
-        loader.skipped = self.skipped
+        loader.skipped, loader.seen = self.skipped, self.step * self.recipe.train.batch
         return loader
 
     def train(self) -> Run:
@@ -173,7 +173,9 @@ class Trainer:
         wanted = self.recipe.evaluation
         zero_shot = {*wanted.zero_shot, *(wanted.final_zero_shot if final else ())}
         retrieval = {*wanted.retrieval, *(wanted.final_retrieval if final else ())}
-        ordered = dict.fromkeys((*wanted.zero_shot, *wanted.retrieval, *wanted.final_zero_shot, *wanted.final_retrieval))
+        ordered = dict.fromkeys(
+            (*wanted.zero_shot, *wanted.retrieval, *wanted.final_zero_shot, *wanted.final_retrieval)
+        )
         for name in ordered:
             protocols = [p for p, on in (("zero-shot", zero_shot), ("retrieval", retrieval)) if name in on]
             if protocols:
@@ -280,7 +282,15 @@ class Trainer:
     def _report(self) -> None:
         from declip.evaluation.report import write_report
 
-        write_report(self.folder, self.evaluated_model, recipe=self.recipe, loader=self.loader, objective=self.objective)
+        write_report(
+            self.folder,
+            self.evaluated_model,
+            recipe=self.recipe,
+            loader=self.loader,
+            objective=self.objective,
+            train_source=self.source,
+            image_views=self.views,
+        )
 
     @contextmanager
     def _stopping_politely(self) -> Iterator[None]:

@@ -1,0 +1,333 @@
+"""Weights of the authors' code (CLIP, SLIP, FILIP, DeCLIP, DeFILIP; arXiv 2110.05208 and 2203.05796) as ours.
+
+Their checkpoint is ``{"last_iter", "model", "optimizer"}`` with "module." before every name. What differs:
+their vocabulary has ``<|mask|>`` before start and end, ours has it last; their image projection lies transposed;
+their queue is not saved. The sizes are read off the shapes, all but the number of heads.
+"""
+
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from declip.config import TERMS, Recipe, load_recipe
+from declip.errors import UserError, unknown
+from declip.models.dual_encoder import DualEncoder
+from declip.supervision.objective import Objective
+
+SPECIAL = 3
+"""Ids at the end of their vocabulary: mask, start, end. Ours: start, end, mask."""
+
+CLIP_MERGES = 48_894
+"""Merges in CLIP's whole vocabulary."""
+
+UNUSED = re.compile(r"visual\.fc\.|predictor_sim\.bn3\.|projector_text\.")
+"""What their models hold and never use."""
+
+HEADS = {
+    "simsiam": "projector.linear1.weight",
+    "masked_language": "text_label_predictor.weight",
+    "simclr": "predictor_sim.linear1.weight",
+    "late_interaction": "image_mapping.weight",
+}
+"""A name by which the head of a term is known; the other terms have none."""
+
+RENAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^logit_scale$", "model.logit_scale"),
+        (r"^(?:encode_text|text_encoder)\.", "model.text_tower."),
+        (r"^visual\.attnpool\.c_proj\.", "model.image_tower.proj."),
+        (r"^visual\.attnpool\.([qkv])_proj\.", r"model.image_tower.trunk.head.\1."),
+        (r"^visual\.attnpool\.positional_embedding$", "model.image_tower.trunk.head.pos_embed"),
+        (r"^visual\.proj$", "model.image_tower.proj.weight"),
+        (r"^visual\.ln_post\.", "model.image_tower.norm."),
+        (r"^visual\.ln_pre\.", "model.image_tower.trunk.norm_pre."),
+        (r"^visual\.class_embedding$", "model.image_tower.trunk.cls_token"),
+        (r"^visual\.positional_embedding$", "model.image_tower.trunk.pos_embed"),
+        (r"^visual\.transformer\.resblocks\.", "model.image_tower.trunk.blocks."),
+        (r"(trunk\.blocks\.\d+)\.ln_([12])\.", r"\1.norm\2."),
+        (r"(trunk\.blocks\.\d+\.attn)\.in_proj_", r"\1.qkv."),
+        (r"(trunk\.blocks\.\d+\.attn)\.out_proj\.", r"\1.proj."),
+        (r"(trunk\.blocks\.\d+\.mlp)\.c_fc\.", r"\1.fc1."),
+        (r"(trunk\.blocks\.\d+\.mlp)\.c_proj\.", r"\1.fc2."),
+        (r"^visual\.conv([123])\.", r"model.image_tower.trunk.stem.conv\1.conv."),
+        (r"^visual\.bn([123])\.", r"model.image_tower.trunk.stem.conv\1.bn."),
+        *((rf"^visual\.layer{n}\.", f"model.image_tower.trunk.stages.{n - 1}.") for n in (1, 2, 3, 4)),
+        (r"(trunk\.stages\.\d+\.\d+)\.downsample\.0\.", r"\1.shortcut.conv.conv."),
+        (r"(trunk\.stages\.\d+\.\d+)\.downsample\.1\.", r"\1.shortcut.conv.bn."),
+        (r"(trunk\.stages\.\d+\.\d+)\.(conv|bn)([13])\.", r"\1.conv\3_1x1.\2."),
+        (r"(trunk\.stages\.\d+\.\d+)\.(conv|bn)2\.", r"\1.conv2_kxk.\2."),
+        (r"^(projector|predictor)\.", r"objective.\1."),
+        (r"^predictor_sim\.", "objective.simclr_head."),
+        (r"^(objective\.\w+)\.bn(\d)\.", r"\1.norm\2."),
+        (r"^objective\.predictor\.layer2\.", "objective.predictor.linear2."),
+        (r"^text_label_predictor\.", "objective.language_head."),
+        (r"^image_mapping\.", "objective.patch_projection."),
+        (r"^text_mapping\.", "objective.word_projection."),
+        (r"^logit_scale_dense$", "objective.late_scale"),
+    )
+)
+"""Applied one after the other; a ViT has `visual.conv1` as its patch projection, see `our_name`."""
+
+
+def read_declip_authors(
+    source: str | Path | Mapping[str, Any],
+    weights: Mapping[str, float] | None = None,
+    text_heads: int | None = None,
+    image_heads: int | None = None,
+    queue_size: int = 65_536,
+) -> tuple[DualEncoder, Objective]:
+    """Build the model and the objective that the authors' weights belong to.
+
+    The rest of the recipe (`objective.recipe`) is the published one of the same kind, with the authors' choices
+    switched on: shared pass of the masked caption, selection of 16 tokens with padding counted, frozen patches.
+
+    Args:
+        source: A checkpoint file (``.pth.tar``, ``.pth``, ``.pt`` or ``.safetensors``; never unpickled into code),
+            what such a file holds, or its state dict, names with or without "module.".
+        weights: Term name → weight. By default those of the authors' code.
+        text_heads: Attention heads of the text tower; by default one for each 64 channels.
+        image_heads: The same for a vision transformer; by default `text_heads` where both towers are equally
+            wide, else one for each 64 channels.
+        queue_size: Slots of the queue, which is empty: the authors do not save theirs.
+
+    Returns:
+        The model and the objective, in training mode, on the CPU, in float32. A logit scale above ln 100, which
+        theirs cuts off in the forward pass, is brought down to it.
+
+    Raises:
+        UserError: The file cannot be read, is none of the authors', or lacks the head of a weighted term.
+    """
+    state = _state(source)
+    recipe = _recipe(state, weights, text_heads, image_heads, queue_size)
+    with torch.random.fork_rng(devices=[]):
+        model = DualEncoder.from_recipe(recipe)
+        objective = Objective.for_model(recipe, model)
+    ours = {our_name(name, state): _convert(name, tensor) for name, tensor in state.items()}
+    ours["model.logit_scale"] = ours["model.logit_scale"].clamp(max=recipe.logit_scale.max)
+    _put(model, "model.", ours)
+    _put(objective, "objective.", ours)
+    return model, objective
+
+
+def our_name(name: str, state: Mapping[str, Any]) -> str:
+    """Give the place of one of their tensors: "model.…" or "objective.…".
+
+    Args:
+        name: Their name, without "module.".
+        state: All their names; a class embedding among them tells a ViT from a ResNet.
+
+    Raises:
+        UserError: The name is none of theirs.
+    """
+    if name == "visual.conv1.weight" and "visual.class_embedding" in state:
+        return "model.image_tower.trunk.patch_embed.proj.weight"
+    renamed = name
+    for pattern, replacement in RENAMES:
+        renamed = pattern.sub(replacement, renamed)
+    if not renamed.startswith(("model.", "objective.")):
+        raise UserError(
+            f"'{name}' is not a tensor of the authors' CLIP, SLIP, FILIP, DeCLIP or DeFILIP with a ViT or a ResNet "
+            "as image tower. Give one of their checkpoints."
+        )
+    return renamed
+
+
+def token_order(vocabulary: int) -> Tensor:
+    """For each of our token ids, the id that the authors give the same token: (vocabulary,) int64."""
+    mask, start, end = range(vocabulary - SPECIAL, vocabulary)
+    return torch.cat([torch.arange(mask), torch.tensor([start, end, mask])])
+
+
+def _state(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Get the state dict out of what was given, names without "module.", without what the models never use."""
+    found = source if isinstance(source, Mapping) else _load(Path(source))
+    found = found.get("model", found)
+    tensors = isinstance(found, Mapping) and all(isinstance(value, Tensor) for value in found.values())
+    state = {name.removeprefix("module."): tensor for name, tensor in found.items()} if tensors else {}
+    needed = ("logit_scale", "visual.conv1.weight", f"{_text_prefix(state)}token_embedding.weight")
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise UserError(
+            f"These are not the authors' weights: {', '.join(missing)} not found. Give a checkpoint of their code "
+            '(a file, or {"model": {name: tensor}}), or its state dict.'
+        )
+    return {name: tensor for name, tensor in state.items() if not UNUSED.match(name)}
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UserError(f"There is no file '{path}'. Give the path of a checkpoint of the authors' code.")
+    try:
+        found = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(
+            f"Cannot read weights from '{path}': {_one_line(error, 200)} Give a checkpoint as the authors' code "
+            "saves it, or a safetensors file; download it again if it is cut."
+        ) from error
+    if not isinstance(found, Mapping):
+        raise UserError(f"'{path}' holds a {type(found).__name__}, not a checkpoint of the authors' code.")
+    return found
+
+
+def _unpickle(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _text_prefix(state: Mapping[str, Any]) -> str:
+    """SLIP's text tower is called otherwise than everyone else's."""
+    return "text_encoder." if "text_encoder.token_embedding.weight" in state else "encode_text."
+
+
+def _convert(name: str, tensor: Tensor) -> Tensor:
+    """Bring one of their tensors into our order, shape and type."""
+    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    if name.endswith("token_embedding.weight") or name.startswith("text_label_predictor."):
+        return tensor[token_order(len(tensor))]
+    if name == "visual.proj":
+        return tensor.T
+    if name == "visual.class_embedding":
+        return tensor.reshape(1, 1, -1)
+    if name == "visual.positional_embedding":
+        return tensor.unsqueeze(0)
+    return tensor.reshape(()) if name == "logit_scale" else tensor
+
+
+def _put(module: torch.nn.Module, prefix: str, ours: Mapping[str, Tensor]) -> None:
+    """Load what is ours under a prefix; heads of terms without a weight are left aside, and the queue empty."""
+    parts = {name.split(".")[0] for name, _ in module.named_parameters()}
+    given = {name.removeprefix(prefix): t for name, t in ours.items() if name.startswith(prefix)}
+    given = {name: tensor for name, tensor in given.items() if name.split(".")[0] in parts}
+    try:
+        missing, unexpected = module.load_state_dict(given, strict=False)
+    except RuntimeError as error:
+        raise UserError("The shapes of the authors' weights do not fit together: " + _one_line(error)) from error
+    wrong = {
+        "missing": [name for name in missing if not name.startswith("queue.")],
+        "not ours": unexpected,
+    }
+    problems = [f"{problem}: {', '.join(names)}" for problem, names in wrong.items() if names]
+    if problems:
+        raise UserError(f"The authors' weights are not complete, under our names {'; '.join(problems)}.")
+
+
+def _one_line(error: Exception, longest: int = 600) -> str:
+    return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
+def _recipe(
+    state: Mapping[str, Tensor],
+    weights: Mapping[str, float] | None,
+    text_heads: int | None,
+    image_heads: int | None,
+    queue_size: int,
+) -> Recipe:
+    """The published recipe of the kind that the heads show, with this file's sizes and the given weights."""
+    changes: dict[str, Any] = {
+        **_text_sizes(state, text_heads),
+        **_head_sizes(state),
+        "nearest_neighbour.queue_size": queue_size,
+    }
+    if "visual.class_embedding" in state:
+        changes |= _transformer_sizes(state, image_heads, text_heads)
+    else:
+        changes |= _resnet_sizes(state, image_heads)
+    if weights is not None:
+        _check_weights(state, weights)
+        changes["weights"] = dict(weights)
+    return load_recipe(f"{_kind(state)}-yfcc15m-vitb32", changes)
+
+
+def _kind(state: Mapping[str, Tensor]) -> str:
+    """Which of the authors' classes has these heads."""
+    if HEADS["simclr"] in state:
+        return "slip"
+    late = HEADS["late_interaction"] in state
+    if HEADS["simsiam"] in state:
+        return "defilip" if late else "declip"
+    return "filip" if late else "clip"
+
+
+def _check_weights(state: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+    for term, weight in weights.items():
+        if term not in TERMS:
+            raise unknown("term", term, TERMS)
+        if weight > 0 and term in HEADS and HEADS[term] not in state:
+            there = [name for name in TERMS if HEADS.get(name, "logit_scale") in state]
+            raise UserError(
+                f"{term} has the weight {weight}, but these weights hold no head for it. "
+                f"They hold what is needed for: {', '.join(there)}. Set weights.{term} to 0."
+            )
+
+
+def _text_sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+    prefix = _text_prefix(state)
+    vocabulary, width = state[f"{prefix}token_embedding.weight"].shape
+    merges = vocabulary - 512 - SPECIAL
+    return {
+        "text.width": width,
+        "text.layers": _count(state, rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\."),
+        "text.heads": heads or _one_per_64(width),
+        "text.context": len(state[f"{prefix}positional_embedding"]),
+        "text.merges": None if merges == CLIP_MERGES else merges,
+        "text.projection_bias": f"{prefix}text_projection.bias" in state,
+        "embed_dim": len(state[f"{prefix}text_projection.weight"]),
+    }
+
+
+def _transformer_sizes(state: Mapping[str, Tensor], heads: int | None, text_heads: int | None) -> dict[str, Any]:
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    text_width = state[f"{_text_prefix(state)}token_embedding.weight"].shape[1]
+    heads = heads or (text_heads if width == text_width else None) or _one_per_64(width)
+    side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
+    depth = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
+    return {
+        "image.name": "vit_base_patch32_clip_quickgelu_224",
+        "image.size": side * patch,
+        "image.options": {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads},
+    }
+
+
+def _resnet_sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+    if "visual.attnpool.positional_embedding" not in state:
+        raise UserError("The image tower is neither CLIP's ViT nor CLIP's ResNet; only these two can be read.")
+    cells, width = state["visual.attnpool.positional_embedding"].shape
+    if heads is not None and heads != _one_per_64(width):
+        raise UserError(f"image_heads={heads} was given; a ResNet of width {width} pools with {_one_per_64(width)}.")
+    depths = [_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
+    return {
+        "image.name": "resnet50_clip",
+        "image.size": 32 * math.isqrt(cells - 1),
+        "image.options": {"depths": depths, "width_factor": width / 2048},
+        "image.freeze_patch_projection": False,
+    }
+
+
+def _head_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Rows of a weight are its layer's output width."""
+    rows = {
+        "simsiam.hidden": "projector.linear1.weight",
+        "simsiam.out": "projector.linear3.weight",
+        "simsiam.predictor_hidden": "predictor.linear1.weight",
+        "simclr.hidden": "predictor_sim.linear1.weight",
+        "simclr.out": "predictor_sim.linear3.weight",
+        "late_interaction.width": "image_mapping.weight",
+    }
+    return {key: len(state[name]) for key, name in rows.items() if name in state}
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many different numbers a pattern finds at the front of the names."""
+    return len({found[1] for found in map(re.compile(pattern).match, state) if found})
+
+
+def _one_per_64(width: int) -> int:
+    return max(width // 64, 1)

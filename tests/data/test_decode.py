@@ -1,0 +1,175 @@
+import os
+import resource
+import struct
+import sys
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from declip.data.decode import MOST_PIXELS, decode
+from declip.data.pairs import BrokenPair
+
+
+def encoded(image, kind, **options):
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(seed=0, size=(40, 60, 3)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, size, dtype=np.uint8))
+
+
+def png_header(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
+
+
+def reason_of(content, **limits):
+    with pytest.raises(BrokenPair) as caught:
+        decode(content, "k", **limits)
+    assert caught.value.key == "k"
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_lossless_formats_come_back_equal(kind):
+    np.testing.assert_array_equal(np.asarray(decode(encoded(noise(), kind), "k")), np.asarray(noise()))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "MPO"])
+def test_lossy_formats_are_read(kind):
+    image = decode(encoded(noise(), kind), "k")
+    assert (image.mode, image.size) == ("RGB", (60, 40))
+
+
+def test_first_frame_of_a_moving_gif():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    image = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "k")
+    assert image.getpixel((1, 1)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(noise(), "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(BytesIO(content)))
+    assert decode(content, "k").tobytes() == expected.tobytes()
+    assert decode(content, "k").size == ((60, 40) if orientation < 5 else (40, 60))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_leaves_the_image_as_it_is():
+    content = encoded(noise(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff\xff")
+    assert decode(content, "k").size == (60, 40)
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "options", "pixel"),
+    [
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG", {}, (255, 255, 255)),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 128)), "PNG", {}, (255, 127, 127)),
+        (Image.new("LA", (4, 4), (0, 0)), "PNG", {}, (255, 255, 255)),
+        (Image.new("L", (4, 4), 7), "PNG", {"transparency": 7}, (255, 255, 255)),
+        (Image.new("L", (4, 4), 7), "PNG", {}, (7, 7, 7)),
+        (Image.new("1", (4, 4), 1), "PNG", {}, (255, 255, 255)),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF", {}, (255, 0, 0)),
+        (Image.fromarray(np.full((4, 4), 40_000, np.uint16)), "PNG", {}, (156, 156, 156)),
+        (Image.fromarray(np.full((4, 4), 40_000, np.int32)), "TIFF", {}, (156, 156, 156)),
+        (Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF", {}, (128, 128, 128)),
+        (Image.fromarray(np.full((4, 4), 200.0, np.float32)), "TIFF", {}, (200, 200, 200)),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF", {}, (0, 0, 0)),
+    ],
+)
+def test_every_mode_becomes_rgb_over_white(image, kind, options, pixel):
+    decoded = decode(encoded(image, kind, **options), "k")
+    assert decoded.mode == "RGB"
+    assert decoded.getpixel((1, 1)) == pixel
+
+
+def test_palette_with_a_transparent_colour():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    assert decode(encoded(image, "PNG"), "k").getpixel((0, 0)) == (255, 0, 0)
+    assert decode(encoded(image, "PNG", transparency=1), "k").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "TIFF"])
+def test_half_a_file_is_truncated(kind):
+    content = encoded(noise(), kind)
+    assert reason_of(content[: len(content) // 2]) == "truncated image"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello, I am text",
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>',
+        b"%PDF-1.7\n",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        encoded(noise(), "PPM"),
+        encoded(noise(), "ICO"),
+    ],
+)
+def test_other_contents_are_unreadable(content):
+    assert reason_of(content) == "unreadable image"
+
+
+def test_no_bytes_are_a_truncated_image():
+    assert reason_of(b"") == "truncated image"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the resource module is Unix's")
+def test_a_decompression_bomb_costs_no_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert reason_of(png_header(30_000, 30_000)) == "image too large"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < (100 << 20 if sys.platform == "darwin" else 100 << 10)
+
+
+def test_the_limit_on_pixels():
+    assert reason_of(encoded(noise(), "PNG"), most_pixels=60 * 40 - 1) == "image too large"
+    assert decode(encoded(noise(), "PNG"), "k", most_pixels=60 * 40).size == (60, 40)
+    assert MOST_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+    assert reason_of(png_header(13_377, 13_378)) == "image too large"
+
+
+def test_files(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(noise(), "PNG"))
+    assert decode(path, "k").size == (60, 40)
+    (tmp_path / "empty.png").touch()
+    assert reason_of(tmp_path / "empty.png") == "truncated image"
+    assert reason_of(tmp_path / "none.png") == "missing image"
+    assert reason_of(tmp_path / "nul\0.png") == "missing image"
+    assert reason_of(tmp_path) == "unreadable image"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are Unix's")
+def test_a_named_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert reason_of(tmp_path / "pipe.jpg") == "unreadable image"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_bytes_changed_at_random_break_the_pair_and_nothing_else(kind):
+    rng = np.random.default_rng(1)
+    content = encoded(noise(size=(12, 16, 3)), kind)
+    broken = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in rng.integers(0, len(content), 12):
+            damaged[place] = rng.integers(0, 256)
+        try:
+            assert decode(bytes(damaged), "k").mode == "RGB"
+        except BrokenPair:
+            broken += 1
+    assert broken > 0

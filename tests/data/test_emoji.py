@@ -1,0 +1,353 @@
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from declip.data import emoji_build
+from declip.data.builtin import BUILTINS, open_builtin, prepare
+from declip.data.emoji import CHECKSUMS, DESIGNS, IMAGES, MANIFEST, SPLITS, TABLE, check_emoji, emoji_folder, open_emoji
+from declip.data.emoji_build import SIDE, build_emoji, drawer, prepare_emoji
+from declip.data.emoji_concepts import code_of, is_phrase, squash
+from declip.data.emoji_groups import group_of, is_held_out
+from declip.data.pairs import PairSource, open_source
+from declip.errors import UserError
+
+NAMES = {
+    "1f600": "grinning face",
+    "1f431": "cat face",
+    "2764": "red heart",
+    "1f49a": "green heart",
+    "1f3c3-200d-2642": "man running",
+    "1f3c3-200d-2640": "woman running",
+    "1f44b": "waving hand",
+    "1f30a": "water wave",
+    "1f1eb-1f1f7": "flag: France",
+}
+NOTO, FXEMOJI, OPENMOJI, FLUENT = (
+    f"@iconify-json/{name}" for name in ("noto", "fxemoji", "openmoji", "fluent-emoji-flat")
+)
+
+
+def put(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+
+
+def square(colour, **more):
+    return {"body": f'<rect x="4" y="4" width="8" height="8" fill="{colour}"/>', **more}
+
+
+def icon_package(root, name, icons, chars=None, aliases=None):
+    folder = root / name
+    prefix = name.split("/")[-1]
+    data = {"prefix": prefix, "icons": icons, "aliases": aliases or {}, "width": 16, "height": 16}
+    put(folder / "icons.json", data)
+    put(folder / "chars.json", chars or {})
+    put(folder / "package.json", {"name": name, "version": "1.2.3", "license": "MIT"})
+    licence = {"title": "MIT", "spdx": "MIT", "url": "https://example.org/licence"}
+    put(folder / "info.json", {"license": licence, "author": {"name": "A Hand", "url": "https://example.org/art"}})
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """Two text packages and eight sets of drawings, four of them empty, as they lie when unpacked."""
+    root = tmp_path_factory.mktemp("packages")
+    base = root / "emojibase-data"
+    rows = [{"hexcode": c.upper(), "label": n, "group": 0, "tags": ["thing", n, ":D"]} for c, n in NAMES.items()]
+    rows[2]["hexcode"] += "-FE0F"
+    rows += [{"hexcode": "1F3FB", "label": "light skin tone", "group": 2}, {"hexcode": "1F1EB", "label": "letter F"}]
+    put(base / "en/data.json", rows)
+    put(base / "meta/groups.json", {"groups": {"0": "smileys-emotion", "2": "component"}})
+    put(base / "meta/unicode-names.json", {"1F431": "CAT FACE", "2764": "HEAVY BLACK HEART", "1F1EB-1F1F7": "F, R"})
+    short = {"1F600": ["grinning", "smile"], "1F431": ["cat", "smile"], "1F1EB-1F1F7": "flag_fr", "2764": "heart_2764"}
+    for kind in ("emojibase", "iamcal", "github", "joypixels"):
+        put(base / f"en/shortcodes/{kind}.json", short)
+    put(base / "package.json", {"name": "emojibase-data", "version": "17.0.0", "license": "MIT"})
+    put(base / "LICENSE", "the licence of the names")
+    put(root / "emojilib/dist/emoji-en-US.json", {"😀": ["grinning_face", "happy_day"], "🦄": ["unicorn"]})
+    put(root / "emojilib/package.json", {"name": "emojilib", "version": "4.0.3", "license": "MIT"})
+    charted = {
+        "grinning-face": "1f600",
+        "heart-red": "2764-fe0f",
+        "heart-green": "1f49a",
+        "man-running": "1f3c3-200d-2642-fe0f",
+    }
+    icons = {
+        "grinning-face": square("#ff0000"),
+        "heart-red": square("#ff0000", width=32, height=16),
+        "heart-green": square("#00ff00", hidden=True),
+        "man-running": square("#0000ff"),
+        "man-running-light": square("#0000ff"),
+        "grinning-cat": square("#00ff00"),
+    }
+    chars = {code: name for name, code in charted.items()} | {"1f3c3-1f3fb-200d-2642-fe0f": "man-running-light"}
+    icon_package(
+        root,
+        NOTO,
+        icons,
+        chars,
+        {"happy-face": {"parent": "grinning-face"}, "turned": {"parent": "grinning-face", "hFlip": True}},
+    )
+    icons = {
+        "wave": square("#00ffff"),
+        "redheart": square("#ff0000"),
+        "catface": square("#ffffff"),
+        "tramcar": square("#000000"),
+    }
+    icon_package(root, FXEMOJI, icons | {"womanrunning": square("#0000ff")})
+    every = {name.replace(" ", "-").replace(":", ""): square("#123456") for name in NAMES.values()}
+    codes = {code: name.replace(" ", "-").replace(":", "") for code, name in NAMES.items()}
+    icon_package(root, OPENMOJI, every, codes)
+    icon_package(root, FLUENT, every, {code: name for code, name in codes.items() if code != "1f1eb-1f1f7"})
+    for design in DESIGNS:
+        if not (root / design.package).exists():
+            icon_package(root, design.package, {})
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(packages, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    build_emoji(packages, emoji_folder(cache), drawer())
+    return cache
+
+
+@pytest.fixture
+def cache(built, tmp_path):
+    shutil.copytree(built, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def keys(split, cache):
+    return [row["key"] for row in open_emoji(split, cache).rows]
+
+
+def test_training_has_the_known_concepts_by_its_designers(built):
+    assert keys("emoji", built) == ["noto/1f600", "noto/2764", "fxemoji/2764", "fxemoji/1f30a"]
+    assert keys("emoji-share-alike", built) == keys("emoji", built)
+
+
+def test_held_out_concepts_are_only_in_the_new_splits(built):
+    assert keys("emoji-test", built) == ["fluent/1f600", "fluent/2764", "fluent/1f30a"]
+    assert keys("emoji-test-new", built) == ["fluent/1f3c3-200d-2642", "fluent/1f3c3-200d-2640"]
+    assert keys("emoji-validation", built) == ["openmoji/1f600", "openmoji/2764", "openmoji/1f30a"]
+    assert keys("emoji-validation-new", built) == ["openmoji/1f3c3-200d-2642", "openmoji/1f3c3-200d-2640"]
+
+
+def test_evaluation_has_a_class_for_each_concept(built):
+    source = open_emoji("emoji-test", built)
+    assert isinstance(source, PairSource)
+    assert source.name == "builtin:emoji-test"
+    assert source.class_names == ("grinning face", "red heart", "water wave")
+    assert source.labels.tolist() == [0, 1, 2]
+    assert source.labels.dtype == np.int64
+    assert not hasattr(open_emoji("emoji", built), "labels")
+    assert "Microsoft, MIT" in source.credit
+    assert "OpenMoji" not in source.credit
+
+
+def test_captions_and_keywords(built):
+    source = open_emoji("emoji", built)
+    face, heart = source[0], source[1]
+    # "smile" is a name of two emoji and tells neither; "flag fr", ":D" and the mirrored drawing's name are no captions.
+    assert face.captions == source.captions(0) == ("grinning face", "grinning", "happy face")
+    assert face.keywords == ("thing", "happy day")
+    assert heart.captions == ("red heart", "heavy black heart", "heart red")
+    flag = next(row for row in open_emoji("emoji-validation", built).rows if row["key"] == "openmoji/2764")
+    assert flag["category"] == "smileys emotion"
+
+
+def test_drawings_lie_over_white_in_their_shape(built):
+    source = open_emoji("emoji", built)
+    face, wide = (np.asarray(source[i].image) for i in (0, 1))
+    assert face.shape == (SIDE, SIDE, 3)
+    assert face[SIDE // 2, SIDE // 2].tolist() == [255, 0, 0]
+    assert face[2, 2].tolist() == [255, 255, 255]
+    # 32 x 16 is drawn 96 x 48, in the middle: a square of 8 from (4, 4) becomes one of 24 from (12, 36).
+    inked = np.argwhere((wide == [255, 0, 0]).all(-1))
+    assert inked.min(0).tolist() == [36, 12]
+    assert inked.max(0).tolist() == [59, 35]
+    assert source[3].image.getpixel((48, 48)) == (0, 255, 255)
+
+
+def test_what_is_left_out(built):
+    manifest = json.loads((built / "emoji" / MANIFEST).read_text())
+    assert manifest["left_out"] == ["fxemoji/1f431"]
+    assert manifest["drawn"] == {"noto": 3, "fxemoji": 3, "openmoji": 9, "fluent": 8}
+    drawn = {row["drawing"] for row in pq.read_table(built / "emoji" / TABLE).to_pylist()}
+    # Hidden, a skin tone, without a concept, damaged by the package's maker, invisible.
+    assert not drawn & {"heart-green", "man-running-light", "grinning-cat", "tramcar", "catface"}
+
+
+def test_versions_and_licences_are_kept(built):
+    folder = built / "emoji"
+    origin = json.loads((folder / MANIFEST).read_text())["packages"][NOTO]
+    assert origin["version"] == "1.2.3"
+    assert origin["licence"] == "MIT"
+    assert (folder / "licences/emojibase-data/LICENSE").read_text() == "the licence of the names"
+    assert (folder / "licences/@iconify-json-noto/info.json").is_file()
+    notice = (folder / "NOTICE.txt").read_text()
+    assert "Noto Emoji by Google, Apache-2.0: 3 drawings" in notice
+    assert "https://example.org/art through @iconify-json/noto 1.2.3" in notice
+
+
+def test_a_source_is_pickled_without_its_images(built):
+    source = open_emoji("emoji-test", built)
+    content = pickle.dumps(source)
+    again = pickle.loads(content)
+    assert len(content) < 500
+    assert again[2].image.tobytes() == source[2].image.tobytes()
+    assert again.labels.tolist() == [0, 1, 2]
+
+
+def test_without_a_cache_the_message_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="not there yet.*Run `declip data prepare builtin:emoji`"):
+        open_source("builtin:emoji")
+
+
+def test_the_cache_is_found_by_the_environment(built, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(built))
+    assert len(open_source("builtin:emoji-test")) == 3
+    assert set(BUILTINS) == set(SPLITS)
+    for name in BUILTINS:
+        assert len(open_builtin(name)) > 0
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda f: flip(f / TABLE, 100), "pairs.parquet has changed"),
+        (lambda f: (f / IMAGES).write_bytes((f / IMAGES).read_bytes()[:-1]), "images.npy has changed"),
+        (lambda f: (f / TABLE).unlink(), "FileNotFoundError"),
+        (lambda f: (f / CHECKSUMS).unlink(), "FileNotFoundError"),
+        (lambda f: (f / CHECKSUMS).write_text("[]"), "AttributeError"),
+        (lambda f: (f / MANIFEST).write_text("{"), "JSONDecodeError"),
+        (lambda f: (f / MANIFEST).write_text('{"layout": 0}'), "another version of declip"),
+        (lambda f: (f / "licences/emojibase-data/LICENSE").write_text("mine"), "LICENSE has changed"),
+    ],
+)
+def test_damage_is_found_on_opening(cache, harm, told):
+    harm(cache / "emoji")
+    with pytest.raises(UserError) as caught:
+        open_emoji("emoji", cache)
+    assert told in str(caught.value)
+    assert "Run `declip data prepare builtin:emoji`" in str(caught.value)
+
+
+def test_damage_inside_the_images_is_found_on_demand(cache):
+    flip(cache / "emoji" / IMAGES, 9000)
+    assert len(open_emoji("emoji", cache)) == 4
+    with pytest.raises(UserError, match=r"images\.npy has changed"):
+        check_emoji(cache / "emoji", images_too=True)
+
+
+def interrupted():
+    draw, left = drawer(), [4]
+
+    def stop(svg):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return draw(svg)
+
+    return stop
+
+
+def test_an_interrupted_build_leaves_nothing(packages, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build_emoji(packages, tmp_path / "emoji", interrupted())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_build_leaves_the_cache_that_was_there(packages, cache):
+    before = (cache / "emoji" / CHECKSUMS).read_text()
+    with pytest.raises(KeyboardInterrupt):
+        build_emoji(packages, cache / "emoji", interrupted())
+    assert (cache / "emoji" / CHECKSUMS).read_text() == before
+    check_emoji(cache / "emoji", images_too=True)
+    assert [path.name for path in cache.iterdir()] == ["emoji"]
+
+
+def test_prepare_builds_once_and_mends_damage(packages, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fetch(names, into):
+        calls.append(tuple(names))
+        shutil.copytree(packages, into, dirs_exist_ok=True)
+
+    monkeypatch.setattr(emoji_build, "fetch_packages", fetch)
+    folder = prepare("builtin:emoji", tmp_path, progress=True)
+    assert folder == tmp_path / "emoji"
+    assert "drawing" in capsys.readouterr().err
+    assert prepare("emoji-test-new", tmp_path) == folder
+    assert len(calls) == 1
+    assert set(calls[0]) == {"emojibase-data", "emojilib", *(design.package for design in DESIGNS)}
+    flip(folder / IMAGES, 9000)
+    assert prepare_emoji(tmp_path, progress=False) == folder
+    assert len(calls) == 2
+    check_emoji(folder, images_too=True)
+    with pytest.raises(UserError, match="Did you mean 'emoji-test'"):
+        prepare("builtin:emoji-tset", tmp_path)
+
+
+def test_the_same_packages_give_the_same_cache(packages, built, tmp_path):
+    build_emoji(packages, tmp_path / "emoji", drawer())
+    assert (tmp_path / "emoji" / CHECKSUMS).read_text() == (built / "emoji" / CHECKSUMS).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("woman running", "running"),
+        ("man running: facing right", "running"),
+        ("green heart", "heart"),
+        ("light blue heart", "heart"),
+        ("twelve-thirty", "clock"),
+        ("four o’clock", "clock"),
+        ("woman health worker", "health worker"),
+        ("woman: red hair", "person"),
+        ("old woman", "person"),
+        ("woman", "person"),
+        ("family: man, woman, boy", "family"),
+        ("flag: France", "country flag"),
+        ("white flag", "flag"),
+        ("keycap: 3", "keycap"),
+        ("waxing crescent moon", "moon"),
+        ("moon cake", "moon cake"),
+        ("kiss: woman, man", "kiss"),
+        ("women holding hands", "holding hands"),
+        ("mermaid", "merperson"),
+        ("Mrs. Claus", "santa claus"),
+        ("woman’s boot", "woman’s boot"),
+        ("left arrow", "arrow"),
+        ("cat", "cat"),
+    ],
+)
+def test_variants_share_a_group(name, group):
+    assert group_of(name) == group
+
+
+def test_the_held_out_groups_never_change():
+    held_out = {"running", "thumbs", "apple", "dog face", "hedgehog"}
+    known = {"heart", "clock", "country flag", "family", "person", "moon"}
+    assert all(map(is_held_out, held_out))
+    assert not any(map(is_held_out, known))
+    assert 0.18 < np.mean([is_held_out(f"group {i}") for i in range(5000)]) < 0.22
+
+
+def test_codes_and_names_are_compared_without_their_writing():
+    assert code_of("❤️") == code_of("2764-FE0F") == "2764"
+    assert squash("Côte d’Ivoire & more") == squash("cote-divoire-and-more")
+    assert [t for t in ("smile", "flag fr", ":D", "u6307", "clock10", "couple ww", "+1", "tv") if is_phrase(t)] == [
+        "smile"
+    ]

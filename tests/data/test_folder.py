@@ -1,0 +1,79 @@
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from declip.data.folder import FolderSource
+from declip.data.pairs import LONGEST_CAPTION, BrokenPair
+from declip.errors import UserError
+
+
+def picture(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((3, 4, 3), value, np.uint8)).save(path)
+
+
+def reason_of(source, index):
+    with pytest.raises(BrokenPair) as caught:
+        source[index]
+    return caught.value.reason, caught.value.key
+
+
+def test_images_are_found_below_and_sorted(tmp_path):
+    picture(tmp_path / "b.PNG", 9)
+    picture(tmp_path / "a/z.jpg", 5)
+    picture(tmp_path / "a/c.webp", 7)
+    picture(tmp_path / ".hidden/x.png")
+    picture(tmp_path / "._b.png")
+    (tmp_path / "notes.md").write_text("no image")
+    (tmp_path / "b.txt").write_text("\ufeffa grey square\n\n  another name \r\n", encoding="utf-8")
+    (tmp_path / "a/z.txt").write_text("z")
+    (tmp_path / "a/c.txt").write_text("c")
+    source = FolderSource(tmp_path)
+    assert source.name == tmp_path.name
+    assert [source[i].key for i in range(len(source))] == ["a/c.webp", "a/z.jpg", "b.PNG"]
+    assert source[2].captions == source.captions(2) == ("a grey square", "another name")
+    assert source[2].image.getpixel((0, 0)) == (9, 9, 9)
+    again = pickle.loads(pickle.dumps(source))
+    assert again[0].key == "a/c.webp"
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_broken_pairs_keep_their_place(tmp_path):
+    for name in ("empty", "latin", "long", "none", "ok", "page", "text"):
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "long.txt").write_text("x" * 100_000)
+    (tmp_path / "ok.txt").write_text("fine")
+    (tmp_path / "page.txt").write_text("x\n" * 33 * LONGEST_CAPTION)
+    (tmp_path / "text.txt").write_text("not an image")
+    (tmp_path / "text.png").write_text("not an image")
+    source = FolderSource(tmp_path)
+    assert len(source) == 7
+    assert reason_of(source, 0) == ("empty caption", "empty.png")
+    assert reason_of(source, 1) == ("invalid text", "latin.png")
+    assert reason_of(source, 2) == ("caption too long", "long.png")
+    assert reason_of(source, 3) == ("missing caption", "none.png")
+    assert source[4].captions == ("fine",)
+    assert reason_of(source, 5) == ("caption too long", "page.png")
+    assert reason_of(source, 6) == ("unreadable image", "text.png")
+    assert source.captions(6) == ("not an image",)
+
+
+def test_an_image_that_went_away_is_missing(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    source = FolderSource(tmp_path)
+    (tmp_path / "a.png").unlink()
+    assert reason_of(source, 0) == ("missing image", "a.png")
+
+
+def test_a_folder_without_images_is_no_source(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"holds no image \(\.jpg"):
+        FolderSource(tmp_path)
+    with pytest.raises(UserError, match="There is no folder"):
+        FolderSource(tmp_path / "none")

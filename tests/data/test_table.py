@@ -1,0 +1,352 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from declip.data import table_rows
+from declip.data.pairs import BrokenPair, open_source
+from declip.data.table import IMAGE_NAMES, TableSource, find_column
+from declip.errors import UserError
+
+KINDS = ["jsonl", "csv", "tsv", "parquet"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for value, name in enumerate("abc"):
+        Image.fromarray(np.full((2, 3, 3), value, np.uint8)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def write(path, rows):
+    """Write rows of (image, caption) in the format of the path's extension."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"image": i, "caption": c}) + "\n" for i, c in rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({"image": [i for i, _ in rows], "caption": [c for _, c in rows]}), path)
+    else:
+        mark = "," if path.suffix == ".csv" else "\t"
+        path.write_text("".join(f"{i}{mark}{c}\n" for i, c in [("image", "caption"), *rows]))
+    return path
+
+
+def reason_of(source, index):
+    with pytest.raises(BrokenPair) as caught:
+        source[index]
+    return caught.value.reason
+
+
+def message(*arguments, **options):
+    with pytest.raises(UserError) as caught:
+        open_source(*arguments, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_paths_are_relative_to_the_table(folder, kind):
+    source = TableSource(write(folder / f"t.{kind}", [("a.png", "first"), ("./b.png", "second  one ")]))
+    assert len(source) == 2
+    assert source.name == f"t.{kind}"
+    assert (source[0].key, source[0].captions) == ("a.png", ("first",))
+    assert source[1].captions == source.captions(1) == ("second one",)
+    assert source[1].image.getpixel((0, 0)) == (1, 1, 1)
+    assert source[1].image.size == (3, 2)
+    again = pickle.loads(pickle.dumps(source))
+    assert again[1].captions == ("second one",)
+    assert len(pickle.dumps(source)) < 1000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_bad_row_leaves_the_others(folder, kind):
+    (folder / "text.jpg").write_text("I am text")
+    rows = [("a.png", "x" * 100_000), ("none.png", "gone"), ("text.jpg", "words"), ("b.png", " "), ("", "no path")]
+    source = TableSource(write(folder / f"t.{kind}", [*rows, ("c.png", "good")]))
+    found = {}
+    for index in range(len(source)):
+        try:
+            pair = source[index]
+            found[pair.key] = pair.captions
+        except BrokenPair as broken:
+            found[broken.key] = broken.reason
+    place = {"jsonl": "line 5", "csv": "row 6", "tsv": "row 6", "parquet": "row 4"}[kind]
+    assert found == {
+        "a.png": "caption too long",
+        "none.png": "missing image",
+        "text.jpg": "unreadable image",
+        "b.png": "empty caption",
+        place: "missing image",
+        "c.png": ("good",),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_root_cannot_be_left(folder, kind):
+    inside = folder / "images"
+    inside.mkdir()
+    Image.new("RGB", (2, 2), "red").save(inside / "r.png")
+    rows = [
+        ("r.png", "in"),
+        ("../a.png", "out"),
+        (str(folder / "b.png"), "out"),
+        ("x/../r.png", "in"),
+        (f"{inside}/r.png", "in"),
+    ]
+    source = TableSource(write(folder / f"t.{kind}", rows), image_root=inside)
+    assert [source[i].captions for i in (0, 3, 4)] == [("in",)] * 3
+    assert reason_of(source, 1) == reason_of(source, 2) == "path outside image root"
+    free = TableSource(write(inside / f"t.{kind}", rows))
+    assert free[1].image.size == (3, 2)
+
+
+def test_a_web_address_is_told_apart(folder):
+    source = TableSource(write(folder / "t.jsonl", [("https://example.org/a.png", "x")]))
+    with pytest.raises(BrokenPair, match="a web address; download"):
+        source[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_column_is_named_with_what_is_there(folder, kind):
+    told = message(write(folder / f"t.{kind}", [("a.png", "x")]), caption_column="captoin")
+    assert "has no column 'captoin' for the caption. Did you mean 'caption'?" in told
+    assert "Its columns: 'image', 'caption'. Name the right one with caption_column." in told
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "found"),
+    [
+        (["caption", "image"], "image", "image"),
+        (["url", "FilePath", "title"], "image", "FilePath"),
+        (["filename", "image_path"], "image", "image_path"),
+        (["Image ", "caption"], "image", "Image "),
+        (["path", "picture"], "picture", "picture"),
+    ],
+)
+def test_usual_names_are_found(columns, given, found):
+    assert find_column(columns, given, IMAGE_NAMES, "image", Path("t.csv")) == found
+
+
+@pytest.mark.parametrize("given", ["image", "filename"])
+def test_a_name_asked_for_is_not_replaced(given):
+    with pytest.raises(UserError, match=f"no column '{given}'"):
+        find_column(["picture", "path" if given != "image" else "p"], given, IMAGE_NAMES, "image", Path("t.csv"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_with_nothing_in_them(folder, kind):
+    path = folder / f"t.{kind}"
+    path.touch()
+    assert "is empty" in message(path) or "is not a Parquet file" in message(path)
+    write(path, [])
+    told = message(path)
+    assert "no rows" in told or "is empty" in told or "holds null" in told
+
+
+def test_tables_that_are_not_there_or_no_tables(folder):
+    assert "no file or folder" in message(folder / "none.csv")
+    with pytest.raises(UserError, match="There is no table"):
+        TableSource(folder / "none.csv")
+    assert "no folder" in message(write(folder / "t.csv", [("a.png", "x")]), image_root=folder / "none")
+    (folder / "t.jsonl").write_text('[\n{"image": "a.png"}\n]\n')
+    assert TableSource(folder / "t.jsonl", caption_column="image").captions(1) == ("a.png",)
+    (folder / "t.jsonl").write_text('[{"image": "a.png", "caption": "x"}]\n')
+    assert "is not JSONL, a JSON object on each line: unreadable row: line 1" in message(folder / "t.jsonl")
+    (folder / "t.parquet").write_text("image,caption\n")
+    assert "is not a Parquet file" in message(folder / "t.parquet")
+    (folder / "t.csv").write_text("image,caption\na.png,x\n", encoding="utf-16")
+    assert "is UTF-16. Save it as UTF-8." in message(folder / "t.csv")
+    (folder / "t.csv").write_text("a.png,a cat\n")
+    assert "Its columns: 'a.png', 'a cat'" in message(folder / "t.csv")
+
+
+# JSONL
+
+
+def test_jsonl_rows_are_found_across_blank_lines_and_blocks(folder, monkeypatch):
+    monkeypatch.setattr(table_rows, "SCAN", 7)
+    rows = [{"image": "a.png", "caption": f"n {i}" + "é" * i} for i in range(20)]
+    text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "t.jsonl").write_text(text.replace("\n\n", "\r\n\n", 3), encoding="utf-8")
+    source = TableSource(folder / "t.jsonl")
+    assert len(source) == 20
+    assert [source.captions(i)[0] for i in range(20)] == [f"n {i}" + "é" * i for i in range(20)]
+
+
+def test_jsonl_rows_of_every_kind(folder):
+    lines = [
+        b'{"image": "a.png", "caption": ["one", "", "two", "one"]}',
+        b'{"image": "a.png"}',
+        b'{"caption": "x"}',
+        b'{"image": "a.png", "caption": 5}',
+        b'{"image": {"bytes": ""}, "caption": "x"}',
+        b'{"image": "a.png", "caption": "caf\xe9"}',
+        b'{"image": "a.png", "caption": "half"',
+        b'["a.png", "x"]',
+        b'{"image": "a.png", "caption": "\\ud83d"}',
+        b"[" * 100_000,
+    ]
+    (folder / "t.jsonl").write_bytes(b"\n".join(lines))
+    source = TableSource(folder / "t.jsonl")
+    assert source[0].captions == ("one", "two")
+    assert [reason_of(source, i) for i in range(1, 10)] == [
+        "empty caption",
+        "missing image",
+        "unreadable row",
+        "missing image",
+        "invalid text",
+        "unreadable row",
+        "unreadable row",
+        "invalid text",
+        "unreadable row",
+    ]
+    with pytest.raises(BrokenPair, match="line 8"):
+        source[7]
+    with pytest.raises(IndexError):
+        source[10]
+
+
+def test_jsonl_row_without_end(folder, monkeypatch):
+    monkeypatch.setattr(table_rows, "LONGEST_ROW", 1000)
+    rows = [("a.png", "good"), ("a.png", "x" * 1000)]
+    assert reason_of(TableSource(write(folder / "t.jsonl", rows)), 1) == "unreadable row"
+
+
+# CSV, TSV
+
+
+@pytest.mark.parametrize(("kind", "mark"), [("csv", ","), ("tsv", "\t")])
+def test_rows_of_one_image_are_one_pair(folder, kind, mark):
+    rows = ["b.png|first", "a.png|second", "b.png|third", "|lost", "b.png|first", "a.png| ", "|lost too"]
+    text = "image|caption\n" + "\n".join(rows)
+    (folder / f"t.{kind}").write_text(text.replace("|", mark))
+    source = TableSource(folder / f"t.{kind}")
+    assert [source.captions(i) for i in range(len(source))] == [
+        ("first", "third"),
+        ("second",),
+        ("lost",),
+        ("lost too",),
+    ]
+    assert source[0].key == "b.png"
+    assert reason_of(source, 2) == reason_of(source, 3) == "missing image"
+
+
+def test_csv_quotes_line_ends_and_a_byte_order_mark(folder):
+    text = '\ufeff"caption",size,image\r\n"a ""big"", old\ncat",3,a.png\r\nplain,4,b.png\r\n'
+    (folder / "t.csv").write_bytes(text.encode())
+    source = TableSource(folder / "t.csv")
+    assert source[0].captions == ('a "big", old cat',)
+    assert source[1].captions == ("plain",)
+
+
+def test_csv_rows_of_the_wrong_length_are_broken_pairs(folder):
+    (folder / "t.csv").write_text("image,caption\na.png,good\nb.png,one, two\nc.png\nb.png,fine\n")
+    source = TableSource(folder / "t.csv")
+    assert len(source) == 4
+    assert source[1].captions == ("fine",)
+    assert reason_of(source, 2) == reason_of(source, 3) == "unreadable row"
+    with pytest.raises(BrokenPair, match=r"row 3 \(3 cells instead of 2\)"):
+        source[2]
+
+
+def test_csv_that_is_not_utf8_breaks_the_rows_not_the_table(folder):
+    (folder / "t.csv").write_bytes(b"image,caption\na.png,caf\xe9\nb\xe9.png,x\nc.png,good\n")
+    source = TableSource(folder / "t.csv")
+    assert [reason_of(source, 0), reason_of(source, 1)] == ["invalid text", "invalid text"]
+    assert source[2].captions == ("good",)
+
+
+def test_csv_with_a_quote_that_never_ends(folder):
+    text = 'image,caption\na.png,good\nb.png,"lost\n' + "c.png,x\n" * 9000
+    (folder / "t.csv").write_text(text)
+    source = TableSource(folder / "t.csv")
+    assert [source.captions(0), len(source)] == [("good",), 2]
+    assert reason_of(source, 1) == "caption too long"
+
+
+# Parquet
+
+
+def content(folder, name):
+    return (folder / f"{name}.png").read_bytes()
+
+
+def parquet(folder, images, captions):
+    pq.write_table(pa.table({"image": images, "caption": captions}), folder / "t.parquet", row_group_size=2)
+    return TableSource(folder / "t.parquet")
+
+
+def test_parquet_bytes_and_lists_of_captions(folder):
+    images = pa.array([content(folder, "a"), None, b"", content(folder, "c")], pa.binary())
+    source = parquet(folder, images, [["x", "y "], ["z"], ["w"], []])
+    assert (source[0].key, source[0].captions) == ("row 0", ("x", "y"))
+    assert source[0].image.getpixel((0, 0)) == (0, 0, 0)
+    assert reason_of(source, 1) == reason_of(source, 2) == "missing image"
+    assert reason_of(source, 3) == "empty caption"
+
+
+def test_parquet_structs_of_bytes_and_path(folder):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": content(folder, "b"), "path": "lost.png"}, {"bytes": None, "path": "c.png"}, None]
+    source = parquet(folder, pa.array(rows, kind), ["x", "y", "z"])
+    assert source[0].image.getpixel((0, 0)) == (1, 1, 1)
+    assert source[1].image.getpixel((0, 0)) == (2, 2, 2)
+    assert reason_of(source, 2) == "missing image"
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        pa.array(["x", None], pa.large_string()),
+        pa.array(["x", None]).dictionary_encode(),
+        pa.array([["x"], None], pa.large_list(pa.string())),
+    ],
+)
+def test_parquet_types_of_captions(folder, captions):
+    source = parquet(folder, ["a.png", "b.png"], captions)
+    assert source[0].captions == ("x",)
+    assert reason_of(source, 1) == "empty caption"
+
+
+def test_parquet_types_that_hold_no_pairs(folder):
+    pq.write_table(pa.table({"image": [1], "caption": ["x"]}), folder / "t.parquet")
+    assert "Column 'image'" in message(folder / "t.parquet")
+    assert "holds int64; images are a path, bytes, or a struct" in message(folder / "t.parquet")
+    pq.write_table(pa.table({"image": ["a"], "caption": [[1]]}), folder / "t.parquet")
+    assert "captions are a string or a list of strings" in message(folder / "t.parquet")
+
+
+def test_parquet_that_is_not_utf8_breaks_the_row(folder):
+    text = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"x\xe9")]
+    )
+    source = parquet(folder, ["a.png", "b.png"], text)
+    assert source[0].captions == ("x",)
+    assert reason_of(source, 1) == "invalid text"
+
+
+def test_parquet_beyond_memory_is_mapped_from_the_cache(folder, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(table_rows, "HELD_IN_MEMORY", 10)
+    images = [content(folder, name) for name in "abc"]
+    source = parquet(folder, pa.array(images), ["x", "y", "z"])
+    (copied,) = (folder / "cache/parquet").iterdir()
+    assert [source[i].image.getpixel((0, 0))[0] for i in range(3)] == [0, 1, 2]
+    assert source.captions(2) == ("z",)
+    stamp = copied.stat().st_mtime_ns
+    assert pickle.loads(pickle.dumps(source))[1].captions == ("y",)
+    assert copied.stat().st_mtime_ns == stamp
+    parquet(folder, pa.array(images[::-1]), ["x", "y", "other"])
+    assert len(list((folder / "cache/parquet").iterdir())) == 2
+
+
+def test_parquet_cut_short(folder):
+    write(folder / "t.parquet", [("a.png", "x")] * 999)
+    whole = (folder / "t.parquet").read_bytes()
+    (folder / "t.parquet").write_bytes(whole[:-9])
+    assert "is not a Parquet file" in message(folder / "t.parquet")
+    (folder / "t.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
+    assert "is damaged" in message(folder / "t.parquet")

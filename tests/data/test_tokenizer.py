@@ -1,0 +1,208 @@
+"""Token ids against open_clip's and the authors', and what a caption may not do."""
+
+import html.entities
+import json
+import multiprocessing
+import pickle
+import random
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from declip.data.tokenizer import Tokenizer, clean
+from declip.errors import UserError
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "token_cases.json").read_text(encoding="utf-8"))
+SPECIAL = "<|startoftext|> injected <|endoftext|>"  # the one case where the authors read special tokens in a caption
+CASES = [case for case in GOLDEN["cases"] if case["caption"] != SPECIAL]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def small() -> Tokenizer:
+    return Tokenizer(merges=600)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def ours(ids: list[int], special: dict[str, int], tokenizer: Tokenizer) -> list[int]:
+    """The authors' ids, who put the mask before start and end, as ours."""
+    names = {"<|mask|>": tokenizer.mask, "<|startoftext|>": tokenizer.start, "<|endoftext|>": tokenizer.end}
+    numbers = {number: names[name] for name, number in special.items()}
+    return [numbers.get(token, token) for token in ids]
+
+
+def random_text(source: random.Random) -> str:
+    """Words and scraps of all that a caption from the web may hold."""
+    scraps = (
+        lambda: chr(source.randrange(source.choice([0x250, 0x3000, 0xD800]))),
+        lambda: chr(source.randrange(1 << 16, 17 << 16)),
+        lambda: chr(source.randrange(0x1F300, 0x1FAFF)),
+        lambda: "&" + source.choice(list(html.entities.html5)),
+        lambda: source.choice(["'s", "'T", "'re", "'VE", "'m", "'ll", "'d", "'ſ", "’s", "‘", "`"]),
+        lambda: str(source.randrange(10 ** source.randrange(1, 8))),
+        lambda: source.choice(" \t\n\r\x0b\x0c\x1c\x85\xa0\u2028\u200b\u3000\ufeff"),
+        lambda: source.choice("!\"#$%&'()*+,-./:;<=>?@[]^_{|}~") * source.randrange(1, 4),
+        lambda: source.choice(["Ã©", "â€œ", "&amp;amp;", "&#x1F600;", "&#0;", "&#xD800;", "\x1b[31m", "ﬁ", "ＡＢＣ"]),
+        lambda: source.choice(["<br>", "\ud800", "\u0345", "ΑΣ", "ß", "İ", "\x7f", "日本語", "Привет", "مرحبا", "한국어"]),
+        lambda: "".join(chr(source.randrange(32, 127)) for _ in range(source.randrange(1, 12))),
+        lambda: " " + source.choice(["a", "photo", "Dogs", "supercalifragilistic", "xxxxxxx", "don't"]),
+    )  # fmt: skip
+    return "".join(source.choice(scraps)() for _ in range(source.randrange(1, 25)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["caption"][:20])
+def test_ids_equal_the_authors(case, tokenizer, small):
+    assert tokenizer.encode(case["caption"]) == ours(case["ids"], GOLDEN["special"], tokenizer)
+    expected = ours(case["ids_small_vocab"], GOLDEN["small_vocab"]["special"], small)
+    assert small.encode(case["caption"]) == expected
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["n_body_tokens"] <= 75], ids=lambda case: case["caption"][:20])
+def test_decoded_text_equals_the_authors(case, tokenizer):
+    assert tokenizer.decode(tokenizer.encode(case["caption"])) == case["decoded"].strip()
+
+
+def test_ids_equal_open_clip_on_random_text(tokenizer, reference):
+    source = random.Random(0)
+    for _ in range(1500):
+        text = random_text(source)
+        expected = [tokenizer.start, *reference.encode(text), tokenizer.end]
+        if len(expected) > 77:
+            expected = [*expected[:76], tokenizer.end]
+        assert tokenizer.encode(text) == expected, repr(text)
+
+
+def test_merges_equal_open_clip(tokenizer, reference):
+    assert (tokenizer.start, tokenizer.end) == (reference.sot_token_id, reference.eot_token_id)
+    for token in range(0, tokenizer.start, 7):
+        spelled = bytes(reference.byte_decoder[letter] for letter in reference.decoder[token].removesuffix("</w>"))
+        assert tokenizer.decode([token]) == spelled.decode("utf-8", errors="replace").strip()
+
+
+def test_small_vocabulary_is_the_start_of_the_whole(tokenizer, small):
+    assert (tokenizer.vocabulary, tokenizer.start, tokenizer.end, tokenizer.mask) == (49_409, 49_406, 49_407, 49_408)
+    assert (small.vocabulary, small.start, small.end, small.mask) == (1_115, 1_112, 1_113, 1_114)
+    assert [small.decode([token]) for token in range(1_112)] == [tokenizer.decode([token]) for token in range(1_112)]
+    letters = Tokenizer(merges=0)
+    assert letters.encode("cat") == [512, 66, 64, 339, 513]
+
+
+@pytest.mark.parametrize("name", ["<|mask|>", "<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<end_of_text>"])
+def test_a_caption_cannot_hold_special_tokens(name, tokenizer, small):
+    """The authors and open_clip read some of these as tokens, which moves the place where features are pooled."""
+    for one in (tokenizer, small):
+        ids = one.encode(f"the {name} of {name.upper()}")
+        assert ids[0] == one.start
+        assert ids[-1] == one.end
+        assert max(ids[1:-1]) < one.start
+    assert tokenizer.encode("<|endoftext|>") == [49406, 27, 347, *tokenizer.encode("endoftext")[1:-1], 91, 285, 49407]
+
+
+def test_the_authors_read_special_tokens_in_captions(tokenizer):
+    """What differs on purpose: their first end token stands where the caption says so."""
+    (case,) = (case for case in GOLDEN["cases"] if case["caption"] == SPECIAL)
+    assert ours(case["ids"], GOLDEN["special"], tokenizer).count(tokenizer.end) == 2
+    assert tokenizer.encode(SPECIAL).count(tokenizer.end) == 1
+    assert tokenizer.decode(tokenizer.encode(SPECIAL)) == "<| startoftext |> injected <| endoftext |>"
+
+
+def test_long_texts_keep_their_end():
+    tokenizer = Tokenizer(context=5, merges=600)
+    whole = Tokenizer(merges=600).encode("one two three four")
+    assert tokenizer.encode("one two three four") == [*whole[:4], tokenizer.end]
+    assert tokenizer("one two three four").tolist() == [tokenizer.encode("one two three four")]
+    assert len(Tokenizer().encode("x" * 100_000)) == 77
+
+
+def test_batches_are_as_long_as_they_must_be(tokenizer):
+    short = tokenizer(["cat", "a photo of a cat"])
+    assert short.dtype == torch.int64
+    assert short.shape == (2, 8)
+    assert short[0].tolist() == [*tokenizer.encode("cat"), 0, 0, 0, 0, 0]
+    assert tokenizer(["one two three four five six"]).shape == (1, 8)
+    assert tokenizer(["one two three four five six seven"]).shape == (1, 16)
+    assert tokenizer("word " * 72).shape == (1, 77)
+    assert tokenizer("word " * 500).shape == (1, 77)
+    assert tokenizer("").tolist() == [[tokenizer.start, tokenizer.end, 0, 0, 0, 0, 0, 0]]
+
+
+def test_decode_shows_masks_and_leaves_padding_out(tokenizer):
+    ids = tokenizer("A photo of a cat")[0]
+    ids[2] = tokenizer.mask
+    assert tokenizer.decode(ids) == "a <|mask|> of a cat"
+    assert tokenizer.decode(ids.numpy()) == "a <|mask|> of a cat"
+    assert tokenizer.decode([2368]) == "cat"
+    assert tokenizer.decode([]) == ""
+
+
+def test_decoded_text_encodes_to_the_same_ids(tokenizer):
+    source = random.Random(1)
+    words = ["don't", "e-mail", "C++", "3,141.59", "naïve", "日本語", "😀😂", "#tag", "(dogs)", "it's", "!!!", "! !"]
+    for _ in range(200):
+        ids = tokenizer.encode(" ".join(source.choices(words, k=6)))
+        assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+def test_plain_text_is_cleaned_as_by_ftfy():
+    """Printable ASCII skips the mending; what CLIP does is written out here."""
+    import ftfy
+
+    source = random.Random(2)
+    for _ in range(2000):
+        text = "".join(chr(source.randrange(9, 127)) for _ in range(source.randrange(40)))
+        mended = html.unescape(html.unescape(ftfy.fix_text(text)))
+        assert clean(text) == " ".join(mended.split()).lower(), repr(text)
+
+
+def test_wrong_use_says_what_is_wrong(tokenizer):
+    with pytest.raises(UserError, match=r"NoneType.*None"):
+        tokenizer.encode(None)
+    with pytest.raises(UserError, match="must be a string; int"):
+        tokenizer(["a cat", 7])
+    with pytest.raises(UserError, match="No text"):
+        tokenizer([])
+    with pytest.raises(UserError, match=r"99999.*0 to 49408"):
+        tokenizer.decode([99_999])
+    with pytest.raises(UserError, match="-1"):
+        tokenizer.decode([-1])
+    with pytest.raises(UserError, match="context is 2"):
+        Tokenizer(context=2)
+    for merges in (-1, 48_895):
+        with pytest.raises(UserError, match="0 to 48,894"):
+            Tokenizer(merges=merges)
+
+
+def test_pickles_small_and_whole():
+    for tokenizer in (Tokenizer(), Tokenizer(context=16, merges=300)):
+        packed = pickle.dumps(tokenizer)
+        again = pickle.loads(packed)
+        assert len(packed) < 200
+        assert (again.context, again.vocabulary) == (tokenizer.context, tokenizer.vocabulary)
+        assert again.encode("a photo of a cat") == tokenizer.encode("a photo of a cat")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_workers_and_threads_agree(tokenizer):
+    texts = [f"caption nr {number} öl" for number in range(200)]
+    expected = [tokenizer.encode(text) for text in texts]
+    found: list[list[list[int]]] = []
+    threads = [threading.Thread(target=lambda: found.append([Tokenizer().encode(t) for t in texts])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found.append(pool.map(tokenizer.encode, texts))
+    assert found == [expected] * 5

@@ -1,0 +1,401 @@
+"""The authors' models read as ours: losses, gradients, features and queue of their own training step."""
+
+import json
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import declip
+from declip.data.batch import PairBatch
+from declip.errors import UserError
+from declip.interchange import read_declip_authors
+from declip.interchange.declip_authors import UNUSED, our_name, token_order
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODELS = ["clip", "slip", "filip", "declip", "defilip"]
+CASES = [*(f"{model}_vit_tiny" for model in MODELS), "declip_resnet_tiny"]
+
+
+class Case:
+    """One of the authors' tiny models and the first step of its training, in our tokens."""
+
+    def __init__(self, name, weights_of=None, dtype=torch.float32):
+        self.state = load_file(GOLDEN / f"{weights_of or name}.safetensors")
+        self.about = json.loads((GOLDEN / f"{name}.json").read_text())
+        self.step = self.about["steps"][0]
+        self.arrays = np.load(GOLDEN / f"{name}.npz")
+        self.dtype = dtype
+
+    def value(self, name, step="step1/"):
+        found = torch.tensor(self.arrays[step + name])
+        return found.to(self.dtype) if found.is_floating_point() else found
+
+    def ours(self, tokens):
+        """Their ids as ours; -100 stays."""
+        order = token_order(self.about["vocab_size"])
+        return torch.where(tokens < 0, tokens, order.argsort()[tokens.clamp(min=0)])
+
+    def batch(self):
+        images = (self.value("images_u8").to(self.dtype) / 64 - 2).unflatten(1, (-1, 3)).transpose(0, 1)
+        names = [name for name in ("tokens_clean", "tokens_aug") if f"step1/{name}" in self.arrays]
+        masks = {}
+        if "step1/labels_main" in self.arrays:
+            given = {"masked": "tokens_main_masked", "labels": "labels_main"}
+            masks = {ours: self.ours(self.value(theirs)) for ours, theirs in given.items()}
+        texts = torch.stack([self.ours(self.value(name)) for name in names])
+        return PairBatch(images=images, texts=texts, **masks)
+
+    def read(self, **options):
+        model, objective = read_declip_authors(self.state, text_heads=2, **options)
+        if objective.queue is not None:
+            objective.queue.fill(self.value("bank_before").T)
+        return model.to(self.dtype), objective.to(self.dtype)
+
+    def parameter(self, modules, name):
+        place, _, path = our_name(name, self.state).partition(".")
+        parameters = dict(modules[place].named_parameters())
+        return parameters.get(path)
+
+
+def expected_terms(step):
+    """Their logged terms under our names."""
+    theirs = step["loss_terms"]
+    names = {
+        "clip_i1_t": "contrastive",
+        "simsiam": "simsiam",
+        "mlm": "masked_language",
+        "nn": "nearest_neighbour",
+        "simclr": "simclr",
+        "dense": "late_interaction",
+        "filip": "late_interaction",
+    }
+    found = {ours: theirs[name] for name, ours in names.items() if name in theirs}
+    if "clip_i2_t" in theirs:
+        found["multi_view"] = sum(theirs[name] for name in ("clip_i2_t", "clip_i1_taug", "clip_i2_taug")) / 3
+    elif "dense" not in theirs:  # FILIP's contrastive term has no weight
+        found["contrastive"] = theirs["clip"]
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_terms_and_total_equal_the_authors(name):
+    case = Case(name)
+    model, objective = case.read()
+    terms = objective(model, case.batch())
+    expected = expected_terms(case.step) | {"total": case.step["loss_total"]}
+    assert {term: value.item() for term, value in terms.items()} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_the_authors(name):
+    """In float64: theirs are float32, exact to 3e-6; ours in float32 would differ by 3e-5 behind batch norms."""
+    case = Case(name, dtype=torch.float64)
+    model, objective = case.read()
+    objective(model, case.batch())["total"].backward()
+    modules = {"model": model, "objective": objective}
+    noise = case.about["fp64_check"]["grad_norm_rel"][0]["essentially_zero"]
+    whole = {key.removeprefix("step1/grad/") for key in case.arrays if key.startswith("step1/grad/")}
+    compared = 0
+    for theirs, norm in case.step["grad_norm"].items():
+        if UNUSED.match(theirs) or theirs in noise:
+            continue
+        gradient = case.parameter(modules, theirs).grad
+        compared += 1
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-5), theirs
+        spread = norm * math.sqrt(gradient.numel())
+        assert gradient.sum().item() == pytest.approx(case.step["grad_sum"][theirs], abs=1e-5 * spread), theirs
+        expected = case.value(f"grad/{theirs}") if theirs in whole else None
+        if expected is not None and expected.shape == gradient.shape and "label_predictor" not in theirs:
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * norm)
+    assert compared > 40
+    for theirs in case.step["grad_none"]:
+        if not UNUSED.match(theirs):
+            parameter = case.parameter(modules, theirs)
+            assert parameter is None or parameter.grad is None, theirs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_features_equal_the_authors(name):
+    case = Case(name)
+    model, objective = case.read()
+    features = objective.encode(model, case.batch())
+    first = case.value("text_raw_main")
+    torch.testing.assert_close(features.texts[0], F.normalize(first, dim=-1), rtol=0, atol=1e-5)
+    views = sorted(key for key in case.arrays if key.startswith("step1/image_raw_") and not key.endswith(".1"))
+    assert len(views) == len(features.images) or name.startswith("filip")
+    for key, found in zip(views, features.images, strict=False):
+        expected = F.normalize(case.value(key, step=""), dim=-1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_evaluation_features_equal_the_authors(name):
+    case = Case(name)
+    model, _ = case.read()
+    model.eval()
+    with torch.no_grad():
+        images = model.encode_image(case.batch().images[0])
+        texts = model.encode_text(model.tokenize(case.step["captions"]))
+    for found, theirs in ((images, "image_features"), (texts, "text_features")):
+        expected = F.normalize(case.value(theirs, step="eval_init/"), dim=-1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped"), [("declip_vit_tiny", 2), ("declip_resnet_tiny", 0), ("defilip_vit_tiny", 2)]
+)
+def test_queue_after_a_step_holds_the_authors_and_the_tail_that_they_drop(name, dropped):
+    case = Case(name)
+    before, after = case.value("bank_before").T, case.value("bank_after").T
+    size, start = len(before), case.step["bank_ptr_before"]
+    model, objective = case.read(queue_size=size)
+    objective.queue.pointer = start
+    batch = case.batch()
+    objective(model, batch)
+    queue = objective.queue
+    augmented, masked = (F.normalize(case.value(f"text_raw_{view}"), dim=-1) for view in ("aug", "main"))
+    torch.testing.assert_close(queue.ordered()[-2 * len(batch) :], torch.cat([augmented, masked]))
+    assert queue.pointer == (start + 2 * len(batch)) % size
+    theirs = after[(after != before).any(dim=1)]
+    distance = (theirs.unsqueeze(1) - queue.features).abs().amax(dim=2).min(dim=1).values
+    assert distance.max() < 1e-5
+    assert len(theirs) == 2 * len(batch) - dropped
+
+
+def test_two_ranks_equal_the_authors_two_processes():
+    """Their queue is per rank and their mean over masked words too; so these two terms differ by design."""
+    weights = {"contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2}
+    cases = [Case(f"declip_vit_tiny_2proc_rank{rank}", weights_of="declip_vit_tiny") for rank in (0, 1)]
+    pairs = []
+    for case in cases:
+        model, objective = read_declip_authors(case.state, weights, text_heads=2)
+        pairs.append((model, objective, case.batch()))
+    rows = []
+
+    def record(own):
+        rows.append(own.detach())
+        return torch.cat([own, own])
+
+    for rank, (model, objective, batch) in enumerate(pairs):
+        objective(model, batch, record, rank)
+    words, losses = [], []
+    for rank, (model, objective, batch) in enumerate(pairs):
+
+        def gather(own, rank=rank):
+            return torch.cat([own if other == rank else found for other, found in enumerate(rows)])
+
+        terms = objective(model, batch, gather, rank)
+        expected = expected_terms(cases[rank].step)
+        for term in ("contrastive", "multi_view", "simsiam"):
+            assert terms[term].item() == pytest.approx(expected[term], rel=1e-5, abs=1e-6), (rank, term)
+        words.append((batch.labels != -100).sum().item())
+        losses.append((terms["masked_language"].item(), expected["masked_language"]))
+    by_word = sum(count * theirs for count, (_, theirs) in zip(words, losses, strict=True)) / sum(words)
+    assert sum(ours for ours, _ in losses) / 2 == pytest.approx(by_word, rel=1e-5)
+    assert words[0] != words[1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_are_the_authors_in_our_order(name):
+    case = Case(name)
+    model, _ = case.read()
+    found = model.tokenize(case.step["captions"])
+    expected = case.ours(case.value("tokens_clean"))
+    assert torch.equal(found, expected[:, : found.shape[1]])
+    assert not expected[:, found.shape[1] :].any()
+
+
+def test_their_three_special_tokens_change_places():
+    mask, start, end = 7, 8, 9
+    assert token_order(10).tolist() == [0, 1, 2, 3, 4, 5, 6, start, end, mask]
+
+
+def full_size(file, model=None):
+    about = json.loads((GOLDEN / file).read_text())
+    shapes = about[model]["shapes"] if model else {name: key["shape"] for name, key in about["keys"].items()}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "recipe", "embed_dim"),
+    [
+        ("keys_vitb32.json", None, "declip-yfcc15m-vitb32", 512),
+        ("keys_r50.json", None, "declip-yfcc15m-r50", 1024),
+        ("keys_other.json", "clip_vitb32", "clip-yfcc15m-vitb32", 512),
+        ("keys_other.json", "clip_res50", "clip-yfcc15m-r50", 1024),
+        ("keys_other.json", "slip_vitb32", "slip-yfcc15m-vitb32", 512),
+        ("keys_other.json", "filip_vitb32", "filip-yfcc15m-vitb32", 768),
+        ("keys_other.json", "defilip_vitb32", "defilip-yfcc15m-vitb32", 512),
+    ],
+)
+def test_full_size_models_have_the_shapes_of_our_recipes(file, model, recipe, embed_dim):
+    """On the meta device: names and shapes only."""
+    with torch.device("meta"):
+        found, objective = read_declip_authors(full_size(file, model))
+        expected = declip.load_recipe(recipe, {"embed_dim": embed_dim})
+        built = type(found).from_recipe(expected)
+        built_objective = type(objective).for_model(expected, built)
+    assert objective.weights == built_objective.weights
+    for ours, theirs in ((found, built), (objective, built_objective)):
+        shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+        assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert objective.recipe.embed_dim == embed_dim
+    assert objective.recipe.text == expected.text
+    assert objective.recipe.image.size == expected.image.size == 224
+    assert objective.recipe.late_interaction == expected.late_interaction
+    assert objective.recipe.simclr == expected.simclr
+    if expected.image.name.startswith("vit"):
+        assert objective.recipe.image.options["num_heads"] == 12
+    assert found.image_tower.trunk.num_features == built.image_tower.trunk.num_features
+
+
+def test_the_88m_variant_is_read():
+    """Embeddings of 3,072 and nothing else changed."""
+    state = full_size("keys_vitb32.json")
+    about = json.loads((GOLDEN / "keys_vitb32.json").read_text())
+    state |= {n: torch.empty(shape, device="meta") for n, shape in about["variant_88m"]["shapes"].items()}
+    with torch.device("meta"):
+        _, objective = read_declip_authors(state)
+    assert objective.recipe.embed_dim == 3072
+
+
+@pytest.fixture
+def tiny():
+    return load_file(GOLDEN / "clip_vit_tiny.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
+def test_a_file_gives_the_same_as_its_state_dict(tiny, tmp_path, suffix):
+    path = tmp_path / f"ckpt{suffix}"
+    named = {f"module.{name}": tensor for name, tensor in tiny.items()}
+    if suffix == ".safetensors":
+        save_file(named, path)
+    else:
+        torch.save({"last_iter": 2, "model": named, "optimizer": {"state": {}, "param_groups": [1]}}, path)
+    from_file, from_state = read_declip_authors(path), read_declip_authors(tiny)
+    for read, expected in zip(from_file, from_state, strict=True):
+        assert read.state_dict().keys() == expected.state_dict().keys()
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(read.state_dict()[name], tensor), name
+
+
+def test_weights_choose_the_terms_and_heads():
+    state = load_file(GOLDEN / "defilip_vit_tiny.safetensors")
+    _, objective = read_declip_authors(state, {"contrastive": 1.0, "late_interaction": 0.5}, text_heads=2)
+    assert objective.weights == {"contrastive": 1.0, "late_interaction": 0.5}
+    assert {name.split(".")[0] for name in objective.state_dict()} == {
+        "patch_projection",
+        "word_projection",
+        "late_scale",
+    }
+    assert objective.queue is None
+
+
+def test_heads_of_attention(tiny):
+    """Published models have a head for each 64 channels; equally wide towers share the number that is given."""
+
+    def heads(**options):
+        model, _ = read_declip_authors(tiny, **options)
+        text = model.text_tower.transformer.resblocks[0].attn.heads
+        return text, model.image_tower.trunk.blocks[0].attn.num_heads
+
+    assert heads() == (1, 1)
+    assert heads(text_heads=2) == (2, 2)
+    assert heads(text_heads=2, image_heads=4) == (2, 4)
+    declip_state = load_file(GOLDEN / "declip_vit_tiny.safetensors")
+    model, _ = read_declip_authors(declip_state, text_heads=4, queue_size=2)
+    assert model.image_tower.trunk.blocks[0].attn.num_heads == 2
+
+
+def test_reading_leaves_the_random_state_alone(tiny):
+    before = torch.get_rng_state()
+    read_declip_authors(tiny)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_result_does_not_share_memory_with_what_was_given(tiny):
+    model, _ = read_declip_authors(tiny)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert tiny["visual.ln_pre.weight"].abs().sum() > 0
+
+
+def test_a_logit_scale_that_theirs_cuts_off_is_cut_off(tiny):
+    tiny["logit_scale"] = torch.tensor([6.0])
+    model, _ = read_declip_authors(tiny)
+    assert model.logit_scale.shape == ()
+    assert model.logit_scale.exp().item() == pytest.approx(100, rel=1e-6)
+
+
+class Harmful:
+    """What a pickle can do when it is trusted."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("harm"),)
+
+
+def test_no_code_in_a_file_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open("ckpt.pth", "wb") as file:
+        pickle.dump({"model": Harmful()}, file, protocol=2)
+    torch.save({"model": Harmful()}, "saved.pth")
+    for path in ("ckpt.pth", "saved.pth"):
+        with pytest.raises(UserError, match="Cannot read weights"):
+            read_declip_authors(path)
+    assert not Path("harm").exists()
+
+
+def test_a_file_that_is_not_there_or_cut(tiny, tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        read_declip_authors(tmp_path / "none.pth")
+    torch.save(tiny, tmp_path / "whole.pth")
+    save_file(tiny, tmp_path / "whole.safetensors")
+    for name in ("whole.pth", "whole.safetensors"):
+        cut = tmp_path / f"cut{Path(name).suffix}"
+        for size in (0, 1000):
+            cut.write_bytes((tmp_path / name).read_bytes()[:size])
+            with pytest.raises(UserError, match=r"Cannot read weights from .*cut"):
+                read_declip_authors(cut)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"model": 3}, {"model": {"layer": torch.ones(1)}}, {"epoch": 3}, {}])
+def test_something_else_in_a_file(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="authors"):
+        read_declip_authors(tmp_path / "other.pth")
+
+
+def test_a_tensor_too_many_or_too_few_or_of_another_shape(tiny):
+    with pytest.raises(UserError, match=r"'visual\.extra' is not a tensor"):
+        read_declip_authors(tiny | {"visual.extra": torch.ones(1)})
+    short = dict(tiny)
+    del short["visual.ln_post.weight"]
+    with pytest.raises(UserError, match=r"not complete.*missing: image_tower\.norm\.weight"):
+        read_declip_authors(short)
+    with pytest.raises(UserError, match=r"do not fit.*norm\.weight"):
+        read_declip_authors(tiny | {"visual.ln_post.weight": torch.ones(3)})
+
+
+def test_weights_that_the_file_cannot_serve(tiny):
+    with pytest.raises(UserError, match=r"simsiam has the weight 0\.2.*contrastive"):
+        read_declip_authors(tiny, {"contrastive": 1.0, "simsiam": 0.2})
+    with pytest.raises(UserError, match="Did you mean 'contrastive'"):
+        read_declip_authors(tiny, {"contrastiv": 1.0})
+    model, objective = read_declip_authors(tiny, {"contrastive": 1.0, "simsiam": 0.0})
+    assert objective.weights == {"contrastive": 1.0}
+    assert model.training
+
+
+def test_heads_that_do_not_divide_the_width(tiny):
+    with pytest.raises(UserError, match="multiple"):
+        read_declip_authors(tiny, text_heads=3)
+    resnet = load_file(GOLDEN / "declip_resnet_tiny.safetensors")
+    with pytest.raises(UserError, match="image_heads=3"):
+        read_declip_authors(resnet, text_heads=2, image_heads=3)
