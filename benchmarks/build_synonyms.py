@@ -228,12 +228,11 @@ def main() -> None:
     """Write the table and WordNet's licence into the package."""
     parser = argparse.ArgumentParser(description="Build the synonym table from WordNet's own files.")
     parser.add_argument("wordnet", type=Path, help="folder with WordNet 3.0's dict files")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to")
-    arguments = parser.parse_args()
-    text = build(arguments.wordnet)
+    folder = parser.parse_args().wordnet
+    text = build(folder)
     packed = gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0)
-    (arguments.out / "synonyms.txt.gz").write_bytes(packed)
-    (arguments.out / "LICENSE.wordnet.txt").write_text(read_licence(arguments.wordnet), encoding="utf-8")
+    (ASSETS / "synonyms.txt.gz").write_bytes(packed)
+    (ASSETS / "LICENSE.wordnet.txt").write_text(read_licence(folder), encoding="utf-8")
     print(f"{len(text.splitlines()):,} lines, {len(packed):,} bytes")
 
 

@@ -7,7 +7,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from declip.data.decode import MOST_PIXELS, decode
 from declip.data.pairs import BrokenPair
@@ -139,6 +139,15 @@ def test_the_limit_on_pixels():
     assert decode(encoded(noise(), "PNG"), "k", most_pixels=60 * 40).size == (60, 40)
     assert MOST_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
     assert reason_of(png_header(13_377, 13_378)) == "image too large"
+
+
+@pytest.mark.parametrize("error", [struct.error, zlib.error, SyntaxError, OverflowError, KeyError])
+def test_whatever_pillow_raises_breaks_only_the_pair(monkeypatch, error):
+    def fail(self):
+        raise error("odd")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    assert reason_of(encoded(noise(), "BMP")) == "unreadable image"
 
 
 def test_files(tmp_path):

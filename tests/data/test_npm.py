@@ -18,8 +18,10 @@ def archive(path, name, files):
             tar.addfile(member, io.BytesIO(content.encode()))
 
 
-def npm_that(act):
+def npm_that(act, asked=None):
     def run(arguments, cwd, **_):
+        if asked is not None:
+            asked.extend(arguments)
         code, told = act(cwd)
         return subprocess.CompletedProcess(arguments, code, "", told)
 
@@ -35,7 +37,7 @@ def test_unpack_writes_only_what_is_wanted(tmp_path):
         "package/index.js": "run()",
         "package/en/data.json.d.ts": "type",
         "package/../../evil.json": "{}",
-        "package/../evil.json": "{}",
+        "package/en/../../../evil.json": "{}",
     }
     archive(tmp_path / "a.tgz", "@scope/set", files)
     (tmp_path / "out").mkdir()
@@ -51,8 +53,10 @@ def test_fetch_unpacks_each_package_by_its_name(tmp_path, monkeypatch):
         archive(f"{cwd}/scope-a-b-1.0.0.tgz", "@scope/a-b", {"package/x.json": "1"})
         return 0, ""
 
-    monkeypatch.setattr(npm, "find_npm", npm_that(pack))
-    fetch_packages(["@scope/a", "@scope/a-b"], tmp_path)
+    asked = []
+    monkeypatch.setattr(npm, "find_npm", npm_that(pack, asked))
+    fetch_packages({"@scope/a": "1.0.0", "@scope/a-b": "1.0.0"}, tmp_path)
+    assert asked[:3] == ["pack", "@scope/a@1.0.0", "@scope/a-b@1.0.0"]
     assert not (tmp_path / "@scope/a/x.json").exists()
     assert (tmp_path / "@scope/a-b/x.json").read_text() == "1"
 
@@ -60,12 +64,12 @@ def test_fetch_unpacks_each_package_by_its_name(tmp_path, monkeypatch):
 def test_fetch_tells_in_one_line_what_went_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(npm, "find_npm", npm_that(lambda cwd: (1, "npm error code ENOTFOUND\nnpm error network ...")))
     with pytest.raises(UserError) as caught:
-        fetch_packages(["a"], tmp_path)
+        fetch_packages({"a": "1"}, tmp_path)
     assert "npm reaches no registry (ENOTFOUND)" in str(caught.value)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(npm, "find_npm", npm_that(lambda cwd: (0, "")))
     with pytest.raises(UserError, match="npm brought no package a, b"):
-        fetch_packages(["a", "b"], tmp_path)
+        fetch_packages({"a": "1", "b": "2"}, tmp_path)
 
 
 def test_fetch_gives_up_on_an_npm_that_hangs(tmp_path, monkeypatch):
@@ -74,7 +78,7 @@ def test_fetch_gives_up_on_an_npm_that_hangs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(npm, "find_npm", lambda: hang)
     with pytest.raises(UserError, match="within 600 s"):
-        fetch_packages(["a"], tmp_path)
+        fetch_packages({"a": "1"}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,20 @@ def test_rows_of_one_image_are_one_pair(folder, kind, mark):
     assert reason_of(source, 2) == reason_of(source, 3) == "missing image"
 
 
+def test_merged_captions_keep_the_order_of_the_file(folder):
+    rows = [("abc"[i * 7 % 3] + ".png", str(i)) for i in range(300)]
+    source = TableSource(write(folder / "t.csv", rows))
+    assert [source[i].key for i in range(3)] == ["a.png", "b.png", "c.png"]
+    assert source.captions(1) == tuple(str(i) for i in range(300) if i * 7 % 3 == 1)
+
+
+def test_csv_line_ends_inside_quotes_at_the_end_of_a_block(folder, monkeypatch):
+    monkeypatch.setattr(table_rows, "LONGEST_ROW", 100)
+    rows = [(f"{i}.png", '"' + f"{i}\n" * 9 + '"') for i in range(60)]
+    source = TableSource(write(folder / "t.csv", rows))
+    assert [source.captions(i) for i in range(60)] == [(" ".join([str(i)] * 9),) for i in range(60)]
+
+
 def test_csv_quotes_line_ends_and_a_byte_order_mark(folder):
     text = '\ufeff"caption",size,image\r\n"a ""big"", old\ncat",3,a.png\r\nplain,4,b.png\r\n'
     (folder / "t.csv").write_bytes(text.encode())
@@ -339,7 +353,7 @@ def test_parquet_beyond_memory_is_mapped_from_the_cache(folder, monkeypatch):
     stamp = copied.stat().st_mtime_ns
     assert pickle.loads(pickle.dumps(source))[1].captions == ("y",)
     assert copied.stat().st_mtime_ns == stamp
-    parquet(folder, pa.array(images[::-1]), ["x", "y", "other"])
+    parquet(folder, pa.array(images), ["x", "y", "w"])
     assert len(list((folder / "cache/parquet").iterdir())) == 2
 
 

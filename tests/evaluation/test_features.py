@@ -36,13 +36,20 @@ def test_in_batches_in_evaluation_mode_without_gradient(model, painted) -> None:
 def test_every_part_gets_its_own_mode_back(model) -> None:
     model.train()
     model.frozen.eval()
-    with pytest.raises(RuntimeError, match="on the way"), measuring(model) as device:
+    with measuring(model) as device:
         assert not model.training
         assert not torch.is_grad_enabled()
         assert device == torch.device("cpu")
-        raise RuntimeError("on the way")
     assert model.training
     assert not model.frozen.training
+    assert torch.is_grad_enabled()
+
+
+def test_the_modes_come_back_after_an_error_too(model, painted) -> None:
+    model.train()
+    with pytest.raises(KeyError):
+        encode_source(model, painted(["no colour"]))
+    assert model.training
     assert torch.is_grad_enabled()
 
 

@@ -66,9 +66,7 @@ def test_both_protocols_encode_the_images_once(model, painted) -> None:
         ("zero-shot", ("red",), "at least two classes"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_is_encoded(
-    model, painted, protocol, classes, message
-) -> None:
+def test_what_cannot_be_measured_is_said_before_anything_is_encoded(model, painted, protocol, classes, message) -> None:
     with pytest.raises(UserError, match=message):
         evaluate(model, painted(["red", "red"], classes=classes), protocol)
     assert model.passes == []

@@ -136,7 +136,7 @@ def test_a_caption_that_two_images_share() -> None:
 
 def test_wrong_arguments() -> None:
     features = _features(torch.eye(2), torch.eye(2), [("a",), ("b",)])
-    with pytest.raises(UserError, match="'maybe'.*'wrong' or 'right'"):
+    with pytest.raises(UserError, match=r"'maybe'.*'wrong' or 'right'"):
         retrieve(features, same_caption="maybe")  # type: ignore[arg-type]  # the mistake that is tested
     with pytest.raises(UserError, match="texts=True"):
         retrieve(SourceFeatures("x", np.arange(2), torch.eye(2), (("a",), ("b",)), None, np.arange(2), SkipCounter()))

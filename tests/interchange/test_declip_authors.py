@@ -216,6 +216,21 @@ def test_their_three_special_tokens_change_places():
     assert token_order(10).tolist() == [0, 1, 2, 3, 4, 5, 6, start, end, mask]
 
 
+def test_rows_of_the_vocabulary_follow_their_tokens():
+    case = Case("declip_vit_tiny")
+    model, objective = case.read()
+    rows = {"start": model.tokenizer.start, "end": model.tokenizer.end, "mask": model.tokenizer.mask, "word": 5}
+    theirs = {"start": -2, "end": -1, "mask": -3, "word": 5}
+    for token, row in rows.items():
+        for found, name in (
+            (model.text_tower.token_embedding.weight, "encode_text.token_embedding.weight"),
+            (objective.language_head.weight, "text_label_predictor.weight"),
+            (objective.language_head.bias, "text_label_predictor.bias"),
+        ):
+            assert torch.equal(found[row], case.state[name][theirs[token]].float()), (token, name)
+            assert found.dtype == torch.float32
+
+
 def full_size(file, model=None):
     about = json.loads((GOLDEN / file).read_text())
     shapes = about[model]["shapes"] if model else {name: key["shape"] for name, key in about["keys"].items()}
@@ -375,6 +390,8 @@ def test_something_else_in_a_file(tmp_path, content):
 def test_a_tensor_too_many_or_too_few_or_of_another_shape(tiny):
     with pytest.raises(UserError, match=r"'visual\.extra' is not a tensor"):
         read_declip_authors(tiny | {"visual.extra": torch.ones(1)})
+    with pytest.raises(UserError, match=r"not complete.*not ours: text_tower\.extra"):
+        read_declip_authors(tiny | {"encode_text.extra": torch.ones(1)})
     short = dict(tiny)
     del short["visual.ln_post.weight"]
     with pytest.raises(UserError, match=r"not complete.*missing: image_tower\.norm\.weight"):

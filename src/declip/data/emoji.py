@@ -38,25 +38,27 @@ class Design:
     Attributes:
         key: Name in keys and tables.
         package: The npm package with its drawings.
+        version: Its version; a newer one may draw other emoji and so change what a result was measured on.
         credit: What its licence asks to be said wherever a drawing is shown.
         spelled: Whether the names of its drawings are written as words and so serve as captions.
     """
 
     key: str
     package: str
+    version: str
     credit: str
     spelled: bool = True
 
 
 DESIGNS = (
-    Design("noto", "@iconify-json/noto", "Noto Emoji by Google, Apache-2.0"),
-    Design("noto-v1", "@iconify-json/noto-v1", "Noto Emoji v1 by Google, Apache-2.0"),
-    Design("twemoji", "@iconify-json/twemoji", "Twemoji by Twitter and contributors, CC-BY-4.0"),
-    Design("fxemoji", "@iconify-json/fxemoji", "FxEmoji by Mozilla, Apache-2.0", spelled=False),
-    Design("emojione-v2", "@iconify-json/emojione", "EmojiOne v2 by EmojiOne, CC-BY-4.0"),
-    Design("emojione-v1", "@iconify-json/emojione-v1", "EmojiOne v1 by EmojiOne, CC-BY-SA-4.0"),
-    Design("openmoji", "@iconify-json/openmoji", "OpenMoji by the OpenMoji project, CC-BY-SA-4.0"),
-    Design("fluent", "@iconify-json/fluent-emoji-flat", "Fluent Emoji by Microsoft, MIT"),
+    Design("noto", "@iconify-json/noto", "1.2.9", "Noto Emoji by Google, Apache-2.0"),
+    Design("noto-v1", "@iconify-json/noto-v1", "1.2.5", "Noto Emoji v1 by Google, Apache-2.0"),
+    Design("twemoji", "@iconify-json/twemoji", "1.2.5", "Twemoji by Twitter and contributors, CC-BY-4.0"),
+    Design("fxemoji", "@iconify-json/fxemoji", "1.2.2", "FxEmoji by Mozilla, Apache-2.0", spelled=False),
+    Design("emojione-v2", "@iconify-json/emojione", "1.2.3", "EmojiOne v2 by EmojiOne, CC-BY-4.0"),
+    Design("emojione-v1", "@iconify-json/emojione-v1", "1.2.3", "EmojiOne v1 by EmojiOne, CC-BY-SA-4.0"),
+    Design("openmoji", "@iconify-json/openmoji", "1.2.29", "OpenMoji by the OpenMoji project, CC-BY-SA-4.0"),
+    Design("fluent", "@iconify-json/fluent-emoji-flat", "1.2.6", "Fluent Emoji by Microsoft, MIT"),
 )
 TRAINING = ("noto", "noto-v1", "twemoji", "fxemoji", "emojione-v2")
 

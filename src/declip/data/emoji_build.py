@@ -70,9 +70,9 @@ def prepare_emoji(cache: str | Path | None = None, progress: bool = True) -> Pat
     except UserError:
         draw = drawer()
         with tempfile.TemporaryDirectory() as packages, _bar(progress) as bar:
-            names = [*TEXT_PACKAGES, *(design.package for design in DESIGNS)]
-            step = bar.add_task(f"fetching {len(names)} packages", total=None)
-            fetch_packages(names, Path(packages))
+            versions = TEXT_PACKAGES | {design.package: design.version for design in DESIGNS}
+            step = bar.add_task(f"fetching {len(versions)} packages", total=None)
+            fetch_packages(versions, Path(packages))
             bar.remove_task(step)
             build_emoji(Path(packages), folder, draw, bar=bar)
     return folder

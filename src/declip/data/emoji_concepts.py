@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 EMOJIBASE, EMOJILIB = "emojibase-data", "emojilib"
-TEXT_PACKAGES = (EMOJIBASE, EMOJILIB)
+TEXT_PACKAGES = {EMOJIBASE: "17.0.0", EMOJILIB: "4.0.3"}
+"""Version by name; the names of emoji are the classes of the test, and so must not change under it."""
 SHORT_NAMES = ("emojibase", "iamcal", "github", "joypixels")
 """Short names as chat programs write them, best English first."""
 
@@ -78,11 +79,16 @@ def read_concepts(packages: Path) -> tuple[dict[str, Concept], list[dict[str, st
     for kind in SHORT_NAMES:
         path = base / f"en/shortcodes/{kind}.json"
         written = ((code_of(code), names) for code, names in read_json(path).items())
-        _add_names(concepts, layers, ((c, [n] if isinstance(n, str) else n) for c, n in written))
+        _add_names(concepts, layers, ((c, _words([n] if isinstance(n, str) else n)) for c, n in written))
     for emoji, words in read_json(packages / EMOJILIB / "dist/emoji-en-US.json").items():
         if concept := concepts.get(code_of(emoji)):
             concept.keywords += [word.replace("_", " ") for word in words]
     return concepts, layers
+
+
+def _words(names: list[str]) -> list[str]:
+    """Short names as words: "male-doctor" and "male_doctor" both stand for "male doctor"."""
+    return [name.replace("-", " ").replace("_", " ") for name in names]
 
 
 def _add_names(

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,11 +23,11 @@ PATIENCE = 600
 """Seconds for all packages, 17 MB; npm itself tries again when a connection fails."""
 
 
-def fetch_packages(names: Sequence[str], into: Path) -> None:
-    """Download the newest version of packages and unpack each into a folder of its name.
+def fetch_packages(versions: Mapping[str, str], into: Path) -> None:
+    """Download packages and unpack each into a folder of its name.
 
     Args:
-        names: Package names, such as "@iconify-json/noto".
+        versions: Version by package name, such as "1.2.9" for "@iconify-json/noto".
         into: Folder for the unpacked packages.
 
     Raises:
@@ -35,7 +35,12 @@ def fetch_packages(names: Sequence[str], into: Path) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         # npm waits 10 s before it tries again; one more try keeps the message of a missing network prompt.
-        arguments = ["pack", *names, "--loglevel=error", "--fetch-retries=1"]
+        arguments = [
+            "pack",
+            *(f"{name}@{version}" for name, version in versions.items()),
+            "--loglevel=error",
+            "--fetch-retries=1",
+        ]
         try:
             done = find_npm()(arguments, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
         except subprocess.TimeoutExpired as error:
@@ -44,7 +49,7 @@ def fetch_packages(names: Sequence[str], into: Path) -> None:
             raise UserError(explain(done.stderr))
         for archive in sorted(Path(folder).glob("*.tgz")):
             unpack(archive, into)
-    if missing := [name for name in names if not (into / name / "package.json").is_file()]:
+    if missing := [name for name in versions if not (into / name / "package.json").is_file()]:
         raise UserError(f"npm brought no package {', '.join(missing)}. Try again.")
 
 
@@ -77,7 +82,8 @@ def explain(messages: str) -> str:
     code = re.search(r"code (\w+)", messages)
     name = code.group(1) if code else ""
     if name in NO_NETWORK or "network" in messages:
-        return f"The data's packages could not be fetched: npm reaches no registry ({name or 'no network'}). Connect."
+        why = name or "no network"
+        return f"The data's packages could not be fetched: npm reaches no registry ({why}). Go online and try again."
     lines = [line.removeprefix("npm error").strip() for line in messages.splitlines()]
     told = [line for line in lines if line and not line.startswith(("code", "syscall", "errno", "A complete log"))]
     return f"npm could not fetch the data's packages: {name} {told[0] if told else 'it gave no reason'}"

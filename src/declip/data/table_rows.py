@@ -153,11 +153,7 @@ class Delimited:
                     delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=self._note_damaged
                 ),
                 # Bytes, so that a row that is not UTF-8 breaks that row and not the table.
-                pacsv.ConvertOptions(
-                    check_utf8=False,
-                    include_columns=wanted,
-                    column_types=dict.fromkeys(wanted, pa.large_binary()),
-                ),
+                pacsv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.large_binary())),
             )
         except pa.ArrowInvalid as error:
             raise UserError(f"'{self.path}' cannot be read as a table: {error}.") from error

@@ -95,8 +95,8 @@ def write_report(
         run_folder: Holds recipe.yaml, metrics.jsonl, evaluations.jsonl, skipped.json, as far as written.
         model: Encodes the held-out pairs and the captions that look into the queue.
         recipe: The run's recipe; by default the folder's recipe.yaml is read.
-        heldout: What the headline and the galleries are about; by default the first source of the recipe's
-            evaluation: its final ones before the others, zero-shot before retrieval.
+        heldout: What the headline and the galleries are about. By default a source of the recipe's evaluation
+            that was measured already: the final ones first, and of those one with both protocols.
         train_source: The training pairs.
         image_views: Finishes the loader's image views.
         loader: The training loader; its next batch is shown.
@@ -113,7 +113,7 @@ def write_report(
     run = read_run(run_folder)
     recipe = recipe or _recipe_of(run)
     rng = np.random.default_rng(seed)
-    held_out = _or_absent(lambda: _encode(model, _chosen(heldout, recipe), limit, seed))
+    held_out = _or_absent(lambda: _encode(model, _chosen(heldout, recipe, run), limit, seed))
     on = primary(run, None if isinstance(held_out, Absent) else held_out.source.name)
     content = _render(
         run=run,
@@ -135,6 +135,7 @@ def write_report(
         neighbours=_or_absent(lambda: _neighbours(model, recipe, objective, train_source, loader, rng)),
         views=_or_absent(lambda: _views(model, train_source, image_views, loader, rng)),
         unread=_unread(run),
+        credits=_credits(train_source, None if isinstance(held_out, Absent) else held_out.source),
     )
     path = Path(run_folder) / NAME
     with written_beside(path) as beside:
@@ -165,18 +166,24 @@ def _recipe_of(run: Run) -> Recipe | None:
         return None
 
 
-def _chosen(heldout: str | PairSource | None, recipe: Recipe | None) -> PairSource:
+def _chosen(heldout: str | PairSource | None, recipe: Recipe | None, run: Run) -> PairSource:
+    """The held-out source that the report is about; see `write_report`."""
     if heldout is not None:
         return open_dataset(heldout)
-    measured = recipe.evaluation if recipe is not None else None
-    names = (
-        (*measured.final_zero_shot, *measured.zero_shot, *measured.final_retrieval, *measured.retrieval)
-        if measured is not None
-        else ()
-    )
+    names = _candidates(recipe) if recipe is not None else []
     if not names:
         raise UserError("The recipe names no source under `evaluation`, so there are no held-out pairs to show.")
-    return open_dataset(names[0])
+    measured = {row.result.on for row in run.evaluations}
+    return open_dataset(next((name for name in names if name in measured), names[0]))
+
+
+def _candidates(recipe: Recipe) -> list[str]:
+    """Sources of the recipe's evaluation, those first that a report can say most about."""
+    wanted = recipe.evaluation
+    last = [name for name in wanted.final_zero_shot if name in wanted.final_retrieval]
+    during = [name for name in wanted.zero_shot if name in wanted.retrieval]
+    others = (*wanted.final_zero_shot, *wanted.zero_shot, *wanted.final_retrieval, *wanted.retrieval)
+    return list(dict.fromkeys((*last, *during, *others)))
 
 
 def _encode(model: Encoder, source: PairSource, limit: int, seed: int) -> _HeldOut:
@@ -273,6 +280,12 @@ def _facts(run: Run, recipe: Recipe | None, model: Encoder, source: PairSource |
         if run.step < recipe.train.steps:
             facts.append(f"step {run.step:,} of {recipe.train.steps:,}: not finished")
     return facts
+
+
+def _credits(*sources: PairSource | None) -> list[str]:
+    """Who made the images that are shown, where the sources say so."""
+    given = (getattr(source, "credit", "") for source in sources if source is not None)
+    return list(dict.fromkeys(credit for credit in given if credit))
 
 
 def _unread(run: Run) -> list[tuple[str, int, str]]:

@@ -62,8 +62,7 @@ def term_curves(run: Run, recipe: Recipe | None) -> list[Curve]:
 def progress_curves(run: Run) -> list[Curve]:
     """What went on beside the terms."""
     return [
-        Curve(title, note, term_chart(title, run.steps, run.column(name)))
-        for name, (title, note) in PROGRESS.items()
+        Curve(title, note, term_chart(title, run.steps, run.column(name))) for name, (title, note) in PROGRESS.items()
     ]
 
 

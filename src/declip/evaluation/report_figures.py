@@ -175,9 +175,7 @@ def _apart(ends: list[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
 
 
 def _svg(words: str, body: str) -> Markup:
-    return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(words)}">{body}</svg>'
-    )
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(words)}">{body}</svg>')
 
 
 def _plain(value: float) -> str:

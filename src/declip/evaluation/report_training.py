@@ -126,17 +126,13 @@ def neighbours(
     texts = text_features(model, [words for _, words in asked])
     first = torch.cat([(part @ features.T).argmax(1) for part in texts.split(64)]).numpy()
     own = indices[first] == [index for index, _ in asked]
-    same = np.array(
-        [_words(loader, tags[slot]) == words for slot, (_, words) in zip(first, asked, strict=True)]
-    )
+    same = np.array([_words(loader, tags[slot]) == words for slot, (_, words) in zip(first, asked, strict=True)])
     pictures = Pictures(source)
     looked = [
         Looked(words, pictures.at(index), _found(loader, pictures, features @ text, tags, (index, words), shown))
         for (index, words), text in zip(asked[:rows], texts, strict=False)
     ]
-    return Neighbours(
-        looked, len(queue), queue.size, len(asked), float(own.mean()), float((same & ~own).mean())
-    )
+    return Neighbours(looked, len(queue), queue.size, len(asked), float(own.mean()), float((same & ~own).mean()))
 
 
 def views(
@@ -179,9 +175,7 @@ def views(
                     for number, view in enumerate(images, 1)
                 ],
                 caption=[Word(caption)],
-                augmented=_changes(caption, _caption(tokenizer, batch.texts[1, row]))
-                if len(batch.texts) > 1
-                else None,
+                augmented=_changes(caption, _caption(tokenizer, batch.texts[1, row])) if len(batch.texts) > 1 else None,
                 masked=None
                 if batch.masked is None or batch.labels is None
                 else _masked(tokenizer, batch.masked[row], batch.labels[row]),

@@ -173,15 +173,17 @@ def read_result(row: Mapping[str, Any]) -> Result | None:
     Returns:
         The result, or None for a protocol that has no typed result here.
     """
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: row[name] for name in names}
+
     if row.get("protocol") == ZeroShotResult.protocol:
-        names = ("on", "n", "classes", "top1", "top5", "mean_per_class", "templates", "skipped")
-        return ZeroShotResult(**{name: row[name] for name in names})
+        return ZeroShotResult(**given("on", "n", "classes", "top1", "top5", "mean_per_class", "templates", "skipped"))
     if row.get("protocol") == RetrievalResult.protocol:
-        names = ("on", "images", "texts", "duplicate_captions", "same_caption", "skipped")
         return RetrievalResult(
             text_to_image=_read_recall(row, "text_to_image"),
             image_to_text=_read_recall(row, "image_to_text"),
-            **{name: row[name] for name in names},
+            **given("on", "images", "texts", "duplicate_captions", "same_caption", "skipped"),
         )
     return None
 

@@ -188,8 +188,7 @@ def _text_prefix(state: Mapping[str, Any]) -> str:
 
 
 def _convert(name: str, tensor: Tensor) -> Tensor:
-    """Bring one of their tensors into our order, shape and type."""
-    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    """Bring one of their tensors into our order and shape."""
     if name.endswith("token_embedding.weight") or name.startswith("text_label_predictor."):
         return tensor[token_order(len(tensor))]
     if name == "visual.proj":
