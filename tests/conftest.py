@@ -69,7 +69,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def generator() -> np.random.Generator:
     """A generator with a fixed seed."""
     return np.random.default_rng(0)

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY, WEIGHTS
 
+from conftest import TINY, WEIGHTS
 from declip import cli
 
 

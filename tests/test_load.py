@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw
-from training.test_trainer import recipe_for
 
 import declip
+from conftest import draw
 from declip.errors import UserError
 from declip.training.checkpoint import WEIGHTS, list_checkpoints
 from declip.training.trainer import Trainer
+from training.test_trainer import recipe_for
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])

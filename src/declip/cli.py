@@ -38,7 +38,9 @@ def train(
     run = run_training(resolved, out=out or Path("runs") / Path(recipe).stem, resume=resume, quiet=quiet)
     if not run.finished:
         words = " ".join(["declip train", recipe, *(overrides or []), "--out", str(run.folder), "--resume"])
-        console.print(f"Stopped after step {run.step:,} of {run.recipe.train.steps:,}; a checkpoint was saved. Go on with:")
+        console.print(
+            f"Stopped after step {run.step:,} of {run.recipe.train.steps:,}; a checkpoint was saved. Go on with:"
+        )
         console.print(f"  {words}", highlight=False, soft_wrap=True)
         raise typer.Exit(130)
     console.print(_results_table(run))
@@ -69,7 +71,9 @@ def evaluate(
         try:
             json_out.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"Cannot write '{json_out}': {error.strerror}. Choose another place with --json.") from error
+            raise UserError(
+                f"Cannot write '{json_out}': {error.strerror}. Choose another place with --json."
+            ) from error
 
 
 @app.command()
@@ -98,7 +102,8 @@ def prepare(
 def _results_table(run: Any) -> Table:
     from declip.evaluation.results import read_result
 
-    table = _measures_table([(row["on"], row["protocol"], read_result(row).measures()) for row in run.results])
+    results = [result for result in map(read_result, run.results) if result is not None]
+    table = _measures_table([(result.on, result.protocol, result.measures()) for result in results])
     seen = run.step * run.recipe.train.batch
     speeds = [row["pairs_per_second"] for row in run.metrics if row["pairs_per_second"]]
     speed = f"{sorted(speeds)[len(speeds) // 2]:,.0f} pairs/s (median)" if speeds else "speed not measured"

@@ -1,8 +1,8 @@
 """The recipe: one typed tree that describes a whole experiment.
 
 A recipe is YAML. ``extends: NAME`` starts from another one, ``key.sub=value`` overrides a single entry, and a key that
-does not exist is an error that names the nearest one. `Recipe` is what every part of the package is built from, and what
-a run folder and a checkpoint keep.
+does not exist is an error that names the nearest one. `Recipe` is what every part of the package is built from, and
+what a run folder and a checkpoint keep.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,9 +144,7 @@ class MaskedLanguage(Section):
 
     probability: float = Field(0.15, ge=0, le=1)
     share_pass: bool = True
-    mask_without_loss: bool = Field(
-        False, description="mask the caption although the term has no weight (FILIP)"
-    )
+    mask_without_loss: bool = Field(False, description="mask the caption although the term has no weight (FILIP)")
 
 
 class NearestNeighbour(Section):
@@ -193,9 +191,7 @@ class Train(Section):
     clip_norm: float | None = Field(None, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the averaged weights; they are evaluated"
-    )
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; they are evaluated")
     log_every: int = Field(10, ge=1)
     evaluate_every: int = Field(0, ge=0, description="0: only at the end")
     checkpoint_every: int = Field(200, ge=1)
@@ -300,9 +296,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         key, sign, value = word.partition("=")
         if not sign or not key:
-            raise UserError(
-                f"Cannot read the override '{word}'. Write key=value, for example train.steps=500."
-            )
+            raise UserError(f"Cannot read the override '{word}'. Write key=value, for example train.steps=500.")
         pairs[key.strip()] = value
     return pairs
 
@@ -316,9 +310,7 @@ def _read_tree(name: str | Path, seen: tuple[str, ...]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"The recipe '{label}' is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(
-            f"The recipe '{label}' must be a mapping of keys to values, not {type(tree).__name__}."
-        )
+        raise UserError(f"The recipe '{label}' must be a mapping of keys to values, not {type(tree).__name__}.")
     parent = tree.pop("extends", None)
     tree.setdefault("name", Path(label).stem)
     return tree if parent is None else _merge(_read_tree(parent, (*seen, label)), tree)

@@ -30,7 +30,7 @@ def test_a_clip_vit_equals_timm_with_its_own_head() -> None:
     options = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
     tower = ImageTower("vit_base_patch32_clip_quickgelu_224", 64, 24, options).eval()
     theirs = timm.create_model("vit_base_patch32_clip_quickgelu_224", img_size=64, num_classes=24, **options).eval()
-    state = {name: value for name, value in tower.trunk.state_dict().items()}
+    state = dict(tower.trunk.state_dict())
     state |= {"norm.weight": tower.norm.weight, "norm.bias": tower.norm.bias, "head.weight": tower.proj.weight}
     missing = theirs.load_state_dict(state, strict=False)
     assert missing.missing_keys == ["head.bias"]

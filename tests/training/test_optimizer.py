@@ -1,6 +1,6 @@
 import torch
-from conftest import TINY, WEIGHTS
 
+from conftest import TINY, WEIGHTS
 from declip.config import Recipe
 from declip.models.dual_encoder import DualEncoder
 from declip.supervision.objective import Objective

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, WEIGHTS
 
+from conftest import TINY, WEIGHTS
 from declip.config import Recipe
 from declip.errors import UserError
 from declip.training import trainer as trainer_module
@@ -31,7 +31,10 @@ def same_end(one: Path, other: Path) -> None:
         assert mine.keys() == theirs.keys()
         for key in mine:
             assert torch.equal(mine[key], theirs[key]), key
-    rows = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(f / "metrics.jsonl")] for f in (one, other)]
+    rows = [
+        [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(f / "metrics.jsonl")]
+        for f in (one, other)
+    ]
     assert rows[0] == rows[1]
 
 
@@ -132,7 +135,9 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_helps(
     total = trainer.objective.total
 
     def poisoned(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return total({**terms, "contrastive": terms["contrastive"] * float("nan")}) if trainer.step == 5 else total(terms)
+        return (
+            total({**terms, "contrastive": terms["contrastive"] * float("nan")}) if trainer.step == 5 else total(terms)
+        )
 
     monkeypatch.setattr(trainer.objective, "total", poisoned)
     with pytest.raises(UserError) as caught:
@@ -170,7 +175,7 @@ def test_a_source_smaller_than_a_batch_is_named(table: Path, tmp_path: Path) -> 
 
 
 def test_an_unknown_device_is_named(table: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="train.device"):
+    with pytest.raises(UserError, match=r"train\.device"):
         train(recipe_for(table, device="cuda:7"), out=tmp_path, quiet=True)
 
 

@@ -40,12 +40,13 @@ class Assembler:
         image_views: Draws the image views.
         batch: Pairs a step.
         seed: Not negative.
-        image_view_count: 1 or 2.
+        image_view_count: 1 or 2, and one more with a base view.
         text_view_count: 1, or 2 with the EDA augmentation.
         mask: Whether to corrupt the caption for masked-language modelling.
         mask_probability: Share of the tokens chosen for it.
         eda_alpha: Share of the words that the augmentation changes.
         keyword_share: Share of the captions that some of the pair's keywords are appended to.
+        base_view: Draws the first view instead, of the same size: SLIP's milder one for the contrast.
 
     Raises:
         UserError: An option is out of its range, or the source holds fewer pairs than a batch.
@@ -65,10 +66,11 @@ class Assembler:
         mask_probability: float = 0.15,
         eda_alpha: float = 0.1,
         keyword_share: float = 0.0,
+        base_view: ImageViews | None = None,
     ) -> None:
         check_range("batch", batch, 2)
         check_range("seed", seed, 0)
-        check_range("image_view_count", image_view_count, 1, 2)
+        check_range("image_view_count", image_view_count, 1, 2 if base_view is None else 3)
         check_range("text_view_count", text_view_count, 1, 2)
         shares = {"mask_probability": mask_probability, "eda_alpha": eda_alpha, "keyword_share": keyword_share}
         for name, share in shares.items():
@@ -80,6 +82,7 @@ class Assembler:
             )
         self.source, self.tokenizer, self.image_views = source, tokenizer, image_views
         self.batch, self.seed = batch, seed
+        self.drawers = [base_view or image_views] + [image_views] * (image_view_count - 1)
         self.image_view_count, self.text_view_count = image_view_count, text_view_count
         self.mask, self.mask_probability = mask, mask_probability
         self.eda_alpha, self.keyword_share = eda_alpha, keyword_share
@@ -158,9 +161,9 @@ class Assembler:
         pixels = np.asarray(pair.image)
         crops: list[np.ndarray] = []
         draws: list[Draw] = []
-        for _ in range(self.image_view_count):
-            crops.append(self.image_views.crop(pixels, generator))
-            draws.append(self.image_views.draw(generator))
+        for views in self.drawers:
+            crops.append(views.crop(pixels, generator))
+            draws.append(views.draw(generator))
         return _Sample(crops, draws, rows, masked, labels, tag=epoch * len(self.source) + index)
 
     def _collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:

@@ -40,7 +40,7 @@ class PairLoader(Iterator[PairBatch]):
         image_views: Draws the image views; its `finish` completes the images of a batch.
         batch: Pairs a step.
         seed: Not negative.
-        image_view_count: 1 or 2.
+        image_view_count: 1 or 2, and one more with a base view.
         text_view_count: 1, or 2 with the EDA augmentation.
         mask: Whether to corrupt the caption for masked-language modelling.
         mask_probability: Share of the tokens chosen for it.
@@ -50,6 +50,7 @@ class PairLoader(Iterator[PairBatch]):
         max_broken_share: Largest share of pairs that may be broken, once 100 were seen.
         start_step: The first step to yield.
         pin_memory: Put the batches into page-locked memory, for faster copies to an accelerator.
+        base_view: Draws the first view instead, of the same size: SLIP's milder one for the contrast.
 
     Raises:
         UserError: An option is out of its range, the source holds fewer pairs than a batch; while iterating,
@@ -74,6 +75,7 @@ class PairLoader(Iterator[PairBatch]):
         max_broken_share: float = 0.05,
         start_step: int = 0,
         pin_memory: bool = False,
+        base_view: ImageViews | None = None,
     ) -> None:
         check_range("workers", workers, 0)
         check_range("max_broken_share", max_broken_share, 0, 1)
@@ -90,6 +92,7 @@ class PairLoader(Iterator[PairBatch]):
             mask_probability=mask_probability,
             eda_alpha=eda_alpha,
             keyword_share=keyword_share,
+            base_view=base_view,
         )
         self.step = start_step
         """The step of the batch that comes next."""

@@ -45,9 +45,7 @@ class DualEncoder(nn.Module):
         """Build the model that a recipe describes, with random weights from torch's current seed."""
         image, text = recipe.image, recipe.text
         tokenizer = Tokenizer(context=text.context, merges=text.merges)
-        image_tower = ImageTower(
-            image.name, image.size, recipe.embed_dim, image.options, image.freeze_patch_projection
-        )
+        image_tower = ImageTower(image.name, image.size, recipe.embed_dim, image.options, image.freeze_patch_projection)
         text_tower = TextTower(
             vocabulary=tokenizer.vocabulary,
             end=tokenizer.end,

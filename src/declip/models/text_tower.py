@@ -1,5 +1,6 @@
 """CLIP's text transformer, for sequences of any length up to the context."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,20 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
+class FeedForward(nn.Module):
+    """Two linear layers, four times as wide between them; parameters are named as in CLIP."""
+
+    def __init__(self, width: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.gelu = activation
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, width) → (B, L, width)."""
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
 class Block(nn.Module):
     """Pre-norm residual block; parameters are named as in CLIP."""
 
@@ -62,15 +77,26 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = CausalSelfAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", activation)
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp = FeedForward(width, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, width) → (B, L, width)."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Blocks one after the other, named as in CLIP."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, width) → (B, L, width)."""
+        for block in self.resblocks:
+            x = block(x)
+        return x
 
 
 class TextTower(nn.Module):
@@ -108,8 +134,7 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(context, width))
         gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(Block(width, heads, gelu) for _ in range(layers))
+        self.transformer = Transformer(Block(width, heads, gelu) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Linear(width, embed_dim, bias=projection_bias)
         self._initialise(layers)
@@ -117,9 +142,7 @@ class TextTower(nn.Module):
     def forward(self, tokens: Tensor) -> TextFeatures:
         """Encode token ids (B, L), L at most the context; every row holds an end-of-text token."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        for block in self.transformer.resblocks:
-            x = block(x)
-        words = self.ln_final(x)
+        words = self.ln_final(self.transformer(x))
         ends = (tokens == self.end).to(torch.uint8).argmax(dim=1)
         rows = torch.arange(len(tokens), device=tokens.device)
         return TextFeatures(self.text_projection(words[rows, ends]), words, ends + 1)
@@ -130,6 +153,7 @@ class TextTower(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         residual = self.width**-0.5 * (2 * layers) ** -0.5
         for block in self.transformer.resblocks:
+            assert isinstance(block, Block)
             nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=residual)
             nn.init.zeros_(block.attn.out_proj.bias)

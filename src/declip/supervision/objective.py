@@ -79,9 +79,7 @@ class Objective(nn.Module):
         queue: The nearest-neighbour queue, or None when that term has no weight.
     """
 
-    def __init__(
-        self, recipe: Recipe, image_hidden_width: int, image_token_width: int, vocabulary: int
-    ) -> None:
+    def __init__(self, recipe: Recipe, image_hidden_width: int, image_token_width: int, vocabulary: int) -> None:
         super().__init__()
         self.recipe = recipe
         self.weights = {name: getattr(recipe.weights, name) for name in recipe.weights.active()}
@@ -107,9 +105,7 @@ class Objective(nn.Module):
         tower = model.image_tower
         return cls(recipe, tower.hidden_width, tower.token_width, model.tokenizer.vocabulary)
 
-    def forward(
-        self, model: DualEncoder, batch: PairBatch, gather: Gather = alone, rank: int = 0
-    ) -> dict[str, Tensor]:
+    def forward(self, model: DualEncoder, batch: PairBatch, gather: Gather = alone, rank: int = 0) -> dict[str, Tensor]:
         """Compute every active term and the total.
 
         Args:
@@ -159,17 +155,16 @@ class Objective(nn.Module):
 
     def terms(self, own: Features, keys: Features, scale: Tensor, offset: int) -> dict[str, Tensor]:
         """The terms that contrast this rank's rows with all ranks' (formulas: docs/method.md)."""
-        sized = {"scale": scale, "offset": offset}
         functions: dict[str, Callable[[], Tensor]] = {
             "contrastive": lambda: contrastive.info_nce(
-                own.images[0], own.texts[0], keys.images[0], keys.texts[0], **sized
+                own.images[0], own.texts[0], keys.images[0], keys.texts[0], scale, offset
             ),
             "multi_view": lambda: contrastive.multi_view(
-                own.images[-2:], own.texts, keys.images[-2:], keys.texts, **sized
+                own.images[-2:], own.texts, keys.images[-2:], keys.texts, scale, offset
             ),
             "simsiam": lambda: simsiam.negative_cosine(*_given(own.simsiam)),
             "masked_language": lambda: self._masked_language(own, keys),
-            "nearest_neighbour": lambda: self._nearest_neighbour(own, keys, **sized),
+            "nearest_neighbour": lambda: self._nearest_neighbour(own, keys, scale, offset),
             "simclr": lambda: self._nt_xent(own.simclr, keys.simclr, offset),
             "late_interaction": lambda: self._late_interaction(own, keys, offset),
         }
@@ -206,8 +201,8 @@ class Objective(nn.Module):
         return torch.stack([self.simclr_head(view) for view in hidden])
 
     def _nt_xent(self, own: Tensor | None, keys: Tensor | None, offset: int) -> Tensor:
-        temperature = self.recipe.simclr.temperature
-        return simclr.nt_xent(*_given(own), *_given(keys), temperature=temperature, offset=offset)
+        (z1, z2), (keys1, keys2) = _given(own), _given(keys)
+        return simclr.nt_xent(z1, z2, keys1, keys2, self.recipe.simclr.temperature, offset)
 
     def _language(self, words: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor] | None:
         if "masked_language" not in self.weights or batch.labels is None:
@@ -311,7 +306,7 @@ def gather_features(own: Features, gather: Gather) -> Features:
     found["tags"] = found["tags"].detach().contiguous().view(torch.int64).flatten()
     if "word_mask" in found:
         found["word_mask"] = found["word_mask"].detach() > 0.5
-    return replace(own, **found)
+    return replace(own, **found)  # type: ignore[arg-type]  # tensors by the names of tensor fields
 
 
 def _given(value: T | None) -> T:

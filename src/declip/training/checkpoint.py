@@ -114,7 +114,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def newest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that reads well, and what was wrong with the newer ones."""
-    problems = []
+    problems: list[str] = []
     for folder in reversed(list_checkpoints(run)):
         try:
             return load_checkpoint(folder), problems

@@ -39,7 +39,7 @@ class Monitor:
         for name in (METRICS, EVALUATIONS):
             _keep_rows(run / name, start)
         self.console = Console(stderr=True, quiet=quiet)
-        self._handlers = [logging.FileHandler(run / "log.txt", encoding="utf-8")]
+        self._handlers: list[logging.Handler] = [logging.FileHandler(run / "log.txt", encoding="utf-8")]
         self._handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         if not quiet:
             self._handlers.append(RichHandler(console=self.console, show_path=False, markup=False))

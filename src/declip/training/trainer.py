@@ -5,20 +5,20 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 import declip
-from declip.config import Recipe, load_recipe
+from declip.config import ImageView, Recipe, load_recipe
 from declip.data.image_views import ImageViews
 from declip.data.loader import PairLoader
 from declip.data.pairs import PairSource, SkipCounter, open_source
@@ -93,7 +93,7 @@ class Trainer:
         self.model = DualEncoder.from_recipe(recipe).to(self.device)
         self.objective = Objective.for_model(recipe, self.model).to(self.device)
         if recipe.train.channels_last:
-            self.model.image_tower.to(memory_format=torch.channels_last)
+            self.model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.average = _averaged(self.model, recipe.train.ema)
         self.optimizer = build_optimizer(named_trainable(self.model, self.objective), recipe.train)
         self.views = image_views(recipe)
@@ -185,7 +185,7 @@ class Trainer:
     @property
     def evaluated_model(self) -> DualEncoder:
         """The averaged weights where the recipe asks for them, else the trained ones."""
-        return self.average.module if self.average is not None else self.model
+        return cast(DualEncoder, self.average.module) if self.average is not None else self.model
 
     def save(self) -> Path:
         """Write a checkpoint and the counts of skipped pairs."""
@@ -294,7 +294,7 @@ class Trainer:
 
     @contextmanager
     def _stopping_politely(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second one ends it at once."""
+        """Let Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second one at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -339,11 +339,10 @@ def open_training_source(recipe: Recipe) -> PairSource:
     return source if data.pairs is None else take(source, data.pairs, recipe.seed)
 
 
-def image_views(recipe: Recipe) -> ImageViews:
-    """The image views that a recipe describes."""
-    return ImageViews(
-        size=recipe.image.size, mean=recipe.image.mean, std=recipe.image.std, **recipe.views.image.model_dump()
-    )
+def image_views(recipe: Recipe, view: ImageView | None = None) -> ImageViews:
+    """The image views that a recipe describes, or another view of the same size."""
+    options = (view or recipe.views.image).model_dump()
+    return ImageViews(recipe.image.size, mean=recipe.image.mean, std=recipe.image.std, **options)
 
 
 def build_loader(
@@ -365,6 +364,8 @@ def build_loader(
         workers=recipe.data.workers,
         max_broken_share=recipe.data.max_broken_share,
         start_step=start_step,
+        pin_memory=model.device.type == "cuda",
+        base_view=image_views(recipe, recipe.views.base) if recipe.views.base else None,
     )
 
 
@@ -386,11 +387,11 @@ def _averaged(model: DualEncoder, decay: float | None) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=_warm_average(decay), use_buffers=True)
 
 
-def _warm_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+def _warm_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
     """Exponential average whose decay grows as (1 + n) / (10 + n), so that the random start is soon forgotten."""
 
     @torch.no_grad()
-    def update(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
         n = float(count)
         weight = 1 - min(decay, (1 + n) / (10 + n))
         for average, value in zip(averages, values, strict=True):
