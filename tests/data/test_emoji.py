@@ -1,15 +1,17 @@
 import json
 import pickle
 import shutil
+from io import BytesIO
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from declip.data import emoji_build
 from declip.data.builtin import BUILTINS, open_builtin, prepare
 from declip.data.emoji import CHECKSUMS, DESIGNS, IMAGES, MANIFEST, SPLITS, TABLE, check_emoji, emoji_folder, open_emoji
-from declip.data.emoji_build import SIDE, build_emoji, drawer, prepare_emoji
+from declip.data.emoji_build import SIDE, build_emoji, drawer, prepare_emoji, rasterise
 from declip.data.emoji_concepts import code_of, is_phrase, squash
 from declip.data.emoji_groups import group_of, is_held_out
 from declip.data.pairs import PairSource, open_source
@@ -170,17 +172,31 @@ def test_captions_and_keywords(built):
     assert rows["openmoji/1f1eb-1f1f7"]["category"] == "smileys emotion"
 
 
-def test_drawings_lie_over_white_in_their_shape(built):
+def test_drawings_fill_the_square(built):
     source = open_emoji("emoji", built)
     face, wide = (np.asarray(source[i].image) for i in (0, 1))
     assert face.shape == (SIDE, SIDE, 3)
-    assert face[SIDE // 2, SIDE // 2].tolist() == [255, 0, 0]
-    assert face[2, 2].tolist() == [255, 255, 255]
-    # 32 x 16 is drawn 96 x 48, in the middle: a square of 8 from (4, 4) becomes one of 24 from (12, 36).
-    inked = np.argwhere((wide == [255, 0, 0]).all(-1))
-    assert inked.min(0).tolist() == [36, 12]
-    assert inked.max(0).tolist() == [59, 35]
+    for drawing in (face, wide):  # squares of different size and place
+        assert (drawing[2:-2, 2:-2] == [255, 0, 0]).all()
     assert source[3].image.getpixel((48, 48)) == (0, 255, 255)
+
+
+def test_a_drawing_keeps_its_shape_and_lies_in_the_middle_over_white():
+    bar = Image.new("RGB", (192, 192), "white")
+    bar.paste("blue", (100, 30, 180, 50))  # 80 x 20 in a corner
+
+    def draw(svg: str) -> bytes:
+        file = BytesIO()
+        bar.save(file, "PNG")
+        return file.getvalue()
+
+    pixels = rasterise("", draw)
+    inked = np.argwhere((pixels == [0, 0, 255]).all(-1))
+    np.testing.assert_allclose(inked.min(0), [36, 0], atol=2)
+    np.testing.assert_allclose(inked.max(0), [59, 95], atol=2)
+    assert pixels[10, 10].tolist() == [255, 255, 255]
+    bar.paste("white", (0, 0, 192, 192))
+    assert rasterise("", draw).shape == (SIDE, SIDE, 3), "an empty drawing is no error here"
 
 
 def test_what_is_left_out(built):

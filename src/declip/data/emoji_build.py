@@ -41,6 +41,9 @@ SIDE = 96
 """Pixels. A view of a 64 px model that shows 44 % of the drawing still has a pixel of its own for each of the model's;
 smaller blurs the crops, larger only costs disk (28 kB a drawing now)."""
 
+OVERSIZE = 2
+"""Drawn larger by this factor, so that cutting off the margins costs no sharpness."""
+
 INVISIBLE = 250
 """A drawing whose darkest value is above this shows nothing on white, and is left out."""
 
@@ -104,7 +107,7 @@ def build_emoji(packages: Path, folder: Path, draw: Draw, bar: Progress | None =
             shape = (len(drawings), SIDE, SIDE, 3)
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for index, (design, concept, name) in enumerate(drawings):
-                pixels = rasterise(sets[design].svg(name, SIDE), draw)
+                pixels = rasterise(sets[design].svg(name, OVERSIZE * SIDE), draw)
                 file.write(pixels.tobytes())
                 key = f"{design.key}/{concept.code}"
                 if pixels.min() > INVISIBLE:
@@ -175,9 +178,24 @@ def drawer() -> Draw:
 
 
 def rasterise(svg: str, draw: Draw) -> np.ndarray:
-    """Draw an SVG document over white: uint8 (SIDE, SIDE, 3)."""
+    """Draw an SVG document over white and let the drawing fill the square: uint8 (SIDE, SIDE, 3).
+
+    Designers leave margins of 1 to 35 % around their drawings. A model would be measured on these as much as on the
+    drawings, so all get the same: none.
+    """
     with Image.open(BytesIO(draw(svg)), formats=["PNG"]) as image:
-        return np.asarray(image.convert("RGB"))
+        picture = image.convert("RGB")
+    inked = np.asarray(picture).min(axis=2) <= INVISIBLE
+    if not inked.any():
+        return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+    rows, columns = (np.flatnonzero(inked.any(axis=axis)) for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    right, bottom = int(columns[-1]) + 1, int(rows[-1]) + 1
+    side = max(right - left, bottom - top)
+    square = Image.new("RGB", (side, side), "white")
+    part = picture.crop((left, top, right, bottom))
+    square.paste(part, ((side - part.width) // 2, (side - part.height) // 2))
+    return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def _write_record(folder: Path, packages: Path, rows: list[dict[str, Any]], left_out: list[str]) -> None:
@@ -225,7 +243,9 @@ def _notice(origins: dict[str, dict[str, str]], drawn: Counter[str]) -> str:
     lines = ["The drawings in this folder belong to others. Show these lines wherever you show a drawing.", ""]
     for design in DESIGNS:
         origin = origins[design.package]
-        lines.append(f"{design.credit}: {drawn[design.key]} drawings, rendered at {SIDE} px over white, not altered.")
+        lines.append(
+            f"{design.credit}: {drawn[design.key]} drawings, rendered at {SIDE} px over white, margins cut off."
+        )
         lines.append(f"  from {origin['source']} through {design.package} {origin['version']}")
         lines.append(f"  licence: {origin['licence']} {origin['licence_url']}")
     lines += ["", "Names and keywords:"]

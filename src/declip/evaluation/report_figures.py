@@ -67,7 +67,7 @@ def term_chart(name: str, steps: np.ndarray, values: np.ndarray) -> Markup:
     frame = _Frame((float(steps[0]), float(steps[-1])), (min(low, ticks[0]), max(high, ticks[-1])))
     first, last = smooth[finite][0], smooth[finite][-1]
     words = f"{name}, from {first:.4g} at step {steps[finite][0]:,} to {last:.4g} at step {steps[finite][-1]:,}."
-    raw_x, raw_y = thinned(steps, np.clip(values, *frame.y))
+    raw_x, raw_y = thinned(steps, np.where(finite, np.clip(values, *frame.y), np.nan))
     body = _axes(frame, ticks, _plain)
     body += f'<path class="raw" d="{frame.path(raw_x, raw_y)}"/>'
     keep = np.unique(np.linspace(0, len(steps) - 1, POINTS).round().astype(int))
