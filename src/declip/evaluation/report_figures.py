@@ -7,10 +7,13 @@ from math import ceil, floor, isfinite, log10
 import numpy as np
 from markupsafe import Markup, escape
 
+from declip.evaluation.results import percent
+
 POINTS = 240  # of a raw line; each stands for the lowest and highest of its stretch
 WIDTH, HEIGHT = 360, 190
+WIDE = 420  # of a chart whose lines are labelled at their ends
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 26
-LABEL_ROOM = 96  # on the right of a chart whose lines are labelled at their ends
+LETTER = 6.9  # width of a letter of such a label, roughly
 LABEL_GAP = 15  # between the baselines of two such labels
 
 
@@ -47,13 +50,14 @@ class _Frame:
         return "".join(parts)
 
 
-def term_chart(name: str, steps: np.ndarray, values: np.ndarray) -> Markup:
-    """A noisy quantity over the steps: thin as it was logged, thick smoothed.
+def term_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = True) -> Markup:
+    """A quantity over the steps; when it is noisy, thin as it was logged and thick smoothed.
 
     Args:
         name: What it is, for those who cannot see the picture.
         steps: (n,).
         values: (n,); NaN or infinite where there is none.
+        noisy: False draws one thick line as it was logged.
 
     Returns:
         An SVG element.
@@ -61,16 +65,16 @@ def term_chart(name: str, steps: np.ndarray, values: np.ndarray) -> Markup:
     finite = np.isfinite(values)
     if not finite.any():
         return Markup('<p class="quiet">Nothing was logged.</p>')
-    smooth = smoothed(values)
+    smooth = smoothed(values) if noisy else values
     low, high = _robust_range(values[finite], smooth[finite])
     ticks = nice_ticks(low, high)
     frame = _Frame((float(steps[0]), float(steps[-1])), (min(low, ticks[0]), max(high, ticks[-1])))
     first, last = smooth[finite][0], smooth[finite][-1]
     words = f"{name}, from {first:.4g} at step {steps[finite][0]:,} to {last:.4g} at step {steps[finite][-1]:,}."
-    raw_x, raw_y = thinned(steps, np.where(finite, np.clip(values, *frame.y), np.nan))
-    body = _axes(frame, ticks, _plain)
-    body += f'<path class="raw" d="{frame.path(raw_x, raw_y)}"/>'
-    keep = np.unique(np.linspace(0, len(steps) - 1, POINTS).round().astype(int))
+    if noisy:
+        raw_x, raw_y = thinned(steps, np.where(finite, np.clip(values, *frame.y), np.nan))
+        body += f'<path class="raw" d="{frame.path(raw_x, raw_y)}"/>'
+    keep = np.flatnonzero(finite)[np.unique(np.linspace(0, finite.sum() - 1, POINTS).round().astype(int))]
     body += f'<path class="smooth" d="{frame.path(steps[keep], smooth[keep])}"/>'
     return _svg(words, body)
 
@@ -88,25 +92,25 @@ def accuracy_chart(lines: Sequence[Line], chance: float, chance_name: str = "cha
     """
     top = max(chance, *(value for line in lines for value in line.values))
     ticks = nice_ticks(0, max(top, 1e-3))
-    steps = [step for line in lines for step in line.steps]
-    frame = _Frame((min(steps), max(steps)), (0, max(top, ticks[-1])), right=WIDTH - LABEL_ROOM)
+    labels = [f"{line.name} {_percent(line.values[-1])}" for line in lines]
+    labels.append(f"{chance_name} {_percent(chance)}")
+    right = WIDE - 8 - LETTER * max(map(len, labels))
+    frame = _Frame((0, max(step for line in lines for step in line.steps)), (0, max(top, ticks[-1])), right)
     body = _axes(frame, ticks, lambda value: f"{100 * value:g} %")
-    (x0, y0), (x1, _) = frame.at(frame.x[0], chance), frame.at(frame.x[1], chance)
-    body += f'<path class="chance" d="M{x0:.1f} {y0:.1f}H{x1:.1f}"/>'
-    ends = [(y0, "chance-label", f"{chance_name} {100 * chance:.2g} %")]
+    x0, y0 = frame.at(0, chance)
+    body += f'<path class="chance" d="M{x0:.1f} {y0:.1f}H{right:.1f}"/>'
+    ends = [(y0, "chance-label", labels[-1])]
     for number, line in enumerate(lines):
         points = [frame.at(*point) for point in zip(line.steps, line.values, strict=True)]
         body += f'<path class="line c{number}" d="{frame.path(line.steps, line.values)}"/>'
         body += "".join(f'<circle class="dot c{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points)
-        ends.append((points[-1][1], f"end c{number}", f"{line.name} {100 * line.values[-1]:.1f} %"))
+        ends.append((points[-1][1], f"end c{number}", labels[number]))
     body += "".join(
-        f'<text class="{style}" x="{x1 + 8:.1f}" y="{y + 4:.1f}">{escape(text)}</text>'
+        f'<text class="{style}" x="{right + 8:.1f}" y="{y + 4:.1f}">{escape(text)}</text>'
         for y, style, text in _apart(ends)
     )
-    words = "; ".join(
-        f"{line.name} from {100 * line.values[0]:.1f} % to {100 * line.values[-1]:.1f} %" for line in lines
-    )
-    return _svg(f"{words}; {chance_name} {100 * chance:.2g} %.", body)
+    words = "; ".join(f"{line.name} from {_percent(line.values[0])} to {_percent(line.values[-1])}" for line in lines)
+    return _svg(f"{words}; {labels[-1]}.", body, WIDE)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -174,12 +178,12 @@ def _apart(ends: list[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
     return moved
 
 
-def _svg(words: str, body: str) -> Markup:
-    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(words)}">{body}</svg>')
+def _svg(words: str, body: str, width: int = WIDTH) -> Markup:
+    return Markup(f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(words)}">{body}</svg>')
 
 
-def _plain(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1e4 else _short(value)
+def _percent(share: float) -> str:
+    return percent(share).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _short(value: float) -> str:

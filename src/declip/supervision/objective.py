@@ -122,7 +122,8 @@ class Objective(nn.Module):
         """
         self._check(batch)
         features = self.encode(model, batch)
-        keys = gather_features(self._key_tokens(features), gather)
+        longest = self.recipe.late_interaction.top_k or model.text_tower.context
+        keys = gather_features(self._key_tokens(features), gather, longest)
         terms = self.terms(features, keys, model.logit_scale.exp(), offset=rank * len(batch))
         if self.queue is not None and self.training:
             self.queue.push(keys.texts[1], tags=2 * keys.tags + 1)
@@ -273,21 +274,25 @@ class Objective(nn.Module):
             )
 
 
-def gather_features(own: Features, gather: Gather) -> Features:
+def gather_features(own: Features, gather: Gather, words: int) -> Features:
     """Bring the features of all ranks together in one collective.
 
     Everything travels as one (B, k) float tensor: views and tokens side by side, and the tags' bits as floats that are
     only copied, never computed with.
 
     Args:
-        own: This rank's features; captions padded to one length on all ranks when words are among them.
+        own: This rank's features.
         gather: (B, k) → (N, k), rows in rank order, with gradient.
+        words: Number of words that every rank's captions are padded to, masked, before they travel.
 
     Returns:
         The same fields with N rows.
     """
     if gather is alone:
         return own
+    if own.words is not None and own.word_mask is not None:
+        missing = words - own.words.shape[1]
+        own = replace(own, words=F.pad(own.words, (0, 0, 0, missing)), word_mask=F.pad(own.word_mask, (0, missing)))
     tensors = {"images": own.images, "texts": own.texts, "simclr": own.simclr}
     by_row = {name: tensor.transpose(0, 1) for name, tensor in tensors.items() if tensor is not None}
     by_row |= {n: t for n, t in (("patches", own.patches), ("words", own.words)) if t is not None}

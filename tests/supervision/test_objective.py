@@ -1,0 +1,218 @@
+"""The objective as a whole: what it adds up, when it writes the queue, and that two processes equal one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import TINY, WEIGHTS
+
+from declip.config import Recipe
+from declip.data.batch import PairBatch
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.supervision import contrastive
+from declip.supervision.objective import Objective, alone
+from declip.training import distributed
+
+WITHOUT_BATCH_NORM = {
+    "contrastive": 0.1, "multi_view": 0.3, "masked_language": 0.2, "nearest_neighbour": 0.2, "late_interaction": 0.2,
+}  # fmt: skip
+
+
+def parts(weights: dict[str, float], **sections: object) -> tuple[DualEncoder, Objective]:
+    recipe = Recipe.model_validate({**TINY, "weights": weights, **sections})
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe)
+    return model, Objective.for_model(recipe, model)
+
+
+SHORT = 10
+"""The second half of a batch has captions shorter than this."""
+
+
+def random_batch(size: int = 8, views: int = 2, length: int = 16) -> PairBatch:
+    generator = torch.Generator().manual_seed(3)
+    tokenizer = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer
+    texts = torch.randint(1, 500, (2, size, length), generator=generator)
+    ends = torch.randint(4, length, (2, size), generator=generator)
+    ends[:, size // 2 :] = ends[:, size // 2 :].clamp(max=SHORT - 1)
+    for view in range(2):
+        for row in range(size):
+            texts[view, row, ends[view, row]] = tokenizer.end
+            texts[view, row, ends[view, row] + 1 :] = 0
+    masked, labels = texts[0].clone(), torch.full((size, length), -100)
+    labels[::2, 1], masked[::2, 1] = texts[0, ::2, 1], tokenizer.mask
+    labels[1, 2], masked[1, 2] = texts[0, 1, 2], tokenizer.mask
+    images = torch.randn(views, size, 3, 32, 32, generator=generator)
+    return PairBatch(images=images, texts=texts, masked=masked, labels=labels, tags=torch.arange(size))
+
+
+def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
+    """A rank's share of a batch, cut to its own longest caption."""
+    assert batch.masked is not None
+    assert batch.labels is not None
+    assert batch.tags is not None
+    cut = batch.texts.shape[2] if start == 0 else SHORT
+    return PairBatch(
+        batch.images[:, start:stop],
+        batch.texts[:, start:stop, :cut],
+        batch.masked[start:stop, :cut],
+        batch.labels[start:stop, :cut],
+        batch.tags[start:stop],
+    )
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_total_is_the_weighted_sum_of_the_active_terms(name: str) -> None:
+    model, objective = parts(WEIGHTS[name])
+    terms = objective(model, random_batch())
+    assert set(terms) == {*WEIGHTS[name], "total"}
+    expected = sum(weight * terms[term] for term, weight in WEIGHTS[name].items())
+    torch.testing.assert_close(terms["total"], expected)
+
+
+def test_a_term_without_weight_has_no_head_and_no_queue() -> None:
+    _, objective = parts(WEIGHTS["clip"])
+    assert list(objective.parameters()) == []
+    assert objective.queue is None
+
+
+def test_the_contrast_sees_the_masked_caption_or_on_request_the_clean_one() -> None:
+    weights, batch = {"contrastive": 1.0, "masked_language": 1.0}, random_batch()
+    assert batch.masked is not None
+    for share, captions in ((True, batch.masked), (False, batch.texts[0])):
+        model, objective = parts(weights, masked_language={"share_pass": share})
+        terms = objective(model, batch)
+        images, texts = model.encode_image(batch.images[0]), model.encode_text(captions)
+        expected = contrastive.info_nce(images, texts, images, texts, model.logit_scale.exp())
+        torch.testing.assert_close(terms["contrastive"], expected)
+
+
+def test_both_ways_of_masking_predict_the_same_words() -> None:
+    weights, batch = {"contrastive": 1.0, "masked_language": 1.0}, random_batch()
+    found = []
+    for share in (True, False):
+        model, objective = parts(weights, masked_language={"share_pass": share})
+        found.append(objective(model, batch)["masked_language"])
+    torch.testing.assert_close(*found)
+
+
+def test_a_batch_without_a_masked_word_adds_nothing() -> None:
+    model, objective = parts({"contrastive": 1.0, "masked_language": 1.0})
+    batch = random_batch()
+    assert batch.labels is not None
+    batch.labels.fill_(-100)
+    assert objective(model, batch)["masked_language"].item() == 0
+
+
+def test_the_queue_is_looked_up_before_it_is_written_augmentations_first() -> None:
+    model, objective = parts({"nearest_neighbour": 1.0, "contrastive": 1.0})
+    assert objective.queue is not None
+    batch = random_batch()
+    assert objective(model, batch)["nearest_neighbour"].item() == 0, "nothing to find yet"
+    assert batch.masked is not None
+    second, first = model.encode_text(batch.texts[1]), model.encode_text(batch.masked)
+    torch.testing.assert_close(objective.queue.ordered(), torch.cat([second, first]).detach())
+    assert objective.queue.tags[:16].tolist() == [2 * t + 1 for t in range(8)] + [2 * t for t in range(8)]
+    assert objective(model, batch)["nearest_neighbour"].item() > 0
+    objective.eval()
+    written = len(objective.queue)
+    objective(model, batch)
+    assert len(objective.queue) == written == 32
+
+
+def test_a_base_view_is_for_the_contrast_alone() -> None:
+    model, objective = parts(WEIGHTS["slip"])
+    three = random_batch(views=3)
+    terms = objective(model, three)
+    assert three.masked is not None
+    images, texts = model.encode_image(three.images[0]), model.encode_text(three.masked)
+    expected = contrastive.info_nce(images, texts, images, texts, model.logit_scale.exp())
+    torch.testing.assert_close(terms["contrastive"], expected)
+    model, objective = parts(WEIGHTS["slip"])
+    two = PairBatch(three.images[1:], three.texts, three.masked, three.labels)
+    torch.testing.assert_close(terms["simclr"], objective(model, two)["simclr"])
+
+
+def test_views_encoded_together_equal_views_encoded_apart() -> None:
+    model, objective = parts({"multi_view": 1.0})
+    batch = random_batch()
+    together = objective(model, batch)["multi_view"]
+    model.image_tower.has_batch_norm = True
+    torch.testing.assert_close(together, objective(model, batch)["multi_view"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "change", "message"),
+    [
+        ({"multi_view": 1.0}, {"texts": 1}, "texts with 2 views"),
+        ({"simsiam": 1.0, "contrastive": 1.0}, {"images": 1}, "images with 2 views"),
+        ({"masked_language": 1.0}, {"masked": None}, "masked_language needs `masked` and `labels`"),
+    ],
+)
+def test_a_batch_that_lacks_something_is_named(weights: dict, change: dict, message: str) -> None:
+    model, objective = parts(weights)
+    batch = random_batch()
+    images = batch.images[: change.get("images", 2)]
+    texts = batch.texts[: change.get("texts", 2)]
+    masked = None if "masked" in change else batch.masked
+    with pytest.raises(UserError, match=message):
+        objective(model, PairBatch(images, texts, masked, None if masked is None else batch.labels))
+
+
+def test_scales_are_limited_after_the_step() -> None:
+    model, objective = parts(WEIGHTS["filip"], logit_scale={"min": 3.0})
+    model.logit_scale.data.fill_(9.0)
+    objective.late_scale.data.fill_(1.0)
+    objective.limit_scales(model)
+    assert model.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
+    assert objective.late_scale.item() == 3.0
+
+
+def run_steps(rank: int, world: int, folder: str) -> None:
+    """Two steps, so that the second one looks into the queue; writes losses, gradients and the queue."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    model, objective = parts(WITHOUT_BATCH_NORM)
+    model.double(), objective.double()
+    batch = random_batch()
+    batch = PairBatch(batch.images.double(), batch.texts, batch.masked, batch.labels, batch.tags)
+    share = rows(batch, rank * 8 // world, (rank + 1) * 8 // world)
+    gather = distributed.gather()
+    assert (gather is alone) == (world == 1)
+    losses: dict[str, torch.Tensor] = {}
+    for _ in range(2):
+        for parameter in (*model.parameters(), *objective.parameters()):
+            parameter.grad = None
+        losses = objective(model, share, gather, distributed.rank())
+        losses["total"].backward()
+    gradients = [p.grad for p in (*model.parameters(), *objective.parameters())]
+    result = {name: loss.detach() for name, loss in losses.items()}
+    if world > 1:
+        for tensor in (*result.values(), *(g for g in gradients if g is not None)):
+            dist.all_reduce(tensor)
+            tensor /= world
+        dist.destroy_process_group()
+    assert objective.queue is not None
+    torch.save((result, gradients, objective.queue.ordered(), objective.queue.tags), f"{folder}/{world}-{rank}.pt")
+
+
+def test_two_processes_give_the_loss_and_every_gradient_of_one(tmp_path: Path) -> None:
+    run_steps(0, 1, str(tmp_path))
+    mp.start_processes(run_steps, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    losses, gradients, queue, tags = torch.load(tmp_path / "1-0.pt")
+    for rank in range(2):
+        theirs = torch.load(tmp_path / f"2-{rank}.pt")
+        for name, loss in losses.items():
+            torch.testing.assert_close(theirs[0][name], loss, rtol=1e-6, atol=1e-7, msg=name)
+        for mine, other in zip(gradients, theirs[1], strict=True):
+            assert (mine is None) == (other is None)
+            if mine is not None:
+                torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(theirs[2], queue)
+        assert torch.equal(theirs[3], tags)
