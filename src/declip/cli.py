@@ -1,11 +1,15 @@
 """The command ``declip``: it parses words and calls the API, nothing else."""
 
+import errno
+import shlex
 import sys
+import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from declip.errors import UserError
@@ -19,6 +23,9 @@ app = typer.Typer(
 data = typer.Typer(help="Prepare and look at pairs.", no_args_is_help=True)
 app.add_typer(data, name="data")
 console = Console()
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
+"""A disk that is full, read-only, forbidden or failing, or a path that is too long: the user's to mend."""
 
 
 @app.command()
@@ -37,13 +44,13 @@ def train(
 
     run = run_training(resolved, out=out or Path("runs") / Path(recipe).stem, resume=resume, quiet=quiet)
     if not run.finished:
-        words = " ".join(["declip train", recipe, *(overrides or []), "--out", str(run.folder), "--resume"])
+        words = shlex.join(["declip", "train", recipe, *(overrides or []), "--out", str(run.folder), "--resume"])
         console.print(
             f"Stopped after step {run.step:,} of {run.recipe.train.steps:,}; a checkpoint was saved. Go on with:"
         )
-        console.print(f"  {words}", highlight=False, soft_wrap=True)
+        console.print(f"  {escape(words)}", highlight=False, soft_wrap=True)
         raise typer.Exit(130)
-    console.print(_results_table(run))
+    console.print(_results(run))
     console.print(f"Report: {run.report}", highlight=False, soft_wrap=True)
 
 
@@ -99,15 +106,18 @@ def prepare(
     console.print(f"Ready: {prepare_builtin(source, cache)}", soft_wrap=True)
 
 
-def _results_table(run: Any) -> Table:
+def _results(run: Any) -> Table | str:
     from declip.evaluation.results import read_result
 
     results = [result for result in map(read_result, run.results) if result is not None]
-    table = _measures_table([(result.on, result.protocol, result.measures()) for result in results])
     seen = run.step * run.recipe.train.batch
     speeds = [row["pairs_per_second"] for row in run.metrics if row["pairs_per_second"]]
     speed = f"{sorted(speeds)[len(speeds) // 2]:,.0f} pairs/s (median)" if speeds else "speed not measured"
-    table.caption = f"{run.recipe.name}, seed {run.recipe.seed}: {seen:,} pairs seen in {run.step:,} steps, {speed}"
+    caption = f"{run.recipe.name}, seed {run.recipe.seed}: {seen:,} pairs seen in {run.step:,} steps, {speed}"
+    if not results:
+        return f"{escape(caption)}. Nothing was measured: the recipe's evaluation names no set."
+    table = _measures_table([(result.on, result.protocol, result.measures()) for result in results])
+    table.caption = caption
     return table
 
 
@@ -129,14 +139,27 @@ def _measures_table(rows: list[tuple[str, str, list[Any]]]) -> Table:
 
 def main() -> None:
     """Run the command; a user's mistake ends with its message and status 2, never with a traceback."""
+    printed, threading.excepthook = threading.excepthook, _leave_disks_to_main
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f"'{error.filename}'" if error.filename else "A file"
+        advice = "Make room; a run goes on with --resume." if error.errno in FULL else "Mend that or give another path."
+        _fail(f"{where} cannot be read or written: {error.strerror}. {advice}")
+    finally:
+        threading.excepthook = printed
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
+def _leave_disks_to_main(error: threading.ExceptHookArgs) -> None:
+    """Print no trace of a failed write: the thread that writes TensorBoard's events hands its error to the run."""
+    if not (isinstance(error.exc_value, OSError) and error.exc_value.errno in DISK):
+        threading.__excepthook__(error)
 
-    return escape(text)
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(2)

@@ -61,7 +61,7 @@ class _Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.texts[self.section] = self.texts.get(self.section, "") + data
+        self.texts[self.section] = self.texts.get(self.section, "") + data.replace("\N{NO-BREAK SPACE}", " ")
 
 
 class _Objective:
@@ -132,8 +132,8 @@ def test_the_whole_report(whole) -> None:
         assert figure in numbers
     assert "± 6.8 points" in numbers  # Wilson, of 0.5432 in 200
     assert "54.3 %" in page.texts[""]  # the sentence at the top
-    assert html.count("<svg") == 1 + 3 + 4
-    assert "chance 14 %" in page.texts["curves"]
+    assert html.count("<svg") == 1 + 3 + 3
+    assert "chance 14.3 %" in page.texts["curves"]
     assert 'class="absent"' not in html
     assert "17" in page.texts["skipped"]
     assert "3 × truncated image" in page.texts["skipped"]
@@ -159,6 +159,14 @@ def test_captions_keys_and_credits_are_escaped(whole) -> None:
     assert "row <5>" in page.texts["skipped"]
     assert "Colours by <nobody>" in html.replace("&lt;", "<").replace("&gt;", ">")
     assert "<nobody>" not in html
+
+
+def test_a_caption_that_fills_a_page_is_cut_off(whole, painted) -> None:
+    folder, model, given = whole
+    given["heldout"] = painted(["red", "green"], [("word " * 3000,), ("green",)], classes=NAMES)
+    html, page = _read(write_report(folder, model, **given))
+    assert "word …" in page.texts["to-images"]
+    assert "word " * 40 not in html
 
 
 def test_right_and_wrong_are_marked_by_a_symbol(whole) -> None:
@@ -202,7 +210,7 @@ def test_a_run_before_its_first_evaluation(whole) -> None:
     assert "Nothing has been measured" in page.texts["numbers"]
     assert "1,920" in page.texts["numbers"]
     assert "nothing has been classified yet" in page.texts[""]
-    assert html.count("<svg") == 3 + 4
+    assert html.count("<svg") == 3 + 3
     assert "step 30 of 1,000: not finished" in page.texts[""]
     assert "✓" in page.texts["to-images"]  # the galleries need the model alone
 

@@ -29,7 +29,9 @@ def _points(svg: str, style: str) -> list[tuple[float, float]]:
 
 def _texts(svg: str, style: str) -> list[str]:
     return [
-        element.text or "" for element in ElementTree.fromstring(svg) if style in (element.get("class") or "").split()
+        (element.text or "").replace("\N{NO-BREAK SPACE}", " ")
+        for element in ElementTree.fromstring(svg)
+        if style in (element.get("class") or "").split()
     ]
 
 
@@ -99,7 +101,7 @@ def test_the_accuracy_chart_labels_its_lines_and_the_chance() -> None:
     lines = [Line("top-1", [100, 200], [0.1, 0.2]), Line("top-5", [100, 200], [0.3, 0.4])]
     svg = accuracy_chart(lines, 0.05)
     assert set(_texts(svg, "end")) == {"top-1 20.0 %", "top-5 40.0 %"}
-    assert _texts(svg, "chance-label") == ["chance 5 %"]
+    assert _texts(svg, "chance-label") == ["chance 5.0 %"]
     (_, first), (_, last) = _points(svg, "line c1")
     assert first - last == pytest.approx((HEIGHT - 38) * 0.1 / 0.4, abs=0.2)
 

@@ -1,7 +1,7 @@
 """Pairs from a folder: images, each with a text file of the same name beside it, one caption a line."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,9 +32,11 @@ class FolderSource:
             raise UserError(f"There is no folder '{self.path}'.")
         self.name = self.path.name or str(self.path)
         # A million paths are 0.1 GB as Python strings in every worker, and a third of it here, shared.
-        self._keys = pa.array(sorted(_images(self.path)), pa.large_string())
+        unread: list[OSError] = []
+        self._keys = pa.array(sorted(_images(self.path, unread.append)), pa.large_string())
         if not len(self._keys):
-            raise UserError(f"The folder '{self.path}' holds no image ({', '.join(EXTENSIONS)}).")
+            why = f" '{unread[0].filename}' cannot be read: {unread[0].strerror}." if unread else ""
+            raise UserError(f"The folder '{self.path}' holds no image ({', '.join(EXTENSIONS)}).{why}")
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -61,9 +63,12 @@ class FolderSource:
         return clean_captions(lines, key)
 
 
-def _images(root: Path) -> Iterator[str]:
-    """Paths of the images, relative to `root`, with forward slashes on every platform."""
-    for folder, inner, names in os.walk(root):
+def _images(root: Path, failed: Callable[[OSError], None]) -> Iterator[str]:
+    """Paths of the images, relative to `root`, with forward slashes on every platform.
+
+    Folders that cannot be read, such as a disk's `lost+found`, are handed to `failed` and passed over.
+    """
+    for folder, inner, names in os.walk(root, onerror=failed):
         inner[:] = [name for name in inner if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:

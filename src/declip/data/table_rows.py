@@ -59,6 +59,8 @@ class JsonLines:
         filled[lengths == 1] = self._bytes[starts[lengths == 1]] > ord(" ")
         self._starts, self._stops = starts[filled], stops[filled]
         self._lines = np.flatnonzero(filled) + 1
+        if not len(self):
+            raise UserError(f"The table '{path}' has no rows.")
         self.columns: Sequence[str] = self._peek()
 
     def _peek(self) -> list[str]:
@@ -219,7 +221,7 @@ class ParquetRows:
         try:
             self._file = pq.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"'{path}' is not a Parquet file: {error}.") from error
+            raise UserError(f"'{path}' is not a Parquet file: {str(error).rstrip('.')}.") from error
         self.columns: Sequence[str] = self._file.schema_arrow.names
 
     def choose(self, image: str, caption: str) -> None:

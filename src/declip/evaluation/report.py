@@ -24,11 +24,10 @@ from declip.evaluation.datasets import open_dataset, templates_of, with_classes
 from declip.evaluation.features import Encoder, SourceFeatures, encode_source
 from declip.evaluation.report_curves import accuracy_curves, progress_curves, term_curves
 from declip.evaluation.report_gallery import Confusions, Gallery, confusions, image_to_text, text_to_image
-from declip.evaluation.report_headline import figures, lead, primary, rows
-from declip.evaluation.report_pictures import Pictures
+from declip.evaluation.report_headline import figures, lead, naming_rows, primary, retrieval_rows, share
+from declip.evaluation.report_pictures import Pictures, short
 from declip.evaluation.report_run import Run, read_run
 from declip.evaluation.report_training import Neighbours, Seen, Wording, neighbours, views
-from declip.evaluation.results import percent
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.supervision.nearest_neighbour import Queue
 
@@ -123,7 +122,8 @@ def write_report(
         facts=_facts(run, recipe, model, train_source),
         lead=lead(run, on),
         figures=figures(run, on),
-        rows=rows(run.last()),
+        naming=naming_rows(run.last()),
+        retrieval=retrieval_rows(run.last()),
         terms=term_curves(run, recipe),
         progress=progress_curves(run) if run.metrics else [],
         accuracy=accuracy_curves(run),
@@ -145,11 +145,10 @@ def write_report(
 
 def _render(**content: Any) -> str:
     folder = resources.files("declip.evaluation") / "templates"
-    template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string((folder / "report.html").read_text(encoding="utf-8"))
-    template.globals["percent"] = percent
-    return template.render(
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["percent"] = share
+    environment.filters["short"] = short
+    return environment.from_string((folder / "report.html").read_text(encoding="utf-8")).render(
         style=Markup((folder / "report.css").read_text(encoding="utf-8")),
         version=metadata.version("declip"),
         date=datetime.datetime.now().strftime("%d %B %Y, %H:%M"),

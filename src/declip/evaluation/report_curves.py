@@ -17,7 +17,7 @@ TERMS: Mapping[str, tuple[str, str]] = {
         "Image and caption",
         "In each batch every image looks for its caption, and every caption for its image.",
     ),
-    "multi_view": ("Other views", "The same between the second view of the image and the reworded caption."),
+    "multi_view": ("Other views", "The same for the other pairings of two views and two wordings."),
     "simsiam": ("Image with itself", "One view of an image predicts the other; −1 is perfect."),
     "masked_language": ("Hidden words", "Words of the caption are hidden and have to be guessed."),
     "nearest_neighbour": ("Nearest neighbour", "Every image looks for a caption like its own, from the queue."),
@@ -28,11 +28,13 @@ TERMS: Mapping[str, tuple[str, str]] = {
 AGAINST_BATCH = {"contrastive", "multi_view", "nearest_neighbour", "late_interaction"}
 """Terms that pick one of the batch, so that guessing gives ln(batch)."""
 
+EXACT = {"learning_rate", "logit_scale"}
+"""Quantities without noise, which smoothing would only distort."""
+
 PROGRESS: Mapping[str, tuple[str, str]] = {
     "learning_rate": ("Learning rate", "Size of the steps: a warm-up, then a cosine."),
     "logit_scale": ("Logit scale", "How sharply the model decides: the inverse temperature, learned."),
     "grad_norm": ("Gradient norm", "Before clipping; a jump that stays is a warning."),
-    "pairs_per_second": ("Pairs a second", "Speed of training."),
 }
 
 
@@ -53,7 +55,7 @@ def term_curves(run: Run, recipe: Recipe | None) -> list[Curve]:
         if recipe is not None and name in recipe.weights.active():
             note += f" Weight {getattr(recipe.weights, name):g}."
             if name in AGAINST_BATCH:
-                note += f" Guessing gives {log(recipe.train.batch):.2f}."
+                note += f" Guessing gives\N{NO-BREAK SPACE}{log(recipe.train.batch):.2f}."
         column = "total" if name == "total" else f"terms.{name}"
         curves.append(Curve(title, note.strip(), term_chart(title, run.steps, run.column(column))))
     return curves
@@ -62,7 +64,8 @@ def term_curves(run: Run, recipe: Recipe | None) -> list[Curve]:
 def progress_curves(run: Run) -> list[Curve]:
     """What went on beside the terms."""
     return [
-        Curve(title, note, term_chart(title, run.steps, run.column(name))) for name, (title, note) in PROGRESS.items()
+        Curve(title, note, term_chart(title, run.steps, run.column(name), noisy=name not in EXACT))
+        for name, (title, note) in PROGRESS.items()
     ]
 
 

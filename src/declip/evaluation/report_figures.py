@@ -11,9 +11,9 @@ from declip.evaluation.results import percent
 
 POINTS = 240  # of a raw line; each stands for the lowest and highest of its stretch
 WIDTH, HEIGHT = 360, 190
-WIDE = 420  # of a chart whose lines are labelled at their ends
+WIDE = 390  # of a chart whose lines are labelled at their ends
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 26
-LETTER = 6.9  # width of a letter of such a label, roughly
+LETTER = 7.6  # width of a letter of such a label, roughly
 LABEL_GAP = 15  # between the baselines of two such labels
 
 
@@ -71,6 +71,7 @@ def term_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = T
     frame = _Frame((float(steps[0]), float(steps[-1])), (min(low, ticks[0]), max(high, ticks[-1])))
     first, last = smooth[finite][0], smooth[finite][-1]
     words = f"{name}, from {first:.4g} at step {steps[finite][0]:,} to {last:.4g} at step {steps[finite][-1]:,}."
+    body = _axes(frame, ticks, _short)
     if noisy:
         raw_x, raw_y = thinned(steps, np.where(finite, np.clip(values, *frame.y), np.nan))
         body += f'<path class="raw" d="{frame.path(raw_x, raw_y)}"/>'

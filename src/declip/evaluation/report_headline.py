@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from declip.evaluation.report_run import Evaluated, Run
-from declip.evaluation.results import RetrievalResult, ZeroShotResult, percent, times
+from declip.evaluation.results import Recall, RetrievalResult, ZeroShotResult, percent, times
+
+SPACE = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,21 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table of measurements."""
+    """A line of a table of measurements.
+
+    Attributes:
+        on: The source.
+        kind: What was asked: "name", "text → image" or "image → text".
+        values: Three shares; their names depend on the table.
+        chance: Of the first.
+        times: The first over its chance.
+        n: Queries.
+        step: After which it was measured.
+    """
 
     on: str
-    measure: str
-    value: str
+    kind: str
+    values: tuple[str, str, str]
     chance: str
     times: str
     n: str
@@ -41,9 +53,9 @@ def lead(run: Run, on: str | None) -> str:
     if zero_shot is None:
         return f"{run.pairs_seen:,} pairs seen in {run.step:,} steps; nothing has been classified yet."
     return (
-        f"After {run.pairs_seen:,} pairs seen, this model gives the right name to {percent(zero_shot.top1)} of "
+        f"After {run.pairs_seen:,} pairs seen, this model gives the right name to {share(zero_shot.top1)} of "
         f"{zero_shot.n:,} held-out images, choosing among {zero_shot.classes:,} names at its first guess. "
-        f"Guessing would get {percent(zero_shot.chance)}: {times(zero_shot.times_chance)} times less."
+        f"Guessing would get {share(zero_shot.chance)}: {times(zero_shot.times_chance)} times less."
     )
 
 
@@ -68,49 +80,85 @@ def figures(run: Run, on: str | None) -> list[Figure]:
     return found
 
 
-def rows(evaluated: Sequence[Evaluated]) -> list[Row]:
-    """Every measure of every result, with its chance."""
+def naming_rows(evaluated: Sequence[Evaluated]) -> list[Row]:
+    """Zero-shot classification: top-1, top-5, mean per class."""
     return [
         Row(
             on=each.result.on,
-            measure=measure.name,
-            value=percent(measure.value),
-            chance=percent(measure.chance),
-            times=times(measure.times_chance),
-            n=f"{measure.n:,}",
+            kind="name",
+            values=(share(each.result.top1), share(each.result.top5), share(each.result.mean_per_class)),
+            chance=share(each.result.chance),
+            times=times(each.result.times_chance),
+            n=f"{each.result.n:,}",
             step=f"{each.step:,}",
         )
         for each in evaluated
-        for measure in each.result.measures()
+        if isinstance(each.result, ZeroShotResult)
     ]
+
+
+def retrieval_rows(evaluated: Sequence[Evaluated]) -> list[Row]:
+    """Retrieval in both directions: R@1, R@5, R@10."""
+
+    def row(each: Evaluated, kind: str, recall: Recall) -> Row:
+        return Row(
+            on=each.result.on,
+            kind=kind,
+            values=(share(recall.r1), share(recall.r5), share(recall.r10)),
+            chance=share(recall.chance1),
+            times=times(recall.r1 / recall.chance1),
+            n=f"{recall.queries:,}",
+            step=f"{each.step:,}",
+        )
+
+    return [
+        row(each, kind, recall)
+        for each in evaluated
+        if isinstance(each.result, RetrievalResult)
+        for kind, recall in (
+            ("text → image", each.result.text_to_image),
+            ("image → text", each.result.image_to_text),
+        )
+    ]
+
+
+def share(value: float) -> str:
+    """A share in percent that is not broken at a line's end."""
+    return percent(value).replace(" ", SPACE)
 
 
 def duration(seconds: float) -> str:
     """ "43 s", "5 min 12 s", "3 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+        words = f"{whole} s"
+    elif whole < 3600:
+        words = f"{whole // 60} min {whole % 60} s"
+    else:
+        words = f"{whole // 3600} h {whole % 3600 // 60} min"
+    return words.replace(" ", SPACE)
+
+
+def _multiple(factor: float) -> str:
+    return f"{times(factor)} × chance".replace(" ", SPACE)
 
 
 def _of_zero_shot(result: ZeroShotResult) -> list[Figure]:
     first, fifth, _ = result.measures()
     return [
         Figure(
-            percent(first.value),
+            share(first.value),
             "top-1",
-            f"Images whose right name comes first, of {result.n:,} (± {100 * first.margin:.1f} points). "
-            f"{times(first.times_chance)} × chance.",
+            f"Images whose right name comes first, of {result.n:,} (±{SPACE}{100 * first.margin:.1f}{SPACE}points). "
+            f"{_multiple(first.times_chance)}.",
         ),
         Figure(
-            percent(fifth.value),
+            share(fifth.value),
             "top-5",
-            f"Right name among the first five. {times(fifth.times_chance)} × chance ({percent(fifth.chance)}).",
+            f"Right name among the first five. {_multiple(fifth.times_chance)} ({share(fifth.chance)}).",
         ),
         Figure(
-            percent(result.chance),
+            share(result.chance),
             "chance",
             f"Top-1 of blind guessing: one name in {result.classes:,}.",
         ),
@@ -121,16 +169,16 @@ def _of_retrieval(result: RetrievalResult) -> list[Figure]:
     text, image = result.text_to_image, result.image_to_text
     return [
         Figure(
-            percent(text.r1),
+            share(text.r1),
             "R@1, text → image",
             f"Captions that find their image first among {text.candidates:,}. "
-            f"{times(text.r1 / text.chance1)} × chance ({percent(text.chance1)}).",
+            f"{_multiple(text.r1 / text.chance1)} ({share(text.chance1)}).",
         ),
         Figure(
-            percent(image.r1),
+            share(image.r1),
             "R@1, image → text",
             f"Images that find a caption of theirs first among {image.candidates:,}. "
-            f"{times(image.r1 / image.chance1)} × chance ({percent(image.chance1)}).",
+            f"{_multiple(image.r1 / image.chance1)} ({share(image.chance1)}).",
         ),
     ]
 

@@ -9,6 +9,7 @@ from PIL import Image, features
 
 from declip.data.pairs import BrokenPair, PairSource
 
+LONGEST = 160  # characters of a caption that are shown
 SIDE = 112  # pixels: sharp at 56 CSS pixels on a screen of double density
 
 
@@ -44,6 +45,11 @@ def pixels(array: np.ndarray, alt: str) -> Picture:
     return Picture(_data_uri(image, "png", optimize=True), alt)
 
 
+def short(words: str) -> str:
+    """Words cut off where they are too long to be shown."""
+    return words if len(words) <= LONGEST else f"{words[:LONGEST].rstrip()} …"
+
+
 class Pictures:
     """Thumbnails of a source's images, each read and encoded once.
 
@@ -63,7 +69,7 @@ class Pictures:
             except BrokenPair:
                 self._made[index] = None
             else:
-                self._made[index] = thumbnail(pair.image, pair.captions[0])
+                self._made[index] = thumbnail(pair.image, short(pair.captions[0]))
         return self._made[index]
 
 

@@ -21,6 +21,13 @@ CLOCK = ("seconds", "pairs_per_second")
 log = logging.getLogger("declip")
 
 
+class _LogFile(logging.FileHandler):
+    """Hands a failed write on, as every other file of the run does, where logging would print it and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
 class Monitor:
     """Writes the files of a run folder and draws its progress bar.
 
@@ -39,7 +46,7 @@ class Monitor:
         for name in (METRICS, EVALUATIONS):
             _keep_rows(run / name, start)
         self.console = Console(stderr=True, quiet=quiet)
-        self._handlers: list[logging.Handler] = [logging.FileHandler(run / "log.txt", encoding="utf-8")]
+        self._handlers: list[logging.Handler] = [_LogFile(run / "log.txt", encoding="utf-8")]
         self._handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         if not quiet:
             self._handlers.append(RichHandler(console=self.console, show_path=False, markup=False))

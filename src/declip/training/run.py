@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from declip.config import Recipe
+from declip.config import Recipe, load_recipe
 from declip.errors import UserError
+from declip.evaluation.datasets import open_dataset, with_classes
 from declip.training.checkpoint import Checkpoint, list_checkpoints, newest_good
 from declip.training.monitor import EVALUATIONS, METRICS, log, read_rows
 
@@ -53,6 +52,20 @@ class Run:
         return self.folder / "report.html"
 
 
+def check_datasets(recipe: Recipe) -> None:
+    """Open what the recipe measures on.
+
+    Raises:
+        UserError: one of them is missing, empty, or has no classes though zero-shot is wanted.
+    """
+    wanted = recipe.evaluation
+    zero_shot = {*wanted.zero_shot, *wanted.final_zero_shot}
+    for name in dict.fromkeys((*sorted(zero_shot), *wanted.retrieval, *wanted.final_retrieval)):
+        source = open_dataset(name)
+        if name in zero_shot:
+            with_classes(source)
+
+
 def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:
     """Make the run folder, or find where the run in it stopped.
 
@@ -73,18 +86,16 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise UserError(
-            f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out."
-        ) from error
+        raise _not_writable(folder, error) from error
     if not (folder / RECIPE).exists():
-        (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+        _write_recipe(recipe, folder)
         return None
     if not resume:
         raise UserError(
             f"'{folder}' already holds a run. Go on with it by --resume, or choose another folder with --out."
         )
     refuse_another(recipe, read_recipe(folder), folder)
-    (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    _write_recipe(recipe, folder)
     return _newest(folder)
 
 
@@ -98,9 +109,11 @@ def read_recipe(folder: Path) -> Recipe:
     if not path.is_file():
         raise UserError(f"'{folder}' is not a run folder: it has no {RECIPE}.")
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not a recipe of this version of declip: {error}") from error
+        return load_recipe(path)
+    except ValueError as error:
+        raise UserError(
+            f"'{folder}' holds no run of this version of declip. {error} Choose another folder with --out."
+        ) from error
 
 
 def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
@@ -119,6 +132,21 @@ def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
             f"'{folder}' holds the run of another recipe ('{earlier.name}'): {shown}{more}. "
             "Give the same recipe and overrides to go on, or another folder with --out."
         )
+
+
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write the resolved recipe beside and rename it: a full disk leaves no half of one."""
+    partial = folder / f"{RECIPE}.partial"
+    try:
+        partial.write_text(recipe.to_yaml(), encoding="utf-8")
+        partial.replace(folder / RECIPE)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out.")
 
 
 def _newest(folder: Path) -> Checkpoint | None:

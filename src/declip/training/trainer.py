@@ -30,7 +30,7 @@ from declip.supervision.objective import Objective
 from declip.training import checkpoint as checkpoints
 from declip.training.monitor import Monitor, log
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.run import Run, open_folder
+from declip.training.run import Run, check_datasets, open_folder
 from declip.training.schedule import learning_rate
 from declip.training.step import StepParts, training_step
 
@@ -100,6 +100,9 @@ class Trainer:
         self.skipped, self.step = SkipCounter(), 0
         self._stop_asked = False
         self._bad_step = torch.tensor(-1, device=self.device)
+        # What can't be used is said before a folder is made or a step taken, not when it is first needed.
+        build_loader(recipe, self.source, self.model, self.views).close()
+        check_datasets(recipe)
         found = open_folder(recipe, folder, resume)
         if found is not None:
             self.restore(found)
@@ -145,18 +148,21 @@ class Trainer:
             rate = learning_rate(self.step, train)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            if len(batch) >= 2:
+            values: dict[str, Tensor] = {}
+            if len(batch) >= 2:  # else its pairs were broken: nothing is learnt, and nothing logged
                 values = training_step(parts, batch)
                 self._remember_if_not_finite(values)
             self.step += 1
             self._check_finite(values, due=self.step % train.log_every == 0 or self.step % train.checkpoint_every == 0)
-            if self.step % train.log_every == 0 or self.step == train.steps:
+            if values and (self.step % train.log_every == 0 or self.step == train.steps):
                 numbers = {name: float(value) for name, value in values.items()}
                 monitor.metrics(self.step, numbers, rate, self.model.logit_scale.detach().exp().item())
                 self._warn_if_flat(numbers)
             else:
                 monitor.advance(self.step)
             done = self.step >= train.steps
+            if done:
+                self._refuse_if_all_broken()
             if train.evaluate_every and self.step % train.evaluate_every == 0 and not done:
                 self.evaluate(monitor)
                 monitor.pause()
@@ -244,6 +250,16 @@ class Trainer:
             "A lower train.lr_peak, a longer train.warmup_steps, or train.clip_norm=1.0 usually helps."
         )
 
+    def _refuse_if_all_broken(self) -> None:
+        """Call nothing a trained model that saw no pair."""
+        if self.skipped.total < self.loader.seen:
+            return
+        reasons = "; ".join(f"{reason}: {', '.join(keys)}" for reason, keys in self.skipped.examples.items())
+        raise UserError(
+            f"None of the {self.loader.seen} pairs seen of '{self.source.name}' could be used, so nothing was learnt. "
+            f"Mend the pairs, or give others as data.source. {reasons}."
+        )
+
     def _warn_if_flat(self, values: Mapping[str, float]) -> None:
         chance = torch.tensor(float(self.recipe.train.batch)).log().item()
         if self.step == FLAT_AFTER and abs(values.get("contrastive", 0.0) - chance) < 0.02:
@@ -326,7 +342,10 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"The device '{name}' can't be used: {reason}. Set train.device to auto or cpu.") from error
+        raise UserError(
+            f"The device '{name}' can't be used: {reason}. Give auto or cpu: train.device for a recipe, --device to "
+            "evaluate."
+        ) from error
     return device
 
 
