@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import TINY, WEIGHTS
 
+from conftest import TINY, WEIGHTS
 from declip.config import Recipe
 from declip.data.batch import PairBatch
 from declip.errors import UserError

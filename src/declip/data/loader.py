@@ -191,7 +191,7 @@ class PairLoader(Iterator[PairBatch]):
         raise UserError(
             f"{self.skipped.total} of the {self.seen} pairs seen ({share:.1%}) could not be used, more than "
             f"max_broken_share = {self._max_broken_share:.1%} allows: {reasons}. Mend or remove them, or allow a "
-            "larger share."
+            "larger share as data.max_broken_share."
         )
 
 

@@ -90,7 +90,7 @@ class TableSource:
         caption = find_column(self.rows.columns, caption_column, CAPTION_NAMES, "caption", path)
         self.rows.choose(image, caption)
         if not len(self.rows):
-            raise UserError(f"The table '{path}' has no rows.")
+            raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -147,5 +147,5 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
     exist = ", ".join(f"'{name[:40]}'" for name in columns[:30]) or "none"
     raise UserError(
         f"The table '{path}' has no column '{given}' for the {what}.{hint} Its columns: {exist}. "
-        f"Name the right one with {what}_column."
+        f"Name the right one with {what}_column (data.{what}_column in a recipe)."
     )

@@ -49,7 +49,7 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.stat().st_size:
-            raise UserError(f"The table '{path}' is empty.")
+            raise UserError(f"The table '{path}' is empty. It needs a row for each pair.")
         self._bytes = np.memmap(path, np.uint8, "r")
         ends = [np.flatnonzero(self._bytes[i : i + SCAN] == ord("\n")) + i for i in range(0, len(self._bytes), SCAN)]
         stops = np.concatenate([*ends, [len(self._bytes)]]).astype(np.int64)
@@ -60,7 +60,7 @@ class JsonLines:
         self._starts, self._stops = starts[filled], stops[filled]
         self._lines = np.flatnonzero(filled) + 1
         if not len(self):
-            raise UserError(f"The table '{path}' has no rows.")
+            raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
         self.columns: Sequence[str] = self._peek()
 
     def _peek(self) -> list[str]:
@@ -141,7 +141,9 @@ class Delimited:
             except csv.Error as error:
                 raise UserError(f"The first line of '{path}' does not name columns: {error}.") from error
         if not self.columns:
-            raise UserError(f"The table '{path}' is empty.")
+            raise UserError(
+                f"The table '{path}' is empty. It needs a line that names its columns and one for each pair."
+            )
 
     def choose(self, image: str, caption: str) -> None:
         """Read these two columns and find which rows share an image."""

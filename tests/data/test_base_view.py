@@ -1,0 +1,35 @@
+"""SLIP's third view: the contrast sees a milder one, the two strong ones stay."""
+
+from pathlib import Path
+
+import torch
+
+from conftest import TINY, WEIGHTS
+from declip.config import Recipe
+from declip.data.pairs import open_source
+from declip.models.dual_encoder import DualEncoder
+from declip.training.trainer import build_loader, image_views
+
+
+def batch_of(table: Path, base: dict[str, object] | None) -> torch.Tensor:
+    tree = {**TINY, "weights": WEIGHTS["slip"], "data": {"source": str(table)}, "views": {"base": base}}
+    recipe = Recipe.model_validate(tree)
+    source, model = open_source(str(table)), DualEncoder.from_recipe(recipe)
+    with build_loader(recipe, source, model, image_views(recipe)) as loader:
+        batch = next(loader)
+    assert batch.photometric is not None
+    assert batch.photometric.jitter.shape == batch.images.shape[:2]
+    return batch.images
+
+
+def test_the_first_view_is_the_base_view(table: Path) -> None:
+    mild = {"crop_area": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "jitter_p": 0, "grey_p": 0, "blur_p": 0, "flip_p": 0}
+    images = batch_of(table, mild)
+    assert images.shape[0] == 3
+    corners = images[0, :, :, :2, :2]
+    assert (corners == 255).all(), "a whole picture keeps its white corners"
+    assert not torch.equal(images[1], images[2])
+
+
+def test_without_one_there_are_two_views(table: Path) -> None:
+    assert batch_of(table, None).shape[0] == 2

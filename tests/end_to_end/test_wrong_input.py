@@ -1,0 +1,394 @@
+"""Wrong input through the command: it ends with a message that says what to do, or is counted; never a traceback."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from conftest import TINY, WEIGHTS, draw
+from declip import cli
+from declip.config import Recipe
+from declip.training.monitor import read_rows
+from declip.training.trainer import train
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def declip(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """The command as a shell starts it: its exit status and all that it printed, on one line."""
+
+    def run(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["declip", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = " ".join("".join(capfd.readouterr()).split())
+        assert "Traceback" not in printed
+        return int(caught.value.code or 0), printed
+
+    return run
+
+
+@pytest.fixture
+def here(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a good recipe, `mine.yaml`, and much that is wrong."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "100")
+    write_recipe(tmp_path / "mine.yaml", table)
+    files = {
+        "empty.jsonl": "",
+        "blank.jsonl": "\n\n",
+        "empty.csv": "",
+        "header.csv": "image,caption\n",
+        "column.jsonl": '{"image": "a.png", "captoin": "a picture"}\n',
+        "column.csv": "imag,caption\na.png,a picture\n",
+        "text.parquet": "I am text",
+        "text.jsonl": "I am text\n",
+        "text.txt": "I am text",
+        "list.yaml": "- train\n- steps\n",
+        "tabs.yaml": "train:\n\tsteps: 5\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    for name in ("nothing", "uncaptioned"):
+        (tmp_path / name).mkdir()
+    for number in range(8):
+        draw("red", "circle").save(tmp_path / "uncaptioned" / f"{number}.png")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a tiny model."""
+    tree = {**TINY, "data": {"source": str(table)}, "weights": WEIGHTS["clip"]}
+    return train(Recipe.model_validate(tree), out=tmp_path_factory.mktemp("trained"), quiet=True).folder
+
+
+def write_recipe(path: Path, table: Path, **data: object) -> Path:
+    tree = {**TINY, "data": {"source": str(table), **data}, "weights": WEIGHTS["clip"]}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+MISTAKES = {
+    "no arguments": ("train", "Missing argument 'recipe'", "--help"),
+    "unknown command": ("trian mine.yaml", "No such command 'trian'", "Did you mean 'train'?"),
+    "unknown option": ("train mine.yaml --outt x", "No such option: --outt", "--out"),
+    "unknown key": ("train mine.yaml train.stepps=3", "'train.stepps'", "Did you mean 'train.steps'?"),
+    "unknown recipe": ("train declop", "Unknown recipe 'declop'", "Did you mean 'declip'?"),
+    "unknown model": ("train mine.yaml image.name=resnet50_klip", "'resnet50_klip'", "Did you mean 'resnet50_clip'?"),
+    "unknown device": ("train mine.yaml train.device=gpu", "'gpu'", "auto or cpu"),
+    "no steps": ("train mine.yaml train.steps=0", "train.steps=0", "greater than or equal to 1"),
+    "batch too large": ("train mine.yaml train.batch=1000", "24 pairs", "batch of 1000", "Give a smaller batch"),
+    "missing recipe file": ("train nowhere.yaml", "no recipe file 'nowhere.yaml'", "Shipped recipes: clip"),
+    "folder as recipe": ("train nothing", "Unknown recipe 'nothing'", "Known: clip"),
+    "recipe is a list": ("train list.yaml", "'list.yaml' must be a mapping of keys to values"),
+    "recipe with tabs": ("train tabs.yaml", "'tabs.yaml' is not valid YAML", "'\\t'", "line 2, column 1"),
+    "missing table": ("train mine.yaml data.source=no.jsonl", "no file or folder 'no.jsonl'", "Give a table (.jsonl"),
+    "missing built-in": ("train mine.yaml data.source=builtin:emojy", "'emojy'", "Did you mean 'emoji'?"),
+    "empty table": ("train mine.yaml data.source=empty.jsonl", "'empty.jsonl' is empty", "needs a row for each pair"),
+    "blank lines": ("train mine.yaml data.source=blank.jsonl", "'blank.jsonl' has no rows", "one for each pair"),
+    "empty CSV": ("train mine.yaml data.source=empty.csv", "'empty.csv' is empty", "names its columns"),
+    "only a header": ("train mine.yaml data.source=header.csv", "'header.csv' has no rows", "one for each pair"),
+    "missing column": ("train mine.yaml data.source=column.jsonl", "no column 'caption'", "Did you mean 'captoin'?",
+                       "data.caption_column"),
+    "missing column, CSV": ("train mine.yaml data.source=column.csv", "no column 'image'", "Did you mean 'imag'?",
+                            "data.image_column"),
+    "not Parquet": ("train mine.yaml data.source=text.parquet", "'text.parquet' is not a Parquet file"),
+    "not JSONL": ("train mine.yaml data.source=text.jsonl", "'text.jsonl' is not JSONL", "a JSON object on each line"),
+    "not a table": ("train mine.yaml data.source=text.txt", "'text.txt' is not a table", "Known: .jsonl"),
+    "folder without images": ("train mine.yaml data.source=nothing", "'nothing' holds no image", ".jpg"),
+    "folder without captions": ("train mine.yaml data.source=uncaptioned --quiet --out run",
+                                "None of the 64 pairs seen of 'uncaptioned'", "missing caption: ", "data.source"),
+    "missing image root": ("train mine.yaml data.image_root=nowhere", "no folder 'nowhere'"),
+    "missing evaluation set": ("train mine.yaml evaluation.retrieval=[no.csv]", "no file or folder 'no.csv'"),
+    "evaluation set without classes": ("train mine.yaml evaluation.final_zero_shot=[TABLE]", "has no classes",
+                                       "protocol='retrieval'"),
+    "out is a file": ("train mine.yaml --out text.txt", "run folder 'text.txt'", "Choose another with --out"),
+    "out below a file": ("train mine.yaml --out text.txt/run", "Not a directory", "Choose another with --out"),
+    "out too long": ("train mine.yaml --out " + "x" * 300, "name too long", "Choose another with --out"),
+    "prepares a table": ("data prepare empty.csv", "Unknown built-in set 'empty.csv'", "Known: emoji"),
+    "cache below a file": ("train mine.yaml data.source=builtin:emoji", "declip data prepare builtin:emoji"),
+    "no model": ("evaluate nowhere --on TABLE", "no model at 'nowhere'", "Give a run folder"),
+    "model is no run": ("evaluate nothing --on TABLE", "'nothing' is not a run folder", "recipe.yaml"),
+    "model is text": ("evaluate text.txt --on TABLE", "'text.txt'", "Give a checkpoint"),
+    "no set": ("evaluate RUN", "Missing option '--on'", "--help"),
+    "missing set": ("evaluate RUN --on no.csv", "no file or folder 'no.csv'", "Give a table"),
+    "unknown protocol": ("evaluate RUN --on TABLE --protocol zeroshot", "'zeroshot'", "Did you mean 'zero-shot'?"),
+    "zero-shot on a table": ("evaluate RUN --on TABLE", "has no classes", "protocol='retrieval'"),
+    "no batch": ("evaluate RUN --on TABLE --batch 0", "'--batch'", "greater than or equal to 1"),
+    "unknown device to evaluate": ("evaluate RUN --on TABLE --device gpu", "'gpu'", "--device"),
+    "nothing to evaluate": ("evaluate RUN --on uncaptioned --protocol retrieval", "8 × missing caption"),
+    "result below a file": ("evaluate RUN --on TABLE --protocol retrieval --json text.txt/x.json",
+                            "Cannot write 'text.txt/x.json'", "Choose another place with --json"),
+}  # fmt: skip
+"""By name: the words, and what the message must say: what was given, and what to do about it."""
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_with_what_to_do(name: str, table: Path, trained: Path, here: Path, declip: Command) -> None:
+    words, *said = MISTAKES[name]
+    if name == "cache below a file":
+        os.environ["DECLIP_CACHE"] = str(here / "text.txt")
+    before = set(here.rglob("*"))
+    status, printed = declip(*words.replace("TABLE", str(table)).replace("RUN", str(trained)).split(" "))
+    assert status == 2, printed
+    for words in said:
+        assert words in printed
+    assert set(here.rglob("*")) == before or "--out run" in MISTAKES[name][0], "a mistake leaves no run folder behind"
+
+
+def png_of_one_colour(path: Path, side: int) -> None:
+    """A whole PNG, 1 bit a pixel, written without holding its picture."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    deflate, row = zlib.compressobj(1), bytes(1 + -(-side // 8))
+    pixels = b"".join(deflate.compress(row * 100) for _ in range(side // 100)) + deflate.flush()
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+@pytest.fixture
+def broken(table: Path, here: Path) -> Path:
+    """A table of 24 good pairs and 8 broken ones; each reason once, "missing image" and "unreadable image" twice."""
+    (here / "text.png").write_text("I am text")
+    png_of_one_colour(here / "huge.png", 30_000)
+    draw("red", "square", size=200).save(here / "whole.jpg")
+    (here / "cut.jpg").write_bytes((here / "whole.jpg").read_bytes()[:1500])
+    good = str(table.parent / "red-bar.png")
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    rows = [{**row, "image": str(table.parent / row["image"])} for row in rows]
+    rows += [
+        {"image": "gone.png", "caption": "no such file"},
+        {"image": None, "caption": "no image named"},
+        {"image": "text.png", "caption": "text"},
+        {"image": "nothing", "caption": "a folder"},
+        {"image": "cut.jpg", "caption": "cut off"},
+        {"image": "huge.png", "caption": "30,000 pixels wide and high"},
+        {"image": good, "caption": "x" * 100_000},
+        {"image": good, "caption": " "},
+    ]
+    path = here / "broken.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+REASONS = {
+    "caption too long": 1,
+    "empty caption": 1,
+    "image too large": 1,
+    "missing image": 2,
+    "truncated image": 1,
+    "unreadable image": 2,
+}
+
+
+def test_broken_pairs_are_named_and_the_run_goes_through(broken: Path, here: Path, declip: Command) -> None:
+    with Image.open(here / "huge.png") as huge:
+        assert huge.size == (30_000, 30_000)
+    words = ["data.source=broken.jsonl", "data.max_broken_share=0.5", "train.steps=4", "--out", "run", "--quiet"]
+    status, printed = declip("train", "mine.yaml", *words)
+    assert status == 0, printed
+    skipped = json.loads((here / "run" / "skipped.json").read_text())
+    assert {reason: row["count"] for reason, row in skipped["reasons"].items()} == REASONS
+    assert skipped["seen"] == 32, "one epoch"
+    assert skipped["reasons"]["truncated image"]["examples"] == ["cut.jpg"]
+    assert skipped["reasons"]["image too large"]["examples"] == ["huge.png"]
+    assert set(skipped["reasons"]["unreadable image"]["examples"]) == {"text.png", "nothing"}
+
+
+def test_too_many_broken_pairs_stop_the_run_with_their_reasons(broken: Path, declip: Command) -> None:
+    status, printed = declip("train", "mine.yaml", "data.source=broken.jsonl", "train.steps=20", "--quiet")
+    assert status == 2
+    for reason in REASONS:
+        assert f"x {reason}, such as" in printed
+    assert "data.max_broken_share" in printed
+
+
+def test_an_evaluation_tells_what_it_left_out(broken: Path, trained: Path, declip: Command) -> None:
+    status, printed = declip("evaluate", trained, "--on", broken, "--protocol", "retrieval")
+    assert status == 0, printed
+    for reason, count in REASONS.items():
+        assert f"Left out: {count} × {reason}" in printed
+
+
+def test_batches_of_broken_pairs_alone_are_passed_over(table: Path, here: Path, declip: Command) -> None:
+    rows = [json.dumps({"image": f"gone-{number}.png", "caption": "gone"}) for number in range(48)]
+    good = [json.loads(line) for line in table.read_text().splitlines()]
+    rows += [json.dumps({**row, "image": str(table.parent / row["image"])}) for row in good]
+    (here / "most.jsonl").write_text("\n".join(rows))
+    words = [
+        "data.source=most.jsonl",
+        "data.max_broken_share=1",
+        "train.batch=4",
+        "train.steps=18",
+        "train.log_every=1",
+    ]
+    status, printed = declip("train", "mine.yaml", *words, "--out", "run", "--quiet")
+    assert status == 0, printed
+    assert json.loads((here / "run" / "skipped.json").read_text())["reasons"]["missing image"]["count"] == 48
+    assert 0 < len(read_rows(here / "run" / "metrics.jsonl")) < 18, "some batches had fewer than two pairs"
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_another_recipe(table: Path, here: Path, declip: Command) -> None:
+    assert declip("train", "mine.yaml", "--out", "run", "--quiet")[0] == 0
+    before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
+    status, printed = declip("train", "mine.yaml", "--out", "run")
+    assert status == 2
+    assert "'run' already holds a run. Go on with it by --resume" in printed
+    write_recipe(here / "other.yaml", table, max_broken_share=0.5)
+    status, printed = declip("train", "other.yaml", "train.lr_peak=0.002", "--out", "run", "--resume")
+    assert status == 2
+    assert "holds the run of another recipe ('mine')" in printed
+    assert "data.max_broken_share was 0.05, now 0.5; train.lr_peak was 0.001, now 0.002" in printed
+    assert "another folder with --out" in printed
+    assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", ["flour: 200 g\n", "", "- a\n", "a: b: c\n"])
+def test_a_strangers_recipe_is_no_run(content: str, here: Path, declip: Command) -> None:
+    (here / "cookbook").mkdir()
+    (here / "cookbook" / "recipe.yaml").write_text(content)
+    status, printed = declip("train", "mine.yaml", "--out", "cookbook", "--resume")
+    assert status == 2
+    assert "'cookbook' holds" in printed
+    assert "another folder with --out" in printed
+    assert "pydantic" not in printed
+    assert (here / "cookbook" / "recipe.yaml").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("largest", "said"),
+    [
+        (500, "Cannot write into the run folder 'run': File too large. Choose another with --out."),
+        (2_500, "File too large. Make room; a run goes on with --resume."),
+        (20_000, "Cannot write the checkpoint run/checkpoints/step-00000030"),
+    ],
+    ids=["recipe", "metrics", "checkpoint"],
+)
+def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
+    largest: int, said: str, here: Path, declip: Command
+) -> None:
+    """No file may grow beyond `largest` bytes; the error differs from a full disk's only in its number."""
+    words = ["train", "mine.yaml", "train.steps=30", "train.log_every=1", "train.checkpoint_every=100"]
+    words += ["--out", "run", "--quiet", "--resume"]
+    status, printed = on_a_full_disk(words, largest)
+    assert said in printed
+    assert status == 2, printed
+    assert "Traceback" not in printed
+    assert declip(*words)[0] == 0
+    assert [row["step"] for row in read_rows(here / "run" / "metrics.jsonl")] == list(range(1, 31))
+
+
+def test_a_result_that_does_not_fit_on_the_disk(table: Path, trained: Path, here: Path) -> None:
+    words = ["evaluate", str(trained), "--on", str(table), "--protocol", "retrieval", "--json", "result.json"]
+    status, printed = on_a_full_disk(words, 10)
+    assert status == 2
+    assert "R@1" in printed
+    assert "Cannot write 'result.json': File too large. Choose another place with --json." in printed
+
+
+def on_a_full_disk(words: list[str], largest: int) -> tuple[int | None, str]:
+    """The command in a process of its own whose files are limited; its exit status and all that it printed."""
+    fork = multiprocessing.get_context("fork")
+    reader, writer = os.pipe()
+    process = fork.Process(target=_limited, args=(words, largest, writer))
+    process.start()
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        printed = " ".join(file.read().split())
+    process.join()
+    return process.exitcode, printed
+
+
+def _limited(words: list[str], largest: int, writer: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then raises, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    sys.stdout = sys.stderr = os.fdopen(writer, "w", encoding="utf-8")
+    sys.argv = ["declip", *words]
+    cli.main()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(13, "Permission denied", "secret.yaml"),
+            "'secret.yaml' cannot be read or written: Permission",
+        ),
+        (OSError(30, "Read-only file system", "run"), "Mend that or give another path"),
+        (
+            OSError(28, "No space left on device"),
+            "A file cannot be read or written: No space left on device. Make room",
+        ),
+    ],
+)
+def test_a_disk_that_refuses_is_no_traceback(
+    error: OSError, said: str, declip: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised by hand: to root, who may run the tests, nothing is forbidden."""
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("declip.config.load_recipe", refuse)
+    status, printed = declip("train", "clip")
+    assert (status, said in printed) == (2, True), printed
+
+
+def test_other_errors_of_the_system_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("declip.config.load_recipe", refuse)
+    monkeypatch.setattr("sys.argv", ["declip", "train", "clip"])
+    with pytest.raises(ConnectionResetError):
+        cli.main()
+
+
+def test_a_folder_that_cannot_be_read_is_not_called_empty(
+    here: Path, declip: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = os.scandir
+
+    def refuse(path: str | Path) -> object:
+        if str(path) == "uncaptioned":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, printed = declip("train", "mine.yaml", "data.source=uncaptioned")
+    assert status == 2
+    assert "'uncaptioned' cannot be read: Permission denied" in printed
+
+
+def test_an_interrupted_run_prints_words_that_a_shell_reads(
+    table: Path, here: Path, declip: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from declip.training import trainer
+
+    step = trainer.training_step
+
+    def interrupted(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "training_step", interrupted)
+    status, printed = declip("train", "mine.yaml", "data.pairs=16", "name=my run", "--out", "my run", "--quiet")
+    assert status == 130
+    assert "Stopped after step 1 of 8" in printed
+    assert "declip train mine.yaml data.pairs=16 'name=my run' --out 'my run' --resume" in printed
