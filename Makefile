@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/declip train declip-demo --out $(RUN) --resume
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 lint: setup
 	$(BIN)/ruff format --check .

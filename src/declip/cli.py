@@ -144,6 +144,8 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("Stopped. What a run had saved is kept; it goes on with --resume.", status=130)
     except OSError as error:
         if error.errno not in DISK:
             raise
@@ -160,6 +162,6 @@ def _leave_disks_to_main(error: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(error)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
     Console(stderr=True).print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    sys.exit(2)
+    sys.exit(status)

@@ -193,3 +193,22 @@ def test_broken_pairs_are_counted_and_too_many_stop_the_run(table: Path, tmp_pat
     counts = json.loads((tmp_path / "allowed" / "skipped.json").read_text())
     assert counts["seen"] == 240
     assert counts["reasons"]["missing image"]["count"] == 30, "3 of 24 pairs in each of 10 epochs"
+
+
+def test_measuring_that_a_crash_cut_short_is_done_again_and_only_once(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = recipe_for(table, "clip").model_dump()
+    tree["evaluation"]["retrieval"] = [str(table)]
+    recipe = Recipe.model_validate(tree)
+
+    def crash(*_: object, **__: object) -> None:
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(trainer_module, "evaluate_all", crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            train(recipe, out=tmp_path, quiet=True)
+    for _ in range(2):
+        run = train(recipe, out=tmp_path, resume=True, quiet=True)
+        assert [(row["step"], row["protocol"]) for row in run.evaluations] == [(8, "retrieval")]

@@ -147,5 +147,5 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
     exist = ", ".join(f"'{name[:40]}'" for name in columns[:30]) or "none"
     raise UserError(
         f"The table '{path}' has no column '{given}' for the {what}.{hint} Its columns: {exist}. "
-        f"Name the right one with {what}_column (data.{what}_column in a recipe)."
+        f"Name the right one with {what}_column. In a recipe it is data.{what}_column."
     )

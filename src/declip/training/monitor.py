@@ -132,6 +132,10 @@ class Monitor:
             if isinstance(value, float):
                 self.board.add_scalar(f"{row['on']}/{row['protocol']}/{name}", value, step)
 
+    def forget_evaluations(self, step: int) -> None:
+        """Drop the results of a step that is measured again, because a crash cut its measuring short."""
+        _keep_rows(self.run / EVALUATIONS, step - 1)
+
     def flush(self) -> None:
         """Bring the rows to the disk; called before a checkpoint, so that none is older than its rows."""
         for name in (METRICS, EVALUATIONS):

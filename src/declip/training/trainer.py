@@ -123,6 +123,7 @@ class Trainer:
                 with self._stopping_politely():
                     self._take_steps(monitor)
             if self.step >= steps and not self._measured_at_end():
+                monitor.forget_evaluations(self.step)
                 self.evaluate(monitor, final=True)
                 monitor.flush()
         if self.step >= steps:
@@ -289,11 +290,11 @@ class Trainer:
         )
 
     def _measured_at_end(self) -> bool:
+        done = {(row["protocol"], row["on"]) for row in Run(self.folder, self.recipe, self.step, True).results}
         wanted = self.recipe.evaluation
-        rows = Run(self.folder, self.recipe, self.step, True).results
-        expected = len(wanted.zero_shot) + len(wanted.retrieval)
-        expected += len(wanted.final_zero_shot) + len(wanted.final_retrieval)
-        return len(rows) >= expected
+        zero_shot = {("zero-shot", name) for name in (*wanted.zero_shot, *wanted.final_zero_shot)}
+        retrieval = {("retrieval", name) for name in (*wanted.retrieval, *wanted.final_retrieval)}
+        return len(zero_shot | retrieval) <= len(done)
 
     def _report(self) -> None:
         from declip.evaluation.report import write_report

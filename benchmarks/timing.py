@@ -1,0 +1,26 @@
+"""Timing that can be trusted on a shared machine: what is compared takes turns in one process."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def take_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Run the tasks A B A B … and give each one's median in seconds.
+
+    Whatever slows the machine for a while slows all of them. One round before is not counted: it fills caches.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in tasks}
+    for turn in range(repeats + 1):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def row(part: str, what: str, seconds: float, count: int, unit: str, **more: object) -> dict[str, object]:
+    """A measurement: `seconds` for `count` of `unit`."""
+    each = {"microseconds_each": round(1e6 * seconds / count, 2), "per_second": round(count / seconds, 1)}
+    return {"part": part, "what": what, "count": count, "unit": unit, **each, **more}
