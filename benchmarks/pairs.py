@@ -2,7 +2,8 @@
 
 from PIL import Image, ImageDraw
 
-from declip.data.pairs import Pair, PairSource, open_source
+from declip.data.pairs import Pair, PairSource
+from declip.data.sources import open_source
 from declip.errors import UserError
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")

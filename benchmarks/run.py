@@ -44,7 +44,7 @@ def main() -> None:
 
 def machine() -> dict[str, object]:
     """What the numbers depend on."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)

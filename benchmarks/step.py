@@ -8,9 +8,9 @@ from declip.config import load_recipe
 from declip.data.pairs import PairSource
 from declip.models.dual_encoder import DualEncoder
 from declip.supervision.objective import Objective
+from declip.training.build import build_loader, image_views
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.step import StepParts, training_step
-from declip.training.trainer import build_loader, image_views
 from pairs import open_pairs
 from timing import row, take_turns
 
@@ -36,8 +36,12 @@ def tasks_of(name: str, source: PairSource) -> tuple[int, dict[str, Callable[[],
 
 
 def measure(repeats: int) -> list[dict[str, object]]:
-    """Load and train take turns, and the recipes too: clip, declip, clip, declip …"""
-    source, tasks, batches = open_pairs(), {}, {}
+    """Load and train take turns, and the recipes too: clip, declip, clip, declip …
+
+    Loading is reading, cropping and tokenising; the views' colours are done on the batch and belong to the step.
+    """
+    source, batches = open_pairs(), {}
+    tasks: dict[str, Callable[[], object]] = {}
     for name in RECIPES:
         batches[name], of_this = tasks_of(name, source)
         tasks |= of_this

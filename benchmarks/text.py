@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from declip.data.text_views import augment
 from declip.data.tokenizer import Tokenizer
@@ -24,20 +26,21 @@ def measure(repeats: int) -> list[dict[str, object]]:
         OURS: lambda: tokenizer(captions),
         EDA: lambda: [augment(caption, generator) for caption in captions],
     }
-    notes = []
+    notes: list[dict[str, object]] = []
     try:
         from open_clip.tokenizer import SimpleTokenizer
     except ImportError:
         note = "open_clip is not installed (pip install open_clip_torch), so there is nothing to compare with"
-        notes.append({"part": "tokens", "note": note})
+        notes.append({"part": "text", "note": note})
     else:
         peer = SimpleTokenizer()
         tasks[PEER] = lambda: peer(captions)
-        theirs = [[number for number in ids.tolist() if number] for ids in peer(captions)]
-        assert [tokenizer.encode(caption) for caption in captions] == theirs, "the two give other ids"
+        ids = tokenizer(captions)
+        assert torch.equal(peer(captions), F.pad(ids, (0, peer.context_length - ids.shape[1]))), "other ids"
     seconds = take_turns(repeats, tasks)
     words = round(sum(len(caption.split()) for caption in captions) / CAPTIONS, 1)
-    rows = {name: row("text", name, seconds[name], CAPTIONS, "captions", words_a_caption=words) for name in tasks}
+    more = {"captions": source.name, "words_a_caption": words}
+    rows = {name: row("text", name, seconds[name], CAPTIONS, "captions", **more) for name in tasks}
     if PEER in rows:
         rows[PEER]["times_ours"] = round(seconds[PEER] / seconds[OURS], 2)
     return [rows[name] for name in (OURS, PEER, EDA) if name in rows] + notes

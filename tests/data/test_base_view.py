@@ -6,9 +6,9 @@ import torch
 
 from conftest import TINY, WEIGHTS
 from declip.config import Recipe
-from declip.data.pairs import open_source
+from declip.data.sources import open_source
 from declip.models.dual_encoder import DualEncoder
-from declip.training.trainer import build_loader, image_views
+from declip.training.build import build_loader, image_views
 
 
 def batch_of(table: Path, base: dict[str, object] | None) -> torch.Tensor:

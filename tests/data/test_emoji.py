@@ -14,7 +14,8 @@ from declip.data.emoji import CHECKSUMS, DESIGNS, IMAGES, MANIFEST, SPLITS, TABL
 from declip.data.emoji_build import SIDE, build_emoji, drawer, prepare_emoji, rasterise
 from declip.data.emoji_concepts import code_of, is_phrase, squash
 from declip.data.emoji_groups import group_of, is_held_out
-from declip.data.pairs import PairSource, open_source
+from declip.data.pairs import PairSource
+from declip.data.sources import open_source
 from declip.errors import UserError
 
 NAMES = {

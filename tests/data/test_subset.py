@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from declip.data.pairs import open_source
+from declip.data.sources import open_source
 from declip.data.subset import take
 from declip.errors import UserError
 

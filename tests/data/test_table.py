@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from declip.data import table_rows
-from declip.data.pairs import BrokenPair, open_source
+from declip.data.pairs import BrokenPair
+from declip.data.sources import open_source
 from declip.data.table import IMAGE_NAMES, TableSource, find_column
 from declip.errors import UserError
 

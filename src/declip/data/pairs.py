@@ -2,12 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
-
-from declip.errors import UserError
 
 LONGEST_CAPTION = 20_000
 """Characters. The longest text that a model reads is 77 tokens; a caption beyond this is a page or a broken file."""
@@ -144,46 +141,3 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def open_source(
-    spec: str | Path,
-    *,
-    image_column: str = "image",
-    caption_column: str = "caption",
-    image_root: str | Path | None = None,
-) -> PairSource:
-    """Open a source of pairs.
-
-    Args:
-        spec: A built-in set such as "builtin:emoji", a table (.jsonl, .csv, .tsv, .parquet), or a folder of images
-            with a text file of the same name beside each, one caption a line.
-        image_column: Table only: the column that holds the image's path or its bytes.
-        caption_column: Table only: the column that holds the caption or a list of captions.
-        image_root: Table only: the folder that image paths are relative to, and may not leave. Without it they are
-            relative to the table's folder.
-
-    Returns:
-        The source; nothing is decoded yet.
-
-    Raises:
-        UserError: Nothing is there, it is empty, or it is not a source.
-    """
-    # Each kind of source imports the types above, so they are imported here and only when they are needed.
-    from declip.data.builtin import open_builtin
-    from declip.data.folder import FolderSource
-    from declip.data.table import TABLE_KINDS, TableSource
-
-    text = str(spec)
-    if text.startswith(BUILTIN_PREFIX):
-        return open_builtin(text.removeprefix(BUILTIN_PREFIX))
-    path = Path(text).expanduser()
-    kinds = ", ".join(TABLE_KINDS)
-    if path.is_dir():
-        return FolderSource(path)
-    if not path.exists():
-        raise UserError(
-            f"There is no file or folder '{text}'. Give a table ({kinds}), a folder of images with captions, or a "
-            f"built-in set such as '{BUILTIN_PREFIX}emoji'."
-        )
-    return TableSource(path, image_column, caption_column, image_root)

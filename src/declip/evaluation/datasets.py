@@ -5,7 +5,8 @@ from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from declip.data.pairs import PairSource, open_source
+from declip.data.pairs import PairSource
+from declip.data.sources import open_source
 from declip.errors import UserError
 
 TEMPLATES: Mapping[str, str] = {
@@ -28,7 +29,7 @@ def open_dataset(on: "str | PairSource") -> PairSource:
     """Open a source by its name; one that is open already is handed back.
 
     Args:
-        on: What `declip.data.pairs.open_source` opens, or an open source.
+        on: What `declip.data.sources.open_source` opens, or an open source.
 
     Raises:
         UserError: there is no such source, or it is empty.

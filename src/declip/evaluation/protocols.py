@@ -65,7 +65,7 @@ def evaluate(
 
     Args:
         model: Anything with `encode_image`, `encode_text`, `preprocess` and `tokenize`.
-        on: A source, or what `declip.data.pairs.open_source` opens.
+        on: A source, or what `declip.data.sources.open_source` opens.
         protocol: "zero-shot" or "retrieval".
         templates: Zero-shot: name of a shipped set, a template, or several; None takes the source's own set.
         same_caption: Retrieval: whether a caption that another image carries too counts for that image,

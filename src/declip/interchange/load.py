@@ -9,9 +9,9 @@ from declip.config import Recipe
 from declip.errors import UserError
 from declip.interchange.declip_authors import read_declip_authors
 from declip.models.dual_encoder import DualEncoder
+from declip.training.build import pick_device
 from declip.training.checkpoint import STATE, list_checkpoints, load_checkpoint, newest_good, part
 from declip.training.run import RECIPE
-from declip.training.trainer import pick_device
 
 
 def load(where: str | Path, device: str = "auto") -> DualEncoder:

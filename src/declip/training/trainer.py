@@ -1,33 +1,35 @@
 """The trainer: builds what a recipe describes, takes its steps, measures, keeps checkpoints, writes the report."""
 
 import json
-import os
-import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-import timm
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
-import declip
-from declip.config import ImageView, Recipe, load_recipe
-from declip.data.image_views import ImageViews
+from declip.config import Recipe, load_recipe
 from declip.data.loader import PairLoader
-from declip.data.pairs import PairSource, SkipCounter, open_source
-from declip.data.subset import take
+from declip.data.pairs import SkipCounter
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.models.dual_encoder import DualEncoder
 from declip.supervision.objective import Objective
 from declip.training import checkpoint as checkpoints
+from declip.training.build import (
+    averaged,
+    build_loader,
+    image_views,
+    open_training_source,
+    pick_device,
+    random_states,
+    versions,
+)
 from declip.training.monitor import Monitor, log
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.run import Run, check_datasets, open_folder
@@ -94,7 +96,7 @@ class Trainer:
         self.objective = Objective.for_model(recipe, self.model).to(self.device)
         if recipe.train.channels_last:
             self.model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-        self.average = _averaged(self.model, recipe.train.ema)
+        self.average = averaged(self.model, recipe.train.ema)
         self.optimizer = build_optimizer(named_trainable(self.model, self.objective), recipe.train)
         self.views = image_views(recipe)
         self.skipped, self.step = SkipCounter(), 0
@@ -203,7 +205,7 @@ class Trainer:
             weights |= checkpoints.prefixed("average", self.average.module.state_dict())
         training = checkpoints.prefixed("objective", self.objective.state_dict())
         training |= checkpoints.prefixed("optimizer", checkpoints.optimizer_tensors(self.optimizer))
-        training |= checkpoints.prefixed("random", _random_states(self.device))
+        training |= checkpoints.prefixed("random", random_states(self.device))
         if self.average is not None:
             training["averaged_steps"] = self.average.n_averaged
         extra = {"versions": versions(), "skipped": counts}
@@ -330,101 +332,3 @@ class Trainer:
         finally:
             for each, handler in earlier.items():
                 signal.signal(each, handler)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device by name; "auto" takes CUDA where it is.
-
-    Raises:
-        UserError: a name that torch does not know, or a device that is not there.
-    """
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"The device '{name}' can't be used: {reason}. Give auto or cpu: train.device for a recipe, --device to "
-            "evaluate."
-        ) from error
-    return device
-
-
-def open_training_source(recipe: Recipe) -> PairSource:
-    """The pairs that teach, cut to `data.pairs` by the seed."""
-    data = recipe.data
-    source = open_source(
-        data.source, image_column=data.image_column, caption_column=data.caption_column, image_root=data.image_root
-    )
-    return source if data.pairs is None else take(source, data.pairs, recipe.seed)
-
-
-def image_views(recipe: Recipe, view: ImageView | None = None) -> ImageViews:
-    """The image views that a recipe describes, or another view of the same size."""
-    options = (view or recipe.views.image).model_dump()
-    return ImageViews(recipe.image.size, mean=recipe.image.mean, std=recipe.image.std, **options)
-
-
-def build_loader(
-    recipe: Recipe, source: PairSource, model: DualEncoder, views: ImageViews, start_step: int = 0
-) -> PairLoader:
-    """The loader that a recipe describes."""
-    return PairLoader(
-        source,
-        model.tokenizer,
-        views,
-        batch=recipe.train.batch,
-        seed=recipe.seed,
-        image_view_count=recipe.image_view_count,
-        text_view_count=recipe.text_view_count,
-        mask=recipe.masks,
-        mask_probability=recipe.masked_language.probability,
-        eda_alpha=recipe.views.text.eda_alpha,
-        keyword_share=recipe.views.text.keyword_share,
-        workers=recipe.data.workers,
-        max_broken_share=recipe.data.max_broken_share,
-        start_step=start_step,
-        pin_memory=model.device.type == "cuda",
-        base_view=image_views(recipe, recipe.views.base) if recipe.views.base else None,
-    )
-
-
-def versions() -> dict[str, str]:
-    """What a result may depend on."""
-    return {
-        "declip": declip.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "threads": str(torch.get_num_threads()),
-        "cores": str(os.cpu_count()),
-    }
-
-
-def _averaged(model: DualEncoder, decay: float | None) -> AveragedModel | None:
-    if decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=_warm_average(decay), use_buffers=True)
-
-
-def _warm_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Exponential average whose decay grows as (1 + n) / (10 + n), so that the random start is soon forgotten."""
-
-    @torch.no_grad()
-    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
-        n = float(count)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, weight)
-            else:
-                average.copy_(value)
-
-    return update
-
-
-def _random_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states

@@ -1,0 +1,47 @@
+"""Opening a source of pairs by what the user calls it."""
+
+from pathlib import Path
+
+from declip.data.builtin import open_builtin
+from declip.data.folder import FolderSource
+from declip.data.pairs import BUILTIN_PREFIX, PairSource
+from declip.data.table import TABLE_KINDS, TableSource
+from declip.errors import UserError
+
+
+def open_source(
+    spec: str | Path,
+    *,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    image_root: str | Path | None = None,
+) -> PairSource:
+    """Open a source of pairs.
+
+    Args:
+        spec: A built-in set such as "builtin:emoji", a table (.jsonl, .csv, .tsv, .parquet), or a folder of images
+            with a text file of the same name beside each, one caption a line.
+        image_column: Table only: the column that holds the image's path or its bytes.
+        caption_column: Table only: the column that holds the caption or a list of captions.
+        image_root: Table only: the folder that image paths are relative to, and may not leave. Without it they are
+            relative to the table's folder.
+
+    Returns:
+        The source; nothing is decoded yet.
+
+    Raises:
+        UserError: Nothing is there, it is empty, or it is not a source.
+    """
+    text = str(spec)
+    if text.startswith(BUILTIN_PREFIX):
+        return open_builtin(text.removeprefix(BUILTIN_PREFIX))
+    path = Path(text).expanduser()
+    kinds = ", ".join(TABLE_KINDS)
+    if path.is_dir():
+        return FolderSource(path)
+    if not path.exists():
+        raise UserError(
+            f"There is no file or folder '{text}'. Give a table ({kinds}), a folder of images with captions, or a "
+            f"built-in set such as '{BUILTIN_PREFIX}emoji'."
+        )
+    return TableSource(path, image_column, caption_column, image_root)
