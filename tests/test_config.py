@@ -119,3 +119,9 @@ def test_overrides_are_key_equals_value() -> None:
 
 def test_every_weight_is_a_term() -> None:
     assert tuple(Weights.model_fields) == TERMS
+
+
+def test_the_default_image_tower_exists() -> None:
+    from declip.models.image_tower import SMALL_TOWERS
+
+    assert Recipe().image.name in SMALL_TOWERS

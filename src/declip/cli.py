@@ -68,12 +68,11 @@ def evaluate(
     import json
 
     from declip.evaluation.protocols import evaluate as measure
+    from declip.evaluation.results import results_table
     from declip.interchange.load import load
 
     result = measure(load(model, device), on, protocol, templates=templates, batch=batch)
-    console.print(_measures_table([(result.on, protocol, result.measures())]))
-    for reason, count in result.skipped.items():
-        console.print(f"Left out: {count} × {reason}")
+    console.print(results_table([result]))
     if json_out is not None:
         try:
             json_out.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
@@ -107,7 +106,7 @@ def prepare(
 
 
 def _results(run: Any) -> Table | str:
-    from declip.evaluation.results import read_result
+    from declip.evaluation.results import read_result, results_table
 
     results = [result for result in map(read_result, run.results) if result is not None]
     seen = run.step * run.recipe.train.batch
@@ -116,24 +115,8 @@ def _results(run: Any) -> Table | str:
     caption = f"{run.recipe.name}, seed {run.recipe.seed}: {seen:,} pairs seen in {run.step:,} steps, {speed}"
     if not results:
         return f"{escape(caption)}. Nothing was measured: the recipe's evaluation names no set."
-    table = _measures_table([(result.on, result.protocol, result.measures()) for result in results])
+    table = results_table(results)
     table.caption = caption
-    return table
-
-
-def _measures_table(rows: list[tuple[str, str, list[Any]]]) -> Table:
-    table = Table("held out", "measure", "result", "chance", "× chance", "n")
-    for on, protocol, measures in rows:
-        for number, measure in enumerate(measures):
-            table.add_row(
-                f"{on} ({protocol})" if number == 0 else "",
-                measure.name,
-                f"{100 * measure.value:.1f} %",
-                f"{100 * measure.chance:.2f} %",
-                f"{measure.times_chance:.0f}",
-                f"{measure.n:,}",
-                end_section=number == len(measures) - 1,
-            )
     return table
 
 

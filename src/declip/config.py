@@ -47,7 +47,7 @@ class Data(Section):
 class ImageTower(Section):
     """A timm model by name, or one of the small towers of `declip.models.image_tower.SMALL_TOWERS`."""
 
-    name: str = "declip_vit_small32"
+    name: str = "declip_vit_small"
     size: int = Field(32, ge=16, description="pixels, height and width")
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -282,7 +282,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     tree = _read_tree(name, ())
     for key, value in (overrides or {}).items():
-        _set(tree, key, yaml.safe_load(value) if isinstance(value, str) else value)
+        _set(tree, key, _read_value(key, value) if isinstance(value, str) else value)
     return _checked(tree, str(name))
 
 
@@ -301,6 +301,16 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
+def _read_value(key: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"Cannot read the override '{key}={value}': its value is not valid YAML. Close its brackets, or put it in "
+            f"quotes twice, once for the shell: '{key}=\"…\"'."
+        ) from error
+
+
 def _read_tree(name: str | Path, seen: tuple[str, ...]) -> dict[str, Any]:
     text, label = _read_text(name, Path(seen[-1]).parent if seen else None)
     if label in seen:
@@ -312,6 +322,8 @@ def _read_tree(name: str | Path, seen: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"The recipe '{label}' must be a mapping of keys to values, not {type(tree).__name__}.")
     parent = tree.pop("extends", None)
+    if not isinstance(parent, str | None):
+        raise UserError(f"The recipe '{label}' has extends: {parent!r}; give one recipe's name or a YAML file.")
     tree.setdefault("name", Path(label).stem)
     return tree if parent is None else _merge(_read_tree(parent, (*seen, label)), tree)
 
@@ -322,12 +334,24 @@ def _read_text(name: str | Path, beside: Path | None) -> tuple[str, str]:
     if path.suffix in {".yaml", ".yml"}:
         for candidate in filter(None, (path, beside and beside / path)):
             if candidate.is_file():
-                return candidate.read_text(encoding="utf-8"), str(candidate)
+                return _utf8(candidate), str(candidate)
         raise UserError(f"There is no recipe file '{path}'. Shipped recipes: {', '.join(recipe_names())}.")
     shipped = resources.files("declip.recipes") / f"{name}.yaml"
     if str(name) not in recipe_names() and not (beside is not None and shipped.is_file()):
+        if name and path.exists():
+            what = "a folder" if path.is_dir() else "a file whose name does not end in .yaml"
+            raise UserError(
+                f"'{name}' is {what}, not a recipe. Give a YAML file, or one of {', '.join(recipe_names())}."
+            )
         raise unknown("recipe", str(name), recipe_names())
     return shipped.read_text(encoding="utf-8"), str(name)
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The recipe '{path}' is not UTF-8 text: {error}. Save it as UTF-8.") from error
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,7 +383,8 @@ def _checked(tree: Mapping[str, Any], label: str) -> Recipe:
 def _explain(problem: Mapping[str, Any]) -> str:
     place = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
-        return str(unknown("recipe key", ".".join(place), _keys(Recipe)))
+        sections = Recipe.model_fields if len(place) == 1 else ()
+        return str(unknown("recipe key", ".".join(place), {*_keys(Recipe), *sections}))
     message = problem["msg"].removeprefix("Value error, ")
     where = f"{'.'.join(place)}={problem['input']!r}: " if place and problem["type"] != "value_error" else ""
     return f"{where}{message[0].lower()}{message[1:]}."

@@ -13,8 +13,8 @@ from declip.data.pairs import (
     PairSource,
     SkipCounter,
     clean_captions,
-    open_source,
 )
+from declip.data.sources import open_source
 from declip.data.table import TableSource
 from declip.errors import UserError
 

@@ -56,11 +56,13 @@ def here(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "text.parquet": "I am text",
         "text.jsonl": "I am text\n",
         "text.txt": "I am text",
+        "extends.yaml": "extends: 5\n",
         "list.yaml": "- train\n- steps\n",
         "tabs.yaml": "train:\n\tsteps: 5\n",
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
+    (tmp_path / "latin.yaml").write_bytes("name: café\n".encode("latin-1"))
     for name in ("nothing", "uncaptioned"):
         (tmp_path / name).mkdir()
     for number in range(8):
@@ -86,13 +88,18 @@ MISTAKES = {
     "unknown command": ("trian mine.yaml", "No such command 'trian'", "Did you mean 'train'?"),
     "unknown option": ("train mine.yaml --outt x", "No such option: --outt", "--out"),
     "unknown key": ("train mine.yaml train.stepps=3", "'train.stepps'", "Did you mean 'train.steps'?"),
+    "unknown section": ("train mine.yaml trian.steps=3", "'trian'", "Did you mean 'train'?"),
+    "override that is no YAML": ("train mine.yaml evaluation.retrieval=[a", "'evaluation.retrieval=[a'", "quotes"),
     "unknown recipe": ("train declop", "Unknown recipe 'declop'", "Did you mean 'declip'?"),
     "unknown model": ("train mine.yaml image.name=resnet50_klip", "'resnet50_klip'", "Did you mean 'resnet50_clip'?"),
     "unknown device": ("train mine.yaml train.device=gpu", "'gpu'", "auto or cpu"),
     "no steps": ("train mine.yaml train.steps=0", "train.steps=0", "greater than or equal to 1"),
     "batch too large": ("train mine.yaml train.batch=1000", "24 pairs", "batch of 1000", "Give a smaller batch"),
     "missing recipe file": ("train nowhere.yaml", "no recipe file 'nowhere.yaml'", "Shipped recipes: clip"),
-    "folder as recipe": ("train nothing", "Unknown recipe 'nothing'", "Known: clip"),
+    "folder as recipe": ("train nothing", "'nothing' is a folder, not a recipe", "one of clip"),
+    "table as recipe": ("train text.jsonl", "'text.jsonl' is a file whose name does not end in .yaml", "one of clip"),
+    "recipe that is no text": ("train latin.yaml", "'latin.yaml' is not UTF-8", "Save it as UTF-8"),
+    "extends a number": ("train extends.yaml", "extends: 5", "give one recipe's name"),
     "recipe is a list": ("train list.yaml", "'list.yaml' must be a mapping of keys to values"),
     "recipe with tabs": ("train tabs.yaml", "'tabs.yaml' is not valid YAML", "'\\t'", "line 2, column 1"),
     "missing table": ("train mine.yaml data.source=no.jsonl", "no file or folder 'no.jsonl'", "Give a table (.jsonl"),
@@ -114,19 +121,19 @@ MISTAKES = {
     "missing image root": ("train mine.yaml data.image_root=nowhere", "no folder 'nowhere'"),
     "missing evaluation set": ("train mine.yaml evaluation.retrieval=[no.csv]", "no file or folder 'no.csv'"),
     "evaluation set without classes": ("train mine.yaml evaluation.final_zero_shot=[TABLE]", "has no classes",
-                                       "protocol='retrieval'"),
+                                       "protocol 'retrieval'"),
     "out is a file": ("train mine.yaml --out text.txt", "run folder 'text.txt'", "Choose another with --out"),
     "out below a file": ("train mine.yaml --out text.txt/run", "Not a directory", "Choose another with --out"),
     "out too long": ("train mine.yaml --out " + "x" * 300, "name too long", "Choose another with --out"),
     "prepares a table": ("data prepare empty.csv", "Unknown built-in set 'empty.csv'", "Known: emoji"),
     "not prepared": ("train mine.yaml data.source=builtin:emoji", "declip data prepare builtin:emoji"),
     "no model": ("evaluate nowhere --on TABLE", "no model at 'nowhere'", "Give a run folder"),
-    "model is no run": ("evaluate nothing --on TABLE", "'nothing' is not a run folder", "recipe.yaml"),
-    "model is text": ("evaluate text.txt --on TABLE", "'text.txt'", "Give a checkpoint"),
+    "model is no run": ("evaluate nothing --on TABLE", "'nothing' is not a run folder", "Give a run folder"),
+    "model is text": ("evaluate text.txt --on TABLE", "'text.txt'", "no file of tensors", "Give a checkpoint"),
     "no set": ("evaluate RUN", "Missing option '--on'", "--help"),
     "missing set": ("evaluate RUN --on no.csv", "no file or folder 'no.csv'", "Give a table"),
     "unknown protocol": ("evaluate RUN --on TABLE --protocol zeroshot", "'zeroshot'", "Did you mean 'zero-shot'?"),
-    "zero-shot on a table": ("evaluate RUN --on TABLE", "has no classes", "protocol='retrieval'"),
+    "zero-shot on a table": ("evaluate RUN --on TABLE", "has no classes", "protocol 'retrieval'"),
     "no batch": ("evaluate RUN --on TABLE --batch 0", "'--batch'", "greater than or equal to 1"),
     "unknown device to evaluate": ("evaluate RUN --on TABLE --device gpu", "'gpu'", "--device"),
     "nothing to evaluate": ("evaluate RUN --on uncaptioned --protocol retrieval", "8 × missing caption"),
@@ -214,11 +221,13 @@ def test_too_many_broken_pairs_stop_the_run_with_their_reasons(broken: Path, dec
     assert "data.max_broken_share" in printed
 
 
-def test_an_evaluation_tells_what_it_left_out(broken: Path, trained: Path, declip: Command) -> None:
-    status, printed = declip("evaluate", trained, "--on", broken, "--protocol", "retrieval")
+def test_an_evaluation_tells_what_it_left_out(broken: Path, trained: Path, here: Path, declip: Command) -> None:
+    status, printed = declip("evaluate", trained, "--on", broken, "--protocol", "retrieval", "--json", "result.json")
     assert status == 0, printed
-    for reason, count in REASONS.items():
-        assert f"Left out: {count} × {reason}" in printed
+    assert json.loads((here / "result.json").read_text())["skipped"] == REASONS
+    assert "left out" in printed.lower()
+    for reason in REASONS:
+        assert reason.split()[0] in printed, "a narrow table breaks the others into lines"
 
 
 def test_batches_of_broken_pairs_alone_are_passed_over(table: Path, here: Path, declip: Command) -> None:

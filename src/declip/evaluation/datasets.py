@@ -51,7 +51,7 @@ def with_classes(source: PairSource) -> LabelledSource:
         raise UserError(
             f"'{source.name}' has no classes, so zero-shot classification cannot be measured on it. It needs "
             f"`labels` (one class number for each of its {len(source)} pairs) and `class_names`. "
-            "Use protocol='retrieval', which needs captions only, or a source with classes."
+            "Use the protocol 'retrieval', which needs captions only, or a source with classes."
         )
     if len(labels) != len(source) or len(names) < 2:
         raise UserError(

@@ -236,5 +236,5 @@ def _nothing_left(source: PairSource, skipped: SkipCounter) -> UserError:
     reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.counts.items())
     return UserError(
         f"Nothing to measure on '{source.name}': of its {len(source)} pairs none could be read"
-        f"{f' ({reasons})' if reasons else ''}. Check the images and captions with `declip data inspect`."
+        f"{f' ({reasons})' if reasons else ''}. Check that the paths lead to images and that none lacks a caption."
     )

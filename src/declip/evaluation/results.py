@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, ClassVar, NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -195,15 +196,14 @@ def _read_recall(row: Mapping[str, Any], direction: str) -> Recall:
 def results_table(results: Sequence[Result], title: str | None = None) -> Table:
     """Every number beside its chance, its multiple of chance and its n, for a terminal."""
     table = Table(title=title)
-    table.add_column("on", overflow="fold")
     table.add_column("measure")
     for name in ("value", "chance", "× chance", "n"):
         table.add_column(name, justify="right")
     for result in results:
-        for row, measure in enumerate(result.measures()):
+        table.add_row(f"[bold]{escape(result.on)}[/]")
+        for measure in result.measures():
             table.add_row(
-                result.on if row == 0 else "",
-                measure.name,
+                f"  {measure.name}",
                 percent(measure.value),
                 percent(measure.chance),
                 times(measure.times_chance),
@@ -211,7 +211,7 @@ def results_table(results: Sequence[Result], title: str | None = None) -> Table:
             )
         if result.skipped:
             left_out = ", ".join(f"{count:,} {reason}" for reason, count in result.skipped.items())
-            table.add_row("", "left out, unreadable", left_out, "", "", f"{sum(result.skipped.values()):,}")
+            table.add_row("  left out, unreadable", left_out, "", "", f"{sum(result.skipped.values()):,}")
         table.add_section()
     return table
 

@@ -179,7 +179,11 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _unpickle(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises `weights_only=False`, which would let the file run code.
+        raise pickle.UnpicklingError("it is no file of tensors, or it holds more than tensors.") from error
 
 
 def _text_prefix(state: Mapping[str, Any]) -> str:

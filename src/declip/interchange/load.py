@@ -47,7 +47,7 @@ def _from_checkpoint(path: Path) -> DualEncoder:
         found = newest
     else:
         what = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
-        raise UserError(f"'{path}' {what}.")
+        raise UserError(f"'{path}' {what}. Give a run folder, or a folder in its checkpoints.")
     model = DualEncoder.from_recipe(Recipe.model_validate(yaml.safe_load(found.recipe)))
     try:
         model.load_state_dict(part("average", found.weights) or part("model", found.weights))
