@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from declip.data.image_views import ImageViews
     from declip.data.pairs import Pair, PairSource
     from declip.data.tokenizer import Tokenizer
+
+SecondText = Literal["eda", "caption", "keywords", "same"]
 
 MOST_KEYWORDS = 3
 """Keywords appended to a caption at most."""
@@ -46,6 +48,9 @@ class Assembler:
         mask_probability: Share of the tokens chosen for it.
         eda_alpha: Share of the words that the augmentation changes.
         keyword_share: Share of the captions that some of the pair's keywords are appended to.
+        second_text: The second text view: "eda", the first one augmented; "caption", another of the pair's captions;
+            "keywords", some of its keywords; "same", the first one again. A pair that has no other caption, or no
+            keyword, gets "eda".
         base_view: Draws the first view instead, of the same size: SLIP's milder one for the contrast.
 
     Raises:
@@ -66,6 +71,7 @@ class Assembler:
         mask_probability: float = 0.15,
         eda_alpha: float = 0.1,
         keyword_share: float = 0.0,
+        second_text: SecondText = "eda",
         base_view: ImageViews | None = None,
     ) -> None:
         check_range("batch", batch, 2)
@@ -85,7 +91,7 @@ class Assembler:
         self.drawers = [base_view or image_views] + [image_views] * (image_view_count - 1)
         self.image_view_count, self.text_view_count = image_view_count, text_view_count
         self.mask, self.mask_probability = mask, mask_probability
-        self.eda_alpha, self.keyword_share = eda_alpha, keyword_share
+        self.eda_alpha, self.keyword_share, self.second_text = eda_alpha, keyword_share, second_text
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch last asked for
 
     @property
@@ -129,7 +135,7 @@ class Assembler:
         """
         check_range("view", view, 0, self.text_view_count - 1)
         epoch, index = divmod(tag, len(self.source))
-        if self.keyword_share:
+        if self.keyword_share or self.second_text == "keywords":
             pair = self.source[index]
             captions, keywords = pair.captions, pair.keywords
         else:
@@ -141,13 +147,19 @@ class Assembler:
 
     def _texts(self, captions: Sequence[str], keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
         """Draw the text views of a pair."""
-        text = captions[int(generator.integers(len(captions)))]
+        place = int(generator.integers(len(captions)))
+        text = captions[place]
         if self.keyword_share and keywords and generator.random() < self.keyword_share:
-            count = generator.integers(1, min(MOST_KEYWORDS, len(keywords)) + 1)
-            chosen = generator.permutation(len(keywords))[:count]
-            text = ", ".join((text, *(keywords[number] for number in chosen)))
+            text = ", ".join((text, *_some(keywords, generator)))
         if self.text_view_count == 1:
             return [text]
+        if self.second_text == "caption" and len(captions) > 1:
+            other = int(generator.integers(len(captions) - 1))
+            return [text, captions[other + (other >= place)]]
+        if self.second_text == "keywords" and keywords:
+            return [text, ", ".join(_some(keywords, generator))]
+        if self.second_text == "same":
+            return [text, text]
         return [text, augment(text, generator, self.eda_alpha)]
 
     def _sample(self, pair: Pair, epoch: int, index: int) -> _Sample:
@@ -185,6 +197,12 @@ class Assembler:
             photometric=Photometric.stack([[sample.draws[view] for sample in samples] for view in views]),
             skipped=skipped,
         )
+
+
+def _some(keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
+    """One to `MOST_KEYWORDS` of them, in random order."""
+    count = generator.integers(1, min(MOST_KEYWORDS, len(keywords)) + 1)
+    return [keywords[number] for number in generator.permutation(len(keywords))[:count]]
 
 
 class _Sample(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from declip.data.assembly import Assembler
+from declip.data.assembly import Assembler, SecondText
 from declip.data.batch import PairBatch
 from declip.data.checks import check_range
 from declip.data.pairs import SkipCounter
@@ -46,6 +46,7 @@ class PairLoader(Iterator[PairBatch]):
         mask_probability: Share of the tokens chosen for it.
         eda_alpha: Share of the words that the augmentation changes.
         keyword_share: Share of the captions that some of the pair's keywords are appended to.
+        second_text: What the second text view is, see `Assembler`.
         workers: Processes that assemble batches; 0 does it in this one.
         max_broken_share: Largest share of pairs that may be broken, once 100 were seen.
         start_step: The first step to yield.
@@ -71,6 +72,7 @@ class PairLoader(Iterator[PairBatch]):
         mask_probability: float = 0.15,
         eda_alpha: float = 0.1,
         keyword_share: float = 0.0,
+        second_text: SecondText = "eda",
         workers: int = 0,
         max_broken_share: float = 0.05,
         start_step: int = 0,
@@ -92,6 +94,7 @@ class PairLoader(Iterator[PairBatch]):
             mask_probability=mask_probability,
             eda_alpha=eda_alpha,
             keyword_share=keyword_share,
+            second_text=second_text,
             base_view=base_view,
         )
         self.step = start_step

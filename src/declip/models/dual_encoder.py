@@ -78,6 +78,10 @@ class DualEncoder(nn.Module):
         """(n, 3, S, S) normalised → (n, d) float32 of length 1."""
         return F.normalize(self.image_tower(images).pooled.float(), dim=-1)
 
+    def encode_backbone(self, images: Tensor) -> Tensor:
+        """(n, 3, S, S) normalised → (n, width) float32, the pooled feature before the projection: for probes."""
+        return self.image_tower(images).hidden.float()
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
         return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)

@@ -47,6 +47,7 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
+    report: bool = True,
 ) -> Run:
     """Train a recipe in a run folder.
 
@@ -57,6 +58,7 @@ def train(
         resume: Go on with the run in that folder if there is one; the result is the same to the last bit as without
             the interruption.
         quiet: Draw no progress.
+        report: Write report.html at the end.
 
     Returns:
         The run. `finished` is False after Ctrl-C or SIGTERM; a checkpoint was then written.
@@ -69,7 +71,7 @@ def train(
     elif overrides:
         raise UserError("Overrides go with a recipe's name or file; this Recipe is already resolved.")
     trainer = Trainer(recipe, Path(out) if out is not None else Path("runs") / recipe.name, resume, quiet)
-    return trainer.train()
+    return trainer.train(report)
 
 
 class Trainer:
@@ -116,8 +118,8 @@ class Trainer:
         loader.skipped, loader.seen = self.skipped, self.step * self.recipe.train.batch
         return loader
 
-    def train(self) -> Run:
-        """Take the steps that are left, then measure and write the report."""
+    def train(self, report: bool = True) -> Run:
+        """Take the steps that are left, then measure and, if wanted, write the report."""
         steps = self.recipe.train.steps
         with Monitor(self.folder, self.step, steps, self.recipe.train.batch, self.quiet) as monitor:
             if self.step < steps:
@@ -128,7 +130,7 @@ class Trainer:
                 monitor.forget_evaluations(self.step)
                 self.evaluate(monitor, final=True)
                 monitor.flush()
-        if self.step >= steps:
+        if self.step >= steps and report:
             self._report()
         if "loader" in self.__dict__:
             self.loader.close()

@@ -1,0 +1,130 @@
+"""What is compared: recipes, and the ladders that take one recipe apart."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from declip.config import Recipe, load_recipe
+from declip.errors import UserError
+
+RUNGS: tuple[tuple[str, ...], ...] = (
+    ("contrastive",),
+    ("multi_view",),
+    ("simsiam", "masked_language"),
+    ("nearest_neighbour",),
+)
+"""What each rung of the paper's ablation adds (Li et al. 2022, arXiv 2110.05208, the ablation on CC3M)."""
+
+WEAK_VIEWS = {"crop_area": [0.9, 1.0], "jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0, "flip_p": 0.0}
+"""CLIP's own augmentation: a random crop and nothing else (Radford et al. 2021, section 2.5), of at least 0.9 here."""
+
+STRONG_VIEWS = {
+    "crop_area": [0.2, 1.0],
+    "jitter": [0.4, 0.4, 0.4, 0.1],
+    "jitter_p": 0.8,
+    "grey_p": 0.2,
+    "blur_p": 0.5,
+    "flip_p": 0.5,
+}
+"""MoCo v2's (arXiv 2003.04297), which DeCLIP uses."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A recipe as it takes part.
+
+    Attributes:
+        name: Shown in tables; letters, digits and signs that a folder's name may have.
+        recipe: A shipped recipe's name or a YAML file.
+        overrides: Dotted keys and values.
+    """
+
+    name: str
+    recipe: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolve(self, more: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe with the overrides and some more; raises UserError as `load_recipe`."""
+        return load_recipe(self.recipe, {**self.overrides, **(more or {})})
+
+
+def arms_of(
+    recipes: Iterable[str], overrides: Mapping[str, Any], *, ladder: bool = False, baselines: bool = False
+) -> list[Arm]:
+    """The arms of a comparison, no two with the same name.
+
+    Args:
+        recipes: Shipped recipes' names or YAML files.
+        overrides: For all of them.
+        ladder: Also take the last recipe apart: its terms added one after the other, and each left out.
+        baselines: Also `clip` with weaker and stronger views and with two views, on the last recipe's towers.
+
+    Raises:
+        UserError: no recipe, the same one twice, or one that cannot be read.
+    """
+    named = [Arm(_label(recipe), recipe, overrides) for recipe in recipes]
+    if not named:
+        raise UserError("No recipe was given to compare. Example: declip compare clip declip --pairs 1k,4k.")
+    last = named[-1]
+    named += ladder_of(last) if ladder else []
+    named += baselines_of(last) if baselines else []
+    names = [arm.name for arm in named]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UserError(f"Compared twice: {', '.join(sorted(twice))}. Give each recipe once, under a name of its own.")
+    for arm in named:
+        arm.resolve()
+    return named
+
+
+def ladder_of(arm: Arm) -> list[Arm]:
+    """The paper's ablation of a recipe: terms added rung by rung, and the whole without each.
+
+    Weights keep the recipe's ratios; where `multi_view` is missing, `contrastive` is what is left of the pairings.
+
+    Raises:
+        UserError: the recipe has fewer than two of the rungs' terms.
+    """
+    whole = {name: getattr(arm.resolve().weights, name) for name in arm.resolve().weights.active()}
+    rungs = [tuple(term for term in rung if term in whole) for rung in RUNGS]
+    rungs = [rung for rung in rungs if rung]
+    if len(rungs) < 2 or "contrastive" not in whole:
+        raise UserError(f"'{arm.name}' has only {', '.join(whole)}: there is no ladder to climb. Give a DeCLIP recipe.")
+    steps: list[Arm] = []
+    kept: list[str] = []
+    for rung in rungs[:-1]:
+        kept += rung
+        name = "ladder clip" if rung == ("contrastive",) else f"ladder +{' +'.join(rung)}"
+        steps.append(_with_weights(arm, name, {term: whole[term] for term in kept}))
+    for term in whole:
+        if term != "contrastive":
+            rest = {name: weight for name, weight in whole.items() if name != term}
+            steps.append(_with_weights(arm, f"without {term}", rest))
+    distinct: dict[tuple[tuple[str, float], ...], Arm] = {}
+    for step in steps:
+        distinct.setdefault(tuple(sorted(step.overrides["weights"].items())), step)
+    return list(distinct.values())
+
+
+def baselines_of(arm: Arm) -> list[Arm]:
+    """Plain CLIP on the towers of a recipe, as strong as it can be made: views weaker, equal, stronger, and doubled."""
+    clip = {"weights": {"contrastive": 1.0}}
+
+    def views(image: Mapping[str, Any]) -> dict[str, Any]:
+        return {f"views.image.{key}": value for key, value in image.items()}
+
+    two = {"weights": {"contrastive": 0.25, "multi_view": 0.75}, "views.text.second": "same"}
+    return [
+        Arm("clip, weak views", arm.recipe, {**arm.overrides, **clip, **views(WEAK_VIEWS)}),
+        Arm("clip, same views", arm.recipe, {**arm.overrides, **clip}),
+        Arm("clip, strong views", arm.recipe, {**arm.overrides, **clip, **views(STRONG_VIEWS)}),
+        Arm("clip, two views", arm.recipe, {**arm.overrides, **two}),
+    ]
+
+
+def _with_weights(arm: Arm, name: str, weights: Mapping[str, float]) -> Arm:
+    return Arm(name, arm.recipe, {**arm.overrides, "weights": dict(weights)})
+
+
+def _label(recipe: str) -> str:
+    return recipe.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".yaml").removesuffix(".yml")
