@@ -1,7 +1,7 @@
 """declip: contrastive language-image models when pairs are few.
 
-The public names: `train`, `load`, `evaluate`, `PairBatch`, `Recipe`, `load_recipe`, and the package `interchange`.
-They are imported when they are first used, so that ``import declip`` is quick and asks for nothing.
+The public names: `train`, `load`, `evaluate`, `compare`, `PairBatch`, `Recipe`, `load_recipe`, and the package
+`interchange`. They are imported when they are first used, so that ``import declip`` is quick and asks for nothing.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from declip import interchange
+    from declip.comparison.compare import compare
     from declip.config import Recipe, load_recipe
     from declip.data.batch import PairBatch
     from declip.errors import UserError
@@ -22,13 +23,14 @@ _WHERE = {
     "PairBatch": "declip.data.batch",
     "Recipe": "declip.config",
     "UserError": "declip.errors",
+    "compare": "declip.comparison.compare",
     "evaluate": "declip.evaluation.protocols",
     "load": "declip.interchange.load",
     "load_recipe": "declip.config",
     "train": "declip.training.trainer",
 }
 
-__all__ = ["PairBatch", "Recipe", "UserError", "evaluate", "interchange", "load", "load_recipe", "train"]
+__all__ = ["PairBatch", "Recipe", "UserError", "compare", "evaluate", "interchange", "load", "load_recipe", "train"]
 
 
 def __getattr__(name: str) -> Any:

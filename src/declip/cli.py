@@ -83,6 +83,71 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    words: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys for all")],
+    pairs: Annotated[str, typer.Option(help="numbers of distinct pairs, such as 1k,2k,4k")],
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each number, with seeds 0, 1 …")] = 3,
+    out: Annotated[Path, typer.Option(help="the comparison's folder")] = Path("runs/compare"),
+    on: Annotated[list[str] | None, typer.Option("--on", help="what to measure on; may be given again")] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="how; may be given again; zero-shot by default")] = None,
+    budget: Annotated[str, typer.Option(help="equal samples, compute, or both")] = "both",
+    reference: Annotated[str | None, typer.Option(help="whose time is the compute budget; the last recipe's")] = None,
+    ladder: Annotated[bool, typer.Option("--ladder", help="also take the last recipe apart, term by term")] = False,
+    baselines: Annotated[bool, typer.Option("--baselines", help="also clip with weaker, stronger, two views")] = False,
+    tune: Annotated[list[str] | None, typer.Option(help="KEY=A,B,C: every arm tries all first, keeps its best")] = None,
+    tune_on: Annotated[str | None, typer.Option(help="validation set of the tuning")] = None,
+    tune_pairs: Annotated[str | None, typer.Option(help="pairs of a try; the middle one of --pairs")] = None,
+    tune_steps: Annotated[int | None, typer.Option(min=1, help="steps of a try")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs side by side; one for each core")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+) -> None:
+    """Compare recipes at several numbers of pairs; stopped and started again, it goes on."""
+    from declip.comparison.compare import compare as run_comparison
+    from declip.comparison.study import BUDGETS, read_counts
+    from declip.config import parse_overrides
+
+    outcome = run_comparison(
+        [word for word in words if "=" not in word],
+        read_counts(pairs),
+        seeds,
+        out=out,
+        overrides=parse_overrides([word for word in words if "=" in word]),
+        on=on or (),
+        protocols=protocol or ("zero-shot",),
+        budgets=BUDGETS if budget == "both" else (budget,),
+        reference=reference,
+        ladder=ladder,
+        baselines=baselines,
+        tune=_grid(tune or []),
+        tune_on=tune_on,
+        tune_pairs=None if tune_pairs is None else read_counts(tune_pairs)[0],
+        tune_steps=tune_steps,
+        jobs=jobs,
+        quiet=quiet,
+    )
+    if not outcome.complete:
+        left = len(outcome.study.cells()) - len(outcome.rows)
+        console.print(f"{left} of {len(outcome.study.cells())} runs are left. Give the same command to go on.")
+        for name, reason in outcome.failures.items():
+            console.print(f"  [bold red]failed[/] {escape(name)}: {escape(reason.splitlines()[-1])}", soft_wrap=True)
+        raise typer.Exit(2 if outcome.failures else 130)
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _grid(words: list[str]) -> dict[str, list[Any]]:
+    """Read KEY=A,B,C words."""
+    from declip.config import parse_overrides
+
+    return {key: [_value(word) for word in values.split(",")] for key, values in parse_overrides(words).items()}
+
+
+def _value(word: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(word)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes and their terms."""
     from declip.config import load_recipe, recipe_names

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from declip.comparison.arms import Arm, arms_of
-from declip.comparison.cell import UNMEASURED, read_cell, recipe_of, steps_done
+from declip.comparison.cell import UNMEASURED, read_cell, steps_done
 from declip.comparison.cost import seconds_per_step
 from declip.comparison.outcome import Outcome, read_outcome, tuning_score, write_results
 from declip.comparison.study import BUDGETS, STUDY, Study, Tuning, extended, read_study, write_study
@@ -151,6 +151,9 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
             f"'{study.tuning.on}' would both choose and be reported, so its numbers would be too good. Name another "
             "set with --on or --tune-on."
         )
+    for arm in study.arms:
+        for combination in study.tuning.combinations() if study.tuning else ():
+            arm.resolve(combination)
     smallest = study.pairs[0]
     if smallest < study.batch:
         raise UserError(
@@ -259,8 +262,6 @@ def _run(study: Study, folder: Path, part: str, jobs: int, threads: int, quiet: 
     left = [cell for cell in cells if read_cell(folder, cell) is None]
     if not left:
         return True
-    for cell in left:
-        recipe_of(study, cell)  # a value that no recipe takes is told before the first run
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "declip.comparison.worker", str(folder), part, str(threads)]
     logs = [folder / f"worker{number}.log" for number in range(min(jobs, len(left)))]
