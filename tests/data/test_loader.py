@@ -163,9 +163,10 @@ def test_the_mask_is_of_the_caption_view():
     assert binomtest(chosen, words, 0.5).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("second_text", ["eda", "caption", "keywords", "same"])
 @pytest.mark.parametrize("keyword_share", [0.0, 0.6])
-def test_words_tells_what_each_text_view_said(keyword_share):
-    loader = make(keyword_share=keyword_share)
+def test_words_tells_what_each_text_view_said(keyword_share, second_text):
+    loader = make(keyword_share=keyword_share, second_text=second_text)
     for batch in itertools.islice(loader, 12):
         for view, row in itertools.product((0, 1), range(len(batch))):
             ids = Words().encode(loader.words(int(batch.tags[row]), view))
@@ -180,6 +181,42 @@ def test_one_caption_is_drawn_each_time_and_its_augmentation_is_of_the_same_one(
     assert binomtest(sum("photo" in caption for caption, _ in said), len(said), 0.5).pvalue > 1e-4
     assert sum(caption != other for caption, other in said) > 0.5 * len(said)
     assert not any("photo" in caption and "sketch" in other for caption, other in said)
+
+
+def _said(loader):
+    return [(loader.words(tag, 0), loader.words(tag, 1)) for tag in range(PAIRS * 20)]
+
+
+def test_the_second_text_can_be_the_other_caption():
+    for first, second in _said(make(second_text="caption")):
+        assert {"photo" in first, "photo" in second} == {True, False}
+        assert first.split()[0] == second.split()[0]  # of the same pair
+
+
+def test_the_second_text_can_be_keywords():
+    said = [second.split(", ") for _, second in _said(make(second_text="keywords"))]
+    assert {len(words) for words in said} == {1, 2, 3}
+    assert all(len(set(words)) == len(words) for words in said)
+    assert Counter(itertools.chain(*said)).keys() == {"red", "round", "old", "wet"}
+
+
+def test_the_second_text_can_be_the_first_again():
+    assert all(first == second for first, second in _said(make(second_text="same")))
+
+
+def test_a_pair_without_another_caption_or_keyword_gets_the_augmented_caption():
+    class Bare(Source):
+        def captions(self, index):
+            return super().captions(index)[:1]
+
+        def __getitem__(self, index):
+            pair = super().__getitem__(index)
+            return Pair(pair.key, pair.image, pair.captions)
+
+    usual = _said(make(Bare()))
+    assert sum(first != second for first, second in usual) > 0.5 * len(usual)
+    assert _said(make(Bare(), second_text="caption")) == usual
+    assert _said(make(Bare(), second_text="keywords")) == usual
 
 
 def test_keywords_are_appended_to_a_share_of_the_captions():
