@@ -70,7 +70,8 @@ def test_a_damaged_plan_is_the_users_error(tmp_path: Path) -> None:
 def test_going_on_may_add_arms_pairs_and_seeds_and_keeps_what_was_measured(tmp_path: Path) -> None:
     slip = Arm("slip", "slip")
     more = replace(STUDY, arms=(*STUDY.arms, slip), pairs=(800,), seeds=(2,), seconds={})
-    found = extended(more, STUDY, tmp_path)
+    found = extended(more, replace(STUDY, budgets=("samples",)), tmp_path)
+    assert found.budgets == ("samples", "compute")
     assert [arm.name for arm in found.arms] == ["clip", "declip", "slip"]
     assert (found.pairs, found.seeds, found.seconds) == ((200, 400, 800), (0, 1, 2), STUDY.seconds)
 

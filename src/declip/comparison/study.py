@@ -17,8 +17,8 @@ STUDY = "study.json"
 BUDGETS = ("samples", "compute")
 """Equal samples: every arm takes the same number of steps. Equal compute: every arm takes as long as the reference."""
 
-FIXED = ("steps", "batch", "reference", "on", "protocols", "budgets")
-"""What must stay when a comparison goes on; arms, pairs and seeds may be added."""
+FIXED = ("steps", "batch", "reference", "on", "protocols")
+"""What must stay when a comparison goes on; arms, pairs, seeds and budgets may be added."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def write_study(study: Study, folder: Path) -> None:
 
 
 def extended(study: Study, earlier: Study, folder: Path) -> Study:
-    """The study as it goes on: what was measured and chosen stays, arms, pairs and seeds may be added.
+    """The study as it goes on: what was measured and chosen stays; arms, pairs, seeds and budgets may be added.
 
     Raises:
         UserError: it would mean something else than before.
@@ -193,6 +193,7 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
         arms=tuple({arm.name: arm for arm in (*earlier.arms, *study.arms)}.values()),
         pairs=tuple(sorted({*earlier.pairs, *study.pairs})),
         seeds=tuple(sorted({*earlier.seeds, *study.seeds})),
+        budgets=tuple(budget for budget in BUDGETS if budget in {*earlier.budgets, *study.budgets}),
         seconds=earlier.seconds,
         chosen=earlier.chosen,
         machine=earlier.machine,
