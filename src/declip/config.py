@@ -91,6 +91,7 @@ class TextView(Section):
 
     eda_alpha: float = Field(0.1, ge=0, le=1)
     keyword_share: float = Field(0.0, ge=0, le=1, description="how often keywords follow the caption")
+    keywords_alone: float = Field(0.0, ge=0, le=1, description="how often keywords stand in the caption's place")
     second: Literal["eda", "caption", "keywords", "same"] = Field(
         "eda", description="the second text view: EDA of the first, another caption, keywords, or the first again"
     )

@@ -164,9 +164,9 @@ def test_the_mask_is_of_the_caption_view():
 
 
 @pytest.mark.parametrize("second_text", ["eda", "caption", "keywords", "same"])
-@pytest.mark.parametrize("keyword_share", [0.0, 0.6])
-def test_words_tells_what_each_text_view_said(keyword_share, second_text):
-    loader = make(keyword_share=keyword_share, second_text=second_text)
+@pytest.mark.parametrize(("keyword_share", "keywords_alone"), [(0.0, 0.0), (0.6, 0.0), (0.0, 0.5)])
+def test_words_tells_what_each_text_view_said(keyword_share, keywords_alone, second_text):
+    loader = make(keyword_share=keyword_share, keywords_alone=keywords_alone, second_text=second_text)
     for batch in itertools.islice(loader, 12):
         for view, row in itertools.product((0, 1), range(len(batch))):
             ids = Words().encode(loader.words(int(batch.tags[row]), view))
@@ -198,6 +198,14 @@ def test_the_second_text_can_be_keywords():
     assert {len(words) for words in said} == {1, 2, 3}
     assert all(len(set(words)) == len(words) for words in said)
     assert Counter(itertools.chain(*said)).keys() == {"red", "round", "old", "wet"}
+
+
+def test_keywords_stand_alone_in_a_share_of_the_captions():
+    said = [first for first, _ in _said(make(keywords_alone=0.4))]
+    alone = [not ("photo" in text or "sketch" in text) for text in said]
+    assert binomtest(sum(alone), len(said), 0.4).pvalue > 1e-4
+    words = {word for text, bare in zip(said, alone, strict=True) if bare for word in text.split(", ")}
+    assert words == {"red", "round", "old", "wet"}
 
 
 def test_the_second_text_can_be_the_first_again():

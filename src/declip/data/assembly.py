@@ -48,6 +48,7 @@ class Assembler:
         mask_probability: Share of the tokens chosen for it.
         eda_alpha: Share of the words that the augmentation changes.
         keyword_share: Share of the captions that some of the pair's keywords are appended to.
+        keywords_alone: Share of the captions that some of the pair's keywords replace.
         second_text: The second text view: "eda", the first one augmented; "caption", another of the pair's captions;
             "keywords", some of its keywords; "same", the first one again. A pair that has no other caption, or no
             keyword, gets "eda".
@@ -71,6 +72,7 @@ class Assembler:
         mask_probability: float = 0.15,
         eda_alpha: float = 0.1,
         keyword_share: float = 0.0,
+        keywords_alone: float = 0.0,
         second_text: SecondText = "eda",
         base_view: ImageViews | None = None,
     ) -> None:
@@ -78,7 +80,8 @@ class Assembler:
         check_range("seed", seed, 0)
         check_range("image_view_count", image_view_count, 1, 2 if base_view is None else 3)
         check_range("text_view_count", text_view_count, 1, 2)
-        shares = {"mask_probability": mask_probability, "eda_alpha": eda_alpha, "keyword_share": keyword_share}
+        shares = {"mask_probability": mask_probability, "eda_alpha": eda_alpha}
+        shares |= {"keyword_share": keyword_share, "keywords_alone": keywords_alone}
         for name, share in shares.items():
             check_range(name, share, 0, 1)
         if len(source) < batch:
@@ -91,7 +94,8 @@ class Assembler:
         self.drawers = [base_view or image_views] + [image_views] * (image_view_count - 1)
         self.image_view_count, self.text_view_count = image_view_count, text_view_count
         self.mask, self.mask_probability = mask, mask_probability
-        self.eda_alpha, self.keyword_share, self.second_text = eda_alpha, keyword_share, second_text
+        self.eda_alpha, self.keyword_share, self.keywords_alone = eda_alpha, keyword_share, keywords_alone
+        self.second_text = second_text
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch last asked for
 
     @property
@@ -135,7 +139,7 @@ class Assembler:
         """
         check_range("view", view, 0, self.text_view_count - 1)
         epoch, index = divmod(tag, len(self.source))
-        if self.keyword_share or self.second_text == "keywords":
+        if self.keyword_share or self.keywords_alone or self.second_text == "keywords":
             pair = self.source[index]
             captions, keywords = pair.captions, pair.keywords
         else:
@@ -151,6 +155,8 @@ class Assembler:
         text = captions[place]
         if self.keyword_share and keywords and generator.random() < self.keyword_share:
             text = ", ".join((text, *_some(keywords, generator)))
+        if self.keywords_alone and keywords and generator.random() < self.keywords_alone:
+            text = ", ".join(_some(keywords, generator))
         if self.text_view_count == 1:
             return [text]
         if self.second_text == "caption" and len(captions) > 1:

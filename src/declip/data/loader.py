@@ -46,6 +46,7 @@ class PairLoader(Iterator[PairBatch]):
         mask_probability: Share of the tokens chosen for it.
         eda_alpha: Share of the words that the augmentation changes.
         keyword_share: Share of the captions that some of the pair's keywords are appended to.
+        keywords_alone: Share of the captions that some of the pair's keywords replace.
         second_text: What the second text view is, see `Assembler`.
         workers: Processes that assemble batches; 0 does it in this one.
         max_broken_share: Largest share of pairs that may be broken, once 100 were seen.
@@ -72,6 +73,7 @@ class PairLoader(Iterator[PairBatch]):
         mask_probability: float = 0.15,
         eda_alpha: float = 0.1,
         keyword_share: float = 0.0,
+        keywords_alone: float = 0.0,
         second_text: SecondText = "eda",
         workers: int = 0,
         max_broken_share: float = 0.05,
@@ -94,6 +96,7 @@ class PairLoader(Iterator[PairBatch]):
             mask_probability=mask_probability,
             eda_alpha=eda_alpha,
             keyword_share=keyword_share,
+            keywords_alone=keywords_alone,
             second_text=second_text,
             base_view=base_view,
         )

@@ -69,6 +69,7 @@ def build_loader(
         mask_probability=recipe.masked_language.probability,
         eda_alpha=recipe.views.text.eda_alpha,
         keyword_share=recipe.views.text.keyword_share,
+        keywords_alone=recipe.views.text.keywords_alone,
         second_text=recipe.views.text.second,
         workers=recipe.data.workers,
         max_broken_share=recipe.data.max_broken_share,
