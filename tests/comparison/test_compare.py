@@ -181,6 +181,23 @@ def test_a_taken_run_is_left_to_the_one_who_took_it(recipes: dict[str, str], tab
     assert read_outcome(tmp_path / "out").complete
 
 
+def test_a_stop_asked_for_at_a_runs_last_step_stops_the_worker_too(
+    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from declip.training.trainer import Trainer
+
+    take_steps = Trainer._take_steps
+
+    def stopped_at_the_end(self: Trainer, monitor: object) -> None:
+        take_steps(self, monitor)  # type: ignore[arg-type]
+        self.stop_asked = True
+
+    comparing._open(_study(recipes, table), tmp_path / "out")
+    monkeypatch.setattr(Trainer, "_take_steps", stopped_at_the_end)
+    assert not work(tmp_path / "out", RUNS, 1)
+    assert len(read_outcome(tmp_path / "out").rows) == 1
+
+
 def test_an_unexpected_error_leaves_its_trace_in_the_runs_folder(
     recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,7 +60,7 @@ def test_a_resumed_run_equals_one_never_interrupted(table: Path, tmp_path: Path,
     save = stopped.save
 
     def save_and_stop() -> Path:
-        stopped._stop_asked = True
+        stopped.stop_asked = True
         return save()
 
     stopped.save = save_and_stop  # type: ignore[method-assign]

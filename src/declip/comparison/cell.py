@@ -77,7 +77,8 @@ def run_cell(study: Study, cell: Cell, folder: Path, threads: int | None = None)
         threads: Of torch; None leaves them.
 
     Returns:
-        Whether it is done; False after Ctrl-C or SIGTERM, with a checkpoint to go on from.
+        Whether to go on with another; False after Ctrl-C or SIGTERM, with a checkpoint to go on from unless the run
+        was at its last step.
 
     Raises:
         UserError: the run failed; see `declip.train`.
@@ -97,7 +98,7 @@ def run_cell(study: Study, cell: Cell, folder: Path, threads: int | None = None)
         path.write_text(json.dumps(_row(study, cell, run.metrics, results), indent=1), encoding="utf-8")
     shutil.rmtree(own / "checkpoints", ignore_errors=True)
     shutil.rmtree(own / "tensorboard", ignore_errors=True)
-    return True
+    return not trainer.stop_asked
 
 
 def _row(study: Study, cell: Cell, metrics: list[dict[str, Any]], results: list[dict[str, Any]]) -> Mapping[str, Any]:

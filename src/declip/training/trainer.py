@@ -102,7 +102,7 @@ class Trainer:
         self.optimizer = build_optimizer(named_trainable(self.model, self.objective), recipe.train)
         self.views = image_views(recipe)
         self.skipped, self.step = SkipCounter(), 0
-        self._stop_asked = False
+        self.stop_asked = False
         self._bad_step = torch.tensor(-1, device=self.device)
         # What can't be used is said before a folder is made or a step taken, not when it is first needed.
         build_loader(recipe, self.source, self.model, self.views).close()
@@ -171,11 +171,11 @@ class Trainer:
             if train.evaluate_every and self.step % train.evaluate_every == 0 and not done:
                 self.evaluate(monitor)
                 monitor.pause()
-            if done or self._stop_asked or self.step % train.checkpoint_every == 0:
+            if done or self.stop_asked or self.step % train.checkpoint_every == 0:
                 monitor.flush()
                 self.save()
                 monitor.pause()
-            if done or self._stop_asked:
+            if done or self.stop_asked:
                 return
 
     def evaluate(self, monitor: Monitor, final: bool = False) -> None:
@@ -240,7 +240,7 @@ class Trainer:
 
     def _check_finite(self, values: Mapping[str, Tensor], due: bool) -> None:
         """Stop at a total or gradient that is not finite; the weights are spoilt then, the checkpoints are not."""
-        if not due and self.device.type != "cpu" and not self._stop_asked:
+        if not due and self.device.type != "cpu" and not self.stop_asked:
             return
         bad = int(self._bad_step)
         if bad < 0:
@@ -321,7 +321,7 @@ class Trainer:
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
-            self._stop_asked = True
+            self.stop_asked = True
             log.info("Stopping after this step and saving; once more stops at once, without saving.")
             for each, handler in earlier.items():
                 signal.signal(each, handler)
