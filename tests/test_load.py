@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import declip
 from conftest import draw
@@ -44,3 +45,48 @@ def test_only_damaged_checkpoints_are_named(table: Path, tmp_path: Path) -> None
         (folder / WEIGHTS).write_bytes(b"half")
     with pytest.raises(UserError, match="damaged"):
         declip.load(tmp_path)
+
+
+CLIP = ("visual.conv1.weight", "visual.proj", "logit_scale")
+
+
+@pytest.mark.parametrize("text", ["token_embedding.weight", "text.token_embedding.weight", "text.transformer.x.weight"])
+@pytest.mark.parametrize("start", ["", "module."])
+@pytest.mark.parametrize("wrapping", [None, "state_dict", "model"])
+def test_weights_of_open_clip_are_told_from_the_authors(
+    text: str, start: str, wrapping: str | None, tmp_path: Path
+) -> None:
+    state = {f"{start}{name}": torch.zeros(1) for name in (*CLIP, text)}
+    file = tmp_path / "weights.pt"
+    torch.save({wrapping: state, "epoch": 1} if wrapping else state, file)
+    with pytest.raises(UserError, match=f"as open_clip names them.*open_clip:MODEL/{file}.*local-dir:{tmp_path}"):
+        declip.load(file)
+    if wrapping is None:
+        save_file(state, file.with_suffix(".safetensors"))
+        with pytest.raises(UserError, match=f"as open_clip names them.*open_clip:MODEL/{tmp_path}/weights.safetensors"):
+            declip.load(file.with_suffix(".safetensors"))
+
+
+def test_other_weights_are_not_the_authors(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    for state in (
+        {name: torch.zeros(1) for name in CLIP},
+        {"token_embedding.weight": torch.zeros(1), "logit_scale": torch.zeros(1)},
+        {"encode_text.token_embedding.weight": torch.zeros(1), "visual.proj": torch.zeros(1)},
+        {"vision_model.post_layernorm.bias": torch.zeros(1), "text_model.final_layer_norm.bias": torch.zeros(1)},
+        {"state_dict": torch.zeros(1)},
+        [torch.zeros(1)],
+    ):
+        torch.save(state, file)
+        with pytest.raises(UserError, match=r"not the authors' weights|not a checkpoint of the authors' code"):
+            declip.load(file)
+    file.write_bytes(b"half")
+    with pytest.raises(UserError, match="Cannot read weights"):
+        declip.load(file)
+
+
+def test_the_weights_of_a_checkpoint_lead_to_its_folder(table: Path, tmp_path: Path) -> None:
+    Trainer(recipe_for(table, steps=4), tmp_path, quiet=True).train()
+    folder = list_checkpoints(tmp_path)[-1]
+    with pytest.raises(UserError, match=f"weights of a checkpoint. Give its folder, '{folder}'"):
+        declip.load(folder / WEIGHTS)

@@ -151,7 +151,7 @@ def _state(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     """Get the state dict out of what was given, names without "module.", without what the models never use."""
     found = source if isinstance(source, Mapping) else _load(Path(source))
     found = found.get("model", found)
-    tensors = isinstance(found, Mapping) and all(isinstance(value, Tensor) for value in found.values())
+    tensors = isinstance(found, Mapping) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items())
     state = {name.removeprefix("module."): tensor for name, tensor in found.items()} if tensors else {}
     needed = ("logit_scale", "visual.conv1.weight", f"{_text_prefix(state)}token_embedding.weight")
     missing = [name for name in needed if name not in state]

@@ -1,25 +1,55 @@
-"""Loading a model: a run folder or a checkpoint of ours, or a checkpoint of the authors'."""
+"""Loading a model: a run folder or a checkpoint of ours, a checkpoint of the authors', or a model of open_clip's."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
+import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from declip.config import Recipe
 from declip.errors import UserError
+from declip.evaluation.features import Encoder
 from declip.interchange.declip_authors import read_declip_authors
+from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip, refuse_torchscript
 from declip.models.dual_encoder import DualEncoder
 from declip.training.build import pick_device
 from declip.training.checkpoint import STATE, list_checkpoints, load_checkpoint, newest_good, part
 from declip.training.run import RECIPE
 
 
-def load(where: str | Path, device: str = "auto") -> DualEncoder:
+class Model(Encoder, Protocol):
+    """What `load` gives: a `DualEncoder`, or another kind of model with the same methods."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        ...
+
+    @property
+    def preprocessor(self) -> Callable[..., Tensor]:
+        """`preprocess` on the host: for the workers that read pictures."""
+        ...
+
+    @property
+    def tokenizer(self) -> Callable[..., Tensor]:
+        """`tokenize` on the host."""
+        ...
+
+    def encode_backbone(self, images: Tensor, /) -> Tensor:
+        """(n, 3, S, S) normalised → (n, width) float32, the pooled feature before the projection."""
+        ...
+
+
+def load(where: str | Path, device: str = "auto") -> Model:
     """Load a trained model, in evaluation mode.
 
     Args:
-        where: A run folder (its newest good checkpoint), a checkpoint folder inside one, or a file with the authors'
-            weights (``.pth``, ``.pth.tar``, ``.pt``).
+        where: A run folder (its newest good checkpoint), a checkpoint folder inside one, a file with the authors'
+            weights (``.pth``, ``.pth.tar``, ``.pt``, ``.safetensors``), or a name of
+            `declip.interchange.open_clip`, such as ``open_clip:ViT-B-32/openai``.
         device: "auto", "cpu", "cuda", …
 
     Returns:
@@ -29,12 +59,53 @@ def load(where: str | Path, device: str = "auto") -> DualEncoder:
     Raises:
         UserError: nothing there, nothing loadable there, or a damaged file.
     """
+    if isinstance(where, str) and where.startswith(PREFIX):
+        return read_open_clip(where).to(pick_device(device))
     path = Path(where)
     if not path.exists():
-        raise UserError(f"There is no model at '{where}'. Give a run folder, a checkpoint folder, or a weights file.")
-    if path.is_file():
-        return read_declip_authors(path)[0].to(pick_device(device)).eval()
-    return _from_checkpoint(path).to(pick_device(device)).eval()
+        raise UserError(
+            f"There is no model at '{where}'. Give a run folder, a checkpoint folder, a weights file, "
+            f"or {PREFIX}MODEL/TAG."
+        )
+    found = _from_file(path) if path.is_file() else _from_checkpoint(path)
+    return found.to(pick_device(device)).eval()
+
+
+def _from_file(path: Path) -> DualEncoder:
+    refuse_torchscript(path)
+    try:
+        return read_declip_authors(path)[0]
+    except UserError as error:
+        raise _not_the_authors(path) or error from error
+
+
+def _not_the_authors(path: Path) -> UserError | None:
+    """Say how to load what is not the authors' but known all the same."""
+    names = {name.removeprefix("module.") for name in _tensor_names(path)}
+    if "model.logit_scale" in names and any(name.startswith("model.image_tower.") for name in names):
+        return UserError(f"'{path}' holds the weights of a checkpoint. Give its folder, '{path.parent}', or its run.")
+    has_text = "token_embedding.weight" in names or any(name.startswith("text.") for name in names)
+    if has_text and any(name.startswith("visual.") for name in names):
+        return UserError(
+            f"'{path}' holds weights as open_clip names them. Say of which of its models: "
+            f"{PREFIX}MODEL/{path}, where MODEL is for example ViT-B-32 (ViT-B-32-quickgelu for weights trained with "
+            f"QuickGELU). In a folder with {CONFIG} it is {PREFIX}{FOLDER}{path.parent}."
+        )
+    return None
+
+
+def _tensor_names(path: Path) -> Iterable[str]:
+    """Names in a file of tensors, one wrapping undone; none where it cannot be read."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return list(file.keys())
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        for wrapping in ("state_dict", "model"):
+            found = found.get(wrapping, found)
+        return [name for name in found if isinstance(name, str)]
+    except Exception:  # the first reading has said what is wrong with the file
+        return []
 
 
 def _from_checkpoint(path: Path) -> DualEncoder:
@@ -45,6 +116,8 @@ def _from_checkpoint(path: Path) -> DualEncoder:
         if newest is None:
             raise UserError(f"No checkpoint in '{path}' is whole. {problems[0]}")
         found = newest
+    elif (path / CONFIG).is_file():
+        raise UserError(f"'{path}' is a folder of open_clip's. Load it as {PREFIX}{FOLDER}{path}.")
     else:
         what = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
         raise UserError(f"'{path}' {what}. Give a run folder, or a folder in its checkpoints.")
