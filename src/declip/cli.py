@@ -5,7 +5,7 @@ import shlex
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -56,30 +56,70 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, or a weights file")],
-    on: Annotated[str, typer.Option("--on", help="builtin:NAME, a table, or a folder")],
-    protocol: Annotated[str, typer.Option(help="zero-shot or retrieval")] = "zero-shot",
+    model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
+    on: Annotated[str, typer.Option("--on", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path")],
+    protocol: Annotated[str, typer.Option(help="zero-shot, retrieval, linear, knn or few-shot")] = "zero-shot",
     templates: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
+    features: Annotated[str, typer.Option(help="probes: backbone, or embedding after the projection")] = "backbone",
+    shots: Annotated[str, typer.Option(help="few-shot: images a class")] = "1,2,4,8,16",
+    seeds: Annotated[int, typer.Option(min=1, help="few-shot: draws of the images")] = 3,
+    label_column: Annotated[str | None, typer.Option(help="a table's column of classes")] = None,
+    cache: Annotated[bool, typer.Option(help="probes: keep the features on the disk for the next time")] = True,
     batch: Annotated[int, typer.Option(min=1, help="images a pass")] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
     json_out: Annotated[Path | None, typer.Option("--json", help="also write the result to this file")] = None,
+    markdown_out: Annotated[Path | None, typer.Option("--markdown", help="paper11: also write the table here")] = None,
 ) -> None:
-    """Measure a model on held-out pairs."""
+    """Measure a model on held-out images."""
     import json
 
-    from declip.evaluation.protocols import evaluate as measure
+    from declip.evaluation.datasets import open_dataset
+    from declip.evaluation.protocols import Options, evaluate_all
     from declip.evaluation.results import results_table
+    from declip.evaluation.suites import evaluate_suite, is_suite
     from declip.interchange.load import load
 
-    result = measure(load(model, device), on, protocol, templates=templates, batch=batch)
+    if markdown_out is not None and not is_suite(on):
+        raise UserError(
+            f"--markdown writes the table of a suite such as paper11:/data, but --on is '{on}'. Use --json."
+        )
+    options = Options(
+        templates=templates,
+        batch=batch,
+        workers=workers,
+        features=cast(Any, features),  # told apart where it is used
+        shots=_numbers("shots", shots),
+        seeds=seeds,
+        cache=cache,
+    )
+    loaded = load(model, device)
+    if is_suite(on):
+        suite = evaluate_suite(loaded, on, protocol, options)
+        console.print(suite.table(model))
+        _write(markdown_out, suite.markdown(model), "--markdown")
+        _write(json_out, json.dumps(suite.to_dict(), indent=1), "--json")
+        return
+    dataset = open_dataset(on, label_column=label_column)
+    result = evaluate_all(loaded, dataset, (protocol,), options)[0]
     console.print(results_table([result]))
-    if json_out is not None:
-        try:
-            json_out.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"Cannot write '{json_out}': {error.strerror}. Choose another place with --json."
-            ) from error
+    _write(json_out, json.dumps(result.to_dict(), indent=1), "--json")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--{option} is '{text}'; give whole numbers with commas, such as 1,2,4.") from None
+
+
+def _write(path: Path | None, text: str, option: str) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Cannot write '{path}': {error.strerror}. Choose another place with {option}.") from error
 
 
 @app.command()

@@ -125,7 +125,7 @@ MISTAKES = {
     "out is a file": ("train mine.yaml --out text.txt", "run folder 'text.txt'", "Choose another with --out"),
     "out below a file": ("train mine.yaml --out text.txt/run", "Not a directory", "Choose another with --out"),
     "out too long": ("train mine.yaml --out " + "x" * 300, "name too long", "Choose another with --out"),
-    "prepares a table": ("data prepare empty.csv", "Unknown built-in set 'empty.csv'", "Known: emoji"),
+    "prepares a table": ("data prepare empty.csv", "Unknown built-in set 'empty.csv'", "Known: clipart, emoji"),
     "not prepared": ("train mine.yaml data.source=builtin:emoji", "declip data prepare builtin:emoji"),
     "no model": ("evaluate nowhere --on TABLE", "no model at 'nowhere'", "Give a run folder"),
     "model is no run": ("evaluate nothing --on TABLE", "'nothing' is not a run folder", "Give a run folder"),

@@ -4,10 +4,15 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
+from conftest import TINY
+from declip.config import Recipe
 from declip.errors import UserError
-from declip.evaluation.protocols import Options, evaluate, evaluate_all
+from declip.evaluation.datasets import Dataset
+from declip.evaluation.probe_results import FewShotResult, KNNResult, LinearProbeResult
+from declip.evaluation.protocols import PROTOCOLS, Options, evaluate, evaluate_all
 from declip.evaluation.results import (
     Measure,
     RetrievalResult,
@@ -17,6 +22,7 @@ from declip.evaluation.results import (
     results_table,
     times,
 )
+from declip.models.dual_encoder import DualEncoder
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
 
@@ -94,7 +100,134 @@ def test_rows_of_json_are_read_back(model, painted) -> None:
     for result in evaluate_all(model, source, ("zero-shot", "retrieval")):
         row = json.loads(json.dumps({"step": 7} | result.to_dict()))
         assert read_result(row) == result
-    assert read_result({"protocol": "linear", "top1": 0.5}) is None
+    assert read_result({"protocol": "guessing", "top1": 0.5}) is None
+
+
+@pytest.fixture
+def probed(model):
+    """The model with a backbone of its own: the mean colour, three times as long."""
+    model.encode_backbone = lambda pixels: 3 * model.encode_image(pixels)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
+
+
+@pytest.fixture
+def dataset(painted):
+    """A maker of sets: for each split the colours of its images."""
+
+    def make(**splits):
+        sources = {which: painted(colours, classes=NAMES, name=f"set/{which}") for which, colours in splits.items()}
+        return Dataset("set", {which: (lambda source=source: source) for which, source in sources.items()})
+
+    return make
+
+
+def test_probes_of_a_model_that_knows_its_colours(probed, dataset) -> None:
+    on = dataset(train=NAMES * 3, validation=NAMES * 2, test=("red", "blue", "white"))
+    linear, knn, few = evaluate_all(probed, on, ("linear", "knn", "few-shot"), Options(shots=(1, 2), seeds=2))
+    assert isinstance(linear, LinearProbeResult)
+    assert (linear.top1, linear.mean_per_class, linear.n, linear.classes) == (1.0, 1.0, 3, 7)
+    assert (linear.on, linear.train, linear.width, linear.features) == ("set", 35, 3, "backbone")
+    assert linear.validation == "validation split"
+    assert isinstance(knn, KNNResult)
+    assert [vote.k for vote in knn.votes] == [1, 10, 20, 35]
+    assert knn.votes[0].top1 == 1.0
+    assert isinstance(few, FewShotResult)
+    assert [(run.shots, run.mean, len(run.scores)) for run in few.runs] == [(1, 1.0, 2), (2, 1.0, 2)]
+
+
+def test_several_probes_encode_each_split_once(probed, dataset) -> None:
+    on = dataset(train=NAMES * 3, test=("red", "blue"))
+    evaluate_all(probed, on, ("linear", "knn", "few-shot"), Options(cache=False, shots=(1,)))
+    assert sum(size for _, size, *_ in probed.passes) == 23
+    assert not any(training or grad for *_, training, grad in probed.passes)
+
+
+def test_a_fifth_of_train_takes_the_place_of_validation(probed, dataset) -> None:
+    result = evaluate(probed, dataset(train=NAMES * 5, test=NAMES), "linear")
+    assert (result.validation, result.train) == ("fifth of train", 35)
+    assert evaluate(probed, dataset(train=NAMES * 5, test=NAMES), "linear") == result
+
+
+def test_features_after_the_projection(model, dataset) -> None:
+    on = dataset(train=NAMES * 3, test=NAMES)
+    assert evaluate(model, on, "knn", features="embedding").features == "embedding"
+    with pytest.raises(UserError, match="no `encode_backbone`"):
+        evaluate(model, on, "knn")
+
+
+def test_the_cache_is_read_and_can_be_switched_off(probed, dataset, tmp_path) -> None:
+    on = dataset(train=NAMES * 10, test=NAMES)
+    evaluate(probed, on, "knn", cache=False)
+    assert not (tmp_path / "features").exists()
+    first = evaluate(probed, on, "knn")
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    probed.passes.clear()
+    assert evaluate(probed, on, "knn") == first
+    assert sum(size for _, size, *_ in probed.passes) == 8  # four of each split, to compare
+
+
+def test_a_real_model_can_be_probed(painted, dataset) -> None:
+    torch.manual_seed(0)
+    real = DualEncoder.from_recipe(Recipe.model_validate(TINY))
+    result = evaluate(real, dataset(train=NAMES * 3, test=NAMES), "linear")
+    assert result.width == 64
+    assert result.top1 > 0.5  # even random weights tell colours apart
+
+
+def test_unreadable_images_are_counted_over_all_splits(probed, painted) -> None:
+    train = painted(NAMES * 3, classes=NAMES, broken=[0, 20])
+    test = painted(NAMES, classes=NAMES, broken=[6])
+    result = evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "knn")
+    assert result.skipped == {"truncated image": 3}
+    assert (result.train, result.n) == (19, 6)
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn", "few-shot"])
+def test_a_set_without_training_images(probed, painted, protocol) -> None:
+    with pytest.raises(UserError, match=r"'painted' has no train split.*measured by: zero-shot, retrieval"):
+        evaluate(probed, painted(NAMES, classes=NAMES), protocol)
+    with pytest.raises(UserError, match=r"measured by: retrieval\."):
+        evaluate(probed, painted(NAMES), protocol)
+    assert probed.passes == []
+
+
+@pytest.mark.parametrize("protocol", ["linear", "few-shot"])
+def test_one_image_a_class_is_too_few_to_choose_on(probed, dataset, protocol) -> None:
+    on = dataset(train=NAMES, test=NAMES)
+    with pytest.raises(UserError, match=r"7 training images for 7 classes.*fewer than two for 7.*by: knn, zero-shot"):
+        evaluate(probed, on, protocol)
+    assert probed.passes == []
+    assert evaluate(probed, on, "knn").votes[0].top1 == 1.0
+
+
+def test_a_few_classes_with_one_image_are_let_pass(probed, dataset) -> None:
+    result = evaluate(probed, dataset(train=(*NAMES, *NAMES[:5]), test=NAMES), "linear")
+    assert result.top1 == 1.0
+
+
+def test_splits_that_do_not_fit_each_other(probed, painted) -> None:
+    train, test = painted(NAMES * 2, classes=NAMES), painted(NAMES, classes=NAMES[::-1])
+    with pytest.raises(UserError, match=r"train split of 'set' has 7 class names.*same order"):
+        evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "knn")
+    test = painted(NAMES, classes=NAMES)
+    train.labels[3] = 7
+    with pytest.raises(UserError, match="labels from 0 to 7, but its 7 class names are numbered from 0"):
+        evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "knn")
+
+
+def test_the_metric_of_the_set_is_the_results(probed, painted) -> None:
+    source = painted(NAMES * 3, classes=NAMES)
+    on = Dataset("set", {"train": lambda: source, "test": lambda: source}, metric="mean_per_class")
+    assert evaluate(probed, on, "knn").metric == "mean_per_class"
+
+
+def test_the_protocols() -> None:
+    assert set(PROTOCOLS) == {"zero-shot", "retrieval", "linear", "knn", "few-shot"}
 
 
 def test_the_table_has_every_number_with_its_chance(model, painted) -> None:

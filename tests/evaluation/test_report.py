@@ -14,6 +14,7 @@ from declip.data.image_views import ImageViews
 from declip.data.loader import PairLoader
 from declip.data.tokenizer import Tokenizer
 from declip.errors import UserError
+from declip.evaluation.datasets import open_dataset
 from declip.evaluation.report import write_report
 from declip.evaluation.results import Recall, RetrievalResult, ZeroShotResult
 from declip.supervision.nearest_neighbour import Queue
@@ -266,7 +267,7 @@ def test_the_recipe_chooses_what_is_shown(whole, monkeypatch) -> None:
 
     def watched(name):
         opened.append(name)
-        return source
+        return open_dataset(source)
 
     monkeypatch.setattr("declip.evaluation.report.open_dataset", watched)
     evaluation = {

@@ -49,7 +49,7 @@ def test_evaluations_in_order_and_the_last_of_each(tmp_path: Path) -> None:
     def row(step: int, on: str, top1: float) -> dict:
         return {"step": step} | ZeroShotResult(on, 100, 10, top1, 0.5, 0.3).to_dict()
 
-    other = {"step": 20, "on": "a", "protocol": "linear", "top1": 0.9}
+    other = {"step": 20, "on": "a", "protocol": "of another version", "top1": 0.9}
     _write(tmp_path / "evaluations.jsonl", [row(20, "a", 0.3), row(10, "a", 0.2), row(20, "b", 0.1), other])
     run = read_run(tmp_path)
     assert [each.step for each in run.evaluations] == [10, 20, 20]

@@ -8,7 +8,8 @@ from numpy.random import default_rng
 from declip.data.pairs import SkipCounter
 from declip.errors import UserError
 from declip.evaluation.features import SourceFeatures
-from declip.evaluation.zero_shot import class_features, classify, predict, prompt_names, read_templates
+from declip.evaluation.prompt_sets import prompt_names
+from declip.evaluation.zero_shot import class_features, classify, predict, read_templates
 
 
 def _features(images: torch.Tensor) -> SourceFeatures:
@@ -53,11 +54,21 @@ def test_mean_per_class_weighs_classes_alike() -> None:
     assert (result.top1, result.mean_per_class) == (0.75, 0.5)
 
 
-def test_classes_of_the_same_name_are_never_right() -> None:
-    classes = torch.eye(3)[[0, 0, 1]]
-    result = classify(_features(torch.eye(3)[[0, 1]]), np.array([0, 2]), classes)
-    assert result.top1 == 0.5
-    assert result.top5 == 1.0
+def test_of_classes_of_the_same_name_the_first_is_right_as_argmax_has_it() -> None:
+    generator = torch.Generator().manual_seed(3)
+    classes = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=1)[[4, 0, 1, 0, 2, 0]]
+    images = torch.nn.functional.normalize(torch.randn(200, 8, generator=generator), dim=1)
+    labels = default_rng(0).integers(0, 6, size=200)
+    hit = (images @ classes.T).argmax(1).numpy() == labels
+    result = classify(_features(images), labels, classes)
+    assert result.top1 == pytest.approx(hit.mean())
+    assert 0 < hit[labels == 1].mean() < 1
+    assert not hit[np.isin(labels, (3, 5))].any()
+
+
+def test_a_model_that_gives_every_class_the_same_feature_names_only_the_first() -> None:
+    result = classify(_features(torch.eye(3)), np.arange(3), torch.ones(3, 3) / 3**0.5)
+    assert result.top1 == pytest.approx(1 / 3)
 
 
 def test_a_label_without_a_name() -> None:

@@ -19,6 +19,7 @@ from declip.comparison.arms import Arm, arms_of
 from declip.comparison.cell import UNMEASURED, read_cell, steps_done
 from declip.comparison.cost import seconds_per_step
 from declip.comparison.outcome import Outcome, read_outcome, tuning_score, write_results
+from declip.comparison.page import write_page
 from declip.comparison.study import BUDGETS, STUDY, Study, Tuning, extended, read_study, write_study
 from declip.comparison.worker import RUNS, TUNING, cells_of, failure
 from declip.config import Recipe
@@ -103,12 +104,12 @@ def compare(
     jobs, threads = _workers(first, jobs)
     with FileLock(folder / ".plan.lock"):
         study = _timed(read_study(folder) or study, folder, threads, quiet)
-    if study.tuning is not None and not _run(study, folder, TUNING, jobs, threads, quiet):
-        return read_outcome(folder)
-    study = _tuned(study, folder)
-    _run(study, folder, RUNS, jobs, threads, quiet)
+    if study.tuning is None or _run(study, folder, TUNING, jobs, threads, quiet):
+        study = _tuned(study, folder)
+        _run(study, folder, RUNS, jobs, threads, quiet)
     outcome = read_outcome(folder)
     write_results(outcome, folder)
+    write_page(outcome, folder)
     return outcome
 
 

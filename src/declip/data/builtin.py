@@ -5,9 +5,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from declip.data.clipart import open_clipart
+from declip.data.clipart_build import prepare_clipart
 from declip.data.emoji import open_emoji
 from declip.data.emoji_build import prepare_emoji
+from declip.data.icons import open_icons
+from declip.data.icons_build import prepare_icons
 from declip.data.pairs import BUILTIN_PREFIX, PairSource
+from declip.data.stamps import open_stamps
+from declip.data.stamps_build import prepare_stamps
 from declip.errors import unknown
 
 
@@ -30,6 +36,14 @@ def _emoji(split: str, about: str) -> Builtin:
     return Builtin(partial(open_emoji, split), prepare_emoji, about)
 
 
+def _icons(split: str, about: str) -> Builtin:
+    return Builtin(partial(open_icons, split), prepare_icons, about)
+
+
+def _stamps(split: str, about: str) -> Builtin:
+    return Builtin(partial(open_stamps, split), prepare_stamps, about)
+
+
 BUILTINS: dict[str, Builtin] = {
     "emoji": _emoji("emoji", "emoji by five designers, permissive licences: for training"),
     "emoji-share-alike": _emoji("emoji-share-alike", "the same and a sixth designer, CC-BY-SA-4.0: for training"),
@@ -37,7 +51,20 @@ BUILTINS: dict[str, Builtin] = {
     "emoji-validation-new": _emoji("emoji-validation-new", "that designer, concepts never trained on"),
     "emoji-test": _emoji("emoji-test", "a third designer, concepts of the training set: for the result alone"),
     "emoji-test-new": _emoji("emoji-test-new", "that designer, concepts never trained on"),
+    "icons": _icons("icons", "icons of some 140 sets, permissive licences, no emoji's names: for training"),
+    "icons-validation": _icons("icons-validation", "three other designers, names of the training set: for choosing"),
+    "icons-test": _icons("icons-test", "four other designers, names of the training set: for the result alone"),
+    "clipart": Builtin(partial(open_clipart, "clipart"), prepare_clipart, "public-domain drawings with titles"),
+    "stamps": _stamps("stamps", "Tux Paint's stamps that have a name, drawings and photographs, GPL-2"),
+    "stamps-photos": _stamps("stamps-photos", "the photographs among them"),
+    "stamps-kinds": _stamps("stamps-kinds", "stamps by kind, 13 classes: to measure on"),
+    "stamps-kinds-train": _stamps("stamps-kinds-train", "stamps by kind, of other names: for a probe to fit on"),
 }
+
+BUILTIN_SPLITS: dict[str, dict[str, str]] = {
+    "stamps-kinds": {"train": "stamps-kinds-train", "test": "stamps-kinds"},
+}
+"""Sets whose parts belong together: the name of the source by the part."""
 
 
 def open_builtin(name: str, cache: str | Path | None = None) -> PairSource:

@@ -4,8 +4,6 @@ Several designers drew the same concepts, so the pairs are real and there is a c
 training, for concepts seen and for concepts never seen.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from declip.data.cache import cache_folder
 from declip.data.pairs import BUILTIN_PREFIX, Pair
-from declip.errors import UserError, unknown
+from declip.data.picture_cache import TABLE, Cache
+from declip.errors import unknown
 
-FOLDER = "emoji"
-IMAGES, TABLE, MANIFEST, CHECKSUMS, NOTICE = (
-    "images.npy",
-    "pairs.parquet",
-    "manifest.json",
-    "checksums.json",
-    "NOTICE.txt",
-)
-PREPARE = "Run `declip data prepare builtin:emoji` (17 MB to fetch, about a minute)."
-LAYOUT = 2
-"""Raised when the files change their meaning; a cache of another layout is built anew."""
+EMOJI = Cache("emoji", layout=2, effort="17 MB to fetch, about a minute")
+IMAGES = "images.npy"
 
 
 @dataclass(frozen=True)
@@ -98,8 +87,8 @@ class EmojiSource:
             raise unknown("split of the emoji", split, SPLITS)
         self._arguments = (split, cache)
         self.name = BUILTIN_PREFIX + split
-        folder = emoji_folder(cache)
-        check_emoji(folder)
+        folder = EMOJI.folder(cache)
+        EMOJI.check(folder)
         wanted = SPLITS[split]
         table = pq.read_table(folder / TABLE).to_pylist()
         known = {row["code"] for row in table if row["design"] in TRAINING and not row["held_out"]}
@@ -146,45 +135,3 @@ def open_emoji(split: str, cache: str | Path | None = None) -> EmojiSource:
     """Open one of `SPLITS`; those for evaluation have `labels` and `class_names`."""
     evaluation = split in SPLITS and SPLITS[split].evaluation
     return EmojiClasses(split, cache) if evaluation else EmojiSource(split, cache)
-
-
-def emoji_folder(cache: str | Path | None = None) -> Path:
-    """Where the emoji are, or are to be, in a cache folder; None for the usual one."""
-    return (cache_folder() if cache is None else Path(cache).expanduser()) / FOLDER
-
-
-def check_emoji(folder: Path, images_too: bool = False) -> None:
-    """Check that the cache is whole: every file's size, and the SHA-256 of all but the images.
-
-    Args:
-        folder: As `emoji_folder` gives it.
-        images_too: Also the SHA-256 of the images, 0.3 GB; done once after they are made.
-
-    Raises:
-        UserError: It is missing, damaged, or of another layout; the message says what to run.
-    """
-    if not folder.is_dir():
-        raise UserError(f"The built-in emoji are not there yet ('{folder}'). {PREPARE}")
-    if fault := _fault(folder, images_too):
-        raise UserError(f"The built-in emoji in '{folder}' cannot be used: {fault}. {PREPARE}")
-
-
-def _fault(folder: Path, images_too: bool) -> str | None:
-    """What is wrong with the cache, None when it is whole."""
-    try:
-        layout = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"]
-        if layout != LAYOUT:
-            return "another version of declip made them"
-        for name, (size, digest) in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
-            path = folder / name
-            if path.stat().st_size != size or ((name != IMAGES or images_too) and sha256(path) != digest):
-                return f"{name} has changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,54 +1,30 @@
 """Make the emoji cache: fetch the packages, match drawings to concepts, draw them, and write everything once."""
 
-import importlib.metadata
-import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from declip.data.cache import written_beside
-from declip.data.emoji import (
-    CHECKSUMS,
-    DESIGNS,
-    IMAGES,
-    LAYOUT,
-    MANIFEST,
-    NOTICE,
-    TABLE,
-    Design,
-    check_emoji,
-    emoji_folder,
-    sha256,
-)
+from declip.data.emoji import DESIGNS, EMOJI, IMAGES, Design
 from declip.data.emoji_concepts import TEXT_PACKAGES, Concept, read_concepts, read_json, tidy
 from declip.data.emoji_groups import group_of, is_held_out
 from declip.data.emoji_icons import IconSet, charted_names, match
 from declip.data.npm import fetch_packages
+from declip.data.picture_build import progress_bar, version_of, write_record
+from declip.data.picture_cache import TABLE
+from declip.data.rendering import INVISIBLE, OVERSIZE, Draw, drawer, rasterise
 from declip.errors import UserError
 
 SIDE = 96
 """Pixels. A view of a 64 px model that shows 44 % of the drawing still has a pixel of its own for each of the model's;
 smaller blurs the crops, larger only costs disk (28 kB a drawing now)."""
-
-OVERSIZE = 2
-"""Drawn larger by this factor, so that cutting off the margins costs no sharpness."""
-
-INVISIBLE = 250
-"""A drawing whose darkest value is above this shows nothing on white, and is left out."""
-
-Draw = Callable[[str], bytes]
-"""From an SVG document to a PNG file."""
 
 Matches = dict[Design, dict[str, str]]
 """Name of the drawing by the concept's code, for each designer."""
@@ -67,12 +43,12 @@ def prepare_emoji(cache: str | Path | None = None, progress: bool = True) -> Pat
     Raises:
         UserError: No network, no npm, no resvg-py, no room or no right to write.
     """
-    folder = emoji_folder(cache)
+    folder = EMOJI.folder(cache)
     try:
-        check_emoji(folder, images_too=True)
+        EMOJI.check(folder, images_too=True)
     except UserError:
         draw = drawer()
-        with tempfile.TemporaryDirectory() as packages, _bar(progress) as bar:
+        with tempfile.TemporaryDirectory() as packages, progress_bar(progress) as bar:
             versions = TEXT_PACKAGES | {design.package: design.version for design in DESIGNS}
             step = bar.add_task(f"fetching {len(versions)} packages", total=None)
             fetch_packages(versions, Path(packages))
@@ -107,7 +83,7 @@ def build_emoji(packages: Path, folder: Path, draw: Draw, bar: Progress | None =
             shape = (len(drawings), SIDE, SIDE, 3)
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for index, (design, concept, name) in enumerate(drawings):
-                pixels = rasterise(sets[design].svg(name, OVERSIZE * SIDE), draw)
+                pixels = rasterise(sets[design].svg(name, OVERSIZE * SIDE), draw, SIDE)
                 file.write(pixels.tobytes())
                 key = f"{design.key}/{concept.code}"
                 if pixels.min() > INVISIBLE:
@@ -120,7 +96,7 @@ def build_emoji(packages: Path, folder: Path, draw: Draw, bar: Progress | None =
                     bar.advance(step)
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), beside / TABLE)
         _write_record(beside, packages, rows, left_out)
-        check_emoji(beside, images_too=True)
+        EMOJI.check(beside, images_too=True)
 
 
 SCHEMA = pa.schema(
@@ -163,43 +139,8 @@ def _name_by_designers(concepts: dict[str, Concept], sets: dict[Design, IconSet]
                 concepts[code].names += [name.replace("flag for flag", "flag for") for name in names]
 
 
-def drawer() -> Draw:
-    """The renderer of SVG drawings, resvg.
-
-    Raises:
-        UserError: resvg-py is not installed.
-    """
-    try:
-        from resvg_py import svg_to_bytes
-    except ImportError as error:
-        raise UserError("resvg-py is needed once, to draw the emoji: `pip install resvg-py`.") from error
-    # No drawing holds text, and looking through the system's fonts would take ten times as long as drawing.
-    return lambda svg: bytes(svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True))
-
-
-def rasterise(svg: str, draw: Draw) -> np.ndarray:
-    """Draw an SVG document over white and let the drawing fill the square: uint8 (SIDE, SIDE, 3).
-
-    Designers leave margins of 1 to 35 % around their drawings. A model would be measured on these as much as on the
-    drawings, so all get the same: none.
-    """
-    with Image.open(BytesIO(draw(svg)), formats=["PNG"]) as image:
-        picture = image.convert("RGB")
-    inked = np.asarray(picture).min(axis=2) <= INVISIBLE
-    if not inked.any():
-        return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-    rows, columns = (np.flatnonzero(inked.any(axis=axis)) for axis in (1, 0))
-    left, top = int(columns[0]), int(rows[0])
-    right, bottom = int(columns[-1]) + 1, int(rows[-1]) + 1
-    side = max(right - left, bottom - top)
-    square = Image.new("RGB", (side, side), "white")
-    part = picture.crop((left, top, right, bottom))
-    square.paste(part, ((side - part.width) // 2, (side - part.height) // 2))
-    return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-
-
 def _write_record(folder: Path, packages: Path, rows: list[dict[str, Any]], left_out: list[str]) -> None:
-    """Write what the cache was made from, the licences, and last the checksums of all files."""
+    """Write what the cache was made from and the licences."""
     drawn = Counter(row["design"] for row in rows)
     origins = {}
     for name in (*TEXT_PACKAGES, *(design.package for design in DESIGNS)):
@@ -210,19 +151,15 @@ def _write_record(folder: Path, packages: Path, rows: list[dict[str, Any]], left
             for path in sorted((packages / name).glob(pattern)):
                 shutil.copyfile(path, kept / path.name)
     manifest = {
-        "layout": LAYOUT,
+        "layout": EMOJI.layout,
         "side": SIDE,
         "pairs": len(rows),
         "drawn": dict(drawn),
         "left_out": left_out,
         "packages": origins,
-        "resvg_py": _version("resvg-py"),
+        "resvg_py": version_of("resvg-py"),
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    (folder / NOTICE).write_text(_notice(origins, drawn), encoding="utf-8")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    write_record(folder, manifest, _notice(origins, drawn))
 
 
 def _origin(package: Path) -> dict[str, str]:
@@ -252,15 +189,3 @@ def _notice(origins: dict[str, dict[str, str]], drawn: Counter[str]) -> str:
     for name in TEXT_PACKAGES:
         lines.append(f"  {name} {origins[name]['version']}, {origins[name]['licence']}, {origins[name]['source']}")
     return "\n".join(lines) + "\n"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)

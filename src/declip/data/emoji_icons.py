@@ -8,18 +8,23 @@ from typing import Any
 
 from declip.data.emoji_concepts import code_of, read_json, squash
 
+BOX = ("left", "top", "width", "height")
+
 
 class IconSet:
-    """The drawings of one designer, unpacked from an `@iconify-json` package.
+    """The drawings of one designer, in Iconify's format.
 
     Args:
-        folder: The unpacked package.
+        folder: An unpacked `@iconify-json` package, or the folder `json` of `@iconify/json`.
+        file: The set's file there.
     """
 
-    def __init__(self, folder: Path) -> None:
-        data = read_json(folder / "icons.json")
+    def __init__(self, folder: Path, file: str = "icons.json") -> None:
+        data = read_json(folder / file)
         self.prefix: str = data["prefix"]
-        self.side = (data.get("width", 16), data.get("height", 16))
+        self.box = {"left": 0, "top": 0, "width": 16, "height": 16} | {n: data[n] for n in BOX if n in data}
+        self.styles: tuple[str, ...] = tuple(style for style in data.get("suffixes", ()) if style)
+        self.categories: dict[str, list[str]] = data.get("categories", {})
         self.icons: dict[str, dict[str, Any]] = {n: i for n, i in data["icons"].items() if not i.get("hidden")}
         self.aliases: dict[str, dict[str, Any]] = data.get("aliases", {})
         self._same: dict[str, list[str]] = {}
@@ -36,8 +41,7 @@ class IconSet:
     def svg(self, name: str, side: int) -> str:
         """The drawing as an SVG document of `side` by `side` pixels, its shape kept."""
         icon = self.icons[name]
-        width, height = icon.get("width", self.side[0]), icon.get("height", self.side[1])
-        box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+        box = " ".join(str(icon.get(name, self.box[name])) for name in BOX)
         return (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'width="{side}" height="{side}" viewBox="{box}">{icon["body"]}</svg>'

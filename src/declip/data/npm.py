@@ -16,19 +16,20 @@ from declip.errors import UserError
 NO_NETWORK = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ENETUNREACH", "EHOSTUNREACH")
 """npm's codes for a registry that cannot be reached."""
 
-LANGUAGES_KEPT = ("en", "meta", "dist")
+FOLDERS_KEPT = ("en", "meta", "dist", "json")
 """Folders kept of a package; the text packages hold some twenty other languages, ten times as much."""
 
 PATIENCE = 600
-"""Seconds for all packages, 17 MB; npm itself tries again when a connection fails."""
+"""Seconds for the emoji's packages, 17 MB; npm itself tries again when a connection fails."""
 
 
-def fetch_packages(versions: Mapping[str, str], into: Path) -> None:
+def fetch_packages(versions: Mapping[str, str], into: Path, patience: float = PATIENCE) -> None:
     """Download packages and unpack each into a folder of its name.
 
     Args:
         versions: Version by package name, such as "1.2.9" for "@iconify-json/noto".
         into: Folder for the unpacked packages.
+        patience: Seconds for all of them together.
 
     Raises:
         UserError: There is no npm, no network, or no such package.
@@ -42,9 +43,9 @@ def fetch_packages(versions: Mapping[str, str], into: Path) -> None:
             "--fetch-retries=1",
         ]
         try:
-            done = find_npm()(arguments, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
+            done = find_npm()(arguments, cwd=folder, capture_output=True, text=True, timeout=patience)
         except subprocess.TimeoutExpired as error:
-            raise UserError(f"npm did not fetch the data within {PATIENCE} s. Try again later.") from error
+            raise UserError(f"npm did not fetch the data within {patience:g} s. Try again later.") from error
         if done.returncode:
             raise UserError(explain(done.stderr))
         for archive in sorted(Path(folder).glob("*.tgz")):
@@ -102,7 +103,7 @@ def unpack(archive: Path, into: Path) -> None:
                 inner = PurePosixPath(member.name).parts[1:]
                 if not member.isfile() or not inner or ".." in inner or inner[-1].endswith((".ts", ".js", ".mjs")):
                     continue
-                if len(inner) > 1 and inner[0] not in LANGUAGES_KEPT:
+                if len(inner) > 1 and inner[0] not in FOLDERS_KEPT:
                     continue
                 content = tar.extractfile(member)
                 if content is not None:

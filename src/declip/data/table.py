@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from PIL import Image
+
 from declip.data.decode import decode
 from declip.data.pairs import BrokenPair, Pair, clean_captions
 from declip.data.table_rows import Delimited, JsonLines, ParquetRows
@@ -97,10 +99,14 @@ class TableSource:
 
     def __getitem__(self, index: int) -> Pair:
         captions = self.captions(index)
+        return Pair(self.rows.key(index), self.image(index), captions)
+
+    def image(self, index: int) -> Image.Image:
+        """The image of pair `index`, without its captions; raises `BrokenPair`."""
         key, image = self.rows.key(index), self.rows.image(index)
         if not image:
             raise BrokenPair("missing image", key, "the table names none")
-        return Pair(key, decode(image if isinstance(image, bytes) else self._locate(image, key), key), captions)
+        return decode(image if isinstance(image, bytes) else self._locate(image, key), key)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The cleaned captions of pair `index`; raises `BrokenPair`."""

@@ -111,6 +111,10 @@ class JsonLines:
             return image
         raise BrokenPair("missing image", self._name(index), f"{self._image} is no path: {str(image)[:40]}")
 
+    def cell(self, index: int, column: str) -> Any:
+        """What a row has in any column, None where it has none; raises `BrokenPair`."""
+        return self._row(index).get(column)
+
     def captions(self, index: int) -> list[str | None]:
         """The captions as written; raises `BrokenPair`."""
         found = self._row(index).get(self._caption)
@@ -227,9 +231,9 @@ class ParquetRows:
         self.columns: Sequence[str] = self._file.schema_arrow.names
 
     def choose(self, image: str, caption: str) -> None:
-        """Read these two columns, or map the cache file that holds them."""
+        """Read these two columns, or map the cache file that holds them; the same twice where captions are not read."""
         schema = self._file.schema_arrow
-        if not is_text(schema.field(caption).type, lists=True):
+        if caption != image and not is_text(schema.field(caption).type, lists=True):
             raise UserError(
                 f"Column '{caption}' of '{self.path}' holds {schema.field(caption).type}; captions are a string or a "
                 "list of strings."

@@ -1,20 +1,35 @@
-"""What is measured on: opening a source by its name, and the class names and templates that belong to it."""
+"""What is measured on: opening a set by its name, with its splits, class names, templates and metric."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from declip.data.pairs import PairSource
+from declip.data.pairs import BUILTIN_PREFIX, PairSource
 from declip.data.sources import open_source
-from declip.errors import UserError
+from declip.data.table import TABLE_KINDS
+from declip.errors import UserError, unknown
+from declip.evaluation.readers.captions import coco, flickr30k
+from declip.evaluation.readers.cifar import cifar
+from declip.evaluation.readers.fine_grained import fine_grained
+from declip.evaluation.readers.image_folder import caltech101, image_folder, imagenet, imagenet_test, imagenet_v2
+from declip.evaluation.readers.labelled_table import label_column_of, labelled_table
+from declip.evaluation.readers.splits import Openers
+from declip.evaluation.readers.sun397 import sun397
+
+DEFAULT_TEMPLATES = "plain"
 
 TEMPLATES: Mapping[str, str] = {
     "builtin:emoji": "emoji",
 }
 """Template set by the beginning of a source's name; every other source gets `DEFAULT_TEMPLATES`."""
 
-DEFAULT_TEMPLATES = "plain"
+BUILTIN_SPLITS: Mapping[str, Mapping[str, str]] = {}
+"""Built-in sets for probes: name to the built-in source of each split; any other is a test split alone."""
 
 
 @runtime_checkable
@@ -25,19 +40,101 @@ class LabelledSource(PairSource, Protocol):
     class_names: Sequence[str]
 
 
-def open_dataset(on: "str | PairSource") -> PairSource:
-    """Open a source by its name; one that is open already is handed back.
+@dataclass(frozen=True)
+class Named:
+    """How a set is read that the user names and has in a folder.
+
+    Attributes:
+        open: From the set's name and its folder to what opens its splits; checks that the files are there.
+        templates: Its template set.
+        metric: What its convention reports: "top1" or "mean_per_class".
+    """
+
+    open: Callable[[str, Path], Openers]
+    templates: str = DEFAULT_TEMPLATES
+    metric: str = "top1"
+
+
+NAMED: Mapping[str, Named] = {
+    "pets": Named(fine_grained, "pets", "mean_per_class"),
+    "cifar10": Named(cifar, "cifar10"),
+    "cifar100": Named(cifar, "cifar100"),
+    "sun397": Named(sun397, "sun397"),
+    "food101": Named(fine_grained, "food101"),
+    "flowers102": Named(fine_grained, "flowers102", "mean_per_class"),
+    "cars": Named(fine_grained, "cars"),
+    "caltech101": Named(caltech101, "caltech101", "mean_per_class"),
+    "aircraft": Named(fine_grained, "aircraft", "mean_per_class"),
+    "dtd": Named(fine_grained, "dtd"),
+    "imagenet": Named(imagenet, "imagenet"),
+    "imagenet-v2": Named(imagenet_v2, "imagenet"),
+    "imagenet-r": Named(imagenet_test, "imagenet"),
+    "imagenet-sketch": Named(imagenet_test, "imagenet"),
+    "imagenet-a": Named(imagenet_test, "imagenet"),
+    "coco": Named(coco),
+    "flickr30k": Named(flickr30k),
+    "folder": Named(image_folder),
+}
+"""What `NAME:/path` may name. Metrics as in CLIP's table of data sets (Radford et al. 2021, appendix A)."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named set with its splits, each opened when it is first asked for.
+
+    Attributes:
+        name: As the user wrote it, without the path: "pets", "builtin:stamps", "mine.csv".
+        openers: What opens each split; keys among "train", "validation", "test", of which "test" is always there.
+        templates: Name of a template set.
+        metric: What the set's convention reports: "top1" or "mean_per_class".
+    """
+
+    name: str
+    openers: Openers
+    templates: str = DEFAULT_TEMPLATES
+    metric: str = "top1"
+    _opened: dict[str, PairSource] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def has(self, which: str) -> bool:
+        """Whether there is such a split."""
+        return which in self.openers
+
+    def split(self, which: str) -> PairSource:
+        """A split, opened once.
+
+        Raises:
+            UserError: there is none, its files are not what they should be, or it is empty.
+        """
+        if which not in self.openers:
+            raise UserError(f"'{self.name}' has no {which} split. It has: {', '.join(self.openers)}.")
+        if which not in self._opened:
+            source = self.openers[which]()
+            if len(source) == 0:
+                raise UserError(f"'{self.name}' holds no pair in its {which} split. Nothing can be measured on it.")
+            self._opened[which] = source
+        return self._opened[which]
+
+
+def open_dataset(on: str | PairSource | Dataset, *, label_column: str | None = None) -> Dataset:
+    """Open a set by its name, or make one of an open source; its test split is opened at once.
 
     Args:
-        on: What `declip.data.sources.open_source` opens, or an open source.
+        on: ``NAME:/path`` with one of `NAMED`, such as "pets:/data/pets" or "folder:/data/mine"; a table, which has
+            classes where it has a column of labels; what else `declip.data.sources.open_source` opens; an open source;
+            or an open set, which is handed back.
+        label_column: Of a table; None looks for "label", "class", "class_name" or "category".
 
     Raises:
-        UserError: there is no such source, or it is empty.
+        UserError: there is no such set, files of it are missing, or it is empty.
     """
-    source = open_source(on) if isinstance(on, str) else on
-    if len(source) == 0:
-        raise UserError(f"'{source.name}' holds no pair. Nothing can be measured on it.")
-    return source
+    if isinstance(on, Dataset):
+        dataset = on
+    elif isinstance(on, str):
+        dataset = _by_name(on, label_column)
+    else:
+        dataset = _single(on)
+    dataset.split("test")
+    return dataset
 
 
 def with_classes(source: PairSource) -> LabelledSource:
@@ -63,7 +160,43 @@ def with_classes(source: PairSource) -> LabelledSource:
 
 def templates_of(source: PairSource) -> str:
     """The name of the template set that belongs to a source."""
-    for beginning, templates in TEMPLATES.items():
-        if source.name.startswith(beginning):
-            return templates
-    return DEFAULT_TEMPLATES
+    return _templates_named(source.name)
+
+
+def _by_name(on: str, label_column: str | None) -> Dataset:
+    name, colon, place = on.partition(":")
+    table = name not in NAMED and on.lower().endswith(TABLE_KINDS)
+    if label_column is not None and not table:
+        raise UserError(f"A column of labels ('{label_column}') was named, but '{on}' is not a table.")
+    if on.startswith(BUILTIN_PREFIX):
+        splits = BUILTIN_SPLITS.get(on, {"test": on})
+        openers = {which: partial(open_source, source) for which, source in splits.items()}
+        return Dataset(on, openers, _templates_named(on))
+    if name in NAMED and colon:
+        if not place:
+            raise UserError(f"'{on}' names no folder. Write '{name}:PATH'.")
+        return _named(name, Path(place).expanduser())
+    # One letter before a colon is a Windows drive.
+    if colon and re.fullmatch(r"[\w-]{2,}", name) and not Path(on).exists():
+        raise unknown("data set", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
+    path = Path(on).expanduser()
+    column = label_column_of(path, label_column) if table and path.is_file() else None
+    return _single(open_source(on)) if column is None else Dataset(path.name, labelled_table(path, column))
+
+
+def _named(name: str, root: Path) -> Dataset:
+    named = NAMED[name]
+    shown = root.resolve().name if name == "folder" else name
+    return Dataset(shown, named.open(shown if name == "folder" else name, root), named.templates, named.metric)
+
+
+def _single(source: PairSource) -> Dataset:
+    return Dataset(source.name, {"test": partial(_itself, source)}, templates_of(source))
+
+
+def _itself(source: PairSource) -> PairSource:
+    return source
+
+
+def _templates_named(name: str) -> str:
+    return next((templates for start, templates in TEMPLATES.items() if name.startswith(start)), DEFAULT_TEMPLATES)

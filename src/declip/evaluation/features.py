@@ -1,6 +1,6 @@
 """Features for measuring: every image and caption of a source through the towers, once, without gradient."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 
 from declip.data.pairs import BrokenPair, Pair, PairSource, SkipCounter
@@ -115,7 +116,7 @@ def text_features(model: Encoder, texts: Sequence[str], *, batch: int = 256, pro
     chunks = [strings[start : start + batch] for start in range(0, len(strings), batch)]
     with measuring(model) as device:
         parts = [
-            _unit(model.encode_text(model.tokenize(chunk).to(device)))
+            normalize(model.encode_text(model.tokenize(chunk).to(device)).float(), dim=-1).cpu()
             for chunk in _watched(chunks, len(chunks), "Texts", progress)
         ]
     rows = torch.tensor([distinct[text] for text in texts], dtype=torch.int64)
@@ -146,6 +147,69 @@ def encode_source(
     Raises:
         UserError: not one pair of the source can be read.
     """
+    rows = encode_images(
+        model,
+        source,
+        lambda pixels: normalize(model.encode_image(pixels).float(), dim=-1),
+        indices=indices,
+        batch=batch,
+        workers=workers,
+        progress=progress,
+    )
+    captions = rows.captions
+    words = [caption for own in captions for caption in own]
+    return SourceFeatures(
+        name=source.name,
+        indices=rows.indices,
+        images=rows.features,
+        captions=captions,
+        texts=text_features(model, words, batch=batch, progress=progress) if texts else None,
+        owners=np.repeat(np.arange(len(captions)), [len(own) for own in captions]),
+        skipped=rows.skipped,
+    )
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Images of a source as an encoder sees them; those that could not be read are left out and counted.
+
+    Attributes:
+        indices: (n,) int64, the place of each row in the source.
+        features: (n, d) float32 on the CPU, as the encoder gave them.
+        captions: Of each row, its captions.
+        skipped: The pairs left out, by reason.
+    """
+
+    indices: np.ndarray
+    features: Tensor
+    captions: tuple[tuple[str, ...], ...]
+    skipped: SkipCounter
+
+
+def encode_images(
+    model: Encoder,
+    source: PairSource,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    indices: Sequence[int] | np.ndarray | None = None,
+    batch: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> EncodedImages:
+    """Run the images of a source through one of a model's encoders, in one pass over the files.
+
+    Args:
+        model: The model, for its preprocessing, its device and its mode.
+        source: The pairs.
+        encode: (n, 3, S, S) normalised pixels on the model's device to (n, d).
+        indices: As for `encode_source`.
+        batch: As for `encode_source`.
+        workers: As for `encode_source`.
+        progress: As for `encode_source`.
+
+    Raises:
+        UserError: not one pair of the source can be read.
+    """
     places = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     reader = DataLoader(
         _Places(source, places),
@@ -162,21 +226,12 @@ def encode_source(
             for broken in read.broken:
                 skipped.add(broken)
             if read.pixels is not None:
-                parts.append(_unit(model.encode_image(read.pixels.to(device))))
+                parts.append(encode(read.pixels.to(device)).float().cpu())
                 kept += read.places
                 captions += read.captions
     if not kept:
         raise _nothing_left(source, skipped)
-    words = [caption for own in captions for caption in own]
-    return SourceFeatures(
-        name=source.name,
-        indices=np.asarray(kept, dtype=np.int64),
-        images=torch.cat(parts),
-        captions=tuple(captions),
-        texts=text_features(model, words, batch=batch, progress=progress) if texts else None,
-        owners=np.repeat(np.arange(len(captions)), [len(own) for own in captions]),
-        skipped=skipped,
-    )
+    return EncodedImages(np.asarray(kept, dtype=np.int64), torch.cat(parts), tuple(captions), skipped)
 
 
 @dataclass
@@ -221,11 +276,6 @@ class _Collate:
             captions=[pair.captions for _, pair in good],
             broken=[pair for _, pair in rows if isinstance(pair, BrokenPair)],
         )
-
-
-def _unit(features: Tensor) -> Tensor:
-    """To the CPU, in float32, each row of length 1."""
-    return nn.functional.normalize(features.float(), dim=-1).cpu()
 
 
 def _watched(items: Iterable[T], total: int, label: str, progress: bool) -> Iterable[T]:

@@ -20,7 +20,7 @@ from declip.data.image_views import ImageViews
 from declip.data.pairs import PairSource
 from declip.data.tokenizer import Tokenizer
 from declip.errors import UserError
-from declip.evaluation.datasets import open_dataset, templates_of, with_classes
+from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.features import Encoder, SourceFeatures, encode_source
 from declip.evaluation.report_curves import accuracy_curves, progress_curves, term_curves
 from declip.evaluation.report_gallery import Confusions, Gallery, confusions, image_to_text, text_to_image
@@ -62,9 +62,10 @@ class Absent:
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """A held-out source, encoded, and how much of it that is."""
+    """A held-out source, encoded, the templates of its set, and how much of it that is."""
 
     source: PairSource
+    templates: str
     features: SourceFeatures
     pictures: Pictures
     seed: int
@@ -78,7 +79,7 @@ def write_report(
     model: ReportModel,
     *,
     recipe: Recipe | None = None,
-    heldout: str | PairSource | None = None,
+    heldout: str | PairSource | Dataset | None = None,
     train_source: PairSource | None = None,
     image_views: ImageViews | None = None,
     loader: Loader | None = None,
@@ -94,8 +95,8 @@ def write_report(
         run_folder: Holds recipe.yaml, metrics.jsonl, evaluations.jsonl, skipped.json, as far as written.
         model: Encodes the held-out pairs and the captions that look into the queue.
         recipe: The run's recipe; by default the folder's recipe.yaml is read.
-        heldout: What the headline and the galleries are about. By default a source of the recipe's evaluation
-            that was measured already: the final ones first, and of those one with both protocols.
+        heldout: What the headline and the galleries are about; of a set, its test split. By default a source of the
+            recipe's evaluation that was measured already: the final ones first, and of those one with both protocols.
         train_source: The training pairs.
         image_views: Finishes the loader's image views.
         loader: The training loader; its next batch is shown.
@@ -165,8 +166,8 @@ def _recipe_of(run: Run) -> Recipe | None:
         return None
 
 
-def _chosen(heldout: str | PairSource | None, recipe: Recipe | None, run: Run) -> PairSource:
-    """The held-out source that the report is about; see `write_report`."""
+def _chosen(heldout: str | PairSource | Dataset | None, recipe: Recipe | None, run: Run) -> Dataset:
+    """The held-out set that the report is about; see `write_report`."""
     if heldout is not None:
         return open_dataset(heldout)
     names = _candidates(recipe) if recipe is not None else []
@@ -185,12 +186,13 @@ def _candidates(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys((*last, *during, *others)))
 
 
-def _encode(model: Encoder, source: PairSource, limit: int, seed: int) -> _HeldOut:
+def _encode(model: Encoder, dataset: Dataset, limit: int, seed: int) -> _HeldOut:
+    source = dataset.split("test")
     places = np.arange(len(source))
     if len(places) > limit:
         places = np.linspace(0, len(source) - 1, limit).round().astype(np.int64)
     features = encode_source(model, source, indices=places.tolist())
-    return _HeldOut(source, features, Pictures(source), seed)
+    return _HeldOut(source, dataset.templates, features, Pictures(source), seed)
 
 
 def _to_images(held_out: _HeldOut) -> Gallery:
@@ -203,7 +205,7 @@ def _to_texts(held_out: _HeldOut) -> Gallery:
 
 def _confused(model: Encoder, held_out: _HeldOut) -> Confusions:
     source = with_classes(held_out.source)
-    _, templates = read_templates(templates_of(source))
+    _, templates = read_templates(held_out.templates)
     classes = class_features(model, source.class_names, templates)
     labels = np.asarray(source.labels)[held_out.features.indices]
     return confusions(held_out.features, labels, source.class_names, classes, held_out.pictures)

@@ -1,32 +1,14 @@
 """What an evaluation returns: numbers with their n and their chance, as a record and as a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from rich.markup import escape
 from rich.table import Table
 
-
-class Measure(NamedTuple):
-    """One number, what guessing would give, and of how many queries it is the mean."""
-
-    name: str
-    value: float
-    chance: float
-    n: int
-
-    @property
-    def times_chance(self) -> float:
-        """How many times better than guessing."""
-        return self.value / self.chance
-
-    @property
-    def margin(self) -> float:
-        """Half the width of the 95 % interval of a share of `n` independent trials (Wilson 1927)."""
-        z, n, p = 1.96, self.n, self.value
-        return z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+from declip.evaluation.measure import Measure
+from declip.evaluation.probe_results import FewShotResult, KNNResult, LinearProbeResult
 
 
 @dataclass(frozen=True)
@@ -165,7 +147,38 @@ class RetrievalResult:
         }
 
 
-Result = ZeroShotResult | RetrievalResult
+Result = ZeroShotResult | RetrievalResult | LinearProbeResult | KNNResult | FewShotResult
+
+
+def _given(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: row[name] for name in names}
+
+
+def _read_zero_shot(row: Mapping[str, Any]) -> ZeroShotResult:
+    names = ("on", "n", "classes", "top1", "top5", "mean_per_class", "templates", "skipped")
+    return ZeroShotResult(**_given(row, *names))
+
+
+def _read_retrieval(row: Mapping[str, Any]) -> RetrievalResult:
+    return RetrievalResult(
+        text_to_image=_read_recall(row, "text_to_image"),
+        image_to_text=_read_recall(row, "image_to_text"),
+        **_given(row, "on", "images", "texts", "duplicate_captions", "same_caption", "skipped"),
+    )
+
+
+def _read_recall(row: Mapping[str, Any], direction: str) -> Recall:
+    return Recall(**{name: row[f"{direction}_{name}"] for name in Recall.FIELDS})
+
+
+READERS: Mapping[str, Callable[[Mapping[str, Any]], Result]] = {
+    ZeroShotResult.protocol: _read_zero_shot,
+    RetrievalResult.protocol: _read_retrieval,
+    LinearProbeResult.protocol: LinearProbeResult.from_dict,
+    KNNResult.protocol: KNNResult.from_dict,
+    FewShotResult.protocol: FewShotResult.from_dict,
+}
+"""What reads the rows of each protocol."""
 
 
 def read_result(row: Mapping[str, Any]) -> Result | None:
@@ -174,23 +187,8 @@ def read_result(row: Mapping[str, Any]) -> Result | None:
     Returns:
         The result, or None for a protocol that has no typed result here.
     """
-
-    def given(*names: str) -> dict[str, Any]:
-        return {name: row[name] for name in names}
-
-    if row.get("protocol") == ZeroShotResult.protocol:
-        return ZeroShotResult(**given("on", "n", "classes", "top1", "top5", "mean_per_class", "templates", "skipped"))
-    if row.get("protocol") == RetrievalResult.protocol:
-        return RetrievalResult(
-            text_to_image=_read_recall(row, "text_to_image"),
-            image_to_text=_read_recall(row, "image_to_text"),
-            **given("on", "images", "texts", "duplicate_captions", "same_caption", "skipped"),
-        )
-    return None
-
-
-def _read_recall(row: Mapping[str, Any], direction: str) -> Recall:
-    return Recall(**{name: row[f"{direction}_{name}"] for name in Recall.FIELDS})
+    reader = READERS.get(row.get("protocol", ""))
+    return None if reader is None else reader(row)
 
 
 def results_table(results: Sequence[Result], title: str | None = None) -> Table:

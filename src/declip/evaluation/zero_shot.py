@@ -1,24 +1,18 @@
 """Zero-shot classification: the class whose name, put into sentences, lies nearest to the image."""
 
+from collections import Counter
 from collections.abc import Sequence
-from importlib import resources
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.errors import UserError, unknown
+from declip.errors import UserError
 from declip.evaluation.features import Encoder, SourceFeatures, text_features
+from declip.evaluation.prompt_sets import read_prompts
 from declip.evaluation.results import ZeroShotResult
 from declip.evaluation.retrieval import BLOCK, ranks
-
-
-def prompt_names() -> list[str]:
-    """Names of the template sets that the package ships."""
-    folder = resources.files("declip.evaluation") / "prompts"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def read_templates(templates: str | Sequence[str]) -> tuple[str, list[str]]:
@@ -34,10 +28,7 @@ def read_templates(templates: str | Sequence[str]) -> tuple[str, list[str]]:
         UserError: unknown name, no template, or a template without ``{}``.
     """
     if isinstance(templates, str) and "{}" not in templates:
-        if templates not in prompt_names():
-            raise unknown("template set", templates, prompt_names())
-        shipped = resources.files("declip.evaluation") / "prompts" / f"{templates}.yaml"
-        return templates, list(yaml.safe_load(shipped.read_text(encoding="utf-8"))["templates"])
+        return templates, list(read_prompts(templates).templates)
     given = [templates] if isinstance(templates, str) else list(templates)
     wrong = [template for template in given if "{}" not in template]
     if wrong or not given:
@@ -85,8 +76,9 @@ def classify(
 ) -> ZeroShotResult:
     """Measure top-1, top-5 and the mean per class.
 
-    Ties go against the model, as in `declip.evaluation.retrieval.ranks`: two classes with the same name are
-    never right.
+    Ties go against the model, as in `declip.evaluation.retrieval.ranks`. Classes of the same name, such as ImageNet's
+    two "missile" in CLIP's published list, have the same feature and are one candidate: it stands for the first of
+    them, as the usual argmax has it, and the others are never right.
 
     Args:
         features: The images of a source, encoded.
@@ -105,7 +97,9 @@ def classify(
             f"'{features.name}' has the label {outside[0]}, but its {len(classes)} class names are numbered "
             f"0 to {len(classes) - 1}. Mend the labels or give a name for every class."
         )
-    rank = ranks(features.images, classes, [labels[row : row + 1] for row in range(len(labels))], block=block)
+    distinct, candidate, namesakes_before = _distinct(classes)
+    own = [candidate[label : label + 1] for label in labels]
+    rank = ranks(features.images, distinct, own, block=block) + namesakes_before[labels]
     first = rank <= 1
     size = np.bincount(labels, minlength=len(classes))
     correct = np.bincount(labels, weights=first, minlength=len(classes))
@@ -119,6 +113,17 @@ def classify(
         templates=templates,
         skipped=dict(features.skipped.counts),
     )
+
+
+def _distinct(classes: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """The distinct rows; of each class, its place among them and how many classes before it have the same row."""
+    distinct, place = torch.unique(classes, dim=0, return_inverse=True)
+    met: Counter[int] = Counter()
+    before = []
+    for candidate in place.tolist():
+        before.append(met[candidate])
+        met[candidate] += 1
+    return distinct, place.numpy(), np.array(before, dtype=np.int64)
 
 
 def predict(images: Tensor, classes: Tensor, count: int = 1, *, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:

@@ -61,9 +61,9 @@ def check_datasets(recipe: Recipe) -> None:
     wanted = recipe.evaluation
     zero_shot = {*wanted.zero_shot, *wanted.final_zero_shot}
     for name in dict.fromkeys((*sorted(zero_shot), *wanted.retrieval, *wanted.final_retrieval)):
-        source = open_dataset(name)
+        dataset = open_dataset(name)
         if name in zero_shot:
-            with_classes(source)
+            with_classes(dataset.split("test"))
 
 
 def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:

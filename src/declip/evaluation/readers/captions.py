@@ -1,0 +1,107 @@
+"""COCO and Flickr30k: photographs with five captions each, for retrieval."""
+
+import csv
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from declip.data.pairs import PairSource
+from declip.errors import UserError
+from declip.evaluation.readers.images import CaptionedFiles
+from declip.evaluation.readers.layout import opened, require_one
+from declip.evaluation.readers.splits import Openers
+
+KARPATHY = {"train": ("train", "restval"), "validation": ("val",), "test": ("test",)}
+"""Our splits to those of Karpathy & Fei-Fei (2015), which retrieval is reported on: 5,000 images of COCO for the
+test, 1,000 of Flickr30k."""
+
+FLICKR_FOLDERS = ("flickr30k-images/", "flickr30k_images/", "Images/", "images/")
+
+
+def coco(name: str, root: Path) -> Openers:
+    """Open COCO captions.
+
+    With `dataset_coco.json` and `val2014/` (and `train2014/`): Karpathy's splits. With `captions_val2017.json`, there
+    or in `annotations/`, and `val2017/`: those 5,000 images, which are other ones. All captions of an image count.
+
+    Raises:
+        UserError: files are missing.
+    """
+    layouts = [
+        ("dataset_coco.json", "val2014/"),
+        ("annotations/captions_val2017.json", "val2017/"),
+        ("captions_val2017.json", "val2017/"),
+    ]
+    found = require_one(name, root, layouts)
+    if found == 0:
+        return _karpathy(name, root / "dataset_coco.json", root, train=(root / "train2014").is_dir())
+    return {"test": partial(_coco_2017, name, root / layouts[found][0], root / "val2017")}
+
+
+def flickr30k(name: str, root: Path) -> Openers:
+    """Open Flickr30k.
+
+    With `dataset_flickr30k.json`: Karpathy's splits. With `results_20130124.token` or `results.csv`, which have none,
+    all 31,783 images are the test: harder, and not comparable with what is reported for 1,000. The images are in one
+    of `FLICKR_FOLDERS`.
+
+    Raises:
+        UserError: files are missing.
+    """
+    lists = ("dataset_flickr30k.json", "results_20130124.token", "results.csv")
+    layouts = [(each, folder) for each in lists for folder in FLICKR_FOLDERS]
+    path, folder = layouts[require_one(name, root, layouts)]
+    if path == lists[0]:
+        return _karpathy(name, root / path, root / folder, train=True)
+    return {"test": partial(_flickr_lines, name, root / path, root / folder)}
+
+
+def _karpathy(name: str, path: Path, images: Path, train: bool) -> Openers:
+    return {
+        which: partial(_karpathy_split, name, path, images, which) for which in KARPATHY if train or which != "train"
+    }
+
+
+def _karpathy_split(name: str, path: Path, images: Path, which: str) -> PairSource:
+    def read() -> tuple[list[str], list[list[str]]]:
+        rows = [row for row in _json(path)["images"] if row["split"] in KARPATHY[which]]
+        keys = [f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"] for row in rows]
+        return keys, [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
+
+    return CaptionedFiles(name, images, *opened(name, path.parent, read))
+
+
+def _coco_2017(name: str, path: Path, images: Path) -> PairSource:
+    def read() -> tuple[list[str], list[list[str]]]:
+        tree = _json(path)
+        captions: dict[int, list[str]] = {row["id"]: [] for row in tree["images"]}
+        for row in tree["annotations"]:
+            captions[row["image_id"]].append(row["caption"])
+        return [row["file_name"] for row in tree["images"]], list(captions.values())
+
+    return CaptionedFiles(name, images, *opened(name, path.parent, read))
+
+
+def _flickr_lines(name: str, path: Path, images: Path) -> PairSource:
+    """`1.jpg#0<tab>caption` in the .token file; `1.jpg| 0| caption` below a line of headings in the .csv file."""
+    captions: dict[str, list[str]] = {}
+    with path.open(encoding="utf-8", newline="") as lines:
+        if path.suffix == ".csv":
+            cells = csv.reader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
+            next(cells, None)
+            for row in cells:
+                if row:
+                    captions.setdefault(row[0].strip(), []).append(row[-1].strip())
+        else:
+            for line in lines:
+                image, tab, caption = line.rstrip("\r\n").partition("\t")
+                if not tab and image:
+                    raise UserError(f"'{path}' has the line '{image[:60]}' without a tab between image and caption.")
+                captions.setdefault(image.partition("#")[0], []).append(caption)
+    captions.pop("", None)
+    return CaptionedFiles(name, images, list(captions), list(captions.values()))
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

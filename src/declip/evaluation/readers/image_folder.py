@@ -1,0 +1,153 @@
+"""A folder of images with one folder a class: any, Caltech-101, ImageNet and its relatives."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import yaml
+from torchvision.datasets.folder import make_dataset
+
+from declip.data.decode import EXTENSIONS
+from declip.errors import UserError
+from declip.evaluation.prompt_sets import class_names, read_prompts
+from declip.evaluation.readers.images import LabelledFiles
+from declip.evaluation.readers.layout import below, require
+from declip.evaluation.readers.splits import Openers, drawn_split
+
+SPLITS: Mapping[str, Sequence[str]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test", "testing"),
+}
+"""What folders of splits are called."""
+
+
+def image_folder(name: str, root: Path) -> Openers:
+    """Open any folder with one folder a class, or with splits that hold one folder a class.
+
+    The folders' names, underscores as spaces, are the class names; a class is numbered by its place among the names
+    of all splits. Without a test folder the validation folder is the test.
+
+    Raises:
+        UserError: there is no folder, no class, or splits without one to measure on.
+    """
+    if not root.is_dir():
+        raise UserError(f"There is no folder '{root}'.")
+    there = {which: _first(root, names) for which, names in SPLITS.items()}
+    folders = {which: folder for which, folder in there.items() if folder is not None}
+    if "train" not in folders or len(folders) == 1:
+        if folders:
+            raise UserError(
+                f"'{root}' has the split {', '.join(sorted(folder.name for folder in folders.values()))} only. A set "
+                "with splits needs a 'train' folder and a 'validation' or 'test' folder; to measure on one folder, "
+                f"give that: 'folder:{next(iter(folders.values()))}'."
+            )
+        folders = {"test": root}
+    if "test" not in folders:
+        folders["test"] = folders.pop("validation")
+    raw = sorted({each for folder in folders.values() for each in _inner(folder)})
+    if len(raw) < 2:
+        raise UserError(f"'{root}' needs one folder of images a class, at least two; it has {len(raw)}.")
+    shown = [each.replace("_", " ") for each in raw]
+    return {which: partial(_labelled, name, folder, raw, shown) for which, folder in folders.items()}
+
+
+def caltech101(name: str, root: Path) -> Openers:
+    """Open Caltech-101: `root` holds `caltech101/101_ObjectCategories/` with 102 folders.
+
+    As in CLIP (Radford et al. 2021, appendix A), the background is a class, 30 images of each class are for training
+    and all others for the test. The draw, which nobody published, is that of seed 0 over the paths in order.
+    torchvision's reader is not used: it leaves the background out.
+
+    Raises:
+        UserError: a class is missing, or there are others.
+    """
+    folder = root / "caltech101" / "101_ObjectCategories"
+    require(name, root, ["caltech101/101_ObjectCategories/"])
+    raw = _exactly(name, folder, list(read_prompts(name).classes))
+    return {which: partial(_drawn, name, folder, raw, which) for which in ("train", "test")}
+
+
+def imagenet(name: str, root: Path) -> Openers:
+    """Open ImageNet: `root` holds `val/` and, for probes, `train/`, each with 1,000 folders named by WordNet number.
+
+    The 50,000 validation images are the test, as everywhere: the test set's labels were never published.
+
+    Raises:
+        UserError: a folder of a class is missing, or there are others.
+    """
+    require(name, root, ["val/"])
+    raw = _exactly(name, root / "val", list(read_prompts("imagenet").classes))
+    openers = {"test": partial(_labelled, name, root / "val", raw, class_names("imagenet", raw))}
+    if (root / "train").is_dir():
+        _exactly(name, root / "train", raw)
+        openers["train"] = partial(_labelled, name, root / "train", raw, class_names("imagenet", raw))
+    return openers
+
+
+def imagenet_test(name: str, root: Path) -> Openers:
+    """Open "imagenet-sketch", "imagenet-r" or "imagenet-a": `root` holds a folder a class, named by WordNet number.
+
+    The last two hold 200 of the 1,000 classes, and only these can be chosen from.
+
+    Raises:
+        UserError: a folder of a class is missing, or there are others.
+    """
+    raw = _exactly(name, root, wnids_of(name))
+    return {"test": partial(_labelled, name, root, raw, class_names("imagenet", raw))}
+
+
+def imagenet_v2(name: str, root: Path) -> Openers:
+    """Open ImageNet-V2 (any of its three): `root` holds folders 0 to 999, the places of the sorted WordNet numbers.
+
+    Raises:
+        UserError: a folder of a class is missing, or there are others.
+    """
+    wnids = list(read_prompts("imagenet").classes)
+    raw = _exactly(name, root, [str(number) for number in range(len(wnids))])
+    return {"test": partial(_labelled, name, root, raw, class_names("imagenet", wnids))}
+
+
+def wnids_of(name: str) -> list[str]:
+    """The sorted WordNet numbers of ImageNet's classes that a set holds: 200 of "imagenet-r" and "imagenet-a"."""
+    subsets = yaml.safe_load((Path(__file__).parent / "imagenet_subsets.yaml").read_text(encoding="utf-8"))
+    return list(subsets.get(name) or read_prompts("imagenet").classes)
+
+
+def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
+    """Check that a folder holds the classes' folders, and no others."""
+    if not folder.is_dir():
+        raise UserError(f"'{name}' expects the folder '{folder}', with a folder for each of {len(raw)} classes.")
+    there = set(_inner(folder))
+    missing, strange = [each for each in raw if each not in there], sorted(there.difference(raw))
+    if missing or strange:
+        what = f"{len(missing)} of them are missing ('{missing[0]}' is the first)" if missing else ""
+        more = f"{len(strange)} others are there ('{strange[0]}' is the first)" if strange else ""
+        raise UserError(
+            f"'{name}' expects {len(raw)} folders in '{folder}', from '{raw[0]}' to '{raw[-1]}', one a class: "
+            f"{' and '.join(filter(None, (what, more)))}. Another selection of classes can be measured as "
+            f"'folder:{folder}'."
+        )
+    return raw
+
+
+def _labelled(name: str, folder: Path, raw: Sequence[str], shown: Sequence[str]) -> LabelledFiles:
+    """The images of all classes, in the order of the classes' folders and then of the paths."""
+    rows = make_dataset(folder, {each: label for label, each in enumerate(raw)}, EXTENSIONS, allow_empty=True)
+    return LabelledFiles(name, folder, below(folder, (path for path, _ in rows)), [label for _, label in rows], shown)
+
+
+def _drawn(name: str, folder: Path, raw: Sequence[str], which: str) -> LabelledFiles:
+    rows = make_dataset(folder, {each: label for label, each in enumerate(raw)}, EXTENSIONS, allow_empty=True)
+    places = drawn_split([label for _, label in rows], train=30)[which]
+    keys = below(folder, (rows[place][0] for place in places))
+    return LabelledFiles(name, folder, keys, [rows[place][1] for place in places], class_names(name, raw))
+
+
+def _inner(folder: Path) -> list[str]:
+    """Names of the folders in it, but for hidden ones."""
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+
+
+def _first(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / each for each in names if (root / each).is_dir()), None)

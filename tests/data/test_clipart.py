@@ -1,0 +1,148 @@
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from declip.data import debian
+from declip.data.builtin import open_builtin, prepare
+from declip.data.clipart import CLIPART, open_clipart
+from declip.data.clipart_build import PACKAGE, SIDE, build_clipart
+from declip.data.clipart_read import also_stamps, file_words, title_words
+from declip.data.debian import Unpacked
+from declip.data.pairs import PairSource
+from declip.data.picture_cache import GREY, MANIFEST, NOTICE
+from declip.data.rendering import page_drawer
+from declip.data.sources import open_source
+from declip.errors import UserError
+
+HEAD = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:cc="http://web.resource.org/cc/" '
+    'xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" '
+)
+DRAWINGS = {
+    # Title, file's size, colour.
+    "animals/bug_nicu_buculei_01": ("Clip art by Nicu - bug", 'width="210mm" height="297mm"', "red"),
+    "animals/cat_old": ("Happy cat (2)", 'width="744" height="1052"', "#00ff00"),
+    "food/pear": ("Pear", 'width="100%" height="100%" viewBox="0 0 744 1052"', "blue"),
+    "food/pear_02": ("pear", 'width="744" height="1052"', "black"),
+    "food/coccinelle": ("Coccinelle", 'width="744" height="1052"', "#123456"),
+    "food/ghost": ("Ghost", 'width="744" height="1052"', "white"),
+    "food/owned": ("Owned thing", 'width="744" height="1052"', "orange"),
+    "shapes/stars/star_12": ("Star", 'width="744" height="1052"', "#111111"),
+    "computer/icons/mail": ("Mail", 'width="744" height="1052"', "#222222"),
+    **{f"tools/hammer_{i}": ("Set of tools", 'width="744" height="1052"', f"#33333{i}") for i in range(5)},
+}
+AUTHOR = "Nicu Buculei"
+
+
+def svg(title, size, colour, licence="http://web.resource.org/cc/PublicDomain"):
+    subjects = "".join(f"<rdf:li>{word}</rdf:li>" for word in ("fruit_tree", "hash(0x8a)", "http://a.b", "pear"))
+    return (
+        f"{HEAD}{size}><metadata><rdf:RDF><cc:Work><dc:title>{title}</dc:title><dc:subject><rdf:Bag>{subjects}"
+        f"</rdf:Bag></dc:subject><dc:creator><cc:Agent><dc:title>{AUTHOR}</dc:title></cc:Agent></dc:creator>"
+        f'<cc:license rdf:resource="{licence}"/></cc:Work></rdf:RDF></metadata>'
+        f'<rect x="20" y="20" width="200" height="200" fill="{colour}"/></svg>'
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The package as it lies below the root of a machine."""
+    root = tmp_path_factory.mktemp("debian")
+    folder = root / PACKAGE.data
+    for key, (title, size, colour) in DRAWINGS.items():
+        licence = {"licence": "GPL"} if key == "food/owned" else {}
+        path = folder / f"{key}.svg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(svg(title, size, colour, **licence), encoding="utf-8")
+    (folder / "food/torn.svg").write_text("<svg")
+    (folder / "food/apple_copy.svg").symlink_to("pear.svg")
+    stamp = sorted(also_stamps())[0]
+    (folder / stamp).parent.mkdir(parents=True, exist_ok=True)
+    (folder / stamp).write_text(svg("A stamp", 'width="900" height="900"', "#654321"), encoding="utf-8")
+    notice = root / "usr/share/doc" / PACKAGE.name / "copyright"
+    notice.parent.mkdir(parents=True)
+    notice.write_text("public domain")
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(root, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    notice = root / "usr/share/doc" / PACKAGE.name / "copyright"
+    build_clipart(Unpacked(root / PACKAGE.data, notice, "0.18"), CLIPART.folder(cache), page_drawer())
+    return cache
+
+
+def test_drawings_and_their_titles(built):
+    source = open_clipart("clipart", built)
+    assert isinstance(source, PairSource)
+    titles = {row["key"]: row["title"] for row in source.rows}
+    # Not: a title in another language, white on white, not public, series, links, broken files, stamps.
+    assert titles == {
+        "animals/bug_nicu_buculei_01.svg": "bug",
+        "animals/cat_old.svg": "happy cat",
+        "food/pear.svg": "pear",
+        "food/pear_02.svg": "pear",
+        **{f"tools/hammer_{i}.svg": "hammer" for i in range(5)},
+    }
+    assert source.class_names == ("bug", "hammer", "happy cat", "pear")
+    assert source.labels.tolist() == [0, 2, 3, 3, 1, 1, 1, 1, 1]
+    assert source.labels.dtype == np.int64
+    assert source.captions(0) == source[0].captions == ("bug",)
+    assert source[0].keywords == ("fruit tree", "pear")
+    assert source[2].keywords == ("fruit tree",)
+    assert json.loads((built / "clipart" / MANIFEST).read_text())["left_out"]["invisible"] == 1
+
+
+def test_a_drawing_fills_the_square_wherever_it_lies_on_its_page(built):
+    source = open_clipart("clipart", built)
+    for index, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]):
+        pixels = np.asarray(source[index].image)
+        assert pixels.shape == (SIDE, SIDE, 3)
+        assert (pixels[4:-4, 4:-4] == colour).all()
+
+
+def test_words_of_titles_and_files():
+    assert title_words("Bob's 2 Cats (old)") == ["bob", "cats"]
+    assert file_words("tools/blue_gun_alex_fernandez_01.svg", "Alex Fernandez") == ["blue", "gun"]
+    assert file_words("tools/blue_gun_al_01.svg", "Alex Fernandez") == ["blue", "gun"]
+    assert file_words("tools/blue-gun2.svg", "") == ["blue", "gun"]
+    assert len(also_stamps()) == 67
+    assert all(key.endswith(".svg") for key in also_stamps())
+
+
+def test_licence_and_version_are_kept(built):
+    folder = built / "clipart"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["packages"] == {PACKAGE.name: "0.18"}
+    assert manifest["pairs"] == 9
+    assert (folder / "licences" / PACKAGE.name / "copyright").read_text() == "public domain"
+    assert "public domain" in (folder / NOTICE).read_text().replace("\n", " ")
+    assert {(row["author"], row["licence"]) for row in open_clipart("clipart", built).rows} == {
+        (AUTHOR, "public domain")
+    }
+
+
+def test_damaged_or_missing(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"not there yet.*declip data prepare builtin:clipart"):
+        open_source("builtin:clipart")
+    shutil.copytree(built / "clipart", tmp_path / "clipart")
+    (tmp_path / "clipart" / GREY).unlink()
+    with pytest.raises(UserError, match=r"FileNotFoundError.*declip data prepare builtin:clipart"):
+        open_source("builtin:clipart")
+
+
+def test_prepared_from_a_folder_and_pickled(root, tmp_path, monkeypatch):
+    monkeypatch.setenv(debian.FOLDER_VARIABLE, str(root))
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
+    assert prepare("builtin:clipart", progress=False) == tmp_path / "clipart"
+    source = open_builtin("clipart")
+    again = pickle.loads(pickle.dumps(source))
+    assert again.name == "builtin:clipart"
+    assert again[1].image.tobytes() == source[1].image.tobytes()
+    with pytest.raises(UserError, match="Known: clipart"):
+        open_clipart("clip", tmp_path)

@@ -1,0 +1,105 @@
+"""Opening what is measured on by its name."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from declip.errors import UserError
+from declip.evaluation import datasets
+from declip.evaluation.datasets import NAMED, Dataset, open_dataset, templates_of, with_classes
+from evaluation import trees
+
+MEAN_PER_CLASS = {"pets", "flowers102", "caltech101", "aircraft"}
+
+
+def test_every_name_has_its_templates_and_the_metric_of_its_convention() -> None:
+    assert set(NAMED) == {
+        "pets", "cifar10", "cifar100", "sun397", "food101", "flowers102", "cars", "caltech101", "aircraft", "dtd",
+        "imagenet", "imagenet-v2", "imagenet-r", "imagenet-sketch", "imagenet-a", "coco", "flickr30k", "folder",
+    }  # fmt: skip
+    assert {name for name, named in NAMED.items() if named.metric == "mean_per_class"} == MEAN_PER_CLASS
+    for name, named in NAMED.items():
+        plain = name in {"coco", "flickr30k", "folder"}
+        assert named.templates == ("plain" if plain else "imagenet" if name.startswith("imagenet") else name)
+
+
+def test_a_named_set(tmp_path: Path) -> None:
+    trees.pets(tmp_path)
+    dataset = open_dataset(f"pets:{tmp_path}")
+    assert (dataset.name, dataset.templates, dataset.metric) == ("pets", "pets", "mean_per_class")
+    assert dataset.split("test").name == "pets"
+    assert open_dataset(dataset) is dataset
+    assert dataset.split("train") is dataset.split("train")
+    assert (dataset.has("train"), dataset.has("validation")) == (True, False)
+    with pytest.raises(UserError, match=r"'pets' has no validation split\. It has: train, test\."):
+        dataset.split("validation")
+    assert pickle.loads(pickle.dumps(dataset)).split("test").labels.tolist() == dataset.split("test").labels.tolist()
+
+
+def test_a_split_is_opened_when_it_is_asked_for_and_once(painted) -> None:
+    opened = []
+
+    def opener(which: str):
+        def make():
+            opened.append(which)
+            return painted(["red"] * (which != "validation"))
+
+        return make
+
+    dataset = Dataset("mine", {which: opener(which) for which in ("train", "validation", "test")})
+    assert opened == []
+    assert open_dataset(dataset) is dataset
+    assert opened == ["test"]
+    dataset.split("train")
+    dataset.split("train")
+    assert opened == ["test", "train"]
+    with pytest.raises(UserError, match="'mine' holds no pair in its validation split"):
+        dataset.split("validation")
+
+
+def test_an_open_source_is_a_test_split(painted) -> None:
+    source = painted(["red", "blue"], classes=("red", "blue"), name="builtin:emoji-test")
+    dataset = open_dataset(source)
+    assert dataset.split("test") is source
+    assert (dataset.name, dataset.templates, dataset.metric) == ("builtin:emoji-test", "emoji", "top1")
+    assert templates_of(painted(["red"])) == "plain"
+    with pytest.raises(UserError, match="'painted' holds no pair"):
+        open_dataset(painted([]))
+
+
+def test_splits_of_a_built_in_set(painted, monkeypatch) -> None:
+    monkeypatch.setattr(datasets, "open_source", lambda name: painted(["red"], name=name))
+    monkeypatch.setattr(
+        datasets, "BUILTIN_SPLITS", {"builtin:emoji-x": {"train": "builtin:one", "test": "builtin:two"}}
+    )
+    dataset = open_dataset("builtin:emoji-x")
+    assert (dataset.name, dataset.templates) == ("builtin:emoji-x", "emoji")
+    assert [dataset.split(which).name for which in ("train", "test")] == ["builtin:one", "builtin:two"]
+    assert open_dataset("builtin:other").split("test").name == "builtin:other"
+
+
+def test_a_folder_with_captions_is_still_one(tmp_path: Path) -> None:
+    trees.paint(tmp_path / "a.jpg", 3)
+    trees.write(tmp_path / "a.txt", "one\ntwo\n")
+    dataset = open_dataset(str(tmp_path))
+    assert list(dataset.openers) == ["test"]
+    assert dataset.split("test").captions(0) == ("one", "two")
+    with pytest.raises(UserError, match="has no classes"):
+        with_classes(dataset.split("test"))
+
+
+@pytest.mark.parametrize(
+    ("on", "message"),
+    [
+        ("pet:/data/x", "Unknown data set 'pet'.*Did you mean 'pets'.*cifar10"),
+        ("pets:", "names no folder. Write 'pets:PATH'"),
+        ("pets:/nowhere/at/all", "'pets' is not complete in '/nowhere/at/all'.*oxford-iiit-pet/images/"),
+        ("builtin:nothing", "Unknown built-in set 'nothing'"),
+        ("C:/nowhere", "no file or folder"),
+        ("nowhere", "no file or folder"),
+    ],
+)
+def test_what_cannot_be_opened(on: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_dataset(on)

@@ -1,0 +1,181 @@
+"""Features on the disk: what is a hit, what is a miss, and what is made anew."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from declip.errors import UserError
+from declip.evaluation import feature_cache as module
+from declip.evaluation.feature_cache import FeatureCache, encoder_of
+
+NAMES = ("red", "green", "blue")
+COLOURS = ["red", "green", "blue", "red", "blue", "green", "green", "red"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def source(painted):
+    return painted(COLOURS, classes=NAMES, broken=[2])
+
+
+def _seen(model) -> int:
+    """Images encoded so far."""
+    return sum(size for kind, size, *_ in model.passes if kind == "image")
+
+
+def test_a_second_look_reads_the_file_and_encodes_a_few(model, source, folder) -> None:
+    first = FeatureCache(model, "embedding").images(source, "train")
+    assert _seen(model) == 7
+    assert len(list(folder.iterdir())) == 1
+    second = FeatureCache(model, "embedding").images(source, "train")
+    assert _seen(model) == 7 + module.SPOT_CHECKS
+    assert torch.equal(first.features, second.features)
+    assert second.indices.tolist() == first.indices.tolist() == [0, 1, 3, 4, 5, 6, 7]
+    assert second.skipped.counts == {"truncated image": 1}
+
+
+def test_backbone_features_are_as_the_model_gives_them(model, source) -> None:
+    model.encode_backbone = lambda pixels: 3 * pixels.mean((2, 3))
+    found = FeatureCache(model).images(source, "train")
+    np.testing.assert_allclose(found.features[:2], [[3, 0, 0], [0, 3, 0]])
+
+
+def _weights(model, source):
+    with torch.no_grad():
+        model.gain += 1e-3
+    return source
+
+
+def _buffer(model, source):
+    model.frozen.running_mean += 1
+    return source
+
+
+def _preprocessing(model, source):
+    before = model.preprocess
+    model.preprocess = lambda images: before(images) * 0.999
+    return source
+
+
+def _name(model, source):
+    source.name = "repainted"
+    return source
+
+
+def _labels(model, source):
+    source.labels = source.labels[::-1].copy()
+    return source
+
+
+def _classes(model, source):
+    source.class_names = ("red", "green", "azure")
+    return source
+
+
+def _length(model, source):
+    source.colours.append("red")
+    source.texts.append(("red",))
+    source.labels = np.append(source.labels, 0)
+    return source
+
+
+@pytest.mark.parametrize("change", [_weights, _buffer, _preprocessing, _name, _labels, _classes, _length])
+def test_a_change_is_a_miss(model, source, folder, change) -> None:
+    FeatureCache(model, "embedding").images(source, "train")
+    source = change(model, source)
+    seen = _seen(model)
+    FeatureCache(model, "embedding").images(source, "train")
+    assert _seen(model) - seen == len(source) - 1
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_another_split_or_kind_is_a_miss(model, source, folder) -> None:
+    model.encode_backbone = model.encode_image
+    for kind, split in (("embedding", "train"), ("embedding", "test"), ("backbone", "train")):
+        FeatureCache(model, kind).images(source, split)
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("place", [0, 100, -1])
+def test_a_damaged_file_is_made_anew(model, source, folder, caplog, place) -> None:
+    cache = FeatureCache(model, "embedding")
+    good = cache.images(source, "train")
+    path = cache.path(source, "train")
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x40
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING, "declip"):
+        assert torch.equal(cache.images(source, "train").features, good.features)
+    assert "damaged" in caplog.text
+    assert path.read_bytes() != content
+    seen = _seen(model)
+    cache.images(source, "train")
+    assert _seen(model) - seen == module.SPOT_CHECKS
+
+
+@pytest.mark.parametrize("length", [0, 4, 300])
+def test_a_file_cut_short_is_made_anew(model, source, length) -> None:
+    cache = FeatureCache(model, "embedding")
+    good, path = cache.images(source, "train"), cache.path(source, "train")
+    path.write_bytes(path.read_bytes()[:length])
+    assert torch.equal(cache.images(source, "train").features, good.features)
+
+
+def test_a_foreign_file_is_made_anew(model, source) -> None:
+    cache = FeatureCache(model, "embedding")
+    good, path = cache.images(source, "train"), cache.path(source, "train")
+    save_file({"something": torch.ones(1)}, path)
+    assert torch.equal(cache.images(source, "train").features, good.features)
+    assert set(load_file(path)) == {"features", "indices"}
+
+
+def test_other_images_behind_the_same_names_are_noticed(model, source) -> None:
+    cache = FeatureCache(model, "embedding")
+    cache.images(source, "train")
+    source.colours = ["blue", *COLOURS[1:]]
+    assert cache.images(source, "train").features[0].tolist() == [0, 0, 1]
+
+
+def test_a_model_whose_code_changed_is_noticed(model, source) -> None:
+    FeatureCache(model, "embedding").images(source, "train")
+    model.encode_image = lambda pixels: pixels.amax((2, 3)) + 0.1
+    again = FeatureCache(model, "embedding").images(source, "train")
+    np.testing.assert_allclose(again.features[0], [1.1, 0.1, 0.1], rtol=1e-6)
+
+
+def test_switched_off(model, source, folder) -> None:
+    for _ in range(2):
+        FeatureCache(model, "embedding", enabled=False).images(source, "train")
+    assert _seen(model) == 14
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_only_logged(model, source, folder, caplog) -> None:
+    folder.parent.mkdir(exist_ok=True)
+    folder.write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING, "declip"):
+        found = FeatureCache(model, "embedding").images(source, "train")
+    assert len(found.features) == 7
+    assert "not kept" in caplog.text
+
+
+def test_the_log_names_size_and_place(model, source, folder, caplog) -> None:
+    with caplog.at_level(logging.INFO, "declip"):
+        FeatureCache(model, "embedding").images(source, "train")
+    assert "painted, train: 7 × 3, 0.0 MB kept in" in caplog.text
+    assert str(folder) in caplog.text
+
+
+def test_wrong_kind_and_a_model_without_a_backbone(model) -> None:
+    with pytest.raises(UserError, match=r"Unknown kind of features 'back'.*backbone.*embedding"):
+        encoder_of(model, "back")
+    with pytest.raises(UserError, match=r"ColourModel has no `encode_backbone`.*features='embedding'"):
+        FeatureCache(model)
