@@ -69,14 +69,16 @@ def test_an_open_source_is_a_test_split(painted) -> None:
 
 
 def test_splits_of_a_built_in_set(painted, monkeypatch) -> None:
-    monkeypatch.setattr(datasets, "open_source", lambda name: painted(["red"], name=name))
-    monkeypatch.setattr(
-        datasets, "BUILTIN_SPLITS", {"builtin:emoji-x": {"train": "builtin:one", "test": "builtin:two"}}
-    )
-    dataset = open_dataset("builtin:emoji-x")
-    assert (dataset.name, dataset.templates) == ("builtin:emoji-x", "emoji")
-    assert [dataset.split(which).name for which in ("train", "test")] == ["builtin:one", "builtin:two"]
-    assert open_dataset("builtin:other").split("test").name == "builtin:other"
+    monkeypatch.setattr(datasets, "open_builtin", lambda name: painted(["red"], name=name))
+    dataset = open_dataset("builtin:stamps-kinds")
+    assert (dataset.name, dataset.templates) == ("builtin:stamps-kinds", "plain")
+    assert {which: dataset.split(which).name for which in dataset.openers} == {
+        "train": "stamps-kinds-train",
+        "test": "stamps-kinds",
+    }
+    emoji = open_dataset("builtin:emoji-test")
+    assert (list(emoji.openers), emoji.templates, emoji.split("test").name) == (["test"], "emoji", "emoji-test")
+    assert open_dataset("builtin:icons-test").templates == "emoji"
 
 
 def test_a_folder_with_captions_is_still_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from declip.data.builtin import BUILTIN_SPLITS, open_builtin
 from declip.data.pairs import BUILTIN_PREFIX, PairSource
 from declip.data.sources import open_source
 from declip.data.table import TABLE_KINDS
@@ -25,11 +26,9 @@ DEFAULT_TEMPLATES = "plain"
 
 TEMPLATES: Mapping[str, str] = {
     "builtin:emoji": "emoji",
+    "builtin:icons": "emoji",
 }
 """Template set by the beginning of a source's name; every other source gets `DEFAULT_TEMPLATES`."""
-
-BUILTIN_SPLITS: Mapping[str, Mapping[str, str]] = {}
-"""Built-in sets for probes: name to the built-in source of each split; any other is a test split alone."""
 
 
 @runtime_checkable
@@ -169,8 +168,9 @@ def _by_name(on: str, label_column: str | None) -> Dataset:
     if label_column is not None and not table:
         raise UserError(f"A column of labels ('{label_column}') was named, but '{on}' is not a table.")
     if on.startswith(BUILTIN_PREFIX):
-        splits = BUILTIN_SPLITS.get(on, {"test": on})
-        openers = {which: partial(open_source, source) for which, source in splits.items()}
+        name = on.removeprefix(BUILTIN_PREFIX)
+        splits = BUILTIN_SPLITS.get(name, {"test": name})
+        openers = {which: partial(open_builtin, source) for which, source in splits.items()}
         return Dataset(on, openers, _templates_named(on))
     if name in NAMED and colon:
         if not place:
