@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from declip.comparison.worker import FAILURE, RUNS, failure, work
 from declip.errors import UserError
 from declip.training.trainer import train
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
 pytestmark = pytest.mark.usefixtures("no_timing")
 
 
@@ -128,22 +130,44 @@ def test_a_run_that_fails_is_told_and_does_not_end_the_others(
     assert not again.failures
 
 
+def _command(recipes: dict[str, str], table: Path, out: Path, steps: int = 8) -> list[str]:
+    return [
+        sys.executable, "-m", "declip", "compare", *recipes.values(), f"train.steps={steps}", "--pairs", "8,16",
+        "--seeds", "1", "--on", str(table), "--protocol", "retrieval", "--budget", "samples", "--jobs", "1", "--quiet",
+        "--out", str(out),
+    ]  # fmt: skip
+
+
+def _started(command: list[str], out: Path) -> subprocess.Popen[bytes]:
+    """Start a comparison and wait until its first run has logged a row."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list((out / "runs").glob("*/metrics.jsonl")) and time.time() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+def _workers(out: Path) -> list[int]:
+    """The comparison's workers that are alive (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_bytes().decode().split("\0")
+            if "declip.comparison.worker" in words and str(out) in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+@linux
 def test_killed_and_started_again_it_ends_as_if_never_killed(
     recipes: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
     whole = tiny(recipes, table, tmp_path / "whole")
-    overrides = "train.steps=8"
-    command = [
-        sys.executable, "-m", "declip", "compare", *recipes.values(), overrides, "--pairs", "8,16", "--seeds", "1",
-        "--on", str(table), "--protocol", "retrieval", "--budget", "samples", "--jobs", "1", "--quiet",
-        "--out", str(tmp_path / "killed"),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-    folder = tmp_path / "killed" / "runs"
-    deadline = time.time() + 120
-    while not list(folder.glob("*/metrics.jsonl")) and time.time() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    command = _command(recipes, table, tmp_path / "killed")
+    process = _started(command, tmp_path / "killed")
+    process.kill()
+    for worker in _workers(tmp_path / "killed"):
+        os.kill(worker, signal.SIGKILL)
     process.wait()
     assert not read_outcome(tmp_path / "killed").complete
     done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -155,6 +179,31 @@ def test_killed_and_started_again_it_ends_as_if_never_killed(
     assert [row["results"] for row in sorted(found.rows.values(), key=str)] == [
         row["results"] for row in sorted(whole.rows.values(), key=str)
     ]
+
+
+def test_control_c_saves_the_runs_and_says_how_to_go_on(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = _started(_command(recipes, table, out, steps=100_000), out)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert list(out.glob("runs/*/checkpoints/step-*"))  # the run under way was saved
+    assert (out / "results.md").read_text(encoding="utf-8").count("Not finished") == 1
+    assert not read_outcome(out).complete
+
+
+@linux
+def test_workers_stop_when_the_process_that_started_them_is_gone(
+    recipes: dict[str, str], table: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = _started(_command(recipes, table, out, steps=100_000), out)
+    process.kill()
+    process.wait()
+    deadline = time.time() + 60
+    while _workers(out) and time.time() < deadline:
+        time.sleep(0.1)
+    assert time.time() < deadline
+    assert list(out.glob("runs/*/checkpoints/step-*"))
 
 
 def test_a_taken_run_is_left_to_the_one_who_took_it(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:

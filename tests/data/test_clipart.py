@@ -23,8 +23,8 @@ HEAD = (
 )
 DRAWINGS = {
     # Title, file's size, colour.
-    "animals/bug_nicu_buculei_01": ("Clip art by Nicu - bug", 'width="210mm" height="297mm"', "red"),
-    "animals/cat_old": ("Happy cat (2)", 'width="744" height="1052"', "#00ff00"),
+    "animals/bug_nicu_buculei_01": ("Clip art with a bug", 'width="210mm" height="297mm"', "red"),
+    "animals/cat_old": ("Cat and the dog (2)", 'width="744" height="1052"', "#00ff00"),
     "food/pear": ("Pear", 'width="100%" height="100%" viewBox="0 0 744 1052"', "blue"),
     "food/pear_02": ("pear", 'width="744" height="1052"', "black"),
     "food/coccinelle": ("Coccinelle", 'width="744" height="1052"', "#123456"),
@@ -83,13 +83,13 @@ def test_drawings_and_their_titles(built):
     # Not: a title in another language, white on white, not public, series, links, broken files, stamps.
     assert titles == {
         "animals/bug_nicu_buculei_01.svg": "bug",
-        "animals/cat_old.svg": "happy cat",
+        "animals/cat_old.svg": "cat and the dog",
         "food/pear.svg": "pear",
         "food/pear_02.svg": "pear",
         **{f"tools/hammer_{i}.svg": "hammer" for i in range(5)},
     }
-    assert source.class_names == ("bug", "hammer", "happy cat", "pear")
-    assert source.labels.tolist() == [0, 2, 3, 3, 1, 1, 1, 1, 1]
+    assert source.class_names == ("bug", "cat and the dog", "hammer", "pear")
+    assert source.labels.tolist() == [0, 1, 3, 3, 2, 2, 2, 2, 2]
     assert source.labels.dtype == np.int64
     assert source.captions(0) == source[0].captions == ("bug",)
     assert source[0].keywords == ("fruit tree", "pear")

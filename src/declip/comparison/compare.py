@@ -269,13 +269,15 @@ def _run(study: Study, folder: Path, part: str, jobs: int, threads: int, quiet: 
     workers = []
     for path in logs:
         with path.open("w", encoding="utf-8") as file:
-            workers.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+            # In a session of their own: Ctrl-C reaches this process alone, which then asks them once. Asked twice
+            # they would stop without saving.
+            workers.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True))
     try:
         _watch(study, folder, part, workers, quiet)
     except KeyboardInterrupt:
         Console(stderr=True, quiet=quiet).print("Stopping: every run saves a checkpoint …")
         for worker in workers:
-            worker.send_signal(2)
+            worker.terminate()
         for worker in workers:
             worker.wait()
         return False

@@ -80,6 +80,7 @@ def _stop_with_parent(parent: int) -> None:
 def main() -> None:
     """Read the arguments, work, and end with status 130 when asked to stop."""
     folder, part, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # between two runs; during one the trainer's own counts
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         finished = work(folder, part, threads)

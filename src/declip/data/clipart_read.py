@@ -27,6 +27,9 @@ TITLE_OF_A_SERIES = 4
 SERIES = re.compile(r"\b(collection|clip ?arts?|theme|iconset|icons)\b", re.IGNORECASE)
 """Words in the title of a series."""
 
+SMALL_WORDS = frozenset(("a", "an", "the", "of", "and", "with", "without", "in", "on", "for", "to", "from", "by", "at"))
+"""What WordNet, a dictionary of nouns, verbs, adjectives and adverbs, has not."""
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -59,9 +62,9 @@ def read_clipart(folder: Path) -> list[Drawing]:
     drawings = []
     for key, (title, keywords, author) in written.items():
         words = title_words(title)
-        if series[title] > TITLE_OF_A_SERIES or SERIES.search(title) or not is_readable(words, ()):
+        if series[title] > TITLE_OF_A_SERIES or SERIES.search(title) or not is_readable(words, SMALL_WORDS):
             words = file_words(key, author)
-        if is_readable(words, ()) and key not in stamps:
+        if is_readable(words, SMALL_WORDS) and key not in stamps:
             drawings.append(Drawing(key, " ".join(words), key.split("/")[0].replace("_", " "), keywords, author))
     return drawings
 
