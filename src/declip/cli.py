@@ -201,7 +201,7 @@ def recipes() -> None:
 
 @data.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="builtin:emoji")],
+    source: Annotated[str, typer.Argument(help="builtin:emoji, builtin:icons, builtin:stamps or builtin:clipart")],
     cache: Annotated[Path | None, typer.Option(help="where; by default DECLIP_CACHE or the user's cache")] = None,
 ) -> None:
     """Fetch and render a built-in set once; later calls find it done."""

@@ -82,8 +82,8 @@ def test_the_choice_sees_few_validation_images_and_no_test_image(monkeypatch, da
 def test_classes_with_fewer_images_give_all_and_are_counted(data) -> None:
     order = np.arange(300)
     kept = np.sort(np.concatenate([order[data.train.labels != 7], order[data.train.labels == 7][:3]]))
-    result = few_shot_probe(replace(data, train=data.train.take(kept)), (2, 4), seeds=1)
-    assert [(run.images, run.short) for run in result.runs] == [(20, 0), (39, 1)]
+    result = few_shot_probe(replace(data, train=data.train.take(kept)), (2, 3, 4), seeds=1)
+    assert [(run.images, run.short) for run in result.runs] == [(20, 0), (30, 0), (39, 1)]
 
 
 def test_one_seed_has_no_deviation(data) -> None:
