@@ -211,10 +211,10 @@ def test_names_are_escaped_in_the_svg() -> None:
     picture = _curves(outcome(study()))
     (panel,) = picture.panels
     assert isinstance(panel, Curves)
-    bad = replace(panel, lines=tuple(replace(line, name='<b>"&$x') for line in panel.lines[:1]))
+    bad = replace(panel, lines=tuple(replace(line, name='<b>"&$x$') for line in panel.lines[:1]))
     svg = Picture("p", "", (bad,)).svgs()[0]
     assert "<b>" not in svg
-    assert "&lt;b&gt;" in svg
+    assert re.search(r">&lt;b&gt;\"&amp;\$x\$</text>", svg)
     ElementTree.fromstring(svg.replace("xlink:", ""))
 
 

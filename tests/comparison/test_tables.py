@@ -183,6 +183,9 @@ def test_a_difference_counts_the_seeds_that_both_have() -> None:
     paired = difference(found, "declip", "clip", "samples", 1000, MEASURE)
     assert paired is not None
     assert (paired.mean, paired.low, paired.n) == (pytest.approx(0.1), None, 1)
+    other = difference(found, "clip", "declip", "samples", 1000, MEASURE)
+    assert other is not None
+    assert (other.mean, other.n) == (pytest.approx(-0.1), 1)
     assert difference(found, "declip", "clip", "samples", 3000, MEASURE) is None
 
 

@@ -28,7 +28,7 @@ from declip.evaluation.protocols import PROTOCOLS
 from declip.training.build import open_training_source
 
 MOST_JOBS = 8
-LOOK_EVERY = 0.5
+LOOK_EVERY = 1.0
 """Seconds between two looks at how far the runs are."""
 
 
