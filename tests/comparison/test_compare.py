@@ -109,6 +109,33 @@ def test_every_arm_is_tuned_alike_on_pairs_that_no_run_takes(
 
 
 @pytest.mark.usefixtures("in_process")
+def test_seeds_and_sizes_added_later_leave_the_tuning_as_it_was(
+    recipes: dict[str, str], table: Path, tmp_path: Path
+) -> None:
+    validation = tmp_path / "validation.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    validation.write_text("".join(json.dumps({**r, "image": str(table.parent / r["image"])}) + "\n" for r in rows))
+    tuning = {"tune": {"train.lr_peak": [0.01]}, "tune_on": str(validation), "tune_steps": 2}
+    first = tiny(recipes, table, tmp_path / "out", **tuning)
+    more = tiny(recipes, table, tmp_path / "out", pairs=(16, 20, 24), seeds=2, **tuning)
+    assert more.study.tuning == first.study.tuning
+    assert len(more.tuning) == 2
+    assert more.complete
+    with pytest.raises(UserError, match="tuning differs"):
+        tiny(recipes, table, tmp_path / "out", tune_pairs=24, **tuning)
+
+
+def test_a_comparison_that_was_stopped_before_its_timing_is_told(
+    recipes: dict[str, str], table: Path, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    comparing._open(replace(_study(recipes, table), seconds={}), tmp_path / "out")
+    with pytest.raises(UserError, match="before its steps were timed"):
+        read_outcome(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_run_that_fails_is_told_and_does_not_end_the_others(
     recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

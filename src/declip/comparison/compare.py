@@ -100,7 +100,7 @@ def compare(
         tuning=_tuning(tune, tune_on, tune_pairs, tune_steps, first, pairs, chosen_seeds),
     )
     _check(study, budgets)
-    study = _open(study, folder)
+    study = _open(study, folder, keep_tuning_pairs=tune_pairs is None)
     jobs, threads = _workers(first, jobs)
     with FileLock(folder / ".plan.lock"):
         study = _timed(read_study(folder) or study, folder, threads, quiet)
@@ -182,8 +182,8 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
         open_dataset(name)
 
 
-def _open(study: Study, folder: Path) -> Study:
-    """Make the folder, or go on with the comparison that is in it."""
+def _open(study: Study, folder: Path, keep_tuning_pairs: bool = True) -> Study:
+    """Make the folder, or go on with the comparison that is in it; its tuning keeps the seed it was given then."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -192,7 +192,11 @@ def _open(study: Study, folder: Path) -> Study:
         raise UserError(f"'{folder}' is not empty and holds no comparison. Choose another folder with --out.")
     with FileLock(folder / ".plan.lock"):
         earlier = read_study(folder)
-        study = study if earlier is None else extended(study, earlier, folder)
+        if earlier is not None:
+            if study.tuning is not None and earlier.tuning is not None:
+                pairs = earlier.tuning.pairs if keep_tuning_pairs else study.tuning.pairs
+                study = replace(study, tuning=replace(study.tuning, seed=earlier.tuning.seed, pairs=pairs))
+            study = extended(study, earlier, folder)
         write_study(study, folder)
     return study
 

@@ -6,7 +6,7 @@ from math import exp, log
 
 import numpy as np
 from scipy import stats
-from sklearn.isotonic import isotonic_regression
+from scipy.optimize import isotonic_regression
 
 RESAMPLES = 2000
 
@@ -93,7 +93,7 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
         The pairs and "", or None and "below" (all of the curve is above the value) or "above" (none of it is).
     """
     logs = np.log(np.asarray(pairs, dtype=np.float64))
-    rising = isotonic_regression(np.asarray(means, dtype=np.float64))
+    rising = isotonic_regression(np.asarray(means, dtype=np.float64)).x
     if value < rising[0]:
         return None, "below"
     if value > rising[-1]:

@@ -81,7 +81,7 @@ def scores(results: list[dict[str, Any]]) -> dict[str, float]:
             found[f"{result.on}: R@1"] = (result.text_to_image.r1 + result.image_to_text.r1) / 2
         elif result is not None:
             first = result.measures()[0]
-            found[f"{result.on}: {result.protocol} {first.name}"] = first.value
+            found[f"{result.on}: {first.name}"] = first.value
     return found
 
 
@@ -95,10 +95,14 @@ def read_outcome(folder: str | Path) -> Outcome:
     study = read_study(folder)
     if study is None:
         raise UserError(f"'{folder}' holds no comparison. Make one with `declip compare RECIPE… --out {folder}`.")
+    if any(arm.name not in study.seconds for arm in study.arms):
+        raise UserError(
+            f"The comparison in '{folder}' was stopped before its steps were timed. Give its command again."
+        )
     done = {cell.id: read_cell(folder, cell) for cell in (*study.cells(), *study.tuning_cells())}
     found = {name: row for name, row in done.items() if row is not None}
     tries = {cell.id for cell in study.tuning_cells()}
-    failed = {cell.id: failure(folder, cell) for cell in study.cells()}
+    failed = {cell.id: failure(folder, cell) for cell in (*study.tuning_cells(), *study.cells())}
     return Outcome(
         study,
         rows={name: row for name, row in found.items() if name not in tries},

@@ -214,8 +214,8 @@ def _headline(outcome: Outcome, factors: dict[tuple[str, str], Factor | None], f
         *([Bullets(tuple(told))] if told else []),
         *(factors_table(factors, budget, study.pairs, baseline, foremost) for budget in study.budgets),
         f"“Passed”: already with its fewest pairs the arm reaches more than {baseline} with that many. “Not reached”: "
-        f"the arm never reaches it. Both lie outside what was measured and do not count, so the mean is too high "
-        f"where sizes are not reached, and too low where they are passed.",
+        f"the arm never reaches it. Both lie outside what was measured and do not count: where sizes are not reached "
+        f"the mean is too high.",
     ]
 
 
