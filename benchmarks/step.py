@@ -10,6 +10,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.supervision.objective import Objective
 from declip.training.build import build_loader, image_views
 from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.parallel import Learner
 from declip.training.step import StepParts, training_step
 from pairs import open_pairs
 from timing import row, take_turns
@@ -25,7 +26,7 @@ def tasks_of(name: str, source: PairSource) -> tuple[int, dict[str, Callable[[],
     objective = Objective.for_model(recipe, model)
     optimizer = build_optimizer(named_trainable(model, objective), recipe.train)
     views = image_views(recipe)
-    parts = StepParts(model, objective, optimizer, views, None, recipe.train.clip_norm, recipe.train.precision)
+    parts = StepParts(Learner(model, objective), optimizer, views, None, recipe.train.clip_norm, recipe.train.precision)
     loader = build_loader(recipe, source, model, views)
     batch = [next(loader)]
 

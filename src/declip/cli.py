@@ -1,6 +1,7 @@
 """The command ``declip``: it parses words and calls the API, nothing else."""
 
 import errno
+import os
 import shlex
 import sys
 import threading
@@ -43,13 +44,15 @@ def train(
     from declip.training.trainer import train as run_training
 
     run = run_training(resolved, out=out or Path("runs") / Path(recipe).stem, resume=resume, quiet=quiet)
+    if not run.leads:
+        raise typer.Exit(0 if run.finished else run.status)
     if not run.finished:
         words = shlex.join(["declip", "train", recipe, *(overrides or []), "--out", str(run.folder), "--resume"])
         console.print(
             f"Stopped after step {run.step:,} of {run.recipe.train.steps:,}; a checkpoint was saved. Go on with:"
         )
         console.print(f"  {escape(words)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130)
+        raise typer.Exit(run.status)
     console.print(_results(run))
     console.print(f"Report: {run.report}", highlight=False, soft_wrap=True)
 
@@ -195,7 +198,7 @@ def recipes() -> None:
     for name in recipe_names():
         recipe = load_recipe(name)
         terms = ", ".join(f"{getattr(recipe.weights, term):g} {term}" for term in recipe.weights.active())
-        console.print(f"[bold]{name}[/]  {recipe.image.name}, {recipe.image.size} px, {recipe.data.source}")
+        console.print(f"[bold]{name}[/]  {recipe.image.name}, {recipe.image.size} px, {recipe.data.label}")
         console.print(f"    {terms}")
 
 
@@ -208,6 +211,54 @@ def prepare(
     from declip.data.builtin import prepare as prepare_builtin
 
     console.print(f"Ready: {prepare_builtin(source, cache)}", soft_wrap=True)
+
+
+@data.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="a table, a folder, tar shards, or builtin:NAME")],
+    sample: Annotated[int, typer.Option(help="pairs to read, drawn over the source's length")] = 2000,
+    everything: Annotated[bool, typer.Option("--all", help="read every pair instead")] = False,
+    against: Annotated[
+        list[str] | None, typer.Option(help="a test set whose images are looked for; again for more")
+    ] = None,
+    size: Annotated[int, typer.Option(help="side of the training images, pixels")] = 224,
+    batch: Annotated[int, typer.Option(help="pairs of a training batch, for equal captions")] = 128,
+    seed: Annotated[int, typer.Option(help="draws the sample and what is shown")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="processes that read; one for each core, 8 at most")
+    ] = None,
+    image_column: Annotated[str, typer.Option(help="a table's column of images")] = "image",
+    caption_column: Annotated[str, typer.Option(help="a table's column of captions")] = "caption",
+    image_root: Annotated[str | None, typer.Option(help="folder that image paths are relative to")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="also write the numbers to this file")] = None,
+    html_out: Annotated[Path | None, typer.Option("--html", help="also write a page with pictures")] = None,
+    sheet_out: Annotated[Path | None, typer.Option("--sheet", help="also write a contact sheet, PNG")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+) -> None:
+    """Look at pairs before training on them: sizes, lengths, duplicates, broken ones, and what that means."""
+    from declip.inspection import inspect_source
+    from declip.inspection.output import check_writable, write_json, write_page, write_sheet
+    from declip.inspection.terminal import summary
+
+    check_writable((json_out, html_out, sheet_out))
+    inspection = inspect_source(
+        source,
+        None if everything else sample,
+        seed=seed,
+        workers=workers,
+        size=size,
+        batch=batch,
+        against=against or (),
+        image_column=image_column,
+        caption_column=caption_column,
+        image_root=image_root,
+        progress=not quiet,
+    )
+    console.print(summary(inspection))
+    for write, path in ((write_json, json_out), (write_page, html_out), (write_sheet, sheet_out)):
+        if path is not None:
+            write(inspection, path)
+            console.print(f"Written: {path}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _results(run: Any) -> Table | str:
@@ -251,5 +302,6 @@ def _leave_disks_to_main(error: threading.ExceptHookArgs) -> None:
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+    Console(stderr=True).print(f"[bold red]Error:[/] {escape(rank + message)}", highlight=False, soft_wrap=True)
     sys.exit(status)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from declip.errors import UserError, unknown
 
@@ -25,6 +25,9 @@ TERMS = (
     "late_interaction",
 )
 
+MOST_YAML, DEEPEST_YAML = 1 << 17, 20
+"""Characters and levels of a recipe; ours have some 3,000 and 4."""
+
 
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors."""
@@ -32,16 +35,54 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
 
 
+class WeightedSource(Section):
+    """One source of a mixture, and how often an epoch shows each of its pairs."""
+
+    source: str
+    weight: float = Field(1.0, gt=0, le=1000)
+
+
 class Data(Section):
     """Which pairs teach, and which measure."""
 
-    source: str = "builtin:emoji"
+    source: str | tuple[WeightedSource, ...] = "builtin:emoji"
     image_column: str = "image"
     caption_column: str = "caption"
     image_root: str | None = None
     pairs: int | None = Field(None, ge=2, description="use only this many pairs, chosen by the seed")
+    shuffle_buffer: int | None = Field(
+        None, ge=1, description="pairs shuffled at a time, shard after shard; None: all, or 50,000 of remote shards"
+    )
+    resample: bool = Field(False, description="each step draws its pairs anew instead of each once an epoch")
+    shard_cache_gb: float = Field(50.0, ge=0, description="remote shards kept as copies, 10^9 bytes")
     workers: int = Field(0, ge=0)
     max_broken_share: float = Field(0.05, ge=0, le=1)
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_or_weighted(cls, given: Any) -> Any:
+        """Read a list of sources here: an error of pydantic's would name both kinds that a source may be."""
+        if isinstance(given, str):
+            return given
+        known = ", ".join(WeightedSource.model_fields)
+        if not isinstance(given, list | tuple) or not given:
+            raise ValueError(f"data.source is {given!r}; give one source, or a list of them, each with {known}")
+        found = []
+        for number, each in enumerate(given):
+            try:
+                found.append(WeightedSource.model_validate({"source": each} if isinstance(each, str) else each))
+            except ValidationError as error:
+                problem = error.errors()[0]
+                place = ".".join(["data.source", str(number), *map(str, problem["loc"])])
+                raise ValueError(f"{place}={problem['input']!r}: {problem['msg']}; keys: {known}") from error
+        return tuple(found)
+
+    @property
+    def label(self) -> str:
+        """The source, or the sources with their weights, in a few words."""
+        if isinstance(self.source, str):
+            return self.source
+        return " + ".join(e.source if e.weight == 1 else f"{e.weight:g} × {e.source}" for e in self.source)
 
 
 class ImageTower(Section):
@@ -202,6 +243,11 @@ class Train(Section):
     keep: int = Field(2, ge=1, description="how many checkpoints stay")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     threads: int | None = Field(None, ge=1)
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: whole copies, or sharded towers")
+    sync_batch_norm: bool = Field(True, description="batch norm over all processes' pairs, as on one")
+    recompute_activations: bool = Field(False, description="less memory for a third more time")
+    patience: float = Field(600, gt=0, description="seconds a process waits for another at a step before it gives up")
+    bad_steps: int = Field(0, ge=0, description="steps that may be left out because their loss is not finite")
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
@@ -264,6 +310,25 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def read_yaml(text: str) -> Any:
+    """Read YAML that may be a stranger's: no tag makes an object, and nothing stands for more than is written.
+
+    Raises:
+        YAMLError: it is no YAML, or it has aliases, of which a few lines can stand for gigabytes.
+    """
+    if len(text) > MOST_YAML:
+        raise yaml.YAMLError(f"it has more than {MOST_YAML:,} characters")
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_YAML:
+                raise yaml.YAMLError(f"it has aliases, or more than {DEEPEST_YAML} levels; write it out")
+        return yaml.safe_load(text)
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # of a date, a number …
+        raise yaml.YAMLError(str(error)) from error
+
+
 def recipe_names() -> list[str]:
     """The names of the recipes that the package ships."""
     folder = resources.files("declip.recipes")
@@ -307,7 +372,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
 
 def _read_value(key: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
+        return read_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(
             f"Cannot read the override '{key}={value}': its value is not valid YAML. Close its brackets, or put it in "
@@ -320,7 +385,7 @@ def _read_tree(name: str | Path, seen: tuple[str, ...]) -> dict[str, Any]:
     if label in seen:
         raise UserError(f"The recipe '{label}' extends itself: {' → '.join((*seen, label))}.")
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = read_yaml(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"The recipe '{label}' is not valid YAML: {error}") from error
     if not isinstance(tree, dict):

@@ -105,4 +105,4 @@ def test_open_source_refuses_other_files(tmp_path):
     with pytest.raises(UserError) as caught:
         open_source(tmp_path / "pairs.xlsx")
     assert "'pairs.xlsx' is not a table" in str(caught.value)
-    assert ".jsonl, .csv, .tsv, .parquet" in str(caught.value)
+    assert ".jsonl, .json, .csv, .tsv, .parquet" in str(caught.value)

@@ -365,3 +365,60 @@ def test_parquet_cut_short(folder):
     assert "is not a Parquet file" in message(folder / "t.parquet")
     (folder / "t.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
     assert "is damaged" in message(folder / "t.parquet")
+
+
+# Large tables
+
+
+def test_large_tables_are_read_from_a_mapped_file_made_once(folder, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(folder / "cache"))
+    rows = [("abc"[i % 3] + ".png", f"said {i}") for i in range(50)]
+    held = {kind: TableSource(write(folder / f"t.{kind}", rows)) for kind in ("jsonl", "csv", "tsv", "parquet")}
+    assert not (folder / "cache").exists()
+    monkeypatch.setattr(table_rows, "LARGE_TEXT", 100)
+    monkeypatch.setattr(table_rows, "MANY_ROWS", 49)
+    for kind, source in held.items():
+        path = folder / f"t.{kind}"
+        mapped = TableSource(path)
+        (made,) = (folder / "cache" / kind.replace("tsv", "csv")).glob("*.arrow")
+        stamp, whole = made.stat().st_mtime_ns, made.read_bytes()
+        assert len(mapped) == len(source)
+        for again in (mapped, TableSource(path), pickle.loads(pickle.dumps(mapped))):
+            assert [again.captions(i) for i in range(len(again))] == [source.captions(i) for i in range(len(source))]
+            assert again[2].key == source[2].key
+        assert made.stat().st_mtime_ns == stamp
+        made.write_bytes(whole[: len(whole) // 2])
+        assert TableSource(path).captions(1) == source.captions(1)
+        made.unlink()
+
+
+def test_large_csv_keeps_its_damaged_rows(folder, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(table_rows, "LARGE_TEXT", 1)
+    (folder / "t.csv").write_text("image,caption\na.png,good\nb.png,one, two\n,lost\n")
+    for _ in range(2):
+        source = TableSource(folder / "t.csv")
+        assert (len(source), source.captions(0), source.captions(1)) == (3, ("good",), ("lost",))
+        assert reason_of(source, 2) == "unreadable row"
+
+
+def test_large_tables_without_a_row(folder, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(table_rows, "LARGE_TEXT", 1)
+    (folder / "t.csv").write_text("image,caption\na,b,c\nd,e,f\n")
+    assert reason_of(TableSource(folder / "t.csv"), 1) == "unreadable row"
+    (folder / "t.jsonl").write_text("\n \n\r\n")
+    assert "has no rows" in message(folder / "t.jsonl")
+
+
+def test_the_authors_list_reads_as_it_is(folder):
+    lines = [{"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"]
+    (folder / "lists").mkdir()
+    (folder / "lists/yfcc15m.json").write_text("\n".join(json.dumps(line) for line in lines))
+    source = open_source(folder / "lists/yfcc15m.json", image_root=folder)
+    assert (len(source), source[2].key, source[2].captions) == (3, "c.png", ("a c",))
+    (folder / "array.json").write_text(json.dumps(lines))
+    assert "is not JSONL" in message(folder / "array.json")
+    assert "It is one JSON array; take it apart with: jq -c '.[]' array.json > rows.jsonl" in message(
+        folder / "array.json"
+    )

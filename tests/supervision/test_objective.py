@@ -183,13 +183,13 @@ def run_steps(rank: int, world: int, folder: str) -> None:
     batch = random_batch()
     batch = PairBatch(batch.images.double(), batch.texts, batch.masked, batch.labels, batch.tags)
     share = rows(batch, rank * 8 // world, (rank + 1) * 8 // world)
-    gather = distributed.gather()
+    gather = distributed.gather([len(share)] * world)
     assert (gather is alone) == (world == 1)
     losses: dict[str, torch.Tensor] = {}
     for _ in range(2):
         for parameter in (*model.parameters(), *objective.parameters()):
             parameter.grad = None
-        losses = objective(model, share, gather, distributed.rank())
+        losses = objective(model, share, gather, distributed.rank() * len(share))
         losses["total"].backward()
     gradients = [p.grad for p in (*model.parameters(), *objective.parameters())]
     result = {name: loss.detach() for name, loss in losses.items()}

@@ -1,11 +1,25 @@
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from declip.errors import UserError
 from declip.training import checkpoint as checkpoints
+from declip.training import checkpoint_writer
 from declip.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good, save_checkpoint
+from declip.training.checkpoint_writer import CheckpointWriter
+
+FILES = (checkpoints.WEIGHTS, checkpoints.TRAINING, checkpoints.STATE)
 
 
 def sample(step: int) -> Checkpoint:
@@ -15,50 +29,175 @@ def sample(step: int) -> Checkpoint:
         weights={"model.a": shared, "model.b": shared.T},
         training={"objective.n": torch.tensor([step, 7]), "random.cpu": torch.get_rng_state()},
         recipe="name: sample\n",
-        extra={"versions": {"torch": "x"}},
+        extra={"versions": {"torch": "x"}, "é": [float("nan"), 0.1]},
     )
 
 
+def same(found: Checkpoint, written: Checkpoint) -> bool:
+    """Equal to the last bit, NaN and its payload too."""
+    theirs, ours = ({**each.weights, **each.training} for each in (found, written))
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous().view(-1).view(torch.uint8)
+
+    equal = theirs.keys() == ours.keys() and all(torch.equal(bits(theirs[name]), bits(ours[name])) for name in ours)
+    about = [(each.step, each.recipe, json.dumps(each.extra)) for each in (found, written)]
+    return equal and about[0] == about[1]
+
+
 def test_reads_back_what_was_written(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, sample(5), keep=3)
-    found, written = load_checkpoint(folder), sample(5)
-    assert (found.step, found.recipe, found.extra) == (5, written.recipe, written.extra)
-    for name, tensor in {**written.weights, **written.training}.items():
-        assert torch.equal({**found.weights, **found.training}[name], tensor)
+    found = load_checkpoint(save_checkpoint(tmp_path, sample(5), keep=3))
+    assert same(found, sample(5))
+    assert found.weights["model.b"].shape == (3, 2)
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:
-    for step in (2, 10, 4, 100):
+    for step in (2, 10, 4, 100, 123_456_789):
         save_checkpoint(tmp_path, sample(step), keep=2)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000010", "step-00000100"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000100", "step-123456789"]
 
 
-def test_an_unfinished_write_is_no_checkpoint(tmp_path: Path) -> None:
+def test_after_falling_back_the_damaged_ones_push_no_good_one_out(tmp_path: Path) -> None:
+    for step in (100, 200, 300):
+        save_checkpoint(tmp_path, sample(step), keep=3)
+    for step in (200, 300):
+        (checkpoints.folder_of(tmp_path, step) / checkpoints.WEIGHTS).write_bytes(b"half")
+    save_checkpoint(tmp_path, sample(150), keep=1)
+    found, problems = newest_good(tmp_path)
+    assert found is not None
+    assert (found.step, len(problems)) == (150, 2)
+    save_checkpoint(tmp_path, sample(200), keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000200", "step-00000300"]
+    assert load_checkpoint(checkpoints.folder_of(tmp_path, 200)).step == 200
+
+
+def test_an_unfinished_write_is_no_checkpoint_and_the_next_one_clears_it_away(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, sample(1), keep=2)
-    (tmp_path / "checkpoints" / "step-00000002.partial").mkdir()
+    for name in ("step-00000002.partial", "step-00000001.old.partial", "step-00000099.partial"):
+        shutil.copytree(checkpoints.folder_of(tmp_path, 1), tmp_path / "checkpoints" / name)
+    (tmp_path / "checkpoints" / "step-00000007").write_text("a file")
+    (tmp_path / "checkpoints" / "step-mine").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
     save_checkpoint(tmp_path, sample(2), keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "state"])
-def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, damage: str) -> None:
-    save_checkpoint(tmp_path, sample(1), keep=2)
-    bad = save_checkpoint(tmp_path, sample(2), keep=2)
-    path = bad / (checkpoints.STATE if damage == "state" else checkpoints.WEIGHTS)
-    content = bytearray(path.read_bytes())
-    if damage == "flip":
-        content[-3] ^= 1
-        path.write_bytes(content)
-    elif damage == "remove":
-        path.unlink()
-    else:
-        path.write_bytes(content[: len(content) // 2])
+def test_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, sample(1), keep=1)
+    other = sample(1)
+    other.weights["model.a"] = torch.full((2, 2), 9.0)
+    save_checkpoint(tmp_path, other, keep=1)
     found, problems = newest_good(tmp_path)
     assert found is not None
-    assert found.step == 1
+    assert same(found, other)
+    assert not problems
+
+
+CONTENTS: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "one byte less": lambda content: content[:-1],
+    "one byte more": lambda content: content + b" ",
+    "zeros": lambda content: bytes(len(content)),
+}
+OTHER_THINGS: dict[str, Callable[[Path], None]] = {
+    "missing": lambda path: None,
+    "folder": lambda path: path.mkdir(),
+    "pipe": lambda path: os.mkfifo(path),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if how in CONTENTS:
+        path.write_bytes(CONTENTS[how](content))
+    else:
+        OTHER_THINGS[how](path)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", [*CONTENTS, *OTHER_THINGS])
+def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, how: str, name: str) -> None:
+    save_checkpoint(tmp_path, sample(1), keep=2)
+    damage(save_checkpoint(tmp_path, sample(2), keep=2) / name, how)
+    found, problems = newest_good(tmp_path)
+    assert found is not None
+    assert same(found, sample(1))
     assert len(problems) == 1
     assert "step-00000002" in problems[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+    folder = save_checkpoint(tmp_path, sample(2), keep=2)
+    path, content = folder / name, (folder / name).read_bytes()
+    places = range(0, len(content), max(len(content) // 300, 1))
+    assert len(places) > 100
+    for place in places:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match="step-00000002"):
+            load_checkpoint(folder)
+    path.write_bytes(content)
+    assert same(load_checkpoint(folder), sample(2))
+
+
+def test_one_of_the_first_version_without_a_digest_of_its_state_is_read(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, sample(3), keep=1)
+    state = json.loads((folder / checkpoints.STATE).read_text())
+    del state["digest"]
+    (folder / checkpoints.STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    assert same(load_checkpoint(folder), sample(3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha256": {"../../../../dev/zero": "0"}},
+        {"sha256": {}},
+        {"sha256": []},
+        {"step": "5"},
+        {"step": -1},
+        {"step": True},
+        {"step": 1e300},
+        {"recipe": None},
+        {"extra": [1]},
+        {"more": 1},
+    ],
+)
+def test_a_state_of_another_make_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    folder = save_checkpoint(tmp_path, sample(3), keep=1)
+    state = json.loads((folder / checkpoints.STATE).read_text())
+    del state["digest"]
+    (folder / checkpoints.STATE).write_text(json.dumps(state | change))
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
+        load_checkpoint(folder)
+
+
+@settings(max_examples=60)
+@given(st.one_of(st.binary(), st.text().map(str.encode), st.integers(1, 10**5).map(lambda n: b"[" * n)))
+def test_any_bytes_in_the_place_of_the_state(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.getbasetemp() / "step-00000001"
+    folder.mkdir(exist_ok=True)
+    (folder / checkpoints.STATE).write_bytes(content)
+    with pytest.raises(UserError, match="step-00000001"):
+        load_checkpoint(folder)
+
+
+def test_tensors_that_are_whole_but_none_are_refused(tmp_path: Path) -> None:
+    """As someone could write them on purpose: the checksums match."""
+    folder = save_checkpoint(tmp_path, sample(3), keep=1)
+    (folder / checkpoints.WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little"))
+    state = json.loads((folder / checkpoints.STATE).read_text())
+    del state["digest"]
+    state["sha256"][checkpoints.WEIGHTS] = checkpoints._digest(folder / checkpoints.WEIGHTS)
+    (folder / checkpoints.STATE).write_text(json.dumps(state))
+    with pytest.raises(UserError, match="step-00000003 is not a whole checkpoint"):
+        load_checkpoint(folder)
 
 
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +215,152 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path: Path, monkeypatch: py
     assert list_checkpoints(tmp_path) == [good]
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
     assert load_checkpoint(good).step == 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    good = save_checkpoint(tmp_path, sample(1), keep=1)
+    flush = checkpoints._flush
+
+    def rot(path: Path) -> None:
+        flush(path)
+        if path.name == name:
+            content = bytearray(path.read_bytes())
+            content[-20] ^= 4
+            path.write_bytes(content)
+
+    monkeypatch.setattr(checkpoints, "_flush", rot)
+    with pytest.raises(UserError, match=rf"{name} is damaged.*The newest one there is {good}"):
+        save_checkpoint(tmp_path, sample(2), keep=1)
+    assert list_checkpoints(tmp_path) == [good]
+    assert load_checkpoint(good).step == 1
+
+
+def test_a_crash_in_the_middle_of_removing_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, sample(1), keep=1)
+
+    def crash(path: Path) -> None:
+        if path.exists():
+            (path / checkpoints.WEIGHTS).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "remove", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, sample(2), keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+class Held:
+    """Lets a thread write only when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, write = threading.Event(), checkpoint_writer.write_snapshot
+
+        def held(*arguments: object) -> Path:
+            assert self.go.wait(10)
+            return write(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(checkpoint_writer, "write_snapshot", held)
+
+
+def test_a_snapshot_is_what_was_there_when_it_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, live = Held(monkeypatch), sample(1)
+    odd = torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(torch.float32)  # NaN with payloads, a denormal
+    live.weights |= {"model.odd": odd, "model.half": torch.randn(5, 4).bfloat16().T, "model.scalar": torch.tensor(2.5)}
+    before = checkpoints.snapshot(live)
+    with CheckpointWriter(tmp_path, keep=2) as writer:
+        writer.write(live)
+        assert not list_checkpoints(tmp_path), "it returned before the disk"
+        for tensor in (*live.weights.values(), *live.training.values()):
+            tensor.zero_()
+        live.extra["versions"].clear()
+        held.go.set()
+    assert same(load_checkpoint(list_checkpoints(tmp_path)[0]), before)
+
+
+def test_one_after_the_other_in_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, second = Held(monkeypatch), sample(2)
+    second.weights["model.b"] = torch.ones(4)  # grew
+    with CheckpointWriter(tmp_path, keep=2) as writer:
+        writer.write(sample(1))
+        memory = writer._memory
+        assert memory is not None
+        waiting = threading.Thread(target=writer.write, args=(second,))
+        waiting.start()
+        time.sleep(0.05)
+        assert waiting.is_alive(), "at most one is under way"
+        held.go.set()
+        waiting.join()
+        assert load_checkpoint(checkpoints.folder_of(tmp_path, 1)).step == 1
+        assert writer._memory is not None
+        assert writer._memory.weights["model.a"] is memory.weights["model.a"]
+    assert same(load_checkpoint(checkpoints.folder_of(tmp_path, 2)), second)
+
+
+def test_what_a_write_met_is_raised_at_the_next_once(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.write(sample(1))
+    with pytest.raises(UserError, match=r"Cannot write the checkpoint .*step-00000001.*There is no earlier one"):
+        writer.write(sample(2))
+    (tmp_path / "checkpoints").unlink()
+    writer.wait()
+    writer.write(sample(3))
+    writer.wait()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003"]
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("in the way")
+    writer.write(sample(4))
+    with pytest.raises(UserError, match="step-00000004"):
+        writer.close()
+
+
+def test_a_failed_write_hides_no_other_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+
+    def fail() -> None:
+        with CheckpointWriter(tmp_path, keep=1) as writer:
+            writer.write(sample(1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert "Cannot write the checkpoint" in caplog.text
+
+
+def in_a_child(work: Callable[[], None]) -> int | None:
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(20)
+    return process.exitcode
+
+
+def test_a_process_that_ends_finishes_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = checkpoints.save_file
+    monkeypatch.setattr(checkpoints, "save_file", lambda *given: (time.sleep(0.1), save(*given)))
+    assert in_a_child(lambda: CheckpointWriter(tmp_path, keep=1).write(sample(1))) == 0
+    assert same(load_checkpoint(list_checkpoints(tmp_path)[0]), sample(1))
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    """Differs from a full disk only in the error's number; in the thread too it is an error and no signal."""
+
+    def work() -> None:
+        writer = CheckpointWriter(tmp_path, keep=1)
+        writer.write(sample(1))
+        writer.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+        writer.write(sample(2))
+        with pytest.raises(UserError, match=r"Cannot write the checkpoint .*step-00000002.*there is .*step-00000001"):
+            writer.wait()
+
+    assert in_a_child(work) == 0
+    found, problems = newest_good(tmp_path)
+    assert found is not None
+    assert (found.step, problems) == (1, [])
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
 def test_the_optimizer_goes_on_as_if_nothing_had_happened() -> None:

@@ -11,6 +11,7 @@ import torch
 from conftest import TINY, WEIGHTS
 from declip.config import Recipe
 from declip.errors import UserError
+from declip.supervision.objective import Objective
 from declip.training import trainer as trainer_module
 from declip.training.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.monitor import CLOCK, read_rows
@@ -212,3 +213,51 @@ def test_measuring_that_a_crash_cut_short_is_done_again_and_only_once(
     for _ in range(2):
         run = train(recipe, out=tmp_path, resume=True, quiet=True)
         assert [(row["step"], row["protocol"]) for row in run.evaluations] == [(8, "retrieval")]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
+    """Make the total of some forward passes not a number; the features that went into the queue are then bad too."""
+    forward, calls = Objective.forward, iter(range(1000))
+
+    def bad(self: Objective, *arguments: object) -> dict[str, torch.Tensor]:
+        terms = forward(self, *arguments)  # type: ignore[arg-type]
+        if next(calls) in at:
+            terms["total"] = terms["total"] * float("nan")
+            assert self.queue is not None
+            self.queue.features.fill_(float("nan"))
+        return terms
+
+    monkeypatch.setattr(Objective, "forward", bad)
+
+
+def test_a_bad_step_may_be_left_out_and_changes_nothing(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(table, steps=5, bad_steps=1, checkpoint_every=1, log_every=1, keep=9)
+    poison(monkeypatch, {2})
+    run = train(recipe, out=tmp_path, quiet=True, report=False)
+    assert run.finished
+    second, third, fourth = (load_checkpoint(path) for path in list_checkpoints(tmp_path)[1:4])
+    same = [torch.equal(second.weights[key], third.weights[key]) for key in second.weights]
+    assert all(same)
+    assert all(torch.equal(second.training[key], third.training[key]) for key in second.training)
+    assert not all(torch.equal(third.weights[key], fourth.weights[key]) for key in third.weights)
+    assert third.extra["bad_steps"] == [2]
+    assert "1 of at most 1" in (tmp_path / "log.txt").read_text()
+
+
+def test_more_bad_steps_than_allowed_end_the_run(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {1, 3})
+    with pytest.raises(UserError, match="not finite at step 4"):
+        train(recipe_for(table, steps=6, bad_steps=1), out=tmp_path, quiet=True, report=False)
+
+
+def test_a_run_over_other_pairs_is_not_resumed(table: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    rows = [{**row, "image": str(table.parent / row["image"])} for row in rows]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(recipe_for(pairs, steps=2), out=tmp_path / "run", quiet=True, report=False)
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    with pytest.raises(UserError, match=r"holds 23 pairs; when the run .* it held 24"):
+        train(recipe_for(pairs, steps=2), out=tmp_path / "run", resume=True, quiet=True, report=False)

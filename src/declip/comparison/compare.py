@@ -23,6 +23,7 @@ from declip.comparison.page import write_page
 from declip.comparison.study import BUDGETS, STUDY, Study, Tuning, extended, read_study, write_study
 from declip.comparison.worker import RUNS, TUNING, cells_of, failure
 from declip.config import Recipe
+from declip.data.mixture import Mixture
 from declip.errors import UserError, unknown
 from declip.evaluation.protocols import PROTOCOLS
 from declip.training.build import open_training_source
@@ -170,10 +171,12 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
                 "Set train.steps and train.batch for all."
             )
         key = recipe.data.model_dump_json()
-        sources.setdefault(key, len(open_training_source(recipe)))
+        if key not in sources:
+            source = open_training_source(recipe)
+            sources[key] = source.distinct if isinstance(source, Mixture) else len(source)
         if study.pairs[-1] > sources[key]:
             raise UserError(
-                f"'{recipe.data.source}' holds {sources[key]:,} pairs, fewer than the {study.pairs[-1]:,} asked for. "
+                f"'{recipe.data.label}' holds {sources[key]:,} pairs, fewer than the {study.pairs[-1]:,} asked for. "
                 "Ask for at most that many."
             )
     from declip.evaluation.datasets import open_dataset

@@ -46,8 +46,7 @@ def _turn(arm: Arm, overrides: Mapping[str, Any]) -> list[float]:
         trainer = Trainer(arm.resolve(overrides), Path(folder) / "run", quiet=True)
         train = trainer.recipe.train
         parts = StepParts(
-            trainer.model,
-            trainer.objective,
+            trainer.learner,
             trainer.optimizer,
             trainer.views,
             clip_norm=train.clip_norm,

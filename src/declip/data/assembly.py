@@ -10,6 +10,7 @@ import torch
 
 from declip.data.batch import Draw, PairBatch, Photometric
 from declip.data.checks import check_range
+from declip.data.order import build_order, parts_of
 from declip.data.pairs import BrokenPair
 from declip.data.text_views import IGNORED, augment, mask_tokens
 from declip.errors import UserError
@@ -31,10 +32,11 @@ LENGTH_STEP = 8
 class Assembler:
     """Makes the batch of any step.
 
-    Epoch e shows all pairs in an order drawn from (seed, e); step s belongs to epoch s // steps_per_epoch, and
-    the pairs that do not fill a last batch wait for another epoch. All that is random about pair i in epoch e
-    comes from a generator seeded by (seed, e, i), in this order: caption, keywords, augmentation, mask, then
-    crop and photometric parameters of each image view.
+    Epoch e shows all pairs in an order drawn from (seed, e), see `order`; step s belongs to epoch
+    s // steps_per_epoch, and the pairs that do not fill a last batch wait for another epoch. All that is random about
+    pair i in epoch e comes from a generator seeded by (seed, e, i), in this order: caption, keywords, augmentation,
+    mask, then crop and photometric parameters of each image view. With `resample` each step counts as an epoch of its
+    own there.
 
     Args:
         source: Where pairs come from.
@@ -53,9 +55,13 @@ class Assembler:
             "keywords", some of its keywords; "same", the first one again. A pair that has no other caption, or no
             keyword, gets "eda".
         base_view: Draws the first view instead, of the same size: SLIP's milder one for the contrast.
+        shuffle_buffer: Pairs that are shuffled at a time, shard after shard. None: all pairs, or 50,000 where shards
+            have to be fetched.
+        resample: Whether each step draws its pairs anew instead of showing each once an epoch.
+        rank, ranks: Which part of each batch to make, of how many: neighbouring places, as many in each as goes.
 
     Raises:
-        UserError: An option is out of its range, or the source holds fewer pairs than a batch.
+        UserError: An option is out of its range, or an epoch shows fewer pairs than a batch.
     """
 
     def __init__(
@@ -75,6 +81,10 @@ class Assembler:
         keywords_alone: float = 0.0,
         second_text: SecondText = "eda",
         base_view: ImageViews | None = None,
+        shuffle_buffer: int | None = None,
+        resample: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         check_range("batch", batch, 2)
         check_range("seed", seed, 0)
@@ -84,9 +94,10 @@ class Assembler:
         shares |= {"keyword_share": keyword_share, "keywords_alone": keywords_alone}
         for name, share in shares.items():
             check_range(name, share, 0, 1)
-        if len(source) < batch:
+        shown = sum(part.shown for part in parts_of(source))
+        if shown < batch:
             raise UserError(
-                f"'{source.name}' holds {len(source)} pairs, fewer than one batch of {batch}. "
+                f"'{source.name}' holds {shown} pairs, fewer than one batch of {batch}. "
                 "Give a smaller batch or more pairs."
             )
         self.source, self.tokenizer, self.image_views = source, tokenizer, image_views
@@ -96,19 +107,20 @@ class Assembler:
         self.mask, self.mask_probability = mask, mask_probability
         self.eda_alpha, self.keyword_share, self.keywords_alone = eda_alpha, keyword_share, keywords_alone
         self.second_text = second_text
-        self._order: tuple[int, np.ndarray] | None = None  # of the epoch last asked for
+        self.rank, self.ranks = rank, ranks
+        self._order = build_order(source, batch, seed, shuffle_buffer, resample)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the source."""
-        return len(self.source) // self.batch
+        """Whole batches among the pairs that an epoch shows."""
+        return self._order.steps_per_epoch
 
     def __getitem__(self, step: int) -> PairBatch:
-        """Make the batch of a step; pairs that cannot be used are in its `skipped`."""
-        epoch = step // self.steps_per_epoch
+        """Make this rank's part of the batch of a step; pairs that cannot be used are in its `skipped`."""
+        epoch = self._order.draw(step)
         samples: list[_Sample] = []
         skipped: list[BrokenPair] = []
-        for index in self.indices(step).tolist():
+        for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
             try:
                 pair = self.source[index]
             except BrokenPair as broken:
@@ -119,16 +131,11 @@ class Assembler:
 
     def indices(self, step: int) -> np.ndarray:
         """The pairs of a step's batch, (batch,) int64 places in the source."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self.order(epoch)[place * self.batch : (place + 1) * self.batch]
+        return self._order.indices(step)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch: a permutation of the source's indices, (n,) int64."""
-        if self._order is None or self._order[0] != epoch:
-            # The third number is no pair's index: no pair shares this stream.
-            generator = np.random.default_rng((self.seed, epoch, len(self.source)))
-            self._order = epoch, generator.permutation(len(self.source))
-        return self._order[1]
+        """All pairs of an epoch in their order, int64; the last ones may fill no batch."""
+        return self._order.epoch(epoch)
 
     def words(self, tag: int, view: int) -> str:
         """The text that the pair `tag` (epoch * len(source) + index) showed as text view 0 or 1.

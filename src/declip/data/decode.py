@@ -1,5 +1,6 @@
 """Turn an image file, or its bytes, into an upright RGB image, or say what is wrong with it."""
 
+import os
 import stat
 import struct
 import zlib
@@ -19,6 +20,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 MOST_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice. One more and Pillow itself refuses."""
+
+MOST_BYTES = 12 * MOST_PIXELS
+"""Of a file: the largest image of 16 bits in four channels, and half as much again. Some of Pillow's readers take the
+whole file into memory before they know the picture's size."""
 
 ORIENTATION = 0x0112
 TURNS = {
@@ -77,6 +82,30 @@ def decode(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> Im
         raise BrokenPair("unreadable image", key, f"{type(error).__name__}: {error}") from error
 
 
+def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
+    """Where an image is whose path may not leave a folder.
+
+    Args:
+        root: The folder.
+        path: Relative to it, or absolute and inside it.
+        key: The pair's key, for the error.
+        follow: Whether a link inside may not lead out either.
+
+    Raises:
+        BrokenPair: "path outside image root", or "missing image" where it is no path at all.
+    """
+    # Made plain first, so that what is checked is what is opened.
+    plain = Path(os.path.normpath(root / path))
+    inside = plain.is_relative_to(os.path.normpath(root))
+    try:
+        inside = inside and (not follow or Path(os.path.realpath(plain)).is_relative_to(os.path.realpath(root)))
+    except (OSError, ValueError) as error:
+        raise BrokenPair("missing image", key, str(error)) from error
+    if not inside:
+        raise BrokenPair("path outside image root", key, f"not below {root}")
+    return plain
+
+
 def _check_file(path: Path, key: str) -> None:
     """Refuse what is not a plain file: opening a named pipe would wait for ever."""
     try:
@@ -85,6 +114,8 @@ def _check_file(path: Path, key: str) -> None:
         raise BrokenPair("missing image", key, str(error)) from error
     if not stat.S_ISREG(status.st_mode):
         raise BrokenPair("unreadable image", key, f"{path} is not a file")
+    if status.st_size > MOST_BYTES:
+        raise BrokenPair("image too large", key, f"a file of {status.st_size:,} bytes, at most {MOST_BYTES:,}")
     if not status.st_size:
         raise BrokenPair("truncated image", key, f"{path} is empty")
 

@@ -1,6 +1,7 @@
 """Pairs from a folder: images, each with a text file of the same name beside it, one caption a line."""
 
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,9 +32,10 @@ class FolderSource:
         if not self.path.is_dir():
             raise UserError(f"There is no folder '{self.path}'.")
         self.name = self.path.name or str(self.path)
-        # A million paths are 0.1 GB as Python strings in every worker, and a third of it here, shared.
+        # A million paths are 0.1 GB as Python strings in every worker, and a third of it here, shared. They are bytes
+        # since not every file's name is UTF-8.
         unread: list[OSError] = []
-        self._keys = pa.array(sorted(_images(self.path, unread.append)), pa.large_string())
+        self._keys = pa.array(map(os.fsencode, sorted(_images(self.path, unread.append))), pa.large_binary())
         if not len(self._keys):
             why = f" '{unread[0].filename}' cannot be read: {unread[0].strerror}." if unread else ""
             raise UserError(f"The folder '{self.path}' holds no image ({', '.join(EXTENSIONS)}).{why}")
@@ -43,14 +45,17 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Pair:
         captions = self.captions(index)
-        key = self._keys[index].as_py()
-        return Pair(key, decode(self.path / key, key), captions)
+        key, path = self._place(index)
+        return Pair(key, decode(path, key), captions)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The cleaned captions of pair `index`; raises `BrokenPair`."""
-        key = self._keys[index].as_py()
+        key, image = self._place(index)
+        path = image.with_suffix(".txt")
         try:
-            with (self.path / key).with_suffix(".txt").open("rb") as file:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
+                raise BrokenPair("missing caption", key, f"{path} is not a file")
+            with path.open("rb") as file:
                 content = file.read(MOST_CAPTION_BYTES + 1)
         except OSError as error:
             raise BrokenPair("missing caption", key, str(error)) from error
@@ -61,6 +66,11 @@ class FolderSource:
         except UnicodeDecodeError as error:
             raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error
         return clean_captions(lines, key)
+
+    def _place(self, index: int) -> tuple[str, Path]:
+        """The key and the path of an image."""
+        raw = self._keys[index].as_py()
+        return raw.decode(errors="replace"), self.path / os.fsdecode(raw)
 
 
 def _images(root: Path, failed: Callable[[OSError], None]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from declip.errors import UserError
 
 if TYPE_CHECKING:
     from declip.data.image_views import ImageViews
-    from declip.data.pairs import PairSource
+    from declip.data.pairs import BrokenPair, PairSource
     from declip.data.tokenizer import Tokenizer
 
 SEEN_BEFORE_STOPPING = 100
@@ -53,9 +53,12 @@ class PairLoader(Iterator[PairBatch]):
         start_step: The first step to yield.
         pin_memory: Put the batches into page-locked memory, for faster copies to an accelerator.
         base_view: Draws the first view instead, of the same size: SLIP's milder one for the contrast.
+        shuffle_buffer: Pairs that are shuffled at a time, see `Assembler`.
+        resample: Whether each step draws its pairs anew.
+        rank, ranks: Which part of each batch to yield, of how many; with several, `count` is for the caller to call.
 
     Raises:
-        UserError: An option is out of its range, the source holds fewer pairs than a batch; while iterating,
+        UserError: An option is out of its range, an epoch shows fewer pairs than a batch; while iterating,
             when too many pairs are broken, or a worker was lost.
     """
 
@@ -80,6 +83,10 @@ class PairLoader(Iterator[PairBatch]):
         start_step: int = 0,
         pin_memory: bool = False,
         base_view: ImageViews | None = None,
+        shuffle_buffer: int | None = None,
+        resample: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         check_range("workers", workers, 0)
         check_range("max_broken_share", max_broken_share, 0, 1)
@@ -99,6 +106,10 @@ class PairLoader(Iterator[PairBatch]):
             keywords_alone=keywords_alone,
             second_text=second_text,
             base_view=base_view,
+            shuffle_buffer=shuffle_buffer,
+            resample=resample,
+            rank=rank,
+            ranks=ranks,
         )
         self.step = start_step
         """The step of the batch that comes next."""
@@ -136,7 +147,8 @@ class PairLoader(Iterator[PairBatch]):
             self.close()
             raise batch
         self.step += 1
-        self._count(batch)
+        if self._assembler.ranks == 1:
+            self.count(len(batch), batch.skipped)
         return batch
 
     def indices(self, step: int) -> np.ndarray:
@@ -181,10 +193,18 @@ class PairLoader(Iterator[PairBatch]):
         )
         return iter(loader)
 
-    def _count(self, batch: PairBatch) -> None:
-        """Add a batch to the counts; stop the run when too many pairs are broken."""
-        self.seen += len(batch) + len(batch.skipped)
-        for broken in batch.skipped:
+    def count(self, usable: int, skipped: Sequence[BrokenPair]) -> None:
+        """Add a batch to the counts; on one process a batch is counted when it is yielded, on many by the trainer.
+
+        Args:
+            usable: Pairs of all ranks' parts of the batch that can be used.
+            skipped: The others.
+
+        Raises:
+            UserError: Too many pairs are broken.
+        """
+        self.seen += usable + len(skipped)
+        for broken in skipped:
             self.skipped.add(broken)
         share = self.skipped.share(self.seen)
         if self.seen < SEEN_BEFORE_STOPPING or share <= self._max_broken_share:

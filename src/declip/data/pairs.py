@@ -1,5 +1,6 @@
 """What a source of pairs is: an image with its captions, the ways it can be broken, and how to open one."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -8,6 +9,18 @@ from PIL import Image
 
 LONGEST_CAPTION = 20_000
 """Characters. The longest text that a model reads is 77 tokens; a caption beyond this is a page or a broken file."""
+
+MOST_CAPTIONS = 10_000
+"""Of one image. Public sets have five, region descriptions some fifty; beyond this a table's image column is wrong."""
+
+MOST_SHOWN = 300
+"""Characters of a key or detail in a message: a file can name its images as it likes."""
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+"""What a terminal obeys and a reader does not see."""
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Also line ends, what turns the direction of writing, and halves of characters, which cannot be written."""
 
 EXAMPLES_KEPT = 5
 """Keys kept for each reason, enough to find the cause without a run's record growing with its data."""
@@ -39,9 +52,12 @@ class BrokenPair(Exception):
         reason: Short and of a small set, such as "truncated image"; what the counts are kept by.
         key: The pair's key.
         detail: What exactly was found.
+
+    Key and detail may quote a file, so they are kept short and without what a terminal would obey.
     """
 
     def __init__(self, reason: str, key: str, detail: str = "") -> None:
+        key, detail = printable(key), printable(detail)
         super().__init__(reason, key, detail)
         self.reason = reason
         self.key = key
@@ -108,7 +124,7 @@ class SkipCounter:
 
 
 def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
-    """Make captions usable: runs of white space become one space, empty and repeated ones go.
+    """Make captions usable: runs of white space and control characters become one space, empty and repeated ones go.
 
     Args:
         raw: Captions as they were written; None counts as empty.
@@ -119,19 +135,28 @@ def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
 
     Raises:
         BrokenPair: "empty caption" when nothing is left, "caption too long" when any is longer than
-            `LONGEST_CAPTION` characters, "invalid text" when one cannot be written as UTF-8.
+            `LONGEST_CAPTION` characters, "too many captions" beyond `MOST_CAPTIONS`, "invalid text" when one cannot
+            be written as UTF-8.
     """
     cleaned: dict[str, None] = {}
-    for text in raw:
+    for number, text in enumerate(raw):
+        if number >= MOST_CAPTIONS:
+            raise BrokenPair("too many captions", key, f"more than {MOST_CAPTIONS:,}")
         if text and len(text) > LONGEST_CAPTION:
             raise BrokenPair("caption too long", key, f"{len(text):,} characters, at most {LONGEST_CAPTION:,}")
         if text and not is_unicode(text):
             raise BrokenPair("invalid text", key, "half of a character that takes two code units")
-        if joined := " ".join((text or "").split()):
+        if joined := " ".join(CONTROL.sub(" ", text or "").split()):
             cleaned[joined] = None
     if not cleaned:
         raise BrokenPair("empty caption", key)
     return tuple(cleaned)
+
+
+def printable(text: str) -> str:
+    """A text from a file as one short line that every terminal and file takes; what it cannot show is "�"."""
+    shown = UNPRINTABLE.sub("\ufffd", text[: MOST_SHOWN + 1])
+    return shown if len(text) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 1]}…"
 
 
 def is_unicode(text: str) -> bool:

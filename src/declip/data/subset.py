@@ -11,12 +11,18 @@ class Subset:
 
     Args:
         source: Where the pairs are.
-        indices: (n,) int, their places.
+        indices: (n,) int, their places, rising where the source has shards.
     """
 
     def __init__(self, source: PairSource, indices: np.ndarray) -> None:
         self.source, self.indices = source, indices
         self.name = f"{source.name}[{len(indices)}]"
+        self.remote = getattr(source, "remote", False)
+        """Whether the source has shards that have to be fetched."""
+        blocks = getattr(source, "blocks", None)
+        ends = np.cumsum([] if blocks is None else blocks)
+        self.blocks = None if blocks is None else np.bincount(np.searchsorted(ends, indices, "right"), None, len(ends))
+        """How many of the pairs are in each of the source's shards, None where it has none."""
 
     def __len__(self) -> int:
         return len(self.indices)

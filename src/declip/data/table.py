@@ -9,14 +9,17 @@ from typing import Protocol
 
 from PIL import Image
 
-from declip.data.decode import decode
-from declip.data.pairs import BrokenPair, Pair, clean_captions
+from declip.data.decode import decode, image_below
+from declip.data.pairs import BrokenPair, Pair, clean_captions, printable
 from declip.data.table_rows import Delimited, JsonLines, ParquetRows
 from declip.errors import UserError
 
 IMAGE_NAMES = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "image_file", "img")
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
 """What the columns of public sets are called, most telling first; looked for when the column asked for is missing."""
+
+MOST_COMPARED = 1_000
+"""Columns among which one of a like name is looked for; a file can have millions."""
 
 
 class Rows(Protocol):
@@ -46,6 +49,7 @@ class Rows(Protocol):
 
 KINDS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": JsonLines,
+    ".json": JsonLines,  # the authors' YFCC15M list is named so
     ".csv": partial(Delimited, delimiter=","),
     ".tsv": partial(Delimited, delimiter="\t"),
     ".parquet": ParquetRows,
@@ -63,7 +67,8 @@ class TableSource:
         path: The table.
         image_column: Column with the image: a path or, in Parquet, bytes or a struct of `bytes` and `path`.
         caption_column: Column with the caption, or in JSONL and Parquet a list of them.
-        image_root: Folder that paths are relative to and may not leave. None: the table's folder, and any path goes.
+        image_root: Folder that paths are relative to and may not leave, by a link neither. None: the table's folder,
+            and any path goes.
 
     Raises:
         UserError: The table is missing, empty or no table, or a column is missing.
@@ -113,13 +118,12 @@ class TableSource:
         return clean_captions(self.rows.captions(index), self.rows.key(index))
 
     def _locate(self, path: str, key: str) -> Path:
-        """Where the image is. The path is made plain first, so that what is checked is what is opened."""
+        """Where the image is."""
         if path.startswith(("http://", "https://")):
             raise BrokenPair("missing image", key, "a web address; download the images and name the files")
-        plain = Path(os.path.normpath(self.root / path))
-        if self.confined and not plain.is_relative_to(os.path.normpath(self.root)):
-            raise BrokenPair("path outside image root", key, f"not below {self.root}")
-        return plain
+        if self.confined:
+            return image_below(self.root, path, key, follow=True)
+        return Path(os.path.normpath(self.root / path))
 
     def __reduce__(self) -> tuple[type["TableSource"], tuple[object, ...]]:
         """Pickled as what to open, so that a worker process opens the table itself."""
@@ -148,9 +152,9 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
     for name in usual if given == usual[0] else ():
         if name in lower:
             return lower[name]
-    near = get_close_matches(given, columns, n=1, cutoff=0.5)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    exist = ", ".join(f"'{name[:40]}'" for name in columns[:30]) or "none"
+    near = get_close_matches(given, columns[:MOST_COMPARED], n=1, cutoff=0.5)
+    hint = f" Did you mean '{printable(near[0])}'?" if near else ""
+    exist = ", ".join(f"'{printable(name[:40])}'" for name in columns[:30]) or "none"
     raise UserError(
         f"The table '{path}' has no column '{given}' for the {what}.{hint} Its columns: {exist}. "
         f"Name the right one with {what}_column. In a recipe it is data.{what}_column."

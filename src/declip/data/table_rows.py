@@ -1,9 +1,8 @@
 """Rows of JSONL, CSV, TSV and Parquet tables, kept as columns or left in the file, never as Python objects."""
 
 import csv
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from declip.data.cache import cache_folder, written_beside
+from declip.data.made_once import made_once
 from declip.data.pairs import BrokenPair
 from declip.errors import UserError
 
@@ -24,9 +23,26 @@ HELD_IN_MEMORY = 1 << 30
 """Bytes of images in a Parquet file up to which they are held in memory; Parquet cannot be read row by row, so
 beyond it the two columns are copied once into a cache file that is mapped into memory."""
 
+MANY_ROWS = 1_000_000
+"""Rows of a Parquet file beyond which its two columns are mapped likewise, however small: each rank of a run opens
+the table, and each would hold 160 bytes a row."""
+
+LARGE_TEXT = 128 << 20
+"""Bytes of a JSONL, CSV or TSV file beyond which what is held of each row is mapped from the cache likewise."""
+
+DAMAGED = b"damaged"
+"""Under this name a table's metadata keeps the rows that were left out."""
+
 SCAN = 64 << 20
 """Bytes looked through at a time for line ends."""
 
+MOST_GROWTH = 100
+"""How many times a Parquet file's size its two columns may take, beyond `HELD_IN_MEMORY`."""
+
+COPIED_ROWS, PATHS_COPIED = 256, 1 << 16
+"""Rows copied at a time, with and without the images themselves; fewer keep memory small, more make reading quick."""
+
+PEEKED_BYTES = 1024
 PEEKED_ROWS = 100
 """Rows of a JSONL file read to learn its columns, since no header lists them."""
 
@@ -40,7 +56,7 @@ def text_of(cell: bytes, key: str) -> str:
 
 
 class JsonLines:
-    """A file with a JSON object a line; only where each line starts is held, 8 bytes a row.
+    """A file with a JSON object a line; only where each line starts and its number are held, 16 bytes a row.
 
     Args:
         path: The file; blank lines are passed over.
@@ -51,17 +67,27 @@ class JsonLines:
         if not path.stat().st_size:
             raise UserError(f"The table '{path}' is empty. It needs a row for each pair.")
         self._bytes = np.memmap(path, np.uint8, "r")
-        ends = [np.flatnonzero(self._bytes[i : i + SCAN] == ord("\n")) + i for i in range(0, len(self._bytes), SCAN)]
-        stops = np.concatenate([*ends, [len(self._bytes)]]).astype(np.int64)
-        starts = np.concatenate([[0], stops[:-1] + 1])
-        lengths = stops - starts
-        filled = lengths > 1
-        filled[lengths == 1] = self._bytes[starts[lengths == 1]] > ord(" ")
-        self._starts, self._stops = starts[filled], stops[filled]
-        self._lines = np.flatnonzero(filled) + 1
+        table = self._find() if len(self._bytes) <= LARGE_TEXT else made_once(path, "jsonl", 1, self._write)
+        self._starts, self._lines = (whole(table[name]).to_numpy() for name in ("start", "line"))
         if not len(self):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
         self.columns: Sequence[str] = self._peek()
+
+    def _find(self) -> pa.Table:
+        """Where each line starts that is not blank, and its number from 1."""
+        scans = range(0, len(self._bytes), SCAN)
+        ends = [np.flatnonzero(self._bytes[i : i + SCAN] == ord("\n")) + i + 1 for i in scans]
+        starts = np.concatenate([[0], *ends, [len(self._bytes)]]).astype(np.int64)
+        lengths = np.diff(starts)
+        filled = lengths > 2
+        short = np.flatnonzero((lengths > 0) & ~filled)
+        ends_of = (starts[short], starts[short + 1] - 1)
+        filled[short] = np.maximum(*(self._bytes[place] for place in ends_of)) > ord(" ")
+        lines = np.flatnonzero(filled)
+        return pa.table({"start": starts[lines], "line": lines + 1})
+
+    def _write(self, target: Path) -> None:
+        write_mapped(self._find(), target)
 
     def _peek(self) -> list[str]:
         found: dict[str, None] = {}
@@ -72,7 +98,10 @@ class JsonLines:
             except BrokenPair as error:
                 first = first or error
         if first and not found:
-            raise UserError(f"'{self.path}' is not JSONL, a JSON object on each line: {first}.")
+            hint = ""
+            if self._bytes[:PEEKED_BYTES].tobytes().decode(errors="replace").lstrip("\ufeff \r\n\t").startswith("["):
+                hint = f" It is one JSON array; take it apart with: jq -c '.[]' {self.path.name} > rows.jsonl"
+            raise UserError(f"'{self.path}' is not JSONL, a JSON object on each line: {first}.{hint}")
         return list(found)
 
     def choose(self, image: str, caption: str) -> None:
@@ -86,8 +115,8 @@ class JsonLines:
         return f"line {self._lines[index]}"
 
     def _row(self, index: int) -> dict[str, Any]:
-        start, stop = self._starts[index], self._stops[index]
-        key = self._name(index)
+        start, key = self._starts[index], self._name(index)
+        stop = self._starts[index + 1] if index + 1 < len(self) else len(self._bytes)
         if stop - start > LONGEST_ROW:
             raise BrokenPair("unreadable row", key, f"{stop - start:,} bytes long")
         line = text_of(self._bytes[start:stop].tobytes(), key)
@@ -150,52 +179,68 @@ class Delimited:
             )
 
     def choose(self, image: str, caption: str) -> None:
-        """Read these two columns and find which rows share an image."""
-        self._damaged: list[tuple[int, str]] = []
+        """Read these two columns and merge the rows that share an image, or map the cache file that holds them."""
+        if self.path.stat().st_size <= LARGE_TEXT:
+            table = self._read(image, caption)
+        else:
+            made_of = (self.delimiter, image, caption)
+            table = made_once(self.path, "csv", made_of, lambda to: write_mapped(self._read(image, caption), to))
+        self._row, self._images, self._captions = (whole(table[name]) for name in ("row", "image", "captions"))
+        self._damaged: list[tuple[int, str]] = json.loads(table.schema.metadata[DAMAGED])
+
+    def _read(self, image: str, caption: str) -> pa.Table:
+        """The pairs: number of the first row, the image's path, all captions; in the metadata the damaged rows."""
+        damaged: list[tuple[int, str]] = []
+
+        def note(row: pacsv.InvalidRow) -> str:
+            damaged.append((row.number, f"{row.actual_columns} cells instead of {row.expected_columns}"))
+            return "skip"
+
         wanted = list(dict.fromkeys((image, caption)))
         try:
             table = pacsv.read_csv(
                 self.path,
                 pacsv.ReadOptions(use_threads=False, block_size=LONGEST_ROW),
-                pacsv.ParseOptions(
-                    delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=self._note_damaged
-                ),
+                pacsv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=note),
                 # Bytes, so that a row that is not UTF-8 breaks that row and not the table.
                 pacsv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.large_binary())),
             )
         except pa.ArrowInvalid as error:
             raise UserError(f"'{self.path}' cannot be read as a table: {error}.") from error
-        self._images, self._captions = (table[name].combine_chunks() for name in (image, caption))
-        self._order, self._starts = group_rows(self._images)
-
-    def _note_damaged(self, row: pacsv.InvalidRow) -> str:
-        detail = f"{row.actual_columns} cells instead of {row.expected_columns}"
-        self._damaged.append((row.number, detail))
-        return "skip"
+        images, captions = (table[name].combine_chunks() for name in (image, caption))
+        order, starts = group_rows(images)
+        first = order[starts[:-1]]
+        return pa.table(
+            {
+                "row": first,
+                "image": images.take(pa.array(first)),
+                "captions": pa.LargeListArray.from_arrays(starts, captions.take(pa.array(order))),
+            }
+        ).replace_schema_metadata({DAMAGED: json.dumps(damaged)})
 
     def __len__(self) -> int:
-        return len(self._starts) - 1 + len(self._damaged)
+        return len(self._row) + len(self._damaged)
 
-    def _members(self, index: int) -> np.ndarray:
-        pairs = len(self._starts) - 1
-        if index >= pairs:
-            number, detail = self._damaged[index - pairs]
+    def _check(self, index: int) -> None:
+        """Raise `BrokenPair` where the row was damaged."""
+        if index >= len(self._row):
+            number, detail = self._damaged[index - len(self._row)]
             raise BrokenPair("unreadable row", f"row {number}", detail)
-        return self._order[self._starts[index] : self._starts[index + 1]]
 
     def key(self, index: int) -> str:
         """The image's path, else the number of the row, the header being row 1."""
-        row = self._members(index)[0]
-        return self._images[row].as_py().decode(errors="replace") or f"row {row + 2}"
+        self._check(index)
+        return self._images[index].as_py().decode(errors="replace") or f"row {self._row[index].as_py() + 2}"
 
     def image(self, index: int) -> str:
         """The image's path; raises `BrokenPair`."""
-        return text_of(self._images[self._members(index)[0]].as_py(), self.key(index))
+        self._check(index)
+        return text_of(self._images[index].as_py(), self.key(index))
 
     def captions(self, index: int) -> list[str | None]:
         """The captions of all rows of the image; raises `BrokenPair`."""
         key = self.key(index)
-        return [text_of(self._captions[row].as_py(), key) for row in self._members(index)]
+        return [text_of(caption, key) for caption in self._captions[index].as_py()]
 
 
 def group_rows(paths: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +271,7 @@ class ParquetRows:
         self.path = path
         try:
             self._file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"'{path}' is not a Parquet file: {str(error).rstrip('.')}.") from error
         self.columns: Sequence[str] = self._file.schema_arrow.names
 
@@ -245,28 +290,55 @@ class ParquetRows:
             )
         wanted = list(dict.fromkeys((image, caption)))
         try:
-            table = self._file.read(wanted) if self._size(image) <= HELD_IN_MEMORY else self._mapped(wanted)
-        except (pa.ArrowException, OSError) as error:
+            large = self._size() > HELD_IN_MEMORY or self._file.metadata.num_rows > MANY_ROWS
+            table = (
+                self._mapped(wanted) if large else pa.Table.from_batches(self._batches(wanted), self._schema(wanted))
+            )
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"'{self.path}' is damaged: {error}.") from error
+        if len(table) != len(self):
+            raise UserError(f"'{self.path}' is damaged: it holds {len(table):,} rows and says {len(self):,}.")
         self._images, self._captions = table[image], table[caption]
 
-    def _size(self, column: str) -> int:
-        """Bytes that the column's values take once they are decompressed."""
+    def _size(self) -> int:
+        """Bytes that the values take once they are decompressed, as the file says.
+
+        Of all columns: asking pyarrow 26 for those of one ends the process where the file is damaged.
+        """
         data = self._file.metadata
-        chunks = (data.row_group(g).column(c) for g in range(data.num_row_groups) for c in range(data.num_columns))
-        return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
+        return sum(data.row_group(group).total_byte_size for group in range(data.num_row_groups))
+
+    def _schema(self, columns: list[str]) -> pa.Schema:
+        return pa.schema([self._file.schema_arrow.field(name) for name in columns])
+
+    def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Read a few rows at a time, for a value that is stored once can stand in millions of rows."""
+        most, total = max(MOST_GROWTH * self.path.stat().st_size, HELD_IN_MEMORY), 0
+        rows = COPIED_ROWS if any(is_bytes(field.type) for field in self._schema(columns)) else PATHS_COPIED
+        pending: list[pa.RecordBatch] = []
+        for batch in self._file.iter_batches(COPIED_ROWS, columns=columns):
+            total += batch.nbytes
+            if total > most:
+                raise UserError(
+                    f"'{self.path}' is not read: its columns {', '.join(columns)} take more than {most:,} bytes, "
+                    f"{MOST_GROWTH} times the file's size."
+                )
+            pending.append(batch.select(columns))
+            if len(pending) * COPIED_ROWS >= rows:
+                yield from pa.Table.from_batches(pending).combine_chunks().to_batches()
+                pending = []
+        if pending:
+            yield from pa.Table.from_batches(pending).combine_chunks().to_batches()
 
     def _mapped(self, columns: list[str]) -> pa.Table:
-        """Copy the columns, a few rows at a time, to a file that can be mapped; once for each state of the table."""
-        status = self.path.stat()
-        state = repr((str(self.path.resolve()), status.st_size, status.st_mtime_ns, columns))
-        target = cache_folder() / "parquet" / f"{hashlib.sha256(state.encode()).hexdigest()[:16]}.arrow"
-        if not target.exists():
-            schema = pa.schema([self._file.schema_arrow.field(name) for name in columns])
-            with written_beside(target) as beside, pa.ipc.new_file(str(beside), schema) as writer:
-                for batch in self._file.iter_batches(256, columns=columns):
-                    writer.write_batch(batch.select(columns))
-        return pa.ipc.open_file(pa.memory_map(str(target))).read_all()
+        """Copy the columns to a file that can be mapped; once for each state of the table."""
+
+        def copy(target: Path) -> None:
+            with pa.ipc.new_file(str(target), self._schema(columns)) as writer:
+                for batch in self._batches(columns):
+                    writer.write_batch(batch)
+
+        return made_once(self.path, "parquet", columns, copy)
 
     def __len__(self) -> int:
         return self._file.metadata.num_rows
@@ -295,6 +367,17 @@ class ParquetRows:
         except UnicodeDecodeError as error:
             raise BrokenPair("invalid text", self.key(index), f"not UTF-8: {error}") from error
         return cell if isinstance(cell, list) else [cell]
+
+
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece; no copy where it is, and none where it has no row."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def write_mapped(table: pa.Table, path: Path) -> None:
+    """Write a table to an Arrow file as one batch."""
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table.combine_chunks())
 
 
 def is_text(kind: pa.DataType, lists: bool = False) -> bool:

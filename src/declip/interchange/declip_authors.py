@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from declip.config import TERMS, Recipe, load_recipe
 from declip.errors import UserError, unknown
+from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
 from declip.supervision.objective import Objective
 
@@ -107,11 +106,20 @@ def read_declip_authors(
         UserError: The file cannot be read, is none of the authors', or lacks the head of a weighted term.
     """
     state = _state(source)
-    recipe = _recipe(state, weights, text_heads, image_heads, queue_size)
+    try:
+        recipe = _recipe(state, weights, text_heads, image_heads, queue_size)
+        places = {our_name(name, state): name for name in state}
+        shapes = {ours: _convert(name, state[name].to("meta")) for ours, name in places.items()}
+    except UserError:
+        raise
+    except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"The shapes of the authors' weights cannot be read: {_one_line(error)}.") from error
+    # Sizes come from the file, so the model is built without memory first, to see that the shapes fit.
+    _put(outline(recipe), "model.", shapes)
     with torch.random.fork_rng(devices=[]):
         model = DualEncoder.from_recipe(recipe)
         objective = Objective.for_model(recipe, model)
-    ours = {our_name(name, state): _convert(name, tensor) for name, tensor in state.items()}
+    ours = {ours: _convert(name, state[name]) for ours, name in places.items()}
     ours["model.logit_scale"] = ours["model.logit_scale"].clamp(max=recipe.logit_scale.max)
     _put(model, "model.", ours)
     _put(objective, "objective.", ours)
@@ -167,23 +175,20 @@ def _load(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no file '{path}'. Give the path of a checkpoint of the authors' code.")
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        found = read_weights(path)
+    except UserError:
+        raise
+    except Exception as error:  # a file can be wrong in any way
+        # torch's own message advises `weights_only=False`, which would let the file run code.
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        why = "it is no file of tensors, or it holds more than tensors." if unsafe else _one_line(error, 200)
         raise UserError(
-            f"Cannot read weights from '{path}': {_one_line(error, 200)} Give a checkpoint as the authors' code "
+            f"Cannot read weights from '{path}': {why} Give a checkpoint as the authors' code "
             "saves it, or a safetensors file; download it again if it is cut."
         ) from error
     if not isinstance(found, Mapping):
         raise UserError(f"'{path}' holds a {type(found).__name__}, not a checkpoint of the authors' code.")
     return found
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own message advises `weights_only=False`, which would let the file run code.
-        raise pickle.UnpicklingError("it is no file of tensors, or it holds more than tensors.") from error
 
 
 def _text_prefix(state: Mapping[str, Any]) -> str:

@@ -1,19 +1,18 @@
 """Loading a model: a run folder or a checkpoint of ours, a checkpoint of the authors', or a model of open_clip's."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import yaml
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from declip.config import Recipe
+from declip.config import Recipe, read_yaml
 from declip.errors import UserError
 from declip.evaluation.features import Encoder
 from declip.interchange.declip_authors import read_declip_authors
-from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip, refuse_torchscript
+from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
+from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
 from declip.training.build import pick_device
 from declip.training.checkpoint import STATE, list_checkpoints, load_checkpoint, newest_good, part
@@ -72,7 +71,6 @@ def load(where: str | Path, device: str = "auto") -> Model:
 
 
 def _from_file(path: Path) -> DualEncoder:
-    refuse_torchscript(path)
     try:
         return read_declip_authors(path)[0]
     except UserError as error:
@@ -97,10 +95,7 @@ def _not_the_authors(path: Path) -> UserError | None:
 def _tensor_names(path: Path) -> Iterable[str]:
     """Names in a file of tensors, one wrapping undone; none where it cannot be read."""
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return list(file.keys())
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        found = read_weights(path)
         for wrapping in ("state_dict", "model"):
             found = found.get(wrapping, found)
         return [name for name in found if isinstance(name, str)]
@@ -121,11 +116,28 @@ def _from_checkpoint(path: Path) -> DualEncoder:
     else:
         what = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
         raise UserError(f"'{path}' {what}. Give a run folder, or a folder in its checkpoints.")
-    model = DualEncoder.from_recipe(Recipe.model_validate(yaml.safe_load(found.recipe)))
+    recipe = _recipe(found.recipe, path)
+    weights = part("average", found.weights) or part("model", found.weights)
+    # Sizes come from the file, so the model is built without memory first, to see that the weights fit.
+    _put(outline(recipe), {name: tensor.to("meta") for name, tensor in weights.items()}, path)
+    model = DualEncoder.from_recipe(recipe)
+    _put(model, weights, path)
+    return model
+
+
+def _put(model: DualEncoder, weights: Mapping[str, Tensor], path: Path) -> None:
     try:
-        model.load_state_dict(part("average", found.weights) or part("model", found.weights))
-    except (RuntimeError, SafetensorError) as error:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
         raise UserError(
             f"The weights in '{path}' do not fit their recipe: {str(error).splitlines()[-1].strip()}"
         ) from error
-    return model
+
+
+def _recipe(text: str, path: Path) -> Recipe:
+    """The recipe in a checkpoint, which may be a stranger's."""
+    try:
+        return Recipe.model_validate(read_yaml(text))
+    except Exception as error:  # YAML's tags and pydantic's checks each have errors of their own
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"The recipe of the checkpoint in '{path}' cannot be read by this version: {said}") from error

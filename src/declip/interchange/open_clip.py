@@ -12,7 +12,6 @@ On a machine without network ``HF_HUB_OFFLINE=1`` spares the tries of 20 seconds
 
 import logging
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from declip.errors import UserError, unknown
+from declip.interchange.weights_file import check_weights
 
 log = logging.getLogger("declip")
 
@@ -71,6 +71,8 @@ def read_open_clip(given: str) -> "OpenClip":
         name, options = _resolve(open_clip, given)
         try:
             _refuse_code(open_clip.get_model_config(name), given)
+            for file in _files(name, options):
+                check_weights(file)
             tokenizer = open_clip.get_tokenizer(name)
             model = open_clip.create_model(name, **options)
         except UserError:
@@ -82,22 +84,6 @@ def read_open_clip(given: str) -> "OpenClip":
         except Exception as error:  # a file or configuration can be wrong in any way; open_clip checks little
             raise _cannot_load(given, error) from error
     return OpenClip(model, Preprocess(model.visual.preprocess_cfg), tokenizer).eval()
-
-
-def refuse_torchscript(path: Path) -> None:
-    """Refuse a TorchScript archive, the form in which OpenAI publishes its weights.
-
-    Raises:
-        UserError: it is one.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise UserError(
-                    f"'{path}' is a TorchScript archive: a program with its weights, which is not run here. "
-                    f"OpenAI's weights are had by their tag, as in '{PREFIX}ViT-B-32/openai'; "
-                    "of a program of your own save the `state_dict()` alone."
-                )
 
 
 class Preprocess:
@@ -229,7 +215,6 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, dict[str, Any]]:
     if open_clip.is_pretrained_cfg(name, weights):
         tag = open_clip.get_pretrained_cfg(name, weights)
         file = Path(_fetch(given, lambda: open_clip.download_pretrained(tag)))
-        refuse_torchscript(file)
         of_tag = {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu"))}
         return name, options | {"pretrained": str(file)} | of_tag
     file = Path(weights).expanduser()
@@ -237,9 +222,16 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, dict[str, Any]]:
         if len(file.parts) > 1 or file.suffix in SUFFIXES:
             raise UserError(f"There is no file '{file}'. Give the path of weights for {name}, or a tag.")
         raise unknown(f"tag or file for open_clip's {name}", weights, [*tags, RANDOM])
-    refuse_torchscript(file)
     _warn_of_preprocessing(open_clip, name, tags, file)
     return name, options | {"pretrained": str(file)}
+
+
+def _files(name: str, options: Mapping[str, Any]) -> Sequence[Path]:
+    """The files of weights that open_clip is going to read, but for a repository's, which it has in its cache."""
+    if name.startswith(FOLDER):
+        folder = Path(name.removeprefix(FOLDER))
+        return [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
+    return [Path(options["pretrained"])] if "pretrained" in options else []
 
 
 def _checked_folder(given: str) -> Path:

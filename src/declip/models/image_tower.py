@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from declip.errors import UserError, unknown
 
+OTHER_FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+"""Options of `timm.create_model` by which a recipe, perhaps a stranger's, would name files or addresses."""
+
 
 @dataclass(frozen=True)
 class ImageFeatures:
@@ -121,6 +124,8 @@ def _create(name: str, size: int, options: dict[str, Any]) -> Any:
     if not timm.is_model(base):
         raise unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
     clip_resnet = base.startswith("resnet") and "_clip" in base
+    if refused := OTHER_FILES & options.keys():
+        raise UserError(f"image.options has {', '.join(sorted(refused))}, which would read another file. Leave it out.")
     options = {**preset, **options}
     if "depths" in options:
         options["blocks"] = _clip_resnet_blocks(options.pop("depths"))
@@ -129,7 +134,7 @@ def _create(name: str, size: int, options: dict[str, Any]) -> Any:
     try:
         with torch.no_grad():
             return timm.create_model(base, pretrained=False, num_classes=0, **options)
-    except (TypeError, AssertionError, ValueError) as error:
+    except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(
             f"timm cannot build the image tower '{name}' with image.size={size} and image.options={options}: {error}"
         ) from error

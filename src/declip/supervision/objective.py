@@ -51,6 +51,7 @@ class Features:
         patches, words: (B, P, w), (B, L, w) token features in the late-interaction space, or None.
         word_mask: (B, L) True at real tokens, or None.
         tags: (B,) int64, which pair was seen when.
+        slots: (B, T) int64, where in the queue each text's nearest neighbour is, or None.
     """
 
     images: Tensor
@@ -63,6 +64,7 @@ class Features:
     words: Tensor | None
     word_mask: Tensor | None
     tags: Tensor
+    slots: Tensor | None
 
 
 class Objective(nn.Module):
@@ -105,14 +107,16 @@ class Objective(nn.Module):
         tower = model.image_tower
         return cls(recipe, tower.hidden_width, tower.token_width, model.tokenizer.vocabulary)
 
-    def forward(self, model: DualEncoder, batch: PairBatch, gather: Gather = alone, rank: int = 0) -> dict[str, Tensor]:
+    def forward(
+        self, model: DualEncoder, batch: PairBatch, gather: Gather = alone, offset: int = 0
+    ) -> dict[str, Tensor]:
         """Compute every active term and the total.
 
         Args:
             model: The two towers.
             batch: Images (V, B, 3, H, W) float and texts (T, B, L); masked and labels when the recipe masks.
             gather: Rows of all ranks, in rank order, with gradient; the identity on one process.
-            rank: This process's place in that order.
+            offset: Row of this rank's first pair in that order.
 
         Returns:
             Scalars by term name, and "total": the sum of weight · term. In training mode the queue is then written.
@@ -124,7 +128,7 @@ class Objective(nn.Module):
         features = self.encode(model, batch)
         longest = self.recipe.late_interaction.top_k or model.text_tower.context
         keys = gather_features(self._key_tokens(features), gather, longest)
-        terms = self.terms(features, keys, model.logit_scale.exp(), offset=rank * len(batch))
+        terms = self.terms(features, keys, model.logit_scale.exp(), offset)
         if self.queue is not None and self.training:
             self.queue.push(keys.texts[1], tags=2 * keys.tags + 1)
             self.queue.push(keys.texts[0], tags=2 * keys.tags)
@@ -138,12 +142,12 @@ class Objective(nn.Module):
         texts = model.text_tower(captions.flatten(0, 1))
         count, size = captions.shape[:2]
         late = "late_interaction" in self.weights
-        pooled = texts.pooled.unflatten(0, (count, size))[: len(batch.texts)]
+        text_features = _normalise(texts.pooled.unflatten(0, (count, size))[: len(batch.texts)])
         length = captions.shape[-1]
         positions = torch.arange(length, device=captions.device)
         return Features(
             images=_normalise(images.pooled),
-            texts=_normalise(pooled),
+            texts=text_features,
             simsiam=self._simsiam(images.pooled[-2:]) if "simsiam" in self.weights else None,
             language=self._language(texts.words.unflatten(0, (count, size))[masked_at], batch),
             masked=(batch.labels != IGNORED).sum(dim=1) if batch.labels is not None else None,
@@ -152,6 +156,7 @@ class Objective(nn.Module):
             words=_normalise(self.word_projection(texts.words[:size])) if late else None,
             word_mask=positions < texts.lengths[:size, None] if late else None,
             tags=batch.tags if batch.tags is not None else torch.full((size,), -1, device=captions.device),
+            slots=self._neighbours(text_features),
         )
 
     def terms(self, own: Features, keys: Features, scale: Tensor, offset: int) -> dict[str, Tensor]:
@@ -194,6 +199,13 @@ class Objective(nn.Module):
             return batch.texts, 0
         return torch.cat([batch.texts, batch.masked[None]]), len(batch.texts)
 
+    def _neighbours(self, texts: Tensor) -> Tensor | None:
+        """Places of the nearest neighbours of (T, B, d) in the queue, (B, T); None while it is empty."""
+        if self.queue is None or len(self.queue) == 0:
+            return None
+        _, slots = self.queue.nearest(texts.detach().flatten(0, 1))
+        return slots.unflatten(0, texts.shape[:2]).mT
+
     def _simsiam(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z1, z2 = (self.projector(view) for view in pooled)
         return self.predictor(z1), self.predictor(z2), z1, z2
@@ -218,12 +230,11 @@ class Objective(nn.Module):
         return masked_language.cross_entropy(*_given(own.language), count=count)
 
     def _nearest_neighbour(self, own: Features, keys: Features, scale: Tensor, offset: int) -> Tensor:
-        """Every rank looks up all ranks' captions in its copy of the queue: no second collective."""
+        """Every rank looked up its own captions; all ranks' queues are equal, so the places say which features."""
         assert self.queue is not None
-        if len(self.queue) == 0:
+        if keys.slots is None:
             return own.images.sum() * 0.0
-        found, _ = self.queue.nearest(keys.texts.detach().flatten(0, 1))
-        neighbour_keys = found.unflatten(0, keys.texts.shape[:2])
+        neighbour_keys = self.queue.features[keys.slots.mT]
         size = own.images.shape[1]
         return nearest_neighbour.neighbour_contrast(
             own.images[-2:],
@@ -277,8 +288,8 @@ class Objective(nn.Module):
 def gather_features(own: Features, gather: Gather, words: int) -> Features:
     """Bring the features of all ranks together in one collective.
 
-    Everything travels as one (B, k) float tensor: views and tokens side by side, and the tags' bits as floats that are
-    only copied, never computed with.
+    Everything travels as one (B, k) float tensor: views and tokens side by side, and the bits of tags and slots as
+    floats that are only copied, never computed with.
 
     Args:
         own: This rank's features.
@@ -296,7 +307,8 @@ def gather_features(own: Features, gather: Gather, words: int) -> Features:
     tensors = {"images": own.images, "texts": own.texts, "simclr": own.simclr}
     by_row = {name: tensor.transpose(0, 1) for name, tensor in tensors.items() if tensor is not None}
     by_row |= {n: t for n, t in (("patches", own.patches), ("words", own.words)) if t is not None}
-    by_row["tags"] = own.tags.view(own.images.dtype).unflatten(0, (len(own.tags), -1))
+    whole = {"tags": own.tags.unsqueeze(1)} | ({} if own.slots is None else {"slots": own.slots.contiguous()})
+    by_row |= {name: numbers.view(own.images.dtype) for name, numbers in whole.items()}
     if own.word_mask is not None:
         by_row["word_mask"] = own.word_mask.float()
     if own.masked is not None:
@@ -308,7 +320,8 @@ def gather_features(own: Features, gather: Gather, words: int) -> Features:
         for (name, tensor), part in zip(by_row.items(), parts, strict=True)
     }
     found |= {name: found[name].transpose(0, 1) for name in tensors if name in found}
-    found["tags"] = found["tags"].detach().contiguous().view(torch.int64).flatten()
+    found |= {name: found[name].detach().contiguous().view(torch.int64) for name in whole}
+    found["tags"] = found["tags"].flatten()
     if "word_mask" in found:
         found["word_mask"] = found["word_mask"].detach() > 0.5
     return replace(own, **found)  # type: ignore[arg-type]  # tensors by the names of tensor fields

@@ -13,11 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 from declip.config import ImageView, Recipe
 from declip.data.image_views import ImageViews
 from declip.data.loader import PairLoader
+from declip.data.mixture import Mixture
 from declip.data.pairs import PairSource
 from declip.data.sources import open_source
 from declip.data.subset import take
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
+from declip.training import distributed
 
 
 def pick_device(name: str) -> torch.device:
@@ -39,12 +41,23 @@ def pick_device(name: str) -> torch.device:
 
 
 def open_training_source(recipe: Recipe) -> PairSource:
-    """The pairs that teach, cut to `data.pairs` by the seed."""
+    """The pairs that teach, one source or a mixture, cut to `data.pairs` by the seed."""
     data = recipe.data
-    source = open_source(
-        data.source, image_column=data.image_column, caption_column=data.caption_column, image_root=data.image_root
-    )
-    return source if data.pairs is None else take(source, data.pairs, recipe.seed)
+
+    def opened(name: str) -> PairSource:
+        return open_source(
+            name,
+            image_column=data.image_column,
+            caption_column=data.caption_column,
+            image_root=data.image_root,
+            shard_cache_gb=data.shard_cache_gb,
+        )
+
+    if isinstance(data.source, str):
+        source = opened(data.source)
+        return source if data.pairs is None else take(source, data.pairs, recipe.seed)
+    mixture = Mixture([(opened(each.source), each.weight) for each in data.source])
+    return mixture if data.pairs is None else mixture.take(data.pairs, recipe.seed)
 
 
 def image_views(recipe: Recipe, view: ImageView | None = None) -> ImageViews:
@@ -76,6 +89,10 @@ def build_loader(
         start_step=start_step,
         pin_memory=model.device.type == "cuda",
         base_view=image_views(recipe, recipe.views.base) if recipe.views.base else None,
+        rank=distributed.rank(),
+        ranks=distributed.world_size(),
+        shuffle_buffer=recipe.data.shuffle_buffer,
+        resample=recipe.data.resample,
     )
 
 

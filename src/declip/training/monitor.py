@@ -145,6 +145,37 @@ class Monitor:
         self.board.flush()
 
 
+class Silence(Monitor):
+    """The monitor of every rank but the first: it writes and draws nothing."""
+
+    def __init__(self, run: Path, start: int, steps: int, batch: int, quiet: bool = True) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def pause(self) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, float], learning_rate: float, logit_scale: float) -> None:
+        pass
+
+    def evaluation(self, step: int, row: Mapping[str, Any]) -> None:
+        pass
+
+    def forget_evaluations(self, step: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All whole rows of a JSONL file; a last line that a crash cut short is left out."""
     if not path.exists():

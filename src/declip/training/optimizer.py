@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from declip.config import Train
 
@@ -26,14 +27,14 @@ def named_trainable(*modules: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], train: Train) -> torch.optim.AdamW:
-    """AdamW with two groups, with and without decay (Loshchilov and Hutter 2019)."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    """AdamW with two groups, with and without decay (Loshchilov and Hutter 2019), each parted where some are shards."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, False): [], (False, False): []}
     for name, parameter in named:
-        groups[decays(name, parameter)].append(parameter)
+        groups.setdefault((decays(name, parameter), isinstance(parameter, DTensor)), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": groups[True], "weight_decay": train.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
+            {"params": group, "weight_decay": train.weight_decay if decayed else 0.0}
+            for (decayed, _), group in groups.items()
         ],
         lr=train.lr_start,
         betas=train.betas,

@@ -11,7 +11,16 @@ from declip.training.checkpoint import Checkpoint, list_checkpoints, newest_good
 from declip.training.monitor import EVALUATIONS, METRICS, log, read_rows
 
 RECIPE = "recipe.yaml"
-CHANGEABLE = ("data.workers", "train.device", "train.threads", "train.keep", "train.checkpoint_every", "name")
+CHANGEABLE = (
+    "data.workers",
+    "data.shard_cache_gb",
+    "train.patience",
+    "train.device",
+    "train.threads",
+    "train.keep",
+    "train.checkpoint_every",
+    "name",
+)
 """Recipe keys that may differ between a run and its resumption: none of them changes a number."""
 
 
@@ -24,12 +33,17 @@ class Run:
         recipe: The resolved recipe.
         step: Steps done.
         finished: Whether all steps are done.
+        status: What the process ends with when the run is not finished: 130 after Ctrl-C, 75 (try again later) after
+            SIGTERM, SIGUSR1 or the file "stop".
+        leads: Whether this process is the first of those that train together.
     """
 
     folder: Path
     recipe: Recipe
     step: int
     finished: bool
+    status: int = 130
+    leads: bool = True
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

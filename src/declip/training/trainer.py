@@ -1,8 +1,10 @@
 """The trainer: builds what a recipe describes, takes its steps, measures, keeps checkpoints, writes the report."""
 
+import itertools
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,24 +23,26 @@ from declip.evaluation.protocols import Options, evaluate_all
 from declip.models.dual_encoder import DualEncoder
 from declip.supervision.objective import Objective
 from declip.training import checkpoint as checkpoints
-from declip.training.build import (
-    averaged,
-    build_loader,
-    image_views,
-    open_training_source,
-    pick_device,
-    random_states,
-    versions,
-)
-from declip.training.monitor import Monitor, log
+from declip.training import distributed
+from declip.training.build import averaged, build_loader, image_views, open_training_source, pick_device
+from declip.training.checkpoint_writer import CheckpointWriter
+from declip.training.distributed import Council
+from declip.training.health import Health
+from declip.training.monitor import Monitor, Silence, log
 from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.parallel import build_learner, core
 from declip.training.run import Run, check_datasets, open_folder
 from declip.training.schedule import learning_rate
+from declip.training.state import capture, restore
 from declip.training.step import StepParts, training_step
 
 SKIPPED = "skipped.json"
-FLAT_AFTER = 300
-"""Steps after which a contrastive loss still at ln(batch) is worth a warning."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+TRY_AGAIN = 75
+"""Exit status of a run that was stopped from outside and wants to be queued again (EX_TEMPFAIL of sysexits.h)."""
+
+STOP = "stop"
+"""A file of this name in the run folder ends the run as SIGTERM does, on every machine that it runs on."""
 
 
 def train(
@@ -71,7 +75,9 @@ def train(
     elif overrides:
         raise UserError("Overrides go with a recipe's name or file; this Recipe is already resolved.")
     trainer = Trainer(recipe, Path(out) if out is not None else Path("runs") / recipe.name, resume, quiet)
-    return trainer.train(report)
+    run = trainer.train(report)
+    distributed.leave()
+    return run
 
 
 class Trainer:
@@ -91,25 +97,32 @@ class Trainer:
         self.recipe, self.folder, self.quiet = recipe, folder, quiet
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        self.device = pick_device(recipe.train.device)
+        self.device = pick_device(distributed.own_device(recipe.train.device))
+        distributed.join(self.device, recipe.train.patience)
+        self.council = Council(recipe.train.patience)
+        self.leads = distributed.rank() == 0
         self.source = open_training_source(recipe)
         torch.manual_seed(recipe.seed)
         self.model = DualEncoder.from_recipe(recipe).to(self.device)
         self.objective = Objective.for_model(recipe, self.model).to(self.device)
         if recipe.train.channels_last:
             self.model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        self.learner = build_learner(recipe, self.model, self.objective)
         self.average = averaged(self.model, recipe.train.ema)
         self.optimizer = build_optimizer(named_trainable(self.model, self.objective), recipe.train)
         self.views = image_views(recipe)
         self.skipped, self.step = SkipCounter(), 0
-        self.stop_asked = False
+        self.bad_steps: list[int] = []
+        self.writer = CheckpointWriter(folder, recipe.train.keep)
+        self._health = Health(recipe.train.batch, recipe.train.warmup_steps)
+        self.stop_asked, self._signal, self._looked = False, 0, 0.0
         self._bad_step = torch.tensor(-1, device=self.device)
         # What can't be used is said before a folder is made or a step taken, not when it is first needed.
         build_loader(recipe, self.source, self.model, self.views).close()
         check_datasets(recipe)
-        found = open_folder(recipe, folder, resume)
+        found = self._open_folder(resume)
         if found is not None:
-            self.restore(found)
+            restore(self, found)
 
     @cached_property
     def loader(self) -> PairLoader:
@@ -120,49 +133,58 @@ class Trainer:
 
     def train(self, report: bool = True) -> Run:
         """Take the steps that are left, then measure and, if wanted, write the report."""
-        steps = self.recipe.train.steps
-        with Monitor(self.folder, self.step, steps, self.recipe.train.batch, self.quiet) as monitor:
+        steps, batch = self.recipe.train.steps, self.recipe.train.batch
+        monitor_of = Monitor if self.leads else Silence
+        with (
+            monitor_of(self.folder, self.step, steps, batch, self.quiet) as monitor,
+            self.writer,
+        ):
             if self.step < steps:
                 self._introduce()
                 with self._stopping_politely():
                     self._take_steps(monitor)
-            if self.step >= steps and not self._measured_at_end():
+            if self.step >= steps and not self.council.first(self._measured_at_end):
                 monitor.forget_evaluations(self.step)
                 self.evaluate(monitor, final=True)
                 monitor.flush()
         if self.step >= steps and report:
-            self._report()
+            self.council.first(self._report)
         if "loader" in self.__dict__:
             self.loader.close()
-        return Run(self.folder, self.recipe, self.step, finished=self.step >= steps)
+        finished = self.step >= steps
+        status = 130 if self._signal == signal.SIGINT else TRY_AGAIN
+        return Run(self.folder, self.recipe, self.step, finished, status, self.leads)
 
     def _take_steps(self, monitor: Monitor) -> None:
         train = self.recipe.train
         parts = StepParts(
-            self.model,
-            self.objective,
+            self.learner,
             self.optimizer,
             self.views,
             self.average.update_parameters if self.average is not None else None,
             train.clip_norm,
             train.precision,
+            spare_bad=train.bad_steps > 0,
         )
-        self.model.train()
-        self.objective.train()
+        self.learner.train()
         for batch in self.loader:
+            meeting = self.council.meet(self.step, len(batch), self._asked_to_stop(), batch.skipped or None)
+            if len(meeting.rows) > 1:
+                self.loader.count(meeting.total, list(itertools.chain(*meeting.notes)))
             rate = learning_rate(self.step, train)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             values: dict[str, Tensor] = {}
-            if len(batch) >= 2:  # else its pairs were broken: nothing is learnt, and nothing logged
-                values = training_step(parts, batch)
-                self._remember_if_not_finite(values)
+            if meeting.usable:  # else its pairs were broken: nothing is learnt, and nothing logged
+                values = training_step(parts, batch, meeting)
+                self._look_at(values)
             self.step += 1
-            self._check_finite(values, due=self.step % train.log_every == 0 or self.step % train.checkpoint_every == 0)
-            if values and (self.step % train.log_every == 0 or self.step == train.steps):
-                numbers = {name: float(value) for name, value in values.items()}
-                monitor.metrics(self.step, numbers, rate, self.model.logit_scale.detach().exp().item())
-                self._warn_if_flat(numbers)
+            stop = meeting.stop or (self.stop_asked and len(meeting.rows) == 1)
+            logged = self.step % train.log_every == 0 or self.step == train.steps
+            kept = self.step % train.checkpoint_every == 0 or self.step == train.steps or stop
+            self._check_finite(values, due=logged or kept)
+            if values and logged:
+                self._tell(monitor, values, rate)
             else:
                 monitor.advance(self.step)
             done = self.step >= train.steps
@@ -171,15 +193,43 @@ class Trainer:
             if train.evaluate_every and self.step % train.evaluate_every == 0 and not done:
                 self.evaluate(monitor)
                 monitor.pause()
-            if done or self.stop_asked or self.step % train.checkpoint_every == 0:
+            if kept:
                 monitor.flush()
                 self.save()
                 monitor.pause()
-            if done or self.stop_asked:
+            if done or stop:
                 return
 
+    def _tell(self, monitor: Monitor, values: Mapping[str, Tensor], rate: float) -> None:
+        """Log a step: the values are averaged over the ranks only here."""
+        means = distributed.average(torch.stack(list(values.values()))).tolist()
+        numbers = dict(zip(values, means, strict=True))
+        monitor.metrics(self.step, numbers, rate, self.model.logit_scale.detach().exp().item())
+        for warning in self._health.look(self.step, numbers) if self.leads else ():
+            log.warning(warning)
+
+    def _asked_to_stop(self) -> bool:
+        """By a signal, or by a file that is looked for once a second."""
+        now = time.monotonic()
+        if self.leads and now - self._looked > 1:
+            self._looked = now
+            if (self.folder / STOP).exists():
+                log.info("Found the file '%s': stopping after this step and saving.", STOP)
+                (self.folder / STOP).unlink(missing_ok=True)
+                self.stop_asked = True
+        return self.stop_asked
+
     def evaluate(self, monitor: Monitor, final: bool = False) -> None:
-        """Measure on the recipe's held-out sets; at the end also on its test sets."""
+        """Measure on the recipe's held-out sets; at the end also on its test sets.
+
+        The first rank measures while the others wait. With FSDP all do, since each holds a part of the model.
+        """
+        if self.sharded:
+            self._evaluate(monitor, final)
+        else:
+            self.council.first(lambda: self._evaluate(monitor, final))
+
+    def _evaluate(self, monitor: Monitor, final: bool) -> None:
         model = self.evaluated_model
         wanted = self.recipe.evaluation
         zero_shot = {*wanted.zero_shot, *(wanted.final_zero_shot if final else ())}
@@ -190,7 +240,7 @@ class Trainer:
         for name in ordered:
             protocols = [p for p, on in (("zero-shot", zero_shot), ("retrieval", retrieval)) if name in on]
             if protocols:
-                for result in evaluate_all(model, name, protocols, Options(progress=not self.quiet)):
+                for result in evaluate_all(model, name, protocols, Options(progress=not self.quiet and self.leads)):
                     monitor.evaluation(self.step, result.to_dict())
 
     @property
@@ -198,44 +248,50 @@ class Trainer:
         """The averaged weights where the recipe asks for them, else the trained ones."""
         return cast(DualEncoder, self.average.module) if self.average is not None else self.model
 
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP cut the model into shards."""
+        return core(self.learner).sharded
+
+    def counts(self) -> dict[str, Any]:
+        """The pairs that were skipped, by reason, and how many were seen."""
+        return {**self.skipped.to_dict(), "seen": self.step * self.recipe.train.batch}
+
     def save(self) -> Path:
-        """Write a checkpoint and the counts of skipped pairs."""
-        counts = {**self.skipped.to_dict(), "seen": self.step * self.recipe.train.batch}
-        (self.folder / SKIPPED).write_text(json.dumps(counts, indent=1), encoding="utf-8")
-        weights = checkpoints.prefixed("model", self.model.state_dict())
-        if self.average is not None:
-            weights |= checkpoints.prefixed("average", self.average.module.state_dict())
-        training = checkpoints.prefixed("objective", self.objective.state_dict())
-        training |= checkpoints.prefixed("optimizer", checkpoints.optimizer_tensors(self.optimizer))
-        training |= checkpoints.prefixed("random", random_states(self.device))
-        if self.average is not None:
-            training["averaged_steps"] = self.average.n_averaged
-        extra = {"versions": versions(), "skipped": counts}
-        kept = checkpoints.Checkpoint(self.step, weights, training, self.recipe.to_yaml(), extra)
-        return checkpoints.save_checkpoint(self.folder, kept, self.recipe.train.keep)
+        """Begin to write a checkpoint, and write the counts of skipped pairs; every rank must come here."""
+        state = capture(self)
+        if state is not None:
+            (self.folder / SKIPPED).write_text(json.dumps(self.counts(), indent=1), encoding="utf-8")
+            self.writer.write(state)
+        return checkpoints.folder_of(self.folder, self.step)
 
-    def restore(self, found: checkpoints.Checkpoint) -> None:
-        """Put everything back as it was after that checkpoint's step."""
-        self.step = found.step
-        self.model.load_state_dict(checkpoints.part("model", found.weights))
-        self.objective.load_state_dict(checkpoints.part("objective", found.training))
-        checkpoints.load_optimizer(self.optimizer, checkpoints.part("optimizer", found.training))
-        if self.average is not None:
-            self.average.module.load_state_dict(checkpoints.part("average", found.weights))
-            self.average.n_averaged.copy_(found.training["averaged_steps"])
-        states = checkpoints.part("random", found.training)
-        torch.set_rng_state(states["cpu"])
-        if self.device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self.device)
-        self.skipped = SkipCounter.from_dict(found.extra["skipped"])
-        now, then = versions(), found.extra["versions"]
-        changed = [f"{name} {then.get(name)} → {now[name]}" for name in now if then.get(name) != now[name]]
-        if changed:
-            log.warning("Versions differ from the checkpoint's, so bits may too: %s", ", ".join(changed))
+    def _open_folder(self, resume: bool) -> checkpoints.Checkpoint | None:
+        """The checkpoint to go on from, if any: the first rank chooses it, the others read the same."""
+        chosen: list[checkpoints.Checkpoint | None] = []
 
-    def _remember_if_not_finite(self, values: Mapping[str, Tensor]) -> None:
+        def choose() -> Path | None:
+            chosen.append(open_folder(self.recipe, self.folder, resume))
+            return checkpoints.folder_of(self.folder, chosen[0].step) if chosen[0] else None
+
+        path = self.council.first(choose)
+        if path is None or chosen:
+            return chosen[0] if chosen else None
+        return checkpoints.load_checkpoint(path)
+
+    def _look_at(self, values: Mapping[str, Tensor]) -> None:
         """Keep the first bad step on the device: asking for it at once would be a wait for the device."""
         good = torch.isfinite(values["total"]) & torch.isfinite(values["grad_norm"])
+        if self.recipe.train.bad_steps and not good:
+            self.bad_steps.append(self.step)
+            log.warning(
+                "The loss is not finite at step %d: %s. The step is left out, nothing was changed by it; %d of at most "
+                "%d (train.bad_steps).",
+                self.step + 1,
+                _shown(values),
+                len(self.bad_steps),
+                self.recipe.train.bad_steps,
+            )
+            good = torch.tensor(len(self.bad_steps) <= self.recipe.train.bad_steps)
         self._bad_step = torch.where((self._bad_step < 0) & ~good, self.step, self._bad_step)
 
     def _check_finite(self, values: Mapping[str, Tensor], due: bool) -> None:
@@ -246,10 +302,9 @@ class Trainer:
         if bad < 0:
             return
         earlier = checkpoints.list_checkpoints(self.folder)
-        shown = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
         indices = [int(index) for index in self.loader.indices(bad)]
         raise UserError(
-            f"The loss is not finite at step {bad + 1}: {shown}. The batch held the pairs "
+            f"The loss is not finite at step {bad + 1}: {_shown(values)}. The batch held the pairs "
             f"{', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''} of '{self.source.name}'. "
             f"The last good checkpoint is {earlier[-1] if earlier else 'missing: none was written yet'}. "
             "A lower train.lr_peak, a longer train.warmup_steps, or train.clip_norm=1.0 usually helps."
@@ -264,17 +319,6 @@ class Trainer:
             f"None of the {self.loader.seen} pairs seen of '{self.source.name}' could be used, so nothing was learnt. "
             f"Mend the pairs, or give others as data.source. {reasons}."
         )
-
-    def _warn_if_flat(self, values: Mapping[str, float]) -> None:
-        chance = torch.tensor(float(self.recipe.train.batch)).log().item()
-        if self.step == FLAT_AFTER and abs(values.get("contrastive", 0.0) - chance) < 0.02:
-            log.warning(
-                "After %d steps the contrastive loss is still ln(%d) = %.2f: nothing is learnt. Usual causes: too "
-                "high a learning rate, captions that do not belong to the images, or one caption for all.",
-                self.step,
-                self.recipe.train.batch,
-                chance,
-            )
 
     def _introduce(self) -> None:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -303,9 +347,14 @@ class Trainer:
     def _report(self) -> None:
         from declip.evaluation.report import write_report
 
+        model = self.evaluated_model
+        if self.sharded:
+            from declip.interchange.load import load
+
+            model = cast(DualEncoder, load(self.folder))
         write_report(
             self.folder,
-            self.evaluated_model,
+            model,
             recipe=self.recipe,
             loader=self.loader,
             objective=self.objective,
@@ -315,18 +364,18 @@ class Trainer:
 
     @contextmanager
     def _stopping_politely(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second one at once."""
+        """Let Ctrl-C, SIGTERM and SIGUSR1 end the run after the current step and save; a second one at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
-            self.stop_asked = True
+            self.stop_asked, self._signal = True, number
             log.info("Stopping after this step and saving; once more stops at once, without saving.")
             for each, handler in earlier.items():
                 signal.signal(each, handler)
 
-        earlier: dict[int, Any] = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        earlier: dict[int, Any] = {each: signal.getsignal(each) for each in STOPS}
         for each in earlier:
             signal.signal(each, ask)
         try:
@@ -334,3 +383,7 @@ class Trainer:
         finally:
             for each, handler in earlier.items():
                 signal.signal(each, handler)
+
+
+def _shown(values: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())

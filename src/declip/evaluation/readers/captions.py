@@ -64,26 +64,32 @@ def _karpathy(name: str, path: Path, images: Path, train: bool) -> Openers:
 
 
 def _karpathy_split(name: str, path: Path, images: Path, which: str) -> PairSource:
-    def read() -> tuple[list[str], list[list[str]]]:
+    def read() -> PairSource:
         rows = [row for row in _json(path)["images"] if row["split"] in KARPATHY[which]]
         keys = [f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"] for row in rows]
-        return keys, [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
+        captions = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
+        return CaptionedFiles(name, images, keys, captions)
 
-    return CaptionedFiles(name, images, *opened(name, path.parent, read))
+    return opened(name, path.parent, read)
 
 
 def _coco_2017(name: str, path: Path, images: Path) -> PairSource:
-    def read() -> tuple[list[str], list[list[str]]]:
+    def read() -> PairSource:
         tree = _json(path)
         captions: dict[int, list[str]] = {row["id"]: [] for row in tree["images"]}
         for row in tree["annotations"]:
             captions[row["image_id"]].append(row["caption"])
-        return [row["file_name"] for row in tree["images"]], list(captions.values())
+        keys = [row["file_name"] for row in tree["images"]]
+        return CaptionedFiles(name, images, keys, list(captions.values()))
 
-    return CaptionedFiles(name, images, *opened(name, path.parent, read))
+    return opened(name, path.parent, read)
 
 
 def _flickr_lines(name: str, path: Path, images: Path) -> PairSource:
+    return opened(name, path.parent, lambda: _read_flickr_lines(name, path, images))
+
+
+def _read_flickr_lines(name: str, path: Path, images: Path) -> PairSource:
     """`1.jpg#0<tab>caption` in the .token file; `1.jpg| 0| caption` below a line of headings in the .csv file."""
     captions: dict[str, list[str]] = {}
     with path.open(encoding="utf-8", newline="") as lines:

@@ -26,5 +26,8 @@ def cifar(name: str, root: Path) -> Openers:
 
 
 def _split(name: str, root: Path, train: bool) -> LabelledArrays:
-    found = opened(name, root, lambda: KINDS[name](root, train=train, download=False))
-    return LabelledArrays(name, found.data, found.targets, class_names(name, found.classes))
+    def read() -> LabelledArrays:
+        found = KINDS[name](root, train=train, download=False)
+        return LabelledArrays(name, found.data, found.targets, class_names(name, found.classes))
+
+    return opened(name, root, read)

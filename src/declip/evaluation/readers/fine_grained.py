@@ -104,8 +104,12 @@ def fine_grained(name: str, root: Path) -> Openers:
 
 
 def _split(name: str, root: Path, split: str) -> LabelledFiles:
+    return opened(name, root, lambda: _read_split(name, root, split))
+
+
+def _read_split(name: str, root: Path, split: str) -> LabelledFiles:
     reader = READERS[name]
-    found = opened(name, root, lambda: reader.kind(root, split=split, download=False))
+    found = reader.kind(root, split=split, download=False)
     paths, labels = reader.found(found)
     # Flowers' own files only number the classes, from 1.
     raw = list(read_prompts(name).classes) if name == "flowers102" else found.classes

@@ -1,13 +1,14 @@
 """A folder of images with one folder a class: any, Caltech-101, ImageNet and its relatives."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import yaml
-from torchvision.datasets.folder import make_dataset
 
 from declip.data.decode import EXTENSIONS
+from declip.data.pairs import is_unicode, printable
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import class_names, read_prompts
 from declip.evaluation.readers.images import LabelledFiles
@@ -133,20 +134,44 @@ def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
 
 def _labelled(name: str, folder: Path, raw: Sequence[str], shown: Sequence[str]) -> LabelledFiles:
     """The images of all classes, in the order of the classes' folders and then of the paths."""
-    rows = make_dataset(folder, {each: label for label, each in enumerate(raw)}, EXTENSIONS, allow_empty=True)
+    rows = _images(folder, raw)
     return LabelledFiles(name, folder, below(folder, (path for path, _ in rows)), [label for _, label in rows], shown)
 
 
 def _drawn(name: str, folder: Path, raw: Sequence[str], which: str) -> LabelledFiles:
-    rows = make_dataset(folder, {each: label for label, each in enumerate(raw)}, EXTENSIONS, allow_empty=True)
+    rows = _images(folder, raw)
     places = drawn_split([label for _, label in rows], train=30)[which]
     keys = below(folder, (rows[place][0] for place in places))
     return LabelledFiles(name, folder, keys, [rows[place][1] for place in places], class_names(name, raw))
 
 
+def _images(folder: Path, raw: Sequence[str]) -> list[tuple[str, int]]:
+    """Paths and classes in the order of torchvision's `make_dataset`.
+
+    That one follows links without end where two of them lead back to a folder above; here a class enters each folder
+    once.
+    """
+    rows = []
+    for name, label in sorted((name, label) for label, name in enumerate(raw)):
+        entered, walked = set[tuple[int, int]](), []
+        for inner, folders, files in os.walk(folder / name, followlinks=True):
+            folders.sort()
+            status = os.stat(inner)
+            if (status.st_dev, status.st_ino) in entered:
+                folders.clear()
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            walked.append((inner, sorted(file for file in files if file.lower().endswith(EXTENSIONS))))
+        rows += [(os.path.join(inner, file), label) for inner, files in sorted(walked) for file in files]
+    return rows
+
+
 def _inner(folder: Path) -> list[str]:
-    """Names of the folders in it, but for hidden ones."""
-    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+    """Names of the folders in it, but for hidden ones; raises `UserError` where one is no text."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+    if strange := [name for name in names if not is_unicode(name)]:
+        raise UserError(f"'{folder}' has a folder whose name is not UTF-8: '{printable(strange[0])}'. Rename it.")
+    return names
 
 
 def _first(root: Path, names: Sequence[str]) -> Path | None:

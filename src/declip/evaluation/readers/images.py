@@ -1,5 +1,6 @@
 """Sources over what a reader found: image files or arrays with a class each, image files with captions."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from declip.data.decode import decode
+from declip.data.decode import decode, image_below
 from declip.data.pairs import Pair, clean_captions
 
 
 class _Files:
-    """Image files below a folder; their names are kept as Arrow strings, small and quick to hand to a worker.
+    """Image files below a folder, which a list from elsewhere cannot leave.
+
+    Their names are kept by Arrow, small and quick to hand to a worker, and as bytes, since not every name is UTF-8.
 
     Args:
         name: Name of the set.
@@ -22,7 +25,7 @@ class _Files:
 
     def __init__(self, name: str, root: Path, keys: Sequence[str]) -> None:
         self.name, self.root = name, root
-        self._keys = pa.array(keys, pa.large_string())
+        self._keys = pa.array(map(os.fsencode, keys), pa.large_binary())
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -30,8 +33,12 @@ class _Files:
     def __getitem__(self, index: int) -> Pair:
         """Decode pair `index`; raises `BrokenPair`."""
         captions = self.captions(index)
-        key = self._keys[index].as_py()
-        return Pair(key, decode(self.root / key, key), captions)
+        key, raw = self.key(index), os.fsdecode(self._keys[index].as_py())
+        return Pair(key, decode(image_below(self.root, raw, key, follow=False), key), captions)
+
+    def key(self, index: int) -> str:
+        """The image's path, to be shown."""
+        return self._keys[index].as_py().decode(errors="replace")
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of pair `index`."""
@@ -76,7 +83,7 @@ class CaptionedFiles(_Files):
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The cleaned captions of pair `index`; raises `BrokenPair` where none is left."""
-        return clean_captions(self._captions[index].as_py(), self._keys[index].as_py())
+        return clean_captions(self._captions[index].as_py(), self.key(index))
 
 
 class LabelledArrays:

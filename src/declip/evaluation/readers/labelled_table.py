@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from declip.data.pairs import BrokenPair, Pair
+from declip.data.pairs import BrokenPair, Pair, is_unicode
 from declip.data.table import CAPTION_NAMES, IMAGE_NAMES, KINDS, TableSource, find_column
 from declip.data.table_rows import JsonLines, ParquetRows
 from declip.errors import UserError, unknown
@@ -22,6 +23,9 @@ SPLIT_COLUMN = "split"
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val"), "validation"
 )
+
+LONGEST_LABEL = 1_000
+"""Characters. A label is a name, not a text."""
 
 Cell = str | BrokenPair
 
@@ -149,7 +153,8 @@ def _within(broken: dict[int, BrokenPair], rows: np.ndarray) -> dict[int, Broken
 
 def _ordered(names: set[str]) -> list[str]:
     """Sorted: as numbers where all are whole numbers, else as text."""
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    numbers = all(name.isdecimal() and len(name) < 20 for name in names)
+    return sorted(names, key=int) if numbers else sorted(names)
 
 
 def _cells(path: Path, image: str, column: str) -> list[Cell]:
@@ -157,8 +162,11 @@ def _cells(path: Path, image: str, column: str) -> list[Cell]:
     rows = KINDS[path.suffix.lower()](path)
     if isinstance(rows, ParquetRows):
         names = _known_names(path, column)
-        values = pq.read_table(path, columns=[column])[column].to_pylist()
-        return [_text([names[v] if _is_place(v, names) else v], f"row {row}") for row, v in enumerate(values)]
+        try:
+            cells = pq.read_table(path, columns=[column])[column]
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise UserError(f"'{path}' is damaged: {error}.") from error
+        return [_named(cell, names, f"row {row}") for row, cell in enumerate(cells)]
     rows.choose(image, column)
     found: list[Cell] = []
     for index in range(len(rows)):
@@ -170,11 +178,23 @@ def _cells(path: Path, image: str, column: str) -> list[Cell]:
     return found
 
 
+def _named(cell: pa.Scalar, names: Sequence[str], key: str) -> Cell:
+    try:
+        value = cell.as_py()
+    except UnicodeDecodeError as error:
+        return BrokenPair("invalid text", key, f"not UTF-8: {error}")
+    return _text([names[value] if _is_place(value, names) else value], key)
+
+
 def _text(values: Sequence[Any], key: str) -> Cell:
     """One label from the cells of one image; whole numbers and strings are labels."""
+    if any(isinstance(value, str) and len(value) > LONGEST_LABEL for value in values):
+        return BrokenPair("label too long", key, f"more than {LONGEST_LABEL:,} characters")
     texts = {" ".join(str(value).split()) if isinstance(value, str | int) else "" for value in values}
     if "" in texts:
         return BrokenPair("missing label", key)
+    if not all(map(is_unicode, texts)):
+        return BrokenPair("invalid text", key, "half of a character that takes two code units")
     return texts.pop() if len(texts) == 1 else BrokenPair("conflicting labels", key, ", ".join(sorted(texts)))
 
 
@@ -186,7 +206,7 @@ def _known_names(path: Path, column: str) -> list[str]:
     try:
         names = json.loads(kept)["info"]["features"][column]["names"] if kept else []
         return [" ".join(name.split()) for name in names]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return []
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from declip.data.pairs import printable
 from declip.errors import UserError
 
 
@@ -51,8 +52,10 @@ def opened(name: str, root: Path, make: Callable[[], Any]) -> Any:
     """
     try:
         return make()
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, OSError) as error:
-        said = str(error).split(" You can use download")[0].rstrip(".")
+    except UserError:
+        raise
+    except Exception as error:  # a library's reader meets a damaged file in any way
+        said = printable(str(error).split(" You can use download")[0].rstrip("."))
         raise UserError(
             f"The files of '{name}' in '{root}' are there but are not what was published, or are damaged "
             f"({type(error).__name__}: {said}). Unpack the original archive again."

@@ -33,6 +33,10 @@ def sun397(name: str, root: Path) -> Openers:
 
 
 def _split(name: str, root: Path, which: str) -> LabelledFiles:
+    return opened(name, root, lambda: _read_split(name, root, which))
+
+
+def _read_split(name: str, root: Path, which: str) -> LabelledFiles:
     folder = root / "SUN397"
     where = next(
         (root / place for place in PLACES if all((root / place / file).is_file() for file in LISTS.values())), None
@@ -47,7 +51,7 @@ def _split(name: str, root: Path, which: str) -> LabelledFiles:
             raise UserError(f"'{where / LISTS[which]}' names the class '{strange}', which ClassName.txt does not.")
         labels = [number[each] for each in raw]
     else:
-        found = opened(name, root, lambda: datasets.SUN397(root, download=False))
+        found = datasets.SUN397(root, download=False)
         rows = sorted(zip(below(folder, found._image_files), found._labels, strict=True))
         places = drawn_split([label for _, label in rows], PER_CLASS, PER_CLASS)[which]
         keys, labels = [rows[place][0] for place in places], [rows[place][1] for place in places]

@@ -1,0 +1,181 @@
+"""SIGKILL at chosen moments of a run, and whether what goes on from there ends as the run that was never killed.
+
+    python benchmarks/kills.py --kills 50 --seed 0 --out benchmarks/results/kills.json
+
+Every kill picks a recipe, one or two processes, zero or one loader process, a moment (before or after a call of the
+functions below) and a step. The killed run is started again until it ends; weights, optimiser, queue, generators,
+metrics and the order of pairs must then equal the whole run's to the last bit.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.progress import track
+
+from declip.config import Recipe, load_recipe
+from declip.data.assembly import Assembler
+from declip.supervision.objective import Objective
+from declip.training import checkpoint, monitor, trainer
+from declip.training.checkpoint import list_checkpoints, load_checkpoint
+from declip.training.trainer import Trainer
+
+RECIPES = ("clip", "slip", "filip", "declip", "defilip", "declip-small", "declip-paper")
+STEPS = 24
+SMALL = {
+    "train.steps": STEPS, "train.batch": 16, "train.checkpoint_every": 5, "train.log_every": 2, "train.keep": 2,
+    "train.evaluate_every": 0, "train.warmup_steps": 4, "train.threads": 1, "train.patience": 20, "data.pairs": 100,
+    "image.name": "declip_vit_tiny", "image.options": {"depth": 1, "embed_dim": 64}, "text.width": 32,
+    "text.merges": 300, "text.heads": 2, "embed_dim": 32, "nearest_neighbour.queue_size": 64,
+    "evaluation.zero_shot": [], "evaluation.retrieval": [], "evaluation.final_zero_shot": [],
+    "evaluation.final_retrieval": [],
+}  # fmt: skip
+
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "data": (Assembler, "__getitem__"),
+    "forward": (Objective, "forward"),
+    "backward": (torch.Tensor, "backward"),
+    "optimiser": (torch.optim.AdamW, "step"),
+    "logging": (monitor, "_append"),
+    "flushing the log": (monitor.Monitor, "flush"),
+    "taking the state": (trainer, "capture"),
+    "writing the checkpoint's tensors": (checkpoint, "save_file"),
+    "hashing the checkpoint": (checkpoint, "_digest"),
+    "flushing the checkpoint": (checkpoint, "_flush"),
+    "removing an old checkpoint": (checkpoint, "remove"),
+}
+"""Where a run is killed: what is called there."""
+
+
+def recipe_of(name: str, workers: int) -> Recipe:
+    """A recipe at a size of seconds."""
+    return load_recipe(name, {**SMALL, "data.workers": workers})
+
+
+def run(rank: int, ranks: int, meeting: str, recipe: Recipe, folder: str, kill: dict[str, Any] | None) -> None:
+    """One process of a run, from where it stands to its end or its death."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("declip").setLevel(logging.CRITICAL)
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the survivor of a killed pair complains
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    if kill is not None and rank == kill["rank"]:
+        _arm(kill)
+    try:
+        Trainer(recipe, Path(folder), resume=True, quiet=True).train(report=False)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def _arm(kill: dict[str, Any]) -> None:
+    """Let a function end this process at one of its calls."""
+    owner, name = MOMENTS[kill["moment"]]
+    original: Callable[..., Any] = getattr(owner, name)
+    left = [kill["call"]]
+
+    def deadly(*arguments: Any, **keywords: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0 and kill["before"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments, **keywords)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, deadly)
+
+
+def start(ranks: int, recipe: Recipe, folder: Path, kill: dict[str, Any] | None = None) -> list[int]:
+    """Run to the end or to the kill; exit codes by rank."""
+    fork = mp.get_context("fork")
+    meeting = f"{folder}.meet{time.monotonic_ns()}"
+    processes = [
+        fork.Process(target=run, args=(rank, ranks, meeting, recipe, str(folder), kill)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [int(process.exitcode or 0) for process in processes]
+
+
+def difference(one: Path, other: Path) -> str | None:
+    """The first thing in which two ended runs are not equal to the last bit."""
+    first, second = (load_checkpoint(list_checkpoints(folder)[-1]) for folder in (one, other))
+    if first.step != second.step or first.step != STEPS:
+        return f"steps {first.step} and {second.step}"
+    for mine, theirs in ((first.weights, second.weights), (first.training, second.training)):
+        for name in mine.keys() | theirs.keys():
+            if name not in mine or name not in theirs or not torch.equal(mine[name], theirs[name]):
+                return name
+    rows = [
+        [{k: v for k, v in row.items() if k not in monitor.CLOCK} for row in monitor.read_rows(f / monitor.METRICS)]
+        for f in (one, other)
+    ]
+    if rows[0] != rows[1]:
+        return "metrics.jsonl"
+    return None if (one / "skipped.json").read_text() == (other / "skipped.json").read_text() else "skipped.json"
+
+
+def main() -> None:
+    """Kill, go on, compare, count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kills.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    choose = random.Random(options.seed)
+    done: list[dict[str, Any]] = []
+    with TemporaryDirectory() as place:
+        whole: dict[tuple[str, int], Path] = {}
+        for number in track(range(options.kills), "killing"):
+            name, ranks = RECIPES[number % len(RECIPES)], 1 + number % 2
+            moment = list(MOMENTS)[number % len(MOMENTS)]
+            recipe = recipe_of(name, workers=choose.randrange(2))
+            if (name, ranks) not in whole:
+                whole[name, ranks] = Path(place) / f"{name}-{ranks}"
+                assert start(ranks, recipe, whole[name, ranks]) == [0] * ranks
+            calls = STEPS - 2 if moment in ("data", "forward", "backward", "optimiser") else 4
+            kill = {
+                "moment": moment, "call": choose.randint(1, calls), "before": choose.random() < 0.5,
+                "rank": choose.randrange(ranks) if calls > 4 else 0,
+            }  # fmt: skip
+            folder = Path(place) / f"killed-{number}"
+            codes = start(ranks, recipe, folder, kill)
+            starts = 1
+            while start(ranks, recipe, folder) != [0] * ranks and starts < 5:
+                starts += 1
+            row = {"recipe": name, "processes": ranks, "loader processes": recipe.data.workers, **kill}
+            row["killed"] = codes != [0] * ranks  # a killed loader process ends its run too
+            row["differs in"] = difference(whole[name, ranks], folder)
+            done.append(row)
+    killed = [row for row in done if row["killed"]]
+    survived = [row for row in killed if row["differs in"] is None]
+    summary = {
+        "kills": len(killed), "survived": len(survived), "runs that ended before their kill": len(done) - len(killed),
+        "by moment": Counter(row["moment"] for row in killed), "torch": torch.__version__, "seed": options.seed,
+    }  # fmt: skip
+    options.out.write_text(json.dumps({**summary, "runs": done}, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+    sys.exit(0 if len(survived) == len(killed) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Reading many pairs into arrays of numbers, in several processes, with a progress bar."""
+
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch.utils.data import DataLoader, Dataset
+
+from declip.data.decode import FORMATS
+from declip.data.folder import FolderSource
+from declip.data.pairs import BrokenPair, PairSource, SkipCounter
+from declip.data.table import TableSource
+from declip.errors import UserError
+from declip.inspection.captions import CaptionCounts, token_count
+from declip.inspection.fingerprint import LOOK, caption_hash, image_hash, is_blank, look
+
+PAIR = np.dtype(
+    [
+        ("place", np.int64),
+        ("exact", np.uint64),
+        ("look", LOOK),
+        ("width", np.int32),
+        ("height", np.int32),
+        ("bytes", np.uint32),
+        ("captions", np.uint16),
+        ("keywords", np.uint16),
+        ("blank", np.bool_),
+    ]
+)
+"""What is kept of a pair, 116 bytes."""
+
+CAPTION = np.dtype([("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("characters", np.uint16)])
+"""What is kept of a caption, 16 bytes."""
+
+MOST_PER_PAIR = np.iinfo(np.uint16).max
+"""Captions of a pair that are looked at."""
+
+PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
+"""Parts that the work is divided into, and how many pairs one has: small ones move the bar, many cost memory."""
+
+
+@dataclass
+class Found:
+    """What was read of some pairs.
+
+    Attributes:
+        pairs: `PAIR`s that can be used, in the order of the source.
+        captions: Their `CAPTION`s, those of the first pair first.
+        counts: What the captions are made of.
+        formats: Files by their format.
+        modes: Files by their mode.
+        skipped: Pairs that cannot be used.
+    """
+
+    pairs: np.ndarray
+    captions: np.ndarray
+    counts: CaptionCounts = field(default_factory=CaptionCounts)
+    formats: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    skipped: SkipCounter = field(default_factory=SkipCounter)
+
+
+def read(source: PairSource, places: np.ndarray, workers: int = 0, progress: str = "") -> Found:
+    """Read pairs.
+
+    Args:
+        source: Where from.
+        places: Which, int64 (n,), rising.
+        workers: Processes that read; 0 does it in this one.
+        progress: Title of a progress bar on the error stream; empty for none.
+
+    Returns:
+        What was found; 116 bytes are held for a pair and 16 for a caption.
+
+    Raises:
+        UserError: A process was lost.
+    """
+    step = int(np.clip(len(places) // PARTS, SMALLEST_PART, LARGEST_PART))
+    parts = _Parts(source, [places[start : start + step] for start in range(0, len(places), step)])
+    pairs = np.zeros(len(places), PAIR)
+    found, filled, captions = Found(pairs, np.empty(0, CAPTION)), 0, []
+    # The workers start here, before the bar's own thread does: a fork copies no thread.
+    stream = iter(_loader(parts, min(workers, len(parts))))
+    with _bar(bool(progress)) as bar:
+        task = bar.add_task(progress, total=len(places))
+        for part in _watched(stream):
+            pairs[filled : filled + len(part.pairs)] = part.pairs
+            filled += len(part.pairs)
+            captions.append(part.captions)
+            found.counts.merge(part.counts)
+            found.formats.update(part.formats)
+            found.modes.update(part.modes)
+            _add(found.skipped, part.skipped)
+            bar.advance(task, len(part.pairs) + part.skipped.total)
+    found.pairs = pairs[:filled]
+    if captions:
+        found.captions = np.concatenate(captions)
+    return found
+
+
+def read_part(source: PairSource, places: np.ndarray) -> Found:
+    """Read pairs one after the other, in this process."""
+    rows: list[tuple[object, ...]] = []
+    lines: list[tuple[int, ...]] = []
+    found = Found(np.empty(0, PAIR), np.empty(0, CAPTION))
+    for place in places.tolist():
+        try:
+            pair = source[place]
+        except BrokenPair as broken:
+            found.skipped.add(broken)
+            continue
+        facts = _file_facts(source, place, pair.key)
+        if facts is not None:
+            found.formats[facts[0]] += 1
+            found.modes[facts[1]] += 1
+        captions = pair.captions[:MOST_PER_PAIR]
+        for caption in captions:
+            found.counts.add(caption)
+            lines.append((caption_hash(caption), token_count(caption), len(caption.split()), len(caption)))
+        seen = look(pair.image)
+        rows.append(
+            (
+                place,
+                image_hash(pair.image),
+                seen,
+                *pair.image.size,
+                0 if facts is None else min(facts[2], np.iinfo(np.uint32).max),
+                len(captions),
+                min(len(pair.keywords), MOST_PER_PAIR),
+                is_blank(pair.image, seen),
+            )
+        )
+    found.pairs, found.captions = np.array(rows, PAIR), np.array(lines, CAPTION)
+    return found
+
+
+def _file_facts(source: PairSource, place: int, key: str) -> tuple[str, str, int] | None:
+    """Format, mode and bytes of a pair's image file, read from its header; None where there is none."""
+    raw: str | bytes | Path | None
+    if isinstance(source, FolderSource):
+        raw = source.path / key
+    elif isinstance(source, TableSource):
+        cell = source.rows.image(place)
+        raw = source.root / cell if isinstance(cell, str) else cell
+    else:
+        return None
+    if not raw:
+        return None
+    try:
+        with Image.open(BytesIO(raw) if isinstance(raw, bytes) else raw, formats=FORMATS) as image:
+            size = len(raw) if isinstance(raw, bytes) else Path(raw).stat().st_size
+            return image.format or "unknown", image.mode, size
+    except OSError:
+        return None
+
+
+class _Parts(Dataset):
+    """What was read, by the number of the part."""
+
+    def __init__(self, source: PairSource, parts: list[np.ndarray]) -> None:
+        self.source, self.parts = source, parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: int) -> Found:
+        return read_part(self.source, self.parts[index])
+
+
+def _loader(parts: _Parts, workers: int) -> DataLoader:
+    return DataLoader(
+        parts,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,  # torch would turn arrays into tensors
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+        generator=torch.Generator(),
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+
+
+def _leave_interrupts_to_the_main_process(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_it_is(found: Any) -> Any:
+    return found
+
+
+def _watched(stream: Iterator[Found]) -> Iterator[Found]:
+    try:
+        yield from stream
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
+            raise
+        raise UserError(
+            f"A process that reads pairs was lost: {error} Most often memory ran out. Use fewer workers (0 reads in "
+            "this process)."
+        ) from error
+
+
+def _add(total: SkipCounter, part: SkipCounter) -> None:
+    """Add counts; keys that are kept stay few."""
+    for reason, row in part.to_dict()["reasons"].items():
+        for key in row["examples"]:
+            total.add(BrokenPair(reason, key))
+        total.counts[reason] += row["count"] - len(row["examples"])
+
+
+class _Speed(ProgressColumn):
+    """Pairs a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} pairs/s" if task.speed else "")
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -1,0 +1,78 @@
+"""The blocks that a tower is made of: what is sharded, and what is computed twice to save memory, one by one."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+NEARLY_ALL = 0.9
+"""Blocks hold at least this share of what the largest repeated part holds."""
+
+STAGES = 4
+"""A part that occurs so few times is a stage made of blocks, where blocks can be found in it."""
+
+
+def blocks_of(tower: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a tower, in order: a transformer's blocks, a ResNet's bottlenecks.
+
+    Of the classes that occur at least twice and are made of several modules, those that hold nearly all parameters are
+    kept: stages, blocks, perhaps the layers in them. The outermost of these that are not stages are the blocks.
+
+    Returns:
+        The blocks; none where the tower has no such class.
+    """
+    kinds: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
+    for module in tower.modules():
+        if module is not tower and not isinstance(module, CONTAINERS) and any(True for _ in module.children()):
+            kinds[type(module)].append(module)
+    sizes = {kind: _parameters(found) for kind, found in kinds.items() if len(found) > 1}
+    large = {kind: kinds[kind] for kind, size in sizes.items() if size >= NEARLY_ALL * max(sizes.values())}
+    many = {kind: found for kind, found in large.items() if len(found) > STAGES} or large
+    outermost = (found for found in many.values() if not any(_lie_in(found, other) for other in many.values()))
+    return next(outermost, [])
+
+
+def _lie_in(inner: list[nn.Module], outer: list[nn.Module]) -> bool:
+    """Whether most of some modules lie inside others."""
+    inside = {id(part) for module in outer for part in module.modules() if part is not module}
+    return sum(id(module) in inside for module in inner) > len(inner) / 2
+
+
+def _parameters(modules: list[nn.Module]) -> int:
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+def recompute_activations(tower: nn.Module) -> int:
+    """Keep only each block's input for the backward pass, and compute the block again there: less memory, more time.
+
+    The second pass leaves running statistics of batch norm alone, so the numbers stay those of one pass.
+
+    Returns:
+        The number of blocks.
+    """
+    blocks = blocks_of(tower)
+    for block in blocks:
+        contexts = partial(_contexts, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+    return len(blocks)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _statistics_at_rest(block)
+
+
+@contextmanager
+def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+    """Put batch norm's running statistics back to what they were before."""
+    buffers = [buffer for module in block.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.data.copy_(value)  # by .data: autograd holds the buffer, but does not read it

@@ -1,0 +1,82 @@
+"""Batch norm over all ranks' pairs, so that many processes learn what one would."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from declip.training import distributed
+
+
+def synchronise(module: nn.Module, device: torch.device) -> None:
+    """Make every batch norm inside a module one over all ranks, in place; names and values stay.
+
+    On CUDA it is torch's `SyncBatchNorm`; torch has none for a CPU, there it is `HostSyncBatchNorm`.
+    """
+    if device.type == "cuda":
+        convert_sync_batchnorm(module)
+        return
+    for each in module.modules():
+        if isinstance(each, BatchNormAct2d):
+            each.__class__ = _HostSyncBatchNormAct
+        elif isinstance(each, _BatchNorm):
+            each.__class__ = HostSyncBatchNorm
+
+
+class HostSyncBatchNorm(_BatchNorm):
+    """Batch norm over all ranks on any device; ranks may hold different numbers of pairs, but each at least one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) → the same shape."""
+        return _normalise(self, x)
+
+
+class _HostSyncBatchNormAct(BatchNormAct2d):
+    """timm's batch norm with dropout and activation behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(_normalise(self, x)))
+
+
+def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Two sums over ranks: of the values, then of the squared deviations from their mean."""
+    if not norm.training or distributed.world_size() == 1:
+        return F.batch_norm(
+            x,
+            norm.running_mean,
+            norm.running_var,
+            norm.weight,
+            norm.bias,
+            norm.training,
+            norm.momentum or 0.0,
+            norm.eps,
+        )
+    values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    others = [0, *range(2, x.ndim)]
+    own = torch.cat([values.sum(others), values.new_tensor([values.numel() / x.shape[1]])])
+    total = distributed.summed(own)
+    count = total[-1].detach()
+    mean = total[:-1] / count
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    centred = values - mean.view(shape)
+    variance = distributed.summed(centred.square().sum(others)) / count
+    _remember(norm, mean.detach(), variance.detach() * count / (count - 1))
+    normed = centred * (variance + norm.eps).rsqrt().view(shape)
+    if norm.affine:
+        normed = normed * norm.weight.view(shape) + norm.bias.view(shape)
+    return normed.to(x.dtype)
+
+
+@torch.no_grad()
+def _remember(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Bring the running statistics forward, as torch does."""
+    if not norm.track_running_stats:
+        return
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None, "no tower or head keeps a cumulative average"
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+    norm.running_var.lerp_(variance.to(norm.running_var), norm.momentum)

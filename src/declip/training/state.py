@@ -1,0 +1,108 @@
+"""Everything that a run's next step depends on: taken into a checkpoint, and put back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from declip.data.pairs import SkipCounter
+from declip.errors import UserError
+from declip.training import checkpoint as checkpoints
+from declip.training import distributed
+from declip.training.build import random_states, versions
+from declip.training.monitor import log
+from declip.training.parallel import load_whole, sharded_as, whole
+
+if TYPE_CHECKING:
+    from declip.training.trainer import Trainer
+
+
+def capture(trainer: Trainer) -> checkpoints.Checkpoint | None:
+    """The state of a run; every rank must ask, and the first one gets it.
+
+    Generators of all ranks are kept, by rank: "random.0.cpu" and so on.
+    """
+    sharded = trainer.recipe.train.parallel == "fsdp" and distributed.world_size() > 1
+    generators = trainer.council.collect(random_states(trainer.device))
+    if not (trainer.leads or sharded):
+        return None
+    weights = checkpoints.prefixed("model", trainer.model.state_dict())
+    if trainer.average is not None:
+        weights |= checkpoints.prefixed("average", trainer.average.module.state_dict())
+    training = checkpoints.prefixed("objective", trainer.objective.state_dict())
+    training |= checkpoints.prefixed("optimizer", checkpoints.optimizer_tensors(trainer.optimizer))
+    if sharded:
+        weights = {name: whole(tensor) for name, tensor in weights.items()}
+        training = {name: whole(tensor) for name, tensor in training.items()}
+    for number, states in enumerate(generators):
+        training |= checkpoints.prefixed(f"random.{number}", states)
+    if trainer.average is not None:
+        training["averaged_steps"] = trainer.average.n_averaged
+    extra = {
+        "versions": versions(),
+        "skipped": trainer.counts(),
+        "ranks": distributed.world_size(),
+        "pairs": len(trainer.source),
+        "bad_steps": trainer.bad_steps,
+    }
+    if not trainer.leads:
+        return None
+    return checkpoints.Checkpoint(trainer.step, weights, training, trainer.recipe.to_yaml(), extra)
+
+
+def restore(trainer: Trainer, found: checkpoints.Checkpoint) -> None:
+    """Put everything back as it was after that checkpoint's step, on this rank.
+
+    Raises:
+        UserError: the source holds another number of pairs than it did: other batches would follow.
+    """
+    pairs = found.extra.get("pairs", len(trainer.source))
+    if pairs != len(trainer.source):
+        raise UserError(
+            f"'{trainer.source.name}' holds {len(trainer.source):,} pairs; when the run in '{trainer.folder}' stopped "
+            f"it held {pairs:,}. Its order would change in the middle of an epoch. Give the pairs as they were, or "
+            "start a run in another folder with --out."
+        )
+    trainer.step = found.step
+    load_whole(trainer.model, checkpoints.part("model", found.weights))
+    load_whole(trainer.objective, checkpoints.part("objective", found.training))
+    moments = checkpoints.part("optimizer", found.training)
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    checkpoints.load_optimizer(
+        trainer.optimizer,
+        {name: sharded_as(parameters[int(name.split(".", 1)[0])], tensor) for name, tensor in moments.items()},
+    )
+    if trainer.average is not None:
+        trainer.average.module.load_state_dict(checkpoints.part("average", found.weights))
+        trainer.average.n_averaged.copy_(found.training["averaged_steps"])
+    _restore_generators(trainer, found)
+    trainer.skipped = SkipCounter.from_dict(found.extra["skipped"])
+    trainer.bad_steps = list(found.extra.get("bad_steps", []))
+    now, then = versions(), found.extra["versions"]
+    changed = [f"{name} {then.get(name)} → {now[name]}" for name in now if then.get(name) != now[name]]
+    if changed and trainer.leads:
+        log.warning("Versions differ from the checkpoint's, so bits may too: %s", ", ".join(changed))
+
+
+def _restore_generators(trainer: Trainer, found: checkpoints.Checkpoint) -> None:
+    """A rank that the checkpoint does not know starts a stream of its own."""
+    ranks = int(found.extra.get("ranks", 1))
+    if ranks != distributed.world_size() and trainer.leads:
+        log.warning(
+            "The checkpoint is of %d processes, now there are %d: the batches and their order stay, sums are rounded "
+            "otherwise, and dropout, where a tower has it, draws anew.",
+            ranks,
+            distributed.world_size(),
+        )
+    number = distributed.rank()
+    states: dict[str, Tensor] = checkpoints.part(f"random.{number}", found.training)
+    if not states:
+        states = checkpoints.part("random", found.training) if ranks == 1 and number == 0 else {}
+    if "cpu" not in states:
+        torch.manual_seed(trainer.recipe.seed + 7919 * (number + 1) + found.step)
+        return
+    torch.set_rng_state(states["cpu"])
+    if trainer.device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], trainer.device)

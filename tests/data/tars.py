@@ -1,0 +1,46 @@
+"""Small shards for the tests, written with the standard library."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+
+def picture(number: int, kind: str = "png") -> bytes:
+    """An image whose pixels tell its number."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (number % 256, number // 256, 7)).save(file, kind)
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
+    """A tar of these members, in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def pair(number: int) -> list[tuple[str, bytes]]:
+    """The members of pair `number`, as img2dataset writes them."""
+    said = {"caption": f"picture {number}", "keywords": ["red", "round"], "url": "http://x"}
+    return [
+        (f"{number:09d}.png", picture(number)),
+        (f"{number:09d}.txt", f"picture {number}".encode()),
+        (f"{number:09d}.json", json.dumps(said).encode()),
+    ]
+
+
+def write_shards(folder: Path, sizes: Sequence[int]) -> Path:
+    """Shards 00000.tar and so on with so many pairs, numbered through."""
+    first = 0
+    for shard, size in enumerate(sizes):
+        write_tar(folder / f"{shard:05d}.tar", [m for n in range(first, first + size) for m in pair(n)])
+        first += size
+    return folder

@@ -1,0 +1,78 @@
+"""What a recipe's data section opens: one source, or several with weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from conftest import TINY
+from data.tars import write_shards
+from declip.config import Recipe, load_recipe
+from declip.data.mixture import Mixture
+from declip.data.shards import ShardSource
+from declip.data.subset import Subset
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.training.build import build_loader, image_views, open_training_source
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+    return write_shards(tmp_path / "shards", (5, 9, 7))
+
+
+def recipe_of(source: object, **data: object) -> Recipe:
+    return Recipe.model_validate({**TINY, "data": {"source": source, **data}})
+
+
+def test_a_list_of_sources_is_a_mixture(shards, table):
+    recipe = recipe_of([{"source": str(table), "weight": 1.5}, str(shards)])
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert recipe.data.label == f"1.5 × {table} + {shards}"
+    source = open_training_source(recipe)
+    assert isinstance(source, Mixture)
+    assert (len(source), source.shown, source.distinct) == (24 * 2 + 21, 36 + 21, 45)
+    assert source.name == "1.5 × shapes.jsonl + shards"
+    few = open_training_source(recipe_of([{"source": str(table), "weight": 1.5}, str(shards)], pairs=20))
+    assert (few.distinct, [each.weight for each in few.sources]) == (20, [1.5, 1.0])
+
+
+def test_one_source_stays_what_it_was(shards, table):
+    assert recipe_of(str(table)).data.label == str(table)
+    assert isinstance(open_training_source(recipe_of(str(shards))), ShardSource)
+    part = open_training_source(recipe_of(str(table), pairs=9))
+    assert isinstance(part, Subset)
+    assert part.indices.tolist() == sorted(np.random.default_rng((0, 24)).permutation(24)[:9].tolist())
+
+
+def test_the_recipe_sets_the_order(shards):
+    def batches(**data: object) -> list[list[int]]:
+        recipe = recipe_of(str(shards), **data)
+        with build_loader(
+            recipe, open_training_source(recipe), DualEncoder.from_recipe(recipe), image_views(recipe)
+        ) as loader:
+            return [loader.indices(step).tolist() for step in range(4)]
+
+    assert batches() == np.random.default_rng((0, 0, 21)).permutation(21)[:16].reshape(2, 8).tolist() + (
+        np.random.default_rng((0, 1, 21)).permutation(21)[:16].reshape(2, 8).tolist()
+    )
+    found = [batches(), batches(shuffle_buffer=8), batches(resample=True), batches(shuffle_buffer=8, resample=True)]
+    assert len({str(each) for each in found}) == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("[{source: a, wieght: 2}]", "data.source.0.wieght=2: Extra inputs are not permitted; keys: source, weight."),
+        ("[b, {source: a, weight: 0}]", "data.source.1.weight=0: Input should be greater than 0"),
+        ("[{weight: 2}]", "data.source.0.source={'weight': 2}: Field required"),
+        ("[]", "data.source is []; give one source, or a list of them, each with source, weight"),
+        ("5", "data.source is 5; give one source"),
+    ],
+)
+def test_a_source_that_is_none_is_explained(source, says):
+    with pytest.raises(UserError) as caught:
+        load_recipe("clip", {"data.source": source})
+    assert says in str(caught.value)

@@ -1,0 +1,248 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import draw
+from declip.data.pairs import BrokenPair, Pair
+from declip.errors import UserError
+from declip.inspection import Inspection, inspect_source
+from declip.inspection.inspection import draw as draw_places
+
+
+class Numbers:
+    """Pairs whose captions are given; the image is a colour by its number."""
+
+    name = "numbers"
+
+    def __init__(self, captions: list[tuple[str, ...]], keywords: tuple[str, ...] = (), side: int = 8) -> None:
+        self.given, self.words, self.side = captions, keywords, side
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(f"pair {index}", self.image(index), self.captions(index), self.words)
+
+    def image(self, index: int) -> Image.Image:
+        noise = np.random.default_rng(index).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        return Image.fromarray(noise).resize((self.side, self.side), Image.Resampling.BICUBIC)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if not self.given[index]:
+            raise BrokenPair("empty caption", f"pair {index}")
+        return self.given[index]
+
+
+def rules(inspection: Inspection) -> dict[str, float]:
+    return {finding.rule: finding.number for finding in inspection.findings}
+
+
+def advice(inspection: Inspection, rule: str) -> str:
+    return next(finding.advice for finding in inspection.findings if finding.rule == rule)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of 24 drawings of two captions, and faults of every kind."""
+    folder = tmp_path_factory.mktemp("planted")
+    rows = []
+    noisy = Numbers([("",)] * 30, side=300)
+    for number in range(24):
+        noisy.image(number).save(folder / f"good{number}.png")
+        rows.append({"image": f"good{number}.png", "caption": [f"a drawing of number {number}", f"number {number}"]})
+    for number in range(3):
+        shutil.copy(folder / f"good{number}.png", folder / f"same{number}.png")
+        rows.append({"image": f"same{number}.png", "caption": f"once more {number}"})
+    for number in range(3, 7):
+        noisy.image(number).resize((150, 150)).save(folder / f"near{number}.jpg", quality=80)
+        rows.append({"image": f"near{number}.jpg", "caption": "Company  Logo" if number % 2 else "company logo"})
+    content = (folder / "near3.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(content[: len(content) // 2])
+    rows.append({"image": "cut.jpg", "caption": "cut off"})
+    rows += [{"image": f"good{number}.png", "caption": " "} for number in range(2)]
+    Image.new("RGB", (900, 250), "white").save(folder / "blank.png")
+    rows.append({"image": "blank.png", "caption": "IMG_0001.jpg"})
+    path = folder / "planted.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_planted_faults_are_found(planted: Path) -> None:
+    found = inspect_source(planted, workers=0)
+    assert (found.total, found.read, found.usable, found.whole) == (35, 35, 32, True)
+    assert found.reasons == {
+        "empty caption": {"count": 2, "examples": ["good0.png", "good1.png"]},
+        "truncated image": {"count": 1, "examples": ["cut.jpg"]},
+    }
+    assert (found.broken.low, found.broken.high) == (3 / 35, 3 / 35), "nothing is estimated when all was read"
+    equal, near, captions = found.equal_images, found.near_images, found.equal_captions
+    assert (equal.members, equal.groups, equal.surplus, equal.coincidences) == (6, 3, 3, 3)
+    assert equal.examples[0].keys == ("good0.png", "same0.png")
+    assert (near.members, near.groups) == (14, 7)
+    assert (captions.members, captions.groups, captions.surplus) == (4, 1, 3), "as the tokenizer sees them"
+    assert found.captions.frequent == (("company logo", 4),)
+    assert found.captions.per_pair.mean == pytest.approx((24 * 2 + 8) / 32)
+    assert found.captions.kinds["file name"].count == 1
+    assert found.images.formats == {"PNG": 28, "JPEG": 4}
+    assert found.images.modes == {"RGB": 32}
+    assert found.images.bytes.most == max(path.stat().st_size for path in planted.parent.glob("good*.png"))
+    assert (found.images.smaller.count, found.images.long.count, found.images.blank.count) == (4, 1, 1)
+    assert found.images.blank_keys == ("blank.png",)
+    assert found.images.aspect.most == 3.6
+    assert (sum(found.images.histogram.counts), found.images.histogram.counts[8]) == (32, 27)
+    assert found.captions.common_words[:2] == (("number", 48), ("drawing", 24))
+    assert len(found.examples) == 32
+    assert [len(row) for row in found.near_examples] == [2, 2, 2, 2]
+    assert {"broken", "equal images", "near images", "equal captions", "odd captions", "blank images"} <= set(
+        rules(found)
+    )
+    assert [finding.mend for finding in found.findings] == sorted((f.mend for f in found.findings), reverse=True)
+
+
+def test_processes_find_what_one_finds(planted: Path) -> None:
+    one, two = (inspect_source(planted, workers=workers).to_dict() for workers in (0, 2))
+    del one["seconds"], two["seconds"]
+    assert one == two
+
+
+def test_a_folder_and_columns_are_opened_as_training_opens_them(tmp_path: Path) -> None:
+    draw("red", "circle").save(tmp_path / "one.png")
+    (tmp_path / "one.txt").write_text("a red circle\na dot")
+    assert inspect_source(tmp_path, workers=0).captions.per_pair.mean == 2
+    (tmp_path / "table.csv").write_text("file,said\none.png,a red circle\n")
+    found = inspect_source(tmp_path / "table.csv", image_column="file", caption_column="said", workers=0)
+    assert (found.usable, found.images.formats) == (1, {"PNG": 1})
+
+
+def test_a_sample_is_drawn_evenly_and_again_the_same() -> None:
+    places = draw_places(10_000, 160, seed=3)
+    assert places.tolist() == draw_places(10_000, 160, seed=3).tolist()
+    assert places.tolist() != draw_places(10_000, 160, seed=4).tolist()
+    assert np.bincount(places // 625).tolist() == [10] * 16
+    assert len(np.unique(places)) == 160
+    assert draw_places(10, 10, 0).tolist() == draw_places(10, None, 0).tolist() == list(range(10))
+    for total in range(1, 60):
+        for sample in range(1, total):
+            drawn = draw_places(total, sample, 0)
+            assert len(np.unique(drawn)) == sample
+            assert 0 <= drawn[0] <= drawn[-1] < total
+
+
+def test_a_sample_says_how_sure_it_is() -> None:
+    source = Numbers([() if number % 10 == 0 else (f"caption {number}",) for number in range(1000)])
+    found = inspect_source(source, 200, workers=0)
+    assert (found.read, found.total, found.whole) == (200, 1000, False)
+    assert found.broken.low < 0.1 < found.broken.high
+    assert found.broken.high - found.broken.low < 0.1
+    assert "95 %" in next(each.text for each in found.findings if each.rule == "broken")
+
+
+def test_equal_captions_of_the_whole_are_estimated_from_a_sample() -> None:
+    texts = [("cat",) if number % 4 == 0 else (f"caption {number}", f"text {number}") for number in range(400)]
+    whole = inspect_source(Numbers(texts), None, batch=64, workers=0)
+    couples = 100 * 99 / 2
+    assert whole.equal_captions.coincidences == couples
+    assert whole.captions.equal_in_batch == pytest.approx(64 * 63 / 2 * couples / (400 * 399 / 2))
+    samples = [inspect_source(Numbers(texts), 100, batch=64, seed=seed, workers=0) for seed in range(12)]
+    assert np.mean([each.equal_captions.expected for each in samples]) == pytest.approx(couples, rel=0.15)
+    in_batch = np.mean([each.captions.equal_in_batch for each in samples])
+    assert in_batch == pytest.approx(whole.captions.equal_in_batch, rel=0.15)
+
+
+def test_case_variants_within_a_pair_are_one_text() -> None:
+    found = inspect_source(Numbers([("Cat", "cat"), ("dog", "hound"), ("cat",)]), None, batch=3, workers=0)
+    assert (found.equal_captions.members, found.equal_captions.coincidences) == (2, 1)
+    assert found.captions.equal_in_batch == pytest.approx(1.0), "of three couples one, always"
+
+
+def test_when_every_pair_is_broken_it_says_why() -> None:
+    found = inspect_source(Numbers([()] * 3), workers=0)
+    assert (found.usable, found.images, found.captions, found.examples) == (0, None, None, ())
+    assert found.reasons["empty caption"]["count"] == 3
+    assert [finding.rule for finding in found.findings] == ["broken"]
+    assert found.findings[0].mend
+
+
+def test_one_pair_is_enough() -> None:
+    found = inspect_source(Numbers([("a single caption",)]), workers=0)
+    assert (found.usable, found.equal_images.groups, found.captions.equal_in_batch) == (1, 0, 0.0)
+    assert len(found.examples) == 1
+
+
+def test_images_of_a_test_set_are_found(planted: Path) -> None:
+    found = inspect_source(Numbers([("a b",)] * 40, side=300), None, against=[planted], workers=0)
+    assert found.overlaps[0].name == "planted.jsonl"
+    assert (found.overlaps[0].images, found.overlaps[0].found.count) == (32, 24)
+    assert found.overlaps[0].keys[:2] == ("pair 0", "pair 1")
+    assert rules(found)["overlap"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("caption", "keywords", "words"),
+    [
+        (("cat",), ("pet",), "views.text.second=keywords"),
+        (("cat", "tom", "kitty"), (), "views.text.second=caption"),
+        (("cat",), (), "Add words"),
+    ],
+)
+def test_one_word_captions_lead_to_another_second_view(
+    caption: tuple[str, ...], keywords: tuple[str, ...], words: str
+) -> None:
+    assert words in advice(inspect_source(Numbers([caption] * 4, keywords), workers=0), "one word")
+
+
+@pytest.mark.parametrize(("words", "context"), [(3, 16), (14, 16), (15, 24), (40, 48), (75, 77), (300, 77)])
+def test_context_is_the_shortest_that_cuts_little(words: int, context: int) -> None:
+    found = inspect_source(Numbers([("cat " * words,)] * 3), workers=0)
+    assert found.captions.context == context
+    assert found.captions.cut[77].count == (3 if words + 2 > 77 else 0)
+    assert ("longer than 77" in next(f.text for f in found.findings if f.rule == "context")) is (words + 2 > 77)
+
+
+def test_resolution_against_the_training_size() -> None:
+    large = inspect_source(Numbers([("a cat",)] * 3, side=400), size=100, workers=0)
+    assert rules(large)["large images"] == 4.0
+    assert "200 px: 4 times fewer" in advice(large, "large images")
+    small = inspect_source(Numbers([("a cat",)] * 3, side=100), size=224, workers=0)
+    assert rules(small)["small images"] == 1.0
+    assert "such as 96" in advice(small, "small images")
+    fits = inspect_source(Numbers([("a cat",)] * 3, side=256), size=224, workers=0)
+    assert not {"small images", "large images"} & set(rules(fits))
+
+
+def test_scripts_and_queue() -> None:
+    found = inspect_source(Numbers([("белая кошка",)] * 1 + [("a white cat",)] * 3), workers=0)
+    assert rules(found)["scripts"] == 0.25
+    thousands = inspect_source(Numbers([(f"caption {n}",) for n in range(1453)]), 20, workers=0)
+    assert "queue_size=256" in advice(thousands, "queue")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sample": 0}, "sample is 0"),
+        ({"sample": -5}, "sample is -5"),
+        ({"workers": -1}, "workers is -1"),
+        ({"size": 0}, "size is 0"),
+        ({"batch": 1}, "batch is 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"against": ["nowhere.jsonl"]}, "nowhere.jsonl"),
+    ],
+)
+def test_wrong_options_are_refused(planted: Path, options: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        inspect_source(planted, **options)
+
+
+def test_a_missing_source_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no file or folder 'nowhere'"):
+        inspect_source("nowhere")
+
+
+def test_the_progress_bar_counts_broken_pairs_too(planted: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    inspect_source(planted, workers=0, progress=True)
+    assert "35/35" in capfd.readouterr().err

@@ -1,0 +1,155 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from conftest import COLOURS, SHAPES, draw
+from declip.inspection.duplicates import (
+    COARSE_BITS,
+    FINE_BITS,
+    TINT,
+    across,
+    coincidence,
+    equal_groups,
+    near_groups,
+    repeated,
+)
+from declip.inspection.fingerprint import LOOK, caption_hash, image_hash, is_blank, look
+
+
+def photo(seed: int, side: int = 256) -> Image.Image:
+    """A smooth picture of many colours."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def compressed(image: Image.Image, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+
+
+def groups_of(images: list[Image.Image]) -> list[int]:
+    looks = np.array([look(image) for image in images], LOOK)
+    return near_groups(looks).tolist()
+
+
+def test_hashes_tell_images_and_captions_apart() -> None:
+    assert image_hash(photo(0)) == image_hash(photo(0).copy())
+    other = photo(0)
+    other.putpixel((3, 3), (1, 2, 3))
+    assert image_hash(other) != image_hash(photo(0))
+    assert image_hash(Image.new("RGB", (2, 8))) != image_hash(Image.new("RGB", (8, 2)))
+    assert caption_hash("A  Cat &amp; dog") == caption_hash("a cat & dog")
+    assert caption_hash("a cat") != caption_hash("a cat.")
+
+
+def test_copies_look_alike_and_other_images_do_not() -> None:
+    originals = [photo(seed) for seed in range(30)]
+    halves = [image.resize((128, 128)) for image in originals]
+    copies = [compressed(image.resize((200, 200)), 60) for image in originals]
+    groups = groups_of([*originals, *halves, *copies])
+    assert groups[:30] == groups[30:60] == groups[60:]
+    assert len(set(groups)) == 30
+
+
+def test_colour_and_shape_tell_drawings_apart() -> None:
+    groups = groups_of([draw(colour, shape) for colour in COLOURS for shape in SHAPES])
+    assert len(set(groups)) == len(groups)
+
+
+def test_a_small_sign_inside_tells_drawings_apart() -> None:
+    def sign(box: tuple[int, int, int, int]) -> Image.Image:
+        image = Image.new("RGB", (64, 64), "white")
+        pen = ImageDraw.Draw(image)
+        pen.ellipse((2, 2, 62, 62), fill="black")
+        pen.rectangle((16, 29, 48, 35), fill="white")
+        pen.rectangle(box, fill="white")
+        return image
+
+    minus, plus = sign((16, 29, 48, 35)), sign((29, 16, 35, 48))
+    assert len(set(groups_of([minus, plus, minus.resize((48, 48))]))) == 2
+
+
+def test_blank_images() -> None:
+    for image, blank in ((Image.new("RGB", (50, 40), "white"), True), (photo(0), False)):
+        assert is_blank(image, look(image)) is blank
+    nearly = Image.new("RGB", (500, 500), "white")
+    nearly.putpixel((0, 0), (0, 0, 0))
+    assert not is_blank(nearly, look(nearly))
+
+
+def bits(looks: np.ndarray, name: str, i: int, j: int) -> int:
+    words = np.bitwise_xor(looks[name][i], looks[name][j])
+    return sum(int(word).bit_count() for word in words)
+
+
+def test_near_groups_are_those_of_comparing_all_with_all(generator: np.random.Generator) -> None:
+    looks = np.zeros(300, LOOK)
+    centres = generator.integers(0, 2**64, (60, 10), dtype=np.uint64)
+    for n in range(len(looks)):
+        words = centres[n % 60].copy()
+        for name, first, flips in (("coarse", 0, 5), ("fine", 2, 20)):
+            for bit in generator.integers(0, 64 * (2 if name == "coarse" else 8), generator.integers(0, flips)):
+                words[first + bit // 64] ^= np.uint64(1) << np.uint64(bit % 64)
+        looks["coarse"][n], looks["fine"][n] = words[:2], words[2:]
+        looks["tint"][n] = 100 + generator.integers(0, 20, 3)
+    tints = looks["tint"].astype(int)
+    near = [
+        (i, j)
+        for i in range(len(looks))
+        for j in range(i + 1, len(looks))
+        if bits(looks, "coarse", i, j) <= COARSE_BITS
+        and bits(looks, "fine", i, j) <= FINE_BITS
+        and abs(tints[i] - tints[j]).max() <= TINT
+    ]
+    assert 200 < len(near) < 600
+    graph = coo_array((np.ones(len(near)), tuple(zip(*near, strict=True))), shape=(len(looks), len(looks)))
+    count, expected = connected_components(graph, directed=False)
+    assert 70 < count < 250
+    found = near_groups(looks)
+    assert len(np.unique(np.stack([found, expected]), axis=1).T) == count == found.max() + 1
+
+
+def test_one_image_and_many_blank_ones_are_no_trouble() -> None:
+    assert near_groups(np.zeros(1, LOOK)).tolist() == [0]
+    assert set(near_groups(np.zeros(5000, LOOK)).tolist()) == {0}
+
+
+def test_thousands_that_nearly_look_alike_are_no_trouble(generator: np.random.Generator) -> None:
+    looks = np.zeros(5000, LOOK)
+    looks["fine"][:, 0] = generator.integers(0, 2**12, len(looks))
+    looks["coarse"][:, 1] = generator.integers(0, 2**3, len(looks))
+    assert set(near_groups(looks).tolist()) == {0}
+
+
+def test_images_of_another_set_are_found() -> None:
+    def rows(images: list[Image.Image]) -> np.ndarray:
+        found = np.zeros(len(images), [("look", LOOK)])
+        for row, image in zip(found, images, strict=True):
+            row["look"] = look(image)
+        return found
+
+    mine = [photo(0), photo(1), photo(2)]
+    theirs = [compressed(photo(1), 70), photo(9), photo(2)]
+    assert across(rows(mine), rows(theirs)).tolist() == [False, True, True]
+
+
+def test_largest_groups_come_first() -> None:
+    numbers, sizes = repeated(equal_groups(np.array([7, 5, 7, 9, 5, 7])))
+    assert numbers.tolist() == [0, 1]
+    assert sizes.tolist() == [3, 2]
+
+
+def test_coincidence_is_the_mean_over_all_couples(generator: np.random.Generator) -> None:
+    texts = [["a"], ["a", "b"], ["b", "c", "a"], ["d"], ["a"]]
+    owners = [n for n, each in enumerate(texts) for _ in each]
+    groups = equal_groups(np.array([text for each in texts for text in each]))
+    weights = np.array([1 / len(texts[owner]) for owner in owners])
+    couples = [(one, other) for i, one in enumerate(texts) for j, other in enumerate(texts) if i != j]
+    expected = np.mean([sum(text in other for text in one) / len(one) / len(other) for one, other in couples])
+    assert coincidence(groups, weights, len(texts)) == pytest.approx(expected)
+    assert coincidence(np.zeros(1, np.int64), np.ones(1), 1) == 0.0

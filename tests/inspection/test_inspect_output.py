@@ -1,0 +1,177 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from declip import cli
+from declip.data.pairs import BrokenPair, Pair
+from declip.inspection import Inspection, inspect_source
+from declip.inspection.output import write_json, write_page, write_sheet
+from declip.inspection.page import page
+from declip.inspection.result import Histogram, Share, Spread
+from declip.inspection.sheet import sheet
+from declip.inspection.terminal import summary
+from declip.inspection.wording import about, shown
+
+HOSTILE = (
+    "</td><script>alert(1)</script><img src=x onerror=alert(1)>",
+    "\x1b[31mred\x1b[0m [bold red]markup[/] [/nothing] $x_1$ {{ 7*7 }} {% raw %}",
+    "\u202eright to left \ud800 half \x00",
+    "word" * 200,
+    "猫が窓辺で寝ている写真",
+)
+
+
+class Hostile:
+    """Captions and keys that try to get out of where they are shown."""
+
+    name = "<b>hostile\x1b[31m"
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Pair:
+        if index == 11:
+            raise BrokenPair("missing image", f"<i>gone\x1b[1m{index}")
+        noise = np.random.default_rng(index % 8).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((90, 60), Image.Resampling.BICUBIC)
+        return Pair(f"<u>{index}\udcff", image, self.captions(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (HOSTILE[index % len(HOSTILE)].replace("\ud800", ""),)
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Inspection:
+    return inspect_source(Hostile(), workers=0)
+
+
+def test_the_page_escapes_what_comes_from_the_data(hostile: Inspection) -> None:
+    html = page(hostile)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert not re.search(r"<script|<b>hostile|<i>gone|<u>\d|<img src=x", html)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e\ud800-\udfff]", html)
+    assert "{{ 7*7 }}" in html, "a caption is no template"
+    html.encode()
+
+
+def test_the_page_loads_nothing_and_shows_every_example(hostile: Inspection) -> None:
+    html = page(hostile)
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", html)
+    assert "@import" not in html
+    assert "url(" not in html
+    count = len(hostile.examples) + sum(map(len, hostile.near_examples))
+    assert html.count('<img src="data:image/') == count == 11 + 6
+
+
+def test_the_page_of_nothing_usable_says_so() -> None:
+    class Broken(Hostile):
+        def __getitem__(self, index: int) -> Pair:
+            raise BrokenPair("missing image", f"gone {index}")
+
+    found = inspect_source(Broken(), workers=0)
+    html = page(found)
+    assert "Not one of the 12 pairs read can be used" in html
+    assert "gone 0, gone 1" in html
+    assert sheet(found).size[1] < 200
+
+
+def printed(inspection: Inspection) -> str:
+    console = Console(width=90, record=True, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
+    console.print(summary(inspection))
+    return console.export_text()
+
+
+def test_the_terminal_shows_markup_as_it_is_and_no_control_characters(hostile: Inspection) -> None:
+    text = printed(hostile)
+    assert "\x1b[31m" not in text
+    assert "\u202e" not in text
+    assert "[bold red]markup[/]" in text
+    assert "What this means" in text
+    assert "missing image" in text
+
+
+def test_the_sheet_has_eight_columns_and_a_row_for_each_group(hostile: Inspection) -> None:
+    picture = sheet(hostile)
+    assert picture.size[0] == 2 * 28 + 8 * 148 + 7 * 16
+    first = hostile.examples[0].image
+    corner = picture.crop((28, 28 + 60, 28 + 148, 28 + 60 + 148))
+    left, top = (148 - first.width) // 2, (148 - first.height) // 2
+    assert (np.asarray(corner.crop((left, top, left + first.width, top + first.height))) == np.asarray(first)).all()
+    cell = 148 + 3 * 17 + 16
+    assert picture.size[1] == 2 * 28 + 52 + (2 + 3) * cell + 44
+
+
+def test_numbers_are_written_and_read_back(hostile: Inspection, tmp_path: Path) -> None:
+    write_json(hostile, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert (found["total"], found["read"], found["usable"], found["whole"]) == (12, 12, 11, True)
+    assert found["broken"] == {"count": 1, "of": 12, "low": 1 / 12, "high": 1 / 12, "share": 1 / 12}
+    assert found["images"]["width"]["p50"] == 90.0
+    assert found["near_images"]["examples"][0]["keys"][0] == "<u>0\udcff"
+    assert found["captions"]["cut"]["77"]["count"] == hostile.captions.cut[77].count
+    assert "examples" not in found
+    write_page(hostile, tmp_path / "found.html")
+    write_sheet(hostile, tmp_path / "found.png")
+    assert Image.open(tmp_path / "found.png").size == sheet(hostile).size
+
+
+def test_numbers_as_words() -> None:
+    assert [about(number) for number in (1834, 18.34, 0.0512, 0)] == ["1,800", "18", "0.051", "0"]
+    assert shown("a\x07b\u202ec" + "d" * 300, 10) == "a\ufffdb\ufffdcdddd…"
+    assert Share.counted(5, 50, whole=False).low == pytest.approx(0.0434, abs=1e-4)
+    assert Spread.of(np.arange(101)).at(95) == 95
+    histogram = Histogram.of(np.array([1, 8, 9, 80, 5000]), (1, 9, 17))
+    assert (histogram.counts, histogram.labels()) == ((2, 1, 2), ["1–8", "9–16", "17 or more"])
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("sys.argv", ["declip", "data", "inspect", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def test_the_command_writes_what_is_asked_for(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    outputs = [tmp_path / name for name in ("found.json", "found.html", "found.png")]
+    words = ["--json", str(outputs[0]), "--html", str(outputs[1]), "--sheet", str(outputs[2])]
+    assert run([str(table), "--sample", "10", "--seed", "3", "--workers", "0", "--quiet", *words], monkeypatch) == 0
+    printed = capfd.readouterr().out
+    assert "10 of 24 pairs were read, drawn with seed 3." in printed
+    assert all(path.is_file() for path in outputs)
+    assert json.loads(outputs[0].read_text())["read"] == 10
+    assert run([str(table), "--all", "--workers", "0", "--against", str(table)], monkeypatch) == 0
+    captured = capfd.readouterr()
+    assert "All 24 pairs were read." in captured.out
+    assert "24/24" in captured.err, "a progress bar"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sample", "0"], "sample is 0; it must be 1 or more"),
+        (["--html", "nowhere/page.html"], "there is no folder 'nowhere'"),
+        (["--sheet", "."], "it is a folder"),
+        (["--image-root", "nowhere"], "nowhere"),
+        (["--caption-column", "captoin"], "Did you mean 'caption'"),
+    ],
+)
+def test_a_mistake_ends_with_its_message(
+    table: Path,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run([str(table), *words], monkeypatch) == 2
+    errors = capfd.readouterr().err
+    assert message in errors.replace("\n", " ")
+    assert "Traceback" not in errors

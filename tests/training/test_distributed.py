@@ -1,0 +1,150 @@
+"""Many processes learn what one learns from the whole batch: losses, every gradient, batch norm, queue, in float64."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from conftest import TINY, WEIGHTS
+from declip.config import Recipe
+from declip.data.batch import PairBatch
+from declip.data.tokenizer import Tokenizer
+from declip.models.dual_encoder import DualEncoder
+from declip.supervision.objective import Objective
+from declip.training import distributed
+from declip.training.build import image_views
+from declip.training.distributed import Meeting
+from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.parallel import build_learner, whole
+from declip.training.step import StepParts, training_step
+from processes import in_processes
+
+BATCH, LENGTH = 8, 16
+TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
+
+
+def random_batch(recipe: Recipe, seed: int) -> PairBatch:
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer = Tokenizer(context=recipe.text.context, merges=recipe.text.merges)
+    texts = torch.randint(1, 500, (2, BATCH, LENGTH), generator=generator)
+    for row, end in enumerate(torch.randint(4, LENGTH, (BATCH,), generator=generator).tolist()):
+        texts[:, row, end], texts[:, row, end + 1 :] = tokenizer.end, 0
+    masked, labels = texts[0].clone(), torch.full((BATCH, LENGTH), -100)
+    for row, count in enumerate((1, 0, 2, 1, 0, 3, 1, 1)):  # ranks hold different numbers of masked words
+        labels[row, 1 : 1 + count], masked[row, 1 : 1 + count] = texts[0, row, 1 : 1 + count], tokenizer.mask
+    images = torch.randn(3, BATCH, 3, 32, 32, generator=generator, dtype=torch.float64)
+    tags = torch.arange(BATCH) + BATCH * seed
+    return PairBatch(images[: recipe.image_view_count], texts, masked, labels, tags)
+
+
+def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
+    assert batch.masked is not None
+    assert batch.labels is not None
+    assert batch.tags is not None
+    return PairBatch(
+        batch.images[:, start:stop],
+        batch.texts[:, start:stop],
+        batch.masked[start:stop],
+        batch.labels[start:stop],
+        batch.tags[start:stop],
+    )
+
+
+def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> dict[str, torch.Tensor]:
+    """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
+    tree = {**TINY, "weights": WEIGHTS[name], "image": {"name": TOWERS[tower], "size": 32}}
+    recipe = Recipe.model_validate({**tree, "train": {**TINY["train"], **train}})
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe).double()
+    objective = Objective.for_model(recipe, model).double()
+    learner = build_learner(recipe, model, objective)
+    named = named_trainable(model, objective)
+    parts = StepParts(learner, build_optimizer(named, recipe.train), image_views(recipe), clip_norm=1.0)
+    model.train(), objective.train()
+    meeting, found = Meeting(counts, stop=False), {}
+    for step in range(2):
+        share = rows(random_batch(recipe, step), meeting.offset, meeting.offset + counts[distributed.rank()])
+        for term, value in training_step(parts, share, meeting).items():
+            found[f"{term} at {step}"] = distributed.average(value.clone())
+    assert all(parameter.grad is not None for _, parameter in named) or name == "filip"
+    found |= {f"gradient of {n}": whole(p.grad).clone() for n, p in named if p.grad is not None}
+    for module in (model, objective):
+        found |= {n: whole(t).clone() for n, t in module.state_dict().items()}
+    return found
+
+
+def some_recipes(
+    names: list[str], counts: tuple[int, ...], tower: str, train: dict[str, Any]
+) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: two_steps(name, tower, counts, **train) for name in names}
+
+
+def compare(one: dict[str, dict[str, torch.Tensor]], many: dict[str, dict[str, torch.Tensor]]) -> None:
+    for name, mine in one.items():
+        assert mine.keys() == many[name].keys()
+        for key, value in mine.items():
+            scale = value.abs().max().item() if value.is_floating_point() and value.numel() else 0.0
+            torch.testing.assert_close(
+                many[name][key], value, rtol=1e-5, atol=1e-9 + 1e-7 * scale, msg=lambda m, at=(name, key): f"{at}: {m}"
+            )
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def alone(request: pytest.FixtureRequest) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
+    return request.param, some_recipes(list(WEIGHTS), (BATCH,), request.param, {})
+
+
+@pytest.mark.parametrize("counts", [(4, 4), (5, 3), (2, 2, 2, 2)], ids=str)
+def test_ranks_learn_what_one_process_learns(alone: Any, tmp_path: Path, counts: tuple[int, ...]) -> None:
+    tower, expected = alone
+    for theirs in in_processes(some_recipes, len(counts), tmp_path, list(WEIGHTS), counts, tower, {}):
+        compare(expected, theirs)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str) -> None:
+    names = ["declip"]
+    expected = {name: two_steps(name, tower, (BATCH,)) for name in names}
+    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), tower, {"parallel": "fsdp"}):
+        compare(expected, theirs)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_activations_computed_twice_change_nothing(tmp_path: Path, tower: str) -> None:
+    expected = {"declip": two_steps("declip", tower, (BATCH,))}
+    compare(expected, {"declip": two_steps("declip", tower, (BATCH,), recompute_activations=True)})
+    for parallel_by in ("ddp", "fsdp"):
+        train = {"parallel": parallel_by, "recompute_activations": True}
+        (tmp_path / parallel_by).mkdir()
+        for theirs in in_processes(some_recipes, 2, tmp_path / parallel_by, ["declip"], (4, 4), tower, train):
+            compare(expected, theirs)
+
+
+def lost(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return torch.zeros_like(gradients[0].split(list(ctx.counts))[dist.get_rank()]), None
+
+
+def own_only(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return gradients[0].split(list(ctx.counts))[dist.get_rank()], None
+
+
+@pytest.mark.parametrize("wrong", [lost, own_only])
+def test_a_gather_without_its_gradient_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Any]
+) -> None:
+    """The field's classic bug: the comparison above fails for it."""
+    expected = {"clip": two_steps("clip", "layer norm", (BATCH,))}
+    monkeypatch.setattr(distributed._GatherRows, "backward", staticmethod(wrong))
+    for theirs in in_processes(some_recipes, 2, tmp_path, ["clip"], (4, 4), "layer norm", {}):
+        with pytest.raises(AssertionError, match="grad"):
+            compare(expected, theirs)
+
+
+def test_batch_norm_of_each_rank_alone_is_a_choice_that_learns_otherwise(tmp_path: Path) -> None:
+    expected = {"clip": two_steps("clip", "batch norm", (BATCH,))}
+    for theirs in in_processes(some_recipes, 2, tmp_path, ["clip"], (4, 4), "batch norm", {"sync_batch_norm": False}):
+        with pytest.raises(AssertionError, match="clip"):
+            compare(expected, theirs)

@@ -1,0 +1,43 @@
+import math
+
+import pytest
+
+from declip.training.health import FLAT_AFTER, STEEP, Health
+
+CHANCE = math.log(64)
+
+
+def healthy() -> Health:
+    return Health(batch=64, warmup=10)
+
+
+def test_a_run_that_learns_hears_nothing() -> None:
+    health = healthy()
+    for step in range(1, 1000, 10):
+        assert health.look(step, {"contrastive": CHANCE * 0.99**step, "grad_norm": 1 + 0.5 * math.sin(step)}) == []
+
+
+def test_a_loss_at_chance_is_named_once_and_late() -> None:
+    health = healthy()
+    assert health.look(FLAT_AFTER - 1, {"contrastive": CHANCE, "grad_norm": 1.0}) == []
+    (said,) = health.look(FLAT_AFTER, {"contrastive": CHANCE + 0.01, "grad_norm": 1.0})
+    assert "ln(64) = 4.16: nothing is learnt" in said
+    assert "train.lr_peak" in said
+    assert health.look(FLAT_AFTER + 10, {"contrastive": CHANCE, "grad_norm": 1.0}) == []
+
+
+@pytest.mark.parametrize("term", ["contrastive", "late_interaction"])
+def test_a_loss_worse_than_guessing_is_named_after_the_warmup(term: str) -> None:
+    health = healthy()
+    assert health.look(10, {term: CHANCE + 2, "grad_norm": 1.0}) == []
+    (said,) = health.look(11, {term: CHANCE + 2, "grad_norm": 1.0})
+    assert "more than guessing gives" in said
+
+
+def test_a_spike_of_the_gradient_is_measured_against_the_usual_one() -> None:
+    health = healthy()
+    for step in range(1, 100):
+        assert health.look(step, {"contrastive": 1.0, "grad_norm": 2.0}) == []
+    assert health.look(100, {"contrastive": 1.0, "grad_norm": 0.9 * STEEP * 2}) == []
+    (said,) = healthy().look(5, {"grad_norm": 1.0}) or ([""] and health.look(101, {"grad_norm": 1e9}))
+    assert "a spike" in said

@@ -1,0 +1,171 @@
+"""The trainer on several processes: one run, one folder, one end, whatever happens to a rank."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import TINY, WEIGHTS
+from declip.config import Recipe
+from declip.errors import UserError
+from declip.training import distributed
+from declip.training.checkpoint import list_checkpoints, load_checkpoint
+from declip.training.distributed import Council
+from declip.training.trainer import STOP, Trainer, train
+from processes import in_processes
+
+BROKEN = 2
+
+
+@pytest.fixture(scope="module")
+def recipe(table: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The keys of a run over the shapes and two pairs without an image, so that ranks hold unequal numbers."""
+    path = tmp_path_factory.mktemp("broken") / "pairs.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    rows = [{**row, "image": str(table.parent / row["image"])} for row in rows]
+    rows += [{"image": f"missing-{number}.png", "caption": "nothing"} for number in range(BROKEN)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": str(path), "max_broken_share": 0.5}
+    return {**TINY, "name": "declip", "weights": WEIGHTS["declip"], "data": data}
+
+
+def of(keys: dict[str, Any], **train_keys: Any) -> Recipe:
+    return Recipe.model_validate({**keys, "train": {**TINY["train"], "log_every": 1, "patience": 30, **train_keys}})
+
+
+def trained(keys: dict[str, Any], folder: str, resume: bool = False, **train_keys: Any) -> tuple[int, bool]:
+    run = Trainer(of(keys, **train_keys), Path(folder), resume, quiet=True).train(report=False)
+    return run.step, run.finished
+
+
+def stopped(keys: dict[str, Any], folder: str, at: int, by: int, **train_keys: Any) -> tuple[int, bool]:
+    """A run in which one rank is asked to stop before it comes to a step."""
+    trainer = Trainer(of(keys, **train_keys), Path(folder), quiet=True)
+    meet = trainer.council.meet
+
+    def ask(step: int, *rest: Any) -> Any:
+        if step == at and distributed.rank() == by:
+            os.kill(os.getpid(), signal.SIGTERM)
+            rest = (rest[0], trainer.stop_asked, rest[2])
+        return meet(step, *rest)
+
+    trainer.council.meet = ask  # type: ignore[method-assign]
+    run = trainer.train(report=False)
+    assert run.finished or run.status == 75
+    return run.step, run.finished
+
+
+def end_of(folder: Path) -> dict[str, torch.Tensor]:
+    found = load_checkpoint(list_checkpoints(folder)[-1])
+    return {**found.weights, **found.training}
+
+
+def totals(folder: Path) -> list[float]:
+    return [json.loads(line)["total"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_make_one_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train(of(recipe), out=tmp_path / "one", quiet=True, report=False)
+    assert in_processes(trained, 2, tmp_path / "a", recipe, str(tmp_path / "two")) == [(8, True)] * 2
+    one, two = totals(tmp_path / "one"), totals(tmp_path / "two")
+    assert two == pytest.approx(one, rel=1e-3)
+    assert (tmp_path / "one/skipped.json").read_text() == (tmp_path / "two/skipped.json").read_text()
+    first, second = end_of(tmp_path / "one"), end_of(tmp_path / "two")
+    assert torch.equal(first["objective.queue.tags"], second["objective.queue.tags"])
+    assert len(list_checkpoints(tmp_path / "two")) == 2
+
+
+@pytest.mark.parametrize("by", ["ddp", "fsdp"])
+def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(
+    recipe: dict[str, Any], tmp_path: Path, by: str
+) -> None:
+    keys = {"parallel": by, "checkpoint_every": 100}
+    in_processes(_with(trained, keys), 2, tmp_path / "a", recipe, str(tmp_path / "whole"))
+    parts = str(tmp_path / "parts")
+    assert in_processes(_with(stopped, keys), 2, tmp_path / "b", recipe, parts, 3, 1) == [(4, False)] * 2
+    assert in_processes(_with(trained, keys), 2, tmp_path / "c", recipe, parts, True) == [(8, True)] * 2
+    whole, resumed = end_of(tmp_path / "whole"), end_of(tmp_path / "parts")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert totals(tmp_path / "whole") == totals(tmp_path / "parts")
+
+
+class _with:
+    """A function with more keys, that forked processes can be given."""
+
+    def __init__(self, function: Any, keys: dict[str, Any]) -> None:
+        self.function, self.keys = function, keys
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments, **self.keys)
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(
+    recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(of(recipe), out=tmp_path / "one", quiet=True, report=False)
+    parts = tmp_path / "parts"
+    in_processes(_with(stopped, {"checkpoint_every": 100}), 2, tmp_path / "a", recipe, str(parts), 3, 0)
+    run = train(of(recipe), out=parts, resume=True, quiet=True, report=False)
+    assert run.finished
+    assert "2 processes, now there are 1" in caplog.text
+    assert totals(parts) == pytest.approx(totals(tmp_path / "one"), rel=1e-3)
+    tags = [end_of(folder)["objective.queue.tags"] for folder in (parts, tmp_path / "one")]
+    assert torch.equal(*tags)
+
+
+def absent(patience: float, way: str) -> str:
+    """Rank 1 sleeps or dies where it should come to step 3."""
+    council = Council(patience)
+    try:
+        for step in range(4):
+            if step == 3 and distributed.rank() == 1:
+                if way == "dies":
+                    os._exit(0)
+                time.sleep(3 * patience)
+            council.meet(step, 4, stop=False)
+    except UserError as error:
+        return str(error)
+    return "came"
+
+
+@pytest.mark.parametrize("way", ["sleeps", "dies"])
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path, way: str) -> None:
+    began = time.monotonic()
+    told = in_processes(absent, 2, tmp_path, 2.0, way)[0]
+    assert "missing: rank 1 on " in told
+    assert "last at step 2" in told
+    assert "--resume" in told
+    assert time.monotonic() - began < 60
+
+
+def refused(keys: dict[str, Any], folder: str) -> str:
+    try:
+        Trainer(of(keys), Path(folder), quiet=True)
+    except UserError as error:
+        return str(error)
+    except SystemExit as ended:
+        return f"ended with {ended.code}"
+    return "began"
+
+
+def test_what_the_first_rank_refuses_ends_the_others_too(recipe: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(of(recipe, steps=2), out=run, quiet=True, report=False)
+    first, second = in_processes(refused, 2, tmp_path / "a", recipe, str(run))
+    assert "already holds a run" in first
+    assert second == "ended with 2"
+
+
+def test_a_file_named_stop_ends_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+    trainer = Trainer(of(recipe), tmp_path, quiet=True)
+    (tmp_path / STOP).touch()
+    run = trainer.train(report=False)
+    assert (run.step, run.finished, run.status) == (1, False, 75)
+    assert not (tmp_path / STOP).exists()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
