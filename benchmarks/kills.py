@@ -38,7 +38,7 @@ RECIPES = ("clip", "slip", "filip", "declip", "defilip", "declip-small", "declip
 STEPS = 24
 SMALL = {
     "train.steps": STEPS, "train.batch": 16, "train.checkpoint_every": 5, "train.log_every": 2, "train.keep": 2,
-    "train.evaluate_every": 0, "train.warmup_steps": 4, "train.threads": 1, "train.patience": 20, "data.pairs": 100,
+    "train.evaluate_every": 0, "train.warmup_steps": 4, "train.threads": 1, "train.patience": 120, "data.pairs": 100,
     "image.name": "declip_vit_tiny", "image.options": {"depth": 1, "embed_dim": 64}, "text.width": 32,
     "text.merges": 300, "text.heads": 2, "embed_dim": 32, "nearest_neighbour.queue_size": 64,
     "evaluation.zero_shot": [], "evaluation.retrieval": [], "evaluation.final_zero_shot": [],

@@ -293,6 +293,16 @@ def test_what_is_missed_most_and_the_strongest_baseline() -> None:
     assert "The strongest plain clip has strong views: 45.0 %, −5.0 points against the whole." in told
 
 
+def test_a_term_is_missed_only_where_the_seeds_agree() -> None:
+    made = with_ladder(study())
+    ladder = read_ladder(made)
+    assert ladder is not None
+    change = {"without multi_view": (-0.3, 0.1, 0.1), "without simsiam": (0.05, 0.06, 0.07)}
+    found = outcome(made, value=lambda cell: 0.5 + change.get(cell.arm, (0.0, 0.0, 0.0))[cell.seed])
+    told = " ".join(ladder_sentences(found, ladder, MEASURE, 8000))
+    assert "no term is missed beyond what seeds do; it is better without simsiam (+6.0 points)." in told
+
+
 def _command(made: Study) -> list[list[str]]:
     return [shlex.split(line) for line in command(made, Path("runs/x")).splitlines()]
 

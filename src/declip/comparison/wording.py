@@ -9,7 +9,7 @@ from typing import Any
 from declip.comparison.cell import CELLS
 from declip.comparison.cost import ROUNDS, TIMED
 from declip.comparison.curves import RESAMPLES, Factor
-from declip.comparison.ladder import BASELINE, Ladder, baseline_of, main_arms, read_ladder, seed_values
+from declip.comparison.ladder import BASELINE, Ladder, baseline_of, difference, main_arms, read_ladder, seed_values
 from declip.comparison.outcome import Outcome
 from declip.comparison.study import BUDGETS, Study
 from declip.comparison.tables import Measured, settings, signed, yaml_value
@@ -232,6 +232,27 @@ def lead(outcome: Outcome, factors: Mapping[tuple[str, str], Factor | None], mea
     return f"For the same {measure}, {arm} needs {listed(told)}."
 
 
+def _left_out(outcome: Outcome, ladder: Ladder, budget: str, pairs: int, measure: str) -> str:
+    """Which terms the whole would miss and which it would not, as far as the seeds can tell."""
+    found = {
+        part.label: each
+        for part in ladder.left_out
+        if (each := difference(outcome, part.arm, ladder.whole, budget, pairs, measure)) is not None
+    }
+    if not found:
+        return ""
+    missed = {name: each.mean for name, each in found.items() if (each.mean if each.high is None else each.high) < 0}
+    better = {name: each.mean for name, each in found.items() if (each.mean if each.low is None else each.low) > 0}
+    words = "; no term is missed beyond what seeds do"
+    if missed:
+        most = min(missed, key=lambda name: missed[name])
+        words = f"; of its terms {most} is missed most ({signed(missed[most])} points without it)"
+    if better:
+        listing = [f"{name} ({signed(gain)} points)" for name, gain in better.items()]
+        words += f"; it is better without {listed(listing)}"
+    return words
+
+
 def ladder_sentences(outcome: Outcome, ladder: Ladder, measure: str, pairs: int) -> list[str]:
     """What each part gives at a number of pairs, and whether the order is the published one."""
     told = []
@@ -242,11 +263,7 @@ def ladder_sentences(outcome: Outcome, ladder: Ladder, measure: str, pairs: int)
         if ladder.whole in known:
             whole = known[ladder.whole]
             words = f"At equal {budget} with {pairs:,} pairs {ladder.whole}, the whole, reaches {percent(whole)}"
-            lost = [(whole - known[part.arm], part.label) for part in ladder.left_out if part.arm in known]
-            if lost:
-                most = max(lost)
-                words += f"; of its terms {most[1]} is missed most ({signed(-most[0])} points without it)"
-            told.append(f"{words}.")
+            told.append(f"{words}{_left_out(outcome, ladder, budget, pairs, measure)}.")
             strong = [(known[part.arm], part.label) for part in ladder.baselines if part.arm in known]
             if strong:
                 best = max(strong)

@@ -34,7 +34,7 @@ class Run:
         step: Steps done.
         finished: Whether all steps are done.
         status: What the process ends with when the run is not finished: 130 after Ctrl-C, 75 (try again later) after
-            SIGTERM, SIGUSR1 or the file "stop".
+            SIGTERM, SIGUSR1 or the file "stop", but 0 there under torchrun.
         leads: Whether this process is the first of those that train together.
     """
 

@@ -39,7 +39,9 @@ from declip.training.step import StepParts, training_step
 SKIPPED = "skipped.json"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TRY_AGAIN = 75
-"""Exit status of a run that was stopped from outside and wants to be queued again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of a run that was stopped from outside and wants to be queued again (EX_TEMPFAIL of sysexits.h).
+
+Under torchrun it is 0: torchrun would take any other for a failure and start the run again."""
 
 STOP = "stop"
 """A file of this name in the run folder ends the run as SIGTERM does, on every machine that it runs on."""
@@ -122,7 +124,7 @@ class Trainer:
         check_datasets(recipe)
         found = self._open_folder(resume)
         if found is not None:
-            restore(self, found)
+            self._restore(found)
 
     @cached_property
     def loader(self) -> PairLoader:
@@ -152,7 +154,7 @@ class Trainer:
         if "loader" in self.__dict__:
             self.loader.close()
         finished = self.step >= steps
-        status = 130 if self._signal == signal.SIGINT else TRY_AGAIN
+        status = 130 if self._signal == signal.SIGINT else 0 if distributed.launched() else TRY_AGAIN
         return Run(self.folder, self.recipe, self.step, finished, status, self.leads)
 
     def _take_steps(self, monitor: Monitor) -> None:
@@ -264,6 +266,17 @@ class Trainer:
             (self.folder / SKIPPED).write_text(json.dumps(self.counts(), indent=1), encoding="utf-8")
             self.writer.write(state)
         return checkpoints.folder_of(self.folder, self.step)
+
+    def _restore(self, found: checkpoints.Checkpoint) -> None:
+        try:
+            restore(self, found)
+        except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{checkpoints.folder_of(self.folder, found.step)} does not fit the recipe of its run: "
+                f"{str(error).splitlines()[0]}. Move it away to go on from an earlier one, or start anew with --out."
+            ) from error
 
     def _open_folder(self, resume: bool) -> checkpoints.Checkpoint | None:
         """The checkpoint to go on from, if any: the first rank chooses it, the others read the same."""
