@@ -1,0 +1,135 @@
+"""A long run watched: memory, open files and speed, with the trainer and its loader processes restarted on the way.
+
+    python benchmarks/soak.py --steps 20000 --restart-every 2000 --out benchmarks/results/soak
+
+One process trains the demo's recipe; every `--restart-every` steps it is stopped politely and goes on in the same
+process from its checkpoint, with new loader processes. Linux only: numbers are read from /proc.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from declip.config import Recipe, load_recipe
+from declip.training.trainer import Trainer
+
+LOOK_EVERY = 50
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def resident(process: int) -> int:
+    """Bytes of memory that a process holds for itself: resident, less what it shares."""
+    whole, shared = Path(f"/proc/{process}/statm").read_text().split()[1:3]
+    return (int(whole) - int(shared)) * PAGE
+
+
+def children() -> list[int]:
+    """The processes that this one started and that still live."""
+    found = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [int(process) for process in found]
+
+
+def looked(step: int, started: float) -> dict[str, float]:
+    """What is watched."""
+    own = os.getpid()
+    return {
+        "step": step,
+        "seconds": round(time.perf_counter() - started, 2),
+        "MB": round(resident(own) / 1e6, 2),
+        "MB of loaders": round(sum(map(resident, children())) / 1e6, 2),
+        "files": len(list(Path(f"/proc/{own}/fd").iterdir())),
+        "threads": len(list(Path(f"/proc/{own}/task").iterdir())),
+    }
+
+
+def watch(recipe: Recipe, folder: Path, until: int, rows: list[dict[str, float]], started: float) -> bool:
+    """Train up to a step; returns whether the run has ended."""
+    trainer = Trainer(recipe, folder, resume=True, quiet=True)
+    meet = trainer.council.meet
+
+    def meet_and_look(step: int, *rest: Any) -> Any:
+        if step % LOOK_EVERY == 0:
+            rows.append(looked(step, started))
+        trainer.stop_asked = trainer.stop_asked or step + 1 >= until
+        return meet(step, *rest)
+
+    trainer.council.meet = meet_and_look  # type: ignore[method-assign]
+    return trainer.train(report=False).finished
+
+
+def summary(rows: list[dict[str, float]], restarts: int) -> dict[str, Any]:
+    """First tenth, left out as warming up, then the quarter after it against the last quarter."""
+    rest = rows[len(rows) // 10 :]
+    quarter = max(2, len(rest) // 4)
+    first, last = rest[:quarter], rest[-quarter:]
+
+    def change(name: str) -> dict[str, float]:
+        before, after = (median(row[name] for row in part) for part in (first, last))
+        return {"first": before, "last": after, "change %": round(100 * (after / before - 1), 2) if before else 0.0}
+
+    def speed(part: list[dict[str, float]]) -> float:
+        return round((part[-1]["step"] - part[0]["step"]) / (part[-1]["seconds"] - part[0]["seconds"]), 3)
+
+    watched = {name: change(name) for name in ("MB", "MB of loaders", "files", "threads")}
+    speeds = {"first": speed(first), "last": speed(last)}
+    return {"steps": rows[-1]["step"], "restarts": restarts, **watched, "steps a second": speeds}
+
+
+def draw(rows: list[dict[str, float]], path: Path) -> None:
+    """Memory, files and speed over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    steps = [row["step"] for row in rows]
+    for name, dash in (("MB", "-"), ("MB of loaders", "--")):
+        axes[0].plot(steps, [row[name] for row in rows], dash, color="#0072B2", label=name)
+    axes[1].plot(steps, [row["files"] for row in rows], color="#0072B2", label="open files")
+    axes[1].plot(steps, [row["threads"] for row in rows], "--", color="#D55E00", label="threads")
+    pairs = list(pairwise(rows))
+    speed = [(b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) for a, b in pairs]
+    axes[2].plot(steps[1:], speed, color="#0072B2", label="steps a second")
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False, loc="lower right")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[2].set_xlabel("step")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Train, watch, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--restart-every", type=int, default=2000)
+    parser.add_argument("--recipe", default="declip-demo")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keys = {"train.steps": options.steps, "train.threads": 1, "data.workers": 1, "train.evaluate_every": 1000}
+    recipe = load_recipe(options.recipe, keys)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, float]] = []
+    started, restarts, until = time.perf_counter(), 0, options.restart_every
+    with TemporaryDirectory() as folder:
+        while not watch(recipe, Path(folder) / "run", until, rows, started):
+            restarts, until = restarts + 1, until + options.restart_every
+            (options.out / "rows.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    (options.out / "rows.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    draw(rows, options.out / "soak.png")
+    found = summary(rows, restarts)
+    (options.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
