@@ -245,6 +245,8 @@ class Train(Section):
     threads: int | None = Field(None, ge=1)
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: whole copies, or sharded towers")
     sync_batch_norm: bool = Field(True, description="batch norm over all processes' pairs, as on one")
+    chunk: int | None = Field(None, ge=1, description="pairs of a process's part that the towers see at a time")
+    chunk_inexact: bool = Field(False, description="allow chunks for a tower with batch norm, which sees each alone")
     recompute_activations: bool = Field(False, description="less memory for a third more time")
     patience: float = Field(600, gt=0, description="seconds a process waits for another at a step before it gives up")
     bad_steps: int = Field(0, ge=0, description="steps that may be left out because their loss is not finite")

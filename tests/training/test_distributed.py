@@ -12,7 +12,9 @@ from conftest import TINY, WEIGHTS
 from declip.config import Recipe
 from declip.data.batch import PairBatch
 from declip.data.tokenizer import Tokenizer
+from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
+from declip.models.image_tower import ImageTower
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.build import image_views
@@ -23,6 +25,7 @@ from declip.training.step import StepParts, training_step
 from processes import in_processes
 
 BATCH, LENGTH = 8, 16
+OPTIONS: dict[str, dict[str, Any]] = {}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
 
 
@@ -56,13 +59,16 @@ def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
 def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> dict[str, torch.Tensor]:
     """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
     tree = {**TINY, "weights": WEIGHTS[name], "image": {"name": TOWERS[tower], "size": 32}}
+    tree["image"]["options"] = OPTIONS.get(tower, {})
     recipe = Recipe.model_validate({**tree, "train": {**TINY["train"], **train}})
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).double()
     objective = Objective.for_model(recipe, model).double()
     learner = build_learner(recipe, model, objective)
     named = named_trainable(model, objective)
-    parts = StepParts(learner, build_optimizer(named, recipe.train), image_views(recipe), clip_norm=1.0)
+    parts = StepParts(
+        learner, build_optimizer(named, recipe.train), image_views(recipe), clip_norm=1.0, chunk=recipe.train.chunk
+    )
     model.train(), objective.train()
     meeting, found = Meeting(counts, stop=False), {}
     for step in range(2):
@@ -148,3 +154,41 @@ def test_batch_norm_of_each_rank_alone_is_a_choice_that_learns_otherwise(tmp_pat
     for theirs in in_processes(some_recipes, 2, tmp_path, ["clip"], (4, 4), "batch norm", {"sync_batch_norm": False}):
         with pytest.raises(AssertionError, match="clip"):
             compare(expected, theirs)
+
+
+@pytest.mark.parametrize("chunk", [3, 1])
+def test_chunks_give_every_gradient_of_the_whole_batch(chunk: int) -> None:
+    names = list(WEIGHTS)
+    expected = some_recipes(names, (BATCH,), "layer norm", {})
+    compare(expected, some_recipes(names, (BATCH,), "layer norm", {"chunk": chunk}))
+
+
+def test_ranks_with_chunks_learn_the_same(tmp_path: Path) -> None:
+    names = ["declip", "filip"]
+    expected = some_recipes(names, (BATCH,), "layer norm", {})
+    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"chunk": 2}):
+        compare(expected, theirs)
+
+
+def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_only_when_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"has batch norm, .* train.chunk_inexact=true"):
+        two_steps("clip", "batch norm", (BATCH,), chunk=3)
+    seen: list[int] = []
+    forward = ImageTower.forward
+
+    def counted(self: ImageTower, images: torch.Tensor) -> Any:
+        seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(ImageTower, "forward", counted)
+    found = two_steps("clip", "batch norm", (BATCH,), chunk=3, chunk_inexact=True)
+    assert seen == [3, 3, 2] * 4, "two passes in each of two steps"
+    counts = [int(value) for name, value in found.items() if name.endswith("num_batches_tracked")]
+    assert set(counts) == {6}, "the first pass leaves the running statistics alone"
+
+
+def test_dropout_draws_the_same_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"patch_size": 8, "embed_dim": 64, "depth": 1, "proj_drop_rate": 0.5}
+    monkeypatch.setitem(OPTIONS, "layer norm", options)
+    expected = {"declip": two_steps("declip", "layer norm", (BATCH,))}
+    compare(expected, {"declip": two_steps("declip", "layer norm", (BATCH,), chunk=BATCH)})

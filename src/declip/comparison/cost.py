@@ -51,6 +51,7 @@ def _turn(arm: Arm, overrides: Mapping[str, Any]) -> list[float]:
             trainer.views,
             clip_norm=train.clip_norm,
             precision=train.precision,
+            chunk=train.chunk,
         )
         trainer.model.train()
         trainer.objective.train()

@@ -67,6 +67,10 @@ class Photometric:
                     f"`jitter` has {leading} and `{part.name}` has {given}."
                 )
 
+    def rows(self, start: int, stop: int) -> Photometric:
+        """Those of samples start to stop - 1."""
+        return replace(self, **{part.name: getattr(self, part.name)[:, start:stop] for part in fields(self)})
+
     @classmethod
     def stack(cls, draws: Sequence[Sequence[Draw]]) -> Photometric:
         """Make the tensors from V sequences of B draws each."""
@@ -147,7 +151,22 @@ class PairBatch:
             non_blocking: Do not wait for the copy; needs pinned memory to make a difference.
         """
         tensors = self._tensors()
-        return self._with({name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})
+        real = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+        return self._with({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in real.items()})
+
+    def rows(self, start: int, stop: int) -> PairBatch:
+        """Pairs start to stop - 1, as views of the same memory; texts keep their length, `skipped` goes."""
+        by_view, by_row = ("images", "texts"), ("masked", "labels", "tags")
+        tensors = self._tensors()
+        cut = {name: tensors[name][:, start:stop] for name in by_view}
+        cut |= {name: tensors[name][start:stop] for name in by_row if name in tensors}
+        photometric = None if self.photometric is None else self.photometric.rows(start, stop)
+        return replace(self, **cut, photometric=photometric, skipped=[])
+
+    def without_images(self) -> PairBatch:
+        """The same batch with images of the same shape that hold nothing (on torch's "meta" device)."""
+        empty = torch.empty(self.images.shape, device="meta")
+        return replace(self, images=empty, photometric=None)
 
     def pin_memory(self) -> PairBatch:
         """Copy the tensors to page-locked memory, from which copies to an accelerator need no wait."""

@@ -63,11 +63,11 @@ def recompute_activations(tower: nn.Module) -> int:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _statistics_at_rest(block)
+    return nullcontext(), statistics_at_rest(block)
 
 
 @contextmanager
-def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+def statistics_at_rest(block: nn.Module) -> Iterator[None]:
     """Put batch norm's running statistics back to what they were before."""
     buffers = [buffer for module in block.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
     before = [buffer.clone() for buffer in buffers]

@@ -27,6 +27,7 @@ from declip.supervision import (
 )
 from declip.supervision.contrastive import in_full_precision
 from declip.supervision.masked_language import IGNORED
+from declip.supervision.tower_outputs import TowerOutputs
 
 T = TypeVar("T")
 Gather = Callable[[Tensor], Tensor]
@@ -124,8 +125,13 @@ class Objective(nn.Module):
         Raises:
             UserError: the batch lacks a view or the masked captions that a term needs.
         """
-        self._check(batch)
-        features = self.encode(model, batch)
+        return self.losses(self.run_towers(model, batch), model, batch, gather, offset)
+
+    def losses(
+        self, outputs: TowerOutputs, model: DualEncoder, batch: PairBatch, gather: Gather = alone, offset: int = 0
+    ) -> dict[str, Tensor]:
+        """The terms and the total from what the towers made of the batch; arguments and result as `forward`."""
+        features = self.read(outputs, batch)
         longest = self.recipe.late_interaction.top_k or model.text_tower.context
         keys = gather_features(self._key_tokens(features), gather, longest)
         terms = self.terms(features, keys, model.logit_scale.exp(), offset)
@@ -136,27 +142,50 @@ class Objective(nn.Module):
 
     def encode(self, model: DualEncoder, batch: PairBatch) -> Features:
         """Run the towers and the heads on this rank's pairs."""
+        return self.read(self.run_towers(model, batch), batch)
+
+    def run_towers(self, model: DualEncoder, batch: PairBatch) -> TowerOutputs:
+        """Run the towers; on a part of a batch it gives that part of the whole batch's outputs."""
+        self._check(batch)
         views = len(batch.images)
         images = _encode_views(model, batch.images)
         captions, masked_at = self._captions(batch)
         texts = model.text_tower(captions.flatten(0, 1))
         count, size = captions.shape[:2]
         late = "late_interaction" in self.weights
-        text_features = _normalise(texts.pooled.unflatten(0, (count, size))[: len(batch.texts)])
-        length = captions.shape[-1]
-        positions = torch.arange(length, device=captions.device)
+        words = texts.words.unflatten(0, (count, size))
+        rows, targets = None, None
+        if "masked_language" in self.weights and batch.labels is not None:
+            rows, targets = masked_language.chosen_rows(words[masked_at], batch.labels)
+        return TowerOutputs(
+            images=images.pooled,
+            texts=texts.pooled.unflatten(0, (count, size))[: len(batch.texts)],
+            hidden=images.hidden[views - 2 :] if "simclr" in self.weights else None,
+            patches=images.tokens[0] if late else None,
+            words=words[0] if late else None,
+            masked_words=rows,
+            targets=targets,
+            lengths=texts.lengths[:size],
+        )
+
+    def read(self, outputs: TowerOutputs, batch: PairBatch) -> Features:
+        """Run the heads on the towers' outputs for a whole batch."""
+        late = "late_interaction" in self.weights
+        texts = _normalise(outputs.texts)
+        positions = torch.arange(batch.texts.shape[-1], device=texts.device)
+        size = len(batch)
         return Features(
-            images=_normalise(images.pooled),
-            texts=text_features,
-            simsiam=self._simsiam(images.pooled[-2:]) if "simsiam" in self.weights else None,
-            language=self._language(texts.words.unflatten(0, (count, size))[masked_at], batch),
+            images=_normalise(outputs.images),
+            texts=texts,
+            simsiam=self._simsiam(outputs.images[-2:]) if "simsiam" in self.weights else None,
+            language=self._language(outputs.masked_words, outputs.targets),
             masked=(batch.labels != IGNORED).sum(dim=1) if batch.labels is not None else None,
-            simclr=self._simclr(images.hidden[views - 2 :]) if "simclr" in self.weights else None,
-            patches=_normalise(self.patch_projection(images.tokens[0])) if late else None,
-            words=_normalise(self.word_projection(texts.words[:size])) if late else None,
-            word_mask=positions < texts.lengths[:size, None] if late else None,
-            tags=batch.tags if batch.tags is not None else torch.full((size,), -1, device=captions.device),
-            slots=self._neighbours(text_features),
+            simclr=self._simclr(_given(outputs.hidden)) if "simclr" in self.weights else None,
+            patches=_normalise(self.patch_projection(_given(outputs.patches))) if late else None,
+            words=_normalise(self.word_projection(_given(outputs.words))) if late else None,
+            word_mask=positions < outputs.lengths[:, None] if late else None,
+            tags=batch.tags if batch.tags is not None else torch.full((size,), -1, device=texts.device),
+            slots=self._neighbours(texts),
         )
 
     def terms(self, own: Features, keys: Features, scale: Tensor, offset: int) -> dict[str, Tensor]:
@@ -217,11 +246,8 @@ class Objective(nn.Module):
         (z1, z2), (keys1, keys2) = _given(own), _given(keys)
         return simclr.nt_xent(z1, z2, keys1, keys2, self.recipe.simclr.temperature, offset)
 
-    def _language(self, words: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor] | None:
-        if "masked_language" not in self.weights or batch.labels is None:
-            return None
-        rows, targets = masked_language.chosen_rows(words, batch.labels)
-        return self.language_head(rows), targets
+    def _language(self, rows: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        return None if rows is None or targets is None else (self.language_head(rows), targets)
 
     def _masked_language(self, own: Features, keys: Features) -> Tensor:
         """Divide by all ranks' words over the ranks, so that the mean over ranks is the mean over words."""

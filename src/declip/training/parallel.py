@@ -25,6 +25,9 @@ from declip.training.batch_norm import synchronise
 BUFFERS = ("forward_sync_buffers", "broadcast_buffers")
 """DDP's option for sending the first rank's buffers around at every step: its name since torch 2.13, and before."""
 
+BUCKET = 1 << 23
+"""Numbers that are averaged in one message, 32 MB of float32."""
+
 CONTRASTS = {"contrastive", "multi_view"}
 """Terms through which every parameter of the towers, and the logit scale, gets a gradient."""
 
@@ -58,16 +61,18 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
         A module with `Learner`'s forward pass. Under DDP a backward pass through it averages gradients over the ranks.
 
     Raises:
-        UserError: FSDP with averaged weights.
+        UserError: FSDP with averaged weights or chunks, or chunks for a tower with batch norm.
     """
     train = recipe.train
     learner = Learner(model, objective)
+    if train.chunk is not None:
+        _check_chunks(recipe, model)
     if distributed.world_size() > 1 and train.sync_batch_norm:
-        synchronise(learner, model.device)
+        synchronise(learner if train.chunk is None else objective, model.device)
     if train.recompute_activations:
         for tower in (model.image_tower, model.text_tower):
             recompute_activations(tower)
-    if distributed.world_size() == 1:
+    if distributed.world_size() == 1 or train.chunk is not None:
         return learner
     if train.parallel == "fsdp":
         if train.ema is not None:
@@ -83,6 +88,20 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
         gradient_as_bucket_view=True,
         find_unused_parameters=not CONTRASTS & set(objective.weights),
     )
+
+
+def _check_chunks(recipe: Recipe, model: DualEncoder) -> None:
+    train = recipe.train
+    if train.parallel == "fsdp" and distributed.world_size() > 1:
+        raise UserError(
+            "train.chunk goes with train.parallel=ddp only. With fsdp, train.recompute_activations saves memory."
+        )
+    if model.image_tower.has_batch_norm and not train.chunk_inexact:
+        raise UserError(
+            f"train.chunk={train.chunk}, but the image tower '{recipe.image.name}' has batch norm, which would see "
+            "each chunk alone instead of the whole batch: other numbers. Take a tower with layer norm, or allow it "
+            "with train.chunk_inexact=true."
+        )
 
 
 def _shard(model: DualEncoder, objective: Objective) -> None:
@@ -131,6 +150,26 @@ def average_unsharded(parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
         if not isinstance(parameter, DTensor) and parameter.grad is not None:
             distributed.average(parameter.grad)
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average gradients over the ranks, some at a time; every rank must have one for the same parameters."""
+    if distributed.world_size() == 1:
+        return
+    waiting: list[Tensor] = []
+    for gradient in [p.grad for p in parameters if p.grad is not None]:
+        waiting.append(gradient)
+        if sum(each.numel() for each in waiting) >= BUCKET:
+            _average_together(waiting)
+            waiting = []
+    if waiting:
+        _average_together(waiting)
+
+
+def _average_together(gradients: list[Tensor]) -> None:
+    flat = distributed.average(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from declip.data.batch import PairBatch
 from declip.data.image_views import ImageViews
 from declip.training import distributed
 from declip.training.distributed import Meeting
-from declip.training.parallel import Learner, average_unsharded, clip_gradients, core
+from declip.training.gradient_cache import backward_in_chunks
+from declip.training.parallel import Learner, average_gradients, average_unsharded, clip_gradients, core
 
 
 @dataclass
@@ -24,6 +26,7 @@ class StepParts:
         average: Called after the update, for averaged weights; None without.
         clip_norm: Largest norm of the whole gradient; None leaves it.
         precision: "bf16" runs towers and heads in autocast; losses and logits stay float32.
+        chunk: Pairs that the towers see at a time, see `declip.training.gradient_cache`; None for all.
         spare_bad: Leave everything as it was when the loss or a gradient is not finite; waits for the device.
     """
 
@@ -33,6 +36,7 @@ class StepParts:
     average: Callable[[nn.Module], None] | None = None
     clip_norm: float | None = None
     precision: str = "fp32"
+    chunk: int | None = None
     spare_bad: bool = False
 
 
@@ -51,18 +55,21 @@ def training_step(parts: StepParts, batch: PairBatch, meeting: Meeting | None = 
     learner = core(parts.learner)
     device = learner.model.device
     meeting = meeting or Meeting((len(batch),), stop=False)
-    batch = batch.to(device, non_blocking=True)
-    if batch.photometric is not None:
-        images = parts.views.finish(batch.images, batch.photometric)
-        batch = replace(batch, images=images, photometric=None)
     before = _Buffers(learner) if parts.spare_bad else None
-    with torch.autocast(device.type, torch.bfloat16, enabled=parts.precision == "bf16"):
-        terms = parts.learner(batch, distributed.gather(meeting.rows), meeting.offset)
-    if meeting.share != 1:
-        terms = {name: term * meeting.share for name, term in terms.items()}
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=parts.precision == "bf16")
+    everyone = (distributed.gather(meeting.rows), meeting.offset)
+    prepare = partial(_on_device, parts.views, device)
     parts.optimizer.zero_grad(set_to_none=True)
-    terms["total"].backward()
     parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
+    if parts.chunk is not None:
+        terms = backward_in_chunks(learner, batch, parts.chunk, prepare, autocast, *everyone, meeting.share)
+        average_gradients(parameters)
+    else:
+        with autocast():
+            terms = parts.learner(prepare(batch), *everyone)
+        if meeting.share != 1:
+            terms = {name: term * meeting.share for name, term in terms.items()}
+        terms["total"].backward()
     if learner.sharded:
         average_unsharded(parameters)
     grad_norm = clip_gradients(parameters, float("inf") if parts.clip_norm is None else parts.clip_norm)
@@ -77,6 +84,14 @@ def training_step(parts: StepParts, batch: PairBatch, meeting: Meeting | None = 
     if parts.average is not None:
         parts.average(learner.model)
     return result
+
+
+def _on_device(views: ImageViews, device: torch.device, batch: PairBatch) -> PairBatch:
+    """Move a batch and finish its images there."""
+    batch = batch.to(device, non_blocking=True)
+    if batch.photometric is None:
+        return batch
+    return replace(batch, images=views.finish(batch.images, batch.photometric), photometric=None)
 
 
 class _Buffers:

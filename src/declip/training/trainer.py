@@ -166,6 +166,7 @@ class Trainer:
             self.average.update_parameters if self.average is not None else None,
             train.clip_norm,
             train.precision,
+            train.chunk,
             spare_bad=train.bad_steps > 0,
         )
         self.learner.train()
