@@ -10,6 +10,7 @@ import torch
 
 from conftest import TINY, WEIGHTS
 from declip.config import Recipe
+from declip.data.image_views import ImageViews
 from declip.errors import UserError
 from declip.supervision.objective import Objective
 from declip.training import trainer as trainer_module
@@ -261,3 +262,19 @@ def test_a_run_over_other_pairs_is_not_resumed(table: Path, tmp_path: Path) -> N
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     with pytest.raises(UserError, match=r"holds 23 pairs; when the run .* it held 24"):
         train(recipe_for(pairs, steps=2), out=tmp_path / "run", resume=True, quiet=True, report=False)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_views_are_finished_in_full_precision(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None
+) -> None:
+    finish, seen = ImageViews.finish, []
+
+    def watched(self: ImageViews, *arguments: object) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return finish(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ImageViews, "finish", watched)
+    train(recipe_for(table, steps=1, precision="bf16", chunk=chunk), out=tmp_path, quiet=True, report=False)
+    assert seen
+    assert not any(seen)

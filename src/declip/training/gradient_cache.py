@@ -50,8 +50,9 @@ def backward_in_chunks(
     with torch.no_grad(), statistics_at_rest(model):
         for part in parts:
             states.append(_generators(model.device))
+            ready = to_device(part)
             with autocast():
-                outputs.append(objective.run_towers(model, to_device(part)))
+                outputs.append(objective.run_towers(model, ready))
     ends = _generators(model.device)
     whole = joined(outputs)
     leaves = {name: tensor for name, tensor in whole.tensors().items() if tensor.is_floating_point()}
@@ -66,8 +67,9 @@ def backward_in_chunks(
     gradients = {name: _split(name, leaf.grad, outputs) for name, leaf in leaves.items() if leaf.grad is not None}
     for number, (part, state) in enumerate(zip(parts, states, strict=True)):
         _set_generators(state, model.device)
+        ready = to_device(part)
         with autocast():
-            again = objective.run_towers(model, to_device(part)).tensors()
+            again = objective.run_towers(model, ready).tensors()
         names = [name for name in gradients if again[name].requires_grad]
         torch.autograd.backward([again[name] for name in names], [gradients[name][number] for name in names])
     _set_generators(ends, model.device)

@@ -65,8 +65,9 @@ def training_step(parts: StepParts, batch: PairBatch, meeting: Meeting | None = 
         terms = backward_in_chunks(learner, batch, parts.chunk, prepare, autocast, *everyone, meeting.share)
         average_gradients(parameters)
     else:
+        batch = prepare(batch)
         with autocast():
-            terms = parts.learner(prepare(batch), *everyone)
+            terms = parts.learner(batch, *everyone)
         if meeting.share != 1:
             terms = {name: term * meeting.share for name, term in terms.items()}
         terms["total"].backward()
