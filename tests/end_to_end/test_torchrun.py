@@ -59,6 +59,7 @@ def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(recipe: Path, tmp
     words = (script, tmp_path / "died", "train", recipe, "--out", run, "--resume", "--quiet")
     done = torchrun("--max-restarts", 1, *words)
     assert done.returncode == 0, done.stderr
+    assert "cli.py" not in done.stderr, "no trace of the survivor's"
     assert (tmp_path / "died").exists()
     assert done.stdout.count("Report: ") == 1, "only the first rank speaks"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

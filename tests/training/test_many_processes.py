@@ -13,6 +13,7 @@ import torch
 from conftest import TINY, WEIGHTS
 from declip.config import Recipe
 from declip.errors import UserError
+from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.distributed import Council
@@ -142,6 +143,30 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path, way: str) -> None:
     assert "last at step 2" in told
     assert "--resume" in told
     assert time.monotonic() - began < 60
+
+
+def died(keys: dict[str, Any], folder: str) -> str:
+    """Rank 1 dies within a step: the other one waits for it in the gather or in the sum of the gradients."""
+    trainer = Trainer(of(keys), Path(folder), quiet=True)
+    forward, calls = Objective.forward, iter(range(100))
+
+    def deadly(self: Objective, *arguments: Any) -> dict[str, torch.Tensor]:
+        if distributed.rank() == 1 and next(calls) == 3:
+            os._exit(0)
+        return forward(self, *arguments)
+
+    Objective.forward = deadly  # type: ignore[method-assign]
+    try:
+        trainer.train(report=False)
+    except UserError as error:
+        return str(error)
+    return "came"
+
+
+def test_a_rank_that_dies_within_a_step_ends_the_run_without_a_trace(recipe: dict[str, Any], tmp_path: Path) -> None:
+    told = in_processes(died, 2, tmp_path / "a", recipe, str(tmp_path / "run"))[0]
+    assert "Another rank is gone at step 3" in told
+    assert "--resume" in told
 
 
 def refused(keys: dict[str, Any], folder: str) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from declip.errors import UserError
 from declip.supervision.objective import Gather, alone
@@ -59,7 +60,15 @@ def join(device: torch.device, patience: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+    wait = timedelta(seconds=patience)
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        dist.init_process_group(backend, timeout=wait)
+        return
+    # torchrun keeps its store when it starts processes again: addresses of dead ones would be found in it.
+    store, own, ranks = next(rendezvous("env://", timeout=wait))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"declip/attempt/{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=wait)
 
 
 def leave() -> None:
@@ -174,6 +183,13 @@ class Meeting:
         return self.rows[rank()] * len(self.rows) / self.total
 
 
+def _of_a_collective(error: RuntimeError) -> bool:
+    """Whether a collective failed, by gloo's and NCCL's words where torch gives no type of its own."""
+    return isinstance(error, dist.DistError) or any(
+        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Timed out")
+    )
+
+
 class Council:
     """What the ranks tell each other on the host, outside the device's queue of work: once a step, over gloo.
 
@@ -208,7 +224,7 @@ class Council:
         if not self._together:
             return Meeting((rows,), stop, () if note is None else (note,))
         self._store.set(f"declip/step/{rank()}", str(step))
-        with self._naming_the_missing(step):
+        with self.naming_the_missing(step):
             heard = torch.empty(world_size(), 3, dtype=torch.int64)
             own = torch.tensor([[rows, stop, note is not None]], dtype=torch.int64)
             _all_gather(heard, own, group=self._quick)
@@ -249,10 +265,17 @@ class Council:
         return values
 
     @contextmanager
-    def _naming_the_missing(self, step: int) -> Any:
+    def naming_the_missing(self, step: int) -> Iterator[None]:
+        """Turn the failure of a collective at a step into a message that names who is gone.
+
+        Raises:
+            UserError: instead of torch's error; any other error of a step passes.
+        """
         try:
             yield
         except RuntimeError as error:
+            if not self._together or not _of_a_collective(error):
+                raise
             missing = [each for each in range(world_size()) if each != rank() and self._step_of(each) < step]
             if missing:
                 named = "; ".join(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from declip.config import Recipe, load_recipe
+from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
 from declip.data.pairs import SkipCounter
 from declip.errors import UserError
@@ -171,6 +172,13 @@ class Trainer:
         )
         self.learner.train()
         for batch in self.loader:
+            if self._step_with_others(parts, batch, monitor):
+                return
+
+    def _step_with_others(self, parts: StepParts, batch: PairBatch, monitor: Monitor) -> bool:
+        """Take a step; whether it was the last one."""
+        train = self.recipe.train
+        with self.council.naming_the_missing(self.step):
             meeting = self.council.meet(self.step, len(batch), self._asked_to_stop(), batch.skipped or None)
             if len(meeting.rows) > 1:
                 self.loader.count(meeting.total, list(itertools.chain(*meeting.notes)))
@@ -200,8 +208,7 @@ class Trainer:
                 monitor.flush()
                 self.save()
                 monitor.pause()
-            if done or stop:
-                return
+            return done or stop
 
     def _tell(self, monitor: Monitor, values: Mapping[str, Tensor], rate: float) -> None:
         """Log a step: the values are averaged over the ranks only here."""
