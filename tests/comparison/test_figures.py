@@ -223,3 +223,14 @@ def test_a_png_has_its_panels_side_by_side(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (1640, 660)
         assert round(image.info["dpi"][0]) == 200
+
+
+def test_no_marker_leaves_the_panel_however_many_arms() -> None:
+    names = ("clip", "slip", "filip", "declip", "defilip", "declip-small")
+    (panel,) = _curves(outcome(study(names), value=lambda cell: 0.1 + 0.01 * names.index(cell.arm))).panels
+    assert isinstance(panel, Curves)
+    ax = _axes(panel)
+    low, high = ax.get_xlim()
+    for name in names:
+        assert low < _x(_line(ax, name)).min()
+        assert _x(_line(ax, name)).max() < high

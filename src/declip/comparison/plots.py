@@ -152,7 +152,8 @@ class Curves:
     def draw(self, ax: Axes) -> None:
         """Lines through the means, bars for the intervals, a small dot for each seed, chance dotted."""
         low, high = np.log(self.pairs[0]), np.log(self.pairs[-1])
-        margin = 0.06 * (high - low) or 0.5
+        reach = max((abs(beside) + 2 * seeds for beside, seeds in self._places()), default=0.0)
+        margin = max(0.06 * (high - low), 1.2 * reach) if high > low else 0.5
         ax.set_xscale("log")
         ax.set_xlim(np.exp(low - margin), np.exp(high + margin))
         ax.xaxis.set_major_locator(FixedLocator(list(self.pairs)))
