@@ -194,7 +194,7 @@ def test_weights_that_are_larger_than_their_file(name: str, here: Path) -> None:
     for where in (str(here / name), f"open_clip:RN50/{here / name}"):
         got, megabytes = apart(lambda where=where: declip.load(where, device="cpu"))
         assert got != "read"
-        assert megabytes < ROOM + 128 * where.startswith("open_clip"), "of which RN50 itself takes 102"
+        assert megabytes < ROOM + 512 * where.startswith("open_clip"), "of which RN50 itself may take 408"
 
 
 @pytest.mark.parametrize(
