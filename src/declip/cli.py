@@ -6,7 +6,7 @@ import shlex
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from declip.errors import UserError
+
+if TYPE_CHECKING:
+    from declip.config import Recipe
 
 app = typer.Typer(
     help="Contrastive language-image models when pairs are few.",
@@ -36,11 +39,15 @@ def train(
     out: Annotated[Path | None, typer.Option(help="the run folder; by default runs/RECIPE")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in that folder")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="only show where the time of a step goes")] = False,
 ) -> None:
     """Train a recipe, measure it, and write a report."""
     from declip.config import load_recipe, parse_overrides
 
     resolved = load_recipe(recipe, parse_overrides(overrides or []))
+    if profile:
+        _profile(resolved, out or Path("runs") / f"{Path(recipe).stem}-profile", resume, quiet)
+        return
     from declip.training.trainer import train as run_training
 
     run = run_training(resolved, out=out or Path("runs") / Path(recipe).stem, resume=resume, quiet=quiet)
@@ -55,6 +62,17 @@ def train(
         raise typer.Exit(run.status)
     console.print(_results(run))
     console.print(f"Report: {run.report}", highlight=False, soft_wrap=True)
+
+
+def _profile(recipe: "Recipe", out: Path, resume: bool, quiet: bool) -> None:
+    from declip.training.profile import profile
+
+    if resume:
+        raise UserError("--profile keeps no training, so there is nothing to --resume. Give one of the two.")
+    found = profile(recipe, out=out, quiet=quiet)
+    if found.leads:
+        console.print(found.table())
+        console.print(f"Trace, for chrome://tracing or ui.perfetto.dev: {out / 'trace.json'}", soft_wrap=True)
 
 
 @app.command()

@@ -8,7 +8,7 @@ what a run folder and a checkpoint keep.
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -55,7 +55,9 @@ class Data(Section):
     )
     resample: bool = Field(False, description="each step draws its pairs anew instead of each once an epoch")
     shard_cache_gb: float = Field(50.0, ge=0, description="remote shards kept as copies, 10^9 bytes")
-    workers: int = Field(0, ge=0)
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0, description="processes that make batches; auto: begin with one, add those that the measured waiting asks for"
+    )
     max_broken_share: float = Field(0.05, ge=0, le=1)
 
     @field_validator("source", mode="before")
@@ -94,6 +96,7 @@ class ImageTower(Section):
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     options: dict[str, Any] = Field(default_factory=dict, description="passed to timm.create_model")
     freeze_patch_projection: bool = False
+    joint_views: bool = Field(False, description="batch norm sees all views of a step together, in one pass")
 
 
 class TextTower(Section):
@@ -249,6 +252,9 @@ class Train(Section):
     chunk_inexact: bool = Field(False, description="allow chunks for a tower with batch norm, which sees each alone")
     recompute_activations: bool = Field(False, description="less memory for a third more time")
     patience: float = Field(600, gt=0, description="seconds a process waits for another at a step before it gives up")
+    length_groups: int = Field(1, ge=1, description="encode captions sorted by length, in so many groups")
+    compile: bool = Field(False, description="torch.compile for the towers")
+    freeze_garbage: bool = Field(True, description="leave what was there at the start out of garbage collection")
     bad_steps: int = Field(0, ge=0, description="steps that may be left out because their loss is not finite")
 
     @model_validator(mode="after")
@@ -290,6 +296,15 @@ class Recipe(Section):
     logit_scale: LogitScale = LogitScale()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _padding_is_encoded(self) -> Self:
+        if self.train.length_groups > 1 and self.late_interaction.count_padding:
+            raise ValueError(
+                "train.length_groups above 1 leaves padding out, and late_interaction.count_padding wants it; "
+                "set one of them back"
+            )
+        return self
 
     @property
     def image_view_count(self) -> int:

@@ -45,6 +45,22 @@ def test_moving_takes_every_tensor_along_and_keeps_the_rest():
     assert PairBatch(images=torch.zeros(1, 2, 3, 4, 4), texts=batch.texts[:1, :2]).to("meta").masked is None
 
 
+def test_what_is_planned_by_stays_on_the_host():
+    labels = torch.full((3, 8), -100)
+    labels[0, 2] = labels[2, 5] = 7
+    batch = PairBatch(**parts(labels=labels, lengths=torch.tensor([[4, 8, 6], [4, 3, 6]])))
+    assert batch.places is None
+    moved = batch.to("meta")
+    assert moved.lengths is batch.lengths
+    assert moved.places.shape == (2,)
+    here = batch.to("cpu")
+    assert here.places.tolist() == [2, 21]
+    part = here.rows(1, 3)
+    assert part.lengths.tolist() == [[8, 6], [3, 6]]
+    assert part.places is None
+    assert part.to("cpu").places.tolist() == [13]
+
+
 def test_pinning_pins_every_tensor(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     pinned = PairBatch(**parts()).pin_memory()

@@ -1,6 +1,8 @@
 """The objective as a whole: what it adds up, when it writes the queue, and that two processes equal one."""
 
 import os
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,3 +218,52 @@ def test_two_processes_give_the_loss_and_every_gradient_of_one(tmp_path: Path) -
                 torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(theirs[2], queue)
         assert torch.equal(theirs[3], tags)
+
+
+def test_with_places_of_masked_words_known_nothing_waits_for_the_device(no_device_reads) -> None:
+    found = []
+    for given in (random_batch(), random_batch().to("cpu")):
+        model, objective = parts(WITHOUT_BATCH_NORM)
+        assert objective.queue is not None
+        objective.queue.fill(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
+        with no_device_reads() if given.places is not None else nullcontext():
+            found.append(objective(model, given))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_joint_views_share_the_statistics_of_batch_norm() -> None:
+    weights = {"contrastive": 0.5, "multi_view": 0.5}
+    batch = random_batch()
+    found = {}
+    for joint in (False, True):
+        model, objective = parts(weights, image={"name": "declip_conv_tiny", "size": 32, "joint_views": joint})
+        found[joint] = objective.run_towers(model, batch).images
+    flat = model.image_tower(batch.images.flatten(0, 1)).pooled.unflatten(0, (2, 8))
+    torch.testing.assert_close(found[True], flat, rtol=1e-5, atol=1e-6)
+    each = torch.stack([model.image_tower(view).pooled for view in batch.images])
+    torch.testing.assert_close(found[False], each, rtol=1e-5, atol=1e-6)
+    assert (flat - each).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("share_pass", [True, False])
+def test_captions_in_groups_of_like_length_give_the_same_terms(share_pass: bool) -> None:
+    batch = random_batch()
+    end = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer.end
+    lengths = (batch.texts == end).int().argmax(dim=2) + 1
+    batch = replace(batch, images=batch.images.double(), lengths=lengths)
+    found = []
+    for groups in (1, 3):
+        train = {**TINY["train"], "length_groups": groups}
+        model, objective = parts(WITHOUT_BATCH_NORM, train=train, masked_language={"share_pass": share_pass})
+        terms = objective.double()(model.double(), batch)
+        terms["total"].backward()
+        found.append((terms, [p.grad for p in model.parameters()]))
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], value, rtol=1e-10, atol=0)
+    for given, expected in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(given, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_groups_that_leave_out_padding_are_refused_where_padding_counts() -> None:
+    with pytest.raises(ValueError, match="count_padding"):
+        Recipe.model_validate({**TINY, "train": {"length_groups": 2}, "late_interaction": {"count_padding": True}})

@@ -1,3 +1,4 @@
+import gc
 import json
 import multiprocessing
 import os
@@ -13,9 +14,13 @@ from declip.config import Recipe
 from declip.data.image_views import ImageViews
 from declip.errors import UserError
 from declip.supervision.objective import Objective
+from declip.training import measuring
+from declip.training import supply as supply_module
 from declip.training import trainer as trainer_module
 from declip.training.checkpoint import list_checkpoints, load_checkpoint
+from declip.training.garbage import frozen_garbage
 from declip.training.monitor import CLOCK, read_rows
+from declip.training.supply import Supply
 from declip.training.trainer import Trainer, train
 
 
@@ -54,8 +59,7 @@ def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str
 @pytest.mark.parametrize("name", ["clip", "defilip"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_equals_one_never_interrupted(table: Path, tmp_path: Path, name: str, workers: int) -> None:
-    recipe = recipe_for(table, name, ema=0.9)
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
+    recipe = with_workers(recipe_for(table, name, ema=0.9), workers)
     train(recipe, out=tmp_path / "whole", quiet=True)
 
     stopped = Trainer(recipe, tmp_path / "parts", quiet=True)
@@ -208,7 +212,7 @@ def test_measuring_that_a_crash_cut_short_is_done_again_and_only_once(
         raise RuntimeError("crash")
 
     with monkeypatch.context() as broken:
-        broken.setattr(trainer_module, "evaluate_all", crash)
+        broken.setattr(measuring, "evaluate_all", crash)
         with pytest.raises(RuntimeError, match="crash"):
             train(recipe, out=tmp_path, quiet=True)
     for _ in range(2):
@@ -278,3 +282,49 @@ def test_views_are_finished_in_full_precision(
     train(recipe_for(table, steps=1, precision="bf16", chunk=chunk), out=tmp_path, quiet=True, report=False)
     assert seen
     assert not any(seen)
+
+
+def test_workers_added_on_the_way_change_nothing(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """auto: the loader is started anew with as many workers as the waiting asks for, and processors are free."""
+
+    def starved(supply: Supply) -> bool:
+        supply.needed, supply.share = 3, 0.5
+        return True
+
+    recipe = recipe_for(table)
+    train(recipe, out=tmp_path / "plain", quiet=True)
+    monkeypatch.setattr(Supply, "starved", starved)
+    monkeypatch.setattr(trainer_module, "free_cores", lambda: 2)
+    trainer = Trainer(with_workers(recipe, "auto"), tmp_path / "auto", quiet=True)
+    assert trainer.workers == 1
+    trainer.train()
+    assert trainer.workers == 2
+    assert caplog.text.count("2 workers") == 1
+    same_end(tmp_path / "plain", tmp_path / "auto")
+
+
+def test_a_loader_that_starves_the_steps_is_named_once(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supply_module, "LEAST_STEPS", 1)
+    monkeypatch.setattr(supply_module, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(supply_module, "STARVED", -1.0)
+    trainer = Trainer(recipe_for(table), tmp_path, quiet=True)
+    trainer.train()
+    assert trainer.workers == 0
+    assert caplog.text.count("data.workers=1 would keep up (now none") == 1
+
+
+def test_what_was_there_before_is_collected_again_after_the_loop() -> None:
+    before = gc.get_freeze_count()
+    with frozen_garbage():
+        assert gc.get_freeze_count() > before + 1000
+    assert gc.get_freeze_count() == 0
+
+
+def with_workers(recipe: Recipe, workers: int | str) -> Recipe:
+    tree = recipe.model_dump()
+    tree["data"]["workers"] = workers
+    return Recipe.model_validate(tree)

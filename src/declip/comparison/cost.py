@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from declip.comparison.arms import Arm
-from declip.training.step import StepParts, training_step
+from declip.training.step import training_step
 from declip.training.trainer import Trainer
 
 ROUNDS, WARM, TIMED = 3, 3, 8
@@ -44,21 +44,11 @@ def seconds_per_step(arms: Sequence[Arm], overrides: Mapping[str, Any], threads:
 def _turn(arm: Arm, overrides: Mapping[str, Any]) -> list[float]:
     with TemporaryDirectory() as folder:
         trainer = Trainer(arm.resolve(overrides), Path(folder) / "run", quiet=True)
-        train = trainer.recipe.train
-        parts = StepParts(
-            trainer.learner,
-            trainer.optimizer,
-            trainer.views,
-            clip_norm=train.clip_norm,
-            precision=train.precision,
-            chunk=train.chunk,
-        )
-        trainer.model.train()
-        trainer.objective.train()
+        trainer.learner.train()
         times = []
         for _ in range(WARM + TIMED):
             start = time.perf_counter()
-            training_step(parts, next(trainer.loader))
+            training_step(trainer.parts, next(trainer.loader))
             if trainer.device.type == "cuda":
                 torch.cuda.synchronize(trainer.device)
             times.append(time.perf_counter() - start)

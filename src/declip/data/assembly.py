@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import torch
 
-from declip.data.batch import Draw, PairBatch, Photometric
+from declip.data.batch import IGNORED, Draw, PairBatch, Photometric
 from declip.data.checks import check_range
 from declip.data.order import build_order, parts_of
 from declip.data.pairs import BrokenPair
-from declip.data.text_views import IGNORED, augment, mask_tokens
+from declip.data.text_views import augment, mask_tokens
 from declip.errors import UserError
 
 if TYPE_CHECKING:
@@ -206,6 +206,10 @@ class Assembler:
             texts=torch.stack(texts),
             masked=_pad([sample.masked for sample in samples], length) if self.mask else None,
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if self.mask else None,
+            lengths=torch.tensor(
+                [[len(sample.rows[view]) for sample in samples] for view in range(self.text_view_count)],
+                dtype=torch.int64,
+            ),
             tags=torch.tensor([sample.tag for sample in samples], dtype=torch.int64),
             photometric=Photometric.stack([[sample.draws[view] for sample in samples] for view in views]),
             skipped=skipped,

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from declip.errors import UserError
 
+IGNORED = -100
+"""The label of a token that is not to be predicted, as torch's cross-entropy has it."""
+
 if TYPE_CHECKING:
     from declip.data.pairs import BrokenPair
 
@@ -103,6 +106,9 @@ class PairBatch:
         masked: (B, L) int64, texts[0] after the corruption for masked-language modelling.
         labels: (B, L) int64, the ids to predict there, -100 elsewhere.
         tags: (B,) int64, epoch * len(source) + index: which pair was seen when.
+        lengths: (T, B) int64, ids of each text up to and with its end; stays on the host, where work is planned by it.
+        places: (M,) int64, where a word is to be predicted among the B * L of `labels`; `to` finds them on the host, so
+            that a device need not be waited for.
         photometric: What is still to be done to uint8 images.
         skipped: The pairs of this batch that could not be used.
 
@@ -115,6 +121,8 @@ class PairBatch:
     masked: Tensor | None = None
     labels: Tensor | None = None
     tags: Tensor | None = None
+    lengths: Tensor | None = None
+    places: Tensor | None = None
     photometric: Photometric | None = None
     skipped: list[BrokenPair] = field(default_factory=list)
 
@@ -138,30 +146,33 @@ class PairBatch:
         _check_ids("masked", self.masked, row)
         _check_ids("labels", self.labels, row)
         _check_ids("tags", self.tags, row[:1])
+        _check_ids("lengths", self.lengths, tuple(self.texts.shape[:2]))
 
     def __len__(self) -> int:
         """The number of pairs, B."""
         return self.images.shape[1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
-        """Copy the tensors to a device; the photometric parameters stay on the host.
+        """Copy the tensors to a device; lengths and photometric parameters stay on the host.
 
         Args:
             device: Where to.
             non_blocking: Do not wait for the copy; needs pinned memory to make a difference.
         """
         tensors = self._tensors()
-        real = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+        if self.labels is not None and self.labels.device.type == "cpu":
+            tensors["places"] = (self.labels.flatten() != IGNORED).nonzero().squeeze(1)
+        real = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta and name != "lengths"}
         return self._with({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in real.items()})
 
     def rows(self, start: int, stop: int) -> PairBatch:
         """Pairs start to stop - 1, as views of the same memory; texts keep their length, `skipped` goes."""
-        by_view, by_row = ("images", "texts"), ("masked", "labels", "tags")
+        by_view, by_row = ("images", "texts", "lengths"), ("masked", "labels", "tags")
         tensors = self._tensors()
-        cut = {name: tensors[name][:, start:stop] for name in by_view}
+        cut = {name: tensors[name][:, start:stop] for name in by_view if name in tensors}
         cut |= {name: tensors[name][start:stop] for name in by_row if name in tensors}
         photometric = None if self.photometric is None else self.photometric.rows(start, stop)
-        return replace(self, **cut, photometric=photometric, skipped=[])
+        return replace(self, **cut, places=None, photometric=photometric, skipped=[])
 
     def without_images(self) -> PairBatch:
         """The same batch with images of the same shape that hold nothing (on torch's "meta" device)."""

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from declip.data.batch import IGNORED
 from declip.data.synonyms import synonyms
 from declip.data.tokenizer import Tokenizer
 from declip.errors import UserError
-
-IGNORED = -100
 
 _MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens; BERT's shares
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from declip.data.batch import PairBatch
+from declip.data.batch import IGNORED, PairBatch
 from declip.data.image_views import ImageViews
 from declip.data.pairs import BrokenPair, PairSource
 from declip.data.tokenizer import Tokenizer
@@ -17,7 +17,6 @@ from declip.evaluation.report_pictures import Picture, Pictures, pixels
 from declip.supervision.nearest_neighbour import Queue
 
 SAMPLE = 512  # captions looked up for the shares
-IGNORED = -100
 
 
 class Wording(Protocol):

@@ -3,12 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from declip.data.batch import IGNORED
 from declip.supervision.contrastive import in_full_precision
 
-IGNORED = -100
 
-
-def chosen_rows(words: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def chosen_rows(words: Tensor, labels: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Pick the token states whose word is to be predicted, so that the head runs on these alone.
 
     Equals the plain loop
@@ -17,12 +16,14 @@ def chosen_rows(words: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         words: (B, L, w) token states after the text tower's final norm.
         labels: (B, L) ids to predict, -100 elsewhere.
+        places: (M,) where they are among the B * L, if that is known already: to find them waits for the device.
 
     Returns:
-        Rows (M, w) and their targets (M,). Finding M waits for the device, once.
+        Rows (M, w) and their targets (M,).
     """
-    chosen = (labels != IGNORED).flatten().nonzero().squeeze(1)
-    return words.flatten(0, 1)[chosen], labels.flatten()[chosen]
+    if places is None:
+        places = (labels != IGNORED).flatten().nonzero().squeeze(1)
+    return words.flatten(0, 1)[places], labels.flatten()[places]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | float | None = None) -> Tensor:

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.config import Recipe
-from declip.data.batch import PairBatch
+from declip.data.batch import IGNORED, PairBatch
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.heads import MaskedLanguageHead, Predictor, Projector, SimCLRHead, TokenProjection
 from declip.models.image_tower import ImageFeatures
+from declip.models.length_groups import encode_by_length
 from declip.supervision import (
     contrastive,
     late_interaction,
@@ -26,7 +27,6 @@ from declip.supervision import (
     simsiam,
 )
 from declip.supervision.contrastive import in_full_precision
-from declip.supervision.masked_language import IGNORED
 from declip.supervision.tower_outputs import TowerOutputs
 
 T = TypeVar("T")
@@ -148,15 +148,16 @@ class Objective(nn.Module):
         """Run the towers; on a part of a batch it gives that part of the whole batch's outputs."""
         self._check(batch)
         views = len(batch.images)
-        images = _encode_views(model, batch.images)
-        captions, masked_at = self._captions(batch)
-        texts = model.text_tower(captions.flatten(0, 1))
+        images = _encode_views(model, batch.images, self.recipe.image.joint_views)
+        captions, masked_at, lengths = self._captions(batch)
+        groups = self.recipe.train.length_groups
+        texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, groups)
         count, size = captions.shape[:2]
         late = "late_interaction" in self.weights
         words = texts.words.unflatten(0, (count, size))
         rows, targets = None, None
         if "masked_language" in self.weights and batch.labels is not None:
-            rows, targets = masked_language.chosen_rows(words[masked_at], batch.labels)
+            rows, targets = masked_language.chosen_rows(words[masked_at], batch.labels, batch.places)
         return TowerOutputs(
             images=images.pooled,
             texts=texts.pooled.unflatten(0, (count, size))[: len(batch.texts)],
@@ -218,15 +219,18 @@ class Objective(nn.Module):
         if "late_interaction" in self.weights and limits.min is not None:
             self.late_scale.clamp_(min=limits.min)
 
-    def _captions(self, batch: PairBatch) -> tuple[Tensor, int]:
-        """The sequences to encode (T or T + 1, B, L), and which of them the language head reads."""
+    def _captions(self, batch: PairBatch) -> tuple[Tensor, int, Tensor | None]:
+        """The sequences to encode (T or T + 1, B, L), which of them the language head reads, and their lengths."""
+        lengths = None if batch.lengths is None else batch.lengths.flatten()
         if batch.masked is None:
-            return batch.texts, 0
+            return batch.texts, 0, lengths
         if self.recipe.masked_language.share_pass:
-            return torch.cat([batch.masked[None], batch.texts[1:]]), 0
+            return torch.cat([batch.masked[None], batch.texts[1:]]), 0, lengths
         if "masked_language" not in self.weights:
-            return batch.texts, 0
-        return torch.cat([batch.texts, batch.masked[None]]), len(batch.texts)
+            return batch.texts, 0, lengths
+        if batch.lengths is not None:
+            lengths = torch.cat([batch.lengths.flatten(), batch.lengths[0]])
+        return torch.cat([batch.texts, batch.masked[None]]), len(batch.texts), lengths
 
     def _neighbours(self, texts: Tensor) -> Tensor | None:
         """Places of the nearest neighbours of (T, B, d) in the queue, (B, T); None while it is empty."""
@@ -362,14 +366,14 @@ def _normalise(features: Tensor) -> Tensor:
     return F.normalize(in_full_precision(features), dim=-1)
 
 
-def _encode_views(model: DualEncoder, images: Tensor) -> ImageFeatures:
+def _encode_views(model: DualEncoder, images: Tensor, joint: bool) -> ImageFeatures:
     """Encode (V, B, 3, H, W): all views in one pass, or one by one where batch norm must see each view alone."""
     views, size = images.shape[:2]
-    if model.training and model.image_tower.has_batch_norm:
+    if model.training and model.image_tower.has_batch_norm and not joint:
         each = [model.image_tower(view) for view in images]
         return ImageFeatures(*(torch.stack([getattr(view, name) for view in each]) for name in _IMAGE_FIELDS))
-    joint = model.image_tower(images.flatten(0, 1))
-    return ImageFeatures(*(getattr(joint, name).unflatten(0, (views, size)) for name in _IMAGE_FIELDS))
+    together = model.image_tower(images.flatten(0, 1))
+    return ImageFeatures(*(getattr(together, name).unflatten(0, (views, size)) for name in _IMAGE_FIELDS))
 
 
 _IMAGE_FIELDS = ("pooled", "hidden", "tokens")

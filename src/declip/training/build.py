@@ -67,9 +67,16 @@ def image_views(recipe: Recipe, view: ImageView | None = None) -> ImageViews:
 
 
 def build_loader(
-    recipe: Recipe, source: PairSource, model: DualEncoder, views: ImageViews, start_step: int = 0
+    recipe: Recipe,
+    source: PairSource,
+    model: DualEncoder,
+    views: ImageViews,
+    start_step: int = 0,
+    workers: int | None = None,
 ) -> PairLoader:
-    """The loader that a recipe describes."""
+    """The loader that a recipe describes, with as many workers as it says, or another number of them."""
+    if workers is None:
+        workers = 1 if recipe.data.workers == "auto" else recipe.data.workers
     return PairLoader(
         source,
         model.tokenizer,
@@ -84,7 +91,7 @@ def build_loader(
         keyword_share=recipe.views.text.keyword_share,
         keywords_alone=recipe.views.text.keywords_alone,
         second_text=recipe.views.text.second,
-        workers=recipe.data.workers,
+        workers=workers,
         max_broken_share=recipe.data.max_broken_share,
         start_step=start_step,
         pin_memory=model.device.type == "cuda",

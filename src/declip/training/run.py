@@ -17,6 +17,7 @@ CHANGEABLE = (
     "train.patience",
     "train.device",
     "train.threads",
+    "train.freeze_garbage",
     "train.keep",
     "train.checkpoint_every",
     "name",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from declip.data.batch import PairBatch
 from declip.data.image_views import ImageViews
 from declip.training import distributed
+from declip.training.clock import Span, untimed
 from declip.training.distributed import Meeting
 from declip.training.gradient_cache import backward_in_chunks
 from declip.training.parallel import Learner, average_gradients, average_unsharded, clip_gradients, core
@@ -27,6 +28,7 @@ class StepParts:
         clip_norm: Largest norm of the whole gradient; None leaves it.
         precision: "bf16" runs towers and heads in autocast; losses and logits stay float32.
         chunk: Pairs that the towers see at a time, see `declip.training.gradient_cache`; None for all.
+        span: Gives a context for each part of the step, to be timed.
         spare_bad: Leave everything as it was when the loss or a gradient is not finite; waits for the device.
     """
 
@@ -38,6 +40,7 @@ class StepParts:
     precision: str = "fp32"
     chunk: int | None = None
     spare_bad: bool = False
+    span: Span = untimed
 
 
 def training_step(parts: StepParts, batch: PairBatch, meeting: Meeting | None = None) -> dict[str, Tensor]:
@@ -58,19 +61,33 @@ def training_step(parts: StepParts, batch: PairBatch, meeting: Meeting | None = 
     before = _Buffers(learner) if parts.spare_bad else None
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=parts.precision == "bf16")
     everyone = (distributed.gather(meeting.rows), meeting.offset)
-    prepare = partial(_on_device, parts.views, device)
+    prepare = partial(_on_device, parts, device)
     parts.optimizer.zero_grad(set_to_none=True)
     parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
     if parts.chunk is not None:
-        terms = backward_in_chunks(learner, batch, parts.chunk, prepare, autocast, *everyone, meeting.share)
-        average_gradients(parameters)
+        with parts.span("terms and backward"):
+            terms = backward_in_chunks(learner, batch, parts.chunk, prepare, autocast, *everyone, meeting.share)
+            average_gradients(parameters)
     else:
         batch = prepare(batch)
-        with autocast():
+        with autocast(), parts.span("terms"):
             terms = parts.learner(batch, *everyone)
         if meeting.share != 1:
             terms = {name: term * meeting.share for name, term in terms.items()}
-        terms["total"].backward()
+        with parts.span("backward"):
+            terms["total"].backward()
+    with parts.span("optimizer"):
+        return _update(parts, learner, parameters, terms, before)
+
+
+def _update(
+    parts: StepParts,
+    learner: Learner,
+    parameters: list[Tensor],
+    terms: dict[str, Tensor],
+    before: "_Buffers | None",
+) -> dict[str, Tensor]:
+    """Clip, step, limit the scales, average the weights."""
     if learner.sharded:
         average_unsharded(parameters)
     grad_norm = clip_gradients(parameters, float("inf") if parts.clip_norm is None else parts.clip_norm)
@@ -87,12 +104,13 @@ def training_step(parts: StepParts, batch: PairBatch, meeting: Meeting | None = 
     return result
 
 
-def _on_device(views: ImageViews, device: torch.device, batch: PairBatch) -> PairBatch:
+def _on_device(parts: StepParts, device: torch.device, batch: PairBatch) -> PairBatch:
     """Move a batch and finish its images there."""
-    batch = batch.to(device, non_blocking=True)
-    if batch.photometric is None:
-        return batch
-    return replace(batch, images=views.finish(batch.images, batch.photometric), photometric=None)
+    with parts.span("views"):
+        batch = batch.to(device, non_blocking=True)
+        if batch.photometric is None:
+            return batch
+        return replace(batch, images=parts.views.finish(batch.images, batch.photometric), photometric=None)
 
 
 class _Buffers:

@@ -3,13 +3,11 @@
 import itertools
 import json
 import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -20,15 +18,18 @@ from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
 from declip.data.pairs import SkipCounter
 from declip.errors import UserError
-from declip.evaluation.protocols import Options, evaluate_all
 from declip.models.dual_encoder import DualEncoder
 from declip.supervision.objective import Objective
 from declip.training import checkpoint as checkpoints
 from declip.training import distributed
 from declip.training.build import averaged, build_loader, image_views, open_training_source, pick_device
 from declip.training.checkpoint_writer import CheckpointWriter
+from declip.training.compilation import compile_towers, rows_of_rank
 from declip.training.distributed import Council
+from declip.training.garbage import frozen_garbage
 from declip.training.health import Health
+from declip.training.measuring import measure, measured_at_end
+from declip.training.measuring import report as write_report
 from declip.training.monitor import Monitor, Silence, log
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner, core
@@ -36,9 +37,10 @@ from declip.training.run import Run, check_datasets, open_folder
 from declip.training.schedule import learning_rate
 from declip.training.state import capture, restore
 from declip.training.step import StepParts, training_step
+from declip.training.stopping import stopping_politely
+from declip.training.supply import Supply, free_cores
 
 SKIPPED = "skipped.json"
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TRY_AGAIN = 75
 """Exit status of a run that was stopped from outside and wants to be queued again (EX_TEMPFAIL of sysexits.h).
 
@@ -112,16 +114,21 @@ class Trainer:
             self.model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.learner = build_learner(recipe, self.model, self.objective)
         self.average = averaged(self.model, recipe.train.ema)
+        if recipe.train.compile:
+            compile_towers(recipe, self.model, rows_of_rank(recipe.train.batch))
         self.optimizer = build_optimizer(named_trainable(self.model, self.objective), recipe.train)
         self.views = image_views(recipe)
         self.skipped, self.step = SkipCounter(), 0
         self.bad_steps: list[int] = []
         self.writer = CheckpointWriter(folder, recipe.train.keep)
+        self.workers = 1 if recipe.data.workers == "auto" else recipe.data.workers
+        self._supply = Supply(self.workers, free_cores())
+        self._warned_of_supply = False
         self._health = Health(recipe.train.batch, recipe.train.warmup_steps)
         self.stop_asked, self._signal, self._looked = False, 0, 0.0
         self._bad_step = torch.tensor(-1, device=self.device)
         # What can't be used is said before a folder is made or a step taken, not when it is first needed.
-        build_loader(recipe, self.source, self.model, self.views).close()
+        self._loader_at(0).close()
         check_datasets(recipe)
         found = self._open_folder(resume)
         if found is not None:
@@ -130,9 +137,27 @@ class Trainer:
     @cached_property
     def loader(self) -> PairLoader:
         """Batches from the step that the run is at."""
-        loader = build_loader(self.recipe, self.source, self.model, self.views, start_step=self.step)
+        loader = self._loader_at(self.step)
         loader.skipped, loader.seen = self.skipped, self.step * self.recipe.train.batch
         return loader
+
+    def _loader_at(self, step: int) -> PairLoader:
+        return build_loader(self.recipe, self.source, self.model, self.views, step, self.workers)
+
+    @cached_property
+    def parts(self) -> StepParts:
+        """What a step works on."""
+        train = self.recipe.train
+        return StepParts(
+            self.learner,
+            self.optimizer,
+            self.views,
+            self.average.update_parameters if self.average is not None else None,
+            train.clip_norm,
+            train.precision,
+            train.chunk,
+            spare_bad=train.bad_steps > 0,
+        )
 
     def train(self, report: bool = True) -> Run:
         """Take the steps that are left, then measure and, if wanted, write the report."""
@@ -144,14 +169,14 @@ class Trainer:
         ):
             if self.step < steps:
                 self._introduce()
-                with self._stopping_politely():
+                with stopping_politely(self._ask_to_stop):
                     self._take_steps(monitor)
-            if self.step >= steps and not self.council.first(self._measured_at_end):
+            if self.step >= steps and not self.council.first(lambda: measured_at_end(self)):
                 monitor.forget_evaluations(self.step)
                 self.evaluate(monitor, final=True)
                 monitor.flush()
         if self.step >= steps and report:
-            self.council.first(self._report)
+            self.council.first(lambda: write_report(self))
         if "loader" in self.__dict__:
             self.loader.close()
         finished = self.step >= steps
@@ -159,25 +184,17 @@ class Trainer:
         return Run(self.folder, self.recipe, self.step, finished, status, self.leads)
 
     def _take_steps(self, monitor: Monitor) -> None:
-        train = self.recipe.train
-        parts = StepParts(
-            self.learner,
-            self.optimizer,
-            self.views,
-            self.average.update_parameters if self.average is not None else None,
-            train.clip_norm,
-            train.precision,
-            train.chunk,
-            spare_bad=train.bad_steps > 0,
-        )
         self.learner.train()
-        for batch in self.loader:
-            if self._step_with_others(parts, batch, monitor):
-                return
+        with frozen_garbage() if self.recipe.train.freeze_garbage else nullcontext():
+            while True:
+                asked = time.perf_counter()
+                batch = next(self.loader)
+                if self._step_with_others(batch, time.perf_counter() - asked, monitor):
+                    return
 
-    def _step_with_others(self, parts: StepParts, batch: PairBatch, monitor: Monitor) -> bool:
+    def _step_with_others(self, batch: PairBatch, waited: float, monitor: Monitor) -> bool:
         """Take a step; whether it was the last one."""
-        train = self.recipe.train
+        train, begun = self.recipe.train, time.perf_counter()
         with self.council.naming_the_missing(self.step):
             meeting = self.council.meet(self.step, len(batch), self._asked_to_stop(), batch.skipped or None)
             if len(meeting.rows) > 1:
@@ -187,7 +204,7 @@ class Trainer:
                 group["lr"] = rate
             values: dict[str, Tensor] = {}
             if meeting.usable:  # else its pairs were broken: nothing is learnt, and nothing logged
-                values = training_step(parts, batch, meeting)
+                values = training_step(self.parts, batch, meeting)
                 self._look_at(values)
             self.step += 1
             stop = meeting.stop or (self.stop_asked and len(meeting.rows) == 1)
@@ -198,7 +215,10 @@ class Trainer:
                 self._tell(monitor, values, rate)
             else:
                 monitor.advance(self.step)
+            self._supply.step(waited, time.perf_counter() - begun)
             done = self.step >= train.steps
+            if logged and not done:
+                self._mind_supply()
             if done:
                 self._refuse_if_all_broken()
             if train.evaluate_every and self.step % train.evaluate_every == 0 and not done:
@@ -209,6 +229,22 @@ class Trainer:
                 self.save()
                 monitor.pause()
             return done or stop
+
+    def _mind_supply(self) -> None:
+        """Say once that the loader is too slow, or, where the recipe leaves that to us, give it more workers."""
+        if not self._supply.starved():
+            return
+        if self.recipe.data.workers != "auto":
+            if not self._warned_of_supply and self.leads:
+                log.warning(self._supply.advice())
+            self._warned_of_supply = True
+            return
+        more = min(self._supply.needed, self._supply.cores)
+        if more > self.workers:
+            log.info("Steps wait %.0f %% of their time for batches: %d workers.", 100 * self._supply.share, more)
+            self.workers, self._supply = more, Supply(more, self._supply.cores)
+            self.loader.close()
+            del self.loader
 
     def _tell(self, monitor: Monitor, values: Mapping[str, Tensor], rate: float) -> None:
         """Log a step: the values are averaged over the ranks only here."""
@@ -235,23 +271,9 @@ class Trainer:
         The first rank measures while the others wait. With FSDP all do, since each holds a part of the model.
         """
         if self.sharded:
-            self._evaluate(monitor, final)
+            measure(self, monitor, final)
         else:
-            self.council.first(lambda: self._evaluate(monitor, final))
-
-    def _evaluate(self, monitor: Monitor, final: bool) -> None:
-        model = self.evaluated_model
-        wanted = self.recipe.evaluation
-        zero_shot = {*wanted.zero_shot, *(wanted.final_zero_shot if final else ())}
-        retrieval = {*wanted.retrieval, *(wanted.final_retrieval if final else ())}
-        ordered = dict.fromkeys(
-            (*wanted.zero_shot, *wanted.retrieval, *wanted.final_zero_shot, *wanted.final_retrieval)
-        )
-        for name in ordered:
-            protocols = [p for p, on in (("zero-shot", zero_shot), ("retrieval", retrieval)) if name in on]
-            if protocols:
-                for result in evaluate_all(model, name, protocols, Options(progress=not self.quiet and self.leads)):
-                    monitor.evaluation(self.step, result.to_dict())
+            self.council.first(lambda: measure(self, monitor, final))
 
     @property
     def evaluated_model(self) -> DualEncoder:
@@ -358,52 +380,8 @@ class Trainer:
             torch.get_num_threads(),
         )
 
-    def _measured_at_end(self) -> bool:
-        done = {(row["protocol"], row["on"]) for row in Run(self.folder, self.recipe, self.step, True).results}
-        wanted = self.recipe.evaluation
-        zero_shot = {("zero-shot", name) for name in (*wanted.zero_shot, *wanted.final_zero_shot)}
-        retrieval = {("retrieval", name) for name in (*wanted.retrieval, *wanted.final_retrieval)}
-        return len(zero_shot | retrieval) <= len(done)
-
-    def _report(self) -> None:
-        from declip.evaluation.report import write_report
-
-        model = self.evaluated_model
-        if self.sharded:
-            from declip.interchange.load import load
-
-            model = cast(DualEncoder, load(self.folder))
-        write_report(
-            self.folder,
-            model,
-            recipe=self.recipe,
-            loader=self.loader,
-            objective=self.objective,
-            train_source=self.source,
-            image_views=self.views,
-        )
-
-    @contextmanager
-    def _stopping_politely(self) -> Iterator[None]:
-        """Let Ctrl-C, SIGTERM and SIGUSR1 end the run after the current step and save; a second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self.stop_asked, self._signal = True, number
-            log.info("Stopping after this step and saving; once more stops at once, without saving.")
-            for each, handler in earlier.items():
-                signal.signal(each, handler)
-
-        earlier: dict[int, Any] = {each: signal.getsignal(each) for each in STOPS}
-        for each in earlier:
-            signal.signal(each, ask)
-        try:
-            yield
-        finally:
-            for each, handler in earlier.items():
-                signal.signal(each, handler)
+    def _ask_to_stop(self, number: int) -> None:
+        self.stop_asked, self._signal = True, number
 
 
 def _shown(values: Mapping[str, Tensor]) -> str:

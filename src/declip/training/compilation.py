@@ -1,0 +1,114 @@
+"""torch.compile for the towers, with few shapes: a graph for each length that captions are padded to, no more."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from declip.config import Recipe
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.models.text_tower import TextFeatures
+from declip.training import distributed
+
+STEP = 16
+"""Captions are padded to a multiple of this, so that a context of 77 needs five graphs at most."""
+
+MOST_GRAPHS = 64
+"""Of a tower: sizes of a rank's part × groups × lengths, each with and without gradient. torch's own limit is 8."""
+
+
+def compile_towers(recipe: Recipe, model: DualEncoder, rows: int) -> None:
+    """Compile both towers' forward passes, in place; parameters keep their names.
+
+    Only what training sees step after step is compiled: a batch that lacks a broken pair, and what is measured, run as
+    they are. Which of the two a batch gets depends on its size alone, so a resumed run computes as one never stopped.
+
+    Args:
+        recipe: Its views, ``train.chunk`` and ``train.length_groups`` are read.
+        model: On its device.
+        rows: This rank's pairs of a batch.
+
+    Raises:
+        UserError: Nothing can be compiled here, or what would be compiled would not compute the same.
+    """
+    if recipe.train.parallel == "fsdp" and distributed.world_size() > 1:
+        raise UserError("train.compile goes with train.parallel=ddp only. Leave one of the two out.")
+    if recipe.train.recompute_activations and model.image_tower.has_batch_norm:
+        raise UserError(
+            f"train.compile with train.recompute_activations would count the batches of '{recipe.image.name}' twice in "
+            "its batch norms. Leave one of the two out, or take a tower with layer norm."
+        )
+    _check(model.device)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    train = recipe.train
+    parts = {rows} if train.chunk is None else {min(train.chunk, rows), rows % train.chunk} - {0}
+    alone = model.image_tower.has_batch_norm and not recipe.image.joint_views
+    images = {part * (1 if alone else recipe.image_view_count) for part in parts}
+    captions = recipe.text_view_count + (recipe.weights.masked_language > 0 and not recipe.masked_language.share_pass)
+    texts = {n for part in parts for n in _sizes(part * captions, train.length_groups)}
+    image_tower: Any = model.image_tower
+    text_tower: Any = model.text_tower
+    image_tower.forward = _Compiled(image_tower, images)
+    text_tower.forward = _CompiledText(text_tower, texts)
+
+
+def _sizes(rows: int, groups: int) -> set[int]:
+    return {-(-rows // groups), rows // groups} - {0}
+
+
+class _Compiled:
+    """A tower's forward pass: compiled for batches of the sizes given, as it is for others.
+
+    Args:
+        tower: The module; its present forward pass is what is compiled.
+        rows: The sizes.
+    """
+
+    def __init__(self, tower: torch.nn.Module, rows: Collection[int]) -> None:
+        self.tower, self.rows = tower, frozenset(rows)
+        self.plain: Callable[[Tensor], Any] = tower.forward
+        self.compiled = torch.compile(self.plain, dynamic=False)
+
+    def __call__(self, batch: Tensor) -> Any:
+        """(B, …) → what the tower gives."""
+        if self.tower.training and len(batch) in self.rows:
+            return self.compiled(batch)
+        return self.plain(batch)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise TypeError("a tower is copied before it is compiled")
+
+
+class _CompiledText(_Compiled):
+    """The text tower's, with captions padded to a multiple of `STEP`."""
+
+    def __call__(self, batch: Tensor) -> TextFeatures:
+        """(B, L) → features for L words."""
+        length = batch.shape[1]
+        context = self.tower.context
+        assert isinstance(context, int)
+        padded = F.pad(batch, (0, min(-(-length // STEP) * STEP, context) - length))
+        found: TextFeatures = super().__call__(padded)
+        return TextFeatures(found.pooled, found.words[:, :length], found.lengths)
+
+
+def _check(device: torch.device) -> None:
+    """Compile something small: what is missing is said before a run begins."""
+    try:
+        with torch.no_grad():
+            torch.compile(lambda x: (x * 2).relu() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of dynamo, inductor, the C++ compiler or Triton: each has its own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"train.compile=true, but torch.compile does not work here: {reason} On a CPU it needs a C++ compiler (g++ "
+            "or clang++), on CUDA Triton. Install that, or set train.compile=false."
+        ) from error
+
+
+def rows_of_rank(batch: int) -> int:
+    """This rank's pairs of a whole batch, when none is broken."""
+    ranks, rank = distributed.world_size(), distributed.rank()
+    return batch // ranks + (rank < batch % ranks)

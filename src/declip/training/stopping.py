@@ -1,0 +1,38 @@
+"""Signals that ask a run to end: heard after the current step, so that it can be saved."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from declip.training.monitor import log
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def stopping_politely(ask: Callable[[int], None]) -> Iterator[None]:
+    """Hear Ctrl-C, SIGTERM and SIGUSR1 by calling `ask` with the number; a second one acts as it did before.
+
+    Only a process's main thread can hear signals; in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        ask(number)
+        log.info("Stopping after this step and saving; once more stops at once, without saving.")
+        for each, handler in earlier.items():
+            signal.signal(each, handler)
+
+    earlier: dict[int, Any] = {each: signal.getsignal(each) for each in STOPS}
+    for each in earlier:
+        signal.signal(each, heard)
+    try:
+        yield
+    finally:
+        for each, handler in earlier.items():
+            signal.signal(each, handler)

@@ -1,0 +1,121 @@
+"""The towers compiled: which batches are, and that nothing else changes. Backends that need no compiler of C++."""
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from conftest import TINY, WEIGHTS
+from declip.config import Recipe
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.training import compilation
+from declip.training.compilation import compile_towers
+from declip.training.trainer import Trainer, train
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """torch.compile as it is, but for what turns a graph into machine code; counts the graphs."""
+    counted = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    monkeypatch.setattr(compilation.torch, "compile", functools.partial(torch.compile, backend=counted))
+    monkeypatch.setattr(compilation, "_check", lambda device: None)
+    return counted
+
+
+def recipe_for(table: Path, **train_keys: object) -> Recipe:
+    tree = {**TINY, "name": "declip", "data": {"source": str(table)}, "weights": WEIGHTS["declip"]}
+    tree["train"] = {**TINY["train"], "log_every": 1, **train_keys}
+    return Recipe.model_validate(tree)
+
+
+def tokens(model: DualEncoder, rows: int, length: int) -> torch.Tensor:
+    ids = torch.ones(rows, length, dtype=torch.int64)
+    ids[:, -1] = model.tokenizer.end
+    return ids
+
+
+@pytest.mark.parametrize("keys", [{}, {"chunk": 3}, {"recompute_activations": True}, {"ema": 0.9, "length_groups": 2}])
+def test_a_compiled_run_learns_what_a_plain_one_does(
+    table: Path, tmp_path: Path, counter: CompileCounterWithBackend, keys: dict[str, object]
+) -> None:
+    plain = train(recipe_for(table, **keys), out=tmp_path / "plain", quiet=True, report=False)
+    assert counter.frame_count == 0
+    compiled = train(recipe_for(table, compile=True, **keys), out=tmp_path / "compiled", quiet=True, report=False)
+    assert counter.frame_count >= 2
+    for given, expected in zip(compiled.metrics, plain.metrics, strict=True):
+        assert given["total"] == pytest.approx(expected["total"], rel=1e-4)
+        assert given["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def test_compiled_are_whole_batches_in_training_with_few_lengths(
+    table: Path, counter: CompileCounterWithBackend
+) -> None:
+    recipe = recipe_for(table)
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe)
+    plain = copy.deepcopy(model)
+    names = list(model.state_dict())
+    compile_towers(recipe, model, rows=8)
+    assert list(model.state_dict()) == names
+
+    graphs = []
+    for rows, length in [(16, 9), (16, 12), (16, 16), (16, 10), (14, 12), (16, 3)]:
+        ids = tokens(model, rows, length)
+        found, expected = model.text_tower(ids), plain.text_tower(ids)
+        torch.testing.assert_close(found.pooled, expected.pooled, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.words, expected.words, rtol=1e-5, atol=1e-6)
+        assert found.lengths.tolist() == [length] * rows
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1, 1, 1, 1, 1]  # the context is 16: one length; 14 captions are no whole batch
+
+    model.image_tower(torch.randn(16, 3, 32, 32))
+    assert counter.frame_count == 2
+    model.eval()
+    model.image_tower(torch.randn(16, 3, 32, 32))
+    model.encode_text(tokens(model, 16, 9))
+    model.train()
+    model.image_tower(torch.randn(15, 3, 32, 32))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "images", "texts"),
+    [
+        ({}, {16}, {16}),
+        ({"chunk": 3}, {6, 4}, {6, 4}),
+        ({"chunk": 8}, {16}, {16}),
+        ({"length_groups": 3}, {16}, {5, 6}),
+    ],
+)
+def test_sizes_of_the_batches_that_training_sees(
+    table: Path, counter: CompileCounterWithBackend, keys: dict[str, object], images: set[int], texts: set[int]
+) -> None:
+    recipe = recipe_for(table, **keys)
+    model = DualEncoder.from_recipe(recipe)
+    compile_towers(recipe, model, rows=8)
+    assert model.image_tower.forward.rows == images  # type: ignore[attr-defined]
+    assert model.text_tower.forward.rows == texts  # type: ignore[attr-defined]
+
+
+def test_no_compiler_is_said_before_a_folder_is_made(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
+
+    monkeypatch.setattr(compilation.torch, "compile", missing)
+    with pytest.raises(UserError, match=r"No working C\+\+ compiler found.*train\.compile=false"):
+        Trainer(recipe_for(table, compile=True), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_recomputing_a_tower_with_batch_norm_is_refused(table: Path, tmp_path: Path) -> None:
+    tree = recipe_for(table, compile=True, recompute_activations=True).model_dump()
+    tree["image"] |= {"name": "declip_conv_tiny", "options": {}}
+    with pytest.raises(UserError, match="'declip_conv_tiny'"):
+        Trainer(Recipe.model_validate(tree), tmp_path / "run", quiet=True)
