@@ -255,6 +255,7 @@ class Train(Section):
     length_groups: int = Field(1, ge=1, description="encode captions sorted by length, in so many groups")
     compile: bool = Field(False, description="torch.compile for the towers")
     freeze_garbage: bool = Field(True, description="leave what was there at the start out of garbage collection")
+    keep_memory: bool = Field(True, description="on a CPU: keep what a step freed for the next one (glibc)")
     bad_steps: int = Field(0, ge=0, description="steps that may be left out because their loss is not finite")
 
     @model_validator(mode="after")

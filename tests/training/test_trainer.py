@@ -1,4 +1,3 @@
-import gc
 import json
 import multiprocessing
 import os
@@ -18,7 +17,6 @@ from declip.training import measuring
 from declip.training import supply as supply_module
 from declip.training import trainer as trainer_module
 from declip.training.checkpoint import list_checkpoints, load_checkpoint
-from declip.training.garbage import frozen_garbage
 from declip.training.monitor import CLOCK, read_rows
 from declip.training.supply import Supply
 from declip.training.trainer import Trainer, train
@@ -315,13 +313,6 @@ def test_a_loader_that_starves_the_steps_is_named_once(
     trainer.train()
     assert trainer.workers == 0
     assert caplog.text.count("data.workers=1 would keep up (now none") == 1
-
-
-def test_what_was_there_before_is_collected_again_after_the_loop() -> None:
-    before = gc.get_freeze_count()
-    with frozen_garbage():
-        assert gc.get_freeze_count() > before + 1000
-    assert gc.get_freeze_count() == 0
 
 
 def with_workers(recipe: Recipe, workers: int | str) -> Recipe:

@@ -44,13 +44,13 @@ def seconds_per_step(arms: Sequence[Arm], overrides: Mapping[str, Any], threads:
 def _turn(arm: Arm, overrides: Mapping[str, Any]) -> list[float]:
     with TemporaryDirectory() as folder:
         trainer = Trainer(arm.resolve(overrides), Path(folder) / "run", quiet=True)
-        trainer.learner.train()
         times = []
-        for _ in range(WARM + TIMED):
-            start = time.perf_counter()
-            training_step(trainer.parts, next(trainer.loader))
-            if trainer.device.type == "cuda":
-                torch.cuda.synchronize(trainer.device)
-            times.append(time.perf_counter() - start)
+        with trainer.learning():
+            for _ in range(WARM + TIMED):
+                start = time.perf_counter()
+                training_step(trainer.parts, next(trainer.loader))
+                if trainer.device.type == "cuda":
+                    torch.cuda.synchronize(trainer.device)
+                times.append(time.perf_counter() - start)
         trainer.loader.close()
     return times[WARM:]

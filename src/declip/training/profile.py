@@ -148,7 +148,8 @@ def profile(
         raise UserError(f"Cannot write into '{folder}': {error.strerror}. Choose another folder with --out.") from error
     with TemporaryDirectory() as run:
         trainer = Trainer(recipe, Path(run) / "run", quiet=True)
-        found = _measured(trainer, folder, quiet or not trainer.leads)
+        with trainer.learning():
+            found = _measured(trainer, folder, quiet or not trainer.leads)
         trainer.loader.close()
         trainer.council.collect(None)  # the first rank's folder stays until all are done
     if trainer.leads:
@@ -158,7 +159,6 @@ def profile(
 
 
 def _measured(trainer: Trainer, folder: Path, quiet: bool) -> Profile:
-    trainer.learner.train()
     clock = Clock(trainer.device)
     _time_towers(trainer, clock.span)
     trainer.parts = replace(trainer.parts, span=clock.span)

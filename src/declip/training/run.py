@@ -18,6 +18,7 @@ CHANGEABLE = (
     "train.device",
     "train.threads",
     "train.freeze_garbage",
+    "train.keep_memory",
     "train.keep",
     "train.checkpoint_every",
     "name",

@@ -26,10 +26,10 @@ from declip.training.build import averaged, build_loader, image_views, open_trai
 from declip.training.checkpoint_writer import CheckpointWriter
 from declip.training.compilation import compile_towers, rows_of_rank
 from declip.training.distributed import Council
-from declip.training.garbage import frozen_garbage
 from declip.training.health import Health
 from declip.training.measuring import measure, measured_at_end
 from declip.training.measuring import report as write_report
+from declip.training.memory import frozen_garbage, kept_memory
 from declip.training.monitor import Monitor, Silence, log
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner, core
@@ -184,13 +184,23 @@ class Trainer:
         return Run(self.folder, self.recipe, self.step, finished, status, self.leads)
 
     def _take_steps(self, monitor: Monitor) -> None:
-        self.learner.train()
-        with frozen_garbage() if self.recipe.train.freeze_garbage else nullcontext():
+        with self.learning():
             while True:
                 asked = time.perf_counter()
                 batch = next(self.loader)
                 if self._step_with_others(batch, time.perf_counter() - asked, monitor):
                     return
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """What surrounds the loop of steps: training mode, and the memory's management."""
+        train, on_cpu = self.recipe.train, self.device.type == "cpu"
+        self.learner.train()
+        with (
+            frozen_garbage() if train.freeze_garbage else nullcontext(),
+            kept_memory() if train.keep_memory and on_cpu else nullcontext(),
+        ):
+            yield
 
     def _step_with_others(self, batch: PairBatch, waited: float, monitor: Monitor) -> bool:
         """Take a step; whether it was the last one."""
