@@ -54,6 +54,9 @@ class Data(Section):
         None, ge=1, description="pairs shuffled at a time, shard after shard; None: all, or 50,000 of remote shards"
     )
     resample: bool = Field(False, description="each step draws its pairs anew instead of each once an epoch")
+    scaled_decode: bool = Field(
+        True, description="decode a JPEG at 1/2, 1/4 or 1/8 where its crops still have the view's size"
+    )
     shard_cache_gb: float = Field(50.0, ge=0, description="remote shards kept as copies, 10^9 bytes")
     workers: int = Field(0, ge=0)
     max_broken_share: float = Field(0.05, ge=0, le=1)
