@@ -240,8 +240,6 @@ class _Record:
         self._shards: dict[str, dict[str, Any]] = {}
         path = folder / RECORD
         if not path.exists():
-            if others := sorted(each.name for each in folder.iterdir() if not each.name.startswith(".")):
-                raise UserError(f"'{folder}' already holds something else, such as '{others[0]}'; {ELSEWHERE}.")
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -291,6 +289,9 @@ def _held(folder: Path) -> Iterator[Path]:
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+        if others and RECORD not in others:
+            raise UserError(f"'{folder}' already holds something else, such as '{others[0]}'; {ELSEWHERE}.")
         lock.acquire()
     except Timeout as error:
         raise UserError(f"Another process is preparing '{folder}'. Wait for it, or {ELSEWHERE}.") from error
