@@ -166,8 +166,6 @@ def test_it_goes_on_after_a_kill(folder, tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", program, folder, out], start_new_session=True)
     end = time.monotonic() + 60
-    while not (out / "prepared.json").exists() and time.monotonic() < end:
-        time.sleep(0.02)
     while not list(out.glob(".000001.tar.*.partial")) and time.monotonic() < end:
         time.sleep(0.02)
     with pytest.raises(UserError, match="Another process is preparing"):
@@ -181,6 +179,18 @@ def test_it_goes_on_after_a_kill(folder, tmp_path):
     assert files(out) == files(tmp_path / "at once")
     assert (out / "000000.tar").stat().st_mtime_ns == first
     assert not list(out.glob(".*.partial"))
+
+
+def test_it_goes_on_after_a_kill_before_a_shard_is_recorded(folder, tmp_path, monkeypatch):
+    def killed(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Record, "add", killed)
+        with pytest.raises(SystemExit):
+            prepare_source(folder, tmp_path / "made", shard_pairs=4, workers=0)
+    assert (tmp_path / "made/000000.tar").exists()
+    assert prepare_source(folder, tmp_path / "made", shard_pairs=4, workers=0).pairs == 7
 
 
 @pytest.mark.parametrize(
@@ -306,6 +316,6 @@ def test_the_command_can_be_stopped(folder, tmp_path, monkeypatch, capsys):
         cli.main()
     assert caught.value.code == 130
     assert "the same command goes on" in capsys.readouterr().err
-    assert files(tmp_path / "made") == {}
+    assert files(tmp_path / "made").keys() == {"prepared.json"}
     with FileLock(tmp_path / "made/.lock", timeout=0):
         pass

@@ -130,6 +130,7 @@ def prepare_source(
     }
     with _held(Path(out).expanduser()) as folder:
         record = _Record(folder, made_of)
+        record.save()
         shards = [_Shard(f"{k:06d}.tar", range(s, min(s + shard_pairs, len(opened)))) for k, s in enumerate(starts)]
         missing = [shard for shard in shards if not record.has(shard.name)]
         _make(missing, record, _Maker(opened, size, quality), workers, progress)
@@ -261,6 +262,10 @@ class _Record:
     def add(self, name: str, pairs: int, size: int, skipped: SkipCounter) -> None:
         """Keep what was made."""
         self._shards[name] = {"pairs": pairs, "bytes": size, "skipped": skipped.to_dict()["reasons"]}
+        self.save()
+
+    def save(self) -> None:
+        """Write the record; before the first shard too, so that a folder with shards always has one."""
         self._write(RECORD, json.dumps({"made_of": self.made_of, "shards": self._shards}, indent=1))
 
     def finish(self, credit: str) -> None:
