@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from declip.data.batch import Draw, PairBatch, Photometric
 from declip.data.checks import check_range
@@ -195,7 +196,7 @@ class Assembler:
         cut = self._cut(pair.picture, crops)
         return _Sample(cut, draws, rows, masked, labels, tag=epoch * len(self.source) + index)
 
-    def _cut(self, picture: Picture, crops: list[Crop]) -> list[np.ndarray]:
+    def _cut(self, picture: Picture, crops: list[Crop]) -> list[torch.Tensor]:
         """Decode a picture, smaller where no crop falls below the view's size and it is allowed, and cut the views."""
         size = self.image_views.size
         for scale in picture.scales if self.scaled_decode else ():
@@ -204,21 +205,20 @@ class Assembler:
                 return self._cut_from(picture.pixels(scale), reduced)
         return self._cut_from(picture.pixels(), crops)
 
-    def _cut_from(self, pixels: np.ndarray, crops: list[Crop]) -> list[np.ndarray]:
+    def _cut_from(self, pixels: np.ndarray, crops: list[Crop]) -> list[torch.Tensor]:
         return [views.cut(pixels, crop) for views, crop in zip(self.drawers, crops, strict=True)]
 
     def _collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
         """Stack the samples; every text is padded to the longest, rounded up."""
         size, views = self.image_views.size, range(self.image_view_count)
-        images = np.empty((len(views), len(samples), 3, size, size), dtype=np.uint8)
-        for number, sample in enumerate(samples):
-            for view in views:
-                images[view, number] = sample.crops[view]
+        crops = [sample.crops[view] for view in views for sample in samples]
+        # In a worker this is memory that the training process shares, so that no second copy is made to hand it over.
+        images = default_collate(crops) if crops else torch.empty(0, dtype=torch.uint8)
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
         length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.tokenizer.context)
         texts = [_pad([sample.rows[view] for sample in samples], length) for view in range(self.text_view_count)]
         return PairBatch(
-            images=torch.from_numpy(images),
+            images=images.view(len(views), len(samples), 3, size, size),
             texts=torch.stack(texts),
             masked=_pad([sample.masked for sample in samples], length) if self.mask else None,
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if self.mask else None,
@@ -237,7 +237,7 @@ def _some(keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
 class _Sample(NamedTuple):
     """One pair with every random choice made."""
 
-    crops: list[np.ndarray]  # a view each, (3, S, S) uint8
+    crops: list[torch.Tensor]  # a view each, (3, S, S) uint8
     draws: list[Draw]
     rows: list[list[int]]  # the ids of each text view
     masked: list[int]
