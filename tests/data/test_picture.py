@@ -23,6 +23,12 @@ from declip.data.subset import take
 SIZE = (150, 101)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where indices of shards go."""
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(params=["simplejpeg", "pillow"])
 def decoder(request, monkeypatch):
     """Run with each decoder."""

@@ -61,6 +61,12 @@ class Source:
         return self.said[index]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where indices of shards go."""
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Nine pairs: pictures large and small, a PNG, and two that are broken."""
