@@ -33,6 +33,7 @@ class Source:
     """Pairs with what is hard to write down; some broken."""
 
     name = "hostile"
+    credit = "drawn by somebody"
     keys = ("../../etc/passwd", "a.b.c", "same", "same", "/root/x", "", "ünï\n\udcff", "CON")
     said = (
         ("one",),
@@ -122,6 +123,7 @@ def test_hostile_names_and_captions(tmp_path):
     assert [after[place].captions for place in range(len(after))] == [source.said[index] for index in kept]
     assert [after[place].keywords for place in range(len(after))] == [source.words[index] for index in kept]
     assert [after[place].image.width for place in range(len(after))] == [40 + index for index in kept]
+    assert (tmp_path / "made/NOTICE.txt").read_text() == "drawn by somebody\n"
     with tarfile.open(tmp_path / "made/000000.tar") as tar:
         assert all(re.fullmatch(r"\d{9}\.(jpg|png|txt|json)", name) for name in tar.getnames())
 
@@ -233,9 +235,10 @@ def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
     with pytest.raises(UserError, match=r"already holds something else, such as 'thesis\.tex'"):
         prepare_source(folder, tmp_path / "mine", workers=0)
     assert files(tmp_path / "mine") == {"thesis.tex": b""}
-    (tmp_path / "mine/prepared.json").write_text("{")
-    with pytest.raises(UserError, match=r"prepared\.json' cannot be read"):
-        prepare_source(folder, tmp_path / "mine", workers=0)
+    for text in ("{", "[]", '{"made_of": 5, "shards": {}}'):
+        (tmp_path / "mine/prepared.json").write_text(text)
+        with pytest.raises(UserError, match=r"prepared\.json' cannot be read"):
+            prepare_source(folder, tmp_path / "mine", workers=0)
 
 
 def test_a_shard_without_a_good_pair_and_a_source_without_any(tmp_path):

@@ -244,7 +244,7 @@ class _Record:
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            earlier, self._shards = found["made_of"], found["shards"]
+            earlier, self._shards = dict(found["made_of"]), dict(found["shards"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"'{path}' cannot be read: {error}. Remove the folder, or {ELSEWHERE}.") from error
         changed = [key for key in sorted(made_of.keys() | earlier.keys()) if made_of.get(key) != earlier.get(key)]
