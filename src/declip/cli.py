@@ -222,13 +222,45 @@ def recipes() -> None:
 
 @data.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="builtin:emoji, builtin:icons, builtin:stamps or builtin:clipart")],
-    cache: Annotated[Path | None, typer.Option(help="where; by default DECLIP_CACHE or the user's cache")] = None,
+    source: Annotated[str, typer.Argument(help="builtin:NAME; with --out also a table, a folder, or tar shards")],
+    out: Annotated[Path | None, typer.Option(help="folder for tar shards with shrunk pictures")] = None,
+    size: Annotated[int, typer.Option(help="pixels of a picture's shorter side, at most")] = 256,
+    shard_pairs: Annotated[int, typer.Option(help="pairs of a shard")] = 10_000,
+    quality: Annotated[int, typer.Option(help="of the JPEG files written")] = 92,
+    workers: Annotated[int | None, typer.Option(min=0, help="processes; one for each core, 8 at most")] = None,
+    image_column: Annotated[str, typer.Option(help="a table's column of images")] = "image",
+    caption_column: Annotated[str, typer.Option(help="a table's column of captions")] = "caption",
+    image_root: Annotated[str | None, typer.Option(help="folder that image paths are relative to")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="where a built-in set goes; by default DECLIP_CACHE or the user's cache")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
 ) -> None:
-    """Fetch and render a built-in set once; later calls find it done."""
+    """Shrink a source's pictures once and write shards; or fetch and render a built-in set. Later calls go on."""
     from declip.data.builtin import prepare as prepare_builtin
+    from declip.data.prepare import prepare_source
 
-    console.print(f"Ready: {prepare_builtin(source, cache)}", soft_wrap=True)
+    if out is None:
+        console.print(f"Ready: {prepare_builtin(source, cache, progress=not quiet)}", soft_wrap=True)
+        return
+    if cache is not None:
+        raise UserError("--cache is where a built-in set is made, --out where shards go; give one of them.")
+    try:
+        made = prepare_source(
+            source,
+            out,
+            size=size,
+            shard_pairs=shard_pairs,
+            quality=quality,
+            workers=workers,
+            image_column=image_column,
+            caption_column=caption_column,
+            image_root=image_root,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt:
+        _fail("Stopped. The shards made so far are kept; the same command goes on.", status=130)
+    console.print(made.summary(), highlight=False, soft_wrap=True, markup=False)
 
 
 @data.command()

@@ -54,6 +54,9 @@ class Data(Section):
         None, ge=1, description="pairs shuffled at a time, shard after shard; None: all, or 50,000 of remote shards"
     )
     resample: bool = Field(False, description="each step draws its pairs anew instead of each once an epoch")
+    scaled_decode: bool = Field(
+        True, description="decode a JPEG at 1/2, 1/4 or 1/8 where its crops still have the view's size"
+    )
     shard_cache_gb: float = Field(50.0, ge=0, description="remote shards kept as copies, 10^9 bytes")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         0, description="processes that make batches; auto: begin with one, add those that the measured waiting asks for"

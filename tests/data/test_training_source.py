@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from conftest import TINY
 from data.tars import write_shards
+from data.test_picture import jpeg, scene
 from declip.config import Recipe, load_recipe
 from declip.data.mixture import Mixture
 from declip.data.shards import ShardSource
@@ -15,6 +17,7 @@ from declip.data.subset import Subset
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.training.build import build_loader, image_views, open_training_source
+from declip.training.run import refuse_another
 
 
 @pytest.fixture
@@ -60,6 +63,27 @@ def test_the_recipe_sets_the_order(shards):
     )
     found = [batches(), batches(shuffle_buffer=8), batches(resample=True), batches(shuffle_buffer=8, resample=True)]
     assert len({str(each) for each in found}) == 4
+
+
+def test_the_recipe_says_whether_pictures_may_be_decoded_smaller(tmp_path):
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(scene(400, 300, number)))
+        (tmp_path / f"{number}.txt").write_text(f"picture {number}")
+
+    def images(**data: object) -> torch.Tensor:
+        recipe = recipe_of(str(tmp_path), **data)
+        source, model = open_training_source(recipe), DualEncoder.from_recipe(recipe)
+        with build_loader(recipe, source, model, image_views(recipe)) as loader:
+            return next(loader).images.int()
+
+    whole, smaller = images(scaled_decode=False), images()
+    assert 0 < (whole - smaller).abs().float().mean() < 4
+    assert torch.equal(smaller, images(scaled_decode=True))
+
+
+def test_a_run_does_not_go_on_with_other_pixels(tmp_path):
+    with pytest.raises(UserError, match=r"data\.scaled_decode was True, now False"):
+        refuse_another(recipe_of("a", scaled_decode=False), recipe_of("a"), tmp_path)
 
 
 @pytest.mark.parametrize(

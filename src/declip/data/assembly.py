@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from declip.data.batch import IGNORED, Draw, PairBatch, Photometric
 from declip.data.checks import check_range
 from declip.data.order import build_order, parts_of
 from declip.data.pairs import BrokenPair
+from declip.data.picture import undecoded
 from declip.data.text_views import augment, mask_tokens
 from declip.errors import UserError
 
 if TYPE_CHECKING:
-    from declip.data.image_views import ImageViews
-    from declip.data.pairs import Pair, PairSource
+    from declip.data.image_views import Crop, ImageViews
+    from declip.data.pairs import PairSource
+    from declip.data.picture import Picture, UndecodedPair
     from declip.data.tokenizer import Tokenizer
 
 SecondText = Literal["eda", "caption", "keywords", "same"]
@@ -58,6 +61,8 @@ class Assembler:
         shuffle_buffer: Pairs that are shuffled at a time, shard after shard. None: all pairs, or 50,000 where shards
             have to be fetched.
         resample: Whether each step draws its pairs anew instead of showing each once an epoch.
+        scaled_decode: Whether a JPEG may be decoded at 1/2, 1/4 or 1/8 of its sides where every crop then still has the
+            view's size or more.
         rank, ranks: Which part of each batch to make, of how many: neighbouring places, as many in each as goes.
 
     Raises:
@@ -83,6 +88,7 @@ class Assembler:
         base_view: ImageViews | None = None,
         shuffle_buffer: int | None = None,
         resample: bool = False,
+        scaled_decode: bool = True,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -107,6 +113,7 @@ class Assembler:
         self.mask, self.mask_probability = mask, mask_probability
         self.eda_alpha, self.keyword_share, self.keywords_alone = eda_alpha, keyword_share, keywords_alone
         self.second_text = second_text
+        self.scaled_decode = scaled_decode
         self.rank, self.ranks = rank, ranks
         self._order = build_order(source, batch, seed, shuffle_buffer, resample)
 
@@ -122,11 +129,9 @@ class Assembler:
         skipped: list[BrokenPair] = []
         for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
             try:
-                pair = self.source[index]
+                samples.append(self._sample(undecoded(self.source, index), epoch, index))
             except BrokenPair as broken:
                 skipped.append(broken)
-            else:
-                samples.append(self._sample(pair, epoch, index))
         return self._collate(samples, skipped)
 
     def indices(self, step: int) -> np.ndarray:
@@ -147,7 +152,7 @@ class Assembler:
         check_range("view", view, 0, self.text_view_count - 1)
         epoch, index = divmod(tag, len(self.source))
         if self.keyword_share or self.keywords_alone or self.second_text == "keywords":
-            pair = self.source[index]
+            pair = undecoded(self.source, index)
             captions, keywords = pair.captions, pair.keywords
         else:
             captions, keywords = self.source.captions(index), ()
@@ -175,34 +180,45 @@ class Assembler:
             return [text, text]
         return [text, augment(text, generator, self.eda_alpha)]
 
-    def _sample(self, pair: Pair, epoch: int, index: int) -> _Sample:
-        """Draw everything about one pair."""
+    def _sample(self, pair: UndecodedPair, epoch: int, index: int) -> _Sample:
+        """Draw everything about one pair, then decode its picture; raises `BrokenPair`."""
         generator = self._generator(epoch, index)
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, pair.keywords, generator)]
         masked: list[int] = []
         labels: list[int] = []
         if self.mask:
             masked, labels = mask_tokens(rows[0], generator, self.tokenizer, self.mask_probability)
-        pixels = np.asarray(pair.image)
-        crops: list[np.ndarray] = []
+        crops: list[Crop] = []
         draws: list[Draw] = []
         for views in self.drawers:
-            crops.append(views.crop(pixels, generator))
+            crops.append(views.draw_crop(*pair.picture.size, generator))
             draws.append(views.draw(generator))
-        return _Sample(crops, draws, rows, masked, labels, tag=epoch * len(self.source) + index)
+        cut = self._cut(pair.picture, crops)
+        return _Sample(cut, draws, rows, masked, labels, tag=epoch * len(self.source) + index)
+
+    def _cut(self, picture: Picture, crops: list[Crop]) -> list[torch.Tensor]:
+        """Decode a picture, smaller where no crop falls below the view's size and it is allowed, and cut the views."""
+        size = self.image_views.size
+        for scale in picture.scales if self.scaled_decode else ():
+            reduced = [crop.reduced(scale) for crop in crops]
+            if all(min(crop.width, crop.height) >= size for crop in reduced):
+                return self._cut_from(picture.pixels(scale), reduced)
+        return self._cut_from(picture.pixels(), crops)
+
+    def _cut_from(self, pixels: np.ndarray, crops: list[Crop]) -> list[torch.Tensor]:
+        return [views.cut(pixels, crop) for views, crop in zip(self.drawers, crops, strict=True)]
 
     def _collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
         """Stack the samples; every text is padded to the longest, rounded up."""
         size, views = self.image_views.size, range(self.image_view_count)
-        images = np.empty((len(views), len(samples), 3, size, size), dtype=np.uint8)
-        for number, sample in enumerate(samples):
-            for view in views:
-                images[view, number] = sample.crops[view]
+        crops = [sample.crops[view] for view in views for sample in samples]
+        # In a worker this is memory that the training process shares, so that no second copy is made to hand it over.
+        images = default_collate(crops) if crops else torch.empty(0, dtype=torch.uint8)
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
         length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.tokenizer.context)
         texts = [_pad([sample.rows[view] for sample in samples], length) for view in range(self.text_view_count)]
         return PairBatch(
-            images=torch.from_numpy(images),
+            images=images.view(len(views), len(samples), 3, size, size),
             texts=torch.stack(texts),
             masked=_pad([sample.masked for sample in samples], length) if self.mask else None,
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if self.mask else None,
@@ -225,7 +241,7 @@ def _some(keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
 class _Sample(NamedTuple):
     """One pair with every random choice made."""
 
-    crops: list[np.ndarray]  # a view each, (3, S, S) uint8
+    crops: list[torch.Tensor]  # a view each, (3, S, S) uint8
     draws: list[Draw]
     rows: list[list[int]]  # the ids of each text view
     masked: list[int]

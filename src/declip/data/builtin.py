@@ -12,9 +12,10 @@ from declip.data.emoji_build import prepare_emoji
 from declip.data.icons import open_icons
 from declip.data.icons_build import prepare_icons
 from declip.data.pairs import BUILTIN_PREFIX, PairSource
+from declip.data.shard_names import names_shards
 from declip.data.stamps import open_stamps
 from declip.data.stamps_build import prepare_stamps
-from declip.errors import unknown
+from declip.errors import UserError, unknown
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def prepare(name: str, cache: str | Path | None = None, progress: bool = True) -
     Raises:
         UserError: There is no such set, or it cannot be made; the message says what is missing.
     """
+    if name.removeprefix(BUILTIN_PREFIX) not in BUILTINS and (names_shards(name) or Path(name).expanduser().exists()):
+        raise UserError(f"'{name}' is no built-in set. To write its pairs as shards, give the folder: --out DIR.")
     return _find(name).prepare(cache, progress)
 
 

@@ -34,13 +34,14 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
+def written_beside(target: Path, elsewhere: str = f"set {CACHE_VARIABLE} to another folder") -> Iterator[Path]:
     """Give a path beside `target` to write to, a file or a folder, and rename it to `target` when all went well.
 
     What a killed process left behind is removed a day later.
 
     Args:
         target: What is to exist. What was there before stays until the new one is whole.
+        elsewhere: How the user chooses another place, for the error.
 
     Yields:
         The path to write to; nothing is there yet.
@@ -59,7 +60,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         beside.replace(target)
         remove(old)
     except OSError as error:
-        raise _explained(error, target) from error
+        raise _explained(error, target, elsewhere) from error
     finally:
         if target.parent.is_dir():
             remove(beside)
@@ -80,9 +81,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _explained(error: OSError, target: Path) -> OSError | UserError:
+def _explained(error: OSError, target: Path, elsewhere: str) -> OSError | UserError:
     """The user's error where the disk or its rights are at fault, else the error itself."""
-    elsewhere = f"set {CACHE_VARIABLE} to another folder"
     if error.errno in FULL:
         return UserError(f"No room left on the disk to write '{target}'. Make room or {elsewhere}.")
     if error.errno in FORBIDDEN:

@@ -4,6 +4,8 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -58,19 +60,38 @@ def decode(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> Im
     Raises:
         BrokenPair: "missing image", "unreadable image", "truncated image" or "image too large".
     """
+    with opened(source, key, most_pixels) as image:
+        return upright(image)
+
+
+@contextmanager
+def opened(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> Iterator[Image.Image]:
+    """Open an image by its header and check its size; what fails here or while it is open says why.
+
+    Args:
+        source: The file, or its whole content.
+        key: The pair's key, for the error.
+        most_pixels: Largest width x height accepted, at most `MOST_PIXELS`.
+
+    Raises:
+        BrokenPair: As `decode` does.
+    """
     if isinstance(source, Path):
-        _check_file(source, key)
+        check_file(source, key)
     elif not source:
         raise BrokenPair("truncated image", key, "no bytes")
+    with explained(key), Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > most_pixels:
+            raise BrokenPair("image too large", key, f"{width} x {height} pixels, at most {most_pixels:,}")
+        yield image
+
+
+@contextmanager
+def explained(key: str) -> Iterator[None]:
+    """Turn what Pillow raises into a `BrokenPair` with its reason."""
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > most_pixels:
-                raise BrokenPair("image too large", key, f"{width} x {height} pixels, at most {most_pixels:,}")
-            image.load()
-            turn = TURNS.get(_orientation(image))
-            upright = _rgb(image)
-            return upright if turn is None else upright.transpose(turn)
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise BrokenPair("image too large", key, str(error)) from error
     except Image.UnidentifiedImageError as error:
@@ -80,6 +101,14 @@ def decode(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> Im
         raise BrokenPair(reason, key, str(error)) from error
     except DAMAGE as error:
         raise BrokenPair("unreadable image", key, f"{type(error).__name__}: {error}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decode an opened image as RGB, turned by its EXIF orientation, transparent pixels over white."""
+    image.load()
+    turn = TURNS.get(orientation(image))
+    colours = rgb(image)
+    return colours if turn is None else colours.transpose(turn)
 
 
 def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
@@ -106,8 +135,12 @@ def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
     return plain
 
 
-def _check_file(path: Path, key: str) -> None:
-    """Refuse what is not a plain file: opening a named pipe would wait for ever."""
+def check_file(path: Path, key: str) -> int:
+    """The bytes of a file; refuses what is not a plain one: opening a named pipe would wait for ever.
+
+    Raises:
+        BrokenPair: "missing image", "unreadable image", "image too large" or "truncated image".
+    """
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
@@ -118,9 +151,10 @@ def _check_file(path: Path, key: str) -> None:
         raise BrokenPair("image too large", key, f"a file of {status.st_size:,} bytes, at most {MOST_BYTES:,}")
     if not status.st_size:
         raise BrokenPair("truncated image", key, f"{path} is empty")
+    return status.st_size
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB: deep greys are scaled to 8 bits, transparent pixels lie over white."""
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
@@ -140,7 +174,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.nan_to_num(values).clip(0.0, top) * (255.0 / top) + 0.5).astype(np.uint8))
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) where there is none or the EXIF block cannot be read."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from declip.data.decode import EXTENSIONS, decode
 from declip.data.pairs import LONGEST_CAPTION, BrokenPair, Pair, clean_captions
+from declip.data.picture import UndecodedPair, open_picture
 from declip.errors import UserError
 
 MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION
@@ -47,6 +48,12 @@ class FolderSource:
         captions = self.captions(index)
         key, path = self._place(index)
         return Pair(key, decode(path, key), captions)
+
+    def undecoded(self, index: int) -> UndecodedPair:
+        """The pair with its picture opened only; raises `BrokenPair`."""
+        captions = self.captions(index)
+        key, path = self._place(index)
+        return UndecodedPair(key, open_picture(path, key), captions)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The cleaned captions of pair `index`; raises `BrokenPair`."""

@@ -7,8 +7,11 @@ first because it commutes with the rest: jitter and grey treat all pixels alike,
 mirrored border are symmetric.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +36,22 @@ LARGEST_SIDE = 4096
 LONGEST_SHAPE = 10
 """Of a picture longer than this many times its shorter side only the middle is resized: the rest is cut off
 anyway, and a line of 1 x 30,000 pixels would become one of 224 x 6,720,000."""
+
+
+class Crop(NamedTuple):
+    """What is cut out of a picture for one view, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    flip: bool
+
+    def reduced(self, scale: int) -> Crop:
+        """The same in a picture that is `scale` times smaller, to the nearest of its pixels."""
+        left, top = round(self.left / scale), round(self.top / scale)
+        right, bottom = round((self.left + self.width) / scale), round((self.top + self.height) / scale)
+        return Crop(left, top, right - left, bottom - top, self.flip)
 
 
 class ImageViews:
@@ -122,11 +141,31 @@ class ImageViews:
             w = max(1, round(height * self.crop_ratio[1]))
         return (width - w) // 2, (height - h) // 2, w, h
 
-    def crop(self, image: Image.Image | np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    def draw_crop(self, width: int, height: int, generator: np.random.Generator) -> Crop:
+        """Draw what is cut out of a picture of this size, and whether it is flipped."""
+        return Crop(*self.box(width, height, generator), bool(generator.random() < self.flip_p))
+
+    def cut(self, pixels: np.ndarray, crop: Crop) -> Tensor:
         """Crop, resize (bicubic, antialiased) and perhaps flip a picture.
 
         The resize is torch's on uint8: two to three times as quick as Pillow's and the same but for rounding
         between its two passes (a level or two of 255; more where an edge from black to white overshoots).
+
+        Args:
+            pixels: RGB, (H, W, 3) uint8.
+            crop: Inside them.
+
+        Returns:
+            (3, size, size) uint8.
+        """
+        left, top, width, height, flip = crop
+        # Cut first, so that what is around the box stays out of the filter, as torchvision does.
+        part = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
+        view = F.interpolate(part.permute(2, 0, 1).unsqueeze(0), (self.size, self.size), mode="bicubic", antialias=True)
+        return (view.flip(-1) if flip else view)[0]
+
+    def crop(self, image: Image.Image | np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Draw a crop and cut it out.
 
         Args:
             image: RGB, or its pixels (H, W, 3) uint8; those save the conversion when several views are made.
@@ -137,13 +176,7 @@ class ImageViews:
         """
         pixels = np.asarray(image)
         height, width = pixels.shape[:2]
-        left, top, width, height = self.box(width, height, generator)
-        # Cut first, so that what is around the box stays out of the filter, as torchvision does.
-        part = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
-        view = F.interpolate(
-            part.permute(2, 0, 1).unsqueeze(0), (self.size, self.size), mode="bicubic", antialias=True
-        )[0].numpy()
-        return view[:, :, ::-1] if generator.random() < self.flip_p else view
+        return self.cut(pixels, self.draw_crop(width, height, generator)).numpy()
 
     def draw(self, generator: np.random.Generator) -> Draw:
         """Draw the photometric parameters of one view.

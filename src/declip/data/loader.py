@@ -55,6 +55,7 @@ class PairLoader(Iterator[PairBatch]):
         base_view: Draws the first view instead, of the same size: SLIP's milder one for the contrast.
         shuffle_buffer: Pairs that are shuffled at a time, see `Assembler`.
         resample: Whether each step draws its pairs anew.
+        scaled_decode: Whether a JPEG may be decoded no larger than its crops need, see `Assembler`.
         rank, ranks: Which part of each batch to yield, of how many; with several, `count` is for the caller to call.
 
     Raises:
@@ -85,6 +86,7 @@ class PairLoader(Iterator[PairBatch]):
         base_view: ImageViews | None = None,
         shuffle_buffer: int | None = None,
         resample: bool = False,
+        scaled_decode: bool = True,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -108,6 +110,7 @@ class PairLoader(Iterator[PairBatch]):
             base_view=base_view,
             shuffle_buffer=shuffle_buffer,
             resample=resample,
+            scaled_decode=scaled_decode,
             rank=rank,
             ranks=ranks,
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from declip.data.order import Part, blocks_of
+from declip.data.picture import UndecodedPair, undecoded
 from declip.data.subset import Subset
 from declip.errors import UserError
 
@@ -79,6 +80,10 @@ class Mixture:
         """Raises BrokenPair as the source does."""
         source, inner = self.locate(index)
         return source[inner]
+
+    def undecoded(self, index: int) -> UndecodedPair:
+        """The pair with its picture as little decoded as its source can; raises `BrokenPair`."""
+        return undecoded(*self.locate(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of a pair, without its image."""

@@ -102,6 +102,13 @@ class SkipCounter:
         if len(kept) < EXAMPLES_KEPT and broken.key not in kept:
             kept.append(broken.key)
 
+    def merge(self, other: "SkipCounter") -> None:
+        """Add what another counter counted; keys that are kept stay few."""
+        for reason, keys in other.examples.items():
+            for key in keys:
+                self.add(BrokenPair(reason, key))
+            self.counts[reason] += other.counts[reason] - len(keys)
+
     @property
     def total(self) -> int:
         """How many were counted, whatever the reason."""

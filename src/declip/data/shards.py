@@ -12,6 +12,7 @@ from rich.progress import track
 
 from declip.data.decode import decode
 from declip.data.pairs import LONGEST_CAPTION, BrokenPair, Pair, clean_captions, is_unicode
+from declip.data.picture import UndecodedPair, open_picture
 from declip.data.shard_files import Shard, ShardFiles, UnreadableShard, find_shards
 from declip.data.shard_index import Index, cached_index, index_lock, make_index
 from declip.data.shard_remote import counts
@@ -78,6 +79,13 @@ class ShardSource:
         entry = _Entry(self, index)
         captions, keywords = entry.texts()
         return Pair(entry.key, decode(entry.content("image", LARGEST_IMAGE), entry.key), captions, keywords)
+
+    def undecoded(self, index: int) -> UndecodedPair:
+        """The pair with its picture opened only; raises `BrokenPair`."""
+        entry = _Entry(self, index)
+        captions, keywords = entry.texts()
+        picture = open_picture(entry.content("image", LARGEST_IMAGE), entry.key)
+        return UndecodedPair(entry.key, picture, captions, keywords)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The cleaned captions of pair `index`; raises `BrokenPair`."""

@@ -3,6 +3,7 @@
 import numpy as np
 
 from declip.data.pairs import Pair, PairSource
+from declip.data.picture import UndecodedPair, undecoded
 from declip.errors import UserError
 
 
@@ -30,6 +31,10 @@ class Subset:
     def __getitem__(self, index: int) -> Pair:
         """Raises BrokenPair as the source does."""
         return self.source[int(self.indices[index])]
+
+    def undecoded(self, index: int) -> UndecodedPair:
+        """The pair with its picture as little decoded as the source can; raises `BrokenPair`."""
+        return undecoded(self.source, int(self.indices[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of a pair, without its image."""

@@ -11,6 +11,7 @@ from PIL import Image
 
 from declip.data.decode import decode, image_below
 from declip.data.pairs import BrokenPair, Pair, clean_captions, printable
+from declip.data.picture import UndecodedPair, open_picture
 from declip.data.table_rows import Delimited, JsonLines, ParquetRows
 from declip.errors import UserError
 
@@ -108,14 +109,23 @@ class TableSource:
 
     def image(self, index: int) -> Image.Image:
         """The image of pair `index`, without its captions; raises `BrokenPair`."""
-        key, image = self.rows.key(index), self.rows.image(index)
-        if not image:
-            raise BrokenPair("missing image", key, "the table names none")
-        return decode(image if isinstance(image, bytes) else self._locate(image, key), key)
+        return decode(self._content(index), self.rows.key(index))
+
+    def undecoded(self, index: int) -> UndecodedPair:
+        """The pair with its picture opened only; raises `BrokenPair`."""
+        captions, key = self.captions(index), self.rows.key(index)
+        return UndecodedPair(key, open_picture(self._content(index), key), captions)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The cleaned captions of pair `index`; raises `BrokenPair`."""
         return clean_captions(self.rows.captions(index), self.rows.key(index))
+
+    def _content(self, index: int) -> Path | bytes:
+        """The file of a pair's image, or its bytes."""
+        key, image = self.rows.key(index), self.rows.image(index)
+        if not image:
+            raise BrokenPair("missing image", key, "the table names none")
+        return image if isinstance(image, bytes) else self._locate(image, key)
 
     def _locate(self, path: str, key: str) -> Path:
         """Where the image is."""

@@ -1,6 +1,5 @@
 """Inspecting a source of pairs: draw a sample, read it, and put together what was found."""
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from declip.data.checks import check_range
 from declip.data.pairs import BrokenPair, Pair, PairSource
 from declip.data.sources import open_source
 from declip.data.tokenizer import clean
+from declip.data.workers import usual_workers
 from declip.inspection.duplicates import across, coincidence, equal_groups, near_groups, repeated
 from declip.inspection.findings import find
 from declip.inspection.fingerprint import caption_hash
@@ -32,7 +32,6 @@ from declip.inspection.result import (
 )
 
 SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
-MOST_WORKERS = 8
 STRETCHES = 16
 """Parts of the source that a sample is drawn from evenly, so that it holds the beginning and the end."""
 
@@ -94,8 +93,7 @@ def inspect_source(
     if sample is not None:
         check_range("sample", sample, 1)
     check_range("seed", seed, 0)
-    if workers is None:
-        workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    workers = usual_workers() if workers is None else workers
     check_range("workers", workers, 0)
     check_range("size", size, 1)
     check_range("batch", batch, 2)

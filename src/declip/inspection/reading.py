@@ -1,27 +1,19 @@
 """Reading many pairs into arrays of numbers, in several processes, with a progress bar."""
 
-import signal
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from declip.data.decode import FORMATS
 from declip.data.folder import FolderSource
 from declip.data.pairs import BrokenPair, PairSource, SkipCounter
 from declip.data.table import TableSource
-from declip.errors import UserError
+from declip.data.workers import in_order, pairs_bar
 from declip.inspection.captions import CaptionCounts, token_count
 from declip.inspection.fingerprint import LOOK, caption_hash, image_hash, is_blank, look
 
@@ -91,17 +83,17 @@ def read(source: PairSource, places: np.ndarray, workers: int = 0, progress: str
     pairs = np.zeros(len(places), PAIR)
     found, filled, captions = Found(pairs, np.empty(0, CAPTION)), 0, []
     # The workers start here, before the bar's own thread does: a fork copies no thread.
-    stream = iter(_loader(parts, min(workers, len(parts))))
-    with _bar(bool(progress)) as bar:
+    stream = in_order(parts, len(parts), workers)
+    with pairs_bar(bool(progress)) as bar:
         task = bar.add_task(progress, total=len(places))
-        for part in _watched(stream):
+        for part in stream:
             pairs[filled : filled + len(part.pairs)] = part.pairs
             filled += len(part.pairs)
             captions.append(part.captions)
             found.counts.merge(part.counts)
             found.formats.update(part.formats)
             found.modes.update(part.modes)
-            _add(found.skipped, part.skipped)
+            found.skipped.merge(part.skipped)
             bar.advance(task, len(part.pairs) + part.skipped.total)
     found.pairs = pairs[:filled]
     if captions:
@@ -176,55 +168,3 @@ class _Parts(Dataset):
 
     def __getitem__(self, index: int) -> Found:
         return read_part(self.source, self.parts[index])
-
-
-def _loader(parts: _Parts, workers: int) -> DataLoader:
-    return DataLoader(
-        parts,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,  # torch would turn arrays into tensors
-        worker_init_fn=_leave_interrupts_to_the_main_process,
-        generator=torch.Generator(),
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
-
-
-def _leave_interrupts_to_the_main_process(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _as_it_is(found: Any) -> Any:
-    return found
-
-
-def _watched(stream: Iterator[Found]) -> Iterator[Found]:
-    try:
-        yield from stream
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
-            raise
-        raise UserError(
-            f"A process that reads pairs was lost: {error} Most often memory ran out. Use fewer workers (0 reads in "
-            "this process)."
-        ) from error
-
-
-def _add(total: SkipCounter, part: SkipCounter) -> None:
-    """Add counts; keys that are kept stay few."""
-    for reason, row in part.to_dict()["reasons"].items():
-        for key in row["examples"]:
-            total.add(BrokenPair(reason, key))
-        total.counts[reason] += row["count"] - len(row["examples"])
-
-
-class _Speed(ProgressColumn):
-    """Pairs a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} pairs/s" if task.speed else "")
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -100,6 +100,7 @@ def build_loader(
         ranks=distributed.world_size(),
         shuffle_buffer=recipe.data.shuffle_buffer,
         resample=recipe.data.resample,
+        scaled_decode=recipe.data.scaled_decode,
     )
 
 

@@ -1,0 +1,211 @@
+"""Pairs a second that one core loads: two views of JPEG files and their captions, beside what others do.
+
+    python benchmarks/loader.py --repeats 7 --size 224 --json
+
+`PairLoader` reads captions, augments and masks them, and tokenises all three; of the peers, torchvision's does the two
+views alone and open_clip's tokenises the caption once. What is compared takes turns in one process, on one thread.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from io import BytesIO
+from itertools import cycle
+from unittest.mock import patch
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image, ImageFilter
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_sample_images
+from torchvision import transforms
+
+from declip.config import ImageTower, ImageView
+from declip.data import picture
+from declip.data.decode import decode
+from declip.data.image_views import ImageViews
+from declip.data.loader import PairLoader
+from declip.data.pairs import Pair
+from declip.data.picture import UndecodedPair, open_picture
+from declip.data.tokenizer import Tokenizer
+from pairs import open_pairs
+from timing import row, take_turns
+
+PAIRS = 64
+"""Also a batch, so that every turn loads the same files."""
+
+SIZES = ((500, 375), (2048, 1536))
+QUALITY = 90
+SCENES = (
+    "the roofs of an old chinese temple above green trees under a clear sky",
+    "a large orange flower with many petals in front of a dark garden",
+)
+
+
+class Files:
+    """JPEG files in memory, each with a caption."""
+
+    def __init__(self, name: str, files: list[bytes], captions: list[str]) -> None:
+        self.name, self.files, self.said = name, files, captions
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(str(index), decode(self.files[index], str(index)), self.captions(index))
+
+    def undecoded(self, index: int) -> UndecodedPair:
+        """As sources of files do it."""
+        return UndecodedPair(str(index), open_picture(self.files[index], str(index)), self.captions(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """One caption."""
+        return (self.said[index],)
+
+
+def photographs(width: int, height: int) -> Files:
+    """Parts of scikit-learn's two photographs, brought to one size."""
+    images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    generator, files, captions = np.random.default_rng(0), [], []
+    for number, (image, said) in zip(range(PAIRS), cycle(zip(images, SCENES, strict=True)), strict=False):
+        share, across, down = generator.uniform(0.6, 1), *generator.random(2)
+        left, top = across * (1 - share) * image.width, down * (1 - share) * image.height
+        box = (left, top, left + share * image.width, top + share * image.height)
+        files.append(encoded(image.resize((width, height), Image.Resampling.BICUBIC, box)))
+        captions.append(f"{said}, number {number}")
+    return Files(f"photographs, {width} x {height}", files, captions)
+
+
+def drawings() -> Files:
+    """Emoji where they are prepared, else shapes, at their own size."""
+    source = open_pairs()
+    found = [source[len(source) // PAIRS * number] for number in range(PAIRS)]
+    return Files(f"{source.name}, 96 x 96", [encoded(pair.image) for pair in found], [p.captions[0] for p in found])
+
+
+def encoded(image: Image.Image) -> bytes:
+    """A JPEG file of a picture."""
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
+
+
+class Blur:
+    """Pillow's Gaussian blur of a random sigma, quicker on a picture than torchvision's; SLIP has the same."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(float(np.random.uniform(*ImageView().blur_sigma))))
+
+
+def torchvision_view(size: int) -> transforms.Compose:
+    """One view of MoCo v2's, as DeCLIP's authors and SLIP have it; its crop's resize is bilinear, ours bicubic."""
+    tower, view = ImageTower(), ImageView()
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, view.crop_area),
+            transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_p),
+            transforms.RandomGrayscale(view.grey_p),
+            transforms.RandomApply([Blur()], view.blur_p),
+            transforms.RandomHorizontalFlip(view.flip_p),
+            transforms.ToTensor(),
+            transforms.Normalize(tower.mean, tower.std),
+        ]
+    )
+
+
+def rgb(file: bytes) -> Image.Image:
+    """A file as the peers decode it."""
+    return Image.open(BytesIO(file)).convert("RGB")
+
+
+def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
+    """What is compared, each for `PAIRS` pairs."""
+    tower, view = ImageTower(), ImageView()
+    views = ImageViews(size, mean=tower.mean, std=tower.std, **view.model_dump())
+    theirs, tokenizer = torchvision_view(size), Tokenizer()
+    one_view, tokenize = open_clip.image_transform(size, is_train=True), open_clip.get_tokenizer("ViT-B-32")
+
+    def ours(finish: bool, fast: bool = True, **options: bool) -> Callable[[], object]:
+        loader = PairLoader(source, tokenizer, views, batch=PAIRS, seed=0, **options)
+
+        def load() -> torch.Tensor:
+            with nullcontext() if fast else patch.object(picture, "simplejpeg", None):
+                batch = next(loader)
+            return views.finish(batch.images, batch.photometric) if finish else batch.images
+
+        return load
+
+    def torchvisions() -> torch.Tensor:
+        pictures = map(rgb, source.files)
+        return torch.stack([torch.stack((theirs(each), theirs(each))) for each in pictures], 1)
+
+    def open_clips() -> tuple[torch.Tensor, torch.Tensor]:
+        pictures = map(rgb, source.files)
+        return torch.stack([torch.stack((one_view(each), one_view(each))) for each in pictures], 1), tokenize(
+            source.said
+        )
+
+    found = {
+        "declip, colours left to the device": ours(finish=False),
+        "the same, whole pictures decoded": ours(finish=False, scaled_decode=False),
+        "the same, without simplejpeg": ours(finish=False, fast=False, scaled_decode=False),
+        "declip, all on the CPU": ours(finish=True),
+        "Pillow and torchvision": torchvisions,
+        "open_clip's view, twice": open_clips,
+    }
+    if picture.simplejpeg is None:
+        del found["the same, without simplejpeg"]
+    return found
+
+
+def measure(repeats: int, size: int = 224) -> list[dict[str, object]]:
+    """Pairs a second of one core, from JPEG files in memory."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    decoder = "Pillow" if picture.simplejpeg is None else "simplejpeg"
+    rows = []
+    for source in (drawings(), *(photographs(*each) for each in SIZES)):
+        seconds = take_turns(repeats, tasks(source, size))
+        device, cpu = (seconds[f"declip, {where}"] for where in ("colours left to the device", "all on the CPU"))
+        for what, taken in seconds.items():
+            common = {
+                "pictures": source.name,
+                "decoder": decoder,
+                "threads": 1,
+                "bytes": sum(map(len, source.files)) // PAIRS,
+            }
+            ratios = {"times_device": round(taken / device, 2), "times_cpu": round(taken / cpu, 2)}
+            rows.append(row(f"loading, {size} px", what, taken, PAIRS, "pairs", **common, **ratios))
+    torch.set_num_threads(threads)
+    return rows
+
+
+def main() -> None:
+    """Measure, and show a table or print the rows."""
+    from run import machine
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each, at least 1 (default 7)")
+    parser.add_argument("--size", type=int, default=224, help="pixels of a view (default 224)")
+    parser.add_argument("--json", action="store_true", help="print machine and rows as JSON instead of a table")
+    options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; give 1 or more")
+    about = machine()
+    rows = measure(options.repeats, options.size)
+    if options.json:
+        print(json.dumps({"machine": about, "repeats": options.repeats, "rows": rows}))
+        return
+    table = Table("pictures", "what", "ms a pair", "pairs/s", "time of the device's", "of the CPU's", title="Medians")
+    for found in rows:
+        each = f"{found['microseconds_each'] / 1000:.2f}"
+        ratios = (f"{found[key]:.2f} ×" for key in ("times_device", "times_cpu"))
+        table.add_row(found["pictures"], found["what"], each, f"{found['per_second']:,.0f}", *ratios)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
