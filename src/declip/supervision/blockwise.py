@@ -69,13 +69,15 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _blocks(rows: Tensor, keys: Tensor, excluded: int | None) -> Iterator[tuple[int, int, Tensor]]:
-    """Logits of some rows after the other, all in the same memory: start, stop, (stop - start, N)."""
+    """Logits of some rows after the other, all in the same memory: start, stop, (stop - start, N).
+
+    Autocast leaves products alone that are written into given memory.
+    """
     size = max(1, BLOCK_BYTES // (len(keys) * keys.itemsize))
     memory = rows.new_empty(min(size, len(rows)), len(keys))
-    with torch.autocast(rows.device.type, enabled=False):
-        for start in range(0, len(rows), size):
-            stop = min(start + size, len(rows))
-            logits = torch.mm(rows[start:stop], keys.mT, out=memory[: stop - start])
-            if excluded is not None:
-                logits.diagonal(excluded + start).fill_(-torch.inf)
-            yield start, stop, logits
+    for start in range(0, len(rows), size):
+        stop = min(start + size, len(rows))
+        logits = torch.mm(rows[start:stop], keys.mT, out=memory[: stop - start])
+        if excluded is not None:
+            logits.diagonal(excluded + start).fill_(-torch.inf)
+        yield start, stop, logits
