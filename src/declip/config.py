@@ -203,6 +203,7 @@ class NearestNeighbour(Section):
 
     queue_size: int = Field(65536, ge=1)
     symmetric: bool = Field(False, description="True: the paper's formula; False: the authors' code")
+    lookup: Literal["fp32", "bf16"] = Field("fp32", description="precision of the similarities to the queue")
 
 
 class LateInteraction(Section):
@@ -254,6 +255,9 @@ class Train(Section):
     chunk: int | None = Field(None, ge=1, description="pairs of a process's part that the towers see at a time")
     chunk_inexact: bool = Field(False, description="allow chunks for a tower with batch norm, which sees each alone")
     recompute_activations: bool = Field(False, description="less memory for a third more time")
+    largest_logits_mb: float = Field(
+        256, gt=0, description="10^6 bytes; larger loss matrices are made in blocks, twice, instead of being kept"
+    )
     patience: float = Field(600, gt=0, description="seconds a process waits for another at a step before it gives up")
     length_groups: int = Field(1, ge=1, description="encode captions sorted by length, in so many groups")
     compile: bool = Field(False, description="torch.compile for the towers")

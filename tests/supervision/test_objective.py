@@ -15,7 +15,8 @@ from declip.config import Recipe
 from declip.data.batch import PairBatch
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.supervision import contrastive
+from declip.supervision import blockwise, contrastive, late_interaction
+from declip.supervision.nearest_neighbour import Queue
 from declip.supervision.objective import Objective, alone
 from declip.training import distributed
 
@@ -163,6 +164,45 @@ def test_a_batch_that_lacks_something_is_named(weights: dict, change: dict, mess
     masked = None if "masked" in change else batch.masked
     with pytest.raises(UserError, match=message):
         objective(model, PairBatch(images, texts, masked, None if masked is None else batch.labels))
+
+
+@pytest.mark.parametrize(("name", "matrices"), [("slip", (2, 2)), ("defilip", (12, 0))])
+def test_loss_matrices_above_the_recipes_limit_are_made_in_blocks(
+    name: str, matrices: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 pairs in float64: matrices of 512 bytes, those of NT-Xent of 1,024; FILIP's positions are more than that."""
+    calls: list[str] = []
+    inner, checkpoint = blockwise.cross_entropy, late_interaction.checkpoint
+    monkeypatch.setattr(blockwise, "cross_entropy", lambda *x: calls.append("blocks") or inner(*x))
+    monkeypatch.setattr(late_interaction, "checkpoint", lambda *x, **k: calls.append("late") or checkpoint(*x, **k))
+    batch, found = random_batch(), []
+    batch = replace(batch, images=batch.images.double())
+    for limit, expected in ((256, 0), (512e-6, matrices[1]), (511e-6, sum(matrices))):
+        model, objective = parts(WEIGHTS[name], train={**TINY["train"], "largest_logits_mb": limit})
+        model.double(), objective.double()
+        objective(model, batch)
+        calls.clear()
+        terms = objective(model, batch)
+        terms["total"].backward()
+        gradients = [p.grad for p in (*model.parameters(), *objective.parameters()) if p.grad is not None]
+        found.append([*terms.values(), *gradients])
+        assert calls.count("blocks") == expected
+        assert calls.count("late") == (16 if name == "defilip" and limit < 1 else 0), "a pair at a time, both ways"
+    for other in found[1:]:
+        for x, y in zip(other, found[0], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
+
+
+def test_the_queue_is_searched_in_the_recipes_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    nearest = Queue.nearest
+    monkeypatch.setattr(Queue, "nearest", lambda *x: seen.append(x[2]) or nearest(*x))
+    for lookup in ("fp32", "bf16"):
+        sections = {**TINY["nearest_neighbour"], "lookup": lookup}
+        model, objective = parts({"nearest_neighbour": 1.0}, nearest_neighbour=sections)
+        objective(model, random_batch())
+        objective(model, random_batch())
+    assert seen == [None, torch.bfloat16]
 
 
 def test_scales_are_limited_after_the_step() -> None:

@@ -110,6 +110,13 @@ def test_ranks_learn_what_one_process_learns(alone: Any, tmp_path: Path, counts:
         compare(expected, theirs)
 
 
+def test_ranks_with_loss_matrices_in_blocks_learn_the_same(tmp_path: Path) -> None:
+    names = ["slip", "defilip"]
+    expected = some_recipes(names, (BATCH,), "layer norm", {})
+    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"largest_logits_mb": 1e-5}):
+        compare(expected, theirs)
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str) -> None:
     names = ["declip"]

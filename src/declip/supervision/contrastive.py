@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from declip.supervision import blockwise
+
 
 def in_full_precision(x: Tensor) -> Tensor:
     """Give `x` in float32, or as it is when it is float64 already."""
@@ -29,7 +31,7 @@ def scaled_similarity(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tens
         return (scale * in_full_precision(rows)) @ in_full_precision(keys).mT
 
 
-def one_way(rows: Tensor, keys: Tensor, scale: Tensor | float, offset: int = 0) -> Tensor:
+def one_way(rows: Tensor, keys: Tensor, scale: Tensor | float, offset: int = 0, largest: float | None = None) -> Tensor:
     """Cross-entropy of each row against all keys, its own key being row `offset` + its position.
 
     Equals the plain loop
@@ -40,16 +42,26 @@ def one_way(rows: Tensor, keys: Tensor, scale: Tensor | float, offset: int = 0) 
         keys: (N, d), L2-normalised, of all ranks in rank order; N >= offset + B.
         scale: exp(logit_scale), the inverse temperature.
         offset: Row of `keys` that belongs to the first of `rows`.
+        largest: Bytes of logits that may be kept for the backward pass; more are made in blocks, twice. None: all.
 
     Returns:
         The loss, a scalar.
     """
+    rows, keys = in_full_precision(rows), in_full_precision(keys)
+    if blockwise.exceeds(largest, rows, len(keys)):
+        return blockwise.cross_entropy(scale * rows, keys, offset)
     positives = torch.arange(offset, offset + len(rows), device=rows.device)
     return F.cross_entropy(scaled_similarity(rows, keys, scale), positives)
 
 
 def info_nce(
-    image: Tensor, text: Tensor, image_keys: Tensor, text_keys: Tensor, scale: Tensor | float, offset: int = 0
+    image: Tensor,
+    text: Tensor,
+    image_keys: Tensor,
+    text_keys: Tensor,
+    scale: Tensor | float,
+    offset: int = 0,
+    largest: float | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE between images and texts: CLIP's loss (arXiv 2103.00020, figure 3), DeCLIP's L_CLIP.
 
@@ -65,17 +77,24 @@ def info_nce(
         text_keys: (N, d) text features of all ranks, with gradient.
         scale: exp(logit_scale).
         offset: Row of the keys that belongs to this rank's first pair.
+        largest: See `one_way`.
 
     Returns:
-        The loss, a scalar. Two (B, N) logit matrices are kept for the backward pass.
+        The loss, a scalar. Two (B, N) logit matrices are kept for the backward pass, up to `largest` each.
     """
-    image_to_text = one_way(image, text_keys, scale, offset)
-    text_to_image = one_way(text, image_keys, scale, offset)
+    image_to_text = one_way(image, text_keys, scale, offset, largest)
+    text_to_image = one_way(text, image_keys, scale, offset, largest)
     return (image_to_text + text_to_image) / 2
 
 
 def multi_view(
-    images: Tensor, texts: Tensor, image_keys: Tensor, text_keys: Tensor, scale: Tensor | float, offset: int = 0
+    images: Tensor,
+    texts: Tensor,
+    image_keys: Tensor,
+    text_keys: Tensor,
+    scale: Tensor | float,
+    offset: int = 0,
+    largest: float | None = None,
 ) -> Tensor:
     """Contrast of the augmented views: all pairings but the first (L_MVS of DeCLIP, arXiv 2110.05208).
 
@@ -90,10 +109,11 @@ def multi_view(
         text_keys: (2, N, d) text features of all ranks, with gradient.
         scale: exp(logit_scale).
         offset: Row of the keys that belongs to this rank's first pair.
+        largest: See `one_way`.
 
     Returns:
-        The loss, a scalar. Six (B, N) logit matrices are kept for the backward pass.
+        The loss, a scalar. Six (B, N) logit matrices are kept for the backward pass, up to `largest` each.
     """
     pairings = islice(product(range(len(images)), range(len(texts))), 1, None)
-    losses = [info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset) for i, j in pairings]
+    losses = [info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset, largest) for i, j in pairings]
     return torch.stack(losses).mean()

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from declip.supervision.contrastive import in_full_precision
 
@@ -88,6 +89,7 @@ def late_interaction(
     scale: Tensor | float,
     offset: int = 0,
     count_padding: bool = False,
+    largest: float | None = None,
 ) -> Tensor:
     """InfoNCE on token-wise similarities (FILIP, arXiv 2111.07783; in DeFILIP, arXiv 2203.05796).
 
@@ -110,12 +112,41 @@ def late_interaction(
         scale: exp of the logit scale that this term has for itself.
         offset: Row of the keys that belongs to this rank's first pair.
         count_padding: Let padding count like words, as the authors' code does; both masks are ignored.
+        largest: Bytes of positions of maxima that may be kept for the backward pass in each direction; with more, the
+            similarities are made a block of rows at a time, twice. None: all.
 
     Returns:
         The loss, a scalar.
     """
     own, keys = (None, None) if count_padding else (word_mask, word_key_mask)
-    positives = torch.arange(offset, offset + len(image_tokens), device=image_tokens.device)
-    image_to_text = F.cross_entropy(scale * similarity(image_tokens, word_keys, key_mask=keys), positives)
-    text_to_image = F.cross_entropy(scale * similarity(word_tokens, image_keys, mask=own), positives)
+    image_to_text = _one_way(image_tokens, word_keys, None, keys, scale, offset, largest)
+    text_to_image = _one_way(word_tokens, image_keys, own, None, scale, offset, largest)
     return (image_to_text + text_to_image) / 2
+
+
+def _one_way(
+    tokens: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    scale: Tensor | float,
+    offset: int,
+    largest: float | None,
+) -> Tensor:
+    """Cross-entropy of samples against key samples, whole or in blocks of rows that are forgotten in between."""
+
+    def loss(start: int, stop: int, reduction: str) -> Tensor:
+        positives = torch.arange(offset + start, offset + stop, device=tokens.device)
+        some_mask = None if mask is None else mask[start:stop]
+        logits = scale * similarity(tokens[start:stop], keys, some_mask, key_mask)
+        return F.cross_entropy(logits, positives, reduction=reduction)
+
+    count, bytes_of_row = len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize
+    if largest is None or count * bytes_of_row <= largest:
+        return loss(0, count, "mean")
+    size = max(1, int(largest // bytes_of_row))
+    sums = [
+        checkpoint(loss, start, min(start + size, count), "sum", use_reentrant=False, preserve_rng_state=False)
+        for start in range(0, count, size)
+    ]
+    return torch.stack(sums).sum() / count

@@ -1,5 +1,6 @@
 """Nearest-neighbour supervision: a queue of past text features, and the contrast with what is found in it."""
 
+import math
 from itertools import product
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from declip.supervision.contrastive import one_way
 
 NO_TAG = -1
+
+SIMILARITIES_AT_ONCE = 2**26
+"""Similarities of queries to features that a lookup holds: 256 MiB in float32, whatever the batch."""
 
 
 class Queue(nn.Module):
@@ -87,14 +91,17 @@ class Queue(nn.Module):
         self.push(features, tags)
 
     @torch.no_grad()
-    def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Find each query's nearest feature by cosine, in one matrix product: n · len(queue) float32 values.
+    def nearest(self, queries: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Find each query's nearest feature by cosine: 2·n·len(queue)·width operations.
 
         Equals the plain loop
             rows[i] = argmax over r < written of queries[i]·features[r]
+        in one matrix product, or in several where it would hold more than `SIMILARITIES_AT_ONCE`.
 
         Args:
             queries: (n, width), any length; give all views together.
+            dtype: What the product is computed in; None: as the features, float32. In bfloat16 the cosine of what is
+                found is the best one or up to 3·2⁻⁸ below it: three roundings of 2⁻⁹ on either side.
 
         Returns:
             The features found (n, width), float32 and without gradient, and their slots (n,): `tags[slots]` says
@@ -105,9 +112,11 @@ class Queue(nn.Module):
         """
         if self.written == 0:
             raise LookupError("nothing to find: the queue is empty; check len(queue) before searching it")
+        dtype = dtype or self.features.dtype
+        rows, keys = queries.to(self.features).to(dtype), self.features[: self.written].to(dtype)
+        blocks = max(1, math.ceil(len(rows) * len(keys) / SIMILARITIES_AT_ONCE))
         with torch.autocast(queries.device.type, enabled=False):
-            similarity = queries.to(self.features) @ self.features[: self.written].mT
-        slots = similarity.argmax(dim=1)
+            slots = torch.cat([(some @ keys.mT).argmax(dim=1) for some in rows.tensor_split(blocks)])
         return self.features[slots], slots
 
     def ordered(self) -> Tensor:
@@ -133,6 +142,7 @@ def neighbour_contrast(
     offset: int = 0,
     symmetric: bool = False,
     image_keys: Tensor | None = None,
+    largest: float | None = None,
 ) -> Tensor:
     """Contrast images with their captions' nearest neighbours (L_NNS of DeCLIP, arXiv 2110.05208).
 
@@ -149,16 +159,18 @@ def neighbour_contrast(
         offset: Row of the keys that belongs to this rank's first pair.
         symmetric: Add the direction from neighbour to image.
         image_keys: (V, N, d) image features of all ranks, with gradient; needed only when symmetric.
+        largest: See `contrastive.one_way`.
 
     Returns:
-        The loss, a scalar. V·T (B, N) matrices are kept for the backward pass, twice as many when symmetric.
+        The loss, a scalar. V·T (B, N) matrices are kept for the backward pass, twice as many when symmetric, up to
+        `largest` each.
     """
     keys = neighbour_keys.detach()
     pairings = list(product(range(len(images)), range(len(keys))))
-    to_text = torch.stack([one_way(images[i], keys[j], scale, offset) for i, j in pairings]).mean()
+    to_text = torch.stack([one_way(images[i], keys[j], scale, offset, largest) for i, j in pairings]).mean()
     if not symmetric:
         return to_text
     assert image_keys is not None, "the symmetric form needs image_keys"
     own = neighbours.detach()
-    to_image = torch.stack([one_way(own[j], image_keys[i], scale, offset) for i, j in pairings]).mean()
+    to_image = torch.stack([one_way(own[j], image_keys[i], scale, offset, largest) for i, j in pairings]).mean()
     return (to_text + to_image) / 2

@@ -191,12 +191,13 @@ class Objective(nn.Module):
 
     def terms(self, own: Features, keys: Features, scale: Tensor, offset: int) -> dict[str, Tensor]:
         """The terms that contrast this rank's rows with all ranks' (formulas: docs/method.md)."""
+        largest = self._largest
         functions: dict[str, Callable[[], Tensor]] = {
             "contrastive": lambda: contrastive.info_nce(
-                own.images[0], own.texts[0], keys.images[0], keys.texts[0], scale, offset
+                own.images[0], own.texts[0], keys.images[0], keys.texts[0], scale, offset, largest
             ),
             "multi_view": lambda: contrastive.multi_view(
-                own.images[-2:], own.texts, keys.images[-2:], keys.texts, scale, offset
+                own.images[-2:], own.texts, keys.images[-2:], keys.texts, scale, offset, largest
             ),
             "simsiam": lambda: simsiam.negative_cosine(*_given(own.simsiam)),
             "masked_language": lambda: self._masked_language(own, keys),
@@ -236,8 +237,14 @@ class Objective(nn.Module):
         """Places of the nearest neighbours of (T, B, d) in the queue, (B, T); None while it is empty."""
         if self.queue is None or len(self.queue) == 0:
             return None
-        _, slots = self.queue.nearest(texts.detach().flatten(0, 1))
+        dtype = torch.bfloat16 if self.recipe.nearest_neighbour.lookup == "bf16" else None
+        _, slots = self.queue.nearest(texts.detach().flatten(0, 1), dtype)
         return slots.unflatten(0, texts.shape[:2]).mT
+
+    @property
+    def _largest(self) -> float:
+        """Bytes of a loss matrix that may be kept for the backward pass."""
+        return 1e6 * self.recipe.train.largest_logits_mb
 
     def _simsiam(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z1, z2 = (self.projector(view) for view in pooled)
@@ -248,7 +255,7 @@ class Objective(nn.Module):
 
     def _nt_xent(self, own: Tensor | None, keys: Tensor | None, offset: int) -> Tensor:
         (z1, z2), (keys1, keys2) = _given(own), _given(keys)
-        return simclr.nt_xent(z1, z2, keys1, keys2, self.recipe.simclr.temperature, offset)
+        return simclr.nt_xent(z1, z2, keys1, keys2, self.recipe.simclr.temperature, offset, self._largest)
 
     def _language(self, rows: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor] | None:
         return None if rows is None or targets is None else (self.language_head(rows), targets)
@@ -274,6 +281,7 @@ class Objective(nn.Module):
             offset=offset,
             symmetric=self.recipe.nearest_neighbour.symmetric,
             image_keys=keys.images[-2:],
+            largest=self._largest,
         )
 
     def _late_interaction(self, own: Features, keys: Features, offset: int) -> Tensor:
@@ -287,6 +295,7 @@ class Objective(nn.Module):
             scale=self.late_scale.exp(),
             offset=offset,
             count_padding=self.recipe.late_interaction.count_padding,
+            largest=self._largest,
         )
 
     def _key_tokens(self, own: Features) -> Features:

@@ -4,10 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from declip.supervision import blockwise
 from declip.supervision.contrastive import in_full_precision, scaled_similarity
 
 
-def nt_xent(z1: Tensor, z2: Tensor, keys1: Tensor, keys2: Tensor, temperature: float = 0.1, offset: int = 0) -> Tensor:
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    keys1: Tensor,
+    keys2: Tensor,
+    temperature: float = 0.1,
+    offset: int = 0,
+    largest: float | None = None,
+) -> Tensor:
     """NT-Xent over both views of all images (SimCLR, arXiv 2002.05709, equation 1; SLIP, arXiv 2112.12750).
 
     Each view looks for the other view of its image among both views of all images, itself left out.
@@ -23,11 +32,17 @@ def nt_xent(z1: Tensor, z2: Tensor, keys1: Tensor, keys2: Tensor, temperature: f
         keys2: (N, d) view 2 of all ranks.
         temperature: Divides the cosines.
         offset: Row of the keys that belongs to this rank's first image.
+        largest: See `contrastive.one_way`.
 
     Returns:
-        The loss, a scalar. Two (B, 2N) logit matrices are kept for the backward pass.
+        The loss, a scalar. Two (B, 2N) logit matrices are kept for the backward pass, up to `largest` each.
     """
     z1, z2, keys1, keys2 = (F.normalize(in_full_precision(x), dim=-1) for x in (z1, z2, keys1, keys2))
+    if blockwise.exceeds(largest, z1, 2 * len(keys1)):
+        excluded = len(keys1) + offset
+        first = blockwise.cross_entropy(z1 / temperature, torch.cat([keys2, keys1]), offset, excluded)
+        second = blockwise.cross_entropy(z2 / temperature, torch.cat([keys1, keys2]), offset, excluded)
+        return (first + second) / 2
     positives = torch.arange(offset, offset + len(z1), device=z1.device)
     itself = positives.unsqueeze(1) == torch.arange(len(keys1), device=z1.device)
 

@@ -1,0 +1,173 @@
+"""A training step with `train.chunk` against one that sees its batch whole: memory, time and gradients.
+
+    python benchmarks/chunks.py --batch 512 --chunk 128 32              small pictures, a minute or two
+    python benchmarks/chunks.py --image vit_base_patch32_clip_quickgelu_224 --batch 4096 --chunk 64
+
+Each step is a fresh process's first: towers, AdamW, a queue full of random rows, and a batch of random pictures with
+captions. For each chunk there is a row for a whole batch of its size: what the large batch should need too, apart from
+what its pairs leave behind (pictures as the loader gives them, what the towers made of them, loss matrices). A whole
+batch that would not fit is left out. Gradients are compared on `--agree` pairs, both ways. The last line is JSON.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.models import get_pretrained_cfg
+from torch import Tensor
+
+from declip.config import Recipe, load_recipe
+from declip.data.batch import PairBatch, Photometric
+from declip.data.image_views import ImageViews
+from declip.models.dual_encoder import DualEncoder
+from declip.models.image_tower import SMALL_TOWERS
+from declip.supervision.masked_language import IGNORED
+from declip.supervision.objective import Objective
+from declip.training.build import image_views
+from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.parallel import build_learner
+from declip.training.step import StepParts, training_step
+from memory import added_peak, available, in_fresh_process, resident
+from run import machine
+
+
+def read_recipe(options: argparse.Namespace, batch: int, chunk: int | None) -> Recipe:
+    """The recipe to take a step of: of demo size for the small towers, else CLIP's as published."""
+    small = options.image in SMALL_TOWERS
+    size = 32 if small else get_pretrained_cfg(options.image).input_size[-1]
+    keys = {"image.name": options.image, "image.size": size, "train.batch": batch, "train.chunk": chunk}
+    keys |= {"train.precision": options.precision, "train.threads": options.threads, "train.device": "cpu"}
+    return load_recipe(options.recipe or ("declip" if small else "clip-yfcc15m-vitb32"), keys)
+
+
+def make_batch(recipe: Recipe, model: DualEncoder, views: ImageViews) -> PairBatch:
+    """Pairs as the loader gives them, their pictures random."""
+    count, generator = recipe.train.batch, torch.Generator().manual_seed(0)
+    shape = (recipe.image_view_count, count, 3, recipe.image.size, recipe.image.size)
+    draws = np.random.default_rng(0)
+    captions = model.tokenizer([f"a drawing of thing number {n} on a white page" for n in range(count)])
+    masked, labels = captions.clone(), torch.full_like(captions, IGNORED)
+    labels[:, 2], masked[:, 2] = captions[:, 2], model.tokenizer.mask
+    return PairBatch(
+        images=torch.randint(256, shape, generator=generator, dtype=torch.uint8),
+        texts=captions.expand(recipe.text_view_count, -1, -1),
+        masked=masked if recipe.masks else None,
+        labels=labels if recipe.masks else None,
+        photometric=Photometric.stack([[views.draw(draws) for _ in range(count)] for _ in range(shape[0])]),
+    )
+
+
+def prepare(recipe: Recipe) -> tuple[StepParts, PairBatch]:
+    """What a step needs."""
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe).train()
+    objective = Objective.for_model(recipe, model).train()
+    if objective.queue is not None:
+        objective.queue.fill(torch.randn(objective.queue.size, recipe.embed_dim))
+    views = image_views(recipe)
+    parts = StepParts(
+        learner=build_learner(recipe, model, objective),
+        optimizer=build_optimizer(named_trainable(model, objective), recipe.train),
+        views=views,
+        precision=recipe.train.precision,
+        chunk=recipe.train.chunk,
+    )
+    return parts, make_batch(recipe, model, views)
+
+
+def one_step(recipe: Recipe) -> dict[str, float]:
+    """Take a step in this process; gigabytes are 10^9 bytes."""
+    parts, batch = prepare(recipe)
+    held = resident()
+    losses: dict[str, Tensor] = {}
+    started, used = time.perf_counter(), time.process_time()
+    added = added_peak(lambda: losses.update(training_step(parts, batch)))
+    return {
+        "GB": round((held + added) / 1e9, 3),
+        "GB before the step": round(held / 1e9, 3),
+        "GB of pictures": round(batch.images.nbytes / 1e9, 3),
+        "seconds": round(time.perf_counter() - started, 2),
+        "processor seconds": round(time.process_time() - used, 2),
+        "loss": float(losses["total"]),
+        "gradient norm": float(losses["grad_norm"]),
+    }
+
+
+def gradients(recipe: Recipe) -> dict[str, Tensor]:
+    """Every parameter's gradient."""
+    parts, batch = prepare(recipe)
+    training_step(parts, batch)
+    named = {name: p.grad for name, p in parts.learner.named_parameters() if p.grad is not None}
+    return {name: gradient.clone() for name, gradient in named.items()}
+
+
+def agreement(whole: Recipe, in_chunks: Recipe) -> dict[str, float]:
+    """How far the gradients are apart: over the length of all together, and over each parameter's largest entry."""
+    expected, found = gradients(whole), gradients(in_chunks)
+    assert expected.keys() == found.keys()
+    apart = torch.stack([(found[name] - g).norm() for name, g in expected.items()]).norm()
+    length = torch.stack([g.norm() for g in expected.values()]).norm()
+    entries = [float((found[name] - g).abs().max() / g.abs().max()) for name, g in expected.items() if g.any()]
+    return {"of all": float(apart / length), "of a parameter, at most": max(entries)}
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Each chunk, a whole batch of its size, and the whole batch where it fits."""
+    rows: list[dict[str, object]] = []
+
+    def add(batch: int, chunk: int | None) -> dict[str, float]:
+        found = in_fresh_process(one_step, read_recipe(options, batch, chunk))
+        rows.append({"part": "chunks", "image": options.image, "batch": batch, "chunk": chunk, **found})
+        return found
+
+    for chunk in options.chunk:
+        alone = add(chunk, None)
+        add(options.batch, chunk)
+    needed = (alone["GB"] - alone["GB before the step"]) * options.batch / options.chunk[-1]
+    if 1e9 * needed < 0.8 * available():
+        add(options.batch, None)
+    else:
+        rows.append({"part": "chunks", "note": f"the whole batch would add about {needed:,.0f} GB and was left out"})
+    if options.agree:
+        recipes = (read_recipe(options, options.agree, chunk) for chunk in (None, options.chunk[-1]))
+        found = in_fresh_process(agreement, *recipes)
+        rows.append({"part": "gradients", "batch": options.agree, "chunk": options.chunk[-1], **found})
+    return rows
+
+
+def main() -> None:
+    """Measure, show a table, and print the JSON last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image", default="declip_vit_small", help="image tower (default declip_vit_small)")
+    parser.add_argument("--recipe", help="default: declip for the small towers, else clip-yfcc15m-vitb32")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--chunk", type=int, nargs="+", default=[128, 32], help="one or more, the last is compared")
+    parser.add_argument("--agree", type=int, default=128, help="pairs to compare gradients on, 0 for none")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result = {"machine": machine(), "rows": measure(options)}
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    table = Table("batch", "chunk", "GB", "before", "pictures", "seconds", "of a core", "loss", title="A step")
+    for found in result["rows"]:
+        if "GB" in found:
+            sizes = (f"{found[name]:.2f}" for name in ("GB", "GB before the step", "GB of pictures"))
+            times = (f"{found[name]:,.1f}" for name in ("seconds", "processor seconds"))
+            chunk = "whole" if found["chunk"] is None else str(found["chunk"])
+            table.add_row(f"{found['batch']:,}", chunk, *sizes, *times, f"{found['loss']:.6f}")
+    said = [found["note"] for found in result["rows"] if "note" in found]
+    said += [f"gradients: {found}" for found in result["rows"] if found["part"] == "gradients"]
+    Console().print(table, *said, sep="\n", highlight=False)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Nearest neighbours of a batch's captions in the queue, in float32 and bfloat16, against lightly's memory bank.
+
+    pip install lightly --no-deps
+    python benchmarks/lookup.py --batch 128 512 --json lookup.json
+
+DeCLIP's step looks up two text views. Ours makes one product of both. The authors' step makes three of one view each
+(both views, and the first again while it is written); that is measured with our queue, and with lightly's
+`NNMemoryBankModule`, which like theirs copies and normalises the bank at each call. All take turns within one process;
+the numbers are medians, and without lightly its rows are a note. The last line is JSON.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from declip.supervision.nearest_neighbour import Queue
+from run import machine
+from timing import row, take_turns
+
+OURS, HALF, THREE = "Queue, float32", "Queue, bfloat16", "Queue, three lookups"
+PEER, PEER_THREE = "lightly, one lookup", "lightly, three lookups"
+
+
+def measure(batch: int, size: int, width: int, repeats: int) -> list[dict[str, object]]:
+    """Look up two views of a batch's captions."""
+    generator = torch.Generator().manual_seed(0)
+    queue = Queue(size, width)
+    queue.push(torch.randn(size, width, generator=generator))
+    views = F.normalize(torch.randn(2, batch, width, generator=generator), dim=-1)
+    both = views.flatten(0, 1)
+    thrice = (views[0], views[1], views[0])
+    tasks: dict[str, Callable[[], object]] = {
+        OURS: lambda: queue.nearest(both),
+        HALF: lambda: queue.nearest(both, torch.bfloat16),
+        THREE: lambda: [queue.nearest(each) for each in thrice],
+    }
+    notes: list[dict[str, object]] = []
+    best, _ = queue.nearest(both)
+    half, _ = queue.nearest(both, torch.bfloat16)
+    try:
+        from lightly.models.modules import NNMemoryBankModule
+    except ImportError:
+        note = "lightly can't be imported (pip install lightly), so there is no peer to compare with"
+        notes.append({"part": "lookup", "note": note})
+    else:
+        bank = NNMemoryBankModule(size=(size, width))
+        bank.bank.copy_(queue.features)
+        assert (bank(both) == best).all(1).float().mean() > 0.99, "other neighbours"
+        tasks |= {PEER: lambda: bank(both), PEER_THREE: lambda: [bank(each) for each in thrice]}
+    seconds = take_turns(repeats, tasks)
+    rows: list[dict[str, object]] = []
+    for name in tasks:
+        found = row("lookup", name, seconds[name], 2 * batch, "captions", batch=batch, size=size, width=width)
+        rows.append({**found, "seconds_a_step": round(seconds[name], 4)})
+        if name != OURS:
+            rows[-1]["times_ours"] = round(seconds[name] / seconds[OURS], 2)
+        if name in (PEER, PEER_THREE):
+            rows[-1]["version"] = version("lightly")
+    cosines = [(both * each).sum(1) for each in (best, half)]
+    rows[1]["same_neighbour"] = round(float((best == half).all(1).float().mean()), 4)
+    rows[1]["largest_loss_of_cosine"] = float((cosines[0] - cosines[1]).max())
+    return rows + notes
+
+
+def main() -> None:
+    """Measure, show a table, and print the JSON last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[128, 512], help="pairs, of two captions each")
+    parser.add_argument("--size", type=int, default=65536, help="of the queue")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result = {"machine": machine(), "repeats": options.repeats, "rows": []}
+    for batch in options.batch:
+        result["rows"] += measure(batch, options.size, options.width, options.repeats)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    table = Table("pairs", "what", "seconds a step", "time", title="Medians")
+    for found in result["rows"]:
+        if "note" not in found:
+            ratio = f"{found['times_ours']:.2f} × ours" if "times_ours" in found else ""
+            table.add_row(f"{found['batch']:,}", found["what"], f"{found['seconds_a_step']:.3f}", ratio)
+    Console().print(table, *{found["note"] for found in result["rows"] if "note" in found}, sep="\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

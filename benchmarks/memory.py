@@ -1,0 +1,43 @@
+"""Memory that can be trusted: each measurement in a process of its own, by the kernel's count. Linux only."""
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def in_fresh_process(function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
+    """Call a module's function in a new interpreter, with as many threads as here."""
+    context = get_context("spawn")
+    threads = (torch.get_num_threads(),)
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=threads) as pool:
+        return pool.submit(function, *arguments, **keywords).result()
+
+
+def added_peak(task: Callable[[], object]) -> int:
+    """Bytes that this process's memory grows by, at most, while a task runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = resident()
+    task()
+    return _kilobytes("/proc/self/status", "VmHWM") - before
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return _kilobytes("/proc/self/status", "VmRSS")
+
+
+def available() -> int:
+    """Bytes that a new process could have."""
+    return _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def _kilobytes(path: str, field: str) -> int:
+    lines = Path(path).read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
