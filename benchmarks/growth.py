@@ -5,8 +5,9 @@
         --queue 1024 4096 16384 65536 262144 --rows 1e3 1e4 1e5 1e6 1e7 --repeats 5 --out benchmarks/results/growth
 
 Every point is a process of its own, so that its memory is its own: the largest resident size (VmHWM) less what was
-resident before the first step, or before the opening. An option without numbers leaves its part out. Linux only. The
-last line is JSON; --out writes it as growth.json with two figures.
+resident before the first step, or before the opening. A table was just written, so its opening does not wait for the
+disk. An option without numbers leaves its part out. Linux only. The last line is JSON; --out writes it as growth.json
+with two figures.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from rich.table import Table
 from declip.config import load_recipe
 from declip.data.sources import open_source
 from declip.training.step import training_step
-from machine import machine, memory
+from machine import forget_peak, machine, memory
 from pairs import InMemory, open_pairs, texts_of
 from parts import build
 from timing import row, time_turns
@@ -60,6 +61,7 @@ def step_cost(part: str, value: int, repeats: int) -> dict[str, Any]:
     recipe = load_recipe("declip", {KEYS[part]: value, "data.workers": 0})
     built = build(recipe, InMemory(texts, max(96, recipe.image.size)))
     batch = next(built.loader)
+    forget_peak()
     before = memory("VmRSS")
     seconds = time_turns(repeats, {"step": lambda: training_step(built.step, batch)})["step"]
     return {
@@ -74,10 +76,11 @@ def step_cost(part: str, value: int, repeats: int) -> dict[str, Any]:
 
 def table_cost(path: str) -> dict[str, Any]:
     """Seconds and memory of opening a table in this process, and of reading a row's captions."""
-    before, start = (memory("RssAnon"), memory("VmRSS")), time.perf_counter()
+    forget_peak()
+    private, resident, start = memory("RssAnon"), memory("VmRSS"), time.perf_counter()
     source = open_source(path)
     opened = time.perf_counter() - start
-    kept, most = memory("RssAnon") - before[0], memory("VmHWM") - before[1]
+    kept, most = memory("RssAnon") - private, memory("VmHWM") - resident
     places = np.random.default_rng(0).integers(0, len(source), READ).tolist()
     start = time.perf_counter()
     for place in places:
@@ -217,7 +220,9 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
 
 
 def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, colour: str, marker: str = "o") -> None:
-    axes.loglog([found["value"] for found in rows], [found[key] for found in rows], color=colour, marker=marker, label=label)
+    axes.loglog(
+        [found["value"] for found in rows], [found[key] for found in rows], color=colour, marker=marker, label=label
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
 

@@ -53,6 +53,12 @@ def memory(field: str) -> float:
     return _kilobytes("/proc/self/status", field) * 1024 / 1e6
 
 
+def forget_peak() -> None:
+    """Let VmHWM begin anew at what is resident now; nothing where the system is not Linux."""
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def free_memory() -> float:
     """Bytes that can be had without swapping; 0 where the system is not Linux."""
     return _kilobytes("/proc/meminfo", "MemAvailable") * 1024.0

@@ -269,7 +269,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "declip_over_clip": whole["declip"] / whole["clip"],
         "clip_without_views_over_open_clip": (whole["clip"] - views["clip"]) / peer,
         "without_optimizers": {
-            f"{name}_over_open_clip": (whole[name] - whole[f"{name}: optimizer"]) / (peer - whole["open_clip: optimizer"])
+            f"{name}_over_open_clip": (whole[name] - whole[f"{name}: optimizer"])
+            / (peer - whole["open_clip: optimizer"])
             for name in builders
             if name != "open_clip"
         },

@@ -2,8 +2,8 @@
 
     python benchmarks/text.py --repeats 5 --wordnet /usr/share/wordnet
 
-textaugment reads WordNet through nltk, which wants to download it. Debian's package `wordnet-base` has the files; without
-them, or without textaugment, EDA has no peer and a note says so. The last line is JSON.
+textaugment reads WordNet through nltk, which wants to download it. Debian's package `wordnet-base` has the files;
+without them, or without textaugment, EDA has no peer and a note says so. The last line is JSON.
 """
 
 import argparse
@@ -156,7 +156,9 @@ def main() -> None:
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}; give 1 or more")
     if options.wordnet and not (options.wordnet / "data.noun").is_file():
-        parser.error(f"--wordnet {options.wordnet} has no file data.noun; Debian's wordnet-base has it in /usr/share/wordnet")
+        parser.error(
+            f"--wordnet {options.wordnet} has no file data.noun; Debian's wordnet-base has it in /usr/share/wordnet"
+        )
     torch.set_num_threads(1)
     about = machine()
     print(json.dumps({"machine": about, "repeats": options.repeats, "rows": measure(options.repeats, options.wordnet)}))
