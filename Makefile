@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
+BENCH  ?= runs/bench.json
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench clean
@@ -11,7 +12,7 @@ help:
 	@echo "make demo    install, prepare the built-in pairs, train DeCLIP on them, evaluate, write a report"
 	@echo "make test    install, run the whole test suite"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   measure: views, tokeniser, step"
+	@echo "make bench   install the peers too, and measure beside them: views, tokeniser, step …; BENCH=FILE takes the numbers"
 	@echo "make setup   only install, into $(VENV)"
 
 $(VENV)/.installed: pyproject.toml
@@ -34,8 +35,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python benchmarks/run.py
+$(VENV)/.benched: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[bench]'
+	@touch $@
+
+bench: $(VENV)/.benched
+	$(BIN)/python benchmarks/run.py --json $(BENCH)
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

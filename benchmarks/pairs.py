@@ -1,5 +1,8 @@
-"""The pairs that are measured on: real emoji, or drawn shapes where the emoji have not been prepared."""
+"""The pairs that are measured on: real emoji, or drawn shapes where the emoji have not been prepared; longer texts."""
 
+from collections.abc import Sequence
+
+import numpy as np
 from PIL import Image, ImageDraw
 
 from declip.data.pairs import Pair, PairSource
@@ -8,6 +11,8 @@ from declip.errors import UserError
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
 SHAPES = ("circle", "square", "ring", "cross")
+CONTEXT = 77
+"""Tokens that a text tower reads; so many words fill it."""
 
 
 class Shapes:
@@ -43,3 +48,40 @@ def open_pairs() -> PairSource:
         return open_source("builtin:emoji")
     except UserError:
         return Shapes()
+
+
+CAPTIONS = ("emoji", "joined", "full")
+"""As they are; all captions and keywords of a pair in one; those of several pairs, as many as fill a text tower."""
+
+
+def texts_of(source: PairSource, kind: str, count: int = 2048) -> list[str]:
+    """Texts of `count` pairs spread over a source, of a length by `CAPTIONS`."""
+    pairs = [source[int(index)] for index in np.linspace(0, len(source) - 1, count)]
+    if kind == "emoji":
+        return [pair.captions[0] for pair in pairs]
+    joined = [" ".join((*pair.captions, *pair.keywords)) for pair in pairs]
+    if kind == "joined":
+        return joined
+    words = " ".join(joined).split()
+    return [" ".join(words[start : start + CONTEXT]) for start in range(0, len(words) - CONTEXT, CONTEXT // 4)][:count]
+
+
+class InMemory:
+    """Texts, each with a square of random pixels."""
+
+    name = "in memory"
+
+    def __init__(self, texts: Sequence[str], size: int) -> None:
+        self.texts = texts
+        self._pixels = np.random.default_rng(0).integers(0, 256, (64, size, size, 3), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> Pair:
+        image = Image.fromarray(self._pixels[index % len(self._pixels)])
+        return Pair(f"text {index}", image, self.captions(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """One caption."""
+        return (self.texts[index],)

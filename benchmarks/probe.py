@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from declip.evaluation.logistic import Classifier, LogisticProblem
-from run import machine
+from machine import machine
 from timing import row, take_turns
 
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)

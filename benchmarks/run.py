@@ -1,6 +1,6 @@
-"""Measure views, tokeniser and step on this machine; `make bench`.
+"""Measure the parts on this machine, most of them beside a named peer; `make bench`.
 
-    python benchmarks/run.py --repeats 7 --json bench.json
+    python benchmarks/run.py --only views,text --repeats 7 --json bench.json
 
 What is compared takes turns within one process (A B A B …); the numbers are medians, and nothing is asserted about
 them. They hold for the machine, its load and the threads that are printed beside them.
@@ -8,65 +8,65 @@ them. They hold for the machine, its load and the threads that are printed besid
 
 import argparse
 import json
-import os
-import platform
-import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-import step
-import text
-import views
+from declip.errors import unknown
+from machine import machine
 
-PACKAGES = ("torch", "torchvision", "timm", "tokenizers", "open_clip_torch")
+PARTS = {
+    "views": "two augmented views of an image",
+    "text": "tokenising and EDA",
+    "loader": "batches from files",
+    "queue": "the nearest neighbour among past texts",
+    "contrast": "the contrastive loss",
+    "chunk": "a large batch in parts",
+    "step": "a full-size training step, on 4 pairs",
+    "demo": "a demo-size training step with its loading",
+    "growth": "a step and a table as they grow",
+}
+"""What can be measured: each is a file of that name with a function `measure`."""
+
+RATIOS = {"times_ours": "× ours", "times_clip": "× clip", "times_open_clip": "× open_clip"}
 
 
 def main() -> None:
     """Measure, show a table, and print the JSON last."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    said = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
+    parser.add_argument("--only", help=f"parts, with commas between. {said}. Default: all")
     parser.add_argument("--repeats", type=int, default=7, help="turns of each, at least 1 (default 7)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--wordnet", type=Path, help="folder with WordNet's files, for textaugment; see text.py")
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}; give 1 or more")
+    found = {name: part(name) for name in (options.only.split(",") if options.only else present())}
+    if missing := [name for name, module in found.items() if module is None]:
+        parser.error(str(unknown("part", missing[0], present())))
     result = {"machine": machine(), "repeats": options.repeats, "rows": []}
-    for part in (views, text, step):
-        result["rows"] += part.measure(options.repeats)
+    for name, module in found.items():
+        more = {"wordnet": options.wordnet} if name == "text" else {}
+        result["rows"] += module.measure(options.repeats, **more)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(result, Console())
+    show(result, Console(stderr=True))
     print(json.dumps(result))
 
 
-def machine() -> dict[str, object]:
-    """What the numbers depend on."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+def present() -> list[str]:
+    """The parts whose files are here."""
+    return [name for name in PARTS if Path(__file__).with_name(f"{name}.py").is_file()]
 
 
-def processor() -> str:
-    """The processor's name, where Linux tells it."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def part(name: str) -> ModuleType | None:
+    """The module that measures a part, None where there is none; only what is asked for is imported."""
+    return import_module(name) if name in present() else None
 
 
 def show(result: dict, console: Console) -> None:
@@ -83,13 +83,10 @@ def show(result: dict, console: Console) -> None:
             table.add_row(found["part"], found["what"], f"{found['microseconds_each']:,.1f}", rate, ", ".join(said))
     console.print(table, *notes, sep="\n")
     console.print(
-        f"{about['processor']}, {about['cores']} cores; threads: {about['threads']} for the step, 1 for the views; "
+        f"{about['processor']}, {about['cores']} cores; threads: {about['threads']} for the steps, 1 for the views; "
         f"load {about['load_before']} before; {result['repeats']} turns each; {about['date']}",
         highlight=False,
     )
-
-
-RATIOS = {"times_ours": "× ours", "times_clip": "× clip"}
 
 
 if __name__ == "__main__":

@@ -1,58 +1,389 @@
-"""A training step of demo size, and how much of it goes into loading the batch."""
+"""A whole training step at full size beside open_clip's and x-clip's, on one batch that is on the device already.
 
-from collections.abc import Callable
+    python benchmarks/step.py --image ViT-B-32 --batch 32 --repeats 5 --precision fp32 --json
+
+A step is forward, loss, backward, AdamW and setting the gradients to none. Ours is `training_step` with the recipes
+`clip-yfcc15m-*` and `declip-yfcc15m-*` on the loader's uint8 views, whose colours are finished on the device within
+the step; open_clip gets images that are finished, as its loader makes them, and pads captions to 77 tokens. All take
+turns in one process (A B A B …); the numbers are medians. They hold for the machine, its load and the threads printed
+beside them. With --json the last line is one JSON object.
+"""
+
+import argparse
+import gc
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from declip.config import load_recipe
-from declip.data.pairs import PairSource
+from declip.config import Recipe, load_recipe
+from declip.data.batch import PairBatch
+from declip.data.tokenizer import Tokenizer
+from declip.errors import UserError, unknown
 from declip.models.dual_encoder import DualEncoder
-from declip.supervision.objective import Objective
-from declip.training.build import build_loader, image_views
-from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import Learner
-from declip.training.step import StepParts, training_step
-from pairs import open_pairs
-from timing import row, take_turns
+from declip.training.build import build_loader, image_views, pick_device
+from declip.training.step import training_step
+from machine import free_memory, machine, memory
+from pairs import CAPTIONS, InMemory, open_pairs, texts_of
+from parts import build
+from peers import LEARNING_RATE, Shape, Side, count, open_clip_side, x_clip_side
+from timing import medians, row, time_turns
 
-RECIPES = ("clip", "declip")
+TOWERS = {
+    "ViT-B-32": "vit_base_patch32_clip_quickgelu_224",
+    "ViT-B-16": "vit_base_patch16_clip_quickgelu_224",
+    "ViT-L-14": "vit_large_patch14_clip_quickgelu_224",
+    "RN50": "resnet50_clip",
+    "RN101": "resnet101_clip",
+}
+"""OpenAI's name → timm's; open_clip's is OpenAI's and "-quickgelu"."""
+
+BATCHES = 9
+"""That the one with the median text length is taken from: a batch is as long as its longest caption."""
+
+STATE_BYTES = 16
+"""Of a float32 parameter with its gradient and AdamW's two moments."""
 
 
-def tasks_of(name: str, source: PairSource) -> tuple[int, dict[str, Callable[[], object]]]:
-    """The batch of a recipe, and its two tasks: load the next batch in this process, and train on it."""
-    recipe = load_recipe(name, {"data.workers": 0})
-    torch.manual_seed(0)
-    model = DualEncoder.from_recipe(recipe)
-    objective = Objective.for_model(recipe, model)
-    optimizer = build_optimizer(named_trainable(model, objective), recipe.train)
-    views = image_views(recipe)
-    parts = StepParts(Learner(model, objective), optimizer, views, None, recipe.train.clip_norm, recipe.train.precision)
-    loader = build_loader(recipe, source, model, views)
-    batch = [next(loader)]
+@dataclass
+class Setting:
+    """What all sides share.
 
-    def load() -> None:
-        batch[0] = next(loader)
+    Attributes:
+        name: OpenAI's name of the image tower.
+        shape: Sizes, device and precision.
+        recipes: Ours, "clip" and "declip".
+        source: The pairs, in memory.
+        batches: One of each recipe, of the same pairs.
+    """
 
-    return recipe.train.batch, {f"{name}: load": load, f"{name}: train": lambda: training_step(parts, batch[0])}
+    name: str
+    shape: Shape
+    recipes: dict[str, Recipe]
+    source: InMemory
+    batches: dict[str, PairBatch]
+
+
+def resolve(name: str) -> str:
+    """OpenAI's name of a tower that is given by that, by open_clip's or by timm's name.
+
+    Raises:
+        UserError: No equivalent of it in open_clip is known here.
+    """
+    aliases = {alias: key for key, timm in TOWERS.items() for alias in (key, f"{key}-quickgelu", timm)}
+    if name not in aliases:
+        raise unknown("image tower with an equivalent in open_clip", name, aliases)
+    return aliases[name]
+
+
+def prepare(options: argparse.Namespace) -> Setting:
+    """Sizes, recipes and batches."""
+    import open_clip
+
+    name = resolve(options.image)
+    config = open_clip.get_model_config(f"{name}-quickgelu")
+    config = tiny(config) if options.tiny else config
+    device = pick_device(options.device)
+    shape = Shape(config, options.tiny, device, options.precision, options.compile)
+    recipes = {arm: recipe_of(arm, name, shape, options.batch) for arm in ("clip", "declip")}
+    source = InMemory(texts_of(open_pairs(), options.captions), config["vision_cfg"]["image_size"])
+    batches = {arm: batch_of(recipe, source).to(device) for arm, recipe in recipes.items()}
+    return Setting(name, shape, recipes, source, batches)
+
+
+def tiny(config: dict[str, Any]) -> dict[str, Any]:
+    """Narrow towers of two layers, or four blocks, for 32 px."""
+    stages = isinstance(config["vision_cfg"]["layers"], list)
+    vision = {"layers": [1, 1, 1, 1]} if stages else {"layers": 2, "width": 64, "patch_size": 16}
+    return {
+        **config,
+        "embed_dim": 32,
+        "vision_cfg": {**config["vision_cfg"], **vision, "image_size": 32},
+        "text_cfg": {**config["text_cfg"], "width": 64, "heads": 2, "layers": 2},
+    }
+
+
+def recipe_of(arm: str, name: str, shape: Shape, batch: int) -> Recipe:
+    """The shipped recipe with the towers of the shape."""
+    text, vision, convolutional = shape.config["text_cfg"], shape.config["vision_cfg"], name.startswith("RN")
+    keys = {
+        "image.name": TOWERS[name], "image.size": vision["image_size"], "embed_dim": shape.config["embed_dim"],
+        "text.width": text["width"], "text.layers": text["layers"], "text.heads": text["heads"],
+        "train.batch": batch, "train.precision": shape.precision, "train.lr_start": LEARNING_RATE, "data.workers": 0,
+    }  # fmt: skip
+    if shape.tiny:
+        width, patch = vision["width"], vision["patch_size"]
+        blocks = {"patch_size": patch, "embed_dim": width, "depth": 2, "num_heads": width // 64}
+        keys["image.options"] = {"depths": vision["layers"]} if convolutional else blocks
+    if convolutional:
+        keys["image.freeze_patch_projection"] = False
+    return load_recipe(f"{arm}-yfcc15m-vitb32", keys)
+
+
+def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
+    """A batch of the real loader, the one with the median longest caption among the first."""
+    with torch.device("meta"):
+        model = DualEncoder.from_recipe(recipe)
+    loader = build_loader(recipe, source, model, image_views(recipe))
+    longest = [max(len(model.tokenizer.encode(source.texts[i])) for i in loader.indices(k)) for k in range(BATCHES)]
+    loader.step = longest.index(sorted(longest)[BATCHES // 2])
+    return next(loader)
+
+
+def our_side(arm: str, setting: Setting) -> Side:
+    """`training_step` with a shipped recipe."""
+    built, batch = build(setting.recipes[arm], setting.source, setting.shape.device), setting.batches[arm]
+    if setting.shape.compiled:
+        built.model.image_tower.compile()
+        built.model.text_tower.compile()
+    parameters = {
+        "model": count(built.model),
+        "heads": count(built.objective),
+        "learned": count(built.model, built.objective, learned=True),
+    }
+    return Side(
+        lambda: training_step(built.step, batch),
+        built.step.optimizer.step,
+        parameters,
+        batch.texts.shape[-1],
+        lambda: built.step.views.finish(batch.images, batch.photometric),
+    )
+
+
+def makers(setting: Setting, notes: list[str]) -> dict[str, Callable[[], Side]]:
+    """What builds each side; a peer that cannot run is left out with a note."""
+    clip, declip, tokenizer = setting.batches["clip"], setting.batches["declip"], Tokenizer()
+    places = (int(tag) % len(setting.source) for tag in clip.tags)
+    captions = [setting.source.texts[place] for place in places]
+    finished = image_views(setting.recipes["clip"]).finish(clip.images, clip.photometric)[0]
+    special = {name: getattr(tokenizer, name) for name in ("start", "end", "mask", "vocabulary")}
+    found: dict[str, Callable[[], Side]] = {
+        "clip": lambda: our_side("clip", setting),
+        "open_clip": lambda: open_clip_side(f"{setting.name}-quickgelu", setting.shape, finished, captions),
+        "declip": lambda: our_side("declip", setting),
+    }
+    reason = why_not_x_clip(setting, special)
+    if reason is None:
+        found["x_clip"] = lambda: x_clip_side(setting.shape, declip.images.float() / 255, declip.texts, special)
+    else:
+        notes.append(f"x-clip is left out: {reason}")
+    return found
+
+
+def why_not_x_clip(setting: Setting, special: dict[str, int]) -> str | None:
+    """Try a step of x-clip on two tiny pairs."""
+    if setting.name.startswith("RN"):
+        return "it has vision transformers only"
+    shape = Shape(tiny(setting.shape.config), True, setting.shape.device, setting.shape.precision)
+    images = torch.rand(2, 2, 3, 32, 32, device=shape.device)
+    texts = torch.randint(3, special["start"], (2, 2, 16), device=shape.device)
+    try:
+        x_clip_side(shape, images, texts, special).step()
+    except ImportError as error:
+        return f"{error} (pip install x-clip)"
+    except Exception as error:  # a peer's, of any kind
+        return f"it does not run here: {type(error).__name__}: {error}"
+    return None
+
+
+def tasks_of(name: str, side: Side, device: torch.device) -> dict[str, Callable[[], object]]:
+    """The step, and two of its parts alone; each waits for the device."""
+    parts = {name: side.step, f"{name}: optimizer": side.update}
+    if side.views is not None:
+        parts[f"{name}: views"] = side.views
+    if device.type == "cpu":
+        return parts
+
+    def to_its_end(task: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            task()
+            torch.cuda.synchronize(device)
+
+        return run
+
+    return {what: to_its_end(task) for what, task in parts.items()}
+
+
+def together(setting: Setting, builders: dict[str, Callable[[], Side]], repeats: int) -> tuple[dict, dict]:
+    """All sides at once in memory."""
+    sides = {name: make() for name, make in builders.items()}
+    tasks: dict[str, Callable[[], object]] = {}
+    for name, side in sides.items():
+        tasks |= tasks_of(name, side, setting.shape.device)
+    return time_turns(repeats, tasks), {name: described(side) for name, side in sides.items()}
+
+
+def one_by_one(setting: Setting, builders: dict[str, Callable[[], Side]], repeats: int) -> tuple[dict, dict]:
+    """They take turns too, but each is built for its turn and freed after it."""
+    taken: dict[str, list[float]] = {}
+    sides = {}
+    for _ in range(repeats):
+        for name, make in builders.items():
+            side = make()
+            for what, seconds in time_turns(1, tasks_of(name, side, setting.shape.device)).items():
+                taken.setdefault(what, []).extend(seconds)
+            sides[name] = described(side)
+            del side
+            gc.collect()
+    return taken, sides
+
+
+def described(side: Side) -> dict[str, Any]:
+    """What is said of a side besides its seconds."""
+    return {"parameters": side.parameters, "text_length": side.text_length}
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure all sides."""
+    setting, notes = prepare(options), list[str]()
+    about, builders = machine(), makers(setting, notes)
+    with torch.device("meta"):
+        state = STATE_BYTES * count(DualEncoder.from_recipe(setting.recipes["clip"])) * len(builders)
+    apart = options.apart or 0 < free_memory() < 2 * state
+    taken, sides = (one_by_one if apart else together)(setting, builders, options.repeats)
+    whole = medians(taken)
+    seconds = {name: whole[name] for name in builders}
+    views = {name: whole[f"{name}: views"] for name in setting.recipes}
+    peer = whole["open_clip"]
+    result = {
+        "part": "step",
+        "image": setting.name,
+        "timm": TOWERS[setting.name],
+        "tiny": options.tiny,
+        "batch": options.batch,
+        "repeats": options.repeats,
+        "precision": options.precision,
+        "compiled": options.compile,
+        "device": device_name(setting.shape.device),
+        "threads": torch.get_num_threads(),
+        "built": "one by one" if apart else "together",
+        "captions": described_captions(options.captions, setting),
+        "text_length": {name: side["text_length"] for name, side in sides.items()},
+        "parameters": {name: side["parameters"] for name, side in sides.items()},
+        "clip_over_open_clip": whole["clip"] / peer,
+        "declip_over_open_clip": whole["declip"] / peer,
+        "declip_over_clip": whole["declip"] / whole["clip"],
+        "clip_without_views_over_open_clip": (whole["clip"] - views["clip"]) / peer,
+        "without_optimizers": {
+            f"{name}_over_open_clip": (whole[name] - whole[f"{name}: optimizer"])
+            / (peer - whole["open_clip: optimizer"])
+            for name in builders
+            if name != "open_clip"
+        },
+        "seconds": seconds,
+        "views_seconds": views,
+        "optimizer_seconds": {name: whole[f"{name}: optimizer"] for name in builders},
+        "raw_seconds": taken,
+        "largest_memory_mb": round(memory("VmHWM")),
+        "notes": notes,
+        "machine": about,
+    }
+    if "x_clip" in builders:
+        result["declip_over_x_clip"] = whole["declip"] / whole["x_clip"]
+    return result
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def described_captions(kind: str, setting: Setting) -> dict[str, Any]:
+    """The texts' lengths in tokens, start and end included: of the source, and of the batch."""
+    encode, clip = Tokenizer().encode, setting.batches["clip"]
+    whole = [len(encode(text)) for text in setting.source.texts]
+    of_batch = (clip.texts[0] == Tokenizer().end).int().argmax(dim=1).add(1).tolist()
+
+    def said(lengths: Iterable[int], where: str) -> dict[str, float]:
+        values = list(lengths)
+        return {f"tokens_mean{where}": round(sum(values) / len(values), 1), f"tokens_longest{where}": max(values)}
+
+    return {"kind": kind, "from": open_pairs().name, **said(whole, ""), **said(of_batch, "_of_batch")}
 
 
 def measure(repeats: int) -> list[dict[str, object]]:
-    """Load and train take turns, and the recipes too: clip, declip, clip, declip …
+    """ViT-B/32 on 4 pairs, where AdamW is most of the time: for `run.py`."""
+    options = parser().parse_args(["--batch", "4", "--repeats", str(repeats)])
+    try:
+        result = compare(options)
+    except ImportError as error:
+        return [{"part": "step", "note": f"left out: {error} (pip install 'declip[bench]')"}]
+    more = {key: result[key] for key in ("precision", "threads", "device")}
+    rows = [
+        row(f"step, {result['image']}", name, seconds, 4, "pairs", **more, text_length=result["text_length"][name])
+        | {"times_open_clip": seconds / result["seconds"]["open_clip"]}
+        for name, seconds in result["seconds"].items()
+    ]
+    return rows + [{"part": "step", "note": note} for note in result["notes"]]
 
-    Loading is reading, cropping and tokenising; the views' colours are done on the batch and belong to the step.
-    """
-    source, batches = open_pairs(), {}
-    tasks: dict[str, Callable[[], object]] = {}
-    for name in RECIPES:
-        batches[name], of_this = tasks_of(name, source)
-        tasks |= of_this
-    seconds = take_turns(repeats, tasks)
-    whole = {name: seconds[f"{name}: load"] + seconds[f"{name}: train"] for name in RECIPES}
-    rows = []
-    for name in RECIPES:
-        share = round(seconds[f"{name}: load"] / whole[name], 3)
-        more = {"pairs": source.name, "threads": torch.get_num_threads(), "loading_share": share}
-        rows.append(row("step", f"recipe {name}", whole[name], batches[name], "pairs", **more))
-        rows[-1]["seconds_a_step"] = round(whole[name], 4)
-    rows[-1]["times_clip"] = round(whole["declip"] / whole["clip"], 2)
-    return rows
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """A row for each side."""
+    table = Table("side", "s a step", "× open_clip", "AdamW, s", "views, s", "tokens", "10⁶ learned", title="Medians")
+    for name, seconds in result["seconds"].items():
+        views = result["views_seconds"].get(name)
+        table.add_row(
+            name,
+            f"{seconds:.3f}",
+            f"{seconds / result['seconds']['open_clip']:.2f}",
+            f"{result['optimizer_seconds'][name]:.3f}",
+            "-" if views is None else f"{views:.3f}",
+            str(result["text_length"][name]),
+            f"{result['parameters'][name]['learned'] / 1e6:.1f}",
+        )
+    console.print(table, *result["notes"], sep="\n")
+    console.print(
+        f"{result['image']}, {result['batch']} pairs, {result['precision']}, {result['device']}, threads: "
+        f"{result['threads']}; load {result['machine']['load_before']} before; {result['repeats']} turns each",
+        highlight=False,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--image", default="ViT-B-32", help=f"{', '.join(TOWERS)}, or timm's name (default ViT-B-32)")
+    found.add_argument("--batch", type=int, default=32, help="pairs, 2 or more (default 32)")
+    found.add_argument("--repeats", type=int, default=3, help="turns of each, 1 or more (default 3)")
+    found.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, on all sides")
+    found.add_argument("--threads", type=int, help="default: torch's own number")
+    found.add_argument("--compile", action="store_true", help="torch.compile: both towers of ours, open_clip's model")
+    found.add_argument("--device", default="auto")
+    found.add_argument(
+        "--captions",
+        choices=CAPTIONS,
+        default="joined",
+        help="of the built-in emoji: one caption; all captions and keywords of a pair (default); several pairs', "
+        "so that all 77 tokens are used",
+    )
+    found.add_argument("--apart", action="store_true", help="build each for its turn only; so where memory is short")
+    found.add_argument("--tiny", action="store_true", help="towers of two narrow layers at 32 px, to try this script")
+    found.add_argument("--json", action="store_true", help="print the result as JSON, as the last line")
+    return found
+
+
+def main() -> None:
+    """Measure, show a table, and print the JSON last."""
+    options = (command := parser()).parse_args()
+    for name, least in (("batch", 2), ("repeats", 1), ("threads", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            command.error(f"--{name} is {value}; give {least} or more")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        result = compare(options)
+    except UserError as error:
+        command.error(str(error))
+    except ImportError as error:
+        command.error(f"{error}. The peers come with: pip install 'declip[bench]'")
+    show(result, Console(stderr=True))
+    if options.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def take_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Run the tasks A B A B … and give each one's median in seconds.
+def time_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Run the tasks A B A B … and give all seconds of each, in order.
 
     Whatever slows the machine for a while slows all of them. One round before is not counted: it fills caches.
     """
@@ -17,6 +17,16 @@ def take_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[
             task()
             if turn:
                 taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def take_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Run the tasks as `time_turns` does and give each one's median in seconds."""
+    return medians(time_turns(repeats, tasks))
+
+
+def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each."""
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 

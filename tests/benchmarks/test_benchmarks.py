@@ -1,0 +1,142 @@
+"""The benchmarks run and say what they promise; no time is asserted."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+Runner = Callable[..., Any]
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a file of benchmarks/ as its neighbours do."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return lambda name: __import__(name)
+
+
+@pytest.fixture
+def run(
+    scripts: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Runner:
+    """Run a file of benchmarks/ as a command, and read its last line as JSON."""
+
+    def called(name: str, *arguments: str) -> Any:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        scripts(name).main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return called
+
+
+@pytest.mark.parametrize(("image", "apart"), [("ViT-B-32", ()), ("resnet50_clip", ("--apart",))])
+def test_step_beside_its_peers(run: Runner, image: str, apart: tuple[str, ...]) -> None:
+    found = run("step", "--tiny", "--image", image, "--batch", "4", "--repeats", "2", "--json", *apart)
+    for name in ("clip", "declip"):
+        ratio = found["seconds"][name] / found["seconds"]["open_clip"]
+        assert found[f"{name}_over_open_clip"] == pytest.approx(ratio)
+    assert found["text_length"]["open_clip"] == 77
+    assert found["text_length"]["clip"] == -(-found["captions"]["tokens_longest_of_batch"] // 8) * 8
+    assert {len(seconds) for seconds in found["raw_seconds"].values()} == {2}
+    assert found["built"] == ("one by one" if apart else "together")
+    sides = found["parameters"]
+    assert sides.keys() == found["optimizer_seconds"].keys() == found["seconds"].keys() >= {"clip", "declip"}
+    # Ours has a row of 64 for the mask token and, as the authors' weights, a bias of 32 in the text projection.
+    assert sides["clip"]["model"] - sides["open_clip"]["model"] == 64 + 32
+    assert found["machine"]["versions"]["open_clip_torch"]
+    assert found["views_seconds"].keys() == {"clip", "declip"}
+
+
+def test_both_recipes_step_on_the_same_pairs(scripts: Callable[[str], ModuleType]) -> None:
+    step = scripts("step")
+    setting = step.prepare(step.parser().parse_args(["--tiny", "--batch", "4", "--captions", "full"]))
+    clip, declip = setting.batches["clip"], setting.batches["declip"]
+    assert clip.tags.tolist() == declip.tags.tolist()
+    assert clip.images.shape[0] == 1
+    assert declip.images.shape[0] == declip.texts.shape[0] == 2
+    assert clip.texts.shape[-1] == 77
+    queue = step.build(setting.recipes["declip"], setting.source).objective.queue
+    assert len(queue) == 65536
+
+
+def test_an_image_tower_without_equivalent_is_refused(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("step", "--image", "vit_base_patch32_clip_quickgelu", "--json")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "Did you mean 'vit_base_patch32_clip_quickgelu_224'" in said
+    assert "RN50" in said
+
+
+def test_a_side_takes_its_turns(scripts: Callable[[str], ModuleType]) -> None:
+    timing, order = scripts("timing"), []
+    taken = timing.time_turns(2, {"a": lambda: order.append("a"), "b": lambda: order.append("b")})
+    assert order == ["a", "b"] * 3
+    assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 2, "b": 2}
+
+
+def test_text_says_why_a_peer_is_missing(
+    scripts: Callable[[str], ModuleType], run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripts("text"), "CAPTIONS", 64)
+    monkeypatch.setitem(sys.modules, "textaugment", None)
+    rows = run("text", "--repeats", "1")["rows"]
+    assert any("textaugment" in row["note"] for row in rows if "note" in row)
+    assert {"Tokenizer", "EDA", "look its ids up in a dict"} <= {row["what"] for row in rows if "what" in row}
+
+
+def test_growth_of_a_step_and_of_tables(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    few = ("--batch", "--image", "--queue", "--text", "24", "--rows", "100", "--kinds", "parquet", "--repeats", "1")
+    found = run("growth", *few, "--out", str(tmp_path))
+    step, table = found["rows"]
+    assert (step["part"], step["text_length"], step["pairs"]) == ("text", 24, 128)
+    assert step["added_mb"] > 10  # gradients and moments of some million parameters
+    assert (table["part"], table["value"]) == ("parquet", 100)
+    assert {"first_seconds", "later_seconds", "later_private_mb", "microseconds_a_row"} <= table.keys()
+    assert json.loads((tmp_path / "growth.json").read_text()) == found
+    assert (tmp_path / "growth-step.png").exists()
+    assert (tmp_path / "growth-tables.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_written_table_opens(scripts: Callable[[str], ModuleType], tmp_path: Path, kind: str) -> None:
+    growth = scripts("growth")
+    growth.write_table(tmp_path / f"pairs.{kind}", 30)
+    assert growth.table_cost(str(tmp_path / f"pairs.{kind}"))["rows"] == 30
+
+
+def test_exponents(scripts: Callable[[str], ModuleType]) -> None:
+    rows = [{"value": n, "cost": n**2 / 7} for n in (1, 10, 40)]
+    assert scripts("growth").exponents([*rows, {"value": 80, "cost": 0}], "cost") == [2, 2, None]
+
+
+def test_share_of_loading_in_a_run(
+    scripts: Callable[[str], ModuleType], table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = scripts("demo")
+    for key, value in {"data.source": str(table), "train.batch": 8, "nearest_neighbour.queue_size": 32}.items():
+        monkeypatch.setitem(demo.NOTHING_ELSE, key, value)
+    found = demo.in_a_run("declip", 0)
+    assert found["count"] == 8 * (demo.STEPS - 1 - demo.WARM)
+    assert 0 < found["loading_share"] < 1
+
+
+def test_run_measures_the_parts_asked_for(
+    scripts: Callable[[str], ModuleType], run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripts("text"), "CAPTIONS", 64)
+    found = run("run", "--only", "text", "--repeats", "1", "--json", str(tmp_path / "made" / "bench.json"))
+    assert json.loads((tmp_path / "made" / "bench.json").read_text()) == found
+    assert {row["part"] for row in found["rows"]} == {"text", "text, cached?"}
+
+
+def test_run_refuses_a_part_that_is_not_there(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("run", "--only", "text,vews")
+    assert "Did you mean 'views'" in capsys.readouterr().err
