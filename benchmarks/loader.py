@@ -45,6 +45,11 @@ SCENES = (
 )
 
 
+DEVICE, WHOLE, CPU = "declip, colours left to the device", "the same, whole pictures decoded", "declip, all on the CPU"
+FAST = (DEVICE, WHOLE, CPU)
+"""What uses simplejpeg where it is installed."""
+
+
 class Files:
     """JPEG files in memory, each with a caption."""
 
@@ -149,10 +154,10 @@ def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
         )
 
     found = {
-        "declip, colours left to the device": ours(finish=False),
-        "the same, whole pictures decoded": ours(finish=False, scaled_decode=False),
+        DEVICE: ours(finish=False),
+        WHOLE: ours(finish=False, scaled_decode=False),
         "the same, without simplejpeg": ours(finish=False, fast=False, scaled_decode=False),
-        "declip, all on the CPU": ours(finish=True),
+        CPU: ours(finish=True),
         "Pillow and torchvision": torchvisions,
         "open_clip's view, twice": open_clips,
     }
@@ -165,15 +170,15 @@ def measure(repeats: int, size: int = 224) -> list[dict[str, object]]:
     """Pairs a second of one core, from JPEG files in memory."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    decoder = "Pillow" if picture.simplejpeg is None else "simplejpeg"
     rows = []
     for source in (drawings(), *(photographs(*each) for each in SIZES)):
         seconds = take_turns(repeats, tasks(source, size))
-        device, cpu = (seconds[f"declip, {where}"] for where in ("colours left to the device", "all on the CPU"))
+        device, cpu = seconds[DEVICE], seconds[CPU]
         for what, taken in seconds.items():
+            fast = picture.simplejpeg is not None and what in FAST
             common = {
                 "pictures": source.name,
-                "decoder": decoder,
+                "decoder": "simplejpeg" if fast else "Pillow",
                 "threads": 1,
                 "bytes": sum(map(len, source.files)) // PAIRS,
             }
