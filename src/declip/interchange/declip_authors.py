@@ -185,6 +185,10 @@ def load_authors_file(path: Path) -> Mapping[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"There is no file '{path}'. Give the path of a checkpoint of the authors' code.")
+    if path.suffix == ".onnx":
+        raise UserError(
+            f"'{path}' is an ONNX file, which is a program for a runtime. Give weights of the authors' code."
+        )
     try:
         found = read_weights(path)
     except UserError:

@@ -61,13 +61,17 @@ def read_declip_backbone(source: str | Path | Mapping[str, Any], heads: int | No
         )
     state = _with_projection(state)
     try:
-        embed_dim = state[f"{PREFIX}proj"].shape[1] if KNOWN[0] in state else len(state[f"{PREFIX}attnpool.c_proj.bias"])
+        embed_dim = (
+            state[f"{PREFIX}proj"].shape[1] if KNOWN[0] in state else len(state[f"{PREFIX}attnpool.c_proj.bias"])
+        )
         recipe = load_recipe("clip-yfcc15m-vitb32", {**NO_TEXT, **image_sizes(state, heads), "embed_dim": embed_dim})
         ours = {our_name(name, state): convert(name, tensor) for name, tensor in state.items()}
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"The shapes of the image tower cannot be read: {' '.join(str(error).split())[:300]}.") from error
+        raise UserError(
+            f"The shapes of the image tower cannot be read: {' '.join(str(error).split())[:300]}."
+        ) from error
     ours["model.logit_scale"] = torch.tensor(recipe.logit_scale.start)
     # Sizes come from the file, so the model is built without memory first, to see that the shapes fit.
     put_weights(drop_text(outline(recipe)), "model.", {name: tensor.to("meta") for name, tensor in ours.items()})
@@ -96,5 +100,8 @@ def _with_projection(state: dict[str, Tensor]) -> dict[str, Tensor]:
     width = image_width(state)
     if KNOWN[0] in state:
         return {f"{PREFIX}proj": torch.eye(width), **state}
-    identity = {f"{PREFIX}attnpool.c_proj.weight": torch.eye(width), f"{PREFIX}attnpool.c_proj.bias": torch.zeros(width)}
+    identity = {
+        f"{PREFIX}attnpool.c_proj.weight": torch.eye(width),
+        f"{PREFIX}attnpool.c_proj.bias": torch.zeros(width),
+    }
     return state if identity.keys() & state.keys() else identity | state

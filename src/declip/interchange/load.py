@@ -15,6 +15,7 @@ from declip.interchange.declip_file import FILE, holds_recipe, place_weights, re
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
+from declip.supervision.objective import Objective
 from declip.training.build import pick_device
 from declip.training.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part
 from declip.training.run import RECIPE
@@ -75,13 +76,20 @@ def load(where: str | Path, device: str = "auto") -> Model:
 
 
 def _from_file(path: Path) -> DualEncoder:
-    if holds_recipe(path):
-        return read_declip_file(path)
+    return read_declip_file(path) if holds_recipe(path) else read_authors_file(path)[0]
+
+
+def read_authors_file(path: Path) -> tuple[DualEncoder, Objective | None]:
+    """Read the authors' weights: both towers and the heads, or an image tower alone, which comes without objective.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else; what it holds is said where it is known.
+    """
     try:
-        return read_declip_authors(path)[0]
+        return read_declip_authors(path)
     except UserError as error:
         if is_backbone(path):
-            return read_declip_backbone(path)
+            return read_declip_backbone(path), None
         raise _not_the_authors(path) or error from error
 
 

@@ -1,0 +1,248 @@
+"""The way out: a model written so that another library, or one file, holds all of it."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+
+import declip
+from declip.data.cache import written_beside
+from declip.errors import UserError, unknown
+from declip.evaluation.features import measuring
+from declip.interchange.declip_file import FILE, read_declip_file, write_declip_file
+from declip.interchange.foreign import Reread
+from declip.interchange.huggingface import reread_huggingface, write_huggingface
+from declip.interchange.load import Model
+from declip.interchange.model_card import NO_LICENCE, model_card
+from declip.interchange.onnx import reread_onnx, write_onnx
+from declip.interchange.open_clip_folder import reread_open_clip, write_open_clip
+from declip.interchange.provenance import trace
+from declip.models.dual_encoder import DualEncoder
+from declip.models.no_text import has_text
+
+log = logging.getLogger("declip")
+
+CARD = "README.md"
+FURTHEST = 1e-4
+"""An export whose features, of length 1, differ more than this anywhere is not kept; exact ones differ by some 1e-7."""
+
+CAPTIONS = ("a red circle", "two cats asleep on a sofa, seen from above", "!")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: how it is written and read back, and what its model card says.
+
+    Attributes:
+        write: Writes a model into a folder; a `UserError` where it cannot be expressed.
+        reread: Reads the folder by the format's own library; an ImportError where that is not installed.
+        library: The Hub's name of the library that loads it.
+        usage: Python that works in the folder as it is.
+    """
+
+    write: Callable[[DualEncoder, Path], None]
+    reread: Callable[[Path], Reread]
+    library: str
+    usage: str
+
+
+OPEN_CLIP_USAGE = """
+import open_clip, torch
+from PIL import Image
+
+folder = "."  # this folder
+model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")  # needs transformers where there is a tokenizer.json
+picture = Image.new("RGB", (320, 240), "orange")  # your picture
+with torch.no_grad():
+    image = model.eval().encode_image(preprocess(picture)[None], normalize=True)
+    texts = model.encode_text(tokenizer(["an orange square", "a cat"]), normalize=True)
+print((model.logit_scale.exp() * image @ texts.T).softmax(dim=-1))
+"""
+HUGGINGFACE_USAGE = """
+import torch
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+folder = "."  # this folder
+model = CLIPModel.from_pretrained(folder).eval()
+processor = CLIPProcessor.from_pretrained(folder, backend="pil")  # pixels as in training; leave it out before version 5
+picture = Image.new("RGB", (320, 240), "orange")  # your picture
+texts = ["an orange square", "a cat"]
+inputs = processor(text=texts, images=picture, padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    print(model(**inputs).logits_per_image.softmax(dim=-1))
+"""
+ONNX_USAGE = """
+import json
+import numpy as np, onnxruntime
+from PIL import Image
+from tokenizers import Tokenizer
+
+about = json.load(open("declip_onnx.json"))
+picture = Image.new("RGB", (320, 240), "orange")  # your picture
+size, (width, height) = about["image"]["size"], picture.size
+width, height = (int(size * side / min(picture.size)) for side in picture.size)
+left, top = round((width - size) / 2), round((height - size) / 2)
+pixels = picture.convert("RGB").resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
+pixels = (np.asarray(pixels, np.float32) / 255 - about["image"]["mean"]) / about["image"]["std"]
+pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a caption is words like any others
+tokenizer.enable_padding(pad_id=about["text"]["padding"])
+tokens = np.array([each.ids for each in tokenizer.encode_batch(["an orange square", "a cat"])])
+image = onnxruntime.InferenceSession("image.onnx").run(None, {"pixel_values": pixels})[0]
+texts = onnxruntime.InferenceSession("text.onnx").run(None, {"input_ids": tokens})[0]
+logits = about["logit_scale"] * image @ texts.T
+print(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
+"""
+SAFETENSORS_USAGE = """
+import declip, torch
+from PIL import Image
+
+model = declip.load("declip.safetensors")
+picture = Image.new("RGB", (320, 240), "orange")  # your picture
+with torch.no_grad():
+    image = model.encode_image(model.preprocess(picture))
+    texts = model.encode_text(model.tokenize(["an orange square", "a cat"]))
+print((model.logit_scale.exp() * image @ texts.T).softmax(dim=-1))
+"""
+
+
+def _write_safetensors(model: DualEncoder, folder: Path) -> None:
+    write_declip_file(model, folder / FILE)
+
+
+def _reread_safetensors(folder: Path) -> Reread:
+    model = read_declip_file(folder / FILE).eval()
+    return Reread(f"declip {declip.__version__}", model.encode_image, model.encode_text if has_text(model) else None)
+
+
+FORMATS: Mapping[str, Format] = {
+    "open_clip": Format(write_open_clip, reread_open_clip, "open_clip", OPEN_CLIP_USAGE),
+    "huggingface": Format(write_huggingface, reread_huggingface, "transformers", HUGGINGFACE_USAGE),
+    "onnx": Format(write_onnx, reread_onnx, "onnx", ONNX_USAGE),
+    "safetensors": Format(_write_safetensors, _reread_safetensors, "declip", SAFETENSORS_USAGE),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: Where it is.
+        difference: Largest difference of any number of a feature of length 1, read back by the format's own library;
+            None where that is not installed.
+        by: That library and its version.
+    """
+
+    folder: Path
+    difference: float | None
+    by: str
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return f"Not read back here: {self.by} is not installed."
+        return f"Read back by {self.by}: features differ by at most {self.difference:.1e}."
+
+
+def export(
+    model: str | Path | Model, format: str, out: str | Path, *, licence: str = NO_LICENCE, overwrite: bool = False
+) -> Exported:
+    """Write a model in a foreign format, read it back where that library is installed, and add a model card.
+
+    Args:
+        model: What `declip.load` takes, or a loaded model. Of a run the card tells data, steps and results.
+        format: "open_clip", "huggingface", "onnx" or "safetensors".
+        out: The folder to write; it appears when all of it is there.
+        licence: For the card: an identifier of the Hub's such as "mit", or any words.
+        overwrite: Replace a folder that is not empty.
+
+    Returns:
+        The folder, and how far its features are from the model's.
+
+    Raises:
+        UserError: unknown format, a model that the format cannot express, features that come out differently, a
+            folder that is in use or cannot be written.
+    """
+    if format not in FORMATS:
+        raise unknown("export format", format, FORMATS)
+    check_out(Path(out), overwrite)
+    found, provenance = trace(model)
+    form = FORMATS[format]
+    with folder_beside(Path(out)) as beside, measuring(found):
+        form.write(found, beside)
+        difference, by = _reread(found, form, beside)
+        exported = Exported(Path(out), difference, by)
+        card = model_card(found, provenance, form.library, form.usage, str(exported), licence)
+        (beside / CARD).write_text(card, encoding="utf-8")
+    if difference is None:
+        log.warning("%s Check it where that is.", exported)
+    return exported
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a path that is in use.
+
+    Raises:
+        UserError: it is a file, or a folder that is not empty.
+    """
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"'{out}' is not empty. Give --overwrite to replace it whole, or another folder as --out.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"'{out}' is a file. Give a folder as --out.")
+
+
+@contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """Give an empty folder beside `out` that takes its place when all went well; nothing is left otherwise.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
+    """
+    try:
+        with written_beside(out) as beside:
+            beside.mkdir()
+            yield beside
+    except (UserError, OSError, SafetensorError) as error:
+        # The cache's own advice is about the cache; safetensors has one class for every trouble with a file.
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
+        said = getattr(cause, "strerror", None) or str(cause)
+        raise UserError(f"Cannot write '{out}': {said}. Make room, or give another folder as --out.") from cause
+
+
+def _reread(model: DualEncoder, form: Format, folder: Path) -> tuple[float | None, str]:
+    """The largest difference of features, and by what the folder was read.
+
+    Raises:
+        UserError: the features differ.
+    """
+    try:
+        foreign = form.reread(folder)
+    except ImportError as error:
+        return None, error.name or form.library
+    size = model.preprocessor.size
+    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pairs = [(model.encode_image, foreign.image, pixels)]
+    if foreign.text is not None:
+        pairs.append((model.encode_text, foreign.text, model.tokenize(CAPTIONS).cpu()))
+    difference = max(_distance(ours(batch.to(model.device)), theirs(batch)) for ours, theirs, batch in pairs)
+    if not difference <= FURTHEST:
+        raise UserError(
+            f"The export was written, but {foreign.by} computes other features from it (they differ by "
+            f"{difference:.1e}), so it is not kept. Use the format safetensors, and report this model's recipe."
+        )
+    return difference, foreign.by
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.cpu() - F.normalize(theirs.float(), dim=-1)).abs().max())
