@@ -1,4 +1,4 @@
-"""CLIP's towers as OpenAI's code names and sizes them (open_clip too): what of ours has that form, and under what names.
+"""CLIP's towers as OpenAI's code and open_clip name and size them: what of ours has that form, under what names.
 
 Names are of tensors of a `DualEncoder`. The tables are read in both directions.
 """
@@ -90,7 +90,7 @@ def vit_sizes(tower: ImageTower) -> VitSizes | str:
     trunk = tower.trunk
     if type(trunk) is not VisionTransformer:
         return f"it is a {type(trunk).__name__}"
-    blocks = list(trunk.blocks)
+    blocks: list[Any] = list(trunk.blocks)
     if any(type(block) is not Block for block in blocks):
         return f"its blocks are of the kind {type(blocks[0]).__name__}"
     if trunk.global_pool != "token" or trunk.num_prefix_tokens != 1 or trunk.no_embed_class:
@@ -123,9 +123,11 @@ def resnet_sizes(tower: ImageTower) -> ResnetSizes | str:
         return f"it is a {type(trunk).__name__} without an attention pool"
     layers = tuple(len(stage) for stage in trunk.stages)
     width = trunk.head.embed_dim // 32
-    renamed = {clip_name(name, RESNET_NAMES) for name in tower.state_dict()}
-    if left := [name for name in renamed if name.startswith("trunk.")] or (len(layers) != 4 and ["five stages"]):
-        return f"it has other tensors than CLIP's: {sorted(left)[0]}"
+    state = {clip_name(name, RESNET_NAMES): tensor for name, tensor in tower.state_dict().items()}
+    if left := sorted(name for name in state if name.startswith("trunk.")):
+        return f"it has other tensors than CLIP's: {left[0]}"
+    if len(layers) != 4 or len(state["conv3.weight"]) != width or len(state["layer1.0.conv1.weight"]) != width:
+        return "its stages have other widths than CLIP's"
     return ResnetSizes(width, layers, trunk.head.num_heads)
 
 

@@ -28,6 +28,8 @@ from declip.models.no_text import has_text
 
 log = logging.getLogger("declip")
 
+Encode = Callable[[Tensor], Tensor]
+
 CARD = "README.md"
 FURTHEST = 1e-4
 """An export whose features, of length 1, differ more than this anywhere is not kept; exact ones differ by some 1e-7."""
@@ -230,12 +232,18 @@ def _reread(model: DualEncoder, form: Format, folder: Path) -> tuple[float | Non
         foreign = form.reread(folder)
     except ImportError as error:
         return None, error.name or form.library
+    except Exception as error:  # of whatever kind: a library that finds what it reads to be none of its own
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"The export was written, but {form.library} cannot read it, so it is not kept: {said} "
+            "Use the format safetensors, and report this model's recipe."
+        ) from error
     size = model.preprocessor.size
     pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    pairs = [(model.encode_image, foreign.image, pixels)]
+    difference = _distance(model.encode_image, foreign.image, pixels, model.device)
     if foreign.text is not None:
-        pairs.append((model.encode_text, foreign.text, model.tokenize(CAPTIONS).cpu()))
-    difference = max(_distance(ours(batch.to(model.device)), theirs(batch)) for ours, theirs, batch in pairs)
+        tokens = model.tokenize(CAPTIONS)
+        difference = max(difference, _distance(model.encode_text, foreign.text, tokens, model.device))
     if not difference <= FURTHEST:
         raise UserError(
             f"The export was written, but {foreign.by} computes other features from it (they differ by "
@@ -244,5 +252,6 @@ def _reread(model: DualEncoder, form: Format, folder: Path) -> tuple[float | Non
     return difference, foreign.by
 
 
-def _distance(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.cpu() - F.normalize(theirs.float(), dim=-1)).abs().max())
+def _distance(ours: Encode, theirs: Encode, batch: Tensor, device: torch.device) -> float:
+    expected, found = ours(batch.to(device)).cpu(), theirs(batch.cpu())
+    return float((expected - F.normalize(found.float(), dim=-1)).abs().max())

@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from declip.interchange.clip_layout import (
     RESNET_NAMES,
@@ -50,7 +50,7 @@ def write_open_clip(model: DualEncoder, folder: Path) -> None:
         UserError: open_clip cannot express the model; the reason is given.
     """
     text = clip_text_tower(model, "open_clip")
-    vision, images = _image_tower(model, text_activation(text))
+    vision, images = image_tower(model, text_activation(text))
     text_config = _text_config(model, text)
     if "hf_tokenizer_name" in text_config:
         write_tokenizer(model.tokenizer, folder)
@@ -72,7 +72,7 @@ def write_open_clip(model: DualEncoder, folder: Path) -> None:
         },
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {f"visual.{name}": tensor for name, tensor in images.items()} | _text_tensors(text)
+    tensors = {f"visual.{name}": tensor for name, tensor in images.items()} | text_tensors(text)
     tensors["logit_scale"] = model.logit_scale
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
 
@@ -85,7 +85,7 @@ def reread_open_clip(folder: Path) -> Reread:
     """
     import open_clip
 
-    model = open_clip.create_model(f"local-dir:{folder}", weights_only=True).eval()
+    model: Any = open_clip.create_model(f"local-dir:{folder}", weights_only=True).eval()
     context = int(model.context_length)
     return Reread(
         f"open_clip {open_clip.__version__}",
@@ -110,7 +110,7 @@ def _text_config(model: DualEncoder, text: TextTower) -> dict[str, Any]:
     return config
 
 
-def _text_tensors(text: TextTower) -> dict[str, Tensor]:
+def text_tensors(text: TextTower) -> dict[str, Tensor]:
     state = text.state_dict()
     state["token_embedding.weight"] = without_mask(text)
     if text.text_projection.bias is None:
@@ -118,7 +118,7 @@ def _text_tensors(text: TextTower) -> dict[str, Tensor]:
     return state
 
 
-def _image_tower(model: DualEncoder, text_act: str) -> Tower:
+def image_tower(model: DualEncoder, text_act: str) -> Tower:
     tower = model.image_tower
     state = tower.state_dict()
     vit, resnet = vit_sizes(tower), resnet_sizes(tower)
@@ -176,7 +176,7 @@ def _timm_tower(model: DualEncoder, why: str, instead: str) -> Tower:
     return config | {"timm_proj_bias": tower.proj.bias is not None}, tensors
 
 
-def _by_name(tower: ImageTower, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def _by_name(tower: ImageTower, name: str) -> tuple[Any, dict[str, Tensor]]:
     """The trunk that timm builds from a name, with a tower's weights, and these by its names."""
     if not timm.is_model(name):
         raise ValueError("it is none of timm's names")
