@@ -221,13 +221,16 @@ def test_a_timm_tower_of_another_size_is_refused_by_open_clip_alone(tmp_path: Pa
 def test_a_bias_moves_before_the_projection_where_that_can_be_inverted() -> None:
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     bias = torch.randn(16, generator=torch.Generator().manual_seed(1))
-    moved = fold_bias(weight, bias)
+    moved = fold_bias(weight, bias, 5.0)
     torch.testing.assert_close(F.linear(moved, weight.double()), bias.double(), rtol=1e-12, atol=1e-12)
-    with pytest.raises(UserError, match=r"from 16 to 32 numbers, so it cannot be inverted.*open_clip"):
-        fold_bias(weight.T, torch.ones(32))
-    square = torch.diag(torch.tensor([1.0, 1.0, 1e-6]))
-    with pytest.raises(UserError, match=r"condition number is 1\.0e\+06"):
-        fold_bias(square, torch.ones(3))
+    nearly = torch.diag(torch.tensor([1.0, 1.0, 1e-6]))
+    for projection, reason in (
+        (weight.T, r"from 16 to 32 numbers, so it cannot be inverted\. Formats that can: open_clip"),
+        (nearly, "nearly singular: it would be 500,000 times as long"),
+        (torch.diag(torch.tensor([1.0, 1.0, 0.0])), "is singular"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            fold_bias(projection, torch.ones(len(projection)), 2.0)
 
 
 def test_features_that_come_out_differently_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

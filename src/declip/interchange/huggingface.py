@@ -29,8 +29,8 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.text_tower import TextTower
 
 INSTEAD = "open_clip, onnx, safetensors"
-WORST_CONDITION = 1e4
-"""Of the text projection: what float32 keeps of a bias that went through a worse one is not exact to 1e-5 any more."""
+LARGEST_BIAS = 50
+"""Times what it is added to: beside a bias that large float32 keeps features to 1e-5, hardly beside a larger one."""
 
 NAMES = tuple(
     (re.compile(pattern), replacement)
@@ -100,38 +100,35 @@ def reread_huggingface(folder: Path) -> Reread:
     )
 
 
-def fold_bias(weight: Tensor, bias: Tensor) -> Tensor:
+def fold_bias(weight: Tensor, bias: Tensor, size: float) -> Tensor:
     """Find what, added before a linear map, does what its bias does after it.
 
     Args:
         weight: (d, width) of the map.
         bias: (d,).
+        size: Length of what the map takes.
 
     Returns:
-        (width,) float64 x with weight · x = bias.
+        (width,) float64 x with weight · x = bias, the shortest there is.
 
     Raises:
-        UserError: there is none, or float32 would lose it.
+        UserError: there is none, or float32 would lose digits by it.
     """
     weight, bias = weight.detach().double().cpu(), bias.detach().double().cpu()
     rows, columns = weight.shape
+    moved = torch.linalg.pinv(weight) @ bias
+    ratio = float(moved.norm() / size)
+    reason = None
     if rows > columns:
-        raise refusal(
-            "huggingface",
-            "CLIPModel has no bias after the text projection, and this one cannot move before it: the projection goes "
-            f"from {columns:,} to {rows:,} numbers, so it cannot be inverted",
-            INSTEAD,
-        )
-    values = torch.linalg.svdvals(weight)
-    condition = float(values[0] / values[-1])
-    if not condition <= WORST_CONDITION:
-        raise refusal(
-            "huggingface",
-            "CLIPModel has no bias after the text projection, and this one cannot move before it: the projection's "
-            f"condition number is {condition:.1e} (at most {WORST_CONDITION:.0e}), so inverting it loses digits",
-            INSTEAD,
-        )
-    return torch.linalg.pinv(weight) @ bias
+        reason = f"the projection goes from {columns:,} to {rows:,} numbers, so it cannot be inverted"
+    elif not torch.allclose(weight @ moved, bias, rtol=1e-7, atol=1e-9 * float(bias.abs().max())):
+        reason = "the projection is singular, so it cannot be inverted"
+    elif ratio > LARGEST_BIAS:
+        reason = f"the projection is nearly singular: it would be {ratio:,.0f} times as long as what it is added to"
+    if reason:
+        what = "CLIPModel has no bias after the text projection, and this one cannot move before it"
+        raise refusal("huggingface", f"{what}: {reason}", INSTEAD)
+    return moved
 
 
 def _config(model: DualEncoder, vision: VitSizes, text: TextTower) -> dict[str, Any]:
@@ -208,7 +205,7 @@ def _text_tensors(text: TextTower) -> dict[str, Tensor]:
     state["token_embedding.weight"] = without_mask(text)
     projection = text.text_projection
     if projection.bias is not None:
-        moved = fold_bias(projection.weight, projection.bias)
+        moved = fold_bias(projection.weight, projection.bias, float(state["ln_final.weight"].norm()))
         state["ln_final.bias"] = (state["ln_final.bias"].double().cpu() + moved).float()
     return state
 

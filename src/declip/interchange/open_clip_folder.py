@@ -181,7 +181,7 @@ def _by_name(tower: ImageTower, name: str) -> tuple[Any, dict[str, Tensor]]:
     if not timm.is_model(name):
         raise ValueError("it is none of timm's names")
     with torch.random.fork_rng(devices=[]):
-        trunk = timm.create_model(name, pretrained=False)
+        trunk: Any = timm.create_model(name, pretrained=False)
     trunk.reset_classifier(0)
     norm = {f"norm.{part}": tensor for part, tensor in tower.norm.state_dict().items()}
     state = {**tower.trunk.state_dict(), **norm}
