@@ -202,7 +202,8 @@ def export(
     from declip.interchange.export import export as run_export
 
     exported = run_export(model, format, out, licence=licence, overwrite=overwrite)
-    console.print(f"Written: {exported.folder}. {exported}", highlight=False, soft_wrap=True, markup=False)
+    checked = "" if exported.difference is None else f" {exported}"  # else a warning has said so
+    console.print(f"Written: {exported.folder}.{checked}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command(name="import")

@@ -266,6 +266,8 @@ def test_wrong_words_and_folders_in_use(tmp_path: Path, table: Path) -> None:
         declip.export(model, "openclip", tmp_path / "out")
     with pytest.raises(UserError, match="no model at"):
         declip.export(tmp_path / "nowhere", "onnx", tmp_path / "out")
+    with pytest.raises(UserError, match=r"This Identity cannot be exported: .*only models of ours"):
+        declip.export(torch.nn.Identity(), "onnx", tmp_path / "out")
     (tmp_path / "out").mkdir()
     declip.export(model, "safetensors", tmp_path / "out")
     (tmp_path / "out" / "more.txt").write_text("mine")

@@ -22,7 +22,7 @@ from declip.interchange.declip_backbone import read_declip_backbone
 from declip.interchange.declip_file import FILE
 from declip.interchange.import_weights import import_weights
 from interchange.test_declip_authors import CASES, GOLDEN, Case
-from interchange.test_export import EXACT, features
+from interchange.test_export import EXACT, features, run_card
 from interchange.towers import CAPTIONS, build, largest, pictures
 
 
@@ -58,7 +58,9 @@ def test_the_authors_models_come_in_whole(
     heads = {part: t for part, t in objective.state_dict().items() if not part.startswith("queue.")}
     assert kept.keys() == heads.keys()
     assert all(torch.equal(kept[part], heads[part]) for part in heads)
-    assert "ckpt.pth.tar` (declip-authors)" in (out / "README.md").read_text(encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "ckpt.pth.tar` (declip-authors)" in card
+    assert "weights say nothing of how they were trained" in card
 
 
 def test_the_authors_weights_go_on_to_the_other_formats(tmp_path: Path) -> None:
@@ -125,7 +127,9 @@ class Painted:
         return Pair(str(index), draw(*self.rows[index]), self.captions(index))
 
 
-def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(tmp_path: Path) -> None:
+def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = declip.load(authors_file(tmp_path, backbone_of("declip_vit_tiny", "named")), device="cpu")
     data = Dataset("painted", {"train": Painted, "test": Painted})
     for protocol in ("knn", "linear"):
@@ -135,7 +139,10 @@ def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(tmp_path
     with pytest.raises(UserError, match="cannot be exported as open_clip: it has no text tower"):
         declip.export(model, "open_clip", tmp_path / "out")
     declip.export(model, "safetensors", tmp_path / "out")
-    assert "image tower alone" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "image tower alone" in card
+    assert "image-feature-extraction" in card
+    assert "torch.Size([1, 128]) torch.Size([1, 128])" in run_card(tmp_path / "out", monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("file", ["keys_vitb32.json", "keys_r50.json"])

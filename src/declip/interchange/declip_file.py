@@ -21,6 +21,29 @@ FILE = "declip.safetensors"
 RECIPE, VERSION = "declip.recipe", "declip.version"
 """Names in the metadata."""
 
+USAGE = """
+import declip, torch
+from PIL import Image
+
+model = declip.load("declip.safetensors")
+picture = Image.new("RGB", (320, 240), "orange")  # your picture
+with torch.no_grad():
+    image = model.encode_image(model.preprocess(picture))
+    texts = model.encode_text(model.tokenize(["an orange square", "a cat"]))
+print((model.logit_scale.exp() * image @ texts.T).softmax(dim=-1))
+"""
+IMAGE_USAGE = """
+import declip, torch
+from PIL import Image
+
+model = declip.load("declip.safetensors")
+picture = Image.new("RGB", (320, 240), "orange")  # your picture
+with torch.no_grad():
+    image = model.encode_image(model.preprocess(picture))
+    hidden = model.encode_backbone(model.preprocess(picture))
+print(image.shape, hidden.shape)
+"""
+
 
 def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None) -> None:
     """Write a model that knows its recipe.

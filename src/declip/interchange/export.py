@@ -15,13 +15,10 @@ import declip
 from declip.data.cache import written_beside
 from declip.errors import UserError, unknown
 from declip.evaluation.features import measuring
-from declip.interchange.declip_file import FILE, read_declip_file, write_declip_file
+from declip.interchange import declip_file, huggingface, onnx, open_clip_folder
 from declip.interchange.foreign import Reread
-from declip.interchange.huggingface import reread_huggingface, write_huggingface
 from declip.interchange.load import Model
 from declip.interchange.model_card import NO_LICENCE, model_card
-from declip.interchange.onnx import reread_onnx, write_onnx
-from declip.interchange.open_clip_folder import reread_open_clip, write_open_clip
 from declip.interchange.provenance import trace
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
@@ -46,91 +43,36 @@ class Format:
         reread: Reads the folder by the format's own library; an ImportError where that is not installed.
         library: The Hub's name of the library that loads it.
         usage: Python that works in the folder as it is.
+        image_usage: The same for an image tower alone; empty where the format needs both.
     """
 
     write: Callable[[DualEncoder, Path], None]
     reread: Callable[[Path], Reread]
     library: str
     usage: str
-
-
-OPEN_CLIP_USAGE = """
-import open_clip, torch
-from PIL import Image
-
-folder = "."  # this folder
-model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")  # needs transformers where there is a tokenizer.json
-picture = Image.new("RGB", (320, 240), "orange")  # your picture
-with torch.no_grad():
-    image = model.eval().encode_image(preprocess(picture)[None], normalize=True)
-    texts = model.encode_text(tokenizer(["an orange square", "a cat"]), normalize=True)
-print((model.logit_scale.exp() * image @ texts.T).softmax(dim=-1))
-"""
-HUGGINGFACE_USAGE = """
-import torch
-from PIL import Image
-from transformers import CLIPModel, CLIPProcessor
-
-folder = "."  # this folder
-model = CLIPModel.from_pretrained(folder).eval()
-processor = CLIPProcessor.from_pretrained(folder, backend="pil")  # pixels as in training; leave it out before version 5
-picture = Image.new("RGB", (320, 240), "orange")  # your picture
-texts = ["an orange square", "a cat"]
-inputs = processor(text=texts, images=picture, padding=True, truncation=True, return_tensors="pt")
-with torch.no_grad():
-    print(model(**inputs).logits_per_image.softmax(dim=-1))
-"""
-ONNX_USAGE = """
-import json
-import numpy as np, onnxruntime
-from PIL import Image
-from tokenizers import Tokenizer
-
-about = json.load(open("declip_onnx.json"))
-picture = Image.new("RGB", (320, 240), "orange")  # your picture
-size, (width, height) = about["image"]["size"], picture.size
-width, height = (int(size * side / min(picture.size)) for side in picture.size)
-left, top = round((width - size) / 2), round((height - size) / 2)
-pixels = picture.convert("RGB").resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
-pixels = (np.asarray(pixels, np.float32) / 255 - about["image"]["mean"]) / about["image"]["std"]
-pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)
-tokenizer = Tokenizer.from_file("tokenizer.json")
-tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a caption is words like any others
-tokenizer.enable_padding(pad_id=about["text"]["padding"])
-tokens = np.array([each.ids for each in tokenizer.encode_batch(["an orange square", "a cat"])])
-image = onnxruntime.InferenceSession("image.onnx").run(None, {"pixel_values": pixels})[0]
-texts = onnxruntime.InferenceSession("text.onnx").run(None, {"input_ids": tokens})[0]
-logits = about["logit_scale"] * image @ texts.T
-print(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
-"""
-SAFETENSORS_USAGE = """
-import declip, torch
-from PIL import Image
-
-model = declip.load("declip.safetensors")
-picture = Image.new("RGB", (320, 240), "orange")  # your picture
-with torch.no_grad():
-    image = model.encode_image(model.preprocess(picture))
-    texts = model.encode_text(model.tokenize(["an orange square", "a cat"]))
-print((model.logit_scale.exp() * image @ texts.T).softmax(dim=-1))
-"""
+    image_usage: str = ""
 
 
 def _write_safetensors(model: DualEncoder, folder: Path) -> None:
-    write_declip_file(model, folder / FILE)
+    declip_file.write_declip_file(model, folder / declip_file.FILE)
 
 
 def _reread_safetensors(folder: Path) -> Reread:
-    model = read_declip_file(folder / FILE).eval()
+    model = declip_file.read_declip_file(folder / declip_file.FILE).eval()
     return Reread(f"declip {declip.__version__}", model.encode_image, model.encode_text if has_text(model) else None)
 
 
 FORMATS: Mapping[str, Format] = {
-    "open_clip": Format(write_open_clip, reread_open_clip, "open_clip", OPEN_CLIP_USAGE),
-    "huggingface": Format(write_huggingface, reread_huggingface, "transformers", HUGGINGFACE_USAGE),
-    "onnx": Format(write_onnx, reread_onnx, "onnx", ONNX_USAGE),
-    "safetensors": Format(_write_safetensors, _reread_safetensors, "declip", SAFETENSORS_USAGE),
+    "open_clip": Format(
+        open_clip_folder.write_open_clip, open_clip_folder.reread_open_clip, "open_clip", open_clip_folder.USAGE
+    ),
+    "huggingface": Format(
+        huggingface.write_huggingface, huggingface.reread_huggingface, "transformers", huggingface.USAGE
+    ),
+    "onnx": Format(onnx.write_onnx, onnx.reread_onnx, "onnx", onnx.USAGE, onnx.IMAGE_USAGE),
+    "safetensors": Format(
+        _write_safetensors, _reread_safetensors, "declip", declip_file.USAGE, declip_file.IMAGE_USAGE
+    ),
 }
 
 
@@ -183,7 +125,8 @@ def export(
         form.write(found, beside)
         difference, by = _reread(found, form, beside)
         exported = Exported(Path(out), difference, by)
-        card = model_card(found, provenance, form.library, form.usage, str(exported), licence)
+        usage = form.usage if has_text(found) else form.image_usage
+        card = model_card(found, provenance, form.library, usage, str(exported), licence)
         (beside / CARD).write_text(card, encoding="utf-8")
     if difference is None:
         log.warning("%s Check it where that is.", exported)

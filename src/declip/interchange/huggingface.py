@@ -53,6 +53,21 @@ NAMES = tuple(
 TOGETHER = re.compile(r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
 """Query, key and value lie in one tensor in CLIP, in three in transformers."""
 
+USAGE = """
+import torch
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+folder = "."  # this folder
+model = CLIPModel.from_pretrained(folder).eval()
+processor = CLIPProcessor.from_pretrained(folder, backend="pil")  # pixels as in training; leave it out before version 5
+picture = Image.new("RGB", (320, 240), "orange")  # your picture
+texts = ["an orange square", "a cat"]
+inputs = processor(text=texts, images=picture, padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    print(model(**inputs).logits_per_image.softmax(dim=-1))
+"""
+
 
 def write_huggingface(model: DualEncoder, folder: Path) -> None:
     """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.

@@ -6,14 +6,15 @@ from pathlib import Path
 from torch import Tensor
 
 from declip.errors import UserError, unknown
-from declip.interchange.declip_file import FILE, write_declip_file
-from declip.interchange.export import CARD, SAFETENSORS_USAGE, check_out, folder_beside
+from declip.interchange.declip_file import FILE, IMAGE_USAGE, USAGE, write_declip_file
+from declip.interchange.export import CARD, check_out, folder_beside
 from declip.interchange.from_open_clip import from_open_clip
 from declip.interchange.load import read_authors_file
 from declip.interchange.model_card import NO_LICENCE, model_card
 from declip.interchange.open_clip import FOLDER, PREFIX, read_open_clip
 from declip.interchange.provenance import Provenance
 from declip.models.dual_encoder import DualEncoder
+from declip.models.no_text import has_text
 
 Heads = dict[str, Tensor]
 
@@ -69,9 +70,8 @@ def import_weights(
     model, heads = SOURCES[source](str(file))
     with folder_beside(Path(out)) as beside:
         write_declip_file(model, beside / FILE, heads)
-        origin = f"`{Path(file).name}` ({source})"
-        card = model_card(
-            model, Provenance(model.recipe, origin=origin), "declip", SAFETENSORS_USAGE, "", licence
-        )  # fmt: skip
+        provenance = Provenance(model.recipe, origin=f"`{Path(file).name}` ({source})")
+        usage = USAGE if has_text(model) else IMAGE_USAGE
+        card = model_card(model, provenance, "declip", usage, licence=licence)
         (beside / CARD).write_text(card, encoding="utf-8")
     return Path(out)

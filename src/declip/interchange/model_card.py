@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 
 import declip
-from declip.config import Recipe
 from declip.evaluation.results import Result, percent, times
 from declip.interchange.provenance import Provenance
 from declip.models.dual_encoder import DualEncoder
@@ -43,7 +42,7 @@ CITATION = """\
 
 
 def model_card(
-    model: DualEncoder, provenance: Provenance, library: str, usage: str, checked: str, licence: str = NO_LICENCE
+    model: DualEncoder, provenance: Provenance, library: str, usage: str, checked: str = "", licence: str = NO_LICENCE
 ) -> str:
     """Write the card as Markdown with the YAML head that the Hub reads.
 
@@ -52,18 +51,18 @@ def model_card(
         provenance: Where it came from.
         library: The Hub's name of the library that loads the folder.
         usage: Python that works in the folder as it is.
-        checked: How the export was read back, as a sentence.
+        checked: How the export was read back, as a sentence, where it was.
         licence: An identifier of the Hub's such as "mit", or any words.
     """
     recipe = provenance.recipe
-    name = recipe.name if recipe else "declip"
+    name = recipe.name if recipe is not None and provenance.step is not None else "A language-image model"
     parts = [
-        _head(library, licence),
+        _head(model, library, licence),
         f"# {name}",
         _summary(model, provenance),
-        _section("How to use it", f"```python\n{usage.strip()}\n```\n\n{checked}"),
+        _section("How to use it", f"```python\n{usage.strip()}\n```\n\n{checked}".strip()),
         _section("Data", _data(provenance)),
-        _section("Recipe", _recipe(recipe)),
+        _section("Recipe", _recipe(provenance)),
         _section("Measured", _measured(provenance.results)),
         _section("Intended use and limits", LIMITS),
         _section("Licence", f"{licence}."),
@@ -72,8 +71,9 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _head(library: str, licence: str) -> str:
-    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "zero-shot-image-classification"}
+def _head(model: DualEncoder, library: str, licence: str) -> str:
+    task = "zero-shot-image-classification" if has_text(model) else "image-feature-extraction"
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task}
     if licence == NO_LICENCE:
         fields["license"] = "unknown"
     elif LICENCE_ID.fullmatch(licence):
@@ -107,9 +107,10 @@ def _data(provenance: Provenance) -> str:
     return f"`{recipe.data.label}`{pairs}; {seen:,} pairs seen in {step:,} steps of {recipe.train.batch:,}."
 
 
-def _recipe(recipe: Recipe | None) -> str:
-    if recipe is None:
-        return "Not recorded."
+def _recipe(provenance: Provenance) -> str:
+    recipe = provenance.recipe
+    if recipe is None or provenance.step is None:
+        return "Not recorded: weights say nothing of how they were trained."
     terms = ", ".join(f"{getattr(recipe.weights, term):g} {term}" for term in recipe.weights.active())
     rows = [
         f"- terms: {terms}",

@@ -29,6 +29,31 @@ IMAGE, TEXT, ABOUT, TOKENIZER = "image.onnx", "text.onnx", "declip_onnx.json", "
 EXAMPLE = 2
 """Rows and half the columns of the example that is traced: a size of 1 would be taken as fixed."""
 
+IMAGE_USAGE = """
+import json
+import numpy as np, onnxruntime
+from PIL import Image
+from tokenizers import Tokenizer
+
+about = json.load(open("declip_onnx.json"))
+picture = Image.new("RGB", (320, 240), "orange")  # your picture
+size = about["image"]["size"]
+width, height = (int(size * side / min(picture.size)) for side in picture.size)
+left, top = round((width - size) / 2), round((height - size) / 2)
+pixels = picture.convert("RGB").resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
+pixels = (np.asarray(pixels, np.float32) / 255 - about["image"]["mean"]) / about["image"]["std"]
+pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+image = onnxruntime.InferenceSession("image.onnx").run(None, {"pixel_values": pixels})[0]
+"""
+USAGE = f"""{IMAGE_USAGE}tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a caption is words like any others
+tokenizer.enable_padding(pad_id=about["text"]["padding"])
+tokens = np.array([each.ids for each in tokenizer.encode_batch(["an orange square", "a cat"])])
+texts = onnxruntime.InferenceSession("text.onnx").run(None, {"input_ids": tokens})[0]
+logits = about["logit_scale"] * image @ texts.T
+print(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
+"""
+
 
 class Encode(nn.Module):
     """One of a model's two encoders as a module of its own."""

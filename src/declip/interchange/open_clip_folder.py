@@ -39,6 +39,20 @@ INSTEAD = "onnx, safetensors"
 CLOSE = 1e-4
 """A timm model built from its name alone must give these weights' features this closely."""
 
+USAGE = """
+import open_clip, torch
+from PIL import Image
+
+folder = "."  # this folder
+model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")  # needs transformers where there is a tokenizer.json
+picture = Image.new("RGB", (320, 240), "orange")  # your picture
+with torch.no_grad():
+    image = model.eval().encode_image(preprocess(picture)[None], normalize=True)
+    texts = model.encode_text(tokenizer(["an orange square", "a cat"]), normalize=True)
+print((model.logit_scale.exp() * image @ texts.T).softmax(dim=-1))
+"""
+
 Tower = tuple[dict[str, Any], dict[str, Tensor]]
 """open_clip's ``vision_cfg``, and its tensors without "visual."."""
 

@@ -67,7 +67,7 @@ def _count(found: Any) -> int | None:
 def _ours(model: Any) -> DualEncoder:
     if not isinstance(model, DualEncoder):
         raise UserError(
-            f"A {type(model).__name__} cannot be exported: a model of open_clip's is already in its own format, and "
+            f"This {type(model).__name__} cannot be exported: a model of open_clip's is already in its own format, and "
             "only models of ours can be written in others. `declip import FILE --from open_clip` makes it one of ours."
         )
     return model
