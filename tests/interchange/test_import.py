@@ -142,7 +142,7 @@ def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "image tower alone" in card
     assert "image-feature-extraction" in card
-    assert "torch.Size([1, 128]) torch.Size([1, 128])" in run_card(tmp_path / "out", monkeypatch, capfd)
+    assert "torch.Size([1, 64]) torch.Size([1, 128])" in run_card(tmp_path / "out", monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("file", ["keys_vitb32.json", "keys_r50.json"])

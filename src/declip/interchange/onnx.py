@@ -45,7 +45,9 @@ pixels = (np.asarray(pixels, np.float32) / 255 - about["image"]["mean"]) / about
 pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)
 image = onnxruntime.InferenceSession("image.onnx").run(None, {"pixel_values": pixels})[0]
 """
-USAGE = f"""{IMAGE_USAGE}tokenizer = Tokenizer.from_file("tokenizer.json")
+USAGE = (
+    IMAGE_USAGE
+    + """tokenizer = Tokenizer.from_file("tokenizer.json")
 tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a caption is words like any others
 tokenizer.enable_padding(pad_id=about["text"]["padding"])
 tokens = np.array([each.ids for each in tokenizer.encode_batch(["an orange square", "a cat"])])
@@ -53,6 +55,7 @@ texts = onnxruntime.InferenceSession("text.onnx").run(None, {"input_ids": tokens
 logits = about["logit_scale"] * image @ texts.T
 print(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
 """
+)
 
 
 class Encode(nn.Module):
