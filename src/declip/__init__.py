@@ -1,7 +1,8 @@
 """declip: contrastive language-image models when pairs are few.
 
-The public names: `train`, `load`, `evaluate`, `compare`, `PairBatch`, `Recipe`, `load_recipe`, and the package
-`interchange`. They are imported when they are first used, so that ``import declip`` is quick and asks for nothing.
+The public names: `train`, `load`, `evaluate`, `compare`, `export`, `PairBatch`, `Recipe`, `load_recipe`, and the
+package `interchange`. They are imported when they are first used, so that ``import declip`` is quick and asks for
+nothing.
 """
 
 from importlib import import_module
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from declip.data.batch import PairBatch
     from declip.errors import UserError
     from declip.evaluation.protocols import evaluate
+    from declip.interchange.export import export
     from declip.interchange.load import load
     from declip.training.trainer import train
 
@@ -25,12 +27,24 @@ _WHERE = {
     "UserError": "declip.errors",
     "compare": "declip.comparison.compare",
     "evaluate": "declip.evaluation.protocols",
+    "export": "declip.interchange.export",
     "load": "declip.interchange.load",
     "load_recipe": "declip.config",
     "train": "declip.training.trainer",
 }
 
-__all__ = ["PairBatch", "Recipe", "UserError", "compare", "evaluate", "interchange", "load", "load_recipe", "train"]
+__all__ = [
+    "PairBatch",
+    "Recipe",
+    "UserError",
+    "compare",
+    "evaluate",
+    "export",
+    "interchange",
+    "load",
+    "load_recipe",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -209,6 +209,37 @@ def _value(word: str) -> Any:
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, or a weights file")],
+    format: Annotated[str, typer.Option("--format", help="open_clip, huggingface, onnx or safetensors")],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    licence: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
+) -> None:
+    """Write a model for another library, or as one file, with a model card."""
+    from declip.interchange.export import export as run_export
+
+    exported = run_export(model, format, out, licence=licence, overwrite=overwrite)
+    checked = "" if exported.difference is None else f" {exported}"  # else a warning has said so
+    console.print(f"Written: {exported.folder}.{checked}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[str, typer.Argument(help="a checkpoint; of open_clip MODEL/TAG, MODEL/FILE or a folder")],
+    source: Annotated[str, typer.Option("--from", help="declip-authors or open_clip")],
+    out: Annotated[Path, typer.Option(help="the folder to write; declip reads it")],
+    licence: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
+) -> None:
+    """Make another library's weights a model of ours."""
+    from declip.interchange.import_weights import import_weights
+
+    folder = import_weights(file, source, out, licence=licence, overwrite=overwrite)
+    console.print(f"Written: {folder}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes and their terms."""
     from declip.config import load_recipe, recipe_names

@@ -109,20 +109,20 @@ def read_declip_authors(
     try:
         recipe = _recipe(state, weights, text_heads, image_heads, queue_size)
         places = {our_name(name, state): name for name in state}
-        shapes = {ours: _convert(name, state[name].to("meta")) for ours, name in places.items()}
+        shapes = {ours: convert(name, state[name].to("meta")) for ours, name in places.items()}
     except UserError:
         raise
     except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"The shapes of the authors' weights cannot be read: {_one_line(error)}.") from error
     # Sizes come from the file, so the model is built without memory first, to see that the shapes fit.
-    _put(outline(recipe), "model.", shapes)
+    put_weights(outline(recipe), "model.", shapes)
     with torch.random.fork_rng(devices=[]):
         model = DualEncoder.from_recipe(recipe)
         objective = Objective.for_model(recipe, model)
-    ours = {ours: _convert(name, state[name]) for ours, name in places.items()}
+    ours = {ours: convert(name, state[name]) for ours, name in places.items()}
     ours["model.logit_scale"] = ours["model.logit_scale"].clamp(max=recipe.logit_scale.max)
-    _put(model, "model.", ours)
-    _put(objective, "objective.", ours)
+    put_weights(model, "model.", ours)
+    put_weights(objective, "objective.", ours)
     return model, objective
 
 
@@ -156,11 +156,9 @@ def token_order(vocabulary: int) -> Tensor:
 
 
 def _state(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """Get the state dict out of what was given, names without "module.", without what the models never use."""
-    found = source if isinstance(source, Mapping) else _load(Path(source))
-    found = found.get("model", found)
-    tensors = isinstance(found, Mapping) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items())
-    state = {name.removeprefix("module."): tensor for name, tensor in found.items()} if tensors else {}
+    """Get the state dict of a whole model out of what was given."""
+    found = source if isinstance(source, Mapping) else load_authors_file(Path(source))
+    state = tensors_of(found)
     needed = ("logit_scale", "visual.conv1.weight", f"{_text_prefix(state)}token_embedding.weight")
     missing = [name for name in needed if name not in state]
     if missing:
@@ -168,12 +166,29 @@ def _state(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
             f"These are not the authors' weights: {', '.join(missing)} not found. Give a checkpoint of their code "
             '(a file, or {"model": {name: tensor}}), or its state dict.'
         )
+    return state
+
+
+def tensors_of(found: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Get the named tensors out of what a file held, names without "module.", without what the models never use."""
+    found = found.get("model", found)
+    tensors = isinstance(found, Mapping) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items())
+    state = {name.removeprefix("module."): tensor for name, tensor in found.items()} if tensors else {}
     return {name: tensor for name, tensor in state.items() if not UNUSED.match(name)}
 
 
-def _load(path: Path) -> Mapping[str, Any]:
+def load_authors_file(path: Path) -> Mapping[str, Any]:
+    """Read what a checkpoint file holds; no code in it is run.
+
+    Raises:
+        UserError: there is no such file, or it holds no tensors, half of them or a program.
+    """
     if not path.is_file():
         raise UserError(f"There is no file '{path}'. Give the path of a checkpoint of the authors' code.")
+    if path.suffix == ".onnx":
+        raise UserError(
+            f"'{path}' is an ONNX file, which is a program for a runtime. Give weights of the authors' code."
+        )
     try:
         found = read_weights(path)
     except UserError:
@@ -196,7 +211,7 @@ def _text_prefix(state: Mapping[str, Any]) -> str:
     return "text_encoder." if "text_encoder.token_embedding.weight" in state else "encode_text."
 
 
-def _convert(name: str, tensor: Tensor) -> Tensor:
+def convert(name: str, tensor: Tensor) -> Tensor:
     """Bring one of their tensors into our order and shape."""
     if name.endswith("token_embedding.weight") or name.startswith("text_label_predictor."):
         return tensor[token_order(len(tensor))]
@@ -209,8 +224,12 @@ def _convert(name: str, tensor: Tensor) -> Tensor:
     return tensor.reshape(()) if name == "logit_scale" else tensor
 
 
-def _put(module: torch.nn.Module, prefix: str, ours: Mapping[str, Tensor]) -> None:
-    """Load what is ours under a prefix; heads of terms without a weight are left aside, and the queue empty."""
+def put_weights(module: torch.nn.Module, prefix: str, ours: Mapping[str, Tensor]) -> None:
+    """Load what is ours under a prefix; heads of terms without a weight are left aside, and the queue empty.
+
+    Raises:
+        UserError: a tensor is missing, too many, or of another shape.
+    """
     parts = {name.split(".")[0] for name, _ in module.named_parameters()}
     given = {name.removeprefix(prefix): t for name, t in ours.items() if name.startswith(prefix)}
     given = {name: tensor for name, tensor in given.items() if name.split(".")[0] in parts}
@@ -244,10 +263,9 @@ def _recipe(
         **_head_sizes(state),
         "nearest_neighbour.queue_size": queue_size,
     }
-    if "visual.class_embedding" in state:
-        changes |= _transformer_sizes(state, image_heads, text_heads)
-    else:
-        changes |= _resnet_sizes(state, image_heads)
+    text_width = state[f"{_text_prefix(state)}token_embedding.weight"].shape[1]
+    alike = text_heads if image_width(state) == text_width else None
+    changes |= image_sizes(state, image_heads, alike)
     if weights is not None:
         _check_weights(state, weights)
         changes["weights"] = dict(weights)
@@ -291,10 +309,31 @@ def _text_sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any
     }
 
 
-def _transformer_sizes(state: Mapping[str, Tensor], heads: int | None, text_heads: int | None) -> dict[str, Any]:
-    width, _, patch, _ = state["visual.conv1.weight"].shape
-    text_width = state[f"{_text_prefix(state)}token_embedding.weight"].shape[1]
-    heads = heads or (text_heads if width == text_width else None) or _one_per_64(width)
+def image_width(state: Mapping[str, Tensor]) -> int:
+    """Width of an image tower's pooled feature."""
+    if "visual.class_embedding" in state:
+        return state["visual.conv1.weight"].shape[0]
+    if "visual.attnpool.positional_embedding" not in state:
+        raise UserError("The image tower is neither CLIP's ViT nor CLIP's ResNet; only these two can be read.")
+    return state["visual.attnpool.positional_embedding"].shape[1]
+
+
+def image_sizes(state: Mapping[str, Tensor], heads: int | None, alike: int | None = None) -> dict[str, Any]:
+    """Read the recipe's keys of an image tower off its shapes.
+
+    Args:
+        state: Their tensors.
+        heads: Attention heads, where they were given.
+        alike: Those of an equally wide text tower, where they were given; they serve a vision transformer.
+
+    Raises:
+        UserError: it is neither CLIP's ViT nor CLIP's ResNet.
+    """
+    width = image_width(state)
+    if "visual.class_embedding" not in state:
+        return _resnet_sizes(state, width, heads)
+    heads = heads or alike or _one_per_64(width)
+    patch = state["visual.conv1.weight"].shape[-1]
     side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
     depth = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
     return {
@@ -304,10 +343,8 @@ def _transformer_sizes(state: Mapping[str, Tensor], heads: int | None, text_head
     }
 
 
-def _resnet_sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
-    if "visual.attnpool.positional_embedding" not in state:
-        raise UserError("The image tower is neither CLIP's ViT nor CLIP's ResNet; only these two can be read.")
-    cells, width = state["visual.attnpool.positional_embedding"].shape
+def _resnet_sizes(state: Mapping[str, Tensor], width: int, heads: int | None) -> dict[str, Any]:
+    cells = len(state["visual.attnpool.positional_embedding"])
     if heads is not None and heads != _one_per_64(width):
         raise UserError(f"image_heads={heads} was given; a ResNet of width {width} pools with {_one_per_64(width)}.")
     depths = [_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]

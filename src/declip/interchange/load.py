@@ -1,21 +1,23 @@
-"""Loading a model: a run folder or a checkpoint of ours, a checkpoint of the authors', or a model of open_clip's."""
+"""Loading a model: a run, a checkpoint or a file of ours, the authors' weights, or a model of open_clip's."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from declip.config import Recipe, read_yaml
 from declip.errors import UserError
 from declip.evaluation.features import Encoder
 from declip.interchange.declip_authors import read_declip_authors
+from declip.interchange.declip_backbone import is_backbone, read_declip_backbone
+from declip.interchange.declip_file import FILE, holds_recipe, place_weights, read_declip_file, read_recipe
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
+from declip.supervision.objective import Objective
 from declip.training.build import pick_device
-from declip.training.checkpoint import STATE, list_checkpoints, load_checkpoint, newest_good, part
+from declip.training.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part
 from declip.training.run import RECIPE
 
 
@@ -46,9 +48,10 @@ def load(where: str | Path, device: str = "auto") -> Model:
     """Load a trained model, in evaluation mode.
 
     Args:
-        where: A run folder (its newest good checkpoint), a checkpoint folder inside one, a file with the authors'
-            weights (``.pth``, ``.pth.tar``, ``.pt``, ``.safetensors``), or a name of
-            `declip.interchange.open_clip`, such as ``open_clip:ViT-B-32/openai``.
+        where: A run folder (its newest good checkpoint), a checkpoint folder inside one, a file or folder that
+            `declip.export` wrote as "safetensors", a file with the authors' weights (``.pth``, ``.pth.tar``, ``.pt``,
+            ``.safetensors``), with both towers or the image tower alone, or a name of `declip.interchange.open_clip`,
+            such as ``open_clip:ViT-B-32/openai``.
         device: "auto", "cpu", "cuda", …
 
     Returns:
@@ -66,14 +69,27 @@ def load(where: str | Path, device: str = "auto") -> Model:
             f"There is no model at '{where}'. Give a run folder, a checkpoint folder, a weights file, "
             f"or {PREFIX}MODEL/TAG."
         )
-    found = _from_file(path) if path.is_file() else _from_checkpoint(path)
+    if (path / FILE).is_file():
+        path = path / FILE
+    found = _from_file(path) if path.is_file() else model_of(read_checkpoint(path), path)
     return found.to(pick_device(device)).eval()
 
 
 def _from_file(path: Path) -> DualEncoder:
+    return read_declip_file(path) if holds_recipe(path) else read_authors_file(path)[0]
+
+
+def read_authors_file(path: Path) -> tuple[DualEncoder, Objective | None]:
+    """Read the authors' weights: both towers and the heads, or an image tower alone, which comes without objective.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else; what it holds is said where it is known.
+    """
     try:
-        return read_declip_authors(path)[0]
+        return read_declip_authors(path)
     except UserError as error:
+        if is_backbone(path):
+            return read_declip_backbone(path), None
         raise _not_the_authors(path) or error from error
 
 
@@ -103,41 +119,39 @@ def _tensor_names(path: Path) -> Iterable[str]:
         return []
 
 
-def _from_checkpoint(path: Path) -> DualEncoder:
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint folder, or the newest good checkpoint of a run folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     if (path / STATE).is_file():
-        found = load_checkpoint(path)
-    elif list_checkpoints(path):
+        return load_checkpoint(path)
+    if list_checkpoints(path):
         newest, problems = newest_good(path)
         if newest is None:
             raise UserError(f"No checkpoint in '{path}' is whole. {problems[0]}")
-        found = newest
-    elif (path / CONFIG).is_file():
+        return newest
+    if (path / CONFIG).is_file():
         raise UserError(f"'{path}' is a folder of open_clip's. Load it as {PREFIX}{FOLDER}{path}.")
-    else:
-        what = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
-        raise UserError(f"'{path}' {what}. Give a run folder, or a folder in its checkpoints.")
-    recipe = _recipe(found.recipe, path)
-    weights = part("average", found.weights) or part("model", found.weights)
+    what = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
+    raise UserError(f"'{path}' {what}. Give a run folder, or a folder in its checkpoints.")
+
+
+def model_of(checkpoint: Checkpoint, path: Path) -> DualEncoder:
+    """Build a checkpoint's model, with the averaged weights where the run kept them.
+
+    Args:
+        checkpoint: What `read_checkpoint` gave.
+        path: Where it came from, for messages.
+
+    Raises:
+        UserError: its recipe cannot be read, or its weights are not those of the recipe.
+    """
+    recipe = read_recipe(checkpoint.recipe, path)
+    weights = part("average", checkpoint.weights) or part("model", checkpoint.weights)
     # Sizes come from the file, so the model is built without memory first, to see that the weights fit.
-    _put(outline(recipe), {name: tensor.to("meta") for name, tensor in weights.items()}, path)
+    place_weights(outline(recipe), {name: tensor.to("meta") for name, tensor in weights.items()}, path)
     model = DualEncoder.from_recipe(recipe)
-    _put(model, weights, path)
+    place_weights(model, weights, path)
     return model
-
-
-def _put(model: DualEncoder, weights: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"The weights in '{path}' do not fit their recipe: {str(error).splitlines()[-1].strip()}"
-        ) from error
-
-
-def _recipe(text: str, path: Path) -> Recipe:
-    """The recipe in a checkpoint, which may be a stranger's."""
-    try:
-        return Recipe.model_validate(read_yaml(text))
-    except Exception as error:  # YAML's tags and pydantic's checks each have errors of their own
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"The recipe of the checkpoint in '{path}' cannot be read by this version: {said}") from error

@@ -23,7 +23,12 @@ class DualEncoder(nn.Module):
         preprocess: Turns PIL images into the (n, 3, S, S) tensor that the image tower takes.
         tokenizer: Turns captions into the (n, L) ids that the text tower takes.
         logit_scale: Start of the logarithm of the inverse temperature.
+
+    Attributes:
+        recipe: What `from_recipe` built it from, else None.
     """
+
+    recipe: Recipe | None = None
 
     def __init__(
         self,
@@ -58,7 +63,9 @@ class DualEncoder(nn.Module):
             activation=text.activation,
         )
         preprocess = Preprocess(image.size, image.mean, image.std)
-        return cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.start)
+        model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.start)
+        model.recipe = recipe
+        return model
 
     @property
     def device(self) -> torch.device:

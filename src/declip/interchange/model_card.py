@@ -1,0 +1,135 @@
+"""The model card (README.md) beside every export: what the model learnt from, what was measured, how it is used."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+import declip
+from declip.evaluation.results import Result, percent, times
+from declip.interchange.provenance import Provenance
+from declip.models.dual_encoder import DualEncoder
+from declip.models.no_text import has_text
+
+NO_LICENCE = "unknown: set it"
+LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
+"""What the Hub takes in the field of the head; anything else is a name of its own there."""
+
+LIMITS = """\
+For research on contrastive pre-training with few pairs: zero-shot classification, retrieval and probes on data like
+that of training. It repeats what its pairs say and leave out, social bias included; captions other than English were
+hardly seen. Measure it on your own data, group by group, before anything depends on it. It is not meant for
+surveillance, for telling people apart, or for decisions about people."""
+
+CITATION = """\
+```bibtex
+@inproceedings{li2022declip,
+  title = {Supervision Exists Everywhere: A Data Efficient Contrastive Language-Image Pre-training Paradigm},
+  author = {Yangguang Li and Feng Liang and Lichen Zhao and Yufeng Cui and Wanli Ouyang and Jing Shao and Fengwei Yu and Junjie Yan},
+  booktitle = {International Conference on Learning Representations},
+  year = {2022},
+  note = {arXiv:2110.05208}
+}
+@inproceedings{radford2021clip,
+  title = {Learning Transferable Visual Models From Natural Language Supervision},
+  author = {Alec Radford and Jong Wook Kim and Chris Hallacy and Aditya Ramesh and Gabriel Goh and Sandhini Agarwal and Girish Sastry and Amanda Askell and Pamela Mishkin and Jack Clark and Gretchen Krueger and Ilya Sutskever},
+  booktitle = {International Conference on Machine Learning},
+  year = {2021},
+  note = {arXiv:2103.00020}
+}
+```"""  # fmt: skip # noqa: E501
+
+
+def model_card(
+    model: DualEncoder, provenance: Provenance, library: str, usage: str, checked: str = "", licence: str = NO_LICENCE
+) -> str:
+    """Write the card as Markdown with the YAML head that the Hub reads.
+
+    Args:
+        model: The model.
+        provenance: Where it came from.
+        library: The Hub's name of the library that loads the folder.
+        usage: Python that works in the folder as it is.
+        checked: How the export was read back, as a sentence, where it was.
+        licence: An identifier of the Hub's such as "mit", or any words.
+    """
+    recipe = provenance.recipe
+    name = recipe.name if recipe is not None and provenance.step is not None else "A language-image model"
+    parts = [
+        _head(model, library, licence),
+        f"# {name}",
+        _summary(model, provenance),
+        _section("How to use it", f"```python\n{usage.strip()}\n```\n\n{checked}".strip()),
+        _section("Data", _data(provenance)),
+        _section("Recipe", _recipe(provenance)),
+        _section("Measured", _measured(provenance.results)),
+        _section("Intended use and limits", LIMITS),
+        _section("Licence", f"{licence}."),
+        _section("How to cite", CITATION),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(model: DualEncoder, library: str, licence: str) -> str:
+    task = "zero-shot-image-classification" if has_text(model) else "image-feature-extraction"
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task}
+    if licence == NO_LICENCE:
+        fields["license"] = "unknown"
+    elif LICENCE_ID.fullmatch(licence):
+        fields["license"] = licence
+    else:
+        fields |= {"license": "other", "license_name": licence}
+    fields["tags"] = ["clip", "declip", "contrastive-learning"]
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}"
+
+
+def _summary(model: DualEncoder, provenance: Provenance) -> str:
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    towers = "image and text tower" if has_text(model) else "image tower alone"
+    made = f" Weights from {provenance.origin}." if provenance.origin else ""
+    return (
+        f"A contrastive language-image model ({towers}, {millions:,.1f} M parameters, {model.preprocessor.size} px, "
+        f"{model.image_tower.proj.out_features:,} numbers a feature), written by declip {declip.__version__}.{made}"
+    )
+
+
+def _data(provenance: Provenance) -> str:
+    recipe, step = provenance.recipe, provenance.step
+    if recipe is None or step is None:
+        return "Not recorded: the weights came without the folder of their run. Say here what they were trained on."
+    pairs = "" if provenance.pairs is None else f", {provenance.pairs:,} distinct pairs"
+    seen = step * recipe.train.batch
+    return f"`{recipe.data.label}`{pairs}; {seen:,} pairs seen in {step:,} steps of {recipe.train.batch:,}."
+
+
+def _recipe(provenance: Provenance) -> str:
+    recipe = provenance.recipe
+    if recipe is None or provenance.step is None:
+        return "Not recorded: weights say nothing of how they were trained."
+    terms = ", ".join(f"{getattr(recipe.weights, term):g} {term}" for term in recipe.weights.active())
+    rows = [
+        f"- terms: {terms}",
+        f"- image tower: {recipe.image.name}, {recipe.image.size} px",
+        f"- text tower: {recipe.text.layers} layers, width {recipe.text.width}, context {recipe.text.context}",
+        f"- seed {recipe.seed}, peak rate {recipe.train.lr_peak:g}, weight decay {recipe.train.weight_decay:g}",
+    ]
+    whole = f"<details><summary>the whole recipe</summary>\n\n```yaml\n{recipe.to_yaml()}```\n\n</details>"
+    return "\n".join(rows) + f"\n\n{whole}"
+
+
+def _measured(results: Sequence[Result]) -> str:
+    if not results:
+        return "Nothing was recorded with these weights: `declip evaluate` measures them."
+    rows = ["| on | protocol | measure | value | chance | × chance | n |", "|---|---|---|--:|--:|--:|--:|"]
+    for result in results:
+        for measure in result.measures():
+            numbers = (
+                f"{percent(measure.value)} | {percent(measure.chance)} | {times(measure.times_chance)} | {measure.n:,}"
+            )
+            rows.append(f"| {result.on} | {result.protocol} | {measure.name} | {numbers} |")
+    return "\n".join(rows)

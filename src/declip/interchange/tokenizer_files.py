@@ -1,0 +1,73 @@
+"""Our tokeniser as the files of Hugging Face's: the same ids wherever `tokenizers` or transformers is.
+
+What only CLIP's cleaning by ftfy mends (broken encodings, rare HTML entities, ligatures) a file cannot say: clean such
+captions first, with `declip.data.tokenizer.clean`, or let open_clip do it. Padding is the end token, which no pooling
+minds; ours is 0. The text of a special token in a caption is spelled out, as ours is.
+"""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from declip.data.tokenizer import Tokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+"""CLIP's pattern, as in `declip.data.tokenizer`."""
+
+REPLACED = (
+    ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "),
+    (Regex("[\u02bc\u2018-\u201b]"), "'"), (Regex("[\u201c-\u201f]"), '"'), (Regex(r"\s+"), " "),
+)  # fmt: skip
+"""What is common of what CLIP's cleaning replaces."""
+
+
+def backend(tokenizer: Tokenizer) -> Backend:
+    """Build the same tokeniser of the `tokenizers` library: start, the words' ids, end, cut at the context."""
+    model = json.loads(tokenizer._words._encoder.to_str())["model"]
+    vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
+    found = Backend(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
+    replaced = [normalizers.Replace(what, by) for what, by in REPLACED]
+    found.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), *replaced, normalizers.Lowercase(), normalizers.Strip()]
+    )
+    found.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    found.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, tokenizer.start), (END, tokenizer.end)]
+    )
+    found.decoder = decoders.ByteLevel()
+    found.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (START, END)])
+    found.enable_truncation(tokenizer.context)
+    return found
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json, vocab.json and merges.txt."""
+    found = backend(tokenizer)
+    found.save(str(folder / "tokenizer.json"))
+    found.model.save(str(folder))
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    config = {
+        **special,
+        "tokenizer_class": "PreTrainedTokenizerFast",  # CLIP's own class would put its own cleaning in place of ours
+        "model_max_length": tokenizer.context,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "right",
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {
+            str(number): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
+                          "single_word": False}
+            for token, number in ((START, tokenizer.start), (END, tokenizer.end))
+        },
+    }  # fmt: skip
+    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

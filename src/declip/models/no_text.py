@@ -1,0 +1,45 @@
+"""What stands in place of the text tower where a file holds an image tower alone."""
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from torch import Tensor, nn
+
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+
+
+class NoTextTower(nn.Module):
+    """A text tower that only says that there is none."""
+
+    def forward(self, tokens: Tensor) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            UserError: always.
+        """
+        refuse_text()
+
+
+def drop_text(model: DualEncoder) -> DualEncoder:
+    """Take the text tower and the tokenizer out of a model, in place: whoever asks for them gets a `UserError`."""
+    model.text_tower = NoTextTower()  # type: ignore[assignment]
+    model.tokenizer = refuse_text  # type: ignore[assignment]
+    return model
+
+
+def has_text(model: DualEncoder) -> bool:
+    """Whether the model can encode captions."""
+    return not isinstance(model.text_tower, NoTextTower)
+
+
+def refuse_text(texts: str | Sequence[str] = ()) -> NoReturn:
+    """Say that there is no text tower; it stands in place of the tokenizer.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        "This model has an image tower alone: its file holds no text tower, so captions and class names cannot be "
+        "encoded. Use its image features (--protocol linear, knn or few-shot), or give a file with both towers."
+    )

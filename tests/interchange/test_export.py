@@ -1,0 +1,325 @@
+"""Every export is read back by the library that it is for: tokens, pixels, features, and the card's own code."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file, save_file
+
+import declip
+from declip import cli
+from declip.errors import UserError
+from declip.interchange import export as exports
+from declip.interchange.declip_file import FILE
+from declip.interchange.huggingface import fold_bias
+from declip.training.trainer import Trainer
+from interchange.towers import CAPTIONS, build, largest, pictures
+from training.test_trainer import recipe_for
+
+EXACT = 1e-5
+
+
+def code_of(folder: Path) -> str:
+    """The Python of the model card."""
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+
+
+def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.chdir(folder)
+    exec(code_of(folder), {})
+    return capfd.readouterr().out
+
+
+def features(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the shared pictures and captions: pixels, their features, tokens, their features."""
+    with torch.no_grad():
+        pixels, tokens = model.preprocess(pictures()), model.tokenize(CAPTIONS)
+        return pixels, model.encode_image(pixels), tokens, model.encode_text(tokens)
+
+
+def same_until_the_end(theirs: torch.Tensor, ours: torch.Tensor, end: int) -> bool:
+    """Whether token ids agree up to and with the end token; what pads them is no one's matter."""
+    upto = (ours == end).int().argmax(dim=1) + 1
+    return all(row[:n].tolist() == own[:n].tolist() for row, own, n in zip(theirs, ours, upto, strict=True))
+
+
+@pytest.mark.parametrize(
+    "kind", ["vit", "vit-gelu", "vit-bias", "vit-clip-words", "resnet", "timm-vit", "timm-convnext"]
+)
+def test_open_clip_reads_what_was_written(kind: str, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    if kind != "vit-clip-words":
+        pytest.importorskip("transformers", reason="open_clip reads other vocabularies than CLIP's by it")
+    model = build(kind)
+    exported = declip.export(model, "open_clip", tmp_path / "out")
+    assert exported.difference is not None
+    assert exported.difference <= EXACT
+    theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
+    pixels, images, tokens, texts = features(model)
+    their_pixels, their_tokens = torch.stack([transform(each) for each in pictures()]), tokenizer(CAPTIONS)
+    spread = model.preprocessor.std.max().item()
+    print(f"open_clip {kind}: pixels {255 * spread * largest(their_pixels, pixels):.1e} / 255")
+    assert largest(their_pixels, pixels) * spread <= 1 / 255
+    # open_clip reads the words <end_of_text> in a caption as the token, ours and <|endoftext|> are spelled out
+    assert same_until_the_end(their_tokens, tokens, model.tokenizer.end)
+    with torch.no_grad():
+        found = (
+            theirs.eval().encode_image(their_pixels, normalize=True),
+            theirs.encode_text(their_tokens, normalize=True),
+        )
+    difference = largest(found[0], images), largest(found[1], texts)
+    print(f"open_clip {kind}: images {difference[0]:.1e}, texts {difference[1]:.1e}")
+    assert max(difference) <= EXACT
+    assert torch.equal(theirs.logit_scale, model.logit_scale)
+    weights = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    assert len(weights["token_embedding.weight"]) == model.tokenizer.vocabulary - 1
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit-gelu", "vit-mixed", "vit-bias", "vit-clip-words"])
+def test_transformers_reads_what_was_written(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = build(kind)
+    exported = declip.export(model, "huggingface", tmp_path / "out")
+    assert exported.difference is not None
+    assert exported.difference <= EXACT
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "out").eval()
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    pixels, images, tokens, texts = features(model)
+    read = processor(text=CAPTIONS, images=pictures(), padding=True, truncation=True, return_tensors="pt")
+    assert same_until_the_end(read["input_ids"], tokens, model.tokenizer.end)
+    with torch.no_grad():
+        found = theirs(input_ids=read["input_ids"], attention_mask=read["attention_mask"], pixel_values=pixels)
+        alone = theirs(input_ids=tokens, pixel_values=pixels)
+    for answer in (found, alone):
+        difference = largest(answer.image_embeds, images), largest(answer.text_embeds, texts)
+        print(f"huggingface {kind}: images {difference[0]:.1e}, texts {difference[1]:.1e}")
+        assert max(difference) <= EXACT
+    logits = model.logit_scale.exp() * images @ texts.T
+    torch.testing.assert_close(found.logits_per_image, logits, rtol=0, atol=1e-4)
+    assert theirs.config.text_config.vocab_size == model.tokenizer.vocabulary - 1
+    assert len(processor.tokenizer) == model.tokenizer.vocabulary - 1
+
+
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+def test_pixels_of_transformers_are_ours_but_for_its_rounding_of_the_crop(backend: str, tmp_path: Path) -> None:
+    """Where the longer side is cut by 3, 7, 11 … pixels it cuts one pixel further up or left than CLIP does."""
+    transformers = pytest.importorskip("transformers")
+    model = build("vit-bias")
+    declip.export(model, "huggingface", tmp_path / "out")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", backend=backend)
+    side, mean, std = 32, model.preprocessor.mean.view(3, 1, 1), model.preprocessor.std.view(3, 1, 1)
+    shifted = 0
+    for picture in pictures():
+        theirs = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])[0] * std + mean
+        width, height = (int(side * length / min(picture.size)) for length in picture.size)
+        ours = model.preprocess(picture)[0] * std + mean
+        if (max(width, height) - side) % 4 == 3:
+            shifted += 1
+            left, top = (width - side) // 2, (height - side) // 2
+            resized = picture.convert("RGB").resize((width, height), 3).crop((left, top, left + side, top + side))
+            assert largest(theirs, ours) > 1 / 255
+            ours = model.preprocess(resized)[0] * std + mean
+        print(f"transformers {backend}: pixels {255 * largest(theirs, ours):.1e} / 255")
+        assert largest(theirs, ours) <= 1.001 / 255
+    assert shifted >= 2
+
+
+def test_one_file_holds_everything(tmp_path: Path) -> None:
+    for kind in ("vit", "conv"):
+        model = build(kind)
+        declip.export(model, "safetensors", tmp_path / kind)
+        for where in (tmp_path / kind, (tmp_path / kind / FILE).rename(tmp_path / f"{kind}.safetensors")):
+            if where.is_dir():
+                continue
+            read = declip.load(where, device="cpu")
+            assert (read.recipe, read.training) == (model.recipe, False)
+            for own, other in zip(features(model), features(read), strict=True):
+                assert torch.equal(own, other)
+
+
+def test_a_run_is_exported_with_its_data_steps_and_results(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(table, steps=4, ema=0.5).model_copy(update={"name": "shapes"})
+    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"retrieval": (str(table),)})})
+    trainer = Trainer(recipe, tmp_path / "run", quiet=True)
+    trainer.train()
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["declip", "export", str(tmp_path / "run"), "--format", "safetensors", "--out",
+                                     str(out), "--licence", "cc-by-4.0"])  # fmt: skip
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert "Read back by declip" in capfd.readouterr().out
+    read, words = declip.load(out, device="cpu"), trainer.model.tokenize("a red circle")
+    with torch.no_grad():
+        assert torch.equal(read.encode_text(words), trainer.evaluated_model.eval().encode_text(words)), (
+            "averaged weights"
+        )
+    card = (out / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["license"], head["pipeline_tag"]) == ("cc-by-4.0", "zero-shot-image-classification")
+    assert f"`{table}`, 24 distinct pairs; 32 pairs seen in 4 steps of 8" in card
+    assert re.search(r"\| .*shapes.* \| retrieval \| text → image R@1 \| [\d.]+ % \| [\d.]+ % \|", card)
+    for words_ in ("2110.05208", "2103.00020", "cc-by-4.0.", "not meant for", "contrastive", "declip.load"):
+        assert words_ in card
+    assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["train"]["steps"] == 4
+    assert "tensor" in run_card(out, monkeypatch, capfd)
+    folder = next((tmp_path / "run" / "checkpoints").glob("step-00000004"))
+    assert "24 distinct pairs" in _card(declip.export(folder, "safetensors", tmp_path / "again").folder)
+
+
+def _card(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("form", "library"), [("open_clip", "open_clip"), ("huggingface", "transformers")])
+def test_the_code_in_the_card_works_as_it_is(
+    form: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(library)
+    pytest.importorskip("transformers")
+    declip.export(build("vit"), form, tmp_path / "out")
+    assert "tensor" in run_card(tmp_path / "out", monkeypatch, capfd)
+    head = yaml.safe_load(_card(tmp_path / "out").split("---")[1])
+    assert (head["library_name"], head["license"]) == (library, "unknown")
+    assert "unknown: set it" in _card(tmp_path / "out")
+    assert "Not recorded" in _card(tmp_path / "out")
+
+
+def test_a_licence_in_words_is_named_as_the_hub_wants_it(tmp_path: Path) -> None:
+    declip.export(build("vit"), "safetensors", tmp_path / "out", licence="Ours, ask first")
+    head = yaml.safe_load(_card(tmp_path / "out").split("---")[1])
+    assert (head["license"], head["license_name"]) == ("other", "Ours, ask first")
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "reason"),
+    [
+        ("conv", "open_clip", "not CLIP's ViT .*none of timm's names.*Formats that can: onnx, safetensors"),
+        ("vit-mixed", "open_clip", "computes with quick_gelu, its text tower with gelu.*Formats that can: huggingface"),
+        ("resnet", "huggingface", "vision transformer only.*ByobNet.*Formats that can: open_clip, onnx"),
+        ("timm-vit", "huggingface", "no norm before its blocks.*Formats that can: open_clip"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused_with_the_reason(kind: str, form: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        declip.export(build(kind), form, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_timm_tower_of_another_size_is_refused_by_open_clip_alone(tmp_path: Path) -> None:
+    model = build("timm-vit", **{"image.name": "vit_tiny_patch16_224", "image.size": 32})
+    with pytest.raises(UserError, match=r"'vit_tiny_patch16_224', 32 px.*pos_embed"):
+        declip.export(model, "open_clip", tmp_path / "out")
+
+
+def test_a_bias_moves_before_the_projection_where_that_can_be_inverted() -> None:
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    bias = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    moved = fold_bias(weight, bias, 5.0)
+    torch.testing.assert_close(F.linear(moved, weight.double()), bias.double(), rtol=1e-12, atol=1e-12)
+    nearly = torch.diag(torch.tensor([1.0, 1.0, 1e-6]))
+    for projection, reason in (
+        (weight.T, r"from 16 to 32 numbers, so it cannot be inverted\. Formats that can: open_clip"),
+        (nearly, "nearly singular: it would be 500,000 times as long"),
+        (torch.diag(torch.tensor([1.0, 1.0, 0.0])), "is singular"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            fold_bias(projection, torch.ones(len(projection)), 2.0)
+
+
+def test_features_that_come_out_differently_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(model: Any, folder: Path) -> None:
+        form.write(model, folder)
+        tensors = load_file(folder / FILE)
+        tensors["model.image_tower.proj.weight"][0] += 0.1
+        from safetensors import safe_open
+
+        with safe_open(folder / FILE, "pt") as file:
+            save_file(tensors, folder / FILE, file.metadata())
+
+    form = exports.FORMATS["safetensors"]
+    monkeypatch.setitem(exports.FORMATS, "safetensors", exports.Format(spoiled, form.reread, form.library, form.usage))
+    with pytest.raises(UserError, match="computes other features"):
+        declip.export(build("vit"), "safetensors", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_library_the_export_says_that_it_was_not_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    exported = declip.export(build("vit"), "huggingface", tmp_path / "out")
+    assert exported.difference is None
+    assert "Not read back here: transformers is not installed" in caplog.text
+    assert "Not read back here: transformers is not installed" in _card(tmp_path / "out")
+
+
+def test_wrong_words_and_folders_in_use(tmp_path: Path, table: Path) -> None:
+    model = build("vit")
+    with pytest.raises(UserError, match=r"export format 'openclip'. Did you mean 'open_clip'\?.*huggingface, onnx"):
+        declip.export(model, "openclip", tmp_path / "out")
+    with pytest.raises(UserError, match="no model at"):
+        declip.export(tmp_path / "nowhere", "onnx", tmp_path / "out")
+    with pytest.raises(UserError, match=r"This Identity cannot be exported: .*only models of ours"):
+        declip.export(torch.nn.Identity(), "onnx", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    declip.export(model, "safetensors", tmp_path / "out")
+    (tmp_path / "out" / "more.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty\. Give --overwrite"):
+        declip.export(model, "safetensors", tmp_path / "out")
+    declip.export(model, "safetensors", tmp_path / "out", overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", FILE]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        declip.export(model, "safetensors", tmp_path / "file", overwrite=True)
+    model.recipe = None
+    with pytest.raises(UserError, match="was not built from a recipe"):
+        declip.export(model, "safetensors", tmp_path / "other")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="/dev/full")
+def test_a_full_disk_and_a_place_that_cannot_be_written_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: Any, folder: Path) -> None:
+        (folder / "weights").symlink_to("/dev/full")
+        (folder / "weights").write_text("x" * 100_000)
+
+    form = exports.FORMATS["safetensors"]
+    with pytest.raises(UserError, match=r"Cannot write '/proc/none/out': .*give another folder as --out") as caught:
+        declip.export(build("vit"), "safetensors", Path("/proc/none/out"))
+    assert "DECLIP_CACHE" not in str(caught.value)
+    monkeypatch.setitem(exports.FORMATS, "safetensors", exports.Format(full, form.reread, form.library, form.usage))
+    with pytest.raises(UserError, match=r"Cannot write '.*out': No space left on device\. Make room"):
+        declip.export(build("vit"), "safetensors", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_published_sizes_get_the_names_of_open_clips_vit_b_32() -> None:
+    """Names and shapes alone, without memory."""
+    open_clip = pytest.importorskip("open_clip")
+    from declip.config import load_recipe
+    from declip.interchange.open_clip_folder import image_tower, text_tensors
+    from declip.models.dual_encoder import DualEncoder
+
+    for recipe, name in (("clip-yfcc15m-vitb32", "ViT-B-32"), ("clip-yfcc15m-r50", "RN50")):
+        with torch.device("meta"):
+            ours = DualEncoder.from_recipe(load_recipe(recipe, {"text.projection_bias": False}))
+            theirs = open_clip.create_model(name, load_weights=False, device="meta")
+        _, images = image_tower(ours, "quick_gelu")
+        shapes = {f"visual.{part}": t.shape for part, t in images.items()}
+        shapes |= {part: t.shape for part, t in text_tensors(ours.text_tower).items()} | {"logit_scale": torch.Size([])}
+        expected = {part: t.shape for part, t in theirs.state_dict().items()}
+        if name == "RN50":
+            expected = {part: s for part, s in expected.items() if "attnpool" not in part}
+            shapes = {part: s for part, s in shapes.items() if "attnpool" not in part}
+            expected.pop("text_projection"), shapes.pop("text_projection")
+        assert shapes == expected

@@ -1,0 +1,103 @@
+"""Both towers in onnxruntime at several batch sizes and lengths, with what lies beside them."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import declip
+from declip.errors import UserError
+from declip.interchange import onnx as ours
+from declip.models.no_text import drop_text
+from interchange.test_export import EXACT, run_card, same_until_the_end
+from interchange.towers import CAPTIONS, build, largest, pictures
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of a model whose text projection has a bias; torch's exporter takes seconds."""
+    found = declip.export(build("vit-bias"), "onnx", tmp_path_factory.mktemp("onnx") / "out")
+    assert found.difference is not None
+    assert found.difference <= EXACT
+    return found.folder
+
+
+def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported: Path) -> None:
+    import onnx
+    from tokenizers import Tokenizer
+
+    model, about = build("vit-bias"), json.loads((exported / "declip_onnx.json").read_text())
+    image, text = (onnxruntime.InferenceSession(exported / name) for name in ("image.onnx", "text.onnx"))
+    tokenizer = Tokenizer.from_file(str(exported / about["text"]["tokenizer"]))
+    tokenizer.encode_special_tokens = True
+    pixels, far = model.preprocess(pictures()), [0.0, 0.0]
+    for batch in (1, 2, 5, len(pixels)):
+        given = pixels[:batch]
+        with torch.no_grad():
+            far[0] = max(
+                far[0],
+                largest(torch.tensor(image.run(None, {"pixel_values": given.numpy()})[0]), model.encode_image(given)),
+            )
+    for captions in (CAPTIONS[:1], ["!", "a"], CAPTIONS):
+        tokens = model.tokenize(captions)
+        with torch.no_grad():
+            found = torch.tensor(text.run(None, {"input_ids": tokens.numpy()})[0])
+            far[1] = max(far[1], largest(found, model.encode_text(tokens)))
+        rows = torch.zeros(len(captions), 16, dtype=torch.int64)
+        for row, each in zip(rows, tokenizer.encode_batch(captions), strict=True):
+            row[: len(each.ids)] = torch.tensor(each.ids)
+        assert same_until_the_end(rows, tokens, about["text"]["end"])
+    print(f"onnx vit-bias: images {far[0]:.1e}, texts {far[1]:.1e}")
+    assert max(far) <= EXACT
+    assert [each.version for each in onnx.load(exported / "text.onnx").opset_import if not each.domain] == [
+        about["opset"]
+    ]
+    assert about["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), rel=1e-6)
+    assert (about["image"]["size"], about["text"]["context"], about["embed_dim"]) == (32, 16, 16)
+    np.testing.assert_allclose(about["image"]["mean"], [0.5, 0.4, 0.3])
+
+
+def test_the_code_in_the_card_works_as_it_is(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    printed = run_card(exported, monkeypatch, capfd)
+    model = build("vit-bias")
+    from PIL import Image
+
+    with torch.no_grad():
+        image = model.encode_image(model.preprocess(Image.new("RGB", (320, 240), "orange")))
+        texts = model.encode_text(model.tokenize(["an orange square", "a cat"]))
+    expected = (model.logit_scale.exp() * image @ texts.T).softmax(dim=-1)[0].tolist()
+    assert [float(word) for word in re.findall(r"\d\.\d+", printed)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_without_text_tower_has_no_text_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "_export", lambda module, example, free, names, path: path.write_bytes(b""))
+    ours.write_onnx(drop_text(build("vit")), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["declip_onnx.json", "image.onnx"]
+    assert "text" not in json.loads((tmp_path / "declip_onnx.json").read_text())
+
+
+def test_without_its_packages_or_for_what_it_cannot_trace_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")
+
+    def untraceable(*_: object, **__: object) -> None:
+        raise RuntimeError("data-dependent\n  branch")
+
+    for export, message in (
+        (missing, r"needs onnxscript.*pip install 'declip\[onnx\]'"),
+        (untraceable, "cannot export this tower to image.onnx: data-dependent branch"),
+    ):
+        monkeypatch.setattr(torch.onnx, "export", export)
+        with pytest.raises(UserError, match=message):
+            declip.export(build("vit"), "onnx", tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,283 @@
+"""Weights of the authors' and of open_clip's as files of ours, image towers alone, and every wrong file."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import declip
+from conftest import COLOURS, SHAPES, draw
+from declip import cli
+from declip.data.pairs import Pair
+from declip.errors import UserError
+from declip.evaluation.datasets import Dataset
+from declip.interchange import read_declip_authors
+from declip.interchange.declip_backbone import read_declip_backbone
+from declip.interchange.declip_file import FILE
+from declip.interchange.import_weights import import_weights
+from interchange.test_declip_authors import CASES, GOLDEN, Case
+from interchange.test_export import EXACT, features, run_card
+from interchange.towers import CAPTIONS, build, largest, pictures
+
+
+def command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The command as a shell starts it; its exit status."""
+    monkeypatch.setattr("sys.argv", ["declip", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def authors_file(folder: Path, state: dict[str, Any]) -> Path:
+    """A checkpoint as the authors' code saves it."""
+    path = folder / "ckpt.pth.tar"
+    model = {f"module.{name}": tensor.float() for name, tensor in state.items()}
+    torch.save({"last_iter": 2, "model": model, "optimizer": {"state": {}}}, path)
+    return path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_authors_models_come_in_whole(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, out = authors_file(tmp_path, load_file(GOLDEN / f"{name}.safetensors")), tmp_path / "out"
+    assert command(["import", str(file), "--from", "declip-authors", "--out", str(out)], monkeypatch) == 0
+    assert f"Written: {out}" in capfd.readouterr().out.replace("\n", "")
+    expected, objective = read_declip_authors(file)
+    read = declip.load(out, device="cpu")
+    for found, own in zip(features(read), features(expected.eval()), strict=True):
+        assert torch.equal(found, own)
+    tensors = load_file(out / FILE)
+    kept = {part.removeprefix("objective."): t for part, t in tensors.items() if part.startswith("objective.")}
+    heads = {part: t for part, t in objective.state_dict().items() if not part.startswith("queue.")}
+    assert kept.keys() == heads.keys()
+    assert all(torch.equal(kept[part], heads[part]) for part in heads)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "ckpt.pth.tar` (declip-authors)" in card
+    assert "weights say nothing of how they were trained" in card
+
+
+def test_the_authors_weights_go_on_to_the_other_formats(tmp_path: Path) -> None:
+    """Their bias after the text projection: kept by open_clip, moved before the projection for transformers."""
+    pytest.importorskip("open_clip")
+    pytest.importorskip("transformers")
+    model, _ = read_declip_authors(load_file(GOLDEN / "declip_vit_tiny.safetensors"), text_heads=2)
+    assert model.text_tower.text_projection.bias.abs().max() > 0.01
+    for form in ("open_clip", "huggingface"):
+        exported = declip.export(model.eval(), form, tmp_path / form)
+        print(f"authors → {form}: {exported.difference:.1e}")
+        assert exported.difference <= EXACT
+
+
+def backbone_of(name: str, layout: str) -> dict[str, torch.Tensor]:
+    state = load_file(GOLDEN / f"{name}.safetensors")
+    state = {part: t.float() for part, t in state.items() if part.startswith("visual.")}
+    if layout == "bare":
+        return {part.removeprefix("visual."): tensor for part, tensor in state.items()}
+    if layout == "pooled":
+        return {part: t for part, t in state.items() if part != "visual.proj" and "attnpool.c_proj" not in part}
+    return state
+
+
+@pytest.mark.parametrize("layout", ["named", "bare", "pooled"])
+@pytest.mark.parametrize("name", ["declip_vit_tiny", "declip_resnet_tiny"])
+def test_an_image_tower_alone_gives_image_features(name: str, layout: str, tmp_path: Path) -> None:
+    file = authors_file(tmp_path, backbone_of(name, layout))
+    import_weights(file, "declip-authors", tmp_path / "out")
+    case = Case(name)
+    whole, images = case.read()[0].eval(), case.batch().images[0]
+    heads = read_declip_backbone(file, heads=2 if "vit" in name else None).eval()
+    with torch.no_grad():
+        hidden = whole.encode_backbone(images)
+        expected = F.normalize(hidden, dim=-1) if layout == "pooled" else whole.encode_image(images)
+        assert largest(heads.encode_image(images), expected) <= EXACT
+        assert largest(heads.encode_backbone(images), hidden) <= EXACT
+        for where in (file, tmp_path / "out", tmp_path / "out" / FILE):
+            read = declip.load(where, device="cpu")
+            assert read.encode_image(images).shape == expected.shape
+    with pytest.raises(UserError, match=r"image tower alone.*linear, knn"):
+        read.tokenize(["a cat"])
+    with pytest.raises(UserError, match="image tower alone"):
+        read.encode_text(torch.zeros(1, 4, dtype=torch.int64))
+
+
+class Painted:
+    """Coloured shapes with the colour as the class."""
+
+    name = "painted"
+    class_names = COLOURS
+
+    def __init__(self) -> None:
+        self.rows = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+        self.labels = np.array([COLOURS.index(colour) for colour, _ in self.rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (self.rows[index][0],)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(str(index), draw(*self.rows[index]), self.captions(index))
+
+
+def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = declip.load(authors_file(tmp_path, backbone_of("declip_vit_tiny", "named")), device="cpu")
+    data = Dataset("painted", {"train": Painted, "test": Painted})
+    for protocol in ("knn", "linear"):
+        assert declip.evaluate(model, data, protocol, cache=False).n == 24
+    with pytest.raises(UserError, match="image tower alone"):
+        declip.evaluate(model, data, "zero-shot")
+    with pytest.raises(UserError, match="cannot be exported as open_clip: it has no text tower"):
+        declip.export(model, "open_clip", tmp_path / "out")
+    declip.export(model, "safetensors", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "image tower alone" in card
+    assert "image-feature-extraction" in card
+    assert "torch.Size([1, 64]) torch.Size([1, 128])" in run_card(tmp_path / "out", monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("file", ["keys_vitb32.json", "keys_r50.json"])
+def test_published_image_towers_have_the_shapes_of_our_recipes(file: str) -> None:
+    """On the meta device: names and shapes only."""
+    keys = json.loads((GOLDEN / file).read_text())["keys"]
+    state = {name: torch.empty(key["shape"], device="meta") for name, key in keys.items() if ".visual." in name}
+    with torch.device("meta"):
+        found = read_declip_backbone(state)
+    expected = declip.load_recipe(f"declip-yfcc15m-{file.removeprefix('keys_').removesuffix('.json')}")
+    assert found.recipe.image.size == 224
+    assert found.image_tower.hidden_width == (768 if "vit" in expected.image.name else 2048)
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit-gelu", "vit-bias", "vit-clip-words", "resnet", "timm-convnext"])
+def test_open_clips_models_come_in(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    if kind != "vit-clip-words":
+        pytest.importorskip("transformers", reason="open_clip reads other vocabularies than CLIP's by it")
+    model = build(kind)
+    declip.export(model, "open_clip", tmp_path / "theirs")
+    import_weights(tmp_path / "theirs", "open_clip", tmp_path / "ours")
+    read = declip.load(tmp_path / "ours", device="cpu")
+    theirs = declip.load(f"open_clip:local-dir:{tmp_path / 'theirs'}", device="cpu")
+    with torch.no_grad():
+        pixels, tokens = theirs.preprocess(pictures()), theirs.tokenize(CAPTIONS)
+        difference = (
+            largest(read.encode_image(read.preprocess(pictures())), theirs.encode_image(pixels)),
+            largest(read.encode_text(read.tokenize(CAPTIONS)), theirs.encode_text(tokens)),
+        )
+    print(f"open_clip → declip {kind}: images {difference[0]:.1e}, texts {difference[1]:.1e}")
+    assert max(difference) <= EXACT
+    assert read.tokenizer.vocabulary == model.tokenizer.vocabulary
+    embeddings = read.text_tower.token_embedding.weight
+    torch.testing.assert_close(embeddings[-1], embeddings[:-1].mean(dim=0))
+    assert read.recipe.text.activation == model.recipe.text.activation
+
+
+def test_what_is_no_model_of_ours_stays_open_clips(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    declip.export(build("vit-clip-words"), "open_clip", tmp_path / "theirs")
+    config = tmp_path / "theirs" / "open_clip_config.json"
+    plain = json.loads(config.read_text())
+    for part, change, message in (
+        ("preprocess_cfg", {"resize_mode": "squash"}, "pictures are resized squash"),
+        ("model_cfg", {"quick_gelu": False}, None),
+    ):
+        config.write_text(json.dumps({**plain, part: {**plain[part], **change}}))
+        if message is None:
+            import_weights(tmp_path / "theirs", "open_clip", tmp_path / "gelu")
+            assert declip.load(tmp_path / "gelu").recipe.text.activation == "gelu"
+            continue
+        with pytest.raises(UserError, match=f"cannot become one of ours: .*{message}.*declip evaluate open_clip"):
+            import_weights(tmp_path / "theirs", "open_clip", tmp_path / "out")
+    vision = plain["model_cfg"]["vision_cfg"] | {"pool_type": "avg"}
+    config.write_text(json.dumps({**plain, "model_cfg": {**plain["model_cfg"], "vision_cfg": vision}}))
+    with pytest.raises(UserError, match="its features of pictures come out otherwise"):
+        import_weights(tmp_path / "theirs", "open_clip", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "theirs" / "open_clip_model.safetensors"
+    with pytest.raises(UserError, match="does not say which model"):
+        import_weights(file, "open_clip", tmp_path / "out")
+    with pytest.raises(UserError, match=r"as open_clip names them.*open_clip:MODEL/"):
+        import_weights(file, "declip-authors", tmp_path / "out")
+
+
+class Harmful:
+    """What a pickle can do when it is trusted."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("harm"),)
+
+
+def test_wrong_files_are_told_by_what_differs_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = {name: t.float() for name, t in load_file(GOLDEN / "clip_vit_tiny.safetensors").items()}
+    image = {name: t for name, t in state.items() if name.startswith("visual.")}
+
+    def saved(name: str, content: Any) -> str:
+        save_file(content, name) if name.endswith("safetensors") else torch.save(content, name)
+        return name
+
+    without = {n: t for n, t in state.items() if n != "visual.ln_post.weight"}
+    holed = {n: t for n, t in image.items() if n != "visual.ln_post.weight"}
+    whole = Path(saved("whole.pth", state)).read_bytes()
+    Path("half.pth").write_bytes(whole[: len(whole) // 2])
+    Path("model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    Path("renamed.pth").write_bytes(b"\x08\x08\x12\x07pytorch")
+    Path("code.pth").write_bytes(pickle.dumps({"model": Harmful()}, protocol=2))
+    torchvision = {"conv1.weight": torch.ones(8, 3, 7, 7), "layer1.0.conv1.weight": torch.ones(8, 8, 1, 1)}
+    wrong = {
+        saved("missing.pth", without): "missing: image_tower.norm.weight",
+        saved("holed.pth", holed): "missing: image_tower.norm.weight|shapes of the image tower",
+        saved("shape.pth", state | {"visual.ln_post.weight": torch.ones(3)}): "norm.weight",
+        saved("more.pth", state | {"visual.extra": torch.ones(1)}): "'visual.extra' is not a tensor",
+        saved("other.pth", torchvision): "not the authors' weights: logit_scale",
+        saved("other.safetensors", {"a": torch.ones(1)}): "not the authors' weights",
+        "half.pth": "Cannot read weights from 'half.pth'.*download it again",
+        "code.pth": "Cannot read weights from 'code.pth': it is no file of tensors, or it holds more",
+        "model.onnx": "'model.onnx' is an ONNX file",
+        "renamed.pth": "Cannot read weights from 'renamed.pth'",
+        "nowhere.pth": "There is no file 'nowhere.pth'",
+    }
+    for file, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            import_weights(file, "declip-authors", "out")
+    assert not Path("harm").exists()
+    assert not Path("out").exists()
+    with pytest.raises(UserError, match=r"source of weights 'authors'.*declip-authors, open_clip"):
+        import_weights("whole.pth", "authors", "out")
+
+
+def test_a_file_of_ours_that_was_changed_names_the_first_tensor(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    declip.export(build("vit"), "safetensors", tmp_path / "out")
+    with safe_open(tmp_path / "out" / FILE, "pt") as file:
+        about = file.metadata()
+    tensors = load_file(tmp_path / "out" / FILE)
+
+    def changed(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
+        save_file(weights, tmp_path / "changed.safetensors", metadata)
+        return tmp_path / "changed.safetensors"
+
+    first = "model.image_tower.norm.weight"
+    with pytest.raises(UserError, match=r"do not fit their recipe: 'image_tower\.norm\.weight' is missing"):
+        declip.load(changed({name: t for name, t in tensors.items() if name != first}, about))
+    with pytest.raises(UserError, match=r"'extra' belongs to another model"):
+        declip.load(changed(tensors | {"model.extra": torch.ones(1)}, about))
+    with pytest.raises(UserError, match=r"'image_tower\.norm\.weight' has shape \(3,\) instead of \(64,\)"):
+        declip.load(changed(tensors | {first: torch.ones(3)}, about))
+    recipe = about["declip.recipe"]
+    with pytest.raises(UserError, match=r"recipe of the model in .* cannot be read by this version: .*embed_dim"):
+        declip.load(changed(tensors, about | {"declip.recipe": recipe.replace("embed_dim: 16", "embed_dim: many")}))
+    with pytest.raises(
+        UserError, match=r"'image_tower\.proj\.weight' has shape \(16, 64\) instead of \(32, 64\), and 1 more differ"
+    ):
+        declip.load(changed(tensors, about | {"declip.recipe": recipe.replace("embed_dim: 16", "embed_dim: 32")}))

@@ -1,0 +1,86 @@
+"""What the tests of exports and imports share: small models of each kind, real pictures of odd sizes, captions."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from conftest import draw
+from declip.config import load_recipe
+from declip.models.dual_encoder import DualEncoder
+
+TEXT = {"text.width": 32, "text.layers": 2, "text.heads": 2, "text.context": 16, "text.merges": 300, "embed_dim": 16}
+VIT = {
+    "image.name": "declip_vit_tiny",
+    "image.size": 32,
+    "image.options": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "vit": {**VIT, **TEXT},
+    "vit-gelu": {**VIT, **TEXT, "image.name": "vit_base_patch32_clip_224", "text.activation": "gelu"},
+    "vit-mixed": {**VIT, **TEXT, "text.activation": "gelu"},
+    "vit-bias": {
+        **VIT, **TEXT, "text.projection_bias": True, "image.mean": [0.5, 0.4, 0.3], "image.std": [0.2, 0.3, 0.4],
+    },
+    "vit-clip-words": {**VIT, **TEXT, "text.merges": None},
+    "resnet": {
+        "image.name": "resnet50_clip",
+        "image.size": 64,
+        "image.options": {"depths": [1, 2, 1, 1], "width_factor": 1 / 8},
+        **TEXT,
+    },
+    "timm-vit": {"image.name": "test_vit", "image.size": 160, **TEXT},
+    "timm-convnext": {"image.name": "test_convnext", "image.size": 64, **TEXT},
+    "conv": {"image.name": "declip_conv_tiny", "image.size": 32, **TEXT},
+}  # fmt: skip
+"""Recipe keys of small models, two layers deep."""
+
+CAPTIONS = [
+    "a red circle",
+    "Two GREEN squares, on white!",
+    "it's a dog's life; 1,234 ways to <b>sit</b> &amp; wait",
+    "“curly” quotes, ‘single’ ones, and a naïve café",
+    "日本語 and 😀",
+    "a  tab\tand <|endoftext|> spelled out",
+    "!",
+    "",
+    "nought " * 40,
+]
+
+
+def build(kind: str, **changes: Any) -> DualEncoder:
+    """A small model in evaluation mode, no weight left at its start."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = DualEncoder.from_recipe(load_recipe("clip", {**KINDS[kind], **changes}))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.05 * torch.randn_like(weight))
+            for name, buffer in model.named_buffers():
+                if "running" in name:
+                    buffer.add_(0.3 * torch.rand_like(buffer))
+    return model.eval()
+
+
+def pictures() -> list[Image.Image]:
+    """Photographs and drawings, wide and high, smaller and larger than what a tower takes, sides odd and even."""
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    noise = np.random.default_rng(3).integers(0, 256, (51, 90, 3), np.uint8)
+    return [
+        *photographs,
+        photographs[0].crop((7, 3, 340, 220)),
+        photographs[1].crop((0, 0, 97, 401)),
+        photographs[1].resize((33, 32)),
+        photographs[0].resize((225, 224)),
+        Image.fromarray(noise),
+        draw("red", "bar", 21),
+        photographs[0].convert("L"),
+    ]
+
+
+def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of two tensors of the same shape."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max())
