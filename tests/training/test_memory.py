@@ -1,6 +1,7 @@
 import gc
 import platform
-import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,8 +17,12 @@ def test_what_was_there_before_is_collected_again_after_the_loop() -> None:
     assert gc.get_freeze_count() == 0
 
 
-def faults() -> int:
-    """Pages that the system gave in two rounds over 64 MB, after a first round that is not counted."""
+FAULTS = """
+import resource
+import torch
+from declip.training.memory import kept_memory
+
+def faults():
     for number in range(3):
         if number == 1:
             start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -25,19 +30,19 @@ def faults() -> int:
         del block
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
 
+before = faults()
+with kept_memory():
+    print(before, faults())
+"""
+"""Prints the pages that the system gives in two rounds over 64 MB, after one that is not counted."""
+
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep memory")
-def test_freed_memory_is_kept_for_the_next_step_and_given_back_at_the_end() -> None:
-    pages = (1 << 26) // resource.getpagesize()
-    with kept_memory():
-        assert faults() < pages / 100
-    assert faults() > 0.9 * 2 * pages / (512 if huge_pages() else 1)
-
-
-def huge_pages() -> bool:
-    """Whether the system maps large blocks by pages of 2 MB."""
-    with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
-        return "[always]" in file.read()
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """In a process of its own: what this one freed before would be taken."""
+    ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    usual, kept = map(int, ran.stdout.split())
+    assert kept < usual / 10
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
