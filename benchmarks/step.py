@@ -1,4 +1,4 @@
-"""A whole training step at full size beside open_clip's and x-clip's, on one batch that is on the device already.
+"""A whole training step at full size beside open_clip's, and x-clip's with --x-clip; the batch is on the device already.
 
     python benchmarks/step.py --image ViT-B-32 --batch 32 --repeats 5 --precision fp32 --json
 
@@ -154,7 +154,7 @@ def our_side(arm: str, setting: Setting) -> Side:
     )
 
 
-def makers(setting: Setting, notes: list[str]) -> dict[str, Callable[[], Side]]:
+def makers(setting: Setting, notes: list[str], x_clip: bool) -> dict[str, Callable[[], Side]]:
     """What builds each side; a peer that cannot run is left out with a note."""
     clip, declip, tokenizer = setting.batches["clip"], setting.batches["declip"], Tokenizer()
     places = (int(tag) % len(setting.source) for tag in clip.tags)
@@ -166,6 +166,8 @@ def makers(setting: Setting, notes: list[str]) -> dict[str, Callable[[], Side]]:
         "open_clip": lambda: open_clip_side(f"{setting.name}-quickgelu", setting.shape, finished, captions),
         "declip": lambda: our_side("declip", setting),
     }
+    if not x_clip:
+        return found
     reason = why_not_x_clip(setting, special)
     if reason is None:
         found["x_clip"] = lambda: x_clip_side(setting.shape, declip.images.float() / 255, declip.texts, special)
@@ -240,7 +242,7 @@ def described(side: Side) -> dict[str, Any]:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all sides."""
     setting, notes = prepare(options), list[str]()
-    about, builders = machine(), makers(setting, notes)
+    about, builders = machine(), makers(setting, notes, options.x_clip)
     with torch.device("meta"):
         state = STATE_BYTES * count(DualEncoder.from_recipe(setting.recipes["clip"])) * len(builders)
     apart = options.apart or 0 < free_memory() < 2 * state
@@ -360,6 +362,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the built-in emoji: one caption; all captions and keywords of a pair (default); several pairs', "
         "so that all 77 tokens are used",
     )
+    found.add_argument("--x-clip", action="store_true", help="also x-clip; at 32 pairs it wants some 16 GB for itself")
     found.add_argument("--apart", action="store_true", help="build each for its turn only; so where memory is short")
     found.add_argument("--tiny", action="store_true", help="towers of two narrow layers at 32 px, to try this script")
     found.add_argument("--json", action="store_true", help="print the result as JSON, as the last line")

@@ -36,7 +36,7 @@ def run(
 
 @pytest.mark.parametrize(("image", "apart"), [("ViT-B-32", ()), ("resnet50_clip", ("--apart",))])
 def test_step_beside_its_peers(run: Runner, image: str, apart: tuple[str, ...]) -> None:
-    found = run("step", "--tiny", "--image", image, "--batch", "4", "--repeats", "2", "--json", *apart)
+    found = run("step", "--tiny", "--image", image, "--batch", "4", "--repeats", "2", "--json", "--x-clip", *apart)
     for name in ("clip", "declip"):
         ratio = found["seconds"][name] / found["seconds"]["open_clip"]
         assert found[f"{name}_over_open_clip"] == pytest.approx(ratio)
