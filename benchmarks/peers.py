@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ class Side:
         parameters: How many numbers, by part; "learned" is those with a gradient.
         text_length: Tokens a caption.
         views: Finishing the image views on the device alone, where the step does it.
+        around: What its trainer does around its steps. Only where each side is alone: it holds for the process.
     """
 
     step: Callable[[], object]
@@ -30,6 +32,7 @@ class Side:
     parameters: dict[str, int]
     text_length: int
     views: Callable[[], object] | None = None
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass

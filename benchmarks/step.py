@@ -1,4 +1,4 @@
-"""A whole training step at full size beside open_clip's, and x-clip's with --x-clip; the batch is on the device already.
+"""A whole training step at full size beside open_clip's, and x-clip's with --x-clip; the batch is on the device.
 
     python benchmarks/step.py --image ViT-B-32 --batch 32 --repeats 5 --precision fp32 --json
 
@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from declip.data.tokenizer import Tokenizer
 from declip.errors import UserError, unknown
 from declip.models.dual_encoder import DualEncoder
 from declip.training.build import build_loader, image_views, pick_device
+from declip.training.compilation import compile_towers
+from declip.training.memory import kept_memory
 from declip.training.step import training_step
 from machine import free_memory, machine, memory
 from pairs import CAPTIONS, InMemory, open_pairs, texts_of
@@ -137,9 +140,9 @@ def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
 def our_side(arm: str, setting: Setting) -> Side:
     """`training_step` with a shipped recipe."""
     built, batch = build(setting.recipes[arm], setting.source, setting.shape.device), setting.batches[arm]
+    recipe, on_cpu = setting.recipes[arm], setting.shape.device.type == "cpu"
     if setting.shape.compiled:
-        built.model.image_tower.compile()
-        built.model.text_tower.compile()
+        compile_towers(recipe, built.model, recipe.train.batch)
     parameters = {
         "model": count(built.model),
         "heads": count(built.objective),
@@ -151,6 +154,7 @@ def our_side(arm: str, setting: Setting) -> Side:
         parameters,
         batch.texts.shape[-1],
         lambda: built.step.views.finish(batch.images, batch.photometric),
+        kept_memory if on_cpu and recipe.train.keep_memory else nullcontext,
     )
 
 
@@ -220,13 +224,15 @@ def together(setting: Setting, builders: dict[str, Callable[[], Side]], repeats:
 
 
 def one_by_one(setting: Setting, builders: dict[str, Callable[[], Side]], repeats: int) -> tuple[dict, dict]:
-    """They take turns too, but each is built for its turn and freed after it."""
+    """They take turns too, but each is built for its turn, with what its trainer does around it, and freed after it."""
     taken: dict[str, list[float]] = {}
     sides = {}
     for _ in range(repeats):
         for name, make in builders.items():
             side = make()
-            for what, seconds in time_turns(1, tasks_of(name, side, setting.shape.device)).items():
+            with side.around():
+                found = time_turns(1, tasks_of(name, side, setting.shape.device))
+            for what, seconds in found.items():
                 taken.setdefault(what, []).extend(seconds)
             sides[name] = described(side)
             del side

@@ -59,7 +59,7 @@ class Data(Section):
     )
     shard_cache_gb: float = Field(50.0, ge=0, description="remote shards kept as copies, 10^9 bytes")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        0, description="processes that make batches; auto: begin with one, add those that the measured waiting asks for"
+        0, description="processes that make batches; auto: one, and more while steps wait and processors are free"
     )
     max_broken_share: float = Field(0.05, ge=0, le=1)
 

@@ -70,9 +70,12 @@ def test_operations_are_those_of_the_matrix_products(table: Path, tmp_path: Path
 
 def test_what_is_said_about_the_loader(tmp_path: Path) -> None:
     seconds = {"data": 0.5, "meeting": 0.0, "views": 0.1, "terms": 0.4}
-    starved = Profile("name", "CPU", 8, 2, seconds, 1.0, None, 10**9, workers=0, workers_needed=1, folder=tmp_path)
+    starved = Profile(
+        "name", "CPU", 8, 2, seconds, 1.0, None, 10**9, 0, workers_needed=1, free_cores=1, folder=tmp_path
+    )
     assert "data.workers=1 would keep up, 0 now" in starved.remarks()
     assert "workers" not in replace(starved, seconds={**seconds, "data": 0.2}).remarks()
+    assert "workers" not in replace(starved, free_cores=0).remarks()
 
 
 def test_the_command_shows_a_table_and_keeps_no_run(table: Path, tmp_path: Path) -> None:

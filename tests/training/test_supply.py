@@ -1,6 +1,8 @@
+import os
+
 import pytest
 
-from declip.training.supply import WARM, Supply, workers_needed
+from declip.training.supply import WARM, Supply, free_cores, workers_needed
 
 
 @pytest.mark.parametrize(
@@ -47,5 +49,16 @@ def test_says_when_the_processors_do_not_suffice() -> None:
         supply.step(3.0, 1.0)
     assert supply.starved()
     assert supply.needed == 3
-    assert "1 processors are free" in supply.advice()
+    assert "but 1 processor is free" in supply.advice()
     assert "prepare" in supply.advice()
+
+
+def test_with_all_processors_training_there_is_nothing_to_advise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert [free_cores(threads) for threads in (1, 6, 8, 20)] == [7, 2, 0, 0]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_cores(1) == 1
+    supply = Supply(0, 0)
+    for _ in range(40):
+        supply.step(3.0, 1.0)
+    assert not supply.starved()

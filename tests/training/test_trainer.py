@@ -294,7 +294,7 @@ def test_workers_added_on_the_way_change_nothing(
     recipe = recipe_for(table)
     train(recipe, out=tmp_path / "plain", quiet=True)
     monkeypatch.setattr(Supply, "starved", starved)
-    monkeypatch.setattr(trainer_module, "free_cores", lambda: 2)
+    monkeypatch.setattr(trainer_module, "free_cores", lambda training: 2)
     trainer = Trainer(with_workers(recipe, "auto"), tmp_path / "auto", quiet=True)
     assert trainer.workers == 1
     trainer.train()
@@ -309,6 +309,7 @@ def test_a_loader_that_starves_the_steps_is_named_once(
     monkeypatch.setattr(supply_module, "LEAST_STEPS", 1)
     monkeypatch.setattr(supply_module, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(supply_module, "STARVED", -1.0)
+    monkeypatch.setattr(trainer_module, "free_cores", lambda training: 1)
     trainer = Trainer(recipe_for(table), tmp_path, quiet=True)
     trainer.train()
     assert trainer.workers == 0

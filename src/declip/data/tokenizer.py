@@ -74,6 +74,11 @@ class Tokenizer:
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[int, int]]:
         return type(self), (self.context, self.merges)
 
+    @property
+    def library(self) -> tokenizers.Tokenizer:
+        """The `tokenizers` library's encoder of what stands between two spaces."""
+        return self._words.encoder
+
     def encode(self, text: str) -> list[int]:
         """Encode one text.
 
@@ -170,14 +175,14 @@ class _Words:
         pairs = [(left, right) for left, right in map(str.split, _merge_lines()[:merges])]
         ended = [letter + "</w>" for letter in letters.values()]
         vocabulary = [*letters.values(), *ended, *(left + right for left, right in pairs)]
-        self._encoder = tokenizers.Tokenizer(
+        self.encoder = tokenizers.Tokenizer(
             models.BPE(
                 vocab={piece: number for number, piece in enumerate(vocabulary)},
                 merges=pairs,
                 end_of_word_suffix="</w>",
             )
         )
-        self._encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._cached = lru_cache(maxsize=2**16)(self._encode)
         byte_of = {letter: byte for byte, letter in letters.items()}
         self.pieces = [_spell(piece, byte_of) for piece in vocabulary]
@@ -187,7 +192,7 @@ class _Words:
         return self._cached(word) if len(word) <= _LONGEST_CACHED else self._encode(word)
 
     def _encode(self, word: str) -> tuple[int, ...]:
-        return tuple(self._encoder.encode(_PIECE.findall(word), is_pretokenized=True).ids)
+        return tuple(self.encoder.encode(_PIECE.findall(word), is_pretokenized=True).ids)
 
 
 @lru_cache(maxsize=4)

@@ -26,7 +26,7 @@ REPLACED = (
 
 def backend(tokenizer: Tokenizer) -> Backend:
     """Build the same tokeniser of the `tokenizers` library: start, the words' ids, end, cut at the context."""
-    model = json.loads(tokenizer._words._encoder.to_str())["model"]
+    model = json.loads(tokenizer.library.to_str())["model"]
     vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     found = Backend(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))

@@ -76,7 +76,7 @@ def build_loader(
 ) -> PairLoader:
     """The loader that a recipe describes, with as many workers as it says, or another number of them."""
     if workers is None:
-        workers = 1 if recipe.data.workers == "auto" else recipe.data.workers
+        workers = 0 if recipe.data.workers == "auto" else recipe.data.workers
     return PairLoader(
         source,
         model.tokenizer,

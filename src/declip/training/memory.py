@@ -10,7 +10,7 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt."""
 
 USUAL = {TRIM_THRESHOLD: 128 * 1024, MMAP_MAX: 65_536}
-KEEP = {TRIM_THRESHOLD: 2**31 - 1, MMAP_MAX: 0}
+KEEP = {TRIM_THRESHOLD: -1, MMAP_MAX: 0}
 """glibc's own values, and those with which it returns nothing to the system and asks it for nothing twice."""
 
 
@@ -33,7 +33,7 @@ def frozen_garbage() -> Iterator[None]:
 def kept_memory() -> Iterator[None]:
     """Let the C library keep freed blocks until the end, for the next step to use. Only glibc is asked; others pass.
 
-    A step allocates and frees some hundred large blocks. glibc gives each back to the system at once and gets it again
+    A step allocates and frees hundreds of large blocks. glibc gives each back to the system at once and gets it again
     page by page, zeroed: a tenth of a small step on a CPU.
     """
     library = _glibc()

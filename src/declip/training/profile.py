@@ -60,6 +60,7 @@ class Profile:
         peak_bytes: The largest memory of the device, or of this process on a CPU.
         workers: Processes that made batches.
         workers_needed: How many would keep up; no more than there are where they do.
+        free_cores: Processors that more workers could have.
         folder: Holds profile.json and trace.json.
         leads: Whether this process is the first of those that train together.
     """
@@ -74,6 +75,7 @@ class Profile:
     peak_bytes: int
     workers: int
     workers_needed: int
+    free_cores: int
     folder: Path
     leads: bool = True
 
@@ -85,7 +87,8 @@ class Profile:
     @property
     def starved(self) -> bool:
         """Whether steps wait for the loader more than is right."""
-        return self.seconds["data"] > STARVED * self.step_seconds and self.workers_needed > self.workers
+        waits = self.seconds["data"] > STARVED * self.step_seconds
+        return waits and self.workers_needed > self.workers and self.free_cores > 0
 
     def table(self) -> Table:
         """The parts, their time and share."""
@@ -192,6 +195,7 @@ def _measured(trainer: Trainer, folder: Path, quiet: bool) -> Profile:
         peak_bytes=_peak(trainer.device),
         workers=trainer.workers,
         workers_needed=workers_needed(trainer.workers, parts["data"], seconds - parts["data"]),
+        free_cores=trainer.supply.cores,
         folder=folder,
         leads=trainer.leads,
     )

@@ -18,7 +18,7 @@ class Supply:
 
     Args:
         workers: Processes that make batches; 0 makes them in this process.
-        cores: Processors that this rank's workers may have.
+        cores: Processors that this rank's workers may have; with none free, loading is work like any other.
 
     Attributes:
         workers: As given.
@@ -45,7 +45,7 @@ class Supply:
         self.share = self._waited / whole
         self.needed = workers_needed(self.workers, self._waited, self._took)
         self._steps, self._waited, self._took = 0, 0.0, 0.0
-        return self.share > STARVED and self.needed > self.workers
+        return self.share > STARVED and self.needed > self.workers and self.cores > 0
 
     def advice(self) -> str:
         """What to do about it."""
@@ -55,9 +55,8 @@ class Supply:
             f"(now {now}; results stay the same)"
         )
         if self.needed > self.cores:
-            words += (
-                f", but {self.cores} processors are free for them: smaller files help, see declip data prepare --size"
-            )
+            free = "processor is" if self.cores == 1 else "processors are"
+            words += f", but {self.cores} {free} free for them: smaller files help, see declip data prepare --size"
         return f"{words}. data.workers=auto adds workers by itself."
 
 
@@ -73,7 +72,7 @@ def workers_needed(workers: int, waited: float, took: float) -> int:
     return max(workers, math.ceil(each / max(took, 1e-9)))
 
 
-def free_cores() -> int:
-    """Processors that a rank's workers may have: its share of this machine's, less the one that trains."""
+def free_cores(training: int) -> int:
+    """Processors that a rank's workers may have: its share of this machine's, less those that train."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
+    return max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training)

@@ -121,8 +121,9 @@ class Trainer:
         self.skipped, self.step = SkipCounter(), 0
         self.bad_steps: list[int] = []
         self.writer = CheckpointWriter(folder, recipe.train.keep)
-        self.workers = 1 if recipe.data.workers == "auto" else recipe.data.workers
-        self._supply = Supply(self.workers, free_cores())
+        cores = free_cores(torch.get_num_threads() if self.device.type == "cpu" else 1)
+        self.workers = min(1, cores) if recipe.data.workers == "auto" else recipe.data.workers
+        self.supply = Supply(self.workers, cores)
         self._warned_of_supply = False
         self._health = Health(recipe.train.batch, recipe.train.warmup_steps)
         self.stop_asked, self._signal, self._looked = False, 0, 0.0
@@ -225,7 +226,7 @@ class Trainer:
                 self._tell(monitor, values, rate)
             else:
                 monitor.advance(self.step)
-            self._supply.step(waited, time.perf_counter() - begun)
+            self.supply.step(waited, time.perf_counter() - begun)
             done = self.step >= train.steps
             if logged and not done:
                 self._mind_supply()
@@ -242,17 +243,17 @@ class Trainer:
 
     def _mind_supply(self) -> None:
         """Say once that the loader is too slow, or, where the recipe leaves that to us, give it more workers."""
-        if not self._supply.starved():
+        if not self.supply.starved():
             return
         if self.recipe.data.workers != "auto":
             if not self._warned_of_supply and self.leads:
-                log.warning(self._supply.advice())
+                log.warning(self.supply.advice())
             self._warned_of_supply = True
             return
-        more = min(self._supply.needed, self._supply.cores)
+        more = min(self.supply.needed, self.supply.cores)
         if more > self.workers:
-            log.info("Steps wait %.0f %% of their time for batches: %d workers.", 100 * self._supply.share, more)
-            self.workers, self._supply = more, Supply(more, self._supply.cores)
+            log.info("Steps wait %.0f %% of their time for batches: %d workers.", 100 * self.supply.share, more)
+            self.workers, self.supply = more, Supply(more, self.supply.cores)
             self.loader.close()
             del self.loader
 
