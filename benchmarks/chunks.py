@@ -32,8 +32,8 @@ from declip.training.build import image_views
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner
 from declip.training.step import StepParts, training_step
+from machine import machine
 from memory import added_peak, available, in_fresh_process, resident
-from run import machine
 
 
 def read_recipe(options: argparse.Namespace, batch: int, chunk: int | None) -> Recipe:

@@ -190,7 +190,7 @@ def measure(repeats: int, size: int = 224) -> list[dict[str, object]]:
 
 def main() -> None:
     """Measure, and show a table or print the rows."""
-    from run import machine
+    from machine import machine
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="turns of each, at least 1 (default 7)")

@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from declip.supervision.nearest_neighbour import Queue
-from run import machine
+from machine import machine
 from timing import row, take_turns
 
+SIZE, WIDTH = 65_536, 512
 OURS, HALF, THREE = "Queue, float32", "Queue, bfloat16", "Queue, three lookups"
 PEER, PEER_THREE = "lightly, one lookup", "lightly, three lookups"
 
 
-def measure(batch: int, size: int, width: int, repeats: int) -> list[dict[str, object]]:
+def compare(batch: int, size: int, width: int, repeats: int) -> list[dict[str, object]]:
     """Look up two views of a batch's captions."""
     generator = torch.Generator().manual_seed(0)
     queue = Queue(size, width)
@@ -69,12 +70,17 @@ def measure(batch: int, size: int, width: int, repeats: int) -> list[dict[str, o
     return rows + notes
 
 
+def measure(repeats: int) -> list[dict[str, object]]:
+    """128 pairs in a queue of the published size: for `run.py`."""
+    return compare(128, SIZE, WIDTH, repeats)
+
+
 def main() -> None:
     """Measure, show a table, and print the JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 512], help="pairs, of two captions each")
-    parser.add_argument("--size", type=int, default=65536, help="of the queue")
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--size", type=int, default=SIZE, help="of the queue")
+    parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (default 5)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -82,7 +88,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     result = {"machine": machine(), "repeats": options.repeats, "rows": []}
     for batch in options.batch:
-        result["rows"] += measure(batch, options.size, options.width, options.repeats)
+        result["rows"] += compare(batch, options.size, options.width, options.repeats)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     table = Table("pairs", "what", "seconds a step", "time", title="Medians")

@@ -24,7 +24,6 @@ PARTS = {
     "loader": "batches from files",
     "lookup": "the nearest neighbour among past texts",
     "contrast": "the contrastive loss",
-    "chunks": "a large batch in parts",
     "step": "a full-size training step, on 4 pairs",
     "demo": "a demo-size training step with its loading",
     "growth": "a step and a table as they grow",

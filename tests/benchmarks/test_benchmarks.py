@@ -1,5 +1,6 @@
 """The benchmarks run and say what they promise; no time is asserted."""
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -134,6 +135,13 @@ def test_run_measures_the_parts_asked_for(
     found = run("run", "--only", "text", "--repeats", "1", "--json", str(tmp_path / "made" / "bench.json"))
     assert json.loads((tmp_path / "made" / "bench.json").read_text()) == found
     assert {row["part"] for row in found["rows"]} == {"text", "text, cached?"}
+
+
+def test_every_part_is_measured_by_the_number_of_turns(scripts: Callable[[str], ModuleType]) -> None:
+    for name in scripts("run").PARTS:
+        first, *others = inspect.signature(scripts(name).measure).parameters.values()
+        assert first.name == "repeats"
+        assert all(other.default is not inspect.Parameter.empty for other in others)
 
 
 def test_run_refuses_a_part_that_is_not_there(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
