@@ -34,7 +34,7 @@ class Source:
 
     name = "hostile"
     credit = "drawn by somebody"
-    keys = ("../../etc/passwd", "a.b.c", "same", "same", "/root/x", "", "ünï\n\udcff", "CON")
+    keys = ("../../etc/passwd", "a.b.c", "same", "same", "/elsewhere/x", "", "ünï\n\udcff", "CON")
     said = (
         ("one",),
         ("one", "two \\ lines'"),
