@@ -6,12 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt."""
 
-USUAL = {TRIM_THRESHOLD: 128 * 1024, MMAP_MAX: 65_536}
+USUAL = {TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20, MMAP_MAX: 65_536}
 KEEP = {TRIM_THRESHOLD: -1, MMAP_MAX: 0}
-"""glibc's own values, and those with which it returns nothing to the system and asks it for nothing twice."""
+"""Where glibc's own values go in a process that frees large blocks, and those with which it returns nothing to the
+system and asks it for nothing twice. Once set, they no longer go anywhere by themselves."""
 
 
 @contextmanager
