@@ -21,11 +21,12 @@ from rich.table import Table
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from declip.config import Recipe, load_recipe
+from declip.config import Recipe
 from declip.data.batch import PairBatch, Photometric
 from declip.data.image_views import ImageViews
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import SMALL_TOWERS
+from declip.recipe_file import load_recipe
 from declip.supervision.masked_language import IGNORED
 from declip.supervision.objective import Objective
 from declip.training.build import image_views

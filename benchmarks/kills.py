@@ -27,8 +27,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.progress import track
 
-from declip.config import Recipe, load_recipe
+from declip.config import Recipe
 from declip.data.assembly import Assembler
+from declip.recipe_file import load_recipe
 from declip.supervision.objective import Objective
 from declip.training import checkpoint, monitor, trainer
 from declip.training.checkpoint import list_checkpoints, load_checkpoint

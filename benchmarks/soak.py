@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from declip.config import Recipe, load_recipe
+from declip.config import Recipe
+from declip.recipe_file import load_recipe
 from declip.training.trainer import Trainer
 
 LOOK_EVERY = 50

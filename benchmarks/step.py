@@ -21,11 +21,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from declip.config import Recipe, load_recipe
+from declip.config import Recipe
 from declip.data.batch import PairBatch
 from declip.data.tokenizer import Tokenizer
 from declip.errors import UserError, unknown
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe_file import load_recipe
 from declip.training.build import build_loader, image_views, pick_device
 from declip.training.compilation import compile_towers
 from declip.training.memory import kept_memory

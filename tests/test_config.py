@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from declip.config import TERMS, Recipe, Weights, load_recipe, parse_overrides, recipe_names
+from declip.config import TERMS, Recipe, Weights
 from declip.errors import UserError
+from declip.recipe_file import load_recipe, parse_overrides, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -13,12 +13,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from declip import interchange
     from declip.comparison.compare import compare
-    from declip.config import Recipe, load_recipe
+    from declip.config import Recipe
     from declip.data.batch import PairBatch
     from declip.errors import UserError
     from declip.evaluation.protocols import evaluate
     from declip.interchange.export import export
     from declip.interchange.load import load
+    from declip.recipe_file import load_recipe
     from declip.training.trainer import train
 
 _WHERE = {

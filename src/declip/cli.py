@@ -42,7 +42,7 @@ def train(
     profile: Annotated[bool, typer.Option("--profile", help="only show where the time of a step goes")] = False,
 ) -> None:
     """Train a recipe, measure it, and write a report."""
-    from declip.config import load_recipe, parse_overrides
+    from declip.recipe_file import load_recipe, parse_overrides
 
     resolved = load_recipe(recipe, parse_overrides(overrides or []))
     if profile:
@@ -165,7 +165,7 @@ def compare(
     """Compare recipes at several numbers of pairs; stopped and started again, it goes on."""
     from declip.comparison.compare import compare as run_comparison
     from declip.comparison.study import BUDGETS, read_counts
-    from declip.config import parse_overrides
+    from declip.recipe_file import parse_overrides
 
     outcome = run_comparison(
         [word for word in words if "=" not in word],
@@ -197,7 +197,7 @@ def compare(
 
 def _grid(words: list[str]) -> dict[str, list[Any]]:
     """Read KEY=A,B,C words."""
-    from declip.config import parse_overrides
+    from declip.recipe_file import parse_overrides
 
     return {key: [_value(word) for word in values.split(",")] for key, values in parse_overrides(words).items()}
 
@@ -242,7 +242,7 @@ def import_(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes and their terms."""
-    from declip.config import load_recipe, recipe_names
+    from declip.recipe_file import load_recipe, recipe_names
 
     for name in recipe_names():
         recipe = load_recipe(name)

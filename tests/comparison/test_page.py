@@ -26,7 +26,7 @@ from declip.comparison.wording import (
     state,
     title,
 )
-from declip.config import parse_overrides
+from declip.recipe_file import parse_overrides
 
 VOID = {"meta", "path", "use"}
 BAD = '<script>alert("1")</script>'

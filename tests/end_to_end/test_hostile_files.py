@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import TINY
-from declip.config import Recipe, load_recipe
+from declip.config import Recipe
 from declip.data.decode import decode
 from declip.data.pairs import BrokenPair
 from declip.data.sources import open_source
@@ -36,6 +36,7 @@ from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.interchange import read_declip_authors
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe_file import load_recipe
 from declip.training.checkpoint import STATE, WEIGHTS, Checkpoint, save_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -306,9 +306,9 @@ def test_a_full_disk_and_a_place_that_cannot_be_written_are_one_line(
 def test_the_published_sizes_get_the_names_of_open_clips_vit_b_32() -> None:
     """Names and shapes alone, without memory."""
     open_clip = pytest.importorskip("open_clip")
-    from declip.config import load_recipe
     from declip.interchange.open_clip_folder import image_tower, text_tensors
     from declip.models.dual_encoder import DualEncoder
+    from declip.recipe_file import load_recipe
 
     for recipe, name in (("clip-yfcc15m-vitb32", "ViT-B-32"), ("clip-yfcc15m-r50", "RN50")):
         with torch.device("meta"):

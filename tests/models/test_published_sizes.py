@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from declip.config import load_recipe
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe_file import load_recipe
 from declip.supervision.objective import Objective
 
 GOLDEN = Path(__file__).parents[1] / "golden"

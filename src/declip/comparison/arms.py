@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from declip.config import Recipe, load_recipe
+from declip.config import Recipe
 from declip.errors import UserError
+from declip.recipe_file import load_recipe
 
 RUNGS: tuple[tuple[str, ...], ...] = (
     ("contrastive",),

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from declip.config import TERMS, Recipe, load_recipe
+from declip.config import TERMS, Recipe
 from declip.errors import UserError, unknown
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe_file import load_recipe
 from declip.supervision.objective import Objective
 
 SPECIAL = 3

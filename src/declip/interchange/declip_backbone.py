@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from declip.config import load_recipe
 from declip.errors import UserError
 from declip.interchange.declip_authors import (
     convert,
@@ -21,6 +20,7 @@ from declip.interchange.declip_authors import (
 from declip.interchange.weights_file import outline
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import drop_text
+from declip.recipe_file import load_recipe
 
 PREFIX = "visual."
 STEM = f"{PREFIX}conv1.weight"

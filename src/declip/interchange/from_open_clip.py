@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from declip.config import load_recipe
 from declip.errors import UserError
 from declip.interchange.clip_layout import RESNET_NAMES, VIT_NAMES, clip_name
 from declip.interchange.declip_authors import CLIP_MERGES
 from declip.interchange.declip_file import first_difference
 from declip.interchange.open_clip import OpenClip
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe_file import load_recipe
 
 FURTHEST = 1e-4
 """How far features, of length 1, may be from open_clip's."""

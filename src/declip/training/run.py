@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from declip.config import Recipe, load_recipe
+from declip.config import Recipe
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
+from declip.recipe_file import load_recipe
 from declip.training.checkpoint import Checkpoint, list_checkpoints, newest_good
 from declip.training.monitor import EVALUATIONS, METRICS, log, read_rows
 

@@ -13,12 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from declip.config import Recipe, load_recipe
+from declip.config import Recipe
 from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
 from declip.data.pairs import SkipCounter
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe_file import load_recipe
 from declip.supervision.objective import Objective
 from declip.training import checkpoint as checkpoints
 from declip.training import distributed
