@@ -263,6 +263,43 @@ class Train(Section):
         return self
 
 
+class LoRA(Section):
+    """Low-rank adapters (Hu et al. 2022) on the blocks' linear maps; all that came with the weights stays."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0, description="the adapter's part is alpha / rank times its product")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class FineTuning(Section):
+    """Where training starts, and how freely what came with the weights may change."""
+
+    weights: str | None = Field(None, description="what `declip.load` takes, or timm:NAME for the image tower alone")
+    image_size: int | None = Field(None, ge=16, description="pixels; other than the weights': positions are resized")
+    image_lr: float = Field(1.0, gt=0, description="the image tower's rate, as a factor on the recipe's")
+    text_lr: float = Field(1.0, gt=0, description="the text tower's")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the rate from each layer to the one below it")
+    freeze_image: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+        0, description="the stem and that many blocks stay as they are; all: the whole tower (LiT)"
+    )
+    freeze_text: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    warmup_heads: int = Field(0, ge=0, description="first steps, in which only what is new learns")
+    lora: LoRA | None = None
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Self:
+        given = sorted(self.model_fields_set - {"weights"})
+        changed = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+        if self.weights is None and changed:
+            raise ValueError(f"finetune.{changed[0]} is for weights to start from; give finetune.weights too")
+        for name in ("freeze_image", "freeze_text"):
+            if self.lora is not None and getattr(self, name) not in (0, "all"):
+                raise ValueError(f"finetune.lora leaves all blocks as they are; finetune.{name} is 0 or all then")
+        if self.lora is not None and self.layer_decay != 1:
+            raise ValueError("finetune.lora has one rate for a tower; leave finetune.layer_decay out")
+        return self
+
+
 class Evaluation(Section):
     """What is measured during training and at its end."""
 
@@ -293,6 +330,7 @@ class Recipe(Section):
     nearest_neighbour: NearestNeighbour = NearestNeighbour()
     late_interaction: LateInteraction = LateInteraction()
     logit_scale: LogitScale = LogitScale()
+    finetune: FineTuning = FineTuning()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
 
@@ -303,6 +341,15 @@ class Recipe(Section):
                 "train.length_groups above 1 leaves padding out, and late_interaction.count_padding wants it; "
                 "set one of them back"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_trained_plainly(self) -> Self:
+        train = self.train
+        clashes = {"train.ema": train.ema, "train.compile": train.compile, "train.parallel": train.parallel == "fsdp"}
+        found = [name for name, clash in clashes.items() if clash]
+        if self.finetune.lora is not None and found:
+            raise ValueError(f"finetune.lora goes without {found[0]}={getattr(train, found[0][6:])}; leave one out")
         return self
 
     @property

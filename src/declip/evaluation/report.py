@@ -24,7 +24,7 @@ from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.features import Encoder, SourceFeatures, encode_source
 from declip.evaluation.report_curves import accuracy_curves, progress_curves, term_curves
 from declip.evaluation.report_gallery import Confusions, Gallery, confusions, image_to_text, text_to_image
-from declip.evaluation.report_headline import figures, lead, naming_rows, primary, retrieval_rows, share
+from declip.evaluation.report_headline import changes, figures, lead, naming_rows, primary, retrieval_rows, share
 from declip.evaluation.report_pictures import Pictures, short
 from declip.evaluation.report_run import Run, read_run
 from declip.evaluation.report_training import Neighbours, Seen, Wording, neighbours, views
@@ -125,6 +125,7 @@ def write_report(
         figures=figures(run, on),
         naming=naming_rows(run.last()),
         retrieval=retrieval_rows(run.last()),
+        changes=changes(run),
         terms=term_curves(run, recipe),
         progress=progress_curves(run) if run.metrics else [],
         accuracy=accuracy_curves(run),

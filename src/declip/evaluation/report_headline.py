@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from declip.evaluation.report_run import Evaluated, Run
 from declip.evaluation.results import Recall, RetrievalResult, ZeroShotResult, percent, times
 
+COMPARED = ("top-1", "text → image R@1", "image → text R@1")
+"""The measures whose change is told."""
+
 SPACE = "\N{NO-BREAK SPACE}"
 
 
@@ -39,6 +42,53 @@ class Row:
     times: str
     n: str
     step: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of a number between the start of fine-tuning and the last measurement.
+
+    Attributes:
+        on: The source.
+        kind: What was measured.
+        before, after: Shares, before the first step and at the last.
+        points: The change in percentage points, with its sign.
+        better: Whether it rose.
+        n: Queries.
+    """
+
+    on: str
+    kind: str
+    before: str
+    after: str
+    points: str
+    better: bool
+    n: str
+
+
+def changes(run: Run) -> list[Change]:
+    """What fine-tuning won and what it forgot: of every set that was measured before the first step and later."""
+    before = {(row.result.on, row.result.protocol): row for row in run.evaluations if row.step == 0}
+    found = []
+    for row in run.last():
+        start = before.get((row.result.on, row.result.protocol))
+        if start is None or row.step == 0:
+            continue
+        for old, new in zip(start.result.measures(), row.result.measures(), strict=True):
+            if old.name in COMPARED:
+                moved = 100 * (new.value - old.value)
+                found.append(
+                    Change(
+                        row.result.on,
+                        new.name,
+                        share(old.value),
+                        share(new.value),
+                        f"{moved:+.1f}".replace("-", "−"),
+                        moved >= 0,
+                        f"{new.n:,}",
+                    )
+                )
+    return found
 
 
 def primary(run: Run, preferred: str | None) -> str | None:

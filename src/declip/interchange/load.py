@@ -1,12 +1,13 @@
 """Loading a model: a run, a checkpoint or a file of ours, the authors' weights, or a model of open_clip's."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from declip.config import Recipe
 from declip.errors import UserError
 from declip.evaluation.features import Encoder
 from declip.interchange.declip_authors import read_declip_authors
@@ -15,6 +16,7 @@ from declip.interchange.declip_file import FILE, holds_recipe, place_weights, re
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
+from declip.models.lora import Adapters, adapted
 from declip.supervision.objective import Objective
 from declip.training.build import pick_device
 from declip.training.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part
@@ -151,7 +153,16 @@ def model_of(checkpoint: Checkpoint, path: Path) -> DualEncoder:
     recipe = read_recipe(checkpoint.recipe, path)
     weights = part("average", checkpoint.weights) or part("model", checkpoint.weights)
     # Sizes come from the file, so the model is built without memory first, to see that the weights fit.
-    place_weights(outline(recipe), {name: tensor.to("meta") for name, tensor in weights.items()}, path)
-    model = DualEncoder.from_recipe(recipe)
+    _with_adapters(outline(recipe), recipe, weights, path, device="meta")
+    return _with_adapters(DualEncoder.from_recipe(recipe), recipe, weights, path)
+
+
+def _with_adapters(
+    model: DualEncoder, recipe: Recipe, weights: Mapping[str, Tensor], path: Path, device: str = "cpu"
+) -> DualEncoder:
+    """Put a checkpoint's weights into a model, and merge the adapters where the run trains some."""
+    weights = {name: tensor.to(device) for name, tensor in weights.items()}
+    towers = adapted(weights) if recipe.finetune.lora is not None else []
+    adapters = Adapters(model, recipe.finetune.lora, towers) if recipe.finetune.lora and towers else None
     place_weights(model, weights, path)
-    return model
+    return adapters.merge() if adapters is not None and device != "meta" else model

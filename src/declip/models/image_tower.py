@@ -1,5 +1,6 @@
 """Image towers: any timm model, through one adapter that gives pooled and token features."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,14 +64,15 @@ class ImageTower(nn.Module):
     the tokens can be given before it.
 
     Args:
-        name: A timm model's name or a key of `SMALL_TOWERS`. Weights are random; nothing is downloaded.
+        name: A timm model's name or a key of `SMALL_TOWERS`. Nothing is downloaded.
         size: Height and width of the images in pixels.
         embed_dim: Width d of the shared space.
         options: Passed to `timm.create_model`; ``depths`` sets the stages of CLIP's ResNets.
         freeze_patch_projection: Leave a ViT's patch projection at its start (the authors' code does).
+        weights: The trunk's, as timm publishes them, for any image size; None for random ones.
 
     Raises:
-        UserError: unknown model (with the nearest name), or options that the model does not take.
+        UserError: unknown model (with the nearest name), options that the model does not take, or weights of another.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class ImageTower(nn.Module):
         embed_dim: int,
         options: dict[str, Any] | None = None,
         freeze_patch_projection: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.trunk = _create(name, size, dict(options or {}))
+        self.trunk = _create(name, size, dict(options or {}), weights)
         self.norm: nn.Module = nn.Identity()
         if isinstance(getattr(self.trunk, "norm", None), nn.LayerNorm) and hasattr(self.trunk, "blocks"):
             self.norm, self.trunk.norm = self.trunk.norm, nn.Identity()
@@ -119,7 +122,7 @@ class ImageTower(nn.Module):
         patches.proj.requires_grad_(False)
 
 
-def _create(name: str, size: int, options: dict[str, Any]) -> Any:
+def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:
     base, preset = SMALL_TOWERS.get(name, (name, {}))
     if not timm.is_model(base):
         raise unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
@@ -133,7 +136,10 @@ def _create(name: str, size: int, options: dict[str, Any]) -> Any:
         options.setdefault("img_size", size)
     try:
         with torch.no_grad():
-            return timm.create_model(base, pretrained=False, num_classes=0, **options)
+            published: dict[str, Any] = (
+                {} if weights is None else {"pretrained_cfg_overlay": {"state_dict": dict(weights)}}
+            )
+            return timm.create_model(base, pretrained=bool(published), num_classes=0, **published, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(
             f"timm cannot build the image tower '{name}' with image.size={size} and image.options={options}: {error}"

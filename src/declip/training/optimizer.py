@@ -1,12 +1,27 @@
-"""AdamW and which parameters it decays."""
+"""AdamW, which parameters it decays, and how fast each learns."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from declip.config import Train
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a parameter follows the recipe's learning rate.
+
+    Attributes:
+        factor: On that rate.
+        waits: Whether it stands still while the heads are warmed up.
+    """
+
+    factor: float = 1.0
+    waits: bool = False
+
 
 UNDECAYED = ("positional_embedding", "pos_embed", "cls_token", "class_embedding", "reg_token")
 
@@ -26,15 +41,28 @@ def named_trainable(*modules: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], train: Train) -> torch.optim.AdamW:
-    """AdamW with two groups, with and without decay (Loshchilov and Hutter 2019), each parted where some are shards."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, False): [], (False, False): []}
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], train: Train, paces: Mapping[str, Pace] | None = None
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) with groups by decay and pace, each parted where some are shards.
+
+    Args:
+        named: What learns, see `named_trainable`.
+        train: Rates and constants.
+        paces: By the same names; the others follow the recipe's rate.
+
+    Returns:
+        The optimiser; each group holds its "pace", by which `declip.training.schedule.paced` sets its rate.
+    """
+    groups: dict[tuple[bool, bool, Pace], list[nn.Parameter]] = {(d, False, Pace()): [] for d in (True, False)}
     for name, parameter in named:
-        groups.setdefault((decays(name, parameter), isinstance(parameter, DTensor)), []).append(parameter)
+        kind = (decays(name, parameter), isinstance(parameter, DTensor), (paces or {}).get(name, Pace()))
+        groups.setdefault(kind, []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": group, "weight_decay": train.weight_decay if decayed else 0.0}
-            for (decayed, _), group in groups.items()
+            {"params": group, "weight_decay": train.weight_decay if decayed else 0.0, "pace": pace}
+            for (decayed, _, pace), group in groups.items()
+            if group
         ],
         lr=train.lr_start,
         betas=train.betas,

@@ -35,7 +35,8 @@ from declip.training.monitor import Monitor, Silence, log
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner, core
 from declip.training.run import Run, check_datasets, open_folder
-from declip.training.schedule import learning_rate
+from declip.training.schedule import learning_rate, paced
+from declip.training.start import begin, find_start
 from declip.training.state import capture, restore
 from declip.training.step import StepParts, training_step
 from declip.training.stopping import stopping_politely
@@ -100,24 +101,29 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, folder: Path, resume: bool = False, quiet: bool = False) -> None:
-        self.recipe, self.folder, self.quiet = recipe, folder, quiet
+        self.folder, self.quiet = folder, quiet
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self.device = pick_device(distributed.own_device(recipe.train.device))
         distributed.join(self.device, recipe.train.patience)
         self.council = Council(recipe.train.patience)
         self.leads = distributed.rank() == 0
+        start = find_start(recipe, folder, resume)
+        self.recipe = recipe = start.fit(recipe) if start is not None else recipe
         self.source = open_training_source(recipe)
         torch.manual_seed(recipe.seed)
         self.model = DualEncoder.from_recipe(recipe).to(self.device)
         self.objective = Objective.for_model(recipe, self.model).to(self.device)
+        self.begun = begin(start, recipe, self.model, self.objective) if start is not None else None
         if recipe.train.channels_last:
             self.model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.learner = build_learner(recipe, self.model, self.objective)
         self.average = averaged(self.model, recipe.train.ema)
         if recipe.train.compile:
             compile_towers(recipe, self.model, rows_of_rank(recipe.train.batch))
-        self.optimizer = build_optimizer(named_trainable(self.model, self.objective), recipe.train)
+        self.optimizer = build_optimizer(
+            named_trainable(self.model, self.objective), recipe.train, self.begun.paces if self.begun else None
+        )
         self.views = image_views(recipe)
         self.skipped, self.step = SkipCounter(), 0
         self.bad_steps: list[int] = []
@@ -135,6 +141,8 @@ class Trainer:
         found = self._open_folder(resume)
         if found is not None:
             self._restore(found)
+        elif self.begun is not None and self.leads:
+            self.begun.keep(folder, recipe)
 
     @cached_property
     def loader(self) -> PairLoader:
@@ -171,6 +179,7 @@ class Trainer:
         ):
             if self.step < steps:
                 self._introduce()
+                self._measure_start(monitor)
                 with stopping_politely(self._ask_to_stop):
                     self._take_steps(monitor)
             if self.step >= steps and not self.council.first(lambda: measured_at_end(self)):
@@ -213,7 +222,7 @@ class Trainer:
                 self.loader.count(meeting.total, list(itertools.chain(*meeting.notes)))
             rate = learning_rate(self.step, train)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = paced(rate, self.step, group["pace"], self.recipe.finetune.warmup_heads, train)
             values: dict[str, Tensor] = {}
             if meeting.usable:  # else its pairs were broken: nothing is learnt, and nothing logged
                 values = training_step(self.parts, batch, meeting)
@@ -286,6 +295,12 @@ class Trainer:
             measure(self, monitor, final)
         else:
             self.council.first(lambda: measure(self, monitor, final))
+
+    def _measure_start(self, monitor: Monitor) -> None:
+        """Measure weights that exist before they are trained further, so that it is seen what is won and forgotten."""
+        if self.step == 0 and self.begun is not None and self.begun.whole:
+            monitor.forget_evaluations(0)
+            self.evaluate(monitor, final=True)
 
     @property
     def evaluated_model(self) -> DualEncoder:
@@ -391,6 +406,9 @@ class Trainer:
             self.recipe.train.precision,
             torch.get_num_threads(),
         )
+        if self.begun is not None:
+            learn = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]) / 1e6
+            log.info("%s %.1f M parameters learn.", self.begun.story, learn)
 
     def _ask_to_stop(self, number: int) -> None:
         self.stop_asked, self._signal = True, number

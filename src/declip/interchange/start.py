@@ -1,0 +1,124 @@
+"""What training starts from: weights of a run, a file, open_clip, Hugging Face or timm, as tensors by our names."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from declip.config import Recipe
+from declip.errors import UserError
+from declip.interchange.declip_file import FILE, holds_recipe, read_declip_file
+from declip.interchange.from_open_clip import from_open_clip
+from declip.interchange.load import model_of, read_authors_file, read_checkpoint
+from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
+from declip.interchange.timm_weights import PREFIX as TIMM
+from declip.interchange.timm_weights import read_timm
+from declip.models.dual_encoder import DualEncoder
+from declip.models.no_text import has_text
+from declip.training.checkpoint import part
+
+IMAGE_PROJECTION = "image_tower.proj."
+"""Leads into the space of a text tower; an image tower that comes alone leads nowhere."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights to start from.
+
+    Attributes:
+        where: What the user gave.
+        recipe: Describes the model that the weights are of.
+        tensors: By the names of `DualEncoder`; of an image tower alone without its projection.
+        heads: By the names of `Objective`; the queue is not among them, it holds another data set's captions.
+        whole: Whether both towers are there, so that the model can be measured before it is trained.
+    """
+
+    where: str
+    recipe: Recipe
+    tensors: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor]
+    whole: bool
+
+    def fit(self, recipe: Recipe) -> Recipe:
+        """Put the weights' towers into a recipe: architecture, image statistics, tokenizer, activation, logit scale.
+
+        How the image tower is trained stays the recipe's, and so does the image size where `finetune.image_size` is
+        given. Without a text tower the recipe's own and its width of the shared space stay.
+        """
+        theirs, own = self.recipe, recipe.image
+        keep = {name: getattr(own, name) for name in ("freeze_patch_projection", "joint_views")}
+        size = recipe.finetune.image_size or theirs.image.size
+        changed: dict[str, Any] = {"image": theirs.image.model_copy(update={**keep, "size": size})}
+        if self.whole:
+            scale = recipe.logit_scale.model_copy(update={"start": float(self.tensors["logit_scale"])})
+            changed |= {"text": theirs.text, "embed_dim": theirs.embed_dim, "logit_scale": scale}
+        return recipe.model_copy(update=changed)
+
+
+def read_start(where: str) -> Start:
+    """Read weights to start training from.
+
+    Args:
+        where: A run, a checkpoint folder, a file or folder of ours, the authors' checkpoint (also of an image tower
+            alone), ``open_clip:…``, or ``timm:NAME.TAG`` and ``timm:NAME/FILE`` for an image tower.
+
+    Returns:
+        The weights, on the CPU, in float32.
+
+    Raises:
+        UserError: nothing there, or nothing that our model can take over.
+    """
+    if where.startswith(TIMM):
+        recipe, tensors = read_timm(where)
+        return Start(where, recipe, tensors, {}, whole=False)
+    for prefix, read in NAMED.items():
+        if where.startswith(prefix):
+            return _of(where, *read(where))
+    path = Path(where).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"There are no weights to start from at '{where}'. Give finetune.weights a run, a checkpoint, a weights "
+            f"file, {PREFIX}MODEL/TAG or {TIMM}NAME.TAG."
+        )
+    if (path / FILE).is_file():
+        path = path / FILE
+    if (path / CONFIG).is_file():
+        return _of(where, *_of_open_clip(f"{PREFIX}{FOLDER}{path}"))
+    return _of(where, *(_of_file(path) if path.is_file() else _of_run(path)))
+
+
+def _of(where: str, model: DualEncoder, heads: Mapping[str, Tensor]) -> Start:
+    assert model.recipe is not None, "every reader knows what it reads"
+    whole = has_text(model)
+    tensors = model.state_dict()
+    if not whole:
+        tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name.startswith("image_tower.") and not name.startswith(IMAGE_PROJECTION)
+        }
+    heads = {name: t for name, t in heads.items() if isinstance(t, Tensor) and not name.startswith("queue.")}
+    return Start(where, model.recipe, tensors, heads, whole)
+
+
+def _of_open_clip(where: str) -> tuple[DualEncoder, Mapping[str, Tensor]]:
+    return from_open_clip(read_open_clip(where)), {}
+
+
+def _of_file(path: Path) -> tuple[DualEncoder, Mapping[str, Tensor]]:
+    if holds_recipe(path):
+        return read_declip_file(path), part("objective", load_file(path))
+    model, objective = read_authors_file(path)
+    return model, objective.state_dict() if objective is not None else {}
+
+
+def _of_run(path: Path) -> tuple[DualEncoder, Mapping[str, Tensor]]:
+    checkpoint = read_checkpoint(path)
+    return model_of(checkpoint, path), part("objective", checkpoint.training)
+
+
+NAMED: Mapping[str, Callable[[str], tuple[DualEncoder, Mapping[str, Tensor]]]] = {PREFIX: _of_open_clip}
+"""What reads the names that are no paths."""
