@@ -67,11 +67,18 @@ def watch(recipe: Recipe, folder: Path, until: int, rows: list[dict[str, float]]
     return trainer.train(report=False).finished
 
 
-def summary(rows: list[dict[str, float]], restarts: int) -> dict[str, Any]:
-    """First tenth, left out as warming up, then the quarter after it against the last quarter."""
-    rest = rows[len(rows) // 10 :]
-    quarter = max(2, len(rest) // 4)
-    first, last = rest[:quarter], rest[-quarter:]
+def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
+    """Early against late, each as many whole stretches between restarts, so that like is compared with like.
+
+    A trainer's memory grows while it works and falls when it is restarted; the first stretch warms up and is left out.
+    """
+    stretches: dict[int, list[dict[str, float]]] = {}
+    for row in rows:
+        stretches.setdefault(int(row["step"]) // restart_every, []).append(row)
+    whole = [stretches[number] for number in sorted(stretches)]
+    rest = whole[1:] or whole
+    some = max(1, len(rest) // 4)
+    first, last = ([row for stretch in part for row in stretch] for part in (rest[:some], rest[-some:]))
 
     def change(name: str) -> dict[str, float]:
         before, after = (median(row[name] for row in part) for part in (first, last))
@@ -82,7 +89,7 @@ def summary(rows: list[dict[str, float]], restarts: int) -> dict[str, Any]:
 
     watched = {name: change(name) for name in ("MB", "MB of loaders", "files", "threads")}
     speeds = {"first": speed(first), "last": speed(last)}
-    return {"steps": rows[-1]["step"], "restarts": restarts, **watched, "steps a second": speeds}
+    return {"steps": rows[-1]["step"], "restarts": len(whole) - 1, **watched, "steps a second": speeds}
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:
@@ -120,14 +127,14 @@ def main() -> None:
     recipe = load_recipe(options.recipe, keys)
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, float]] = []
-    started, restarts, until = time.perf_counter(), 0, options.restart_every
+    started, until = time.perf_counter(), options.restart_every
     with TemporaryDirectory() as folder:
         while not watch(recipe, Path(folder) / "run", until, rows, started):
-            restarts, until = restarts + 1, until + options.restart_every
+            until += options.restart_every
             (options.out / "rows.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
     (options.out / "rows.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
     draw(rows, options.out / "soak.png")
-    found = summary(rows, restarts)
+    found = summary(rows, options.restart_every)
     (options.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 

@@ -45,7 +45,7 @@ def capture(trainer: Trainer) -> checkpoints.Checkpoint | None:
         "skipped": trainer.counts(),
         "ranks": distributed.world_size(),
         "pairs": len(trainer.source),
-        "bad_steps": trainer.bad_steps,
+        "bad_steps": trainer.bad_steps.left_out,
     }
     if not trainer.leads:
         return None
@@ -79,7 +79,7 @@ def restore(trainer: Trainer, found: checkpoints.Checkpoint) -> None:
         trainer.average.n_averaged.copy_(found.training["averaged_steps"])
     _restore_generators(trainer, found)
     trainer.skipped = SkipCounter.from_dict(found.extra["skipped"])
-    trainer.bad_steps = list(found.extra.get("bad_steps", []))
+    trainer.bad_steps.left_out = list(found.extra.get("bad_steps", []))
     now, then = versions(), found.extra["versions"]
     changed = [f"{name} {then.get(name)} → {now[name]}" for name in now if then.get(name) != now[name]]
     if changed and trainer.leads:

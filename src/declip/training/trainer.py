@@ -23,6 +23,7 @@ from declip.recipe_file import load_recipe
 from declip.supervision.objective import Objective
 from declip.training import checkpoint as checkpoints
 from declip.training import distributed
+from declip.training.bad_steps import BadSteps, shown
 from declip.training.build import averaged, build_loader, image_views, open_training_source, pick_device
 from declip.training.checkpoint_writer import CheckpointWriter
 from declip.training.compilation import compile_towers, rows_of_rank
@@ -126,7 +127,7 @@ class Trainer:
         )
         self.views = image_views(recipe)
         self.skipped, self.step = SkipCounter(), 0
-        self.bad_steps: list[int] = []
+        self.bad_steps = BadSteps(recipe.train.bad_steps, self.device)
         self.writer = CheckpointWriter(folder, recipe.train.keep)
         cores = free_cores(torch.get_num_threads() if self.device.type == "cpu" else 1)
         self.workers = min(1, cores) if recipe.data.workers == "auto" else recipe.data.workers
@@ -134,7 +135,6 @@ class Trainer:
         self._warned_of_supply = False
         self._health = Health(recipe.train.batch, recipe.train.warmup_steps)
         self.stop_asked, self._signal, self._looked = False, 0, 0.0
-        self._bad_step = torch.tensor(-1, device=self.device)
         # What can't be used is said before a folder is made or a step taken, not when it is first needed.
         self._loader_at(0).close()
         check_datasets(recipe)
@@ -226,7 +226,7 @@ class Trainer:
             values: dict[str, Tensor] = {}
             if meeting.usable:  # else its pairs were broken: nothing is learnt, and nothing logged
                 values = training_step(self.parts, batch, meeting)
-                self._look_at(values)
+                self.bad_steps.look(self.step, values)
             self.step += 1
             stop = meeting.stop or (self.stop_asked and len(meeting.rows) == 1)
             logged = self.step % train.log_every == 0 or self.step == train.steps
@@ -348,33 +348,17 @@ class Trainer:
             return chosen[0] if chosen else None
         return checkpoints.load_checkpoint(path)
 
-    def _look_at(self, values: Mapping[str, Tensor]) -> None:
-        """Keep the first bad step on the device: asking for it at once would be a wait for the device."""
-        good = torch.isfinite(values["total"]) & torch.isfinite(values["grad_norm"])
-        if self.recipe.train.bad_steps and not good:
-            self.bad_steps.append(self.step)
-            log.warning(
-                "The loss is not finite at step %d: %s. The step is left out, nothing was changed by it; %d of at most "
-                "%d (train.bad_steps).",
-                self.step + 1,
-                _shown(values),
-                len(self.bad_steps),
-                self.recipe.train.bad_steps,
-            )
-            good = torch.tensor(len(self.bad_steps) <= self.recipe.train.bad_steps)
-        self._bad_step = torch.where((self._bad_step < 0) & ~good, self.step, self._bad_step)
-
     def _check_finite(self, values: Mapping[str, Tensor], due: bool) -> None:
         """Stop at a total or gradient that is not finite; the weights are spoilt then, the checkpoints are not."""
         if not due and self.device.type != "cpu" and not self.stop_asked:
             return
-        bad = int(self._bad_step)
-        if bad < 0:
+        bad = self.bad_steps.first
+        if bad is None:
             return
         earlier = checkpoints.list_checkpoints(self.folder)
         indices = [int(index) for index in self.loader.indices(bad)]
         raise UserError(
-            f"The loss is not finite at step {bad + 1}: {_shown(values)}. The batch held the pairs "
+            f"The loss is not finite at step {bad + 1}: {shown(values)}. The batch held the pairs "
             f"{', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''} of '{self.source.name}'. "
             f"The last good checkpoint is {earlier[-1] if earlier else 'missing: none was written yet'}. "
             "A lower train.lr_peak, a longer train.warmup_steps, or train.clip_norm=1.0 usually helps."
@@ -412,7 +396,3 @@ class Trainer:
 
     def _ask_to_stop(self, number: int) -> None:
         self.stop_asked, self._signal = True, number
-
-
-def _shown(values: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
