@@ -15,6 +15,7 @@ from declip.interchange.declip_file import FILE, holds_recipe, place_weights, re
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
+from declip.models.huggingface_encoder import encoder_kept_in
 from declip.supervision.objective import Objective
 from declip.training.build import pick_device
 from declip.training.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part
@@ -151,7 +152,8 @@ def model_of(checkpoint: Checkpoint, path: Path) -> DualEncoder:
     recipe = read_recipe(checkpoint.recipe, path)
     weights = part("average", checkpoint.weights) or part("model", checkpoint.weights)
     # Sizes come from the file, so the model is built without memory first, to see that the weights fit.
-    place_weights(outline(recipe), {name: tensor.to("meta") for name, tensor in weights.items()}, path)
-    model = DualEncoder.from_recipe(recipe)
+    encoder = encoder_kept_in(weights, recipe, path)
+    place_weights(outline(recipe, encoder), {name: tensor.to("meta") for name, tensor in weights.items()}, path)
+    model = DualEncoder.from_recipe(recipe, encoder)
     place_weights(model, weights, path)
     return model

@@ -8,7 +8,10 @@ from torch.distributed.tensor import DTensor
 
 from declip.config import Train
 
-UNDECAYED = ("positional_embedding", "pos_embed", "cls_token", "class_embedding", "reg_token")
+UNDECAYED = (
+    *("positional_embedding", "position_embeddings.weight", "pos_embed"),
+    *("cls_token", "class_embedding", "reg_token"),
+)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

@@ -34,7 +34,7 @@ from declip.training.memory import frozen_garbage, kept_memory
 from declip.training.monitor import Monitor, Silence, log
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner, core
-from declip.training.run import Run, check_datasets, open_folder
+from declip.training.run import Run, check_datasets, kept_encoder, open_folder
 from declip.training.schedule import learning_rate
 from declip.training.state import capture, restore
 from declip.training.step import StepParts, training_step
@@ -109,7 +109,7 @@ class Trainer:
         self.leads = distributed.rank() == 0
         self.source = open_training_source(recipe)
         torch.manual_seed(recipe.seed)
-        self.model = DualEncoder.from_recipe(recipe).to(self.device)
+        self.model = DualEncoder.from_recipe(recipe, kept_encoder(recipe, folder) if resume else None).to(self.device)
         self.objective = Objective.for_model(recipe, self.model).to(self.device)
         if recipe.train.channels_last:
             self.model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
