@@ -99,7 +99,7 @@ def test_a_name_of_the_hub_without_network_is_one_line(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="Cannot fetch 'huggingface:nobody/nothing'.*Check the network") as error:
+    with pytest.raises(UserError, match=r"Cannot fetch 'huggingface:nobody/nothing'.*Check the network") as error:
         build("huggingface:nobody/nothing")
     assert "\n" not in str(error.value)
 
