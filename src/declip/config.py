@@ -94,7 +94,10 @@ class ImageTower(Section):
 
 
 class TextTower(Section):
-    """CLIP's causal transformer (Radford et al. 2021, section 2.4)."""
+    """CLIP's causal transformer (Radford et al. 2021, section 2.4), or a Hugging Face encoder.
+
+    An encoder says its own sizes and vocabulary: width, layers, heads, merges and activation are not read then.
+    """
 
     width: int = Field(512, ge=8)
     layers: int = Field(12, ge=1)
@@ -103,6 +106,18 @@ class TextTower(Section):
     merges: int | None = Field(None, ge=0, description="None: CLIP's whole vocabulary; n: its first n merges")
     projection_bias: bool = False
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    encoder: str | None = Field(None, description="a Hugging Face encoder instead: its folder, or huggingface:NAME")
+    pooling: Literal["auto", "first", "mean", "end"] = Field("auto", description="which of an encoder's token states")
+    pretrained: bool = Field(True, description="an encoder starts from its own weights, not from random ones")
+
+    @model_validator(mode="after")
+    def _pooling_is_the_encoders(self) -> Self:
+        if self.encoder is None and self.pooling != "auto":
+            raise ValueError(
+                f"text.pooling={self.pooling} goes with text.encoder; CLIP's text tower pools at its end token. "
+                "Leave text.pooling out, or give an encoder"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

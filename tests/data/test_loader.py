@@ -50,7 +50,8 @@ class Source:
 class Words:
     """A tokenizer with an id a word."""
 
-    vocabulary, start, end, mask = 5003, 5000, 5001, 5002
+    vocabulary, start, end, mask, padding = 5003, 5000, 5001, 5002, 0
+    words = range(start)
 
     def __init__(self, context: int = 32) -> None:
         self.context = context

@@ -18,10 +18,10 @@ from declip.data.text_views import augment, mask_tokens
 from declip.errors import UserError
 
 if TYPE_CHECKING:
+    from declip.data.caption_tokenizer import CaptionTokenizer
     from declip.data.image_views import Crop, ImageViews
     from declip.data.pairs import PairSource
     from declip.data.picture import Picture, UndecodedPair
-    from declip.data.tokenizer import Tokenizer
 
 SecondText = Literal["eda", "caption", "keywords", "same"]
 
@@ -72,7 +72,7 @@ class Assembler:
     def __init__(
         self,
         source: PairSource,
-        tokenizer: Tokenizer,
+        tokenizer: CaptionTokenizer,
         image_views: ImageViews,
         *,
         batch: int,
@@ -216,11 +216,14 @@ class Assembler:
         images = default_collate(crops) if crops else torch.empty(0, dtype=torch.uint8)
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
         length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.tokenizer.context)
-        texts = [_pad([sample.rows[view] for sample in samples], length) for view in range(self.text_view_count)]
+        padding = self.tokenizer.padding
+        texts = [
+            _pad([sample.rows[view] for sample in samples], length, padding) for view in range(self.text_view_count)
+        ]
         return PairBatch(
             images=images.view(len(views), len(samples), 3, size, size),
             texts=torch.stack(texts),
-            masked=_pad([sample.masked for sample in samples], length) if self.mask else None,
+            masked=_pad([sample.masked for sample in samples], length, padding) if self.mask else None,
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if self.mask else None,
             lengths=torch.tensor(
                 [[len(sample.rows[view]) for sample in samples] for view in range(self.text_view_count)],
@@ -249,7 +252,7 @@ class _Sample(NamedTuple):
     tag: int
 
 
-def _pad(rows: list[list[int]], length: int, value: int = 0) -> torch.Tensor:
+def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
     """Make (B, length) int64 of rows of ids, filled up on the right."""
     padded = np.full((len(rows), length), value, dtype=np.int64)
     for number, row in enumerate(rows):

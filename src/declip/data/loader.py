@@ -19,9 +19,9 @@ from declip.data.pairs import SkipCounter
 from declip.errors import UserError
 
 if TYPE_CHECKING:
+    from declip.data.caption_tokenizer import CaptionTokenizer
     from declip.data.image_views import ImageViews
     from declip.data.pairs import BrokenPair, PairSource
-    from declip.data.tokenizer import Tokenizer
 
 SEEN_BEFORE_STOPPING = 100
 """Pairs seen before the share of broken ones can stop a run: fewer say little about the whole."""
@@ -66,7 +66,7 @@ class PairLoader(Iterator[PairBatch]):
     def __init__(
         self,
         source: PairSource,
-        tokenizer: Tokenizer,
+        tokenizer: CaptionTokenizer,
         image_views: ImageViews,
         *,
         batch: int,

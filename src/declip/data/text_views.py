@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from declip.data.batch import IGNORED
+from declip.data.caption_tokenizer import CaptionTokenizer
 from declip.data.synonyms import synonyms
-from declip.data.tokenizer import Tokenizer
 from declip.errors import UserError
 
 _MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens; BERT's shares
@@ -133,14 +133,14 @@ def delete_words(words: Sequence[str], probability: float, generator: np.random.
 def mask_tokens(
     ids: np.ndarray | Sequence[int],
     generator: np.random.Generator,
-    tokenizer: Tokenizer,
+    tokenizer: CaptionTokenizer,
     probability: float = 0.15,
 ) -> tuple[list[int], list[int]]:
     """Corrupt token ids for masked-language modelling.
 
     Each token between start and end is chosen with `probability`. Of the chosen, 80 % become the mask, 10 %
     a random word's id, 10 % stay. Start, end and the padding after end are never chosen, and start and end never
-    put in. Padding is known by its place: its id, 0, is also a word's ("!" inside a word).
+    put in. Padding is known by its place: with CLIP's tokenizer its id is also a word's.
 
     Args:
         ids: (L,) ids of one text, start first, padded or not.
@@ -168,7 +168,7 @@ def mask_tokens(
         if kind < _MASKED:
             masked[place + 1] = tokenizer.mask
         elif kind < _MASKED + _RANDOM:
-            masked[place + 1] = _below(tokenizer.start, generator)  # ids below start are the words
+            masked[place + 1] = tokenizer.words[_below(len(tokenizer.words), generator)]
     return masked, labels
 
 

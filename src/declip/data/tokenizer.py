@@ -8,16 +8,16 @@ licence in assets/LICENSE.clip.txt.
 import gzip
 import html
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib.resources import files
 
 import ftfy
 import regex
 import tokenizers
-import torch
 from tokenizers import models, pre_tokenizers
 
+from declip.data.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
 
 _MERGES = 48_894
@@ -25,10 +25,9 @@ _MERGES = 48_894
 # some marks count as: U+0345 becomes a letter.
 _PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 _LONGEST_CACHED = 64
-_LENGTH_STEP = 8
 
 
-class Tokenizer:
+class Tokenizer(CaptionTokenizer):
     """Turns texts into CLIP's token ids and back.
 
     Ids equal those of OpenAI's and open_clip's `SimpleTokenizer` for every text, but for one thing: nothing in
@@ -52,6 +51,8 @@ class Tokenizer:
         start: Id before the first word.
         end: Id after the last word.
         mask: Id of `<|mask|>`, always the last.
+        padding: 0, which is also a word's ("!" inside a word).
+        words: The ids below start.
 
     Raises:
         UserError: The context is under 3, or there are not so many merges.
@@ -69,6 +70,8 @@ class Tokenizer:
         self.end = self.start + 1
         self.mask = self.end + 1
         self.vocabulary = self.mask + 1
+        self.padding = 0
+        self.words = range(self.start)
         self._words = _words(merges)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[int, int]]:
@@ -80,17 +83,7 @@ class Tokenizer:
         return self._words.encoder
 
     def encode(self, text: str) -> list[int]:
-        """Encode one text.
-
-        Args:
-            text: Any text; an empty one gives start and end alone.
-
-        Returns:
-            start, the words' ids, end: at most `context` ids. What does not fit is cut off before the end.
-
-        Raises:
-            UserError: `text` is not a string.
-        """
+        """See `CaptionTokenizer.encode`."""
         if not isinstance(text, str):
             raise UserError(f"A text must be a string; {type(text).__name__} was given: {text!r:.60}.")
         ids = [self.start]
@@ -127,25 +120,6 @@ class Tokenizer:
             elif token != self.start:
                 raise UserError(f"Token id {token} was given; this vocabulary has 0 to {self.mask}.")
         return " ".join(b"".join(pieces).decode("utf-8", errors="replace").split())
-
-    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
-        """Encode texts into one padded batch.
-
-        Args:
-            texts: One text or several.
-
-        Returns:
-            Ids (n, L) int64, L the longest rounded up to a multiple of 8, at most `context`; 0 after the end.
-
-        Raises:
-            UserError: No text was given, or something that is not a string.
-        """
-        rows = [self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        if not rows:
-            raise UserError("No text was given to the tokenizer; give a string or a list of at least one.")
-        longest = max(map(len, rows))
-        width = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, self.context)
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64)
 
 
 def clean(text: str) -> str:

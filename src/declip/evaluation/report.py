@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from declip.config import Recipe
 from declip.data.batch import PairBatch
 from declip.data.cache import written_beside
+from declip.data.caption_tokenizer import CaptionTokenizer
 from declip.data.image_views import ImageViews
 from declip.data.pairs import PairSource
-from declip.data.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.features import Encoder, SourceFeatures, encode_source
@@ -40,7 +40,7 @@ T = TypeVar("T")
 class ReportModel(Encoder, Protocol):
     """An `Encoder` whose tokenizer can decode."""
 
-    tokenizer: Tokenizer
+    tokenizer: CaptionTokenizer
 
 
 class Loader(Wording, Iterator[PairBatch], Protocol):

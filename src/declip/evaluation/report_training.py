@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from declip.data.batch import IGNORED, PairBatch
+from declip.data.caption_tokenizer import CaptionTokenizer
 from declip.data.image_views import ImageViews
 from declip.data.pairs import BrokenPair, PairSource
-from declip.data.tokenizer import Tokenizer
 from declip.evaluation.features import Encoder, text_features
 from declip.evaluation.report_pictures import Picture, Pictures, pixels
 from declip.supervision.nearest_neighbour import Queue
@@ -138,7 +138,7 @@ def views(
     batch: PairBatch,
     source: PairSource,
     maker: ImageViews,
-    tokenizer: Tokenizer,
+    tokenizer: CaptionTokenizer,
     rng: np.random.Generator,
     count: int = 4,
 ) -> list[Seen]:
@@ -216,13 +216,13 @@ def _readable(source: PairSource, indices: np.ndarray) -> list[tuple[int, str]]:
     return found
 
 
-def _ids(tokenizer: Tokenizer, row: Tensor) -> list[int]:
+def _ids(tokenizer: CaptionTokenizer, row: Tensor) -> list[int]:
     """The ids between start and end."""
     ids = row.tolist()
     return ids[1 : ids.index(tokenizer.end)] if tokenizer.end in ids else ids[1:]
 
 
-def _caption(tokenizer: Tokenizer, row: Tensor) -> str:
+def _caption(tokenizer: CaptionTokenizer, row: Tensor) -> str:
     return tokenizer.decode(row.tolist())
 
 
@@ -235,7 +235,7 @@ def _changes(caption: str, augmented: str) -> list[Word]:
     return words
 
 
-def _masked(tokenizer: Tokenizer, masked: Tensor, labels: Tensor) -> list[Word]:
+def _masked(tokenizer: CaptionTokenizer, masked: Tensor, labels: Tensor) -> list[Word]:
     """The corrupted caption token by token; under each token that is to be predicted, what it was."""
     words = []
     for token, label in zip(_ids(tokenizer, masked), labels.tolist()[1:], strict=False):

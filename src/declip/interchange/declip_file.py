@@ -14,6 +14,7 @@ from declip.config import Recipe
 from declip.errors import UserError
 from declip.interchange.weights_file import outline
 from declip.models.dual_encoder import DualEncoder
+from declip.models.huggingface_encoder import encoder_kept_in
 from declip.models.no_text import drop_text
 from declip.recipe_file import read_yaml
 from declip.training.checkpoint import part, prefixed
@@ -85,9 +86,10 @@ def read_declip_file(path: Path) -> DualEncoder:
     weights = part("model", load_file(path))
     alone = not any(name.startswith("text_tower.") for name in weights)
     # Sizes come from the file, so the model is built without memory first, to see that the weights fit.
-    place_weights(_without_text(outline(recipe), alone), {name: t.to("meta") for name, t in weights.items()}, path)
+    encoder, shapes = encoder_kept_in(weights, recipe, path), {name: t.to("meta") for name, t in weights.items()}
+    place_weights(_without_text(outline(recipe, encoder), alone), shapes, path)
     with torch.random.fork_rng(devices=[]):
-        model = _without_text(DualEncoder.from_recipe(recipe), alone)
+        model = _without_text(DualEncoder.from_recipe(recipe, encoder), alone)
     place_weights(model, weights, path)
     return model
 

@@ -16,6 +16,7 @@ from declip.interchange.declip_file import FILE, holds_recipe, place_weights, re
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
+from declip.models.huggingface_encoder import encoder_kept_in
 from declip.models.lora import Adapters, adapted
 from declip.supervision.objective import Objective
 from declip.training.build import pick_device
@@ -153,8 +154,9 @@ def model_of(checkpoint: Checkpoint, path: Path) -> DualEncoder:
     recipe = read_recipe(checkpoint.recipe, path)
     weights = part("average", checkpoint.weights) or part("model", checkpoint.weights)
     # Sizes come from the file, so the model is built without memory first, to see that the weights fit.
-    _with_adapters(outline(recipe), recipe, weights, path, device="meta")
-    return _with_adapters(DualEncoder.from_recipe(recipe), recipe, weights, path)
+    encoder = encoder_kept_in(weights, recipe, path)
+    _with_adapters(outline(recipe, encoder), recipe, weights, path, device="meta")
+    return _with_adapters(DualEncoder.from_recipe(recipe, encoder), recipe, weights, path)
 
 
 def _with_adapters(

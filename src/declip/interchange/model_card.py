@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 import declip
+from declip.config import TextTower
 from declip.evaluation.results import Result, percent, times
 from declip.interchange.provenance import Provenance
 from declip.models.dual_encoder import DualEncoder
@@ -115,11 +116,18 @@ def _recipe(provenance: Provenance) -> str:
     rows = [
         f"- terms: {terms}",
         f"- image tower: {recipe.image.name}, {recipe.image.size} px",
-        f"- text tower: {recipe.text.layers} layers, width {recipe.text.width}, context {recipe.text.context}",
+        f"- text tower: {_text_tower(recipe.text)}, context {recipe.text.context}",
         f"- seed {recipe.seed}, peak rate {recipe.train.lr_peak:g}, weight decay {recipe.train.weight_decay:g}",
     ]
     whole = f"<details><summary>the whole recipe</summary>\n\n```yaml\n{recipe.to_yaml()}```\n\n</details>"
     return "\n".join(rows) + f"\n\n{whole}"
+
+
+def _text_tower(text: TextTower) -> str:
+    if text.encoder is None:
+        return f"{text.layers} layers, width {text.width}"
+    start = "its own weights" if text.pretrained else "random weights"
+    return f"{text.encoder}, from {start}, pooling {text.pooling}"
 
 
 def _measured(results: Sequence[Result]) -> str:

@@ -1,7 +1,7 @@
 """Two ONNX files, one a tower, for any runtime: written by torch's exporter, with what they need beside them.
 
 ``image.onnx``: pixel_values (batch, 3, S, S) float32, normalised → image_embeds (batch, d) float32 of length 1.
-``text.onnx``: input_ids (batch, length) int64, length at most the context, 0 after the end token → text_embeds
+``text.onnx``: input_ids (batch, length) int64, length at most the context, padding after the end token → text_embeds
 (batch, d) float32 of length 1. Batch and length are free. ``declip_onnx.json`` says how pictures and captions become
 these inputs, and ``tokenizer.json`` is the tokenizer.
 """
@@ -160,7 +160,7 @@ def _about(model: DualEncoder, context: int | None) -> dict[str, Any]:
             "tokenizer": TOKENIZER,
             "context": context,
             **ids,
-            "padding": 0,
+            "padding": model.tokenizer.padding,
         }
     return about
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from declip.data.tokenizer import Tokenizer
 from declip.interchange.clip_layout import (
     RESNET_NAMES,
     VIT_NAMES,
@@ -109,6 +110,7 @@ def reread_open_clip(folder: Path) -> Reread:
 
 
 def _text_config(model: DualEncoder, text: TextTower) -> dict[str, Any]:
+    assert isinstance(model.tokenizer, Tokenizer)
     sizes = text_sizes(text)
     config = {
         "context_length": sizes["context"],

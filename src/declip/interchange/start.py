@@ -5,18 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from declip.config import Recipe
 from declip.errors import UserError
-from declip.interchange.declip_file import FILE, holds_recipe, read_declip_file
+from declip.interchange.declip_file import FILE, RECIPE, holds_recipe, read_declip_file, read_recipe
 from declip.interchange.from_open_clip import from_open_clip
 from declip.interchange.load import model_of, read_authors_file, read_checkpoint
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
 from declip.interchange.timm_weights import PREFIX as TIMM
 from declip.interchange.timm_weights import read_timm
 from declip.models.dual_encoder import DualEncoder
+from declip.models.huggingface_encoder import TextEncoder, encoder_kept_in
 from declip.models.no_text import has_text
 from declip.training.checkpoint import part
 
@@ -41,6 +43,11 @@ class Start:
     tensors: Mapping[str, Tensor]
     heads: Mapping[str, Tensor]
     whole: bool
+
+    @property
+    def encoder(self) -> TextEncoder | None:
+        """The Hugging Face text encoder that the weights are of."""
+        return encoder_kept_in(self.tensors, self.recipe, Path(self.where)) if self.whole else None
 
     def fit(self, recipe: Recipe) -> Recipe:
         """Put the weights' towers into a recipe: architecture, image statistics, tokenizer, activation, logit scale.
@@ -88,6 +95,22 @@ def read_start(where: str) -> Start:
     if (path / CONFIG).is_file():
         return _of(where, *_of_open_clip(f"{PREFIX}{FOLDER}{path}"))
     return _of(where, *(_of_file(path) if path.is_file() else _of_run(path)))
+
+
+def read_kept(path: Path) -> Start:
+    """Read what a run kept of its start, which may be an image tower alone, without its projection.
+
+    Raises:
+        UserError: the file is damaged, or its recipe is of another version.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            text = file.metadata()[RECIPE]
+        tensors = load_file(path)
+    except Exception as error:  # safetensors has classes of its own
+        raise UserError(f"'{path}' is damaged: {' '.join(str(error).split())[:200]}. Start the run anew.") from error
+    own = part("model", tensors)
+    return Start(str(path), read_recipe(text, path), own, part("objective", tensors), whole="logit_scale" in own)
 
 
 def _of(where: str, model: DualEncoder, heads: Mapping[str, Tensor]) -> Start:

@@ -11,6 +11,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from declip.data.caption_tokenizer import CaptionTokenizer
+from declip.data.huggingface_tokenizer import HuggingfaceTokenizer
 from declip.data.tokenizer import Tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -24,8 +26,13 @@ REPLACED = (
 """What is common of what CLIP's cleaning replaces."""
 
 
-def backend(tokenizer: Tokenizer) -> Backend:
+def backend(tokenizer: CaptionTokenizer) -> Backend:
     """Build the same tokeniser of the `tokenizers` library: start, the words' ids, end, cut at the context."""
+    if isinstance(tokenizer, HuggingfaceTokenizer):
+        found = Backend.from_str(tokenizer.library.to_str())
+        found.enable_truncation(tokenizer.context)
+        return found
+    assert isinstance(tokenizer, Tokenizer)
     model = json.loads(tokenizer.library.to_str())["model"]
     vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
@@ -49,7 +56,7 @@ def backend(tokenizer: Tokenizer) -> Backend:
     return found
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json, vocab.json and merges.txt."""
     found = backend(tokenizer)
     found.save(str(folder / "tokenizer.json"))

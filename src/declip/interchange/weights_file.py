@@ -13,6 +13,7 @@ from torch import Tensor
 from declip.config import Recipe
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
+from declip.models.huggingface_encoder import TextEncoder
 
 MOST_GROWTH = 4
 """How many times a file's size its contents may take. Weights hardly compress and torch does not try; tied weights
@@ -71,15 +72,19 @@ def check_archive(path: Path) -> None:
     _refuse_growth(path, sum(entry.file_size for entry in entries))
 
 
-def outline(recipe: Recipe) -> DualEncoder:
+def outline(recipe: Recipe, encoder: TextEncoder | None = None) -> DualEncoder:
     """Build the model that a recipe from elsewhere describes without memory for its weights, on the device "meta".
+
+    Args:
+        recipe: The recipe.
+        encoder: The text encoder that came with it, where it has one.
 
     Raises:
         UserError: it cannot be built.
     """
     try:
         with torch.device("meta"):
-            return DualEncoder.from_recipe(recipe)
+            return DualEncoder.from_recipe(recipe, encoder)
     except UserError:
         raise
     except Exception as error:  # sizes that no one meant fail anywhere in torch and timm

@@ -1,5 +1,6 @@
 """How deep in its tower each parameter lies: what layer-wise rates and the freezing of blocks count by."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,10 @@ from declip.models.image_tower import ImageTower
 
 IMAGE, TEXT = "image_tower.", "text_tower."
 """What the names of a tower's parameters begin with in a `DualEncoder`."""
+
+STEM = re.compile(r"^(token_embedding|positional_embedding|encoder\.embeddings)")
+BLOCK = re.compile(r"\.(?:resblocks|layer)\.(\d+)\.")
+"""In the names of text towers: CLIP's, and Hugging Face's encoders'."""
 
 
 def depths(model: DualEncoder) -> dict[str, int]:
@@ -39,8 +44,6 @@ def _image(tower: ImageTower) -> dict[str, int]:
 
 def _text(tower: nn.Module) -> dict[str, int]:
     names = [name for name, _ in tower.named_parameters()]
-    start = "transformer.resblocks."
-    numbers = {name: int(name.split(".")[2]) for name in names if name.startswith(start)}
+    numbers = {name: int(found[1]) for name in names if (found := BLOCK.search(name))}
     last = 2 + max(numbers.values(), default=-1)
-    stem = ("token_embedding.", "positional_embedding")
-    return {name: 0 if name.startswith(stem) else numbers[name] + 1 if name in numbers else last for name in names}
+    return {name: 0 if STEM.search(name) else numbers[name] + 1 if name in numbers else last for name in names}

@@ -8,10 +8,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from declip.config import Recipe
+from declip.data.caption_tokenizer import CaptionTokenizer
+from declip.data.huggingface_tokenizer import HuggingfaceTokenizer
 from declip.data.image_views import Preprocess
 from declip.data.tokenizer import Tokenizer
+from declip.models.huggingface_encoder import TextEncoder, read_encoder
+from declip.models.huggingface_text_tower import HuggingfaceTextTower
 from declip.models.image_tower import ImageTower
 from declip.models.text_tower import TextTower
+
+AnyTextTower = TextTower | HuggingfaceTextTower
 
 
 class DualEncoder(nn.Module):
@@ -33,9 +39,9 @@ class DualEncoder(nn.Module):
     def __init__(
         self,
         image_tower: ImageTower,
-        text_tower: TextTower,
+        text_tower: AnyTextTower,
         preprocess: Preprocess,
-        tokenizer: Tokenizer,
+        tokenizer: CaptionTokenizer,
         logit_scale: float,
     ) -> None:
         super().__init__()
@@ -46,22 +52,19 @@ class DualEncoder(nn.Module):
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe) -> "DualEncoder":
-        """Build the model that a recipe describes, with random weights from torch's current seed."""
-        image, text = recipe.image, recipe.text
-        tokenizer = Tokenizer(context=text.context, merges=text.merges)
+    def from_recipe(cls, recipe: Recipe, encoder: TextEncoder | None = None) -> "DualEncoder":
+        """Build the model that a recipe describes, with random weights from torch's current seed.
+
+        Args:
+            recipe: Of ``text.encoder`` the weights are its own where ``text.pretrained`` says so.
+            encoder: What is read in place of ``text.encoder``: of a model whose weights are there already.
+
+        Raises:
+            UserError: a tower cannot be built.
+        """
+        image = recipe.image
         image_tower = ImageTower(image.name, image.size, recipe.embed_dim, image.options, image.freeze_patch_projection)
-        text_tower = TextTower(
-            vocabulary=tokenizer.vocabulary,
-            end=tokenizer.end,
-            embed_dim=recipe.embed_dim,
-            width=text.width,
-            layers=text.layers,
-            heads=text.heads,
-            context=text.context,
-            projection_bias=text.projection_bias,
-            activation=text.activation,
-        )
+        tokenizer, text_tower = _text_side(recipe, encoder)
         preprocess = Preprocess(image.size, image.mean, image.std)
         model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.start)
         model.recipe = recipe
@@ -92,3 +95,25 @@ class DualEncoder(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
         return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)
+
+
+def _text_side(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTokenizer, AnyTextTower]:
+    text = recipe.text
+    if text.encoder is not None:
+        encoder = encoder or read_encoder(text.encoder, text.pretrained)
+        theirs = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context)
+        language = recipe.weights.masked_language > 0
+        tower = HuggingfaceTextTower(encoder, theirs, recipe.embed_dim, text.pooling, text.projection_bias, language)
+        return theirs, tower
+    tokenizer = Tokenizer(context=text.context, merges=text.merges)
+    return tokenizer, TextTower(
+        vocabulary=tokenizer.vocabulary,
+        end=tokenizer.end,
+        embed_dim=recipe.embed_dim,
+        width=text.width,
+        layers=text.layers,
+        heads=text.heads,
+        context=text.context,
+        projection_bias=text.projection_bias,
+        activation=text.activation,
+    )

@@ -1,16 +1,20 @@
 """Captions of like length together: each group is cut to its own longest, so that less padding is computed."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.models.text_tower import TextFeatures, TextTower
+from declip.models.text_tower import TextFeatures
 
 STEP = 8
 """Lengths are rounded up to a multiple of this, so that few different shapes occur."""
 
 
-def encode_by_length(tower: TextTower, tokens: Tensor, lengths: Tensor | None, groups: int) -> TextFeatures:
+def encode_by_length(
+    tower: Callable[[Tensor], TextFeatures], tokens: Tensor, lengths: Tensor | None, groups: int
+) -> TextFeatures:
     """Encode captions sorted by length, in groups of equal size; the features are those of one pass over all.
 
     Equals the plain loop, but for rounding and for the token states behind a caption's end, which are 0

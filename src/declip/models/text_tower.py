@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from declip.models.heads import MaskedLanguageHead
+
 
 @dataclass(frozen=True)
 class TextFeatures:
@@ -115,6 +117,8 @@ class TextTower(nn.Module):
         activation: "quick_gelu" (CLIP) or "gelu".
     """
 
+    padding = 0
+
     def __init__(
         self,
         vocabulary: int,
@@ -146,6 +150,10 @@ class TextTower(nn.Module):
         ends = (tokens == self.end).to(torch.uint8).argmax(dim=1)
         rows = torch.arange(len(tokens), device=tokens.device)
         return TextFeatures(self.text_projection(words[rows, ends]), words, ends + 1)
+
+    def language_head(self) -> nn.Module:
+        """Make a head that predicts masked words: a linear map with random weights."""
+        return MaskedLanguageHead(self.width, self.token_embedding.num_embeddings)
 
     def _initialise(self, layers: int) -> None:
         """CLIP's standard deviations."""

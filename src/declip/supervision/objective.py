@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from declip.config import Recipe
 from declip.data.batch import IGNORED, PairBatch
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder
-from declip.models.heads import MaskedLanguageHead, Predictor, Projector, SimCLRHead, TokenProjection
-from declip.models.image_tower import ImageFeatures
+from declip.models.dual_encoder import AnyTextTower, DualEncoder
+from declip.models.heads import Predictor, Projector, SimCLRHead, TokenProjection
+from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.length_groups import encode_by_length
 from declip.supervision import (
     contrastive,
@@ -73,16 +73,16 @@ class Objective(nn.Module):
 
     Args:
         recipe: Its weights, the terms' sections and `embed_dim` are read.
-        image_hidden_width: Width of the image feature before the projection (SimCLR's head reads it, as in SLIP).
-        image_token_width: Width of the patch features.
-        vocabulary: Number of token ids.
+        image_tower: Its widths are read: of the feature before the projection, which SimCLR's head takes, as in SLIP,
+            and of the patch features.
+        text_tower: Its width is read, and it gives the head that predicts masked words.
 
     Attributes:
         weights: Term name → weight, active terms only.
         queue: The nearest-neighbour queue, or None when that term has no weight.
     """
 
-    def __init__(self, recipe: Recipe, image_hidden_width: int, image_token_width: int, vocabulary: int) -> None:
+    def __init__(self, recipe: Recipe, image_tower: ImageTower, text_tower: AnyTextTower) -> None:
         super().__init__()
         self.recipe = recipe
         self.weights = {name: getattr(recipe.weights, name) for name in recipe.weights.active()}
@@ -92,21 +92,20 @@ class Objective(nn.Module):
             self.projector = Projector(recipe.embed_dim, sizes.hidden, sizes.out)
             self.predictor = Predictor(sizes.out, sizes.predictor_hidden, sizes.out)
         if "simclr" in self.weights:
-            self.simclr_head = SimCLRHead(image_hidden_width, recipe.simclr.hidden, recipe.simclr.out)
+            self.simclr_head = SimCLRHead(image_tower.hidden_width, recipe.simclr.hidden, recipe.simclr.out)
         if "masked_language" in self.weights:
-            self.language_head = MaskedLanguageHead(recipe.text.width, vocabulary)
+            self.language_head = text_tower.language_head()
         if "nearest_neighbour" in self.weights:
             self.queue = nearest_neighbour.Queue(recipe.nearest_neighbour.queue_size, recipe.embed_dim)
         if "late_interaction" in self.weights:
-            self.patch_projection = TokenProjection(image_token_width, recipe.late_interaction.width)
-            self.word_projection = TokenProjection(recipe.text.width, recipe.late_interaction.width)
+            self.patch_projection = TokenProjection(image_tower.token_width, recipe.late_interaction.width)
+            self.word_projection = TokenProjection(text_tower.width, recipe.late_interaction.width)
             self.late_scale = nn.Parameter(torch.tensor(recipe.logit_scale.start))
 
     @classmethod
     def for_model(cls, recipe: Recipe, model: DualEncoder) -> "Objective":
         """Build the objective whose heads fit a model."""
-        tower = model.image_tower
-        return cls(recipe, tower.hidden_width, tower.token_width, model.tokenizer.vocabulary)
+        return cls(recipe, model.image_tower, model.text_tower)
 
     def forward(
         self, model: DualEncoder, batch: PairBatch, gather: Gather = alone, offset: int = 0

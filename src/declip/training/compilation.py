@@ -88,9 +88,10 @@ class _CompiledText(_Compiled):
     def __call__(self, batch: Tensor) -> TextFeatures:
         """(B, L) → features for L words."""
         length = batch.shape[1]
-        context = self.tower.context
+        context, padding = self.tower.context, self.tower.padding
         assert isinstance(context, int)
-        padded = F.pad(batch, (0, min(-(-length // STEP) * STEP, context) - length))
+        assert isinstance(padding, int)
+        padded = F.pad(batch, (0, min(-(-length // STEP) * STEP, context) - length), value=padding)
         found: TextFeatures = super().__call__(padded)
         return TextFeatures(found.pooled, found.words[:, :length], found.lengths)
 

@@ -23,7 +23,10 @@ class Pace:
     waits: bool = False
 
 
-UNDECAYED = ("positional_embedding", "pos_embed", "cls_token", "class_embedding", "reg_token")
+UNDECAYED = (
+    *("positional_embedding", "position_embeddings.weight", "pos_embed"),
+    *("cls_token", "class_embedding", "reg_token"),
+)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

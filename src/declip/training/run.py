@@ -1,14 +1,18 @@
 """The run folder: what it holds, and whether a run may start or go on in it."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from declip.config import Recipe
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
+from declip.models.huggingface_encoder import ENTRY, TextEncoder, encoder_kept_in
 from declip.recipe_file import load_recipe
-from declip.training.checkpoint import Checkpoint, list_checkpoints, newest_good
+from declip.training.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
 from declip.training.monitor import EVALUATIONS, METRICS, log, read_rows
 
 RECIPE = "recipe.yaml"
@@ -114,6 +118,20 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
     refuse_another(recipe, read_recipe(folder), folder)
     _write_recipe(recipe, folder)
     return _newest(folder)
+
+
+def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | None:
+    """The text encoder in the newest good checkpoint, so that a run goes on without the folder that it came from.
+
+    Returns:
+        None where the recipe has CLIP's text tower, or nothing is there to go on from.
+    """
+    if recipe.text.encoder is None:
+        return None
+    for checkpoint in reversed(list_checkpoints(folder)):
+        with suppress(OSError, SafetensorError, UserError), safe_open(checkpoint / WEIGHTS, "pt") as file:
+            return encoder_kept_in({ENTRY: file.get_tensor(f"model.{ENTRY}")}, recipe, checkpoint)
+    return None
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -10,10 +10,10 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 import declip
-from declip.config import FineTuning, Recipe
+from declip.config import FineTuning, LoRA, Recipe
 from declip.errors import UserError
 from declip.interchange.declip_file import RECIPE, VERSION
-from declip.interchange.start import Start, read_start
+from declip.interchange.start import Start, read_kept, read_start
 from declip.models.depths import IMAGE, TEXT, blocks, depths
 from declip.models.dual_encoder import DualEncoder
 from declip.models.freezing import freeze
@@ -38,7 +38,7 @@ def find_start(recipe: Recipe, folder: Path, resume: bool) -> Start | None:
     if recipe.finetune.weights is None:
         return None
     kept = folder / KEPT
-    return read_start(str(kept) if resume and kept.is_file() else recipe.finetune.weights)
+    return read_kept(kept) if resume and kept.is_file() else read_start(recipe.finetune.weights)
 
 
 @dataclass(frozen=True)
@@ -83,24 +83,19 @@ def begin(start: Start, recipe: Recipe, model: DualEncoder, objective: Objective
     """
     tune = recipe.finetune
     taken = _place_model(start, model)
+    came = taken | _of_encoder(recipe, model)
     heads = _place_heads(start, objective)
     kept = prefixed("model", {name: model.state_dict()[name].clone() for name in taken})
     kept |= prefixed("objective", {name: objective.state_dict()[name].clone() for name in heads})
     places = depths(model)
-    new = [name for name, _ in model.named_parameters() if name not in taken]
+    new = [name for name, _ in model.named_parameters() if name not in came]
     new += [f"objective.{name}" for name, _ in objective.named_parameters() if name not in heads]
-    _freeze(model, tune, places, taken)
+    _freeze(model, tune, places, came)
     waits = tune.warmup_heads > 0 and bool(new)
-    paces = {f"0.{name}": _pace(name, tune, places, waits) for name, _ in model.named_parameters() if name in taken}
+    paces = {f"0.{name}": _pace(name, tune, places, waits) for name, _ in model.named_parameters() if name in came}
     if tune.lora is not None:
-        frozen = {IMAGE: tune.freeze_image, TEXT: tune.freeze_text}
-        towers = [tower for tower in (IMAGE, TEXT) if frozen[tower] != "all" and _came(tower, taken)]
-        freeze(model, [name for name in taken if name.startswith(tuple(towers))])
-        Adapters(model, tune.lora, towers)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(MARK in name or parameter.requires_grad or name in new)
-            if MARK in name:
-                paces[f"0.{name}"] = _pace(name, tune, places, waits)
+        added = _add_adapters(model, tune, tune.lora, came)
+        paces |= {f"0.{name}": _pace(name, tune, places, waits) for name in added}
     return Begun(kept, paces, start.whole, _story(start, taken, heads, new, tune))
 
 
@@ -120,6 +115,13 @@ def _place_model(start: Start, model: DualEncoder) -> set[str]:
             )
     model.load_state_dict({**own, **fitted})
     return set(fitted)
+
+
+def _of_encoder(recipe: Recipe, model: DualEncoder) -> set[str]:
+    """What a Hugging Face encoder brought: it has weights of its own where an image tower alone is the start."""
+    if recipe.text.encoder is None or not recipe.text.pretrained:
+        return set()
+    return {name for name, _ in model.named_parameters() if name.startswith(f"{TEXT}encoder.")}
 
 
 def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tensor:
@@ -163,6 +165,18 @@ def _freeze(model: DualEncoder, tune: FineTuning, places: Mapping[str, int], tak
             )
         names = [name for name, depth in places.items() if name.startswith(tower) and name in taken]
         freeze(model, [name for name in names if asked == "all" or places[name] <= asked])
+
+
+def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, came: set[str]) -> list[str]:
+    """Adapt the towers that came and are not frozen whole; returns the names of the adapters' parameters."""
+    frozen = {IMAGE: tune.freeze_image, TEXT: tune.freeze_text}
+    towers = [tower for tower in (IMAGE, TEXT) if frozen[tower] != "all" and _came(tower, came)]
+    new = {name for name, _ in model.named_parameters()} - came
+    freeze(model, [name for name in came if name.startswith(tuple(towers))])
+    Adapters(model, lora, towers)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(MARK in name or name in new or parameter.requires_grad)
+    return [name for name, _ in model.named_parameters() if MARK in name]
 
 
 def _pace(name: str, tune: FineTuning, places: Mapping[str, int], waits: bool) -> Pace:

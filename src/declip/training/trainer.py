@@ -35,7 +35,7 @@ from declip.training.memory import frozen_garbage, kept_memory
 from declip.training.monitor import Monitor, Silence, log
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner, core
-from declip.training.run import Run, check_datasets, open_folder
+from declip.training.run import Run, check_datasets, kept_encoder, open_folder
 from declip.training.schedule import learning_rate, paced
 from declip.training.start import begin, find_start
 from declip.training.state import capture, restore
@@ -113,7 +113,10 @@ class Trainer:
         self.recipe = recipe = start.fit(recipe) if start is not None else recipe
         self.source = open_training_source(recipe)
         torch.manual_seed(recipe.seed)
-        self.model = DualEncoder.from_recipe(recipe).to(self.device)
+        encoder = start.encoder if start is not None else None
+        if encoder is None and resume:
+            encoder = kept_encoder(recipe, folder)
+        self.model = DualEncoder.from_recipe(recipe, encoder).to(self.device)
         self.objective = Objective.for_model(recipe, self.model).to(self.device)
         self.begun = begin(start, recipe, self.model, self.objective) if start is not None else None
         if recipe.train.channels_last:

@@ -1,0 +1,109 @@
+import copy
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from declip.data.batch import IGNORED
+from declip.data.huggingface_tokenizer import HuggingfaceTokenizer
+from declip.data.text_views import mask_tokens
+from declip.errors import UserError
+from declip.models.huggingface_encoder import read_encoder
+from text_encoders import CAPTIONS, bert, roberta
+
+transformers = pytest.importorskip("transformers")
+
+CONTEXT = 20
+
+
+@pytest.fixture(scope="module", params=[bert, roberta])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return request.param(tmp_path_factory.mktemp("encoder") / "folder")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> HuggingfaceTokenizer:
+    encoder = read_encoder(str(folder), pretrained=False)
+    return HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, CONTEXT)
+
+
+def test_ids_and_padding_are_those_of_transformers(folder: Path, tokenizer: HuggingfaceTokenizer) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs(list(CAPTIONS), truncation=True, max_length=CONTEXT, padding=True, return_tensors="pt")
+    assert tokenizer(CAPTIONS).tolist() == expected["input_ids"].tolist()
+    assert tokenizer.encode("") == [theirs.cls_token_id, theirs.sep_token_id]
+    assert tokenizer("a").shape == (1, 8)
+    assert tokenizer.vocabulary == len(theirs)
+
+
+def test_special_tokens_in_a_caption_are_spelled_out(tokenizer: HuggingfaceTokenizer) -> None:
+    specials = {tokenizer.start, tokenizer.end, tokenizer.mask, tokenizer.padding}
+    for token in ("[CLS]", "[SEP]", "[MASK]", "[PAD]", "<s>", "</s>", "<mask>", "<pad>"):
+        ids = tokenizer.encode(f"red {token} square")
+        assert not specials & set(ids[1:-1]), token
+        assert len(ids) > 5
+
+
+def test_it_decodes_what_the_report_shows(tokenizer: HuggingfaceTokenizer) -> None:
+    ids = tokenizer.encode("red circle in blue")
+    assert tokenizer.decode([*ids, tokenizer.padding, tokenizer.padding]) == "red circle in blue"
+    assert tokenizer.decode([tokenizer.mask]) in ("[MASK]", "<mask>")
+    with pytest.raises(UserError, match=f"{tokenizer.vocabulary}"):
+        tokenizer.decode([tokenizer.vocabulary])
+
+
+def test_copies_encode_alike(tokenizer: HuggingfaceTokenizer) -> None:
+    for other in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert [other.encode(text) for text in (*CAPTIONS, "[SEP]</s>")] == [
+            tokenizer.encode(text) for text in (*CAPTIONS, "[SEP]</s>")
+        ]
+        assert (other.words, other.mask, other.context) == (tokenizer.words, tokenizer.mask, CONTEXT)
+
+
+def test_masking_uses_the_encoders_own_mask_and_words(
+    tokenizer: HuggingfaceTokenizer, generator: np.random.Generator
+) -> None:
+    inner = [tokenizer.words[number] for number in range(0, 18)]
+    ids = [tokenizer.start, *inner, tokenizer.end, *[tokenizer.padding] * 4]
+    kinds, put_in, trials = Counter(), Counter(), 1500
+    for _ in range(trials):
+        masked, labels = mask_tokens(ids, generator, tokenizer, 0.5)
+        assert (masked[0], masked[19:]) == (tokenizer.start, ids[19:])
+        assert labels[0] == IGNORED
+        assert labels[19:] == [IGNORED] * 5
+        for now, label, was in zip(masked[1:19], labels[1:19], inner, strict=True):
+            if label == IGNORED:
+                assert now == was
+                continue
+            assert label == was
+            kinds["mask" if now == tokenizer.mask else "kept" if now == was else "random"] += 1
+            put_in[now] += now not in (tokenizer.mask, was)
+    chosen, again = kinds.total(), 0.1 / len(tokenizer.words)
+    assert chosen == pytest.approx(0.5 * 18 * trials, rel=0.03)
+    shares = [kinds[kind] / chosen for kind in ("mask", "random", "kept")]
+    assert shares == pytest.approx([0.8, 0.1 - again, 0.1 + again], abs=0.01)
+    drawn = {number for number, count in put_in.items() if count}
+    assert not drawn & {tokenizer.start, tokenizer.end, tokenizer.padding, tokenizer.mask, *_specials(tokenizer)}
+    assert len(drawn) > 0.9 * len(tokenizer.words)
+    assert max(drawn) > 0.9 * tokenizer.vocabulary
+
+
+def _specials(tokenizer: HuggingfaceTokenizer) -> set[int]:
+    """[UNK] too."""
+    return {number for number, token in tokenizer.library.get_added_tokens_decoder().items() if token.special}
+
+
+def test_it_refuses_what_is_no_text_and_no_tokenizer(tokenizer: HuggingfaceTokenizer) -> None:
+    definition = tokenizer.library.to_str()
+    with pytest.raises(UserError, match="int was given"):
+        tokenizer.encode(3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="No text"):
+        tokenizer([])
+    with pytest.raises(UserError, match="cannot be read"):
+        HuggingfaceTokenizer("{}", {}, CONTEXT)
+    with pytest.raises(UserError, match="special ids"):
+        HuggingfaceTokenizer(definition, {"start": 0, "end": 2, "mask": 10**6, "padding": 1}, CONTEXT)
+    with pytest.raises(UserError, match="2 tokens"):
+        HuggingfaceTokenizer(definition, {}, 2)

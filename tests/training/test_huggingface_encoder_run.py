@@ -1,0 +1,134 @@
+"""Runs with a Hugging Face text encoder: they learn, go on, and are loaded when its folder is gone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Library
+
+import declip
+from conftest import TINY, WEIGHTS
+from declip.config import Recipe
+from declip.errors import UserError
+from declip.interchange.declip_file import FILE, RECIPE, VERSION
+from declip.models.dual_encoder import DualEncoder
+from declip.models.huggingface_encoder import ENTRY
+from declip.training.checkpoint import list_checkpoints, load_checkpoint
+from declip.training.trainer import Trainer, train
+from text_encoders import NO_DROPOUT, bert, roberta
+
+pytest.importorskip("transformers")
+
+MASK, PADDING = 4, 1  # RoBERTa's
+
+
+def recipe_for(
+    table: Path, folder: Path, weights: str = "declip", measured: bool = True, **train_keys: object
+) -> Recipe:
+    text = {"encoder": str(folder), "context": 24, "pooling": "mean"}
+    tree = {**TINY, "name": "encoder", "data": {"source": str(table)}, "text": text, "weights": WEIGHTS[weights]}
+    tree["train"] = {**TINY["train"], "log_every": 1, **train_keys}
+    tree["evaluation"] = {"final_retrieval": [str(table)] if measured else []}
+    return Recipe.model_validate(tree)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = load_checkpoint(list_checkpoints(folder)[-1])
+    return {**found.weights, **found.training}
+
+
+def test_it_learns_resumes_to_the_bit_and_loads_without_its_folder(table: Path, tmp_path: Path) -> None:
+    folder = roberta(tmp_path / "roberta")
+    recipe = recipe_for(table, folder, ema=0.9)
+    whole = train(recipe, out=tmp_path / "whole", quiet=True)
+    assert set(whole.metrics[0]["terms"]) == set(WEIGHTS["declip"])
+    assert whole.results[0]["protocol"] == "retrieval"
+
+    stopped = Trainer(recipe, tmp_path / "parts", quiet=True)
+    save = stopped.save
+
+    def save_and_stop() -> Path:
+        stopped.stop_asked = True
+        return save()
+
+    stopped.save = save_and_stop  # type: ignore[method-assign]
+    assert not stopped.train(report=False).finished
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="is no folder"):
+        train(recipe, out=tmp_path / "new", quiet=True)
+    assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
+    first, second = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    model = declip.load(tmp_path / "whole", device="cpu")
+    captions = ["a red circle", "bar painted in blue on white paper"]
+    with torch.no_grad():
+        expected = model.encode_text(model.tokenize(captions))
+        exported = declip.export(tmp_path / "whole", "safetensors", tmp_path / "out")
+        again = declip.load(exported.folder, device="cpu")
+        assert torch.equal(again.encode_text(again.tokenize(captions)), expected)
+    assert str(recipe.text.encoder) in (exported.folder / "README.md").read_text()
+    for form in ("open_clip", "huggingface"):
+        with pytest.raises(UserError, match=r"its text tower is a HuggingfaceTextTower.*Formats that can"):
+            declip.export(model, form, tmp_path / form)
+
+    stripped = {name: tensor for name, tensor in load_file(tmp_path / "out" / FILE).items() if not name.endswith(ENTRY)}
+    save_file(stripped, tmp_path / FILE, {RECIPE: recipe.to_yaml(), VERSION: "0"})
+    with pytest.raises(UserError, match="came without their text encoder"):
+        declip.load(tmp_path / FILE)
+
+
+def test_batches_are_masked_and_padded_with_the_encoders_ids(table: Path, tmp_path: Path) -> None:
+    trainer = Trainer(recipe_for(table, roberta(tmp_path / "roberta")), tmp_path / "run", quiet=True)
+    tokenizer = trainer.model.tokenizer
+    assert (tokenizer.mask, tokenizer.padding) == (MASK, PADDING)
+    found = 0
+    for _ in range(4):
+        batch = next(trainer.loader)
+        assert batch.masked is not None
+        assert batch.lengths is not None
+        for text, masked, length in zip(batch.texts[0], batch.masked, batch.lengths[0].tolist(), strict=True):
+            assert (text[0], text[length - 1]) == (tokenizer.start, tokenizer.end)
+            for row in (text, masked):
+                assert (row == PADDING).nonzero().flatten().tolist() == list(range(length, len(row)))
+            found += int((masked == MASK).sum())
+    trainer.loader.close()
+    assert found > 10
+
+
+def test_what_saves_memory_or_time_leaves_the_run(table: Path, tmp_path: Path) -> None:
+    folder = bert(tmp_path / "bert", **NO_DROPOUT)
+
+    def losses(name: str, **keys: object) -> list[float]:
+        recipe = recipe_for(table, folder, "defilip", measured=False, steps=3, **keys)
+        return [row["total"] for row in train(recipe, out=tmp_path / name, quiet=True, report=False).metrics]
+
+    plain = losses("plain")
+    assert losses("chunks", chunk=3) == pytest.approx(plain, rel=1e-3)
+    assert losses("groups", length_groups=3) == pytest.approx(plain, rel=1e-3)
+    assert losses("again", recompute_activations=True) == plain
+    assert losses("bf16", precision="bf16") == pytest.approx(plain, rel=0.05)
+
+
+def test_onnx_has_the_encoders_tokenizer_and_padding(table: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = DualEncoder.from_recipe(recipe_for(table, roberta(tmp_path / "roberta"), "clip")).eval()
+    exported = declip.export(model, "onnx", tmp_path / "onnx")
+    assert exported.difference is not None
+    assert exported.difference < 1e-5
+    about = json.loads((exported.folder / "declip_onnx.json").read_text())["text"]
+    assert (about["padding"], about["context"]) == (PADDING, 24)
+    library = Library.from_file(str(exported.folder / about["tokenizer"]))
+    library.encode_special_tokens = True
+    library.enable_padding(pad_id=about["padding"])
+    captions = ["a red circle", "Blue </s> square " * 9]
+    ids = torch.tensor([each.ids for each in library.encode_batch(captions)])
+    assert ids.tolist() == model.tokenize(captions).tolist()
+    session = onnxruntime.InferenceSession(exported.folder / "text.onnx")
+    found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
+    torch.testing.assert_close(found, model.encode_text(ids).detach(), rtol=0, atol=1e-5)
