@@ -30,6 +30,7 @@ from interchange.test_export import features
 from interchange.test_import import command
 from interchange.towers import build
 from processes import in_processes
+from text_encoders import bert
 from training.test_trainer import same_end
 
 SMALL = {"width": 48, "layers": 3, "heads": 2, "context": 20, "merges": 400}
@@ -205,15 +206,20 @@ def test_what_waits_stands_still_and_then_warms_up() -> None:
         {"image_lr": 0.5, "layer_decay": 0.8, "warmup_heads": 3, "freeze_text": 1},
         {"lora": {"rank": 2}, "warmup_heads": 2},
         {"image_size": 48},
+        {"freeze_image": 1, "image_lr": 0.1, "warmup_heads": 2},
     ],
-    ids=["paced", "lora", "resized"],
+    ids=["paced", "lora", "resized", "image-alone"],
 )
 def test_a_resumed_run_equals_one_never_stopped_though_its_source_is_gone(
-    table: Path, tmp_path: Path, start: Path, keys: dict[str, Any]
+    table: Path, tmp_path: Path, start: Path, keys: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(start, source)
-    recipe = tuned(table, source, {} if "lora" in keys else {"ema": 0.9}, **keys)
+    weights = str(source)
+    if "image-alone" in request.node.name:
+        save_file(timm.create_model("test_vit").state_dict(), source / "vit.safetensors")
+        weights, keys = f"timm:test_vit/{source / 'vit.safetensors'}", {**keys, "image_size": 32}
+    recipe = tuned(table, weights, {} if "lora" in keys else {"ema": 0.9}, **keys)
     train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     stopped = Trainer(recipe, tmp_path / "parts", quiet=True)
     save = stopped.save
@@ -227,7 +233,7 @@ def test_a_resumed_run_equals_one_never_stopped_though_its_source_is_gone(
     shutil.rmtree(source)
     assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
     same_end(tmp_path / "whole", tmp_path / "parts")
-    with pytest.raises(UserError, match="no weights to start from"):
+    with pytest.raises(UserError, match=r"no weights to start from|no file"):
         train(recipe, out=tmp_path / "anew", quiet=True)
 
 
@@ -325,6 +331,35 @@ def test_open_clips_models_are_a_start(kind: str, table: Path, tmp_path: Path) -
     named = read_start(f"open_clip:local-dir:{tmp_path / 'folder'}")
     assert named.whole
     assert named.recipe.text.merges is None
+
+
+def test_a_text_encoder_and_its_run_are_a_start(table: Path, tmp_path: Path) -> None:
+    """An encoder's weights can be frozen beside an image tower's; its run starts another without the folder."""
+    pytest.importorskip("transformers")
+    folder = bert(tmp_path / "bert")
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    tree = tuned(
+        table,
+        f"timm:test_vit/{tmp_path / 'vit.safetensors'}",
+        {"steps": 2},
+        freeze_text=1,
+        layer_decay=0.5,
+        image_size=32,
+    ).model_dump(mode="json") | {"text": {"encoder": str(folder), "context": 24}}
+    first = Trainer(Recipe.model_validate(tree), tmp_path / "first", quiet=True)
+    before, places = state(first), depths(first.model)
+    assert blocks(places, TEXT) == 2
+    first.train(report=False)
+    still = before.keys() - moved(before, last(tmp_path / "first"))
+    assert {name for name in still if name.startswith(TEXT)} - {"text_tower._extra_state"} == {
+        name for name, depth in places.items() if name.startswith(TEXT) and depth <= 1
+    }
+    assert not {name for name in still if name.startswith(IMAGE)}
+    shutil.rmtree(folder)
+    second = Trainer(tuned(table, tmp_path / "first", {"steps": 2}), tmp_path / "second", quiet=True)
+    assert not moved(last(tmp_path / "first"), state(second))
+    second.train(report=False)
+    mixing.ends_of(tmp_path / "second", "cpu")
 
 
 def test_the_start_is_measured_once_and_the_report_says_what_changed(table: Path, tmp_path: Path, start: Path) -> None:
