@@ -1,6 +1,6 @@
 """CLIP_benchmark (Cherti and Beaumont, github.com/LAION-AI/CLIP_benchmark) on every model that `declip.load` reads.
 
-    python -m declip.interchange.clip_benchmark eval --model runs/demo --dataset wds/pets --dataset_root /data/pets --no_amp
+    python -m declip.interchange.clip_benchmark eval --model runs/demo --dataset wds/pets --dataset_root /data --no_amp
 
 is its own command with one more model type, "declip", which is then the default. Its arguments and numbers are its own,
 but for one function of version 1.6.2 that NumPy no longer runs.
