@@ -62,7 +62,7 @@ def their_folder(out: Path) -> Path:
             **sizes, "vocab_size": 1514, "hidden_size": 32, "intermediate_size": 128, "max_position_embeddings": 16,
             "hidden_act": "gelu", "eos_token_id": 2,
         },
-        vision_config={**sizes, "hidden_size": 48, "intermediate_size": 100, "image_size": 48, "patch_size": 12},
+        vision_config={**sizes, "hidden_size": 112, "intermediate_size": 976, "image_size": 48, "patch_size": 12},
         projection_dim=24,
     )  # fmt: skip
     torch.manual_seed(3)

@@ -165,13 +165,16 @@ def merges_key(vocabulary: int) -> int | None:
 
 def vit_keys(sizes: VitSizes) -> dict[str, Any]:
     """The recipe's keys of CLIP's vision transformer, all but the image's size."""
+    ratio = sizes.hidden / sizes.width
+    if int(sizes.width * ratio) != sizes.hidden:  # timm rounds down
+        ratio = (sizes.hidden + 0.5) / sizes.width
     quick = "quickgelu_" if sizes.activation == "quick_gelu" else ""
     options = {
         "patch_size": sizes.patch,
         "embed_dim": sizes.width,
         "depth": sizes.layers,
         "num_heads": sizes.heads,
-        "mlp_ratio": sizes.hidden / sizes.width,
+        "mlp_ratio": ratio,
     }
     return {"image.name": f"vit_base_patch32_clip_{quick}224", "image.options": options}
 

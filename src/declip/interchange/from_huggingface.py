@@ -164,8 +164,8 @@ def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A tower's configuration; the first releases wrote it under a second name, which counts more."""
-    return {**defaults, **(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
+    """A tower's configuration; the first releases wrote it under a second name too, which counts alone."""
+    return {**defaults, **(config.get(f"{name}_dict") or config.get(name) or {})}
 
 
 def _expect(what: str, found: Any, *allowed: Any) -> None:
