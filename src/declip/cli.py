@@ -77,7 +77,7 @@ def _profile(recipe: "Recipe", out: Path, resume: bool, quiet: bool) -> None:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
+    model: Annotated[str, typer.Argument(help="a run, a checkpoint, weights, open_clip:… or huggingface:OWNER/NAME")],
     on: Annotated[str, typer.Option("--on", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path")],
     protocol: Annotated[str, typer.Option(help="zero-shot, retrieval, linear, knn or few-shot")] = "zero-shot",
     templates: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
@@ -210,7 +210,7 @@ def _value(word: str) -> Any:
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, or a weights file")],
+    model: Annotated[str, typer.Argument(help="a run, a checkpoint, weights, or huggingface:OWNER/NAME")],
     format: Annotated[str, typer.Option("--format", help="open_clip, huggingface, onnx or safetensors")],
     out: Annotated[Path, typer.Option(help="the folder to write")],
     licence: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
@@ -226,8 +226,10 @@ def export(
 
 @app.command(name="import")
 def import_(
-    file: Annotated[str, typer.Argument(help="a checkpoint; of open_clip MODEL/TAG, MODEL/FILE or a folder")],
-    source: Annotated[str, typer.Option("--from", help="declip-authors or open_clip")],
+    file: Annotated[
+        str, typer.Argument(help="a checkpoint; MODEL/TAG, MODEL/FILE or a folder; huggingface:OWNER/NAME")
+    ],
+    source: Annotated[str, typer.Option("--from", help="declip-authors, open_clip or huggingface")],
     out: Annotated[Path, typer.Option(help="the folder to write; declip reads it")],
     licence: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,

@@ -251,7 +251,7 @@ def test_wrong_files_are_told_by_what_differs_first(tmp_path: Path, monkeypatch:
             import_weights(file, "declip-authors", "out")
     assert not Path("harm").exists()
     assert not Path("out").exists()
-    with pytest.raises(UserError, match=r"source of weights 'authors'.*declip-authors, open_clip"):
+    with pytest.raises(UserError, match=r"source of weights 'authors'.*declip-authors, huggingface, open_clip"):
         import_weights("whole.pth", "authors", "out")
 
 

@@ -17,6 +17,11 @@ from declip.models.text_tower import TextTower
         ("regnety_640", "Bottleneck", 20),
         ("convnext_tiny", "ConvNeXtBlock", 18),
         ("resnet18", "BasicBlock", 8),
+        ("vit_base_mci_224", "Block", 12),
+        ("swin_tiny_patch4_window7_224", "SwinTransformerBlock", 12),
+        ("fastvit_mci0", "RepMixerBlock", 20),
+        ("efficientnet_b0", "InvertedResidual", 15),
+        ("mobilenetv4_conv_small", "UniversalInvertedResidual", 12),
     ],
 )
 def test_blocks_of_towers(name: str, kind: str, count: int) -> None:

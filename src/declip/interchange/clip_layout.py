@@ -4,7 +4,7 @@ Names are of tensors of a `DualEncoder`. The tables are read in both directions.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,37 +17,48 @@ from declip.models import text_tower as ours
 from declip.models.image_tower import ImageTower
 from declip.models.text_tower import TextTower
 
+CLIP_MERGES, NO_MERGES = 48_894, 514
+"""Ids of CLIP's whole vocabulary that are merges, and those that are none: bytes inside and at the end of a word,
+start, end."""
 
-def _table(*pairs: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]:
-    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
+Names = Sequence[tuple[str, str]]
+"""Pairs of the same name in two layouts, whole or its start; # is a number."""
 
-
-VIT_NAMES = _table(
-    (r"^trunk\.cls_token$", "class_embedding"),
-    (r"^trunk\.pos_embed$", "positional_embedding"),
-    (r"^trunk\.patch_embed\.proj\.weight$", "conv1.weight"),
-    (r"^trunk\.norm_pre\.", "ln_pre."),
-    (r"^norm\.", "ln_post."),
-    (r"^proj\.weight$", "proj"),
-    (r"^trunk\.blocks\.", "transformer.resblocks."),
-    (r"(resblocks\.\d+)\.norm([12])\.", r"\1.ln_\2."),
-    (r"(resblocks\.\d+\.attn)\.qkv\.", r"\1.in_proj_"),
-    (r"(resblocks\.\d+\.attn)\.proj\.", r"\1.out_proj."),
-    (r"(resblocks\.\d+\.mlp)\.fc1\.", r"\1.c_fc."),
-    (r"(resblocks\.\d+\.mlp)\.fc2\.", r"\1.c_proj."),
+VIT_NAMES: Names = (
+    ("trunk.cls_token", "class_embedding"),
+    ("trunk.pos_embed", "positional_embedding"),
+    ("trunk.patch_embed.proj.weight", "conv1.weight"),
+    ("trunk.norm_pre.", "ln_pre."),
+    ("norm.", "ln_post."),
+    ("proj.weight", "proj"),
+    ("trunk.blocks.#.norm1.", "transformer.resblocks.#.ln_1."),
+    ("trunk.blocks.#.norm2.", "transformer.resblocks.#.ln_2."),
+    ("trunk.blocks.#.attn.qkv.", "transformer.resblocks.#.attn.in_proj_"),
+    ("trunk.blocks.#.attn.proj.", "transformer.resblocks.#.attn.out_proj."),
+    ("trunk.blocks.#.mlp.fc1.", "transformer.resblocks.#.mlp.c_fc."),
+    ("trunk.blocks.#.mlp.fc2.", "transformer.resblocks.#.mlp.c_proj."),
 )
-RESNET_NAMES = _table(
-    (r"^proj\.", "attnpool.c_proj."),
-    (r"^trunk\.head\.([qkv])\.", r"attnpool.\1_proj."),
-    (r"^trunk\.head\.pos_embed$", "attnpool.positional_embedding"),
-    (r"^trunk\.stem\.conv(\d)\.conv\.", r"conv\1."),
-    (r"^trunk\.stem\.conv(\d)\.bn\.", r"bn\1."),
-    *((rf"^trunk\.stages\.{stage}\.", f"layer{stage + 1}.") for stage in range(4)),
-    (r"(layer\d\.\d+)\.shortcut\.conv\.conv\.", r"\1.downsample.0."),
-    (r"(layer\d\.\d+)\.shortcut\.conv\.bn\.", r"\1.downsample.1."),
-    (r"(layer\d\.\d+)\.conv([13])_1x1\.(conv|bn)\.", r"\1.\3\2."),
-    (r"(layer\d\.\d+)\.conv2_kxk\.(conv|bn)\.", r"\1.\g<2>2."),
+RESNET_NAMES: Names = (
+    ("proj.", "attnpool.c_proj."),
+    ("trunk.head.pos_embed", "attnpool.positional_embedding"),
+    *((f"trunk.head.{part}.", f"attnpool.{part}_proj.") for part in "qkv"),
+    *((f"trunk.stem.conv{layer}.{part}.", f"{part}{layer}.") for layer in "123" for part in ("conv", "bn")),
+    *(
+        (f"trunk.stages.{stage}.#.{ours}.", f"layer{stage + 1}.#.{theirs}.")
+        for stage in range(4)
+        for ours, theirs in (
+            ("shortcut.conv.conv", "downsample.0"),
+            ("shortcut.conv.bn", "downsample.1"),
+            ("conv1_1x1.conv", "conv1"),
+            ("conv1_1x1.bn", "bn1"),
+            ("conv2_kxk.conv", "conv2"),
+            ("conv2_kxk.bn", "bn2"),
+            ("conv3_1x1.conv", "conv3"),
+            ("conv3_1x1.bn", "bn3"),
+        )
+    ),
 )
+"""Ours in an image tower, CLIP's without "visual."."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ def vit_sizes(tower: ImageTower) -> VitSizes | str:
         return "it does not pool at a class token"
     if not isinstance(trunk.norm_pre, nn.LayerNorm):
         return "it has no norm before its blocks"
-    renamed = {clip_name(name, VIT_NAMES) for name in tower.state_dict()}
+    renamed = {rename(name, VIT_NAMES) for name in tower.state_dict()}
     if extra := renamed ^ _vit_names(len(blocks)):
         return f"it has other tensors than CLIP's: {sorted(extra)[0]}"
     activations = {_activation(block.mlp.act) for block in blocks}
@@ -123,7 +134,7 @@ def resnet_sizes(tower: ImageTower) -> ResnetSizes | str:
         return f"it is a {type(trunk).__name__} without an attention pool"
     layers = tuple(len(stage) for stage in trunk.stages)
     width = trunk.head.embed_dim // 32
-    state = {clip_name(name, RESNET_NAMES): tensor for name, tensor in tower.state_dict().items()}
+    state = {rename(name, RESNET_NAMES): tensor for name, tensor in tower.state_dict().items()}
     if left := sorted(name for name in state if name.startswith("trunk.")):
         return f"it has other tensors than CLIP's: {left[0]}"
     if len(layers) != 4 or len(state["conv3.weight"]) != width or len(state["layer1.0.conv1.weight"]) != width:
@@ -131,11 +142,41 @@ def resnet_sizes(tower: ImageTower) -> ResnetSizes | str:
     return ResnetSizes(width, layers, trunk.head.num_heads)
 
 
-def clip_name(name: str, table: Iterable[tuple[re.Pattern[str], str]]) -> str:
-    """CLIP's name of a tensor of an image tower, without "visual."; a name that is not CLIP's stays as it is."""
-    for pattern, replacement in table:
-        name = pattern.sub(replacement, name)
+def rename(name: str, table: Names, back: bool = False) -> str:
+    """The name in the other layout, by the first pair that begins like it; one that none begins like stays as it is.
+
+    Args:
+        name: A tensor's.
+        table: The pairs.
+        back: From right to left.
+    """
+    for left, right in table:
+        old, new = (right, left) if back else (left, right)
+        end = "" if old[-1] in "._" else "$"
+        if found := re.match(re.escape(old).replace(r"\#", r"(\d+)") + end, name):
+            return new.replace("#", found[1] if found.groups() else "") + name[found.end() :]
     return name
+
+
+def merges_key(vocabulary: int) -> int | None:
+    """The recipe's `text.merges` of a vocabulary with so many ids, mask not counted; None for CLIP's whole one."""
+    return None if vocabulary == NO_MERGES + CLIP_MERGES else vocabulary - NO_MERGES
+
+
+def vit_keys(sizes: VitSizes) -> dict[str, Any]:
+    """The recipe's keys of CLIP's vision transformer, all but the image's size."""
+    ratio = sizes.hidden / sizes.width
+    if int(sizes.width * ratio) != sizes.hidden:  # timm rounds down
+        ratio = (sizes.hidden + 0.5) / sizes.width
+    quick = "quickgelu_" if sizes.activation == "quick_gelu" else ""
+    options = {
+        "patch_size": sizes.patch,
+        "embed_dim": sizes.width,
+        "depth": sizes.layers,
+        "num_heads": sizes.heads,
+        "mlp_ratio": ratio,
+    }
+    return {"image.name": f"vit_base_patch32_clip_{quick}224", "image.options": options}
 
 
 def text_activation(tower: TextTower) -> str:

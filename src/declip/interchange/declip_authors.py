@@ -17,6 +17,7 @@ from torch import Tensor
 
 from declip.config import TERMS, Recipe
 from declip.errors import UserError, unknown
+from declip.interchange.clip_layout import RESNET_NAMES, VIT_NAMES, Names, merges_key, rename
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe_file import load_recipe
@@ -24,9 +25,6 @@ from declip.supervision.objective import Objective
 
 SPECIAL = 3
 """Ids at the end of their vocabulary: mask, start, end. Ours: start, end, mask."""
-
-CLIP_MERGES = 48_894
-"""Merges in CLIP's whole vocabulary."""
 
 UNUSED = re.compile(r"visual\.fc\.|predictor_sim\.bn3\.|projector_text\.")
 """What their models hold and never use."""
@@ -39,43 +37,23 @@ HEADS = {
 }
 """A name by which the head of a term is known; the other terms have none."""
 
-RENAMES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^logit_scale$", "model.logit_scale"),
-        (r"^(?:encode_text|text_encoder)\.", "model.text_tower."),
-        (r"^visual\.attnpool\.c_proj\.", "model.image_tower.proj."),
-        (r"^visual\.attnpool\.([qkv])_proj\.", r"model.image_tower.trunk.head.\1."),
-        (r"^visual\.attnpool\.positional_embedding$", "model.image_tower.trunk.head.pos_embed"),
-        (r"^visual\.proj$", "model.image_tower.proj.weight"),
-        (r"^visual\.ln_post\.", "model.image_tower.norm."),
-        (r"^visual\.ln_pre\.", "model.image_tower.trunk.norm_pre."),
-        (r"^visual\.class_embedding$", "model.image_tower.trunk.cls_token"),
-        (r"^visual\.positional_embedding$", "model.image_tower.trunk.pos_embed"),
-        (r"^visual\.transformer\.resblocks\.", "model.image_tower.trunk.blocks."),
-        (r"(trunk\.blocks\.\d+)\.ln_([12])\.", r"\1.norm\2."),
-        (r"(trunk\.blocks\.\d+\.attn)\.in_proj_", r"\1.qkv."),
-        (r"(trunk\.blocks\.\d+\.attn)\.out_proj\.", r"\1.proj."),
-        (r"(trunk\.blocks\.\d+\.mlp)\.c_fc\.", r"\1.fc1."),
-        (r"(trunk\.blocks\.\d+\.mlp)\.c_proj\.", r"\1.fc2."),
-        (r"^visual\.conv([123])\.", r"model.image_tower.trunk.stem.conv\1.conv."),
-        (r"^visual\.bn([123])\.", r"model.image_tower.trunk.stem.conv\1.bn."),
-        *((rf"^visual\.layer{n}\.", f"model.image_tower.trunk.stages.{n - 1}.") for n in (1, 2, 3, 4)),
-        (r"(trunk\.stages\.\d+\.\d+)\.downsample\.0\.", r"\1.shortcut.conv.conv."),
-        (r"(trunk\.stages\.\d+\.\d+)\.downsample\.1\.", r"\1.shortcut.conv.bn."),
-        (r"(trunk\.stages\.\d+\.\d+)\.(conv|bn)([13])\.", r"\1.conv\3_1x1.\2."),
-        (r"(trunk\.stages\.\d+\.\d+)\.(conv|bn)2\.", r"\1.conv2_kxk.\2."),
-        (r"^(projector|predictor)\.", r"objective.\1."),
-        (r"^predictor_sim\.", "objective.simclr_head."),
-        (r"^(objective\.\w+)\.bn(\d)\.", r"\1.norm\2."),
-        (r"^objective\.predictor\.layer2\.", "objective.predictor.linear2."),
-        (r"^text_label_predictor\.", "objective.language_head."),
-        (r"^image_mapping\.", "objective.patch_projection."),
-        (r"^text_mapping\.", "objective.word_projection."),
-        (r"^logit_scale_dense$", "objective.late_scale"),
-    )
+NAMES: Names = (
+    ("model.logit_scale", "logit_scale"),
+    ("model.text_tower.", "encode_text."),
+    ("model.text_tower.", "text_encoder."),
+    ("objective.projector.norm#.", "projector.bn#."),
+    ("objective.projector.", "projector."),
+    ("objective.predictor.norm#.", "predictor.bn#."),
+    ("objective.predictor.linear2.", "predictor.layer2."),
+    ("objective.predictor.", "predictor."),
+    ("objective.simclr_head.norm#.", "predictor_sim.bn#."),
+    ("objective.simclr_head.", "predictor_sim."),
+    ("objective.language_head.", "text_label_predictor."),
+    ("objective.patch_projection.", "image_mapping."),
+    ("objective.word_projection.", "text_mapping."),
+    ("objective.late_scale", "logit_scale_dense"),
 )
-"""Applied one after the other; a ViT has `visual.conv1` as its patch projection, see `our_name`."""
+"""Ours and theirs, but for the image tower's, which are CLIP's."""
 
 
 def read_declip_authors(
@@ -137,12 +115,14 @@ def our_name(name: str, state: Mapping[str, Any]) -> str:
     Raises:
         UserError: The name is none of theirs.
     """
-    if name == "visual.conv1.weight" and "visual.class_embedding" in state:
-        return "model.image_tower.trunk.patch_embed.proj.weight"
-    renamed = name
-    for pattern, replacement in RENAMES:
-        renamed = pattern.sub(replacement, renamed)
-    if not renamed.startswith(("model.", "objective.")):
+    if name.startswith("visual."):
+        table = VIT_NAMES if "visual.class_embedding" in state else RESNET_NAMES
+        theirs = name.removeprefix("visual.")
+        ours = rename(theirs, table, back=True)
+        renamed = f"model.image_tower.{ours}" if ours != theirs else name
+    else:
+        renamed = rename(name, NAMES, back=True)
+    if renamed == name:
         raise UserError(
             f"'{name}' is not a tensor of the authors' CLIP, SLIP, FILIP, DeCLIP or DeFILIP with a ViT or a ResNet "
             "as image tower. Give one of their checkpoints."
@@ -298,13 +278,12 @@ def _check_weights(state: Mapping[str, Tensor], weights: Mapping[str, float]) ->
 def _text_sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
     prefix = _text_prefix(state)
     vocabulary, width = state[f"{prefix}token_embedding.weight"].shape
-    merges = vocabulary - 512 - SPECIAL
     return {
         "text.width": width,
         "text.layers": _count(state, rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\."),
         "text.heads": heads or _one_per_64(width),
         "text.context": len(state[f"{prefix}positional_embedding"]),
-        "text.merges": None if merges == CLIP_MERGES else merges,
+        "text.merges": merges_key(vocabulary - 1),
         "text.projection_bias": f"{prefix}text_projection.bias" in state,
         "embed_dim": len(state[f"{prefix}text_projection.weight"]),
     }

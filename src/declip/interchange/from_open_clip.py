@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.interchange.clip_layout import RESNET_NAMES, VIT_NAMES, clip_name
-from declip.interchange.declip_authors import CLIP_MERGES
+from declip.interchange.clip_layout import RESNET_NAMES, VIT_NAMES, VitSizes, merges_key, rename, vit_keys
 from declip.interchange.declip_file import first_difference
 from declip.interchange.open_clip import OpenClip
 from declip.models.dual_encoder import DualEncoder
@@ -22,9 +21,6 @@ from declip.recipe_file import load_recipe
 
 FURTHEST = 1e-4
 """How far features, of length 1, may be from open_clip's."""
-
-SPECIAL = 514
-"""Ids of CLIP's vocabulary that are no merges: bytes inside and at the end of a word, start, end."""
 
 CAPTIONS = ("a red circle", "Two CATS &amp; a dog, asleep on a sofa", "")
 
@@ -72,7 +68,7 @@ def _towers(opened: OpenClip) -> tuple[dict[str, Any], Callable[[str], str]]:
     size = prepared.size if isinstance(prepared.size, int) else prepared.size[0]
     if prepared.interpolation != "bicubic" or prepared.resize_mode != "shortest":
         raise UserError(f"its pictures are resized {prepared.resize_mode}, {prepared.interpolation}")
-    block, vocabulary = model.transformer.resblocks[0], len(model.token_embedding.weight)
+    block = model.transformer.resblocks[0]
     image, names = _image_tower(model.visual)
     return {
         **image,
@@ -84,7 +80,7 @@ def _towers(opened: OpenClip) -> tuple[dict[str, Any], Callable[[str], str]]:
         "text.layers": len(model.transformer.resblocks),
         "text.heads": block.attn.num_heads,
         "text.context": len(model.positional_embedding),
-        "text.merges": None if vocabulary - SPECIAL == CLIP_MERGES else vocabulary - SPECIAL,
+        "text.merges": merges_key(len(model.token_embedding.weight)),
         "text.projection_bias": getattr(model.text_projection, "bias", None) is not None,
         "text.activation": _activation(block),
     }, names
@@ -102,19 +98,19 @@ def _image_tower(tower: Any) -> tuple[dict[str, Any], Callable[[str], str]]:
             "depths": [len(getattr(tower, f"layer{stage}")) for stage in (1, 2, 3, 4)],
             "width_factor": len(tower.attnpool.c_proj.weight[0]) / 2048,
         }
-        return {"image.name": "resnet50_clip", "image.options": options}, lambda name: clip_name(name, RESNET_NAMES)
+        return {"image.name": "resnet50_clip", "image.options": options}, lambda name: rename(name, RESNET_NAMES)
     block = tower.transformer.resblocks[0]
-    quick = "quickgelu_" if _activation(block) == "quick_gelu" else ""
     width, _, patch, _ = tower.conv1.weight.shape
-    options = {
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": len(tower.transformer.resblocks),
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": len(block.mlp.c_fc.weight) / width,
-    }
-    name = f"vit_base_patch32_clip_{quick}224"
-    return {"image.name": name, "image.options": options}, lambda name: clip_name(name, VIT_NAMES)
+    sizes = VitSizes(
+        width=width,
+        layers=len(tower.transformer.resblocks),
+        heads=block.attn.num_heads,
+        patch=patch,
+        hidden=len(block.mlp.c_fc.weight),
+        activation=_activation(block),
+        eps=block.ln_1.eps,
+    )
+    return vit_keys(sizes), lambda name: rename(name, VIT_NAMES)
 
 
 def _their_name(name: str, image: Callable[[str], str], theirs: Mapping[str, Tensor]) -> str:

@@ -6,7 +6,6 @@ only training reads it.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from declip.interchange.clip_layout import (
     VIT_NAMES,
+    Names,
     VitSizes,
-    clip_name,
+    rename,
     text_activation,
     text_sizes,
     vit_sizes,
@@ -32,26 +32,30 @@ INSTEAD = "open_clip, onnx, safetensors"
 LARGEST_BIAS = 50
 """Times what it is added to: beside a bias that large float32 keeps features to 1e-5, hardly beside a larger one."""
 
-NAMES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^class_embedding$", "embeddings.class_embedding"),
-        (r"^conv1\.", "embeddings.patch_embedding."),
-        (r"^token_embedding\.", "embeddings.token_embedding."),
-        (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-        (r"^ln_pre\.", "pre_layrnorm."),
-        (r"^ln_post\.", "post_layernorm."),
-        (r"^ln_final\.", "final_layer_norm."),
-        (r"^transformer\.resblocks\.(\d+)\.ln_([12])\.", r"encoder.layers.\1.layer_norm\2."),
-        (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"encoder.layers.\1.self_attn.out_proj."),
-        (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"encoder.layers.\1.mlp.fc1."),
-        (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"encoder.layers.\1.mlp.fc2."),
-    )
+NAMES: Names = (
+    ("class_embedding", "embeddings.class_embedding"),
+    ("conv1.", "embeddings.patch_embedding."),
+    ("token_embedding.", "embeddings.token_embedding."),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    ("ln_pre.", "pre_layrnorm."),
+    ("ln_post.", "post_layernorm."),
+    ("ln_final.", "final_layer_norm."),
+    ("transformer.resblocks.#.ln_1.", "encoder.layers.#.layer_norm1."),
+    ("transformer.resblocks.#.ln_2.", "encoder.layers.#.layer_norm2."),
+    ("transformer.resblocks.#.attn.in_proj_", "encoder.layers.#.self_attn.?_proj."),
+    ("transformer.resblocks.#.attn.out_proj.", "encoder.layers.#.self_attn.out_proj."),
+    ("transformer.resblocks.#.mlp.c_fc.", "encoder.layers.#.mlp.fc1."),
+    ("transformer.resblocks.#.mlp.c_proj.", "encoder.layers.#.mlp.fc2."),
 )
-"""CLIP's names, without its towers' prefixes → transformers', without theirs; "pre_layrnorm" is spelled so there."""
+"""CLIP's, without its towers' prefixes, and transformers', without theirs. "pre_layrnorm" is spelled so there; ? stands
+for q, k and v, which lie in one tensor in CLIP."""
 
-TOGETHER = re.compile(r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
-"""Query, key and value lie in one tensor in CLIP, in three in transformers."""
+WHOLE = {
+    "image_tower.proj.weight": "visual_projection.weight",
+    "text_tower.text_projection.weight": "text_projection.weight",
+    "logit_scale": "logit_scale",
+}
+"""What lies in neither tower there."""
 
 USAGE = """
 import torch
@@ -84,11 +88,7 @@ def write_huggingface(model: DualEncoder, folder: Path) -> None:
     _write_json(folder / "config.json", _config(model, sizes, text))
     _write_json(folder / "preprocessor_config.json", _preprocessor(model))
     write_tokenizer(model.tokenizer, folder)
-    tensors = _renamed("vision_model", _vision_tensors(model)) | _renamed("text_model", _text_tensors(text))
-    tensors["visual_projection.weight"] = model.image_tower.proj.weight
-    tensors["text_projection.weight"] = text.text_projection.weight
-    tensors["logit_scale"] = model.logit_scale
-    kept = {name: tensor.detach().cpu().float().contiguous() for name, tensor in tensors.items()}
+    kept = {name: tensor.detach().cpu().float().contiguous() for name, tensor in their_tensors(model).items()}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -144,6 +144,44 @@ def fold_bias(weight: Tensor, bias: Tensor, size: float) -> Tensor:
         what = "CLIPModel has no bias after the text projection, and this one cannot move before it"
         raise refusal("huggingface", f"{what}: {reason}", INSTEAD)
     return moved
+
+
+def their_names(name: str) -> tuple[str, ...]:
+    """transformers' name for a tensor of ours; three where it has three tensors for it."""
+    if name in WHOLE:
+        return (WHOLE[name],)
+    tower, _, rest = name.partition(".")
+    if tower == "image_tower":
+        renamed = f"vision_model.{rename(rename(rest, VIT_NAMES), NAMES)}"
+    else:
+        renamed = f"text_model.{rename(rest, NAMES)}"
+    return tuple(renamed.replace("?", part) for part in "qkv") if "?" in renamed else (renamed,)
+
+
+def their_tensors(model: DualEncoder) -> dict[str, Tensor]:
+    """A model's tensors by transformers' names, in its shapes.
+
+    Args:
+        model: With CLIP's vision transformer and CLIP's text tower; it may be on the device "meta".
+
+    Raises:
+        UserError: the bias after the text projection cannot move before it.
+    """
+    assert isinstance(model.text_tower, TextTower)
+    state = dict(model.state_dict())
+    state["image_tower.trunk.cls_token"] = state["image_tower.trunk.cls_token"].flatten()
+    state["image_tower.trunk.pos_embed"] = state["image_tower.trunk.pos_embed"][0]
+    state["text_tower.token_embedding.weight"] = without_mask(model.text_tower)
+    bias = state.pop("text_tower.text_projection.bias", None)
+    if bias is not None:
+        weight, norm = state["text_tower.text_projection.weight"], float(state["text_tower.ln_final.weight"].norm())
+        moved = fold_bias(weight, bias, norm)
+        state["text_tower.ln_final.bias"] = (state["text_tower.ln_final.bias"].double().cpu() + moved).float()
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        names = their_names(name)
+        found |= zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor], strict=True)
+    return found
 
 
 def _config(model: DualEncoder, vision: VitSizes, text: TextTower) -> dict[str, Any]:
@@ -203,39 +241,6 @@ def _preprocessor(model: DualEncoder) -> dict[str, Any]:
         "image_mean": [round(value, 8) for value in preprocessor.mean.tolist()],
         "image_std": [round(value, 8) for value in preprocessor.std.tolist()],
     }
-
-
-def _vision_tensors(model: DualEncoder) -> dict[str, Tensor]:
-    """By CLIP's names, without the projection."""
-    state = {clip_name(name, VIT_NAMES): tensor for name, tensor in model.image_tower.state_dict().items()}
-    del state["proj"]
-    state["class_embedding"] = state["class_embedding"].flatten()
-    state["positional_embedding"] = state["positional_embedding"][0]
-    return state
-
-
-def _text_tensors(text: TextTower) -> dict[str, Tensor]:
-    """By CLIP's names, without the projection, whose bias is in the last norm."""
-    state = {name: tensor for name, tensor in text.state_dict().items() if not name.startswith("text_projection.")}
-    state["token_embedding.weight"] = without_mask(text)
-    projection = text.text_projection
-    if projection.bias is not None:
-        moved = fold_bias(projection.weight, projection.bias, float(state["ln_final.weight"].norm()))
-        state["ln_final.bias"] = (state["ln_final.bias"].double().cpu() + moved).float()
-    return state
-
-
-def _renamed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in tensors.items():
-        if together := TOGETHER.match(name):
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                found[f"{prefix}.encoder.layers.{together[1]}.self_attn.{part}_proj.{together[2]}"] = third
-            continue
-        for pattern, replacement in NAMES:
-            name = pattern.sub(replacement, name)
-        found[f"{prefix}.{name}"] = tensor
-    return found
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

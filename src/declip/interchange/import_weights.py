@@ -8,6 +8,8 @@ from torch import Tensor
 from declip.errors import UserError, unknown
 from declip.interchange.declip_file import FILE, IMAGE_USAGE, USAGE, write_declip_file
 from declip.interchange.export import CARD, check_out, folder_beside
+from declip.interchange.from_huggingface import PREFIX as HUGGINGFACE
+from declip.interchange.from_huggingface import fetch, from_huggingface
 from declip.interchange.from_open_clip import from_open_clip
 from declip.interchange.load import read_authors_file
 from declip.interchange.model_card import NO_LICENCE, model_card
@@ -37,9 +39,14 @@ def _of_open_clip(file: str) -> tuple[DualEncoder, Heads]:
     return from_open_clip(read_open_clip(f"{PREFIX}{spec}")), {}
 
 
+def _of_huggingface(file: str) -> tuple[DualEncoder, Heads]:
+    return from_huggingface(fetch(file) if file.startswith(HUGGINGFACE) else Path(file)), {}
+
+
 SOURCES: Mapping[str, Callable[[str], tuple[DualEncoder, Heads]]] = {
     "declip-authors": _of_authors,
     "open_clip": _of_open_clip,
+    "huggingface": _of_huggingface,
 }
 """What reads each source: a file's name → the model and the heads that only training uses, by the objective's names."""
 
@@ -51,8 +58,9 @@ def import_weights(
 
     Args:
         file: Of "declip-authors" a checkpoint, with both towers or the image tower alone; of "open_clip" what follows
-            "open_clip:" in `declip.load`, or a folder that open_clip wrote.
-        source: "declip-authors" or "open_clip".
+            "open_clip:" in `declip.load`, or a folder that open_clip wrote; of "huggingface" a folder of transformers'
+            `CLIPModel`, or ``huggingface:OWNER/NAME``.
+        source: "declip-authors", "open_clip" or "huggingface".
         out: The folder to write; it appears when all of it is there.
         licence: For the card.
         overwrite: Replace a folder that is not empty.

@@ -1,6 +1,6 @@
-"""Loading a model: a run, a checkpoint or a file of ours, the authors' weights, or a model of open_clip's."""
+"""Loading a model: a run, a checkpoint or a file of ours, the authors' weights, or a model of another library's."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,9 @@ from declip.evaluation.features import Encoder
 from declip.interchange.declip_authors import read_declip_authors
 from declip.interchange.declip_backbone import is_backbone, read_declip_backbone
 from declip.interchange.declip_file import FILE, holds_recipe, place_weights, read_declip_file, read_recipe
-from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
+from declip.interchange.from_huggingface import PREFIX as HUGGINGFACE
+from declip.interchange.from_huggingface import fetch, from_huggingface, is_huggingface
+from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, OpenClip, read_open_clip
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
 from declip.models.huggingface_encoder import encoder_kept_in
@@ -51,10 +53,11 @@ def load(where: str | Path, device: str = "auto") -> Model:
     """Load a trained model, in evaluation mode.
 
     Args:
-        where: A run folder (its newest good checkpoint), a checkpoint folder inside one, a file or folder that
-            `declip.export` wrote as "safetensors", a file with the authors' weights (``.pth``, ``.pth.tar``, ``.pt``,
-            ``.safetensors``), with both towers or the image tower alone, or a name of `declip.interchange.open_clip`,
-            such as ``open_clip:ViT-B-32/openai``.
+        where: A row of `NAMED` or `KINDS`: a run folder (its newest good checkpoint), a checkpoint folder inside one, a
+            file or folder that `declip.export` wrote as "safetensors", a file with the authors' weights (``.pth``,
+            ``.pth.tar``, ``.pt``, ``.safetensors``), with both towers or the image tower alone, a folder of
+            transformers' `CLIPModel`, ``huggingface:OWNER/NAME``, or a name of `declip.interchange.open_clip`, such as
+            ``open_clip:ViT-B-32/openai``. Only names with a colon download.
         device: "auto", "cpu", "cuda", …
 
     Returns:
@@ -64,22 +67,17 @@ def load(where: str | Path, device: str = "auto") -> Model:
     Raises:
         UserError: nothing there, nothing loadable there, or a damaged file.
     """
-    if isinstance(where, str) and where.startswith(PREFIX):
-        return read_open_clip(where).to(pick_device(device))
+    for prefix, read in NAMED.items():
+        if isinstance(where, str) and where.startswith(prefix):
+            return read(where).to(pick_device(device)).eval()
     path = Path(where)
     if not path.exists():
         raise UserError(
-            f"There is no model at '{where}'. Give a run folder, a checkpoint folder, a weights file, "
-            f"or {PREFIX}MODEL/TAG."
+            f"There is no model at '{where}'. Give a run folder, a checkpoint folder, a weights file, a folder of "
+            f"transformers' CLIPModel, {HUGGINGFACE}OWNER/NAME or {PREFIX}MODEL/TAG."
         )
-    if (path / FILE).is_file():
-        path = path / FILE
-    found = _from_file(path) if path.is_file() else model_of(read_checkpoint(path), path)
+    found = next(read(path) for is_kind, read in KINDS if is_kind(path))
     return found.to(pick_device(device)).eval()
-
-
-def _from_file(path: Path) -> DualEncoder:
-    return read_declip_file(path) if holds_recipe(path) else read_authors_file(path)[0]
 
 
 def read_authors_file(path: Path) -> tuple[DualEncoder, Objective | None]:
@@ -101,6 +99,8 @@ def _not_the_authors(path: Path) -> UserError | None:
     names = {name.removeprefix("module.") for name in _tensor_names(path)}
     if "model.logit_scale" in names and any(name.startswith("model.image_tower.") for name in names):
         return UserError(f"'{path}' holds the weights of a checkpoint. Give its folder, '{path.parent}', or its run.")
+    if is_huggingface(path.parent) and any(name.startswith("vision_model.") for name in names):
+        return UserError(f"'{path}' holds weights as transformers names them. Give its folder, '{path.parent}'.")
     has_text = "token_embedding.weight" in names or any(name.startswith("text.") for name in names)
     if has_text and any(name.startswith("visual.") for name in names):
         return UserError(
@@ -168,3 +168,19 @@ def _with_adapters(
     adapters = Adapters(model, recipe.finetune.lora, towers) if recipe.finetune.lora and towers else None
     place_weights(model, weights, path)
     return adapters.merge() if adapters is not None and device != "meta" else model
+
+
+NAMED: Mapping[str, Callable[[str], OpenClip | DualEncoder]] = {
+    PREFIX: read_open_clip,
+    HUGGINGFACE: lambda name: from_huggingface(fetch(name)),
+}
+"""What a name starts with → what reads it."""
+
+KINDS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], DualEncoder]]] = (
+    (lambda path: (path / FILE).is_file(), lambda path: read_declip_file(path / FILE)),
+    (holds_recipe, read_declip_file),
+    (Path.is_file, lambda path: read_authors_file(path)[0]),
+    (is_huggingface, from_huggingface),
+    (Path.exists, lambda path: model_of(read_checkpoint(path), path)),
+)
+"""What there is at a path → what reads it; the first that fits."""

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from declip.data.tokenizer import Tokenizer
 from declip.interchange.clip_layout import (
+    CLIP_MERGES,
     RESNET_NAMES,
     VIT_NAMES,
-    clip_name,
+    rename,
     resnet_sizes,
     text_activation,
     text_sizes,
     vit_sizes,
     without_mask,
 )
-from declip.interchange.declip_authors import CLIP_MERGES
 from declip.interchange.foreign import Reread, clip_text_tower, refusal
 from declip.interchange.open_clip import CONFIG
 from declip.interchange.tokenizer_files import write_tokenizer
@@ -147,7 +147,7 @@ def image_tower(model: DualEncoder, text_act: str) -> Tower:
             "mlp_ratio": vit.hidden / vit.width,
             "norm_kwargs": {"eps": vit.eps},
         }
-        tensors = {clip_name(name, VIT_NAMES): tensor for name, tensor in state.items()}
+        tensors = {rename(name, VIT_NAMES): tensor for name, tensor in state.items()}
         shapes: dict[str, Callable[[Tensor], Tensor]] = {
             "class_embedding": torch.flatten, "positional_embedding": torch.squeeze, "proj": torch.t,
         }  # fmt: skip
@@ -159,7 +159,7 @@ def image_tower(model: DualEncoder, text_act: str) -> Tower:
             "head_width": resnet.width * 32 // resnet.heads,
             "patch_size": None,
         }
-        return config, {clip_name(name, RESNET_NAMES): tensor for name, tensor in state.items()}
+        return config, {rename(name, RESNET_NAMES): tensor for name, tensor in state.items()}
     if isinstance(vit, str):
         return _timm_tower(model, f"its image tower is not CLIP's ViT ({vit}) nor CLIP's ResNet", INSTEAD)
     why = f"its image tower computes with {vit.activation}, its text tower with {text_act}"

@@ -12,6 +12,8 @@ from torch import Tensor
 from declip.config import Recipe
 from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, holds_recipe, read_declip_file, read_recipe
+from declip.interchange.from_huggingface import PREFIX as HUGGINGFACE
+from declip.interchange.from_huggingface import fetch, from_huggingface, is_huggingface
 from declip.interchange.from_open_clip import from_open_clip
 from declip.interchange.load import model_of, read_authors_file, read_checkpoint
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
@@ -70,7 +72,8 @@ def read_start(where: str) -> Start:
 
     Args:
         where: A run, a checkpoint folder, a file or folder of ours, the authors' checkpoint (also of an image tower
-            alone), ``open_clip:…``, or ``timm:NAME.TAG`` and ``timm:NAME/FILE`` for an image tower.
+            alone), a folder of open_clip's or of transformers' `CLIPModel`, ``open_clip:…``,
+            ``huggingface:OWNER/NAME``, or ``timm:NAME.TAG`` and ``timm:NAME/FILE`` for an image tower.
 
     Returns:
         The weights, on the CPU, in float32.
@@ -88,12 +91,14 @@ def read_start(where: str) -> Start:
     if not path.exists():
         raise UserError(
             f"There are no weights to start from at '{where}'. Give finetune.weights a run, a checkpoint, a weights "
-            f"file, {PREFIX}MODEL/TAG or {TIMM}NAME.TAG."
+            f"file, {PREFIX}MODEL/TAG, {HUGGINGFACE}OWNER/NAME or {TIMM}NAME.TAG."
         )
     if (path / FILE).is_file():
         path = path / FILE
     if (path / CONFIG).is_file():
         return _of(where, *_of_open_clip(f"{PREFIX}{FOLDER}{path}"))
+    if is_huggingface(path):
+        return _of(where, from_huggingface(path), {})
     return _of(where, *(_of_file(path) if path.is_file() else _of_run(path)))
 
 
@@ -143,5 +148,8 @@ def _of_run(path: Path) -> tuple[DualEncoder, Mapping[str, Tensor]]:
     return model_of(checkpoint, path), part("objective", checkpoint.training)
 
 
-NAMED: Mapping[str, Callable[[str], tuple[DualEncoder, Mapping[str, Tensor]]]] = {PREFIX: _of_open_clip}
+NAMED: Mapping[str, Callable[[str], tuple[DualEncoder, Mapping[str, Tensor]]]] = {
+    PREFIX: _of_open_clip,
+    HUGGINGFACE: lambda name: (from_huggingface(fetch(name)), {}),
+}
 """What reads the names that are no paths."""

@@ -13,6 +13,9 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NEARLY_ALL = 0.9
 """Blocks hold at least this share of what the largest repeated part holds."""
 
+MOST = 0.8
+"""What a stage's list of blocks holds of the stage, at least."""
+
 STAGES = 4
 """A part that occurs so few times is a stage made of blocks, where blocks can be found in it."""
 
@@ -21,7 +24,8 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a tower, in order: a transformer's blocks, a ResNet's bottlenecks.
 
     Of the classes that occur at least twice and are made of several modules, those that hold nearly all parameters are
-    kept: stages, blocks, perhaps the layers in them. The outermost of these that are not stages are the blocks.
+    kept: stages, blocks, perhaps the layers in them. The outermost of these that are not stages are the blocks. Where
+    each stage has blocks of another class, as in FastViT, what the stages' lists hold are the blocks.
 
     Returns:
         The blocks; none where the tower has no such class.
@@ -34,7 +38,12 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     large = {kind: kinds[kind] for kind, size in sizes.items() if size >= NEARLY_ALL * max(sizes.values())}
     many = {kind: found for kind, found in large.items() if len(found) > STAGES} or large
     outermost = (found for found in many.values() if not any(_lie_in(found, other) for other in many.values()))
-    return next(outermost, [])
+    found = next(outermost, [])
+    if len(found) > STAGES:
+        return found
+    lists = (part for stage in found for part in stage.children() if isinstance(part, CONTAINERS))
+    inner = [block for part in lists for block in part.children()]
+    return inner if _parameters(inner) > MOST * _parameters(found) else found
 
 
 def _lie_in(inner: list[nn.Module], outer: list[nn.Module]) -> bool:

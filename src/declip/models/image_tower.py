@@ -60,8 +60,8 @@ class ImageTower(nn.Module):
     """A timm model with a projection into the shared space.
 
     The projection is CLIP's (Radford et al. 2021, section 2.4): the output map of the attention pool, with a bias, for
-    its modified ResNets, a linear map without bias for every other model. The last norm of a ViT is held here, so that
-    the tokens can be given before it.
+    its modified ResNets, a linear map without bias for every other model. The last norm of a ViT that pools at its
+    token is held here, so that the tokens can be given before it.
 
     Args:
         name: A timm model's name or a key of `SMALL_TOWERS`. Nothing is downloaded.
@@ -87,7 +87,9 @@ class ImageTower(nn.Module):
         super().__init__()
         self.trunk = _create(name, size, dict(options or {}), weights)
         self.norm: nn.Module = nn.Identity()
-        if isinstance(getattr(self.trunk, "norm", None), nn.LayerNorm) and hasattr(self.trunk, "blocks"):
+        # Pooled at one token, the norm may as well come after the pool.
+        pools_a_token = getattr(self.trunk, "global_pool", None) == "token" and hasattr(self.trunk, "blocks")
+        if pools_a_token and isinstance(getattr(self.trunk, "norm", None), nn.LayerNorm):
             self.norm, self.trunk.norm = self.trunk.norm, nn.Identity()
         self.hidden_width = int(self.trunk.head_hidden_size)
         pools_by_attention = isinstance(getattr(self.trunk, "head", None), AttentionPool2d)
@@ -127,12 +129,14 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
     if not timm.is_model(base):
         raise unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
     clip_resnet = base.startswith("resnet") and "_clip" in base
+    known = timm.get_pretrained_cfg(base)
+    fixed = known is not None and known.fixed_input_size  # built for one size, which is timm's where none is given
     if refused := OTHER_FILES & options.keys():
         raise UserError(f"image.options has {', '.join(sorted(refused))}, which would read another file. Leave it out.")
     options = {**preset, **options}
-    if "depths" in options:
+    if clip_resnet and "depths" in options:
         options["blocks"] = _clip_resnet_blocks(options.pop("depths"))
-    if clip_resnet or "img_size" in options or base.startswith(("vit", "deit", "eva", "beit")):
+    if fixed or clip_resnet or base.startswith("vit"):
         options.setdefault("img_size", size)
     try:
         with torch.no_grad():

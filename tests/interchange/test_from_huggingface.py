@@ -1,0 +1,266 @@
+"""Folders of transformers' `CLIPModel` as models of ours: its own, ours written and read again, and every wrong one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import declip
+from declip import cli
+from declip.data.tokenizer import Tokenizer, clean
+from declip.errors import UserError
+from declip.interchange.from_huggingface import CAPTIONS as PROBES
+from declip.interchange.from_huggingface import fetch
+from declip.interchange.tokenizer_files import backend
+from interchange.test_export import EXACT, features, same_until_the_end
+from interchange.towers import CAPTIONS, build, largest, pictures
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit-gelu", "vit-mixed", "vit-bias", "vit-clip-words"])
+def test_what_we_wrote_for_transformers_comes_back(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = build(kind)
+    declip.export(model, "huggingface", tmp_path / "theirs")
+    read = declip.load(tmp_path / "theirs", device="cpu")
+    assert not read.training
+    _, images, tokens, texts = features(model)
+    _, own_images, own_tokens, own_texts = features(read)
+    difference = largest(own_images, images), largest(own_texts, texts)
+    print(f"huggingface → declip {kind}: images {difference[0]:.1e}, texts {difference[1]:.1e}")
+    assert max(difference) <= EXACT
+    assert torch.equal(tokens, own_tokens)
+    assert torch.equal(read.logit_scale, model.logit_scale)
+    for of in ("image", "text"):
+        ours, theirs = getattr(read.recipe, of), getattr(model.recipe, of)
+        assert getattr(ours, "activation", None) == getattr(theirs, "activation", None)
+    torch.testing.assert_close(read.preprocessor.mean, model.preprocessor.mean)
+    embeddings = read.text_tower.token_embedding.weight
+    torch.testing.assert_close(embeddings[-1], embeddings[:-1].mean(dim=0))
+
+
+def their_folder(out: Path) -> Path:
+    """As transformers itself makes it: CLIP's first words, its own tokenizer class, weights at random."""
+    import transformers
+
+    words = json.loads(backend(Tokenizer(16, 1000)).to_str())["model"]
+    tokenizer = transformers.CLIPTokenizer(words["vocab"], [tuple(merge) for merge in words["merges"]])
+    tokenizer.model_max_length = 16
+    statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    pixels = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, **statistics
+    )
+    transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(out)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={
+            **sizes, "vocab_size": 1514, "hidden_size": 32, "intermediate_size": 128, "max_position_embeddings": 16,
+            "hidden_act": "gelu", "eos_token_id": 2,
+        },
+        vision_config={**sizes, "hidden_size": 112, "intermediate_size": 976, "image_size": 48, "patch_size": 12},
+        projection_dim=24,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = transformers.CLIPModel(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    model.save_pretrained(out)
+    return out
+
+
+def test_clip_models_of_transformers_come_in(tmp_path: Path) -> None:
+    """Unlike widths, an activation for each tower, the first releases' end token; in one file and in several."""
+    transformers = pytest.importorskip("transformers")
+    folder = their_folder(tmp_path / "theirs")
+    theirs = transformers.CLIPModel.from_pretrained(folder).eval()
+    processor = transformers.CLIPProcessor.from_pretrained(folder, backend="pil")
+    read = declip.load(folder, device="cpu")
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="60KB")
+    shards = declip.load(folder, device="cpu")
+    assert not (folder / "model.safetensors").exists()
+    assert all(torch.equal(own, other) for own, other in zip(features(read), features(shards), strict=True))
+    captions = [clean(caption).replace("<|endoftext|>", "") for caption in CAPTIONS]
+    inputs = processor(text=captions, images=pictures(), padding=True, truncation=True, return_tensors="pt")
+    assert same_until_the_end(inputs["input_ids"], read.tokenize(captions), read.tokenizer.end)
+    with torch.no_grad():
+        pixels = read.preprocess(pictures())
+        found = theirs(**{**inputs, "pixel_values": pixels})
+        difference = (
+            largest(read.encode_image(pixels), found.image_embeds),
+            largest(read.encode_text(read.tokenize(captions)), found.text_embeds),
+        )
+    print(f"transformers → declip: images {difference[0]:.1e}, texts {difference[1]:.1e}")
+    assert max(difference) <= EXACT
+    assert torch.equal(read.logit_scale, theirs.logit_scale)
+    std = read.preprocessor.std.view(3, 1, 1)
+    for picture, own, their in zip(pictures(), pixels, inputs["pixel_values"], strict=True):
+        longer = int(48 * max(picture.size) / min(picture.size))
+        if (longer - 48) % 4 != 3:  # there transformers cuts one pixel further: see test_export
+            assert largest(own * std, their * std) <= 1.001 / 255
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("huggingface") / "theirs"
+    declip.export(build("vit"), "huggingface", folder)
+    return folder
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a JSON file in place."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_the_first_releases_files_are_read(exported: Path, tmp_path: Path) -> None:
+    """Sizes as numbers, a second name for a configuration, no tokenizer.json, half precision, a buffer too many."""
+    expected = declip.load(exported, device="cpu")
+    folder = Path(shutil.copytree(exported, tmp_path / "old"))
+    (folder / "tokenizer.json").unlink()
+
+    def older(pictures: dict[str, Any]) -> None:
+        pictures["feature_extractor_type"] = pictures.pop("image_processor_type").replace("ImageProcessor", "X")
+        pictures.update(size=32, crop_size=32)
+        del pictures["do_rescale"], pictures["rescale_factor"], pictures["do_normalize"]
+
+    edit(folder / "preprocessor_config.json", older)
+    edit(folder / "config.json", lambda it: it.update(text_config_dict=it["text_config"], text_config={}))
+    tensors = {name: t.half() for name, t in load_file(exported / "model.safetensors").items()}
+    tensors["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    save_file(tensors, folder / "model.safetensors")
+    read = declip.load(folder, device="cpu")
+    assert read.logit_scale.dtype == torch.float32
+    for own, other in zip(features(read), features(expected), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=2e-3)
+
+
+FIRST = "vision_model.post_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", lambda it: it.update(model_type="siglip"), r"says model_type 'siglip', and only 'clip'"),
+        ("config.json", lambda it: it["text_config"].update(hidden_act="relu"), r"text_config.hidden_act is 'relu'"),
+        ("config.json", lambda it: it["vision_config"].update(layer_norm_eps=1e-6), r"vision_config.*eps is 1e-06"),
+        ("config.json", lambda it: it["text_config"].update(intermediate_size=96), r"intermediate_size is 96.*128"),
+        ("config.json", lambda it: it["text_config"].update(eos_token_id=5), r"eos_token_id is 5, .*813 or 2"),
+        (
+            "config.json",
+            lambda it: it["vision_config"].update(num_hidden_layers=10**9),
+            r"1000000000 layers.*weights 2",
+        ),
+        (
+            "config.json",
+            lambda it: it["vision_config"].update(patch_size=16),
+            r"position_embedding.* has shape \(17, 64",
+        ),
+        ("config.json", lambda it: it.update(projection_dim="many"), r"projection_dim|embed_dim"),
+        ("config.json", lambda it: it.update(text_config=[1]), r"config.json: TypeError"),
+        (
+            "preprocessor_config.json",
+            lambda it: it.update(size={"height": 32, "width": 32}),
+            r"size is \{.*and ours has 32",
+        ),
+        ("preprocessor_config.json", lambda it: it.update(resample=2), r"preprocessor_config.json: resample is 2"),
+        ("preprocessor_config.json", lambda it: it.update(image_processor_type="ViTImageProcessor"), r"by a ViTImage"),
+        ("preprocessor_config.json", lambda it: it.update(crop_size=24), r"crop_size is 24, and ours has 32"),
+        ("tokenizer.json", lambda it: it["model"]["vocab"].update({"ab": 0, "!": 5}), r"of another tokenizer: .*'!'"),
+        ("tokenizer.json", lambda it: it.update(normalizer=None), r"reads 'Two CATS, .* otherwise than CLIP's"),
+        ("tokenizer.json", lambda it: it.update(model={"vocab": {"a": 0}}), r"has 3 tokens, and CLIP's has 514 to"),
+    ],
+)
+def test_a_folder_that_ours_cannot_be_is_told_by_what_differs_first(
+    file: str, change: Callable[[dict[str, Any]], Any], message: str, exported: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "wrong"))
+    edit(folder / file, change)
+    with pytest.raises(UserError, match=rf"cannot be read as a CLIPModel of transformers': .*{message}") as caught:
+        declip.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_whole_are_told_by_what_is_missing(exported: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "wrong"))
+    weights = folder / "model.safetensors"
+    whole, tensors = weights.read_bytes(), load_file(exported / weights.name)  # the other is written over
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            declip.load(folder)
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    refused(r"model.safetensors is damaged or cut")
+    save_file({name: t for name, t in tensors.items() if name != FIRST}, weights)
+    refused(rf"'{FIRST}' is missing\.")
+    save_file(tensors | {FIRST: torch.ones(3)}, weights)
+    refused(rf"'{FIRST}' has shape \(3,\) instead of \(64,\)")
+    save_file(tensors | {"lora.weight": torch.ones(3)}, weights)
+    refused(r"'lora.weight' belongs to another model")
+    save_file(tensors | {FIRST: torch.ones(64, dtype=torch.int8)}, weights)
+    refused(rf"'{FIRST}' holds whole numbers")
+    weights.unlink()
+    refused(r"there is no model.safetensors\.")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    refused(r"no model.safetensors; pytorch_model.bin is a pickle, which is not read")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {FIRST: "model-00001-of-00002.safetensors"}}))
+    refused(r"there is no model-00001-of-00002.safetensors")
+    index.write_text(json.dumps({"weight_map": {FIRST: "../theirs/model.safetensors"}}))
+    refused(r"names '../theirs/model.safetensors', which is no safetensors file of the folder")
+    for name in ("tokenizer.json", "vocab.json"):
+        (folder / name).unlink()
+    refused(r"there is no vocab.json")
+    (folder / "config.json").write_text("{")
+    refused(r"config.json is no JSON")
+
+
+def test_a_file_of_weights_leads_to_its_folder(exported: Path) -> None:
+    with pytest.raises(UserError, match=f"as transformers names them. Give its folder, '{exported}'"):
+        declip.load(exported / "model.safetensors")
+
+
+def test_a_name_of_the_hub_fetches_no_pickle(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = {}
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(exported)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    words = ["import", "huggingface:owner/name", "--from", "huggingface", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["declip", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert "Written" in capfd.readouterr().out
+    assert list(asked) == ["owner/name"]
+    assert all(pattern.endswith((".safetensors", ".json")) for pattern in asked["owner/name"])
+    read, expected = declip.load(tmp_path / "out", device="cpu"), declip.load("huggingface:owner/name", device="cpu")
+    for own, other in zip(features(read), features(expected), strict=True):
+        assert torch.equal(own, other)
+    assert "`name` (huggingface)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_without_network_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("huggingface:owner/name", "huggingface:./a/folder/here"):
+        with pytest.raises(UserError, match=rf"Cannot fetch '{name}': .*Check the network and the name") as caught:
+            fetch(name)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+
+
+def test_the_probes_of_a_tokenizer_need_no_cleaning() -> None:
+    assert [clean(caption) for caption in PROBES] == [caption.lower() for caption in PROBES]
