@@ -343,7 +343,8 @@ def test_a_shard_that_goes_away_breaks_its_pairs(folder):
 class Words:
     """A tokenizer with an id a word."""
 
-    vocabulary, start, end, mask, context = 5003, 5000, 5001, 5002, 16
+    vocabulary, start, end, mask, padding, context = 5003, 5000, 5001, 5002, 0, 16
+    words = range(start)
 
     def encode(self, text: str) -> list[int]:
         ids = [1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999 for word in text.split()]

@@ -182,16 +182,19 @@ def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep transformers' notes and progress bars from the terminal."""
+    """Keep notes and progress bars of transformers, and of the Hub's client, from the terminal."""
     from transformers.utils import logging as theirs
 
-    level, shows = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    levels, shows = (theirs.get_verbosity(), hub.level), theirs.is_progress_bar_enabled()
     theirs.set_verbosity(logging.CRITICAL)
+    hub.setLevel(logging.CRITICAL)
     theirs.disable_progress_bar()
     try:
         yield
     finally:
-        theirs.set_verbosity(level)
+        theirs.set_verbosity(levels[0])
+        hub.setLevel(levels[1])
         if shows:
             theirs.enable_progress_bar()
 
@@ -223,6 +226,7 @@ def _fetched(given: str, pretrained: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     weights = ["model*.safetensors"] if pretrained else []
+    log.info("Fetching '%s', or what is missing of it here.", given)
     try:
         with quietly():
             return Path(snapshot_download(given.removeprefix(PREFIX), allow_patterns=[*FETCHED, *weights]))

@@ -67,6 +67,7 @@ class HuggingfaceTextTower(nn.Module):
 
     def language_head(self) -> nn.Module:
         """Give the encoder's masked-language head away, untied: its output map starts as the word embeddings."""
+        assert self._language, "it was kept because the tower's own recipe wants it, and can be given away once"
         return copy.deepcopy(self._language.pop())
 
     def get_extra_state(self) -> Tensor:
