@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from declip.errors import UserError
+from declip.explore.commands import embed, index, search
 
 if TYPE_CHECKING:
     from declip.config import Recipe
@@ -26,6 +27,9 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Prepare and look at pairs.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.command()(embed)
+app.command()(search)
+app.add_typer(index, name="index")
 console = Console()
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)

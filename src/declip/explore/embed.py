@@ -30,7 +30,7 @@ from declip.explore.encoding import (
 )
 from declip.explore.index import Index
 from declip.explore.maintenance import PART_ROWS, next_number, refresh_approximate
-from declip.explore.manifest import MANIFEST, Manifest, ModelOf, Source, Update, held
+from declip.explore.manifest import MANIFEST, Dtype, Manifest, ModelOf, Precision, Source, Update, held
 from declip.explore.parts import NUMBERS, Row, batch_of, write_part
 from declip.explore.store import Store
 from declip.interchange.load import load
