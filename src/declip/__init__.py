@@ -1,8 +1,8 @@
 """declip: contrastive language-image models when pairs are few.
 
 The public names: `train`, `load`, `evaluate`, `compare`, `embed`, `Index`, `export`, `PairBatch`, `Recipe`,
-`load_recipe`, and the package `interchange`. They are imported when they are first used, so that ``import declip`` is quick and asks for
-nothing.
+`load_recipe`, and the package `interchange`. They are imported when they are first used, so that
+``import declip`` is quick and asks for nothing.
 """
 
 from importlib import import_module

@@ -27,8 +27,6 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Prepare and look at pairs.", no_args_is_help=True)
 app.add_typer(data, name="data")
-app.command()(embed)
-app.command()(search)
 app.add_typer(index, name="index")
 console = Console()
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -197,6 +195,10 @@ def compare(
             console.print(f"  [bold red]failed[/] {escape(name)}: {escape(reason.splitlines()[-1])}", soft_wrap=True)
         raise typer.Exit(2 if outcome.failures else 130)
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+app.command()(embed)
+app.command()(search)
 
 
 def _grid(words: list[str]) -> dict[str, list[Any]]:

@@ -36,7 +36,7 @@ def embed(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
 ) -> None:
-    """Write the vectors of a source's images to an index. Stopped, the same command goes on; done, it adds what is new."""
+    """Write the vectors of a source's images to an index. The same command later goes on, or adds what is new."""
     from declip.explore.embed import embed as run_embedding
 
     try:
@@ -74,9 +74,7 @@ def search(
     model: Annotated[str | None, typer.Option(help="where the model that made the index is now")] = None,
     source: Annotated[str | None, typer.Option(help="where the images are now, for --sheet")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    sheet_out: Annotated[
-        Path | None, typer.Option("--sheet", help="also write what was found as a picture, PNG")
-    ] = None,
+    sheet_out: Annotated[Path | None, typer.Option("--sheet", help="also write a contact sheet, PNG")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="also write what was found to this file")] = None,
 ) -> None:
     """Find images in an index by a text, a picture, or both."""
