@@ -47,9 +47,9 @@ def append_vectors(folder: Path, manifest: Manifest, vectors: Tensor, part_rows:
     manifest.save(folder)
 
 
-def clustered(rows: int, width: int, generator: torch.Generator) -> Tensor:
-    """(rows, width) of length 1, around a hundred centres."""
-    centres = torch.randn(100, width, generator=generator)
+def clustered(rows: int, width: int, generator: torch.Generator, seed: int = 0) -> Tensor:
+    """(rows, width) of length 1, around a hundred centres that the seed draws."""
+    centres = torch.randn(100, width, generator=torch.Generator().manual_seed(seed))
     chosen = torch.randint(100, (rows,), generator=generator)
     return normalize(centres[chosen] + 0.7 * torch.randn(rows, width, generator=generator), dim=-1)
 

@@ -36,7 +36,7 @@ def test_recall_is_measured_and_reached(tmp_path: Path, generator: torch.Generat
     folder = write_index(tmp_path / "index", vectors)
     made = maintenance.make_approximate(folder)
     assert made.images.recall >= 0.99
-    assert (made.images.k, made.images.queries, made.captions) == (10, 200, None)
+    assert (made.images.k, made.images.queries, made.texts) == (10, 200, None)
     assert 1 <= made.probed < made.lists == 4_000 // 39
     index = Index.open(folder)
     queries = clustered(50, 64, generator)
@@ -44,7 +44,27 @@ def test_recall_is_measured_and_reached(tmp_path: Path, generator: torch.Generat
     found, scores = index.nearest(vectors[:20], 1)
     assert found[:, 0].tolist() == list(range(20))
     torch.testing.assert_close(scores[:, 0], torch.ones(20)), "scores are exact, not those of 8 bits"
-    assert "recall@10 of exact" in index.summary()
+    assert "recall@10 of exact: 100.0% (pictures as queries, n = 200)" in index.summary()
+
+
+def test_texts_that_lie_elsewhere_are_measured_too(tmp_path: Path, generator: torch.Generator) -> None:
+    """Vectors of texts lie apart from those of pictures, so lists that serve pictures can fail them."""
+    pytest.importorskip("faiss")
+    folder = write_index(tmp_path / "index", clustered(4_000, 64, generator))
+    texts = clustered(300, 64, generator, seed=1)
+    maintenance.make_approximate(folder)
+    assert recall(Index.open(folder), texts[200:]) < 0.8
+    asked: list[list[str]] = []
+
+    def encode(words: list[str]) -> torch.Tensor:
+        asked.append(words)
+        return texts[:200]
+
+    made = maintenance.make_approximate(folder, encode)
+    assert asked[0][:2] == ["caption 0", "caption 20"]
+    assert made.texts is not None
+    assert made.texts.recall >= 0.99
+    assert recall(Index.open(folder), texts[200:]) > 0.9
 
 
 def test_changes_need_no_new_index(tmp_path: Path, generator: torch.Generator) -> None:

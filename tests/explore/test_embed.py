@@ -95,15 +95,15 @@ def test_another_source_half_way_keeps_what_is_there(
 
 
 def test_later_calls_add_what_is_new_and_hide_what_is_gone(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "index"
-    declip.embed(model, folder, out=out)
+    out, exact = tmp_path / "index", {"dtype": "float32"}
+    declip.embed(model, folder, out=out, **exact)
     before = contents(out)
     draw("pink", "bar").save(folder / "aa-new.png")
     draw("gold", "circle").save(folder / "red-bar.png")
     os.utime(folder / "red-bar.png", ns=(1, 1))
     aside = tmp_path / "aside.png"
     (folder / "blue-bar.png").rename(aside)
-    index = declip.embed(model, folder, out=out)
+    index = declip.embed(model, folder, out=out, **exact)
     assert contents(out)["part-000000.arrow"] == before["part-000000.arrow"]
     assert [part.rows for part in index.manifest.parts] == [24, 2]
     keys = [index.row(id_).key for id_ in index.ids]
@@ -111,7 +111,7 @@ def test_later_calls_add_what_is_new_and_hide_what_is_gone(model: DualEncoder, f
     assert index.search(image=draw("gold", "circle"), k=1)[0].key == "red-bar.png"
 
     aside.rename(folder / "blue-bar.png")
-    back = declip.embed(model, folder, out=out)
+    back = declip.embed(model, folder, out=out, **exact)
     assert [part.rows for part in back.manifest.parts] == [24, 2], "it was there already"
     assert len(back) == len(index) + 1
     assert back.search(image=folder / "blue-bar.png", k=1)[0].key == "blue-bar.png"
@@ -167,7 +167,7 @@ def test_another_model_or_source_is_refused(model: DualEncoder, folder: Path, ta
         declip.embed(tiny_model(1), folder, out=tmp_path / "index")
     with pytest.raises(UserError, match="source was .*shapes'"):
         declip.embed(model, table, out=tmp_path / "index")
-    with pytest.raises(UserError, match="already holds something else, such as 'blue-bar.png'"):
+    with pytest.raises(UserError, match="already holds something else, such as 'black-bar.png'"):
         declip.embed(model, folder, out=folder)
 
 

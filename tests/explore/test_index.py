@@ -49,7 +49,7 @@ def test_a_template_set_is_a_mean(made: Index, model: DualEncoder) -> None:
     with torch.no_grad():
         text = model.encode_text(model.tokenize(["a drawing of a bar"]))[0]
     torch.testing.assert_close(made.query("bar", template="a drawing of a {}"), text)
-    assert made.query("bar", template="simple").norm().item() == pytest.approx(1, abs=1e-5)
+    assert made.query("bar", template="emoji").norm().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_neighbours_leave_out_the_picture_itself(made: Index) -> None:
@@ -120,7 +120,7 @@ def test_another_model_is_refused(made: Index, model: DualEncoder) -> None:
     with pytest.raises(UserError, match="holds vectors of another model than the one given"):
         Index.open(made.folder, model=tiny_model(1)).search("a red bar")
     other = tiny_model()
-    other.preprocessor.mean = (0.0, 0.0, 0.0)
+    other.preprocessor.mean = torch.zeros(3)
     with pytest.raises(UserError, match="another model"):
         Index.open(made.folder, model=other).search("a red bar")
     with pytest.raises(UserError, match="open it with model=|Open it with model="):
@@ -210,6 +210,6 @@ def test_the_sheet_shows_what_was_found(made: Index, folder: Path) -> None:
     drawn = sheet(Index.open(made.folder), hits, "like red-bar.png", Image.new("RGB", (50, 50), "lime"))
     pixels = np.asarray(drawn).reshape(-1, 3)
     assert (pixels == (0, 255, 0)).all(1).sum() > 1000, "what was asked with"
-    assert (pixels == (255, 0, 0)).all(1).sum() > 1000, "what was found"
+    assert (pixels == (255, 0, 0)).all(1).sum() > 500, "what was found"
     one_row = sheet(made, hits[:8], "like red-bar.png")
     assert drawn.height > one_row.height

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from declip.data.cache import written_beside
 from declip.errors import UserError
+from declip.evaluation.prompt_sets import read_prompts
 from declip.explore.exact import merged, nearest
 from declip.explore.manifest import ELSEWHERE, Approximate, Recall
 from declip.explore.store import Store
@@ -47,12 +48,12 @@ class Queries(NamedTuple):
     Attributes:
         own: (n,) int64, ids of pictures of the index; each looks for others than itself.
         images: (n, d) float32, their vectors.
-        captions: (m, d) float32, vectors of captions; None where there are none.
+        texts: (m, d) float32, vectors of texts; None where the model reads none.
     """
 
     own: np.ndarray
     images: Tensor
-    captions: Tensor | None
+    texts: Tensor | None
 
 
 def import_faiss() -> Any:
@@ -71,16 +72,21 @@ def import_faiss() -> Any:
 
 
 def sample_queries(store: Store, encode: Callable[[list[str]], Tensor] | None) -> Queries:
-    """Draw pictures and captions evenly from an index.
+    """Draw pictures and captions evenly from an index; ImageNet's class names where no picture has a caption.
+
+    Texts lie apart from pictures in a model's space, so what finds the neighbours of pictures may fail them.
 
     Args:
         store: The index.
-        encode: Captions to (m, d) float32; None for a model without text.
+        encode: Texts to (m, d) float32; None for a model without text.
     """
     places = store.live[np.unique(np.linspace(0, len(store.live) - 1, QUERIES, dtype=np.int64))]
     words = [row.captions[0] for row in map(store.row, places.tolist()) if row.captions]
-    captions = encode(words) if words and encode is not None else None
-    return Queries(store.ids[places], store.vectors(places), captions)
+    if not words:
+        names = list(read_prompts("imagenet").classes.values())
+        words = names[:: max(1, len(names) // QUERIES)][:QUERIES]
+    texts = None if encode is None else encode(words)
+    return Queries(store.ids[places], store.vectors(places), texts)
 
 
 def make(store: Store, queries: Queries) -> Approximate:
@@ -215,16 +221,16 @@ def _tuned(search: ApproximateSearch, queries: Queries) -> Approximate:
     """The entry with the fewest probed lists that reach the target, and the recall with them."""
     store, entry = search.store, search.entry
     exact = nearest(queries.images, store.blocks(), K + 1)[0]
-    exact_captions = None if queries.captions is None else nearest(queries.captions, store.blocks(), K)[0]
+    exact_texts = None if queries.texts is None else nearest(queries.texts, store.blocks(), K)[0]
     probed = 1
     while True:
         images = _recall(search.nearest(queries.images, K + 1, probed)[0], exact, queries.own)
-        captions = None
-        if queries.captions is not None and exact_captions is not None:
-            captions = _recall(search.nearest(queries.captions, K, probed)[0], exact_captions)
-        reached = min(each.recall for each in (images, captions) if each is not None) >= TARGET
+        texts = None
+        if queries.texts is not None and exact_texts is not None:
+            texts = _recall(search.nearest(queries.texts, K, probed)[0], exact_texts)
+        reached = min(each.recall for each in (images, texts) if each is not None) >= TARGET
         if reached or probed == entry.lists:
-            return entry.model_copy(update={"probed": probed, "images": images, "captions": captions})
+            return entry.model_copy(update={"probed": probed, "images": images, "texts": texts})
         probed = min(2 * probed, entry.lists)
 
 

@@ -265,8 +265,8 @@ class Index:
             lines[-1] += "" if 2 * hidden < manifest.rows else "; `declip index compact` frees their room"
         if (there := manifest.approximate) is not None:
             kinds = [f"{there.images.recall:.1%} (pictures as queries, n = {there.images.queries})"]
-            if there.captions is not None:
-                kinds.append(f"{there.captions.recall:.1%} (captions, n = {there.captions.queries})")
+            if there.texts is not None:
+                kinds.append(f"{there.texts.recall:.1%} (texts, n = {there.texts.queries})")
             lines.append(f"Approximate: {there.probed} of {there.lists} lists; recall@10 of exact: {', '.join(kinds)}")
         return "\n".join(lines)
 

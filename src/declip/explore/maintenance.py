@@ -103,7 +103,7 @@ def make_approximate(folder: Path, encode: Callable[[list[str]], Tensor] | None 
 
     Args:
         folder: The index.
-        encode: Captions to (m, d) float32, so that recall is measured with captions as queries too; None leaves that.
+        encode: Texts to (m, d) float32, so that recall is measured with texts as queries too; None leaves that.
 
     Raises:
         UserError: faiss is not installed, there are too few images, or it cannot be written.

@@ -134,7 +134,8 @@ class Approximate(_Entry):
         lists: Cells that the vectors are sorted into.
         probed: Cells that a search looks into.
         images: Recall for pictures of the index as queries.
-        captions: Recall for captions of the index as queries; None where there are none.
+        texts: Recall for captions of the index as queries, or ImageNet's class names where it has none; None for a
+            model without text.
     """
 
     file: str = Field(pattern=r"^approximate-\d+\.faiss$")
@@ -143,7 +144,7 @@ class Approximate(_Entry):
     lists: int = Field(ge=1)
     probed: int = Field(ge=1)
     images: Recall
-    captions: Recall | None = None
+    texts: Recall | None = None
 
 
 class Manifest(_Entry):
