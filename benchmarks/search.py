@@ -139,7 +139,7 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
         rows: list[dict[str, object]] = []
         for batch in batches:
             asked = queries[:batch].contiguous()
-            turns = {name: (lambda search=search: search(asked)) for name, search in searches.items()}
+            turns = {name: (lambda search=search, asked=asked: search(asked)) for name, search in searches.items()}
             seconds = take_turns(repeats, turns)
             for name, search in searches.items():
                 measured = row("search", name, seconds[name], batch, "queries", vectors=count, width=width)

@@ -23,7 +23,7 @@ def recall(index: Index, queries: torch.Tensor) -> float:
 
 def test_few_vectors_or_no_faiss_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_index(tmp_path / "index", torch.eye(8))
-    with pytest.raises(UserError, match="has 8 images. An approximate index needs 1,000"):
+    with pytest.raises(UserError, match=r"has 8 images. An approximate index needs 1,000"):
         maintenance.make_approximate(folder)
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(UserError, match=r"pip install 'declip\[search\]'"):

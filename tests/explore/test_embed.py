@@ -165,9 +165,9 @@ def test_another_model_or_source_is_refused(model: DualEncoder, folder: Path, ta
     declip.embed(model, folder, out=tmp_path / "index")
     with pytest.raises(UserError, match="vectors of another model"):
         declip.embed(tiny_model(1), folder, out=tmp_path / "index")
-    with pytest.raises(UserError, match="source was .*shapes'"):
+    with pytest.raises(UserError, match=r"source was .*shapes'"):
         declip.embed(model, table, out=tmp_path / "index")
-    with pytest.raises(UserError, match="already holds something else, such as 'black-bar.png'"):
+    with pytest.raises(UserError, match=r"already holds something else, such as 'black-bar.png'"):
         declip.embed(model, folder, out=folder)
 
 

@@ -123,7 +123,7 @@ def test_another_model_is_refused(made: Index, model: DualEncoder) -> None:
     other.preprocessor.mean = torch.zeros(3)
     with pytest.raises(UserError, match="another model"):
         Index.open(made.folder, model=other).search("a red bar")
-    with pytest.raises(UserError, match="open it with model=|Open it with model="):
+    with pytest.raises(UserError, match="was a Python object"):
         Index.open(made.folder).search("a red bar")
     assert Index.open(made.folder, model=model).search("a red bar", k=1)
 
@@ -161,10 +161,10 @@ def test_damage_is_said(made: Index, model: DualEncoder) -> None:
     with pytest.raises(UserError, match=r"part-000000.arrow' is damaged: its checksum differs"):
         Index.open(made.folder)
     part.write_bytes(whole[:-10])
-    with pytest.raises(UserError, match="is damaged: .* bytes instead of"):
+    with pytest.raises(UserError, match=r"is damaged: .* bytes instead of"):
         Index.open(made.folder)
     part.unlink()
-    with pytest.raises(UserError, match="part-000000.arrow' is damaged"):
+    with pytest.raises(UserError, match=r"part-000000.arrow' is damaged"):
         Index.open(made.folder)
     part.write_bytes(whole)
     tree = json.loads(text)
@@ -179,9 +179,9 @@ def test_damage_is_said(made: Index, model: DualEncoder) -> None:
             Index.open(made.folder)
     for broken in ("", "[]", '{"layout": 1}', text[:100]):
         manifest.write_text(broken)
-        with pytest.raises(UserError, match=f"{MANIFEST}' is damaged"):
+        with pytest.raises(UserError, match=rf"{MANIFEST}' is damaged"):
             Index.open(made.folder)
-    with pytest.raises(UserError, match="so it is no index. Make one"):
+    with pytest.raises(UserError, match=r"so it is no index. Make one"):
         Index.open(made.folder.parent)
 
 

@@ -38,6 +38,8 @@ TARGET, K, QUERIES = 0.99, 10, 200
 RESCORED = 4
 """Candidates, as a multiple of what is asked for, that are scored again with the vectors as they are stored."""
 
+RESCORED_BYTES = 64 << 20
+"""Of the candidates' vectors that are held at a time."""
 
 NUMBER = re.compile(r"\d+")
 
@@ -165,9 +167,11 @@ class ApproximateSearch:
         params = self._faiss.SearchParametersIVF(nprobe=probed or self.entry.probed, sel=self._alive)
         _, found = self._index.search(queries.numpy(), RESCORED * k, params=params)
         scores = torch.full(found.shape, -torch.inf)
-        for row, ids in enumerate(found):
-            hits = np.flatnonzero(ids >= 0)
-            scores[row, hits] = self.store.vectors(np.searchsorted(self.store.ids, ids[hits])) @ queries[row]
+        at_once = max(1, RESCORED_BYTES // (4 * queries.shape[1] * max(1, found.shape[1])))
+        for start in range(0, len(found), at_once):
+            rows, places = np.nonzero(found[start : start + at_once] >= 0)
+            vectors = self.store.vectors(np.searchsorted(self.store.ids, found[start + rows, places]))
+            scores[start + rows, places] = (vectors * queries[start + rows]).sum(1)
         return merged([(torch.from_numpy(found), scores), nearest(queries, self._later, k)], k)
 
     @cached_property
