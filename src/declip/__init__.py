@@ -34,7 +34,7 @@ _WHERE = {
     "evaluate": "declip.evaluation.protocols",
     "export": "declip.interchange.export",
     "load": "declip.interchange.load",
-    "load_recipe": "declip.config",
+    "load_recipe": "declip.recipe_file",
     "train": "declip.training.trainer",
 }
 
