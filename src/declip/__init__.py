@@ -1,8 +1,8 @@
 """declip: contrastive language-image models when pairs are few.
 
-The public names: `train`, `load`, `evaluate`, `compare`, `export`, `PairBatch`, `Recipe`, `load_recipe`, and the
-package `interchange`. They are imported when they are first used, so that ``import declip`` is quick and asks for
-nothing.
+The public names: `train`, `load`, `evaluate`, `compare`, `embed`, `Index`, `export`, `PairBatch`, `Recipe`,
+`load_recipe`, and the package `interchange`. They are imported when they are first used, so that
+``import declip`` is quick and asks for nothing.
 """
 
 from importlib import import_module
@@ -17,16 +17,20 @@ if TYPE_CHECKING:
     from declip.data.batch import PairBatch
     from declip.errors import UserError
     from declip.evaluation.protocols import evaluate
+    from declip.explore.embed import embed
+    from declip.explore.index import Index
     from declip.interchange.export import export
     from declip.interchange.load import load
     from declip.recipe_file import load_recipe
     from declip.training.trainer import train
 
 _WHERE = {
+    "Index": "declip.explore.index",
     "PairBatch": "declip.data.batch",
     "Recipe": "declip.config",
     "UserError": "declip.errors",
     "compare": "declip.comparison.compare",
+    "embed": "declip.explore.embed",
     "evaluate": "declip.evaluation.protocols",
     "export": "declip.interchange.export",
     "load": "declip.interchange.load",
@@ -35,10 +39,12 @@ _WHERE = {
 }
 
 __all__ = [
+    "Index",
     "PairBatch",
     "Recipe",
     "UserError",
     "compare",
+    "embed",
     "evaluate",
     "export",
     "interchange",

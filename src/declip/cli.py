@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from declip.errors import UserError
+from declip.explore.commands import embed, index, search
 
 if TYPE_CHECKING:
     from declip.config import Recipe
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Prepare and look at pairs.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.add_typer(index, name="index")
 console = Console()
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
@@ -193,6 +195,10 @@ def compare(
             console.print(f"  [bold red]failed[/] {escape(name)}: {escape(reason.splitlines()[-1])}", soft_wrap=True)
         raise typer.Exit(2 if outcome.failures else 130)
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+app.command()(embed)
+app.command()(search)
 
 
 def _grid(words: list[str]) -> dict[str, list[Any]]:

@@ -148,3 +148,19 @@ def test_run_refuses_a_part_that_is_not_there(run: Runner, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         run("run", "--only", "text,vews")
     assert "Did you mean 'views'" in capsys.readouterr().err
+
+
+def test_search_beside_its_peers(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    words = ("--sizes", "1200", "--width", "32", "--batch", "1", "4", "--repeats", "1")
+    found = run("search", *words)["rows"]
+    assert any("sentence-transformers can't be imported" in row.get("note", "") for row in found)
+    rows = [row for row in found if "note" not in row]
+    ours = [row for row in rows if row["what"].startswith("declip, exact")]
+    assert [row["count"] for row in ours] == [1, 1, 4, 4]
+    assert min(row["recall_at_10"] for row in ours) > 0.97
+    for row in rows:
+        if row["what"] == "faiss, IndexFlatIP":
+            assert row["recall_at_10"] == 1
+        if row["what"] == "declip, approximate":
+            assert row["made"]["images"]["recall"] >= 0.99

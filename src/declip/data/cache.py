@@ -34,7 +34,9 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def written_beside(target: Path, elsewhere: str = f"set {CACHE_VARIABLE} to another folder") -> Iterator[Path]:
+def written_beside(
+    target: Path, elsewhere: str = f"set {CACHE_VARIABLE} to another folder", durable: bool = False
+) -> Iterator[Path]:
     """Give a path beside `target` to write to, a file or a folder, and rename it to `target` when all went well.
 
     What a killed process left behind is removed a day later.
@@ -42,6 +44,8 @@ def written_beside(target: Path, elsewhere: str = f"set {CACHE_VARIABLE} to anot
     Args:
         target: What is to exist. What was there before stays until the new one is whole.
         elsewhere: How the user chooses another place, for the error.
+        durable: Wait until a file is on the disk before it takes its name, so that a power cut leaves the old one or
+            the new one.
 
     Yields:
         The path to write to; nothing is there yet.
@@ -55,15 +59,30 @@ def written_beside(target: Path, elsewhere: str = f"set {CACHE_VARIABLE} to anot
         for path in (beside, old, *_leftovers(target)):
             remove(path)
         yield beside
+        if durable:
+            _sync(beside)
         if target.is_dir():
             target.rename(old)
         beside.replace(target)
         remove(old)
+        if durable:
+            _sync(target.parent)
     except OSError as error:
         raise _explained(error, target, elsewhere) from error
     finally:
         if target.parent.is_dir():
             remove(beside)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _leftovers(target: Path) -> Iterator[Path]:

@@ -108,6 +108,10 @@ class EmojiSource:
         image = Image.fromarray(np.array(self._images[row["image"]]))
         return Pair(row["key"], image, tuple(row["captions"]), tuple(row["keywords"]))
 
+    def key(self, index: int) -> str:
+        """The key of pair `index`, without its drawing."""
+        return self.rows[index]["key"]
+
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of pair `index`, the CLDR name first."""
         return tuple(self.rows[index]["captions"])

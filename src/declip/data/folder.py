@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
+from PIL import Image
 
 from declip.data.decode import EXTENSIONS, decode
+from declip.data.origin import Origin, file_origin
 from declip.data.pairs import LONGEST_CAPTION, BrokenPair, Pair, clean_captions
 from declip.data.picture import UndecodedPair, open_picture
 from declip.errors import UserError
@@ -54,6 +56,19 @@ class FolderSource:
         captions = self.captions(index)
         key, path = self._place(index)
         return UndecodedPair(key, open_picture(path, key), captions)
+
+    def key(self, index: int) -> str:
+        """The image's path below the folder."""
+        return self._place(index)[0]
+
+    def image(self, index: int) -> Image.Image:
+        """The image of pair `index`, without its captions; raises `BrokenPair`."""
+        key, path = self._place(index)
+        return decode(path, key)
+
+    def origin(self, index: int) -> Origin:
+        """Where the image is."""
+        return file_origin(self._place(index)[1])
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The cleaned captions of pair `index`; raises `BrokenPair`."""

@@ -124,6 +124,10 @@ class PictureSource:
         image = self._pictures[row["coloured"], row["image"]]
         return Pair(row["key"], image, tuple(row["captions"]), tuple(row["keywords"]))
 
+    def key(self, index: int) -> str:
+        """The key of pair `index`, without its picture."""
+        return self.rows[index]["key"]
+
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of pair `index`."""
         return tuple(self.rows[index]["captions"])

@@ -7,10 +7,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from declip.data.decode import decode
+from declip.data.origin import Origin
 from declip.data.pairs import LONGEST_CAPTION, BrokenPair, Pair, clean_captions, is_unicode
 from declip.data.picture import UndecodedPair, open_picture
 from declip.data.shard_files import Shard, ShardFiles, UnreadableShard, find_shards
@@ -86,6 +88,21 @@ class ShardSource:
         captions, keywords = entry.texts()
         picture = open_picture(entry.content("image", LARGEST_IMAGE), entry.key)
         return UndecodedPair(entry.key, picture, captions, keywords)
+
+    def key(self, index: int) -> str:
+        """The shard's name and the pair's key in it; raises `BrokenPair`."""
+        return _Entry(self, index).key
+
+    def image(self, index: int) -> Image.Image:
+        """The image of pair `index`, without its captions; raises `BrokenPair`."""
+        entry = _Entry(self, index)
+        return decode(entry.content("image", LARGEST_IMAGE), entry.key)
+
+    def origin(self, index: int) -> Origin:
+        """Where the image is in which shard; raises `BrokenPair`."""
+        shard, found, row = self.place(index)
+        at, size = found.part(row, "image") or (0, 0)
+        return Origin(shard.name, at, size, f"{shard.state[:16]}-{at}-{size}")
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The cleaned captions of pair `index`; raises `BrokenPair`."""

@@ -10,6 +10,7 @@ from typing import Protocol
 from PIL import Image
 
 from declip.data.decode import decode, image_below
+from declip.data.origin import Origin, bytes_origin, file_origin
 from declip.data.pairs import BrokenPair, Pair, clean_captions, printable
 from declip.data.picture import UndecodedPair, open_picture
 from declip.data.table_rows import Delimited, JsonLines, ParquetRows
@@ -107,6 +108,10 @@ class TableSource:
         captions = self.captions(index)
         return Pair(self.rows.key(index), self.image(index), captions)
 
+    def key(self, index: int) -> str:
+        """The image's path, else the row's number; raises `BrokenPair`."""
+        return self.rows.key(index)
+
     def image(self, index: int) -> Image.Image:
         """The image of pair `index`, without its captions; raises `BrokenPair`."""
         return decode(self._content(index), self.rows.key(index))
@@ -115,6 +120,11 @@ class TableSource:
         """The pair with its picture opened only; raises `BrokenPair`."""
         captions, key = self.captions(index), self.rows.key(index)
         return UndecodedPair(key, open_picture(self._content(index), key), captions)
+
+    def origin(self, index: int) -> Origin:
+        """Where the image is; raises `BrokenPair`."""
+        content = self._content(index)
+        return file_origin(content) if isinstance(content, Path) else bytes_origin(content)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The cleaned captions of pair `index`; raises `BrokenPair`."""

@@ -51,9 +51,9 @@ def in_order(parts: Dataset, count: int, workers: int) -> Iterator[Any]:
     return _watched(iter(loader))
 
 
-def pairs_bar(shown: bool) -> Progress:
-    """A progress bar on the error stream that counts pairs."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+def pairs_bar(shown: bool, unit: str = "pairs") -> Progress:
+    """A progress bar on the error stream that counts pairs, or other things."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(unit), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not shown)
 
 
@@ -78,7 +78,11 @@ def _as_it_is(found: Any) -> Any:
 
 
 class _Speed(ProgressColumn):
-    """Pairs a second."""
+    """Pairs, or other things, a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} pairs/s" if task.speed else "")
+        return Text(f"{task.speed:,.0f} {self._unit}/s" if task.speed else "")

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +18,7 @@ from declip.data.cache import cache_folder, written_beside
 from declip.data.pairs import PairSource, SkipCounter
 from declip.errors import UserError, unknown
 from declip.evaluation.features import EncodedImages, Encoder, encode_images
+from declip.evaluation.model_hash import model_hash, tensor_bytes
 
 log = logging.getLogger("declip")
 
@@ -95,7 +95,7 @@ class FeatureCache:
     ) -> None:
         self.model, self.kind, self.encode = model, kind, encoder_of(model, kind)
         self.batch, self.workers, self.progress = batch, workers, progress
-        self._of_model = _model_hash(model) if enabled and hasattr(model, "state_dict") else None
+        self._of_model = model_hash(model) if enabled and hasattr(model, "state_dict") else None
 
     def images(self, source: PairSource, split: str) -> EncodedImages:
         """The features of a source; without captions, which probes do not read.
@@ -157,19 +157,6 @@ class FeatureCache:
         return bool((error <= SPOT_TOLERANCE * kept.norm(dim=1)).all())
 
 
-def _model_hash(model: Encoder) -> bytes:
-    found = hashlib.sha256(type(model).__qualname__.encode())
-    for name, value in sorted(model.state_dict().items()):  # type: ignore[attr-defined]  # the caller looked
-        if isinstance(value, Tensor):
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(_bytes(value))
-    noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
-    pixels = model.preprocess([Image.fromarray(noise)])
-    found.update(f"{tuple(pixels.shape)}".encode())
-    found.update(_bytes(pixels.float()))
-    return found.digest()
-
-
 def _read(path: Path) -> EncodedImages | None:
     """What a file holds, or None where it is missing or damaged."""
     try:
@@ -194,14 +181,9 @@ def _write(path: Path, made: EncodedImages) -> None:
 
 
 def _digest(features: Tensor, indices: Tensor) -> str:
-    found = hashlib.sha256(_bytes(features))
-    found.update(_bytes(indices))
+    found = hashlib.sha256(tensor_bytes(features))
+    found.update(tensor_bytes(indices))
     return found.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's memory; nothing is copied where it lies on the host in one piece."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _size(features: Tensor) -> str:

@@ -31,26 +31,27 @@ def check_writable(paths: Iterable[Path | None]) -> None:
 
 def write_json(inspection: Inspection, path: Path) -> None:
     """Write the numbers; raises `UserError` where that cannot be done."""
-    with _saved(path) as target:
+    with saved(path) as target:
         target.write_bytes(inspection.to_json().encode("utf-8", "backslashreplace"))
 
 
 def write_page(inspection: Inspection, path: Path) -> None:
     """Write the page, one file that loads nothing; raises `UserError` where that cannot be done."""
     content = page(inspection)
-    with _saved(path) as target:
+    with saved(path) as target:
         target.write_text(content, encoding="utf-8")
 
 
 def write_sheet(inspection: Inspection, path: Path) -> None:
     """Write the contact sheet as PNG; raises `UserError` where that cannot be done."""
     image = sheet(inspection)
-    with _saved(path) as target:
+    with saved(path) as target:
         image.save(target, "PNG")
 
 
 @contextmanager
-def _saved(path: Path) -> Iterator[Path]:
+def saved(path: Path) -> Iterator[Path]:
+    """Give the path to write to; raises `UserError` where that fails."""
     try:
         yield path.expanduser()
     except OSError as error:

@@ -1,11 +1,12 @@
 """The contact sheet: pairs to look at in one picture."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from declip.inspection.result import Example, Inspection
+from declip.inspection.result import Inspection
 from declip.inspection.wording import extent, shown
 
 COLUMNS = 8
@@ -34,34 +35,38 @@ def sheet(inspection: Inspection) -> Image.Image:
     height = 2 * MARGIN + 52 + (len(rows) + len(near)) * cell + (44 if near else 0)
     paper = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(paper)
-    pen.text((MARGIN, MARGIN), _fit(shown(inspection.name), _font(22), width - 2 * MARGIN)[0], INK, _font(22))
+    pen.text((MARGIN, MARGIN), fit(shown(inspection.name), font(22), width - 2 * MARGIN)[0], INK, font(22))
     said = extent(inspection) if rows else "No pair can be used."
-    pen.text((MARGIN, MARGIN + 28), said, QUIET, _font(LETTER))
+    pen.text((MARGIN, MARGIN + 28), said, QUIET, font(LETTER))
     top = MARGIN + 60
     for row in rows:
-        _row(paper, pen, row, top)
+        draw_row(paper, pen, [(example.image, example.caption) for example in row], top)
         top += cell
     if near:
-        pen.text((MARGIN, top + 10), "Images that look alike, a group a row", INK, _font(16))
+        pen.text((MARGIN, top + 10), "Images that look alike, a group a row", INK, font(16))
         top += 44
     for row in near:
-        _row(paper, pen, row, top)
+        draw_row(paper, pen, [(example.image, example.caption) for example in row], top)
         top += cell
     return paper
 
 
-def _row(paper: Image.Image, pen: ImageDraw.ImageDraw, row: tuple[Example, ...], top: int) -> None:
-    for place, example in enumerate(row):
+def draw_row(
+    paper: Image.Image, pen: ImageDraw.ImageDraw, row: Sequence[tuple[Image.Image | None, str]], top: int
+) -> None:
+    """Draw pictures side by side with their captions below; a frame is left empty where there is no picture."""
+    for place, (image, caption) in enumerate(row):
         left = MARGIN + place * (SIDE + GAP)
-        small = example.image.copy()
-        small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         pen.rectangle((left - 1, top - 1, left + SIDE, top + SIDE), fill="white", outline=FRAME)
-        paper.paste(small, (left + (SIDE - small.width) // 2, top + (SIDE - small.height) // 2))
-        for number, line in enumerate(_fit(shown(example.caption), _font(LETTER), SIDE, LINES)):
-            pen.text((left, top + SIDE + 5 + number * LINE), line, INK, _font(LETTER))
+        if image is not None:
+            small = image.copy()
+            small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+            paper.paste(small, (left + (SIDE - small.width) // 2, top + (SIDE - small.height) // 2))
+        for number, line in enumerate(fit(shown(caption), font(LETTER), SIDE, LINES)):
+            pen.text((left, top + SIDE + 5 + number * LINE), line, INK, font(LETTER))
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 1) -> list[str]:
+def fit(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 1) -> list[str]:
     """Break a text into lines of a width; a word that is too long is broken, what is left over is cut off."""
     found = [""]
     for word in text.split():
@@ -85,6 +90,7 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 1) ->
 
 
 @lru_cache(maxsize=4)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans in a size."""
     # Matplotlib brings this font with it, so that the sheet looks the same everywhere.
     return ImageFont.truetype(findfont("DejaVu Sans"), size)

@@ -1,0 +1,186 @@
+"""Searching stored vectors: exact and approximate, against faiss (clip-retrieval's path) and sentence-transformers.
+
+    pip install faiss-cpu; pip install sentence-transformers --no-deps
+    python benchmarks/search.py --sizes 10000 100000 1000000 --json search.json
+
+The vectors lie around a thousand centres, as those of pictures do; queries are drawn likewise. Ours reads an index as
+`declip embed` writes it, mapped from the disk; the others hold float32 in memory. Peers:
+
+- faiss's `IndexFlatIP`, exact, and an inverted file `IVF…,Flat`, both of which clip-retrieval uses through autofaiss
+  (which brings pandas, fsspec and more along, so faiss is called directly). The inverted file probes the fewest lists,
+  a power of two, with which its recall@10 reaches 0.99, as ours does; it is tuned on the queries that are timed, ours
+  on others.
+- sentence-transformers' `util.semantic_search`, with `dot_score`: its default would normalise all vectors at each call.
+
+All take turns within one process; the numbers are medians, and recall is that of the ten nearest against a product in
+float32. Without a peer's package its rows are a note. The last line is JSON.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from declip.data.origin import Origin
+from declip.explore.index import Index
+from declip.explore.maintenance import PART_ROWS, make_approximate
+from declip.explore.manifest import Manifest, ModelOf, Source
+from declip.explore.parts import Row, batch_of, write_part
+from machine import machine
+from timing import row, take_turns
+
+WIDTH, CENTRES, K, TARGET = 512, 1_000, 10, 0.99
+OURS, OURS_FULL, OURS_NEAR = "declip, exact, float16", "declip, exact, float32", "declip, approximate"
+FLAT, INVERTED, SENTENCE = "faiss, IndexFlatIP", "faiss, IVF Flat", "sentence-transformers"
+FAISS_MISSING = "faiss can't be imported (pip install faiss-cpu): no approximate search, and one peer less"
+SENTENCE_MISSING = "sentence-transformers can't be imported (pip install sentence-transformers --no-deps)"
+
+
+def vectors_of(count: int, width: int, seed: int) -> Tensor:
+    """(count, width) float32 of length 1, around centres that are the same for every seed."""
+    centres = torch.randn(CENTRES, width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(CENTRES, (count,), generator=generator)
+    return F.normalize(centres[chosen].add_(torch.randn(count, width, generator=generator), alpha=0.7), dim=-1)
+
+
+def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
+    """An index of vectors that no model made."""
+    manifest = Manifest(
+        model=ModelOf(spec="", fingerprint="0" * 64, precision="fp32"),
+        source=Source(spec="", name="made up"),
+        dtype=dtype,
+        captions=False,
+        dimension=vectors.shape[1],
+    )
+    folder.mkdir()
+    for part in vectors.split(PART_ROWS):
+        ids = range(manifest.next_id, manifest.next_id + len(part))
+        rows = [Row(id_, f"{id_:09d}.jpg", (), id_, Origin()) for id_ in ids]
+        batch = batch_of(manifest, rows, part, None)
+        manifest.parts = [*manifest.parts, write_part(folder, len(manifest.parts), batch)]
+        manifest.next_id = ids.stop
+    manifest.save(folder)
+    return Index.open(folder, check=False)
+
+
+def recall(found: Tensor, exact: Tensor) -> float:
+    """Share of the exact ids that were found."""
+    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
+    return sum(hits) / exact.numel()
+
+
+def peers(vectors: Tensor, queries: Tensor, exact: Tensor) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[Any]]:
+    """The peers' searches, queries to ids, and notes on those that are missing."""
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    notes: list[Any] = []
+    try:
+        import faiss
+    except ImportError:
+        notes.append({"part": "search", "note": FAISS_MISSING})
+    else:
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        count, width = vectors.shape
+        flat = faiss.IndexFlatIP(width)
+        flat.add(vectors.numpy())
+        lists = max(1, min(round(4 * math.sqrt(count)), count // 39))
+        inverted = faiss.index_factory(width, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        inverted.train(vectors[:: max(1, count // (64 * lists))].numpy())
+        inverted.add(vectors.numpy())
+        found[FLAT] = lambda asked: torch.from_numpy(flat.search(asked.numpy(), K)[1])
+        found[INVERTED] = lambda asked: torch.from_numpy(inverted.search(asked.numpy(), K)[1])
+        while recall(found[INVERTED](queries), exact) < TARGET and inverted.nprobe < lists:
+            inverted.nprobe *= 2
+    try:
+        from sentence_transformers.util import dot_score, semantic_search
+    except ImportError:
+        notes.append({"part": "search", "note": SENTENCE_MISSING})
+    else:
+
+        def sentence(asked: Tensor) -> Tensor:
+            answers = semantic_search(asked, vectors, top_k=K, score_function=dot_score)
+            return torch.tensor([[hit["corpus_id"] for hit in answer] for answer in answers])
+
+        found[SENTENCE] = sentence
+    return found, notes
+
+
+def compare(count: int, width: int, batches: list[int], repeats: int) -> list[dict[str, object]]:
+    """Search `count` vectors with batches of queries."""
+    vectors, queries = vectors_of(count, width, 1), vectors_of(max(batches), width, 2)
+    exact = (queries @ vectors.T).topk(K).indices
+    with tempfile.TemporaryDirectory() as folder:
+        half = write_index(Path(folder) / "float16", vectors, "float16")
+        full = write_index(Path(folder) / "float32", vectors, "float32")
+        searches: dict[str, Callable[[Tensor], Tensor]] = {
+            OURS: lambda asked: half.nearest(asked, K, exact=True)[0],
+            OURS_FULL: lambda asked: full.nearest(asked, K, exact=True)[0],
+        }
+        others, notes = peers(vectors, queries, exact)
+        made: dict[str, object] = {}
+        if FLAT in others and count >= 1_000:
+            start = time.perf_counter()
+            entry = make_approximate(half.folder)
+            made = {"seconds_to_make": round(time.perf_counter() - start, 1), **entry.model_dump(exclude={"file"})}
+            near = Index.open(half.folder, check=False)
+            searches[OURS_NEAR] = lambda asked: near.nearest(asked, K)[0]
+        searches |= others
+        rows: list[dict[str, object]] = []
+        for batch in batches:
+            asked = queries[:batch].contiguous()
+            turns = {name: (lambda search=search, asked=asked: search(asked)) for name, search in searches.items()}
+            seconds = take_turns(repeats, turns)
+            for name, search in searches.items():
+                measured = row("search", name, seconds[name], batch, "queries", vectors=count, width=width)
+                rows.append({**measured, "milliseconds": round(1e3 * seconds[name], 3)})
+                rows[-1]["recall_at_10"] = round(recall(search(queries), exact), 4)
+                if name != OURS:
+                    rows[-1]["times_ours"] = round(seconds[name] / seconds[OURS], 2)
+                if name == OURS_NEAR:
+                    rows[-1]["made"] = made
+                if name in (FLAT, INVERTED, SENTENCE):
+                    package = "sentence-transformers" if name == SENTENCE else "faiss-cpu"
+                    rows[-1]["version"] = version(package)
+    return rows + notes
+
+
+def main() -> None:
+    """Measure, show a table, and print the JSON last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="vectors")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="queries at once")
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each (default 7)")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {"machine": machine(), "repeats": options.repeats, "rows": []}
+    for count in options.sizes:
+        result["rows"] += compare(count, options.width, options.batch, options.repeats)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    table = Table("vectors", "queries", "what", "ms", "time", "recall@10", title="Medians")
+    for found in result["rows"]:
+        if "note" not in found:
+            ratio = f"{found['times_ours']:.2f} × ours" if "times_ours" in found else ""
+            cells = (f"{found['vectors']:,}", str(found["count"]), found["what"], f"{found['milliseconds']:.2f}")
+            table.add_row(*cells, ratio, f"{found['recall_at_10']:.3f}")
+    notes = {found["note"] for found in result["rows"] if "note" in found}
+    Console().print(table, *sorted(notes), sep="\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
