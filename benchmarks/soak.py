@@ -2,8 +2,9 @@
 
     python benchmarks/soak.py --steps 20000 --restart-every 2000 --out benchmarks/results/soak
 
-One process trains the demo's recipe; every `--restart-every` steps it is stopped politely and goes on in the same
-process from its checkpoint, with new loader processes. Linux only: numbers are read from /proc.
+One process trains the demo's recipe. Every `--restart-every` steps its loading processes are replaced by new ones, or,
+with `--restart trainer`, it is stopped politely and goes on in the same process from its checkpoint. Linux only:
+numbers are read from /proc.
 """
 
 import argparse
@@ -52,18 +53,22 @@ def looked(step: int, started: float) -> dict[str, float]:
     }
 
 
-def watch(recipe: Recipe, folder: Path, until: int, rows: list[dict[str, float]], started: float) -> bool:
-    """Train up to a step; returns whether the run has ended."""
+def watch(recipe: Recipe, folder: Path, until: int, workers_every: int, rows: list[dict[str, float]]) -> bool:
+    """Train up to a step, with new loading processes every so many steps; returns whether the run has ended."""
+    started = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
     trainer = Trainer(recipe, folder, resume=True, quiet=True)
     meet = trainer.council.meet
 
     def meet_and_look(step: int, *rest: Any) -> Any:
         if step % LOOK_EVERY == 0:
             rows.append(looked(step, started))
-        trainer.stop_asked = trainer.stop_asked or step + 1 >= until
+        if step and step % workers_every == 0:
+            trainer.loader.close()
+            del trainer.loader
+        trainer.stop_asked = trainer.stop_asked or until <= step + 1 < recipe.train.steps
         return meet(step, *rest)
 
-    trainer.council.meet = meet_and_look  # type: ignore[method-assign]
+    trainer.council.meet = meet_and_look  # type: ignore[method-assign, assignment]
     return trainer.train(report=False).finished
 
 
@@ -85,7 +90,8 @@ def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
         return {"first": before, "last": after, "change %": round(100 * (after / before - 1), 2) if before else 0.0}
 
     def speed(part: list[dict[str, float]]) -> float:
-        return round((part[-1]["step"] - part[0]["step"]) / (part[-1]["seconds"] - part[0]["seconds"]), 3)
+        taken = part[-1]["seconds"] - part[0]["seconds"]
+        return round((part[-1]["step"] - part[0]["step"]) / taken, 3) if taken else 0.0
 
     watched = {name: change(name) for name in ("MB", "MB of loaders", "files", "threads")}
     speeds = {"first": speed(first), "last": speed(last)}
@@ -119,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--restart-every", type=int, default=2000)
+    parser.add_argument("--restart", choices=("workers", "trainer"), default="workers")
     parser.add_argument("--recipe", default="declip-demo")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak"))
     options = parser.parse_args()
@@ -127,9 +134,11 @@ def main() -> None:
     recipe = load_recipe(options.recipe, keys)
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, float]] = []
-    started, until = time.perf_counter(), options.restart_every
+    of_trainer = options.restart == "trainer"
+    until = options.restart_every if of_trainer else options.steps
+    workers_every = options.steps if of_trainer else options.restart_every
     with TemporaryDirectory() as folder:
-        while not watch(recipe, Path(folder) / "run", until, rows, started):
+        while not watch(recipe, Path(folder) / "run", until, workers_every, rows):
             until += options.restart_every
             (options.out / "rows.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
     (options.out / "rows.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
