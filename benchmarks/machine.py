@@ -10,7 +10,7 @@ import torch
 
 PACKAGES = (
     "torch", "torchvision", "timm", "numpy", "pillow", "tokenizers", "open_clip_torch", "x-clip", "lightly",
-    "textaugment", "nltk", "simplejpeg",
+    "textaugment", "nltk", "simplejpeg", "faiss-cpu", "sentence-transformers",
 )  # fmt: skip
 """Ours and the peers'; None where one is not installed."""
 
