@@ -1,16 +1,17 @@
 """The start of a run from weights that exist: put in place, kept in the run folder, partly frozen, paced."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 import declip
 from declip.config import FineTuning, LoRA, Recipe
+from declip.data.cache import written_beside
 from declip.errors import UserError
 from declip.interchange.declip_file import RECIPE, VERSION
 from declip.interchange.start import Start, read_kept, read_start
@@ -58,13 +59,18 @@ class Begun:
     story: str
 
     def keep(self, folder: Path, recipe: Recipe) -> None:
-        """Write what was taken into the run folder, beside and renamed; `declip.load` reads it."""
-        partial = folder / f"{KEPT}.partial"
+        """Write what was taken into the run folder, beside and renamed; `declip.load` reads it.
+
+        Raises:
+            UserError: no space left, or no permission.
+        """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.taken.items()}
-        save_file(tensors, partial, {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(folder / KEPT)
+        metadata = {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
+        try:
+            with written_beside(folder / KEPT, "choose another folder with --out", durable=True) as beside:
+                save_file(tensors, beside, metadata)
+        except SafetensorError as error:  # of a full disk
+            raise UserError(f"Cannot write '{folder / KEPT}': {error}. Make room, or choose another --out.") from error
 
 
 def begin(start: Start, recipe: Recipe, model: DualEncoder, objective: Objective) -> Begun:
