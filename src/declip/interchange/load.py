@@ -178,7 +178,7 @@ NAMED: Mapping[str, Callable[[str], OpenClip | DualEncoder]] = {
 
 KINDS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], DualEncoder]]] = (
     (lambda path: (path / FILE).is_file(), lambda path: read_declip_file(path / FILE)),
-    (holds_recipe, read_declip_file),
+    (lambda path: path.is_file() and holds_recipe(path), read_declip_file),  # a pipe would be waited for
     (Path.is_file, lambda path: read_authors_file(path)[0]),
     (is_huggingface, from_huggingface),
     (Path.exists, lambda path: model_of(read_checkpoint(path), path)),
