@@ -91,5 +91,8 @@ def test_the_import_is_light_and_public_names_are_there() -> None:
     import subprocess
     import sys
 
-    code = "import sys, declip, declip.cli; assert 'torch' not in sys.modules; print([getattr(declip, n) for n in declip.__all__])"
+    code = (
+        "import sys, declip, declip.cli; assert 'torch' not in sys.modules; "
+        "print([getattr(declip, n) for n in declip.__all__])"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

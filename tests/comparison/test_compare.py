@@ -167,11 +167,17 @@ def _command(recipes: dict[str, str], table: Path, out: Path, steps: int = 8) ->
 
 def _started(command: list[str], out: Path) -> subprocess.Popen[bytes]:
     """Start a comparison and wait until its first run has logged a row."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, preexec_fn=_hear_sigint, **quiet)
     deadline = time.time() + 120
     while not list((out / "runs").glob("*/metrics.jsonl")) and time.time() < deadline:
         time.sleep(0.02)
     return process
+
+
+def _hear_sigint() -> None:
+    """A shell's background jobs, and what they start, are deaf to it: the tests may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _workers(out: Path) -> list[int]:
