@@ -53,8 +53,13 @@ def looked(step: int, started: float) -> dict[str, float]:
     }
 
 
-def watch(recipe: Recipe, folder: Path, until: int, workers_every: int, rows: list[dict[str, float]]) -> bool:
-    """Train up to a step, with new loading processes every so many steps; returns whether the run has ended."""
+def watch(
+    recipe: Recipe, folder: Path, until: int, workers_every: int, rows: list[dict[str, float]], kept: Path
+) -> bool:
+    """Train up to a step, with new loading processes every so many steps; returns whether the run has ended.
+
+    The rows are kept as they come: a watch of hours that is cut off loses few of them.
+    """
     started = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
     trainer = Trainer(recipe, folder, resume=True, quiet=True)
     meet = trainer.council.meet
@@ -62,6 +67,8 @@ def watch(recipe: Recipe, folder: Path, until: int, workers_every: int, rows: li
     def meet_and_look(step: int, *rest: Any) -> Any:
         if step % LOOK_EVERY == 0:
             rows.append(looked(step, started))
+        if step % (10 * LOOK_EVERY) == 0:
+            kept.write_text(json.dumps(rows) + "\n", encoding="utf-8")
         if step and step % workers_every == 0:
             trainer.loader.close()
             del trainer.loader
@@ -134,14 +141,14 @@ def main() -> None:
     recipe = load_recipe(options.recipe, keys)
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, float]] = []
+    kept = options.out / "rows.json"
     of_trainer = options.restart == "trainer"
     until = options.restart_every if of_trainer else options.steps
     workers_every = options.steps if of_trainer else options.restart_every
     with TemporaryDirectory() as folder:
-        while not watch(recipe, Path(folder) / "run", until, workers_every, rows):
+        while not watch(recipe, Path(folder) / "run", until, workers_every, rows, kept):
             until += options.restart_every
-            (options.out / "rows.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
-    (options.out / "rows.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    kept.write_text(json.dumps(rows) + "\n", encoding="utf-8")
     draw(rows, options.out / "soak.png")
     found = summary(rows, options.restart_every)
     (options.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
