@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py --steps 20000 --restart-every 2000 --out benchmarks/results/soak
 
-One process trains the demo's recipe. Every `--restart-every` steps its loading processes are replaced by new ones, or,
-with `--restart trainer`, it is stopped politely and goes on in the same process from its checkpoint. Linux only:
-numbers are read from /proc.
+One process trains the demo's recipe, for so many steps or so many hours, whichever ends first. Every
+`--restart-every` steps its loading processes are replaced by new ones, or, with `--restart trainer`, it is stopped
+politely and goes on in the same process from its checkpoint. Linux only: numbers are read from /proc.
 """
 
 import argparse
@@ -54,9 +54,15 @@ def looked(step: int, started: float) -> dict[str, float]:
 
 
 def watch(
-    recipe: Recipe, folder: Path, until: int, workers_every: int, rows: list[dict[str, float]], kept: Path
+    recipe: Recipe,
+    folder: Path,
+    until: int,
+    workers_every: int,
+    seconds: float,
+    rows: list[dict[str, float]],
+    kept: Path,
 ) -> bool:
-    """Train up to a step, with new loading processes every so many steps; returns whether the run has ended.
+    """Train up to a step, with new loading processes every so many steps; returns whether the watch has ended.
 
     The rows are kept as they come: a watch of hours that is cut off loses few of them.
     """
@@ -72,11 +78,13 @@ def watch(
         if step and step % workers_every == 0:
             trainer.loader.close()
             del trainer.loader
-        trainer.stop_asked = trainer.stop_asked or until <= step + 1 < recipe.train.steps
+        due = until <= step + 1 or time.perf_counter() - started > seconds
+        trainer.stop_asked = trainer.stop_asked or (due and step + 1 < recipe.train.steps)
         return meet(step, *rest)
 
     trainer.council.meet = meet_and_look  # type: ignore[method-assign, assignment]
-    return trainer.train(report=False).finished
+    finished = trainer.train(report=False).finished
+    return finished or time.perf_counter() - started > seconds
 
 
 def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
@@ -131,6 +139,7 @@ def main() -> None:
     """Train, watch, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--hours", type=float, default=float("inf"))
     parser.add_argument("--restart-every", type=int, default=2000)
     parser.add_argument("--restart", choices=("workers", "trainer"), default="workers")
     parser.add_argument("--recipe", default="declip-demo")
@@ -146,7 +155,7 @@ def main() -> None:
     until = options.restart_every if of_trainer else options.steps
     workers_every = options.steps if of_trainer else options.restart_every
     with TemporaryDirectory() as folder:
-        while not watch(recipe, Path(folder) / "run", until, workers_every, rows, kept):
+        while not watch(recipe, Path(folder) / "run", until, workers_every, 3600 * options.hours, rows, kept):
             until += options.restart_every
     kept.write_text(json.dumps(rows) + "\n", encoding="utf-8")
     draw(rows, options.out / "soak.png")

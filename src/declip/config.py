@@ -247,7 +247,7 @@ class Train(Section):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)
     clip_norm: float | None = Field(None, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="auto: bf16 where the device computes it")
     channels_last: bool = False
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; they are evaluated")
     log_every: int = Field(10, ge=1)

@@ -24,11 +24,12 @@ class Supply:
         workers: As given.
         needed: Workers that would do, by what was last measured.
         share: Of the time, what was spent waiting when `starved` last looked.
+        told: Whether `advice` has been given.
     """
 
     def __init__(self, workers: int, cores: int) -> None:
         self.workers, self.cores = workers, cores
-        self.needed, self.share = workers, 0.0
+        self.needed, self.share, self.told = workers, 0.0, False
         self._steps, self._waited, self._took = -WARM, 0.0, 0.0
 
     def step(self, waited: float, took: float) -> None:
@@ -49,6 +50,7 @@ class Supply:
 
     def advice(self) -> str:
         """What to do about it."""
+        self.told = True
         now = "none" if self.workers == 0 else f"{self.workers}"
         words = (
             f"Steps spend {self.share:.0%} of their time waiting for batches. data.workers={self.needed} would keep up "

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from declip.training.memory import frozen_garbage, kept_memory
 from declip.training.monitor import Monitor, Silence, log
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner, core
+from declip.training.precision import settled
 from declip.training.run import Run, check_datasets, kept_encoder, open_folder
 from declip.training.schedule import learning_rate, paced
 from declip.training.start import begin, find_start
@@ -109,6 +110,7 @@ class Trainer:
         distributed.join(self.device, recipe.train.patience)
         self.council = Council(recipe.train.patience)
         self.leads = distributed.rank() == 0
+        recipe = self.council.first(partial(settled, recipe, self.device, folder, resume))
         start = find_start(recipe, folder, resume)
         self.recipe = recipe = start.fit(recipe) if start is not None else recipe
         self.source = open_training_source(recipe)
@@ -135,7 +137,6 @@ class Trainer:
         cores = free_cores(torch.get_num_threads() if self.device.type == "cpu" else 1)
         self.workers = min(1, cores) if recipe.data.workers == "auto" else recipe.data.workers
         self.supply = Supply(self.workers, cores)
-        self._warned_of_supply = False
         self._health = Health(recipe.train.batch, recipe.train.warmup_steps)
         self.stop_asked, self._signal, self._looked = False, 0, 0.0
         # What can't be used is said before a folder is made or a step taken, not when it is first needed.
@@ -259,9 +260,8 @@ class Trainer:
         if not self.supply.starved():
             return
         if self.recipe.data.workers != "auto":
-            if not self._warned_of_supply and self.leads:
+            if self.leads and not self.supply.told:
                 log.warning(self.supply.advice())
-            self._warned_of_supply = True
             return
         more = min(self.supply.needed, self.supply.cores)
         if more > self.workers:
