@@ -6,12 +6,13 @@ RUN    ?= runs/demo
 BENCH  ?= runs/bench.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint docs bench clean
 
 help:
 	@echo "make demo    install, prepare the built-in pairs, train DeCLIP on them, evaluate, write a report"
 	@echo "make test    install, run the whole test suite"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the documentation as a site, into site/; a broken link is an error"
 	@echo "make bench   install the peers too, and measure beside them: views, tokeniser, step …; BENCH=FILE takes the numbers"
 	@echo "make setup   only install, into $(VENV)"
 
@@ -35,6 +36,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 $(VENV)/.benched: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[bench]'
 	@touch $@
@@ -43,4 +47,4 @@ bench: $(VENV)/.benched
 	$(BIN)/python benchmarks/run.py --json $(BENCH)
 
 clean:
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs site .pytest_cache .mypy_cache .ruff_cache

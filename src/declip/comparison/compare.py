@@ -73,7 +73,8 @@ def compare(
         baselines: The same.
         tune: Values by key. Every arm tries every combination on `tune_on` first, and keeps its best.
         tune_on: The validation set; by default the recipe's ``evaluation.zero_shot``. Never one of `on`.
-        tune_pairs, tune_steps: Of a try; by default the middle one of `pairs`, and ``train.steps``.
+        tune_pairs: Of a try; by default the middle one of `pairs`.
+        tune_steps: Of a try; by default ``train.steps``.
         jobs: Processes; by default one for each core, at most 8, or one on an accelerator.
         quiet: No progress bar.
 

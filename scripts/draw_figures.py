@@ -1,0 +1,264 @@
+"""Draw the pictures of the method pages and of CONTRIBUTING.md: `python scripts/draw_figures.py` writes docs/figures/.
+
+Lines and letters have the colour of the text around them, so that a drawing fits light and dark pages; it is 400 wide,
+so that a phone shows its letters at nearly their size.
+"""
+
+from collections.abc import Callable, Iterable
+from html import escape
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "docs" / "figures"
+WIDTH = 400
+STYLE = "svg{color:#222}@media (prefers-color-scheme:dark){svg{color:#ddd}}"
+"""For the file shown by itself, as on GitHub; in the site a drawing stands in the page and takes its colour."""
+
+IMAGE, TEXT, TERM, PLAIN = "#3b7dd8", "#d9822b", "#2e9e5b", "#888888"
+
+Part = str
+
+
+def drawing(height: int, title: str, *parts: Part | Iterable[Part]) -> str:
+    """An SVG of its parts."""
+    inner = "\n".join(part if isinstance(part, str) else "\n".join(part) for part in parts)
+    arrow = (
+        '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+        'orient="auto-start-reverse">'
+        '<path d="M0 0 8 4 0 8z" fill="currentColor"/></marker>'
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'font-family="system-ui, sans-serif" font-size="13">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n'
+        f"<defs>{arrow}</defs>\n{inner}\n</svg>\n"
+    )
+
+
+def words(x: float, y: float, text: str, size: int = 13, anchor: str = "middle", colour: str = "currentColor") -> Part:
+    """A line of text, its middle (or its start) at x, its base line at y."""
+    return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'
+
+
+def box(x: float, y: float, width: float, height: float, lines: str, colour: str = PLAIN, dashed: bool = False) -> Part:
+    """A tinted box with lines of text in its middle."""
+    rows = lines.split("\n")
+    top = y + height / 2 - 8 * (len(rows) - 1) + 4.5
+    inside = "".join(words(x + width / 2, top + 16 * number, row) for number, row in enumerate(rows))
+    dash = ' stroke-dasharray="4 3"' if dashed else ""
+    return (
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{colour}" fill-opacity=".18" '
+        f'stroke="{colour}"{dash}/>{inside}'
+    )
+
+
+def arrow(*points: tuple[float, float], dashed: bool = False, both: bool = False, colour: str = "currentColor") -> Part:
+    """A line through points, with a tip at its end, or at both."""
+    path = "M" + " ".join(f"{x} {y}" for x, y in points)
+    dash = ' stroke-dasharray="4 3"' if dashed else ""
+    start = ' marker-start="url(#tip)"' if both else ""
+    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.3"{dash}{start} marker-end="url(#tip)"/>'
+
+
+def matrix(x: float, y: float, rows: int, columns: int, cell: float, dark: Callable[[int, int], bool]) -> list[Part]:
+    """A grid of cells, some of them dark."""
+    return [
+        f'<rect x="{x + c * cell}" y="{y + r * cell}" width="{cell}" height="{cell}" stroke="currentColor" '
+        f'stroke-width=".6" fill="{TERM}" fill-opacity="{0.75 if dark(r, c) else 0.08}"/>'
+        for r in range(rows)
+        for c in range(columns)
+    ]
+
+
+def diagonal(row: int, column: int) -> bool:
+    """Whether a cell belongs to a pair."""
+    return row == column
+
+
+def clip() -> str:
+    """Two towers and the matrix of all images with all captions."""
+    return drawing(
+        330,
+        "CLIP: images and captions of a batch meet in a matrix of cosines; the pairs are its diagonal",
+        box(30, 10, 140, 34, "N images", IMAGE),
+        box(230, 10, 140, 34, "N captions", TEXT),
+        arrow((100, 44), (100, 64)),
+        arrow((300, 44), (300, 64)),
+        box(30, 66, 140, 34, "image tower", IMAGE),
+        box(230, 66, 140, 34, "text tower", TEXT),
+        arrow((100, 100), (100, 170), (126, 170)),
+        arrow((300, 100), (300, 120), (200, 120), (200, 142)),
+        words(62, 150, "F", 15, colour=IMAGE),
+        words(62, 166, "length 1", 11),
+        words(326, 122, "G", 15, colour=TEXT),
+        words(326, 138, "length 1", 11),
+        matrix(130, 146, 5, 5, 28, diagonal),
+        words(200, 304, "s · F Gᵀ: in each row and in each column"),
+        words(200, 321, "the pair's own cell is to be the largest"),
+    )
+
+
+def slip() -> str:
+    """CLIP beside SimCLR between two views of the image."""
+    return drawing(
+        300,
+        "SLIP: CLIP's contrast, and SimCLR's between two more views of each image",
+        box(130, 8, 100, 30, "image", IMAGE),
+        box(280, 8, 100, 30, "caption", TEXT),
+        arrow((150, 38), (60, 62)),
+        arrow((180, 38), (165, 62)),
+        arrow((205, 38), (262, 62)),
+        box(15, 64, 90, 30, "view 1", IMAGE),
+        box(120, 64, 90, 30, "view 2", IMAGE),
+        box(222, 64, 80, 30, "mild view", IMAGE),
+        arrow((60, 94), (60, 116)),
+        arrow((165, 94), (165, 116)),
+        arrow((262, 94), (262, 116)),
+        arrow((345, 38), (345, 116)),
+        box(15, 118, 287, 30, "image tower, the same for all", IMAGE),
+        box(312, 118, 80, 30, "text tower", TEXT),
+        arrow((60, 148), (60, 170)),
+        arrow((165, 148), (165, 170)),
+        arrow((262, 148), (262, 222)),
+        arrow((352, 148), (352, 222)),
+        box(15, 172, 195, 30, "SimCLR head", IMAGE),
+        arrow((60, 202), (60, 222)),
+        arrow((165, 202), (165, 222)),
+        box(15, 224, 195, 44, "simclr: find the other view\namong all views of the batch", TERM),
+        box(222, 224, 170, 44, "contrastive:\nCLIP's", TERM),
+        words(112, 288, "weight 1", 11),
+        words(307, 288, "weight 1", 11),
+    )
+
+
+def filip() -> str:
+    """Patches and words, each with its best partner."""
+    best = {(0, 1), (1, 1), (2, 2), (3, 2), (4, 0)}
+    names = ("a", "red", "apple", "here")
+    return drawing(
+        292,
+        "FILIP: each patch finds its best word, and each word its best patch",
+        box(20, 8, 110, 30, "image", IMAGE),
+        box(270, 8, 110, 30, "caption", TEXT),
+        arrow((75, 38), (75, 60)),
+        arrow((325, 38), (325, 60)),
+        words(75, 76, "patches", 12, colour=IMAGE),
+        words(325, 76, "words", 12, colour=TEXT),
+        [
+            f'<rect x="{45 + 20 * (n % 3)}" y="{86 + 20 * (n // 3)}" width="20" height="20" fill="{IMAGE}" '
+            f'fill-opacity="{0.12 + 0.07 * (n % 4)}" stroke="currentColor" stroke-width=".6"/>'
+            for n in range(9)
+        ],
+        [box(282, 84 + 24 * n, 86, 20, name, TEXT) for n, name in enumerate(names)],
+        matrix(148, 96, 5, 4, 26, lambda r, c: (r, c) in best),
+        words(200, 88, "cosines", 11),
+        arrow((107, 116), (144, 140)),
+        arrow((280, 132), (256, 140)),
+        words(200, 246, "image → text: mean over patches of the best word"),
+        words(200, 263, "text → image: mean over words of the best patch"),
+        words(200, 282, "then CLIP's contrast on these instead of one cosine", 12),
+    )
+
+
+def declip() -> str:
+    """The four features of a pair and the five terms between them."""
+    return drawing(
+        392,
+        "DeCLIP: two views of the image, two of the caption, and five terms between them",
+        box(15, 8, 150, 30, "image", IMAGE),
+        box(235, 8, 150, 30, "caption", TEXT),
+        arrow((60, 38), (50, 58)),
+        arrow((120, 38), (130, 58)),
+        arrow((280, 38), (270, 58)),
+        arrow((340, 38), (350, 58)),
+        box(15, 60, 70, 30, "view 1", IMAGE),
+        box(95, 60, 70, 30, "view 2", IMAGE),
+        box(235, 60, 70, 30, "masked", TEXT),
+        box(315, 60, 70, 30, "EDA", TEXT),
+        arrow((50, 90), (50, 130)),
+        arrow((130, 90), (130, 130)),
+        arrow((270, 90), (270, 130)),
+        arrow((350, 90), (350, 130)),
+        box(15, 132, 70, 30, "F₁", IMAGE),
+        box(95, 132, 70, 30, "F₂", IMAGE),
+        box(235, 132, 70, 30, "G₁", TEXT),
+        box(315, 132, 70, 30, "G₂", TEXT),
+        words(200, 115, "towers", 11),
+        arrow((50, 162), (50, 182), (270, 182), (270, 164), both=True, colour=TERM),
+        words(205, 178, "contrastive", 12, colour=TERM),
+        arrow((130, 162), (130, 204), (282, 204), (282, 164), both=True, dashed=True, colour=TERM),
+        arrow((60, 162), (60, 220), (344, 220), (344, 164), both=True, dashed=True, colour=TERM),
+        arrow((140, 162), (140, 236), (356, 236), (356, 164), both=True, dashed=True, colour=TERM),
+        words(205, 252, "multi_view: the three other pairings", 12, colour=TERM),
+        box(15, 268, 120, 46, "simsiam\nF₁ ↔ F₂", TERM),
+        box(265, 268, 120, 46, "masked_language\nwords of G₁", TERM),
+        box(145, 330, 110, 46, "queue of past\ncaptions", TEXT, dashed=True),
+        box(265, 330, 120, 46, "nearest_\nneighbour", TERM),
+        words(75, 348, "weights:", 11),
+        words(75, 364, "0.1 0.3 0.2 0.2 0.2", 11),
+        arrow((255, 353), (263, 353)),
+    )
+
+
+def defilip() -> str:
+    """DeCLIP's terms on the features, FILIP's on the tokens."""
+    return drawing(
+        250,
+        "DeFILIP: DeCLIP's five terms on whole features, FILIP's term on patches and words of the first views",
+        box(15, 8, 170, 30, "image, two views", IMAGE),
+        box(215, 8, 170, 30, "caption, two views", TEXT),
+        arrow((100, 38), (100, 58)),
+        arrow((300, 38), (300, 58)),
+        box(15, 60, 170, 30, "image tower", IMAGE),
+        box(215, 60, 170, 30, "text tower", TEXT),
+        arrow((60, 90), (60, 128)),
+        arrow((340, 90), (340, 128)),
+        arrow((140, 90), (140, 108), (200, 108), (200, 128)),
+        arrow((260, 90), (260, 108), (202, 108)),
+        words(60, 146, "features", 12, colour=IMAGE),
+        words(340, 146, "features", 12, colour=TEXT),
+        words(200, 146, "patches, words", 12),
+        arrow((60, 152), (60, 172)),
+        arrow((340, 152), (340, 162), (90, 162), (90, 172)),
+        arrow((200, 152), (200, 172)),
+        box(15, 174, 150, 62, "DeCLIP's five terms\n0.1 0.3 0.2 0.2 0.2", TERM),
+        box(180, 174, 205, 62, "late_interaction\nof view 1 and caption 1: 0.2", TERM),
+    )
+
+
+def way() -> str:
+    """The way of a pair through the code."""
+    steps = (
+        ("source", "data/sources.py, table.py, shards.py …", "PairSource", PLAIN),
+        ("pair", "data/pairs.py: image, captions, keywords", "Pair", PLAIN),
+        ("views", "data/image_views.py, text_views.py", "uint8 crops, token ids", IMAGE),
+        ("batch", "data/batch.py, assembly.py, loader.py", "PairBatch", IMAGE),
+        ("towers", "models/dual_encoder.py", "TowerOutputs", IMAGE),
+        ("features", "models/heads.py, objective.py: read", "Features", TEXT),
+        ("terms", "supervision/*.py", "scalars, and their total", TERM),
+        ("step", "training/step.py", "gradient, optimiser", TERM),
+        ("checkpoint", "training/checkpoint.py", "step-… in the run folder", PLAIN),
+        ("evaluation", "evaluation/protocols.py", "report.html", PLAIN),
+        ("use", "explore/, interchange/", "search, export", PLAIN),
+    )
+    parts: list[Part] = []
+    for number, (name, where, what, colour) in enumerate(steps):
+        y = 8 + 44 * number
+        parts.append(box(8, y, 92, 30, name, colour))
+        parts.append(words(110, y + 12, where, 12, "start"))
+        parts.append(words(110, y + 27, what, 11, "start", colour if colour != PLAIN else "currentColor"))
+        if number:
+            parts.append(arrow((54, y - 14), (54, y - 1)))
+    return drawing(8 + 44 * len(steps), "The way of a pair, one call an arrow, forward only", parts)
+
+
+FIGURES = {"clip": clip, "slip": slip, "filip": filip, "declip": declip, "defilip": defilip, "way-of-a-pair": way}
+
+
+def main() -> None:
+    """Write all of them."""
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in FIGURES.items():
+        (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The site builds strictly, without network, and asks nobody for anything when it is looked at."""
+
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from docs.blocks import ROOT
+
+pytest.importorskip("material")
+ASKS = re.compile(
+    r'<(?:script|img|iframe|source|video|audio|embed|object)\b[^>]*?\b(?:src|data)="([^"]+)"|<link\b[^>]*?>'
+)
+LINK = re.compile(r'<a\b[^>]*?\bhref="([^"]+)"')
+NAMED = re.compile(r'\bid="([^"]+)"')
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; a broken link or anchor, and any other warning, fails the building."""
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_MKDOCS_2_WARNING", "1")
+        patch.setattr("socket.socket.connect", _no_network)
+        config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
+        config.plugins.on_startup(command="build", dirty=False)
+        build(config)
+        config.plugins.on_shutdown()
+    return folder
+
+
+def _no_network(*_: object) -> None:
+    raise AssertionError("the site asks for the network while it is built")
+
+
+def test_all_pages_are_there_and_ask_nobody(site: Path) -> None:
+    pages = sorted(site.rglob("*.html"))
+    assert {"index.html", "tutorial.html", "tour.html", "contributing.html", "api.html"} <= {p.name for p in pages}
+    for page in (page for page in pages if "benchmarks" not in page.parts):
+        text = page.read_text(encoding="utf-8")
+        asked = [found[1] or "".join(re.findall(r'href="([^"]+)"', found[0])) for found in ASKS.finditer(text)]
+        assert asked
+        outside = [link for link in asked if urlsplit(link).scheme in {"http", "https"} or link.startswith("//")]
+        assert not outside, f"{page.name} loads {outside}"
+        assert 'class="mermaid"' not in text, "the theme would load mermaid from elsewhere"
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name
+
+
+def test_links_lead_somewhere(site: Path) -> None:
+    pages = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html") if path.name != "404.html"}
+    named = {path: set(NAMED.findall(text)) for path, text in pages.items()}
+    for path, text in pages.items():
+        if "benchmarks" in path.parts:
+            continue
+        for link in map(urlsplit, LINK.findall(text)):
+            if link.scheme or link.netloc:
+                continue
+            target = (path.parent / unquote(link.path)).resolve() if link.path else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.exists(), f"{path.name}: {link.path}"
+            if link.fragment and target in named:
+                assert link.fragment in named[target] | {"__comments"}, f"{path.name}: {link.path}#{link.fragment}"
+
+
+def test_formulas_are_mathml_and_drawings_part_of_the_page(site: Path) -> None:
+    for method in ("clip", "slip", "filip", "declip", "defilip"):
+        text = (site / "methods" / f"{method}.html").read_text(encoding="utf-8")
+        assert text.count('<svg class="drawing"') == 1
+        assert "<math" in text
+        assert "arithmatex" not in text
+        for formula in re.findall(r"<math.*?</math>", text, re.DOTALL):
+            assert "\\" not in "".join(ET.fromstring(formula).itertext()), "a command that was not understood"
+
+
+def test_drawings_are_those_that_the_script_draws() -> None:
+    import runpy
+
+    script = runpy.run_path(str(ROOT / "scripts" / "draw_figures.py"))
+    for name, draw in script["FIGURES"].items():
+        drawn = draw()
+        assert ET.fromstring(drawn).tag.endswith("svg")
+        assert (ROOT / "docs" / "figures" / f"{name}.svg").read_text(encoding="utf-8") == drawn
