@@ -37,8 +37,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links to the measurements, which lie beside docs/ in the repository and below it in the site."""
-    return markdown.replace(f"](../{RESULTS}/", f"]({RESULTS}/")
+    """Links to what lies elsewhere in the repository: the measurements, and the notebook."""
+    return markdown.replace(f"](../{RESULTS}/", f"]({RESULTS}/").replace("](tour.ipynb)", "](tour.md)")
 
 
 def on_page_content(content: str, page: Page, **_: Any) -> str:

@@ -33,7 +33,7 @@ def test_a_page_does_what_it_says(name: str, here: Path, monkeypatch: pytest.Mon
             (here / each).unlink()
     reader = Reader(monkeypatch)
     reader.follow(page)
-    assert len(reader.ran) > 1
+    assert reader.ran
     kinds = {block.kind for block in blocks(page)}
     assert kinds <= {"python", "shell", "yaml"} | OUTPUT, "a block of another kind is not run"
     if name == "tutorial":
