@@ -14,6 +14,7 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from site_keys import keys_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -25,10 +26,11 @@ DRAWING = re.compile(r'<img alt="([^"]*)" src="[^"]*?figures/([a-z-]+\.svg)"\s*/
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add CONTRIBUTING.md, the notebook as a page, and the measurements that the pages link to."""
+    """Add CONTRIBUTING.md, the notebook as a page, all recipe keys, and the measurements that the pages link to."""
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "contributing.md", content=contributing))
     files.append(File.generated(config, "tour.md", content=notebook_page(DOCS / "tour.ipynb")))
+    files.append(File.generated(config, "keys.md", content=keys_page()))
     for path in sorted((ROOT / RESULTS).rglob("*")):
         if path.suffix in KINDS:
             place = path.relative_to(ROOT).as_posix()

@@ -68,6 +68,12 @@ def test_links_lead_somewhere(site: Path) -> None:
                 assert link.fragment in named[target] | {"__comments"}, f"{path.name}: {link.path}#{link.fragment}"
 
 
+def test_every_recipe_key_is_listed(site: Path) -> None:
+    text = (site / "keys.html").read_text(encoding="utf-8")
+    for key in ("seed", "views.image.crop_area", "train.largest_logits_mb", "finetune.lora", "weights.simclr"):
+        assert f"<code>{key}</code>" in text
+
+
 def test_formulas_are_mathml_and_drawings_part_of_the_page(site: Path) -> None:
     for method in ("clip", "slip", "filip", "declip", "defilip"):
         text = (site / "methods" / f"{method}.html").read_text(encoding="utf-8")
