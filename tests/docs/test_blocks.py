@@ -1,5 +1,6 @@
 """Every block of the pages that teach runs; every command of every page exists."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,17 @@ def test_a_page_does_what_it_says(name: str, here: Path, monkeypatch: pytest.Mon
 def test_the_commands_of_a_page_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for words in declip_commands(page):
-        if words[1:2] != ["app"]:
-            check(words)
+        check(words)
+
+
+@pytest.mark.parametrize("name", [name for name in TAUGHT if name.startswith("methods/")])
+def test_our_numbers_are_those_of_the_results(name: str) -> None:
+    results = (DOCS / "results.md").read_text(encoding="utf-8")
+    here = (DOCS / f"{name}.md").read_text(encoding="utf-8").split("\n## Here\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `[a-z0-9-]+`[^|]*\| (.*±.*) \|$", here, re.MULTILINE)
+    assert rows
+    for row in rows:
+        assert row in results, f"{name}.md has {row}"
 
 
 def test_a_wrong_command_is_seen(tmp_path: Path) -> None:
