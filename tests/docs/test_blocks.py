@@ -62,7 +62,7 @@ def test_our_numbers_are_those_of_the_results(name: str) -> None:
 def test_a_wrong_command_is_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("    declip train clip --outt x\n\n```shell\ndeclip train clip \\\n    train.stepps=3\n```\n")
-    wrong, misspelt = declip_commands(page)
+    misspelt, wrong = declip_commands(page)
     with pytest.raises(Exception, match="No such option"):
         check(wrong)
     with pytest.raises(ValueError, match=r"train\.stepps"):
