@@ -8,6 +8,7 @@ from torch import Tensor
 
 from declip.data.pairs import is_unicode
 from declip.explore.app.gallery import Gallery
+from declip.explore.store import Over
 
 LONGEST_TEXT = 2_000
 """Characters of a text that is searched for, or of a template."""
@@ -45,6 +46,11 @@ def choice(given: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str
     if value not in allowed:
         raise wrong(f"{name} must be one of {', '.join(allowed)}.")
     return value
+
+
+def over(given: Mapping[str, str]) -> Over:
+    """What a request wants to compare with; raises `HTTPException` where it is neither images nor captions."""
+    return "captions" if choice(given, "over", ("images", "captions")) == "captions" else "images"
 
 
 def words(value: object, what: str, longest: int = LONGEST_TEXT) -> str:

@@ -83,7 +83,7 @@ def captions(request: Request) -> Response:
 def points(request: Request) -> Response:
     """The map: ids, places and cosines of image and caption."""
     gallery: Gallery = request.app.state.gallery
-    over = asked.choice(request.query_params, "over", ("images", "captions"))
+    over = asked.over(request.query_params)
     method = asked.choice(request.query_params, "method", ("pca", "umap"))
     job = gallery.jobs.get(("map", over, method), partial(lay_out, gallery.index, over, method))
     compared = _agreement(gallery)

@@ -23,11 +23,11 @@ def search(request: Request) -> Response:
     gallery: Gallery = request.app.state.gallery
     given, started = request.query_params, time.perf_counter()
     count = asked.whole(given, "count", USUAL_HITS, 1, MOST_HITS)
-    over = asked.choice(given, "over", ("images", "captions"))
+    over = asked.over(given)
     if over == "captions" and not gallery.index.manifest.captions:
         raise asked.wrong("This index holds no vectors of captions to search in.")
     query = _query(gallery, given)
-    ids, cosines = gallery.index.nearest(query[None], count, over=over)  # type: ignore[arg-type]  # chosen above
+    ids, cosines = gallery.index.nearest(query[None], count, over=over)
     hits = _hits(gallery, ids[0], cosines[0])
     return JSONResponse({"hits": hits, "images": len(gallery.index), "seconds": time.perf_counter() - started})
 

@@ -74,8 +74,8 @@ def read_picture(content: bytes) -> Image.Image:
         return decode(content, "the picture", MOST_PIXELS)
     except BrokenPair as broken:
         said = WRONG.get(broken.reason, WRONG["unreadable image"])
-        raise HTTPException(HTTPStatus.UNPROCESSABLE_CONTENT, said) from broken
+        raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, said) from broken
 
 
 def _too_long(most: int) -> HTTPException:
-    return HTTPException(HTTPStatus.CONTENT_TOO_LARGE, f"The file is too large: at most {most >> 20} MB.")
+    return HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The file is too large: at most {most >> 20} MB.")

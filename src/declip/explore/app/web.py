@@ -106,9 +106,9 @@ def thumbnail(request: Request) -> Response:
     """A small copy of an image of the index, by its id alone."""
     gallery: Gallery = request.app.state.gallery
     id = asked.whole(request.path_params, "id", 0, 0, asked.LARGEST_ID)
-    size = asked.choice(request.query_params, "size", ("small", "large"))
+    large = asked.choice(request.query_params, "size", ("small", "large")) == "large"
     try:
-        content = gallery.thumbnails.get(id, size)  # type: ignore[arg-type]  # chosen above
+        content = gallery.thumbnails.get(id, "large" if large else "small")
     except UserError:
         raise HTTPException(HTTPStatus.NOT_FOUND, "There is no such picture any more.") from None
     return Response(content, media_type=MEDIA_TYPE, headers={"Cache-Control": "private, max-age=3600"})
