@@ -87,4 +87,5 @@ def test_a_failure_of_ours_says_nothing_of_its_inside(gallery: Any, monkeypatch:
     with TestClient(build(gallery, "localhost"), base_url=PAGE, raise_server_exceptions=False) as client:
         answer = client.get("/api/search?text=a")
     assert answer.status_code == 500
+    assert "content-security-policy" in answer.headers
     assert "secret" not in answer.text

@@ -126,11 +126,15 @@ def test_damaged_run_files_are_passed_over(client: Any, gallery: Any, tmp_path: 
     folder.mkdir()
     (folder / "recipe.yaml").write_bytes(b"\xff\xfe: [")
     (folder / "metrics.jsonl").write_text('{"step": 1, "total": "x", "terms": 3, "seconds": null}\n{"step": 2}\n')
-    (folder / "evaluations.jsonl").write_text('{"step": 1, "protocol": []}\n{"step": 2, "protocol": "retrieval"}\n')
+    damaged = {"protocol": "zero-shot", "on": "set", "n": 1, "classes": 0, "top1": "x", "top5": 1,
+               "mean_per_class": 1, "templates": "plain", "skipped": {}}  # fmt: skip
+    rows = [{"step": 1, "protocol": []}, {"step": 2, "protocol": "retrieval"}, {"step": 3, **damaged}]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     gallery.runs, before = RunFolders([folder]), gallery.runs
     try:
         tree = client.get("/api/runs").json()
         assert [line["name"] for line in tree["runs"]] == ["broken"]
-        assert all(not any(each["lines"]) or each["title"] for each in tree["curves"])
+        assert tree["runs"][0]["step"] == 2
+        assert (tree["curves"], tree["measured"], tree["results"]) == ([], [], [])
     finally:
         gallery.runs = before

@@ -230,6 +230,10 @@ class Index:
         """
         return self._store.vectors(self._store.positions(ids), over)
 
+    def keys(self) -> list[str]:
+        """The key of each image in the order of `ids`; more than one may have it."""
+        return self._store.keys()
+
     def captions(self) -> list[str]:
         """The first caption of each image in the order of `ids`, empty where it has none."""
         return self._store.first_captions()

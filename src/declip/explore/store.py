@@ -105,6 +105,11 @@ class Store:
         texts = [own[0].as_py() if len(own) else "" for column in columns for own in column]
         return [texts[position] for position in self.live.tolist()]
 
+    def keys(self) -> list[str]:
+        """Of the rows that a search finds, in order."""
+        keys = [key for part in self.parts for key in part.batch.column("key").to_pylist()]
+        return [keys[position] for position in self.live.tolist()]
+
     def known(self, before: int) -> Iterator[Known]:
         """The rows whose id is below `before`."""
         for part in self.parts:

@@ -85,8 +85,8 @@ class Gallery:
     def ids_of_keys(self) -> dict[str, int]:
         """The id of each key, the first where several images share one."""
         found: dict[str, int] = {}
-        for id in self.index.ids.tolist():
-            found.setdefault(self.index.row(id).key, id)
+        for key, id in zip(self.index.keys(), self.index.ids.tolist(), strict=True):
+            found.setdefault(key, id)
         return found
 
     @cached_property

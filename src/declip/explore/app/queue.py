@@ -13,6 +13,7 @@ from declip.config import Recipe
 from declip.data.images import ImageSource
 from declip.data.loader import PairLoader
 from declip.data.pairs import BrokenPair, PairSource
+from declip.data.shard_names import is_url
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.training.build import build_loader, image_views, open_training_source
@@ -127,6 +128,10 @@ def _read(checkpoint: Path) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _training_pairs(recipe: Recipe, model: DualEncoder) -> tuple[PairSource, PairLoader]:
+    sources = recipe.data.source
+    words = [sources] if isinstance(sources, str) else [each.source for each in sources]
+    if any(is_url(part) for word in words for part in word.split("::")):
+        raise UserError("The training pairs, whose captions the queue holds, are not on this machine.")
     try:
         source = open_training_source(recipe)
     except UserError as error:

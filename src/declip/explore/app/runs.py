@@ -10,8 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from declip.data.pairs import printable
+from declip.evaluation.measure import Measure
 from declip.evaluation.report_curves import PROGRESS, TERMS
 from declip.evaluation.report_run import Run
+from declip.evaluation.results import Result
 from declip.explore.app.curves import thinned
 from declip.explore.app.gallery import Gallery
 from declip.explore.app.run_folders import RunFolder, differences, flat_recipe
@@ -70,7 +72,7 @@ def _results(read: Sequence[Run]) -> list[list[Any]]:
     rows: dict[tuple[str, str], dict[int, Any]] = {}
     for place, run in enumerate(read):
         for row in run.last():
-            for measure in row.result.measures():
+            for measure in _measures(row.result):
                 rows.setdefault((row.result.on, measure.name), {})[place] = measure
     table = []
     for (on, name), values in rows.items():
@@ -85,7 +87,7 @@ def _measured(read: Sequence[Run]) -> list[dict[str, Any]]:
     charts: dict[tuple[str, str, str], dict[int, Line]] = {}
     for place, run in enumerate(read):
         for row in run.evaluations:
-            for measure in _leading(row.result.measures()):
+            for measure in _leading(_measures(row.result)):
                 key = (row.result.on, row.result.protocol, measure.name)
                 if (value := _finite(measure.value)) is not None:
                     charts.setdefault(key, {}).setdefault(place, []).append((row.step, value))
@@ -96,7 +98,15 @@ def _measured(read: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def _leading(measures: list[Any]) -> list[Any]:
+def _measures(result: Result) -> list[Measure]:
+    """A result's numbers; none where the row that it was read from is damaged."""
+    try:
+        return result.measures()
+    except (ArithmeticError, AttributeError, TypeError, ValueError):
+        return []
+
+
+def _leading(measures: list[Measure]) -> list[Measure]:
     """Top-1, or R@1 in both directions."""
     recalls = [measure for measure in measures if measure.name.endswith("R@1")]
     return recalls or measures[:1]

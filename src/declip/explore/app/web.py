@@ -13,10 +13,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import prompt_names, read_prompts
@@ -51,7 +51,7 @@ EXAMPLES = 6
 Endpoint = Callable[[Request], Response | Awaitable[Response]]
 
 
-def build(gallery: Gallery, host: str) -> Starlette:
+def build(gallery: Gallery, host: str) -> ASGIApp:
     """Make the server's application.
 
     Args:
@@ -85,7 +85,6 @@ def build(gallery: Gallery, host: str) -> Starlette:
 
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, names=known_names(host))],
         exception_handlers={HTTPException: _refused, UserError: _mistaken, Exception: _failed},
         lifespan=lifespan,
     )
@@ -99,7 +98,7 @@ def build(gallery: Gallery, host: str) -> Starlette:
         lstrip_blocks=True,
     )
     _sets()  # read now, so that the first page need not wait
-    return app
+    return Guard(app, known_names(host))  # around everything, so that a failure of ours passes it too
 
 
 def thumbnail(request: Request) -> Response:
