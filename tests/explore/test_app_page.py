@@ -25,6 +25,7 @@ def address(gallery: Any) -> Iterator[str]:
     from declip.explore.app.start import address_of, take_port
     from declip.explore.app.web import build
 
+    gallery.jobs = type(gallery.jobs)()  # those of an earlier server end with it
     with take_port("127.0.0.1", 0) as bound:
         server = uvicorn.Server(uvicorn.Config(build(gallery, "127.0.0.1"), log_config=None, lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

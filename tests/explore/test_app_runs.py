@@ -82,6 +82,7 @@ def test_a_run_is_shown_with_its_results_and_curves(client: Any, gallery: Any, r
 def test_two_runs_are_compared_and_followed(client: Any, gallery: Any, run_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(run_folder, other, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    os.utime(other / "metrics.jsonl")
     recipe = (other / "recipe.yaml").read_text().replace("steps: 8", "steps: 12")
     (other / "recipe.yaml").write_text(recipe)
     result = {"protocol": "zero-shot", "on": "set", "n": 9, "classes": 3, "top1": 0.5, "top5": 1.0,
