@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from declip.errors import UserError
+from declip.explore.app.command import app as show_page
 from declip.explore.commands import embed, index, search
 from declip.interchange.commands import export, import_, interpolate
 
@@ -201,6 +202,7 @@ def compare(
 for command in (embed, search, export, interpolate):
     app.command()(command)
 app.command(name="import")(import_)
+app.command(name="app")(show_page)
 
 
 def _grid(words: list[str]) -> dict[str, list[Any]]:
@@ -239,6 +241,7 @@ def prepare(
     image_column: Annotated[str, typer.Option(help="a table's column of images")] = "image",
     caption_column: Annotated[str, typer.Option(help="a table's column of captions")] = "caption",
     image_root: Annotated[str | None, typer.Option(help="folder that image paths are relative to")] = None,
+    drop: Annotated[Path | None, typer.Option(help="a list of pairs to leave out, such as `declip app` saves")] = None,
     cache: Annotated[
         Path | None, typer.Option(help="where a built-in set goes; by default DECLIP_CACHE or the user's cache")
     ] = None,
@@ -249,6 +252,8 @@ def prepare(
     from declip.data.prepare import prepare_source
 
     if out is None:
+        if drop is not None:
+            raise UserError("--drop leaves pairs out of shards; say where those go with --out DIR.")
         console.print(f"Ready: {prepare_builtin(source, cache, progress=not quiet)}", soft_wrap=True)
         return
     if cache is not None:
@@ -264,6 +269,7 @@ def prepare(
             image_column=image_column,
             caption_column=caption_column,
             image_root=image_root,
+            drop=drop,
             progress=not quiet,
         )
     except KeyboardInterrupt:

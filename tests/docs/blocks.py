@@ -66,20 +66,12 @@ def declip_commands(page: Path) -> Iterator[list[str]]:
                 and not re.search(r"\b(RECIPE|INDEX|MODEL|SOURCE|RUN)\b", line)
             ):
                 words = shlex.split(line, comments=True)
-                if start == "declip " and not_yet(words):
-                    continue
                 if start == "declip ":
                     yield words
                 elif "-m" in words:
                     yield words[words.index("-m") + 1 :]
                 elif "scripts/train.sbatch" in words:
                     yield ["declip", "train", *words[words.index("scripts/train.sbatch") + 1 :]]
-
-
-def not_yet(words: list[str]) -> bool:
-    """Whether it is `declip app`, where this version has none."""
-    commands: Any = get_command(cli.app)
-    return words[1] == "app" and "app" not in commands.commands
 
 
 def check(words: list[str]) -> dict[str, Any]:
@@ -133,8 +125,6 @@ class Reader:
             return
         if words[0] != "declip":
             subprocess.run(["bash", "-ec", line], check=True, stdout=subprocess.DEVNULL)
-            return
-        if not_yet(words):
             return
         resolved = check(words).get("resolved")
         large = resolved is not None and resolved.image.size > LARGEST_RUN

@@ -1,18 +1,25 @@
 """A tiny model with random weights, a folder of pictures without captions, and indices of made-up vectors."""
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+import declip
 from conftest import COLOURS, SHAPES, TINY, WEIGHTS, draw
 from declip.config import Recipe
 from declip.data.origin import Origin
 from declip.explore.manifest import Manifest, ModelOf, Source
 from declip.explore.parts import Row, batch_of, write_part
+from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
+
+PAGE = "http://127.0.0.1:8765"
 
 
 def tiny_model(seed: int = 0) -> DualEncoder:
@@ -69,3 +76,50 @@ def folder(tmp_path: Path) -> Path:
         for shape in SHAPES:
             draw(colour, shape).save(path / f"{colour}-{shape}.png")
     return path
+
+
+@pytest.fixture(scope="session")
+def weights_file(model: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a file."""
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    write_declip_file(model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_folder(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps with a queue."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    tree = {**TINY, "name": "tiny", "data": {"source": str(table)}, "weights": WEIGHTS["declip"]}
+    declip.train(Recipe.model_validate(tree), out=folder, quiet=True, report=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gallery(run_folder: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the page shows: the pairs of the table, as the run's model sees them."""
+    pytest.importorskip("starlette", reason="the page needs declip[app]")
+    from declip.explore.app.start import open_gallery
+
+    return open_gallery(str(run_folder), str(table), tmp_path_factory.mktemp("page") / "index")
+
+
+@pytest.fixture
+def client(gallery: Any) -> Iterator[Any]:
+    """Asks the page's server as the page itself does; no network is used."""
+    testclient = pytest.importorskip("starlette.testclient", reason="the page needs declip[app]")
+    from declip.explore.app.web import build
+
+    gallery.jobs = type(gallery.jobs)()
+    with testclient.TestClient(build(gallery, "127.0.0.1"), base_url=PAGE, headers={"Origin": PAGE}) as asked:
+        yield asked
+
+
+def finished(client: Any, address: str) -> dict[str, Any]:
+    """The answer of an address once its work is done."""
+    for _ in range(2_000):
+        tree = client.get(address).json()
+        if tree["state"] != "working":
+            return tree
+        time.sleep(0.01)
+    raise AssertionError(f"{address} is never done")

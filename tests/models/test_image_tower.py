@@ -17,6 +17,17 @@ def test_pooled_hidden_and_token_features_have_the_announced_widths(name: str) -
     assert features.tokens.shape[1] > 1
 
 
+def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing() -> None:
+    tower = ImageTower("resnet50_clip", size=100, embed_dim=24, options={"depths": [1, 1, 1, 1]})
+    before, random = {name: tensor.clone() for name, tensor in tower.state_dict().items()}, torch.get_rng_state()
+    with pytest.raises(UserError, match=r"'resnet50_clip' does not take images of 100 × 100 pixels"):
+        tower.refuse_size("resnet50_clip", 100)
+    tower.refuse_size("resnet50_clip", 96)
+    assert tower.training
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in tower.state_dict().items())
+
+
 def test_regnety_64gf_is_built_with_its_published_size() -> None:
     with torch.device("meta"):
         tower = ImageTower("regnety_640", size=64, embed_dim=512)

@@ -183,6 +183,14 @@ def test_an_unknown_device_is_named(table: Path, tmp_path: Path) -> None:
         train(recipe_for(table, device="cuda:7"), out=tmp_path, quiet=True)
 
 
+def test_a_size_that_the_tower_cannot_take_is_said_before_anything_is_made(table: Path, tmp_path: Path) -> None:
+    tree = recipe_for(table).model_dump()
+    tree["image"] |= {"name": "convnext_atto", "size": 16, "options": {}}  # its last grid would be half a cell
+    with pytest.raises(UserError, match=r"'convnext_atto' does not take images of 16 × 16 pixels.*image\.size"):
+        train(Recipe.model_validate(tree), out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_broken_pairs_are_counted_and_too_many_stop_the_run(table: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     for row in rows[:3]:

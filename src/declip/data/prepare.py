@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import logging
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,13 +19,17 @@ from torch.utils.data import Dataset
 
 from declip.data.cache import remove, written_beside
 from declip.data.checks import check_range
-from declip.data.pairs import BrokenPair, PairSource, SkipCounter
+from declip.data.drop_list import find_dropped, read_drop_list
+from declip.data.images import ImageSource
+from declip.data.pairs import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.picture import undecoded
 from declip.data.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.data.shrink import SIZE, shrunk
 from declip.data.sources import open_source
 from declip.data.workers import in_order, pairs_bar, usual_workers
 from declip.errors import UserError
+
+log = logging.getLogger("declip")
 
 RECORD, SIZES, NOTICE, LOCK = "prepared.json", "sizes.json", "NOTICE.txt", ".lock"
 LAYOUT = 1
@@ -78,6 +84,7 @@ def prepare_source(
     image_column: str = "image",
     caption_column: str = "caption",
     image_root: str | Path | None = None,
+    drop: str | Path | None = None,
     progress: bool = False,
 ) -> Prepared:
     """Write the pairs of a source as WebDataset shards with pictures no larger than needed.
@@ -98,11 +105,13 @@ def prepare_source(
         image_column: As `open_source` has it; so for the two that follow.
         caption_column: For tables.
         image_root: For tables.
+        drop: A list of pairs to leave out, as `read_drop_list` reads it; each is counted by the list's reason.
         progress: Show a progress bar.
 
     Raises:
-        UserError: There is no such source, an option is out of its range, no pair can be used, or the folder holds
-            something else, the shards of another source or other options, or cannot be written to.
+        UserError: There is no such source or list, no pair of the list is in the source, an option is out of its range,
+            no pair can be used, or the folder holds something else, the shards of another source or other options, or
+            cannot be written to.
     """
     check_range("size", size, 16)
     check_range("shard_pairs", shard_pairs, 1)
@@ -117,6 +126,7 @@ def prepare_source(
     starts = range(0, len(opened), shard_pairs)
     if len(starts) > MOST_SHARDS:
         raise UserError(f"shard_pairs={shard_pairs} makes {len(starts):,} shards, more than {MOST_SHARDS:,}.")
+    dropped = {} if drop is None else _dropped(opened, drop)
     made_of = {
         "layout": LAYOUT,
         "source": _name(source),
@@ -127,13 +137,14 @@ def prepare_source(
         "image_column": image_column,
         "caption_column": caption_column,
         "image_root": None if image_root is None else _name(image_root),
+        "drop": _digest(dropped) if dropped else None,
     }
     with _held(Path(out).expanduser()) as folder:
         record = _Record(folder, made_of)
         record.save()
         shards = [_Shard(f"{k:06d}.tar", range(s, min(s + shard_pairs, len(opened)))) for k, s in enumerate(starts)]
         missing = [shard for shard in shards if not record.has(shard.name)]
-        _make(missing, record, _Maker(opened, size, quality), workers, progress)
+        _make(missing, record, _Maker(opened, size, quality, dropped), workers, progress)
         record.finish(getattr(opened, "credit", ""))
     prepared = record.total()
     if not prepared.pairs:
@@ -193,6 +204,7 @@ class _Maker:
     source: PairSource
     size: int
     quality: int
+    dropped: Mapping[int, str]
 
     def part(self, places: range) -> _Part:
         """Those of the pairs at some places."""
@@ -205,7 +217,9 @@ class _Maker:
         return made
 
     def members(self, place: int) -> list[tuple[str, bytes]]:
-        """Those of one pair; raises `BrokenPair`."""
+        """Those of one pair; raises `BrokenPair`, also where it is to be dropped."""
+        if place in self.dropped:
+            raise BrokenPair(self.dropped[place], ImageSource(self.source).key(place), "on the list")
         pair = undecoded(self.source, place)
         image, content = shrunk(pair.picture, self.size, self.quality)
         text, said = _written(pair.captions, pair.keywords)
@@ -308,6 +322,29 @@ def _held(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         lock.release()
+
+
+def _dropped(source: PairSource, drop: str | Path) -> dict[int, str]:
+    """The places that a list leaves out, and why; raises `UserError` where it names none of the source's pairs."""
+    found = find_dropped(source, read_drop_list(drop))
+    if not found.reasons:
+        raise UserError(
+            f"None of the pairs that '{drop}' names is in '{source.name}', such as '{printable(found.missing[0])}'. "
+            "Keys are paths below the source, for most sources: give the source that the list was made of."
+        )
+    if found.missing:
+        log.warning(
+            "%s keys of '%s' are not in '%s', such as '%s'.",
+            f"{len(found.missing):,}",
+            drop,
+            source.name,
+            printable(found.missing[0]),
+        )
+    return found.reasons
+
+
+def _digest(dropped: Mapping[int, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(dropped.items())).encode()).hexdigest()
 
 
 def _name(source: str | Path | PairSource) -> str:

@@ -222,9 +222,21 @@ class Index:
         """An image of the index; raises `UserError` where there is no such id."""
         return self._store.row(int(self._store.positions([id])[0]))
 
-    def vectors(self, ids: Sequence[int] | np.ndarray) -> Tensor:
-        """(n, d) float32, the vectors of images; raises `UserError` where an id is not there."""
-        return self._store.vectors(self._store.positions(ids))
+    def vectors(self, ids: Sequence[int] | np.ndarray, over: Over = "images") -> Tensor:
+        """(n, d) float32, the vectors of images, or of their captions: zeros where an image has none.
+
+        Raises:
+            UserError: An id is not there, or captions have no vectors here.
+        """
+        return self._store.vectors(self._store.positions(ids), over)
+
+    def keys(self) -> list[str]:
+        """The key of each image in the order of `ids`; more than one may have it."""
+        return self._store.keys()
+
+    def captions(self) -> list[str]:
+        """The first caption of each image in the order of `ids`, empty where it has none."""
+        return self._store.first_captions()
 
     def picture(self, id: int) -> Image.Image:
         """An image's picture, read from the source now; RGB and upright.

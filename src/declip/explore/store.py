@@ -99,6 +99,17 @@ class Store:
         number = int(np.searchsorted(self._starts, position, "right")) - 1
         return self.parts[number].row(int(position - self._starts[number]))
 
+    def first_captions(self) -> list[str]:
+        """Of the rows that a search finds, each one's first caption, empty where it has none."""
+        columns = (part.batch.column("captions") for part in self.parts)
+        texts = [own[0].as_py() if len(own) else "" for column in columns for own in column]
+        return [texts[position] for position in self.live.tolist()]
+
+    def keys(self) -> list[str]:
+        """Of the rows that a search finds, in order."""
+        keys = [key for part in self.parts for key in part.batch.column("key").to_pylist()]
+        return [keys[position] for position in self.live.tolist()]
+
     def known(self, before: int) -> Iterator[Known]:
         """The rows whose id is below `before`."""
         for part in self.parts:

@@ -108,6 +108,27 @@ class ImageTower(nn.Module):
         hidden = self.norm(self.trunk.forward_head(features, pre_logits=True))
         return ImageFeatures(self.proj(hidden), hidden, self._tokens(features))
 
+    def refuse_size(self, name: str, size: int) -> None:
+        """Try one image of a size: many towers build for sizes that they cannot take.
+
+        Raises:
+            UserError: the tower `name` does not take images of `size` × `size` pixels.
+        """
+        training = self.training
+        self.eval()  # draws nothing, and leaves running statistics alone
+        try:
+            with torch.no_grad():
+                self(torch.zeros(1, 3, size, size, device=self.proj.weight.device))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(
+                f"The image tower '{name}' does not take images of {size} × {size} pixels: "
+                f"{str(error).splitlines()[0]}. Give another image.size (multiples of 32 suit most) or image.name."
+            ) from error
+        finally:
+            self.train(training)
+
     def _tokens(self, features: Tensor) -> Tensor:
         if features.ndim == 4:  # (B, C, h, w), or (B, h, w, C) for the towers that work channels last
             last = features.shape[-1] == self.token_width and features.shape[1] != self.token_width

@@ -119,6 +119,7 @@ class Trainer:
         if encoder is None and resume:
             encoder = kept_encoder(recipe, folder)
         self.model = DualEncoder.from_recipe(recipe, encoder).to(self.device)
+        self.model.image_tower.refuse_size(recipe.image.name, recipe.image.size)
         self.objective = Objective.for_model(recipe, self.model).to(self.device)
         self.begun = begin(start, recipe, self.model, self.objective) if start is not None else None
         if recipe.train.channels_last:

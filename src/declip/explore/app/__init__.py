@@ -1,0 +1,1 @@
+"""The local web page: classify, search, neighbours, pairs and runs."""

@@ -1,0 +1,107 @@
+import { apart, ask, card, count, find, make, say } from "./common.js";
+import { histogram } from "./chart.js";
+import { box, put, watchList } from "./list.js";
+import { showMap } from "./map.js";
+import { watchTabs } from "./tabs.js";
+
+const WAIT = 700; // milliseconds between two questions whether the work is done
+
+/** Asks until the work behind an address is done. */
+async function finished(address, doing) {
+  for (;;) {
+    const found = await ask(address);
+    if (found.state === "ready") return found;
+    if (found.state === "failed") throw new Error(found.error);
+    say(`${doing} … ${Math.round(100 * found.share)} %`, "busy");
+    await new Promise((resolve) => setTimeout(resolve, WAIT));
+  }
+}
+
+const guarded = (work) => (...given) => work(...given).catch((error) => say(error.message, "bad"));
+
+/** A list that grows by a page: `address(start)` gives rows, `row` makes an element of one. */
+function growing(name, part, row, address, doing, told) {
+  const rows = find(`${name}-${part}`);
+  const more = find(`${name}-more`);
+  let run = 0;
+  async function load(anew) {
+    const mine = anew ? ++run : run;
+    if (anew) rows.replaceChildren();
+    const found = await finished(address(rows.childElementCount), doing);
+    if (mine !== run) return;
+    const start = rows.childElementCount;
+    rows.append(...found[part].map(row));
+    more.hidden = rows.childElementCount >= found.total;
+    if (!anew) (rows.children[start]?.querySelector("a, input") || more).focus();
+    say(told(found, rows.childElementCount));
+  }
+  more.addEventListener("click", () => guarded(load)(false));
+  return guarded(load);
+}
+
+function disagreeingRow(row) {
+  const rank = row.rank === 1 ? "its own caption is the nearest of all" : `its own caption is number ${row.rank.toLocaleString("en")} of ${row.pairs.toLocaleString("en")}`;
+  const nearer = row.nearer ? [`nearest: “${row.nearer}”`] : [];
+  const facts = [`cosine ${row.cosine.toFixed(3)}, ${apart(row.deviations)}`, rank, ...nearer, row.key];
+  return card(row, { row: true, facts, more: [box(row.id, "disagree")] });
+}
+
+function groupRow(reason) {
+  return (group) => {
+    const hidden = group.size - group.members.length;
+    const head = reason === "duplicate" ? `${count(group.size, "image")}, cosine up to ${group.cosine.toFixed(3)}` : `${count(group.size, "image")}: “${group.members[0].captions[0]}”`;
+    const members = group.members.map((member) => card(member, { words: reason === "duplicate" ? undefined : member.key, more: [box(member.id, reason)] }));
+    return make("li", {}, make("p", { class: "facts" }, head + (hidden > 0 ? `, ${hidden} more not shown` : "")), make("ul", { class: "members" }, ...members));
+  };
+}
+
+const threshold = () => Number(find("threshold").value).toFixed(3);
+const parts = {
+  disagreeing: growing("disagreeing", "rows", disagreeingRow, (start) => `/api/pairs/disagreeing?start=${start}`, "Comparing images with their captions", (found, shown) => `${shown} of ${count(found.total, "pair")}, the least agreeing first`),
+  duplicates: growing("duplicates", "groups", groupRow("duplicate"), (start) => `/api/pairs/duplicates?start=${start}&threshold=${threshold()}`, "Comparing images with each other", (found, shown) => {
+    find("duplicates-said").textContent = `${count(found.total, "group")}; without all but the first of each there would be ${count(found.extra, "image")} less.`;
+    return found.total ? `${shown} of ${count(found.total, "group")}, the most alike first` : "No two images are that much alike. Lower the cosine.";
+  }),
+  captions: growing("captions", "groups", groupRow("caption"), (start) => `/api/pairs/captions?start=${start}`, "Reading captions", (found, shown) => {
+    find("captions-said").textContent = found.total ? `${count(found.total, "caption")} shared by ${count(found.extra + found.total, "image")}.` : "";
+    return found.total ? `${shown} of ${count(found.total, "shared caption")}, the most shared first` : "No two images share their caption.";
+  }),
+  map: showMap,
+};
+
+const begin = guarded(async (name) => {
+  const state = await finished("/api/pairs", "Comparing images with their captions");
+  const usual = state.median - 3 * state.spread;
+  find("below").value ||= usual.toFixed(3);
+  find("histogram").replaceChildren(histogram(state, usual), make("figcaption", { class: "hint" }, `${count(state.pairs, "pair")}: usual cosine ${state.median.toFixed(3)}, deviation ${state.spread.toFixed(3)}${state.without ? `; ${count(state.without, "image")} without a caption` : ""}`));
+  await parts[name](true);
+});
+
+const began = new Set();
+watchList();
+watchTabs((name) => {
+  if (began.has(name)) return;
+  began.add(name);
+  // Groups and map do not need captions, so they begin without the comparison.
+  if (name === "disagreeing") begin(name);
+  else guarded(async () => parts[name](true))();
+});
+find("threshold").addEventListener("input", () => (find("threshold-said").textContent = threshold()));
+find("threshold").addEventListener("change", () => parts.duplicates(true));
+find("threshold-form").addEventListener("submit", guardedSubmit(async () => {
+  const found = await finished(`/api/pairs/chosen?rule=duplicate&threshold=${threshold()}`, "Comparing images with each other");
+  put(found.ids, "duplicate");
+  return found.ids.length;
+}));
+find("below-form").addEventListener("submit", guardedSubmit(async () => {
+  const found = await finished(`/api/pairs/chosen?rule=disagree&below=${find("below").value}`, "Comparing");
+  put(found.ids, "disagree");
+  return found.ids.length;
+}));
+
+function guardedSubmit(work) {
+  return (event) => {
+    event.preventDefault();
+    guarded(async () => say(`${count(await work(), "pair")} put on the list`))();
+  };
+}

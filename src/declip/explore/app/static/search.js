@@ -1,0 +1,59 @@
+import { ask, card, count, find, latest, make, say, template, watchExamples, watchTemplate } from "./common.js";
+import { watchPicker } from "./picker.js";
+
+const run = latest(async (current) => {
+  const text = find("text").value.trim();
+  const asked = new URLSearchParams({ count: find("count").value, over: find("over").value });
+  if (text) asked.set("text", text);
+  if (text && template()) asked.set("template", template());
+  if (chosen.token) asked.set("picture", chosen.token);
+  else if (chosen.id !== null) asked.set("id", chosen.id);
+  const picture = chosen.token || chosen.id !== null;
+  if (text && picture) asked.set("weight", find("balance").value);
+  if (!text && !picture) {
+    find("hits").replaceChildren();
+    return say("Type what to look for, or choose a picture.", "bad");
+  }
+  say("Searching …", "busy");
+  const found = await ask(`/api/search?${asked}`);
+  if (!current()) return;
+  find("hits").replaceChildren(...found.hits.map(hit));
+  say(found.hits.length ? `The nearest ${found.hits.length} of ${count(found.images, "image")}, in ${found.seconds.toFixed(2)} s` : "Nothing is found: no image has what you compare with.");
+  const address = new URL(location);
+  address.search = chosen.token ? "" : new URLSearchParams([...asked].filter(([name]) => name !== "count"));
+  history.replaceState(null, "", address);
+});
+
+function hit(row) {
+  const actions = make("p", { class: "facts" }, make("a", { href: `/classify?id=${row.id}` }, "classify it"));
+  return card(row, { facts: [`cosine ${row.cosine.toFixed(3)}`, row.key], more: [actions] });
+}
+
+function balance() {
+  const text = Number(find("balance").value);
+  find("balance-field").hidden = !(find("text").value.trim() && (chosen.token || chosen.id !== null));
+  find("balance-said").textContent = `${Math.round(100 * (1 - text))} : ${Math.round(100 * text)}`;
+}
+
+const chosen = watchPicker((picture) => {
+  balance();
+  if (picture.token || find("text").value.trim()) run();
+  else find("hits").replaceChildren();
+});
+watchTemplate();
+watchExamples(find("text"), find("form"));
+find("text").addEventListener("input", balance);
+find("balance").addEventListener("input", balance);
+find("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  run();
+});
+const given = new URLSearchParams(location.search);
+find("text").value = given.get("text") || "";
+if (given.get("over") === "captions" && find("over").options.length > 1) find("over").value = "captions";
+if (/^\d+$/.test(given.get("id") || "")) {
+  chosen.take(Number(given.get("id")));
+  find("more").open = true;
+}
+balance();
+if (find("text").value || chosen.id !== null) run();

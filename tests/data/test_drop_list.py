@@ -1,0 +1,92 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import draw
+from declip.data.drop_list import Dropped, find_dropped, read_drop_list, write_drop_list
+from declip.data.prepare import prepare_source
+from declip.data.sources import open_source
+from declip.errors import UserError
+
+
+@pytest.fixture
+def twice(tmp_path: Path) -> Path:
+    """Four pairs of three pictures: the second and the third share theirs."""
+    rows = []
+    for name, caption in (("a", "one"), ("b", "two"), ("b", "wrong"), ("c", "four")):
+        draw("red", "bar").save(tmp_path / f"{name}.png")
+        rows.append({"image": f"{name}.png", "caption": caption})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    odd = ['a "b", c.png', "two\nlines.png", "=1+1.png", "\N{SNOWMAN}.png"]
+    path = tmp_path / "drop.csv"
+    rows = [(key, place, "duplicate", 0.5, "a caption, with comma") for place, key in enumerate(odd)]
+    path.write_text(write_drop_list(rows), encoding="utf-8", newline="")
+    assert read_drop_list(path) == [Dropped(key, place, "duplicate") for place, key in enumerate(odd)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.png\n\n  b c.png \n", [Dropped("a.png"), Dropped("b c.png")]),
+        ("Key\na.png\n", [Dropped("a.png")]),
+        ("\ufeffreason,key\nbad,a.png\n,b.png\n", [Dropped("a.png", -1, "bad"), Dropped("b.png")]),
+    ],
+)
+def test_plain_lists_and_other_columns_are_read(tmp_path: Path, text: str, expected: list[Dropped]) -> None:
+    path = tmp_path / "list"
+    path.write_text(text, encoding="utf-8")
+    assert read_drop_list(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "names no pair"),
+        (b"key\n", "names no pair"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"key,place\na,x\n", "must be a number"),
+    ],
+)
+def test_a_wrong_list_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "list").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_drop_list(tmp_path / "list")
+    with pytest.raises(UserError, match="There is no list"):
+        read_drop_list(tmp_path / "nowhere")
+
+
+def test_a_place_tells_pairs_of_one_picture_apart_and_a_key_alone_means_all(twice: Path) -> None:
+    source = open_source(twice)
+    assert find_dropped(source, [Dropped("b.png", 2, "x")]).reasons == {2: "x"}
+    assert find_dropped(source, [Dropped("b.png")]).reasons.keys() == {1, 2}
+    moved = find_dropped(source, [Dropped("c.png", 0), Dropped("gone.png", 9)])
+    assert moved.reasons.keys() == {3}
+    assert moved.missing == ["gone.png"]
+
+
+def test_pairs_on_the_list_are_left_out_and_counted_by_reason(twice: Path, tmp_path: Path) -> None:
+    (tmp_path / "drop.csv").write_text("key,place,reason\nb.png,2,image and caption disagree\nc.png,,by hand\n")
+    made = prepare_source(twice, tmp_path / "out", drop=tmp_path / "drop.csv", workers=0)
+    assert made.pairs == 2
+    assert made.skipped.counts == {"image and caption disagree": 1, "by hand": 1}
+    assert "Left out: 1 × image and caption disagree, such as b.png" in made.summary()
+    kept = open_source(tmp_path / "out")
+    assert [kept.captions(place) for place in range(len(kept))] == [("one",), ("two",)]
+
+
+def test_another_list_is_refused_in_the_same_folder_and_the_same_goes_on(twice: Path, tmp_path: Path) -> None:
+    (tmp_path / "drop.txt").write_text("a.png\n")
+    prepare_source(twice, tmp_path / "out", drop=tmp_path / "drop.txt", workers=0)
+    prepare_source(twice, tmp_path / "out", drop=tmp_path / "drop.txt", workers=0)
+    with pytest.raises(UserError, match="drop was"):
+        prepare_source(twice, tmp_path / "out", workers=0)
+    prepare_source(twice, tmp_path / "plain", workers=0)
+    (tmp_path / "drop.txt").write_text("z.png\n")
+    with pytest.raises(UserError, match=r"None of the pairs .* such as 'z.png'"):
+        prepare_source(twice, tmp_path / "new", drop=tmp_path / "drop.txt", workers=0)

@@ -1,0 +1,133 @@
+"""Pictures that came from elsewhere: memory stays bounded, nothing is started, nothing hangs, and all is said."""
+
+import os
+import pickle
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+import declip
+from declip.data.decode import decode
+from declip.data.pairs import BrokenPair
+from declip.data.sources import open_source
+from declip.recipe_file import load_recipe
+from hostile import ROOM, Trap, apart, quickly, said, sparse, written
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IEND", b"")]
+    framed = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def patched(kind: str, find: bytes, skip: int, form: str, *sizes: int, **options: Any) -> bytes:
+    """A small picture that says that it is a large one."""
+    content = written(kind, **options)
+    place = (content.index(find) if find else 0) + skip
+    new = struct.pack(form, *sizes)
+    return content[:place] + new + content[place + len(new) :]
+
+
+def tiff(side: int) -> bytes:
+    tags = [(256, side), (257, side), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, side), (279, 100)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+
+def with_comment() -> bytes:
+    about = PngImagePlugin.PngInfo()
+    about.add(b"zTXt", b"x\0\0" + zlib.compress(bytes(64 << 20), 1))
+    return written("PNG", pnginfo=about)
+
+
+IMAGES: dict[str, tuple[bytes, str]] = {
+    "50 gigapixels, PNG": (png(223_607, 223_607, (b"IDAT", zlib.compress(bytes(99)))), "image too large"),
+    "4 gigapixels, JPEG": (patched("JPEG", b"\xff\xc0", 5, ">HH", 65_500, 65_500), "image too large"),
+    "4 gigapixels, GIF": (patched("GIF", b"", 6, "<HH", 65_535, 65_535), "image too large"),
+    "WebP that grew": (
+        patched("WEBP", b"VP8X", 12, "<HBHB", 0x3FFF, 0, 0x3FFF, 0, icc_profile=b"x" * 99),
+        "image too large",
+    ),
+    "1,000 gigapixels, BMP": (patched("BMP", b"", 18, "<ii", 1_000_000, 1_000_000), "image too large"),
+    "1,000 gigapixels, TIFF": (tiff(1_000_000), "image too large"),
+    "negative, BMP": (patched("BMP", b"", 18, "<ii", -5, -5), "image too large"),
+    "comment that inflates, PNG": (with_comment(), "unreadable image"),
+    "pixels that inflate, PNG": (png(2, 2, (b"IDAT", zlib.compress(bytes(64 << 20), 1))), "read"),
+    "profile that inflates, PNG": (
+        png(2, 2, (b"iCCP", b"x\0\0" + zlib.compress(bytes(64 << 20), 1)), (b"IDAT", zlib.compress(bytes(14)))),
+        "unreadable image",
+    ),
+    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" onload="x()"/>', "unreadable image"),
+    "SVG with an entity": (b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><svg>&e;</svg>', "unreadable image"),
+    "PDF": (b"%PDF-1.7\n1 0 obj<</OpenAction<</S/Launch>>>>endobj\n", "unreadable image"),
+    "HTML": (b"<!doctype html><script>x()</script>", "unreadable image"),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(harm) (w) file\n%%EOF\n", "unreadable image"),
+    "EPS, binary head": (b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 30, 99) + bytes(200), "unreadable image"),
+    "WMF": (b"\xd7\xcd\xc6\x9a" + bytes(100), "unreadable image"),
+    "Python": (b"#!/usr/bin/python3\nopen('harm', 'w')\n", "unreadable image"),
+    "pickle": (pickle.dumps(Trap(Path("harm"))), "unreadable image"),
+    "numpy": (b"\x93NUMPY" + bytes(100), "unreadable image"),
+    "nothing": (b"", "truncated image"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_that_are_bombs_or_none(name: str) -> None:
+    content, expected = IMAGES[name]
+    Path("a.jpg").write_bytes(content)
+    for source in (Path("a.jpg"), content):
+        got, megabytes = apart(lambda source=source: decode(source, "a.jpg"))
+        assert got == expected
+        assert megabytes < ROOM
+    assert not Path("harm").exists()
+
+
+def test_a_file_of_20_gigabytes_is_not_read() -> None:
+    sparse(Path("a.webp"), b"RIFF\xff\xff\xff\xffWEBPVP8X", 20 << 30)
+
+    def work() -> None:
+        with pytest.raises(BrokenPair, match=r"image too large.*a file of 21,474,836,480 bytes"):
+            decode(Path("a.webp"), "a.webp")
+
+    assert apart(work)[1] < ROOM
+
+
+OTHER_THINGS: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": Path.mkdir,
+    "link to itself": lambda path: path.symlink_to(path),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+}
+IMAGE_REASONS = dict.fromkeys(OTHER_THINGS, "unreadable image") | dict.fromkeys(
+    ("link to itself", "link to nothing"), "missing image"
+)
+
+
+@pytest.mark.parametrize("name", OTHER_THINGS)
+def test_what_is_no_file_does_not_hang(name: str, here: Path) -> None:
+    Path("set").mkdir()
+    for place in ("a.jpg", "set/b.txt", "t.csv", "w.pth", "r.yaml"):
+        OTHER_THINGS[name](here / place)
+    Image.new("RGB", (4, 4)).save("set/b.png")
+    assert apart(lambda: decode(Path("a.jpg"), "a.jpg"))[0] == IMAGE_REASONS[name]
+    assert apart(lambda: open_source("set")[0])[0] == "missing caption"
+    for work in (lambda: open_source("t.csv"), lambda: declip.load("w.pth"), lambda: load_recipe("r.yaml")):
+        assert apart(work)[0] not in {"read", ""}
+
+
+@quickly
+@given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), st.integers(0, 80))
+@pytest.mark.filterwarnings("ignore")
+def test_any_bytes_as_an_image(content: bytes, kind: str, kept: int) -> None:
+    said(lambda: decode(written(kind)[:kept] + content, "k"))

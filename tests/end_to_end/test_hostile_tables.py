@@ -1,0 +1,319 @@
+"""Tables, folders and lists that came from elsewhere: nothing outside is read, nothing hangs, and all is said."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from declip.data.pairs import BrokenPair
+from declip.data.sources import open_source
+from declip.evaluation.datasets import open_dataset
+from hostile import ROOM, Trap, apart, quickly, said, sparse, written
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def table(kind: str, rows: list[dict[str, Any]]) -> Path:
+    path = Path(f"t.{kind}")
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        mark = "," if kind == "csv" else "\t"
+        lines = [mark.join(f'"{cell}"' for cell in row.values()) for row in rows]
+        path.write_text("\n".join([mark.join(rows[0]), *lines, ""]))
+    return path
+
+
+KINDS = ("jsonl", "csv", "tsv", "parquet")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_root_cannot_be_left(kind: str, here: Path) -> None:
+    root = here / "images"
+    (root / "inner").mkdir(parents=True)
+    for place in (root / "in.png", here / "out.png", here.parent / "up.png"):
+        Image.new("RGB", (2, 2)).save(place)
+    (root / "good").symlink_to(root / "in.png")
+    (root / "file.png").symlink_to(here / "out.png")
+    (root / "folder").symlink_to(here.parent)
+    (root / "chain.png").symlink_to(root / "file.png")
+    expected = {
+        "in.png": "read",
+        "good": "read",
+        "inner/../in.png": "read",
+        "../out.png": "path outside image root",
+        "inner/../../out.png": "path outside image root",
+        str(here / "out.png"): "path outside image root",
+        "/etc/passwd": "path outside image root",
+        "file.png": "path outside image root",
+        "chain.png": "path outside image root",
+        "folder/up.png": "path outside image root",
+        "~/in.png": "missing image",
+        "file:///etc/passwd": "missing image",
+        "https://example.org/a.png": "missing image",
+    }
+    path = table(kind, [{"image": name, "caption": "x"} for name in expected])
+    source = open_source(path, image_root=root)
+    assert {name: said(lambda i=i: source[i]) for i, name in enumerate(expected)} == expected
+
+
+def test_the_root_may_be_a_link_itself(here: Path) -> None:
+    (here / "real").mkdir()
+    Image.new("RGB", (2, 2)).save("real/in.png")
+    (here / "images").symlink_to(here / "real")
+    source = open_source(table("jsonl", [{"image": "in.png", "caption": "x"}]), image_root="images")
+    assert said(lambda: source[0]) == "read"
+
+
+NESTED: Any = "x"
+for _ in range(60):
+    NESTED = [NESTED]
+
+CELLS: list[tuple[str, str, str]] = [
+    ("NaN", '"x"', "missing image"),
+    ("null", '"x"', "missing image"),
+    ("5", '"x"', "missing image"),
+    ("true", '"x"', "missing image"),
+    ("1e999", '"x"', "missing image"),
+    ("1" * 5000, '"x"', "unreadable row"),
+    ('["a.png"]', '"x"', "missing image"),
+    ('{"path": "a.png"}', '"x"', "missing image"),
+    ('""', '"x"', "missing image"),
+    ('"\\u0000.png"', '"x"', "missing image"),
+    ('"\\ud800.png"', '"x"', "missing image"),
+    (json.dumps("a" * 5000), '"x"', "missing image"),
+    ('"a.png"', "NaN", "unreadable row"),
+    ('"a.png"', "null", "empty caption"),
+    ('"a.png"', "7", "unreadable row"),
+    ('"a.png"', json.dumps(NESTED), "unreadable row"),
+    ('"a.png"', '{"en": "x"}', "unreadable row"),
+    ('"a.png"', "[" * 100_000, "unreadable row"),
+    ('"a.png"', "[]", "empty caption"),
+    ('"a.png"', '"\\u0000\\u0000"', "empty caption"),
+    ('"a.png"', '"\\u001b[2J\\u0007\\u009b"', "read"),
+    ('"a.png"', '"\\u0001\\u0002\\u007f\\u0085"', "empty caption"),
+    ('"a.png"', '"\\ud83d"', "invalid text"),
+    ('"a.png"', json.dumps("x" * 10_000_000), "caption too long"),
+    ('"a.png"', json.dumps(["x"] * 1_000_000), "too many captions"),
+    ('"a.png"', json.dumps("x" * 20_000_000), "unreadable row"),
+]
+
+
+def test_cells_that_hold_anything() -> None:
+    Image.new("RGB", (2, 2)).save("a.png")
+    rows = [f'{{"image": {image}, "caption": {caption}}}' for image, caption, _ in CELLS]
+    Path("t.jsonl").write_text("\n".join(rows))
+    source = open_source("t.jsonl")
+    got, megabytes = apart(lambda: [said(lambda i=i: source[i]) for i in range(len(CELLS))])
+    assert got == "read"
+    assert megabytes < 4 * ROOM
+    assert [said(lambda i=i: source[i]) for i in range(len(CELLS))] == [expected for *_, expected in CELLS]
+    control = [caption for _, caption, _ in CELLS].index('"\\u001b[2J\\u0007\\u009b"')
+    assert source.captions(control) == ("[2J",), "nothing that a terminal obeys is left"
+
+
+def test_a_key_that_a_terminal_would_obey() -> None:
+    Path("t.jsonl").write_text(json.dumps({"image": "\x1b[2J\u202egnp.\ud800\n" + "a" * 10_000, "caption": "x"}))
+    with pytest.raises(BrokenPair) as caught:
+        open_source("t.jsonl")[0]
+    assert caught.value.key.startswith("\ufffd[2J\ufffdgnp.\ufffd\ufffdaaa")
+    assert len(caught.value.key) == 300
+    assert str(caught.value).isprintable()
+
+
+def test_bytes_that_are_no_text() -> None:
+    Image.new("RGB", (2, 2)).save("a.png")
+    Path("t.csv").write_bytes(b"image,caption\na.png,\xff\xfe\nb\xff.png,x\n")
+    source = open_source("t.csv")
+    assert [said(lambda i=i: source[i]) for i in range(2)] == ["invalid text", "invalid text"]
+    Path("t.jsonl").write_bytes(b'{"image": "a.png", "caption": "x"}\n{"image": "a.png", "caption": "\xc0\xaf"}\n')
+    assert said(lambda: open_source("t.jsonl")[1]) == "invalid text"
+    Path("u.csv").write_bytes("image,caption\na.png,x\n".encode("utf-16"))
+    assert "UTF-16" in said(lambda: open_source("u.csv"))
+
+
+def test_a_row_that_does_not_end_takes_no_memory() -> None:
+    Image.new("RGB", (2, 2)).save("a.png")
+    with open("t.jsonl", "wb") as file:
+        file.write(b'{"image": "a.png", "caption": "x"}\n{"image": "a.png", "caption": "')
+        file.write(b"y" * (50 << 20))
+    # The mapped file counts as memory, which the system takes back at will.
+    got, megabytes = apart(lambda: open_source("t.jsonl")[1])
+    assert got == "unreadable row"
+    assert megabytes < 2 * 50 + ROOM
+    for kind, mark in (("csv", b","), ("tsv", b"\t")):
+        Path(f"t.{kind}").write_bytes(b"image" + mark + b'caption\na.png\t"' + b"y" * (50 << 20))
+        got, megabytes = apart(lambda kind=kind: open_source(f"t.{kind}"))
+        assert "cannot be read as a table" in got
+        assert megabytes < 3 * 50 + ROOM
+    Path("h.csv").write_bytes(b"x" * (10 << 20))
+    assert "does not name columns" in said(lambda: open_source("h.csv"))
+
+
+def test_a_million_columns() -> None:
+    Path("t.jsonl").write_text(json.dumps({f"column{n}\x1b": 0 for n in range(100_000)}))
+    got = apart(lambda: open_source("t.jsonl"))[0]
+    assert "no column 'image'" in got
+    assert got.isprintable()
+    assert len(got) < 3000
+
+
+def test_a_million_captions_in_a_folder() -> None:
+    Path("set").mkdir()
+    Image.new("RGB", (2, 2)).save("set/a.png")
+    Image.new("RGB", (2, 2)).save("set/b.png")
+    Path("set/a.txt").write_text("x\n" * 600_000)
+    sparse(Path("set/b.txt"), b"x", 20 << 30)
+    source = open_source("set")
+    assert [apart(lambda i=i: source[i])[0] for i in range(2)] == ["too many captions", "caption too long"]
+
+
+def test_names_that_are_no_text(here: Path) -> None:
+    for name in (b"set/one/\xff\x1b.png", b"set/two/b.png"):
+        os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name, "wb") as file:
+            file.write(written("PNG"))
+    with open(b"set/one/\xff\x1b.txt", "w") as file:
+        file.write("a red square")
+    for source in (open_source("set"), open_dataset("folder:set").split("test")):
+        pair = source[0]
+        assert pair.image.size == (16, 16)
+        assert pair.key.endswith("\ufffd\x1b.png")
+    os.rename("set/two", b"set/\xff")
+    assert "name is not UTF-8" in said(lambda: open_dataset("folder:set"))
+
+
+def test_parquet_that_would_run_code(here: Path) -> None:
+    """Arrow before 14.0.1 unpickled a type that a file names (CVE-2023-47248)."""
+    about = {
+        "ARROW:extension:name": "arrow.py_extension_type",
+        "ARROW:extension:metadata": pickle.dumps(Trap(here / "harm")),
+    }
+    kind = pa.schema([pa.field("image", pa.binary(), metadata=about), pa.field("caption", pa.string())])
+    cells = [pickle.dumps(Trap(here / "harm")), b"\x93NUMPY\1\0", b"", None]
+    pq.write_table(pa.table([cells, ["x"] * 4], schema=kind), "t.parquet")
+    source = open_source("t.parquet")
+    got = [said(lambda i=i: source[i]) for i in range(4)]
+    assert got == ["unreadable image", "unreadable image", "missing image", "missing image"]
+    assert not Path("harm").exists()
+
+
+def test_parquet_that_repeats_one_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes that stand for half a gigabyte, and could stand for a thousand."""
+    monkeypatch.setattr("declip.data.table_rows.HELD_IN_MEMORY", 64 << 20)
+    caption = pa.DictionaryArray.from_arrays(pa.array([0] * 8000, pa.int32()), ["x" * (1 << 16)])
+    pq.write_table(pa.table({"image": ["a"] * 8000, "caption": caption}), "t.parquet", store_schema=False)
+    assert Path("t.parquet").stat().st_size < 4000
+    got, megabytes = apart(lambda: open_source("t.parquet"))
+    assert "take more than 67,108,864 bytes" in got
+    assert megabytes < 4 * ROOM
+
+
+def test_every_flipped_bit_in_parquet() -> None:
+    path = table("parquet", [{"image": "a.png", "caption": "x"}] * 2)
+    content = path.read_bytes()
+
+    def read(source: Any, index: int) -> str:
+        return said(lambda: source[index])
+
+    for place in range(0, len(content), 2):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place // 2 % 8]) + content[place + 1 :])
+        said(lambda: [read(source, index) for source in [open_source("t.parquet")] for index in range(len(source))])
+
+
+PIECES = [
+    *(b"image", b"caption", b"label", b"{", b"}", b"[", b"]", b":", b"1e999", b"NaN", b"null", b"../x", b"/dev/zero"),
+    *(b",", b"\t", b"\n", b"\r", b'"', b"\0", b"\xff", b"\\ud800", b"\xef\xbb\xbf", b'"image"', b'"caption": '),
+    *(b"image,caption\n", b"image\tcaption\tlabel\n", b'{"image": "a.png", "caption": "x"}\n'),
+]
+
+
+@quickly
+@given(
+    st.lists(st.sampled_from(PIECES)).map(b"".join),
+    st.sampled_from(["jsonl", "csv", "tsv"]),
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_any_bytes_as_a_table(content: bytes, kind: str) -> None:
+    path = Path(f"any.{kind}")
+    path.write_bytes(content)
+
+    def work() -> None:
+        for source in (open_source(path), open_dataset(str(path)).split("test")):
+            for index in range(min(len(source), 10)):
+                said(lambda source=source, index=index: source[index])
+
+    said(work)
+
+
+COCO: list[Any] = [
+    [],
+    {"images": 5},
+    {"images": [{"id": [], "file_name": "a"}], "annotations": []},
+    {"images": [{"id": 1, "file_name": 5}], "annotations": []},
+    {"images": [{"id": 1, "file_name": "\ud800"}], "annotations": []},
+    {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": 5}]},
+    {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 2, "caption": "x"}]},
+    {"images": ["text"], "annotations": [None]},
+]
+
+
+@pytest.mark.parametrize("tree", COCO)
+def test_a_list_of_captions_of_another_make(tree: Any, here: Path) -> None:
+    (here / "val2017").mkdir()
+    (here / "captions_val2017.json").write_text(json.dumps(tree))
+    assert "not what was published" in said(lambda: open_dataset(f"coco:{here}"))
+    (here / "captions_val2017.json").write_text("[" * 100_000)
+    assert "not what was published" in said(lambda: open_dataset(f"coco:{here}"))
+
+
+def test_a_list_that_names_images_elsewhere(here: Path) -> None:
+    (here / "coco" / "val2017").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save("out.png")
+    names = ["../../out.png", str(here / "out.png"), "/dev/zero"]
+    tree = {
+        "images": [{"id": n, "file_name": name} for n, name in enumerate(names)],
+        "annotations": [{"image_id": n, "caption": "x"} for n in range(len(names))],
+    }
+    (here / "coco" / "captions_val2017.json").write_text(json.dumps(tree))
+    source = open_dataset(f"coco:{here / 'coco'}").split("test")
+    assert [said(lambda i=i: source[i]) for i in range(3)] == ["path outside image root"] * 3
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe#0\tx\n", b"a.jpg#0", b'image|n|comment\n"' + b"x" * 200_000])
+def test_lines_of_captions_that_are_none(content: bytes, here: Path) -> None:
+    (here / "images").mkdir()
+    (here / ("results.csv" if b"|" in content else "results_20130124.token")).write_bytes(content)
+    got = said(lambda: open_dataset(f"flickr30k:{here}"))
+    assert "results" in got or "not what was published" in got
+
+
+def test_folders_that_link_to_each_other_end(here: Path) -> None:
+    for name in ("set/cat/deep", "set/dog"):
+        (here / name).mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(here / name / "a.png")
+    for place in ("set/cat/deep/x", "set/cat/deep/y", "set/cat/z"):
+        (here / place).symlink_to(here / "set/cat")
+    got, _ = apart(lambda: open_dataset("folder:set").split("test"), seconds=5)
+    assert got == "read"
+    assert len(open_dataset("folder:set").split("test")) == 2
+
+
+def test_labels_of_any_kind() -> None:
+    Image.new("RGB", (2, 2)).save("a.png")
+    labels = ["cat", "dog", "1" * 5000, "x" * 2000, "\ud800", None, 1.5, [["cat"]], {}, "\0", True, " "]
+    rows = [{"image": "a.png", "caption": "x", "label": label} for label in labels]
+    source = open_dataset(str(table("jsonl", rows))).split("test")
+    got = [said(lambda i=i: source[i]) for i in range(len(labels))]
+    long, none = "label too long", "missing label"
+    assert got == ["read", "read", long, long, "invalid text", none, none, none, none, "read", "read", none]

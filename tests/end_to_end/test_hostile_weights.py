@@ -1,0 +1,240 @@
+"""Weights, checkpoints and recipes from elsewhere: nothing in them runs, memory stays bounded, all is said."""
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import declip
+from conftest import TINY
+from declip.config import Recipe
+from declip.interchange import read_declip_authors
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe_file import load_recipe
+from declip.training.checkpoint import STATE, WEIGHTS, Checkpoint, save_checkpoint
+from hostile import ROOM, Trap, apart, quickly, said
+
+pytestmark = pytest.mark.usefixtures("here")
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def legacy_tar(path: Path, trap: Trap) -> None:
+    """torch's form before 0.1.10, which is unpacked to the disk where it is read."""
+    with tarfile.open(path, "w") as archive:
+        for name in ("storages", "tensors", "pickle", "../outside"):
+            content = pickle.dumps(trap)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+TRAPS: dict[str, Callable[[Path, Trap], object]] = {
+    "pickle.pth": lambda path, trap: path.write_bytes(pickle.dumps({"model": trap})),
+    "pickle.pth.tar": lambda path, trap: path.write_bytes(pickle.dumps({"model": trap}, protocol=2)),
+    "zip.pt": lambda path, trap: torch.save({"state_dict": trap}, path),
+    "legacy.pth": lambda path, trap: torch.save({"model": trap}, path, _use_new_zipfile_serialization=False),
+    "tar.pth": legacy_tar,
+    "pickle.safetensors": lambda path, trap: path.write_bytes(pickle.dumps(trap)),
+    "array.npy": lambda path, trap: np.save(path, np.array([trap], dtype=object), allow_pickle=True),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_weights_that_would_run_code(name: str, here: Path) -> None:
+    marker, path = here / "harm", here / name
+    TRAPS[name](path, Trap(marker))
+    before = set(here.parent.rglob("*"))
+    assert "Cannot read weights" in said(lambda: read_declip_authors(path))
+    assert "Cannot read weights" in said(lambda: declip.load(path, device="cpu"))
+    assert "Cannot load" in said(lambda: declip.load(f"open_clip:RN50/{path}", device="cpu"))
+    assert set(here.parent.rglob("*")) == before
+
+
+def zip_bomb(path: Path) -> None:
+    torch.save({"logit_scale": torch.ones(1)}, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr(f"{path.stem}/data/1", bytes(64 << 20))
+
+
+def overlapping_zip(path: Path) -> None:
+    """Five hundred entries that are all the same megabyte."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data/0", bytes(1 << 20))
+        archive.filelist.extend(archive.filelist * 500)
+
+
+class Endless:
+    """What `weights_only` allows to be made of nothing."""
+
+    def __init__(self, make: Any, *given: Any) -> None:
+        self.make, self.given = make, given
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.make, self.given
+
+
+def holding(value: Any) -> Callable[[Path], None]:
+    names = ("logit_scale", "visual.conv1.weight", "encode_text.token_embedding.weight")
+    return lambda path: torch.save({"model": dict.fromkeys(names, value)}, path)
+
+
+def holding_itself(path: Path) -> None:
+    inner: list[Any] = []
+    inner.append(inner)
+    torch.save({"model": {"logit_scale": inner}}, path)
+
+
+BOMBS: dict[str, Callable[[Path], object]] = {
+    "inflates.pth": zip_bomb,
+    "overlaps.pth": overlapping_zip,
+    "repeats.pth": holding(torch.zeros(1).expand(1 << 20, 1 << 20)),
+    "bytes.pth": holding(Endless(bytearray, 1 << 40)),
+    "nowhere.pth": holding(
+        Endless(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (1 << 30, 1 << 20), (1 << 20, 1), False)
+    ),
+    "itself.pth": holding_itself,
+    "header.safetensors": lambda path: path.write_bytes((1 << 40).to_bytes(8, "little") + b"{" * 100),
+    "sizes.safetensors": lambda path: path.write_bytes(
+        struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[99999999],"data_offsets":[0,9]}}   '
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_weights_that_are_larger_than_their_file(name: str, here: Path) -> None:
+    BOMBS[name](here / name)
+    for where in (str(here / name), f"open_clip:RN50/{here / name}"):
+        got, megabytes = apart(lambda where=where: declip.load(where, device="cpu"))
+        assert got != "read"
+        assert megabytes < ROOM + 512 * where.startswith("open_clip"), "of which RN50 itself may take 408"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encode_text.text_projection.weight": torch.zeros(1 << 40, 0)},
+        {"encode_text.text_projection.weight": torch.zeros(1 << 22, 1, dtype=torch.uint8)},
+        {"encode_text.positional_embedding": torch.zeros(1 << 40, 0)},
+        {"encode_text.token_embedding.weight": torch.zeros(0, 0)},
+        {"encode_text.token_embedding.weight": torch.zeros(1 << 40, 0)},
+        {"visual.conv1.weight": torch.zeros(1 << 22, 1, 1, 1, dtype=torch.uint8)},
+        {"visual.conv1.weight": torch.zeros(4)},
+        {"visual.conv1.weight": torch.zeros(64, 3, 0, 0)},
+        {"visual.positional_embedding": torch.tensor(1.0)},
+        {"visual.positional_embedding": torch.zeros(0, 64)},
+        {"logit_scale": torch.zeros(5)},
+    ],
+)
+def test_weights_of_sizes_that_no_one_meant(change: dict[str, torch.Tensor], here: Path) -> None:
+    save_file(load_file(GOLDEN / "declip_vit_tiny.safetensors") | change, here / "odd.safetensors")
+    got, megabytes = apart(lambda: declip.load(here / "odd.safetensors", device="cpu"))
+    assert got != "read"
+    assert megabytes < 2 * ROOM
+
+
+@pytest.fixture
+def checkpoint(here: Path) -> Path:
+    """A checkpoint of a tiny model, of the first version: its state has no digest to be found out by."""
+    recipe = Recipe.model_validate({key: TINY[key] for key in ("image", "text", "embed_dim")})
+    weights = {f"model.{name}": tensor for name, tensor in DualEncoder.from_recipe(recipe).state_dict().items()}
+    folder = save_checkpoint(here / "run", Checkpoint(1, weights, {}, recipe.to_yaml()), keep=1)
+    edit(folder, recipe.to_yaml())
+    return folder
+
+
+def edit(folder: Path, recipe: str) -> None:
+    state = json.loads((folder / STATE).read_text())
+    state.pop("digest", None)
+    (folder / STATE).write_text(json.dumps({**state, "recipe": recipe}))
+
+
+def laughs(levels: int = 30) -> str:
+    """Ten aliases of ten aliases of ten …: 10^30 entries of 30 lines."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
+    return "\n".join([*lines, f"name: *a{levels - 1}", ""])
+
+
+RECIPES = {
+    "code": "name: !!python/object/apply:os.system ['touch harm']\n",
+    "module": "!!python/module:os\n",
+    "laughs": laughs(),
+    "deep": "[" * 5000,
+    "date": "name: 2001-99-99\n",
+    "binary": "name: !!binary é\n",
+    "null": "name: \0\n",
+    "list": "- a\n",
+    "empty": "",
+    "unknown key": "harm: 1\n",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_checkpoint_with_anothers_recipe(name: str, checkpoint: Path) -> None:
+    edit(checkpoint, RECIPES[name])
+    got, megabytes = apart(lambda: declip.load(checkpoint, device="cpu"))
+    assert "run" in got or name == "empty"
+    assert got != "read"
+    assert megabytes < 2 * ROOM
+    assert not Path("harm").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text.width": 1 << 20, "text.heads": 1},
+        {"text.context": 1 << 40},
+        {"embed_dim": 1 << 50},
+        {"image.options": {"patch_size": 8, "embed_dim": 1 << 20, "depth": 1}},
+        {"image.options": {"patch_size": 8, "embed_dim": "x"}},
+        {"image.size": 1 << 20},
+        {"image.name": "hf-hub:someone/model"},
+    ],
+)
+def test_a_checkpoint_whose_recipe_asks_for_another_model(change: dict[str, Any], checkpoint: Path) -> None:
+    tree = yaml.safe_load(json.loads((checkpoint / STATE).read_text())["recipe"])
+    for key, value in change.items():
+        *inner, last = key.split(".")
+        (tree[inner[0]] if inner else tree)[last] = value
+    edit(checkpoint, yaml.safe_dump(tree))
+    got, megabytes = apart(lambda: declip.load(checkpoint, device="cpu"))
+    assert got != "read"
+    assert megabytes < 2 * ROOM
+
+
+def test_a_checkpoint_whose_weights_would_run_code(checkpoint: Path) -> None:
+    assert said(lambda: declip.load(checkpoint, device="cpu")) == "read"
+    (checkpoint / WEIGHTS).write_bytes(pickle.dumps(Trap(Path("harm"))))
+    assert "damaged" in said(lambda: declip.load(checkpoint, device="cpu"))
+    assert not Path("harm").exists()
+
+
+@quickly
+@given(st.binary(max_size=300), st.sampled_from([".pth", ".pt", ".safetensors", ".pth.tar"]), st.booleans())
+def test_any_bytes_as_weights(content: bytes, suffix: str, in_header: bool) -> None:
+    path = Path(f"any{suffix}")
+    path.write_bytes(struct.pack("<Q", len(content)) + content if in_header else content)
+    assert "any" in said(lambda: declip.load(path, device="cpu"))
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"empty"}))
+def test_a_recipe_that_would_run_code_or_is_none(name: str) -> None:
+    Path("mine.yaml").write_text(RECIPES[name])
+    got, megabytes = apart(lambda: load_recipe("mine.yaml"))
+    assert "mine" in got
+    assert megabytes < ROOM
+    assert not Path("harm").exists()

@@ -1,0 +1,80 @@
+"""Files that came from elsewhere: what reading one gets, and what it takes."""
+
+import io
+import multiprocessing
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from PIL import Image
+
+from declip.data.pairs import BrokenPair
+from declip.errors import UserError
+
+ROOM = 48
+"""MB that reading may take beyond what the process had; the bombs here would take 64 and more, or everything."""
+
+quickly = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Trap:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.marker), "w")
+
+
+def said(work: Callable[[], object]) -> str:
+    """What a file got: the error's message, the broken pair's reason, or "read". Anything else is raised."""
+    try:
+        work()
+    except UserError as error:
+        return str(error)
+    except BrokenPair as broken:
+        return broken.reason
+    return "read"
+
+
+def apart(work: Callable[[], object], seconds: float = 10) -> tuple[str, float]:
+    """The same in a process of its own: what the file got, and the MB that reading it took at most."""
+    fork = multiprocessing.get_context("fork")
+    reader, writer = fork.Pipe(duplex=False)
+
+    def child() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30),) * 2)  # should it fail, the machine survives
+        found = said(work)
+        writer.send((found, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+    process = fork.Process(target=child)
+    process.start()
+    writer.close()
+    try:
+        assert reader.poll(seconds), "it hangs"
+        return reader.recv()
+    except EOFError:
+        pytest.fail("it ended the process, or raised what no one catches")
+    finally:
+        process.kill()
+        process.join()
+
+
+def written(kind: str, **options: Any) -> bytes:
+    """The bytes of a small red picture."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def sparse(path: Path, head: bytes, size: int) -> None:
+    """A file that says it is so large, and takes no room on the disk."""
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(size)
