@@ -189,7 +189,7 @@ def declip() -> str:
         arrow((140, 162), (140, 236), (356, 236), (356, 164), both=True, dashed=True, colour=TERM),
         words(205, 252, "multi_view: the three other pairings", 12, colour=TERM),
         box(15, 268, 120, 46, "simsiam\nF₁ ↔ F₂", TERM),
-        box(265, 268, 120, 46, "masked_language\nwords of G₁", TERM),
+        box(265, 268, 120, 46, "masked_\nlanguage of G₁", TERM),
         box(145, 330, 110, 46, "queue of past\ncaptions", TEXT, dashed=True),
         box(265, 330, 120, 46, "nearest_\nneighbour", TERM),
         words(75, 348, "weights:", 11),
