@@ -129,7 +129,7 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     axes[2].plot(steps[1:], speed, color="#0072B2", label="steps a second")
     for axis in axes:
         axis.set_ylim(bottom=0)
-        axis.legend(frameon=False, loc="lower right")
+        axis.legend(frameon=False, loc="center right" if axis is axes[1] else "lower right")
         axis.spines[["top", "right"]].set_visible(False)
     axes[2].set_xlabel("step")
     figure.savefig(path, dpi=130)
