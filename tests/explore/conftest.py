@@ -29,15 +29,20 @@ def tiny_model(seed: int = 0) -> DualEncoder:
     return DualEncoder.from_recipe(recipe).eval()
 
 
-def write_index(folder: Path, vectors: Tensor, part_rows: int = 500) -> Path:
-    """An index of vectors that no model made, in float32."""
-    manifest = Manifest(
+def made_up_manifest(dimension: int, captions: bool = False) -> Manifest:
+    """Of an index of vectors that no model made, in float32."""
+    return Manifest(
         model=ModelOf(spec="", fingerprint="0" * 64, precision="fp32"),
         source=Source(spec="", name="made up"),
         dtype="float32",
-        captions=False,
-        dimension=vectors.shape[1],
+        captions=captions,
+        dimension=dimension,
     )
+
+
+def write_index(folder: Path, vectors: Tensor, part_rows: int = 500) -> Path:
+    """An index of vectors that no model made, in float32."""
+    manifest = made_up_manifest(vectors.shape[1])
     folder.mkdir(parents=True)
     append_vectors(folder, manifest, vectors, part_rows)
     return folder

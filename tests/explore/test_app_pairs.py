@@ -15,10 +15,9 @@ import declip
 from declip.data.origin import Origin
 from declip.errors import UserError
 from declip.explore.index import Index
-from declip.explore.manifest import Manifest, ModelOf, Source
 from declip.explore.parts import Row, batch_of, write_part
 from declip.models.dual_encoder import DualEncoder
-from explore.conftest import PAGE, finished
+from explore.conftest import PAGE, finished, made_up_manifest
 
 pytest.importorskip("starlette", reason="the page needs declip[app]")
 
@@ -37,13 +36,7 @@ def nothing(_: float) -> None:
 
 def write_pairs(folder: Path, images: Tensor, texts: Tensor, captions: list[str]) -> Index:
     """An index of made-up vectors of images and captions."""
-    manifest = Manifest(
-        model=ModelOf(spec="", fingerprint="0" * 64, precision="fp32"),
-        source=Source(spec="", name="made up"),
-        dtype="float32",
-        captions=True,
-        dimension=images.shape[1],
-    )
+    manifest = made_up_manifest(images.shape[1], captions=True)
     folder.mkdir(parents=True)
     rows = [Row(n, f"key {n}", (text,) if text else (), n, Origin()) for n, text in enumerate(captions)]
     manifest.parts = [write_part(folder, 0, batch_of(manifest, rows, images, texts))]

@@ -88,7 +88,13 @@ def some_recipes(
     return {name: two_steps(name, tower, counts, **train) for name in names}
 
 
+def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    scale = expected.abs().max().item()
+    return (found - expected).abs().max().item() / scale if scale > 1e-9 else 0.0
+
+
 def compare(one: dict[str, dict[str, torch.Tensor]], many: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Equal to 1e-5; `pytest -s` prints how near, as shares of a tensor's largest entry."""
     for name, mine in one.items():
         assert mine.keys() == many[name].keys()
         for key, value in mine.items():
@@ -96,6 +102,9 @@ def compare(one: dict[str, dict[str, torch.Tensor]], many: dict[str, dict[str, t
             torch.testing.assert_close(
                 many[name][key], value, rtol=1e-5, atol=1e-9 + 1e-7 * scale, msg=lambda m, at=(name, key): f"{at}: {m}"
             )
+        for kind, of_kind in (("losses", " at "), ("gradients", "gradient of ")):
+            near = [largest_difference(many[name][key], mine[key]) for key in mine if of_kind in key]
+            print(f"{name}, {kind}: {max(near):.1e}")
 
 
 @pytest.fixture(scope="module", params=TOWERS)

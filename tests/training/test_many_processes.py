@@ -17,7 +17,8 @@ from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.distributed import Council
-from declip.training.trainer import STOP, Trainer, train
+from declip.training.stopping import STOP
+from declip.training.trainer import Trainer, train
 from processes import in_processes
 
 BROKEN = 2

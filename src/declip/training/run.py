@@ -1,5 +1,6 @@
 """The run folder: what it holds, and whether a run may start or go on in it."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
     Raises:
         UserError: names up to five keys that differ, with both values.
     """
-    now, then = _flat(recipe.model_dump(mode="json")), _flat(earlier.model_dump(mode="json"))
+    now, then = flat(recipe.model_dump(mode="json")), flat(earlier.model_dump(mode="json"))
     changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
     changed = [key for key in changed if key not in CHANGEABLE]
     if changed:
@@ -195,11 +196,12 @@ def _newest(folder: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree, such as a recipe's, by dotted key."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found

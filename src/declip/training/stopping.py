@@ -9,6 +9,14 @@ from typing import Any
 
 from declip.training.monitor import log
 
+TRY_AGAIN = 75
+"""Exit status of a run that was stopped from outside and wants to be queued again (EX_TEMPFAIL of sysexits.h).
+
+Under torchrun it is 0: torchrun would take any other for a failure and start the run again."""
+
+STOP = "stop"
+"""A file of this name in the run folder ends the run as SIGTERM does, on every machine that it runs on."""
+
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -41,17 +41,10 @@ from declip.training.schedule import learning_rate, paced
 from declip.training.start import begin, find_start
 from declip.training.state import capture, restore
 from declip.training.step import StepParts, training_step
-from declip.training.stopping import stopping_politely
+from declip.training.stopping import STOP, TRY_AGAIN, stopping_politely
 from declip.training.supply import Supply, free_cores
 
 SKIPPED = "skipped.json"
-TRY_AGAIN = 75
-"""Exit status of a run that was stopped from outside and wants to be queued again (EX_TEMPFAIL of sysexits.h).
-
-Under torchrun it is 0: torchrun would take any other for a failure and start the run again."""
-
-STOP = "stop"
-"""A file of this name in the run folder ends the run as SIGTERM does, on every machine that it runs on."""
 
 
 def train(

@@ -15,7 +15,7 @@ from declip.errors import UserError
 from declip.evaluation.report_run import Evaluated, Run
 from declip.evaluation.results import read_result
 from declip.training.monitor import EVALUATIONS, METRICS
-from declip.training.run import RECIPE
+from declip.training.run import RECIPE, flat
 
 MOST_RUNS = 200
 """Run folders that are looked at."""
@@ -145,7 +145,7 @@ def flat_recipe(text: str) -> dict[str, Any]:
         tree = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError):
         return {}
-    return dict(_flat(tree)) if isinstance(tree, dict) else {}
+    return flat(tree) if isinstance(tree, dict) else {}
 
 
 def differences(recipes: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
@@ -153,14 +153,6 @@ def differences(recipes: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any]]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     rows = [(key, [recipe.get(key) for recipe in recipes]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
-
-
-def _flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _runs_in(place: Path) -> Iterator[Path]:
