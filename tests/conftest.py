@@ -1,7 +1,12 @@
 """What several tests share: a small table of real picture files, and recipes small enough for seconds."""
 
 import json
+import os
 from pathlib import Path
+
+# Threads that wait for each other make everything slow beside other tests; set before the libraries are loaded, and
+# handed on to the processes that tests start.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 import numpy as np
 import pytest
@@ -21,7 +26,15 @@ TINY = {
     "simclr": {"hidden": 16, "out": 8},
     "late_interaction": {"width": 8},
     "nearest_neighbour": {"queue_size": 32},
-    "train": {"steps": 8, "batch": 8, "warmup_steps": 2, "log_every": 2, "checkpoint_every": 4, "threads": 1},
+    "train": {
+        "steps": 8,
+        "batch": 8,
+        "warmup_steps": 2,
+        "log_every": 2,
+        "checkpoint_every": 4,
+        "threads": 1,
+        "freeze_garbage": False,
+    },
 }
 """A recipe's keys for towers of a few thousand parameters."""
 

@@ -5,13 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from comparison.conftest import tiny
+from declip.cli import app
 from declip.comparison import compare as comparing
 from declip.comparison.cell import folder_of, run_cell
 from declip.comparison.outcome import read_outcome, scores
@@ -36,10 +41,11 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do the runs in this process: a worker takes seconds to start."""
 
-    def run(study, folder, part, jobs, threads, quiet):
-        return work(folder, part, threads)
+    monkeypatch.setattr(comparing, "_run", _run_here)
 
-    monkeypatch.setattr(comparing, "_run", run)
+
+def _run_here(study: comparing.Study, folder: Path, part: str, jobs: int, threads: int, quiet: bool) -> bool:
+    return work(folder, part, threads)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -68,6 +74,7 @@ def test_every_run_is_what_declip_train_gives(recipes: dict[str, str], table: Pa
 
 @pytest.mark.usefixtures("in_process")
 def test_it_goes_on_with_what_is_missing_only(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
+    recipes = {"clip": recipes["clip"]}
     first = tiny(recipes, table, tmp_path / "out")
     study = read_study(tmp_path / "out")
     assert study is not None
@@ -80,7 +87,7 @@ def test_it_goes_on_with_what_is_missing_only(recipes: dict[str, str], table: Pa
     assert kept.stat().st_mtime_ns == written
     assert again.measures == first.measures
     more = tiny(recipes, table, tmp_path / "out", pairs=(24,), seeds=2)
-    assert (more.study.pairs, more.study.seeds, len(more.rows)) == ((8, 16, 24), (0, 1), 12)
+    assert (more.study.pairs, more.study.seeds, len(more.rows)) == ((8, 16, 24), (0, 1), 6)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -115,11 +122,12 @@ def test_seeds_and_sizes_added_later_leave_the_tuning_as_it_was(
     validation = tmp_path / "validation.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     validation.write_text("".join(json.dumps({**r, "image": str(table.parent / r["image"])}) + "\n" for r in rows))
+    recipes = {"clip": recipes["clip"]}
     tuning = {"tune": {"train.lr_peak": [0.01]}, "tune_on": str(validation), "tune_steps": 2}
     first = tiny(recipes, table, tmp_path / "out", **tuning)
     more = tiny(recipes, table, tmp_path / "out", pairs=(16, 20, 24), seeds=2, **tuning)
     assert more.study.tuning == first.study.tuning
-    assert len(more.tuning) == 2
+    assert len(more.tuning) == 1
     assert more.complete
     with pytest.raises(UserError, match="tuning differs"):
         tiny(recipes, table, tmp_path / "out", tune_pairs=24, **tuning)
@@ -128,8 +136,6 @@ def test_seeds_and_sizes_added_later_leave_the_tuning_as_it_was(
 def test_a_comparison_that_was_stopped_before_its_timing_is_told(
     recipes: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     comparing._open(replace(_study(recipes, table), seconds={}), tmp_path / "out")
     with pytest.raises(UserError, match="before its steps were timed"):
         read_outcome(tmp_path / "out")
@@ -157,27 +163,28 @@ def test_a_run_that_fails_is_told_and_does_not_end_the_others(
     assert not again.failures
 
 
-def _command(recipes: dict[str, str], table: Path, out: Path, steps: int = 8) -> list[str]:
-    return [
-        sys.executable, "-m", "declip", "compare", *recipes.values(), f"train.steps={steps}", "--pairs", "8,16",
-        "--seeds", "1", "--on", str(table), "--protocol", "retrieval", "--budget", "samples", "--jobs", "1", "--quiet",
-        "--out", str(out),
-    ]  # fmt: skip
+@contextmanager
+def _once_it_goes_on(out: Path, act: Callable[[], object]) -> Iterator[None]:
+    """Act when a run of the comparison in `out` logs its next row, unless the block has ended before."""
+    logged, over = _rows_logged(out), threading.Event()
+
+    def watch() -> None:
+        while _rows_logged(out) <= logged:
+            if over.wait(0.02):
+                return
+        act()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
-def _started(command: list[str], out: Path) -> subprocess.Popen[bytes]:
-    """Start a comparison and wait until its first run has logged a row."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, preexec_fn=_hear_sigint, **quiet)
-    deadline = time.time() + 120
-    while not list((out / "runs").glob("*/metrics.jsonl")) and time.time() < deadline:
-        time.sleep(0.02)
-    return process
-
-
-def _hear_sigint() -> None:
-    """A shell's background jobs, and what they start, are deaf to it: the tests may be one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _rows_logged(out: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in out.glob("runs/*/metrics.jsonl"))
 
 
 def _workers(out: Path) -> list[int]:
@@ -192,36 +199,48 @@ def _workers(out: Path) -> list[int]:
 
 
 @linux
-def test_killed_and_started_again_it_ends_as_if_never_killed(
-    recipes: dict[str, str], table: Path, tmp_path: Path
+def test_killed_stopped_and_started_again_it_ends_as_if_it_had_gone_through(
+    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tiny(recipes, table, tmp_path / "whole")
-    command = _command(recipes, table, tmp_path / "killed")
-    process = _started(command, tmp_path / "killed")
-    process.kill()
-    for worker in _workers(tmp_path / "killed"):
-        os.kill(worker, signal.SIGKILL)
-    process.wait()
-    assert not read_outcome(tmp_path / "killed").complete
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = read_outcome(tmp_path / "killed")
-    assert found.complete
-    losses = {(row["arm"], row["pairs"]): row["loss"] for row in found.rows.values()}
-    assert losses == {(row["arm"], row["pairs"]): row["loss"] for row in whole.rows.values()}
-    assert [row["results"] for row in sorted(found.rows.values(), key=str)] == [
-        row["results"] for row in sorted(whole.rows.values(), key=str)
-    ]
+    options: dict = {"pairs": (16,), "overrides": {"train.steps": 60, "train.checkpoint_every": 50}}
+    run = comparing._run
+    monkeypatch.setattr(comparing, "_run", _run_here)
+    whole = tiny(recipes, table, tmp_path / "whole", **options)
 
-
-def test_control_c_saves_the_runs_and_says_how_to_go_on(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = _started(_command(recipes, table, out, steps=100_000), out)
-    os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=120) == 130
+    monkeypatch.setattr(comparing, "_run", run)
+    with (
+        _once_it_goes_on(out, lambda: [os.kill(worker, signal.SIGKILL) for worker in _workers(out)]),
+        pytest.raises(UserError, match="ended with status -9"),
+    ):
+        tiny(recipes, table, out, **options)
+    assert not read_outcome(out).complete
+
+    words = [
+        "compare", *recipes.values(), "train.steps=60", "train.checkpoint_every=50", "--pairs", "16", "--seeds", "1",
+        "--on", str(table), "--protocol", "retrieval", "--budget", "samples", "--jobs", "1", "--quiet",
+        "--out", str(out),
+    ]  # fmt: skip
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are deaf to it
+    try:
+        with _once_it_goes_on(out, lambda: os.kill(os.getpid(), signal.SIGINT)):
+            done = CliRunner().invoke(app, words)
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    assert done.exit_code == 130, done.output
+    assert "Give the same command to go on" in done.output
     assert list(out.glob("runs/*/checkpoints/step-*"))  # the run under way was saved
     assert (out / "results.md").read_text(encoding="utf-8").count("Not finished") == 1
     assert not read_outcome(out).complete
+
+    monkeypatch.setattr(comparing, "_run", _run_here)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    found = read_outcome(out)
+    assert found.complete
+    assert [(row["arm"], row["loss"], row["results"]) for _, row in sorted(found.rows.items())] == [
+        (row["arm"], row["loss"], row["results"]) for _, row in sorted(whole.rows.items())
+    ]
 
 
 @linux
@@ -229,10 +248,15 @@ def test_workers_stop_when_the_process_that_started_them_is_gone(
     recipes: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    process = _started(_command(recipes, table, out, steps=100_000), out)
-    process.kill()
-    process.wait()
-    deadline = time.time() + 60
+    comparing._open(replace(_study(recipes, table), steps=100_000), out)
+    shell = 'trap "" TERM; "$@" & wait'
+    words = ["sh", "-c", shell, "sh", sys.executable, "-m", "declip.comparison.worker", str(out), RUNS, "1"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        deadline = time.time() + 120
+        while not _rows_logged(out) and time.time() < deadline:
+            time.sleep(0.02)
+        parent.kill()
+    assert _workers(out)
     while _workers(out) and time.time() < deadline:
         time.sleep(0.1)
     assert time.time() < deadline

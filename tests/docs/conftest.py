@@ -36,6 +36,7 @@ def small(recipe: Recipe) -> Recipe:
         "threads": 1,
         "precision": "fp32",
         "keep_memory": False,
+        "freeze_garbage": False,
     }
     text = {"merges": 300, "width": 32, "heads": 2}
     return recipe.model_copy(

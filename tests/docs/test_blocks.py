@@ -9,6 +9,7 @@ from docs.blocks import ROOT, Reader, blocks, check, declip_commands
 
 DOCS = ROOT / "docs"
 TAUGHT = (
+    "../README",
     "index",
     "tutorial",
     "choosing",
@@ -17,11 +18,13 @@ TAUGHT = (
     "methods/filip",
     "methods/declip",
     "methods/defilip",
+    "recipes",
+    "search",
     "troubleshooting",
     "api",
 )
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-OUTPUT = {"text", "csv", "json"}
+OUTPUT = {"text", "csv", "json", ""}
 OWN_PICTURES = ("index", "tutorial")
 """Pages that make what the others take for granted."""
 

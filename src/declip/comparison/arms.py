@@ -48,6 +48,10 @@ class Arm:
         """The recipe with the overrides and some more; raises UserError as `load_recipe`."""
         return load_recipe(self.recipe, {**self.overrides, **(more or {})})
 
+    def same(self, other: "Arm") -> bool:
+        """Whether both take the same recipe with the same effect: the command's words are strings, Python's numbers."""
+        return self == other or (self.recipe == other.recipe and self.resolve() == other.resolve())
+
 
 def arms_of(
     recipes: Iterable[str], overrides: Mapping[str, Any], *, ladder: bool = False, baselines: bool = False

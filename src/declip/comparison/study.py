@@ -179,7 +179,7 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
     """
     changed = [name for name in FIXED if getattr(study, name) != getattr(earlier, name)]
     known = {arm.name: arm for arm in earlier.arms}
-    changed += [f"arm {arm.name}" for arm in study.arms if arm.name in known and known[arm.name] != arm]
+    changed += [f"arm {arm.name}" for arm in study.arms if arm.name in known and not arm.same(known[arm.name])]
     if study.tuning != earlier.tuning:
         changed.append("tuning")
     if changed:
