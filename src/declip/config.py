@@ -29,17 +29,21 @@ class Section(BaseModel):
 class WeightedSource(Section):
     """One source of a mixture, and how often an epoch shows each of its pairs."""
 
-    source: str
-    weight: float = Field(1.0, gt=0, le=1000)
+    source: str = Field(description="as `data.source`")
+    weight: float = Field(1.0, gt=0, le=1000, description="how often its pairs are shown, beside the others")
 
 
 class Data(Section):
     """Which pairs teach, and which measure."""
 
-    source: str | tuple[WeightedSource, ...] = "builtin:emoji"
-    image_column: str = "image"
-    caption_column: str = "caption"
-    image_root: str | None = None
+    source: str | tuple[WeightedSource, ...] = Field(
+        "builtin:emoji", description="a table, folder, shards, a built-in set, or a list of sources with weights"
+    )
+    image_column: str = Field("image", description="of a table: its images' paths, or the images")
+    caption_column: str = Field("caption", description="of a table")
+    image_root: str | None = Field(
+        None, description="folder that a table's paths are relative to; None: the table's own"
+    )
     pairs: int | None = Field(None, ge=2, description="use only this many pairs, chosen by the seed")
     shuffle_buffer: int | None = Field(
         None, ge=1, description="pairs shuffled at a time, shard after shard; None: all, or 50,000 of remote shards"
@@ -52,7 +56,7 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         0, description="processes that make batches; auto: one, and more while steps wait and processors are free"
     )
-    max_broken_share: float = Field(0.05, ge=0, le=1)
+    max_broken_share: float = Field(0.05, ge=0, le=1, description="broken pairs beyond this share end the run")
 
     @field_validator("source", mode="before")
     @classmethod
@@ -84,12 +88,16 @@ class Data(Section):
 class ImageTower(Section):
     """A timm model by name, or one of the small towers of `declip.models.image_tower.SMALL_TOWERS`."""
 
-    name: str = "declip_vit_small"
+    name: str = Field("declip_vit_small", description="a timm model, or a small tower of declip")
     size: int = Field(32, ge=16, description="pixels, height and width")
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = Field(
+        (0.48145466, 0.4578275, 0.40821073), description="of red, green and blue, subtracted from pixels of 0 to 1"
+    )
+    std: tuple[float, float, float] = Field(
+        (0.26862954, 0.26130258, 0.27577711), description="what they are then divided by"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="passed to timm.create_model")
-    freeze_patch_projection: bool = False
+    freeze_patch_projection: bool = Field(False, description="a ViT's first layer stays random (MoCo v3)")
     joint_views: bool = Field(False, description="batch norm sees all views of a step together, in one pass")
 
 
@@ -99,13 +107,13 @@ class TextTower(Section):
     An encoder says its own sizes and vocabulary: width, layers, heads, merges and activation are not read then.
     """
 
-    width: int = Field(512, ge=8)
-    layers: int = Field(12, ge=1)
-    heads: int = Field(8, ge=1)
-    context: int = Field(77, ge=4)
+    width: int = Field(512, ge=8, description="of the transformer")
+    layers: int = Field(12, ge=1, description="blocks")
+    heads: int = Field(8, ge=1, description="of attention; divides the width")
+    context: int = Field(77, ge=4, description="most tokens of a caption, its two ends among them")
     merges: int | None = Field(None, ge=0, description="None: CLIP's whole vocabulary; n: its first n merges")
-    projection_bias: bool = False
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    projection_bias: bool = Field(False, description="as the authors' text tower has it")
+    activation: Literal["quick_gelu", "gelu"] = Field("quick_gelu", description="of the MLPs")
     encoder: str | None = Field(None, description="a Hugging Face encoder instead: its folder, or huggingface:NAME")
     pooling: Literal["auto", "first", "mean", "end"] = Field("auto", description="which of an encoder's token states")
     pretrained: bool = Field(True, description="an encoder starts from its own weights, not from random ones")
@@ -129,20 +137,22 @@ class TextTower(Section):
 class ImageView(Section):
     """MoCo v2's augmentation (Chen et al. 2020, arXiv 2003.04297), as DeCLIP uses it."""
 
-    crop_area: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
-    jitter_p: float = Field(0.8, ge=0, le=1)
-    grey_p: float = Field(0.2, ge=0, le=1)
-    blur_p: float = Field(0.5, ge=0, le=1)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    flip_p: float = Field(0.5, ge=0, le=1)
+    crop_area: tuple[float, float] = Field((0.2, 1.0), description="share of the picture's area, at least and at most")
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="of width to height")
+    jitter: tuple[float, float, float, float] = Field(
+        (0.4, 0.4, 0.4, 0.1), description="strengths: brightness, contrast, saturation, hue"
+    )
+    jitter_p: float = Field(0.8, ge=0, le=1, description="how often")
+    grey_p: float = Field(0.2, ge=0, le=1, description="how often without colour")
+    blur_p: float = Field(0.5, ge=0, le=1, description="how often")
+    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="pixels of the view")
+    flip_p: float = Field(0.5, ge=0, le=1, description="how often mirrored")
 
 
 class TextView(Section):
     """EDA (Wei and Zou 2019) and which words a caption is made of."""
 
-    eda_alpha: float = Field(0.1, ge=0, le=1)
+    eda_alpha: float = Field(0.1, ge=0, le=1, description="share of the words that each of EDA's operations changes")
     keyword_share: float = Field(0.0, ge=0, le=1, description="how often keywords follow the caption")
     keywords_alone: float = Field(0.0, ge=0, le=1, description="how often keywords stand in the caption's place")
     second: Literal["eda", "caption", "keywords", "same"] = Field(
@@ -161,13 +171,13 @@ class Views(Section):
 class Weights(Section):
     """The weight of each term in the total; 0 leaves the term, its head and its views out."""
 
-    contrastive: float = Field(0.0, ge=0)
-    multi_view: float = Field(0.0, ge=0)
-    simsiam: float = Field(0.0, ge=0)
-    masked_language: float = Field(0.0, ge=0)
-    nearest_neighbour: float = Field(0.0, ge=0)
-    simclr: float = Field(0.0, ge=0)
-    late_interaction: float = Field(0.0, ge=0)
+    contrastive: float = Field(0.0, ge=0, description="CLIP's InfoNCE of the first views")
+    multi_view: float = Field(0.0, ge=0, description="InfoNCE of the three other pairings of views")
+    simsiam: float = Field(0.0, ge=0, description="SimSiam between both image views")
+    masked_language: float = Field(0.0, ge=0, description="predicting masked words")
+    nearest_neighbour: float = Field(0.0, ge=0, description="InfoNCE with the queue's nearest caption")
+    simclr: float = Field(0.0, ge=0, description="NT-Xent between both image views (SLIP)")
+    late_interaction: float = Field(0.0, ge=0, description="token-wise contrast (FILIP)")
 
     @model_validator(mode="after")
     def _something_teaches(self) -> Self:
@@ -183,31 +193,33 @@ class Weights(Section):
 class SimSiam(Section):
     """Widths of the projector and the predictor (Chen and He 2021; DeCLIP's constants)."""
 
-    hidden: int = Field(1024, ge=1)
-    out: int = Field(1024, ge=1)
-    predictor_hidden: int = Field(512, ge=1)
+    hidden: int = Field(1024, ge=1, description="the projector's inner width")
+    out: int = Field(1024, ge=1, description="the projector's last width")
+    predictor_hidden: int = Field(512, ge=1, description="the predictor's inner width")
 
 
 class SimCLR(Section):
     """SLIP's head (Mu et al. 2022) and NT-Xent's temperature."""
 
-    hidden: int = Field(4096, ge=1)
-    out: int = Field(256, ge=1)
-    temperature: float = Field(0.1, gt=0)
+    hidden: int = Field(4096, ge=1, description="the head's inner width")
+    out: int = Field(256, ge=1, description="the head's last width")
+    temperature: float = Field(0.1, gt=0, description="of NT-Xent")
 
 
 class MaskedLanguage(Section):
     """BERT's corruption of the caption; `share_pass` lets one pass serve this term and the contrast."""
 
-    probability: float = Field(0.15, ge=0, le=1)
-    share_pass: bool = True
+    probability: float = Field(0.15, ge=0, le=1, description="of a word to be chosen")
+    share_pass: bool = Field(
+        True, description="the contrast too sees the masked caption: one pass for both, as the authors"
+    )
     mask_without_loss: bool = Field(False, description="mask the caption although the term has no weight (FILIP)")
 
 
 class NearestNeighbour(Section):
     """The queue of text features."""
 
-    queue_size: int = Field(65536, ge=1)
+    queue_size: int = Field(65536, ge=1, description="captions remembered")
     symmetric: bool = Field(False, description="True: the paper's formula; False: the authors' code")
     lookup: Literal["fp32", "bf16"] = Field("fp32", description="precision of the similarities to the queue")
 
@@ -215,17 +227,17 @@ class NearestNeighbour(Section):
 class LateInteraction(Section):
     """FILIP's token-wise similarity (Yao et al. 2022)."""
 
-    width: int = Field(256, ge=1)
+    width: int = Field(256, ge=1, description="of the tokens that are compared")
     top_k: int | None = Field(None, ge=1, description="tokens kept on the gathered side; None keeps all")
-    count_padding: bool = False
+    count_padding: bool = Field(False, description="padding counts as tokens, as in the authors' code")
 
 
 class LogitScale(Section):
     """The logarithm of the inverse temperature, and its limits after each step."""
 
-    start: float = 2.6592600369327783
-    min: float | None = None
-    max: float = 4.605170185988092
+    start: float = Field(2.6592600369327783, description="ln(1 / 0.07)")
+    min: float | None = Field(None, description="None: no limit")
+    max: float = Field(4.605170185988092, description="ln(100)")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -237,25 +249,25 @@ class LogitScale(Section):
 class Train(Section):
     """Optimisation and the bookkeeping of a run."""
 
-    steps: int = Field(1000, ge=1)
-    batch: int = Field(128, ge=2)
-    lr_start: float = Field(1e-4, ge=0)
-    lr_peak: float = Field(1e-3, gt=0)
-    lr_end: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(100, ge=0)
-    weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-8, gt=0)
-    clip_norm: float | None = Field(None, gt=0)
+    steps: int = Field(1000, ge=1, description="in all")
+    batch: int = Field(128, ge=2, description="pairs a step, over all processes")
+    lr_start: float = Field(1e-4, ge=0, description="the rate of the first step")
+    lr_peak: float = Field(1e-3, gt=0, description="the rate after the warm-up")
+    lr_end: float = Field(0.0, ge=0, description="the rate of the last step, after a cosine")
+    warmup_steps: int = Field(100, ge=0, description="in which the rate rises linearly")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's; biases, norms, scales and positions have none")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's")
+    eps: float = Field(1e-8, gt=0, description="AdamW's")
+    clip_norm: float | None = Field(None, gt=0, description="longest gradient; None: not clipped")
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="auto: bf16 where the device computes it")
-    channels_last: bool = False
+    channels_last: bool = Field(False, description="memory order of images, for convolutions")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; they are evaluated")
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(10, ge=1, description="steps")
     evaluate_every: int = Field(0, ge=0, description="0: only at the end")
-    checkpoint_every: int = Field(200, ge=1)
+    checkpoint_every: int = Field(200, ge=1, description="steps")
     keep: int = Field(2, ge=1, description="how many checkpoints stay")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, description="of torch; None: its own number")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: whole copies, or sharded towers")
     sync_batch_norm: bool = Field(True, description="batch norm over all processes' pairs, as on one")
     chunk: int | None = Field(None, ge=1, description="pairs of a process's part that the towers see at a time")
@@ -281,9 +293,9 @@ class Train(Section):
 class LoRA(Section):
     """Low-rank adapters (Hu et al. 2022) on the blocks' linear maps; all that came with the weights stays."""
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, description="of the product")
     alpha: float = Field(16.0, gt=0, description="the adapter's part is alpha / rank times its product")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the adapters")
 
 
 class FineTuning(Section):
@@ -297,9 +309,9 @@ class FineTuning(Section):
     freeze_image: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
         0, description="the stem and that many blocks stay as they are; all: the whole tower (LiT)"
     )
-    freeze_text: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    freeze_text: Annotated[int, Field(ge=0)] | Literal["all"] = Field(0, description="the text tower's likewise")
     warmup_heads: int = Field(0, ge=0, description="first steps, in which only what is new learns")
-    lora: LoRA | None = None
+    lora: LoRA | None = Field(None, description="adapters instead: rank, alpha, dropout")
 
     @model_validator(mode="after")
     def _has_weights(self) -> Self:
@@ -318,10 +330,10 @@ class FineTuning(Section):
 class Evaluation(Section):
     """What is measured during training and at its end."""
 
-    zero_shot: tuple[str, ...] = ()
-    retrieval: tuple[str, ...] = ()
+    zero_shot: tuple[str, ...] = Field((), description="sets to classify")
+    retrieval: tuple[str, ...] = Field((), description="sets to search in, both ways")
     final_zero_shot: tuple[str, ...] = Field((), description="only at the end: the test sets")
-    final_retrieval: tuple[str, ...] = ()
+    final_retrieval: tuple[str, ...] = Field((), description="only at the end")
 
 
 class Recipe(Section):
@@ -331,12 +343,12 @@ class Recipe(Section):
         UserError: from `declip.recipe_file.load_recipe`, when a key or a value is not allowed.
     """
 
-    name: str = "unnamed"
-    seed: int = Field(0, ge=0)
+    name: str = Field("unnamed", description="for tables and reports")
+    seed: int = Field(0, ge=0, description="of weights, views, order and choice of pairs")
     data: Data = Data()
     image: ImageTower = ImageTower()
     text: TextTower = TextTower()
-    embed_dim: int = Field(512, ge=1)
+    embed_dim: int = Field(512, ge=1, description="width of the shared space")
     views: Views = Views()
     weights: Weights = Weights(contrastive=1.0)
     simsiam: SimSiam = SimSiam()

@@ -93,10 +93,10 @@ def test_text_says_why_a_peer_is_missing(
 
 def test_growth_of_a_step_and_of_tables(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    few = ("--batch", "--image", "--queue", "--text", "24", "--rows", "100", "--kinds", "parquet", "--repeats", "1")
+    few = ("--batch", "8", "--image", "--queue", "--text", "--rows", "100", "--kinds", "parquet", "--repeats", "1")
     found = run("growth", *few, "--out", str(tmp_path))
     step, table = found["rows"]
-    assert (step["part"], step["text_length"], step["pairs"]) == ("text", 24, 128)
+    assert (step["part"], step["value"], step["pairs"]) == ("batch", 8, 8)
     assert step["added_mb"] > 10  # gradients and moments of some million parameters
     assert (table["part"], table["value"]) == ("parquet", 100)
     assert {"first_seconds", "later_seconds", "later_private_mb", "microseconds_a_row"} <= table.keys()

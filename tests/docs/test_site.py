@@ -72,6 +72,9 @@ def test_every_recipe_key_is_listed(site: Path) -> None:
     text = (site / "keys.html").read_text(encoding="utf-8")
     for key in ("seed", "views.image.crop_area", "train.largest_logits_mb", "finetune.lora", "weights.simclr"):
         assert f"<code>{key}</code>" in text
+    rows = re.findall(r"<tr>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*<td>(.*?)</td>", text, re.DOTALL)
+    assert len(rows) > 100
+    assert [key for key, _, about in rows if not about.strip()] == []
 
 
 def test_formulas_are_mathml_and_drawings_part_of_the_page(site: Path) -> None:

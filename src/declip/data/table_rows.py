@@ -23,11 +23,11 @@ HELD_IN_MEMORY = 1 << 30
 """Bytes of images in a Parquet file up to which they are held in memory; Parquet cannot be read row by row, so
 beyond it the two columns are copied once into a cache file that is mapped into memory."""
 
-MANY_ROWS = 1_000_000
+MANY_ROWS = 250_000
 """Rows of a Parquet file beyond which its two columns are mapped likewise, however small: each rank of a run opens
 the table, and each would hold 160 bytes a row."""
 
-LARGE_TEXT = 128 << 20
+LARGE_TEXT = 32 << 20
 """Bytes of a JSONL, CSV or TSV file beyond which what is held of each row is mapped from the cache likewise."""
 
 DAMAGED = b"damaged"
