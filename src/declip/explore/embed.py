@@ -53,6 +53,7 @@ def embed(
     caption_column: str | None = "caption",
     image_root: str | Path | None = None,
     device: str = "auto",
+    loaded_from: str | Path = "",
     progress: bool = False,
 ) -> Index:
     """Write the vectors of a source's pictures, with their keys and captions, to a folder that can be searched.
@@ -75,6 +76,7 @@ def embed(
         caption_column: For tables; None or empty for one without captions.
         image_root: For tables: the folder that paths are relative to and may not leave.
         device: Where a model is loaded to: "auto", "cpu", "cuda" …
+        loaded_from: What a model that is given as an object was loaded from, for later calls to load it again.
         progress: Show progress bars.
 
     Returns:
@@ -105,7 +107,7 @@ def embed(
     if captions:
         encoder.tokenize([""])  # an image tower alone says so now, not after an hour
     wanted = Manifest(
-        model=ModelOf(spec=_spec(model), fingerprint=fingerprint(encoder), precision=precision),
+        model=ModelOf(spec=_spec(model) or _spec(loaded_from or None), fingerprint=fingerprint(encoder), precision=precision),
         source=at,
         dtype=dtype,
         captions=captions,

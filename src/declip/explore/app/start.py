@@ -105,16 +105,17 @@ def open_gallery(
             raise UserError(f"'{source}' is an index already, so --index '{folder}' has no use. Leave it out.")
         index = Index.open(source, model=model, device=device)
     else:
+        loaded = load(model, device)
         index = embed(
-            model,
+            loaded,
             source,
-            out=folder or usual_folder(model, source, device),
+            out=folder or usual_folder(fingerprint(loaded), source),
             captions=True,
             workers=workers,
             image_column=image_column,
             caption_column=caption_column,
             image_root=image_root,
-            device=device,
+            loaded_from=model,
             progress=progress,
         )
     if not len(index):
@@ -125,10 +126,10 @@ def open_gallery(
     return gallery
 
 
-def usual_folder(model: str, source: str, device: str) -> Path:
+def usual_folder(digest: str, source: str) -> Path:
     """Where the index of a source goes by default: another model's has another folder, so that none is refused."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.removeprefix("builtin:")).strip("-") or "source"
-    return Path("indices") / f"{name[:40]}-{fingerprint(load(model, device))[:8]}"
+    return Path("indices") / f"{name[:40]}-{digest[:8]}"
 
 
 def serve(gallery: Gallery, bound: socket.socket, host: str, ready: Callable[[], None]) -> None:
