@@ -198,12 +198,13 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     steps = [part for part in KEYS if any(found["part"] == part for found in rows)]
     if steps:
         figure = Figure(figsize=(3.2 * len(steps), 5.4), layout="constrained")
-        grid = figure.subplots(len(STEP_COSTS), len(steps), squeeze=False)
+        grid = figure.subplots(len(STEP_COSTS), len(steps), squeeze=False, sharex="col", sharey="row")
         for column, part in enumerate(steps):
             own = [found for found in rows if found["part"] == part]
             for line, (key, label) in enumerate(STEP_COSTS.items()):
                 _curve(grid[line][column], own, key, part, COLOURS[line])
                 grid[line][column].set_ylabel(label if column == 0 else "")
+                _plain_numbers(grid[line][column], [found["value"] for found in own])
             grid[-1][column].set_xlabel({"text": "tokens a text", "image": "pixels a side"}.get(part, part))
         figure.savefig(folder / "growth-step.png", dpi=130)
     kinds = [kind for kind in KINDS if any(found["part"] == kind for found in rows)]
@@ -225,6 +226,16 @@ def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, colo
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
+
+
+def _plain_numbers(axes: Any, values: Sequence[int]) -> None:
+    """Ticks where something was measured, and at 1, 2 and 5 upwards, in digits."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    axes.xaxis.set(major_locator=FixedLocator(values), minor_locator=NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
+    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:

@@ -107,7 +107,9 @@ def embed(
     if captions:
         encoder.tokenize([""])  # an image tower alone says so now, not after an hour
     wanted = Manifest(
-        model=ModelOf(spec=_spec(model) or _spec(loaded_from or None), fingerprint=fingerprint(encoder), precision=precision),
+        model=ModelOf(
+            spec=_spec(model) or _spec(loaded_from or None), fingerprint=fingerprint(encoder), precision=precision
+        ),
         source=at,
         dtype=dtype,
         captions=captions,
