@@ -35,7 +35,7 @@ def test_embed_search_and_look_after(
     assert run(embed, monkeypatch) == 0
     said = capfd.readouterr()
     assert "24 images, 16 numbers each in float32" in said.out
-    assert "Without caption: 24 × missing caption" in said.out
+    assert "Without caption: all of them" in said.out
     assert said.err == ""
 
     found, drawn = tmp_path / "found.json", tmp_path / "found.png"

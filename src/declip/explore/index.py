@@ -272,7 +272,8 @@ class Index:
             for said, state in (("Left out", "skipped"), ("Without caption", "uncaptioned")):
                 for reason, row in getattr(manifest.update, state)["reasons"].items():
                     if state == "uncaptioned" and row["count"] == len(self):
-                        continue  # a folder of pictures alone
+                        lines.append(f"{said}: all of them")
+                        continue
                     lines.append(f"{said}: {row['count']:,} × {reason}, such as {', '.join(row['examples'])}")
         if hidden := len(manifest.removed) + len(manifest.gone):
             lines.append(f"Hidden: {len(manifest.removed):,} removed, {len(manifest.gone):,} gone from the source")
