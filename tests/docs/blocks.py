@@ -1,13 +1,15 @@
 """The code of the documentation: found in its pages, checked, and run as a reader would type it.
 
-Run are `python`, `shell` and `yaml` blocks, in their order, in one folder and one Python for each page. A shell line
-that begins with `declip` runs in this process, another one in bash. Only checked, not run, is what needs more than a
-small folder has: another program (`pip`, `torchrun` …), the network, a whole data set, a tower for photographs, hours.
+Every `python`, `shell` and `yaml` block is checked: words, options and keys exist. All are run too, in their order, in
+one folder and one Python for each page, a line that begins with `declip` in this process, but for what `why_not` names:
+the network, several processes, programs that install or take hours.
 """
 
 import re
+import runpy
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +23,21 @@ from declip.recipe_file import load_recipe, parse_overrides, recipe_names
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-ELSEWHERE = ("open_clip:", "huggingface:", "timm:", "/data/", "imagenet:", "ckpt.pth.tar")
-"""Words of what is not in the folder."""
+INDENTED = re.compile(r"^    (?:declip|python|torchrun|sbatch|pip|make|pytest) .*$", re.MULTILINE)
+LOCAL = {
+    r"(?<![`-])/data\b": "data",
+    r"open_clip:[\w-]+/\w+": "runs/vit",
+    r"huggingface:openai/[\w-]+": "downloads/clip-vit-base-patch32",
+    r"huggingface:bert[\w-]+": "encoders/clinical",
+    r"builtin:icons": "builtin:emoji",
+}
+"""What a reader has on a large disk or gets by network: what is there in its place."""
 
-ENDLESS = ("compare", "app")
-"""Commands that start processes for minutes, or that serve until they are stopped."""
+DOWNLOADED = re.compile(r"ViT-B-32/laion2b|data prepare builtin:(?:clipart|stamps)")
+"""What comes by network, with nothing in its place."""
 
-NOT_HERE = ("pip", "python3", "make", "torchrun", "sbatch", "git", "pytest", "python")
-LARGEST_RUN = 64
-"""Pixels; a larger tower is checked only."""
+FEW = {"--seeds": "1", "--tune-steps": "2", "--tune-pairs": "16"}
+"""Options of `compare` that would make hours, and what they are here."""
 
 
 @dataclass(frozen=True)
@@ -54,36 +62,62 @@ def lines(code: str) -> Iterator[str]:
             yield line.strip()
 
 
-def declip_commands(page: Path) -> Iterator[list[str]]:
-    """The words of each `declip` command in a page's blocks, fenced or indented, also below torchrun and sbatch."""
-    text = page.read_text(encoding="utf-8")
-    indented = "".join(found[0] for found in re.finditer(r"^    .*\n", text, re.MULTILINE))
-    for line in lines("".join(block.code for block in blocks(page)) + indented):
-        for start in ("declip ", "torchrun ", "sbatch "):
-            if (
-                line.startswith(start)
-                and "…" not in line
-                and not re.search(r"\b(RECIPE|INDEX|MODEL|SOURCE|RUN)\b", line)
-            ):
-                words = shlex.split(line, comments=True)
-                if start == "declip ":
-                    yield words
-                elif "-m" in words:
-                    yield words[words.index("-m") + 1 :]
-                elif "scripts/train.sbatch" in words:
-                    yield ["declip", "train", *words[words.index("scripts/train.sbatch") + 1 :]]
+def check(words: list[str]) -> None:
+    """Whether what a line of shell names exists here: command, options and keys, file, target, extra."""
+    if words[0] == "declip":
+        _check_declip(words)
+    if words[0] == "torchrun":
+        _check_declip(words[words.index("-m") + 1 :])
+    if words[0] == "sbatch":
+        script = next(at for at, word in enumerate(words) if word.endswith(".sbatch"))
+        assert (ROOT / words[script]).is_file(), words[script]
+        _check_declip(["declip", "train", *words[script + 1 :]])
+    if words[0] == "python" and words[1] != "-m":
+        script = (ROOT / words[1]).read_text(encoding="utf-8")
+        for option in words[2:]:
+            assert not option.startswith("--") or option == "--help" or f'"{option}"' in script, f"{words[1]} {option}"
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), words[1]
+    if words[0] == "pytest":
+        assert all((ROOT / name).is_file() for name in words[1:] if not name.startswith("-")), words
+    if words[0] == "pip" and (extra := re.search(r"\[(.+)\]", words[-1])):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert set(extra[1].split(",")) <= set(project["optional-dependencies"]), words[-1]
 
 
-def check(words: list[str]) -> dict[str, Any]:
-    """Whether the command, its options and, of a shipped recipe, the keys exist; gives the parameters."""
+def _check_declip(words: list[str]) -> None:
     command: Any = get_command(cli.app)
     rest = words[1:]
     while hasattr(command, "commands"):
         command, rest = command.commands[rest[0]], rest[1:]
-    given: dict[str, Any] = command.make_context(words[1], rest).params
+    given = command.make_context(words[1], rest).params
     if words[1] == "train" and (given["recipe"] in recipe_names() or Path(given["recipe"]).is_file()):
-        given["resolved"] = load_recipe(given["recipe"], parse_overrides(given["overrides"] or []))
-    return given
+        load_recipe(given["recipe"], parse_overrides(given["overrides"] or []))
+
+
+def why_not(line: str) -> str | None:
+    """Why a line of shell is not run here; None where it is."""
+    program = line.split()[0]
+    if DOWNLOADED.search(line):
+        return "network"
+    if program in ("torchrun", "sbatch"):
+        return "several processes"
+    if program in ("pip", "make", "pytest", "git") or line.startswith(("python benchmarks/", "python3 -m venv")):
+        return "installs, or takes minutes"
+    return None
+
+
+def fewer(words: list[str]) -> list[str]:
+    """A comparison's words for seconds: small numbers of pairs, two at most, one seed, one value to tune."""
+    words = list(words)
+    for at, word in enumerate(words[:-1]):
+        if word == "--pairs":
+            words[at + 1] = "16,24" if "," in words[at + 1] else "16"
+        elif word == "--tune":
+            words[at + 1] = words[at + 1].partition(",")[0]
+        elif word in FEW:
+            words[at + 1] = FEW[word]
+    return words
 
 
 class Reader:
@@ -91,26 +125,32 @@ class Reader:
 
     Args:
         monkeypatch: Puts the words of a command where the command line takes them from.
+
+    Attributes:
+        ran: Lines of shell, and blocks by page and line.
+        left: Lines that were checked only, with the reason.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
         self.names: dict[str, Any] = {"__name__": "page"}
         self.ran: list[str] = []
+        self.left: dict[str, str] = {}
 
     def follow(self, page: Path) -> None:
         """Do all that a page says."""
         for block in blocks(page):
             where = f"{page.name}:{block.line}"
+            code = block.code
+            for there, local in LOCAL.items():
+                code = re.sub(there, local, code)
             if block.kind == "python":
-                code = compile(block.code, where, "exec")
-                if not _elsewhere(block.code):
-                    exec(code, self.names)
-                    self.ran.append(where)
+                exec(compile(code, where, "exec"), self.names)
+                self.ran.append(where)
             elif block.kind == "yaml":
-                self._keep(block.code, where)
+                self._keep(code, where)
             elif block.kind == "shell":
-                for line in lines(block.code):
+                for line in lines(code):
                     self._type(line, where)
 
     def _keep(self, code: str, where: str) -> None:
@@ -123,21 +163,18 @@ class Reader:
 
     def _type(self, line: str, where: str) -> None:
         words = shlex.split(line, comments=True)
-        if words[0] in NOT_HERE:
+        check(words)
+        if reason := why_not(line):
+            self.left[line] = reason
             return
-        if words[0] != "declip":
-            subprocess.run(["bash", "-ec", line], check=True, stdout=subprocess.DEVNULL)
-            return
-        resolved = check(words).get("resolved")
-        large = resolved is not None and resolved.image.size > LARGEST_RUN
-        if words[1] in ENDLESS or large or _elsewhere(line):
-            return
-        self.monkeypatch.setattr("sys.argv", words)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code, f"{where}: {line} ended with {ended.value.code}"
         self.ran.append(line)
-
-
-def _elsewhere(code: str) -> bool:
-    return any(word in code for word in ELSEWHERE)
+        if words[:2] == ["python", "-m"]:
+            self.monkeypatch.setattr("sys.argv", words[2:])
+            runpy.run_module(words[2], run_name="__main__")
+        elif words[0] != "declip":
+            subprocess.run(["bash", "-ec", line], check=True, stdout=subprocess.DEVNULL)
+        else:
+            self.monkeypatch.setattr("sys.argv", fewer(words) if words[1] == "compare" else words)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert not ended.value.code, f"{where}: {line} ended with {ended.value.code}"

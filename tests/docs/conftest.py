@@ -1,31 +1,59 @@
-"""A small world for the documentation's code: the built-in emoji as drawn shapes, short runs, a model, an index."""
+"""A small world for the documentation's code: the built-in sets as drawn shapes, short runs, models, indices, data."""
 
 import csv
+import json
 import os
+import socket
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
+from starlette.testclient import TestClient
 
 import declip
 from conftest import COLOURS, SHAPES, draw
 from declip import recipe_file
+from declip.comparison import arms, compare, worker
 from declip.config import Recipe
 from declip.data.emoji import DESIGNS, EMOJI, IMAGES
 from declip.data.emoji_build import SCHEMA
 from declip.data.picture_build import write_record
 from declip.data.picture_cache import TABLE
 from declip.data.sources import open_source
-from declip.training import trainer
+from declip.evaluation import zero_shot
+from declip.evaluation.prompt_sets import PromptSet, read_prompts
+from declip.explore.app import start
+from declip.explore.app.gallery import Gallery
+from declip.explore.app.web import VIEWS, build
+from declip.training import profile, trainer
+from evaluation import trees
+from interchange.test_clip_benchmark import Captioned, webdataset
+from text_encoders import roberta
 
 SIDE = 40
-STEPS, BATCH = 4, 8
+FIRST = 0x1F34E
+"""The first drawing's code: a red apple's, which the pages name."""
+
+STEPS, BATCH, PAIRS = 4, 8, 32
+SMALL = 64
+"""Pixels that a tower may have; a larger one gives way to a small one."""
+
+MIXED = ("runs", "indices", "encoders", "downloads")
+"""Folders that pages add to."""
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def small(recipe: Recipe) -> Recipe:
-    """The recipe for seconds: few steps of few pairs, a short vocabulary, no loading processes."""
+    """The recipe for seconds: few steps of few pairs, small towers, no loading processes."""
     train = {
         "steps": min(recipe.train.steps, STEPS),
         "batch": min(recipe.train.batch, BATCH),
@@ -38,12 +66,16 @@ def small(recipe: Recipe) -> Recipe:
         "keep_memory": False,
         "freeze_garbage": False,
     }
+    image = {} if recipe.image.size <= SMALL else {"name": "declip_vit_tiny", "size": 32}
     text = {"merges": 300, "width": 32, "heads": 2}
     return recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update=train),
+            "image": recipe.image.model_copy(update=image),
             "text": recipe.text.model_copy(update=text),
-            "data": recipe.data.model_copy(update={"workers": 0}),
+            "data": recipe.data.model_copy(
+                update={"workers": 0, "pairs": recipe.data.pairs and min(recipe.data.pairs, PAIRS)}
+            ),
         }
     )
 
@@ -55,7 +87,7 @@ def write_emoji(cache: Path) -> None:
     rows, pixels = [], []
     for design in DESIGNS:
         for number, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
-            code, name = f"{number:x}", f"{colour} {shape}"
+            code, name = f"{FIRST + number:x}", f"{colour} {shape}"
             rows.append(
                 {
                     "key": f"{design.key}/{code}", "image": len(pixels), "design": design.key, "drawing": name,
@@ -77,41 +109,118 @@ def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+def write_tables(folder: Path, name: str, source: str) -> None:
+    """A source as NAME.csv and NAME.jsonl, a row for each caption, as NAME-test.csv, with classes, and pictures/."""
+    pairs, rows = open_source(source), []
+    classes = "image,class\n"
+    for number in range(len(pairs)):
+        file = f"{pairs.key(number).replace('/', '-')}.png"  # type: ignore[attr-defined]
+        pairs[number].image.save(folder / "pictures" / file)
+        classes += f"pictures/{file},{pairs.captions(number)[0]}\n"
+        rows += [(f"pictures/{file}", file, caption) for caption in pairs.captions(number)]
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as table:
+        writer = csv.writer(table)
+        writer.writerow(["image", "caption"])
+        writer.writerows((image, caption) for image, _, caption in rows)
+    lines = [{"image": image, "caption": caption, "file": file, "text": caption} for image, file, caption in rows]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    (folder / f"{name}-test.csv").write_text(classes, encoding="utf-8")
+
+
+def write_data(folder: Path, pictures: Path) -> None:
+    """What the pages have below /data: shards, pictures, pets with enough for a probe, some of ImageNet's classes."""
+    folder.mkdir()
+    (folder / "pictures").symlink_to(pictures)
+    shard = folder / "00000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for file in sorted(pictures.iterdir())[:BATCH]:
+            caption = folder / f"{file.stem}.txt"
+            caption.write_text(file.stem, encoding="utf-8")
+            tar.add(file, file.name)
+            tar.add(caption, caption.name)
+            caption.unlink()
+    for number in range(1, 332):
+        (folder / f"{number:05d}.tar").symlink_to(shard.name)
+    trees.pets(folder / "pets")
+    lists = folder / "pets" / "oxford-iiit-pet" / "annotations"
+    breeds = ("Abyssinian", "american_bulldog", "great_pyrenees")
+    lines = [f"{name}_{number} {label} 1 1\n" for label, name in enumerate(breeds, 1) for number in range(30, 40)]
+    (lists / "trainval.txt").write_text("".join(lines), encoding="utf-8")
+    for line in lines:
+        name, label, *_ = line.split()
+        trees.paint(folder / "pets" / "oxford-iiit-pet" / "images" / f"{name}.jpg", int(label))
+    trees.class_folders(folder / "imagenet" / "val", list(read_prompts("imagenet").classes))
+    webdataset(folder / "pets-wds", Captioned(), "classification", shards=4)  # its readers are four
+
+
 @pytest.fixture(scope="session")
 def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a page may take for granted: pairs.csv, heldout.csv, pictures, runs/demo and indices/pictures."""
+    """What a page may take for granted, as it lies in the folder of who reads it."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "pictures").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DECLIP_CACHE", str(emoji_cache))
-        for table, source in (("pairs.csv", "builtin:emoji"), ("heldout.csv", "builtin:emoji-test")):
-            pairs = open_source(source)
-            with (folder / table).open("w", newline="", encoding="utf-8") as file:
-                rows = csv.writer(file)
-                rows.writerow(["image", "caption"])
-                for number in range(len(pairs)):
-                    name = f"pictures/{pairs.key(number).replace('/', '-')}.png"  # type: ignore[attr-defined]
-                    pairs[number].image.save(folder / name)
-                    rows.writerows([name, caption] for caption in pairs.captions(number))
-        trainer.train(small(declip.load_recipe("declip-demo")), out=folder / "runs" / "demo", quiet=True, report=False)
-        declip.embed(folder / "runs" / "demo", folder / "pictures", out=folder / "indices" / "pictures")
+        write_tables(folder, "pairs", "builtin:emoji")
+        write_tables(folder, "heldout", "builtin:emoji-test")
+        write_data(folder / "data", folder / "pictures")
+        draw(COLOURS[0], SHAPES[0], SIDE).save(folder / "photo.jpg")
+        runs = folder / "runs"
+        for name, recipe in {
+            "demo": declip.load_recipe("declip-demo"),
+            "vit": declip.load_recipe("clip", {"image.name": "declip_vit_tiny"}),
+        }.items():
+            trainer.train(small(recipe), out=runs / name, quiet=True, report=False)
+        declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")
+        (folder / "drop.csv").write_text(f"key,reason\n{open_source('builtin:emoji').key(0)},no reason\n", "utf-8")
+        declip.export(runs / "vit", "huggingface", folder / "downloads" / "clip-vit-base-patch32")
+    state = {f"module.{name}": value for name, value in load_file(GOLDEN / "declip_vit_tiny.safetensors").items()}
+    torch.save({"last_iter": 1, "model": state, "optimizer": {}}, folder / "ckpt.pth.tar")
+    roberta(folder / "encoders" / "clinical", context=128)
     return folder
+
+
+def visit(gallery: Gallery, bound: socket.socket, host: str, ready: Callable[[], None]) -> None:
+    """In the place of `serve`: open each view of the page once."""
+    ready()
+    with TestClient(build(gallery, host), base_url=start.address_of(bound)) as client:
+        for view in VIEWS:
+            assert client.get(f"/{view}").status_code == 200
+        assert client.get("/api/search", params={"text": "a red circle"}).json()["hits"]
 
 
 @pytest.fixture
 def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to follow a page in: the world in it, all runs short, reports only where a page is about them."""
-    for each in ("pairs.csv", "heldout.csv", "pictures"):
-        (tmp_path / each).symlink_to(world / each)
-    for place in ("runs/demo", "indices/pictures"):
-        (tmp_path / place).parent.mkdir()
-        (tmp_path / place).symlink_to(world / place)
+    for each in world.iterdir():
+        if each.name in MIXED:
+            (tmp_path / each.name).mkdir()
+            for inner in each.iterdir():
+                (tmp_path / each.name / inner.name).symlink_to(inner)
+        else:
+            (tmp_path / each.name).symlink_to(each)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DECLIP_CACHE", str(emoji_cache))
     monkeypatch.setenv("COLUMNS", "100")
-    load = recipe_file.load_recipe
-    for module in (recipe_file, trainer):
+    load, take = recipe_file.load_recipe, start.take_port
+    for module in (recipe_file, trainer, profile, arms):
         monkeypatch.setattr(module, "load_recipe", lambda *given: small(load(*given)))
     monkeypatch.setattr(trainer, "write_report", lambda run: Path(run.folder, "report.html").touch())
+    monkeypatch.setattr(compare, "_run", lambda study, folder, part, *_: worker.work(folder, part))
+    monkeypatch.setattr(compare, "seconds_per_step", in_one_second)
+    monkeypatch.setattr(zero_shot, "read_prompts", one_template)
+    monkeypatch.setattr(start, "serve", visit)
+    monkeypatch.setattr(start, "take_port", lambda host, port: take(host, 0))
     assert os.environ["DECLIP_CACHE"] == str(emoji_cache)
     return tmp_path
+
+
+def one_template(name: str) -> PromptSet:
+    """A prompt set for seconds: ImageNet's has 80,000 sentences."""
+    prompts = read_prompts(name)
+    return replace(prompts, templates=prompts.templates[:1])
+
+
+def in_one_second(arms: Sequence[arms.Arm], overrides: Mapping[str, Any], threads: int) -> dict[str, float]:
+    """In the place of timing them: every step takes as long."""
+    return {arm.name: 1.0 for arm in arms}

@@ -6,6 +6,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,14 +28,14 @@ class Captioned(Painted):
         return f"a {colour} {shape}", f"{shape} painted in {colour}"
 
 
-def webdataset(folder: Path, source: Painted, kind: str) -> Path:
-    """What `--dataset wds/…` reads: two shards of PNG files with classes and captions."""
+def webdataset(folder: Path, source: Painted, kind: str, shards: int = 2) -> Path:
+    """What `--dataset wds/…` reads: shards of PNG files with classes and captions."""
     (folder / "test").mkdir(parents=True)
-    (folder / "test" / "nshards.txt").write_text("2")
+    (folder / "test" / "nshards.txt").write_text(str(shards))
     (folder / "dataset_type.txt").write_text(kind)
     (folder / "classnames.txt").write_text("\n".join(source.class_names))
     (folder / "zeroshot_classification_templates.txt").write_text("\n".join(t.format("{c}") for t in TEMPLATES))
-    for shard, rows in enumerate((range(15), range(15, len(source)))):
+    for shard, rows in enumerate(np.array_split(range(len(source)), shards)):
         with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
             for row in rows:
                 picture = io.BytesIO()
