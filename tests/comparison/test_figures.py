@@ -17,7 +17,8 @@ from comparison.synthetic import MEASURE, outcome, study, with_ladder
 from declip.comparison.figures import MOST, curve_pictures, ladder_picture
 from declip.comparison.ladder import read_ladder
 from declip.comparison.outcome import Outcome
-from declip.comparison.plots import COLOURS, DASHES, LINE, MARKERS, Curves, Dots, Picture, apart, short_count
+from declip.comparison.phrases import short_count
+from declip.comparison.plots import COLOURS, DASHES, LINE, MARKERS, Curves, Dots, Picture, apart
 
 
 def _axes(panel: Curves | Dots) -> Axes:

@@ -11,6 +11,7 @@ import pytest
 from comparison.synthetic import MEASURE, SIZES, outcome, row, score, study, tuned, with_ladder
 from declip.comparison.arms import Arm, arms_of
 from declip.comparison.curves import Curve, Factor, FactorAt, factor
+from declip.comparison.factor_wording import factor_sentence
 from declip.comparison.ladder import read_ladder
 from declip.comparison.outcome import Outcome
 from declip.comparison.page import plain, write_page
@@ -18,7 +19,6 @@ from declip.comparison.study import Study
 from declip.comparison.tables import measured
 from declip.comparison.wording import (
     command,
-    factor_sentence,
     ladder_sentences,
     near_chance,
     plan,

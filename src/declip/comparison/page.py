@@ -11,9 +11,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from declip.comparison.curves import Factor
+from declip.comparison.factor_wording import factor_sentence, interval
 from declip.comparison.figures import curve_pictures, ladder_picture
 from declip.comparison.ladder import baseline_of, main_arms, measured_sizes, read_ladder
 from declip.comparison.outcome import Outcome
+from declip.comparison.phrases import counted, listed
 from declip.comparison.plots import Picture
 from declip.comparison.tables import (
     Table,
@@ -35,12 +37,8 @@ from declip.comparison.wording import (
     command,
     computing,
     cost_sentence,
-    counted,
-    factor_sentence,
-    interval,
     ladder_sentences,
     lead,
-    listed,
     near_chance,
     plan,
     published_source,

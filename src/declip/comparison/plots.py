@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from sklearn.isotonic import isotonic_regression
 
+from declip.comparison.phrases import short_count
+
 INK, QUIET, RULE = "#1c2127", "#5b6470", "#d9d5cc"
 COLOURS = (INK, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 """Okabe and Ito's palette, which colour-blind readers can tell apart; the baseline is black."""
@@ -234,6 +236,11 @@ class Dot:
     place: int | None = None
 
     @property
+    def flat(self) -> str:
+        """The name in one line."""
+        return self.name.replace("\n", " ")
+
+    @property
     def height(self) -> float:
         """In lines, with room above a heading."""
         return 1 + 0.45 * self.name.count("\n") + 0.3 * (self.place is None)
@@ -263,7 +270,7 @@ class Dots:
     @property
     def words(self) -> str:
         """For those who cannot see it."""
-        told = (f"{_flat(row.name)} {row.mean:.3g} %" for row in self.rows if row.mean is not None)
+        told = (f"{row.flat} {row.mean:.3g} %" for row in self.rows if row.mean is not None)
         return f"{self.title}: {', '.join(told)}."
 
     def draw(self, ax: Axes) -> None:
@@ -289,7 +296,7 @@ class Dots:
             if row.low is not None and row.high is not None:
                 ax.plot([row.low, row.high], [height] * 2, color=colour, linewidth=1.4)
             ax.plot(row.values, [height] * len(row.values), ".", color=colour, markersize=4, alpha=0.55)
-            ax.plot([row.mean], [height], MARKERS[row.place], color=colour, markersize=6, label=_flat(row.name))
+            ax.plot([row.mean], [height], MARKERS[row.place], color=colour, markersize=6, label=row.flat)
         ax.set_xlim(*self._range())
 
     def label(self, ax: Axes) -> None:
@@ -387,15 +394,3 @@ def _labels(pairs: Sequence[int]) -> list[str]:
         labels.append("" if last >= 0 and place - last < 0.13 else short_count(number))
         last = place if labels[-1] else last
     return labels
-
-
-def short_count(number: int) -> str:
-    """2000 is "2k", 2500 "2.5k", 1234 "1,234"."""
-    for size, unit in ((1_000_000, "M"), (1_000, "k")):
-        if number >= size and number % (size // 10) == 0:
-            return f"{number / size:g}{unit}"
-    return f"{number:,}"
-
-
-def _flat(label: str) -> str:
-    return label.replace("\n", " ")

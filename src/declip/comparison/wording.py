@@ -1,7 +1,7 @@
 """What a comparison found, in sentences; every number is computed from the runs."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,24 +9,15 @@ from typing import Any
 from declip.comparison.cell import CELLS
 from declip.comparison.cost import ROUNDS, TIMED
 from declip.comparison.curves import RESAMPLES, Factor
+from declip.comparison.factor_wording import factor_sentence, interval, ratio
 from declip.comparison.ladder import BASELINE, Ladder, baseline_of, difference, main_arms, read_ladder, seed_values
 from declip.comparison.outcome import Outcome
+from declip.comparison.phrases import counted, listed
 from declip.comparison.study import BUDGETS, Study
 from declip.comparison.tables import Measured, settings, signed, yaml_value
 from declip.comparison.worker import FAILURE
 from declip.evaluation.report_headline import duration
 from declip.evaluation.results import percent
-
-
-def listed(words: Iterable[object]) -> str:
-    """ "a, b and c"."""
-    given = [f"{word:,}" if isinstance(word, int) else str(word) for word in words]
-    return given[0] if len(given) == 1 else f"{', '.join(given[:-1])} and {given[-1]}" if given else "nothing"
-
-
-def counted(number: int, word: str) -> str:
-    """ "1 run", "2 runs"."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def title(study: Study) -> str:
@@ -144,61 +135,6 @@ def _options(study: Study, folder: Path) -> list[str]:
     return words
 
 
-def factor_sentence(arm: str, baseline: str, budget: str, factor: Factor | None) -> str:
-    """How many times fewer pairs an arm needs, with what can't be said."""
-    start = f"At equal {budget}"
-    if factor is None:
-        return f"{start} {arm} and {baseline} have not both been measured yet."
-    told = [f"{start} {_gain(arm, baseline, factor)}", *_outside(arm, baseline, factor)]
-    return " ".join(told)
-
-
-def _gain(arm: str, baseline: str, factor: Factor) -> str:
-    inside = [each.pairs for each in factor.at if each.factor is not None]
-    if factor.mean is None:
-        return f"nothing that {baseline} reaches lies between what {arm} reaches, so there is no factor."
-    if len(inside) > 1:
-        detail = f"geometric mean over {len(inside)} of {len(factor.at)} numbers of pairs"
-    else:
-        detail = f"at {listed(inside)} pairs, one of {counted(len(factor.at), 'number')} of pairs"
-    said = f"{arm} needs {_ratio(baseline, factor.mean)} for the same (factor {factor.mean:.2f}: {detail}; "
-    said += f"{interval(factor)})."
-    if factor.low is not None and factor.high is not None and factor.low <= 1 <= factor.high:
-        said += " The interval includes 1: the two are not told apart."
-    if factor.undefined >= 0.005:
-        said += f" In {percent(factor.undefined)} of the resamples there was no factor."
-    return said
-
-
-def _ratio(baseline: str, factor: float) -> str:
-    if f"{factor:.2f}" == "1.00":
-        return f"as many pairs as {baseline}"
-    return (
-        f"{factor:.2f} times fewer pairs than {baseline}"
-        if factor > 1
-        else f"{1 / factor:.2f} times as many as {baseline}"
-    )
-
-
-def interval(factor: Factor) -> str:
-    """The interval of a factor, or why there is none."""
-    if factor.low is None or factor.high is None:
-        return "no interval, which needs two seeds at every number of pairs"
-    return f"95 % bootstrap interval {factor.low:.2f} to {factor.high:.2f}"
-
-
-def _outside(arm: str, baseline: str, factor: Factor) -> list[str]:
-    """What lies outside what the arm measured."""
-    below = [each.pairs for each in factor.at if each.outside == "below"]
-    above = [each.pairs for each in factor.at if each.outside == "above"]
-    told = []
-    if below:
-        told.append(f"What {baseline} reaches with {listed(below)} pairs {arm} passes already with its fewest.")
-    if above:
-        told.append(f"What {baseline} reaches with {listed(above)} pairs {arm} never reaches.")
-    return told
-
-
 def near_chance(outcome: Outcome, budget: str, measure: str, size: Measured) -> list[str]:
     """At which numbers of pairs the baseline is not clearly above chance: a factor there tells nothing."""
     baseline = baseline_of(outcome.study)
@@ -223,7 +159,7 @@ def lead(outcome: Outcome, factors: Mapping[tuple[str, str], Factor | None], mea
         return f"Only {baseline} was trained, so there is nothing to compare it with."
     arm = study.reference if study.reference in names else names[-1]
     told = [
-        f"{_ratio(baseline, factor.mean)} at equal {budget} ({interval(factor)})"
+        f"{ratio(baseline, factor.mean)} at equal {budget} ({interval(factor)})"
         for budget in study.budgets
         if (factor := factors.get((arm, budget))) is not None and factor.mean is not None
     ]
