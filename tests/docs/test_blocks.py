@@ -12,6 +12,9 @@ from docs.conftest import MIXED
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 LANGUAGES = {"python", "shell", "yaml", "text", "csv", "json"}
+WIDEST = 96
+"""Characters of a line of shell."""
+
 OWN_PICTURES = ("index", "tutorial")
 """Pages that make what the others take for granted."""
 
@@ -33,6 +36,8 @@ def test_a_page_does_what_it_says(page: Path, here: Path, monkeypatch: pytest.Mo
 def test_code_is_fenced_and_named_so_that_it_is_run(page: Path) -> None:
     assert {block.kind for block in blocks(page)} <= LANGUAGES
     assert not INDENTED.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+    shell = [line for block in blocks(page) if block.kind == "shell" for line in block.code.splitlines()]
+    assert [line for line in shell if len(line) > WIDEST] == [], "the site's column cuts it off"
 
 
 @pytest.mark.parametrize("name", ["clip", "slip", "filip", "declip", "defilip"])
