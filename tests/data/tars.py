@@ -8,6 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
+SIZES = (5, 1, 9, 6)
+"""Pairs in each shard of the fixture `shard_folder`."""
+
 
 def picture(number: int, kind: str = "png") -> bytes:
     """An image whose pixels tell its number."""

@@ -1,7 +1,6 @@
-"""Pairs from tar shards: against an independent reading, damaged shards, names, the index, loaders over them."""
+"""Pairs from tar shards: against an independent reading, damaged shards, names, the index."""
 
 import io
-import itertools
 import json
 import logging
 import os
@@ -13,33 +12,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
 
-from data.tars import pair, picture, write_shards, write_tar
+from data.tars import SIZES, pair, picture, write_shards, write_tar
 from declip.data import shard_index, shard_names, shards
-from declip.data.image_views import ImageViews
-from declip.data.loader import PairLoader
-from declip.data.mixture import Mixture
 from declip.data.pairs import BrokenPair, PairSource
 from declip.data.shard_files import OPEN_FILES
 from declip.data.shards import ShardSource
 from declip.data.sources import open_source
-from declip.data.subset import take
 from declip.errors import UserError
 
-SIZES = (5, 1, 9, 6)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    return write_shards(tmp_path / "shards", SIZES)
+def folder(shard_folder: Path) -> Path:
+    return shard_folder
 
 
 def by_the_library(paths: list[Path]) -> list[tuple[tuple[int, ...], str]]:
@@ -335,67 +323,3 @@ def test_a_shard_that_goes_away_breaks_its_pairs(folder):
     source._files._open_local.cache_clear()
     with pytest.raises(BrokenPair, match=r"unreadable shard: 00002.tar/000000006 \(No such file"):
         source[6]
-
-
-# Loaders
-
-
-class Words:
-    """A tokenizer with an id a word."""
-
-    vocabulary, start, end, mask, padding, context = 5003, 5000, 5001, 5002, 0, 16
-    words = range(start)
-
-    def encode(self, text: str) -> list[int]:
-        ids = [1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999 for word in text.split()]
-        return [self.start, *ids[: self.context - 2], self.end]
-
-
-def load(source: PairSource, count: int, start: int = 0, **options) -> list[list[torch.Tensor]]:
-    views = ImageViews(12, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    with PairLoader(source, Words(), views, batch=4, seed=3, start_step=start, **options) as loader:
-        batches = list(itertools.islice(loader, count))
-        assert all(
-            Words().encode(loader.words(int(tag), 0)) == [i for i in text.tolist() if i]
-            for batch in batches for tag, text in zip(batch.tags, batch.texts[0], strict=True)
-        )  # fmt: skip
-    return [[b.images, b.texts, b.masked, b.labels, b.tags, b.photometric.hue] for b in batches]
-
-
-def mixed(folder: Path) -> Mixture:
-    return Mixture([(ShardSource(f"{folder}/{{00000..00002}}.tar"), 1.5), (ShardSource(f"{folder}/00003.tar"), 2)])
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-@pytest.mark.parametrize(
-    ("kind", "buffer", "resample"),
-    [("shards", 8, False), ("mixture", 8, False), ("mixture", None, False), ("part", 8, True), ("mixture", None, True)],
-)
-def test_batches_are_the_same_for_any_workers_and_start(folder, kind, buffer, resample):
-    opened = {"shards": lambda: ShardSource(str(folder)), "mixture": lambda: mixed(folder),
-              "part": lambda: take(ShardSource(str(folder)), 13, seed=0)}[kind]  # fmt: skip
-    options = {"shuffle_buffer": buffer, "resample": resample}
-    whole = load(opened(), 14, **options)
-    tags = torch.cat([batch[4] for batch in whole])
-    assert len(set(tags.tolist())) == 56
-    for start, workers in ((5, 0), (3, 1), (2, 3)):
-        again = load(pickle.loads(pickle.dumps(opened())), 14 - start, start, workers=workers, **options)
-        assert all(torch.equal(a, b) for old, new in zip(whole[start:], again, strict=True) for a, b in zip(old, new))  # noqa: B905
-
-
-def test_an_epoch_of_shards_shows_every_pair_once(folder):
-    tags = torch.cat([batch[4] for batch in load(ShardSource(str(folder)), 5, shuffle_buffer=8)])
-    assert len(set(tags.tolist())) == 20
-    assert tags.max() < 21
-
-
-def test_copies_in_a_mixture_get_views_of_their_own(folder):
-    source = Mixture([(ShardSource(f"{folder}/00002.tar"), 2)])
-    batches = load(source, 4)
-    tags, hues = (torch.cat([batch[place] for batch in batches], dim) for place, dim in ((4, 0), (5, 1)))
-    seen: dict[int, list[float]] = {}
-    for tag, hue in zip(tags.tolist(), hues[0].tolist(), strict=True):
-        seen.setdefault(tag % 9, []).append(hue)
-    twice = [hues for hues in seen.values() if len(hues) == 2]
-    assert len(twice) >= 7
-    assert all(one != other for one, other in twice)

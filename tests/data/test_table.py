@@ -1,51 +1,23 @@
+"""Tables of pairs: paths, columns, broken rows, and what JSONL and CSV may hold."""
+
 import json
 import pickle
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data.tables import KINDS, message, reason_of, write
 from declip.data import table_rows
 from declip.data.pairs import BrokenPair
 from declip.data.sources import open_source
 from declip.data.table import IMAGE_NAMES, TableSource, find_column
 from declip.errors import UserError
 
-KINDS = ["jsonl", "csv", "tsv", "parquet"]
-
 
 @pytest.fixture
-def folder(tmp_path):
-    for value, name in enumerate("abc"):
-        Image.fromarray(np.full((2, 3, 3), value, np.uint8)).save(tmp_path / f"{name}.png")
-    return tmp_path
-
-
-def write(path, rows):
-    """Write rows of (image, caption) in the format of the path's extension."""
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"image": i, "caption": c}) + "\n" for i, c in rows))
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.table({"image": [i for i, _ in rows], "caption": [c for _, c in rows]}), path)
-    else:
-        mark = "," if path.suffix == ".csv" else "\t"
-        path.write_text("".join(f"{i}{mark}{c}\n" for i, c in [("image", "caption"), *rows]))
-    return path
-
-
-def reason_of(source, index):
-    with pytest.raises(BrokenPair) as caught:
-        source[index]
-    return caught.value.reason
-
-
-def message(*arguments, **options):
-    with pytest.raises(UserError) as caught:
-        open_source(*arguments, **options)
-    return str(caught.value)
+def folder(three_pictures):
+    return three_pictures
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -216,6 +188,19 @@ def test_jsonl_row_without_end(folder, monkeypatch):
     assert reason_of(TableSource(write(folder / "t.jsonl", rows)), 1) == "unreadable row"
 
 
+def test_the_authors_list_reads_as_it_is(folder):
+    lines = [{"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"]
+    (folder / "lists").mkdir()
+    (folder / "lists/yfcc15m.json").write_text("\n".join(json.dumps(line) for line in lines))
+    source = open_source(folder / "lists/yfcc15m.json", image_root=folder)
+    assert (len(source), source[2].key, source[2].captions) == (3, "c.png", ("a c",))
+    (folder / "array.json").write_text(json.dumps(lines))
+    assert "is not JSONL" in message(folder / "array.json")
+    assert "It is one JSON array; take it apart with: jq -c '.[]' array.json > rows.jsonl" in message(
+        folder / "array.json"
+    )
+
+
 # CSV, TSV
 
 
@@ -280,145 +265,3 @@ def test_csv_with_a_quote_that_never_ends(folder):
     source = TableSource(folder / "t.csv")
     assert [source.captions(0), len(source)] == [("good",), 2]
     assert reason_of(source, 1) == "caption too long"
-
-
-# Parquet
-
-
-def content(folder, name):
-    return (folder / f"{name}.png").read_bytes()
-
-
-def parquet(folder, images, captions):
-    pq.write_table(pa.table({"image": images, "caption": captions}), folder / "t.parquet", row_group_size=2)
-    return TableSource(folder / "t.parquet")
-
-
-def test_parquet_bytes_and_lists_of_captions(folder):
-    images = pa.array([content(folder, "a"), None, b"", content(folder, "c")], pa.binary())
-    source = parquet(folder, images, [["x", "y "], ["z"], ["w"], []])
-    assert (source[0].key, source[0].captions) == ("row 0", ("x", "y"))
-    assert source[0].image.getpixel((0, 0)) == (0, 0, 0)
-    assert reason_of(source, 1) == reason_of(source, 2) == "missing image"
-    assert reason_of(source, 3) == "empty caption"
-
-
-def test_parquet_structs_of_bytes_and_path(folder):
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [{"bytes": content(folder, "b"), "path": "lost.png"}, {"bytes": None, "path": "c.png"}, None]
-    source = parquet(folder, pa.array(rows, kind), ["x", "y", "z"])
-    assert source[0].image.getpixel((0, 0)) == (1, 1, 1)
-    assert source[1].image.getpixel((0, 0)) == (2, 2, 2)
-    assert reason_of(source, 2) == "missing image"
-
-
-@pytest.mark.parametrize(
-    "captions",
-    [
-        pa.array(["x", None], pa.large_string()),
-        pa.array(["x", None]).dictionary_encode(),
-        pa.array([["x"], None], pa.large_list(pa.string())),
-    ],
-)
-def test_parquet_types_of_captions(folder, captions):
-    source = parquet(folder, ["a.png", "b.png"], captions)
-    assert source[0].captions == ("x",)
-    assert reason_of(source, 1) == "empty caption"
-
-
-def test_parquet_types_that_hold_no_pairs(folder):
-    pq.write_table(pa.table({"image": [1], "caption": ["x"]}), folder / "t.parquet")
-    assert "Column 'image'" in message(folder / "t.parquet")
-    assert "holds int64; images are a path, bytes, or a struct" in message(folder / "t.parquet")
-    pq.write_table(pa.table({"image": ["a"], "caption": [[1]]}), folder / "t.parquet")
-    assert "captions are a string or a list of strings" in message(folder / "t.parquet")
-
-
-def test_parquet_that_is_not_utf8_breaks_the_row(folder):
-    text = pa.Array.from_buffers(
-        pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"x\xe9")]
-    )
-    source = parquet(folder, ["a.png", "b.png"], text)
-    assert source[0].captions == ("x",)
-    assert reason_of(source, 1) == "invalid text"
-
-
-def test_parquet_beyond_memory_is_mapped_from_the_cache(folder, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(table_rows, "HELD_IN_MEMORY", 10)
-    images = [content(folder, name) for name in "abc"]
-    source = parquet(folder, pa.array(images), ["x", "y", "z"])
-    (copied,) = (folder / "cache/parquet").iterdir()
-    assert [source[i].image.getpixel((0, 0))[0] for i in range(3)] == [0, 1, 2]
-    assert source.captions(2) == ("z",)
-    stamp = copied.stat().st_mtime_ns
-    assert pickle.loads(pickle.dumps(source))[1].captions == ("y",)
-    assert copied.stat().st_mtime_ns == stamp
-    parquet(folder, pa.array(images), ["x", "y", "w"])
-    assert len(list((folder / "cache/parquet").iterdir())) == 2
-
-
-def test_parquet_cut_short(folder):
-    write(folder / "t.parquet", [("a.png", "x")] * 999)
-    whole = (folder / "t.parquet").read_bytes()
-    (folder / "t.parquet").write_bytes(whole[:-9])
-    assert "is not a Parquet file" in message(folder / "t.parquet")
-    (folder / "t.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
-    assert "is damaged" in message(folder / "t.parquet")
-
-
-# Large tables
-
-
-def test_large_tables_are_read_from_a_mapped_file_made_once(folder, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE", str(folder / "cache"))
-    rows = [("abc"[i % 3] + ".png", f"said {i}") for i in range(50)]
-    held = {kind: TableSource(write(folder / f"t.{kind}", rows)) for kind in ("jsonl", "csv", "tsv", "parquet")}
-    assert not (folder / "cache").exists()
-    monkeypatch.setattr(table_rows, "LARGE_TEXT", 100)
-    monkeypatch.setattr(table_rows, "MANY_ROWS", 49)
-    for kind, source in held.items():
-        path = folder / f"t.{kind}"
-        mapped = TableSource(path)
-        (made,) = (folder / "cache" / kind.replace("tsv", "csv")).glob("*.arrow")
-        stamp, whole = made.stat().st_mtime_ns, made.read_bytes()
-        assert len(mapped) == len(source)
-        for again in (mapped, TableSource(path), pickle.loads(pickle.dumps(mapped))):
-            assert [again.captions(i) for i in range(len(again))] == [source.captions(i) for i in range(len(source))]
-            assert again[2].key == source[2].key
-        assert made.stat().st_mtime_ns == stamp
-        made.write_bytes(whole[: len(whole) // 2])
-        assert TableSource(path).captions(1) == source.captions(1)
-        made.unlink()
-
-
-def test_large_csv_keeps_its_damaged_rows(folder, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(table_rows, "LARGE_TEXT", 1)
-    (folder / "t.csv").write_text("image,caption\na.png,good\nb.png,one, two\n,lost\n")
-    for _ in range(2):
-        source = TableSource(folder / "t.csv")
-        assert (len(source), source.captions(0), source.captions(1)) == (3, ("good",), ("lost",))
-        assert reason_of(source, 2) == "unreadable row"
-
-
-def test_large_tables_without_a_row(folder, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(table_rows, "LARGE_TEXT", 1)
-    (folder / "t.csv").write_text("image,caption\na,b,c\nd,e,f\n")
-    assert reason_of(TableSource(folder / "t.csv"), 1) == "unreadable row"
-    (folder / "t.jsonl").write_text("\n \n\r\n")
-    assert "has no rows" in message(folder / "t.jsonl")
-
-
-def test_the_authors_list_reads_as_it_is(folder):
-    lines = [{"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"]
-    (folder / "lists").mkdir()
-    (folder / "lists/yfcc15m.json").write_text("\n".join(json.dumps(line) for line in lines))
-    source = open_source(folder / "lists/yfcc15m.json", image_root=folder)
-    assert (len(source), source[2].key, source[2].captions) == (3, "c.png", ("a c",))
-    (folder / "array.json").write_text(json.dumps(lines))
-    assert "is not JSONL" in message(folder / "array.json")
-    assert "It is one JSON array; take it apart with: jq -c '.[]' array.json > rows.jsonl" in message(
-        folder / "array.json"
-    )

@@ -1,86 +1,22 @@
 """Wrong input through the command: it ends with a message that says what to do, or is counted; never a traceback."""
 
 import json
-import multiprocessing
 import os
-import resource
 import signal
 import struct
-import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
-from conftest import TINY, WEIGHTS, draw
-from declip import cli
-from declip.config import Recipe
+from conftest import draw
 from declip.training.monitor import read_rows
-from declip.training.trainer import train
-
-Command = Callable[..., tuple[int, str]]
+from end_to_end.command import Command, write_recipe
 
 
 @pytest.fixture
-def declip(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """The command as a shell starts it: its exit status and all that it printed, on one line."""
-
-    def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["declip", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = " ".join("".join(capfd.readouterr()).split())
-        assert "Traceback" not in printed
-        return int(caught.value.code or 0), printed
-
-    return run
-
-
-@pytest.fixture
-def here(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a good recipe, `mine.yaml`, and much that is wrong."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "100")
-    write_recipe(tmp_path / "mine.yaml", table)
-    files = {
-        "empty.jsonl": "",
-        "blank.jsonl": "\n\n",
-        "empty.csv": "",
-        "header.csv": "image,caption\n",
-        "column.jsonl": '{"image": "a.png", "captoin": "a picture"}\n',
-        "column.csv": "imag,caption\na.png,a picture\n",
-        "text.parquet": "I am text",
-        "text.jsonl": "I am text\n",
-        "text.txt": "I am text",
-        "extends.yaml": "extends: 5\n",
-        "list.yaml": "- train\n- steps\n",
-        "tabs.yaml": "train:\n\tsteps: 5\n",
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    (tmp_path / "latin.yaml").write_bytes("name: café\n".encode("latin-1"))
-    for name in ("nothing", "uncaptioned"):
-        (tmp_path / name).mkdir()
-    for number in range(8):
-        draw("red", "circle").save(tmp_path / "uncaptioned" / f"{number}.png")
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a tiny model."""
-    tree = {**TINY, "data": {"source": str(table)}, "weights": WEIGHTS["clip"]}
-    return train(Recipe.model_validate(tree), out=tmp_path_factory.mktemp("trained"), quiet=True).folder
-
-
-def write_recipe(path: Path, table: Path, **data: object) -> Path:
-    tree = {**TINY, "data": {"source": str(table), **data}, "weights": WEIGHTS["clip"]}
-    path.write_text(yaml.safe_dump(tree))
-    return path
+def here(wrong_inputs: Path) -> Path:
+    return wrong_inputs
 
 
 MISTAKES = {
@@ -278,111 +214,6 @@ def test_a_strangers_recipe_is_no_run(content: str, here: Path, declip: Command)
     assert "another folder with --out" in printed
     assert "pydantic" not in printed
     assert (here / "cookbook" / "recipe.yaml").read_text() == content
-
-
-@pytest.mark.parametrize(
-    ("largest", "said"),
-    [
-        (500, "Cannot write into the run folder 'run': File too large. Choose another with --out."),
-        (2_500, "File too large. Make room; a run goes on with --resume."),
-        (20_000, "Cannot write the checkpoint run/checkpoints/step-00000030"),
-    ],
-    ids=["recipe", "metrics", "checkpoint"],
-)
-def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
-    largest: int, said: str, here: Path, declip: Command
-) -> None:
-    """No file may grow beyond `largest` bytes; the error differs from a full disk's only in its number."""
-    words = ["train", "mine.yaml", "train.steps=30", "train.log_every=1", "train.checkpoint_every=100"]
-    words += ["--out", "run", "--quiet", "--resume"]
-    status, printed = on_a_full_disk(words, largest)
-    assert said in printed
-    assert status == 2, printed
-    assert "Traceback" not in printed
-    assert declip(*words)[0] == 0
-    assert [row["step"] for row in read_rows(here / "run" / "metrics.jsonl")] == list(range(1, 31))
-
-
-def test_a_result_that_does_not_fit_on_the_disk(table: Path, trained: Path, here: Path) -> None:
-    words = ["evaluate", str(trained), "--on", str(table), "--protocol", "retrieval", "--json", "result.json"]
-    status, printed = on_a_full_disk(words, 10)
-    assert status == 2
-    assert "R@1" in printed
-    assert "Cannot write 'result.json': File too large. Choose another place with --json." in printed
-
-
-def on_a_full_disk(words: list[str], largest: int) -> tuple[int | None, str]:
-    """The command in a process of its own whose files are limited; its exit status and all that it printed."""
-    fork = multiprocessing.get_context("fork")
-    reader, writer = os.pipe()
-    process = fork.Process(target=_limited, args=(words, largest, writer))
-    process.start()
-    os.close(writer)
-    with open(reader, encoding="utf-8") as file:
-        printed = " ".join(file.read().split())
-    process.join()
-    return process.exitcode, printed
-
-
-def _limited(words: list[str], largest: int, writer: int) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then raises, as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    sys.stdout = sys.stderr = os.fdopen(writer, "w", encoding="utf-8")
-    sys.argv = ["declip", *words]
-    cli.main()
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (
-            PermissionError(13, "Permission denied", "secret.yaml"),
-            "'secret.yaml' cannot be read or written: Permission",
-        ),
-        (OSError(30, "Read-only file system", "run"), "Mend that or give another path"),
-        (
-            OSError(28, "No space left on device"),
-            "A file cannot be read or written: No space left on device. Make room",
-        ),
-    ],
-)
-def test_a_disk_that_refuses_is_no_traceback(
-    error: OSError, said: str, declip: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Raised by hand: to root, who may run the tests, nothing is forbidden."""
-
-    def refuse(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("declip.recipe_file.load_recipe", refuse)
-    status, printed = declip("train", "clip")
-    assert (status, said in printed) == (2, True), printed
-
-
-def test_other_errors_of_the_system_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise ConnectionResetError(104, "Connection reset by peer")
-
-    monkeypatch.setattr("declip.recipe_file.load_recipe", refuse)
-    monkeypatch.setattr("sys.argv", ["declip", "train", "clip"])
-    with pytest.raises(ConnectionResetError):
-        cli.main()
-
-
-def test_a_folder_that_cannot_be_read_is_not_called_empty(
-    here: Path, declip: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scan = os.scandir
-
-    def refuse(path: str | Path) -> object:
-        if str(path) == "uncaptioned":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    status, printed = declip("train", "mine.yaml", "data.source=uncaptioned")
-    assert status == 2
-    assert "'uncaptioned' cannot be read: Permission denied" in printed
 
 
 def test_an_interrupted_run_prints_words_that_a_shell_reads(

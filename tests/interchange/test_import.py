@@ -21,7 +21,7 @@ from declip.interchange import read_declip_authors
 from declip.interchange.declip_backbone import read_declip_backbone
 from declip.interchange.declip_file import FILE
 from declip.interchange.import_weights import import_weights
-from interchange.test_declip_authors import CASES, GOLDEN, Case
+from interchange.authors_cases import CASES, GOLDEN, Case
 from interchange.test_export import EXACT, features, run_card
 from interchange.towers import CAPTIONS, build, largest, pictures
 

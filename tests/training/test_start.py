@@ -1,6 +1,5 @@
-"""Training that starts from weights: what is taken over, what is frozen, how fast each part learns, and resuming."""
+"""Training that starts from weights: what it can start from, what is taken over, mixtures, and what is refused."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
 
 import declip
-from conftest import TINY, WEIGHTS, draw
+from conftest import TINY, draw
 from declip.config import Recipe
 from declip.errors import UserError
 from declip.interchange import interpolate as mixing
@@ -22,57 +20,12 @@ from declip.interchange.start import read_start
 from declip.models.depths import IMAGE, TEXT, blocks, depths
 from declip.training.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.training.monitor import read_rows
-from declip.training.optimizer import Pace
-from declip.training.schedule import learning_rate, paced
-from declip.training.start import KEPT
 from declip.training.trainer import Trainer, train
 from interchange.test_export import features
 from interchange.test_import import command
 from interchange.towers import build
-from processes import in_processes
 from text_encoders import bert
-from training.test_trainer import same_end
-
-SMALL = {"width": 48, "layers": 3, "heads": 2, "context": 20, "merges": 400}
-VIT = {"name": "declip_vit_tiny", "size": 32, "options": {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}}
-CONV = {"name": "declip_conv_tiny", "size": 32}
-STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
-
-
-def start_from(table: Path, out: Path, image: dict[str, Any] = VIT, name: str = "declip") -> Path:
-    """A run of other sizes than `TINY`, that a run of ours can start from."""
-    tree = {**TINY, "name": name, "data": {"source": str(table)}, "weights": WEIGHTS[name], "embed_dim": 24}
-    tree |= {"image": {**image, **STATISTICS}, "text": {**SMALL, "activation": "gelu"}}
-    train(Recipe.model_validate(tree), out=out, quiet=True, report=False)
-    return out
-
-
-@pytest.fixture(scope="module")
-def start(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return start_from(table, tmp_path_factory.mktemp("start"))
-
-
-@pytest.fixture(scope="module")
-def conv_start(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return start_from(table, tmp_path_factory.mktemp("conv"), CONV)
-
-
-def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None, **keys: Any) -> Recipe:
-    tree = {**TINY, "name": "tuned", "data": {"source": str(table)}, "weights": WEIGHTS["declip"]}
-    tree["train"] = {**TINY["train"], "lr_peak": 1e-2, **(train_keys or {})}
-    return Recipe.model_validate({**tree, "finetune": {"weights": str(weights), **keys}})
-
-
-def state(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-
-
-def last(run: Path) -> dict[str, Tensor]:
-    return part("model", load_checkpoint(list_checkpoints(run)[-1]).weights)
-
-
-def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    return {name for name in before if not torch.equal(before[name], after[name])}
+from training.starts import STATISTICS, last, moved, state, tuned
 
 
 def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table: Path, tmp_path: Path, start: Path) -> None:
@@ -106,164 +59,6 @@ def test_heads_are_taken_whole_or_not_at_all(table: Path, tmp_path: Path, start:
     assert {name.split(".")[0] for name in new} == {"predictor"}
     assert trainer.begun is not None
     assert "new: objective.predictor" in trainer.begun.story
-
-
-def test_towers_wait_while_new_heads_warm_up(table: Path, tmp_path: Path, start: Path) -> None:
-    file = tmp_path / "towers.safetensors"
-    write_declip_file(declip.load(start, device="cpu"), file)  # type: ignore[arg-type]
-    given = load_file(file)
-    recipe = tuned(table, file, {"checkpoint_every": 1, "keep": 9}, warmup_heads=4)
-    trainer = Trainer(recipe, tmp_path / "run", quiet=True)
-    heads = {name: tensor.clone() for name, tensor in trainer.objective.named_parameters()}
-    trainer.train(report=False)
-    paths = {int(path.name.split("-")[1]): path for path in list_checkpoints(tmp_path / "run")}
-    for step in (1, 4):
-        found = load_checkpoint(paths[step])
-        assert not moved(part("model", given), part("model", found.weights)), step
-        assert moved(heads, part("objective", found.training)) == set(heads), step
-    assert len(moved(part("model", given), part("model", load_checkpoint(paths[5]).weights))) > 40
-
-
-@pytest.mark.parametrize(("image", "text"), [(2, 0), (0, 3), ("all", 1), ("all", "all")])
-def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
-    table: Path, tmp_path: Path, start: Path, image: Any, text: Any
-) -> None:
-    trainer = Trainer(tuned(table, start, freeze_image=image, freeze_text=text), tmp_path, quiet=True)
-    before, places = state(trainer), depths(trainer.model)
-    trainer.train(report=False)
-    frozen = {
-        name
-        for name, depth in places.items()
-        for tower, asked in ((IMAGE, image), (TEXT, text))
-        if name.startswith(tower) and (asked == "all" or (asked and depth <= asked))
-    }
-    assert {name for name in before if name not in moved(before, last(tmp_path))} == frozen
-    assert len(frozen) > 10
-
-
-def test_frozen_batch_norm_keeps_its_statistics(table: Path, tmp_path: Path, conv_start: Path) -> None:
-    trainer = Trainer(tuned(table, conv_start, freeze_image=1), tmp_path / "a", quiet=True)
-    before = state(trainer)
-    trainer.train(report=False)
-    still = {name for name in before if name not in moved(before, last(tmp_path / "a"))}
-    assert {name for name in still if "running" in name} == {
-        name for name in before if "running" in name and ("stem" in name or "stages.0." in name)
-    }
-    assert trainer.model.image_tower.has_batch_norm
-    whole = Trainer(tuned(table, conv_start, freeze_image="all"), tmp_path / "b", quiet=True)
-    assert not whole.model.image_tower.has_batch_norm
-    before = state(whole)
-    whole.train(report=False)
-    assert not {name for name in moved(before, last(tmp_path / "b")) if name.startswith(IMAGE)}
-
-
-def test_depths_count_stem_blocks_and_what_follows() -> None:
-    for kind, image_blocks in (("vit", 2), ("resnet", 5), ("timm-convnext", 9), ("conv", 3)):
-        model = build(kind)
-        found = depths(model)
-        assert found.keys() == {name for name, _ in model.named_parameters() if name != "logit_scale"}
-        assert blocks(found, TEXT) == 2
-        assert blocks(found, IMAGE) == image_blocks, kind
-        assert found["text_tower.token_embedding.weight"] == found["text_tower.positional_embedding"] == 0
-        assert found["text_tower.transformer.resblocks.1.mlp.c_fc.bias"] == 2
-        assert found["text_tower.ln_final.weight"] == found["text_tower.text_projection.weight"] == 3
-        assert found["image_tower.proj.weight"] == image_blocks + 1
-    assert depths(build("vit"))["image_tower.trunk.pos_embed"] == 0
-    assert depths(build("vit"))["image_tower.norm.weight"] == 3
-
-
-def test_each_layer_has_its_rate(table: Path, tmp_path: Path, start: Path) -> None:
-    recipe = tuned(table, start, image_lr=0.5, text_lr=0.1, layer_decay=0.7)
-    trainer = Trainer(recipe, tmp_path, quiet=True)
-    rates: dict[int, float] = {}
-    meet = trainer.council.meet
-
-    def look(step: int, *rest: Any) -> Any:
-        if step == 5:
-            rates.update({id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]})
-        return meet(step, *rest)
-
-    trainer.council.meet = look  # type: ignore[method-assign]
-    trainer.train(report=False)
-    base = learning_rate(4, recipe.train)
-    places = depths(trainer.model)
-    for name, parameter in trainer.model.named_parameters():
-        factor = 1.0 if name == "logit_scale" else (0.5 if name.startswith(IMAGE) else 0.1) * 0.7 ** (4 - places[name])
-        assert rates[id(parameter)] == pytest.approx(base * factor, rel=1e-9), name
-    assert all(rates[id(p)] == base for p in trainer.objective.parameters())
-
-
-def test_what_waits_stands_still_and_then_warms_up() -> None:
-    recipe = Recipe.model_validate(TINY)
-    shares = [paced(1.0, step, Pace(0.5, waits=True), 3, recipe.train) for step in range(7)]
-    assert shares == [0, 0, 0, 0.25, 0.5, 0.5, 0.5]
-    assert paced(1.0, 0, Pace(0.5), 3, recipe.train) == 0.5
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"image_lr": 0.5, "layer_decay": 0.8, "warmup_heads": 3, "freeze_text": 1},
-        {"lora": {"rank": 2}, "warmup_heads": 2},
-        {"image_size": 48},
-        {"freeze_image": 1, "image_lr": 0.1, "warmup_heads": 2},
-    ],
-    ids=["paced", "lora", "resized", "image-alone"],
-)
-def test_a_resumed_run_equals_one_never_stopped_though_its_source_is_gone(
-    table: Path, tmp_path: Path, start: Path, keys: dict[str, Any], request: pytest.FixtureRequest
-) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(start, source)
-    weights = str(source)
-    if "image-alone" in request.node.name:
-        save_file(timm.create_model("test_vit").state_dict(), source / "vit.safetensors")
-        weights, keys = f"timm:test_vit/{source / 'vit.safetensors'}", {**keys, "image_size": 32}
-    recipe = tuned(table, weights, {} if "lora" in keys else {"ema": 0.9}, **keys)
-    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
-    stopped = Trainer(recipe, tmp_path / "parts", quiet=True)
-    save = stopped.save
-
-    def save_and_stop() -> Path:
-        stopped.stop_asked = True
-        return save()
-
-    stopped.save = save_and_stop  # type: ignore[method-assign]
-    assert not stopped.train(report=False).finished
-    shutil.rmtree(source)
-    assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
-    same_end(tmp_path / "whole", tmp_path / "parts")
-    with pytest.raises(UserError, match=r"no weights to start from|no file"):
-        train(recipe, out=tmp_path / "anew", quiet=True)
-
-
-@pytest.mark.parametrize("image", [VIT, CONV], ids=["vit", "conv"])
-def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
-    table: Path, tmp_path: Path, start: Path, conv_start: Path, image: dict[str, Any]
-) -> None:
-    source = start if image is VIT else conv_start
-    trainer = Trainer(tuned(table, source, {"steps": 4}, lora={"rank": 2, "alpha": 4}), tmp_path, quiet=True)
-    before = state(trainer)
-    trainer.train(report=False)
-    changed = moved(before, last(tmp_path))
-    assert {name for name in changed if ".lora_" not in name} == {"logit_scale"}
-    assert changed - {"logit_scale"} == {name for name in before if ".lora_" in name}
-    assert any("in_proj" in name or ".attn.lora_" in name for name in changed)
-    loaded = declip.load(tmp_path, device="cpu")
-    assert not any("lora" in name for name in loaded.state_dict())  # type: ignore[attr-defined]
-    for found, trained in zip(features(loaded), features(trainer.model.eval()), strict=True):
-        torch.testing.assert_close(found, trained, rtol=0, atol=1e-5)
-    given = features(declip.load(source, device="cpu"))
-    assert not any(torch.equal(found, own) for found, own in zip(features(loaded)[1::2], given[1::2], strict=True))
-
-
-def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table: Path, tmp_path: Path, start: Path) -> None:
-    trainer = Trainer(tuned(table, start, lora={"rank": 2}, freeze_text="all"), tmp_path, quiet=True)
-    names = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert names == {"logit_scale"} | {name for name in names if name.startswith(IMAGE) and ".lora_" in name}
-    assert len(names) > 10
-    trainer.train(report=False)
-    declip.load(tmp_path, device="cpu")
 
 
 def test_positions_are_resized_as_timm_does(table: Path, tmp_path: Path, start: Path) -> None:
@@ -481,34 +276,3 @@ def test_an_image_tower_alone_has_no_text_to_freeze(table: Path, tmp_path: Path)
         train(
             tuned(table, f"timm:test_vit/{tmp_path / 'vit.safetensors'}", freeze_text=1), out=tmp_path / "r", quiet=True
         )
-
-
-def trained_by_ranks(recipe: dict[str, Any], folder: str) -> bool:
-    return Trainer(Recipe.model_validate(recipe), Path(folder), quiet=True).train(report=False).finished
-
-
-@pytest.mark.parametrize(
-    ("keys", "parallel"),
-    [
-        ({"freeze_image": 2, "layer_decay": 0.8}, "ddp"),
-        ({"freeze_image": 2, "layer_decay": 0.8}, "fsdp"),
-        ({"lora": {"rank": 2}}, "ddp"),
-    ],
-    ids=["frozen", "frozen-sharded", "lora"],
-)
-def test_two_processes_tune_as_one(
-    table: Path, tmp_path: Path, start: Path, keys: dict[str, Any], parallel: str
-) -> None:
-    recipe = tuned(table, start, {"parallel": parallel, "patience": 60, "steps": 4, "log_every": 1}, **keys)
-    train(recipe, out=tmp_path / "one", quiet=True, report=False)
-    tree = json.loads(recipe.model_dump_json())
-    assert in_processes(trained_by_ranks, 2, tmp_path / "ranks", tree, str(tmp_path / "two")) == [True, True]
-    one, two = ([row["total"] for row in read_rows(tmp_path / run / "metrics.jsonl")] for run in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-3)
-    given, first, second = (
-        declip.load(run, device="cpu").state_dict() for run in (start, tmp_path / "one", tmp_path / "two")
-    )  # type: ignore[attr-defined]
-    still = given.keys() - moved(given, first)
-    assert still == given.keys() - moved(given, second)
-    assert len(still) > 10
-    assert (tmp_path / "two" / KEPT).is_file()

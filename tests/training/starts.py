@@ -1,0 +1,43 @@
+"""What the tests of runs that start from weights share: a run to start from, recipes, and what has changed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conftest import TINY, WEIGHTS
+from declip.config import Recipe
+from declip.training.checkpoint import list_checkpoints, load_checkpoint, part
+from declip.training.trainer import Trainer, train
+
+SMALL = {"width": 48, "layers": 3, "heads": 2, "context": 20, "merges": 400}
+VIT = {"name": "declip_vit_tiny", "size": 32, "options": {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}}
+CONV = {"name": "declip_conv_tiny", "size": 32}
+STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+
+
+def start_from(table: Path, out: Path, image: dict[str, Any] = VIT, name: str = "declip") -> Path:
+    """A run of other sizes than `TINY`, that a run of ours can start from."""
+    tree = {**TINY, "name": name, "data": {"source": str(table)}, "weights": WEIGHTS[name], "embed_dim": 24}
+    tree |= {"image": {**image, **STATISTICS}, "text": {**SMALL, "activation": "gelu"}}
+    train(Recipe.model_validate(tree), out=out, quiet=True, report=False)
+    return out
+
+
+def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None, **keys: Any) -> Recipe:
+    tree = {**TINY, "name": "tuned", "data": {"source": str(table)}, "weights": WEIGHTS["declip"]}
+    tree["train"] = {**TINY["train"], "lr_peak": 1e-2, **(train_keys or {})}
+    return Recipe.model_validate({**tree, "finetune": {"weights": str(weights), **keys}})
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def last(run: Path) -> dict[str, Tensor]:
+    return part("model", load_checkpoint(list_checkpoints(run)[-1]).weights)
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
