@@ -23,7 +23,8 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
-from declip.config import ImageTower, ImageView
+from declip.config import ImageTower
+from declip.config_pairs import ImageView
 from declip.data import picture
 from declip.data.decode import decode
 from declip.data.image_views import ImageViews

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torchvision import transforms
 
-from declip.config import ImageTower, ImageView
+from declip.config import ImageTower
+from declip.config_pairs import ImageView
 from declip.data.batch import Photometric
 from declip.data.image_views import ImageViews
 from pairs import open_pairs

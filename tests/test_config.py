@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from declip.config import TERMS, Recipe, Weights
+from declip.config_pairs import Views
 from declip.errors import UserError
 from declip.recipe_file import load_recipe, parse_overrides, recipe_names
 
@@ -67,6 +68,9 @@ def test_the_published_recipe_has_the_authors_numbers() -> None:
 def test_only_the_views_that_a_term_needs_are_made(weights: dict[str, float], images: int, texts: int) -> None:
     recipe = Recipe(weights=Weights(**weights))
     assert (recipe.image_view_count, recipe.text_view_count) == (images, texts)
+    if {"simclr", "simsiam"}.isdisjoint(weights):
+        one = Recipe(weights=Weights(**weights), views=Views(image_count=1))
+        assert (one.image_view_count, one.text_view_count) == (1, texts)
 
 
 def test_a_recipe_extends_another_file_beside_it(tmp_path: Path) -> None:
@@ -94,6 +98,10 @@ def test_an_override_of_one_weight_keeps_the_others() -> None:
         ("clip", {"weights.contrastive": "0"}, "every weight is 0"),
         ("clip", {"text.heads": "3"}, "text.width 128 is not a multiple of text.heads 3"),
         ("clip", {"train.lr_start": "1"}, "lr_start 1.0 is above train.lr_peak"),
+        ("declip", {"views.image_count": "1"}, "simsiam compares two views of an image, and views.image_count is 1"),
+        ("slip", {"views.image_count": "1"}, "simclr compares two views of an image, and views.image_count is 1"),
+        ("clip", {"views.image_count": "1", "views.base": "{}"}, "views.base is a view beside two others"),
+        ("clip", {"views.image_count": "3"}, "views.image_count=3: input should be 1 or 2"),
         ("missing.yaml", {}, "There is no recipe file 'missing.yaml'"),
     ],
 )

@@ -140,6 +140,35 @@ def test_a_base_view_is_for_the_contrast_alone() -> None:
     torch.testing.assert_close(terms["simclr"], objective(model, two)["simclr"])
 
 
+def test_one_image_view_meets_both_captions() -> None:
+    weights = {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbour": 0.2}
+    model, objective = parts(weights, views={"image_count": 1})
+    batch = random_batch(views=1)
+    batch = PairBatch(batch.images, batch.texts, tags=batch.tags)
+    objective(model, batch)
+    assert objective.queue is not None
+    known = objective.queue.ordered().double()
+    terms = objective(model, batch)
+    image, scale = model.encode_image(batch.images[0]).double(), model.logit_scale.exp().double()
+    texts = [model.encode_text(view).double() for view in batch.texts]
+
+    def contrast(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        logits = [[scale * (row @ key) for key in keys] for row in rows]
+        losses = [torch.stack(row).logsumexp(0) - row[place] for place, row in enumerate(logits)]
+        return torch.stack(losses).mean()
+
+    nearest = [known[(text @ known.T).argmax(dim=1)] for text in texts]
+    expected = {
+        "contrastive": (contrast(image, texts[0]) + contrast(texts[0], image)) / 2,
+        "multi_view": (contrast(image, texts[1]) + contrast(texts[1], image)) / 2,
+        "nearest_neighbour": (contrast(image, nearest[0]) + contrast(image, nearest[1])) / 2,
+    }
+    expected["total"] = torch.stack([weight * expected[name] for name, weight in weights.items()]).sum()
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name].double(), value, rtol=1e-5, atol=0)
+
+
 def test_views_encoded_together_equal_views_encoded_apart() -> None:
     model, objective = parts({"multi_view": 1.0})
     batch = random_batch()

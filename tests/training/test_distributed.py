@@ -25,6 +25,8 @@ from declip.training.step import StepParts, training_step
 from processes import in_processes
 
 BATCH, LENGTH = 8, 16
+CAPTIONS = "one image, two captions"
+CASES = {**WEIGHTS, CAPTIONS: {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbour": 0.2}}
 OPTIONS: dict[str, dict[str, Any]] = {}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
 
@@ -58,8 +60,9 @@ def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
 
 def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> dict[str, torch.Tensor]:
     """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
-    tree = {**TINY, "weights": WEIGHTS[name], "image": {"name": TOWERS[tower], "size": 32}}
+    tree = {**TINY, "weights": CASES[name], "image": {"name": TOWERS[tower], "size": 32}}
     tree["image"]["options"] = OPTIONS.get(tower, {})
+    tree["views"] = {"image_count": 1 if name == CAPTIONS else 2}
     recipe = Recipe.model_validate({**tree, "train": {**TINY["train"], **train}})
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).double()
@@ -109,13 +112,13 @@ def compare(one: dict[str, dict[str, torch.Tensor]], many: dict[str, dict[str, t
 
 @pytest.fixture(scope="module", params=TOWERS)
 def alone(request: pytest.FixtureRequest) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
-    return request.param, some_recipes(list(WEIGHTS), (BATCH,), request.param, {})
+    return request.param, some_recipes(list(CASES), (BATCH,), request.param, {})
 
 
 @pytest.mark.parametrize("counts", [(4, 4), (5, 3), (2, 2, 2, 2)], ids=str)
 def test_ranks_learn_what_one_process_learns(alone: Any, tmp_path: Path, counts: tuple[int, ...]) -> None:
     tower, expected = alone
-    for theirs in in_processes(some_recipes, len(counts), tmp_path, list(WEIGHTS), counts, tower, {}):
+    for theirs in in_processes(some_recipes, len(counts), tmp_path, list(CASES), counts, tower, {}):
         compare(expected, theirs)
 
 
@@ -174,7 +177,7 @@ def test_batch_norm_of_each_rank_alone_is_a_choice_that_learns_otherwise(tmp_pat
 
 @pytest.mark.parametrize("chunk", [3, 1])
 def test_chunks_give_every_gradient_of_the_whole_batch(chunk: int) -> None:
-    names = list(WEIGHTS)
+    names = list(CASES)
     expected = some_recipes(names, (BATCH,), "layer norm", {})
     compare(expected, some_recipes(names, (BATCH,), "layer norm", {"chunk": chunk}))
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from declip.config import ImageView, Recipe
+from declip.config import Recipe
+from declip.config_pairs import ImageView
 from declip.data.image_views import ImageViews
 from declip.data.loader import PairLoader
 from declip.data.mixture import Mixture
