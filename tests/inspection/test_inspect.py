@@ -186,6 +186,7 @@ def test_images_of_a_test_set_are_found(planted: Path) -> None:
     [
         (("cat",), ("pet",), "views.text.second=keywords"),
         (("cat", "tom", "kitty"), (), "views.text.second=caption"),
+        (("cat", "tom", "kitty"), ("pet",), "views.text.second=caption"),
         (("cat",), (), "Add words"),
     ],
 )

@@ -125,12 +125,12 @@ def _one_word(inspection: Inspection) -> Iterator[Finding]:
     share = captions.kinds[ONE_WORD].value
     if share < ONE_WORD_SHARE:
         return
-    if keywords.value > 0.5:
+    if captions.per_pair.mean > 1.5:
+        advice = "There are several captions a pair: take views.text.second=caption (declip-captions)."
+    elif keywords.value > 0.5:
         advice = (
             f"{percent(keywords.value)} of the pairs have keywords: take views.text.second=keywords (declip-small)."
         )
-    elif captions.per_pair.mean > 1.5:
-        advice = "There are several captions a pair: take views.text.second=caption."
     else:
         advice = "Add words or keywords if you can; see declip-small in docs/results.md."
     text = f"{percent(share)} of the captions are one word: EDA and masking have nothing to work with."
