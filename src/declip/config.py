@@ -75,7 +75,7 @@ class Weights(Section):
     """The weight of each term in the total; 0 leaves the term, its head and its views out."""
 
     contrastive: float = Field(0.0, ge=0, description="CLIP's InfoNCE of the first views")
-    multi_view: float = Field(0.0, ge=0, description="InfoNCE of the three other pairings of views")
+    multi_view: float = Field(0.0, ge=0, description="InfoNCE of all other pairings of views")
     simsiam: float = Field(0.0, ge=0, description="SimSiam between both image views")
     masked_language: float = Field(0.0, ge=0, description="predicting masked words")
     nearest_neighbour: float = Field(0.0, ge=0, description="InfoNCE with the queue's nearest caption")
@@ -302,7 +302,7 @@ class Recipe(Section):
 
     @property
     def text_view_count(self) -> int:
-        """2 when a term uses the EDA caption, else 1."""
+        """2 when a term uses the second text view, else 1."""
         return 2 if {"multi_view", "nearest_neighbour"} & set(self.weights.active()) else 1
 
     @property
