@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from declip.data.synonyms import Table
+from declip.data.text.synonyms import Table
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "declip" / "data" / "assets"
 PARTS = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
@@ -193,7 +193,7 @@ class Chooser:
 
 
 def build(folder: Path) -> str:
-    """Make the table's text; its form is described at `declip.data.synonyms.Table`."""
+    """Make the table's text; its form is described at `declip.data.text.synonyms.Table`."""
     chooser = Chooser(read_synsets(folder), read_senses(folder))
     chosen: Chosen = {}
     for lemma, part in chooser.senses:

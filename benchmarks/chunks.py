@@ -21,17 +21,17 @@ from rich.table import Table
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from declip.config import Recipe
 from declip.data.batch import PairBatch, Photometric
-from declip.data.image_views import ImageViews
+from declip.data.images.crops import ImageViews
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import SMALL_TOWERS
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
 from declip.supervision.masked_language import IGNORED
 from declip.supervision.objective import Objective
-from declip.training.build import image_views
+from declip.training.learner import build_learner
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import build_learner
+from declip.training.setup import image_views
 from declip.training.step import StepParts, training_step
 from machine import machine
 from memory import added_peak, available, in_fresh_process, resident

@@ -12,9 +12,9 @@ import torch
 
 from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
-from declip.data.pairs import PairSource
+from declip.data.pair import PairSource
 from declip.errors import UserError
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
 from declip.training.step import training_step
 from declip.training.trainer import Trainer
 from pairs import open_pairs

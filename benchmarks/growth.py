@@ -32,8 +32,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from declip.data.sources import open_source
-from declip.recipe_file import load_recipe
+from declip.data.sources.open import open_source
+from declip.recipe.load import load_recipe
 from declip.training.step import training_step
 from machine import forget_peak, machine, memory
 from pairs import InMemory, open_pairs, texts_of

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from declip.recipe_file import load_recipe, parse_overrides
+from declip.recipe.load import load_recipe, parse_overrides
 from declip.training.step import training_step
 from declip.training.trainer import Trainer
 from machine import machine

@@ -27,12 +27,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.progress import track
 
-from declip.config import Recipe
 from declip.data.assembly import Assembler
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
+from declip.runs import checkpoint
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.supervision.objective import Objective
-from declip.training import checkpoint, monitor, trainer
-from declip.training.checkpoint import list_checkpoints, load_checkpoint
+from declip.training import monitor, trainer
 from declip.training.trainer import Trainer
 
 RECIPES = ("clip", "slip", "filip", "declip", "defilip", "declip-small", "declip-paper")

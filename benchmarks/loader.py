@@ -23,15 +23,15 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
-from declip.config import ImageTower
-from declip.config_pairs import ImageView
-from declip.data import picture
-from declip.data.decode import decode
-from declip.data.image_views import ImageViews
+from declip.data.images import lazy as picture
+from declip.data.images.crops import ImageViews
+from declip.data.images.decode import decode
+from declip.data.images.lazy import UndecodedPair, open_picture
 from declip.data.loader import PairLoader
-from declip.data.pairs import Pair
-from declip.data.picture import UndecodedPair, open_picture
-from declip.data.tokenizer import Tokenizer
+from declip.data.pair import Pair
+from declip.data.text.tokenizer import Tokenizer
+from declip.recipe.schema import ImageTower
+from declip.recipe.schema_pairs import ImageView
 from pairs import open_pairs
 from timing import row, take_turns
 

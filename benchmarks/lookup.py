@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from declip.supervision.nearest_neighbour import Queue
+from declip.supervision.nearest_neighbor import Queue
 from machine import machine
 from timing import row, take_turns
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from declip.data.sources import open_source
+from declip.data.sources.open import open_source
 
 
 def main() -> None:

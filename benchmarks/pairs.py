@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from declip.data.pairs import Pair, PairSource
-from declip.data.sources import open_source
+from declip.data.pair import Pair, PairSource
+from declip.data.sources.open import open_source
 from declip.errors import UserError
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from declip.config import Recipe
 from declip.data.loader import PairLoader
-from declip.data.pairs import PairSource
+from declip.data.pair import PairSource
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
-from declip.training.build import build_loader, image_views
+from declip.training.learner import Learner
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import Learner
+from declip.training.setup import build_loader, image_views
 from declip.training.step import StepParts
 
 

@@ -24,7 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from declip.evaluation.logistic import Classifier, LogisticProblem
+from declip.evaluation.probes.logistic import Classifier, LogisticProblem
 from machine import machine
 from timing import row, take_turns
 

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from declip.config import Recipe
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.trainer import Trainer

@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from declip.data.origin import Origin
-from declip.explore.index import Index
-from declip.explore.maintenance import PART_ROWS, make_approximate
-from declip.explore.manifest import Manifest, ModelOf, Source
-from declip.explore.parts import Row, batch_of, write_part
+from declip.data.sources.origin import Origin
+from declip.search.index import Index
+from declip.search.maintenance import PART_ROWS, make_approximate
+from declip.search.manifest import Manifest, ModelOf, Source
+from declip.search.parts import Row, batch_of, write_part
 from machine import machine
 from timing import row, take_turns
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from declip.config import Recipe
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
 from declip.training.trainer import Trainer
 
 LOOK_EVERY = 50

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from declip.data.decode import decode
-from declip.data.text_views import STOP_WORDS, augment
-from declip.data.tokenizer import Tokenizer
+from declip.data.images.decode import decode
+from declip.data.text.augment import STOP_WORDS, augment
+from declip.data.text.tokenizer import Tokenizer
 from machine import machine
 from pairs import open_pairs, texts_of
 from timing import row, take_turns

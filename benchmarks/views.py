@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torchvision import transforms
 
-from declip.config import ImageTower
-from declip.config_pairs import ImageView
 from declip.data.batch import Photometric
-from declip.data.image_views import ImageViews
+from declip.data.images.crops import ImageViews
+from declip.recipe.schema import ImageTower
+from declip.recipe.schema_pairs import ImageView
 from pairs import open_pairs
 from timing import row, take_turns
 

@@ -227,15 +227,15 @@ def defilip() -> str:
 def way() -> str:
     """The way of a pair through the code."""
     steps = (
-        ("source", "data/sources.py, table.py, shards.py …", "PairSource", PLAIN),
-        ("pair", "data/pairs.py: image, captions, keywords", "Pair", PLAIN),
-        ("views", "data/image_views.py, text_views.py", "uint8 crops, token ids", IMAGE),
+        ("source", "data/sources/open.py, table.py, shards.py …", "PairSource", PLAIN),
+        ("pair", "data/pair.py: image, captions, keywords", "Pair", PLAIN),
+        ("views", "data/images/crops.py, text_views.py", "uint8 crops, token ids", IMAGE),
         ("batch", "data/batch.py, assembly.py, loader.py", "PairBatch", IMAGE),
         ("towers", "models/dual_encoder.py", "TowerOutputs", IMAGE),
         ("features", "models/heads.py, objective.py: read", "Features", TEXT),
         ("terms", "supervision/*.py", "scalars, and their total", TERM),
         ("step", "training/step.py", "gradient, optimiser", TERM),
-        ("checkpoint", "training/checkpoint.py", "step-… in the run folder", PLAIN),
+        ("checkpoint", "runs/checkpoint.py", "step-… in the run folder", PLAIN),
         ("evaluation", "evaluation/protocols.py", "report.html", PLAIN),
         ("use", "explore/, interchange/", "search, export", PLAIN),
     )

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from declip.data.pairs import BrokenPair
+from declip.data.pair import BrokenPair
 from declip.errors import UserError
 
 ROOM = 48

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from conftest import TINY, WEIGHTS
-from declip import cli
+from declip.cli import app as cli
 
 
 def write_recipe(folder: Path, table: Path, name: str = "mine") -> Path:
@@ -92,7 +92,7 @@ def test_the_import_is_light_and_public_names_are_there() -> None:
     import sys
 
     code = (
-        "import sys, declip, declip.cli; assert 'torch' not in sys.modules; "
+        "import sys, declip, declip.cli.app; assert 'torch' not in sys.modules; "
         "print([getattr(declip, n) for n in declip.__all__])"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

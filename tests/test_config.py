@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from declip.config import TERMS, Recipe, Weights
-from declip.config_pairs import Views
 from declip.errors import UserError
-from declip.recipe_file import load_recipe, parse_overrides, recipe_names
+from declip.recipe.load import load_recipe, parse_overrides, recipe_names
+from declip.recipe.schema import TERMS, Recipe, Weights
+from declip.recipe.schema_pairs import Views
 
 
 @pytest.mark.parametrize("name", recipe_names())

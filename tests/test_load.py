@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 import declip
 from conftest import draw
 from declip.errors import UserError
-from declip.training.checkpoint import WEIGHTS, list_checkpoints
+from declip.runs.checkpoint import WEIGHTS, list_checkpoints
 from declip.training.trainer import Trainer
 from training.test_trainer import recipe_for
 

@@ -12,29 +12,29 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from declip import interchange
-    from declip.comparison.compare import compare
-    from declip.config import Recipe
+    from declip.comparison.runner import compare
     from declip.data.batch import PairBatch
     from declip.errors import UserError
     from declip.evaluation.protocols import evaluate
-    from declip.explore.embed import embed
-    from declip.explore.index import Index
     from declip.interchange.export import export
     from declip.interchange.load import load
-    from declip.recipe_file import load_recipe
+    from declip.recipe.load import load_recipe
+    from declip.recipe.schema import Recipe
+    from declip.search.embed import embed
+    from declip.search.index import Index
     from declip.training.trainer import train
 
 _WHERE = {
-    "Index": "declip.explore.index",
+    "Index": "declip.search.index",
     "PairBatch": "declip.data.batch",
-    "Recipe": "declip.config",
+    "Recipe": "declip.recipe.schema",
     "UserError": "declip.errors",
-    "compare": "declip.comparison.compare",
-    "embed": "declip.explore.embed",
+    "compare": "declip.comparison.runner",
+    "embed": "declip.search.embed",
     "evaluate": "declip.evaluation.protocols",
     "export": "declip.interchange.export",
     "load": "declip.interchange.load",
-    "load_recipe": "declip.recipe_file",
+    "load_recipe": "declip.recipe.load",
     "train": "declip.training.trainer",
 }
 

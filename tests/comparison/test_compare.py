@@ -16,11 +16,11 @@ import pytest
 from typer.testing import CliRunner
 
 from comparison.conftest import tiny
-from declip.cli import app
-from declip.comparison import compare as comparing
-from declip.comparison.cell import folder_of, run_cell
+from declip.cli.app import app
+from declip.comparison import runner as comparing
 from declip.comparison.outcome import read_outcome, scores
 from declip.comparison.study import read_study
+from declip.comparison.trial import folder_of, run_cell
 from declip.comparison.worker import FAILURE, RUNS, failure, work
 from declip.errors import UserError
 from declip.training.trainer import train

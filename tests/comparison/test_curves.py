@@ -5,7 +5,7 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from declip.comparison.curves import Curve, curve_of, factor, pairs_needed
+from declip.comparison.statistics import Curve, curve_of, factor, pairs_needed
 
 PAIRS = (1000, 2000, 4000, 8000)
 

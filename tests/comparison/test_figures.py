@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from comparison.synthetic import MEASURE, outcome, study, with_ladder
-from declip.comparison.figures import MOST, curve_pictures, ladder_picture
-from declip.comparison.ladder import read_ladder
+from declip.comparison.ablation import read_ladder
 from declip.comparison.outcome import Outcome
-from declip.comparison.phrases import short_count
-from declip.comparison.plots import COLOURS, DASHES, LINE, MARKERS, Curves, Dots, Picture, apart
+from declip.io.phrases import short_count
+from declip.reports.comparison_charts import COLOURS, DASHES, LINE, MARKERS, Curves, Dots, Picture, apart
+from declip.reports.comparison_figures import MOST, curve_pictures, ladder_picture
 
 
 def _axes(panel: Curves | Dots) -> Axes:

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from comparison.synthetic import MEASURE, SIZES, outcome, row, score, study, tuned, with_ladder
+from declip.comparison.ablation import read_ladder
 from declip.comparison.arms import Arm, arms_of
-from declip.comparison.curves import Curve, Factor, FactorAt, factor
-from declip.comparison.factor_wording import factor_sentence
-from declip.comparison.ladder import read_ladder
 from declip.comparison.outcome import Outcome
-from declip.comparison.page import plain, write_page
+from declip.comparison.statistics import Curve, Factor, FactorAt, factor
 from declip.comparison.study import Study
-from declip.comparison.tables import measured
-from declip.comparison.wording import (
+from declip.recipe.load import parse_overrides
+from declip.reports.comparison import plain, write_page
+from declip.reports.comparison_tables import measured
+from declip.reports.comparison_wording import (
     command,
     ladder_sentences,
     near_chance,
@@ -26,7 +26,7 @@ from declip.comparison.wording import (
     state,
     title,
 )
-from declip.recipe_file import parse_overrides
+from declip.reports.factor_wording import factor_sentence
 
 VOID = {"meta", "path", "use"}
 BAD = '<script>alert("1")</script>'

@@ -3,11 +3,11 @@
 import pytest
 
 from comparison.synthetic import AHEAD, MEASURE, outcome, row, study, tuned, with_ladder
+from declip.comparison.ablation import baseline_of, difference, main_arms, measured_sizes, read_ladder
 from declip.comparison.arms import Arm
-from declip.comparison.curves import Factor, FactorAt
-from declip.comparison.ladder import baseline_of, difference, main_arms, measured_sizes, read_ladder
 from declip.comparison.outcome import Outcome
-from declip.comparison.tables import (
+from declip.comparison.statistics import Factor, FactorAt
+from declip.reports.comparison_tables import (
     arms_table,
     cost_table,
     factors_table,

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from declip.data.pairs import BrokenPair
-from declip.data.sources import open_source
+from declip.data.pair import BrokenPair
+from declip.data.sources.open import open_source
 from declip.errors import UserError
 
 KINDS = ["jsonl", "csv", "tsv", "parquet"]

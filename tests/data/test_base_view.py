@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from conftest import TINY, WEIGHTS
-from declip.config import Recipe
-from declip.data.sources import open_source
+from declip.data.sources.open import open_source
 from declip.models.dual_encoder import DualEncoder
-from declip.training.build import build_loader, image_views
+from declip.recipe.schema import Recipe
+from declip.training.setup import build_loader, image_views
 
 
 def batch_of(table: Path, base: dict[str, object] | None) -> torch.Tensor:

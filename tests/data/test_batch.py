@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from declip.data.batch import Draw, PairBatch, Photometric
-from declip.data.pairs import BrokenPair
+from declip.data.pair import BrokenPair
 from declip.errors import UserError
 
 PLAIN = Draw(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from declip.data.cache import cache_folder, written_beside
 from declip.errors import UserError
+from declip.io.atomic import cache_folder, written_beside
 
 
 def test_the_environment_chooses_the_folder(monkeypatch):

@@ -11,10 +11,10 @@ from declip.data.clipart import CLIPART, open_clipart
 from declip.data.clipart_build import PACKAGE, SIDE, build_clipart
 from declip.data.clipart_read import also_stamps, file_words, title_words
 from declip.data.debian import Unpacked
-from declip.data.pairs import PairSource
+from declip.data.pair import PairSource
 from declip.data.picture_cache import GREY, MANIFEST, NOTICE
 from declip.data.rendering import page_drawer
-from declip.data.sources import open_source
+from declip.data.sources.open import open_source
 from declip.errors import UserError
 
 HEAD = (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from declip.data.decode import MOST_PIXELS, decode
-from declip.data.pairs import BrokenPair
+from declip.data.images.decode import MOST_PIXELS, decode
+from declip.data.pair import BrokenPair
 
 
 def encoded(image, kind, **options):

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from conftest import draw
-from declip.data.drop_list import Dropped, find_dropped, read_drop_list, write_drop_list
+from declip.data.exclude import Dropped, find_dropped, read_drop_list, write_drop_list
 from declip.data.prepare import prepare_source
-from declip.data.sources import open_source
+from declip.data.sources.open import open_source
 from declip.errors import UserError
 
 

@@ -14,10 +14,10 @@ from declip.data.emoji import DESIGNS, EMOJI, IMAGES, SPLITS, open_emoji
 from declip.data.emoji_build import SIDE, build_emoji, prepare_emoji
 from declip.data.emoji_concepts import code_of, is_phrase, squash
 from declip.data.emoji_groups import group_of, is_held_out
-from declip.data.pairs import PairSource
+from declip.data.pair import PairSource
 from declip.data.picture_cache import CHECKSUMS, MANIFEST, TABLE
 from declip.data.rendering import drawer, rasterise
-from declip.data.sources import open_source
+from declip.data.sources.open import open_source
 from declip.errors import UserError
 
 NAMES = {

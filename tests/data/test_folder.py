@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from declip.data.folder import FolderSource
-from declip.data.pairs import LONGEST_CAPTION, BrokenPair
+from declip.data.pair import LONGEST_CAPTION, BrokenPair
+from declip.data.sources.folder import FolderSource
 from declip.errors import UserError
 
 

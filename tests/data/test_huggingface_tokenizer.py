@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from declip.data.batch import IGNORED
-from declip.data.huggingface_tokenizer import HuggingfaceTokenizer
-from declip.data.text_views import mask_tokens
+from declip.data.text.augment import mask_tokens
+from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.errors import UserError
-from declip.models.huggingface_encoder import read_encoder
+from declip.models.hf_encoder import read_encoder
 from text_encoders import CAPTIONS, bert, roberta
 
 transformers = pytest.importorskip("transformers")

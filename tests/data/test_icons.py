@@ -14,10 +14,10 @@ from declip.data.icons_build import SIDE, VERSIONS, build_icons, prepare_icons
 from declip.data.icons_names import category_words, is_readable, split_style, words_of
 from declip.data.icons_select import PACKAGE, Emoji
 from declip.data.icons_sets import FURTHER_STYLES, OLD, TEST, VALIDATION, reason_to_leave_out, split_of
-from declip.data.pairs import PairSource
+from declip.data.pair import PairSource
 from declip.data.picture_cache import CHECKSUMS, COLOUR, GREY, MANIFEST, TABLE
 from declip.data.rendering import drawer
-from declip.data.sources import open_source
+from declip.data.sources.open import open_source
 from declip.errors import UserError
 
 

@@ -9,9 +9,9 @@ from PIL import Image
 from scipy.stats import binomtest, ks_2samp, kstest
 from torch import Tensor
 
-from declip.data import photometric
 from declip.data.batch import Draw, Photometric
-from declip.data.image_views import ImageViews, Preprocess
+from declip.data.images import photometric
+from declip.data.images.crops import ImageViews, Preprocess
 from declip.errors import UserError
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)

@@ -16,9 +16,9 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from declip.data.batch import PairBatch
-from declip.data.image_views import ImageViews
+from declip.data.images.crops import ImageViews
 from declip.data.loader import PairLoader
-from declip.data.pairs import BrokenPair, Pair
+from declip.data.pair import BrokenPair, Pair
 from declip.errors import UserError
 
 VIEWS = ImageViews(12, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, chisquare
 
-from declip.data.mixture import Mixture
-from declip.data.order import Order, build_order
+from declip.data.sampling import Order, build_order
+from declip.data.sources.mixture import Mixture
 from declip.errors import UserError
 
 

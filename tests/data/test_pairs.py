@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from declip.data.folder import FolderSource
-from declip.data.pairs import (
+from declip.data.pair import (
     EXAMPLES_KEPT,
     LONGEST_CAPTION,
     BrokenPair,
@@ -14,8 +13,9 @@ from declip.data.pairs import (
     SkipCounter,
     clean_captions,
 )
-from declip.data.sources import open_source
-from declip.data.table import TableSource
+from declip.data.sources.folder import FolderSource
+from declip.data.sources.open import open_source
+from declip.data.sources.table import TableSource
 from declip.errors import UserError
 
 

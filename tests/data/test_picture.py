@@ -10,15 +10,15 @@ from PIL import Image
 
 from data.tars import write_tar
 from data.test_loader import Words, assert_same
-from declip.data import picture as module
-from declip.data.decode import decode
-from declip.data.image_views import Crop, ImageViews
+from declip.data.images import lazy as module
+from declip.data.images.crops import Crop, ImageViews
+from declip.data.images.decode import decode
+from declip.data.images.lazy import JpegPicture, open_picture, undecoded
 from declip.data.loader import PairLoader
-from declip.data.mixture import Mixture
-from declip.data.pairs import BrokenPair, Pair
-from declip.data.picture import JpegPicture, open_picture, undecoded
-from declip.data.sources import open_source
-from declip.data.subset import take
+from declip.data.pair import BrokenPair, Pair
+from declip.data.sources.mixture import Mixture
+from declip.data.sources.open import open_source
+from declip.data.sources.subset import take
 
 SIZE = (150, 101)
 

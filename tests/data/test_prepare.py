@@ -19,13 +19,13 @@ from PIL import Image
 from conftest import draw
 from data.tars import write_tar
 from data.test_picture import jpeg, scene
-from declip import cli
+from declip.cli import app as cli
 from declip.data import prepare as module
-from declip.data.pairs import BrokenPair, Pair
-from declip.data.picture import DecodedPicture, open_picture
+from declip.data.images.lazy import DecodedPicture, open_picture
+from declip.data.images.shrink import shrunk
+from declip.data.pair import BrokenPair, Pair
 from declip.data.prepare import prepare_source
-from declip.data.shrink import shrunk
-from declip.data.sources import open_source
+from declip.data.sources.open import open_source
 from declip.errors import UserError
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from declip.data.image_views import ImageViews
+from declip.data.images.crops import ImageViews
 from declip.data.loader import PairLoader
-from declip.data.mixture import Mixture
-from declip.data.pairs import PairSource
-from declip.data.shards import ShardSource
-from declip.data.subset import take
+from declip.data.pair import PairSource
+from declip.data.sources.mixture import Mixture
+from declip.data.sources.shards import ShardSource
+from declip.data.sources.subset import take
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from data.tars import write_shards
-from declip.data import shard_files, shard_remote
-from declip.data.order import build_order
-from declip.data.pairs import BrokenPair
-from declip.data.shards import ShardSource
-from declip.data.sources import open_source
-from declip.data.subset import take
+from declip.data.pair import BrokenPair
+from declip.data.sampling import build_order
+from declip.data.sources import remote as shard_remote
+from declip.data.sources import shard_files
+from declip.data.sources.open import open_source
+from declip.data.sources.shards import ShardSource
+from declip.data.sources.subset import take
 from declip.errors import UserError
 
 fsspec = pytest.importorskip("fsspec")

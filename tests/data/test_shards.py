@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from data.tars import SIZES, pair, picture, write_shards, write_tar
-from declip.data import shard_index, shard_names, shards
-from declip.data.pairs import BrokenPair, PairSource
-from declip.data.shard_files import OPEN_FILES
-from declip.data.shards import ShardSource
-from declip.data.sources import open_source
+from declip.data.pair import BrokenPair, PairSource
+from declip.data.sources import shard_index, shard_names, shards
+from declip.data.sources.open import open_source
+from declip.data.sources.shard_files import OPEN_FILES
+from declip.data.sources.shards import ShardSource
 from declip.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from declip.data import debian, stamps_build
 from declip.data.builtin import BUILTIN_SPLITS, BUILTINS, open_builtin, prepare
 from declip.data.debian import DebianPackage, Unpacked, unpacked
-from declip.data.pairs import PairSource
+from declip.data.pair import PairSource
 from declip.data.picture_cache import COLOUR, MANIFEST, NOTICE, TABLE
-from declip.data.sources import open_source
+from declip.data.sources.open import open_source
 from declip.data.stamps import SPLITS, STAMPS, open_stamps
 from declip.data.stamps_build import PACKAGE, SIDE, build_stamps
 from declip.data.stamps_read import KINDS, name_of

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from declip.data.sources import open_source
-from declip.data.subset import take
+from declip.data.sources.open import open_source
+from declip.data.sources.subset import take
 from declip.errors import UserError
 
 

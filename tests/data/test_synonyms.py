@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from declip.data.inflection import Irregular, detach, inflect
-from declip.data.synonyms import Table, synonyms, table
+from declip.data.text.inflection import Irregular, detach, inflect
+from declip.data.text.synonyms import Table, synonyms, table
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "eda_cases.json").read_text(encoding="utf-8"))
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from data.tables import KINDS, message, reason_of, write
-from declip.data import table_rows
-from declip.data.pairs import BrokenPair
-from declip.data.sources import open_source
-from declip.data.table import IMAGE_NAMES, TableSource, find_column
+from declip.data.pair import BrokenPair
+from declip.data.sources import rows as table_rows
+from declip.data.sources.open import open_source
+from declip.data.sources.table import IMAGE_NAMES, TableSource, find_column
 from declip.errors import UserError
 
 

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.tables import message, reason_of, write
-from declip.data import table_rows
-from declip.data.table import TableSource
+from declip.data.sources import rows as table_rows
+from declip.data.sources.table import TableSource
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data.tars import write_tar
-from declip.data.open_file import OpenFile
-from declip.data.tar_members import BLOCK, DamagedTar, Member, members
+from declip.data.sources.tar_members import BLOCK, DamagedTar, Member, members
+from declip.io.open_file import OpenFile
 
 NAMES = [
     "a.jpg",

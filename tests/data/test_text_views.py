@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from declip.data.synonyms import synonyms
-from declip.data.text_views import IGNORED, STOP_WORDS, augment, delete_words, mask_tokens, replace_words, swap_words
-from declip.data.tokenizer import Tokenizer
+from declip.data.text.augment import IGNORED, STOP_WORDS, augment, delete_words, mask_tokens, replace_words, swap_words
+from declip.data.text.synonyms import synonyms
+from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "eda_cases.json").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from declip.data.tokenizer import Tokenizer, clean
+from declip.data.text.tokenizer import Tokenizer, clean
 from declip.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "token_cases.json").read_text(encoding="utf-8"))

@@ -10,15 +10,15 @@ import yaml
 from conftest import TINY
 from data.tars import write_shards
 from data.test_picture import jpeg, scene
-from declip.config import Recipe
-from declip.data.mixture import Mixture
-from declip.data.shards import ShardSource
-from declip.data.subset import Subset
+from declip.data.sources.mixture import Mixture
+from declip.data.sources.shards import ShardSource
+from declip.data.sources.subset import Subset
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe_file import load_recipe
-from declip.training.build import build_loader, image_views, open_training_source
-from declip.training.run import refuse_another
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
+from declip.runs.folder import refuse_another
+from declip.training.setup import build_loader, image_views, open_training_source
 
 
 @pytest.fixture

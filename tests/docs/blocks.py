@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from declip import cli
-from declip.recipe_file import load_recipe, parse_overrides, recipe_names
+from declip.cli import app as cli
+from declip.recipe.load import load_recipe, parse_overrides, recipe_names
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -20,19 +20,20 @@ from starlette.testclient import TestClient
 
 import declip
 from conftest import COLOURS, SHAPES, draw
-from declip import recipe_file
-from declip.comparison import arms, compare, worker
-from declip.config import Recipe
+from declip.app import start
+from declip.app.gallery import Gallery
+from declip.app.web import VIEWS, build
+from declip.comparison import arms, worker
+from declip.comparison import runner as compare
 from declip.data.emoji import DESIGNS, EMOJI, IMAGES
 from declip.data.emoji_build import SCHEMA
 from declip.data.picture_build import write_record
 from declip.data.picture_cache import TABLE
-from declip.data.sources import open_source
+from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
 from declip.evaluation.prompt_sets import PromptSet, read_prompts
-from declip.explore.app import start
-from declip.explore.app.gallery import Gallery
-from declip.explore.app.web import VIEWS, build
+from declip.recipe import load as recipe_file
+from declip.recipe.schema import Recipe
 from declip.training import profile, trainer
 from evaluation import trees
 from interchange.test_clip_benchmark import Captioned, webdataset

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 import declip
-from declip.data.decode import decode
-from declip.data.pairs import BrokenPair
-from declip.data.sources import open_source
-from declip.recipe_file import load_recipe
+from declip.data.images.decode import decode
+from declip.data.pair import BrokenPair
+from declip.data.sources.open import open_source
+from declip.recipe.load import load_recipe
 from hostile import ROOM, Trap, apart, quickly, said, sparse, written
 
 pytestmark = pytest.mark.usefixtures("here")

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from declip.data.pairs import BrokenPair
-from declip.data.sources import open_source
+from declip.data.pair import BrokenPair
+from declip.data.sources.open import open_source
 from declip.evaluation.datasets import open_dataset
 from hostile import ROOM, Trap, apart, quickly, said, sparse, written
 
@@ -210,7 +210,7 @@ def test_parquet_that_would_run_code(here: Path) -> None:
 
 def test_parquet_that_repeats_one_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few kilobytes that stand for half a gigabyte, and could stand for a thousand."""
-    monkeypatch.setattr("declip.data.table_rows.HELD_IN_MEMORY", 64 << 20)
+    monkeypatch.setattr("declip.data.sources.rows.HELD_IN_MEMORY", 64 << 20)
     caption = pa.DictionaryArray.from_arrays(pa.array([0] * 8000, pa.int32()), ["x" * (1 << 16)])
     pq.write_table(pa.table({"image": ["a"] * 8000, "caption": caption}), "t.parquet", store_schema=False)
     assert Path("t.parquet").stat().st_size < 4000

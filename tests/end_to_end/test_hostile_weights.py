@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import TINY
-from declip.config import Recipe
 from declip.interchange import read_declip_authors
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe_file import load_recipe
-from declip.training.checkpoint import STATE, WEIGHTS, Checkpoint, save_checkpoint
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import STATE, WEIGHTS, Checkpoint, save_checkpoint
 from hostile import ROOM, Trap, apart, quickly, said
 
 pytestmark = pytest.mark.usefixtures("here")

@@ -16,7 +16,7 @@ DEADLY = """
 import os, signal, sys
 from pathlib import Path
 from declip.training import trainer
-from declip.cli import main
+from declip.cli.app import main
 
 step, marker = trainer.training_step, Path(sys.argv.pop(1))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from declip import cli
+from declip.cli import app as cli
 from declip.training.monitor import read_rows
 from end_to_end.command import Command
 
@@ -93,7 +93,7 @@ def test_a_disk_that_refuses_is_no_traceback(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("declip.recipe_file.load_recipe", refuse)
+    monkeypatch.setattr("declip.recipe.load.load_recipe", refuse)
     status, printed = declip("train", "clip")
     assert (status, said in printed) == (2, True), printed
 
@@ -102,7 +102,7 @@ def test_other_errors_of_the_system_are_not_hidden(monkeypatch: pytest.MonkeyPat
     def refuse(*_: object) -> None:
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    monkeypatch.setattr("declip.recipe_file.load_recipe", refuse)
+    monkeypatch.setattr("declip.recipe.load.load_recipe", refuse)
     monkeypatch.setattr("sys.argv", ["declip", "train", "clip"])
     with pytest.raises(ConnectionResetError):
         cli.main()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from declip.data.pairs import BrokenPair, Pair
+from declip.data.pair import BrokenPair, Pair
 
 COLOURS = {
     "red": (255, 0, 0),

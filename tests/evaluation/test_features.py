@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from declip.errors import UserError
-from declip.evaluation import features as module
-from declip.evaluation.features import encode_source, measuring, text_features
+from declip.evaluation import encode as module
+from declip.evaluation.encode import encode_source, measuring, text_features
 
 
 def test_rows_follow_the_source_and_broken_ones_are_counted(model, painted) -> None:

@@ -9,9 +9,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from declip.errors import UserError
-from declip.evaluation import few_shot
-from declip.evaluation.few_shot import draw, few_shot_probe
-from declip.evaluation.probe_data import Labelled, ProbeData
+from declip.evaluation.probes import few_shot
+from declip.evaluation.probes.data import Labelled, ProbeData
+from declip.evaluation.probes.few_shot import draw, few_shot_probe
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from declip.errors import UserError
-from declip.evaluation import knn
-from declip.evaluation.knn import knn_probe, vote_ranks
-from declip.evaluation.probe_data import Labelled, ProbeData
+from declip.evaluation.probes import knn
+from declip.evaluation.probes.data import Labelled, ProbeData
+from declip.evaluation.probes.knn import knn_probe, vote_ranks
 
 
 @pytest.fixture(scope="module")

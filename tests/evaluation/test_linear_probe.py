@@ -6,10 +6,10 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from declip.evaluation import linear_probe as module
-from declip.evaluation.linear_probe import GRID, linear_probe, sweep
-from declip.evaluation.logistic import Classifier, LogisticProblem
-from declip.evaluation.probe_data import Labelled, ProbeData, by_class, score, stratified
+from declip.evaluation.probes import linear as module
+from declip.evaluation.probes.data import Labelled, ProbeData, by_class, score, stratified
+from declip.evaluation.probes.linear import GRID, linear_probe, sweep
+from declip.evaluation.probes.logistic import Classifier, LogisticProblem
 
 
 @pytest.fixture(scope="module")

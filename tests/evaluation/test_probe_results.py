@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from declip.evaluation.probe_results import FewShotResult, KNNResult, LinearProbeResult, Shots, SweepPoint, Votes
+from declip.evaluation.probes.results import FewShotResult, KNNResult, LinearProbeResult, Shots, SweepPoint, Votes
 from declip.evaluation.results import READERS, read_result, results_table
 
 COMMON = {

@@ -8,10 +8,9 @@ import torch
 from rich.console import Console
 
 from conftest import TINY
-from declip.config import Recipe
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
-from declip.evaluation.probe_results import FewShotResult, KNNResult, LinearProbeResult
+from declip.evaluation.probes.results import FewShotResult, KNNResult, LinearProbeResult
 from declip.evaluation.protocols import PROTOCOLS, Options, evaluate, evaluate_all
 from declip.evaluation.results import (
     Measure,
@@ -23,6 +22,7 @@ from declip.evaluation.results import (
     times,
 )
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from declip.data.pairs import BrokenPair
+from declip.data.pair import BrokenPair
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.readers.fine_grained import READERS

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from declip.data.pairs import BrokenPair
+from declip.data.pair import BrokenPair
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from evaluation import trees

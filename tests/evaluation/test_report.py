@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from declip.config import Recipe
-from declip.data.image_views import ImageViews
+from declip.data.images.crops import ImageViews
 from declip.data.loader import PairLoader
-from declip.data.tokenizer import Tokenizer
+from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
-from declip.evaluation.report import write_report
 from declip.evaluation.results import Recall, RetrievalResult, ZeroShotResult
-from declip.supervision.nearest_neighbour import Queue
+from declip.recipe.schema import Recipe
+from declip.reports.run import write_report
+from declip.supervision.nearest_neighbor import Queue
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
 SECTIONS = ("numbers", "curves", "to-images", "to-texts", "confused", "neighbours", "views", "skipped", "recipe")
@@ -269,7 +269,7 @@ def test_the_recipe_chooses_what_is_shown(whole, monkeypatch) -> None:
         opened.append(name)
         return open_dataset(source)
 
-    monkeypatch.setattr("declip.evaluation.report.open_dataset", watched)
+    monkeypatch.setattr("declip.reports.run.open_dataset", watched)
     evaluation = {
         "zero_shot": ["painted"],
         "retrieval": ["painted"],

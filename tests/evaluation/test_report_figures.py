@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from declip.evaluation.report_figures import (
+from declip.reports.charts import (
     HEIGHT,
     WIDTH,
     Line,

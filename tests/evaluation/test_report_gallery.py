@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from declip.data.pairs import SkipCounter
-from declip.evaluation.features import SourceFeatures
-from declip.evaluation.report_gallery import confusions, image_to_text, text_to_image
-from declip.evaluation.report_pictures import Pictures
+from declip.data.pair import SkipCounter
+from declip.evaluation.encode import SourceFeatures
+from declip.reports.gallery import confusions, image_to_text, text_to_image
+from declip.reports.thumbnails import Pictures
 
 COLOURS = ["red", "green", "blue", "cyan", "yellow", "white"]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from declip.errors import UserError
-from declip.evaluation.report_run import read_run
 from declip.evaluation.results import ZeroShotResult
+from declip.runs.records import read_run
 
 
 def _write(path: Path, rows: list[dict]) -> None:

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from declip.data.batch import PairBatch
-from declip.data.image_views import ImageViews
+from declip.data.images.crops import ImageViews
 from declip.data.loader import PairLoader
-from declip.data.tokenizer import Tokenizer
-from declip.evaluation.report_training import Word, neighbours, views
-from declip.supervision.nearest_neighbour import Queue
+from declip.data.text.tokenizer import Tokenizer
+from declip.reports.training_views import Word, neighbours, views
+from declip.supervision.nearest_neighbor import Queue
 
 COLOURS = ["red", "green", "blue", "yellow"]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)

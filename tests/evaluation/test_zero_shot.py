@@ -5,9 +5,9 @@ import pytest
 import torch
 from numpy.random import default_rng
 
-from declip.data.pairs import SkipCounter
+from declip.data.pair import SkipCounter
 from declip.errors import UserError
-from declip.evaluation.features import SourceFeatures
+from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.prompt_sets import prompt_names
 from declip.evaluation.zero_shot import class_features, classify, predict, read_templates
 

@@ -12,12 +12,12 @@ from torch.nn.functional import normalize
 
 import declip
 from conftest import COLOURS, SHAPES, TINY, WEIGHTS, draw
-from declip.config import Recipe
-from declip.data.origin import Origin
-from declip.explore.manifest import Manifest, ModelOf, Source
-from declip.explore.parts import Row, batch_of, write_part
+from declip.data.sources.origin import Origin
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.search.manifest import Manifest, ModelOf, Source
+from declip.search.parts import Row, batch_of, write_part
 
 PAGE = "http://127.0.0.1:8765"
 
@@ -104,7 +104,7 @@ def run_folder(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gallery(run_folder: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the page shows: the pairs of the table, as the run's model sees them."""
     pytest.importorskip("starlette", reason="the page needs declip[app]")
-    from declip.explore.app.start import open_gallery
+    from declip.app.start import open_gallery
 
     return open_gallery(str(run_folder), str(table), tmp_path_factory.mktemp("page") / "index")
 
@@ -113,7 +113,7 @@ def gallery(run_folder: Path, table: Path, tmp_path_factory: pytest.TempPathFact
 def client(gallery: Any) -> Iterator[Any]:
     """Asks the page's server as the page itself does; no network is used."""
     testclient = pytest.importorskip("starlette.testclient", reason="the page needs declip[app]")
-    from declip.explore.app.web import build
+    from declip.app.web import build
 
     gallery.jobs = type(gallery.jobs)()
     with testclient.TestClient(build(gallery, "127.0.0.1"), base_url=PAGE, headers={"Origin": PAGE}) as asked:

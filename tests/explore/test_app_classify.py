@@ -13,9 +13,9 @@ from declip.evaluation.prompt_sets import read_prompts
 
 pytest.importorskip("starlette", reason="the page needs declip[app]")
 
-from declip.explore.app import uploads
-from declip.explore.app.classify import probabilities
-from declip.explore.app.gallery import Kept
+from declip.app import uploads
+from declip.app.classify import probabilities
+from declip.app.gallery import Kept
 
 
 def png(image: Image.Image) -> bytes:
@@ -96,7 +96,7 @@ def test_a_huge_upload_is_refused_before_it_is_read(client: Any) -> None:
 
 
 def test_an_upload_that_hides_its_length_is_cut_off(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("declip.explore.app.classify.LARGEST_PICTURE", 1_000)
+    monkeypatch.setattr("declip.app.classify.LARGEST_PICTURE", 1_000)
     taken = []
 
     def stream() -> Any:

@@ -78,7 +78,7 @@ def test_another_method_is_refused(client: Any) -> None:
 def test_a_failure_of_ours_says_nothing_of_its_inside(gallery: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from starlette.testclient import TestClient
 
-    from declip.explore.app.web import build
+    from declip.app.web import build
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a secret")

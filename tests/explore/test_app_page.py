@@ -22,8 +22,8 @@ PHONE = {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def address(gallery: Any) -> Iterator[str]:
     """The page, served in a thread."""
-    from declip.explore.app.start import address_of, take_port
-    from declip.explore.app.web import build
+    from declip.app.start import address_of, take_port
+    from declip.app.web import build
 
     gallery.jobs = type(gallery.jobs)()  # those of an earlier server end with it
     with take_port("127.0.0.1", 0) as bound:
@@ -131,7 +131,7 @@ def test_pairs_are_marked_on_list_and_map_and_saved(page: Any) -> None:
 
 
 def test_a_run_is_followed_while_it_trains(page: Any, gallery: Any, run_folder: Path, tmp_path: Path) -> None:
-    from declip.explore.app.run_folders import RunFolders
+    from declip.app.run_folders import RunFolders
 
     live = tmp_path / "live"
     shutil.copytree(run_folder, live, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))

@@ -12,22 +12,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import declip
-from declip.data.origin import Origin
+from declip.data.sources.origin import Origin
 from declip.errors import UserError
-from declip.explore.index import Index
-from declip.explore.parts import Row, batch_of, write_part
 from declip.models.dual_encoder import DualEncoder
+from declip.search.index import Index
+from declip.search.parts import Row, batch_of, write_part
 from explore.conftest import PAGE, finished, made_up_manifest
 
 pytest.importorskip("starlette", reason="the page needs declip[app]")
 
-from declip.explore.app.agreement import EQUAL, agreement, ranks
-from declip.explore.app.duplicates import equal_captions, find_couples
-from declip.explore.app.gallery import Gallery
-from declip.explore.app.jobs import Jobs
-from declip.explore.app.layout import GRID, lay_out
-from declip.explore.app.run_folders import RunFolders
-from declip.explore.app.web import build
+from declip.app.agreement import EQUAL, agreement, ranks
+from declip.app.duplicates import equal_captions, find_couples
+from declip.app.gallery import Gallery
+from declip.app.jobs import Jobs
+from declip.app.layout import GRID, lay_out
+from declip.app.run_folders import RunFolders
+from declip.app.web import build
 
 
 def nothing(_: float) -> None:

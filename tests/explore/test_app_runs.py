@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from declip.app.curves import MOST_POINTS, thinned
+from declip.app.run_folders import GrowingRows, RunFolders, differences, flat_recipe
 from declip.errors import UserError
-from declip.explore.app.curves import MOST_POINTS, thinned
-from declip.explore.app.run_folders import GrowingRows, RunFolders, differences, flat_recipe
 
 
 def test_a_short_line_is_left_as_it_is() -> None:

@@ -15,11 +15,11 @@ from explore.conftest import PAGE
 
 pytest.importorskip("starlette", reason="the page needs declip[app]")
 
-from declip.explore.app.gallery import Gallery
-from declip.explore.app.queue import QueueOfRun
-from declip.explore.app.run_folders import RunFolders
-from declip.explore.app.thumbnails import Thumbnails
-from declip.explore.app.web import build
+from declip.app.gallery import Gallery
+from declip.app.queue import QueueOfRun
+from declip.app.run_folders import RunFolders
+from declip.app.thumbnails import Thumbnails
+from declip.app.web import build
 
 
 def test_a_text_finds_what_the_index_finds(client: Any, gallery: Any) -> None:

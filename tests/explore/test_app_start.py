@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from declip import cli
+from declip.cli import app as cli
 from declip.interchange.declip_file import write_declip_file
 from explore.conftest import tiny_model
 
 pytest.importorskip("starlette", reason="the page needs declip[app]")
 
+from declip.app.start import address_of, is_index, open_gallery, take_port
 from declip.errors import UserError
-from declip.explore.app.start import address_of, is_index, open_gallery, take_port
 
 
 def run(words: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -35,7 +35,7 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(
     assert folder.parent == Path("indices")
     assert folder.name.startswith("shapes-jsonl-")
     assert first.index.manifest.captions
-    monkeypatch.setattr("declip.explore.embed.write_part", None)  # nothing is left to write
+    monkeypatch.setattr("declip.search.embed.write_part", None)  # nothing is left to write
     assert open_gallery(str(weights_file), str(table)).index.folder == folder
     assert is_index(str(folder))
     assert len(open_gallery(str(weights_file), str(folder)).index) == 24
@@ -79,7 +79,7 @@ def test_a_mistake_ends_with_one_line(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("declip.explore.app.start.serve", None)  # it comes to that in none of these
+    monkeypatch.setattr("declip.app.start.serve", None)  # it comes to that in none of these
     places: dict[str, object] = {"MODEL": weights_file, "TABLE": table}
     if "INDEX" in words:
         places["INDEX"] = open_gallery(str(weights_file), str(table), tmp_path / "index").index.folder
@@ -110,7 +110,7 @@ def test_another_address_is_warned_of_and_a_browser_opened_when_asked_for(
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
-    monkeypatch.setattr("declip.explore.app.start.serve", lambda gallery, bound, host, ready: ready())
+    monkeypatch.setattr("declip.app.start.serve", lambda gallery, bound, host, ready: ready())
     words = ["app", weights_file, table, "--index", tmp_path / "index", "--quiet", "--port", 0]
     assert run(words, monkeypatch) == 0
     said = capfd.readouterr().err

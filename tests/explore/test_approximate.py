@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from declip.errors import UserError
-from declip.explore import maintenance
-from declip.explore.approximate import import_faiss
-from declip.explore.index import Index
-from declip.explore.manifest import read_manifest
+from declip.search import maintenance
+from declip.search.approximate import import_faiss
+from declip.search.index import Index
+from declip.search.manifest import read_manifest
 from explore.conftest import append_vectors, clustered, write_index
 
 

@@ -2,8 +2,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from declip.data.origin import Origin
-from declip.explore.changes import Changes, Known, find_changes
+from declip.data.sources.origin import Origin
+from declip.search.changes import Changes, Known, find_changes
 
 
 @dataclass

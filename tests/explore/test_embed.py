@@ -17,9 +17,9 @@ from PIL import Image
 import declip
 from conftest import draw
 from declip.errors import UserError
-from declip.explore import embed as embedding
-from declip.explore.manifest import read_manifest
 from declip.models.dual_encoder import DualEncoder
+from declip.search import embed as embedding
+from declip.search.manifest import read_manifest
 from explore.conftest import tiny_model
 
 

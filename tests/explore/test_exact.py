@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from declip.explore import exact
-from declip.explore.exact import Block, nearest
+from declip.search import exact
+from declip.search.exact import Block, nearest
 
 
 def blocks_of(vectors: torch.Tensor, ids: torch.Tensor, sizes: list[int], dead: torch.Tensor) -> list[Block]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from declip import cli
+from declip.cli import app as cli
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
 from explore.conftest import tiny_model
@@ -110,6 +110,6 @@ def test_a_stopped_embed_says_how_to_go_on(
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("declip.explore.embed.write_part", stopped)
+    monkeypatch.setattr("declip.search.embed.write_part", stopped)
     assert run(["embed", weights, folder, "--out", tmp_path / "index", "--quiet"], monkeypatch) == 130
     assert "the same command goes on" in capfd.readouterr().err.replace("\n", " ")

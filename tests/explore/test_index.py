@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 import declip
-from declip.data.sources import open_source
+from declip.data.sources.open import open_source
 from declip.errors import UserError
-from declip.explore.index import Index
-from declip.explore.manifest import MANIFEST
-from declip.explore.sheet import sheet
 from declip.models.dual_encoder import DualEncoder
+from declip.reports.search_sheet import sheet
+from declip.search.index import Index
+from declip.search.manifest import MANIFEST
 from explore.conftest import tiny_model
 
 

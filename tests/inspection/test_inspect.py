@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from conftest import draw
-from declip.data.pairs import BrokenPair, Pair
+from declip.data.pair import BrokenPair, Pair
 from declip.errors import UserError
 from declip.inspection import Inspection, inspect_source
-from declip.inspection.inspection import draw as draw_places
+from declip.inspection.scan import draw as draw_places
 
 
 class Numbers:

@@ -1,6 +1,6 @@
 import pytest
 
-from declip.data.tokenizer import Tokenizer
+from declip.data.text.tokenizer import Tokenizer
 from declip.inspection.captions import CaptionCounts, kind_of, script_of, telling_words, token_count
 
 

@@ -7,15 +7,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from declip import cli
-from declip.data.pairs import BrokenPair, Pair
+from declip.cli import app as cli
+from declip.data.pair import BrokenPair, Pair
 from declip.inspection import Inspection, inspect_source
-from declip.inspection.output import write_json, write_page, write_sheet
-from declip.inspection.page import page
 from declip.inspection.result import Histogram, Share, Spread
-from declip.inspection.sheet import sheet
-from declip.inspection.terminal import summary
-from declip.inspection.wording import about, shown
+from declip.io.text import about, shown
+from declip.reports.contact_sheet import sheet
+from declip.reports.inspection import page
+from declip.reports.inspection_output import write_json, write_page, write_sheet
+from declip.reports.inspection_terminal import summary
 
 HOSTILE = (
     "</td><script>alert(1)</script><img src=x onerror=alert(1)>",

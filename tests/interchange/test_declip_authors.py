@@ -12,7 +12,7 @@ from declip.interchange import read_declip_authors
 from declip.interchange.declip_authors import UNUSED, token_order
 from declip.interchange.declip_file import FILE, write_declip_file
 from declip.interchange.start import read_start
-from declip.training.start import begin
+from declip.training.pretrained import begin
 from interchange.authors_cases import CASES, GOLDEN, Case
 
 

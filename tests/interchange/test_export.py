@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import declip
-from declip import cli
+from declip.cli import app as cli
 from declip.errors import UserError
 from declip.interchange import export as exports
 from declip.interchange.declip_file import FILE
@@ -308,7 +308,7 @@ def test_the_published_sizes_get_the_names_of_open_clips_vit_b_32() -> None:
     open_clip = pytest.importorskip("open_clip")
     from declip.interchange.open_clip_folder import image_tower, text_tensors
     from declip.models.dual_encoder import DualEncoder
-    from declip.recipe_file import load_recipe
+    from declip.recipe.load import load_recipe
 
     for recipe, name in (("clip-yfcc15m-vitb32", "ViT-B-32"), ("clip-yfcc15m-r50", "RN50")):
         with torch.device("meta"):

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import declip
-from declip import cli
-from declip.data.tokenizer import Tokenizer, clean
+from declip.cli import app as cli
+from declip.data.text.tokenizer import Tokenizer, clean
 from declip.errors import UserError
 from declip.interchange.from_huggingface import CAPTIONS as PROBES
 from declip.interchange.from_huggingface import fetch

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import COLOURS, SHAPES, draw
-from declip import cli
-from declip.data.pairs import Pair
+from declip.cli import app as cli
+from declip.data.pair import Pair
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.interchange import read_declip_authors

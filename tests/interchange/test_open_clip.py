@@ -14,7 +14,7 @@ from torch import Tensor
 
 import declip
 from conftest import COLOURS, SHAPES, draw
-from declip.data.pairs import Pair
+from declip.data.pair import Pair
 from declip.errors import UserError
 from declip.interchange import open_clip as ours
 from interchange.tiny_open_clip import CONFIGS, WORDS, folder_of, pictures, random_model, same_weights, saved
@@ -223,7 +223,7 @@ def test_zero_shot_and_retrieval_equal_open_clips_own_features(name: str, tmp_pa
 def test_evaluate_by_command_with_workers(table: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from declip.cli import app
+    from declip.cli.app import app
 
     file, out = saved(random_model("tiny-vit"), tmp_path / "weights.pt"), tmp_path / "result.json"
     words = ["evaluate", f"open_clip:tiny-vit/{file}", "--on", str(table), "--protocol", "retrieval"]

@@ -9,7 +9,7 @@ from sklearn.datasets import load_sample_images
 
 from conftest import draw
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
 
 TEXT = {"text.width": 32, "text.layers": 2, "text.heads": 2, "text.context": 16, "text.merges": 300, "embed_dim": 16}
 VIT = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from conftest import TINY, WEIGHTS
-from declip.config import Recipe
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.models.huggingface_encoder import ENTRY, TextEncoder, encoder_kept_in, read_encoder
+from declip.models.hf_encoder import ENTRY, TextEncoder, encoder_kept_in, read_encoder
+from declip.recipe.schema import Recipe
 from text_encoders import bert, roberta
 
 pytest.importorskip("transformers")

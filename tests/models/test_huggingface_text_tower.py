@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from conftest import TINY, WEIGHTS
-from declip.config import Recipe
 from declip.models.blocks import blocks_of
 from declip.models.dual_encoder import DualEncoder
-from declip.models.length_groups import encode_by_length
+from declip.models.length_buckets import encode_by_length
+from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.optimizer import decays
 from text_encoders import CAPTIONS, bert, distilbert, roberta

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from declip.models.length_groups import encode_by_length
+from declip.models.length_buckets import encode_by_length
 from declip.models.text_tower import TextTower
 
 END, CONTEXT = 40, 24

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
 from declip.supervision.objective import Objective
 
 GOLDEN = Path(__file__).parents[1] / "golden"

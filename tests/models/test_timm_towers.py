@@ -8,13 +8,13 @@ import torch
 
 from conftest import TINY
 from conftest import WEIGHTS as METHODS
-from declip.config import Recipe
 from declip.data.batch import PairBatch
-from declip.data.image_views import ImageViews
+from declip.data.images.crops import ImageViews
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
+from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
-from declip.training.parallel import build_learner
+from declip.training.learner import build_learner
 from declip.training.step import StepParts, training_step
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}

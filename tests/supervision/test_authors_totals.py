@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from declip.supervision.contrastive import info_nce, multi_view
-from declip.supervision.nearest_neighbour import neighbour_contrast
+from declip.supervision.nearest_neighbor import neighbour_contrast
 from declip.supervision.simclr import nt_xent
 from declip.supervision.simsiam import negative_cosine
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from declip.supervision import blockwise
+from declip.supervision import chunked as blockwise
 from declip.supervision.contrastive import info_nce, multi_view, one_way
 from declip.supervision.late_interaction import late_interaction
-from declip.supervision.nearest_neighbour import neighbour_contrast
+from declip.supervision.nearest_neighbor import neighbour_contrast
 from declip.supervision.simclr import nt_xent
 
 

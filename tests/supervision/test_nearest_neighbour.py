@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from safetensors.torch import load, save
 
-from declip.supervision import nearest_neighbour as module
-from declip.supervision.nearest_neighbour import Queue, neighbour_contrast
+from declip.supervision import nearest_neighbor as module
+from declip.supervision.nearest_neighbor import Queue, neighbour_contrast
 
 WIDTH = 4
 

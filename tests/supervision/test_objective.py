@@ -11,12 +11,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from conftest import TINY, WEIGHTS
-from declip.config import Recipe
 from declip.data.batch import PairBatch
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.supervision import blockwise, contrastive, late_interaction
-from declip.supervision.nearest_neighbour import Queue
+from declip.recipe.schema import Recipe
+from declip.supervision import chunked as blockwise
+from declip.supervision import contrastive, late_interaction
+from declip.supervision.nearest_neighbor import Queue
 from declip.supervision.objective import Objective, alone
 from declip.training import distributed
 

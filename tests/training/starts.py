@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from conftest import TINY, WEIGHTS
-from declip.config import Recipe
-from declip.training.checkpoint import list_checkpoints, load_checkpoint, part
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.training.trainer import Trainer, train
 
 SMALL = {"width": 48, "layers": 3, "heads": 2, "context": 20, "merges": 400}

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from declip.errors import UserError
-from declip.training import checkpoint as checkpoints
+from declip.runs import checkpoint as checkpoints
+from declip.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good, save_checkpoint
 from declip.training import checkpoint_writer
-from declip.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good, save_checkpoint
 from declip.training.checkpoint_writer import CheckpointWriter
 
 FILES = (checkpoints.WEIGHTS, checkpoints.TRAINING, checkpoints.STATE)

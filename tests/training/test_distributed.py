@@ -9,18 +9,18 @@ import torch
 import torch.distributed as dist
 
 from conftest import TINY, WEIGHTS
-from declip.config import Recipe
 from declip.data.batch import PairBatch
-from declip.data.tokenizer import Tokenizer
+from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
+from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training import distributed
-from declip.training.build import image_views
 from declip.training.distributed import Meeting
+from declip.training.learner import build_learner, whole
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import build_learner, whole
+from declip.training.setup import image_views
 from declip.training.step import StepParts, training_step
 from processes import in_processes
 

@@ -11,12 +11,12 @@ from tokenizers import Tokenizer as Library
 
 import declip
 from conftest import TINY, WEIGHTS
-from declip.config import Recipe
 from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, VERSION
 from declip.models.dual_encoder import DualEncoder
-from declip.models.huggingface_encoder import ENTRY
-from declip.training.checkpoint import list_checkpoints, load_checkpoint
+from declip.models.hf_encoder import ENTRY
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.trainer import Trainer, train
 from text_encoders import NO_DROPOUT, bert, roberta
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from conftest import TINY, WEIGHTS
-from declip.config import Recipe
 from declip.errors import UserError
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.supervision.objective import Objective
 from declip.training import distributed
-from declip.training.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.distributed import Council
 from declip.training.stopping import STOP
 from declip.training.trainer import Trainer, train

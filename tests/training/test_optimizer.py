@@ -1,8 +1,8 @@
 import torch
 
 from conftest import TINY, WEIGHTS
-from declip.config import Recipe
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.optimizer import build_optimizer, decays, named_trainable
 

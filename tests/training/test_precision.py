@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import TINY
-from declip.config import Recipe
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
 from declip.training import precision
 from declip.training.trainer import train
 

@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import TINY, WEIGHTS
-from declip.cli import app
-from declip.config import Recipe
+from declip.cli.app import app
 from declip.errors import UserError
+from declip.recipe.schema import Recipe
 from declip.training import profile as profiling
 from declip.training.clock import Clock
 from declip.training.profile import Profile, profile

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from declip.config import Train
+from declip.recipe.schema import Train
 from declip.training.schedule import learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_cases.npz"

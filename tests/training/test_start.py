@@ -12,13 +12,13 @@ from timm.layers import resample_abs_pos_embed
 
 import declip
 from conftest import TINY, draw
-from declip.config import Recipe
 from declip.errors import UserError
 from declip.interchange import interpolate as mixing
 from declip.interchange.declip_file import write_declip_file
 from declip.interchange.start import read_start
-from declip.models.depths import IMAGE, TEXT, blocks, depths
-from declip.training.checkpoint import list_checkpoints, load_checkpoint, part
+from declip.models.layers import IMAGE, TEXT, blocks, depths
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.training.monitor import read_rows
 from declip.training.trainer import Trainer, train
 from interchange.test_export import features

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import TINY
-from declip.config import Recipe
 from declip.errors import UserError
 from declip.interchange.declip_file import write_declip_file
-from declip.models.depths import IMAGE, TEXT, blocks, depths
-from declip.training.checkpoint import list_checkpoints, load_checkpoint, part
+from declip.models.layers import IMAGE, TEXT, blocks, depths
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.training.monitor import read_rows
 from declip.training.optimizer import Pace
+from declip.training.pretrained import KEPT
 from declip.training.schedule import learning_rate, paced
-from declip.training.start import KEPT
 from declip.training.trainer import Trainer, train
 from interchange.test_export import features
 from interchange.towers import build

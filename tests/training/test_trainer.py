@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from conftest import TINY, WEIGHTS
-from declip.config import Recipe
-from declip.data.image_views import ImageViews
+from declip.data.images.crops import ImageViews
 from declip.errors import UserError
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.supervision.objective import Objective
 from declip.training import measuring
 from declip.training import supply as supply_module
 from declip.training import trainer as trainer_module
-from declip.training.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.monitor import CLOCK, read_rows
 from declip.training.supply import Supply
 from declip.training.trainer import Trainer, train

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from declip.config import Recipe
 from declip.errors import UserError
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
 
 RUNGS: tuple[tuple[str, ...], ...] = (
     ("contrastive",),

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from declip.comparison.cell import read_cell
-from declip.comparison.curves import Curve, Factor, curve_of, factor
+from declip.comparison.statistics import Curve, Factor, curve_of, factor
 from declip.comparison.study import Study, read_study
+from declip.comparison.trial import read_cell
 from declip.comparison.worker import failure
-from declip.data.cache import written_beside
 from declip.errors import UserError, unknown
 from declip.evaluation.results import RetrievalResult, ZeroShotResult, read_result
+from declip.io.atomic import written_beside
 
 RESULTS = "results.json"
 

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from declip.comparison.arms import Arm
-from declip.data.cache import written_beside
 from declip.errors import UserError
+from declip.io.atomic import written_beside
 
 STUDY = "study.json"
 BUDGETS = ("samples", "compute")

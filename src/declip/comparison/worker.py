@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from declip.comparison.cell import CELLS, folder_of, read_cell, run_cell
 from declip.comparison.study import Cell, Study, read_study
+from declip.comparison.trial import CELLS, folder_of, read_cell, run_cell
 from declip.errors import UserError
 
 FAILURE = "failure.txt"

@@ -11,17 +11,17 @@ from torch.utils.data import default_collate
 
 from declip.data.batch import IGNORED, Draw, PairBatch, Photometric
 from declip.data.checks import check_range
-from declip.data.order import build_order, parts_of
-from declip.data.pairs import BrokenPair
-from declip.data.picture import undecoded
-from declip.data.text_views import augment, mask_tokens
+from declip.data.images.lazy import undecoded
+from declip.data.pair import BrokenPair
+from declip.data.sampling import build_order, parts_of
+from declip.data.text.augment import augment, mask_tokens
 from declip.errors import UserError
 
 if TYPE_CHECKING:
-    from declip.data.caption_tokenizer import CaptionTokenizer
-    from declip.data.image_views import Crop, ImageViews
-    from declip.data.pairs import PairSource
-    from declip.data.picture import Picture, UndecodedPair
+    from declip.data.images.crops import Crop, ImageViews
+    from declip.data.images.lazy import Picture, UndecodedPair
+    from declip.data.pair import PairSource
+    from declip.data.text.caption_tokenizer import CaptionTokenizer
 
 SecondText = Literal["eda", "caption", "keywords", "same"]
 

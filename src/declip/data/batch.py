@@ -16,7 +16,7 @@ IGNORED = -100
 """The label of a token that is not to be predicted, as torch's cross-entropy has it."""
 
 if TYPE_CHECKING:
-    from declip.data.pairs import BrokenPair
+    from declip.data.pair import BrokenPair
 
 
 class Draw(NamedTuple):

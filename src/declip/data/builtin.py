@@ -11,8 +11,8 @@ from declip.data.emoji import open_emoji
 from declip.data.emoji_build import prepare_emoji
 from declip.data.icons import open_icons
 from declip.data.icons_build import prepare_icons
-from declip.data.pairs import BUILTIN_PREFIX, PairSource
-from declip.data.shard_names import names_shards
+from declip.data.pair import BUILTIN_PREFIX, PairSource
+from declip.data.sources.shard_names import names_shards
 from declip.data.stamps import open_stamps
 from declip.data.stamps_build import prepare_stamps
 from declip.errors import UserError, unknown

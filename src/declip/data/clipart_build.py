@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 from rich.progress import Progress
 
-from declip.data.cache import written_beside
 from declip.data.clipart import CLIPART
 from declip.data.clipart_read import Drawing, read_clipart
 from declip.data.debian import DebianPackage, Unpacked, unpacked
 from declip.data.picture_build import progress_bar, version_of, write_pictures, write_record
 from declip.data.rendering import DrawWithin, page_drawer, rasterise_page
 from declip.errors import UserError
+from declip.io.atomic import written_beside
 
 SIDE = 96
 """Pixels, as the emoji have."""

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from declip.data.pairs import BUILTIN_PREFIX, Pair
+from declip.data.pair import BUILTIN_PREFIX, Pair
 from declip.data.picture_cache import TABLE, Cache
 from declip.errors import unknown
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
-from declip.data.cache import written_beside
 from declip.data.emoji import DESIGNS, EMOJI, IMAGES, Design
 from declip.data.emoji_concepts import TEXT_PACKAGES, Concept, read_concepts, read_json, tidy
 from declip.data.emoji_groups import group_of, is_held_out
@@ -21,6 +20,7 @@ from declip.data.picture_build import progress_bar, version_of, write_record
 from declip.data.picture_cache import TABLE
 from declip.data.rendering import INVISIBLE, OVERSIZE, Draw, drawer, rasterise
 from declip.errors import UserError
+from declip.io.atomic import written_beside
 
 SIDE = 96
 """Pixels. A view of a 64 px model that shows 44 % of the drawing still has a pixel of its own for each of the model's;

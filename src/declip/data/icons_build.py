@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 from rich.progress import Progress
 
-from declip.data.cache import written_beside
 from declip.data.emoji_concepts import TEXT_PACKAGES, read_json
 from declip.data.emoji_icons import IconSet
 from declip.data.icons import ICONS
@@ -21,6 +20,7 @@ from declip.data.npm import fetch_packages
 from declip.data.picture_build import progress_bar, version_of, write_pictures, write_record
 from declip.data.rendering import OVERSIZE, Draw, drawer, rasterise
 from declip.errors import UserError
+from declip.io.atomic import written_beside
 
 SIDE = 64
 """Pixels. Icons are plain: at 64 px their lines are one to five pixels wide."""

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Container, Iterable
 
-from declip.data.synonyms import table
+from declip.data.text.synonyms import table
 
 STYLES: dict[str, int] = {
     "": 0, "outline": 0, "outlined": 0, "line": 0, "linear": 0, "regular": 0, "stroke": 0, "baseline": 0, "path": 0,

@@ -11,7 +11,7 @@ from declip.data.emoji_groups import group_of, is_held_out
 from declip.data.emoji_icons import IconSet
 from declip.data.icons_names import STYLES, category_words, is_readable, split_style, without_number, words_of
 from declip.data.icons_sets import reason_to_leave_out, split_of
-from declip.data.synonyms import table
+from declip.data.text.synonyms import table
 
 PACKAGE = "@iconify/json"
 TAGS = {"lucide-static": "1.62.0", "@tabler/icons": "3.52.0"}

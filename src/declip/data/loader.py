@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from declip.data.assembly import Assembler, SecondText
 from declip.data.batch import PairBatch
 from declip.data.checks import check_range
-from declip.data.pairs import SkipCounter
+from declip.data.pair import SkipCounter
 from declip.errors import UserError
 
 if TYPE_CHECKING:
-    from declip.data.caption_tokenizer import CaptionTokenizer
-    from declip.data.image_views import ImageViews
-    from declip.data.pairs import BrokenPair, PairSource
+    from declip.data.images.crops import ImageViews
+    from declip.data.pair import BrokenPair, PairSource
+    from declip.data.text.caption_tokenizer import CaptionTokenizer
 
 SEEN_BEFORE_STOPPING = 100
 """Pairs seen before the share of broken ones can stop a run: fewer say little about the whole."""

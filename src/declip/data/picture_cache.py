@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from declip.data.cache import cache_folder
-from declip.data.pairs import Pair
+from declip.data.pair import Pair
 from declip.errors import UserError
+from declip.io.atomic import cache_folder
 
 TABLE, MANIFEST, CHECKSUMS, NOTICE = "pairs.parquet", "manifest.json", "checksums.json", "NOTICE.txt"
 IMAGES = "images"

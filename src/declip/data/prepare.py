@@ -17,17 +17,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 
-from declip.data.cache import remove, written_beside
 from declip.data.checks import check_range
-from declip.data.drop_list import find_dropped, read_drop_list
-from declip.data.images import ImageSource
-from declip.data.pairs import BrokenPair, PairSource, SkipCounter, printable
-from declip.data.picture import undecoded
-from declip.data.shards import LARGEST_IMAGE, LARGEST_TEXT
-from declip.data.shrink import SIZE, shrunk
-from declip.data.sources import open_source
-from declip.data.workers import in_order, pairs_bar, usual_workers
+from declip.data.exclude import find_dropped, read_drop_list
+from declip.data.images.lazy import undecoded
+from declip.data.images.shrink import SIZE, shrunk
+from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
+from declip.data.sources.image_source import ImageSource
+from declip.data.sources.open import open_source
+from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError
+from declip.io.atomic import remove, written_beside
+from declip.io.pool import in_order, pairs_bar, usual_workers
 
 log = logging.getLogger("declip")
 

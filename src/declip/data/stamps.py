@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from declip.data.pairs import BUILTIN_PREFIX
+from declip.data.pair import BUILTIN_PREFIX
 from declip.data.picture_cache import TABLE, Cache, PictureSource
 from declip.errors import unknown
 

@@ -10,13 +10,13 @@ import pyarrow as pa
 from PIL import Image
 from rich.progress import Progress
 
-from declip.data.cache import written_beside
 from declip.data.debian import DebianPackage, Unpacked, unpacked
 from declip.data.picture_build import progress_bar, write_pictures, write_record
 from declip.data.rendering import fill_square
 from declip.data.stamps import STAMPS
 from declip.data.stamps_read import Stamp, read_stamps
 from declip.errors import UserError
+from declip.io.atomic import written_beside
 
 SIDE = 128
 """Pixels; half of the stamps are larger than 193."""

@@ -10,9 +10,9 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 
 from declip.data.builtin import BUILTIN_SPLITS, open_builtin
-from declip.data.pairs import BUILTIN_PREFIX, PairSource
-from declip.data.sources import open_source
-from declip.data.table import TABLE_KINDS
+from declip.data.pair import BUILTIN_PREFIX, PairSource
+from declip.data.sources.open import open_source
+from declip.data.sources.table import TABLE_KINDS
 from declip.errors import UserError, unknown
 from declip.evaluation.readers.captions import coco, flickr30k
 from declip.evaluation.readers.cifar import cifar
@@ -119,7 +119,7 @@ def open_dataset(on: str | PairSource | Dataset, *, label_column: str | None = N
 
     Args:
         on: ``NAME:/path`` with one of `NAMED`, such as "pets:/data/pets" or "folder:/data/mine"; a table, which has
-            classes where it has a column of labels; what else `declip.data.sources.open_source` opens; an open source;
+            classes where it has a column of labels; what else `declip.data.sources.open.open_source` opens; an open source;
             or an open set, which is handed back.
         label_column: Of a table; None looks for "label", "class", "class_name" or "category".
 

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from declip.data.cache import cache_folder, written_beside
-from declip.data.pairs import PairSource, SkipCounter
+from declip.data.pair import PairSource, SkipCounter
 from declip.errors import UserError, unknown
-from declip.evaluation.features import EncodedImages, Encoder, encode_images
+from declip.evaluation.encode import EncodedImages, Encoder, encode_images
 from declip.evaluation.model_hash import model_hash, tensor_bytes
+from declip.io.atomic import cache_folder, written_beside
 
 log = logging.getLogger("declip")
 

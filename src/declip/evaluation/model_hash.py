@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from declip.evaluation.features import Encoder
+from declip.evaluation.encode import Encoder
 
 
 def model_hash(model: Encoder) -> bytes:

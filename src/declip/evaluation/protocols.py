@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from declip.data.pairs import PairSource
+from declip.data.pair import PairSource
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
+from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, measuring
 from declip.evaluation.feature_cache import FeatureCache, FeatureKind, encoder_of
-from declip.evaluation.features import Encoder, SourceFeatures, encode_source, measuring
-from declip.evaluation.few_shot import SEEDS, SHOTS, few_shot_probe
-from declip.evaluation.knn import knn_probe
-from declip.evaluation.linear_probe import linear_probe
-from declip.evaluation.probe_data import ProbeData, check_probe, read_probe_data
+from declip.evaluation.probes.data import ProbeData, check_probe, read_probe_data
+from declip.evaluation.probes.few_shot import SEEDS, SHOTS, few_shot_probe
+from declip.evaluation.probes.knn import knn_probe
+from declip.evaluation.probes.linear import linear_probe
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.evaluation.retrieval import SameCaption, retrieve
 from declip.evaluation.zero_shot import class_features, classify, read_templates
@@ -181,7 +181,7 @@ def evaluate(
 
     Returns:
         The numbers with n and chance, of the protocol's own type in `declip.evaluation.results` or
-        `declip.evaluation.probe_results`.
+        `declip.evaluation.probes.results`.
 
     Raises:
         UserError: unknown protocol, set or templates, a set without what the protocol needs, or one of which

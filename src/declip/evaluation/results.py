@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from declip.evaluation.measure import Measure
-from declip.evaluation.probe_results import FewShotResult, KNNResult, LinearProbeResult
+from declip.evaluation.probes.results import FewShotResult, KNNResult, LinearProbeResult
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.evaluation.features import SourceFeatures
+from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.results import Recall, RetrievalResult
 
 TIE = 1e-6  # cosines nearer than this are equal: features are float32

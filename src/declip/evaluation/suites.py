@@ -13,8 +13,8 @@ from rich.table import Table
 
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import Dataset, open_dataset
-from declip.evaluation.features import Encoder
-from declip.evaluation.probe_results import METRICS, LinearProbeResult
+from declip.evaluation.encode import Encoder
+from declip.evaluation.probes.results import METRICS, LinearProbeResult
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import ZeroShotResult
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.errors import UserError
-from declip.evaluation.features import Encoder, SourceFeatures, text_features
+from declip.evaluation.encode import Encoder, SourceFeatures, text_features
 from declip.evaluation.prompt_sets import read_prompts
 from declip.evaluation.results import ZeroShotResult
 from declip.evaluation.retrieval import BLOCK, ranks

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import regex
 
-from declip.data.text_views import STOP_WORDS
-from declip.data.tokenizer import Tokenizer
+from declip.data.text.augment import STOP_WORDS
+from declip.data.text.tokenizer import Tokenizer
 
 EXAMPLES = 3
 """Captions kept of each kind."""

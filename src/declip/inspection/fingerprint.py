@@ -6,7 +6,7 @@ from typing import cast
 import numpy as np
 from PIL import Image
 
-from declip.data.tokenizer import clean
+from declip.data.text.tokenizer import clean
 
 COARSE, FINE = 8, 16
 """Steps to the right and down that a small copy has: hashes of 128 and of 512 bits."""

@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from declip.data.decode import FORMATS
-from declip.data.folder import FolderSource
-from declip.data.pairs import BrokenPair, PairSource, SkipCounter
-from declip.data.table import TableSource
-from declip.data.workers import in_order, pairs_bar
+from declip.data.images.decode import FORMATS
+from declip.data.pair import BrokenPair, PairSource, SkipCounter
+from declip.data.sources.folder import FolderSource
+from declip.data.sources.table import TableSource
 from declip.inspection.captions import CaptionCounts, token_count
 from declip.inspection.fingerprint import LOOK, caption_hash, image_hash, is_blank, look
+from declip.io.pool import in_order, pairs_bar
 
 PAIR = np.dtype(
     [

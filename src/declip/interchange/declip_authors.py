@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from declip.config import TERMS, Recipe
 from declip.errors import UserError, unknown
 from declip.interchange.clip_layout import RESNET_NAMES, VIT_NAMES, Names, merges_key, rename
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import TERMS, Recipe
 from declip.supervision.objective import Objective
 
 SPECIAL = 3

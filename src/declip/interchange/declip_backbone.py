@@ -20,7 +20,7 @@ from declip.interchange.declip_authors import (
 from declip.interchange.weights_file import outline
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import drop_text
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
 
 PREFIX = "visual."
 STEM = f"{PREFIX}conv1.weight"

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import declip
-from declip.config import Recipe
 from declip.errors import UserError
 from declip.interchange.weights_file import outline
 from declip.models.dual_encoder import DualEncoder
-from declip.models.huggingface_encoder import encoder_kept_in
+from declip.models.hf_encoder import encoder_kept_in
 from declip.models.no_text import drop_text
-from declip.recipe_file import read_yaml
-from declip.training.checkpoint import part, prefixed
+from declip.recipe.load import read_yaml
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import part, prefixed
 
 FILE = "declip.safetensors"
 RECIPE, VERSION = "declip.recipe", "declip.version"

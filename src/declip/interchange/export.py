@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import declip
-from declip.data.cache import written_beside
 from declip.errors import UserError, unknown
-from declip.evaluation.features import measuring
+from declip.evaluation.encode import measuring
 from declip.interchange import declip_file, huggingface, onnx, open_clip_folder
 from declip.interchange.foreign import Reread
 from declip.interchange.load import Model
 from declip.interchange.model_card import NO_LICENCE, model_card
 from declip.interchange.provenance import trace
+from declip.io.atomic import written_beside
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
 

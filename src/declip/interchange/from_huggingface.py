@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from declip.data.tokenizer import Tokenizer
+from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange.clip_layout import CLIP_MERGES, NO_MERGES, VitSizes, merges_key, vit_keys
 from declip.interchange.declip_file import first_difference
@@ -29,7 +29,7 @@ from declip.interchange.huggingface import their_names, their_tensors
 from declip.interchange.tokenizer_files import END, START
 from declip.interchange.weights_file import outline
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
 
 PREFIX = "huggingface:"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

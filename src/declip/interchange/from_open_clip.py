@@ -17,7 +17,7 @@ from declip.interchange.clip_layout import RESNET_NAMES, VIT_NAMES, VitSizes, me
 from declip.interchange.declip_file import first_difference
 from declip.interchange.open_clip import OpenClip
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
 
 FURTHEST = 1e-4
 """How far features, of length 1, may be from open_clip's."""

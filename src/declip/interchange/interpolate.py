@@ -21,7 +21,7 @@ from declip.interchange.model_card import NO_LICENCE, model_card
 from declip.interchange.provenance import Provenance
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
-from declip.training.start import KEPT
+from declip.training.pretrained import KEPT
 
 
 def interpolate(start: DualEncoder, end: DualEncoder, share: float) -> DualEncoder:

@@ -7,9 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from declip.config import Recipe
 from declip.errors import UserError
-from declip.evaluation.features import Encoder
+from declip.evaluation.encode import Encoder
 from declip.interchange.declip_authors import read_declip_authors
 from declip.interchange.declip_backbone import is_backbone, read_declip_backbone
 from declip.interchange.declip_file import FILE, holds_recipe, place_weights, read_declip_file, read_recipe
@@ -18,12 +17,13 @@ from declip.interchange.from_huggingface import fetch, from_huggingface, is_hugg
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, OpenClip, read_open_clip
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
-from declip.models.huggingface_encoder import encoder_kept_in
+from declip.models.hf_encoder import encoder_kept_in
 from declip.models.lora import Adapters, adapted
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part
+from declip.runs.folder import RECIPE
 from declip.supervision.objective import Objective
-from declip.training.build import pick_device
-from declip.training.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part
-from declip.training.run import RECIPE
+from declip.training.setup import pick_device
 
 
 class Model(Encoder, Protocol):

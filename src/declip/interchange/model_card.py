@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 
 import declip
-from declip.config import TextTower
 from declip.evaluation.results import Result, percent, times
 from declip.interchange.provenance import Provenance
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
+from declip.recipe.schema import TextTower
 
 NO_LICENCE = "unknown: set it"
 LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")

@@ -41,7 +41,7 @@ SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".npy", ".ckpt")
 """By these a file is told from a tag where it does not exist."""
 
 LONGEST_SHAPE = 10
-"""As `declip.data.image_views`: of a longer picture only the middle is resized, or memory would run out."""
+"""As `declip.data.images.crops`: of a longer picture only the middle is resized, or memory would run out."""
 
 
 def read_open_clip(given: str) -> "OpenClip":

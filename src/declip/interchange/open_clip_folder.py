@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from declip.data.tokenizer import Tokenizer
+from declip.data.text.tokenizer import Tokenizer
 from declip.interchange.clip_layout import (
     CLIP_MERGES,
     RESNET_NAMES,

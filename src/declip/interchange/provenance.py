@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from declip.config import Recipe
 from declip.errors import UserError
-from declip.evaluation.report_run import read_run
 from declip.evaluation.results import Result
 from declip.interchange.load import Model, load, model_of, read_checkpoint
 from declip.models.dual_encoder import DualEncoder
-from declip.training.checkpoint import STATE, list_checkpoints
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import STATE, list_checkpoints
+from declip.runs.records import read_run
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from declip.config import Recipe
 from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, holds_recipe, read_declip_file, read_recipe
 from declip.interchange.from_huggingface import PREFIX as HUGGINGFACE
@@ -20,9 +19,10 @@ from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
 from declip.interchange.timm_weights import PREFIX as TIMM
 from declip.interchange.timm_weights import read_timm
 from declip.models.dual_encoder import DualEncoder
-from declip.models.huggingface_encoder import TextEncoder, encoder_kept_in
+from declip.models.hf_encoder import TextEncoder, encoder_kept_in
 from declip.models.no_text import has_text
-from declip.training.checkpoint import part
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import part
 
 IMAGE_PROJECTION = "image_tower.proj."
 """Leads into the space of a text tower; an image tower that comes alone leads nowhere."""

@@ -12,11 +12,11 @@ import timm
 import torch
 from torch import Tensor
 
-from declip.config import Recipe
 from declip.errors import UserError, unknown
 from declip.interchange.weights_file import read_weights
 from declip.models.image_tower import ImageTower
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
 
 PREFIX = "timm:"
 PUBLISHED, OF_OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"

@@ -1,7 +1,7 @@
 """Our tokeniser as the files of Hugging Face's: the same ids wherever `tokenizers` or transformers is.
 
 What only CLIP's cleaning by ftfy mends (broken encodings, rare HTML entities, ligatures) a file cannot say: clean such
-captions first, with `declip.data.tokenizer.clean`, or let open_clip do it. Padding is the end token, which no pooling
+captions first, with `declip.data.text.tokenizer.clean`, or let open_clip do it. Padding is the end token, which no pooling
 minds; ours is 0. The text of a special token in a caption is spelled out, as ours is.
 """
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from declip.data.caption_tokenizer import CaptionTokenizer
-from declip.data.huggingface_tokenizer import HuggingfaceTokenizer
-from declip.data.tokenizer import Tokenizer
+from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
+from declip.data.text.tokenizer import Tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-"""CLIP's pattern, as in `declip.data.tokenizer`."""
+"""CLIP's pattern, as in `declip.data.text.tokenizer`."""
 
 REPLACED = (
     ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "),

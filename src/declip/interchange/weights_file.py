@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from declip.config import Recipe
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.models.huggingface_encoder import TextEncoder
+from declip.models.hf_encoder import TextEncoder
+from declip.recipe.schema import Recipe
 
 MOST_GROWTH = 4
 """How many times a file's size its contents may take. Weights hardly compress and torch does not try; tied weights

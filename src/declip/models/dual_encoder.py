@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from declip.config import Recipe
-from declip.data.caption_tokenizer import CaptionTokenizer
-from declip.data.huggingface_tokenizer import HuggingfaceTokenizer
-from declip.data.image_views import Preprocess
-from declip.data.tokenizer import Tokenizer
-from declip.models.huggingface_encoder import TextEncoder, read_encoder
-from declip.models.huggingface_text_tower import HuggingfaceTextTower
+from declip.data.images.crops import Preprocess
+from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
+from declip.data.text.tokenizer import Tokenizer
+from declip.models.hf_encoder import TextEncoder, read_encoder
+from declip.models.hf_text_tower import HuggingfaceTextTower
 from declip.models.image_tower import ImageTower
 from declip.models.text_tower import TextTower
+from declip.recipe.schema import Recipe
 
 AnyTextTower = TextTower | HuggingfaceTextTower
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from declip.config import LoRA
 from declip.errors import UserError
-from declip.models.depths import IMAGE, TEXT, depths
 from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import IMAGE, TEXT, depths
+from declip.recipe.schema import LoRA
 
 MARK = ".lora_"
 """In the names of the adapters' tensors."""
@@ -30,7 +30,7 @@ class Adapters:
     Args:
         model: Changed in place.
         lora: Rank, scale and dropout.
-        towers: `declip.models.depths.IMAGE`, `TEXT` or both.
+        towers: `declip.models.layers.IMAGE`, `TEXT` or both.
 
     Raises:
         UserError: peft is not installed.

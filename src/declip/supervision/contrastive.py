@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.supervision import blockwise
+from declip.supervision import chunked as blockwise
 
 
 def in_full_precision(x: Tensor) -> Tensor:

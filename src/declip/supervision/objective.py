@@ -11,21 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.config import Recipe
 from declip.data.batch import IGNORED, PairBatch
 from declip.errors import UserError
 from declip.models.dual_encoder import AnyTextTower, DualEncoder
 from declip.models.heads import Predictor, Projector, SimCLRHead, TokenProjection
 from declip.models.image_tower import ImageFeatures, ImageTower
-from declip.models.length_groups import encode_by_length
-from declip.supervision import (
-    contrastive,
-    late_interaction,
-    masked_language,
-    nearest_neighbour,
-    simclr,
-    simsiam,
-)
+from declip.models.length_buckets import encode_by_length
+from declip.recipe.schema import Recipe
+from declip.supervision import contrastive, late_interaction, masked_language, simclr, simsiam
+from declip.supervision import nearest_neighbor as nearest_neighbour
 from declip.supervision.contrastive import in_full_precision
 from declip.supervision.tower_outputs import TowerOutputs
 

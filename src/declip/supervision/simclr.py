@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.supervision import blockwise
+from declip.supervision import chunked as blockwise
 from declip.supervision.contrastive import in_full_precision, scaled_similarity
 
 

@@ -6,7 +6,7 @@ from threading import Thread
 from types import TracebackType
 
 from declip.errors import UserError
-from declip.training.checkpoint import Checkpoint, snapshot, write_snapshot
+from declip.runs.checkpoint import Checkpoint, snapshot, write_snapshot
 
 log = logging.getLogger("declip")
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.config import Recipe
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.text_tower import TextFeatures
+from declip.recipe.schema import Recipe
 from declip.training import distributed
 
 STEP = 16

@@ -16,7 +16,7 @@ from declip.data.batch import PairBatch
 from declip.models.blocks import statistics_at_rest
 from declip.supervision.objective import Gather
 from declip.supervision.tower_outputs import BY_VIEW, TowerOutputs, joined
-from declip.training.parallel import Learner
+from declip.training.learner import Learner
 
 
 def backward_in_chunks(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.models.dual_encoder import DualEncoder
-from declip.training.run import Run
+from declip.runs.folder import Run
 
 if TYPE_CHECKING:
     from declip.training.monitor import Monitor
@@ -37,7 +37,7 @@ def measured_at_end(trainer: Trainer) -> bool:
 
 def report(trainer: Trainer) -> None:
     """Write report.html."""
-    from declip.evaluation.report import write_report
+    from declip.reports.run import write_report
 
     model = trainer.evaluated_model
     if trainer.sharded:

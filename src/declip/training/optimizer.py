@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from declip.config import Train
+from declip.recipe.schema import Train
 
 
 @dataclass(frozen=True)

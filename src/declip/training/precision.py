@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from declip.config import Recipe
+from declip.recipe.schema import Recipe
+from declip.runs.folder import RECIPE, read_recipe
 from declip.training.monitor import log
-from declip.training.run import RECIPE, read_recipe
 
 
 def computes_bf16(device: torch.device) -> bool:

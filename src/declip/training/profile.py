@@ -19,9 +19,9 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-from declip.config import Recipe
 from declip.errors import UserError
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
 from declip.training import distributed
 from declip.training.clock import Clock, Span, untimed
 from declip.training.step import training_step

@@ -2,7 +2,7 @@
 
 import math
 
-from declip.config import Train
+from declip.recipe.schema import Train
 from declip.training.optimizer import Pace
 
 

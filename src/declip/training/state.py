@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from declip.data.pairs import SkipCounter
+from declip.data.pair import SkipCounter
 from declip.errors import UserError
-from declip.training import checkpoint as checkpoints
+from declip.runs import checkpoint as checkpoints
 from declip.training import distributed
-from declip.training.build import random_states, versions
+from declip.training.learner import load_whole, sharded_as, whole
 from declip.training.monitor import log
-from declip.training.parallel import load_whole, sharded_as, whole
+from declip.training.setup import random_states, versions
 
 if TYPE_CHECKING:
     from declip.training.trainer import Trainer

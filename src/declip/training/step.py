@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from declip.data.batch import PairBatch
-from declip.data.image_views import ImageViews
+from declip.data.images.crops import ImageViews
 from declip.training import distributed
 from declip.training.clock import Span, untimed
 from declip.training.distributed import Meeting
 from declip.training.gradient_cache import backward_in_chunks
-from declip.training.parallel import Learner, average_gradients, average_unsharded, clip_gradients, core
+from declip.training.learner import Learner, average_gradients, average_unsharded, clip_gradients, core
 
 
 @dataclass
@@ -21,7 +21,7 @@ class StepParts:
     """What a step works on.
 
     Attributes:
-        learner: The towers and the objective as one module, see `declip.training.parallel.build_learner`.
+        learner: The towers and the objective as one module, see `declip.training.learner.build_learner`.
         optimizer: With the learning rate of this step already set.
         views: Finishes the photometric part of the image views on the device.
         average: Called after the update, for averaged weights; None without.

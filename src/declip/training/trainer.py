@@ -13,32 +13,32 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from declip.config import Recipe
 from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
-from declip.data.pairs import SkipCounter
+from declip.data.pair import SkipCounter
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe_file import load_recipe
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
+from declip.runs import checkpoint as checkpoints
+from declip.runs.folder import Run, check_datasets, kept_encoder, open_folder
 from declip.supervision.objective import Objective
-from declip.training import checkpoint as checkpoints
 from declip.training import distributed
 from declip.training.bad_steps import BadSteps, shown
-from declip.training.build import averaged, build_loader, image_views, open_training_source, pick_device
 from declip.training.checkpoint_writer import CheckpointWriter
 from declip.training.compilation import compile_towers, rows_of_rank
 from declip.training.distributed import Council
 from declip.training.health import Health
+from declip.training.learner import build_learner, core
 from declip.training.measuring import measure, measured_at_end
 from declip.training.measuring import report as write_report
 from declip.training.memory import frozen_garbage, kept_memory
 from declip.training.monitor import Monitor, Silence, log
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import build_learner, core
 from declip.training.precision import settled
-from declip.training.run import Run, check_datasets, kept_encoder, open_folder
+from declip.training.pretrained import begin, find_start
 from declip.training.schedule import learning_rate, paced
-from declip.training.start import begin, find_start
+from declip.training.setup import averaged, build_loader, image_views, open_training_source, pick_device
 from declip.training.state import capture, restore
 from declip.training.step import StepParts, training_step
 from declip.training.stopping import STOP, TRY_AGAIN, stopping_politely

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from declip.data.pairs import PairSource
+from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.readers.images import CaptionedFiles
 from declip.evaluation.readers.layout import opened, require_one

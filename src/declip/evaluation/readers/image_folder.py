@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from declip.data.decode import EXTENSIONS
-from declip.data.pairs import is_unicode, printable
+from declip.data.images.decode import EXTENSIONS
+from declip.data.pair import is_unicode, printable
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import class_names, read_prompts
 from declip.evaluation.readers.images import LabelledFiles

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from declip.data.decode import decode, image_below
-from declip.data.pairs import Pair, clean_captions
+from declip.data.images.decode import decode, image_below
+from declip.data.pair import Pair, clean_captions
 
 
 class _Files:

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from declip.data.pairs import BrokenPair, Pair, is_unicode
-from declip.data.table import CAPTION_NAMES, IMAGE_NAMES, KINDS, TableSource, find_column
-from declip.data.table_rows import JsonLines, ParquetRows
+from declip.data.pair import BrokenPair, Pair, is_unicode
+from declip.data.sources.rows import JsonLines, ParquetRows
+from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, KINDS, TableSource, find_column
 from declip.errors import UserError, unknown
 from declip.evaluation.readers.splits import Openers
 

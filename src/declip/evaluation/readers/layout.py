@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from declip.data.pairs import printable
+from declip.data.pair import printable
 from declip.errors import UserError
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from declip.data.pairs import PairSource
+from declip.data.pair import PairSource
 
 Openers = Mapping[str, Callable[[], PairSource]]
 """What opens each split; keys among "train", "validation", "test"."""

@@ -1,0 +1,164 @@
+"""The files of shards: which there are, and opening them, remote ones through a bounded folder of whole copies."""
+
+import hashlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from declip.data.sources import remote
+from declip.data.sources.shard_names import expand, is_url
+from declip.errors import UserError
+from declip.io.atomic import DAY, cache_folder, written_beside
+from declip.io.memo import locked
+from declip.io.open_file import OpenFile
+
+OPEN_FILES = 64
+"""Local shards that a process keeps open; opening one on a network's disk takes milliseconds."""
+
+LAYOUT = 1
+"""Raised when the index of a shard changes its meaning."""
+
+ASKED_AT_ONCE = 16
+LOCKS = 64
+"""Lock files for all copies together; two shards may share one and then wait for each other."""
+
+RESTING = 60.0
+"""Seconds for which a shard that could not be fetched is not asked for again: its other pairs would wait as long."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard that exists.
+
+    Attributes:
+        name: Its path or URL.
+        size: Bytes.
+        state: Changes when the shard does; hexadecimal digits.
+    """
+
+    name: str
+    size: int
+    state: str
+
+    @property
+    def remote(self) -> bool:
+        """Whether it has to be fetched before it can be read."""
+        return is_url(self.name)
+
+    @property
+    def label(self) -> str:
+        """The last part of its name."""
+        return self.name.replace("\\", "/").rpartition("/")[2]
+
+
+class UnreadableShard(Exception):
+    """A shard that was there cannot be opened; says why."""
+
+
+def find_shards(word: str) -> list[Shard]:
+    """The shards that a word names (see `shard_names.expand`), in order.
+
+    Raises:
+        UserError: One is not there or cannot be asked for, or nothing fits.
+    """
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        found = pool.map(lambda name: remote.look_up(name) if is_url(name) else [_local(name)], expand(word))
+        return [Shard(name, size, _digest(name, size, version)) for each in found for name, size, version in each]
+
+
+def _local(name: str) -> tuple[str, int, str]:
+    try:
+        status = os.stat(name)
+    except OSError as error:
+        raise UserError(f"The shard '{name}' cannot be read: {error.strerror}.") from error
+    return name, status.st_size, str(status.st_mtime_ns)
+
+
+def _digest(name: str, size: int, version: str) -> str:
+    place = name if is_url(name) else str(Path(name).resolve())
+    return hashlib.sha256(repr((LAYOUT, place, size, version)).encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+class ShardFiles:
+    """Opens shards.
+
+    A remote shard is copied whole into the cache when it is first opened; beyond the limit the copies that were not
+    used for longest are removed. Processes share the copies.
+
+    Args:
+        cache_gb: 10^9 bytes of copies kept at most, besides the one just made.
+    """
+
+    def __init__(self, cache_gb: float) -> None:
+        self._limit = cache_gb * 1e9
+        self._open_local = lru_cache(OPEN_FILES)(OpenFile)
+        self._failed: dict[str, tuple[float, str]] = {}
+
+    def open(self, shard: Shard) -> OpenFile:
+        """Open a shard; a remote one stays open only as long as it is held, for its copy may be removed.
+
+        Raises:
+            UnreadableShard: It has gone or cannot be fetched.
+            UserError: There is no room for a copy.
+        """
+        try:
+            if not shard.remote:
+                return self._open_local(shard.name)
+            for _ in range(3):  # another process may remove the copy before it is opened
+                path = self._fetched(shard)
+                try:
+                    return OpenFile(path)
+                except FileNotFoundError:
+                    continue
+        except OSError as error:
+            raise UnreadableShard(error.strerror or str(error)) from error
+        raise UnreadableShard("its copy is removed as soon as it is made; raise data.shard_cache_gb")
+
+    def _fetched(self, shard: Shard) -> Path:
+        """The copy of a remote shard, made where there is none."""
+        copy = _copies() / f"{shard.state}.tar"
+        try:
+            os.utime(copy)  # the time of its last use, for `_make_room`
+            return copy
+        except FileNotFoundError:
+            pass
+        since, reason = self._failed.get(shard.state, (-RESTING, ""))
+        if time.monotonic() - since < RESTING:
+            raise UnreadableShard(reason)
+        with locked(f"copies-{int(shard.state[:8], 16) % LOCKS}"):
+            if not copy.exists():
+                try:
+                    with written_beside(copy) as beside:
+                        remote.fetch(shard.name, beside, shard.size)
+                except remote.Unreachable as error:
+                    self._failed[shard.state] = time.monotonic(), str(error)
+                    raise UnreadableShard(str(error)) from error
+        self._make_room(copy)
+        return copy
+
+    def _make_room(self, newest: Path) -> None:
+        """Remove the copies that were not used for longest, beyond the limit; and what killed processes left."""
+        held: list[tuple[float, int, Path]] = []
+        for path in newest.parent.iterdir():
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            if path.suffix == ".tar":
+                held.append((status.st_mtime, status.st_size, path))
+            elif path.suffix == ".partial" and time.time() - status.st_mtime > DAY:
+                path.unlink(missing_ok=True)
+        total = sum(size for _, size, _ in held)
+        for _, size, path in sorted(held):
+            if total <= self._limit:
+                return
+            if path != newest:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def _copies() -> Path:
+    return cache_folder() / "shards" / "copies"

@@ -1,0 +1,256 @@
+"""Pairs from WebDataset's tar shards, the format of img2dataset and open_clip, read by random access."""
+
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from declip.data.images.decode import decode
+from declip.data.images.lazy import UndecodedPair, open_picture
+from declip.data.pair import LONGEST_CAPTION, BrokenPair, Pair, clean_captions, is_unicode
+from declip.data.sources.origin import Origin
+from declip.data.sources.remote import counts
+from declip.data.sources.shard_files import Shard, ShardFiles, UnreadableShard, find_shards
+from declip.data.sources.shard_index import Index, cached_index, index_lock, make_index
+from declip.errors import UserError
+
+log = logging.getLogger("declip")
+
+LARGEST_IMAGE = 100_000_000
+"""Bytes of an image file that are read."""
+
+LARGEST_TEXT = 1_000_000
+"""Bytes of a text or JSON file that are read."""
+
+CAPTION_KEYS = ("caption", "captions", "text", "texts")
+KEYWORDS_KEY = "keywords"
+
+OPEN_INDICES = 2048
+"""Indices that stay mapped; each takes about 10 kB besides its map."""
+
+MANY = 8
+"""Shards above which a progress bar is drawn while they are indexed."""
+
+FETCHED_AT_ONCE = 8
+CACHE_GB = 50.0
+
+
+class ShardSource:
+    """Pairs of tar shards: `KEY.jpg` (or another image), and `KEY.txt` or `KEY.json` or both.
+
+    The text file is one caption. The JSON file may have "caption" or "text", a string or a list of them, and
+    "keywords", a list of strings. Each shard is indexed once; then a pair is read from its place in the file.
+
+    Args:
+        word: One or more shards: a file, a folder, a pattern, a brace range, a URL, or several joined by `::`.
+        cache_gb: 10^9 bytes of remote shards kept at most as copies.
+
+    Attributes:
+        blocks: (shards,) int64, the number of pairs of each shard, in order.
+        remote: Whether any shard has to be fetched.
+
+    Raises:
+        UserError: A shard is missing, unreachable, compressed or no tar archive, or none holds a pair.
+    """
+
+    def __init__(self, word: str, cache_gb: float = CACHE_GB) -> None:
+        self._arguments = (word, cache_gb)
+        self._files = ShardFiles(cache_gb)
+        self._shards = find_shards(word)
+        self._index_of = lru_cache(OPEN_INDICES)(self._opened_index)
+        self.remote = any(shard.remote for shard in self._shards)
+        self.name = self._shards[0].label if len(self._shards) == 1 else _short(word)
+        self.blocks = self._count()
+        self._ends = np.cumsum(self.blocks)
+        if not len(self):
+            raise UserError(
+                f"'{word}' holds no pair. A pair is KEY.jpg (or .png, .webp …) with KEY.txt or KEY.json, where KEY "
+                "has no dot."
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Pair:
+        entry = _Entry(self, index)
+        captions, keywords = entry.texts()
+        return Pair(entry.key, decode(entry.content("image", LARGEST_IMAGE), entry.key), captions, keywords)
+
+    def undecoded(self, index: int) -> UndecodedPair:
+        """The pair with its picture opened only; raises `BrokenPair`."""
+        entry = _Entry(self, index)
+        captions, keywords = entry.texts()
+        picture = open_picture(entry.content("image", LARGEST_IMAGE), entry.key)
+        return UndecodedPair(entry.key, picture, captions, keywords)
+
+    def key(self, index: int) -> str:
+        """The shard's name and the pair's key in it; raises `BrokenPair`."""
+        return _Entry(self, index).key
+
+    def image(self, index: int) -> Image.Image:
+        """The image of pair `index`, without its captions; raises `BrokenPair`."""
+        entry = _Entry(self, index)
+        return decode(entry.content("image", LARGEST_IMAGE), entry.key)
+
+    def origin(self, index: int) -> Origin:
+        """Where the image is in which shard; raises `BrokenPair`."""
+        shard, found, row = self.place(index)
+        at, size = found.part(row, "image") or (0, 0)
+        return Origin(shard.name, at, size, f"{shard.state[:16]}-{at}-{size}")
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The cleaned captions of pair `index`; raises `BrokenPair`."""
+        return _Entry(self, index).texts()[0]
+
+    def __reduce__(self) -> tuple[type["ShardSource"], tuple[object, ...]]:
+        """Pickled as what to open, so that a worker process opens the shards itself."""
+        return ShardSource, self._arguments
+
+    def place(self, index: int) -> tuple[Shard, Index, int]:
+        """The shard of a pair, the shard's index and the pair's row in it; raises `BrokenPair`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, "right"))
+        shard, row = self._shards[number], index - int(self._ends[number] - self.blocks[number])
+        try:
+            found = self._index_of(number)
+        except (UnreadableShard, UserError) as error:
+            raise BrokenPair("unreadable shard", f"{shard.label}, pair {row}", str(error)) from error
+        if row >= len(found):
+            counted = f"the shard holds {len(found):,} pairs instead of {self.blocks[number]:,}"
+            raise BrokenPair("missing in shard", f"{shard.label}, pair {row}", counted)
+        return shard, found, row
+
+    def read(self, shard: Shard, at: int, size: int) -> bytes:
+        """Bytes of a shard, fewer at its end; raises `UnreadableShard`."""
+        try:
+            return self._files.open(shard).read(size, at)
+        except OSError as error:
+            raise UnreadableShard(error.strerror or str(error)) from error
+
+    def _opened_index(self, number: int) -> Index:
+        shard = self._shards[number]
+        found = cached_index(shard.state)
+        if found is not None:
+            return found
+        with index_lock(shard.state):
+            found = cached_index(shard.state)
+            return make_index(self._files.open(shard), shard.name, shard.state) if found is None else found
+
+    def _count(self) -> np.ndarray:
+        """The number of pairs of each shard: as promised beside remote ones, else from the indices."""
+        folders = {shard.name.rpartition("/")[0] for shard in self._shards if shard.remote}
+        promised = {folder: counts(folder) for folder in sorted(folders)}
+        found = [promised.get(s.name.rpartition("/")[0], {}).get(s.label) if s.remote else None for s in self._shards]
+        open_ones = [number for number, count in enumerate(found) if count is None]
+        new = sum(cached_index(self._shards[number].state) is None for number in open_ones)
+        with ThreadPoolExecutor(FETCHED_AT_ONCE if self.remote else 1) as pool:
+            lengths = track(
+                pool.map(self._length, open_ones),
+                "Indexing shards",
+                total=len(open_ones),
+                transient=True,
+                console=Console(stderr=True),
+                disable=new <= MANY,
+            )
+            for number, length in zip(open_ones, lengths, strict=True):
+                found[number] = length
+        return np.array(found, np.int64)
+
+    def _length(self, number: int) -> int:
+        try:
+            found = self._opened_index(number)
+            if found.damage is not None:
+                name, used = self._shards[number].name, len(found) - 1
+                log.warning("The shard '%s' is damaged: %s. Its first %d pairs are used.", name, found.damage, used)
+            return len(found)
+        except UnreadableShard as error:
+            raise UserError(f"The shard '{self._shards[number].name}' cannot be read: {error}.") from error
+
+
+def _short(word: str) -> str:
+    """The end of a word that names many shards, with the folder's name."""
+    folder, _, last = word.rstrip("/").rpartition("/")
+    return f"{folder.rpartition('/')[2]}/{last}" if set(last) & set("{*?[") and folder else last
+
+
+class _Entry:
+    """One pair of a source, not yet read."""
+
+    def __init__(self, source: ShardSource, index: int) -> None:
+        self._source = source
+        self._shard, self._index, self._row = source.place(index)
+        if self._index.damage is not None and self._row == len(self._index) - 1:
+            raise BrokenPair("damaged shard", self._shard.label, f"{self._index.damage}; what follows is lost")
+        self.key = f"{self._shard.label}/{self._index.key(self._row)}"
+
+    def content(self, part: str, most: int) -> bytes:
+        """The bytes of a part that must be there; raises `BrokenPair`."""
+        found = self._index.part(self._row, part)
+        if found is None:
+            raise BrokenPair(f"missing {part}", self.key, "the shard has none of this key")
+        at, size = found
+        if size > most:
+            reason = "image too large" if part == "image" else "caption too long"
+            raise BrokenPair(reason, self.key, f"{part} of {size:,} bytes, at most {most:,}")
+        try:
+            content = self._source.read(self._shard, at, size)
+        except UnreadableShard as error:
+            raise BrokenPair("unreadable shard", self.key, str(error)) from error
+        if len(content) < size:
+            raise BrokenPair("truncated shard", self.key, f"{len(content):,} of the {part}'s {size:,} bytes are there")
+        return content
+
+    def texts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Captions and keywords; raises `BrokenPair`."""
+        captions: list[str | None] = []
+        keywords: tuple[str, ...] = ()
+        text, described = (self._index.part(self._row, part) for part in ("text", "json"))
+        if text is not None:
+            captions.append(self._unicode("text"))
+        if described is not None:
+            row = self._parsed()
+            captions += _captions(row, self.key)
+            keywords = _keywords(row)
+        if text is None and (described is None or not captions):
+            raise BrokenPair("missing caption", self.key, "no .txt, and no .json with a caption")
+        return clean_captions(captions, self.key), keywords
+
+    def _unicode(self, part: str) -> str:
+        try:
+            return self.content(part, LARGEST_TEXT).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BrokenPair("invalid text", self.key, f"not UTF-8: {error}") from error
+
+    def _parsed(self) -> dict[str, Any]:
+        try:
+            row = json.loads(self._unicode("json"))
+        except (ValueError, RecursionError) as error:
+            raise BrokenPair("unreadable JSON", self.key, str(error)) from error
+        if not isinstance(row, dict):
+            raise BrokenPair("unreadable JSON", self.key, "not an object")
+        return row
+
+
+def _captions(row: dict[str, Any], key: str) -> list[str | None]:
+    """The captions of a parsed JSON file, from the first of `CAPTION_KEYS` that has any."""
+    for name in CAPTION_KEYS:
+        found = row.get(name)
+        captions = found if isinstance(found, list) else [found]
+        if not all(caption is None or isinstance(caption, str) for caption in captions):
+            raise BrokenPair("unreadable JSON", key, f"{name} is no text: {str(found)[:40]}")
+        if any(captions):
+            return captions
+    return []
+
+
+def _keywords(row: dict[str, Any]) -> tuple[str, ...]:
+    found = row.get(KEYWORDS_KEY)
+    words = (" ".join(word.split()) for word in found if isinstance(word, str)) if isinstance(found, list) else ()
+    return tuple(dict.fromkeys(word for word in words if 0 < len(word) <= LONGEST_CAPTION and is_unicode(word)))

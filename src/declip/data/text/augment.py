@@ -1,0 +1,197 @@
+"""Views of a caption: an augmented caption (EDA) and a caption with masked words.
+
+EDA: Wei and Zou, "EDA: Easy Data Augmentation Techniques for Boosting Performance on Text Classification
+Tasks", EMNLP 2019, without its random insertion, as DeCLIP uses it. Masking: BERT's, NAACL 2019.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from declip.data.batch import IGNORED
+from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.data.text.synonyms import synonyms
+from declip.errors import UserError
+
+_MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens; BERT's shares
+
+# Words that carry no picture, or that WordNet would take for something else ("who", "it", "in", "us", "as").
+_STOPS = """
+a about above across after again against all along also although always am amid among an and another any
+anyone anything are around as at away be because been before behind being below beneath beside besides between
+beyond both but by can cannot could did do does doing done down during each either else every everyone
+everything for from had has have having he her here hers herself him himself his how however i if in inside
+into is it its itself just let like many may me might mine more most much must my myself near neither never no
+nobody none nor not nothing now of off on once one only onto or other others our ours ourselves out outside
+over own per quite rather same shall she should since so some somebody someone something still such than that
+the their theirs them themselves then there these they this those though through thus to together too toward
+towards under until up upon us very via was we were what when where whether which while who whom whose why
+will with within without would yes yet you your yours yourself yourselves
+"""
+STOP_WORDS = frozenset(_STOPS.split())
+
+
+def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) -> str:
+    """Change a caption a little: one of synonym replacement, random swap and random deletion, a third each.
+
+    With n = max(1, int(alpha * words)), as the EDA paper sets it:
+
+    - replacement: n different words, chosen among those that have synonyms and aren't stop words, become one
+      of their synonyms wherever they stand; capitals and punctuation around a word stay. A caption without
+      such a word stays as it is.
+    - swap: n times, two words at different places change places.
+    - deletion: each word goes with probability alpha; if all went, one stays. Short captions often stay whole.
+
+    Args:
+        caption: The caption; words are what stands between white space.
+        generator: Source of every random choice.
+        alpha: Share of words to change, in [0, 1].
+
+    Returns:
+        The changed caption, words separated by single spaces, never empty. A caption of one word, or none,
+        comes back unchanged.
+
+    Raises:
+        UserError: alpha is not in [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise UserError(f"EDA's alpha is {alpha}; it is a share of the words: give 0 to 1.")
+    words = caption.split()
+    if len(words) < 2:
+        return caption
+    count = max(1, int(alpha * len(words)))
+    operation = _below(3, generator)
+    if operation == 0:
+        changed = replace_words(words, count, generator)
+    elif operation == 1:
+        changed = swap_words(words, count, generator)
+    else:
+        changed = delete_words(words, alpha, generator)
+    return " ".join(changed)
+
+
+def replace_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
+    """Replace up to `count` different words by synonyms, each wherever it stands.
+
+    Args:
+        words: A caption's words.
+        count: How many different words to replace, at most.
+        generator: Source of every random choice.
+
+    Returns:
+        The words; a replacement may be a phrase.
+    """
+    written = [_parse(word) for word in words]
+    known = {core.lower(): synonyms(core.lower()) for _, core, _ in written if core.lower() not in STOP_WORDS}
+    candidates = [core for core, found in known.items() if found]
+    replacements: dict[str, str] = {}
+    while candidates and len(replacements) < count:
+        core = candidates.pop(_below(len(candidates), generator))
+        replacements[core] = known[core][_below(len(known[core]), generator)]
+    return [
+        before + _like(core, replacements[core.lower()]) + after if core.lower() in replacements else word
+        for word, (before, core, after) in zip(words, written, strict=True)
+    ]
+
+
+def swap_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
+    """Let two words at different places change places, `count` times.
+
+    Args:
+        words: A caption's words, two at least.
+        count: How often.
+        generator: Source of every random choice.
+
+    Returns:
+        The words in another order.
+    """
+    swapped = list(words)
+    for _ in range(count):
+        first = _below(len(swapped), generator)
+        second = _below(len(swapped) - 1, generator)
+        second += second >= first
+        swapped[first], swapped[second] = swapped[second], swapped[first]
+    return swapped
+
+
+def delete_words(words: Sequence[str], probability: float, generator: np.random.Generator) -> list[str]:
+    """Leave each word out with a probability.
+
+    Args:
+        words: A caption's words, one at least.
+        probability: Of leaving a word out.
+        generator: Source of every random choice.
+
+    Returns:
+        The words that stay, in their order; one of them, drawn evenly, if all would have gone.
+    """
+    draws = generator.random(len(words)).tolist()
+    kept = [word for word, draw in zip(words, draws, strict=True) if draw >= probability]
+    return kept or [words[_below(len(words), generator)]]
+
+
+def mask_tokens(
+    ids: np.ndarray | Sequence[int],
+    generator: np.random.Generator,
+    tokenizer: CaptionTokenizer,
+    probability: float = 0.15,
+) -> tuple[list[int], list[int]]:
+    """Corrupt token ids for masked-language modelling.
+
+    Each token between start and end is chosen with `probability`. Of the chosen, 80 % become the mask, 10 %
+    a random word's id, 10 % stay. Start, end and the padding after end are never chosen, and start and end never
+    put in. Padding is known by its place: with CLIP's tokenizer its id is also a word's.
+
+    Args:
+        ids: (L,) ids of one text, start first, padded or not.
+        generator: Source of every random choice.
+        tokenizer: The tokenizer that made the ids.
+        probability: Of choosing a token, in [0, 1].
+
+    Returns:
+        The corrupted ids (L,), and the labels (L,): the original id where a token was chosen, -100 elsewhere.
+        A short text often has no chosen token.
+
+    Raises:
+        UserError: There is no end token, or the probability is not in [0, 1].
+    """
+    if not 0 <= probability <= 1:
+        raise UserError(f"The probability of masking a token is {probability}; give 0 to 1.")
+    masked = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    if masked[:1] != [tokenizer.start] or tokenizer.end not in masked:
+        raise UserError("The token ids lack start or end; give them as this tokenizer's encode returns them.")
+    labels = [IGNORED] * len(masked)
+    draws = generator.random(masked.index(tokenizer.end) - 1)
+    for place in np.flatnonzero(draws < probability).tolist():
+        labels[place + 1] = masked[place + 1]
+        kind = draws[place] / probability  # evenly in [0, 1), since the draw is below the probability
+        if kind < _MASKED:
+            masked[place + 1] = tokenizer.mask
+        elif kind < _MASKED + _RANDOM:
+            masked[place + 1] = tokenizer.words[_below(len(tokenizer.words), generator)]
+    return masked, labels
+
+
+def _below(limit: int, generator: np.random.Generator) -> int:
+    """Draw an integer in [0, limit) evenly; eight times as quick as `generator.integers` for one number."""
+    return int(generator.random() * limit)
+
+
+def _parse(word: str) -> tuple[str, str, str]:
+    """Split a written word into what is before it, the word, and a possessive and punctuation after it."""
+    if word.isalpha():
+        return "", word, ""
+    places = [place for place, letter in enumerate(word) if letter.isalnum()]
+    if not places:
+        return word, "", ""
+    first, end = places[0], places[-1] + 1
+    if end - first > 2 and word[end - 2 : end] in ("'s", "’s", "'S", "’S"):
+        end -= 2
+    return word[:first], word[first:end], word[end:]
+
+
+def _like(core: str, replacement: str) -> str:
+    """Give a replacement the capitals of the word that it replaces."""
+    if core.isupper() and len(core) > 1:
+        return replacement.upper()
+    return replacement[0].upper() + replacement[1:] if core[0].isupper() else replacement

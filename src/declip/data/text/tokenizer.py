@@ -1,0 +1,196 @@
+"""CLIP's byte-pair encoding, with `<|mask|>` appended.
+
+Ids: 256 bytes inside a word, 256 bytes at a word's end, one per merge, then start, end, mask. With all of
+CLIP's merges these are CLIP's own 49,408 ids and the mask, id 49,408. The merges are OpenAI's, under the MIT
+licence in assets/LICENSE.clip.txt.
+"""
+
+import gzip
+import html
+import operator
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib.resources import files
+
+import ftfy
+import regex
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.errors import UserError
+
+_MERGES = 48_894
+# CLIP's pattern without its special tokens. The text is in lower case, but ignoring case also changes what
+# some marks count as: U+0345 becomes a letter.
+_PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+_LONGEST_CACHED = 64
+
+
+class Tokenizer(CaptionTokenizer):
+    """Turns texts into CLIP's token ids and back.
+
+    Ids equal those of OpenAI's and open_clip's `SimpleTokenizer` for every text, but for one thing: nothing in
+    a text is ever read as a special token. A caption with "<|endoftext|>" in it is spelled out as punctuation
+    and letters, so start, end and mask stand only where this class or `mask_tokens` puts them, and pooling at
+    the first end token is safe.
+
+    What stands between two spaces is looked up in a bounded cache; only what is not in it goes to the
+    `tokenizers` library, one call each. So that library's thread pool is never started: an instance can be
+    used by threads, forked and pickled, whatever TOKENIZERS_PARALLELISM says.
+
+    Args:
+        context: The most ids a text may have, start and end included.
+        merges: How many of CLIP's merges to use, the first ones; None for all 48,894. Few merges make a small
+            vocabulary for small models.
+
+    Attributes:
+        context: As given.
+        merges: As given, or 48,894.
+        vocabulary: Number of ids.
+        start: Id before the first word.
+        end: Id after the last word.
+        mask: Id of `<|mask|>`, always the last.
+        padding: 0, which is also a word's ("!" inside a word).
+        words: The ids below start.
+
+    Raises:
+        UserError: The context is under 3, or there are not so many merges.
+    """
+
+    def __init__(self, context: int = 77, merges: int | None = None) -> None:
+        merges = _MERGES if merges is None else merges
+        if context < 3:
+            raise UserError(f"The context is {context} tokens; start, end and a word need 3 at least.")
+        if not 0 <= merges <= _MERGES:
+            raise UserError(f"{merges:,} merges were given; CLIP's vocabulary has 0 to {_MERGES:,}.")
+        self.context = context
+        self.merges = merges
+        self.start = 512 + merges
+        self.end = self.start + 1
+        self.mask = self.end + 1
+        self.vocabulary = self.mask + 1
+        self.padding = 0
+        self.words = range(self.start)
+        self._words = _words(merges)
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[int, int]]:
+        return type(self), (self.context, self.merges)
+
+    @property
+    def library(self) -> tokenizers.Tokenizer:
+        """The `tokenizers` library's encoder of what stands between two spaces."""
+        return self._words.encoder
+
+    def encode(self, text: str) -> list[int]:
+        """See `CaptionTokenizer.encode`."""
+        if not isinstance(text, str):
+            raise UserError(f"A text must be a string; {type(text).__name__} was given: {text!r:.60}.")
+        ids = [self.start]
+        encode = self._words.encode
+        for word in clean(text).split(" "):
+            ids += encode(word)
+            if len(ids) >= self.context:
+                del ids[self.context - 1 :]
+                break
+        ids.append(self.end)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Show what ids say: words in lower case with single spaces, `<|mask|>` where a word is masked.
+
+        Args:
+            ids: Ids with or without start and end; what follows the first end (padding) is left out.
+
+        Returns:
+            The text. For a text that fitted into the context, encoding it again gives the same ids.
+
+        Raises:
+            UserError: An id is not in the vocabulary.
+        """
+        pieces: list[bytes] = []
+        for given in ids:
+            token = operator.index(given)
+            if token == self.end:
+                break
+            if token == self.mask:
+                pieces.append(b" <|mask|> ")
+            elif 0 <= token < self.start:
+                pieces.append(self._words.pieces[token])
+            elif token != self.start:
+                raise UserError(f"Token id {token} was given; this vocabulary has 0 to {self.mask}.")
+        return " ".join(b"".join(pieces).decode("utf-8", errors="replace").split())
+
+
+def clean(text: str) -> str:
+    """Clean a text as CLIP does: mend encodings, resolve HTML entities twice, single spaces, lower case.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The cleaned text.
+    """
+    # Printable ASCII without an ampersand is what ftfy and unescape leave as it is: 15 microseconds saved.
+    if not text.isascii() or not text.isprintable() or "&" in text:
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+class _Words:
+    """Byte-pair encoding of what stands between two spaces.
+
+    Args:
+        merges: How many of CLIP's merges to use.
+    """
+
+    def __init__(self, merges: int) -> None:
+        letters = _byte_letters()
+        pairs = [(left, right) for left, right in map(str.split, _merge_lines()[:merges])]
+        ended = [letter + "</w>" for letter in letters.values()]
+        vocabulary = [*letters.values(), *ended, *(left + right for left, right in pairs)]
+        self.encoder = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={piece: number for number, piece in enumerate(vocabulary)},
+                merges=pairs,
+                end_of_word_suffix="</w>",
+            )
+        )
+        self.encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._cached = lru_cache(maxsize=2**16)(self._encode)
+        byte_of = {letter: byte for byte, letter in letters.items()}
+        self.pieces = [_spell(piece, byte_of) for piece in vocabulary]
+
+    def encode(self, word: str) -> tuple[int, ...]:
+        """Return a word's ids."""
+        return self._cached(word) if len(word) <= _LONGEST_CACHED else self._encode(word)
+
+    def _encode(self, word: str) -> tuple[int, ...]:
+        return tuple(self.encoder.encode(_PIECE.findall(word), is_pretokenized=True).ids)
+
+
+@lru_cache(maxsize=4)
+def _words(merges: int) -> _Words:
+    return _Words(merges)
+
+
+@lru_cache(maxsize=1)
+def _merge_lines() -> list[str]:
+    packed = files("declip.data").joinpath("assets", "clip_merges.txt.gz").read_bytes()
+    _, *lines = gzip.decompress(packed).decode("utf-8").splitlines()
+    return lines
+
+
+def _byte_letters() -> dict[int, str]:
+    """Map bytes to the letters that CLIP's merges write them with, in the order of CLIP's ids.
+
+    Printable bytes of Latin-1 stand for themselves and come first; the others get letters from U+0100 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def _spell(piece: str, byte_of: dict[str, int]) -> bytes:
+    word = piece.removesuffix("</w>")
+    return bytes(byte_of[letter] for letter in word) + (b" " if word != piece else b"")

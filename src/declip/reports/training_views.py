@@ -1,0 +1,246 @@
+"""What training looked like from the inside: the pairs as the model sees them, and the neighbours it finds."""
+
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from declip.data.batch import IGNORED, PairBatch
+from declip.data.images.crops import ImageViews
+from declip.data.pair import BrokenPair, PairSource
+from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.evaluation.encode import Encoder, text_features
+from declip.reports.thumbnails import Picture, Pictures, pixels
+from declip.supervision.nearest_neighbor import Queue
+
+SAMPLE = 512  # captions looked up for the shares
+
+
+class Wording(Protocol):
+    """What a report needs of a `PairLoader`: which words a pair showed when."""
+
+    def words(self, tag: int, view: int) -> str:
+        """The text that the pair `tag` (epoch * len(source) + index) showed as text view 0 or 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An entry of the queue near a caption: `same` says that its words are the query's."""
+
+    words: str
+    picture: Picture | None
+    cosine: float
+    same: bool
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A caption that looked into the queue, with its image and what it found."""
+
+    words: str
+    picture: Picture | None
+    found: list[Neighbour]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Captions and their neighbours in the queue.
+
+    Attributes:
+        rows: A few captions drawn at random; entries of the same pair are left out of what they found.
+        held: Entries in the queue.
+        size: Entries that it can hold.
+        sampled: Captions that the shares are of.
+        same_pair: Share of those whose very nearest entry is the same pair, from an earlier time.
+        same_words: Share whose nearest entry is another pair with the same words.
+    """
+
+    rows: list[Looked]
+    held: int
+    size: int
+    sampled: int
+    same_pair: float
+    same_words: float
+
+    @property
+    def other(self) -> float:
+        """Share whose nearest entry has other words: what the term adds."""
+        return 1 - self.same_pair - self.same_words
+
+
+@dataclass(frozen=True)
+class Word:
+    """A piece of text; `mark` is "", "changed", "masked", "swapped" or "kept", `was` the word under a mask."""
+
+    text: str
+    mark: str = ""
+    was: str = ""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A pair as one batch showed it."""
+
+    original: Picture | None
+    views: list[Picture]
+    caption: list[Word]
+    augmented: list[Word] | None
+    masked: list[Word] | None
+
+
+def neighbours(
+    model: Encoder,
+    queue: Queue,
+    source: PairSource,
+    loader: Wording,
+    rng: np.random.Generator,
+    rows: int = 6,
+    shown: int = 4,
+) -> Neighbours | None:
+    """Look up training captions in the queue, as the nearest-neighbour term does.
+
+    Args:
+        model: Encodes the captions.
+        queue: Its tags are 2 · tag + view, where tag = epoch · len(source) + index.
+        source: The training pairs.
+        loader: Knows which words a tag showed.
+        rng: Chooses the captions.
+        rows: Captions shown.
+        shown: Neighbours for each, of different pairs.
+
+    Returns:
+        None when the queue holds no entry that can be named.
+    """
+    device = queue.tags.device
+    known = torch.nonzero(queue.tags[: len(queue)] >= 0).flatten()
+    if len(known) == 0:
+        return None
+    features, tags = queue.features[known.to(device)].cpu(), queue.tags[known.to(device)].cpu().numpy()
+    indices = tags // 2 % len(source)
+    asked = _readable(source, rng.permutation(len(source))[:SAMPLE])
+    texts = text_features(model, [words for _, words in asked])
+    first = torch.cat([(part @ features.T).argmax(1) for part in texts.split(64)]).numpy()
+    own = indices[first] == [index for index, _ in asked]
+    same = np.array([_words(loader, tags[slot]) == words for slot, (_, words) in zip(first, asked, strict=True)])
+    pictures = Pictures(source)
+    looked = [
+        Looked(words, pictures.at(index), _found(loader, pictures, features @ text, tags, (index, words), shown))
+        for (index, words), text in zip(asked[:rows], texts, strict=False)
+    ]
+    return Neighbours(looked, len(queue), queue.size, len(asked), float(own.mean()), float((same & ~own).mean()))
+
+
+def views(
+    batch: PairBatch,
+    source: PairSource,
+    maker: ImageViews,
+    tokenizer: CaptionTokenizer,
+    rng: np.random.Generator,
+    count: int = 4,
+) -> list[Seen]:
+    """Pairs of a batch as the towers get them: pixels un-normalised, token ids decoded.
+
+    Pairs whose words were changed or masked come first, so that there is something to see.
+
+    Args:
+        batch: Of the training loader; its tags say which pairs it holds.
+        source: The training pairs, for the originals.
+        maker: Finishes the image views.
+        tokenizer: Decodes.
+        rng: Chooses the pairs.
+        count: How many.
+    """
+    if batch.photometric is not None:
+        batch = replace(batch, images=maker.finish(batch.images, batch.photometric), photometric=None)
+    images = batch.images * maker.std.view(3, 1, 1) + maker.mean.view(3, 1, 1)
+    hidden = torch.zeros(len(batch)) if batch.labels is None else (batch.labels != IGNORED).sum(1).float()
+    changed = torch.zeros(len(batch)) if len(batch.texts) < 2 else (batch.texts[0] != batch.texts[1]).any(1).float()
+    order = rng.permutation(len(batch))
+    interest = ((hidden > 0).float() + changed)[torch.from_numpy(order)].numpy()
+    chosen = order[np.argsort(-interest, kind="stable")][:count]
+    pictures = Pictures(source)
+    seen = []
+    for row in chosen.tolist():
+        caption = _caption(tokenizer, batch.texts[0, row])
+        seen.append(
+            Seen(
+                original=None if batch.tags is None else pictures.at(int(batch.tags[row]) % len(source)),
+                views=[
+                    pixels(view[row].float().numpy(), f"View {number} of: {caption}")
+                    for number, view in enumerate(images, 1)
+                ],
+                caption=[Word(caption)],
+                augmented=_changes(caption, _caption(tokenizer, batch.texts[1, row])) if len(batch.texts) > 1 else None,
+                masked=None
+                if batch.masked is None or batch.labels is None
+                else _masked(tokenizer, batch.masked[row], batch.labels[row]),
+            )
+        )
+    return seen
+
+
+def _found(
+    loader: Wording, pictures: Pictures, cosines: Tensor, tags: np.ndarray, asked: tuple[int, str], shown: int
+) -> list[Neighbour]:
+    """The nearest entries of other pairs than the one that asks, each pair once."""
+    own, words = asked
+    found: list[Neighbour] = []
+    met = {own}
+    for slot in cosines.argsort(descending=True).tolist():
+        index = int(tags[slot]) // 2 % len(pictures.source)
+        if index not in met:
+            met.add(index)
+            entry = _words(loader, tags[slot])
+            found.append(Neighbour(entry, pictures.at(index), float(cosines[slot]), entry == words))
+        if len(found) == shown:
+            break
+    return found
+
+
+def _words(loader: Wording, queue_tag: int) -> str:
+    return loader.words(int(queue_tag) // 2, int(queue_tag) % 2)
+
+
+def _readable(source: PairSource, indices: np.ndarray) -> list[tuple[int, str]]:
+    """Places with their first captions, without those that are broken."""
+    found = []
+    for index in indices.tolist():
+        try:
+            found.append((index, source.captions(index)[0]))
+        except BrokenPair:
+            continue
+    return found
+
+
+def _ids(tokenizer: CaptionTokenizer, row: Tensor) -> list[int]:
+    """The ids between start and end."""
+    ids = row.tolist()
+    return ids[1 : ids.index(tokenizer.end)] if tokenizer.end in ids else ids[1:]
+
+
+def _caption(tokenizer: CaptionTokenizer, row: Tensor) -> str:
+    return tokenizer.decode(row.tolist())
+
+
+def _changes(caption: str, augmented: str) -> list[Word]:
+    """The augmented caption, with the words marked that were replaced, moved in or are new."""
+    before, after = caption.split(), augmented.split()
+    words = []
+    for kind, _, _, start, end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        words += [Word(word, "" if kind == "equal" else "changed") for word in after[start:end]]
+    return words
+
+
+def _masked(tokenizer: CaptionTokenizer, masked: Tensor, labels: Tensor) -> list[Word]:
+    """The corrupted caption token by token; under each token that is to be predicted, what it was."""
+    words = []
+    for token, label in zip(_ids(tokenizer, masked), labels.tolist()[1:], strict=False):
+        text = tokenizer.decode([token])
+        was = "" if label == IGNORED else tokenizer.decode([label])
+        mark = "" if label == IGNORED else "kept" if label == token else "swapped"
+        words.append(Word("mask", "masked", was) if token == tokenizer.mask else Word(text, mark, was))
+    return words

@@ -1,0 +1,148 @@
+"""From a recipe to the parts of a run: device, pairs, views, loader, averaged weights."""
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+import timm
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from declip.data.images.crops import ImageViews
+from declip.data.loader import PairLoader
+from declip.data.pair import PairSource
+from declip.data.sources.mixture import Mixture
+from declip.data.sources.open import open_source
+from declip.data.sources.subset import take
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.recipe.schema_pairs import ImageView
+from declip.training import distributed
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by name; "auto" takes CUDA where it is.
+
+    Raises:
+        UserError: a name that torch does not know, or a device that is not there.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"The device '{name}' can't be used: {reason}. Give auto or cpu: train.device for a recipe, --device to "
+            "evaluate."
+        ) from error
+    return device
+
+
+def open_training_source(recipe: Recipe) -> PairSource:
+    """The pairs that teach, one source or a mixture, cut to `data.pairs` by the seed."""
+    data = recipe.data
+
+    def opened(name: str) -> PairSource:
+        return open_source(
+            name,
+            image_column=data.image_column,
+            caption_column=data.caption_column,
+            image_root=data.image_root,
+            shard_cache_gb=data.shard_cache_gb,
+        )
+
+    if isinstance(data.source, str):
+        source = opened(data.source)
+        return source if data.pairs is None else take(source, data.pairs, recipe.seed)
+    mixture = Mixture([(opened(each.source), each.weight) for each in data.source])
+    return mixture if data.pairs is None else mixture.take(data.pairs, recipe.seed)
+
+
+def image_views(recipe: Recipe, view: ImageView | None = None) -> ImageViews:
+    """The image views that a recipe describes, or another view of the same size."""
+    options = (view or recipe.views.image).model_dump()
+    return ImageViews(recipe.image.size, mean=recipe.image.mean, std=recipe.image.std, **options)
+
+
+def build_loader(
+    recipe: Recipe,
+    source: PairSource,
+    model: DualEncoder,
+    views: ImageViews,
+    start_step: int = 0,
+    workers: int | None = None,
+) -> PairLoader:
+    """The loader that a recipe describes, with as many workers as it says, or another number of them."""
+    if workers is None:
+        workers = 0 if recipe.data.workers == "auto" else recipe.data.workers
+    return PairLoader(
+        source,
+        model.tokenizer,
+        views,
+        batch=recipe.train.batch,
+        seed=recipe.seed,
+        image_view_count=recipe.image_view_count,
+        text_view_count=recipe.text_view_count,
+        mask=recipe.masks,
+        mask_probability=recipe.masked_language.probability,
+        eda_alpha=recipe.views.text.eda_alpha,
+        keyword_share=recipe.views.text.keyword_share,
+        keywords_alone=recipe.views.text.keywords_alone,
+        second_text=recipe.views.text.second,
+        workers=workers,
+        max_broken_share=recipe.data.max_broken_share,
+        start_step=start_step,
+        pin_memory=model.device.type == "cuda",
+        base_view=image_views(recipe, recipe.views.base) if recipe.views.base else None,
+        rank=distributed.rank(),
+        ranks=distributed.world_size(),
+        shuffle_buffer=recipe.data.shuffle_buffer,
+        resample=recipe.data.resample,
+        scaled_decode=recipe.data.scaled_decode,
+    )
+
+
+def versions() -> dict[str, str]:
+    """What a result may depend on."""
+    return {
+        "declip": version("declip"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "threads": str(torch.get_num_threads()),
+        "cores": str(os.cpu_count()),
+    }
+
+
+def averaged(model: DualEncoder, decay: float | None) -> AveragedModel | None:
+    """The averaging copy of a model, or None without a decay."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=_warm_average(decay), use_buffers=True)
+
+
+def _warm_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """Exponential average whose decay grows as (1 + n) / (10 + n), so that the random start is soon forgotten."""
+
+    @torch.no_grad()
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
+        n = float(count)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        for average, value in zip(averages, values, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, weight)
+            else:
+                average.copy_(value)
+
+    return update
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
