@@ -83,7 +83,7 @@ def in_a_run(name: str, workers: int) -> dict[str, object]:
         return batch
 
     with TemporaryDirectory() as folder, patch.object(PairLoader, "__next__", clocked):
-        Trainer(recipe, Path(folder) / "run", quiet=True).train(report=False)
+        Trainer(recipe, Path(folder) / "run", quiet=True).train()
     steps = [after - before for before, after in pairwise(asked)][WARM:]
     waits = waited[WARM : WARM + len(steps)]
     more = {"steps": len(steps), "threads": torch.get_num_threads(), "seconds_a_step": round(median(steps), 4)}

@@ -79,7 +79,7 @@ def run(rank: int, ranks: int, meeting: str, recipe: Recipe, folder: str, kill: 
     if kill is not None and rank == kill["rank"]:
         _arm(kill)
     try:
-        Trainer(recipe, Path(folder), resume=True, quiet=True).train(report=False)
+        Trainer(recipe, Path(folder), resume=True, quiet=True).train()
     except BaseException:
         os._exit(1)
     os._exit(0)

@@ -122,7 +122,7 @@ def measured(rank: int, ranks: int, folder: str, name: str, local: int) -> None:
         return meet(*arguments)
 
     trainer.council.meet = clocked  # type: ignore[method-assign]
-    trainer.train(report=False)
+    trainer.train()
     steps = [after - before for before, after in pairwise(seconds[WARM:])]
     result = {"seconds a step": round(median(steps), 4), **{k: v / recipe.train.steps for k, v in received.items()}}
     (Path(folder) / f"{name}-{ranks}-{rank}.json").write_text(json.dumps(result))

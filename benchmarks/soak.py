@@ -83,7 +83,7 @@ def watch(
         return meet(step, *rest)
 
     trainer.council.meet = meet_and_look  # type: ignore[method-assign, assignment]
-    finished = trainer.train(report=False).finished
+    finished = trainer.train().finished
     return finished or time.perf_counter() - started > seconds
 
 

@@ -24,12 +24,13 @@ from rich.table import Table
 from declip.data.batch import PairBatch
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError, unknown
+from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.training.compilation import compile_towers
 from declip.training.memory import kept_memory
-from declip.training.setup import build_loader, image_views, pick_device
+from declip.training.setup import build_loader, image_views
 from declip.training.step import training_step
 from machine import free_memory, machine, memory
 from pairs import CAPTIONS, InMemory, open_pairs, texts_of

@@ -11,7 +11,8 @@ from declip.recipe.schema import Recipe
 
 BEGINNING = """# All recipe keys
 
-Every key with its default, as `declip.recipe.schema.Recipe` has them. In a file they are nested (`train: {steps: 500}`), on
+Every key with its default, as `declip.recipe.schema.Recipe` has them. In a file they are nested
+(`train: {steps: 500}`), on
 the command line and in Python they are dotted (`train.steps=500`). The shipped recipes set what differs: `declip
 recipes` lists them, and a run's `recipe.yaml` has every key with the value that it was trained with.
 [Recipes](recipes.md), [Fine-tuning](finetuning.md), [Speed](speed.md) and [Scaling](scaling.md) say more of many.

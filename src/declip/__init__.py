@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from declip import interchange
-    from declip.comparison.runner import compare
+    from declip.api import compare, train
     from declip.data.batch import PairBatch
     from declip.errors import UserError
     from declip.evaluation.protocols import evaluate
@@ -22,20 +22,19 @@ if TYPE_CHECKING:
     from declip.recipe.schema import Recipe
     from declip.search.embed import embed
     from declip.search.index import Index
-    from declip.training.trainer import train
 
 _WHERE = {
     "Index": "declip.search.index",
     "PairBatch": "declip.data.batch",
     "Recipe": "declip.recipe.schema",
     "UserError": "declip.errors",
-    "compare": "declip.comparison.runner",
+    "compare": "declip.api",
     "embed": "declip.search.embed",
     "evaluate": "declip.evaluation.protocols",
     "export": "declip.interchange.export",
     "load": "declip.interchange.load",
     "load_recipe": "declip.recipe.load",
-    "train": "declip.training.trainer",
+    "train": "declip.api",
 }
 
 __all__ = [

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from conftest import TINY, WEIGHTS
+from declip.api import compare
 from declip.comparison.outcome import Outcome
-from declip.comparison.runner import compare
 
 
 @pytest.fixture

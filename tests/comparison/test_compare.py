@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from comparison.conftest import tiny
+from declip.api import train
 from declip.cli.app import app
 from declip.comparison import runner as comparing
 from declip.comparison.outcome import read_outcome, scores
@@ -23,7 +24,6 @@ from declip.comparison.study import read_study
 from declip.comparison.trial import folder_of, run_cell
 from declip.comparison.worker import FAILURE, RUNS, failure, work
 from declip.errors import UserError
-from declip.training.trainer import train
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
 pytestmark = pytest.mark.usefixtures("no_timing")

@@ -16,7 +16,7 @@ from PIL import Image
 from comparison.synthetic import MEASURE, outcome, study, with_ladder
 from declip.comparison.ablation import read_ladder
 from declip.comparison.outcome import Outcome
-from declip.io.phrases import short_count
+from declip.io.text import short_count
 from declip.reports.comparison_charts import COLOURS, DASHES, LINE, MARKERS, Curves, Dots, Picture, apart
 from declip.reports.comparison_figures import MOST, curve_pictures, ladder_picture
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY, WEIGHTS, draw
+from declip.api import train
 from declip.cli import app as cli
 from declip.recipe.schema import Recipe
-from declip.training.trainer import train
 from end_to_end.command import Command, write_recipe
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from declip.cli import app as cli
-from declip.training.monitor import read_rows
+from declip.runs.folder import read_rows
 from end_to_end.command import Command
 
 

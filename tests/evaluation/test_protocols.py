@@ -12,15 +12,8 @@ from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.probes.results import FewShotResult, KNNResult, LinearProbeResult
 from declip.evaluation.protocols import PROTOCOLS, Options, evaluate, evaluate_all
-from declip.evaluation.results import (
-    Measure,
-    RetrievalResult,
-    ZeroShotResult,
-    percent,
-    read_result,
-    results_table,
-    times,
-)
+from declip.evaluation.results import Measure, RetrievalResult, ZeroShotResult, read_result, results_table
+from declip.io.text import percent, times
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 

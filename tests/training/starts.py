@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from conftest import TINY, WEIGHTS
+from declip.api import train
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
-from declip.training.trainer import Trainer, train
+from declip.training.trainer import Trainer
 
 SMALL = {"width": 48, "layers": 3, "heads": 2, "context": 20, "merges": 400}
 VIT = {"name": "declip_vit_tiny", "size": 32, "options": {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}}

@@ -9,12 +9,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from conftest import TINY, WEIGHTS
+from declip.api import train
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.training import compilation
 from declip.training.compilation import compile_towers
-from declip.training.trainer import Trainer, train
+from declip.training.trainer import Trainer
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ from tokenizers import Tokenizer as Library
 
 import declip
 from conftest import TINY, WEIGHTS
+from declip.api import train
 from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, VERSION
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
-from declip.training.trainer import Trainer, train
+from declip.training.trainer import Trainer
 from text_encoders import NO_DROPOUT, bert, roberta
 
 pytest.importorskip("transformers")
@@ -55,7 +56,7 @@ def test_it_learns_resumes_to_the_bit_and_loads_without_its_folder(table: Path, 
         return save()
 
     stopped.save = save_and_stop  # type: ignore[method-assign]
-    assert not stopped.train(report=False).finished
+    assert not stopped.train().finished
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="is no folder"):
         train(recipe, out=tmp_path / "new", quiet=True)

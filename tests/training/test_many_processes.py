@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import TINY, WEIGHTS
+from declip.api import train
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
@@ -18,7 +19,7 @@ from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import Council
 from declip.training.stopping import STOP
-from declip.training.trainer import Trainer, train
+from declip.training.trainer import Trainer
 from processes import in_processes
 
 BROKEN = 2
@@ -41,7 +42,7 @@ def of(keys: dict[str, Any], **train_keys: Any) -> Recipe:
 
 
 def trained(keys: dict[str, Any], folder: str, resume: bool = False, **train_keys: Any) -> tuple[int, bool]:
-    run = Trainer(of(keys, **train_keys), Path(folder), resume, quiet=True).train(report=False)
+    run = Trainer(of(keys, **train_keys), Path(folder), resume, quiet=True).train()
     return run.step, run.finished
 
 
@@ -57,7 +58,7 @@ def stopped(keys: dict[str, Any], folder: str, at: int, by: int, **train_keys: A
         return meet(step, *rest)
 
     trainer.council.meet = ask  # type: ignore[method-assign]
-    run = trainer.train(report=False)
+    run = trainer.train()
     assert run.finished or run.status == 75
     return run.step, run.finished
 
@@ -158,7 +159,7 @@ def died(keys: dict[str, Any], folder: str) -> str:
 
     Objective.forward = deadly  # type: ignore[method-assign]
     try:
-        trainer.train(report=False)
+        trainer.train()
     except UserError as error:
         return str(error)
     return "came"
@@ -191,7 +192,7 @@ def test_what_the_first_rank_refuses_ends_the_others_too(recipe: dict[str, Any],
 def test_a_file_named_stop_ends_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:
     trainer = Trainer(of(recipe), tmp_path, quiet=True)
     (tmp_path / STOP).touch()
-    run = trainer.train(report=False)
+    run = trainer.train()
     assert (run.step, run.finished, run.status) == (1, False, 75)
     assert not (tmp_path / STOP).exists()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from conftest import TINY
+from declip.api import train
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.training import precision
-from declip.training.trainer import train
 
 CPU = torch.device("cpu")
 

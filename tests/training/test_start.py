@@ -12,6 +12,7 @@ from timm.layers import resample_abs_pos_embed
 
 import declip
 from conftest import TINY, draw
+from declip.api import train
 from declip.errors import UserError
 from declip.interchange import interpolate as mixing
 from declip.interchange.declip_file import write_declip_file
@@ -19,8 +20,8 @@ from declip.interchange.start import read_start
 from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
-from declip.training.monitor import read_rows
-from declip.training.trainer import Trainer, train
+from declip.runs.folder import read_rows
+from declip.training.trainer import Trainer
 from interchange.test_export import features
 from interchange.test_import import command
 from interchange.towers import build
@@ -107,7 +108,7 @@ def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -
     assert trainer.recipe.image.mean == pytest.approx(published.pretrained_cfg["mean"])
     assert trainer.recipe.text.width == TINY["text"]["width"]  # type: ignore[index]
     before = state(trainer)
-    trainer.train(report=False)
+    trainer.train()
     changed = moved(before, last(tmp_path / "r"))
     assert {name for name in changed if name.startswith(IMAGE)} == {"image_tower.proj.weight"}
     assert {name for name in changed if name.startswith(TEXT)} == {name for name in before if name.startswith(TEXT)}
@@ -144,7 +145,7 @@ def test_a_text_encoder_and_its_run_are_a_start(table: Path, tmp_path: Path) -> 
     first = Trainer(Recipe.model_validate(tree), tmp_path / "first", quiet=True)
     before, places = state(first), depths(first.model)
     assert blocks(places, TEXT) == 2
-    first.train(report=False)
+    first.train()
     still = before.keys() - moved(before, last(tmp_path / "first"))
     assert {name for name in still if name.startswith(TEXT)} - {"text_tower._extra_state"} == {
         name for name, depth in places.items() if name.startswith(TEXT) and depth <= 1
@@ -153,7 +154,7 @@ def test_a_text_encoder_and_its_run_are_a_start(table: Path, tmp_path: Path) -> 
     shutil.rmtree(folder)
     second = Trainer(tuned(table, tmp_path / "first", {"steps": 2}), tmp_path / "second", quiet=True)
     assert not moved(last(tmp_path / "first"), state(second))
-    second.train(report=False)
+    second.train()
     mixing.ends_of(tmp_path / "second", "cpu")
 
 

@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import TINY
+from declip.api import train
 from declip.errors import UserError
 from declip.interchange.declip_file import write_declip_file
 from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
-from declip.training.monitor import read_rows
+from declip.runs.folder import KEPT, read_rows
 from declip.training.optimizer import Pace
-from declip.training.pretrained import KEPT
 from declip.training.schedule import learning_rate, paced
-from declip.training.trainer import Trainer, train
+from declip.training.trainer import Trainer
 from interchange.test_export import features
 from interchange.towers import build
 from processes import in_processes
@@ -36,7 +36,7 @@ def test_towers_wait_while_new_heads_warm_up(table: Path, tmp_path: Path, start:
     recipe = tuned(table, file, {"checkpoint_every": 1, "keep": 9}, warmup_heads=4)
     trainer = Trainer(recipe, tmp_path / "run", quiet=True)
     heads = {name: tensor.clone() for name, tensor in trainer.objective.named_parameters()}
-    trainer.train(report=False)
+    trainer.train()
     paths = {int(path.name.split("-")[1]): path for path in list_checkpoints(tmp_path / "run")}
     for step in (1, 4):
         found = load_checkpoint(paths[step])
@@ -51,7 +51,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
 ) -> None:
     trainer = Trainer(tuned(table, start, freeze_image=image, freeze_text=text), tmp_path, quiet=True)
     before, places = state(trainer), depths(trainer.model)
-    trainer.train(report=False)
+    trainer.train()
     frozen = {
         name
         for name, depth in places.items()
@@ -65,7 +65,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
 def test_frozen_batch_norm_keeps_its_statistics(table: Path, tmp_path: Path, conv_start: Path) -> None:
     trainer = Trainer(tuned(table, conv_start, freeze_image=1), tmp_path / "a", quiet=True)
     before = state(trainer)
-    trainer.train(report=False)
+    trainer.train()
     still = {name for name in before if name not in moved(before, last(tmp_path / "a"))}
     assert {name for name in still if "running" in name} == {
         name for name in before if "running" in name and ("stem" in name or "stages.0." in name)
@@ -74,7 +74,7 @@ def test_frozen_batch_norm_keeps_its_statistics(table: Path, tmp_path: Path, con
     whole = Trainer(tuned(table, conv_start, freeze_image="all"), tmp_path / "b", quiet=True)
     assert not whole.model.image_tower.has_batch_norm
     before = state(whole)
-    whole.train(report=False)
+    whole.train()
     assert not {name for name in moved(before, last(tmp_path / "b")) if name.startswith(IMAGE)}
 
 
@@ -105,7 +105,7 @@ def test_each_layer_has_its_rate(table: Path, tmp_path: Path, start: Path) -> No
         return meet(step, *rest)
 
     trainer.council.meet = look  # type: ignore[method-assign]
-    trainer.train(report=False)
+    trainer.train()
     base = learning_rate(4, recipe.train)
     places = depths(trainer.model)
     for name, parameter in trainer.model.named_parameters():
@@ -150,7 +150,7 @@ def test_a_resumed_run_equals_one_never_stopped_though_its_source_is_gone(
         return save()
 
     stopped.save = save_and_stop  # type: ignore[method-assign]
-    assert not stopped.train(report=False).finished
+    assert not stopped.train().finished
     shutil.rmtree(source)
     assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
     same_end(tmp_path / "whole", tmp_path / "parts")
@@ -165,7 +165,7 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
     source = start if image is VIT else conv_start
     trainer = Trainer(tuned(table, source, {"steps": 4}, lora={"rank": 2, "alpha": 4}), tmp_path, quiet=True)
     before = state(trainer)
-    trainer.train(report=False)
+    trainer.train()
     changed = moved(before, last(tmp_path))
     assert {name for name in changed if ".lora_" not in name} == {"logit_scale"}
     assert changed - {"logit_scale"} == {name for name in before if ".lora_" in name}
@@ -183,12 +183,12 @@ def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table: Path, tmp_pa
     names = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert names == {"logit_scale"} | {name for name in names if name.startswith(IMAGE) and ".lora_" in name}
     assert len(names) > 10
-    trainer.train(report=False)
+    trainer.train()
     declip.load(tmp_path, device="cpu")
 
 
 def trained_by_ranks(recipe: dict[str, Any], folder: str) -> bool:
-    return Trainer(Recipe.model_validate(recipe), Path(folder), quiet=True).train(report=False).finished
+    return Trainer(Recipe.model_validate(recipe), Path(folder), quiet=True).train().finished
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,19 @@ import pytest
 import torch
 
 from conftest import TINY, WEIGHTS
+from declip.api import train
 from declip.data.images.crops import ImageViews
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
+from declip.runs.folder import read_rows
 from declip.supervision.objective import Objective
 from declip.training import measuring
 from declip.training import supply as supply_module
 from declip.training import trainer as trainer_module
-from declip.training.monitor import CLOCK, read_rows
+from declip.training.monitor import CLOCK
 from declip.training.supply import Supply
-from declip.training.trainer import Trainer, train
+from declip.training.trainer import Trainer
 
 
 def recipe_for(table: Path, name: str = "declip", **train_keys: object) -> Recipe:

@@ -13,9 +13,8 @@ import yaml
 
 from declip.errors import UserError
 from declip.evaluation.results import read_result
-from declip.runs.folder import RECIPE, flat
+from declip.runs.folder import EVALUATIONS, METRICS, RECIPE, flat
 from declip.runs.records import Evaluated, Run
-from declip.training.monitor import EVALUATIONS, METRICS
 
 MOST_RUNS = 200
 """Run folders that are looked at."""

@@ -52,7 +52,7 @@ def train(
     if profile:
         _profile(resolved, out or Path("runs") / f"{Path(recipe).stem}-profile", resume, quiet)
         return
-    from declip.training.trainer import train as run_training
+    from declip.api import train as run_training
 
     run = run_training(resolved, out=out or Path("runs") / Path(recipe).stem, resume=resume, quiet=quiet)
     if not run.leads:
@@ -167,7 +167,7 @@ def compare(
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
 ) -> None:
     """Compare recipes at several numbers of pairs; stopped and started again, it goes on."""
-    from declip.comparison.runner import compare as run_comparison
+    from declip.api import compare as run_comparison
     from declip.comparison.study import BUDGETS, read_counts
     from declip.recipe.load import parse_overrides
 

@@ -25,7 +25,6 @@ from declip.data.sources.mixture import Mixture
 from declip.errors import UserError, unknown
 from declip.evaluation.protocols import PROTOCOLS
 from declip.recipe.schema import Recipe
-from declip.reports.comparison import write_page
 from declip.training.setup import open_training_source
 
 MOST_JOBS = 8
@@ -79,7 +78,7 @@ def compare(
         quiet: No progress bar.
 
     Returns:
-        The outcome; `complete` is False after Ctrl-C. The folder holds results.json, results.md and report.html.
+        The outcome; `complete` is False after Ctrl-C. The folder holds results.json.
 
     Raises:
         UserError: what was given can't be used, the folder holds another comparison, or runs failed.
@@ -111,7 +110,6 @@ def compare(
         _run(study, folder, RUNS, jobs, threads, quiet)
     outcome = read_outcome(folder)
     write_results(outcome, folder)
-    write_page(outcome, folder)
     return outcome
 
 

@@ -12,7 +12,7 @@ from declip.comparison.study import Cell, Study
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import written_beside
 from declip.recipe.schema import Recipe
-from declip.training.monitor import METRICS, read_rows
+from declip.runs.folder import METRICS, read_rows
 from declip.training.setup import versions
 from declip.training.trainer import Trainer
 
@@ -85,7 +85,7 @@ def run_cell(study: Study, cell: Cell, folder: Path, threads: int | None = None)
     """
     own = folder_of(folder, cell)
     trainer = Trainer(recipe_of(study, cell, threads), own, resume=True, quiet=True)
-    run = trainer.train(report=False)
+    run = trainer.train()
     if not run.finished:
         return False
     model = trainer.evaluated_model

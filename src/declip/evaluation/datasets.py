@@ -119,8 +119,8 @@ def open_dataset(on: str | PairSource | Dataset, *, label_column: str | None = N
 
     Args:
         on: ``NAME:/path`` with one of `NAMED`, such as "pets:/data/pets" or "folder:/data/mine"; a table, which has
-            classes where it has a column of labels; what else `declip.data.sources.open.open_source` opens; an open source;
-            or an open set, which is handed back.
+            classes where it has a column of labels; what else `open_source` opens; an open
+            source; or an open set, which is handed back.
         label_column: Of a table; None looks for "label", "class", "class_name" or "category".
 
     Raises:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from declip.evaluation.measure import Measure
 from declip.evaluation.probes.results import FewShotResult, KNNResult, LinearProbeResult
+from declip.io.text import percent, times
 
 
 @dataclass(frozen=True)
@@ -212,15 +213,3 @@ def results_table(results: Sequence[Result], title: str | None = None) -> Table:
             table.add_row("  left out, unreadable", left_out, "", "", f"{sum(result.skipped.values()):,}")
         table.add_section()
     return table
-
-
-def percent(share: float) -> str:
-    """A share in percent, with as many digits as it can bear: 0.0008 is "0.08 %", 0.367 is "36.7 %"."""
-    if share and share < 0.001:
-        return f"{100 * share:.2g} %"
-    return f"{100 * share:.2f} %" if share < 0.01 else f"{100 * share:.1f} %"
-
-
-def times(factor: float) -> str:
-    """A multiple of chance: "1.4", "37", "1,280"."""
-    return f"{factor:.1f}" if factor < 10 else f"{factor:,.0f}"

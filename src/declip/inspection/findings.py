@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-from declip.evaluation.results import percent
 from declip.inspection.captions import NO_LETTER, ONE_WORD
 from declip.inspection.result import Finding, Inspection
-from declip.io.text import about, shown
+from declip.io.text import about, percent, shown
 
 BROKEN = 0.05
 """`data.max_broken_share`: a run stops beyond it."""

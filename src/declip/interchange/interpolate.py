@@ -13,15 +13,16 @@ import torch
 
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
-from declip.evaluation.results import Result, percent
+from declip.evaluation.results import Result
 from declip.interchange.declip_file import FILE, USAGE, first_difference, read_declip_file, write_declip_file
 from declip.interchange.export import CARD, check_out, folder_beside
 from declip.interchange.load import load
 from declip.interchange.model_card import NO_LICENCE, model_card
 from declip.interchange.provenance import Provenance
+from declip.io.text import percent
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
-from declip.training.pretrained import KEPT
+from declip.runs.folder import KEPT
 
 
 def interpolate(start: DualEncoder, end: DualEncoder, share: float) -> DualEncoder:

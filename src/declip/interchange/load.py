@@ -16,6 +16,7 @@ from declip.interchange.from_huggingface import PREFIX as HUGGINGFACE
 from declip.interchange.from_huggingface import fetch, from_huggingface, is_huggingface
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, OpenClip, read_open_clip
 from declip.interchange.weights_file import outline, read_weights
+from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import encoder_kept_in
 from declip.models.lora import Adapters, adapted
@@ -23,7 +24,6 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part
 from declip.runs.folder import RECIPE
 from declip.supervision.objective import Objective
-from declip.training.setup import pick_device
 
 
 class Model(Encoder, Protocol):

@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 
 import declip
-from declip.evaluation.results import Result, percent, times
+from declip.evaluation.results import Result
 from declip.interchange.provenance import Provenance
+from declip.io.text import percent, times
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
 from declip.recipe.schema import TextTower

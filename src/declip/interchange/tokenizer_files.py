@@ -1,8 +1,8 @@
 """Our tokeniser as the files of Hugging Face's: the same ids wherever `tokenizers` or transformers is.
 
 What only CLIP's cleaning by ftfy mends (broken encodings, rare HTML entities, ligatures) a file cannot say: clean such
-captions first, with `declip.data.text.tokenizer.clean`, or let open_clip do it. Padding is the end token, which no pooling
-minds; ours is 0. The text of a special token in a caption is spelled out, as ours is.
+captions first, with `declip.data.text.tokenizer.clean`, or let open_clip do it. Padding is the end token, which no
+pooling minds; ours is 0. The text of a special token in a caption is spelled out, as ours is.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""How numbers and other people's texts are shown, in the terminal, on the page and on the sheet."""
+"""Numbers, counts, durations and foreign text as words, for the terminal and for pages."""
+
+from collections.abc import Iterable
 
 import regex
-
-from declip.inspection.result import Inspection
 
 _UNSEEN = regex.compile(r"[\p{Cc}\p{Cs}\p{Co}\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters, halves of characters, and what turns the direction of writing: a caption may hold any."""
@@ -24,22 +24,44 @@ def plural(count: int, one: str, several: str = "") -> str:
     return f"{count:,} {one if count == 1 else several or one + 's'}"
 
 
-def extent(inspection: Inspection) -> str:
-    """How much of the source was read."""
-    if inspection.whole:
-        return (
-            f"All {plural(inspection.total, 'pair')} were read." if inspection.total > 1 else "Its one pair was read."
-        )
-    return f"{inspection.read:,} of {inspection.total:,} pairs were read, drawn with seed {inspection.seed}."
+def listed(words: Iterable[object]) -> str:
+    """ "a, b and c"."""
+    given = [f"{word:,}" if isinstance(word, int) else str(word) for word in words]
+    return given[0] if len(given) == 1 else f"{', '.join(given[:-1])} and {given[-1]}" if given else "nothing"
 
 
-def caution(inspection: Inspection) -> str:
-    """What a sample cannot know; empty when the whole was read."""
-    if inspection.whole:
-        return ""
-    both = inspection.read * (inspection.read - 1) / (inspection.total * (inspection.total - 1))
-    return (
-        f"A sample misses duplicates: of two equal pairs both are in it with a chance of {about(100 * both)} % only. "
-        "So the pairs and groups counted here are too few for the whole source, and the couples in the whole a rough "
-        "estimate; read all of it (--all) to count them."
-    )
+def counted(number: int, word: str) -> str:
+    """ "1 run", "2 runs"."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def short_count(number: int) -> str:
+    """2000 is "2k", 2500 "2.5k", 1234 "1,234"."""
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if number >= size and number % (size // 10) == 0:
+            return f"{number / size:g}{unit}"
+    return f"{number:,}"
+
+
+def percent(share: float) -> str:
+    """A share in percent, with as many digits as it can bear: 0.0008 is "0.08 %", 0.367 is "36.7 %"."""
+    if share and share < 0.001:
+        return f"{100 * share:.2g} %"
+    return f"{100 * share:.2f} %" if share < 0.01 else f"{100 * share:.1f} %"
+
+
+def times(factor: float) -> str:
+    """A multiple of chance: "1.4", "37", "1,280"."""
+    return f"{factor:.1f}" if factor < 10 else f"{factor:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """ "43 s", "5 min 12 s", "3 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        words = f"{whole} s"
+    elif whole < 3600:
+        words = f"{whole // 60} min {whole % 60} s"
+    else:
+        words = f"{whole // 3600} h {whole % 3600 // 60} min"
+    return words.replace(" ", "\N{NO-BREAK SPACE}")

@@ -7,7 +7,7 @@ from math import ceil, floor, isfinite, log10
 import numpy as np
 from markupsafe import Markup, escape
 
-from declip.evaluation.results import percent
+from declip.io.text import percent
 
 POINTS = 240  # of a raw line; each stands for the lowest and highest of its stretch
 WIDTH, HEIGHT = 360, 190

@@ -14,7 +14,7 @@ from declip.comparison.ablation import baseline_of, main_arms, measured_sizes, r
 from declip.comparison.outcome import Outcome
 from declip.comparison.statistics import Factor
 from declip.io.atomic import written_beside
-from declip.io.phrases import counted, listed
+from declip.io.text import counted, listed
 from declip.reports.comparison_charts import Picture
 from declip.reports.comparison_figures import curve_pictures, ladder_picture
 from declip.reports.comparison_tables import (

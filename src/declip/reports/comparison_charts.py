@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from sklearn.isotonic import isotonic_regression
 
-from declip.io.phrases import short_count
+from declip.io.text import short_count
 
 INK, QUIET, RULE = "#1c2127", "#5b6470", "#d9d5cc"
 COLOURS = (INK, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")

@@ -7,7 +7,7 @@ import numpy as np
 
 from declip.comparison.ablation import Ladder, baseline_of, difference, main_arms, seed_values
 from declip.comparison.outcome import Outcome
-from declip.evaluation.results import percent
+from declip.io.text import percent
 from declip.reports.comparison_charts import Curves, Dot, Dots, Line, Panel, Picture
 
 MOST = 6

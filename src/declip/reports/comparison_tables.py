@@ -11,7 +11,8 @@ from declip.comparison.ablation import Difference, Ladder, baseline_of, differen
 from declip.comparison.outcome import Outcome, scores, tuning_score
 from declip.comparison.statistics import Factor, FactorAt
 from declip.comparison.study import Study
-from declip.evaluation.results import RetrievalResult, percent, read_result
+from declip.evaluation.results import RetrievalResult, read_result
+from declip.io.text import percent
 
 NONE = "–"
 """In a cell without a number."""

@@ -13,11 +13,9 @@ from declip.comparison.statistics import RESAMPLES, Factor
 from declip.comparison.study import BUDGETS, Study
 from declip.comparison.trial import CELLS
 from declip.comparison.worker import FAILURE
-from declip.evaluation.results import percent
-from declip.io.phrases import counted, listed
+from declip.io.text import counted, duration, listed, percent
 from declip.reports.comparison_tables import Measured, settings, signed, yaml_value
 from declip.reports.factor_wording import factor_sentence, interval, ratio
-from declip.reports.headline import duration
 
 
 def title(study: Study) -> str:

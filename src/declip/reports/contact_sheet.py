@@ -7,7 +7,8 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from declip.inspection.result import Inspection
-from declip.io.text import extent, shown
+from declip.io.text import shown
+from declip.reports.inspection_tables import extent
 
 COLUMNS = 8
 SIDE, GAP, MARGIN = 148, 16, 28

@@ -1,8 +1,7 @@
 """The data-efficiency factor in sentences, with what can't be said."""
 
 from declip.comparison.statistics import Factor
-from declip.evaluation.results import percent
-from declip.io.phrases import counted, listed
+from declip.io.text import counted, listed, percent
 
 
 def factor_sentence(arm: str, baseline: str, budget: str, factor: Factor | None) -> str:

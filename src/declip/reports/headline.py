@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from declip.evaluation.results import Recall, RetrievalResult, ZeroShotResult, percent, times
+from declip.evaluation.results import Recall, RetrievalResult, ZeroShotResult
+from declip.io.text import duration, percent, times
 from declip.runs.records import Evaluated, Run
 
 COMPARED = ("top-1", "text → image R@1", "image → text R@1")
@@ -175,18 +176,6 @@ def retrieval_rows(evaluated: Sequence[Evaluated]) -> list[Row]:
 def share(value: float) -> str:
     """A share in percent that is not broken at a line's end."""
     return percent(value).replace(" ", SPACE)
-
-
-def duration(seconds: float) -> str:
-    """ "43 s", "5 min 12 s", "3 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        words = f"{whole} s"
-    elif whole < 3600:
-        words = f"{whole // 60} min {whole % 60} s"
-    else:
-        words = f"{whole // 3600} h {whole % 3600 // 60} min"
-    return words.replace(" ", SPACE)
 
 
 def _multiple(factor: float) -> str:

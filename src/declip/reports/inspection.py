@@ -7,8 +7,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from declip.inspection.result import Example, Inspection
-from declip.io.text import caution, extent, plural, shown
+from declip.io.text import plural, shown
 from declip.reports import inspection_tables as tables
+from declip.reports.inspection_tables import caution, extent
 from declip.reports.thumbnails import Picture, thumbnail
 
 SIDE = 224

@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from declip.evaluation.results import percent
 from declip.inspection.result import Histogram, Inspection, Repeats, Share, Spread
-from declip.io.text import about, shown
+from declip.io.text import about, percent, plural, shown
 
 SHOWN_PERCENTILES = (5, 25, 50, 75, 95)
 LISTED = 10
@@ -168,3 +167,24 @@ def keys(some: Iterable[str], count: int) -> str:
     listed = [shown(key, 60) for key in some]
     more = count - len(listed)
     return ", ".join(listed) + (f" and {more:,} more" if more > 0 else "")
+
+
+def extent(inspection: Inspection) -> str:
+    """How much of the source was read."""
+    if inspection.whole:
+        return (
+            f"All {plural(inspection.total, 'pair')} were read." if inspection.total > 1 else "Its one pair was read."
+        )
+    return f"{inspection.read:,} of {inspection.total:,} pairs were read, drawn with seed {inspection.seed}."
+
+
+def caution(inspection: Inspection) -> str:
+    """What a sample cannot know; empty when the whole was read."""
+    if inspection.whole:
+        return ""
+    both = inspection.read * (inspection.read - 1) / (inspection.total * (inspection.total - 1))
+    return (
+        f"A sample misses duplicates: of two equal pairs both are in it with a chance of {about(100 * both)} % only. "
+        "So the pairs and groups counted here are too few for the whole source, and the couples in the whole a rough "
+        "estimate; read all of it (--all) to count them."
+    )

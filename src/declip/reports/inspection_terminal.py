@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from declip.inspection.result import Inspection
-from declip.io.text import caution, extent, shown
+from declip.io.text import shown
 from declip.reports import inspection_tables as tables
+from declip.reports.inspection_tables import caution, extent
 
 
 def summary(inspection: Inspection) -> Group:

@@ -1,5 +1,7 @@
 """The run folder: what it holds, and whether a run may start or go on in it."""
 
+import json
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,9 +16,11 @@ from declip.evaluation.datasets import open_dataset, with_classes
 from declip.models.hf_encoder import ENTRY, TextEncoder, encoder_kept_in
 from declip.recipe.load import load_recipe
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
-from declip.training.monitor import EVALUATIONS, METRICS, log, read_rows
 
-RECIPE = "recipe.yaml"
+RECIPE, METRICS, EVALUATIONS = "recipe.yaml", "metrics.jsonl", "evaluations.jsonl"
+KEPT = "start.safetensors"
+"""The pretrained weights as they were taken over: with them a run resumes and is compared with its start."""
+log = logging.getLogger("declip")
 CHANGEABLE = (
     "data.workers",
     "data.shard_cache_gb",
@@ -205,3 +209,11 @@ def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a JSONL file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

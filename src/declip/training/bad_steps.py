@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from declip.training.monitor import log
+from declip.runs.folder import log
 
 
 class BadSteps:

@@ -1,11 +1,10 @@
-"""What is done with the model of a run: measured on held-out sets on the way and at the end, and reported."""
+"""What is done with the model of a run: measured on held-out sets on the way and at the end."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from declip.evaluation.protocols import Options, evaluate_all
-from declip.models.dual_encoder import DualEncoder
 from declip.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -33,23 +32,3 @@ def measured_at_end(trainer: Trainer) -> bool:
     zero_shot = {("zero-shot", name) for name in (*wanted.zero_shot, *wanted.final_zero_shot)}
     retrieval = {("retrieval", name) for name in (*wanted.retrieval, *wanted.final_retrieval)}
     return len(zero_shot | retrieval) <= len(done)
-
-
-def report(trainer: Trainer) -> None:
-    """Write report.html."""
-    from declip.reports.run import write_report
-
-    model = trainer.evaluated_model
-    if trainer.sharded:
-        from declip.interchange.load import load
-
-        model = cast(DualEncoder, load(trainer.folder))
-    write_report(
-        trainer.folder,
-        model,
-        recipe=trainer.recipe,
-        loader=trainer.loader,
-        objective=trainer.objective,
-        train_source=trainer.source,
-        image_views=trainer.views,
-    )

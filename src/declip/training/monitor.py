@@ -14,11 +14,10 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+from declip.runs.folder import EVALUATIONS, METRICS, log, read_rows
+
 CLOCK = ("seconds", "pairs_per_second")
 """Fields of a metrics row that depend on the machine; all others repeat bit for bit."""
-
-log = logging.getLogger("declip")
 
 
 class _LogFile(logging.FileHandler):
@@ -174,14 +173,6 @@ class Silence(Monitor):
 
     def flush(self) -> None:
         pass
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a JSONL file; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from declip.recipe.schema import Recipe
-from declip.runs.folder import RECIPE, read_recipe
-from declip.training.monitor import log
+from declip.runs.folder import RECIPE, log, read_recipe
 
 
 def computes_bf16(device: torch.device) -> bool:

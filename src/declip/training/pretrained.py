@@ -20,11 +20,9 @@ from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.models.lora import MARK, Adapters
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
+from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
 from declip.training.optimizer import Pace
-
-KEPT = "start.safetensors"
-"""In the run folder: what was taken over; with it the run goes on and is compared with its start."""
 
 POSITIONS = "pos_embed"
 LOGIT_SCALE = "logit_scale"

@@ -16,29 +16,10 @@ from declip.data.pair import PairSource
 from declip.data.sources.mixture import Mixture
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
-from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.recipe.schema_pairs import ImageView
 from declip.training import distributed
-
-
-def pick_device(name: str) -> torch.device:
-    """The device by name; "auto" takes CUDA where it is.
-
-    Raises:
-        UserError: a name that torch does not know, or a device that is not there.
-    """
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"The device '{name}' can't be used: {reason}. Give auto or cpu: train.device for a recipe, --device to "
-            "evaluate."
-        ) from error
-    return device
 
 
 def open_training_source(recipe: Recipe) -> PairSource:

@@ -10,9 +10,9 @@ from torch import Tensor
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
 from declip.runs import checkpoint as checkpoints
+from declip.runs.folder import log
 from declip.training import distributed
 from declip.training.learner import load_whole, sharded_as, whole
-from declip.training.monitor import log
 from declip.training.setup import random_states, versions
 
 if TYPE_CHECKING:

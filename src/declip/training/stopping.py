@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from declip.training.monitor import log
+from declip.runs.folder import log
 
 TRY_AGAIN = 75
 """Exit status of a run that was stopped from outside and wants to be queued again (EX_TEMPFAIL of sysexits.h).

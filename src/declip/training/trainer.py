@@ -4,7 +4,7 @@ import itertools
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,11 +17,11 @@ from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
+from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs import checkpoint as checkpoints
-from declip.runs.folder import Run, check_datasets, kept_encoder, open_folder
+from declip.runs.folder import Run, check_datasets, kept_encoder, log, open_folder
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.bad_steps import BadSteps, shown
@@ -31,55 +31,19 @@ from declip.training.distributed import Council
 from declip.training.health import Health
 from declip.training.learner import build_learner, core
 from declip.training.measuring import measure, measured_at_end
-from declip.training.measuring import report as write_report
 from declip.training.memory import frozen_garbage, kept_memory
-from declip.training.monitor import Monitor, Silence, log
+from declip.training.monitor import Monitor, Silence
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.precision import settled
 from declip.training.pretrained import begin, find_start
 from declip.training.schedule import learning_rate, paced
-from declip.training.setup import averaged, build_loader, image_views, open_training_source, pick_device
+from declip.training.setup import averaged, build_loader, image_views, open_training_source
 from declip.training.state import capture, restore
 from declip.training.step import StepParts, training_step
 from declip.training.stopping import STOP, TRY_AGAIN, stopping_politely
 from declip.training.supply import Supply, free_cores
 
 SKIPPED = "skipped.json"
-
-
-def train(
-    recipe: str | Path | Recipe,
-    overrides: Mapping[str, Any] | None = None,
-    out: str | Path | None = None,
-    resume: bool = False,
-    quiet: bool = False,
-    report: bool = True,
-) -> Run:
-    """Train a recipe in a run folder.
-
-    Args:
-        recipe: A shipped recipe's name, a YAML file, or a `Recipe`.
-        overrides: Dotted keys and values, such as ``{"train.steps": 500}``.
-        out: The run folder; by default ``runs/NAME``.
-        resume: Go on with the run in that folder if there is one; the result is the same to the last bit as without
-            the interruption.
-        quiet: Draw no progress.
-        report: Write report.html at the end.
-
-    Returns:
-        The run. `finished` is False after Ctrl-C or SIGTERM; a checkpoint was then written.
-
-    Raises:
-        UserError: what was given can't be used; see `load_recipe`, `open_folder`, `open_source`.
-    """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
-    elif overrides:
-        raise UserError("Overrides go with a recipe's name or file; this Recipe is already resolved.")
-    trainer = Trainer(recipe, Path(out) if out is not None else Path("runs") / recipe.name, resume, quiet)
-    run = trainer.train(report)
-    distributed.leave()
-    return run
 
 
 class Trainer:
@@ -92,7 +56,7 @@ class Trainer:
         quiet: Draw no progress.
 
     Raises:
-        UserError: see `train`.
+        UserError: see `declip.train`.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, resume: bool = False, quiet: bool = False) -> None:
@@ -167,8 +131,8 @@ class Trainer:
             spare_bad=train.bad_steps > 0,
         )
 
-    def train(self, report: bool = True) -> Run:
-        """Take the steps that are left, then measure and, if wanted, write the report."""
+    def train(self, finish: Callable[["Trainer"], None] | None = None) -> Run:
+        """Take the steps that are left, then evaluate; the first rank then calls `finish`."""
         steps, batch = self.recipe.train.steps, self.recipe.train.batch
         monitor_of = Monitor if self.leads else Silence
         with (
@@ -184,8 +148,8 @@ class Trainer:
                 monitor.forget_evaluations(self.step)
                 self.evaluate(monitor, final=True)
                 monitor.flush()
-        if self.step >= steps and report:
-            self.council.first(lambda: write_report(self))
+        if self.step >= steps and finish is not None:
+            self.council.first(lambda: finish(self))
         if "loader" in self.__dict__:
             self.loader.close()
         finished = self.step >= steps
