@@ -13,7 +13,7 @@ help:
 	@echo "make test    install, run the whole test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation as a site, into site/; a broken link is an error"
-	@echo "make bench   install the peers too, and measure beside them: views, tokeniser, step …; BENCH=FILE takes the numbers"
+	@echo "make bench   install the peers too, and measure beside them: views, tokenizer, step …; BENCH=FILE takes the numbers"
 	@echo "make setup   only install, into $(VENV)"
 
 $(VENV)/.installed: pyproject.toml

@@ -1,7 +1,7 @@
-"""A training step with `train.chunk` against one that sees its batch whole: memory, time and gradients.
+"""A training step with `train.grad_cache_chunk` against one that sees its batch whole: memory, time and gradients.
 
-    python benchmarks/chunks.py --batch 512 --chunk 128 32              small pictures, a minute or two
-    python benchmarks/chunks.py --image vit_base_patch32_clip_quickgelu_224 --batch 4096 --chunk 64
+    python benchmarks/chunks.py --batch-size 512 --chunk 128 32              small pictures, a minute or two
+    python benchmarks/chunks.py --image vit_base_patch32_clip_quickgelu_224 --batch-size 4096 --chunk 64
 
 Each step is a fresh process's first: towers, AdamW, a queue full of random rows, and a batch of random pictures with
 captions. For each chunk there is a row for a whole batch of its size: what the large batch should need too, apart from
@@ -41,14 +41,19 @@ def read_recipe(options: argparse.Namespace, batch: int, chunk: int | None) -> R
     """The recipe to take a step of: of demo size for the small towers, else CLIP's as published."""
     small = options.image in SMALL_TOWERS
     size = 32 if small else get_pretrained_cfg(options.image).input_size[-1]
-    keys = {"image.name": options.image, "image.size": size, "train.batch": batch, "train.chunk": chunk}
+    keys = {
+        "image.model": options.image,
+        "image.size": size,
+        "train.batch_size": batch,
+        "train.grad_cache_chunk": chunk,
+    }
     keys |= {"train.precision": options.precision, "train.threads": options.threads, "train.device": "cpu"}
     return load_recipe(options.recipe or ("declip" if small else "clip-yfcc15m-vitb32"), keys)
 
 
 def make_batch(recipe: Recipe, model: DualEncoder, views: ImageViews) -> PairBatch:
     """Pairs as the loader gives them, their pictures random."""
-    count, generator = recipe.train.batch, torch.Generator().manual_seed(0)
+    count, generator = recipe.train.batch_size, torch.Generator().manual_seed(0)
     shape = (recipe.image_view_count, count, 3, recipe.image.size, recipe.image.size)
     draws = np.random.default_rng(0)
     captions = model.tokenizer([f"a drawing of thing number {n} on a white page" for n in range(count)])
@@ -76,7 +81,7 @@ def prepare(recipe: Recipe) -> tuple[StepParts, PairBatch]:
         optimizer=build_optimizer(named_trainable(model, objective), recipe.train),
         views=views,
         precision=recipe.train.precision,
-        chunk=recipe.train.chunk,
+        chunk=recipe.train.grad_cache_chunk,
     )
     return parts, make_batch(recipe, model, views)
 
@@ -146,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", default="declip_vit_small", help="image tower (default declip_vit_small)")
     parser.add_argument("--recipe", help="default: declip for the small towers, else clip-yfcc15m-vitb32")
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--chunk", type=int, nargs="+", default=[128, 32], help="one or more, the last is compared")
     parser.add_argument("--agree", type=int, default=128, help="pairs to compare gradients on, 0 for none")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

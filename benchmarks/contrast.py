@@ -1,9 +1,9 @@
 """InfoNCE with its loss matrices kept, and made in blocks: time and memory, forward and backward.
 
     python benchmarks/contrast.py                                             up to 8,192 pairs, minutes
-    python benchmarks/contrast.py --batch 1024 2048 4096 8192 16384 32768 65536 --all 1024 4096 16384 65536 --repeats 1
+    python benchmarks/contrast.py --batch-size 1024 2048 4096 8192 16384 32768 65536 --all 1024 4096 16384 65536 --repeats 1
 
-`--batch` is for one process, whose pairs are all pairs; `--all` for 1,024 own pairs against those of all processes.
+`--batch-size` is for one process, whose pairs are all pairs; `--all` for 1,024 own pairs against those of all processes.
 The two forms take turns within one process and the seconds are medians; memory is what a fresh process's grows by. The
 form that keeps its matrices is left out where these would not fit. The last line is JSON.
 """
@@ -82,7 +82,9 @@ def measure(repeats: int) -> list[dict[str, object]]:
 def main() -> None:
     """Measure, show a table, and print the JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="*", default=[1024, 2048, 4096, 8192], help="pairs of one process")
+    parser.add_argument(
+        "--batch-size", type=int, nargs="*", default=[1024, 2048, 4096, 8192], help="pairs of one process"
+    )
     parser.add_argument("--all", type=int, nargs="*", default=[4096, 16384], help="pairs of all, of which 1,024 own")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)

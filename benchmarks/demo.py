@@ -41,13 +41,16 @@ def tasks_of(name: str, source: PairSource) -> tuple[int, dict[str, Callable[[],
     def load() -> None:
         batch[0] = next(built.loader)
 
-    return recipe.train.batch, {f"{name}: load": load, f"{name}: train": lambda: training_step(built.step, batch[0])}
+    return recipe.train.batch_size, {
+        f"{name}: load": load,
+        f"{name}: train": lambda: training_step(built.step, batch[0]),
+    }
 
 
 def measure(repeats: int) -> list[dict[str, object]]:
     """Load and train take turns, and the recipes too: clip, declip, clip, declip …; then a run of each.
 
-    Loading is reading, cropping and tokenising; the views' colours are done on the batch and belong to the step.
+    Loading is reading, cropping and tokenising; the views' colors are done on the batch and belong to the step.
     """
     source, batches = open_pairs(), {}
     tasks: dict[str, Callable[[], object]] = {}
@@ -89,4 +92,4 @@ def in_a_run(name: str, workers: int) -> dict[str, object]:
     more = {"steps": len(steps), "threads": torch.get_num_threads(), "seconds_a_step": round(median(steps), 4)}
     share = round(sum(waits) / sum(steps), 3)
     what = f"recipe {name}, a run, {workers} loading processes"
-    return row("demo", what, sum(steps), len(steps) * recipe.train.batch, "pairs", loading_share=share, **more)
+    return row("demo", what, sum(steps), len(steps) * recipe.train.batch_size, "pairs", loading_share=share, **more)

@@ -1,7 +1,7 @@
 """How cost grows: a step of demo-size DeCLIP by batch, text length, image size and queue; a table's opening by rows.
 
     python benchmarks/growth.py                                   a short run, a few minutes
-    python benchmarks/growth.py --batch 32 64 128 256 512 1024 --text 8 16 32 48 77 --image 32 48 64 96 128 \\
+    python benchmarks/growth.py --batch-size 32 64 128 256 512 1024 --text 8 16 32 48 77 --image 32 48 64 96 128 \\
         --queue 1024 4096 16384 65536 262144 --rows 1e3 1e4 1e5 1e6 1e7 --repeats 5 --out benchmarks/results/growth
 
 Every point is a process of its own, so that its memory is its own: the largest resident size (VmHWM) less what was
@@ -42,7 +42,12 @@ from timing import row, time_turns
 
 SHORT = {"batch": [32, 64, 128], "text": [16, 32, 64], "image": [32, 48, 64], "queue": [1024, 4096, 16384]}
 SHORT_ROWS = [1e3, 1e4, 1e5]
-KEYS = {"batch": "train.batch", "text": "text.context", "image": "image.size", "queue": "nearest_neighbour.queue_size"}
+KEYS = {
+    "batch": "train.batch_size",
+    "text": "text.context_length",
+    "image": "image.size",
+    "queue": "nearest_neighbor.queue_size",
+}
 """What the step is varied by, and the recipe's key for it."""
 
 KINDS = ("jsonl", "csv", "parquet")
@@ -174,7 +179,7 @@ def chunks(rows: int) -> Iterator[pa.Table]:
 
 
 def exponents(rows: Sequence[dict[str, Any]], key: str) -> list[float | None]:
-    """Between neighbouring points, the power of the size that the cost grows with: 1 is in proportion."""
+    """Between neighboring points, the power of the size that the cost grows with: 1 is in proportion."""
     found: list[float | None] = []
     for a, b in pairwise(rows):
         known = a[key] > 0 and b[key] > 0
@@ -220,9 +225,9 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         figure.savefig(folder / "growth-tables.png", dpi=130)
 
 
-def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, colour: str, marker: str = "o") -> None:
+def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, color: str, marker: str = "o") -> None:
     axes.loglog(
-        [found["value"] for found in rows], [found[key] for found in rows], color=colour, marker=marker, label=label
+        [found["value"] for found in rows], [found[key] for found in rows], color=color, marker=marker, label=label
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)

@@ -1,7 +1,7 @@
 """What each recipe key that changes no result, or hardly any, does to the speed of a step.
 
     python benchmarks/keys.py --repeats 5 --json keys.json
-    python benchmarks/keys.py --recipe clip --only train.compile=true,train.length_groups=4
+    python benchmarks/keys.py --recipe clip --only train.compile=true,train.length_buckets=4
 
 For each key two trainers of a demo-size recipe, with the key and without it, take turns of some steps, loading
 included (A B A B …). The numbers are medians of the turns; nothing is asserted about them.
@@ -39,12 +39,12 @@ KEYS = {
     "train.channels_last=false": (CONV,),
     "train.keep_memory=false": (CONV, VIT),
     "train.freeze_garbage=false": (CONV,),
-    "train.length_groups=4": (CONV, VIT),
-    "image.joint_views=true": (CONV,),
+    "train.length_buckets=4": (CONV, VIT),
+    "image.shared_bn_views=true": (CONV,),
     "data.workers=1": (CONV, VIT),
-    "train.recompute_activations=true": (VIT,),
-    "train.chunk=32": (VIT,),
-    "nearest_neighbour.lookup=bf16": (CONV,),
+    "train.grad_checkpointing=true": (VIT,),
+    "train.grad_cache_chunk=32": (VIT,),
+    "nearest_neighbor.lookup=bf16": (CONV,),
     "train.compile=true": (CONV, VIT),
 }
 """Keys, each against the demo recipes' own value, and the image towers on which it is looked at."""
@@ -63,7 +63,7 @@ def turn(trainer: Trainer) -> float:
 
 def compare(recipe: str, key: str, tower: str, repeats: int) -> dict[str, Any]:
     """A key against the recipe without it."""
-    common = {**NOTHING_ELSE, "image.name": tower, "data.workers": 0}
+    common = {**NOTHING_ELSE, "image.model": tower, "data.workers": 0}
     with TemporaryDirectory() as folder:
         trainers = {
             name: Trainer(load_recipe(recipe, common | more), Path(folder) / name, quiet=True)

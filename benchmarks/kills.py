@@ -3,7 +3,7 @@
     python benchmarks/kills.py --kills 50 --seed 0 --out benchmarks/results/kills.json
 
 Every kill picks a recipe, one or two processes, zero or one loader process, a moment (before or after a call of the
-functions below) and a step. The killed run is started again until it ends; weights, optimiser, queue, generators,
+functions below) and a step. The killed run is started again until it ends; weights, optimizer, queue, generators,
 metrics and the order of pairs must then equal the whole run's to the last bit.
 """
 
@@ -39,10 +39,10 @@ from declip.training.trainer import Trainer
 RECIPES = ("clip", "slip", "filip", "declip", "defilip", "declip-small", "declip-paper")
 STEPS = 24
 SMALL = {
-    "train.steps": STEPS, "train.batch": 16, "train.checkpoint_every": 5, "train.log_every": 2, "train.keep": 2,
-    "train.evaluate_every": 0, "train.warmup_steps": 4, "train.threads": 1, "train.patience": 120, "data.pairs": 100,
-    "image.name": "declip_vit_tiny", "image.options": {"depth": 1, "embed_dim": 64}, "text.width": 32,
-    "text.merges": 300, "text.heads": 2, "embed_dim": 32, "nearest_neighbour.queue_size": 64,
+    "train.steps": STEPS, "train.batch_size": 16, "train.checkpoint_every": 5, "train.log_every": 2, "train.keep_checkpoints": 2,
+    "train.evaluate_every": 0, "train.warmup_steps": 4, "train.threads": 1, "train.rank_timeout": 120, "data.max_pairs": 100,
+    "image.model": "declip_vit_tiny", "image.model_kwargs": {"depth": 1, "embed_dim": 64}, "text.width": 32,
+    "text.bpe_merges": 300, "text.heads": 2, "embed_dim": 32, "nearest_neighbor.queue_size": 64,
     "evaluation.zero_shot": [], "evaluation.retrieval": [], "evaluation.final_zero_shot": [],
     "evaluation.final_retrieval": [],
 }  # fmt: skip
@@ -51,7 +51,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "data": (Assembler, "__getitem__"),
     "forward": (Objective, "forward"),
     "backward": (torch.Tensor, "backward"),
-    "optimiser": (torch.optim.AdamW, "step"),
+    "optimizer": (torch.optim.AdamW, "step"),
     "logging": (monitor, "_append"),
     "flushing the log": (monitor.Monitor, "flush"),
     "taking the state": (trainer, "capture"),
@@ -154,7 +154,7 @@ def main() -> None:
             if (name, ranks) not in whole:
                 whole[name, ranks] = Path(place) / f"{name}-{ranks}"
                 assert start(ranks, recipe, whole[name, ranks]) == [0] * ranks
-            calls = STEPS - 2 if moment in ("data", "forward", "backward", "optimiser") else 4
+            calls = STEPS - 2 if moment in ("data", "forward", "backward", "optimizer") else 4
             kill = {
                 "moment": moment, "call": choose.randint(1, calls), "before": choose.random() < 0.5,
                 "rank": choose.randrange(ranks) if calls > 4 else 0,

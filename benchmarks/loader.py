@@ -46,7 +46,7 @@ SCENES = (
 )
 
 
-DEVICE, WHOLE, CPU = "declip, colours left to the device", "the same, whole pictures decoded", "declip, all on the CPU"
+DEVICE, WHOLE, CPU = "declip, colors left to the device", "the same, whole pictures decoded", "declip, all on the CPU"
 FAST = (DEVICE, WHOLE, CPU)
 """What uses simplejpeg where it is installed."""
 
@@ -63,7 +63,7 @@ class Files:
     def __getitem__(self, index: int) -> Pair:
         return Pair(str(index), decode(self.files[index], str(index)), self.captions(index))
 
-    def undecoded(self, index: int) -> UndecodedPair:
+    def read_lazy(self, index: int) -> UndecodedPair:
         """As sources of files do it."""
         return UndecodedPair(str(index), open_picture(self.files[index], str(index)), self.captions(index))
 
@@ -111,11 +111,11 @@ def torchvision_view(size: int) -> transforms.Compose:
     tower, view = ImageTower(), ImageView()
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, view.crop_area),
-            transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_p),
-            transforms.RandomGrayscale(view.grey_p),
-            transforms.RandomApply([Blur()], view.blur_p),
-            transforms.RandomHorizontalFlip(view.flip_p),
+            transforms.RandomResizedCrop(size, view.scale),
+            transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.color_jitter_prob),
+            transforms.RandomGrayscale(view.grayscale_prob),
+            transforms.RandomApply([Blur()], view.blur_prob),
+            transforms.RandomHorizontalFlip(view.hflip_prob),
             transforms.ToTensor(),
             transforms.Normalize(tower.mean, tower.std),
         ]

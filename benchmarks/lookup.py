@@ -1,11 +1,11 @@
-"""Nearest neighbours of a batch's captions in the queue, in float32 and bfloat16, against lightly's memory bank.
+"""Nearest neighbors of a batch's captions in the queue, in float32 and bfloat16, against lightly's memory bank.
 
     pip install lightly --no-deps
-    python benchmarks/lookup.py --batch 128 512 --json lookup.json
+    python benchmarks/lookup.py --batch-size 128 512 --json lookup.json
 
 DeCLIP's step looks up two text views. Ours makes one product of both. The authors' step makes three of one view each
 (both views, and the first again while it is written); that is measured with our queue, and with lightly's
-`NNMemoryBankModule`, which like theirs copies and normalises the bank at each call. All take turns within one process;
+`NNMemoryBankModule`, which like theirs copies and normalizes the bank at each call. All take turns within one process;
 the numbers are medians, and without lightly its rows are a note. The last line is JSON.
 """
 
@@ -53,7 +53,7 @@ def compare(batch: int, size: int, width: int, repeats: int) -> list[dict[str, o
     else:
         bank = NNMemoryBankModule(size=(size, width))
         bank.bank.copy_(queue.features)
-        assert (bank(both) == best).all(1).float().mean() > 0.99, "other neighbours"
+        assert (bank(both) == best).all(1).float().mean() > 0.99, "other neighbors"
         tasks |= {PEER: lambda: bank(both), PEER_THREE: lambda: [bank(each) for each in thrice]}
     seconds = take_turns(repeats, tasks)
     rows: list[dict[str, object]] = []
@@ -65,7 +65,7 @@ def compare(batch: int, size: int, width: int, repeats: int) -> list[dict[str, o
         if name in (PEER, PEER_THREE):
             rows[-1]["version"] = version("lightly")
     cosines = [(both * each).sum(1) for each in (best, half)]
-    rows[1]["same_neighbour"] = round(float((best == half).all(1).float().mean()), 4)
+    rows[1]["same_neighbor"] = round(float((best == half).all(1).float().mean()), 4)
     rows[1]["largest_loss_of_cosine"] = float((cosines[0] - cosines[1]).max())
     return rows + notes
 
@@ -78,7 +78,7 @@ def measure(repeats: int) -> list[dict[str, object]]:
 def main() -> None:
     """Measure, show a table, and print the JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[128, 512], help="pairs, of two captions each")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[128, 512], help="pairs, of two captions each")
     parser.add_argument("--size", type=int, default=SIZE, help="of the queue")
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--threads", type=int, default=1)

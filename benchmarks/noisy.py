@@ -1,6 +1,6 @@
 """The built-in emoji as a tar shard in which a share of the pairs has the words of another pair.
 
-python benchmarks/noisy.py --share 0.4 --out runs/noisy.tar
+python benchmarks/noisy.py --alpha 0.4 --out runs/noisy.tar
 declip compare clip declip-small data.source=runs/noisy.tar --pairs 5600 --seeds 3 …
 """
 
@@ -19,7 +19,7 @@ from declip.data.sources.open import open_source
 def main() -> None:
     """Write the shard."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--alpha", type=float, default=0.4)
     parser.add_argument("--source", default="builtin:emoji")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

@@ -16,7 +16,7 @@ CONTEXT = 77
 
 
 class Shapes:
-    """Coloured shapes of the emoji's size, 96 x 96 pixels, each with a caption of the usual length."""
+    """Colored shapes of the emoji's size, 96 x 96 pixels, each with a caption of the usual length."""
 
     name = "drawn shapes"
 
@@ -24,17 +24,17 @@ class Shapes:
         return 4096
 
     def __getitem__(self, index: int) -> Pair:
-        colour, shape = COLOURS[index % 8], SHAPES[index // 8 % 4]
+        color, shape = COLOURS[index % 8], SHAPES[index // 8 % 4]
         image = Image.new("RGB", (96, 96), "white")
         pen, edge = ImageDraw.Draw(image), 8 + index % 24
         box = (edge, edge, 96 - edge, 96 - edge)
         if shape == "square":
-            pen.rectangle(box, fill=colour)
+            pen.rectangle(box, fill=color)
         elif shape == "cross":
-            pen.line((edge, edge, 96 - edge, 96 - edge), colour, 9)
-            pen.line((edge, 96 - edge, 96 - edge, edge), colour, 9)
+            pen.line((edge, edge, 96 - edge, 96 - edge), color, 9)
+            pen.line((edge, 96 - edge, 96 - edge, edge), color, 9)
         else:
-            pen.ellipse(box, fill=colour if shape == "circle" else None, outline=colour, width=9)
+            pen.ellipse(box, fill=color if shape == "circle" else None, outline=color, width=9)
         return Pair(f"shape {index}", image, self.captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:

@@ -36,5 +36,5 @@ def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
         objective.queue.fill(torch.randn(objective.queue.size, recipe.embed_dim, device=device))
     learner, views, train = Learner(model, objective).train(), image_views(recipe), recipe.train
     optimizer = build_optimizer(named_trainable(model, objective), train)
-    step = StepParts(learner, optimizer, views, None, train.clip_norm, train.precision)
+    step = StepParts(learner, optimizer, views, None, train.grad_clip_norm, train.precision)
     return Built(model, objective, step, build_loader(recipe, source, model, views))

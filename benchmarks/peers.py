@@ -20,7 +20,7 @@ class Side:
 
     Attributes:
         step: Forward, loss, backward, update; gradients are set to none at its beginning.
-        update: The optimiser's part alone, with the last step's gradients.
+        update: The optimizer's part alone, with the last step's gradients.
         parameters: How many numbers, by part; "learned" is those with a gradient.
         text_length: Tokens a caption.
         views: Finishing the image views on the device alone, where the step does it.
@@ -57,12 +57,12 @@ def count(*modules: nn.Module, learned: bool = False) -> int:
 
 
 def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str]) -> Side:
-    """open_clip's step as its trainer takes it without accumulation: 77 tokens, images normalised by its loader.
+    """open_clip's step as its trainer takes it without accumulation: 77 tokens, images normalized by its loader.
 
     Args:
         name: open_clip's name of the model.
         shape: Sizes, device and precision.
-        images: (B, 3, H, W) float, normalised.
+        images: (B, 3, H, W) float, normalized.
         captions: B texts; its own tokenizer makes the ids.
     """
     import open_clip

@@ -30,21 +30,21 @@ from timing import row, take_turns
 
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 MOST_ITERATIONS = 5000
-OURS, PEER, CENTRED_PEER = "declip", "scikit-learn", "scikit-learn, features centred first"
+OURS, PEER, CENTRED_PEER = "declip", "scikit-learn", "scikit-learn, features centerd first"
 
 
 def make_features(rows: int, width: int, classes: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Classes as clouds in a space whose directions shrink as those of a network's features do, off the origin.
 
     The k-th direction's deviation is k ** -0.7, rotated at random; `noise` is the clouds' width over the distance
-    of their centres.
+    of their centers.
     """
     generator = torch.Generator().manual_seed(0)
     spread = torch.arange(1, width + 1).float() ** -0.7
     turn, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
     labels = torch.randint(classes, (rows,), generator=generator)
-    centres = torch.randn(classes, width, generator=generator) * spread
-    clouds = centres[labels] + noise * torch.randn(rows, width, generator=generator) * spread
+    centers = torch.randn(classes, width, generator=generator) * spread
+    clouds = centers[labels] + noise * torch.randn(rows, width, generator=generator) * spread
     return clouds @ turn + 0.5 * torch.randn(width, generator=generator), labels
 
 
@@ -70,7 +70,7 @@ def theirs(features: torch.Tensor, labels: torch.Tensor, C: float, tolerance: fl
     return Classifier(weight.double(), bias.double(), present, C, 0.0, int(model.n_iter_[0]), True)
 
 
-def theirs_centred(features: torch.Tensor, labels: torch.Tensor, C: float, tolerance: float) -> Classifier:
+def theirs_centerd(features: torch.Tensor, labels: torch.Tensor, C: float, tolerance: float) -> Classifier:
     """The same after subtracting the mean, which the bias takes back."""
     mean = features.mean(0)
     found = theirs(features - mean, labels, C, tolerance)
@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
             more |= {key: reached[name][key] for key in ("tolerance", "iterations")}
             rows.append(_row(name, seconds, options.rows, **more))
     if len(options.C) > 1:
-        paths = {OURS: our_path, PEER: their_path, CENTRED_PEER: partial(their_path, centred=True)}
+        paths = {OURS: our_path, PEER: their_path, CENTRED_PEER: partial(their_path, centerd=True)}
         tasks = {name: partial(path, features, labels, tolerances[name]) for name, path in paths.items()}
         seconds = take_turns(options.repeats, tasks)
         rows += [_row(name, seconds, options.rows, C="all") for name in SOLVERS]
@@ -124,10 +124,10 @@ def our_path(features: torch.Tensor, labels: torch.Tensor, tolerances: dict[floa
 
 
 def their_path(
-    features: torch.Tensor, labels: torch.Tensor, tolerances: dict[float, float], centred: bool = False
+    features: torch.Tensor, labels: torch.Tensor, tolerances: dict[float, float], centerd: bool = False
 ) -> None:
     """scikit-learn's warm start: each fit starts from the one before."""
-    array = (features - features.mean(0) if centred else features).numpy()
+    array = (features - features.mean(0) if centerd else features).numpy()
     model = LogisticRegression(max_iter=MOST_ITERATIONS, warm_start=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -135,7 +135,7 @@ def their_path(
             model.set_params(C=C, tol=tolerance).fit(array, labels.numpy())
 
 
-SOLVERS = {OURS: ours, PEER: theirs, CENTRED_PEER: theirs_centred}
+SOLVERS = {OURS: ours, PEER: theirs, CENTRED_PEER: theirs_centerd}
 
 
 def _row(name: str, seconds: dict[str, float], count: int, **more: object) -> dict[str, object]:

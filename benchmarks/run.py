@@ -22,7 +22,7 @@ PARTS = {
     "views": "two augmented views of an image",
     "text": "tokenising and EDA",
     "loader": "batches from files",
-    "lookup": "the nearest neighbour among past texts",
+    "lookup": "the nearest neighbor among past texts",
     "contrast": "the contrastive loss",
     "step": "a full-size training step, on 4 pairs",
     "demo": "a demo-size training step with its loading",

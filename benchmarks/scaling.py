@@ -42,18 +42,20 @@ def sizes(recipe: Recipe) -> tuple[int, int]:
         objective = Objective.for_model(recipe, model)
     parameters = sum(p.numel() for m in (model, objective) for p in m.parameters() if p.requires_grad)
     row = (recipe.image_view_count + recipe.text_view_count) * recipe.embed_dim + 2
-    row += 2 * recipe.text_view_count if recipe.weights.nearest_neighbour else 0
+    row += 2 * recipe.text_view_count if recipe.loss_weights.nearest_neighbor else 0
     row += 1 if recipe.masks else 0
-    row += 2 * recipe.simclr.out if recipe.weights.simclr else 0
+    row += 2 * recipe.simclr.out if recipe.loss_weights.simclr else 0
     return parameters, row
 
 
 def matrices(recipe: Recipe) -> int:
     """Logit matrices of own rows against all ranks' rows."""
-    weights = recipe.weights
-    both_ways = 2 if recipe.nearest_neighbour.symmetric else 1
+    weights = recipe.loss_weights
+    both_ways = 2 if recipe.nearest_neighbor.symmetric else 1
     return (
-        2 * (weights.contrastive > 0) + 6 * (weights.multi_view > 0) + 4 * both_ways * (weights.nearest_neighbour > 0)
+        2 * (loss_weights.contrastive > 0)
+        + 6 * (loss_weights.multi_view > 0)
+        + 4 * both_ways * (loss_weights.nearest_neighbor > 0)
     )
 
 
@@ -67,8 +69,8 @@ def step_model(name: str, ranks: int, local: int) -> dict[str, float | str | int
     towers = 3 * FORWARD[name] * local
     contrast = 3 * 2 * matrices(recipe) * local * all_pairs * d
     queue = (
-        2 * recipe.text_view_count * local * recipe.nearest_neighbour.queue_size * d
-        if recipe.weights.nearest_neighbour
+        2 * recipe.text_view_count * local * recipe.nearest_neighbor.queue_size * d
+        if recipe.loss_weights.nearest_neighbor
         else 0
     )
     return {
@@ -112,7 +114,7 @@ def measured(rank: int, ranks: int, folder: str, name: str, local: int) -> None:
 
     distributed._all_gather = counted("gather", distributed._all_gather)
     distributed._reduce_scatter = counted("scatter", distributed._reduce_scatter)
-    recipe = load_recipe(name, {**SMALL, "train.batch": local * ranks})
+    recipe = load_recipe(name, {**SMALL, "train.batch_size": local * ranks})
     trainer = Trainer(recipe, Path(folder) / f"{name}-{ranks}", quiet=True)
     seconds: list[float] = []
     meet = trainer.council.meet

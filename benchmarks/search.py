@@ -3,14 +3,14 @@
     pip install faiss-cpu; pip install sentence-transformers --no-deps
     python benchmarks/search.py --sizes 10000 100000 1000000 --json search.json
 
-The vectors lie around a thousand centres, as those of pictures do; queries are drawn likewise. Ours reads an index as
+The vectors lie around a thousand centers, as those of pictures do; queries are drawn likewise. Ours reads an index as
 `declip embed` writes it, mapped from the disk; the others hold float32 in memory. Peers:
 
 - faiss's `IndexFlatIP`, exact, and an inverted file `IVF…,Flat`, both of which clip-retrieval uses through autofaiss
   (which brings pandas, fsspec and more along, so faiss is called directly). The inverted file probes the fewest lists,
   a power of two, with which its recall@10 reaches 0.99, as ours does; it is tuned on the queries that are timed, ours
   on others.
-- sentence-transformers' `util.semantic_search`, with `dot_score`: its default would normalise all vectors at each call.
+- sentence-transformers' `util.semantic_search`, with `dot_score`: its default would normalize all vectors at each call.
 
 All take turns within one process; the numbers are medians, and recall is that of the ten nearest against a product in
 float32. Without a peer's package its rows are a note. The last line is JSON.
@@ -48,11 +48,11 @@ SENTENCE_MISSING = "sentence-transformers can't be imported (pip install sentenc
 
 
 def vectors_of(count: int, width: int, seed: int) -> Tensor:
-    """(count, width) float32 of length 1, around centres that are the same for every seed."""
-    centres = torch.randn(CENTRES, width, generator=torch.Generator().manual_seed(0))
+    """(count, width) float32 of length 1, around centers that are the same for every seed."""
+    centers = torch.randn(CENTRES, width, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(CENTRES, (count,), generator=generator)
-    return F.normalize(centres[chosen].add_(torch.randn(count, width, generator=generator), alpha=0.7), dim=-1)
+    return F.normalize(centers[chosen].add_(torch.randn(count, width, generator=generator), alpha=0.7), dim=-1)
 
 
 def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
@@ -159,7 +159,7 @@ def main() -> None:
     """Measure, show a table, and print the JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="vectors")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="queries at once")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 64], help="queries at once")
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7, help="turns of each (default 7)")

@@ -1,9 +1,9 @@
 """A whole training step at full size beside open_clip's, and x-clip's with --x-clip; the batch is on the device.
 
-    python benchmarks/step.py --image ViT-B-32 --batch 32 --repeats 5 --precision fp32 --json
+    python benchmarks/step.py --image ViT-B-32 --batch-size 32 --repeats 5 --precision fp32 --json
 
 A step is forward, loss, backward, AdamW and setting the gradients to none. Ours is `training_step` with the recipes
-`clip-yfcc15m-*` and `declip-yfcc15m-*` on the loader's uint8 views, whose colours are finished on the device within
+`clip-yfcc15m-*` and `declip-yfcc15m-*` on the loader's uint8 views, whose colors are finished on the device within
 the step; open_clip gets images that are finished, as its loader makes them, and pads captions to 77 tokens. All take
 turns in one process (A B A B …); the numbers are medians. They hold for the machine, its load and the threads printed
 beside them. With --json the last line is one JSON object.
@@ -116,16 +116,16 @@ def recipe_of(arm: str, name: str, shape: Shape, batch: int) -> Recipe:
     """The shipped recipe with the towers of the shape."""
     text, vision, convolutional = shape.config["text_cfg"], shape.config["vision_cfg"], name.startswith("RN")
     keys = {
-        "image.name": TOWERS[name], "image.size": vision["image_size"], "embed_dim": shape.config["embed_dim"],
+        "image.model": TOWERS[name], "image.size": vision["image_size"], "embed_dim": shape.config["embed_dim"],
         "text.width": text["width"], "text.layers": text["layers"], "text.heads": text["heads"],
-        "train.batch": batch, "train.precision": shape.precision, "train.lr_start": LEARNING_RATE, "data.workers": 0,
+        "train.batch_size": batch, "train.precision": shape.precision, "train.warmup_lr": LEARNING_RATE, "data.workers": 0,
     }  # fmt: skip
     if shape.tiny:
         width, patch = vision["width"], vision["patch_size"]
         blocks = {"patch_size": patch, "embed_dim": width, "depth": 2, "num_heads": width // 64}
-        keys["image.options"] = {"depths": vision["layers"]} if convolutional else blocks
+        keys["image.model_kwargs"] = {"depths": vision["layers"]} if convolutional else blocks
     if convolutional:
-        keys["image.freeze_patch_projection"] = False
+        keys["image.freeze_patch_embed"] = False
     return load_recipe(f"{arm}-yfcc15m-vitb32", keys)
 
 
@@ -144,7 +144,7 @@ def our_side(arm: str, setting: Setting) -> Side:
     built, batch = build(setting.recipes[arm], setting.source, setting.shape.device), setting.batches[arm]
     recipe, on_cpu = setting.recipes[arm], setting.shape.device.type == "cpu"
     if setting.shape.compiled:
-        compile_towers(recipe, built.model, recipe.train.batch)
+        compile_towers(recipe, built.model, recipe.train.batch_size)
     parameters = {
         "model": count(built.model),
         "heads": count(built.objective),
@@ -317,7 +317,7 @@ def described_captions(kind: str, setting: Setting) -> dict[str, Any]:
 
 def measure(repeats: int) -> list[dict[str, object]]:
     """ViT-B/32 on 4 pairs, where AdamW is most of the time: for `run.py`."""
-    options = parser().parse_args(["--batch", "4", "--repeats", str(repeats)])
+    options = parser().parse_args(["--batch-size", "4", "--repeats", str(repeats)])
     try:
         result = compare(options)
     except ImportError as error:
@@ -357,7 +357,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--image", default="ViT-B-32", help=f"{', '.join(TOWERS)}, or timm's name (default ViT-B-32)")
-    found.add_argument("--batch", type=int, default=32, help="pairs, 2 or more (default 32)")
+    found.add_argument("--batch-size", type=int, default=32, help="pairs, 2 or more (default 32)")
     found.add_argument("--repeats", type=int, default=3, help="turns of each, 1 or more (default 3)")
     found.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, on all sides")
     found.add_argument("--threads", type=int, help="default: torch's own number")

@@ -1,4 +1,4 @@
-"""The two MoCo v2 views of a batch: `ImageViews`, whose colours are done on the batch, against torchvision on each."""
+"""The two MoCo v2 views of a batch: `ImageViews`, whose colors are done on the batch, against torchvision on each."""
 
 import numpy as np
 import torch
@@ -23,11 +23,11 @@ def peer(size: int, view: ImageView, kernel: int) -> transforms.Compose:
     tower = ImageTower()
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, view.crop_area, view.crop_ratio, transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(view.flip_p),
-            transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_p),
-            transforms.RandomGrayscale(view.grey_p),
-            transforms.RandomApply([transforms.GaussianBlur(kernel, view.blur_sigma)], view.blur_p),
+            transforms.RandomResizedCrop(size, view.scale, view.ratio, transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(view.hflip_prob),
+            transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.color_jitter_prob),
+            transforms.RandomGrayscale(view.grayscale_prob),
+            transforms.RandomApply([transforms.GaussianBlur(kernel, view.blur_sigma)], view.blur_prob),
             transforms.ToTensor(),
             transforms.Normalize(tower.mean, tower.std),
         ]

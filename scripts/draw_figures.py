@@ -1,6 +1,6 @@
 """Draw the pictures of the method pages and of CONTRIBUTING.md: `python scripts/draw_figures.py` writes docs/figures/.
 
-Lines and letters have the colour of the text around them, so that a drawing fits light and dark pages; it is 400 wide,
+Lines and letters have the color of the text around them, so that a drawing fits light and dark pages; it is 400 wide,
 so that a phone shows its letters at nearly their size.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 WIDTH = 400
 STYLE = "svg{color:#222}@media (prefers-color-scheme:dark){svg{color:#ddd}}"
-"""For the file shown by itself, as on GitHub; in the site a drawing stands in the page and takes its colour."""
+"""For the file shown by itself, as on GitHub; in the site a drawing stands in the page and takes its color."""
 
 IMAGE, TEXT, TERM, PLAIN = "#3b7dd8", "#d9822b", "#2e9e5b", "#888888"
 
@@ -33,29 +33,29 @@ def drawing(height: int, title: str, *parts: Part | Iterable[Part]) -> str:
     )
 
 
-def words(x: float, y: float, text: str, size: int = 13, anchor: str = "middle", colour: str = "currentColor") -> Part:
+def words(x: float, y: float, text: str, size: int = 13, anchor: str = "middle", color: str = "currentColor") -> Part:
     """A line of text, its middle (or its start) at x, its base line at y."""
-    return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'
+    return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{escape(text)}</text>'
 
 
-def box(x: float, y: float, width: float, height: float, lines: str, colour: str = PLAIN, dashed: bool = False) -> Part:
+def box(x: float, y: float, width: float, height: float, lines: str, color: str = PLAIN, dashed: bool = False) -> Part:
     """A tinted box with lines of text in its middle."""
     rows = lines.split("\n")
     top = y + height / 2 - 8 * (len(rows) - 1) + 4.5
     inside = "".join(words(x + width / 2, top + 16 * number, row) for number, row in enumerate(rows))
     dash = ' stroke-dasharray="4 3"' if dashed else ""
     return (
-        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{colour}" fill-opacity=".18" '
-        f'stroke="{colour}"{dash}/>{inside}'
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{color}" fill-opacity=".18" '
+        f'stroke="{color}"{dash}/>{inside}'
     )
 
 
-def arrow(*points: tuple[float, float], dashed: bool = False, both: bool = False, colour: str = "currentColor") -> Part:
+def arrow(*points: tuple[float, float], dashed: bool = False, both: bool = False, color: str = "currentColor") -> Part:
     """A line through points, with a tip at its end, or at both."""
     path = "M" + " ".join(f"{x} {y}" for x, y in points)
     dash = ' stroke-dasharray="4 3"' if dashed else ""
     start = ' marker-start="url(#tip)"' if both else ""
-    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.3"{dash}{start} marker-end="url(#tip)"/>'
+    return f'<path d="{path}" fill="none" stroke="{color}" stroke-width="1.3"{dash}{start} marker-end="url(#tip)"/>'
 
 
 def matrix(x: float, y: float, rows: int, columns: int, cell: float, dark: Callable[[int, int], bool]) -> list[Part]:
@@ -86,9 +86,9 @@ def clip() -> str:
         box(230, 66, 140, 34, "text tower", TEXT),
         arrow((100, 100), (100, 170), (126, 170)),
         arrow((300, 100), (300, 120), (200, 120), (200, 142)),
-        words(62, 150, "F", 15, colour=IMAGE),
+        words(62, 150, "F", 15, color=IMAGE),
         words(62, 166, "length 1", 11),
-        words(326, 122, "G", 15, colour=TEXT),
+        words(326, 122, "G", 15, color=TEXT),
         words(326, 138, "length 1", 11),
         matrix(130, 146, 5, 5, 28, diagonal),
         words(200, 304, "s · F Gᵀ: in each row and in each column"),
@@ -140,8 +140,8 @@ def filip() -> str:
         box(270, 8, 110, 30, "caption", TEXT),
         arrow((75, 38), (75, 60)),
         arrow((325, 38), (325, 60)),
-        words(75, 76, "patches", 12, colour=IMAGE),
-        words(325, 76, "words", 12, colour=TEXT),
+        words(75, 76, "patches", 12, color=IMAGE),
+        words(325, 76, "words", 12, color=TEXT),
         [
             f'<rect x="{45 + 20 * (n % 3)}" y="{86 + 20 * (n // 3)}" width="20" height="20" fill="{IMAGE}" '
             f'fill-opacity="{0.12 + 0.07 * (n % 4)}" stroke="currentColor" stroke-width=".6"/>'
@@ -182,16 +182,16 @@ def declip() -> str:
         box(235, 132, 70, 30, "G₁", TEXT),
         box(315, 132, 70, 30, "G₂", TEXT),
         words(200, 115, "towers", 11),
-        arrow((50, 162), (50, 182), (270, 182), (270, 164), both=True, colour=TERM),
-        words(205, 178, "contrastive", 12, colour=TERM),
-        arrow((130, 162), (130, 204), (282, 204), (282, 164), both=True, dashed=True, colour=TERM),
-        arrow((60, 162), (60, 220), (344, 220), (344, 164), both=True, dashed=True, colour=TERM),
-        arrow((140, 162), (140, 236), (356, 236), (356, 164), both=True, dashed=True, colour=TERM),
-        words(205, 252, "multi_view: the three other pairings", 12, colour=TERM),
+        arrow((50, 162), (50, 182), (270, 182), (270, 164), both=True, color=TERM),
+        words(205, 178, "contrastive", 12, color=TERM),
+        arrow((130, 162), (130, 204), (282, 204), (282, 164), both=True, dashed=True, color=TERM),
+        arrow((60, 162), (60, 220), (344, 220), (344, 164), both=True, dashed=True, color=TERM),
+        arrow((140, 162), (140, 236), (356, 236), (356, 164), both=True, dashed=True, color=TERM),
+        words(205, 252, "multi_view: the three other pairings", 12, color=TERM),
         box(15, 268, 120, 46, "simsiam\nF₁ ↔ F₂", TERM),
         box(265, 268, 120, 46, "masked_\nlanguage of G₁", TERM),
         box(145, 330, 110, 46, "queue of past\ncaptions", TEXT, dashed=True),
-        box(265, 330, 120, 46, "nearest_\nneighbour", TERM),
+        box(265, 330, 120, 46, "nearest_\nneighbor", TERM),
         words(75, 348, "weights:", 11),
         words(75, 364, "0.1 0.3 0.2 0.2 0.2", 11),
         arrow((255, 353), (263, 353)),
@@ -213,8 +213,8 @@ def defilip() -> str:
         arrow((340, 90), (340, 128)),
         arrow((140, 90), (140, 108), (200, 108), (200, 128)),
         arrow((260, 90), (260, 108), (202, 108)),
-        words(60, 146, "features", 12, colour=IMAGE),
-        words(340, 146, "features", 12, colour=TEXT),
+        words(60, 146, "features", 12, color=IMAGE),
+        words(340, 146, "features", 12, color=TEXT),
         words(200, 146, "patches, words", 12),
         arrow((60, 152), (60, 172)),
         arrow((340, 152), (340, 162), (90, 162), (90, 172)),
@@ -234,17 +234,17 @@ def way() -> str:
         ("towers", "models/dual_encoder.py", "TowerOutputs", IMAGE),
         ("features", "models/heads.py, objective.py: read", "Features", TEXT),
         ("terms", "supervision/*.py", "scalars, and their total", TERM),
-        ("step", "training/step.py", "gradient, optimiser", TERM),
+        ("step", "training/step.py", "gradient, optimizer", TERM),
         ("checkpoint", "runs/checkpoint.py", "step-… in the run folder", PLAIN),
         ("evaluation", "evaluation/protocols.py", "report.html", PLAIN),
         ("use", "explore/, interchange/", "search, export", PLAIN),
     )
     parts: list[Part] = []
-    for number, (name, where, what, colour) in enumerate(steps):
+    for number, (name, where, what, color) in enumerate(steps):
         y = 8 + 44 * number
-        parts.append(box(8, y, 92, 30, name, colour))
+        parts.append(box(8, y, 92, 30, name, color))
         parts.append(words(110, y + 12, where, 12, "start"))
-        parts.append(words(110, y + 27, what, 11, "start", colour if colour != PLAIN else "currentColor"))
+        parts.append(words(110, y + 27, what, 11, "start", color if color != PLAIN else "currentColor"))
         if number:
             parts.append(arrow((54, y - 14), (54, y - 1)))
     return drawing(8 + 44 * len(steps), "The way of a pair, one call an arrow, forward only", parts)

@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(content: str, page: Page, **_: Any) -> str:
-    """Formulas as MathML, drawings as part of the page so that they take its colours."""
+    """Formulas as MathML, drawings as part of the page so that they take its colors."""
     content = FORMULA.sub(_mathml, content)
     return DRAWING.sub(_inlined, content)
 

@@ -25,7 +25,7 @@ TINY = {
     "simsiam": {"hidden": 16, "out": 16, "predictor_hidden": 8},
     "simclr": {"hidden": 16, "out": 8},
     "late_interaction": {"width": 8},
-    "nearest_neighbour": {"queue_size": 32},
+    "nearest_neighbor": {"queue_size": 32},
     "train": {
         "steps": 8,
         "batch": 8,
@@ -43,27 +43,27 @@ WEIGHTS = {
     "slip": {"contrastive": 1.0, "simclr": 1.0},
     "filip": {"contrastive": 1.0, "late_interaction": 1.0},
     "declip": {
-        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2,
+        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
     },
     "defilip": {
-        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2,
+        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
         "late_interaction": 0.2,
     },
 }  # fmt: skip
 
 
-def draw(colour: str, shape: str, size: int = 40) -> Image.Image:
-    """A coloured shape on white."""
+def draw(color: str, shape: str, size: int = 40) -> Image.Image:
+    """A colored shape on white."""
     image = Image.new("RGB", (size, size), "white")
     pen, box = ImageDraw.Draw(image), (8, 8, size - 8, size - 8)
     if shape == "circle":
-        pen.ellipse(box, fill=colour)
+        pen.ellipse(box, fill=color)
     elif shape == "square":
-        pen.rectangle(box, fill=colour)
+        pen.rectangle(box, fill=color)
     elif shape == "triangle":
-        pen.polygon([(size // 2, 6), (6, size - 6), (size - 6, size - 6)], fill=colour)
+        pen.polygon([(size // 2, 6), (6, size - 6), (size - 6, size - 6)], fill=color)
     else:
-        pen.rectangle((6, size // 2 - 4, size - 6, size // 2 + 4), fill=colour)
+        pen.rectangle((6, size // 2 - 4, size - 6, size // 2 + 4), fill=color)
     return image
 
 
@@ -72,11 +72,11 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL table of 24 pictures with two captions each."""
     folder = tmp_path_factory.mktemp("shapes")
     rows = []
-    for colour in COLOURS:
+    for color in COLOURS:
         for shape in SHAPES:
-            draw(colour, shape).save(folder / f"{colour}-{shape}.png")
-            captions = [f"a {colour} {shape}", f"{shape} painted in {colour} on white paper"]
-            rows.append({"image": f"{colour}-{shape}.png", "caption": captions})
+            draw(color, shape).save(folder / f"{color}-{shape}.png")
+            captions = [f"a {color} {shape}", f"{shape} painted in {color} on white paper"]
+            rows.append({"image": f"{color}-{shape}.png", "caption": captions})
     path = folder / "shapes.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -35,7 +35,7 @@ def test_trains_evaluates_and_resumes(
     assert (out / "report.html").is_file()
     assert run([*words, "--resume", "--quiet"], monkeypatch) == 0, "a finished run is shown again"
 
-    assert run(["evaluate", str(out), "--on", str(table), "--protocol", "retrieval", "--json",
+    assert run(["evaluate", str(out), "--dataset", str(table), "--task", "retrieval", "--json",
                 str(tmp_path / "result.json")], monkeypatch) == 0  # fmt: skip
     result = json.loads((tmp_path / "result.json").read_text())
     last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
@@ -50,8 +50,8 @@ def test_trains_evaluates_and_resumes(
         (["train", "clip", "steps"], "Write key=value"),
         (["train", "clip", "data.source=nowhere.jsonl"], "nowhere.jsonl"),
         (["train", "clip", "data.source=builtin:emojii"], "emoji"),
-        (["train", "clip", "image.name=resnet50_klip", "data.source=TABLE"], "resnet50_clip"),
-        (["evaluate", "nowhere", "--on", "builtin:emoji-test"], "no model at 'nowhere'"),
+        (["train", "clip", "image.model=resnet50_klip", "data.source=TABLE"], "resnet50_clip"),
+        (["evaluate", "nowhere", "--dataset", "builtin:emoji-test"], "no model at 'nowhere'"),
         (["data", "prepare", "builtin:emojy"], "emoji"),
     ],
 )

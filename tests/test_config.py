@@ -22,12 +22,12 @@ METHOD = {
     "clip": {"contrastive": 1},
     "slip": {"contrastive": 1, "simclr": 1},
     "filip": {"contrastive": 1, "late_interaction": 1},
-    "declip": {"contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2},
+    "declip": {"contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2},
     "declip-paper": {
-        "contrastive": 0.4, "multi_view": 0.2, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2,
+        "contrastive": 0.4, "multi_view": 0.2, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
     },
     "defilip": {
-        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2,
+        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
         "late_interaction": 0.2,
     },
 }  # fmt: skip
@@ -41,17 +41,22 @@ def test_recipes_have_the_weights_of_the_method(name: str) -> None:
 
 def test_the_published_recipe_has_the_authors_numbers() -> None:
     recipe = load_recipe("declip-yfcc15m-r50")
-    assert recipe.image.name == "resnet50_clip"
+    assert recipe.image.model == "resnet50_clip"
     assert (recipe.image.size, recipe.embed_dim) == (224, 1024)
-    assert (recipe.text.width, recipe.text.layers, recipe.text.heads, recipe.text.context) == (512, 12, 8, 77)
+    assert (recipe.text.width, recipe.text.layers, recipe.text.heads, recipe.text.context_length) == (512, 12, 8, 77)
     train = recipe.train
-    assert (train.batch, train.steps, train.warmup_steps) == (4096, 128000, 2500)
-    assert (train.lr_start, train.lr_peak, train.weight_decay) == (1e-4, 1e-3, 0.1)
+    assert (train.batch_size, train.steps, train.warmup_steps) == (4096, 128000, 2500)
+    assert (train.warmup_lr, train.lr, train.weight_decay) == (1e-4, 1e-3, 0.1)
     assert (train.betas, train.eps) == ((0.9, 0.98), 1e-8)
-    assert recipe.nearest_neighbour.queue_size == 65536
+    assert recipe.nearest_neighbor.queue_size == 65536
     assert recipe.logit_scale.min == 3.0
     views = recipe.views.image
-    assert (views.crop_area, views.jitter, views.grey_p, views.blur_p) == ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.2, 0.5)
+    assert (views.scale, views.jitter, views.grayscale_prob, views.blur_prob) == (
+        (0.2, 1.0),
+        (0.4, 0.4, 0.4, 0.1),
+        0.2,
+        0.5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,7 @@ def test_the_published_recipe_has_the_authors_numbers() -> None:
         ({"contrastive": 1, "simclr": 1}, 2, 1),
         ({"contrastive": 1, "simsiam": 1}, 2, 1),
         ({"multi_view": 1}, 2, 2),
-        ({"nearest_neighbour": 1}, 2, 2),
+        ({"nearest_neighbor": 1}, 2, 2),
         ({"late_interaction": 1}, 1, 1),
     ],
 )
@@ -76,15 +81,15 @@ def test_only_the_views_that_a_term_needs_are_made(weights: dict[str, float], im
 def test_a_recipe_extends_another_file_beside_it(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("extends: declip\nseed: 7\ntrain: {steps: 11}\n")
     (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {batch: 9}\nweights: {contrastive: 2}\n")
-    recipe = load_recipe(tmp_path / "mine.yaml", {"train.lr_peak": "0.5", "image.size": 48})
-    assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch) == ("mine", 7, 11, 9)
-    assert (recipe.train.lr_peak, recipe.image.size) == (0.5, 48)
-    assert recipe.weights.active() == ("contrastive",), "weights are named whole, not merged"
+    recipe = load_recipe(tmp_path / "mine.yaml", {"train.lr": "0.5", "image.size": 48})
+    assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch_size) == ("mine", 7, 11, 9)
+    assert (recipe.train.lr, recipe.image.size) == (0.5, 48)
+    assert recipe.loss_weights.active() == ("contrastive",), "weights are named whole, not merged"
 
 
 def test_an_override_of_one_weight_keeps_the_others() -> None:
-    weights = load_recipe("declip", {"weights.simsiam": "0"}).weights
-    assert (weights.simsiam, weights.multi_view) == (0, 0.3)
+    weights = load_recipe("declip", {"loss_weights.simsiam": "0"}).weights
+    assert (loss_weights.simsiam, loss_weights.multi_view) == (0, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -94,13 +99,17 @@ def test_an_override_of_one_weight_keeps_the_others() -> None:
         ("clip", {"train.stepps": "5"}, "Unknown recipe key 'train.stepps'. Did you mean 'train.steps'"),
         ("clip", {"trian.steps": "5"}, "Unknown recipe key 'trian'. Did you mean"),
         ("clip", {"train.steps": "many"}, "train.steps='many': input should be a valid integer"),
-        ("clip", {"train.batch": "1"}, "train.batch=1: input should be greater than or equal to 2"),
-        ("clip", {"weights.contrastive": "0"}, "every weight is 0"),
+        ("clip", {"train.batch_size": "1"}, "train.batch_size=1: input should be greater than or equal to 2"),
+        ("clip", {"loss_weights.contrastive": "0"}, "every weight is 0"),
         ("clip", {"text.heads": "3"}, "text.width 128 is not a multiple of text.heads 3"),
-        ("clip", {"train.lr_start": "1"}, "lr_start 1.0 is above train.lr_peak"),
+        ("clip", {"train.warmup_lr": "1"}, "warmup_lr 1.0 is above train.lr"),
         ("declip", {"views.image_count": "1"}, "simsiam compares two views of an image, and views.image_count is 1"),
         ("slip", {"views.image_count": "1"}, "simclr compares two views of an image, and views.image_count is 1"),
-        ("clip", {"views.image_count": "1", "views.base": "{}"}, "views.base is a view beside two others"),
+        (
+            "clip",
+            {"views.image_count": "1", "views.contrastive_view": "{}"},
+            "views.contrastive_view is a view beside two others",
+        ),
         ("clip", {"views.image_count": "3"}, "views.image_count=3: input should be 1 or 2"),
         ("missing.yaml", {}, "There is no recipe file 'missing.yaml'"),
     ],
@@ -133,4 +142,4 @@ def test_every_weight_is_a_term() -> None:
 def test_the_default_image_tower_exists() -> None:
     from declip.models.image_tower import SMALL_TOWERS
 
-    assert Recipe().image.name in SMALL_TOWERS
+    assert Recipe().image.model in SMALL_TOWERS

@@ -16,7 +16,7 @@ Runner = Callable[..., Any]
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import a file of benchmarks/ as its neighbours do."""
+    """Import a file of benchmarks/ as its neighbors do."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return lambda name: __import__(name)
 
@@ -37,7 +37,7 @@ def run(
 
 @pytest.mark.parametrize(("image", "apart"), [("ViT-B-32", ()), ("resnet50_clip", ("--apart",))])
 def test_step_beside_its_peers(run: Runner, image: str, apart: tuple[str, ...]) -> None:
-    found = run("step", "--tiny", "--image", image, "--batch", "4", "--repeats", "2", "--json", "--x-clip", *apart)
+    found = run("step", "--tiny", "--image", image, "--batch-size", "4", "--repeats", "2", "--json", "--x-clip", *apart)
     for name in ("clip", "declip"):
         ratio = found["seconds"][name] / found["seconds"]["open_clip"]
         assert found[f"{name}_over_open_clip"] == pytest.approx(ratio)
@@ -55,7 +55,7 @@ def test_step_beside_its_peers(run: Runner, image: str, apart: tuple[str, ...]) 
 
 def test_both_recipes_step_on_the_same_pairs(scripts: Callable[[str], ModuleType]) -> None:
     step = scripts("step")
-    setting = step.prepare(step.parser().parse_args(["--tiny", "--batch", "4", "--captions", "full"]))
+    setting = step.prepare(step.parser().parse_args(["--tiny", "--batch-size", "4", "--captions", "full"]))
     clip, declip = setting.batches["clip"], setting.batches["declip"]
     assert clip.tags.tolist() == declip.tags.tolist()
     assert clip.images.shape[0] == 1
@@ -93,7 +93,7 @@ def test_text_says_why_a_peer_is_missing(
 
 def test_growth_of_a_step_and_of_tables(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    few = ("--batch", "8", "--image", "--queue", "--text", "--rows", "100", "--kinds", "parquet", "--repeats", "1")
+    few = ("--batch-size", "8", "--image", "--queue", "--text", "--rows", "100", "--kinds", "parquet", "--repeats", "1")
     found = run("growth", *few, "--out", str(tmp_path))
     step, table = found["rows"]
     assert (step["part"], step["value"], step["pairs"]) == ("batch", 8, 8)
@@ -121,7 +121,7 @@ def test_share_of_loading_in_a_run(
     scripts: Callable[[str], ModuleType], table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demo = scripts("demo")
-    for key, value in {"data.source": str(table), "train.batch": 8, "nearest_neighbour.queue_size": 32}.items():
+    for key, value in {"data.source": str(table), "train.batch_size": 8, "nearest_neighbor.queue_size": 32}.items():
         monkeypatch.setitem(demo.NOTHING_ELSE, key, value)
     found = demo.in_a_run("declip", 0)
     assert found["count"] == 8 * (demo.STEPS - 1 - demo.WARM)
@@ -152,7 +152,7 @@ def test_run_refuses_a_part_that_is_not_there(run: Runner, capsys: pytest.Captur
 
 def test_search_beside_its_peers(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    words = ("--sizes", "1200", "--width", "32", "--batch", "1", "4", "--repeats", "1")
+    words = ("--sizes", "1200", "--width", "32", "--batch-size", "1", "4", "--repeats", "1")
     found = run("search", *words)["rows"]
     assert any("sentence-transformers can't be imported" in row.get("note", "") for row in found)
     rows = [row for row in found if "note" not in row]

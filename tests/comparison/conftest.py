@@ -1,4 +1,4 @@
-"""A comparison small enough for seconds: two recipes on a table of coloured shapes, measured by retrieval."""
+"""A comparison small enough for seconds: two recipes on a table of colored shapes, measured by retrieval."""
 
 from pathlib import Path
 from typing import Any

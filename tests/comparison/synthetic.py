@@ -25,7 +25,7 @@ AHEAD = {
 
 def study(names: Sequence[str] = ("clip", "declip"), **changes: Any) -> Study:
     """Recipes at four sizes with three seeds; a step of declip costs twice as much."""
-    overrides = {"train.steps": "100", "train.batch": "50"}
+    overrides = {"train.steps": "100", "train.batch_size": "50"}
     plan = Study(
         arms=tuple(Arm(name, name, overrides) for name in names),
         pairs=SIZES,
@@ -51,8 +51,8 @@ def with_ladder(plan: Study, baselines: bool = True) -> Study:
 
 def tuned(plan: Study) -> Study:
     """With two learning rates tried by every arm, the smaller one kept."""
-    tuning = Tuning({"train.lr_peak": (0.001, 0.003)}, "validation", 2000, 100, 1002)
-    return replace(plan, tuning=tuning, chosen={arm.name: {"train.lr_peak": 0.001} for arm in plan.arms})
+    tuning = Tuning({"train.lr": (0.001, 0.003)}, "validation", 2000, 100, 1002)
+    return replace(plan, tuning=tuning, chosen={arm.name: {"train.lr": 0.001} for arm in plan.arms})
 
 
 def score(cell: Cell) -> float:
@@ -69,9 +69,7 @@ def outcome(
 ) -> Outcome:
     """Every run that is done, each measured on 400 images of 200 classes."""
     rows = {cell.id: row(plan, cell, value(cell), retrieval) for cell in plan.cells() if done(cell)}
-    tries = {
-        cell.id: row(plan, cell, 0.2 - 10 * cell.overrides["train.lr_peak"], False) for cell in plan.tuning_cells()
-    }
+    tries = {cell.id: row(plan, cell, 0.2 - 10 * cell.overrides["train.lr"], False) for cell in plan.tuning_cells()}
     return Outcome(plan, rows, **{"tuning": tries, **more})
 
 

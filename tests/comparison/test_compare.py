@@ -57,7 +57,7 @@ def test_every_run_is_what_declip_train_gives(recipes: dict[str, str], table: Pa
     ]  # fmt: skip
     alone = train(
         recipes["clip"],
-        {"data.pairs": 16, "train.steps": 16, "evaluation.retrieval": [str(table)]},
+        {"data.max_pairs": 16, "train.steps": 16, "evaluation.retrieval": [str(table)]},
         out=tmp_path / "alone",
         quiet=True,
     )
@@ -98,19 +98,19 @@ def test_every_arm_is_tuned_alike_on_pairs_that_no_run_takes(
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     validation.write_text("".join(json.dumps({**r, "image": str(table.parent / r["image"])}) + "\n" for r in rows))
     outcome = tiny(
-        recipes, table, tmp_path / "out", tune={"train.lr_peak": [0.001, 0.01]}, tune_on=str(validation), tune_steps=4
+        recipes, table, tmp_path / "out", tune={"train.lr": [0.001, 0.01]}, tune_on=str(validation), tune_steps=4
     )
     assert sorted((row["arm"], row["steps"], row["seed"]) for row in outcome.tuning.values()) == [
         ("clip", 4, 1000), ("clip", 4, 1000), ("declip", 4, 1000), ("declip", 4, 1000),
     ]  # fmt: skip
     for arm in ("clip", "declip"):
         tries = {
-            row["overrides"]["train.lr_peak"]: scores(row["results"])["validation.jsonl: R@1"]
+            row["overrides"]["train.lr"]: scores(row["results"])["validation.jsonl: R@1"]
             for row in outcome.tuning.values()
             if row["arm"] == arm
         }
         assert set(tries) == {0.001, 0.01}
-        assert tries[outcome.study.chosen[arm]["train.lr_peak"]] == max(tries.values())
+        assert tries[outcome.study.chosen[arm]["train.lr"]] == max(tries.values())
     chosen = {row["arm"]: row["overrides"] for row in outcome.rows.values()}
     assert chosen == dict(outcome.study.chosen)
 
@@ -123,7 +123,7 @@ def test_seeds_and_sizes_added_later_leave_the_tuning_as_it_was(
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     validation.write_text("".join(json.dumps({**r, "image": str(table.parent / r["image"])}) + "\n" for r in rows))
     recipes = {"clip": recipes["clip"]}
-    tuning = {"tune": {"train.lr_peak": [0.01]}, "tune_on": str(validation), "tune_steps": 2}
+    tuning = {"tune": {"train.lr": [0.01]}, "tune_on": str(validation), "tune_steps": 2}
     first = tiny(recipes, table, tmp_path / "out", **tuning)
     more = tiny(recipes, table, tmp_path / "out", pairs=(16, 20, 24), seeds=2, **tuning)
     assert more.study.tuning == first.study.tuning
@@ -218,7 +218,7 @@ def test_killed_stopped_and_started_again_it_ends_as_if_it_had_gone_through(
 
     words = [
         "compare", *recipes.values(), "train.steps=60", "train.checkpoint_every=50", "--pairs", "16", "--seeds", "1",
-        "--on", str(table), "--protocol", "retrieval", "--budget", "samples", "--jobs", "1", "--quiet",
+        "--dataset", str(table), "--task", "retrieval", "--budget", "samples", "--jobs", "1", "--quiet",
         "--out", str(out),
     ]  # fmt: skip
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are deaf to it
@@ -350,7 +350,7 @@ def _study(recipes: dict[str, str], table: Path) -> comparing.Study:
         ({"budgets": ["sample"]}, "Did you mean 'samples'"),
         ({"on": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         ({"seeds": ()}, "at least one number of pairs and one seed"),
-        ({"tune": {"train.lr_peak": [0.1]}}, "Name one with --tune-on"),
+        ({"tune": {"train.lr": [0.1]}}, "Name one with --sweep-dataset"),
         ({"overrides": {"train.stepz": 3}}, "train.steps"),
     ],
 )
@@ -364,7 +364,7 @@ def test_what_cannot_be_compared_is_told_before_anything_is_made(
 
 def test_the_set_that_chooses_is_not_reported_on(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="would both choose and be reported"):
-        tiny(recipes, table, tmp_path / "out", tune={"train.lr_peak": [0.1]}, tune_on=str(table))
+        tiny(recipes, table, tmp_path / "out", tune={"train.lr": [0.1]}, tune_on=str(table))
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
@@ -377,6 +377,6 @@ def test_a_folder_with_something_else_in_it_is_left_alone(recipes: dict[str, str
 def test_a_value_that_no_recipe_takes_is_told_before_the_first_run(
     recipes: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"train\.lr_peak=-1"):
-        tiny(recipes, table, tmp_path / "out", tune={"train.lr_peak": [0.1, -1]}, tune_on="builtin:emoji-validation")
+    with pytest.raises(UserError, match=r"train\.lr=-1"):
+        tiny(recipes, table, tmp_path / "out", tune={"train.lr": [0.1, -1]}, tune_on="builtin:emoji-validation")
     assert not (tmp_path / "out").exists()

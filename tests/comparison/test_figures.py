@@ -90,7 +90,7 @@ def test_two_budgets_are_two_panels_with_the_same_axis() -> None:
     np.testing.assert_allclose(compute.lines[0].means, 20)
 
 
-def test_arms_differ_by_colour_marker_and_dashes() -> None:
+def test_arms_differ_by_color_marker_and_dashes() -> None:
     assert len(COLOURS) == len(MARKERS) == len(DASHES) == MOST
     for styles in (COLOURS, MARKERS, DASHES):
         assert len(set(styles)) == MOST
@@ -173,7 +173,7 @@ def test_the_ladder_has_a_dot_for_each_part_and_what_was_published() -> None:
     ax = _axes(ours)
     np.testing.assert_allclose(_x(_line(ax, "+multi_view")), [100 * 0.1 * np.log2(16 * 1.5)])
     assert {text.get_text() for text in ax.texts} >= {"−10.0 ± 0.0", "− whole"}
-    heights = [_y(_line(ax, name))[0] for name in ("clip", "+multi_view", "+nearest_neighbour = declip")]
+    heights = [_y(_line(ax, name))[0] for name in ("clip", "+multi_view", "+nearest_neighbor = declip")]
     assert heights == sorted(heights, reverse=True)
     assert [row.mean for row in published.rows] == [None, 20.6, 24.8, 25.4, 27.2]
     assert "published" in published.title
@@ -190,7 +190,7 @@ def test_a_part_that_was_not_measured_has_no_dot() -> None:
     assert not [line for line in _axes(panel).lines if line.get_label() == "simsiam"]
 
 
-def test_svgs_take_their_colours_from_the_page_and_share_no_ids() -> None:
+def test_svgs_take_their_colors_from_the_page_and_share_no_ids() -> None:
     svgs = _curves(outcome(study(budgets=("samples", "compute")))).svgs()
     ids = []
     for svg in svgs:
@@ -201,7 +201,7 @@ def test_svgs_take_their_colours_from_the_page_and_share_no_ids() -> None:
         assert all(name[1:] in ids for name in used)
         assert "var(--series-1)" in svg
         assert not re.search(r"http|<metadata|xmlns", svg)
-        assert not [colour for colour in COLOURS if colour in svg]
+        assert not [color for color in COLOURS if color in svg]
         assert root.get("viewBox")
         assert root.get("width") is None
         assert "declip from 20 % with 1,000 pairs to 50 % with 8,000" in (root.get("aria-label") or "")

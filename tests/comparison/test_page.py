@@ -274,7 +274,7 @@ def test_the_ladders_order_is_compared_with_the_published_one() -> None:
     assert ladder is not None
     told = " ".join(ladder_sentences(outcome(made), ladder, MEASURE, 8000))
     # log2: 1.5 gives 5.8 points, 1.6 gives 0.9 more, 2 gives 3.2 more
-    assert "multi_view +5.8, simsiam with masked_language +0.93 and nearest_neighbour +3.2" in told
+    assert "multi_view +5.8, simsiam with masked_language +0.93 and nearest_neighbor +3.2" in told
     assert "Every rung adds, as published; the largest step is the same as published, multi_view." in told
     other = outcome(made, value=lambda cell: score(cell) - 0.2 * (cell.arm == "ladder +multi_view"))
     told = " ".join(ladder_sentences(other, ladder, MEASURE, 8000))
@@ -308,11 +308,11 @@ def _command(made: Study) -> list[list[str]]:
 
 
 def test_the_command_gives_the_same_arms() -> None:
-    overrides = {"train.steps": "100", "views.image.jitter": "[0.1, 0.2, 0.3, 0.4]"}
+    overrides = {"train.steps": "100", "views.image.color_jitter": "[0.1, 0.2, 0.3, 0.4]"}
     arms = tuple(arms_of(["clip", "declip"], overrides, ladder=True, baselines=True))
     (words,) = _command(study(("clip", "declip"), arms=arms))
     assert words[:2] == ["declip", "compare"]
-    end = words.index("--ladder")
+    end = words.index("--ablation")
     recipes = [word for word in words[2:end] if "=" not in word]
     given = parse_overrides([word for word in words[2:end] if "=" in word])
     assert tuple(arms_of(recipes, given, ladder=True, baselines="--baselines" in words)) == arms
@@ -321,9 +321,9 @@ def test_the_command_gives_the_same_arms() -> None:
         "--pairs": ",".join(map(str, SIZES)),
         "--seeds": "3",
         "--out": "runs/x",
-        "--on": "test",
+        "--dataset": "test",
         "--budget": "samples",
-        "--reference": "declip",
+        "--compute-budget-of": "declip",
     }
 
 
@@ -332,12 +332,12 @@ def test_arms_that_joined_with_other_overrides_have_a_command_of_their_own() -> 
     made = replace(made, arms=(*made.arms, Arm("slip", "slip", {"train.steps": "7"})), seconds={})
     first, second = _command(tuned(made))
     assert first[2:4] == ["clip", "declip"]
-    assert "--ladder" in first
+    assert "--ablation" in first
     assert second[2:4] == ["slip", "train.steps=7"]
-    assert "--ladder" not in second
+    assert "--ablation" not in second
     assert "--baselines" not in first
     assert " ".join(second).endswith(
-        "--tune train.lr_peak=0.001,0.003 --tune-on validation --tune-pairs 2000 --tune-steps 100"
+        "--sweep train.lr=0.001,0.003 --sweep-dataset validation --sweep-pairs 2000 --sweep-steps 100"
     )
 
 
@@ -345,7 +345,7 @@ def test_the_recipe_taken_apart_comes_last_in_the_command() -> None:
     arms = arms_of(["clip", "declip"], {}, ladder=True)
     made = study(arms=(*arms, Arm("slip", "slip")), reference="declip")
     (words,) = _command(made)
-    assert words[2:6] == ["clip", "slip", "declip", "--ladder"]
+    assert words[2:6] == ["clip", "slip", "declip", "--ablation"]
 
 
 def test_the_command_shows_no_absolute_path() -> None:

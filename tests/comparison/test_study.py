@@ -41,19 +41,19 @@ def test_names_of_folders_are_safe_and_differ() -> None:
     arm = Arm("clip, weak views/../x", "clip")
     study = replace(STUDY, arms=(arm,), reference=arm.name, seconds={arm.name: 1.0})
     assert all("/" not in cell.id and " " not in cell.id for cell in study.cells())
-    plan = Tuning({"train.lr_peak": (0.1, 0.2), "seedless": (1, 2)}, "builtin:emoji-validation", 200, 50, 1000)
+    plan = Tuning({"train.lr": (0.1, 0.2), "seedless": (1, 2)}, "builtin:emoji-validation", 200, 50, 1000)
     tries = replace(STUDY, tuning=plan).tuning_cells()
     assert len({cell.id for cell in tries}) == 8
     assert {tuple(cell.overrides.items()) for cell in tries if cell.arm == "clip"} == {
-        (("train.lr_peak", a), ("seedless", b)) for a in (0.1, 0.2) for b in (1, 2)
+        (("train.lr", a), ("seedless", b)) for a in (0.1, 0.2) for b in (1, 2)
     }
 
 
 def test_the_plan_survives_the_disk(tmp_path: Path) -> None:
     study = replace(
         STUDY,
-        tuning=Tuning({"train.lr_peak": (0.1, 0.2)}, "v", 200, 50, 1000),
-        chosen={"clip": {"train.lr_peak": 0.1}},
+        tuning=Tuning({"train.lr": (0.1, 0.2)}, "v", 200, 50, 1000),
+        chosen={"clip": {"train.lr": 0.1}},
         machine={"cores": "2"},
     )
     write_study(study, tmp_path)
@@ -112,20 +112,20 @@ def test_the_ladder_is_the_papers_and_then_each_term_left_out() -> None:
             "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2,
         },
         "without multi_view": {
-            "contrastive": 0.1, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbour": 0.2,
+            "contrastive": 0.1, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
         },
         "without simsiam": {
-            "contrastive": 0.1, "multi_view": 0.3, "masked_language": 0.2, "nearest_neighbour": 0.2,
+            "contrastive": 0.1, "multi_view": 0.3, "masked_language": 0.2, "nearest_neighbor": 0.2,
         },
         "without masked_language": {
-            "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "nearest_neighbour": 0.2,
+            "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "nearest_neighbor": 0.2,
         },
     }  # fmt: skip
 
 
-def test_without_the_neighbour_is_the_rung_below_and_not_run_twice() -> None:
+def test_without_the_neighbor_is_the_rung_below_and_not_run_twice() -> None:
     names = [arm.name for arm in ladder_of(Arm("declip", "declip"))]
-    assert "without nearest_neighbour" not in names
+    assert "without nearest_neighbor" not in names
 
 
 def test_baselines_are_clip_on_the_same_towers_with_other_views() -> None:
@@ -134,11 +134,11 @@ def test_baselines_are_clip_on_the_same_towers_with_other_views() -> None:
     declip = Arm("declip", "declip").resolve()
     assert same.weights.active() == ("contrastive",)
     assert (same.image, same.views.image) == (declip.image, declip.views.image)
-    assert arms["clip, weak views"].views.image.jitter_p == 0
-    assert arms["clip, strong views"].views.image.crop_area == (0.2, 1.0)
+    assert arms["clip, weak views"].views.image.color_jitter_prob == 0
+    assert arms["clip, strong views"].views.image.scale == (0.2, 1.0)
     doubled = arms["clip, two views"]
     assert doubled.weights.active() == ("contrastive", "multi_view")
-    assert doubled.views.text.second == "same"
+    assert doubled.views.text.second_view == "same"
 
 
 def test_a_recipe_without_declips_terms_has_no_ladder() -> None:

@@ -103,8 +103,8 @@ def test_tries_are_told_with_what_was_chosen_and_by_what() -> None:
     table = tuning_table(found)
     assert table is not None
     assert table.rows[:2] == (
-        ("clip", "train.lr_peak=0.001", "chosen", "29.0 %"),
-        ("clip", "train.lr_peak=0.003", "", "27.0 %"),
+        ("clip", "train.lr=0.001", "chosen", "29.0 %"),
+        ("clip", "train.lr=0.003", "", "27.0 %"),
     )
     assert tuned_by(found) == "top-5"
     assert table.caption == "Tries on validation: top-5"
@@ -116,7 +116,7 @@ def test_arms_tell_what_is_theirs_alone() -> None:
     rows = {each[0]: each for each in arms_table(plan).rows}
     assert rows["declip"] == ("declip", "declip", "–")
     assert rows["ladder clip"][1:] == ("declip", "weights={contrastive: 0.1}")
-    assert arms_table(tuned(plan)).rows[0][-1] == "train.lr_peak=0.001"
+    assert arms_table(tuned(plan)).rows[0][-1] == "train.lr=0.001"
 
 
 def test_failures_are_told_by_their_last_line() -> None:
@@ -140,12 +140,12 @@ def test_a_ladder_ends_in_the_whole_and_its_groups_are_complete() -> None:
         "clip",
         "+multi_view",
         "+simsiam +masked_language",
-        "+nearest_neighbour = declip",
+        "+nearest_neighbor = declip",
     ]
     assert [part.arm for part in ladder.rungs][-1] == "declip"
     left_out = {part.label: part.arm for part in ladder.left_out}
-    assert left_out["nearest_neighbour"] == "ladder +simsiam +masked_language"  # trained once, told twice
-    assert list(left_out) == ["multi_view", "simsiam", "masked_language", "nearest_neighbour"]
+    assert left_out["nearest_neighbor"] == "ladder +simsiam +masked_language"  # trained once, told twice
+    assert list(left_out) == ["multi_view", "simsiam", "masked_language", "nearest_neighbor"]
     assert [part.label for part in ladder.baselines] == ["weak views", "same views", "strong views", "two views"]
     assert ladder.published == (20.6, 24.8, 25.4, 27.2)
 
@@ -208,7 +208,7 @@ def test_the_ladders_table_has_differences_and_what_was_published() -> None:
     rows = ladder_table(outcome(plan), ladder, MEASURE, 8000).rows
     assert AHEAD["ladder clip"] == 1
     assert rows[0] == ("terms added", "clip", "40.0 %", "−10.0 (−10.0 to −10.0)", "20.6 %")
-    assert rows[3] == ("terms added", "+nearest_neighbour = declip", "50.0 %", "–", "27.2 %")
+    assert rows[3] == ("terms added", "+nearest_neighbor = declip", "50.0 %", "–", "27.2 %")
     assert [each[-1] for each in rows[4:]] == ["–"] * 10
 
 

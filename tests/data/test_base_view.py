@@ -23,7 +23,14 @@ def batch_of(table: Path, base: dict[str, object] | None) -> torch.Tensor:
 
 
 def test_the_first_view_is_the_base_view(table: Path) -> None:
-    mild = {"crop_area": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "jitter_p": 0, "grey_p": 0, "blur_p": 0, "flip_p": 0}
+    mild = {
+        "scale": [1.0, 1.0],
+        "ratio": [1.0, 1.0],
+        "color_jitter_prob": 0,
+        "grayscale_prob": 0,
+        "blur_prob": 0,
+        "hflip_prob": 0,
+    }
     images = batch_of(table, mild)
     assert images.shape[0] == 3
     corners = images[0, :, :, :2, :2]

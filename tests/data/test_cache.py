@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from declip.errors import UserError
-from declip.io.atomic import cache_folder, written_beside
+from declip.io.atomic import atomic_write, cache_folder
 
 
 def test_the_environment_chooses_the_folder(monkeypatch):
@@ -20,12 +20,12 @@ def test_the_environment_chooses_the_folder(monkeypatch):
 
 
 def test_a_file_or_folder_appears_whole(tmp_path):
-    with written_beside(tmp_path / "a/file") as beside:
+    with atomic_write(tmp_path / "a/file") as beside:
         beside.write_text("1")
         assert not (tmp_path / "a/file").exists()
     assert (tmp_path / "a/file").read_text() == "1"
     for value in "23":
-        with written_beside(tmp_path / "a/folder") as beside:
+        with atomic_write(tmp_path / "a/folder") as beside:
             beside.mkdir()
             (beside / "x").write_text(value)
         assert (tmp_path / "a/folder/x").read_text() == value
@@ -34,7 +34,7 @@ def test_a_file_or_folder_appears_whole(tmp_path):
 
 def test_what_fails_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("before")
-    with pytest.raises(TypeError), written_beside(tmp_path / "file") as beside:
+    with pytest.raises(TypeError), atomic_write(tmp_path / "file") as beside:
         beside.write_text("half") / "no path"
     assert (tmp_path / "file").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
@@ -46,7 +46,7 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
         path.mkdir()
     os.utime(old, (time.time() - 90_000,) * 2)
     os.utime(other, (time.time() - 90_000,) * 2)
-    with written_beside(tmp_path / "file") as beside:
+    with atomic_write(tmp_path / "file") as beside:
         beside.write_text("1")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".file.2.partial", ".other.1.partial", "file"]
 
@@ -60,7 +60,7 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
     ],
 )
 def test_a_full_or_forbidden_disk_is_the_users_matter(tmp_path, code, told):
-    with pytest.raises(UserError) as caught, written_beside(tmp_path / "file"):
+    with pytest.raises(UserError) as caught, atomic_write(tmp_path / "file"):
         raise OSError(code, os.strerror(code))
     assert told in str(caught.value)
     assert "set DECLIP_CACHE to another folder" in str(caught.value)
@@ -68,10 +68,10 @@ def test_a_full_or_forbidden_disk_is_the_users_matter(tmp_path, code, told):
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be written"), written_beside(tmp_path / "file/emoji"):
+    with pytest.raises(UserError, match="cannot be written"), atomic_write(tmp_path / "file/emoji"):
         pass
 
 
 def test_other_faults_stay_what_they_are(tmp_path):
-    with pytest.raises(OSError, match="Input/output"), written_beside(tmp_path / "file"):
+    with pytest.raises(OSError, match="Input/output"), atomic_write(tmp_path / "file"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -50,7 +50,7 @@ def test_lossy_formats_are_read(kind):
 
 
 def test_first_frame_of_a_moving_gif():
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     image = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "k")
     assert image.getpixel((1, 1)) == (255, 0, 0)
 
@@ -94,7 +94,7 @@ def test_every_mode_becomes_rgb_over_white(image, kind, options, pixel):
     assert decoded.getpixel((1, 1)) == pixel
 
 
-def test_palette_with_a_transparent_colour():
+def test_palette_with_a_transparent_color():
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 255, 0, 0])
     assert decode(encoded(image, "PNG"), "k").getpixel((0, 0)) == (255, 0, 0)

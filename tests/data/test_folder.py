@@ -27,13 +27,13 @@ def test_images_are_found_below_and_sorted(tmp_path):
     picture(tmp_path / ".hidden/x.png")
     picture(tmp_path / "._b.png")
     (tmp_path / "notes.md").write_text("no image")
-    (tmp_path / "b.txt").write_text("\ufeffa grey square\n\n  another name \r\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\ufeffa gray square\n\n  another name \r\n", encoding="utf-8")
     (tmp_path / "a/z.txt").write_text("z")
     (tmp_path / "a/c.txt").write_text("c")
     source = FolderSource(tmp_path)
     assert source.name == tmp_path.name
     assert [source[i].key for i in range(len(source))] == ["a/c.webp", "a/z.jpg", "b.PNG"]
-    assert source[2].captions == source.captions(2) == ("a grey square", "another name")
+    assert source[2].captions == source.captions(2) == ("a gray square", "another name")
     assert source[2].image.getpixel((0, 0)) == (9, 9, 9)
     again = pickle.loads(pickle.dumps(source))
     assert again[0].key == "a/c.webp"

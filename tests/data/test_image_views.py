@@ -15,7 +15,7 @@ from declip.data.images.crops import ImageViews, Preprocess
 from declip.errors import UserError
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-OFF = {"jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0}
+OFF = {"color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
 OPERATIONS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 
 
@@ -24,7 +24,7 @@ def views(size: int = 24, **options) -> ImageViews:
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A gradient of noisy colours with a dark and a light bar: smooth parts, sharp edges, no symmetry."""
+    """A gradient of noisy colors with a dark and a light bar: smooth parts, sharp edges, no symmetry."""
     generator = np.random.default_rng(seed)
     pixels = np.linspace(40, 200, width)[None, :, None] + generator.normal(0, 8, (height, width, 3))
     pixels[:, :, 1] += np.linspace(-40, 40, height)[:, None]
@@ -33,8 +33,8 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def colours(count: int, size: int = 24, seed: int = 0) -> Tensor:
-    """(2, count, 3, size, size) uint8: noise, flat greys, primary colours and ties between channels."""
+def colors(count: int, size: int = 24, seed: int = 0) -> Tensor:
+    """(2, count, 3, size, size) uint8: noise, flat grays, primary colors and ties between channels."""
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (2, count, 3, size, size), dtype=np.uint8)
     images[:, 0] = 128
@@ -52,7 +52,7 @@ def one_by_one(views: ImageViews, images: Tensor, drawn: Photometric) -> Tensor:
         values = (drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)
         for number in drawn.order[row].tolist() if drawn.jitter[row] else []:
             image = OPERATIONS[number](image, values[number][row].item())
-        if drawn.grey[row]:
+        if drawn.gray[row]:
             image = TF.rgb_to_grayscale(image, num_output_channels=3)
         if drawn.sigma[row] > 0:
             image = TF.gaussian_blur(image, 2 * views.blur_radius + 1, drawn.sigma[row].item())
@@ -67,13 +67,13 @@ def assert_equal_views(given: Tensor, expected: Tensor) -> None:
 
 ALONE = {
     "nothing": OFF,
-    "brightness": OFF | {"jitter": (0.9, 0, 0, 0), "jitter_p": 1.0},
-    "contrast": OFF | {"jitter": (0, 0.9, 0, 0), "jitter_p": 1.0},
-    "saturation": OFF | {"jitter": (0, 0, 0.9, 0), "jitter_p": 1.0},
-    "hue": OFF | {"jitter": (0, 0, 0, 0.5), "jitter_p": 1.0},
-    "jitter": OFF | {"jitter": (0.8, 0.8, 0.8, 0.5), "jitter_p": 0.8},
-    "grey": OFF | {"grey_p": 0.5},
-    "blur": OFF | {"blur_p": 0.7, "blur_sigma": (0.05, 3.0)},
+    "brightness": OFF | {"jitter": (0.9, 0, 0, 0), "color_jitter_prob": 1.0},
+    "contrast": OFF | {"jitter": (0, 0.9, 0, 0), "color_jitter_prob": 1.0},
+    "saturation": OFF | {"jitter": (0, 0, 0.9, 0), "color_jitter_prob": 1.0},
+    "hue": OFF | {"jitter": (0, 0, 0, 0.5), "color_jitter_prob": 1.0},
+    "jitter": OFF | {"jitter": (0.8, 0.8, 0.8, 0.5), "color_jitter_prob": 0.8},
+    "gray": OFF | {"grayscale_prob": 0.5},
+    "blur": OFF | {"blur_prob": 0.7, "blur_sigma": (0.05, 3.0)},
     "all": {},
 }
 
@@ -82,7 +82,7 @@ ALONE = {
 def test_finish_equals_torchvision_on_each_sample(options, monkeypatch):
     monkeypatch.setattr(photometric, "CHUNK_BYTES", 3 * 4 * 3 * 24 * 24)  # parts of three: boundaries are met
     maker, generator = views(**options), np.random.default_rng(1)
-    images = colours(40)
+    images = colors(40)
     drawn = Photometric.stack([[maker.draw(generator) for _ in range(40)] for _ in range(2)])
     untouched = images.clone()
     assert_equal_views(maker.finish(images, drawn), one_by_one(maker, images, drawn))
@@ -90,12 +90,12 @@ def test_finish_equals_torchvision_on_each_sample(options, monkeypatch):
 
 
 def test_every_order_of_the_jitter_occurs_and_matters():
-    maker, generator = views(jitter_p=1.0), np.random.default_rng(0)
+    maker, generator = views(color_jitter_prob=1.0), np.random.default_rng(0)
     orders = [maker.draw(generator).order for _ in range(4800)]
     counts = {order: orders.count(order) for order in set(orders)}
     assert len(counts) == 24
     assert all(binomtest(count, 4800, 1 / 24).pvalue > 1e-4 for count in counts.values())
-    image = colours(4)[:1, 3:]
+    image = colors(4)[:1, 3:]
     strong = Draw(1.6, 0.5, 1.7, 0.3, (0, 1, 2, 3), True, False, 0.0)
     results = [
         maker.finish(image, Photometric.stack([[strong._replace(order=order)]]))
@@ -106,7 +106,7 @@ def test_every_order_of_the_jitter_occurs_and_matters():
 
 def test_the_flip_commutes_with_the_photometric_part():
     maker, generator = views(), np.random.default_rng(2)
-    images = colours(30)
+    images = colors(30)
     drawn = Photometric.stack([[maker.draw(generator) for _ in range(30)] for _ in range(2)])
     torch.testing.assert_close(
         maker.finish(images.flip(-1), drawn), maker.finish(images, drawn).flip(-1), rtol=0, atol=2e-6
@@ -115,9 +115,9 @@ def test_the_flip_commutes_with_the_photometric_part():
 
 @pytest.mark.parametrize(("size", "radius"), [(3, 2), (48, 6), (1, 0)])
 def test_the_blur_kernel_reaches_three_sigma_within_the_view(size, radius):
-    maker = views(size, blur_p=1.0)
+    maker = views(size, blur_prob=1.0)
     assert maker.blur_radius == radius
-    images = colours(4, size)
+    images = colors(4, size)
     generator = np.random.default_rng(0)
     drawn = Photometric.stack([[maker.draw(generator) for _ in range(4)] for _ in range(2)])
     assert_equal_views(maker.finish(images, drawn), one_by_one(maker, images, drawn))
@@ -128,11 +128,11 @@ def test_what_is_switched_off_does_no_work(monkeypatch):
         raise AssertionError("work was done")
 
     monkeypatch.setattr(photometric, "JITTER", (fail,) * 4)
-    monkeypatch.setattr(photometric, "grey", fail)
+    monkeypatch.setattr(photometric, "gray", fail)
     monkeypatch.setattr(photometric, "blur", fail)
-    images, generator = colours(8), np.random.default_rng(0)
+    images, generator = colors(8), np.random.default_rng(0)
     expected = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    for options in (OFF, OFF | {"jitter_p": 1.0, "jitter": (0, 0, 0, 0)}):
+    for options in (OFF, OFF | {"color_jitter_prob": 1.0, "jitter": (0, 0, 0, 0)}):
         maker = views(**options)
         drawn = Photometric.stack([[maker.draw(generator) for _ in range(8)] for _ in range(2)])
         torch.testing.assert_close(maker.finish(images, drawn), expected, rtol=0, atol=1e-6)
@@ -151,7 +151,7 @@ def test_parameters_are_drawn_as_moco_draws_them():
     assert kstest([draw.sigma for draw in draws if draw.sigma], "uniform", (0.1, 1.9)).pvalue > 1e-3
     for share, count in (
         (0.8, sum(draw.jitter for draw in draws)),
-        (0.2, sum(draw.grey for draw in draws)),
+        (0.2, sum(draw.gray for draw in draws)),
         (0.5, sum(draw.sigma > 0 for draw in draws)),
     ):
         assert binomtest(count, 4000, share).pvalue > 1e-3
@@ -160,9 +160,9 @@ def test_parameters_are_drawn_as_moco_draws_them():
 def test_one_option_leaves_the_draws_of_the_others_alone():
     plain, other = (
         maker.draw(np.random.default_rng(7))
-        for maker in (views(), views(jitter=(0.4, 0, 0.4, 0.1), blur_p=0.0, grey_p=1.0))
+        for maker in (views(), views(jitter=(0.4, 0, 0.4, 0.1), blur_prob=0.0, grayscale_prob=1.0))
     )
-    assert (other.contrast, other.sigma, other.grey) == (1.0, 0.0, True)
+    assert (other.contrast, other.sigma, other.gray) == (1.0, 0.0, True)
     assert (plain.brightness, plain.saturation, plain.hue, plain.order, plain.jitter) == (
         other.brightness,
         other.saturation,
@@ -177,7 +177,7 @@ def test_crop_equals_torchvision_on_the_same_box(shape):
     image, flips = picture(*shape), []
     cubic = T.InterpolationMode.BICUBIC
     for seed in range(20):
-        maker = views(32, flip_p=0.5)
+        maker = views(32, hflip_prob=0.5)
         left, top, width, height = maker.box(*image.size, np.random.default_rng(seed))
         exact = TF.resized_crop(TF.pil_to_tensor(image), top, left, height, width, [32, 32], cubic).numpy()
         pillow = TF.pil_to_tensor(TF.resized_crop(image, top, left, height, width, [32, 32], cubic)).numpy()
@@ -227,7 +227,7 @@ def test_boxes_are_distributed_as_torchvisions(shape):
     [((400, 10), (193, 0, 13, 10)), ((10, 400), (0, 193, 10, 13)), ((1, 50), (0, 24, 1, 1))],
 )
 def test_a_picture_too_long_for_any_box_gives_its_middle(shape, box):
-    maker = views(crop_area=(0.9, 1.0))
+    maker = views(scale=(0.9, 1.0))
     assert maker.box(*shape, np.random.default_rng(0)) == box
 
 
@@ -277,15 +277,15 @@ def test_a_thin_line_is_not_blown_up_before_it_is_cut(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"crop_area": (0.0, 1.0)}, r"crop_area is \[0.0, 1.0\]; it must be two numbers, above 0 and at most 1"),
-        ({"crop_area": (0.5, 0.2)}, "the smaller one first"),
-        ({"crop_ratio": (0.75,)}, "crop_ratio"),
-        ({"crop_ratio": (0.75, float("inf"))}, "crop_ratio"),
+        ({"scale": (0.0, 1.0)}, r"scale is \[0.0, 1.0\]; it must be two numbers, above 0 and at most 1"),
+        ({"scale": (0.5, 0.2)}, "the smaller one first"),
+        ({"ratio": (0.75,)}, "ratio"),
+        ({"ratio": (0.75, float("inf"))}, "ratio"),
         ({"jitter": (0.4, 0.4, 0.4)}, "four strengths"),
         ({"jitter": (0.4, -1, 0.4, 0.1)}, "jitter for contrast is -1; it must be 0 or more"),
         ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "jitter for hue is 0.6; it must be between 0 and 0.5"),
-        ({"grey_p": 1.2}, "grey_p is 1.2; it must be between 0 and 1"),
-        ({"flip_p": float("nan")}, "flip_p is nan"),
+        ({"grayscale_prob": 1.2}, "grayscale_prob is 1.2; it must be between 0 and 1"),
+        ({"hflip_prob": float("nan")}, "hflip_prob is nan"),
         ({"blur_sigma": (0.0, 2.0)}, "blur_sigma"),
         ({"size": 0}, "size is 0"),
         ({"size": 100_000}, "size is 100000; it must be between 1 and 4096"),

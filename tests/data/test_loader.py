@@ -26,7 +26,7 @@ PAIRS = 30
 
 
 class Source:
-    """Pictures of one colour each, two captions and four keywords a pair; some broken."""
+    """Pictures of one color each, two captions and four keywords a pair; some broken."""
 
     name = "fake"
 
@@ -87,7 +87,7 @@ def assert_same(given: list[PairBatch], expected: list[PairBatch]) -> None:
 
 def test_workers_make_the_same_batches_as_this_process():
     source = Source(broken={4: "missing image", 11: "truncated image"})
-    options = {"keyword_share": 0.5, "max_broken_share": 1.0}
+    options = {"keyword_append_prob": 0.5, "max_broken_fraction": 1.0}
     alone, loader = make(source, **options), make(source, workers=2, **options)
     assert_same(take(loader, 12), take(alone, 12))
     assert loader.skipped.to_dict() == alone.skipped.to_dict()
@@ -165,9 +165,9 @@ def test_the_mask_is_of_the_caption_view():
 
 
 @pytest.mark.parametrize("second_text", ["eda", "caption", "keywords", "same"])
-@pytest.mark.parametrize(("keyword_share", "keywords_alone"), [(0.0, 0.0), (0.6, 0.0), (0.0, 0.5)])
-def test_words_tells_what_each_text_view_said(keyword_share, keywords_alone, second_text):
-    loader = make(keyword_share=keyword_share, keywords_alone=keywords_alone, second_text=second_text)
+@pytest.mark.parametrize(("keyword_append_prob", "keyword_only_prob"), [(0.0, 0.0), (0.6, 0.0), (0.0, 0.5)])
+def test_words_tells_what_each_text_view_said(keyword_append_prob, keyword_only_prob, second_text):
+    loader = make(keyword_append_prob=keyword_append_prob, keyword_only_prob=keyword_only_prob, second_text=second_text)
     for batch in itertools.islice(loader, 12):
         for view, row in itertools.product((0, 1), range(len(batch))):
             ids = Words().encode(loader.words(int(batch.tags[row]), view))
@@ -202,7 +202,7 @@ def test_the_second_text_can_be_keywords():
 
 
 def test_keywords_stand_alone_in_a_share_of_the_captions():
-    said = [first for first, _ in _said(make(keywords_alone=0.4))]
+    said = [first for first, _ in _said(make(keyword_only_prob=0.4))]
     alone = [not ("photo" in text or "sketch" in text) for text in said]
     assert binomtest(sum(alone), len(said), 0.4).pvalue > 1e-4
     words = {word for text, bare in zip(said, alone, strict=True) if bare for word in text.split(", ")}
@@ -229,7 +229,7 @@ def test_a_pair_without_another_caption_or_keyword_gets_the_augmented_caption():
 
 
 def test_keywords_are_appended_to_a_share_of_the_captions():
-    loader = make(keyword_share=0.3)
+    loader = make(keyword_append_prob=0.3)
     extra = [loader.words(tag, 0).split(", ")[1:] for tag in range(PAIRS * 40)]
     assert binomtest(sum(map(bool, extra)), len(extra), 0.3).pvalue > 1e-4
     assert {len(words) for words in extra} == {0, 1, 2, 3}
@@ -239,7 +239,7 @@ def test_keywords_are_appended_to_a_share_of_the_captions():
 
 def test_broken_pairs_shrink_their_batch_and_are_counted_when_it_is_yielded():
     broken = dict.fromkeys(range(10), "missing image") | {20: "image too large"}
-    loader = make(Source(broken=broken), workers=1, max_broken_share=1.0)
+    loader = make(Source(broken=broken), workers=1, max_broken_fraction=1.0)
     total = 0
     for step, batch in enumerate(itertools.islice(loader, 5)):
         assert len(batch) + len(batch.skipped) == 6
@@ -260,15 +260,15 @@ def test_a_batch_without_a_good_pair_is_empty_and_keeps_its_step():
 
 def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():
     source = Source(broken={1: "missing image", 2: "missing image", 3: "truncated image"})
-    exact = make(source, batch=PAIRS, max_broken_share=0.1)
+    exact = make(source, batch=PAIRS, max_broken_fraction=0.1)
     assert len(take(exact, 8)) == 8  # a tenth is broken in every batch, a tenth is allowed
-    loader = make(source, workers=1, max_broken_share=0.05)
+    loader = make(source, workers=1, max_broken_fraction=0.05)
     with pytest.raises(UserError) as caught:
         take(loader, 40)
     assert loader.step == 17
     said = str(caught.value)
     assert said.startswith(f"{loader.skipped.total} of the 102 pairs seen (")
-    for part in ("max_broken_share = 5.0%", " x missing image, such as pair-", " x truncated image, such as pair-3"):
+    for part in ("max_broken_fraction = 5.0%", " x missing image, such as pair-", " x truncated image, such as pair-3"):
         assert part in said
 
 
@@ -315,7 +315,7 @@ def test_no_global_random_state_is_used(workers):
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
     before = states()
-    take(make(workers=workers, keyword_share=0.5), 6)
+    take(make(workers=workers, keyword_append_prob=0.5), 6)
     assert states() == before
 
 
@@ -329,9 +329,9 @@ def test_no_global_random_state_is_used(workers):
         ({"text_view_count": 0}, "text_view_count is 0"),
         ({"mask_probability": 1.5}, "mask_probability is 1.5"),
         ({"eda_alpha": -0.1}, "eda_alpha is -0.1"),
-        ({"keyword_share": 2}, "keyword_share is 2"),
+        ({"keyword_append_prob": 2}, "keyword_append_prob is 2"),
         ({"workers": -1}, "workers is -1"),
-        ({"max_broken_share": 1.01}, "max_broken_share is 1.01"),
+        ({"max_broken_fraction": 1.01}, "max_broken_fraction is 1.01"),
         ({"start_step": -5}, "start_step is -5"),
     ],
 )

@@ -13,7 +13,7 @@ from data.test_loader import Words, assert_same
 from declip.data.images import lazy as module
 from declip.data.images.crops import Crop, ImageViews
 from declip.data.images.decode import decode
-from declip.data.images.lazy import JpegPicture, open_picture, undecoded
+from declip.data.images.lazy import JpegPicture, open_picture, read_lazy
 from declip.data.loader import PairLoader
 from declip.data.pair import BrokenPair, Pair
 from declip.data.sources.mixture import Mixture
@@ -40,7 +40,7 @@ def decoder(request, monkeypatch):
 
 
 def scene(width=SIZE[0], height=SIZE[1], seed=0):
-    """Smooth colours with some grain, as a photograph has them."""
+    """Smooth colors with some grain, as a photograph has them."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), 3)
     grain = generator.normal(0, 4, (height, width, 3))
@@ -90,7 +90,7 @@ def test_full_size_pixels_are_those_of_decode(decoder, options):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "1"])
-def test_other_colour_spaces_are_read_as_by_decode(decoder, mode):
+def test_other_color_spaces_are_read_as_by_decode(decoder, mode):
     content = jpeg(scene().convert(mode))
     assert_as_decode(content)
     assert open_picture(content, "k").pixels(4).shape == (26, 38, 3)
@@ -229,7 +229,7 @@ def sources(tmp_path):
 def test_every_source_opens_what_it_decodes(sources):
     for source in sources:
         for index in range(len(source)):
-            late = undecoded(source, index)
+            late = read_lazy(source, index)
             if late.captions == ("picture 2",):
                 with pytest.raises(BrokenPair, match="truncated image"):
                     late.picture.pixels()
@@ -247,7 +247,7 @@ def test_a_source_of_its_own_needs_no_more_than_pairs():
         def __getitem__(self, index):
             return Pair(f"pair {index}", scene(), ("words",), ("word",))
 
-    late = undecoded(Source(), 3)
+    late = read_lazy(Source(), 3)
     assert (late.key, late.captions, late.keywords, late.picture.size) == ("pair 3", ("words",), ("word",), SIZE)
     np.testing.assert_array_equal(late.picture.pixels(), np.asarray(scene()))
 
@@ -270,7 +270,7 @@ class Decoded:
 
 def batches(source, size, count=12, **options):
     views = ImageViews(size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    with PairLoader(source, Words(), views, batch=2, seed=1, max_broken_share=1.0, **options) as loader:
+    with PairLoader(source, Words(), views, batch=2, seed=1, max_broken_fraction=1.0, **options) as loader:
         return [next(loader) for _ in range(count)], loader.skipped
 
 

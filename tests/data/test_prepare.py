@@ -22,7 +22,7 @@ from data.test_picture import jpeg, scene
 from declip.cli import app as cli
 from declip.data import prepare as module
 from declip.data.images.lazy import DecodedPicture, open_picture
-from declip.data.images.shrink import shrunk
+from declip.data.images.shrink import downscaled_bytes
 from declip.data.pair import BrokenPair, Pair
 from declip.data.prepare import prepare_source
 from declip.data.sources.open import open_source
@@ -259,7 +259,7 @@ def test_captions_too_many_to_be_read_back_make_a_broken_pair(tmp_path, monkeypa
 @pytest.mark.parametrize("shape", [(1000, 130), (130, 1000), (256, 256), (257, 256), (100, 50), (2, 900)])
 def test_shapes(shape):
     for picture in (open_picture(jpeg(scene(*shape)), "k"), DecodedPicture(scene(*shape))):
-        kind, content = shrunk(picture, 128, 92)
+        kind, content = downscaled_bytes(picture, 128, 92)
         assert kind == "jpg"
         size = Image.open(BytesIO(content)).size
         assert min(size) == min(128, *shape)
@@ -268,7 +268,7 @@ def test_shapes(shape):
 
 def test_a_large_jpeg_loses_little_to_being_decoded_smaller():
     image = scene(1600, 1200)
-    kind, content = shrunk(open_picture(jpeg(image), "k"), 64, 95)
+    kind, content = downscaled_bytes(open_picture(jpeg(image), "k"), 64, 95)
     exact = np.asarray(image.resize((85, 64), Image.Resampling.LANCZOS)).astype(int)
     assert kind == "jpg"
     assert np.abs(np.asarray(Image.open(BytesIO(content))) - exact).mean() < 2
@@ -276,16 +276,16 @@ def test_a_large_jpeg_loses_little_to_being_decoded_smaller():
 
 def test_drawings_stay_png_where_that_is_smaller_and_jpeg_has_its_limit(monkeypatch):
     drawing = DecodedPicture(draw("red", "circle", 200))
-    kind, content = shrunk(drawing, 256, 92)
+    kind, content = downscaled_bytes(drawing, 256, 92)
     assert kind == "png"
     assert np.array_equal(np.asarray(Image.open(BytesIO(content))), drawing.pixels())
-    assert shrunk(DecodedPicture(scene(200, 200)), 256, 92)[0] == "jpg"
+    assert downscaled_bytes(DecodedPicture(scene(200, 200)), 256, 92)[0] == "jpg"
     line = DecodedPicture(scene(70_000, 2))
-    assert shrunk(line, 256, 92)[0] == "png"
+    assert downscaled_bytes(line, 256, 92)[0] == "png"
 
 
 def test_quality_is_that_of_the_file():
-    sizes = [len(shrunk(DecodedPicture(scene()), 256, quality)[1]) for quality in (50, 92, 100)]
+    sizes = [len(downscaled_bytes(DecodedPicture(scene()), 256, quality)[1]) for quality in (50, 92, 100)]
     assert sizes[0] < sizes[1] < sizes[2]
 
 

@@ -36,7 +36,7 @@ LOCAL = {
 DOWNLOADED = re.compile(r"ViT-B-32/laion2b|data prepare builtin:(?:clipart|stamps)")
 """What comes by network, with nothing in its place."""
 
-FEW = {"--seeds": "1", "--tune-steps": "2", "--tune-pairs": "16"}
+FEW = {"--seeds": "1", "--sweep-steps": "2", "--sweep-pairs": "16"}
 """Options of `compare` that would make hours, and what they are here."""
 
 
@@ -113,7 +113,7 @@ def fewer(words: list[str]) -> list[str]:
     for at, word in enumerate(words[:-1]):
         if word == "--pairs":
             words[at + 1] = "16,24" if "," in words[at + 1] else "16"
-        elif word == "--tune":
+        elif word == "--sweep":
             words[at + 1] = words[at + 1].partition(",")[0]
         elif word in FEW:
             words[at + 1] = FEW[word]

@@ -57,7 +57,7 @@ def small(recipe: Recipe) -> Recipe:
     """The recipe for seconds: few steps of few pairs, small towers, no loading processes."""
     train = {
         "steps": min(recipe.train.steps, STEPS),
-        "batch": min(recipe.train.batch, BATCH),
+        "batch": min(recipe.train.batch_size, BATCH),
         "warmup_steps": 1,
         "log_every": 2,
         "checkpoint_every": STEPS,
@@ -75,7 +75,7 @@ def small(recipe: Recipe) -> Recipe:
             "image": recipe.image.model_copy(update=image),
             "text": recipe.text.model_copy(update=text),
             "data": recipe.data.model_copy(
-                update={"workers": 0, "pairs": recipe.data.pairs and min(recipe.data.pairs, PAIRS)}
+                update={"workers": 0, "pairs": recipe.data.max_pairs and min(recipe.data.max_pairs, PAIRS)}
             ),
         }
     )
@@ -87,16 +87,16 @@ def write_emoji(cache: Path) -> None:
     folder.mkdir(parents=True)
     rows, pixels = [], []
     for design in DESIGNS:
-        for number, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
-            code, name = f"{FIRST + number:x}", f"{colour} {shape}"
+        for number, (color, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
+            code, name = f"{FIRST + number:x}", f"{color} {shape}"
             rows.append(
                 {
                     "key": f"{design.key}/{code}", "image": len(pixels), "design": design.key, "drawing": name,
-                    "code": code, "name": name, "category": shape, "group": shape, "held_out": colour == COLOURS[-1],
-                    "captions": [name, f"{shape} in {colour}"], "keywords": [colour, shape],
+                    "code": code, "name": name, "category": shape, "group": shape, "held_out": color == COLOURS[-1],
+                    "captions": [name, f"{shape} in {color}"], "keywords": [color, shape],
                 }
             )  # fmt: skip
-            pixels.append(np.asarray(draw(colour, shape, SIDE)))
+            pixels.append(np.asarray(draw(color, shape, SIDE)))
     np.save(folder / IMAGES, np.stack(pixels))
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / TABLE)
     write_record(folder, {"layout": EMOJI.layout, "side": SIDE, "pairs": len(rows)}, "drawn for a test")
@@ -169,7 +169,7 @@ def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs = folder / "runs"
         for name, recipe in {
             "demo": declip.load_recipe("declip-demo"),
-            "vit": declip.load_recipe("clip", {"image.name": "declip_vit_tiny"}),
+            "vit": declip.load_recipe("clip", {"image.model": "declip_vit_tiny"}),
         }.items():
             trainer.train(small(recipe), out=runs / name, quiet=True, report=False)
         declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")

@@ -62,7 +62,7 @@ def test_our_numbers_are_those_of_the_results(name: str) -> None:
         ("make benchh", "benchh"),
         ("pip install 'declip[searchh]'", "searchh"),
         ("pytest tests/interchange/test_exportt.py", "test_exportt"),
-        ("declip evaluate runs/none --on builtin:emoji-test", "ended with 2"),
+        ("declip evaluate runs/none --dataset builtin:emoji-test", "ended with 2"),
         ("false", "returned non-zero"),
     ],
 )

@@ -70,7 +70,7 @@ def test_links_lead_somewhere(site: Path) -> None:
 
 def test_every_recipe_key_is_listed(site: Path) -> None:
     text = (site / "keys.html").read_text(encoding="utf-8")
-    for key in ("seed", "views.image.crop_area", "train.largest_logits_mb", "finetune.lora", "weights.simclr"):
+    for key in ("seed", "views.image.scale", "train.max_logits_mb", "finetune.lora", "loss_weights.simclr"):
         assert f"<code>{key}</code>" in text
     rows = re.findall(r"<tr>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*<td>(.*?)</td>", text, re.DOTALL)
     assert len(rows) > 100

@@ -197,12 +197,12 @@ def test_a_checkpoint_with_anothers_recipe(name: str, checkpoint: Path) -> None:
     "change",
     [
         {"text.width": 1 << 20, "text.heads": 1},
-        {"text.context": 1 << 40},
+        {"text.context_length": 1 << 40},
         {"embed_dim": 1 << 50},
-        {"image.options": {"patch_size": 8, "embed_dim": 1 << 20, "depth": 1}},
-        {"image.options": {"patch_size": 8, "embed_dim": "x"}},
+        {"image.model_kwargs": {"patch_size": 8, "embed_dim": 1 << 20, "depth": 1}},
+        {"image.model_kwargs": {"patch_size": 8, "embed_dim": "x"}},
         {"image.size": 1 << 20},
-        {"image.name": "hf-hub:someone/model"},
+        {"image.model": "hf-hub:someone/model"},
     ],
 )
 def test_a_checkpoint_whose_recipe_asks_for_another_model(change: dict[str, Any], checkpoint: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
 
 
 def test_a_result_that_does_not_fit_on_the_disk(table: Path, trained: Path, here: Path) -> None:
-    words = ["evaluate", str(trained), "--on", str(table), "--protocol", "retrieval", "--json", "result.json"]
+    words = ["evaluate", str(trained), "--dataset", str(table), "--task", "retrieval", "--json", "result.json"]
     status, printed = on_a_full_disk(words, 10)
     assert status == 2
     assert "R@1" in printed

@@ -27,10 +27,10 @@ MISTAKES = {
     "unknown section": ("train mine.yaml trian.steps=3", "'trian'", "Did you mean 'train'?"),
     "override that is no YAML": ("train mine.yaml evaluation.retrieval=[a", "'evaluation.retrieval=[a'", "quotes"),
     "unknown recipe": ("train declop", "Unknown recipe 'declop'", "Did you mean 'declip'?"),
-    "unknown model": ("train mine.yaml image.name=resnet50_klip", "'resnet50_klip'", "Did you mean 'resnet50_clip'?"),
+    "unknown model": ("train mine.yaml image.model=resnet50_klip", "'resnet50_klip'", "Did you mean 'resnet50_clip'?"),
     "unknown device": ("train mine.yaml train.device=gpu", "'gpu'", "auto or cpu"),
     "no steps": ("train mine.yaml train.steps=0", "train.steps=0", "greater than or equal to 1"),
-    "batch too large": ("train mine.yaml train.batch=1000", "24 pairs", "batch of 1000", "Give a smaller batch"),
+    "batch too large": ("train mine.yaml train.batch_size=1000", "24 pairs", "batch of 1000", "Give a smaller batch"),
     "missing recipe file": ("train nowhere.yaml", "no recipe file 'nowhere.yaml'", "Shipped recipes: clip"),
     "folder as recipe": ("train nothing", "'nothing' is a folder, not a recipe", "one of clip"),
     "table as recipe": ("train text.jsonl", "'text.jsonl' is a file whose name does not end in .yaml", "one of clip"),
@@ -68,17 +68,17 @@ MISTAKES = {
     "prepares at no size": ("data prepare TABLE --out made --size 0", "size is 0", "16 or more"),
     "prepares twice": ("data prepare TABLE --out made --cache made", "give one of them"),
     "not prepared": ("train mine.yaml data.source=builtin:emoji", "declip data prepare builtin:emoji"),
-    "no model": ("evaluate nowhere --on TABLE", "no model at 'nowhere'", "Give a run folder"),
-    "model is no run": ("evaluate nothing --on TABLE", "'nothing' is not a run folder", "Give a run folder"),
-    "model is text": ("evaluate text.txt --on TABLE", "'text.txt'", "no file of tensors", "Give a checkpoint"),
-    "no set": ("evaluate RUN", "Missing option '--on'", "--help"),
-    "missing set": ("evaluate RUN --on no.csv", "no file or folder 'no.csv'", "Give a table"),
-    "unknown protocol": ("evaluate RUN --on TABLE --protocol zeroshot", "'zeroshot'", "Did you mean 'zero-shot'?"),
-    "zero-shot on a table": ("evaluate RUN --on TABLE", "has no classes", "protocol 'retrieval'"),
-    "no batch": ("evaluate RUN --on TABLE --batch 0", "'--batch'", "greater than or equal to 1"),
-    "unknown device to evaluate": ("evaluate RUN --on TABLE --device gpu", "'gpu'", "--device"),
-    "nothing to evaluate": ("evaluate RUN --on uncaptioned --protocol retrieval", "8 × missing caption"),
-    "result below a file": ("evaluate RUN --on TABLE --protocol retrieval --json text.txt/x.json",
+    "no model": ("evaluate nowhere --dataset TABLE", "no model at 'nowhere'", "Give a run folder"),
+    "model is no run": ("evaluate nothing --dataset TABLE", "'nothing' is not a run folder", "Give a run folder"),
+    "model is text": ("evaluate text.txt --dataset TABLE", "'text.txt'", "no file of tensors", "Give a checkpoint"),
+    "no set": ("evaluate RUN", "Missing option '--dataset'", "--help"),
+    "missing set": ("evaluate RUN --dataset no.csv", "no file or folder 'no.csv'", "Give a table"),
+    "unknown protocol": ("evaluate RUN --dataset TABLE --task zeroshot", "'zeroshot'", "Did you mean 'zero-shot'?"),
+    "zero-shot on a table": ("evaluate RUN --dataset TABLE", "has no classes", "protocol 'retrieval'"),
+    "no batch": ("evaluate RUN --dataset TABLE --batch-size 0", "'--batch-size'", "greater than or equal to 1"),
+    "unknown device to evaluate": ("evaluate RUN --dataset TABLE --device gpu", "'gpu'", "--device"),
+    "nothing to evaluate": ("evaluate RUN --dataset uncaptioned --task retrieval", "8 × missing caption"),
+    "result below a file": ("evaluate RUN --dataset TABLE --task retrieval --json text.txt/x.json",
                             "Cannot write 'text.txt/x.json'", "Choose another place with --json"),
 }  # fmt: skip
 """By name: the words, and what the message must say: what was given, and what to do about it."""
@@ -95,7 +95,7 @@ def test_a_mistake_ends_with_what_to_do(name: str, table: Path, trained: Path, h
     assert set(here.rglob("*")) == before or "--out run" in MISTAKES[name][0], "a mistake leaves no run folder behind"
 
 
-def png_of_one_colour(path: Path, side: int) -> None:
+def png_of_one_color(path: Path, side: int) -> None:
     """A whole PNG, 1 bit a pixel, written without holding its picture."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -111,7 +111,7 @@ def png_of_one_colour(path: Path, side: int) -> None:
 def broken(table: Path, here: Path) -> Path:
     """A table of 24 good pairs and 8 broken ones; each reason once, "missing image" and "unreadable image" twice."""
     (here / "text.png").write_text("I am text")
-    png_of_one_colour(here / "huge.png", 30_000)
+    png_of_one_color(here / "huge.png", 30_000)
     draw("red", "square", size=200).save(here / "whole.jpg")
     (here / "cut.jpg").write_bytes((here / "whole.jpg").read_bytes()[:1500])
     good = str(table.parent / "red-bar.png")
@@ -143,7 +143,7 @@ REASONS = {
 
 
 def test_broken_pairs_are_named_and_the_run_goes_through(broken: Path, here: Path, declip: Command) -> None:
-    words = ["data.source=broken.jsonl", "data.max_broken_share=0.5", "train.steps=4", "--out", "run", "--quiet"]
+    words = ["data.source=broken.jsonl", "data.max_broken_fraction=0.5", "train.steps=4", "--out", "run", "--quiet"]
     status, printed = declip("train", "mine.yaml", *words)
     assert status == 0, printed
     skipped = json.loads((here / "run" / "skipped.json").read_text())
@@ -159,11 +159,11 @@ def test_too_many_broken_pairs_stop_the_run_with_their_reasons(broken: Path, dec
     assert status == 2
     for reason in REASONS:
         assert f"x {reason}, such as" in printed
-    assert "data.max_broken_share" in printed
+    assert "data.max_broken_fraction" in printed
 
 
 def test_an_evaluation_tells_what_it_left_out(broken: Path, trained: Path, here: Path, declip: Command) -> None:
-    status, printed = declip("evaluate", trained, "--on", broken, "--protocol", "retrieval", "--json", "result.json")
+    status, printed = declip("evaluate", trained, "--dataset", broken, "--task", "retrieval", "--json", "result.json")
     assert status == 0, printed
     assert json.loads((here / "result.json").read_text())["skipped"] == REASONS
     assert "left out" in printed.lower()
@@ -178,8 +178,8 @@ def test_batches_of_broken_pairs_alone_are_passed_over(table: Path, here: Path, 
     (here / "most.jsonl").write_text("\n".join(rows))
     words = [
         "data.source=most.jsonl",
-        "data.max_broken_share=1",
-        "train.batch=4",
+        "data.max_broken_fraction=1",
+        "train.batch_size=4",
         "train.steps=18",
         "train.log_every=1",
     ]
@@ -195,11 +195,11 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_another_recipe(table: Pat
     status, printed = declip("train", "mine.yaml", "--out", "run")
     assert status == 2
     assert "'run' already holds a run. Go on with it by --resume" in printed
-    write_recipe(here / "other.yaml", table, max_broken_share=0.5)
-    status, printed = declip("train", "other.yaml", "train.lr_peak=0.002", "--out", "run", "--resume")
+    write_recipe(here / "other.yaml", table, max_broken_fraction=0.5)
+    status, printed = declip("train", "other.yaml", "train.lr=0.002", "--out", "run", "--resume")
     assert status == 2
     assert "holds the run of another recipe ('mine')" in printed
-    assert "data.max_broken_share was 0.05, now 0.5; train.lr_peak was 0.001, now 0.002" in printed
+    assert "data.max_broken_fraction was 0.05, now 0.5; train.lr was 0.001, now 0.002" in printed
     assert "another folder with --out" in printed
     assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
 
@@ -228,7 +228,7 @@ def test_an_interrupted_run_prints_words_that_a_shell_reads(
         return step(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trainer, "training_step", interrupted)
-    status, printed = declip("train", "mine.yaml", "data.pairs=16", "name=my run", "--out", "my run", "--quiet")
+    status, printed = declip("train", "mine.yaml", "data.max_pairs=16", "name=my run", "--out", "my run", "--quiet")
     assert status == 130
     assert "Stopped after step 1 of 8" in printed
-    assert "declip train mine.yaml data.pairs=16 'name=my run' --out 'my run' --resume" in printed
+    assert "declip train mine.yaml data.max_pairs=16 'name=my run' --out 'my run' --resume" in printed

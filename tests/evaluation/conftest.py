@@ -1,4 +1,4 @@
-"""A model whose features can be worked out by hand: an image is its mean colour, a text the colours it names."""
+"""A model whose features can be worked out by hand: an image is its mean color, a text the colors it names."""
 
 from collections.abc import Sequence
 
@@ -20,11 +20,11 @@ COLOURS = {
     "white": (255, 255, 255),
 }
 WORDS = list(COLOURS)
-OTHER = len(WORDS) + 1  # the id of every word that is no colour
+OTHER = len(WORDS) + 1  # the id of every word that is no color
 
 
-class ColourModel(nn.Module):
-    """Knows the colours; `gain` is a weight without effect on the direction of a feature."""
+class ColorModel(nn.Module):
+    """Knows the colors; `gain` is a weight without effect on the direction of a feature."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,24 +54,24 @@ class ColourModel(nn.Module):
 
 
 class PaintedSource:
-    """Images of one colour each; places in `broken` cannot be read."""
+    """Images of one color each; places in `broken` cannot be read."""
 
     def __init__(
         self,
-        colours: Sequence[str],
+        colors: Sequence[str],
         captions: Sequence[tuple[str, ...]] | None = None,
         classes: Sequence[str] | None = None,
         broken: Sequence[int] = (),
         name: str = "painted",
     ) -> None:
-        self.name, self.colours, self.broken = name, list(colours), set(broken)
-        self.texts = list(captions) if captions is not None else [(colour,) for colour in colours]
+        self.name, self.colors, self.broken = name, list(colors), set(broken)
+        self.texts = list(captions) if captions is not None else [(color,) for color in colors]
         if classes is not None:
             self.class_names = tuple(classes)
-            self.labels = np.array([self.class_names.index(colour) for colour in colours])
+            self.labels = np.array([self.class_names.index(color) for color in colors])
 
     def __len__(self) -> int:
-        return len(self.colours)
+        return len(self.colors)
 
     def captions(self, index: int) -> tuple[str, ...]:
         if index in self.broken:
@@ -80,12 +80,12 @@ class PaintedSource:
 
     def __getitem__(self, index: int) -> Pair:
         captions = self.captions(index)
-        return Pair(f"row {index}", Image.new("RGB", (8, 8), COLOURS[self.colours[index]]), captions)
+        return Pair(f"row {index}", Image.new("RGB", (8, 8), COLOURS[self.colors[index]]), captions)
 
 
 @pytest.fixture
-def model() -> ColourModel:
-    return ColourModel()
+def model() -> ColorModel:
+    return ColorModel()
 
 
 @pytest.fixture

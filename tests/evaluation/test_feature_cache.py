@@ -81,7 +81,7 @@ def _classes(model, source):
 
 
 def _length(model, source):
-    source.colours.append("red")
+    source.colors.append("red")
     source.texts.append(("red",))
     source.labels = np.append(source.labels, 0)
     return source
@@ -140,7 +140,7 @@ def test_a_foreign_file_is_made_anew(model, source) -> None:
 def test_other_images_behind_the_same_names_are_noticed(model, source) -> None:
     cache = FeatureCache(model, "embedding")
     cache.images(source, "train")
-    source.colours = ["blue", *COLOURS[1:]]
+    source.colors = ["blue", *COLOURS[1:]]
     assert cache.images(source, "train").features[0].tolist() == [0, 0, 1]
 
 
@@ -177,5 +177,5 @@ def test_the_log_names_size_and_place(model, source, folder, caplog) -> None:
 def test_wrong_kind_and_a_model_without_a_backbone(model) -> None:
     with pytest.raises(UserError, match=r"Unknown kind of features 'back'.*backbone.*embedding"):
         encoder_of(model, "back")
-    with pytest.raises(UserError, match=r"ColourModel has no `encode_backbone`.*features='embedding'"):
+    with pytest.raises(UserError, match=r"ColorModel has no `encode_backbone`.*features='embedding'"):
         FeatureCache(model)

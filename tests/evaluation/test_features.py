@@ -48,7 +48,7 @@ def test_every_part_gets_its_own_mode_back(model) -> None:
 def test_the_modes_come_back_after_an_error_too(model, painted) -> None:
     model.train()
     with pytest.raises(KeyError):
-        encode_source(model, painted(["no colour"]))
+        encode_source(model, painted(["no color"]))
     assert model.training
     assert torch.is_grad_enabled()
 

@@ -10,14 +10,14 @@ from sklearn.linear_model import LogisticRegression
 
 from declip.errors import UserError
 from declip.evaluation.probes import few_shot
-from declip.evaluation.probes.data import Labelled, ProbeData
+from declip.evaluation.probes.data import Labeled, ProbeData
 from declip.evaluation.probes.few_shot import draw, few_shot_probe
 
 
 @pytest.fixture(scope="module")
 def data() -> ProbeData:
     pixels, labels = load_digits(return_X_y=True)
-    rows = Labelled(torch.tensor(pixels / 8, dtype=torch.float32), torch.tensor(labels))
+    rows = Labeled(torch.tensor(pixels / 8, dtype=torch.float32), torch.tensor(labels))
     parts = [rows.take(np.arange(*span)) for span in ((0, 300), (300, 500), (500, 900))]
     return ProbeData("digits", 10, *parts)
 
@@ -74,7 +74,7 @@ def test_the_choice_sees_few_validation_images_and_no_test_image(monkeypatch, da
     monkeypatch.setattr(few_shot, "sweep", watched)
     honest = few_shot_probe(data, (2, 8), seeds=1)
     assert seen == [(20, 20), (80, 40)]  # min(shots, 4) a class
-    wrong = Labelled(data.test.features, (data.test.labels + 1) % 10)
+    wrong = Labeled(data.test.features, (data.test.labels + 1) % 10)
     spoiled = few_shot_probe(replace(data, test=wrong), (2, 8), seeds=1)
     assert [run.C for run in spoiled.runs] == [run.C for run in honest.runs]
 

@@ -1,4 +1,4 @@
-"""Votes of nearest neighbours against scikit-learn, against a plain loop, and by hand."""
+"""Votes of nearest neighbors against scikit-learn, against a plain loop, and by hand."""
 
 import math
 from dataclasses import replace
@@ -11,16 +11,16 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from declip.errors import UserError
 from declip.evaluation.probes import knn
-from declip.evaluation.probes.data import Labelled, ProbeData
+from declip.evaluation.probes.data import Labeled, ProbeData
 from declip.evaluation.probes.knn import knn_probe, vote_ranks
 
 
 @pytest.fixture(scope="module")
 def data() -> ProbeData:
-    """Pictures of digits with noise, so that neighbours differ."""
+    """Pictures of digits with noise, so that neighbors differ."""
     pixels, labels = load_digits(return_X_y=True)
     noisy = pixels + 6 * np.random.default_rng(0).standard_normal(pixels.shape)
-    rows = Labelled(torch.tensor(noisy, dtype=torch.float32), torch.tensor(labels))
+    rows = Labeled(torch.tensor(noisy, dtype=torch.float32), torch.tensor(labels))
     parts = [rows.take(np.arange(*span)) for span in ((0, 350), (350, 400), (400, 700))]
     return ProbeData("digits", 10, *parts)
 
@@ -94,13 +94,13 @@ def test_ranks_by_hand_with_ties_against_the_class() -> None:
 
 def test_a_model_that_says_always_the_same_is_never_better_than_chance() -> None:
     labels = torch.arange(50) % 5
-    same = Labelled(torch.ones(50, 8), labels)
+    same = Labeled(torch.ones(50, 8), labels)
     found = knn_probe(ProbeData("same", 5, same, same, same), (100,))
     assert found.votes[0].top1 == 0  # all classes tie
 
 
 def test_length_is_nothing(data) -> None:
-    test = Labelled(data.test.features * torch.linspace(0.1, 100, 300).unsqueeze(1), data.test.labels)
+    test = Labeled(data.test.features * torch.linspace(0.1, 100, 300).unsqueeze(1), data.test.labels)
     assert knn_probe(replace(data, test=test), (20,)).votes == knn_probe(data, (20,)).votes
 
 
@@ -118,7 +118,7 @@ def test_never_more_cosines_than_a_block(monkeypatch, data) -> None:
     assert sum(sizes) == 300
 
 
-@pytest.mark.parametrize(("neighbours", "temperature"), [((), 0.07), ((0, 5), 0.07), ((5,), 0.0)])
-def test_wrong_arguments(data, neighbours, temperature) -> None:
+@pytest.mark.parametrize(("neighbors", "temperature"), [((), 0.07), ((0, 5), 0.07), ((5,), 0.0)])
+def test_wrong_arguments(data, neighbors, temperature) -> None:
     with pytest.raises(UserError, match=r"each 1 or more.*above 0"):
-        knn_probe(data, neighbours, temperature=temperature)
+        knn_probe(data, neighbors, temperature=temperature)

@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from declip.evaluation.probes import linear as module
-from declip.evaluation.probes.data import Labelled, ProbeData, by_class, score, stratified
+from declip.evaluation.probes.data import Labeled, ProbeData, by_class, score, stratified
 from declip.evaluation.probes.linear import GRID, linear_probe, sweep
 from declip.evaluation.probes.logistic import Classifier, LogisticProblem
 
@@ -17,7 +17,7 @@ def data() -> ProbeData:
     """Real pictures of digits at 4 x 4 pixels, so that the probe has something to get wrong."""
     pixels, labels = load_digits(return_X_y=True)
     small = pixels.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16) / 8
-    rows = Labelled(torch.tensor(small, dtype=torch.float32), torch.tensor(labels))
+    rows = Labeled(torch.tensor(small, dtype=torch.float32), torch.tensor(labels))
     parts = [rows.take(np.arange(start, 900, 3)) for start in range(3)]
     return ProbeData("digits", 10, *parts)
 
@@ -101,7 +101,7 @@ def test_the_probe_is_scikit_learns_on_train_and_validation(data) -> None:
 
 
 def test_the_test_images_choose_nothing(data) -> None:
-    wrong = Labelled(data.test.features, (data.test.labels + 1) % 10)
+    wrong = Labeled(data.test.features, (data.test.labels + 1) % 10)
     spoiled = linear_probe(ProbeData("digits", 10, data.train, data.validation, wrong))
     assert spoiled.sweep == linear_probe(data).sweep
     assert spoiled.top1 < 0.1

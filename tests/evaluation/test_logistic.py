@@ -56,8 +56,8 @@ def test_loss_and_gradient_of_the_definition_whatever_the_block(monkeypatch, dig
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(10, 64, generator=generator, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(10, generator=generator, dtype=torch.float64, requires_grad=True)
-    centred = features.double() - features.double().mean(0)
-    scores = centred @ weight.T + bias
+    centerd = features.double() - features.double().mean(0)
+    scores = centerd @ weight.T + bias
     by_hand = sum(torch.logsumexp(scores[i], 0) - scores[i, labels[i]] for i in range(50)) / 50
     by_hand = by_hand + 0.3 * (weight**2).sum() / 2
     by_hand.backward()

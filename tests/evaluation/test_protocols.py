@@ -20,7 +20,7 @@ from declip.recipe.schema import Recipe
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
 
 
-def test_zero_shot_of_a_model_that_knows_its_colours(model, painted) -> None:
+def test_zero_shot_of_a_model_that_knows_its_colors(model, painted) -> None:
     source = painted(["red", "blue", "cyan", "white"], classes=NAMES, broken=[1])
     result = evaluate(model, source)
     assert isinstance(result, ZeroShotResult)
@@ -98,7 +98,7 @@ def test_rows_of_json_are_read_back(model, painted) -> None:
 
 @pytest.fixture
 def probed(model):
-    """The model with a backbone of its own: the mean colour, three times as long."""
+    """The model with a backbone of its own: the mean color, three times as long."""
     model.encode_backbone = lambda pixels: 3 * model.encode_image(pixels)
     return model
 
@@ -110,16 +110,16 @@ def _cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def dataset(painted):
-    """A maker of sets: for each split the colours of its images."""
+    """A maker of sets: for each split the colors of its images."""
 
     def make(**splits):
-        sources = {which: painted(colours, classes=NAMES, name=f"set/{which}") for which, colours in splits.items()}
+        sources = {which: painted(colors, classes=NAMES, name=f"set/{which}") for which, colors in splits.items()}
         return Dataset("set", {which: (lambda source=source: source) for which, source in sources.items()})
 
     return make
 
 
-def test_probes_of_a_model_that_knows_its_colours(probed, dataset) -> None:
+def test_probes_of_a_model_that_knows_its_colors(probed, dataset) -> None:
     on = dataset(train=NAMES * 3, validation=NAMES * 2, test=("red", "blue", "white"))
     linear, knn, few = evaluate_all(probed, on, ("linear", "knn", "few-shot"), Options(shots=(1, 2), seeds=2))
     assert isinstance(linear, LinearProbeResult)
@@ -169,7 +169,7 @@ def test_a_real_model_can_be_probed(painted, dataset) -> None:
     real = DualEncoder.from_recipe(Recipe.model_validate(TINY))
     result = evaluate(real, dataset(train=NAMES * 3, test=NAMES), "linear")
     assert result.width == 64
-    assert result.top1 > 0.5  # even random weights tell colours apart
+    assert result.top1 > 0.5  # even random weights tell colors apart
 
 
 def test_unreadable_images_are_counted_over_all_splits(probed, painted) -> None:

@@ -20,7 +20,7 @@ from declip.reports.run import write_report
 from declip.supervision.nearest_neighbor import Queue
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
-SECTIONS = ("numbers", "curves", "to-images", "to-texts", "confused", "neighbours", "views", "skipped", "recipe")
+SECTIONS = ("numbers", "curves", "to-images", "to-texts", "confused", "neighbors", "views", "skipped", "recipe")
 VOID = {"meta", "img", "link", "br", "hr", "input", "path", "circle"}
 
 
@@ -99,11 +99,11 @@ def _run_folder(folder: Path, steps: int = 30) -> Path:
 def whole(model, painted, tmp_path):
     """Everything that a report can be given."""
     model.tokenizer = Tokenizer(context=16, merges=500)
-    colours = [NAMES[row % 7] for row in range(21)]
-    captions = [(f'{colour} <script>alert("{row}")</script> & co',) for row, colour in enumerate(colours)]
-    source = painted(colours, captions, classes=NAMES)
+    colors = [NAMES[row % 7] for row in range(21)]
+    captions = [(f'{color} <script>alert("{row}")</script> & co',) for row, color in enumerate(colors)]
+    source = painted(colors, captions, classes=NAMES)
     source.labels[:5] = (source.labels[:5] + 1) % 7  # wrong labels, so that there are confusions
-    source.credit = "Colours by <nobody>"
+    source.credit = "Colors by <nobody>"
     maker = ImageViews(8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     queue = Queue(16, 3)
     queue.push(torch.rand(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) * 2)
@@ -158,7 +158,7 @@ def test_captions_keys_and_credits_are_escaped(whole) -> None:
     assert "<script" not in html
     assert '<script>alert("' in page.texts["to-images"]
     assert "row <5>" in page.texts["skipped"]
-    assert "Colours by <nobody>" in html.replace("&lt;", "<").replace("&gt;", ">")
+    assert "Colors by <nobody>" in html.replace("&lt;", "<").replace("&gt;", ">")
     assert "<nobody>" not in html
 
 
@@ -197,7 +197,7 @@ def test_a_run_that_has_only_begun(model, tmp_path) -> None:
     assert "No step has been logged yet" in page.texts["curves"]
     for section in ("to-images", "to-texts", "confused"):
         assert "names no source under `evaluation`" in page.texts[section]
-    assert "objective was not at hand" in page.texts["neighbours"]
+    assert "objective was not at hand" in page.texts["neighbors"]
     assert "training pairs were not at hand" in page.texts["views"]
     assert "Not written yet" in page.texts["skipped"]
     assert "no recipe.yaml" in page.texts["recipe"]
@@ -220,8 +220,8 @@ def test_a_recipe_without_a_queue(whole) -> None:
     folder, model, given = whole
     given["objective"] = _Objective(None)
     _, page = _read(write_report(folder, model, **given))
-    assert "'declip-tiny' keeps no queue" in page.texts["neighbours"]
-    assert "Nearest neighbour" not in page.texts["curves"]
+    assert "'declip-tiny' keeps no queue" in page.texts["neighbors"]
+    assert "Nearest neighbor" not in page.texts["curves"]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_a_queue_with_nothing_to_show(whole, queue, why) -> None:
         queue.fill(torch.eye(3))
     given["objective"] = _Objective(queue)
     _, page = _read(write_report(folder, model, **given))
-    assert why in page.texts["neighbours"]
+    assert why in page.texts["neighbors"]
 
 
 def test_held_out_pairs_without_classes(whole, painted) -> None:

@@ -21,10 +21,10 @@ def _features(images, texts, captions) -> SourceFeatures:
 
 @pytest.fixture
 def half_right(painted):
-    """Six pairs; the captions of the last three point at their left neighbours."""
+    """Six pairs; the captions of the last three point at their left neighbors."""
     images, texts = np.eye(6), np.eye(6)
     texts[3:] = np.eye(6)[2:5] + 0.5 * np.eye(6)[3:]
-    captions = [(f"{colour} thing",) for colour in COLOURS]
+    captions = [(f"{color} thing",) for color in COLOURS]
     return _features(images, texts, captions), Pictures(painted(COLOURS, captions))
 
 
@@ -84,7 +84,7 @@ def test_confusions_by_count_then_by_how_sure(painted) -> None:
         [0, 0.9, 0.1, 0],  # 2 taken for 1, by 0.8
         [0, 0, 0.9, 0],  # right
     ]
-    features = _features(images, images, [(colour,) for colour in COLOURS])
+    features = _features(images, images, [(color,) for color in COLOURS])
     names = ("zero", "one", "two", "three")
     found = confusions(features, labels, names, classes, Pictures(painted(COLOURS)))
     assert [(row.true, row.taken_for, row.count, row.of) for row in found.rows] == [

@@ -1,4 +1,4 @@
-"""The queue's neighbours and the views, from a real queue, tokenizer and loader."""
+"""The queue's neighbors and the views, from a real queue, tokenizer and loader."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from declip.data.batch import PairBatch
 from declip.data.images.crops import ImageViews
 from declip.data.loader import PairLoader
 from declip.data.text.tokenizer import Tokenizer
-from declip.reports.training_views import Word, neighbours, views
+from declip.reports.training_views import Word, neighbors, views
 from declip.supervision.nearest_neighbor import Queue
 
 COLOURS = ["red", "green", "blue", "yellow"]
@@ -33,14 +33,14 @@ def _queue(*entries: tuple[list[float], int, int, int], size: int = 8) -> Queue:
     return queue
 
 
-def test_neighbours_of_other_pairs_with_their_words_each_pair_once(model, painted) -> None:
+def test_neighbors_of_other_pairs_with_their_words_each_pair_once(model, painted) -> None:
     queue = _queue(
         ([1.0, 0.0, 0.0], 3, 0, 0),  # red itself, from epoch 3
         ([0.9, 0.1, 0.0], 2, 3, 1),  # yellow, reworded in epoch 2
         ([0.8, 0.2, 0.0], 1, 3, 0),  # yellow again, further
         ([0.0, 0.0, 1.0], 1, 2, 0),  # blue
     )
-    found = neighbours(model, queue, painted(COLOURS), _Words(), np.random.default_rng(0), shown=4)
+    found = neighbors(model, queue, painted(COLOURS), _Words(), np.random.default_rng(0), shown=4)
     assert found is not None
     red = next(row for row in found.rows if row.words == "red")
     assert [each.words for each in red.found] == ["yellow of epoch 2 reworded", "blue of epoch 1"]
@@ -54,7 +54,7 @@ def test_neighbours_of_other_pairs_with_their_words_each_pair_once(model, painte
 def test_the_newest_entries_of_a_queue_that_has_wrapped(model, painted) -> None:
     entries = [([0.0, 0.0, 1.0], 0, 2, 0), ([1.0, 0.0, 0.0], 0, 3, 0), ([0.0, 1.0, 0.0], 0, 1, 0)]
     queue = _queue(*entries, size=2)
-    found = neighbours(model, queue, painted(COLOURS), _Words(), np.random.default_rng(0))
+    found = neighbors(model, queue, painted(COLOURS), _Words(), np.random.default_rng(0))
     assert found is not None
     red = next(row for row in found.rows if row.words == "red")
     assert [each.words for each in red.found] == ["yellow of epoch 0", "green of epoch 0"]
@@ -68,7 +68,7 @@ def test_the_same_words_of_another_pair(model, painted) -> None:
             return captions[tag % 4][0]
 
     queue = _queue(([1.0, 0.0, 0.0], 0, 1, 0))
-    found = neighbours(model, queue, painted(COLOURS, captions), Plain(), np.random.default_rng(0))
+    found = neighbors(model, queue, painted(COLOURS, captions), Plain(), np.random.default_rng(0))
     assert found is not None
     # The only entry is pair 1: itself for 1, the same words for 0, other words for both blues.
     assert (found.same_pair, found.same_words, found.other) == (0.25, 0.25, 0.5)
@@ -78,13 +78,13 @@ def test_the_same_words_of_another_pair(model, painted) -> None:
 def test_entries_without_a_tag_are_not_shown(model, painted) -> None:
     queue = Queue(4, 3)
     queue.fill(torch.eye(3))
-    assert neighbours(model, queue, painted(COLOURS), _Words(), np.random.default_rng(0)) is None
+    assert neighbors(model, queue, painted(COLOURS), _Words(), np.random.default_rng(0)) is None
 
 
-def test_views_are_unnormalised_and_texts_decoded(painted) -> None:
+def test_views_are_unnormalized_and_texts_decoded(painted) -> None:
     tokenizer = Tokenizer(context=16, merges=4000)
-    grey = torch.full((2, 1, 3, 8, 8), 0.0)
-    grey[1] = 1.0
+    gray = torch.full((2, 1, 3, 8, 8), 0.0)
+    gray[1] = 1.0
     ids = tokenizer.encode("a red cat sat")
     masked, labels = list(ids), [-100] * len(ids)
     cat, sat = (tokenizer.encode(word)[1] for word in ("cat", "sat"))
@@ -93,7 +93,7 @@ def test_views_are_unnormalised_and_texts_decoded(painted) -> None:
     changed = tokenizer.encode("a cat red sat")
     assert len(changed) == len(ids)
     batch = PairBatch(
-        images=grey,
+        images=gray,
         texts=torch.tensor([[ids], [changed]]),
         masked=torch.tensor([masked]),
         labels=torch.tensor([labels]),
@@ -115,7 +115,7 @@ def test_views_are_unnormalised_and_texts_decoded(painted) -> None:
 
 
 def test_views_of_a_batch_as_the_loader_gives_it(painted) -> None:
-    source = painted(COLOURS * 2, [(f"the {colour} thing here",) for colour in COLOURS * 2])
+    source = painted(COLOURS * 2, [(f"the {color} thing here",) for color in COLOURS * 2])
     tokenizer = Tokenizer(context=16, merges=1000)
     loader = PairLoader(source, tokenizer, MAKER, batch=4, seed=0)
     batch = next(loader)

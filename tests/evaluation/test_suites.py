@@ -21,11 +21,11 @@ TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", 
 KNOWN = {name: label for label, name in enumerate(TEN)} | {
     "abyssinian": 0, "american bulldog": 0, "great pyrenees": 2, "banded": 0, "polka-dotted": 1, "zigzagged": 2,
 }  # fmt: skip
-"""A name to the label whose colour the model takes it for: right but for the bulldog."""
+"""A name to the label whose color the model takes it for: right but for the bulldog."""
 
 
 class NameModel(nn.Module):
-    """Knows the colour of each class by its name; a feature is one-hot."""
+    """Knows the color of each class by its name; a feature is one-hot."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,12 +21,12 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def test_class_features_are_the_normalised_mean_of_normalised_ones(model) -> None:
+def test_class_features_are_the_normalized_mean_of_normalized_ones(model) -> None:
     found = class_features(model, ["red", "blue"], ["{}", "{} and green", "white {} {}"])
     red, green, blue, white = np.eye(3)[0], np.eye(3)[1], np.eye(3)[2], np.ones(3)
 
-    def mean(colour: np.ndarray) -> np.ndarray:
-        return _unit(np.mean([_unit(t + 1e-3) for t in (colour, colour + green, white + 2 * colour)], axis=0))
+    def mean(color: np.ndarray) -> np.ndarray:
+        return _unit(np.mean([_unit(t + 1e-3) for t in (color, color + green, white + 2 * color)], axis=0))
 
     np.testing.assert_allclose(found.numpy(), [mean(red), mean(blue)], atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Tiny data sets in their real layouts: real folders, file names and formats; an image's colour tells its label."""
+"""Tiny data sets in their real layouts: real folders, file names and formats; an image's color tells its label."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ from torchvision import datasets
 SHADES = 20
 
 
-def colour(label: int) -> tuple[int, int, int]:
-    """The colour of a class's images: labels in steps that JPEG keeps apart."""
+def color(label: int) -> tuple[int, int, int]:
+    """The color of a class's images: labels in steps that JPEG keeps apart."""
     return (SHADES * (label % 10), SHADES * (label // 10 % 10), SHADES * (label // 100))
 
 
 def label_of(image: Image.Image) -> int:
-    """The label that an image's colour tells."""
+    """The label that an image's color tells."""
     red, green, blue = (round(value / SHADES) for value in np.asarray(image, np.float64).mean((0, 1)))
     return red + 10 * green + 100 * blue
 
@@ -28,7 +28,7 @@ def label_of(image: Image.Image) -> int:
 def paint(path: Path, label: int) -> None:
     """Write an image of a class."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), colour(label)).save(path, "JPEG", quality=100, subsampling=0)
+    Image.new("RGB", (8, 8), color(label)).save(path, "JPEG", quality=100, subsampling=0)
 
 
 def write(path: Path, text: str) -> None:
@@ -139,7 +139,7 @@ def cifar(root: Path, patch: pytest.MonkeyPatch, kind: type, classes: list[str],
         files = []
         for number, (name, _) in enumerate(getattr(kind, lists)):
             labels = [(len(classes) - 1 - row - number) % len(classes) for row in range(count)]
-            pixels = np.array([colour(label) for label in labels], dtype=np.uint8)
+            pixels = np.array([color(label) for label in labels], dtype=np.uint8)
             data = np.repeat(pixels, 32 * 32, axis=1)  # (n, 3072): all red, all green, all blue
             (base / name).write_bytes(pickle.dumps({"data": data, key: labels}, protocol=2))
             files.append([name, md5(base / name)])

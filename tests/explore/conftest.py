@@ -60,10 +60,10 @@ def append_vectors(folder: Path, manifest: Manifest, vectors: Tensor, part_rows:
 
 
 def clustered(rows: int, width: int, generator: torch.Generator, seed: int = 0) -> Tensor:
-    """(rows, width) of length 1, around a hundred centres that the seed draws."""
-    centres = torch.randn(100, width, generator=torch.Generator().manual_seed(seed))
+    """(rows, width) of length 1, around a hundred centers that the seed draws."""
+    centers = torch.randn(100, width, generator=torch.Generator().manual_seed(seed))
     chosen = torch.randint(100, (rows,), generator=generator)
-    return normalize(centres[chosen] + 0.7 * torch.randn(rows, width, generator=generator), dim=-1)
+    return normalize(centers[chosen] + 0.7 * torch.randn(rows, width, generator=generator), dim=-1)
 
 
 @pytest.fixture(scope="session")
@@ -77,9 +77,9 @@ def folder(tmp_path: Path) -> Path:
     """24 pictures of shapes, without captions."""
     path = tmp_path / "shapes"
     path.mkdir()
-    for colour in COLOURS:
+    for color in COLOURS:
         for shape in SHAPES:
-            draw(colour, shape).save(path / f"{colour}-{shape}.png")
+            draw(color, shape).save(path / f"{color}-{shape}.png")
     return path
 
 

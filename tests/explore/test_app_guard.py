@@ -4,7 +4,7 @@ import pytest
 
 from explore.conftest import PAGE
 
-VIEWS = ("classify", "search", "neighbours", "pairs", "runs")
+VIEWS = ("classify", "search", "neighbors", "pairs", "runs")
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -95,8 +95,8 @@ def test_a_text_is_typed_and_found_by_keyboard_alone(page: Any, gallery: Any) ->
     sync_api.expect(page.locator("#hits > li").first).to_contain_text("cosine 1.000")
 
 
-def test_neighbours_say_where_they_come_from(page: Any, gallery: Any) -> None:
-    page.goto("/neighbours")
+def test_neighbors_say_where_they_come_from(page: Any, gallery: Any) -> None:
+    page.goto("/neighbors")
     page.locator("[data-example]").first.click()
     sync_api.expect(page.get_by_role("status")).to_contain_text("entries of the run’s queue")
     page.get_by_label("the captions of the index").check()
@@ -155,7 +155,7 @@ def test_a_run_is_followed_while_it_trains(page: Any, gallery: Any, run_folder: 
 def test_every_view_fits_a_phone(browser: Any, address: str, scheme: str) -> None:
     context = browser.new_context(base_url=address, viewport=PHONE, color_scheme=scheme)
     page = context.new_page()
-    for view in ("classify", "search?text=red", "neighbours", "pairs", "pairs#map", "runs"):
+    for view in ("classify", "search?text=red", "neighbors", "pairs", "pairs#map", "runs"):
         page.goto(f"/{view}")
         page.wait_for_load_state("networkidle" if "runs" not in view else "load")
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], view

@@ -123,12 +123,12 @@ def test_the_map_has_the_two_directions_of_the_largest_variance(tmp_path: Path) 
     assert found.explained == pytest.approx(1, abs=1e-3)
     assert found.places.min() >= 0
     assert found.places.max() == GRID
-    centred = (images - images.mean(0)).numpy()
-    directions = np.linalg.svd(centred, full_matrices=False)[2][:2]
+    centerd = (images - images.mean(0)).numpy()
+    directions = np.linalg.svd(centerd, full_matrices=False)[2][:2]
     for axis, direction in enumerate(directions):
         inner = (found.places[:, axis] > 0) & (found.places[:, axis] < GRID)
         assert inner.sum() > 190
-        assert abs(np.corrcoef(found.places[inner, axis], centred[inner] @ direction)[0, 1]) > 0.9999
+        assert abs(np.corrcoef(found.places[inner, axis], centerd[inner] @ direction)[0, 1]) > 0.9999
 
 
 def test_umap_is_offered_where_it_is_installed(made_up: Index, monkeypatch: pytest.MonkeyPatch) -> None:

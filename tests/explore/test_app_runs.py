@@ -76,7 +76,7 @@ def test_a_run_is_shown_with_its_results_and_curves(client: Any, gallery: Any, r
     total = next(each for each in tree["curves"] if each["title"] == "Total")
     assert total["lines"] == [[[row["step"], pytest.approx(row["total"], rel=1e-5)] for row in rows]]
     titles = {each["title"] for each in tree["curves"]}
-    assert {"Nearest neighbour", "Learning rate", "Gradient norm"} <= titles
+    assert {"Nearest neighbor", "Learning rate", "Gradient norm"} <= titles
 
 
 def test_two_runs_are_compared_and_followed(client: Any, gallery: Any, run_folder: Path, tmp_path: Path) -> None:

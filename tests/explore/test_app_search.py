@@ -132,7 +132,7 @@ def test_what_the_source_says_never_becomes_markup(model: DualEncoder, tmp_path:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     index = declip.embed(model, tmp_path / "pairs.jsonl", out=tmp_path / "index", captions=True)
     with TestClient(build(Gallery(index, evil, RunFolders([])), "localhost"), base_url=PAGE) as client:
-        for view in ("search", "classify", "neighbours", "pairs"):
+        for view in ("search", "classify", "neighbors", "pairs"):
             text = client.get(f"/{view}").text
             assert "<img src=x" not in text
             assert "</script><img" not in text
@@ -142,11 +142,11 @@ def test_what_the_source_says_never_becomes_markup(model: DualEncoder, tmp_path:
         assert found.json()["hits"][0]["captions"] == [f"</script>{evil}"]
 
 
-def test_neighbours_come_from_the_queue_with_the_words_it_saw(client: Any, gallery: Any) -> None:
+def test_neighbors_come_from_the_queue_with_the_words_it_saw(client: Any, gallery: Any) -> None:
     queue = gallery.queue
     assert isinstance(queue, QueueOfRun)
     assert (queue.held, queue.size, queue.step) == (32, 32, 8)
-    tree = client.get("/api/neighbours", params={"text": "a red circle", "count": 4}).json()
+    tree = client.get("/api/neighbors", params={"text": "a red circle", "count": 4}).json()
     assert tree["where"] == "queue"
     query = gallery.query("a red circle")
     slots = (queue._features @ query).argsort(descending=True).tolist()
@@ -158,11 +158,11 @@ def test_neighbours_come_from_the_queue_with_the_words_it_saw(client: Any, galle
     with torch.no_grad():  # its features are those of an earlier step, so the words are near the slot, not on it
         words = model.encode_text(model.tokenize([hit["words"] for hit in tree["hits"]]))
     assert (words * queue._features[[slots[0]]]).sum(1)[0] > 0.5
-    assert "the queue of the run at step 8: 32 of 32" in client.get("/neighbours").text
+    assert "the queue of the run at step 8: 32 of 32" in client.get("/neighbors").text
 
 
-def test_neighbours_in_the_index_are_the_nearest_captions(client: Any, gallery: Any) -> None:
-    tree = client.get("/api/neighbours", params={"text": "a red circle", "where": "index", "count": 4}).json()
+def test_neighbors_in_the_index_are_the_nearest_captions(client: Any, gallery: Any) -> None:
+    tree = client.get("/api/neighbors", params={"text": "a red circle", "where": "index", "count": 4}).json()
     expected = gallery.index.search("a red circle", over="captions", k=4)
     assert tree["where"] == "index"
     assert [hit["id"] for hit in tree["hits"]] == [hit.id for hit in expected]
@@ -174,10 +174,10 @@ def test_without_a_queue_the_page_says_why_and_takes_the_index(weights_file: Pat
 
     index = declip.embed(weights_file, table, out=tmp_path / "index", captions=True)
     with TestClient(build(Gallery(index, str(weights_file), RunFolders([])), "localhost"), base_url=PAGE) as client:
-        assert "No queue is shown. The model is no run of this package" in client.get("/neighbours").text
-        assert client.get("/api/neighbours?text=a+bar").json()["where"] == "index"
-        assert client.get("/api/neighbours?text=a+bar&where=queue").status_code == 400
-        assert client.get("/api/neighbours?text=").status_code == 400
+        assert "No queue is shown. The model is no run of this package" in client.get("/neighbors").text
+        assert client.get("/api/neighbors?text=a+bar").json()["where"] == "index"
+        assert client.get("/api/neighbors?text=a+bar&where=queue").status_code == 400
+        assert client.get("/api/neighbors?text=").status_code == 400
 
 
 def test_an_index_without_captions_says_what_is_missing(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
@@ -186,5 +186,5 @@ def test_an_index_without_captions_says_what_is_missing(model: DualEncoder, fold
     index = declip.embed(model, folder, out=tmp_path / "index")
     with TestClient(build(Gallery(index, "", RunFolders([])), "localhost"), base_url=PAGE) as client:
         assert "no vectors of captions" in client.get("/api/search?text=a&over=captions").json()["error"]
-        assert "no vectors of captions" in client.get("/api/neighbours?text=a").json()["error"]
-        assert "embed with --captions" in client.get("/neighbours").text
+        assert "no vectors of captions" in client.get("/api/neighbors?text=a").json()["error"]
+        assert "embed with --captions" in client.get("/neighbors").text

@@ -39,7 +39,7 @@ def test_embed_search_and_look_after(
     assert said.err == ""
 
     found, drawn = tmp_path / "found.json", tmp_path / "found.png"
-    words = ["search", index, "--image", query, "-k", 3, "--json", found, "--sheet", drawn]
+    words = ["search", index, "--image", query, "-k", 3, "--json", found, "--contact-sheet", drawn]
     assert run(words, monkeypatch) == 0
     printed = capfd.readouterr().out
     assert "red-bar.png" in printed

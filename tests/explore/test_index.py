@@ -52,10 +52,10 @@ def test_a_template_set_is_a_mean(made: Index, model: DualEncoder) -> None:
     assert made.query("bar", template="emoji").norm().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_neighbours_leave_out_the_picture_itself(made: Index) -> None:
+def test_neighbors_leave_out_the_picture_itself(made: Index) -> None:
     expected = [id_ for id_, _ in brute(made, made.vectors([7])[0].numpy()) if id_ != 7][:3]
-    assert [hit.id for hit in made.neighbours(7, 3)] == expected
-    assert len(made.neighbours(7, 100)) == 23
+    assert [hit.id for hit in made.neighbors(7, 3)] == expected
+    assert len(made.neighbors(7, 100)) == 23
 
 
 def test_removed_pictures_are_never_found_and_stay_out(made: Index, model: DualEncoder, folder: Path) -> None:

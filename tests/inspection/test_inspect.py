@@ -14,7 +14,7 @@ from declip.inspection.scan import draw as draw_places
 
 
 class Numbers:
-    """Pairs whose captions are given; the image is a colour by its number."""
+    """Pairs whose captions are given; the image is a color by its number."""
 
     name = "numbers"
 
@@ -184,9 +184,9 @@ def test_images_of_a_test_set_are_found(planted: Path) -> None:
 @pytest.mark.parametrize(
     ("caption", "keywords", "words"),
     [
-        (("cat",), ("pet",), "views.text.second=keywords"),
-        (("cat", "tom", "kitty"), (), "views.text.second=caption"),
-        (("cat", "tom", "kitty"), ("pet",), "views.text.second=caption"),
+        (("cat",), ("pet",), "views.text.second_view=keywords"),
+        (("cat", "tom", "kitty"), (), "views.text.second_view=caption"),
+        (("cat", "tom", "kitty"), ("pet",), "views.text.second_view=caption"),
         (("cat",), (), "Add words"),
     ],
 )

@@ -21,7 +21,7 @@ from declip.inspection.fingerprint import LOOK, caption_hash, image_hash, is_bla
 
 
 def photo(seed: int, side: int = 256) -> Image.Image:
-    """A smooth picture of many colours."""
+    """A smooth picture of many colors."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
 
@@ -56,8 +56,8 @@ def test_copies_look_alike_and_other_images_do_not() -> None:
     assert len(set(groups)) == 30
 
 
-def test_colour_and_shape_tell_drawings_apart() -> None:
-    groups = groups_of([draw(colour, shape) for colour in COLOURS for shape in SHAPES])
+def test_color_and_shape_tell_drawings_apart() -> None:
+    groups = groups_of([draw(color, shape) for color in COLOURS for shape in SHAPES])
     assert len(set(groups)) == len(groups)
 
 
@@ -89,9 +89,9 @@ def bits(looks: np.ndarray, name: str, i: int, j: int) -> int:
 
 def test_near_groups_are_those_of_comparing_all_with_all(generator: np.random.Generator) -> None:
     looks = np.zeros(300, LOOK)
-    centres = generator.integers(0, 2**64, (60, 10), dtype=np.uint64)
+    centers = generator.integers(0, 2**64, (60, 10), dtype=np.uint64)
     for n in range(len(looks)):
-        words = centres[n % 60].copy()
+        words = centers[n % 60].copy()
         for name, first, flips in (("coarse", 0, 5), ("fine", 2, 20)):
             for bit in generator.integers(0, 64 * (2 if name == "coarse" else 8), generator.integers(0, flips)):
                 words[first + bit // 64] ^= np.uint64(1) << np.uint64(bit % 64)

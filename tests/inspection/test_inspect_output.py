@@ -140,13 +140,13 @@ def test_the_command_writes_what_is_asked_for(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     outputs = [tmp_path / name for name in ("found.json", "found.html", "found.png")]
-    words = ["--json", str(outputs[0]), "--html", str(outputs[1]), "--sheet", str(outputs[2])]
+    words = ["--json", str(outputs[0]), "--html", str(outputs[1]), "--contact-sheet", str(outputs[2])]
     assert run([str(table), "--sample", "10", "--seed", "3", "--workers", "0", "--quiet", *words], monkeypatch) == 0
     printed = capfd.readouterr().out
     assert "10 of 24 pairs were read, drawn with seed 3." in printed
     assert all(path.is_file() for path in outputs)
     assert json.loads(outputs[0].read_text())["read"] == 10
-    assert run([str(table), "--all", "--workers", "0", "--against", str(table)], monkeypatch) == 0
+    assert run([str(table), "--all", "--workers", "0", "--check-leakage", str(table)], monkeypatch) == 0
     captured = capfd.readouterr()
     assert "All 24 pairs were read." in captured.out
     assert "24/24" in captured.err, "a progress bar"
@@ -157,7 +157,7 @@ def test_the_command_writes_what_is_asked_for(
     [
         (["--sample", "0"], "sample is 0; it must be 1 or more"),
         (["--html", "nowhere/page.html"], "there is no folder 'nowhere'"),
-        (["--sheet", "."], "it is a folder"),
+        (["--contact-sheet", "."], "it is a folder"),
         (["--image-root", "nowhere"], "nowhere"),
         (["--caption-column", "captoin"], "Did you mean 'caption'"),
     ],

@@ -24,8 +24,8 @@ class Captioned(Painted):
     """The same with two captions."""
 
     def captions(self, index: int) -> tuple[str, ...]:
-        colour, shape = self.rows[index]
-        return f"a {colour} {shape}", f"{shape} painted in {colour}"
+        color, shape = self.rows[index]
+        return f"a {color} {shape}", f"{shape} painted in {color}"
 
 
 def webdataset(folder: Path, source: Painted, kind: str, shards: int = 2) -> Path:

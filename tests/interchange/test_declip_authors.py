@@ -12,7 +12,7 @@ from declip.interchange import read_declip_authors
 from declip.interchange.declip_authors import UNUSED, token_order
 from declip.interchange.declip_file import FILE, write_declip_file
 from declip.interchange.start import read_start
-from declip.training.pretrained import begin
+from declip.training.pretrained import apply_pretrained
 from interchange.authors_cases import CASES, GOLDEN, Case
 
 
@@ -23,7 +23,7 @@ def expected_terms(step):
         "clip_i1_t": "contrastive",
         "simsiam": "simsiam",
         "mlm": "masked_language",
-        "nn": "nearest_neighbour",
+        "nn": "nearest_neighbor",
         "simclr": "simclr",
         "dense": "late_interaction",
         "filip": "late_interaction",
@@ -105,7 +105,7 @@ def test_training_goes_on_from_a_file_to_the_authors_second_step(name, tmp_path)
     write_declip_file(model, tmp_path / FILE, {n: t for n, t in objective.state_dict().items() if "queue" not in n})
 
     model, objective = case.read()
-    begin(read_start(str(tmp_path / FILE)), model.recipe, model, objective)
+    apply_pretrained(read_start(str(tmp_path / FILE)), model.recipe, model, objective)
     if objective.queue is not None:
         objective.queue.fill(case.value("bank_before", "step2/").T)
     case.step = case.about["steps"][1]
@@ -267,8 +267,8 @@ def test_full_size_models_have_the_shapes_of_our_recipes(file, model, recipe, em
     assert objective.recipe.image.size == expected.image.size == 224
     assert objective.recipe.late_interaction == expected.late_interaction
     assert objective.recipe.simclr == expected.simclr
-    if expected.image.name.startswith("vit"):
-        assert objective.recipe.image.options["num_heads"] == 12
+    if expected.image.model.startswith("vit"):
+        assert objective.recipe.image.model_kwargs["num_heads"] == 12
     assert found.image_tower.trunk.num_features == built.image_tower.trunk.num_features
 
 

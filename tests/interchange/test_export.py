@@ -152,7 +152,7 @@ def test_a_run_is_exported_with_its_data_steps_and_results(
     trainer.train()
     out = tmp_path / "out"
     monkeypatch.setattr("sys.argv", ["declip", "export", str(tmp_path / "run"), "--format", "safetensors", "--out",
-                                     str(out), "--licence", "cc-by-4.0"])  # fmt: skip
+                                     str(out), "--license", "cc-by-4.0"])  # fmt: skip
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert not caught.value.code
@@ -193,8 +193,8 @@ def test_the_code_in_the_card_works_as_it_is(
     assert "Not recorded" in _card(tmp_path / "out")
 
 
-def test_a_licence_in_words_is_named_as_the_hub_wants_it(tmp_path: Path) -> None:
-    declip.export(build("vit"), "safetensors", tmp_path / "out", licence="Ours, ask first")
+def test_a_license_in_words_is_named_as_the_hub_wants_it(tmp_path: Path) -> None:
+    declip.export(build("vit"), "safetensors", tmp_path / "out", license="Ours, ask first")
     head = yaml.safe_load(_card(tmp_path / "out").split("---")[1])
     assert (head["license"], head["license_name"]) == ("other", "Ours, ask first")
 
@@ -215,7 +215,7 @@ def test_what_a_format_cannot_say_is_refused_with_the_reason(kind: str, form: st
 
 
 def test_a_timm_tower_of_another_size_is_refused_by_open_clip_alone(tmp_path: Path) -> None:
-    model = build("timm-vit", **{"image.name": "vit_tiny_patch16_224", "image.size": 32})
+    model = build("timm-vit", **{"image.model": "vit_tiny_patch16_224", "image.size": 32})
     with pytest.raises(UserError, match=r"'vit_tiny_patch16_224', 32 px.*pos_embed"):
         declip.export(model, "open_clip", tmp_path / "out")
 

@@ -108,14 +108,14 @@ def test_an_image_tower_alone_gives_image_features(name: str, layout: str, tmp_p
 
 
 class Painted:
-    """Coloured shapes with the colour as the class."""
+    """Colored shapes with the color as the class."""
 
     name = "painted"
     class_names = COLOURS
 
     def __init__(self) -> None:
-        self.rows = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-        self.labels = np.array([COLOURS.index(colour) for colour, _ in self.rows])
+        self.rows = [(color, shape) for color in COLOURS for shape in SHAPES]
+        self.labels = np.array([COLOURS.index(color) for color, _ in self.rows])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -154,7 +154,7 @@ def test_published_image_towers_have_the_shapes_of_our_recipes(file: str) -> Non
         found = read_declip_backbone(state)
     expected = declip.load_recipe(f"declip-yfcc15m-{file.removeprefix('keys_').removesuffix('.json')}")
     assert found.recipe.image.size == 224
-    assert found.image_tower.hidden_width == (768 if "vit" in expected.image.name else 2048)
+    assert found.image_tower.hidden_width == (768 if "vit" in expected.image.model else 2048)
 
 
 @pytest.mark.parametrize("kind", ["vit", "vit-gelu", "vit-bias", "vit-clip-words", "resnet", "timm-convnext"])

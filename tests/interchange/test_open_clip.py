@@ -168,21 +168,21 @@ def test_a_very_long_picture_takes_little_memory_and_changes_nothing() -> None:
 
 
 class Shapes:
-    """Coloured shapes, labelled by colour."""
+    """Colored shapes, labeled by color."""
 
     name = "shapes"
     class_names = COLOURS
 
     def __init__(self) -> None:
-        self.rows = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-        self.labels = np.array([COLOURS.index(colour) for colour, _ in self.rows])
+        self.rows = [(color, shape) for color in COLOURS for shape in SHAPES]
+        self.labels = np.array([COLOURS.index(color) for color, _ in self.rows])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        colour, shape = self.rows[index]
-        return (f"a {colour} {shape}", f"{shape}, {colour}")
+        color, shape = self.rows[index]
+        return (f"a {color} {shape}", f"{shape}, {color}")
 
     def __getitem__(self, index: int) -> Pair:
         return Pair(str(index), draw(*self.rows[index]), self.captions(index))
@@ -226,7 +226,7 @@ def test_evaluate_by_command_with_workers(table: Path, tmp_path: Path) -> None:
     from declip.cli.app import app
 
     file, out = saved(random_model("tiny-vit"), tmp_path / "weights.pt"), tmp_path / "result.json"
-    words = ["evaluate", f"open_clip:tiny-vit/{file}", "--on", str(table), "--protocol", "retrieval"]
+    words = ["evaluate", f"open_clip:tiny-vit/{file}", "--dataset", str(table), "--task", "retrieval"]
     done = CliRunner().invoke(app, [*words, "--device", "cpu", "--json", str(out)])
     assert done.exit_code == 0, done.output
     measured = json.loads(out.read_text())

@@ -11,29 +11,36 @@ from conftest import draw
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 
-TEXT = {"text.width": 32, "text.layers": 2, "text.heads": 2, "text.context": 16, "text.merges": 300, "embed_dim": 16}
+TEXT = {
+    "text.width": 32,
+    "text.layers": 2,
+    "text.heads": 2,
+    "text.context_length": 16,
+    "text.bpe_merges": 300,
+    "embed_dim": 16,
+}
 VIT = {
-    "image.name": "declip_vit_tiny",
+    "image.model": "declip_vit_tiny",
     "image.size": 32,
-    "image.options": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
+    "image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "vit": {**VIT, **TEXT},
-    "vit-gelu": {**VIT, **TEXT, "image.name": "vit_base_patch32_clip_224", "text.activation": "gelu"},
+    "vit-gelu": {**VIT, **TEXT, "image.model": "vit_base_patch32_clip_224", "text.activation": "gelu"},
     "vit-mixed": {**VIT, **TEXT, "text.activation": "gelu"},
     "vit-bias": {
         **VIT, **TEXT, "text.projection_bias": True, "image.mean": [0.5, 0.4, 0.3], "image.std": [0.2, 0.3, 0.4],
     },
-    "vit-clip-words": {**VIT, **TEXT, "text.merges": None},
+    "vit-clip-words": {**VIT, **TEXT, "text.bpe_merges": None},
     "resnet": {
-        "image.name": "resnet50_clip",
+        "image.model": "resnet50_clip",
         "image.size": 64,
-        "image.options": {"depths": [1, 2, 1, 1], "width_factor": 1 / 8},
+        "image.model_kwargs": {"depths": [1, 2, 1, 1], "width_factor": 1 / 8},
         **TEXT,
     },
-    "timm-vit": {"image.name": "test_vit", "image.size": 160, **TEXT},
-    "timm-convnext": {"image.name": "test_convnext", "image.size": 64, **TEXT},
-    "conv": {"image.name": "declip_conv_tiny", "image.size": 32, **TEXT},
+    "timm-vit": {"image.model": "test_vit", "image.size": 160, **TEXT},
+    "timm-convnext": {"image.model": "test_convnext", "image.size": 64, **TEXT},
+    "conv": {"image.model": "declip_conv_tiny", "image.size": 32, **TEXT},
 }  # fmt: skip
 """Recipe keys of small models, two layers deep."""
 

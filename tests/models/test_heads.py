@@ -126,7 +126,7 @@ def test_full_size_heads_have_the_published_shapes():
     assert shapes(TokenProjection(768)) == [(256, 768)]
 
 
-def test_heads_become_synchronised_over_ranks():
+def test_heads_become_synchronized_over_ranks():
     head = nn.SyncBatchNorm.convert_sync_batchnorm(Projector(4, 8, 8))
     assert sum(isinstance(layer, nn.SyncBatchNorm) for layer in head.modules()) == 3
 

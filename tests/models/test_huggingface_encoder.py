@@ -41,13 +41,13 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, "'gpt2'.*encoders bert, roberta.*leave text.encoder out"),
+        ({"model_type": "gpt2"}, "'gpt2'.*encoders bert, roberta.*leave text.hf_model out"),
         ({"is_decoder": True}, "is a decoder"),
         ({"position_embedding_type": "relative_key"}, "'relative_key'"),
         ({"vocab_size": "many"}, r"config\.json' cannot be used"),
         ({"vocab_size": 20}, "69 ids.*vocab_size 20"),
         ({"pad_token_id": 3}, "pads with id 0.*pad_token_id 3"),
-        ({"max_position_embeddings": 16}, "text.context is 24.*positions for 16 ids.*16 or less"),
+        ({"max_position_embeddings": 16}, "text.context_length is 24.*positions for 16 ids.*16 or less"),
         ({"num_hidden_layers": 3}, r"lack 'bert\.encoder\.layer\.2\.[^']*' and 15 more.*text.pretrained=false"),
         ({"hidden_size": 64}, "cannot be built"),
         ({"hidden_act": "sinister"}, "cannot be built"),

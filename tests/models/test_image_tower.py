@@ -60,17 +60,17 @@ def test_tokens_of_a_map_keep_the_order_of_the_grid() -> None:
 
 
 def test_freezing_the_patch_projection() -> None:
-    tower = ImageTower("declip_vit_tiny", 32, 8, freeze_patch_projection=True)
+    tower = ImageTower("declip_vit_tiny", 32, 8, freeze_patch_embed=True)
     assert not tower.trunk.patch_embed.proj.weight.requires_grad
     with pytest.raises(UserError, match="needs a vision transformer"):
-        ImageTower("declip_conv_tiny", 32, 8, freeze_patch_projection=True)
+        ImageTower("declip_conv_tiny", 32, 8, freeze_patch_embed=True)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("resnet50_klip", {}, "Did you mean 'resnet50_clip'"),
-        ("resnet18", {"colour": 3}, "timm cannot build the image tower 'resnet18'"),
+        ("resnet18", {"color": 3}, "timm cannot build the image tower 'resnet18'"),
         ("declip_vit_tiny", {"patch_size": "big"}, "timm cannot build"),
     ],
 )

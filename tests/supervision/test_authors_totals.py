@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from declip.supervision.contrastive import info_nce, multi_view
-from declip.supervision.nearest_neighbor import neighbour_contrast
+from declip.supervision.nearest_neighbor import neighbor_contrast
 from declip.supervision.simclr import nt_xent
 from declip.supervision.simsiam import negative_cosine
 
@@ -48,7 +48,7 @@ def declip_terms(case, text_views):
         "contrastive": info_nce(images[0], texts[0], image_keys[0], text_keys[0], 1.0),
         "multi_view": multi_view(images, texts, image_keys, text_keys, 1.0),
         "simsiam": negative_cosine(*(inputs[f"simsiam_features.{i}"] for i in range(4))),
-        "nearest_neighbour": neighbour_contrast(near, near, blocks(size, 2), 1.0),
+        "nearest_neighbor": neighbor_contrast(near, near, blocks(size, 2), 1.0),
         "masked_language": inputs["text_self_supervised"],
     }
 
@@ -57,7 +57,7 @@ DECLIP = {
     "contrastive": 0.1,
     "multi_view": 0.3,
     "simsiam": 0.2,
-    "nearest_neighbour": 0.2,
+    "nearest_neighbor": 0.2,
     "masked_language": 0.2,
 }
 
@@ -79,7 +79,7 @@ def test_declip(golden, name, weights, text_views):
     logged = {
         "clip_losses": (terms["contrastive"] + (pairings - 1) * terms["multi_view"]) / pairings / ranks,
         "simsiam_losses": terms["simsiam"] / ranks,
-        "clip_nn_text_losses": terms["nearest_neighbour"] / ranks,
+        "clip_nn_text_losses": terms["nearest_neighbor"] / ranks,
         "text_mlm_losses": terms["masked_language"] / ranks,
     }
     check(case, sum(weights[term] * terms[term] for term in weights), logged)
@@ -92,7 +92,7 @@ def test_defilip(golden, i):
     keys = torch.eye(len(inputs["filip.0"]))
     late = info_nce(inputs["filip.0"], inputs["filip.1"], keys, keys, 1.0)
     total = sum(DECLIP[term] * terms[term] for term in DECLIP) + 0.2 * late
-    check(case, total, {"filip_losses": late, "clip_nn_text_losses": terms["nearest_neighbour"]})
+    check(case, total, {"filip_losses": late, "clip_nn_text_losses": terms["nearest_neighbor"]})
 
 
 def test_slip(golden):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from declip.supervision import chunked as blockwise
-from declip.supervision.contrastive import info_nce, multi_view, one_way
+from declip.supervision.contrastive import cross_entropy_to_keys, info_nce, multi_view
 from declip.supervision.late_interaction import late_interaction
-from declip.supervision.nearest_neighbor import neighbour_contrast
+from declip.supervision.nearest_neighbor import neighbor_contrast
 from declip.supervision.simclr import nt_xent
 
 
@@ -80,10 +80,10 @@ def small_blocks(monkeypatch: Any) -> None:
 
 
 TERMS = {
-    "one_way": (lambda a, b, s, **k: one_way(a[0], b[0], s, 2, **k), 1),
+    "cross_entropy_to_keys": (lambda a, b, s, **k: cross_entropy_to_keys(a[0], b[0], s, 2, **k), 1),
     "info_nce": (lambda a, b, s, **k: info_nce(a[0], a[1], b[0], b[1], s, 2, **k), 2),
     "multi_view": (lambda a, b, s, **k: multi_view(a, a.flip(0), b, b.flip(0), s, 2, **k), 6),
-    "neighbour": (lambda a, b, s, **k: neighbour_contrast(a, b[:, 2:7], b.flip(0), s, 2, True, b, **k), 8),
+    "neighbor": (lambda a, b, s, **k: neighbor_contrast(a, b[:, 2:7], b.flip(0), s, 2, True, b, **k), 8),
     "nt_xent": (lambda a, b, s, **k: nt_xent(a[0], a[1], b[0], b[1], 0.1, 2, **k) * s, 2),
 }
 
@@ -116,9 +116,9 @@ def test_precision(units: Any, check_precision: Any) -> None:
 
 def test_backward_is_deaf_to_autocast(units: Any) -> None:
     inputs = [units(6, 8).float(), units(9, 8).float()]
-    expected = values(lambda *x: one_way(*x, 50.0, largest=0), *inputs)
+    expected = values(lambda *x: cross_entropy_to_keys(*x, 50.0, largest=0), *inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        found = values(lambda *x: one_way(*x, 50.0, largest=0), *inputs)
+        found = values(lambda *x: cross_entropy_to_keys(*x, 50.0, largest=0), *inputs)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
@@ -130,10 +130,10 @@ def test_ranks_together_equal_the_whole_batch(units: Any, check_ranks: Any) -> N
 
 def test_finite_for_the_hardest_pairs_and_nothing_for_one_alone() -> None:
     image = torch.eye(4)
-    loss, rows, _ = values(lambda a, b: one_way(a, b, 100.0, largest=0), image, -image)
+    loss, rows, _ = values(lambda a, b: cross_entropy_to_keys(a, b, 100.0, largest=0), image, -image)
     assert loss.item() == pytest.approx(100 + math.log(3 + math.exp(-100)), rel=1e-6)
     assert rows.isfinite().all()
-    assert one_way(image[:1], image[:1], 100.0, largest=0).item() == 0
+    assert cross_entropy_to_keys(image[:1], image[:1], 100.0, largest=0).item() == 0
     assert nt_xent(image[:1], image[1:2], image[:1], image[1:2], largest=0).item() == 0
 
 
@@ -183,7 +183,7 @@ def test_no_work_that_nobody_asked_for(units: Any) -> None:
     def counted(rows: Tensor, keys: Tensor) -> int:
         products.clear()
         with Products():
-            loss = one_way(rows, keys, 9.0, largest=0)
+            loss = cross_entropy_to_keys(rows, keys, 9.0, largest=0)
             if loss.requires_grad:
                 loss.backward()
         return len(products)
@@ -191,7 +191,7 @@ def test_no_work_that_nobody_asked_for(units: Any) -> None:
     blocks = 2
     assert counted(rows, keys) == blocks, "logits once"
     with torch.no_grad():
-        assert not one_way(rows.requires_grad_(), keys, 9.0, largest=0).requires_grad
+        assert not cross_entropy_to_keys(rows.requires_grad_(), keys, 9.0, largest=0).requires_grad
     assert counted(rows, keys) == 3 * blocks, "logits twice, and the rows' gradient"
     assert counted(rows, keys.requires_grad_()) == 4 * blocks
     assert counted(rows.detach(), keys) == 3 * blocks
@@ -200,8 +200,8 @@ def test_no_work_that_nobody_asked_for(units: Any) -> None:
 @pytest.mark.usefixtures("small_blocks")
 def test_the_compiler_takes_it(units: Any) -> None:
     inputs = units(5, 6), units(8, 6), torch.tensor(14.3, dtype=torch.float64)
-    term = torch.compile(lambda *x: one_way(*x, largest=0), backend="eager", fullgraph=True)
-    assert_equal(values(term, *inputs), values(one_way, *inputs), 1e-13)
+    term = torch.compile(lambda *x: cross_entropy_to_keys(*x, largest=0), backend="eager", fullgraph=True)
+    assert_equal(values(term, *inputs), values(cross_entropy_to_keys, *inputs), 1e-13)
 
 
 def late(images: Tensor, words: Tensor, scale: Tensor | float, largest: float | None = None) -> Tensor:

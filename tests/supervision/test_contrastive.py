@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from declip.supervision.contrastive import in_full_precision, info_nce, multi_view, one_way, scaled_similarity
+from declip.supervision.contrastive import cross_entropy_to_keys, info_nce, multi_view, scaled_similarity, to_float32
 
 
 def loop_one_way(rows, keys, scale, offset):
@@ -37,7 +37,7 @@ def test_info_nce_equals_the_authors_loss_and_gradients(golden, name):
 def test_info_nce_equals_a_plain_loop(units, offset):
     image, text, image_keys, text_keys = units(4, 7), units(4, 7), units(9, 7), units(9, 7)
     expected = loop_info_nce(image, text, image_keys, text_keys, 14.3, offset)
-    assert one_way(image, text_keys, 14.3, offset).item() == pytest.approx(
+    assert cross_entropy_to_keys(image, text_keys, 14.3, offset).item() == pytest.approx(
         loop_one_way(image, text_keys, 14.3, offset), rel=1e-12
     )
     found = info_nce(image, text, image_keys, text_keys, 14.3, offset)
@@ -82,7 +82,7 @@ def test_precision(units, check_precision):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_full_precision_of_halves_is_float32(dtype):
-    assert in_full_precision(torch.ones(2, dtype=dtype)).dtype == torch.float32
+    assert to_float32(torch.ones(2, dtype=dtype)).dtype == torch.float32
 
 
 def test_the_hardest_pairs_at_scale_100_stay_finite():

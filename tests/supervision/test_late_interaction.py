@@ -62,7 +62,7 @@ def test_equals_the_authors_logits_loss_and_gradients(golden, i):
     torch.testing.assert_close(scale * similarity(images, word_keys), case["logits_1"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scale * similarity(words, image_keys), case["logits_2"], rtol=1e-5, atol=1e-5)
     nothing = ~everything(words)
-    loss = late_interaction(images, words, nothing, image_keys, word_keys, nothing[:, :k], scale, count_padding=True)
+    loss = late_interaction(images, words, nothing, image_keys, word_keys, nothing[:, :k], scale, include_padding=True)
     loss.backward()
     torch.testing.assert_close(loss, case["loss"], rtol=1e-5, atol=0)
     torch.testing.assert_close(raw[0].grad, case["grad_1"], rtol=1e-5, atol=1e-7)
@@ -88,7 +88,7 @@ def test_what_stands_in_the_padding_does_not_matter(units):
     losses = [late_interaction(images, w, mask, images, w, mask, 7.0).item() for w in (words, other)]
     assert losses[0] == losses[1]
     counted = [
-        late_interaction(images, w, mask, images, w, mask, 7.0, count_padding=True).item() for w in (words, other)
+        late_interaction(images, w, mask, images, w, mask, 7.0, include_padding=True).item() for w in (words, other)
     ]
     assert abs(counted[0] - counted[1]) > 0.1
 
@@ -96,7 +96,7 @@ def test_what_stands_in_the_padding_does_not_matter(units):
 def test_counting_padding_equals_a_mask_of_true(units):
     images, words = units(3, 4, 5), units(3, 6, 5)
     mask = lengths_mask([3, 6, 1], 6)
-    counted = late_interaction(images, words, mask, images, words, mask, 7.0, count_padding=True)
+    counted = late_interaction(images, words, mask, images, words, mask, 7.0, include_padding=True)
     full = late_interaction(images, words, everything(words), images, words, everything(words), 7.0)
     assert counted.item() == pytest.approx(full.item(), rel=1e-12)
 

@@ -22,7 +22,7 @@ from declip.supervision.objective import Objective, alone
 from declip.training import distributed
 
 WITHOUT_BATCH_NORM = {
-    "contrastive": 0.1, "multi_view": 0.3, "masked_language": 0.2, "nearest_neighbour": 0.2, "late_interaction": 0.2,
+    "contrastive": 0.1, "multi_view": 0.3, "masked_language": 0.2, "nearest_neighbor": 0.2, "late_interaction": 0.2,
 }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_the_contrast_sees_the_masked_caption_or_on_request_the_clean_one() -> N
     weights, batch = {"contrastive": 1.0, "masked_language": 1.0}, random_batch()
     assert batch.masked is not None
     for share, captions in ((True, batch.masked), (False, batch.texts[0])):
-        model, objective = parts(weights, masked_language={"share_pass": share})
+        model, objective = parts(weights, masked_language={"mask_contrastive_text": share})
         terms = objective(model, batch)
         images, texts = model.encode_image(batch.images[0]), model.encode_text(captions)
         expected = contrastive.info_nce(images, texts, images, texts, model.logit_scale.exp())
@@ -99,7 +99,7 @@ def test_both_ways_of_masking_predict_the_same_words() -> None:
     weights, batch = {"contrastive": 1.0, "masked_language": 1.0}, random_batch()
     found = []
     for share in (True, False):
-        model, objective = parts(weights, masked_language={"share_pass": share})
+        model, objective = parts(weights, masked_language={"mask_contrastive_text": share})
         found.append(objective(model, batch)["masked_language"])
     torch.testing.assert_close(*found)
 
@@ -113,15 +113,15 @@ def test_a_batch_without_a_masked_word_adds_nothing() -> None:
 
 
 def test_the_queue_is_looked_up_before_it_is_written_augmentations_first() -> None:
-    model, objective = parts({"nearest_neighbour": 1.0, "contrastive": 1.0})
+    model, objective = parts({"nearest_neighbor": 1.0, "contrastive": 1.0})
     assert objective.queue is not None
     batch = random_batch()
-    assert objective(model, batch)["nearest_neighbour"].item() == 0, "nothing to find yet"
+    assert objective(model, batch)["nearest_neighbor"].item() == 0, "nothing to find yet"
     assert batch.masked is not None
     second, first = model.encode_text(batch.texts[1]), model.encode_text(batch.masked)
     torch.testing.assert_close(objective.queue.ordered(), torch.cat([second, first]).detach())
     assert objective.queue.tags[:16].tolist() == [2 * t + 1 for t in range(8)] + [2 * t for t in range(8)]
-    assert objective(model, batch)["nearest_neighbour"].item() > 0
+    assert objective(model, batch)["nearest_neighbor"].item() > 0
     objective.eval()
     written = len(objective.queue)
     objective(model, batch)
@@ -142,7 +142,7 @@ def test_a_base_view_is_for_the_contrast_alone() -> None:
 
 
 def test_one_image_view_meets_both_captions() -> None:
-    weights = {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbour": 0.2}
+    weights = {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2}
     model, objective = parts(weights, views={"image_count": 1})
     batch = random_batch(views=1)
     batch = PairBatch(batch.images, batch.texts, tags=batch.tags)
@@ -162,7 +162,7 @@ def test_one_image_view_meets_both_captions() -> None:
     expected = {
         "contrastive": (contrast(image, texts[0]) + contrast(texts[0], image)) / 2,
         "multi_view": (contrast(image, texts[1]) + contrast(texts[1], image)) / 2,
-        "nearest_neighbour": (contrast(image, nearest[0]) + contrast(image, nearest[1])) / 2,
+        "nearest_neighbor": (contrast(image, nearest[0]) + contrast(image, nearest[1])) / 2,
     }
     expected["total"] = torch.stack([weight * expected[name] for name, weight in weights.items()]).sum()
     assert terms.keys() == expected.keys()
@@ -208,7 +208,7 @@ def test_loss_matrices_above_the_recipes_limit_are_made_in_blocks(
     batch, found = random_batch(), []
     batch = replace(batch, images=batch.images.double())
     for limit, expected in ((256, 0), (512e-6, matrices[1]), (511e-6, sum(matrices))):
-        model, objective = parts(WEIGHTS[name], train={**TINY["train"], "largest_logits_mb": limit})
+        model, objective = parts(WEIGHTS[name], train={**TINY["train"], "max_logits_mb": limit})
         model.double(), objective.double()
         objective(model, batch)
         calls.clear()
@@ -228,8 +228,8 @@ def test_the_queue_is_searched_in_the_recipes_precision(monkeypatch: pytest.Monk
     nearest = Queue.nearest
     monkeypatch.setattr(Queue, "nearest", lambda *x: seen.append(x[2]) or nearest(*x))
     for lookup in ("fp32", "bf16"):
-        sections = {**TINY["nearest_neighbour"], "lookup": lookup}
-        model, objective = parts({"nearest_neighbour": 1.0}, nearest_neighbour=sections)
+        sections = {**TINY["nearest_neighbor"], "lookup": lookup}
+        model, objective = parts({"nearest_neighbor": 1.0}, nearest_neighbor=sections)
         objective(model, random_batch())
         objective(model, random_batch())
     assert seen == [None, torch.bfloat16]
@@ -306,7 +306,7 @@ def test_joint_views_share_the_statistics_of_batch_norm() -> None:
     batch = random_batch()
     found = {}
     for joint in (False, True):
-        model, objective = parts(weights, image={"name": "declip_conv_tiny", "size": 32, "joint_views": joint})
+        model, objective = parts(weights, image={"name": "declip_conv_tiny", "size": 32, "shared_bn_views": joint})
         found[joint] = objective.run_towers(model, batch).images
     flat = model.image_tower(batch.images.flatten(0, 1)).pooled.unflatten(0, (2, 8))
     torch.testing.assert_close(found[True], flat, rtol=1e-5, atol=1e-6)
@@ -315,16 +315,18 @@ def test_joint_views_share_the_statistics_of_batch_norm() -> None:
     assert (flat - each).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("share_pass", [True, False])
-def test_captions_in_groups_of_like_length_give_the_same_terms(share_pass: bool) -> None:
+@pytest.mark.parametrize("mask_contrastive_text", [True, False])
+def test_captions_in_groups_of_like_length_give_the_same_terms(mask_contrastive_text: bool) -> None:
     batch = random_batch()
     end = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer.end
     lengths = (batch.texts == end).int().argmax(dim=2) + 1
     batch = replace(batch, images=batch.images.double(), lengths=lengths)
     found = []
     for groups in (1, 3):
-        train = {**TINY["train"], "length_groups": groups}
-        model, objective = parts(WITHOUT_BATCH_NORM, train=train, masked_language={"share_pass": share_pass})
+        train = {**TINY["train"], "length_buckets": groups}
+        model, objective = parts(
+            WITHOUT_BATCH_NORM, train=train, masked_language={"mask_contrastive_text": mask_contrastive_text}
+        )
         terms = objective.double()(model.double(), batch)
         terms["total"].backward()
         found.append((terms, [p.grad for p in model.parameters()]))
@@ -335,5 +337,5 @@ def test_captions_in_groups_of_like_length_give_the_same_terms(share_pass: bool)
 
 
 def test_groups_that_leave_out_padding_are_refused_where_padding_counts() -> None:
-    with pytest.raises(ValueError, match="count_padding"):
-        Recipe.model_validate({**TINY, "train": {"length_groups": 2}, "late_interaction": {"count_padding": True}})
+    with pytest.raises(ValueError, match="include_padding"):
+        Recipe.model_validate({**TINY, "train": {"length_buckets": 2}, "late_interaction": {"include_padding": True}})

@@ -28,7 +28,7 @@ def start_from(table: Path, out: Path, image: dict[str, Any] = VIT, name: str = 
 
 def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None, **keys: Any) -> Recipe:
     tree = {**TINY, "name": "tuned", "data": {"source": str(table)}, "weights": WEIGHTS["declip"]}
-    tree["train"] = {**TINY["train"], "lr_peak": 1e-2, **(train_keys or {})}
+    tree["train"] = {**TINY["train"], "lr": 1e-2, **(train_keys or {})}
     return Recipe.model_validate({**tree, "finetune": {"weights": str(weights), **keys}})
 
 

@@ -40,7 +40,7 @@ def tokens(model: DualEncoder, rows: int, length: int) -> torch.Tensor:
     return ids
 
 
-@pytest.mark.parametrize("keys", [{}, {"chunk": 3}, {"recompute_activations": True}, {"ema": 0.9, "length_groups": 2}])
+@pytest.mark.parametrize("keys", [{}, {"chunk": 3}, {"grad_checkpointing": True}, {"ema": 0.9, "length_buckets": 2}])
 def test_a_compiled_run_learns_what_a_plain_one_does(
     table: Path, tmp_path: Path, counter: CompileCounterWithBackend, keys: dict[str, object]
 ) -> None:
@@ -90,7 +90,7 @@ def test_compiled_are_whole_batches_in_training_with_few_lengths(
         ({}, {16}, {16}),
         ({"chunk": 3}, {6, 4}, {6, 4}),
         ({"chunk": 8}, {16}, {16}),
-        ({"length_groups": 3}, {16}, {5, 6}),
+        ({"length_buckets": 3}, {16}, {5, 6}),
     ],
 )
 def test_sizes_of_the_batches_that_training_sees(
@@ -116,7 +116,7 @@ def test_no_compiler_is_said_before_a_folder_is_made(
 
 
 def test_recomputing_a_tower_with_batch_norm_is_refused(table: Path, tmp_path: Path) -> None:
-    tree = recipe_for(table, compile=True, recompute_activations=True).model_dump()
+    tree = recipe_for(table, compile=True, grad_checkpointing=True).model_dump()
     tree["image"] |= {"name": "declip_conv_tiny", "options": {}}
     with pytest.raises(UserError, match="'declip_conv_tiny'"):
         Trainer(Recipe.model_validate(tree), tmp_path / "run", quiet=True)

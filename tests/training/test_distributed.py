@@ -17,7 +17,7 @@ from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training import distributed
-from declip.training.distributed import Meeting
+from declip.training.distributed import StepSync
 from declip.training.learner import build_learner, whole
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.setup import image_views
@@ -26,14 +26,14 @@ from processes import in_processes
 
 BATCH, LENGTH = 8, 16
 CAPTIONS = "one image, two captions"
-CASES = {**WEIGHTS, CAPTIONS: {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbour": 0.2}}
+CASES = {**WEIGHTS, CAPTIONS: {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2}}
 OPTIONS: dict[str, dict[str, Any]] = {}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
 
 
 def random_batch(recipe: Recipe, seed: int) -> PairBatch:
     generator = torch.Generator().manual_seed(seed)
-    tokenizer = Tokenizer(context=recipe.text.context, merges=recipe.text.merges)
+    tokenizer = Tokenizer(context=recipe.text.context_length, merges=recipe.text.bpe_merges)
     texts = torch.randint(1, 500, (2, BATCH, LENGTH), generator=generator)
     for row, end in enumerate(torch.randint(4, LENGTH, (BATCH,), generator=generator).tolist()):
         texts[:, row, end], texts[:, row, end + 1 :] = tokenizer.end, 0
@@ -70,10 +70,14 @@ def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> d
     learner = build_learner(recipe, model, objective)
     named = named_trainable(model, objective)
     parts = StepParts(
-        learner, build_optimizer(named, recipe.train), image_views(recipe), clip_norm=1.0, chunk=recipe.train.chunk
+        learner,
+        build_optimizer(named, recipe.train),
+        image_views(recipe),
+        grad_clip_norm=1.0,
+        chunk=recipe.train.grad_cache_chunk,
     )
     model.train(), objective.train()
-    meeting, found = Meeting(counts, stop=False), {}
+    meeting, found = StepSync(counts, stop=False), {}
     for step in range(2):
         share = rows(random_batch(recipe, step), meeting.offset, meeting.offset + counts[distributed.rank()])
         for term, value in training_step(parts, share, meeting).items():
@@ -125,7 +129,7 @@ def test_ranks_learn_what_one_process_learns(alone: Any, tmp_path: Path, counts:
 def test_ranks_with_loss_matrices_in_blocks_learn_the_same(tmp_path: Path) -> None:
     names = ["slip", "defilip"]
     expected = some_recipes(names, (BATCH,), "layer norm", {})
-    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"largest_logits_mb": 1e-5}):
+    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"max_logits_mb": 1e-5}):
         compare(expected, theirs)
 
 
@@ -140,9 +144,9 @@ def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str) -> None:
 @pytest.mark.parametrize("tower", TOWERS)
 def test_activations_computed_twice_change_nothing(tmp_path: Path, tower: str) -> None:
     expected = {"declip": two_steps("declip", tower, (BATCH,))}
-    compare(expected, {"declip": two_steps("declip", tower, (BATCH,), recompute_activations=True)})
+    compare(expected, {"declip": two_steps("declip", tower, (BATCH,), grad_checkpointing=True)})
     for parallel_by in ("ddp", "fsdp"):
-        train = {"parallel": parallel_by, "recompute_activations": True}
+        train = {"parallel": parallel_by, "grad_checkpointing": True}
         (tmp_path / parallel_by).mkdir()
         for theirs in in_processes(some_recipes, 2, tmp_path / parallel_by, ["declip"], (4, 4), tower, train):
             compare(expected, theirs)
@@ -190,7 +194,7 @@ def test_ranks_with_chunks_learn_the_same(tmp_path: Path) -> None:
 
 
 def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_only_when_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"has batch norm, .* train.chunk_inexact=true"):
+    with pytest.raises(UserError, match=r"has batch norm, .* train.allow_batchnorm_chunking=true"):
         two_steps("clip", "batch norm", (BATCH,), chunk=3)
     seen: list[int] = []
     forward = ImageTower.forward
@@ -200,7 +204,7 @@ def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_only_when_allowed(monke
         return forward(self, images)
 
     monkeypatch.setattr(ImageTower, "forward", counted)
-    found = two_steps("clip", "batch norm", (BATCH,), chunk=3, chunk_inexact=True)
+    found = two_steps("clip", "batch norm", (BATCH,), chunk=3, allow_batchnorm_chunking=True)
     assert seen == [3, 3, 2] * 4, "two passes in each of two steps"
     counts = [int(value) for name, value in found.items() if name.endswith("num_batches_tracked")]
     assert set(counts) == {6}, "the first pass leaves the running statistics alone"

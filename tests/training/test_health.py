@@ -2,13 +2,13 @@ import math
 
 import pytest
 
-from declip.training.health import FLAT_AFTER, STEEP, Health
+from declip.training.health import FLAT_AFTER, STEEP, LossMonitor
 
 CHANCE = math.log(64)
 
 
-def healthy() -> Health:
-    return Health(batch=64, warmup=10)
+def healthy() -> LossMonitor:
+    return LossMonitor(batch=64, warmup=10)
 
 
 def test_a_run_that_learns_hears_nothing() -> None:
@@ -22,7 +22,7 @@ def test_a_loss_at_chance_is_named_once_and_late() -> None:
     assert health.look(FLAT_AFTER - 1, {"contrastive": CHANCE, "grad_norm": 1.0}) == []
     (said,) = health.look(FLAT_AFTER, {"contrastive": CHANCE + 0.01, "grad_norm": 1.0})
     assert "ln(64) = 4.16: nothing is learnt" in said
-    assert "train.lr_peak" in said
+    assert "train.lr" in said
     assert health.look(FLAT_AFTER + 10, {"contrastive": CHANCE, "grad_norm": 1.0}) == []
 
 

@@ -17,7 +17,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.supervision.objective import Objective
 from declip.training import distributed
-from declip.training.distributed import Council
+from declip.training.distributed import HostGroup
 from declip.training.stopping import STOP
 from declip.training.trainer import Trainer
 from processes import in_processes
@@ -33,7 +33,7 @@ def recipe(table: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     rows = [{**row, "image": str(table.parent / row["image"])} for row in rows]
     rows += [{"image": f"missing-{number}.png", "caption": "nothing"} for number in range(BROKEN)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"source": str(path), "max_broken_share": 0.5}
+    data = {"source": str(path), "max_broken_fraction": 0.5}
     return {**TINY, "name": "declip", "weights": WEIGHTS["declip"], "data": data}
 
 
@@ -124,7 +124,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(
 
 def absent(patience: float, way: str) -> str:
     """Rank 1 sleeps or dies where it should come to step 3."""
-    council = Council(patience)
+    council = HostGroup(patience)
     try:
         for step in range(4):
             if step == 3 and distributed.rank() == 1:

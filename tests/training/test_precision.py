@@ -28,7 +28,7 @@ def bf16(monkeypatch: pytest.MonkeyPatch):
 def test_auto_takes_what_the_device_can(bf16, tmp_path: Path, asked: str, can: bool, taken: str) -> None:
     bf16(can)
     recipe = load_recipe("declip-demo", {"train.precision": asked})
-    assert precision.settled(recipe, CPU, tmp_path, resume=False).train.precision == taken
+    assert precision.resolve_precision(recipe, CPU, tmp_path, resume=False).train.precision == taken
 
 
 @pytest.mark.parametrize("can", [False, True])

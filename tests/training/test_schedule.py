@@ -12,14 +12,14 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "loss_cases.npz"
 def test_equals_the_authors_schedule() -> None:
     """Their iterations count from 1 and their configuration runs 128,001 of them."""
     cases = np.load(GOLDEN)
-    train = Train(steps=128001, lr_start=1e-4, lr_peak=1e-3, warmup_steps=2500)
+    train = Train(steps=128001, warmup_lr=1e-4, lr=1e-3, warmup_steps=2500)
     ours = [learning_rate(int(iteration) - 1, train) for iteration in cases["lr_schedule/iter"]]
     np.testing.assert_allclose(ours, cases["lr_schedule/lr"], rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 2, 10, 50])
 def test_rises_to_the_peak_and_falls_to_the_end(warmup: int) -> None:
-    train = Train(steps=50, lr_start=1e-4, lr_peak=1e-3, lr_end=1e-5, warmup_steps=warmup)
+    train = Train(steps=50, warmup_lr=1e-4, lr=1e-3, min_lr=1e-5, warmup_steps=warmup)
     rates = [learning_rate(step, train) for step in range(50)]
     top = max(warmup - 1, 0)
     assert np.all(np.diff(rates[: top + 1]) > 0)
@@ -32,6 +32,6 @@ def test_rises_to_the_peak_and_falls_to_the_end(warmup: int) -> None:
 
 
 def test_a_run_shorter_than_its_warm_up_stays_in_it() -> None:
-    train = Train(steps=5, lr_start=0.0, lr_peak=1e-3, warmup_steps=100)
+    train = Train(steps=5, warmup_lr=0.0, lr=1e-3, warmup_steps=100)
     assert learning_rate(4, train) == pytest.approx(1e-3)
     assert learning_rate(0, train) == 0.0

@@ -41,11 +41,11 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table: Path, tm
             name.startswith("projector")
         )
     recipe = trainer.recipe
-    assert (recipe.text.layers, recipe.text.merges, recipe.text.activation) == (3, 400, "gelu")
+    assert (recipe.text.layers, recipe.text.bpe_merges, recipe.text.activation) == (3, 400, "gelu")
     assert (recipe.image.mean, recipe.embed_dim) == (STATISTICS["mean"], 24)
     assert trainer.model.tokenizer.vocabulary == declip.load(start).tokenizer.vocabulary  # type: ignore[attr-defined]
     assert trainer.model.preprocessor.mean == pytest.approx(STATISTICS["mean"])
-    assert trainer.model.logit_scale.item() == pytest.approx(recipe.logit_scale.start)
+    assert trainer.model.logit_scale.item() == pytest.approx(recipe.logit_scale.init)
     assert len(trainer.objective.queue or ()) == 0
 
 
@@ -91,7 +91,7 @@ def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -
     file = tmp_path / "vit.safetensors"
     save_file(published.state_dict(), file)
     trainer = Trainer(
-        tuned(table, f"timm:test_vit/{file}", freeze_image="all", image_size=32), tmp_path / "r", quiet=True
+        tuned(table, f"timm:test_vit/{file}", freeze_image_blocks="all", image_size=32), tmp_path / "r", quiet=True
     )
     tower = trainer.model.image_tower
     expected = timm.create_model("test_vit", pretrained=False, num_classes=0, img_size=32)
@@ -119,14 +119,14 @@ def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["vit-gelu", "resnet"])
 def test_open_clips_models_are_a_start(kind: str, table: Path, tmp_path: Path) -> None:
-    model = build(kind, **{"text.merges": None})
+    model = build(kind, **{"text.bpe_merges": None})
     declip.export(model, "open_clip", tmp_path / "folder")
     trainer = Trainer(tuned(table, tmp_path / "folder", {"steps": 1}), tmp_path / "run", quiet=True)
     for found, given in zip(features(trainer.model.eval()), features(model), strict=True):
         torch.testing.assert_close(found, given, rtol=0, atol=1e-5)
     named = read_start(f"open_clip:local-dir:{tmp_path / 'folder'}")
     assert named.whole
-    assert named.recipe.text.merges is None
+    assert named.recipe.text.bpe_merges is None
 
 
 def test_a_text_encoder_and_its_run_are_a_start(table: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_text_encoder_and_its_run_are_a_start(table: Path, tmp_path: Path) -> 
         table,
         f"timm:test_vit/{tmp_path / 'vit.safetensors'}",
         {"steps": 2},
-        freeze_text=1,
+        freeze_text_blocks=1,
         layer_decay=0.5,
         image_size=32,
     ).model_dump(mode="json") | {"text": {"encoder": str(folder), "context": 24}}
@@ -191,12 +191,12 @@ def test_mixtures_are_the_line_between_start_and_end(
     assert not moved(mixing.interpolate(first, final, 0).state_dict(), first.state_dict())
     assert not moved(mixing.interpolate(first, final, 1).state_dict(), final.state_dict())
     run, picture, out = str(tmp_path / "run"), tmp_path / "curve.png", tmp_path / "mixed"
-    words = ["interpolate", run, "--on", str(table), "--protocol", "retrieval", "--figure", str(picture)]
+    words = ["interpolate", run, "--dataset", str(table), "--task", "retrieval", "--figure", str(picture)]
     assert command(words, monkeypatch) == 0
     shown = capfd.readouterr().out
     assert all(f"{share:g}" in shown for share in (0, 0.25, 0.5, 0.75, 1))
     assert picture.stat().st_size > 5000
-    assert command(["interpolate", run, "--share", "0.25", "--out", str(out)], monkeypatch) == 0
+    assert command(["interpolate", run, "--alpha", "0.25", "--out", str(out)], monkeypatch) == 0
     assert not moved(declip.load(out, device="cpu").state_dict(), half)  # type: ignore[attr-defined]
     assert "WiSE-FT" in (out / "README.md").read_text()
 
@@ -211,9 +211,9 @@ def test_wrong_mixtures_are_refused(
     with pytest.raises(UserError, match="no fine-tuned run"):
         mixing.ends_of(start)
     for words, said in (
-        (["interpolate", str(start)], "--on SET"),
+        (["interpolate", str(start)], "--dataset SET"),
         (["interpolate", str(start), "--out", "x"], "Give one"),
-        (["interpolate", str(start), "--share", "0.5", "--out", str(tmp_path / "x"), "--figure", "y"], "--on SET"),
+        (["interpolate", str(start), "--alpha", "0.5", "--out", str(tmp_path / "x"), "--figure", "y"], "--dataset SET"),
     ):
         assert command(words, monkeypatch) == 2
         assert said in capfd.readouterr().err.replace("\n", " ")
@@ -222,12 +222,12 @@ def test_wrong_mixtures_are_refused(
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"freeze_image": 4}, "has 3 blocks"),
-        ({"freeze_text": 9}, "Give 0 to 3, or all"),
-        ({"lora": {"rank": 2}, "freeze_image": 1}, "0 or all"),
+        ({"freeze_image_blocks": 4}, "has 3 blocks"),
+        ({"freeze_text_blocks": 9}, "Give 0 to 3, or all"),
+        ({"lora": {"rank": 2}, "freeze_image_blocks": 1}, "0 or all"),
         ({"lora": {"rank": 2}, "layer_decay": 0.5}, "layer_decay"),
-        ({"lora": {"rank": 2}, "train_keys": {"ema": 0.9}}, "goes without train.ema=0.9"),
-        ({"lora": {"rank": 2}, "train_keys": {"parallel": "fsdp"}}, "goes without train.parallel=fsdp"),
+        ({"lora": {"rank": 2}, "train_keys": {"ema": 0.9}}, "goes without train.ema_decay=0.9"),
+        ({"lora": {"rank": 2}, "train_keys": {"parallel": "fsdp"}}, "goes without train.strategy=fsdp"),
         ({"weights": "nowhere"}, "no weights to start from at 'nowhere'"),
         ({"weights": "timm:no_such_tower"}, "no_such_tower"),
         ({"weights": "timm:test_vit/nowhere.pt"}, "no file"),
@@ -240,8 +240,8 @@ def test_what_cannot_be_is_said_before_a_folder_is_made(
     with pytest.raises(ValueError, match=said):
         train(tuned(table, **{"weights": start, **keys}), out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=r"finetune\.image_lr .* give finetune\.weights too"):
-        Recipe.model_validate({**TINY, "finetune": {"image_lr": 0.1}})
+    with pytest.raises(ValueError, match=r"finetune\.image_lr_scale .* give finetune\.weights too"):
+        Recipe.model_validate({**TINY, "finetune": {"image_lr_scale": 0.1}})
 
 
 def test_files_of_another_model_and_pickles_are_no_start(table: Path, tmp_path: Path) -> None:
@@ -261,8 +261,8 @@ def test_files_of_another_model_and_pickles_are_no_start(table: Path, tmp_path: 
 
 def test_a_tower_that_cannot_change_its_size_says_so(table: Path, tmp_path: Path) -> None:
     image = {
-        "image.name": "vit_relpos_small_patch16_224",
-        "image.options": {"depth": 1, "embed_dim": 32, "num_heads": 2, "rel_pos_type": "bias"},
+        "image.model": "vit_relpos_small_patch16_224",
+        "image.model_kwargs": {"depth": 1, "embed_dim": 32, "num_heads": 2, "rel_pos_type": "bias"},
     }
     write_declip_file(build("vit", **image), tmp_path / "relpos.safetensors")
     recipe = tuned(table, tmp_path / "relpos.safetensors", image_size=64)
@@ -275,5 +275,7 @@ def test_an_image_tower_alone_has_no_text_to_freeze(table: Path, tmp_path: Path)
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
     with pytest.raises(UserError, match="hold no text_tower"):
         train(
-            tuned(table, f"timm:test_vit/{tmp_path / 'vit.safetensors'}", freeze_text=1), out=tmp_path / "r", quiet=True
+            tuned(table, f"timm:test_vit/{tmp_path / 'vit.safetensors'}", freeze_text_blocks=1),
+            out=tmp_path / "r",
+            quiet=True,
         )

@@ -19,8 +19,8 @@ from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import KEPT, read_rows
-from declip.training.optimizer import Pace
-from declip.training.schedule import learning_rate, paced
+from declip.training.optimizer import LrMultiplier
+from declip.training.schedule import group_lr, learning_rate
 from declip.training.trainer import Trainer
 from interchange.test_export import features
 from interchange.towers import build
@@ -33,7 +33,7 @@ def test_towers_wait_while_new_heads_warm_up(table: Path, tmp_path: Path, start:
     file = tmp_path / "towers.safetensors"
     write_declip_file(declip.load(start, device="cpu"), file)  # type: ignore[arg-type]
     given = load_file(file)
-    recipe = tuned(table, file, {"checkpoint_every": 1, "keep": 9}, warmup_heads=4)
+    recipe = tuned(table, file, {"checkpoint_every": 1, "keep": 9}, head_warmup_steps=4)
     trainer = Trainer(recipe, tmp_path / "run", quiet=True)
     heads = {name: tensor.clone() for name, tensor in trainer.objective.named_parameters()}
     trainer.train()
@@ -49,7 +49,7 @@ def test_towers_wait_while_new_heads_warm_up(table: Path, tmp_path: Path, start:
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
     table: Path, tmp_path: Path, start: Path, image: Any, text: Any
 ) -> None:
-    trainer = Trainer(tuned(table, start, freeze_image=image, freeze_text=text), tmp_path, quiet=True)
+    trainer = Trainer(tuned(table, start, freeze_image_blocks=image, freeze_text_blocks=text), tmp_path, quiet=True)
     before, places = state(trainer), depths(trainer.model)
     trainer.train()
     frozen = {
@@ -63,7 +63,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
 
 
 def test_frozen_batch_norm_keeps_its_statistics(table: Path, tmp_path: Path, conv_start: Path) -> None:
-    trainer = Trainer(tuned(table, conv_start, freeze_image=1), tmp_path / "a", quiet=True)
+    trainer = Trainer(tuned(table, conv_start, freeze_image_blocks=1), tmp_path / "a", quiet=True)
     before = state(trainer)
     trainer.train()
     still = {name for name in before if name not in moved(before, last(tmp_path / "a"))}
@@ -71,7 +71,7 @@ def test_frozen_batch_norm_keeps_its_statistics(table: Path, tmp_path: Path, con
         name for name in before if "running" in name and ("stem" in name or "stages.0." in name)
     }
     assert trainer.model.image_tower.has_batch_norm
-    whole = Trainer(tuned(table, conv_start, freeze_image="all"), tmp_path / "b", quiet=True)
+    whole = Trainer(tuned(table, conv_start, freeze_image_blocks="all"), tmp_path / "b", quiet=True)
     assert not whole.model.image_tower.has_batch_norm
     before = state(whole)
     whole.train()
@@ -94,7 +94,7 @@ def test_depths_count_stem_blocks_and_what_follows() -> None:
 
 
 def test_each_layer_has_its_rate(table: Path, tmp_path: Path, start: Path) -> None:
-    recipe = tuned(table, start, image_lr=0.5, text_lr=0.1, layer_decay=0.7)
+    recipe = tuned(table, start, image_lr_scale=0.5, text_lr_scale=0.1, layer_decay=0.7)
     trainer = Trainer(recipe, tmp_path, quiet=True)
     rates: dict[int, float] = {}
     meet = trainer.council.meet
@@ -116,18 +116,18 @@ def test_each_layer_has_its_rate(table: Path, tmp_path: Path, start: Path) -> No
 
 def test_what_waits_stands_still_and_then_warms_up() -> None:
     recipe = Recipe.model_validate(TINY)
-    shares = [paced(1.0, step, Pace(0.5, waits=True), 3, recipe.train) for step in range(7)]
+    shares = [group_lr(1.0, step, LrMultiplier(0.5, waits=True), 3, recipe.train) for step in range(7)]
     assert shares == [0, 0, 0, 0.25, 0.5, 0.5, 0.5]
-    assert paced(1.0, 0, Pace(0.5), 3, recipe.train) == 0.5
+    assert group_lr(1.0, 0, LrMultiplier(0.5), 3, recipe.train) == 0.5
 
 
 @pytest.mark.parametrize(
     "keys",
     [
-        {"image_lr": 0.5, "layer_decay": 0.8, "warmup_heads": 3, "freeze_text": 1},
-        {"lora": {"rank": 2}, "warmup_heads": 2},
+        {"image_lr_scale": 0.5, "layer_decay": 0.8, "head_warmup_steps": 3, "freeze_text_blocks": 1},
+        {"lora": {"rank": 2}, "head_warmup_steps": 2},
         {"image_size": 48},
-        {"freeze_image": 1, "image_lr": 0.1, "warmup_heads": 2},
+        {"freeze_image_blocks": 1, "image_lr_scale": 0.1, "head_warmup_steps": 2},
     ],
     ids=["paced", "lora", "resized", "image-alone"],
 )
@@ -179,7 +179,7 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
 
 
 def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table: Path, tmp_path: Path, start: Path) -> None:
-    trainer = Trainer(tuned(table, start, lora={"rank": 2}, freeze_text="all"), tmp_path, quiet=True)
+    trainer = Trainer(tuned(table, start, lora={"rank": 2}, freeze_text_blocks="all"), tmp_path, quiet=True)
     names = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert names == {"logit_scale"} | {name for name in names if name.startswith(IMAGE) and ".lora_" in name}
     assert len(names) > 10
@@ -194,8 +194,8 @@ def trained_by_ranks(recipe: dict[str, Any], folder: str) -> bool:
 @pytest.mark.parametrize(
     ("keys", "parallel"),
     [
-        ({"freeze_image": 2, "layer_decay": 0.8}, "ddp"),
-        ({"freeze_image": 2, "layer_decay": 0.8}, "fsdp"),
+        ({"freeze_image_blocks": 2, "layer_decay": 0.8}, "ddp"),
+        ({"freeze_image_blocks": 2, "layer_decay": 0.8}, "fsdp"),
         ({"lora": {"rank": 2}}, "ddp"),
     ],
     ids=["frozen", "frozen-sharded", "lora"],

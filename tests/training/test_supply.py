@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from declip.training.supply import WARM, Supply, free_cores, workers_needed
+from declip.training.supply import WARM, ThroughputMonitor, free_cores, workers_needed
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_workers_that_would_do(workers: int, waited: float, took: float, needed:
 
 
 def test_says_nothing_before_it_has_seen_enough_and_nothing_about_the_first_steps() -> None:
-    supply = Supply(1, 7)
+    supply = ThroughputMonitor(1, 7)
     for _ in range(WARM):
         supply.step(100.0, 0.1)
     assert not supply.starved()
@@ -37,14 +37,14 @@ def test_says_nothing_before_it_has_seen_enough_and_nothing_about_the_first_step
 
 
 def test_a_loader_that_keeps_up_is_left_alone() -> None:
-    supply = Supply(1, 7)
+    supply = ThroughputMonitor(1, 7)
     for _ in range(40):
         supply.step(0.2, 0.8)
     assert not supply.starved()
 
 
 def test_says_when_the_processors_do_not_suffice() -> None:
-    supply = Supply(0, 1)
+    supply = ThroughputMonitor(0, 1)
     for _ in range(40):
         supply.step(3.0, 1.0)
     assert supply.starved()
@@ -58,7 +58,7 @@ def test_with_all_processors_training_there_is_nothing_to_advise(monkeypatch: py
     assert [free_cores(threads) for threads in (1, 6, 8, 20)] == [7, 2, 0, 0]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_cores(1) == 1
-    supply = Supply(0, 0)
+    supply = ThroughputMonitor(0, 0)
     for _ in range(40):
         supply.step(3.0, 1.0)
     assert not supply.starved()

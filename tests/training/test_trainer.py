@@ -20,7 +20,7 @@ from declip.training import measuring
 from declip.training import supply as supply_module
 from declip.training import trainer as trainer_module
 from declip.training.monitor import CLOCK
-from declip.training.supply import Supply
+from declip.training.supply import ThroughputMonitor
 from declip.training.trainer import Trainer
 
 
@@ -47,7 +47,7 @@ def same_end(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str) -> None:
-    recipe = recipe_for(table, name, steps=60, lr_peak=3e-3, log_every=1, checkpoint_every=60)
+    recipe = recipe_for(table, name, steps=60, lr=3e-3, log_every=1, checkpoint_every=60)
     run = train(recipe, out=tmp_path, quiet=True)
     totals = [row["total"] for row in run.metrics]
     assert run.finished
@@ -127,7 +127,7 @@ def test_the_average_follows_the_weights(table: Path, tmp_path: Path) -> None:
 
 
 def test_the_logit_scale_stays_within_its_limits(table: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(table, "clip", lr_peak=1.0, lr_start=1.0, steps=4)
+    recipe = recipe_for(table, "clip", lr=1.0, warmup_lr=1.0, steps=4)
     limited = recipe.model_copy(update={"logit_scale": recipe.logit_scale.model_copy(update={"min": 2.0, "max": 2.7})})
     trainer = Trainer(limited, tmp_path, quiet=True)
     trainer.train()
@@ -162,8 +162,8 @@ def test_another_recipes_run_is_not_resumed(table: Path, tmp_path: Path) -> None
     train(recipe_for(table), out=tmp_path, quiet=True)
     with pytest.raises(UserError, match="already holds a run"):
         train(recipe_for(table), out=tmp_path, quiet=True)
-    with pytest.raises(UserError, match=r"another recipe.*train\.lr_peak was 0\.001, now 0\.002"):
-        train(recipe_for(table, lr_peak=2e-3), out=tmp_path, resume=True, quiet=True)
+    with pytest.raises(UserError, match=r"another recipe.*train\.lr was 0\.001, now 0\.002"):
+        train(recipe_for(table, lr=2e-3), out=tmp_path, resume=True, quiet=True)
     rows = (tmp_path / "metrics.jsonl").read_text()
     assert train(recipe_for(table, checkpoint_every=3), out=tmp_path, resume=True, quiet=True).finished
     assert (tmp_path / "metrics.jsonl").read_text() == rows
@@ -202,7 +202,7 @@ def test_broken_pairs_are_counted_and_too_many_stop_the_run(table: Path, tmp_pat
     recipe = recipe_for(broken, steps=30)
     with pytest.raises(UserError, match=r"missing image"):
         train(recipe, out=tmp_path / "strict", quiet=True)
-    allowed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_broken_share": 0.5})})
+    allowed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_broken_fraction": 0.5})})
     train(allowed, out=tmp_path / "allowed", quiet=True)
     counts = json.loads((tmp_path / "allowed" / "skipped.json").read_text())
     assert counts["seen"] == 240
@@ -297,13 +297,13 @@ def test_workers_added_on_the_way_change_nothing(
 ) -> None:
     """auto: the loader is started anew with as many workers as the waiting asks for, and processors are free."""
 
-    def starved(supply: Supply) -> bool:
+    def starved(supply: ThroughputMonitor) -> bool:
         supply.needed, supply.share = 3, 0.5
         return True
 
     recipe = recipe_for(table)
     train(recipe, out=tmp_path / "plain", quiet=True)
-    monkeypatch.setattr(Supply, "starved", starved)
+    monkeypatch.setattr(ThroughputMonitor, "starved", starved)
     monkeypatch.setattr(trainer_module, "free_cores", lambda training: 2)
     trainer = Trainer(with_workers(recipe, "auto"), tmp_path / "auto", quiet=True)
     assert trainer.workers == 1

@@ -1,1 +1,1 @@
-"""The local web page: classify, search, neighbours, pairs and runs."""
+"""The local web page: classify, search, neighbors, pairs and runs."""

@@ -9,7 +9,7 @@ MOST_POINTS = 240
 def thinned(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> list[tuple[int, float]]:
     """A line of at most `most` points.
 
-    Neighbouring rows are put together, as many for each point, and stand for their means; the last row stays as it
+    Neighboring rows are put together, as many for each point, and stand for their means; the last row stays as it
     is, so that the end of the line is what was logged last. Rows that are no number are left out.
 
     Args:

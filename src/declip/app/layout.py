@@ -84,7 +84,7 @@ def _pca(vectors: np.ndarray) -> tuple[np.ndarray, float | None]:
 
 
 def _umap(vectors: np.ndarray) -> tuple[np.ndarray, float | None]:
-    """Neighbours kept together (McInnes et al. 2018), with the package's own defaults, by cosine."""
+    """Neighbors kept together (McInnes et al. 2018), with the package's own defaults, by cosine."""
     if not has_umap():
         raise UserError("UMAP needs a package that is not installed: pip install umap-learn. PCA needs none.")
     umap: Any = importlib.import_module("umap")

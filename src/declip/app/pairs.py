@@ -28,7 +28,7 @@ REASONS = {
     "caption": "equal caption",
     "hand": "chosen by hand",
 }
-"""Why a pair is on the list, as `declip data prepare --drop` counts it."""
+"""Why a pair is on the list, as `declip data prepare --exclude` counts it."""
 
 
 def state(request: Request) -> Response:
@@ -91,9 +91,9 @@ def points(request: Request) -> Response:
         return JSONResponse(job.state() if job.error or not job.done else compared.state())
     found: Layout = job.result
     shares = {"explained": found.explained, "images": len(gallery.index)}
-    colours = _colours(compared.result, found.ids) if compared.done else None
+    colors = _colors(compared.result, found.ids) if compared.done else None
     places = {"ids": found.ids.tolist(), "x": found.places[:, 0].tolist(), "y": found.places[:, 1].tolist()}
-    return JSONResponse({**job.state(), **places, **shares, "deviations": colours})
+    return JSONResponse({**job.state(), **places, **shares, "deviations": colors})
 
 
 def chosen(request: Request) -> Response:
@@ -152,7 +152,7 @@ def _groups(request: Request, job: Job, groups: list[Group]) -> Response:
     return JSONResponse({**job.state(), "groups": shown, "total": len(groups), "extra": extra, "start": start})
 
 
-def _colours(found: Agreement, ids: np.ndarray) -> list[float | None]:
+def _colors(found: Agreement, ids: np.ndarray) -> list[float | None]:
     """Of each id, how many standard deviations its cosine lies above the median; None without a caption."""
     order = np.argsort(found.ids)
     at = np.searchsorted(found.ids, ids, sorter=order).clip(0, len(order) - 1)

@@ -1,4 +1,4 @@
-"""The queue of a run as nearest-neighbour supervision saw it: its captions, and which lie nearest to a caption."""
+"""The queue of a run as nearest-neighbor supervision saw it: its captions, and which lie nearest to a caption."""
 
 from functools import cached_property
 from pathlib import Path
@@ -121,7 +121,7 @@ def _read(checkpoint: Path) -> tuple[Tensor, Tensor, Tensor]:
     try:
         with safe_open(checkpoint / TRAINING, "pt") as file:
             if FEATURES not in set(file.keys()):
-                raise UserError("The run keeps no queue: its nearest_neighbour term has no weight.")
+                raise UserError("The run keeps no queue: its nearest_neighbor term has no weight.")
             return file.get_tensor(FEATURES), file.get_tensor(TAGS), file.get_tensor(PLACE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"The queue of step '{checkpoint.name}' cannot be read: {type(error).__name__}.") from error

@@ -19,7 +19,7 @@ from declip.reports.run_curves import PROGRESS, TERMS
 from declip.runs.records import Run
 
 MOST_SHOWN = 8
-"""Runs side by side: as many as there are colours to tell them apart."""
+"""Runs side by side: as many as there are colors to tell them apart."""
 
 Line = list[tuple[int, float]]
 

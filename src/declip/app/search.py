@@ -1,4 +1,4 @@
-"""Search and neighbours: images by a text or a picture, and captions by a caption."""
+"""Search and neighbors: images by a text or a picture, and captions by a caption."""
 
 import time
 from typing import Any
@@ -32,7 +32,7 @@ def search(request: Request) -> Response:
     return JSONResponse({"hits": hits, "images": len(gallery.index), "seconds": time.perf_counter() - started})
 
 
-def neighbours(request: Request) -> Response:
+def neighbors(request: Request) -> Response:
     """Answer ?text with the nearest captions of the run's queue or of the index, as ?where says."""
     gallery: Gallery = request.app.state.gallery
     given = request.query_params

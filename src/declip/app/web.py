@@ -39,7 +39,7 @@ UPLOADS_AT_ONCE = 4
 VIEWS = {
     "classify": "Classify",
     "search": "Search",
-    "neighbours": "Neighbours",
+    "neighbors": "Neighbors",
     "pairs": "Pairs",
     "runs": "Runs",
 }
@@ -66,7 +66,7 @@ def build(gallery: Gallery, host: str) -> ASGIApp:
         Route("/api/pictures", classify.send_picture, methods=["POST"]),
         Route("/api/classify", classify.classify, methods=["POST"]),
         Route("/api/search", search.search),
-        Route("/api/neighbours", search.neighbours),
+        Route("/api/neighbors", search.neighbors),
         Route("/api/images/{id}", search.row),
         Route("/api/pairs", pairs.state),
         Route("/api/pairs/disagreeing", pairs.disagreeing),
@@ -145,7 +145,7 @@ def _content(view: str, gallery: Gallery) -> dict[str, Any]:
     if view == "search":
         asked_with = {"sets": sets, "largest": LARGEST_PICTURE >> 20}
         return {**asked_with, "captions": manifest.captions, "examples": _examples(gallery)}
-    if view == "neighbours":
+    if view == "neighbors":
         queue = gallery.queue
         there = queue if isinstance(queue, QueueOfRun) else None
         why = "" if isinstance(queue, QueueOfRun) else queue

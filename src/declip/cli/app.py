@@ -82,7 +82,7 @@ def _profile(recipe: "Recipe", out: Path, resume: bool, quiet: bool) -> None:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a run, a checkpoint, weights, open_clip:… or huggingface:OWNER/NAME")],
-    on: Annotated[str, typer.Option("--on", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path")],
+    on: Annotated[str, typer.Option("--dataset", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path")],
     protocol: Annotated[str, typer.Option(help="zero-shot, retrieval, linear, knn or few-shot")] = "zero-shot",
     templates: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
     features: Annotated[str, typer.Option(help="probes: backbone, or embedding after the projection")] = "backbone",
@@ -107,7 +107,7 @@ def evaluate(
 
     if markdown_out is not None and not is_suite(on):
         raise UserError(
-            f"--markdown writes the table of a suite such as paper11:/data, but --on is '{on}'. Use --json."
+            f"--markdown writes the table of a suite such as paper11:/data, but --dataset is '{on}'. Use --json."
         )
     options = Options(
         templates=templates,
@@ -153,11 +153,11 @@ def compare(
     pairs: Annotated[str, typer.Option(help="numbers of distinct pairs, such as 1k,2k,4k")],
     seeds: Annotated[int, typer.Option(min=1, help="runs of each number, with seeds 0, 1 …")] = 3,
     out: Annotated[Path, typer.Option(help="the comparison's folder")] = Path("runs/compare"),
-    on: Annotated[list[str] | None, typer.Option("--on", help="what to measure on; may be given again")] = None,
+    on: Annotated[list[str] | None, typer.Option("--dataset", help="what to measure on; may be given again")] = None,
     protocol: Annotated[list[str] | None, typer.Option(help="how; may be given again; zero-shot by default")] = None,
     budget: Annotated[str, typer.Option(help="equal samples, compute, or both")] = "both",
     reference: Annotated[str | None, typer.Option(help="whose time is the compute budget; the last recipe's")] = None,
-    ladder: Annotated[bool, typer.Option("--ladder", help="also take the last recipe apart, term by term")] = False,
+    ladder: Annotated[bool, typer.Option("--ablation", help="also take the last recipe apart, term by term")] = False,
     baselines: Annotated[bool, typer.Option("--baselines", help="also clip with weaker, stronger, two views")] = False,
     tune: Annotated[list[str] | None, typer.Option(help="KEY=A,B,C: every arm tries all first, keeps its best")] = None,
     tune_on: Annotated[str | None, typer.Option(help="validation set of the tuning")] = None,
@@ -225,8 +225,8 @@ def recipes() -> None:
 
     for name in recipe_names():
         recipe = load_recipe(name)
-        terms = ", ".join(f"{getattr(recipe.weights, term):g} {term}" for term in recipe.weights.active())
-        console.print(f"[bold]{name}[/]  {recipe.image.name}, {recipe.image.size} px, {recipe.data.label}")
+        terms = ", ".join(f"{getattr(recipe.loss_weights, term):g} {term}" for term in recipe.loss_weights.active())
+        console.print(f"[bold]{name}[/]  {recipe.image.model}, {recipe.image.size} px, {recipe.data.label}")
         console.print(f"    {terms}")
 
 
@@ -253,7 +253,7 @@ def prepare(
 
     if out is None:
         if drop is not None:
-            raise UserError("--drop leaves pairs out of shards; say where those go with --out DIR.")
+            raise UserError("--exclude leaves pairs out of shards; say where those go with --out DIR.")
         console.print(f"Ready: {prepare_builtin(source, cache, progress=not quiet)}", soft_wrap=True)
         return
     if cache is not None:
@@ -296,7 +296,7 @@ def inspect(
     image_root: Annotated[str | None, typer.Option(help="folder that image paths are relative to")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="also write the numbers to this file")] = None,
     html_out: Annotated[Path | None, typer.Option("--html", help="also write a page with pictures")] = None,
-    sheet_out: Annotated[Path | None, typer.Option("--sheet", help="also write a contact sheet, PNG")] = None,
+    sheet_out: Annotated[Path | None, typer.Option("--contact-sheet", help="also write a contact sheet, PNG")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
 ) -> None:
     """Look at pairs before training on them: sizes, lengths, duplicates, broken ones, and what that means."""
@@ -329,7 +329,7 @@ def _results(run: Any) -> Table | str:
     from declip.evaluation.results import read_result, results_table
 
     results = [result for result in map(read_result, run.results) if result is not None]
-    seen = run.step * run.recipe.train.batch
+    seen = run.step * run.recipe.train.batch_size
     speeds = [row["pairs_per_second"] for row in run.metrics if row["pairs_per_second"]]
     speed = f"{sorted(speeds)[len(speeds) // 2]:,.0f} pairs/s (median)" if speeds else "speed not measured"
     caption = f"{run.recipe.name}, seed {run.recipe.seed}: {seen:,} pairs seen in {run.step:,} steps, {speed}"

@@ -72,9 +72,9 @@ def search(
     template: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="don't use the approximate index")] = False,
     model: Annotated[str | None, typer.Option(help="where the model that made the index is now")] = None,
-    source: Annotated[str | None, typer.Option(help="where the images are now, for --sheet")] = None,
+    source: Annotated[str | None, typer.Option(help="where the images are now, for --contact-sheet")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    sheet_out: Annotated[Path | None, typer.Option("--sheet", help="also write a contact sheet, PNG")] = None,
+    sheet_out: Annotated[Path | None, typer.Option("--contact-sheet", help="also write a contact sheet, PNG")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="also write what was found to this file")] = None,
 ) -> None:
     """Find images in an index by a text, a picture, or both."""
@@ -110,7 +110,7 @@ def _write_sheet(opened: Any, hits: Any, text: str | None, image: Path | None, p
     from declip.reports.search_sheet import sheet
 
     picture = None if image is None else decode(image, str(image))
-    title = text or f"like {image.name if image else ''}"
+    title = text or f"like {image.model if image else ''}"
     drawn = sheet(opened, hits, title, picture)
     with saved(path) as target:
         drawn.save(target, "PNG")

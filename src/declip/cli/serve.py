@@ -30,7 +30,7 @@ def app(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
 ) -> None:
-    """Look at a model and its pairs in a browser: classify, search, neighbours, wrong pairs, runs."""
+    """Look at a model and its pairs in a browser: classify, search, neighbors, wrong pairs, runs."""
     _need("starlette", "uvicorn")
     from declip.app.start import LOOPBACK, address_of, open_gallery, serve, take_port
 

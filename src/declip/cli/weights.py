@@ -16,13 +16,13 @@ def export(
     model: Annotated[str, typer.Argument(help="a run, a checkpoint, weights, or huggingface:OWNER/NAME")],
     format: Annotated[str, typer.Option("--format", help="open_clip, huggingface, onnx or safetensors")],
     out: Annotated[Path, typer.Option(help="the folder to write")],
-    licence: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
+    license: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
 ) -> None:
     """Write a model for another library, or as one file, with a model card."""
     from declip.interchange.export import export as run_export
 
-    exported = run_export(model, format, out, licence=licence, overwrite=overwrite)
+    exported = run_export(model, format, out, license=license, overwrite=overwrite)
     checked = "" if exported.difference is None else f" {exported}"  # else a warning has said so
     console.print(f"Written: {exported.folder}.{checked}", highlight=False, soft_wrap=True, markup=False)
 
@@ -33,13 +33,13 @@ def import_(
     ],
     source: Annotated[str, typer.Option("--from", help="declip-authors, open_clip or huggingface")],
     out: Annotated[Path, typer.Option(help="the folder to write; declip reads it")],
-    licence: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
+    license: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
 ) -> None:
     """Make another library's weights a model of ours."""
     from declip.interchange.import_weights import import_weights
 
-    folder = import_weights(file, source, out, licence=licence, overwrite=overwrite)
+    folder = import_weights(file, source, out, license=license, overwrite=overwrite)
     console.print(f"Written: {folder}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -48,11 +48,11 @@ def interpolate(
     share: Annotated[
         list[float] | None, typer.Option(help="of the fine-tuned weights, 0 to 1; may be given again")
     ] = None,
-    on: Annotated[list[str] | None, typer.Option("--on", help="what to measure on; may be given again")] = None,
+    on: Annotated[list[str] | None, typer.Option("--dataset", help="what to measure on; may be given again")] = None,
     protocol: Annotated[str, typer.Option(help="how to measure: zero-shot or retrieval")] = "zero-shot",
     figure: Annotated[Path | None, typer.Option(help="also draw the measures over the share: PNG or SVG")] = None,
     out: Annotated[Path | None, typer.Option(help="the folder to write one mixture to; declip reads it")] = None,
-    licence: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
+    license: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
 ) -> None:
@@ -60,11 +60,13 @@ def interpolate(
     from declip.interchange import interpolate as mixing
 
     if not on and out is None:
-        raise UserError("Say what to measure the mixtures on, --on SET, or where to write one, --share 0.5 --out DIR.")
+        raise UserError(
+            "Say what to measure the mixtures on, --dataset SET, or where to write one, --alpha 0.5 --out DIR."
+        )
     if out is not None and (share is None or len(share) != 1):
-        raise UserError(f"--out writes one mixture, but --share was given {len(share or [])} times. Give one.")
+        raise UserError(f"--out writes one mixture, but --alpha was given {len(share or [])} times. Give one.")
     if figure is not None and not on:
-        raise UserError("--figure draws what was measured. Say on what: --on SET.")
+        raise UserError("--figure draws what was measured. Say on what: --dataset SET.")
     if on:
         shares = share or [0, 0.25, 0.5, 0.75, 1]
         table = Table("share of the fine-tuned", title=run)
@@ -79,5 +81,5 @@ def interpolate(
             mixing.draw_mixtures(found, figure)
             console.print(f"Written: {figure}", highlight=False, soft_wrap=True, markup=False)
     if out is not None and share is not None:
-        written = mixing.write_mixture(run, share[0], out, licence=licence, overwrite=overwrite)
+        written = mixing.write_mixture(run, share[0], out, license=license, overwrite=overwrite)
         console.print(f"Written: {written}", highlight=False, soft_wrap=True, markup=False)

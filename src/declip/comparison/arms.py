@@ -12,20 +12,20 @@ RUNGS: tuple[tuple[str, ...], ...] = (
     ("contrastive",),
     ("multi_view",),
     ("simsiam", "masked_language"),
-    ("nearest_neighbour",),
+    ("nearest_neighbor",),
 )
 """What each rung of the paper's ablation adds (Li et al. 2022, arXiv 2110.05208, the ablation on CC3M)."""
 
-WEAK_VIEWS = {"crop_area": [0.9, 1.0], "jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0, "flip_p": 0.0}
+WEAK_VIEWS = {"scale": [0.9, 1.0], "color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0, "hflip_prob": 0.0}
 """CLIP's own augmentation: a random crop and nothing else (Radford et al. 2021, section 2.5), of at least 0.9 here."""
 
 STRONG_VIEWS = {
-    "crop_area": [0.2, 1.0],
+    "scale": [0.2, 1.0],
     "jitter": [0.4, 0.4, 0.4, 0.1],
-    "jitter_p": 0.8,
-    "grey_p": 0.2,
-    "blur_p": 0.5,
-    "flip_p": 0.5,
+    "color_jitter_prob": 0.8,
+    "grayscale_prob": 0.2,
+    "blur_prob": 0.5,
+    "hflip_prob": 0.5,
 }
 """MoCo v2's (arXiv 2003.04297), which DeCLIP uses."""
 
@@ -118,7 +118,7 @@ def baselines_of(arm: Arm) -> list[Arm]:
     def views(image: Mapping[str, Any]) -> dict[str, Any]:
         return {f"views.image.{key}": value for key, value in image.items()}
 
-    two = {"weights": {"contrastive": 0.25, "multi_view": 0.75}, "views.text.second": "same"}
+    two = {"weights": {"contrastive": 0.25, "multi_view": 0.75}, "views.text.second_view": "same"}
     return [
         Arm("clip, weak views", arm.recipe, {**arm.overrides, **clip, **views(WEAK_VIEWS)}),
         Arm("clip, same views", arm.recipe, {**arm.overrides, **clip}),

@@ -12,7 +12,7 @@ from declip.comparison.trial import read_cell
 from declip.comparison.worker import failure
 from declip.errors import UserError, unknown
 from declip.evaluation.results import RetrievalResult, ZeroShotResult, read_result
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 
 RESULTS = "results.json"
 
@@ -113,7 +113,7 @@ def read_outcome(folder: str | Path) -> Outcome:
 
 def write_results(outcome: Outcome, folder: Path) -> Path:
     """Write results.json."""
-    with written_beside(folder / RESULTS) as path:
+    with atomic_write(folder / RESULTS) as path:
         path.write_text(json.dumps(outcome.to_dict(), indent=1), encoding="utf-8")
     return folder / RESULTS
 

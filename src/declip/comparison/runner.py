@@ -93,7 +93,7 @@ def compare(
         pairs=tuple(sorted(set(pairs))),
         seeds=chosen_seeds,
         steps=first.train.steps,
-        batch=first.train.batch,
+        batch=first.train.batch_size,
         on=tuple(on) or first.evaluation.final_zero_shot or first.evaluation.zero_shot,
         protocols=tuple(protocols),
         budgets=tuple(budget for budget in BUDGETS if budget in budgets),
@@ -126,7 +126,7 @@ def _tuning(
         return None
     validation = on or next(iter(recipe.evaluation.zero_shot), None)
     if validation is None:
-        raise UserError("Tuning needs a validation set that no result is reported on. Name one with --tune-on.")
+        raise UserError("Tuning needs a validation set that no result is reported on. Name one with --sweep-dataset.")
     middle = sorted(sizes)[(len(sizes) - 1) // 2]
     seed = max(seeds, default=0) + 1000  # another choice of pairs than any run's
     values = {key: tuple(options) for key, options in grid.items()}
@@ -146,11 +146,11 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
     if study.reference not in {arm.name for arm in study.arms}:
         raise unknown("reference", study.reference, [arm.name for arm in study.arms])
     if not study.on:
-        raise UserError("Nothing to measure on: the recipe names no set for zero-shot. Name one with --on.")
+        raise UserError("Nothing to measure on: the recipe names no set for zero-shot. Name one with --dataset.")
     if study.tuning is not None and study.tuning.on in study.on:
         raise UserError(
             f"'{study.tuning.on}' would both choose and be reported, so its numbers would be too good. Name another "
-            "set with --on or --tune-on."
+            "set with --dataset or --sweep-dataset."
         )
     for arm in study.arms:
         for combination in study.tuning.combinations() if study.tuning else ():
@@ -158,16 +158,16 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
     smallest = study.pairs[0]
     if smallest < study.batch:
         raise UserError(
-            f"{smallest} pairs are fewer than one batch of {study.batch}. Ask for more pairs, or set train.batch."
+            f"{smallest} pairs are fewer than one batch of {study.batch}. Ask for more pairs, or set train.batch_size."
         )
     sources: dict[str, int] = {}
     for arm in study.arms:
         recipe = arm.resolve()
-        if recipe.train.batch != study.batch or recipe.train.steps != study.steps:
+        if recipe.train.batch_size != study.batch or recipe.train.steps != study.steps:
             raise UserError(
-                f"'{arm.name}' takes {recipe.train.steps} steps of {recipe.train.batch} pairs, "
+                f"'{arm.name}' takes {recipe.train.steps} steps of {recipe.train.batch_size} pairs, "
                 f"'{study.arms[0].name}' {study.steps} of {study.batch}: they would not see equally many. "
-                "Set train.steps and train.batch for all."
+                "Set train.steps and train.batch_size for all."
             )
         key = recipe.data.model_dump_json()
         if key not in sources:
@@ -218,7 +218,7 @@ def _timed(study: Study, folder: Path, threads: int, quiet: bool) -> Study:
     new = [arm for arm in study.arms if arm.name not in study.seconds]
     if not new:
         return study
-    overrides = {**UNMEASURED, "train.batch": study.batch, "data.pairs": study.pairs[0]}
+    overrides = {**UNMEASURED, "train.batch_size": study.batch, "data.max_pairs": study.pairs[0]}
     known = study.arm(study.reference)
     timed: list[Arm] = new if known in new else [known, *new]
     with Console(stderr=True, quiet=quiet).status(f"Timing a step of {', '.join(arm.name for arm in new)}"):

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from declip.comparison.arms import Arm
 from declip.errors import UserError
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 
 STUDY = "study.json"
 BUDGETS = ("samples", "compute")
@@ -167,7 +167,7 @@ def read_study(folder: Path) -> Study | None:
 
 def write_study(study: Study, folder: Path) -> None:
     """Write the plan beside and rename it."""
-    with written_beside(folder / STUDY) as path:
+    with atomic_write(folder / STUDY) as path:
         path.write_text(json.dumps(study.to_dict(), indent=1), encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from declip.comparison.study import Cell, Study
 from declip.evaluation.protocols import Options, evaluate_all
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 from declip.recipe.schema import Recipe
 from declip.runs.folder import METRICS, read_rows
 from declip.training.setup import versions
@@ -33,8 +33,8 @@ def recipe_of(study: Study, cell: Cell, threads: int | None = None) -> Recipe:
     overrides: dict[str, Any] = {
         **UNMEASURED,
         "train.steps": cell.steps,
-        "train.batch": study.batch,
-        "data.pairs": cell.pairs,
+        "train.batch_size": study.batch,
+        "data.max_pairs": cell.pairs,
         "seed": cell.seed,
         **cell.overrides,
     }
@@ -94,7 +94,7 @@ def run_cell(study: Study, cell: Cell, folder: Path, threads: int | None = None)
         for name in (cell.on or study.on)
         for result in evaluate_all(model, name, study.protocols, Options(progress=False))
     ]
-    with written_beside(own / RESULT) as path:
+    with atomic_write(own / RESULT) as path:
         path.write_text(json.dumps(_row(study, cell, run.metrics, results), indent=1), encoding="utf-8")
     shutil.rmtree(own / "checkpoints", ignore_errors=True)
     shutil.rmtree(own / "tensorboard", ignore_errors=True)

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from declip.data.batch import IGNORED, Draw, PairBatch, Photometric
 from declip.data.checks import check_range
-from declip.data.images.lazy import undecoded
+from declip.data.images.lazy import read_lazy
 from declip.data.pair import BrokenPair
 from declip.data.sampling import build_order, parts_of
 from declip.data.text.augment import augment, mask_tokens
@@ -52,8 +52,8 @@ class Assembler:
         mask: Whether to corrupt the caption for masked-language modelling.
         mask_probability: Share of the tokens chosen for it.
         eda_alpha: Share of the words that the augmentation changes.
-        keyword_share: Share of the captions that some of the pair's keywords are appended to.
-        keywords_alone: Share of the captions that some of the pair's keywords replace.
+        keyword_append_prob: Share of the captions that some of the pair's keywords are appended to.
+        keyword_only_prob: Share of the captions that some of the pair's keywords replace.
         second_text: The second text view: "eda", the first one augmented; "caption", another of the pair's captions;
             "keywords", some of its keywords; "same", the first one again. A pair that has no other caption, or no
             keyword, gets "eda".
@@ -63,7 +63,7 @@ class Assembler:
         resample: Whether each step draws its pairs anew instead of showing each once an epoch.
         scaled_decode: Whether a JPEG may be decoded at 1/2, 1/4 or 1/8 of its sides where every crop then still has the
             view's size or more.
-        rank, ranks: Which part of each batch to make, of how many: neighbouring places, as many in each as goes.
+        rank, ranks: Which part of each batch to make, of how many: neighboring places, as many in each as goes.
 
     Raises:
         UserError: An option is out of its range, or an epoch shows fewer pairs than a batch.
@@ -82,8 +82,8 @@ class Assembler:
         mask: bool = True,
         mask_probability: float = 0.15,
         eda_alpha: float = 0.1,
-        keyword_share: float = 0.0,
-        keywords_alone: float = 0.0,
+        keyword_append_prob: float = 0.0,
+        keyword_only_prob: float = 0.0,
         second_text: SecondText = "eda",
         base_view: ImageViews | None = None,
         shuffle_buffer: int | None = None,
@@ -97,7 +97,7 @@ class Assembler:
         check_range("image_view_count", image_view_count, 1, 2 if base_view is None else 3)
         check_range("text_view_count", text_view_count, 1, 2)
         shares = {"mask_probability": mask_probability, "eda_alpha": eda_alpha}
-        shares |= {"keyword_share": keyword_share, "keywords_alone": keywords_alone}
+        shares |= {"keyword_append_prob": keyword_append_prob, "keyword_only_prob": keyword_only_prob}
         for name, share in shares.items():
             check_range(name, share, 0, 1)
         shown = sum(part.shown for part in parts_of(source))
@@ -111,7 +111,11 @@ class Assembler:
         self.drawers = [base_view or image_views] + [image_views] * (image_view_count - 1)
         self.image_view_count, self.text_view_count = image_view_count, text_view_count
         self.mask, self.mask_probability = mask, mask_probability
-        self.eda_alpha, self.keyword_share, self.keywords_alone = eda_alpha, keyword_share, keywords_alone
+        self.eda_alpha, self.keyword_append_prob, self.keyword_only_prob = (
+            eda_alpha,
+            keyword_append_prob,
+            keyword_only_prob,
+        )
         self.second_text = second_text
         self.scaled_decode = scaled_decode
         self.rank, self.ranks = rank, ranks
@@ -129,7 +133,7 @@ class Assembler:
         skipped: list[BrokenPair] = []
         for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
             try:
-                samples.append(self._sample(undecoded(self.source, index), epoch, index))
+                samples.append(self._sample(read_lazy(self.source, index), epoch, index))
             except BrokenPair as broken:
                 skipped.append(broken)
         return self._collate(samples, skipped)
@@ -151,8 +155,8 @@ class Assembler:
         """
         check_range("view", view, 0, self.text_view_count - 1)
         epoch, index = divmod(tag, len(self.source))
-        if self.keyword_share or self.keywords_alone or self.second_text == "keywords":
-            pair = undecoded(self.source, index)
+        if self.keyword_append_prob or self.keyword_only_prob or self.second_text == "keywords":
+            pair = read_lazy(self.source, index)
             captions, keywords = pair.captions, pair.keywords
         else:
             captions, keywords = self.source.captions(index), ()
@@ -165,9 +169,9 @@ class Assembler:
         """Draw the text views of a pair."""
         place = int(generator.integers(len(captions)))
         text = captions[place]
-        if self.keyword_share and keywords and generator.random() < self.keyword_share:
+        if self.keyword_append_prob and keywords and generator.random() < self.keyword_append_prob:
             text = ", ".join((text, *_some(keywords, generator)))
-        if self.keywords_alone and keywords and generator.random() < self.keywords_alone:
+        if self.keyword_only_prob and keywords and generator.random() < self.keyword_only_prob:
             text = ", ".join(_some(keywords, generator))
         if self.text_view_count == 1:
             return [text]

@@ -25,10 +25,10 @@ class Draw(NamedTuple):
     brightness: float  # factor, 1 leaves the image as it is
     contrast: float  # factor
     saturation: float  # factor
-    hue: float  # shift in turns of the colour circle, -0.5 to 0.5
+    hue: float  # shift in turns of the color circle, -0.5 to 0.5
     order: tuple[int, ...]  # the four operations by number (0 brightness ... 3 hue), first to last
     jitter: bool  # whether the four are applied at all
-    grey: bool
+    gray: bool
     sigma: float  # of the blur, in pixels; 0 is no blur
 
 
@@ -46,7 +46,7 @@ class Photometric:
         hue: (V, B) float32, shift in turns, -0.5 to 0.5.
         order: (V, B, 4) int64, the operations by number (0 brightness, 1 contrast, 2 saturation, 3 hue).
         jitter: (V, B) bool, whether the four are applied.
-        grey: (V, B) bool.
+        gray: (V, B) bool.
         sigma: (V, B) float32, standard deviation of the blur in pixels, 0 for no blur.
     """
 
@@ -56,7 +56,7 @@ class Photometric:
     hue: Tensor
     order: Tensor
     jitter: Tensor
-    grey: Tensor
+    gray: Tensor
     sigma: Tensor
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Photometric:
             hue=column("hue", np.float32),
             order=column("order", np.int64, (views, samples, 4)),
             jitter=column("jitter", np.bool_),
-            grey=column("grey", np.bool_),
+            gray=column("gray", np.bool_),
             sigma=column("sigma", np.float32),
         )
 
@@ -100,7 +100,7 @@ class PairBatch:
     """B pairs in V image views and T text views.
 
     Attributes:
-        images: (V, B, 3, H, W): float, normalised; or uint8 together with `photometric`, to be finished
+        images: (V, B, 3, H, W): float, normalized; or uint8 together with `photometric`, to be finished
             by `ImageViews.finish` on the device.
         texts: (T, B, L) int64 token ids, T 1 or 2: [0] the caption, [1] its EDA augmentation.
         masked: (B, L) int64, texts[0] after the corruption for masked-language modelling.
@@ -202,7 +202,7 @@ def _check_images(images: Tensor, photometric: Photometric | None) -> None:
         if photometric is None:
             raise UserError(
                 "`images` is uint8 and `photometric` is missing; give both, or images that are "
-                "float and normalised (`Preprocess` makes them)."
+                "float and normalized (`Preprocess` makes them)."
             )
         if tuple(photometric.jitter.shape) != tuple(images.shape[:2]):
             raise UserError(
@@ -210,7 +210,7 @@ def _check_images(images: Tensor, photometric: Photometric | None) -> None:
                 f"`images` has {tuple(images.shape[:2])}."
             )
     elif not images.is_floating_point():
-        raise UserError(f"`images` is {images.dtype}; it must be float, normalised, or uint8 with `photometric`.")
+        raise UserError(f"`images` is {images.dtype}; it must be float, normalized, or uint8 with `photometric`.")
     elif photometric is not None:
         raise UserError(f"`photometric` goes with uint8 images; these are {images.dtype}, already finished.")
 

@@ -15,7 +15,7 @@ from declip.data.debian import DebianPackage, Unpacked, unpacked
 from declip.data.picture_build import progress_bar, version_of, write_pictures, write_record
 from declip.data.rendering import DrawWithin, page_drawer, rasterise_page
 from declip.errors import UserError
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 
 SIDE = 96
 """Pixels, as the emoji have."""
@@ -62,7 +62,7 @@ def build_clipart(package: Unpacked, folder: Path, draw: DrawWithin, bar: Progre
     """
     drawings = read_clipart(package.data)
     broken: list[str] = []
-    with written_beside(folder) as beside:
+    with atomic_write(folder) as beside:
         pictures = _pictures(package.data, drawings, draw, broken)
         rows, dropped = write_pictures(beside, pictures, COLUMNS, len(drawings), bar)
         kept = beside / "licences" / PACKAGE.name

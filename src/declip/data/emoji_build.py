@@ -20,7 +20,7 @@ from declip.data.picture_build import progress_bar, version_of, write_record
 from declip.data.picture_cache import TABLE
 from declip.data.rendering import INVISIBLE, OVERSIZE, Draw, drawer, rasterise
 from declip.errors import UserError
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 
 SIDE = 96
 """Pixels. A view of a 64 px model that shows 44 % of the drawing still has a pixel of its own for each of the model's;
@@ -76,7 +76,7 @@ def build_emoji(packages: Path, folder: Path, draw: Draw, bar: Progress | None =
     step = None if bar is None else bar.add_task("drawing", total=len(drawings))
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    with written_beside(folder) as beside:
+    with atomic_write(folder) as beside:
         beside.mkdir()
         with (beside / IMAGES).open("wb") as file:
             # Written in order and not through a memory map: on a full disk a map dies of SIGBUS, this with a message.

@@ -20,7 +20,7 @@ from declip.data.npm import fetch_packages
 from declip.data.picture_build import progress_bar, version_of, write_pictures, write_record
 from declip.data.rendering import OVERSIZE, Draw, drawer, rasterise
 from declip.errors import UserError
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 
 SIDE = 64
 """Pixels. Icons are plain: at 64 px their lines are one to five pixels wide."""
@@ -72,7 +72,7 @@ def build_icons(packages: Path, folder: Path, draw: Draw, bar: Progress | None =
     chosen, left_out = choose(packages)
     infos = read_json(packages / PACKAGE / "collections.json")
     total = sum(map(len, chosen.values()))
-    with written_beside(folder) as beside:
+    with atomic_write(folder) as beside:
         drawn = _drawn(packages / PACKAGE / "json", chosen, infos, draw)
         rows, dropped = write_pictures(beside, drawn, COLUMNS, total, bar)
         _write_record(beside, packages, rows, infos, {"sets": left_out, "drawings": dict(dropped)})

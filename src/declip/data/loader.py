@@ -45,11 +45,11 @@ class PairLoader(Iterator[PairBatch]):
         mask: Whether to corrupt the caption for masked-language modelling.
         mask_probability: Share of the tokens chosen for it.
         eda_alpha: Share of the words that the augmentation changes.
-        keyword_share: Share of the captions that some of the pair's keywords are appended to.
-        keywords_alone: Share of the captions that some of the pair's keywords replace.
+        keyword_append_prob: Share of the captions that some of the pair's keywords are appended to.
+        keyword_only_prob: Share of the captions that some of the pair's keywords replace.
         second_text: What the second text view is, see `Assembler`.
         workers: Processes that assemble batches; 0 does it in this one.
-        max_broken_share: Largest share of pairs that may be broken, once 100 were seen.
+        max_broken_fraction: Largest share of pairs that may be broken, once 100 were seen.
         start_step: The first step to yield.
         pin_memory: Put the batches into page-locked memory, for faster copies to an accelerator.
         base_view: Draws the first view instead, of the same size: SLIP's milder one for the contrast.
@@ -76,11 +76,11 @@ class PairLoader(Iterator[PairBatch]):
         mask: bool = True,
         mask_probability: float = 0.15,
         eda_alpha: float = 0.1,
-        keyword_share: float = 0.0,
-        keywords_alone: float = 0.0,
+        keyword_append_prob: float = 0.0,
+        keyword_only_prob: float = 0.0,
         second_text: SecondText = "eda",
         workers: int = 0,
-        max_broken_share: float = 0.05,
+        max_broken_fraction: float = 0.05,
         start_step: int = 0,
         pin_memory: bool = False,
         base_view: ImageViews | None = None,
@@ -91,7 +91,7 @@ class PairLoader(Iterator[PairBatch]):
         ranks: int = 1,
     ) -> None:
         check_range("workers", workers, 0)
-        check_range("max_broken_share", max_broken_share, 0, 1)
+        check_range("max_broken_fraction", max_broken_fraction, 0, 1)
         check_range("start_step", start_step, 0)
         self._assembler = Assembler(
             source,
@@ -104,8 +104,8 @@ class PairLoader(Iterator[PairBatch]):
             mask=mask,
             mask_probability=mask_probability,
             eda_alpha=eda_alpha,
-            keyword_share=keyword_share,
-            keywords_alone=keywords_alone,
+            keyword_append_prob=keyword_append_prob,
+            keyword_only_prob=keyword_only_prob,
             second_text=second_text,
             base_view=base_view,
             shuffle_buffer=shuffle_buffer,
@@ -121,7 +121,7 @@ class PairLoader(Iterator[PairBatch]):
         self.seen = 0
         """The pairs of the batches yielded so far, broken ones included."""
         self._workers, self._pin_memory = workers, pin_memory
-        self._max_broken_share = max_broken_share
+        self._max_broken_share = max_broken_fraction
         self._batches: Iterator[PairBatch | UserError] | None = None
         self._closed = False
 
@@ -219,8 +219,8 @@ class PairLoader(Iterator[PairBatch]):
         )
         raise UserError(
             f"{self.skipped.total} of the {self.seen} pairs seen ({share:.1%}) could not be used, more than "
-            f"max_broken_share = {self._max_broken_share:.1%} allows: {reasons}. Mend or remove them, or allow a "
-            "larger share as data.max_broken_share."
+            f"max_broken_fraction = {self._max_broken_share:.1%} allows: {reasons}. Mend or remove them, or allow a "
+            "larger share as data.max_broken_fraction."
         )
 
 

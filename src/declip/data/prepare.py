@@ -19,14 +19,14 @@ from torch.utils.data import Dataset
 
 from declip.data.checks import check_range
 from declip.data.exclude import find_dropped, read_drop_list
-from declip.data.images.lazy import undecoded
-from declip.data.images.shrink import SIZE, shrunk
+from declip.data.images.lazy import read_lazy
+from declip.data.images.shrink import SIZE, downscaled_bytes
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError
-from declip.io.atomic import remove, written_beside
+from declip.io.atomic import atomic_write, remove
 from declip.io.pool import in_order, pairs_bar, usual_workers
 
 log = logging.getLogger("declip")
@@ -176,7 +176,7 @@ def _make(shards: Sequence[_Shard], record: _Record, maker: _Maker, workers: int
             skipped = SkipCounter()
             path = record.folder / shard.name
             with (
-                written_beside(path, ELSEWHERE) as beside,
+                atomic_write(path, ELSEWHERE) as beside,
                 tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar,
             ):
                 for part, places in zip(islice(stream, len(own)), own, strict=True):
@@ -220,8 +220,8 @@ class _Maker:
         """Those of one pair; raises `BrokenPair`, also where it is to be dropped."""
         if place in self.dropped:
             raise BrokenPair(self.dropped[place], ImageSource(self.source).key(place), "on the list")
-        pair = undecoded(self.source, place)
-        image, content = shrunk(pair.picture, self.size, self.quality)
+        pair = read_lazy(self.source, place)
+        image, content = downscaled_bytes(pair.picture, self.size, self.quality)
         text, said = _written(pair.captions, pair.keywords)
         if len(content) > LARGEST_IMAGE:
             raise BrokenPair("image too large", pair.key, f"{len(content):,} bytes, at most {LARGEST_IMAGE:,}")
@@ -298,7 +298,7 @@ class _Record:
         return total
 
     def _write(self, name: str, text: str) -> None:
-        with written_beside(self.folder / name, ELSEWHERE) as beside:
+        with atomic_write(self.folder / name, ELSEWHERE) as beside:
             beside.write_text(text, encoding="utf-8")
 
 

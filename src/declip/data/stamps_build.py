@@ -16,7 +16,7 @@ from declip.data.rendering import fill_square
 from declip.data.stamps import STAMPS
 from declip.data.stamps_read import Stamp, read_stamps
 from declip.errors import UserError
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 
 SIDE = 128
 """Pixels; half of the stamps are larger than 193."""
@@ -66,7 +66,7 @@ def build_stamps(package: Unpacked, folder: Path, bar: Progress | None = None) -
         bar: Progress bar to report to.
     """
     stamps = read_stamps(package.data)
-    with written_beside(folder) as beside:
+    with atomic_write(folder) as beside:
         rows, dropped = write_pictures(beside, _pictures(package.data, stamps), COLUMNS, len(stamps), bar)
         kept = beside / "licences" / PACKAGE.name
         kept.mkdir(parents=True)

@@ -18,7 +18,7 @@ from declip.evaluation.readers.captions import coco, flickr30k
 from declip.evaluation.readers.cifar import cifar
 from declip.evaluation.readers.fine_grained import fine_grained
 from declip.evaluation.readers.image_folder import caltech101, image_folder, imagenet, imagenet_test, imagenet_v2
-from declip.evaluation.readers.labelled_table import label_column_of, labelled_table
+from declip.evaluation.readers.labeled_table import label_column_of, labeled_table
 from declip.evaluation.readers.splits import Openers
 from declip.evaluation.readers.sun397 import sun397
 
@@ -32,7 +32,7 @@ TEMPLATES: Mapping[str, str] = {
 
 
 @runtime_checkable
-class LabelledSource(PairSource, Protocol):
+class LabeledSource(PairSource, Protocol):
     """A source whose images each belong to one of several named classes."""
 
     labels: np.ndarray
@@ -136,7 +136,7 @@ def open_dataset(on: str | PairSource | Dataset, *, label_column: str | None = N
     return dataset
 
 
-def with_classes(source: PairSource) -> LabelledSource:
+def with_classes(source: PairSource) -> LabeledSource:
     """Check that a source can be classified.
 
     Raises:
@@ -154,7 +154,7 @@ def with_classes(source: PairSource) -> LabelledSource:
             f"'{source.name}' has {len(labels)} labels and {len(names)} class names for {len(source)} pairs. "
             "Zero-shot classification needs one label a pair and at least two classes."
         )
-    return cast(LabelledSource, source)
+    return cast(LabeledSource, source)
 
 
 def templates_of(source: PairSource) -> str:
@@ -181,7 +181,7 @@ def _by_name(on: str, label_column: str | None) -> Dataset:
         raise unknown("data set", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
     path = Path(on).expanduser()
     column = label_column_of(path, label_column) if table and path.is_file() else None
-    return _single(open_source(on)) if column is None else Dataset(path.name, labelled_table(path, column))
+    return _single(open_source(on)) if column is None else Dataset(path.name, labeled_table(path, column))
 
 
 def _named(name: str, root: Path) -> Dataset:

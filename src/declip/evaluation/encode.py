@@ -25,7 +25,7 @@ class Encoder(Protocol):
     """What an evaluation needs of a model: two towers, and the way from files and words to tensors."""
 
     def encode_image(self, images: Tensor, /) -> Tensor:
-        """(n, 3, S, S) normalised pixels to (n, d) features."""
+        """(n, 3, S, S) normalized pixels to (n, d) features."""
         ...
 
     def encode_text(self, tokens: Tensor, /) -> Tensor:
@@ -33,7 +33,7 @@ class Encoder(Protocol):
         ...
 
     def preprocess(self, images: list[Image.Image], /) -> Tensor:
-        """Images to (n, 3, S, S) normalised pixels."""
+        """Images to (n, 3, S, S) normalized pixels."""
         ...
 
     def tokenize(self, texts: list[str], /) -> Tensor:
@@ -56,7 +56,7 @@ class SourceFeatures:
     Attributes:
         name: The source's name.
         indices: (n,) int64, the place of each row in the source.
-        images: (n, d) float32 on the CPU, L2-normalised.
+        images: (n, d) float32 on the CPU, L2-normalized.
         captions: Of each row, its captions.
         texts: (m, d) float32, the features of all captions, row after row; None when they were not asked for.
         owners: (m,) int64, the row of `images` that each caption belongs to.
@@ -109,7 +109,7 @@ def text_features(model: Encoder, texts: Sequence[str], *, batch: int = 256, pro
         progress: Show a bar when there are many batches.
 
     Returns:
-        (m, d) float32 on the CPU, L2-normalised.
+        (m, d) float32 on the CPU, L2-normalized.
     """
     distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     strings = list(distinct)
@@ -201,7 +201,7 @@ def encode_images(
     Args:
         model: The model, for its preprocessing, its device and its mode.
         source: The pairs.
-        encode: (n, 3, S, S) normalised pixels on the model's device to (n, d).
+        encode: (n, 3, S, S) normalized pixels on the model's device to (n, d).
         indices: As for `encode_source`.
         batch: As for `encode_source`.
         workers: As for `encode_source`.

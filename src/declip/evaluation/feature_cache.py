@@ -18,7 +18,7 @@ from declip.data.pair import PairSource, SkipCounter
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import EncodedImages, Encoder, encode_images
 from declip.evaluation.model_hash import model_hash, tensor_bytes
-from declip.io.atomic import cache_folder, written_beside
+from declip.io.atomic import atomic_write, cache_folder
 
 log = logging.getLogger("declip")
 
@@ -34,11 +34,11 @@ SPOT_TOLERANCE = 1e-2
 
 
 def encoder_of(model: Encoder, kind: str) -> Callable[[Tensor], Tensor]:
-    """The function from normalised pixels (n, 3, S, S) to features (n, width) that probes read.
+    """The function from normalized pixels (n, 3, S, S) to features (n, width) that probes read.
 
     Args:
         model: The model.
-        kind: "backbone" is `model.encode_backbone`, the pooled feature before the projection, not normalised, as in
+        kind: "backbone" is `model.encode_backbone`, the pooled feature before the projection, not normalized, as in
             CLIP (Radford et al. 2021, appendix A.3); "embedding" is `model.encode_image`.
 
     Raises:
@@ -52,7 +52,7 @@ def encoder_of(model: Encoder, kind: str) -> Callable[[Tensor], Tensor]:
     if encode is None:
         raise UserError(
             f"{type(model).__name__} has no `encode_backbone`, so its features before the projection cannot be had. "
-            "Probe the projected ones with features='embedding', or give the model that method: normalised pixels "
+            "Probe the projected ones with features='embedding', or give the model that method: normalized pixels "
             "(n, 3, S, S) to (n, width)."
         )
     return encode
@@ -176,7 +176,7 @@ def _read(path: Path) -> EncodedImages | None:
 def _write(path: Path, made: EncodedImages) -> None:
     features, indices = made.features.contiguous(), torch.from_numpy(made.indices)
     about = {"sha256": _digest(features, indices), "skipped": json.dumps(made.skipped.to_dict())}
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         save_file({"features": features, "indices": indices}, beside, about)
 
 

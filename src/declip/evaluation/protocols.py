@@ -63,7 +63,7 @@ class Room:
 
     @cached_property
     def test(self) -> SourceFeatures:
-        """The test split, projected and normalised."""
+        """The test split, projected and normalized."""
         options = self.options
         return encode_source(
             self.model,
@@ -132,7 +132,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         partial(_check_probe, protocol="a linear probe", chooses=True), lambda room: linear_probe(room.splits)
     ),
     "knn": Protocol(
-        partial(_check_probe, protocol="a nearest-neighbour probe", chooses=False), lambda room: knn_probe(room.splits)
+        partial(_check_probe, protocol="a nearest-neighbor probe", chooses=False), lambda room: knn_probe(room.splits)
     ),
     "few-shot": Protocol(
         partial(_check_probe, protocol="a few-shot probe", chooses=True),

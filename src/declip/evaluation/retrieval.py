@@ -28,8 +28,8 @@ def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, b
         rank[i] = 1 + sum(scores[i, j] > best - TIE for j in range(M) if j not in right[i])
 
     Args:
-        queries: (N, d), L2-normalised.
-        candidates: (M, d), L2-normalised.
+        queries: (N, d), L2-normalized.
+        candidates: (M, d), L2-normalized.
         right: N arrays, each of one or more right candidates.
         block: At most about this many scores are held at a time; N × M of them never are.
 

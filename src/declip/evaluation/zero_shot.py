@@ -47,7 +47,7 @@ def class_features(
     batch: int = 256,
     progress: bool = False,
 ) -> Tensor:
-    """One text feature a class: of every template normalised, averaged over the templates, normalised again.
+    """One text feature a class: of every template normalized, averaged over the templates, normalized again.
 
     This is CLIP's prompt ensemble (Radford et al. 2021, section 3.1.4).
 
@@ -130,8 +130,8 @@ def predict(images: Tensor, classes: Tensor, count: int = 1, *, block: int = BLO
     """The nearest classes of each image, best first.
 
     Args:
-        images: (n, d), L2-normalised.
-        classes: (C, d), L2-normalised.
+        images: (n, d), L2-normalized.
+        classes: (C, d), L2-normalized.
         count: How many to return.
         block: Scores held at a time.
 

@@ -7,7 +7,7 @@ from declip.inspection.result import Finding, Inspection
 from declip.io.text import about, percent, shown
 
 BROKEN = 0.05
-"""`data.max_broken_share`: a run stops beyond it."""
+"""`data.max_broken_fraction`: a run stops beyond it."""
 
 ONE_WORD_SHARE, ODD_SHARE, CUT_SHARE, SCRIPT_SHARE = 0.2, 0.01, 0.01, 0.05
 SMALL_SHARE, LONG_SHARE, REPEATED_SHARE = 0.25, 0.05, 0.01
@@ -23,7 +23,7 @@ MULTIPLE = 32
 """Pixels: towers take sizes that are a multiple of their patch or stride."""
 
 QUEUE_PART, SMALLEST_QUEUE, USUAL_QUEUE = 3, 64, 65_536
-"""Pairs for each entry of the nearest-neighbour queue (`declip-small` has 512 entries and was chosen on 1,453 pairs),
+"""Pairs for each entry of the nearest-neighbor queue (`declip-small` has 512 entries and was chosen on 1,453 pairs),
 entries at least, and the authors' entries (Li et al. 2022)."""
 
 
@@ -47,7 +47,7 @@ def _broken(inspection: Inspection) -> Iterator[Finding]:
     if share.count == share.of:
         advice = "Nothing can be trained on. The table has the reasons and the first keys of each."
     elif share.value > BROKEN:
-        advice = f"A run stops at {percent(BROKEN)} (data.max_broken_share). Mend or remove them, or allow more."
+        advice = f"A run stops at {percent(BROKEN)} (data.max_broken_fraction). Mend or remove them, or allow more."
     else:
         advice = "They are left out of training and counted."
     estimated = not inspection.whole and share.count < share.of
@@ -98,7 +98,7 @@ def _equal_captions(inspection: Inspection) -> Iterator[Finding]:
         text += f" The commonest, “{shown(words, 60)}”, is with {percent(count / inspection.usable)} of the pairs."
     advice = (
         "Each is a false negative: the contrast pushes an image from its own caption. Write what tells the images "
-        "apart, or take a smaller train.batch."
+        "apart, or take a smaller train.batch_size."
     )
     yield Finding("equal captions", captions.equal_in_batch, text, advice, rows > MANY_EQUAL_ROWS)
 
@@ -125,11 +125,9 @@ def _one_word(inspection: Inspection) -> Iterator[Finding]:
     if share < ONE_WORD_SHARE:
         return
     if captions.per_pair.mean > 1.5:
-        advice = "There are several captions a pair: take views.text.second=caption (declip-captions)."
+        advice = "There are several captions a pair: take views.text.second_view=caption (declip-captions)."
     elif keywords.value > 0.5:
-        advice = (
-            f"{percent(keywords.value)} of the pairs have keywords: take views.text.second=keywords (declip-small)."
-        )
+        advice = f"{percent(keywords.value)} of the pairs have keywords: take views.text.second_view=keywords (declip-small)."
     else:
         advice = "Add words or keywords if you can; see declip-small in docs/results.md."
     text = f"{percent(share)} of the captions are one word: EDA and masking have nothing to work with."
@@ -148,10 +146,12 @@ def _context(inspection: Inspection) -> Iterator[Finding]:
         return
     text = (
         f"Captions have {captions.tokens.median:.0f} tokens (median) and 99 % at most {captions.tokens.at(99):.0f}; "
-        f"text.context={short} would cut {percent(captions.cut[short].value)} of them."
+        f"text.context_length={short} would cut {percent(captions.cut[short].value)} of them."
     )
     cheaper = ", and is faster" if captions.context < longest else ""
-    yield Finding("context", captions.context, text, f"text.context={captions.context} cuts at most 1 %{cheaper}.")
+    yield Finding(
+        "context", captions.context, text, f"text.context_length={captions.context} cuts at most 1 %{cheaper}."
+    )
 
 
 def _scripts(inspection: Inspection) -> Iterator[Finding]:
@@ -201,7 +201,7 @@ def _shape(inspection: Inspection) -> Iterator[Finding]:
         yield Finding("long images", images.long.value, text, advice)
     if images.blank.count:
         first = shown(images.blank_keys[0], 60) if images.blank_keys else ""
-        text = f"{images.blank.count:,} of {images.blank.of:,} images are a single colour, such as {first}."
+        text = f"{images.blank.count:,} of {images.blank.of:,} images are a single color, such as {first}."
         advice = "Look at them: most often a download failed."
         yield Finding("blank images", images.blank.value, text, advice, images.blank.value > REPEATED_SHARE)
 
@@ -215,8 +215,8 @@ def _queue(inspection: Inspection) -> Iterator[Finding]:
     times = USUAL_QUEUE / inspection.total
     text = f"The usual queue of {USUAL_QUEUE:,} captions is {about(times)} times these {inspection.total:,} pairs."
     advice = (
-        "A caption then meets itself in it as its nearest neighbour. For recipes with that term: "
-        f"nearest_neighbour.queue_size={size}, small against the data, as in declip-small (docs/results.md)."
+        "A caption then meets itself in it as its nearest neighbor. For recipes with that term: "
+        f"nearest_neighbor.queue_size={size}, small against the data, as in declip-small (docs/results.md)."
     )
     yield Finding("queue", times, text, advice)
 

@@ -15,7 +15,7 @@ LOOK = np.dtype([("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint"
 """What an image looks like, 83 bytes: two hashes, and its mean red, green and blue."""
 
 STEP = 2
-"""Grey levels by which a neighbour must be brighter to count, so that flat areas do not hash their noise."""
+"""Gray levels by which a neighbor must be brighter to count, so that flat areas do not hash their noise."""
 
 
 def image_hash(image: Image.Image) -> int:
@@ -31,12 +31,12 @@ def caption_hash(caption: str) -> int:
 
 
 def look(image: Image.Image) -> np.void:
-    """What an image looks like at arm's length: where it gets brighter, and its mean colour.
+    """What an image looks like at arm's length: where it gets brighter, and its mean color.
 
     The hashes are dHash (Krawetz 2013, "Kind of Like That") in both directions: one bit for each of 8 x 8, or 16 x 16,
-    grey pixels of a small copy that says whether its right, or lower, neighbour is brighter. A copy that was scaled or
+    gray pixels of a small copy that says whether its right, or lower, neighbor is brighter. A copy that was scaled or
     compressed again differs in a few bits. The coarse one is quick to search by; the fine one tells a plus from a
-    minus in a circle, and the colour one drawing in red from the same in blue.
+    minus in a circle, and the color one drawing in red from the same in blue.
 
     Args:
         image: RGB.
@@ -54,12 +54,12 @@ def _small(image: Image.Image, side: int) -> np.ndarray:
 
 
 def _brighter(small: np.ndarray) -> np.ndarray:
-    grey = small @ np.array([0.299, 0.587, 0.114], np.float32)
-    right = grey[:-1, 1:] - grey[:-1, :-1] > STEP
-    down = grey[1:, :-1] - grey[:-1, :-1] > STEP
+    gray = small @ np.array([0.299, 0.587, 0.114], np.float32)
+    right = gray[:-1, 1:] - gray[:-1, :-1] > STEP
+    down = gray[1:, :-1] - gray[:-1, :-1] > STEP
     return np.packbits(np.stack([right, down])).view(np.uint64)
 
 
 def is_blank(image: Image.Image, seen: np.void) -> bool:
-    """Whether an RGB image has one colour only; what `look` saw spares most images the count."""
+    """Whether an RGB image has one color only; what `look` saw spares most images the count."""
     return not seen["fine"].any() and all(low == high for low, high in image.getextrema())  # type: ignore[misc]

@@ -115,7 +115,7 @@ class Images:
         size: The side that training would see.
         smaller: Images whose shorter side is smaller than that.
         long: Images more than three times as long as wide.
-        blank: Images of a single colour.
+        blank: Images of a single color.
         blank_keys: Keys of the first few.
         formats: Files by format, such as "JPEG"; empty where the source has no files.
         modes: Files by Pillow's mode, such as "RGB".
@@ -148,7 +148,7 @@ class Captions:
         tokens: CLIP's, start and end included, nothing cut off.
         histogram: Of the tokens.
         cut: Captions that a context of so many tokens would cut.
-        context: The shortest `text.context`, a multiple of 8 or 77, that cuts at most 1 %.
+        context: The shortest `text.context_length`, a multiple of 8 or 77, that cuts at most 1 %.
         kinds: Captions that are no more than a word, or no caption; see `captions.kind_of`.
         examples: Some of each kind.
         scripts: Captions by the script of most letters.

@@ -132,7 +132,7 @@ def draw(total: int, sample: int | None, seed: int) -> np.ndarray:
         seed: Of the draw.
 
     Returns:
-        Rising, int64: at random within each of 16 stretches of the source, not on a grid, so that neighbours in the
+        Rising, int64: at random within each of 16 stretches of the source, not on a grid, so that neighbors in the
         file, often alike, are drawn together as often as any two.
     """
     if sample is None or sample >= total:

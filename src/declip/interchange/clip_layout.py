@@ -159,7 +159,7 @@ def rename(name: str, table: Names, back: bool = False) -> str:
 
 
 def merges_key(vocabulary: int) -> int | None:
-    """The recipe's `text.merges` of a vocabulary with so many ids, mask not counted; None for CLIP's whole one."""
+    """The recipe's `text.bpe_merges` of a vocabulary with so many ids, mask not counted; None for CLIP's whole one."""
     return None if vocabulary == NO_MERGES + CLIP_MERGES else vocabulary - NO_MERGES
 
 
@@ -176,7 +176,7 @@ def vit_keys(sizes: VitSizes) -> dict[str, Any]:
         "num_heads": sizes.heads,
         "mlp_ratio": ratio,
     }
-    return {"image.name": f"vit_base_patch32_clip_{quick}224", "image.options": options}
+    return {"image.model": f"vit_base_patch32_clip_{quick}224", "image.model_kwargs": options}
 
 
 def text_activation(tower: TextTower) -> str:

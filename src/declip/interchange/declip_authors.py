@@ -242,7 +242,7 @@ def _recipe(
     changes: dict[str, Any] = {
         **_text_sizes(state, text_heads),
         **_head_sizes(state),
-        "nearest_neighbour.queue_size": queue_size,
+        "nearest_neighbor.queue_size": queue_size,
     }
     text_width = state[f"{_text_prefix(state)}token_embedding.weight"].shape[1]
     alike = text_heads if image_width(state) == text_width else None
@@ -282,8 +282,8 @@ def _text_sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any
         "text.width": width,
         "text.layers": _count(state, rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\."),
         "text.heads": heads or _one_per_64(width),
-        "text.context": len(state[f"{prefix}positional_embedding"]),
-        "text.merges": merges_key(vocabulary - 1),
+        "text.context_length": len(state[f"{prefix}positional_embedding"]),
+        "text.bpe_merges": merges_key(vocabulary - 1),
         "text.projection_bias": f"{prefix}text_projection.bias" in state,
         "embed_dim": len(state[f"{prefix}text_projection.weight"]),
     }
@@ -317,9 +317,9 @@ def image_sizes(state: Mapping[str, Tensor], heads: int | None, alike: int | Non
     side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
     depth = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
     return {
-        "image.name": "vit_base_patch32_clip_quickgelu_224",
+        "image.model": "vit_base_patch32_clip_quickgelu_224",
         "image.size": side * patch,
-        "image.options": {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads},
+        "image.model_kwargs": {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads},
     }
 
 
@@ -329,10 +329,10 @@ def _resnet_sizes(state: Mapping[str, Tensor], width: int, heads: int | None) ->
         raise UserError(f"image_heads={heads} was given; a ResNet of width {width} pools with {_one_per_64(width)}.")
     depths = [_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
     return {
-        "image.name": "resnet50_clip",
+        "image.model": "resnet50_clip",
         "image.size": 32 * math.isqrt(cells - 1),
-        "image.options": {"depths": depths, "width_factor": width / 2048},
-        "image.freeze_patch_projection": False,
+        "image.model_kwargs": {"depths": depths, "width_factor": width / 2048},
+        "image.freeze_patch_embed": False,
     }
 
 

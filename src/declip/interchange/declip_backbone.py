@@ -27,7 +27,7 @@ STEM = f"{PREFIX}conv1.weight"
 KNOWN = (f"{PREFIX}class_embedding", f"{PREFIX}attnpool.positional_embedding")
 """One of these tells CLIP's ViT or CLIP's ResNet from any other image network."""
 
-NO_TEXT = {"text.width": 8, "text.layers": 1, "text.heads": 1, "text.merges": 0}
+NO_TEXT = {"text.width": 8, "text.layers": 1, "text.heads": 1, "text.bpe_merges": 0}
 """The recipe's text tower is built and thrown away, so it is a small one."""
 
 
@@ -72,7 +72,7 @@ def read_declip_backbone(source: str | Path | Mapping[str, Any], heads: int | No
         raise UserError(
             f"The shapes of the image tower cannot be read: {' '.join(str(error).split())[:300]}."
         ) from error
-    ours["model.logit_scale"] = torch.tensor(recipe.logit_scale.start)
+    ours["model.logit_scale"] = torch.tensor(recipe.logit_scale.init)
     # Sizes come from the file, so the model is built without memory first, to see that the shapes fit.
     put_weights(drop_text(outline(recipe)), "model.", {name: tensor.to("meta") for name, tensor in ours.items()})
     with torch.random.fork_rng(devices=[]):

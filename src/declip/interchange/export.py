@@ -19,7 +19,7 @@ from declip.interchange.foreign import Reread
 from declip.interchange.load import Model
 from declip.interchange.model_card import NO_LICENCE, model_card
 from declip.interchange.provenance import trace
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
 
@@ -98,7 +98,7 @@ class Exported:
 
 
 def export(
-    model: str | Path | Model, format: str, out: str | Path, *, licence: str = NO_LICENCE, overwrite: bool = False
+    model: str | Path | Model, format: str, out: str | Path, *, license: str = NO_LICENCE, overwrite: bool = False
 ) -> Exported:
     """Write a model in a foreign format, read it back where that library is installed, and add a model card.
 
@@ -106,7 +106,7 @@ def export(
         model: What `declip.load` takes, or a loaded model. Of a run the card tells data, steps and results.
         format: "open_clip", "huggingface", "onnx" or "safetensors".
         out: The folder to write; it appears when all of it is there.
-        licence: For the card: an identifier of the Hub's such as "mit", or any words.
+        license: For the card: an identifier of the Hub's such as "mit", or any words.
         overwrite: Replace a folder that is not empty.
 
     Returns:
@@ -126,7 +126,7 @@ def export(
         difference, by = _reread(found, form, beside)
         exported = Exported(Path(out), difference, by)
         usage = form.usage if has_text(found) else form.image_usage
-        card = model_card(found, provenance, form.library, usage, str(exported), licence)
+        card = model_card(found, provenance, form.library, usage, str(exported), license)
         (beside / CARD).write_text(card, encoding="utf-8")
     if difference is None:
         log.warning("%s Check it where that is.", exported)
@@ -153,7 +153,7 @@ def folder_beside(out: Path) -> Iterator[Path]:
         UserError: the disk is full, or the folder cannot be written to.
     """
     try:
-        with written_beside(out) as beside:
+        with atomic_write(out) as beside:
             beside.mkdir()
             yield beside
     except (UserError, OSError, SafetensorError) as error:

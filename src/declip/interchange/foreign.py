@@ -17,7 +17,7 @@ class Reread:
 
     Attributes:
         by: The library and its version.
-        image: (n, 3, S, S) normalised pixels → (n, d) features; of any length.
+        image: (n, 3, S, S) normalized pixels → (n, d) features; of any length.
         text: (n, L) our token ids → (n, d) features; None where the file has no text tower.
     """
 

@@ -157,8 +157,8 @@ def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "text.width": width,
         "text.layers": text["num_hidden_layers"],
         "text.heads": text["num_attention_heads"],
-        "text.context": tokenizer.context,
-        "text.merges": merges_key(NO_MERGES + tokenizer.merges),
+        "text.context_length": tokenizer.context,
+        "text.bpe_merges": merges_key(NO_MERGES + tokenizer.merges),
         "text.activation": text["hidden_act"],
     }
 
@@ -263,7 +263,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _check_layers(keys: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """So that no model is built of more layers than the files explain."""
-    given = {"vision": keys["image.options"]["depth"], "text": keys["text.layers"]}
+    given = {"vision": keys["image.model_kwargs"]["depth"], "text": keys["text.layers"]}
     for tower, layers in given.items():
         pattern = re.compile(rf"{tower}_model\.encoder\.layers\.(\d+)\.")
         found = len({match[1] for match in map(pattern.match, weights) if match})

@@ -79,8 +79,8 @@ def _towers(opened: OpenClip) -> tuple[dict[str, Any], Callable[[str], str]]:
         "text.width": model.ln_final.normalized_shape[0],
         "text.layers": len(model.transformer.resblocks),
         "text.heads": block.attn.num_heads,
-        "text.context": len(model.positional_embedding),
-        "text.merges": merges_key(len(model.token_embedding.weight)),
+        "text.context_length": len(model.positional_embedding),
+        "text.bpe_merges": merges_key(len(model.token_embedding.weight)),
         "text.projection_bias": getattr(model.text_projection, "bias", None) is not None,
         "text.activation": _activation(block),
     }, names
@@ -90,7 +90,7 @@ def _image_tower(tower: Any) -> tuple[dict[str, Any], Callable[[str], str]]:
     if hasattr(tower, "trunk"):
         name = tower.trunk.default_cfg["architecture"]
         places = {"proj.": "head.proj.", "norm.": "trunk.norm."}
-        return {"image.name": name}, lambda ours: next(
+        return {"image.model": name}, lambda ours: next(
             (theirs + ours.removeprefix(start) for start, theirs in places.items() if ours.startswith(start)), ours
         )
     if hasattr(tower, "attnpool"):
@@ -98,7 +98,7 @@ def _image_tower(tower: Any) -> tuple[dict[str, Any], Callable[[str], str]]:
             "depths": [len(getattr(tower, f"layer{stage}")) for stage in (1, 2, 3, 4)],
             "width_factor": len(tower.attnpool.c_proj.weight[0]) / 2048,
         }
-        return {"image.name": "resnet50_clip", "image.options": options}, lambda name: rename(name, RESNET_NAMES)
+        return {"image.model": "resnet50_clip", "image.model_kwargs": options}, lambda name: rename(name, RESNET_NAMES)
     block = tower.transformer.resblocks[0]
     width, _, patch, _ = tower.conv1.weight.shape
     sizes = VitSizes(

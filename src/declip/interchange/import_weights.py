@@ -52,7 +52,7 @@ SOURCES: Mapping[str, Callable[[str], tuple[DualEncoder, Heads]]] = {
 
 
 def import_weights(
-    file: str | Path, source: str, out: str | Path, *, licence: str = NO_LICENCE, overwrite: bool = False
+    file: str | Path, source: str, out: str | Path, *, license: str = NO_LICENCE, overwrite: bool = False
 ) -> Path:
     """Write another library's weights as a folder that `declip.load` reads: declip.safetensors and a model card.
 
@@ -62,7 +62,7 @@ def import_weights(
             `CLIPModel`, or ``huggingface:OWNER/NAME``.
         source: "declip-authors", "open_clip" or "huggingface".
         out: The folder to write; it appears when all of it is there.
-        licence: For the card.
+        license: For the card.
         overwrite: Replace a folder that is not empty.
 
     Returns:
@@ -80,6 +80,6 @@ def import_weights(
         write_declip_file(model, beside / FILE, heads)
         provenance = Provenance(model.recipe, origin=f"`{Path(file).name}` ({source})")
         usage = USAGE if has_text(model) else IMAGE_USAGE
-        card = model_card(model, provenance, "declip", usage, licence=licence)
+        card = model_card(model, provenance, "declip", usage, license=license)
         (beside / CARD).write_text(card, encoding="utf-8")
     return Path(out)

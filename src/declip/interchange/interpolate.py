@@ -123,7 +123,7 @@ def first_measure(result: Result) -> str:
 
 
 def write_mixture(
-    run: str | Path, share: float, out: str | Path, *, licence: str = NO_LICENCE, overwrite: bool = False
+    run: str | Path, share: float, out: str | Path, *, license: str = NO_LICENCE, overwrite: bool = False
 ) -> Path:
     """Write a mixture as a folder that `declip.load` reads and `declip.export` turns into other formats.
 
@@ -135,7 +135,7 @@ def write_mixture(
     origin = f"the run `{Path(run).name}`, {share:g} of it and {1 - share:g} of its start (WiSE-FT)"
     with folder_beside(Path(out)) as beside:
         write_declip_file(model, beside / FILE)
-        card = model_card(model, Provenance(model.recipe, origin=origin), "declip", USAGE, licence=licence)
+        card = model_card(model, Provenance(model.recipe, origin=origin), "declip", USAGE, license=license)
         (beside / CARD).write_text(card, encoding="utf-8")
     return Path(out)
 
@@ -147,7 +147,7 @@ def draw_mixtures(mixtures: Iterable[Mixed], path: Path) -> None:
     found = list(mixtures)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     for number, result in enumerate(found[0].results):
         measures = [mixed.results[number].measures()[0] for mixed in found]
         label = f"{result.on}, {measures[0].name}, n = {measures[0].n:,}"
@@ -155,7 +155,7 @@ def draw_mixtures(mixtures: Iterable[Mixed], path: Path) -> None:
             [mixed.share for mixed in found],
             [100 * measure.value for measure in measures],
             marker="os^Dv"[number % 5],
-            color=colours[number % len(colours)],
+            color=colors[number % len(colors)],
             label=label,
         )
     axes.set_xlabel("share of the fine-tuned weights: 0 is the start, 1 the end")

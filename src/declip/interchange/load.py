@@ -45,7 +45,7 @@ class Model(Encoder, Protocol):
         ...
 
     def encode_backbone(self, images: Tensor, /) -> Tensor:
-        """(n, 3, S, S) normalised → (n, width) float32, the pooled feature before the projection."""
+        """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection."""
         ...
 
 

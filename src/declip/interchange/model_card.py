@@ -44,7 +44,7 @@ CITATION = """\
 
 
 def model_card(
-    model: DualEncoder, provenance: Provenance, library: str, usage: str, checked: str = "", licence: str = NO_LICENCE
+    model: DualEncoder, provenance: Provenance, library: str, usage: str, checked: str = "", license: str = NO_LICENCE
 ) -> str:
     """Write the card as Markdown with the YAML head that the Hub reads.
 
@@ -54,12 +54,12 @@ def model_card(
         library: The Hub's name of the library that loads the folder.
         usage: Python that works in the folder as it is.
         checked: How the export was read back, as a sentence, where it was.
-        licence: An identifier of the Hub's such as "mit", or any words.
+        license: An identifier of the Hub's such as "mit", or any words.
     """
     recipe = provenance.recipe
     name = recipe.name if recipe is not None and provenance.step is not None else "A language-image model"
     parts = [
-        _head(model, library, licence),
+        _head(model, library, license),
         f"# {name}",
         _summary(model, provenance),
         _section("How to use it", f"```python\n{usage.strip()}\n```\n\n{checked}".strip()),
@@ -67,21 +67,21 @@ def model_card(
         _section("Recipe", _recipe(provenance)),
         _section("Measured", _measured(provenance.results)),
         _section("Intended use and limits", LIMITS),
-        _section("Licence", f"{licence}."),
+        _section("License", f"{license}."),
         _section("How to cite", CITATION),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _head(model: DualEncoder, library: str, licence: str) -> str:
+def _head(model: DualEncoder, library: str, license: str) -> str:
     task = "zero-shot-image-classification" if has_text(model) else "image-feature-extraction"
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task}
-    if licence == NO_LICENCE:
+    if license == NO_LICENCE:
         fields["license"] = "unknown"
-    elif LICENCE_ID.fullmatch(licence):
-        fields["license"] = licence
+    elif LICENCE_ID.fullmatch(license):
+        fields["license"] = license
     else:
-        fields |= {"license": "other", "license_name": licence}
+        fields |= {"license": "other", "license_name": license}
     fields["tags"] = ["clip", "declip", "contrastive-learning"]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
@@ -105,30 +105,30 @@ def _data(provenance: Provenance) -> str:
     if recipe is None or step is None:
         return "Not recorded: the weights came without the folder of their run. Say here what they were trained on."
     pairs = "" if provenance.pairs is None else f", {provenance.pairs:,} distinct pairs"
-    seen = step * recipe.train.batch
-    return f"`{recipe.data.label}`{pairs}; {seen:,} pairs seen in {step:,} steps of {recipe.train.batch:,}."
+    seen = step * recipe.train.batch_size
+    return f"`{recipe.data.label}`{pairs}; {seen:,} pairs seen in {step:,} steps of {recipe.train.batch_size:,}."
 
 
 def _recipe(provenance: Provenance) -> str:
     recipe = provenance.recipe
     if recipe is None or provenance.step is None:
         return "Not recorded: weights say nothing of how they were trained."
-    terms = ", ".join(f"{getattr(recipe.weights, term):g} {term}" for term in recipe.weights.active())
+    terms = ", ".join(f"{getattr(recipe.loss_weights, term):g} {term}" for term in recipe.loss_weights.active())
     rows = [
         f"- terms: {terms}",
-        f"- image tower: {recipe.image.name}, {recipe.image.size} px",
-        f"- text tower: {_text_tower(recipe.text)}, context {recipe.text.context}",
-        f"- seed {recipe.seed}, peak rate {recipe.train.lr_peak:g}, weight decay {recipe.train.weight_decay:g}",
+        f"- image tower: {recipe.image.model}, {recipe.image.size} px",
+        f"- text tower: {_text_tower(recipe.text)}, context {recipe.text.context_length}",
+        f"- seed {recipe.seed}, peak rate {recipe.train.lr:g}, weight decay {recipe.train.weight_decay:g}",
     ]
     whole = f"<details><summary>the whole recipe</summary>\n\n```yaml\n{recipe.to_yaml()}```\n\n</details>"
     return "\n".join(rows) + f"\n\n{whole}"
 
 
 def _text_tower(text: TextTower) -> str:
-    if text.encoder is None:
+    if text.hf_model is None:
         return f"{text.layers} layers, width {text.width}"
     start = "its own weights" if text.pretrained else "random weights"
-    return f"{text.encoder}, from {start}, pooling {text.pooling}"
+    return f"{text.hf_model}, from {start}, pooling {text.pooling}"
 
 
 def _measured(results: Sequence[Result]) -> str:

@@ -1,6 +1,6 @@
 """Two ONNX files, one a tower, for any runtime: written by torch's exporter, with what they need beside them.
 
-``image.onnx``: pixel_values (batch, 3, S, S) float32, normalised → image_embeds (batch, d) float32 of length 1.
+``image.onnx``: pixel_values (batch, 3, S, S) float32, normalized → image_embeds (batch, d) float32 of length 1.
 ``text.onnx``: input_ids (batch, length) int64, length at most the context, padding after the end token → text_embeds
 (batch, d) float32 of length 1. Batch and length are free. ``declip_onnx.json`` says how pictures and captions become
 these inputs, and ``tokenizer.json`` is the tokenizer.
@@ -144,7 +144,7 @@ def _about(model: DualEncoder, context: int | None) -> dict[str, Any]:
             "output": "image_embeds",
             "size": preprocessor.size,
             "resize": "shorter side to size, bicubic (PIL); the longer side is cut down to a whole number",
-            "crop": "centre; half a pixel is rounded to even",
+            "crop": "center; half a pixel is rounded to even",
             "mode": "RGB, transparency over white",
             "scale": "1/255",
             "mean": [round(value, 8) for value in preprocessor.mean.tolist()],

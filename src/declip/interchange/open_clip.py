@@ -5,8 +5,8 @@
 ``open_clip:local-dir:FOLDER`` and ``open_clip:hf-hub:OWNER/NAME`` take a folder, or a repository, that open_clip wrote.
 
 Nothing in a file or folder can run code: weights are read with ``weights_only``, TorchScript archives are refused,
-and so is a configuration that asks for code of its own. A model whose tokeniser is Hugging Face's (SigLIP, CLIPA,
-RoBERTa …) needs the package transformers, and fetches the tokeniser by its name unless it is in the cache or folder.
+and so is a configuration that asks for code of its own. A model whose tokenizer is Hugging Face's (SigLIP, CLIPA,
+RoBERTa …) needs the package transformers, and fetches the tokenizer by its name unless it is in the cache or folder.
 On a machine without network ``HF_HUB_OFFLINE=1`` spares the tries of 20 seconds before a cached file is used.
 """
 
@@ -144,7 +144,7 @@ class OpenClip(nn.Module):
         return self.model.logit_scale.device
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """PIL images → (n, 3, S, S) float32, normalised, on the model's device."""
+        """PIL images → (n, 3, S, S) float32, normalized, on the model's device."""
         return self.preprocessor(images).to(self.device)
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
@@ -152,7 +152,7 @@ class OpenClip(nn.Module):
         return self.tokenizer([texts] if isinstance(texts, str) else list(texts)).to(self.device)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalised → (n, d) float32 of length 1."""
+        """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
         return F.normalize(self.model.encode_image(images, normalize=False).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -160,11 +160,11 @@ class OpenClip(nn.Module):
         return F.normalize(self.model.encode_text(tokens, normalize=False).float(), dim=-1)
 
     def encode_backbone(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalised → (n, width) float32, the pooled feature before the projection: for probes.
+        """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection: for probes.
 
         Of a ViT what `proj` takes; of CLIP's ResNet what the attention pool's output map `c_proj` takes; of a timm
         trunk its pooled output before any classifier. A tower without a projection (SigLIP's) gives its embedding,
-        not normalised.
+        not normalized.
 
         Raises:
             UserError: the tower pools and projects in one.
@@ -245,7 +245,7 @@ def _checked_folder(given: str) -> Path:
 
 
 def _refuse_code(config: Mapping[str, Any], given: str) -> None:
-    """A tokeniser's options go to transformers, which runs a folder's own Python when one of them says so."""
+    """A tokenizer's options go to transformers, which runs a folder's own Python when one of them says so."""
     if (config.get("text_cfg", {}).get("tokenizer_kwargs") or {}).get("trust_remote_code"):
         raise UserError(
             f"The configuration of '{given}' asks to run code of its own (trust_remote_code). It is refused."

@@ -169,7 +169,7 @@ def image_tower(model: DualEncoder, text_act: str) -> Tower:
 def _timm_tower(model: DualEncoder, why: str, instead: str) -> Tower:
     """As open_clip builds it: the trunk without classifier by its name alone, then a linear map."""
     tower, size = model.image_tower, model.preprocessor.size
-    name = model.recipe.image.name if model.recipe else ""
+    name = model.recipe.image.model if model.recipe else ""
     try:
         trunk, state = _by_name(tower, name)
         pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -182,7 +182,7 @@ def _timm_tower(model: DualEncoder, why: str, instead: str) -> Tower:
         said = " ".join(str(error).split())[:160]
         raise refusal(
             "open_clip",
-            f"{why}, and of other towers open_clip takes a timm name alone, without image.options and at the timm "
+            f"{why}, and of other towers open_clip takes a timm name alone, without image.model_kwargs and at the timm "
             f"model's own image size; that gives another network than this one ('{name}', {size} px): {said}",
             instead,
         ) from error

@@ -58,7 +58,7 @@ class Start:
         given. Without a text tower the recipe's own and its width of the shared space stay.
         """
         theirs, own = self.recipe, recipe.image
-        keep = {name: getattr(own, name) for name in ("freeze_patch_projection", "joint_views")}
+        keep = {name: getattr(own, name) for name in ("freeze_patch_embed", "shared_bn_views")}
         size = recipe.finetune.image_size or theirs.image.size
         changed: dict[str, Any] = {"image": theirs.image.model_copy(update={**keep, "size": size})}
         if self.whole:
@@ -90,7 +90,7 @@ def read_start(where: str) -> Start:
     path = Path(where).expanduser()
     if not path.exists():
         raise UserError(
-            f"There are no weights to start from at '{where}'. Give finetune.weights a run, a checkpoint, a weights "
+            f"There are no weights to start from at '{where}'. Give finetune.pretrained a run, a checkpoint, a weights "
             f"file, {PREFIX}MODEL/TAG, {HUGGINGFACE}OWNER/NAME or {TIMM}NAME.TAG."
         )
     if (path / FILE).is_file():

@@ -53,11 +53,11 @@ def read_timm(where: str) -> tuple[Recipe, Mapping[str, Tensor]]:
     recipe = load_recipe(
         "clip",
         {
-            "image.name": architecture,
+            "image.model": architecture,
             "image.size": size,
             "image.mean": list(config.mean),
             "image.std": list(config.std),
-            "image.options": {},
+            "image.model_kwargs": {},
         },
     )
     tensors = {f"image_tower.{n}": t for n, t in tower.state_dict().items() if not n.startswith("proj.")}

@@ -1,4 +1,4 @@
-"""Our tokeniser as the files of Hugging Face's: the same ids wherever `tokenizers` or transformers is.
+"""Our tokenizer as the files of Hugging Face's: the same ids wherever `tokenizers` or transformers is.
 
 What only CLIP's cleaning by ftfy mends (broken encodings, rare HTML entities, ligatures) a file cannot say: clean such
 captions first, with `declip.data.text.tokenizer.clean`, or let open_clip do it. Padding is the end token, which no
@@ -27,7 +27,7 @@ REPLACED = (
 
 
 def backend(tokenizer: CaptionTokenizer) -> Backend:
-    """Build the same tokeniser of the `tokenizers` library: start, the words' ids, end, cut at the context."""
+    """Build the same tokenizer of the `tokenizers` library: start, the words' ids, end, cut at the context."""
     if isinstance(tokenizer, HuggingfaceTokenizer):
         found = Backend.from_str(tokenizer.library.to_str())
         found.enable_truncation(tokenizer.context)

@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def written_beside(
+def atomic_write(
     target: Path, elsewhere: str = f"set {CACHE_VARIABLE} to another folder", durable: bool = False
 ) -> Iterator[Path]:
     """Give a path beside `target` to write to, a file or a folder, and rename it to `target` when all went well.

@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 from filelock import FileLock
 
-from declip.io.atomic import cache_folder, written_beside
+from declip.io.atomic import atomic_write, cache_folder
 
 
-def made_once(source: Path, kind: str, made_of: object, make: Callable[[Path], None]) -> pa.Table:
+def cached_table(source: Path, kind: str, made_of: object, make: Callable[[Path], None]) -> pa.Table:
     """The table in the cache that is made from `source`, made now where there is none for its present state.
 
     Args:
@@ -35,7 +35,7 @@ def made_once(source: Path, kind: str, made_of: object, make: Callable[[Path], N
     with locked(f"{kind}-{name}"):
         with suppress(OSError, pa.ArrowException):
             return _mapped(target)
-        with written_beside(target) as beside:
+        with atomic_write(target) as beside:
             make(beside)
         # What was held to make it goes back to the system.
         pa.default_memory_pool().release_unused()

@@ -56,7 +56,7 @@ def _parameters(modules: list[nn.Module]) -> int:
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
-def recompute_activations(tower: nn.Module) -> int:
+def grad_checkpointing(tower: nn.Module) -> int:
     """Keep only each block's input for the backward pass, and compute the block again there: less memory, more time.
 
     The second pass leaves running statistics of batch norm alone, so the numbers stay those of one pass.

@@ -56,17 +56,19 @@ class DualEncoder(nn.Module):
         """Build the model that a recipe describes, with random weights from torch's current seed.
 
         Args:
-            recipe: Of ``text.encoder`` the weights are its own where ``text.pretrained`` says so.
-            encoder: What is read in place of ``text.encoder``: of a model whose weights are there already.
+            recipe: Of ``text.hf_model`` the weights are its own where ``text.pretrained`` says so.
+            encoder: What is read in place of ``text.hf_model``: of a model whose weights are there already.
 
         Raises:
             UserError: a tower cannot be built.
         """
         image = recipe.image
-        image_tower = ImageTower(image.name, image.size, recipe.embed_dim, image.options, image.freeze_patch_projection)
+        image_tower = ImageTower(
+            image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed
+        )
         tokenizer, text_tower = _text_side(recipe, encoder)
         preprocess = Preprocess(image.size, image.mean, image.std)
-        model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.start)
+        model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.init)
         model.recipe = recipe
         return model
 
@@ -76,7 +78,7 @@ class DualEncoder(nn.Module):
         return self.logit_scale.device
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """PIL images → (n, 3, S, S) float32, normalised, on the model's device."""
+        """PIL images → (n, 3, S, S) float32, normalized, on the model's device."""
         images = [images] if isinstance(images, Image.Image) else list(images)
         return self.preprocessor(images).to(self.device)
 
@@ -85,11 +87,11 @@ class DualEncoder(nn.Module):
         return self.tokenizer(texts).to(self.device)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalised → (n, d) float32 of length 1."""
+        """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
         return F.normalize(self.image_tower(images).pooled.float(), dim=-1)
 
     def encode_backbone(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalised → (n, width) float32, the pooled feature before the projection: for probes."""
+        """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection: for probes."""
         return self.image_tower(images).hidden.float()
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -99,13 +101,13 @@ class DualEncoder(nn.Module):
 
 def _text_side(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTokenizer, AnyTextTower]:
     text = recipe.text
-    if text.encoder is not None:
-        encoder = encoder or read_encoder(text.encoder, text.pretrained)
-        theirs = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context)
-        language = recipe.weights.masked_language > 0
+    if text.hf_model is not None:
+        encoder = encoder or read_encoder(text.hf_model, text.pretrained)
+        theirs = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
+        language = recipe.loss_weights.masked_language > 0
         tower = HuggingfaceTextTower(encoder, theirs, recipe.embed_dim, text.pooling, text.projection_bias, language)
         return theirs, tower
-    tokenizer = Tokenizer(context=text.context, merges=text.merges)
+    tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)
     return tokenizer, TextTower(
         vocabulary=tokenizer.vocabulary,
         end=tokenizer.end,
@@ -113,7 +115,7 @@ def _text_side(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionToke
         width=text.width,
         layers=text.layers,
         heads=text.heads,
-        context=text.context,
+        context=text.context_length,
         projection_bias=text.projection_bias,
         activation=text.activation,
     )

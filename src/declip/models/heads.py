@@ -96,7 +96,7 @@ class MaskedLanguageHead(nn.Linear):
 
 
 class TokenProjection(nn.Linear):
-    """Maps tokens into the space of late interaction, (B, n, width) -> (B, n, out); normalise the result."""
+    """Maps tokens into the space of late interaction, (B, n, width) -> (B, n, out); normalize the result."""
 
     def __init__(self, width: int, out: int = 256) -> None:
         """Make the layer.

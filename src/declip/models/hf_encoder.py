@@ -139,18 +139,20 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
     if not (folder / CONFIG).is_file():
         problem = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
         raise UserError(
-            f"text.encoder '{given}' {problem}. Give a folder as transformers' save_pretrained writes it, or "
+            f"text.hf_model '{given}' {problem}. Give a folder as transformers' save_pretrained writes it, or "
             f"{PREFIX}NAME for a model of the Hub."
         )
     config = _config(given, folder)
     if pretrained and not any((folder / name).is_file() for name in WEIGHTS):
         raise UserError(
-            f"text.encoder '{given}' has no {WEIGHTS[0]}. Other files of weights, such as pytorch_model.bin, can run "
+            f"text.hf_model '{given}' has no {WEIGHTS[0]}. Other files of weights, such as pytorch_model.bin, can run "
             "code and are not read: open the encoder with transformers where you trust it and write it anew by "
             "save_pretrained(FOLDER). text.pretrained=false starts from random weights."
         )
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise UserError(f"text.encoder '{given}' has no tokenizer: none of {', '.join(TOKENIZERS)}. Save it there too.")
+        raise UserError(
+            f"text.hf_model '{given}' has no tokenizer: none of {', '.join(TOKENIZERS)}. Save it there too."
+        )
     try:
         with quietly():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -170,7 +172,7 @@ def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -
     Raises:
         UserError: it is missing or damaged. It is never looked for elsewhere: the recipe may be a stranger's.
     """
-    if recipe.text.encoder is None:
+    if recipe.text.hf_model is None:
         return None
     if ENTRY not in weights:
         raise UserError(f"The weights in '{path}' came without their text encoder's configuration and tokenizer.")
@@ -209,11 +211,11 @@ def _config(given: str, folder: Path) -> dict[str, Any]:
     if kind not in HEADS or found.get("is_decoder"):
         shown = "a decoder" if kind in HEADS else f"of the kind {kind!r}"
         raise UserError(
-            f"text.encoder '{given}' is {shown}; known are the encoders {', '.join(HEADS)}. For a causal text tower "
-            "leave text.encoder out: CLIP's own is one."
+            f"text.hf_model '{given}' is {shown}; known are the encoders {', '.join(HEADS)}. For a causal text tower "
+            "leave text.hf_model out: CLIP's own is one."
         )
     if found.get("position_embedding_type") not in (None, "absolute"):
-        raise UserError(f"text.encoder '{given}' has positions of the kind {found['position_embedding_type']!r}.")
+        raise UserError(f"text.hf_model '{given}' has positions of the kind {found['position_embedding_type']!r}.")
     try:
         whole = _transformers().AutoConfig.for_model(kind, **{k: v for k, v in found.items() if k in SIZES}).to_dict()
     except Exception as error:  # transformers checks types by errors of its own

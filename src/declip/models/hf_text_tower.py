@@ -107,6 +107,6 @@ def _check(encoder: TextEncoder, tokenizer: HuggingfaceTokenizer) -> None:
         )
     if tokenizer.context > encoder.longest:
         raise UserError(
-            f"text.context is {tokenizer.context}, but the text encoder has positions for {encoder.longest} ids. Set "
-            f"text.context to {encoder.longest} or less."
+            f"text.context_length is {tokenizer.context}, but the text encoder has positions for {encoder.longest} ids. Set "
+            f"text.context_length to {encoder.longest} or less."
         )

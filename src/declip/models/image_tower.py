@@ -21,7 +21,7 @@ class ImageFeatures:
     """What an image tower gives for a batch.
 
     Attributes:
-        pooled: (B, d) projected embedding f, not normalised.
+        pooled: (B, d) projected embedding f, not normalized.
         hidden: (B, width) pooled feature before the projection: what linear probes and SLIP's head read.
         tokens: (B, P, width) features of the patches or grid cells before the last norm and projection.
     """
@@ -68,7 +68,7 @@ class ImageTower(nn.Module):
         size: Height and width of the images in pixels.
         embed_dim: Width d of the shared space.
         options: Passed to `timm.create_model`; ``depths`` sets the stages of CLIP's ResNets.
-        freeze_patch_projection: Leave a ViT's patch projection at its start (the authors' code does).
+        freeze_patch_embed: Leave a ViT's patch projection at its start (the authors' code does).
         weights: The trunk's, as timm publishes them, for any image size; None for random ones.
 
     Raises:
@@ -81,7 +81,7 @@ class ImageTower(nn.Module):
         size: int,
         embed_dim: int,
         options: dict[str, Any] | None = None,
-        freeze_patch_projection: bool = False,
+        freeze_patch_embed: bool = False,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -99,11 +99,11 @@ class ImageTower(nn.Module):
             nn.init.zeros_(self.proj.bias)
         self.token_width = int(self.trunk.num_features)
         self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
-        if freeze_patch_projection:
+        if freeze_patch_embed:
             self._freeze_patch_projection(name)
 
     def forward(self, images: Tensor) -> ImageFeatures:
-        """Encode images (B, 3, H, W), normalised."""
+        """Encode images (B, 3, H, W), normalized."""
         features = self.trunk.forward_features(images)
         hidden = self.norm(self.trunk.forward_head(features, pre_logits=True))
         return ImageFeatures(self.proj(hidden), hidden, self._tokens(features))
@@ -124,7 +124,7 @@ class ImageTower(nn.Module):
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(
                 f"The image tower '{name}' does not take images of {size} × {size} pixels: "
-                f"{str(error).splitlines()[0]}. Give another image.size (multiples of 32 suit most) or image.name."
+                f"{str(error).splitlines()[0]}. Give another image.size (multiples of 32 suit most) or image.model."
             ) from error
         finally:
             self.train(training)
@@ -139,7 +139,7 @@ class ImageTower(nn.Module):
         patches = getattr(self.trunk, "patch_embed", None)
         if patches is None or not hasattr(patches, "proj"):
             raise UserError(
-                f"image.freeze_patch_projection needs a vision transformer; '{name}' has no patch projection. "
+                f"image.freeze_patch_embed needs a vision transformer; '{name}' has no patch projection. "
                 "Set it to false."
             )
         patches.proj.requires_grad_(False)
@@ -153,7 +153,9 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
     known = timm.get_pretrained_cfg(base)
     fixed = known is not None and known.fixed_input_size  # built for one size, which is timm's where none is given
     if refused := OTHER_FILES & options.keys():
-        raise UserError(f"image.options has {', '.join(sorted(refused))}, which would read another file. Leave it out.")
+        raise UserError(
+            f"image.model_kwargs has {', '.join(sorted(refused))}, which would read another file. Leave it out."
+        )
     options = {**preset, **options}
     if clip_resnet and "depths" in options:
         options["blocks"] = _clip_resnet_blocks(options.pop("depths"))
@@ -167,7 +169,7 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
             return timm.create_model(base, pretrained=bool(published), num_classes=0, **published, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(
-            f"timm cannot build the image tower '{name}' with image.size={size} and image.options={options}: {error}"
+            f"timm cannot build the image tower '{name}' with image.size={size} and image.model_kwargs={options}: {error}"
         ) from error
 
 

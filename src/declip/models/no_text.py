@@ -41,5 +41,5 @@ def refuse_text(texts: str | Sequence[str] = ()) -> NoReturn:
     """
     raise UserError(
         "This model has an image tower alone: its file holds no text tower, so captions and class names cannot be "
-        "encoded. Use its image features (--protocol linear, knn or few-shot), or give a file with both towers."
+        "encoded. Use its image features (--task linear, knn or few-shot), or give a file with both towers."
     )

@@ -15,7 +15,7 @@ class TextFeatures:
     """What the text tower gives for a batch.
 
     Attributes:
-        pooled: (B, d) projected embedding g of the end-of-text token, not normalised.
+        pooled: (B, d) projected embedding g of the end-of-text token, not normalized.
         words: (B, L, width) token states after the final norm.
         lengths: (B,) number of tokens up to and with the end-of-text token.
     """

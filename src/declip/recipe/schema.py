@@ -16,7 +16,7 @@ TERMS = (
     "multi_view",
     "simsiam",
     "masked_language",
-    "nearest_neighbour",
+    "nearest_neighbor",
     "simclr",
     "late_interaction",
 )
@@ -34,8 +34,8 @@ class ImageTower(Section):
         (0.26862954, 0.26130258, 0.27577711), description="what they are then divided by"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="passed to timm.create_model")
-    freeze_patch_projection: bool = Field(False, description="a ViT's first layer stays random (MoCo v3)")
-    joint_views: bool = Field(False, description="batch norm sees all views of a step together, in one pass")
+    freeze_patch_embed: bool = Field(False, description="a ViT's first layer stays random (MoCo v3)")
+    shared_bn_views: bool = Field(False, description="batch norm sees all views of a step together, in one pass")
 
 
 class TextTower(Section):
@@ -59,7 +59,7 @@ class TextTower(Section):
     def _pooling_is_the_encoders(self) -> Self:
         if self.encoder is None and self.pooling != "auto":
             raise ValueError(
-                f"text.pooling={self.pooling} goes with text.encoder; CLIP's text tower pools at its end token. "
+                f"text.pooling={self.pooling} goes with text.hf_model; CLIP's text tower pools at its end token. "
                 "Leave text.pooling out, or give an encoder"
             )
         return self
@@ -78,7 +78,7 @@ class Weights(Section):
     multi_view: float = Field(0.0, ge=0, description="InfoNCE of all other pairings of views")
     simsiam: float = Field(0.0, ge=0, description="SimSiam between both image views")
     masked_language: float = Field(0.0, ge=0, description="predicting masked words")
-    nearest_neighbour: float = Field(0.0, ge=0, description="InfoNCE with the queue's nearest caption")
+    nearest_neighbor: float = Field(0.0, ge=0, description="InfoNCE with the queue's nearest caption")
     simclr: float = Field(0.0, ge=0, description="NT-Xent between both image views (SLIP)")
     late_interaction: float = Field(0.0, ge=0, description="token-wise contrast (FILIP)")
 
@@ -110,16 +110,16 @@ class SimCLR(Section):
 
 
 class MaskedLanguage(Section):
-    """BERT's corruption of the caption; `share_pass` lets one pass serve this term and the contrast."""
+    """BERT's corruption of the caption; `mask_contrastive_text` lets one pass serve this term and the contrast."""
 
     probability: float = Field(0.15, ge=0, le=1, description="of a word to be chosen")
-    share_pass: bool = Field(
+    mask_contrastive_text: bool = Field(
         True, description="the contrast too sees the masked caption: one pass for both, as the authors"
     )
-    mask_without_loss: bool = Field(False, description="mask the caption although the term has no weight (FILIP)")
+    mask_input_only: bool = Field(False, description="mask the caption although the term has no weight (FILIP)")
 
 
-class NearestNeighbour(Section):
+class NearestNeighbor(Section):
     """The queue of text features."""
 
     queue_size: int = Field(65536, ge=1, description="captions remembered")
@@ -132,7 +132,7 @@ class LateInteraction(Section):
 
     width: int = Field(256, ge=1, description="of the tokens that are compared")
     top_k: int | None = Field(None, ge=1, description="tokens kept on the gathered side; None keeps all")
-    count_padding: bool = Field(False, description="padding counts as tokens, as in the authors' code")
+    include_padding: bool = Field(False, description="padding counts as tokens, as in the authors' code")
 
 
 class LogitScale(Section):
@@ -150,18 +150,18 @@ class LogitScale(Section):
 
 
 class Train(Section):
-    """Optimisation and the bookkeeping of a run."""
+    """Optimization and the bookkeeping of a run."""
 
     steps: int = Field(1000, ge=1, description="in all")
     batch: int = Field(128, ge=2, description="pairs a step, over all processes")
-    lr_start: float = Field(1e-4, ge=0, description="the rate of the first step")
-    lr_peak: float = Field(1e-3, gt=0, description="the rate after the warm-up")
-    lr_end: float = Field(0.0, ge=0, description="the rate of the last step, after a cosine")
+    warmup_lr: float = Field(1e-4, ge=0, description="the rate of the first step")
+    lr: float = Field(1e-3, gt=0, description="the rate after the warm-up")
+    min_lr: float = Field(0.0, ge=0, description="the rate of the last step, after a cosine")
     warmup_steps: int = Field(100, ge=0, description="in which the rate rises linearly")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's; biases, norms, scales and positions have none")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's")
     eps: float = Field(1e-8, gt=0, description="AdamW's")
-    clip_norm: float | None = Field(None, gt=0, description="longest gradient; None: not clipped")
+    grad_clip_norm: float | None = Field(None, gt=0, description="longest gradient; None: not clipped")
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="auto: bf16 where the device computes it")
     channels_last: bool = Field(False, description="memory order of images, for convolutions")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; they are evaluated")
@@ -174,13 +174,15 @@ class Train(Section):
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: whole copies, or sharded towers")
     sync_batch_norm: bool = Field(True, description="batch norm over all processes' pairs, as on one")
     chunk: int | None = Field(None, ge=1, description="pairs of a process's part that the towers see at a time")
-    chunk_inexact: bool = Field(False, description="allow chunks for a tower with batch norm, which sees each alone")
-    recompute_activations: bool = Field(False, description="less memory for a third more time")
-    largest_logits_mb: float = Field(
+    allow_batchnorm_chunking: bool = Field(
+        False, description="allow chunks for a tower with batch norm, which sees each alone"
+    )
+    grad_checkpointing: bool = Field(False, description="less memory for a third more time")
+    max_logits_mb: float = Field(
         256, gt=0, description="10^6 bytes; larger loss matrices are made in blocks, twice, instead of being kept"
     )
     patience: float = Field(600, gt=0, description="seconds a process waits for another at a step before it gives up")
-    length_groups: int = Field(1, ge=1, description="encode captions sorted by length, in so many groups")
+    length_buckets: int = Field(1, ge=1, description="encode captions sorted by length, in so many groups")
     compile: bool = Field(False, description="torch.compile for the towers")
     freeze_garbage: bool = Field(True, description="leave what was there at the start out of garbage collection")
     keep_memory: bool = Field(True, description="on a CPU: keep what a step freed for the next one (glibc)")
@@ -188,8 +190,8 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
-        if self.lr_start > self.lr_peak:
-            raise ValueError(f"train.lr_start {self.lr_start} is above train.lr_peak {self.lr_peak}")
+        if self.warmup_lr > self.lr:
+            raise ValueError(f"train.warmup_lr {self.warmup_lr} is above train.lr {self.lr}")
         return self
 
 
@@ -206,14 +208,14 @@ class FineTuning(Section):
 
     weights: str | None = Field(None, description="what `declip.load` takes, or timm:NAME for the image tower alone")
     image_size: int | None = Field(None, ge=16, description="pixels; other than the weights': positions are resized")
-    image_lr: float = Field(1.0, gt=0, description="the image tower's rate, as a factor on the recipe's")
-    text_lr: float = Field(1.0, gt=0, description="the text tower's")
+    image_lr_scale: float = Field(1.0, gt=0, description="the image tower's rate, as a factor on the recipe's")
+    text_lr_scale: float = Field(1.0, gt=0, description="the text tower's")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the rate from each layer to the one below it")
-    freeze_image: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+    freeze_image_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
         0, description="the stem and that many blocks stay as they are; all: the whole tower (LiT)"
     )
-    freeze_text: Annotated[int, Field(ge=0)] | Literal["all"] = Field(0, description="the text tower's likewise")
-    warmup_heads: int = Field(0, ge=0, description="first steps, in which only what is new learns")
+    freeze_text_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = Field(0, description="the text tower's likewise")
+    head_warmup_steps: int = Field(0, ge=0, description="first steps, in which only what is new learns")
     lora: LoRA | None = Field(None, description="adapters instead: rank, alpha, dropout")
 
     @model_validator(mode="after")
@@ -221,8 +223,8 @@ class FineTuning(Section):
         given = sorted(self.model_fields_set - {"weights"})
         changed = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
         if self.weights is None and changed:
-            raise ValueError(f"finetune.{changed[0]} is for weights to start from; give finetune.weights too")
-        for name in ("freeze_image", "freeze_text"):
+            raise ValueError(f"finetune.{changed[0]} is for weights to start from; give finetune.pretrained too")
+        for name in ("freeze_image_blocks", "freeze_text_blocks"):
             if self.lora is not None and getattr(self, name) not in (0, "all"):
                 raise ValueError(f"finetune.lora leaves all blocks as they are; finetune.{name} is 0 or all then")
         if self.lora is not None and self.layer_decay != 1:
@@ -257,7 +259,7 @@ class Recipe(Section):
     simsiam: SimSiam = SimSiam()
     simclr: SimCLR = SimCLR()
     masked_language: MaskedLanguage = MaskedLanguage()
-    nearest_neighbour: NearestNeighbour = NearestNeighbour()
+    nearest_neighbor: NearestNeighbor = NearestNeighbor()
     late_interaction: LateInteraction = LateInteraction()
     logit_scale: LogitScale = LogitScale()
     finetune: FineTuning = FineTuning()
@@ -266,9 +268,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _padding_is_encoded(self) -> Self:
-        if self.train.length_groups > 1 and self.late_interaction.count_padding:
+        if self.train.length_buckets > 1 and self.late_interaction.include_padding:
             raise ValueError(
-                "train.length_groups above 1 leaves padding out, and late_interaction.count_padding wants it; "
+                "train.length_buckets above 1 leaves padding out, and late_interaction.include_padding wants it; "
                 "set one of them back"
             )
         return self
@@ -276,7 +278,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _adapters_are_trained_plainly(self) -> Self:
         train = self.train
-        clashes = {"train.ema": train.ema, "train.compile": train.compile, "train.parallel": train.parallel == "fsdp"}
+        clashes = {
+            "train.ema_decay": train.ema_decay,
+            "train.compile": train.compile,
+            "train.strategy": train.strategy == "fsdp",
+        }
         found = [name for name, clash in clashes.items() if clash]
         if self.finetune.lora is not None and found:
             raise ValueError(f"finetune.lora goes without {found[0]}={getattr(train, found[0][6:])}; leave one out")
@@ -290,25 +296,27 @@ class Recipe(Section):
                 f"{pairs_of_images[0]} compares two views of an image, and views.image_count is 1; "
                 f"set it to 2, or weights.{pairs_of_images[0]} to 0"
             )
-        if self.views.image_count == 1 and self.views.base:
-            raise ValueError("views.base is a view beside two others; leave it out, or set views.image_count to 2")
+        if self.views.image_count == 1 and self.views.contrastive_view:
+            raise ValueError(
+                "views.contrastive_view is a view beside two others; leave it out, or set views.image_count to 2"
+            )
         return self
 
     @property
     def image_view_count(self) -> int:
         """`views.image_count` when a term compares views, else 1; one more with a base view."""
-        compared = {"multi_view", "simsiam", "simclr", "nearest_neighbour"} & set(self.weights.active())
-        return (self.views.image_count if compared else 0) + (1 if self.views.base else 0) or 1
+        compared = {"multi_view", "simsiam", "simclr", "nearest_neighbor"} & set(self.weights.active())
+        return (self.views.image_count if compared else 0) + (1 if self.views.contrastive_view else 0) or 1
 
     @property
     def text_view_count(self) -> int:
         """2 when a term uses the second text view, else 1."""
-        return 2 if {"multi_view", "nearest_neighbour"} & set(self.weights.active()) else 1
+        return 2 if {"multi_view", "nearest_neighbor"} & set(self.weights.active()) else 1
 
     @property
     def masks(self) -> bool:
         """Whether the caption is corrupted for masked language modelling."""
-        return self.weights.masked_language > 0 or self.masked_language.mask_without_loss
+        return self.loss_weights.masked_language > 0 or self.masked_language.mask_input_only
 
     def to_yaml(self) -> str:
         """The resolved recipe, with every default written out."""

@@ -41,7 +41,7 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         0, description="processes that make batches; auto: one, and more while steps wait and processors are free"
     )
-    max_broken_share: float = Field(0.05, ge=0, le=1, description="broken pairs beyond this share end the run")
+    max_broken_fraction: float = Field(0.05, ge=0, le=1, description="broken pairs beyond this share end the run")
 
     @field_validator("source", mode="before")
     @classmethod
@@ -73,24 +73,24 @@ class Data(Section):
 class ImageView(Section):
     """MoCo v2's augmentation (Chen et al. 2020, arXiv 2003.04297), as DeCLIP uses it."""
 
-    crop_area: tuple[float, float] = Field((0.2, 1.0), description="share of the picture's area, at least and at most")
-    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="of width to height")
+    scale: tuple[float, float] = Field((0.2, 1.0), description="share of the picture's area, at least and at most")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="of width to height")
     jitter: tuple[float, float, float, float] = Field(
         (0.4, 0.4, 0.4, 0.1), description="strengths: brightness, contrast, saturation, hue"
     )
-    jitter_p: float = Field(0.8, ge=0, le=1, description="how often")
-    grey_p: float = Field(0.2, ge=0, le=1, description="how often without colour")
-    blur_p: float = Field(0.5, ge=0, le=1, description="how often")
+    color_jitter_prob: float = Field(0.8, ge=0, le=1, description="how often")
+    grayscale_prob: float = Field(0.2, ge=0, le=1, description="how often without color")
+    blur_prob: float = Field(0.5, ge=0, le=1, description="how often")
     blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="pixels of the view")
-    flip_p: float = Field(0.5, ge=0, le=1, description="how often mirrored")
+    hflip_prob: float = Field(0.5, ge=0, le=1, description="how often mirrored")
 
 
 class TextView(Section):
     """EDA (Wei and Zou 2019) and which words a caption is made of."""
 
     eda_alpha: float = Field(0.1, ge=0, le=1, description="share of the words that each of EDA's operations changes")
-    keyword_share: float = Field(0.0, ge=0, le=1, description="how often keywords follow the caption")
-    keywords_alone: float = Field(0.0, ge=0, le=1, description="how often keywords stand in the caption's place")
+    keyword_append_prob: float = Field(0.0, ge=0, le=1, description="how often keywords follow the caption")
+    keyword_only_prob: float = Field(0.0, ge=0, le=1, description="how often keywords stand in the caption's place")
     second: Literal["eda", "caption", "keywords", "same"] = Field(
         "eda", description="the second text view: EDA of the first, another caption, keywords, or the first again"
     )

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: they take their colours from the page, and stay sharp at any width."""
+"""Line charts as inline SVG: they take their colors from the page, and stay sharp at any width."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from declip.io.text import percent
 
 POINTS = 240  # of a raw line; each stands for the lowest and highest of its stretch
 WIDTH, HEIGHT = 360, 190
-WIDE = 390  # of a chart whose lines are labelled at their ends
+WIDE = 390  # of a chart whose lines are labeled at their ends
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 26
 LETTER = 7.6  # width of a letter of such a label, roughly
 LABEL_GAP = 15  # between the baselines of two such labels
@@ -81,7 +81,7 @@ def term_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = T
 
 
 def accuracy_chart(lines: Sequence[Line], chance: float, chance_name: str = "chance") -> Markup:
-    """Shares over the steps, with the line of guessing; each line is labelled at its end.
+    """Shares over the steps, with the line of guessing; each line is labeled at its end.
 
     Args:
         lines: At least one; values are shares between 0 and 1.

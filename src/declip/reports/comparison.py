@@ -13,7 +13,7 @@ from markupsafe import Markup
 from declip.comparison.ablation import baseline_of, main_arms, measured_sizes, read_ladder
 from declip.comparison.outcome import Outcome
 from declip.comparison.statistics import Factor
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 from declip.io.text import counted, listed
 from declip.reports.comparison_charts import Picture
 from declip.reports.comparison_figures import curve_pictures, ladder_picture
@@ -137,15 +137,15 @@ def write_page(outcome: Outcome, folder: Path) -> tuple[Path, Path]:
     first = lead(outcome, factors, foremost)
     sections = _sections(outcome, folder, factors, foremost)
     pictures = [block for section in sections for block in _pictures(section.blocks)]
-    with written_beside(folder / FIGURES) as path:
+    with atomic_write(folder / FIGURES) as path:
         path.mkdir()
         for picture in pictures:
             picture.write_png(path / f"{picture.name}.png")
     date = datetime.datetime.now().strftime("%d %B %Y, %H:%M")
     made = f"Written by declip {metadata.version('declip')} on {date}."
-    with written_beside(folder / PAGE) as path:
+    with atomic_write(folder / PAGE) as path:
         path.write_text(_html(outcome, sections, first, made), encoding="utf-8")
-    with written_beside(folder / WORDS) as path:
+    with atomic_write(folder / WORDS) as path:
         path.write_text(_markdown(outcome, sections, first, made), encoding="utf-8")
     return folder / PAGE, folder / WORDS
 

@@ -20,7 +20,7 @@ from declip.io.text import short_count
 
 INK, QUIET, RULE = "#1c2127", "#5b6470", "#d9d5cc"
 COLOURS = (INK, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart; the baseline is black."""
+"""Okabe and Ito's palette, which color-blind readers can tell apart; the baseline is black."""
 
 MARKERS = ("s", "o", "^", "D", "v", "P")
 DASHES: tuple[tuple[float, ...], ...] = ((5, 2), (), (1, 1.3), (7, 1.6, 1.2, 1.6), (3, 1.2, 1, 1.2, 1, 1.2), (9, 3))
@@ -29,9 +29,9 @@ VARIABLES = {
     INK: "--ink",
     QUIET: "--quiet",
     RULE: "--line",
-    **{colour: f"--series-{place}" for place, colour in enumerate(COLOURS) if place},
+    **{color: f"--series-{place}" for place, color in enumerate(COLOURS) if place},
 }
-"""What the page calls each colour, so that it can choose others when it is dark."""
+"""What the page calls each color, so that it can choose others when it is dark."""
 
 STYLE: Any = {
     "font.size": 10,
@@ -194,7 +194,7 @@ class Curves:
             columns = 1 if max(map(len, names)) > WIDEST else 2
             ax.figure.legend(handles, shown, loc="outside lower left", ncols=columns, frameon=False)
             return
-        for place, (value, name, start, colour) in zip(places, wanted, strict=True):
+        for place, (value, name, start, color) in zip(places, wanted, strict=True):
             ax.annotate(
                 name,
                 xy=(start, value),
@@ -202,10 +202,10 @@ class Curves:
                 textcoords="axes fraction",
                 va="center",
                 annotation_clip=False,
-                color=QUIET if colour == QUIET else INK,
+                color=QUIET if color == QUIET else INK,
                 arrowprops={
                     "arrowstyle": "-",
-                    "color": colour,
+                    "color": color,
                     "linewidth": 0.8,
                     "shrinkA": 1,
                     "shrinkB": 3,
@@ -292,11 +292,11 @@ class Dots:
         for height, row in zip(heights, self.rows, strict=True):
             if row.mean is None or row.place is None:
                 continue
-            colour = COLOURS[row.place]
+            color = COLOURS[row.place]
             if row.low is not None and row.high is not None:
-                ax.plot([row.low, row.high], [height] * 2, color=colour, linewidth=1.4)
-            ax.plot(row.values, [height] * len(row.values), ".", color=colour, markersize=4, alpha=0.55)
-            ax.plot([row.mean], [height], MARKERS[row.place], color=colour, markersize=6, label=row.flat)
+                ax.plot([row.low, row.high], [height] * 2, color=color, linewidth=1.4)
+            ax.plot(row.values, [height] * len(row.values), ".", color=color, markersize=4, alpha=0.55)
+            ax.plot([row.mean], [height], MARKERS[row.place], color=color, markersize=6, label=row.flat)
         ax.set_xlim(*self._range())
 
     def label(self, ax: Axes) -> None:
@@ -336,18 +336,18 @@ def apart(heights: Sequence[float], top: float) -> list[float] | None:
 
 def _draw_line(ax: Axes, line: Line, beside: float, seeds: float) -> None:
     """Draw a line with its means moved by `beside` and its seeds by `seeds` more, in log(pairs)."""
-    colour = COLOURS[line.place]
+    color = COLOURS[line.place]
     pairs = np.array(line.pairs) * np.exp(beside)
-    style: dict[str, object] = {"color": colour, "linewidth": 1.8, "marker": MARKERS[line.place], "markersize": 5}
+    style: dict[str, object] = {"color": color, "linewidth": 1.8, "marker": MARKERS[line.place], "markersize": 5}
     dashes = DASHES[line.place]
     style["linestyle"] = (0, dashes) if dashes else "-"
     ax.plot(pairs, line.means, label=line.name, **style)  # type: ignore[arg-type]
     known = ~np.isnan(line.intervals[:, 0])
     if known.any():
         errors = np.abs(line.intervals[known] - line.means[known, None]).T
-        ax.errorbar(pairs[known], line.means[known], errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
+        ax.errorbar(pairs[known], line.means[known], errors, fmt="none", ecolor=color, elinewidth=1, capsize=2.5)
     across = np.repeat(pairs * np.exp(seeds), [len(values) for values in line.values])
-    ax.plot(across, np.concatenate(line.values), ".", color=colour, markersize=3.5, alpha=0.7)
+    ax.plot(across, np.concatenate(line.values), ".", color=color, markersize=3.5, alpha=0.7)
 
 
 def _drawn(panels: Sequence[Panel]) -> Figure:
@@ -368,7 +368,7 @@ def _drawn(panels: Sequence[Panel]) -> Figure:
 
 
 def _svg(panel: Panel, name: str) -> Markup:
-    """A panel as an SVG element that takes its colours from the page and shares no id with another."""
+    """A panel as an SVG element that takes its colors from the page and shares no id with another."""
     file = StringIO()
     with rc_context(STYLE):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -380,8 +380,8 @@ def _svg(panel: Panel, name: str) -> Markup:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 inherit", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(panel.words)}"', 1))
 
 

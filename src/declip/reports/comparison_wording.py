@@ -107,7 +107,7 @@ def command(study: Study, folder: Path) -> str:
             recipes = [*(recipe for recipe in recipes if recipe != whole.recipe), whole.recipe]
         words = ["declip", "compare", *recipes, *(f"{key}={yaml_value(value)}" for key, value in overrides.items())]
         if climbs and ladder is not None:
-            words += ["--ladder"] if ladder.rungs or ladder.left_out else []
+            words += ["--ablation"] if ladder.rungs or ladder.left_out else []
             words += ["--baselines"] if ladder.baselines else []
         lines.append(shlex.join([*words, *_options(study, folder)]))
     if study.seeds != tuple(range(len(study.seeds))):
@@ -119,17 +119,17 @@ def _options(study: Study, folder: Path) -> list[str]:
     words = ["--pairs", ",".join(map(str, study.pairs)), "--seeds", str(len(study.seeds))]
     words += ["--out", folder.name if folder.is_absolute() else str(folder)]
     for name in study.on:
-        words += ["--on", name]
+        words += ["--dataset", name]
     for name in study.protocols if study.protocols != ("zero-shot",) else ():
-        words += ["--protocol", name]
+        words += ["--task", name]
     if set(study.budgets) != set(BUDGETS):
         words += ["--budget", *study.budgets]
-    words += ["--reference", study.reference]
+    words += ["--compute-budget-of", study.reference]
     if study.tuning is not None:
         for key, values in study.tuning.grid.items():
-            words += ["--tune", f"{key}={','.join(map(yaml_value, values))}"]
-        words += ["--tune-on", study.tuning.on, "--tune-pairs", str(study.tuning.pairs)]
-        words += ["--tune-steps", str(study.tuning.steps)]
+            words += ["--sweep", f"{key}={','.join(map(yaml_value, values))}"]
+        words += ["--sweep-dataset", study.tuning.on, "--sweep-pairs", str(study.tuning.pairs)]
+        words += ["--sweep-steps", str(study.tuning.steps)]
     return words
 
 

@@ -61,7 +61,7 @@ def image_facts(inspection: Inspection) -> Rows:
     rows = [
         (f"shorter side under {images.size} px", share(images.smaller)),
         ("more than 3 times as long as wide", share(images.long)),
-        ("a single colour", share(images.blank)),
+        ("a single color", share(images.blank)),
     ]
     if images.formats:
         rows += [("formats", counts(images.formats)), ("modes", counts(images.modes))]

@@ -21,13 +21,13 @@ from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.zero_shot import class_features, read_templates
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 from declip.recipe.schema import Recipe
 from declip.reports.gallery import Confusions, Gallery, confusions, image_to_text, text_to_image
 from declip.reports.headline import changes, figures, lead, naming_rows, primary, retrieval_rows, share
 from declip.reports.run_curves import accuracy_curves, progress_curves, term_curves
 from declip.reports.thumbnails import Pictures, short
-from declip.reports.training_views import Neighbours, Seen, Wording, neighbours, views
+from declip.reports.training_views import Neighbors, Seen, Wording, neighbors, views
 from declip.runs.records import Run, read_run
 from declip.supervision.nearest_neighbor import Queue
 
@@ -48,7 +48,7 @@ class Loader(Wording, Iterator[PairBatch], Protocol):
 
 
 class HasQueue(Protocol):
-    """An objective: its queue is None when the nearest-neighbour term has no weight."""
+    """An objective: its queue is None when the nearest-neighbor term has no weight."""
 
     queue: Queue | None
 
@@ -134,13 +134,13 @@ def write_report(
         to_images=_and_then(held_out, _to_images),
         to_texts=_and_then(held_out, _to_texts),
         confused=_and_then(held_out, lambda each: _confused(model, each)),
-        neighbours=_or_absent(lambda: _neighbours(model, recipe, objective, train_source, loader, rng)),
+        neighbors=_or_absent(lambda: _neighbors(model, recipe, objective, train_source, loader, rng)),
         views=_or_absent(lambda: _views(model, train_source, image_views, loader, rng)),
         unread=_unread(run),
         credits=_credits(train_source, None if isinstance(held_out, Absent) else held_out.source),
     )
     path = Path(run_folder) / NAME
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(content, encoding="utf-8")
     return path
 
@@ -212,25 +212,25 @@ def _confused(model: Encoder, held_out: _HeldOut) -> Confusions:
     return confusions(held_out.features, labels, source.class_names, classes, held_out.pictures)
 
 
-def _neighbours(
+def _neighbors(
     model: Encoder,
     recipe: Recipe | None,
     objective: HasQueue | None,
     source: PairSource | None,
     loader: Wording | None,
     rng: np.random.Generator,
-) -> Neighbours:
+) -> Neighbors:
     if objective is None:
         raise UserError("The objective was not at hand when this report was written, so there is no queue to show.")
     queue = objective.queue
     if queue is None:
         name = f"The recipe '{recipe.name}'" if recipe is not None else "This run"
-        raise UserError(f"{name} keeps no queue: its nearest_neighbour term has no weight.")
+        raise UserError(f"{name} keeps no queue: its nearest_neighbor term has no weight.")
     if source is None or loader is None:
         raise UserError("The training pairs were not at hand when this report was written.")
     if len(queue) == 0:
         raise UserError("The queue is still empty.")
-    found = neighbours(model, queue, source, loader, rng)
+    found = neighbors(model, queue, source, loader, rng)
     if found is None:
         raise UserError("The queue's entries do not say which pairs they are, so their captions cannot be shown.")
     return found
@@ -278,7 +278,7 @@ def _facts(run: Run, recipe: Recipe | None, model: Encoder, source: PairSource |
         facts.append(f"{len(source):,} pairs of {source.name}")
     facts.append(f"{weights / 1e6:.1f} million weights")
     if recipe is not None:
-        facts += [f"{recipe.image.name} at {recipe.image.size} px", f"seed {recipe.seed}"]
+        facts += [f"{recipe.image.model} at {recipe.image.size} px", f"seed {recipe.seed}"]
         if run.step < recipe.train.steps:
             facts.append(f"step {run.step:,} of {recipe.train.steps:,}: not finished")
     return facts

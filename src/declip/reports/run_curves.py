@@ -20,12 +20,12 @@ TERMS: Mapping[str, tuple[str, str]] = {
     "multi_view": ("Other views", "The same for the other pairings of two views and two wordings."),
     "simsiam": ("Image with itself", "One view of an image predicts the other; −1 is perfect."),
     "masked_language": ("Hidden words", "Words of the caption are hidden and have to be guessed."),
-    "nearest_neighbour": ("Nearest neighbour", "Every image looks for a caption like its own, from the queue."),
+    "nearest_neighbor": ("Nearest neighbor", "Every image looks for a caption like its own, from the queue."),
     "simclr": ("Image among images", "One view of an image looks for the other among all views of the batch."),
     "late_interaction": ("Patches and words", "Image and caption are compared patch by patch, word by word."),
 }
 
-AGAINST_BATCH = {"contrastive", "multi_view", "nearest_neighbour", "late_interaction"}
+AGAINST_BATCH = {"contrastive", "multi_view", "nearest_neighbor", "late_interaction"}
 """Terms that pick one of the batch, so that guessing gives ln(batch)."""
 
 EXACT = {"learning_rate", "logit_scale"}
@@ -52,10 +52,10 @@ def term_curves(run: Run, recipe: Recipe | None) -> list[Curve]:
     curves = []
     for name in ("total", *run.terms):
         title, note = TERMS.get(name, (name, ""))
-        if recipe is not None and name in recipe.weights.active():
-            note += f" Weight {getattr(recipe.weights, name):g}."
+        if recipe is not None and name in recipe.loss_weights.active():
+            note += f" Weight {getattr(recipe.loss_weights, name):g}."
             if name in AGAINST_BATCH:
-                note += f" Guessing gives\N{NO-BREAK SPACE}{log(recipe.train.batch):.2f}."
+                note += f" Guessing gives\N{NO-BREAK SPACE}{log(recipe.train.batch_size):.2f}."
         column = "total" if name == "total" else f"terms.{name}"
         curves.append(Curve(title, note.strip(), term_chart(title, run.steps, run.column(column))))
     return curves

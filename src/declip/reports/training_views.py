@@ -1,4 +1,4 @@
-"""What training looked like from the inside: the pairs as the model sees them, and the neighbours it finds."""
+"""What training looked like from the inside: the pairs as the model sees them, and the neighbors it finds."""
 
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -28,7 +28,7 @@ class Wording(Protocol):
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbor:
     """An entry of the queue near a caption: `same` says that its words are the query's."""
 
     words: str
@@ -43,12 +43,12 @@ class Looked:
 
     words: str
     picture: Picture | None
-    found: list[Neighbour]
+    found: list[Neighbor]
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """Captions and their neighbours in the queue.
+class Neighbors:
+    """Captions and their neighbors in the queue.
 
     Attributes:
         rows: A few captions drawn at random; entries of the same pair are left out of what they found.
@@ -92,7 +92,7 @@ class Seen:
     masked: list[Word] | None
 
 
-def neighbours(
+def neighbors(
     model: Encoder,
     queue: Queue,
     source: PairSource,
@@ -100,8 +100,8 @@ def neighbours(
     rng: np.random.Generator,
     rows: int = 6,
     shown: int = 4,
-) -> Neighbours | None:
-    """Look up training captions in the queue, as the nearest-neighbour term does.
+) -> Neighbors | None:
+    """Look up training captions in the queue, as the nearest-neighbor term does.
 
     Args:
         model: Encodes the captions.
@@ -110,7 +110,7 @@ def neighbours(
         loader: Knows which words a tag showed.
         rng: Chooses the captions.
         rows: Captions shown.
-        shown: Neighbours for each, of different pairs.
+        shown: Neighbors for each, of different pairs.
 
     Returns:
         None when the queue holds no entry that can be named.
@@ -131,7 +131,7 @@ def neighbours(
         Looked(words, pictures.at(index), _found(loader, pictures, features @ text, tags, (index, words), shown))
         for (index, words), text in zip(asked[:rows], texts, strict=False)
     ]
-    return Neighbours(looked, len(queue), queue.size, len(asked), float(own.mean()), float((same & ~own).mean()))
+    return Neighbors(looked, len(queue), queue.size, len(asked), float(own.mean()), float((same & ~own).mean()))
 
 
 def views(
@@ -142,7 +142,7 @@ def views(
     rng: np.random.Generator,
     count: int = 4,
 ) -> list[Seen]:
-    """Pairs of a batch as the towers get them: pixels un-normalised, token ids decoded.
+    """Pairs of a batch as the towers get them: pixels un-normalized, token ids decoded.
 
     Pairs whose words were changed or masked come first, so that there is something to see.
 
@@ -185,17 +185,17 @@ def views(
 
 def _found(
     loader: Wording, pictures: Pictures, cosines: Tensor, tags: np.ndarray, asked: tuple[int, str], shown: int
-) -> list[Neighbour]:
+) -> list[Neighbor]:
     """The nearest entries of other pairs than the one that asks, each pair once."""
     own, words = asked
-    found: list[Neighbour] = []
+    found: list[Neighbor] = []
     met = {own}
     for slot in cosines.argsort(descending=True).tolist():
         index = int(tags[slot]) // 2 % len(pictures.source)
         if index not in met:
             met.add(index)
             entry = _words(loader, tags[slot])
-            found.append(Neighbour(entry, pictures.at(index), float(cosines[slot]), entry == words))
+            found.append(Neighbor(entry, pictures.at(index), float(cosines[slot]), entry == words))
         if len(found) == shown:
             break
     return found

@@ -24,12 +24,12 @@ log = logging.getLogger("declip")
 CHANGEABLE = (
     "data.workers",
     "data.shard_cache_gb",
-    "train.patience",
+    "train.rank_timeout",
     "train.device",
     "train.threads",
     "train.freeze_garbage",
     "train.keep_memory",
-    "train.keep",
+    "train.keep_checkpoints",
     "train.checkpoint_every",
     "name",
 )
@@ -131,7 +131,7 @@ def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | None:
     Returns:
         None where the recipe has CLIP's text tower, or nothing is there to go on from.
     """
-    if recipe.text.encoder is None:
+    if recipe.text.hf_model is None:
         return None
     for checkpoint in reversed(list_checkpoints(folder)):
         with suppress(OSError, SafetensorError, UserError), safe_open(checkpoint / WEIGHTS, "pt") as file:

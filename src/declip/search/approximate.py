@@ -15,7 +15,7 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import read_prompts
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 from declip.search.exact import merged, nearest
 from declip.search.manifest import ELSEWHERE, Approximate, Recall
 from declip.search.store import Store
@@ -76,7 +76,7 @@ def import_faiss() -> Any:
 def sample_queries(store: Store, encode: Callable[[list[str]], Tensor] | None) -> Queries:
     """Draw pictures and captions evenly from an index; ImageNet's class names where no picture has a caption.
 
-    Texts lie apart from pictures in a model's space, so what finds the neighbours of pictures may fail them.
+    Texts lie apart from pictures in a model's space, so what finds the neighbors of pictures may fail them.
 
     Args:
         store: The index.
@@ -94,7 +94,7 @@ def sample_queries(store: Store, encode: Callable[[list[str]], Tensor] | None) -
 def make(store: Store, queries: Queries) -> Approximate:
     """Make the approximate index of all live rows, or bring the one that is there up to date.
 
-    The vectors go into about 4 √n lists by their nearest centre, 8 bits a number. A search looks into the fewest
+    The vectors go into about 4 √n lists by their nearest center, 8 bits a number. A search looks into the fewest
     lists, a power of two, with which the recall of `queries` reaches `TARGET`.
 
     Args:
@@ -183,7 +183,7 @@ class ApproximateSearch:
 
 
 def _trained(faiss: Any, store: Store, lists: int) -> Any:
-    """An empty inverted file with its centres."""
+    """An empty inverted file with its centers."""
     wanted = min(TRAINING_PER_LIST * lists, MOST_TRAINING, len(store.live))
     places = store.live[np.unique(np.linspace(0, len(store.live) - 1, wanted, dtype=np.int64))]
     index = faiss.index_factory(store.manifest.dimension, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
@@ -203,7 +203,7 @@ def _written(faiss: Any, index: Any, store: Store) -> dict[str, Any]:
     there = store.manifest.approximate
     number = 0 if there is None else int(NUMBER.findall(there.file)[0]) + 1
     path = store.folder / f"approximate-{number:06d}.faiss"
-    with written_beside(path, ELSEWHERE, durable=True) as beside:
+    with atomic_write(path, ELSEWHERE, durable=True) as beside:
         faiss.write_index(index, str(beside))
     return {"file": path.name, "bytes": path.stat().st_size}
 

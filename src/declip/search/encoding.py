@@ -22,14 +22,14 @@ from declip.evaluation.model_hash import model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
 
 PROBE = "a photo of two red apples, and a dog"
-"""What its tokeniser makes of this tells a model's from another's."""
+"""What its tokenizer makes of this tells a model's from another's."""
 
 SHORTEST = 1e-6
 """Of a weighted sum of two vectors of length 1; below it the two cancel and nothing is left to search with."""
 
 
 def fingerprint(model: Encoder) -> str:
-    """SHA-256, in hexadecimal, of a model's weights, preprocessing and tokeniser.
+    """SHA-256, in hexadecimal, of a model's weights, preprocessing and tokenizer.
 
     Raises:
         UserError: the model has no `state_dict`.
@@ -50,7 +50,7 @@ class Loaded:
 
     Attributes:
         places: Of the images that can be used, in the source.
-        pixels: (n, 3, S, S) normalised; None where not one can be used.
+        pixels: (n, 3, S, S) normalized; None where not one can be used.
         keys: Of each.
         origins: Of each.
         captions: Of each; there may be none.
@@ -115,11 +115,11 @@ def image_vectors(model: Encoder, pixels: Tensor, precision: str) -> Tensor:
 
     Args:
         model: The model.
-        pixels: (n, 3, S, S) normalised.
+        pixels: (n, 3, S, S) normalized.
         precision: "bf16" runs the tower in autocast; "fp32".
 
     Returns:
-        (n, d) float32 on the CPU, L2-normalised.
+        (n, d) float32 on the CPU, L2-normalized.
     """
     with measuring(model) as device, _precision(device, precision):
         return normalize(model.encode_image(pixels.to(device)).float(), dim=-1).cpu()
@@ -139,7 +139,7 @@ def caption_vectors(model: Encoder, captions: Sequence[tuple[str, ...]], width: 
         precision: As for `image_vectors`.
 
     Returns:
-        (n, d) float32 on the CPU, L2-normalised, zeros where there is no caption.
+        (n, d) float32 on the CPU, L2-normalized, zeros where there is no caption.
     """
     words = [caption for own in captions for caption in own]
     means = torch.zeros(len(captions), width)
@@ -151,7 +151,7 @@ def caption_vectors(model: Encoder, captions: Sequence[tuple[str, ...]], width: 
 
 
 def caption_encoder(model: Encoder) -> Callable[[list[str]], Tensor] | None:
-    """Captions to (m, d) float32 on the CPU, L2-normalised; None for an image tower alone."""
+    """Captions to (m, d) float32 on the CPU, L2-normalized; None for an image tower alone."""
     try:
         model.tokenize([PROBE])
     except UserError:
@@ -172,7 +172,7 @@ def query_vector(
         model: The model.
         text: Words, or None.
         image: A picture or its file, or None.
-        weights: Of the text and of the picture, where both are given: the query is the normalised sum
+        weights: Of the text and of the picture, where both are given: the query is the normalized sum
             w_text · text + w_image · image of vectors of length 1. A negative weight searches for what is unlike.
         template: A sentence with ``{}`` for the text, or a shipped template set's name: then the mean over it.
 

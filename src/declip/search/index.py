@@ -37,7 +37,7 @@ class Hit:
     """A picture that was found.
 
     Attributes:
-        id: Its row's, for `Index.picture`, `Index.neighbours` and `Index.vectors`.
+        id: Its row's, for `Index.picture`, `Index.neighbors` and `Index.vectors`.
         key: What the source calls it.
         score: The cosine of its vector and the query's.
         captions: None or more.
@@ -184,7 +184,7 @@ class Index:
         ids, scores = self.nearest(self.query(text, image, weights, template)[None], k, over=over, exact=exact)
         return self._hits(ids[0], scores[0])
 
-    def neighbours(self, id: int, k: int = 10, *, exact: bool | None = None) -> list[Hit]:
+    def neighbors(self, id: int, k: int = 10, *, exact: bool | None = None) -> list[Hit]:
         """The pictures most like one of the index, without itself.
 
         Raises:

@@ -13,7 +13,7 @@ import declip
 from declip.data.pair import SkipCounter
 from declip.data.sources.image_source import ImageSource, open_images
 from declip.errors import UserError
-from declip.io.atomic import remove, written_beside
+from declip.io.atomic import atomic_write, remove
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 LAYOUT = 1
@@ -63,7 +63,7 @@ class ModelOf(_Entry):
 
     Attributes:
         spec: What `declip.load` opens; empty where the model was a Python object.
-        fingerprint: Of its weights, its preprocessing and its tokeniser.
+        fingerprint: Of its weights, its preprocessing and its tokenizer.
         precision: Of the towers while the vectors were made.
     """
 
@@ -203,7 +203,7 @@ class Manifest(_Entry):
         Raises:
             UserError: It cannot be written.
         """
-        with written_beside(folder / MANIFEST, ELSEWHERE, durable=True) as beside:
+        with atomic_write(folder / MANIFEST, ELSEWHERE, durable=True) as beside:
             beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from declip.data.picture_cache import sha256
 from declip.data.sources.origin import Origin
 from declip.errors import UserError
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 from declip.search.manifest import ELSEWHERE, Manifest, Part
 
 VECTOR, CAPTION_VECTOR = "vector", "caption_vector"
@@ -96,7 +96,7 @@ def write_part(folder: Path, number: int, batch: pa.RecordBatch) -> Part:
         UserError: It cannot be written.
     """
     path = folder / f"part-{number:06d}.arrow"
-    with written_beside(path, ELSEWHERE, durable=True) as beside:
+    with atomic_write(path, ELSEWHERE, durable=True) as beside:
         with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
             writer.write_batch(batch)
         size, digest = beside.stat().st_size, sha256(beside)

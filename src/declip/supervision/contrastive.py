@@ -9,7 +9,7 @@ from torch import Tensor
 from declip.supervision import chunked as blockwise
 
 
-def in_full_precision(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """Give `x` in float32, or as it is when it is float64 already."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -28,18 +28,20 @@ def scaled_similarity(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tens
         (B, N) logits, float32, or float64 for float64 input.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        return (scale * in_full_precision(rows)) @ in_full_precision(keys).mT
+        return (scale * to_float32(rows)) @ to_float32(keys).mT
 
 
-def one_way(rows: Tensor, keys: Tensor, scale: Tensor | float, offset: int = 0, largest: float | None = None) -> Tensor:
+def cross_entropy_to_keys(
+    rows: Tensor, keys: Tensor, scale: Tensor | float, offset: int = 0, largest: float | None = None
+) -> Tensor:
     """Cross-entropy of each row against all keys, its own key being row `offset` + its position.
 
     Equals the plain loop
         mean over b of  log Σₙ exp(s·rows[b]·keys[n]) - s·rows[b]·keys[offset + b]
 
     Args:
-        rows: (B, d), L2-normalised, of this rank.
-        keys: (N, d), L2-normalised, of all ranks in rank order; N >= offset + B.
+        rows: (B, d), L2-normalized, of this rank.
+        keys: (N, d), L2-normalized, of all ranks in rank order; N >= offset + B.
         scale: exp(logit_scale), the inverse temperature.
         offset: Row of `keys` that belongs to the first of `rows`.
         largest: Bytes of logits that may be kept for the backward pass; more are made in blocks, twice. None: all.
@@ -47,7 +49,7 @@ def one_way(rows: Tensor, keys: Tensor, scale: Tensor | float, offset: int = 0, 
     Returns:
         The loss, a scalar.
     """
-    rows, keys = in_full_precision(rows), in_full_precision(keys)
+    rows, keys = to_float32(rows), to_float32(keys)
     if blockwise.exceeds(largest, rows, len(keys)):
         return blockwise.cross_entropy(scale * rows, keys, offset)
     positives = torch.arange(offset, offset + len(rows), device=rows.device)
@@ -71,19 +73,19 @@ def info_nce(
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
 
     Args:
-        image: (B, d) image features of this rank, L2-normalised.
-        text: (B, d) text features of the same pairs, L2-normalised.
+        image: (B, d) image features of this rank, L2-normalized.
+        text: (B, d) text features of the same pairs, L2-normalized.
         image_keys: (N, d) image features of all ranks, with gradient; `image` itself on one process.
         text_keys: (N, d) text features of all ranks, with gradient.
         scale: exp(logit_scale).
         offset: Row of the keys that belongs to this rank's first pair.
-        largest: See `one_way`.
+        largest: See `cross_entropy_to_keys`.
 
     Returns:
         The loss, a scalar. Two (B, N) logit matrices are kept for the backward pass, up to `largest` each.
     """
-    image_to_text = one_way(image, text_keys, scale, offset, largest)
-    text_to_image = one_way(text, image_keys, scale, offset, largest)
+    image_to_text = cross_entropy_to_keys(image, text_keys, scale, offset, largest)
+    text_to_image = cross_entropy_to_keys(text, image_keys, scale, offset, largest)
     return (image_to_text + text_to_image) / 2
 
 
@@ -103,13 +105,13 @@ def multi_view(
     With other numbers of views V and T it is the mean of the V·T - 1 pairings after the first.
 
     Args:
-        images: (2, B, d) features of the image views, L2-normalised.
-        texts: (2, B, d) features of the caption and its augmentation, L2-normalised.
+        images: (2, B, d) features of the image views, L2-normalized.
+        texts: (2, B, d) features of the caption and its augmentation, L2-normalized.
         image_keys: (2, N, d) image features of all ranks, with gradient.
         text_keys: (2, N, d) text features of all ranks, with gradient.
         scale: exp(logit_scale).
         offset: Row of the keys that belongs to this rank's first pair.
-        largest: See `one_way`.
+        largest: See `cross_entropy_to_keys`.
 
     Returns:
         The loss, a scalar. Six (B, N) logit matrices are kept for the backward pass, up to `largest` each.

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from declip.supervision.contrastive import in_full_precision
+from declip.supervision.contrastive import to_float32
 
 SCORES_AT_ONCE = 2**26
 """Token-to-token scores held at a time: 256 MiB in float32, whatever the batch."""
@@ -25,8 +25,8 @@ def select_tokens(
     computed as a product with the sum over u: B·n·d multiplications.
 
     Args:
-        tokens: (B, n, d) of one modality, L2-normalised.
-        paired_tokens: (B, m, d) of the other modality of the same pairs, L2-normalised.
+        tokens: (B, n, d) of one modality, L2-normalized.
+        paired_tokens: (B, m, d) of the other modality of the same pairs, L2-normalized.
         k: How many to keep; all n when n is smaller.
         mask: (B, n) bool, True where a token counts: others are taken last. None: all count.
         paired_mask: (B, m) bool, the same for `paired_tokens`.
@@ -36,10 +36,10 @@ def select_tokens(
     """
     counted = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
     with torch.no_grad():
-        paired = in_full_precision(paired_tokens)
+        paired = to_float32(paired_tokens)
         if paired_mask is not None:
             paired = paired * paired_mask.unsqueeze(-1)
-        score = (in_full_precision(tokens) * paired.sum(dim=1, keepdim=True)).sum(dim=-1)
+        score = (to_float32(tokens) * paired.sum(dim=1, keepdim=True)).sum(dim=-1)
         best = score.masked_fill(~counted, float("-inf")).topk(min(k, tokens.shape[1]), dim=1).indices
     return tokens.take_along_dim(best.unsqueeze(-1), dim=1), counted.take_along_dim(best, dim=1)
 
@@ -54,15 +54,15 @@ def similarity(tokens: Tensor, keys: Tensor, mask: Tensor | None = None, key_mas
     backward pass only the B·t·N positions of the maxima are kept, 8 bytes each.
 
     Args:
-        tokens: (B, t, d) patches or words, L2-normalised.
-        keys: (N, u, d) words or patches, L2-normalised.
+        tokens: (B, t, d) patches or words, L2-normalized.
+        keys: (N, u, d) words or patches, L2-normalized.
         mask: (B, t) bool, True where a token counts, at least one in each row. None: all count.
         key_mask: (N, u) bool, the same for `keys`.
 
     Returns:
         (B, N), between -1 and 1.
     """
-    tokens, keys = in_full_precision(tokens), in_full_precision(keys)
+    tokens, keys = to_float32(tokens), to_float32(keys)
     counted = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens)
     share = (counted / counted.sum(dim=1, keepdim=True)).unsqueeze(-1)
     block = max(1, SCORES_AT_ONCE // (counted.numel() * keys.shape[1]))
@@ -88,7 +88,7 @@ def late_interaction(
     word_key_mask: Tensor,
     scale: Tensor | float,
     offset: int = 0,
-    count_padding: bool = False,
+    include_padding: bool = False,
     largest: float | None = None,
 ) -> Tensor:
     """InfoNCE on token-wise similarities (FILIP, arXiv 2111.07783; in DeFILIP, arXiv 2203.05796).
@@ -103,22 +103,22 @@ def late_interaction(
     words, and the mask with False, before gathering.
 
     Args:
-        image_tokens: (B, P, d) projected patches of this rank, L2-normalised.
-        word_tokens: (B, L, d) projected words of this rank, L2-normalised.
+        image_tokens: (B, P, d) projected patches of this rank, L2-normalized.
+        word_tokens: (B, L, d) projected words of this rank, L2-normalized.
         word_mask: (B, L) bool, True at real tokens, False at padding.
         image_keys: (N, K, d) patches of all ranks, with gradient, all or selected.
         word_keys: (N, M, d) words of all ranks, with gradient, all or selected.
         word_key_mask: (N, M) bool, `word_mask` for `word_keys`.
         scale: exp of the logit scale that this term has for itself.
         offset: Row of the keys that belongs to this rank's first pair.
-        count_padding: Let padding count like words, as the authors' code does; both masks are ignored.
+        include_padding: Let padding count like words, as the authors' code does; both masks are ignored.
         largest: Bytes of positions of maxima that may be kept for the backward pass in each direction; with more, the
             similarities are made a block of rows at a time, twice. None: all.
 
     Returns:
         The loss, a scalar.
     """
-    own, keys = (None, None) if count_padding else (word_mask, word_key_mask)
+    own, keys = (None, None) if include_padding else (word_mask, word_key_mask)
     image_to_text = _one_way(image_tokens, word_keys, None, keys, scale, offset, largest)
     text_to_image = _one_way(word_tokens, image_keys, own, None, scale, offset, largest)
     return (image_to_text + text_to_image) / 2

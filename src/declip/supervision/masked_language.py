@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from declip.data.batch import IGNORED
-from declip.supervision.contrastive import in_full_precision
+from declip.supervision.contrastive import to_float32
 
 
 def chosen_rows(words: Tensor, labels: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -43,5 +43,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | float | None 
     """
     if count is None:
         count = (targets != IGNORED).sum().clamp(min=1)
-    total = F.cross_entropy(in_full_precision(logits), targets, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(to_float32(logits), targets, ignore_index=IGNORED, reduction="sum")
     return total / count

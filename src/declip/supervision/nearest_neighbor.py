@@ -1,4 +1,4 @@
-"""Nearest-neighbour supervision: a queue of past text features, and the contrast with what is found in it."""
+"""Nearest-neighbor supervision: a queue of past text features, and the contrast with what is found in it."""
 
 import math
 from itertools import product
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.supervision.contrastive import one_way
+from declip.supervision.contrastive import cross_entropy_to_keys
 
 NO_TAG = -1
 
@@ -16,9 +16,9 @@ SIMILARITIES_AT_ONCE = 2**26
 
 
 class Queue(nn.Module):
-    """A first-in-first-out store of L2-normalised features, on one device, saved with the model.
+    """A first-in-first-out store of L2-normalized features, on one device, saved with the model.
 
-    DeCLIP keeps 2¹⁶ text features (arXiv 2110.05208, nearest-neighbour supervision). A new feature takes the
+    DeCLIP keeps 2¹⁶ text features (arXiv 2110.05208, nearest-neighbor supervision). A new feature takes the
     oldest one's slot. Slots that were never written are never found.
 
     `written` and `pointer` are plain integers, so that neither `len` nor `push` waits for the device; they are
@@ -134,43 +134,47 @@ class Queue(nn.Module):
         self.written, self.pointer = state.tolist()
 
 
-def neighbour_contrast(
+def neighbor_contrast(
     images: Tensor,
-    neighbours: Tensor,
-    neighbour_keys: Tensor,
+    neighbors: Tensor,
+    neighbor_keys: Tensor,
     scale: Tensor | float,
     offset: int = 0,
     symmetric: bool = False,
     image_keys: Tensor | None = None,
     largest: float | None = None,
 ) -> Tensor:
-    """Contrast images with their captions' nearest neighbours (L_NNS of DeCLIP, arXiv 2110.05208).
+    """Contrast images with their captions' nearest neighbors (L_NNS of DeCLIP, arXiv 2110.05208).
 
-    Equals the plain loop, F = images, N = neighbour_keys, y = offset + b
+    Equals the plain loop, F = images, N = neighbor_keys, y = offset + b
         mean over i, j, b of  logsumexpₙ(s·F[i, b]·N[j, n]) - s·F[i, b]·N[j, y]
-    and, when symmetric, half of that plus half of the same from neighbours[j, b] to image_keys[i]. The paper
-    writes it symmetric; the authors' code goes from image to text only. No gradient goes into the neighbours.
+    and, when symmetric, half of that plus half of the same from neighbors[j, b] to image_keys[i]. The paper
+    writes it symmetric; the authors' code goes from image to text only. No gradient goes into the neighbors.
 
     Args:
-        images: (V, B, d) features of the image views, L2-normalised.
-        neighbours: (T, B, d) neighbours of this rank's text views, L2-normalised; used only when symmetric.
-        neighbour_keys: (T, N, d) neighbours of all ranks.
+        images: (V, B, d) features of the image views, L2-normalized.
+        neighbors: (T, B, d) neighbors of this rank's text views, L2-normalized; used only when symmetric.
+        neighbor_keys: (T, N, d) neighbors of all ranks.
         scale: exp(logit_scale).
         offset: Row of the keys that belongs to this rank's first pair.
-        symmetric: Add the direction from neighbour to image.
+        symmetric: Add the direction from neighbor to image.
         image_keys: (V, N, d) image features of all ranks, with gradient; needed only when symmetric.
-        largest: See `contrastive.one_way`.
+        largest: See `contrastive.cross_entropy_to_keys`.
 
     Returns:
         The loss, a scalar. V·T (B, N) matrices are kept for the backward pass, twice as many when symmetric, up to
         `largest` each.
     """
-    keys = neighbour_keys.detach()
+    keys = neighbor_keys.detach()
     pairings = list(product(range(len(images)), range(len(keys))))
-    to_text = torch.stack([one_way(images[i], keys[j], scale, offset, largest) for i, j in pairings]).mean()
+    to_text = torch.stack(
+        [cross_entropy_to_keys(images[i], keys[j], scale, offset, largest) for i, j in pairings]
+    ).mean()
     if not symmetric:
         return to_text
     assert image_keys is not None, "the symmetric form needs image_keys"
-    own = neighbours.detach()
-    to_image = torch.stack([one_way(own[j], image_keys[i], scale, offset, largest) for i, j in pairings]).mean()
+    own = neighbors.detach()
+    to_image = torch.stack(
+        [cross_entropy_to_keys(own[j], image_keys[i], scale, offset, largest) for i, j in pairings]
+    ).mean()
     return (to_text + to_image) / 2

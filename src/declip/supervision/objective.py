@@ -19,8 +19,8 @@ from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.length_buckets import encode_by_length
 from declip.recipe.schema import Recipe
 from declip.supervision import contrastive, late_interaction, masked_language, simclr, simsiam
-from declip.supervision import nearest_neighbor as nearest_neighbour
-from declip.supervision.contrastive import in_full_precision
+from declip.supervision import nearest_neighbor as nearest_neighbor
+from declip.supervision.contrastive import to_float32
 from declip.supervision.tower_outputs import TowerOutputs
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Features:
     """What the towers and heads made of this rank's pairs.
 
     Attributes:
-        images: (V, B, d) F of each view, L2-normalised float32; `image_pairs` are the last two.
+        images: (V, B, d) F of each view, L2-normalized float32; `image_pairs` are the last two.
         texts: (T, B, d) G of the caption, then of its EDA augmentation.
         simsiam: p1, p2, z1, z2, each (B, k), or None. Not gathered.
         language: (M, vocabulary) logits and (M,) targets at the masked words, or None. Not gathered.
@@ -46,7 +46,7 @@ class Features:
         patches, words: (B, P, w), (B, L, w) token features in the late-interaction space, or None.
         word_mask: (B, L) True at real tokens, or None.
         tags: (B,) int64, which pair was seen when.
-        slots: (B, T) int64, where in the queue each text's nearest neighbour is, or None.
+        slots: (B, T) int64, where in the queue each text's nearest neighbor is, or None.
     """
 
     images: Tensor
@@ -73,14 +73,14 @@ class Objective(nn.Module):
 
     Attributes:
         weights: Term name → weight, active terms only.
-        queue: The nearest-neighbour queue, or None when that term has no weight.
+        queue: The nearest-neighbor queue, or None when that term has no weight.
     """
 
     def __init__(self, recipe: Recipe, image_tower: ImageTower, text_tower: AnyTextTower) -> None:
         super().__init__()
         self.recipe = recipe
-        self.weights = {name: getattr(recipe.weights, name) for name in recipe.weights.active()}
-        self.queue: nearest_neighbour.Queue | None = None
+        self.weights = {name: getattr(recipe.loss_weights, name) for name in recipe.loss_weights.active()}
+        self.queue: nearest_neighbor.Queue | None = None
         if "simsiam" in self.weights:
             sizes = recipe.simsiam
             self.projector = Projector(recipe.embed_dim, sizes.hidden, sizes.out)
@@ -89,12 +89,12 @@ class Objective(nn.Module):
             self.simclr_head = SimCLRHead(image_tower.hidden_width, recipe.simclr.hidden, recipe.simclr.out)
         if "masked_language" in self.weights:
             self.language_head = text_tower.language_head()
-        if "nearest_neighbour" in self.weights:
-            self.queue = nearest_neighbour.Queue(recipe.nearest_neighbour.queue_size, recipe.embed_dim)
+        if "nearest_neighbor" in self.weights:
+            self.queue = nearest_neighbor.Queue(recipe.nearest_neighbor.queue_size, recipe.embed_dim)
         if "late_interaction" in self.weights:
             self.patch_projection = TokenProjection(image_tower.token_width, recipe.late_interaction.width)
             self.word_projection = TokenProjection(text_tower.width, recipe.late_interaction.width)
-            self.late_scale = nn.Parameter(torch.tensor(recipe.logit_scale.start))
+            self.late_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
 
     @classmethod
     def for_model(cls, recipe: Recipe, model: DualEncoder) -> "Objective":
@@ -141,9 +141,9 @@ class Objective(nn.Module):
         """Run the towers; on a part of a batch it gives that part of the whole batch's outputs."""
         self._check(batch)
         views = len(batch.images)
-        images = _encode_views(model, batch.images, self.recipe.image.joint_views)
+        images = _encode_views(model, batch.images, self.recipe.image.shared_bn_views)
         captions, masked_at, lengths = self._captions(batch)
-        groups = self.recipe.train.length_groups
+        groups = self.recipe.train.length_buckets
         texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, groups)
         count, size = captions.shape[:2]
         late = "late_interaction" in self.weights
@@ -165,21 +165,21 @@ class Objective(nn.Module):
     def read(self, outputs: TowerOutputs, batch: PairBatch) -> Features:
         """Run the heads on the towers' outputs for a whole batch."""
         late = "late_interaction" in self.weights
-        texts = _normalise(outputs.texts)
+        texts = _normalize(outputs.texts)
         positions = torch.arange(batch.texts.shape[-1], device=texts.device)
         size = len(batch)
         return Features(
-            images=_normalise(outputs.images),
+            images=_normalize(outputs.images),
             texts=texts,
             simsiam=self._simsiam(outputs.images[-2:]) if "simsiam" in self.weights else None,
             language=self._language(outputs.masked_words, outputs.targets),
             masked=(batch.labels != IGNORED).sum(dim=1) if batch.labels is not None else None,
             simclr=self._simclr(_given(outputs.hidden)) if "simclr" in self.weights else None,
-            patches=_normalise(self.patch_projection(_given(outputs.patches))) if late else None,
-            words=_normalise(self.word_projection(_given(outputs.words))) if late else None,
+            patches=_normalize(self.patch_projection(_given(outputs.patches))) if late else None,
+            words=_normalize(self.word_projection(_given(outputs.words))) if late else None,
             word_mask=positions < outputs.lengths[:, None] if late else None,
             tags=batch.tags if batch.tags is not None else torch.full((size,), -1, device=texts.device),
-            slots=self._neighbours(texts),
+            slots=self._neighbors(texts),
         )
 
     def terms(self, own: Features, keys: Features, scale: Tensor, offset: int) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ class Objective(nn.Module):
             ),
             "simsiam": lambda: simsiam.negative_cosine(*_given(own.simsiam)),
             "masked_language": lambda: self._masked_language(own, keys),
-            "nearest_neighbour": lambda: self._nearest_neighbour(own, keys, scale, offset),
+            "nearest_neighbor": lambda: self._nearest_neighbor(own, keys, scale, offset),
             "simclr": lambda: self._nt_xent(own.simclr, keys.simclr, offset),
             "late_interaction": lambda: self._late_interaction(own, keys, offset),
         }
@@ -207,7 +207,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def limit_scales(self, model: DualEncoder) -> None:
-        """Bring the logit scales back into the recipe's limits; called after the optimiser's step."""
+        """Bring the logit scales back into the recipe's limits; called after the optimizer's step."""
         limits = self.recipe.logit_scale
         model.logit_scale.clamp_(min=limits.min, max=limits.max)
         if "late_interaction" in self.weights and limits.min is not None:
@@ -218,7 +218,7 @@ class Objective(nn.Module):
         lengths = None if batch.lengths is None else batch.lengths.flatten()
         if batch.masked is None:
             return batch.texts, 0, lengths
-        if self.recipe.masked_language.share_pass:
+        if self.recipe.masked_language.mask_contrastive_text:
             return torch.cat([batch.masked[None], batch.texts[1:]]), 0, lengths
         if "masked_language" not in self.weights:
             return batch.texts, 0, lengths
@@ -226,18 +226,18 @@ class Objective(nn.Module):
             lengths = torch.cat([batch.lengths.flatten(), batch.lengths[0]])
         return torch.cat([batch.texts, batch.masked[None]]), len(batch.texts), lengths
 
-    def _neighbours(self, texts: Tensor) -> Tensor | None:
-        """Places of the nearest neighbours of (T, B, d) in the queue, (B, T); None while it is empty."""
+    def _neighbors(self, texts: Tensor) -> Tensor | None:
+        """Places of the nearest neighbors of (T, B, d) in the queue, (B, T); None while it is empty."""
         if self.queue is None or len(self.queue) == 0:
             return None
-        dtype = torch.bfloat16 if self.recipe.nearest_neighbour.lookup == "bf16" else None
+        dtype = torch.bfloat16 if self.recipe.nearest_neighbor.lookup == "bf16" else None
         _, slots = self.queue.nearest(texts.detach().flatten(0, 1), dtype)
         return slots.unflatten(0, texts.shape[:2]).mT
 
     @property
     def _largest(self) -> float:
         """Bytes of a loss matrix that may be kept for the backward pass."""
-        return 1e6 * self.recipe.train.largest_logits_mb
+        return 1e6 * self.recipe.train.max_logits_mb
 
     def _simsiam(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z1, z2 = (self.projector(view) for view in pooled)
@@ -259,20 +259,20 @@ class Objective(nn.Module):
         count = (_given(keys.masked).sum() / ranks).clamp(min=1 / ranks)
         return masked_language.cross_entropy(*_given(own.language), count=count)
 
-    def _nearest_neighbour(self, own: Features, keys: Features, scale: Tensor, offset: int) -> Tensor:
+    def _nearest_neighbor(self, own: Features, keys: Features, scale: Tensor, offset: int) -> Tensor:
         """Every rank looked up its own captions; all ranks' queues are equal, so the places say which features."""
         assert self.queue is not None
         if keys.slots is None:
             return own.images.sum() * 0.0
-        neighbour_keys = self.queue.features[keys.slots.mT]
+        neighbor_keys = self.queue.features[keys.slots.mT]
         size = own.images.shape[1]
-        return nearest_neighbour.neighbour_contrast(
+        return nearest_neighbor.neighbor_contrast(
             own.images[-2:],
-            neighbour_keys[:, offset : offset + size],
-            neighbour_keys,
+            neighbor_keys[:, offset : offset + size],
+            neighbor_keys,
             scale,
             offset=offset,
-            symmetric=self.recipe.nearest_neighbour.symmetric,
+            symmetric=self.recipe.nearest_neighbor.symmetric,
             image_keys=keys.images[-2:],
             largest=self._largest,
         )
@@ -287,7 +287,7 @@ class Objective(nn.Module):
             _given(keys.word_mask),
             scale=self.late_scale.exp(),
             offset=offset,
-            count_padding=self.recipe.late_interaction.count_padding,
+            include_padding=self.recipe.late_interaction.include_padding,
             largest=self._largest,
         )
 
@@ -296,7 +296,7 @@ class Objective(nn.Module):
         k = self.recipe.late_interaction.top_k
         if own.patches is None or own.words is None or k is None:
             return own
-        counted = None if self.recipe.late_interaction.count_padding else own.word_mask
+        counted = None if self.recipe.late_interaction.include_padding else own.word_mask
         patches, _ = late_interaction.select_tokens(own.patches, own.words, k, paired_mask=counted)
         words, mask = late_interaction.select_tokens(own.words, own.patches, k, mask=counted)
         return replace(own, patches=patches, words=words, word_mask=mask)
@@ -313,7 +313,7 @@ class Objective(nn.Module):
         if "masked_language" in self.weights and (batch.masked is None or batch.labels is None):
             raise UserError(
                 "masked_language needs `masked` and `labels` in the batch; none were given. "
-                "Give both, or set weights.masked_language to 0."
+                "Give both, or set loss_weights.masked_language to 0."
             )
 
 
@@ -364,8 +364,8 @@ def _given(value: T | None) -> T:
     return value
 
 
-def _normalise(features: Tensor) -> Tensor:
-    return F.normalize(in_full_precision(features), dim=-1)
+def _normalize(features: Tensor) -> Tensor:
+    return F.normalize(to_float32(features), dim=-1)
 
 
 def _encode_views(model: DualEncoder, images: Tensor, joint: bool) -> ImageFeatures:

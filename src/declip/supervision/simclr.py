@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from declip.supervision import chunked as blockwise
-from declip.supervision.contrastive import in_full_precision, scaled_similarity
+from declip.supervision.contrastive import scaled_similarity, to_float32
 
 
 def nt_xent(
@@ -20,24 +20,24 @@ def nt_xent(
     """NT-Xent over both views of all images (SimCLR, arXiv 2002.05709, equation 1; SLIP, arXiv 2112.12750).
 
     Each view looks for the other view of its image among both views of all images, itself left out.
-    Equals the plain loop, y = offset + b, all vectors normalised
+    Equals the plain loop, y = offset + b, all vectors normalized
         total[b] = Σₙ exp(z1[b]·keys2[n]/T) + Σ_{n≠y} exp(z1[b]·keys1[n]/T)
         ½ mean over b of [ log total[b] - z1[b]·keys2[y]/T + the same with 1 and 2 exchanged ]
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
 
     Args:
-        z1: (B, d) head outputs of view 1 on this rank, any length: normalised here.
+        z1: (B, d) head outputs of view 1 on this rank, any length: normalized here.
         z2: (B, d) head outputs of view 2.
         keys1: (N, d) view 1 of all ranks, with gradient, any length.
         keys2: (N, d) view 2 of all ranks.
         temperature: Divides the cosines.
         offset: Row of the keys that belongs to this rank's first image.
-        largest: See `contrastive.one_way`.
+        largest: See `contrastive.cross_entropy_to_keys`.
 
     Returns:
         The loss, a scalar. Two (B, 2N) logit matrices are kept for the backward pass, up to `largest` each.
     """
-    z1, z2, keys1, keys2 = (F.normalize(in_full_precision(x), dim=-1) for x in (z1, z2, keys1, keys2))
+    z1, z2, keys1, keys2 = (F.normalize(to_float32(x), dim=-1) for x in (z1, z2, keys1, keys2))
     if blockwise.exceeds(largest, z1, 2 * len(keys1)):
         excluded = len(keys1) + offset
         first = blockwise.cross_entropy(z1 / temperature, torch.cat([keys2, keys1]), offset, excluded)

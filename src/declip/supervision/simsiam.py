@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.supervision.contrastive import in_full_precision
+from declip.supervision.contrastive import to_float32
 
 
 def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
     Returns:
         The loss, a scalar between -1 and 1; -1 is perfect agreement.
     """
-    p1, p2, z1, z2 = (in_full_precision(x) for x in (p1, p2, z1.detach(), z2.detach()))
+    p1, p2, z1, z2 = (to_float32(x) for x in (p1, p2, z1.detach(), z2.detach()))
     first = F.cosine_similarity(p1, z2, dim=-1).mean()
     second = F.cosine_similarity(p2, z1, dim=-1).mean()
     return -(first + second) / 2

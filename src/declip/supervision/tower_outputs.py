@@ -12,7 +12,7 @@ class TowerOutputs:
     """What the towers made of B pairs; fields that no term reads are None.
 
     Attributes:
-        images: (V, B, d) projected embedding of each view, not normalised.
+        images: (V, B, d) projected embedding of each view, not normalized.
         texts: (T, B, d) of each text view.
         hidden: (2, B, h) image feature before the projection, of the last two views.
         patches: (B, P, w) token features of the first image view.

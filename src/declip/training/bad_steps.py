@@ -8,11 +8,11 @@ from torch import Tensor
 from declip.runs.folder import log
 
 
-class BadSteps:
+class NonFiniteGuard:
     """Watches what each step gives, without waiting for the device at every one.
 
     Args:
-        allowed: Steps that may be left out, `train.bad_steps`.
+        allowed: Steps that may be left out, `train.max_nonfinite_steps`.
         device: Where the terms are.
 
     Attributes:
@@ -30,7 +30,7 @@ class BadSteps:
             self.left_out.append(step)
             log.warning(
                 "The loss is not finite at step %d: %s. The step is left out, nothing was changed by it; %d of at most "
-                "%d (train.bad_steps).",
+                "%d (train.max_nonfinite_steps).",
                 step + 1,
                 shown(values),
                 len(self.left_out),

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from declip.training import distributed
 
 
-def synchronise(module: nn.Module, device: torch.device) -> None:
+def synchronize(module: nn.Module, device: torch.device) -> None:
     """Make every batch norm inside a module one over all ranks, in place; names and values stay.
 
     On CUDA it is torch's `SyncBatchNorm`; torch has none for a CPU, there it is `HostSyncBatchNorm`.
@@ -29,17 +29,17 @@ class HostSyncBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) → the same shape."""
-        return _normalise(self, x)
+        return _normalize(self, x)
 
 
 class _HostSyncBatchNormAct(BatchNormAct2d):
     """timm's batch norm with dropout and activation behind it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(_normalise(self, x)))
+        return self.act(self.drop(_normalize(self, x)))
 
 
-def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
+def _normalize(norm: _BatchNorm, x: Tensor) -> Tensor:
     """Two sums over ranks: of the values, then of the squared deviations from their mean."""
     if not norm.training or distributed.world_size() == 1:
         return F.batch_norm(
@@ -59,10 +59,10 @@ def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
     count = total[-1].detach()
     mean = total[:-1] / count
     shape = [1, -1] + [1] * (x.ndim - 2)
-    centred = values - mean.view(shape)
-    variance = distributed.summed(centred.square().sum(others)) / count
+    centerd = values - mean.view(shape)
+    variance = distributed.summed(centerd.square().sum(others)) / count
     _remember(norm, mean.detach(), variance.detach() * count / (count - 1))
-    normed = centred * (variance + norm.eps).rsqrt().view(shape)
+    normed = centerd * (variance + norm.eps).rsqrt().view(shape)
     if norm.affine:
         normed = normed * norm.weight.view(shape) + norm.bias.view(shape)
     return normed.to(x.dtype)

@@ -27,28 +27,34 @@ def compile_towers(recipe: Recipe, model: DualEncoder, rows: int) -> None:
     they are. Which of the two a batch gets depends on its size alone, so a resumed run computes as one never stopped.
 
     Args:
-        recipe: Its views, ``train.chunk`` and ``train.length_groups`` are read.
+        recipe: Its views, ``train.grad_cache_chunk`` and ``train.length_buckets`` are read.
         model: On its device.
         rows: This rank's pairs of a batch.
 
     Raises:
         UserError: Nothing can be compiled here, or what would be compiled would not compute the same.
     """
-    if recipe.train.parallel == "fsdp" and distributed.world_size() > 1:
-        raise UserError("train.compile goes with train.parallel=ddp only. Leave one of the two out.")
-    if recipe.train.recompute_activations and model.image_tower.has_batch_norm:
+    if recipe.train.strategy == "fsdp" and distributed.world_size() > 1:
+        raise UserError("train.compile goes with train.strategy=ddp only. Leave one of the two out.")
+    if recipe.train.grad_checkpointing and model.image_tower.has_batch_norm:
         raise UserError(
-            f"train.compile with train.recompute_activations would count the batches of '{recipe.image.name}' twice in "
+            f"train.compile with train.grad_checkpointing would count the batches of '{recipe.image.model}' twice in "
             "its batch norms. Leave one of the two out, or take a tower with layer norm."
         )
     _check(model.device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     train = recipe.train
-    parts = {rows} if train.chunk is None else {min(train.chunk, rows), rows % train.chunk} - {0}
-    alone = model.image_tower.has_batch_norm and not recipe.image.joint_views
+    parts = (
+        {rows}
+        if train.grad_cache_chunk is None
+        else {min(train.grad_cache_chunk, rows), rows % train.grad_cache_chunk} - {0}
+    )
+    alone = model.image_tower.has_batch_norm and not recipe.image.shared_bn_views
     images = {part * (1 if alone else recipe.image_view_count) for part in parts}
-    captions = recipe.text_view_count + (recipe.weights.masked_language > 0 and not recipe.masked_language.share_pass)
-    texts = {n for part in parts for n in _sizes(part * captions, train.length_groups)}
+    captions = recipe.text_view_count + (
+        recipe.loss_weights.masked_language > 0 and not recipe.masked_language.mask_contrastive_text
+    )
+    texts = {n for part in parts for n in _sizes(part * captions, train.length_buckets)}
     image_tower: Any = model.image_tower
     text_tower: Any = model.text_tower
     image_tower.forward = _Compiled(image_tower, images)

@@ -149,7 +149,7 @@ def average(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class StepSync:
     """What all ranks brought to a step.
 
     Attributes:
@@ -190,7 +190,7 @@ def _of_a_collective(error: RuntimeError) -> bool:
     )
 
 
-class Council:
+class HostGroup:
     """What the ranks tell each other on the host, outside the device's queue of work: once a step, over gloo.
 
     A rank writes into the shared store which step it has come to before it waits for the others, so that when they do
@@ -209,7 +209,7 @@ class Council:
             self._store = dist.distributed_c10d._get_default_store()
             self._store.set(f"declip/who/{rank()}", f"on {socket.gethostname()}, process {os.getpid()}")
 
-    def meet(self, step: int, rows: int, stop: bool, note: Any = None) -> Meeting:
+    def meet(self, step: int, rows: int, stop: bool, note: Any = None) -> StepSync:
         """Tell the others what this rank brings to a step, and hear what they bring.
 
         Args:
@@ -222,7 +222,7 @@ class Council:
             UserError: a rank did not come in time, or is gone; it is named.
         """
         if not self._together:
-            return Meeting((rows,), stop, () if note is None else (note,))
+            return StepSync((rows,), stop, () if note is None else (note,))
         self._store.set(f"declip/step/{rank()}", str(step))
         with self.naming_the_missing(step):
             heard = torch.empty(world_size(), 3, dtype=torch.int64)
@@ -233,7 +233,7 @@ class Council:
                 notes = [None] * world_size()
                 dist.all_gather_object(notes, note, group=self._quick)
         told = tuple(each for each in notes if each is not None)
-        return Meeting(tuple(heard[:, 0].tolist()), bool(heard[:, 1].any()), told)
+        return StepSync(tuple(heard[:, 0].tolist()), bool(heard[:, 1].any()), told)
 
     def first(self, action: Callable[[], T]) -> T:
         """Let the first rank do something while the others wait, and give its answer to all.
@@ -283,7 +283,7 @@ class Council:
                 )
                 raise UserError(
                     f"Not all ranks came to step {step}; missing: {named}. A rank waits {self.patience:g} s for the "
-                    "others (train.patience). The missing one hangs, or its process or machine is gone: look at its "
+                    "others (train.rank_timeout). The missing one hangs, or its process or machine is gone: look at its "
                     "log and at the disk it reads from. The run goes on from its newest checkpoint with --resume."
                 ) from error
             raise UserError(

@@ -10,7 +10,7 @@ STEEP = 50.0
 """A gradient that many times the usual one is a spike."""
 
 
-class Health:
+class LossMonitor:
     """Looks at the logged numbers of a run, and says each thing once.
 
     Args:
@@ -36,19 +36,19 @@ class Health:
             found["flat"] = (
                 f"After {step} steps the contrastive loss is still ln({self.batch}) = {self.chance:.2f}: nothing is "
                 "learnt. Usual causes: too high a learning rate, captions that do not belong to the images, or one "
-                "caption for all. Try a tenth of train.lr_peak, and look at the pairs with declip data inspect."
+                "caption for all. Try a tenth of train.lr, and look at the pairs with declip data inspect."
             )
         if contrast is not None and step > self.warmup and contrast > self.chance + 1:
             found["worse"] = (
                 f"At step {step} the contrastive loss is {contrast:.2f}, more than guessing gives "
                 f"(ln({self.batch}) = {self.chance:.2f}): the run diverges. Usual cause: too high a learning rate. Try "
-                "half of train.lr_peak, a longer train.warmup_steps, or train.clip_norm=1.0."
+                "half of train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0."
             )
         norm = values.get("grad_norm", 0.0)
         if step > self.warmup and self._usual is not None and norm > STEEP * self._usual:
             found["spike"] = (
                 f"At step {step} the gradient's norm is {norm:.3g}, usually {self._usual:.3g}: a spike. If the loss "
-                "does not come back, try train.clip_norm=1.0 or a lower train.lr_peak from the last checkpoint on."
+                "does not come back, try train.grad_clip_norm=1.0 or a lower train.lr from the last checkpoint on."
             )
         self._usual = norm if self._usual is None else 0.9 * self._usual + 0.1 * min(norm, 2 * self._usual)
         new = {name: text for name, text in found.items() if name not in self._said}

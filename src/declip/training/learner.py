@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from declip.data.batch import PairBatch
 from declip.errors import UserError
-from declip.models.blocks import blocks_of, recompute_activations
+from declip.models.blocks import blocks_of, grad_checkpointing
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Gather, Objective
 from declip.training import distributed
-from declip.training.batch_norm import synchronise
+from declip.training.batch_norm import synchronize
 
 BUFFERS = ("forward_sync_buffers", "broadcast_buffers")
 """DDP's option for sending the first rank's buffers around at every step: its name since torch 2.13, and before."""
@@ -54,7 +54,7 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
     """Prepare model and objective, in place, for this process's part of the work.
 
     Args:
-        recipe: ``train.parallel``, ``train.sync_batch_norm`` and ``train.recompute_activations`` are read.
+        recipe: ``train.strategy``, ``train.sync_batch_norm`` and ``train.grad_checkpointing`` are read.
         model, objective: On this rank's device; they keep their parameter names.
 
     Returns:
@@ -65,18 +65,18 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
     """
     train = recipe.train
     learner = Learner(model, objective)
-    if train.chunk is not None:
+    if train.grad_cache_chunk is not None:
         _check_chunks(recipe, model)
     if distributed.world_size() > 1 and train.sync_batch_norm:
-        synchronise(learner if train.chunk is None else objective, model.device)
-    if train.recompute_activations:
+        synchronize(learner if train.grad_cache_chunk is None else objective, model.device)
+    if train.grad_checkpointing:
         for tower in (model.image_tower, model.text_tower):
-            recompute_activations(tower)
-    if distributed.world_size() == 1 or train.chunk is not None:
+            grad_checkpointing(tower)
+    if distributed.world_size() == 1 or train.grad_cache_chunk is not None:
         return learner
-    if train.parallel == "fsdp":
-        if train.ema is not None:
-            raise UserError("train.parallel=fsdp cannot keep averaged weights. Leave train.ema out, or use ddp.")
+    if train.strategy == "fsdp":
+        if train.ema_decay is not None:
+            raise UserError("train.strategy=fsdp cannot keep averaged weights. Leave train.ema_decay out, or use ddp.")
         _shard(model, objective)
         learner.sharded = True
         return learner
@@ -84,7 +84,7 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
     options: dict[str, Any] = {BUFFERS[0] if newer else BUFFERS[1]: False}
     return DistributedDataParallel(
         learner,
-        **options,  # the queue and synchronised batch norms are equal on all ranks by construction
+        **options,  # the queue and synchronized batch norms are equal on all ranks by construction
         gradient_as_bucket_view=True,
         find_unused_parameters=not CONTRASTS & set(objective.weights),
     )
@@ -92,15 +92,15 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
 
 def _check_chunks(recipe: Recipe, model: DualEncoder) -> None:
     train = recipe.train
-    if train.parallel == "fsdp" and distributed.world_size() > 1:
+    if train.strategy == "fsdp" and distributed.world_size() > 1:
         raise UserError(
-            "train.chunk goes with train.parallel=ddp only. With fsdp, train.recompute_activations saves memory."
+            "train.grad_cache_chunk goes with train.strategy=ddp only. With fsdp, train.grad_checkpointing saves memory."
         )
-    if model.image_tower.has_batch_norm and not train.chunk_inexact:
+    if model.image_tower.has_batch_norm and not train.allow_batchnorm_chunking:
         raise UserError(
-            f"train.chunk={train.chunk}, but the image tower '{recipe.image.name}' has batch norm, which would see "
+            f"train.grad_cache_chunk={train.grad_cache_chunk}, but the image tower '{recipe.image.model}' has batch norm, which would see "
             "each chunk alone instead of the whole batch: other numbers. Take a tower with layer norm, or allow it "
-            "with train.chunk_inexact=true."
+            "with train.allow_batchnorm_chunking=true."
         )
 
 
@@ -178,16 +178,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def load_whole(into: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_full_state(into: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put whole tensors into a module whose parameters may be sharded; names must be all and the same."""
     own = into.state_dict(keep_vars=True)
     into.load_state_dict(
-        {name: sharded_as(own[name], tensor) for name, tensor in tensors.items() if name in own}
+        {name: shard_like(own[name], tensor) for name, tensor in tensors.items() if name in own}
         | {name: tensor for name, tensor in tensors.items() if name not in own}
     )
 
 
-def sharded_as(like: object, tensor: Tensor) -> Tensor:
+def shard_like(like: object, tensor: Tensor) -> Tensor:
     """A whole tensor cut as another one is, and laid out in memory as that: fused kernels walk both side by side."""
     if not isinstance(like, Tensor) or tensor.shape != like.shape:
         return tensor

@@ -144,7 +144,7 @@ class Monitor:
         self.board.flush()
 
 
-class Silence(Monitor):
+class NullMonitor(Monitor):
     """The monitor of every rank but the first: it writes and draws nothing."""
 
     def __init__(self, run: Path, start: int, steps: int, batch: int, quiet: bool = True) -> None:

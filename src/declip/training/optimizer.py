@@ -11,7 +11,7 @@ from declip.recipe.schema import Train
 
 
 @dataclass(frozen=True)
-class Pace:
+class LrMultiplier:
     """How a parameter follows the recipe's learning rate.
 
     Attributes:
@@ -45,7 +45,7 @@ def named_trainable(*modules: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def build_optimizer(
-    named: Iterable[tuple[str, nn.Parameter]], train: Train, paces: Mapping[str, Pace] | None = None
+    named: Iterable[tuple[str, nn.Parameter]], train: Train, paces: Mapping[str, LrMultiplier] | None = None
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) with groups by decay and pace, each parted where some are shards.
 
@@ -55,11 +55,13 @@ def build_optimizer(
         paces: By the same names; the others follow the recipe's rate.
 
     Returns:
-        The optimiser; each group holds its "pace", by which `declip.training.schedule.paced` sets its rate.
+        The optimizer; each group holds its "pace", by which `declip.training.schedule.paced` sets its rate.
     """
-    groups: dict[tuple[bool, bool, Pace], list[nn.Parameter]] = {(d, False, Pace()): [] for d in (True, False)}
+    groups: dict[tuple[bool, bool, LrMultiplier], list[nn.Parameter]] = {
+        (d, False, LrMultiplier()): [] for d in (True, False)
+    }
     for name, parameter in named:
-        kind = (decays(name, parameter), isinstance(parameter, DTensor), (paces or {}).get(name, Pace()))
+        kind = (decays(name, parameter), isinstance(parameter, DTensor), (paces or {}).get(name, LrMultiplier()))
         groups.setdefault(kind, []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -67,7 +69,7 @@ def build_optimizer(
             for (decayed, _, pace), group in groups.items()
             if group
         ],
-        lr=train.lr_start,
+        lr=train.warmup_lr,
         betas=train.betas,
         eps=train.eps,
         fused=True,

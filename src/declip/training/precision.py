@@ -21,7 +21,7 @@ def computes_bf16(device: torch.device) -> bool:
     return False
 
 
-def settled(recipe: Recipe, device: torch.device, folder: Path, resume: bool) -> Recipe:
+def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume: bool) -> Recipe:
     """The recipe with `train.precision=auto` settled; a run that goes on keeps what it began with, on any device."""
     precision = recipe.train.precision
     if precision == "auto":

@@ -13,7 +13,7 @@ import declip
 from declip.errors import UserError
 from declip.interchange.declip_file import RECIPE, VERSION
 from declip.interchange.start import Start, read_kept, read_start
-from declip.io.atomic import written_beside
+from declip.io.atomic import atomic_write
 from declip.models.dual_encoder import DualEncoder
 from declip.models.freezing import freeze
 from declip.models.layers import IMAGE, TEXT, blocks, depths
@@ -22,26 +22,26 @@ from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
-from declip.training.optimizer import Pace
+from declip.training.optimizer import LrMultiplier
 
 POSITIONS = "pos_embed"
 LOGIT_SCALE = "logit_scale"
 
 
-def find_start(recipe: Recipe, folder: Path, resume: bool) -> Start | None:
+def load_pretrained(recipe: Recipe, folder: Path, resume: bool) -> Start | None:
     """What a run starts from, or started from; None for random weights.
 
     Raises:
         UserError: see `read_start`.
     """
-    if recipe.finetune.weights is None:
+    if recipe.finetune.pretrained is None:
         return None
     kept = folder / KEPT
-    return read_kept(kept) if resume and kept.is_file() else read_start(recipe.finetune.weights)
+    return read_kept(kept) if resume and kept.is_file() else read_start(recipe.finetune.pretrained)
 
 
 @dataclass(frozen=True)
-class Begun:
+class Pretrained:
     """A model as its training starts.
 
     Attributes:
@@ -52,7 +52,7 @@ class Begun:
     """
 
     taken: Mapping[str, Tensor]
-    paces: Mapping[str, Pace]
+    paces: Mapping[str, LrMultiplier]
     whole: bool
     story: str
 
@@ -65,17 +65,17 @@ class Begun:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.taken.items()}
         metadata = {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
         try:
-            with written_beside(folder / KEPT, "choose another folder with --out", durable=True) as beside:
+            with atomic_write(folder / KEPT, "choose another folder with --out", durable=True) as beside:
                 save_file(tensors, beside, metadata)
         except SafetensorError as error:  # of a full disk
             raise UserError(f"Cannot write '{folder / KEPT}': {error}. Make room, or choose another --out.") from error
 
 
-def begin(start: Start, recipe: Recipe, model: DualEncoder, objective: Objective) -> Begun:
+def apply_pretrained(start: Start, recipe: Recipe, model: DualEncoder, objective: Objective) -> Pretrained:
     """Put weights into a model and its heads, and freeze and pace what they filled as the recipe says.
 
     Args:
-        start: See `find_start`.
+        start: See `load_pretrained`.
         recipe: Fitted to it by `Start.fit`.
         model, objective: Built from that recipe; changed in place.
 
@@ -95,12 +95,12 @@ def begin(start: Start, recipe: Recipe, model: DualEncoder, objective: Objective
     new = [name for name, _ in model.named_parameters() if name not in came]
     new += [f"objective.{name}" for name, _ in objective.named_parameters() if name not in heads]
     _freeze(model, tune, places, came)
-    waits = tune.warmup_heads > 0 and bool(new)
+    waits = tune.head_warmup_steps > 0 and bool(new)
     paces = {f"0.{name}": _pace(name, tune, places, waits) for name, _ in model.named_parameters() if name in came}
     if tune.lora is not None:
         added = _add_adapters(model, tune, tune.lora, came)
         paces |= {f"0.{name}": _pace(name, tune, places, waits) for name in added}
-    return Begun(kept, paces, start.whole, _story(start, taken, heads, new, tune))
+    return Pretrained(kept, paces, start.whole, _story(start, taken, heads, new, tune))
 
 
 def _place_model(start: Start, model: DualEncoder) -> set[str]:
@@ -123,7 +123,7 @@ def _place_model(start: Start, model: DualEncoder) -> set[str]:
 
 def _of_encoder(recipe: Recipe, model: DualEncoder) -> set[str]:
     """What a Hugging Face encoder brought: it has weights of its own where an image tower alone is the start."""
-    if recipe.text.encoder is None or not recipe.text.pretrained:
+    if recipe.text.hf_model is None or not recipe.text.pretrained:
         return set()
     return {name for name, _ in model.named_parameters() if name.startswith(f"{TEXT}encoder.")}
 
@@ -157,7 +157,10 @@ def _place_heads(start: Start, objective: Objective) -> set[str]:
 
 
 def _freeze(model: DualEncoder, tune: FineTuning, places: Mapping[str, int], taken: set[str]) -> None:
-    for tower, key, asked in ((IMAGE, "freeze_image", tune.freeze_image), (TEXT, "freeze_text", tune.freeze_text)):
+    for tower, key, asked in (
+        (IMAGE, "freeze_image_blocks", tune.freeze_image_blocks),
+        (TEXT, "freeze_text_blocks", tune.freeze_text_blocks),
+    ):
         if asked == 0:
             continue
         if not _came(tower, taken):
@@ -173,7 +176,7 @@ def _freeze(model: DualEncoder, tune: FineTuning, places: Mapping[str, int], tak
 
 def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, came: set[str]) -> list[str]:
     """Adapt the towers that came and are not frozen whole; returns the names of the adapters' parameters."""
-    frozen = {IMAGE: tune.freeze_image, TEXT: tune.freeze_text}
+    frozen = {IMAGE: tune.freeze_image_blocks, TEXT: tune.freeze_text_blocks}
     towers = [tower for tower in (IMAGE, TEXT) if frozen[tower] != "all" and _came(tower, came)]
     new = {name for name, _ in model.named_parameters()} - came
     freeze(model, [name for name in came if name.startswith(tuple(towers))])
@@ -183,13 +186,13 @@ def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, came: set[st
     return [name for name, _ in model.named_parameters() if MARK in name]
 
 
-def _pace(name: str, tune: FineTuning, places: Mapping[str, int], waits: bool) -> Pace:
+def _pace(name: str, tune: FineTuning, places: Mapping[str, int], waits: bool) -> LrMultiplier:
     """Each layer's rate is the decay's power of its distance from the tower's last (as in BEiT, arXiv 2106.08254)."""
-    factor = tune.image_lr if name.startswith(IMAGE) else tune.text_lr if name.startswith(TEXT) else 1.0
+    factor = tune.image_lr_scale if name.startswith(IMAGE) else tune.text_lr_scale if name.startswith(TEXT) else 1.0
     if name in places:
         tower = IMAGE if name.startswith(IMAGE) else TEXT
         factor *= tune.layer_decay ** (blocks(places, tower) + 1 - places[name])
-    return Pace(factor, waits)
+    return LrMultiplier(factor, waits)
 
 
 def _came(tower: str, taken: set[str]) -> bool:
@@ -198,7 +201,7 @@ def _came(tower: str, taken: set[str]) -> bool:
 
 def _story(start: Start, taken: set[str], heads: set[str], new: list[str], tune: FineTuning) -> str:
     named = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
-    waits = "; nothing is new, so nothing waits for heads" if tune.warmup_heads and not new else ""
+    waits = "; nothing is new, so nothing waits for heads" if tune.head_warmup_steps and not new else ""
     return (
         f"Weights of '{start.where}': {len(taken)} tensors of the towers and {len(heads)} of heads taken over; "
         f"new: {', '.join(named) or 'nothing'}{waits}."

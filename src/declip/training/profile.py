@@ -34,7 +34,7 @@ WARM, TIMED, TRACED = 5, 20, 2
 WORDS = {
     "data": "waiting for the loader",
     "meeting": "hearing from other processes",
-    "views": "moving the batch, colours, blur, normalising",
+    "views": "moving the batch, colors, blur, normalising",
     "image tower": "forward",
     "text tower": "forward",
     "terms": "heads, gathering, queue, losses",
@@ -188,7 +188,7 @@ def _measured(trainer: Trainer, folder: Path, quiet: bool) -> Profile:
     return Profile(
         recipe=trainer.recipe.name,
         device=_device(trainer),
-        batch=trainer.recipe.train.batch,
+        batch=trainer.recipe.train.batch_size,
         steps=TIMED,
         seconds=parts,
         step_seconds=seconds,

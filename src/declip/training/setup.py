@@ -23,7 +23,7 @@ from declip.training import distributed
 
 
 def open_training_source(recipe: Recipe) -> PairSource:
-    """The pairs that teach, one source or a mixture, cut to `data.pairs` by the seed."""
+    """The pairs that teach, one source or a mixture, cut to `data.max_pairs` by the seed."""
     data = recipe.data
 
     def opened(name: str) -> PairSource:
@@ -37,9 +37,9 @@ def open_training_source(recipe: Recipe) -> PairSource:
 
     if isinstance(data.source, str):
         source = opened(data.source)
-        return source if data.pairs is None else take(source, data.pairs, recipe.seed)
+        return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
     mixture = Mixture([(opened(each.source), each.weight) for each in data.source])
-    return mixture if data.pairs is None else mixture.take(data.pairs, recipe.seed)
+    return mixture if data.max_pairs is None else mixture.take(data.max_pairs, recipe.seed)
 
 
 def image_views(recipe: Recipe, view: ImageView | None = None) -> ImageViews:
@@ -63,21 +63,21 @@ def build_loader(
         source,
         model.tokenizer,
         views,
-        batch=recipe.train.batch,
+        batch=recipe.train.batch_size,
         seed=recipe.seed,
         image_view_count=recipe.image_view_count,
         text_view_count=recipe.text_view_count,
         mask=recipe.masks,
         mask_probability=recipe.masked_language.probability,
         eda_alpha=recipe.views.text.eda_alpha,
-        keyword_share=recipe.views.text.keyword_share,
-        keywords_alone=recipe.views.text.keywords_alone,
-        second_text=recipe.views.text.second,
+        keyword_append_prob=recipe.views.text.keyword_append_prob,
+        keyword_only_prob=recipe.views.text.keyword_only_prob,
+        second_text=recipe.views.text.second_view,
         workers=workers,
-        max_broken_share=recipe.data.max_broken_share,
+        max_broken_fraction=recipe.data.max_broken_fraction,
         start_step=start_step,
         pin_memory=model.device.type == "cuda",
-        base_view=image_views(recipe, recipe.views.base) if recipe.views.base else None,
+        base_view=image_views(recipe, recipe.views.contrastive_view) if recipe.views.contrastive_view else None,
         rank=distributed.rank(),
         ranks=distributed.world_size(),
         shuffle_buffer=recipe.data.shuffle_buffer,

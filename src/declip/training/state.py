@@ -12,7 +12,7 @@ from declip.errors import UserError
 from declip.runs import checkpoint as checkpoints
 from declip.runs.folder import log
 from declip.training import distributed
-from declip.training.learner import load_whole, sharded_as, whole
+from declip.training.learner import load_full_state, shard_like, whole
 from declip.training.setup import random_states, versions
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def capture(trainer: Trainer) -> checkpoints.Checkpoint | None:
 
     Generators of all ranks are kept, by rank: "random.0.cpu" and so on.
     """
-    sharded = trainer.recipe.train.parallel == "fsdp" and distributed.world_size() > 1
+    sharded = trainer.recipe.train.strategy == "fsdp" and distributed.world_size() > 1
     generators = trainer.council.collect(random_states(trainer.device))
     if not (trainer.leads or sharded):
         return None
@@ -66,13 +66,13 @@ def restore(trainer: Trainer, found: checkpoints.Checkpoint) -> None:
             "start a run in another folder with --out."
         )
     trainer.step = found.step
-    load_whole(trainer.model, checkpoints.part("model", found.weights))
-    load_whole(trainer.objective, checkpoints.part("objective", found.training))
+    load_full_state(trainer.model, checkpoints.part("model", found.weights))
+    load_full_state(trainer.objective, checkpoints.part("objective", found.training))
     moments = checkpoints.part("optimizer", found.training)
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     checkpoints.load_optimizer(
         trainer.optimizer,
-        {name: sharded_as(parameters[int(name.split(".", 1)[0])], tensor) for name, tensor in moments.items()},
+        {name: shard_like(parameters[int(name.split(".", 1)[0])], tensor) for name, tensor in moments.items()},
     )
     if trainer.average is not None:
         trainer.average.module.load_state_dict(checkpoints.part("average", found.weights))

@@ -11,7 +11,7 @@ from declip.data.batch import PairBatch
 from declip.data.images.crops import ImageViews
 from declip.training import distributed
 from declip.training.clock import Span, untimed
-from declip.training.distributed import Meeting
+from declip.training.distributed import StepSync
 from declip.training.gradient_cache import backward_in_chunks
 from declip.training.learner import Learner, average_gradients, average_unsharded, clip_gradients, core
 
@@ -25,25 +25,25 @@ class StepParts:
         optimizer: With the learning rate of this step already set.
         views: Finishes the photometric part of the image views on the device.
         average: Called after the update, for averaged weights; None without.
-        clip_norm: Largest norm of the whole gradient; None leaves it.
+        grad_clip_norm: Largest norm of the whole gradient; None leaves it.
         precision: "bf16" runs towers and heads in autocast; losses and logits stay float32.
         chunk: Pairs that the towers see at a time, see `declip.training.gradient_cache`; None for all.
         span: Gives a context for each part of the step, to be timed.
-        spare_bad: Leave everything as it was when the loss or a gradient is not finite; waits for the device.
+        skip_nonfinite: Leave everything as it was when the loss or a gradient is not finite; waits for the device.
     """
 
     learner: nn.Module
     optimizer: torch.optim.Optimizer
     views: ImageViews
     average: Callable[[nn.Module], None] | None = None
-    clip_norm: float | None = None
+    grad_clip_norm: float | None = None
     precision: str = "fp32"
     chunk: int | None = None
-    spare_bad: bool = False
+    skip_nonfinite: bool = False
     span: Span = untimed
 
 
-def training_step(parts: StepParts, batch: PairBatch, meeting: Meeting | None = None) -> dict[str, Tensor]:
+def training_step(parts: StepParts, batch: PairBatch, meeting: StepSync | None = None) -> dict[str, Tensor]:
     """Move, augment, encode, gather, terms, backward, clip, step.
 
     Args:
@@ -57,8 +57,8 @@ def training_step(parts: StepParts, batch: PairBatch, meeting: Meeting | None = 
     """
     learner = core(parts.learner)
     device = learner.model.device
-    meeting = meeting or Meeting((len(batch),), stop=False)
-    before = _Buffers(learner) if parts.spare_bad else None
+    meeting = meeting or StepSync((len(batch),), stop=False)
+    before = _Buffers(learner) if parts.skip_nonfinite else None
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=parts.precision == "bf16")
     everyone = (distributed.gather(meeting.rows), meeting.offset)
     prepare = partial(_on_device, parts, device)
@@ -90,7 +90,7 @@ def _update(
     """Clip, step, limit the scales, average the weights."""
     if learner.sharded:
         average_unsharded(parameters)
-    grad_norm = clip_gradients(parameters, float("inf") if parts.clip_norm is None else parts.clip_norm)
+    grad_norm = clip_gradients(parameters, float("inf") if parts.grad_clip_norm is None else parts.grad_clip_norm)
     result = {name: term.detach() for name, term in terms.items()} | {"grad_norm": grad_norm}
     if before is not None:
         result["total"] = distributed.average(result["total"].clone())

@@ -13,7 +13,7 @@ WARM = 3
 """Steps after a start of the workers that do not count: they begin with an empty queue."""
 
 
-class Supply:
+class ThroughputMonitor:
     """Compares what steps wait for the loader with what they take.
 
     Args:

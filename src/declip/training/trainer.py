@@ -24,24 +24,24 @@ from declip.runs import checkpoint as checkpoints
 from declip.runs.folder import Run, check_datasets, kept_encoder, log, open_folder
 from declip.supervision.objective import Objective
 from declip.training import distributed
-from declip.training.bad_steps import BadSteps, shown
+from declip.training.bad_steps import NonFiniteGuard, shown
 from declip.training.checkpoint_writer import CheckpointWriter
 from declip.training.compilation import compile_towers, rows_of_rank
-from declip.training.distributed import Council
-from declip.training.health import Health
+from declip.training.distributed import HostGroup
+from declip.training.health import LossMonitor
 from declip.training.learner import build_learner, core
 from declip.training.measuring import measure, measured_at_end
 from declip.training.memory import frozen_garbage, kept_memory
-from declip.training.monitor import Monitor, Silence
+from declip.training.monitor import Monitor, NullMonitor
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.precision import settled
-from declip.training.pretrained import begin, find_start
-from declip.training.schedule import learning_rate, paced
+from declip.training.precision import resolve_precision
+from declip.training.pretrained import apply_pretrained, load_pretrained
+from declip.training.schedule import group_lr, learning_rate
 from declip.training.setup import averaged, build_loader, image_views, open_training_source
 from declip.training.state import capture, restore
 from declip.training.step import StepParts, training_step
 from declip.training.stopping import STOP, TRY_AGAIN, stopping_politely
-from declip.training.supply import Supply, free_cores
+from declip.training.supply import ThroughputMonitor, free_cores
 
 SKIPPED = "skipped.json"
 
@@ -64,11 +64,11 @@ class Trainer:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self.device = pick_device(distributed.own_device(recipe.train.device))
-        distributed.join(self.device, recipe.train.patience)
-        self.council = Council(recipe.train.patience)
+        distributed.join(self.device, recipe.train.rank_timeout)
+        self.council = HostGroup(recipe.train.rank_timeout)
         self.leads = distributed.rank() == 0
-        recipe = self.council.first(partial(settled, recipe, self.device, folder, resume))
-        start = find_start(recipe, folder, resume)
+        recipe = self.council.first(partial(resolve_precision, recipe, self.device, folder, resume))
+        start = load_pretrained(recipe, folder, resume)
         self.recipe = recipe = start.fit(recipe) if start is not None else recipe
         self.source = open_training_source(recipe)
         torch.manual_seed(recipe.seed)
@@ -76,26 +76,26 @@ class Trainer:
         if encoder is None and resume:
             encoder = kept_encoder(recipe, folder)
         self.model = DualEncoder.from_recipe(recipe, encoder).to(self.device)
-        self.model.image_tower.refuse_size(recipe.image.name, recipe.image.size)
+        self.model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
         self.objective = Objective.for_model(recipe, self.model).to(self.device)
-        self.begun = begin(start, recipe, self.model, self.objective) if start is not None else None
+        self.begun = apply_pretrained(start, recipe, self.model, self.objective) if start is not None else None
         if recipe.train.channels_last:
             self.model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.learner = build_learner(recipe, self.model, self.objective)
-        self.average = averaged(self.model, recipe.train.ema)
+        self.average = averaged(self.model, recipe.train.ema_decay)
         if recipe.train.compile:
-            compile_towers(recipe, self.model, rows_of_rank(recipe.train.batch))
+            compile_towers(recipe, self.model, rows_of_rank(recipe.train.batch_size))
         self.optimizer = build_optimizer(
             named_trainable(self.model, self.objective), recipe.train, self.begun.paces if self.begun else None
         )
         self.views = image_views(recipe)
         self.skipped, self.step = SkipCounter(), 0
-        self.bad_steps = BadSteps(recipe.train.bad_steps, self.device)
-        self.writer = CheckpointWriter(folder, recipe.train.keep)
+        self.bad_steps = NonFiniteGuard(recipe.train.max_nonfinite_steps, self.device)
+        self.writer = CheckpointWriter(folder, recipe.train.keep_checkpoints)
         cores = free_cores(torch.get_num_threads() if self.device.type == "cpu" else 1)
         self.workers = min(1, cores) if recipe.data.workers == "auto" else recipe.data.workers
-        self.supply = Supply(self.workers, cores)
-        self._health = Health(recipe.train.batch, recipe.train.warmup_steps)
+        self.supply = ThroughputMonitor(self.workers, cores)
+        self._health = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps)
         self.stop_asked, self._signal, self._looked = False, 0, 0.0
         # What can't be used is said before a folder is made or a step taken, not when it is first needed.
         self._loader_at(0).close()
@@ -110,7 +110,7 @@ class Trainer:
     def loader(self) -> PairLoader:
         """Batches from the step that the run is at."""
         loader = self._loader_at(self.step)
-        loader.skipped, loader.seen = self.skipped, self.step * self.recipe.train.batch
+        loader.skipped, loader.seen = self.skipped, self.step * self.recipe.train.batch_size
         return loader
 
     def _loader_at(self, step: int) -> PairLoader:
@@ -125,16 +125,16 @@ class Trainer:
             self.optimizer,
             self.views,
             self.average.update_parameters if self.average is not None else None,
-            train.clip_norm,
+            train.grad_clip_norm,
             train.precision,
-            train.chunk,
-            spare_bad=train.bad_steps > 0,
+            train.grad_cache_chunk,
+            skip_nonfinite=train.max_nonfinite_steps > 0,
         )
 
     def train(self, finish: Callable[["Trainer"], None] | None = None) -> Run:
         """Take the steps that are left, then evaluate; the first rank then calls `finish`."""
-        steps, batch = self.recipe.train.steps, self.recipe.train.batch
-        monitor_of = Monitor if self.leads else Silence
+        steps, batch = self.recipe.train.steps, self.recipe.train.batch_size
+        monitor_of = Monitor if self.leads else NullMonitor
         with (
             monitor_of(self.folder, self.step, steps, batch, self.quiet) as monitor,
             self.writer,
@@ -184,7 +184,7 @@ class Trainer:
                 self.loader.count(meeting.total, list(itertools.chain(*meeting.notes)))
             rate = learning_rate(self.step, train)
             for group in self.optimizer.param_groups:
-                group["lr"] = paced(rate, self.step, group["pace"], self.recipe.finetune.warmup_heads, train)
+                group["lr"] = group_lr(rate, self.step, group["pace"], self.recipe.finetune.head_warmup_steps, train)
             values: dict[str, Tensor] = {}
             if meeting.usable:  # else its pairs were broken: nothing is learnt, and nothing logged
                 values = training_step(self.parts, batch, meeting)
@@ -224,7 +224,7 @@ class Trainer:
         more = min(self.supply.needed, self.supply.cores)
         if more > self.workers:
             log.info("Steps wait %.0f %% of their time for batches: %d workers.", 100 * self.supply.share, more)
-            self.workers, self.supply = more, Supply(more, self.supply.cores)
+            self.workers, self.supply = more, ThroughputMonitor(more, self.supply.cores)
             self.loader.close()
             del self.loader
 
@@ -275,7 +275,7 @@ class Trainer:
 
     def counts(self) -> dict[str, Any]:
         """The pairs that were skipped, by reason, and how many were seen."""
-        return {**self.skipped.to_dict(), "seen": self.step * self.recipe.train.batch}
+        return {**self.skipped.to_dict(), "seen": self.step * self.recipe.train.batch_size}
 
     def save(self) -> Path:
         """Begin to write a checkpoint, and write the counts of skipped pairs; every rank must come here."""
@@ -322,7 +322,7 @@ class Trainer:
             f"The loss is not finite at step {bad + 1}: {shown(values)}. The batch held the pairs "
             f"{', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''} of '{self.source.name}'. "
             f"The last good checkpoint is {earlier[-1] if earlier else 'missing: none was written yet'}. "
-            "A lower train.lr_peak, a longer train.warmup_steps, or train.clip_norm=1.0 usually helps."
+            "A lower train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0 usually helps."
         )
 
     def _refuse_if_all_broken(self) -> None:

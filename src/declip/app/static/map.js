@@ -59,7 +59,7 @@ function draw() {
   pen.scale(density, density);
   if (!points) return;
   const styles = getComputedStyle(document.documentElement);
-  const colour = (name) => styles.getPropertyValue(name).trim();
+  const color = (name) => styles.getPropertyValue(name).trim();
   const size = Math.max(1.4, Math.min(5, 60 / Math.sqrt(points.ids.length))) * Math.min(2, Math.sqrt(view.zoom));
   const layers = [
     ["--c0", size, 0.45, (value) => value === null || value > SOME],
@@ -67,7 +67,7 @@ function draw() {
     ["--c1", size * 1.3, 1, (value) => value !== null && value <= LOW],
   ];
   for (const [name, radius, opacity, belongs] of layers) {
-    pen.fillStyle = colour(name);
+    pen.fillStyle = color(name);
     pen.globalAlpha = opacity;
     for (let place = 0; place < points.ids.length; place++) {
       if (!visible(place) || !belongs(deviations(place))) continue;
@@ -81,7 +81,7 @@ function draw() {
   }
   pen.globalAlpha = 1;
   if (chosen >= 0) {
-    pen.strokeStyle = colour("--ink");
+    pen.strokeStyle = color("--ink");
     pen.lineWidth = 2.5;
     pen.beginPath();
     pen.arc(across(chosen), down(chosen), size + 5, 0, 2 * Math.PI);

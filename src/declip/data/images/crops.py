@@ -1,9 +1,9 @@
 """Image views: what happens to a picture before a tower sees it, in training and in evaluation.
 
-In training a view is MoCo v2's: random resized crop, colour jitter in a random order, grey, blur, horizontal
+In training a view is MoCo v2's: random resized crop, color jitter in a random order, gray, blur, horizontal
 flip, normalisation. Crop and flip are done on single pictures as uint8, by the workers that decode them; the
 rest runs on whole batches on the training device, from parameters that the worker drew. The flip may come
-first because it commutes with the rest: jitter and grey treat all pixels alike, and the blur's kernel and its
+first because it commutes with the rest: jitter and gray treat all pixels alike, and the blur's kernel and its
 mirrored border are symmetric.
 """
 
@@ -59,15 +59,15 @@ class ImageViews:
 
     Args:
         size: Side of a view in pixels.
-        crop_area: Smallest and largest share of the picture's area in a crop.
-        crop_ratio: Smallest and largest ratio of a crop's width to its height.
+        scale: Smallest and largest share of the picture's area in a crop.
+        ratio: Smallest and largest ratio of a crop's width to its height.
         jitter: Strengths for brightness, contrast, saturation (factors from max(0, 1 - s) to 1 + s) and hue
             (a shift from -s to s turns, at most 0.5).
-        jitter_p: Share of the views that are jittered.
-        grey_p: Share of the views that become grey.
-        blur_p: Share of the views that are blurred.
+        color_jitter_prob: Share of the views that are jittered.
+        grayscale_prob: Share of the views that become gray.
+        blur_prob: Share of the views that are blurred.
         blur_sigma: Smallest and largest sigma of the blur, in pixels of the view.
-        flip_p: Share of the views that are flipped left to right.
+        hflip_prob: Share of the views that are flipped left to right.
         mean: Of red, green and blue in [0, 1], subtracted last.
         std: Of red, green and blue, divided by last.
 
@@ -79,20 +79,20 @@ class ImageViews:
         self,
         size: int,
         *,
-        crop_area: Sequence[float] = (0.2, 1.0),
-        crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+        scale: Sequence[float] = (0.2, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
         jitter: Sequence[float] = (0.4, 0.4, 0.4, 0.1),
-        jitter_p: float = 0.8,
-        grey_p: float = 0.2,
-        blur_p: float = 0.5,
+        color_jitter_prob: float = 0.8,
+        grayscale_prob: float = 0.2,
+        blur_prob: float = 0.5,
         blur_sigma: Sequence[float] = (0.1, 2.0),
-        flip_p: float = 0.5,
+        hflip_prob: float = 0.5,
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
         _check_size_and_norm(size, mean, std)
-        check_span("crop_area", crop_area, 0, 1)
-        check_span("crop_ratio", crop_ratio, 0)
+        check_span("scale", scale, 0, 1)
+        check_span("ratio", ratio, 0)
         check_span("blur_sigma", blur_sigma, 0)
         if len(jitter) != 4:
             raise UserError(
@@ -101,14 +101,24 @@ class ImageViews:
         for name, strength in zip(("brightness", "contrast", "saturation"), jitter, strict=False):
             check_range(f"jitter for {name}", strength, 0)
         check_range("jitter for hue", jitter[3], 0, 0.5)
-        shares = {"jitter_p": jitter_p, "grey_p": grey_p, "blur_p": blur_p, "flip_p": flip_p}
+        shares = {
+            "color_jitter_prob": color_jitter_prob,
+            "grayscale_prob": grayscale_prob,
+            "blur_prob": blur_prob,
+            "hflip_prob": hflip_prob,
+        }
         for name, share in shares.items():
             check_range(name, share, 0, 1)
         self.size = size
-        self.crop_area = tuple(crop_area)
-        self.crop_ratio = tuple(crop_ratio)
+        self.scale = tuple(scale)
+        self.ratio = tuple(ratio)
         self.jitter = tuple(jitter)
-        self.jitter_p, self.grey_p, self.blur_p, self.flip_p = jitter_p, grey_p, blur_p, flip_p
+        self.color_jitter_prob, self.grayscale_prob, self.blur_prob, self.hflip_prob = (
+            color_jitter_prob,
+            grayscale_prob,
+            blur_prob,
+            hflip_prob,
+        )
         self.blur_sigma = tuple(blur_sigma)
         # The mirrored border is at most one pixel narrower than the view.
         self.blur_radius = min(math.ceil(KERNEL_SIGMAS * self.blur_sigma[1]), size - 1)
@@ -125,8 +135,8 @@ class ImageViews:
         Returns:
             Left, top, width, height, in pixels.
         """
-        low, high = self.crop_area
-        ratio_low, ratio_high = math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])
+        low, high = self.scale
+        ratio_low, ratio_high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(CROP_ATTEMPTS):
             share, shape, across, down = generator.random(4).tolist()
             area = width * height * (low + (high - low) * share)
@@ -135,15 +145,15 @@ class ImageViews:
             if 0 < w <= width and 0 < h <= height:
                 return int(across * (width - w + 1)), int(down * (height - h + 1)), w, h
         w, h = width, height
-        if width / height < self.crop_ratio[0]:
-            h = max(1, round(width / self.crop_ratio[0]))
-        elif width / height > self.crop_ratio[1]:
-            w = max(1, round(height * self.crop_ratio[1]))
+        if width / height < self.ratio[0]:
+            h = max(1, round(width / self.ratio[0]))
+        elif width / height > self.ratio[1]:
+            w = max(1, round(height * self.ratio[1]))
         return (width - w) // 2, (height - h) // 2, w, h
 
     def draw_crop(self, width: int, height: int, generator: np.random.Generator) -> Crop:
         """Draw what is cut out of a picture of this size, and whether it is flipped."""
-        return Crop(*self.box(width, height, generator), bool(generator.random() < self.flip_p))
+        return Crop(*self.box(width, height, generator), bool(generator.random() < self.hflip_prob))
 
     def cut(self, pixels: np.ndarray, crop: Crop) -> Tensor:
         """Crop, resize (bicubic, antialiased) and perhaps flip a picture.
@@ -184,7 +194,7 @@ class ImageViews:
         The same number of draws whatever the options, so that a change of one leaves the others' draws alone.
         """
         strength = self.jitter
-        *factors, turn, spread, jittered, grey, blurred = generator.random(8).tolist()
+        *factors, turn, spread, jittered, gray, blurred = generator.random(8).tolist()
         order = generator.random(4).argsort()
         brightness, contrast, saturation = (
             (low := max(0.0, 1 - s)) + (1 + s - low) * u for s, u in zip(strength, factors, strict=False)
@@ -196,13 +206,13 @@ class ImageViews:
             saturation=saturation,
             hue=strength[3] * (2 * turn - 1),
             order=tuple(order.tolist()),
-            jitter=jittered < self.jitter_p,
-            grey=grey < self.grey_p,
-            sigma=low + (high - low) * spread if blurred < self.blur_p else 0.0,
+            jitter=jittered < self.color_jitter_prob,
+            gray=gray < self.grayscale_prob,
+            sigma=low + (high - low) * spread if blurred < self.blur_prob else 0.0,
         )
 
     def finish(self, images: Tensor, photometric: Photometric) -> Tensor:
-        """Apply the drawn parameters and normalise, on the device of the images.
+        """Apply the drawn parameters and normalize, on the device of the images.
 
         Args:
             images: (V, B, 3, H, W) uint8.
@@ -216,7 +226,7 @@ class ImageViews:
 
 
 class Preprocess:
-    """What evaluation does to a picture, CLIP's way: resize the shorter side, cut the centre, normalise.
+    """What evaluation does to a picture, CLIP's way: resize the shorter side, cut the center, normalize.
 
     Args:
         size: Side of the result in pixels.
@@ -250,7 +260,7 @@ class Preprocess:
         return batch.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1)).contiguous()
 
     def square(self, image: Image.Image) -> Image.Image:
-        """Resize the shorter side to `size`, bicubic, and cut out the centre, rounding as torchvision does."""
+        """Resize the shorter side to `size`, bicubic, and cut out the center, rounding as torchvision does."""
         width, height = image.size
         longest = LONGEST_SHAPE * min(width, height)
         if max(width, height) > longest:

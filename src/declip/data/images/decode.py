@@ -107,8 +107,8 @@ def upright(image: Image.Image) -> Image.Image:
     """Decode an opened image as RGB, turned by its EXIF orientation, transparent pixels over white."""
     image.load()
     turn = TURNS.get(orientation(image))
-    colours = rgb(image)
-    return colours if turn is None else colours.transpose(turn)
+    colors = rgb(image)
+    return colors if turn is None else colors.transpose(turn)
 
 
 def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
@@ -155,7 +155,7 @@ def check_file(path: Path, key: str) -> int:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: deep greys are scaled to 8 bits, transparent pixels lie over white."""
+    """Convert any mode to RGB: deep grays are scaled to 8 bits, transparent pixels lie over white."""
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
     if image.has_transparency_data:
@@ -166,7 +166,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale a grey image of 16 or 32 bits to 8, by its type's usual range: 0 to 65,535, or 0 to 1 for floats."""
+    """Scale a gray image of 16 or 32 bits to 8, by its type's usual range: 0 to 65,535, or 0 to 1 for floats."""
     values = np.asarray(image, np.float32)
     top = 65_535.0
     if image.mode == "F":

@@ -42,7 +42,7 @@ LARGEST_CONTENT = 100_000_000
 """Bytes of a file that are held undecoded."""
 
 SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")
-"""Colour spaces of which simplejpeg makes the same RGB as Pillow."""
+"""Color spaces of which simplejpeg makes the same RGB as Pillow."""
 
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
@@ -130,8 +130,8 @@ class JpegPicture:
         if simplejpeg is None:
             return None
         try:
-            stored_height, stored_width, colours, _ = simplejpeg.decode_jpeg_header(self.content)
-            if (stored_width, stored_height) != self._stored or colours not in SAME_EVERYWHERE:
+            stored_height, stored_width, colors, _ = simplejpeg.decode_jpeg_header(self.content)
+            if (stored_width, stored_height) != self._stored or colors not in SAME_EVERYWHERE:
                 return None
             least = {} if (width, height) == self._stored else {"min_width": width, "min_height": height}
             pixels = simplejpeg.decode_jpeg(self.content, **least)
@@ -187,7 +187,7 @@ class UndecodedPair:
     keywords: tuple[str, ...] = ()
 
 
-def undecoded(source: PairSource, index: int) -> UndecodedPair:
+def read_lazy(source: PairSource, index: int) -> UndecodedPair:
     """Read pair `index` without decoding more than its source must: by its own method `undecoded` where it has one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Colour jitter, grey and blur on whole batches, each sample with its own parameters.
+"""Color jitter, gray and blur on whole batches, each sample with its own parameters.
 
 The operations are torchvision's on float images, to float32 rounding: `adjust_brightness`, `adjust_contrast`,
 `adjust_saturation`, `adjust_hue`, `rgb_to_grayscale` and `gaussian_blur`. torchvision takes one parameter for
@@ -20,7 +20,7 @@ from torch import Tensor
 from declip.data.batch import Photometric
 
 LUMA = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue in a grey value, as torchvision has them (ITU-R 601-2)."""
+"""Weights of red, green and blue in a gray value, as torchvision has them (ITU-R 601-2)."""
 
 CHUNK_BYTES = 1 << 19
 """Float32 bytes of the images processed together on a CPU. With temporaries they stay in its second-level cache;
@@ -32,7 +32,7 @@ float32, which has 24 bits."""
 
 
 def apply(images: Tensor, photometric: Photometric, radius: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Apply the drawn parameters, then normalise.
+    """Apply the drawn parameters, then normalize.
 
     Args:
         images: (V, B, 3, H, W) uint8, on any device.
@@ -54,8 +54,8 @@ def apply(images: Tensor, photometric: Photometric, radius: int, mean: Tensor, s
         chunk = flat.index_select(0, rows).float().div_(255)
         for number in part.operations:
             JITTER[number](chunk, factors[number])
-        if part.grey.numel():
-            grey(chunk, part.grey.to(flat.device))
+        if part.gray.numel():
+            gray(chunk, part.gray.to(flat.device))
         if part.sigma.numel():
             blur(chunk[-len(part.sigma) :], part.sigma, radius)
         out.index_copy_(0, rows, chunk.sub_(mean).div_(std))
@@ -68,14 +68,14 @@ class _Part(NamedTuple):
     operations: tuple[int, ...]
     rows: Tensor  # (n,) int64, the samples among all V * B
     factors: Tensor  # (4, n) float32, by number of operation
-    grey: Tensor  # (m,) int64, which of the n become grey
+    gray: Tensor  # (m,) int64, which of the n become gray
     sigma: Tensor  # (k,) float32, of the last k of the n; the others are not blurred
 
 
 def _plan(photometric: Photometric, limit: int) -> Iterator[_Part]:
     """Group the samples by their operations, at most `limit` in a part, those with the widest blur last."""
-    jitter, is_grey, sigma = (
-        part.flatten().cpu().numpy() for part in (photometric.jitter, photometric.grey, photometric.sigma)
+    jitter, is_gray, sigma = (
+        part.flatten().cpu().numpy() for part in (photometric.jitter, photometric.gray, photometric.sigma)
     )
     factors = np.stack(
         [
@@ -105,7 +105,7 @@ def _plan(photometric: Photometric, limit: int) -> Iterator[_Part]:
                 operations=operations,
                 rows=torch.from_numpy(part),
                 factors=torch.from_numpy(factors[:, part]),
-                grey=torch.from_numpy(np.flatnonzero(is_grey[part])),
+                gray=torch.from_numpy(np.flatnonzero(is_gray[part])),
                 sigma=torch.from_numpy(sigma[part][sigma[part] > 0]),
             )
 
@@ -116,19 +116,19 @@ def brightness(images: Tensor, factor: Tensor) -> None:
 
 
 def contrast(images: Tensor, factor: Tensor) -> None:
-    """Move each image away from, or towards, its own mean grey value, in place."""
+    """Move each image away from, or towards, its own mean gray value, in place."""
     level = images.mean(dim=(2, 3)) @ images.new_tensor(LUMA)
     images.mul_(factor.view(-1, 1, 1, 1)).add_((level * (1 - factor)).view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def saturation(images: Tensor, factor: Tensor) -> None:
-    """Move each pixel away from, or towards, its own grey value, in place."""
+    """Move each pixel away from, or towards, its own gray value, in place."""
     level = _luma(images).mul_((1 - factor).view(-1, 1, 1, 1))
     images.mul_(factor.view(-1, 1, 1, 1)).add_(level).clamp_(0, 1)
 
 
 def hue(images: Tensor, shift: Tensor) -> None:
-    """Turn the colour circle by `shift` (n,), in turns, in place; lightness and chroma of each pixel stay.
+    """Turn the color circle by `shift` (n,), in turns, in place; lightness and chroma of each pixel stay.
 
     torchvision goes through HSV with a choice of six sectors. The same in closed form, in sixths of a turn:
     with M, m the largest and smallest channel and C = M - m, a pixel's hue is
@@ -146,8 +146,8 @@ def hue(images: Tensor, shift: Tensor) -> None:
     images.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma.unsqueeze(1)).add_(low.unsqueeze(1))
 
 
-def grey(images: Tensor, rows: Tensor) -> None:
-    """Replace the colours of the images `rows` (m,) by their grey value, in place."""
+def gray(images: Tensor, rows: Tensor) -> None:
+    """Replace the colors of the images `rows` (m,) by their gray value, in place."""
     images.index_copy_(0, rows, _luma(images.index_select(0, rows)).expand(-1, 3, -1, -1))
 
 
@@ -178,10 +178,10 @@ def blur(images: Tensor, sigma: Tensor, radius: int) -> None:
 
 
 def _luma(images: Tensor) -> Tensor:
-    """The grey value of each pixel: (n, 3, H, W) to (n, 1, H, W)."""
+    """The gray value of each pixel: (n, 3, H, W) to (n, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 JITTER = (brightness, contrast, saturation, hue)
-"""The operations of the colour jitter by their number in `Photometric.order`."""
+"""The operations of the color jitter by their number in `Photometric.order`."""

@@ -12,7 +12,7 @@ SIZE = 256
 """Pixels of the shorter side: 1.15 times a view of 224, rounded."""
 
 FEW_COLOURS = 256
-"""A picture of at most so many colours is a drawing, which may be smaller as PNG, and without blemish."""
+"""A picture of at most so many colors is a drawing, which may be smaller as PNG, and without blemish."""
 
 LONGEST_JPEG = 65_500
 """Pixels, libjpeg's limit."""
@@ -21,7 +21,7 @@ SCALED_TO = 2
 """A JPEG is decoded no larger than this many times the result: the filter that shrinks it does the rest."""
 
 
-def shrunk(picture: Picture, size: int, quality: int) -> tuple[str, bytes]:
+def downscaled_bytes(picture: Picture, size: int, quality: int) -> tuple[str, bytes]:
     """Make a file of a picture.
 
     Args:

@@ -51,7 +51,7 @@ class FolderSource:
         key, path = self._place(index)
         return Pair(key, decode(path, key), captions)
 
-    def undecoded(self, index: int) -> UndecodedPair:
+    def read_lazy(self, index: int) -> UndecodedPair:
         """The pair with its picture opened only; raises `BrokenPair`."""
         captions = self.captions(index)
         key, path = self._place(index)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from declip.data.images.lazy import UndecodedPair, undecoded
+from declip.data.images.lazy import UndecodedPair, read_lazy
 from declip.data.sampling import Part, blocks_of
 from declip.data.sources.subset import Subset
 from declip.errors import UserError
@@ -81,9 +81,9 @@ class Mixture:
         source, inner = self.locate(index)
         return source[inner]
 
-    def undecoded(self, index: int) -> UndecodedPair:
+    def read_lazy(self, index: int) -> UndecodedPair:
         """The pair with its picture as little decoded as its source can; raises `BrokenPair`."""
-        return undecoded(*self.locate(index))
+        return read_lazy(*self.locate(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of a pair, without its image."""
@@ -111,7 +111,9 @@ class Mixture:
         """
         sizes = [len(each.source) for each in self.sources]
         if count > self.distinct:
-            raise UserError(f"data.pairs={count}, but '{self.name}' has {self.distinct}. Ask for at most that many.")
+            raise UserError(
+                f"data.max_pairs={count}, but '{self.name}' has {self.distinct}. Ask for at most that many."
+            )
         order = np.random.default_rng((seed, self.distinct)).permutation(self.distinct)
         ends = np.cumsum(sizes)
         places = np.sort(order[:count])

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from declip.data.pair import BrokenPair
 from declip.errors import UserError
-from declip.io.memo import made_once
+from declip.io.memo import cached_table
 
 LONGEST_ROW = 16 << 20
 """Bytes. A longer row is a file with a lost quote or line end, not a pair."""
@@ -67,7 +67,7 @@ class JsonLines:
         if not path.stat().st_size:
             raise UserError(f"The table '{path}' is empty. It needs a row for each pair.")
         self._bytes = np.memmap(path, np.uint8, "r")
-        table = self._find() if len(self._bytes) <= LARGE_TEXT else made_once(path, "jsonl", 1, self._write)
+        table = self._find() if len(self._bytes) <= LARGE_TEXT else cached_table(path, "jsonl", 1, self._write)
         self._starts, self._lines = (whole(table[name]).to_numpy() for name in ("start", "line"))
         if not len(self):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
@@ -184,7 +184,7 @@ class Delimited:
             table = self._read(image, caption)
         else:
             made_of = (self.delimiter, image, caption)
-            table = made_once(self.path, "csv", made_of, lambda to: write_mapped(self._read(image, caption), to))
+            table = cached_table(self.path, "csv", made_of, lambda to: write_mapped(self._read(image, caption), to))
         self._row, self._images, self._captions = (whole(table[name]) for name in ("row", "image", "captions"))
         self._damaged: list[tuple[int, str]] = json.loads(table.schema.metadata[DAMAGED])
 
@@ -338,7 +338,7 @@ class ParquetRows:
                 for batch in self._batches(columns):
                     writer.write_batch(batch)
 
-        return made_once(self.path, "parquet", columns, copy)
+        return cached_table(self.path, "parquet", columns, copy)
 
     def __len__(self) -> int:
         return self._file.metadata.num_rows

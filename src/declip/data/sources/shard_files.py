@@ -11,7 +11,7 @@ from pathlib import Path
 from declip.data.sources import remote
 from declip.data.sources.shard_names import expand, is_url
 from declip.errors import UserError
-from declip.io.atomic import DAY, cache_folder, written_beside
+from declip.io.atomic import DAY, atomic_write, cache_folder
 from declip.io.memo import locked
 from declip.io.open_file import OpenFile
 
@@ -131,7 +131,7 @@ class ShardFiles:
         with locked(f"copies-{int(shard.state[:8], 16) % LOCKS}"):
             if not copy.exists():
                 try:
-                    with written_beside(copy) as beside:
+                    with atomic_write(copy) as beside:
                         remote.fetch(shard.name, beside, shard.size)
                 except remote.Unreachable as error:
                     self._failed[shard.state] = time.monotonic(), str(error)

@@ -13,7 +13,7 @@ import torch
 from declip.data.images.decode import EXTENSIONS
 from declip.data.sources.tar_members import DamagedTar, Member, members
 from declip.errors import UserError
-from declip.io.atomic import cache_folder, written_beside
+from declip.io.atomic import atomic_write, cache_folder
 from declip.io.memo import locked
 from declip.io.open_file import OpenFile
 
@@ -80,7 +80,7 @@ def make_index(file: OpenFile, name: str, state: str) -> Index:
         UserError: It cannot be read at all, is compressed, or the cache cannot be written to.
     """
     batch = scan(file, name)
-    with written_beside(_place(state)) as beside, pa.ipc.new_file(str(beside), batch.schema) as writer:
+    with atomic_write(_place(state)) as beside, pa.ipc.new_file(str(beside), batch.schema) as writer:
         writer.write_batch(batch)
     return Index(batch)
 

@@ -82,7 +82,7 @@ class ShardSource:
         captions, keywords = entry.texts()
         return Pair(entry.key, decode(entry.content("image", LARGEST_IMAGE), entry.key), captions, keywords)
 
-    def undecoded(self, index: int) -> UndecodedPair:
+    def read_lazy(self, index: int) -> UndecodedPair:
         """The pair with its picture opened only; raises `BrokenPair`."""
         entry = _Entry(self, index)
         captions, keywords = entry.texts()

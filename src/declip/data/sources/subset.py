@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from declip.data.images.lazy import UndecodedPair, undecoded
+from declip.data.images.lazy import UndecodedPair, read_lazy
 from declip.data.pair import Pair, PairSource
 from declip.errors import UserError
 
@@ -32,9 +32,9 @@ class Subset:
         """Raises BrokenPair as the source does."""
         return self.source[int(self.indices[index])]
 
-    def undecoded(self, index: int) -> UndecodedPair:
+    def read_lazy(self, index: int) -> UndecodedPair:
         """The pair with its picture as little decoded as the source can; raises `BrokenPair`."""
-        return undecoded(self.source, int(self.indices[index]))
+        return read_lazy(self.source, int(self.indices[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of a pair, without its image."""
@@ -48,6 +48,6 @@ def take(source: PairSource, count: int, seed: int) -> Subset:
         UserError: the source has fewer.
     """
     if count > len(source):
-        raise UserError(f"data.pairs={count}, but '{source.name}' has {len(source)}. Ask for at most that many.")
+        raise UserError(f"data.max_pairs={count}, but '{source.name}' has {len(source)}. Ask for at most that many.")
     order = np.random.default_rng((seed, len(source))).permutation(len(source))
     return Subset(source, np.sort(order[:count]))

@@ -116,7 +116,7 @@ class TableSource:
         """The image of pair `index`, without its captions; raises `BrokenPair`."""
         return decode(self._content(index), self.rows.key(index))
 
-    def undecoded(self, index: int) -> UndecodedPair:
+    def read_lazy(self, index: int) -> UndecodedPair:
         """The pair with its picture opened only; raises `BrokenPair`."""
         captions, key = self.captions(index), self.rows.key(index)
         return UndecodedPair(key, open_picture(self._content(index), key), captions)

@@ -14,7 +14,7 @@ SPECIALS = ("start", "end", "mask", "padding")
 
 
 class HuggingfaceTokenizer(CaptionTokenizer):
-    """Turns texts into the ids that an encoder was trained with; its own normaliser cleans them.
+    """Turns texts into the ids that an encoder was trained with; its own normalizer cleans them.
 
     Ids equal those of transformers for every text, but for one thing: "[SEP]" and the like in a text are spelled out,
     so that special ids stand only where this class or `mask_tokens` puts them.

@@ -2,7 +2,7 @@
 
 Ids: 256 bytes inside a word, 256 bytes at a word's end, one per merge, then start, end, mask. With all of
 CLIP's merges these are CLIP's own 49,408 ids and the mask, id 49,408. The merges are OpenAI's, under the MIT
-licence in assets/LICENSE.clip.txt.
+license in assets/LICENSE.clip.txt.
 """
 
 import gzip

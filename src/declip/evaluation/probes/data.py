@@ -1,4 +1,4 @@
-"""What a probe learns from and is measured on: labelled features of three splits."""
+"""What a probe learns from and is measured on: labeled features of three splits."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.evaluation.datasets import Dataset, LabelledSource, with_classes
+from declip.evaluation.datasets import Dataset, LabeledSource, with_classes
 from declip.evaluation.feature_cache import FeatureCache
 
 HELD_OUT = 0.2
@@ -17,7 +17,7 @@ HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Features with their classes.
 
     Attributes:
@@ -31,14 +31,14 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: np.ndarray | Tensor) -> "Labelled":
+    def take(self, rows: np.ndarray | Tensor) -> "Labeled":
         """Some of the rows."""
         rows = torch.as_tensor(rows)
-        return Labelled(self.features[rows], self.labels[rows])
+        return Labeled(self.features[rows], self.labels[rows])
 
-    def join(self, other: "Labelled") -> "Labelled":
+    def join(self, other: "Labeled") -> "Labeled":
         """These rows, then the other's."""
-        return Labelled(torch.cat([self.features, other.features]), torch.cat([self.labels, other.labels]))
+        return Labeled(torch.cat([self.features, other.features]), torch.cat([self.labels, other.labels]))
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class ProbeData:
 
     on: str
     classes: int
-    train: Labelled
-    validation: Labelled
-    test: Labelled
+    train: Labeled
+    validation: Labeled
+    test: Labeled
     held_out: str = "validation split"
     features: str = "backbone"
     metric: str = "top1"
@@ -136,13 +136,13 @@ def read_probe_data(dataset: Dataset, cache: FeatureCache, device: torch.device 
     Raises:
         UserError: not one image of a split can be read.
     """
-    parts: dict[str, Labelled] = {}
+    parts: dict[str, Labeled] = {}
     skipped: Counter[str] = Counter()
     splits = _splits(dataset)
     for which, source in splits.items():
         found = cache.images(source, which)
         labels = torch.from_numpy(np.asarray(source.labels, dtype=np.int64)[found.indices])
-        parts[which] = Labelled(found.features, labels)
+        parts[which] = Labeled(found.features, labels)
         skipped.update(found.skipped.counts)
     held_out = "validation split"
     if "validation" not in parts:
@@ -200,7 +200,7 @@ def score(right: np.ndarray, labels: np.ndarray, metric: str = "top1") -> float:
     return float((np.bincount(labels, weights=right)[size > 0] / size[size > 0]).mean())
 
 
-def _splits(dataset: Dataset) -> dict[str, LabelledSource]:
+def _splits(dataset: Dataset) -> dict[str, LabeledSource]:
     names = [which for which in ("train", "validation", "test") if dataset.has(which)]
     return {which: with_classes(dataset.split(which)) for which in names}
 

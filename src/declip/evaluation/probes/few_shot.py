@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from declip.errors import UserError
-from declip.evaluation.probes.data import Labelled, ProbeData, by_class, score
+from declip.evaluation.probes.data import Labeled, ProbeData, by_class, score
 from declip.evaluation.probes.linear import is_right, sweep
 from declip.evaluation.probes.logistic import LogisticProblem
 from declip.evaluation.probes.results import FewShotResult, Shots
@@ -41,7 +41,7 @@ def few_shot_probe(data: ProbeData, shots: Sequence[int] = SHOTS, seeds: int = S
     )
 
 
-def draw(rows: Labelled, count: int, seed: int) -> Labelled:
+def draw(rows: Labeled, count: int, seed: int) -> Labeled:
     """Draw up to `count` rows of each class; a smaller count with the same seed draws some of the same rows."""
     generator = np.random.default_rng(seed)
     chosen = [generator.permutation(places)[:count] for places in by_class(rows.labels.numpy())]

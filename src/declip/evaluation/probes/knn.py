@@ -1,4 +1,4 @@
-"""The nearest-neighbour probe: the nearest training images vote, and nothing is fitted."""
+"""The nearest-neighbor probe: the nearest training images vote, and nothing is fitted."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ BLOCK = 1 << 25
 
 def knn_probe(
     data: ProbeData,
-    neighbours: Sequence[int] = NEIGHBOURS,
+    neighbors: Sequence[int] = NEIGHBOURS,
     *,
     temperature: float = TEMPERATURE,
     block: int = BLOCK,
@@ -27,26 +27,26 @@ def knn_probe(
     """Let the k nearest of the training and validation images vote on each test image.
 
     The vote is Wu et al. 2018's ("Unsupervised Feature Learning via Non-Parametric Instance Discrimination"), as in
-    DINO: a neighbour with cosine s adds exp(s / temperature) to its class. With k = 1 it is the nearest image's
+    DINO: a neighbor with cosine s adds exp(s / temperature) to its class. With k = 1 it is the nearest image's
     class. Every k is reported and none chosen. Classes with equal votes count against the model, so top-5 needs the
-    class to be among the neighbours.
+    class to be among the neighbors.
 
     Args:
         data: The splits of a set, encoded.
-        neighbours: Values of k; those beyond the number of training images become it.
+        neighbors: Values of k; those beyond the number of training images become it.
         temperature: Of the weights.
         block: At most about this many cosines are held at a time.
 
     Raises:
         UserError: a k below 1, or a temperature that is not above 0.
     """
-    if not neighbours or min(neighbours) < 1 or temperature <= 0:
+    if not neighbors or min(neighbors) < 1 or temperature <= 0:
         raise UserError(
-            f"k is {list(neighbours)} with temperature {temperature}; give one k or more, each 1 or more, and a "
+            f"k is {list(neighbors)} with temperature {temperature}; give one k or more, each 1 or more, and a "
             "temperature above 0."
         )
     bank = data.train.join(data.validation)
-    wanted = sorted({min(k, len(bank)) for k in neighbours})
+    wanted = sorted({min(k, len(bank)) for k in neighbors})
     features, labels = normalize(bank.features.to(data.device), dim=1), bank.labels.to(data.device)
     ranks: dict[int, list[Tensor]] = {k: [] for k in wanted}
     rows = max(1, block // max(len(bank), data.classes))
@@ -75,8 +75,8 @@ def vote_ranks(weights: Tensor, voters: Tensor, own: Tensor, classes: int) -> Te
     """Rank of each row's own class by its votes, 1 being the first; equal votes count against it.
 
     Args:
-        weights: (n, k) what each neighbour's vote weighs.
-        voters: (n, k) int64, the neighbours' classes.
+        weights: (n, k) what each neighbor's vote weighs.
+        voters: (n, k) int64, the neighbors' classes.
         own: (n,) int64, the rows' classes.
         classes: How many there are.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from declip.evaluation.probes.data import Labelled, ProbeData, score
+from declip.evaluation.probes.data import Labeled, ProbeData, score
 from declip.evaluation.probes.logistic import Classifier, LogisticProblem
 from declip.evaluation.probes.results import LinearProbeResult, SweepPoint
 
@@ -18,7 +18,7 @@ COARSE = 16
 def linear_probe(data: ProbeData) -> LinearProbeResult:
     """Choose C on the validation images, fit on these and the training images, measure on the test images.
 
-    This is CLIP's protocol (Radford et al. 2021, appendix A.3): features before the projection, not normalised, no
+    This is CLIP's protocol (Radford et al. 2021, appendix A.3): features before the projection, not normalized, no
     augmentation, L-BFGS with at most 1,000 iterations. A fit starts from one that the sweep made before.
 
     Args:
@@ -48,7 +48,7 @@ def linear_probe(data: ProbeData) -> LinearProbeResult:
 def sweep(problem: LogisticProblem, data: ProbeData) -> tuple[Classifier, list[SweepPoint]]:
     """Find the C with the best score on the validation images, in 15 fits instead of 97.
 
-    First come C = 1e-6, 1e-4, … 1e6. Then the values half-way to the best one's neighbours are tried, and the step is
+    First come C = 1e-6, 1e-4, … 1e6. Then the values half-way to the best one's neighbors are tried, and the step is
     halved until it is an eighth of a decade: CLIP's search. Of equal scores the one with the smaller cross entropy is
     better, which CLIP leaves open. Where the score has one peak as a function of C this finds the peak of all 97
     values; where it has several, or runs level between two values, it may find a lower one.
@@ -84,7 +84,7 @@ def sweep(problem: LogisticProblem, data: ProbeData) -> tuple[Classifier, list[S
     return fits[best()], [points[step] for step in sorted(points)]
 
 
-def is_right(classifier: Classifier, rows: Labelled, data: ProbeData) -> np.ndarray:
+def is_right(classifier: Classifier, rows: Labeled, data: ProbeData) -> np.ndarray:
     """(n,) bool, whether each row's class is the likeliest one; computed on the data's device."""
     return (classifier.predict(rows.features.to(data.device)).cpu() == rows.labels).numpy()
 

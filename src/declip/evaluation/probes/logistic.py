@@ -80,7 +80,7 @@ class LogisticProblem:
     W[0] = -W[1], so that is the same as halving C here, and C is halved.
 
     Two changes of variables leave the minimum where it is and cost few iterations instead of many. The features are
-    centred, which the bias takes up. And L-BFGS moves in coordinates in which the loss is about equally curved
+    centerd, which the bias takes up. And L-BFGS moves in coordinates in which the loss is about equally curved
     every way: its Hessian is nearly k S + I / (C n), with the features' covariance S and the curvature k of the
     softmax, which is bounded this way by Böhning (1992), "Multinomial logistic regression algorithm".
 
@@ -186,7 +186,7 @@ class LogisticProblem:
 
         Args:
             weight: (K, d) float64.
-            bias: (K,) float64, of the centred features.
+            bias: (K,) float64, of the centerd features.
             penalty: 1 / (C n).
 
         Returns:

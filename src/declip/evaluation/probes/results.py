@@ -1,4 +1,4 @@
-"""What the probes return: linear, nearest neighbours, few images a class."""
+"""What the probes return: linear, nearest neighbors, few images a class."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -127,7 +127,7 @@ class KNNResult(ProbeResult):
     """A vote of the nearest training images.
 
     Attributes:
-        temperature: A neighbour of cosine s has the weight exp(s / temperature).
+        temperature: A neighbor of cosine s has the weight exp(s / temperature).
         votes: One for each k, ascending.
     """
 

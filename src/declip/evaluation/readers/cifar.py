@@ -6,7 +6,7 @@ from pathlib import Path
 from torchvision import datasets
 
 from declip.evaluation.prompt_sets import class_names
-from declip.evaluation.readers.images import LabelledArrays
+from declip.evaluation.readers.images import LabeledArrays
 from declip.evaluation.readers.layout import opened, require
 from declip.evaluation.readers.splits import Openers
 
@@ -25,9 +25,9 @@ def cifar(name: str, root: Path) -> Openers:
     return {"train": partial(_split, name, root, True), "test": partial(_split, name, root, False)}
 
 
-def _split(name: str, root: Path, train: bool) -> LabelledArrays:
-    def read() -> LabelledArrays:
+def _split(name: str, root: Path, train: bool) -> LabeledArrays:
+    def read() -> LabeledArrays:
         found = KINDS[name](root, train=train, download=False)
-        return LabelledArrays(name, found.data, found.targets, class_names(name, found.classes))
+        return LabeledArrays(name, found.data, found.targets, class_names(name, found.classes))
 
     return opened(name, root, read)

@@ -9,7 +9,7 @@ from typing import Any
 from torchvision import datasets
 
 from declip.evaluation.prompt_sets import class_names, read_prompts
-from declip.evaluation.readers.images import LabelledFiles
+from declip.evaluation.readers.images import LabeledFiles
 from declip.evaluation.readers.layout import below, opened, require
 from declip.evaluation.readers.splits import Openers
 
@@ -103,14 +103,14 @@ def fine_grained(name: str, root: Path) -> Openers:
     return {which: partial(_split, name, root, own) for which, own in reader.splits.items()}
 
 
-def _split(name: str, root: Path, split: str) -> LabelledFiles:
+def _split(name: str, root: Path, split: str) -> LabeledFiles:
     return opened(name, root, lambda: _read_split(name, root, split))
 
 
-def _read_split(name: str, root: Path, split: str) -> LabelledFiles:
+def _read_split(name: str, root: Path, split: str) -> LabeledFiles:
     reader = READERS[name]
     found = reader.kind(root, split=split, download=False)
     paths, labels = reader.found(found)
     # Flowers' own files only number the classes, from 1.
     raw = list(read_prompts(name).classes) if name == "flowers102" else found.classes
-    return LabelledFiles(name, root, below(root, paths), labels, class_names(name, raw))
+    return LabeledFiles(name, root, below(root, paths), labels, class_names(name, raw))

@@ -11,7 +11,7 @@ from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import is_unicode, printable
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import class_names, read_prompts
-from declip.evaluation.readers.images import LabelledFiles
+from declip.evaluation.readers.images import LabeledFiles
 from declip.evaluation.readers.layout import below, require
 from declip.evaluation.readers.splits import Openers, drawn_split
 
@@ -50,7 +50,7 @@ def image_folder(name: str, root: Path) -> Openers:
     if len(raw) < 2:
         raise UserError(f"'{root}' needs one folder of images a class, at least two; it has {len(raw)}.")
     shown = [each.replace("_", " ") for each in raw]
-    return {which: partial(_labelled, name, folder, raw, shown) for which, folder in folders.items()}
+    return {which: partial(_labeled, name, folder, raw, shown) for which, folder in folders.items()}
 
 
 def caltech101(name: str, root: Path) -> Openers:
@@ -79,10 +79,10 @@ def imagenet(name: str, root: Path) -> Openers:
     """
     require(name, root, ["val/"])
     raw = _exactly(name, root / "val", list(read_prompts("imagenet").classes))
-    openers = {"test": partial(_labelled, name, root / "val", raw, class_names("imagenet", raw))}
+    openers = {"test": partial(_labeled, name, root / "val", raw, class_names("imagenet", raw))}
     if (root / "train").is_dir():
         _exactly(name, root / "train", raw)
-        openers["train"] = partial(_labelled, name, root / "train", raw, class_names("imagenet", raw))
+        openers["train"] = partial(_labeled, name, root / "train", raw, class_names("imagenet", raw))
     return openers
 
 
@@ -95,7 +95,7 @@ def imagenet_test(name: str, root: Path) -> Openers:
         UserError: a folder of a class is missing, or there are others.
     """
     raw = _exactly(name, root, wnids_of(name))
-    return {"test": partial(_labelled, name, root, raw, class_names("imagenet", raw))}
+    return {"test": partial(_labeled, name, root, raw, class_names("imagenet", raw))}
 
 
 def imagenet_v2(name: str, root: Path) -> Openers:
@@ -106,7 +106,7 @@ def imagenet_v2(name: str, root: Path) -> Openers:
     """
     wnids = list(read_prompts("imagenet").classes)
     raw = _exactly(name, root, [str(number) for number in range(len(wnids))])
-    return {"test": partial(_labelled, name, root, raw, class_names("imagenet", wnids))}
+    return {"test": partial(_labeled, name, root, raw, class_names("imagenet", wnids))}
 
 
 def wnids_of(name: str) -> list[str]:
@@ -132,17 +132,17 @@ def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
     return raw
 
 
-def _labelled(name: str, folder: Path, raw: Sequence[str], shown: Sequence[str]) -> LabelledFiles:
+def _labeled(name: str, folder: Path, raw: Sequence[str], shown: Sequence[str]) -> LabeledFiles:
     """The images of all classes, in the order of the classes' folders and then of the paths."""
     rows = _images(folder, raw)
-    return LabelledFiles(name, folder, below(folder, (path for path, _ in rows)), [label for _, label in rows], shown)
+    return LabeledFiles(name, folder, below(folder, (path for path, _ in rows)), [label for _, label in rows], shown)
 
 
-def _drawn(name: str, folder: Path, raw: Sequence[str], which: str) -> LabelledFiles:
+def _drawn(name: str, folder: Path, raw: Sequence[str], which: str) -> LabeledFiles:
     rows = _images(folder, raw)
     places = drawn_split([label for _, label in rows], train=30)[which]
     keys = below(folder, (rows[place][0] for place in places))
-    return LabelledFiles(name, folder, keys, [rows[place][1] for place in places], class_names(name, raw))
+    return LabeledFiles(name, folder, keys, [rows[place][1] for place in places], class_names(name, raw))
 
 
 def _images(folder: Path, raw: Sequence[str]) -> list[tuple[str, int]]:

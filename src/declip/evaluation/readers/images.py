@@ -45,7 +45,7 @@ class _Files:
         raise NotImplementedError
 
 
-class LabelledFiles(_Files):
+class LabeledFiles(_Files):
     """Image files with a class each; the caption is the class name alone.
 
     Args:
@@ -86,7 +86,7 @@ class CaptionedFiles(_Files):
         return clean_captions(self._captions[index].as_py(), self.key(index))
 
 
-class LabelledArrays:
+class LabeledArrays:
     """Images held in memory with a class each; the caption is the class name alone.
 
     Args:

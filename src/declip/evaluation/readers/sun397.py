@@ -7,7 +7,7 @@ from torchvision import datasets
 
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import class_names
-from declip.evaluation.readers.images import LabelledFiles
+from declip.evaluation.readers.images import LabeledFiles
 from declip.evaluation.readers.layout import below, opened, require
 from declip.evaluation.readers.splits import Openers, drawn_split
 
@@ -32,11 +32,11 @@ def sun397(name: str, root: Path) -> Openers:
     return {which: partial(_split, name, root, which) for which in LISTS}
 
 
-def _split(name: str, root: Path, which: str) -> LabelledFiles:
+def _split(name: str, root: Path, which: str) -> LabeledFiles:
     return opened(name, root, lambda: _read_split(name, root, which))
 
 
-def _read_split(name: str, root: Path, which: str) -> LabelledFiles:
+def _read_split(name: str, root: Path, which: str) -> LabeledFiles:
     folder = root / "SUN397"
     where = next(
         (root / place for place in PLACES if all((root / place / file).is_file() for file in LISTS.values())), None
@@ -56,4 +56,4 @@ def _read_split(name: str, root: Path, which: str) -> LabelledFiles:
         places = drawn_split([label for _, label in rows], PER_CLASS, PER_CLASS)[which]
         keys, labels = [rows[place][0] for place in places], [rows[place][1] for place in places]
         classes = found.classes
-    return LabelledFiles(name, folder, keys, labels, class_names(name, [raw.replace("/", " ") for raw in classes]))
+    return LabeledFiles(name, folder, keys, labels, class_names(name, [raw.replace("/", " ") for raw in classes]))

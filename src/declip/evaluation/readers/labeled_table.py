@@ -30,7 +30,7 @@ LONGEST_LABEL = 1_000
 Cell = str | BrokenPair
 
 
-class LabelledRows:
+class LabeledRows:
     """Some rows of a table, with a class each.
 
     Args:
@@ -94,7 +94,7 @@ def label_column_of(path: Path, given: str | None) -> str | None:
     return next((lower[name] for name in LABEL_NAMES if name in lower), None)
 
 
-def labelled_table(path: Path, label_column: str) -> Openers:
+def labeled_table(path: Path, label_column: str) -> Openers:
     """Open a table by its labels; `class_names` are the sorted distinct labels of all its splits.
 
     In a Parquet file that Hugging Face's `datasets` wrote, numbers stand for the names in its metadata. A column
@@ -122,7 +122,7 @@ def labelled_table(path: Path, label_column: str) -> Openers:
             broken[row] = BrokenPair("missing label", table.rows.key(row), f"'{cell}' is none of the classes")
     splits = _splits(path, image, lower.get(SPLIT_COLUMN), len(table))
     return {
-        which: partial(LabelledRows, table, rows, labels[rows], names, _within(broken, rows), captioned)
+        which: partial(LabeledRows, table, rows, labels[rows], names, _within(broken, rows), captioned)
         for which, rows in splits.items()
     }
 

@@ -11,7 +11,7 @@ const run = latest(async (current) => {
   const where = document.querySelector("[name=where]:checked");
   if (!where) return say("There is no queue and there are no vectors of captions to look among.", "bad");
   say("Looking …", "busy");
-  const found = await ask(`/api/neighbours?${new URLSearchParams({ text, where: where.value })}`);
+  const found = await ask(`/api/neighbors?${new URLSearchParams({ text, where: where.value })}`);
   if (!current()) return;
   find("hits").replaceChildren(...found.hits.map((hit) => entry(hit, text)));
   const place = found.where === "queue" ? "entries of the run’s queue, each pair once" : "captions of the index";

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from safetensors.torch import load, save
 
 from declip.supervision import nearest_neighbor as module
-from declip.supervision.nearest_neighbor import Queue, neighbour_contrast
+from declip.supervision.nearest_neighbor import Queue, neighbor_contrast
 
 WIDTH = 4
 
@@ -85,7 +85,7 @@ def assert_same(queue, other):
 
 @pytest.mark.parametrize("bank", [0, 1, 2])
 def test_against_the_authors_bank(golden, bank):
-    """Same slots, pointer and neighbours, but the rows that they drop at the end go on at the front.
+    """Same slots, pointer and neighbors, but the rows that they drop at the end go on at the front.
 
     Theirs starts from random vectors and stores what it is given; ours stores rows of length 1. So each of their
     states is put in, and where they fill the end exactly or not at all the outcomes are the same.
@@ -194,7 +194,7 @@ def test_in_bfloat16_the_cosine_found_is_the_best_within_rounding():
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("held", [64 * 300, 65 * 300 + 7, 300])
 def test_searching_in_blocks_finds_the_same(monkeypatch, dtype, held):
-    """Each query's product is its own, so that blocks of 64, of 65 and of one query change no neighbour."""
+    """Each query's product is its own, so that blocks of 64, of 65 and of one query change no neighbor."""
     generator = torch.Generator().manual_seed(5)
     queue = Queue(400, 32)
     queue.push(torch.randn(300, 32, generator=generator))
@@ -242,7 +242,7 @@ def test_never_waits_for_the_device(no_device_reads):
         for count in (3, 3, 9):
             queue.push(torch.ones(count, WIDTH), torch.arange(count))
             found, _ = queue.nearest(torch.ones(2, WIDTH))
-            neighbour_contrast(found[None], found[None], found[None], 10.0)
+            neighbor_contrast(found[None], found[None], found[None], 10.0)
         assert len(queue) == 5
 
 
@@ -267,47 +267,47 @@ def loop_contrast(row_views, key_views, scale, offset):
 @pytest.mark.parametrize("offset", [0, 2])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_contrast_equals_a_plain_loop(units, offset, symmetric):
-    images, neighbours, image_keys, keys = units(2, 3, 5), units(2, 3, 5), units(2, 6, 5), units(2, 6, 5)
+    images, neighbors, image_keys, keys = units(2, 3, 5), units(2, 3, 5), units(2, 6, 5), units(2, 6, 5)
     expected = loop_contrast(images, keys, 12.0, offset)
     if symmetric:
-        expected = (expected + loop_contrast(neighbours, image_keys, 12.0, offset)) / 2
-    found = neighbour_contrast(images, neighbours, keys, 12.0, offset, symmetric, image_keys)
+        expected = (expected + loop_contrast(neighbors, image_keys, 12.0, offset)) / 2
+    found = neighbor_contrast(images, neighbors, keys, 12.0, offset, symmetric, image_keys)
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_contrast_gradients_reach_images_and_scale_only(units, check_gradients, symmetric):
-    neighbours, keys = units(2, 2, 3).requires_grad_(), units(2, 4, 3).requires_grad_()
+    neighbors, keys = units(2, 2, 3).requires_grad_(), units(2, 4, 3).requires_grad_()
     images, image_keys = units(2, 2, 3), units(2, 4, 3)
     scale = torch.tensor(5.0, dtype=torch.float64)
     inputs = (images, scale, image_keys) if symmetric else (images, scale)
 
     def term(images, scale, image_keys=None):
-        return neighbour_contrast(images, neighbours, keys, scale, 1, symmetric, image_keys)
+        return neighbor_contrast(images, neighbors, keys, scale, 1, symmetric, image_keys)
 
     check_gradients(term, *inputs)
     leaf = images.clone().requires_grad_()
     term(leaf, scale, image_keys).backward()
     assert leaf.grad.abs().sum() > 0
-    assert neighbours.grad is None
+    assert neighbors.grad is None
     assert keys.grad is None
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_contrast_of_ranks_together_equals_the_whole_batch(units, check_ranks, symmetric):
-    neighbours = units(2, 6, 5)
+    neighbors = units(2, 6, 5)
 
     def term(images, image_keys, offset):
-        own = neighbours.narrow(1, offset, images.shape[1])
-        return neighbour_contrast(images, own, neighbours, 9.0, offset, symmetric, image_keys)
+        own = neighbors.narrow(1, offset, images.shape[1])
+        return neighbor_contrast(images, own, neighbors, 9.0, offset, symmetric, image_keys)
 
     check_ranks(term, units(2, 6, 5), batch_dim=1)
 
 
 def test_contrast_precision_and_range(units, check_precision):
-    check_precision(lambda x, n: neighbour_contrast(x, n, n, 100.0, 0, True, x), units(2, 4, 8), units(2, 4, 8))
+    check_precision(lambda x, n: neighbor_contrast(x, n, n, 100.0, 0, True, x), units(2, 4, 8), units(2, 4, 8))
     images = torch.eye(4).expand(2, 4, 4).clone().requires_grad_()
-    loss = neighbour_contrast(images, -images, -images, 100.0)
+    loss = neighbor_contrast(images, -images, -images, 100.0)
     loss.backward()
     assert loss.item() == pytest.approx(100 + math.log(3), rel=1e-6)
     assert images.grad.isfinite().all()
