@@ -29,7 +29,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.supervision.masked_language import IGNORED
 from declip.supervision.objective import Objective
-from declip.training.learner import build_learner
+from declip.training.parallel import build_learner
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.setup import image_views
 from declip.training.step import StepParts, training_step
@@ -72,7 +72,7 @@ def prepare(recipe: Recipe) -> tuple[StepParts, PairBatch]:
     """What a step needs."""
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).train()
-    objective = Objective.for_model(recipe, model).train()
+    objective = Objective(recipe, model).train()
     if objective.queue is not None:
         objective.queue.fill(torch.randn(objective.queue.size, recipe.embed_dim))
     views = image_views(recipe)
@@ -99,7 +99,7 @@ def one_step(recipe: Recipe) -> dict[str, float]:
         "GB of pictures": round(batch.images.nbytes / 1e9, 3),
         "seconds": round(time.perf_counter() - started, 2),
         "processor seconds": round(time.process_time() - used, 2),
-        "loss": float(losses["total"]),
+        "loss": float(losses["loss"]),
         "gradient norm": float(losses["grad_norm"]),
     }
 

@@ -29,7 +29,7 @@ def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
     """Build all with random weights; the queue is filled, as it is but for the first steps of a run."""
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).to(device)
-    objective = Objective.for_model(recipe, model).to(device)
+    objective = Objective(recipe, model).to(device)
     if recipe.train.channels_last:
         model.image_tower.to(memory_format=torch.channels_last)
     if objective.queue is not None:

@@ -39,7 +39,7 @@ def sizes(recipe: Recipe) -> tuple[int, int]:
     """Learned parameters, and floats of a pair's row in the one gather."""
     with torch.device("meta"):
         model = DualEncoder.from_recipe(recipe)
-        objective = Objective.for_model(recipe, model)
+        objective = Objective(recipe, model)
     parameters = sum(p.numel() for m in (model, objective) for p in m.parameters() if p.requires_grad)
     row = (recipe.image_view_count + recipe.text_view_count) * recipe.embed_dim + 2
     row += 2 * recipe.text_view_count if recipe.loss_weights.nearest_neighbor else 0

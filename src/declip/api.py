@@ -61,7 +61,7 @@ def _write_report(trainer: Trainer) -> None:
         loader=trainer.loader,
         objective=trainer.objective,
         train_source=trainer.source,
-        image_views=trainer.views,
+        plan=trainer.plan,
     )
 
 

@@ -62,7 +62,7 @@ def test_every_run_is_what_declip_train_gives(recipes: dict[str, str], table: Pa
         quiet=True,
     )
     own = next(row for row in outcome.rows.values() if (row["arm"], row["pairs"], row["steps"]) == ("clip", 16, 16))
-    assert own["loss"] == alone.metrics[-1]["total"]
+    assert own["loss"] == alone.metrics[-1]["loss"]
     assert own["samples"] == 16 * 8
     (measure,) = outcome.measures
     assert measure == f"{table.name}: R@1"

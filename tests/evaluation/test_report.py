@@ -77,8 +77,8 @@ def _run_folder(folder: Path, steps: int = 30) -> Path:
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(10, steps + 1, 10):
             terms = {"contrastive": 4 / step, "simsiam": -0.5}
-            row = {"step": step, "pairs_seen": 64 * step, "total": 1 / step, "terms": terms, "seconds": 65.0}
-            row |= {"learning_rate": 1e-3, "logit_scale": 14.3, "grad_norm": 1.0, "pairs_per_second": 987.0}
+            row = {"step": step, "samples_seen": 64 * step, "total": 1 / step, "losses": terms, "seconds": 65.0}
+            row |= {"lr": 1e-3, "logit_scale": 14.3, "grad_norm": 1.0, "samples_per_second": 987.0}
             file.write(json.dumps(row) + "\n")
     recall = Recall(30, 20, 0.4321, 0.6, 0.8, 0.05, 0.25, 0.5, 2.0)
     results = [

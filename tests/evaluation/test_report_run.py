@@ -16,14 +16,14 @@ def _write(path: Path, rows: list[dict]) -> None:
 
 
 def _metrics(step: int, **more) -> dict:
-    row = {"step": step, "pairs_seen": 10 * step, "seconds": 2.0, "pairs_per_second": 100.0, "total": 1.0}
-    return row | {"terms": {"contrastive": step / 10}} | more
+    row = {"step": step, "samples_seen": 10 * step, "seconds": 2.0, "samples_per_second": 100.0, "total": 1.0}
+    return row | {"losses": {"contrastive": step / 10}} | more
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert (run.metrics, run.evaluations, run.skipped, run.recipe) == ([], [], None, "")
-    assert (run.step, run.pairs_seen, run.pairs_per_second, run.seconds) == (0, 0, None, 0.0)
+    assert (run.step, run.samples_seen, run.samples_per_second, run.seconds) == (0, 0, None, 0.0)
     assert (run.terms, run.last()) == ([], [])
 
 
@@ -33,16 +33,16 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 def test_metrics_by_step_the_later_row_of_a_step_wins_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
-    rows = [_metrics(2), _metrics(4, pairs_per_second=None), _metrics(6, pairs_per_second=300.0)]
-    _write(tmp_path / "metrics.jsonl", [*rows, _metrics(4, pairs_per_second=200.0)])
+    rows = [_metrics(2), _metrics(4, samples_per_second=None), _metrics(6, samples_per_second=300.0)]
+    _write(tmp_path / "metrics.jsonl", [*rows, _metrics(4, samples_per_second=200.0)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "pairs')
     run = read_run(tmp_path)
     assert run.steps.tolist() == [2, 4, 6]
-    assert (run.step, run.pairs_seen, run.pairs_per_second, run.seconds) == (6, 60, 200.0, 6.0)
+    assert (run.step, run.samples_seen, run.samples_per_second, run.seconds) == (6, 60, 200.0, 6.0)
     assert run.terms == ["contrastive"]
-    np.testing.assert_allclose(run.column("terms.contrastive"), [0.2, 0.4, 0.6])
-    assert np.isnan(run.column("terms.simsiam")).all()
+    np.testing.assert_allclose(run.column("losses.contrastive"), [0.2, 0.4, 0.6])
+    assert np.isnan(run.column("losses.simsiam")).all()
 
 
 def test_evaluations_in_order_and_the_last_of_each(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_run_is_shown_with_its_results_and_curves(client: Any, gallery: Any, r
     assert (line["name"], line["state"], line["step"], line["steps"]) == ("tiny", "finished", 8, 8)
     rows = [json.loads(text) for text in (run_folder / "metrics.jsonl").read_text().splitlines()]
     total = next(each for each in tree["curves"] if each["title"] == "Total")
-    assert total["lines"] == [[[row["step"], pytest.approx(row["total"], rel=1e-5)] for row in rows]]
+    assert total["lines"] == [[[row["step"], pytest.approx(row["loss"], rel=1e-5)] for row in rows]]
     titles = {each["title"] for each in tree["curves"]}
     assert {"Nearest neighbor", "Learning rate", "Gradient norm"} <= titles
 

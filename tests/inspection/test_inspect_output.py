@@ -109,7 +109,7 @@ def test_the_sheet_has_eight_columns_and_a_row_for_each_group(hostile: Inspectio
 def test_numbers_are_written_and_read_back(hostile: Inspection, tmp_path: Path) -> None:
     write_json(hostile, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert (found["total"], found["read"], found["usable"], found["whole"]) == (12, 12, 11, True)
+    assert (found["loss"], found["read"], found["usable"], found["whole"]) == (12, 12, 11, True)
     assert found["broken"] == {"count": 1, "of": 12, "low": 1 / 12, "high": 1 / 12, "share": 1 / 12}
     assert found["images"]["width"]["p50"] == 90.0
     assert found["near_images"]["examples"][0]["keys"][0] == "<u>0\udcff"

@@ -50,7 +50,7 @@ def test_gradients_equal_the_authors(name):
     """In float64: theirs are float32, exact to 3e-6; ours in float32 would differ by 3e-5 behind batch norms."""
     case = Case(name, dtype=torch.float64)
     model, objective = case.read()
-    objective(model, case.batch())["total"].backward()
+    objective(model, case.batch())["loss"].backward()
     modules = {"model": model, "objective": objective}
     noise = case.about["fp64_check"]["grad_norm_rel"][0]["essentially_zero"]
     whole = {key.removeprefix("step1/grad/") for key in case.arrays if key.startswith("step1/grad/")}
@@ -99,7 +99,7 @@ def test_training_goes_on_from_a_file_to_the_authors_second_step(name, tmp_path)
     optimizer = authors_adamw(case, {"model": model, "objective": objective})
     terms = objective(model, case.batch())
     objective.limit_scales(model)  # they clamp after the forward pass, and after the update
-    terms["total"].backward()
+    terms["loss"].backward()
     optimizer.step()
     objective.limit_scales(model)
     write_declip_file(model, tmp_path / FILE, {n: t for n, t in objective.state_dict().items() if "queue" not in n})
@@ -112,7 +112,7 @@ def test_training_goes_on_from_a_file_to_the_authors_second_step(name, tmp_path)
     terms = objective(model, case.batch("step2/"))
     expected = expected_terms(case.step) | {"total": case.step["loss_total"]}
     assert {term: value.item() for term, value in terms.items()} == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    terms["total"].backward()
+    terms["loss"].backward()
     noise = case.about["fp64_check"]["grad_norm_rel"][1]["essentially_zero"]
     modules, compared = {"model": model, "objective": objective}, 0
     for theirs, norm in case.step["grad_norm"].items():

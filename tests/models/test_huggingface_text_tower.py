@@ -62,7 +62,7 @@ def test_features_are_transformers_own_pooled_and_projected(folders: dict[str, P
     assert found.lengths.tolist() == [len(ids) for ids in rows]
     torch.testing.assert_close(found.pooled, expected, rtol=0, atol=1e-6)
     for row, length in enumerate(found.lengths):
-        torch.testing.assert_close(found.words[row, :length], words[row, :length], rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.text_tokens[row, :length], words[row, :length], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,11 +90,11 @@ def test_every_parameter_learns_and_blocks_are_found(folders: dict[str, Path], k
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_language_head_is_the_encoders_own(folders: dict[str, Path], kind: str) -> None:
     model = model_of(folders[kind], "declip")
-    objective = Objective.for_model(model.recipe, model).eval()  # type: ignore[arg-type]
+    objective = Objective(model.recipe, model).eval()  # type: ignore[arg-type]
     tokens = model.tokenize(["red circle", "blue square in white paper"])
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(folders[kind]).eval()
     expected = theirs(input_ids=tokens, attention_mask=(tokens != model.tokenizer.padding).long()).logits
-    found = objective.language_head(model.text_tower(tokens).words)
+    found = objective.language_head(model.text_tower(tokens).text_tokens)
     real = tokens != model.tokenizer.padding
     torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)
     own = {id(parameter) for parameter in objective.language_head.parameters()}
@@ -104,7 +104,7 @@ def test_the_language_head_is_the_encoders_own(folders: dict[str, Path], kind: s
 def test_without_a_head_in_the_folder_it_starts_at_random(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     model = model_of(bert(tmp_path / "bert", model="BertModel"), "declip")
-    head = Objective.for_model(model.recipe, model).language_head  # type: ignore[arg-type]
+    head = Objective(model.recipe, model).language_head  # type: ignore[arg-type]
     embeddings = model.text_tower.encoder.embeddings.word_embeddings.weight
     assert torch.equal(head.predictions.decoder.weight, embeddings)
     assert "no masked-language head" in caplog.text
@@ -127,4 +127,4 @@ def test_groups_by_length_give_the_features_of_one_pass(folders: dict[str, Path]
     assert found.lengths.tolist() == whole.lengths.tolist() == lengths.tolist()
     torch.testing.assert_close(found.pooled, whole.pooled, rtol=0, atol=1e-12)
     for row, length in enumerate(lengths):
-        torch.testing.assert_close(found.words[row, :length], whole.words[row, :length], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.text_tokens[row, :length], whole.text_tokens[row, :length], rtol=0, atol=1e-12)

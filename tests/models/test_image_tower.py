@@ -11,7 +11,7 @@ def test_pooled_hidden_and_token_features_have_the_announced_widths(name: str) -
     with torch.no_grad():
         features = tower(torch.randn(2, 3, 64, 64))
     assert features.pooled.shape == (2, 24)
-    assert features.hidden.shape == (2, tower.hidden_width)
+    assert features.pre_logits.shape == (2, tower.hidden_width)
     assert features.tokens.ndim == 3
     assert features.tokens.shape[2] == tower.token_width
     assert features.tokens.shape[1] > 1

@@ -31,7 +31,7 @@ def test_groups_give_the_features_and_gradients_of_one_pass(tower: TextTower, gr
     torch.testing.assert_close(found.pooled, whole.pooled, rtol=0, atol=1e-12)
     assert found.lengths.tolist() == lengths
     for row, length in enumerate(lengths):
-        torch.testing.assert_close(found.words[row, :length], whole.words[row, :length], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.text_tokens[row, :length], whole.text_tokens[row, :length], rtol=0, atol=1e-12)
     weights = list(tower.parameters())
     for given, expected in zip(
         torch.autograd.grad(found.pooled.square().sum(), weights),

@@ -21,7 +21,7 @@ def count(name: str) -> int:
     recipe = load_recipe(name)
     with torch.device("meta"):
         model = DualEncoder.from_recipe(recipe)
-        objective = Objective.for_model(recipe, model)
+        objective = Objective(recipe, model)
     return sum(p.numel() for module in (model, objective) for p in module.parameters())
 
 

@@ -14,7 +14,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
-from declip.training.learner import build_learner
+from declip.training.parallel import build_learner
 from declip.training.step import StepParts, training_step
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -52,7 +52,7 @@ def test_a_tower_is_timms_and_learns_from_every_term(name: str) -> None:
     fixed = {"img_size": size} if name.startswith(("vit", "swin")) else {}
     _check_features(tower.eval(), timm.create_model(name, num_classes=0, **options, **fixed), images[0], cells)
 
-    objective = Objective.for_model(recipe, model)
+    objective = Objective(recipe, model)
     tokens = model.tokenizer([f"{number} red circles" for number in range(4)])
     masked, labels = tokens.clone(), torch.full_like(tokens, -100)
     masked[:, 2], labels[:, 2] = model.tokenizer.mask, tokens[:, 2]
@@ -73,6 +73,6 @@ def _check_features(tower: ImageTower, theirs: torch.nn.Module, images: torch.Te
     theirs.load_state_dict({**tower.trunk.state_dict(), **norm})
     with torch.no_grad():
         features = tower(images)
-        torch.testing.assert_close(features.hidden, theirs.eval()(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(features.pre_logits, theirs.eval()(images), rtol=1e-5, atol=1e-5)
     assert features.pooled.shape == (4, 16)
     assert features.tokens.shape == (4, cells, tower.token_width)

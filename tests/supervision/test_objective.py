@@ -30,7 +30,7 @@ def parts(weights: dict[str, float], **sections: object) -> tuple[DualEncoder, O
     recipe = Recipe.model_validate({**TINY, "weights": weights, **sections})
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe)
-    return model, Objective.for_model(recipe, model)
+    return model, Objective(recipe, model)
 
 
 SHORT = 10
@@ -75,7 +75,7 @@ def test_the_total_is_the_weighted_sum_of_the_active_terms(name: str) -> None:
     terms = objective(model, random_batch())
     assert set(terms) == {*WEIGHTS[name], "total"}
     expected = sum(weight * terms[term] for term, weight in WEIGHTS[name].items())
-    torch.testing.assert_close(terms["total"], expected)
+    torch.testing.assert_close(terms["loss"], expected)
 
 
 def test_a_term_without_weight_has_no_head_and_no_queue() -> None:
@@ -164,7 +164,7 @@ def test_one_image_view_meets_both_captions() -> None:
         "multi_view": (contrast(image, texts[1]) + contrast(texts[1], image)) / 2,
         "nearest_neighbor": (contrast(image, nearest[0]) + contrast(image, nearest[1])) / 2,
     }
-    expected["total"] = torch.stack([weight * expected[name] for name, weight in weights.items()]).sum()
+    expected["loss"] = torch.stack([weight * expected[name] for name, weight in weights.items()]).sum()
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name].double(), value, rtol=1e-5, atol=0)
@@ -213,7 +213,7 @@ def test_loss_matrices_above_the_recipes_limit_are_made_in_blocks(
         objective(model, batch)
         calls.clear()
         terms = objective(model, batch)
-        terms["total"].backward()
+        terms["loss"].backward()
         gradients = [p.grad for p in (*model.parameters(), *objective.parameters()) if p.grad is not None]
         found.append([*terms.values(), *gradients])
         assert calls.count("blocks") == expected
@@ -262,7 +262,7 @@ def run_steps(rank: int, world: int, folder: str) -> None:
         for parameter in (*model.parameters(), *objective.parameters()):
             parameter.grad = None
         losses = objective(model, share, gather, distributed.rank() * len(share))
-        losses["total"].backward()
+        losses["loss"].backward()
     gradients = [p.grad for p in (*model.parameters(), *objective.parameters())]
     result = {name: loss.detach() for name, loss in losses.items()}
     if world > 1:
@@ -328,7 +328,7 @@ def test_captions_in_groups_of_like_length_give_the_same_terms(mask_contrastive_
             WITHOUT_BATCH_NORM, train=train, masked_language={"mask_contrastive_text": mask_contrastive_text}
         )
         terms = objective.double()(model.double(), batch)
-        terms["total"].backward()
+        terms["loss"].backward()
         found.append((terms, [p.grad for p in model.parameters()]))
     for name, value in found[0][0].items():
         torch.testing.assert_close(found[1][0][name], value, rtol=1e-10, atol=0)

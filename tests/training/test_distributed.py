@@ -18,7 +18,7 @@ from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import StepSync
-from declip.training.learner import build_learner, whole
+from declip.training.parallel import build_learner, whole
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.setup import image_views
 from declip.training.step import StepParts, training_step
@@ -66,7 +66,7 @@ def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> d
     recipe = Recipe.model_validate({**tree, "train": {**TINY["train"], **train}})
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).double()
-    objective = Objective.for_model(recipe, model).double()
+    objective = Objective(recipe, model).double()
     learner = build_learner(recipe, model, objective)
     named = named_trainable(model, objective)
     parts = StepParts(

@@ -45,7 +45,7 @@ def test_it_learns_resumes_to_the_bit_and_loads_without_its_folder(table: Path, 
     folder = roberta(tmp_path / "roberta")
     recipe = recipe_for(table, folder, ema=0.9)
     whole = train(recipe, out=tmp_path / "whole", quiet=True)
-    assert set(whole.metrics[0]["terms"]) == set(WEIGHTS["declip"])
+    assert set(whole.metrics[0]["losses"]) == set(WEIGHTS["declip"])
     assert whole.results[0]["protocol"] == "retrieval"
 
     stopped = Trainer(recipe, tmp_path / "parts", quiet=True)
@@ -106,7 +106,7 @@ def test_what_saves_memory_or_time_leaves_the_run(table: Path, tmp_path: Path) -
 
     def losses(name: str, **keys: object) -> list[float]:
         recipe = recipe_for(table, folder, "defilip", measured=False, steps=3, **keys)
-        return [row["total"] for row in train(recipe, out=tmp_path / name, quiet=True, report=False).metrics]
+        return [row["loss"] for row in train(recipe, out=tmp_path / name, quiet=True, report=False).metrics]
 
     plain = losses("plain")
     assert losses("chunks", chunk=3) == pytest.approx(plain, rel=1e-3)

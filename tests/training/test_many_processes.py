@@ -69,7 +69,7 @@ def end_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def totals(folder: Path) -> list[float]:
-    return [json.loads(line)["total"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_processes_make_one_run(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "late_scale", "pos_embe
 def parts(name: str = "defilip") -> tuple[DualEncoder, Objective, Recipe]:
     recipe = Recipe.model_validate({**TINY, "weights": WEIGHTS[name]})
     model = DualEncoder.from_recipe(recipe)
-    return model, Objective.for_model(recipe, model), recipe
+    return model, Objective(recipe, model), recipe
 
 
 def test_decay_spares_biases_norms_scales_and_positions_and_nothing_else() -> None:

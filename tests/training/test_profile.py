@@ -49,7 +49,7 @@ def test_the_parts_of_a_step_are_told_apart_and_add_up(
     assert set(found.seconds) == {"data", "meeting", "views", "image tower", "text tower", "optimizer"} | losses
     assert all(seconds > 0 for seconds in found.seconds.values())
     assert sum(found.seconds.values()) <= found.step_seconds
-    assert found.pairs_per_second == pytest.approx(8 / found.step_seconds)
+    assert found.samples_per_second == pytest.approx(8 / found.step_seconds)
     written = json.loads((tmp_path / "profile.json").read_text())
     assert written["step_seconds"] == found.step_seconds
     trace = json.loads((tmp_path / "trace.json").read_text())

@@ -104,7 +104,7 @@ def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -
     pictures = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         hidden = expected.eval().forward_head(expected.forward_features(pictures), pre_logits=True)
-        torch.testing.assert_close(tower.eval()(pictures).hidden, hidden)
+        torch.testing.assert_close(tower.eval()(pictures).pre_logits, hidden)
     assert trainer.recipe.image.mean == pytest.approx(published.pretrained_cfg["mean"])
     assert trainer.recipe.text.width == TINY["text"]["width"]  # type: ignore[index]
     before = state(trainer)

@@ -207,7 +207,7 @@ def test_two_processes_tune_as_one(
     train(recipe, out=tmp_path / "one", quiet=True, report=False)
     tree = json.loads(recipe.model_dump_json())
     assert in_processes(trained_by_ranks, 2, tmp_path / "ranks", tree, str(tmp_path / "two")) == [True, True]
-    one, two = ([row["total"] for row in read_rows(tmp_path / run / "metrics.jsonl")] for run in ("one", "two"))
+    one, two = ([row["loss"] for row in read_rows(tmp_path / run / "metrics.jsonl")] for run in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)
     given, first, second = (
         declip.load(run, device="cpu").state_dict() for run in (start, tmp_path / "one", tmp_path / "two")

@@ -49,10 +49,10 @@ def same_end(one: Path, other: Path) -> None:
 def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str) -> None:
     recipe = recipe_for(table, name, steps=60, lr=3e-3, log_every=1, checkpoint_every=60)
     run = train(recipe, out=tmp_path, quiet=True)
-    totals = [row["total"] for row in run.metrics]
+    totals = [row["loss"] for row in run.metrics]
     assert run.finished
     assert sum(totals[-10:]) < 0.9 * sum(totals[:10]) if min(totals) > 0 else totals[-1] < totals[0]
-    assert set(run.metrics[0]["terms"]) == set(WEIGHTS[name])
+    assert set(run.metrics[0]["losses"]) == set(WEIGHTS[name])
     assert (tmp_path / "report.html").is_file()
 
 
@@ -235,7 +235,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
     def bad(self: Objective, *arguments: object) -> dict[str, torch.Tensor]:
         terms = forward(self, *arguments)  # type: ignore[arg-type]
         if next(calls) in at:
-            terms["total"] = terms["total"] * float("nan")
+            terms["loss"] = terms["loss"] * float("nan")
             assert self.queue is not None
             self.queue.features.fill_(float("nan"))
         return terms

@@ -17,9 +17,11 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import STATE, TRAINING, list_checkpoints
-from declip.training.setup import build_loader, image_views, open_training_source
+from declip.training.setup import build_loader, open_training_source
 
-FEATURES, TAGS, PLACE = (f"objective.queue.{name}" for name in ("features", "tags", "_extra_state"))
+FEATURES, TAGS, PLACE = (
+    f"objective.terms.nearest_neighbor.queue.{name}" for name in ("features", "tags", "_extra_state")
+)
 
 
 class Entry(NamedTuple):
@@ -136,4 +138,4 @@ def _training_pairs(recipe: Recipe, model: DualEncoder) -> tuple[PairSource, Pai
         source = open_training_source(recipe)
     except UserError as error:
         raise UserError(f"The training pairs, whose captions the queue holds, are not there: {error}") from error
-    return source, build_loader(recipe, source, model, image_views(recipe), workers=0)
+    return source, build_loader(recipe, source, model, workers=0)

@@ -87,7 +87,7 @@ class RunFolder:
 
     def look(self) -> Run:
         """What it holds now."""
-        rows = {row["step"]: row for row in self.metrics.look() if isinstance(row.get("terms", {}), dict)}
+        rows = {row["step"]: row for row in self.metrics.look() if isinstance(row.get("losses", {}), dict)}
         results = [(row["step"], _result(row)) for row in self.evaluations.look()]
         return Run(
             name=self.folder.name,

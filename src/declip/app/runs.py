@@ -115,7 +115,7 @@ def _leading(measures: list[Measure]) -> list[Measure]:
 def _curves(read: Sequence[Run]) -> list[dict[str, Any]]:
     """Training curves: the total, each term, and what goes on beside them."""
     terms = list(dict.fromkeys(name for run in read for name in run.terms))
-    columns = [("total", "total"), *((name, f"terms.{name}") for name in terms), *((name, name) for name in PROGRESS)]
+    columns = [("loss", "loss"), *((name, f"losses.{name}") for name in terms), *((name, name) for name in PROGRESS)]
     charts = []
     for name, column in columns:
         title, note = {**TERMS, **PROGRESS}.get(name, (name, ""))

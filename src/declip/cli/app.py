@@ -225,7 +225,7 @@ def recipes() -> None:
 
     for name in recipe_names():
         recipe = load_recipe(name)
-        terms = ", ".join(f"{getattr(recipe.loss_weights, term):g} {term}" for term in recipe.loss_weights.active())
+        terms = ", ".join(f"{weight:g} {term}" for term, weight in recipe.active_losses.items())
         console.print(f"[bold]{name}[/]  {recipe.image.model}, {recipe.image.size} px, {recipe.data.label}")
         console.print(f"    {terms}")
 
@@ -330,7 +330,7 @@ def _results(run: Any) -> Table | str:
 
     results = [result for result in map(read_result, run.results) if result is not None]
     seen = run.step * run.recipe.train.batch_size
-    speeds = [row["pairs_per_second"] for row in run.metrics if row["pairs_per_second"]]
+    speeds = [row["samples_per_second"] for row in run.metrics if row["samples_per_second"]]
     speed = f"{sorted(speeds)[len(speeds) // 2]:,.0f} pairs/s (median)" if speeds else "speed not measured"
     caption = f"{run.recipe.name}, seed {run.recipe.seed}: {seen:,} pairs seen in {run.step:,} steps, {speed}"
     if not results:

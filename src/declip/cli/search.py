@@ -110,7 +110,7 @@ def _write_sheet(opened: Any, hits: Any, text: str | None, image: Path | None, p
     from declip.reports.search_sheet import sheet
 
     picture = None if image is None else decode(image, str(image))
-    title = text or f"like {image.model if image else ''}"
+    title = text or f"like {image.name if image else ''}"
     drawn = sheet(opened, hits, title, picture)
     with saved(path) as target:
         drawn.save(target, "PNG")

@@ -124,10 +124,9 @@ def _in_order(study: Study, whole: str, rungs: tuple[Part, ...], left_out: tuple
 def _weights(study: Study, arm: str) -> dict[str, float]:
     """The active terms of an arm; empty when its recipe can no longer be read."""
     try:
-        weights = study.arm(arm).resolve().weights
+        return study.arm(arm).resolve().active_losses
     except UserError:
         return {}
-    return {name: getattr(weights, name) for name in weights.active()}
 
 
 def _published(study: Study, rungs: tuple[Part, ...]) -> tuple[float, ...]:

@@ -90,7 +90,7 @@ def ladder_of(arm: Arm) -> list[Arm]:
     Raises:
         UserError: the recipe has fewer than two of the rungs' terms.
     """
-    whole = {name: getattr(arm.resolve().weights, name) for name in arm.resolve().weights.active()}
+    whole = dict(arm.resolve().active_losses)
     rungs = [tuple(term for term in rung if term in whole) for rung in RUNGS]
     rungs = [rung for rung in rungs if rung]
     if len(rungs) < 2 or "contrastive" not in whole:
@@ -107,18 +107,18 @@ def ladder_of(arm: Arm) -> list[Arm]:
             steps.append(_with_weights(arm, f"without {term}", rest))
     distinct: dict[tuple[tuple[str, float], ...], Arm] = {}
     for step in steps:
-        distinct.setdefault(tuple(sorted(step.overrides["weights"].items())), step)
+        distinct.setdefault(tuple(sorted(step.overrides["loss_weights"].items())), step)
     return list(distinct.values())
 
 
 def baselines_of(arm: Arm) -> list[Arm]:
     """Plain CLIP on the towers of a recipe, as strong as it can be made: views weaker, equal, stronger, and doubled."""
-    clip = {"weights": {"contrastive": 1.0}}
+    clip = {"loss_weights": {"contrastive": 1.0}}
 
     def views(image: Mapping[str, Any]) -> dict[str, Any]:
         return {f"views.image.{key}": value for key, value in image.items()}
 
-    two = {"weights": {"contrastive": 0.25, "multi_view": 0.75}, "views.text.second_view": "same"}
+    two = {"loss_weights": {"contrastive": 0.25, "multi_view": 0.75}, "views.text.second_view": "same"}
     return [
         Arm("clip, weak views", arm.recipe, {**arm.overrides, **clip, **views(WEAK_VIEWS)}),
         Arm("clip, same views", arm.recipe, {**arm.overrides, **clip}),
@@ -128,7 +128,7 @@ def baselines_of(arm: Arm) -> list[Arm]:
 
 
 def _with_weights(arm: Arm, name: str, weights: Mapping[str, float]) -> Arm:
-    return Arm(name, arm.recipe, {**arm.overrides, "weights": dict(weights)})
+    return Arm(name, arm.recipe, {**arm.overrides, "loss_weights": dict(weights)})
 
 
 def _label(recipe: str) -> str:

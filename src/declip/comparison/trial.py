@@ -102,7 +102,7 @@ def run_cell(study: Study, cell: Cell, folder: Path, threads: int | None = None)
 
 
 def _row(study: Study, cell: Cell, metrics: list[dict[str, Any]], results: list[dict[str, Any]]) -> Mapping[str, Any]:
-    speeds = sorted(row["pairs_per_second"] for row in metrics if row["pairs_per_second"])
+    speeds = sorted(row["samples_per_second"] for row in metrics if row["samples_per_second"])
     return {
         "arm": cell.arm,
         "pairs": cell.pairs,
@@ -111,8 +111,8 @@ def _row(study: Study, cell: Cell, metrics: list[dict[str, Any]], results: list[
         "samples": cell.steps * study.batch,
         "overrides": dict(cell.overrides),
         "seconds": round(sum(row["seconds"] for row in metrics), 1),
-        "pairs_per_second": speeds[len(speeds) // 2] if speeds else None,
-        "loss": metrics[-1]["total"] if metrics else None,
+        "samples_per_second": speeds[len(speeds) // 2] if speeds else None,
+        "loss": metrics[-1]["loss"] if metrics else None,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": versions(),
         "results": results,

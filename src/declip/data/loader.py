@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from declip.data.assembly import Assembler, SecondText
+from declip.data.assembly import Assembler
 from declip.data.batch import PairBatch
-from declip.data.checks import check_range
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
+from declip.recipe.schema import Data
 
 if TYPE_CHECKING:
-    from declip.data.images.crops import ImageViews
     from declip.data.pair import BrokenPair, PairSource
+    from declip.data.plan import Plan
     from declip.data.text.caption_tokenizer import CaptionTokenizer
 
 SEEN_BEFORE_STOPPING = 100
@@ -35,84 +35,40 @@ class PairLoader(Iterator[PairBatch]):
     is left out, so its batch is smaller, possibly empty; it is counted in `skipped` when its batch is yielded.
 
     Args:
-        source: Where pairs come from; it is shared with, or pickled to, the workers.
-        tokenizer: Makes ids of captions.
-        image_views: Draws the image views; its `finish` completes the images of a batch.
-        batch: Pairs a step.
+        source: The pairs; it is shared with, or pickled to, the workers.
+        tokenizer: Turns captions into ids.
+        plan: The views of a pair.
+        batch_size: Pairs a step, over all ranks.
         seed: Not negative.
-        image_view_count: 1 or 2, and one more with a base view.
-        text_view_count: 1, or 2 with the EDA augmentation.
-        mask: Whether to corrupt the caption for masked-language modelling.
-        mask_probability: Share of the tokens chosen for it.
-        eda_alpha: Share of the words that the augmentation changes.
-        keyword_append_prob: Share of the captions that some of the pair's keywords are appended to.
-        keyword_only_prob: Share of the captions that some of the pair's keywords replace.
-        second_text: What the second text view is, see `Assembler`.
+        data: Order, decoding and the fraction of broken pairs that is allowed.
         workers: Processes that assemble batches; 0 does it in this one.
-        max_broken_fraction: Largest share of pairs that may be broken, once 100 were seen.
-        start_step: The first step to yield.
-        pin_memory: Put the batches into page-locked memory, for faster copies to an accelerator.
-        base_view: Draws the first view instead, of the same size: SLIP's milder one for the contrast.
-        shuffle_buffer: Pairs that are shuffled at a time, see `Assembler`.
-        resample: Whether each step draws its pairs anew.
-        scaled_decode: Whether a JPEG may be decoded no larger than its crops need, see `Assembler`.
-        rank, ranks: Which part of each batch to yield, of how many; with several, `count` is for the caller to call.
+        start_step: Step of the first batch.
+        pin_memory: Put batches into page-locked memory, for accelerators.
+        rank, ranks: Which part of each batch to make, of how many.
 
     Raises:
-        UserError: An option is out of its range, an epoch shows fewer pairs than a batch; while iterating,
-            when too many pairs are broken, or a worker was lost.
+        UserError: an epoch shows fewer pairs than a batch; while iterating, when too many pairs are broken, or a
+            worker was lost.
     """
 
     def __init__(
         self,
         source: PairSource,
         tokenizer: CaptionTokenizer,
-        image_views: ImageViews,
+        plan: Plan,
         *,
-        batch: int,
+        batch_size: int,
         seed: int,
-        image_view_count: int = 2,
-        text_view_count: int = 2,
-        mask: bool = True,
-        mask_probability: float = 0.15,
-        eda_alpha: float = 0.1,
-        keyword_append_prob: float = 0.0,
-        keyword_only_prob: float = 0.0,
-        second_text: SecondText = "eda",
+        data: Data | None = None,
         workers: int = 0,
-        max_broken_fraction: float = 0.05,
         start_step: int = 0,
         pin_memory: bool = False,
-        base_view: ImageViews | None = None,
-        shuffle_buffer: int | None = None,
-        resample: bool = False,
-        scaled_decode: bool = True,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        check_range("workers", workers, 0)
-        check_range("max_broken_fraction", max_broken_fraction, 0, 1)
-        check_range("start_step", start_step, 0)
+        data = data or Data()
         self._assembler = Assembler(
-            source,
-            tokenizer,
-            image_views,
-            batch=batch,
-            seed=seed,
-            image_view_count=image_view_count,
-            text_view_count=text_view_count,
-            mask=mask,
-            mask_probability=mask_probability,
-            eda_alpha=eda_alpha,
-            keyword_append_prob=keyword_append_prob,
-            keyword_only_prob=keyword_only_prob,
-            second_text=second_text,
-            base_view=base_view,
-            shuffle_buffer=shuffle_buffer,
-            resample=resample,
-            scaled_decode=scaled_decode,
-            rank=rank,
-            ranks=ranks,
+            source, tokenizer, plan, batch_size=batch_size, seed=seed, data=data, rank=rank, ranks=ranks
         )
         self.step = start_step
         """The step of the batch that comes next."""
@@ -121,7 +77,7 @@ class PairLoader(Iterator[PairBatch]):
         self.seen = 0
         """The pairs of the batches yielded so far, broken ones included."""
         self._workers, self._pin_memory = workers, pin_memory
-        self._max_broken_share = max_broken_fraction
+        self._max_broken_fraction = data.max_broken_fraction
         self._batches: Iterator[PairBatch | UserError] | None = None
         self._closed = False
 
@@ -210,7 +166,7 @@ class PairLoader(Iterator[PairBatch]):
         for broken in skipped:
             self.skipped.add(broken)
         share = self.skipped.share(self.seen)
-        if self.seen < SEEN_BEFORE_STOPPING or share <= self._max_broken_share:
+        if self.seen < SEEN_BEFORE_STOPPING or share <= self._max_broken_fraction:
             return
         self.close()
         reasons = "; ".join(
@@ -219,7 +175,7 @@ class PairLoader(Iterator[PairBatch]):
         )
         raise UserError(
             f"{self.skipped.total} of the {self.seen} pairs seen ({share:.1%}) could not be used, more than "
-            f"max_broken_fraction = {self._max_broken_share:.1%} allows: {reasons}. Mend or remove them, or allow a "
+            f"max_broken_fraction = {self._max_broken_fraction:.1%} allows: {reasons}. Mend or remove them, or allow a "
             "larger share as data.max_broken_fraction."
         )
 

@@ -127,7 +127,8 @@ def _one_word(inspection: Inspection) -> Iterator[Finding]:
     if captions.per_pair.mean > 1.5:
         advice = "There are several captions a pair: take views.text.second_view=caption (declip-captions)."
     elif keywords.value > 0.5:
-        advice = f"{percent(keywords.value)} of the pairs have keywords: take views.text.second_view=keywords (declip-small)."
+        known = percent(keywords.value)
+        advice = f"{known} of the pairs have keywords: take views.text.second_view=keywords (declip-small)."
     else:
         advice = "Add words or keywords if you can; see declip-small in docs/results.md."
     text = f"{percent(share)} of the captions are one word: EDA and masking have nothing to work with."

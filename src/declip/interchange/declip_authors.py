@@ -20,8 +20,8 @@ from declip.interchange.clip_layout import RESNET_NAMES, VIT_NAMES, Names, merge
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
-from declip.recipe.schema import TERMS, Recipe
-from declip.supervision.objective import Objective
+from declip.recipe.schema import Recipe
+from declip.supervision.objective import TERMS, Objective
 
 SPECIAL = 3
 """Ids at the end of their vocabulary: mask, start, end. Ours: start, end, mask."""
@@ -41,17 +41,17 @@ NAMES: Names = (
     ("model.logit_scale", "logit_scale"),
     ("model.text_tower.", "encode_text."),
     ("model.text_tower.", "text_encoder."),
-    ("objective.projector.norm#.", "projector.bn#."),
-    ("objective.projector.", "projector."),
-    ("objective.predictor.norm#.", "predictor.bn#."),
-    ("objective.predictor.linear2.", "predictor.layer2."),
-    ("objective.predictor.", "predictor."),
-    ("objective.simclr_head.norm#.", "predictor_sim.bn#."),
-    ("objective.simclr_head.", "predictor_sim."),
-    ("objective.language_head.", "text_label_predictor."),
-    ("objective.patch_projection.", "image_mapping."),
-    ("objective.word_projection.", "text_mapping."),
-    ("objective.late_scale", "logit_scale_dense"),
+    ("objective.terms.simsiam.projector.norm#.", "projector.bn#."),
+    ("objective.terms.simsiam.projector.", "projector."),
+    ("objective.terms.simsiam.predictor.norm#.", "predictor.bn#."),
+    ("objective.terms.simsiam.predictor.linear2.", "predictor.layer2."),
+    ("objective.terms.simsiam.predictor.", "predictor."),
+    ("objective.terms.simclr.head.norm#.", "predictor_sim.bn#."),
+    ("objective.terms.simclr.head.", "predictor_sim."),
+    ("objective.terms.masked_language.head.", "text_label_predictor."),
+    ("objective.terms.late_interaction.patch_projection.", "image_mapping."),
+    ("objective.terms.late_interaction.word_projection.", "text_mapping."),
+    ("objective.terms.late_interaction.logit_scale", "logit_scale_dense"),
 )
 """Ours and theirs, but for the image tower's, which are CLIP's."""
 
@@ -97,7 +97,7 @@ def read_declip_authors(
     put_weights(outline(recipe), "model.", shapes)
     with torch.random.fork_rng(devices=[]):
         model = DualEncoder.from_recipe(recipe)
-        objective = Objective.for_model(recipe, model)
+        objective = Objective(recipe, model)
     ours = {ours: convert(name, state[name]) for ours, name in places.items()}
     ours["model.logit_scale"] = ours["model.logit_scale"].clamp(max=recipe.logit_scale.max)
     put_weights(model, "model.", ours)
@@ -211,20 +211,25 @@ def put_weights(module: torch.nn.Module, prefix: str, ours: Mapping[str, Tensor]
     Raises:
         UserError: a tensor is missing, too many, or of another shape.
     """
-    parts = {name.split(".")[0] for name, _ in module.named_parameters()}
+    parts = {_head(name) for name, _ in module.named_parameters()}
     given = {name.removeprefix(prefix): t for name, t in ours.items() if name.startswith(prefix)}
-    given = {name: tensor for name, tensor in given.items() if name.split(".")[0] in parts}
+    given = {name: tensor for name, tensor in given.items() if _head(name) in parts}
     try:
         missing, unexpected = module.load_state_dict(given, strict=False)
     except RuntimeError as error:
         raise UserError("The shapes of the authors' weights do not fit together: " + _one_line(error)) from error
     wrong = {
-        "missing": [name for name in missing if not name.startswith("queue.")],
+        "missing": [name for name in missing if ".queue." not in name],
         "not ours": unexpected,
     }
     problems = [f"{problem}: {', '.join(names)}" for problem, names in wrong.items() if names]
     if problems:
         raise UserError(f"The authors' weights are not complete, under our names {'; '.join(problems)}.")
+
+
+def _head(name: str) -> str:
+    """The tower or the term that a tensor belongs to."""
+    return ".".join(name.split(".")[: 2 if name.startswith("losses.") else 1])
 
 
 def _one_line(error: Exception, longest: int = 600) -> str:
@@ -249,7 +254,7 @@ def _recipe(
     changes |= image_sizes(state, image_heads, alike)
     if weights is not None:
         _check_weights(state, weights)
-        changes["weights"] = dict(weights)
+        changes["loss_weights"] = dict(weights)
     return load_recipe(f"{_kind(state)}-yfcc15m-vitb32", changes)
 
 

@@ -113,7 +113,7 @@ def _recipe(provenance: Provenance) -> str:
     recipe = provenance.recipe
     if recipe is None or provenance.step is None:
         return "Not recorded: weights say nothing of how they were trained."
-    terms = ", ".join(f"{getattr(recipe.loss_weights, term):g} {term}" for term in recipe.loss_weights.active())
+    terms = ", ".join(f"{weight:g} {term}" for term, weight in recipe.active_losses.items())
     rows = [
         f"- terms: {terms}",
         f"- image tower: {recipe.image.model}, {recipe.image.size} px",

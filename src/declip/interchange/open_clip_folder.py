@@ -173,7 +173,7 @@ def _timm_tower(model: DualEncoder, why: str, instead: str) -> Tower:
     try:
         trunk, state = _by_name(tower, name)
         pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        expected, found = tower(pixels.to(model.device)).hidden.cpu(), trunk(pixels)
+        expected, found = tower(pixels.to(model.device)).pre_logits.cpu(), trunk(pixels)
         if found.shape != expected.shape or trunk.num_features != found.shape[1]:
             raise ValueError(f"features of {trunk.num_features} instead of {expected.shape[1]} numbers")
         if not torch.allclose(found, expected, atol=CLOSE, rtol=CLOSE):

@@ -62,7 +62,7 @@ class Start:
         size = recipe.finetune.image_size or theirs.image.size
         changed: dict[str, Any] = {"image": theirs.image.model_copy(update={**keep, "size": size})}
         if self.whole:
-            scale = recipe.logit_scale.model_copy(update={"start": float(self.tensors["logit_scale"])})
+            scale = recipe.logit_scale.model_copy(update={"init": float(self.tensors["logit_scale"])})
             changed |= {"text": theirs.text, "embed_dim": theirs.embed_dim, "logit_scale": scale}
         return recipe.model_copy(update=changed)
 
@@ -128,7 +128,7 @@ def _of(where: str, model: DualEncoder, heads: Mapping[str, Tensor]) -> Start:
             for name, tensor in tensors.items()
             if name.startswith("image_tower.") and not name.startswith(IMAGE_PROJECTION)
         }
-    heads = {name: t for name, t in heads.items() if isinstance(t, Tensor) and not name.startswith("queue.")}
+    heads = {name: t for name, t in heads.items() if isinstance(t, Tensor) and ".queue." not in name}
     return Start(where, model.recipe, tensors, heads, whole)
 
 

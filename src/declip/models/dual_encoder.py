@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from declip.data.images.crops import Preprocess
+from declip.data.images.preprocess import Preprocess
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.data.text.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ class DualEncoder(nn.Module):
 
     def encode_backbone(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection: for probes."""
-        return self.image_tower(images).hidden.float()
+        return self.image_tower(images).pre_logits.float()
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
@@ -104,7 +104,7 @@ def _text_side(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionToke
     if text.hf_model is not None:
         encoder = encoder or read_encoder(text.hf_model, text.pretrained)
         theirs = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
-        language = recipe.loss_weights.masked_language > 0
+        language = "masked_language" in recipe.active_losses
         tower = HuggingfaceTextTower(encoder, theirs, recipe.embed_dim, text.pooling, text.projection_bias, language)
         return theirs, tower
     tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)

@@ -11,7 +11,7 @@ from declip.errors import UserError
 from declip.models.hf_encoder import HEADS, TextEncoder
 from declip.models.text_tower import TextFeatures
 
-Pooling = Literal["auto", "first", "mean", "end"]
+Pooling = Literal["auto", "cls", "mean", "eos"]
 
 
 class HuggingfaceTextTower(nn.Module):
@@ -24,8 +24,8 @@ class HuggingfaceTextTower(nn.Module):
         encoder: Configuration, and where its weights are.
         tokenizer: Made from the same encoder.
         embed_dim: Width d of the shared space.
-        pooling: Which token states are projected: "first", the start token's, which BERT and RoBERTa were trained to
-            gather a text in, "mean" of all of a text, "end", or "auto": the first.
+        pooling: Which token states are projected: "cls", the start token's, which BERT and RoBERTa were trained to
+            gather a text in, "mean" of all of a text, "eos", or "auto": cls.
         projection_bias: Whether the projection has a bias.
         language: Keep the encoder's masked-language head for `language_head`.
 
@@ -50,7 +50,7 @@ class HuggingfaceTextTower(nn.Module):
         self._language: list[nn.Module] = [HEADS[encoder.config["model_type"]](model)] if language else []
         self._kept = encoder.to_tensor()
         self.padding, self.context = tokenizer.padding, tokenizer.context
-        self.pooling = "first" if pooling == "auto" else pooling
+        self.pooling = "cls" if pooling == "auto" else pooling
         self.width = int(model.config.hidden_size)
         self.text_projection = nn.Linear(self.width, embed_dim, bias=projection_bias)
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
@@ -84,9 +84,9 @@ class HuggingfaceTextTower(nn.Module):
             raise UserError("These weights belong to a text encoder with another configuration or tokenizer.")
 
     def _pool(self, words: Tensor, real: Tensor, lengths: Tensor) -> Tensor:
-        if self.pooling == "first":
+        if self.pooling == "cls":
             return words[:, 0]
-        if self.pooling == "end":
+        if self.pooling == "eos":
             return words[torch.arange(len(words), device=words.device), lengths - 1]
         return (words * real.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
 
@@ -107,6 +107,6 @@ def _check(encoder: TextEncoder, tokenizer: HuggingfaceTokenizer) -> None:
         )
     if tokenizer.context > encoder.longest:
         raise UserError(
-            f"text.context_length is {tokenizer.context}, but the text encoder has positions for {encoder.longest} ids. Set "
-            f"text.context_length to {encoder.longest} or less."
+            f"text.context_length is {tokenizer.context}, but the encoder has positions for {encoder.longest} ids. "
+            f"Set text.context_length to {encoder.longest} or less."
         )

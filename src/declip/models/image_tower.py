@@ -22,12 +22,12 @@ class ImageFeatures:
 
     Attributes:
         pooled: (B, d) projected embedding f, not normalized.
-        hidden: (B, width) pooled feature before the projection: what linear probes and SLIP's head read.
+        pre_logits: (B, width) pooled feature before the projection: what linear probes and SLIP's head read.
         tokens: (B, P, width) features of the patches or grid cells before the last norm and projection.
     """
 
     pooled: Tensor
-    hidden: Tensor
+    pre_logits: Tensor
     tokens: Tensor
 
 
@@ -169,7 +169,8 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
             return timm.create_model(base, pretrained=bool(published), num_classes=0, **published, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(
-            f"timm cannot build the image tower '{name}' with image.size={size} and image.model_kwargs={options}: {error}"
+            f"timm cannot build the image tower '{name}' with image.size={size} and image.model_kwargs={options}: "
+            f"{error}"
         ) from error
 
 

@@ -38,9 +38,9 @@ def encode_by_length(
     ]
     back = torch.empty_like(rows)
     back[rows] = torch.arange(len(rows), device=rows.device)
-    words = torch.cat([F.pad(each.words, (0, 0, 0, length - each.words.shape[1])) for each in found])
+    text_tokens = torch.cat([F.pad(each.text_tokens, (0, 0, 0, length - each.text_tokens.shape[1])) for each in found])
     return TextFeatures(
         torch.cat([each.pooled for each in found])[back],
-        words[back],
+        text_tokens[back],
         torch.cat([each.lengths for each in found])[back],
     )

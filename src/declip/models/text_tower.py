@@ -16,12 +16,12 @@ class TextFeatures:
 
     Attributes:
         pooled: (B, d) projected embedding g of the end-of-text token, not normalized.
-        words: (B, L, width) token states after the final norm.
+        text_tokens: (B, L, width) token states after the final norm.
         lengths: (B,) number of tokens up to and with the end-of-text token.
     """
 
     pooled: Tensor
-    words: Tensor
+    text_tokens: Tensor
     lengths: Tensor
 
 

@@ -136,7 +136,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        replace = key in {"weights", "options"}  # a recipe names its terms and its tower whole
+        replace = key in {"loss_weights", "model_kwargs"}  # a recipe names its terms and its tower whole
         merged[key] = _merge(merged[key], value) if both and not replace else value
     return merged
 

@@ -1,146 +1,225 @@
-"""The recipe: one typed tree that describes a whole experiment.
+"""The recipe: one typed tree that describes a whole experiment, with every range check."""
 
-`Recipe` is what every part of the package is built from, and what a run folder and a checkpoint keep;
-`declip.recipe.load` reads it.
-"""
-
+import math
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from declip.recipe.schema_pairs import Data, Section, Views
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+RGB = tuple[float, float, float]
 
-TERMS = (
-    "contrastive",
-    "multi_view",
-    "simsiam",
-    "masked_language",
-    "nearest_neighbor",
-    "simclr",
-    "late_interaction",
-)
+
+class Section(BaseModel):
+    """Base class of the recipe's sections; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class WeightedSource(Section):
+    """One source of a mixture and its weight."""
+
+    source: str = Field(description="table, folder, shards or built-in set, as in data.source")
+    weight: float = Field(1.0, gt=0, le=1000, description="how often an epoch shows each pair of this source")
+
+
+class Data(Section):
+    """The training pairs and how they are read."""
+
+    source: str | tuple[WeightedSource, ...] = Field(
+        "builtin:emoji", description="table, folder, shards, built-in set, or a list of sources with weights"
+    )
+    image_column: str = Field("image", description="column of a table with image paths or image bytes")
+    caption_column: str = Field("caption", description="column of a table with captions")
+    image_root: str | None = Field(None, description="folder of a table's image paths; default: the table's folder")
+    max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")
+    shuffle_buffer: int | None = Field(
+        None, ge=1, description="number of pairs shuffled together, shard by shard; default: all, or 50,000 if remote"
+    )
+    resample: bool = Field(False, description="draw each step's pairs anew instead of showing each once an epoch")
+    scaled_decode: bool = Field(
+        True, description="decode a JPEG at 1/2, 1/4 or 1/8 of its size where every crop is still large enough"
+    )
+    shard_cache_gb: float = Field(50.0, ge=0, description="size of the local cache of remote shards, in 10^9 bytes")
+    workers: Count | Literal["auto"] = Field(
+        "auto", description="number of loader processes; auto: one, and more while steps wait and cores are free"
+    )
+    max_broken_fraction: Fraction = Field(0.05, description="fraction of broken pairs above which a run stops")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_or_weighted(cls, given: Any) -> Any:
+        # Read here: pydantic's own message would name both kinds that a source may be.
+        if isinstance(given, str):
+            return given
+        known = ", ".join(WeightedSource.model_fields)
+        if not isinstance(given, list | tuple) or not given:
+            raise ValueError(f"data.source is {given!r}; give one source, or a list of them, each with {known}")
+        sources = []
+        for number, entry in enumerate(given):
+            try:
+                sources.append(WeightedSource.model_validate({"source": entry} if isinstance(entry, str) else entry))
+            except ValidationError as error:
+                problem = error.errors()[0]
+                place = ".".join(["data.source", str(number), *map(str, problem["loc"])])
+                raise ValueError(f"{place}={problem['input']!r}: {problem['msg']}; keys: {known}") from error
+        return tuple(sources)
+
+    @property
+    def label(self) -> str:
+        """The source, or the sources with their weights, in one line."""
+        if isinstance(self.source, str):
+            return self.source
+        return " + ".join(e.source if e.weight == 1 else f"{e.weight:g} × {e.source}" for e in self.source)
 
 
 class ImageTower(Section):
-    """A timm model by name, or one of the small towers of `declip.models.image_tower.SMALL_TOWERS`."""
+    """The image tower: a timm model by name, or one of `declip.models.image_tower.SMALL_TOWERS`."""
 
-    name: str = Field("declip_vit_small", description="a timm model, or a small tower of declip")
-    size: int = Field(32, ge=16, description="pixels, height and width")
-    mean: tuple[float, float, float] = Field(
-        (0.48145466, 0.4578275, 0.40821073), description="of red, green and blue, subtracted from pixels of 0 to 1"
-    )
-    std: tuple[float, float, float] = Field(
-        (0.26862954, 0.26130258, 0.27577711), description="what they are then divided by"
-    )
-    options: dict[str, Any] = Field(default_factory=dict, description="passed to timm.create_model")
-    freeze_patch_embed: bool = Field(False, description="a ViT's first layer stays random (MoCo v3)")
-    shared_bn_views: bool = Field(False, description="batch norm sees all views of a step together, in one pass")
+    model: str = Field("declip_vit_small", description="name of a timm model or of a small tower of declip")
+    size: int = Field(32, ge=16, le=4096, description="image height and width in pixels")
+    mean: RGB = Field((0.48145466, 0.4578275, 0.40821073), description="mean of red, green and blue in 0 to 1")
+    std: RGB = Field((0.26862954, 0.26130258, 0.27577711), description="standard deviation of red, green and blue")
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
+    freeze_patch_embed: bool = Field(False, description="keep a ViT's patch embedding at its random start (MoCo v3)")
+    shared_bn_views: bool = Field(False, description="compute batch-norm statistics over all views of a step together")
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, given: RGB) -> RGB:
+        if min(given) < 1e-6:
+            raise ValueError("image.std must be above 0")
+        return given
 
 
 class TextTower(Section):
-    """CLIP's causal transformer (Radford et al. 2021, section 2.4), or a Hugging Face encoder.
+    """The text tower: CLIP's causal transformer, or a Hugging Face encoder with its own sizes and vocabulary."""
 
-    An encoder says its own sizes and vocabulary: width, layers, heads, merges and activation are not read then.
-    """
-
-    width: int = Field(512, ge=8, description="of the transformer")
-    layers: int = Field(12, ge=1, description="blocks")
-    heads: int = Field(8, ge=1, description="of attention; divides the width")
-    context: int = Field(77, ge=4, description="most tokens of a caption, its two ends among them")
-    merges: int | None = Field(None, ge=0, description="None: CLIP's whole vocabulary; n: its first n merges")
-    projection_bias: bool = Field(False, description="as the authors' text tower has it")
-    activation: Literal["quick_gelu", "gelu"] = Field("quick_gelu", description="of the MLPs")
-    encoder: str | None = Field(None, description="a Hugging Face encoder instead: its folder, or huggingface:NAME")
-    pooling: Literal["auto", "first", "mean", "end"] = Field("auto", description="which of an encoder's token states")
-    pretrained: bool = Field(True, description="an encoder starts from its own weights, not from random ones")
+    width: int = Field(512, ge=8, description="width of the transformer")
+    layers: int = Field(12, ge=1, description="number of transformer blocks")
+    heads: int = Field(8, ge=1, description="number of attention heads; divides the width")
+    context_length: int = Field(77, ge=4, description="longest caption in tokens, start and end included")
+    bpe_merges: int | None = Field(None, ge=0, description="number of CLIP's BPE merges to use; default: all")
+    projection_bias: bool = Field(False, description="bias of the projection, as in the official implementation")
+    activation: Literal["quick_gelu", "gelu"] = Field("quick_gelu", description="activation of the MLPs")
+    hf_model: str | None = Field(None, description="Hugging Face encoder instead: its folder, or huggingface:NAME")
+    pooling: Literal["auto", "cls", "mean", "eos"] = Field("auto", description="pooling of a Hugging Face encoder")
+    pretrained: bool = Field(True, description="start a Hugging Face encoder from its own weights")
 
     @model_validator(mode="after")
-    def _pooling_is_the_encoders(self) -> Self:
-        if self.encoder is None and self.pooling != "auto":
+    def _consistent(self) -> Self:
+        if self.hf_model is None and self.pooling != "auto":
             raise ValueError(
                 f"text.pooling={self.pooling} goes with text.hf_model; CLIP's text tower pools at its end token. "
                 "Leave text.pooling out, or give an encoder"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"text.width {self.width} is not a multiple of text.heads {self.heads}")
         return self
 
 
-class Weights(Section):
-    """The weight of each term in the total; 0 leaves the term, its head and its views out."""
+class ImageView(Section):
+    """MoCo v2's augmentation (Chen et al. 2020, arXiv 2003.04297), as DeCLIP uses it."""
 
-    contrastive: float = Field(0.0, ge=0, description="CLIP's InfoNCE of the first views")
-    multi_view: float = Field(0.0, ge=0, description="InfoNCE of all other pairings of views")
-    simsiam: float = Field(0.0, ge=0, description="SimSiam between both image views")
-    masked_language: float = Field(0.0, ge=0, description="predicting masked words")
-    nearest_neighbor: float = Field(0.0, ge=0, description="InfoNCE with the queue's nearest caption")
-    simclr: float = Field(0.0, ge=0, description="NT-Xent between both image views (SLIP)")
-    late_interaction: float = Field(0.0, ge=0, description="token-wise contrast (FILIP)")
+    scale: tuple[float, float] = Field((0.2, 1.0), description="smallest and largest fraction of the image's area")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="smallest and largest aspect ratio of a crop")
+    color_jitter: tuple[float, float, float, float] = Field(
+        (0.4, 0.4, 0.4, 0.1), description="strength of brightness, contrast, saturation and hue"
+    )
+    color_jitter_prob: Fraction = Field(0.8, description="probability of color jitter")
+    grayscale_prob: Fraction = Field(0.2, description="probability of grayscale")
+    blur_prob: Fraction = Field(0.5, description="probability of Gaussian blur")
+    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="smallest and largest sigma of the blur, in pixels")
+    hflip_prob: Fraction = Field(0.5, description="probability of a horizontal flip")
 
     @model_validator(mode="after")
-    def _something_teaches(self) -> Self:
-        if not any(weight > 0 for _, weight in self):
-            raise ValueError(f"every weight is 0: at least one of {', '.join(TERMS)} must be above 0")
+    def _spans(self) -> Self:
+        limits = {"scale": 1.0, "ratio": math.inf, "blur_sigma": math.inf}
+        for name, most in limits.items():
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= most or not math.isfinite(high):
+                allowed = "above 0" if most == math.inf else f"above 0 and at most {most:g}"
+                raise ValueError(f"{name} is [{low:g}, {high:g}]; give the smaller number first, both {allowed}")
+        if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
+            raise ValueError(
+                f"color_jitter is {list(self.color_jitter)}; strengths are 0 or more, and the hue's is at most 0.5"
+            )
         return self
 
-    def active(self) -> tuple[str, ...]:
-        """The names of the terms with a weight above 0, in the order of `TERMS`."""
-        return tuple(name for name in TERMS if getattr(self, name) > 0)
+
+class TextView(Section):
+    """EDA (Wei and Zou 2019) and the words that make up a caption."""
+
+    eda_alpha: Fraction = Field(0.1, description="fraction of the words that one EDA operation changes")
+    keyword_append_prob: Fraction = Field(0.0, description="probability of appending keywords to the caption")
+    keyword_only_prob: Fraction = Field(0.0, description="probability of replacing the caption by keywords")
+    second_view: Literal["eda", "caption", "keywords", "same"] = Field(
+        "eda", description="second text view: EDA of the first, another caption, keywords, or the first again"
+    )
+
+
+class Views(Section):
+    """The views of a pair that the model is trained on."""
+
+    image: ImageView = ImageView()
+    text: TextView = TextView()
+    contrastive_view: ImageView | None = Field(
+        None, description="milder first view for the contrastive loss; the others stay (SLIP)"
+    )
+    image_count: Literal[1, 2] = Field(
+        2, description="number of image views of losses that compare views; 1: one image meets both captions"
+    )
 
 
 class SimSiam(Section):
     """Widths of the projector and the predictor (Chen and He 2021; DeCLIP's constants)."""
 
-    hidden: int = Field(1024, ge=1, description="the projector's inner width")
-    out: int = Field(1024, ge=1, description="the projector's last width")
-    predictor_hidden: int = Field(512, ge=1, description="the predictor's inner width")
+    hidden: int = Field(1024, ge=1, description="inner width of the projector")
+    out: int = Field(1024, ge=1, description="output width of the projector")
+    predictor_hidden: int = Field(512, ge=1, description="inner width of the predictor")
 
 
 class SimCLR(Section):
     """SLIP's head (Mu et al. 2022) and NT-Xent's temperature."""
 
-    hidden: int = Field(4096, ge=1, description="the head's inner width")
-    out: int = Field(256, ge=1, description="the head's last width")
-    temperature: float = Field(0.1, gt=0, description="of NT-Xent")
+    hidden: int = Field(4096, ge=1, description="inner width of the head")
+    out: int = Field(256, ge=1, description="output width of the head")
+    temperature: float = Field(0.1, gt=0, description="temperature of NT-Xent")
 
 
 class MaskedLanguage(Section):
-    """BERT's corruption of the caption; `mask_contrastive_text` lets one pass serve this term and the contrast."""
+    """BERT's corruption of the caption."""
 
-    probability: float = Field(0.15, ge=0, le=1, description="of a word to be chosen")
+    probability: Fraction = Field(0.15, description="probability of choosing a token")
     mask_contrastive_text: bool = Field(
-        True, description="the contrast too sees the masked caption: one pass for both, as the authors"
+        True, description="the contrastive loss sees the masked caption too: one pass, as the official implementation"
     )
-    mask_input_only: bool = Field(False, description="mask the caption although the term has no weight (FILIP)")
+    mask_input_only: bool = Field(False, description="mask the caption although the loss has no weight (FILIP)")
 
 
 class NearestNeighbor(Section):
     """The queue of text features."""
 
-    queue_size: int = Field(65536, ge=1, description="captions remembered")
-    symmetric: bool = Field(False, description="True: the paper's formula; False: the authors' code")
+    queue_size: int = Field(65536, ge=1, description="number of text features in the queue")
+    symmetric: bool = Field(False, description="both directions, as in the paper; false: as the official code")
     lookup: Literal["fp32", "bf16"] = Field("fp32", description="precision of the similarities to the queue")
 
 
 class LateInteraction(Section):
     """FILIP's token-wise similarity (Yao et al. 2022)."""
 
-    width: int = Field(256, ge=1, description="of the tokens that are compared")
-    top_k: int | None = Field(None, ge=1, description="tokens kept on the gathered side; None keeps all")
-    include_padding: bool = Field(False, description="padding counts as tokens, as in the authors' code")
+    width: int = Field(256, ge=1, description="width of the compared tokens")
+    top_k: int | None = Field(None, ge=1, description="number of tokens kept on the gathered side; default: all")
+    include_padding: bool = Field(False, description="padding counts as tokens, as in the official implementation")
 
 
 class LogitScale(Section):
     """The logarithm of the inverse temperature, and its limits after each step."""
 
-    start: float = Field(2.6592600369327783, description="ln(1 / 0.07)")
-    min: float | None = Field(None, description="None: no limit")
-    max: float = Field(4.605170185988092, description="ln(100)")
+    init: float = Field(2.6592600369327783, description="initial value; the default is ln(1 / 0.07)")
+    min: float | None = Field(None, description="lower limit; default: none")
+    max: float = Field(4.605170185988092, description="upper limit; the default is ln(100)")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -149,44 +228,79 @@ class LogitScale(Section):
         return self
 
 
+class LoRA(Section):
+    """Low-rank adapters (Hu et al. 2022) on the blocks' linear layers; all pretrained weights stay frozen."""
+
+    rank: int = Field(8, ge=1, description="rank of the adapters")
+    alpha: float = Field(16.0, gt=0, description="scale of the adapters; they are multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
+
+
+class FineTuning(Section):
+    """The pretrained weights, and how freely they may change."""
+
+    pretrained: str | None = Field(None, description="weights that declip.load takes, or timm:NAME for the image tower")
+    image_size: int | None = Field(None, ge=16, description="image size other than the weights', in pixels")
+    image_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for the image tower")
+    text_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for the text tower")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer below the last")
+    freeze_image_blocks: Count | Literal["all"] = Field(
+        0, description="number of lowest image blocks to freeze, stem included; all: the whole tower (LiT)"
+    )
+    freeze_text_blocks: Count | Literal["all"] = Field(0, description="number of lowest text blocks to freeze, or all")
+    head_warmup_steps: int = Field(0, ge=0, description="number of first steps that train only the new parameters")
+    lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Self:
+        given = sorted(self.model_fields_set - {"pretrained"})
+        changed = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+        if self.pretrained is None and changed:
+            raise ValueError(f"finetune.{changed[0]} needs pretrained weights; give finetune.pretrained too")
+        for name in ("freeze_image_blocks", "freeze_text_blocks"):
+            if self.lora is not None and getattr(self, name) not in (0, "all"):
+                raise ValueError(f"finetune.lora freezes all blocks; finetune.{name} is 0 or all then")
+        if self.lora is not None and self.layer_decay != 1:
+            raise ValueError("finetune.lora has one learning rate per tower; leave finetune.layer_decay out")
+        return self
+
+
 class Train(Section):
     """Optimization and the bookkeeping of a run."""
 
-    steps: int = Field(1000, ge=1, description="in all")
-    batch: int = Field(128, ge=2, description="pairs a step, over all processes")
-    warmup_lr: float = Field(1e-4, ge=0, description="the rate of the first step")
-    lr: float = Field(1e-3, gt=0, description="the rate after the warm-up")
-    min_lr: float = Field(0.0, ge=0, description="the rate of the last step, after a cosine")
-    warmup_steps: int = Field(100, ge=0, description="in which the rate rises linearly")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's; biases, norms, scales and positions have none")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's")
-    eps: float = Field(1e-8, gt=0, description="AdamW's")
-    grad_clip_norm: float | None = Field(None, gt=0, description="longest gradient; None: not clipped")
-    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="auto: bf16 where the device computes it")
-    channels_last: bool = Field(False, description="memory order of images, for convolutions")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; they are evaluated")
-    log_every: int = Field(10, ge=1, description="steps")
-    evaluate_every: int = Field(0, ge=0, description="0: only at the end")
-    checkpoint_every: int = Field(200, ge=1, description="steps")
-    keep: int = Field(2, ge=1, description="how many checkpoints stay")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    threads: int | None = Field(None, ge=1, description="of torch; None: its own number")
-    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: whole copies, or sharded towers")
-    sync_batch_norm: bool = Field(True, description="batch norm over all processes' pairs, as on one")
-    chunk: int | None = Field(None, ge=1, description="pairs of a process's part that the towers see at a time")
+    steps: int = Field(1000, ge=1, description="number of optimizer steps")
+    batch_size: int = Field(128, ge=2, description="number of pairs per step over all processes")
+    lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up")
+    warmup_lr: float = Field(1e-4, ge=0, description="learning rate of the first step")
+    min_lr: float = Field(0.0, ge=0, description="learning rate of the last step, after a cosine")
+    warmup_steps: int = Field(100, ge=0, description="number of steps with a linearly rising learning rate")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay; not on biases, norms and scales")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    grad_clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32", description="precision of the towers; auto: bf16 where the device computes in it"
+    )
+    channels_last: bool = Field(False, description="channels-last memory format, for convolutions")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are evaluated then")
+    log_every: int = Field(10, ge=1, description="number of steps between logged rows")
+    evaluate_every: int = Field(0, ge=0, description="number of steps between evaluations; 0: only at the end")
+    checkpoint_every: int = Field(200, ge=1, description="number of steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="number of checkpoints to keep")
+    device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, mps")
+    threads: int | None = Field(None, ge=1, description="number of torch threads; default: torch's own choice")
+    strategy: Literal["ddp", "fsdp"] = Field("ddp", description="distributed training; fsdp shards the towers")
+    sync_batch_norm: bool = Field(True, description="batch-norm statistics over all processes")
+    grad_cache_chunk: int | None = Field(None, ge=1, description="pairs per GradCache chunk and process; default: off")
     allow_batchnorm_chunking: bool = Field(
-        False, description="allow chunks for a tower with batch norm, which sees each alone"
+        False, description="allow chunks for towers with batch norm, which then see each chunk alone"
     )
-    grad_checkpointing: bool = Field(False, description="less memory for a third more time")
-    max_logits_mb: float = Field(
-        256, gt=0, description="10^6 bytes; larger loss matrices are made in blocks, twice, instead of being kept"
-    )
-    patience: float = Field(600, gt=0, description="seconds a process waits for another at a step before it gives up")
-    length_buckets: int = Field(1, ge=1, description="encode captions sorted by length, in so many groups")
+    grad_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    max_logits_mb: float = Field(256, gt=0, description="largest loss matrix kept for backward, in 10^6 bytes")
+    rank_timeout: float = Field(600, gt=0, description="seconds a process waits for the others before it gives up")
+    length_buckets: int = Field(1, ge=1, description="number of length-sorted groups that captions are encoded in")
     compile: bool = Field(False, description="torch.compile for the towers")
-    freeze_garbage: bool = Field(True, description="leave what was there at the start out of garbage collection")
-    keep_memory: bool = Field(True, description="on a CPU: keep what a step freed for the next one (glibc)")
-    bad_steps: int = Field(0, ge=0, description="steps that may be left out because their loss is not finite")
+    max_nonfinite_steps: int = Field(0, ge=0, description="number of steps with a non-finite loss that may be skipped")
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
@@ -195,50 +309,13 @@ class Train(Section):
         return self
 
 
-class LoRA(Section):
-    """Low-rank adapters (Hu et al. 2022) on the blocks' linear maps; all that came with the weights stays."""
-
-    rank: int = Field(8, ge=1, description="of the product")
-    alpha: float = Field(16.0, gt=0, description="the adapter's part is alpha / rank times its product")
-    dropout: float = Field(0.0, ge=0, lt=1, description="before the adapters")
-
-
-class FineTuning(Section):
-    """Where training starts, and how freely what came with the weights may change."""
-
-    weights: str | None = Field(None, description="what `declip.load` takes, or timm:NAME for the image tower alone")
-    image_size: int | None = Field(None, ge=16, description="pixels; other than the weights': positions are resized")
-    image_lr_scale: float = Field(1.0, gt=0, description="the image tower's rate, as a factor on the recipe's")
-    text_lr_scale: float = Field(1.0, gt=0, description="the text tower's")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the rate from each layer to the one below it")
-    freeze_image_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
-        0, description="the stem and that many blocks stay as they are; all: the whole tower (LiT)"
-    )
-    freeze_text_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = Field(0, description="the text tower's likewise")
-    head_warmup_steps: int = Field(0, ge=0, description="first steps, in which only what is new learns")
-    lora: LoRA | None = Field(None, description="adapters instead: rank, alpha, dropout")
-
-    @model_validator(mode="after")
-    def _has_weights(self) -> Self:
-        given = sorted(self.model_fields_set - {"weights"})
-        changed = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
-        if self.weights is None and changed:
-            raise ValueError(f"finetune.{changed[0]} is for weights to start from; give finetune.pretrained too")
-        for name in ("freeze_image_blocks", "freeze_text_blocks"):
-            if self.lora is not None and getattr(self, name) not in (0, "all"):
-                raise ValueError(f"finetune.lora leaves all blocks as they are; finetune.{name} is 0 or all then")
-        if self.lora is not None and self.layer_decay != 1:
-            raise ValueError("finetune.lora has one rate for a tower; leave finetune.layer_decay out")
-        return self
-
-
 class Evaluation(Section):
-    """What is measured during training and at its end."""
+    """The evaluation sets during training and at its end."""
 
-    zero_shot: tuple[str, ...] = Field((), description="sets to classify")
-    retrieval: tuple[str, ...] = Field((), description="sets to search in, both ways")
-    final_zero_shot: tuple[str, ...] = Field((), description="only at the end: the test sets")
-    final_retrieval: tuple[str, ...] = Field((), description="only at the end")
+    zero_shot: tuple[str, ...] = Field((), description="sets for zero-shot classification")
+    retrieval: tuple[str, ...] = Field((), description="sets for retrieval in both directions")
+    final_zero_shot: tuple[str, ...] = Field((), description="test sets for zero-shot, used only at the end")
+    final_retrieval: tuple[str, ...] = Field((), description="test sets for retrieval, used only at the end")
 
 
 class Recipe(Section):
@@ -248,14 +325,16 @@ class Recipe(Section):
         UserError: from `declip.recipe.load.load_recipe`, when a key or a value is not allowed.
     """
 
-    name: str = Field("unnamed", description="for tables and reports")
-    seed: int = Field(0, ge=0, description="of weights, views, order and choice of pairs")
+    name: str = Field("unnamed", description="name for tables and reports")
+    seed: int = Field(0, ge=0, description="seed of weights, views, order and choice of pairs")
     data: Data = Data()
     image: ImageTower = ImageTower()
     text: TextTower = TextTower()
-    embed_dim: int = Field(512, ge=1, description="width of the shared space")
+    embed_dim: int = Field(512, ge=1, description="width of the shared embedding space")
     views: Views = Views()
-    weights: Weights = Weights(contrastive=1.0)
+    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {"contrastive": 1.0}, description="weight of each loss by name; see declip.supervision.objective.TERMS"
+    )
     simsiam: SimSiam = SimSiam()
     simclr: SimCLR = SimCLR()
     masked_language: MaskedLanguage = MaskedLanguage()
@@ -267,56 +346,27 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
-    def _padding_is_encoded(self) -> Self:
-        if self.train.length_buckets > 1 and self.late_interaction.include_padding:
+    def _consistent(self) -> Self:
+        train = self.train
+        if not self.active_losses:
+            raise ValueError("every weight in loss_weights is 0; at least one must be above 0")
+        if train.length_buckets > 1 and self.late_interaction.include_padding:
             raise ValueError(
                 "train.length_buckets above 1 leaves padding out, and late_interaction.include_padding wants it; "
                 "set one of them back"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _adapters_are_trained_plainly(self) -> Self:
-        train = self.train
-        clashes = {
-            "train.ema_decay": train.ema_decay,
-            "train.compile": train.compile,
-            "train.strategy": train.strategy == "fsdp",
-        }
-        found = [name for name, clash in clashes.items() if clash]
-        if self.finetune.lora is not None and found:
-            raise ValueError(f"finetune.lora goes without {found[0]}={getattr(train, found[0][6:])}; leave one out")
-        return self
-
-    @model_validator(mode="after")
-    def _one_image_view_is_enough(self) -> Self:
-        pairs_of_images = [name for name in ("simsiam", "simclr") if getattr(self.weights, name) > 0]
-        if self.views.image_count == 1 and pairs_of_images:
-            raise ValueError(
-                f"{pairs_of_images[0]} compares two views of an image, and views.image_count is 1; "
-                f"set it to 2, or weights.{pairs_of_images[0]} to 0"
-            )
+        clashes = {"ema_decay": train.ema_decay, "compile": train.compile, "strategy": train.strategy == "fsdp"}
+        clash = next((name for name, value in clashes.items() if value), None)
+        if self.finetune.lora is not None and clash is not None:
+            raise ValueError(f"finetune.lora does not work with train.{clash}={getattr(train, clash)}; leave one out")
         if self.views.image_count == 1 and self.views.contrastive_view:
-            raise ValueError(
-                "views.contrastive_view is a view beside two others; leave it out, or set views.image_count to 2"
-            )
+            raise ValueError("views.contrastive_view needs two other views; set views.image_count to 2")
         return self
 
     @property
-    def image_view_count(self) -> int:
-        """`views.image_count` when a term compares views, else 1; one more with a base view."""
-        compared = {"multi_view", "simsiam", "simclr", "nearest_neighbor"} & set(self.weights.active())
-        return (self.views.image_count if compared else 0) + (1 if self.views.contrastive_view else 0) or 1
-
-    @property
-    def text_view_count(self) -> int:
-        """2 when a term uses the second text view, else 1."""
-        return 2 if {"multi_view", "nearest_neighbor"} & set(self.weights.active()) else 1
-
-    @property
-    def masks(self) -> bool:
-        """Whether the caption is corrupted for masked language modelling."""
-        return self.loss_weights.masked_language > 0 or self.masked_language.mask_input_only
+    def active_losses(self) -> dict[str, float]:
+        """Losses with a weight above 0, by name, in the order of the file."""
+        return {name: weight for name, weight in self.loss_weights.items() if weight > 0}
 
     def to_yaml(self) -> str:
         """The resolved recipe, with every default written out."""

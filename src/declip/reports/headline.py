@@ -102,9 +102,9 @@ def lead(run: Run, on: str | None) -> str:
     """One sentence that says how good the model is."""
     zero_shot = _last_zero_shot(run, on)
     if zero_shot is None:
-        return f"{run.pairs_seen:,} pairs seen in {run.step:,} steps; nothing has been classified yet."
+        return f"{run.samples_seen:,} pairs seen in {run.step:,} steps; nothing has been classified yet."
     return (
-        f"After {run.pairs_seen:,} pairs seen, this model gives the right name to {share(zero_shot.top1)} of "
+        f"After {run.samples_seen:,} pairs seen, this model gives the right name to {share(zero_shot.top1)} of "
         f"{zero_shot.n:,} held-out images, choosing among {zero_shot.classes:,} names at its first guess. "
         f"Guessing would get {share(zero_shot.chance)}: {times(zero_shot.times_chance)} times less."
     )
@@ -120,12 +120,12 @@ def figures(run: Run, on: str | None) -> list[Figure]:
     if run.metrics:
         found.append(
             Figure(
-                f"{run.pairs_seen:,}",
+                f"{run.samples_seen:,}",
                 "pairs seen",
                 f"In {run.step:,} steps; a pair counts again each time it comes.",
             )
         )
-    if (rate := run.pairs_per_second) is not None:
+    if (rate := run.samples_per_second) is not None:
         took = f"; {duration(run.seconds)} of training in all" if run.seconds else ""
         found.append(Figure(f"{rate:,.0f}", "pairs a second", f"Median over the logged steps{took}."))
     return found

@@ -14,8 +14,8 @@ from markupsafe import Markup
 from pydantic import ValidationError
 
 from declip.data.batch import PairBatch
-from declip.data.images.crops import ImageViews
 from declip.data.pair import PairSource
+from declip.data.plan import Plan
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
@@ -50,7 +50,8 @@ class Loader(Wording, Iterator[PairBatch], Protocol):
 class HasQueue(Protocol):
     """An objective: its queue is None when the nearest-neighbor term has no weight."""
 
-    queue: Queue | None
+    @property
+    def queue(self) -> Queue | None: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def write_report(
     recipe: Recipe | None = None,
     heldout: str | PairSource | Dataset | None = None,
     train_source: PairSource | None = None,
-    image_views: ImageViews | None = None,
+    plan: Plan | None = None,
     loader: Loader | None = None,
     objective: HasQueue | None = None,
     limit: int = LIMIT,
@@ -98,7 +99,7 @@ def write_report(
         heldout: What the headline and the galleries are about; of a set, its test split. By default a source of the
             recipe's evaluation that was measured already: the final ones first, and of those one with both protocols.
         train_source: The training pairs.
-        image_views: Finishes the loader's image views.
+        plan: The views of the training pairs.
         loader: The training loader; its next batch is shown.
         objective: The run's objective; its queue is looked into if it has one.
         limit: Held-out pairs that galleries and confusions are made from, evenly spaced; all if there are fewer.
@@ -135,7 +136,7 @@ def write_report(
         to_texts=_and_then(held_out, _to_texts),
         confused=_and_then(held_out, lambda each: _confused(model, each)),
         neighbors=_or_absent(lambda: _neighbors(model, recipe, objective, train_source, loader, rng)),
-        views=_or_absent(lambda: _views(model, train_source, image_views, loader, rng)),
+        views=_or_absent(lambda: _views(model, train_source, plan, loader, rng)),
         unread=_unread(run),
         credits=_credits(train_source, None if isinstance(held_out, Absent) else held_out.source),
     )
@@ -239,16 +240,16 @@ def _neighbors(
 def _views(
     model: ReportModel,
     source: PairSource | None,
-    maker: ImageViews | None,
+    plan: Plan | None,
     loader: Loader | None,
     rng: np.random.Generator,
 ) -> list[Seen]:
-    if source is None or maker is None or loader is None:
+    if source is None or plan is None or loader is None:
         raise UserError("The training pairs were not at hand when this report was written.")
     batch = next(loader)
     if len(batch) == 0:
         raise UserError("The next batch holds no pair that can be read.")
-    return views(batch, source, maker, model.tokenizer, rng)
+    return views(batch, source, plan, model.tokenizer, rng)
 
 
 def _or_absent(make: Callable[[], T]) -> T | Absent:

@@ -12,7 +12,7 @@ from declip.reports.charts import Line, accuracy_chart, term_chart
 from declip.runs.records import Run
 
 TERMS: Mapping[str, tuple[str, str]] = {
-    "total": ("Total", "The weighted sum that is minimised."),
+    "loss": ("Total", "The weighted sum that is minimised."),
     "contrastive": (
         "Image and caption",
         "In each batch every image looks for its caption, and every caption for its image.",
@@ -28,11 +28,11 @@ TERMS: Mapping[str, tuple[str, str]] = {
 AGAINST_BATCH = {"contrastive", "multi_view", "nearest_neighbor", "late_interaction"}
 """Terms that pick one of the batch, so that guessing gives ln(batch)."""
 
-EXACT = {"learning_rate", "logit_scale"}
+EXACT = {"lr", "logit_scale"}
 """Quantities without noise, which smoothing would only distort."""
 
 PROGRESS: Mapping[str, tuple[str, str]] = {
-    "learning_rate": ("Learning rate", "Size of the steps: a warm-up, then a cosine."),
+    "lr": ("Learning rate", "Size of the steps: a warm-up, then a cosine."),
     "logit_scale": ("Logit scale", "How sharply the model decides: the inverse temperature, learned."),
     "grad_norm": ("Gradient norm", "Before clipping; a jump that stays is a warning."),
 }
@@ -50,13 +50,13 @@ class Curve:
 def term_curves(run: Run, recipe: Recipe | None) -> list[Curve]:
     """The total and each term."""
     curves = []
-    for name in ("total", *run.terms):
+    for name in ("loss", *run.terms):
         title, note = TERMS.get(name, (name, ""))
-        if recipe is not None and name in recipe.loss_weights.active():
-            note += f" Weight {getattr(recipe.loss_weights, name):g}."
+        if recipe is not None and name in recipe.active_losses:
+            note += f" Weight {recipe.loss_weights[name]:g}."
             if name in AGAINST_BATCH:
                 note += f" Guessing gives\N{NO-BREAK SPACE}{log(recipe.train.batch_size):.2f}."
-        column = "total" if name == "total" else f"terms.{name}"
+        column = "loss" if name == "loss" else f"losses.{name}"
         curves.append(Curve(title, note.strip(), term_chart(title, run.steps, run.column(column))))
     return curves
 

@@ -1,6 +1,6 @@
 """What training looked like from the inside: the pairs as the model sees them, and the neighbors it finds."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Protocol
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from declip.data.batch import IGNORED, PairBatch
-from declip.data.images.crops import ImageViews
+from declip.data.images.crops import apply_photometric
 from declip.data.pair import BrokenPair, PairSource
+from declip.data.plan import Plan
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.evaluation.encode import Encoder, text_features
 from declip.reports.thumbnails import Picture, Pictures, pixels
@@ -137,7 +138,7 @@ def neighbors(
 def views(
     batch: PairBatch,
     source: PairSource,
-    maker: ImageViews,
+    plan: Plan,
     tokenizer: CaptionTokenizer,
     rng: np.random.Generator,
     count: int = 4,
@@ -147,16 +148,16 @@ def views(
     Pairs whose words were changed or masked come first, so that there is something to see.
 
     Args:
-        batch: Of the training loader; its tags say which pairs it holds.
+        batch: Of the training loader; its sample_ids say which pairs it holds.
         source: The training pairs, for the originals.
-        maker: Finishes the image views.
+        plan: The statistics of the images.
         tokenizer: Decodes.
         rng: Chooses the pairs.
         count: How many.
     """
-    if batch.photometric is not None:
-        batch = replace(batch, images=maker.finish(batch.images, batch.photometric), photometric=None)
-    images = batch.images * maker.std.view(3, 1, 1) + maker.mean.view(3, 1, 1)
+    mean, std = torch.tensor(plan.mean), torch.tensor(plan.std)
+    finished = apply_photometric(batch.views, mean, std)
+    images = [view.pixels * std.view(3, 1, 1) + mean.view(3, 1, 1) for view in finished.values()]
     hidden = torch.zeros(len(batch)) if batch.labels is None else (batch.labels != IGNORED).sum(1).float()
     changed = torch.zeros(len(batch)) if len(batch.texts) < 2 else (batch.texts[0] != batch.texts[1]).any(1).float()
     order = rng.permutation(len(batch))
@@ -168,7 +169,7 @@ def views(
         caption = _caption(tokenizer, batch.texts[0, row])
         seen.append(
             Seen(
-                original=None if batch.tags is None else pictures.at(int(batch.tags[row]) % len(source)),
+                original=None if batch.sample_ids is None else pictures.at(int(batch.sample_ids[row]) % len(source)),
                 views=[
                     pixels(view[row].float().numpy(), f"View {number} of: {caption}")
                     for number, view in enumerate(images, 1)

@@ -27,8 +27,6 @@ CHANGEABLE = (
     "train.rank_timeout",
     "train.device",
     "train.threads",
-    "train.freeze_garbage",
-    "train.keep_memory",
     "train.keep_checkpoints",
     "train.checkpoint_every",
     "name",

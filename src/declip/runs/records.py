@@ -46,14 +46,14 @@ class Run:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
-    def pairs_seen(self) -> int:
+    def samples_seen(self) -> int:
         """Pairs seen until then, counted again each time they come."""
-        return int(self.metrics[-1]["pairs_seen"]) if self.metrics else 0
+        return int(self.metrics[-1]["samples_seen"]) if self.metrics else 0
 
     @property
-    def pairs_per_second(self) -> float | None:
+    def samples_per_second(self) -> float | None:
         """Median over the logged steps."""
-        rates = self.column("pairs_per_second")
+        rates = self.column("samples_per_second")
         return float(np.nanmedian(rates)) if np.isfinite(rates).any() else None
 
     @property
@@ -69,10 +69,10 @@ class Run:
     @property
     def terms(self) -> list[str]:
         """Names of the terms, in the order of the first row."""
-        return list(dict.fromkeys(name for row in self.metrics for name in row.get("terms", {})))
+        return list(dict.fromkeys(name for row in self.metrics for name in row.get("losses", {})))
 
     def column(self, name: str) -> np.ndarray:
-        """(rows,) float64 of a metric; "terms.NAME" for a term; NaN where a row lacks it."""
+        """(rows,) float64 of a metric; "losses.NAME" for a term; NaN where a row lacks it."""
         return np.array([_number(row, name.split(".", 1)) for row in self.metrics], dtype=np.float64)
 
     def measured(self, protocol: str, on: str) -> list[Evaluated]:

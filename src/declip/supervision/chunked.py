@@ -11,9 +11,9 @@ BLOCK_BYTES = 2**26
 """Logits held at a time: 64 MiB."""
 
 
-def exceeds(largest: float | None, rows: Tensor, columns: int) -> bool:
-    """Whether a matrix with as many rows, of the same type, takes more than `largest` bytes; never when it is None."""
-    return largest is not None and len(rows) * columns * rows.itemsize > largest
+def exceeds(max_logit_bytes: float | None, rows: Tensor, columns: int) -> bool:
+    """Whether the logits of `rows` against so many columns take more than `max_logit_bytes`; None: never."""
+    return max_logit_bytes is not None and len(rows) * columns * rows.itemsize > max_logit_bytes
 
 
 def cross_entropy(rows: Tensor, keys: Tensor, offset: int = 0, excluded: int | None = None) -> Tensor:
@@ -45,8 +45,8 @@ class _CrossEntropy(torch.autograd.Function):
         sums, own = rows.new_empty(len(rows)), rows.new_empty(len(rows))
         for start, stop, logits in _blocks(rows, keys, excluded):
             own[start:stop] = logits.diagonal(offset + start)
-            largest = logits.amax(dim=1)
-            sums[start:stop] = logits.sub_(largest[:, None]).exp_().sum(dim=1).log_().add_(largest)
+            max_logit_bytes = logits.amax(dim=1)
+            sums[start:stop] = logits.sub_(max_logit_bytes[:, None]).exp_().sum(dim=1).log_().add_(max_logit_bytes)
         ctx.save_for_backward(rows, keys, sums)
         ctx.offset, ctx.excluded = offset, excluded
         return (sums - own).mean()

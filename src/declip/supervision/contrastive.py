@@ -1,12 +1,14 @@
-"""Image-text contrast: CLIP's InfoNCE, and DeCLIP's multi-view term made of three of them."""
+"""The contrastive loss: CLIP's InfoNCE between images and texts."""
 
-from itertools import islice, product
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.supervision import chunked as blockwise
+from declip.data.plan import Needs
+from declip.supervision import chunked
+from declip.supervision.term import Rows, Similarity, Term
 
 
 def to_float32(x: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ def scaled_similarity(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tens
 
 
 def cross_entropy_to_keys(
-    rows: Tensor, keys: Tensor, scale: Tensor | float, offset: int = 0, largest: float | None = None
+    rows: Tensor, keys: Tensor, scale: Tensor | float, offset: int = 0, max_logit_bytes: float | None = None
 ) -> Tensor:
     """Cross-entropy of each row against all keys, its own key being row `offset` + its position.
 
@@ -44,14 +46,15 @@ def cross_entropy_to_keys(
         keys: (N, d), L2-normalized, of all ranks in rank order; N >= offset + B.
         scale: exp(logit_scale), the inverse temperature.
         offset: Row of `keys` that belongs to the first of `rows`.
-        largest: Bytes of logits that may be kept for the backward pass; more are made in blocks, twice. None: all.
+        max_logit_bytes: Bytes of logits that may be kept for the backward pass; more are computed in blocks, twice.
+            None: all are kept.
 
     Returns:
         The loss, a scalar.
     """
     rows, keys = to_float32(rows), to_float32(keys)
-    if blockwise.exceeds(largest, rows, len(keys)):
-        return blockwise.cross_entropy(scale * rows, keys, offset)
+    if chunked.exceeds(max_logit_bytes, rows, len(keys)):
+        return chunked.cross_entropy(scale * rows, keys, offset)
     positives = torch.arange(offset, offset + len(rows), device=rows.device)
     return F.cross_entropy(scaled_similarity(rows, keys, scale), positives)
 
@@ -63,7 +66,7 @@ def info_nce(
     text_keys: Tensor,
     scale: Tensor | float,
     offset: int = 0,
-    largest: float | None = None,
+    max_logit_bytes: float | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE between images and texts: CLIP's loss (arXiv 2103.00020, figure 3), DeCLIP's L_CLIP.
 
@@ -79,43 +82,34 @@ def info_nce(
         text_keys: (N, d) text features of all ranks, with gradient.
         scale: exp(logit_scale).
         offset: Row of the keys that belongs to this rank's first pair.
-        largest: See `cross_entropy_to_keys`.
+        max_logit_bytes: See `cross_entropy_to_keys`.
 
     Returns:
-        The loss, a scalar. Two (B, N) logit matrices are kept for the backward pass, up to `largest` each.
+        The loss, a scalar. Two (B, N) logit matrices are kept for the backward pass, up to `max_logit_bytes` each.
     """
-    image_to_text = cross_entropy_to_keys(image, text_keys, scale, offset, largest)
-    text_to_image = cross_entropy_to_keys(text, image_keys, scale, offset, largest)
+    image_to_text = cross_entropy_to_keys(image, text_keys, scale, offset, max_logit_bytes)
+    text_to_image = cross_entropy_to_keys(text, image_keys, scale, offset, max_logit_bytes)
     return (image_to_text + text_to_image) / 2
 
 
-def multi_view(
-    images: Tensor,
-    texts: Tensor,
-    image_keys: Tensor,
-    text_keys: Tensor,
-    scale: Tensor | float,
-    offset: int = 0,
-    largest: float | None = None,
-) -> Tensor:
-    """Contrast of the augmented views: all pairings but the first (L_MVS of DeCLIP, arXiv 2110.05208).
+class Contrastive(Term):
+    """CLIP's loss between the contrastive view, or else the first view, and the caption."""
 
-    Equals the plain loop, F = images, G = texts
-        mean of InfoNCE(F₁, G₂), InfoNCE(F₂, G₁), InfoNCE(F₂, G₂)
-    With other numbers of views V and T it is the mean of the V·T - 1 pairings after the first.
+    needs = Needs(optional_views=frozenset({"contrastive"}))
+    title = "image-text contrast"
+    explanation = "Picks the caption of each image, and the image of each caption, among those of the batch."
 
-    Args:
-        images: (2, B, d) features of the image views, L2-normalized.
-        texts: (2, B, d) features of the caption and its augmentation, L2-normalized.
-        image_keys: (2, N, d) image features of all ranks, with gradient.
-        text_keys: (2, N, d) text features of all ranks, with gradient.
-        scale: exp(logit_scale).
-        offset: Row of the keys that belongs to this rank's first pair.
-        largest: See `cross_entropy_to_keys`.
+    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+        view = "contrastive" if "contrastive" in own.views else "first"
+        return info_nce(
+            own.image(view),
+            own.texts[0],
+            keys.image(view),
+            keys.texts[0],
+            similarity.scale,
+            offset,
+            self.max_logit_bytes,
+        )
 
-    Returns:
-        The loss, a scalar. Six (B, N) logit matrices are kept for the backward pass, up to `largest` each.
-    """
-    pairings = islice(product(range(len(images)), range(len(texts))), 1, None)
-    losses = [info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset, largest) for i, j in pairings]
-    return torch.stack(losses).mean()
+    def chance(self, batch_size: int) -> float:
+        return math.log(batch_size)

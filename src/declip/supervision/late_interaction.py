@@ -1,11 +1,18 @@
 """Token-wise contrast of FILIP: every patch finds its best word, every word its best patch."""
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from declip.data.plan import Needs
+from declip.models.dual_encoder import DualEncoder
+from declip.models.heads import TokenProjection
+from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import to_float32
+from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 SCORES_AT_ONCE = 2**26
 """Token-to-token scores held at a time: 256 MiB in float32, whatever the batch."""
@@ -21,7 +28,7 @@ def select_tokens(
     """Keep the k tokens of each sample that are most similar, in sum, to the paired sample's tokens.
 
     What FILIP does before it gathers, to move and compare less (arXiv 2111.07783). Equals the plain loop
-        score[b, t] = Σ_u tokens[b, t]·paired_tokens[b, u];  keep the k largest of each b
+        score[b, t] = Σ_u tokens[b, t]·paired_tokens[b, u];  keep the k max_logit_bytes of each b
     computed as a product with the sum over u: B·n·d multiplications.
 
     Args:
@@ -89,7 +96,7 @@ def late_interaction(
     scale: Tensor | float,
     offset: int = 0,
     include_padding: bool = False,
-    largest: float | None = None,
+    max_logit_bytes: float | None = None,
 ) -> Tensor:
     """InfoNCE on token-wise similarities (FILIP, arXiv 2111.07783; in DeFILIP, arXiv 2203.05796).
 
@@ -112,15 +119,15 @@ def late_interaction(
         scale: exp of the logit scale that this term has for itself.
         offset: Row of the keys that belongs to this rank's first pair.
         include_padding: Let padding count like words, as the authors' code does; both masks are ignored.
-        largest: Bytes of positions of maxima that may be kept for the backward pass in each direction; with more, the
-            similarities are made a block of rows at a time, twice. None: all.
+        max_logit_bytes: Bytes of positions of maxima that may be kept for the backward pass in each direction; with
+            more, the similarities are computed a block of rows at a time, twice. None: all are kept.
 
     Returns:
         The loss, a scalar.
     """
     own, keys = (None, None) if include_padding else (word_mask, word_key_mask)
-    image_to_text = _one_way(image_tokens, word_keys, None, keys, scale, offset, largest)
-    text_to_image = _one_way(word_tokens, image_keys, own, None, scale, offset, largest)
+    image_to_text = _one_way(image_tokens, word_keys, None, keys, scale, offset, max_logit_bytes)
+    text_to_image = _one_way(word_tokens, image_keys, own, None, scale, offset, max_logit_bytes)
     return (image_to_text + text_to_image) / 2
 
 
@@ -131,7 +138,7 @@ def _one_way(
     key_mask: Tensor | None,
     scale: Tensor | float,
     offset: int,
-    largest: float | None,
+    max_logit_bytes: float | None,
 ) -> Tensor:
     """Cross-entropy of samples against key samples, whole or in blocks of rows that are forgotten in between."""
 
@@ -142,11 +149,78 @@ def _one_way(
         return F.cross_entropy(logits, positives, reduction=reduction)
 
     count, bytes_of_row = len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize
-    if largest is None or count * bytes_of_row <= largest:
+    if max_logit_bytes is None or count * bytes_of_row <= max_logit_bytes:
         return loss(0, count, "mean")
-    size = max(1, int(largest // bytes_of_row))
+    size = max(1, int(max_logit_bytes // bytes_of_row))
     sums = [
         checkpoint(loss, start, min(start + size, count), "sum", use_reentrant=False, preserve_rng_state=False)
         for start in range(0, count, size)
     ]
     return torch.stack(sums).sum() / count
+
+
+class LateInteraction(Term):
+    """FILIP's loss between the patches of the first image view and the tokens of the first text view.
+
+    It has projections and a logit scale of its own.
+    """
+
+    needs = Needs(tokens=True)
+    title = "late interaction (FILIP)"
+    explanation = "Image-text contrast on the best-matching patches and words."
+
+    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
+        super().__init__(recipe, model)
+        section = recipe.late_interaction
+        self.patch_projection = TokenProjection(model.image_tower.token_width, section.width)
+        self.word_projection = TokenProjection(model.text_tower.width, section.width)
+        self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
+        self.top_k, self.include_padding = section.top_k, section.include_padding
+        self.longest = section.top_k or model.text_tower.context
+        self.min_scale = recipe.logit_scale.min
+
+    def features(self, encoded: Encodings) -> dict[str, Tensor]:
+        patches = require(encoded.outputs.patches)
+        words = require(encoded.outputs.text_tokens)
+        positions = torch.arange(words.shape[1], device=words.device)
+        return {
+            "patches": F.normalize(to_float32(self.patch_projection(patches)), dim=-1),
+            "words": F.normalize(to_float32(self.word_projection(words)), dim=-1),
+            "word_mask": positions < encoded.outputs.lengths[:, None],
+        }
+
+    def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        patches, words, mask = features["patches"], features["words"], features["word_mask"]
+        if self.top_k is not None:
+            counted = None if self.include_padding else mask
+            patches, _ = select_tokens(features["patches"], words, self.top_k, paired_mask=counted)
+            words, mask = select_tokens(words, features["patches"], self.top_k, mask=counted)
+        return {"patches": patches, "words": words, "word_mask": mask}
+
+    def pad_keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        missing = self.longest - features["words"].shape[1]
+        words, mask = F.pad(features["words"], (0, 0, 0, missing)), F.pad(features["word_mask"], (0, missing))
+        return features | {"words": words, "word_mask": mask}
+
+    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+        patches, words, mask = (own.extra[name] for name in ("patches", "words", "word_mask"))
+        return late_interaction(
+            patches,
+            words,
+            mask,
+            keys.extra["patches"],
+            keys.extra["words"],
+            keys.extra["word_mask"],
+            scale=self.logit_scale.exp(),
+            offset=offset,
+            include_padding=self.include_padding,
+            max_logit_bytes=self.max_logit_bytes,
+        )
+
+    def chance(self, batch_size: int) -> float:
+        return math.log(batch_size)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.min_scale is not None:
+            self.logit_scale.clamp_(min=self.min_scale)

@@ -1,13 +1,19 @@
 """Text self-supervision: predicting the masked words of a caption (BERT's masked language modelling)."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from declip.data.batch import IGNORED
+from declip.data.plan import Needs
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import to_float32
+from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 
-def chosen_rows(words: Tensor, labels: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def chosen_rows(words: Tensor, labels: Tensor, mask_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Pick the token states whose word is to be predicted, so that the head runs on these alone.
 
     Equals the plain loop
@@ -16,14 +22,14 @@ def chosen_rows(words: Tensor, labels: Tensor, places: Tensor | None = None) -> 
     Args:
         words: (B, L, w) token states after the text tower's final norm.
         labels: (B, L) ids to predict, -100 elsewhere.
-        places: (M,) where they are among the B * L, if that is known already: to find them waits for the device.
+        mask_positions: (M,) where they are among the B * L, if known: finding them waits for the device.
 
     Returns:
         Rows (M, w) and their targets (M,).
     """
-    if places is None:
-        places = (labels != IGNORED).flatten().nonzero().squeeze(1)
-    return words.flatten(0, 1)[places], labels.flatten()[places]
+    if mask_positions is None:
+        mask_positions = (labels != IGNORED).flatten().nonzero().squeeze(1)
+    return words.flatten(0, 1)[mask_positions], labels.flatten()[mask_positions]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | float | None = None) -> Tensor:
@@ -45,3 +51,33 @@ def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | float | None 
         count = (targets != IGNORED).sum().clamp(min=1)
     total = F.cross_entropy(to_float32(logits), targets, ignore_index=IGNORED, reduction="sum")
     return total / count
+
+
+class MaskedLanguage(Term):
+    """Prediction of the caption's masked tokens."""
+
+    needs = Needs(masked=True)
+    title = "masked language modeling"
+    explanation = "Predicts the masked tokens of the caption from the others."
+
+    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
+        super().__init__(recipe, model)
+        self.head = model.text_tower.language_head()
+        self.vocabulary = model.tokenizer.vocabulary
+
+    def features(self, encoded: Encodings) -> dict[str, Tensor]:
+        logits = self.head(require(encoded.outputs.masked_tokens))
+        count = (require(encoded.batch.labels) != IGNORED).sum(dim=1).float()
+        return {"logits": logits, "targets": require(encoded.outputs.targets), "count": count}
+
+    def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"count": features["count"]}
+
+    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+        # Divided by all ranks' tokens over the ranks, so that the mean over ranks is the mean over tokens.
+        ranks = len(keys) / len(own)
+        count = (keys.extra["count"].sum() / ranks).clamp(min=1 / ranks)
+        return cross_entropy(own.extra["logits"], own.extra["targets"], count=count)
+
+    def chance(self, batch_size: int) -> float:
+        return math.log(self.vocabulary)

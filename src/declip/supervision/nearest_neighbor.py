@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from declip.data.plan import Needs
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import cross_entropy_to_keys
+from declip.supervision.term import Encodings, Rows, Similarity, Term
 
 NO_TAG = -1
 
@@ -142,7 +146,7 @@ def neighbor_contrast(
     offset: int = 0,
     symmetric: bool = False,
     image_keys: Tensor | None = None,
-    largest: float | None = None,
+    max_logit_bytes: float | None = None,
 ) -> Tensor:
     """Contrast images with their captions' nearest neighbors (L_NNS of DeCLIP, arXiv 2110.05208).
 
@@ -159,22 +163,78 @@ def neighbor_contrast(
         offset: Row of the keys that belongs to this rank's first pair.
         symmetric: Add the direction from neighbor to image.
         image_keys: (V, N, d) image features of all ranks, with gradient; needed only when symmetric.
-        largest: See `contrastive.cross_entropy_to_keys`.
+        max_logit_bytes: See `contrastive.cross_entropy_to_keys`.
 
     Returns:
         The loss, a scalar. V·T (B, N) matrices are kept for the backward pass, twice as many when symmetric, up to
-        `largest` each.
+        `max_logit_bytes` each.
     """
     keys = neighbor_keys.detach()
     pairings = list(product(range(len(images)), range(len(keys))))
     to_text = torch.stack(
-        [cross_entropy_to_keys(images[i], keys[j], scale, offset, largest) for i, j in pairings]
+        [cross_entropy_to_keys(images[i], keys[j], scale, offset, max_logit_bytes) for i, j in pairings]
     ).mean()
     if not symmetric:
         return to_text
     assert image_keys is not None, "the symmetric form needs image_keys"
     own = neighbors.detach()
     to_image = torch.stack(
-        [cross_entropy_to_keys(own[j], image_keys[i], scale, offset, largest) for i, j in pairings]
+        [cross_entropy_to_keys(own[j], image_keys[i], scale, offset, max_logit_bytes) for i, j in pairings]
     ).mean()
     return (to_text + to_image) / 2
+
+
+class NearestNeighbor(Term):
+    """DeCLIP's loss between the augmented image views and the nearest neighbors of both text views in a queue."""
+
+    needs = Needs(optional_views=frozenset({"second"}), texts=2)
+    title = "nearest-neighbor supervision"
+    explanation = "Image-text contrast with the most similar earlier captions in place of the caption."
+
+    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
+        super().__init__(recipe, model)
+        section = recipe.nearest_neighbor
+        self.queue = Queue(section.queue_size, recipe.embed_dim)
+        self.symmetric = section.symmetric
+        self.lookup_dtype = torch.bfloat16 if section.lookup == "bf16" else None
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def features(self, encoded: Encodings) -> dict[str, Tensor]:
+        if len(self.queue) == 0:
+            return {}
+        texts = encoded.texts
+        _, found = self.queue.nearest(texts.detach().flatten(0, 1), self.lookup_dtype)
+        return {"queue_indices": found.unflatten(0, texts.shape[:2]).mT}
+
+    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+        if self.training:
+            self._pending = (keys.texts.detach(), keys.sample_ids)
+        if "queue_indices" not in keys.extra:
+            return own.images.sum() * 0.0  # nothing to find yet
+        # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
+        neighbors = self.queue.features[keys.extra["queue_indices"].mT]
+        return neighbor_contrast(
+            own.augmented,
+            neighbors[:, offset : offset + len(own)],
+            neighbors,
+            similarity.scale,
+            offset=offset,
+            symmetric=self.symmetric,
+            image_keys=keys.augmented,
+            max_logit_bytes=self.max_logit_bytes,
+        )
+
+    def chance(self, batch_size: int) -> float:
+        return math.log(batch_size)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        # The augmented caption first, then the caption, as the official implementation.
+        if self._pending is not None:
+            texts, ids = self._pending
+            self.queue.push(texts[1], tags=2 * ids + 1)
+            self.queue.push(texts[0], tags=2 * ids)
+            self._pending = None
+
+    def discard_step(self) -> None:
+        self._pending = None

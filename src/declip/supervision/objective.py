@@ -1,217 +1,188 @@
-"""The objective: which terms teach, with which weights.
+"""The objective: encode a batch once, gather once, and sum the weighted losses of a recipe."""
 
-A new kind of supervision is one function in a file of its own, one line in `Objective.terms`, one recipe.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.data.batch import IGNORED, PairBatch
-from declip.errors import UserError
-from declip.models.dual_encoder import AnyTextTower, DualEncoder
-from declip.models.heads import Predictor, Projector, SimCLRHead, TokenProjection
+from declip.data.batch import PairBatch
+from declip.data.plan import Needs
+from declip.errors import UserError, unknown
+from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.length_buckets import encode_by_length
 from declip.recipe.schema import Recipe
-from declip.supervision import contrastive, late_interaction, masked_language, simclr, simsiam
-from declip.supervision import nearest_neighbor as nearest_neighbor
-from declip.supervision.contrastive import to_float32
+from declip.supervision.contrastive import Contrastive, to_float32
+from declip.supervision.late_interaction import LateInteraction
+from declip.supervision.masked_language import MaskedLanguage, chosen_rows
+from declip.supervision.multi_view import MultiView
+from declip.supervision.nearest_neighbor import NearestNeighbor, Queue
+from declip.supervision.simclr import SimCLR
+from declip.supervision.simsiam import SimSiam
+from declip.supervision.term import Encodings, Rows, Similarity, Term, augmented_views
 from declip.supervision.tower_outputs import TowerOutputs
 
-T = TypeVar("T")
+TERMS: Mapping[str, type[Term]] = {
+    "contrastive": Contrastive,
+    "multi_view": MultiView,
+    "simsiam": SimSiam,
+    "masked_language": MaskedLanguage,
+    "nearest_neighbor": NearestNeighbor,
+    "simclr": SimCLR,
+    "late_interaction": LateInteraction,
+}
+"""Name in `loss_weights` → the loss. A new loss is a file, a line here and a recipe."""
+
 Gather = Callable[[Tensor], Tensor]
 
 
-def alone(rows: Tensor) -> Tensor:
+def identity_gather(rows: Tensor) -> Tensor:
     """The gather of a single process: its own rows are all rows."""
     return rows
 
 
-@dataclass(frozen=True)
-class Features:
-    """What the towers and heads made of this rank's pairs.
+def active_terms(recipe: Recipe) -> dict[str, type[Term]]:
+    """The losses with a weight above 0, in the order of `TERMS`.
 
-    Attributes:
-        images: (V, B, d) F of each view, L2-normalized float32; `image_pairs` are the last two.
-        texts: (T, B, d) G of the caption, then of its EDA augmentation.
-        simsiam: p1, p2, z1, z2, each (B, k), or None. Not gathered.
-        language: (M, vocabulary) logits and (M,) targets at the masked words, or None. Not gathered.
-        masked: (B,) number of masked words of each caption, or None.
-        simclr: (2, B, k) outputs of SimCLR's head, or None.
-        patches, words: (B, P, w), (B, L, w) token features in the late-interaction space, or None.
-        word_mask: (B, L) True at real tokens, or None.
-        tags: (B,) int64, which pair was seen when.
-        slots: (B, T) int64, where in the queue each text's nearest neighbor is, or None.
+    Raises:
+        UserError: `loss_weights` names a loss that does not exist.
     """
+    for name in recipe.loss_weights:
+        if name not in TERMS:
+            raise unknown("loss", f"loss_weights.{name}", [f"loss_weights.{known}" for known in TERMS])
+    return {name: term for name, term in TERMS.items() if name in recipe.active_losses}
 
-    images: Tensor
-    texts: Tensor
-    simsiam: tuple[Tensor, Tensor, Tensor, Tensor] | None
-    language: tuple[Tensor, Tensor] | None
-    masked: Tensor | None
-    simclr: Tensor | None
-    patches: Tensor | None
-    words: Tensor | None
-    word_mask: Tensor | None
-    tags: Tensor
-    slots: Tensor | None
+
+def needs_of(recipe: Recipe) -> list[Needs]:
+    """What the active losses of a recipe read of a batch."""
+    return [term.needs for term in active_terms(recipe).values()]
 
 
 class Objective(nn.Module):
-    """The weighted sum of a recipe's terms, with the heads and the queue that they need.
+    """The weighted sum of a recipe's losses, with the heads and the queue that they own.
 
     Args:
-        recipe: Its weights, the terms' sections and `embed_dim` are read.
-        image_tower: Its widths are read: of the feature before the projection, which SimCLR's head takes, as in SLIP,
-            and of the patch features.
-        text_tower: Its width is read, and it gives the head that predicts masked words.
+        recipe: Its weights and the sections of the losses are read.
+        model: The heads fit its towers.
 
     Attributes:
-        weights: Term name → weight, active terms only.
-        queue: The nearest-neighbor queue, or None when that term has no weight.
+        weights: Name → weight, active losses only.
+        terms: Name → loss.
     """
 
-    def __init__(self, recipe: Recipe, image_tower: ImageTower, text_tower: AnyTextTower) -> None:
+    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__()
         self.recipe = recipe
-        self.weights = {name: getattr(recipe.loss_weights, name) for name in recipe.loss_weights.active()}
-        self.queue: nearest_neighbor.Queue | None = None
-        if "simsiam" in self.weights:
-            sizes = recipe.simsiam
-            self.projector = Projector(recipe.embed_dim, sizes.hidden, sizes.out)
-            self.predictor = Predictor(sizes.out, sizes.predictor_hidden, sizes.out)
-        if "simclr" in self.weights:
-            self.simclr_head = SimCLRHead(image_tower.hidden_width, recipe.simclr.hidden, recipe.simclr.out)
-        if "masked_language" in self.weights:
-            self.language_head = text_tower.language_head()
-        if "nearest_neighbor" in self.weights:
-            self.queue = nearest_neighbor.Queue(recipe.nearest_neighbor.queue_size, recipe.embed_dim)
-        if "late_interaction" in self.weights:
-            self.patch_projection = TokenProjection(image_tower.token_width, recipe.late_interaction.width)
-            self.word_projection = TokenProjection(text_tower.width, recipe.late_interaction.width)
-            self.late_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
+        active = active_terms(recipe)
+        self.weights = {name: recipe.loss_weights[name] for name in active}
+        self.terms = nn.ModuleDict({name: term(recipe, model) for name, term in active.items()})
+        self.needs = [term.needs for term in active.values()]
 
-    @classmethod
-    def for_model(cls, recipe: Recipe, model: DualEncoder) -> "Objective":
-        """Build the objective whose heads fit a model."""
-        return cls(recipe, model.image_tower, model.text_tower)
+    @property
+    def queue(self) -> Queue | None:
+        """The nearest-neighbor queue; None when that loss has no weight."""
+        term = dict(self.terms.items()).get("nearest_neighbor")
+        return term.queue if isinstance(term, NearestNeighbor) else None
 
     def forward(
-        self, model: DualEncoder, batch: PairBatch, gather: Gather = alone, offset: int = 0
+        self, model: DualEncoder, batch: PairBatch, gather: Gather = identity_gather, offset: int = 0
     ) -> dict[str, Tensor]:
-        """Compute every active term and the total.
+        """Compute every active loss and the total.
 
         Args:
             model: The two towers.
-            batch: Images (V, B, 3, H, W) float and texts (T, B, L); masked and labels when the recipe masks.
+            batch: Float views (B, 3, S, S) and texts (T, B, L); masked and labels when the recipe masks.
             gather: Rows of all ranks, in rank order, with gradient; the identity on one process.
             offset: Row of this rank's first pair in that order.
 
         Returns:
-            Scalars by term name, and "total": the sum of weight · term. In training mode the queue is then written.
+            Scalars by name, and "loss": the sum of weight · loss.
 
         Raises:
-            UserError: the batch lacks a view or the masked captions that a term needs.
+            UserError: the batch lacks a view or the masked captions that a loss needs.
         """
         return self.losses(self.run_towers(model, batch), model, batch, gather, offset)
 
     def losses(
-        self, outputs: TowerOutputs, model: DualEncoder, batch: PairBatch, gather: Gather = alone, offset: int = 0
+        self,
+        outputs: TowerOutputs,
+        model: DualEncoder,
+        batch: PairBatch,
+        gather: Gather = identity_gather,
+        offset: int = 0,
     ) -> dict[str, Tensor]:
-        """The terms and the total from what the towers made of the batch; arguments and result as `forward`."""
-        features = self.read(outputs, batch)
-        longest = self.recipe.late_interaction.top_k or model.text_tower.context
-        keys = gather_features(self._key_tokens(features), gather, longest)
-        terms = self.terms(features, keys, model.logit_scale.exp(), offset)
-        if self.queue is not None and self.training:
-            self.queue.push(keys.texts[1], tags=2 * keys.tags + 1)
-            self.queue.push(keys.texts[0], tags=2 * keys.tags)
-        return self.total(terms)
-
-    def encode(self, model: DualEncoder, batch: PairBatch) -> Features:
-        """Run the towers and the heads on this rank's pairs."""
-        return self.read(self.run_towers(model, batch), batch)
+        """Compute the losses from the towers' outputs for the whole batch; arguments and result as `forward`."""
+        encoded = Encodings(
+            _normalize(outputs.images),
+            _normalize(outputs.texts),
+            outputs,
+            batch,
+        )
+        features = {name: term.features(encoded) for name, term in self._terms()}
+        keys = {name: term.keys(features[name]) for name, term in self._terms()}
+        ids = batch.sample_ids
+        own = Rows(
+            outputs.views,
+            encoded.images,
+            encoded.texts,
+            ids if ids is not None else torch.full((len(batch),), -1, device=encoded.texts.device),
+            {},
+        )
+        gathered = own
+        if gather is not identity_gather:
+            keys = {name: term.pad_keys(keys[name]) for name, term in self._terms()}
+            gathered, keys = gather_rows(own, keys, gather)
+        similarity = Similarity(model.logit_scale.exp())
+        losses = {}
+        for name, term in self._terms():
+            mine, theirs = _with(own, features[name]), _with(gathered, keys[name])
+            losses[name] = term.loss(mine, theirs, similarity, offset)
+        weighted = [weight * losses[name] for name, weight in self.weights.items()]
+        return {**losses, "loss": torch.stack(weighted).sum()}
 
     def run_towers(self, model: DualEncoder, batch: PairBatch) -> TowerOutputs:
         """Run the towers; on a part of a batch it gives that part of the whole batch's outputs."""
         self._check(batch)
-        views = len(batch.images)
-        images = _encode_views(model, batch.images, self.recipe.image.shared_bn_views)
+        views = tuple(batch.views)
+        pixels = [view.pixels for view in batch.views.values()]
+        images = encode_views(model, pixels, self.recipe.image.shared_bn_views)
         captions, masked_at, lengths = self._captions(batch)
-        groups = self.recipe.train.length_buckets
-        texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, groups)
+        texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, self.recipe.train.length_buckets)
         count, size = captions.shape[:2]
-        late = "late_interaction" in self.weights
-        words = texts.words.unflatten(0, (count, size))
+        tokens = any(need.tokens for need in self.needs)
+        pre_logits = any(need.pre_logits for need in self.needs)
+        text_tokens = texts.text_tokens.unflatten(0, (count, size))
         rows, targets = None, None
-        if "masked_language" in self.weights and batch.labels is not None:
-            rows, targets = masked_language.chosen_rows(words[masked_at], batch.labels, batch.places)
+        if any(need.masked for need in self.needs) and batch.labels is not None:
+            rows, targets = chosen_rows(text_tokens[masked_at], batch.labels, batch.mask_positions)
         return TowerOutputs(
+            views=views,
             images=images.pooled,
+            pre_logits=images.pre_logits[augmented_views(views)] if pre_logits else None,
+            patches=images.tokens[0] if tokens else None,
             texts=texts.pooled.unflatten(0, (count, size))[: len(batch.texts)],
-            hidden=images.hidden[views - 2 :] if "simclr" in self.weights else None,
-            patches=images.tokens[0] if late else None,
-            words=words[0] if late else None,
-            masked_words=rows,
+            text_tokens=text_tokens[0] if tokens else None,
+            masked_tokens=rows,
             targets=targets,
             lengths=texts.lengths[:size],
         )
 
-    def read(self, outputs: TowerOutputs, batch: PairBatch) -> Features:
-        """Run the heads on the towers' outputs for a whole batch."""
-        late = "late_interaction" in self.weights
-        texts = _normalize(outputs.texts)
-        positions = torch.arange(batch.texts.shape[-1], device=texts.device)
-        size = len(batch)
-        return Features(
-            images=_normalize(outputs.images),
-            texts=texts,
-            simsiam=self._simsiam(outputs.images[-2:]) if "simsiam" in self.weights else None,
-            language=self._language(outputs.masked_words, outputs.targets),
-            masked=(batch.labels != IGNORED).sum(dim=1) if batch.labels is not None else None,
-            simclr=self._simclr(_given(outputs.hidden)) if "simclr" in self.weights else None,
-            patches=_normalize(self.patch_projection(_given(outputs.patches))) if late else None,
-            words=_normalize(self.word_projection(_given(outputs.words))) if late else None,
-            word_mask=positions < outputs.lengths[:, None] if late else None,
-            tags=batch.tags if batch.tags is not None else torch.full((size,), -1, device=texts.device),
-            slots=self._neighbors(texts),
-        )
-
-    def terms(self, own: Features, keys: Features, scale: Tensor, offset: int) -> dict[str, Tensor]:
-        """The terms that contrast this rank's rows with all ranks' (formulas: docs/method.md)."""
-        largest = self._largest
-        functions: dict[str, Callable[[], Tensor]] = {
-            "contrastive": lambda: contrastive.info_nce(
-                own.images[0], own.texts[0], keys.images[0], keys.texts[0], scale, offset, largest
-            ),
-            "multi_view": lambda: contrastive.multi_view(
-                own.images[-2:], own.texts, keys.images[-2:], keys.texts, scale, offset, largest
-            ),
-            "simsiam": lambda: simsiam.negative_cosine(*_given(own.simsiam)),
-            "masked_language": lambda: self._masked_language(own, keys),
-            "nearest_neighbor": lambda: self._nearest_neighbor(own, keys, scale, offset),
-            "simclr": lambda: self._nt_xent(own.simclr, keys.simclr, offset),
-            "late_interaction": lambda: self._late_interaction(own, keys, offset),
-        }
-        return {name: functions[name]() for name in self.weights}
-
-    def total(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add the weighted sum under "total"."""
-        weighted = [weight * terms[name] for name, weight in self.weights.items()]
-        return {**terms, "total": torch.stack(weighted).sum()}
-
     @torch.no_grad()
-    def limit_scales(self, model: DualEncoder) -> None:
-        """Bring the logit scales back into the recipe's limits; called after the optimizer's step."""
+    def after_step(self, model: DualEncoder) -> None:
+        """Keep the logit scale within its limits and update the losses' own state, after the optimizer's step."""
         limits = self.recipe.logit_scale
         model.logit_scale.clamp_(min=limits.min, max=limits.max)
-        if "late_interaction" in self.weights and limits.min is not None:
-            self.late_scale.clamp_(min=limits.min)
+        for _, term in self._terms():
+            term.after_step()
+
+    def discard_step(self) -> None:
+        """Forget a step that was skipped."""
+        for _, term in self._terms():
+            term.discard_step()
+
+    def _terms(self) -> list[tuple[str, Term]]:
+        return list(self.terms.items())  # type: ignore[arg-type]  # a ModuleDict does not know its values' class
 
     def _captions(self, batch: PairBatch) -> tuple[Tensor, int, Tensor | None]:
         """The sequences to encode (T or T + 1, B, L), which of them the language head reads, and their lengths."""
@@ -220,162 +191,113 @@ class Objective(nn.Module):
             return batch.texts, 0, lengths
         if self.recipe.masked_language.mask_contrastive_text:
             return torch.cat([batch.masked[None], batch.texts[1:]]), 0, lengths
-        if "masked_language" not in self.weights:
+        if not any(need.masked for need in self.needs):
             return batch.texts, 0, lengths
         if batch.lengths is not None:
             lengths = torch.cat([batch.lengths.flatten(), batch.lengths[0]])
         return torch.cat([batch.texts, batch.masked[None]]), len(batch.texts), lengths
 
-    def _neighbors(self, texts: Tensor) -> Tensor | None:
-        """Places of the nearest neighbors of (T, B, d) in the queue, (B, T); None while it is empty."""
-        if self.queue is None or len(self.queue) == 0:
-            return None
-        dtype = torch.bfloat16 if self.recipe.nearest_neighbor.lookup == "bf16" else None
-        _, slots = self.queue.nearest(texts.detach().flatten(0, 1), dtype)
-        return slots.unflatten(0, texts.shape[:2]).mT
-
-    @property
-    def _largest(self) -> float:
-        """Bytes of a loss matrix that may be kept for the backward pass."""
-        return 1e6 * self.recipe.train.max_logits_mb
-
-    def _simsiam(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        z1, z2 = (self.projector(view) for view in pooled)
-        return self.predictor(z1), self.predictor(z2), z1, z2
-
-    def _simclr(self, hidden: Tensor) -> Tensor:
-        return torch.stack([self.simclr_head(view) for view in hidden])
-
-    def _nt_xent(self, own: Tensor | None, keys: Tensor | None, offset: int) -> Tensor:
-        (z1, z2), (keys1, keys2) = _given(own), _given(keys)
-        return simclr.nt_xent(z1, z2, keys1, keys2, self.recipe.simclr.temperature, offset, self._largest)
-
-    def _language(self, rows: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        return None if rows is None or targets is None else (self.language_head(rows), targets)
-
-    def _masked_language(self, own: Features, keys: Features) -> Tensor:
-        """Divide by all ranks' words over the ranks, so that the mean over ranks is the mean over words."""
-        ranks = len(keys.tags) / len(own.tags)
-        count = (_given(keys.masked).sum() / ranks).clamp(min=1 / ranks)
-        return masked_language.cross_entropy(*_given(own.language), count=count)
-
-    def _nearest_neighbor(self, own: Features, keys: Features, scale: Tensor, offset: int) -> Tensor:
-        """Every rank looked up its own captions; all ranks' queues are equal, so the places say which features."""
-        assert self.queue is not None
-        if keys.slots is None:
-            return own.images.sum() * 0.0
-        neighbor_keys = self.queue.features[keys.slots.mT]
-        size = own.images.shape[1]
-        return nearest_neighbor.neighbor_contrast(
-            own.images[-2:],
-            neighbor_keys[:, offset : offset + size],
-            neighbor_keys,
-            scale,
-            offset=offset,
-            symmetric=self.recipe.nearest_neighbor.symmetric,
-            image_keys=keys.images[-2:],
-            largest=self._largest,
-        )
-
-    def _late_interaction(self, own: Features, keys: Features, offset: int) -> Tensor:
-        return late_interaction.late_interaction(
-            _given(own.patches),
-            _given(own.words),
-            _given(own.word_mask),
-            _given(keys.patches),
-            _given(keys.words),
-            _given(keys.word_mask),
-            scale=self.late_scale.exp(),
-            offset=offset,
-            include_padding=self.recipe.late_interaction.include_padding,
-            largest=self._largest,
-        )
-
-    def _key_tokens(self, own: Features) -> Features:
-        """Keep the tokens of the keys' side that the recipe selects; the own side keeps all."""
-        k = self.recipe.late_interaction.top_k
-        if own.patches is None or own.words is None or k is None:
-            return own
-        counted = None if self.recipe.late_interaction.include_padding else own.word_mask
-        patches, _ = late_interaction.select_tokens(own.patches, own.words, k, paired_mask=counted)
-        words, mask = late_interaction.select_tokens(own.words, own.patches, k, mask=counted)
-        return replace(own, patches=patches, words=words, word_mask=mask)
-
     def _check(self, batch: PairBatch) -> None:
-        views = {"images": (len(batch.images), self.recipe.image_view_count)}
-        views["texts"] = (len(batch.texts), self.recipe.text_view_count)
-        for name, (given, needed) in views.items():
-            if given < needed:
+        for name, need in zip(self.terms, self.needs, strict=True):
+            missing = sorted(need.views - {"first"} - set(batch.views))
+            if missing:
                 raise UserError(
-                    f"The batch has {given} view of its {name}; {', '.join(self.weights)} need {needed}. "
-                    f"Give {name} with {needed} views, or set the weights of the terms that need them to 0."
+                    f"The batch has the image views {', '.join(batch.views)}; {name} needs '{missing[0]}' too. "
+                    f"Give that view, or set loss_weights.{name} to 0."
                 )
-        if "masked_language" in self.weights and (batch.masked is None or batch.labels is None):
-            raise UserError(
-                "masked_language needs `masked` and `labels` in the batch; none were given. "
-                "Give both, or set loss_weights.masked_language to 0."
-            )
+            if len(batch.texts) < need.texts:
+                raise UserError(
+                    f"The batch has {len(batch.texts)} text view; {name} needs {need.texts}. Give `texts` with "
+                    f"{need.texts} views, or set loss_weights.{name} to 0."
+                )
+            if need.masked and (batch.masked is None or batch.labels is None):
+                raise UserError(
+                    f"{name} needs `masked` and `labels` in the batch; none were given. Give both, or set "
+                    f"loss_weights.{name} to 0."
+                )
 
 
-def gather_features(own: Features, gather: Gather, words: int) -> Features:
+def gather_rows(
+    own: Rows, extra: dict[str, dict[str, Tensor]], gather: Gather
+) -> tuple[Rows, dict[str, dict[str, Tensor]]]:
     """Bring the features of all ranks together in one collective.
 
-    Everything travels as one (B, k) float tensor: views and tokens side by side, and the bits of tags and slots as
-    floats that are only copied, never computed with.
+    Everything travels as one (B, k) float tensor: features next to each other, booleans as 0 and 1, and the bits of
+    integers as floats that are only copied, never computed with.
 
     Args:
-        own: This rank's features.
+        own: This rank's image and text features and sample ids.
+        extra: Loss name → feature name → (B, …), of the same shape on all ranks but for B.
         gather: (B, k) → (N, k), rows in rank order, with gradient.
-        words: Number of words that every rank's captions are padded to, masked, before they travel.
 
     Returns:
-        The same fields with N rows.
+        The same with N rows.
     """
-    if gather is alone:
-        return own
-    if own.words is not None and own.word_mask is not None:
-        missing = words - own.words.shape[1]
-        own = replace(own, words=F.pad(own.words, (0, 0, 0, missing)), word_mask=F.pad(own.word_mask, (0, missing)))
-    tensors = {"images": own.images, "texts": own.texts, "simclr": own.simclr}
-    by_row = {name: tensor.transpose(0, 1) for name, tensor in tensors.items() if tensor is not None}
-    by_row |= {n: t for n, t in (("patches", own.patches), ("words", own.words)) if t is not None}
-    whole = {"tags": own.tags.unsqueeze(1)} | ({} if own.slots is None else {"slots": own.slots.contiguous()})
-    by_row |= {name: numbers.view(own.images.dtype) for name, numbers in whole.items()}
-    if own.word_mask is not None:
-        by_row["word_mask"] = own.word_mask.float()
-    if own.masked is not None:
-        by_row["masked"] = own.masked.float().unsqueeze(1)
-    rows = gather(torch.cat([tensor.flatten(1) for tensor in by_row.values()], dim=1))
-    parts = rows.split([tensor[0].numel() for tensor in by_row.values()], dim=1)
-    found: dict[str, Tensor] = {
-        name: part.reshape(len(part), *tensor.shape[1:])
-        for (name, tensor), part in zip(by_row.items(), parts, strict=True)
+    tensors = {
+        ("images", ""): own.images.transpose(0, 1),
+        ("texts", ""): own.texts.transpose(0, 1),
+        ("ids", ""): own.sample_ids,
     }
-    found |= {name: found[name].transpose(0, 1) for name in tensors if name in found}
-    found |= {name: found[name].detach().contiguous().view(torch.int64) for name in whole}
-    found["tags"] = found["tags"].flatten()
-    if "word_mask" in found:
-        found["word_mask"] = found["word_mask"].detach() > 0.5
-    return replace(own, **found)  # type: ignore[arg-type]  # tensors by the names of tensor fields
+    tensors |= {(term, name): rows for term, features in extra.items() for name, rows in features.items()}
+    packed = [_as_floats(rows, own.texts.dtype) for rows in tensors.values()]
+    columns = gather(torch.cat(packed, dim=1)).split([rows.shape[1] for rows in packed], dim=1)
+    found = {key: _unpacked(part, rows) for (key, rows), part in zip(tensors.items(), columns, strict=True)}
+    images, texts = (found[name, ""].transpose(0, 1) for name in ("images", "texts"))
+    everyone = Rows(own.views, images, texts, found["ids", ""], {})
+    return everyone, {term: {name: found[term, name] for name in features} for term, features in extra.items()}
 
 
-def _given(value: T | None) -> T:
-    assert value is not None, "the term is active, so its features were made"
-    return value
+def _as_floats(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = rows.flatten(1) if rows.ndim > 1 else rows.unsqueeze(1)
+    if rows.dtype == torch.int64:
+        return rows.contiguous().view(dtype)
+    return rows.to(dtype)
+
+
+def _unpacked(part: Tensor, like: Tensor) -> Tensor:
+    if like.dtype == torch.int64:
+        part = part.detach().contiguous().view(torch.int64)
+    elif like.dtype == torch.bool:
+        part = part.detach() > 0.5
+    return part.reshape(len(part), *like.shape[1:])
+
+
+def _with(rows: Rows, extra: dict[str, Tensor]) -> Rows:
+    return Rows(rows.views, rows.images, rows.texts, rows.sample_ids, extra)
 
 
 def _normalize(features: Tensor) -> Tensor:
     return F.normalize(to_float32(features), dim=-1)
 
 
-def _encode_views(model: DualEncoder, images: Tensor, joint: bool) -> ImageFeatures:
-    """Encode (V, B, 3, H, W): all views in one pass, or one by one where batch norm must see each view alone."""
-    views, size = images.shape[:2]
-    if model.training and model.image_tower.has_batch_norm and not joint:
-        each = [model.image_tower(view) for view in images]
-        return ImageFeatures(*(torch.stack([getattr(view, name) for view in each]) for name in _IMAGE_FIELDS))
-    together = model.image_tower(images.flatten(0, 1))
-    return ImageFeatures(*(getattr(together, name).unflatten(0, (views, size)) for name in _IMAGE_FIELDS))
+def encode_views(model: DualEncoder, views: Sequence[Tensor], shared: bool = False) -> ImageFeatures:
+    """Encode views of equal size in one pass, or one by one where batch norm must see each view alone.
+
+    Args:
+        model: Its image tower is used.
+        views: (B, 3, S, S) float each.
+        shared: Compute batch-norm statistics over all views together.
+
+    Returns:
+        Features with a leading axis of views.
+    """
+    tower: ImageTower = model.image_tower
+    alone = model.training and tower.has_batch_norm and not shared
+    groups = [[n] for n in range(len(views))] if alone else []
+    for size in [] if alone else dict.fromkeys(view.shape for view in views):
+        groups.append([n for n, view in enumerate(views) if view.shape == size])
+    passes = [tower(torch.cat([views[n] for n in group])) for group in groups]
+    if len(groups) == 1:
+        return ImageFeatures(*(getattr(passes[0], f).unflatten(0, (len(views), -1)) for f in FIELDS))
+    by_view: dict[int, ImageFeatures] = {}
+    for group, features in zip(groups, passes, strict=True):
+        parts = [getattr(features, f).chunk(len(group)) for f in FIELDS]
+        for n, pooled, pre_logits, tokens in zip(group, *parts, strict=True):
+            by_view[n] = ImageFeatures(pooled, pre_logits, tokens)
+    ordered = [by_view[n] for n in range(len(views))]
+    tokens = ordered[0].tokens[None]  # of views of other sizes there would be another number
+    stacked = (torch.stack([getattr(view, f) for view in ordered]) for f in FIELDS[:2])
+    return ImageFeatures(*stacked, tokens)
 
 
-_IMAGE_FIELDS = ("pooled", "hidden", "tokens")
+FIELDS = ("pooled", "pre_logits", "tokens")

@@ -1,11 +1,18 @@
 """Image self-supervision of SLIP: SimCLR's NT-Xent between two views of an image."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.supervision import chunked as blockwise
+from declip.data.plan import Needs
+from declip.models.dual_encoder import DualEncoder
+from declip.models.heads import SimCLRHead
+from declip.recipe.schema import Recipe
+from declip.supervision import chunked
 from declip.supervision.contrastive import scaled_similarity, to_float32
+from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 
 def nt_xent(
@@ -15,7 +22,7 @@ def nt_xent(
     keys2: Tensor,
     temperature: float = 0.1,
     offset: int = 0,
-    largest: float | None = None,
+    max_logit_bytes: float | None = None,
 ) -> Tensor:
     """NT-Xent over both views of all images (SimCLR, arXiv 2002.05709, equation 1; SLIP, arXiv 2112.12750).
 
@@ -32,16 +39,16 @@ def nt_xent(
         keys2: (N, d) view 2 of all ranks.
         temperature: Divides the cosines.
         offset: Row of the keys that belongs to this rank's first image.
-        largest: See `contrastive.cross_entropy_to_keys`.
+        max_logit_bytes: See `contrastive.cross_entropy_to_keys`.
 
     Returns:
-        The loss, a scalar. Two (B, 2N) logit matrices are kept for the backward pass, up to `largest` each.
+        The loss, a scalar. Two (B, 2N) logit matrices are kept for the backward pass, up to `max_logit_bytes` each.
     """
     z1, z2, keys1, keys2 = (F.normalize(to_float32(x), dim=-1) for x in (z1, z2, keys1, keys2))
-    if blockwise.exceeds(largest, z1, 2 * len(keys1)):
+    if chunked.exceeds(max_logit_bytes, z1, 2 * len(keys1)):
         excluded = len(keys1) + offset
-        first = blockwise.cross_entropy(z1 / temperature, torch.cat([keys2, keys1]), offset, excluded)
-        second = blockwise.cross_entropy(z2 / temperature, torch.cat([keys1, keys2]), offset, excluded)
+        first = chunked.cross_entropy(z1 / temperature, torch.cat([keys2, keys1]), offset, excluded)
+        second = chunked.cross_entropy(z2 / temperature, torch.cat([keys1, keys2]), offset, excluded)
         return (first + second) / 2
     positives = torch.arange(offset, offset + len(z1), device=z1.device)
     itself = positives.unsqueeze(1) == torch.arange(len(keys1), device=z1.device)
@@ -52,3 +59,27 @@ def nt_xent(
         return F.cross_entropy(torch.cat([others, same_view], dim=1), positives)
 
     return (view(z1, keys1, keys2) + view(z2, keys2, keys1)) / 2
+
+
+class SimCLR(Term):
+    """SLIP's loss between the two augmented image views, on the feature before the projection."""
+
+    needs = Needs(views=frozenset({"first", "second"}), pre_logits=True)
+    title = "image self-supervision (SimCLR)"
+    explanation = "Picks the other view of each image among both views of all images of the batch."
+
+    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
+        super().__init__(recipe, model)
+        self.head = SimCLRHead(model.image_tower.hidden_width, recipe.simclr.hidden, recipe.simclr.out)
+        self.temperature = recipe.simclr.temperature
+
+    def features(self, encoded: Encodings) -> dict[str, Tensor]:
+        first, second = (self.head(view) for view in require(encoded.outputs.pre_logits))
+        return {"z1": first, "z2": second}
+
+    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+        z1, z2, keys1, keys2 = (rows.extra[name] for rows in (own, keys) for name in ("z1", "z2"))
+        return nt_xent(z1, z2, keys1, keys2, self.temperature, offset, self.max_logit_bytes)
+
+    def chance(self, batch_size: int) -> float:
+        return math.log(2 * batch_size - 1)

@@ -3,7 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from declip.data.plan import Needs
+from declip.models.dual_encoder import DualEncoder
+from declip.models.heads import Predictor, Projector
+from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import to_float32
+from declip.supervision.term import Encodings, Rows, Similarity, Term, augmented_views
 
 
 def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
@@ -25,3 +30,31 @@ def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
     first = F.cosine_similarity(p1, z2, dim=-1).mean()
     second = F.cosine_similarity(p2, z1, dim=-1).mean()
     return -(first + second) / 2
+
+
+class SimSiam(Term):
+    """SimSiam between the two augmented image views, on the projected embedding as in DeCLIP."""
+
+    needs = Needs(views=frozenset({"first", "second"}))
+    title = "image self-supervision (SimSiam)"
+    explanation = "Negative cosine between two views of an image; -1 is perfect agreement."
+
+    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
+        super().__init__(recipe, model)
+        sizes = recipe.simsiam
+        self.projector = Projector(recipe.embed_dim, sizes.hidden, sizes.out)
+        self.predictor = Predictor(sizes.out, sizes.predictor_hidden, sizes.out)
+
+    def features(self, encoded: Encodings) -> dict[str, Tensor]:
+        views = augmented_views(encoded.outputs.views)
+        z1, z2 = (self.projector(view) for view in encoded.outputs.images[views])
+        return {"p1": self.predictor(z1), "p2": self.predictor(z2), "z1": z1, "z2": z2}
+
+    def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {}  # each image is compared with itself alone
+
+    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+        return negative_cosine(*(own.extra[name] for name in ("p1", "p2", "z1", "z2")))
+
+    def chance(self, batch_size: int) -> float:
+        return 0.0

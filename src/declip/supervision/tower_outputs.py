@@ -1,7 +1,7 @@
-"""What the objective reads of the two towers, and where a batch may be cut: nothing here mixes pairs."""
+"""Outputs of the two towers for a batch, and how parts of a batch are joined: nothing here mixes pairs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -9,39 +9,48 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TowerOutputs:
-    """What the towers made of B pairs; fields that no term reads are None.
+    """Outputs of the towers for B pairs; what no term needs is None.
 
     Attributes:
+        views: Names of the image views, in the order of the first axis of `images`.
         images: (V, B, d) projected embedding of each view, not normalized.
-        texts: (T, B, d) of each text view.
-        hidden: (2, B, h) image feature before the projection, of the last two views.
+        texts: (T, B, d) projected embedding of each text view, not normalized.
+        pre_logits: (A, B, h) pooled feature before the projection of the augmented views.
         patches: (B, P, w) token features of the first image view.
-        words: (B, L, w) token features of the first text view.
-        masked_words: (M, w) token features of the masked words, pair after pair.
+        text_tokens: (B, L, w) token features of the first text view.
+        masked_tokens: (M, w) token features of the masked tokens, pair after pair.
         targets: (M,) int64, the ids to predict there.
-        lengths: (B,) int64, tokens of the first text view.
+        lengths: (B,) int64, number of tokens of the first text view.
     """
 
+    views: tuple[str, ...]
     images: Tensor
     texts: Tensor
-    hidden: Tensor | None
+    pre_logits: Tensor | None
     patches: Tensor | None
-    words: Tensor | None
-    masked_words: Tensor | None
+    text_tokens: Tensor | None
+    masked_tokens: Tensor | None
     targets: Tensor | None
     lengths: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are there."""
-        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None}
+        """The tensors that are there, by field name."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
 
-BY_VIEW = ("images", "texts", "hidden")
-"""Fields whose second axis counts pairs; of the others it is the first."""
+def pair_axis(name: str) -> int:
+    """Axis that counts pairs (or masked tokens) in the field of that name."""
+    return int(name in ("images", "texts", "pre_logits"))
 
 
 def joined(parts: Sequence[TowerOutputs]) -> TowerOutputs:
-    """Outputs of consecutive parts of a batch as those of the batch."""
-    found = [part.tensors() for part in parts]
-    whole = {name: torch.cat([part[name] for part in found], dim=int(name in BY_VIEW)) for name in found[0]}
-    return TowerOutputs(**{each.name: whole.get(each.name) for each in fields(TowerOutputs)})  # type: ignore[arg-type]
+    """Join the outputs of consecutive parts of a batch."""
+    tensors = [part.tensors() for part in parts]
+    whole = {name: torch.cat([t[name] for t in tensors], dim=pair_axis(name)) for name in tensors[0]}
+    return replace(parts[0], **whole)  # type: ignore[arg-type]  # the names are those of tensor fields
+
+
+def split_like(name: str, gradient: Tensor, parts: Sequence[TowerOutputs]) -> list[Tensor]:
+    """Split the gradient of a joined tensor into its parts' gradients."""
+    axis = pair_axis(name)
+    return list(gradient.split([part.tensors()[name].shape[axis] for part in parts], dim=axis))

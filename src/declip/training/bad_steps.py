@@ -25,7 +25,7 @@ class NonFiniteGuard:
 
     def look(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Keep the first bad step on the device: asking for it at once would be a wait."""
-        good = torch.isfinite(values["total"]) & torch.isfinite(values["grad_norm"])
+        good = torch.isfinite(values["loss"]) & torch.isfinite(values["grad_norm"])
         if self.allowed and not good:
             self.left_out.append(step)
             log.warning(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from declip.data.plan import Plan
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.text_tower import TextFeatures
@@ -20,15 +21,16 @@ MOST_GRAPHS = 64
 """Of a tower: sizes of a rank's part × groups × lengths, each with and without gradient. torch's own limit is 8."""
 
 
-def compile_towers(recipe: Recipe, model: DualEncoder, rows: int) -> None:
+def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan, rows: int) -> None:
     """Compile both towers' forward passes, in place; parameters keep their names.
 
     Only what training sees step after step is compiled: a batch that lacks a broken pair, and what is measured, run as
     they are. Which of the two a batch gets depends on its size alone, so a resumed run computes as one never stopped.
 
     Args:
-        recipe: Its views, ``train.grad_cache_chunk`` and ``train.length_buckets`` are read.
+        recipe: ``train.grad_cache_chunk`` and ``train.length_buckets`` are read.
         model: On its device.
+        plan: The number of views.
         rows: This rank's pairs of a batch.
 
     Raises:
@@ -50,10 +52,9 @@ def compile_towers(recipe: Recipe, model: DualEncoder, rows: int) -> None:
         else {min(train.grad_cache_chunk, rows), rows % train.grad_cache_chunk} - {0}
     )
     alone = model.image_tower.has_batch_norm and not recipe.image.shared_bn_views
-    images = {part * (1 if alone else recipe.image_view_count) for part in parts}
-    captions = recipe.text_view_count + (
-        recipe.loss_weights.masked_language > 0 and not recipe.masked_language.mask_contrastive_text
-    )
+    images = {part * (1 if alone else len(plan.views)) for part in parts}
+    masks = "masked_language" in recipe.active_losses and not recipe.masked_language.mask_contrastive_text
+    captions = plan.texts.count + masks
     texts = {n for part in parts for n in _sizes(part * captions, train.length_buckets)}
     image_tower: Any = model.image_tower
     text_tower: Any = model.text_tower
@@ -99,7 +100,7 @@ class _CompiledText(_Compiled):
         assert isinstance(padding, int)
         padded = F.pad(batch, (0, min(-(-length // STEP) * STEP, context) - length), value=padding)
         found: TextFeatures = super().__call__(padded)
-        return TextFeatures(found.pooled, found.words[:, :length], found.lengths)
+        return TextFeatures(found.pooled, found.text_tokens[:, :length], found.lengths)
 
 
 def _check(device: torch.device) -> None:

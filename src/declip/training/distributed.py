@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from declip.errors import UserError
-from declip.supervision.objective import Gather, alone
+from declip.supervision.objective import Gather, identity_gather
 
 T = TypeVar("T")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -115,7 +115,7 @@ def gather(counts: Sequence[int]) -> Gather:
     Returns:
         A function (counts[rank], k) → (sum(counts), k), rows in rank order, with gradient.
     """
-    return partial(_GatherRows.apply, counts=tuple(counts)) if world_size() > 1 else alone
+    return partial(_GatherRows.apply, counts=tuple(counts)) if world_size() > 1 else identity_gather
 
 
 class _Sum(torch.autograd.Function):
@@ -283,8 +283,8 @@ class HostGroup:
                 )
                 raise UserError(
                     f"Not all ranks came to step {step}; missing: {named}. A rank waits {self.patience:g} s for the "
-                    "others (train.rank_timeout). The missing one hangs, or its process or machine is gone: look at its "
-                    "log and at the disk it reads from. The run goes on from its newest checkpoint with --resume."
+                    "others (train.rank_timeout). The missing one hangs, or its process or machine is gone: look at "
+                    "its log and at the disk it reads from. The run goes on from its newest checkpoint with --resume."
                 ) from error
             raise UserError(
                 f"Another rank is gone at step {step}: {str(error).splitlines()[0]} The first error in the ranks' logs "

@@ -15,7 +15,7 @@ from torch import Tensor
 from declip.data.batch import PairBatch
 from declip.models.blocks import statistics_at_rest
 from declip.supervision.objective import Gather
-from declip.supervision.tower_outputs import BY_VIEW, TowerOutputs, joined
+from declip.supervision.tower_outputs import TowerOutputs, joined, split_like
 from declip.training.learner import Learner
 
 
@@ -63,8 +63,8 @@ def backward_in_chunks(
             whole, model, batch.without_images().to(model.device, non_blocking=True), gather, offset
         )
     terms = {name: term * share for name, term in terms.items()} if share != 1 else terms
-    terms["total"].backward()
-    gradients = {name: _split(name, leaf.grad, outputs) for name, leaf in leaves.items() if leaf.grad is not None}
+    terms["loss"].backward()
+    gradients = {name: split_like(name, leaf.grad, outputs) for name, leaf in leaves.items() if leaf.grad is not None}
     for number, (part, state) in enumerate(zip(parts, states, strict=True)):
         _set_generators(state, model.device)
         ready = to_device(part)
@@ -74,13 +74,6 @@ def backward_in_chunks(
         torch.autograd.backward([again[name] for name in names], [gradients[name][number] for name in names])
     _set_generators(ends, model.device)
     return terms
-
-
-def _split(name: str, gradient: Tensor, outputs: list[TowerOutputs]) -> list[Tensor]:
-    """A gradient's part for each chunk."""
-    axis = int(name in BY_VIEW)
-    sizes = [part.tensors()[name].shape[axis] for part in outputs]
-    return list(gradient.split(sizes, dim=axis))
 
 
 def _generators(device: torch.device) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from declip.runs.folder import EVALUATIONS, METRICS, log, read_rows
 
-CLOCK = ("seconds", "pairs_per_second")
+CLOCK = ("seconds", "samples_per_second")
 """Fields of a metrics row that depend on the machine; all others repeat bit for bit."""
 
 
@@ -93,11 +93,11 @@ class Monitor:
 
         Args:
             step: Steps done.
-            values: Terms by name, "total" and "grad_norm".
+            values: Terms by name, "loss" and "grad_norm".
             learning_rate: Of that step.
             logit_scale: s = exp of the parameter, after that step.
         """
-        terms = {name: value for name, value in values.items() if name not in {"total", "grad_norm"}}
+        terms = {name: value for name, value in values.items() if name not in {"loss", "grad_norm"}}
         now = time.perf_counter()
         seconds = now - self._mark
         done = step - self._mark_step if self._mark_step >= 0 else 0
@@ -105,22 +105,22 @@ class Monitor:
         self._mark, self._mark_step = now, step
         row = {
             "step": step,
-            "pairs_seen": step * self.batch,
-            "learning_rate": learning_rate,
+            "samples_seen": step * self.batch,
+            "lr": learning_rate,
             "logit_scale": logit_scale,
-            "total": values["total"],
-            "terms": terms,
+            "loss": values["loss"],
+            "losses": terms,
             "grad_norm": values["grad_norm"],
             "seconds": round(seconds, 4),
-            "pairs_per_second": None if speed is None else round(speed, 1),
+            "samples_per_second": None if speed is None else round(speed, 1),
         }
         _append(self.run / METRICS, row)
-        for name, value in {**values, "learning_rate": learning_rate, "logit_scale": logit_scale}.items():
+        for name, value in {**values, "lr": learning_rate, "logit_scale": logit_scale}.items():
             self.board.add_scalar(f"train/{name}", value, step)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in {"total": values["total"], **terms}.items())
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in {"loss": values["loss"], **terms}.items())
         fields: dict[str, Any] = {"terms": shown}
         if speed is not None:
-            self.board.add_scalar("speed/pairs_per_second", speed, step)
+            self.board.add_scalar("speed/samples_per_second", speed, step)
             fields["speed"] = f"{speed:,.0f} pairs/s"
         self.progress.update(self.task, completed=step, **fields)
 

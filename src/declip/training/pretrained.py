@@ -145,7 +145,7 @@ def _place_heads(start: Start, objective: Objective) -> set[str]:
     own = {name: t for name, t in objective.state_dict().items() if isinstance(t, Tensor)}
     heads: dict[str, list[str]] = {}
     for name in own:
-        heads.setdefault(name.split(".")[0], []).append(name)
+        heads.setdefault(name.rsplit(".", 2)[0] if name.count(".") > 2 else name, []).append(name)
     fits = {
         name: start.heads[name]
         for names in heads.values()

@@ -81,7 +81,7 @@ class Profile:
     leads: bool = True
 
     @property
-    def pairs_per_second(self) -> float:
+    def samples_per_second(self) -> float:
         """Of all processes together."""
         return self.batch / self.step_seconds
 
@@ -101,7 +101,7 @@ class Profile:
         rest = self.step_seconds - sum(self.seconds.values())
         table.add_row("rest", "", f"{1000 * rest:,.1f}", f"{rest / self.step_seconds:.1%}")
         table.add_section()
-        table.add_row("step", f"{self.pairs_per_second:,.1f} pairs/s", f"{1000 * self.step_seconds:,.1f}", "")
+        table.add_row("step", f"{self.samples_per_second:,.1f} pairs/s", f"{1000 * self.step_seconds:,.1f}", "")
         table.caption = self.remarks()
         return table
 
@@ -119,7 +119,7 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {**asdict(self), "folder": str(self.folder), "pairs_per_second": self.pairs_per_second}
+        return {**asdict(self), "folder": str(self.folder), "samples_per_second": self.samples_per_second}
 
 
 def profile(

@@ -28,7 +28,7 @@ def learning_rate(step: int, train: Train) -> float:
 def group_lr(rate: float, step: int, pace: LrMultiplier, head_warmup_steps: int, train: Train) -> float:
     """The learning rate of a group of parameters.
 
-    What waits for the heads stands still for `head_warmup_steps` steps, and warms up linearly in the `warmup_steps` after.
+    What waits for the heads stands still for `head_warmup_steps` steps, and then warms up linearly.
 
     Args:
         rate: The recipe's at that step.

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from declip.data.images.crops import ImageViews
 from declip.data.loader import PairLoader
 from declip.data.pair import PairSource
+from declip.data.plan import Plan, plan_views
 from declip.data.sources.mixture import Mixture
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.recipe.schema_pairs import ImageView
+from declip.supervision.objective import needs_of
 from declip.training import distributed
 
 
@@ -42,47 +42,29 @@ def open_training_source(recipe: Recipe) -> PairSource:
     return mixture if data.max_pairs is None else mixture.take(data.max_pairs, recipe.seed)
 
 
-def image_views(recipe: Recipe, view: ImageView | None = None) -> ImageViews:
-    """The image views that a recipe describes, or another view of the same size."""
-    options = (view or recipe.views.image).model_dump()
-    return ImageViews(recipe.image.size, mean=recipe.image.mean, std=recipe.image.std, **options)
+def plan_of(recipe: Recipe) -> Plan:
+    """The views of a pair that the losses of a recipe need."""
+    return plan_views(recipe, needs_of(recipe))
 
 
 def build_loader(
-    recipe: Recipe,
-    source: PairSource,
-    model: DualEncoder,
-    views: ImageViews,
-    start_step: int = 0,
-    workers: int | None = None,
+    recipe: Recipe, source: PairSource, model: DualEncoder, start_step: int = 0, workers: int | None = None
 ) -> PairLoader:
-    """The loader that a recipe describes, with as many workers as it says, or another number of them."""
+    """Build the loader of a recipe, with `data.workers` or another number of workers."""
     if workers is None:
         workers = 0 if recipe.data.workers == "auto" else recipe.data.workers
     return PairLoader(
         source,
         model.tokenizer,
-        views,
-        batch=recipe.train.batch_size,
+        plan_of(recipe),
+        batch_size=recipe.train.batch_size,
         seed=recipe.seed,
-        image_view_count=recipe.image_view_count,
-        text_view_count=recipe.text_view_count,
-        mask=recipe.masks,
-        mask_probability=recipe.masked_language.probability,
-        eda_alpha=recipe.views.text.eda_alpha,
-        keyword_append_prob=recipe.views.text.keyword_append_prob,
-        keyword_only_prob=recipe.views.text.keyword_only_prob,
-        second_text=recipe.views.text.second_view,
+        data=recipe.data,
         workers=workers,
-        max_broken_fraction=recipe.data.max_broken_fraction,
         start_step=start_step,
         pin_memory=model.device.type == "cuda",
-        base_view=image_views(recipe, recipe.views.contrastive_view) if recipe.views.contrastive_view else None,
         rank=distributed.rank(),
         ranks=distributed.world_size(),
-        shuffle_buffer=recipe.data.shuffle_buffer,
-        resample=recipe.data.resample,
-        scaled_decode=recipe.data.scaled_decode,
     )
 
 

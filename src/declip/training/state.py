@@ -12,7 +12,7 @@ from declip.errors import UserError
 from declip.runs import checkpoint as checkpoints
 from declip.runs.folder import log
 from declip.training import distributed
-from declip.training.learner import load_full_state, shard_like, whole
+from declip.training.parallel import load_full_state, shard_like, whole
 from declip.training.setup import random_states, versions
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from declip.data.batch import PairBatch
-from declip.data.images.crops import ImageViews
+from declip.data.images.crops import apply_photometric
 from declip.training import distributed
 from declip.training.clock import Span, untimed
 from declip.training.distributed import StepSync
 from declip.training.gradient_cache import backward_in_chunks
-from declip.training.learner import Learner, average_gradients, average_unsharded, clip_gradients, core
+from declip.training.learner import Learner
+from declip.training.parallel import average_gradients, average_unsharded, clip_gradients, core
 
 
 @dataclass
@@ -23,7 +24,7 @@ class StepParts:
     Attributes:
         learner: The towers and the objective as one module, see `declip.training.learner.build_learner`.
         optimizer: With the learning rate of this step already set.
-        views: Finishes the photometric part of the image views on the device.
+        mean, std: (3,) float32 on the device, statistics of the images.
         average: Called after the update, for averaged weights; None without.
         grad_clip_norm: Largest norm of the whole gradient; None leaves it.
         precision: "bf16" runs towers and heads in autocast; losses and logits stay float32.
@@ -34,7 +35,8 @@ class StepParts:
 
     learner: nn.Module
     optimizer: torch.optim.Optimizer
-    views: ImageViews
+    mean: Tensor
+    std: Tensor
     average: Callable[[nn.Module], None] | None = None
     grad_clip_norm: float | None = None
     precision: str = "fp32"
@@ -48,11 +50,11 @@ def training_step(parts: StepParts, batch: PairBatch, meeting: StepSync | None =
 
     Args:
         parts: See `StepParts`.
-        batch: As the loader gives it, this rank's pairs: images uint8 (V, B, 3, H, W), texts (T, B, L).
+        batch: As the loader gives it, this rank's pairs: views uint8 (B, 3, S, S), texts (T, B, L).
         meeting: How many pairs each rank brings; None on one process.
 
     Returns:
-        Detached scalars by term name, "total" and "grad_norm" (before clipping); the terms are this rank's, weighted
+        Detached scalars by term name, "loss" and "grad_norm" (before clipping); the terms are this rank's, weighted
         so that their mean over ranks is the whole batch's. Nothing waits for the device.
     """
     learner = core(parts.learner)
@@ -75,7 +77,7 @@ def training_step(parts: StepParts, batch: PairBatch, meeting: StepSync | None =
         if meeting.share != 1:
             terms = {name: term * meeting.share for name, term in terms.items()}
         with parts.span("backward"):
-            terms["total"].backward()
+            terms["loss"].backward()
     with parts.span("optimizer"):
         return _update(parts, learner, parameters, terms, before)
 
@@ -93,12 +95,13 @@ def _update(
     grad_norm = clip_gradients(parameters, float("inf") if parts.grad_clip_norm is None else parts.grad_clip_norm)
     result = {name: term.detach() for name, term in terms.items()} | {"grad_norm": grad_norm}
     if before is not None:
-        result["total"] = distributed.average(result["total"].clone())
-        if not (torch.isfinite(result["total"]) & torch.isfinite(grad_norm)):
+        result["loss"] = distributed.average(result["loss"].clone())
+        if not (torch.isfinite(result["loss"]) & torch.isfinite(grad_norm)):
             before.put_back()
+            learner.objective.discard_step()
             return result
     parts.optimizer.step()
-    learner.objective.limit_scales(learner.model)
+    learner.after_step()
     if parts.average is not None:
         parts.average(learner.model)
     return result
@@ -108,23 +111,17 @@ def _on_device(parts: StepParts, device: torch.device, batch: PairBatch) -> Pair
     """Move a batch and finish its images there."""
     with parts.span("views"):
         batch = batch.to(device, non_blocking=True)
-        if batch.photometric is None:
-            return batch
-        return replace(batch, images=parts.views.finish(batch.images, batch.photometric), photometric=None)
+        return replace(batch, views=apply_photometric(batch.views, parts.mean, parts.std))
 
 
 class _Buffers:
-    """What a forward pass changes: running statistics and the queue."""
+    """The buffers that a forward pass changes: running statistics of batch norm."""
 
     def __init__(self, learner: Learner) -> None:
-        self._queue = learner.objective.queue
         self._values = [(buffer, buffer.clone()) for buffer in learner.buffers()]
-        self._places = self._queue.get_extra_state() if self._queue is not None else None
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Undo the forward pass."""
         for buffer, value in self._values:
             buffer.copy_(value)
-        if self._queue is not None and self._places is not None:
-            self._queue.set_extra_state(self._places)

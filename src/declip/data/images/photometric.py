@@ -31,70 +31,60 @@ SIGMAS_KEPT = 6.0
 float32, which has 24 bits."""
 
 
-def apply(images: Tensor, photometric: Photometric, radius: int, mean: Tensor, std: Tensor) -> Tensor:
+def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -> Tensor:
     """Apply the drawn parameters, then normalize.
 
     Args:
-        images: (V, B, 3, H, W) uint8, on any device.
-        photometric: The parameters, (V, B) each.
-        radius: Of the blur's kernel in pixels, less than H and W.
+        images: (n, 3, H, W) uint8, on any device.
+        photometric: The parameters of all n.
         mean: (3,) float32 on the images' device.
         std: (3,) float32 on the images' device.
 
     Returns:
-        (V, B, 3, H, W) float32 on the images' device.
+        (n, 3, H, W) float32 on the images' device.
     """
-    flat = images.flatten(0, 1)
-    out = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
+    out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     mean, std = mean.view(3, 1, 1), std.view(3, 1, 1)
-    limit = max(1, CHUNK_BYTES // (4 * flat[0].numel())) if flat.device.type == "cpu" and len(flat) else len(flat)
+    limit = len(images)
+    if images.device.type == "cpu" and limit:
+        limit = max(1, CHUNK_BYTES // (4 * images[0].numel()))
     for part in _plan(photometric, limit):
-        rows = part.rows.to(flat.device)
-        factors = part.factors.to(flat.device)
-        chunk = flat.index_select(0, rows).float().div_(255)
+        rows = part.rows.to(images.device)
+        factors = part.factors.to(images.device)
+        chunk = images.index_select(0, rows).float().div_(255)
         for number in part.operations:
             JITTER[number](chunk, factors[number])
         if part.gray.numel():
-            gray(chunk, part.gray.to(flat.device))
+            gray(chunk, part.gray.to(images.device))
         if part.sigma.numel():
-            blur(chunk[-len(part.sigma) :], part.sigma, radius)
+            blur(chunk[-len(part.sigma) :], part.sigma, part.radius)
         out.index_copy_(0, rows, chunk.sub_(mean).div_(std))
-    return out.view(images.shape)
+    return out
 
 
 class _Part(NamedTuple):
     """Samples that are processed together: they have the same operations in the same order."""
 
     operations: tuple[int, ...]
-    rows: Tensor  # (n,) int64, the samples among all V * B
+    rows: Tensor  # (n,) int64, the samples among all n
     factors: Tensor  # (4, n) float32, by number of operation
     gray: Tensor  # (m,) int64, which of the n become gray
     sigma: Tensor  # (k,) float32, of the last k of the n; the others are not blurred
+    radius: int  # of the blur's kernel, one for all: views with different ones are in different parts
 
 
 def _plan(photometric: Photometric, limit: int) -> Iterator[_Part]:
     """Group the samples by their operations, at most `limit` in a part, those with the widest blur last."""
-    jitter, is_gray, sigma = (
-        part.flatten().cpu().numpy() for part in (photometric.jitter, photometric.gray, photometric.sigma)
-    )
-    factors = np.stack(
-        [
-            part.flatten().cpu().numpy()
-            for part in (
-                photometric.brightness,
-                photometric.contrast,
-                photometric.saturation,
-                photometric.hue,
-            )
-        ]
-    )
+    p = photometric
+    jitter, is_gray, sigma, radius = (part.cpu().numpy() for part in (p.jitter, p.gray, p.sigma, p.radius))
+    factors = np.stack([part.cpu().numpy() for part in (p.brightness, p.contrast, p.saturation, p.hue)])
     neutral = np.array([[1.0], [1.0], [1.0], [0.0]], dtype=np.float32)
-    order = photometric.order.flatten(0, 1).cpu().numpy()
+    order = p.order.cpu().numpy()
     # An operation that would change nothing is no part of a sample's order: -1, and at the end.
     acts = np.take_along_axis((factors != neutral).T & jitter[:, None], order, axis=1)
     order = np.where(acts, order, -1)
     order = np.take_along_axis(order, np.argsort(~acts, axis=1, kind="stable"), axis=1)
-    code = (order + 1) @ np.array([125, 25, 5, 1])
+    code = (order + 1) @ np.array([125, 25, 5, 1]) + 625 * radius
     rows = np.lexsort((sigma, code))
     edges = np.flatnonzero(np.diff(code[rows], prepend=-1))
     for start, stop in zip(edges, [*edges[1:], len(rows)], strict=True):
@@ -107,6 +97,7 @@ def _plan(photometric: Photometric, limit: int) -> Iterator[_Part]:
                 factors=torch.from_numpy(factors[:, part]),
                 gray=torch.from_numpy(np.flatnonzero(is_gray[part])),
                 sigma=torch.from_numpy(sigma[part][sigma[part] > 0]),
+                radius=int(radius[part[0]]),
             )
 
 

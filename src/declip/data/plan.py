@@ -1,0 +1,83 @@
+"""The views of a training pair: a recipe and the needs of its losses become view and text specifications, once."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from declip.errors import UserError
+from declip.recipe.schema import ImageView, Recipe, TextView
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a loss reads of a batch.
+
+    Attributes:
+        views: Names of the image views that it cannot do without.
+        optional_views: Names of those that it also uses where the recipe has them.
+        texts: Number of text views.
+        masked: Whether it predicts masked tokens.
+        tokens: Whether it reads token states of both towers.
+        pre_logits: Whether it reads the pooled image feature before the projection.
+    """
+
+    views: frozenset[str] = frozenset({"first"})
+    optional_views: frozenset[str] = frozenset()
+    texts: int = 1
+    masked: bool = False
+    tokens: bool = False
+    pre_logits: bool = False
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One image view: its name, its size in pixels and its augmentation."""
+
+    name: str
+    size: int
+    augmentation: ImageView
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The text views: how many, how they are augmented, and how the caption is masked (None: not at all)."""
+
+    count: int
+    augmentation: TextView
+    mask_probability: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All views of a pair, in the order in which their random numbers are drawn, and the image statistics."""
+
+    views: tuple[ViewSpec, ...]
+    texts: TextSpec
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
+    """Work out which views the losses of a recipe need.
+
+    Raises:
+        UserError: a loss compares two image views and the recipe has one.
+    """
+    needs = list(needs)
+    wanted: set[str] = set().union(*(need.views | need.optional_views for need in needs))
+    if recipe.views.image_count == 1:
+        if any("second" in need.views for need in needs):
+            raise UserError(
+                "views.image_count is 1, and a loss of this recipe compares two views of an image. Set "
+                "views.image_count to 2, or the weight of simsiam and simclr to 0."
+            )
+        wanted.discard("second")
+    size, views = recipe.image.size, recipe.views
+    specs = [ViewSpec(name, size, views.image) for name in ("first", "second") if name in wanted]
+    if views.contrastive_view is not None:
+        # The losses that compare augmented views are not concerned; without one of them only this view is drawn.
+        specs = [ViewSpec("contrastive", size, views.contrastive_view), *(specs if "second" in wanted else [])]
+    masks = any(need.masked for need in needs) or recipe.masked_language.mask_input_only
+    texts = TextSpec(
+        max(need.texts for need in needs), views.text, recipe.masked_language.probability if masks else None
+    )
+    return Plan(tuple(specs), texts, recipe.image.mean, recipe.image.std)

@@ -1,0 +1,67 @@
+"""The multi-view loss of DeCLIP: the contrastive loss between all other pairings of views."""
+
+import math
+from itertools import islice, product
+
+import torch
+from torch import Tensor
+
+from declip.data.plan import Needs
+from declip.supervision.contrastive import info_nce
+from declip.supervision.term import Rows, Similarity, Term
+
+
+def multi_view(
+    images: Tensor,
+    texts: Tensor,
+    image_keys: Tensor,
+    text_keys: Tensor,
+    scale: Tensor | float,
+    offset: int = 0,
+    max_logit_bytes: float | None = None,
+) -> Tensor:
+    """Contrast of the augmented views: all pairings but the first (L_MVS of DeCLIP, arXiv 2110.05208).
+
+    Equals the plain loop, F = images, G = texts
+        mean of InfoNCE(F₁, G₂), InfoNCE(F₂, G₁), InfoNCE(F₂, G₂)
+    With other numbers of views V and T it is the mean of the V·T - 1 pairings after the first.
+
+    Args:
+        images: (2, B, d) features of the image views, L2-normalized.
+        texts: (2, B, d) features of the caption and its augmentation, L2-normalized.
+        image_keys: (2, N, d) image features of all ranks, with gradient.
+        text_keys: (2, N, d) text features of all ranks, with gradient.
+        scale: exp(logit_scale).
+        offset: Row of the keys that belongs to this rank's first pair.
+        max_logit_bytes: See `cross_entropy_to_keys`.
+
+    Returns:
+        The loss, a scalar. Six (B, N) logit matrices are kept for the backward pass, up to `max_logit_bytes` each.
+    """
+    pairings = islice(product(range(len(images)), range(len(texts))), 1, None)
+    losses = [
+        info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset, max_logit_bytes) for i, j in pairings
+    ]
+    return torch.stack(losses).mean()
+
+
+class MultiView(Term):
+    """DeCLIP's multi-view loss over the augmented image views and both text views."""
+
+    needs = Needs(optional_views=frozenset({"second"}), texts=2)
+    title = "multi-view contrast"
+    explanation = "The same between all other pairings of the image views and the text views."
+
+    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+        return multi_view(
+            own.augmented,
+            own.texts,
+            keys.augmented,
+            keys.texts,
+            similarity.scale,
+            offset,
+            self.max_logit_bytes,
+        )
+
+    def chance(self, batch_size: int) -> float:
+        return math.log(batch_size)

@@ -1,0 +1,140 @@
+"""The base class of losses: a term owns its head, says what it needs, and computes its loss from features."""
+
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from declip.data.batch import PairBatch
+from declip.data.plan import Needs
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.supervision.tower_outputs import TowerOutputs
+
+T = TypeVar("T")
+
+__all__ = ["Encodings", "Needs", "Rows", "Similarity", "Term", "augmented_views", "require"]
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Scale and bias of the logits: scale · cosine + bias."""
+
+    scale: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """A batch after the towers.
+
+    Attributes:
+        images: (V, B, d) image features, L2-normalized float32, in the order of `outputs.views`.
+        texts: (T, B, d) text features, L2-normalized float32.
+        outputs: The towers' own outputs.
+        batch: The batch; its views may be on the "meta" device.
+    """
+
+    images: Tensor
+    texts: Tensor
+    outputs: TowerOutputs
+    batch: PairBatch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The features that a loss compares: of this rank's pairs, or of all ranks' pairs.
+
+    Attributes:
+        views: Names of the image views.
+        images: (V, n, d), in the order of `views`; see `image` and `augmented`.
+        texts: (T, n, d).
+        sample_ids: (n,) int64.
+        extra: The term's own features, see `Term.features` and `Term.keys`.
+    """
+
+    views: tuple[str, ...]
+    images: Tensor
+    texts: Tensor
+    sample_ids: Tensor
+    extra: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def image(self, view: str) -> Tensor:
+        """(n, d) features of the view of that name."""
+        return self.images[self.views.index(view)]
+
+    @property
+    def augmented(self) -> Tensor:
+        """(A, n, d) features of all views but the milder one of the contrastive loss."""
+        return self.images[augmented_views(self.views)]
+
+
+class Term(nn.Module):
+    """One loss of the objective.
+
+    Args:
+        recipe: The term reads its own section.
+        model: The towers whose features it reads; only their sizes are looked at.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+    title: ClassVar[str]
+    """Name for charts."""
+    explanation: ClassVar[str] = ""
+    """One sentence for reports."""
+
+    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
+        super().__init__()
+        self.max_logit_bytes = 1e6 * recipe.train.max_logits_mb
+
+    def features(self, encoded: Encodings) -> dict[str, Tensor]:
+        """Compute what the loss compares beyond image and text features, (B, …) each, with this term's head."""
+        return {}
+
+    def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Choose the (B, …) features that all ranks must see; they are gathered in the single collective."""
+        return features
+
+    def pad_keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Bring keys whose shape may differ between ranks to one shape, before they are gathered."""
+        return features
+
+    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+        """Compute the loss of this rank's rows against the keys of all ranks.
+
+        Args:
+            own: This rank's features.
+            keys: The features of all ranks, in rank order.
+            similarity: Scale and bias of the model's logits.
+            offset: Row of the keys that belongs to this rank's first pair.
+
+        Returns:
+            A scalar; its mean over ranks is the loss of the whole batch.
+        """
+        raise NotImplementedError
+
+    def chance(self, batch_size: int) -> float | None:
+        """Compute the loss of a model that guesses; None where there is no such level."""
+        return None
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Update the term's own state after the optimizer's step."""
+
+    def discard_step(self) -> None:
+        """Forget what the last forward pass left for `after_step`: its step was skipped."""
+
+
+def augmented_views(views: tuple[str, ...]) -> slice:
+    """Where the augmented views stand among all: "contrastive", the milder one, comes first."""
+    return slice("contrastive" in views, None)
+
+
+def require(value: T | None) -> T:
+    """Give a value that is there because the term asked for it in its `needs`."""
+    assert value is not None, "the term's needs name it, so it was made"
+    return value
