@@ -29,8 +29,8 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.supervision.masked_language import IGNORED
 from declip.supervision.objective import Objective
-from declip.training.parallel import build_learner
 from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.parallel import build_learner
 from declip.training.setup import image_views
 from declip.training.step import StepParts, training_step
 from machine import machine

@@ -41,6 +41,32 @@ def test_trains_evaluates_and_resumes(
     last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
     assert result == {key: value for key, value in last.items() if key != "step"}
 
+    other = tmp_path / "other.csv"
+    other.write_text(f"image,caption\n{table.parent}/red-bar.png,a red bar\n{table.parent}/blue-bar.png,a blue bar\n")
+    words = [
+        "evaluate",
+        str(out),
+        "--dataset",
+        str(table),
+        "--task",
+        "retrieval",
+        "--json",
+        str(tmp_path / "both.json"),
+    ]
+    capfd.readouterr()
+    assert run([*words, "--dataset", str(other)], monkeypatch) == 0
+    printed = capfd.readouterr().out
+    assert [name for name in ("shapes.jsonl", "other.csv") if printed.count(name) == 1] == ["shapes.jsonl", "other.csv"]
+    assert printed.count("chance") == 2, "the heads of one table: chance, × chance"
+    both = json.loads((tmp_path / "both.json").read_text())
+    assert [(row["on"], row["images"]) for row in both] == [(str(table), 24), (str(other), 2)]
+    assert both[0] == result
+    for twice, key in ((str(table), "twice"), (f"paper11:{tmp_path}", "alone"), ("missing.csv", "missing.csv")):
+        (tmp_path / "both.json").unlink(missing_ok=True)
+        assert run([*words, "--dataset", twice], monkeypatch) == 2
+        assert key in capfd.readouterr().err
+        assert not (tmp_path / "both.json").exists()
+
 
 @pytest.mark.parametrize(
     ("words", "message"),

@@ -1,12 +1,20 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from declip.errors import UserError
 from declip.recipe.load import load_recipe, parse_overrides, recipe_names
-from declip.recipe.schema import TERMS, Recipe, Weights
+from declip.recipe.schema import TERMS, Evaluation, Recipe, Weights
 from declip.recipe.schema_pairs import Views
+
+DEMO_SETS = {
+    "zero_shot": ("builtin:emoji-validation",),
+    "retrieval": ("builtin:emoji-validation",),
+    "final_zero_shot": ("builtin:emoji-test", "builtin:emoji-test-new", "builtin:emoji-validation-new"),
+    "final_retrieval": ("builtin:emoji-test",),
+}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -85,6 +93,34 @@ def test_a_recipe_extends_another_file_beside_it(tmp_path: Path) -> None:
     assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch_size) == ("mine", 7, 11, 9)
     assert (recipe.train.lr, recipe.image.size) == (0.5, 48)
     assert recipe.loss_weights.active() == ("contrastive",), "weights are named whole, not merged"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        ({"data.source": "pairs.jsonl"}, {}),
+        ({"data": {"source": "pairs.jsonl"}}, {}),
+        ({"data.source": ["a.csv", "b.csv"]}, {}),
+        ({"data.source": "pairs.jsonl", "evaluation.retrieval": "[h.csv]"}, {"retrieval": ("h.csv",)}),
+        ({"evaluation.retrieval": ["h.csv"], "data.source": "pairs.jsonl"}, {"retrieval": ("h.csv",)}),
+        ({"evaluation": {"retrieval": ["h.csv"]}, "data.source": "pairs.jsonl"}, {"retrieval": ("h.csv",)}),
+        ({"data.source": "builtin:emoji", "seed": 3}, None),
+        ({"evaluation.retrieval": ["h.csv"]}, {**DEMO_SETS, "retrieval": ("h.csv",)}),
+    ],
+)
+def test_a_recipes_evaluation_sets_hold_for_its_own_source(overrides: dict[str, Any], kept: dict[str, Any]) -> None:
+    recipe = load_recipe("declip", overrides)
+    assert recipe.evaluation == Evaluation(**(DEMO_SETS if kept is None else kept))
+
+
+def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("extends: declip\ndata: {source: a.csv}\n")
+    (tmp_path / "mine.yaml").write_text("extends: bare.yaml\nevaluation: {retrieval: [h.csv]}\n")
+    (tmp_path / "both.yaml").write_text("extends: clip\ndata: {source: a.csv}\nevaluation: {retrieval: [h.csv]}\n")
+    (tmp_path / "longer.yaml").write_text("extends: both.yaml\ndata: {source: a.csv}\ntrain: {steps: 9}\n")
+    assert load_recipe(tmp_path / "bare.yaml").evaluation == Evaluation()
+    for name in ("mine", "both", "longer"):
+        assert load_recipe(tmp_path / f"{name}.yaml").evaluation == Evaluation(retrieval=("h.csv",)), name
 
 
 def test_an_override_of_one_weight_keeps_the_others() -> None:

@@ -65,7 +65,7 @@ def test_every_run_is_what_declip_train_gives(recipes: dict[str, str], table: Pa
     assert own["loss"] == alone.metrics[-1]["loss"]
     assert own["samples"] == 16 * 8
     (measure,) = outcome.measures
-    assert measure == f"{table.name}: R@1"
+    assert measure == f"{table}: R@1"
     assert outcome.curve("clip", "compute", measure).values[1] == (scores(alone.results)[measure],)
     kept = {path.name for path in folder_of(tmp_path / "out", outcome.study.cells()[0]).iterdir()}
     assert "checkpoints" not in kept
@@ -105,7 +105,7 @@ def test_every_arm_is_tuned_alike_on_pairs_that_no_run_takes(
     ]  # fmt: skip
     for arm in ("clip", "declip"):
         tries = {
-            row["overrides"]["train.lr"]: scores(row["results"])["validation.jsonl: R@1"]
+            row["overrides"]["train.lr"]: scores(row["results"])[f"{validation}: R@1"]
             for row in outcome.tuning.values()
             if row["arm"] == arm
         }

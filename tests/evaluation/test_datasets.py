@@ -27,12 +27,12 @@ def test_every_name_has_its_templates_and_the_metric_of_its_convention() -> None
 def test_a_named_set(tmp_path: Path) -> None:
     trees.pets(tmp_path)
     dataset = open_dataset(f"pets:{tmp_path}")
-    assert (dataset.name, dataset.templates, dataset.metric) == ("pets", "pets", "mean_per_class")
+    assert (dataset.name, dataset.templates, dataset.metric) == (f"pets:{tmp_path}", "pets", "mean_per_class")
     assert dataset.split("test").name == "pets"
     assert open_dataset(dataset) is dataset
     assert dataset.split("train") is dataset.split("train")
     assert (dataset.has("train"), dataset.has("validation")) == (True, False)
-    with pytest.raises(UserError, match=r"'pets' has no validation split\. It has: train, test\."):
+    with pytest.raises(UserError, match=r"'pets:.*' has no validation split\. It has: train, test\."):
         dataset.split("validation")
     assert pickle.loads(pickle.dumps(dataset)).split("test").labels.tolist() == dataset.split("test").labels.tolist()
 

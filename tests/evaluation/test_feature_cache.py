@@ -1,14 +1,19 @@
 """Features on the disk: what is a hit, what is a miss, and what is made anew."""
 
+import json
 import logging
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from declip.errors import UserError
 from declip.evaluation import feature_cache as module
+from declip.evaluation.datasets import open_dataset
 from declip.evaluation.feature_cache import FeatureCache, encoder_of
 
 NAMES = ("red", "green", "blue")
@@ -142,6 +147,35 @@ def test_other_images_behind_the_same_names_are_noticed(model, source) -> None:
     cache.images(source, "train")
     source.colors = ["blue", *COLOURS[1:]]
     assert cache.images(source, "train").features[0].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "parquet"])
+def test_one_image_replaced_under_its_name_is_a_miss(model, tmp_path, kind) -> None:
+    root = tmp_path / "set"
+    paths = [root / COLOURS[0 if row % 2 else 1] / f"{row}.png" for row in range(8)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), path.parent.name).save(path)
+    table = tmp_path / f"set.{kind}"
+
+    def features() -> list[list[float]]:
+        if kind == "jsonl":
+            lines = [json.dumps({"image": str(path), "label": path.parent.name}) for path in paths]
+            table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        elif kind == "parquet":
+            cells = {"image": [path.read_bytes() for path in paths], "label": [path.parent.name for path in paths]}
+            pq.write_table(pa.table(cells), table)
+        source = open_dataset(f"folder:{root}" if kind == "folder" else str(table)).split("test")
+        return FeatureCache(model, "embedding").images(source, "test").features.tolist()
+
+    before = features()
+    assert features() == before
+    # The second of eight is none of those that are encoded again on a hit.
+    second = sorted(paths)[1] if kind == "folder" else paths[1]
+    Image.new("RGB", (8, 8), "blue").save(second)
+    after = features()
+    assert after[1] == [0, 0, 1]
+    assert [row for place, row in enumerate(after) if place != 1] == [r for p, r in enumerate(before) if p != 1]
 
 
 def test_a_model_whose_code_changed_is_noticed(model, source) -> None:

@@ -92,3 +92,22 @@ def test_a_progress_bar_only_for_what_takes_long(monkeypatch, model, painted, ba
     monkeypatch.setattr(module, "track", watched)
     encode_source(model, painted(["red"] * batches), texts=False, batch=1, progress=True)
     assert bars == [shown]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_whose_features_are_not_finite_is_refused_by_name(model, painted, value) -> None:
+    encode = model.encode_image
+
+    def spoilt(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.where(pixels.mean((2, 3))[:, 2:] > 0.9, value, encode(pixels))
+
+    model.encode_image = spoilt
+    with pytest.raises(UserError, match=r"'row 3'.*not finite"):
+        encode_source(model, painted(["red", "green", "red", "blue", "blue"]), batch=2)
+
+
+def test_a_text_whose_features_are_not_finite_is_refused_by_name(model) -> None:
+    encode = model.encode_text
+    model.encode_text = lambda tokens: torch.where(encode(tokens)[:, 2:] > 0.9, float("nan"), encode(tokens))
+    with pytest.raises(UserError, match=r"'blue'.*not finite"):
+        text_features(model, ["red", "green", "blue"], batch=2)

@@ -122,3 +122,10 @@ def test_never_more_cosines_than_a_block(monkeypatch, data) -> None:
 def test_wrong_arguments(data, neighbors, temperature) -> None:
     with pytest.raises(UserError, match=r"each 1 or more.*above 0"):
         knn_probe(data, neighbors, temperature=temperature)
+
+
+def test_nan_loses(data) -> None:
+    broken = replace(data, test=Labeled(torch.full_like(data.test.features, float("nan")), data.test.labels))
+    assert [(vote.top1, vote.top5) for vote in knn_probe(broken, (1, 20)).votes] == [(0.0, 0.0)] * 2
+    weights = torch.tensor([[float("nan"), 0.5], [1.0, float("nan")]])
+    assert vote_ranks(weights, torch.tensor([[0, 1], [0, 1]]), torch.tensor([0, 0]), 2).tolist() == [2, 2]

@@ -1,5 +1,7 @@
 """The sweep against all 97 values, and the probe against scikit-learn from end to end."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from declip.evaluation.probes import linear as module
 from declip.evaluation.probes.data import Labeled, ProbeData, by_class, score, stratified
+from declip.evaluation.probes.few_shot import few_shot_probe
 from declip.evaluation.probes.linear import GRID, linear_probe, sweep
 from declip.evaluation.probes.logistic import Classifier, LogisticProblem
 
@@ -160,3 +163,9 @@ def _swept(monkeypatch, data, scores, losses=None) -> tuple[Classifier, list[mod
     losses = losses or dict.fromkeys(scores, 0.0)
     monkeypatch.setattr(module, "_point", lambda found, data: _point(found.C, scores[found.C], losses[found.C]))
     return sweep(Known(), data)
+
+
+def test_nan_loses(data) -> None:
+    broken = replace(data, test=Labeled(torch.full_like(data.test.features, float("nan")), data.test.labels))
+    assert linear_probe(broken).top1 == 0.0
+    assert [run.mean for run in few_shot_probe(broken, (2,), seeds=1).runs] == [0.0]

@@ -12,7 +12,14 @@ from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.probes.results import FewShotResult, KNNResult, LinearProbeResult
 from declip.evaluation.protocols import PROTOCOLS, Options, evaluate, evaluate_all
-from declip.evaluation.results import Measure, RetrievalResult, ZeroShotResult, read_result, results_table
+from declip.evaluation.results import (
+    Measure,
+    RetrievalResult,
+    ZeroShotResult,
+    read_result,
+    results_table,
+    short_names,
+)
 from declip.io.text import percent, times
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
@@ -249,3 +256,16 @@ def test_percent(share: float, text: str) -> None:
 @pytest.mark.parametrize(("factor", "text"), [(1.44, "1.4"), (36.6, "37"), (1285.0, "1,285")])
 def test_times(factor: float, text: str) -> None:
     assert times(factor) == text
+
+
+def test_short_names_keep_what_tells_sets_apart() -> None:
+    names = [
+        "/d/coco/test.jsonl",
+        "/d/flickr/test.jsonl",
+        "test.jsonl",
+        "own/mine.csv",
+        "coco:/d/2014",
+        "builtin:stamps",
+    ]
+    short = ["coco/test.jsonl", "flickr/test.jsonl", "test.jsonl", "mine.csv", "coco:2014", "builtin:stamps"]
+    assert list(short_names(names).values()) == short

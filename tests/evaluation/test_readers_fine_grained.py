@@ -34,7 +34,7 @@ def test_images_labels_and_names(name: str, tmp_path: Path, monkeypatch) -> None
     _grow(name, tmp_path, monkeypatch)
     dataset = open_dataset(f"{name}:{tmp_path}")
     names, splits = EXPECTED[name]
-    assert dataset.name == name
+    assert dataset.name == f"{name}:{tmp_path}"
     assert set(dataset.openers) == set(splits)
     for which, labels in splits.items():
         source = pickle.loads(pickle.dumps(dataset.split(which)))

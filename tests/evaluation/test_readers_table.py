@@ -38,7 +38,7 @@ def _write(folder: Path, kind: str, head: tuple[str, ...], rows: list[tuple]) ->
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_labels_and_splits(folder: Path, kind: str) -> None:
     dataset = open_dataset(_write(folder, kind, ("image", "Label", "split"), ROWS))
-    assert (dataset.name, dataset.templates) == (f"mine.{kind}", "plain")
+    assert (dataset.name, dataset.templates) == (str(folder / f"mine.{kind}"), "plain")
     found = {}
     for which in dataset.openers:
         source = pickle.loads(pickle.dumps(dataset.split(which)))

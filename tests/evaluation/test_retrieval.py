@@ -140,3 +140,12 @@ def test_wrong_arguments() -> None:
         retrieve(features, same_caption="maybe")  # type: ignore[arg-type]  # the mistake that is tested
     with pytest.raises(UserError, match="texts=True"):
         retrieve(SourceFeatures("x", np.arange(2), torch.eye(2), (("a",), ("b",)), None, np.arange(2), SkipCounter()))
+
+
+def test_nan_loses() -> None:
+    nan = float("nan")
+    scores = torch.tensor([[0.9, nan, 0.1], [0.9, nan, 0.1], [nan, nan, nan]])
+    assert ranks(scores, torch.eye(3), _singles(0, 1, 2)).tolist() == [3, 3, 3]
+    broken = torch.full((20, 8), nan)
+    result = retrieve(_features(broken, broken, [(f"text {row}",) for row in range(20)]))
+    assert (result.text_to_image.r10, result.image_to_text.r10) == (0.0, 0.0)

@@ -113,3 +113,10 @@ def test_wrong_templates(given: str | list[str], message: str) -> None:
 
 def test_braces_in_a_class_name_are_only_a_name(model) -> None:
     assert class_features(model, ["{0} red", "}{"], ["a {}"]).shape == (2, 3)
+
+
+def test_nan_loses() -> None:
+    broken = torch.full((6, 6), float("nan"))
+    features = _features(broken)
+    result = classify(features, np.arange(6), torch.eye(6))
+    assert (result.top1, result.top5, result.mean_per_class) == (0.0, 0.0, 0.0)

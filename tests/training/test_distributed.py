@@ -18,8 +18,8 @@ from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import StepSync
-from declip.training.parallel import build_learner, whole
 from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.parallel import build_learner, whole
 from declip.training.setup import image_views
 from declip.training.step import StepParts, training_step
 from processes import in_processes

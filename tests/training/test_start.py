@@ -169,7 +169,7 @@ def test_the_start_is_measured_once_and_the_report_says_what_changed(table: Path
     )
     trainer.train()
     rows = read_rows(tmp_path / "evaluations.jsonl")
-    assert [(row["step"], row["on"]) for row in rows] == [(0, table.name), (4, table.name)]
+    assert [(row["step"], row["on"]) for row in rows] == [(0, str(table)), (4, str(table))]
     expected = declip.evaluate(declip.load(start), str(table), "retrieval").to_dict()
     assert rows[0]["image_to_text_r1"] == expected["image_to_text_r1"]
     page = (tmp_path / "report.html").read_text()

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from conftest import TINY, WEIGHTS
 from declip.api import train
+from declip.comparison.outcome import scores
 from declip.data.images.crops import ImageViews
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
@@ -330,3 +332,26 @@ def with_workers(recipe: Recipe, workers: int | str) -> Recipe:
     tree = recipe.model_dump()
     tree["data"]["workers"] = workers
     return Recipe.model_validate(tree)
+
+
+def test_held_out_sets_of_the_same_file_name_stay_two_and_are_measured_once(table: Path, tmp_path: Path) -> None:
+    lines = table.read_text(encoding="utf-8").splitlines()
+    names = []
+    for folder, rows in (("coco", lines[:8]), ("flickr", lines)):
+        (tmp_path / folder).mkdir()
+        own = [{**json.loads(line), "image": str(table.parent / json.loads(line)["image"])} for line in rows]
+        path = tmp_path / folder / "test.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+        names.append(str(path))
+    tree = {**recipe_for(table, "clip", steps=4).model_dump(), "evaluation": {"retrieval": names}}
+    recipe = Recipe.model_validate(tree)
+    run = train(recipe, out=tmp_path / "run", quiet=True)
+    assert {row["on"]: row["images"] for row in run.results} == {names[0]: 8, names[1]: 24}
+    assert len(scores(run.results)) == 2
+    page = run.report.read_text(encoding="utf-8")
+    assert "<td>coco/test.jsonl</td>" in page
+    assert "<td>flickr/test.jsonl</td>" in page
+    assert str(tmp_path) not in page[page.index("<body") : page.index('id="recipe"')]
+    shutil.copy(names[1], names[0])  # what is measured again now shows
+    again = train(recipe, out=tmp_path / "run", resume=True, quiet=True)
+    assert [row["images"] for row in again.evaluations] == [8, 24]

@@ -82,7 +82,10 @@ def _profile(recipe: "Recipe", out: Path, resume: bool, quiet: bool) -> None:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a run, a checkpoint, weights, open_clip:… or huggingface:OWNER/NAME")],
-    on: Annotated[str, typer.Option("--dataset", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path")],
+    on: Annotated[
+        list[str],
+        typer.Option("--dataset", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; again for more"),
+    ],
     protocol: Annotated[str, typer.Option(help="zero-shot, retrieval, linear, knn or few-shot")] = "zero-shot",
     templates: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
     features: Annotated[str, typer.Option(help="probes: backbone, or embedding after the projection")] = "backbone",
@@ -100,14 +103,17 @@ def evaluate(
     import json
 
     from declip.evaluation.datasets import open_dataset
-    from declip.evaluation.protocols import Options, evaluate_all
+    from declip.evaluation.protocols import Options, evaluate_sets
     from declip.evaluation.results import results_table
     from declip.evaluation.suites import evaluate_suite, is_suite
     from declip.interchange.load import load
 
-    if markdown_out is not None and not is_suite(on):
+    suites = [name for name in on if is_suite(name)]
+    if suites and len(on) > 1:
+        raise UserError(f"'{suites[0]}' is a table of its own. Measure it alone, with one --dataset.")
+    if markdown_out is not None and not suites:
         raise UserError(
-            f"--markdown writes the table of a suite such as paper11:/data, but --dataset is '{on}'. Use --json."
+            f"--markdown writes the table of a suite such as paper11:/data, but --dataset is '{on[0]}'. Use --json."
         )
     options = Options(
         templates=templates,
@@ -119,16 +125,17 @@ def evaluate(
         cache=cache,
     )
     loaded = load(model, device)
-    if is_suite(on):
-        suite = evaluate_suite(loaded, on, protocol, options)
+    if suites:
+        suite = evaluate_suite(loaded, on[0], protocol, options)
         console.print(suite.table(model))
         _write(markdown_out, suite.markdown(model), "--markdown")
         _write(json_out, json.dumps(suite.to_dict(), indent=1), "--json")
         return
-    dataset = open_dataset(on, label_column=label_column)
-    result = evaluate_all(loaded, dataset, (protocol,), options)[0]
-    console.print(results_table([result]))
-    _write(json_out, json.dumps(result.to_dict(), indent=1), "--json")
+    sets = [open_dataset(name, label_column=label_column) for name in on]
+    results = evaluate_sets(loaded, sets, (protocol,), options)
+    console.print(results_table(results))
+    rows = [result.to_dict() for result in results]
+    _write(json_out, json.dumps(rows if len(rows) > 1 else rows[0], indent=1), "--json")
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -334,7 +341,8 @@ def _results(run: Any) -> Table | str:
     speed = f"{sorted(speeds)[len(speeds) // 2]:,.0f} pairs/s (median)" if speeds else "speed not measured"
     caption = f"{run.recipe.name}, seed {run.recipe.seed}: {seen:,} pairs seen in {run.step:,} steps, {speed}"
     if not results:
-        return f"{escape(caption)}. Nothing was measured: the recipe's evaluation names no set."
+        advice = "Name one before training, such as 'evaluation.retrieval=[heldout.csv]'."
+        return escape(f"{caption}. Nothing was measured: evaluation names no set for this data.source. {advice}")
     table = results_table(results)
     table.caption = caption
     return table

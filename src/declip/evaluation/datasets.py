@@ -82,7 +82,7 @@ class Dataset:
     """A named set with its splits, each opened when it is first asked for.
 
     Attributes:
-        name: As the user wrote it, without the path: "pets", "builtin:stamps", "mine.csv".
+        name: As the user wrote it, which results are kept by: "pets:/data/pets", "builtin:stamps", "data/mine.csv".
         openers: What opens each split; keys among "train", "validation", "test", of which "test" is always there.
         templates: Name of a template set.
         metric: What the set's convention reports: "top1" or "mean_per_class".
@@ -131,7 +131,7 @@ def open_dataset(on: str | PairSource | Dataset, *, label_column: str | None = N
     elif isinstance(on, str):
         dataset = _by_name(on, label_column)
     else:
-        dataset = _single(on)
+        dataset = _single(on, on.name)
     dataset.split("test")
     return dataset
 
@@ -175,23 +175,23 @@ def _by_name(on: str, label_column: str | None) -> Dataset:
     if name in NAMED and colon:
         if not place:
             raise UserError(f"'{on}' names no folder. Write '{name}:PATH'.")
-        return _named(name, Path(place).expanduser())
+        return _named(on, name, Path(place).expanduser())
     # One letter before a colon is a Windows drive.
     if colon and re.fullmatch(r"[\w-]{2,}", name) and not Path(on).exists():
         raise unknown("data set", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
     path = Path(on).expanduser()
     column = label_column_of(path, label_column) if table and path.is_file() else None
-    return _single(open_source(on)) if column is None else Dataset(path.name, labeled_table(path, column))
+    return _single(open_source(on), on) if column is None else Dataset(on, labeled_table(path, column))
 
 
-def _named(name: str, root: Path) -> Dataset:
+def _named(on: str, name: str, root: Path) -> Dataset:
     named = NAMED[name]
-    shown = root.resolve().name if name == "folder" else name
-    return Dataset(shown, named.open(shown if name == "folder" else name, root), named.templates, named.metric)
+    openers = named.open(root.resolve().name if name == "folder" else name, root)
+    return Dataset(on, openers, named.templates, named.metric)
 
 
-def _single(source: PairSource) -> Dataset:
-    return Dataset(source.name, {"test": partial(_itself, source)}, templates_of(source))
+def _single(source: PairSource, name: str) -> Dataset:
+    return Dataset(name, {"test": partial(_itself, source)}, templates_of(source))
 
 
 def _itself(source: PairSource) -> PairSource:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 
-from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
+from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter, printable
 from declip.errors import UserError
 
 T = TypeVar("T")
@@ -110,15 +110,19 @@ def text_features(model: Encoder, texts: Sequence[str], *, batch: int = 256, pro
 
     Returns:
         (m, d) float32 on the CPU, L2-normalized.
+
+    Raises:
+        UserError: the model gives a text features that are not finite.
     """
     distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     strings = list(distinct)
     chunks = [strings[start : start + batch] for start in range(0, len(strings), batch)]
+    parts = []
     with measuring(model) as device:
-        parts = [
-            normalize(model.encode_text(model.tokenize(chunk).to(device)).float(), dim=-1).cpu()
-            for chunk in _watched(chunks, len(chunks), "Texts", progress)
-        ]
+        for chunk in _watched(chunks, len(chunks), "Texts", progress):
+            features = normalize(model.encode_text(model.tokenize(chunk).to(device)).float(), dim=-1).cpu()
+            _require_finite(features, "text", chunk)
+            parts.append(features)
     rows = torch.tensor([distinct[text] for text in texts], dtype=torch.int64)
     return torch.cat(parts)[rows]
 
@@ -208,7 +212,7 @@ def encode_images(
         progress: As for `encode_source`.
 
     Raises:
-        UserError: not one pair of the source can be read.
+        UserError: not one pair of the source can be read, or the encoder gives an image features that are not finite.
     """
     places = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     reader = DataLoader(
@@ -226,7 +230,9 @@ def encode_images(
             for broken in read.broken:
                 skipped.add(broken)
             if read.pixels is not None:
-                parts.append(encode(read.pixels.to(device)).float().cpu())
+                features = encode(read.pixels.to(device)).float().cpu()
+                _require_finite(features, "image", read.keys)
+                parts.append(features)
                 kept += read.places
                 captions += read.captions
     if not kept:
@@ -239,6 +245,7 @@ class _Read:
     """A batch as it comes from the files: `pixels` is None when every pair of it is broken."""
 
     places: list[int]
+    keys: list[str]
     pixels: Tensor | None
     captions: list[tuple[str, ...]]
     broken: list[BrokenPair]
@@ -272,6 +279,7 @@ class _Collate:
         good = [(place, pair) for place, pair in rows if isinstance(pair, Pair)]
         return _Read(
             places=[place for place, _ in good],
+            keys=[pair.key for _, pair in good],
             pixels=self.preprocess([pair.image for _, pair in good]) if good else None,
             captions=[pair.captions for _, pair in good],
             broken=[pair for _, pair in rows if isinstance(pair, BrokenPair)],
@@ -280,6 +288,19 @@ class _Collate:
 
 def _watched(items: Iterable[T], total: int, label: str, progress: bool) -> Iterable[T]:
     return track(items, label, total=total, transient=True, disable=not progress or total < LONG)
+
+
+def _require_finite(features: Tensor, what: str, names: Sequence[str]) -> None:
+    """Raise a `UserError` that names the first row of features (n, d) with a NaN or an infinity."""
+    # One number tells for all rows, so that a batch costs a single pass over its features.
+    if features.sum().isfinite() or bool((finite := features.isfinite().all(1)).all()):
+        return
+    first = names[int((~finite).nonzero()[0])]
+    raise UserError(
+        f"The model's features of the {what} '{printable(first)}' are not finite ({int((~finite).sum())} of "
+        f"{len(features)} in its batch), so nothing can be measured with it. Its weights have diverged or are damaged: "
+        "take an earlier checkpoint, or train with a lower train.lr."
+    )
 
 
 def _nothing_left(source: PairSource, skipped: SkipCounter) -> UserError:

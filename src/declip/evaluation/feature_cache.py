@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from declip.data.pair import PairSource, SkipCounter
+from declip.data.sources.image_source import ImageSource
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import EncodedImages, Encoder, encode_images
 from declip.evaluation.model_hash import model_hash, tensor_bytes
@@ -25,7 +26,7 @@ log = logging.getLogger("declip")
 FEATURES = ("backbone", "embedding")
 FeatureKind = Literal["backbone", "embedding"]
 
-FORMAT = 1
+FORMAT = 2
 """Counts up when what is stored changes, so that older files are not found."""
 
 SPOT_CHECKS = 4
@@ -66,10 +67,11 @@ class FeatureCache:
     - every tensor of the model's `state_dict` (name, dtype, shape, bytes) and the name of its class,
     - what its preprocessing makes of one fixed picture of noise, which changes with size, crop, filter and norm,
     - the kind of features, and the source's name, split, length, labels and class names,
+    - every image's path, size and modification time, or the hash of its bytes in a table's cell,
 
-    so a change of any of them is a miss. What a hash of these can't see (the code of the model, the images behind the
-    same names) is sampled: on a hit, `SPOT_CHECKS` images are encoded again and must agree. A file that is damaged or
-    disagrees is made anew; one that cannot be written is only logged.
+    so a change of any of them is a miss. What a hash of these can't see (the code of the model, images of a source
+    without files) is sampled: on a hit, `SPOT_CHECKS` images are encoded again and must agree. A file that is damaged
+    or disagrees is made anew; one that cannot be written is only logged.
 
     Args:
         model: The model.
@@ -129,6 +131,9 @@ class FeatureCache:
         if (labels := getattr(source, "labels", None)) is not None:
             found.update(np.asarray(labels, dtype=np.int64).tobytes())
             found.update(json.dumps(list(getattr(source, "class_names", ()))).encode())
+        images = ImageSource(source)
+        for index in range(len(source)):
+            found.update(json.dumps(images.origin(index)).encode())
         readable = re.sub(r"[^\w.-]+", "-", f"{Path(source.name).name}-{split}-{self.kind}")[:80]
         return cache_folder() / "features" / f"{readable}-{found.hexdigest()[:24]}.safetensors"
 

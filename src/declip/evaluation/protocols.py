@@ -1,7 +1,7 @@
 """Measuring a model on a set by one protocol, or by several that share the features."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from declip.data.pair import PairSource
@@ -65,7 +65,7 @@ class Room:
     def test(self) -> SourceFeatures:
         """The test split, projected and normalized."""
         options = self.options
-        return encode_source(
+        features = encode_source(
             self.model,
             self.dataset.split("test"),
             texts=self.texts,
@@ -73,6 +73,8 @@ class Room:
             workers=options.workers,
             progress=options.progress,
         )
+        # A source knows its file's name only, which another set may have too.
+        return replace(features, name=self.dataset.name)
 
     @cached_property
     def splits(self) -> ProbeData:
@@ -212,12 +214,44 @@ def evaluate_all(
     Raises:
         UserError: as `evaluate`, before anything is encoded where that is possible.
     """
+    return evaluate_sets(model, (on,), protocols, options)
+
+
+def evaluate_sets(
+    model: Encoder,
+    sets: Sequence[str | PairSource | Dataset],
+    protocols: Sequence[str],
+    options: Options | None = None,
+) -> list[Result]:
+    """Measure on several sets by several protocols; all sets are checked before the first is encoded.
+
+    Args:
+        model: As for `evaluate`.
+        sets: Each as `on` of `evaluate`.
+        protocols: Names of `PROTOCOLS`.
+        options: How to measure.
+
+    Returns:
+        The results of the first set in the order of the protocols, then those of the next.
+
+    Raises:
+        UserError: as `evaluate`, or a set is given twice.
+    """
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise unknown("protocol", protocol, PROTOCOLS)
     if not protocols:
         raise UserError(f"No protocol was given. Known: {', '.join(sorted(PROTOCOLS))}.")
-    room = Room(model, open_dataset(on), options or Options(), texts="retrieval" in protocols)
-    for protocol in protocols:
-        PROTOCOLS[protocol].check(room)
-    return [PROTOCOLS[protocol].measure(room) for protocol in protocols]
+    rooms: dict[str, Room] = {}
+    for on in sets:
+        room = Room(model, open_dataset(on), options or Options(), texts="retrieval" in protocols)
+        if room.dataset.name in rooms:
+            raise UserError(f"'{room.dataset.name}' is given twice to measure on. Name each set once.")
+        for protocol in protocols:
+            PROTOCOLS[protocol].check(room)
+        rooms[room.dataset.name] = room
+    results = []
+    for room in rooms.values():
+        own = replace(room)  # so that a set's features go when it is done
+        results += [PROTOCOLS[protocol].measure(own) for protocol in protocols]
+    return results

@@ -1,6 +1,6 @@
 """What an evaluation returns: numbers with their n and their chance, as a record and as a table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -198,8 +198,9 @@ def results_table(results: Sequence[Result], title: str | None = None) -> Table:
     table.add_column("measure")
     for name in ("value", "chance", "× chance", "n"):
         table.add_column(name, justify="right")
+    names = short_names(result.on for result in results)
     for result in results:
-        table.add_row(f"[bold]{escape(result.on)}[/]")
+        table.add_row(f"[bold]{escape(names[result.on])}[/]")
         for measure in result.measures():
             table.add_row(
                 f"  {measure.name}",
@@ -213,3 +214,23 @@ def results_table(results: Sequence[Result], title: str | None = None) -> Table:
             table.add_row("  left out, unreadable", left_out, "", "", f"{sum(result.skipped.values()):,}")
         table.add_section()
     return table
+
+
+def short_names(sets: Iterable[str]) -> dict[str, str]:
+    """Names of sets for a table: of each path as few of its last parts as tell it from the others.
+
+    "coco/test.jsonl" and "flickr/test.jsonl" for "/data/coco/test.jsonl" and "/data/flickr/test.jsonl".
+
+    Args:
+        sets: As the user wrote them.
+    """
+    paths = {name: name.replace("\\", "/").rstrip("/") for name in sets}
+    short = {}
+    for name, path in paths.items():
+        others = [f"/{other}" for each, other in paths.items() if each != name]
+        kind = path[: path.find(":", 2) + 1]  # "coco:"; a letter before a colon is a Windows drive
+        parts = path.removeprefix(kind).split("/")
+        tails = ("/".join(parts[-count:]) for count in range(1, len(parts)))
+        found = (kind + tail for tail in tails if not any(other.endswith(f"/{tail}") for other in others))
+        short[name] = next(found, name)
+    return short

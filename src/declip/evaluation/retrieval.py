@@ -25,7 +25,9 @@ def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, b
     counts as before it, so that a model that gives every input the same feature finds nothing. The plain loop::
 
         best = max(scores[i, j] for j in right[i])
-        rank[i] = 1 + sum(scores[i, j] > best - TIE for j in range(M) if j not in right[i])
+        rank[i] = 1 + sum(not scores[i, j] <= best - TIE for j in range(M) if j not in right[i])
+
+    Written with "not", a score that is not a number counts as before the right one: NaN loses.
 
     Args:
         queries: (N, d), L2-normalized.
@@ -45,7 +47,7 @@ def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, b
         for row, columns in enumerate(right[start : start + rows]):
             own[row, torch.from_numpy(columns)] = True
         best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        found.append(1 + ((scores > best - TIE) & ~own).sum(1))
+        found.append(1 + (~(scores <= best - TIE) & ~own).sum(1))
     return torch.cat(found).numpy()
 
 

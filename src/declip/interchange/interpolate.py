@@ -13,7 +13,7 @@ import torch
 
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
-from declip.evaluation.results import Result
+from declip.evaluation.results import Result, short_names
 from declip.interchange.declip_file import FILE, USAGE, first_difference, read_declip_file, write_declip_file
 from declip.interchange.export import CARD, check_out, folder_beside
 from declip.interchange.load import load
@@ -148,9 +148,10 @@ def draw_mixtures(mixtures: Iterable[Mixed], path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    names = short_names(result.on for result in found[0].results)
     for number, result in enumerate(found[0].results):
         measures = [mixed.results[number].measures()[0] for mixed in found]
-        label = f"{result.on}, {measures[0].name}, n = {measures[0].n:,}"
+        label = f"{names[result.on]}, {measures[0].name}, n = {measures[0].n:,}"
         axes.plot(
             [mixed.share for mixed in found],
             [100 * measure.value for measure in measures],

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 import declip
-from declip.evaluation.results import Result
+from declip.evaluation.results import Result, short_names
 from declip.interchange.provenance import Provenance
 from declip.io.text import percent, times
 from declip.models.dual_encoder import DualEncoder
@@ -135,10 +135,11 @@ def _measured(results: Sequence[Result]) -> str:
     if not results:
         return "Nothing was recorded with these weights: `declip evaluate` measures them."
     rows = ["| on | protocol | measure | value | chance | × chance | n |", "|---|---|---|--:|--:|--:|--:|"]
+    names = short_names(result.on for result in results)
     for result in results:
         for measure in result.measures():
             numbers = (
                 f"{percent(measure.value)} | {percent(measure.chance)} | {times(measure.times_chance)} | {measure.n:,}"
             )
-            rows.append(f"| {result.on} | {result.protocol} | {measure.name} | {numbers} |")
+            rows.append(f"| {names[result.on]} | {result.protocol} | {measure.name} | {numbers} |")
     return "\n".join(rows)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from declip.errors import UserError, unknown
 from declip.recipe.schema import Recipe
+from declip.recipe.schema_pairs import Data
 
 MOST_YAML, DEEPEST_YAML = 1 << 17, 20
 """Characters and levels of a recipe; ours have some 3,000 and 4."""
@@ -48,6 +49,9 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe, its ancestors and the overrides.
 
+    A recipe's evaluation sets hold for its own ``data.source``: an override or a child recipe that names another source
+    starts with none.
+
     Args:
         name: A shipped recipe's name, or the path of a YAML file.
         overrides: Dotted keys and values, such as ``{"train.steps": 500}``; a value of type str is read as YAML.
@@ -58,10 +62,13 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         UserError: unknown recipe, unknown key (with the nearest name), or a value that is not allowed.
     """
-    tree = _read_tree(name, ())
+    base, over = _read_tree(name, ()), dict[str, Any]()
+    tree = dict(base)
     for key, value in (overrides or {}).items():
-        _set(tree, key, _read_value(key, value) if isinstance(value, str) else value)
-    return _checked(tree, str(name))
+        given = _read_value(key, value) if isinstance(value, str) else value
+        _set(tree, key, given)
+        _set(over, key, given)
+    return _checked(_with_own_sets(tree, base, over), str(name))
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
@@ -103,7 +110,10 @@ def _read_tree(name: str | Path, seen: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(parent, str | None):
         raise UserError(f"The recipe '{label}' has extends: {parent!r}; give one recipe's name or a YAML file.")
     tree.setdefault("name", Path(label).stem)
-    return tree if parent is None else _merge(_read_tree(parent, (*seen, label)), tree)
+    if parent is None:
+        return tree
+    base = _read_tree(parent, (*seen, label))
+    return _with_own_sets(_merge(base, tree), base, tree)
 
 
 def _read_text(name: str | Path, beside: Path | None) -> tuple[str, str]:
@@ -139,6 +149,16 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         replace = key in {"loss_weights", "model_kwargs"}  # a recipe names its terms and its tower whole
         merged[key] = _merge(merged[key], value) if both and not replace else value
     return merged
+
+
+def _with_own_sets(tree: dict[str, Any], base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of `base` and `over`, without the evaluation sets of `base` where `over` brings another source."""
+    return tree if _source(tree) == _source(base) else {**tree, "evaluation": over.get("evaluation", {})}
+
+
+def _source(tree: Mapping[str, Any]) -> Any:
+    data, default = tree.get("data"), Data.model_fields["source"].default
+    return data.get("source", default) if isinstance(data, Mapping) else default
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:

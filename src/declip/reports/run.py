@@ -20,6 +20,7 @@ from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
+from declip.evaluation.results import short_names
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.io.atomic import atomic_write
 from declip.recipe.schema import Recipe
@@ -63,10 +64,10 @@ class Absent:
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """A held-out source, encoded, the templates of its set, and how much of it that is."""
+    """A held-out set, its test split and that split encoded."""
 
+    dataset: Dataset
     source: PairSource
-    templates: str
     features: SourceFeatures
     pictures: Pictures
     seed: int
@@ -115,10 +116,11 @@ def write_report(
     recipe = recipe or _recipe_of(run)
     rng = np.random.default_rng(seed)
     held_out = _or_absent(lambda: _encode(model, _chosen(heldout, recipe, run), limit, seed))
-    on = primary(run, None if isinstance(held_out, Absent) else held_out.source.name)
+    on = primary(run, None if isinstance(held_out, Absent) else held_out.dataset.name)
     content = _render(
         run=run,
         on=on,
+        set_names=short_names(row.result.on for row in run.evaluations),
         recipe=recipe,
         recipe_text=run.recipe or (recipe.to_yaml() if recipe else ""),
         facts=_facts(run, recipe, model, train_source),
@@ -194,7 +196,7 @@ def _encode(model: Encoder, dataset: Dataset, limit: int, seed: int) -> _HeldOut
     if len(places) > limit:
         places = np.linspace(0, len(source) - 1, limit).round().astype(np.int64)
     features = encode_source(model, source, indices=places.tolist())
-    return _HeldOut(source, dataset.templates, features, Pictures(source), seed)
+    return _HeldOut(dataset, source, features, Pictures(source), seed)
 
 
 def _to_images(held_out: _HeldOut) -> Gallery:
@@ -207,7 +209,7 @@ def _to_texts(held_out: _HeldOut) -> Gallery:
 
 def _confused(model: Encoder, held_out: _HeldOut) -> Confusions:
     source = with_classes(held_out.source)
-    _, templates = read_templates(held_out.templates)
+    _, templates = read_templates(held_out.dataset.templates)
     classes = class_features(model, source.class_names, templates)
     labels = np.asarray(source.labels)[held_out.features.indices]
     return confusions(held_out.features, labels, source.class_names, classes, held_out.pictures)

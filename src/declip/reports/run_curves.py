@@ -6,7 +6,7 @@ from math import log
 
 from markupsafe import Markup
 
-from declip.evaluation.results import RetrievalResult, ZeroShotResult
+from declip.evaluation.results import RetrievalResult, ZeroShotResult, short_names
 from declip.recipe.schema import Recipe
 from declip.reports.charts import Line, accuracy_chart, term_chart
 from declip.runs.records import Run
@@ -72,6 +72,7 @@ def progress_curves(run: Run) -> list[Curve]:
 def accuracy_curves(run: Run) -> list[Curve]:
     """Held-out accuracy over the steps, of everything that was measured more than once."""
     curves = []
+    names = short_names(row.result.on for row in run.evaluations)
     for on, protocol in dict.fromkeys((row.result.on, row.result.protocol) for row in run.evaluations):
         rows = run.measured(protocol, on)
         steps = [row.step for row in rows]
@@ -84,14 +85,14 @@ def accuracy_curves(run: Run) -> list[Curve]:
                 Line(name, steps, [getattr(result, field) for result in results])
                 for name, field in (("top-1", "top1"), ("top-5", "top5"))
             ]
-            note = f"Zero-shot on {on}: {last.n:,} images, {last.classes:,} names."
+            note = f"Zero-shot on {names[on]}: {last.n:,} images, {last.classes:,} names."
             curves.append(Curve("Naming held-out images", note, accuracy_chart(lines, last.chance)))
         elif isinstance(last, RetrievalResult):
             lines = [
                 Line(name, steps, [getattr(result, direction).r1 for result in results])
                 for name, direction in (("text→image", "text_to_image"), ("image→text", "image_to_text"))
             ]
-            note = f"R@1 on {on}: {last.images:,} images, {last.texts:,} captions."
+            note = f"R@1 on {names[on]}: {last.images:,} images, {last.texts:,} captions."
             chart = accuracy_chart(lines, last.text_to_image.chance1)
             curves.append(Curve("Finding the right one first", note, chart))
     return curves

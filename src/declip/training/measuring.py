@@ -31,4 +31,4 @@ def measured_at_end(trainer: Trainer) -> bool:
     wanted = trainer.recipe.evaluation
     zero_shot = {("zero-shot", name) for name in (*wanted.zero_shot, *wanted.final_zero_shot)}
     retrieval = {("retrieval", name) for name in (*wanted.retrieval, *wanted.final_retrieval)}
-    return len(zero_shot | retrieval) <= len(done)
+    return zero_shot | retrieval <= done

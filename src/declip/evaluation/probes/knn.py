@@ -72,7 +72,7 @@ def knn_probe(
 
 
 def vote_ranks(weights: Tensor, voters: Tensor, own: Tensor, classes: int) -> Tensor:
-    """Rank of each row's own class by its votes, 1 being the first; equal votes count against it.
+    """Rank of each row's own class by its votes, 1 being the first; equal votes and NaN count against it.
 
     Args:
         weights: (n, k) what each neighbor's vote weighs.
@@ -85,4 +85,4 @@ def vote_ranks(weights: Tensor, voters: Tensor, own: Tensor, classes: int) -> Te
     """
     votes = weights.new_zeros(len(weights), classes).scatter_add_(1, voters, weights)
     mine = votes.gather(1, own.unsqueeze(1))
-    return (votes >= mine).sum(1)
+    return (~(votes < mine)).sum(1)

@@ -71,7 +71,7 @@ def sweep(problem: LogisticProblem, data: ProbeData) -> tuple[Classifier, list[S
             points[step] = _point(fits[step], data)
 
     def best() -> int:
-        return max(sorted(points), key=lambda step: (points[step].score, -points[step].loss))
+        return max(sorted(points), key=lambda step: (points[step].score, -np.nan_to_num(points[step].loss, nan=np.inf)))
 
     for step in range(-48, 49, COARSE):
         attempt(step)

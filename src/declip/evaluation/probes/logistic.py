@@ -52,10 +52,11 @@ class Classifier:
         return torch.addmm(bias, features, weight.T)
 
     def predict(self, features: Tensor) -> Tensor:
-        """Features (n, d) to the likeliest class of each row, int64 (n,) on the features' device."""
+        """Features (n, d) to the likeliest class of each row, int64 (n,) on their device; -1 where a score is NaN."""
         rows = max(1, _block(features.device) // len(self.present))
-        best = [self.scores(part).argmax(1) for part in features.split(rows)]
-        return self.present.to(features.device)[torch.cat(best)]
+        best = [self.scores(part).max(1) for part in features.split(rows)]
+        likeliest = self.present.to(features.device)[torch.cat([part.indices for part in best])]
+        return likeliest.where(~torch.cat([part.values for part in best]).isnan(), -1)
 
     def cross_entropy(self, features: Tensor, labels: Tensor) -> float:
         """Mean loss of the rows (n, d) whose class was fitted, without the penalty; 0 where there is none."""

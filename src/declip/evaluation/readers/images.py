@@ -10,6 +10,7 @@ from PIL import Image
 
 from declip.data.images.decode import decode, image_below
 from declip.data.pair import Pair, clean_captions
+from declip.data.sources.origin import Origin, file_origin
 
 
 class _Files:
@@ -32,9 +33,15 @@ class _Files:
 
     def __getitem__(self, index: int) -> Pair:
         """Decode pair `index`; raises `BrokenPair`."""
-        captions = self.captions(index)
-        key, raw = self.key(index), os.fsdecode(self._keys[index].as_py())
-        return Pair(key, decode(image_below(self.root, raw, key, follow=False), key), captions)
+        captions, key = self.captions(index), self.key(index)
+        return Pair(key, decode(self._path(index), key), captions)
+
+    def origin(self, index: int) -> Origin:
+        """Where the image is; raises `BrokenPair`."""
+        return file_origin(self._path(index))
+
+    def _path(self, index: int) -> Path:
+        return image_below(self.root, os.fsdecode(self._keys[index].as_py()), self.key(index), follow=False)
 
     def key(self, index: int) -> str:
         """The image's path, to be shown."""

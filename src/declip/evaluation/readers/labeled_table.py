@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from declip.data.pair import BrokenPair, Pair, is_unicode
+from declip.data.sources.origin import Origin
 from declip.data.sources.rows import JsonLines, ParquetRows
 from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, KINDS, TableSource, find_column
 from declip.errors import UserError, unknown
@@ -61,6 +62,10 @@ class LabeledRows:
         """Read pair `index`; raises `BrokenPair`."""
         captions, row = self.captions(index), int(self.rows[index])
         return Pair(self.table.rows.key(row), self.table.image(row), captions)
+
+    def origin(self, index: int) -> Origin:
+        """Where the image is; raises `BrokenPair`."""
+        return self.table.origin(int(self.rows[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions or the class name; raises `BrokenPair`."""
