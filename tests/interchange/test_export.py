@@ -12,13 +12,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import declip
-from declip.cli import app as cli
 from declip.errors import UserError
 from declip.interchange import export as exports
 from declip.interchange.declip_file import FILE
 from declip.interchange.huggingface import fold_bias
 from declip.training.trainer import Trainer
-from interchange.towers import CAPTIONS, build, largest, pictures
+from interchange.towers import CAPTIONS, build, command, largest, pictures
 from training.test_trainer import recipe_for
 
 EXACT = 1e-5
@@ -151,11 +150,8 @@ def test_a_run_is_exported_with_its_data_steps_and_results(
     trainer = Trainer(recipe, tmp_path / "run", quiet=True)
     trainer.train()
     out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["declip", "export", str(tmp_path / "run"), "--format", "safetensors", "--out",
-                                     str(out), "--license", "cc-by-4.0"])  # fmt: skip
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert not caught.value.code
+    words_ = ["export", str(tmp_path / "run"), "--format", "safetensors", "--out", str(out), "--license", "cc-by-4.0"]
+    assert command(words_, monkeypatch) == 0
     assert "Read back by declip" in capfd.readouterr().out
     read, words = declip.load(out, device="cpu"), trainer.model.tokenize("a red circle")
     with torch.no_grad():
@@ -165,8 +161,9 @@ def test_a_run_is_exported_with_its_data_steps_and_results(
     card = (out / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(card.split("---")[1])
     assert (head["license"], head["pipeline_tag"]) == ("cc-by-4.0", "zero-shot-image-classification")
-    assert f"`{table}`, 24 distinct pairs; 32 pairs seen in 4 steps of 8" in card
+    assert f"`{table.name}`, 24 distinct pairs; 32 pairs seen in 4 steps of 8" in card
     assert re.search(r"\| .*shapes.* \| retrieval \| text → image R@1 \| [\d.]+ % \| [\d.]+ % \|", card)
+    assert str(table.parent) not in card
     for words_ in ("2110.05208", "2103.00020", "cc-by-4.0.", "not meant for", "contrastive", "declip.load"):
         assert words_ in card
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["train"]["steps"] == 4

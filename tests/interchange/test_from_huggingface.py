@@ -15,8 +15,11 @@ import declip
 from declip.cli import app as cli
 from declip.data.text.tokenizer import Tokenizer, clean
 from declip.errors import UserError
+from declip.interchange.declip_file import FILE, write_declip_file
 from declip.interchange.from_huggingface import CAPTIONS as PROBES
 from declip.interchange.from_huggingface import fetch
+from declip.interchange.import_weights import import_weights
+from declip.interchange.start import read_start
 from declip.interchange.tokenizer_files import backend
 from interchange.test_export import EXACT, features, same_until_the_end
 from interchange.towers import CAPTIONS, build, largest, pictures
@@ -245,11 +248,52 @@ def test_a_name_of_the_hub_fetches_no_pickle(
     assert not caught.value.code
     assert "Written" in capfd.readouterr().out
     assert list(asked) == ["owner/name"]
-    assert all(pattern.endswith((".safetensors", ".json")) for pattern in asked["owner/name"])
+    assert all(pattern.endswith((".safetensors", ".json", "README.md")) for pattern in asked["owner/name"])
     read, expected = declip.load(tmp_path / "out", device="cpu"), declip.load("huggingface:owner/name", device="cpu")
     for own, other in zip(features(read), features(expected), strict=True):
         assert torch.equal(own, other)
     assert "`name` (huggingface)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the Hub: of a repository OWNER/NAME in it comes what is asked for."""
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        snapshot = tmp_path / "cache" / name
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for path in {path for pattern in allow_patterns for path in (tmp_path / name).glob(pattern)}:
+            shutil.copy(path, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return tmp_path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "huggingface"])
+def test_our_own_exports_are_read_from_the_hub(form: str, hub: Path) -> None:
+    model = build("vit")
+    declip.export(model, form, hub / "owner" / "name")
+    read, start = declip.load("huggingface:owner/name", device="cpu"), read_start("huggingface:owner/name")
+    for own, other in zip(features(read), features(model), strict=True):
+        assert largest(own, other) <= EXACT
+    assert start.whole
+    assert (start.tensors["logit_scale"], start.heads) == (model.logit_scale, {})
+    import_weights("huggingface:owner/name", "huggingface", hub / "out")
+    assert torch.equal(declip.load(hub / "out", device="cpu").logit_scale, model.logit_scale)
+
+
+def test_heads_come_from_the_hub_with_their_model(hub: Path) -> None:
+    (hub / "owner" / "name").mkdir(parents=True)
+    write_declip_file(build("vit"), hub / "owner" / "name" / FILE, {"predictor.weight": torch.ones(2)})
+    assert torch.equal(read_start("huggingface:owner/name").heads["predictor.weight"], torch.ones(2))
+
+
+def test_our_export_for_open_clip_says_what_reads_it(hub: Path) -> None:
+    pytest.importorskip("open_clip")
+    declip.export(build("vit"), "open_clip", hub / "owner" / "name", repo="owner/name")
+    with pytest.raises(UserError, match="open_clip:hf-hub:OWNER/NAME"):
+        declip.load("huggingface:owner/name")
 
 
 def test_without_network_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

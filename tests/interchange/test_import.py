@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import COLOURS, SHAPES, draw
-from declip.cli import app as cli
 from declip.data.pair import Pair
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
@@ -23,15 +22,7 @@ from declip.interchange.declip_file import FILE
 from declip.interchange.import_weights import import_weights
 from interchange.authors_cases import CASES, GOLDEN, Case
 from interchange.test_export import EXACT, features, run_card
-from interchange.towers import CAPTIONS, build, largest, pictures
-
-
-def command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The command as a shell starts it; its exit status."""
-    monkeypatch.setattr("sys.argv", ["declip", *words])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
+from interchange.towers import CAPTIONS, build, command, largest, pictures
 
 
 def authors_file(folder: Path, state: dict[str, Any]) -> Path:

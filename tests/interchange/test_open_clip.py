@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import declip
@@ -17,6 +18,7 @@ from conftest import COLOURS, SHAPES, draw
 from declip.data.pair import Pair
 from declip.errors import UserError
 from declip.interchange import open_clip as ours
+from declip.interchange.import_weights import import_weights
 from interchange.tiny_open_clip import CONFIGS, WORDS, folder_of, pictures, random_model, same_weights, saved
 
 open_clip = pytest.importorskip("open_clip")
@@ -84,6 +86,23 @@ def test_a_tower_that_pools_and_projects_in_one_has_no_backbone(monkeypatch: pyt
 def test_a_checkpoint_of_its_training(tmp_path: Path) -> None:
     theirs = random_model("tiny-vit")
     assert same_weights(declip.load(f"open_clip:tiny-vit/{saved(theirs, tmp_path / 'epoch_1.pt')}"), theirs)
+
+
+@pytest.mark.parametrize("file", ["openai.pt", "openai.safetensors"])
+def test_the_sizes_among_openais_tensors_are_no_damage(file: str, tmp_path: Path) -> None:
+    theirs = random_model("tiny-vit")
+    sizes = {
+        "input_resolution": torch.tensor(32),
+        "context_length": torch.tensor(12),
+        "vocab_size": torch.tensor(49408),
+    }
+    state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()} | sizes
+    save_file(state, tmp_path / file) if file.endswith("s") else torch.save(state, tmp_path / file)
+    assert same_weights(declip.load(f"open_clip:tiny-vit/{tmp_path / file}", device="cpu"), theirs)
+    import_weights(f"tiny-vit/{tmp_path / file}", "open_clip", tmp_path / "out")
+    save_file(state | {"more": torch.zeros(2)}, tmp_path / "more.safetensors")
+    with pytest.raises(UserError, match=r"Cannot load .*'more'"):
+        declip.load(f"open_clip:tiny-vit/{tmp_path / 'more.safetensors'}")
 
 
 def test_paths_from_here_and_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,13 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from conftest import draw
+from declip.cli import app as cli
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 
@@ -91,3 +93,11 @@ def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference of two tensors of the same shape."""
     assert found.shape == expected.shape
     return float((found - expected).abs().max())
+
+
+def command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The command as a shell starts it; its exit status."""
+    monkeypatch.setattr("sys.argv", ["declip", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
@@ -16,15 +17,16 @@ from declip.api import train
 from declip.errors import UserError
 from declip.interchange import interpolate as mixing
 from declip.interchange.declip_file import write_declip_file
+from declip.interchange.provenance import Base, base_of
 from declip.interchange.start import read_start
 from declip.models.layers import IMAGE, TEXT, blocks, depths
+from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
 from declip.training.trainer import Trainer
 from interchange.test_export import features
-from interchange.test_import import command
-from interchange.towers import build
+from interchange.towers import build, command
 from text_encoders import bert
 from training.starts import STATISTICS, last, moved, state, tuned
 
@@ -47,6 +49,73 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table: Path, tm
     assert trainer.model.preprocessor.mean == pytest.approx(STATISTICS["mean"])
     assert trainer.model.logit_scale.item() == pytest.approx(recipe.logit_scale.init)
     assert len(trainer.objective.queue or ()) == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"image.size": 64}, r"image\.size=64.*becomes 32.*finetune\.image_size=64"),
+        ({"image.size": 64, "finetune.image_size": 48}, r"image\.size=64.*48"),
+        ({"text.context_length": 77, "embed_dim": 8}, r"embed_dim=8.*24.*text\.context=77.*20"),
+        ({"image.model": "declip_conv_tiny"}, r"image\.name=.*leave it out"),
+        ({"image.model_kwargs.depth": 2}, r"image\.options\.depth=2 .*becomes 3"),
+        ({"logit_scale.init": 3.0}, r"logit_scale\.start=3\.0"),
+    ],
+)
+def test_a_key_that_the_weights_overrule_is_refused(
+    keys: dict[str, Any], said: str, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    for recipe in ("finetune", "clip"):
+        with pytest.raises(UserError, match=said):
+            read_start(str(start)).fit(load_recipe(recipe, {"finetune.pretrained": str(start), **keys}))
+    file = tmp_path / "mine.yaml"
+    tree: dict[str, Any] = {"extends": "finetune", "finetune": {"weights": str(start)}}
+    for key, value in keys.items():
+        *sections, last_ = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last_] = value
+    file.write_text(yaml.safe_dump(tree))
+    assert command(["train", str(file), "--out", str(tmp_path / "run")], monkeypatch) == 2
+    assert next(iter(keys)) in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_that_hold_beside_weights(start: Path, table: Path, tmp_path: Path) -> None:
+    """Those of shipped recipes give way, equal ones are no matter, statistics are the user's where they are given."""
+    found = read_start(str(start))
+    keys = {
+        "finetune.pretrained": str(start),
+        "text.context_length": 20,
+        "image.size": 32,
+        "data.source": str(table),
+        "train.batch_size": 8,
+    }
+    for recipe in ("finetune", "clip", "declip-yfcc15m-vitb32"):
+        assert found.fit(load_recipe(recipe, keys)).image.mean == STATISTICS["mean"]
+    given = load_recipe("clip", keys | {"image.mean": [0.1, 0.2, 0.3], "finetune.image_size": 48, "image.size": 48})
+    trainer = Trainer(given, tmp_path / "run", quiet=True)
+    assert trainer.recipe.image.model_dump(include={"mean", "std", "size"}) == {
+        "mean": (0.1, 0.2, 0.3), "std": STATISTICS["std"], "size": 48,
+    }  # fmt: skip
+    assert trainer.model.preprocessor.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+    (tmp_path / "resolved.yaml").write_text(trainer.recipe.to_yaml())
+    again = load_recipe(tmp_path / "resolved.yaml")
+    assert found.fit(again) == trainer.recipe
+    assert found.fit(load_recipe(start / "recipe.yaml", {"finetune.pretrained": str(start)})).text.context_length == 20
+
+
+def test_statistics_of_timms_weights_can_be_given(tmp_path: Path) -> None:
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    where = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
+    recipe = load_recipe(
+        "clip", {"finetune.pretrained": where, "image.std": [0.1, 0.2, 0.3], "text.context_length": 20}
+    )
+    fitted = read_start(where).fit(recipe)
+    assert (fitted.image.std, fitted.text.context_length) == ((0.1, 0.2, 0.3), 20)
+    with pytest.raises(UserError, match=r"image\.size=64.*becomes 160"):
+        read_start(where).fit(load_recipe("clip", {"finetune.pretrained": where, "image.size": 64}))
 
 
 def test_heads_are_taken_whole_or_not_at_all(table: Path, tmp_path: Path, start: Path) -> None:
@@ -199,6 +268,57 @@ def test_mixtures_are_the_line_between_start_and_end(
     assert command(["interpolate", run, "--alpha", "0.25", "--out", str(out)], monkeypatch) == 0
     assert not moved(declip.load(out, device="cpu").state_dict(), half)  # type: ignore[attr-defined]
     assert "WiSE-FT" in (out / "README.md").read_text()
+
+
+def test_the_card_says_what_was_fine_tuned_and_from_what(
+    table: Path, tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declip.export(start, "safetensors", tmp_path / "secret" / "base", license="mit")
+    recipe = tuned(table, tmp_path / "secret" / "base", {"steps": 1})
+    evaluation = {"retrieval": (str(table),)}
+    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=evaluation)})
+    train(recipe, out=tmp_path / "run", quiet=True, report=False)
+
+    def card(**keys: Any) -> tuple[dict[str, Any], str]:
+        declip.export(tmp_path / "run", "safetensors", tmp_path / "out", overwrite=True, **keys)
+        text = (tmp_path / "out" / "README.md").read_text()
+        return yaml.safe_load(text.split("---")[1]), text
+
+    head, text = card()
+    assert (head["license"], "base_model" in head) == ("mit", False)
+    assert "Fine-tuned on 24 pairs of `shapes.jsonl`" in text
+    assert "from the weights `base`" in text
+    assert "secret" not in text
+    assert str(table.parent) not in text
+    assert card(license="apache-2.0")[0]["license"] == "apache-2.0"
+    assert "`base`: mit" in card(license="apache-2.0")[1]
+    shutil.rmtree(tmp_path / "secret")
+    assert card()[0]["license"] == "unknown"
+    monkeypatch.setattr("declip.interchange.model_card.base_of", lambda _: Base("a/b", "a/b", "cc-by-4.0"))
+    head = card()[0]
+    assert (head["base_model"], head["base_model_relation"], head["license"]) == ("a/b", "finetune", "cc-by-4.0")
+    mixing.write_mixture(tmp_path / "run", 0.5, tmp_path / "mixed")
+    assert yaml.safe_load((tmp_path / "mixed" / "README.md").read_text().split("---")[1])["base_model"] == "a/b"
+
+
+def test_a_start_of_the_hub_is_named_by_its_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("open_clip")
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: ask\n---\n")
+    cached = {"openai/clip-vit-base-patch32": str(tmp_path / "README.md")}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: cached.get(repo))
+    for where, hub, license in (
+        ("huggingface:openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32", "ask"),
+        ("open_clip:hf-hub:laion/CLIP-ViT-B-32", "laion/CLIP-ViT-B-32", None),
+        ("open_clip:ViT-B-32/laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", None),
+        ("timm:vit_small_patch16_224.dino", "timm/vit_small_patch16_224.dino", "apache-2.0"),
+        ("timm:test_vit/somewhere/vit.safetensors", None, None),
+        ("open_clip:ViT-B-32/somewhere/vit.pt", None, None),
+        (f"open_clip:local-dir:{tmp_path}", None, "ask"),
+    ):
+        base = base_of(where)
+        assert (base.hub, base.license) == (hub, license)
+        assert "somewhere" not in base.name
+        assert str(tmp_path) not in base.name
 
 
 def test_wrong_mixtures_are_refused(

@@ -17,12 +17,13 @@ def export(
     format: Annotated[str, typer.Option("--format", help="open_clip, huggingface, onnx or safetensors")],
     out: Annotated[Path, typer.Option(help="the folder to write")],
     license: Annotated[str, typer.Option(help="for the model card, such as mit")] = "unknown: set it",
+    repo: Annotated[str | None, typer.Option(help="open_clip: OWNER/NAME on the Hub, to load it from there")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
 ) -> None:
     """Write a model for another library, or as one file, with a model card."""
     from declip.interchange.export import export as run_export
 
-    exported = run_export(model, format, out, license=license, overwrite=overwrite)
+    exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo)
     checked = "" if exported.difference is None else f" {exported}"  # else a warning has said so
     console.print(f"Written: {exported.folder}.{checked}", highlight=False, soft_wrap=True, markup=False)
 

@@ -19,7 +19,7 @@ from declip.recipe.load import read_yaml
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import part, prefixed
 
-FILE = "declip.safetensors"
+FILE, CARD = "declip.safetensors", "README.md"
 RECIPE, VERSION = "declip.recipe", "declip.version"
 """Names in the metadata."""
 

@@ -1,9 +1,11 @@
 """The way out: a model written so that another library, or one file, holds all of it."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ import declip
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import measuring
 from declip.interchange import declip_file, huggingface, onnx, open_clip_folder
+from declip.interchange.declip_file import CARD
 from declip.interchange.foreign import Reread
 from declip.interchange.load import Model
 from declip.interchange.model_card import NO_LICENCE, model_card
@@ -27,7 +30,6 @@ log = logging.getLogger("declip")
 
 Encode = Callable[[Tensor], Tensor]
 
-CARD = "README.md"
 FURTHEST = 1e-4
 """An export whose features, of length 1, differ more than this anywhere is not kept; exact ones differ by some 1e-7."""
 
@@ -39,14 +41,14 @@ class Format:
     """A format: how it is written and read back, and what its model card says.
 
     Attributes:
-        write: Writes a model into a folder; a `UserError` where it cannot be expressed.
+        write: Writes a model into a folder, which are its arguments; a `UserError` where it cannot be expressed.
         reread: Reads the folder by the format's own library; an ImportError where that is not installed.
         library: The Hub's name of the library that loads it.
         usage: Python that works in the folder as it is.
         image_usage: The same for an image tower alone; empty where the format needs both.
     """
 
-    write: Callable[[DualEncoder, Path], None]
+    write: Callable[..., None]
     reread: Callable[[Path], Reread]
     library: str
     usage: str
@@ -98,7 +100,13 @@ class Exported:
 
 
 def export(
-    model: str | Path | Model, format: str, out: str | Path, *, license: str = NO_LICENCE, overwrite: bool = False
+    model: str | Path | Model,
+    format: str,
+    out: str | Path,
+    *,
+    license: str = NO_LICENCE,
+    overwrite: bool = False,
+    repo: str | None = None,
 ) -> Exported:
     """Write a model in a foreign format, read it back where that library is installed, and add a model card.
 
@@ -108,6 +116,8 @@ def export(
         out: The folder to write; it appears when all of it is there.
         license: For the card: an identifier of the Hub's such as "mit", or any words.
         overwrite: Replace a folder that is not empty.
+        repo: For "open_clip": the repository, OWNER/NAME, that the folder will be on the Hub. Loading from there needs
+            it where the vocabulary is not CLIP's whole one.
 
     Returns:
         The folder, and how far its features are from the model's.
@@ -118,11 +128,16 @@ def export(
     """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
+    if repo is not None and format != "open_clip":
+        raise UserError(f"--repo is for the format open_clip; of {format} no file names its repository. Leave it out.")
+    if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"--repo is '{repo}'; give the repository's id on the Hub, OWNER/NAME.")
     check_out(Path(out), overwrite)
     found, provenance = trace(model)
     form = FORMATS[format]
+    write = partial(form.write, repo=repo, home=Path(out)) if format == "open_clip" else form.write
     with folder_beside(Path(out)) as beside, measuring(found):
-        form.write(found, beside)
+        write(found, beside)
         difference, by = _reread(found, form, beside)
         exported = Exported(Path(out), difference, by)
         usage = form.usage if has_text(found) else form.image_usage

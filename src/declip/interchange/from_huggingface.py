@@ -3,7 +3,8 @@
 A folder holds config.json, model.safetensors (or several, with an index), preprocessor_config.json or
 processor_config.json, and tokenizer.json or vocab.json. The vocabulary must be CLIP's, or one of CLIP's first merges as
 our exports have it. Captions are cleaned CLIP's way, by ftfy, which transformers leaves out.
-``huggingface:OWNER/NAME`` fetches such a folder from the Hub: these files and no others, so no pickle.
+``huggingface:OWNER/NAME`` fetches such a folder from the Hub, or one with our declip.safetensors: these files and no
+others, so no pickle.
 
 The mask's row of the vocabulary, which `CLIPModel` does not have, is the mean of the others.
 """
@@ -24,18 +25,25 @@ from torch import Tensor
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange.clip_layout import CLIP_MERGES, NO_MERGES, VitSizes, merges_key, vit_keys
-from declip.interchange.declip_file import first_difference
+from declip.interchange.declip_file import CARD, FILE, first_difference, read_declip_file
 from declip.interchange.huggingface import their_names, their_tensors
+from declip.interchange.open_clip import CONFIG as OPEN_CLIP
+from declip.interchange.open_clip import FOLDER, HUB
+from declip.interchange.open_clip import PREFIX as OF_OPEN_CLIP
 from declip.interchange.tokenizer_files import END, START
 from declip.interchange.weights_file import outline
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
+from declip.runs.checkpoint import part
 
 PREFIX = "huggingface:"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZER, VOCABULARY = "tokenizer.json", "vocab.json"
-FETCHED = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", PREPROCESSOR, PROCESSOR, TOKENIZER, VOCABULARY]
+FETCHED = [
+    CONFIG, WEIGHTS, INDEX, "model-*.safetensors", PREPROCESSOR, PROCESSOR, TOKENIZER, VOCABULARY,
+    FILE, OPEN_CLIP, CARD,
+]  # fmt: skip
 """What is taken from the Hub, where it is there."""
 
 TEXT: Mapping[str, Any] = {
@@ -90,6 +98,17 @@ def fetch(name: str) -> Path:
             f"Cannot fetch '{name}': {said.rstrip('.')}. Check the network and the name, which is {PREFIX}OWNER/NAME; "
             "a folder on this machine is given by its path alone."
         ) from error
+
+
+def read_folder(folder: Path) -> tuple[DualEncoder, Mapping[str, Tensor]]:
+    """Read a folder of the Hub's: our own file and its heads where there is one, else a `CLIPModel`.
+
+    Raises:
+        UserError: see `read_declip_file` and `from_huggingface`.
+    """
+    if (folder / FILE).is_file():
+        return read_declip_file(folder / FILE), part("objective", load_file(folder / FILE))
+    return from_huggingface(folder), {}
 
 
 def from_huggingface(folder: Path) -> DualEncoder:
@@ -292,4 +311,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _refused(folder: Path, reason: str) -> UserError:
-    return UserError(f"'{folder}' cannot be read as a CLIPModel of transformers': {reason.rstrip('.')}.")
+    other = f" It is open_clip's: load it as {OF_OPEN_CLIP}{FOLDER}{folder}, or {OF_OPEN_CLIP}{HUB}OWNER/NAME."
+    hint = other if (folder / OPEN_CLIP).is_file() else ""
+    return UserError(f"'{folder}' cannot be read as a CLIPModel of transformers': {reason.rstrip('.')}.{hint}")

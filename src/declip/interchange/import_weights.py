@@ -6,10 +6,10 @@ from pathlib import Path
 from torch import Tensor
 
 from declip.errors import UserError, unknown
-from declip.interchange.declip_file import FILE, IMAGE_USAGE, USAGE, write_declip_file
-from declip.interchange.export import CARD, check_out, folder_beside
+from declip.interchange.declip_file import CARD, FILE, IMAGE_USAGE, USAGE, write_declip_file
+from declip.interchange.export import check_out, folder_beside
 from declip.interchange.from_huggingface import PREFIX as HUGGINGFACE
-from declip.interchange.from_huggingface import fetch, from_huggingface
+from declip.interchange.from_huggingface import fetch, read_folder
 from declip.interchange.from_open_clip import from_open_clip
 from declip.interchange.load import read_authors_file
 from declip.interchange.model_card import NO_LICENCE, model_card
@@ -18,7 +18,7 @@ from declip.interchange.provenance import Provenance
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
 
-Heads = dict[str, Tensor]
+Heads = Mapping[str, Tensor]
 
 
 def _of_authors(file: str) -> tuple[DualEncoder, Heads]:
@@ -40,7 +40,7 @@ def _of_open_clip(file: str) -> tuple[DualEncoder, Heads]:
 
 
 def _of_huggingface(file: str) -> tuple[DualEncoder, Heads]:
-    return from_huggingface(fetch(file) if file.startswith(HUGGINGFACE) else Path(file)), {}
+    return read_folder(fetch(file) if file.startswith(HUGGINGFACE) else Path(file))
 
 
 SOURCES: Mapping[str, Callable[[str], tuple[DualEncoder, Heads]]] = {

@@ -14,8 +14,8 @@ import torch
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result, short_names
-from declip.interchange.declip_file import FILE, USAGE, first_difference, read_declip_file, write_declip_file
-from declip.interchange.export import CARD, check_out, folder_beside
+from declip.interchange.declip_file import CARD, FILE, USAGE, first_difference, read_declip_file, write_declip_file
+from declip.interchange.export import check_out, folder_beside
 from declip.interchange.load import load
 from declip.interchange.model_card import NO_LICENCE, model_card
 from declip.interchange.provenance import Provenance

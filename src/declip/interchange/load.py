@@ -13,7 +13,7 @@ from declip.interchange.declip_authors import read_declip_authors
 from declip.interchange.declip_backbone import is_backbone, read_declip_backbone
 from declip.interchange.declip_file import FILE, holds_recipe, place_weights, read_declip_file, read_recipe
 from declip.interchange.from_huggingface import PREFIX as HUGGINGFACE
-from declip.interchange.from_huggingface import fetch, from_huggingface, is_huggingface
+from declip.interchange.from_huggingface import fetch, from_huggingface, is_huggingface, read_folder
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, OpenClip, read_open_clip
 from declip.interchange.weights_file import outline, read_weights
 from declip.models.device import pick_device
@@ -172,7 +172,7 @@ def _with_adapters(
 
 NAMED: Mapping[str, Callable[[str], OpenClip | DualEncoder]] = {
     PREFIX: read_open_clip,
-    HUGGINGFACE: lambda name: from_huggingface(fetch(name)),
+    HUGGINGFACE: lambda name: read_folder(fetch(name))[0],
 }
 """What a name starts with → what reads it."""
 

@@ -2,17 +2,18 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 import declip
 from declip.evaluation.results import Result, short_names
-from declip.interchange.provenance import Provenance
+from declip.interchange.provenance import Base, Provenance, base_of, without_folders
 from declip.io.text import percent, times
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
-from declip.recipe.schema import TextTower
+from declip.recipe.schema import Recipe, TextTower
 
 NO_LICENCE = "unknown: set it"
 LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -57,23 +58,43 @@ def model_card(
         license: An identifier of the Hub's such as "mit", or any words.
     """
     recipe = provenance.recipe
+    base = None
+    if recipe is not None:
+        base = base_of(recipe.finetune.pretrained) if recipe.finetune.pretrained else None
+        recipe = Recipe.model_validate(_without_folders(recipe.model_dump(mode="json")))
+        provenance = replace(provenance, recipe=recipe)
+    its = base.license if base else None
+    if license == NO_LICENCE and its:
+        license = its
     name = recipe.name if recipe is not None and provenance.step is not None else "A language-image model"
     parts = [
-        _head(model, library, license),
+        _head(model, library, license, base),
         f"# {name}",
         _summary(model, provenance),
         _section("How to use it", f"```python\n{usage.strip()}\n```\n\n{checked}".strip()),
-        _section("Data", _data(provenance)),
+        _section("Data", _data(provenance, base)),
         _section("Recipe", _recipe(provenance)),
         _section("Measured", _measured(provenance.results)),
         _section("Intended use and limits", LIMITS),
-        _section("License", f"{license}."),
+        _section(
+            "License",
+            f"{license}." + (f" Of the weights it was fine-tuned from, `{base.name}`: {its}." if base and its else ""),
+        ),
         _section("How to cite", CITATION),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _head(model: DualEncoder, library: str, license: str) -> str:
+def _without_folders(tree: Any) -> Any:
+    """A recipe's tree with names in place of paths."""
+    if isinstance(tree, dict):
+        return {key: _without_folders(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_folders(value) for value in tree]
+    return without_folders(tree) if isinstance(tree, str) and ("/" in tree or "\\" in tree) else tree
+
+
+def _head(model: DualEncoder, library: str, license: str, base: Base | None) -> str:
     task = "zero-shot-image-classification" if has_text(model) else "image-feature-extraction"
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task}
     if license == NO_LICENCE:
@@ -82,6 +103,8 @@ def _head(model: DualEncoder, library: str, license: str) -> str:
         fields["license"] = license
     else:
         fields |= {"license": "other", "license_name": license}
+    if base is not None and base.hub:
+        fields |= {"base_model": base.hub, "base_model_relation": "finetune"}
     fields["tags"] = ["clip", "declip", "contrastive-learning"]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
@@ -100,12 +123,18 @@ def _summary(model: DualEncoder, provenance: Provenance) -> str:
     )
 
 
-def _data(provenance: Provenance) -> str:
+def _data(provenance: Provenance, base: Base | None) -> str:
     recipe, step = provenance.recipe, provenance.step
     if recipe is None or step is None:
         return "Not recorded: the weights came without the folder of their run. Say here what they were trained on."
     pairs = "" if provenance.pairs is None else f", {provenance.pairs:,} distinct pairs"
     seen = step * recipe.train.batch_size
+    if base is not None:
+        count = "" if provenance.pairs is None else f"{provenance.pairs:,} "
+        return (
+            f"Fine-tuned on {count}pairs of `{recipe.data.label}` ({seen:,} pairs seen in {step:,} steps of "
+            f"{recipe.train.batch_size:,}), from the weights `{base.name}`: what those were trained on is not counted here."
+        )
     return f"`{recipe.data.label}`{pairs}; {seen:,} pairs seen in {step:,} steps of {recipe.train.batch_size:,}."
 
 
@@ -141,5 +170,5 @@ def _measured(results: Sequence[Result]) -> str:
             numbers = (
                 f"{percent(measure.value)} | {percent(measure.chance)} | {times(measure.times_chance)} | {measure.n:,}"
             )
-            rows.append(f"| {names[result.on]} | {result.protocol} | {measure.name} | {numbers} |")
+            rows.append(f"| {without_folders(names[result.on])} | {result.protocol} | {measure.name} | {numbers} |")
     return "\n".join(rows)

@@ -37,6 +37,12 @@ CONFIG = "open_clip_config.json"
 IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")
 """What open_clip 3.3 looks for in a folder."""
 
+EMPTY: dict[str, Any] = {"require_pretrained": False, "load_weights": False, "pretrained_text": False}
+"""Options of open_clip's for a model at random, without a download."""
+
+OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
+"""Numbers that OpenAI's published models keep among their tensors; the shapes say the same."""
+
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".npy", ".ckpt")
 """By these a file is told from a tag where it does not exist."""
 
@@ -74,7 +80,10 @@ def read_open_clip(given: str) -> "OpenClip":
             for file in _files(name, options):
                 check_weights(file)
             tokenizer = open_clip.get_tokenizer(name)
+            file = options.pop("file", None)
             model = open_clip.create_model(name, **options)
+            if file is not None:
+                _load(open_clip, model, file)
         except UserError:
             raise
         except ImportError as error:
@@ -211,7 +220,7 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, dict[str, Any]]:
             f"{PREFIX}{name}/FILE, or {PREFIX}{name}/{RANDOM} for random ones. Tags: {', '.join(tags) or 'no'}."
         )
     if weights == RANDOM:
-        return name, {"require_pretrained": False, "load_weights": False, "pretrained_text": False}
+        return name, EMPTY
     if open_clip.is_pretrained_cfg(name, weights):
         tag = open_clip.get_pretrained_cfg(name, weights)
         file = Path(_fetch(given, lambda: open_clip.download_pretrained(tag)))
@@ -223,7 +232,7 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f"There is no file '{file}'. Give the path of weights for {name}, or a tag.")
         raise unknown(f"tag or file for open_clip's {name}", weights, [*tags, RANDOM])
     _warn_of_preprocessing(open_clip, name, tags, file)
-    return name, options | {"pretrained": str(file)}
+    return name, EMPTY | {"file": file}
 
 
 def _files(name: str, options: Mapping[str, Any]) -> Sequence[Path]:
@@ -231,7 +240,22 @@ def _files(name: str, options: Mapping[str, Any]) -> Sequence[Path]:
     if name.startswith(FOLDER):
         folder = Path(name.removeprefix(FOLDER))
         return [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
-    return [Path(options["pretrained"])] if "pretrained" in options else []
+    return [Path(options[given]) for given in ("pretrained", "file") if given in options]
+
+
+def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:
+    """Put a file's weights into a model, all of them and no others.
+
+    Raises:
+        Exception: of whatever kind, where they are not the model's.
+    """
+    keys = open_clip.load_checkpoint(model, str(file), strict=False, weights_only=True)
+    if not keys:  # of NumPy's files, which are read by name
+        return
+    wrong = [f"{name!r} is missing" for name in keys.missing_keys]
+    wrong += [f"{name!r} belongs to another model" for name in keys.unexpected_keys if name not in OPENAI_SIZES]
+    if wrong:
+        raise ValueError(wrong[0] + (f", and {len(wrong) - 1:,} more differ" if len(wrong) > 1 else ""))
 
 
 def _checked_folder(given: str) -> Path:

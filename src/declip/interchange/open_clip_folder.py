@@ -2,10 +2,12 @@
 
 CLIP's ViT and CLIP's ResNet become open_clip's own towers, whatever their sizes; every other timm model goes through
 open_clip's `TimmModel`, which takes a name alone: neither options nor, where it matters, another image size.
-The mask's row of the vocabulary is left out: only training reads it.
+The mask's row of CLIP's vocabulary is left out: only training reads it. A BERT or RoBERTa makes the model open_clip's
+`CustomTextCLIP`, whose text tower is built from a configuration that ``hf_model_name`` leads to.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 from declip.data.text.tokenizer import Tokenizer
 from declip.interchange.clip_layout import (
     CLIP_MERGES,
+    NO_MERGES,
     RESNET_NAMES,
     VIT_NAMES,
     rename,
@@ -32,13 +35,23 @@ from declip.interchange.foreign import Reread, clip_text_tower, refusal
 from declip.interchange.open_clip import CONFIG
 from declip.interchange.tokenizer_files import write_tokenizer
 from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import CONFIG as ENCODER
+from declip.models.hf_encoder import PREFIX, TextEncoder
+from declip.models.hf_text_tower import HuggingfaceTextTower
 from declip.models.image_tower import ImageTower
 from declip.models.text_tower import TextTower
+
+log = logging.getLogger("declip")
 
 WEIGHTS = "open_clip_model.safetensors"
 INSTEAD = "onnx, safetensors"
 CLOSE = 1e-4
 """A timm model built from its name alone must give these weights' features this closely."""
+
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+"""Kinds of text encoders that open_clip 3.3 builds, of those that ours has."""
+
+POOLERS = {"first": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
 USAGE = """
 import open_clip, torch
@@ -58,22 +71,40 @@ Tower = tuple[dict[str, Any], dict[str, Tensor]]
 """open_clip's ``vision_cfg``, and its tensors without "visual."."""
 
 
-def write_open_clip(model: DualEncoder, folder: Path) -> None:
-    """Write open_clip_config.json, weights and, for a vocabulary with fewer merges, a Hugging Face tokenizer.
+def write_open_clip(model: DualEncoder, folder: Path, repo: str | None = None, home: Path | None = None) -> None:
+    """Write open_clip_config.json, weights and, for a vocabulary other than CLIP's, a Hugging Face tokenizer.
+
+    Args:
+        model: The model.
+        folder: Where to write.
+        repo: The repository, OWNER/NAME, that the folder will be on the Hub: there open_clip finds tokenizer and text
+            encoder by their names alone.
+        home: Where the folder will be; `folder` by default.
 
     Raises:
         UserError: open_clip cannot express the model; the reason is given.
     """
-    text = clip_text_tower(model, "open_clip")
-    vision, images = image_tower(model, text_activation(text))
-    text_config = _text_config(model, text)
-    if "hf_tokenizer_name" in text_config:
+    if isinstance(model.text_tower, HuggingfaceTextTower):
+        name = _encoder_name(model) or repo or str((home or folder).absolute())
+        text_config, texts = _encoder(model, model.text_tower, name, folder)
+        sizes = vit_sizes(model.image_tower)
+        activation = "gelu" if isinstance(sizes, str) else sizes.activation
+    else:
+        text = clip_text_tower(model, "open_clip")
+        activation = text_activation(text)
+        text_config, texts = _text_config(model, text), text_tensors(text)
+    vision, images = image_tower(model, activation)
+    if text_config.get("hf_model_name") or text_config["vocab_size"] != NO_MERGES + CLIP_MERGES:
+        # Of a folder open_clip takes the tokenizer that lies in it, whatever the name; of a repository the name's.
+        text_config |= {"hf_tokenizer_name": repo or "tokenizer.json"}
         write_tokenizer(model.tokenizer, folder)
+        if repo is None:
+            log.warning("This folder loads as local-dir:FOLDER alone. For the Hub export it with --repo OWNER/NAME.")
     preprocessor = model.preprocessor
     config = {
         "model_cfg": {
             "embed_dim": model.image_tower.proj.out_features,
-            "quick_gelu": text_activation(text) == "quick_gelu",
+            "quick_gelu": activation == "quick_gelu",
             "vision_cfg": {"image_size": preprocessor.size, **vision},
             "text_cfg": text_config,
         },
@@ -87,7 +118,7 @@ def write_open_clip(model: DualEncoder, folder: Path) -> None:
         },
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {f"visual.{name}": tensor for name, tensor in images.items()} | text_tensors(text)
+    tensors = {f"visual.{name}": tensor for name, tensor in images.items()} | texts
     tensors["logit_scale"] = model.logit_scale
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
 
@@ -100,12 +131,16 @@ def reread_open_clip(folder: Path) -> Reread:
     """
     import open_clip
 
-    model: Any = open_clip.create_model(f"local-dir:{folder}", weights_only=True).eval()
+    text_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    others = "hf_model_name" in text_config
+    if others:  # the name leads here once the folder is at its place; no network until then
+        more = {"text_cfg": {**text_config, "hf_model_name": str(folder), "hf_model_pretrained": False}}
+    model: Any = open_clip.create_model(f"local-dir:{folder}", weights_only=True, **(more if others else {})).eval()
     context = int(model.context_length)
     return Reread(
         f"open_clip {open_clip.__version__}",
         model.encode_image,
-        lambda tokens: model.encode_text(F.pad(tokens, (0, context - tokens.shape[1]))),
+        lambda tokens: model.encode_text(tokens if others else F.pad(tokens, (0, context - tokens.shape[1]))),
     )
 
 
@@ -120,10 +155,43 @@ def _text_config(model: DualEncoder, text: TextTower) -> dict[str, Any]:
         "layers": sizes["layers"],
         "proj_bias": text.text_projection.bias is not None,
     }
-    if model.tokenizer.merges != CLIP_MERGES:
-        # Only that it is not empty counts: of a folder open_clip takes the tokenizer that lies in it.
-        config |= {"hf_tokenizer_name": "tokenizer.json", "tokenizer_kwargs": {"clean": "lower"}}
-    return config
+    return config if model.tokenizer.merges == CLIP_MERGES else config | {"tokenizer_kwargs": {"clean": "lower"}}
+
+
+def _encoder_name(model: DualEncoder) -> str | None:
+    """The text encoder's name on the Hub, where it came from there."""
+    given = (model.recipe.text.hf_model if model.recipe else None) or ""
+    return given.removeprefix(PREFIX) if given.startswith(PREFIX) else None
+
+
+def _encoder(
+    model: DualEncoder, tower: HuggingfaceTextTower, name: str, folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """open_clip's ``text_cfg`` and tensors; the encoder's configuration is written into the folder.
+
+    Args:
+        name: What leads to that configuration: an encoder's on the Hub, a repository's, or a folder's.
+    """
+    encoder = TextEncoder.from_tensor(tower.get_extra_state())
+    kind, reason = encoder.config["model_type"], None
+    if kind not in ENCODERS:
+        reason = f"its text encoder is a {kind}, and open_clip has {', '.join(ENCODERS)}"
+    elif tower.pooling not in POOLERS:
+        reason = f"its text tower pools at the {tower.pooling}"
+    elif tower.text_projection.bias is not None:
+        reason = "it has a bias after its text projection"
+    if reason:
+        raise refusal("open_clip", reason, INSTEAD)
+    (folder / ENCODER).write_text(json.dumps(dict(encoder.config), indent=2) + "\n", encoding="utf-8")
+    config = {
+        "context_length": tower.context,
+        "vocab_size": encoder.config["vocab_size"],
+        "hf_model_name": name,
+        "hf_proj_type": "linear",
+        "hf_pooler_type": POOLERS[tower.pooling],
+    }
+    tensors = {f"text.transformer.{part}": tensor for part, tensor in tower.encoder.state_dict().items()}
+    return config, tensors | {"text.proj.weight": tower.text_projection.weight}
 
 
 def text_tensors(text: TextTower) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, holds_recipe, read_declip_file, read_recipe
 from declip.interchange.from_huggingface import PREFIX as HUGGINGFACE
-from declip.interchange.from_huggingface import fetch, from_huggingface, is_huggingface
+from declip.interchange.from_huggingface import fetch, from_huggingface, is_huggingface, read_folder
 from declip.interchange.from_open_clip import from_open_clip
 from declip.interchange.load import model_of, read_authors_file, read_checkpoint
 from declip.interchange.open_clip import CONFIG, FOLDER, PREFIX, read_open_clip
@@ -21,7 +22,7 @@ from declip.interchange.timm_weights import read_timm
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder, encoder_kept_in
 from declip.models.no_text import has_text
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import LogitScale, Recipe
 from declip.runs.checkpoint import part
 
 IMAGE_PROJECTION = "image_tower.proj."
@@ -54,17 +55,44 @@ class Start:
     def fit(self, recipe: Recipe) -> Recipe:
         """Put the weights' towers into a recipe: architecture, image statistics, tokenizer, activation, logit scale.
 
-        How the image tower is trained stays the recipe's, and so does the image size where `finetune.image_size` is
-        given. Without a text tower the recipe's own and its width of the shared space stay.
+        How the image tower is trained stays the recipe's, and so do statistics that its user gave, and the image size
+        where `finetune.image_size` is given. Without a text tower the recipe's own and its width of the shared space
+        stay.
+
+        Raises:
+            UserError: the user gave keys that the weights overrule.
         """
         theirs, own = self.recipe, recipe.image
-        keep = {name: getattr(own, name) for name in ("freeze_patch_embed", "shared_bn_views")}
+        statistics = (name for name in ("mean", "std") if f"image.{name}" in recipe.given)
+        keep = {name: getattr(own, name) for name in ("freeze_patch_embed", "shared_bn_views", *statistics)}
         size = recipe.finetune.image_size or theirs.image.size
         changed: dict[str, Any] = {"image": theirs.image.model_copy(update={**keep, "size": size})}
         if self.whole:
             scale = recipe.logit_scale.model_copy(update={"init": float(self.tensors["logit_scale"])})
             changed |= {"text": theirs.text, "embed_dim": theirs.embed_dim, "logit_scale": scale}
-        return recipe.model_copy(update=changed)
+        fitted = recipe.model_copy(update=changed)
+        self._refuse_overruled(recipe, fitted)
+        return fitted
+
+    def _refuse_overruled(self, recipe: Recipe, fitted: Recipe) -> None:
+        overruled = []
+        for key in sorted(recipe.given):
+            asked, found = _value(recipe, key), _value(fitted, key)
+            # Every recipe that was written out has the scale's default.
+            if asked == found or (key == "logit_scale.init" and asked == LogitScale().start):
+                continue
+            advice = f"give finetune.image_size={asked} instead" if key == "image.size" else "leave it out"
+            overruled.append(f"{key}={asked} (becomes {found}; {advice})")
+        if overruled:
+            raise UserError(f"The weights of '{self.where}' overrule keys of this recipe: {', '.join(overruled)}.")
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    """The value of a dotted key; None where image.model_kwargs lacks it."""
+    found: Any = recipe
+    for name in key.split("."):
+        found = getattr(found, name) if isinstance(found, BaseModel) else found.get(name)
+    return found
 
 
 def read_start(where: str) -> Start:
@@ -150,6 +178,6 @@ def _of_run(path: Path) -> tuple[DualEncoder, Mapping[str, Tensor]]:
 
 NAMED: Mapping[str, Callable[[str], tuple[DualEncoder, Mapping[str, Tensor]]]] = {
     PREFIX: _of_open_clip,
-    HUGGINGFACE: lambda name: (from_huggingface(fetch(name)), {}),
+    HUGGINGFACE: lambda name: read_folder(fetch(name)),
 }
 """What reads the names that are no paths."""

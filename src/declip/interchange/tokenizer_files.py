@@ -57,11 +57,21 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
 
 
 def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json, vocab.json and merges.txt."""
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json; of CLIP's vocab.json and merges.txt too."""
     found = backend(tokenizer)
     found.save(str(folder / "tokenizer.json"))
-    found.model.save(str(folder))
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    if isinstance(tokenizer, HuggingfaceTokenizer):
+        ids = {
+            "cls_token": tokenizer.start, "sep_token": tokenizer.end,
+            "mask_token": tokenizer.mask, "pad_token": tokenizer.padding,
+        }  # fmt: skip
+    else:
+        found.model.save(str(folder))
+        ids = {
+            "bos_token": tokenizer.start, "eos_token": tokenizer.end,
+            "unk_token": tokenizer.end, "pad_token": tokenizer.end,
+        }  # fmt: skip
+    special = {name: found.id_to_token(number) for name, number in ids.items()}
     config = {
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",  # CLIP's own class would put its own cleaning in place of ours
@@ -71,9 +81,9 @@ def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
-            str(number): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
-                          "single_word": False}
-            for token, number in ((START, tokenizer.start), (END, tokenizer.end))
+            str(ids[name]): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
+                             "single_word": False}
+            for name, token in special.items()
         },
     }  # fmt: skip
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):

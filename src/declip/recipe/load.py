@@ -13,8 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from declip.errors import UserError, unknown
-from declip.recipe.schema import Recipe
-from declip.recipe.schema_pairs import Data
+from declip.recipe.schema import Data, Recipe
 
 MOST_YAML, DEEPEST_YAML = 1 << 17, 20
 """Characters and levels of a recipe; ours have some 3,000 and 4."""
@@ -62,13 +61,17 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         UserError: unknown recipe, unknown key (with the nearest name), or a value that is not allowed.
     """
-    base, over = _read_tree(name, ()), dict[str, Any]()
+    given: set[str] = set()
+    base, over = _read_tree(name, (), given), dict[str, Any]()
     tree = dict(base)
     for key, value in (overrides or {}).items():
-        given = _read_value(key, value) if isinstance(value, str) else value
-        _set(tree, key, given)
-        _set(over, key, given)
-    return _checked(_with_own_sets(tree, base, over), str(name))
+        value = _read_value(key, value) if isinstance(value, str) else value
+        _set(tree, key, value)
+        _set(over, key, value)
+        given.update(_leaves({key: value}))
+    recipe = _checked(_with_own_sets(tree, base, over), str(name))
+    recipe._given = frozenset(given)
+    return recipe
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
@@ -96,7 +99,8 @@ def _read_value(key: str, value: str) -> Any:
         ) from error
 
 
-def _read_tree(name: str | Path, seen: tuple[str, ...]) -> dict[str, Any]:
+def _read_tree(name: str | Path, seen: tuple[str, ...], given: set[str]) -> dict[str, Any]:
+    """Read a recipe over its ancestors, and add to `given` what files of the user's say."""
     text, label = _read_text(name, Path(seen[-1]).parent if seen else None)
     if label in seen:
         raise UserError(f"The recipe '{label}' extends itself: {' → '.join((*seen, label))}.")
@@ -109,10 +113,12 @@ def _read_tree(name: str | Path, seen: tuple[str, ...]) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if not isinstance(parent, str | None):
         raise UserError(f"The recipe '{label}' has extends: {parent!r}; give one recipe's name or a YAML file.")
+    if Path(label).suffix:  # shipped recipes go by their names alone
+        given.update(_leaves(tree))
     tree.setdefault("name", Path(label).stem)
     if parent is None:
         return tree
-    base = _read_tree(parent, (*seen, label))
+    base = _read_tree(parent, (*seen, label), given)
     return _with_own_sets(_merge(base, tree), base, tree)
 
 

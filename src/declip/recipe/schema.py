@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -344,6 +344,16 @@ class Recipe(Section):
     finetune: FineTuning = FineTuning()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
+    _given: frozenset[str] = PrivateAttr(frozenset())
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both describe the same experiment, whoever gave their keys."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Dotted keys of the user's own files and overrides, as `declip.recipe.load.load_recipe` read them."""
+        return self._given
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

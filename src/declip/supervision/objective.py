@@ -292,12 +292,12 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor], shared: bool = Fal
     by_view: dict[int, ImageFeatures] = {}
     for group, features in zip(groups, passes, strict=True):
         parts = [getattr(features, f).chunk(len(group)) for f in FIELDS]
-        for n, pooled, pre_logits, tokens in zip(group, *parts, strict=True):
-            by_view[n] = ImageFeatures(pooled, pre_logits, tokens)
+        for place, n in enumerate(group):
+            by_view[n] = ImageFeatures(parts[0][place], parts[1][place], parts[2][place])
     ordered = [by_view[n] for n in range(len(views))]
     tokens = ordered[0].tokens[None]  # of views of other sizes there would be another number
-    stacked = (torch.stack([getattr(view, f) for view in ordered]) for f in FIELDS[:2])
-    return ImageFeatures(*stacked, tokens)
+    pooled, pre_logits = (torch.stack([getattr(view, f) for view in ordered]) for f in FIELDS[:2])
+    return ImageFeatures(pooled, pre_logits, tokens)
 
 
 FIELDS = ("pooled", "pre_logits", "tokens")

@@ -1,0 +1,124 @@
+"""Exports for open_clip that lie on the Hub, or have a text encoder of transformers'."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import declip
+from declip.errors import UserError
+from interchange.test_export import EXACT, features, same_until_the_end
+from interchange.towers import CAPTIONS, build, command, largest, pictures
+from text_encoders import bert, distilbert, roberta
+
+PLAIN = ["a red circle", "Two GREEN squares, on white!", "日本語 and 😀 [SEP]", "!", " ".join(["nought"] * 40)]
+"""Captions that open_clip's cleaning leaves as they are."""
+
+
+@pytest.mark.parametrize("repo", ["owner/name", None])
+def test_a_repository_named_by_its_owner_loads_from_the_hub_too(
+    repo: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a folder open_clip takes the tokenizer that lies there; of a repository the one that the name says."""
+    open_clip = pytest.importorskip("open_clip")
+    transformers = pytest.importorskip("transformers")
+    model, out = build("vit"), tmp_path / "out"
+    declip.export(model, "safetensors", tmp_path / "model")
+    words = ["export", str(tmp_path / "model"), "--format", "open_clip", "--out", str(out)]
+    assert command([*words, *(["--repo", repo] if repo else [])], monkeypatch) == 0
+    config = json.loads((out / "open_clip_config.json").read_text())
+    assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == (repo or "tokenizer.json")
+    assert ("--repo OWNER/NAME" in caplog.text) == (repo is None)
+    tokens = model.tokenize(CAPTIONS)
+    assert same_until_the_end(open_clip.get_tokenizer(f"local-dir:{out}")(CAPTIONS), tokens, model.tokenizer.end)
+    if repo:
+        theirs = transformers.AutoTokenizer.from_pretrained
+        hub = {repo: out}  # as the Hub would give it, by its name alone
+        monkeypatch.setattr(open_clip.factory, "_get_hf_config", lambda *_, **__: config)
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **_: theirs(hub[name]))
+        assert same_until_the_end(open_clip.get_tokenizer(f"hf-hub:{repo}")(CAPTIONS), tokens, model.tokenizer.end)
+
+
+@pytest.mark.parametrize(("repo", "form", "said"), [("name", "open_clip", "OWNER/NAME"), ("a/b", "onnx", "--repo")])
+def test_a_repository_that_nothing_can_hold_is_refused(repo: str, form: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        declip.export(build("vit"), form, tmp_path / "out", repo=repo)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "kind", "pooling"),
+    [
+        (bert, "timm-vit", "first"),
+        (bert, "timm-convnext", "mean"),
+        (roberta, "vit", "mean"),
+        (roberta, "resnet", "auto"),
+    ],
+)
+def test_open_clip_reads_a_text_encoder_of_transformers(
+    encoder: Callable[[Path], Path], kind: str, pooling: str, tmp_path: Path
+) -> None:
+    """As its CustomTextCLIP, from the folder alone: the encoder's own folder is gone."""
+    open_clip = pytest.importorskip("open_clip")
+    pytest.importorskip("transformers")
+    keys = {"text.hf_model": str(encoder(tmp_path / "encoder")), "text.pooling": pooling, "text.context_length": 16}
+    model, out = build(kind, **keys), tmp_path / "out"
+    shutil.rmtree(tmp_path / "encoder")
+    exported = declip.export(model, "open_clip", out)
+    assert exported.difference is not None
+    assert exported.difference <= EXACT
+    theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    assert type(theirs).__name__ == "CustomTextCLIP"
+    theirs_tokens = open_clip.get_tokenizer(f"local-dir:{out}")(PLAIN)
+    _, images, _, _ = features(model)
+    tokens = model.tokenize(PLAIN)
+    assert torch.equal(theirs_tokens[:, : tokens.shape[1]], tokens)
+    with torch.no_grad():
+        texts = model.encode_text(tokens)
+        found = theirs.eval().encode_image(torch.stack([transform(each) for each in pictures()]), normalize=True)
+        difference = largest(found, images), largest(theirs.encode_text(theirs_tokens, normalize=True), texts)
+    print(f"open_clip {kind} + {encoder.__name__}, {pooling}: images {difference[0]:.1e}, texts {difference[1]:.1e}")
+    assert max(difference) <= EXACT
+    read = declip.load(f"open_clip:local-dir:{out}", device="cpu")
+    with torch.no_grad():
+        assert largest(read.encode_text(read.tokenize(PLAIN)), texts) <= EXACT
+    with pytest.raises(UserError, match=f"open_clip:local-dir:{out}"):
+        declip.load(out)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [({"text.pooling": "end"}, "pools at .*end"), ({"text.projection_bias": True}, "bias after its text projection")],
+)
+def test_a_text_encoder_that_open_clip_has_no_words_for_is_refused(
+    keys: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    model = build("vit", **{"text.hf_model": str(bert(tmp_path / "bert")), "text.context_length": 16, **keys})
+    with pytest.raises(UserError, match=f"{said}.*Formats that can: onnx, safetensors"):
+        declip.export(model, "open_clip", tmp_path / "out")
+    model = build("vit", **{"text.hf_model": str(distilbert(tmp_path / "distilbert")), "text.context_length": 16})
+    with pytest.raises(UserError, match=r"distilbert.*Formats that can"):
+        declip.export(model, "open_clip", tmp_path / "out")
+
+
+def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name leads to the configuration; where the encoder has none, the repository's own does."""
+    pytest.importorskip("open_clip")
+    pytest.importorskip("transformers")
+    model = build("vit", **{"text.hf_model": str(bert(tmp_path / "bert")), "text.context_length": 16})
+
+    def written(repo: str | None) -> str:
+        declip.export(model, "open_clip", tmp_path / "out", repo=repo, overwrite=True)
+        config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
+        return config["model_cfg"]["text_cfg"]["hf_model_name"]
+
+    assert written(None) == str(tmp_path / "out")
+    assert written("owner/name") == "owner/name"
+    text = model.recipe.text.model_copy(update={"encoder": "huggingface:google-bert/bert-base-uncased"})
+    model.recipe = model.recipe.model_copy(update={"text": text})
+    assert written("owner/name") == "google-bert/bert-base-uncased"
