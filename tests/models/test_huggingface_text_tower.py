@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from conftest import TINY, WEIGHTS
+from declip.errors import UserError
 from declip.models.blocks import blocks_of
 from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import encoder_kept_in
 from declip.models.length_buckets import encode_by_length
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
@@ -63,6 +66,46 @@ def test_features_are_transformers_own_pooled_and_projected(folders: dict[str, P
     torch.testing.assert_close(found.pooled, expected, rtol=0, atol=1e-6)
     for row, length in enumerate(found.lengths):
         torch.testing.assert_close(found.text_tokens[row, :length], words[row, :length], rtol=0, atol=1e-6)
+
+
+MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("cls_token", "first"), ("mean_tokens", "mean"), ("lasttoken", "end"), (None, "mean")]
+)
+def test_auto_pools_as_a_sentence_encoder_says(tmp_path: Path, mode: str | None, expected: str) -> None:
+    folder = bert(tmp_path / "bert")
+    (folder / "1_Pooling").mkdir()
+    older = {"word_embedding_dimension": 32, **{f"pooling_mode_{each}": each == mode for each in MODES}}
+    newer = {"embedding_dimension": 32, "pooling_mode": {"first": "cls", "end": "lasttoken"}.get(expected, expected)}
+    for config in (older, newer, {**newer, "pooling_mode": [newer["pooling_mode"]]}):
+        (folder / "1_Pooling/config.json").write_text(json.dumps(config))
+        model = model_of(folder)
+        tokens = model.tokenize(CAPTIONS)
+        assert torch.equal(model.encode_text(tokens), model_of(folder, pooling=expected).encode_text(tokens))
+        kept = encoder_kept_in(model.state_dict(), model.recipe, folder)  # type: ignore[arg-type]
+        assert DualEncoder.from_recipe(model.recipe, kept).text_tower.pooling == expected  # type: ignore[arg-type]
+        assert model_of(folder, pooling="first").text_tower.pooling == "first"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
+        {"pooling_mode": "weightedmean"},
+        {"pooling_mode": ["mean", "cls"]},
+        {"pooling_mode": 3},
+        [],
+    ],
+)
+def test_pooling_that_is_not_ours_is_refused_where_none_is_given(tmp_path: Path, config: object) -> None:
+    folder = bert(tmp_path / "bert")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"1_Pooling.*text\.pooling=mean"):
+        model_of(folder)
+    assert model_of(folder, pooling="mean").text_tower.pooling == "mean"
 
 
 @pytest.mark.parametrize("kind", KINDS)

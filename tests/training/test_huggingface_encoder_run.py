@@ -1,6 +1,7 @@
 """Runs with a Hugging Face text encoder: they learn, go on, and are loaded when its folder is gone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,10 +17,15 @@ from declip.errors import UserError
 from declip.interchange.declip_file import FILE, RECIPE, VERSION
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
+from declip.models.layers import TEXT, depths
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.trainer import Trainer
+from declip.training.optimizer import LrMultiplier
+from declip.training.pretrained import KEPT
+from declip.training.trainer import Trainer, train
 from text_encoders import NO_DROPOUT, bert, roberta
+from training.starts import last, moved, state
 
 pytest.importorskip("transformers")
 
@@ -81,6 +87,88 @@ def test_it_learns_resumes_to_the_bit_and_loads_without_its_folder(table: Path, 
     save_file(stripped, tmp_path / FILE, {RECIPE: recipe.to_yaml(), VERSION: "0"})
     with pytest.raises(UserError, match="came without their text encoder"):
         declip.load(tmp_path / FILE)
+
+
+def encoder_tuned(table: Path, folder: Path, train_keys: dict[str, object] | None = None, **keys: object) -> Recipe:
+    """Next to an image tower with random weights, without finetune.pretrained."""
+    recipe = recipe_for(table, folder, "clip", measured=False, lr=1e-2, **(train_keys or {}))
+    return Recipe.model_validate({**recipe.model_dump(mode="json"), "finetune": keys})
+
+
+def test_a_pretrained_encoder_is_paced_and_frozen_without_other_weights(table: Path, tmp_path: Path) -> None:
+    folder = bert(tmp_path / "bert")
+    recipe = encoder_tuned(table, folder, text_lr_scale=0.1, layer_decay=0.5, freeze_text_blocks=1)
+    trainer = Trainer(recipe, tmp_path / "run", quiet=True)
+    places, encoder = depths(trainer.model), f"{TEXT}encoder."
+    paces = {id(p): group["pace"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        if name.startswith(encoder) and places[name] <= 1:
+            assert id(parameter) not in paces, name
+        else:
+            factor = 0.1 * 0.5 if name.startswith(encoder) else 1.0  # of two blocks the last is one below the top
+            assert paces[id(parameter)] == LrMultiplier(factor), name
+    before = state(trainer)
+    trainer.train(report=False)
+    still = before.keys() - moved(before, last(tmp_path / "run")) - {ENTRY}
+    assert still == {name for name, depth in places.items() if name.startswith(encoder) and depth <= 1}
+    assert trainer.begun is not None
+    assert re.search(r"image tower 0\.01 \(new\) and text tower 0\.0005, 0\.01 \(new\)", trainer.begun.story)
+    assert not (tmp_path / "run" / KEPT).exists()
+    plain = Trainer(encoder_tuned(table, folder), tmp_path / "plain", quiet=True)
+    assert {group["pace"] for group in plain.optimizer.param_groups} == {LrMultiplier()}
+    whole = Trainer(encoder_tuned(table, folder, freeze_text_blocks="all"), tmp_path / "all", quiet=True)
+    assert whole.begun is not None
+    assert "text tower frozen, 0.01 (new)" in whole.begun.story
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"freeze_text_blocks": "all"},
+        {"text_lr_scale": 0.1, "layer_decay": 0.5, "freeze_text_blocks": 1, "head_warmup_steps": 2},
+        {"lora": {"rank": 2, "dropout": 0.3}, "text_lr_scale": 0.5},
+    ],
+    ids=["frozen", "paced", "lora"],
+)
+def test_tuning_an_encoder_resumes_to_the_bit_without_its_folder(
+    table: Path, tmp_path: Path, keys: dict[str, object]
+) -> None:
+    folder = bert(tmp_path / "bert")
+    recipe = encoder_tuned(table, folder, {"checkpoint_every": 3}, **keys)
+    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
+    stopped = Trainer(recipe, tmp_path / "parts", quiet=True)
+    save = stopped.save
+
+    def save_and_stop() -> Path:
+        stopped.stop_asked = True
+        return save()
+
+    stopped.save = save_and_stop  # type: ignore[method-assign]
+    assert not stopped.train(report=False).finished
+    shutil.rmtree(folder)
+    assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
+    first, second = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    declip.load(tmp_path / "whole", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("tune", "text"),
+    [
+        ({"image_lr_scale": 0.1}, {}),
+        ({"freeze_image_blocks": 1}, {}),
+        ({"image_size": 48}, {}),
+        ({"text_lr_scale": 0.1}, {"pretrained": False}),
+        ({"freeze_text_blocks": 1}, {"encoder": None, "pooling": "auto"}),
+    ],
+)
+def test_what_has_random_weights_is_neither_paced_nor_frozen(
+    table: Path, tmp_path: Path, tune: dict[str, object], text: dict[str, object]
+) -> None:
+    tree = recipe_for(table, tmp_path, "clip").model_dump(mode="json")
+    with pytest.raises(ValueError, match=rf"finetune\.{next(iter(tune))} .*give finetune\.weights"):
+        Recipe.model_validate({**tree, "text": {**tree["text"], **text}, "finetune": tune})
 
 
 def test_batches_are_masked_and_padded_with_the_encoders_ids(table: Path, tmp_path: Path) -> None:

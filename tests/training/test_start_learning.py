@@ -25,6 +25,7 @@ from declip.training.trainer import Trainer
 from interchange.test_export import features
 from interchange.towers import build
 from processes import in_processes
+from text_encoders import bert
 from training.starts import CONV, VIT, last, moved, state, tuned
 from training.test_trainer import same_end
 
@@ -76,6 +77,41 @@ def test_frozen_batch_norm_keeps_its_statistics(table: Path, tmp_path: Path, con
     before = state(whole)
     whole.train()
     assert not {name for name in moved(before, last(tmp_path / "b")) if name.startswith(IMAGE)}
+
+
+@pytest.mark.parametrize("asked", [1, "all"])
+def test_frozen_parts_drop_nothing_though_the_rest_does(table: Path, tmp_path: Path, asked: Any) -> None:
+    """Stem and first block give the same twice after `train()`; what learns above them draws dropout."""
+    pytest.importorskip("transformers")
+    image = {"image.model_kwargs": {**VIT["options"], "pos_drop_rate": 0.5, "proj_drop_rate": 0.5}}
+    write_declip_file(build("vit", **image), tmp_path / "vit.safetensors")
+    tree = tuned(table, tmp_path / "vit.safetensors", freeze_image_blocks=asked).model_dump(mode="json")
+    vit = Trainer(Recipe.model_validate(tree), tmp_path / "a", quiet=True).model
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "alone.safetensors")
+    tree = tuned(table, f"timm:test_vit/{tmp_path / 'alone.safetensors'}", freeze_text_blocks=asked, image_size=32)
+    text = {"text": {"encoder": str(bert(tmp_path / "bert")), "context": 24}}
+    trainer = Trainer(Recipe.model_validate(tree.model_dump(mode="json") | text), tmp_path / "b", quiet=True)
+    for model in (vit, trainer.model):
+        model.eval()
+        model.train()
+    trainer.learner.train()
+    ids = trainer.model.tokenize(["red circle", "blue square"])
+    towers: tuple[tuple[Any, Any, torch.Tensor], ...] = (
+        (vit.image_tower, vit.image_tower.trunk.blocks, torch.randn(2, 3, 32, 32)),
+        (trainer.model.text_tower, trainer.model.text_tower.encoder.encoder.layer, ids),
+    )
+    for tower, layers, given in towers:
+        passes: list[list[torch.Tensor]] = [[], []]
+        for found in passes:
+            hooks = [
+                layer.register_forward_hook(lambda _m, _i, out, found=found: found.append(out))
+                for layer in (layers[0], layers[1])
+            ]
+            found.append(tower(given).pooled)
+            for hook in hooks:
+                hook.remove()
+        same = [torch.equal(first, second) for first, second in zip(*passes, strict=True)]
+        assert same == ([True, True, True] if asked == "all" else [True, False, False])
 
 
 def test_depths_count_stem_blocks_and_what_follows() -> None:
@@ -176,6 +212,33 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
         torch.testing.assert_close(found, trained, rtol=0, atol=1e-5)
     given = features(declip.load(source, device="cpu"))
     assert not any(torch.equal(found, own) for found, own in zip(features(loaded)[1::2], given[1::2], strict=True))
+
+
+def test_lora_drops_out_in_both_towers_and_only_in_training(table: Path, tmp_path: Path, start: Path) -> None:
+    """The mean over masks is what evaluation gives, for the fused attention map too; a trained run loads."""
+    tune = {"lora": {"rank": 2, "dropout": 0.5}}
+    trainer = Trainer(tuned(table, start, {"steps": 4}, **tune), tmp_path, quiet=True)
+    trainer.train(report=False)
+    for found, trained in zip(
+        features(declip.load(tmp_path, device="cpu")), features(trainer.model.eval()), strict=True
+    ):
+        torch.testing.assert_close(found, trained, rtol=0, atol=1e-5)
+    tower = trainer.model.text_tower
+    layers = [m for name, m in tower.named_modules() if name.endswith(("in_proj", "out_proj", "c_fc", "c_proj"))]
+    assert len(layers) == 4 * len(tower.transformer.resblocks)
+    assert all(layer.lora_dropout["default"].p == 0.5 for layer in layers)
+    trainer.learner.train()
+    for layer in layers[:4]:
+        with torch.no_grad():
+            torch.nn.init.normal_(layer.lora_B["default"].weight)
+            rows = torch.randn(1, layer.in_features)
+            drawn = layer(rows.expand(20_000, -1))
+            assert not torch.equal(drawn[0], drawn[1])
+            expected = layer.eval()(rows)[0]
+        error = (drawn - expected).std(dim=0) / 20_000**0.5
+        assert ((drawn.mean(dim=0) - expected).abs() < 5 * error).all()
+    tokens = trainer.model.eval().tokenize(["a red circle"])
+    assert torch.equal(tower(tokens).pooled, tower(tokens).pooled)
 
 
 def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table: Path, tmp_path: Path, start: Path) -> None:

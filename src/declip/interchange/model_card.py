@@ -133,7 +133,7 @@ def _data(provenance: Provenance, base: Base | None) -> str:
         count = "" if provenance.pairs is None else f"{provenance.pairs:,} "
         return (
             f"Fine-tuned on {count}pairs of `{recipe.data.label}` ({seen:,} pairs seen in {step:,} steps of "
-            f"{recipe.train.batch_size:,}), from the weights `{base.name}`: what those were trained on is not counted here."
+            f"{recipe.train.batch_size:,}), from the weights `{base.name}`: their own training is not counted here."
         )
     return f"`{recipe.data.label}`{pairs}; {seen:,} pairs seen in {step:,} steps of {recipe.train.batch_size:,}."
 

@@ -79,7 +79,7 @@ class Start:
         for key in sorted(recipe.given):
             asked, found = _value(recipe, key), _value(fitted, key)
             # Every recipe that was written out has the scale's default.
-            if asked == found or (key == "logit_scale.init" and asked == LogitScale().start):
+            if asked == found or (key == "logit_scale.init" and asked == LogitScale().init):
                 continue
             advice = f"give finetune.image_size={asked} instead" if key == "image.size" else "leave it out"
             overruled.append(f"{key}={asked} (becomes {found}; {advice})")

@@ -26,6 +26,13 @@ TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.mo
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 FETCHED = ("*.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model")
 
+POOLING = "1_Pooling/config.json"
+"""Where a sentence encoder's folder says how it was trained to pool (sentence-transformers)."""
+
+MODE = "pooling_mode_"
+POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "eos"}
+"""Its names of the poolings that are known here, and the recipe's."""
+
 ENTRY = "text_tower._extra_state"
 """Under this name a model's state holds its encoder's configuration and tokenizer, as bytes of JSON."""
 
@@ -61,12 +68,15 @@ class TextEncoder:
         tokenizer: What tokenizer.json holds.
         specials: Ids, see `declip.data.text.hf_tokenizer.SPECIALS`.
         folder: Where its weights are; None for random ones.
+        pooling: The recipe's word for how it was trained to pool, or other libraries' words for what is not known
+            here; None where its folder does not say.
     """
 
     config: Mapping[str, Any]
     tokenizer: str
     specials: Mapping[str, int]
     folder: Path | None = None
+    pooling: str | None = None
 
     @property
     def longest(self) -> int:
@@ -77,6 +87,7 @@ class TextEncoder:
     def to_tensor(self) -> Tensor:
         """Configuration and tokenizer as bytes, (n,) uint8."""
         kept = {"config": self.config, "tokenizer": self.tokenizer, "specials": self.specials}
+        kept |= {"pooling": self.pooling} if self.pooling is not None else {}
         return torch.frombuffer(bytearray(json.dumps(kept), "utf-8"), dtype=torch.uint8)
 
     @classmethod
@@ -88,7 +99,7 @@ class TextEncoder:
         """
         found = json.loads(kept.numpy().tobytes())
         config = {name: value for name, value in found["config"].items() if name in SIZES or name == "model_type"}
-        return cls(config, found["tokenizer"], found["specials"])
+        return cls(config, found["tokenizer"], found["specials"], pooling=found.get("pooling"))
 
     def build(self) -> nn.Module:
         """transformers' model with a masked-language head, with its weights, or random ones where it has no folder.
@@ -163,7 +174,7 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
     specials = {ours: getattr(tokenizer, f"{theirs}_id") for ours, theirs in names.items()}
     if lacking := [names[ours] for ours, number in specials.items() if number is None]:
         raise UserError(f"The tokenizer of '{given}' has no {', '.join(lacking)}; a text encoder's has all four.")
-    return TextEncoder(config, definition, specials, folder if pretrained else None)
+    return TextEncoder(config, definition, specials, folder if pretrained else None, _pooling(folder))
 
 
 def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -> TextEncoder | None:
@@ -221,6 +232,20 @@ def _config(given: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # transformers checks types by errors of its own
         raise UserError(f"'{folder / CONFIG}' cannot be used: {_one_line(error)}") from error
     return {"model_type": kind, **{name: whole[name] for name in sorted(SIZES & whole.keys())}}
+
+
+def _pooling(folder: Path) -> str | None:
+    """Read how a sentence encoder pools, from either form of the file: a flag for each mode, or the modes' names."""
+    if not (folder / POOLING).is_file():
+        return None
+    try:
+        found = json.loads((folder / POOLING).read_bytes())
+        flags = [name.removeprefix(MODE) for name, on in found.items() if name.startswith(MODE) and on is True]
+        modes = found.get("pooling_mode", flags or ["mean"])
+        modes = [modes] if isinstance(modes, str) else list(modes)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return "unreadable"
+    return " and ".join(POOLINGS.get(str(mode), str(mode)) for mode in modes)
 
 
 def _fetched(given: str, pretrained: bool) -> Path:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.errors import UserError
-from declip.models.hf_encoder import HEADS, TextEncoder
+from declip.models.hf_encoder import HEADS, POOLING, POOLINGS, TextEncoder
 from declip.models.text_tower import TextFeatures
 
 Pooling = Literal["auto", "cls", "mean", "eos"]
@@ -25,12 +25,14 @@ class HuggingfaceTextTower(nn.Module):
         tokenizer: Made from the same encoder.
         embed_dim: Width d of the shared space.
         pooling: Which token states are projected: "cls", the start token's, which BERT and RoBERTa were trained to
-            gather a text in, "mean" of all of a text, "eos", or "auto": cls.
+            gather a text in, "mean" of all of a text, "eos", or "auto": as a sentence encoder was trained, else the
+            first.
         projection_bias: Whether the projection has a bias.
         language: Keep the encoder's masked-language head for `language_head`.
 
     Raises:
-        UserError: tokenizer and configuration contradict each other, or the tokenizer's context is too long.
+        UserError: tokenizer and configuration contradict each other, the tokenizer's context is too long, or the
+            encoder was trained with a pooling that is not known here and none is given.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class HuggingfaceTextTower(nn.Module):
         self._language: list[nn.Module] = [HEADS[encoder.config["model_type"]](model)] if language else []
         self._kept = encoder.to_tensor()
         self.padding, self.context = tokenizer.padding, tokenizer.context
-        self.pooling = "cls" if pooling == "auto" else pooling
+        self.pooling = _trained_pooling(encoder) if pooling == "auto" else pooling
         self.width = int(model.config.hidden_size)
         self.text_projection = nn.Linear(self.width, embed_dim, bias=projection_bias)
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
@@ -89,6 +91,15 @@ class HuggingfaceTextTower(nn.Module):
         if self.pooling == "eos":
             return words[torch.arange(len(words), device=words.device), lengths - 1]
         return (words * real.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
+
+
+def _trained_pooling(encoder: TextEncoder) -> str:
+    if encoder.pooling is not None and encoder.pooling not in POOLINGS.values():
+        raise UserError(
+            f"{POOLING} of the text encoder says that it pools by {encoder.pooling}; known are cls, mean or lasttoken. "
+            "Set text.pooling=mean, first or end."
+        )
+    return encoder.pooling or "cls"
 
 
 def _check(encoder: TextEncoder, tokenizer: HuggingfaceTokenizer) -> None:

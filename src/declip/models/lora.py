@@ -9,13 +9,11 @@ from torch import nn
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import IMAGE, TEXT, depths
+from declip.models.text_tower import CausalSelfAttention
 from declip.recipe.schema import LoRA
 
 MARK = ".lora_"
 """In the names of the adapters' tensors."""
-
-FUSED = "in_proj_weight"
-"""The text tower's map to query, key and value is a parameter, not a linear layer."""
 
 PROJECTIONS = ("proj", "text_projection")
 """The towers' last layers, which are not adapted."""
@@ -24,8 +22,8 @@ PROJECTIONS = ("proj", "text_projection")
 class Adapters:
     """Adapters on towers of a model; no other parameter of these towers learns.
 
-    Every linear layer and ungrouped convolution between stem and projection gets one, and the text tower's fused
-    attention map. At first they change nothing: B is 0.
+    Every linear layer and ungrouped convolution between stem and projection gets one, the text tower's fused attention
+    map too. At first they change nothing: B is 0.
 
     Args:
         model: Changed in place.
@@ -47,8 +45,7 @@ class Adapters:
     def merge(self) -> DualEncoder:
         """Add the adapters to the weights and take them off: the model is of the usual form again."""
         for tuner in self._tuners:
-            tuner.merge_and_unload()
-            tuner.merge_and_unload()  # once more for what lay inside an adapted module
+            _fuse_attention(tuner.merge_and_unload())
         return self._model.requires_grad_(True)
 
 
@@ -63,26 +60,38 @@ def _adapt(tower: nn.Module, stem: set[str], lora: LoRA) -> Any:
         from peft import LoraConfig, LoraModel
     except ImportError as error:
         raise UserError('finetune.lora needs peft: pip install "declip[lora]".') from error
-    layers, fused = _places(tower, stem)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int and divides
-        lora_dropout=lora.dropout,
-        target_modules=layers,
-        target_parameters=fused or None,
-    )
-    return LoraModel(tower, {"default": config}, "default")
-
-
-def _places(tower: nn.Module, stem: set[str]) -> tuple[str, list[str]]:
-    """A pattern for the full names of the layers to adapt, and the names of the parameters."""
+    _split_attention(tower)
     layers = [
         name
         for name, module in tower.named_modules()
         if name not in PROJECTIONS and f"{name}.weight" not in stem and _adaptable(module)
     ]
-    fused = [name for name, _ in tower.named_parameters() if name.endswith(FUSED)]
-    return "|".join(map(re.escape, layers)), fused
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int and divides
+        lora_dropout=lora.dropout,
+        target_modules="|".join(map(re.escape, layers)),
+    )
+    return LoraModel(tower, {"default": config}, "default")
+
+
+def _split_attention(tower: nn.Module) -> None:
+    """Make the parameters of fused attention maps layers: peft adapts bare parameters too, but without dropout."""
+    for module in list(tower.modules()):
+        if isinstance(module, CausalSelfAttention):
+            out, width = module.in_proj_weight.shape
+            layer = nn.Linear(width, out, device="meta")
+            layer.weight, layer.bias = module.in_proj_weight, module.in_proj_bias
+            del module.in_proj_weight, module.in_proj_bias
+            module.in_proj = layer
+
+
+def _fuse_attention(tower: nn.Module) -> None:
+    """Undo `_split_attention`."""
+    for module in tower.modules():
+        if isinstance(module, CausalSelfAttention) and module.in_proj is not None:
+            layer, module.in_proj = module.in_proj, None
+            module.in_proj_weight, module.in_proj_bias = nn.Parameter(layer.weight), nn.Parameter(layer.bias)
 
 
 def _adaptable(module: nn.Module) -> bool:

@@ -42,11 +42,12 @@ class CausalSelfAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.in_proj: nn.Linear | None = None  # holds weight and bias as a layer while that has an adapter
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, width) → (B, L, width)."""
         batch, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias) if self.in_proj is None else self.in_proj(x)
         query, key, value = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         # On a CPU torch's bfloat16 kernel takes 9 times as long backwards as float32 at 16 tokens (torch 2.13).
         in_float = query.dtype == torch.bfloat16 and query.device.type == "cpu"

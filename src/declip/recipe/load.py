@@ -167,6 +167,15 @@ def _source(tree: Mapping[str, Any]) -> Any:
     return data.get("source", default) if isinstance(data, Mapping) else default
 
 
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a tree's values."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:

@@ -251,12 +251,13 @@ class FineTuning(Section):
     head_warmup_steps: int = Field(0, ge=0, description="number of first steps that train only the new parameters")
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
 
-    @model_validator(mode="after")
-    def _has_weights(self) -> Self:
+    def changed(self) -> list[str]:
+        """Names of the keys, other than `pretrained`, that are not at their defaults."""
         given = sorted(self.model_fields_set - {"pretrained"})
-        changed = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
-        if self.pretrained is None and changed:
-            raise ValueError(f"finetune.{changed[0]} needs pretrained weights; give finetune.pretrained too")
+        return [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+
+    @model_validator(mode="after")
+    def _lora_freezes_blocks(self) -> Self:
         for name in ("freeze_image_blocks", "freeze_text_blocks"):
             if self.lora is not None and getattr(self, name) not in (0, "all"):
                 raise ValueError(f"finetune.lora freezes all blocks; finetune.{name} is 0 or all then")
@@ -364,6 +365,14 @@ class Recipe(Section):
             raise ValueError(
                 "train.length_buckets above 1 leaves padding out, and late_interaction.include_padding wants it; "
                 "set one of them back"
+            )
+        tunes_text = self.text.hf_model is not None and self.text.pretrained
+        of_text = {"text_lr_scale", "freeze_text_blocks", "layer_decay", "head_warmup_steps", "lora"}
+        wrong = [name for name in self.finetune.changed() if not (tunes_text and name in of_text)]
+        if self.finetune.pretrained is None and wrong:
+            also = ", or a pretrained text.hf_model" if wrong[0] in ("text_lr_scale", "freeze_text_blocks") else ""
+            raise ValueError(
+                f"finetune.{wrong[0]} needs pretrained weights; give finetune.pretrained too{also}, or leave it out"
             )
         clashes = {"ema_decay": train.ema_decay, "compile": train.compile, "strategy": train.strategy == "fsdp"}
         clash = next((name for name, value in clashes.items() if value), None)

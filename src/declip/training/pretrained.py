@@ -57,11 +57,13 @@ class Pretrained:
     story: str
 
     def keep(self, folder: Path, recipe: Recipe) -> None:
-        """Write what was taken into the run folder, beside and renamed; `declip.load` reads it.
+        """Write what `finetune.pretrained` gave into the run folder, beside and renamed; `declip.load` reads it.
 
         Raises:
             UserError: no space left, or no permission.
         """
+        if not self.taken:
+            return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.taken.items()}
         metadata = {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
         try:
@@ -71,24 +73,29 @@ class Pretrained:
             raise UserError(f"Cannot write '{folder / KEPT}': {error}. Make room, or choose another --out.") from error
 
 
-def apply_pretrained(start: Start, recipe: Recipe, model: DualEncoder, objective: Objective) -> Pretrained:
-    """Put weights into a model and its heads, and freeze and pace what they filled as the recipe says.
+def apply_pretrained(
+    start: Start | None, recipe: Recipe, model: DualEncoder, objective: Objective
+) -> Pretrained | None:
+    """Put weights into a model and its heads, and freeze and pace what is pretrained as the recipe says.
 
     Args:
-        start: See `load_pretrained`.
+        start: See `load_pretrained`. A pretrained text encoder has weights of its own.
         recipe: Fitted to it by `Start.fit`.
         model, objective: Built from that recipe; changed in place.
 
     Returns:
-        What was taken. What the weights do not hold stays random, is never frozen, and learns at the recipe's rate.
+        What was taken; None where all weights are random. What the weights do not hold stays random, is never frozen,
+        and learns at the recipe's rate.
 
     Raises:
         UserError: the weights are not those of the model, or more is to be frozen than there is.
     """
     tune = recipe.finetune
-    taken = _place_model(start, model)
+    taken = _place_model(start, model) if start is not None else set()
     came = taken | _of_encoder(recipe, model)
-    heads = _place_heads(start, objective)
+    if not came:
+        return None
+    heads = _place_heads(start, objective) if start is not None else set()
     kept = prefixed("model", {name: model.state_dict()[name].clone() for name in taken})
     kept |= prefixed("objective", {name: objective.state_dict()[name].clone() for name in heads})
     places = depths(model)
@@ -100,7 +107,10 @@ def apply_pretrained(start: Start, recipe: Recipe, model: DualEncoder, objective
     if tune.lora is not None:
         added = _add_adapters(model, tune, tune.lora, came)
         paces |= {f"0.{name}": _pace(name, tune, places, waits) for name in added}
-    return Pretrained(kept, paces, start.whole, _story(start, taken, heads, new, tune))
+    where = start.where if start is not None else str(recipe.text.hf_model)
+    story = _story(where, len(taken or came), len(heads), new, tune)
+    rates = " and ".join(_rates(model, tower, paces, recipe.train.lr) for tower in (IMAGE, TEXT))
+    return Pretrained(kept, paces, start is not None and start.whole, f"{story} Peak learning rates: {rates}.")
 
 
 def _place_model(start: Start, model: DualEncoder) -> set[str]:
@@ -179,10 +189,10 @@ def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, came: set[st
     frozen = {IMAGE: tune.freeze_image_blocks, TEXT: tune.freeze_text_blocks}
     towers = [tower for tower in (IMAGE, TEXT) if frozen[tower] != "all" and _came(tower, came)]
     new = {name for name, _ in model.named_parameters()} - came
-    freeze(model, [name for name in came if name.startswith(tuple(towers))])
     Adapters(model, lora, towers)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(MARK in name or name in new or parameter.requires_grad)
+    freeze(model, [name for name, parameter in model.named_parameters() if not parameter.requires_grad])
     return [name for name, _ in model.named_parameters() if MARK in name]
 
 
@@ -199,10 +209,20 @@ def _came(tower: str, taken: set[str]) -> bool:
     return any(name.startswith(tower) for name in taken)
 
 
-def _story(start: Start, taken: set[str], heads: set[str], new: list[str], tune: FineTuning) -> str:
+def _story(where: str, towers: int, heads: int, new: list[str], tune: FineTuning) -> str:
     named = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
     waits = "; nothing is new, so nothing waits for heads" if tune.head_warmup_steps and not new else ""
     return (
-        f"Weights of '{start.where}': {len(taken)} tensors of the towers and {len(heads)} of heads taken over; "
+        f"Weights of '{where}': {towers} tensors of the towers and {heads} of heads taken over; "
         f"new: {', '.join(named) or 'nothing'}{waits}."
     )
+
+
+def _rates(model: DualEncoder, tower: str, paces: Mapping[str, LrMultiplier], peak: float) -> str:
+    """Say at which rates a tower's pretrained and new parameters learn."""
+    own = [(f"0.{name}", p.requires_grad) for name, p in model.named_parameters() if name.startswith(tower)]
+    factors = [paces[name].factor for name, learns in own if learns and name in paces]
+    said = [f"{peak * factor:.2g}" for factor in sorted({min(factors), max(factors)})] if factors else ["frozen"]
+    parts = [" to ".join(said)] if any(name in paces for name, _ in own) else []
+    parts += [f"{peak:.2g} (new)"] if any(learns and name not in paces for name, learns in own) else []
+    return f"{tower[:-1].replace('_', ' ')} {', '.join(parts)}"

@@ -81,7 +81,7 @@ class Trainer:
         self.model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
         self.objective = Objective(recipe, self.model).to(self.device)
         self.plan = plan_of(recipe)
-        self.begun = apply_pretrained(start, recipe, self.model, self.objective) if start is not None else None
+        self.begun = apply_pretrained(start, recipe, self.model, self.objective)
         if recipe.train.channels_last:
             self.model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.learner = build_learner(recipe, self.model, self.objective)
