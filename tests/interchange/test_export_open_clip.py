@@ -92,7 +92,7 @@ def test_open_clip_reads_a_text_encoder_of_transformers(
 
 @pytest.mark.parametrize(
     ("keys", "said"),
-    [({"text.pooling": "end"}, "pools at .*end"), ({"text.projection_bias": True}, "bias after its text projection")],
+    [({"text.pooling": "eos"}, "pools at .*eos"), ({"text.projection_bias": True}, "bias after its text projection")],
 )
 def test_a_text_encoder_that_open_clip_has_no_words_for_is_refused(
     keys: dict[str, Any], said: str, tmp_path: Path

@@ -48,7 +48,7 @@ def states(folder: Path, tokens: torch.Tensor, padding: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-@pytest.mark.parametrize("pooling", ["auto", "first", "mean", "end"])
+@pytest.mark.parametrize("pooling", ["auto", "cls", "mean", "eos"])
 def test_features_are_transformers_own_pooled_and_projected(folders: dict[str, Path], kind: str, pooling: str) -> None:
     model = model_of(folders[kind], pooling=pooling, projection_bias=True).double()
     tower, tokens = model.text_tower, model.tokenize(CAPTIONS)
@@ -78,7 +78,7 @@ def test_auto_pools_as_a_sentence_encoder_says(tmp_path: Path, mode: str | None,
     folder = bert(tmp_path / "bert")
     (folder / "1_Pooling").mkdir()
     older = {"word_embedding_dimension": 32, **{f"pooling_mode_{each}": each == mode for each in MODES}}
-    newer = {"embedding_dimension": 32, "pooling_mode": {"first": "cls", "end": "lasttoken"}.get(expected, expected)}
+    newer = {"embedding_dimension": 32, "pooling_mode": {"cls": "cls", "eos": "lasttoken"}.get(expected, expected)}
     for config in (older, newer, {**newer, "pooling_mode": [newer["pooling_mode"]]}):
         (folder / "1_Pooling/config.json").write_text(json.dumps(config))
         model = model_of(folder)
@@ -86,7 +86,7 @@ def test_auto_pools_as_a_sentence_encoder_says(tmp_path: Path, mode: str | None,
         assert torch.equal(model.encode_text(tokens), model_of(folder, pooling=expected).encode_text(tokens))
         kept = encoder_kept_in(model.state_dict(), model.recipe, folder)  # type: ignore[arg-type]
         assert DualEncoder.from_recipe(model.recipe, kept).text_tower.pooling == expected  # type: ignore[arg-type]
-        assert model_of(folder, pooling="first").text_tower.pooling == "first"
+        assert model_of(folder, pooling="cls").text_tower.pooling == "cls"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_features_do_not_depend_on_the_padding(folders: dict[str, Path], kind: s
     wider = torch.nn.functional.pad(tokens, (0, 24 - tokens.shape[1]), value=model.tokenizer.padding)
     assert wider.shape[1] > tokens.shape[1]
     alone = model.tokenize("blue")[:, : len(model.tokenizer.encode("blue"))]
-    for model.text_tower.pooling in ("first", "mean", "end"):
+    for model.text_tower.pooling in ("cls", "mean", "eos"):
         torch.testing.assert_close(model.encode_text(wider), model.encode_text(tokens), rtol=0, atol=1e-5)
         torch.testing.assert_close(model.encode_text(alone), model.encode_text(tokens)[1:], rtol=0, atol=1e-5)
 

@@ -51,7 +51,7 @@ CLOSE = 1e-4
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 """Kinds of text encoders that open_clip 3.3 builds, of those that ours has."""
 
-POOLERS = {"first": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
+POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
 USAGE = """
 import open_clip, torch
