@@ -1,4 +1,4 @@
-"""Build the synonym table that text augmentation uses, from WordNet's own files.
+"""Build the synonym table that text augmentation uses, from WordNet's own files: every form of every word.
 
     python benchmarks/build_synonyms.py /usr/share/wordnet
 
@@ -7,14 +7,14 @@ has it. The same files give the same bytes. Formats: WordNet's manual pages wndb
 """
 
 import argparse
-import gzip
+import lzma
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from declip.data.text.synonyms import Table
+from inflection import DETACHMENTS, Form, Irregular, detach, inflect
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "declip" / "data" / "assets"
 PARTS = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
@@ -47,6 +47,13 @@ CRUDE = frozenset(_CRUDE_WORDS.split())
 
 SPELLING = re.compile(r"[A-Za-z]{2}[A-Za-z'_-]*")
 UNPRONOUNCEABLE = re.compile(r"[b-df-hj-np-tv-xz]+")  # "ft", but "TV" is a word
+
+# A reading of a word counts only when it is more than a third as likely as the likeliest one.
+LEAST_SHARE = 1 / 3
+# Captions name things, the tagged prose that the counts come from tells stories. So "leaves" is rather a noun
+# than a verb, and "glasses", with an entry of its own, rather what one wears than more than one glass.
+FINITE_VERB = 0.2
+OWN_PLURAL = 2.0
 
 
 Chosen = dict[tuple[str, str], tuple[int, list[str]]]  # (lemma, part of speech) -> (uses, synonyms)
@@ -192,8 +199,77 @@ class Chooser:
                 yield word
 
 
+class Reading(NamedTuple):
+    """What a written word may be: a form of a lemma, with that lemma's synonyms."""
+
+    form: Form
+    lemma: str
+    synonyms: list[str]
+    likelihood: float
+
+
+class Lexicon:
+    """What written words may be, and their synonyms in the same form.
+
+    Args:
+        chosen: The lemmas.
+        exceptions: (part of speech, irregular form, lemma).
+    """
+
+    def __init__(self, chosen: Chosen, exceptions: list[tuple[str, str, str]]) -> None:
+        self.irregular = Irregular(exceptions)
+        self._parts: defaultdict[str, dict[str, tuple[int, list[str]]]] = defaultdict(dict)
+        for (lemma, part), entry in sorted(chosen.items()):
+            self._parts[lemma][part] = entry
+
+    def words(self) -> Iterator[str]:
+        """All words that may have a reading: lemmas, their irregular forms, and the regular ones; some twice."""
+        yield from self._parts
+        yield from self.irregular.words()
+        for lemma, parts in self._parts.items():
+            for part in parts:
+                for ending, instead, _ in DETACHMENTS.get(part, ()):
+                    if lemma.endswith(instead):
+                        yield lemma[: len(lemma) - len(instead)] + ending
+
+    def readings(self, word: str) -> list[Reading]:
+        """List what a word in lower case may be, without the unlikely.
+
+        A verb or adjective that is a lemma, or an irregular form, is not also taken apart by rule: "seed" is
+        not the past of "see". A noun is: "clocks" is a plant, but rather more than one clock.
+        """
+        found = [
+            Reading(form, lemma, synonyms, (count + 1) * weight)
+            for form, lemma, (count, synonyms), weight in self._forms(word)
+        ]
+        least = LEAST_SHARE * max((reading.likelihood for reading in found), default=0)
+        return [reading for reading in found if reading.likelihood > least]
+
+    def _forms(self, word: str) -> Iterator[tuple[Form, str, tuple[int, list[str]], float]]:
+        own = self._parts.get(word, {})
+        for part, entry in own.items():
+            weight = OWN_PLURAL if part == "n" and word.endswith("s") else 1.0
+            yield "base", word, entry, FINITE_VERB if part == "v" else weight
+        irregular = self.irregular.lemmas(word)
+        settled = {*(part for part in own if part != "n"), *(part for part, _, _ in irregular)}
+        regular = dict.fromkeys(row for row in detach(word) if row[0] not in settled)
+        for part, form, lemma in (*irregular, *regular):
+            if entry := self._parts.get(lemma, {}).get(part):
+                yield form, lemma, entry, FINITE_VERB if form == "third" else 1.0
+
+    def synonyms(self, word: str) -> list[str]:
+        """List what may stand in a word's place, in the word's form, the most frequent sense's first."""
+        found: dict[str, None] = {}
+        for reading in sorted(self.readings(word), key=lambda reading: -reading.likelihood):
+            for synonym in reading.synonyms:
+                inflected = inflect(synonym, reading.form, self.irregular)
+                if inflected is not None and word not in (synonym.lower(), inflected.lower()):
+                    found[inflected] = None
+        return list(found)
+
+
 def build(folder: Path) -> str:
-    """Make the table's text; its form is described at `declip.data.text.synonyms.Table`."""
+    """Make the table's text: a word a line, then, after an empty line, the synonyms of each, joined by "|"."""
     chooser = Chooser(read_synsets(folder), read_senses(folder))
     chosen: Chosen = {}
     for lemma, part in chooser.senses:
@@ -201,20 +277,12 @@ def build(folder: Path) -> str:
             chosen[lemma, part] = chooser.choose(lemma, part)
     # A lemma without synonyms is kept where it keeps another reading of the same word away.
     exceptions = sorted(set(read_exceptions(folder)))
-    full = Table(_text({key: entry for key, entry in chosen.items() if entry[1]}, exceptions))
+    full = Lexicon({key: entry for key, entry in chosen.items() if entry[1]}, exceptions)
     kept = {key: entry for key, entry in chosen.items() if entry[1] or entry[0] or full.readings(key[0])}
     heads = {word.lower() for _, words in chosen.values() for phrase in words for word in phrase.split(" ")}
-    exceptions = [row for row in exceptions if (row[2], row[0]) in kept or row[2] in heads]
-    title = "# Derived from WordNet 3.0, Copyright 2006 by Princeton University; see LICENSE.wordnet.txt\n"
-    return title + _text(kept, exceptions)
-
-
-def _text(chosen: Chosen, exceptions: list[tuple[str, str, str]]) -> str:
-    fields = defaultdict(list)
-    for (lemma, part), (count, words) in sorted(chosen.items()):
-        fields[lemma].append(f"{part}{count} {'|'.join(words)}".rstrip())
-    entries = ["\t".join([lemma, *parts]) for lemma, parts in fields.items()]
-    return "\n".join([*entries, "", *("\t".join(row) for row in exceptions)]) + "\n"
+    lexicon = Lexicon(kept, [row for row in exceptions if (row[2], row[0]) in kept or row[2] in heads])
+    words = sorted({word for word in lexicon.words() if lexicon.readings(word)})
+    return "\n".join([*words, "", *("|".join(lexicon.synonyms(word)) for word in words)])
 
 
 def read_licence(folder: Path) -> str:
@@ -230,8 +298,10 @@ def main() -> None:
     parser.add_argument("wordnet", type=Path, help="folder with WordNet 3.0's dict files")
     folder = parser.parse_args().wordnet
     text = build(folder)
-    packed = gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0)
-    (ASSETS / "synonyms.txt.gz").write_bytes(packed)
+    # Nearly half the size that gzip gives; text is told by these settings.
+    settings = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}
+    packed = lzma.compress(text.encode("utf-8"), filters=[settings])
+    (ASSETS / "synonyms.txt.xz").write_bytes(packed)
     (ASSETS / "LICENSE.wordnet.txt").write_text(read_licence(folder), encoding="utf-8")
     print(f"{len(text.splitlines()):,} lines, {len(packed):,} bytes")
 

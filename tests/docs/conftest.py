@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,10 +23,7 @@ from declip.app.gallery import Gallery
 from declip.app.web import VIEWS, build
 from declip.comparison import arms, worker
 from declip.comparison import runner as compare
-from declip.data.emoji import DESIGNS, EMOJI, IMAGES
-from declip.data.emoji_build import SCHEMA
-from declip.data.picture_build import write_record
-from declip.data.picture_cache import TABLE
+from declip.data.builtin.emoji import DESIGNS, EMOJI
 from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
 from declip.evaluation.prompt_sets import PromptSet, read_prompts
@@ -84,22 +79,20 @@ def small(recipe: Recipe) -> Recipe:
 def write_emoji(cache: Path) -> None:
     """A cache of 24 concepts by all designers, four of them held out, laid as `declip data prepare` does."""
     folder = EMOJI.folder(cache)
-    folder.mkdir(parents=True)
     rows, pixels = [], []
     for design in DESIGNS:
         for number, (color, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
             code, name = f"{FIRST + number:x}", f"{color} {shape}"
             rows.append(
                 {
-                    "key": f"{design.key}/{code}", "image": len(pixels), "design": design.key, "drawing": name,
+                    "key": f"{design.key}/{code}", "design": design.key, "drawing": name,
                     "code": code, "name": name, "category": shape, "group": shape, "held_out": color == COLOURS[-1],
                     "captions": [name, f"{shape} in {color}"], "keywords": [color, shape],
                 }
             )  # fmt: skip
             pixels.append(np.asarray(draw(color, shape, SIDE)))
-    np.save(folder / IMAGES, np.stack(pixels))
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / TABLE)
-    write_record(folder, {"layout": EMOJI.layout, "side": SIDE, "pairs": len(rows)}, "drawn for a test")
+    EMOJI.write(folder, zip(rows, pixels, strict=True))
+    EMOJI.seal(folder, {"side": SIDE, "pairs": len(rows)}, "drawn for a test")
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,18 @@
 import json
-import pickle
-import shutil
-import subprocess
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from declip.data import debian, stamps_build
-from declip.data.builtin import BUILTIN_SPLITS, BUILTINS, open_builtin, prepare
-from declip.data.debian import DebianPackage, Unpacked, unpacked
+from declip.data.builtin import BUILTIN_SPLITS, prepare
+from declip.data.builtin.fetch import FOLDER_VARIABLE
+from declip.data.builtin.pictures import MANIFEST, NOTICE, TABLE
+from declip.data.builtin.stamps import STAMPS, name_of
 from declip.data.pair import PairSource
-from declip.data.picture_cache import COLOUR, MANIFEST, NOTICE, TABLE
-from declip.data.sources.open import open_source
-from declip.data.stamps import SPLITS, STAMPS, open_stamps
-from declip.data.stamps_build import PACKAGE, SIDE, build_stamps
-from declip.data.stamps_read import KINDS, name_of
 from declip.errors import UserError
 
+PACKAGE, SIDE = STAMPS.packages, STAMPS.side
 COLOURS = ("red", "green", "blue", "white", "black")
 STAMPS_DRAWN = {
     "animals/marsupials/koala": "A koala.",
@@ -66,13 +60,12 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(root, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    notice = root / "usr/share/doc" / PACKAGE.name / "copyright"
-    build_stamps(Unpacked(root / PACKAGE.data, notice, "1.0"), STAMPS.folder(cache))
+    STAMPS.build(PACKAGE.unpacked(root, "1.0"), STAMPS.folder(cache))
     return cache
 
 
 def test_stamps_by_name(built):
-    source = open_stamps("stamps", built)
+    source = STAMPS.open("stamps", built)
     assert isinstance(source, PairSource)
     names = [source.class_names[label] for label in source.labels]
     assert source.class_names[:4] == ("Eve apple", "big car", "black car", "black hat")
@@ -94,14 +87,14 @@ def test_what_is_left_out(built):
 
 
 def test_photographs(built):
-    photos = {row["key"] for row in open_stamps("stamps-photos", built).rows}
+    photos = {row["key"] for row in STAMPS.open("stamps-photos", built).rows}
     assert {"animals/marsupials/koala", "vehicles/auto1"} <= photos
     # Drawn: a cartoon, one that an eye has found, one that was a vector, a letter.
     assert not photos & {"animals/birds/cartoon/tux", "food/pizza", "vehicles/auto0", "symbols/alphabets/a"}
 
 
 def test_kinds_have_two_parts_that_share_no_name(built):
-    train, test = (open_stamps(BUILTIN_SPLITS["stamps-kinds"][part], built) for part in ("train", "test"))
+    train, test = (STAMPS.open(BUILTIN_SPLITS["stamps-kinds"][part], built) for part in ("train", "test"))
     assert train.class_names == test.class_names == ("animal", "food", "piece of clothing", "plant", "vehicle")
     assert len(train) + len(test) == 26, "neither a letter nor a tooth is of a kind"
     for column in ("key", "name"):
@@ -113,7 +106,7 @@ def test_kinds_have_two_parts_that_share_no_name(built):
 
 
 def test_stamps_fill_the_square_over_white(built):
-    pixels = np.asarray(open_stamps("stamps", built)[2].image)
+    pixels = np.asarray(STAMPS.open("stamps", built)[2].image)
     assert pixels.shape == (SIDE, SIDE, 3)
     assert (pixels == pixels[0, 0]).all()
     assert pixels[0, 0, 0] == 200
@@ -141,94 +134,13 @@ def test_licence_and_version_are_kept(built):
     assert (folder / "licences" / PACKAGE.name / "copyright").read_text() == "GPL-2"
     assert "GPL-2" in (folder / NOTICE).read_text()
     assert {row["licence"] for row in pq.read_table(folder / TABLE).to_pylist()} == {"GPL-2"}
-    assert "GPL-2" in open_stamps("stamps", built).credit
-
-
-def test_pickled_and_opened_by_name(built, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE", str(built))
-    for name in SPLITS:
-        source = open_builtin(name)
-        again = pickle.loads(pickle.dumps(source))
-        assert again.name == f"builtin:{name}"
-        assert again[0].image.tobytes() == source[0].image.tobytes()
-    parts = {part for parts in BUILTIN_SPLITS.values() for part in parts.values()}
-    assert parts | set(BUILTIN_SPLITS) <= set(BUILTINS)
-    assert len(KINDS) == 13
-
-
-def test_damaged_or_missing(built, tmp_path, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"not there yet.*declip data prepare builtin:stamps"):
-        open_source("builtin:stamps-kinds")
-    shutil.copytree(built / "stamps", tmp_path / "stamps")
-    (tmp_path / "stamps" / COLOUR).write_bytes(b"")
-    with pytest.raises(UserError, match=r"images-colour\.bin has changed.*declip data prepare builtin:stamps"):
-        open_source("builtin:stamps")
+    assert "GPL-2" in STAMPS.open("stamps", built).credit
 
 
 def test_prepare_takes_the_folder_given(root, tmp_path, monkeypatch):
-    monkeypatch.setenv(debian.FOLDER_VARIABLE, str(root))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(root))
     folder = prepare("builtin:stamps-photos", tmp_path, progress=False)
     assert folder == tmp_path / "stamps"
-    built = []
-    monkeypatch.setattr(stamps_build, "build_stamps", lambda *arguments, **more: built.append(arguments))
-    prepare("stamps", tmp_path, progress=False)
-    assert not built, "made once"
-    monkeypatch.setenv(debian.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     with pytest.raises(UserError, match=r"DECLIP_DEBIAN is .*no 'usr/share/tuxpaint/stamps' below it"):
         prepare("stamps", tmp_path / "other", progress=False)
-
-
-SMALL = DebianPackage("some-data", "usr/share/some", "1 MB")
-
-
-@pytest.fixture
-def no_package(tmp_path, monkeypatch):
-    monkeypatch.delenv(debian.FOLDER_VARIABLE, raising=False)
-    monkeypatch.setattr(debian, "INSTALLED", tmp_path)
-    monkeypatch.setattr(debian.shutil, "which", lambda name: f"/bin/{name}")
-    return tmp_path
-
-
-def test_an_installed_package_is_found(no_package, monkeypatch):
-    (no_package / SMALL.data).mkdir(parents=True)
-    done = subprocess.CompletedProcess([], 0, "2.1-3", "")
-    monkeypatch.setattr(debian.subprocess, "run", lambda command, **_: done)
-    with unpacked(SMALL) as package:
-        assert package == Unpacked(no_package / SMALL.data, None, "2.1-3")
-
-
-def test_a_package_is_fetched_without_root(no_package, monkeypatch):
-    asked = []
-
-    def run(command, cwd=None, **_):
-        asked.append(command[:2])
-        if command[0] == "apt-get":
-            (cwd / "some-data_2.1_all.deb").write_text("")
-        elif command[1] == "-x":
-            (debian.Path(command[3]) / SMALL.data).mkdir(parents=True)
-        return subprocess.CompletedProcess(command, 0, "2.1", "")
-
-    monkeypatch.setattr(debian.subprocess, "run", run)
-    with unpacked(SMALL) as package:
-        assert package.data.is_dir()
-        assert package.version == "2.1"
-    assert not package.data.exists()
-    assert asked == [("apt-get", "download"), ("dpkg-deb", "-x"), ("dpkg-deb", "-f")]
-
-
-def test_what_apt_says_is_told(no_package, monkeypatch):
-    told = "W: unsandboxed\nE: Unable to locate package some-data\n"
-    monkeypatch.setattr(debian.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 100, "", told))
-    with pytest.raises(UserError) as caught, unpacked(SMALL):
-        pass
-    assert "Unable to locate package some-data. On Debian or Ubuntu, run `apt-get update`" in str(caught.value)
-    assert "unsandboxed" not in str(caught.value)
-
-
-def test_without_apt_the_message_says_what_to_do(no_package, monkeypatch):
-    monkeypatch.setattr(debian.shutil, "which", lambda name: None)
-    with pytest.raises(UserError) as caught, unpacked(SMALL):
-        pass
-    for part in ("no apt-get and no dpkg-deb", "apt-get install some-data", "set DECLIP_DEBIAN to the folder"):
-        assert part in str(caught.value)

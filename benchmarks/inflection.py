@@ -1,17 +1,17 @@
 """English inflection: from "riding" to the verb "ride", and from "drive" to "driving".
 
 Regular forms follow WordNet's rules of detachment (its manual page morphy) and their inverse; irregular ones
-come from WordNet's exception lists, which the synonym table carries.
+come from WordNet's exception lists.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 Form = Literal["base", "plural", "third", "ing", "past", "er", "est"]
 
 # part of speech (n, v, a) -> (ending, what replaces it, form)
-_DETACHMENTS: dict[str, tuple[tuple[str, str, Form], ...]] = {
+DETACHMENTS: dict[str, tuple[tuple[str, str, Form], ...]] = {
     "n": (
         ("s", "", "plural"),
         ("ses", "s", "plural"),
@@ -63,7 +63,7 @@ def detach(word: str) -> Iterator[tuple[str, Form, str]]:
     Yields:
         (part of speech, form, lemma) of every rule that applies; whether the lemma exists is not checked.
     """
-    for part, rules in _DETACHMENTS.items():
+    for part, rules in DETACHMENTS.items():
         for ending, instead, form in rules:
             if word.endswith(ending) and len(word) > len(ending) + 1 and not word.endswith("ss"):
                 yield part, form, word[: len(word) - len(ending)] + instead
@@ -83,6 +83,10 @@ class Irregular:
             form = _irregular_form(part, surface)
             self._lemmas[surface].append((part, form, lemma))
             self._surfaces[form, lemma].append(surface)
+
+    def words(self) -> Iterable[str]:
+        """List the irregular surface forms."""
+        return self._lemmas
 
     def lemmas(self, surface: str) -> Sequence[tuple[str, Form, str]]:
         """List (part of speech, form, lemma) that an irregular surface form stands for."""

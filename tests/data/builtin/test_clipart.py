@@ -1,22 +1,15 @@
 import json
-import pickle
-import shutil
 
 import numpy as np
 import pytest
 
-from declip.data import debian
-from declip.data.builtin import open_builtin, prepare
-from declip.data.clipart import CLIPART, open_clipart
-from declip.data.clipart_build import PACKAGE, SIDE, build_clipart
-from declip.data.clipart_read import also_stamps, file_words, title_words
-from declip.data.debian import Unpacked
+from declip.data.builtin import prepare
+from declip.data.builtin.clipart import CLIPART, also_stamps, file_words, title_words
+from declip.data.builtin.fetch import FOLDER_VARIABLE
+from declip.data.builtin.pictures import MANIFEST, NOTICE, TABLE
 from declip.data.pair import PairSource
-from declip.data.picture_cache import GREY, MANIFEST, NOTICE
-from declip.data.rendering import page_drawer
-from declip.data.sources.open import open_source
-from declip.errors import UserError
 
+PACKAGE, SIDE = CLIPART.packages, CLIPART.side
 HEAD = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:cc="http://web.resource.org/cc/" '
     'xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" '
@@ -58,6 +51,8 @@ def root(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(svg(title, size, colour, **licence), encoding="utf-8")
     (folder / "food/torn.svg").write_text("<svg")
+    latin = '<?xml version="1.0" encoding="latin-1"?>' + svg("Plum", 'width="744" height="1052"', "#abcdef")
+    (folder / "food/plum.svg").write_bytes(latin.replace(AUTHOR, "André").encode("latin-1"))
     (folder / "food/apple_copy.svg").symlink_to("pear.svg")
     stamp = sorted(also_stamps())[0]
     (folder / stamp).parent.mkdir(parents=True, exist_ok=True)
@@ -71,13 +66,12 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(root, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    notice = root / "usr/share/doc" / PACKAGE.name / "copyright"
-    build_clipart(Unpacked(root / PACKAGE.data, notice, "0.18"), CLIPART.folder(cache), page_drawer())
+    CLIPART.build(PACKAGE.unpacked(root, "0.18"), CLIPART.folder(cache))
     return cache
 
 
 def test_drawings_and_their_titles(built):
-    source = open_clipart("clipart", built)
+    source = CLIPART.open("clipart", built)
     assert isinstance(source, PairSource)
     titles = {row["key"]: row["title"] for row in source.rows}
     # Not: a title in another language, white on white, not public, series, links, broken files, stamps.
@@ -94,11 +88,12 @@ def test_drawings_and_their_titles(built):
     assert source.captions(0) == source[0].captions == ("bug",)
     assert source[0].keywords == ("fruit tree", "pear")
     assert source[2].keywords == ("fruit tree",)
-    assert json.loads((built / "clipart" / MANIFEST).read_text())["left_out"]["invisible"] == 1
+    left_out = json.loads((built / "clipart" / MANIFEST).read_text())["left_out"]
+    assert left_out == {"invisible": 1, "cannot be drawn": 1}, "a ghost, and a plum in Latin-1"
 
 
 def test_a_drawing_fills_the_square_wherever_it_lies_on_its_page(built):
-    source = open_clipart("clipart", built)
+    source = CLIPART.open("clipart", built)
     for index, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]):
         pixels = np.asarray(source[index].image)
         assert pixels.shape == (SIDE, SIDE, 3)
@@ -121,28 +116,12 @@ def test_licence_and_version_are_kept(built):
     assert manifest["pairs"] == 9
     assert (folder / "licences" / PACKAGE.name / "copyright").read_text() == "public domain"
     assert "public domain" in (folder / NOTICE).read_text().replace("\n", " ")
-    assert {(row["author"], row["licence"]) for row in open_clipart("clipart", built).rows} == {
+    assert {(row["author"], row["licence"]) for row in CLIPART.open("clipart", built).rows} == {
         (AUTHOR, "public domain")
     }
 
 
-def test_damaged_or_missing(built, tmp_path, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"not there yet.*declip data prepare builtin:clipart"):
-        open_source("builtin:clipart")
-    shutil.copytree(built / "clipart", tmp_path / "clipart")
-    (tmp_path / "clipart" / GREY).unlink()
-    with pytest.raises(UserError, match=r"FileNotFoundError.*declip data prepare builtin:clipart"):
-        open_source("builtin:clipart")
-
-
-def test_prepared_from_a_folder_and_pickled(root, tmp_path, monkeypatch):
-    monkeypatch.setenv(debian.FOLDER_VARIABLE, str(root))
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
-    assert prepare("builtin:clipart", progress=False) == tmp_path / "clipart"
-    source = open_builtin("clipart")
-    again = pickle.loads(pickle.dumps(source))
-    assert again.name == "builtin:clipart"
-    assert again[1].image.tobytes() == source[1].image.tobytes()
-    with pytest.raises(UserError, match="Known: clipart"):
-        open_clipart("clip", tmp_path)
+def test_prepared_from_a_folder(root, built, tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(root))
+    assert prepare("builtin:clipart", tmp_path, progress=False) == tmp_path / "clipart"
+    assert (tmp_path / "clipart" / TABLE).read_bytes() == (built / "clipart" / TABLE).read_bytes()

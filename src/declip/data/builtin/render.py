@@ -1,0 +1,85 @@
+"""Render an SVG document to a square image that the drawing fills, over white."""
+
+from collections.abc import Callable
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from declip.errors import UserError
+
+OVERSIZE = 2
+"""Drawn larger by this factor, so that cutting off the margins costs no sharpness."""
+
+INVISIBLE = 250
+"""A drawing whose darkest value is above this shows nothing on white, and is left out."""
+
+DOTS_PER_INCH = 90
+"""The inch of editors of the 2000s; pages in millimeters come from them."""
+
+LONGEST_SIDE = 4096
+"""Pixels. A drawing that takes less than a twentieth of its page stays a little blurred."""
+
+
+def renderer() -> Callable[..., bytes]:
+    """The SVG renderer, resvg.
+
+    Raises:
+        UserError: resvg-py is not installed.
+    """
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError as error:
+        raise UserError("resvg-py is needed once, to draw the pictures: `pip install resvg-py`.") from error
+    return svg_to_bytes
+
+
+def draw(svg: str, side: int = 0) -> Image.Image:
+    """Render an SVG document over white, at its own size or scaled to fit a square of `side` pixels."""
+    size = {"width": side, "height": side, "dpi": DOTS_PER_INCH} if side else {}
+    # Few drawings hold text, and looking through the system's fonts would take ten times as long as drawing.
+    png = renderer()(svg_string=svg, background="#ffffff", skip_system_fonts=True, **size)
+    with Image.open(BytesIO(bytes(png)), formats=["PNG"]) as image:
+        return image.convert("RGB")
+
+
+def rasterize(svg: str, side: int) -> np.ndarray:
+    """Render an SVG document whose drawing takes most of it: uint8 (side, side, 3)."""
+    return fill_square(draw(svg), side)
+
+
+def rasterize_page(svg: str, side: int) -> np.ndarray:
+    """Render a drawing that takes a part of its page only: drawn again, larger, when it comes out small.
+
+    Raises:
+        ValueError: The document cannot be drawn.
+    """
+    page = draw(svg, OVERSIZE * side)
+    if box := _inked_box(page):
+        longest = max(box[2] - box[0], box[3] - box[1])
+        if longest < side:
+            page = draw(svg, min(LONGEST_SIDE, max(page.size) * OVERSIZE * side // longest))
+    return fill_square(page, side)
+
+
+def fill_square(image: Image.Image, side: int) -> np.ndarray:
+    """Cut off the white margins and let the rest fill the square: uint8 (side, side, 3).
+
+    Designers leave margins of 1 to 35 % around their drawings. A model would be measured on these as much as on the
+    drawings, so all get the same: none.
+    """
+    if box := _inked_box(image):
+        part = image.crop(box)
+        longest = max(part.size)
+        image = Image.new("RGB", (longest, longest), "white")
+        image.paste(part, ((longest - part.width) // 2, (longest - part.height) // 2))
+    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+
+
+def _inked_box(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """Left, top, right and bottom of all that is not white; None where nothing is."""
+    inked = np.asarray(image).min(axis=2) <= INVISIBLE
+    if not inked.any():
+        return None
+    rows, columns = (np.flatnonzero(inked.any(axis=axis)) for axis in (1, 0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -1,0 +1,218 @@
+"""What all built-in sets share: how one is written, checked, made anew, opened and pickled."""
+
+import json
+import pickle
+import shutil
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from declip.data.builtin import BUILTIN_SPLITS, BUILTINS, open_builtin, pictures, prepare
+from declip.data.builtin.fetch import Package
+from declip.data.builtin.pictures import (
+    CHECKSUMS,
+    COLOR,
+    GRAY,
+    MANIFEST,
+    NOTICE,
+    TABLE,
+    BuiltinSet,
+    BuiltinSource,
+    Selection,
+)
+from declip.data.pair import PairSource
+from declip.data.sources.open import open_source
+from declip.errors import UserError
+
+SIDE = 8
+VALUES = {"gray": (9, 9, 9), "red": (200, 0, 0), "copy": (9, 9, 9), "white": (255, 255, 255), "blue": (0, 0, 200)}
+
+
+class FromFolder:
+    """A package that is there already; counts how often it is asked for."""
+
+    def __init__(self):
+        self.notice, self.asked = None, 0
+
+    @contextmanager
+    def fetched(self):
+        self.asked += 1
+        yield {"@some/package": Package(self.notice.parent, "1.2", (self.notice,))}
+
+
+class Plain(BuiltinSet):
+    """Squares of one color each, and one that is broken."""
+
+    name, layout, effort, side = "plain", 7, "no time", SIDE
+    packages = FromFolder()
+    splits = ("plain", "plain-classes")
+    needs_renderer = False
+    interrupted = False
+
+    def choose(self, packages):
+        return [{"key": key, "kind": key[0], "captions": [key], "keywords": []} for key in (*VALUES, "broken")]
+
+    def pixels(self, row, packages):
+        if self.interrupted and row["key"] == "blue":
+            raise KeyboardInterrupt
+        return None if row["key"] == "broken" else np.full((SIDE, SIDE, 3), VALUES[row["key"]], np.uint8)
+
+    def notice(self, packages, rows):
+        return f"{len(rows)} squares"
+
+    def select(self, split, table):
+        return Selection(table, "by nobody", "kind" if split == "plain-classes" else None)
+
+
+PLAIN = Plain()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    (tmp_path / "LICENSE").write_text("free")
+    monkeypatch.setattr(PLAIN.packages, "notice", tmp_path / "LICENSE")
+    monkeypatch.setattr(PLAIN.packages, "asked", 0)
+    PLAIN.prepare(tmp_path / "cache", progress=False)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("repeated", "kept", "left_out"), [
+    (False, ["gray", "red", "blue"], {"seen before": 1, "invisible": 1, "cannot be drawn": 1}),
+    (True, ["gray", "red", "copy", "blue"], {"invisible": 1, "cannot be drawn": 1}),
+])  # fmt: skip
+def test_what_is_written(cache, repeated, kept, left_out, monkeypatch):
+    monkeypatch.setattr(PLAIN, "keeps_repeated", repeated, raising=False)
+    folder = PLAIN.folder(cache)
+    shutil.rmtree(folder)
+    PLAIN.prepare(cache, progress=False)
+    source = PLAIN.open("plain", cache)
+    assert isinstance(source, PairSource)
+    assert [source.key(i) for i in range(len(source))] == kept
+    assert [source[i].image.getpixel((3, 3)) for i in range(len(source))] == [VALUES[key] for key in kept]
+    assert (folder / COLOR).stat().st_size == 2 * SIDE * SIDE * 3
+    assert (folder / GRAY).stat().st_size == (len(kept) - 2) * SIDE * SIDE, "a third of the room"
+    assert json.loads((folder / MANIFEST).read_text()) == {
+        "layout": 7,
+        "side": SIDE,
+        "pairs": len(kept),
+        "left_out": left_out,
+        "packages": {"@some/package": "1.2"},
+        "resvg_py": None,
+    }
+    assert (folder / NOTICE).read_text() == f"{len(kept)} squares"
+    assert (folder / "licenses/@some-package/LICENSE").read_text() == "free"
+
+
+def test_a_split_with_classes(cache):
+    source = PLAIN.open("plain-classes", cache)
+    assert (source.name, source.credit) == ("builtin:plain-classes", "by nobody")
+    assert source.class_names == ("b", "g", "r")
+    assert source.labels.tolist() == [1, 2, 0]
+    assert source.labels.dtype == np.int64
+    assert not hasattr(PLAIN.open("plain", cache), "labels")
+
+
+def test_a_source_is_pickled_without_its_images(cache):
+    source = PLAIN.open("plain-classes", cache)
+    content = pickle.dumps(source)
+    again = pickle.loads(content)
+    assert len(content) < 500
+    assert again[2].image.tobytes() == source[2].image.tobytes()
+    assert (again.name, again.labels.tolist()) == (source.name, source.labels.tolist())
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda f: flip(f / TABLE, 100), "pairs.parquet has changed"),
+        (lambda f: (f / GRAY).write_bytes((f / GRAY).read_bytes()[:-1]), "images-gray.bin has changed"),
+        (lambda f: (f / COLOR).unlink(), "FileNotFoundError"),
+        (lambda f: (f / TABLE).unlink(), "FileNotFoundError"),
+        (lambda f: (f / CHECKSUMS).unlink(), "FileNotFoundError"),
+        (lambda f: (f / CHECKSUMS).write_text("[]"), "AttributeError"),
+        (lambda f: (f / CHECKSUMS).write_text("{"), "JSONDecodeError"),
+        (lambda f: (f / MANIFEST).write_text("{"), "JSONDecodeError"),
+        (lambda f: (f / MANIFEST).write_text('{"layout": 0}'), "another version of declip"),
+        (lambda f: (f / "licenses/@some-package/LICENSE").write_text("mine"), "LICENSE has changed"),
+        (shutil.rmtree, "not there yet"),
+    ],
+)
+def test_damage_is_found_on_opening_and_repaired(cache, harm, reason):
+    harm(PLAIN.folder(cache))
+    with pytest.raises(UserError) as caught:
+        PLAIN.open("plain", cache)
+    assert reason in str(caught.value)
+    assert "Run `declip data prepare builtin:plain` (no time)" in str(caught.value)
+    PLAIN.prepare(cache, progress=False)
+    assert len(PLAIN.open("plain", cache)) == 3
+
+
+def test_prepare_builds_once_and_repairs_damage_inside_the_images(cache, capsys):
+    folder = PLAIN.folder(cache)
+    before = (folder / CHECKSUMS).read_text()
+    assert PLAIN.prepare(cache) == folder
+    assert (PLAIN.packages.asked, capsys.readouterr().err) == (1, "")
+    flip(folder / COLOR, 100)
+    assert len(PLAIN.open("plain", cache)) == 3
+    with pytest.raises(UserError, match=r"images-color\.bin has changed"):
+        PLAIN.check(folder, images_too=True)
+    PLAIN.prepare(cache)
+    assert PLAIN.packages.asked == 2
+    assert "drawing" in capsys.readouterr().err
+    assert (folder / CHECKSUMS).read_text() == before, "the same packages give the same files"
+
+
+def test_an_interrupted_build_leaves_what_was_there(cache, monkeypatch):
+    folder = PLAIN.folder(cache)
+    before = (folder / CHECKSUMS).read_text()
+    monkeypatch.setattr(PLAIN, "interrupted", True, raising=False)
+    with PLAIN.packages.fetched() as packages, pytest.raises(KeyboardInterrupt):
+        PLAIN.build(packages, folder)
+    PLAIN.check(folder, images_too=True)
+    assert (folder / CHECKSUMS).read_text() == before
+    shutil.rmtree(folder)
+    with PLAIN.packages.fetched() as packages, pytest.raises(KeyboardInterrupt):
+        PLAIN.build(packages, folder)
+    assert list(cache.iterdir()) == []
+
+
+def test_every_name_says_which_set_to_prepare(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
+    sets = {"emoji", "icons", "clipart", "stamps"}
+    assert sets <= set(BUILTINS)
+    for name in BUILTINS:
+        with pytest.raises(UserError) as caught:
+            open_source(f"builtin:{name}")
+        assert f"Run `declip data prepare builtin:{name.split('-')[0]}`" in str(caught.value)
+    parts = {part for parts in BUILTIN_SPLITS.values() for part in parts.values()}
+    assert parts | set(BUILTIN_SPLITS) <= set(BUILTINS)
+
+
+def test_names_are_looked_up(cache, monkeypatch):
+    monkeypatch.setitem(BUILTINS, "plain", PLAIN)
+    monkeypatch.setenv("DECLIP_CACHE", str(cache))
+    assert isinstance(open_builtin("builtin:plain"), BuiltinSource)
+    assert len(open_source("builtin:plain")) == 3
+    assert prepare("builtin:plain") == prepare("plain", cache) == cache / "plain"
+    with pytest.raises(UserError, match="Did you mean 'emoji-test'"):
+        prepare("builtin:emoji-tset", cache)
+    with pytest.raises(UserError, match="--out"):
+        prepare(str(cache))
+
+
+def test_the_renderer_is_asked_for_before_anything_is_fetched(cache, monkeypatch):
+    def missing():
+        raise UserError("resvg-py is needed")
+
+    monkeypatch.setattr(pictures, "renderer", missing)
+    monkeypatch.setattr(PLAIN, "needs_renderer", True, raising=False)
+    with pytest.raises(UserError, match="resvg-py"):
+        PLAIN.prepare(cache / "elsewhere")
+    assert PLAIN.packages.asked == 1
