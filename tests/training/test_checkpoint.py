@@ -373,9 +373,47 @@ def test_the_optimizer_goes_on_as_if_nothing_had_happened() -> None:
     reference = torch.optim.AdamW([whole], lr=0.1, fused=True)
     steps(reference, whole, 6)
     half = torch.nn.Parameter(torch.ones(3))
-    first = torch.optim.AdamW([half], lr=0.1, fused=True)
+    first, second = (torch.optim.AdamW([{"params": [half], "names": ["w"]}], lr=0.1, fused=True) for _ in range(2))
     steps(first, half, 3)
-    second = torch.optim.AdamW([half], lr=0.1, fused=True)
     checkpoints.load_optimizer(second, checkpoints.optimizer_tensors(first))
     steps(second, half, 3)
     assert torch.equal(whole, half)
+
+
+def stepped(*named: tuple[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer after a step, in one group for each parameter."""
+    optimizer = torch.optim.AdamW([{"params": [parameter], "names": [name]} for name, parameter in named])
+    for number, (_, parameter) in enumerate(named, start=1):
+        parameter.grad = torch.full_like(parameter, number)
+    optimizer.step()
+    return optimizer
+
+
+def test_moments_find_their_parameter_by_name() -> None:
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    tensors = checkpoints.optimizer_tensors(stepped(("model.a", a), ("model.b", b)))
+    assert {"model.a.exp_avg", "model.b.exp_avg_sq", "model.b.step"} < tensors.keys()
+    swapped = stepped(("model.b", b), ("model.a", a))
+    checkpoints.load_optimizer(swapped, tensors)
+    assert swapped.state[a]["exp_avg"].tolist() == pytest.approx([0.1] * 3)
+    assert swapped.state[b]["exp_avg"].tolist() == pytest.approx([0.2] * 3)
+
+
+@pytest.mark.parametrize(
+    "key", ["model.a.exp_avg", "model.a.exp_avg_sq", "0.exp_avg", "model.gone.exp_avg", "7.exp_avg"]
+)
+def test_a_moment_that_is_not_its_parameters_is_refused(key: str) -> None:
+    optimizer = stepped(("model.a", torch.nn.Parameter(torch.ones(3))))
+    with pytest.raises(UserError, match="--out"):
+        checkpoints.load_optimizer(optimizer, {key: torch.ones(2)})
+
+
+def test_moments_by_number_of_an_earlier_version_are_read_in_the_order_of_the_groups() -> None:
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    optimizer = stepped(("model.a", a), ("model.b", b))
+    tensors = checkpoints.optimizer_tensors(optimizer)
+    tensors |= {"model.a.exp_avg": torch.full((3,), 5.0), "model.b.exp_avg": torch.full((2,), 7.0)}
+    earlier = {key.replace("model.a", "0").replace("model.b", "1"): tensor for key, tensor in tensors.items()}
+    checkpoints.load_optimizer(optimizer, earlier)
+    assert optimizer.state[a]["exp_avg"].tolist() == [5.0] * 3
+    assert optimizer.state[b]["exp_avg"].tolist() == [7.0] * 2

@@ -108,7 +108,7 @@ def test_a_pretrained_encoder_is_paced_and_frozen_without_other_weights(table: P
             factor = 0.1 * 0.5 if name.startswith(encoder) else 1.0  # of two blocks the last is one below the top
             assert paces[id(parameter)] == LrMultiplier(factor), name
     before = state(trainer)
-    trainer.train(report=False)
+    trainer.train()
     still = before.keys() - moved(before, last(tmp_path / "run")) - {ENTRY}
     assert still == {name for name, depth in places.items() if name.startswith(encoder) and depth <= 1}
     assert trainer.begun is not None
@@ -144,7 +144,7 @@ def test_tuning_an_encoder_resumes_to_the_bit_without_its_folder(
         return save()
 
     stopped.save = save_and_stop  # type: ignore[method-assign]
-    assert not stopped.train(report=False).finished
+    assert not stopped.train().finished
     shutil.rmtree(folder)
     assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
     first, second = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")

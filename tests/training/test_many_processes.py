@@ -14,7 +14,7 @@ from conftest import TINY, WEIGHTS
 from declip.api import train
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import list_checkpoints, load_checkpoint
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, optimizer_tensors, save_checkpoint
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import HostGroup
@@ -98,6 +98,30 @@ def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(
     assert totals(tmp_path / "whole") == totals(tmp_path / "parts")
 
 
+DROPOUT = {"image": {**TINY["image"], "options": {**TINY["image"]["options"], "pos_drop_rate": 0.5}}}
+
+
+def drawn(keys: dict[str, Any], folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What dropout would draw first, and a weight."""
+    trainer = Trainer(of(keys), Path(folder), quiet=True)
+    return torch.rand(8), trainer.model.text_tower.token_embedding.weight.detach().clone()
+
+
+def test_ranks_draw_dropout_masks_of_their_own_and_resume_them(recipe: dict[str, Any], tmp_path: Path) -> None:
+    dropout = {**recipe, **DROPOUT}
+    one, two = in_processes(drawn, 2, tmp_path / "a", dropout, str(tmp_path / "drawn"))
+    assert torch.equal(one[1], two[1])
+    assert not torch.equal(one[0], two[0])
+    assert torch.equal(drawn(dropout, str(tmp_path / "alone"))[0], one[0]), "one process draws as it did"
+    keys, parts = {"checkpoint_every": 100}, str(tmp_path / "parts")
+    in_processes(_with(trained, keys), 2, tmp_path / "b", dropout, str(tmp_path / "whole"))
+    in_processes(_with(stopped, keys), 2, tmp_path / "c", dropout, parts, 3, 1)
+    in_processes(_with(trained, keys), 2, tmp_path / "d", dropout, parts, True)
+    whole, resumed = end_of(tmp_path / "whole"), end_of(tmp_path / "parts")
+    assert not torch.equal(whole["random.0.cpu"], whole["random.1.cpu"])
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 class _with:
     """A function with more keys, that forked processes can be given."""
 
@@ -108,18 +132,48 @@ class _with:
         return self.function(*arguments, **self.keys)
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches(
-    recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("by", "ranks", "then"), [("ddp", 2, 1), ("fsdp", 2, 1), ("fsdp", 1, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(
+    recipe: dict[str, Any], tmp_path: Path, by: str, ranks: int, then: int
 ) -> None:
     train(of(recipe), out=tmp_path / "one", quiet=True, report=False)
-    parts = tmp_path / "parts"
-    in_processes(_with(stopped, {"checkpoint_every": 100}), 2, tmp_path / "a", recipe, str(parts), 3, 0)
-    run = train(of(recipe), out=parts, resume=True, quiet=True, report=False)
-    assert run.finished
-    assert "2 processes, now there are 1" in caplog.text
+    parts, keys = tmp_path / "parts", {"parallel": by, "checkpoint_every": 100}
+    in_processes(_with(stopped, keys), ranks, tmp_path / "a", recipe, str(parts), 3, 0)
+    assert in_processes(_with(trained, keys), then, tmp_path / "b", recipe, str(parts), True) == [(8, True)] * then
     assert totals(parts) == pytest.approx(totals(tmp_path / "one"), rel=1e-3)
-    tags = [end_of(folder)["objective.queue.tags"] for folder in (parts, tmp_path / "one")]
-    assert torch.equal(*tags)
+    resumed, one = end_of(parts), end_of(tmp_path / "one")
+    assert torch.equal(resumed["objective.queue.tags"], one["objective.queue.tags"])
+    moments = {name for name in one if name.startswith("optimizer.")}
+    assert moments == {name for name in resumed if name.startswith("optimizer.")}
+    assert "optimizer.model.logit_scale.exp_avg" in moments
+    for name in moments:
+        # Before batch norm a bias has no gradient but rounding, so the scale has a floor.
+        floor, scale = 1e-10 if name.endswith("_sq") else 1e-5, one[name].abs().max().item()
+        torch.testing.assert_close(resumed[name], one[name], rtol=0, atol=0.02 * scale + floor, msg=name)
+
+
+@pytest.mark.parametrize(("by", "ranks", "reads"), [("fsdp", 1, True), ("fsdp", 2, False), ("ddp", 2, True)])
+def test_moments_by_number_are_read_where_their_order_is_certain(
+    recipe: dict[str, Any], tmp_path: Path, by: str, ranks: int, reads: bool
+) -> None:
+    trainer = Trainer(of(recipe, parallel=by, steps=2), tmp_path, quiet=True)
+    run = trainer.train()
+    found = load_checkpoint(list_checkpoints(run.folder)[-1])
+    named = dict(found.training)
+    numbers = {name: str(n) for n, name in enumerate(n for g in trainer.optimizer.param_groups for n in g["names"])}
+    for key in [key for key in named if key.startswith("optimizer.")]:
+        name, moment = key.removeprefix("optimizer.").rsplit(".", 1)
+        found.training[f"optimizer.{numbers[name]}.{moment}"] = found.training.pop(key)
+    found.extra["ranks"] = ranks
+    save_checkpoint(run.folder, found, keep=1)
+    if reads:
+        again = Trainer(of(recipe, parallel=by, steps=2), tmp_path, resume=True, quiet=True)
+        moments = optimizer_tensors(again.optimizer)
+        assert all(torch.equal(tensor, named[f"optimizer.{name}"]) for name, tensor in moments.items())
+        assert len(moments) == len(numbers) * 3
+    else:
+        with pytest.raises(UserError, match="Resume it on 2 processes"):
+            Trainer(of(recipe, parallel=by, steps=2), tmp_path, resume=True, quiet=True)
 
 
 def absent(patience: float, way: str) -> str:

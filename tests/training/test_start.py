@@ -399,3 +399,14 @@ def test_an_image_tower_alone_has_no_text_to_freeze(table: Path, tmp_path: Path)
             out=tmp_path / "r",
             quiet=True,
         )
+
+
+def test_the_recipe_for_fine_tuning_is_plain_contrast_and_warms_heads_up_for_a_quarter_at_most() -> None:
+    recipe = load_recipe("finetune", {"train.steps": 100})
+    assert recipe.loss_weights.active() == ("contrastive",)
+    assert recipe.head_warmup == 25
+    assert load_recipe("finetune").head_warmup == 200
+    assert recipe.finetune.image_lr_scale * recipe.train.lr == pytest.approx(1e-4)
+    assert (
+        recipe.views.image.color_jitter_prob == recipe.views.image.blur_prob == recipe.views.image.grayscale_prob == 0
+    )

@@ -9,16 +9,20 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import declip
 from conftest import TINY
 from declip.api import train
 from declip.errors import UserError
 from declip.interchange.declip_file import write_declip_file
+from declip.models.freezing import freeze, is_frozen
 from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import KEPT, read_rows
+from declip.training.batch_norm import HostSyncBatchNorm, _HostSyncBatchNormAct, synchronize
+from declip.training.monitor import read_rows
 from declip.training.optimizer import LrMultiplier
 from declip.training.schedule import group_lr, learning_rate
 from declip.training.trainer import Trainer
@@ -34,16 +38,44 @@ def test_towers_wait_while_new_heads_warm_up(table: Path, tmp_path: Path, start:
     file = tmp_path / "towers.safetensors"
     write_declip_file(declip.load(start, device="cpu"), file)  # type: ignore[arg-type]
     given = load_file(file)
-    recipe = tuned(table, file, {"checkpoint_every": 1, "keep": 9}, head_warmup_steps=4)
+    recipe = tuned(table, file, {"checkpoint_every": 1, "keep": 16, "steps": 16}, head_warmup_steps=4)
     trainer = Trainer(recipe, tmp_path / "run", quiet=True)
     heads = {name: tensor.clone() for name, tensor in trainer.objective.named_parameters()}
     trainer.train()
+    assert "Steps 1 to 4: " in (tmp_path / "run/log.txt").read_text()
     paths = {int(path.name.split("-")[1]): path for path in list_checkpoints(tmp_path / "run")}
     for step in (1, 4):
         found = load_checkpoint(paths[step])
         assert not moved(part("model", given), part("model", found.weights)), step
         assert moved(heads, part("objective", found.training)) == set(heads), step
     assert len(moved(part("model", given), part("model", load_checkpoint(paths[5]).weights))) > 40
+
+
+def test_a_warm_up_as_long_as_the_run_is_cut_to_a_quarter(table: Path, tmp_path: Path, start: Path) -> None:
+    file = tmp_path / "towers.safetensors"
+    write_declip_file(declip.load(start, device="cpu"), file)  # type: ignore[arg-type]
+    trainer = Trainer(tuned(table, file, head_warmup_steps=200), tmp_path / "run", quiet=True)
+    before = state(trainer)
+    trainer.train()
+    assert len(moved(before, last(tmp_path / "run"))) > 40
+    said = (tmp_path / "run/log.txt").read_text()
+    assert "Steps 1 to 2 (" in said
+    assert "finetune.head_warmup_steps=200" in said
+
+
+def test_statistics_rest_while_the_towers_wait_for_the_heads(table: Path, tmp_path: Path, conv_start: Path) -> None:
+    file = tmp_path / "towers.safetensors"
+    write_declip_file(declip.load(conv_start, device="cpu"), file)  # type: ignore[arg-type]
+    keys = {"checkpoint_every": 1, "keep": 9, "evaluate_every": 1}
+    trainer = Trainer(tuned(table, file, keys, head_warmup_steps=2), tmp_path / "run", quiet=True)
+    before = state(trainer)
+    trainer.train()
+    first, second, third = (load_checkpoint(path) for path in list_checkpoints(tmp_path / "run")[:3])
+    assert not moved(before, part("model", first.weights))
+    assert not moved(before, part("model", second.weights))
+    statistics = {name for name in before if "running" in name or "tracked" in name}
+    assert len(statistics) > 10
+    assert moved(before, part("model", third.weights)) >= statistics
 
 
 @pytest.mark.parametrize(("image", "text"), [(2, 0), (0, 3), ("all", 1), ("all", "all")])
@@ -112,6 +144,23 @@ def test_frozen_parts_drop_nothing_though_the_rest_does(table: Path, tmp_path: P
                 hook.remove()
         same = [torch.equal(first, second) for first, second in zip(*passes, strict=True)]
         assert same == ([True, True, True] if asked == "all" else [True, False, False])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_frozen_batch_norm_stays_frozen_when_the_others_are_synchronized(device: str) -> None:
+    model = build("conv")
+    freeze(model, [name for name, depth in depths(model).items() if name.startswith(IMAGE) and depth <= 1])
+    frozen = {name for name, module in model.named_modules() if is_frozen(module)}
+    every = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    assert 0 < len(frozen) < len(every)
+    synchronize(model, torch.device(device))
+    model.train()
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    assert norms.keys() == every
+    assert {name for name, norm in norms.items() if is_frozen(norm)} == frozen
+    assert {name for name, norm in norms.items() if not norm.training} == frozen
+    kinds = (torch.nn.SyncBatchNorm, HostSyncBatchNorm, _HostSyncBatchNormAct)
+    assert {name for name, norm in norms.items() if isinstance(norm, kinds)} >= every - frozen
 
 
 def test_depths_count_stem_blocks_and_what_follows() -> None:
@@ -218,7 +267,7 @@ def test_lora_drops_out_in_both_towers_and_only_in_training(table: Path, tmp_pat
     """The mean over masks is what evaluation gives, for the fused attention map too; a trained run loads."""
     tune = {"lora": {"rank": 2, "dropout": 0.5}}
     trainer = Trainer(tuned(table, start, {"steps": 4}, **tune), tmp_path, quiet=True)
-    trainer.train(report=False)
+    trainer.train()
     for found, trained in zip(
         features(declip.load(tmp_path, device="cpu")), features(trainer.model.eval()), strict=True
     ):

@@ -77,6 +77,18 @@ def test_a_resumed_run_equals_one_never_interrupted(table: Path, tmp_path: Path,
     same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_measuring_on_the_way_changes_nothing_that_dropout_draws(table: Path, tmp_path: Path) -> None:
+    tree = recipe_for(table, "clip", log_every=1).model_dump()
+    tree["image"]["options"]["pos_drop_rate"] = 0.5
+    tree["evaluation"]["retrieval"] = [str(table)]
+    runs = []
+    for every in (0, 2):
+        tree["train"]["evaluate_every"] = every
+        runs.append(train(Recipe.model_validate(tree), out=tmp_path / str(every), quiet=True, report=False))
+    assert len(runs[1].evaluations) > len(runs[0].evaluations) > 0
+    assert [row["total"] for row in runs[0].metrics] == [row["total"] for row in runs[1].metrics]
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_bits(table: Path, tmp_path: Path) -> None:
     """SIGKILL at moments spread over the run, checkpoint writing included, until it gets through."""
@@ -259,6 +271,9 @@ def test_a_bad_step_may_be_left_out_and_changes_nothing(
     assert not all(torch.equal(third.weights[key], fourth.weights[key]) for key in third.weights)
     assert third.extra["bad_steps"] == [2]
     assert "1 of at most 1" in (tmp_path / "log.txt").read_text()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows if row["total"] is None] == [3]
+    assert train(recipe, out=tmp_path, resume=True, quiet=True).report.is_file()
 
 
 def test_more_bad_steps_than_allowed_end_the_run(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

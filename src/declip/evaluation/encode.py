@@ -220,6 +220,7 @@ def encode_images(
         batch_size=batch,
         num_workers=workers,
         collate_fn=_Collate(model),
+        generator=torch.Generator(),  # else it draws from the one that dropout in a training run draws from
     )
     kept: list[int] = []
     captions: list[tuple[str, ...]] = []

@@ -248,7 +248,9 @@ class FineTuning(Section):
         0, description="number of lowest image blocks to freeze, stem included; all: the whole tower (LiT)"
     )
     freeze_text_blocks: Count | Literal["all"] = Field(0, description="number of lowest text blocks to freeze, or all")
-    head_warmup_steps: int = Field(0, ge=0, description="number of first steps that train only the new parameters")
+    head_warmup_steps: int = Field(
+        0, ge=0, description="number of first steps that train only new parameters; at most a quarter"
+    )
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
 
     def changed(self) -> list[str]:
@@ -381,6 +383,11 @@ class Recipe(Section):
         if self.views.image_count == 1 and self.views.contrastive_view:
             raise ValueError("views.contrastive_view needs two other views; set views.image_count to 2")
         return self
+
+    @property
+    def head_warmup(self) -> int:
+        """Number of steps that train only the new parameters: a quarter of `train.steps` at most."""
+        return min(self.finetune.head_warmup_steps, self.train.steps // 4)
 
     @property
     def active_losses(self) -> dict[str, float]:

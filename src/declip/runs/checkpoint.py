@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ class Checkpoint:
     Attributes:
         step: Number of steps done.
         weights: "model.…" (and "average.…") tensors: the towers; what `declip.load` reads.
-        training: "objective.…", "optimizer.…" and "random.…" tensors: heads, queue, moments, generators; of several
-            ranks "random.cpu.0", "random.cpu.1" and so on.
+        training: "objective.…", "optimizer.…" and "random.…" tensors: heads, queue, moments by parameter name, and the
+            generators of each rank, "random.0.cpu" and so on.
         recipe: The resolved recipe as YAML.
         extra: JSON values: versions, counts of skipped pairs.
     """
@@ -192,18 +192,53 @@ def part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments and step counts, named by parameter number; rates and decay come from the recipe."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
+    """The moments and step counts by parameter name; rates and decay come from the recipe."""
+    names = _parameters(optimizer)
+    state = {name: optimizer.state[parameter] for name, parameter in names.items() if parameter in optimizer.state}
+    return {f"{name}.{moment}": tensor for name, values in state.items() for moment, tensor in values.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put the moments back."""
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    place: Callable[[Tensor, Tensor], Tensor] = lambda _, tensor: tensor,
+) -> None:
+    """Put the moments back.
+
+    Args:
+        optimizer: Its groups hold the "names" of their parameters, see `build_optimizer`.
+        tensors: As `optimizer_tensors` gives them, whole; or by the parameter's number in the order of the groups, as
+            the first version wrote them.
+        place: Gives a moment the layout of its parameter.
+
+    Raises:
+        UserError: a moment belongs to no parameter, or has another shape than its parameter.
+    """
+    parameters = _parameters(optimizer)
+    numbers = {name: number for number, name in enumerate(parameters)}
+    by_number = {str(number): name for name, number in numbers.items()}
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = tensor
+        name, moment = key.rsplit(".", 1)
+        name = by_number.get(name, name)
+        parameter = parameters.get(name)
+        shape = "nothing" if parameter is None else tuple(parameter.shape)
+        if parameter is None or (moment != "step" and tensor.shape != parameter.shape):
+            raise UserError(
+                f"The checkpoint's moment '{key}' has shape {tuple(tensor.shape)}, and the optimizer has {shape} under "
+                "that name: the checkpoint is of another model. Start a run in another folder with --out."
+            )
+        state.setdefault(numbers[name], {})[moment] = place(parameter, tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The parameters by name, in the order of the groups, by which torch counts them."""
+    return {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
 
 
 def _host_copies(tensors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> dict[str, Tensor]:

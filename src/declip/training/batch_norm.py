@@ -6,22 +6,25 @@ from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from declip.models.freezing import is_frozen
 from declip.training import distributed
 
 
 def synchronize(module: nn.Module, device: torch.device) -> None:
     """Make every batch norm inside a module one over all ranks, in place; names and values stay.
 
-    On CUDA it is torch's `SyncBatchNorm`; torch has none for a CPU, there it is `HostSyncBatchNorm`.
+    On CUDA it is torch's `SyncBatchNorm`; torch has none for a CPU, there it is `HostSyncBatchNorm`. Frozen ones stay
+    what they are: they take no statistics of a batch.
     """
-    if device.type == "cuda":
-        convert_sync_batchnorm(module)
-        return
-    for each in module.modules():
-        if isinstance(each, BatchNormAct2d):
-            each.__class__ = _HostSyncBatchNormAct
-        elif isinstance(each, _BatchNorm):
-            each.__class__ = HostSyncBatchNorm
+    for name, child in list(module.named_children()):
+        if not isinstance(child, _BatchNorm):
+            synchronize(child, device)
+        elif is_frozen(child):
+            continue
+        elif device.type == "cuda":
+            setattr(module, name, convert_sync_batchnorm(child))
+        else:
+            child.__class__ = _HostSyncBatchNormAct if isinstance(child, BatchNormAct2d) else HostSyncBatchNorm
 
 
 class HostSyncBatchNorm(_BatchNorm):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -177,7 +178,20 @@ class NullMonitor(Monitor):
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(_line(row))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A row as JSON, which has no NaN and no infinity: they are null."""
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_rows(path: Path, last_step: int) -> None:
@@ -185,5 +199,5 @@ def _keep_rows(path: Path, last_step: int) -> None:
         return
     rows = [row for row in read_rows(path) if row["step"] <= last_step]
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.write_text("".join(map(_line, rows)), encoding="utf-8")
     partial.replace(path)

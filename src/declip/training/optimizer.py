@@ -34,11 +34,11 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim >= 2 and not name.endswith(UNDECAYED)
 
 
-def named_trainable(*modules: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """All parameters that learn, named by module number and path, in a fixed order."""
+def named_trainable(model: nn.Module, objective: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """All parameters that learn, named "model.…" and "objective.…", in a fixed order."""
     return [
-        (f"{index}.{name}", parameter)
-        for index, module in enumerate(modules)
+        (f"{part}.{name}", parameter)
+        for part, module in (("model", model), ("objective", objective))
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     ]
@@ -55,17 +55,22 @@ def build_optimizer(
         paces: By the same names; the others follow the recipe's rate.
 
     Returns:
-        The optimizer; each group holds its "pace", by which `declip.training.schedule.paced` sets its rate.
+        The optimizer; each group holds its "pace", by which `declip.training.schedule.paced` sets its rate, and the
+        "names" of its parameters, by which checkpoints keep their moments.
     """
-    groups: dict[tuple[bool, bool, LrMultiplier], list[nn.Parameter]] = {
-        (d, False, LrMultiplier()): [] for d in (True, False)
-    }
+    groups: dict[tuple[bool, bool, LrMultiplier], list[tuple[str, nn.Parameter]]]
+    groups = {(decayed, False, LrMultiplier()): [] for decayed in (True, False)}
     for name, parameter in named:
         kind = (decays(name, parameter), isinstance(parameter, DTensor), (paces or {}).get(name, LrMultiplier()))
-        groups.setdefault(kind, []).append(parameter)
+        groups.setdefault(kind, []).append((name, parameter))
     return torch.optim.AdamW(
         [
-            {"params": group, "weight_decay": train.weight_decay if decayed else 0.0, "pace": pace}
+            {
+                "params": [parameter for _, parameter in group],
+                "names": [name for name, _ in group],
+                "weight_decay": train.weight_decay if decayed else 0.0,
+                "pace": pace,
+            }
             for (decayed, _, pace), group in groups.items()
             if group
         ],

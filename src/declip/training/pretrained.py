@@ -7,7 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import declip
 from declip.errors import UserError
@@ -102,15 +103,26 @@ def apply_pretrained(
     new = [name for name, _ in model.named_parameters() if name not in came]
     new += [f"objective.{name}" for name, _ in objective.named_parameters() if name not in heads]
     _freeze(model, tune, places, came)
-    waits = tune.head_warmup_steps > 0 and bool(new)
-    paces = {f"0.{name}": _pace(name, tune, places, waits) for name, _ in model.named_parameters() if name in came}
+    waits = recipe.head_warmup > 0 and bool(new)
+    paces = {f"model.{name}": _pace(name, tune, places, waits) for name, _ in model.named_parameters() if name in came}
     if tune.lora is not None:
         added = _add_adapters(model, tune, tune.lora, came)
-        paces |= {f"0.{name}": _pace(name, tune, places, waits) for name in added}
+        paces |= {f"model.{name}": _pace(name, tune, places, waits) for name in added}
     where = start.where if start is not None else str(recipe.text.hf_model)
     story = _story(where, len(taken or came), len(heads), new, tune)
     rates = " and ".join(_rates(model, tower, paces, recipe.train.lr) for tower in (IMAGE, TEXT))
     return Pretrained(kept, paces, start is not None and start.whole, f"{story} Peak learning rates: {rates}.")
+
+
+def waiting_norms(model: DualEncoder, paces: Mapping[str, LrMultiplier]) -> list[nn.Module]:
+    """The batch norms whose parameters wait for the heads: their statistics rest as long, or they would drift apart."""
+    waiting = {name for name, pace in paces.items() if pace.waits}
+    found: list[nn.Module] = []
+    for name, module in model.named_modules():
+        own = {f"model.{name}.{each}" for each, _ in module.named_parameters(recurse=False)}
+        if isinstance(module, _BatchNorm) and own and own <= waiting:
+            found.append(module)
+    return found
 
 
 def _place_model(start: Start, model: DualEncoder) -> set[str]:
@@ -220,7 +232,7 @@ def _story(where: str, towers: int, heads: int, new: list[str], tune: FineTuning
 
 def _rates(model: DualEncoder, tower: str, paces: Mapping[str, LrMultiplier], peak: float) -> str:
     """Say at which rates a tower's pretrained and new parameters learn."""
-    own = [(f"0.{name}", p.requires_grad) for name, p in model.named_parameters() if name.startswith(tower)]
+    own = [(f"model.{name}", p.requires_grad) for name, p in model.named_parameters() if name.startswith(tower)]
     factors = [paces[name].factor for name, learns in own if learns and name in paces]
     said = [f"{peak * factor:.2g}" for factor in sorted({min(factors), max(factors)})] if factors else ["frozen"]
     parts = [" to ".join(said)] if any(name in paces for name, _ in own) else []

@@ -34,7 +34,7 @@ def group_lr(rate: float, step: int, pace: LrMultiplier, head_warmup_steps: int,
         rate: The recipe's at that step.
         step: Counted from 0.
         pace: The group's.
-        head_warmup_steps: The recipe's `finetune.head_warmup_steps`.
+        head_warmup_steps: See `Recipe.head_warmup`.
         train: The recipe's section.
     """
     if not pace.waits:

@@ -69,11 +69,15 @@ def restore(trainer: Trainer, found: checkpoints.Checkpoint) -> None:
     load_full_state(trainer.model, checkpoints.part("model", found.weights))
     load_full_state(trainer.objective, checkpoints.part("objective", found.training))
     moments = checkpoints.part("optimizer", found.training)
-    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    checkpoints.load_optimizer(
-        trainer.optimizer,
-        {name: shard_like(parameters[int(name.split(".", 1)[0])], tensor) for name, tensor in moments.items()},
-    )
+    ranks = int(found.extra.get("ranks", 1))
+    sharded = trainer.recipe.train.strategy == "fsdp" and (ranks > 1) != (distributed.world_size() > 1)
+    if sharded and any(name.split(".")[0].isdecimal() for name in moments):
+        raise UserError(
+            f"The checkpoint of step {found.step} in '{trainer.folder}' is of a version that numbered the optimizer's "
+            f"moments, in another order on several processes than on one. Resume it on {ranks} "
+            f"{'process' if ranks == 1 else 'processes'}; checkpoints that are written then resume on any number."
+        )
+    checkpoints.load_optimizer(trainer.optimizer, moments, shard_like)
     if trainer.average is not None:
         trainer.average.module.load_state_dict(checkpoints.part("average", found.weights))
         trainer.average.n_averaged.copy_(found.training["averaged_steps"])
@@ -101,8 +105,13 @@ def _restore_generators(trainer: Trainer, found: checkpoints.Checkpoint) -> None
     if not states:
         states = checkpoints.part("random", found.training) if ranks == 1 and number == 0 else {}
     if "cpu" not in states:
-        torch.manual_seed(trainer.recipe.seed + 7919 * (number + 1) + found.step)
+        seed_rank(trainer.recipe.seed, found.step)
         return
     torch.set_rng_state(states["cpu"])
     if trainer.device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], trainer.device)
+
+
+def seed_rank(seed: int, step: int) -> None:
+    """Give torch's generators of this rank a stream of their own, so that no two ranks draw the same dropout masks."""
+    torch.manual_seed(seed + 7919 * (distributed.rank() + 1) + step)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
@@ -35,10 +35,10 @@ from declip.training.monitor import Monitor, NullMonitor
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner, core
 from declip.training.precision import resolve_precision
-from declip.training.pretrained import apply_pretrained, load_pretrained
+from declip.training.pretrained import apply_pretrained, load_pretrained, waiting_norms
 from declip.training.schedule import group_lr, learning_rate
 from declip.training.setup import averaged, build_loader, open_training_source, plan_of
-from declip.training.state import capture, restore
+from declip.training.state import capture, restore, seed_rank
 from declip.training.step import StepParts, training_step
 from declip.training.stopping import STOP, TRY_AGAIN, stopping_politely
 from declip.training.supply import ThroughputMonitor, free_cores
@@ -91,6 +91,8 @@ class Trainer:
         self.optimizer = build_optimizer(
             named_trainable(self.model, self.objective), recipe.train, self.begun.paces if self.begun else None
         )
+        if not self.leads:  # the first goes on with the stream of the weights, as one process does
+            seed_rank(recipe.seed, 0)
         self.skipped, self.step = SkipCounter(), 0
         self.bad_steps = NonFiniteGuard(recipe.train.max_nonfinite_steps, self.device)
         self.writer = CheckpointWriter(folder, recipe.train.keep_checkpoints)
@@ -114,6 +116,10 @@ class Trainer:
         loader = self._loader_at(self.step)
         loader.skipped, loader.seen = self.skipped, self.step * self.recipe.train.batch_size
         return loader
+
+    @cached_property
+    def _waiting_norms(self) -> list[nn.Module]:
+        return waiting_norms(self.model, self.begun.paces) if self.begun is not None else []
 
     def _loader_at(self, step: int) -> PairLoader:
         return build_loader(self.recipe, self.source, self.model, step, self.workers)
@@ -187,7 +193,10 @@ class Trainer:
                 self.loader.count(meeting.total, list(itertools.chain(*meeting.notes)))
             rate = learning_rate(self.step, train)
             for group in self.optimizer.param_groups:
-                group["lr"] = group_lr(rate, self.step, group["pace"], self.recipe.finetune.head_warmup_steps, train)
+                group["lr"] = group_lr(rate, self.step, group["pace"], self.recipe.head_warmup, train)
+            if self.step <= self.recipe.head_warmup:
+                for norm in self._waiting_norms:
+                    norm.train(self.step == self.recipe.head_warmup)
             values: dict[str, Tensor] = {}
             if meeting.usable:  # else its pairs were broken: nothing is learnt, and nothing logged
                 values = training_step(self.parts, batch, meeting)
@@ -355,8 +364,20 @@ class Trainer:
             torch.get_num_threads(),
         )
         if self.begun is not None:
-            learn = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]) / 1e6
-            log.info("%s %.1f M parameters learn.", self.begun.story, learn)
+            log.info("%s %s", self.begun.story, self._who_learns_when())
+
+    def _who_learns_when(self) -> str:
+        groups, until = self.optimizer.param_groups, self.recipe.head_warmup
+        learn = sum(p.numel() for group in groups for p in group["params"]) / 1e6
+        waiting = sum(p.numel() for group in groups if group["pace"].waits for p in group["params"]) / 1e6
+        if not waiting:
+            return f"{learn:,.2f} M parameters learn in every step."
+        asked = self.recipe.finetune.head_warmup_steps
+        cut = "" if until == asked else f" (a quarter of train.steps, since finetune.head_warmup_steps={asked} is more)"
+        return (
+            f"Steps 1 to {until}{cut}: only what is new learns, {learn - waiting:,.2f} M parameters. From step "
+            f"{until + 1} on what came with the weights learns too: {learn:,.2f} M."
+        )
 
     def _ask_to_stop(self, number: int) -> None:
         self.stop_asked, self._signal = True, number
