@@ -7,7 +7,7 @@ from declip.data.batch import Draw, PairBatch, Photometric
 from declip.data.pair import BrokenPair
 from declip.errors import UserError
 
-PLAIN = Draw(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5)
+PLAIN = Draw(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5, 1)
 
 
 def parts(pairs: int = 3, length: int = 8, **other) -> dict:

@@ -1,25 +1,24 @@
-import json
+import csv
+import io
 from pathlib import Path
 
 import pytest
 
-from conftest import draw
+from data.tars import picture, write_tar
 from declip.data.exclude import Dropped, find_dropped, read_drop_list, write_drop_list
 from declip.data.prepare import prepare_source
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 @pytest.fixture
 def twice(tmp_path: Path) -> Path:
-    """Four pairs of three pictures: the second and the third share theirs."""
-    rows = []
-    for name, caption in (("a", "one"), ("b", "two"), ("b", "wrong"), ("c", "four")):
-        draw("red", "bar").save(tmp_path / f"{name}.png")
-        rows.append({"image": f"{name}.png", "caption": caption})
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    """Four pairs with three keys: the second and the third share theirs."""
+    rows = (("a", "one"), ("b", "two"), ("b", "wrong"), ("c", "four"))
+    members = [(f"{n}.{end}", c) for n, said in rows for end, c in (("png", picture(1)), ("txt", said.encode()))]
+    return write_tar(tmp_path / "t.tar", members)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -28,6 +27,17 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     rows = [(key, place, "duplicate", 0.5, "a caption, with comma") for place, key in enumerate(odd)]
     path.write_text(write_drop_list(rows), encoding="utf-8", newline="")
     assert read_drop_list(path) == [Dropped(key, place, "duplicate") for place, key in enumerate(odd)]
+
+
+def test_no_cell_is_a_formula_and_all_are_read_back(tmp_path: Path) -> None:
+    cells = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "'=1", "''-1", "'plain'"]
+    text = write_drop_list((cell, place, cell, -0.5, cell) for place, cell in enumerate(cells))
+    written = list(csv.reader(io.StringIO(text, newline="")))[1:]
+    assert all(row[column][0] == "'" for row in written for column in (0, 2, 4))
+    (tmp_path / "drop.csv").write_text(text, encoding="utf-8", newline="")
+    found = read_drop_list(tmp_path / "drop.csv")
+    assert [row.key for row in found] == cells
+    assert [row.reason for row in found][:4] == cells[:4]
 
 
 @pytest.mark.parametrize(
@@ -63,25 +73,25 @@ def test_a_wrong_list_is_refused(tmp_path: Path, content: bytes, said: str) -> N
 
 def test_a_place_tells_pairs_of_one_picture_apart_and_a_key_alone_means_all(twice: Path) -> None:
     source = open_source(twice)
-    assert find_dropped(source, [Dropped("b.png", 2, "x")]).reasons == {2: "x"}
-    assert find_dropped(source, [Dropped("b.png")]).reasons.keys() == {1, 2}
-    moved = find_dropped(source, [Dropped("c.png", 0), Dropped("gone.png", 9)])
+    assert find_dropped(source, [Dropped("t.tar/b", 2, "x")]).reasons == {2: "x"}
+    assert find_dropped(source, [Dropped("t.tar/b")]).reasons.keys() == {1, 2}
+    moved = find_dropped(source, [Dropped("t.tar/c", 0), Dropped("gone.png", 9)])
     assert moved.reasons.keys() == {3}
     assert moved.missing == ["gone.png"]
 
 
 def test_pairs_on_the_list_are_left_out_and_counted_by_reason(twice: Path, tmp_path: Path) -> None:
-    (tmp_path / "drop.csv").write_text("key,place,reason\nb.png,2,image and caption disagree\nc.png,,by hand\n")
+    (tmp_path / "drop.csv").write_text("key,place,reason\nt.tar/b,2,image and caption disagree\nt.tar/c,,by hand\n")
     made = prepare_source(twice, tmp_path / "out", drop=tmp_path / "drop.csv", workers=0)
     assert made.pairs == 2
     assert made.skipped.counts == {"image and caption disagree": 1, "by hand": 1}
-    assert "Left out: 1 × image and caption disagree, such as b.png" in made.summary()
+    assert "Left out: 1 × image and caption disagree, such as t.tar/b" in made.summary()
     kept = open_source(tmp_path / "out")
     assert [kept.captions(place) for place in range(len(kept))] == [("one",), ("two",)]
 
 
 def test_another_list_is_refused_in_the_same_folder_and_the_same_goes_on(twice: Path, tmp_path: Path) -> None:
-    (tmp_path / "drop.txt").write_text("a.png\n")
+    (tmp_path / "drop.txt").write_text("t.tar/a\n")
     prepare_source(twice, tmp_path / "out", drop=tmp_path / "drop.txt", workers=0)
     prepare_source(twice, tmp_path / "out", drop=tmp_path / "drop.txt", workers=0)
     with pytest.raises(UserError, match="drop was"):

@@ -96,7 +96,7 @@ def test_every_order_of_the_jitter_occurs_and_matters():
     assert len(counts) == 24
     assert all(binomtest(count, 4800, 1 / 24).pvalue > 1e-4 for count in counts.values())
     image = colors(4)[:1, 3:]
-    strong = Draw(1.6, 0.5, 1.7, 0.3, (0, 1, 2, 3), True, False, 0.0)
+    strong = Draw(1.6, 0.5, 1.7, 0.3, (0, 1, 2, 3), True, False, 0.0, 6)
     results = [
         maker.finish(image, Photometric.stack([[strong._replace(order=order)]]))
         for order in ((0, 1, 2, 3), (3, 2, 1, 0))

@@ -79,7 +79,7 @@ def assert_same(given: list[PairBatch], expected: list[PairBatch]) -> None:
     assert len(given) == len(expected)
     for one, other in zip(given, expected, strict=True):
         ours, theirs = content(one), content(other)
-        assert len(ours) == 14
+        assert len(ours) == 15
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert [str(broken) for broken in one.skipped] == [str(broken) for broken in other.skipped]

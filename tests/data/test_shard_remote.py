@@ -63,6 +63,16 @@ def test_urls_are_read_as_files_are(memory, copies, word):
     assert not list(copies.glob("*.partial"))
 
 
+def test_signed_urls(memory, copies):
+    signed = "memory://set/00002.tar?X-Amz-Credential=a/b&X-Amz-Signature=c"
+    memory.pipe_file("/set/00002.tar?X-Amz-Credential=a/b&X-Amz-Signature=c", memory.cat_file("/set/00002.tar"))
+    source = open_source(signed)
+    assert all_captions(source) == EXPECTED[6:15]
+    assert source[0].key == "00002.tar/000000006"
+    with pytest.raises(UserError, match="signature"):
+        open_source(signed.replace("00002", "00009"))
+
+
 def test_files_by_url(tmp_path, copies):
     folder = write_shards(tmp_path / "origin", SIZES)
     assert all_captions(open_source(f"file://{folder}/{{00000..00003}}.tar")) == EXPECTED

@@ -147,7 +147,13 @@ def test_captions_of_text_and_json(tmp_path):
             ("noending", b"no pair"),
             (".jpg", b"no key"),
             ("__MACOSX/._a.jpg", b"no key"),
-            ("o.seg.png", b"no pair"),
+            ("a.seg.png", b"part of a pair"),
+            ("IMG_1.2.jpg", picture(1)),
+            ("IMG_1.2.txt", b"passed over"),
+            ("a.2.png", picture(1)),
+            ("a.2.txt", b"passed over"),
+            ("o.2.png", picture(1)),
+            ("o.2.html", b"no pair"),
         ],
     )
     assert [source.captions(i) for i in range(5)] == [
@@ -156,7 +162,7 @@ def test_captions_of_text_and_json(tmp_path):
     assert source[3].keywords == ("x", "y z")
     assert [reason_of(source, i) for i in range(5, len(source))] == [
         "missing caption", "missing caption", "empty caption", "unreadable JSON", "unreadable JSON", "invalid text",
-        "missing image", "unreadable image", "unreadable JSON",
+        "missing image", "unreadable image", "unreadable JSON", "dot in key", "dot in key", "dot in key",
     ]  # fmt: skip
 
 
@@ -167,7 +173,17 @@ def test_a_key_may_lie_in_pieces_and_come_again(tmp_path):
     assert [source.captions(i)[0] for i in range(4)] == ["0", "1", "2", "again"]
     assert source[3].image.getpixel((0, 0)) == (9, 0, 7)
     assert (source[1].key, source[3].key) == ("one.tar/in/1", "one.tar/in/1")
-    assert (len(source), reason_of(source, 4)) == (5, "missing caption")
+    assert len(source) == 4
+
+
+@pytest.mark.parametrize("endings", [("png", "jpg"), ("jpg", "png"), ("WEBP", "jpeg", "png"), ("bmp", "webp")])
+def test_of_several_images_of_a_key_open_clips_first_is_read(tmp_path, endings):
+    members = [(f"a.{ending}", picture(place)) for place, ending in enumerate(endings)]
+    source = one(tmp_path, [*members, ("a.txt", b"said"), *members, ("a.txt", b"again")])
+    order = ["jpg", "png", "jpeg", "webp", "bmp"]
+    first = min(range(len(endings)), key=lambda place: order.index(endings[place].lower()))
+    assert source[0].image.getpixel((0, 0))[0] == first
+    assert [source.captions(i) for i in range(len(source))] == [("said",), ("again",)]
 
 
 def test_names_that_would_leave_a_folder_are_only_names(tmp_path):

@@ -1,9 +1,13 @@
 """Tables of pairs: paths, columns, broken rows, and what JSONL and CSV may hold."""
 
+import csv
+import io
 import json
 import pickle
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -136,14 +140,35 @@ def test_tables_that_are_not_there_or_no_tables(folder):
     assert "Its columns: 'a.png', 'a cat'" in message(folder / "t.csv")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_one_image_are_one_pair(folder, kind):
+    rows = ["b.png|first", "|lost", "a.png|second", "b.png|third", "b.png|first", "a.png| ", "|lost too"]
+    source = TableSource(write(folder / f"t.{kind}", [tuple(row.split("|")) for row in rows]))
+    assert [source.captions(i) for i in range(len(source))] == [
+        ("first", "third"),
+        ("lost",),
+        ("second",),
+        ("lost too",),
+    ]
+    assert [source.key(0), source[2].key] == ["b.png", "a.png"]
+    assert reason_of(source, 1) == reason_of(source, 3) == "missing image"
+
+
+def test_many_tables_are_refused_by_the_way_to_name_them(folder):
+    (folder / "set/data").mkdir(parents=True)
+    for number in range(2):
+        write(folder / f"set/data/{number}.parquet", [("a.png", "x")])
+    words = (f"{folder}/set", f"{folder}/set/data/*.parquet", "https://example.org/0.parquet")
+    assert all("data.source=[" in message(word) for word in words)
+
+
 # JSONL
 
 
-def test_jsonl_rows_are_found_across_blank_lines_and_blocks(folder, monkeypatch):
-    monkeypatch.setattr(table_rows, "SCAN", 7)
-    rows = [{"image": "a.png", "caption": f"n {i}" + "é" * i} for i in range(20)]
+def test_jsonl_rows_are_found_across_blank_lines(folder):
+    rows = [{"image": f"{i}.png", "caption": f"n {i}" + "é" * i} for i in range(20)]
     text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (folder / "t.jsonl").write_text(text.replace("\n\n", "\r\n\n", 3), encoding="utf-8")
+    (folder / "t.jsonl").write_text(text.replace("\n\n", "\r\n\n  \t \n\r\r\n", 3), encoding="utf-8")
     source = TableSource(folder / "t.jsonl")
     assert len(source) == 20
     assert [source.captions(i)[0] for i in range(20)] == [f"n {i}" + "é" * i for i in range(20)]
@@ -152,14 +177,14 @@ def test_jsonl_rows_are_found_across_blank_lines_and_blocks(folder, monkeypatch)
 def test_jsonl_rows_of_every_kind(folder):
     lines = [
         b'{"image": "a.png", "caption": ["one", "", "two", "one"]}',
-        b'{"image": "a.png"}',
+        b'{"image": "b.png"}',
         b'{"caption": "x"}',
-        b'{"image": "a.png", "caption": 5}',
+        b'{"image": "./a.png", "caption": 5}',
         b'{"image": {"bytes": ""}, "caption": "x"}',
         b'{"image": "a.png", "caption": "caf\xe9"}',
         b'{"image": "a.png", "caption": "half"',
         b'["a.png", "x"]',
-        b'{"image": "a.png", "caption": "\\ud83d"}',
+        b'{"image": "././a.png", "caption": "\\ud83d"}',
         b"[" * 100_000,
     ]
     (folder / "t.jsonl").write_bytes(b"\n".join(lines))
@@ -184,7 +209,7 @@ def test_jsonl_rows_of_every_kind(folder):
 
 def test_jsonl_row_without_end(folder, monkeypatch):
     monkeypatch.setattr(table_rows, "LONGEST_ROW", 1000)
-    rows = [("a.png", "good"), ("a.png", "x" * 1000)]
+    rows = [("a.png", "good"), ("b.png", "x" * 1000)]
     assert reason_of(TableSource(write(folder / "t.jsonl", rows)), 1) == "unreadable row"
 
 
@@ -204,25 +229,11 @@ def test_the_authors_list_reads_as_it_is(folder):
 # CSV, TSV
 
 
-@pytest.mark.parametrize(("kind", "mark"), [("csv", ","), ("tsv", "\t")])
-def test_rows_of_one_image_are_one_pair(folder, kind, mark):
-    rows = ["b.png|first", "a.png|second", "b.png|third", "|lost", "b.png|first", "a.png| ", "|lost too"]
-    text = "image|caption\n" + "\n".join(rows)
-    (folder / f"t.{kind}").write_text(text.replace("|", mark))
-    source = TableSource(folder / f"t.{kind}")
-    assert [source.captions(i) for i in range(len(source))] == [
-        ("first", "third"),
-        ("second",),
-        ("lost",),
-        ("lost too",),
-    ]
-    assert source[0].key == "b.png"
-    assert reason_of(source, 2) == reason_of(source, 3) == "missing image"
-
-
-def test_merged_captions_keep_the_order_of_the_file(folder):
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_captions_keep_the_order_of_the_file(folder, kind):
     rows = [("abc"[i * 7 % 3] + ".png", str(i)) for i in range(300)]
-    source = TableSource(write(folder / "t.csv", rows))
+    source = TableSource(write(folder / f"t.{kind}", rows))
+    assert len(source) == 3
     assert [source[i].key for i in range(3)] == ["a.png", "b.png", "c.png"]
     assert source.captions(1) == tuple(str(i) for i in range(300) if i * 7 % 3 == 1)
 
@@ -259,9 +270,55 @@ def test_csv_that_is_not_utf8_breaks_the_rows_not_the_table(folder):
     assert source[2].captions == ("good",)
 
 
-def test_csv_with_a_quote_that_never_ends(folder):
-    text = 'image,caption\na.png,good\nb.png,"lost\n' + "c.png,x\n" * 9000
-    (folder / "t.csv").write_text(text)
+@pytest.mark.parametrize(
+    ("head", "rows", "place"),
+    [
+        ("image,caption", ["a.png,good", 'b.png,"lost', *["c.png,x"] * 9], "row 3, character 7"),
+        ("image,caption", ['a.png,"two\nlines"', 'b.png,"lost', 'c.png,said "so"', "b.png,x"], "row 3, character 7"),
+        ("image,caption", ['a.png,"lost', 'b.png,"there" she said'], "row 2, character 7"),
+        ("image,caption", ['a.png,"hello, you', "b.png,x", 'c.png,and so on"', "b.png,x"], "row 2, character 7"),
+        ("caption,image", ['"hello,a.png', 'and so on",b.png', "x,c.png"], "row 2, character 1"),
+    ],
+)
+def test_csv_whose_quote_would_swallow_rows(folder, head, rows, place):
+    (folder / "t.csv").write_text("\n".join(["\ufeff" + head, *rows, ""]))
+    assert place in message(folder / "t.csv")
+
+
+@pytest.mark.parametrize(
+    "cell", ['"a cat,\nblack, on a mat\nby b.png"', '"one\r\n\r\ntwo ""x"""', '5" wide', '"so" she said', '"x"', '""']
+)
+def test_csv_quotes_that_swallow_nothing(folder, cell):
+    content = f'\ufeff"image","caption"\na.png,{cell}\nb.png,"y"\nc.png,"z"'
+    (folder / "t.csv").write_bytes(content.encode())
+    rows = list(csv.reader(io.StringIO(content.removeprefix("\ufeff"), newline="")))[1:]
     source = TableSource(folder / "t.csv")
-    assert [source.captions(0), len(source)] == [("good",), 2]
-    assert reason_of(source, 1) == "caption too long"
+    assert [source[i].captions if i or cell != '""' else ("",) for i in range(3)] == [
+        (" ".join(caption.split()),) for _, caption in rows
+    ]
+
+
+def test_tsv_without_quotes_is_read_as_it_stands(folder):
+    captions = [
+        '"so" she said', '"lost', 'and "so" on"', '"all of it"', '"says ""it"" twice"', '5" wide', '"', '"x" and "y"',
+        '"he said', 'she said"', '""empty" first', '"two\nlines"', "good",
+    ]  # fmt: skip
+    expected = [*captions[:3], "all of it", 'says "it" twice', *captions[5:11], "two lines", "good"]
+    text = "caption\timage\n" + "".join(f"{caption}\t{i}.png\n" for i, caption in enumerate(captions))
+    (folder / "t.tsv").write_text(text)
+    source = TableSource(folder / "t.tsv")
+    assert [source.captions(i) for i in range(len(source))] == [(caption,) for caption in expected]
+    assert [source.key(i) for i in range(len(source))] == [f"{i}.png" for i in range(len(captions))]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_two_columns_of_one_name(folder, kind):
+    columns = ["image", "caption", "caption"]
+    table = pa.Table.from_arrays([pa.array(["a.png"])] * 3, names=columns)
+    if kind == "csv":
+        (folder / "t.csv").write_text("image,caption,caption\na.png,x,y\n")
+    else:
+        pq.write_table(table, folder / "t.parquet")
+    assert "2 columns named 'caption'" in message(folder / f"t.{kind}")
+    pq.write_table(table.rename_columns(["image", "x", "x"]).append_column("caption", [["x"]]), folder / "t.parquet")
+    assert TableSource(folder / "t.parquet")[0].captions == ("x",)

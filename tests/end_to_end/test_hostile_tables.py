@@ -111,7 +111,9 @@ CELLS: list[tuple[str, str, str]] = [
 
 def test_cells_that_hold_anything() -> None:
     Image.new("RGB", (2, 2)).save("a.png")
-    rows = [f'{{"image": {image}, "caption": {caption}}}' for image, caption, _ in CELLS]
+    # Each row has a path of its own, so that none is merged with another.
+    images = [image.replace('"a.png"', f'"{"./" * i}a.png"') for i, (image, *_) in enumerate(CELLS)]
+    rows = [f'{{"image": {image}, "caption": {CELLS[i][1]}}}' for i, image in enumerate(images)]
     Path("t.jsonl").write_text("\n".join(rows))
     source = open_source("t.jsonl")
     got, megabytes = apart(lambda: [said(lambda i=i: source[i]) for i in range(len(CELLS))])
@@ -136,7 +138,7 @@ def test_bytes_that_are_no_text() -> None:
     Path("t.csv").write_bytes(b"image,caption\na.png,\xff\xfe\nb\xff.png,x\n")
     source = open_source("t.csv")
     assert [said(lambda i=i: source[i]) for i in range(2)] == ["invalid text", "invalid text"]
-    Path("t.jsonl").write_bytes(b'{"image": "a.png", "caption": "x"}\n{"image": "a.png", "caption": "\xc0\xaf"}\n')
+    Path("t.jsonl").write_bytes(b'{"image": "a.png", "caption": "x"}\n{"image": "b.png", "caption": "\xc0\xaf"}\n')
     assert said(lambda: open_source("t.jsonl")[1]) == "invalid text"
     Path("u.csv").write_bytes("image,caption\na.png,x\n".encode("utf-16"))
     assert "UTF-16" in said(lambda: open_source("u.csv"))
@@ -312,7 +314,7 @@ def test_folders_that_link_to_each_other_end(here: Path) -> None:
 def test_labels_of_any_kind() -> None:
     Image.new("RGB", (2, 2)).save("a.png")
     labels = ["cat", "dog", "1" * 5000, "x" * 2000, "\ud800", None, 1.5, [["cat"]], {}, "\0", True, " "]
-    rows = [{"image": "a.png", "caption": "x", "label": label} for label in labels]
+    rows = [{"image": "./" * i + "a.png", "caption": "x", "label": label} for i, label in enumerate(labels)]
     source = open_dataset(str(table("jsonl", rows))).split("test")
     got = [said(lambda i=i: source[i]) for i in range(len(labels))]
     long, none = "label too long", "missing label"

@@ -83,7 +83,7 @@ def test_flickr30k_in_karpathys_splits(tmp_path: Path, folder: str) -> None:
 LINES = {
     "results_20130124.token": '7.jpg#0\tTwo "young" guys , one | bar .\n7.jpg#1\tThey stand .\n'
     '8.jpg#0\t"A dog .\n9.jpg#0\tGrass .\n',
-    "results.csv": 'image_name| comment_number| comment\n7.jpg| 0| Two "young" guys , one bar .\n'
+    "results.csv": 'image_name| comment_number| comment\n7.jpg| 0| Two "young" guys , one | bar .\n'
     '7.jpg| 1| They stand .\n8.jpg| 0|"A dog .\n9.jpg| 0| Grass .\n',
 }
 
@@ -95,9 +95,8 @@ def test_flickr30k_in_one_list(tmp_path: Path, name: str) -> None:
         trees.paint(tmp_path / "flickr30k-images" / image, label)
     dataset = open_dataset(f"flickr30k:{tmp_path}")
     assert list(dataset.openers) == ["test"]
-    bar = "one | bar" if name.endswith("token") else "one bar"
     assert _rows(dataset.split("test")) == {
-        "7.jpg": (f'Two "young" guys , {bar} .', "They stand ."),
+        "7.jpg": ('Two "young" guys , one | bar .', "They stand ."),
         "8.jpg": ('"A dog .',),
         "9.jpg": ("Grass .",),
     }

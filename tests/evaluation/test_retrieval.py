@@ -8,6 +8,7 @@ from numpy.random import default_rng
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
 from declip.evaluation.encode import SourceFeatures
+from declip.evaluation.results import read_result
 from declip.evaluation.retrieval import ranks, recall, retrieve
 
 
@@ -132,6 +133,19 @@ def test_a_caption_that_two_images_share() -> None:
     assert (shared.text_to_image.r1, shared.image_to_text.r1) == (1.0, 1.0)
     assert shared.text_to_image.chance1 == pytest.approx((2 + 2 + 1) / 3 / 3)
     assert (usual.same_caption, shared.same_caption) == ("wrong", "right")
+
+
+def test_images_with_the_features_of_another_are_counted() -> None:
+    """Rows of one image that are read as several can only fail, which the result has to show."""
+    images = torch.nn.functional.normalize(torch.from_numpy(default_rng(0).standard_normal((50, 16))).float(), dim=1)
+    images[[40, 7]] = images[3].clone()
+    images[21] = images[20] + 1e-8
+    images[31] = images[30] + 1e-4
+    result = retrieve(_features(images, images, [(f"text {row}",) for row in range(50)]))
+    assert result.duplicate_images == result.to_dict()["duplicate_images"] == 5
+    assert read_result(result.to_dict()) == result
+    older = {name: value for name, value in result.to_dict().items() if name != "duplicate_images"}
+    assert read_result(older).duplicate_images == 0
 
 
 def test_wrong_arguments() -> None:

@@ -63,7 +63,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = (folder / "near3.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(content[: len(content) // 2])
     rows.append({"image": "cut.jpg", "caption": "cut off"})
-    rows += [{"image": f"good{number}.png", "caption": " "} for number in range(2)]
+    rows += [{"image": f"./good{number}.png", "caption": " "} for number in range(2)]
     Image.new("RGB", (900, 250), "white").save(folder / "blank.png")
     rows.append({"image": "blank.png", "caption": "IMG_0001.jpg"})
     path = folder / "planted.jsonl"
@@ -75,7 +75,7 @@ def test_planted_faults_are_found(planted: Path) -> None:
     found = inspect_source(planted, workers=0)
     assert (found.total, found.read, found.usable, found.whole) == (35, 35, 32, True)
     assert found.reasons == {
-        "empty caption": {"count": 2, "examples": ["good0.png", "good1.png"]},
+        "empty caption": {"count": 2, "examples": ["./good0.png", "./good1.png"]},
         "truncated image": {"count": 1, "examples": ["cut.jpg"]},
     }
     assert (found.broken.low, found.broken.high) == (3 / 35, 3 / 35), "nothing is estimated when all was read"

@@ -209,8 +209,8 @@ def test_a_size_that_the_tower_cannot_take_is_said_before_anything_is_made(table
 
 def test_broken_pairs_are_counted_and_too_many_stop_the_run(table: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in table.read_text().splitlines()]
-    for row in rows[:3]:
-        row["image"] = "missing.png"
+    for number, row in enumerate(rows[:3]):
+        row["image"] = f"missing{number}.png"
     broken = table.with_name("broken.jsonl")
     broken.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = recipe_for(broken, steps=30)

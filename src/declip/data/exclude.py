@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +19,10 @@ DROPPED = "dropped"
 
 LONGEST_REASON = 80
 """Characters: reasons are what counts are kept by."""
+
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+"""How cells begin that a spreadsheet computes. They are written with an apostrophe before them, which shows them as
+text, and read without it; so are those that begin with such an apostrophe already, to be read as they were."""
 
 LARGEST_LIST = 1 << 30
 """Bytes of a list."""
@@ -60,6 +65,7 @@ def write_drop_list(rows: Iterable[tuple[str, int, str, float | None, str]]) -> 
     writer = csv.writer(written)
     writer.writerow(COLUMNS)
     for key, place, reason, cosine, caption in rows:
+        key, reason, caption = (f"'{cell}" if FORMULA.match(cell) else cell for cell in (key, reason, caption))
         writer.writerow([key, place, reason, "" if cosine is None else f"{cosine:.4f}", caption])
     return written.getvalue()
 
@@ -76,7 +82,7 @@ def read_drop_list(path: str | Path) -> list[Dropped]:
     if path.stat().st_size > LARGEST_LIST:
         raise UserError(f"The list '{path}' is larger than {LARGEST_LIST:,} bytes. Is it another file?")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         rows = _of_csv(text, path) if _is_csv(text) else _of_lines(text)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"The list '{path}' cannot be read: {error}. Give CSV or text in UTF-8.") from error
@@ -126,6 +132,11 @@ def _of_csv(text: str, path: Path) -> list[Dropped]:
             line = f"line {reader.line_num}"
             raise UserError(f"The list '{path}' has the place '{printable(place)}' in {line}; it must be a number.")
         if key := row["key"] or "":
-            reason = printable((row.get("reason") or "").strip()[:LONGEST_REASON]) or DROPPED
-            rows.append(Dropped(key, int(place) if place else -1, reason))
+            reason = printable(_as_text((row.get("reason") or "").strip())[:LONGEST_REASON]) or DROPPED
+            rows.append(Dropped(_as_text(key), int(place) if place else -1, reason))
     return rows
+
+
+def _as_text(cell: str) -> str:
+    """A cell without the apostrophe that kept a spreadsheet from computing it."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell

@@ -116,6 +116,7 @@ class RetrievalResult:
         texts: Captions measured, all captions of all images.
         text_to_image: Each caption looks for its image.
         image_to_text: Each image looks for one of its captions.
+        duplicate_images: How many of the images have the same features as another one.
         duplicate_captions: How many of the captions another image carries too, word for word.
         same_caption: "wrong": such a caption counts for its own image only; "right": for all of them.
         skipped: Pairs left out because they could not be read: reason to count.
@@ -127,6 +128,7 @@ class RetrievalResult:
     texts: int
     text_to_image: Recall
     image_to_text: Recall
+    duplicate_images: int = 0
     duplicate_captions: int = 0
     same_caption: str = "wrong"
     skipped: Mapping[str, int] = field(default_factory=dict)
@@ -142,6 +144,7 @@ class RetrievalResult:
             recall = getattr(self, direction)
             row |= {f"{direction}_{name}": getattr(recall, name) for name in Recall.FIELDS}
         return row | {
+            "duplicate_images": self.duplicate_images,
             "duplicate_captions": self.duplicate_captions,
             "same_caption": self.same_caption,
             "skipped": dict(self.skipped),
@@ -164,6 +167,7 @@ def _read_retrieval(row: Mapping[str, Any]) -> RetrievalResult:
     return RetrievalResult(
         text_to_image=_read_recall(row, "text_to_image"),
         image_to_text=_read_recall(row, "image_to_text"),
+        duplicate_images=row.get("duplicate_images", 0),
         **_given(row, "on", "images", "texts", "duplicate_captions", "same_caption", "skipped"),
     )
 
@@ -209,6 +213,8 @@ def results_table(results: Sequence[Result], title: str | None = None) -> Table:
                 times(measure.times_chance),
                 f"{measure.n:,}",
             )
+        if isinstance(result, RetrievalResult) and result.duplicate_images:
+            table.add_row("  images like another, feature by feature", "", "", "", f"{result.duplicate_images:,}")
         if result.skipped:
             left_out = ", ".join(f"{count:,} {reason}" for reason, count in result.skipped.items())
             table.add_row("  left out, unreadable", left_out, "", "", f"{sum(result.skipped.values()):,}")

@@ -12,6 +12,7 @@ from declip.errors import UserError
 from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.results import Recall, RetrievalResult
 
+SAME = 1e-6  # features whose numbers differ by less are one image's: a batch of another size rounds otherwise
 TIE = 1e-6  # cosines nearer than this are equal: features are float32
 BLOCK = 8_000_000  # scores held at a time: 64 MB
 
@@ -80,6 +81,7 @@ def retrieve(features: SourceFeatures, *, same_caption: SameCaption = "wrong", b
     captions of all images. When two images carry the same caption, word for word, the usual practice is kept:
     the caption counts for its own image only, although nobody could tell from the words (and from image to text
     the two captions tie, so both images miss rank 1). The result says how many captions this concerns;
+    It also says how many images have the same features as another: a copy is as wrong as any other image.
     ``same_caption="right"`` lets a caption count for every image that carries it.
 
     Args:
@@ -109,10 +111,22 @@ def retrieve(features: SourceFeatures, *, same_caption: SameCaption = "wrong", b
         texts=len(words),
         text_to_image=recall(text_rank, images_of_text, len(features)),
         image_to_text=recall(image_rank, texts_of_image, len(words)),
+        duplicate_images=_duplicates(features.images),
         duplicate_captions=sum(len(carriers[word]) > 1 for word in words),
         same_caption=same_caption,
         skipped=dict(features.skipped.counts),
     )
+
+
+def _duplicates(images: Tensor) -> int:
+    """How many images have the features of another one.
+
+    Equal features lie side by side along any direction, so that none needs to be compared with all others.
+    """
+    direction = torch.randn(images.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ordered = images[(images.double() @ direction).argsort()]
+    same = (ordered[1:] - ordered[:-1]).abs().amax(1) < SAME
+    return int((torch.nn.functional.pad(same, (1, 0)) | torch.nn.functional.pad(same, (0, 1))).sum())
 
 
 def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:

@@ -143,7 +143,7 @@ def _file_facts(source: PairSource, place: int, key: str) -> tuple[str, str, int
     if isinstance(source, FolderSource):
         raw = source.path / key
     elif isinstance(source, TableSource):
-        cell = source.rows.image(place)
+        cell = source.rows.row(place).image()
         raw = source.root / cell if isinstance(cell, str) else cell
     else:
         return None

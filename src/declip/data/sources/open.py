@@ -40,12 +40,28 @@ def open_source(
     text = str(spec)
     if text.startswith(BUILTIN_PREFIX):
         return open_builtin(text.removeprefix(BUILTIN_PREFIX))
+    if text.lower().endswith(TABLE_KINDS) and names_shards(text):
+        raise UserError(
+            f"'{text}' names tables that are not one file on this machine. Download them, and name one table, or in a "
+            "recipe all of them: data.source=[a.parquet,b.parquet]."
+        )
     if names_shards(text):
         return ShardSource(text, shard_cache_gb)
     path = Path(text).expanduser()
     kinds = ", ".join(TABLE_KINDS)
     if path.is_dir():
-        return ShardSource(text, shard_cache_gb) if holds_shards(path) else FolderSource(path)
+        if holds_shards(path):
+            return ShardSource(text, shard_cache_gb)
+        try:
+            return FolderSource(path)
+        except UserError as error:
+            tables = sorted(str(each) for each in path.rglob("*") if each.suffix.lower() in TABLE_KINDS)
+            if not tables:
+                raise
+            raise UserError(
+                f"The folder '{text}' holds no image but {len(tables)} tables, such as '{tables[0]}'. Name one table, "
+                f"or in a recipe all of them: data.source=[{','.join(tables[:2])}]."
+            ) from error
     if not path.exists():
         raise UserError(
             f"There is no file or folder '{text}'. Give a table ({kinds}), a folder of images with captions, tar "

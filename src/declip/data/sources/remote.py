@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from declip.data.sources.shard_names import path_of
 from declip.errors import UserError
 from declip.io.atomic import FULL
 
@@ -52,14 +53,15 @@ def look_up(url: str) -> list[tuple[str, int, str]]:
     """
     try:
         system, path = _file_system(url)
-        if "*" in path or not path.lower().endswith((".tar", ".gz", ".tgz")):
+        if "*" in path or not path_of(url).lower().endswith((".tar", ".gz", ".tgz")):
             pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
             found = {system.unstrip_protocol(name): info for name, info in system.glob(pattern, detail=True).items()}
         else:
             found = {url: system.info(path)}
         shards = [(name, _size(info), _version(info)) for name, info in sorted(found.items())]
     except FileNotFoundError as error:
-        raise UserError(f"There is no shard '{url}', or its server does not answer.") from error
+        signed = ", or its signature is no longer valid" if "?" in url else ""
+        raise UserError(f"There is no shard '{url}', or its server does not answer{signed}.") from error
     except UserError:
         raise
     except Exception as error:  # each file system has errors of its own

@@ -1,15 +1,19 @@
-"""Rows of JSONL, CSV, TSV and Parquet tables, kept as columns or left in the file, never as Python objects."""
+"""Rows of JSONL and Parquet tables, kept as columns or left in the file, never as Python objects."""
 
-import csv
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from array import array
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from declip.data.pair import BrokenPair
@@ -30,12 +34,6 @@ the table, and each would hold 160 bytes a row."""
 LARGE_TEXT = 32 << 20
 """Bytes of a JSONL, CSV or TSV file beyond which what is held of each row is mapped from the cache likewise."""
 
-DAMAGED = b"damaged"
-"""Under this name a table's metadata keeps the rows that were left out."""
-
-SCAN = 64 << 20
-"""Bytes looked through at a time for line ends."""
-
 MOST_GROWTH = 100
 """How many times a Parquet file's size its two columns may take, beyond `HELD_IN_MEMORY`."""
 
@@ -55,8 +53,23 @@ def text_of(cell: bytes, key: str) -> str:
         raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error
 
 
+@dataclass(frozen=True)
+class Row:
+    """A pair of a table, read and parsed once.
+
+    Attributes:
+        key: The image's path, else the row's or line's number.
+        image: Gives the image's path or content, None where the cell is empty; raises `BrokenPair`.
+        captions: Gives the captions as written, those of all rows of the image; raises `BrokenPair`.
+    """
+
+    key: str
+    image: Callable[[], str | bytes | None]
+    captions: Callable[[], list[str | None]]
+
+
 class JsonLines:
-    """A file with a JSON object a line; only where each line starts and its number are held, 16 bytes a row.
+    """A file with a JSON object a line; only where each line lies and its number are held, 32 bytes a row.
 
     Args:
         path: The file; blank lines are passed over.
@@ -67,36 +80,36 @@ class JsonLines:
         if not path.stat().st_size:
             raise UserError(f"The table '{path}' is empty. It needs a row for each pair.")
         self._bytes = np.memmap(path, np.uint8, "r")
-        table = self._find() if len(self._bytes) <= LARGE_TEXT else cached_table(path, "jsonl", 1, self._write)
-        self._starts, self._lines = (whole(table[name]).to_numpy() for name in ("start", "line"))
-        if not len(self):
-            raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
         self.columns: Sequence[str] = self._peek()
 
-    def _find(self) -> pa.Table:
-        """Where each line starts that is not blank, and its number from 1."""
-        scans = range(0, len(self._bytes), SCAN)
-        ends = [np.flatnonzero(self._bytes[i : i + SCAN] == ord("\n")) + i + 1 for i in scans]
-        starts = np.concatenate([[0], *ends, [len(self._bytes)]]).astype(np.int64)
-        lengths = np.diff(starts)
-        filled = lengths > 2
-        short = np.flatnonzero((lengths > 0) & ~filled)
-        ends_of = (starts[short], starts[short + 1] - 1)
-        filled[short] = np.maximum(*(self._bytes[place] for place in ends_of)) > ord(" ")
-        lines = np.flatnonzero(filled)
-        return pa.table({"start": starts[lines], "line": lines + 1})
+    def _lines(self) -> Iterator[tuple[int, int, int, bytes]]:
+        """Each line that is not blank: where it starts, its bytes, its number from 1, and what it says.
 
-    def _write(self, target: Path) -> None:
-        write_mapped(self._find(), target)
+        What it says is cut off where it is longer than a row may be.
+        """
+        start = number = 0
+        with self.path.open("rb") as file:
+            while line := file.readline(LONGEST_ROW + 1):
+                size, part, number = len(line), line, number + 1
+                while part and not part.endswith(b"\n"):
+                    part = file.readline(LONGEST_ROW)
+                    size += len(part)
+                if line.removeprefix(BOM_UTF8).strip():
+                    yield start, size, number, line
+                start += size
 
     def _peek(self) -> list[str]:
         found: dict[str, None] = {}
         first: BrokenPair | None = None
-        for index in range(min(PEEKED_ROWS, len(self))):
+        rows = 0
+        for _, _, number, line in islice(self._lines(), PEEKED_ROWS):
+            rows += 1
             try:
-                found.update(dict.fromkeys(self._row(index)))
+                found.update(dict.fromkeys(parse_line(line, number)))
             except BrokenPair as error:
                 first = first or error
+        if not rows:
+            raise UserError(f"The table '{self.path}' has no rows. It needs one for each pair.")
         if first and not found:
             hint = ""
             if self._bytes[:PEEKED_BYTES].tobytes().decode(errors="replace").lstrip("\ufeff \r\n\t").startswith("["):
@@ -105,158 +118,103 @@ class JsonLines:
         return list(found)
 
     def choose(self, image: str, caption: str) -> None:
-        """Take these two columns."""
+        """Take these two columns and merge the lines that share an image, or map the cache file that says which do."""
         self._image, self._caption = image, caption
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def _name(self, index: int) -> str:
-        return f"line {self._lines[index]}"
-
-    def _row(self, index: int) -> dict[str, Any]:
-        start, key = self._starts[index], self._name(index)
-        stop = self._starts[index + 1] if index + 1 < len(self) else len(self._bytes)
-        if stop - start > LONGEST_ROW:
-            raise BrokenPair("unreadable row", key, f"{stop - start:,} bytes long")
-        line = text_of(self._bytes[start:stop].tobytes(), key)
-        try:
-            row = json.loads(line.removeprefix("\ufeff"))
-        except (ValueError, RecursionError) as error:
-            raise BrokenPair("unreadable row", key, f"not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise BrokenPair("unreadable row", key, "not a JSON object")
-        return row
-
-    def key(self, index: int) -> str:
-        """The image's path, else the line's number."""
-        image = self._row(index).get(self._image)
-        return image if image and isinstance(image, str) else self._name(index)
-
-    def image(self, index: int) -> str | None:
-        """The image's path; raises `BrokenPair`."""
-        image = self._row(index).get(self._image)
-        if image is None or isinstance(image, str):
-            return image
-        raise BrokenPair("missing image", self._name(index), f"{self._image} is no path: {str(image)[:40]}")
-
-    def cell(self, index: int, column: str) -> Any:
-        """What a row has in any column, None where it has none; raises `BrokenPair`."""
-        return self._row(index).get(column)
-
-    def captions(self, index: int) -> list[str | None]:
-        """The captions as written; raises `BrokenPair`."""
-        found = self._row(index).get(self._caption)
-        captions = found if isinstance(found, list) else [found]
-        if all(caption is None or isinstance(caption, str) for caption in captions):
-            return captions
-        raise BrokenPair("unreadable row", self.key(index), f"{self._caption} is no text: {str(found)[:40]}")
-
-
-class Delimited:
-    """A CSV or TSV file; quotes as in a spreadsheet's export, line ends inside quotes allowed.
-
-    Rows of the same image path are merged. Rows with too few or too many cells come last, each a broken pair.
-
-    Args:
-        path: The file; its first line names the columns.
-        delimiter: What stands between cells.
-    """
-
-    def __init__(self, path: Path, delimiter: str) -> None:
-        self.path, self.delimiter = path, delimiter
-        with path.open("rb") as file:
-            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-                raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-            try:
-                self.columns: Sequence[str] = next(csv.reader(lines, delimiter=delimiter), [])
-            except csv.Error as error:
-                raise UserError(f"The first line of '{path}' does not name columns: {error}.") from error
-        if not self.columns:
-            raise UserError(
-                f"The table '{path}' is empty. It needs a line that names its columns and one for each pair."
-            )
-
-    def choose(self, image: str, caption: str) -> None:
-        """Read these two columns and merge the rows that share an image, or map the cache file that holds them."""
-        if self.path.stat().st_size <= LARGE_TEXT:
-            table = self._read(image, caption)
+        if len(self._bytes) <= LARGE_TEXT:
+            table = self._find()
         else:
-            made_of = (self.delimiter, image, caption)
-            table = cached_table(self.path, "csv", made_of, lambda to: write_mapped(self._read(image, caption), to))
-        self._row, self._images, self._captions = (whole(table[name]) for name in ("row", "image", "captions"))
-        self._damaged: list[tuple[int, str]] = json.loads(table.schema.metadata[DAMAGED])
+            table = cached_table(self.path, "jsonl", (2, image), lambda to: write_mapped(self._find(), to))
+        self._places = whole(table["lines"])
 
-    def _read(self, image: str, caption: str) -> pa.Table:
-        """The pairs: number of the first row, the image's path, all captions; in the metadata the damaged rows."""
-        damaged: list[tuple[int, str]] = []
-
-        def note(row: pacsv.InvalidRow) -> str:
-            damaged.append((row.number, f"{row.actual_columns} cells instead of {row.expected_columns}"))
-            return "skip"
-
-        wanted = list(dict.fromkeys((image, caption)))
-        try:
-            table = pacsv.read_csv(
-                self.path,
-                pacsv.ReadOptions(use_threads=False, block_size=LONGEST_ROW),
-                pacsv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=note),
-                # Bytes, so that a row that is not UTF-8 breaks that row and not the table.
-                pacsv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.large_binary())),
-            )
-        except pa.ArrowInvalid as error:
-            raise UserError(f"'{self.path}' cannot be read as a table: {error}.") from error
-        images, captions = (table[name].combine_chunks() for name in (image, caption))
-        order, starts = group_rows(images)
-        first = order[starts[:-1]]
-        return pa.table(
-            {
-                "row": first,
-                "image": images.take(pa.array(first)),
-                "captions": pa.LargeListArray.from_arrays(starts, captions.take(pa.array(order))),
-            }
-        ).replace_schema_metadata({DAMAGED: json.dumps(damaged)})
+    def _find(self) -> pa.Table:
+        """The lines of each pair: where each starts, its bytes, its number."""
+        places, keys, parts = array("q"), list[bytes](), list[pa.Array]()
+        for start, size, number, line in self._lines():
+            places.extend((start, size, number))
+            try:
+                image = parse_line(line, number).get(self._image)
+            except BrokenPair:
+                image = None
+            keys.append(image.encode(errors="surrogatepass") if isinstance(image, str) else b"")
+            if len(keys) == PATHS_COPIED:
+                parts.append(pa.array(keys, pa.large_binary()))
+                keys.clear()
+        parts.append(pa.array(keys, pa.large_binary()))
+        order, starts = group_rows(pa.concat_arrays(parts))
+        lines = np.frombuffer(places, np.int64).reshape(-1, 3)[order]
+        cells = pa.FixedSizeListArray.from_arrays(pa.array(lines.ravel()), 3)
+        return pa.table({"lines": pa.LargeListArray.from_arrays(starts, cells)})
 
     def __len__(self) -> int:
-        return len(self._row) + len(self._damaged)
+        return len(self._places)
 
-    def _check(self, index: int) -> None:
-        """Raise `BrokenPair` where the row was damaged."""
-        if index >= len(self._row):
-            number, detail = self._damaged[index - len(self._row)]
-            raise BrokenPair("unreadable row", f"row {number}", detail)
+    def _read(self, index: int) -> tuple[str, list[dict[str, Any]]]:
+        """The name of a pair's first line, and all its lines; raises `BrokenPair`."""
+        places = self._places[index].as_py()
+        lines = [
+            parse_line(self._bytes[start : start + min(size, LONGEST_ROW + 1)].tobytes(), number)
+            for start, size, number in places
+        ]
+        return f"line {places[0][2]}", lines
 
-    def key(self, index: int) -> str:
-        """The image's path, else the number of the row, the header being row 1."""
-        self._check(index)
-        return self._images[index].as_py().decode(errors="replace") or f"row {self._row[index].as_py() + 2}"
+    def row(self, index: int) -> Row:
+        """Read a pair; raises `BrokenPair` where a line cannot be."""
+        name, lines = self._read(index)
+        image = lines[0].get(self._image)
+        key = image if image and isinstance(image, str) else name
 
-    def image(self, index: int) -> str:
-        """The image's path; raises `BrokenPair`."""
-        self._check(index)
-        return text_of(self._images[index].as_py(), self.key(index))
+        def path() -> str | None:
+            if image is None or isinstance(image, str):
+                return image
+            raise BrokenPair("missing image", name, f"{self._image} is no path: {str(image)[:40]}")
 
-    def captions(self, index: int) -> list[str | None]:
-        """The captions of all rows of the image; raises `BrokenPair`."""
-        key = self.key(index)
-        return [text_of(caption, key) for caption in self._captions[index].as_py()]
+        def captions() -> list[str | None]:
+            texts: list[str | None] = []
+            for cell in (line.get(self._caption) for line in lines):
+                texts += cell if isinstance(cell, list) else [cell]
+                if not all(text is None or isinstance(text, str) for text in texts):
+                    raise BrokenPair("unreadable row", key, f"{self._caption} is no text: {str(cell)[:40]}")
+            return texts
+
+        return Row(key, path, captions)
+
+    def cells(self, index: int, column: str) -> list[Any]:
+        """What the lines of a pair have in any column, None where they have nothing; raises `BrokenPair`."""
+        return [line.get(column) for line in self._read(index)[1]]
+
+
+def parse_line(line: bytes, number: int) -> dict[str, Any]:
+    """Read a line of JSON; raises `BrokenPair` where it is no object, or longer than a row may be."""
+    key = f"line {number}"
+    if len(line) > LONGEST_ROW:
+        raise BrokenPair("unreadable row", key, f"more than {LONGEST_ROW:,} bytes long")
+    try:
+        row = json.loads(text_of(line, key).removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise BrokenPair("unreadable row", key, f"not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise BrokenPair("unreadable row", key, "not a JSON object")
+    return row
 
 
 def group_rows(paths: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
-    """Group the rows that have the same path, in the order in which each path is first met.
+    """Group the rows that have the same image, in the order in which each image is first met.
 
     Args:
-        paths: n paths; an empty one is a group of its own.
+        paths: n paths, or what else tells images apart; an empty one is a group of its own.
 
     Returns:
         Row numbers ordered by group, int64 (n,), and where each group starts in them, int64 (groups + 1,).
     """
-    codes = paths.dictionary_encode().indices.to_numpy().astype(np.int64)
+    codes = paths.dictionary_encode().indices.to_numpy()
+    rows = np.arange(len(paths))
+    first = np.empty(len(paths), np.int64)
+    first[codes[::-1]] = rows[::-1]  # of several rows with a code the last one written stays, which is the first
+    groups = first[codes]
     empty = np.asarray(pc.binary_length(paths)) == 0
-    codes[empty] = len(paths) + np.flatnonzero(empty)
-    order = np.argsort(codes, kind="stable")
-    starts = np.flatnonzero(np.diff(codes[order], prepend=-1, append=2 * len(paths)))
+    groups[empty] = rows[empty]
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1, append=len(paths)))
     return order, starts
 
 
@@ -294,11 +252,30 @@ class ParquetRows:
             table = (
                 self._mapped(wanted) if large else pa.Table.from_batches(self._batches(wanted), self._schema(wanted))
             )
+            rows = self._file.metadata.num_rows
+            if len(table) != rows:
+                raise UserError(f"'{self.path}' is damaged: it holds {len(table):,} rows and says {rows:,}.")
+            self._images, self._captions = table[image], table[caption]
+            if large:
+                table = cached_table(
+                    self.path, "rows", wanted, lambda to: write_mapped(self._find(len(wanted) == 1), to)
+                )
+            else:
+                table = self._find(len(wanted) == 1)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"'{self.path}' is damaged: {error}.") from error
-        if len(table) != len(self):
-            raise UserError(f"'{self.path}' is damaged: it holds {len(table):,} rows and says {len(self):,}.")
-        self._images, self._captions = table[image], table[caption]
+        self._rows = whole(table["rows"])
+
+    def _find(self, without_captions: bool) -> pa.Table:
+        """The numbers of each pair's rows.
+
+        Reading all images to compare them by their content is worth its time only for what each row says of them.
+        """
+        if without_captions and is_bytes(self._images.type):
+            order, starts = np.arange(len(self._images)), np.arange(len(self._images) + 1)
+        else:
+            order, starts = group_rows(image_keys(self._images))
+        return pa.table({"rows": pa.LargeListArray.from_arrays(starts, pa.array(order))})
 
     def _size(self) -> int:
         """Bytes that the values take once they are decompressed, as the file says.
@@ -341,32 +318,58 @@ class ParquetRows:
         return cached_table(self.path, "parquet", columns, copy)
 
     def __len__(self) -> int:
-        return self._file.metadata.num_rows
+        return len(self._rows)
 
-    def key(self, index: int) -> str:
-        """The image's path where the column holds paths, else the row's number, from 0."""
-        if is_bytes(self._images.type):
-            return f"row {index}"
-        try:
-            return self._images[index].as_py() or f"row {index}"
-        except UnicodeDecodeError:
-            return f"row {index}"
+    def numbers(self, index: int) -> list[int]:
+        """The rows of a pair, from 0."""
+        return self._rows[index].as_py()
 
-    def image(self, index: int) -> str | bytes | None:
-        """The image's bytes where there are any, else its path; raises `BrokenPair`."""
-        try:
-            cell = self._images[index].as_py()
-        except UnicodeDecodeError as error:
-            raise BrokenPair("invalid text", self.key(index), f"not UTF-8: {error}") from error
-        return cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
+    def row(self, index: int) -> Row:
+        """Read a pair; its key is the image's path where the column holds paths, else the row's number, from 0."""
+        numbers = self.numbers(index)
+        image, key = self._images[numbers[0]], f"row {numbers[0]}"
+        if not is_bytes(image.type):
+            with suppress(UnicodeDecodeError):
+                key = image.as_py() or key
 
-    def captions(self, index: int) -> list[str | None]:
-        """The captions as written; raises `BrokenPair`."""
-        try:
-            cell = self._captions[index].as_py()
-        except UnicodeDecodeError as error:
-            raise BrokenPair("invalid text", self.key(index), f"not UTF-8: {error}") from error
-        return cell if isinstance(cell, list) else [cell]
+        def content() -> str | bytes | None:
+            cell = plain(image, key)
+            return cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
+
+        def captions() -> list[str | None]:
+            texts: list[str | None] = []
+            for number in numbers:
+                cell = plain(self._captions[number], key)
+                texts += cell if isinstance(cell, list) else [cell]
+            return texts
+
+        return Row(key, content, captions)
+
+
+def plain(cell: pa.Scalar, key: str) -> Any:
+    """A cell as a Python object; raises `BrokenPair` where it holds text that is not UTF-8."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error
+
+
+def image_keys(column: pa.ChunkedArray) -> pa.LargeBinaryArray:
+    """What tells the images of a column apart: the hash of an image's bytes, else its path, else nothing."""
+    if is_bytes(column.type):
+        return pa.array((_key_of(cell) for cell in column), pa.large_binary())
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return whole(column.cast(kind).cast(pa.large_binary()).fill_null(b""))
+
+
+def _key_of(cell: pa.Scalar) -> bytes:
+    path = None
+    if pa.types.is_struct(cell.type) and cell.is_valid:
+        path = cell["path"] if cell.type.get_field_index("path") >= 0 else None
+        cell = cell["bytes"]
+    if cell.is_valid and (content := cell.as_buffer()).size:
+        return hashlib.blake2b(content, digest_size=16).digest()
+    return path.as_buffer().to_pybytes() if path is not None and path.is_valid else b""
 
 
 def whole(column: pa.ChunkedArray) -> pa.Array:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from declip.data.sources import remote
-from declip.data.sources.shard_names import expand, is_url
+from declip.data.sources.shard_names import expand, is_url, path_of
 from declip.errors import UserError
 from declip.io.atomic import DAY, atomic_write, cache_folder
 from declip.io.memo import locked
@@ -18,7 +18,7 @@ from declip.io.open_file import OpenFile
 OPEN_FILES = 64
 """Local shards that a process keeps open; opening one on a network's disk takes milliseconds."""
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the index of a shard changes its meaning."""
 
 ASKED_AT_ONCE = 16
@@ -51,7 +51,7 @@ class Shard:
     @property
     def label(self) -> str:
         """The last part of its name."""
-        return self.name.replace("\\", "/").rpartition("/")[2]
+        return path_of(self.name).replace("\\", "/").rpartition("/")[2]
 
 
 class UnreadableShard(Exception):

@@ -24,6 +24,11 @@ KINDS = {ending.removeprefix("."): 0 for ending in EXTENSIONS} | {"txt": 1, "jso
 SAMPLE = re.compile(rb"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 """A key and its ending as WebDataset tells them apart: at the first dot of the name's last part."""
 
+IMAGES = ("jpg", "png", "jpeg", "webp")
+"""Which image of a key is read where it has several, first to last, as open_clip does; then all others."""
+
+RANKS = {ending: rank for rank, ending in enumerate(dict.fromkeys((*IMAGES, *KINDS)))}
+
 LOCKS = 64
 """Lock files for all indices together."""
 
@@ -107,7 +112,9 @@ def _place(state: str) -> Path:
 def scan(file: OpenFile, name: str) -> pa.RecordBatch:
     """Find the pairs of a shard.
 
-    Members of one key are a pair wherever they stand. A second image, text or JSON of a key begins another pair.
+    Members of one key are a pair wherever they stand. Of images with different endings one is read, see `IMAGES`. A
+    second image of the same ending, text or JSON of a key begins another pair. A name such as "IMG_1.2.jpg", whose key
+    would be "IMG_1" and its ending "2.jpg", is a row without any part, so that it is counted.
 
     Args:
         file: The open shard.
@@ -127,6 +134,7 @@ def scan(file: OpenFile, name: str) -> pa.RecordBatch:
         damage = str(error)
     except OSError as error:
         raise UserError(f"The shard '{name}' cannot be read: {error.strerror}.") from error
+    rows.add_dotted()
     if damage is None:
         return rows.to_arrow(SCHEMA)
     if damage.startswith("compressed"):
@@ -148,6 +156,8 @@ class _Rows:
         self.latest: dict[bytes, int] = {}
         self.at = [array("q") for _ in PARTS]
         self.sizes = [array("i") for _ in PARTS]
+        self.ranks = array("b")  # of each row's image, by `RANKS`
+        self.dotted: dict[tuple[bytes, bytes], set[int]] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -155,13 +165,31 @@ class _Rows:
     def add_all(self, found: Iterable[Member]) -> None:
         for name, at, size in found:
             match = SAMPLE.fullmatch(name)
-            kind = KINDS.get(match[2].decode(errors="replace").lower()) if match else None
-            if match is None or kind is None:
+            if match is None:
                 continue
-            row = self.latest.get(match[1])
-            if row is None or self.at[kind][row] >= 0:
+            dotted, _, ending = match[2].decode(errors="replace").lower().rpartition(".")
+            kind = KINDS.get(ending)
+            if kind is None:
+                continue
+            if dotted:
+                self.dotted.setdefault((match[1], name.rpartition(b".")[0]), set()).add(kind)
+                continue
+            row, rank = self.latest.get(match[1]), RANKS.get(ending, 0)
+            if row is not None and kind == 0 and self.at[0][row] >= 0 and rank != self.ranks[row]:
+                if rank > self.ranks[row]:
+                    continue
+            elif row is None or self.at[kind][row] >= 0:
                 row = self._add(match[1])
+            if kind == 0:
+                self.ranks[row] = rank
             self.at[kind][row], self.sizes[kind][row] = at, min(size, LARGEST)
+
+    def add_dotted(self) -> None:
+        """Add images passed over for a dot in their key; one beside a pair's image and without a caption is a part of
+        that pair, such as "1.seg.png"."""
+        for (key, stem), kinds in self.dotted.items():
+            if 0 in kinds and (len(kinds) > 1 or key not in self.latest):
+                self._add(stem)
 
     def add_lost(self) -> None:
         self._add(b"")
@@ -169,6 +197,7 @@ class _Rows:
     def _add(self, key: bytes) -> int:
         self.latest[key] = row = len(self.keys)
         self.keys.append(key)
+        self.ranks.append(0)
         for column in (*self.at, *self.sizes):
             column.append(-1)
         return row

@@ -31,6 +31,11 @@ def is_url(word: str) -> bool:
     return "://" in word
 
 
+def path_of(url: str) -> str:
+    """A path or URL without what may follow it: "?" and a signature."""
+    return url.partition("?")[0] if is_url(url) else url
+
+
 def holds_shards(folder: Path) -> bool:
     """Whether a folder has tar files and, directly in it, no image."""
     from declip.data.images.decode import EXTENSIONS

@@ -17,7 +17,7 @@ from declip.data.pair import LONGEST_CAPTION, BrokenPair, Pair, clean_captions, 
 from declip.data.sources.origin import Origin
 from declip.data.sources.remote import counts
 from declip.data.sources.shard_files import Shard, ShardFiles, UnreadableShard, find_shards
-from declip.data.sources.shard_index import Index, cached_index, index_lock, make_index
+from declip.data.sources.shard_index import PARTS, Index, cached_index, index_lock, make_index
 from declip.errors import UserError
 
 log = logging.getLogger("declip")
@@ -145,9 +145,10 @@ class ShardSource:
 
     def _count(self) -> np.ndarray:
         """The number of pairs of each shard: as promised beside remote ones, else from the indices."""
-        folders = {shard.name.rpartition("/")[0] for shard in self._shards if shard.remote}
-        promised = {folder: counts(folder) for folder in sorted(folders)}
-        found = [promised.get(s.name.rpartition("/")[0], {}).get(s.label) if s.remote else None for s in self._shards]
+        # A signature in a URL is for its shard alone: no other file beside it can be asked for.
+        folders = [s.name.rpartition("/")[0] if s.remote and "?" not in s.name else "" for s in self._shards]
+        promised = {folder: counts(folder) for folder in sorted(set(folders) - {""})}
+        found = [promised.get(folder, {}).get(s.label) for folder, s in zip(folders, self._shards, strict=True)]
         open_ones = [number for number, count in enumerate(found) if count is None]
         new = sum(cached_index(self._shards[number].state) is None for number in open_ones)
         with ThreadPoolExecutor(FETCHED_AT_ONCE if self.remote else 1) as pool:
@@ -189,6 +190,8 @@ class _Entry:
         if self._index.damage is not None and self._row == len(self._index) - 1:
             raise BrokenPair("damaged shard", self._shard.label, f"{self._index.damage}; what follows is lost")
         self.key = f"{self._shard.label}/{self._index.key(self._row)}"
+        if all(self._index.part(self._row, part) is None for part in PARTS):
+            raise BrokenPair("dot in key", self.key, "WebDataset ends a key at the first dot; write shards without")
 
     def content(self, part: str, most: int) -> bytes:
         """The bytes of a part that must be there; raises `BrokenPair`."""

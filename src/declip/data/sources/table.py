@@ -13,7 +13,8 @@ from declip.data.images.decode import decode, image_below
 from declip.data.images.lazy import UndecodedPair, open_picture
 from declip.data.pair import BrokenPair, Pair, clean_captions, printable
 from declip.data.sources.origin import Origin, bytes_origin, file_origin
-from declip.data.sources.rows import Delimited, JsonLines, ParquetRows
+from declip.data.sources.rows import JsonLines, ParquetRows, Row
+from declip.data.table_csv import Delimited
 from declip.errors import UserError
 
 IMAGE_NAMES = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "image_file", "img")
@@ -25,7 +26,7 @@ MOST_COMPARED = 1_000
 
 
 class Rows(Protocol):
-    """The two wanted columns of a table, read row by row."""
+    """The two wanted columns of a table, as pairs: rows of the same image are one, in the order of their first row."""
 
     columns: Sequence[str]
     """All columns that the table has."""
@@ -36,16 +37,8 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def key(self, index: int) -> str:
-        """Name of the row for the user, without reading its image."""
-        ...
-
-    def image(self, index: int) -> str | bytes | None:
-        """Path or content of the image, None where the cell is empty; raises `BrokenPair`."""
-        ...
-
-    def captions(self, index: int) -> list[str | None]:
-        """Captions as they were written; raises `BrokenPair`."""
+    def row(self, index: int) -> Row:
+        """Read and parse a pair once, without the image's content; raises `BrokenPair`."""
         ...
 
 
@@ -62,8 +55,8 @@ TABLE_KINDS = tuple(KINDS)
 class TableSource:
     """Pairs from the rows of a table.
 
-    In JSONL and Parquet a row is a pair and its caption may be a list. In CSV and TSV a row holds one caption, and
-    rows with the same image path are one pair with several captions, in the order of the file.
+    Rows with the same image are one pair with several captions, in the order of the file. The same image is the same
+    path as written or, for images in Parquet, the same bytes. In JSONL and Parquet a row's caption may be a list.
 
     Args:
         path: The table.
@@ -105,37 +98,41 @@ class TableSource:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
-        captions = self.captions(index)
-        return Pair(self.rows.key(index), self.image(index), captions)
+        row = self.rows.row(index)
+        captions = clean_captions(row.captions(), row.key)
+        return Pair(row.key, decode(self._content(row), row.key), captions)
 
     def key(self, index: int) -> str:
         """The image's path, else the row's number; raises `BrokenPair`."""
-        return self.rows.key(index)
+        return self.rows.row(index).key
 
     def image(self, index: int) -> Image.Image:
         """The image of pair `index`, without its captions; raises `BrokenPair`."""
-        return decode(self._content(index), self.rows.key(index))
+        row = self.rows.row(index)
+        return decode(self._content(row), row.key)
 
     def read_lazy(self, index: int) -> UndecodedPair:
         """The pair with its picture opened only; raises `BrokenPair`."""
-        captions, key = self.captions(index), self.rows.key(index)
-        return UndecodedPair(key, open_picture(self._content(index), key), captions)
+        row = self.rows.row(index)
+        captions = clean_captions(row.captions(), row.key)
+        return UndecodedPair(row.key, open_picture(self._content(row), row.key), captions)
 
     def origin(self, index: int) -> Origin:
         """Where the image is; raises `BrokenPair`."""
-        content = self._content(index)
+        content = self._content(self.rows.row(index))
         return file_origin(content) if isinstance(content, Path) else bytes_origin(content)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The cleaned captions of pair `index`; raises `BrokenPair`."""
-        return clean_captions(self.rows.captions(index), self.rows.key(index))
+        row = self.rows.row(index)
+        return clean_captions(row.captions(), row.key)
 
-    def _content(self, index: int) -> Path | bytes:
+    def _content(self, row: Row) -> Path | bytes:
         """The file of a pair's image, or its bytes."""
-        key, image = self.rows.key(index), self.rows.image(index)
+        image = row.image()
         if not image:
-            raise BrokenPair("missing image", key, "the table names none")
-        return image if isinstance(image, bytes) else self._locate(image, key)
+            raise BrokenPair("missing image", row.key, "the table names none")
+        return image if isinstance(image, bytes) else self._locate(image, row.key)
 
     def _locate(self, path: str, key: str) -> Path:
         """Where the image is."""
@@ -164,14 +161,14 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
         The column's name as the table writes it.
 
     Raises:
-        UserError: None of them exists; the message lists those that do and the nearest.
+        UserError: None of them exists; the message lists those that do and the nearest. Or two columns have the name.
     """
     if given in columns:
-        return given
+        return only_one(columns, given, path)
     lower = {name.strip().lower(): name for name in reversed(columns)}
     for name in usual if given == usual[0] else ():
         if name in lower:
-            return lower[name]
+            return only_one(columns, lower[name], path)
     near = get_close_matches(given, columns[:MOST_COMPARED], n=1, cutoff=0.5)
     hint = f" Did you mean '{printable(near[0])}'?" if near else ""
     exist = ", ".join(f"'{printable(name[:40])}'" for name in columns[:30]) or "none"
@@ -179,3 +176,10 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
         f"The table '{path}' has no column '{given}' for the {what}.{hint} Its columns: {exist}. "
         f"Name the right one with {what}_column. In a recipe it is data.{what}_column."
     )
+
+
+def only_one(columns: Sequence[str], name: str, path: Path) -> str:
+    """Give the name back; raises `UserError` where several columns have it."""
+    if (count := list(columns).count(name)) > 1:
+        raise UserError(f"The table '{path}' has {count} columns named '{printable(name)}'. Rename all but one.")
+    return name

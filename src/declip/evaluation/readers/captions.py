@@ -1,8 +1,8 @@
 """COCO and Flickr30k: photographs with five captions each, for retrieval."""
 
-import csv
 import json
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +92,18 @@ def _flickr_lines(name: str, path: Path, images: Path) -> PairSource:
 def _read_flickr_lines(name: str, path: Path, images: Path) -> PairSource:
     """`1.jpg#0<tab>caption` in the .token file; `1.jpg| 0| caption` below a line of headings in the .csv file."""
     captions: dict[str, list[str]] = {}
-    with path.open(encoding="utf-8", newline="") as lines:
-        if path.suffix == ".csv":
-            cells = csv.reader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
-            next(cells, None)
-            for row in cells:
-                if row:
-                    captions.setdefault(row[0].strip(), []).append(row[-1].strip())
-        else:
-            for line in lines:
-                image, tab, caption = line.rstrip("\r\n").partition("\t")
-                if not tab and image:
-                    raise UserError(f"'{path}' has the line '{image[:60]}' without a tab between image and caption.")
-                captions.setdefault(image.partition("#")[0], []).append(caption)
+    table = path.suffix == ".csv"
+    with path.open(encoding="utf-8") as lines:
+        for line in islice(lines, int(table), None):
+            # A caption may hold the mark too, and one published line lacks its second one.
+            image, mark, rest = line.rstrip("\r\n").partition("|" if table else "\t")
+            if not mark and image:
+                name = "|" if table else "tab"
+                raise UserError(f"'{path}' has the line '{image[:60]}' without a {name} between image and caption.")
+            if table:
+                captions.setdefault(image.strip(), []).append(rest.split("|", 1)[-1].strip())
+            else:
+                captions.setdefault(image.partition("#")[0], []).append(rest)
     captions.pop("", None)
     return CaptionedFiles(name, images, list(captions), list(captions.values()))
 

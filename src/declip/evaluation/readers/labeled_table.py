@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from declip.data.pair import BrokenPair, Pair, is_unicode
 from declip.data.sources.origin import Origin
-from declip.data.sources.rows import JsonLines, ParquetRows
-from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, KINDS, TableSource, find_column
+from declip.data.sources.rows import JsonLines, ParquetRows, plain
+from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, KINDS, TableSource, find_column, only_one
 from declip.errors import UserError, unknown
 from declip.evaluation.readers.splits import Openers
 
@@ -61,7 +61,7 @@ class LabeledRows:
     def __getitem__(self, index: int) -> Pair:
         """Read pair `index`; raises `BrokenPair`."""
         captions, row = self.captions(index), int(self.rows[index])
-        return Pair(self.table.rows.key(row), self.table.image(row), captions)
+        return Pair(self.table.key(row), self.table.image(row), captions)
 
     def origin(self, index: int) -> Origin:
         """Where the image is; raises `BrokenPair`."""
@@ -94,7 +94,7 @@ def label_column_of(path: Path, given: str | None) -> str | None:
     if given is not None and given not in columns:
         raise unknown(f"column of labels in '{path.name}'", given, columns)
     if given is not None:
-        return given
+        return only_one(columns, given, path)
     lower = {name.strip().lower(): name for name in reversed(columns)}
     return next((lower[name] for name in LABEL_NAMES if name in lower), None)
 
@@ -113,7 +113,7 @@ def labeled_table(path: Path, label_column: str) -> Openers:
     captioned = any(name in lower for name in CAPTION_NAMES)
     image = find_column(columns, "image", IMAGE_NAMES, "image", path)
     table = TableSource(path, image, "caption" if captioned else image)
-    cells = _cells(path, image, label_column)
+    cells = _cells(table, path, image, label_column)
     if len(cells) != len(table):
         raise UserError(f"'{path}' changed while it was read.")
     names = _known_names(path, label_column) or _ordered({cell for cell in cells if isinstance(cell, str)})
@@ -124,18 +124,18 @@ def labeled_table(path: Path, label_column: str) -> Openers:
     broken = {row: cell for row, cell in enumerate(cells) if isinstance(cell, BrokenPair)}
     for row, cell in enumerate(cells):
         if isinstance(cell, str) and cell not in number:
-            broken[row] = BrokenPair("missing label", table.rows.key(row), f"'{cell}' is none of the classes")
-    splits = _splits(path, image, lower.get(SPLIT_COLUMN), len(table))
+            broken[row] = BrokenPair("missing label", table.key(row), f"'{cell}' is none of the classes")
+    splits = _splits(table, path, image, lower.get(SPLIT_COLUMN))
     return {
         which: partial(LabeledRows, table, rows, labels[rows], names, _within(broken, rows), captioned)
         for which, rows in splits.items()
     }
 
 
-def _splits(path: Path, image: str, column: str | None, count: int) -> dict[str, np.ndarray]:
+def _splits(table: TableSource, path: Path, image: str, column: str | None) -> dict[str, np.ndarray]:
     if column is None:
-        return {"test": np.arange(count)}
-    given = _cells(path, image, column)
+        return {"test": np.arange(len(table))}
+    given = _cells(table, path, image, column)
     # A damaged row is counted among the test's broken pairs; one that only lacks its split is the user's to mend.
     found = [
         SPLIT_NAMES.get(cell.lower()) if isinstance(cell, str) else "test" if cell.reason == "unreadable row" else None
@@ -162,33 +162,36 @@ def _ordered(names: set[str]) -> list[str]:
     return sorted(names, key=int) if numbers else sorted(names)
 
 
-def _cells(path: Path, image: str, column: str) -> list[Cell]:
+def _cells(table: TableSource, path: Path, image: str, column: str) -> list[Cell]:
     """Of each pair of the table, its one value in a column as text, or why it has none."""
-    rows = KINDS[path.suffix.lower()](path)
+    rows = table.rows
     if isinstance(rows, ParquetRows):
         names = _known_names(path, column)
         try:
             cells = pq.read_table(path, columns=[column])[column]
         except (pa.ArrowException, OSError, KeyError) as error:
             raise UserError(f"'{path}' is damaged: {error}.") from error
-        return [_named(cell, names, f"row {row}") for row, cell in enumerate(cells)]
-    rows.choose(image, column)
+        numbers = map(rows.numbers, range(len(rows)))
+        return [_named([cells[number] for number in own], names, f"row {own[0]}") for own in numbers]
+    if not isinstance(rows, JsonLines):
+        rows = KINDS[path.suffix.lower()](path)
+        rows.choose(image, column)
     found: list[Cell] = []
     for index in range(len(rows)):
         try:
-            values = [rows.cell(index, column)] if isinstance(rows, JsonLines) else rows.captions(index)
-            found.append(_text(values, rows.key(index)))
+            row = rows.row(index)
+            found.append(_text(rows.cells(index, column) if isinstance(rows, JsonLines) else row.captions(), row.key))
         except BrokenPair as broken:
             found.append(broken)
     return found
 
 
-def _named(cell: pa.Scalar, names: Sequence[str], key: str) -> Cell:
+def _named(cells: Sequence[pa.Scalar], names: Sequence[str], key: str) -> Cell:
     try:
-        value = cell.as_py()
-    except UnicodeDecodeError as error:
-        return BrokenPair("invalid text", key, f"not UTF-8: {error}")
-    return _text([names[value] if _is_place(value, names) else value], key)
+        values = [plain(cell, key) for cell in cells]
+    except BrokenPair as broken:
+        return broken
+    return _text([names[value] if _is_place(value, names) else value for value in values], key)
 
 
 def _text(values: Sequence[Any], key: str) -> Cell:
