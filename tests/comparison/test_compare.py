@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,6 +197,26 @@ def _workers(out: Path) -> list[int]:
             if "declip.comparison.worker" in words and str(out) in words:
                 found.append(int(path.parent.name))
     return found
+
+
+def test_without_a_terminal_lines_tell_which_run_ended_and_how_far_the_others_are(
+    recipes: dict[str, str],
+    table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("declip.io.progress.FIRST", 0.0)
+    monkeypatch.setattr("declip.io.progress.LONGEST", 0.0)
+    tiny({"clip": recipes["clip"]}, table, tmp_path / "out", quiet=False)
+    printed = capfd.readouterr().err
+    assert "Timing a step of clip …" in printed
+    first, second = read_study(tmp_path / "out").cells()  # type: ignore[union-attr]
+    assert f"run 1 of 2 done: {first.id}" in printed
+    assert f"run 2 of 2 done: {second.id}" in printed
+    assert re.search(r"comparing +\d+ %  0/2 runs", printed)
+    assert re.search(r"comparing +100 %  2/2 runs", printed)
+    assert "━" not in printed
 
 
 @linux

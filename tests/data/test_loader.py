@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -283,23 +284,38 @@ def test_a_mistake_that_a_worker_meets_arrives_as_it_was(monkeypatch):
 
 def test_a_lost_worker_is_explained(monkeypatch):
     monkeypatch.setattr(Source, "__getitem__", lambda *_: os._exit(1))
-    with pytest.raises(UserError, match=r"lost at step 4: .* Use fewer workers \(0 loads in the training process\)"):
+    with pytest.raises(UserError, match=r"lost at step 4: .* Use fewer workers \(0 loads in the main process\)"):
         take(make(workers=1, start_step=4), 1)
 
 
-def test_workers_ignore_interrupts_and_end_with_the_loader():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_workers_ignore_signals_of_others_and_end_with_the_loader(number):
     before = set(multiprocessing.active_children())
     loader = make(workers=2)
     first = next(loader)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)
+    subprocess.run(["kill", f"-{number}", *(str(worker.pid) for worker in workers)], check=True)
     assert_same([first, *itertools.islice(loader, 9)], take(make(), 10))
     loader.close()
     loader.close()
     assert wait_for(lambda: not any(worker.is_alive() for worker in workers))
     assert list(loader) == []
+
+
+def test_a_process_that_leaves_its_loader_open_can_end():
+    """Python asks workers by SIGTERM to end and then waits for them: a deaf one would be waited for for ever."""
+
+    def leave_open() -> None:
+        loader = make(workers=1)
+        next(loader)
+        multiprocessing.active_children()[0].join(0)
+        raise SystemExit(3)
+
+    process = multiprocessing.get_context("fork").Process(target=leave_open)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 3
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:

@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,11 +47,67 @@ def recipe(table: Path, tmp_path: Path) -> Path:
     return path
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*command, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        [*TORCHRUN, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def stopped(run: Path, command: list[object], stop: Callable[[int], None]) -> tuple[int, str]:
+    """Start a long run and stop it after its first logged steps; its exit status and error stream."""
+    process = subprocess.Popen(
+        [*map(str, command), "train.steps=100000", "train.checkpoint_every=50000", "--out", str(run), "--quiet"],
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        stop(process.pid)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, errors
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and all that come from it."""
+    yield pid
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield from family(int(child))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_group_that_is_told_to_end_saves_though_workers_hear_it_too(
+    recipe: Path, tmp_path: Path, workers: int
+) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "declip", "train", recipe, f"data.workers={workers}"]
+    status, errors = stopped(run, command, lambda pid: os.killpg(pid, signal.SIGTERM))
+    assert (status, errors) == (75, "")
+    assert 0 < saved(run) < 100000
+
+
+def test_torchrun_that_is_told_to_end_with_all_its_processes_saves(recipe: Path, tmp_path: Path) -> None:
+    """As a scheduler does it: each rank hears SIGTERM twice, from the scheduler and from torchrun."""
+
+    def everybody(pid: int) -> None:
+        for each in list(family(pid)):
+            os.kill(each, signal.SIGTERM)
+
+    run = tmp_path / "run"
+    _, errors = stopped(run, [*TORCHRUN, "-m", "declip", "train", recipe, "data.workers=1"], everybody)
+    assert "DataLoader worker" not in errors
+    assert 0 < saved(run) < 100000
+
+
+def saved(run: Path) -> int:
+    """The step of the only checkpoint; 0 without."""
+    return max((int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")), default=0)
 
 
 @pytest.mark.slow

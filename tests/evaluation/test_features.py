@@ -83,13 +83,14 @@ def test_nothing_readable(model, painted) -> None:
 @pytest.mark.parametrize(("batches", "shown"), [(module.LONG - 1, False), (module.LONG, True)])
 def test_a_progress_bar_only_for_what_takes_long(monkeypatch, model, painted, batches: int, shown: bool) -> None:
     bars = []
-    track = module.track
+    bar = module.progress_bar
 
-    def watched(*args, disable: bool, **options):
-        bars.append(not disable)
-        return track(*args, disable=True, **options)
+    def watched(*columns, shown: bool, **options):
+        bars.append(shown)
+        return bar(*columns, shown=False, **options)
 
-    monkeypatch.setattr(module, "track", watched)
+    monkeypatch.setattr(module, "progress_bar", watched)
+    monkeypatch.setattr(module, "on_terminal", lambda: True)
     encode_source(model, painted(["red"] * batches), texts=False, batch=1, progress=True)
     assert bars == [shown]
 
@@ -111,3 +112,12 @@ def test_a_text_whose_features_are_not_finite_is_refused_by_name(model) -> None:
     model.encode_text = lambda tokens: torch.where(encode(tokens)[:, 2:] > 0.9, float("nan"), encode(tokens))
     with pytest.raises(UserError, match=r"'blue'.*not finite"):
         text_features(model, ["red", "green", "blue"], batch=2)
+
+
+def test_without_a_terminal_lines_tell_how_far_it_is(monkeypatch, model, painted, capfd) -> None:
+    monkeypatch.setattr("declip.io.progress.FIRST", 0.0)
+    monkeypatch.setattr("declip.io.progress.LONGEST", 0.0)
+    encode_source(model, painted(["red"] * 3), texts=False, batch=1, progress=True)
+    printed = capfd.readouterr()
+    assert "Images of painted  3/3  batches" in printed.err
+    assert printed.out == ""

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tarfile
 from io import BytesIO
@@ -39,6 +40,18 @@ def test_vectors_are_the_models_and_keys_the_sources(model: DualEncoder, folder:
     assert row.origin.size == (folder / names[3]).stat().st_size
     assert index.manifest.update is not None
     assert index.manifest.update.uncaptioned["reasons"]["missing caption"]["count"] == 24
+
+
+def test_without_a_terminal_lines_tell_how_many_images_are_done(
+    model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("declip.io.progress.FIRST", 0.0)
+    monkeypatch.setattr("declip.io.progress.LONGEST", 0.0)
+    declip.embed(model, folder, out=tmp_path / "index", batch=8, progress=True)
+    lines = [" ".join(line.split()) for line in capfd.readouterr().err.splitlines()]
+    steps = [line for line in lines if line.startswith("Images of ")]
+    assert [re.findall(r"\d+/24", line) for line in steps] == [["8/24"], ["16/24"], ["24/24"]]
+    assert re.search(r" [\d,]+ images/s ", steps[1])
 
 
 def test_float16_is_float32_rounded(model: DualEncoder, folder: Path, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path: Path, monkeypatch: py
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_tensors", full)
     with pytest.raises(UserError, match="No space left on device") as caught:
         save_checkpoint(tmp_path, sample(2), keep=1)
     assert str(good) in str(caught.value)
@@ -338,8 +338,8 @@ def in_a_child(work: Callable[[], None]) -> int | None:
 
 
 def test_a_process_that_ends_finishes_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = checkpoints.save_file
-    monkeypatch.setattr(checkpoints, "save_file", lambda *given: (time.sleep(0.1), save(*given)))
+    save = checkpoints.save_tensors
+    monkeypatch.setattr(checkpoints, "save_tensors", lambda *given: (time.sleep(0.1), save(*given)))
     assert in_a_child(lambda: CheckpointWriter(tmp_path, keep=1).write(sample(1))) == 0
     assert same(load_checkpoint(list_checkpoints(tmp_path)[0]), sample(1))
 

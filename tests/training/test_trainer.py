@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import declip
 from conftest import TINY, WEIGHTS
 from declip.api import train
 from declip.comparison.outcome import scores
@@ -21,7 +22,8 @@ from declip.supervision.objective import Objective
 from declip.training import measuring
 from declip.training import supply as supply_module
 from declip.training import trainer as trainer_module
-from declip.training.monitor import CLOCK
+from declip.training.monitor import CLOCK, read_rows
+from declip.training.stopping import TRY_AGAIN
 from declip.training.supply import ThroughputMonitor
 from declip.training.trainer import Trainer
 
@@ -130,6 +132,38 @@ def test_ctrl_c_saves_and_a_resume_goes_on(table: Path, tmp_path: Path, monkeypa
     same_end(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_that_is_said_twice_is_one(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    step = trainer_module.training_step
+
+    def told_twice(*arguments: object) -> object:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        return step(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer_module, "training_step", told_twice)
+    run = train(recipe_for(table), out=tmp_path, quiet=True)
+    assert (run.finished, run.step, run.status) == (False, 1, TRY_AGAIN)
+    assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_a_worker_killed_during_a_step_is_explained(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system does when memory runs out; torch's handler then raises in whatever the main process does."""
+
+    def killed(*_: object) -> object:
+        multiprocessing.active_children()[0].kill()
+        time.sleep(30)
+        return {}
+
+    monkeypatch.setattr(trainer_module, "training_step", killed)
+    with pytest.raises(UserError, match=r"lost at step 0: .*killed by signal.*Use fewer workers"):
+        train(with_workers(recipe_for(table), 1), out=tmp_path, quiet=True)
+
+
 def test_the_average_follows_the_weights(table: Path, tmp_path: Path) -> None:
     trainer = Trainer(recipe_for(table, "clip", ema=0.999, steps=3), tmp_path, quiet=True)
     start = trainer.model.logit_scale.item()
@@ -181,6 +215,62 @@ def test_another_recipes_run_is_not_resumed(table: Path, tmp_path: Path) -> None
     rows = (tmp_path / "metrics.jsonl").read_text()
     assert train(recipe_for(table, checkpoint_every=3), out=tmp_path, resume=True, quiet=True).finished
     assert (tmp_path / "metrics.jsonl").read_text() == rows
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "pa\n', b"\0" * 40, b"\xff\xfe{}\n", b"17\n", b"[" * 100_000 + b"\n"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
+def test_a_damaged_line_is_dropped_with_a_warning_and_blocks_no_resume(
+    table: Path, tmp_path: Path, damage: bytes, name: str
+) -> None:
+    trainer = Trainer(recipe_for(table, "clip"), tmp_path, quiet=True)
+    trainer._ask_to_stop(signal.SIGTERM)
+    trainer.train()
+    path = tmp_path / name
+    good = path.read_bytes() if path.exists() else b""
+    path.write_bytes(b'{"step": 1}\n' + damage + b"\n" + good)
+    train(recipe_for(table, "clip"), out=tmp_path, resume=True, quiet=True, report=False)
+    steps = [row["step"] for row in read_rows(tmp_path / name)]
+    assert steps == ([1, 2, 4, 6, 8] if name == "metrics.jsonl" else [1])
+    assert f"damaged lines of {path}: 1, the first at line 2" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_last_line_cut_short_is_dropped_with_a_warning(table: Path, tmp_path: Path) -> None:
+    train(recipe_for(table, "clip"), out=tmp_path, quiet=True, report=False)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    run = train(recipe_for(table, "clip"), out=tmp_path, resume=True, quiet=True, report=False)
+    assert [row["step"] for row in run.metrics] == [2, 4, 6]
+    assert "damaged lines" in (tmp_path / "log.txt").read_text()
+
+
+def test_every_file_of_a_run_and_its_exports_has_the_permissions_of_the_umask(table: Path, tmp_path: Path) -> None:
+    """Of safetensors' own they would be for the owner alone."""
+    before = os.umask(0o027)
+    try:
+        run = tmp_path / "run"
+        train(recipe_for(table, "clip"), out=run, quiet=True, report=False)
+        declip.export(run, "safetensors", tmp_path / "file")
+        declip.export(run, "huggingface", tmp_path / "folder")
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors")}
+    assert len(modes) == 6
+    assert set(modes.values()) == {0o640}, modes
+
+
+def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(table: Path, tmp_path: Path) -> None:
+    """A worker of the killed process, which lives on for some seconds, holds nothing."""
+    recipe = with_workers(recipe_for(table, steps=100_000, checkpoint_every=2), 1)
+    process = multiprocessing.get_context("fork").Process(target=train, args=(recipe,), kwargs={"out": tmp_path})
+    process.start()
+    while process.is_alive() and not list_checkpoints(tmp_path):
+        time.sleep(0.01)
+    with pytest.raises(UserError, match=rf"in use: process {process.pid} on .*--out"):
+        Trainer(recipe, tmp_path, resume=True, quiet=True)
+    assert process.is_alive()
+    process.kill()
+    process.join()
+    assert Trainer(recipe, tmp_path, resume=True, quiet=True).step > 0
 
 
 def test_a_folder_that_cannot_be_written_is_named(table: Path, tmp_path: Path) -> None:

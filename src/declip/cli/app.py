@@ -42,7 +42,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     out: Annotated[Path | None, typer.Option(help="the run folder; by default runs/RECIPE")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in that folder")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress shown")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="only show where the time of a step goes")] = False,
 ) -> None:
     """Train a recipe, measure it, and write a report."""
@@ -171,7 +171,7 @@ def compare(
     tune_pairs: Annotated[str | None, typer.Option(help="pairs of a try; the middle one of --pairs")] = None,
     tune_steps: Annotated[int | None, typer.Option(min=1, help="steps of a try")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="runs side by side; one for each core")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress shown")] = False,
 ) -> None:
     """Compare recipes at several numbers of pairs; stopped and started again, it goes on."""
     from declip.api import compare as run_comparison
@@ -252,7 +252,7 @@ def prepare(
     cache: Annotated[
         Path | None, typer.Option(help="where a built-in set goes; by default DECLIP_CACHE or the user's cache")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress shown")] = False,
 ) -> None:
     """Shrink a source's pictures once and write shards; or fetch and render a built-in set. Later calls go on."""
     from declip.data.builtin import prepare as prepare_builtin
@@ -304,7 +304,7 @@ def inspect(
     json_out: Annotated[Path | None, typer.Option("--json", help="also write the numbers to this file")] = None,
     html_out: Annotated[Path | None, typer.Option("--html", help="also write a page with pictures")] = None,
     sheet_out: Annotated[Path | None, typer.Option("--contact-sheet", help="also write a contact sheet, PNG")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress shown")] = False,
 ) -> None:
     """Look at pairs before training on them: sizes, lengths, duplicates, broken ones, and what that means."""
     from declip.inspection import inspect_source

@@ -34,7 +34,7 @@ def embed(
     caption_column: Annotated[str, typer.Option(help="a table's column of captions; '' for none")] = "caption",
     image_root: Annotated[str | None, typer.Option(help="folder that image paths are relative to")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress shown")] = False,
 ) -> None:
     """Write the vectors of a source's images to an index. The same command later goes on, or adds what is new."""
     from declip.search.embed import embed as run_embedding

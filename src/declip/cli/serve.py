@@ -28,7 +28,7 @@ def app(
     image_root: Annotated[str | None, typer.Option(help="folder that image paths are relative to")] = None,
     workers: Annotated[int, typer.Option(min=0, help="processes that read images to embed")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress shown")] = False,
 ) -> None:
     """Look at a model and its pairs in a browser: classify, search, neighbors, wrong pairs, runs."""
     _need("starlette", "uvicorn")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from declip.comparison.arms import Arm, arms_of
 from declip.comparison.cost import seconds_per_step
@@ -24,6 +24,7 @@ from declip.comparison.worker import RUNS, TUNING, cells_of, failure
 from declip.data.sources.mixture import Mixture
 from declip.errors import UserError, unknown
 from declip.evaluation.protocols import PROTOCOLS
+from declip.io.progress import on_terminal, print_line, progress_bar, status
 from declip.recipe.schema import Recipe
 from declip.training.setup import open_training_source
 
@@ -221,7 +222,7 @@ def _timed(study: Study, folder: Path, threads: int, quiet: bool) -> Study:
     overrides = {**UNMEASURED, "train.batch_size": study.batch, "data.max_pairs": study.pairs[0]}
     known = study.arm(study.reference)
     timed: list[Arm] = new if known in new else [known, *new]
-    with Console(stderr=True, quiet=quiet).status(f"Timing a step of {', '.join(arm.name for arm in new)}"):
+    with status(f"Timing a step of {', '.join(arm.name for arm in new)}", not quiet):
         seconds = seconds_per_step(timed, overrides, threads)
     scale = study.seconds.get(known.name, seconds[known.name]) / seconds[known.name]
     measured = {arm.name: seconds[arm.name] * scale for arm in new}
@@ -298,32 +299,51 @@ def _run(study: Study, folder: Path, part: str, jobs: int, threads: int, quiet: 
 
 
 def _watch(study: Study, folder: Path, part: str, workers: Sequence[subprocess.Popen[bytes]], quiet: bool) -> None:
-    """Draw one bar for all runs, by the time that their steps take, until the workers end."""
+    """Show the progress of all runs, by the time that their steps take, until the workers end.
+
+    On a terminal that is one bar; elsewhere lines also say which run ended, how, and how far those under way are.
+    """
     cells = cells_of(study, part)
-    cost = {cell.id: cell.steps * study.seconds[cell.arm] for cell in cells}
-    done: set[str] = set()
+    plain, console = not on_terminal(), Console(stderr=True, quiet=quiet)
+    states: dict[str, str] = {}
 
-    def progress_of() -> float:
-        done.update(cell.id for cell in cells if cell.id not in done and read_cell(folder, cell) is not None)
-        running = (cell for cell in cells if cell.id not in done)
-        part_done = sum(steps_done(folder, cell) * study.seconds[cell.arm] for cell in running)
-        return sum(cost[name] for name in done) + part_done
+    def look() -> tuple[float, str]:
+        """How many seconds the steps done take, and which runs are under way."""
+        seconds, running = 0.0, []
+        for number, cell in enumerate(cells, 1):
+            before = states.get(cell.id)
+            if before != "done":
+                reason = failure(folder, cell)
+                ended = "done" if read_cell(folder, cell) is not None else "failed" if reason else ""
+                states[cell.id] = ended
+                if plain and ended and before == "":
+                    why = f": {reason.splitlines()[-1]}" if reason else ""
+                    print_line(console, f"run {number} of {len(cells)} {ended}: {cell.id}{why}")
+            steps = cell.steps if states[cell.id] == "done" else steps_done(folder, cell)
+            seconds += steps * study.seconds[cell.arm]
+            if steps and not states[cell.id]:
+                running.append(f"run {number} at step {steps:,} of {cell.steps:,} ({cell.id})")
+        return seconds, ", ".join(running)
 
-    with Progress(
+    with progress_bar(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f} %  {task.fields[runs]} runs"),
+        *([TextColumn("{task.fields[running]}")] if plain else []),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True, quiet=quiet),
+        shown=not quiet,
         speed_estimate_period=300,
         refresh_per_second=2,
     ) as bar:
         label = "tuning" if part == TUNING else "comparing"
-        task = bar.add_task(label, total=sum(cost.values()), completed=int(progress_of()), runs="")
+        total = sum(cell.steps * study.seconds[cell.arm] for cell in cells)
+        task = bar.add_task(label, total=total, completed=int(look()[0]), runs="", running="")
         while True:
             alive = any(worker.poll() is None for worker in workers)
-            bar.update(task, completed=progress_of(), runs=f"{len(done)}/{len(cells)}")
+            seconds, running = look()
+            done = sum(state == "done" for state in states.values())
+            bar.update(task, completed=seconds, runs=f"{done}/{len(cells)}", running=running)
             if not alive:
                 return
             time.sleep(LOOK_EVERY)

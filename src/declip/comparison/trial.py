@@ -60,10 +60,7 @@ def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
 
 def steps_done(folder: Path, cell: Cell) -> int:
     """How far a run has come: its last row of metrics."""
-    try:
-        rows = read_rows(folder_of(folder, cell) / METRICS)
-    except ValueError:  # caught while the row was being written
-        return 0
+    rows = read_rows(folder_of(folder, cell) / METRICS)
     return int(rows[-1]["step"]) if rows else 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from declip.data.assembly import Assembler
 from declip.data.batch import PairBatch
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
+from declip.io.pool import leave_signals_to_main, naming_lost_workers
 from declip.recipe.schema import Data
 
 if TYPE_CHECKING:
@@ -92,16 +92,8 @@ class PairLoader(Iterator[PairBatch]):
             raise StopIteration
         if self._batches is None:
             self._batches = self._start()
-        try:
+        with naming_lost_workers(f" at step {self.step}"):
             batch = next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or "Traceback" in str(error):
-                raise
-            self.close()
-            raise UserError(
-                f"A process that loads data was lost at step {self.step}: {error} Most often memory, or shared "
-                "memory, ran out. Use fewer workers (0 loads in the training process) or a smaller batch."
-            ) from error
         if isinstance(batch, UserError):
             self.close()
             raise batch
@@ -142,7 +134,7 @@ class PairLoader(Iterator[PairBatch]):
             sampler=itertools.count(self.step),
             num_workers=self._workers,
             pin_memory=self._pin_memory,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=leave_signals_to_main,
             # Without a generator of its own the loader would draw from torch's global one.
             generator=torch.Generator(),
             # Forked workers share the source's memory, start at once, and need no `if __name__ == "__main__"` in
@@ -191,8 +183,3 @@ class _Steps(Dataset):
             return self.assembler[step]
         except UserError as error:
             return error
-
-
-def _leave_interrupts_to_the_main_process(_: int) -> None:
-    """Ignore Ctrl-C in a worker: the main process gets it too, finishes its step and ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -27,7 +27,7 @@ from declip.data.sources.open import open_source
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, remove
-from declip.io.pool import in_order, pairs_bar, usual_workers
+from declip.io.pool import in_order, naming_lost_workers, pairs_bar, usual_workers
 
 log = logging.getLogger("declip")
 
@@ -169,7 +169,7 @@ def _make(shards: Sequence[_Shard], record: _Record, maker: _Maker, workers: int
     parts = [shard.parts() for shard in shards]
     jobs = _Jobs(maker, [places for own in parts for places in own])
     stream: Iterator[_Part] = in_order(jobs, len(jobs.parts), workers)
-    with pairs_bar(progress) as bar:
+    with naming_lost_workers(), pairs_bar(progress) as bar:
         done = len(source) - sum(map(len, jobs.parts))
         task = bar.add_task(f"Pairs of {source.name}", total=len(source), completed=done)
         for shard, own in zip(shards, parts, strict=True):

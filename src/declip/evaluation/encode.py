@@ -8,13 +8,15 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 
 from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter, printable
 from declip.errors import UserError
+from declip.io.pool import naming_lost_workers
+from declip.io.progress import on_terminal, progress_bar
 
 T = TypeVar("T")
 
@@ -226,7 +228,7 @@ def encode_images(
     captions: list[tuple[str, ...]] = []
     parts: list[Tensor] = []
     skipped = SkipCounter()
-    with measuring(model) as device:
+    with naming_lost_workers(), measuring(model) as device:
         for read in _watched(reader, len(reader), f"Images of {source.name}", progress):
             for broken in read.broken:
                 skipped.add(broken)
@@ -288,7 +290,10 @@ class _Collate:
 
 
 def _watched(items: Iterable[T], total: int, label: str, progress: bool) -> Iterable[T]:
-    return track(items, label, total=total, transient=True, disable=not progress or total < LONG)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), "batches", TimeRemainingColumn())
+    shown = progress and (total >= LONG or not on_terminal())  # plain lines come only when it takes long
+    with progress_bar(*columns, shown=shown, transient=True) as bar:
+        yield from bar.track(items, total, description=label)
 
 
 def _require_finite(features: Tensor, what: str, names: Sequence[str]) -> None:

@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from declip.data.pair import PairSource, SkipCounter
@@ -19,7 +18,7 @@ from declip.data.sources.image_source import ImageSource
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import EncodedImages, Encoder, encode_images
 from declip.evaluation.model_hash import model_hash, tensor_bytes
-from declip.io.atomic import atomic_write, cache_folder
+from declip.io.atomic import atomic_write, cache_folder, save_tensors
 
 log = logging.getLogger("declip")
 
@@ -182,7 +181,7 @@ def _write(path: Path, made: EncodedImages) -> None:
     features, indices = made.features.contiguous(), torch.from_numpy(made.indices)
     about = {"sha256": _digest(features, indices), "skipped": json.dumps(made.skipped.to_dict())}
     with atomic_write(path) as beside:
-        save_file({"features": features, "indices": indices}, beside, about)
+        save_tensors({"features": features, "indices": indices}, beside, about)
 
 
 def _digest(features: Tensor, indices: Tensor) -> str:

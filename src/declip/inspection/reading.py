@@ -15,7 +15,7 @@ from declip.data.sources.folder import FolderSource
 from declip.data.sources.table import TableSource
 from declip.inspection.captions import CaptionCounts, token_count
 from declip.inspection.fingerprint import LOOK, caption_hash, image_hash, is_blank, look
-from declip.io.pool import in_order, pairs_bar
+from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 
 PAIR = np.dtype(
     [
@@ -84,7 +84,7 @@ def read(source: PairSource, places: np.ndarray, workers: int = 0, progress: str
     found, filled, captions = Found(pairs, np.empty(0, CAPTION)), 0, []
     # The workers start here, before the bar's own thread does: a fork copies no thread.
     stream = in_order(parts, len(parts), workers)
-    with pairs_bar(bool(progress)) as bar:
+    with naming_lost_workers(), pairs_bar(bool(progress)) as bar:
         task = bar.add_task(progress, total=len(places))
         for part in stream:
             pairs[filled : filled + len(part.pairs)] = part.pairs

@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from declip.data.checks import check_range
 from declip.data.pair import BrokenPair, Pair, PairSource
@@ -30,6 +28,7 @@ from declip.inspection.result import (
     Spread,
 )
 from declip.io.pool import usual_workers
+from declip.io.progress import status
 
 SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
 STRETCHES = 16
@@ -114,7 +113,7 @@ def inspect_source(
         credit=getattr(opened, "credit", ""),
     )
     if len(found.pairs):
-        with Console(stderr=True).status("Looking for duplicates") if progress else nullcontext():
+        with status("Looking for duplicates", bool(progress)):
             inspection = _described(inspection, opened, found, size, batch)
         seen = found.pairs
         overlaps = [_overlap(opened, seen, other, workers, whole, progress) for other in others]

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import declip
 from declip.errors import UserError
 from declip.interchange.weights_file import outline
+from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import encoder_kept_in
 from declip.models.no_text import drop_text
@@ -62,7 +63,7 @@ def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor
         raise UserError("This model was not built from a recipe, so no file can say what it is. Use another format.")
     tensors = prefixed("model", model.state_dict()) | prefixed("objective", heads or {})
     metadata = {RECIPE: model.recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def holds_recipe(path: Path) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from declip.interchange.clip_layout import (
@@ -25,6 +24,7 @@ from declip.interchange.clip_layout import (
 )
 from declip.interchange.foreign import Reread, clip_text_tower, refusal
 from declip.interchange.tokenizer_files import write_tokenizer
+from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.text_tower import TextTower
 
@@ -89,7 +89,7 @@ def write_huggingface(model: DualEncoder, folder: Path) -> None:
     _write_json(folder / "preprocessor_config.json", _preprocessor(model))
     write_tokenizer(model.tokenizer, folder)
     kept = {name: tensor.detach().cpu().float().contiguous() for name, tensor in their_tensors(model).items()}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(kept, folder / "model.safetensors", {"format": "pt"})
 
 
 def reread_huggingface(folder: Path) -> Reread:

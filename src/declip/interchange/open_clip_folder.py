@@ -15,7 +15,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from declip.data.text.tokenizer import Tokenizer
@@ -34,6 +33,7 @@ from declip.interchange.clip_layout import (
 from declip.interchange.foreign import Reread, clip_text_tower, refusal
 from declip.interchange.open_clip import CONFIG
 from declip.interchange.tokenizer_files import write_tokenizer
+from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import CONFIG as ENCODER
 from declip.models.hf_encoder import PREFIX, TextEncoder
@@ -120,7 +120,9 @@ def write_open_clip(model: DualEncoder, folder: Path, repo: str | None = None, h
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {f"visual.{name}": tensor for name, tensor in images.items()} | texts
     tensors["logit_scale"] = model.logit_scale
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    save_tensors(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"}
+    )
 
 
 def reread_open_clip(folder: Path) -> Reread:

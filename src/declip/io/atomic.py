@@ -3,10 +3,14 @@
 import errno
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from declip.errors import UserError
 
@@ -72,6 +76,19 @@ def atomic_write(
     finally:
         if target.parent.is_dir():
             remove(beside)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of any other new file, where safetensors gives its owner's alone.
+
+    Raises:
+        SafetensorError, OSError: It cannot be written.
+    """
+    path.touch()  # the umask cannot be asked for without changing it, for all threads
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata)
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from declip.io.atomic import remove
+from declip.io.atomic import remove, save_tensors
 from declip.errors import UserError
 
 log = logging.getLogger("declip")
@@ -116,8 +116,8 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         for left in final.parent.glob("*.partial"):  # by a process that was killed
             remove(left)
         partial.mkdir(parents=True)
-        save_file(kept.weights, partial / WEIGHTS)
-        save_file(kept.training, partial / TRAINING)
+        save_tensors(kept.weights, partial / WEIGHTS)
+        save_tensors(kept.training, partial / TRAINING)
         digests = {name: _digest(partial / name) for name in (WEIGHTS, TRAINING)}
         state = {"step": kept.step, "recipe": kept.recipe, "extra": kept.extra, "sha256": digests}
         (partial / STATE).write_text(_with_digest(state), encoding="utf-8")

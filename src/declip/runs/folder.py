@@ -2,9 +2,14 @@
 
 import json
 import logging
+import errno
+import fcntl
+import os
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ RECIPE, METRICS, EVALUATIONS = "recipe.yaml", "metrics.jsonl", "evaluations.json
 KEPT = "start.safetensors"
 """The pretrained weights as they were taken over: with them a run resumes and is compared with its start."""
 log = logging.getLogger("declip")
+LOCK = ".lock"
 CHANGEABLE = (
     "data.workers",
     "data.shard_cache_gb",
@@ -90,8 +96,43 @@ def check_datasets(recipe: Recipe) -> None:
             with_classes(dataset.split("test"))
 
 
+def lock_folder(folder: Path) -> FileIO:
+    """Make the run folder and lock it for this process.
+
+    The lock is the system's and of this process alone: it ends with the process however that ends, and worker processes
+    that outlive a killed one do not inherit it.
+
+    Returns:
+        The open file that holds the lock; closing it gives the folder free.
+
+    Raises:
+        UserError: the folder can't be written, or another process trains in it; it is named.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("ab+", buffering=0)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks: nothing can be known
+            return file
+        file.seek(0)
+        holder = file.read().decode(errors="replace") or "another process"
+        file.close()
+        raise UserError(
+            f"'{folder}' is in use: {holder} trains in it. Wait until that run ends or stop it, or choose another "
+            "folder with --out."
+        ) from error
+    with suppress(OSError):  # a full disk is the run's to report
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return file
+
+
 def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:
-    """Make the run folder, or find where the run in it stopped.
+    """Begin a run in a locked folder, or find where the run in it stopped.
 
     Args:
         recipe: What is to be run.
@@ -105,12 +146,6 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
         UserError: the folder holds a run and `resume` is off, it holds another recipe's run, it can't be written,
             or none of its checkpoints is whole.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise _not_writable(folder, error) from error
     if not (folder / RECIPE).exists():
         _write_recipe(recipe, folder)
         return None
@@ -210,8 +245,17 @@ def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a JSONL file; a last line that a crash cut short is left out."""
+    """All rows of a JSONL file; lines that a crash or a disk damaged are left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows = map(parse_row, path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return [row for row in rows if row is not None]
+
+
+def parse_row(line: str) -> dict[str, Any] | None:
+    """A line as a row, None where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

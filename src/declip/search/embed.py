@@ -18,7 +18,7 @@ from declip.data.sources.shard_names import is_url, names_shards
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import Encoder
 from declip.interchange.load import load
-from declip.io.pool import in_order, pairs_bar
+from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.search.approximate import EXACT_UP_TO, import_faiss
 from declip.search.changes import Changes, find_changes
 from declip.search.encoding import (
@@ -173,7 +173,7 @@ class _Embedding:
         jobs = Batches(self.source, self.model, [own for part in batches for own in part])
         # The workers start here, before the bar's own thread does: a fork copies no thread.
         stream = in_order(jobs, len(jobs), self.workers)
-        with pairs_bar(self.progress, "images") as bar:
+        with naming_lost_workers(), pairs_bar(self.progress, "images") as bar:
             task = bar.add_task(f"Images of {self.source.name}", total=update.total, completed=update.done)
             for part, own in zip(parts, batches, strict=True):
                 read: list[Loaded] = []

@@ -5,20 +5,38 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
-from declip.runs.folder import EVALUATIONS, METRICS, log, read_rows
+from declip.io.progress import LineInterval
+from declip.runs.folder import EVALUATIONS, METRICS, log, parse_row, read_rows
 
 CLOCK = ("seconds", "samples_per_second")
 """Fields of a metrics row that depend on the machine; all others repeat bit for bit."""
+
+PROGRESS = log.getChild("progress")
 
 
 class _LogFile(logging.FileHandler):
@@ -28,47 +46,78 @@ class _LogFile(logging.FileHandler):
         raise
 
 
-class Monitor:
-    """Writes the files of a run folder and draws its progress bar.
+class _TermsColumn(ProgressColumn):
+    """As many whole loss terms as there is room for, the first ones."""
 
-    Rows after `start` are dropped first: they belong to steps that a resumed run does again.
+    def render(self, task: Task) -> "_Fitting":
+        return _Fitting(task.fields["terms"])
+
+
+@dataclass
+class _Fitting:
+    terms: Sequence[str]
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(0, cell_len("  ".join(self.terms)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        count = len(self.terms)
+        while count and cell_len("  ".join(self.terms[:count])) > options.max_width:
+            count -= 1
+        yield Text("  ".join(self.terms[:count]), style="dim", no_wrap=True)
+
+
+class Monitor:
+    """Writes the files of a run folder and shows its progress: as a bar, or without a terminal as lines.
+
+    The lines stand in log.txt in any case. Rows after `start` are dropped first: they belong to steps that a resumed
+    run does again.
 
     Args:
         run: The run folder.
         start: Steps already done.
         steps: Steps in all.
         batch: Pairs a step.
-        quiet: Draw nothing.
+        quiet: Show nothing.
     """
 
     def __init__(self, run: Path, start: int, steps: int, batch: int, quiet: bool = False) -> None:
-        self.run, self.batch, self.steps = run, batch, steps
-        for name in (METRICS, EVALUATIONS):
-            _keep_rows(run / name, start)
+        self.run, self.batch, self.start, self.steps = run, batch, start, steps
         self.console = Console(stderr=True, quiet=quiet)
         self._handlers: list[logging.Handler] = [_LogFile(run / "log.txt", encoding="utf-8")]
-        self._handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        if not quiet:
+        if self.console.is_interactive and not quiet:
             self._handlers.append(RichHandler(console=self.console, show_path=False, markup=False))
+            self._handlers[1].addFilter(lambda record: record.name != PROGRESS.name)  # the bar shows it
+        elif not quiet:
+            self._handlers.append(logging.StreamHandler(self.console.file))
+        for handler in self._handlers:
+            if not isinstance(handler, RichHandler):
+                handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        # On a narrow terminal the loss terms give way, never the step or the time left.
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[terms]}", style="dim"),
+            _TermsColumn(table_column=Column(ratio=4, no_wrap=True)),
             console=self.console,
             refresh_per_second=2,
+            expand=True,
+            disable=quiet or not self.console.is_interactive,
         )
-        self.task = self.progress.add_task("training", total=steps, completed=start, speed="", terms="")
+        self.task = self.progress.add_task("training", total=steps, completed=start, speed="", terms=())
+        self._lines, self._begun = LineInterval(), time.perf_counter()
         self._mark, self._mark_step = time.perf_counter(), start
 
     def __enter__(self) -> Self:
         log.setLevel(logging.INFO)
         for handler in self._handlers:
             log.addHandler(handler)
+        for name in (METRICS, EVALUATIONS):
+            _keep_rows(self.run / name, self.start)
         self.progress.start()
         return self
 
@@ -82,8 +131,17 @@ class Monitor:
             handler.close()
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Move the bar; where logged steps are far apart, print a line without their numbers."""
         self.progress.update(self.task, completed=step)
+        if self._lines.due(3 if self._lines.lines else 1):
+            self._line(step)
+
+    def _line(self, step: int, numbers: str = "", speed: float | None = None) -> None:
+        done, seconds = step - self.start, time.perf_counter() - self._begun
+        left = timedelta(seconds=round((self.steps - step) * seconds / done))
+        speed = done * self.batch / seconds if speed is None else speed
+        words = (f"step {step:,}/{self.steps:,}", numbers, f"{speed:,.0f} samples/s", f"{left} left")
+        PROGRESS.info("  ".join(filter(None, words)))
 
     def pause(self) -> None:
         """Leave the time until `metrics` is next called out of the speed: an evaluation or a checkpoint was made."""
@@ -118,11 +176,13 @@ class Monitor:
         _append(self.run / METRICS, row)
         for name, value in {**values, "lr": learning_rate, "logit_scale": logit_scale}.items():
             self.board.add_scalar(f"train/{name}", value, step)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in {"loss": values["loss"], **terms}.items())
+        shown = [f"{name} {value:.3f}" for name, value in {"loss": values["loss"], **terms}.items()]
         fields: dict[str, Any] = {"terms": shown}
+        if self._lines.due(always=not self._lines.lines or step == self.steps):
+            self._line(step, f"loss {values['total']:.3f}  lr {learning_rate:.2e}", speed)
         if speed is not None:
             self.board.add_scalar("speed/samples_per_second", speed, step)
-            fields["speed"] = f"{speed:,.0f} pairs/s"
+            fields["speed"] = f"{speed:,.0f} samples/s"
         self.progress.update(self.task, completed=step, **fields)
 
     def evaluation(self, step: int, row: Mapping[str, Any]) -> None:
@@ -195,8 +255,13 @@ def _finite(value: Any) -> Any:
 
 
 def _keep_rows(path: Path, last_step: int) -> None:
+    """Drop the rows of later steps and, with a warning, damaged lines."""
     if not path.exists():
         return
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    damaged = [number for number, line in enumerate(lines, 1) if line and parse_row(line) is None]
+    if damaged:
+        log.warning("Left out damaged lines of %s: %d, the first at line %d.", path, len(damaged), damaged[0])
     rows = [row for row in read_rows(path) if row["step"] <= last_step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(map(_line, rows)), encoding="utf-8")

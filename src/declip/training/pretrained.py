@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,7 +13,7 @@ import declip
 from declip.errors import UserError
 from declip.interchange.declip_file import RECIPE, VERSION
 from declip.interchange.start import Start, read_kept, read_start
-from declip.io.atomic import atomic_write
+from declip.io.atomic import atomic_write, save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.freezing import freeze
 from declip.models.layers import IMAGE, TEXT, blocks, depths
@@ -69,7 +68,7 @@ class Pretrained:
         metadata = {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
         try:
             with atomic_write(folder / KEPT, "choose another folder with --out", durable=True) as beside:
-                save_file(tensors, beside, metadata)
+                save_tensors(tensors, beside, metadata)
         except SafetensorError as error:  # of a full disk
             raise UserError(f"Cannot write '{folder / KEPT}': {error}. Make room, or choose another --out.") from error
 

@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from declip.errors import UserError
+from declip.io.progress import progress_bar
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.training import distributed
@@ -167,7 +167,7 @@ def _measured(trainer: Trainer, folder: Path, quiet: bool) -> Profile:
     _time_towers(trainer, clock.span)
     trainer.parts = replace(trainer.parts, span=clock.span)
     flops = _count(trainer) if not trainer.recipe.train.compile else None
-    with Progress(console=Console(stderr=True), disable=quiet) as progress:
+    with progress_bar(*Progress.get_default_columns(), shown=not quiet) as progress:
         task = progress.add_task("profiling", total=WARM + TIMED + TRACED)
         started = time.perf_counter()
         for number in range(WARM + TIMED):

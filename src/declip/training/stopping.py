@@ -22,19 +22,23 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def stopping_politely(ask: Callable[[int], None]) -> Iterator[None]:
-    """Hear Ctrl-C, SIGTERM and SIGUSR1 by calling `ask` with the number; a second one acts as it did before.
+    """Hear Ctrl-C, SIGTERM and SIGUSR1 by calling `ask` with the number; after the first, Ctrl-C acts as before.
 
+    SIGTERM and SIGUSR1 may come again: a scheduler signals all processes of a job, and torchrun passes its own on.
     Only a process's main thread can hear signals; in another one nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    asked = False
 
     def heard(number: int, frame: FrameType | None) -> None:
-        ask(number)
-        log.info("Stopping after this step and saving; once more stops at once, without saving.")
-        for each, handler in earlier.items():
-            signal.signal(each, handler)
+        nonlocal asked
+        if not asked:
+            asked = True
+            ask(number)
+            log.info("Stopping after this step and saving; Ctrl-C from now on stops at once, without saving.")
+            signal.signal(signal.SIGINT, earlier[signal.SIGINT])
 
     earlier: dict[int, Any] = {each: signal.getsignal(each) for each in STOPS}
     for each in earlier:

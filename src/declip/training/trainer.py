@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +18,12 @@ from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
+from declip.io.pool import naming_lost_workers
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.runs import checkpoint as checkpoints
-from declip.runs.folder import Run, check_datasets, kept_encoder, log, open_folder
+from declip.runs.folder import Run, check_datasets, kept_encoder, lock_folder, log, open_folder
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.bad_steps import NonFiniteGuard, shown
@@ -101,6 +103,7 @@ class Trainer:
         self.supply = ThroughputMonitor(self.workers, cores)
         self._health = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps)
         self.stop_asked, self._signal, self._looked = False, 0, 0.0
+        self.lock: FileIO | None = None
         # What can't be used is said before a folder is made or a step taken, not when it is first needed.
         self._loader_at(0).close()
         check_datasets(recipe)
@@ -142,6 +145,10 @@ class Trainer:
 
     def train(self, finish: Callable[["Trainer"], None] | None = None) -> Run:
         """Take the steps that are left, then evaluate; the first rank then calls `finish`."""
+        with self.lock or nullcontext():
+            return self._train(finish)
+
+    def _train(self, finish: Callable[["Trainer"], None] | None) -> Run:
         steps, batch = self.recipe.train.steps, self.recipe.train.batch_size
         monitor_of = Monitor if self.leads else NullMonitor
         with (
@@ -153,6 +160,8 @@ class Trainer:
                 self._measure_start(monitor)
                 with stopping_politely(self._ask_to_stop):
                     self._take_steps(monitor)
+                    if self.step < steps:
+                        self.writer.wait()  # a signal that comes again must not end the process before
             if self.step >= steps and not self.council.first(lambda: measured_at_end(self)):
                 monitor.forget_evaluations(self.step)
                 self.evaluate(monitor, final=True)
@@ -168,10 +177,11 @@ class Trainer:
     def _take_steps(self, monitor: Monitor) -> None:
         with self.learning():
             while True:
-                asked = time.perf_counter()
-                batch = next(self.loader)
-                if self._step_with_others(batch, time.perf_counter() - asked, monitor):
-                    return
+                with naming_lost_workers(f" at step {self.step}"):
+                    asked = time.perf_counter()
+                    batch = next(self.loader)
+                    if self._step_with_others(batch, time.perf_counter() - asked, monitor):
+                        return
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -313,6 +323,7 @@ class Trainer:
         chosen: list[checkpoints.Checkpoint | None] = []
 
         def choose() -> Path | None:
+            self.lock = lock_folder(self.folder)
             chosen.append(open_folder(self.recipe, self.folder, resume))
             return checkpoints.folder_of(self.folder, chosen[0].step) if chosen[0] else None
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from declip.data.images.decode import decode
 from declip.data.images.lazy import UndecodedPair, open_picture
@@ -19,6 +18,7 @@ from declip.data.sources.remote import counts
 from declip.data.sources.shard_files import Shard, ShardFiles, UnreadableShard, find_shards
 from declip.data.sources.shard_index import PARTS, Index, cached_index, index_lock, make_index
 from declip.errors import UserError
+from declip.io.progress import progress_bar
 
 log = logging.getLogger("declip")
 
@@ -152,16 +152,11 @@ class ShardSource:
         open_ones = [number for number, count in enumerate(found) if count is None]
         new = sum(cached_index(self._shards[number].state) is None for number in open_ones)
         with ThreadPoolExecutor(FETCHED_AT_ONCE if self.remote else 1) as pool:
-            lengths = track(
-                pool.map(self._length, open_ones),
-                "Indexing shards",
-                total=len(open_ones),
-                transient=True,
-                console=Console(stderr=True),
-                disable=new <= MANY,
-            )
-            for number, length in zip(open_ones, lengths, strict=True):
-                found[number] = length
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with progress_bar(*columns, shown=new > MANY, transient=True) as bar:
+                lengths = bar.track(pool.map(self._length, open_ones), len(open_ones), description="Indexing shards")
+                for number, length in zip(open_ones, lengths, strict=True):
+                    found[number] = length
         return np.array(found, np.int64)
 
     def _length(self, number: int) -> int:

@@ -1,0 +1,96 @@
+"""Progress on standard error: a bar on a terminal, a plain line now and then in a file or a scheduler's log."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
+
+FIRST, LONGEST = 10.0, 30.0
+"""Seconds until the first plain line, and between two lines of a long job."""
+
+
+def on_terminal() -> bool:
+    """Whether standard error can draw a bar."""
+    return Console(stderr=True).is_interactive
+
+
+def progress_bar(*columns: Any, shown: bool = True, **options: Any) -> Progress:
+    """A rich progress bar on standard error; without a terminal it prints a line now and then instead.
+
+    Args:
+        columns, options: As for `rich.progress.Progress`.
+        shown: False shows nothing.
+    """
+    kind = PlainProgress if shown and not on_terminal() else Progress
+    return kind(*columns, console=Console(stderr=True, quiet=not shown), disable=not shown, **options)
+
+
+def status(text: str, shown: bool = True) -> AbstractContextManager[Any]:
+    """A spinner with a text on standard error while something is done; without a terminal the text as a line."""
+    console = Console(stderr=True, quiet=not shown)
+    if console.is_interactive:
+        return console.status(text)
+    print_line(console, f"{text} …")
+    return nullcontext()
+
+
+def print_line(console: Console, text: str) -> None:
+    """Print a line as it is: not wrapped, colored or read as markup."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+class LineInterval:
+    """Decides when the next plain line is due: after 10 s, later ones in longer intervals of up to 30 s."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = self._last = clock()
+        self.lines = 0
+
+    def due(self, factor: float = 1.0, always: bool = False) -> bool:
+        """Whether to print now; the interval starts anew then.
+
+        Args:
+            factor: Of the interval.
+            always: Print whatever the time is.
+        """
+        now = self._clock()
+        wait = min(LONGEST, max(FIRST, (now - self._start) / 10))
+        if not always and now - self._last < factor * wait:
+            return False
+        self._last = now
+        self.lines += 1
+        return True
+
+
+class PlainProgress(Progress):
+    """A progress bar that prints its columns, without the bar, as a line at every interval."""
+
+    def __init__(self, *columns: Any, **options: Any) -> None:
+        super().__init__(*columns, **options | {"disable": True})
+        self._interval = LineInterval(self.get_time)
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        """As of `Progress`."""
+        super().update(task_id, **fields)
+        self._print(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """As of `Progress`."""
+        super().advance(task_id, advance)
+        self._print(task_id)
+
+    def _print(self, task_id: TaskID) -> None:
+        if self._interval.due():
+            task = next(task for task in self.tasks if task.id == task_id)
+            words = []
+            for column in self.columns:
+                if isinstance(column, BarColumn):
+                    continue
+                text = column if isinstance(column, str) else str(column(task))
+                after = {TimeRemainingColumn: " left", TimeElapsedColumn: " elapsed"}.get(type(column), "")
+                words.append(text + after if text and not text.startswith("-:") else "")
+            print_line(self.console, "  ".join(filter(None, words)))
