@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from comparison.conftest import tiny
 from declip.api import train
+from conftest import COLOURS, SHAPES, draw
 from declip.cli.app import app
 from declip.comparison import runner as comparing
 from declip.comparison.outcome import read_outcome, scores
@@ -74,6 +75,26 @@ def test_every_run_is_what_declip_train_gives(recipes: dict[str, str], table: Pa
 
 
 @pytest.mark.usefixtures("in_process")
+def test_few_images_a_class_are_compared_by_one_measure(
+    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        for color in COLOURS[:3]:
+            (tmp_path / "set" / split / color).mkdir(parents=True)
+            for shape in SHAPES:
+                draw(color, shape).save(tmp_path / "set" / split / color / f"{shape}.png")
+    options = {"on": [f"folder:{tmp_path / 'set'}"], "protocols": ["few-shot"], "pairs": (8,), "seeds": 2}
+    outcome = tiny(recipes, table, tmp_path / "out", **options)
+    assert outcome.complete
+    (measure,) = outcome.measures
+    assert measure.endswith(": 1-shot, top-1")
+    spreads = {row["results"][0]["runs"][0]["std"] for row in outcome.rows.values()}
+    assert len(spreads) > 1
+    assert [len(values) for values in outcome.curve("declip", "samples", measure).values] == [2]
+
+
+@pytest.mark.usefixtures("in_process")
 def test_it_goes_on_with_what_is_missing_only(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
     recipes = {"clip": recipes["clip"]}
     first = tiny(recipes, table, tmp_path / "out")
@@ -89,6 +110,27 @@ def test_it_goes_on_with_what_is_missing_only(recipes: dict[str, str], table: Pa
     assert again.measures == first.measures
     more = tiny(recipes, table, tmp_path / "out", pairs=(24,), seeds=2)
     assert (more.study.pairs, more.study.seeds, len(more.rows)) == ((8, 16, 24), (0, 1), 6)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self(
+    recipes: dict[str, str], table: Path, tmp_path: Path
+) -> None:
+    recipes = {"clip": recipes["clip"]}
+    tiny(recipes, table, tmp_path / "out", pairs=(8,))
+    text = Path(recipes["clip"]).read_text(encoding="utf-8")
+    Path(recipes["clip"]).write_text(text.replace("warmup_steps: 2", "warmup_steps: 3"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"arm clip: train\.warmup_steps was 2, now 3"):
+        tiny(recipes, table, tmp_path / "out", pairs=(8,), seeds=2)
+    study = read_study(tmp_path / "out")
+    assert study is not None
+    assert study.seeds == (0,)
+    with pytest.raises(UserError, match=r"train\.warmup_steps"):  # nor does a worker that is still there run it
+        run_cell(study, replace(study.cells()[0], seed=1), tmp_path / "out")
+    other = tmp_path / "clip-3.yaml"
+    Path(recipes["clip"]).rename(other).with_name("clip.yaml").write_text(text, encoding="utf-8")
+    both = tiny({**recipes, "clip-3": str(other)}, table, tmp_path / "out", pairs=(8,), reference="clip")
+    assert [arm.name for arm in both.study.arms] == ["clip", "clip-3"]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -381,6 +423,12 @@ def test_what_cannot_be_compared_is_told_before_anything_is_made(
     with pytest.raises(UserError, match=message):
         tiny(recipes, table, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_value_to_tune_that_is_no_yaml_is_the_users_error(recipes: dict[str, str], tmp_path: Path) -> None:
+    words = ["compare", recipes["clip"], "--pairs", "8", "--sweep", "train.lr=0.1,[1"]
+    with pytest.raises(UserError, match=r"train\.lr=\[1"):
+        CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")], catch_exceptions=False)
 
 
 def test_the_set_that_chooses_is_not_reported_on(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from declip.comparison.study import Study, Tuning, extended, read_counts, read_s
 from declip.errors import UserError
 
 STUDY = Study(
-    arms=(Arm("clip", "clip"), Arm("declip", "declip", {"train.steps": 100})),
+    arms=(Arm("clip", "clip").pinned(), Arm("declip", "declip", {"train.steps": 100}).pinned()),
     pairs=(200, 400),
     seeds=(0, 1),
     steps=100,
@@ -81,7 +81,7 @@ def test_going_on_may_add_arms_pairs_and_seeds_and_keeps_what_was_measured(tmp_p
     [
         ({"steps": 50}, "steps was 100, now 50"),
         ({"on": ("other",)}, "on was builtin:emoji-test, now other"),
-        ({"arms": (Arm("clip", "clip", {"seed": 3}),)}, "arm clip"),
+        ({"arms": (Arm("clip", "clip", {"seed": 3}).pinned(),)}, "arm clip: seed was 0, now 3"),
         ({"tuning": Tuning({"a": (1,)}, "v", 1, 1, 1)}, "tuning differs"),
     ],
 )

@@ -1,22 +1,23 @@
 """Token ids against open_clip's and the authors', and what a caption may not do."""
 
 import html.entities
-import json
 import multiprocessing
 import pickle
 import random
+import re
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from declip.data.text.tokenizer import Tokenizer, clean
 from declip.errors import UserError
+from golden_cases import read_json
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "token_cases.json").read_text(encoding="utf-8"))
-SPECIAL = "<|startoftext|> injected <|endoftext|>"  # the one case where the authors read special tokens in a caption
-CASES = [case for case in GOLDEN["cases"] if case["caption"] != SPECIAL]
+OFFICIAL = read_json("token_cases.json")
+SPECIAL = [case for case in OFFICIAL.get("cases", []) if re.search(r"<\|(start|end)oftext\|>", case["caption"])]
+"""Where the authors read special tokens in a caption."""
+CASES = [case for case in OFFICIAL.get("cases", []) if case not in SPECIAL]
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +64,15 @@ def random_text(source: random.Random) -> str:
     return "".join(source.choice(scraps)() for _ in range(source.randrange(1, 25)))
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["caption"][:20])
 def test_ids_equal_the_authors(case, tokenizer, small):
-    assert tokenizer.encode(case["caption"]) == ours(case["ids"], GOLDEN["special"], tokenizer)
-    expected = ours(case["ids_small_vocab"], GOLDEN["small_vocab"]["special"], small)
+    assert tokenizer.encode(case["caption"]) == ours(case["ids"], OFFICIAL["special"], tokenizer)
+    expected = ours(case["ids_small_vocab"], OFFICIAL["small_vocab"]["special"], small)
     assert small.encode(case["caption"]) == expected
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", [c for c in CASES if c["n_body_tokens"] <= 75], ids=lambda case: case["caption"][:20])
 def test_decoded_text_equals_the_authors(case, tokenizer):
     assert tokenizer.decode(tokenizer.encode(case["caption"])) == case["decoded"].strip()
@@ -111,12 +114,14 @@ def test_a_caption_cannot_hold_special_tokens(name, tokenizer, small):
     assert tokenizer.encode("<|endoftext|>") == [49406, 27, 347, *tokenizer.encode("endoftext")[1:-1], 91, 285, 49407]
 
 
-def test_the_authors_read_special_tokens_in_captions(tokenizer):
+@pytest.mark.golden
+@pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case["caption"][:20])
+def test_the_authors_read_special_tokens_in_captions(case, tokenizer):
     """What differs on purpose: their first end token stands where the caption says so."""
-    (case,) = (case for case in GOLDEN["cases"] if case["caption"] == SPECIAL)
-    assert ours(case["ids"], GOLDEN["special"], tokenizer).count(tokenizer.end) == 2
-    assert tokenizer.encode(SPECIAL).count(tokenizer.end) == 1
-    assert tokenizer.decode(tokenizer.encode(SPECIAL)) == "<| startoftext |> injected <| endoftext |>"
+    theirs, found = ours(case["ids"], OFFICIAL["special"], tokenizer), tokenizer.encode(case["caption"])
+    special = (tokenizer.start, tokenizer.end)
+    assert sum(token in special for token in theirs) > 2
+    assert sum(token in special for token in found) == 2
 
 
 def test_long_texts_keep_their_end():

@@ -31,6 +31,7 @@ from declip.recipe import load as recipe_file
 from declip.recipe.schema import Recipe
 from declip.training import profile, trainer
 from evaluation import trees
+from golden_cases import SHIPPED
 from interchange.test_clip_benchmark import Captioned, webdataset
 from text_encoders import roberta
 
@@ -44,8 +45,6 @@ SMALL = 64
 
 MIXED = ("runs", "indices", "encoders", "downloads")
 """Folders that pages add to."""
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def small(recipe: Recipe) -> Recipe:
@@ -168,7 +167,7 @@ def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")
         (folder / "drop.csv").write_text(f"key,reason\n{open_source('builtin:emoji').key(0)},no reason\n", "utf-8")
         declip.export(runs / "vit", "huggingface", folder / "downloads" / "clip-vit-base-patch32")
-    state = {f"module.{name}": value for name, value in load_file(GOLDEN / "declip_vit_tiny.safetensors").items()}
+    state = {f"module.{name}": value for name, value in load_file(SHIPPED / "declip_vit_tiny.safetensors").items()}
     torch.save({"last_iter": 1, "model": state, "optimizer": {}}, folder / "ckpt.pth.tar")
     roberta(folder / "encoders" / "clinical", context=128)
     return folder

@@ -25,11 +25,10 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import STATE, WEIGHTS, Checkpoint, save_checkpoint
+from golden_cases import SHIPPED
 from hostile import ROOM, Trap, apart, quickly, said
 
 pytestmark = pytest.mark.usefixtures("here")
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def legacy_tar(path: Path, trap: Trap) -> None:
@@ -140,7 +139,7 @@ def test_weights_that_are_larger_than_their_file(name: str, here: Path) -> None:
     ],
 )
 def test_weights_of_sizes_that_no_one_meant(change: dict[str, torch.Tensor], here: Path) -> None:
-    save_file(load_file(GOLDEN / "declip_vit_tiny.safetensors") | change, here / "odd.safetensors")
+    save_file(load_file(SHIPPED / "declip_vit_tiny.safetensors") | change, here / "odd.safetensors")
     got, megabytes = apart(lambda: declip.load(here / "odd.safetensors", device="cpu"))
     assert got != "read"
     assert megabytes < 2 * ROOM

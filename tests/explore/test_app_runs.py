@@ -52,6 +52,12 @@ def test_recipes_are_compared_by_key() -> None:
     assert differences([one, other]) == [("train.steps", [3, 4]), ("seed", [0, None])]
     assert flat_recipe("a: [") == {}
     assert flat_recipe("- 1") == {}
+    assert flat_recipe("name: 2001-99-99") == {}
+
+
+def test_a_recipe_of_aliases_is_not_written_out() -> None:
+    bomb = [f"a{n}: &a{n} {{{', '.join(f'{k}: *a{n - 1}' for k in range(10))}}}" for n in range(1, 5)]
+    assert flat_recipe("\n".join(["a0: &a0 {x: 1}", *bomb])) == {}
 
 
 def test_runs_are_found_one_folder_deep_and_again_when_new_ones_come(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from declip.errors import UserError
 from declip.interchange import read_declip_authors
-from interchange.authors_cases import GOLDEN
+from golden_cases import SHIPPED
 
 
 @pytest.fixture
 def tiny():
-    return load_file(GOLDEN / "clip_vit_tiny.safetensors")
+    return load_file(SHIPPED / "clip_vit_tiny.safetensors")
 
 
 @pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
@@ -33,7 +33,7 @@ def test_a_file_gives_the_same_as_its_state_dict(tiny, tmp_path, suffix):
 
 
 def test_weights_choose_the_terms_and_heads():
-    state = load_file(GOLDEN / "defilip_vit_tiny.safetensors")
+    state = load_file(SHIPPED / "defilip_vit_tiny.safetensors")
     _, objective = read_declip_authors(state, {"contrastive": 1.0, "late_interaction": 0.5}, text_heads=2)
     assert objective.weights == {"contrastive": 1.0, "late_interaction": 0.5}
     assert {name.split(".")[0] for name in objective.state_dict()} == {
@@ -55,7 +55,7 @@ def test_heads_of_attention(tiny):
     assert heads() == (1, 1)
     assert heads(text_heads=2) == (2, 2)
     assert heads(text_heads=2, image_heads=4) == (2, 4)
-    declip_state = load_file(GOLDEN / "declip_vit_tiny.safetensors")
+    declip_state = load_file(SHIPPED / "declip_vit_tiny.safetensors")
     model, _ = read_declip_authors(declip_state, text_heads=4, queue_size=2)
     assert model.image_tower.trunk.blocks[0].attn.num_heads == 2
 
@@ -145,6 +145,6 @@ def test_weights_that_the_file_cannot_serve(tiny):
 def test_heads_that_do_not_divide_the_width(tiny):
     with pytest.raises(UserError, match="multiple"):
         read_declip_authors(tiny, text_heads=3)
-    resnet = load_file(GOLDEN / "declip_resnet_tiny.safetensors")
+    resnet = load_file(SHIPPED / "declip_resnet_tiny.safetensors")
     with pytest.raises(UserError, match="image_heads=3"):
         read_declip_authors(resnet, text_heads=2, image_heads=3)

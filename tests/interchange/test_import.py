@@ -20,7 +20,7 @@ from declip.interchange import read_declip_authors
 from declip.interchange.declip_backbone import read_declip_backbone
 from declip.interchange.declip_file import FILE
 from declip.interchange.import_weights import import_weights
-from interchange.authors_cases import CASES, GOLDEN, Case
+from golden_cases import SHIPPED, Case, model_cases, require_file
 from interchange.test_export import EXACT, features, run_card
 from interchange.towers import CAPTIONS, build, command, largest, pictures
 
@@ -33,11 +33,12 @@ def authors_file(folder: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.golden
+@pytest.mark.parametrize("name", model_cases())
 def test_the_authors_models_come_in_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    file, out = authors_file(tmp_path, load_file(GOLDEN / f"{name}.safetensors")), tmp_path / "out"
+    file, out = authors_file(tmp_path, Case(name).state), tmp_path / "out"
     assert command(["import", str(file), "--from", "declip-authors", "--out", str(out)], monkeypatch) == 0
     assert f"Written: {out}" in capfd.readouterr().out.replace("\n", "")
     expected, objective = read_declip_authors(file)
@@ -58,7 +59,7 @@ def test_the_authors_weights_go_on_to_the_other_formats(tmp_path: Path) -> None:
     """Their bias after the text projection: kept by open_clip, moved before the projection for transformers."""
     pytest.importorskip("open_clip")
     pytest.importorskip("transformers")
-    model, _ = read_declip_authors(load_file(GOLDEN / "declip_vit_tiny.safetensors"), text_heads=2)
+    model, _ = read_declip_authors(load_file(SHIPPED / "declip_vit_tiny.safetensors"), text_heads=2)
     assert model.text_tower.text_projection.bias.abs().max() > 0.01
     for form in ("open_clip", "huggingface"):
         exported = declip.export(model.eval(), form, tmp_path / form)
@@ -66,8 +67,7 @@ def test_the_authors_weights_go_on_to_the_other_formats(tmp_path: Path) -> None:
         assert exported.difference <= EXACT
 
 
-def backbone_of(name: str, layout: str) -> dict[str, torch.Tensor]:
-    state = load_file(GOLDEN / f"{name}.safetensors")
+def backbone_of(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
     state = {part: t.float() for part, t in state.items() if part.startswith("visual.")}
     if layout == "bare":
         return {part.removeprefix("visual."): tensor for part, tensor in state.items()}
@@ -76,14 +76,15 @@ def backbone_of(name: str, layout: str) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("layout", ["named", "bare", "pooled"])
-@pytest.mark.parametrize("name", ["declip_vit_tiny", "declip_resnet_tiny"])
+@pytest.mark.parametrize("name", model_cases("declip"))
 def test_an_image_tower_alone_gives_image_features(name: str, layout: str, tmp_path: Path) -> None:
-    file = authors_file(tmp_path, backbone_of(name, layout))
-    import_weights(file, "declip-authors", tmp_path / "out")
     case = Case(name)
+    file = authors_file(tmp_path, backbone_of(case.state, layout))
+    import_weights(file, "declip-authors", tmp_path / "out")
     whole, images = case.read()[0].eval(), case.batch().images[0]
-    heads = read_declip_backbone(file, heads=2 if "vit" in name else None).eval()
+    heads = read_declip_backbone(file, heads=case.heads["image_heads"]).eval()
     with torch.no_grad():
         hidden = whole.encode_backbone(images)
         expected = F.normalize(hidden, dim=-1) if layout == "pooled" else whole.encode_image(images)
@@ -121,7 +122,8 @@ class Painted:
 def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = declip.load(authors_file(tmp_path, backbone_of("declip_vit_tiny", "named")), device="cpu")
+    state = load_file(SHIPPED / "declip_vit_tiny.safetensors")
+    model = declip.load(authors_file(tmp_path, backbone_of(state, "named")), device="cpu")
     data = Dataset("painted", {"train": Painted, "test": Painted})
     for protocol in ("knn", "linear"):
         assert declip.evaluate(model, data, protocol, cache=False).n == 24
@@ -136,10 +138,11 @@ def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
     assert "torch.Size([1, 64]) torch.Size([1, 128])" in run_card(tmp_path / "out", monkeypatch, capfd)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("file", ["keys_vitb32.json", "keys_r50.json"])
 def test_published_image_towers_have_the_shapes_of_our_recipes(file: str) -> None:
     """On the meta device: names and shapes only."""
-    keys = json.loads((GOLDEN / file).read_text())["keys"]
+    keys = json.loads(require_file(file).read_text())["keys"]
     state = {name: torch.empty(key["shape"], device="meta") for name, key in keys.items() if ".visual." in name}
     with torch.device("meta"):
         found = read_declip_backbone(state)
@@ -209,7 +212,7 @@ class Harmful:
 
 def test_wrong_files_are_told_by_what_differs_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    state = {name: t.float() for name, t in load_file(GOLDEN / "clip_vit_tiny.safetensors").items()}
+    state = {name: t.float() for name, t in load_file(SHIPPED / "clip_vit_tiny.safetensors").items()}
     image = {name: t for name, t in state.items() if name.startswith("visual.")}
 
     def saved(name: str, content: Any) -> str:

@@ -1,7 +1,5 @@
 """The heads against the authors' values, from the tower outputs in the golden files."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,8 @@ from torch import nn
 from declip.models.heads import MaskedLanguageHead, Predictor, Projector, SimCLRHead, TokenProjection
 from declip.supervision.late_interaction import select_tokens, similarity
 from declip.supervision.masked_language import chosen_rows, cross_entropy
+from golden_cases import GOLDEN, model_cases
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 THREE_LAYERS = {"linear1": "linear1", "norm1": "bn1", "linear2": "linear2", "norm2": "bn2", "linear3": "linear3"}
 
 
@@ -50,16 +48,12 @@ def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    ("model", "views"),
-    [
-        ("declip_vit_tiny", ["image_raw_0", "image_raw_1"]),
-        ("declip_resnet_tiny", ["image_raw_0", "image_raw_1"]),
-        ("defilip_vit_tiny", ["image_raw_0.0", "image_raw_1.0"]),
-    ],
-)
-def test_projector_and_predictor_equal_the_authors(model, views):
+@pytest.mark.golden
+@pytest.mark.parametrize("model", model_cases("declip", "defilip"))
+def test_projector_and_predictor_equal_the_authors(model):
     authors = Authors(model)
+    dense = ".0" if "step1/image_raw_0.0" in authors.arrays else ""
+    views = [f"image_raw_{view}{dense}" for view in (0, 1)]
     width, out = authors.width("predictor.linear1"), authors.width("projector.linear3")
     embed = authors.weights["projector.linear1.weight"].shape[1]
     projector = Projector(embed, authors.width("projector.linear1"), out)
@@ -73,9 +67,11 @@ def test_projector_and_predictor_equal_the_authors(model, views):
     assert projector.norm3.num_batches_tracked == 2
 
 
-def test_simclr_head_equals_the_authors():
+@pytest.mark.golden
+@pytest.mark.parametrize("model", model_cases("slip"))
+def test_simclr_head_equals_the_authors(model):
     """They also hold a third batch norm, which they never use: ours has none."""
-    authors = Authors("slip_vit_tiny")
+    authors = Authors(model)
     hidden, out = authors.width("predictor_sim.linear1"), authors.width("predictor_sim.linear3")
     width = authors.weights["predictor_sim.linear1.weight"].shape[1]
     head = authors.load(SimCLRHead(width, hidden, out), "predictor_sim", THREE_LAYERS)
@@ -84,7 +80,8 @@ def test_simclr_head_equals_the_authors():
         assert_close(found, authors.value(f"out/sim_features.{output}"))
 
 
-@pytest.mark.parametrize("model", ["declip_vit_tiny", "declip_resnet_tiny", "defilip_vit_tiny"])
+@pytest.mark.golden
+@pytest.mark.parametrize("model", model_cases("declip", "defilip"))
 def test_masked_language_head_on_the_chosen_rows_equals_the_authors_loss(model):
     authors = Authors(model)
     layer = authors.layer("text_label_predictor")
@@ -99,9 +96,11 @@ def test_masked_language_head_on_the_chosen_rows_equals_the_authors_loss(model):
     assert loss.item() == pytest.approx(everywhere.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(("model", "logits"), [("filip_vit_tiny", "dense_logits"), ("defilip_vit_tiny", "filip")])
-def test_token_projections_lead_to_the_authors_dense_logits(model, logits):
+@pytest.mark.golden
+@pytest.mark.parametrize("model", model_cases("filip", "defilip"))
+def test_token_projections_lead_to_the_authors_dense_logits(model):
     authors = Authors(model)
+    logits = "filip" if "step1/out/filip.0" in authors.arrays else "dense_logits"
     tokens = []
     for name, value in (("image_mapping", "image_raw_0.1"), ("text_mapping", "words_main")):
         layer = authors.layer(name)

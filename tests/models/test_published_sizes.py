@@ -1,7 +1,6 @@
 """The published recipes build models of exactly the authors' size."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ import torch
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.supervision.objective import Objective
+from golden_cases import require_file
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 VOCABULARY, WIDTH = 49_409, 512
 UNUSED_LANGUAGE_HEAD = WIDTH * VOCABULARY + VOCABULARY
 UNUSED_CLASSIFIER = 2048 * 1024 + 1024
@@ -25,6 +24,7 @@ def count(name: str) -> int:
     return sum(p.numel() for module in (model, objective) for p in module.parameters())
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(
     ("name", "file", "key", "unused"),
     [
@@ -40,5 +40,5 @@ def count(name: str) -> int:
 def test_parameters_are_the_authors_without_what_they_never_use(
     name: str, file: str, key: str | None, unused: int
 ) -> None:
-    published = json.loads((GOLDEN / file).read_text())
+    published = json.loads(require_file(file).read_text())
     assert count(name) == (published[key] if key else published)["n_parameters"] - unused

@@ -1,7 +1,6 @@
 """What the tests of the terms share: golden cases, random unit vectors, and what every term must do."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "loss_cases.npz"
+from golden_cases import require_file
 
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Tensor]]:
     """Read one case of the authors' values: golden("infonce/0")["loss"]."""
-    arrays = np.load(GOLDEN)
+    arrays = np.load(require_file("loss_cases.npz"))
 
     def case(name: str) -> dict[str, Tensor]:
         found = {k.removeprefix(f"{name}/"): torch.tensor(arrays[k]) for k in arrays if k.startswith(f"{name}/")}

@@ -11,6 +11,7 @@ from declip.supervision.contrastive import info_nce, multi_view
 from declip.supervision.nearest_neighbor import neighbor_contrast
 from declip.supervision.simclr import nt_xent
 from declip.supervision.simsiam import negative_cosine
+from golden_cases import loss_cases
 
 
 def blocks(size, count):
@@ -53,29 +54,25 @@ def declip_terms(case, text_views):
     }
 
 
-DECLIP = {
-    "contrastive": 0.1,
-    "multi_view": 0.3,
-    "simsiam": 0.2,
-    "nearest_neighbor": 0.2,
-    "masked_language": 0.2,
-}
+def weights_of(name, text_views):
+    """Their weights by our terms: "clip" is the mean over the pairings of views."""
+    clip, pairings = 0.6 if "88m" in name else 0.4, 2 * text_views
+    others = dict.fromkeys(("simsiam", "nearest_neighbor", "masked_language"), 0.2)
+    return {"contrastive": clip / pairings, "multi_view": clip * (pairings - 1) / pairings, **others}
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(
-    ("name", "weights", "text_views"),
-    [
-        *((f"declip_total/{i}", DECLIP, 2) for i in range(3)),
-        ("declip_total_ws4/0", {term: weight / 4 for term, weight in DECLIP.items()}, 2),
-        ("declip_total_only_image_two_view/0", DECLIP | {"contrastive": 0.2, "multi_view": 0.2}, 1),
-        ("declip_total_88m_weights/0", DECLIP | {"contrastive": 0.15, "multi_view": 0.45}, 2),
-    ],
+    "name",
+    loss_cases("declip_total", "declip_total_ws4", "declip_total_only_image_two_view", "declip_total_88m_weights"),
 )
-def test_declip(golden, name, weights, text_views):
+def test_declip(golden, name):
     case = golden(name)
+    text_views = 2 if "grad/logits_aug.0" in case else 1
     _, terms = declip_terms(case, text_views)
     pairings = 2 * text_views
     ranks = case["world_size_used_for_scaling"]
+    weights = {term: weight / ranks for term, weight in weights_of(name, text_views).items()}
     logged = {
         "clip_losses": (terms["contrastive"] + (pairings - 1) * terms["multi_view"]) / pairings / ranks,
         "simsiam_losses": terms["simsiam"] / ranks,
@@ -85,18 +82,21 @@ def test_declip(golden, name, weights, text_views):
     check(case, sum(weights[term] * terms[term] for term in weights), logged)
 
 
-@pytest.mark.parametrize("i", range(2))
-def test_defilip(golden, i):
-    case = golden(f"defilip_total/{i}")
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("defilip_total"))
+def test_defilip(golden, name):
+    case, weights = golden(name), weights_of(name, 2)
     inputs, terms = declip_terms(case, 2)
     keys = torch.eye(len(inputs["filip.0"]))
     late = info_nce(inputs["filip.0"], inputs["filip.1"], keys, keys, 1.0)
-    total = sum(DECLIP[term] * terms[term] for term in DECLIP) + 0.2 * late
+    total = sum(weights[term] * terms[term] for term in weights) + 0.2 * late
     check(case, total, {"filip_losses": late, "clip_nn_text_losses": terms["nearest_neighbor"]})
 
 
-def test_slip(golden):
-    case = golden("slip_total/0")
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("slip_total"))
+def test_slip(golden, name):
+    case = golden(name)
     inputs = {name.removeprefix("in/"): x.requires_grad_() for name, x in case.items() if name.startswith("in/")}
     keys = torch.eye(len(inputs["logits.0"]))
     contrastive = info_nce(inputs["logits.0"], inputs["logits.1"], keys, keys, 1.0)
@@ -105,8 +105,10 @@ def test_slip(golden):
     check(case, contrastive + views, {"clip_losses": contrastive, "simclr_losses": views})
 
 
-def test_filip(golden):
-    case = golden("filip_total/0")
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("filip_total"))
+def test_filip(golden, name):
+    case = golden(name)
     inputs = {name.removeprefix("in/"): x.requires_grad_() for name, x in case.items() if name.startswith("in/")}
     keys = torch.eye(len(inputs["logits.0"]))
     contrastive = info_nce(inputs["logits.0"], inputs["logits.1"], keys, keys, 1.0)

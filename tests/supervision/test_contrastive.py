@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from declip.supervision.contrastive import cross_entropy_to_keys, info_nce, multi_view, scaled_similarity, to_float32
+from golden_cases import loss_cases
 
 
 def loop_one_way(rows, keys, scale, offset):
@@ -19,7 +20,8 @@ def loop_info_nce(image, text, image_keys, text_keys, scale, offset):
     return (to_text + loop_one_way(text, image_keys, scale, offset)) / 2
 
 
-@pytest.mark.parametrize("name", [f"{kind}/{i}" for kind in ("infonce", "infonce_gathered") for i in range(3)])
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("infonce", "infonce_gathered"))
 def test_info_nce_equals_the_authors_loss_and_gradients(golden, name):
     case = golden(name)
     image, text = (case[f"logits_{side}"].requires_grad_() for side in "it")

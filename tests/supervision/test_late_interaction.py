@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from declip.supervision import late_interaction as module
 from declip.supervision.contrastive import info_nce
 from declip.supervision.late_interaction import late_interaction, select_tokens, similarity
+from golden_cases import loss_cases
 
 
 def dot(a, b):
@@ -44,10 +45,11 @@ def everything(tokens):
     return torch.ones(tokens.shape[:2], dtype=torch.bool)
 
 
-@pytest.mark.parametrize("i", range(3))
-def test_equals_the_authors_logits_loss_and_gradients(golden, i):
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("filip_dense"))
+def test_equals_the_authors_logits_loss_and_gradients(golden, name):
     """Theirs: 16 tokens on the keys' side, all on the own side, padding counted."""
-    case = golden(f"filip_dense/{i}")
+    case = golden(name)
     raw = [case[f"feat_{side}"].requires_grad_() for side in (1, 2)]
     log_scale = case["logit_scale_dense"].requires_grad_()
     images, words = (F.normalize(x, dim=-1) for x in raw)

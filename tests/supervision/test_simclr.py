@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from declip.supervision.simclr import nt_xent
+from golden_cases import loss_cases
 
 
 def loop_view(own, own_keys, other_keys, temperature, offset):
@@ -19,9 +20,10 @@ def loop_view(own, own_keys, other_keys, temperature, offset):
     return total / len(own)
 
 
-@pytest.mark.parametrize("i", range(3))
-def test_equals_the_authors_loss_and_gradients(golden, i):
-    case = golden(f"nt_xent/{i}")
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("nt_xent"))
+def test_equals_the_authors_loss_and_gradients(golden, name):
+    case = golden(name)
     z1, z2 = case["z_i"].requires_grad_(), case["z_j"].requires_grad_()
     loss = nt_xent(z1, z2, z1, z2, case["temperature"].item())
     loss.backward()
@@ -30,9 +32,10 @@ def test_equals_the_authors_loss_and_gradients(golden, i):
     torch.testing.assert_close(z2.grad, case["grad_j"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("i", range(3))
-def test_gathered_form_equals_the_authors_loss_and_gradients(golden, i):
-    case = golden(f"nt_xent_gather/{i}")
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("nt_xent_gather"))
+def test_gathered_form_equals_the_authors_loss_and_gradients(golden, name):
+    case = golden(name)
     inputs = [case[f"z_{name}"].requires_grad_() for name in ("i", "j", "ib", "jb")]
     offset = int(case["rank"]) * len(inputs[0])
     loss = nt_xent(*inputs, case["temperature"].item(), offset)

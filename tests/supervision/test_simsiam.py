@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from declip.supervision.simsiam import negative_cosine
+from golden_cases import loss_cases
 
 
 def loop_cosine(x, y):
@@ -14,7 +15,8 @@ def loop_cosine(x, y):
     return total / len(x)
 
 
-@pytest.mark.parametrize("name", ["simsiam/0", "simsiam/1", "simsiam/2"])
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("simsiam"))
 def test_equals_the_authors_loss_and_gradients(golden, name):
     case = golden(name)
     p1, p2, z1, z2 = (case[k].requires_grad_() for k in ("p1", "p2", "z1", "z2"))

@@ -1,17 +1,15 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from declip.recipe.schema import Train
 from declip.training.schedule import learning_rate
+from golden_cases import require_file
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "loss_cases.npz"
 
-
+@pytest.mark.golden
 def test_equals_the_authors_schedule() -> None:
     """Their iterations count from 1 and their configuration runs 128,001 of them."""
-    cases = np.load(GOLDEN)
+    cases = np.load(require_file("loss_cases.npz"))
     train = Train(steps=128001, warmup_lr=1e-4, lr=1e-3, warmup_steps=2500)
     ours = [learning_rate(int(iteration) - 1, train) for iteration in cases["lr_schedule/iter"]]
     np.testing.assert_allclose(ours, cases["lr_schedule/lr"], rtol=1e-5, atol=1e-12)

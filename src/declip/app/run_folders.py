@@ -13,6 +13,7 @@ import yaml
 
 from declip.errors import UserError
 from declip.evaluation.results import read_result
+from declip.recipe.load import read_yaml
 from declip.runs.folder import EVALUATIONS, METRICS, RECIPE, flat
 from declip.runs.records import Evaluated, Run
 
@@ -141,8 +142,8 @@ class RunFolders:
 def flat_recipe(text: str) -> dict[str, Any]:
     """A recipe's values by dotted key; empty where it cannot be read."""
     try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+        tree = read_yaml(text)
+    except yaml.YAMLError:
         return {}
     return flat(tree) if isinstance(tree, dict) else {}
 

@@ -214,15 +214,10 @@ app.command(name="app")(show_page)
 
 def _grid(words: list[str]) -> dict[str, list[Any]]:
     """Read KEY=A,B,C words."""
-    from declip.recipe.load import parse_overrides
+    from declip.recipe.load import parse_overrides, read_value
 
-    return {key: [_value(word) for word in values.split(",")] for key, values in parse_overrides(words).items()}
-
-
-def _value(word: str) -> Any:
-    import yaml
-
-    return yaml.safe_load(word)
+    grid = parse_overrides(words)
+    return {key: [read_value(key, word) for word in values.split(",")] for key, values in grid.items()}
 
 
 @app.command()

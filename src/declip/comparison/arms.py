@@ -1,12 +1,13 @@
 """What is compared: recipes, and the ladders that take one recipe apart."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from declip.errors import UserError
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
+from declip.runs.folder import flat
 
 RUNGS: tuple[tuple[str, ...], ...] = (
     ("contrastive",),
@@ -38,19 +39,36 @@ class Arm:
         name: Shown in tables; letters, digits and signs that a folder's name may have.
         recipe: A shipped recipe's name or a YAML file.
         overrides: Dotted keys and values.
+        resolved: What they were when the arm joined a comparison: a recipe's file may be edited later. None: not kept.
     """
 
     name: str
     recipe: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    resolved: Mapping[str, Any] | None = None
 
     def resolve(self, more: Mapping[str, Any] | None = None) -> Recipe:
-        """The recipe with the overrides and some more; raises UserError as `load_recipe`."""
+        """The recipe with the overrides and some more.
+
+        Raises:
+            UserError: as `load_recipe`, or the recipe is no longer what it was when the arm joined.
+        """
+        if self.resolved is not None and (changed := self.changes(self.pinned())):
+            raise UserError(f"The recipe '{self.recipe}' has changed since the comparison began: {'; '.join(changed)}.")
         return load_recipe(self.recipe, {**self.overrides, **(more or {})})
 
-    def same(self, other: "Arm") -> bool:
-        """Whether both take the same recipe with the same effect: the command's words are strings, Python's numbers."""
-        return self == other or (self.recipe == other.recipe and self.resolve() == other.resolve())
+    def pinned(self) -> "Arm":
+        """The same arm with its recipe as it resolves now."""
+        recipe = load_recipe(self.recipe, self.overrides)
+        return replace(self, resolved=recipe.model_dump(mode="json"))
+
+    def changes(self, now: "Arm") -> list[str]:
+        """The keys whose values are others in `now`, at most three, with both values."""
+        if self.resolved is None:
+            return ["its recipe was not kept"]
+        before, after = flat(self.resolved), flat(now.resolved or {})
+        keys = [key for key in before | after if before.get(key) != after.get(key)]
+        return [f"{key} was {before.get(key)}, now {after.get(key)}" for key in keys[:3]]
 
 
 def arms_of(
@@ -77,9 +95,7 @@ def arms_of(
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UserError(f"Compared twice: {', '.join(sorted(twice))}. Give each recipe once, under a name of its own.")
-    for arm in named:
-        arm.resolve()
-    return named
+    return [arm.pinned() for arm in named]
 
 
 def ladder_of(arm: Arm) -> list[Arm]:

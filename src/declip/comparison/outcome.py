@@ -50,10 +50,10 @@ class Outcome:
         """A measure of an arm under a budget against the number of pairs."""
         if measure not in self.measures:
             raise unknown("measure", measure, self.measures)
-        values: dict[int, list[float]] = {}
+        values: dict[int, dict[int, float]] = {}
         for pairs in self.study.pairs:
-            found = (self.rows.get(self.study.cell(arm, budget, pairs, seed).id) for seed in self.study.seeds)
-            values[pairs] = [scores(row["results"])[measure] for row in found if row is not None]
+            rows = {seed: self.rows.get(self.study.cell(arm, budget, pairs, seed).id) for seed in self.study.seeds}
+            values[pairs] = {seed: scores(row["results"])[measure] for seed, row in rows.items() if row is not None}
         return curve_of(values)
 
     def factor(self, a: str, b: str, budget: str, measure: str) -> Factor:

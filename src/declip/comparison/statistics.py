@@ -8,8 +8,6 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import isotonic_regression
 
-RESAMPLES = 2000
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -18,10 +16,12 @@ class Curve:
     Attributes:
         pairs: (k,) rising.
         values: Of each number of pairs, a value for each seed.
+        seeds: Of each number of pairs, the values' seeds; empty: they are numbered.
     """
 
     pairs: tuple[int, ...]
     values: tuple[tuple[float, ...], ...]
+    seeds: tuple[tuple[int, ...], ...] = ()
 
     @property
     def means(self) -> np.ndarray:
@@ -67,15 +67,13 @@ class Factor:
     Attributes:
         at: The factor at each of B's numbers of pairs.
         mean: Geometric mean of those that lie within what A measured; None when none does.
-        low, high: Percentiles 2.5 and 97.5 of `mean` over the bootstrap; None without at least two seeds.
-        undefined: Share of the bootstrap's resamples in which no factor was within what A measured.
+        low, high: 95 % interval of `mean` by Student's t over paired seeds; None without at least two.
     """
 
     at: tuple[FactorAt, ...]
     mean: float | None
     low: float | None = None
     high: float | None = None
-    undefined: float = 0.0
 
 
 def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple[float | None, str]:
@@ -105,32 +103,52 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
     return exp(logs[place - 1] + share * (logs[place] - logs[place - 1])), ""
 
 
-def factor(a: Curve, b: Curve, *, resamples: int = RESAMPLES, seed: int = 0) -> Factor:
+def factor(a: Curve, b: Curve, confidence: float = 0.95) -> Factor:
     """How many times fewer pairs A needs than B for the same value.
 
-    The interval is a bootstrap over seeds: at every number of pairs of each recipe the seeds are drawn anew with
-    replacement, and the mean factor is computed again. With three seeds it has few distinct draws, so read it as rough.
+    The interval is Student's t over each seed's log factor, see `_seed_logs`. It needs at least two seeds, the same
+    ones at every number of pairs of both.
 
     Args:
         a: The recipe that should need fewer.
         b: The recipe that sets the values to reach.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        confidence: Of the interval.
     """
     at = _factors(a.pairs, a.means, b.pairs, b.means)
-    mean = _mean(at)
-    if min(len(values) for values in (*a.values, *b.values)) < 2:
+    mean, logs = _mean(at), _seed_logs(a, b, at)
+    if mean is None or logs is None:
         return Factor(at, mean)
-    generator = np.random.default_rng(seed)
-    drawn = [
-        _mean(_factors(a.pairs, _resampled(a, generator), b.pairs, _resampled(b, generator))) for _ in range(resamples)
-    ]
-    defined = [value for value in drawn if value is not None]
-    undefined = 1 - len(defined) / resamples
-    if mean is None or not defined:
-        return Factor(at, mean, undefined=undefined)
-    low, high = np.exp(np.percentile(np.log(defined), (2.5, 97.5)))
-    return Factor(at, mean, float(low), float(high), undefined)
+    half = stats.t.ppf((1 + confidence) / 2, len(logs) - 1) * np.std(logs, ddof=1) / len(logs) ** 0.5
+    low, high = np.exp(np.clip((log(mean) - half, log(mean) + half), -99, 99))
+    return Factor(at, mean, float(low), float(high))
+
+
+def _seed_logs(a: Curve, b: Curve, at: Sequence[FactorAt]) -> np.ndarray | None:
+    """(seeds,) each seed's log factor, None where the seeds are not paired.
+
+    To first order: the log factor of the means, and beside it how far the seed's two curves are from each other there,
+    over the slope of A's mean curve. So it exists for every seed wherever the factor does, although the curve of one
+    seed alone may not reach, and its mean over the seeds is the factor's log.
+    """
+    numbered = (curve.seeds or tuple(tuple(range(len(values))) for values in curve.values) for curve in (a, b))
+    seeds = {each for curve in numbered for each in curve}
+    if len(seeds) != 1 or len(next(iter(seeds))) < 2 or len(a.pairs) < 2:
+        return None
+    own_a, own_b, logs = np.array(a.values), np.array(b.values), np.log(a.pairs)
+    rising = isotonic_regression(a.means).x
+    pooled = np.array([own_a[rising == level].mean(axis=0) for level in rising])
+    found = []
+    for one, own in zip(at, own_b, strict=True):
+        if one.needed is None or one.factor is None:
+            continue
+        place = max(1, int(np.searchsorted(rising, one.value, side="left")))
+        step = logs[place] - logs[place - 1]
+        share, slope = (log(one.needed) - logs[place - 1]) / step, (rising[place] - rising[place - 1]) / step
+        if slope == 0:
+            return None
+        there = (1 - share) * pooled[place - 1] + share * pooled[place]
+        found.append(log(one.factor) + (there - own) / slope)
+    return np.mean(found, axis=0) if found else None
 
 
 def _factors(
@@ -148,11 +166,11 @@ def _mean(at: Sequence[FactorAt]) -> float | None:
     return exp(sum(logs) / len(logs)) if logs else None
 
 
-def _resampled(curve: Curve, generator: np.random.Generator) -> np.ndarray:
-    return np.array([np.mean(generator.choice(values, len(values))) for values in curve.values])
-
-
-def curve_of(rows: Mapping[int, Sequence[float]]) -> Curve:
-    """A curve of values by number of pairs; a number without values is left out."""
-    kept = sorted(pairs for pairs, values in rows.items() if len(values))
-    return Curve(tuple(kept), tuple(tuple(rows[pairs]) for pairs in kept))
+def curve_of(rows: Mapping[int, Mapping[int, float]]) -> Curve:
+    """A curve of values by number of pairs and seed; a number without values is left out."""
+    kept = {pairs: dict(sorted(rows[pairs].items())) for pairs in sorted(rows) if rows[pairs]}
+    return Curve(
+        tuple(kept),
+        tuple(tuple(values.values()) for values in kept.values()),
+        tuple(tuple(values) for values in kept.values()),
+    )

@@ -177,16 +177,20 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
     Raises:
         UserError: it would mean something else than before.
     """
-    changed = [name for name in FIXED if getattr(study, name) != getattr(earlier, name)]
+    changed = [
+        f"{name} was {_shown(getattr(earlier, name))}, now {_shown(getattr(study, name))}"
+        for name in FIXED
+        if getattr(study, name) != getattr(earlier, name)
+    ]
     known = {arm.name: arm for arm in earlier.arms}
-    changed += [f"arm {arm.name}" for arm in study.arms if arm.name in known and not arm.same(known[arm.name])]
+    both = [(known[arm.name], arm) for arm in study.arms if arm.name in known]
+    changed += [f"arm {was.name}: {'; '.join(keys)}" for was, now in both if (keys := was.changes(now))]
     if study.tuning != earlier.tuning:
-        changed.append("tuning")
+        changed.append("tuning differs")
     if changed:
-        shown = "; ".join(f"{name}{_difference(name, earlier, study)}" for name in changed[:4])
         raise UserError(
-            f"'{folder}' holds another comparison: {shown}. Give the same options to go on, or another folder "
-            "with --out."
+            f"'{folder}' holds another comparison: {'; '.join(changed[:4])}. Give the same options to go on, another "
+            "folder with --out, or a changed recipe's file a name of its own, which makes it another arm."
         )
     return replace(
         study,
@@ -198,12 +202,6 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
         chosen=earlier.chosen,
         machine=earlier.machine,
     )
-
-
-def _difference(name: str, earlier: Study, now: Study) -> str:
-    if name not in FIXED:
-        return " differs"
-    return f" was {_shown(getattr(earlier, name))}, now {_shown(getattr(now, name))}"
 
 
 def _shown(value: object) -> str:

@@ -5,12 +5,22 @@ from typing import NamedTuple
 
 
 class Measure(NamedTuple):
-    """One number, what guessing would give, and of how many queries it is the mean."""
+    """One number, what guessing would give, and of how many queries it is the mean.
+
+    Results of different models are matched by `name`, so what differs from model to model, as a spread does, belongs
+    to `detail`, which is shown after the name.
+    """
 
     name: str
     value: float
     chance: float
     n: int
+    detail: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name and the detail, to be shown."""
+        return f"{self.name} {self.detail}".strip()
 
     @property
     def times_chance(self) -> float:

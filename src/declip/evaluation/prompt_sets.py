@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
-import yaml
-
 from declip.errors import UserError, unknown
+from declip.recipe.load import read_yaml
 
 FOLDER = resources.files("declip.evaluation") / "prompts"
 
@@ -44,7 +43,7 @@ def read_prompts(name: str) -> PromptSet:
     """
     if name not in prompt_names():
         raise unknown("template set", name, prompt_names())
-    tree = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    tree = read_yaml((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     classes = {str(raw): str(shown) for raw, shown in tree.get("classes", {}).items()}
     return PromptSet(name, tree["source"], tuple(tree["templates"]), classes)
 

@@ -207,7 +207,7 @@ def results_table(results: Sequence[Result], title: str | None = None) -> Table:
         table.add_row(f"[bold]{escape(names[result.on])}[/]")
         for measure in result.measures():
             table.add_row(
-                f"  {measure.name}",
+                f"  {measure.label}",
                 percent(measure.value),
                 percent(measure.chance),
                 times(measure.times_chance),

@@ -7,7 +7,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from declip.evaluation.encode import Encoder
 from declip.evaluation.probes.results import METRICS, LinearProbeResult
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import ZeroShotResult
+from declip.recipe.load import read_yaml
 
 SUITES: Mapping[str, Sequence[str]] = {
     "paper11": (
@@ -190,7 +190,7 @@ class SuiteResult:
 def published(suite: str, protocol: str) -> PublishedTable:
     """What others reported on a suite's sets; shares."""
     text = (resources.files("declip.evaluation") / "published.yaml").read_text(encoding="utf-8")
-    tree = yaml.safe_load(text)[suite][protocol]
+    tree = read_yaml(text)[suite][protocol]
     rows = tuple(
         Published(
             row["name"],

@@ -170,5 +170,5 @@ def _measured(results: Sequence[Result]) -> str:
             numbers = (
                 f"{percent(measure.value)} | {percent(measure.chance)} | {times(measure.times_chance)} | {measure.n:,}"
             )
-            rows.append(f"| {without_folders(names[result.on])} | {result.protocol} | {measure.name} | {numbers} |")
+            rows.append(f"| {without_folders(names[result.on])} | {result.protocol} | {measure.label} | {numbers} |")
     return "\n".join(rows)

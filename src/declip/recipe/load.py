@@ -65,7 +65,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     base, over = _read_tree(name, (), given), dict[str, Any]()
     tree = dict(base)
     for key, value in (overrides or {}).items():
-        value = _read_value(key, value) if isinstance(value, str) else value
+        value = read_value(key, value) if isinstance(value, str) else value
         _set(tree, key, value)
         _set(over, key, value)
         given.update(_leaves({key: value}))
@@ -89,7 +89,12 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _read_value(key: str, value: str) -> Any:
+def read_value(key: str, value: str) -> Any:
+    """Read the value of an override, which is YAML.
+
+    Raises:
+        UserError: it is none; names the key.
+    """
     try:
         return read_yaml(value)
     except yaml.YAMLError as error:

@@ -13,6 +13,7 @@ from declip.comparison.statistics import Factor, FactorAt
 from declip.comparison.study import Study
 from declip.evaluation.results import RetrievalResult, read_result
 from declip.io.text import percent
+from declip.reports.factor_wording import span
 
 NONE = "–"
 """In a cell without a number."""
@@ -137,7 +138,7 @@ def factors_table(
             rows.append((arm, *[NONE] * (2 + len(sizes))))
             continue
         at = {each.pairs: each for each in factor.at}
-        interval = f"{factor.low:.2f} to {factor.high:.2f}" if factor.low and factor.high else NONE
+        interval = NONE if factor.low is None or factor.high is None else span(factor.low, factor.high)
         mean = NONE if factor.mean is None else f"{factor.mean:.2f}"
         rows.append((arm, mean, interval, *(_factor_at(at.get(pairs)) for pairs in sizes)))
     columns = ("arm", "factor", "95 % interval", *(f"at {pairs:,}" for pairs in sizes))

@@ -6,10 +6,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from declip.comparison.ablation import BASELINE, Ladder, baseline_of, difference, main_arms, read_ladder, seed_values
 from declip.comparison.cost import ROUNDS, TIMED
 from declip.comparison.outcome import Outcome
-from declip.comparison.statistics import RESAMPLES, Factor
+from declip.comparison.statistics import Factor
 from declip.comparison.study import BUDGETS, Study
 from declip.comparison.trial import CELLS
 from declip.comparison.worker import FAILURE
@@ -300,8 +302,9 @@ def reading(outcome: Outcome, sizes: Mapping[str, Measured]) -> list[tuple[str, 
         ),
         (
             "Intervals",
-            f"Of a mean: Student's t over the seeds, 95 %. Of a factor: {RESAMPLES:,} bootstrap resamples of the "
-            f"seeds, percentiles 2.5 and 97.5. Of a difference: t over paired seeds. {_few(len(study.seeds))}",
+            "Of a mean: Student's t over the seeds, 95 %. Of a factor: t over the log factor of each seed, which is "
+            "that of the means and, beside it, how far the seed's two curves are from each other there, over the slope "
+            f"of the arm's. Of a difference: t over paired seeds. {_few(len(study.seeds))}",
         ),
         ("Test set", _test_sets(outcome, sizes)),
         (
@@ -326,7 +329,7 @@ def _few(seeds: int) -> str:
     if seeds == 1:
         return "With one seed there is none, and a difference may be chance."
     if seeds < 5:
-        return f"{seeds} seeds are few: the t intervals are wide, and the bootstrap's are too narrow."
+        return f"{seeds} seeds are few, so the intervals are wide: t is {stats.t.ppf(0.975, seeds - 1):.1f}."
     return f"They tell the spread over {seeds} seeds (choice of pairs, start, order), not over other data."
 
 

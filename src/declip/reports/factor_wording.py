@@ -1,7 +1,7 @@
 """The data-efficiency factor in sentences, with what can't be said."""
 
 from declip.comparison.statistics import Factor
-from declip.io.text import counted, listed, percent
+from declip.io.text import counted, listed
 
 
 def factor_sentence(arm: str, baseline: str, budget: str, factor: Factor | None) -> str:
@@ -25,8 +25,6 @@ def _gain(arm: str, baseline: str, factor: Factor) -> str:
     said += f"{interval(factor)})."
     if factor.low is not None and factor.high is not None and factor.low <= 1 <= factor.high:
         said += " The interval includes 1: the two are not told apart."
-    if factor.undefined >= 0.005:
-        said += f" In {percent(factor.undefined)} of the resamples there was no factor."
     return said
 
 
@@ -44,8 +42,13 @@ def ratio(baseline: str, factor: float) -> str:
 def interval(factor: Factor) -> str:
     """The interval of a factor, or why there is none."""
     if factor.low is None or factor.high is None:
-        return "no interval, which needs two seeds at every number of pairs"
-    return f"95 % bootstrap interval {factor.low:.2f} to {factor.high:.2f}"
+        return "no interval, which needs at least two seeds, the same ones at every number of pairs"
+    return f"95 % interval {span(factor.low, factor.high)}"
+
+
+def span(low: float, high: float) -> str:
+    """ "1.10 to 1.80"; of few seeds the ends may lie far out, "0.0012 to 1.6e+05"."""
+    return " to ".join(f"{end:.2f}" if 0.1 <= end < 100 else f"{end:.2g}" for end in (low, high))
 
 
 def _outside(arm: str, baseline: str, factor: Factor) -> list[str]:

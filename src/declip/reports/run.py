@@ -23,6 +23,7 @@ from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import short_names
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.io.atomic import atomic_write
+from declip.recipe.load import read_yaml
 from declip.recipe.schema import Recipe
 from declip.reports.gallery import Confusions, Gallery, confusions, image_to_text, text_to_image
 from declip.reports.headline import changes, figures, lead, naming_rows, primary, retrieval_rows, share
@@ -164,7 +165,7 @@ def _render(**content: Any) -> str:
 def _recipe_of(run: Run) -> Recipe | None:
     """The recipe in the folder; None when there is none or it is of another version."""
     try:
-        tree = yaml.safe_load(run.recipe)
+        tree = read_yaml(run.recipe)
         return Recipe.model_validate(tree) if tree else None
     except (ValidationError, yaml.YAMLError):
         return None

@@ -12,9 +12,9 @@ from PIL import Image
 from declip.data.images.decode import decode, image_below
 from declip.data.images.lazy import UndecodedPair, open_picture
 from declip.data.pair import BrokenPair, Pair, clean_captions, printable
+from declip.data.sources.csv import Delimited
 from declip.data.sources.origin import Origin, bytes_origin, file_origin
 from declip.data.sources.rows import JsonLines, ParquetRows, Row
-from declip.data.sources.csv import Delimited
 from declip.errors import UserError
 
 IMAGE_NAMES = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "image_file", "img")

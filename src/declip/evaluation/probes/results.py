@@ -193,10 +193,11 @@ class FewShotResult(ProbeResult):
         """The numbers that a table shows: means with the seeds' standard deviation in points."""
         return [
             Measure(
-                f"{run.shots}-shot, {METRICS[self.metric]} ± {100 * run.std:.1f} ({len(run.scores)} seeds)",
+                f"{run.shots}-shot, {METRICS[self.metric]}",
                 run.mean,
                 self.chance,
                 self.n,
+                f"± {100 * run.std:.1f} ({len(run.scores)} seeds)",
             )
             for run in self.runs
         ]

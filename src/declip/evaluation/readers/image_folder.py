@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import yaml
-
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import is_unicode, printable
 from declip.errors import UserError
@@ -14,6 +12,7 @@ from declip.evaluation.prompt_sets import class_names, read_prompts
 from declip.evaluation.readers.images import LabeledFiles
 from declip.evaluation.readers.layout import below, require
 from declip.evaluation.readers.splits import Openers, drawn_split
+from declip.recipe.load import read_yaml
 
 SPLITS: Mapping[str, Sequence[str]] = {
     "train": ("train", "training"),
@@ -111,7 +110,7 @@ def imagenet_v2(name: str, root: Path) -> Openers:
 
 def wnids_of(name: str) -> list[str]:
     """The sorted WordNet numbers of ImageNet's classes that a set holds: 200 of "imagenet-r" and "imagenet-a"."""
-    subsets = yaml.safe_load((Path(__file__).parent / "imagenet_subsets.yaml").read_text(encoding="utf-8"))
+    subsets = read_yaml((Path(__file__).parent / "imagenet_subsets.yaml").read_text(encoding="utf-8"))
     return list(subsets.get(name) or read_prompts("imagenet").classes)
 
 

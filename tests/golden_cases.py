@@ -1,0 +1,137 @@
+"""The official code's values: the folder that holds them, the cases in it, and one case read in our tokens.
+
+Tests that compare with them carry the marker `golden`. DECLIP_GOLDEN names another folder of the same format
+(tests/golden/README.md); what such a folder lacks is skipped.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from declip.data.batch import PairBatch
+from declip.interchange import read_declip_authors
+from declip.interchange.declip_authors import our_name, token_order
+
+SHIPPED = Path(__file__).parent / "golden"
+"""For tests that need a file of the official layout, whatever its numbers."""
+GOLDEN = Path(os.environ.get("DECLIP_GOLDEN") or SHIPPED)
+if not GOLDEN.is_dir():
+    raise NotADirectoryError(f"DECLIP_GOLDEN names no folder: {GOLDEN}")
+
+TERMS = {
+    "clip": "contrastive",
+    "simsiam": "simsiam",
+    "mlm": "masked_language",
+    "nn": "nearest_neighbour",
+    "simclr": "simclr",
+    "dense": "late_interaction",
+    "filip": "late_interaction",
+}
+"""Our names of the official terms."""
+
+
+def read_json(name: str) -> dict[str, Any]:
+    """A JSON file of the folder, empty where there is none; for lists of cases."""
+    path = GOLDEN / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def require_file(name: str) -> Path:
+    """A file of the folder; the test is skipped where there is none."""
+    if not (GOLDEN / name).is_file():
+        pytest.skip(f"no {name} in {GOLDEN}")
+    return GOLDEN / name
+
+
+def model_cases(*kinds: str, world_size: int = 1) -> list[str]:
+    """The models with recorded training steps, all kinds or some, by name."""
+    found = []
+    for path in sorted(GOLDEN.glob("*.json")):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if "steps" in about and about["world_size"] == world_size and (not kinds or about["kind"] in kinds):
+            found.append(path.stem)
+    return found
+
+
+def distributed_cases() -> list[list[str]]:
+    """Cases of several processes: the names of their ranks, in order."""
+    sizes = {about.get("world_size", 1) for path in GOLDEN.glob("*.json") if (about := read_json(path.name))}
+    ranks: dict[str, list[str]] = {}
+    for name in (name for size in sizes - {1} for name in model_cases(world_size=size)):
+        ranks.setdefault(re.sub(r"_rank\d+$", "", name), []).append(name)
+    return [sorted(names, key=lambda name: int(name.rpartition("rank")[2])) for names in ranks.values()]
+
+
+def loss_cases(*groups: str) -> list[str]:
+    """The names of the cases of single losses and of totals, such as "infonce/0"."""
+    path = GOLDEN / "loss_cases.npz"
+    names = {"/".join(key.split("/")[:2]) for key in np.load(path)} if path.is_file() else set()
+    return sorted(name for name in names if name.split("/")[0] in groups)
+
+
+class Case:
+    """One of the official models and the first step of its training, in our tokens."""
+
+    def __init__(self, name, dtype=torch.float32):
+        self.about = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+        self.kind = self.about["kind"]
+        self.state = load_file(GOLDEN / self.about.get("state_dict", f"{name}.safetensors"))
+        self.step = self.about["steps"][0]
+        self.arrays = np.load(GOLDEN / f"{name}.npz")
+        self.dtype = dtype
+
+    @property
+    def weights(self):
+        """Their weights under our terms: their "clip" is the mean over all pairings of views."""
+        pairings = sum(term.startswith("clip_") for term in self.step["loss_terms"]) or 1
+        ours = {TERMS[name]: weight for name, weight in self.about["weights"].items()}
+        if pairings > 1:
+            ours["multi_view"] = ours["contrastive"] * (pairings - 1) / pairings
+            ours["contrastive"] /= pairings
+        return {term: weight for term, weight in ours.items() if weight}
+
+    def value(self, name, step="step1/"):
+        found = torch.tensor(self.arrays[step + name])
+        return found.to(self.dtype) if found.is_floating_point() else found
+
+    def ours(self, tokens):
+        """Their ids as ours; -100 stays."""
+        order = token_order(self.about["vocab_size"])
+        return torch.where(tokens < 0, tokens, order.argsort()[tokens.clamp(min=0)])
+
+    def batch(self, step="step1/"):
+        images = (self.value("images_u8", step).to(self.dtype) / 64 - 2).unflatten(1, (-1, 3)).transpose(0, 1)
+        names = [name for name in ("tokens_clean", "tokens_aug") if f"{step}{name}" in self.arrays]
+        masks = {}
+        if f"{step}labels_main" in self.arrays:
+            given = {"masked": "tokens_main_masked", "labels": "labels_main"}
+            masks = {ours: self.ours(self.value(theirs, step)) for ours, theirs in given.items()}
+        texts = torch.stack([self.ours(self.value(name, step)) for name in names])
+        return PairBatch(images=images, texts=texts, **masks)
+
+    @property
+    def heads(self):
+        """Attention heads of the towers, which the weights do not tell."""
+        image, text = self.about["config"]["image_encode"], self.about["config"]["text_encode"]
+        return {
+            "text_heads": text["transformer_heads"],
+            "image_heads": image["heads"] if "patch_size" in image else None,
+        }
+
+    def read(self, weights=None, **options):
+        model, objective = read_declip_authors(self.state, weights or self.weights, **self.heads, **options)
+        if objective.queue is not None:
+            objective.queue.fill(self.value("bank_before").T)
+        return model.to(self.dtype), objective.to(self.dtype)
+
+    def parameter(self, modules, name):
+        place, _, path = our_name(name, self.state).partition(".")
+        parameters = dict(modules[place].named_parameters())
+        return parameters.get(path)
