@@ -19,8 +19,8 @@ COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "bar")
 
 TINY = {
-    "image": {"name": "declip_vit_tiny", "size": 32, "options": {"patch_size": 8, "embed_dim": 64, "depth": 1}},
-    "text": {"width": 32, "layers": 1, "heads": 2, "context": 16, "merges": 300},
+    "image": {"model": "declip_vit_tiny", "size": 32, "model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1}},
+    "text": {"width": 32, "layers": 1, "heads": 2, "context_length": 16, "bpe_merges": 300},
     "embed_dim": 16,
     "simsiam": {"hidden": 16, "out": 16, "predictor_hidden": 8},
     "simclr": {"hidden": 16, "out": 8},
@@ -28,12 +28,11 @@ TINY = {
     "nearest_neighbor": {"queue_size": 32},
     "train": {
         "steps": 8,
-        "batch": 8,
+        "batch_size": 8,
         "warmup_steps": 2,
         "log_every": 2,
         "checkpoint_every": 4,
         "threads": 1,
-        "freeze_garbage": False,
     },
 }
 """A recipe's keys for towers of a few thousand parameters."""

@@ -9,7 +9,7 @@ from declip.cli import app as cli
 
 
 def write_recipe(folder: Path, table: Path, name: str = "mine") -> Path:
-    tree = {**TINY, "data": {"source": str(table)}, "weights": WEIGHTS["declip"]}
+    tree = {**TINY, "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

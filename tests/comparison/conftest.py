@@ -16,7 +16,7 @@ def recipes(table: Path, tmp_path: Path) -> dict[str, str]:
     """Recipe files by name."""
     files = {}
     for name in ("clip", "declip"):
-        tree: dict[str, Any] = {**TINY, "weights": WEIGHTS[name], "data": {"source": str(table)}}
+        tree: dict[str, Any] = {**TINY, "loss_weights": WEIGHTS[name], "data": {"source": str(table)}}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree), encoding="utf-8")
         files[name] = str(path)

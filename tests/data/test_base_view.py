@@ -15,7 +15,7 @@ from declip.training.setup import build_loader, image_views
 
 
 def batch_of(table: Path, base: dict[str, object] | None) -> torch.Tensor:
-    tree = {**TINY, "weights": WEIGHTS["slip"], "data": {"source": str(table)}, "views": {"base": base}}
+    tree = {**TINY, "loss_weights": WEIGHTS["slip"], "data": {"source": str(table)}, "views": {"contrastive_view": base}}
     recipe = Recipe.model_validate(tree)
     source, model = open_source(str(table)), DualEncoder.from_recipe(recipe)
     with build_loader(recipe, source, model, image_views(recipe)) as loader:
@@ -27,7 +27,7 @@ def batch_of(table: Path, base: dict[str, object] | None) -> torch.Tensor:
 
 def test_each_view_is_blurred_with_its_own_kernel() -> None:
     """The kernel of the blur reaches three of the view's own largest sigma, as torchvision's does if given so."""
-    recipe = Recipe.model_validate({**TINY, "weights": WEIGHTS["slip"], "views": {"base": {"blur_sigma": [0.5, 1.0]}}})
+    recipe = Recipe.model_validate({**TINY, "loss_weights": WEIGHTS["slip"], "views": {"contrastive_view": {"blur_sigma": [0.5, 1.0]}}})
     strong, base = image_views(recipe), image_views(recipe, recipe.views.contrastive_view)
     generator = np.random.default_rng(0)
     draws = [view.draw(generator)._replace(jitter=False, gray=False, sigma=1.0) for view in (base, strong)]

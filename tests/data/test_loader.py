@@ -106,7 +106,7 @@ def test_a_loader_started_at_a_step_continues_bit_for_bit(workers):
 def test_every_pair_is_seen_once_an_epoch_in_another_order():
     loader = make()
     assert loader.steps_per_epoch == 5
-    tags = torch.cat([batch.tags for batch in take(loader, 10)]).view(2, PAIRS)
+    tags = torch.cat([batch.sample_ids for batch in take(loader, 10)]).view(2, PAIRS)
     assert (tags // PAIRS == torch.tensor([[0], [1]])).all()
     orders = (tags % PAIRS).tolist()
     assert all(sorted(order) == list(range(PAIRS)) for order in orders)
@@ -116,7 +116,7 @@ def test_every_pair_is_seen_once_an_epoch_in_another_order():
 def test_pairs_that_fill_no_batch_wait_for_another_epoch():
     loader = make(batch=8)
     assert loader.steps_per_epoch == 3
-    tags = torch.cat([batch.tags for batch in take(loader, 30)]).view(10, 24)
+    tags = torch.cat([batch.sample_ids for batch in take(loader, 30)]).view(10, 24)
     assert all(len(set(row)) == 24 for row in tags.tolist())
     assert set((tags % PAIRS).flatten().tolist()) == set(range(PAIRS))
 
@@ -125,7 +125,7 @@ def test_a_pair_is_drawn_anew_each_epoch_and_by_each_seed():
     first, second = (take(make(batch=PAIRS, start_step=step), 1)[0] for step in (0, 1))
     third = take(make(batch=PAIRS, seed=4), 1)[0]
     for other in (second, third):
-        rows = [(batch.tags % PAIRS).argsort() for batch in (first, other)]
+        rows = [(batch.sample_ids % PAIRS).argsort() for batch in (first, other)]
         assert (first.images[:, rows[0]] != other.images[:, rows[1]]).flatten(2).any(-1).float().mean() > 0.9
         assert (first.masked[rows[0]] != other.masked[rows[1]]).any()
         assert (first.photometric.hue[:, rows[0]] != other.photometric.hue[:, rows[1]]).all()
@@ -171,7 +171,7 @@ def test_words_tells_what_each_text_view_said(keyword_append_prob, keyword_only_
     loader = make(keyword_append_prob=keyword_append_prob, keyword_only_prob=keyword_only_prob, second_text=second_text)
     for batch in itertools.islice(loader, 12):
         for view, row in itertools.product((0, 1), range(len(batch))):
-            ids = Words().encode(loader.words(int(batch.tags[row]), view))
+            ids = Words().encode(loader.words(int(batch.sample_ids[row]), view))
             assert batch.texts[view, row, : len(ids)].tolist() == ids
             assert not batch.texts[view, row, len(ids) :].any()
 
@@ -244,7 +244,7 @@ def test_broken_pairs_shrink_their_batch_and_are_counted_when_it_is_yielded():
     total = 0
     for step, batch in enumerate(itertools.islice(loader, 5)):
         assert len(batch) + len(batch.skipped) == 6
-        assert batch.texts.shape[1] == batch.tags.shape[0] == len(batch)
+        assert batch.texts.shape[1] == batch.sample_ids.shape[0] == len(batch)
         total += len(batch.skipped)
         assert (loader.skipped.total, loader.seen, loader.step) == (total, 6 * (step + 1), step + 1)
     loader.close()

@@ -39,7 +39,7 @@ def load(source: PairSource, count: int, start: int = 0, **options) -> list[list
         batches = list(itertools.islice(loader, count))
         assert all(
             Words().encode(loader.words(int(tag), 0)) == [i for i in text.tolist() if i]
-            for batch in batches for tag, text in zip(batch.tags, batch.texts[0], strict=True)
+            for batch in batches for tag, text in zip(batch.sample_ids, batch.texts[0], strict=True)
         )  # fmt: skip
     return [[b.images, b.texts, b.masked, b.labels, b.tags, b.photometric.hue] for b in batches]
 

@@ -16,11 +16,11 @@ def as_the_authors_write(synonym: str) -> str:
     return re.sub(r"[^a-z ]", "", synonym.lower().replace("-", " "))
 
 
-def lemmas(synonym: str) -> set[str]:
-    """The synonym and what it may be a form of: WordNet's are lemmas, ours follow the caption's word."""
-    endings = {"s": "", "es": "", "ies": "y", "ed": "", "d": "", "ing": "", "ning": ""}
-    bare = {synonym[: -len(end)] + start for end, start in endings.items() if synonym.endswith(end)}
-    return {synonym} | bare | {word + "e" for word in bare}
+def is_form_of(synonym: str, lemma: str) -> bool:
+    """WordNet's synonyms are lemmas, ours follow the caption's word: "hightails it" is a form of "hightail it"."""
+    ours, theirs = synonym.split(), lemma.split()
+    stems = [{a, *(a[:-cut] + ending for cut in range(1, 5) for ending in ("", "e", "y"))} for a in ours]
+    return len(ours) == len(theirs) and all(b in stem for b, stem in zip(theirs, stems, strict=True))
 
 
 @pytest.mark.golden
@@ -33,7 +33,7 @@ def test_synonyms_are_some_of_wordnets(word):
     """
     theirs = set(OFFICIAL[word])
     ours = synonyms(word.lower())
-    assert all(lemmas(as_the_authors_write(synonym)) & theirs for synonym in ours)
+    assert all(any(is_form_of(as_the_authors_write(synonym), lemma) for lemma in theirs) for synonym in ours)
     assert len(ours) < 12
 
 

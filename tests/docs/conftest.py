@@ -58,8 +58,6 @@ def small(recipe: Recipe) -> Recipe:
         "evaluate_every": 0,
         "threads": 1,
         "precision": "fp32",
-        "keep_memory": False,
-        "freeze_garbage": False,
     }
     image = {} if recipe.image.size <= SMALL else {"name": "declip_vit_tiny", "size": 32}
     text = {"merges": 300, "width": 32, "heads": 2}

@@ -11,6 +11,6 @@ Command = Callable[..., tuple[int, str]]
 
 
 def write_recipe(path: Path, table: Path, **data: object) -> Path:
-    tree = {**TINY, "data": {"source": str(table), **data}, "weights": WEIGHTS["clip"]}
+    tree = {**TINY, "data": {"source": str(table), **data}, "loss_weights": WEIGHTS["clip"]}
     path.write_text(yaml.safe_dump(tree))
     return path

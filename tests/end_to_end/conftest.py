@@ -75,5 +75,5 @@ def wrong_inputs(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="module")
 def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny model."""
-    tree = {**TINY, "data": {"source": str(table)}, "weights": WEIGHTS["clip"]}
+    tree = {**TINY, "data": {"source": str(table)}, "loss_weights": WEIGHTS["clip"]}
     return train(Recipe.model_validate(tree), out=tmp_path_factory.mktemp("trained"), quiet=True).folder

@@ -29,7 +29,7 @@ def test_a_job_whose_time_is_up_saves_asks_to_be_queued_again_and_goes_on(table:
     torchrun = f'#!/bin/bash\nexec "{sys.executable}" -m torch.distributed.run "$@"\n'
     (commands / "torchrun").write_text(torchrun)
     (commands / "torchrun").chmod(0o755)
-    tree = {**TINY, "weights": WEIGHTS["clip"], "data": {"source": str(table)}}
+    tree = {**TINY, "loss_weights": WEIGHTS["clip"], "data": {"source": str(table)}}
     tree["train"] = {**TINY["train"], "steps": 3000, "checkpoint_every": 1000}
     recipe, run, requeued = tmp_path / "mine.yaml", tmp_path / "run", tmp_path / "requeued"
     recipe.write_text(yaml.safe_dump(tree))

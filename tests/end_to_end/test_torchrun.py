@@ -39,7 +39,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERR
 
 @pytest.fixture
 def recipe(table: Path, tmp_path: Path) -> Path:
-    tree = {**TINY, "weights": WEIGHTS["declip"], "data": {"source": str(table)}}
+    tree = {**TINY, "loss_weights": WEIGHTS["declip"], "data": {"source": str(table)}}
     tree["evaluation"] = {"retrieval": [str(table)], "zero_shot": []}
     tree["train"] = {**TINY["train"], "steps": 12, "checkpoint_every": 2}
     path = tmp_path / "mine.yaml"

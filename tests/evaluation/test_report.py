@@ -72,7 +72,7 @@ class _Objective:
 
 def _run_folder(folder: Path, steps: int = 30) -> Path:
     """A finished run with every file."""
-    recipe = Recipe.model_validate({"name": "declip-tiny", "weights": {"contrastive": 0.4, "simsiam": 0.2}})
+    recipe = Recipe.model_validate({"name": "declip-tiny", "loss_weights": {"contrastive": 0.4, "simsiam": 0.2}})
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(10, steps + 1, 10):
@@ -276,7 +276,7 @@ def test_the_recipe_chooses_what_is_shown(whole, monkeypatch) -> None:
         "final_zero_shot": ["new", "test"],
         "final_retrieval": ["test"],
     }
-    recipe = Recipe.model_validate({"name": "x", "weights": {"contrastive": 1}, "evaluation": evaluation})
+    recipe = Recipe.model_validate({"name": "x", "loss_weights": {"contrastive": 1}, "evaluation": evaluation})
     write_report(folder, model, recipe=recipe, **given)
     rows = (folder / "evaluations.jsonl").read_text()
     (folder / "evaluations.jsonl").write_text(rows + rows.replace('"painted"', '"test"'))

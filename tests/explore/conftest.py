@@ -25,7 +25,7 @@ PAGE = "http://127.0.0.1:8765"
 def tiny_model(seed: int = 0) -> DualEncoder:
     """A model of a few thousand random weights."""
     torch.manual_seed(seed)
-    recipe = Recipe.model_validate({**TINY, "data": {"source": "unused"}, "weights": WEIGHTS["clip"]})
+    recipe = Recipe.model_validate({**TINY, "data": {"source": "unused"}, "loss_weights": WEIGHTS["clip"]})
     return DualEncoder.from_recipe(recipe).eval()
 
 
@@ -95,7 +95,7 @@ def weights_file(model: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -
 def run_folder(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps with a queue."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    tree = {**TINY, "name": "tiny", "data": {"source": str(table)}, "weights": WEIGHTS["declip"]}
+    tree = {**TINY, "name": "tiny", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
     declip.train(Recipe.model_validate(tree), out=folder, quiet=True, report=False)
     return folder
 

@@ -95,10 +95,10 @@ def test_training_goes_on_from_a_file_to_the_authors_second_step(name, tmp_path)
     model, objective = case.read()
     optimizer = authors_adamw(case, {"model": model, "objective": objective})
     terms = objective(model, case.batch())
-    objective.limit_scales(model)  # they clamp after the forward pass, and after the update
+    objective.after_step(model)  # they clamp after the forward pass, and after the update
     terms["loss"].backward()
     optimizer.step()
-    objective.limit_scales(model)
+    objective.after_step(model)
     write_declip_file(model, tmp_path / FILE, {n: t for n, t in objective.state_dict().items() if "queue" not in n})
 
     model, objective = case.read()

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 
 def build(folder: str | Path, **text: object) -> DualEncoder:
     keys = {"context": 24, "encoder": str(folder), **text}
-    return DualEncoder.from_recipe(Recipe.model_validate({**TINY, "text": keys, "weights": WEIGHTS["clip"]}))
+    return DualEncoder.from_recipe(Recipe.model_validate({**TINY, "text": keys, "loss_weights": WEIGHTS["clip"]}))
 
 
 def changed(folder: Path, **config: object) -> Path:
@@ -129,7 +129,7 @@ def test_what_is_kept_names_no_folder_and_no_code(tmp_path: Path) -> None:
 
 def test_an_encoder_that_did_not_come_with_the_weights_is_not_looked_for(tmp_path: Path) -> None:
     folder = bert(tmp_path / "bert")
-    recipe = Recipe.model_validate({**TINY, "text": {"encoder": str(folder)}, "weights": WEIGHTS["clip"]})
+    recipe = Recipe.model_validate({**TINY, "text": {"hf_model": str(folder)}, "loss_weights": WEIGHTS["clip"]})
     with pytest.raises(UserError, match="came without their text encoder"):
         encoder_kept_in({}, recipe, tmp_path)
     for text in ("", "{", "[]", "{}", '{"config": {}, "tokenizer": 3}'):

@@ -43,7 +43,7 @@ def test_a_tower_is_timms_and_learns_from_every_term(name: str) -> None:
     size, options, cells, batch_norm = TOWERS[name]
     terms = {**METHODS["defilip"], "simclr": 0.1}
     recipe = Recipe.model_validate(
-        {**TINY, "image": {"name": name, "size": size, "options": options}, "weights": terms}
+        {**TINY, "image": {"model": name, "size": size, "model_kwargs": options}, "weights": terms}
     )
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe)

@@ -18,7 +18,7 @@ from declip.recipe.schema import Recipe
 from declip.supervision import chunked as blockwise
 from declip.supervision import contrastive, late_interaction
 from declip.supervision.nearest_neighbor import Queue
-from declip.supervision.objective import Objective, alone
+from declip.supervision.objective import Objective, identity_gather
 from declip.training import distributed
 
 WITHOUT_BATCH_NORM = {
@@ -27,7 +27,7 @@ WITHOUT_BATCH_NORM = {
 
 
 def parts(weights: dict[str, float], **sections: object) -> tuple[DualEncoder, Objective]:
-    recipe = Recipe.model_validate({**TINY, "weights": weights, **sections})
+    recipe = Recipe.model_validate({**TINY, "loss_weights": weights, **sections})
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe)
     return model, Objective(recipe, model)
@@ -58,14 +58,14 @@ def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
     """A rank's share of a batch, cut to its own longest caption."""
     assert batch.masked is not None
     assert batch.labels is not None
-    assert batch.tags is not None
+    assert batch.sample_ids is not None
     cut = batch.texts.shape[2] if start == 0 else SHORT
     return PairBatch(
         batch.images[:, start:stop],
         batch.texts[:, start:stop, :cut],
         batch.masked[start:stop, :cut],
         batch.labels[start:stop, :cut],
-        batch.tags[start:stop],
+        batch.sample_ids[start:stop],
     )
 
 
@@ -145,7 +145,7 @@ def test_one_image_view_meets_both_captions() -> None:
     weights = {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2}
     model, objective = parts(weights, views={"image_count": 1})
     batch = random_batch(views=1)
-    batch = PairBatch(batch.images, batch.texts, tags=batch.tags)
+    batch = PairBatch(batch.images, batch.texts, tags=batch.sample_ids)
     objective(model, batch)
     assert objective.queue is not None
     known = objective.queue.ordered().double()
@@ -239,7 +239,7 @@ def test_scales_are_limited_after_the_step() -> None:
     model, objective = parts(WEIGHTS["filip"], logit_scale={"min": 3.0})
     model.logit_scale.data.fill_(9.0)
     objective.late_scale.data.fill_(1.0)
-    objective.limit_scales(model)
+    objective.after_step(model)
     assert model.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
     assert objective.late_scale.item() == 3.0
 
@@ -253,7 +253,7 @@ def run_steps(rank: int, world: int, folder: str) -> None:
     model, objective = parts(WITHOUT_BATCH_NORM)
     model.double(), objective.double()
     batch = random_batch()
-    batch = PairBatch(batch.images.double(), batch.texts, batch.masked, batch.labels, batch.tags)
+    batch = PairBatch(batch.images.double(), batch.texts, batch.masked, batch.labels, batch.sample_ids)
     share = rows(batch, rank * 8 // world, (rank + 1) * 8 // world)
     gather = distributed.gather([len(share)] * world)
     assert (gather is alone) == (world == 1)
@@ -306,7 +306,7 @@ def test_joint_views_share_the_statistics_of_batch_norm() -> None:
     batch = random_batch()
     found = {}
     for joint in (False, True):
-        model, objective = parts(weights, image={"name": "declip_conv_tiny", "size": 32, "shared_bn_views": joint})
+        model, objective = parts(weights, image={"model": "declip_conv_tiny", "size": 32, "shared_bn_views": joint})
         found[joint] = objective.run_towers(model, batch).images
     flat = model.image_tower(batch.images.flatten(0, 1)).pooled.unflatten(0, (2, 8))
     torch.testing.assert_close(found[True], flat, rtol=1e-5, atol=1e-6)

@@ -20,16 +20,16 @@ STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 def start_from(table: Path, out: Path, image: dict[str, Any] = VIT, name: str = "declip") -> Path:
     """A run of other sizes than `TINY`, that a run of ours can start from."""
-    tree = {**TINY, "name": name, "data": {"source": str(table)}, "weights": WEIGHTS[name], "embed_dim": 24}
+    tree = {**TINY, "name": name, "data": {"source": str(table)}, "loss_weights": WEIGHTS[name], "embed_dim": 24}
     tree |= {"image": {**image, **STATISTICS}, "text": {**SMALL, "activation": "gelu"}}
     train(Recipe.model_validate(tree), out=out, quiet=True, report=False)
     return out
 
 
 def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None, **keys: Any) -> Recipe:
-    tree = {**TINY, "name": "tuned", "data": {"source": str(table)}, "weights": WEIGHTS["declip"]}
+    tree = {**TINY, "name": "tuned", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
     tree["train"] = {**TINY["train"], "lr": 1e-2, **(train_keys or {})}
-    return Recipe.model_validate({**tree, "finetune": {"weights": str(weights), **keys}})
+    return Recipe.model_validate({**tree, "finetune": {"pretrained": str(weights), **keys}})
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:

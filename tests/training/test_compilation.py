@@ -29,7 +29,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
 
 
 def recipe_for(table: Path, **train_keys: object) -> Recipe:
-    tree = {**TINY, "name": "declip", "data": {"source": str(table)}, "weights": WEIGHTS["declip"]}
+    tree = {**TINY, "name": "declip", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
     tree["train"] = {**TINY["train"], "log_every": 1, **train_keys}
     return Recipe.model_validate(tree)
 

@@ -48,19 +48,19 @@ def random_batch(recipe: Recipe, seed: int) -> PairBatch:
 def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
     assert batch.masked is not None
     assert batch.labels is not None
-    assert batch.tags is not None
+    assert batch.sample_ids is not None
     return PairBatch(
         batch.images[:, start:stop],
         batch.texts[:, start:stop],
         batch.masked[start:stop],
         batch.labels[start:stop],
-        batch.tags[start:stop],
+        batch.sample_ids[start:stop],
     )
 
 
 def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> dict[str, torch.Tensor]:
     """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
-    tree = {**TINY, "weights": CASES[name], "image": {"name": TOWERS[tower], "size": 32}}
+    tree = {**TINY, "weights": CASES[name], "image": {"model": TOWERS[tower], "size": 32}}
     tree["image"]["options"] = OPTIONS.get(tower, {})
     tree["views"] = {"image_count": 1 if name == CAPTIONS else 2}
     recipe = Recipe.model_validate({**tree, "train": {**TINY["train"], **train}})

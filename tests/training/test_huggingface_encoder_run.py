@@ -36,7 +36,7 @@ def recipe_for(
     table: Path, folder: Path, weights: str = "declip", measured: bool = True, **train_keys: object
 ) -> Recipe:
     text = {"encoder": str(folder), "context": 24, "pooling": "mean"}
-    tree = {**TINY, "name": "encoder", "data": {"source": str(table)}, "text": text, "weights": WEIGHTS[weights]}
+    tree = {**TINY, "name": "encoder", "data": {"source": str(table)}, "text": text, "loss_weights": WEIGHTS[weights]}
     tree["train"] = {**TINY["train"], "log_every": 1, **train_keys}
     tree["evaluation"] = {"final_retrieval": [str(table)] if measured else []}
     return Recipe.model_validate(tree)

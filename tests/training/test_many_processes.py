@@ -34,11 +34,11 @@ def recipe(table: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     rows += [{"image": f"missing-{number}.png", "caption": "nothing"} for number in range(BROKEN)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"source": str(path), "max_broken_fraction": 0.5}
-    return {**TINY, "name": "declip", "weights": WEIGHTS["declip"], "data": data}
+    return {**TINY, "name": "declip", "loss_weights": WEIGHTS["declip"], "data": data}
 
 
 def of(keys: dict[str, Any], **train_keys: Any) -> Recipe:
-    return Recipe.model_validate({**keys, "train": {**TINY["train"], "log_every": 1, "patience": 30, **train_keys}})
+    return Recipe.model_validate({**keys, "train": {**TINY["train"], "log_every": 1, "rank_timeout": 30, **train_keys}})
 
 
 def trained(keys: dict[str, Any], folder: str, resume: bool = False, **train_keys: Any) -> tuple[int, bool]:
@@ -98,7 +98,7 @@ def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(
     assert totals(tmp_path / "whole") == totals(tmp_path / "parts")
 
 
-DROPOUT = {"image": {**TINY["image"], "options": {**TINY["image"]["options"], "pos_drop_rate": 0.5}}}
+DROPOUT = {"image": {**TINY["image"], "model_kwargs": {**TINY["image"]["options"], "pos_drop_rate": 0.5}}}
 
 
 def drawn(keys: dict[str, Any], folder: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "late_scale", "pos_embe
 
 
 def parts(name: str = "defilip") -> tuple[DualEncoder, Objective, Recipe]:
-    recipe = Recipe.model_validate({**TINY, "weights": WEIGHTS[name]})
+    recipe = Recipe.model_validate({**TINY, "loss_weights": WEIGHTS[name]})
     model = DualEncoder.from_recipe(recipe)
     return model, Objective(recipe, model), recipe
 

@@ -24,7 +24,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe_for(table: Path, **train_keys: object) -> Recipe:
-    tree = {**TINY, "name": "declip", "data": {"source": str(table)}, "weights": WEIGHTS["declip"]}
+    tree = {**TINY, "name": "declip", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
     tree["train"] = {**TINY["train"], **train_keys}
     return Recipe.model_validate(tree)
 

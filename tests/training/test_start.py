@@ -69,7 +69,7 @@ def test_a_key_that_the_weights_overrule_is_refused(
         with pytest.raises(UserError, match=said):
             read_start(str(start)).fit(load_recipe(recipe, {"finetune.pretrained": str(start), **keys}))
     file = tmp_path / "mine.yaml"
-    tree: dict[str, Any] = {"extends": "finetune", "finetune": {"weights": str(start)}}
+    tree: dict[str, Any] = {"extends": "finetune", "finetune": {"pretrained": str(start)}}
     for key, value in keys.items():
         *sections, last_ = key.split(".")
         place = tree
@@ -210,7 +210,7 @@ def test_a_text_encoder_and_its_run_are_a_start(table: Path, tmp_path: Path) -> 
         freeze_text_blocks=1,
         layer_decay=0.5,
         image_size=32,
-    ).model_dump(mode="json") | {"text": {"encoder": str(folder), "context": 24}}
+    ).model_dump(mode="json") | {"text": {"hf_model": str(folder), "context_length": 24}}
     first = Trainer(Recipe.model_validate(tree), tmp_path / "first", quiet=True)
     before, places = state(first), depths(first.model)
     assert blocks(places, TEXT) == 2

@@ -121,7 +121,7 @@ def test_frozen_parts_drop_nothing_though_the_rest_does(table: Path, tmp_path: P
     vit = Trainer(Recipe.model_validate(tree), tmp_path / "a", quiet=True).model
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "alone.safetensors")
     tree = tuned(table, f"timm:test_vit/{tmp_path / 'alone.safetensors'}", freeze_text_blocks=asked, image_size=32)
-    text = {"text": {"encoder": str(bert(tmp_path / "bert")), "context": 24}}
+    text = {"text": {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}}
     trainer = Trainer(Recipe.model_validate(tree.model_dump(mode="json") | text), tmp_path / "b", quiet=True)
     for model in (vit, trainer.model):
         model.eval()

@@ -29,7 +29,7 @@ from declip.training.trainer import Trainer
 
 
 def recipe_for(table: Path, name: str = "declip", **train_keys: object) -> Recipe:
-    tree = {**TINY, "name": name, "data": {"source": str(table)}, "weights": WEIGHTS[name]}
+    tree = {**TINY, "name": name, "data": {"source": str(table)}, "loss_weights": WEIGHTS[name]}
     tree["train"] = {**TINY["train"], **train_keys}
     return Recipe.model_validate(tree)
 
