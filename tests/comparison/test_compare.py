@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from comparison.conftest import tiny
-from declip.api import train
 from conftest import COLOURS, SHAPES, draw
+from declip.api import train
 from declip.cli.app import app
 from declip.comparison import runner as comparing
 from declip.comparison.outcome import read_outcome, scores

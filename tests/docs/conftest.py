@@ -51,7 +51,7 @@ def small(recipe: Recipe) -> Recipe:
     """The recipe for seconds: few steps of few pairs, small towers, no loading processes."""
     train = {
         "steps": min(recipe.train.steps, STEPS),
-        "batch": min(recipe.train.batch_size, BATCH),
+        "batch_size": min(recipe.train.batch_size, BATCH),
         "warmup_steps": 1,
         "log_every": 2,
         "checkpoint_every": STEPS,
@@ -59,8 +59,8 @@ def small(recipe: Recipe) -> Recipe:
         "threads": 1,
         "precision": "fp32",
     }
-    image = {} if recipe.image.size <= SMALL else {"name": "declip_vit_tiny", "size": 32}
-    text = {"merges": 300, "width": 32, "heads": 2}
+    image = {} if recipe.image.size <= SMALL else {"model": "declip_vit_tiny", "size": 32}
+    text = {"bpe_merges": 300, "width": 32, "heads": 2}
     return recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update=train),

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 
 def build(folder: str | Path, **text: object) -> DualEncoder:
-    keys = {"context": 24, "encoder": str(folder), **text}
+    keys = {"context_length": 24, "hf_model": str(folder), **text}
     return DualEncoder.from_recipe(Recipe.model_validate({**TINY, "text": keys, "loss_weights": WEIGHTS["clip"]}))
 
 

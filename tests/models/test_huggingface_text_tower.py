@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def model_of(folder: Path, weights: str = "clip", **text: Any) -> DualEncoder:
-    keys = {"context": 24, "encoder": str(folder), **text}
+    keys = {"context_length": 24, "hf_model": str(folder), **text}
     torch.manual_seed(0)
     return DualEncoder.from_recipe(Recipe.model_validate({**TINY, "text": keys, "loss_weights": WEIGHTS[weights]})).eval()
 

@@ -18,7 +18,7 @@ from declip.recipe.schema import Recipe
 from declip.supervision import chunked as blockwise
 from declip.supervision import contrastive, late_interaction
 from declip.supervision.nearest_neighbor import Queue
-from declip.supervision.objective import Objective, identity_gather
+from declip.supervision.objective import Objective
 from declip.training import distributed
 
 WITHOUT_BATCH_NORM = {

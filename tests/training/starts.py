@@ -12,9 +12,9 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.training.trainer import Trainer
 
-SMALL = {"width": 48, "layers": 3, "heads": 2, "context": 20, "merges": 400}
-VIT = {"name": "declip_vit_tiny", "size": 32, "options": {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}}
-CONV = {"name": "declip_conv_tiny", "size": 32}
+SMALL = {"width": 48, "layers": 3, "heads": 2, "context_length": 20, "bpe_merges": 400}
+VIT = {"model": "declip_vit_tiny", "size": 32, "model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}}
+CONV = {"model": "declip_conv_tiny", "size": 32}
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 

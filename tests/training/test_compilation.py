@@ -117,6 +117,6 @@ def test_no_compiler_is_said_before_a_folder_is_made(
 
 def test_recomputing_a_tower_with_batch_norm_is_refused(table: Path, tmp_path: Path) -> None:
     tree = recipe_for(table, compile=True, grad_checkpointing=True).model_dump()
-    tree["image"] |= {"name": "declip_conv_tiny", "options": {}}
+    tree["image"] |= {"model": "declip_conv_tiny", "model_kwargs": {}}
     with pytest.raises(UserError, match="'declip_conv_tiny'"):
         Trainer(Recipe.model_validate(tree), tmp_path / "run", quiet=True)

@@ -20,7 +20,6 @@ from declip.models.hf_encoder import ENTRY
 from declip.models.layers import TEXT, depths
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
-from declip.training.trainer import Trainer
 from declip.training.optimizer import LrMultiplier
 from declip.training.pretrained import KEPT
 from declip.training.trainer import Trainer, train
@@ -35,7 +34,7 @@ MASK, PADDING = 4, 1  # RoBERTa's
 def recipe_for(
     table: Path, folder: Path, weights: str = "declip", measured: bool = True, **train_keys: object
 ) -> Recipe:
-    text = {"encoder": str(folder), "context": 24, "pooling": "mean"}
+    text = {"hf_model": str(folder), "context_length": 24, "pooling": "mean"}
     tree = {**TINY, "name": "encoder", "data": {"source": str(table)}, "text": text, "loss_weights": WEIGHTS[weights]}
     tree["train"] = {**TINY["train"], "log_every": 1, **train_keys}
     tree["evaluation"] = {"final_retrieval": [str(table)] if measured else []}
@@ -49,7 +48,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_it_learns_resumes_to_the_bit_and_loads_without_its_folder(table: Path, tmp_path: Path) -> None:
     folder = roberta(tmp_path / "roberta")
-    recipe = recipe_for(table, folder, ema=0.9)
+    recipe = recipe_for(table, folder, ema_decay=0.9)
     whole = train(recipe, out=tmp_path / "whole", quiet=True)
     assert set(whole.metrics[0]["losses"]) == set(WEIGHTS["declip"])
     assert whole.results[0]["protocol"] == "retrieval"

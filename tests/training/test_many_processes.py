@@ -156,7 +156,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(
 def test_moments_by_number_are_read_where_their_order_is_certain(
     recipe: dict[str, Any], tmp_path: Path, by: str, ranks: int, reads: bool
 ) -> None:
-    trainer = Trainer(of(recipe, parallel=by, steps=2), tmp_path, quiet=True)
+    trainer = Trainer(of(recipe, strategy=by, steps=2), tmp_path, quiet=True)
     run = trainer.train()
     found = load_checkpoint(list_checkpoints(run.folder)[-1])
     named = dict(found.training)
@@ -167,13 +167,13 @@ def test_moments_by_number_are_read_where_their_order_is_certain(
     found.extra["ranks"] = ranks
     save_checkpoint(run.folder, found, keep=1)
     if reads:
-        again = Trainer(of(recipe, parallel=by, steps=2), tmp_path, resume=True, quiet=True)
+        again = Trainer(of(recipe, strategy=by, steps=2), tmp_path, resume=True, quiet=True)
         moments = optimizer_tensors(again.optimizer)
         assert all(torch.equal(tensor, named[f"optimizer.{name}"]) for name, tensor in moments.items())
         assert len(moments) == len(numbers) * 3
     else:
         with pytest.raises(UserError, match="Resume it on 2 processes"):
-            Trainer(of(recipe, parallel=by, steps=2), tmp_path, resume=True, quiet=True)
+            Trainer(of(recipe, strategy=by, steps=2), tmp_path, resume=True, quiet=True)
 
 
 def absent(patience: float, way: str) -> str:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import declip
 from conftest import TINY, WEIGHTS
 from declip.api import train
 from declip.comparison.outcome import scores
-from declip.data.images.crops import ImageViews
+from declip.data.images import photometric
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
@@ -63,7 +64,7 @@ def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str
 @pytest.mark.parametrize("name", ["clip", "defilip"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_equals_one_never_interrupted(table: Path, tmp_path: Path, name: str, workers: int) -> None:
-    recipe = with_workers(recipe_for(table, name, ema=0.9), workers)
+    recipe = with_workers(recipe_for(table, name, ema_decay=0.9), workers)
     train(recipe, out=tmp_path / "whole", quiet=True)
 
     stopped = Trainer(recipe, tmp_path / "parts", quiet=True)
@@ -165,7 +166,7 @@ def test_a_worker_killed_during_a_step_is_explained(
 
 
 def test_the_average_follows_the_weights(table: Path, tmp_path: Path) -> None:
-    trainer = Trainer(recipe_for(table, "clip", ema=0.999, steps=3), tmp_path, quiet=True)
+    trainer = Trainer(recipe_for(table, "clip", ema_decay=0.999, steps=3), tmp_path, quiet=True)
     start = trainer.model.logit_scale.item()
     trainer.train()
     end = trainer.model.logit_scale.item()
@@ -281,7 +282,7 @@ def test_a_folder_that_cannot_be_written_is_named(table: Path, tmp_path: Path) -
 
 def test_a_source_smaller_than_a_batch_is_named(table: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="24"):
-        train(recipe_for(table, batch=64), out=tmp_path, quiet=True)
+        train(recipe_for(table, batch_size=64), out=tmp_path, quiet=True)
 
 
 def test_an_unknown_device_is_named(table: Path, tmp_path: Path) -> None:
@@ -350,7 +351,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
 def test_a_bad_step_may_be_left_out_and_changes_nothing(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_for(table, steps=5, bad_steps=1, checkpoint_every=1, log_every=1, keep=9)
+    recipe = recipe_for(table, steps=5, max_nonfinite_steps=1, checkpoint_every=1, log_every=1, keep_checkpoints=9)
     poison(monkeypatch, {2})
     run = train(recipe, out=tmp_path, quiet=True, report=False)
     assert run.finished
@@ -369,7 +370,7 @@ def test_a_bad_step_may_be_left_out_and_changes_nothing(
 def test_more_bad_steps_than_allowed_end_the_run(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, {1, 3})
     with pytest.raises(UserError, match="not finite at step 4"):
-        train(recipe_for(table, steps=6, bad_steps=1), out=tmp_path, quiet=True, report=False)
+        train(recipe_for(table, steps=6, max_nonfinite_steps=1), out=tmp_path, quiet=True, report=False)
 
 
 def test_a_run_over_other_pairs_is_not_resumed(table: Path, tmp_path: Path) -> None:
@@ -387,14 +388,15 @@ def test_a_run_over_other_pairs_is_not_resumed(table: Path, tmp_path: Path) -> N
 def test_views_are_finished_in_full_precision(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None
 ) -> None:
-    finish, seen = ImageViews.finish, []
+    seen: list[bool] = []
 
-    def watched(self: ImageViews, *arguments: object) -> torch.Tensor:
+    def watched(*arguments: Any) -> torch.Tensor:
         seen.append(torch.is_autocast_enabled("cpu"))
-        return finish(self, *arguments)  # type: ignore[arg-type]
+        return apply(*arguments)
 
-    monkeypatch.setattr(ImageViews, "finish", watched)
-    train(recipe_for(table, steps=1, precision="bf16", chunk=chunk), out=tmp_path, quiet=True, report=False)
+    apply = photometric.apply
+    monkeypatch.setattr(photometric, "apply", watched)
+    train(recipe_for(table, steps=1, precision="bf16", grad_cache_chunk=chunk), out=tmp_path, quiet=True, report=False)
     assert seen
     assert not any(seen)
 
