@@ -179,7 +179,7 @@ class Monitor:
         shown = [f"{name} {value:.3f}" for name, value in {"loss": values["loss"], **terms}.items()]
         fields: dict[str, Any] = {"terms": shown}
         if self._lines.due(always=not self._lines.lines or step == self.steps):
-            self._line(step, f"loss {values['total']:.3f}  lr {learning_rate:.2e}", speed)
+            self._line(step, f"loss {values['loss']:.3f}  lr {learning_rate:.2e}", speed)
         if speed is not None:
             self.board.add_scalar("speed/samples_per_second", speed, step)
             fields["speed"] = f"{speed:,.0f} samples/s"
