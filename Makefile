@@ -9,11 +9,11 @@ BENCH  ?= runs/bench.json
 .PHONY: help setup demo test lint docs bench clean
 
 help:
-	@echo "make demo    install, prepare the built-in pairs, train DeCLIP on them, evaluate, write a report"
+	@echo "make demo    install, download the built-in pairs, train DeCLIP on them, evaluate, write a report"
 	@echo "make test    install, run the whole test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation as a site, into site/; a broken link is an error"
-	@echo "make bench   install the peers too, and measure beside them: views, tokenizer, step …; BENCH=FILE takes the numbers"
+	@echo "make bench   install other libraries and compare speed with them; results go to BENCH=FILE"
 	@echo "make setup   only install, into $(VENV)"
 
 $(VENV)/.installed: pyproject.toml
@@ -25,8 +25,8 @@ $(VENV)/.installed: pyproject.toml
 setup: $(VENV)/.installed
 
 demo: setup
-	$(BIN)/declip data prepare builtin:emoji
-	$(BIN)/declip train declip-demo --out $(RUN) --resume
+	$(BIN)/declip data download builtin:emoji
+	$(BIN)/declip train demo-declip --out $(RUN) --resume
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2

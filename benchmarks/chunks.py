@@ -21,8 +21,8 @@ from rich.table import Table
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from declip.data.batch import PairBatch, Photometric
-from declip.data.images.crops import ImageViews
+from declip.data.batch import PairBatch, Photometric, View
+from declip.data.images.crops import ViewTransform
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import SMALL_TOWERS
 from declip.recipe.load import load_recipe
@@ -31,7 +31,7 @@ from declip.supervision.masked_language import IGNORED
 from declip.supervision.objective import Objective
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner
-from declip.training.setup import image_views
+from declip.training.setup import plan_of
 from declip.training.step import StepParts, training_step
 from machine import machine
 from memory import added_peak, available, in_fresh_process, resident
@@ -47,43 +47,44 @@ def read_recipe(options: argparse.Namespace, batch: int, chunk: int | None) -> R
         "train.batch_size": batch,
         "train.grad_cache_chunk": chunk,
     }
-    keys |= {"train.precision": options.precision, "train.threads": options.threads, "train.device": "cpu"}
-    return load_recipe(options.recipe or ("declip" if small else "clip-yfcc15m-vitb32"), keys)
+    keys |= {"train.precision": options.precision, "train.device": "cpu"}
+    return load_recipe(options.recipe or ("demo-declip" if small else "clip-yfcc15m-vitb32"), keys)
 
 
-def make_batch(recipe: Recipe, model: DualEncoder, views: ImageViews) -> PairBatch:
-    """Pairs as the loader gives them, their pictures random."""
+def make_batch(recipe: Recipe, model: DualEncoder) -> PairBatch:
+    """Make pairs as the loader gives them, with random images."""
     count, generator = recipe.train.batch_size, torch.Generator().manual_seed(0)
-    shape = (recipe.image_view_count, count, 3, recipe.image.size, recipe.image.size)
-    draws = np.random.default_rng(0)
+    draws, plan, views = np.random.default_rng(0), plan_of(recipe), {}
+    for spec in plan.views:
+        transform = ViewTransform(spec.size, spec.augmentation)
+        pixels = torch.randint(256, (count, 3, spec.size, spec.size), generator=generator, dtype=torch.uint8)
+        views[spec.name] = View(pixels, Photometric.stack([transform.sample_params(draws) for _ in range(count)]))
     captions = model.tokenizer([f"a drawing of thing number {n} on a white page" for n in range(count)])
+    texts = captions.expand(plan.texts.count, -1, -1)
+    if plan.texts.mask_probability is None:
+        return PairBatch(views, texts)
     masked, labels = captions.clone(), torch.full_like(captions, IGNORED)
     labels[:, 2], masked[:, 2] = captions[:, 2], model.tokenizer.mask
-    return PairBatch(
-        images=torch.randint(256, shape, generator=generator, dtype=torch.uint8),
-        texts=captions.expand(recipe.text_view_count, -1, -1),
-        masked=masked if recipe.masks else None,
-        labels=labels if recipe.masks else None,
-        photometric=Photometric.stack([[views.draw(draws) for _ in range(count)] for _ in range(shape[0])]),
-    )
+    return PairBatch(views, texts, masked, labels)
 
 
 def prepare(recipe: Recipe) -> tuple[StepParts, PairBatch]:
-    """What a step needs."""
+    """Build the parts of a step."""
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).train()
     objective = Objective(recipe, model).train()
     if objective.queue is not None:
         objective.queue.fill(torch.randn(objective.queue.size, recipe.embed_dim))
-    views = image_views(recipe)
+    plan = plan_of(recipe)
     parts = StepParts(
         learner=build_learner(recipe, model, objective),
         optimizer=build_optimizer(named_trainable(model, objective), recipe.train),
-        views=views,
+        mean=torch.tensor(plan.mean),
+        std=torch.tensor(plan.std),
         precision=recipe.train.precision,
         chunk=recipe.train.grad_cache_chunk,
     )
-    return parts, make_batch(recipe, model, views)
+    return parts, make_batch(recipe, model)
 
 
 def one_step(recipe: Recipe) -> dict[str, float]:
@@ -96,7 +97,7 @@ def one_step(recipe: Recipe) -> dict[str, float]:
     return {
         "GB": round((held + added) / 1e9, 3),
         "GB before the step": round(held / 1e9, 3),
-        "GB of pictures": round(batch.images.nbytes / 1e9, 3),
+        "GB of images": round(sum(view.pixels.nbytes for view in batch.views.values()) / 1e9, 3),
         "seconds": round(time.perf_counter() - started, 2),
         "processor seconds": round(time.process_time() - used, 2),
         "loss": float(losses["loss"]),
@@ -133,10 +134,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
 
     for chunk in options.chunk:
         alone = add(chunk, None)
-        add(options.batch, chunk)
-    needed = (alone["GB"] - alone["GB before the step"]) * options.batch / options.chunk[-1]
+        add(options.batch_size, chunk)
+    needed = (alone["GB"] - alone["GB before the step"]) * options.batch_size / options.chunk[-1]
     if 1e9 * needed < 0.8 * available():
-        add(options.batch, None)
+        add(options.batch_size, None)
     else:
         rows.append({"part": "chunks", "note": f"the whole batch would add about {needed:,.0f} GB and was left out"})
     if options.agree:
@@ -165,7 +166,7 @@ def main() -> None:
     table = Table("batch", "chunk", "GB", "before", "pictures", "seconds", "of a core", "loss", title="A step")
     for found in result["rows"]:
         if "GB" in found:
-            sizes = (f"{found[name]:.2f}" for name in ("GB", "GB before the step", "GB of pictures"))
+            sizes = (f"{found[name]:.2f}" for name in ("GB", "GB before the step", "GB of images"))
             times = (f"{found[name]:,.1f}" for name in ("seconds", "processor seconds"))
             chunk = "whole" if found["chunk"] is None else str(found["chunk"])
             table.add_row(f"{found['batch']:,}", chunk, *sizes, *times, f"{found['loss']:.6f}")

@@ -1,9 +1,9 @@
-"""InfoNCE with its loss matrices kept, and made in blocks: time and memory, forward and backward.
+"""Time and memory of InfoNCE, forward and backward, with its loss matrices kept and computed in blocks.
 
-    python benchmarks/contrast.py                                             up to 8,192 pairs, minutes
-    python benchmarks/contrast.py --batch-size 1024 2048 4096 8192 16384 32768 65536 --all 1024 4096 16384 65536 --repeats 1
+    python benchmarks/contrast.py   # up to 8,192 pairs, minutes
+    python benchmarks/contrast.py --batch-size 1024 4096 16384 65536 --all 1024 4096 16384 65536 --repeats 1
 
-`--batch-size` is for one process, whose pairs are all pairs; `--all` for 1,024 own pairs against those of all processes.
+`--batch-size` is for one process, whose pairs are all pairs; `--all` for 1,024 own pairs against all processes'.
 The two forms take turns within one process and the seconds are medians; memory is what a fresh process's grows by. The
 form that keeps its matrices is left out where these would not fit. The last line is JSON.
 """
@@ -42,7 +42,7 @@ def make(total: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 def differentiate(form: str, own: int, leaves: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     """The loss of the first pairs against all, and its gradients."""
     images, texts, log_scale = leaves
-    loss = info_nce(images[:own], texts[:own], images, texts, log_scale.exp(), largest=FORMS[form])
+    loss = info_nce(images[:own], texts[:own], images, texts, log_scale.exp(), max_logit_bytes=FORMS[form])
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result = {"machine": machine(), "repeats": options.repeats, "rows": []}
-    for own, total in [*((n, n) for n in options.batch), *((OWN, n) for n in options.all)]:
+    for own, total in [*((n, n) for n in options.batch_size), *((OWN, n) for n in options.all)]:
         result["rows"] += compare(own, total, options.width, options.repeats)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A training step of demo size, and how much of it goes into loading the batch: taken apart, and in a real run."""
+"""Seconds of a demo-size training step and the fraction spent on loading, each part alone and in a real run."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from pairs import open_pairs
 from parts import build
 from timing import row, take_turns
 
-RECIPES = ("clip", "declip")
+RECIPES = ("demo-clip", "demo-declip")
 STEPS, WARM = 25, 5
 """Steps of a real run, and those before the clock counts."""
 
@@ -33,7 +33,7 @@ NOTHING_ELSE = {
 
 
 def tasks_of(name: str, source: PairSource) -> tuple[int, dict[str, Callable[[], object]]]:
-    """The batch of a recipe, and its two tasks: load the next batch in this process, and train on it."""
+    """Batch size of a recipe and its two tasks: load the next batch in this process, and train on it."""
     recipe = load_recipe(name, {"data.workers": 0})
     built = build(recipe, source)
     batch = [next(built.loader)]
@@ -50,7 +50,7 @@ def tasks_of(name: str, source: PairSource) -> tuple[int, dict[str, Callable[[],
 def measure(repeats: int) -> list[dict[str, object]]:
     """Load and train take turns, and the recipes too: clip, declip, clip, declip …; then a run of each.
 
-    Loading is reading, cropping and tokenising; the views' colors are done on the batch and belong to the step.
+    Loading is reading, cropping and tokenizing; color changes are applied to the batch and belong to the step.
     """
     source, batches = open_pairs(), {}
     tasks: dict[str, Callable[[], object]] = {}
@@ -61,11 +61,11 @@ def measure(repeats: int) -> list[dict[str, object]]:
     whole = {name: seconds[f"{name}: load"] + seconds[f"{name}: train"] for name in RECIPES}
     rows = []
     for name in RECIPES:
-        share = round(seconds[f"{name}: load"] / whole[name], 3)
-        more = {"pairs": source.name, "threads": torch.get_num_threads(), "loading_share": share}
+        fraction = round(seconds[f"{name}: load"] / whole[name], 3)
+        more = {"pairs": source.name, "threads": torch.get_num_threads(), "loading_fraction": fraction}
         rows.append(row("demo", f"recipe {name}", whole[name], batches[name], "pairs", **more))
         rows[-1]["seconds_a_step"] = round(whole[name], 4)
-    rows[-1]["times_clip"] = round(whole["declip"] / whole["clip"], 2)
+    rows[-1]["times_clip"] = round(whole["demo-declip"] / whole["demo-clip"], 2)
     try:
         return rows + [in_a_run(name, workers) for name in RECIPES for workers in (0, 1)]
     except UserError as error:
@@ -73,7 +73,7 @@ def measure(repeats: int) -> list[dict[str, object]]:
 
 
 def in_a_run(name: str, workers: int) -> dict[str, object]:
-    """Train for some steps with the trainer, and see how long it waits for its batches."""
+    """Train for some steps with the trainer, and time how long it waits for batches."""
     recipe = load_recipe(name, {**NOTHING_ELSE, "data.workers": workers})
     asked: list[float] = []
     waited: list[float] = []
@@ -90,6 +90,8 @@ def in_a_run(name: str, workers: int) -> dict[str, object]:
     steps = [after - before for before, after in pairwise(asked)][WARM:]
     waits = waited[WARM : WARM + len(steps)]
     more = {"steps": len(steps), "threads": torch.get_num_threads(), "seconds_a_step": round(median(steps), 4)}
-    share = round(sum(waits) / sum(steps), 3)
+    fraction = round(sum(waits) / sum(steps), 3)
     what = f"recipe {name}, a run, {workers} loading processes"
-    return row("demo", what, sum(steps), len(steps) * recipe.train.batch_size, "pairs", loading_share=share, **more)
+    return row(
+        "demo", what, sum(steps), len(steps) * recipe.train.batch_size, "pairs", loading_fraction=fraction, **more
+    )

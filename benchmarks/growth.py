@@ -63,7 +63,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73")
 def step_cost(part: str, value: int, repeats: int) -> dict[str, Any]:
     """Seconds and memory of a step in this process; all else is the demo's."""
     texts = texts_of(open_pairs(), "full" if part == "text" else "emoji")
-    recipe = load_recipe("declip", {KEYS[part]: value, "data.workers": 0})
+    recipe = load_recipe("demo-declip", {KEYS[part]: value, "data.workers": 0})
     built = build(recipe, InMemory(texts, max(96, recipe.image.size)))
     batch = next(built.loader)
     forget_peak()
@@ -278,7 +278,7 @@ def measure(repeats: int) -> list[dict[str, object]]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """A table of the steps, and one of the tables."""
-    steps = Table("by", "value", "s a step", "added, MB", "tokens", title="A step of the recipe declip")
+    steps = Table("by", "value", "s a step", "added, MB", "tokens", title="A step of the recipe demo-declip")
     tables = Table("kind", "rows", "file, MB", *TABLE_COSTS.values(), title="A table")
     for found in result["rows"]:
         name, value = found["part"], f"{found['value']:,}"

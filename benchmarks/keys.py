@@ -1,7 +1,7 @@
 """What each recipe key that changes no result, or hardly any, does to the speed of a step.
 
     python benchmarks/keys.py --repeats 5 --json keys.json
-    python benchmarks/keys.py --recipe clip --only train.compile=true,train.length_buckets=4
+    python benchmarks/keys.py --recipe demo-clip --only train.compile=true,train.length_buckets=4
 
 For each key two trainers of a demo-size recipe, with the key and without it, take turns of some steps, loading
 included (A B A B …). The numbers are medians of the turns; nothing is asserted about them.
@@ -37,14 +37,11 @@ CONV, VIT = "declip_conv_tiny", "declip_vit_tiny"
 KEYS = {
     "train.precision=fp32": (CONV, VIT),
     "train.channels_last=false": (CONV,),
-    "train.keep_memory=false": (CONV, VIT),
-    "train.freeze_garbage=false": (CONV,),
     "train.length_buckets=4": (CONV, VIT),
     "image.shared_bn_views=true": (CONV,),
     "data.workers=1": (CONV, VIT),
     "train.grad_checkpointing=true": (VIT,),
     "train.grad_cache_chunk=32": (VIT,),
-    "nearest_neighbor.lookup=bf16": (CONV,),
     "train.compile=true": (CONV, VIT),
 }
 """Keys, each against the demo recipes' own value, and the image towers on which it is looked at."""
@@ -93,7 +90,7 @@ def compare(recipe: str, key: str, tower: str, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, show a table, and print the JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="declip")
+    parser.add_argument("--recipe", default="demo-declip")
     parser.add_argument("--only", help=f"keys, with commas between; default: {', '.join(KEYS)}")
     parser.add_argument("--image", help="one image tower; default: those on which the key makes a difference")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (default 5)")

@@ -32,15 +32,19 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs import checkpoint
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
+from declip.runs.folder import METRICS, read_rows
 from declip.supervision.objective import Objective
-from declip.training import monitor, trainer
+from declip.training import monitor, sinks
 from declip.training.trainer import Trainer
 
-RECIPES = ("clip", "slip", "filip", "declip", "defilip", "declip-small", "declip-paper")
+RECIPES = tuple(
+    f"demo-{name}" for name in ("clip", "slip", "filip", "declip", "defilip", "declip-keywords", "declip-paper")
+)
 STEPS = 24
 SMALL = {
-    "train.steps": STEPS, "train.batch_size": 16, "train.checkpoint_every": 5, "train.log_every": 2, "train.keep_checkpoints": 2,
-    "train.evaluate_every": 0, "train.warmup_steps": 4, "train.threads": 1, "train.rank_timeout": 120, "data.max_pairs": 100,
+    "train.steps": STEPS, "train.batch_size": 16, "train.checkpoint_every": 5, "train.log_every": 2,
+    "train.keep_checkpoints": 2,
+    "train.evaluate_every": 0, "train.warmup_steps": 4, "train.rank_timeout": 120, "data.max_pairs": 100,
     "image.model": "declip_vit_tiny", "image.model_kwargs": {"depth": 1, "embed_dim": 64}, "text.width": 32,
     "text.bpe_merges": 300, "text.heads": 2, "embed_dim": 32, "nearest_neighbor.queue_size": 64,
     "evaluation.zero_shot": [], "evaluation.retrieval": [], "evaluation.final_zero_shot": [],
@@ -52,11 +56,11 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "forward": (Objective, "forward"),
     "backward": (torch.Tensor, "backward"),
     "optimizer": (torch.optim.AdamW, "step"),
-    "logging": (monitor, "_append"),
+    "logging": (sinks, "append_row"),
     "flushing the log": (monitor.Monitor, "flush"),
-    "taking the state": (trainer, "capture"),
-    "writing the checkpoint's tensors": (checkpoint, "save_file"),
-    "hashing the checkpoint": (checkpoint, "_digest"),
+    "taking the state": (Trainer, "checkpoint"),
+    "writing the checkpoint's tensors": (checkpoint, "save_tensors"),
+    "hashing the checkpoint": (checkpoint, "sha256"),
     "flushing the checkpoint": (checkpoint, "_flush"),
     "removing an old checkpoint": (checkpoint, "remove"),
 }
@@ -127,7 +131,7 @@ def difference(one: Path, other: Path) -> str | None:
             if name not in mine or name not in theirs or not torch.equal(mine[name], theirs[name]):
                 return name
     rows = [
-        [{k: v for k, v in row.items() if k not in monitor.CLOCK} for row in monitor.read_rows(f / monitor.METRICS)]
+        [{k: v for k, v in row.items() if k not in monitor.CLOCK} for row in read_rows(f / METRICS)]
         for f in (one, other)
     ]
     if rows[0] != rows[1]:

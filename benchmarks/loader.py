@@ -24,14 +24,15 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
 from declip.data.images import lazy as picture
-from declip.data.images.crops import ImageViews
+from declip.data.images.crops import apply_photometric
 from declip.data.images.decode import decode
-from declip.data.images.lazy import UndecodedPair, open_picture
+from declip.data.images.lazy import open_image
 from declip.data.loader import PairLoader
-from declip.data.pair import Pair
+from declip.data.pair import LazyPair, Pair, PairSource
+from declip.data.plan import plan_views
 from declip.data.text.tokenizer import Tokenizer
-from declip.recipe.schema import ImageTower
-from declip.recipe.schema_pairs import ImageView
+from declip.recipe.schema import ImageTowerConfig, ImageView, Recipe
+from declip.supervision.objective import needs_of
 from pairs import open_pairs
 from timing import row, take_turns
 
@@ -51,7 +52,7 @@ FAST = (DEVICE, WHOLE, CPU)
 """What uses simplejpeg where it is installed."""
 
 
-class Files:
+class Files(PairSource):
     """JPEG files in memory, each with a caption."""
 
     def __init__(self, name: str, files: list[bytes], captions: list[str]) -> None:
@@ -63,9 +64,9 @@ class Files:
     def __getitem__(self, index: int) -> Pair:
         return Pair(str(index), decode(self.files[index], str(index)), self.captions(index))
 
-    def read_lazy(self, index: int) -> UndecodedPair:
+    def read_lazy(self, index: int) -> LazyPair:
         """As sources of files do it."""
-        return UndecodedPair(str(index), open_picture(self.files[index], str(index)), self.captions(index))
+        return LazyPair(str(index), open_image(self.files[index], str(index)), self.captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """One caption."""
@@ -108,11 +109,11 @@ class Blur:
 
 def torchvision_view(size: int) -> transforms.Compose:
     """One view of MoCo v2's, as DeCLIP's authors and SLIP have it; its crop's resize is bilinear, ours bicubic."""
-    tower, view = ImageTower(), ImageView()
+    tower, view = ImageTowerConfig(), ImageView()
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, view.scale),
-            transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.color_jitter_prob),
+            transforms.RandomApply([transforms.ColorJitter(*view.color_jitter)], view.color_jitter_prob),
             transforms.RandomGrayscale(view.grayscale_prob),
             transforms.RandomApply([Blur()], view.blur_prob),
             transforms.RandomHorizontalFlip(view.hflip_prob),
@@ -129,18 +130,22 @@ def rgb(file: bytes) -> Image.Image:
 
 def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
     """What is compared, each for `PAIRS` pairs."""
-    tower, view = ImageTower(), ImageView()
-    views = ImageViews(size, mean=tower.mean, std=tower.std, **view.model_dump())
+    recipe = Recipe(
+        image=ImageTowerConfig(size=size), loss_weights={"contrastive": 0.4, "simsiam": 0.4, "masked_language": 0.2}
+    )
+    plan = plan_views(recipe, needs_of(recipe))
+    mean, std = torch.tensor(plan.mean), torch.tensor(plan.std)
     theirs, tokenizer = torchvision_view(size), Tokenizer()
     one_view, tokenize = open_clip.image_transform(size, is_train=True), open_clip.get_tokenizer("ViT-B-32")
 
-    def ours(finish: bool, fast: bool = True, **options: bool) -> Callable[[], object]:
-        loader = PairLoader(source, tokenizer, views, batch=PAIRS, seed=0, **options)
+    def ours(finish: bool, fast: bool = True, scaled: bool = True) -> Callable[[], object]:
+        loader = PairLoader(source, tokenizer, plan, batch_size=PAIRS, seed=0)
+        loader._assembler.scaled_decode = scaled
 
-        def load() -> torch.Tensor:
+        def load() -> object:
             with nullcontext() if fast else patch.object(picture, "simplejpeg", None):
                 batch = next(loader)
-            return views.finish(batch.images, batch.photometric) if finish else batch.images
+            return apply_photometric(batch.views, mean, std) if finish else batch.views
 
         return load
 
@@ -156,8 +161,8 @@ def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
 
     found = {
         DEVICE: ours(finish=False),
-        WHOLE: ours(finish=False, scaled_decode=False),
-        "the same, without simplejpeg": ours(finish=False, fast=False, scaled_decode=False),
+        WHOLE: ours(finish=False, scaled=False),
+        "the same, without simplejpeg": ours(finish=False, fast=False, scaled=False),
         CPU: ours(finish=True),
         "Pillow and torchvision": torchvisions,
         "open_clip's view, twice": open_clips,

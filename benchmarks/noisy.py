@@ -1,7 +1,7 @@
-"""The built-in emoji as a tar shard in which a share of the pairs has the words of another pair.
+"""The built-in emoji as a tar shard in which a fraction of the pairs has the captions of another pair.
 
-python benchmarks/noisy.py --alpha 0.4 --out runs/noisy.tar
-declip compare clip declip-small data.source=runs/noisy.tar --pairs 5600 --seeds 3 …
+python benchmarks/noisy.py --fraction 0.4 --out runs/noisy.tar
+declip compare demo-clip demo-declip-keywords data.source=runs/noisy.tar --pairs 5600 --seeds 3 …
 """
 
 import argparse
@@ -19,16 +19,16 @@ from declip.data.sources.open import open_source
 def main() -> None:
     """Write the shard."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--alpha", type=float, default=0.4)
+    parser.add_argument("--fraction", type=float, default=0.4)
     parser.add_argument("--source", default="builtin:emoji")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     source = open_source(options.source)
     generator = np.random.default_rng(options.seed)
-    swapped = generator.permutation(len(source))[: round(options.share * len(source))]
+    swapped = generator.permutation(len(source))[: round(options.fraction * len(source))]
     words = np.arange(len(source))
-    words[swapped] = np.roll(swapped, 1)  # each gets those of another swapped pair
+    words[swapped] = np.roll(swapped, 1)  # each takes those of another swapped pair
     with tarfile.open(options.out, "w") as tar:
         for index in track(range(len(source)), "writing"):
             pair, other = source[index], source[int(words[index])]

@@ -15,7 +15,7 @@ CONTEXT = 77
 """Tokens that a text tower reads; so many words fill it."""
 
 
-class Shapes:
+class Shapes(PairSource):
     """Colored shapes of the emoji's size, 96 x 96 pixels, each with a caption of the usual length."""
 
     name = "drawn shapes"
@@ -66,7 +66,7 @@ def texts_of(source: PairSource, kind: str, count: int = 2048) -> list[str]:
     return [" ".join(words[start : start + CONTEXT]) for start in range(0, len(words) - CONTEXT, CONTEXT // 4)][:count]
 
 
-class InMemory:
+class InMemory(PairSource):
     """Texts, each with a square of random pixels."""
 
     name = "in memory"

@@ -1,4 +1,4 @@
-"""What a training step works on, built from a recipe as the trainer builds it."""
+"""Model, optimizer and loader of a training step, built from a recipe as the trainer builds them."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.learner import Learner
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.setup import build_loader, image_views
+from declip.training.setup import build_loader, plan_of
 from declip.training.step import StepParts
 
 
@@ -26,7 +26,7 @@ class Built:
 
 
 def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu") -> Built:
-    """Build all with random weights; the queue is filled, as it is but for the first steps of a run."""
+    """Build the parts with random weights and a filled queue."""
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).to(device)
     objective = Objective(recipe, model).to(device)
@@ -34,7 +34,8 @@ def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
         model.image_tower.to(memory_format=torch.channels_last)
     if objective.queue is not None:
         objective.queue.fill(torch.randn(objective.queue.size, recipe.embed_dim, device=device))
-    learner, views, train = Learner(model, objective).train(), image_views(recipe), recipe.train
+    learner, plan, train = Learner(model, objective).train(), plan_of(recipe), recipe.train
     optimizer = build_optimizer(named_trainable(model, objective), train)
-    step = StepParts(learner, optimizer, views, None, train.grad_clip_norm, train.precision)
-    return Built(model, objective, step, build_loader(recipe, source, model, views))
+    mean, std = (torch.tensor(values, device=device) for values in (plan.mean, plan.std))
+    step = StepParts(learner, optimizer, mean, std, grad_clip_norm=train.grad_clip_norm, precision=train.precision)
+    return Built(model, objective, step, build_loader(recipe, source, model))

@@ -2,10 +2,10 @@
 
     python benchmarks/probe.py --rows 50000 --width 1024 --classes 100 --threads 1
 
-All minimise the same objective with the same C on the same float32 features, and all must come as near to the
+All minimize the same objective with the same C on the same float32 features, and all must come as near to the
 minimum: of the tolerances 1e-2, 1e-3 … each gets the loosest one with which it does. They take turns within one
-process (A B C A B C …); the numbers are medians and hold for the machine, its load and the threads printed beside
-them. Centring moves no minimum, since the bias is free, and a user of scikit-learn can do it in one line. The last
+process (A B C A B C …); the numbers are medians and hold for the machine, its load and the threads printed next to
+them. Centering moves no minimum, since the bias is free, and a user of scikit-learn can do it in one line. The last
 line is JSON.
 """
 
@@ -30,7 +30,7 @@ from timing import row, take_turns
 
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 MOST_ITERATIONS = 5000
-OURS, PEER, CENTRED_PEER = "declip", "scikit-learn", "scikit-learn, features centerd first"
+OURS, PEER, CENTRED_PEER = "declip", "scikit-learn", "scikit-learn, features centered first"
 
 
 def make_features(rows: int, width: int, classes: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ def theirs(features: torch.Tensor, labels: torch.Tensor, C: float, tolerance: fl
     return Classifier(weight.double(), bias.double(), present, C, 0.0, int(model.n_iter_[0]), True)
 
 
-def theirs_centerd(features: torch.Tensor, labels: torch.Tensor, C: float, tolerance: float) -> Classifier:
+def theirs_centered(features: torch.Tensor, labels: torch.Tensor, C: float, tolerance: float) -> Classifier:
     """The same after subtracting the mean, which the bias takes back."""
     mean = features.mean(0)
     found = theirs(features - mean, labels, C, tolerance)
@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
             more |= {key: reached[name][key] for key in ("tolerance", "iterations")}
             rows.append(_row(name, seconds, options.rows, **more))
     if len(options.C) > 1:
-        paths = {OURS: our_path, PEER: their_path, CENTRED_PEER: partial(their_path, centerd=True)}
+        paths = {OURS: our_path, PEER: their_path, CENTRED_PEER: partial(their_path, centered=True)}
         tasks = {name: partial(path, features, labels, tolerances[name]) for name, path in paths.items()}
         seconds = take_turns(options.repeats, tasks)
         rows += [_row(name, seconds, options.rows, C="all") for name in SOLVERS]
@@ -124,10 +124,10 @@ def our_path(features: torch.Tensor, labels: torch.Tensor, tolerances: dict[floa
 
 
 def their_path(
-    features: torch.Tensor, labels: torch.Tensor, tolerances: dict[float, float], centerd: bool = False
+    features: torch.Tensor, labels: torch.Tensor, tolerances: dict[float, float], centered: bool = False
 ) -> None:
     """scikit-learn's warm start: each fit starts from the one before."""
-    array = (features - features.mean(0) if centerd else features).numpy()
+    array = (features - features.mean(0) if centered else features).numpy()
     model = LogisticRegression(max_iter=MOST_ITERATIONS, warm_start=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -135,7 +135,7 @@ def their_path(
             model.set_params(C=C, tol=tolerance).fit(array, labels.numpy())
 
 
-SOLVERS = {OURS: ours, PEER: theirs, CENTRED_PEER: theirs_centerd}
+SOLVERS = {OURS: ours, PEER: theirs, CENTRED_PEER: theirs_centered}
 
 
 def _row(name: str, seconds: dict[str, float], count: int, **more: object) -> dict[str, object]:

@@ -1,9 +1,9 @@
-"""Measure the parts on this machine, most of them beside a named peer; `make bench`.
+"""Measure the speed of parts on this machine, most next to another library; `make bench`.
 
     python benchmarks/run.py --only views,text --repeats 7 --json bench.json
 
-What is compared takes turns within one process (A B A B …); the numbers are medians, and nothing is asserted about
-them. They hold for the machine, its load and the threads that are printed beside them.
+The sides take turns within one process (A B A B …); the numbers are medians, and nothing is asserted about them. They
+hold for the machine, its load and the threads that are printed with them.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from machine import machine
 
 PARTS = {
     "views": "two augmented views of an image",
-    "text": "tokenising and EDA",
+    "text": "tokenizing and EDA",
     "loader": "batches from files",
-    "lookup": "the nearest neighbor among past texts",
+    "lookup": "the nearest neighbor among earlier texts",
     "contrast": "the contrastive loss",
     "step": "a full-size training step, on 4 pairs",
     "demo": "a demo-size training step with its loading",
     "growth": "a step and a table as they grow",
 }
-"""What can be measured: each is a file of that name with a function `measure`."""
+"""Parts to measure: each is a file of that name with a function `measure`."""
 
 RATIOS = {"times_ours": "× ours", "times_clip": "× clip", "times_open_clip": "× open_clip"}
 
@@ -36,8 +36,8 @@ RATIOS = {"times_ours": "× ours", "times_clip": "× clip", "times_open_clip": "
 def main() -> None:
     """Measure, show a table, and print the JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    said = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
-    parser.add_argument("--only", help=f"parts, with commas between. {said}. Default: all")
+    known = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
+    parser.add_argument("--only", help=f"parts, separated by commas. {known}. Default: all")
     parser.add_argument("--repeats", type=int, default=7, help="turns of each, at least 1 (default 7)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("--wordnet", type=Path, help="folder with WordNet's files, for textaugment; see text.py")
@@ -59,25 +59,25 @@ def main() -> None:
 
 
 def present() -> list[str]:
-    """The parts whose files are here."""
+    """Names of the parts whose files are here."""
     return [name for name in PARTS if Path(__file__).with_name(f"{name}.py").is_file()]
 
 
 def part(name: str) -> ModuleType | None:
-    """The module that measures a part, None where there is none; only what is asked for is imported."""
+    """Import the module that measures a part; None where there is none."""
     return import_module(name) if name in present() else None
 
 
 def show(result: dict, console: Console) -> None:
-    """A row for each measurement, and what it is compared with."""
+    """Print a table row per measurement, and the notes."""
     about = result["machine"]
     table = Table("part", "what", "µs each", "a second", "time", title="Medians")
     notes = [f"{found['part']}: {found['note']}." for found in result["rows"] if "note" in found]
     for found in result["rows"]:
         if "note" not in found:
             said = [f"{found[key]:.2f} {sign}" for key, sign in RATIOS.items() if key in found]
-            if "loading_share" in found:
-                said.append(f"{found['loading_share']:.0%} loading")
+            if "loading_fraction" in found:
+                said.append(f"{found['loading_fraction']:.0%} loading")
             rate = f"{found['per_second']:,.0f} {found['unit']}"
             table.add_row(found["part"], found["what"], f"{found['microseconds_each']:,.1f}", rate, ", ".join(said))
     console.print(table, *notes, sep="\n")

@@ -25,6 +25,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training import distributed
+from declip.training.setup import plan_of
 from declip.training.trainer import Trainer
 
 FLOAT = 4
@@ -41,22 +42,19 @@ def sizes(recipe: Recipe) -> tuple[int, int]:
         model = DualEncoder.from_recipe(recipe)
         objective = Objective(recipe, model)
     parameters = sum(p.numel() for m in (model, objective) for p in m.parameters() if p.requires_grad)
-    row = (recipe.image_view_count + recipe.text_view_count) * recipe.embed_dim + 2
-    row += 2 * recipe.text_view_count if recipe.loss_weights.nearest_neighbor else 0
-    row += 1 if recipe.masks else 0
-    row += 2 * recipe.simclr.out if recipe.loss_weights.simclr else 0
+    plan, losses = plan_of(recipe), recipe.active_losses
+    row = (len(plan.views) + plan.texts.count) * recipe.embed_dim + 2
+    row += 2 * plan.texts.count if "nearest_neighbor" in losses else 0
+    row += plan.texts.mask_probability is not None
+    row += 2 * recipe.simclr.out if "simclr" in losses else 0
     return parameters, row
 
 
 def matrices(recipe: Recipe) -> int:
     """Logit matrices of own rows against all ranks' rows."""
-    weights = recipe.loss_weights
     both_ways = 2 if recipe.nearest_neighbor.symmetric else 1
-    return (
-        2 * (loss_weights.contrastive > 0)
-        + 6 * (loss_weights.multi_view > 0)
-        + 4 * both_ways * (loss_weights.nearest_neighbor > 0)
-    )
+    count = {"contrastive": 2, "multi_view": 6, "nearest_neighbor": 4 * both_ways}
+    return sum(count.get(loss, 0) for loss in recipe.active_losses)
 
 
 def step_model(name: str, ranks: int, local: int) -> dict[str, float | str | int]:
@@ -69,8 +67,8 @@ def step_model(name: str, ranks: int, local: int) -> dict[str, float | str | int
     towers = 3 * FORWARD[name] * local
     contrast = 3 * 2 * matrices(recipe) * local * all_pairs * d
     queue = (
-        2 * recipe.text_view_count * local * recipe.nearest_neighbor.queue_size * d
-        if recipe.loss_weights.nearest_neighbor
+        2 * plan_of(recipe).texts.count * local * recipe.nearest_neighbor.queue_size * d
+        if "nearest_neighbor" in recipe.active_losses
         else 0
     )
     return {
@@ -91,7 +89,7 @@ WARM = 5
 """Steps before the clock counts."""
 
 SMALL = {
-    "train.steps": 40, "train.log_every": 40, "train.checkpoint_every": 1000, "train.threads": 1, "data.workers": 0,
+    "train.steps": 40, "train.log_every": 40, "train.checkpoint_every": 1000, "data.workers": 0,
     "evaluation.zero_shot": [], "evaluation.retrieval": [], "evaluation.final_zero_shot": [],
     "evaluation.final_retrieval": [],
 }  # fmt: skip
@@ -106,8 +104,8 @@ def measured(rank: int, ranks: int, folder: str, name: str, local: int) -> None:
 
     def counted(label: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         def call(output: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-            share = (ranks - 1) / ranks if label == "gather" else ranks - 1
-            received[label] += int(output.numel() * output.element_size() * share)
+            factor = (ranks - 1) / ranks if label == "gather" else ranks - 1
+            received[label] += int(output.numel() * output.element_size() * factor)
             return collective(output, *arguments, **keywords)
 
         return call
@@ -117,13 +115,13 @@ def measured(rank: int, ranks: int, folder: str, name: str, local: int) -> None:
     recipe = load_recipe(name, {**SMALL, "train.batch_size": local * ranks})
     trainer = Trainer(recipe, Path(folder) / f"{name}-{ranks}", quiet=True)
     seconds: list[float] = []
-    meet = trainer.council.meet
+    sync = trainer.hosts.sync_step
 
     def clocked(*arguments: Any) -> Any:
         seconds.append(time.perf_counter())
-        return meet(*arguments)
+        return sync(*arguments)
 
-    trainer.council.meet = clocked  # type: ignore[method-assign]
+    trainer.hosts.sync_step = clocked  # type: ignore[method-assign]
     trainer.train()
     steps = [after - before for before, after in pairwise(seconds[WARM:])]
     result = {"seconds a step": round(median(steps), 4), **{k: v / recipe.train.steps for k, v in received.items()}}
@@ -158,7 +156,7 @@ def main() -> None:
     parser.add_argument("--local", type=int, default=64)
     options = parser.parse_args()
     if options.measure:
-        rows = [row for name in ("clip", "declip-small") for row in weak_scaling(name, options.local)]
+        rows = [row for name in ("demo-clip", "demo-declip-keywords") for row in weak_scaling(name, options.local)]
     else:
         rows = [step_model(name, ranks, 512) for name in FORWARD for ranks in (1, 2, 8, 64)]
     for row in rows:

@@ -1,13 +1,13 @@
-"""Searching stored vectors: exact and approximate, against faiss (clip-retrieval's path) and sentence-transformers.
+"""Search of stored vectors: exact and approximate, against faiss (clip-retrieval's path) and sentence-transformers.
 
     pip install faiss-cpu; pip install sentence-transformers --no-deps
     python benchmarks/search.py --sizes 10000 100000 1000000 --json search.json
 
-The vectors lie around a thousand centers, as those of pictures do; queries are drawn likewise. Ours reads an index as
+The vectors lie around a thousand centers, as those of images do, and so do the queries. Ours reads an index as
 `declip embed` writes it, mapped from the disk; the others hold float32 in memory. Peers:
 
 - faiss's `IndexFlatIP`, exact, and an inverted file `IVF…,Flat`, both of which clip-retrieval uses through autofaiss
-  (which brings pandas, fsspec and more along, so faiss is called directly). The inverted file probes the fewest lists,
+  (which needs pandas, fsspec and more, so faiss is called directly). The inverted file probes the fewest lists,
   a power of two, with which its recall@10 reaches 0.99, as ours does; it is tuned on the queries that are timed, ours
   on others.
 - sentence-transformers' `util.semantic_search`, with `dot_score`: its default would normalize all vectors at each call.
@@ -33,14 +33,14 @@ from rich.table import Table
 from torch import Tensor
 
 from declip.data.sources.origin import Origin
+from declip.search.approximate import refresh
 from declip.search.index import Index
-from declip.search.maintenance import PART_ROWS, make_approximate
-from declip.search.manifest import Manifest, ModelOf, Source
-from declip.search.parts import Row, batch_of, write_part
+from declip.search.manifest import Manifest, ModelEntry, SourceEntry, locked_index
+from declip.search.store import PART_ROWS, IndexedImage, Store, batch_of, write_part
 from machine import machine
 from timing import row, take_turns
 
-WIDTH, CENTRES, K, TARGET = 512, 1_000, 10, 0.99
+WIDTH, CENTERS, K, TARGET = 512, 1_000, 10, 0.99
 OURS, OURS_FULL, OURS_NEAR = "declip, exact, float16", "declip, exact, float32", "declip, approximate"
 FLAT, INVERTED, SENTENCE = "faiss, IndexFlatIP", "faiss, IVF Flat", "sentence-transformers"
 FAISS_MISSING = "faiss can't be imported (pip install faiss-cpu): no approximate search, and one peer less"
@@ -49,17 +49,17 @@ SENTENCE_MISSING = "sentence-transformers can't be imported (pip install sentenc
 
 def vectors_of(count: int, width: int, seed: int) -> Tensor:
     """(count, width) float32 of length 1, around centers that are the same for every seed."""
-    centers = torch.randn(CENTRES, width, generator=torch.Generator().manual_seed(0))
+    centers = torch.randn(CENTERS, width, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(CENTRES, (count,), generator=generator)
+    chosen = torch.randint(CENTERS, (count,), generator=generator)
     return F.normalize(centers[chosen].add_(torch.randn(count, width, generator=generator), alpha=0.7), dim=-1)
 
 
 def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
     """An index of vectors that no model made."""
     manifest = Manifest(
-        model=ModelOf(spec="", fingerprint="0" * 64, precision="fp32"),
-        source=Source(spec="", name="made up"),
+        model=ModelEntry(spec="", fingerprint="0" * 64, precision="fp32"),
+        source=SourceEntry(spec="", name="made up"),
         dtype=dtype,
         captions=False,
         dimension=vectors.shape[1],
@@ -67,23 +67,22 @@ def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
     folder.mkdir()
     for part in vectors.split(PART_ROWS):
         ids = range(manifest.next_id, manifest.next_id + len(part))
-        rows = [Row(id_, f"{id_:09d}.jpg", (), id_, Origin()) for id_ in ids]
-        batch = batch_of(manifest, rows, part, None)
-        manifest.parts = [*manifest.parts, write_part(folder, len(manifest.parts), batch)]
-        manifest.next_id = ids.stop
+        rows = [IndexedImage(id, f"{id:09d}.jpg", (), id, Origin()) for id in ids]
+        entry = write_part(folder, manifest.next_part, batch_of(manifest, rows, part, None))
+        manifest.parts, manifest.next_id = [*manifest.parts, entry], ids.stop
     manifest.save(folder)
     return Index.open(folder, check=False)
 
 
-def recall(found: Tensor, exact: Tensor) -> float:
-    """Share of the exact ids that were found."""
-    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
+def recall(answers: Tensor, exact: Tensor) -> float:
+    """Fraction of the exact ids that were found."""
+    hits = [len(set(a) & set(b)) for a, b in zip(answers.tolist(), exact.tolist(), strict=True)]
     return sum(hits) / exact.numel()
 
 
 def peers(vectors: Tensor, queries: Tensor, exact: Tensor) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[Any]]:
     """The peers' searches, queries to ids, and notes on those that are missing."""
-    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    searches: dict[str, Callable[[Tensor], Tensor]] = {}
     notes: list[Any] = []
     try:
         import faiss
@@ -98,9 +97,9 @@ def peers(vectors: Tensor, queries: Tensor, exact: Tensor) -> tuple[dict[str, Ca
         inverted = faiss.index_factory(width, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
         inverted.train(vectors[:: max(1, count // (64 * lists))].numpy())
         inverted.add(vectors.numpy())
-        found[FLAT] = lambda asked: torch.from_numpy(flat.search(asked.numpy(), K)[1])
-        found[INVERTED] = lambda asked: torch.from_numpy(inverted.search(asked.numpy(), K)[1])
-        while recall(found[INVERTED](queries), exact) < TARGET and inverted.nprobe < lists:
+        searches[FLAT] = lambda asked: torch.from_numpy(flat.search(asked.numpy(), K)[1])
+        searches[INVERTED] = lambda asked: torch.from_numpy(inverted.search(asked.numpy(), K)[1])
+        while recall(searches[INVERTED](queries), exact) < TARGET and inverted.nprobe < lists:
             inverted.nprobe *= 2
     try:
         from sentence_transformers.util import dot_score, semantic_search
@@ -112,8 +111,8 @@ def peers(vectors: Tensor, queries: Tensor, exact: Tensor) -> tuple[dict[str, Ca
             answers = semantic_search(asked, vectors, top_k=K, score_function=dot_score)
             return torch.tensor([[hit["corpus_id"] for hit in answer] for answer in answers])
 
-        found[SENTENCE] = sentence
-    return found, notes
+        searches[SENTENCE] = sentence
+    return searches, notes
 
 
 def compare(count: int, width: int, batches: list[int], repeats: int) -> list[dict[str, object]]:
@@ -131,7 +130,8 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
         made: dict[str, object] = {}
         if FLAT in others and count >= 1_000:
             start = time.perf_counter()
-            entry = make_approximate(half.folder)
+            with locked_index(half.folder):
+                entry = refresh(Store(half.folder, check=False), None)
             made = {"seconds_to_make": round(time.perf_counter() - start, 1), **entry.model_dump(exclude={"file"})}
             near = Index.open(half.folder, check=False)
             searches[OURS_NEAR] = lambda asked: near.nearest(asked, K)[0]
@@ -168,16 +168,21 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {"machine": machine(), "repeats": options.repeats, "rows": []}
     for count in options.sizes:
-        result["rows"] += compare(count, options.width, options.batch, options.repeats)
+        result["rows"] += compare(count, options.width, options.batch_size, options.repeats)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     table = Table("vectors", "queries", "what", "ms", "time", "recall@10", title="Medians")
-    for found in result["rows"]:
-        if "note" not in found:
-            ratio = f"{found['times_ours']:.2f} × ours" if "times_ours" in found else ""
-            cells = (f"{found['vectors']:,}", str(found["count"]), found["what"], f"{found['milliseconds']:.2f}")
-            table.add_row(*cells, ratio, f"{found['recall_at_10']:.3f}")
-    notes = {found["note"] for found in result["rows"] if "note" in found}
+    for measured in result["rows"]:
+        if "note" not in measured:
+            ratio = f"{measured['times_ours']:.2f} × ours" if "times_ours" in measured else ""
+            cells = (
+                f"{measured['vectors']:,}",
+                str(measured["count"]),
+                measured["what"],
+                f"{measured['milliseconds']:.2f}",
+            )
+            table.add_row(*cells, ratio, f"{measured['recall_at_10']:.3f}")
+    notes = {measured["note"] for measured in result["rows"] if "note" in measured}
     Console().print(table, *sorted(notes), sep="\n")
     print(json.dumps(result))
 

@@ -68,9 +68,9 @@ def watch(
     """
     started = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
     trainer = Trainer(recipe, folder, resume=True, quiet=True)
-    meet = trainer.council.meet
+    sync = trainer.hosts.sync_step
 
-    def meet_and_look(step: int, *rest: Any) -> Any:
+    def sync_and_look(step: int, *rest: Any) -> Any:
         if step % LOOK_EVERY == 0:
             rows.append(looked(step, started))
         if step % (10 * LOOK_EVERY) == 0:
@@ -79,10 +79,10 @@ def watch(
             trainer.loader.close()
             del trainer.loader
         due = until <= step + 1 or time.perf_counter() - started > seconds
-        trainer.stop_asked = trainer.stop_asked or (due and step + 1 < recipe.train.steps)
-        return meet(step, *rest)
+        trainer.stop.asked = trainer.stop.asked or (due and step + 1 < recipe.train.steps)
+        return sync(step, *rest)
 
-    trainer.council.meet = meet_and_look  # type: ignore[method-assign, assignment]
+    trainer.hosts.sync_step = sync_and_look  # type: ignore[method-assign, assignment]
     finished = trainer.train().finished
     return finished or time.perf_counter() - started > seconds
 
@@ -142,11 +142,11 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=float("inf"))
     parser.add_argument("--restart-every", type=int, default=2000)
     parser.add_argument("--restart", choices=("workers", "trainer"), default="workers")
-    parser.add_argument("--recipe", default="declip-demo")
+    parser.add_argument("--recipe", default="demo-declip")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keys = {"train.steps": options.steps, "train.threads": 1, "data.workers": 1, "train.evaluate_every": 1000}
+    keys = {"train.steps": options.steps, "data.workers": 1, "train.evaluate_every": 1000}
     recipe = load_recipe(options.recipe, keys)
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, float]] = []

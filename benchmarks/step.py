@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from declip.data.batch import PairBatch
+from declip.data.images.crops import apply_photometric
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError, unknown
 from declip.models.device import pick_device
@@ -30,7 +31,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.training.compilation import compile_towers
 from declip.training.memory import kept_memory
-from declip.training.setup import build_loader, image_views
+from declip.training.setup import build_loader, plan_of
 from declip.training.step import training_step
 from machine import free_memory, machine, memory
 from pairs import CAPTIONS, InMemory, open_pairs, texts_of
@@ -94,7 +95,7 @@ def prepare(options: argparse.Namespace) -> Setting:
     config = tiny(config) if options.tiny else config
     device = pick_device(options.device)
     shape = Shape(config, options.tiny, device, options.precision, options.compile)
-    recipes = {arm: recipe_of(arm, name, shape, options.batch) for arm in ("clip", "declip")}
+    recipes = {arm: recipe_of(arm, name, shape, options.batch_size) for arm in ("clip", "declip")}
     source = InMemory(texts_of(open_pairs(), options.captions), config["vision_cfg"]["image_size"])
     batches = {arm: batch_of(recipe, source).to(device) for arm, recipe in recipes.items()}
     return Setting(name, shape, recipes, source, batches)
@@ -118,7 +119,8 @@ def recipe_of(arm: str, name: str, shape: Shape, batch: int) -> Recipe:
     keys = {
         "image.model": TOWERS[name], "image.size": vision["image_size"], "embed_dim": shape.config["embed_dim"],
         "text.width": text["width"], "text.layers": text["layers"], "text.heads": text["heads"],
-        "train.batch_size": batch, "train.precision": shape.precision, "train.warmup_lr": LEARNING_RATE, "data.workers": 0,
+        "train.batch_size": batch, "train.precision": shape.precision, "train.warmup_lr": LEARNING_RATE,
+        "data.workers": 0,
     }  # fmt: skip
     if shape.tiny:
         width, patch = vision["width"], vision["patch_size"]
@@ -133,7 +135,7 @@ def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
     """A batch of the real loader, the one with the median longest caption among the first."""
     with torch.device("meta"):
         model = DualEncoder.from_recipe(recipe)
-    loader = build_loader(recipe, source, model, image_views(recipe))
+    loader = build_loader(recipe, source, model)
     longest = [max(len(model.tokenizer.encode(source.texts[i])) for i in loader.indices(k)) for k in range(BATCHES)]
     loader.step = longest.index(sorted(longest)[BATCHES // 2])
     return next(loader)
@@ -144,7 +146,7 @@ def our_side(arm: str, setting: Setting) -> Side:
     built, batch = build(setting.recipes[arm], setting.source, setting.shape.device), setting.batches[arm]
     recipe, on_cpu = setting.recipes[arm], setting.shape.device.type == "cpu"
     if setting.shape.compiled:
-        compile_towers(recipe, built.model, recipe.train.batch_size)
+        compile_towers(recipe, built.model, plan_of(recipe), recipe.train.batch_size)
     parameters = {
         "model": count(built.model),
         "heads": count(built.objective),
@@ -155,17 +157,18 @@ def our_side(arm: str, setting: Setting) -> Side:
         built.step.optimizer.step,
         parameters,
         batch.texts.shape[-1],
-        lambda: built.step.views.finish(batch.images, batch.photometric),
-        kept_memory if on_cpu and recipe.train.keep_memory else nullcontext,
+        lambda: apply_photometric(batch.views, built.step.mean, built.step.std),
+        kept_memory if on_cpu else nullcontext,
     )
 
 
 def makers(setting: Setting, notes: list[str], x_clip: bool) -> dict[str, Callable[[], Side]]:
     """What builds each side; a peer that cannot run is left out with a note."""
     clip, declip, tokenizer = setting.batches["clip"], setting.batches["declip"], Tokenizer()
-    places = (int(tag) % len(setting.source) for tag in clip.tags)
-    captions = [setting.source.texts[place] for place in places]
-    finished = image_views(setting.recipes["clip"]).finish(clip.images, clip.photometric)[0]
+    captions = [setting.source.texts[int(number) % len(setting.source)] for number in clip.sample_ids]
+    image = setting.recipes["clip"].image
+    mean, std = (torch.tensor(values, device=setting.shape.device) for values in (image.mean, image.std))
+    finished = apply_photometric(clip.views, mean, std)["first"].pixels
     special = {name: getattr(tokenizer, name) for name in ("start", "end", "mask", "vocabulary")}
     found: dict[str, Callable[[], Side]] = {
         "clip": lambda: our_side("clip", setting),
@@ -176,7 +179,12 @@ def makers(setting: Setting, notes: list[str], x_clip: bool) -> dict[str, Callab
         return found
     reason = why_not_x_clip(setting, special)
     if reason is None:
-        found["x_clip"] = lambda: x_clip_side(setting.shape, declip.images.float() / 255, declip.texts, special)
+        found["x_clip"] = lambda: x_clip_side(
+            setting.shape,
+            torch.stack([view.pixels for view in declip.views.values()]).float() / 255,
+            declip.texts,
+            special,
+        )
     else:
         notes.append(f"x-clip is left out: {reason}")
     return found
@@ -264,7 +272,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "image": setting.name,
         "timm": TOWERS[setting.name],
         "tiny": options.tiny,
-        "batch": options.batch,
+        "batch": options.batch_size,
         "repeats": options.repeats,
         "precision": options.precision,
         "compiled": options.compile,
@@ -380,9 +388,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Measure, show a table, and print the JSON last."""
     options = (command := parser()).parse_args()
-    for name, least in (("batch", 2), ("repeats", 1), ("threads", 1)):
+    for name, least in (("batch_size", 2), ("repeats", 1), ("threads", 1)):
         if (value := getattr(options, name)) is not None and value < least:
-            command.error(f"--{name} is {value}; give {least} or more")
+            command.error(f"--{name.replace('_', '-')} is {value}; give {least} or more")
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

@@ -1,4 +1,4 @@
-"""Draw the pictures of the method pages and of CONTRIBUTING.md: `python scripts/draw_figures.py` writes docs/figures/.
+"""Draw the figures of the method pages and of CONTRIBUTING.md: `python scripts/draw_figures.py` writes docs/figures/.
 
 Lines and letters have the color of the text around them, so that a drawing fits light and dark pages; it is 400 wide,
 so that a phone shows its letters at nearly their size.
@@ -74,7 +74,7 @@ def diagonal(row: int, column: int) -> bool:
 
 
 def clip() -> str:
-    """Two towers and the matrix of all images with all captions."""
+    """Draw two towers and the matrix of all images with all captions."""
     return drawing(
         330,
         "CLIP: images and captions of a batch meet in a matrix of cosines; the pairs are its diagonal",
@@ -91,16 +91,16 @@ def clip() -> str:
         words(326, 122, "G", 15, color=TEXT),
         words(326, 138, "length 1", 11),
         matrix(130, 146, 5, 5, 28, diagonal),
-        words(200, 304, "s · F Gᵀ: in each row and in each column"),
-        words(200, 321, "the pair's own cell is to be the largest"),
+        words(200, 304, "s · F Gᵀ: softmax over each row and each column"),
+        words(200, 321, "the pair's own entry should be the largest"),
     )
 
 
 def slip() -> str:
-    """CLIP beside SimCLR between two views of the image."""
+    """Draw CLIP with SimCLR between two views of the image."""
     return drawing(
         300,
-        "SLIP: CLIP's contrast, and SimCLR's between two more views of each image",
+        "SLIP: CLIP's contrastive loss, and SimCLR's between two more views of each image",
         box(130, 8, 100, 30, "image", IMAGE),
         box(280, 8, 100, 30, "caption", TEXT),
         arrow((150, 38), (60, 62)),
@@ -130,7 +130,7 @@ def slip() -> str:
 
 
 def filip() -> str:
-    """Patches and words, each with its best partner."""
+    """Draw patches and words, each with its best match."""
     best = {(0, 1), (1, 1), (2, 2), (3, 2), (4, 0)}
     names = ("a", "red", "apple", "here")
     return drawing(
@@ -154,15 +154,15 @@ def filip() -> str:
         arrow((280, 132), (256, 140)),
         words(200, 246, "image → text: mean over patches of the best word"),
         words(200, 263, "text → image: mean over words of the best patch"),
-        words(200, 282, "then CLIP's contrast on these instead of one cosine", 12),
+        words(200, 282, "then CLIP's loss on these instead of one cosine", 12),
     )
 
 
 def declip() -> str:
-    """The four features of a pair and the five terms between them."""
+    """Draw the four features of a pair and the five losses between them."""
     return drawing(
         392,
-        "DeCLIP: two views of the image, two of the caption, and five terms between them",
+        "DeCLIP: two views of the image, two of the caption, and five losses between them",
         box(15, 8, 150, 30, "image", IMAGE),
         box(235, 8, 150, 30, "caption", TEXT),
         arrow((60, 38), (50, 58)),
@@ -199,10 +199,10 @@ def declip() -> str:
 
 
 def defilip() -> str:
-    """DeCLIP's terms on the features, FILIP's on the tokens."""
+    """Draw DeCLIP's losses on the features, FILIP's on the tokens."""
     return drawing(
         250,
-        "DeFILIP: DeCLIP's five terms on whole features, FILIP's term on patches and words of the first views",
+        "DeFILIP: DeCLIP's five losses on whole features, FILIP's loss on patches and words of the first views",
         box(15, 8, 170, 30, "image, two views", IMAGE),
         box(215, 8, 170, 30, "caption, two views", TEXT),
         arrow((100, 38), (100, 58)),
@@ -219,42 +219,49 @@ def defilip() -> str:
         arrow((60, 152), (60, 172)),
         arrow((340, 152), (340, 162), (90, 162), (90, 172)),
         arrow((200, 152), (200, 172)),
-        box(15, 174, 150, 62, "DeCLIP's five terms\n0.1 0.3 0.2 0.2 0.2", TERM),
+        box(15, 174, 150, 62, "DeCLIP's five losses\n0.1 0.3 0.2 0.2 0.2", TERM),
         box(180, 174, 205, 62, "late_interaction\nof view 1 and caption 1: 0.2", TERM),
     )
 
 
-def way() -> str:
-    """The way of a pair through the code."""
+def architecture() -> str:
+    """The packages that a pair passes, from its source to the trained model's use."""
     steps = (
-        ("source", "data/sources/open.py, table.py, shards.py …", "PairSource", PLAIN),
+        ("source", "data/sources/", "PairSource", PLAIN),
         ("pair", "data/pair.py: image, captions, keywords", "Pair", PLAIN),
-        ("views", "data/images/crops.py, text_views.py", "uint8 crops, token ids", IMAGE),
-        ("batch", "data/batch.py, assembly.py, loader.py", "PairBatch", IMAGE),
+        ("views", "data/plan.py, images/, text/", "uint8 crops, token ids", IMAGE),
+        ("batch", "data/assembly.py, loader.py", "PairBatch", IMAGE),
         ("towers", "models/dual_encoder.py", "TowerOutputs", IMAGE),
-        ("features", "models/heads.py, objective.py: read", "Features", TEXT),
-        ("terms", "supervision/*.py", "scalars, and their total", TERM),
+        ("features", "supervision/objective.py", "Rows, gathered once", TEXT),
+        ("losses", "supervision/*.py", "scalars, and their total", TERM),
         ("step", "training/step.py", "gradient, optimizer", TERM),
-        ("checkpoint", "runs/checkpoint.py", "step-… in the run folder", PLAIN),
-        ("evaluation", "evaluation/protocols.py", "report.html", PLAIN),
-        ("use", "explore/, interchange/", "search, export", PLAIN),
+        ("checkpoint", "runs/checkpoint.py", "checkpoints/step-N", PLAIN),
+        ("evaluation", "evaluation/, reports/", "report.html", PLAIN),
+        ("use", "search/, interchange/, app/", "search, export", PLAIN),
     )
     parts: list[Part] = []
-    for number, (name, where, what, color) in enumerate(steps):
+    for number, (name, where, result, color) in enumerate(steps):
         y = 8 + 44 * number
         parts.append(box(8, y, 92, 30, name, color))
         parts.append(words(110, y + 12, where, 12, "start"))
-        parts.append(words(110, y + 27, what, 11, "start", color if color != PLAIN else "currentColor"))
+        parts.append(words(110, y + 27, result, 11, "start", color if color != PLAIN else "currentColor"))
         if number:
             parts.append(arrow((54, y - 14), (54, y - 1)))
-    return drawing(8 + 44 * len(steps), "The way of a pair, one call an arrow, forward only", parts)
+    return drawing(8 + 44 * len(steps), "From a source of pairs to the use of the model, one call per arrow", parts)
 
 
-FIGURES = {"clip": clip, "slip": slip, "filip": filip, "declip": declip, "defilip": defilip, "way-of-a-pair": way}
+FIGURES = {
+    "clip": clip,
+    "slip": slip,
+    "filip": filip,
+    "declip": declip,
+    "defilip": defilip,
+    "architecture": architecture,
+}
 
 
 def main() -> None:
-    """Write all of them."""
+    """Write all drawings."""
     FOLDER.mkdir(exist_ok=True)
     for name, draw in FIGURES.items():
         (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How docstrings become pages: the indented loop that a function equals is shown as code."""
+"""griffe extension: show the indented loop of a docstring as code."""
 
 import re
 from typing import Any
@@ -9,15 +9,15 @@ LOOP = re.compile(r"^((?!\s*(?:Args|Returns|Raises|Attributes|Yields):$)\S[^\n]*
 
 
 class Loops(griffe.Extension):
-    """Puts an empty line before and after lines that are indented below a sentence, so that Markdown sees code."""
+    """Put an empty line around lines that are indented below a sentence, so that Markdown sees code."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Change the docstring of a function or class, before it is parsed."""
+        """Change a docstring before it is parsed."""
         if obj.docstring is not None:
-            obj.docstring.value = LOOP.sub(_apart, obj.docstring.value)
+            obj.docstring.value = LOOP.sub(_separate, obj.docstring.value)
 
 
-def _apart(found: re.Match[str]) -> str:
-    if found[1].rstrip().endswith(":"):
-        return found[0]
-    return f"{found[1]}\n\n{found[2].rstrip()}\n\n"
+def _separate(match: re.Match[str]) -> str:
+    if match[1].rstrip().endswith(":"):
+        return match[0]
+    return f"{match[1]}\n\n{match[2].rstrip()}\n\n"

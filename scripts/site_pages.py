@@ -1,6 +1,6 @@
-"""What mkdocs is told beyond mkdocs.yml: pages that lie elsewhere, formulas as MathML, drawings inside the page.
+"""mkdocs hooks: add pages from elsewhere in the repository, render formulas as MathML, inline the drawings.
 
-Formulas are `$…$` and `$$…$$`, as in GitHub's Markdown, and become MathML here, which browsers draw by themselves.
+Formulas are `$…$` and `$$…$$`, as in GitHub's Markdown; browsers draw MathML by themselves.
 """
 
 import base64
@@ -14,11 +14,11 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from site_keys import keys_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RESULTS = "benchmarks/results"
+MOVED = {"](tour.ipynb)": "](tour.md)", "](../CONTRIBUTING.md": "](contributing.md"}
 KINDS = {".html", ".json", ".jsonl", ".md", ".png", ".svg"}
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -26,11 +26,10 @@ DRAWING = re.compile(r'<img alt="([^"]*)" src="[^"]*?figures/([a-z-]+\.svg)"\s*/
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add CONTRIBUTING.md, the notebook as a page, all recipe keys, and the measurements that the pages link to."""
+    """Add CONTRIBUTING.md, the notebook as a page, and the measurements that the pages link to."""
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "contributing.md", content=contributing))
     files.append(File.generated(config, "tour.md", content=notebook_page(DOCS / "tour.ipynb")))
-    files.append(File.generated(config, "keys.md", content=keys_page()))
     for path in sorted((ROOT / RESULTS).rglob("*")):
         if path.suffix in KINDS:
             place = path.relative_to(ROOT).as_posix()
@@ -39,22 +38,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links to what lies elsewhere in the repository: the measurements, and the notebook."""
-    return markdown.replace(f"](../{RESULTS}/", f"]({RESULTS}/").replace("](tour.ipynb)", "](tour.md)")
+    """Point links at the pages that `on_files` added."""
+    for there, here in ((f"](../{RESULTS}/", f"]({RESULTS}/"), *MOVED.items()):
+        markdown = markdown.replace(there, here)
+    return markdown
 
 
 def on_page_content(content: str, page: Page, **_: Any) -> str:
-    """Formulas as MathML, drawings as part of the page so that they take its colors."""
+    """Render formulas as MathML, keep numbers unbroken, and inline drawings, so that they take the page's colors."""
     content = FORMULA.sub(_mathml, content)
+    content = content.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
     return DRAWING.sub(_inlined, content)
 
 
 def notebook_page(path: Path) -> str:
-    """A notebook as Markdown: its text, its code, and what the code printed or drew.
-
-    Args:
-        path: The notebook, format 4.
-    """
+    """Render a notebook (format 4) as Markdown: text, code and output."""
     parts = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -67,13 +65,13 @@ def notebook_page(path: Path) -> str:
 
 
 def _output(output: dict[str, Any]) -> str:
-    """One output of a cell; what is neither text nor a picture is left out."""
+    """Render one output of a cell; anything but text and PNG is left out."""
     if output["output_type"] == "stream":
         return f"```text\n{''.join(output['text']).rstrip()}\n```" if output["name"] == "stdout" else ""
     data = output.get("data", {})
     if "image/png" in data:
-        picture = base64.b64encode(base64.b64decode("".join(data["image/png"]))).decode()
-        return f'<img class="output" alt="what the cell draws" src="data:image/png;base64,{picture}">'
+        image = base64.b64encode(base64.b64decode("".join(data["image/png"]))).decode()
+        return f'<img class="output" alt="output of the cell" src="data:image/png;base64,{image}">'
     return f"```text\n{''.join(data['text/plain'])}\n```" if "text/plain" in data else ""
 
 

@@ -32,7 +32,6 @@ TINY = {
         "warmup_steps": 2,
         "log_every": 2,
         "checkpoint_every": 4,
-        "threads": 1,
     },
 }
 """A recipe's keys for towers of a few thousand parameters."""

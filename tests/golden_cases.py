@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from declip.data.batch import PairBatch
-from declip.interchange import read_declip_authors
-from declip.interchange.declip_authors import our_name, token_order
+from declip.interchange.official import our_name, read_official, token_order
 
 SHIPPED = Path(__file__).parent / "golden"
 """For tests that need a file of the official layout, whatever its numbers."""
@@ -29,7 +28,7 @@ TERMS = {
     "clip": "contrastive",
     "simsiam": "simsiam",
     "mlm": "masked_language",
-    "nn": "nearest_neighbour",
+    "nn": "nearest_neighbor",
     "simclr": "simclr",
     "dense": "late_interaction",
     "filip": "late_interaction",
@@ -114,7 +113,8 @@ class Case:
             given = {"masked": "tokens_main_masked", "labels": "labels_main"}
             masks = {ours: self.ours(self.value(theirs, step)) for ours, theirs in given.items()}
         texts = torch.stack([self.ours(self.value(name, step)) for name in names])
-        return PairBatch(images=images, texts=texts, **masks)
+        names = ("contrastive", "first", "second") if len(images) == 3 else ("first", "second")
+        return PairBatch(views=dict(zip(names, images, strict=False)), texts=texts, **masks)
 
     @property
     def heads(self):
@@ -126,7 +126,7 @@ class Case:
         }
 
     def read(self, weights=None, **options):
-        model, objective = read_declip_authors(self.state, weights or self.weights, **self.heads, **options)
+        model, objective = read_official(self.state, weights or self.weights, **self.heads, **options)
         if objective.queue is not None:
             objective.queue.fill(self.value("bank_before").T)
         return model.to(self.dtype), objective.to(self.dtype)

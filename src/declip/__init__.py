@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from declip.errors import UserError
     from declip.evaluation.protocols import evaluate
     from declip.interchange.export import export
-    from declip.interchange.load import load
+    from declip.interchange.read import load
     from declip.recipe.load import load_recipe
     from declip.recipe.schema import Recipe
     from declip.search.embed import embed
@@ -32,7 +32,7 @@ _WHERE = {
     "embed": "declip.search.embed",
     "evaluate": "declip.evaluation.protocols",
     "export": "declip.interchange.export",
-    "load": "declip.interchange.load",
+    "load": "declip.interchange.read",
     "load_recipe": "declip.recipe.load",
     "train": "declip.api",
 }

@@ -1,13 +1,16 @@
-"""The public functions that do work and then write its page: training and comparing."""
+"""Public functions that do the work and then write its page: `train` and `compare`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
+from declip.data.pair import BrokenPair, PairSource
 from declip.errors import UserError
-from declip.interchange.load import load
+from declip.evaluation.datasets import open_dataset
+from declip.interchange.read import load
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
@@ -17,6 +20,52 @@ from declip.training import distributed
 from declip.training.trainer import Trainer
 
 
+def resolve_recipe(
+    recipe: str | Path | Recipe,
+    overrides: Mapping[str, Any] | None = None,
+    data: str | Path | None = None,
+    val: Sequence[str] = (),
+) -> Recipe:
+    """Load a recipe with its overrides, training pairs and held-out sets, see `train`.
+
+    Raises:
+        UserError: see `load_recipe`; a held-out set is missing or has neither classes nor captions.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides or data is not None or val:
+            raise UserError("overrides, data and val go with a recipe's name or file; this Recipe is resolved.")
+        return recipe
+    given = dict(overrides or {})
+    if data is not None:
+        given["data.source"] = json.dumps(str(data))  # quoted, because values are read as YAML
+    if val:
+        sets = {name: open_dataset(name).split("test") for name in val}
+        classes = [name for name, source in sets.items() if has_classes(source)]
+        captions = [name for name, source in sets.items() if has_captions(source)]
+        if neither := [name for name in sets if name not in {*classes, *captions}]:
+            raise UserError(f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set.")
+        given |= {"evaluation.zero_shot": classes, "evaluation.retrieval": captions}
+    return load_recipe(recipe, given)
+
+
+def has_classes(source: PairSource) -> bool:
+    """Whether a source has classes, for zero-shot classification."""
+    return getattr(source, "labels", None) is not None
+
+
+def has_captions(source: PairSource, sample: int = 64) -> bool:
+    """Whether any of the first pairs has a caption other than the name of its class, for retrieval."""
+    for index in range(min(sample, len(source))):
+        try:
+            captions = source.captions(index)
+        except BrokenPair:
+            continue
+        labels, names = getattr(source, "labels", None), getattr(source, "class_names", ())
+        if labels is None or captions != (names[labels[index]],):
+            return True
+    return False
+
+
 def train(
     recipe: str | Path | Recipe,
     overrides: Mapping[str, Any] | None = None,
@@ -24,29 +73,31 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     report: bool = True,
+    *,
+    data: str | Path | None = None,
+    val: Sequence[str] = (),
 ) -> Run:
     """Train a recipe in a run folder.
 
     Args:
-        recipe: A shipped recipe's name, a YAML file, or a `Recipe`.
+        recipe: A shipped recipe's name, a YAML file, or a `Recipe`, which allows no overrides, data or val.
         overrides: Dotted keys and values, such as ``{"train.steps": 500}``.
         out: The run folder; by default ``runs/NAME``.
-        resume: Continue the run in that folder if there is one; the result is bit-exact, as without the interruption.
+        resume: Continue the run in that folder if there is one; the result is bit-exact, as if never interrupted.
         quiet: Show no progress.
         report: Write report.html at the end.
+        data: The training pairs, for the key ``data.source``.
+        val: Held-out sets: for zero-shot classification if they have classes, for retrieval if they have captions.
 
     Returns:
         The run. `finished` is False after Ctrl-C or SIGTERM; a checkpoint was then written.
 
     Raises:
-        UserError: what was given can't be used; see `load_recipe`, `open_folder`, `open_source`.
+        UserError: see `resolve_recipe`, `open_folder`, `open_source`.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
-    elif overrides:
-        raise UserError("Overrides go with a recipe's name or file; this Recipe is already resolved.")
-    folder = Path(out) if out is not None else Path("runs") / recipe.name
-    run = Trainer(recipe, folder, resume, quiet).train(_write_report if report else None)
+    resolved = resolve_recipe(recipe, overrides, data, val)
+    folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
+    run = Trainer(resolved, folder, resume, quiet).train(_write_report if report else None)
     distributed.leave()
     return run
 
@@ -70,7 +121,8 @@ def compare(
 ) -> Outcome:
     """Compare recipes at several numbers of distinct pairs and write results.json, results.md and report.html.
 
-    Arguments, result and errors are those of `declip.comparison.runner.compare`.
+    Arguments (`datasets`, `tasks`, `compute_budget_of`, `ablation`, `sweep` …), result and errors are those of
+    `declip.comparison.runner.compare`.
     """
     outcome = runner.compare(recipes, pairs, seeds, out=out, **options)
     write_page(outcome, Path(out))

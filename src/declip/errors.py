@@ -1,5 +1,6 @@
-"""Errors that a user can cause and mend."""
+"""Errors that a user can cause and fix."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -17,18 +18,24 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     """Build the error for a name that is not known.
 
     Args:
-        kind: What the name stands for, such as "recipe".
-        given: The name as given.
+        kind: Kind of thing that is named, such as "recipe".
         known: All names that would have been accepted.
 
     Returns:
-        The error to raise; it names the nearest match and lists what is known, or what is near where that is long.
+        The error to raise; it names the nearest match and lists the known names, or only near ones of many.
     """
     names = sorted(known)
-    near = get_close_matches(given, names, n=5, cutoff=0.4)
+    near = get_close_matches(given, names, n=5, cutoff=0.6)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     if len(names) > MOST_NAMES:
         shown = f" Near it: {', '.join(near)}; {len(names)} are known." if near else f" {len(names)} are known."
     else:
         shown = f" Known: {', '.join(names)}."
     return UserError(f"Unknown {kind} '{given}'.{hint}{shown}")
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise a `UserError` unless `low <= value <= high`; NaN and infinity are refused too."""
+    if not (math.isfinite(value) and low <= value <= high):
+        allowed = f"{low:g} or more" if math.isinf(high) else f"between {low:g} and {high:g}"
+        raise UserError(f"{name} is {value}; it must be {allowed}.")

@@ -35,7 +35,7 @@ def run(
     return called
 
 
-@pytest.mark.parametrize(("image", "apart"), [("ViT-B-32", ()), ("resnet50_clip", ("--apart",))])
+@pytest.mark.parametrize(("image", "apart"), [("ViT-B-32", ()), ("ViT-B-32", ("--apart",))])
 def test_step_beside_its_peers(run: Runner, image: str, apart: tuple[str, ...]) -> None:
     found = run("step", "--tiny", "--image", image, "--batch-size", "4", "--repeats", "2", "--json", "--x-clip", *apart)
     for name in ("clip", "declip"):
@@ -57,9 +57,9 @@ def test_both_recipes_step_on_the_same_pairs(scripts: Callable[[str], ModuleType
     step = scripts("step")
     setting = step.prepare(step.parser().parse_args(["--tiny", "--batch-size", "4", "--captions", "full"]))
     clip, declip = setting.batches["clip"], setting.batches["declip"]
-    assert clip.tags.tolist() == declip.tags.tolist()
-    assert clip.images.shape[0] == 1
-    assert declip.images.shape[0] == declip.texts.shape[0] == 2
+    assert clip.sample_ids.tolist() == declip.sample_ids.tolist()
+    assert len(clip.views) == 1
+    assert len(declip.views) == declip.texts.shape[0] == 2
     assert clip.texts.shape[-1] == 77
     queue = step.build(setting.recipes["declip"], setting.source).objective.queue
     assert len(queue) == 65536
@@ -93,7 +93,7 @@ def test_text_says_why_a_peer_is_missing(
 
 def test_growth_of_a_step_and_of_tables(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    few = ("--batch-size", "8", "--image", "--queue", "--text", "--rows", "100", "--kinds", "parquet", "--repeats", "1")
+    few = ("--batch", "8", "--image", "--queue", "--text", "--rows", "100", "--kinds", "parquet", "--repeats", "1")
     found = run("growth", *few, "--out", str(tmp_path))
     step, table = found["rows"]
     assert (step["part"], step["value"], step["pairs"]) == ("batch", 8, 8)
@@ -117,15 +117,15 @@ def test_exponents(scripts: Callable[[str], ModuleType]) -> None:
     assert scripts("growth").exponents([*rows, {"value": 80, "cost": 0}], "cost") == [2, 2, None]
 
 
-def test_share_of_loading_in_a_run(
+def test_fraction_of_loading_in_a_run(
     scripts: Callable[[str], ModuleType], table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demo = scripts("demo")
     for key, value in {"data.source": str(table), "train.batch_size": 8, "nearest_neighbor.queue_size": 32}.items():
         monkeypatch.setitem(demo.NOTHING_ELSE, key, value)
-    found = demo.in_a_run("declip", 0)
+    found = demo.in_a_run("demo-declip", 0)
     assert found["count"] == 8 * (demo.STEPS - 1 - demo.WARM)
-    assert 0 < found["loading_share"] < 1
+    assert 0 < found["loading_fraction"] < 1
 
 
 def test_run_measures_the_parts_asked_for(

@@ -24,14 +24,14 @@ def recipes(table: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def tiny(recipes: dict[str, str], table: Path, out: Path, **more: Any) -> Outcome:
-    """Compare them: two sizes, one seed, equal samples, in one worker unless said otherwise."""
+    """Compare them: two sizes, one seed, equal samples, in this process unless said otherwise."""
     options: dict[str, Any] = {
         "pairs": (8, 16),
         "seeds": 1,
-        "on": [str(table)],
-        "protocols": ["retrieval"],
+        "datasets": [str(table)],
+        "tasks": ["retrieval"],
         "budgets": ["samples"],
-        "jobs": 1,
+        "jobs": 0,
         "quiet": True,
         **more,
     }

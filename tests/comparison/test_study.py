@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from declip.comparison.arms import Arm, arms_of, baselines_of, ladder_of
-from declip.comparison.study import Study, Tuning, extended, read_counts, read_study, write_study
+from declip.comparison.study import Study, Sweep, extended, read_counts, read_study, write_study
+from declip.comparison.variants import Variant, ablation_of, baselines_of, variants_of
 from declip.errors import UserError
 
 STUDY = Study(
-    arms=(Arm("clip", "clip").pinned(), Arm("declip", "declip", {"train.steps": 100}).pinned()),
+    variants=(Variant.of("clip", "clip", {}), Variant.of("declip", "declip", {"train.steps": 100})),
     pairs=(200, 400),
     seeds=(0, 1),
     steps=100,
-    batch=128,
-    on=("builtin:emoji-test",),
-    protocols=("zero-shot",),
+    batch_size=128,
+    datasets=("builtin:emoji-test",),
+    tasks=("zero-shot",),
     budgets=("samples", "compute"),
-    reference="declip",
+    compute_budget_of="declip",
     seconds={"clip": 0.1, "declip": 0.25},
 )
 
@@ -30,21 +30,21 @@ def test_equal_compute_gives_the_cheaper_arm_more_steps() -> None:
 
 
 def test_a_run_that_serves_both_budgets_is_made_once() -> None:
-    cells = STUDY.cells()
-    # 2 arms x 2 sizes x 2 seeds at equal samples, and clip once more for each at equal compute.
-    assert len(cells) == 12
-    assert len({cell.id for cell in cells}) == 12
-    assert [cell.seed for cell in cells] == [0] * 6 + [1] * 6
+    trials = STUDY.trials()
+    # 2 variants x 2 sizes x 2 seeds at equal samples, and clip once more for each at equal compute.
+    assert len(trials) == 12
+    assert len({trial.id for trial in trials}) == 12
+    assert [trial.seed for trial in trials] == [0] * 6 + [1] * 6
 
 
 def test_names_of_folders_are_safe_and_differ() -> None:
-    arm = Arm("clip, weak views/../x", "clip")
-    study = replace(STUDY, arms=(arm,), reference=arm.name, seconds={arm.name: 1.0})
-    assert all("/" not in cell.id and " " not in cell.id for cell in study.cells())
-    plan = Tuning({"train.lr": (0.1, 0.2), "seedless": (1, 2)}, "builtin:emoji-validation", 200, 50, 1000)
-    tries = replace(STUDY, tuning=plan).tuning_cells()
-    assert len({cell.id for cell in tries}) == 8
-    assert {tuple(cell.overrides.items()) for cell in tries if cell.arm == "clip"} == {
+    variant = Variant.of("clip, weak views/../x", "clip", {})
+    study = replace(STUDY, variants=(variant,), compute_budget_of=variant.name, seconds={variant.name: 1.0})
+    assert all("/" not in trial.id and " " not in trial.id for trial in study.trials())
+    plan = Sweep({"train.lr": (0.1, 0.2), "seedless": (1, 2)}, "builtin:emoji-validation", 200, 50, 1000)
+    tries = replace(STUDY, sweep=plan).sweep_trials()
+    assert len({trial.id for trial in tries}) == 8
+    assert {tuple(trial.overrides.items()) for trial in tries if trial.variant == "clip"} == {
         (("train.lr", a), ("seedless", b)) for a in (0.1, 0.2) for b in (1, 2)
     }
 
@@ -52,7 +52,7 @@ def test_names_of_folders_are_safe_and_differ() -> None:
 def test_the_plan_survives_the_disk(tmp_path: Path) -> None:
     study = replace(
         STUDY,
-        tuning=Tuning({"train.lr": (0.1, 0.2)}, "v", 200, 50, 1000),
+        sweep=Sweep({"train.lr": (0.1, 0.2)}, "v", 200, 50, 1000),
         chosen={"clip": {"train.lr": 0.1}},
         machine={"cores": "2"},
     )
@@ -62,17 +62,17 @@ def test_the_plan_survives_the_disk(tmp_path: Path) -> None:
 
 
 def test_a_damaged_plan_is_the_users_error(tmp_path: Path) -> None:
-    (tmp_path / "study.json").write_text('{"arms": 3}')
+    (tmp_path / "study.json").write_text('{"variants": 3}')
     with pytest.raises(UserError, match="Choose another folder"):
         read_study(tmp_path)
 
 
 def test_going_on_may_add_arms_pairs_and_seeds_and_keeps_what_was_measured(tmp_path: Path) -> None:
-    slip = Arm("slip", "slip")
-    more = replace(STUDY, arms=(*STUDY.arms, slip), pairs=(800,), seeds=(2,), seconds={})
+    slip = Variant.of("slip", "slip", {})
+    more = replace(STUDY, variants=(*STUDY.variants, slip), pairs=(800,), seeds=(2,), seconds={})
     found = extended(more, replace(STUDY, budgets=("samples",)), tmp_path)
     assert found.budgets == ("samples", "compute")
-    assert [arm.name for arm in found.arms] == ["clip", "declip", "slip"]
+    assert [variant.name for variant in found.variants] == ["clip", "declip", "slip"]
     assert (found.pairs, found.seeds, found.seconds) == ((200, 400, 800), (0, 1, 2), STUDY.seconds)
 
 
@@ -80,9 +80,9 @@ def test_going_on_may_add_arms_pairs_and_seeds_and_keeps_what_was_measured(tmp_p
     ("change", "named"),
     [
         ({"steps": 50}, "steps was 100, now 50"),
-        ({"on": ("other",)}, "on was builtin:emoji-test, now other"),
-        ({"arms": (Arm("clip", "clip", {"seed": 3}).pinned(),)}, "arm clip: seed was 0, now 3"),
-        ({"tuning": Tuning({"a": (1,)}, "v", 1, 1, 1)}, "tuning differs"),
+        ({"datasets": ("other",)}, "datasets was builtin:emoji-test, now other"),
+        ({"variants": (Variant.of("clip", "clip", {"seed": 3}),)}, "clip: seed was 0, now 3"),
+        ({"sweep": Sweep({"a": (1,)}, "v", 1, 1, 1)}, "the sweep differs"),
     ],
 )
 def test_going_on_as_something_else_is_refused(change: dict, named: str, tmp_path: Path) -> None:
@@ -103,12 +103,13 @@ def test_what_is_no_number_of_pairs(text: str) -> None:
         read_counts(text)
 
 
-def test_the_ladder_is_the_papers_and_then_each_term_left_out() -> None:
-    ladder = {arm.name: arm.overrides["weights"] for arm in ladder_of(Arm("declip", "declip"))}
-    assert ladder == {
-        "ladder clip": {"contrastive": 0.1},
-        "ladder +multi_view": {"contrastive": 0.1, "multi_view": 0.3},
-        "ladder +simsiam +masked_language": {
+def test_the_ablation_is_the_papers_and_then_each_loss_left_out() -> None:
+    # Without the neighbor is the last step, and not run twice.
+    made = ablation_of(Variant.of("declip", "declip", {}))
+    assert {variant.name: variant.overrides["loss_weights"] for variant in made} == {
+        "step clip": {"contrastive": 0.1},
+        "step +multi_view": {"contrastive": 0.1, "multi_view": 0.3},
+        "step +simsiam +masked_language": {
             "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2,
         },
         "without multi_view": {
@@ -123,41 +124,32 @@ def test_the_ladder_is_the_papers_and_then_each_term_left_out() -> None:
     }  # fmt: skip
 
 
-def test_without_the_neighbor_is_the_rung_below_and_not_run_twice() -> None:
-    names = [arm.name for arm in ladder_of(Arm("declip", "declip"))]
-    assert "without nearest_neighbor" not in names
-
-
 def test_baselines_are_clip_on_the_same_towers_with_other_views() -> None:
-    arms = {arm.name: arm.resolve() for arm in baselines_of(Arm("declip", "declip"))}
-    same = arms["clip, same views"]
-    declip = Arm("declip", "declip").resolve()
-    assert same.weights.active() == ("contrastive",)
+    variants = {variant.name: variant.resolve() for variant in baselines_of(Variant.of("declip", "declip", {}))}
+    same = variants["clip, same views"]
+    declip = Variant.of("declip", "declip", {}).resolve()
+    assert same.active_losses == {"contrastive": 1.0}
     assert (same.image, same.views.image) == (declip.image, declip.views.image)
-    assert arms["clip, weak views"].views.image.color_jitter_prob == 0
-    assert arms["clip, strong views"].views.image.scale == (0.2, 1.0)
-    doubled = arms["clip, two views"]
-    assert doubled.weights.active() == ("contrastive", "multi_view")
+    assert variants["clip, weak views"].views.image.color_jitter_prob == 0
+    assert variants["clip, strong views"].views.image.scale == (0.2, 1.0)
+    doubled = variants["clip, two views"]
+    assert list(doubled.active_losses) == ["contrastive", "multi_view"]
     assert doubled.views.text.second_view == "same"
 
 
-def test_a_recipe_without_declips_terms_has_no_ladder() -> None:
-    with pytest.raises(UserError, match="no ladder to climb"):
-        ladder_of(Arm("clip", "clip"))
+def test_a_recipe_without_declips_losses_has_no_ablation() -> None:
+    with pytest.raises(UserError, match="no steps"):
+        ablation_of(Variant.of("clip", "clip", {}))
 
 
-def test_ladders_and_baselines_are_of_the_last_recipe() -> None:
-    arms = arms_of(["clip", "declip"], {"train.steps": 7}, ladder=True, baselines=True)
-    assert [arm.name for arm in arms][:3] == ["clip", "declip", "ladder clip"]
-    assert {arm.recipe for arm in arms[2:]} == {"declip"}
-    assert all(arm.resolve().train.steps == 7 for arm in arms)
+def test_ablation_and_baselines_are_of_the_last_recipe() -> None:
+    variants = variants_of(["clip", "declip"], {"train.steps": 7}, ablation=True, baselines=True)
+    assert [variant.name for variant in variants][:3] == ["clip", "declip", "step clip"]
+    assert {variant.recipe for variant in variants[2:]} == {"declip"}
+    assert all(variant.resolve().train.steps == 7 for variant in variants)
 
 
-def test_the_same_recipe_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="Compared twice: clip"):
-        arms_of(["clip", "clip"], {})
-
-
-def test_nothing_to_compare_is_refused() -> None:
-    with pytest.raises(UserError, match="No recipe was given"):
-        arms_of([], {})
+@pytest.mark.parametrize(("names", "message"), [(["clip", "clip"], "Compared twice: clip"), ([], "No recipe")])
+def test_the_same_recipe_twice_and_none_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        variants_of(names, {})

@@ -13,57 +13,19 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import binomtest
 
+from data.fakes import Noise, Words, make_loader
 from declip.data.batch import PairBatch
-from declip.data.images.crops import ImageViews
 from declip.data.loader import PairLoader
-from declip.data.pair import BrokenPair, Pair
+from declip.data.pair import Pair
 from declip.errors import UserError
 
-VIEWS = ImageViews(12, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 PAIRS = 30
 
 
-class Source:
-    """Pictures of one color each, two captions and four keywords a pair; some broken."""
-
-    name = "fake"
-
-    def __init__(self, count: int = PAIRS, broken: dict[int, str] | None = None) -> None:
-        self.count = count
-        self.broken = broken or {}
-
-    def __len__(self) -> int:
-        return self.count
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return tuple(f"{index} {word} of a small dog under the green tree by night" for word in ("photo", "sketch"))
-
-    def __getitem__(self, index: int) -> Pair:
-        if index in self.broken:
-            raise BrokenPair(self.broken[index], f"pair-{index}")
-        noise = np.random.default_rng(index).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-        return Pair(f"pair-{index}", Image.fromarray(noise), self.captions(index), ("red", "round", "old", "wet"))
-
-
-class Words:
-    """A tokenizer with an id a word."""
-
-    vocabulary, start, end, mask, padding = 5003, 5000, 5001, 5002, 0
-    words = range(start)
-
-    def __init__(self, context: int = 32) -> None:
-        self.context = context
-
-    def encode(self, text: str) -> list[int]:
-        ids = [1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999 for word in text.split()]
-        return [self.start, *ids[: self.context - 2], self.end]
-
-
-def make(source: Source | None = None, context: int = 32, **options) -> PairLoader:
-    return PairLoader(source or Source(), Words(context), VIEWS, **({"batch": 6, "seed": 3} | options))
+def make(source: Noise | None = None, **options) -> PairLoader:
+    return make_loader(source or Noise(), **options)
 
 
 def take(loader: PairLoader, count: int) -> list[PairBatch]:
@@ -72,7 +34,10 @@ def take(loader: PairLoader, count: int) -> list[PairBatch]:
 
 
 def content(batch: PairBatch) -> dict[str, torch.Tensor]:
-    tensors = {**vars(batch), **vars(batch.photometric)}
+    tensors = dict(vars(batch))
+    for name, view in batch.views.items():
+        tensors |= {f"{name}.pixels": view.pixels}
+        tensors |= {f"{name}.{key}": value for key, value in vars(view.photometric).items()}
     return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
@@ -80,14 +45,14 @@ def assert_same(given: list[PairBatch], expected: list[PairBatch]) -> None:
     assert len(given) == len(expected)
     for one, other in zip(given, expected, strict=True):
         ours, theirs = content(one), content(other)
-        assert len(ours) == 15
+        assert len(ours) == 25
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert [str(broken) for broken in one.skipped] == [str(broken) for broken in other.skipped]
 
 
 def test_workers_make_the_same_batches_as_this_process():
-    source = Source(broken={4: "missing image", 11: "truncated image"})
+    source = Noise(broken={4: "missing image", 11: "truncated image"})
     options = {"keyword_append_prob": 0.5, "max_broken_fraction": 1.0}
     alone, loader = make(source, **options), make(source, workers=2, **options)
     assert_same(take(loader, 12), take(alone, 12))
@@ -114,7 +79,7 @@ def test_every_pair_is_seen_once_an_epoch_in_another_order():
 
 
 def test_pairs_that_fill_no_batch_wait_for_another_epoch():
-    loader = make(batch=8)
+    loader = make(batch_size=8)
     assert loader.steps_per_epoch == 3
     tags = torch.cat([batch.sample_ids for batch in take(loader, 30)]).view(10, 24)
     assert all(len(set(row)) == 24 for row in tags.tolist())
@@ -122,25 +87,28 @@ def test_pairs_that_fill_no_batch_wait_for_another_epoch():
 
 
 def test_a_pair_is_drawn_anew_each_epoch_and_by_each_seed():
-    first, second = (take(make(batch=PAIRS, start_step=step), 1)[0] for step in (0, 1))
-    third = take(make(batch=PAIRS, seed=4), 1)[0]
+    first, second = (take(make(batch_size=PAIRS, start_step=step), 1)[0] for step in (0, 1))
+    third = take(make(batch_size=PAIRS, seed=4), 1)[0]
     for other in (second, third):
         rows = [(batch.sample_ids % PAIRS).argsort() for batch in (first, other)]
-        assert (first.images[:, rows[0]] != other.images[:, rows[1]]).flatten(2).any(-1).float().mean() > 0.9
+        for name in ("first", "second"):
+            one, two = (batch.views[name].pixels[row] for batch, row in zip((first, other), rows, strict=True))
+            assert (one != two).flatten(1).any(-1).float().mean() > 0.9
+            hues = [b.views[name].photometric.hue[row] for b, row in zip((first, other), rows, strict=True)]
+            assert (hues[0] != hues[1]).all()
         assert (first.masked[rows[0]] != other.masked[rows[1]]).any()
-        assert (first.photometric.hue[:, rows[0]] != other.photometric.hue[:, rows[1]]).all()
-    assert (first.images[0] != first.images[1]).flatten(1).any(-1).float().mean() > 0.9
+    both = [first.views[name].pixels for name in ("first", "second")]
+    assert (both[0] != both[1]).flatten(1).any(-1).float().mean() > 0.9
 
 
 def test_shapes_types_and_options_off():
     batch = take(make(), 1)[0]
-    assert (batch.images.shape, batch.images.dtype) == ((2, 6, 3, 12, 12), torch.uint8)
+    assert list(batch.views) == ["first", "second"]
+    assert all((v.pixels.shape, v.pixels.dtype) == ((6, 3, 12, 12), torch.uint8) for v in batch.views.values())
     assert batch.texts.shape == (2, 6, 16)
-    assert VIEWS.finish(batch.images, batch.photometric).shape == (2, 6, 3, 12, 12)
-    single = take(make(image_view_count=1, text_view_count=1, mask=False), 1)[0]
-    assert (single.images.shape[0], single.texts.shape) == (1, (1, 6, 16))
-    assert single.masked is None
-    assert single.labels is None
+    single = take(make(views=("first",), texts=1, mask=None), 1)[0]
+    assert (list(single.views), single.texts.shape) == (["first"], (1, 6, 16))
+    assert (single.masked, single.labels) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -148,14 +116,14 @@ def test_shapes_types_and_options_off():
 )
 def test_all_texts_have_one_length_a_multiple_of_eight_within_the_context(words, context, length, monkeypatch):
     caption = " ".join(f"qx{word}" for word in range(words))  # no synonyms
-    monkeypatch.setattr(Source, "captions", lambda *_: (caption,))
+    monkeypatch.setattr(Noise, "captions", lambda *_: (caption,))
     batch = take(make(context=context), 1)[0]
     assert batch.texts.shape[2] == batch.masked.shape[1] == batch.labels.shape[1] == length
     assert ((batch.texts == Words.end).sum(-1) == 1).all()
 
 
 def test_the_mask_is_of_the_caption_view():
-    batches = take(make(mask_probability=0.5), 20)
+    batches = take(make(mask=0.5), 20)
     for batch in batches:
         chosen = batch.labels != -100
         assert torch.equal(batch.masked[~chosen], batch.texts[0][~chosen])
@@ -165,10 +133,10 @@ def test_the_mask_is_of_the_caption_view():
     assert binomtest(chosen, words, 0.5).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("second_text", ["eda", "caption", "keywords", "same"])
+@pytest.mark.parametrize("second_view", ["eda", "caption", "keywords", "same"])
 @pytest.mark.parametrize(("keyword_append_prob", "keyword_only_prob"), [(0.0, 0.0), (0.6, 0.0), (0.0, 0.5)])
-def test_words_tells_what_each_text_view_said(keyword_append_prob, keyword_only_prob, second_text):
-    loader = make(keyword_append_prob=keyword_append_prob, keyword_only_prob=keyword_only_prob, second_text=second_text)
+def test_words_tells_what_each_text_view_said(keyword_append_prob, keyword_only_prob, second_view):
+    loader = make(keyword_append_prob=keyword_append_prob, keyword_only_prob=keyword_only_prob, second_view=second_view)
     for batch in itertools.islice(loader, 12):
         for view, row in itertools.product((0, 1), range(len(batch))):
             ids = Words().encode(loader.words(int(batch.sample_ids[row]), view))
@@ -190,13 +158,13 @@ def _said(loader):
 
 
 def test_the_second_text_can_be_the_other_caption():
-    for first, second in _said(make(second_text="caption")):
+    for first, second in _said(make(second_view="caption")):
         assert {"photo" in first, "photo" in second} == {True, False}
         assert first.split()[0] == second.split()[0]  # of the same pair
 
 
 def test_the_second_text_can_be_keywords():
-    said = [second.split(", ") for _, second in _said(make(second_text="keywords"))]
+    said = [second.split(", ") for _, second in _said(make(second_view="keywords"))]
     assert {len(words) for words in said} == {1, 2, 3}
     assert all(len(set(words)) == len(words) for words in said)
     assert Counter(itertools.chain(*said)).keys() == {"red", "round", "old", "wet"}
@@ -211,11 +179,11 @@ def test_keywords_stand_alone_in_a_share_of_the_captions():
 
 
 def test_the_second_text_can_be_the_first_again():
-    assert all(first == second for first, second in _said(make(second_text="same")))
+    assert all(first == second for first, second in _said(make(second_view="same")))
 
 
 def test_a_pair_without_another_caption_or_keyword_gets_the_augmented_caption():
-    class Bare(Source):
+    class Bare(Noise):
         def captions(self, index):
             return super().captions(index)[:1]
 
@@ -225,8 +193,8 @@ def test_a_pair_without_another_caption_or_keyword_gets_the_augmented_caption():
 
     usual = _said(make(Bare()))
     assert sum(first != second for first, second in usual) > 0.5 * len(usual)
-    assert _said(make(Bare(), second_text="caption")) == usual
-    assert _said(make(Bare(), second_text="keywords")) == usual
+    assert _said(make(Bare(), second_view="caption")) == usual
+    assert _said(make(Bare(), second_view="keywords")) == usual
 
 
 def test_keywords_are_appended_to_a_share_of_the_captions():
@@ -240,7 +208,7 @@ def test_keywords_are_appended_to_a_share_of_the_captions():
 
 def test_broken_pairs_shrink_their_batch_and_are_counted_when_it_is_yielded():
     broken = dict.fromkeys(range(10), "missing image") | {20: "image too large"}
-    loader = make(Source(broken=broken), workers=1, max_broken_fraction=1.0)
+    loader = make(Noise(broken=broken), workers=1, max_broken_fraction=1.0)
     total = 0
     for step, batch in enumerate(itertools.islice(loader, 5)):
         assert len(batch) + len(batch.skipped) == 6
@@ -253,15 +221,15 @@ def test_broken_pairs_shrink_their_batch_and_are_counted_when_it_is_yielded():
 
 
 def test_a_batch_without_a_good_pair_is_empty_and_keeps_its_step():
-    source = Source(broken=dict.fromkeys(range(PAIRS), "missing image"))
+    source = Noise(broken=dict.fromkeys(range(PAIRS), "missing image"))
     batches = take(make(source), 16)
     assert [len(batch) for batch in batches] == [0] * 16
-    assert batches[0].images.shape == (2, 0, 3, 12, 12)
+    assert batches[0].views["second"].pixels.shape == (0, 3, 12, 12)
 
 
 def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():
-    source = Source(broken={1: "missing image", 2: "missing image", 3: "truncated image"})
-    exact = make(source, batch=PAIRS, max_broken_fraction=0.1)
+    source = Noise(broken={1: "missing image", 2: "missing image", 3: "truncated image"})
+    exact = make(source, batch_size=PAIRS, max_broken_fraction=0.1)
     assert len(take(exact, 8)) == 8  # a tenth is broken in every batch, a tenth is allowed
     loader = make(source, workers=1, max_broken_fraction=0.05)
     with pytest.raises(UserError) as caught:
@@ -269,7 +237,11 @@ def test_too_large_a_share_of_broken_pairs_stops_after_a_hundred_pairs():
     assert loader.step == 17
     said = str(caught.value)
     assert said.startswith(f"{loader.skipped.total} of the 102 pairs seen (")
-    for part in ("max_broken_fraction = 5.0%", " x missing image, such as pair-", " x truncated image, such as pair-3"):
+    for part in (
+        "max_broken_fraction allows 5.0%",
+        " × missing image, such as pair-",
+        " × truncated image, such as pair-3",
+    ):
         assert part in said
 
 
@@ -277,13 +249,13 @@ def test_a_mistake_that_a_worker_meets_arrives_as_it_was(monkeypatch):
     def fail(_, index: int) -> Pair:
         raise UserError(f"Row {index} is gone.")
 
-    monkeypatch.setattr(Source, "__getitem__", fail)
+    monkeypatch.setattr(Noise, "__getitem__", fail)
     with pytest.raises(UserError, match=r"^Row \d+ is gone\.$"):
         take(make(workers=1), 1)
 
 
 def test_a_lost_worker_is_explained(monkeypatch):
-    monkeypatch.setattr(Source, "__getitem__", lambda *_: os._exit(1))
+    monkeypatch.setattr(Noise, "__getitem__", lambda *_: os._exit(1))
     with pytest.raises(UserError, match=r"lost at step 4: .* Use fewer workers \(0 loads in the main process\)"):
         take(make(workers=1, start_step=4), 1)
 
@@ -335,27 +307,11 @@ def test_no_global_random_state_is_used(workers):
     assert states() == before
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"batch": 1}, "batch is 1; it must be 2 or more"),
-        ({"batch": 31}, "'fake' holds 30 pairs, fewer than one batch of 31"),
-        ({"seed": -1}, "seed is -1"),
-        ({"image_view_count": 3}, "image_view_count is 3; it must be between 1 and 2"),
-        ({"text_view_count": 0}, "text_view_count is 0"),
-        ({"mask_probability": 1.5}, "mask_probability is 1.5"),
-        ({"eda_alpha": -0.1}, "eda_alpha is -0.1"),
-        ({"keyword_append_prob": 2}, "keyword_append_prob is 2"),
-        ({"workers": -1}, "workers is -1"),
-        ({"max_broken_fraction": 1.01}, "max_broken_fraction is 1.01"),
-        ({"start_step": -5}, "start_step is -5"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, says):
-    with pytest.raises(UserError, match=says):
-        make(**options)
+def test_a_batch_larger_than_the_source_is_refused():
+    with pytest.raises(UserError, match=r"'fake' holds 30 pairs.* 31.*train\.batch_size"):
+        make(batch_size=31)
 
 
-def test_words_of_a_view_that_is_not_shown_is_refused():
-    with pytest.raises(UserError, match="view is 1; it must be between 0 and 0"):
-        make(text_view_count=1).words(0, 1)
+def test_the_words_of_a_view_that_does_not_exist_are_refused():
+    with pytest.raises(UserError, match="text view 1"):
+        make(texts=1).words(0, 1)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from declip.data.images.crops import ImageViews
-from declip.data.loader import PairLoader
+from data.fakes import Words, make_loader
 from declip.data.pair import PairSource
 from declip.data.sources.mixture import Mixture
 from declip.data.sources.shards import ShardSource
@@ -22,26 +21,18 @@ def folder(shard_folder: Path) -> Path:
     return shard_folder
 
 
-class Words:
-    """A tokenizer with an id a word."""
-
-    vocabulary, start, end, mask, padding, context = 5003, 5000, 5001, 5002, 0, 16
-    words = range(start)
-
-    def encode(self, text: str) -> list[int]:
-        ids = [1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999 for word in text.split()]
-        return [self.start, *ids[: self.context - 2], self.end]
-
-
 def load(source: PairSource, count: int, start: int = 0, **options) -> list[list[torch.Tensor]]:
-    views = ImageViews(12, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    with PairLoader(source, Words(), views, batch=4, seed=3, start_step=start, **options) as loader:
+    with make_loader(source, context=16, batch_size=4, start_step=start, **options) as loader:
         batches = list(itertools.islice(loader, count))
         assert all(
-            Words().encode(loader.words(int(tag), 0)) == [i for i in text.tolist() if i]
-            for batch in batches for tag, text in zip(batch.sample_ids, batch.texts[0], strict=True)
+            Words(16).encode(loader.words(int(number), 0)) == [i for i in text.tolist() if i]
+            for batch in batches for number, text in zip(batch.sample_ids, batch.texts[0], strict=True)
         )  # fmt: skip
-    return [[b.images, b.texts, b.masked, b.labels, b.tags, b.photometric.hue] for b in batches]
+    return [
+        [view.pixels for view in b.views.values()]
+        + [b.texts, b.masked, b.labels, b.sample_ids, b.views["first"].photometric.hue]
+        for b in batches
+    ]
 
 
 def mixed(folder: Path) -> Mixture:
@@ -57,16 +48,16 @@ def test_batches_are_the_same_for_any_workers_and_start(folder, kind, buffer, re
     opened = {"shards": lambda: ShardSource(str(folder)), "mixture": lambda: mixed(folder),
               "part": lambda: take(ShardSource(str(folder)), 13, seed=0)}[kind]  # fmt: skip
     options = {"shuffle_buffer": buffer, "resample": resample}
-    whole = load(opened(), 14, **options)
-    tags = torch.cat([batch[4] for batch in whole])
-    assert len(set(tags.tolist())) == 56
-    for start, workers in ((5, 0), (3, 1), (2, 3)):
-        again = load(pickle.loads(pickle.dumps(opened())), 14 - start, start, workers=workers, **options)
+    whole = load(opened(), 10, **options)
+    tags = torch.cat([batch[5] for batch in whole])
+    assert len(set(tags.tolist())) == 40
+    for start, workers in ((5, 0), (2, 3)):
+        again = load(pickle.loads(pickle.dumps(opened())), 10 - start, start, workers=workers, **options)
         assert all(torch.equal(a, b) for old, new in zip(whole[start:], again, strict=True) for a, b in zip(old, new))  # noqa: B905
 
 
 def test_an_epoch_of_shards_shows_every_pair_once(folder):
-    tags = torch.cat([batch[4] for batch in load(ShardSource(str(folder)), 5, shuffle_buffer=8)])
+    tags = torch.cat([batch[5] for batch in load(ShardSource(str(folder)), 5, shuffle_buffer=8)])
     assert len(set(tags.tolist())) == 20
     assert tags.max() < 21
 
@@ -74,9 +65,9 @@ def test_an_epoch_of_shards_shows_every_pair_once(folder):
 def test_copies_in_a_mixture_get_views_of_their_own(folder):
     source = Mixture([(ShardSource(f"{folder}/00002.tar"), 2)])
     batches = load(source, 4)
-    tags, hues = (torch.cat([batch[place] for batch in batches], dim) for place, dim in ((4, 0), (5, 1)))
+    tags, hues = (torch.cat([batch[place] for batch in batches], dim) for place, dim in ((5, 0), (6, 0)))
     seen: dict[int, list[float]] = {}
-    for tag, hue in zip(tags.tolist(), hues[0].tolist(), strict=True):
+    for tag, hue in zip(tags.tolist(), hues.tolist(), strict=True):
         seen.setdefault(tag % 9, []).append(hue)
     twice = [hues for hues in seen.values() if len(hues) == 2]
     assert len(twice) >= 7

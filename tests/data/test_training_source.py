@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from conftest import TINY
+from conftest import TINY, WEIGHTS
 from data.tars import write_shards
-from data.test_picture import jpeg, scene
+from declip.data.batch import View
 from declip.data.sources.mixture import Mixture
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import Subset
@@ -17,8 +17,7 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.runs.folder import refuse_another
-from declip.training.setup import build_loader, image_views, open_training_source
+from declip.training.setup import build_loader, open_training_source
 
 
 @pytest.fixture
@@ -39,14 +38,14 @@ def test_a_list_of_sources_is_a_mixture(shards, table):
     assert isinstance(source, Mixture)
     assert (len(source), source.shown, source.distinct) == (24 * 2 + 21, 36 + 21, 45)
     assert source.name == "1.5 × shapes.jsonl + shards"
-    few = open_training_source(recipe_of([{"source": str(table), "weight": 1.5}, str(shards)], pairs=20))
+    few = open_training_source(recipe_of([{"source": str(table), "weight": 1.5}, str(shards)], max_pairs=20))
     assert (few.distinct, [each.weight for each in few.sources]) == (20, [1.5, 1.0])
 
 
 def test_one_source_stays_what_it_was(shards, table):
     assert recipe_of(str(table)).data.label == str(table)
     assert isinstance(open_training_source(recipe_of(str(shards))), ShardSource)
-    part = open_training_source(recipe_of(str(table), pairs=9))
+    part = open_training_source(recipe_of(str(table), max_pairs=9))
     assert isinstance(part, Subset)
     assert part.indices.tolist() == sorted(np.random.default_rng((0, 24)).permutation(24)[:9].tolist())
 
@@ -54,9 +53,7 @@ def test_one_source_stays_what_it_was(shards, table):
 def test_the_recipe_sets_the_order(shards):
     def batches(**data: object) -> list[list[int]]:
         recipe = recipe_of(str(shards), **data)
-        with build_loader(
-            recipe, open_training_source(recipe), DualEncoder.from_recipe(recipe), image_views(recipe)
-        ) as loader:
+        with build_loader(recipe, open_training_source(recipe), DualEncoder.from_recipe(recipe)) as loader:
             return [loader.indices(step).tolist() for step in range(4)]
 
     assert batches() == np.random.default_rng((0, 0, 21)).permutation(21)[:16].reshape(2, 8).tolist() + (
@@ -66,25 +63,27 @@ def test_the_recipe_sets_the_order(shards):
     assert len({str(each) for each in found}) == 4
 
 
-def test_the_recipe_says_whether_pictures_may_be_decoded_smaller(tmp_path):
-    for number in range(8):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(scene(400, 300, number)))
-        (tmp_path / f"{number}.txt").write_text(f"picture {number}")
+def test_a_milder_contrastive_view_is_one_more(table):
+    mild = {
+        "scale": [1.0, 1.0],
+        "ratio": [1.0, 1.0],
+        "color_jitter_prob": 0,
+        "grayscale_prob": 0,
+        "blur_prob": 0,
+        "hflip_prob": 0,
+    }
 
-    def images(**data: object) -> torch.Tensor:
-        recipe = recipe_of(str(tmp_path), **data)
-        source, model = open_training_source(recipe), DualEncoder.from_recipe(recipe)
-        with build_loader(recipe, source, model, image_views(recipe)) as loader:
-            return next(loader).images.int()
+    def views(contrastive: dict[str, object] | None) -> dict[str, View]:
+        tree = {"loss_weights": WEIGHTS["slip"], "views": {"contrastive_view": contrastive}}
+        recipe = Recipe.model_validate({**TINY, **tree, "data": {"source": str(table)}})
+        with build_loader(recipe, open_training_source(recipe), DualEncoder.from_recipe(recipe)) as loader:
+            return next(loader).views
 
-    whole, smaller = images(scaled_decode=False), images()
-    assert 0 < (whole - smaller).abs().float().mean() < 4
-    assert torch.equal(smaller, images(scaled_decode=True))
-
-
-def test_a_run_does_not_go_on_with_other_pixels(tmp_path):
-    with pytest.raises(UserError, match=r"data\.scaled_decode was True, now False"):
-        refuse_another(recipe_of("a", scaled_decode=False), recipe_of("a"), tmp_path)
+    three = views(mild)
+    assert list(three) == ["contrastive", "first", "second"]
+    assert (three["contrastive"].pixels[:, :, :2, :2] == 255).all(), "a whole image keeps its white corners"
+    assert not torch.equal(three["first"].pixels, three["second"].pixels)
+    assert list(views(None)) == ["first", "second"]
 
 
 @pytest.mark.parametrize(

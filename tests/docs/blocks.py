@@ -1,8 +1,8 @@
-"""The code of the documentation: found in its pages, checked, and run as a reader would type it.
+"""Find the code blocks of the documentation, check them, and run them as a reader would type them.
 
-Every `python`, `shell` and `yaml` block is checked: words, options and keys exist. All are run too, in their order, in
-one folder and one Python for each page, a line that begins with `declip` in this process, but for what `why_not` names:
-the network, several processes, programs that install or take hours.
+Every `python`, `shell` and `yaml` block is checked: commands, options and keys exist. Blocks run in their order, in one
+folder and one Python per page, `declip` lines in this process. `why_not` names what is only checked: the network,
+several processes, programs that install or take hours.
 """
 
 import re
@@ -31,18 +31,21 @@ LOCAL = {
     r"huggingface:bert[\w-]+": "encoders/clinical",
     r"builtin:icons": "builtin:emoji",
 }
-"""What a reader has on a large disk or gets by network: what is there in its place."""
+"""Names of large or remote data, and the local stand-in for each."""
 
-DOWNLOADED = re.compile(r"ViT-B-32/laion2b|data prepare builtin:(?:clipart|stamps)")
-"""What comes by network, with nothing in its place."""
+DOWNLOADED = re.compile(r"ViT-B-32/laion2b|data download builtin:(?:clipart|stamps)")
+"""Lines that need the network and have no stand-in."""
+
+GLOBBED = re.compile(r"(?:^|\s)(?:[^\s'\"]*[\[\]{}*?~#][^\s'\"]*)")
+"""Words that bash or zsh would expand, or take for a comment, unless they are quoted."""
 
 FEW = {"--seeds": "1", "--sweep-steps": "2", "--sweep-pairs": "16"}
-"""Options of `compare` that would make hours, and what they are here."""
+"""Options of `compare` that would take hours, and their values here."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text and the line of the page that it begins at."""
+    """A fenced block: its language, its text and its first line in the page."""
 
     kind: str
     code: str
@@ -50,20 +53,20 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The fenced blocks of a page."""
+    """List the fenced blocks of a page."""
     text = page.read_text(encoding="utf-8")
     return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in FENCE.finditer(text)]
 
 
 def lines(code: str) -> Iterator[str]:
-    """The commands of a shell block, those over several lines as one."""
+    """Yield the commands of a shell block, continued lines joined."""
     for line in code.replace("\\\n", " ").splitlines():
         if line.strip() and not line.lstrip().startswith("#"):
             yield line.strip()
 
 
 def check(words: list[str]) -> None:
-    """Whether what a line of shell names exists here: command, options and keys, file, target, extra."""
+    """Assert that what a shell line names exists: command, options, keys, file, target, extra."""
     if words[0] == "declip":
         _check_declip(words)
     if words[0] == "torchrun":
@@ -79,7 +82,7 @@ def check(words: list[str]) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), words[1]
     if words[0] == "pytest":
-        assert all((ROOT / name).is_file() for name in words[1:] if not name.startswith("-")), words
+        assert all((ROOT / name).exists() for name in words[1:] if not name.startswith("-")), words
     if words[0] == "pip" and (extra := re.search(r"\[(.+)\]", words[-1])):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         assert set(extra[1].split(",")) <= set(project["optional-dependencies"]), words[-1]
@@ -88,7 +91,7 @@ def check(words: list[str]) -> None:
 def _check_declip(words: list[str]) -> None:
     command: Any = get_command(cli.app)
     rest = words[1:]
-    while hasattr(command, "commands"):
+    while hasattr(command, "commands") and rest:
         command, rest = command.commands[rest[0]], rest[1:]
     given = command.make_context(words[1], rest).params
     if words[1] == "train" and (given["recipe"] in recipe_names() or Path(given["recipe"]).is_file()):
@@ -96,7 +99,7 @@ def _check_declip(words: list[str]) -> None:
 
 
 def why_not(line: str) -> str | None:
-    """Why a line of shell is not run here; None where it is."""
+    """Give the reason why a shell line is only checked; None where it is run."""
     program = line.split()[0]
     if DOWNLOADED.search(line):
         return "network"
@@ -108,7 +111,7 @@ def why_not(line: str) -> str | None:
 
 
 def fewer(words: list[str]) -> list[str]:
-    """A comparison's words for seconds: small numbers of pairs, two at most, one seed, one value to tune."""
+    """Cut a comparison down to seconds: two small numbers of pairs at most, one seed, one value to tune."""
     words = list(words)
     for at, word in enumerate(words[:-1]):
         if word == "--pairs":
@@ -121,14 +124,14 @@ def fewer(words: list[str]) -> list[str]:
 
 
 class Reader:
-    """Follows a page in the present folder.
+    """Follow pages in the present folder.
 
     Args:
-        monkeypatch: Puts the words of a command where the command line takes them from.
+        monkeypatch: Sets sys.argv.
 
     Attributes:
-        ran: Lines of shell, and blocks by page and line.
-        left: Lines that were checked only, with the reason.
+        ran: Shell lines, and other blocks by page and line.
+        left: Lines that were only checked, with the reason.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +141,7 @@ class Reader:
         self.left: dict[str, str] = {}
 
     def follow(self, page: Path) -> None:
-        """Do all that a page says."""
+        """Run all blocks of a page."""
         for block in blocks(page):
             where = f"{page.name}:{block.line}"
             code = block.code
@@ -154,7 +157,7 @@ class Reader:
                     self._type(line, where)
 
     def _keep(self, code: str, where: str) -> None:
-        """Save a recipe under the name that its first line says, and read it."""
+        """Save a recipe under the name in its first line, and read it."""
         named = re.match(r"# (\S+\.yaml)\n", code)
         assert named, f"{where}: the first line of a recipe is its name, such as '# mine.yaml'"
         Path(named[1]).write_text(code, encoding="utf-8")
@@ -174,7 +177,8 @@ class Reader:
         elif words[0] != "declip":
             subprocess.run(["bash", "-ec", line], check=True, stdout=subprocess.DEVNULL)
         else:
-            self.monkeypatch.setattr("sys.argv", fewer(words) if words[1] == "compare" else words)
+            port = ["--port", "0"] if words[1] == "app" else []
+            self.monkeypatch.setattr("sys.argv", fewer(words) if words[1] == "compare" else words + port)
             with pytest.raises(SystemExit) as ended:
                 cli.main()
             assert not ended.value.code, f"{where}: {line} ended with {ended.value.code}"

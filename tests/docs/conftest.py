@@ -1,11 +1,12 @@
-"""A small world for the documentation's code: the built-in sets as drawn shapes, short runs, models, indices, data."""
+"""The files that the documentation's code takes for granted, small: built-in sets, runs, models, indices, data."""
 
 import csv
 import json
 import os
 import socket
+import sys
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from safetensors.torch import load_file
 from starlette.testclient import TestClient
 
 import declip
+import declip.api
+import declip.training.profile
 from conftest import COLOURS, SHAPES, draw
-from declip.app import start
-from declip.app.gallery import Gallery
-from declip.app.web import VIEWS, build
-from declip.comparison import arms, worker
-from declip.comparison import runner as compare
+from declip.comparison import runner, worker
 from declip.data.builtin.emoji import DESIGNS, EMOJI
 from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
 from declip.evaluation.prompt_sets import PromptSet, read_prompts
-from declip.recipe import load as recipe_file
+from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.training import profile, trainer
 from evaluation import trees
 from golden_cases import SHIPPED
 from interchange.test_clip_benchmark import Captioned, webdataset
@@ -37,44 +36,50 @@ from text_encoders import roberta
 
 SIDE = 40
 FIRST = 0x1F34E
-"""The first drawing's code: a red apple's, which the pages name."""
+"""Code point of the first drawing: the red apple, which the pages name."""
 
-STEPS, BATCH, PAIRS = 4, 8, 32
+STEPS, BATCH, PAIRS = 2, 8, 32
 SMALL = 64
-"""Pixels that a tower may have; a larger one gives way to a small one."""
+"""Largest image size that is kept; recipes for larger images get a small tower."""
+
+MAKE_SMALL = ("declip.api", "declip.comparison", "declip.recipe.load", "declip.training.profile")
+"""Modules that resolve the recipes of commands; those that read foreign weights keep the real sizes."""
+
+VIEWS = ("classify", "search", "neighbors", "pairs")
 
 MIXED = ("runs", "indices", "encoders", "downloads")
-"""Folders that pages add to."""
+"""Folders that pages write into."""
 
 
 def small(recipe: Recipe) -> Recipe:
-    """The recipe for seconds: few steps of few pairs, small towers, no loading processes."""
+    """Cut a recipe down to seconds: few steps of few pairs, small towers, no loader processes."""
     train = {
         "steps": min(recipe.train.steps, STEPS),
         "batch_size": min(recipe.train.batch_size, BATCH),
         "warmup_steps": 1,
-        "log_every": 2,
+        "log_every": 1,
         "checkpoint_every": STEPS,
         "evaluate_every": 0,
-        "threads": 1,
         "precision": "fp32",
     }
     image = {} if recipe.image.size <= SMALL else {"model": "declip_vit_tiny", "size": 32}
-    text = {"bpe_merges": 300, "width": 32, "heads": 2}
+    text = {"bpe_merges": 300, "width": 32, "heads": 2, "layers": min(recipe.text.layers, 2)}
     return recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update=train),
             "image": recipe.image.model_copy(update=image),
             "text": recipe.text.model_copy(update=text),
             "data": recipe.data.model_copy(
-                update={"workers": 0, "pairs": recipe.data.max_pairs and min(recipe.data.max_pairs, PAIRS)}
+                update={"workers": 0, "max_pairs": recipe.data.max_pairs and min(recipe.data.max_pairs, PAIRS)}
             ),
+            "embed_dim": 32,
+            "nearest_neighbor": recipe.nearest_neighbor.model_copy(update={"queue_size": 64}),
         }
     )
 
 
 def write_emoji(cache: Path) -> None:
-    """A cache of 24 concepts by all designers, four of them held out, laid as `declip data prepare` does."""
+    """Write a cache of 24 concepts by all designers, four of them held out, as `declip data download` does."""
     folder = EMOJI.folder(cache)
     rows, pixels = [], []
     for design in DESIGNS:
@@ -94,14 +99,14 @@ def write_emoji(cache: Path) -> None:
 
 @pytest.fixture(scope="session")
 def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache folder."""
+    """Cache folder with the built-in emoji."""
     cache = tmp_path_factory.mktemp("emoji")
     write_emoji(cache)
     return cache
 
 
 def write_tables(folder: Path, name: str, source: str) -> None:
-    """A source as NAME.csv and NAME.jsonl, a row for each caption, as NAME-test.csv, with classes, and pictures/."""
+    """Write a source as NAME.csv and NAME.jsonl, one row per caption, NAME-test.csv with classes, and pictures/."""
     pairs, rows = open_source(source), []
     classes = "image,class\n"
     for number in range(len(pairs)):
@@ -120,7 +125,7 @@ def write_tables(folder: Path, name: str, source: str) -> None:
 
 
 def write_data(folder: Path, pictures: Path) -> None:
-    """What the pages have below /data: shards, pictures, pets with enough for a probe, some of ImageNet's classes."""
+    """Write what the pages have in /data: shards, images, pets with enough for a probe, some ImageNet classes."""
     folder.mkdir()
     (folder / "pictures").symlink_to(pictures)
     shard = folder / "00000.tar"
@@ -147,7 +152,7 @@ def write_data(folder: Path, pictures: Path) -> None:
 
 @pytest.fixture(scope="session")
 def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a page may take for granted, as it lies in the folder of who reads it."""
+    """Folder with all files that a page may take for granted."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "pictures").mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -158,10 +163,10 @@ def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         draw(COLOURS[0], SHAPES[0], SIDE).save(folder / "photo.jpg")
         runs = folder / "runs"
         for name, recipe in {
-            "demo": declip.load_recipe("declip-demo"),
-            "vit": declip.load_recipe("clip", {"image.model": "declip_vit_tiny"}),
+            "demo": declip.load_recipe("demo-declip"),
+            "vit": declip.load_recipe("demo-clip", {"image.model": "declip_vit_tiny"}),
         }.items():
-            trainer.train(small(recipe), out=runs / name, quiet=True, report=False)
+            declip.train(small(recipe), out=runs / name, quiet=True, report=False)
         declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")
         (folder / "drop.csv").write_text(f"key,reason\n{open_source('builtin:emoji').key(0)},no reason\n", "utf-8")
         declip.export(runs / "vit", "huggingface", folder / "downloads" / "clip-vit-base-patch32")
@@ -171,10 +176,10 @@ def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def visit(gallery: Gallery, bound: socket.socket, host: str, ready: Callable[[], None]) -> None:
-    """In the place of `serve`: open each view of the page once."""
-    ready()
-    with TestClient(build(gallery, host), base_url=start.address_of(bound)) as client:
+def visit(server: uvicorn.Server, sockets: Sequence[socket.socket]) -> None:
+    """Stand in for `uvicorn.Server.run`: open each view of the page once and search."""
+    host, port = sockets[0].getsockname()[:2]
+    with TestClient(server.config.app, base_url=f"http://{host}:{port}") as client:  # type: ignore[arg-type]
         for view in VIEWS:
             assert client.get(f"/{view}").status_code == 200
         assert client.get("/api/search", params={"text": "a red circle"}).json()["hits"]
@@ -182,7 +187,7 @@ def visit(gallery: Gallery, bound: socket.socket, host: str, ready: Callable[[],
 
 @pytest.fixture
 def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to follow a page in: the world in it, all runs short, reports only where a page is about them."""
+    """Folder to follow a page in: links to the world; runs are short and write no report."""
     for each in world.iterdir():
         if each.name in MIXED:
             (tmp_path / each.name).mkdir()
@@ -193,25 +198,33 @@ def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DECLIP_CACHE", str(emoji_cache))
     monkeypatch.setenv("COLUMNS", "100")
-    load, take = recipe_file.load_recipe, start.take_port
-    for module in (recipe_file, trainer, profile, arms):
-        monkeypatch.setattr(module, "load_recipe", lambda *given: small(load(*given)))
-    monkeypatch.setattr(trainer, "write_report", lambda run: Path(run.folder, "report.html").touch())
-    monkeypatch.setattr(compare, "_run", lambda study, folder, part, *_: worker.work(folder, part))
-    monkeypatch.setattr(compare, "seconds_per_step", in_one_second)
+    for name in MAKE_SMALL:
+        for module in [m for n, m in sorted(sys.modules.items()) if n.startswith(name) and hasattr(m, "load_recipe")]:
+            monkeypatch.setattr(module, "load_recipe", lambda *given: small(load_recipe(*given)))
+    monkeypatch.setattr("declip.api.write_report", lambda run, *_, **__: Path(run, "report.html").touch())
+    whole = runner.compare
+
+    def few(recipes: Sequence[str], pairs: Sequence[int], seeds: Any = 1, **options: Any) -> Any:
+        """Compare the first and the last recipe at two numbers of pairs with one seed."""
+        return whole(list(dict.fromkeys((recipes[0], recipes[-1]))), pairs[:2], 1, **options)
+
+    monkeypatch.setattr(runner, "compare", few)
+    monkeypatch.setattr(runner, "_run", lambda study, folder, part, *_: worker.work(folder, part))
+    monkeypatch.setattr(runner, "seconds_per_step", in_one_second)
+    monkeypatch.setattr("declip.training.profile.WARM", 1)
+    monkeypatch.setattr("declip.training.profile.TIMED", 2)
     monkeypatch.setattr(zero_shot, "read_prompts", one_template)
-    monkeypatch.setattr(start, "serve", visit)
-    monkeypatch.setattr(start, "take_port", lambda host, port: take(host, 0))
+    monkeypatch.setattr(uvicorn.Server, "run", visit)
     assert os.environ["DECLIP_CACHE"] == str(emoji_cache)
     return tmp_path
 
 
 def one_template(name: str) -> PromptSet:
-    """A prompt set for seconds: ImageNet's has 80,000 sentences."""
+    """Read a prompt set with one template: ImageNet's has 80,000 sentences."""
     prompts = read_prompts(name)
     return replace(prompts, templates=prompts.templates[:1])
 
 
-def in_one_second(arms: Sequence[arms.Arm], overrides: Mapping[str, Any], threads: int) -> dict[str, float]:
-    """In the place of timing them: every step takes as long."""
-    return {arm.name: 1.0 for arm in arms}
+def in_one_second(variants: Sequence[Any], *_: Any) -> dict[str, float]:
+    """Stand in for the timing: every step takes one second."""
+    return {variant.name: 1.0 for variant in variants}

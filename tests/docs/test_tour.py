@@ -1,4 +1,4 @@
-"""The notebook trains, measures and searches."""
+"""The notebook trains, evaluates and searches."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from docs.blocks import ROOT
 
 nbclient = pytest.importorskip("nbclient")
 TOUR = ROOT / "docs" / "tour.ipynb"
-STEPS, FEW = "STEPS, BATCH = 200, 64", "STEPS, BATCH = 4, 8"
+STEPS, FEW = "STEPS, BATCH = 200, 64", "STEPS, BATCH = 2, 8"
 
 
 def test_the_tour_runs(emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

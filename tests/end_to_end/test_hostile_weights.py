@@ -1,5 +1,6 @@
 """Weights, checkpoints and recipes from elsewhere: nothing in them runs, memory stays bounded, all is said."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import TINY
-from declip.interchange import read_declip_authors
+from declip.interchange.official import read_official
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
@@ -57,7 +58,7 @@ def test_weights_that_would_run_code(name: str, here: Path) -> None:
     marker, path = here / "harm", here / name
     TRAPS[name](path, Trap(marker))
     before = set(here.parent.rglob("*"))
-    assert "Cannot read weights" in said(lambda: read_declip_authors(path))
+    assert "Cannot read weights" in said(lambda: read_official(path))
     assert "Cannot read weights" in said(lambda: declip.load(path, device="cpu"))
     assert "Cannot load" in said(lambda: declip.load(f"open_clip:RN50/{path}", device="cpu"))
     assert set(here.parent.rglob("*")) == before
@@ -147,18 +148,18 @@ def test_weights_of_sizes_that_no_one_meant(change: dict[str, torch.Tensor], her
 
 @pytest.fixture
 def checkpoint(here: Path) -> Path:
-    """A checkpoint of a tiny model, of the first version: its state has no digest to be found out by."""
+    """A checkpoint of a tiny model."""
     recipe = Recipe.model_validate({key: TINY[key] for key in ("image", "text", "embed_dim")})
     weights = {f"model.{name}": tensor for name, tensor in DualEncoder.from_recipe(recipe).state_dict().items()}
-    folder = save_checkpoint(here / "run", Checkpoint(1, weights, {}, recipe.to_yaml()), keep=1)
-    edit(folder, recipe.to_yaml())
-    return folder
+    return save_checkpoint(here / "run", Checkpoint(1, weights, {}, recipe.to_yaml()), keep=1)
 
 
 def edit(folder: Path, recipe: str) -> None:
+    """Give a checkpoint another recipe, with the digest that goes with it, as an attacker would."""
     state = json.loads((folder / STATE).read_text())
-    state.pop("digest", None)
-    (folder / STATE).write_text(json.dumps({**state, "recipe": recipe}))
+    state = {name: value for name, value in state.items() if name != "digest"} | {"recipe": recipe}
+    digest = hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
+    (folder / STATE).write_text(json.dumps({**state, "digest": digest}, indent=1))
 
 
 def laughs(levels: int = 30) -> str:

@@ -81,12 +81,9 @@ def family(pid: int) -> Iterator[int]:
             yield from family(int(child))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_group_that_is_told_to_end_saves_though_workers_hear_it_too(
-    recipe: Path, tmp_path: Path, workers: int
-) -> None:
+def test_a_group_that_is_told_to_end_saves_though_workers_hear_it_too(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "declip", "train", recipe, f"data.workers={workers}"]
+    command = [sys.executable, "-m", "declip", "train", recipe, "data.workers=2"]
     status, errors = stopped(run, command, lambda pid: os.killpg(pid, signal.SIGTERM))
     assert (status, errors) == (75, "")
     assert 0 < saved(run) < 100000
@@ -123,7 +120,7 @@ def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(recipe: Path, tmp
     assert done.stdout.count("Report: ") == 1, "only the first rank speaks"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
-    assert "Going on at step" in (run / "log.txt").read_text()
+    assert "Resuming at step" in (run / "log.txt").read_text()
     assert (run / "report.html").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Disks that are full or refuse, through the command: it ends with a message that says what to do; no traceback."""
+"""Full or read-only disks, through the command: it ends with a message that says what to do; no traceback."""
 
 import multiprocessing
 import os
@@ -20,22 +20,19 @@ def here(wrong_inputs: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("largest", "said"),
-    [
-        (500, "Cannot write into the run folder 'run': File too large. Choose another with --out."),
-        (2_500, "File too large. Make room; a run goes on with --resume."),
-        (20_000, "Cannot write the checkpoint run/checkpoints/step-00000030"),
-    ],
+    ("largest", "says"),
+    [(500, ("'run'", "--out")), (2_500, ("--resume",)), (20_000, ("checkpoints/step-00000030",))],
     ids=["recipe", "metrics", "checkpoint"],
 )
-def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
-    largest: int, said: str, here: Path, declip: Command
+def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(
+    largest: int, says: tuple[str, ...], here: Path, declip: Command
 ) -> None:
     """No file may grow beyond `largest` bytes; the error differs from a full disk's only in its number."""
     words = ["train", "mine.yaml", "train.steps=30", "train.log_every=1", "train.checkpoint_every=100"]
-    words += ["--out", "run", "--quiet", "--resume"]
+    # Without loader processes: their shared memory is files too.
+    words += ["data.workers=0", "--out", "run", "--quiet", "--resume"]
     status, printed = on_a_full_disk(words, largest)
-    assert said in printed
+    assert [part for part in ("File too large", *says) if part not in printed] == [], printed
     assert status == 2, printed
     assert "Traceback" not in printed
     assert declip(*words)[0] == 0
@@ -47,7 +44,8 @@ def test_a_result_that_does_not_fit_on_the_disk(table: Path, trained: Path, here
     status, printed = on_a_full_disk(words, 10)
     assert status == 2
     assert "R@1" in printed
-    assert "Cannot write 'result.json': File too large. Choose another place with --json." in printed
+    assert "'result.json'" in printed
+    assert "--json" in printed
 
 
 def on_a_full_disk(words: list[str], largest: int) -> tuple[int | None, str]:
@@ -72,21 +70,15 @@ def _limited(words: list[str], largest: int, writer: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "says"),
     [
-        (
-            PermissionError(13, "Permission denied", "secret.yaml"),
-            "'secret.yaml' cannot be read or written: Permission",
-        ),
-        (OSError(30, "Read-only file system", "run"), "Mend that or give another path"),
-        (
-            OSError(28, "No space left on device"),
-            "A file cannot be read or written: No space left on device. Make room",
-        ),
+        (PermissionError(13, "Permission denied", "secret.yaml"), ("'secret.yaml'", "Permission denied")),
+        (OSError(30, "Read-only file system", "run"), ("'run'", "Read-only", "another path")),
+        (OSError(28, "No space left on device"), ("No space left", "--resume")),
     ],
 )
 def test_a_disk_that_refuses_is_no_traceback(
-    error: OSError, said: str, declip: Command, monkeypatch: pytest.MonkeyPatch
+    error: OSError, says: tuple[str, ...], declip: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Raised by hand: to root, who may run the tests, nothing is forbidden."""
 
@@ -95,7 +87,7 @@ def test_a_disk_that_refuses_is_no_traceback(
 
     monkeypatch.setattr("declip.recipe.load.load_recipe", refuse)
     status, printed = declip("train", "clip")
-    assert (status, said in printed) == (2, True), printed
+    assert (status, [part for part in says if part not in printed]) == (2, []), printed
 
 
 def test_other_errors_of_the_system_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

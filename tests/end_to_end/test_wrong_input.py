@@ -20,83 +20,80 @@ def here(wrong_inputs: Path) -> Path:
 
 
 MISTAKES = {
-    "no arguments": ("train", "Missing argument 'recipe'", "--help"),
-    "unknown command": ("trian mine.yaml", "No such command 'trian'", "Did you mean 'train'?"),
-    "unknown option": ("train mine.yaml --outt x", "No such option: --outt", "--out"),
-    "unknown key": ("train mine.yaml train.stepps=3", "'train.stepps'", "Did you mean 'train.steps'?"),
-    "unknown section": ("train mine.yaml trian.steps=3", "'trian'", "Did you mean 'train'?"),
+    "no arguments": ("train", "'recipe'", "--help"),
+    "unknown command": ("trian mine.yaml", "'trian'", "'train'"),
+    "unknown option": ("train mine.yaml --outt x", "--outt", "--out"),
+    "unknown key": ("train mine.yaml train.stepps=3", "'train.stepps'", "'train.steps'"),
+    "unknown section": ("train mine.yaml trian.steps=3", "'trian'", "'train'"),
     "override that is no YAML": ("train mine.yaml evaluation.retrieval=[a", "'evaluation.retrieval=[a'", "quotes"),
-    "unknown recipe": ("train declop", "Unknown recipe 'declop'", "Did you mean 'declip'?"),
-    "unknown model": ("train mine.yaml image.model=resnet50_klip", "'resnet50_klip'", "Did you mean 'resnet50_clip'?"),
-    "unknown device": ("train mine.yaml train.device=gpu", "'gpu'", "auto or cpu"),
-    "no steps": ("train mine.yaml train.steps=0", "train.steps=0", "greater than or equal to 1"),
-    "batch too large": ("train mine.yaml train.batch_size=1000", "24 pairs", "batch of 1000", "Give a smaller batch"),
-    "missing recipe file": ("train nowhere.yaml", "no recipe file 'nowhere.yaml'", "Shipped recipes: clip"),
-    "folder as recipe": ("train nothing", "'nothing' is a folder, not a recipe", "one of clip"),
-    "table as recipe": ("train text.jsonl", "'text.jsonl' is a file whose name does not end in .yaml", "one of clip"),
-    "recipe that is no text": ("train latin.yaml", "'latin.yaml' is not UTF-8", "Save it as UTF-8"),
-    "extends a number": ("train extends.yaml", "extends: 5", "give one recipe's name"),
-    "recipe is a list": ("train list.yaml", "'list.yaml' must be a mapping of keys to values"),
-    "recipe with tabs": ("train tabs.yaml", "'tabs.yaml' is not valid YAML", "'\\t'", "line 2, column 1"),
-    "missing table": ("train mine.yaml data.source=no.jsonl", "no file or folder 'no.jsonl'", "Give a table (.jsonl"),
-    "missing built-in": ("train mine.yaml data.source=builtin:emojy", "'emojy'", "Did you mean 'emoji'?"),
-    "empty table": ("train mine.yaml data.source=empty.jsonl", "'empty.jsonl' is empty", "needs a row for each pair"),
-    "blank lines": ("train mine.yaml data.source=blank.jsonl", "'blank.jsonl' has no rows", "one for each pair"),
-    "empty CSV": ("train mine.yaml data.source=empty.csv", "'empty.csv' is empty", "names its columns"),
-    "only a header": ("train mine.yaml data.source=header.csv", "'header.csv' has no rows", "one for each pair"),
-    "missing column": ("train mine.yaml data.source=column.jsonl", "no column 'caption'", "Did you mean 'captoin'?",
-                       "data.caption_column"),
-    "missing column, CSV": ("train mine.yaml data.source=column.csv", "no column 'image'", "Did you mean 'imag'?",
-                            "data.image_column"),
-    "not Parquet": ("train mine.yaml data.source=text.parquet", "'text.parquet' is not a Parquet file"),
-    "not JSONL": ("train mine.yaml data.source=text.jsonl", "'text.jsonl' is not JSONL", "a JSON object on each line"),
-    "not a table": ("train mine.yaml data.source=text.txt", "'text.txt' is not a table", "Known: .jsonl"),
-    "folder without images": ("train mine.yaml data.source=nothing", "'nothing' holds no image", ".jpg"),
-    "folder without captions": ("train mine.yaml data.source=uncaptioned --quiet --out run",
-                                "None of the 64 pairs seen of 'uncaptioned'", "missing caption: ", "data.source"),
-    "missing image root": ("train mine.yaml data.image_root=nowhere", "no folder 'nowhere'"),
-    "missing evaluation set": ("train mine.yaml evaluation.retrieval=[no.csv]", "no file or folder 'no.csv'"),
-    "evaluation set without classes": ("train mine.yaml evaluation.final_zero_shot=[TABLE]", "has no classes",
-                                       "protocol 'retrieval'"),
-    "out is a file": ("train mine.yaml --out text.txt", "run folder 'text.txt'", "Choose another with --out"),
-    "out below a file": ("train mine.yaml --out text.txt/run", "Not a directory", "Choose another with --out"),
-    "out too long": ("train mine.yaml --out " + "x" * 300, "name too long", "Choose another with --out"),
-    "prepares a table": ("data prepare empty.csv", "'empty.csv' is no built-in set", "--out DIR"),
-    "prepares an empty table": ("data prepare empty.csv --out made", "'empty.csv' is empty", "names its columns"),
-    "prepares into a file": ("data prepare TABLE --out text.txt", "'text.txt' cannot be written", "--out"),
-    "prepares into another's folder": ("data prepare TABLE --out uncaptioned", "holds something else", "--out"),
-    "prepares at no size": ("data prepare TABLE --out made --size 0", "size is 0", "16 or more"),
-    "prepares twice": ("data prepare TABLE --out made --cache made", "give one of them"),
-    "not prepared": ("train mine.yaml data.source=builtin:emoji", "declip data prepare builtin:emoji"),
-    "no model": ("evaluate nowhere --dataset TABLE", "no model at 'nowhere'", "Give a run folder"),
-    "model is no run": ("evaluate nothing --dataset TABLE", "'nothing' is not a run folder", "Give a run folder"),
-    "model is text": ("evaluate text.txt --dataset TABLE", "'text.txt'", "no file of tensors", "Give a checkpoint"),
-    "no set": ("evaluate RUN", "Missing option '--dataset'", "--help"),
-    "missing set": ("evaluate RUN --dataset no.csv", "no file or folder 'no.csv'", "Give a table"),
-    "unknown protocol": ("evaluate RUN --dataset TABLE --task zeroshot", "'zeroshot'", "Did you mean 'zero-shot'?"),
-    "zero-shot on a table": ("evaluate RUN --dataset TABLE", "has no classes", "protocol 'retrieval'"),
-    "no batch": ("evaluate RUN --dataset TABLE --batch-size 0", "'--batch-size'", "greater than or equal to 1"),
+    "unknown recipe": ("train declop", "'declop'", "'declip'"),
+    "unknown model": ("train mine.yaml image.model=resnet50_klip", "'resnet50_klip'", "'resnet50_clip'"),
+    "unknown device": ("train mine.yaml train.device=gpu", "'gpu'", "cpu"),
+    "no steps": ("train mine.yaml train.steps=0", "train.steps=0", "1"),
+    "batch too large": ("train mine.yaml train.batch_size=1000", "24 pairs", "1000"),
+    "missing recipe file": ("train nowhere.yaml", "'nowhere.yaml'", "clip"),
+    "folder as recipe": ("train nothing", "'nothing'", "folder"),
+    "table as recipe": ("train text.jsonl", "'text.jsonl'", ".yaml"),
+    "recipe that is no text": ("train latin.yaml", "'latin.yaml'", "UTF-8"),
+    "extends a number": ("train extends.yaml", "extends: 5"),
+    "recipe is a list": ("train list.yaml", "'list.yaml'", "mapping"),
+    "recipe with tabs": ("train tabs.yaml", "'tabs.yaml'", "line 2, column 1"),
+    "missing table": ("train mine.yaml --data no.jsonl", "'no.jsonl'", "--data"),
+    "missing built-in": ("train mine.yaml --data builtin:emojy", "'emojy'", "'emoji'"),
+    "empty table": ("train mine.yaml --data empty.jsonl", "'empty.jsonl'"),
+    "blank lines": ("train mine.yaml --data blank.jsonl", "'blank.jsonl'"),
+    "empty CSV": ("train mine.yaml --data empty.csv", "'empty.csv'"),
+    "only a header": ("train mine.yaml --data header.csv", "'header.csv'"),
+    "missing column": ("train mine.yaml --data column.jsonl", "'caption'", "'captoin'", "data.caption_column"),
+    "missing column, CSV": ("train mine.yaml --data column.csv", "'image'", "'imag'", "data.image_column"),
+    "not Parquet": ("train mine.yaml --data text.parquet", "'text.parquet'"),
+    "not JSONL": ("train mine.yaml --data text.jsonl", "'text.jsonl'"),
+    "not a table": ("train mine.yaml --data text.txt", "'text.txt'", ".jsonl"),
+    "folder without images": ("train mine.yaml --data nothing", "'nothing'", ".jpg"),
+    "folder without captions": ("train mine.yaml --data uncaptioned --quiet --out run", "'uncaptioned'",
+                                "missing caption", "data.source"),
+    "missing image root": ("train mine.yaml data.image_root=nowhere", "'nowhere'"),
+    "missing evaluation set": ("train mine.yaml evaluation.retrieval=no.csv", "'no.csv'", "evaluation.retrieval"),
+    "missing held-out set": ("train mine.yaml --val no.csv", "'no.csv'", "--val"),
+    "evaluation set without classes": ("train mine.yaml evaluation.final_zero_shot=TABLE", "shapes.jsonl", "retrieval"),
+    "out is a file": ("train mine.yaml --out text.txt", "'text.txt'", "--out"),
+    "out below a file": ("train mine.yaml --out text.txt/run", "Not a directory", "--out"),
+    "out too long": ("train mine.yaml --out " + "x" * 300, "name too long", "--out"),
+    "downloads a table": ("data download empty.csv", "'empty.csv'", "declip data shard"),
+    "shards nothing": ("data shard no.csv --out made", "'no.csv'"),
+    "shards an empty table": ("data shard empty.csv --out made", "'empty.csv'"),
+    "shards into a file": ("data shard TABLE --out text.txt", "'text.txt'", "--out"),
+    "shards into another's folder": ("data shard TABLE --out uncaptioned", "'uncaptioned'", "--out"),
+    "shards at no size": ("data shard TABLE --out made --size 0", "size", "16"),
+    "not downloaded": ("train mine.yaml --data builtin:emoji", "declip data download builtin:emoji"),
+    "no model": ("evaluate nowhere --dataset TABLE", "'nowhere'"),
+    "model is no run": ("evaluate nothing --dataset TABLE", "'nothing'"),
+    "model is text": ("evaluate text.txt --dataset TABLE", "'text.txt'"),
+    "no set": ("evaluate RUN", "'--dataset'", "--help"),
+    "missing set": ("evaluate RUN --dataset no.csv", "'no.csv'", "--dataset"),
+    "unknown task": ("evaluate RUN --dataset TABLE --task zeroshot", "'zeroshot'", "'zero-shot'"),
+    "zero-shot on a table": ("evaluate RUN --dataset TABLE", "shapes.jsonl", "retrieval"),
+    "no batch": ("evaluate RUN --dataset TABLE --batch-size 0", "'--batch-size'"),
     "unknown device to evaluate": ("evaluate RUN --dataset TABLE --device gpu", "'gpu'", "--device"),
-    "nothing to evaluate": ("evaluate RUN --dataset uncaptioned --task retrieval", "8 × missing caption"),
-    "result below a file": ("evaluate RUN --dataset TABLE --task retrieval --json text.txt/x.json",
-                            "Cannot write 'text.txt/x.json'", "Choose another place with --json"),
+    "nothing to evaluate": ("evaluate RUN --dataset uncaptioned --task retrieval", "missing caption"),
+    "result below a file": ("evaluate RUN --dataset TABLE --task retrieval --json text.txt/x.json", "'text.txt/x.json'",
+                            "--json"),
 }  # fmt: skip
-"""By name: the words, and what the message must say: what was given, and what to do about it."""
+"""By name: the words, and what the message must have: the offending value, and the key or option of the remedy."""
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_ends_with_what_to_do(name: str, table: Path, trained: Path, here: Path, declip: Command) -> None:
-    words, *said = MISTAKES[name]
+    words, *parts = MISTAKES[name]
     before = set(here.rglob("*"))
     status, printed = declip(*words.replace("TABLE", str(table)).replace("RUN", str(trained)).split(" "))
     assert status == 2, printed
-    for words in said:
-        assert words in printed
+    assert [part for part in parts if part not in printed] == [], printed
     assert set(here.rglob("*")) == before or "--out run" in MISTAKES[name][0], "a mistake leaves no run folder behind"
 
 
 def png_of_one_color(path: Path, side: int) -> None:
-    """A whole PNG, 1 bit a pixel, written without holding its picture."""
+    """Write a PNG of 1 bit per pixel without holding the image."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -158,17 +155,15 @@ def test_too_many_broken_pairs_stop_the_run_with_their_reasons(broken: Path, dec
     status, printed = declip("train", "mine.yaml", "data.source=broken.jsonl", "train.steps=20", "--quiet")
     assert status == 2
     for reason in REASONS:
-        assert f"x {reason}, such as" in printed
+        assert f"× {reason}" in printed
     assert "data.max_broken_fraction" in printed
 
 
-def test_an_evaluation_tells_what_it_left_out(broken: Path, trained: Path, here: Path, declip: Command) -> None:
+def test_an_evaluation_names_what_it_left_out(broken: Path, trained: Path, here: Path, declip: Command) -> None:
     status, printed = declip("evaluate", trained, "--dataset", broken, "--task", "retrieval", "--json", "result.json")
     assert status == 0, printed
     assert json.loads((here / "result.json").read_text())["skipped"] == REASONS
-    assert "left out" in printed.lower()
-    for reason in REASONS:
-        assert reason.split()[0] in printed, "a narrow table breaks the others into lines"
+    assert [reason for reason in REASONS if reason not in printed] == []
 
 
 def test_batches_of_broken_pairs_alone_are_passed_over(table: Path, here: Path, declip: Command) -> None:
@@ -194,13 +189,13 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_another_recipe(table: Pat
     before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
     status, printed = declip("train", "mine.yaml", "--out", "run")
     assert status == 2
-    assert "'run' already holds a run. Go on with it by --resume" in printed
+    assert "--resume" in printed
     write_recipe(here / "other.yaml", table, max_broken_fraction=0.5)
     status, printed = declip("train", "other.yaml", "train.lr=0.002", "--out", "run", "--resume")
     assert status == 2
-    assert "holds the run of another recipe ('mine')" in printed
-    assert "data.max_broken_fraction was 0.05, now 0.5; train.lr was 0.001, now 0.002" in printed
-    assert "another folder with --out" in printed
+    assert "data.max_broken_fraction was 0.05, now 0.5" in printed
+    assert "train.lr was 0.001, now 0.002" in printed
+    assert "--out" in printed
     assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
 
 
@@ -210,8 +205,8 @@ def test_a_strangers_recipe_is_no_run(content: str, here: Path, declip: Command)
     (here / "cookbook" / "recipe.yaml").write_text(content)
     status, printed = declip("train", "mine.yaml", "--out", "cookbook", "--resume")
     assert status == 2
-    assert "'cookbook' holds" in printed
-    assert "another folder with --out" in printed
+    assert "'cookbook'" in printed
+    assert "--out" in printed
     assert "pydantic" not in printed
     assert (here / "cookbook" / "recipe.yaml").read_text() == content
 
@@ -230,5 +225,4 @@ def test_an_interrupted_run_prints_words_that_a_shell_reads(
     monkeypatch.setattr(trainer, "training_step", interrupted)
     status, printed = declip("train", "mine.yaml", "data.max_pairs=16", "name=my run", "--out", "my run", "--quiet")
     assert status == 130
-    assert "Stopped after step 1 of 8" in printed
-    assert "declip train mine.yaml data.max_pairs=16 'name=my run' --out 'my run' --resume" in printed
+    assert "declip train mine.yaml data.max_pairs=16 'name=my run' --out 'my run' --quiet --resume" in printed

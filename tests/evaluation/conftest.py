@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from declip.data.pair import BrokenPair, Pair
+from declip.data.pair import BrokenPair, Pair, PairSource
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -53,7 +53,7 @@ class ColorModel(nn.Module):
         return self.gain * (table[tokens].sum(1) + 1e-3)
 
 
-class PaintedSource:
+class PaintedSource(PairSource):
     """Images of one color each; places in `broken` cannot be read."""
 
     def __init__(

@@ -7,7 +7,7 @@ import pytest
 
 from declip.errors import UserError
 from declip.evaluation import datasets
-from declip.evaluation.datasets import NAMED, Dataset, open_dataset, templates_of, with_classes
+from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
 from evaluation import trees
 
 MEAN_PER_CLASS = {"pets", "flowers102", "caltech101", "aircraft"}
@@ -63,7 +63,7 @@ def test_an_open_source_is_a_test_split(painted) -> None:
     dataset = open_dataset(source)
     assert dataset.split("test") is source
     assert (dataset.name, dataset.templates, dataset.metric) == ("builtin:emoji-test", "emoji", "top1")
-    assert templates_of(painted(["red"])) == "plain"
+    assert open_dataset(painted(["red"])).templates == "plain"
     with pytest.raises(UserError, match="'painted' holds no pair"):
         open_dataset(painted([]))
 
@@ -94,9 +94,9 @@ def test_a_folder_with_captions_is_still_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("on", "message"),
     [
-        ("pet:/data/x", "Unknown data set 'pet'.*Did you mean 'pets'.*cifar10"),
+        ("pet:/data/x", "Unknown dataset 'pet'.*Did you mean 'pets'.*cifar10"),
         ("pets:", "names no folder. Write 'pets:PATH'"),
-        ("pets:/nowhere/at/all", "'pets' is not complete in '/nowhere/at/all'.*oxford-iiit-pet/images/"),
+        ("pets:/nowhere/at/all", "'pets' in '/nowhere/at/all' are not complete.*oxford-iiit-pet/"),
         ("builtin:nothing", "Unknown built-in set 'nothing'"),
         ("C:/nowhere", "no file or folder"),
         ("nowhere", "no file or folder"),

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,14 @@ from PIL import Image
 from rich.console import Console
 
 from declip.cli import app as cli
-from declip.data.pair import BrokenPair, Pair
+from declip.data.exclude import match_exclusions, read_exclusions
+from declip.data.pair import BrokenPair, Pair, PairSource
+from declip.data.sources.open import open_source
 from declip.inspection import Inspection, inspect_source
-from declip.inspection.result import Histogram, Share, Spread
+from declip.inspection.result import Fraction, Histogram, Spread
 from declip.io.text import about, shown
-from declip.reports.contact_sheet import sheet
-from declip.reports.inspection import page
-from declip.reports.inspection_output import write_json, write_page, write_sheet
-from declip.reports.inspection_terminal import summary
+from declip.reports.inspection import extent, page, summary, write_exclude, write_json, write_page, write_sheet
+from declip.reports.sheets import inspection_sheet
 
 HOSTILE = (
     "</td><script>alert(1)</script><img src=x onerror=alert(1)>",
@@ -26,7 +27,7 @@ HOSTILE = (
 )
 
 
-class Hostile:
+class Hostile(PairSource):
     """Captions and keys that try to get out of where they are shown."""
 
     name = "<b>hostile\x1b[31m"
@@ -75,9 +76,9 @@ def test_the_page_of_nothing_usable_says_so() -> None:
 
     found = inspect_source(Broken(), workers=0)
     html = page(found)
-    assert "Not one of the 12 pairs read can be used" in html
+    assert "None of the 12 pairs read can be used" in html
     assert "gone 0, gone 1" in html
-    assert sheet(found).size[1] < 200
+    assert inspection_sheet(found, extent(found)).size[1] < 200
 
 
 def printed(inspection: Inspection) -> str:
@@ -96,7 +97,7 @@ def test_the_terminal_shows_markup_as_it_is_and_no_control_characters(hostile: I
 
 
 def test_the_sheet_has_eight_columns_and_a_row_for_each_group(hostile: Inspection) -> None:
-    picture = sheet(hostile)
+    picture = inspection_sheet(hostile, extent(hostile))
     assert picture.size[0] == 2 * 28 + 8 * 148 + 7 * 16
     first = hostile.examples[0].image
     corner = picture.crop((28, 28 + 60, 28 + 148, 28 + 60 + 148))
@@ -109,21 +110,21 @@ def test_the_sheet_has_eight_columns_and_a_row_for_each_group(hostile: Inspectio
 def test_numbers_are_written_and_read_back(hostile: Inspection, tmp_path: Path) -> None:
     write_json(hostile, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert (found["loss"], found["read"], found["usable"], found["whole"]) == (12, 12, 11, True)
-    assert found["broken"] == {"count": 1, "of": 12, "low": 1 / 12, "high": 1 / 12, "share": 1 / 12}
+    assert (found["total"], found["read"], found["usable"], found["whole"]) == (12, 12, 11, True)
+    assert found["broken"] == {"count": 1, "of": 12, "low": 1 / 12, "high": 1 / 12, "fraction": 1 / 12}
     assert found["images"]["width"]["p50"] == 90.0
     assert found["near_images"]["examples"][0]["keys"][0] == "<u>0\udcff"
-    assert found["captions"]["cut"]["77"]["count"] == hostile.captions.cut[77].count
+    assert found["captions"]["truncated"]["77"]["count"] == hostile.captions.truncated[77].count
     assert "examples" not in found
     write_page(hostile, tmp_path / "found.html")
     write_sheet(hostile, tmp_path / "found.png")
-    assert Image.open(tmp_path / "found.png").size == sheet(hostile).size
+    assert Image.open(tmp_path / "found.png").size == inspection_sheet(hostile, extent(hostile)).size
 
 
 def test_numbers_as_words() -> None:
     assert [about(number) for number in (1834, 18.34, 0.0512, 0)] == ["1,800", "18", "0.051", "0"]
     assert shown("a\x07b\u202ec" + "d" * 300, 10) == "a\ufffdb\ufffdcdddd…"
-    assert Share.counted(5, 50, whole=False).low == pytest.approx(0.0434, abs=1e-4)
+    assert Fraction.counted(5, 50, whole=False).low == pytest.approx(0.0434, abs=1e-4)
     assert Spread.of(np.arange(101)).at(95) == 95
     histogram = Histogram.of(np.array([1, 8, 9, 80, 5000]), (1, 9, 17))
     assert (histogram.counts, histogram.labels()) == ((2, 1, 2), ["1–8", "9–16", "17 or more"])
@@ -143,13 +144,37 @@ def test_the_command_writes_what_is_asked_for(
     words = ["--json", str(outputs[0]), "--html", str(outputs[1]), "--contact-sheet", str(outputs[2])]
     assert run([str(table), "--sample", "10", "--seed", "3", "--workers", "0", "--quiet", *words], monkeypatch) == 0
     printed = capfd.readouterr().out
-    assert "10 of 24 pairs were read, drawn with seed 3." in printed
+    assert "10 of 24 pairs were read, sampled with seed 3." in printed
     assert all(path.is_file() for path in outputs)
     assert json.loads(outputs[0].read_text())["read"] == 10
+    monkeypatch.setattr("declip.io.progress.FIRST", 0.0)
     assert run([str(table), "--all", "--workers", "0", "--check-leakage", str(table)], monkeypatch) == 0
     captured = capfd.readouterr()
     assert "All 24 pairs were read." in captured.out
-    assert "24/24" in captured.err, "a progress bar"
+
+
+def test_copies_of_a_test_set_become_a_list_to_exclude(table: Path, tmp_path: Path) -> None:
+    source = open_source(table)
+    lines = table.read_text(encoding="utf-8").splitlines()[3:5]
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    for name in (json.loads(line)["image"] for line in lines):
+        shutil.copy(table.parent / name, tmp_path / name)
+    found = inspect_source(source, None, check_leakage=[heldout], workers=0)
+    assert write_exclude(found, tmp_path / "exclude.csv") == found.leakages[0].found.count >= 2
+    dropped = match_exclusions(source, read_exclusions(tmp_path / "exclude.csv"))
+    assert set(dropped.reasons) == {place for _, place in found.leakages[0].copies} >= {3, 4}
+    assert not dropped.missing
+
+
+def test_a_source_without_a_usable_pair_ends_with_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pairs.csv").write_text("image,caption\nimages/gone.png,a cat\n", encoding="utf-8")
+    assert run([str(tmp_path / "pairs.csv"), "--workers", "0"], monkeypatch) == 2
+    printed = capfd.readouterr().out.replace("\n", "")
+    assert "missing image" in printed
+    assert "images/gone.png" in printed
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,9 @@ def test_its_numbers_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         for which in (["--model", "model"], ["--model", f"local-dir:{tmp_path}/theirs", "--model_type", "open_clip"]):
             monkeypatch.setattr("sys.argv", ["clip_benchmark", "eval", *which, *words])
             adapter.main()
-            metrics = json.loads((tmp_path / f"painted_{task}.json").read_text())["metrics"]
+            written = json.loads((tmp_path / f"painted_{task}.json").read_text())
+            metrics = written["metrics"]
+            assert written["pretrained"] == "declip"
             if name == "classification":
                 expected = {"acc1": sets[name].top1, "acc5": sets[name].top5}
                 expected["mean_per_class_recall"] = sets[name].mean_per_class

@@ -55,9 +55,13 @@ def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported: Path) 
         assert same_until_the_end(rows, tokens, about["text"]["end"])
     print(f"onnx vit-bias: images {far[0]:.1e}, texts {far[1]:.1e}")
     assert max(far) <= EXACT
-    assert [each.version for each in onnx.load(exported / "text.onnx").opset_import if not each.domain] == [
-        about["opset"]
-    ]
+    written = onnx.load(exported / "text.onnx")
+    assert [entry.version for entry in written.opset_import if not entry.domain] == [about["opset"]]
+    names = [dimension.dim_param for dimension in written.graph.input[0].type.tensor_type.shape.dim]
+    assert names == ["batch", "length"]
+    assert written.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    pixel_shape = onnx.load(exported / "image.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [dimension.dim_param or dimension.dim_value for dimension in pixel_shape] == ["batch", 3, 32, 32]
     assert about["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), rel=1e-6)
     assert (about["image"]["size"], about["text"]["context"], about["embed_dim"]) == (32, 16, 16)
     np.testing.assert_allclose(about["image"]["mean"], [0.5, 0.4, 0.3])
@@ -79,7 +83,7 @@ def test_the_code_in_the_card_works_as_it_is(
 
 def test_a_model_without_text_tower_has_no_text_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "_export", lambda module, example, free, names, path: path.write_bytes(b""))
-    ours.write_onnx(drop_text(build("vit")), tmp_path)
+    ours.write(drop_text(build("vit")), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["declip_onnx.json", "image.onnx"]
     assert "text" not in json.loads((tmp_path / "declip_onnx.json").read_text())
 

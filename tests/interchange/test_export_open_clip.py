@@ -1,6 +1,7 @@
 """Exports for open_clip that lie on the Hub, or have a text encoder of transformers'."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,12 +53,7 @@ def test_a_repository_that_nothing_can_hold_is_refused(repo: str, form: str, sai
 
 @pytest.mark.parametrize(
     ("encoder", "kind", "pooling"),
-    [
-        (bert, "timm-vit", "first"),
-        (bert, "timm-convnext", "mean"),
-        (roberta, "vit", "mean"),
-        (roberta, "resnet", "auto"),
-    ],
+    [(bert, "timm-vit", "cls"), (bert, "timm-convnext", "mean"), (roberta, "vit", "mean"), (roberta, "resnet", "auto")],
 )
 def test_open_clip_reads_a_text_encoder_of_transformers(
     encoder: Callable[[Path], Path], kind: str, pooling: str, tmp_path: Path
@@ -85,9 +81,9 @@ def test_open_clip_reads_a_text_encoder_of_transformers(
     assert max(difference) <= EXACT
     read = declip.load(f"open_clip:local-dir:{out}", device="cpu")
     with torch.no_grad():
-        assert largest(read.encode_text(read.tokenize(PLAIN)), texts) <= EXACT
-    with pytest.raises(UserError, match=f"open_clip:local-dir:{out}"):
-        declip.load(out)
+        again = read.encode_text(read.tokenize(PLAIN))
+        assert largest(again, texts) <= EXACT
+        assert torch.equal(declip.load(out, device="cpu").encode_text(read.tokenize(PLAIN)), again)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +95,10 @@ def test_a_text_encoder_that_open_clip_has_no_words_for_is_refused(
 ) -> None:
     pytest.importorskip("transformers")
     model = build("vit", **{"text.hf_model": str(bert(tmp_path / "bert")), "text.context_length": 16, **keys})
-    with pytest.raises(UserError, match=f"{said}.*Formats that can: onnx, safetensors"):
-        declip.export(model, "open_clip", tmp_path / "out")
+    for form, reason in (("open_clip", said), ("huggingface", "text tower is a HuggingfaceTextTower.*text.hf_model")):
+        with pytest.raises(UserError, match=f"as {form}: .*Formats that can: onnx and safetensors") as caught:
+            declip.export(model, form, tmp_path / "out")
+        assert re.search(reason, str(caught.value))
     model = build("vit", **{"text.hf_model": str(distilbert(tmp_path / "distilbert")), "text.context_length": 16})
     with pytest.raises(UserError, match=r"distilbert.*Formats that can"):
         declip.export(model, "open_clip", tmp_path / "out")
@@ -119,6 +117,6 @@ def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path: Path, monkeypatch: p
 
     assert written(None) == str(tmp_path / "out")
     assert written("owner/name") == "owner/name"
-    text = model.recipe.text.model_copy(update={"encoder": "huggingface:google-bert/bert-base-uncased"})
+    text = model.recipe.text.model_copy(update={"hf_model": "huggingface:google-bert/bert-base-uncased"})
     model.recipe = model.recipe.model_copy(update={"text": text})
     assert written("owner/name") == "google-bert/bert-base-uncased"

@@ -12,17 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import declip
-from declip.cli import app as cli
 from declip.data.text.tokenizer import Tokenizer, clean
 from declip.errors import UserError
 from declip.interchange.declip_file import FILE, write_declip_file
-from declip.interchange.from_huggingface import CAPTIONS as PROBES
-from declip.interchange.from_huggingface import fetch
-from declip.interchange.import_weights import import_weights
-from declip.interchange.start import read_start
+from declip.interchange.export import import_weights
+from declip.interchange.huggingface import CAPTIONS as PROBES
+from declip.interchange.huggingface import fetch
+from declip.interchange.read import read_start
 from declip.interchange.tokenizer_files import backend
 from interchange.test_export import EXACT, features, same_until_the_end
-from interchange.towers import CAPTIONS, build, largest, pictures
+from interchange.towers import CAPTIONS, build, command, largest, pictures
 
 
 @pytest.mark.parametrize("kind", ["vit", "vit-gelu", "vit-mixed", "vit-bias", "vit-clip-words"])
@@ -148,37 +147,33 @@ def test_the_first_releases_files_are_read(exported: Path, tmp_path: Path) -> No
 FIRST = "vision_model.post_layernorm.weight"
 
 
+def sets(*sections: str, **values: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of a JSON file, or of a section in it."""
+    return lambda content: (content[sections[0]] if sections else content).update(values)
+
+
+CONFIG, PICTURES, WORDS = "config.json", "preprocessor_config.json", "tokenizer.json"
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", lambda it: it.update(model_type="siglip"), r"says model_type 'siglip', and only 'clip'"),
-        ("config.json", lambda it: it["text_config"].update(hidden_act="relu"), r"text_config.hidden_act is 'relu'"),
-        ("config.json", lambda it: it["vision_config"].update(layer_norm_eps=1e-6), r"vision_config.*eps is 1e-06"),
-        ("config.json", lambda it: it["text_config"].update(intermediate_size=96), r"intermediate_size is 96.*128"),
-        ("config.json", lambda it: it["text_config"].update(eos_token_id=5), r"eos_token_id is 5, .*813 or 2"),
-        (
-            "config.json",
-            lambda it: it["vision_config"].update(num_hidden_layers=10**9),
-            r"1000000000 layers.*weights 2",
-        ),
-        (
-            "config.json",
-            lambda it: it["vision_config"].update(patch_size=16),
-            r"position_embedding.* has shape \(17, 64",
-        ),
-        ("config.json", lambda it: it.update(projection_dim="many"), r"projection_dim|embed_dim"),
-        ("config.json", lambda it: it.update(text_config=[1]), r"config.json: TypeError"),
-        (
-            "preprocessor_config.json",
-            lambda it: it.update(size={"height": 32, "width": 32}),
-            r"size is \{.*and ours has 32",
-        ),
-        ("preprocessor_config.json", lambda it: it.update(resample=2), r"preprocessor_config.json: resample is 2"),
-        ("preprocessor_config.json", lambda it: it.update(image_processor_type="ViTImageProcessor"), r"by a ViTImage"),
-        ("preprocessor_config.json", lambda it: it.update(crop_size=24), r"crop_size is 24, and ours has 32"),
-        ("tokenizer.json", lambda it: it["model"]["vocab"].update({"ab": 0, "!": 5}), r"of another tokenizer: .*'!'"),
-        ("tokenizer.json", lambda it: it.update(normalizer=None), r"reads 'Two CATS, .* otherwise than CLIP's"),
-        ("tokenizer.json", lambda it: it.update(model={"vocab": {"a": 0}}), r"has 3 tokens, and CLIP's has 514 to"),
+        (CONFIG, sets(model_type="siglip"), "says model_type 'siglip', and only 'clip'"),
+        (CONFIG, sets("text_config", hidden_act="relu"), r"text_config\.hidden_act is 'relu'"),
+        (CONFIG, sets("vision_config", layer_norm_eps=1e-6), r"vision_config.*eps is 1e-06"),
+        (CONFIG, sets("text_config", intermediate_size=96), "intermediate_size is 96.*128"),
+        (CONFIG, sets("text_config", eos_token_id=5), "eos_token_id is 5, .*813 or 2"),
+        (CONFIG, sets("vision_config", num_hidden_layers=10**9), "1000000000 layers.*weights 2"),
+        (CONFIG, sets("vision_config", patch_size=16), r"position_embedding.* has shape \(17, 64"),
+        (CONFIG, sets(projection_dim="many"), "projection_dim|embed_dim"),
+        (CONFIG, sets(text_config=[1]), "config.json: TypeError"),
+        (PICTURES, sets(size={"height": 32, "width": 32}), r"size is \{.*and ours has 32"),
+        (PICTURES, sets(resample=2), "preprocessor_config.json: resample is 2"),
+        (PICTURES, sets(image_processor_type="ViTImageProcessor"), "by a ViTImage"),
+        (PICTURES, sets(crop_size=24), "crop_size is 24, and ours has 32"),
+        (WORDS, lambda it: it["model"]["vocab"].update({"ab": 0, "!": 5}), "of another tokenizer: .*'!'"),
+        (WORDS, sets(normalizer=None), "reads 'Two CATS, .* otherwise than CLIP's"),
+        (WORDS, sets(model={"vocab": {"a": 0}}), "has 3 tokens, and CLIP's has 514 to"),
     ],
 )
 def test_a_folder_that_ours_cannot_be_is_told_by_what_differs_first(
@@ -202,14 +197,14 @@ def test_weights_that_are_not_whole_are_told_by_what_is_missing(exported: Path, 
 
     weights.write_bytes(whole[: len(whole) // 2])
     refused(r"model.safetensors is damaged or cut")
-    save_file({name: t for name, t in tensors.items() if name != FIRST}, weights)
-    refused(rf"'{FIRST}' is missing\.")
-    save_file(tensors | {FIRST: torch.ones(3)}, weights)
-    refused(rf"'{FIRST}' has shape \(3,\) instead of \(64,\)")
-    save_file(tensors | {"lora.weight": torch.ones(3)}, weights)
-    refused(r"'lora.weight' belongs to another model")
-    save_file(tensors | {FIRST: torch.ones(64, dtype=torch.int8)}, weights)
-    refused(rf"'{FIRST}' holds whole numbers")
+    for changed, message in (
+        ({name: t for name, t in tensors.items() if name != FIRST}, rf"'{FIRST}' is missing\."),
+        (tensors | {FIRST: torch.ones(3)}, rf"'{FIRST}' has shape \(3,\) instead of \(64,\)"),
+        (tensors | {"lora.weight": torch.ones(3)}, "'lora.weight' belongs to another model"),
+        (tensors | {FIRST: torch.ones(64, dtype=torch.int8)}, f"'{FIRST}' holds integers"),
+    ):
+        save_file(changed, weights)
+        refused(message)
     weights.unlink()
     refused(r"there is no model.safetensors\.")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
@@ -242,10 +237,7 @@ def test_a_name_of_the_hub_fetches_no_pickle(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     words = ["import", "huggingface:owner/name", "--from", "huggingface", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr("sys.argv", ["declip", *words])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert not caught.value.code
+    assert command(words, monkeypatch) == 0
     assert "Written" in capfd.readouterr().out
     assert list(asked) == ["owner/name"]
     assert all(pattern.endswith((".safetensors", ".json", "README.md")) for pattern in asked["owner/name"])
@@ -279,7 +271,7 @@ def test_our_own_exports_are_read_from_the_hub(form: str, hub: Path) -> None:
         assert largest(own, other) <= EXACT
     assert start.whole
     assert (start.tensors["logit_scale"], start.heads) == (model.logit_scale, {})
-    import_weights("huggingface:owner/name", "huggingface", hub / "out")
+    import_weights("hf-hub:owner/name", "huggingface", hub / "out")
     assert torch.equal(declip.load(hub / "out", device="cpu").logit_scale, model.logit_scale)
 
 
@@ -292,7 +284,7 @@ def test_heads_come_from_the_hub_with_their_model(hub: Path) -> None:
 def test_our_export_for_open_clip_says_what_reads_it(hub: Path) -> None:
     pytest.importorskip("open_clip")
     declip.export(build("vit"), "open_clip", hub / "owner" / "name", repo="owner/name")
-    with pytest.raises(UserError, match="open_clip:hf-hub:OWNER/NAME"):
+    with pytest.raises(UserError, match="open_clip:hf-hub:owner/name"):
         declip.load("huggingface:owner/name")
 
 

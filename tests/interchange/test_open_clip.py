@@ -1,7 +1,6 @@
 """Models of open_clip's against open_clip itself: features, preparation, measures."""
 
 import copy
-import json
 import logging
 import pickle
 from pathlib import Path
@@ -14,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import declip
-from conftest import COLOURS, SHAPES, draw
-from declip.data.pair import Pair
+from conftest import COLOURS, draw
 from declip.errors import UserError
-from declip.interchange import open_clip as ours
-from declip.interchange.import_weights import import_weights
+from declip.interchange import open_clip_model as ours
+from declip.interchange.export import import_weights
+from interchange.test_clip_benchmark import Captioned
 from interchange.tiny_open_clip import CONFIGS, WORDS, folder_of, pictures, random_model, same_weights, saved
 
 open_clip = pytest.importorskip("open_clip")
@@ -28,10 +27,10 @@ pytestmark = pytest.mark.usefixtures("open_clip_configs")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors"])
-def test_features_are_open_clips(name: str, file: str, tmp_path: Path) -> None:
+def test_features_are_open_clips(name: str, tmp_path: Path) -> None:
+    """Of the embedding, and of the backbone: what the projection takes."""
     theirs = random_model(name)
-    model = declip.load(f"open_clip:{name}/{saved(theirs, tmp_path / file)}", device="cpu")
+    model = declip.load(f"open_clip:{name}/{saved(theirs, tmp_path / 'weights.safetensors')}", device="cpu")
     transform = open_clip.create_model_and_transforms(name)[2]
     tokens = open_clip.get_tokenizer(name)(WORDS)
     pixels = torch.stack([transform(picture) for picture in pictures()])
@@ -45,13 +44,7 @@ def test_features_are_open_clips(name: str, file: str, tmp_path: Path) -> None:
     assert tokens.shape == (4, CONFIGS[name]["text_cfg"]["context_length"])
     assert (images.dtype, model.training, model.device) == (torch.float32, False, torch.device("cpu"))
     torch.testing.assert_close(images.norm(dim=-1), torch.ones(4))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_backbone_is_what_the_projection_takes(name: str, tmp_path: Path) -> None:
-    theirs = random_model(name)
-    model = declip.load(f"open_clip:{name}/{saved(theirs, tmp_path / 'weights.pt')}", device="cpu")
-    tower, pixels = theirs.visual, model.preprocess(pictures())
+    tower = theirs.visual
     project = {
         "tiny-vit": lambda hidden: hidden @ tower.proj,
         "tiny-resnet": lambda hidden: tower.attnpool.c_proj(hidden),
@@ -83,9 +76,10 @@ def test_a_tower_that_pools_and_projects_in_one_has_no_backbone(monkeypatch: pyt
             model.encode_backbone(pixels)
 
 
-def test_a_checkpoint_of_its_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["weights.pt", "epoch_1.pt"])
+def test_a_state_dict_and_a_checkpoint_of_its_training(file: str, tmp_path: Path) -> None:
     theirs = random_model("tiny-vit")
-    assert same_weights(declip.load(f"open_clip:tiny-vit/{saved(theirs, tmp_path / 'epoch_1.pt')}"), theirs)
+    assert same_weights(declip.load(f"open_clip:tiny-vit/{saved(theirs, tmp_path / file)}"), theirs)
 
 
 @pytest.mark.parametrize("file", ["openai.pt", "openai.safetensors"])
@@ -164,7 +158,7 @@ def test_open_clip_leaves_the_root_logger_alone(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
 def test_the_preprocessor_survives_pickling(mode: str) -> None:
-    prepare = ours.Preprocess({"size": 32, "resize_mode": mode})
+    prepare = ours.OpenClipPreprocess({"size": 32, "resize_mode": mode})
     assert torch.equal(pickle.loads(pickle.dumps(prepare))(pictures()), prepare(pictures()))
     assert prepare(pictures()).shape == (4, 3, 32, 32)
     assert prepare([]).shape == (0, 3, 32, 32)
@@ -172,13 +166,13 @@ def test_the_preprocessor_survives_pickling(mode: str) -> None:
 
 
 def test_a_very_long_picture_takes_little_memory_and_changes_nothing() -> None:
-    prepare = ours.Preprocess({"size": 32})
+    prepare = ours.OpenClipPreprocess({"size": 32})
     ramp = np.linspace(0, 255, 900).astype(np.uint8)
     long = Image.fromarray(np.broadcast_to(ramp[None, :, None], (20, 900, 3)).copy())
     for picture in (long, long.transpose(Image.Transpose.ROTATE_90)):
         expected = prepare.transform(picture)
         torch.testing.assert_close(prepare(picture)[0], expected, atol=0.02, rtol=0)
-    squash = ours.Preprocess({"size": 32, "resize_mode": "squash"})
+    squash = ours.OpenClipPreprocess({"size": 32, "resize_mode": "squash"})
     assert torch.equal(squash(long)[0], squash.transform(long))
     resized = []
     prepare.transform.transforms.insert(1, lambda image: resized.append(image.size) or image)
@@ -186,32 +180,11 @@ def test_a_very_long_picture_takes_little_memory_and_changes_nothing() -> None:
     assert resized == [(32, 320)]
 
 
-class Shapes:
-    """Colored shapes, labeled by color."""
-
-    name = "shapes"
-    class_names = COLOURS
-
-    def __init__(self) -> None:
-        self.rows = [(color, shape) for color in COLOURS for shape in SHAPES]
-        self.labels = np.array([COLOURS.index(color) for color, _ in self.rows])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        color, shape = self.rows[index]
-        return (f"a {color} {shape}", f"{shape}, {color}")
-
-    def __getitem__(self, index: int) -> Pair:
-        return Pair(str(index), draw(*self.rows[index]), self.captions(index))
-
-
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-coca", "tiny-mapped"])
 def test_zero_shot_and_retrieval_equal_open_clips_own_features(name: str, tmp_path: Path) -> None:
     theirs = random_model(name)
     model = declip.load(f"open_clip:{name}/{saved(theirs, tmp_path / 'weights.pt')}", device="cpu")
-    source, transform = Shapes(), open_clip.create_model_and_transforms(name)[2]
+    source, transform = Captioned(), open_clip.create_model_and_transforms(name)[2]
     tokenizer = open_clip.get_tokenizer(name)
     templates = ["a drawing of {}", "{} on white"]
     with torch.no_grad():
@@ -239,18 +212,10 @@ def test_zero_shot_and_retrieval_equal_open_clips_own_features(name: str, tmp_pa
         assert image_to_text == pytest.approx(np.mean(found))
 
 
-def test_evaluate_by_command_with_workers(table: Path, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from declip.cli.app import app
-
-    file, out = saved(random_model("tiny-vit"), tmp_path / "weights.pt"), tmp_path / "result.json"
-    words = ["evaluate", f"open_clip:tiny-vit/{file}", "--dataset", str(table), "--task", "retrieval"]
-    done = CliRunner().invoke(app, [*words, "--device", "cpu", "--json", str(out)])
-    assert done.exit_code == 0, done.output
-    measured = json.loads(out.read_text())
-    expected = declip.evaluate(declip.load(words[1], device="cpu"), str(table), "retrieval", workers=1, progress=False)
-    assert measured == json.loads(json.dumps(expected.to_dict()))
+def test_workers_measure_the_same(table: Path, tmp_path: Path) -> None:
+    model = declip.load(f"open_clip:tiny-vit/{saved(random_model('tiny-vit'), tmp_path / 'weights.pt')}", device="cpu")
+    one, two = (declip.evaluate(model, str(table), "retrieval", workers=n, progress=False) for n in (1, 2))
+    assert one.to_dict() == two.to_dict()
 
 
 def test_features_are_float32_whatever_the_tower_computes_in() -> None:

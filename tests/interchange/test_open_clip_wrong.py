@@ -1,7 +1,6 @@
 """Models of open_clip's that cannot be loaded as asked: wrong names, files and folders, no network, no package."""
 
 import copy
-import io
 import json
 import logging
 import runpy
@@ -14,7 +13,7 @@ import torch
 
 import declip
 from declip.errors import UserError
-from declip.interchange import open_clip as ours
+from declip.interchange import open_clip_model as ours
 from interchange.tiny_open_clip import folder_of, random_model, same_weights, saved
 
 pytest.importorskip("open_clip")
@@ -45,51 +44,9 @@ def test_wrong_names(given: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_files(tmp_path: Path) -> None:
-    whole = saved(random_model("tiny-vit"), tmp_path / "weights.pt").read_bytes()
-    safe = saved(random_model("tiny-vit"), tmp_path / "weights.safetensors").read_bytes()
-    plain, state = io.BytesIO(), random_model("tiny-vit").state_dict()
-    torch.save([1, 2], plain)
-    contents = {
-        "cut.pt": whole[: len(whole) // 2],
-        "cut.safetensors": safe[: len(safe) // 2],
-        "empty.pt": b"",
-        "text.pt": b"no weights",
-        "list.pt": plain.getvalue(),
-    }
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    torch.save({}, tmp_path / "none.pt")
-    torch.save(state | {"visual.proj": torch.zeros(7, 7)}, tmp_path / "shape.pt")
-    torch.save({name: tensor for name, tensor in state.items() if name != "visual.proj"}, tmp_path / "lacking.pt")
-    for name in (*contents, "none.pt", "shape.pt", "lacking.pt"):
-        with pytest.raises(UserError, match=f"Cannot load 'open_clip:tiny-vit/.*{name}'.*must be those of") as caught:
-            declip.load(f"open_clip:tiny-vit/{tmp_path / name}")
-        assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 800
-    with pytest.raises(UserError, match=r"size mismatch.*visual\.proj|visual\.proj.*size mismatch"):
-        declip.load(f"open_clip:tiny-vit/{tmp_path / 'shape.pt'}")
-    with pytest.raises(UserError, match="Cannot load"):  # weights of another model
-        declip.load(f"open_clip:tiny-resnet/{tmp_path / 'weights.pt'}")
-
-
-class Trap:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.path), "w")
-
-
-def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
-    sprung = tmp_path / "sprung"
-    torch.save({"state_dict": random_model("tiny-vit").state_dict(), "name": Trap(sprung)}, tmp_path / "trap.pt")
-    with pytest.raises(UserError, match="holds more than tensors") as caught:
-        declip.load(f"open_clip:tiny-vit/{tmp_path / 'trap.pt'}")
-    assert "weights_only" not in str(caught.value)
-    assert not sprung.exists()
+def test_weights_of_another_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Cannot load"):
+        declip.load(f"open_clip:tiny-resnet/{saved(random_model('tiny-vit'), tmp_path / 'weights.pt')}")
 
 
 def test_a_torchscript_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +63,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
     folder = folder_of(random_model("tiny-vit"), tmp_path / "model", "tiny-vit", {})
     weights, config = folder / "open_clip_model.safetensors", folder / "open_clip_config.json"
     given = f"open_clip:local-dir:{folder}"
-    with pytest.raises(UserError, match=f"folder of open_clip's. Load it as {given}"):
-        declip.load(folder)
+    assert same_weights(declip.load(folder, device="cpu"), random_model("tiny-vit"))
     stored = json.loads(config.read_text())
     for trust in (True, 1, "yes"):
         changed = copy.deepcopy(stored)
@@ -205,7 +161,7 @@ def test_the_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         declip.load("open_clip:tiny-vit/none")
 
 
-@pytest.mark.parametrize("file", ["open_clip.py", "load.py"])
+@pytest.mark.parametrize("file", ["open_clip_model.py", "read.py"])
 def test_open_clip_is_imported_only_when_asked_for(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     runpy.run_path(str(Path(ours.__file__).with_name(file)))

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from conftest import draw
-from declip.interchange import open_clip as ours
+from declip.interchange import open_clip_model as ours
 
 TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -25,7 +25,6 @@ from declip.models.text_tower import TextTower
     ],
 )
 def test_blocks_of_towers(name: str, kind: str, count: int) -> None:
-
     with torch.device("meta"):
         tower = timm.create_model(name)
     blocks = blocks_of(tower)

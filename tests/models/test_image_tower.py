@@ -1,8 +1,11 @@
 import pytest
 import torch
 
+from conftest import TINY
 from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import SMALL_TOWERS, ImageTower
+from declip.recipe.schema import Recipe
 
 
 @pytest.mark.parametrize("name", [*SMALL_TOWERS, "resnet50_clip", "convnext_atto", "vit_tiny_patch16_224"])
@@ -11,7 +14,7 @@ def test_pooled_hidden_and_token_features_have_the_announced_widths(name: str) -
     with torch.no_grad():
         features = tower(torch.randn(2, 3, 64, 64))
     assert features.pooled.shape == (2, 24)
-    assert features.pre_logits.shape == (2, tower.hidden_width)
+    assert features.pre_logits.shape == (2, tower.pre_logits_width)
     assert features.tokens.ndim == 3
     assert features.tokens.shape[2] == tower.token_width
     assert features.tokens.shape[1] > 1
@@ -32,7 +35,7 @@ def test_regnety_64gf_is_built_with_its_published_size() -> None:
     with torch.device("meta"):
         tower = ImageTower("regnety_640", size=64, embed_dim=512)
     trunk = sum(p.numel() for p in tower.trunk.parameters())
-    classifier = 1000 * tower.hidden_width + 1000  # which is not built here
+    classifier = 1000 * tower.pre_logits_width + 1000  # which is not built here
     assert round((trunk + classifier) / 1e6, 1) == 281.4
 
 
@@ -77,3 +80,23 @@ def test_freezing_the_patch_projection() -> None:
 def test_a_wrong_tower_is_named(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ImageTower(name, 32, 8, options)
+
+
+def test_an_image_much_smaller_than_the_tower_was_made_for_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        ImageTower("vit_tiny_patch16_224", 48, 8)
+        ImageTower("declip_vit_tiny", 48, 8)
+    said = [record.message for record in caplog.records if "48" in record.message]
+    assert len(said) == 1
+    assert "'vit_tiny_patch16_224'" in said[0]
+    assert "224" in said[0]
+
+
+def test_a_model_in_bfloat16_encodes_on_a_cpu() -> None:
+    model = DualEncoder.from_recipe(Recipe.model_validate(TINY)).eval()
+    images, tokens = torch.randn(2, 3, 32, 32), model.tokenize(["red circle", "blue"])
+    exact = [model.encode_image(images), model.encode_text(tokens)]
+    model.bfloat16()
+    for found, expected in zip([model.encode_image(images), model.encode_text(tokens)], exact, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.03)

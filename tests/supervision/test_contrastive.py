@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from declip.supervision.contrastive import cross_entropy_to_keys, info_nce, multi_view, scaled_similarity, to_float32
+from declip.supervision.contrastive import cross_entropy_to_keys, info_nce, scaled_similarity, to_float32
+from declip.supervision.multi_view import multi_view
 from golden_cases import loss_cases
 
 

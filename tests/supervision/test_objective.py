@@ -1,25 +1,19 @@
-"""The objective as a whole: what it adds up, when it writes the queue, and that two processes equal one."""
+"""The objective as a whole: the weighted sum, the views and captions of each loss, and the writing of the queue."""
 
-import os
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from conftest import TINY, WEIGHTS
 from declip.data.batch import PairBatch
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision import chunked as blockwise
-from declip.supervision import contrastive, late_interaction
-from declip.supervision.nearest_neighbor import Queue
+from declip.supervision import chunked, contrastive, late_interaction
+from declip.supervision import term as supervision_term
 from declip.supervision.objective import Objective
-from declip.training import distributed
 
 WITHOUT_BATCH_NORM = {
     "contrastive": 0.1, "multi_view": 0.3, "masked_language": 0.2, "nearest_neighbor": 0.2, "late_interaction": 0.2,
@@ -33,16 +27,11 @@ def parts(weights: dict[str, float], **sections: object) -> tuple[DualEncoder, O
     return model, Objective(recipe, model)
 
 
-SHORT = 10
-"""The second half of a batch has captions shorter than this."""
-
-
 def random_batch(size: int = 8, views: int = 2, length: int = 16) -> PairBatch:
     generator = torch.Generator().manual_seed(3)
     tokenizer = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer
     texts = torch.randint(1, 500, (2, size, length), generator=generator)
     ends = torch.randint(4, length, (2, size), generator=generator)
-    ends[:, size // 2 :] = ends[:, size // 2 :].clamp(max=SHORT - 1)
     for view in range(2):
         for row in range(size):
             texts[view, row, ends[view, row]] = tokenizer.end
@@ -51,29 +40,19 @@ def random_batch(size: int = 8, views: int = 2, length: int = 16) -> PairBatch:
     labels[::2, 1], masked[::2, 1] = texts[0, ::2, 1], tokenizer.mask
     labels[1, 2], masked[1, 2] = texts[0, 1, 2], tokenizer.mask
     images = torch.randn(views, size, 3, 32, 32, generator=generator)
-    return PairBatch(images=images, texts=texts, masked=masked, labels=labels, tags=torch.arange(size))
+    names = ("first", "second") if views < 3 else ("contrastive", "first", "second")
+    return PairBatch(dict(zip(names, images, strict=False)), texts, masked, labels, torch.arange(size))
 
 
-def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
-    """A rank's share of a batch, cut to its own longest caption."""
-    assert batch.masked is not None
-    assert batch.labels is not None
-    assert batch.sample_ids is not None
-    cut = batch.texts.shape[2] if start == 0 else SHORT
-    return PairBatch(
-        batch.images[:, start:stop],
-        batch.texts[:, start:stop, :cut],
-        batch.masked[start:stop, :cut],
-        batch.labels[start:stop, :cut],
-        batch.sample_ids[start:stop],
-    )
+def double(batch: PairBatch) -> PairBatch:
+    return replace(batch, views={name: view.pixels.double() for name, view in batch.views.items()})
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_total_is_the_weighted_sum_of_the_active_terms(name: str) -> None:
     model, objective = parts(WEIGHTS[name])
     terms = objective(model, random_batch())
-    assert set(terms) == {*WEIGHTS[name], "total"}
+    assert set(terms) == {*WEIGHTS[name], "loss"}
     expected = sum(weight * terms[term] for term, weight in WEIGHTS[name].items())
     torch.testing.assert_close(terms["loss"], expected)
 
@@ -84,24 +63,18 @@ def test_a_term_without_weight_has_no_head_and_no_queue() -> None:
     assert objective.queue is None
 
 
-def test_the_contrast_sees_the_masked_caption_or_on_request_the_clean_one() -> None:
+def test_the_contrastive_loss_sees_the_masked_or_the_clean_caption_and_both_predict_the_same_words() -> None:
     weights, batch = {"contrastive": 1.0, "masked_language": 1.0}, random_batch()
     assert batch.masked is not None
-    for share, captions in ((True, batch.masked), (False, batch.texts[0])):
-        model, objective = parts(weights, masked_language={"mask_contrastive_text": share})
+    predicted = []
+    for masked, captions in ((True, batch.masked), (False, batch.texts[0])):
+        model, objective = parts(weights, masked_language={"mask_contrastive_text": masked})
         terms = objective(model, batch)
-        images, texts = model.encode_image(batch.images[0]), model.encode_text(captions)
+        images, texts = model.encode_image(batch.views["first"].pixels), model.encode_text(captions)
         expected = contrastive.info_nce(images, texts, images, texts, model.logit_scale.exp())
         torch.testing.assert_close(terms["contrastive"], expected)
-
-
-def test_both_ways_of_masking_predict_the_same_words() -> None:
-    weights, batch = {"contrastive": 1.0, "masked_language": 1.0}, random_batch()
-    found = []
-    for share in (True, False):
-        model, objective = parts(weights, masked_language={"mask_contrastive_text": share})
-        found.append(objective(model, batch)["masked_language"])
-    torch.testing.assert_close(*found)
+        predicted.append(terms["masked_language"])
+    torch.testing.assert_close(*predicted)
 
 
 def test_a_batch_without_a_masked_word_adds_nothing() -> None:
@@ -118,14 +91,21 @@ def test_the_queue_is_looked_up_before_it_is_written_augmentations_first() -> No
     batch = random_batch()
     assert objective(model, batch)["nearest_neighbor"].item() == 0, "nothing to find yet"
     assert batch.masked is not None
+    assert len(objective.queue) == 0
+    objective.after_step(model)
     second, first = model.encode_text(batch.texts[1]), model.encode_text(batch.masked)
     torch.testing.assert_close(objective.queue.ordered(), torch.cat([second, first]).detach())
     assert objective.queue.tags[:16].tolist() == [2 * t + 1 for t in range(8)] + [2 * t for t in range(8)]
     assert objective(model, batch)["nearest_neighbor"].item() > 0
-    objective.eval()
-    written = len(objective.queue)
+    objective.discard_step()
+    objective.after_step(model)
+    assert len(objective.queue) == 16, "the step was skipped"
     objective(model, batch)
-    assert len(objective.queue) == written == 32
+    objective.after_step(model)
+    objective.eval()
+    objective(model, batch)
+    objective.after_step(model)
+    assert len(objective.queue) == 32
 
 
 def test_a_base_view_is_for_the_contrast_alone() -> None:
@@ -133,11 +113,11 @@ def test_a_base_view_is_for_the_contrast_alone() -> None:
     three = random_batch(views=3)
     terms = objective(model, three)
     assert three.masked is not None
-    images, texts = model.encode_image(three.images[0]), model.encode_text(three.masked)
+    images, texts = model.encode_image(three.views["contrastive"].pixels), model.encode_text(three.masked)
     expected = contrastive.info_nce(images, texts, images, texts, model.logit_scale.exp())
     torch.testing.assert_close(terms["contrastive"], expected)
     model, objective = parts(WEIGHTS["slip"])
-    two = PairBatch(three.images[1:], three.texts, three.masked, three.labels)
+    two = replace(three, views={name: three.views[name] for name in ("first", "second")})
     torch.testing.assert_close(terms["simclr"], objective(model, two)["simclr"])
 
 
@@ -145,12 +125,13 @@ def test_one_image_view_meets_both_captions() -> None:
     weights = {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2}
     model, objective = parts(weights, views={"image_count": 1})
     batch = random_batch(views=1)
-    batch = PairBatch(batch.images, batch.texts, tags=batch.sample_ids)
+    batch = PairBatch(batch.views, batch.texts, sample_ids=batch.sample_ids)
     objective(model, batch)
+    objective.after_step(model)
     assert objective.queue is not None
     known = objective.queue.ordered().double()
     terms = objective(model, batch)
-    image, scale = model.encode_image(batch.images[0]).double(), model.logit_scale.exp().double()
+    image, scale = model.encode_image(batch.views["first"].pixels).double(), model.logit_scale.exp().double()
     texts = [model.encode_text(view).double() for view in batch.texts]
 
     def contrast(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -181,113 +162,56 @@ def test_views_encoded_together_equal_views_encoded_apart() -> None:
 @pytest.mark.parametrize(
     ("weights", "change", "message"),
     [
-        ({"multi_view": 1.0}, {"texts": 1}, "texts with 2 views"),
-        ({"simsiam": 1.0, "contrastive": 1.0}, {"images": 1}, "images with 2 views"),
-        ({"masked_language": 1.0}, {"masked": None}, "masked_language needs `masked` and `labels`"),
+        ({"multi_view": 1.0}, {"texts": 1}, r"loss_weights\.multi_view"),
+        ({"simsiam": 1.0, "contrastive": 1.0}, {"views": 1}, "'second'.*loss_weights\\.simsiam"),
+        ({"masked_language": 1.0}, {"masked": None}, r"`labels`.*loss_weights\.masked_language"),
     ],
 )
 def test_a_batch_that_lacks_something_is_named(weights: dict, change: dict, message: str) -> None:
     model, objective = parts(weights)
-    batch = random_batch()
-    images = batch.images[: change.get("images", 2)]
-    texts = batch.texts[: change.get("texts", 2)]
-    masked = None if "masked" in change else batch.masked
+    batch = random_batch(views=change.get("views", 2))
+    batch = replace(batch, texts=batch.texts[: change.get("texts", 2)])
+    if "masked" in change:
+        batch = replace(batch, masked=None, labels=None)
     with pytest.raises(UserError, match=message):
-        objective(model, PairBatch(images, texts, masked, None if masked is None else batch.labels))
+        objective(model, batch)
 
 
 @pytest.mark.parametrize(("name", "matrices"), [("slip", (2, 2)), ("defilip", (12, 0))])
-def test_loss_matrices_above_the_recipes_limit_are_made_in_blocks(
+def test_loss_matrices_above_the_limit_are_made_in_blocks(
     name: str, matrices: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 pairs in float64: matrices of 512 bytes, those of NT-Xent of 1,024; FILIP's positions are more than that."""
     calls: list[str] = []
-    inner, checkpoint = blockwise.cross_entropy, late_interaction.checkpoint
-    monkeypatch.setattr(blockwise, "cross_entropy", lambda *x: calls.append("blocks") or inner(*x))
+    inner, checkpoint = chunked.cross_entropy, late_interaction.checkpoint
+    monkeypatch.setattr(chunked, "cross_entropy", lambda *x: calls.append("blocks") or inner(*x))
     monkeypatch.setattr(late_interaction, "checkpoint", lambda *x, **k: calls.append("late") or checkpoint(*x, **k))
-    batch, found = random_batch(), []
-    batch = replace(batch, images=batch.images.double())
-    for limit, expected in ((256, 0), (512e-6, matrices[1]), (511e-6, sum(matrices))):
-        model, objective = parts(WEIGHTS[name], train={**TINY["train"], "max_logits_mb": limit})
+    batch, found = double(random_batch()), []
+    for limit, expected in ((1e9, 0), (512, matrices[1]), (511, sum(matrices))):
+        monkeypatch.setattr(supervision_term, "MAX_LOGIT_BYTES", limit)
+        model, objective = parts(WEIGHTS[name])
         model.double(), objective.double()
         objective(model, batch)
+        objective.after_step(model)
         calls.clear()
         terms = objective(model, batch)
         terms["loss"].backward()
         gradients = [p.grad for p in (*model.parameters(), *objective.parameters()) if p.grad is not None]
         found.append([*terms.values(), *gradients])
         assert calls.count("blocks") == expected
-        assert calls.count("late") == (16 if name == "defilip" and limit < 1 else 0), "a pair at a time, both ways"
+        assert calls.count("late") == (16 if name == "defilip" and limit < 1e9 else 0), "a pair at a time, both ways"
     for other in found[1:]:
         for x, y in zip(other, found[0], strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
 
 
-def test_the_queue_is_searched_in_the_recipes_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    nearest = Queue.nearest
-    monkeypatch.setattr(Queue, "nearest", lambda *x: seen.append(x[2]) or nearest(*x))
-    for lookup in ("fp32", "bf16"):
-        sections = {**TINY["nearest_neighbor"], "lookup": lookup}
-        model, objective = parts({"nearest_neighbor": 1.0}, nearest_neighbor=sections)
-        objective(model, random_batch())
-        objective(model, random_batch())
-    assert seen == [None, torch.bfloat16]
-
-
 def test_scales_are_limited_after_the_step() -> None:
     model, objective = parts(WEIGHTS["filip"], logit_scale={"min": 3.0})
     model.logit_scale.data.fill_(9.0)
-    objective.late_scale.data.fill_(1.0)
+    objective.terms["late_interaction"].logit_scale.data.fill_(1.0)
     objective.after_step(model)
     assert model.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
-    assert objective.late_scale.item() == 3.0
-
-
-def run_steps(rank: int, world: int, folder: str) -> None:
-    """Two steps, so that the second one looks into the queue; writes losses, gradients and the queue."""
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    model, objective = parts(WITHOUT_BATCH_NORM)
-    model.double(), objective.double()
-    batch = random_batch()
-    batch = PairBatch(batch.images.double(), batch.texts, batch.masked, batch.labels, batch.sample_ids)
-    share = rows(batch, rank * 8 // world, (rank + 1) * 8 // world)
-    gather = distributed.gather([len(share)] * world)
-    assert (gather is alone) == (world == 1)
-    losses: dict[str, torch.Tensor] = {}
-    for _ in range(2):
-        for parameter in (*model.parameters(), *objective.parameters()):
-            parameter.grad = None
-        losses = objective(model, share, gather, distributed.rank() * len(share))
-        losses["loss"].backward()
-    gradients = [p.grad for p in (*model.parameters(), *objective.parameters())]
-    result = {name: loss.detach() for name, loss in losses.items()}
-    if world > 1:
-        for tensor in (*result.values(), *(g for g in gradients if g is not None)):
-            dist.all_reduce(tensor)
-            tensor /= world
-        dist.destroy_process_group()
-    assert objective.queue is not None
-    torch.save((result, gradients, objective.queue.ordered(), objective.queue.tags), f"{folder}/{world}-{rank}.pt")
-
-
-def test_two_processes_give_the_loss_and_every_gradient_of_one(tmp_path: Path) -> None:
-    run_steps(0, 1, str(tmp_path))
-    mp.start_processes(run_steps, (2, str(tmp_path)), nprocs=2, start_method="fork")
-    losses, gradients, queue, tags = torch.load(tmp_path / "1-0.pt")
-    for rank in range(2):
-        theirs = torch.load(tmp_path / f"2-{rank}.pt")
-        for name, loss in losses.items():
-            torch.testing.assert_close(theirs[0][name], loss, rtol=1e-6, atol=1e-7, msg=name)
-        for mine, other in zip(gradients, theirs[1], strict=True):
-            assert (mine is None) == (other is None)
-            if mine is not None:
-                torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(theirs[2], queue)
-        assert torch.equal(theirs[3], tags)
+    assert objective.terms["late_interaction"].logit_scale.item() == 3.0
 
 
 def test_with_places_of_masked_words_known_nothing_waits_for_the_device(no_device_reads) -> None:
@@ -296,7 +220,7 @@ def test_with_places_of_masked_words_known_nothing_waits_for_the_device(no_devic
         model, objective = parts(WITHOUT_BATCH_NORM)
         assert objective.queue is not None
         objective.queue.fill(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
-        with no_device_reads() if given.places is not None else nullcontext():
+        with no_device_reads() if given.mask_positions is not None else nullcontext():
             found.append(objective(model, given))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -308,9 +232,10 @@ def test_joint_views_share_the_statistics_of_batch_norm() -> None:
     for joint in (False, True):
         model, objective = parts(weights, image={"model": "declip_conv_tiny", "size": 32, "shared_bn_views": joint})
         found[joint] = objective.run_towers(model, batch).images
-    flat = model.image_tower(batch.images.flatten(0, 1)).pooled.unflatten(0, (2, 8))
+    views = [view.pixels for view in batch.views.values()]
+    flat = model.image_tower(torch.cat(views)).pooled.unflatten(0, (2, 8))
     torch.testing.assert_close(found[True], flat, rtol=1e-5, atol=1e-6)
-    each = torch.stack([model.image_tower(view).pooled for view in batch.images])
+    each = torch.stack([model.image_tower(view).pooled for view in views])
     torch.testing.assert_close(found[False], each, rtol=1e-5, atol=1e-6)
     assert (flat - each).abs().max() > 1e-3
 
@@ -320,7 +245,7 @@ def test_captions_in_groups_of_like_length_give_the_same_terms(mask_contrastive_
     batch = random_batch()
     end = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer.end
     lengths = (batch.texts == end).int().argmax(dim=2) + 1
-    batch = replace(batch, images=batch.images.double(), lengths=lengths)
+    batch = replace(double(batch), lengths=lengths)
     found = []
     for groups in (1, 3):
         train = {**TINY["train"], "length_buckets": groups}

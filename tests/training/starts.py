@@ -6,16 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import declip
 from conftest import TINY, WEIGHTS
 from declip.api import train
+from declip.interchange.declip_file import write_declip_file
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
+from declip.runs.folder import read_rows
+from declip.training.monitor import CLOCK
 from declip.training.trainer import Trainer
 
 SMALL = {"width": 48, "layers": 3, "heads": 2, "context_length": 20, "bpe_merges": 400}
-VIT = {"model": "declip_vit_tiny", "size": 32, "model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}}
+VIT = {
+    "model": "declip_vit_tiny",
+    "size": 32,
+    "model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2},
+}
 CONV = {"model": "declip_conv_tiny", "size": 32}
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+
+
+def recipe_for(table: Path, name: str = "declip", **train_keys: object) -> Recipe:
+    tree = {**TINY, "name": name, "data": {"source": str(table)}, "loss_weights": WEIGHTS[name]}
+    tree["train"] = {**TINY["train"], **train_keys}
+    return Recipe.model_validate(tree)
 
 
 def start_from(table: Path, out: Path, image: dict[str, Any] = VIT, name: str = "declip") -> Path:
@@ -30,6 +44,34 @@ def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None
     tree = {**TINY, "name": "tuned", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
     tree["train"] = {**TINY["train"], "lr": 1e-2, **(train_keys or {})}
     return Recipe.model_validate({**tree, "finetune": {"pretrained": str(weights), **keys}})
+
+
+def towers_of(run: Path, file: Path) -> Path:
+    """Write the towers of a run, without its heads, into a file."""
+    write_declip_file(declip.load(run, device="cpu"), file)  # type: ignore[arg-type]
+    return file
+
+
+def stop_at(recipe: Recipe, folder: Path, step: int) -> None:
+    """Train until a step, as if a signal had come then."""
+    trainer = Trainer(recipe, folder, quiet=True)
+    trainer.stop.poll = lambda: trainer.step + 1 >= step  # type: ignore[method-assign]
+    run = trainer.train()
+    assert (run.step, run.finished) == (step, False)
+
+
+def same_end(one: Path, other: Path) -> None:
+    """Weights, heads, queue, moments, random states and metrics of two runs are equal bit for bit."""
+    first, second = (load_checkpoint(list_checkpoints(folder)[-1]) for folder in (one, other))
+    assert first.step == second.step
+    for mine, theirs in ((first.weights, second.weights), (first.training, second.training)):
+        assert mine.keys() == theirs.keys()
+        assert not moved(mine, theirs)
+    rows = [
+        [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(f / "metrics.jsonl")]
+        for f in (one, other)
+    ]
+    assert rows[0] == rows[1]
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:

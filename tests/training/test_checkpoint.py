@@ -14,10 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from declip.errors import UserError
+from declip.io.atomic import sha256
 from declip.runs import checkpoint as checkpoints
-from declip.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good, save_checkpoint
-from declip.training import checkpoint_writer
-from declip.training.checkpoint_writer import CheckpointWriter
+from declip.runs.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    list_checkpoints,
+    load_checkpoint,
+    newest_good,
+    save_checkpoint,
+)
+from declip.training.optimizer import load_moments, moments
 
 FILES = (checkpoints.WEIGHTS, checkpoints.TRAINING, checkpoints.STATE)
 
@@ -146,12 +153,31 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
     assert same(load_checkpoint(folder), sample(2))
 
 
-def test_one_of_the_first_version_without_a_digest_of_its_state_is_read(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, sample(3), keep=1)
-    state = json.loads((folder / checkpoints.STATE).read_text())
-    del state["digest"]
-    (folder / checkpoints.STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    assert same(load_checkpoint(folder), sample(3))
+def test_last_leads_to_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = tmp_path / "checkpoints" / checkpoints.LAST
+    for step in (1, 2):
+        save_checkpoint(tmp_path, sample(step), keep=1)
+        assert os.readlink(last) == f"step-0000000{step}"
+        assert same(load_checkpoint(last), sample(step))
+
+    def no_links(*_: object) -> None:
+        raise OSError(1, "no links here")
+
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    save_checkpoint(tmp_path, sample(3), keep=1)
+    assert last.read_text() == "step-00000003"
+    assert same(load_checkpoint(last), sample(3))
+    last.write_text("../../../etc")
+    with pytest.raises(UserError, match="last"):
+        load_checkpoint(last)
+
+
+def test_one_of_the_old_layout_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    old = sample(1)
+    old.recipe = "name: declip\nweights:\n  contrastive: 1.0\n"
+    folder = save_checkpoint(tmp_path, old, keep=1)
+    with pytest.raises(UserError, match=r"earlier version.*finetune\.pretrained"):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +198,6 @@ def test_one_of_the_first_version_without_a_digest_of_its_state_is_read(tmp_path
 def test_a_state_of_another_make_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     folder = save_checkpoint(tmp_path, sample(3), keep=1)
     state = json.loads((folder / checkpoints.STATE).read_text())
-    del state["digest"]
     (folder / checkpoints.STATE).write_text(json.dumps(state | change))
     with pytest.raises(UserError, match=r"state\.json is damaged"):
         load_checkpoint(folder)
@@ -194,9 +219,9 @@ def test_tensors_that_are_whole_but_none_are_refused(tmp_path: Path) -> None:
     (folder / checkpoints.WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little"))
     state = json.loads((folder / checkpoints.STATE).read_text())
     del state["digest"]
-    state["sha256"][checkpoints.WEIGHTS] = checkpoints._digest(folder / checkpoints.WEIGHTS)
-    (folder / checkpoints.STATE).write_text(json.dumps(state))
-    with pytest.raises(UserError, match="step-00000003 is not a whole checkpoint"):
+    state["sha256"][checkpoints.WEIGHTS] = sha256(folder / checkpoints.WEIGHTS)
+    (folder / checkpoints.STATE).write_text(checkpoints._with_digest(state))
+    with pytest.raises(UserError, match="step-00000003 is not a complete checkpoint"):
         load_checkpoint(folder)
 
 
@@ -256,13 +281,13 @@ class Held:
     """Lets a thread write only when told."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go, write = threading.Event(), checkpoint_writer.write_snapshot
+        self.go, write = threading.Event(), checkpoints.write_snapshot
 
         def held(*arguments: object) -> Path:
             assert self.go.wait(10)
             return write(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(checkpoint_writer, "write_snapshot", held)
+        monkeypatch.setattr(checkpoints, "write_snapshot", held)
 
 
 def test_a_snapshot_is_what_was_there_when_it_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +400,7 @@ def test_the_optimizer_goes_on_as_if_nothing_had_happened() -> None:
     half = torch.nn.Parameter(torch.ones(3))
     first, second = (torch.optim.AdamW([{"params": [half], "names": ["w"]}], lr=0.1, fused=True) for _ in range(2))
     steps(first, half, 3)
-    checkpoints.load_optimizer(second, checkpoints.optimizer_tensors(first))
+    load_moments(second, moments(first))
     steps(second, half, 3)
     assert torch.equal(whole, half)
 
@@ -391,29 +416,16 @@ def stepped(*named: tuple[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
 
 def test_moments_find_their_parameter_by_name() -> None:
     a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
-    tensors = checkpoints.optimizer_tensors(stepped(("model.a", a), ("model.b", b)))
+    tensors = moments(stepped(("model.a", a), ("model.b", b)))
     assert {"model.a.exp_avg", "model.b.exp_avg_sq", "model.b.step"} < tensors.keys()
     swapped = stepped(("model.b", b), ("model.a", a))
-    checkpoints.load_optimizer(swapped, tensors)
+    load_moments(swapped, tensors)
     assert swapped.state[a]["exp_avg"].tolist() == pytest.approx([0.1] * 3)
     assert swapped.state[b]["exp_avg"].tolist() == pytest.approx([0.2] * 3)
 
 
-@pytest.mark.parametrize(
-    "key", ["model.a.exp_avg", "model.a.exp_avg_sq", "0.exp_avg", "model.gone.exp_avg", "7.exp_avg"]
-)
+@pytest.mark.parametrize("key", ["model.a.exp_avg", "model.a.exp_avg_sq", "model.gone.exp_avg"])
 def test_a_moment_that_is_not_its_parameters_is_refused(key: str) -> None:
     optimizer = stepped(("model.a", torch.nn.Parameter(torch.ones(3))))
     with pytest.raises(UserError, match="--out"):
-        checkpoints.load_optimizer(optimizer, {key: torch.ones(2)})
-
-
-def test_moments_by_number_of_an_earlier_version_are_read_in_the_order_of_the_groups() -> None:
-    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
-    optimizer = stepped(("model.a", a), ("model.b", b))
-    tensors = checkpoints.optimizer_tensors(optimizer)
-    tensors |= {"model.a.exp_avg": torch.full((3,), 5.0), "model.b.exp_avg": torch.full((2,), 7.0)}
-    earlier = {key.replace("model.a", "0").replace("model.b", "1"): tensor for key, tensor in tensors.items()}
-    checkpoints.load_optimizer(optimizer, earlier)
-    assert optimizer.state[a]["exp_avg"].tolist() == [5.0] * 3
-    assert optimizer.state[b]["exp_avg"].tolist() == [7.0] * 2
+        load_moments(optimizer, {key: torch.ones(2)})

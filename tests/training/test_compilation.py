@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from conftest import TINY, WEIGHTS
 from declip.api import train
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.training import compilation
 from declip.training.compilation import compile_towers
+from declip.training.setup import plan_of
 from declip.training.trainer import Trainer
+from training.starts import recipe_for
 
 
 @pytest.fixture
@@ -28,19 +29,15 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     return counted
 
 
-def recipe_for(table: Path, **train_keys: object) -> Recipe:
-    tree = {**TINY, "name": "declip", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
-    tree["train"] = {**TINY["train"], "log_every": 1, **train_keys}
-    return Recipe.model_validate(tree)
-
-
 def tokens(model: DualEncoder, rows: int, length: int) -> torch.Tensor:
     ids = torch.ones(rows, length, dtype=torch.int64)
     ids[:, -1] = model.tokenizer.end
     return ids
 
 
-@pytest.mark.parametrize("keys", [{}, {"chunk": 3}, {"grad_checkpointing": True}, {"ema": 0.9, "length_buckets": 2}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"grad_cache_chunk": 3}, {"grad_checkpointing": True}, {"ema_decay": 0.9, "length_buckets": 2}]
+)
 def test_a_compiled_run_learns_what_a_plain_one_does(
     table: Path, tmp_path: Path, counter: CompileCounterWithBackend, keys: dict[str, object]
 ) -> None:
@@ -61,7 +58,7 @@ def test_compiled_are_whole_batches_in_training_with_few_lengths(
     model = DualEncoder.from_recipe(recipe)
     plain = copy.deepcopy(model)
     names = list(model.state_dict())
-    compile_towers(recipe, model, rows=8)
+    compile_towers(recipe, model, plan_of(recipe), rows=8)
     assert list(model.state_dict()) == names
 
     graphs = []
@@ -88,8 +85,8 @@ def test_compiled_are_whole_batches_in_training_with_few_lengths(
     ("keys", "images", "texts"),
     [
         ({}, {16}, {16}),
-        ({"chunk": 3}, {6, 4}, {6, 4}),
-        ({"chunk": 8}, {16}, {16}),
+        ({"grad_cache_chunk": 3}, {6, 4}, {6, 4}),
+        ({"grad_cache_chunk": 8}, {16}, {16}),
         ({"length_buckets": 3}, {16}, {5, 6}),
     ],
 )
@@ -98,7 +95,7 @@ def test_sizes_of_the_batches_that_training_sees(
 ) -> None:
     recipe = recipe_for(table, **keys)
     model = DualEncoder.from_recipe(recipe)
-    compile_towers(recipe, model, rows=8)
+    compile_towers(recipe, model, plan_of(recipe), rows=8)
     assert model.image_tower.forward.rows == images  # type: ignore[attr-defined]
     assert model.text_tower.forward.rows == texts  # type: ignore[attr-defined]
 

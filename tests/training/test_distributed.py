@@ -1,6 +1,7 @@
 """Many processes learn what one learns from the whole batch: losses, every gradient, batch norm, queue, in float64."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
+from declip.supervision import term
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import build_learner, whole
-from declip.training.setup import image_views
+from declip.training.parallel import build_learner, full_tensor
+from declip.training.setup import plan_of
 from declip.training.step import StepParts, training_step
 from processes import in_processes
 
@@ -41,27 +43,22 @@ def random_batch(recipe: Recipe, seed: int) -> PairBatch:
     for row, count in enumerate((1, 0, 2, 1, 0, 3, 1, 1)):  # ranks hold different numbers of masked words
         labels[row, 1 : 1 + count], masked[row, 1 : 1 + count] = texts[0, row, 1 : 1 + count], tokenizer.mask
     images = torch.randn(3, BATCH, 3, 32, 32, generator=generator, dtype=torch.float64)
-    tags = torch.arange(BATCH) + BATCH * seed
-    return PairBatch(images[: recipe.image_view_count], texts, masked, labels, tags)
+    views = {spec.name: pixels for spec, pixels in zip(plan_of(recipe).views, images, strict=False)}
+    return PairBatch(views, texts, masked, labels, torch.arange(BATCH) + BATCH * seed)
 
 
-def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
+def cropped(batch: PairBatch) -> PairBatch:
+    """Texts as long as the longest caption of this part of a batch."""
     assert batch.masked is not None
     assert batch.labels is not None
-    assert batch.sample_ids is not None
-    return PairBatch(
-        batch.images[:, start:stop],
-        batch.texts[:, start:stop],
-        batch.masked[start:stop],
-        batch.labels[start:stop],
-        batch.sample_ids[start:stop],
-    )
+    n = int((batch.texts != 0).sum(dim=2).max())
+    return replace(batch, texts=batch.texts[..., :n], masked=batch.masked[:, :n], labels=batch.labels[:, :n])
 
 
 def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> dict[str, torch.Tensor]:
     """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
-    tree = {**TINY, "weights": CASES[name], "image": {"model": TOWERS[tower], "size": 32}}
-    tree["image"]["options"] = OPTIONS.get(tower, {})
+    tree = {**TINY, "loss_weights": CASES[name], "image": {"model": TOWERS[tower], "size": 32}}
+    tree["image"]["model_kwargs"] = OPTIONS.get(tower, {})
     tree["views"] = {"image_count": 1 if name == CAPTIONS else 2}
     recipe = Recipe.model_validate({**tree, "train": {**TINY["train"], **train}})
     torch.manual_seed(0)
@@ -72,20 +69,21 @@ def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> d
     parts = StepParts(
         learner,
         build_optimizer(named, recipe.train),
-        image_views(recipe),
+        torch.zeros(3),
+        torch.ones(3),
         grad_clip_norm=1.0,
         chunk=recipe.train.grad_cache_chunk,
     )
     model.train(), objective.train()
-    meeting, found = StepSync(counts, stop=False), {}
+    sync, found = StepSync(counts, stop=False), {}
     for step in range(2):
-        share = rows(random_batch(recipe, step), meeting.offset, meeting.offset + counts[distributed.rank()])
-        for term, value in training_step(parts, share, meeting).items():
-            found[f"{term} at {step}"] = distributed.average(value.clone())
+        part = random_batch(recipe, step).rows(sync.offset, sync.offset + counts[distributed.rank()])
+        for name_, value in training_step(parts, cropped(part), sync).items():
+            found[f"{name_} at {step}"] = distributed.average(value.clone())
     assert all(parameter.grad is not None for _, parameter in named) or name == "filip"
-    found |= {f"gradient of {n}": whole(p.grad).clone() for n, p in named if p.grad is not None}
+    found |= {f"gradient of {n}": full_tensor(p.grad).clone() for n, p in named if p.grad is not None}
     for module in (model, objective):
-        found |= {n: whole(t).clone() for n, t in module.state_dict().items()}
+        found |= {n: full_tensor(t).clone() for n, t in module.state_dict().items()}
     return found
 
 
@@ -126,10 +124,11 @@ def test_ranks_learn_what_one_process_learns(alone: Any, tmp_path: Path, counts:
         compare(expected, theirs)
 
 
-def test_ranks_with_loss_matrices_in_blocks_learn_the_same(tmp_path: Path) -> None:
+def test_ranks_with_loss_matrices_in_blocks_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["slip", "defilip"]
     expected = some_recipes(names, (BATCH,), "layer norm", {})
-    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"max_logits_mb": 1e-5}):
+    monkeypatch.setattr(term, "MAX_LOGIT_BYTES", 10)
+    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {}):
         compare(expected, theirs)
 
 
@@ -137,7 +136,7 @@ def test_ranks_with_loss_matrices_in_blocks_learn_the_same(tmp_path: Path) -> No
 def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str) -> None:
     names = ["declip"]
     expected = {name: two_steps(name, tower, (BATCH,)) for name in names}
-    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), tower, {"parallel": "fsdp"}):
+    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), tower, {"strategy": "fsdp"}):
         compare(expected, theirs)
 
 
@@ -146,7 +145,7 @@ def test_activations_computed_twice_change_nothing(tmp_path: Path, tower: str) -
     expected = {"declip": two_steps("declip", tower, (BATCH,))}
     compare(expected, {"declip": two_steps("declip", tower, (BATCH,), grad_checkpointing=True)})
     for parallel_by in ("ddp", "fsdp"):
-        train = {"parallel": parallel_by, "grad_checkpointing": True}
+        train = {"strategy": parallel_by, "grad_checkpointing": True}
         (tmp_path / parallel_by).mkdir()
         for theirs in in_processes(some_recipes, 2, tmp_path / parallel_by, ["declip"], (4, 4), tower, train):
             compare(expected, theirs)
@@ -183,19 +182,19 @@ def test_batch_norm_of_each_rank_alone_is_a_choice_that_learns_otherwise(tmp_pat
 def test_chunks_give_every_gradient_of_the_whole_batch(chunk: int) -> None:
     names = list(CASES)
     expected = some_recipes(names, (BATCH,), "layer norm", {})
-    compare(expected, some_recipes(names, (BATCH,), "layer norm", {"chunk": chunk}))
+    compare(expected, some_recipes(names, (BATCH,), "layer norm", {"grad_cache_chunk": chunk}))
 
 
 def test_ranks_with_chunks_learn_the_same(tmp_path: Path) -> None:
     names = ["declip", "filip"]
     expected = some_recipes(names, (BATCH,), "layer norm", {})
-    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"chunk": 2}):
+    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"grad_cache_chunk": 2}):
         compare(expected, theirs)
 
 
 def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_only_when_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"has batch norm, .* train.allow_batchnorm_chunking=true"):
-        two_steps("clip", "batch norm", (BATCH,), chunk=3)
+        two_steps("clip", "batch norm", (BATCH,), grad_cache_chunk=3)
     seen: list[int] = []
     forward = ImageTower.forward
 
@@ -204,7 +203,7 @@ def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_only_when_allowed(monke
         return forward(self, images)
 
     monkeypatch.setattr(ImageTower, "forward", counted)
-    found = two_steps("clip", "batch norm", (BATCH,), chunk=3, allow_batchnorm_chunking=True)
+    found = two_steps("clip", "batch norm", (BATCH,), grad_cache_chunk=3, allow_batchnorm_chunking=True)
     assert seen == [3, 3, 2] * 4, "two passes in each of two steps"
     counts = [int(value) for name, value in found.items() if name.endswith("num_batches_tracked")]
     assert set(counts) == {6}, "the first pass leaves the running statistics alone"
@@ -214,4 +213,4 @@ def test_dropout_draws_the_same_in_both_passes(monkeypatch: pytest.MonkeyPatch) 
     options = {"patch_size": 8, "embed_dim": 64, "depth": 1, "proj_drop_rate": 0.5}
     monkeypatch.setitem(OPTIONS, "layer norm", options)
     expected = {"declip": two_steps("declip", "layer norm", (BATCH,))}
-    compare(expected, {"declip": two_steps("declip", "layer norm", (BATCH,), chunk=BATCH)})
+    compare(expected, {"declip": two_steps("declip", "layer norm", (BATCH,), grad_cache_chunk=BATCH)})

@@ -14,7 +14,7 @@ from conftest import TINY, WEIGHTS
 from declip.api import train
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import list_checkpoints, load_checkpoint, optimizer_tensors, save_checkpoint
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import HostGroup
@@ -49,15 +49,15 @@ def trained(keys: dict[str, Any], folder: str, resume: bool = False, **train_key
 def stopped(keys: dict[str, Any], folder: str, at: int, by: int, **train_keys: Any) -> tuple[int, bool]:
     """A run in which one rank is asked to stop before it comes to a step."""
     trainer = Trainer(of(keys, **train_keys), Path(folder), quiet=True)
-    meet = trainer.council.meet
+    meet = trainer.hosts.sync_step
 
     def ask(step: int, *rest: Any) -> Any:
         if step == at and distributed.rank() == by:
             os.kill(os.getpid(), signal.SIGTERM)
-            rest = (rest[0], trainer.stop_asked, rest[2])
+            rest = (rest[0], trainer.stop.asked, rest[2])
         return meet(step, *rest)
 
-    trainer.council.meet = ask  # type: ignore[method-assign]
+    trainer.hosts.sync_step = ask  # type: ignore[method-assign]
     run = trainer.train()
     assert run.finished or run.status == 75
     return run.step, run.finished
@@ -79,7 +79,9 @@ def test_two_processes_make_one_run(recipe: dict[str, Any], tmp_path: Path) -> N
     assert two == pytest.approx(one, rel=1e-3)
     assert (tmp_path / "one/skipped.json").read_text() == (tmp_path / "two/skipped.json").read_text()
     first, second = end_of(tmp_path / "one"), end_of(tmp_path / "two")
-    assert torch.equal(first["objective.queue.tags"], second["objective.queue.tags"])
+    assert torch.equal(
+        first["objective.terms.nearest_neighbor.queue.tags"], second["objective.terms.nearest_neighbor.queue.tags"]
+    )
     assert len(list_checkpoints(tmp_path / "two")) == 2
 
 
@@ -87,7 +89,7 @@ def test_two_processes_make_one_run(recipe: dict[str, Any], tmp_path: Path) -> N
 def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(
     recipe: dict[str, Any], tmp_path: Path, by: str
 ) -> None:
-    keys = {"parallel": by, "checkpoint_every": 100}
+    keys = {"strategy": by, "checkpoint_every": 100}
     in_processes(_with(trained, keys), 2, tmp_path / "a", recipe, str(tmp_path / "whole"))
     parts = str(tmp_path / "parts")
     assert in_processes(_with(stopped, keys), 2, tmp_path / "b", recipe, parts, 3, 1) == [(4, False)] * 2
@@ -98,7 +100,7 @@ def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(
     assert totals(tmp_path / "whole") == totals(tmp_path / "parts")
 
 
-DROPOUT = {"image": {**TINY["image"], "model_kwargs": {**TINY["image"]["options"], "pos_drop_rate": 0.5}}}
+DROPOUT = {"image": {**TINY["image"], "model_kwargs": {**TINY["image"]["model_kwargs"], "pos_drop_rate": 0.5}}}
 
 
 def drawn(keys: dict[str, Any], folder: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,12 +139,14 @@ def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(
     recipe: dict[str, Any], tmp_path: Path, by: str, ranks: int, then: int
 ) -> None:
     train(of(recipe), out=tmp_path / "one", quiet=True, report=False)
-    parts, keys = tmp_path / "parts", {"parallel": by, "checkpoint_every": 100}
+    parts, keys = tmp_path / "parts", {"strategy": by, "checkpoint_every": 100}
     in_processes(_with(stopped, keys), ranks, tmp_path / "a", recipe, str(parts), 3, 0)
     assert in_processes(_with(trained, keys), then, tmp_path / "b", recipe, str(parts), True) == [(8, True)] * then
     assert totals(parts) == pytest.approx(totals(tmp_path / "one"), rel=1e-3)
     resumed, one = end_of(parts), end_of(tmp_path / "one")
-    assert torch.equal(resumed["objective.queue.tags"], one["objective.queue.tags"])
+    assert torch.equal(
+        resumed["objective.terms.nearest_neighbor.queue.tags"], one["objective.terms.nearest_neighbor.queue.tags"]
+    )
     moments = {name for name in one if name.startswith("optimizer.")}
     assert moments == {name for name in resumed if name.startswith("optimizer.")}
     assert "optimizer.model.logit_scale.exp_avg" in moments
@@ -152,40 +156,16 @@ def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(
         torch.testing.assert_close(resumed[name], one[name], rtol=0, atol=0.02 * scale + floor, msg=name)
 
 
-@pytest.mark.parametrize(("by", "ranks", "reads"), [("fsdp", 1, True), ("fsdp", 2, False), ("ddp", 2, True)])
-def test_moments_by_number_are_read_where_their_order_is_certain(
-    recipe: dict[str, Any], tmp_path: Path, by: str, ranks: int, reads: bool
-) -> None:
-    trainer = Trainer(of(recipe, strategy=by, steps=2), tmp_path, quiet=True)
-    run = trainer.train()
-    found = load_checkpoint(list_checkpoints(run.folder)[-1])
-    named = dict(found.training)
-    numbers = {name: str(n) for n, name in enumerate(n for g in trainer.optimizer.param_groups for n in g["names"])}
-    for key in [key for key in named if key.startswith("optimizer.")]:
-        name, moment = key.removeprefix("optimizer.").rsplit(".", 1)
-        found.training[f"optimizer.{numbers[name]}.{moment}"] = found.training.pop(key)
-    found.extra["ranks"] = ranks
-    save_checkpoint(run.folder, found, keep=1)
-    if reads:
-        again = Trainer(of(recipe, strategy=by, steps=2), tmp_path, resume=True, quiet=True)
-        moments = optimizer_tensors(again.optimizer)
-        assert all(torch.equal(tensor, named[f"optimizer.{name}"]) for name, tensor in moments.items())
-        assert len(moments) == len(numbers) * 3
-    else:
-        with pytest.raises(UserError, match="Resume it on 2 processes"):
-            Trainer(of(recipe, strategy=by, steps=2), tmp_path, resume=True, quiet=True)
-
-
 def absent(patience: float, way: str) -> str:
     """Rank 1 sleeps or dies where it should come to step 3."""
-    council = HostGroup(patience)
+    hosts = HostGroup(patience)
     try:
         for step in range(4):
             if step == 3 and distributed.rank() == 1:
                 if way == "dies":
                     os._exit(0)
                 time.sleep(3 * patience)
-            council.meet(step, 4, stop=False)
+            hosts.sync_step(step, 4, stop=False)
     except UserError as error:
         return str(error)
     return "came"
@@ -193,12 +173,10 @@ def absent(patience: float, way: str) -> str:
 
 @pytest.mark.parametrize("way", ["sleeps", "dies"])
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path, way: str) -> None:
-    began = time.monotonic()
     told = in_processes(absent, 2, tmp_path, 2.0, way)[0]
     assert "missing: rank 1 on " in told
     assert "last at step 2" in told
     assert "--resume" in told
-    assert time.monotonic() - began < 60
 
 
 def died(keys: dict[str, Any], folder: str) -> str:

@@ -1,12 +1,17 @@
+"""AdamW's groups and step, and the schedule of the learning rate."""
+
+import numpy as np
+import pytest
 import torch
 
 from conftest import TINY, WEIGHTS
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import Recipe, Train
 from declip.supervision.objective import Objective
-from declip.training.optimizer import build_optimizer, decays, named_trainable
+from declip.training.optimizer import build_optimizer, decays, learning_rate, named_trainable
+from golden_cases import require_file
 
-UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "late_scale", "pos_embed", "positional", "cls_token")
+UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "pos_embed", "positional", "cls_token")
 
 
 def parts(name: str = "defilip") -> tuple[DualEncoder, Objective, Recipe]:
@@ -42,3 +47,24 @@ def test_one_step_equals_adamw_by_hand() -> None:
     optimizer.step()
     decayed = torch.tensor([[1.0, -2.0]]) * (1 - 0.01 * 0.1)
     torch.testing.assert_close(weight.data, decayed - 0.01 * torch.tensor([[1.0, -1.0]]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.golden
+def test_the_schedule_equals_the_official_one() -> None:
+    """Their iterations count from 1 and their configuration runs 128,001 of them."""
+    cases = np.load(require_file("loss_cases.npz"))
+    train = Train(steps=128001, warmup_lr=1e-4, lr=1e-3, warmup_steps=2500)
+    ours = [learning_rate(int(iteration) - 1, train) for iteration in cases["lr_schedule/iter"]]
+    np.testing.assert_allclose(ours, cases["lr_schedule/lr"], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 10, 50, 100])
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_minimum(warmup: int) -> None:
+    train = Train(steps=50, warmup_lr=1e-4, lr=1e-3, min_lr=1e-5, warmup_steps=warmup)
+    rates = [learning_rate(step, train) for step in range(50)]
+    top = max(min(warmup, 50) - 1, 0)
+    assert np.all(np.diff(rates[: top + 1]) > 0)
+    assert np.all(np.diff(rates[top:]) < 0)
+    assert max(rates) <= 1e-3
+    assert warmup < 2 or (rates[0], rates[top]) == pytest.approx((1e-4, 1e-3))
+    assert warmup >= 50 or rates[-1] == pytest.approx(1e-5)

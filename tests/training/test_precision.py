@@ -8,9 +8,10 @@ import torch
 
 from conftest import TINY
 from declip.api import train
+from declip.models import device as devices
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.training import precision
+from declip.training import setup
 
 CPU = torch.device("cpu")
 
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def bf16(monkeypatch: pytest.MonkeyPatch):
     """Make the device one that computes in bfloat16, or one that does not."""
-    return lambda can: monkeypatch.setattr(precision, "computes_bf16", lambda device: can)
+    return lambda can: monkeypatch.setattr(setup, "computes_bf16", lambda device: can)
 
 
 @pytest.mark.parametrize(
@@ -27,17 +28,17 @@ def bf16(monkeypatch: pytest.MonkeyPatch):
 )
 def test_auto_takes_what_the_device_can(bf16, tmp_path: Path, asked: str, can: bool, taken: str) -> None:
     bf16(can)
-    recipe = load_recipe("declip-demo", {"train.precision": asked})
-    assert precision.resolve_precision(recipe, CPU, tmp_path, resume=False).train.precision == taken
+    recipe = load_recipe("demo-declip", {"train.precision": asked})
+    assert setup.resolve_precision(recipe, CPU, tmp_path, resume=False).train.precision == taken
 
 
 @pytest.mark.parametrize("can", [False, True])
 def test_the_device_is_asked_and_not_its_name(monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: can, raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: can or including_emulation)
-    assert precision.computes_bf16(CPU) is can
-    assert precision.computes_bf16(torch.device("cuda")) is can
-    assert not precision.computes_bf16(torch.device("meta"))
+    assert devices.computes_bf16(CPU) is can
+    assert devices.computes_bf16(torch.device("cuda")) is can
+    assert not devices.computes_bf16(torch.device("meta"))
 
 
 def test_a_run_keeps_its_precision_on_another_device(bf16, table: Path, tmp_path: Path, caplog) -> None:
@@ -54,5 +55,5 @@ def test_a_run_keeps_its_precision_on_another_device(bf16, table: Path, tmp_path
 
 
 def test_shipped_recipes_leave_it_to_the_device() -> None:
-    for name in ("declip-demo", "declip", "clip", "declip-yfcc15m-vitb32", "finetune"):
+    for name in ("demo-declip", "declip", "clip", "declip-yfcc15m-vitb32", "finetune"):
         assert load_recipe(name).train.precision == "auto"

@@ -7,13 +7,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import TINY, WEIGHTS
 from declip.cli.app import app
 from declip.errors import UserError
-from declip.recipe.schema import Recipe
 from declip.training import profile as profiling
-from declip.training.clock import Clock
-from declip.training.profile import Profile, profile
+from declip.training.profile import Clock, Profile, profile
+from training.starts import recipe_for
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +19,6 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "WARM", 1)
     monkeypatch.setattr(profiling, "TIMED", 2)
     monkeypatch.setattr(profiling, "TRACED", 1)
-
-
-def recipe_for(table: Path, **train_keys: object) -> Recipe:
-    tree = {**TINY, "name": "declip", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
-    tree["train"] = {**TINY["train"], **train_keys}
-    return Recipe.model_validate(tree)
 
 
 def test_a_clock_gives_inner_time_to_the_inner_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,13 +32,13 @@ def test_a_clock_gives_inner_time_to_the_inner_part(monkeypatch: pytest.MonkeyPa
     assert clock.seconds == {"text tower": 3.0, "terms": 7.0 + 1.0}
 
 
-@pytest.mark.parametrize("keys", [{}, {"chunk": 3}])
+@pytest.mark.parametrize("keys", [{}, {"grad_cache_chunk": 3}])
 def test_the_parts_of_a_step_are_told_apart_and_add_up(
     table: Path, tmp_path: Path, keys: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = profile(recipe_for(table, **keys), out=tmp_path, quiet=True)
     losses = {"terms and backward"} if keys else {"terms", "backward"}
-    assert set(found.seconds) == {"data", "meeting", "views", "image tower", "text tower", "optimizer"} | losses
+    assert set(found.seconds) == {"data", "sync", "views", "image tower", "text tower", "optimizer"} | losses
     assert all(seconds > 0 for seconds in found.seconds.values())
     assert sum(found.seconds.values()) <= found.step_seconds
     assert found.samples_per_second == pytest.approx(8 / found.step_seconds)
@@ -69,7 +61,7 @@ def test_operations_are_those_of_the_matrix_products(table: Path, tmp_path: Path
 
 
 def test_what_is_said_about_the_loader(tmp_path: Path) -> None:
-    seconds = {"data": 0.5, "meeting": 0.0, "views": 0.1, "terms": 0.4}
+    seconds = {"data": 0.5, "sync": 0.0, "views": 0.1, "terms": 0.4}
     starved = Profile(
         "name", "CPU", 8, 2, seconds, 1.0, None, 10**9, 0, workers_needed=1, free_cores=1, folder=tmp_path
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import declip
-from conftest import TINY, WEIGHTS
+from conftest import WEIGHTS
 from declip.api import train
 from declip.comparison.outcome import scores
 from declip.data.images import photometric
@@ -20,34 +20,12 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
 from declip.supervision.objective import Objective
-from declip.training import measuring
-from declip.training import supply as supply_module
 from declip.training import trainer as trainer_module
-from declip.training.monitor import CLOCK, read_rows
+from declip.training import watchdogs
 from declip.training.stopping import TRY_AGAIN
-from declip.training.supply import ThroughputMonitor
 from declip.training.trainer import Trainer
-
-
-def recipe_for(table: Path, name: str = "declip", **train_keys: object) -> Recipe:
-    tree = {**TINY, "name": name, "data": {"source": str(table)}, "loss_weights": WEIGHTS[name]}
-    tree["train"] = {**TINY["train"], **train_keys}
-    return Recipe.model_validate(tree)
-
-
-def same_end(one: Path, other: Path) -> None:
-    """Weights, heads, queue, moments, random states and metrics of two runs are equal bit for bit."""
-    first, second = (load_checkpoint(list_checkpoints(folder)[-1]) for folder in (one, other))
-    assert first.step == second.step
-    for mine, theirs in ((first.weights, second.weights), (first.training, second.training)):
-        assert mine.keys() == theirs.keys()
-        for key in mine:
-            assert torch.equal(mine[key], theirs[key]), key
-    rows = [
-        [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(f / "metrics.jsonl")]
-        for f in (one, other)
-    ]
-    assert rows[0] == rows[1]
+from declip.training.watchdogs import ThroughputMonitor
+from training.starts import recipe_for, same_end, stop_at
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -61,35 +39,25 @@ def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str
     assert (tmp_path / "report.html").is_file()
 
 
-@pytest.mark.parametrize("name", ["clip", "defilip"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("name", "workers"), [("clip", 1), ("defilip", 0)])
 def test_a_resumed_run_equals_one_never_interrupted(table: Path, tmp_path: Path, name: str, workers: int) -> None:
     recipe = with_workers(recipe_for(table, name, ema_decay=0.9), workers)
     train(recipe, out=tmp_path / "whole", quiet=True)
-
-    stopped = Trainer(recipe, tmp_path / "parts", quiet=True)
-    save = stopped.save
-
-    def save_and_stop() -> Path:
-        stopped.stop_asked = True
-        return save()
-
-    stopped.save = save_and_stop  # type: ignore[method-assign]
-    assert not stopped.train().finished
+    stop_at(recipe, tmp_path / "parts", 4)
     assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True).finished
     same_end(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_measuring_on_the_way_changes_nothing_that_dropout_draws(table: Path, tmp_path: Path) -> None:
     tree = recipe_for(table, "clip", log_every=1).model_dump()
-    tree["image"]["options"]["pos_drop_rate"] = 0.5
+    tree["image"]["model_kwargs"]["pos_drop_rate"] = 0.5
     tree["evaluation"]["retrieval"] = [str(table)]
     runs = []
     for every in (0, 2):
         tree["train"]["evaluate_every"] = every
         runs.append(train(Recipe.model_validate(tree), out=tmp_path / str(every), quiet=True, report=False))
     assert len(runs[1].evaluations) > len(runs[0].evaluations) > 0
-    assert [row["total"] for row in runs[0].metrics] == [row["total"] for row in runs[1].metrics]
+    assert [row["loss"] for row in runs[0].metrics] == [row["loss"] for row in runs[1].metrics]
 
 
 @pytest.mark.slow
@@ -187,14 +155,9 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_helps(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(recipe_for(table, checkpoint_every=2, log_every=1), tmp_path, quiet=True)
-    total = trainer.objective.total
-
-    def poisoned(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return (
-            total({**terms, "contrastive": terms["contrastive"] * float("nan")}) if trainer.step == 5 else total(terms)
-        )
-
-    monkeypatch.setattr(trainer.objective, "total", poisoned)
+    term = trainer.objective.terms["contrastive"]
+    loss = term.loss
+    monkeypatch.setattr(term, "loss", lambda *rows: loss(*rows) * (float("nan") if trainer.step == 5 else 1.0))
     with pytest.raises(UserError) as caught:
         trainer.train()
     message = str(caught.value)
@@ -218,30 +181,15 @@ def test_another_recipes_run_is_not_resumed(table: Path, tmp_path: Path) -> None
     assert (tmp_path / "metrics.jsonl").read_text() == rows
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 2, "pa\n', b"\0" * 40, b"\xff\xfe{}\n", b"17\n", b"[" * 100_000 + b"\n"])
-@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
-def test_a_damaged_line_is_dropped_with_a_warning_and_blocks_no_resume(
-    table: Path, tmp_path: Path, damage: bytes, name: str
-) -> None:
-    trainer = Trainer(recipe_for(table, "clip"), tmp_path, quiet=True)
-    trainer._ask_to_stop(signal.SIGTERM)
-    trainer.train()
-    path = tmp_path / name
-    good = path.read_bytes() if path.exists() else b""
-    path.write_bytes(b'{"step": 1}\n' + damage + b"\n" + good)
+def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table: Path, tmp_path: Path) -> None:
+    stop_at(recipe_for(table, "clip"), tmp_path, 1)
+    bad = [b'{"step": 2, "pa', b"\0" * 40, b"\xff\xfe{}", b"17", b"[" * 100_000, b'{"step": 1, "lo']
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (tmp_path / name).write_bytes(b"\n".join([b'{"step": 1}', *bad]))
     train(recipe_for(table, "clip"), out=tmp_path, resume=True, quiet=True, report=False)
-    steps = [row["step"] for row in read_rows(tmp_path / name)]
-    assert steps == ([1, 2, 4, 6, 8] if name == "metrics.jsonl" else [1])
-    assert f"damaged lines of {path}: 1, the first at line 2" in (tmp_path / "log.txt").read_text()
-
-
-def test_a_last_line_cut_short_is_dropped_with_a_warning(table: Path, tmp_path: Path) -> None:
-    train(recipe_for(table, "clip"), out=tmp_path, quiet=True, report=False)
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-9])
-    run = train(recipe_for(table, "clip"), out=tmp_path, resume=True, quiet=True, report=False)
-    assert [row["step"] for row in run.metrics] == [2, 4, 6]
-    assert "damaged lines" in (tmp_path / "log.txt").read_text()
+    for name, steps in (("metrics.jsonl", [1, 2, 4, 6, 8]), ("evaluations.jsonl", [1])):
+        assert [row["step"] for row in read_rows(tmp_path / name)] == steps
+        assert f"{tmp_path / name}: 6, the first at line 2" in (tmp_path / "log.txt").read_text()
 
 
 def test_every_file_of_a_run_and_its_exports_has_the_permissions_of_the_umask(table: Path, tmp_path: Path) -> None:
@@ -274,28 +222,19 @@ def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(ta
     assert Trainer(recipe, tmp_path, resume=True, quiet=True).step > 0
 
 
-def test_a_folder_that_cannot_be_written_is_named(table: Path, tmp_path: Path) -> None:
+def test_wrong_runs_are_refused_before_anything_is_made(table: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="Cannot write into the run folder"):
-        train(recipe_for(table), out=tmp_path / "file" / "run", quiet=True)
-
-
-def test_a_source_smaller_than_a_batch_is_named(table: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="24"):
-        train(recipe_for(table, batch_size=64), out=tmp_path, quiet=True)
-
-
-def test_an_unknown_device_is_named(table: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train\.device"):
-        train(recipe_for(table, device="cuda:7"), out=tmp_path, quiet=True)
-
-
-def test_a_size_that_the_tower_cannot_take_is_said_before_anything_is_made(table: Path, tmp_path: Path) -> None:
-    tree = recipe_for(table).model_dump()
-    tree["image"] |= {"name": "convnext_atto", "size": 16, "options": {}}  # its last grid would be half a cell
-    with pytest.raises(UserError, match=r"'convnext_atto' does not take images of 16 × 16 pixels.*image\.size"):
-        train(Recipe.model_validate(tree), out=tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()
+    small = recipe_for(table).model_dump()
+    small["image"] |= {"model": "convnext_atto", "size": 16, "model_kwargs": {}}  # its last grid would be half a cell
+    for recipe, folder, message in (
+        (recipe_for(table), "file/run", "Cannot write into the run folder"),
+        (recipe_for(table, batch_size=64), "run", "24"),
+        (recipe_for(table, device="cuda:7"), "run", r"train\.device"),
+        (Recipe.model_validate(small), "run", r"'convnext_atto'.*16 × 16.*image\.size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(recipe, out=tmp_path / folder, quiet=True)
+        assert not (tmp_path / "run").exists()
 
 
 def test_broken_pairs_are_counted_and_too_many_stop_the_run(table: Path, tmp_path: Path) -> None:
@@ -325,12 +264,12 @@ def test_measuring_that_a_crash_cut_short_is_done_again_and_only_once(
         raise RuntimeError("crash")
 
     with monkeypatch.context() as broken:
-        broken.setattr(measuring, "evaluate_all", crash)
+        broken.setattr(trainer_module, "evaluate_all", crash)
         with pytest.raises(RuntimeError, match="crash"):
             train(recipe, out=tmp_path, quiet=True)
     for _ in range(2):
         run = train(recipe, out=tmp_path, resume=True, quiet=True)
-        assert [(row["step"], row["protocol"]) for row in run.evaluations] == [(8, "retrieval")]
+        assert [(row["step"], row["task"]) for row in run.evaluations] == [(8, "retrieval")]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
@@ -363,7 +302,7 @@ def test_a_bad_step_may_be_left_out_and_changes_nothing(
     assert third.extra["bad_steps"] == [2]
     assert "1 of at most 1" in (tmp_path / "log.txt").read_text()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
-    assert [row["step"] for row in rows if row["total"] is None] == [3]
+    assert [row["step"] for row in rows if row["loss"] is None] == [3]
     assert train(recipe, out=tmp_path, resume=True, quiet=True).report.is_file()
 
 
@@ -407,7 +346,7 @@ def test_workers_added_on_the_way_change_nothing(
     """auto: the loader is started anew with as many workers as the waiting asks for, and processors are free."""
 
     def starved(supply: ThroughputMonitor) -> bool:
-        supply.needed, supply.share = 3, 0.5
+        supply.needed, supply.fraction = 3, 0.5
         return True
 
     recipe = recipe_for(table)
@@ -425,14 +364,14 @@ def test_workers_added_on_the_way_change_nothing(
 def test_a_loader_that_starves_the_steps_is_named_once(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(supply_module, "LEAST_STEPS", 1)
-    monkeypatch.setattr(supply_module, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(supply_module, "STARVED", -1.0)
+    monkeypatch.setattr(watchdogs, "LEAST_STEPS", 1)
+    monkeypatch.setattr(watchdogs, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(watchdogs, "STARVED", -1.0)
     monkeypatch.setattr(trainer_module, "free_cores", lambda training: 1)
-    trainer = Trainer(recipe_for(table), tmp_path, quiet=True)
+    trainer = Trainer(with_workers(recipe_for(table), 0), tmp_path, quiet=True)
     trainer.train()
     assert trainer.workers == 0
-    assert caplog.text.count("data.workers=1 would keep up (now none") == 1
+    assert caplog.text.count("data.workers=1 would keep up") == 1
 
 
 def with_workers(recipe: Recipe, workers: int | str) -> Recipe:
@@ -453,7 +392,7 @@ def test_held_out_sets_of_the_same_file_name_stay_two_and_are_measured_once(tabl
     tree = {**recipe_for(table, "clip", steps=4).model_dump(), "evaluation": {"retrieval": names}}
     recipe = Recipe.model_validate(tree)
     run = train(recipe, out=tmp_path / "run", quiet=True)
-    assert {row["on"]: row["images"] for row in run.results} == {names[0]: 8, names[1]: 24}
+    assert {row["dataset"]: row["images"] for row in run.results} == {names[0]: 8, names[1]: 24}
     assert len(scores(run.results)) == 2
     page = run.report.read_text(encoding="utf-8")
     assert "<td>coco/test.jsonl</td>" in page
@@ -462,3 +401,29 @@ def test_held_out_sets_of_the_same_file_name_stay_two_and_are_measured_once(tabl
     shutil.copy(names[1], names[0])  # what is measured again now shows
     again = train(recipe, out=tmp_path / "run", resume=True, quiet=True)
     assert [row["images"] for row in again.evaluations] == [8, 24]
+
+
+def test_more_steps_are_allowed_in_the_warmup_and_else_the_way_to_train_longer_is_named(
+    table: Path, tmp_path: Path
+) -> None:
+    keys = {"warmup_steps": 4, "checkpoint_every": 100}
+    short, longer = (recipe_for(table, "clip", steps=steps, **keys) for steps in (6, 12))
+    for done, run in ((3, tmp_path / "a"), (5, tmp_path / "b")):
+        stop_at(short, run, done)
+    train(longer, out=tmp_path / "a", resume=True, quiet=True, report=False)
+    train(longer, out=tmp_path / "whole", quiet=True, report=False)
+    same_end(tmp_path / "a", tmp_path / "whole")
+    with pytest.raises(UserError, match=r"finetune\.pretrained='.*b'.*--out.*train\.steps=6"):
+        train(longer, out=tmp_path / "b", resume=True, quiet=True)
+    assert train(short, out=tmp_path / "b", resume=True, quiet=True, report=False).finished
+
+
+def test_the_last_checkpoint_is_a_model(table: Path, tmp_path: Path) -> None:
+    train(recipe_for(table, "clip"), out=tmp_path, quiet=True, report=False)
+    last = tmp_path / "checkpoints" / "last"
+    expected = declip.load(list_checkpoints(tmp_path)[-1]).state_dict()  # type: ignore[attr-defined]
+    found = declip.load(last).state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    last.unlink()
+    last.write_text("step-00000004\n")
+    assert declip.export(last, "safetensors", tmp_path / "out").folder.is_dir()

@@ -1,42 +1,59 @@
-"""The commands ``declip embed``, ``declip search`` and ``declip index``: they parse words and call the API."""
+"""The commands ``declip embed``, ``search`` and ``index``. Wrong paths are answered before torch loads."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from declip.cli.options import (
+    BatchSize,
+    CaptionColumn,
+    Device,
+    ImageColumn,
+    ImageRoot,
+    JsonOut,
+    Quiet,
+    check_model,
+    check_source,
+    console,
+    expand,
+    say,
+)
 from declip.errors import UserError
 
-index = typer.Typer(help="Look after an index of pictures.", no_args_is_help=True)
-console = Console()
+index = typer.Typer(help="Look after an index of images.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Argument(metavar="INDEX", help="a folder that `declip embed` wrote")]
+Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder that `declip embed` wrote")]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="as `declip search` shows them")]
+Readers = Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")]
+ModelNow = Annotated[str | None, typer.Option(help="where the model that made the index is now")]
 
 
 def embed(
     model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
     source: Annotated[str, typer.Argument(help="a folder of images, a table, tar shards, or builtin:NAME")],
-    out: Annotated[Path, typer.Option(help="the folder of the index")],
+    out: Annotated[Path, typer.Option(parser=expand, metavar="DIR", help="the folder of the index")],
     captions: Annotated[bool, typer.Option("--captions", help="also store vectors of the captions")] = False,
-    dtype: Annotated[str, typer.Option(help="of the stored numbers: float16 or float32")] = "float16",
-    precision: Annotated[str, typer.Option(help="of the model: fp32 or bf16")] = "fp32",
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="precision of the model")] = "fp32",
     approximate: Annotated[
         bool | None,
         typer.Option(help="make an approximate index (needs faiss); by default beyond a million images"),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="images a pass")] = 256,
-    workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 0,
-    image_column: Annotated[str, typer.Option(help="a table's column of images")] = "image",
-    caption_column: Annotated[str, typer.Option(help="a table's column of captions; '' for none")] = "caption",
-    image_root: Annotated[str | None, typer.Option(help="folder that image paths are relative to")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress shown")] = False,
+    batch_size: BatchSize = 256,
+    workers: Readers = 0,
+    image_column: ImageColumn = "image",
+    caption_column: CaptionColumn = "caption",
+    image_root: ImageRoot = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
-    """Write the vectors of a source's images to an index. The same command later goes on, or adds what is new."""
+    """Write the vectors of a source's images to an index. The same command continues, or adds what is new."""
+    check_model(model)
+    check_source(source, "SOURCE")
     from declip.search.embed import embed as run_embedding
 
     try:
@@ -45,10 +62,10 @@ def embed(
             source,
             out=out,
             captions=captions,
-            dtype=cast(Any, dtype),  # told apart where it is used
-            precision=cast(Any, precision),
+            dtype=dtype,
+            precision=precision,
             approximate=approximate,
-            batch=batch,
+            batch_size=batch_size,
             workers=workers,
             image_column=image_column,
             caption_column=caption_column,
@@ -57,124 +74,138 @@ def embed(
             progress=not quiet,
         )
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. The parts written so far are kept; the same command goes on.")
+        Console(stderr=True).print("Stopped. The parts written so far are kept; the same command continues.")
         raise typer.Exit(130) from None
-    _say(f"Ready: {out}: {made.summary()}")
+    say(f"Ready: {out}: {made.summary()}")
 
 
 def search(
     folder: Folder,
-    text: Annotated[str | None, typer.Argument(help="what to look for")] = None,
-    image: Annotated[Path | None, typer.Option(help="a picture to search with, alone or with the text")] = None,
-    weights: Annotated[str, typer.Option(help="of text and picture, where both are given")] = "1,1",
-    k: Annotated[int, typer.Option("-k", "--k", help="images to show")] = 10,
-    over: Annotated[str, typer.Option(help="compare with images, or with captions where they have vectors")] = "images",
+    text: Annotated[str | None, typer.Argument(help="text to search for")] = None,
+    image: Annotated[
+        Path | None, typer.Option(parser=expand, metavar="FILE", help="image to search for, alone or with the text")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="weights of text and image, where both are given")] = "1,1",
+    k: Annotated[int, typer.Option("-k", "--k", min=1, max=10_000, help="number of results")] = 10,
+    over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to compare with")] = "images",
     template: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="don't use the approximate index")] = False,
-    model: Annotated[str | None, typer.Option(help="where the model that made the index is now")] = None,
+    model: ModelNow = None,
     source: Annotated[str | None, typer.Option(help="where the images are now, for --contact-sheet")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    sheet_out: Annotated[Path | None, typer.Option("--contact-sheet", help="also write a contact sheet, PNG")] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="also write what was found to this file")] = None,
+    device: Device = "auto",
+    sheet_out: Annotated[
+        Path | None,
+        typer.Option("--contact-sheet", parser=expand, metavar="FILE", help="also write a contact sheet, PNG"),
+    ] = None,
+    json_out: JsonOut = None,
 ) -> None:
-    """Find images in an index by a text, a picture, or both."""
+    """Find images in an index by a text, an image, or both."""
     import json
 
-    from declip.data.pair import printable
-    from declip.reports.inspection_output import check_writable, saved
+    from declip.io.atomic import atomic_write
+    from declip.io.text import shown
+
+    _check_search(folder, text, image, model, source, (sheet_out, json_out))
+    both = _two_numbers(weights)
     from declip.search.index import Index
 
-    check_writable((sheet_out, json_out))
     opened = Index.open(folder, model=model, source=source, device=device)
-    both = _two_numbers(weights)
-    hits = opened.search(text, image, weights=both, template=template, k=k, over=cast(Any, over), exact=exact or None)
+    hits = opened.search(text, image, weights=both, template=template, k=k, over=over, exact=exact or None)
     table = Table("", "cosine", "image", "caption", box=None, header_style="dim")
     for number, hit in enumerate(hits, 1):
-        table.add_row(
-            str(number), f"{hit.score:.3f}", escape(printable(hit.key)), escape(printable("; ".join(hit.captions[:2])))
-        )
+        cells = (hit.key, "; ".join(hit.captions[:2]))
+        table.add_row(str(number), f"{hit.score:.3f}", *(escape(shown(cell, len(cell))) for cell in cells))
     console.print(table)
     if json_out is not None:
-        asked = {"index": str(folder), "text": text, "image": None if image is None else str(image), "weights": both}
-        found = json.dumps({**asked, "over": over, "hits": [hit.to_dict() for hit in hits]}, indent=1)
-        with saved(json_out) as target:
-            target.write_text(found + "\n", encoding="utf-8")
-        _say(f"Written: {json_out}")
+        query = {"index": str(folder), "text": text, "image": None if image is None else str(image), "weights": both}
+        result = json.dumps({**query, "over": over, "hits": [hit.to_dict() for hit in hits]}, indent=1)
+        with atomic_write(json_out, "choose another file with --json") as target:
+            target.write_text(result + "\n", encoding="utf-8")
+        say(f"Written: {json_out}")
     if sheet_out is not None:
-        _write_sheet(opened, hits, text, image, sheet_out)
+        from declip.data.images.decode import decode
+        from declip.reports.sheets import search_sheet
 
-
-def _write_sheet(opened: Any, hits: Any, text: str | None, image: Path | None, path: Path) -> None:
-    from declip.data.images.decode import decode
-    from declip.reports.inspection_output import saved
-    from declip.reports.search_sheet import sheet
-
-    picture = None if image is None else decode(image, str(image))
-    title = text or f"like {image.name if image else ''}"
-    drawn = sheet(opened, hits, title, picture)
-    with saved(path) as target:
-        drawn.save(target, "PNG")
-    _say(f"Written: {path}")
+        given = None if image is None else decode(image, str(image))
+        drawn = search_sheet(opened, hits, text or f"like {image.name if image else ''}", given)
+        with atomic_write(sheet_out, "choose another file with --contact-sheet") as target:
+            drawn.save(target, "PNG")
+        say(f"Written: {sheet_out}")
 
 
 @index.command()
 def show(folder: Folder) -> None:
-    """What is in an index, what made it, and what was left out. Looks at every part's checksum."""
-    from declip.search.index import Index
-
-    opened = Index.open(folder, check=True)
+    """Show the contents of an index, its model, and what was left out. Checks the checksum of every part."""
+    opened = _open(folder, check=True)
     made_by, source = opened.manifest.model, opened.manifest.source
-    _say(f"{folder}: {opened.summary()}")
-    _say(f"Source: {source.spec or source.name}")
-    _say(f"Model: {made_by.spec or 'a Python object'}, {made_by.precision}, fingerprint {made_by.fingerprint[:12]}")
+    say(f"{folder}: {opened.summary()}")
+    say(f"Source: {source.spec or source.name}")
+    say(f"Model: {made_by.spec or 'a Python object'}, {made_by.precision}, fingerprint {made_by.fingerprint[:12]}")
 
 
 @index.command()
 def remove(folder: Folder, keys: Keys) -> None:
-    """Take images out: no search shows them any more, and `declip embed` leaves them out."""
-    from declip.search.maintenance import remove as run
-
-    _say(f"{run(folder, keys):,} images removed.")
+    """Remove images: no search shows them any more, and `declip embed` leaves them out."""
+    say(f"{_open(folder, check=False).remove(keys):,} images removed.")
 
 
 @index.command()
 def restore(folder: Folder, keys: Keys) -> None:
     """Bring removed images back."""
-    from declip.search.maintenance import restore as run
-
-    _say(f"{run(folder, keys):,} images restored.")
+    say(f"{_open(folder, check=False).restore(keys):,} images restored.")
 
 
 @index.command()
 def compact(folder: Folder) -> None:
-    """Write an index anew without its hidden images."""
-    from declip.search.maintenance import compact as run
-
-    _say(f"{run(folder) / 1e6:,.1f} MB freed.")
+    """Write an index again without its hidden images."""
+    say(f"{_open(folder, check=False).compact() / 1e6:,.1f} MB freed.")
 
 
 @index.command()
-def approximate(
-    folder: Folder,
-    model: Annotated[str | None, typer.Option(help="where the model that made the index is now")] = None,
-) -> None:
+def approximate(folder: Folder, model: ModelNow = None) -> None:
     """Make the approximate index, or bring it up to date, and measure its recall."""
+    opened = _open(folder, model=model)
+    opened.approximate()
+    say(opened.summary())
+
+
+def _open(folder: Path, **options: Any) -> Any:
+    from declip.search.manifest import read_manifest
+
+    read_manifest(folder)
     from declip.search.index import Index
 
-    opened = Index.open(folder, model=model)
-    opened.approximate()
-    _say(opened.summary())
+    return Index.open(folder, **options)
+
+
+def _check_search(
+    folder: Path,
+    text: str | None,
+    image: Path | None,
+    model: str | None,
+    source: str | None,
+    written: tuple[Path | None, ...],
+) -> None:
+    """Refuse a search that cannot work, before torch is imported."""
+    from declip.search.manifest import read_manifest
+
+    if not ((made_by := read_manifest(folder).model.spec) or model):
+        raise UserError("The index was made by a model that was a Python object. Say where it is with --model.")
+    check_model(model or made_by)
+    if source is not None:
+        check_source(source, "--source")
+    if text is None and image is None:
+        raise UserError("There is nothing to search for. Give a text, an image (--image FILE), or both.")
+    if image is not None and not image.is_file():
+        raise UserError(f"There is no image '{image}'. Give a file with --image.")
+    for path in written:
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"'{path}' cannot be written: there is no folder '{path.parent}'. Give another file.")
 
 
 def _two_numbers(text: str) -> tuple[float, float]:
     try:
         first, second = map(float, text.split(","))
     except ValueError:
-        raise UserError(
-            f"--weights is '{text}'; give two numbers, the text's and the picture's, such as 0.7,0.3."
-        ) from None
+        raise UserError(f"--weights is '{text}'; give two numbers, of text and image, such as 0.7,0.3.") from None
     return first, second
-
-
-def _say(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)

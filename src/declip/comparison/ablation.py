@@ -1,176 +1,95 @@
-"""A recipe taken apart: which arms belong to its ladder, and how far each is from the whole."""
+"""The variants that take one recipe apart, in groups, with the numbers that the paper reports."""
 
 from dataclasses import dataclass
 
-import numpy as np
-from scipy import stats
-
-from declip.comparison.arms import RUNGS
-from declip.comparison.outcome import Outcome, scores
+from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study
-from declip.errors import UserError
+from declip.comparison.variants import BASELINE, LEFT_OUT, STEP, STEPS
 
-RUNG, LEFT_OUT, BASELINE = "ladder ", "without ", "clip, "
-"""How the names of such arms start, see `arms.py`."""
-
-PUBLISHED = (20.6, 24.8, 25.4, 27.2)
-"""ImageNet zero-shot top-1 in % after each of `RUNGS`: ResNet-50 on CC3M (Li et al. 2022, arXiv 2110.05208).
+REPORTED = (20.6, 24.8, 25.4, 27.2)
+"""ImageNet zero-shot top-1 in % after each of `STEPS`: ResNet-50 on CC3M (Li et al. 2022, arXiv 2110.05208).
 
 Second-hand: as others quote the paper, not read in the paper itself.
 """
 
 
 @dataclass(frozen=True)
-class Part:
-    """An arm and what it is called among its like."""
+class AblationPart:
+    """A variant, its label within the group, and the percentage that the paper reports for it."""
 
     label: str
-    arm: str
+    variant: str
+    reported: float | None = None
 
 
 @dataclass(frozen=True)
-class Ladder:
+class Ablation:
     """A recipe taken apart.
 
     Attributes:
-        whole: The arm that the others are parts of.
-        rungs: Terms added one after the other, the whole last.
-        left_out: The whole without one term.
-        baselines: Plain CLIP on the same towers.
-        published: % of each rung in the paper; empty when the rungs are not the paper's.
+        whole: The variant that the others are parts of.
+        groups: Parts by group, each group with the whole in it.
     """
 
     whole: str
-    rungs: tuple[Part, ...] = ()
-    left_out: tuple[Part, ...] = ()
-    baselines: tuple[Part, ...] = ()
-    published: tuple[float, ...] = ()
+    groups: dict[str, tuple[AblationPart, ...]]
 
     @property
-    def groups(self) -> list[tuple[str, tuple[Part, ...]]]:
-        """The parts under what they have in common, without empty groups and with the whole in each."""
-        whole = (Part(self.whole, self.whole),)
-        found = [
-            ("terms added", self.rungs),
-            ("term left out", (*self.left_out, *whole) if self.left_out else ()),
-            ("plain clip", (*self.baselines, *whole) if self.baselines else ()),
-        ]
-        return [(name, parts) for name, parts in found if parts]
+    def variants(self) -> list[str]:
+        """All variants, each once."""
+        return list(dict.fromkeys(part.variant for parts in self.groups.values() for part in parts))
 
     @property
-    def arms(self) -> list[str]:
-        """All arms, each once."""
-        return list(dict.fromkeys(part.arm for _, parts in self.groups for part in parts))
+    def reported(self) -> bool:
+        """Whether the steps are the paper's."""
+        return any(part.reported for parts in self.groups.values() for part in parts)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The mean of what an arm has more than another, with its interval by Student's t over paired seeds.
-
-    Attributes:
-        mean: Mean difference over the seeds that both have.
-        low, high: 95 % interval; None with one seed.
-        n: Seeds.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
-
-
-def main_arms(study: Study) -> list[str]:
-    """The arms that were named, without ladders and baselines."""
-    return [arm.name for arm in study.arms if not arm.name.startswith((RUNG, LEFT_OUT, BASELINE))]
-
-
-def baseline_of(study: Study) -> str:
-    """What the others are compared with: the arm named "clip", or the first."""
-    names = [arm.name for arm in study.arms]
-    return "clip" if "clip" in names else names[0]
-
-
-def read_ladder(study: Study) -> Ladder | None:
-    """The ladder of a study, None when no recipe was taken apart."""
-    parts = [arm for arm in study.arms if arm.name not in main_arms(study)]
-    if not parts:
+def read_ablation(study: Study) -> Ablation | None:
+    """Find the parts of the recipe that was taken apart; None when none was."""
+    made = [variant for variant in study.variants if variant.group]
+    if not made:
         return None
-    named = [study.arm(name) for name in main_arms(study)]
-    whole = next((arm.name for arm in named if arm.recipe == parts[0].recipe), study.reference)
-
-    def starting(start: str) -> tuple[Part, ...]:
-        return tuple(Part(arm.name.removeprefix(start), arm.name) for arm in parts if arm.name.startswith(start))
-
-    rungs = starting(RUNG)
-    baselines = starting(BASELINE)
-    left_out = _in_order(study, whole, rungs, starting(LEFT_OUT))
-    if rungs:
-        added = [f"+{term}" for term in _weights(study, whole) if term not in _weights(study, rungs[-1].arm)]
-        rungs = (*rungs, Part(f"{' '.join(added)} = {whole}".strip(" ="), whole))
-    return Ladder(whole, rungs, left_out, baselines, _published(study, rungs))
-
-
-def _in_order(study: Study, whole: str, rungs: tuple[Part, ...], left_out: tuple[Part, ...]) -> tuple[Part, ...]:
-    """The arms without one term, with the rung that is one of them too: `arms.py` trains it once."""
-    weights = _weights(study, whole)
-    for rung in rungs:
-        missing = set(weights) - set(_weights(study, rung.arm))
-        if left_out and len(missing) == 1:
-            left_out = (*left_out, Part(missing.pop(), rung.arm))
-    places = list(weights)
-    return tuple(sorted(left_out, key=lambda part: places.index(part.label) if part.label in places else len(places)))
+    same = [name for name in study.named if study.variant(name).recipe == made[0].recipe]
+    whole = study.variant(same[0] if same else study.compute_budget_of)
+    end = AblationPart(whole.name, whole.name)
+    groups = {}
+    if steps := [variant for variant in made if variant.group == STEP]:
+        added = " ".join(f"+{loss}" for loss in whole.losses if loss not in steps[-1].losses)
+        reported = REPORTED if _is_the_papers([*(set(step.losses) for step in steps), set(whole.losses)]) else ()
+        labels = [*((step.label, step.name) for step in steps), (f"{added} = {whole.name}", whole.name)]
+        groups["losses added"] = tuple(
+            AblationPart(label, name, reported[place] if reported else None)
+            for place, (label, name) in enumerate(labels)
+        )
+    if any(variant.group == LEFT_OUT for variant in made):
+        # The last step is also the recipe without its last losses; it was trained once and stands in both groups.
+        by_losses = {frozenset(variant.losses): variant.name for variant in made if variant.group != BASELINE}
+        without = [(loss, frozenset(whole.losses) - {loss}) for loss in whole.losses]
+        parts = [AblationPart(loss, by_losses[rest]) for loss, rest in without if rest in by_losses]
+        groups["loss left out"] = (*parts, end)
+    if baselines := [variant for variant in made if variant.group == BASELINE]:
+        groups["plain clip"] = (*(AblationPart(variant.label, variant.name) for variant in baselines), end)
+    return Ablation(whole.name, groups)
 
 
-def _weights(study: Study, arm: str) -> dict[str, float]:
-    """The active terms of an arm; empty when its recipe can no longer be read."""
-    try:
-        return study.arm(arm).resolve().active_losses
-    except UserError:
-        return {}
-
-
-def _published(study: Study, rungs: tuple[Part, ...]) -> tuple[float, ...]:
-    terms = [set(_weights(study, rung.arm)) for rung in rungs]
+def _is_the_papers(losses: list[set[str]]) -> bool:
     paper: list[set[str]] = []
-    for added in RUNGS:
+    for added in STEPS:
         paper.append((paper[-1] if paper else set()) | set(added))
-    return PUBLISHED if terms == paper else ()
+    return losses == paper
 
 
-def seed_values(outcome: Outcome, arm: str, budget: str, pairs: int, measure: str) -> dict[int, float]:
-    """A measure of an arm by seed, as far as measured."""
-    found = {}
-    for seed in outcome.study.seeds:
-        row = outcome.rows.get(outcome.study.cell(arm, budget, pairs, seed).id)
-        value = None if row is None else scores(row["results"]).get(measure)
-        if value is not None:
-            found[seed] = value
-    return found
+def measured_sizes(outcome: Outcome, ablation: Ablation, measure: str) -> list[int]:
+    """Numbers of pairs at which every variant was measured under every budget, the largest first.
 
-
-def difference(outcome: Outcome, arm: str, other: str, budget: str, pairs: int, measure: str) -> Difference | None:
-    """How much more an arm reaches than another; None when they share no seed."""
-    first, second = (seed_values(outcome, name, budget, pairs, measure) for name in (arm, other))
-    more = [value - second[seed] for seed, value in first.items() if seed in second]
-    if not more:
-        return None
-    n, mean = len(more), float(np.mean(more))
-    if n == 1:
-        return Difference(mean, None, None, 1)
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(more, ddof=1) / n**0.5)
-    return Difference(mean, mean - half, mean + half, n)
-
-
-def measured_sizes(outcome: Outcome, ladder: Ladder, measure: str) -> list[int]:
-    """Numbers of pairs at which every arm was measured under every budget, the largest first.
-
-    Where there is none, those at which the whole and another arm were measured.
+    Where there is none, those at which the whole and another variant were measured.
     """
 
-    def done(arm: str, pairs: int) -> bool:
-        return all(seed_values(outcome, arm, budget, pairs, measure) for budget in outcome.study.budgets)
+    def done(variant: str, pairs: int) -> bool:
+        return all(outcome.values(variant, budget, pairs, measure) for budget in outcome.study.budgets)
 
     sizes = sorted(outcome.study.pairs, reverse=True)
-    every = [pairs for pairs in sizes if all(done(arm, pairs) for arm in ladder.arms)]
-    others = [arm for arm in ladder.arms if arm != ladder.whole]
-    return every or [pairs for pairs in sizes if done(ladder.whole, pairs) and any(done(arm, pairs) for arm in others)]
+    whole, others = ablation.whole, [name for name in ablation.variants if name != ablation.whole]
+    every = [pairs for pairs in sizes if all(done(name, pairs) for name in ablation.variants)]
+    return every or [pairs for pairs in sizes if done(whole, pairs) and any(done(name, pairs) for name in others)]

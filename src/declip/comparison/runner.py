@@ -1,4 +1,4 @@
-"""Comparing recipes: plan, time, tune, run, and tell what came out."""
+"""Compare recipes: plan the trials, time their steps, sweep, run them in worker processes, collect the results."""
 
 import os
 import platform
@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,22 +17,26 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from declip.comparison.arms import Arm, arms_of
-from declip.comparison.cost import seconds_per_step
-from declip.comparison.outcome import Outcome, read_outcome, tuning_score, write_results
-from declip.comparison.study import BUDGETS, STUDY, Study, Tuning, extended, read_study, write_study
-from declip.comparison.trial import UNMEASURED, read_cell, steps_done
-from declip.comparison.worker import RUNS, TUNING, cells_of, failure
+from declip.comparison.outcome import Outcome, read_outcome, sweep_score, write_results
+from declip.comparison.study import BUDGETS, STUDY, Study, Sweep, extended, read_study, write_study
+from declip.comparison.variants import Variant, variants_of
+from declip.comparison.worker import COMPARISON, SWEEP, UNMEASURED, failure, read_trial, steps_done, trials_of, work
 from declip.data.sources.mixture import Mixture
 from declip.errors import UserError, unknown
-from declip.evaluation.protocols import PROTOCOLS
+from declip.evaluation.datasets import open_dataset
+from declip.evaluation.protocols import TASKS
 from declip.io.progress import on_terminal, print_line, progress_bar, status
 from declip.recipe.schema import Recipe
 from declip.training.setup import open_training_source
+from declip.training.step import training_step
+from declip.training.trainer import Trainer
 
 MOST_JOBS = 8
 LOOK_EVERY = 1.0
-"""Seconds between two looks at how far the runs are."""
+"""Seconds between two looks at the progress of the trials."""
+
+ROUNDS, WARM, TIMED = 3, 3, 8
+"""Rounds of timing, and steps of a round: the first few fill caches and choose kernels."""
 
 
 def compare(
@@ -40,153 +46,160 @@ def compare(
     *,
     out: str | Path,
     overrides: Mapping[str, Any] | None = None,
-    on: Sequence[str] = (),
-    protocols: Sequence[str] = ("zero-shot",),
+    datasets: Sequence[str] = (),
+    tasks: Sequence[str] = ("zero-shot",),
     budgets: Sequence[str] = BUDGETS,
-    reference: str | None = None,
-    ladder: bool = False,
+    compute_budget_of: str | None = None,
+    ablation: bool = False,
     baselines: bool = False,
-    tune: Mapping[str, Sequence[Any]] | None = None,
-    tune_on: str | None = None,
-    tune_pairs: int | None = None,
-    tune_steps: int | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    sweep_dataset: str | None = None,
+    sweep_pairs: int | None = None,
+    sweep_steps: int | None = None,
     jobs: int | None = None,
     quiet: bool = False,
 ) -> Outcome:
-    """Compare recipes at several numbers of distinct pairs; killed and started again, it goes on.
+    """Compare recipes at several numbers of distinct pairs; called again after a stop, it continues.
 
-    Every run learns from `pairs` pairs that its seed chooses (a larger number keeps all that a smaller one chose) and
+    Every trial learns from `pairs` pairs that its seed chooses (a larger number keeps all that a smaller one chose) and
     is then measured. At equal samples every recipe takes `train.steps` steps; at equal compute, as many as fit into
-    the time of the reference recipe's, by the seconds a step that were measured in turns before the first run.
+    the time of `compute_budget_of`, by the seconds a step that were measured before the first trial.
 
     Args:
         recipes: Shipped recipes' names or YAML files.
-        pairs: Numbers of distinct pairs.
         seeds: How many, counted from 0, or which.
-        out: Folder of the comparison. Several processes may share it: each takes runs that are free.
+        out: Folder of the comparison. Several processes may share it: each takes trials that are free.
         overrides: Dotted keys and values, for every recipe.
-        on: What to measure on; by default the first recipe's ``evaluation.final_zero_shot``, else its ``zero_shot``.
-        protocols: Names of `declip.evaluation.protocols.PROTOCOLS`.
-        budgets: "samples", "compute" or both.
-        reference: Whose time is the compute budget; by default the last recipe's.
-        ladder: See `declip.comparison.arms.arms_of`.
-        baselines: The same.
-        tune: Values by key. Every arm tries every combination on `tune_on` first, and keeps its best.
-        tune_on: The validation set; by default the recipe's ``evaluation.zero_shot``. Never one of `on`.
-        tune_pairs: Of a try; by default the middle one of `pairs`.
-        tune_steps: Of a try; by default ``train.steps``.
-        jobs: Processes; by default one for each core, at most 8, or one on an accelerator.
-        quiet: No progress bar.
+        datasets: Sets to measure on; by default the first recipe's ``evaluation.final_zero_shot``, else its
+            ``zero_shot``.
+        tasks: Names of `declip.evaluation.protocols.TASKS`.
+        compute_budget_of: The variant whose time is the compute budget; by default the last recipe.
+        ablation, baselines: Variants made from the last recipe, see `declip.comparison.variants.variants_of`.
+        sweep: Values by key. Every variant tries every combination on `sweep_dataset` first, and keeps its best.
+        sweep_dataset: The validation set; by default the recipe's ``evaluation.zero_shot``. Never one of `datasets`.
+        sweep_pairs: Pairs of a try; by default the middle one of `pairs`.
+        sweep_steps: Steps of a try; by default ``train.steps``.
+        jobs: Worker processes; 0 runs the trials in this one. By default one for each core (for every OMP_NUM_THREADS
+            cores where that is set), at most 8, or one on an accelerator.
 
     Returns:
         The outcome; `complete` is False after Ctrl-C. The folder holds results.json.
 
     Raises:
-        UserError: what was given can't be used, the folder holds another comparison, or runs failed.
+        UserError: what was given can't be used, the folder holds another comparison, or a worker was lost.
     """
     folder = Path(out)
-    overrides = dict(overrides or {})
-    arms = arms_of(recipes, overrides, ladder=ladder, baselines=baselines)
-    first = arms[0].resolve()
-    chosen_seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    variants = variants_of(recipes, dict(overrides or {}), ablation=ablation, baselines=baselines)
+    first = variants[0].resolve()
+    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     study = Study(
-        arms=tuple(arms),
+        variants=tuple(variants),
         pairs=tuple(sorted(set(pairs))),
-        seeds=chosen_seeds,
+        seeds=seeds,
         steps=first.train.steps,
-        batch=first.train.batch_size,
-        on=tuple(on) or first.evaluation.final_zero_shot or first.evaluation.zero_shot,
-        protocols=tuple(protocols),
+        batch_size=first.train.batch_size,
+        datasets=tuple(datasets) or first.evaluation.final_zero_shot or first.evaluation.zero_shot,
+        tasks=tuple(tasks),
         budgets=tuple(budget for budget in BUDGETS if budget in budgets),
-        reference=reference or arms[len(recipes) - 1].name,
-        tuning=_tuning(tune, tune_on, tune_pairs, tune_steps, first, pairs, chosen_seeds),
+        compute_budget_of=compute_budget_of or variants[len(recipes) - 1].name,
+        sweep=_sweep(sweep, sweep_dataset, sweep_pairs, sweep_steps, first, pairs, seeds),
+        commands=(_command(),),
     )
     _check(study, budgets)
-    study = _open(study, folder, keep_tuning_pairs=tune_pairs is None)
-    jobs, threads = _workers(first, jobs)
+    study = open_folder(study, folder, keep_sweep_pairs=sweep_pairs is None)
+    jobs, threads = _processes(first, jobs)
     with FileLock(folder / ".plan.lock"):
         study = _timed(read_study(folder) or study, folder, threads, quiet)
-    if study.tuning is None or _run(study, folder, TUNING, jobs, threads, quiet):
-        study = _tuned(study, folder)
-        _run(study, folder, RUNS, jobs, threads, quiet)
+    if study.sweep is None or _run(study, folder, SWEEP, jobs, threads, quiet):
+        study = _with_chosen(study, folder)
+        _run(study, folder, COMPARISON, jobs, threads, quiet)
     outcome = read_outcome(folder)
     write_results(outcome, folder)
     return outcome
 
 
-def _tuning(
+def _command() -> tuple[str, ...]:
+    """The words that started this process, for the report."""
+    program = Path(sys.argv[0]).name
+    return ("declip" if program == "__main__.py" else program, *sys.argv[1:])
+
+
+def _sweep(
     grid: Mapping[str, Sequence[Any]] | None,
-    on: str | None,
+    dataset: str | None,
     pairs: int | None,
     steps: int | None,
     recipe: Recipe,
     sizes: Sequence[int],
     seeds: Sequence[int],
-) -> Tuning | None:
+) -> Sweep | None:
     if not grid:
         return None
-    validation = on or next(iter(recipe.evaluation.zero_shot), None)
+    validation = dataset or next(iter(recipe.evaluation.zero_shot), None)
     if validation is None:
-        raise UserError("Tuning needs a validation set that no result is reported on. Name one with --sweep-dataset.")
+        raise UserError("A sweep needs a validation set that no result is reported on. Name one with --sweep-dataset.")
     middle = sorted(sizes)[(len(sizes) - 1) // 2]
-    seed = max(seeds, default=0) + 1000  # another choice of pairs than any run's
+    seed = max(seeds, default=0) + 1000  # another choice of pairs than any trial's
     values = {key: tuple(options) for key, options in grid.items()}
-    return Tuning(values, validation, pairs or middle, steps or recipe.train.steps, seed)
+    return Sweep(values, validation, pairs or middle, steps or recipe.train.steps, seed)
 
 
 def _check(study: Study, budgets: Sequence[str]) -> None:
-    """Say what can't be used before anything is timed or trained."""
+    """Refuse what can't be used before anything is timed or trained."""
+    names = [variant.name for variant in study.variants]
     if not study.pairs or not study.seeds:
         raise UserError("A comparison needs at least one number of pairs and one seed.")
-    for budget in budgets:
-        if budget not in BUDGETS:
-            raise unknown("budget", budget, BUDGETS)
-    for protocol in study.protocols:
-        if protocol not in PROTOCOLS:
-            raise unknown("protocol", protocol, PROTOCOLS)
-    if study.reference not in {arm.name for arm in study.arms}:
-        raise unknown("reference", study.reference, [arm.name for arm in study.arms])
-    if not study.on:
+    for kind, given, known in (
+        ("budget", budgets, BUDGETS),
+        ("task", study.tasks, TASKS),
+        ("recipe of --compute-budget-of", [study.compute_budget_of], names),
+    ):
+        for name in given:
+            if name not in known:
+                raise unknown(kind, name, known)
+    if not study.datasets:
         raise UserError("Nothing to measure on: the recipe names no set for zero-shot. Name one with --dataset.")
-    if study.tuning is not None and study.tuning.on in study.on:
+    if study.sweep is not None and study.sweep.dataset in study.datasets:
         raise UserError(
-            f"'{study.tuning.on}' would both choose and be reported, so its numbers would be too good. Name another "
-            "set with --dataset or --sweep-dataset."
+            f"'{study.sweep.dataset}' would both choose values and be reported, so its numbers would be too good. Name "
+            "another set with --dataset or --sweep-dataset."
         )
-    for arm in study.arms:
-        for combination in study.tuning.combinations() if study.tuning else ():
-            arm.resolve(combination)
-    smallest = study.pairs[0]
-    if smallest < study.batch:
+    if study.pairs[0] < study.batch_size:
         raise UserError(
-            f"{smallest} pairs are fewer than one batch of {study.batch}. Ask for more pairs, or set train.batch_size."
+            f"{study.pairs[0]} pairs are fewer than one batch of {study.batch_size}. Ask for more pairs, or set "
+            "train.batch_size."
         )
-    sources: dict[str, int] = {}
-    for arm in study.arms:
-        recipe = arm.resolve()
-        if recipe.train.batch_size != study.batch or recipe.train.steps != study.steps:
-            raise UserError(
-                f"'{arm.name}' takes {recipe.train.steps} steps of {recipe.train.batch_size} pairs, "
-                f"'{study.arms[0].name}' {study.steps} of {study.batch}: they would not see equally many. "
-                "Set train.steps and train.batch_size for all."
-            )
-        key = recipe.data.model_dump_json()
-        if key not in sources:
-            source = open_training_source(recipe)
-            sources[key] = source.distinct if isinstance(source, Mixture) else len(source)
-        if study.pairs[-1] > sources[key]:
-            raise UserError(
-                f"'{recipe.data.label}' holds {sources[key]:,} pairs, fewer than the {study.pairs[-1]:,} asked for. "
-                "Ask for at most that many."
-            )
-    from declip.evaluation.datasets import open_dataset
-
-    for name in (*study.on, *([study.tuning.on] if study.tuning else [])):
+    for variant in study.variants:
+        for combination in study.sweep.combinations() if study.sweep else ():
+            variant.resolve(combination)
+    _check_sources(study)
+    for name in (*study.datasets, *([study.sweep.dataset] if study.sweep else [])):
         open_dataset(name)
 
 
-def _open(study: Study, folder: Path, keep_tuning_pairs: bool = True) -> Study:
-    """Make the folder, or go on with the comparison that is in it; its tuning keeps the seed it was given then."""
+def _check_sources(study: Study) -> None:
+    sizes: dict[str, int] = {}
+    for variant in study.variants:
+        recipe = variant.resolve()
+        if recipe.train.batch_size != study.batch_size or recipe.train.steps != study.steps:
+            raise UserError(
+                f"'{variant.name}' takes {recipe.train.steps} steps of {recipe.train.batch_size} pairs, "
+                f"'{study.variants[0].name}' {study.steps} of {study.batch_size}: they would not see equally many. "
+                "Set train.steps and train.batch_size for all."
+            )
+        key = recipe.data.model_dump_json()
+        if key not in sizes:
+            source = open_training_source(recipe)
+            sizes[key] = source.distinct if isinstance(source, Mixture) else len(source)
+        if study.pairs[-1] > sizes[key]:
+            raise UserError(
+                f"'{recipe.data.label}' holds {sizes[key]:,} pairs, fewer than the {study.pairs[-1]:,} asked for. "
+                "Ask for at most that many."
+            )
+
+
+def open_folder(study: Study, folder: Path, keep_sweep_pairs: bool = True) -> Study:
+    """Make the folder of a study, or continue the comparison in it; its sweep keeps the seed that it had."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -196,44 +209,78 @@ def _open(study: Study, folder: Path, keep_tuning_pairs: bool = True) -> Study:
     with FileLock(folder / ".plan.lock"):
         earlier = read_study(folder)
         if earlier is not None:
-            if study.tuning is not None and earlier.tuning is not None:
-                pairs = earlier.tuning.pairs if keep_tuning_pairs else study.tuning.pairs
-                study = replace(study, tuning=replace(study.tuning, seed=earlier.tuning.seed, pairs=pairs))
+            if study.sweep is not None and earlier.sweep is not None:
+                pairs = earlier.sweep.pairs if keep_sweep_pairs else study.sweep.pairs
+                study = replace(study, sweep=replace(study.sweep, seed=earlier.sweep.seed, pairs=pairs))
             study = extended(study, earlier, folder)
         write_study(study, folder)
     return study
 
 
-def _workers(recipe: Recipe, jobs: int | None) -> tuple[int, int]:
-    """How many processes, and threads of each."""
+def _processes(recipe: Recipe, jobs: int | None) -> tuple[int, int]:
+    """How many worker processes, and threads of each; OMP_NUM_THREADS says how many threads a process may have."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    accelerated = recipe.train.device not in {"auto", "cpu"} or (
-        recipe.train.device == "auto" and torch.cuda.is_available()
-    )
-    jobs = jobs or (1 if accelerated else min(cores, MOST_JOBS))
-    return jobs, recipe.train.threads or max(1, cores // jobs)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(given) if given.isdecimal() else 0
+    if jobs is None:
+        device = recipe.train.device
+        accelerated = device not in {"auto", "cpu"} or (device == "auto" and torch.cuda.is_available())
+        jobs = 1 if accelerated else max(1, min(cores // (threads or 1), MOST_JOBS))
+    return jobs, threads or max(1, cores // (jobs or 1))
+
+
+def seconds_per_step(variants: Sequence[Variant], overrides: Mapping[str, Any], threads: int) -> dict[str, float]:
+    """Time a step of every variant, loading included: the median over all rounds.
+
+    The variants take turns, so that a machine that slows down meanwhile does so for all of them. `threads` are torch's,
+    as the trials will have.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    try:
+        for _ in range(ROUNDS):
+            for variant in variants:
+                times[variant.name] += _timed_steps(variant.resolve(overrides))
+    finally:
+        torch.set_num_threads(before)
+    return {name: median(values) for name, values in times.items()}
+
+
+def _timed_steps(recipe: Recipe) -> list[float]:
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(recipe, Path(folder) / "run", quiet=True)
+        times = []
+        with trainer.learning():
+            for _ in range(WARM + TIMED):
+                start = time.perf_counter()
+                training_step(trainer.parts, next(trainer.loader))
+                if trainer.device.type == "cuda":
+                    torch.cuda.synchronize(trainer.device)
+                times.append(time.perf_counter() - start)
+        trainer.loader.close()
+    return times[WARM:]
 
 
 def _timed(study: Study, folder: Path, threads: int, quiet: bool) -> Study:
-    """Measure what a step of each arm costs, those that joined later in turns with the reference."""
-    new = [arm for arm in study.arms if arm.name not in study.seconds]
+    """Time new variants in turns with `compute_budget_of`, and scale them to the time that it had before."""
+    new = [variant for variant in study.variants if variant.name not in study.seconds]
     if not new:
         return study
-    overrides = {**UNMEASURED, "train.batch_size": study.batch, "data.max_pairs": study.pairs[0]}
-    known = study.arm(study.reference)
-    timed: list[Arm] = new if known in new else [known, *new]
-    with status(f"Timing a step of {', '.join(arm.name for arm in new)}", not quiet):
-        seconds = seconds_per_step(timed, overrides, threads)
+    overrides = {**UNMEASURED, "train.batch_size": study.batch_size, "data.max_pairs": study.pairs[0]}
+    known = study.variant(study.compute_budget_of)
+    with status(f"Timing a step of {', '.join(variant.name for variant in new)}", not quiet):
+        seconds = seconds_per_step(new if known in new else [known, *new], overrides, threads)
     scale = study.seconds.get(known.name, seconds[known.name]) / seconds[known.name]
-    measured = {arm.name: seconds[arm.name] * scale for arm in new}
     machine = study.machine or {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "threads a run": str(threads),
+        "threads per trial": str(threads),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    measured = {variant.name: seconds[variant.name] * scale for variant in new}
     study = replace(study, seconds={**study.seconds, **measured}, machine=machine)
     write_study(study, folder)
     return study
@@ -247,31 +294,32 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _tuned(study: Study, folder: Path) -> Study:
-    """Keep each arm's best try."""
-    if study.tuning is None:
+def _with_chosen(study: Study, folder: Path) -> Study:
+    """Keep each variant's best try."""
+    if study.sweep is None:
         return study
     chosen: dict[str, Mapping[str, Any]] = {}
-    for arm in study.arms:
-        tries = [(cell, read_cell(folder, cell)) for cell in study.tuning_cells() if cell.arm == arm.name]
-        done = [(tuning_score(row), cell) for cell, row in tries if row is not None]
+    for variant in study.variants:
+        tries = [(trial, read_trial(folder, trial)) for trial in study.sweep_trials() if trial.variant == variant.name]
+        done = [(sweep_score(row), trial) for trial, row in tries if row is not None]
         if not done:
-            reason = next((failure(folder, cell) for cell, _ in tries if failure(folder, cell)), "none was run")
-            raise UserError(f"No try of '{arm.name}' came to its end, so nothing can be chosen for it: {reason}")
-        chosen[arm.name] = max(done, key=lambda pair: pair[0])[1].overrides
+            reason = next((failure(folder, trial) for trial, _ in tries if failure(folder, trial)), "none was run")
+            raise UserError(f"No try of '{variant.name}' was completed, so no values can be chosen for it: {reason}")
+        chosen[variant.name] = max(done, key=lambda pair: pair[0])[1].overrides
     study = replace(study, chosen=chosen)
     write_study(study, folder)
     return study
 
 
 def _run(study: Study, folder: Path, part: str, jobs: int, threads: int, quiet: bool) -> bool:
-    """Start the workers and watch them; False when stopped."""
-    cells = cells_of(study, part)
-    left = [cell for cell in cells if read_cell(folder, cell) is None]
+    """Run the trials of a part that are left, in `jobs` workers or in this process; False when stopped."""
+    left = [trial for trial in trials_of(study, part) if read_trial(folder, trial) is None]
     if not left:
         return True
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if jobs == 0:
+        return work(folder, part, threads)
     command = [sys.executable, "-m", "declip.comparison.worker", str(folder), part, str(threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     logs = [folder / f"worker{number}.log" for number in range(min(jobs, len(left)))]
     workers = []
     for path in logs:
@@ -282,7 +330,7 @@ def _run(study: Study, folder: Path, part: str, jobs: int, threads: int, quiet: 
     try:
         _watch(study, folder, part, workers, quiet)
     except KeyboardInterrupt:
-        Console(stderr=True, quiet=quiet).print("Stopping: every run saves a checkpoint …")
+        Console(stderr=True, quiet=quiet).print("Stopping: every trial saves a checkpoint …")
         for worker in workers:
             worker.terminate()
         for worker in workers:
@@ -290,39 +338,40 @@ def _run(study: Study, folder: Path, part: str, jobs: int, threads: int, quiet: 
         return False
     for worker, path in zip(workers, logs, strict=True):
         if worker.returncode not in (0, 130):
-            told = path.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
+            lines = path.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
             raise UserError(
-                f"A process of the comparison ended with status {worker.returncode}: {told[-1]}. "
-                f"Its log is '{path}'. Give the same command to go on; fewer --jobs need less memory."
+                f"A worker process ended with status {worker.returncode}: {lines[-1]}. Its log is '{path}'. Give the "
+                "same command to continue; fewer --jobs need less memory."
             )
     return all(worker.returncode == 0 for worker in workers)
 
 
 def _watch(study: Study, folder: Path, part: str, workers: Sequence[subprocess.Popen[bytes]], quiet: bool) -> None:
-    """Show the progress of all runs, by the time that their steps take, until the workers end.
+    """Show the progress of all trials, by the time that their steps take, until the workers end.
 
-    On a terminal that is one bar; elsewhere lines also say which run ended, how, and how far those under way are.
+    On a terminal that is one bar; elsewhere lines also say which trial ended, how, and how far the running ones are.
     """
-    cells = cells_of(study, part)
+    trials = trials_of(study, part)
     plain, console = not on_terminal(), Console(stderr=True, quiet=quiet)
     states: dict[str, str] = {}
 
     def look() -> tuple[float, str]:
-        """How many seconds the steps done take, and which runs are under way."""
+        """Seconds that the steps done take, and the trials that are running."""
         seconds, running = 0.0, []
-        for number, cell in enumerate(cells, 1):
-            before = states.get(cell.id)
+        for number, trial in enumerate(trials, 1):
+            before = states.get(trial.id)
             if before != "done":
-                reason = failure(folder, cell)
-                ended = "done" if read_cell(folder, cell) is not None else "failed" if reason else ""
-                states[cell.id] = ended
-                if plain and ended and before == "":
+                reason = failure(folder, trial)
+                states[trial.id] = state = (
+                    "done" if read_trial(folder, trial) is not None else "failed" if reason else ""
+                )
+                if plain and state and before == "":
                     why = f": {reason.splitlines()[-1]}" if reason else ""
-                    print_line(console, f"run {number} of {len(cells)} {ended}: {cell.id}{why}")
-            steps = cell.steps if states[cell.id] == "done" else steps_done(folder, cell)
-            seconds += steps * study.seconds[cell.arm]
-            if steps and not states[cell.id]:
-                running.append(f"run {number} at step {steps:,} of {cell.steps:,} ({cell.id})")
+                    print_line(console, f"run {number} of {len(trials)} {state}: {trial.id}{why}")
+            steps = trial.steps if states[trial.id] == "done" else steps_done(folder, trial)
+            seconds += steps * study.seconds[trial.variant]
+            if steps and not states[trial.id]:
+                running.append(f"run {number} at step {steps:,} of {trial.steps:,} ({trial.id})")
         return seconds, ", ".join(running)
 
     with progress_bar(
@@ -336,14 +385,13 @@ def _watch(study: Study, folder: Path, part: str, workers: Sequence[subprocess.P
         speed_estimate_period=300,
         refresh_per_second=2,
     ) as bar:
-        label = "tuning" if part == TUNING else "comparing"
-        total = sum(cell.steps * study.seconds[cell.arm] for cell in cells)
-        task = bar.add_task(label, total=total, completed=int(look()[0]), runs="", running="")
+        total = sum(trial.steps * study.seconds[trial.variant] for trial in trials)
+        task = bar.add_task(part, total=total, completed=int(look()[0]), runs="", running="")
         while True:
             alive = any(worker.poll() is None for worker in workers)
             seconds, running = look()
             done = sum(state == "done" for state in states.values())
-            bar.update(task, completed=seconds, runs=f"{done}/{len(cells)}", running=running)
+            bar.update(task, completed=seconds, runs=f"{done}/{len(trials)}", running=running)
             if not alive:
                 return
             time.sleep(LOOK_EVERY)

@@ -1,159 +1,153 @@
-"""The plan of a comparison: which runs it needs, kept in its folder so that it can go on."""
+"""The plan of a comparison: which trials it needs, kept in its folder so that it can be continued."""
 
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from declip.comparison.arms import Arm
+from declip.comparison.variants import Variant
 from declip.errors import UserError
 from declip.io.atomic import atomic_write
 
 STUDY = "study.json"
 BUDGETS = ("samples", "compute")
-"""Equal samples: every arm takes the same number of steps. Equal compute: every arm takes as long as the reference."""
+"""Equal samples: the same number of steps for all. Equal compute: the same time for all, see `Study.steps_of`."""
 
-FIXED = ("steps", "batch", "reference", "on", "protocols")
-"""What must stay when a comparison goes on; arms, pairs, seeds and budgets may be added."""
+FIXED = ("steps", "batch_size", "compute_budget_of", "datasets", "tasks")
+"""Fields that a continued comparison must not change; variants, pairs, seeds and budgets may be added."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One training run, and the measurement after it.
+class Trial:
+    """One training run and the measurement after it.
 
     Attributes:
-        arm: Name of the arm.
-        pairs: Distinct pairs that teach, chosen by the seed.
-        seed: Of the choice of pairs, the start, the order and the views.
-        steps: How many; it follows from the budget.
-        overrides: Of the recipe, besides the arm's: what tuning tries or chose.
-        on: Sets measured; None: the study's.
+        pairs: Number of distinct training pairs; the seed chooses them.
+        seed: Seed of the choice of pairs, the initialization, the order and the views.
+        overrides: Values that the sweep tries or chose.
+        datasets: Measured sets; None for the study's.
     """
 
-    arm: str
+    variant: str
     pairs: int
     seed: int
     steps: int
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    on: tuple[str, ...] | None = None
+    datasets: tuple[str, ...] | None = None
 
     @property
     def id(self) -> str:
-        """The name of its folder: unique, and the same at every start."""
-        tried = "".join(f"_{key.rsplit('.', 1)[-1]}={value}" for key, value in sorted(self.overrides.items()))
-        kind = "tuning_" if self.on is not None else ""
-        return re.sub(r"[^\w.+=,-]+", "-", f"{kind}{self.arm}_n{self.pairs}_s{self.seed}_t{self.steps}{tried}")
+        """Name of its folder: unique, and the same in every process."""
+        values = "".join(f"_{key.rsplit('.', 1)[-1]}={value}" for key, value in sorted(self.overrides.items()))
+        kind = "sweep_" if self.datasets is not None else ""
+        return re.sub(r"[^\w.+=,-]+", "-", f"{kind}{self.variant}_n{self.pairs}_s{self.seed}_t{self.steps}{values}")
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """How every arm was tuned: the same values of the same keys, on the same pairs, for the same steps.
+class Sweep:
+    """A grid of values that every variant tries before the comparison; each keeps its best.
 
     Attributes:
         grid: Values by dotted key; every combination is tried.
-        on: The validation set, never one of those that the study measures on.
-        pairs, steps, seed: Of each try.
+        dataset: The validation set, never one that the study reports.
+        pairs, steps, seed: The same for every try.
     """
 
     grid: Mapping[str, tuple[Any, ...]]
-    on: str
+    dataset: str
     pairs: int
     steps: int
     seed: int
 
     def combinations(self) -> list[dict[str, Any]]:
-        """All of them, in the order given."""
-        found: list[dict[str, Any]] = [{}]
-        for key, values in self.grid.items():
-            found = [{**one, key: value} for one in found for value in values]
-        return found
+        """All combinations, the last key varying fastest."""
+        return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison.
+    """A comparison of variants.
 
     Attributes:
-        arms: What is compared.
         pairs: Numbers of distinct pairs.
-        seeds: Of each number.
-        steps: Of a run at equal samples; the reference takes as many at equal compute.
-        batch: Pairs a step, the same for all arms.
-        on: What is measured on, the first foremost.
-        protocols: How.
-        budgets: Some of `BUDGETS`.
-        reference: The arm whose time sets the compute budget.
-        seconds: Seconds a step of each arm, measured in turns before the study (see `cost.py`).
-        tuning: How the arms were tuned; None when they were not.
-        chosen: What tuning chose for each arm.
-        machine: Where `seconds` were measured.
+        steps: Optimizer steps at equal samples, for all variants.
+        datasets: Measured sets; the first gives the headline.
+        compute_budget_of: The variant whose time is the compute budget.
+        seconds: Seconds a step of each variant, measured before the first trial.
+        chosen: Values that the sweep chose for each variant.
+        machine: Hardware and versions where `seconds` were measured.
+        commands: Words of every command that made or extended this study.
     """
 
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
     pairs: tuple[int, ...]
     seeds: tuple[int, ...]
     steps: int
-    batch: int
-    on: tuple[str, ...]
-    protocols: tuple[str, ...]
+    batch_size: int
+    datasets: tuple[str, ...]
+    tasks: tuple[str, ...]
     budgets: tuple[str, ...]
-    reference: str
+    compute_budget_of: str
     seconds: Mapping[str, float] = field(default_factory=dict)
-    tuning: Tuning | None = None
+    sweep: Sweep | None = None
     chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
+    commands: tuple[tuple[str, ...], ...] = ()
 
-    def arm(self, name: str) -> Arm:
-        """The arm of that name."""
-        return next(arm for arm in self.arms if arm.name == name)
+    def variant(self, name: str) -> Variant:
+        """The variant of that name."""
+        return next(variant for variant in self.variants if variant.name == name)
 
-    def steps_of(self, arm: str, budget: str) -> int:
-        """Steps of an arm under a budget: as many as the reference, or as many as fit into the reference's time."""
-        if budget == "samples" or arm == self.reference:
+    @property
+    def named(self) -> list[str]:
+        """Names of the variants that the user gave, without ablation and baselines."""
+        return [variant.name for variant in self.variants if not variant.group]
+
+    @property
+    def baseline(self) -> str:
+        """The variant that the others are compared with: a recipe called clip or demo-clip, else the first."""
+        names = [variant.name for variant in self.variants]
+        return next((name for name in ("clip", "demo-clip") if name in names), names[0])
+
+    def steps_of(self, variant: str, budget: str) -> int:
+        """Steps under a budget: the study's, or as many as fit into the time of `compute_budget_of`."""
+        if budget == "samples" or variant == self.compute_budget_of:
             return self.steps
-        return max(1, round(self.steps * self.seconds[self.reference] / self.seconds[arm]))
+        return max(1, round(self.steps * self.seconds[self.compute_budget_of] / self.seconds[variant]))
 
-    def cell(self, arm: str, budget: str, pairs: int, seed: int) -> Cell:
-        """The run of an arm under a budget; under two budgets it may be the same run."""
-        return Cell(arm, pairs, seed, self.steps_of(arm, budget), dict(self.chosen.get(arm, {})))
+    def trial(self, variant: str, budget: str, pairs: int, seed: int) -> Trial:
+        """The trial of a variant under a budget; two budgets may share one."""
+        return Trial(variant, pairs, seed, self.steps_of(variant, budget), dict(self.chosen.get(variant, {})))
 
-    def cells(self) -> list[Cell]:
-        """All runs, each once; seed by seed, so that an unfinished study is a smaller one."""
+    def trials(self) -> list[Trial]:
+        """All trials, each once; seed by seed, so that an unfinished study is a smaller one."""
         wanted = (
-            self.cell(arm.name, budget, pairs, seed)
+            self.trial(variant.name, budget, pairs, seed)
             for seed in self.seeds
             for budget in self.budgets
             for pairs in self.pairs
-            for arm in self.arms
+            for variant in self.variants
         )
-        return list({cell.id: cell for cell in wanted}.values())
+        return list({trial.id: trial for trial in wanted}.values())
 
-    def tuning_cells(self) -> list[Cell]:
-        """The tries of every arm."""
-        if self.tuning is None:
+    def sweep_trials(self) -> list[Trial]:
+        """The tries of every variant."""
+        if (sweep := self.sweep) is None:
             return []
-        plan = self.tuning
         return [
-            Cell(arm.name, plan.pairs, plan.seed, plan.steps, combination, on=(plan.on,))
-            for arm in self.arms
-            for combination in plan.combinations()
+            Trial(variant.name, sweep.pairs, sweep.seed, sweep.steps, values, datasets=(sweep.dataset,))
+            for variant in self.variants
+            for values in sweep.combinations()
         ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `read_study` reads it back."""
-        return asdict(self)
 
 
 def read_study(folder: Path) -> Study | None:
-    """The study of a folder, None where there is none.
-
-    Raises:
-        UserError: the file is damaged or of another version.
-    """
+    """Read the study of a folder, None where there is none; refuse one that is damaged or of another version."""
     path = folder / STUDY
     if not path.is_file():
         return None
@@ -166,41 +160,41 @@ def read_study(folder: Path) -> Study | None:
 
 
 def write_study(study: Study, folder: Path) -> None:
-    """Write the plan beside and rename it."""
+    """Replace the study of a folder."""
     with atomic_write(folder / STUDY) as path:
-        path.write_text(json.dumps(study.to_dict(), indent=1), encoding="utf-8")
+        path.write_text(json.dumps(asdict(study), indent=1), encoding="utf-8")
 
 
 def extended(study: Study, earlier: Study, folder: Path) -> Study:
-    """The study as it goes on: what was measured and chosen stays; arms, pairs, seeds and budgets may be added.
+    """Add the variants, pairs, seeds and budgets of a new call to the study that a folder holds.
 
-    Raises:
-        UserError: it would mean something else than before.
+    Anything else must be the same, or earlier trials would mean something else.
     """
     changed = [
         f"{name} was {_shown(getattr(earlier, name))}, now {_shown(getattr(study, name))}"
         for name in FIXED
         if getattr(study, name) != getattr(earlier, name)
     ]
-    known = {arm.name: arm for arm in earlier.arms}
-    both = [(known[arm.name], arm) for arm in study.arms if arm.name in known]
-    changed += [f"arm {was.name}: {'; '.join(keys)}" for was, now in both if (keys := was.changes(now))]
-    if study.tuning != earlier.tuning:
-        changed.append("tuning differs")
+    known = {variant.name: variant for variant in earlier.variants}
+    both = [(known[variant.name], variant) for variant in study.variants if variant.name in known]
+    changed += [f"{was.name}: {'; '.join(keys)}" for was, now in both if (keys := was.changes(now))]
+    if study.sweep != earlier.sweep:
+        changed.append("the sweep differs")
     if changed:
         raise UserError(
-            f"'{folder}' holds another comparison: {'; '.join(changed[:4])}. Give the same options to go on, another "
-            "folder with --out, or a changed recipe's file a name of its own, which makes it another arm."
+            f"'{folder}' holds another comparison: {'; '.join(changed[:4])}. Give the same options to continue it, "
+            "another folder with --out, or save a changed recipe under another name, which makes it another variant."
         )
     return replace(
         study,
-        arms=tuple({arm.name: arm for arm in (*earlier.arms, *study.arms)}.values()),
+        variants=tuple({variant.name: variant for variant in (*earlier.variants, *study.variants)}.values()),
         pairs=tuple(sorted({*earlier.pairs, *study.pairs})),
         seeds=tuple(sorted({*earlier.seeds, *study.seeds})),
         budgets=tuple(budget for budget in BUDGETS if budget in {*earlier.budgets, *study.budgets}),
         seconds=earlier.seconds,
         chosen=earlier.chosen,
         machine=earlier.machine,
+        commands=tuple(dict.fromkeys((*earlier.commands, *study.commands))),
     )
 
 
@@ -209,11 +203,7 @@ def _shown(value: object) -> str:
 
 
 def read_counts(text: str) -> tuple[int, ...]:
-    """Read "1k,2.5k,10000" as numbers of pairs, rising, each once.
-
-    Raises:
-        UserError: something else.
-    """
+    """Read "1k,2.5k,10000" as rising numbers of pairs, each once; raises `UserError` for anything else."""
     return tuple(sorted({_count(word) for word in text.split(",")}))
 
 

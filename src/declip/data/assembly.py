@@ -1,4 +1,4 @@
-"""From a step's number to its batch: which pairs, which captions, which views. A pure function of the position."""
+"""The batch of any step as a pure function of its number: the choice of pairs, captions, views and masks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from torch.utils.data import default_collate
 
 from declip.data.batch import IGNORED, PairBatch, Photometric, PhotometricParams, View
 from declip.data.images.crops import ViewTransform
-from declip.data.images.lazy import read_lazy
 from declip.data.pair import BrokenPair
-from declip.data.sampling import build_order, parts_of
+from declip.data.sampling import build_order
 from declip.data.text.augment import augment, mask_tokens
 from declip.errors import UserError
 from declip.recipe.schema import Data
 
 if TYPE_CHECKING:
     from declip.data.images.crops import Crop
-    from declip.data.images.lazy import Picture, UndecodedPair
-    from declip.data.pair import PairSource
+    from declip.data.pair import LazyImage, LazyPair, PairSource
     from declip.data.plan import Plan
     from declip.data.text.caption_tokenizer import CaptionTokenizer
 
@@ -35,23 +33,19 @@ LENGTH_STEP = 8
 class Assembler:
     """Makes the batch of any step.
 
-    Epoch e shows all pairs in an order drawn from (seed, e), see `order`; step s belongs to epoch
-    s // steps_per_epoch, and the pairs that do not fill a last batch wait for another epoch. All that is random about
+    Epoch e shows all pairs in an order sampled from (seed, e), see `order`; step s belongs to epoch
+    s // steps_per_epoch, and pairs that do not fill a last batch are left out of the epoch. Everything random about
     pair i in epoch e comes from a generator seeded by (seed, e, i), in this order: caption, keywords, augmentation,
     mask, then crop and photometric parameters of each image view. With `resample` each step counts as an epoch of its
     own there.
 
     Args:
-        source: The pairs.
-        tokenizer: Turns captions into ids.
-        plan: The views of a pair.
-        batch_size: Pairs a step, over all ranks; at least 2.
-        seed: Not negative.
-        data: `shuffle_buffer`, `resample` and `scaled_decode` are read.
-        rank, ranks: Which part of each batch to make, of how many: neighboring places, as equal as possible.
+        batch_size: Pairs per step, over all ranks; at least 2.
+        data: `shuffle_buffer` and `resample` are read.
+        rank, ranks: The part of each batch to make, of how many: consecutive pairs, as equal as possible.
 
     Raises:
-        UserError: an epoch shows fewer pairs than a batch.
+        UserError: An epoch shows fewer pairs than a batch.
     """
 
     def __init__(
@@ -67,7 +61,7 @@ class Assembler:
         ranks: int = 1,
     ) -> None:
         data = data or Data()
-        shown = sum(part.shown for part in parts_of(source))
+        shown = sum(span.shown for span in source.spans())
         if shown < batch_size:
             raise UserError(
                 f"'{source.name}' holds {shown} pairs, fewer than one batch of {batch_size}. "
@@ -77,29 +71,29 @@ class Assembler:
         self.batch_size, self.seed = batch_size, seed
         self.transforms = [ViewTransform(spec.size, spec.augmentation) for spec in plan.views]
         self.text = plan.texts.augmentation
-        self.scaled_decode = data.scaled_decode
+        self.scaled_decode = True  # a JPEG at 1/2, 1/4 or 1/8 where every crop stays large enough
         self.rank, self.ranks = rank, ranks
         self._order = build_order(source, batch_size, seed, data.shuffle_buffer, data.resample)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches among the pairs that an epoch shows."""
+        """Number of whole batches in an epoch."""
         return self._order.steps_per_epoch
 
     def __getitem__(self, step: int) -> PairBatch:
-        """Make this rank's part of the batch of a step; pairs that cannot be used are in its `skipped`."""
-        epoch = self._order.draw(step)
+        """Make this rank's part of the batch of a step; broken pairs are in its `skipped`."""
+        epoch = self._order.view_epoch(step)
         samples: list[_Sample] = []
         skipped: list[BrokenPair] = []
         for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
             try:
-                samples.append(self._sample(read_lazy(self.source, index), epoch, index))
+                samples.append(self._sample(self.source.read_lazy(index), epoch, index))
             except BrokenPair as broken:
                 skipped.append(broken)
         return self._collate(samples, skipped)
 
     def indices(self, step: int) -> np.ndarray:
-        """The pairs of a step's batch, (batch,) int64 places in the source."""
+        """The pairs of a step's batch, (batch_size,) int64 indices into the source."""
         return self._order.indices(step)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -117,7 +111,7 @@ class Assembler:
             raise UserError(f"There is no text view {view}; this recipe has {self.plan.texts.count}.")
         epoch, index = divmod(sample_id, len(self.source))
         if self.text.keyword_append_prob or self.text.keyword_only_prob or self.text.second_view == "keywords":
-            pair = read_lazy(self.source, index)
+            pair = self.source.read_lazy(index)
             captions, keywords = pair.captions, pair.keywords
         else:
             captions, keywords = self.source.captions(index), ()
@@ -127,9 +121,9 @@ class Assembler:
         return np.random.default_rng((self.seed, epoch, index))
 
     def _texts(self, captions: Sequence[str], keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
-        """Draw the text views of a pair."""
-        place = int(generator.integers(len(captions)))
-        text = captions[place]
+        """Sample the text views of a pair."""
+        chosen = int(generator.integers(len(captions)))
+        text = captions[chosen]
         if self.text.keyword_append_prob and keywords and generator.random() < self.text.keyword_append_prob:
             text = ", ".join((text, *_some(keywords, generator)))
         if self.text.keyword_only_prob and keywords and generator.random() < self.text.keyword_only_prob:
@@ -138,15 +132,15 @@ class Assembler:
             return [text]
         if self.text.second_view == "caption" and len(captions) > 1:
             other = int(generator.integers(len(captions) - 1))
-            return [text, captions[other + (other >= place)]]
+            return [text, captions[other + (other >= chosen)]]
         if self.text.second_view == "keywords" and keywords:
             return [text, ", ".join(_some(keywords, generator))]
         if self.text.second_view == "same":
             return [text, text]
         return [text, augment(text, generator, self.text.eda_alpha)]
 
-    def _sample(self, pair: UndecodedPair, epoch: int, index: int) -> _Sample:
-        """Draw everything about one pair, then decode its picture; raises `BrokenPair`."""
+    def _sample(self, pair: LazyPair, epoch: int, index: int) -> _Sample:
+        """Make every random choice about one pair, then decode its image; raises `BrokenPair`."""
         generator = self._generator(epoch, index)
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, pair.keywords, generator)]
         masked: list[int] = []
@@ -156,30 +150,29 @@ class Assembler:
         crops: list[Crop] = []
         params: list[PhotometricParams] = []
         for transform in self.transforms:
-            crops.append(transform.sample_crop(*pair.picture.size, generator))
+            crops.append(transform.sample_crop(*pair.image.size, generator))
             params.append(transform.sample_params(generator))
-        pixels = self._crop(pair.picture, crops)
+        pixels = self._crop(pair.image, crops)
         return _Sample(pixels, params, rows, masked, labels, epoch * len(self.source) + index)
 
-    def _crop(self, picture: Picture, crops: list[Crop]) -> list[torch.Tensor]:
-        """Decode an image, smaller where no crop falls below its view's size and it is allowed, and cut the views."""
+    def _crop(self, image: LazyImage, crops: list[Crop]) -> list[torch.Tensor]:
+        """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
         sizes = [transform.size for transform in self.transforms]
-        for scale in picture.scales if self.scaled_decode else ():
+        for scale in image.scales if self.scaled_decode else ():
             reduced = [crop.reduced(scale) for crop in crops]
             if all(min(c.width, c.height) >= size for c, size in zip(reduced, sizes, strict=True)):
-                return self._crop_from(picture.pixels(scale), reduced)
-        return self._crop_from(picture.pixels(), crops)
+                return self._crop_from(image.pixels(scale), reduced)
+        return self._crop_from(image.pixels(), crops)
 
     def _crop_from(self, pixels: np.ndarray, crops: list[Crop]) -> list[torch.Tensor]:
         return [transform.crop_and_resize(pixels, crop) for transform, crop in zip(self.transforms, crops, strict=True)]
 
     def _collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
-        """Stack the samples; every text is padded to the longest, rounded up."""
+        """Stack the samples; every text is padded to the longest one's length, rounded up."""
         views = {}
         for number, spec in enumerate(self.plan.views):
             crops = [sample.pixels[number] for sample in samples]
-            # In a worker this is memory that the training process shares, so that no second copy is made to hand it
-            # over.
+            # In a worker this allocates memory shared with the training process: handing it over copies nothing.
             pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
             views[spec.name] = View(pixels, Photometric.stack([sample.params[number] for sample in samples]))
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
@@ -198,7 +191,7 @@ class Assembler:
 
 
 def _some(keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
-    """One to `MOST_KEYWORDS` of them, in random order."""
+    """One to `MOST_KEYWORDS` keywords in random order."""
     count = generator.integers(1, min(MOST_KEYWORDS, len(keywords)) + 1)
     return [keywords[number] for number in generator.permutation(len(keywords))[:count]]
 
@@ -206,16 +199,16 @@ def _some(keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
 class _Sample(NamedTuple):
     """One pair with every random choice made."""
 
-    pixels: list[torch.Tensor]  # a view each, (3, S, S) uint8
+    pixels: list[torch.Tensor]  # one per view, (3, S, S) uint8
     params: list[PhotometricParams]
-    rows: list[list[int]]  # the ids of each text view
+    rows: list[list[int]]  # token ids of each text view
     masked: list[int]
     labels: list[int]
     id: int
 
 
 def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
-    """Make (B, length) int64 of rows of ids, filled up on the right."""
+    """Stack rows of ids as (B, length) int64, padded on the right."""
     padded = np.full((len(rows), length), value, dtype=np.int64)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row

@@ -1,4 +1,4 @@
-"""What one training step sees: a batch of pairs as tensors, every random choice already made."""
+"""A batch of pairs as tensors, every random choice already made."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from declip.errors import UserError
 
-IGNORED = -100
-"""Label of a token that is not to be predicted, as torch's cross-entropy has it."""
-
 if TYPE_CHECKING:
     from declip.data.pair import BrokenPair
+
+IGNORED = -100
+"""Label of a token that is not to be predicted, the default of torch's cross-entropy."""
 
 
 class PhotometricParams(NamedTuple):
@@ -37,15 +37,14 @@ class PhotometricParams(NamedTuple):
 class Photometric:
     """The photometric parameters of n images.
 
-    They stay on the host wherever the images go: the work is planned from them, and reading them back from an
-    accelerator would make it wait.
+    They stay on the host wherever the images go: work is planned from them, and reading them back from an accelerator
+    would make it wait.
 
     Attributes:
         brightness, contrast, saturation: (n,) float32, factors.
         hue: (n,) float32, shift in turns, -0.5 to 0.5.
         order: (n, 4) int64, the operations by number (0 brightness, 1 contrast, 2 saturation, 3 hue).
-        jitter: (n,) bool, whether the four are applied.
-        gray: (n,) bool.
+        jitter, gray: (n,) bool, whether the four, and grayscale, are applied.
         sigma: (n,) float32, standard deviation of the blur in pixels, 0 for no blur.
         radius: (n,) int64, radius of the blur's kernel in pixels; views may have different ones.
     """
@@ -102,10 +101,10 @@ class View:
     Attributes:
         pixels: (B, 3, S, S): float, normalized; or uint8 together with `photometric`, to be finished by
             `declip.data.images.crops.apply_photometric` on the device.
-        photometric: What is still to be done to uint8 pixels.
+        photometric: The operations still to be applied to uint8 pixels.
 
     Raises:
-        UserError: for a shape or type that does not fit the above.
+        UserError: A shape or type does not fit the above.
     """
 
     pixels: Tensor
@@ -147,14 +146,14 @@ class PairBatch:
         texts: (T, B, L) int64 token ids, T 1 or 2: [0] the caption, [1] its augmentation.
         masked: (B, L) int64, texts[0] after the corruption for masked-language modeling.
         labels: (B, L) int64, the ids to predict there, -100 elsewhere.
-        sample_ids: (B,) int64, epoch * len(source) + index: which pair was seen when.
-        lengths: (T, B) int64, ids of each text up to and with its end; stays on the host, where work is planned by it.
-        mask_positions: (M,) int64, where a token is to be predicted among the B * L of `labels`; `to` finds them on the
-            host, so that a device need not be waited for.
-        skipped: The pairs of this batch that could not be used.
+        sample_ids: (B,) int64, epoch * len(source) + index.
+        lengths: (T, B) int64, number of ids of each text, its end included; stays on the host, where work is planned.
+        mask_positions: (M,) int64, positions to predict among the B * L of `labels`; `to` finds them on the host, since
+            finding them on a device would make the host wait for it.
+        skipped: The broken pairs of this batch.
 
     Raises:
-        UserError: for a shape or type that does not fit the above.
+        UserError: A shape or type does not fit the above.
     """
 
     views: Mapping[str, View]
@@ -198,9 +197,7 @@ class PairBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """Copy the tensors to a device; lengths and photometric parameters stay on the host.
 
-        Args:
-            device: Where to.
-            non_blocking: Do not wait for the copy; needs pinned memory to make a difference.
+        With `non_blocking` and pinned memory the host does not wait for the copy.
         """
         tensors = self._tensors()
         if self.labels is not None and self.labels.device.type == "cpu":
@@ -213,15 +210,15 @@ class PairBatch:
         return self._with({n: move(tensor) for n, tensor in tensors.items()}, move)
 
     def rows(self, start: int, stop: int) -> PairBatch:
-        """Pairs start to stop - 1, as views of the same memory; texts keep their length, `skipped` goes."""
+        """Pairs start to stop - 1, as views of the same memory; texts keep their length, `skipped` is dropped."""
         tensors = self._tensors()
         tensors.pop("mask_positions", None)
-        cut = {n: t[:, start:stop] if n in ("texts", "lengths") else t[start:stop] for n, t in tensors.items()}
+        sliced = {n: t[:, start:stop] if n in ("texts", "lengths") else t[start:stop] for n, t in tensors.items()}
         views = {name: view.rows(start, stop) for name, view in self.views.items()}
-        return replace(self, views=views, **cut, mask_positions=None, skipped=[])
+        return replace(self, views=views, **sliced, mask_positions=None, skipped=[])
 
     def without_images(self) -> PairBatch:
-        """The same batch with views of the same shape that hold nothing (on torch's "meta" device)."""
+        """The same batch with views of the same shape on torch's "meta" device, which hold nothing."""
         return replace(self, views={n: View(torch.empty(v.pixels.shape, device="meta")) for n, v in self.views.items()})
 
     def pin_memory(self) -> PairBatch:

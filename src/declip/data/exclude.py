@@ -1,4 +1,4 @@
-"""Lists of pairs to leave out: written by the page of `declip app`, or by hand, one key a line."""
+"""Lists of pairs to leave out: written by `declip app` or `declip data inspect`, or by hand, one key per line."""
 
 import csv
 import io
@@ -14,64 +14,53 @@ from declip.data.sources.image_source import ImageSource
 from declip.errors import UserError
 
 COLUMNS = ("key", "place", "reason", "cosine", "caption")
-DROPPED = "dropped"
+EXCLUDED = "excluded"
 """The reason where a list gives none."""
 
 LONGEST_REASON = 80
-"""Characters: reasons are what counts are kept by."""
+"""Characters: counts are kept by reason."""
 
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
-"""How cells begin that a spreadsheet computes. They are written with an apostrophe before them, which shows them as
-text, and read without it; so are those that begin with such an apostrophe already, to be read as they were."""
+"""Beginnings of cells that a spreadsheet computes. They are written with an apostrophe before them, which shows them as
+text, and read without it; so are cells that begin with such an apostrophe already."""
 
 LARGEST_LIST = 1 << 30
 """Bytes of a list."""
 
 
-class Dropped(NamedTuple):
-    """A pair of a list.
-
-    Attributes:
-        key: As the source calls it.
-        place: In the source, where that is known; -1 otherwise.
-        reason: Why it goes.
-    """
+class Exclusion(NamedTuple):
+    """A pair of a list: its key, its index in the source (-1 where unknown) and the reason why it is left out."""
 
     key: str
     place: int = -1
-    reason: str = DROPPED
+    reason: str = EXCLUDED
 
 
 @dataclass
-class Found:
-    """A list compared with a source.
-
-    Attributes:
-        reasons: The places to leave out, and why.
-        missing: Keys of the list that the source does not have.
-    """
+class Exclusions:
+    """A list matched with a source: the reason by index, and the keys that the source does not have."""
 
     reasons: dict[int, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
 
-def write_drop_list(rows: Iterable[tuple[str, int, str, float | None, str]]) -> str:
+def write_exclusions(rows: Iterable[tuple[str, int, str, float | None, str]]) -> str:
     """A list as CSV text, with `COLUMNS`; only the first three are read back.
 
     Args:
-        rows: Of each pair its key, place, reason, cosine of image and caption or None, and caption.
+        rows: Key, place, reason, cosine of image and caption or None, and caption of each pair.
     """
-    written = io.StringIO(newline="")
-    writer = csv.writer(written)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
     writer.writerow(COLUMNS)
     for key, place, reason, cosine, caption in rows:
         key, reason, caption = (f"'{cell}" if FORMULA.match(cell) else cell for cell in (key, reason, caption))
         writer.writerow([key, place, reason, "" if cosine is None else f"{cosine:.4f}", caption])
-    return written.getvalue()
+    return text.getvalue()
 
 
-def read_drop_list(path: str | Path) -> list[Dropped]:
-    """Read a list: CSV with a column "key" and perhaps "place" and "reason", or plain text with a key a line.
+def read_exclusions(path: str | Path) -> list[Exclusion]:
+    """Read a list: CSV with a column "key" and perhaps "place" and "reason", or plain text with one key per line.
 
     Raises:
         UserError: There is no such file, it is too large or no text, a place is no number, or it names no pair.
@@ -83,7 +72,11 @@ def read_drop_list(path: str | Path) -> list[Dropped]:
         raise UserError(f"The list '{path}' is larger than {LARGEST_LIST:,} bytes. Is it another file?")
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        rows = _of_csv(text, path) if _is_csv(text) else _of_lines(text)
+        header = next(csv.reader(text.splitlines()[:1]), [])
+        if "key" in [name.strip().lower() for name in header]:
+            rows = _from_csv(text, path)
+        else:
+            rows = [Exclusion(line.strip()) for line in text.splitlines() if line.strip()]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"The list '{path}' cannot be read: {error}. Give CSV or text in UTF-8.") from error
     if not rows:
@@ -91,38 +84,26 @@ def read_drop_list(path: str | Path) -> list[Dropped]:
     return rows
 
 
-def find_dropped(source: PairSource, rows: Iterable[Dropped]) -> Found:
-    """Find the pairs of a list in a source.
-
-    A row means the pair at its place if that has its key, and otherwise every pair with its key.
-    """
+def match_exclusions(source: PairSource, rows: Iterable[Exclusion]) -> Exclusions:
+    """Find the pairs of a list in a source: the pair at the row's place if that has its key, else all with its key."""
     images = ImageSource(source)
-    found, elsewhere = Found(), defaultdict[str, list[Dropped]](list)
+    matched, elsewhere = Exclusions(), defaultdict[str, list[Exclusion]](list)
     for row in rows:
         if 0 <= row.place < len(images) and images.key(row.place) == row.key:
-            found.reasons[row.place] = row.reason
+            matched.reasons[row.place] = row.reason
         else:
             elsewhere[row.key].append(row)
     if elsewhere:
-        met = set[str]()
+        seen = set[str]()
         for place in range(len(images)):
             if (key := images.key(place)) in elsewhere:
-                met.add(key)
-                found.reasons.setdefault(place, elsewhere[key][0].reason)
-        found.missing = [key for key in elsewhere if key not in met]
-    return found
+                seen.add(key)
+                matched.reasons.setdefault(place, elsewhere[key][0].reason)
+        matched.missing = [key for key in elsewhere if key not in seen]
+    return matched
 
 
-def _is_csv(text: str) -> bool:
-    header = next(csv.reader(text.splitlines()[:1]), [])
-    return "key" in [name.strip().lower() for name in header]
-
-
-def _of_lines(text: str) -> list[Dropped]:
-    return [Dropped(line.strip()) for line in text.splitlines() if line.strip()]
-
-
-def _of_csv(text: str, path: Path) -> list[Dropped]:
+def _from_csv(text: str, path: Path) -> list[Exclusion]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
     rows = []
@@ -132,8 +113,8 @@ def _of_csv(text: str, path: Path) -> list[Dropped]:
             line = f"line {reader.line_num}"
             raise UserError(f"The list '{path}' has the place '{printable(place)}' in {line}; it must be a number.")
         if key := row["key"] or "":
-            reason = printable(_as_text((row.get("reason") or "").strip())[:LONGEST_REASON]) or DROPPED
-            rows.append(Dropped(_as_text(key), int(place) if place else -1, reason))
+            reason = printable(_as_text((row.get("reason") or "").strip())[:LONGEST_REASON]) or EXCLUDED
+            rows.append(Exclusion(_as_text(key), int(place) if place else -1, reason))
     return rows
 
 

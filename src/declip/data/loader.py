@@ -1,4 +1,4 @@
-"""Batches in order, for ever, from any step: assembled ahead by worker processes, broken pairs counted."""
+"""An endless iterator of batches from any step on: assembled ahead by worker processes, broken pairs counted."""
 
 from __future__ import annotations
 
@@ -24,31 +24,27 @@ if TYPE_CHECKING:
     from declip.data.text.caption_tokenizer import CaptionTokenizer
 
 SEEN_BEFORE_STOPPING = 100
-"""Pairs seen before the share of broken ones can stop a run: fewer say little about the whole."""
+"""Pairs seen before the fraction of broken ones can stop a run: fewer say little about the whole."""
 
 
 class PairLoader(Iterator[PairBatch]):
     """Yields the batch of step `start_step`, the next, and so on without end.
 
-    A batch is a function of its step alone (see `Assembler`), so any number of workers gives the same batches,
-    and a loader started at a step continues bit for bit where another was stopped. A pair that cannot be used
-    is left out, so its batch is smaller, possibly empty; it is counted in `skipped` when its batch is yielded.
+    A batch is a function of its step alone (see `Assembler`), so any number of workers gives the same batches, and a
+    loader started at a step continues bit-exactly where another was stopped. A broken pair is left out, so its batch is
+    smaller, possibly empty; it is counted in `skipped` when its batch is yielded.
 
     Args:
-        source: The pairs; it is shared with, or pickled to, the workers.
-        tokenizer: Turns captions into ids.
-        plan: The views of a pair.
-        batch_size: Pairs a step, over all ranks.
-        seed: Not negative.
-        data: Order, decoding and the fraction of broken pairs that is allowed.
+        source: The pairs; shared with the workers, or pickled to them.
+        batch_size: Pairs per step, over all ranks.
+        data: Order, decoding and the allowed fraction of broken pairs.
         workers: Processes that assemble batches; 0 does it in this one.
-        start_step: Step of the first batch.
         pin_memory: Put batches into page-locked memory, for accelerators.
-        rank, ranks: Which part of each batch to make, of how many.
+        rank, ranks: The part of each batch to make, of how many.
 
     Raises:
-        UserError: an epoch shows fewer pairs than a batch; while iterating, when too many pairs are broken, or a
-            worker was lost.
+        UserError: An epoch shows fewer pairs than a batch; while iterating, too many pairs are broken, or a worker was
+            lost.
     """
 
     def __init__(
@@ -71,7 +67,7 @@ class PairLoader(Iterator[PairBatch]):
             source, tokenizer, plan, batch_size=batch_size, seed=seed, data=data, rank=rank, ranks=ranks
         )
         self.step = start_step
-        """The step of the batch that comes next."""
+        """The step of the next batch."""
         self.skipped = SkipCounter()
         """The broken pairs of the batches yielded so far."""
         self.seen = 0
@@ -83,7 +79,7 @@ class PairLoader(Iterator[PairBatch]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the source."""
+        """Number of whole batches in an epoch."""
         return self._assembler.steps_per_epoch
 
     def __next__(self) -> PairBatch:
@@ -103,17 +99,11 @@ class PairLoader(Iterator[PairBatch]):
         return batch
 
     def indices(self, step: int) -> np.ndarray:
-        """The pairs of a step's batch, (batch,) int64 places in the source."""
+        """The pairs of a step's batch, (batch_size,) int64 indices into the source."""
         return self._assembler.indices(step)
 
-    def words(self, tag: int, view: int) -> str:
-        """The text that the pair `tag` (epoch * len(source) + index) showed as text view 0 or 1.
-
-        Raises:
-            UserError: There is no such view.
-            BrokenPair: The pair can no longer be read.
-        """
-        return self._assembler.words(tag, view)
+    def words(self, sample_id: int, view: int) -> str:
+        return self._assembler.words(sample_id, view)
 
     def close(self) -> None:
         """End the workers; nothing more is yielded. Closing twice is harmless."""
@@ -135,21 +125,17 @@ class PairLoader(Iterator[PairBatch]):
             num_workers=self._workers,
             pin_memory=self._pin_memory,
             worker_init_fn=leave_signals_to_main,
-            # Without a generator of its own the loader would draw from torch's global one.
+            # Without its own generator the loader would advance torch's global one.
             generator=torch.Generator(),
-            # Forked workers share the source's memory, start at once, and need no `if __name__ == "__main__"` in
-            # a user's script. It is safe here: they use one thread each, as every DataLoader worker, so none
-            # waits for a thread that the fork left behind; and they never touch an accelerator.
+            # Forked workers share the source's memory, start at once, and need no `if __name__ == "__main__"` in a
+            # user's script. It is safe here: they use one thread each, as every DataLoader worker, so none waits for a
+            # thread that the fork left behind, and they never touch an accelerator.
             multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
         )
         return iter(loader)
 
     def count(self, usable: int, skipped: Sequence[BrokenPair]) -> None:
-        """Add a batch to the counts; on one process a batch is counted when it is yielded, on many by the trainer.
-
-        Args:
-            usable: Pairs of all ranks' parts of the batch that can be used.
-            skipped: The others.
+        """Add a batch of `usable` and `skipped` pairs of all ranks; with one rank `__next__` does it, else the trainer.
 
         Raises:
             UserError: Too many pairs are broken.
@@ -157,23 +143,19 @@ class PairLoader(Iterator[PairBatch]):
         self.seen += usable + len(skipped)
         for broken in skipped:
             self.skipped.add(broken)
-        share = self.skipped.share(self.seen)
-        if self.seen < SEEN_BEFORE_STOPPING or share <= self._max_broken_fraction:
+        fraction = self.skipped.fraction(self.seen)
+        if self.seen < SEEN_BEFORE_STOPPING or fraction <= self._max_broken_fraction:
             return
         self.close()
-        reasons = "; ".join(
-            f"{row['count']} x {reason}, such as {', '.join(row['examples'])}"
-            for reason, row in self.skipped.to_dict()["reasons"].items()
-        )
         raise UserError(
-            f"{self.skipped.total} of the {self.seen} pairs seen ({share:.1%}) could not be used, more than "
-            f"max_broken_fraction = {self._max_broken_fraction:.1%} allows: {reasons}. Mend or remove them, or allow a "
-            "larger share as data.max_broken_fraction."
+            f"{self.skipped.total} of the {self.seen} pairs seen ({fraction:.1%}) could not be used; "
+            f"data.max_broken_fraction allows {self._max_broken_fraction:.1%}. {self.skipped.explanation()} "
+            "Fix or remove them, or raise data.max_broken_fraction."
         )
 
 
 class _Steps(Dataset):
-    """The batches by step, as the workers make them; a user's mistake is handed over, not raised over there."""
+    """The batches by step, as workers make them; a `UserError` is returned, to be raised in the main process."""
 
     def __init__(self, assembler: Assembler) -> None:
         self.assembler = assembler

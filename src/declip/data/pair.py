@@ -1,36 +1,42 @@
-"""What a source of pairs is: an image with its captions, the ways it can be broken, and how to open one."""
+"""A pair of an image and its captions, the ways it can be broken, and the base class of all sources of pairs."""
 
 import re
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from PIL import Image
+
+from declip.data.sources.origin import Origin
 
 LONGEST_CAPTION = 20_000
 """Characters. The longest text that a model reads is 77 tokens; a caption beyond this is a page or a broken file."""
 
 MOST_CAPTIONS = 10_000
-"""Of one image. Public sets have five, region descriptions some fifty; beyond this a table's image column is wrong."""
+"""Captions of one image. Public sets have five, region descriptions fifty; more are a wrong image column."""
 
 MOST_SHOWN = 300
 """Characters of a key or detail in a message: a file can name its images as it likes."""
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-"""What a terminal obeys and a reader does not see."""
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Also line ends, what turns the direction of writing, and halves of characters, which cannot be written."""
+"""Also line ends, marks that turn the direction of writing, and halves of characters, which cannot be written."""
 
 EXAMPLES_KEPT = 5
 """Keys kept for each reason, enough to find the cause without a run's record growing with its data."""
 
 BUILTIN_PREFIX = "builtin:"
 
+BLOCK = 1000
+"""Pairs that are shuffled as one shard where a source has no shards."""
+
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and the texts that go with it.
+    """An image and the texts that belong to it.
 
     Attributes:
         key: Stable name of the pair, shown to the user: a path, a row or a code point.
@@ -45,77 +51,175 @@ class Pair:
     keywords: tuple[str, ...] = ()
 
 
+class LazyImage(Protocol):
+    """An image whose size is known and whose pixels are decoded on demand."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, upright."""
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Divisors of the sides that decoding supports, largest first."""
+
+    def pixels(self, scale: int = 1) -> np.ndarray:
+        """Decode to RGB, upright, (H, W, 3) uint8, with sides divided by 1 or one of `scales`, rounded up.
+
+        Raises:
+            BrokenPair: The file is damaged.
+        """
+
+
+class DecodedImage:
+    """A `LazyImage` of an RGB image that is decoded already."""
+
+    scales = ()
+
+    def __init__(self, image: Image.Image) -> None:
+        self.size = image.size
+        self._image = image
+
+    def pixels(self, scale: int = 1) -> np.ndarray:
+        return np.asarray(self._image)
+
+
+@dataclass(frozen=True)
+class LazyPair:
+    """A `Pair` whose image may still be undecoded."""
+
+    key: str
+    image: LazyImage
+    captions: tuple[str, ...]
+    keywords: tuple[str, ...] = ()
+
+
 class BrokenPair(Exception):
     """A pair that cannot be used; counted by its reason and never replaced by another.
 
     Args:
-        reason: Short and of a small set, such as "truncated image"; what the counts are kept by.
+        reason: Short and of a small set, such as "truncated image", because counts are kept by it.
         key: The pair's key.
-        detail: What exactly was found.
-
-    Key and detail may quote a file, so they are kept short and without what a terminal would obey.
+        detail: The exact fault. Key and detail may quote a file, so they are shortened and made printable.
     """
 
     def __init__(self, reason: str, key: str, detail: str = "") -> None:
         key, detail = printable(key), printable(detail)
         super().__init__(reason, key, detail)
-        self.reason = reason
-        self.key = key
-        self.detail = detail
+        self.reason, self.key, self.detail = reason, key, detail
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.key}" + (f" ({self.detail})" if self.detail else "")
 
 
-@runtime_checkable
-class PairSource(Protocol):
+class Span(NamedTuple):
+    """A range of a source's indices, such as one copy of a source in a mixture.
+
+    Attributes:
+        start: The first index.
+        blocks: (shards,) int64, the number of pairs of each shard; their sum is the length.
+        shown: Number of its pairs in an epoch, chosen anew for each epoch where these are not all.
+    """
+
+    start: int
+    blocks: np.ndarray
+    shown: int
+
+    @property
+    def length(self) -> int:
+        """The number of indices."""
+        return int(self.blocks.sum())
+
+
+class PairSource(ABC):
     """Pairs by number. A source can be pickled, and read from several processes.
 
-    A source made for classification also has `labels`, int64 (n,), and `class_names`, where `class_names[labels[i]]`
-    is the name of pair i's class.
+    A subclass needs a `name`, `__len__` and `__getitem__`; it overrides the other methods where it can do better than
+    to read the whole pair.
+
+    Attributes:
+        name: Shown to the user.
+        credit: Sentence that a license asks for wherever an image is shown.
+        labels: (n,) int64, where each pair has a class; `class_names[labels[i]]` is the name of pair i's class.
+        class_names: Names of the classes.
+        blocks: (shards,) int64, the number of pairs of each shard, in order; None without shards.
+        remote: Whether shards have to be fetched.
     """
 
     name: str
+    credit: str = ""
+    labels: np.ndarray | None = None
+    class_names: Sequence[str] | None = None
+    blocks: np.ndarray | None = None
+    remote: bool = False
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Pair:
-        """Read pair `index`; raises `BrokenPair` where it cannot be used."""
-        ...
+        """Read pair `index`; raises `BrokenPair`, as every method below."""
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Read the captions alone, without decoding the image; raises `BrokenPair`."""
-        ...
+        """Read the cleaned captions alone."""
+        return self[index].captions
+
+    def key(self, index: int) -> str:
+        """The key of pair `index`."""
+        return self[index].key
+
+    def image(self, index: int) -> Image.Image:
+        """Read the image alone, whatever its captions are."""
+        return self[index].image
+
+    def read_lazy(self, index: int) -> LazyPair:
+        """Read pair `index` and decode as little of its image as possible."""
+        pair = self[index]
+        return LazyPair(pair.key, DecodedImage(pair.image), pair.captions, pair.keywords)
+
+    def origin(self, index: int) -> Origin:
+        """The place of the image; empty where it has none of its own."""
+        return Origin()
+
+    def spans(self) -> list[Span]:
+        """The ranges of indices that an epoch shows; one that holds all pairs, unless this is a mixture."""
+        blocks = self.blocks
+        if blocks is None:
+            whole, rest = divmod(len(self), BLOCK)
+            blocks = np.array([BLOCK] * whole + [rest] * (rest > 0), np.int64)
+        return [Span(0, np.asarray(blocks, np.int64), len(self))]
 
 
 @dataclass
 class SkipCounter:
-    """Counts broken pairs by reason and keeps the first few keys of each."""
+    """Counts broken pairs by reason and keeps the first few keys, and the first detail, of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict, compare=False)
+    """Shown in messages only; a run's record is without them."""
 
     def add(self, broken: BrokenPair) -> None:
-        """Count one broken pair; a key met before is counted again but not shown twice."""
+        """Count one broken pair; a repeated key is counted again but listed once."""
         self.counts[broken.reason] = self.counts.get(broken.reason, 0) + 1
+        self.details.setdefault(broken.reason, broken.detail)
         kept = self.examples.setdefault(broken.reason, [])
         if len(kept) < EXAMPLES_KEPT and broken.key not in kept:
             kept.append(broken.key)
 
     def merge(self, other: "SkipCounter") -> None:
-        """Add what another counter counted; keys that are kept stay few."""
+        """Add the counts of another counter."""
         for reason, keys in other.examples.items():
             for key in keys:
-                self.add(BrokenPair(reason, key))
+                self.add(BrokenPair(reason, key, other.details.get(reason, "")))
             self.counts[reason] += other.counts[reason] - len(keys)
 
     @property
     def total(self) -> int:
-        """How many were counted, whatever the reason."""
+        """The number of broken pairs."""
         return sum(self.counts.values())
 
-    def share(self, seen: int) -> float:
-        """Share of the pairs seen, broken ones included, that were broken; 0 where none was seen."""
+    def fraction(self, seen: int) -> float:
+        """Fraction of the pairs seen, broken ones included, that were broken; 0 where none was seen."""
         return self.total / seen if seen else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,25 +229,31 @@ class SkipCounter:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "SkipCounter":
-        """Rebuild a counter from `to_dict`; keys other than "reasons" are left alone."""
+        """Rebuild a counter from `to_dict`; keys other than "reasons" are ignored."""
         rows = state["reasons"]
         return cls({r: row["count"] for r, row in rows.items()}, {r: list(row["examples"]) for r, row in rows.items()})
 
+    def lines(self) -> list[str]:
+        """A line for each reason: its count, a few keys, the first detail."""
+        return [
+            f"{count:,} × {reason}, such as {', '.join(self.examples.get(reason, ()))}"
+            + (f" ({self.details[reason]})" if self.details.get(reason) else "")
+            for reason, count in sorted(self.counts.items())
+        ]
+
+    def explanation(self) -> str:
+        """The reasons in one sentence, with the remedy of the most frequent mistake."""
+        missing = "missing image" in self.counts
+        hint = " A table's image paths are relative to its folder, or to data.image_root." if missing else ""
+        return "; ".join(self.lines()) + f".{hint}"
+
 
 def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
-    """Make captions usable: runs of white space and control characters become one space, empty and repeated ones go.
-
-    Args:
-        raw: Captions as they were written; None counts as empty.
-        key: The pair's key, for the error.
-
-    Returns:
-        At least one caption, in the order given.
+    """Collapse white space and control characters to single spaces; drop empty and repeated captions, keep the order.
 
     Raises:
-        BrokenPair: "empty caption" when nothing is left, "caption too long" when any is longer than
-            `LONGEST_CAPTION` characters, "too many captions" beyond `MOST_CAPTIONS`, "invalid text" when one cannot
-            be written as UTF-8.
+        BrokenPair: "empty caption" when nothing is left, "caption too long", "too many captions", or "invalid text"
+            when one cannot be written as UTF-8.
     """
     cleaned: dict[str, None] = {}
     for number, text in enumerate(raw):
@@ -160,8 +270,14 @@ def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
     return tuple(cleaned)
 
 
+def clean_keywords(raw: Iterable[Any]) -> tuple[str, ...]:
+    """Collapse white space; drop repeated keywords and values that are no usable text."""
+    words = (" ".join(CONTROL.sub(" ", word).split()) for word in raw if isinstance(word, str))
+    return tuple(dict.fromkeys(word for word in words if 0 < len(word) <= LONGEST_CAPTION and is_unicode(word)))
+
+
 def printable(text: str) -> str:
-    """A text from a file as one short line that every terminal and file takes; what it cannot show is "�"."""
+    """A text from a file as one short line that every terminal and file takes; unprintable characters become "�"."""
     shown = UNPRINTABLE.sub("\ufffd", text[: MOST_SHOWN + 1])
     return shown if len(text) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 1]}…"
 

@@ -9,7 +9,7 @@ from declip.recipe.schema import ImageView, Recipe, TextView
 
 @dataclass(frozen=True)
 class Needs:
-    """What a loss reads of a batch.
+    """The parts of a batch that a loss reads.
 
     Attributes:
         views: Names of the image views that it cannot do without.
@@ -48,7 +48,7 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """All views of a pair, in the order in which their random numbers are drawn, and the image statistics."""
+    """All views of a pair, in the order in which their random numbers are sampled, and the image statistics."""
 
     views: tuple[ViewSpec, ...]
     texts: TextSpec
@@ -57,10 +57,10 @@ class Plan:
 
 
 def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
-    """Work out which views the losses of a recipe need.
+    """Derive the views that the losses of a recipe need.
 
     Raises:
-        UserError: a loss compares two image views and the recipe has one.
+        UserError: A loss compares two image views and the recipe has one.
     """
     needs = list(needs)
     wanted: set[str] = set().union(*(need.views | need.optional_views for need in needs))
@@ -74,7 +74,7 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     size, views = recipe.image.size, recipe.views
     specs = [ViewSpec(name, size, views.image) for name in ("first", "second") if name in wanted]
     if views.contrastive_view is not None:
-        # The losses that compare augmented views are not concerned; without one of them only this view is drawn.
+        # Losses that compare augmented views keep theirs; without one of them only this view is made.
         specs = [ViewSpec("contrastive", size, views.contrastive_view), *(specs if "second" in wanted else [])]
     masks = any(need.masked for need in needs) or recipe.masked_language.mask_input_only
     texts = TextSpec(

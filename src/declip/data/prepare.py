@@ -1,37 +1,31 @@
-"""Pairs of any source made ready for training once: pictures shrunk to what a view needs, in tar shards."""
-
-from __future__ import annotations
+"""Sharding of a source (`declip data shard`): images downscaled once to the size that training needs, in tar shards."""
 
 import hashlib
 import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 
-from declip.data.checks import check_range
-from declip.data.exclude import find_dropped, read_drop_list
-from declip.data.images.lazy import read_lazy
+from declip.data.exclude import match_exclusions, read_exclusions
 from declip.data.images.shrink import SIZE, downscaled_bytes
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
-from declip.errors import UserError
-from declip.io.atomic import atomic_write, remove
+from declip.errors import UserError, check_range
+from declip.io.atomic import atomic_write, locked_folder
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar, usual_workers
+from declip.io.text import plural
 
 log = logging.getLogger("declip")
 
-RECORD, SIZES, NOTICE, LOCK = "prepared.json", "sizes.json", "NOTICE.txt", ".lock"
+RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
 LAYOUT = 1
 """Raised when the same options make other shards."""
 
@@ -43,18 +37,16 @@ PAIRS_AT_ONCE = 16
 
 ELSEWHERE = "choose another folder with --out"
 BYTE_ORDER_MARK = "\ufeff"
-"""At the start of a text file it would be taken for no part of the text."""
+"""At the start of a text file it would not count as text."""
 
 
 @dataclass
-class Prepared:
-    """Shards that were made.
+class ShardedPairs:
+    """The shards of a source.
 
     Attributes:
-        folder: Where they are; `open_source` opens it.
-        pairs: Pairs in them.
-        shards: How many there are.
-        bytes: Of all shards.
+        folder: Their folder; `open_source` opens it.
+        pairs, shards, bytes: Their totals.
         skipped: The source's other pairs, by reason.
     """
 
@@ -65,15 +57,12 @@ class Prepared:
     skipped: SkipCounter = field(default_factory=SkipCounter)
 
     def summary(self) -> str:
-        """What was made and what was left out, in a line each."""
-        shards = f"{self.shards:,} shard{'s' if self.shards > 1 else ''}"
-        lines = [f"Ready: {self.folder}: {self.pairs:,} pairs, {shards}, {self.bytes / 1e6:,.1f} MB"]
-        for reason, row in self.skipped.to_dict()["reasons"].items():
-            lines.append(f"Left out: {row['count']:,} × {reason}, such as {', '.join(row['examples'])}")
-        return "\n".join(lines)
+        """One line for the shards, and one for each reason of pairs left out."""
+        totals = f"{plural(self.pairs, 'pair')}, {plural(self.shards, 'shard')}, {self.bytes / 1e6:,.1f} MB"
+        return "\n".join([f"Ready: {self.folder}: {totals}", *(f"Left out: {line}" for line in self.skipped.lines())])
 
 
-def prepare_source(
+def shard_source(
     source: str | Path | PairSource,
     out: str | Path,
     *,
@@ -83,172 +72,148 @@ def prepare_source(
     workers: int | None = None,
     image_column: str = "image",
     caption_column: str = "caption",
+    keyword_column: str = "keywords",
     image_root: str | Path | None = None,
-    drop: str | Path | None = None,
+    exclude: str | Path | None = None,
     progress: bool = False,
-) -> Prepared:
-    """Write the pairs of a source as WebDataset shards with pictures no larger than needed.
+) -> ShardedPairs:
+    """Write the pairs of a source as WebDataset shards with images no larger than needed.
 
-    The shards are 000000.tar and so on, `shard_pairs` pairs of the source each, in its order; a pair that cannot be
-    used is left out and counted. A pair's key is its place in the source. Its captions are a .txt file where there is
-    one and no keyword, else a .json file. Besides there are sizes.json, the pairs of each shard, and prepared.json,
-    what was made of what. Stopped and called again with the same arguments, it goes on after the last whole shard.
+    The shards are 000000.tar and so on, `shard_pairs` pairs of the source each, in its order; broken pairs are left out
+    and counted. A pair's key is its index in the source. Its captions are a .txt file where there is one caption and no
+    keyword, else a .json file. sizes.json has the number of pairs of each shard, prepared.json the source and options.
+    A stopped call continues after the last complete shard when it is repeated.
 
     Args:
-        source: A source, or what `open_source` opens.
+        source: A source, or its name for `open_source`.
         out: The folder to write to.
-        size: Pixels of the shorter side at most; a larger picture is shrunk, none is enlarged. A JPEG file that is
-            small enough is copied as it is.
-        shard_pairs: Pairs of the source in a shard.
-        quality: Of the JPEG files written, 1 to 100.
-        workers: Processes that shrink; 0 does it in this one, None takes one for each core, 8 at most.
-        image_column: As `open_source` has it; so for the two that follow.
-        caption_column: For tables.
-        image_root: For tables.
-        drop: A list of pairs to leave out, as `read_drop_list` reads it; each is counted by the list's reason.
+        size: Largest shorter side in pixels, at least 16. No image is enlarged; a JPEG file that is small enough is
+            copied.
+        quality: Quality of the JPEG files, 1 to 100.
+        workers: Worker processes; 0 does the work in this one, None uses one per core, 8 at most.
+        exclude: A list of pairs to leave out, see `read_exclusions`; each is counted by the list's reason.
         progress: Show a progress bar.
 
     Raises:
         UserError: There is no such source or list, no pair of the list is in the source, an option is out of its range,
-            no pair can be used, or the folder holds something else, the shards of another source or other options, or
-            cannot be written to.
+            no pair can be used, or the folder has other content or cannot be written to.
     """
     check_range("size", size, 16)
     check_range("shard_pairs", shard_pairs, 1)
     check_range("quality", quality, 1, 100)
-    workers = usual_workers() if workers is None else workers
-    check_range("workers", workers, 0)
-    opened = (
-        open_source(source, image_column=image_column, caption_column=caption_column, image_root=image_root)
-        if isinstance(source, str | Path)
-        else source
-    )
+    check_range("workers", workers or 0, 0)
+    if isinstance(source, PairSource):
+        opened, name = source, source.name
+    else:
+        name = _absolute(source)
+        opened = open_source(
+            source,
+            image_column=image_column,
+            caption_column=caption_column,
+            keyword_column=keyword_column,
+            image_root=image_root,
+        )
     starts = range(0, len(opened), shard_pairs)
     if len(starts) > MOST_SHARDS:
         raise UserError(f"shard_pairs={shard_pairs} makes {len(starts):,} shards, more than {MOST_SHARDS:,}.")
-    dropped = {} if drop is None else _dropped(opened, drop)
+    excluded = {} if exclude is None else _excluded(opened, exclude)
     made_of = {
         "layout": LAYOUT,
-        "source": _name(source),
+        "source": name,
         "pairs": len(opened),
         "size": size,
         "quality": quality,
         "shard_pairs": shard_pairs,
         "image_column": image_column,
         "caption_column": caption_column,
-        "image_root": None if image_root is None else _name(image_root),
-        "drop": _digest(dropped) if dropped else None,
+        "keyword_column": keyword_column,
+        "image_root": None if image_root is None else _absolute(image_root),
+        "exclude": hashlib.sha256(json.dumps(sorted(excluded.items())).encode()).hexdigest() if excluded else None,
     }
-    with _held(Path(out).expanduser()) as folder:
+    with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
         record = _Record(folder, made_of)
         record.save()
-        shards = [_Shard(f"{k:06d}.tar", range(s, min(s + shard_pairs, len(opened)))) for k, s in enumerate(starts)]
-        missing = [shard for shard in shards if not record.has(shard.name)]
-        _make(missing, record, _Maker(opened, size, quality, dropped), workers, progress)
-        record.finish(getattr(opened, "credit", ""))
-    prepared = record.total()
-    if not prepared.pairs:
-        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in sorted(prepared.skipped.counts.items()))
-        raise UserError(f"None of the {len(opened):,} pairs of '{opened.name}' can be used: {reasons}.")
-    return prepared
+        shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
+        missing = {name: places for name, places in shards.items() if not record.has(name)}
+        _write_shards(missing, record, _Packer(opened, size, quality, excluded), workers, progress)
+        record.finish(opened.credit)
+    total = record.total()
+    if not total.pairs:
+        raise UserError(
+            f"None of the {len(opened):,} pairs of '{opened.name}' can be used: {total.skipped.explanation()}"
+        )
+    return total
 
 
-@dataclass(frozen=True)
-class _Shard:
-    name: str
-    places: range
-
-    def parts(self) -> list[range]:
-        """The places in parts of a process's work."""
-        return [self.places[start : start + PAIRS_AT_ONCE] for start in range(0, len(self.places), PAIRS_AT_ONCE)]
-
-
-def _make(shards: Sequence[_Shard], record: _Record, maker: _Maker, workers: int, progress: bool) -> None:
-    """Make shards one after the other; the pictures of the next ones are shrunk meanwhile."""
-    source = maker.source
-    parts = [shard.parts() for shard in shards]
-    jobs = _Jobs(maker, [places for own in parts for places in own])
-    stream: Iterator[_Part] = in_order(jobs, len(jobs.parts), workers)
+def _write_shards(
+    shards: Mapping[str, range], record: "_Record", packer: "_Packer", workers: int | None, progress: bool
+) -> None:
+    """Write shards one after the other, while the images of the next ones are downscaled."""
+    source = packer.source
+    parts = {name: [p[i : i + PAIRS_AT_ONCE] for i in range(0, len(p), PAIRS_AT_ONCE)] for name, p in shards.items()}
+    packer.parts = [places for own in parts.values() for places in own]
+    stream: Iterator[tuple[_Members, SkipCounter]] = in_order(
+        packer, len(packer.parts), usual_workers() if workers is None else workers
+    )
     with naming_lost_workers(), pairs_bar(progress) as bar:
-        done = len(source) - sum(map(len, jobs.parts))
+        done = len(source) - sum(map(len, packer.parts))
         task = bar.add_task(f"Pairs of {source.name}", total=len(source), completed=done)
-        for shard, own in zip(shards, parts, strict=True):
+        for shard, places in shards.items():
             skipped = SkipCounter()
-            path = record.folder / shard.name
+            path = record.folder / shard
             with (
-                atomic_write(path, ELSEWHERE) as beside,
-                tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar,
+                atomic_write(path, ELSEWHERE) as partial,
+                tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
             ):
-                for part, places in zip(islice(stream, len(own)), own, strict=True):
-                    for name, content in part.members:
+                for part in parts[shard]:
+                    members, broken = next(stream)
+                    for name, content in members:
                         info = tarfile.TarInfo(name)
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))
-                    skipped.merge(part.skipped)
-                    bar.advance(task, len(places))
-            record.add(shard.name, len(shard.places) - skipped.total, path.stat().st_size, skipped)
+                    skipped.merge(broken)
+                    bar.advance(task, len(part))
+            record.add(shard, len(places) - skipped.total, path.stat().st_size, skipped)
 
 
-@dataclass
-class _Part:
-    """Some pairs as members of a shard, in order."""
-
-    members: list[tuple[str, bytes]] = field(default_factory=list)
-    skipped: SkipCounter = field(default_factory=SkipCounter)
+_Members = list[tuple[str, bytes]]
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """Makes members of a shard of pairs."""
+class _Packer(Dataset):
+    """Turns parts of a source into members of a shard, in worker processes."""
 
-    source: PairSource
-    size: int
-    quality: int
-    dropped: Mapping[int, str]
+    def __init__(self, source: PairSource, size: int, quality: int, excluded: Mapping[int, str]) -> None:
+        self.source, self.size, self.quality, self.excluded = source, size, quality, excluded
+        self.parts: list[range] = []
 
-    def part(self, places: range) -> _Part:
-        """Those of the pairs at some places."""
-        made = _Part()
-        for place in places:
+    def __getitem__(self, number: int) -> tuple[_Members, SkipCounter]:
+        members, skipped = _Members(), SkipCounter()
+        for place in self.parts[number]:
             try:
-                made.members += self.members(place)
+                members += self.files(place)
             except BrokenPair as broken:
-                made.skipped.add(broken)
-        return made
+                skipped.add(broken)
+        return members, skipped
 
-    def members(self, place: int) -> list[tuple[str, bytes]]:
-        """Those of one pair; raises `BrokenPair`, also where it is to be dropped."""
-        if place in self.dropped:
-            raise BrokenPair(self.dropped[place], ImageSource(self.source).key(place), "on the list")
-        pair = read_lazy(self.source, place)
-        image, content = downscaled_bytes(pair.picture, self.size, self.quality)
-        text, said = _written(pair.captions, pair.keywords)
-        if len(content) > LARGEST_IMAGE:
-            raise BrokenPair("image too large", pair.key, f"{len(content):,} bytes, at most {LARGEST_IMAGE:,}")
-        if len(said) > LARGEST_TEXT:
-            raise BrokenPair("caption too long", pair.key, f"{len(said):,} bytes in all, at most {LARGEST_TEXT:,}")
-        return [(f"{place:09d}.{image}", content), (f"{place:09d}.{text}", said)]
-
-
-class _Jobs(Dataset):
-    """The parts as worker processes do them."""
-
-    def __init__(self, maker: _Maker, parts: Sequence[range]) -> None:
-        self.maker, self.parts = maker, parts
-
-    def __getitem__(self, number: int) -> _Part:
-        return self.maker.part(self.parts[number])
-
-
-def _written(captions: tuple[str, ...], keywords: tuple[str, ...]) -> tuple[str, bytes]:
-    """The captions as the end of a file's name and its content."""
-    if len(captions) == 1 and not keywords and not captions[0].startswith(BYTE_ORDER_MARK):
-        return "txt", captions[0].encode()
-    return "json", json.dumps({"caption": captions, "keywords": keywords}).encode()
+    def files(self, place: int) -> _Members:
+        """The members of one pair; raises `BrokenPair`, also where it is excluded."""
+        if place in self.excluded:
+            raise BrokenPair(self.excluded[place], ImageSource(self.source).key(place))
+        pair = self.source.read_lazy(place)
+        kind, image = downscaled_bytes(pair.image, self.size, self.quality)
+        if len(pair.captions) == 1 and not pair.keywords and not pair.captions[0].startswith(BYTE_ORDER_MARK):
+            ending, text = "txt", pair.captions[0].encode()
+        else:
+            ending, text = "json", json.dumps({"caption": pair.captions, "keywords": pair.keywords}).encode()
+        if len(image) > LARGEST_IMAGE:
+            raise BrokenPair("image too large", pair.key, f"{len(image):,} bytes, at most {LARGEST_IMAGE:,}")
+        if len(text) > LARGEST_TEXT:
+            raise BrokenPair("caption too long", pair.key, f"{len(text):,} bytes together, at most {LARGEST_TEXT:,}")
+        return [(f"{place:09d}.{kind}", image), (f"{place:09d}.{ending}", text)]
 
 
 class _Record:
-    """What has been made in a folder, and of what; kept in prepared.json, which is written anew with each shard."""
+    """The finished shards of a folder, their source and options; prepared.json is rewritten after each shard."""
 
     def __init__(self, folder: Path, made_of: dict[str, Any]) -> None:
         self.folder, self.made_of = folder, made_of
@@ -257,8 +222,8 @@ class _Record:
         if not path.exists():
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            earlier, self._shards = dict(found["made_of"]), dict(found["shards"])
+            content = json.loads(path.read_text(encoding="utf-8"))
+            earlier, self._shards = dict(content["made_of"]), dict(content["shards"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"'{path}' cannot be read: {error}. Remove the folder, or {ELSEWHERE}.") from error
         changed = [key for key in sorted(made_of.keys() | earlier.keys()) if made_of.get(key) != earlier.get(key)]
@@ -269,12 +234,10 @@ class _Record:
             )
 
     def has(self, name: str) -> bool:
-        """Whether a shard is there and whole."""
         path = self.folder / name
         return name in self._shards and path.is_file() and path.stat().st_size == self._shards[name]["bytes"]
 
     def add(self, name: str, pairs: int, size: int, skipped: SkipCounter) -> None:
-        """Keep what was made."""
         self._shards[name] = {"pairs": pairs, "bytes": size, "skipped": skipped.to_dict()["reasons"]}
         self.save()
 
@@ -283,14 +246,13 @@ class _Record:
         self._write(RECORD, json.dumps({"made_of": self.made_of, "shards": self._shards}, indent=1))
 
     def finish(self, credit: str) -> None:
-        """Write what goes beside the shards once all are there."""
+        """Write the files that complete the folder."""
         self._write(SIZES, json.dumps({name: row["pairs"] for name, row in sorted(self._shards.items())}, indent=1))
         if credit:
             self._write(NOTICE, credit + "\n")
 
-    def total(self) -> Prepared:
-        """All shards together."""
-        total = Prepared(self.folder, shards=len(self._shards))
+    def total(self) -> ShardedPairs:
+        total = ShardedPairs(self.folder, shards=len(self._shards))
         for _, row in sorted(self._shards.items()):
             total.pairs += row["pairs"]
             total.bytes += row["bytes"]
@@ -298,58 +260,25 @@ class _Record:
         return total
 
     def _write(self, name: str, text: str) -> None:
-        with atomic_write(self.folder / name, ELSEWHERE) as beside:
-            beside.write_text(text, encoding="utf-8")
+        with atomic_write(self.folder / name, ELSEWHERE) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[Path]:
-    """Keep a folder for this process, made where it is not there, without what a killed process left in it."""
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
-        if others and RECORD not in others:
-            raise UserError(f"'{folder}' already holds something else, such as '{others[0]}'; {ELSEWHERE}.")
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"Another process is preparing '{folder}'. Wait for it, or {ELSEWHERE}.") from error
-    except OSError as error:
-        raise UserError(f"'{folder}' cannot be written: {error.strerror}. Mend that, or {ELSEWHERE}.") from error
-    try:
-        for left in folder.glob(".*.partial"):
-            remove(left)
-        yield folder
-    finally:
-        lock.release()
-
-
-def _dropped(source: PairSource, drop: str | Path) -> dict[int, str]:
-    """The places that a list leaves out, and why; raises `UserError` where it names none of the source's pairs."""
-    found = find_dropped(source, read_drop_list(drop))
-    if not found.reasons:
+def _excluded(source: PairSource, path: str | Path) -> dict[int, str]:
+    """The reason by index of a list's pairs; raises `UserError` where it names none of the source's."""
+    matched = match_exclusions(source, read_exclusions(path))
+    if not matched.reasons:
         raise UserError(
-            f"None of the pairs that '{drop}' names is in '{source.name}', such as '{printable(found.missing[0])}'. "
+            f"None of the pairs that '{path}' names is in '{source.name}', such as '{printable(matched.missing[0])}'. "
             "Keys are paths below the source, for most sources: give the source that the list was made of."
         )
-    if found.missing:
-        log.warning(
-            "%s keys of '%s' are not in '%s', such as '%s'.",
-            f"{len(found.missing):,}",
-            drop,
-            source.name,
-            printable(found.missing[0]),
-        )
-    return found.reasons
+    if matched.missing:
+        count, first = f"{len(matched.missing):,}", printable(matched.missing[0])
+        log.warning("%s keys of '%s' are not in '%s', such as '%s'.", count, path, source.name, first)
+    return matched.reasons
 
 
-def _digest(dropped: Mapping[int, str]) -> str:
-    return hashlib.sha256(json.dumps(sorted(dropped.items())).encode()).hexdigest()
-
-
-def _name(source: str | Path | PairSource) -> str:
-    """What tells a source from another one: a file's or folder's whole path, else the word as given."""
-    if not isinstance(source, str | Path):
-        return source.name
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else str(source)
+def _absolute(name: str | Path) -> str:
+    """The absolute path of a file or folder, else the name as given."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else str(name)

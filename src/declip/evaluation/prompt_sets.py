@@ -1,4 +1,4 @@
-"""The prompts that the package ships: one file a set of images in `prompts/`, each with its source in its head."""
+"""The shipped prompts: one file per dataset in `prompts/`, with its source in its head."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,14 +13,13 @@ FOLDER = resources.files("declip.evaluation") / "prompts"
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What a set of images is asked with.
+    """Templates and class names of a dataset.
 
     Attributes:
-        name: Name of its file.
         source: Where templates and class names were published.
         templates: Sentences with ``{}`` for the class name.
-        classes: The set's own name of a class, as its files write it, to the name that goes into the templates, in
-            the order of the labels; empty where a rule gives the names, see `class_names`.
+        classes: Name of a class in the dataset's files → name for the templates, in the order of the labels; empty
+            where a rule gives the names, see `class_names`.
     """
 
     name: str
@@ -30,17 +29,13 @@ class PromptSet:
 
 
 def prompt_names() -> list[str]:
-    """Names of the prompt sets that the package ships."""
+    """Names of the shipped prompt sets."""
     return sorted(entry.name.removesuffix(".yaml") for entry in FOLDER.iterdir() if entry.name.endswith(".yaml"))
 
 
 @cache
 def read_prompts(name: str) -> PromptSet:
-    """Read a shipped prompt set.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """Read a shipped prompt set; raises `UserError` for an unknown name."""
     if name not in prompt_names():
         raise unknown("template set", name, prompt_names())
     tree = read_yaml((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -49,24 +44,17 @@ def read_prompts(name: str) -> PromptSet:
 
 
 def class_names(prompts: str, raw: Iterable[str]) -> tuple[str, ...]:
-    """The names that go into the templates, in the order of the classes given.
+    """Convert the class names of a dataset's files to those that go into the templates, in the same order.
 
-    Where the set's file lists classes, each is looked up by its own name, never by its place; otherwise underscores
-    become spaces, as CLIP's published names have it.
-
-    Args:
-        prompts: A shipped prompt set.
-        raw: What the data set's files call its classes.
-
-    Raises:
-        UserError: the file lists classes, and one of these is not among them.
+    Where the prompt set lists classes, each is looked up by its name in the files, never by its position; otherwise
+    underscores become spaces, as in CLIP's published names.
     """
     listed = read_prompts(prompts).classes
     raw = list(raw)
-    if strange := [name for name in raw if listed and name not in listed]:
+    if listed and (strange := [name for name in raw if name not in listed]):
         raise UserError(
             f"The data have the class '{strange[0]}', which is none of the {len(listed)} classes of '{prompts}'"
-            f"{f', and {len(strange) - 1} more such' if len(strange) > 1 else ''}. Is it another set or version of it? "
+            f"{f', and {len(strange) - 1} more such' if len(strange) > 1 else ''}. Is it another dataset or version? "
             "A folder with other classes can be measured as 'folder:PATH'."
         )
     return tuple(listed[name] if listed else name.replace("_", " ") for name in raw)

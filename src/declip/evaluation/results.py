@@ -1,46 +1,121 @@
-"""What an evaluation returns: numbers with their n and their chance, as a record and as a table."""
+"""Results of evaluations: numbers with their n and their chance, as rows of JSON and as a table."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from math import sqrt
+from typing import Any, ClassVar, NamedTuple, Self
 
 from rich.markup import escape
 from rich.table import Table
 
-from declip.evaluation.measure import Measure
-from declip.evaluation.probes.results import FewShotResult, KNNResult, LinearProbeResult
 from declip.io.text import percent, times
+
+METRICS: Mapping[str, str] = {"top1": "top-1", "mean_per_class": "mean per class"}
+"""Metrics that a dataset's convention may report → their names in tables."""
+
+UNBALANCED = 1.1
+"""The majority fraction is shown where it is this many times chance."""
+
+
+class Measure(NamedTuple):
+    """One number, its chance level, and the number of queries that it is the mean of.
+
+    Results of different models are matched by `name`. Details that differ from model to model, such as a spread,
+    belong to `detail`, which is shown after the name.
+    """
+
+    name: str
+    value: float
+    chance: float
+    n: int
+    detail: str = ""
+    majority: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Name and detail."""
+        return f"{self.name} {self.detail}".strip()
+
+    @property
+    def times_chance(self) -> float:
+        """The value over chance."""
+        return self.value / self.chance
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95 % interval of a fraction of `n` independent trials (Wilson 1927)."""
+        z, n, p = 1.96, self.n, self.value
+        return z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
 
 
 @dataclass(frozen=True)
-class ZeroShotResult:
+class Result:
+    """Base class of the results.
+
+    Attributes:
+        rows: Classes of the fields that are tuples of records.
+        skipped: Number of images left out because they could not be read, by reason.
+    """
+
+    task: ClassVar[str]
+    rows: ClassVar[Mapping[str, type]] = {}
+    dataset: str
+    skipped: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+
+    def measures(self) -> list[Measure]:
+        """The numbers that a table shows."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-ready row; `read_result` reads it back."""
+        return {"task": self.task, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """Read a row that `to_dict` wrote; further keys are ignored, and missing ones take their defaults."""
+        values = {each.name: row[each.name] for each in fields(cls) if each.name in row}
+        for name, kind in cls.rows.items():
+            values[name] = tuple(kind(**{key: _tuples(value) for key, value in each.items()}) for each in row[name])
+        return cls(**values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class ClassificationResult(Result):
+    """Base class of results on `n` test images with `classes` to choose from."""
+
+    n: int
+    classes: int
+
+    @property
+    def chance(self) -> float:
+        """Chance level of top-1: 1 / classes."""
+        return 1 / self.classes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-ready row, with chance."""
+        return {**super().to_dict(), "chance": self.chance}
+
+
+@dataclass(frozen=True)
+class ZeroShotResult(ClassificationResult):
     """Zero-shot classification.
 
     Attributes:
-        on: Name of the source.
-        n: Images measured.
-        classes: How many classes there were to choose from.
-        top1: Share of images whose class comes first.
-        top5: Share of images whose class is among the first five.
         mean_per_class: Mean of the classes' own top-1; classes without an image do not count.
         templates: Name of the prompt templates, or the templates themselves.
-        skipped: Images left out because they could not be read: reason to count.
+        majority: Fraction of images of the most frequent class: top-1 of a model that always says that class.
     """
 
-    protocol: ClassVar[str] = "zero-shot"
-    on: str
-    n: int
-    classes: int
+    task: ClassVar[str] = "zero-shot"
     top1: float
     top5: float
     mean_per_class: float
     templates: str = "plain"
-    skipped: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def chance(self) -> float:
-        """Top-1 of guessing: 1 / classes."""
-        return 1 / self.classes
+    majority: float | None = None
 
     @property
     def times_chance(self) -> float:
@@ -48,38 +123,20 @@ class ZeroShotResult:
         return self.top1 / self.chance
 
     def measures(self) -> list[Measure]:
-        """The numbers that a table shows."""
+        unbalanced = self.majority is not None and self.majority >= UNBALANCED * self.chance
         return [
-            Measure("top-1", self.top1, self.chance, self.n),
+            Measure("top-1", self.top1, self.chance, self.n, majority=self.majority if unbalanced else None),
             Measure("top-5", self.top5, min(5, self.classes) / self.classes, self.n),
             Measure("mean per class", self.mean_per_class, self.chance, self.n),
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready row; `read_result` reads it back."""
-        return {
-            "protocol": self.protocol,
-            "on": self.on,
-            "n": self.n,
-            "classes": self.classes,
-            "top1": self.top1,
-            "top5": self.top5,
-            "mean_per_class": self.mean_per_class,
-            "chance": self.chance,
-            "times_chance": self.times_chance,
-            "templates": self.templates,
-            "skipped": dict(self.skipped),
-        }
-
 
 @dataclass(frozen=True)
-class Recall:
+class RecallAtK:
     """One direction of retrieval.
 
     Attributes:
-        queries: How many queries were asked.
-        candidates: Among how many candidates each had to find its own.
-        r1, r5, r10: Share of queries with a right candidate among the first 1, 5, 10.
+        r1, r5, r10: Fraction of queries with a right candidate among the first 1, 5, 10.
         chance1, chance5, chance10: The same for a random order.
         median_rank: Median over the queries of the best right candidate's rank; 1 is perfect.
     """
@@ -94,10 +151,6 @@ class Recall:
     chance10: float
     median_rank: float
 
-    FIELDS: ClassVar[tuple[str, ...]] = (
-        "queries", "candidates", "r1", "r5", "r10", "chance1", "chance5", "chance10", "median_rank",
-    )  # fmt: skip
-
     def measures(self, direction: str) -> list[Measure]:
         """R@1, R@5 and R@10 with `direction` before their names."""
         return [
@@ -106,137 +159,230 @@ class Recall:
         ]
 
 
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
 @dataclass(frozen=True)
-class RetrievalResult:
+class RetrievalResult(Result):
     """Image-text retrieval in both directions.
 
     Attributes:
-        on: Name of the source.
-        images: Images measured.
-        texts: Captions measured, all captions of all images.
-        text_to_image: Each caption looks for its image.
-        image_to_text: Each image looks for one of its captions.
-        duplicate_images: How many of the images have the same features as another one.
-        duplicate_captions: How many of the captions another image carries too, word for word.
-        same_caption: "wrong": such a caption counts for its own image only; "right": for all of them.
-        skipped: Pairs left out because they could not be read: reason to count.
+        text_to_image: Each caption is the query for its image.
+        image_to_text: Each image is the query for any of its captions.
+        duplicate_images: Number of images with the same features as another one.
+        duplicate_captions: Number of captions that another image carries too, word for word.
+        truncated_captions: Number of captions longer than the model's context; their ends were not read.
+        same_caption: "wrong": a duplicate caption counts for its own image only; "right": for all of them.
     """
 
-    protocol: ClassVar[str] = "retrieval"
-    on: str
+    task: ClassVar[str] = "retrieval"
     images: int
     texts: int
-    text_to_image: Recall
-    image_to_text: Recall
+    text_to_image: RecallAtK
+    image_to_text: RecallAtK
     duplicate_images: int = 0
     duplicate_captions: int = 0
+    truncated_captions: int = 0
     same_caption: str = "wrong"
-    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def measures(self) -> list[Measure]:
-        """The numbers that a table shows."""
         return self.text_to_image.measures("text → image") + self.image_to_text.measures("image → text")
 
     def to_dict(self) -> dict[str, Any]:
-        """A flat, JSON-ready row (``text_to_image_r1`` …); `read_result` reads it back."""
-        row: dict[str, Any] = {"protocol": self.protocol, "on": self.on, "images": self.images, "texts": self.texts}
-        for direction in ("text_to_image", "image_to_text"):
-            recall = getattr(self, direction)
-            row |= {f"{direction}_{name}": getattr(recall, name) for name in Recall.FIELDS}
-        return row | {
-            "duplicate_images": self.duplicate_images,
-            "duplicate_captions": self.duplicate_captions,
-            "same_caption": self.same_caption,
-            "skipped": dict(self.skipped),
+        """Convert to a flat, JSON-ready row, with ``text_to_image_r1`` and so on."""
+        row = super().to_dict()
+        for direction in DIRECTIONS:
+            row |= {f"{direction}_{name}": value for name, value in row.pop(direction).items()}
+        return row
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """Read a row that `to_dict` wrote."""
+        recalls = {
+            direction: RecallAtK(**{each.name: row[f"{direction}_{each.name}"] for each in fields(RecallAtK)})
+            for direction in DIRECTIONS
         }
+        return super().from_dict({**row, **recalls})
 
 
-Result = ZeroShotResult | RetrievalResult | LinearProbeResult | KNNResult | FewShotResult
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult(ClassificationResult):
+    """Base class of the probes' results.
+
+    Attributes:
+        train: Number of images to learn from, including those that choices are made on.
+        features: "backbone", before the projection, or "embedding", after it, with their `width`.
+        metric: Metric of the dataset's convention: "top1" or "mean_per_class".
+    """
+
+    train: int
+    features: str
+    width: int
+    metric: str = "top1"
 
 
-def _given(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: row[name] for name in names}
+@dataclass(frozen=True)
+class SweepPoint:
+    """One value of C that was tried: metric (`score`) and cross entropy (`loss`) on the validation images."""
+
+    C: float
+    score: float
+    loss: float
+    iterations: int
+    converged: bool
 
 
-def _read_zero_shot(row: Mapping[str, Any]) -> ZeroShotResult:
-    names = ("on", "n", "classes", "top1", "top5", "mean_per_class", "templates", "skipped")
-    return ZeroShotResult(**_given(row, *names))
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeResult(ProbeResult):
+    """Logistic regression on frozen features.
+
+    Attributes:
+        C: The chosen inverse strength of the L2 penalty, scikit-learn's.
+        validation: Images that C was chosen on: "validation split" or "fifth of train".
+        sweep: Every C that was tried, ascending.
+        iterations, converged: Of the last fit by L-BFGS.
+    """
+
+    task: ClassVar[str] = "linear"
+    rows: ClassVar[Mapping[str, type]] = {"sweep": SweepPoint}
+    top1: float
+    mean_per_class: float
+    C: float
+    validation: str
+    sweep: tuple[SweepPoint, ...]
+    iterations: int
+    converged: bool
+
+    def measures(self) -> list[Measure]:
+        return [
+            Measure(f"linear probe, {name}", getattr(self, metric), self.chance, self.n)
+            for metric, name in METRICS.items()
+        ]
 
 
-def _read_retrieval(row: Mapping[str, Any]) -> RetrievalResult:
-    return RetrievalResult(
-        text_to_image=_read_recall(row, "text_to_image"),
-        image_to_text=_read_recall(row, "image_to_text"),
-        duplicate_images=row.get("duplicate_images", 0),
-        **_given(row, "on", "images", "texts", "duplicate_captions", "same_caption", "skipped"),
-    )
+@dataclass(frozen=True)
+class Votes:
+    """The vote of the `k` nearest neighbors; a class that ties with another does not come first."""
+
+    k: int
+    top1: float
+    top5: float
+    mean_per_class: float
 
 
-def _read_recall(row: Mapping[str, Any], direction: str) -> Recall:
-    return Recall(**{name: row[f"{direction}_{name}"] for name in Recall.FIELDS})
+@dataclass(frozen=True, kw_only=True)
+class KNNResult(ProbeResult):
+    """Votes of the nearest training images, weighted by exp(cosine / temperature), for each k."""
+
+    task: ClassVar[str] = "knn"
+    rows: ClassVar[Mapping[str, type]] = {"votes": Votes}
+    temperature: float
+    votes: tuple[Votes, ...]
+
+    def measures(self) -> list[Measure]:
+        """The numbers of every k; none is chosen."""
+        five = min(5, self.classes) / self.classes
+        measures = []
+        for vote in self.votes:
+            top = getattr(vote, self.metric)
+            measures.append(Measure(f"{vote.k}-NN, {METRICS[self.metric]}", top, self.chance, self.n))
+            measures.append(Measure(f"{vote.k}-NN, top-5", vote.top5, five, self.n))
+        return measures
 
 
-READERS: Mapping[str, Callable[[Mapping[str, Any]], Result]] = {
-    ZeroShotResult.protocol: _read_zero_shot,
-    RetrievalResult.protocol: _read_retrieval,
-    LinearProbeResult.protocol: LinearProbeResult.from_dict,
-    KNNResult.protocol: KNNResult.from_dict,
-    FewShotResult.protocol: FewShotResult.from_dict,
+@dataclass(frozen=True)
+class Shots:
+    """Fits on `shots` images per class.
+
+    Attributes:
+        std: Standard deviation over the seeds, with n - 1 below; 0 for one seed.
+        scores: The dataset's metric on the test images for each seed.
+        C: The value that each seed's few validation images chose.
+        images: Number of training images of each fit.
+        short: Number of classes with fewer images than `shots`; all of theirs were used.
+    """
+
+    shots: int
+    mean: float
+    std: float
+    scores: tuple[float, ...]
+    C: tuple[float, ...]
+    images: int
+    short: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShotResult(ProbeResult):
+    """Logistic regression on a few images per class, for each number of shots."""
+
+    task: ClassVar[str] = "few-shot"
+    rows: ClassVar[Mapping[str, type]] = {"runs": Shots}
+    validation: str
+    runs: tuple[Shots, ...]
+
+    def measures(self) -> list[Measure]:
+        """The means, with the standard deviation over the seeds in points."""
+        name = METRICS[self.metric]
+        details = [f"± {100 * run.std:.1f} ({len(run.scores)} seeds)" for run in self.runs]
+        return [
+            Measure(f"{run.shots}-shot, {name}", run.mean, self.chance, self.n, detail)
+            for run, detail in zip(self.runs, details, strict=True)
+        ]
+
+
+RESULTS: Mapping[str, type[Result]] = {
+    kind.task: kind for kind in (ZeroShotResult, RetrievalResult, LinearProbeResult, KNNResult, FewShotResult)
 }
-"""What reads the rows of each protocol."""
 
 
 def read_result(row: Mapping[str, Any]) -> Result | None:
-    """Read a row that `to_dict` wrote; further keys, such as "step", are ignored.
-
-    Returns:
-        The result, or None for a protocol that has no typed result here.
-    """
-    reader = READERS.get(row.get("protocol", ""))
-    return None if reader is None else reader(row)
+    """Read a row that `to_dict` wrote; further keys, such as "step", are ignored. None for an unknown task."""
+    kind = RESULTS.get(row.get("task", ""))
+    return None if kind is None else kind.from_dict(row)
 
 
 def results_table(results: Sequence[Result], title: str | None = None) -> Table:
-    """Every number beside its chance, its multiple of chance and its n, for a terminal."""
+    """Show every number with its chance, its multiple of chance and its n, for a terminal.
+
+    Where a class is much more frequent than others, its fraction (majority) stands next to chance.
+    """
+    majority = any(measure.majority is not None for result in results for measure in result.measures())
     table = Table(title=title)
     table.add_column("measure")
-    for name in ("value", "chance", "× chance", "n"):
+    for name in ("value", "chance", *(["majority"] if majority else []), "× chance", "n"):
         table.add_column(name, justify="right")
-    names = short_names(result.on for result in results)
+
+    def add(label: str, n: int, value: str = "", chance: str = "", most: str = "", factor: str = "") -> None:
+        table.add_row(label, value, chance, *([most] if majority else []), factor, f"{n:,}")
+
+    names = short_names(result.dataset for result in results)
     for result in results:
-        table.add_row(f"[bold]{escape(names[result.on])}[/]")
+        table.add_row(f"[bold]{escape(names[result.dataset])}[/]")
         for measure in result.measures():
-            table.add_row(
-                f"  {measure.label}",
-                percent(measure.value),
-                percent(measure.chance),
-                times(measure.times_chance),
-                f"{measure.n:,}",
-            )
+            most = "" if measure.majority is None else percent(measure.majority)
+            value, chance, factor = percent(measure.value), percent(measure.chance), times(measure.times_chance)
+            add(f"  {measure.label}", measure.n, value, chance, most, factor)
         if isinstance(result, RetrievalResult) and result.duplicate_images:
-            table.add_row("  images like another, feature by feature", "", "", "", f"{result.duplicate_images:,}")
+            add("  images with another one's features", result.duplicate_images)
         if result.skipped:
-            left_out = ", ".join(f"{count:,} {reason}" for reason, count in result.skipped.items())
-            table.add_row("  left out, unreadable", left_out, "", "", f"{sum(result.skipped.values()):,}")
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.skipped.items())
+            add("  left out, unreadable", sum(result.skipped.values()), reasons)
         table.add_section()
     return table
 
 
-def short_names(sets: Iterable[str]) -> dict[str, str]:
-    """Names of sets for a table: of each path as few of its last parts as tell it from the others.
+def short_names(datasets: Iterable[str]) -> dict[str, str]:
+    """Shorten names of datasets for a table: of each path as few of its last parts as distinguish it from the others.
 
     "coco/test.jsonl" and "flickr/test.jsonl" for "/data/coco/test.jsonl" and "/data/flickr/test.jsonl".
-
-    Args:
-        sets: As the user wrote them.
     """
-    paths = {name: name.replace("\\", "/").rstrip("/") for name in sets}
+    paths = {name: name.replace("\\", "/").rstrip("/") for name in datasets}
     short = {}
     for name, path in paths.items():
-        others = [f"/{other}" for each, other in paths.items() if each != name]
+        others = [f"/{other}" for given, other in paths.items() if given != name]
         kind = path[: path.find(":", 2) + 1]  # "coco:"; a letter before a colon is a Windows drive
         parts = path.removeprefix(kind).split("/")
         tails = ("/".join(parts[-count:]) for count in range(1, len(parts)))
-        found = (kind + tail for tail in tails if not any(other.endswith(f"/{tail}") for other in others))
-        short[name] = next(found, name)
+        unique = (kind + tail for tail in tails if not any(other.endswith(f"/{tail}") for other in others))
+        short[name] = next(unique, name)
     return short

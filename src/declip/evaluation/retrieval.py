@@ -1,4 +1,4 @@
-"""Image-text retrieval: does a caption find its image, and an image one of its captions?"""
+"""Image-text retrieval: R@K of captions looking for their image, and of images looking for one of their captions."""
 
 from collections.abc import Sequence
 from math import comb
@@ -7,22 +7,28 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from declip.errors import UserError
 from declip.evaluation.encode import SourceFeatures
-from declip.evaluation.results import Recall, RetrievalResult
+from declip.evaluation.results import RecallAtK, RetrievalResult
 
-SAME = 1e-6  # features whose numbers differ by less are one image's: a batch of another size rounds otherwise
-TIE = 1e-6  # cosines nearer than this are equal: features are float32
-BLOCK = 8_000_000  # scores held at a time: 64 MB
+SAME = 1e-6
+"""Images whose features differ by less are copies: batches of another size round differently."""
+
+TIE = 1e-6
+"""Cosines nearer than this are equal: features are float32."""
+
+BLOCK = 8_000_000
+"""Number of scores held at a time: 64 MB."""
 
 SameCaption = Literal["wrong", "right"]
 
 
 def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, block: int = BLOCK) -> np.ndarray:
-    """Rank of each query's best right candidate, 1 being the first.
+    """Rank of each query's best right candidate, 1 being the first: (N,) int64.
 
-    Ties go against the model: a wrong candidate whose cosine is as high as the best right one's (to `TIE`)
+    Ties count against the model: a wrong candidate whose cosine is as high as the best right one's (to `TIE`)
     counts as before it, so that a model that gives every input the same feature finds nothing. The plain loop::
 
         best = max(scores[i, j] for j in right[i])
@@ -31,66 +37,38 @@ def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, b
     Written with "not", a score that is not a number counts as before the right one: NaN loses.
 
     Args:
-        queries: (N, d), L2-normalized.
-        candidates: (M, d), L2-normalized.
+        queries, candidates: (N, d) and (M, d), L2-normalized.
         right: N arrays, each of one or more right candidates.
-        block: At most about this many scores are held at a time; N × M of them never are.
-
-    Returns:
-        (N,) int64.
+        block: Largest number of scores held at a time, about; all N × M never are.
     """
     rows = max(1, block // len(candidates))
     candidates = candidates.double()
-    found = []
+    parts = []
     for start in range(0, len(queries), rows):
         scores = queries[start : start + rows].double() @ candidates.T
-        own = torch.zeros_like(scores, dtype=torch.bool)
+        is_right = torch.zeros_like(scores, dtype=torch.bool)
         for row, columns in enumerate(right[start : start + rows]):
-            own[row, torch.from_numpy(columns)] = True
-        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        found.append(1 + (~(scores <= best - TIE) & ~own).sum(1))
-    return torch.cat(found).numpy()
+            is_right[row, torch.from_numpy(columns)] = True
+        best = scores.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)
+        parts.append(1 + (~(scores <= best - TIE) & ~is_right).sum(1))
+    return torch.cat(parts).numpy()
 
 
-def recall(rank: np.ndarray, right: Sequence[np.ndarray], candidates: int) -> Recall:
-    """Sum up ranks.
-
-    Args:
-        rank: (N,) ranks of the best right candidates.
-        right: N arrays of right candidates; their number sets the chance.
-        candidates: How many candidates there were.
-    """
-    chance = {k: _chance(k, right, candidates) for k in (1, 5, 10)}
-    return Recall(
-        queries=len(rank),
-        candidates=candidates,
-        r1=float(np.mean(rank <= 1)),
-        r5=float(np.mean(rank <= 5)),
-        r10=float(np.mean(rank <= 10)),
-        chance1=chance[1],
-        chance5=chance[5],
-        chance10=chance[10],
-        median_rank=float(np.median(rank)),
-    )
+def recall(rank: np.ndarray, right: Sequence[np.ndarray], candidates: int) -> RecallAtK:
+    """Summarize the ranks (N,) of the best right candidates; the number of right ones sets the chance level."""
+    hits = {f"r{k}": float(np.mean(rank <= k)) for k in (1, 5, 10)}
+    chance = {f"chance{k}": _chance(k, right, candidates) for k in (1, 5, 10)}
+    return RecallAtK(len(rank), candidates, **hits, **chance, median_rank=float(np.median(rank)))
 
 
 def retrieve(features: SourceFeatures, *, same_caption: SameCaption = "wrong", block: int = BLOCK) -> RetrievalResult:
     """Measure R@1, R@5 and R@10 both ways.
 
-    A caption looks for its image among all images; an image looks for any one of its captions among the
-    captions of all images. When two images carry the same caption, word for word, the usual practice is kept:
-    the caption counts for its own image only, although nobody could tell from the words (and from image to text
-    the two captions tie, so both images miss rank 1). The result says how many captions this concerns;
-    It also says how many images have the same features as another: a copy is as wrong as any other image.
-    ``same_caption="right"`` lets a caption count for every image that carries it.
-
-    Args:
-        features: Images and captions of a source, encoded.
-        same_caption: "wrong" or "right", what an equal caption of another image is.
-        block: See `ranks`.
-
-    Raises:
-        UserError: the captions were not encoded, or `same_caption` is something else.
+    A caption looks for its image among all images; an image looks for any one of its captions among the captions of
+    all images. When two images carry the same caption, word for word, the usual practice is kept: the caption counts
+    for its own image only, although the words do not distinguish them (and from image to text the two captions tie, so
+    both images miss rank 1). ``same_caption="right"`` lets a caption count for every image that carries it. Copies of
+    an image are as wrong as any other image. The result counts both kinds of duplicates.
     """
     if features.texts is None:
         raise UserError("Retrieval needs the captions' features. Encode the source with texts=True.")
@@ -98,7 +76,7 @@ def retrieve(features: SourceFeatures, *, same_caption: SameCaption = "wrong", b
         raise UserError(f"same_caption is '{same_caption}', but must be 'wrong' or 'right'.")
     owners, words = features.owners, features.words
     images_of_text = [owners[row : row + 1] for row in range(len(words))]
-    texts_of_image = np.split(np.arange(len(words)), np.cumsum([len(own) for own in features.captions])[:-1])
+    texts_of_image = np.split(np.arange(len(words)), np.cumsum([len(texts) for texts in features.captions])[:-1])
     carriers = carriers_of(features)
     if same_caption == "right":
         images_of_text = [carriers[word] for word in words]
@@ -106,31 +84,30 @@ def retrieve(features: SourceFeatures, *, same_caption: SameCaption = "wrong", b
     text_rank = ranks(features.texts, features.images, images_of_text, block=block)
     image_rank = ranks(features.images, features.texts, texts_of_image, block=block)
     return RetrievalResult(
-        on=features.name,
+        dataset=features.name,
         images=len(features),
         texts=len(words),
         text_to_image=recall(text_rank, images_of_text, len(features)),
         image_to_text=recall(image_rank, texts_of_image, len(words)),
         duplicate_images=_duplicates(features.images),
         duplicate_captions=sum(len(carriers[word]) > 1 for word in words),
+        truncated_captions=features.truncated,
         same_caption=same_caption,
         skipped=dict(features.skipped.counts),
     )
 
 
 def _duplicates(images: Tensor) -> int:
-    """How many images have the features of another one.
-
-    Equal features lie side by side along any direction, so that none needs to be compared with all others.
-    """
+    """Count the images that have the features of another one."""
+    # Equal features are neighbors along any direction, so that none needs to be compared with all others.
     direction = torch.randn(images.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ordered = images[(images.double() @ direction).argsort()]
     same = (ordered[1:] - ordered[:-1]).abs().amax(1) < SAME
-    return int((torch.nn.functional.pad(same, (1, 0)) | torch.nn.functional.pad(same, (0, 1))).sum())
+    return int((pad(same, (1, 0)) | pad(same, (0, 1))).sum())
 
 
 def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
-    """Of each caption, the rows of the images that carry it, word for word."""
+    """Map each caption to the rows of the images that carry it, word for word."""
     carriers: dict[str, set[int]] = {}
     for word, owner in zip(features.words, features.owners, strict=True):
         carriers.setdefault(word, set()).add(int(owner))
@@ -138,16 +115,16 @@ def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
 
 
 def _equal_texts(captions: Sequence[tuple[str, ...]], words: Sequence[str]) -> list[np.ndarray]:
-    """Of each image, all rows of `words` that equal one of its captions."""
-    places: dict[str, list[int]] = {}
+    """For each image, all rows of `words` that equal one of its captions."""
+    rows_of: dict[str, list[int]] = {}
     for row, word in enumerate(words):
-        places.setdefault(word, []).append(row)
-    return [np.array(sorted({row for word in own for row in places[word]}), dtype=np.int64) for own in captions]
+        rows_of.setdefault(word, []).append(row)
+    return [np.array(sorted({row for text in texts for row in rows_of[text]}), dtype=np.int64) for texts in captions]
 
 
 def _chance(k: int, right: Sequence[np.ndarray], candidates: int) -> float:
     """R@k of a random order: 1 - C(M - c, k) / C(M, k) with c right ones among M, so k / M when c is 1."""
     k = min(k, candidates)
-    counts, times = np.unique([len(own) for own in right], return_counts=True)
+    counts, times = np.unique([len(columns) for columns in right], return_counts=True)
     hits = [1 - comb(candidates - int(count), k) / comb(candidates, k) for count in counts]
     return float(np.average(hits, weights=times))

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose name, put into sentences, lies nearest to the image."""
+"""Zero-shot classification: the class whose name, put into sentences, is nearest to the image."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,22 +10,20 @@ from torch.nn.functional import normalize
 
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder, SourceFeatures, text_features
+from declip.evaluation.probes.data import score
 from declip.evaluation.prompt_sets import read_prompts
 from declip.evaluation.results import ZeroShotResult
 from declip.evaluation.retrieval import BLOCK, ranks
 
 
 def read_templates(templates: str | Sequence[str]) -> tuple[str, list[str]]:
-    """Find templates by name, or take them as given.
+    """Look templates up by name, or take them as given.
 
     Args:
         templates: Name of a shipped set, one template, or several; ``{}`` stands where the class name goes.
 
     Returns:
         A name for the result, and the templates.
-
-    Raises:
-        UserError: unknown name, no template, or a template without ``{}``.
     """
     if isinstance(templates, str) and "{}" not in templates:
         return templates, list(read_prompts(templates).templates)
@@ -44,25 +42,15 @@ def class_features(
     class_names: Sequence[str],
     templates: Sequence[str],
     *,
-    batch: int = 256,
+    batch_size: int = 256,
     progress: bool = False,
 ) -> Tensor:
-    """One text feature a class: of every template normalized, averaged over the templates, normalized again.
+    """Encode each class as the normalized mean of its normalized templates: (C, d) float32 on the CPU.
 
     This is CLIP's prompt ensemble (Radford et al. 2021, section 3.1.4).
-
-    Args:
-        model: The model.
-        class_names: C names.
-        templates: T sentences with ``{}`` for the name.
-        batch: Texts a pass.
-        progress: Show a bar when there are many batches.
-
-    Returns:
-        (C, d) float32 on the CPU.
     """
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    features = text_features(model, prompts, batch=batch, progress=progress)
+    features = text_features(model, prompts, batch_size=batch_size, progress=progress)
     return normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
 
 
@@ -76,67 +64,54 @@ def classify(
 ) -> ZeroShotResult:
     """Measure top-1, top-5 and the mean per class.
 
-    Ties go against the model, as in `declip.evaluation.retrieval.ranks`. Classes of the same name, such as ImageNet's
-    two "missile" in CLIP's published list, have the same feature and are one candidate: it stands for the first of
-    them, as the usual argmax has it, and the others are never right.
+    Ties count against the model, as in `declip.evaluation.retrieval.ranks`. Classes of the same name, such as
+    ImageNet's two "missile" in CLIP's published list, have the same feature and are one candidate: it stands for the
+    first of them, as `argmax` over all classes has it, and the others are never right.
 
     Args:
-        features: The images of a source, encoded.
         labels: (n,) int, the class of each row of `features`.
         classes: (C, d) the classes' text features.
-        templates: What the templates are called in the result.
-        block: Scores held at a time.
-
-    Raises:
-        UserError: a label names no class.
     """
     labels = np.asarray(labels, dtype=np.int64)
     outside = labels[(labels < 0) | (labels >= len(classes))]
     if len(outside):
         raise UserError(
             f"'{features.name}' has the label {outside[0]}, but its {len(classes)} class names are numbered "
-            f"0 to {len(classes) - 1}. Mend the labels or give a name for every class."
+            f"0 to {len(classes) - 1}. Fix the labels or give a name for every class."
         )
     distinct, candidate, namesakes_before = _distinct(classes)
-    own = [candidate[label : label + 1] for label in labels]
-    rank = ranks(features.images, distinct, own, block=block) + namesakes_before[labels]
+    right = [candidate[label : label + 1] for label in labels]
+    rank = ranks(features.images, distinct, right, block=block) + namesakes_before[labels]
     first = rank <= 1
-    size = np.bincount(labels, minlength=len(classes))
-    correct = np.bincount(labels, weights=first, minlength=len(classes))
     return ZeroShotResult(
-        on=features.name,
+        dataset=features.name,
         n=len(labels),
         classes=len(classes),
         top1=float(first.mean()),
         top5=float((rank <= 5).mean()),
-        mean_per_class=float((correct[size > 0] / size[size > 0]).mean()),
+        mean_per_class=score(first, labels, "mean_per_class"),
         templates=templates,
+        majority=float(np.bincount(labels).max() / len(labels)),
         skipped=dict(features.skipped.counts),
     )
 
 
 def _distinct(classes: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """The distinct rows; of each class, its place among them and how many classes before it have the same row."""
-    distinct, place = torch.unique(classes, dim=0, return_inverse=True)
-    met: Counter[int] = Counter()
+    """The distinct rows; for each class its index among them, and the number of earlier classes with the same row."""
+    distinct, index = torch.unique(classes, dim=0, return_inverse=True)
+    seen: Counter[int] = Counter()
     before = []
-    for candidate in place.tolist():
-        before.append(met[candidate])
-        met[candidate] += 1
-    return distinct, place.numpy(), np.array(before, dtype=np.int64)
+    for candidate in index.tolist():
+        before.append(seen[candidate])
+        seen[candidate] += 1
+    return distinct, index.numpy(), np.array(before, dtype=np.int64)
 
 
 def predict(images: Tensor, classes: Tensor, count: int = 1, *, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest classes of each image, best first.
-
-    Args:
-        images: (n, d), L2-normalized.
-        classes: (C, d), L2-normalized.
-        count: How many to return.
-        block: Scores held at a time.
+    """Find the nearest classes (C, d) of each image (n, d), best first; both are L2-normalized.
 
     Returns:
-        Class numbers (n, count) int64 and cosines (n, count) float32.
+        Class indices (n, count) int64 and cosines (n, count) float32.
     """
     rows = max(1, block // len(classes))
     best = [torch.topk(part @ classes.T, min(count, len(classes))) for part in images.split(rows)]

@@ -1,4 +1,4 @@
-"""What a person wants to know about their own pairs before they train on them."""
+"""Inspect a source of pairs before training: sizes, lengths, duplicates, broken pairs, leakage."""
 
 from declip.inspection.result import Inspection
 from declip.inspection.scan import inspect_source

@@ -1,4 +1,4 @@
-"""What a caption is made of: words, tokens, scripts, and whether it is a caption at all."""
+"""Properties of captions: words, tokens, scripts, and texts that describe nothing."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ KINDS = {
     ),
     "number": regex.compile(r"(?=.*\p{N})[\p{N}\W_]+"),
 }
-"""Texts that say nothing of what is seen; a caption is of the first kind that fits the whole of it."""
+"""Texts that do not describe an image; a caption is of the first kind that matches it completely."""
 
 NO_LETTER, ONE_WORD = "no letter", "one word"
 _LETTER = regex.compile(r"\p{L}")
@@ -41,23 +41,23 @@ SCRIPTS = (
     "Latin", "Cyrillic", "Greek", "Han", "Hiragana", "Katakana", "Hangul", "Arabic", "Hebrew", "Devanagari", "Bengali",
     "Tamil", "Telugu", "Thai", "Georgian", "Armenian", "Ethiopic", "Khmer", "Myanmar", "Sinhala",
 )  # fmt: skip
-"""Unicode's names of the scripts that are told apart."""
+"""Unicode's names of the scripts that are distinguished."""
 _SCRIPTS = [(name, regex.compile(rf"\p{{Script={name}}}")) for name in SCRIPTS]
 
 
 @lru_cache(maxsize=1)
 def _tokenizer() -> Tokenizer:
-    """CLIP's, with its whole vocabulary, that cuts nothing off."""
+    """CLIP's tokenizer without truncation."""
     return Tokenizer(context=1 << 30)
 
 
 def token_count(caption: str) -> int:
-    """CLIP tokens of a caption, start and end included, nothing cut off."""
+    """CLIP tokens of a caption, start and end included, nothing truncated."""
     return len(_tokenizer().encode(caption))
 
 
 def kind_of(caption: str) -> str | None:
-    """Which of `KINDS` a caption is; else "no letter" or "one word"; None for a caption of several words."""
+    """Classify a caption: one of `KINDS`, "no letter", "one word", or None for several words."""
     for name, pattern in KINDS.items():
         if pattern.fullmatch(caption):
             return name
@@ -80,7 +80,7 @@ def _script(letter: str) -> str:
 
 
 def telling_words(caption: str) -> Iterator[str]:
-    """The words of a caption in lower case, each once, without the commonest such as "the"."""
+    """The distinct words of a caption in lower case, without stop words."""
     return iter(set(_WORD.findall(caption.lower())) - STOP_WORDS)
 
 
@@ -93,7 +93,7 @@ class CaptionCounts:
         examples: The first few of each kind.
         scripts: Captions by `script_of`.
         words: Captions that each telling word is in. Beyond `MOST_WORDS` different ones the rarer half is dropped, so
-            that memory stays bounded: the commonest come out right, a rare word's count may be too low.
+            that memory stays bounded: the most frequent are exact, a rare word's count may be too low.
     """
 
     MOST_WORDS = 200_000

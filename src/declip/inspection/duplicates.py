@@ -1,4 +1,4 @@
-"""Finding what comes twice among many hashes, by sorting: never by comparing all with all."""
+"""Find duplicates among many hashes by sorting, in nearly linear time."""
 
 from itertools import combinations
 
@@ -33,15 +33,12 @@ def equal_groups(hashes: np.ndarray) -> np.ndarray:
 
 
 def near_groups(looks: np.ndarray) -> np.ndarray:
-    """Number the groups of images that look alike; what is joined through a third image is one group.
-
-    Args:
-        looks: (n,) `LOOK`s.
+    """Number the groups of images that look alike, by (n,) `LOOK`s; those joined through a third image are one group.
 
     Returns:
         The group of each, int64 (n,), in the order in which each is first met.
     """
-    # Looks that are equal are one from here on, told by a dot product with random odd numbers, modulo 2^64.
+    # Looks that are equal are merged here, found by a dot product with random odd numbers, modulo 2^64.
     words = [looks[name][:, place] for name in ("coarse", "fine", "tint") for place in range(looks[name].shape[1])]
     factors = np.random.default_rng(0).integers(0, 2**63, len(words), dtype=np.uint64) * 2 + 1
     mixed = np.zeros(len(looks), np.uint64)
@@ -101,25 +98,13 @@ def _join(labels: np.ndarray, edges: list[np.ndarray]) -> np.ndarray:
 
 
 def across(pairs: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Say which pairs have an image that looks like one of another set.
-
-    Args:
-        pairs: (n,) with a field "look".
-        others: (m,) likewise, the other set's.
-
-    Returns:
-        bool (n,).
-    """
+    """Find the pairs, (n,) with a field "look", whose image looks like one of `others`: bool (n,)."""
     groups = near_groups(np.concatenate([pairs["look"], others["look"]]))
     return np.isin(groups[: len(pairs)], groups[len(pairs) :])
 
 
 def repeated(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Say which groups have several members.
-
-    Returns:
-        Their numbers, largest group first, and how many members each has.
-    """
+    """Numbers and sizes of the groups that have several members, the largest first."""
     sizes = np.bincount(groups)
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 1]
@@ -127,7 +112,7 @@ def repeated(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def coincidence(groups: np.ndarray, weights: np.ndarray, count: int) -> float:
-    """Estimate how likely two pairs drawn at random show the same.
+    """Estimate how likely two random pairs share one.
 
     Args:
         groups: (k,) what may be shown, from 0: the group of a caption, say. No pair has one of them twice.
@@ -135,7 +120,7 @@ def coincidence(groups: np.ndarray, weights: np.ndarray, count: int) -> float:
         count: Number of pairs.
 
     Returns:
-        The mean over all ordered pairs of different pairs, which for pairs drawn at random from more is an unbiased
+        The mean over all ordered pairs of different pairs, which for a random sample is an unbiased
         estimate of theirs; 0 for a single pair.
     """
     if count < 2:

@@ -1,241 +1,126 @@
-"""What the numbers of an inspection mean for contrastive training on few pairs: rules, each with its threshold."""
+"""Rules: which numbers of an inspection matter for contrastive training on few pairs, and from which value on.
 
-from collections.abc import Callable, Iterator
+The sentences are in `declip/reports/templates/findings.txt`, one macro for each rule.
+"""
 
-from declip.inspection.captions import NO_LETTER, ONE_WORD
-from declip.inspection.result import Finding, Inspection
-from declip.io.text import about, percent, shown
+from collections.abc import Iterator
+from typing import Any
+
+from declip.inspection.captions import ONE_WORD
+from declip.inspection.result import CaptionStats, Finding, ImageStats, Inspection
 
 BROKEN = 0.05
-"""`data.max_broken_fraction`: a run stops beyond it."""
+"""Default of `data.max_broken_fraction`: a run stops above it."""
 
-ONE_WORD_SHARE, ODD_SHARE, CUT_SHARE, SCRIPT_SHARE = 0.2, 0.01, 0.01, 0.05
-SMALL_SHARE, LONG_SHARE, REPEATED_SHARE = 0.25, 0.05, 0.01
-"""Shares from which a rule speaks."""
+MANY_ONE_WORD, MANY_ODD, MANY_TRUNCATED, MANY_OTHER_SCRIPTS = 0.2, 0.01, 0.01, 0.05
+MANY_SMALL, MANY_LONG, MANY_REPEATED = 0.25, 0.05, 0.01
+"""Fractions from which a rule reports."""
 
 EQUAL_ROWS, MANY_EQUAL_ROWS = 0.01, 0.1
-"""Rows of a batch that have an equal caption in it, as a share: worth a word, and to be mended."""
+"""Fraction of a batch's rows that have an equal caption in it: from where it is reported, and is to be fixed."""
 
 LARGE, KEPT = 3.0, 2.0
-"""Training sizes: from where on shrinking once pays, and to how many. A crop of a quarter is then not enlarged."""
+"""Multiples of the training size: from where on shrinking once pays, and to what. A crop of a quarter is then not
+enlarged."""
 
 MULTIPLE = 32
 """Pixels: towers take sizes that are a multiple of their patch or stride."""
 
-QUEUE_PART, SMALLEST_QUEUE, USUAL_QUEUE = 3, 64, 65_536
-"""Pairs for each entry of the nearest-neighbor queue (`declip-small` has 512 entries and was chosen on 1,453 pairs),
-entries at least, and the authors' entries (Li et al. 2022)."""
+QUEUE_FRACTION, SMALLEST_QUEUE, USUAL_QUEUE = 3, 64, 65_536
+"""Pairs for each entry of the nearest-neighbor queue, entries at least, and the entries of the official
+implementation (Li et al. 2022)."""
 
 
 def find(inspection: Inspection) -> tuple[Finding, ...]:
-    """Say what an inspection means, what is to be mended first.
-
-    Args:
-        inspection: All of it but the findings.
-
-    Returns:
-        Findings of the rules below that were set off.
-    """
-    found = [finding for rule in RULES for finding in rule(inspection)]
-    return tuple(sorted(found, key=lambda finding: not finding.mend))
+    """Apply all rules to an inspection without findings; what is to be fixed comes first."""
+    findings = [*_pairs(inspection)]
+    if inspection.images is not None and inspection.captions is not None:
+        findings += _repeats(inspection)
+        findings += _captions(inspection, inspection.captions)
+        findings += _images(inspection, inspection.images)
+        findings += _queue(inspection)
+    return tuple(sorted(findings, key=lambda finding: not finding.fix))
 
 
-def _broken(inspection: Inspection) -> Iterator[Finding]:
-    share = inspection.broken
-    if not share.count:
-        return
-    if share.count == share.of:
-        advice = "Nothing can be trained on. The table has the reasons and the first keys of each."
-    elif share.value > BROKEN:
-        advice = f"A run stops at {percent(BROKEN)} (data.max_broken_fraction). Mend or remove them, or allow more."
-    else:
-        advice = "They are left out of training and counted."
-    estimated = not inspection.whole and share.count < share.of
-    wide = f" (95 %: {percent(share.low)} to {percent(share.high)})" if estimated else ""
-    text = f"{percent(share.value)}{wide} of the pairs cannot be used."
-    yield Finding("broken", share.value, text, advice, share.value > BROKEN)
+def _pairs(it: Inspection) -> Iterator[Finding]:
+    if it.broken.count:
+        reason = max(it.reasons, key=lambda name: it.reasons[name]["count"])
+        values = {"limit": BROKEN, "reason": reason, "example": it.reasons[reason]["examples"][0]}
+        yield Finding("broken", it.broken.value, values, it.broken.value > BROKEN)
+    for leakage in it.leakages:
+        if leakage.found.count:
+            values = {"set": leakage.name, "images": leakage.images}
+            yield Finding("leakage", leakage.found.value, values, True)
 
 
-def _overlaps(inspection: Inspection) -> Iterator[Finding]:
-    for overlap in inspection.overlaps:
-        if not overlap.found.count:
-            continue
-        share = overlap.found.value
-        text = f"{percent(share)} of the images look like one of the {overlap.images:,} of {overlap.name}."
-        advice = "Look at them, and remove the copies from training: else results on that set are too good."
-        yield Finding("overlap", share, text, advice, True)
-
-
-def _repeated_images(inspection: Inspection) -> Iterator[Finding]:
-    equal, near = inspection.equal_images, inspection.near_images
-    if equal is None or near is None:
-        return
+def _repeats(it: Inspection) -> Iterator[Finding]:
+    equal, near = it.equal_images, it.near_images
+    assert equal is not None
+    assert near is not None
     if equal.groups:
-        share = equal.members / inspection.usable
-        text = f"{equal.members:,} of {inspection.usable:,} pairs read have the same image as another"
-        if not inspection.whole:
-            text += f"; in the whole source there are about {about(equal.expected)} couples of equal images"
-        advice = "Make each image one pair with several captions: else a batch may hold it as its own negative."
-        yield Finding("equal images", share, f"{text}.", advice, share > REPEATED_SHARE)
-    share = near.members / inspection.usable
-    if near.members > equal.members and share > REPEATED_SHARE:
-        text = f"{near.members:,} of {inspection.usable:,} pairs read have an image that looks like another's."
-        advice = "Look at some. Copies should not be both in training and in a test set."
-        yield Finding("near images", share, text, advice)
+        fraction = equal.members / it.usable
+        values = {"members": equal.members, "expected": equal.expected}
+        yield Finding("equal_images", fraction, values, fraction > MANY_REPEATED)
+    if near.members > equal.members and near.members / it.usable > MANY_REPEATED:
+        yield Finding("near_images", near.members / it.usable, {"members": near.members})
 
 
-def _equal_captions(inspection: Inspection) -> Iterator[Finding]:
-    captions = inspection.captions
-    if captions is None:
-        return
-    rows = 2 * captions.equal_in_batch / captions.batch
-    if rows < EQUAL_ROWS:
-        return
-    couples = about(captions.equal_in_batch)
-    text = f"Captions repeat: a batch of {captions.batch} holds {couples} couples of equal ones on average."
-    if captions.frequent:
-        words, count = captions.frequent[0]
-        text += f" The commonest, “{shown(words, 60)}”, is with {percent(count / inspection.usable)} of the pairs."
-    advice = (
-        "Each is a false negative: the contrast pushes an image from its own caption. Write what tells the images "
-        "apart, or take a smaller train.batch_size."
-    )
-    yield Finding("equal captions", captions.equal_in_batch, text, advice, rows > MANY_EQUAL_ROWS)
-
-
-def _odd(inspection: Inspection) -> Iterator[Finding]:
-    captions = inspection.captions
-    if captions is None:
-        return
-    odd = {kind: share for kind, share in captions.kinds.items() if kind != ONE_WORD}
-    share = sum(each.value for each in odd.values())
-    if share < ODD_SHARE:
-        return
-    listed = ", ".join(f"{_plural(kind)} {percent(each.value)}" for kind, each in odd.items())
-    example = captions.examples[max(odd, key=lambda kind: odd[kind].count)][0]
-    text = f"{percent(share)} of the captions say nothing of the image, such as “{shown(example, 60)}”: {listed}."
-    yield Finding("odd captions", share, text, "Remove those pairs, or write captions for them.", share > BROKEN)
-
-
-def _one_word(inspection: Inspection) -> Iterator[Finding]:
-    captions, keywords = inspection.captions, inspection.keywords
-    if captions is None or keywords is None or ONE_WORD not in captions.kinds:
-        return
-    share = captions.kinds[ONE_WORD].value
-    if share < ONE_WORD_SHARE:
-        return
-    if captions.per_pair.mean > 1.5:
-        advice = "There are several captions a pair: take views.text.second_view=caption (declip-captions)."
-    elif keywords.value > 0.5:
-        known = percent(keywords.value)
-        advice = f"{known} of the pairs have keywords: take views.text.second_view=keywords (declip-small)."
-    else:
-        advice = "Add words or keywords if you can; see declip-small in docs/results.md."
-    text = f"{percent(share)} of the captions are one word: EDA and masking have nothing to work with."
-    yield Finding("one word", share, text, advice)
-
-
-def _context(inspection: Inspection) -> Iterator[Finding]:
-    captions = inspection.captions
-    if captions is None:
-        return
-    short, longest = min(captions.cut), max(captions.cut)
-    share = captions.cut[longest].value
-    if share > CUT_SHARE:
-        text = f"{percent(share)} of the captions are longer than {longest} tokens, CLIP's context, and are cut."
-        yield Finding("context", share, text, "Put what is seen first, or give the sentences as several captions.")
-        return
-    text = (
-        f"Captions have {captions.tokens.median:.0f} tokens (median) and 99 % at most {captions.tokens.at(99):.0f}; "
-        f"text.context_length={short} would cut {percent(captions.cut[short].value)} of them."
-    )
-    cheaper = ", and is faster" if captions.context < longest else ""
-    yield Finding(
-        "context", captions.context, text, f"text.context_length={captions.context} cuts at most 1 %{cheaper}."
-    )
-
-
-def _scripts(inspection: Inspection) -> Iterator[Finding]:
-    captions = inspection.captions
-    if captions is None:
-        return
+def _captions(it: Inspection, captions: CaptionStats) -> Iterator[Finding]:
+    rows = 2 * captions.equal_in_batch / captions.batch_size
+    if rows >= EQUAL_ROWS:
+        text, count = captions.frequent[0] if captions.frequent else ("", 0)
+        values: dict[str, Any] = {"batch_size": captions.batch_size, "text": text, "fraction": count / it.usable}
+        yield Finding("equal_captions", captions.equal_in_batch, values, rows > MANY_EQUAL_ROWS)
+    odd = {kind: each for kind, each in captions.kinds.items() if kind != ONE_WORD}
+    fraction = sum(each.value for each in odd.values())
+    if fraction >= MANY_ODD:
+        example = captions.examples[max(odd, key=lambda kind: odd[kind].count)][0]
+        values = {"kinds": {kind: each.value for kind, each in odd.items()}, "example": example}
+        yield Finding("odd_captions", fraction, values, fraction > BROKEN)
+    one_word = captions.kinds.get(ONE_WORD)
+    if one_word is not None and one_word.value >= MANY_ONE_WORD and it.keywords is not None:
+        values = {"captions": captions.per_pair.mean, "keywords": it.keywords.value}
+        yield Finding("one_word", one_word.value, values)
+    longest = max(captions.truncated)
+    values = {
+        "truncated": captions.truncated[captions.context_length].value,
+        "most": captions.tokens.at(99),
+        "median": captions.tokens.median,
+        "longest": longest,
+    }
+    rule = "truncated" if captions.truncated[longest].value > MANY_TRUNCATED else "context_length"
+    yield Finding(rule, captions.context_length, values)
     letters = sum(captions.scripts.values())
-    others = {name: count for name, count in captions.scripts.items() if name != "Latin"}
-    share = sum(others.values()) / letters if letters else 0.0
-    if share < SCRIPT_SHARE:
-        return
-    listed = ", ".join(f"{name} {percent(count / letters)}" for name, count in list(others.items())[:4])
-    text = f"{percent(share)} of the captions are in other scripts than Latin: {listed}."
-    advice = (
-        "CLIP's vocabulary was made from English: it spells these in several times the tokens, and EDA knows no "
-        "synonyms for them."
-    )
-    yield Finding("scripts", share, text, advice)
+    others = {name: count / letters for name, count in captions.scripts.items() if name != "Latin"}
+    if sum(others.values()) >= MANY_OTHER_SCRIPTS:
+        yield Finding("scripts", sum(others.values()), {"scripts": dict(list(others.items())[:4])})
 
 
-def _resolution(inspection: Inspection) -> Iterator[Finding]:
-    images = inspection.images
-    if images is None:
-        return
+def _images(it: Inspection, images: ImageStats) -> Iterator[Finding]:
     median, small = images.shorter.median, images.smaller.value
-    if small >= SMALL_SHARE:
+    if small >= MANY_SMALL:
         side = max(MULTIPLE, int(images.shorter.at(25)) // MULTIPLE * MULTIPLE)
-        text = f"{percent(small)} of the images are smaller than {images.size} px (median {median:,.0f})."
-        advice = f"Enlarging them costs time and adds nothing: take a smaller image.size, such as {side}."
-        yield Finding("small images", small, text, advice)
+        yield Finding("small_images", small, {"size": images.size, "median": median, "side": side})
     elif median >= LARGE * images.size:
         side = round(KEPT * images.size)
-        text = f"Images are larger than needed: median {median:,.0f} px for {images.size}."
-        if images.bytes is not None:
-            text += f" Each epoch reads about {about(images.bytes.mean * inspection.total / 1e9)} GB."
-        advice = f"Shrink them once to {side} px: {about((median / side) ** 2)} times fewer pixels to decode."
-        yield Finding("large images", median / images.size, text, advice)
-
-
-def _shape(inspection: Inspection) -> Iterator[Finding]:
-    images = inspection.images
-    if images is None:
-        return
-    if images.long.value >= LONG_SHARE:
-        text = f"{percent(images.long.value)} of the images are more than three times as long as wide."
-        advice = "A square crop sees a third of each at most: cut them up or leave them out."
-        yield Finding("long images", images.long.value, text, advice)
+        gigabytes = images.bytes.mean * it.total / 1e9 if images.bytes else None
+        facts = {"size": images.size, "median": median, "side": side, "gigabytes": gigabytes}
+        yield Finding("large_images", median / images.size, facts)
+    if images.long.value >= MANY_LONG:
+        yield Finding("long_images", images.long.value)
     if images.blank.count:
-        first = shown(images.blank_keys[0], 60) if images.blank_keys else ""
-        text = f"{images.blank.count:,} of {images.blank.of:,} images are a single color, such as {first}."
-        advice = "Look at them: most often a download failed."
-        yield Finding("blank images", images.blank.value, text, advice, images.blank.value > REPEATED_SHARE)
+        values: dict[str, Any] = {
+            "count": images.blank.count,
+            "of": images.blank.of,
+            "key": next(iter(images.blank_keys), ""),
+        }
+        yield Finding("blank_images", images.blank.value, values, images.blank.value > MANY_REPEATED)
 
 
-def _queue(inspection: Inspection) -> Iterator[Finding]:
-    if inspection.captions is None or inspection.total > QUEUE_PART * USUAL_QUEUE:
+def _queue(it: Inspection) -> Iterator[Finding]:
+    if it.total > QUEUE_FRACTION * USUAL_QUEUE:
         return
     size = SMALLEST_QUEUE
-    while 2 * size * QUEUE_PART <= inspection.total:
+    while 2 * size * QUEUE_FRACTION <= it.total:
         size *= 2
-    times = USUAL_QUEUE / inspection.total
-    text = f"The usual queue of {USUAL_QUEUE:,} captions is {about(times)} times these {inspection.total:,} pairs."
-    advice = (
-        "A caption then meets itself in it as its nearest neighbor. For recipes with that term: "
-        f"nearest_neighbor.queue_size={size}, small against the data, as in declip-small (docs/results.md)."
-    )
-    yield Finding("queue", times, text, advice)
-
-
-RULES: tuple[Callable[[Inspection], Iterator[Finding]], ...] = (
-    _broken,
-    _overlaps,
-    _repeated_images,
-    _equal_captions,
-    _odd,
-    _one_word,
-    _context,
-    _scripts,
-    _resolution,
-    _shape,
-    _queue,
-)
-
-
-def _plural(kind: str) -> str:
-    return {NO_LETTER: "without a letter", "web address": "web addresses"}.get(kind, f"{kind}s")
+    yield Finding("queue", USUAL_QUEUE / it.total, {"usual": USUAL_QUEUE, "size": size})

@@ -1,4 +1,4 @@
-"""Short hashes of images and captions, to find those that come twice without keeping any of them."""
+"""Short hashes of images and captions, to find duplicates without keeping the images."""
 
 from hashlib import blake2b
 from typing import cast
@@ -31,18 +31,12 @@ def caption_hash(caption: str) -> int:
 
 
 def look(image: Image.Image) -> np.void:
-    """What an image looks like at arm's length: where it gets brighter, and its mean color.
+    """Hash the appearance of an image: where it gets brighter, and its mean color.
 
     The hashes are dHash (Krawetz 2013, "Kind of Like That") in both directions: one bit for each of 8 x 8, or 16 x 16,
     gray pixels of a small copy that says whether its right, or lower, neighbor is brighter. A copy that was scaled or
     compressed again differs in a few bits. The coarse one is quick to search by; the fine one tells a plus from a
     minus in a circle, and the color one drawing in red from the same in blue.
-
-    Args:
-        image: RGB.
-
-    Returns:
-        A `LOOK`.
     """
     small, larger = _small(image, COARSE + 1), _small(image, FINE + 1)
     tint = small.mean((0, 1)).round().astype(np.uint8)

@@ -43,16 +43,14 @@ PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
 
 
 @dataclass
-class Found:
-    """What was read of some pairs.
+class ReadPairs:
+    """The numbers of the pairs read.
 
     Attributes:
         pairs: `PAIR`s that can be used, in the order of the source.
         captions: Their `CAPTION`s, those of the first pair first.
-        counts: What the captions are made of.
-        formats: Files by their format.
-        modes: Files by their mode.
-        skipped: Pairs that cannot be used.
+        formats, modes: Files by their format and mode.
+        details: More about the first of each reason's examples.
     """
 
     pairs: np.ndarray
@@ -61,27 +59,15 @@ class Found:
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     skipped: SkipCounter = field(default_factory=SkipCounter)
+    details: dict[str, str] = field(default_factory=dict)
 
 
-def read(source: PairSource, places: np.ndarray, workers: int = 0, progress: str = "") -> Found:
-    """Read pairs.
-
-    Args:
-        source: Where from.
-        places: Which, int64 (n,), rising.
-        workers: Processes that read; 0 does it in this one.
-        progress: Title of a progress bar on the error stream; empty for none.
-
-    Returns:
-        What was found; 116 bytes are held for a pair and 16 for a caption.
-
-    Raises:
-        UserError: A process was lost.
-    """
+def read(source: PairSource, places: np.ndarray, workers: int = 0, progress: str = "") -> ReadPairs:
+    """Read the pairs at rising places, in this process where `workers` is 0; `progress` is the title of a bar."""
     step = int(np.clip(len(places) // PARTS, SMALLEST_PART, LARGEST_PART))
     parts = _Parts(source, [places[start : start + step] for start in range(0, len(places), step)])
     pairs = np.zeros(len(places), PAIR)
-    found, filled, captions = Found(pairs, np.empty(0, CAPTION)), 0, []
+    found, filled, captions = ReadPairs(pairs, np.empty(0, CAPTION)), 0, []
     # The workers start here, before the bar's own thread does: a fork copies no thread.
     stream = in_order(parts, len(parts), workers)
     with naming_lost_workers(), pairs_bar(bool(progress)) as bar:
@@ -93,6 +79,8 @@ def read(source: PairSource, places: np.ndarray, workers: int = 0, progress: str
             found.counts.merge(part.counts)
             found.formats.update(part.formats)
             found.modes.update(part.modes)
+            first = {r: detail for r, detail in part.details.items() if r not in found.skipped.counts}
+            found.details.update(first)
             found.skipped.merge(part.skipped)
             bar.advance(task, len(part.pairs) + part.skipped.total)
     found.pairs = pairs[:filled]
@@ -101,15 +89,17 @@ def read(source: PairSource, places: np.ndarray, workers: int = 0, progress: str
     return found
 
 
-def read_part(source: PairSource, places: np.ndarray) -> Found:
+def read_part(source: PairSource, places: np.ndarray) -> ReadPairs:
     """Read pairs one after the other, in this process."""
     rows: list[tuple[object, ...]] = []
     lines: list[tuple[int, ...]] = []
-    found = Found(np.empty(0, PAIR), np.empty(0, CAPTION))
+    found = ReadPairs(np.empty(0, PAIR), np.empty(0, CAPTION))
     for place in places.tolist():
         try:
             pair = source[place]
         except BrokenPair as broken:
+            if broken.detail and broken.reason not in found.skipped.counts:
+                found.details[broken.reason] = broken.detail
             found.skipped.add(broken)
             continue
         facts = _file_facts(source, place, pair.key)
@@ -158,7 +148,7 @@ def _file_facts(source: PairSource, place: int, key: str) -> tuple[str, str, int
 
 
 class _Parts(Dataset):
-    """What was read, by the number of the part."""
+    """Parts of the work by number."""
 
     def __init__(self, source: PairSource, parts: list[np.ndarray]) -> None:
         self.source, self.parts = source, parts
@@ -166,5 +156,5 @@ class _Parts(Dataset):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, index: int) -> Found:
+    def __getitem__(self, index: int) -> ReadPairs:
         return read_part(self.source, self.parts[index])

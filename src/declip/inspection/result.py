@@ -1,4 +1,4 @@
-"""What an inspection finds, as data."""
+"""The numbers of an inspection."""
 
 import json
 from collections.abc import Mapping
@@ -11,14 +11,11 @@ from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
-class Share:
-    """A part of some.
+class Fraction:
+    """A count out of a number.
 
     Attributes:
-        count: How many are in it.
-        of: Of how many.
-        low: Lower end of the 95 % interval (Wilson 1927) of the share in the whole source.
-        high: Its upper end; both are the share itself when the whole was read.
+        low, high: 95 % interval (Wilson 1927) for the whole source; the fraction itself when the whole was read.
     """
 
     count: int
@@ -32,8 +29,8 @@ class Share:
         return self.count / self.of if self.of else 0.0
 
     @classmethod
-    def counted(cls, count: int, of: int, whole: bool) -> "Share":
-        """Count a share, in the whole source or a sample of it."""
+    def counted(cls, count: int, of: int, whole: bool) -> "Fraction":
+        """Make the fraction of a whole source or of a sample of it."""
         if whole or not of:
             value = count / of if of else 0.0
             return cls(count, of, value, value)
@@ -46,25 +43,17 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 @dataclass(frozen=True)
 class Spread:
-    """How numbers are distributed.
-
-    Attributes:
-        n: How many there are.
-        mean: Their mean.
-        least: The smallest.
-        most: The largest.
-        percentiles: The value at each of `PERCENTILES`.
-    """
+    """A distribution of n numbers: mean, minimum, maximum, and the value at each of `PERCENTILES`."""
 
     n: int
     mean: float
-    least: float
-    most: float
+    min: float
+    max: float
     percentiles: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Half are below it."""
+        """The 50th percentile."""
         return self.at(50)
 
     def at(self, percent: int) -> float:
@@ -73,19 +62,14 @@ class Spread:
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Spread":
-        """Describe numbers, one at least."""
+        """Describe at least one number."""
         points = tuple(float(value) for value in np.percentile(values, PERCENTILES))
         return cls(len(values), float(values.mean(dtype=np.float64)), float(values.min()), float(values.max()), points)
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of whole numbers: the last edge is open, so that `counts[-1]` are all from `edges[-1]` on.
-
-    Attributes:
-        edges: Where each bar starts.
-        counts: As many.
-    """
+    """Counts of integers in bars that start at `edges`; the last bar is open."""
 
     edges: tuple[int, ...]
     counts: tuple[int, ...]
@@ -97,29 +81,25 @@ class Histogram:
         return cls(edges, tuple(int(n) for n in np.bincount(bars, minlength=len(edges))))
 
     def labels(self) -> list[str]:
-        """What each bar is of, such as "224-255" and "4,096 or more"."""
+        """Ranges such as "224–255" and "4,096 or more"."""
         ends = [f"{low:,}–{high - 1:,}" for low, high in zip(self.edges, self.edges[1:], strict=False)]
         return [*ends, f"{self.edges[-1]:,} or more"]
 
 
 @dataclass(frozen=True)
-class Images:
-    """What the images are like; sizes in pixels, upright.
+class ImageStats:
+    """Statistics of the images; sizes in pixels, after EXIF rotation.
 
     Attributes:
-        width: Of each.
-        height: Of each.
-        shorter: The shorter side.
         aspect: The longer side over the shorter.
         histogram: Of the shorter side.
-        size: The side that training would see.
+        size: Side of the training images.
         smaller: Images whose shorter side is smaller than that.
         long: Images more than three times as long as wide.
         blank: Images of a single color.
         blank_keys: Keys of the first few.
-        formats: Files by format, such as "JPEG"; empty where the source has no files.
-        modes: Files by Pillow's mode, such as "RGB".
-        bytes: Of the files; None where the source has none.
+        formats, modes: Files by format and by Pillow's mode; empty where the source has no files.
+        bytes: Size of the files; None where the source has none.
     """
 
     width: Spread
@@ -128,9 +108,9 @@ class Images:
     aspect: Spread
     histogram: Histogram
     size: int
-    smaller: Share
-    long: Share
-    blank: Share
+    smaller: Fraction
+    long: Fraction
+    blank: Fraction
     blank_keys: tuple[str, ...]
     formats: dict[str, int]
     modes: dict[str, int]
@@ -138,24 +118,20 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Captions:
-    """What the captions are like; of a pair with several, each counts.
+class CaptionStats:
+    """Statistics of the captions; every caption of a pair counts.
 
     Attributes:
-        per_pair: Captions a pair.
-        words: Separated by spaces.
-        characters: Of each.
-        tokens: CLIP's, start and end included, nothing cut off.
+        tokens: CLIP's, start and end included, nothing truncated.
         histogram: Of the tokens.
-        cut: Captions that a context of so many tokens would cut.
-        context: The shortest `text.context_length`, a multiple of 8 or 77, that cuts at most 1 %.
-        kinds: Captions that are no more than a word, or no caption; see `captions.kind_of`.
-        examples: Some of each kind.
+        truncated: Captions that a `text.context_length` would truncate, by context length.
+        context_length: The shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does.
+        kinds: Captions that are one word, or do not describe; see `captions.kind_of`.
         scripts: Captions by the script of most letters.
-        frequent: The commonest captions, and the pairs that have them.
-        common_words: Words in most captions, without the commonest of English, and the captions they are in.
-        batch: The batch that `equal_in_batch` is of.
-        equal_in_batch: Expected number of pairs of equal captions in such a batch: each is a false negative.
+        frequent: The most frequent captions, and the number of pairs that have them.
+        common_words: Words in most captions, without stop words, and the number of captions they are in.
+        batch_size: The batch that `equal_in_batch` is for.
+        equal_in_batch: Expected number of couples of equal captions in such a batch: each is a false negative.
     """
 
     per_pair: Spread
@@ -163,26 +139,20 @@ class Captions:
     characters: Spread
     tokens: Spread
     histogram: Histogram
-    cut: dict[int, Share]
-    context: int
-    kinds: dict[str, Share]
+    truncated: dict[int, Fraction]
+    context_length: int
+    kinds: dict[str, Fraction]
     examples: dict[str, list[str]]
     scripts: dict[str, int]
     frequent: tuple[tuple[str, int], ...]
     common_words: tuple[tuple[str, int], ...]
-    batch: int
+    batch_size: int
     equal_in_batch: float
 
 
 @dataclass(frozen=True)
-class Group:
-    """Pairs that show the same.
-
-    Attributes:
-        size: How many there are.
-        keys: Of the first few.
-        caption: The first one's.
-    """
+class RepeatGroup:
+    """Pairs with the same image or caption: how many, the first keys, and the first caption."""
 
     size: int
     keys: tuple[str, ...]
@@ -191,14 +161,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Repeats:
-    """What comes more than once among the pairs read.
+    """Images or captions that several of the pairs read have.
 
     Attributes:
-        members: Pairs that share it with another pair.
-        groups: Numbers of groups.
+        members: Pairs that have one in common with another pair.
         surplus: Pairs that would go if one of each group stayed.
-        coincidences: Pairs of pairs that share it.
-        expected: About how many there are in the whole source, unbiased; the same when the whole was read.
+        coincidences: Couples of pairs that have one in common.
+        expected: Unbiased estimate of those in the whole source; the same when the whole was read.
         examples: The largest groups.
     """
 
@@ -207,56 +176,44 @@ class Repeats:
     surplus: int
     coincidences: int
     expected: float
-    examples: tuple[Group, ...]
+    examples: tuple[RepeatGroup, ...]
 
 
 @dataclass(frozen=True)
-class Overlap:
-    """Images that another source has too, or look like one of its.
+class Leakage:
+    """Images that look like one of another source, such as a test set.
 
     Attributes:
-        name: The other source.
         images: How many of its images were read, all that can be.
-        found: Pairs read whose image is among them.
-        keys: Of the first few.
+        found: Pairs whose image is among them.
+        copies: Their keys and places in the source.
     """
 
     name: str
     images: int
-    found: Share
-    keys: tuple[str, ...]
+    found: Fraction
+    copies: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a number means for training.
+    """A number that matters for training.
 
     Attributes:
-        rule: Short name of the rule.
-        number: What set it off.
-        text: What was found.
-        advice: What to do.
-        mend: Whether to do it before training; else it is to be known.
+        rule: Name of the rule, and of its macro in the template findings.txt.
+        values: Numbers and names for the sentence.
+        fix: Whether it should be fixed before training.
     """
 
     rule: str
     number: float
-    text: str
-    advice: str
-    mend: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
+    fix: bool = False
 
 
 @dataclass(frozen=True)
 class Example:
-    """A pair to look at.
-
-    Attributes:
-        key: The pair's.
-        caption: Its first one.
-        width: Of the image in the source, pixels.
-        height: Likewise.
-        image: A small copy.
-    """
+    """A pair to look at: its key, its first caption, its image's size in the source, and a small copy."""
 
     key: str
     caption: str
@@ -267,26 +224,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a source of pairs holds; made by `inspect_source`.
+    """Everything known about a source of pairs; made by `inspect_source`.
 
     Attributes:
-        name: Of the source.
         total: Pairs of the source.
         read: Pairs tried.
-        seed: That chose them.
-        seconds: That it took.
         broken: Pairs tried that cannot be used.
-        reasons: Why, as `SkipCounter.to_dict` has it.
-        images: None when no pair can be used; so for all that follow.
-        captions: Likewise.
+        reasons: Reasons, each with its count and examples.
+        images, captions: Statistics; these and all that follow are empty when no pair can be used.
         keywords: Pairs that have keywords.
-        keywords_per_pair: Mean over all.
+        keywords_per_pair: Mean over all pairs.
         equal_images: The same pixels.
         near_images: Images that look alike, equal ones included.
         equal_captions: The same text to the tokenizer.
-        overlaps: With other sources, as asked for.
-        findings: What it means, what to mend first.
-        examples: Pairs drawn at random, to look at.
+        findings: What matters for training, what is to be fixed first.
         near_examples: Some groups of images that look alike.
         credit: Who made the images, where the source says so.
     """
@@ -296,16 +247,16 @@ class Inspection:
     read: int
     seed: int
     seconds: float
-    broken: Share
+    broken: Fraction
     reasons: dict[str, Any]
-    images: Images | None = None
-    captions: Captions | None = None
-    keywords: Share | None = None
+    images: ImageStats | None = None
+    captions: CaptionStats | None = None
+    keywords: Fraction | None = None
     keywords_per_pair: float = 0.0
     equal_images: Repeats | None = None
     near_images: Repeats | None = None
     equal_captions: Repeats | None = None
-    overlaps: tuple[Overlap, ...] = ()
+    leakages: tuple[Leakage, ...] = ()
     findings: tuple[Finding, ...] = ()
     examples: tuple[Example, ...] = field(default=(), repr=False)
     near_examples: tuple[tuple[Example, ...], ...] = field(default=(), repr=False)
@@ -322,22 +273,22 @@ class Inspection:
         return self.read - self.broken.count
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the pictures."""
-        pictures = ("examples", "near_examples")
-        found = {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name not in pictures}
+        """Plain data, without the example images."""
+        images = ("examples", "near_examples")
+        found = {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name not in images}
         return {**found, "whole": self.whole, "usable": self.usable}
 
     def to_json(self) -> str:
-        """The same as JSON."""
+        """The plain data as JSON."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Spread):
         points = {f"p{percent}": number for percent, number in zip(PERCENTILES, value.percentiles, strict=True)}
-        return {"n": value.n, "mean": value.mean, "min": value.least, **points, "max": value.most}
-    if isinstance(value, Share):
-        return {**asdict(value), "share": value.value}
+        return {"n": value.n, "mean": value.mean, "min": value.min, **points, "max": value.max}
+    if isinstance(value, Fraction):
+        return {**asdict(value), "fraction": value.value}
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,30 +1,32 @@
-"""Inspecting a source of pairs: draw a sample, read it, and put together what was found."""
+"""Inspect a source of pairs: read a sample and compute its statistics, duplicates and leakage."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from declip.data.checks import check_range
 from declip.data.pair import BrokenPair, Pair, PairSource
+from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import clean
+from declip.errors import check_range
 from declip.inspection.duplicates import across, coincidence, equal_groups, near_groups, repeated
 from declip.inspection.findings import find
 from declip.inspection.fingerprint import caption_hash
-from declip.inspection.reading import Found, read
+from declip.inspection.reading import ReadPairs, read
 from declip.inspection.result import (
-    Captions,
+    CaptionStats,
     Example,
-    Group,
+    Fraction,
     Histogram,
-    Images,
+    ImageStats,
     Inspection,
-    Overlap,
+    Leakage,
+    RepeatGroup,
     Repeats,
-    Share,
     Spread,
 )
 from declip.io.pool import usual_workers
@@ -32,10 +34,10 @@ from declip.io.progress import status
 
 SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
 STRETCHES = 16
-"""Parts of the source that a sample is drawn from evenly, so that it holds the beginning and the end."""
+"""Parts of the source that a sample is spread over, so that it holds the beginning and the end."""
 
 EXAMPLES, NEAR_EXAMPLES, NEAR_MEMBERS = 40, 4, 8
-"""Pairs to look at; groups of images that look alike, and members of each."""
+"""Example pairs; groups of images that look alike, and members of each."""
 
 LISTED, KEYS = 10, 5
 """Groups, captions and words that are listed, and keys of each group."""
@@ -46,9 +48,9 @@ THUMBNAIL = 224
 SIDES = (1, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 TOKENS = (1, 9, 17, 25, 33, 41, 49, 57, 65, 78)
 CONTEXTS = (*range(16, 77, 8), 77)
-CUTS = (32, 77)
+SHOWN_LENGTHS = (32, 77)
 LEFT_OUT = 0.01
-"""Share of the captions that the advised context may cut."""
+"""Fraction of the captions that the advised context may cut."""
 
 
 def inspect_source(
@@ -58,36 +60,27 @@ def inspect_source(
     seed: int = SEED,
     workers: int | None = None,
     size: int = SIZE,
-    batch: int = BATCH,
-    against: Sequence[str | Path | PairSource] = (),
+    batch_size: int = BATCH,
+    check_leakage: Sequence[str | Path | PairSource] = (),
     image_column: str = "image",
     caption_column: str = "caption",
     image_root: str | Path | None = None,
     progress: bool = False,
 ) -> Inspection:
-    """Find out what a source of pairs holds.
+    """Inspect a source of pairs before training on it.
 
     Reading all of a large source takes memory for numbers only: 116 bytes a pair and 16 a caption are kept, and about
     250 more a pair while duplicates are looked for.
 
     Args:
         source: A source, or what `open_source` opens.
-        sample: How many pairs to read, drawn evenly over the source's length; None reads them all.
-        seed: Draws the sample and what is shown.
-        workers: Processes that read; 0 does it in this one, None takes one for each core, 8 at most.
+        sample: How many pairs to read, spread over the source's length; None reads them all.
+        seed: Chooses the sample and the examples.
+        workers: Processes that read; 0 reads in this one, None takes one for each core, 8 at most.
         size: Side of the training images, pixels, that resolutions are compared with.
-        batch: Pairs of a training batch, that equal captions are counted for.
-        against: Sources whose images should not be among the pairs, such as a test set; they are read whole.
-        image_column: As `open_source` has it; so for the two that follow.
-        caption_column: For tables.
-        image_root: For tables.
-        progress: Show a progress bar.
-
-    Returns:
-        What was found. When no pair can be used it says why, and little more.
-
-    Raises:
-        UserError: There is no such source, or an option is out of its range.
+        batch_size: Pairs of a training batch, that equal captions are counted for.
+        check_leakage: Sources whose images should not be among the pairs, such as a test set; they are read whole.
+        image_column, caption_column, image_root: For tables, see `open_source`.
     """
     if sample is not None:
         check_range("sample", sample, 1)
@@ -95,11 +88,11 @@ def inspect_source(
     workers = usual_workers() if workers is None else workers
     check_range("workers", workers, 0)
     check_range("size", size, 1)
-    check_range("batch", batch, 2)
+    check_range("batch_size", batch_size, 2)
     start = time.perf_counter()
     opened = _opened(source, image_column=image_column, caption_column=caption_column, image_root=image_root)
-    others = [_opened(other) for other in against]
-    places = draw(len(opened), sample, seed)
+    others = [_opened(other) for other in check_leakage]
+    places = sample_places(len(opened), sample, seed)
     found = read(opened, places, workers, f"Pairs of {opened.name}" if progress else "")
     whole = len(places) == len(opened)
     inspection = Inspection(
@@ -108,49 +101,53 @@ def inspect_source(
         read=len(places),
         seed=seed,
         seconds=0.0,
-        broken=Share.counted(len(places) - len(found.pairs), len(places), whole),
-        reasons=found.skipped.to_dict()["reasons"],
+        broken=Fraction.counted(len(places) - len(found.pairs), len(places), whole),
+        reasons=_named(found),
         credit=getattr(opened, "credit", ""),
     )
     if len(found.pairs):
         with status("Looking for duplicates", bool(progress)):
-            inspection = _described(inspection, opened, found, size, batch)
+            inspection = _described(inspection, opened, found, size, batch_size)
         seen = found.pairs
-        overlaps = [_overlap(opened, seen, other, workers, whole, progress) for other in others]
-        inspection = replace(inspection, overlaps=tuple(overlaps))
+        leakages = [_leakage(opened, seen, other, workers, whole, progress) for other in others]
+        inspection = replace(inspection, leakages=tuple(leakages))
     inspection = replace(inspection, findings=find(inspection))
     return replace(inspection, seconds=time.perf_counter() - start)
 
 
-def draw(total: int, sample: int | None, seed: int) -> np.ndarray:
-    """Draw places evenly over a source's length.
-
-    Args:
-        total: Places there are.
-        sample: How many are wanted; None, or as many as there are, gives all.
-        seed: Of the draw.
+def sample_places(total: int, sample: int | None, seed: int) -> np.ndarray:
+    """Sample places evenly over a source's length, all where that is not more than `sample`.
 
     Returns:
         Rising, int64: at random within each of 16 stretches of the source, not on a grid, so that neighbors in the
-        file, often alike, are drawn together as often as any two.
+        file, often alike, are sampled together as often as any two.
     """
     if sample is None or sample >= total:
         return np.arange(total)
     generator = np.random.default_rng((seed, total))
     stretches = 1 if 2 * sample > total else min(STRETCHES, sample)
     ends, counts = (np.arange(stretches + 1) * n // stretches for n in (total, sample))
-    drawn = [
+    sampled = [
         low + generator.choice(high - low, count, replace=False)
         for low, high, count in zip(ends, ends[1:], np.diff(counts), strict=False)
     ]
-    return np.sort(np.concatenate(drawn)).astype(np.int64)
+    return np.sort(np.concatenate(sampled)).astype(np.int64)
+
+
+def _named(found: ReadPairs) -> dict[str, Any]:
+    """Reasons with their counts and examples; the first example says more than its key, such as the path tried."""
+    reasons: dict[str, Any] = found.skipped.to_dict()["reasons"]
+    for reason, detail in found.details.items():
+        first, *others = reasons[reason]["examples"]
+        reasons[reason]["examples"] = [f"{first} ({detail})", *others]
+    return reasons
 
 
 def _opened(source: str | Path | PairSource, **columns: str | Path | None) -> PairSource:
     return open_source(source, **columns) if isinstance(source, str | Path) else source  # type: ignore[arg-type]
 
 
-def _described(inspection: Inspection, source: PairSource, found: Found, size: int, batch: int) -> Inspection:
+def _described(inspection: Inspection, source: PairSource, found: ReadPairs, size: int, batch_size: int) -> Inspection:
     """Add all that needs a pair that can be used."""
     pairs, lines, whole = found.pairs, found.captions, inspection.whole
     texts = _texts(pairs, lines)
@@ -161,8 +158,8 @@ def _described(inspection: Inspection, source: PairSource, found: Found, size: i
     return replace(
         inspection,
         images=_images(source, found, size, whole),
-        captions=_captions(source, found, texts, batch, whole),
-        keywords=Share.counted(int(np.count_nonzero(pairs["keywords"])), len(pairs), whole),
+        captions=_captions(source, found, texts, batch_size, whole),
+        keywords=Fraction.counted(int(np.count_nonzero(pairs["keywords"])), len(pairs), whole),
         keywords_per_pair=float(pairs["keywords"].mean()),
         equal_images=_repeats(source, same, pairs["place"], np.arange(len(pairs)), scale),
         near_images=_repeats(source, alike, pairs["place"], np.arange(len(pairs)), scale),
@@ -199,22 +196,22 @@ def _scale(inspection: Inspection) -> float:
     return inspection.total * (inspection.total - 1) / (inspection.read * (inspection.read - 1))
 
 
-def _images(source: PairSource, found: Found, size: int, whole: bool) -> Images:
+def _images(source: PairSource, found: ReadPairs, size: int, whole: bool) -> ImageStats:
     pairs = found.pairs
     width, height = pairs["width"], pairs["height"]
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
     weights = pairs["bytes"][pairs["bytes"] > 0]
     n = len(pairs)
-    return Images(
+    return ImageStats(
         width=Spread.of(width),
         height=Spread.of(height),
         shorter=Spread.of(shorter),
         aspect=Spread.of(longer / shorter),
         histogram=Histogram.of(shorter, SIDES),
         size=size,
-        smaller=Share.counted(int((shorter < size).sum()), n, whole),
-        long=Share.counted(int((longer > 3 * shorter.astype(np.int64)).sum()), n, whole),
-        blank=Share.counted(int(pairs["blank"].sum()), n, whole),
+        smaller=Fraction.counted(int((shorter < size).sum()), n, whole),
+        long=Fraction.counted(int((longer > 3 * shorter.astype(np.int64)).sum()), n, whole),
+        blank=Fraction.counted(int(pairs["blank"].sum()), n, whole),
         blank_keys=_keys(source, pairs["place"][pairs["blank"]]),
         formats=dict(found.formats.most_common()),
         modes=dict(found.modes.most_common()),
@@ -222,29 +219,33 @@ def _images(source: PairSource, found: Found, size: int, whole: bool) -> Images:
     )
 
 
-def _captions(source: PairSource, found: Found, texts: _Texts, batch: int, whole: bool) -> Captions:
+def _captions(source: PairSource, found: ReadPairs, texts: _Texts, batch_size: int, whole: bool) -> CaptionStats:
     pairs, lines, counts = found.pairs, found.captions, found.counts
     tokens, n = lines["tokens"], len(lines)
+    context_length = next((each for each in CONTEXTS if (tokens > each).mean() <= LEFT_OUT), CONTEXTS[-1])
     equal = coincidence(texts.group, texts.weight, len(pairs))
-    return Captions(
+    return CaptionStats(
         per_pair=Spread.of(pairs["captions"]),
         words=Spread.of(lines["words"]),
         characters=Spread.of(lines["characters"]),
         tokens=Spread.of(tokens),
         histogram=Histogram.of(tokens, TOKENS),
-        cut={context: Share.counted(int((tokens > context).sum()), n, whole) for context in CUTS},
-        context=next((each for each in CONTEXTS if (tokens > each).mean() <= LEFT_OUT), CONTEXTS[-1]),
-        kinds={kind: Share.counted(count, n, whole) for kind, count in counts.kinds.most_common()},
+        truncated={
+            length: Fraction.counted(int((tokens > length).sum()), n, whole)
+            for length in sorted({*SHOWN_LENGTHS, context_length})
+        },
+        context_length=context_length,
+        kinds={kind: Fraction.counted(count, n, whole) for kind, count in counts.kinds.most_common()},
         examples=counts.examples,
         scripts=dict(counts.scripts.most_common()),
         frequent=_frequent(source, found, texts),
         common_words=tuple(counts.words.most_common(LISTED)),
-        batch=batch,
-        equal_in_batch=equal * batch * (batch - 1) / 2,
+        batch_size=batch_size,
+        equal_in_batch=equal * batch_size * (batch_size - 1) / 2,
     )
 
 
-def _frequent(source: PairSource, found: Found, texts: _Texts) -> tuple[tuple[str, int], ...]:
+def _frequent(source: PairSource, found: ReadPairs, texts: _Texts) -> tuple[tuple[str, int], ...]:
     """The commonest captions that several pairs have, read again from the first pair that has each."""
     commonest = []
     for group, size in zip(*(each[:LISTED].tolist() for each in repeated(texts.group)), strict=True):
@@ -274,9 +275,9 @@ def _repeats(source: PairSource, groups: np.ndarray, places: np.ndarray, owners:
     )
 
 
-def _group(source: PairSource, places: np.ndarray, size: int) -> Group:
+def _group(source: PairSource, places: np.ndarray, size: int) -> RepeatGroup:
     pairs = [pair for place in places[:KEYS] if (pair := _pair(source, int(place)))]
-    return Group(size, tuple(pair.key for pair in pairs), pairs[0].captions[0] if pairs else "")
+    return RepeatGroup(size, tuple(pair.key for pair in pairs), pairs[0].captions[0] if pairs else "")
 
 
 def _near_examples(
@@ -315,10 +316,10 @@ def _pair(source: PairSource, place: int) -> Pair | None:
         return None
 
 
-def _overlap(
+def _leakage(
     source: PairSource, pairs: np.ndarray, other: PairSource, workers: int, whole: bool, progress: bool
-) -> Overlap:
+) -> Leakage:
     seen = read(other, np.arange(len(other)), workers, f"Images of {other.name}" if progress else "").pairs
-    found = across(pairs, seen)
-    share = Share.counted(int(found.sum()), len(pairs), whole)
-    return Overlap(other.name, len(seen), share, _keys(source, pairs["place"][found]))
+    found, images = across(pairs, seen), ImageSource(source)
+    copies = tuple((images.key(int(place)), int(place)) for place in pairs["place"][found])
+    return Leakage(other.name, len(seen), Fraction.counted(len(copies), len(pairs), whole), copies)

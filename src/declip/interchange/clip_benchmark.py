@@ -2,8 +2,8 @@
 
     python -m declip.interchange.clip_benchmark eval --model runs/demo --dataset wds/pets --dataset_root /data --no_amp
 
-is its own command with one more model type, "declip", which is then the default. Its arguments and numbers are its own,
-but for one function of version 1.6.2 that NumPy no longer runs.
+is the benchmark's own command with one more model type, "declip", as the default. Arguments and numbers are the
+benchmark's; one function of version 1.6.2 that NumPy 2.4 no longer runs is replaced.
 """
 
 import sys
@@ -17,53 +17,44 @@ from torch import Tensor
 from declip.errors import UserError
 
 if TYPE_CHECKING:
-    from declip.interchange.load import Model
+    from declip.interchange.read import Model
 
 NAME = "declip"
-DEFAULTS = ["--model_type", NAME, "--output", "{dataset}_{task}.json"]
-"""Put before what is given. A run's path is no part of a file name, as the benchmark's own default would have it."""
+DEFAULTS = ["--model_type", NAME, "--pretrained", NAME, "--output", "{dataset}_{task}.json"]
+"""Put before the user's arguments. The benchmark's own would record laion400m_e32 as the weights of every model, and
+make a run's path part of a file name."""
 
 
 class Transform:
-    """A model's preprocessing for one picture; it can be pickled, for workers."""
+    """A model's preprocessing for one image; it can be pickled, for workers."""
 
     def __init__(self, model: "Model") -> None:
         self.preprocessor = model.preprocessor
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """A picture → (3, S, S) float32."""
-        return self.preprocessor([picture])[0]
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An image → (3, S, S) float32."""
+        return self.preprocessor([image])[0]
 
 
 def load(
     model_name: str, pretrained: str = "", cache_dir: str | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Any, Transform, Any]:
-    """Load a model as CLIP_benchmark wants it.
+    """Load a model as CLIP_benchmark asks for it; `pretrained` and `cache_dir` are not used.
 
     Args:
         model_name: What `declip.load` takes.
-        pretrained: Not used: the name says it all.
-        cache_dir: Not used.
-        device: Where the model goes.
 
     Returns:
-        The model, its transform of a picture, and its tokenizer.
-
-    Raises:
-        UserError: as `declip.load`.
+        The model, its transform of an image, and its tokenizer.
     """
-    from declip.interchange.load import load as load_model
+    from declip.interchange.read import load as load_model
 
     model = load_model(model_name, str(device))
     return model, Transform(model), model.tokenizer
 
 
 def register() -> None:
-    """Make "declip" one of CLIP_benchmark's model types, in this process.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Make "declip" one of CLIP_benchmark's model types, in this process."""
     try:
         from clip_benchmark import models
     except ImportError as error:
@@ -81,7 +72,7 @@ def main() -> None:
         register()
         from clip_benchmark import cli
 
-        _mend_accuracy()
+        _fix_accuracy()
         if sys.argv[1:2] == ["eval"]:
             sys.argv[2:2] = DEFAULTS
         cli.main()
@@ -89,8 +80,8 @@ def main() -> None:
         sys.exit(f"Error: {error}")
 
 
-def _mend_accuracy() -> None:
-    """Its `accuracy` makes a number of an array of one, which NumPy 2.4 refuses; where it works it stays."""
+def _fix_accuracy() -> None:
+    """Replace its `accuracy` where it fails: it makes a number of an array of one, which NumPy 2.4 refuses."""
     from clip_benchmark.metrics import zeroshot_classification as metrics
 
     try:
@@ -100,7 +91,7 @@ def _mend_accuracy() -> None:
 
 
 def _accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
-    """(n, C) logits, (n,) classes → for each k the share of rows whose class is among the k highest."""
+    """(n, C) logits, (n,) classes → for each k the fraction of rows whose class is among the k highest."""
     right = output.topk(max(topk)).indices == target[:, None]
     return [float(right[:, :k].any(1).double().mean()) for k in topk]
 

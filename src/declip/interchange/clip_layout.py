@@ -1,4 +1,4 @@
-"""CLIP's towers as OpenAI's code and open_clip name and size them: what of ours has that form, under what names.
+"""CLIP's towers as OpenAI's code and open_clip name and size them.
 
 Names are of tensors of a `DualEncoder`. The tables are read in both directions.
 """
@@ -58,7 +58,7 @@ RESNET_NAMES: Names = (
         )
     ),
 )
-"""Ours in an image tower, CLIP's without "visual."."""
+"""Our names in an image tower, and CLIP's without "visual."."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class VitSizes:
     """CLIP's vision transformer: a class token, norms before and after the blocks, a projection without bias.
 
     Attributes:
-        width, layers, heads, patch: As in CLIP; patch in pixels.
+        patch: Side of a patch in pixels.
         hidden: Width between the two layers of a block's feed-forward part.
         activation: "quick_gelu" or "gelu".
-        eps: Of every layer norm.
+        eps: Epsilon of every layer norm.
     """
 
     width: int
@@ -83,13 +83,7 @@ class VitSizes:
 
 @dataclass(frozen=True)
 class ResnetSizes:
-    """CLIP's ResNet: a stem of three convolutions, bottlenecks, a pool by attention.
-
-    Attributes:
-        width: Channels of the stem; the pooled feature has 32 times as many.
-        layers: Bottlenecks of each of the four stages.
-        heads: Of the attention pool.
-    """
+    """CLIP's ResNet: a stem of `width` channels, `layers` bottlenecks by stage, a pool by attention of 32 · width."""
 
     width: int
     layers: tuple[int, ...]
@@ -143,18 +137,12 @@ def resnet_sizes(tower: ImageTower) -> ResnetSizes | str:
 
 
 def rename(name: str, table: Names, back: bool = False) -> str:
-    """The name in the other layout, by the first pair that begins like it; one that none begins like stays as it is.
-
-    Args:
-        name: A tensor's.
-        table: The pairs.
-        back: From right to left.
-    """
+    """Translate a tensor's name by the first pair that begins like it, `back` from right to left; else leave it."""
     for left, right in table:
         old, new = (right, left) if back else (left, right)
         end = "" if old[-1] in "._" else "$"
-        if found := re.match(re.escape(old).replace(r"\#", r"(\d+)") + end, name):
-            return new.replace("#", found[1] if found.groups() else "") + name[found.end() :]
+        if match := re.match(re.escape(old).replace(r"\#", r"(\d+)") + end, name):
+            return new.replace("#", match[1] if match.groups() else "") + name[match.end() :]
     return name
 
 
@@ -179,22 +167,16 @@ def vit_keys(sizes: VitSizes) -> dict[str, Any]:
     return {"image.model": f"vit_base_patch32_clip_{quick}224", "image.model_kwargs": options}
 
 
-def text_activation(tower: TextTower) -> str:
-    """ "quick_gelu" or "gelu"."""
-    block = tower.transformer.resblocks[0]
-    assert isinstance(block, ours.Block)
-    return "quick_gelu" if isinstance(block.mlp.gelu, ours.QuickGELU) else "gelu"
-
-
 def text_sizes(tower: TextTower) -> Mapping[str, Any]:
-    """Its width, layers, heads and context, by these names."""
+    """A text tower's width, layers, heads, context and activation, by these names."""
     block = tower.transformer.resblocks[0]
-    assert isinstance(block, ours.Block)
+    assert isinstance(block, ours.TextBlock)
     return {
         "width": tower.width,
         "layers": len(tower.transformer.resblocks),
         "heads": block.attn.heads,
         "context": tower.context,
+        "activation": "quick_gelu" if isinstance(block.mlp.gelu, ours.QuickGELU) else "gelu",
     }
 
 
@@ -204,15 +186,9 @@ def without_mask(tower: TextTower) -> Tensor:
 
 
 def _vit_names(layers: int) -> set[str]:
-    norms = [f"{norm}.{part}" for norm in ("ln_pre", "ln_post") for part in ("weight", "bias")]
-    parts = ("ln_1.", "ln_2.", "attn.in_proj_", "attn.out_proj.", "mlp.c_fc.", "mlp.c_proj.")
-    blocks = [
-        f"transformer.resblocks.{layer}.{name}{part}"
-        for layer in range(layers)
-        for name in parts
-        for part in ("weight", "bias")
-    ]
-    return {"class_embedding", "positional_embedding", "conv1.weight", "proj", *norms, *blocks}
+    """The names of all tensors of a CLIP ViT: a name of the table that ends open stands for a weight and a bias."""
+    names = [name.replace("#", str(layer)) for _, name in VIT_NAMES for layer in range(layers if "#" in name else 1)]
+    return {name + part for name in names for part in (("weight", "bias") if name[-1] in "._" else ("",))}
 
 
 def _activation(module: nn.Module) -> str | None:

@@ -1,8 +1,9 @@
-"""The model card (README.md) beside every export: what the model learnt from, what was measured, how it is used."""
+"""The model card (README.md) of every export: training data, results, use."""
 
-import re
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import yaml
@@ -13,17 +14,29 @@ from declip.interchange.provenance import Base, Provenance, base_of, without_fol
 from declip.io.text import percent, times
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
-from declip.recipe.schema import Recipe, TextTower
+from declip.recipe.schema import Recipe, TextTowerConfig
 
-NO_LICENCE = "unknown: set it"
-LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
-"""What the Hub takes in the field of the head; anything else is a name of its own there."""
+log = logging.getLogger("declip")
+
+NO_LICENSE = "unknown: set it"
+_IDENTIFIERS = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
+eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc
+lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl
+odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
+"""
+LICENSES = frozenset(_IDENTIFIERS.split())
+"""Identifiers that the Hub takes in a card's head; any other license is "other" with a name."""
 
 LIMITS = """\
-For research on contrastive pre-training with few pairs: zero-shot classification, retrieval and probes on data like
-that of training. It repeats what its pairs say and leave out, social bias included; captions other than English were
-hardly seen. Measure it on your own data, group by group, before anything depends on it. It is not meant for
-surveillance, for telling people apart, or for decisions about people."""
+For research on contrastive pre-training with few pairs: zero-shot classification, retrieval and probes on data
+like that of training. It repeats the content and the gaps of its pairs, social bias included; few captions were
+not English. Measure it on your own data, group by group, before anything depends on it. It is not meant for
+surveillance, for identifying people, or for decisions about people."""
 
 CITATION = """\
 ```bibtex
@@ -45,13 +58,13 @@ CITATION = """\
 
 
 def model_card(
-    model: DualEncoder, provenance: Provenance, library: str, usage: str, checked: str = "", license: str = NO_LICENCE
+    model: DualEncoder, provenance: Provenance, library: str, usage: str, checked: str = "", license: str = NO_LICENSE
 ) -> str:
     """Write the card as Markdown with the YAML head that the Hub reads.
 
     Args:
         model: The model.
-        provenance: Where it came from.
+        provenance: Its origin.
         library: The Hub's name of the library that loads the folder.
         usage: Python that works in the folder as it is.
         checked: How the export was read back, as a sentence, where it was.
@@ -64,8 +77,10 @@ def model_card(
         recipe = Recipe.model_validate(_without_folders(recipe.model_dump(mode="json")))
         provenance = replace(provenance, recipe=recipe)
     its = base.license if base else None
-    if license == NO_LICENCE and its:
+    if license == NO_LICENSE and its:
         license = its
+    elif license != NO_LICENSE:
+        license = _known(license)
     name = recipe.name if recipe is not None and provenance.step is not None else "A language-image model"
     parts = [
         _head(model, library, license, base),
@@ -94,12 +109,22 @@ def _without_folders(tree: Any) -> Any:
     return without_folders(tree) if isinstance(tree, str) and ("/" in tree or "\\" in tree) else tree
 
 
+def _known(license: str) -> str:
+    """Give the Hub's identifier of a license where it is one, else warn."""
+    if license.lower() in LICENSES:
+        return license.lower()
+    near = get_close_matches(license.lower().replace(" ", "-"), sorted(LICENSES), n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    log.warning("The license '%s' is no identifier of the Hub: the card names it as 'other'.%s", license, hint)
+    return license
+
+
 def _head(model: DualEncoder, library: str, license: str, base: Base | None) -> str:
     task = "zero-shot-image-classification" if has_text(model) else "image-feature-extraction"
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task}
-    if license == NO_LICENCE:
+    if license == NO_LICENSE:
         fields["license"] = "unknown"
-    elif LICENCE_ID.fullmatch(license):
+    elif license in LICENSES:
         fields["license"] = license
     else:
         fields |= {"license": "other", "license_name": license}
@@ -116,10 +141,10 @@ def _section(title: str, text: str) -> str:
 def _summary(model: DualEncoder, provenance: Provenance) -> str:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     towers = "image and text tower" if has_text(model) else "image tower alone"
-    made = f" Weights from {provenance.origin}." if provenance.origin else ""
+    origin = f" Weights from {provenance.origin}." if provenance.origin else ""
     return (
         f"A contrastive language-image model ({towers}, {millions:,.1f} M parameters, {model.preprocessor.size} px, "
-        f"{model.image_tower.proj.out_features:,} numbers a feature), written by declip {declip.__version__}.{made}"
+        f"{model.image_tower.proj.out_features:,} numbers a feature), written by declip {declip.__version__}.{origin}"
     )
 
 
@@ -144,16 +169,16 @@ def _recipe(provenance: Provenance) -> str:
         return "Not recorded: weights say nothing of how they were trained."
     terms = ", ".join(f"{weight:g} {term}" for term, weight in recipe.active_losses.items())
     rows = [
-        f"- terms: {terms}",
+        f"- losses: {terms}",
         f"- image tower: {recipe.image.model}, {recipe.image.size} px",
         f"- text tower: {_text_tower(recipe.text)}, context {recipe.text.context_length}",
-        f"- seed {recipe.seed}, peak rate {recipe.train.lr:g}, weight decay {recipe.train.weight_decay:g}",
+        f"- seed {recipe.seed}, peak learning rate {recipe.train.lr:g}, weight decay {recipe.train.weight_decay:g}",
     ]
     whole = f"<details><summary>the whole recipe</summary>\n\n```yaml\n{recipe.to_yaml()}```\n\n</details>"
     return "\n".join(rows) + f"\n\n{whole}"
 
 
-def _text_tower(text: TextTower) -> str:
+def _text_tower(text: TextTowerConfig) -> str:
     if text.hf_model is None:
         return f"{text.layers} layers, width {text.width}"
     start = "its own weights" if text.pretrained else "random weights"
@@ -163,12 +188,12 @@ def _text_tower(text: TextTower) -> str:
 def _measured(results: Sequence[Result]) -> str:
     if not results:
         return "Nothing was recorded with these weights: `declip evaluate` measures them."
-    rows = ["| on | protocol | measure | value | chance | × chance | n |", "|---|---|---|--:|--:|--:|--:|"]
-    names = short_names(result.on for result in results)
+    rows = ["| dataset | task | measure | value | chance | × chance | n |", "|---|---|---|--:|--:|--:|--:|"]
+    names = short_names(result.dataset for result in results)
     for result in results:
         for measure in result.measures():
             numbers = (
                 f"{percent(measure.value)} | {percent(measure.chance)} | {times(measure.times_chance)} | {measure.n:,}"
             )
-            rows.append(f"| {without_folders(names[result.on])} | {result.protocol} | {measure.label} | {numbers} |")
+            rows.append(f"| {without_folders(names[result.dataset])} | {result.task} | {measure.label} | {numbers} |")
     return "\n".join(rows)

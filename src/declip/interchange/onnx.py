@@ -1,8 +1,8 @@
-"""Two ONNX files, one a tower, for any runtime: written by torch's exporter, with what they need beside them.
+"""ONNX: a file for each tower, written by torch's exporter, with preprocessing and tokenizer next to them.
 
 ``image.onnx``: pixel_values (batch, 3, S, S) float32, normalized → image_embeds (batch, d) float32 of length 1.
 ``text.onnx``: input_ids (batch, length) int64, length at most the context, padding after the end token → text_embeds
-(batch, d) float32 of length 1. Batch and length are free. ``declip_onnx.json`` says how pictures and captions become
+(batch, d) float32 of length 1. Batch and length are free. ``declip_onnx.json`` says how images and captions become
 these inputs, and ``tokenizer.json`` is the tokenizer.
 """
 
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from declip.errors import UserError
 from declip.interchange.foreign import Reread
 from declip.interchange.tokenizer_files import backend
+from declip.interchange.weights import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
 
 OPSET = 18
 IMAGE, TEXT, ABOUT, TOKENIZER = "image.onnx", "text.onnx", "declip_onnx.json", "tokenizer.json"
-EXAMPLE = 2
-"""Rows and half the columns of the example that is traced: a size of 1 would be taken as fixed."""
+ROWS, LENGTH = 2, 4
+"""Sizes of the example that is traced: a size of 1 would be taken as fixed."""
 
 IMAGE_USAGE = """
 import json
@@ -36,7 +37,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 about = json.load(open("declip_onnx.json"))
-picture = Image.new("RGB", (320, 240), "orange")  # your picture
+picture = Image.new("RGB", (320, 240), "orange")  # your image
 size = about["image"]["size"]
 width, height = (int(size * side / min(picture.size)) for side in picture.size)
 left, top = round((width - size) / 2), round((height - size) / 2)
@@ -59,7 +60,7 @@ print(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
 
 
 class Encode(nn.Module):
-    """One of a model's two encoders as a module of its own."""
+    """One of a model's two encoders as a module."""
 
     def __init__(self, model: DualEncoder, encode: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -71,49 +72,42 @@ class Encode(nn.Module):
         return self.encode(batch)
 
 
-def write_onnx(model: DualEncoder, folder: Path) -> None:
-    """Write image.onnx, text.onnx, declip_onnx.json and tokenizer.json; a model without text tower has no text files.
-
-    Raises:
-        UserError: torch's exporter or its packages are missing, or it cannot export a tower.
-    """
+def write(model: DualEncoder, folder: Path) -> None:
+    """Write image.onnx and declip_onnx.json, and for the text tower text.onnx and tokenizer.json."""
     size, context = model.preprocessor.size, getattr(model.tokenizer, "context", None)
-    pixels = torch.zeros(EXAMPLE, 3, size, size, device=model.device)
-    free = torch.export.Dim.DYNAMIC
-    _export(Encode(model, model.encode_image), pixels, {0: free}, ("pixel_values", "image_embeds"), folder / IMAGE)
+    pixels = torch.zeros(ROWS, 3, size, size, device=model.device)
+    batch = torch.export.Dim("batch")
+    _export(Encode(model, model.encode_image), pixels, {0: batch}, ("pixel_values", "image_embeds"), folder / IMAGE)
     if has_text(model):
-        tokens = torch.zeros(EXAMPLE, 2 * EXAMPLE, dtype=torch.int64, device=model.device)
+        tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64, device=model.device)
+        length = torch.export.Dim("length", max=context)
         tokens[:, -1] = model.tokenizer.end
         names = ("input_ids", "text_embeds")
-        _export(Encode(model, model.encode_text), tokens, {0: free, 1: free}, names, folder / TEXT)
+        _export(Encode(model, model.encode_text), tokens, {0: batch, 1: length}, names, folder / TEXT)
         backend(model.tokenizer).save(str(folder / TOKENIZER))
     (folder / ABOUT).write_text(json.dumps(_about(model, context), indent=2) + "\n", encoding="utf-8")
 
 
-def reread_onnx(folder: Path) -> Reread:
-    """Load the files with onnxruntime.
-
-    Raises:
-        ImportError: onnxruntime is not installed.
-    """
+def reread(folder: Path) -> Reread:
+    """Load the files with onnxruntime."""
     import onnxruntime
 
     def session(name: str, given: str) -> Callable[[Tensor], Tensor]:
-        found = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
-        return lambda batch: torch.from_numpy(found.run(None, {given: batch.numpy()})[0])
+        opened = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+        return lambda batch: torch.from_numpy(opened.run(None, {given: batch.numpy()})[0])
 
     text = session(TEXT, "input_ids") if (folder / TEXT).is_file() else None
     return Reread(f"onnxruntime {onnxruntime.__version__}", session(IMAGE, "pixel_values"), text)
 
 
-def _export(module: Encode, example: Tensor, free: dict[int, Any], names: tuple[str, str], path: Path) -> None:
+def _export(module: Encode, example: Tensor, sizes: dict[int, Any], names: tuple[str, str], path: Path) -> None:
     try:
         with _quietly():
             program = torch.onnx.export(
                 module,
                 (example,),
                 dynamo=True,
-                dynamic_shapes=(free,),
+                dynamic_shapes=(sizes,),
                 input_names=[names[0]],
                 output_names=[names[1]],
                 opset_version=OPSET,
@@ -126,9 +120,8 @@ def _export(module: Encode, example: Tensor, free: dict[int, Any], names: tuple[
     except OSError:
         raise
     except Exception as error:  # the exporter has errors of its own for what it cannot trace
-        said = " ".join(str(error).split())[:200]
         raise UserError(
-            f"torch cannot export this tower to {path.name}: {said} The format safetensors can hold it."
+            f"torch cannot export this tower to {path.name}: {one_line(error, 200)} The format safetensors can hold it."
         ) from error
 
 
@@ -143,7 +136,7 @@ def _about(model: DualEncoder, context: int | None) -> dict[str, Any]:
             "input": "pixel_values",
             "output": "image_embeds",
             "size": preprocessor.size,
-            "resize": "shorter side to size, bicubic (PIL); the longer side is cut down to a whole number",
+            "resize": "shorter side to size, bicubic (PIL); the longer side is rounded down",
             "crop": "center; half a pixel is rounded to even",
             "mode": "RGB, transparency over white",
             "scale": "1/255",

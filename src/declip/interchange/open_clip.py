@@ -1,337 +1,399 @@
-"""Models of open_clip (Ilharco et al. 2021, github.com/mlfoundations/open_clip), used as they are.
+"""Models of open_clip as models of ours, and ours as folders of open_clip's.
 
-``open_clip:MODEL/TAG`` takes published weights, which open_clip downloads unless they are in its cache;
-``open_clip:MODEL/FILE`` takes weights from a file; ``open_clip:MODEL/none`` takes random weights, always the same;
-``open_clip:local-dir:FOLDER`` and ``open_clip:hf-hub:OWNER/NAME`` take a folder, or a repository, that open_clip wrote.
+Reading: CLIP's ViT, CLIP's ResNet and timm towers with a linear projection, with CLIP's text tower and tokenizer. The
+result is compared with open_clip's, images and captions included. The mask's row of the vocabulary, which open_clip
+does not have, is the mean of the others.
 
-Nothing in a file or folder can run code: weights are read with ``weights_only``, TorchScript archives are refused,
-and so is a configuration that asks for code of its own. A model whose tokenizer is Hugging Face's (SigLIP, CLIPA,
-RoBERTa …) needs the package transformers, and fetches the tokenizer by its name unless it is in the cache or folder.
-On a machine without network ``HF_HUB_OFFLINE=1`` spares the tries of 20 seconds before a cached file is used.
+Writing: open_clip loads the folder by the name ``local-dir:FOLDER``. CLIP's ViT and CLIP's ResNet become open_clip's
+own towers, whatever their sizes; every other timm model goes through open_clip's `TimmModel`, which takes a name alone:
+neither options nor, where it matters, another image size. A BERT or RoBERTa makes the model open_clip's
+`CustomTextCLIP`, whose text tower is built from a configuration that ``hf_model_name`` leads to.
 """
 
+import json
 import logging
-import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from declip.errors import UserError, unknown
-from declip.interchange.weights_file import check_weights
+from declip.data.text.tokenizer import Tokenizer
+from declip.errors import UserError
+from declip.interchange.clip_layout import (
+    CLIP_MERGES,
+    NO_MERGES,
+    RESNET_NAMES,
+    VIT_NAMES,
+    VitSizes,
+    merges_key,
+    rename,
+    resnet_sizes,
+    text_sizes,
+    vit_keys,
+    vit_sizes,
+    without_mask,
+)
+from declip.interchange.foreign import CLIP_TEXT, CLIP_VIT, NO_BIAS, Refusal, Reread, clip_text_tower
+from declip.interchange.open_clip_model import CONFIG, OpenClip, load_open_clip, matches
+from declip.interchange.tokenizer_files import write_tokenizer
+from declip.interchange.weights import Weights, first_difference, one_line
+from declip.io.atomic import save_tensors
+from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import CONFIG as ENCODER
+from declip.models.hf_encoder import PREFIX as HUB_ENCODER
+from declip.models.hf_encoder import TextEncoder
+from declip.models.hf_text_tower import HuggingfaceTextTower
+from declip.models.image_tower import ImageTower
+from declip.models.text_tower import TextTower
+from declip.recipe.load import load_recipe
+
+__all__ = ["matches", "read", "write"]
 
 log = logging.getLogger("declip")
 
-T = TypeVar("T")
+WEIGHTS = "open_clip_model.safetensors"
+CLOSE = 1e-4
+"""Largest difference of features, of length 1, between a model here and in open_clip."""
 
-PREFIX, FOLDER, HUB, RANDOM = "open_clip:", "local-dir:", "hf-hub:", "none"
-CONFIG = "open_clip_config.json"
-IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")
-"""What open_clip 3.3 looks for in a folder."""
+CAPTIONS = ("a red circle", "Two CATS &amp; a dog, asleep on a sofa", "")
 
-EMPTY: dict[str, Any] = {"require_pretrained": False, "load_weights": False, "pretrained_text": False}
-"""Options of open_clip's for a model at random, without a download."""
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+"""Kinds of text encoders that both open_clip 3.3 and declip build."""
 
-OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
-"""Numbers that OpenAI's published models keep among their tensors; the shapes say the same."""
+POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".npy", ".ckpt")
-"""By these a file is told from a tag where it does not exist."""
+USAGE = """
+import open_clip, torch
+from PIL import Image
 
-LONGEST_SHAPE = 10
-"""As `declip.data.images.crops`: of a longer picture only the middle is resized, or memory would run out."""
+folder = "."  # this folder
+model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")  # needs transformers where there is a tokenizer.json
+image = Image.new("RGB", (320, 240), "orange")  # your image
+with torch.no_grad():
+    images = model.eval().encode_image(preprocess(image)[None], normalize=True)
+    texts = model.encode_text(tokenizer(["an orange square", "a cat"]), normalize=True)
+print((model.logit_scale.exp() * images @ texts.T).softmax(dim=-1))
+"""
+
+Part = tuple[dict[str, Any], dict[str, Tensor]]
+"""A part of open_clip's configuration, and its tensors."""
 
 
-def read_open_clip(given: str) -> "OpenClip":
-    """Build a model of open_clip's.
-
-    The activation is the tag's: open_clip 3.3 itself computes ``ViT-B-32/openai``, and 26 more of its pairs, with
-    GELU although the weights were trained with QuickGELU, and only warns. With a file the name decides:
-    ``ViT-B-32-quickgelu/FILE`` for weights trained with QuickGELU.
-
-    Args:
-        given: ``open_clip:MODEL/TAG``, ``open_clip:MODEL/FILE``, ``open_clip:MODEL/none``,
-            ``open_clip:local-dir:FOLDER`` or ``open_clip:hf-hub:OWNER/NAME``.
-
-    Returns:
-        The model, in evaluation mode, on the CPU, in float32.
+def read(where: str) -> Weights:
+    """Read a name or folder of open_clip's as a model of ours.
 
     Raises:
-        UserError: open_clip is not installed, an unknown model or tag, no tag, no such file, a damaged or foreign
-            file, or weights that cannot be fetched.
+        UserError: see `load_open_clip` and `convert`.
     """
+    return convert(load_open_clip(where), where)
+
+
+def convert(opened: OpenClip, origin: str = "the model") -> Weights:
+    """Convert weights, tokenizer, image statistics and logit scale of a model of open_clip's."""
     try:
-        import open_clip
-    except ImportError as error:
-        raise UserError(f"'{given}' needs open_clip ({error}). Install it: pip install 'declip[open_clip]'.") from error
-    with _quietly(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        name, options = _resolve(open_clip, given)
-        try:
-            _refuse_code(open_clip.get_model_config(name), given)
-            for file in _files(name, options):
-                check_weights(file)
-            tokenizer = open_clip.get_tokenizer(name)
-            file = options.pop("file", None)
-            model = open_clip.create_model(name, **options)
-            if file is not None:
-                _load(open_clip, model, file)
-        except UserError:
-            raise
-        except ImportError as error:
-            raise UserError(
-                f"'{given}' needs the package {error.name}. Install it: pip install {error.name}."
-            ) from error
-        except Exception as error:  # a file or configuration can be wrong in any way; open_clip checks little
-            raise _cannot_load(given, error) from error
-    return OpenClip(model, Preprocess(model.visual.preprocess_cfg), tokenizer).eval()
+        keys, names = _towers(opened)
+        recipe = load_recipe("clip", {"name": "from-open-clip", **keys})
+        with torch.random.fork_rng(devices=[]):
+            model = DualEncoder.from_recipe(recipe)
+        theirs = {name: tensor.detach().cpu().float() for name, tensor in opened.model.state_dict().items()}
+        expected = model.state_dict()
+        places = {name: _their_name(name, names, theirs) for name in expected}
+        ours = {
+            name: _fitted(place, theirs.pop(place), expected[name]) for name, place in places.items() if place in theirs
+        }
+        difference = first_difference(expected, {**ours, **theirs})
+    except UserError as error:
+        raise _refused(str(error)) from error
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:  # a tower of another kind
+        raise _refused(f"{type(error).__name__}: {one_line(error, 200)}") from error
+    if difference:
+        raise _refused(difference)
+    model.load_state_dict(ours)
+    _compare(model, opened)
+    return Weights(recipe, model.state_dict(), origin)
 
 
-class Preprocess:
-    """open_clip's transform for evaluation, for batches; it stays on the host and can be pickled.
-
-    Args:
-        config: The fields of open_clip's ``PreprocessCfg``: size, mean, std, interpolation, resize_mode …
-    """
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        from open_clip.transform import PreprocessCfg, image_transform_v2
-
-        self.config = PreprocessCfg(**config)
-        self.transform = image_transform_v2(self.config, is_train=False)
-
-    def __call__(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Prepare pictures.
-
-        Args:
-            images: n pictures of any size, or one; what is transparent is treated as open_clip does.
-
-        Returns:
-            (n, 3, S, S) float32 on the host; n is 1 for one picture.
-        """
-        pictures = [images] if isinstance(images, Image.Image) else list(images)
-        if not pictures:
-            return torch.empty(0, *self.config.input_size)
-        return torch.stack([self.transform(self._middle(picture)) for picture in pictures])
-
-    def _middle(self, image: Image.Image) -> Image.Image:
-        """Without the ends that the crop to a square would cut off anyway, of a very long picture."""
-        width, height = image.size
-        longest = LONGEST_SHAPE * min(width, height)
-        if self.config.resize_mode != "shortest" or max(width, height) <= longest:
-            return image
-        left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-        return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+def _towers(opened: OpenClip) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """The recipe's keys, and open_clip's name for each of our image tower's."""
+    model, prepared = opened.model, opened.preprocessor.config
+    if type(model).__name__ != "CLIP":
+        raise UserError(f"it is a {type(model).__name__}, not a CLIP")
+    size = prepared.size if isinstance(prepared.size, int) else prepared.size[0]
+    if prepared.interpolation != "bicubic" or prepared.resize_mode != "shortest":
+        raise UserError(f"its images are resized {prepared.resize_mode}, {prepared.interpolation}")
+    block, projection = model.transformer.resblocks[0], model.text_projection
+    image, names = _their_image_tower(model.visual)
+    return {
+        **image,
+        "image.size": size,
+        "image.mean": list(prepared.mean),
+        "image.std": list(prepared.std),
+        "embed_dim": projection.shape[1] if isinstance(projection, Tensor) else projection.out_features,
+        "text.width": model.ln_final.normalized_shape[0],
+        "text.layers": len(model.transformer.resblocks),
+        "text.heads": block.attn.num_heads,
+        "text.context_length": len(model.positional_embedding),
+        "text.bpe_merges": merges_key(len(model.token_embedding.weight)),
+        "text.projection_bias": getattr(projection, "bias", None) is not None,
+        "text.activation": _activation(block),
+    }, names
 
 
-class OpenClip(nn.Module):
-    """A model of open_clip's with the methods of `declip.models.dual_encoder.DualEncoder`.
-
-    Args:
-        model: open_clip's CLIP, CustomTextCLIP or CoCa.
-        preprocess: Turns PIL images into the (n, 3, S, S) tensor that the image tower takes.
-        tokenizer: open_clip's, which turns captions into the (n, L) ids that the text tower takes.
-    """
-
-    def __init__(self, model: nn.Module, preprocess: Preprocess, tokenizer: Callable[[list[str]], Tensor]) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.preprocessor = preprocess
-        self.tokenizer = tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.model.logit_scale.device
-
-    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """PIL images → (n, 3, S, S) float32, normalized, on the model's device."""
-        return self.preprocessor(images).to(self.device)
-
-    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
-        """Captions → (n, L) int64 on the model's device."""
-        return self.tokenizer([texts] if isinstance(texts, str) else list(texts)).to(self.device)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
-        return F.normalize(self.model.encode_image(images, normalize=False).float(), dim=-1)
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """(n, L) ids → (n, d) float32 of length 1."""
-        return F.normalize(self.model.encode_text(tokens, normalize=False).float(), dim=-1)
-
-    def encode_backbone(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection: for probes.
-
-        Of a ViT what `proj` takes; of CLIP's ResNet what the attention pool's output map `c_proj` takes; of a timm
-        trunk its pooled output before any classifier. A tower without a projection (SigLIP's) gives its embedding,
-        not normalized.
-
-        Raises:
-            UserError: the tower pools and projects in one.
-        """
-        tower = self.model.visual
-        if hasattr(tower, "trunk"):
-            hidden = tower.trunk.forward_head(tower.trunk.forward_features(images), pre_logits=True)
-        elif getattr(tower, "proj", None) is not None:
-            hidden = functional_call(tower, {"proj": _identity(tower.proj, 0)}, (images,))
-        elif hasattr(tower, "attnpool"):
-            weight = _identity(tower.attnpool.c_proj.weight, 1)
-            aside = {"attnpool.c_proj.weight": weight, "attnpool.c_proj.bias": torch.zeros_like(weight[0])}
-            hidden = functional_call(tower, aside, (images,))
-        else:
-            hidden = None
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        if hidden is None or hidden.ndim != 2:
-            raise UserError(
-                f"This image tower ({type(tower).__name__}) has no pooled feature before its projection. "
-                "Use the embedding."
-            )
-        return hidden.float()
-
-
-def _resolve(open_clip: ModuleType, given: str) -> tuple[str, dict[str, Any]]:
-    """open_clip's name for a model, and the options that it is created with; published weights are fetched first."""
-    spec = given.removeprefix(PREFIX)
-    options: dict[str, Any] = {"require_pretrained": True, "weights_only": True}
-    if spec.startswith(FOLDER):
-        return f"{FOLDER}{_checked_folder(spec.removeprefix(FOLDER))}", options
-    if spec.startswith(HUB):
-        from open_clip.pretrained import download_pretrained_from_hf
-
-        _fetch(given, lambda: open_clip.get_model_config(spec))
-        _fetch(given, lambda: download_pretrained_from_hf(spec.removeprefix(HUB)))
-        return spec, options
-    name, _, weights = spec.partition("/")
-    if name not in open_clip.list_models():
-        raise unknown("open_clip model", name, open_clip.list_models())
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if not weights:
-        raise UserError(
-            f"'{given}' does not say which weights. Write {PREFIX}{name}/TAG, which downloads, "
-            f"{PREFIX}{name}/FILE, or {PREFIX}{name}/{RANDOM} for random ones. Tags: {', '.join(tags) or 'no'}."
+def _their_image_tower(tower: Any) -> tuple[dict[str, Any], Callable[[str], str]]:
+    if hasattr(tower, "trunk"):
+        name = tower.trunk.default_cfg["architecture"]
+        places = {"proj.": "head.proj.", "norm.": "trunk.norm."}
+        return {"image.model": name}, lambda ours: next(
+            (theirs + ours.removeprefix(start) for start, theirs in places.items() if ours.startswith(start)), ours
         )
-    if weights == RANDOM:
-        return name, EMPTY
-    if open_clip.is_pretrained_cfg(name, weights):
-        tag = open_clip.get_pretrained_cfg(name, weights)
-        file = Path(_fetch(given, lambda: open_clip.download_pretrained(tag)))
-        of_tag = {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu"))}
-        return name, options | {"pretrained": str(file)} | of_tag
-    file = Path(weights).expanduser()
-    if not file.is_file():
-        if len(file.parts) > 1 or file.suffix in SUFFIXES:
-            raise UserError(f"There is no file '{file}'. Give the path of weights for {name}, or a tag.")
-        raise unknown(f"tag or file for open_clip's {name}", weights, [*tags, RANDOM])
-    _warn_of_preprocessing(open_clip, name, tags, file)
-    return name, EMPTY | {"file": file}
+    if hasattr(tower, "attnpool"):
+        options = {
+            "depths": [len(getattr(tower, f"layer{stage}")) for stage in (1, 2, 3, 4)],
+            "width_factor": len(tower.attnpool.c_proj.weight[0]) / 2048,
+        }
+        return {"image.model": "resnet50_clip", "image.model_kwargs": options}, lambda name: rename(name, RESNET_NAMES)
+    block = tower.transformer.resblocks[0]
+    width, _, patch, _ = tower.conv1.weight.shape
+    sizes = VitSizes(
+        width=width,
+        layers=len(tower.transformer.resblocks),
+        heads=block.attn.num_heads,
+        patch=patch,
+        hidden=len(block.mlp.c_fc.weight),
+        activation=_activation(block),
+        eps=block.ln_1.eps,
+    )
+    return vit_keys(sizes), lambda name: rename(name, VIT_NAMES)
 
 
-def _files(name: str, options: Mapping[str, Any]) -> Sequence[Path]:
-    """The files of weights that open_clip is going to read, but for a repository's, which it has in its cache."""
-    if name.startswith(FOLDER):
-        folder = Path(name.removeprefix(FOLDER))
-        return [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
-    return [Path(options[given]) for given in ("pretrained", "file") if given in options]
+def _their_name(name: str, image: Callable[[str], str], theirs: Mapping[str, Tensor]) -> str:
+    tower, _, rest = name.partition(".")
+    if tower == "image_tower":
+        return f"visual.{image(rest)}"
+    return "text_projection" if rest == "text_projection.weight" and "text_projection" in theirs else rest or tower
 
 
-def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:
-    """Put a file's weights into a model, all of them and no others.
-
-    Raises:
-        Exception: of whatever kind, where they are not the model's.
-    """
-    keys = open_clip.load_checkpoint(model, str(file), strict=False, weights_only=True)
-    if not keys:  # of NumPy's files, which are read by name
-        return
-    wrong = [f"{name!r} is missing" for name in keys.missing_keys]
-    wrong += [f"{name!r} belongs to another model" for name in keys.unexpected_keys if name not in OPENAI_SIZES]
-    if wrong:
-        raise ValueError(wrong[0] + (f", and {len(wrong) - 1:,} more differ" if len(wrong) > 1 else ""))
+def _fitted(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
+    """Bring a tensor of theirs into our form: a mask follows the vocabulary, and some shapes differ."""
+    if name == "token_embedding.weight":
+        return torch.cat([theirs, theirs.mean(dim=0, keepdim=True)])
+    if name in {"visual.proj", "text_projection"}:
+        return theirs.T
+    fits = name in {"visual.class_embedding", "visual.positional_embedding", "logit_scale"}
+    return theirs.reshape(ours.shape) if fits and theirs.numel() == ours.numel() else theirs
 
 
-def _checked_folder(given: str) -> Path:
-    folder = Path(given).expanduser()
-    if not (folder / CONFIG).is_file():
-        problem = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
-        raise UserError(f"'{given}' {problem}. Give a folder with {CONFIG} and weights, as open_clip saves them.")
-    if not any(any(folder.glob(pattern)) for pattern in IN_FOLDER):
-        raise UserError(f"'{given}' holds no weights: open_clip looks for {', '.join(IN_FOLDER)}.")
-    return folder
+def _activation(block: Any) -> str:
+    return "quick_gelu" if type(block.mlp.gelu).__name__ == "QuickGELU" else "gelu"
 
 
-def _refuse_code(config: Mapping[str, Any], given: str) -> None:
-    """A tokenizer's options go to transformers, which runs a folder's own Python when one of them says so."""
-    if (config.get("text_cfg", {}).get("tokenizer_kwargs") or {}).get("trust_remote_code"):
-        raise UserError(
-            f"The configuration of '{given}' asks to run code of its own (trust_remote_code). It is refused."
-        )
+def _compare(model: DualEncoder, opened: OpenClip) -> None:
+    """Compare the features of images and captions with open_clip's."""
+    noise = torch.randint(0, 256, (57, 91, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = [Image.fromarray(noise.numpy()), Image.fromarray(noise.numpy()).resize((40, 333))]
+    model.eval()
+    with torch.no_grad():
+        visual = model.encode_image(model.preprocess(images)) - opened.encode_image(opened.preprocess(images))
+        texts = model.encode_text(model.tokenize(CAPTIONS)) - opened.encode_text(opened.tokenize(list(CAPTIONS)))
+    for kind, difference in (("images", visual), ("captions", texts)):
+        if not float(difference.abs().max()) <= CLOSE:
+            raise _refused(f"its features of {kind} come out differently, by {difference.abs().max():.1e}")
 
 
-def _warn_of_preprocessing(open_clip: ModuleType, name: str, tags: Sequence[str], file: Path) -> None:
-    """A file does not say how its pictures were prepared; open_clip then takes CLIP's way, which not all models use."""
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
-    plain = asdict(PreprocessCfg())
-    if tags and all(merge_preprocess_dict(plain, open_clip.get_pretrained_cfg(name, tag)) != plain for tag in tags):
-        log.warning(
-            "Pictures are prepared CLIP's way for '%s', but otherwise for the published %s models. For those put "
-            "the file into a folder with %s and load it as %s.",
-            file,
-            name,
-            CONFIG,
-            f"{PREFIX}{FOLDER}FOLDER",
-        )
-
-
-def _fetch(given: str, get: Callable[[], T]) -> T:
-    try:
-        return get()
-    except Exception as error:  # hub, URL and disk each have errors of their own
-        raise UserError(
-            f"Cannot fetch '{given}': {_one_line(error, 180)} Check the network and the name; weights on this machine "
-            f"are loaded by their path, {PREFIX}MODEL/FILE or {PREFIX}{FOLDER}FOLDER."
-        ) from error
-
-
-def _cannot_load(given: str, error: Exception) -> UserError:
-    # torch's own message advises `weights_only=False`, which would let the file run code.
-    unsafe = isinstance(error, pickle.UnpicklingError)
-    why = "it is no file of tensors, or it holds more than tensors." if unsafe else _one_line(error)
+def _refused(reason: str) -> UserError:
     return UserError(
-        f"Cannot load '{given}': {why} The weights must be those of the model named, as open_clip saves them "
-        "(a state dict, or a checkpoint of its training); download the file again if it is cut."
+        f"This model of open_clip's cannot become one of ours: {reason.rstrip('.')}. It can be used as it is: "
+        "declip evaluate open_clip:…"
     )
 
 
-def _one_line(error: Exception, longest: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = f"{text[:longest]} …" if len(text) > longest else text
-    return text if text.endswith((".", "…")) else f"{text}."
+def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path | None = None) -> None:
+    """Write open_clip_config.json, weights and, for a vocabulary other than CLIP's, a Hugging Face tokenizer.
+
+    Args:
+        model, folder: What to write and where.
+        repo: The repository, OWNER/NAME, that the folder will be on the Hub: there open_clip finds tokenizer and text
+            encoder by their names alone.
+        home: Where the folder will be; `folder` by default.
+    """
+    config, tensors = express(model, repo or str((home or folder).absolute()))
+    text_config = config["model_cfg"]["text_cfg"]
+    if isinstance(model.text_tower, HuggingfaceTextTower):
+        encoder = TextEncoder.from_tensor(model.text_tower.get_extra_state())
+        (folder / ENCODER).write_text(json.dumps(dict(encoder.config), indent=2) + "\n", encoding="utf-8")
+    if text_config.get("hf_model_name") or text_config["vocab_size"] != NO_MERGES + CLIP_MERGES:
+        # Of a folder open_clip takes the tokenizer that lies in it, whatever the name; of a repository the name's.
+        text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
+        write_tokenizer(model.tokenizer, folder)
+        if repo is None:
+            log.warning("This folder loads as local-dir:FOLDER alone. For the Hub export it with --repo OWNER/NAME.")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(contiguous, folder / WEIGHTS, {"format": "pt"})
 
 
-def _identity(weight: Tensor, axis: int) -> Tensor:
-    """In place of a projection: a map that leaves its input as it is."""
-    return torch.eye(weight.shape[axis], dtype=weight.dtype, device=weight.device)
+def express(model: DualEncoder, place: str = ".") -> Part:
+    """Give open_clip's configuration and tensors; `place` is the folder or repository where the files will be."""
+    if isinstance(model.text_tower, HuggingfaceTextTower):
+        text_config, texts = _text_encoder(model, model.text_tower, place)
+        sizes = vit_sizes(model.image_tower)
+        activation = "gelu" if isinstance(sizes, str) else sizes.activation
+    else:
+        text = clip_text_tower(model)
+        activation = text_sizes(text)["activation"]
+        text_config, texts = _text_config(model, text), text_tensors(text)
+    vision_config, images = image_tower(model, activation)
+    preprocessor = model.preprocessor
+    config = {
+        "model_cfg": {
+            "embed_dim": model.image_tower.proj.out_features,
+            "quick_gelu": activation == "quick_gelu",
+            "vision_cfg": {"image_size": preprocessor.size, **vision_config},
+            "text_cfg": text_config,
+        },
+        "preprocess_cfg": {
+            "size": preprocessor.size,
+            "mode": "RGB",
+            "mean": [round(value, 8) for value in preprocessor.mean.tolist()],
+            "std": [round(value, 8) for value in preprocessor.std.tolist()],
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+    tensors = {f"visual.{name}": tensor for name, tensor in images.items()}
+    return config, tensors | texts | {"logit_scale": model.logit_scale}
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep open_clip from giving the root logger a handler and printing its notes, and the hub from its retries."""
-    handler, hub = logging.NullHandler(), logging.getLogger("huggingface_hub")
-    level = hub.level
-    logging.root.addHandler(handler)
-    hub.setLevel(logging.ERROR)
+def reread(folder: Path) -> Reread:
+    """Load the folder with open_clip."""
+    import open_clip
+
+    text_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    changes: dict[str, Any] = {}
+    if "hf_model_name" in text_config:  # the name leads here once the folder is at its place; no network until then
+        changes["text_cfg"] = {**text_config, "hf_model_name": str(folder), "hf_model_pretrained": False}
+    model: Any = open_clip.create_model(f"local-dir:{folder}", weights_only=True, **changes).eval()
+    context = int(model.context_length)
+    return Reread(
+        f"open_clip {open_clip.__version__}",
+        model.encode_image,
+        lambda tokens: model.encode_text(tokens if changes else F.pad(tokens, (0, context - tokens.shape[1]))),
+    )
+
+
+def _text_config(model: DualEncoder, text: TextTower) -> dict[str, Any]:
+    assert isinstance(model.tokenizer, Tokenizer)
+    sizes = text_sizes(text)
+    config = {
+        "context_length": sizes["context"],
+        "vocab_size": len(without_mask(text)),
+        "width": sizes["width"],
+        "heads": sizes["heads"],
+        "layers": sizes["layers"],
+        "proj_bias": text.text_projection.bias is not None,
+    }
+    return config if model.tokenizer.merges == CLIP_MERGES else config | {"tokenizer_kwargs": {"clean": "lower"}}
+
+
+def text_tensors(text: TextTower) -> dict[str, Tensor]:
+    """CLIP's text tower by open_clip's names."""
+    state = text.state_dict()
+    state["token_embedding.weight"] = without_mask(text)
+    if text.text_projection.bias is None:
+        state["text_projection"] = state.pop("text_projection.weight").T
+    return state
+
+
+def _text_encoder(model: DualEncoder, tower: HuggingfaceTextTower, place: str) -> Part:
+    """A text encoder of transformers'; its configuration is found by its name on the Hub, or lies in the folder."""
+    encoder = TextEncoder.from_tensor(tower.get_extra_state())
+    kind = encoder.config["model_type"]
+    if kind not in ENCODERS:
+        raise Refusal(f"its text encoder is a {kind}, and open_clip has {', '.join(ENCODERS)}", CLIP_TEXT)
+    if tower.pooling not in POOLERS:
+        raise Refusal(f"its text tower pools at the {tower.pooling}", "train with text.pooling=cls or mean")
+    if tower.text_projection.bias is not None:
+        raise Refusal("it has a bias after its text projection", NO_BIAS)
+    given = (model.recipe.text.hf_model if model.recipe else None) or ""
+    config = {
+        "context_length": tower.context,
+        "vocab_size": encoder.config["vocab_size"],
+        "hf_model_name": given.removeprefix(HUB_ENCODER) if given.startswith(HUB_ENCODER) else place,
+        "hf_proj_type": "linear",
+        "hf_pooler_type": POOLERS[tower.pooling],
+    }
+    tensors = {f"text.transformer.{part}": tensor for part, tensor in tower.encoder.state_dict().items()}
+    return config, tensors | {"text.proj.weight": tower.text_projection.weight}
+
+
+def image_tower(model: DualEncoder, text_act: str) -> Part:
+    """The image tower by open_clip's names: CLIP's ViT or ResNet, else a timm model by its name."""
+    tower = model.image_tower
+    state = tower.state_dict()
+    vit, resnet = vit_sizes(tower), resnet_sizes(tower)
+    if not isinstance(vit, str) and vit.activation == text_act and vit.width % vit.heads == 0:
+        config = {
+            "layers": vit.layers,
+            "width": vit.width,
+            "head_width": vit.width // vit.heads,
+            "patch_size": vit.patch,
+            "mlp_ratio": vit.hidden / vit.width,
+            "norm_kwargs": {"eps": vit.eps},
+        }
+        tensors = {rename(name, VIT_NAMES): tensor for name, tensor in state.items()}
+        shapes: dict[str, Callable[[Tensor], Tensor]] = {
+            "class_embedding": torch.flatten, "positional_embedding": torch.squeeze, "proj": torch.t,
+        }  # fmt: skip
+        return config, {name: shapes.get(name, torch.Tensor.detach)(tensor) for name, tensor in tensors.items()}
+    if not isinstance(resnet, str):
+        head_width = resnet.width * 32 // resnet.heads
+        config = {"layers": list(resnet.layers), "width": resnet.width, "head_width": head_width, "patch_size": None}
+        return config, {rename(name, RESNET_NAMES): tensor for name, tensor in state.items()}
+    if isinstance(vit, str):
+        return _timm_tower(model, f"its image tower is not CLIP's ViT ({vit}) nor CLIP's ResNet", CLIP_VIT)
+    reason = f"its image tower computes with {vit.activation}, its text tower with {text_act}"
+    return _timm_tower(model, reason, f"train with text.activation={vit.activation}")
+
+
+def _timm_tower(model: DualEncoder, reason: str, way_out: str) -> Part:
+    """The tower as open_clip builds it: the trunk without classifier by its name alone, then a linear map."""
+    tower, size = model.image_tower, model.preprocessor.size
+    name = model.recipe.image.model if model.recipe else ""
     try:
-        yield
-    finally:
-        logging.root.removeHandler(handler)
-        hub.setLevel(level)
+        trunk, state = _by_name(tower, name)
+        pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        expected, features = tower(pixels.to(model.device)).pre_logits.cpu(), trunk(pixels)
+        if features.shape != expected.shape or trunk.num_features != features.shape[1]:
+            raise ValueError(f"features of {trunk.num_features} instead of {expected.shape[1]} numbers")
+        if not torch.allclose(features, expected, atol=CLOSE, rtol=CLOSE):
+            raise ValueError(f"features that differ by {(features - expected).abs().max():.2g}")
+    except Exception as error:  # of whatever kind: timm's models fail in their own ways where options are missing
+        raise Refusal(
+            f"{reason}, and of other towers open_clip takes a timm name alone, without image.model_kwargs and at the "
+            f"timm model's own image size; that gives another network than this one ('{name}', {size} px): "
+            f"{one_line(error, 160)}",
+            way_out,
+        ) from error
+    tensors = {f"trunk.{part}": tensor for part, tensor in state.items()}
+    tensors |= {f"head.proj.{part}": tensor for part, tensor in tower.proj.state_dict().items()}
+    config = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear"}
+    return config | {"timm_proj_bias": tower.proj.bias is not None}, tensors
+
+
+def _by_name(tower: ImageTower, name: str) -> tuple[Any, dict[str, Tensor]]:
+    """Build the trunk that timm gives for a name, with a tower's weights; also give these by its names."""
+    if not timm.is_model(name):
+        raise ValueError("it is none of timm's names")
+    with torch.random.fork_rng(devices=[]):
+        trunk: Any = timm.create_model(name, pretrained=False)
+    trunk.reset_classifier(0)
+    norm = {f"norm.{part}": tensor for part, tensor in tower.norm.state_dict().items()}
+    state = {**tower.trunk.state_dict(), **norm}
+    trunk.load_state_dict(state)
+    return trunk.eval(), state

@@ -1,7 +1,7 @@
 """Image towers with timm's weights (Wightman 2019, github.com/huggingface/pytorch-image-models).
 
-``timm:NAME.TAG`` takes published weights, which are downloaded unless they are in the hub's cache; ``timm:NAME/FILE``
-takes a file in timm's format. Files are read without running code in them.
+``timm:NAME.TAG`` takes published weights, which are downloaded unless they are in the Hub's cache; ``timm:NAME/FILE``
+takes a file in timm's format. No code in a file is run.
 """
 
 from collections.abc import Mapping
@@ -13,26 +13,24 @@ import torch
 from torch import Tensor
 
 from declip.errors import UserError, unknown
-from declip.interchange.weights_file import read_weights
+from declip.interchange.files import read_tensors
+from declip.interchange.weights import NO_TEXT, Weights, one_line
 from declip.models.image_tower import ImageTower
 from declip.recipe.load import load_recipe
-from declip.recipe.schema import Recipe
 
 PREFIX = "timm:"
-PUBLISHED, OF_OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
+PUBLISHED, PUBLISHED_BY_OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
 WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Where a checkpoint of timm's training keeps the weights, the averaged ones first."""
+"""Keys of the weights in a checkpoint of timm's training, the averaged ones first."""
 
 
-def read_timm(where: str) -> tuple[Recipe, Mapping[str, Tensor]]:
-    """Read an image tower.
+def matches(where: str) -> bool:
+    """Whether this is a name of timm's."""
+    return where.startswith(PREFIX)
 
-    Args:
-        where: See the module.
 
-    Returns:
-        A recipe whose section `image` describes the tower, with the statistics and the size of its training, and the
-        tensors by the names of a `DualEncoder`, without projection.
+def read(where: str) -> Weights:
+    """Read an image tower; its recipe has the image size and the statistics of its training.
 
     Raises:
         UserError: an unknown name, no such file, weights of another model, or no network.
@@ -46,31 +44,34 @@ def read_timm(where: str) -> tuple[Recipe, Mapping[str, Tensor]]:
         raise unknown(f"tag of timm's {architecture}", name, tags)
     config = timm.get_pretrained_cfg(name)
     if config is None:
-        raise UserError(f"timm does not say how pictures are prepared for '{architecture}'. Take another model.")
-    found = _read_file(where, Path(file).expanduser()) if file else _download(where, name, config)
+        raise UserError(f"timm does not say how images are prepared for '{architecture}'. Take another model.")
+    state = _read_file(where, Path(file).expanduser()) if file else _download(where, name, config)
     size = config.input_size[-1]
-    tower = _filled(where, architecture, size, found)
-    recipe = load_recipe(
-        "clip",
-        {
-            "image.model": architecture,
-            "image.size": size,
-            "image.mean": list(config.mean),
-            "image.std": list(config.std),
-            "image.model_kwargs": {},
-        },
-    )
-    tensors = {f"image_tower.{n}": t for n, t in tower.state_dict().items() if not n.startswith("proj.")}
-    return recipe, tensors
+    tower = _filled(where, architecture, size, state)
+    width = tower.pre_logits_width
+    keys = {
+        "image.model": architecture,
+        "image.size": size,
+        "image.mean": list(config.mean),
+        "image.std": list(config.std),
+        "image.model_kwargs": {},
+    }
+    recipe = load_recipe("clip", {**NO_TEXT, **keys, "embed_dim": width})
+    # timm's weights lead into no shared space, so the projection is the identity.
+    projection = {"proj.weight": torch.eye(width)}
+    if tower.proj.bias is not None:
+        projection["proj.bias"] = torch.zeros(width)
+    tensors = {f"image_tower.{name}": tensor for name, tensor in (tower.state_dict() | projection).items()}
+    return Weights(recipe, tensors | {"logit_scale": torch.tensor(recipe.logit_scale.init)}, where)
 
 
 def _filled(where: str, architecture: str, size: int, weights: Mapping[str, Tensor]) -> ImageTower:
     """Build the tower with the weights; timm leaves random what they lack, so it is built without them too."""
     towers = []
-    for each in (weights, None):
+    for given in (weights, None):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            towers.append(ImageTower(architecture, size, embed_dim=8, weights=each))
+            towers.append(ImageTower(architecture, size, embed_dim=8, weights=given))
     tower, blank = towers[0], towers[1].trunk.state_dict()
     for name, tensor in tower.trunk.state_dict().items():
         if tensor.ndim > 1 and blank[name].std() > 0 and torch.equal(tensor, blank[name]):
@@ -79,38 +80,28 @@ def _filled(where: str, architecture: str, size: int, weights: Mapping[str, Tens
 
 
 def _read_file(where: str, path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"There is no file '{path}'. Give {PREFIX}NAME/FILE, or {PREFIX}NAME.TAG to download.")
-    try:
-        found = read_weights(path)
-        for wrapping in WRAPPINGS:
-            if isinstance(found, Mapping) and isinstance(found.get(wrapping), Mapping):
-                found = found[wrapping]
-                break
-        found = {n.removeprefix("module."): t for n, t in found.items() if isinstance(t, Tensor)}
-    except UserError:
-        raise
-    except Exception as error:  # of whatever kind torch has for a damaged file
-        said = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"Cannot read '{where}': it is no file of tensors, or it is cut ({type(error).__name__}: {said})."
-        ) from error
-    if not found:
-        raise UserError(f"'{path}' holds no tensors. Give weights as timm saves them.")
-    return found
+    content = read_tensors(path)
+    for wrapping in WRAPPINGS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapping), Mapping):
+            content = content[wrapping]
+            break
+    state = content if isinstance(content, Mapping) else {}
+    state = {str(n).removeprefix("module."): t for n, t in state.items() if isinstance(t, Tensor)}
+    if not state:
+        raise UserError(f"'{where}' holds no tensors. Give weights as timm saves them.")
+    return state
 
 
 def _download(where: str, name: str, config: Any) -> Mapping[str, Tensor]:
     if not config.hf_hub_id:
-        raise UserError(f"timm publishes no weights of '{name}' on the hub. Give a file, {PREFIX}NAME/FILE.")
+        raise UserError(f"timm publishes no weights of '{name}' on the Hub. Give a file, {PREFIX}NAME/FILE.")
     from huggingface_hub import hf_hub_download
 
     try:
-        file = hf_hub_download(config.hf_hub_id, OF_OPEN_CLIP if config.hf_hub_filename else PUBLISHED)
+        file = hf_hub_download(config.hf_hub_id, PUBLISHED_BY_OPEN_CLIP if config.hf_hub_filename else PUBLISHED)
     except Exception as error:  # hub, network and disk each have errors of their own
-        said = " ".join(str(error).split())[:180]
         raise UserError(
-            f"Cannot fetch '{where}': {said} Check the network and the name; a file on this machine is given as "
-            f"{PREFIX}NAME/FILE."
+            f"Cannot fetch '{where}': {one_line(error, 180)} Check the network and the name; a file on this machine is "
+            f"given as {PREFIX}NAME/FILE."
         ) from error
     return _read_file(where, Path(file))

@@ -1,8 +1,8 @@
-"""Our tokenizer as the files of Hugging Face's: the same ids wherever `tokenizers` or transformers is.
+"""Our tokenizer as Hugging Face's files: the same ids in `tokenizers` and transformers.
 
-What only CLIP's cleaning by ftfy mends (broken encodings, rare HTML entities, ligatures) a file cannot say: clean such
-captions first, with `declip.data.text.tokenizer.clean`, or let open_clip do it. Padding is the end token, which no
-pooling minds; ours is 0. The text of a special token in a caption is spelled out, as ours is.
+A file cannot express CLIP's cleaning by ftfy (broken encodings, rare HTML entities, ligatures): clean such captions
+first, with `declip.data.text.tokenizer.clean`, or let open_clip do it. Padding is the end token, which pooling ignores;
+ours is 0. The text of a special token in a caption is spelled out, as ours is.
 """
 
 import json
@@ -23,7 +23,7 @@ REPLACED = (
     ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "),
     (Regex("[\u02bc\u2018-\u201b]"), "'"), (Regex("[\u201c-\u201f]"), '"'), (Regex(r"\s+"), " "),
 )  # fmt: skip
-"""What is common of what CLIP's cleaning replaces."""
+"""The common replacements of CLIP's cleaning."""
 
 
 def backend(tokenizer: CaptionTokenizer) -> Backend:

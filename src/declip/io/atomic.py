@@ -1,6 +1,7 @@
-"""The folder of things made once, and writing there so that nothing half made is ever found."""
+"""The cache folder, and writing so that no reader ever finds an unfinished file."""
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -8,16 +9,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-from torch import Tensor
+from filelock import FileLock, Timeout
 
 from declip.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CACHE_VARIABLE = "DECLIP_CACHE"
 ENDINGS = ("partial", "old")
 DAY = 86_400
-"""Seconds. Nothing takes that long to write, so what is older was left by a process that was killed."""
+"""Seconds. Nothing takes that long to write, so an older file was left by a process that was killed."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -41,49 +45,76 @@ def cache_folder() -> Path:
 def atomic_write(
     target: Path, elsewhere: str = f"set {CACHE_VARIABLE} to another folder", durable: bool = False
 ) -> Iterator[Path]:
-    """Give a path beside `target` to write to, a file or a folder, and rename it to `target` when all went well.
+    """Yield a temporary path for a file or a folder, and rename it to `target` when the block succeeds.
 
-    What a killed process left behind is removed a day later.
+    Files that a killed process left are removed a day later.
 
     Args:
-        target: What is to exist. What was there before stays until the new one is whole.
         elsewhere: How the user chooses another place, for the error.
-        durable: Wait until a file is on the disk before it takes its name, so that a power cut leaves the old one or
-            the new one.
-
-    Yields:
-        The path to write to; nothing is there yet.
+        durable: Flush a file to the disk before it is renamed, so that a power cut leaves the old or the new one.
 
     Raises:
         UserError: The folder cannot be written to, or the disk is full.
     """
-    beside, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ENDINGS)
+    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ENDINGS)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for path in (beside, old, *_leftovers(target)):
+        for path in (partial, old, *_leftovers(target)):
             remove(path)
-        yield beside
+        yield partial
         if durable:
-            _sync(beside)
+            _flush(partial)
         if target.is_dir():
             target.rename(old)
-        beside.replace(target)
+        partial.replace(target)
         remove(old)
         if durable:
-            _sync(target.parent)
+            _flush(target.parent)
     except OSError as error:
-        raise _explained(error, target, elsewhere) from error
+        raise _as_user_error(error, target, elsewhere) from error
     finally:
         if target.parent.is_dir():
-            remove(beside)
+            remove(partial)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+@contextmanager
+def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
+    """Hold a folder for this process, created if missing, without the partial files of killed processes.
+
+    Args:
+        marker: A file that says that the folder is ours; one with other content and without it is refused.
+        elsewhere: How the user chooses another place, for the errors.
+
+    Raises:
+        UserError: The folder has other content, is held by another process, or cannot be written to.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if others and marker not in others:
+            raise UserError(f"'{folder}' already holds something else, such as '{others[0]}'; {elsewhere}.")
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"Another process is writing to '{folder}'. Wait for it, or {elsewhere}.") from error
+    except OSError as error:
+        raise _as_user_error(error, folder, elsewhere) from error
+    try:
+        for left in folder.glob(".*.partial"):
+            remove(left)
+        yield folder
+    finally:
+        lock.release()
+
+
+def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with the permissions of any other new file, where safetensors gives its owner's alone.
 
     Raises:
         SafetensorError, OSError: It cannot be written.
     """
+    from safetensors.torch import save_file  # imports torch, which commands with a wrong path should not wait for
+
     path.touch()  # the umask cannot be asked for without changing it, for all threads
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(tensors, path, metadata)
@@ -91,7 +122,21 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         path.chmod(mode)
 
 
-def _sync(path: Path) -> None:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if os.name == "nt" and path.is_dir():  # Windows opens no folder
         return
@@ -109,18 +154,10 @@ def _leftovers(target: Path) -> Iterator[Path]:
                 yield path
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _explained(error: OSError, target: Path, elsewhere: str) -> OSError | UserError:
-    """The user's error where the disk or its rights are at fault, else the error itself."""
+def _as_user_error(error: OSError, target: Path, elsewhere: str) -> OSError | UserError:
+    """The user's error where the disk or its permissions are at fault, else the error itself."""
     if error.errno in FULL:
         return UserError(f"No room left on the disk to write '{target}'. Make room or {elsewhere}.")
     if error.errno in FORBIDDEN:
-        return UserError(f"'{target}' cannot be written: {error.strerror}. Mend that or {elsewhere}.")
+        return UserError(f"'{target}' cannot be written: {error.strerror}. Fix that or {elsewhere}.")
     return error

@@ -1,4 +1,4 @@
-"""Tables made from a user's file once for each of its states, by one process while others wait, and mapped by all."""
+"""Cache a user's table as Arrow, once per file version; one process builds it, all memory-map it."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -11,33 +11,26 @@ from filelock import FileLock
 from declip.io.atomic import atomic_write, cache_folder
 
 
-def cached_table(source: Path, kind: str, made_of: object, make: Callable[[Path], None]) -> pa.Table:
-    """The table in the cache that is made from `source`, made now where there is none for its present state.
+def cached_table(source: Path, kind: str, options: object, make: Callable[[Path], None]) -> pa.Table:
+    """The table derived from `source`, memory-mapped from the cache; built first if the file is new or has changed.
 
     Args:
-        source: The file; its path, size and time of change are its state.
-        kind: The folder in the cache.
-        made_of: What else the result depends on; its `repr` counts.
-        make: Writes an Arrow file to the path that it is given.
-
-    Returns:
-        The table, mapped into memory and so shared by all processes.
-
-    Raises:
-        UserError: The cache cannot be written to.
+        source: The file; its path, size and time of change identify its version.
+        kind: Name of the folder in the cache.
+        options: Everything else that the result depends on; its `repr` counts.
+        make: Writes an Arrow file to a path.
     """
     status = source.stat()
-    state = repr((str(source.resolve()), status.st_size, status.st_mtime_ns, made_of))
-    name = hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()[:16]
+    version = repr((str(source.resolve()), status.st_size, status.st_mtime_ns, options))
+    name = hashlib.sha256(version.encode(errors="surrogateescape")).hexdigest()[:16]
     target = cache_folder() / kind / f"{name}.arrow"
-    with suppress(OSError, pa.ArrowException):  # not there, or cut short when a disk was full or the power failed
+    with suppress(OSError, pa.ArrowException):  # missing, or truncated when the disk was full or the power failed
         return _mapped(target)
     with locked(f"{kind}-{name}"):
         with suppress(OSError, pa.ArrowException):
             return _mapped(target)
-        with atomic_write(target) as beside:
-            make(beside)
-        # What was held to make it goes back to the system.
+        with atomic_write(target) as partial:
+            make(partial)
         pa.default_memory_pool().release_unused()
         return _mapped(target)
 
@@ -48,7 +41,7 @@ def _mapped(path: Path) -> pa.Table:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Let one process at a time in; all at once where the cache cannot be written to, which what follows will say."""
+    """Let one process at a time in; all of them where the cache is read-only, which the write that follows reports."""
     folder = cache_folder() / "locks"
     with ExitStack() as stack:
         with suppress(OSError):

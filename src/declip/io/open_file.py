@@ -1,20 +1,14 @@
-"""A file that is read from any place, also by forked processes at the same time."""
+"""A file that several forked processes can read at any place at the same time."""
 
 import os
 from pathlib import Path
 
 
 class OpenFile:
-    """An open file, closed when nothing refers to it any more.
-
-    Args:
-        path: The file.
-
-    Raises:
-        OSError: It cannot be opened.
-    """
+    """An open file, closed when nothing refers to it any more."""
 
     def __init__(self, path: str | Path) -> None:
+        self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
     @property
@@ -23,12 +17,12 @@ class OpenFile:
         return os.fstat(self._descriptor).st_size
 
     def read(self, size: int, at: int) -> bytes:
-        """Read from a place, fewer bytes at the end, without moving the position that forked processes share."""
+        """Read bytes, fewer at the end, without moving the position that forked processes share."""
         if hasattr(os, "pread"):
             return os.pread(self._descriptor, size, at)
         os.lseek(self._descriptor, at, os.SEEK_SET)
         return os.read(self._descriptor, size)
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
+        if self._descriptor >= 0:
             os.close(self._descriptor)

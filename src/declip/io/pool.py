@@ -1,4 +1,4 @@
-"""Work on many pairs in several processes: parts in order, whatever process does them, with a progress bar."""
+"""An ordered map over worker processes, with a progress bar."""
 
 import os
 import signal
@@ -17,24 +17,19 @@ from declip.errors import UserError
 from declip.io.progress import progress_bar
 
 MOST_WORKERS = 8
-"""Processes that are started unless more are asked for: beyond this the disk is the limit."""
+"""Default limit of worker processes: beyond this the disk is the bottleneck."""
 
 
 def usual_workers() -> int:
-    """One process for each core, `MOST_WORKERS` at most."""
+    """One process per core, `MOST_WORKERS` at most."""
     return min(os.cpu_count() or 1, MOST_WORKERS)
 
 
 def in_order(parts: Dataset, count: int, workers: int) -> Iterator[Any]:
-    """Start the work on parts 0 to count - 1; the processes are forked here, so call it before threads start.
+    """Compute `parts[0]` to `parts[count - 1]` in worker processes and yield the results in order.
 
-    Args:
-        parts: `parts[i]` does part i and returns what can be pickled.
-        count: How many there are.
-        workers: Processes; 0 does the work in this one, as it is asked for.
-
-    Yields:
-        The parts' results, in order. Wrap the loop in `naming_lost_workers`.
+    The processes are forked by this call, so make it before threads start, and wrap the loop in `naming_lost_workers`.
+    With 0 workers each part is computed in this process, when it is asked for.
     """
     workers = min(workers, count)
     loader: DataLoader = DataLoader(
@@ -42,7 +37,7 @@ def in_order(parts: Dataset, count: int, workers: int) -> Iterator[Any]:
         batch_size=None,
         sampler=range(count),
         num_workers=workers,
-        collate_fn=_as_it_is,  # torch would turn arrays into tensors
+        collate_fn=_unchanged,  # torch would turn arrays into tensors
         worker_init_fn=leave_signals_to_main,
         generator=torch.Generator(),
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -58,13 +53,10 @@ def pairs_bar(shown: bool, unit: str = "pairs") -> Progress:
 
 @contextmanager
 def naming_lost_workers(where: str = "") -> Iterator[None]:
-    """Turn the error of a worker process that was killed into a message with the usual cause and the remedy.
+    """Turn the error of a killed worker process into a `UserError` with the usual cause and the remedy.
 
-    torch raises it from its handler of SIGCHLD, so anywhere in the main process: all that runs while workers live
+    torch raises it from its handler of SIGCHLD, so anywhere in the main process: all code that runs while workers live
     belongs inside, not only the loader's `next`.
-
-    Raises:
-        UserError: instead of torch's error; any other error passes.
     """
     try:
         yield
@@ -82,25 +74,26 @@ def leave_signals_to_main(_: int) -> None:
 
     SIGTERM counts when the main process itself sends it: that is how Python ends workers when it exits.
     """
-    for each in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS lacks it, and does not say who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_asked_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_request_of, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_when_asked_by(main: int) -> None:
+def _exit_on_request_of(main: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass
     os._exit(0)
 
 
-def _as_it_is(found: Any) -> Any:
-    return found
+def _unchanged(result: Any) -> Any:
+    return result
 
 
 class _Speed(ProgressColumn):
-    """Pairs, or other things, a second."""
+    """Pairs, or other things, per second."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, a plain line now and then in a file or a scheduler's log."""
+"""Progress on standard error: a bar on a terminal, a plain line from time to time in a file or a scheduler's log."""
 
 import time
 from collections.abc import Callable
@@ -18,18 +18,16 @@ def on_terminal() -> bool:
 
 
 def progress_bar(*columns: Any, shown: bool = True, **options: Any) -> Progress:
-    """A rich progress bar on standard error; without a terminal it prints a line now and then instead.
+    """A rich progress bar on standard error; without a terminal it prints a line from time to time instead.
 
-    Args:
-        columns, options: As for `rich.progress.Progress`.
-        shown: False shows nothing.
+    Columns and options are those of `rich.progress.Progress`; `shown=False` shows nothing.
     """
     kind = PlainProgress if shown and not on_terminal() else Progress
     return kind(*columns, console=Console(stderr=True, quiet=not shown), disable=not shown, **options)
 
 
 def status(text: str, shown: bool = True) -> AbstractContextManager[Any]:
-    """A spinner with a text on standard error while something is done; without a terminal the text as a line."""
+    """A spinner with a text on standard error while a block runs; without a terminal the text as a line."""
     console = Console(stderr=True, quiet=not shown)
     if console.is_interactive:
         return console.status(text)
@@ -38,7 +36,7 @@ def status(text: str, shown: bool = True) -> AbstractContextManager[Any]:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line as it is: not wrapped, colored or read as markup."""
+    """Print a line without wrapping, colors or markup."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -51,12 +49,7 @@ class LineInterval:
         self.lines = 0
 
     def due(self, factor: float = 1.0, always: bool = False) -> bool:
-        """Whether to print now; the interval starts anew then.
-
-        Args:
-            factor: Of the interval.
-            always: Print whatever the time is.
-        """
+        """Whether to print now; if so, or with `always`, the interval, which `factor` stretches, starts again."""
         now = self._clock()
         wait = min(LONGEST, max(FIRST, (now - self._start) / 10))
         if not always and now - self._last < factor * wait:
@@ -67,25 +60,27 @@ class LineInterval:
 
 
 class PlainProgress(Progress):
-    """A progress bar that prints its columns, without the bar, as a line at every interval."""
+    """A progress bar that prints its columns, without the bar, as a line at every interval; of a short job none."""
 
     def __init__(self, *columns: Any, **options: Any) -> None:
         super().__init__(*columns, **options | {"disable": True})
         self._interval = LineInterval(self.get_time)
+        self._ended: set[TaskID] = set()
 
     def update(self, task_id: TaskID, **fields: Any) -> None:
-        """As of `Progress`."""
         super().update(task_id, **fields)
         self._print(task_id)
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        """As of `Progress`."""
         super().advance(task_id, advance)
         self._print(task_id)
 
     def _print(self, task_id: TaskID) -> None:
-        if self._interval.due():
-            task = next(task for task in self.tasks if task.id == task_id)
+        task = next(task for task in self.tasks if task.id == task_id)
+        last = task.finished and self._interval.lines > 0 and task_id not in self._ended
+        if self._interval.due(always=last):
+            if task.finished:
+                self._ended.add(task_id)
             words = []
             for column in self.columns:
                 if isinstance(column, BarColumn):

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 import regex
 
 _UNSEEN = regex.compile(r"[\p{Cc}\p{Cs}\p{Co}\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters, halves of characters, and what turns the direction of writing: a caption may hold any."""
+"""Control characters, halves of characters, and marks that turn the direction of writing: a caption may hold any."""
 
 
 def shown(text: str, most: int = 160) -> str:
-    """A text from the data that can be shown: no control characters, cut off where it is too long."""
+    """A text from the data as it can be shown: without control characters, and truncated to `most` characters."""
     plain = _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text[: most + 1])
     return plain if len(plain) <= most else f"{plain[: most - 1].rstrip()}…"
 
@@ -43,11 +43,11 @@ def short_count(number: int) -> str:
     return f"{number:,}"
 
 
-def percent(share: float) -> str:
-    """A share in percent, with as many digits as it can bear: 0.0008 is "0.08 %", 0.367 is "36.7 %"."""
-    if share and share < 0.001:
-        return f"{100 * share:.2g} %"
-    return f"{100 * share:.2f} %" if share < 0.01 else f"{100 * share:.1f} %"
+def percent(fraction: float) -> str:
+    """A fraction in percent, small ones with more digits: 0.0008 is "0.08 %", 0.367 is "36.7 %"."""
+    if fraction and fraction < 0.001:
+        return f"{100 * fraction:.2g} %"
+    return f"{100 * fraction:.2f} %" if fraction < 0.01 else f"{100 * fraction:.1f} %"
 
 
 def times(factor: float) -> str:

@@ -1,4 +1,4 @@
-"""The blocks that a tower is made of: what is sharded, and what is computed twice to save memory, one by one."""
+"""The repeated blocks of a tower: the units of sharding and of activation checkpointing."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,39 +11,38 @@ from torch.utils.checkpoint import checkpoint
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NEARLY_ALL = 0.9
-"""Blocks hold at least this share of what the largest repeated part holds."""
+"""Blocks hold at least this fraction of the parameters of the largest repeated class."""
 
 MOST = 0.8
-"""What a stage's list of blocks holds of the stage, at least."""
+"""A stage's lists of blocks hold at least this fraction of the stage's parameters."""
 
 STAGES = 4
-"""A part that occurs so few times is a stage made of blocks, where blocks can be found in it."""
+"""A class with at most this many instances is a stage made of blocks, if blocks can be found in it."""
 
 
 def blocks_of(tower: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a tower, in order: a transformer's blocks, a ResNet's bottlenecks.
+    """Find the repeated blocks of a tower, in order: a transformer's blocks, a ResNet's bottlenecks.
 
     Of the classes that occur at least twice and are made of several modules, those that hold nearly all parameters are
     kept: stages, blocks, perhaps the layers in them. The outermost of these that are not stages are the blocks. Where
-    each stage has blocks of another class, as in FastViT, what the stages' lists hold are the blocks.
+    each stage has blocks of another class, as in FastViT, the entries of the stages' lists are the blocks.
 
     Returns:
         The blocks; none where the tower has no such class.
     """
-    kinds: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
+    instances: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
     for module in tower.modules():
         if module is not tower and not isinstance(module, CONTAINERS) and any(True for _ in module.children()):
-            kinds[type(module)].append(module)
-    sizes = {kind: _parameters(found) for kind, found in kinds.items() if len(found) > 1}
-    large = {kind: kinds[kind] for kind, size in sizes.items() if size >= NEARLY_ALL * max(sizes.values())}
-    many = {kind: found for kind, found in large.items() if len(found) > STAGES} or large
-    outermost = (found for found in many.values() if not any(_lie_in(found, other) for other in many.values()))
-    found = next(outermost, [])
-    if len(found) > STAGES:
-        return found
-    lists = (part for stage in found for part in stage.children() if isinstance(part, CONTAINERS))
+            instances[type(module)].append(module)
+    sizes = {kind: _parameters(modules) for kind, modules in instances.items() if len(modules) > 1}
+    large = [instances[kind] for kind, size in sizes.items() if size >= NEARLY_ALL * max(sizes.values())]
+    many = [modules for modules in large if len(modules) > STAGES] or large
+    outermost = next((group for group in many if not any(_lie_in(group, other) for other in many)), [])
+    if len(outermost) > STAGES:
+        return outermost
+    lists = (part for stage in outermost for part in stage.children() if isinstance(part, CONTAINERS))
     inner = [block for part in lists for block in part.children()]
-    return inner if _parameters(inner) > MOST * _parameters(found) else found
+    return inner if _parameters(inner) > MOST * _parameters(outermost) else outermost
 
 
 def _lie_in(inner: list[nn.Module], outer: list[nn.Module]) -> bool:
@@ -57,9 +56,9 @@ def _parameters(modules: list[nn.Module]) -> int:
 
 
 def grad_checkpointing(tower: nn.Module) -> int:
-    """Keep only each block's input for the backward pass, and compute the block again there: less memory, more time.
+    """Keep only each block's input for the backward pass and recompute the block there: less memory, more time.
 
-    The second pass leaves running statistics of batch norm alone, so the numbers stay those of one pass.
+    The recomputation leaves running statistics of batch norm alone, so the numbers stay those of one pass.
 
     Returns:
         The number of blocks.
@@ -67,17 +66,19 @@ def grad_checkpointing(tower: nn.Module) -> int:
     blocks = blocks_of(tower)
     for block in blocks:
         contexts = partial(_contexts, block)
+        # On the instance, not by a wrapper: the names of the parameters must stay.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
     return len(blocks)
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the first pass and of the recomputation."""
     return nullcontext(), statistics_at_rest(block)
 
 
 @contextmanager
 def statistics_at_rest(block: nn.Module) -> Iterator[None]:
-    """Put batch norm's running statistics back to what they were before."""
+    """Restore batch norm's running statistics when the context ends."""
     buffers = [buffer for module in block.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
     before = [buffer.clone() for buffer in buffers]
     try:

@@ -1,4 +1,4 @@
-"""The model: an image tower and a text tower that meet in one space."""
+"""The dual encoder: an image tower and a text tower with a shared embedding space."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.data.text.tokenizer import Tokenizer
 from declip.models.hf_encoder import TextEncoder, read_encoder
 from declip.models.hf_text_tower import HuggingfaceTextTower
-from declip.models.image_tower import ImageTower
+from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.text_tower import TextTower
 from declip.recipe.schema import Recipe
 
@@ -21,17 +21,13 @@ AnyTextTower = TextTower | HuggingfaceTextTower
 
 
 class DualEncoder(nn.Module):
-    """Image tower, text tower and logit scale, with the preprocessing that belongs to them.
+    """Image tower, text tower and logit scale, with their preprocessing and tokenizer.
 
     Args:
-        image_tower: Gives `ImageFeatures` with d-dimensional `pooled`.
-        text_tower: Gives `TextFeatures` with d-dimensional `pooled`.
-        preprocess: Turns PIL images into the (n, 3, S, S) tensor that the image tower takes.
-        tokenizer: Turns captions into the (n, L) ids that the text tower takes.
-        logit_scale: Start of the logarithm of the inverse temperature.
+        logit_scale: Initial logarithm of the inverse temperature.
 
     Attributes:
-        recipe: What `from_recipe` built it from, else None.
+        recipe: The recipe that `from_recipe` built the model from, else None.
     """
 
     recipe: Recipe | None = None
@@ -55,12 +51,10 @@ class DualEncoder(nn.Module):
     def from_recipe(cls, recipe: Recipe, encoder: TextEncoder | None = None) -> "DualEncoder":
         """Build the model that a recipe describes, with random weights from torch's current seed.
 
-        Args:
-            recipe: Of ``text.hf_model`` the weights are its own where ``text.pretrained`` says so.
-            encoder: What is read in place of ``text.hf_model``: of a model whose weights are there already.
+        The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false.
 
-        Raises:
-            UserError: a tower cannot be built.
+        Args:
+            encoder: Used instead of reading ``text.hf_model``, where the model's weights will be loaded anyway.
         """
         image = recipe.image
         image_tower = ImageTower(
@@ -74,7 +68,7 @@ class DualEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self.logit_scale.device
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
@@ -88,25 +82,30 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
-        return F.normalize(self.image_tower(images).pooled.float(), dim=-1)
+        return F.normalize(self._encode(images).pooled.float(), dim=-1)
 
     def encode_backbone(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection: for probes."""
-        return self.image_tower(images).pre_logits.float()
+        return self._encode(images).pre_logits.float()
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
         return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)
+
+    def _encode(self, images: Tensor) -> ImageFeatures:
+        # A model that was converted, as by model.bfloat16(), takes the preprocessing's float32 images too.
+        return self.image_tower(images.to(self.image_tower.proj.weight.dtype))
 
 
 def _text_side(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTokenizer, AnyTextTower]:
     text = recipe.text
     if text.hf_model is not None:
         encoder = encoder or read_encoder(text.hf_model, text.pretrained)
-        theirs = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
+        hf_tokenizer = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
         language = "masked_language" in recipe.active_losses
-        tower = HuggingfaceTextTower(encoder, theirs, recipe.embed_dim, text.pooling, text.projection_bias, language)
-        return theirs, tower
+        return hf_tokenizer, HuggingfaceTextTower(
+            encoder, hf_tokenizer, recipe.embed_dim, text.pooling, text.projection_bias, language
+        )
     tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)
     return tokenizer, TextTower(
         vocabulary=tokenizer.vocabulary,

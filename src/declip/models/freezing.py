@@ -1,4 +1,4 @@
-"""Parts of a model that training leaves as they are."""
+"""Freezing of parameters, and of the modules in which none is left to train."""
 
 from collections.abc import Iterable
 from types import MethodType
@@ -10,45 +10,41 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from declip.models.dual_encoder import DualEncoder
 
 STEM_DROPOUTS = ("pos_drop", "patch_drop")
-"""Modules of timm's towers that drop out behind the patch embedding, and belong to it."""
+"""Dropouts of timm's towers behind the patch embedding; they belong to it."""
 
 
 def freeze(model: DualEncoder, names: Iterable[str]) -> None:
-    """Take parameters out of training, and keep in evaluation mode the parts of a tower in which nothing learns.
+    """Take parameters out of training, and keep fully frozen modules in evaluation mode whatever `train()` says.
 
-    Such a part draws no dropout, and its batch norms keep their running statistics, whatever `train()` is called on.
-
-    Args:
-        model: Changed in place. A tower whose batch norms are all frozen counts as one without: its views are encoded
-            together, and chunks are exact.
-        names: Of parameters.
+    Such a module drops nothing out, and its batch norms keep their running statistics. A tower whose batch norms are
+    all frozen counts as one without: its views are encoded together, and chunks are exact.
     """
     frozen = set(names)
     for name, parameter in model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
     for tower in (model.image_tower, model.text_tower):
-        parts = [part for part in tower.modules() if part is not tower and _rests(part)]
+        parts = [part for part in tower.modules() if part is not tower and _fully_frozen(part)]
         stem: Any = getattr(getattr(tower, "trunk", None), "patch_embed", None)
         if stem in parts:
             parts += [getattr(tower.trunk, name) for name in STEM_DROPOUTS if hasattr(tower.trunk, name)]
         for module in (module for part in parts for module in part.modules()):
             module.eval()
-            module.train = MethodType(_stays, module)  # type: ignore[method-assign]
+            module.train = MethodType(_keep_mode, module)  # type: ignore[method-assign]
     tower = model.image_tower
     tower.has_batch_norm = any(isinstance(m, _BatchNorm) and not is_frozen(m) for m in tower.modules())
 
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether `freeze` keeps a module in evaluation mode."""
-    return getattr(module.__dict__.get("train"), "__func__", None) is _stays
+    return getattr(module.__dict__.get("train"), "__func__", None) is _keep_mode
 
 
-def _rests(module: nn.Module) -> bool:
-    learns = [parameter.requires_grad for parameter in module.parameters()]
-    return bool(learns) and not any(learns)
+def _fully_frozen(module: nn.Module) -> bool:
+    trainable = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(trainable) and not any(trainable)
 
 
-def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
-    """In place of `train` of a frozen module: it stays in evaluation mode."""
+def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Replacement for the `train` method of a frozen module."""
     return module

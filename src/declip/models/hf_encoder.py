@@ -1,6 +1,6 @@
-"""Hugging Face text encoders: read from a folder or the Hub, and kept with the weights, which then need neither.
+"""Hugging Face text encoders: read from a folder or the Hub, and stored with the model's weights.
 
-No code of a folder's own is run: configurations are read for known architectures alone, weights as safetensors alone.
+No code from a folder is run: only known architectures are built, and only safetensors are read.
 """
 
 import json
@@ -27,14 +27,14 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 FETCHED = ("*.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model")
 
 POOLING = "1_Pooling/config.json"
-"""Where a sentence encoder's folder says how it was trained to pool (sentence-transformers)."""
+"""File in which sentence-transformers stores a sentence encoder's pooling."""
 
 MODE = "pooling_mode_"
 POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "eos"}
-"""Its names of the poolings that are known here, and the recipe's."""
+"""Poolings of sentence-transformers → `text.pooling` of a recipe."""
 
 ENTRY = "text_tower._extra_state"
-"""Under this name a model's state holds its encoder's configuration and tokenizer, as bytes of JSON."""
+"""Name of the entry of a model's state that holds the encoder's configuration and tokenizer, as bytes of JSON."""
 
 HEADS: Mapping[str, Callable[[Any], nn.Module]] = {
     "bert": lambda model: model.cls,
@@ -45,10 +45,10 @@ HEADS: Mapping[str, Callable[[Any], nn.Module]] = {
         model.vocab_transform, model.activation, model.vocab_layer_norm, model.vocab_projector
     ),
 }
-"""The architectures that are known, and their masked-language heads: (M, width) → (M, vocabulary)."""
+"""Known architectures → their masked-language heads, (M, width) → (M, vocabulary)."""
 
 OFFSET = {"roberta", "xlm-roberta", "camembert"}
-"""Architectures whose positions begin behind the id of padding."""
+"""Architectures whose first position is the padding id + 1."""
 
 SIZES = {
     *("vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id", "initializer_range"),
@@ -56,7 +56,7 @@ SIZES = {
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "activation"),
     *("dim", "n_layers", "n_heads", "hidden_dim", "sinusoidal_pos_embds"),
 }
-"""What is read of a configuration: sizes, dropout, activation; the rest concerns other tasks, files or code."""
+"""Keys of a configuration that are read: sizes, dropout, activation; others name other tasks, files or code."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,11 @@ class TextEncoder:
     """A text encoder without its weights.
 
     Attributes:
-        config: Its architecture, "model_type", and `SIZES`.
-        tokenizer: What tokenizer.json holds.
+        config: "model_type" and `SIZES`.
+        tokenizer: Content of tokenizer.json.
         specials: Ids, see `declip.data.text.hf_tokenizer.SPECIALS`.
-        folder: Where its weights are; None for random ones.
-        pooling: The recipe's word for how it was trained to pool, or other libraries' words for what is not known
-            here; None where its folder does not say.
+        folder: Folder of its weights; None for random weights.
+        pooling: Pooling that it was trained with, a value of `POOLINGS` or an unknown name; None if not stored.
     """
 
     config: Mapping[str, Any]
@@ -80,42 +79,35 @@ class TextEncoder:
 
     @property
     def longest(self) -> int:
-        """The most ids that it has positions for."""
+        """Largest number of ids that it has positions for."""
         taken = self.config["pad_token_id"] + 1 if self.config["model_type"] in OFFSET else 0
         return int(self.config["max_position_embeddings"]) - taken
 
     def to_tensor(self) -> Tensor:
         """Configuration and tokenizer as bytes, (n,) uint8."""
-        kept = {"config": self.config, "tokenizer": self.tokenizer, "specials": self.specials}
-        kept |= {"pooling": self.pooling} if self.pooling is not None else {}
-        return torch.frombuffer(bytearray(json.dumps(kept), "utf-8"), dtype=torch.uint8)
+        tree = {"config": self.config, "tokenizer": self.tokenizer, "specials": self.specials}
+        tree |= {"pooling": self.pooling} if self.pooling is not None else {}
+        return torch.frombuffer(bytearray(json.dumps(tree), "utf-8"), dtype=torch.uint8)
 
     @classmethod
-    def from_tensor(cls, kept: Tensor) -> "TextEncoder":
-        """Read back what `to_tensor` gave.
-
-        Raises:
-            Exception: of whatever kind, where it did not.
-        """
-        found = json.loads(kept.numpy().tobytes())
-        config = {name: value for name, value in found["config"].items() if name in SIZES or name == "model_type"}
-        return cls(config, found["tokenizer"], found["specials"], pooling=found.get("pooling"))
+    def from_tensor(cls, stored: Tensor) -> "TextEncoder":
+        """Read the result of `to_tensor`; raises exceptions of any kind where the bytes are something else."""
+        tree = json.loads(stored.numpy().tobytes())
+        config = {name: value for name, value in tree["config"].items() if name in SIZES or name == "model_type"}
+        return cls(config, tree["tokenizer"], tree["specials"], pooling=tree.get("pooling"))
 
     def build(self) -> nn.Module:
-        """transformers' model with a masked-language head, with its weights, or random ones where it has no folder.
-
-        Raises:
-            UserError: the configuration or the weights cannot be used, or transformers is missing.
-        """
+        """Build transformers' model with a masked-language head, with the weights of `folder` or random ones."""
         transformers = _transformers()
-        sizes = {name: value for name, value in self.config.items() if name != "model_type"}
+        sizes = dict(self.config)
+        kind = sizes.pop("model_type")
         masked_language, options = transformers.AutoModelForMaskedLM, {"attn_implementation": "sdpa"}
         try:
             with quietly():
-                config = transformers.AutoConfig.for_model(self.config["model_type"], **sizes)
+                config = transformers.AutoConfig.for_model(kind, **sizes)
                 if self.folder is None:
                     return masked_language.from_config(config, dtype=torch.float32, **options)
-                found, notes = masked_language.from_pretrained(
+                model, notes = masked_language.from_pretrained(
                     self.folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True,
                     output_loading_info=True, **options,
                 )  # fmt: skip
@@ -123,7 +115,7 @@ class TextEncoder:
             where = f" in '{self.folder}'" if self.folder else ""
             raise UserError(f"The text encoder{where} cannot be built: {_one_line(error)}") from error
         missing = sorted(notes["missing_keys"])
-        of_encoder = [name for name in missing if name.startswith(f"{found.base_model_prefix}.")]
+        of_encoder = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
         if of_encoder:
             more = f" and {len(of_encoder) - 1:,} more" if len(of_encoder) > 1 else ""
             raise UserError(
@@ -131,19 +123,14 @@ class TextEncoder:
                 "weights, or text.pretrained=false for random ones."
             )
         if missing:
-            log.info("'%s' holds no masked-language head; where the recipe wants one it starts at random.", self.folder)
-        return found
+            log.info("'%s' holds no masked-language head; if the recipe needs one, it starts at random.", self.folder)
+        return model
 
 
 def read_encoder(given: str, pretrained: bool) -> TextEncoder:
-    """Read a text encoder's configuration and tokenizer.
+    """Read a text encoder's configuration and tokenizer from a folder, or from "huggingface:NAME", which is fetched.
 
-    Args:
-        given: A folder, or "huggingface:NAME", which is fetched from the Hub.
-        pretrained: Whether its weights will be wanted.
-
-    Raises:
-        UserError: there is nothing, something is missing or of another kind, or it cannot be fetched.
+    With `pretrained` its weights must be there too; `TextEncoder.build` reads them.
     """
     transformers = _transformers()
     folder = _fetched(given, pretrained) if given.startswith(PREFIX) else Path(given).expanduser()
@@ -156,14 +143,12 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
     config = _config(given, folder)
     if pretrained and not any((folder / name).is_file() for name in WEIGHTS):
         raise UserError(
-            f"text.hf_model '{given}' has no {WEIGHTS[0]}. Other files of weights, such as pytorch_model.bin, can run "
-            "code and are not read: open the encoder with transformers where you trust it and write it anew by "
+            f"text.hf_model '{given}' has no {WEIGHTS[0]}. Weights in other files, such as pytorch_model.bin, can run "
+            "code and are not read: if you trust them, open the encoder with transformers and call "
             "save_pretrained(FOLDER). text.pretrained=false starts from random weights."
         )
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise UserError(
-            f"text.hf_model '{given}' has no tokenizer: none of {', '.join(TOKENIZERS)}. Save it there too."
-        )
+        raise UserError(f"text.hf_model '{given}' has no tokenizer: none of {', '.join(TOKENIZERS)}. Save it there.")
     try:
         with quietly():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -171,17 +156,17 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
     except Exception as error:  # of many kinds; a tokenizer without `tokenizers` is an AttributeError
         raise UserError(f"The tokenizer of '{given}' cannot be read: {_one_line(error)}") from error
     names = {"start": "cls_token", "end": "sep_token", "mask": "mask_token", "padding": "pad_token"}
-    specials = {ours: getattr(tokenizer, f"{theirs}_id") for ours, theirs in names.items()}
-    if lacking := [names[ours] for ours, number in specials.items() if number is None]:
-        raise UserError(f"The tokenizer of '{given}' has no {', '.join(lacking)}; a text encoder's has all four.")
+    specials = {special: getattr(tokenizer, f"{name}_id") for special, name in names.items()}
+    if lacking := [names[special] for special, number in specials.items() if number is None]:
+        raise UserError(f"The tokenizer of '{given}' has no {', '.join(lacking)}; a text encoder needs all four.")
     return TextEncoder(config, definition, specials, folder if pretrained else None, _pooling(folder))
 
 
 def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -> TextEncoder | None:
-    """Read the encoder that a model's weights came with; None where its recipe has CLIP's text tower.
+    """Read the encoder stored with a model's weights; None where its recipe has CLIP's text tower.
 
     Raises:
-        UserError: it is missing or damaged. It is never looked for elsewhere: the recipe may be a stranger's.
+        UserError: it is missing or damaged. `text.hf_model` is never read instead: the recipe may be a stranger's.
     """
     if recipe.text.hf_model is None:
         return None
@@ -195,53 +180,53 @@ def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep notes and progress bars of transformers, and of the Hub's client, from the terminal."""
-    from transformers.utils import logging as theirs
+    """Silence the logs and progress bars of transformers and of the Hub's client."""
+    from transformers.utils import logging as hf_logging
 
     hub = logging.getLogger("huggingface_hub")
-    levels, shows = (theirs.get_verbosity(), hub.level), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity(logging.CRITICAL)
+    levels, bars = (hf_logging.get_verbosity(), hub.level), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
     hub.setLevel(logging.CRITICAL)
-    theirs.disable_progress_bar()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        theirs.set_verbosity(levels[0])
+        hf_logging.set_verbosity(levels[0])
         hub.setLevel(levels[1])
-        if shows:
-            theirs.enable_progress_bar()
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def _config(given: str, folder: Path) -> dict[str, Any]:
-    """A configuration's `SIZES`, with the architecture's own values where the file is silent."""
+    """Read "model_type" and `SIZES`, with the architecture's defaults for keys that the file lacks."""
     try:
-        found = json.loads((folder / CONFIG).read_bytes())
-        kind = found.get("model_type")
+        tree = json.loads((folder / CONFIG).read_bytes())
+        kind = tree.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"'{folder / CONFIG}' is no configuration of transformers: {_one_line(error)}") from error
-    if kind not in HEADS or found.get("is_decoder"):
+    if kind not in HEADS or tree.get("is_decoder"):
         shown = "a decoder" if kind in HEADS else f"of the kind {kind!r}"
         raise UserError(
             f"text.hf_model '{given}' is {shown}; known are the encoders {', '.join(HEADS)}. For a causal text tower "
-            "leave text.hf_model out: CLIP's own is one."
+            "leave text.hf_model out."
         )
-    if found.get("position_embedding_type") not in (None, "absolute"):
-        raise UserError(f"text.hf_model '{given}' has positions of the kind {found['position_embedding_type']!r}.")
+    if tree.get("position_embedding_type") not in (None, "absolute"):
+        raise UserError(f"text.hf_model '{given}' has positions of the kind {tree['position_embedding_type']!r}.")
     try:
-        whole = _transformers().AutoConfig.for_model(kind, **{k: v for k, v in found.items() if k in SIZES}).to_dict()
+        whole = _transformers().AutoConfig.for_model(kind, **{k: v for k, v in tree.items() if k in SIZES}).to_dict()
     except Exception as error:  # transformers checks types by errors of its own
         raise UserError(f"'{folder / CONFIG}' cannot be used: {_one_line(error)}") from error
     return {"model_type": kind, **{name: whole[name] for name in sorted(SIZES & whole.keys())}}
 
 
 def _pooling(folder: Path) -> str | None:
-    """Read how a sentence encoder pools, from either form of the file: a flag for each mode, or the modes' names."""
+    """Read a sentence encoder's pooling from either form of the file: a flag for each mode, or the modes' names."""
     if not (folder / POOLING).is_file():
         return None
     try:
-        found = json.loads((folder / POOLING).read_bytes())
-        flags = [name.removeprefix(MODE) for name, on in found.items() if name.startswith(MODE) and on is True]
-        modes = found.get("pooling_mode", flags or ["mean"])
+        tree = json.loads((folder / POOLING).read_bytes())
+        flags = [name.removeprefix(MODE) for name, on in tree.items() if name.startswith(MODE) and on is True]
+        modes = tree.get("pooling_mode", flags or ["mean"])
         modes = [modes] if isinstance(modes, str) else list(modes)
     except (OSError, ValueError, AttributeError, TypeError):
         return "unreadable"
@@ -249,11 +234,11 @@ def _pooling(folder: Path) -> str | None:
 
 
 def _fetched(given: str, pretrained: bool) -> Path:
-    """Where the Hub's files are on this machine, fetched where they are not."""
+    """Fetch the Hub's files, or what is missing of them here, and return their folder."""
     from huggingface_hub import snapshot_download
 
     weights = ["model*.safetensors"] if pretrained else []
-    log.info("Fetching '%s', or what is missing of it here.", given)
+    log.info("Fetching '%s'.", given)
     try:
         with quietly():
             return Path(snapshot_download(given.removeprefix(PREFIX), allow_patterns=[*FETCHED, *weights]))
@@ -267,9 +252,7 @@ def _transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise UserError(
-            "A Hugging Face text encoder needs transformers. Install it: pip install 'declip[hf]'."
-        ) from error
+        raise UserError("A Hugging Face text encoder needs transformers: pip install 'declip[hf]'.") from error
     return transformers
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face text encoder as a text tower: BERT, RoBERTa and their kin."""
+"""A Hugging Face text encoder, such as BERT or RoBERTa, as a text tower."""
 
 import copy
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.errors import UserError
 from declip.models.hf_encoder import HEADS, POOLING, POOLINGS, TextEncoder
-from declip.models.text_tower import TextFeatures
+from declip.models.text_tower import TextFeatures, row_at
 
 Pooling = Literal["auto", "cls", "mean", "eos"]
 
@@ -17,22 +17,14 @@ Pooling = Literal["auto", "cls", "mean", "eos"]
 class HuggingfaceTextTower(nn.Module):
     """transformers' encoder with a projection into the shared space.
 
-    The encoder sees words on both sides, and padding not at all: a batch may be cut to its longest caption. Its pooler
-    is left out; every parameter that is here gets a gradient.
+    Attention is bidirectional and masks padding, so a batch may be truncated to its longest caption. The encoder's
+    pooler is left out: every parameter of the tower gets a gradient.
 
     Args:
-        encoder: Configuration, and where its weights are.
-        tokenizer: Made from the same encoder.
-        embed_dim: Width d of the shared space.
-        pooling: Which token states are projected: "cls", the start token's, which BERT and RoBERTa were trained to
-            gather a text in, "mean" of all of a text, "eos", or "auto": as a sentence encoder was trained, else the
-            first.
-        projection_bias: Whether the projection has a bias.
+        tokenizer: The tokenizer of the same encoder.
+        pooling: Token states that are projected: "cls", "mean" over the caption, "eos", or "auto": as the encoder was
+            trained as a sentence encoder, else "cls".
         language: Keep the encoder's masked-language head for `language_head`.
-
-    Raises:
-        UserError: tokenizer and configuration contradict each other, the tokenizer's context is too long, or the
-            encoder was trained with a pooling that is not known here and none is given.
     """
 
     def __init__(
@@ -48,9 +40,9 @@ class HuggingfaceTextTower(nn.Module):
         _check(encoder, tokenizer)
         model: Any = encoder.build()
         self.encoder = model.base_model
-        # In a list, so that it is no part of the tower: its output map is the word embeddings.
+        # In a list, so that it is no submodule: its output weights are the word embeddings.
         self._language: list[nn.Module] = [HEADS[encoder.config["model_type"]](model)] if language else []
-        self._kept = encoder.to_tensor()
+        self._stored = encoder.to_tensor()
         self.padding, self.context = tokenizer.padding, tokenizer.context
         self.pooling = _trained_pooling(encoder) if pooling == "auto" else pooling
         self.width = int(model.config.hidden_size)
@@ -62,59 +54,52 @@ class HuggingfaceTextTower(nn.Module):
     def forward(self, tokens: Tensor) -> TextFeatures:
         """Encode token ids (B, L), L at most the context, padded on the right."""
         real = tokens != self.padding
-        # As (B, 1, 1, L) transformers takes the mask as it is; of (B, L) it asks, and waits for, whether all is real.
-        words = self.encoder(input_ids=tokens, attention_mask=real[:, None, None, :]).last_hidden_state
+        # A (B, 1, 1, L) mask is used as it is; given (B, L), transformers waits for the device to ask if all is real.
+        text_tokens = self.encoder(input_ids=tokens, attention_mask=real[:, None, None, :]).last_hidden_state
         lengths = real.sum(dim=1)
-        return TextFeatures(self.text_projection(self._pool(words, real, lengths)), words, lengths)
+        return TextFeatures(self.text_projection(self._pool(text_tokens, real, lengths)), text_tokens, lengths)
 
     def language_head(self) -> nn.Module:
-        """Give the encoder's masked-language head away, untied: its output map starts as the word embeddings."""
-        assert self._language, "it was kept because the tower's own recipe wants it, and can be given away once"
+        """Hand over the encoder's masked-language head, untied: its output weights start as the word embeddings."""
+        assert self._language, "built without language=True, or handed over already"
         return copy.deepcopy(self._language.pop())
 
     def get_extra_state(self) -> Tensor:
         """The encoder's configuration and tokenizer, so that the weights need no other file."""
-        return self._kept
+        return self._stored
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Compare.
-
-        Raises:
-            UserError: the weights belong to another configuration or tokenizer.
-        """
-        if not state.is_meta and not torch.equal(state.cpu(), self._kept):
+        """Refuse weights that belong to another configuration or tokenizer."""
+        if not state.is_meta and not torch.equal(state.cpu(), self._stored):
             raise UserError("These weights belong to a text encoder with another configuration or tokenizer.")
 
-    def _pool(self, words: Tensor, real: Tensor, lengths: Tensor) -> Tensor:
+    def _pool(self, text_tokens: Tensor, real: Tensor, lengths: Tensor) -> Tensor:
         if self.pooling == "cls":
-            return words[:, 0]
+            return text_tokens[:, 0]
         if self.pooling == "eos":
-            return words[torch.arange(len(words), device=words.device), lengths - 1]
-        return (words * real.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
+            return row_at(text_tokens, (lengths - 1).clamp(min=0))
+        return (text_tokens * real.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
 
 
 def _trained_pooling(encoder: TextEncoder) -> str:
     if encoder.pooling is not None and encoder.pooling not in POOLINGS.values():
         raise UserError(
-            f"{POOLING} of the text encoder says that it pools by {encoder.pooling}; known are cls, mean or lasttoken. "
-            "Set text.pooling=mean, first or end."
+            f"{POOLING} of the text encoder has the pooling {encoder.pooling}; known are cls, mean and lasttoken. Set "
+            "text.pooling=mean, cls or eos."
         )
     return encoder.pooling or "cls"
 
 
 def _check(encoder: TextEncoder, tokenizer: HuggingfaceTokenizer) -> None:
+    """Check a configuration and a tokenizer, which may be a stranger's, against each other."""
     config = encoder.config
     if config.get("model_type") not in HEADS:
         raise UserError(f"The text encoder's kind is {config.get('model_type')!r}; known: {', '.join(HEADS)}.")
-    if tokenizer.vocabulary > config["vocab_size"]:
+    if tokenizer.vocabulary > config["vocab_size"] or tokenizer.padding != config["pad_token_id"]:
         raise UserError(
-            f"The text encoder's tokenizer has {tokenizer.vocabulary:,} ids, its configuration vocab_size "
-            f"{config['vocab_size']:,}. Save both of one model."
-        )
-    if tokenizer.padding != config["pad_token_id"]:
-        raise UserError(
-            f"The text encoder's tokenizer pads with id {tokenizer.padding}, its configuration says pad_token_id "
-            f"{config['pad_token_id']}. Save both of one model."
+            f"The text encoder's tokenizer has {tokenizer.vocabulary:,} ids and pads with id {tokenizer.padding}, but "
+            f"its configuration has vocab_size {config['vocab_size']:,} and pad_token_id {config['pad_token_id']}. "
+            "Save both of one model."
         )
     if tokenizer.context > encoder.longest:
         raise UserError(

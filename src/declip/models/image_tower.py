@@ -1,7 +1,9 @@
 """Image towers: any timm model, through one adapter that gives pooled and token features."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import timm
@@ -12,17 +14,22 @@ from torch import Tensor, nn
 
 from declip.errors import UserError, unknown
 
+log = logging.getLogger("declip")
+
 OTHER_FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
-"""Options of `timm.create_model` by which a recipe, perhaps a stranger's, would name files or addresses."""
+"""Arguments of `timm.create_model` by which a recipe, perhaps a stranger's, would name files or addresses."""
+
+SMALL = 2
+"""An image size is called small when the tower was made for one this many times as large."""
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What an image tower gives for a batch.
+    """Output of an image tower for a batch.
 
     Attributes:
-        pooled: (B, d) projected embedding f, not normalized.
-        pre_logits: (B, width) pooled feature before the projection: what linear probes and SLIP's head read.
+        pooled: (B, d) projected embedding, not normalized.
+        pre_logits: (B, width) pooled feature before the projection, which linear probes and SLIP's head take.
         tokens: (B, P, width) features of the patches or grid cells before the last norm and projection.
     """
 
@@ -32,7 +39,7 @@ class ImageFeatures:
 
 
 def _conv(depths: tuple[int, ...], widths: tuple[int, ...], stem: int) -> dict[str, Any]:
-    """A residual network for small images: stem of stride 2 without a pool, then stride 2 from stage to stage."""
+    """Options of a residual network for small images: stem of stride 2 without a pool, later stages of stride 2."""
     blocks = tuple(
         ByoBlockCfg(type="basic", d=depth, c=width, s=1 if index == 0 else 2, br=1.0)
         for index, (depth, width) in enumerate(zip(depths, widths, strict=True))
@@ -53,7 +60,7 @@ SMALL_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "declip_vit_small": ("vit_base_patch32_clip_quickgelu_224", _vit(4, 192, 6)),
     "declip_vit_base": ("vit_base_patch32_clip_quickgelu_224", _vit(8, 256, 8)),
 }
-"""Named sizes for images of 32 to 64 pixels: our name → (timm model, options)."""
+"""Named sizes for images of 32 to 64 pixels: name → (timm model, arguments of `timm.create_model`)."""
 
 
 class ImageTower(nn.Module):
@@ -61,18 +68,18 @@ class ImageTower(nn.Module):
 
     The projection is CLIP's (Radford et al. 2021, section 2.4): the output map of the attention pool, with a bias, for
     its modified ResNets, a linear map without bias for every other model. The last norm of a ViT that pools at its
-    token is held here, so that the tokens can be given before it.
+    class token is a part of this module, so that `tokens` can be returned before it.
 
     Args:
         name: A timm model's name or a key of `SMALL_TOWERS`. Nothing is downloaded.
         size: Height and width of the images in pixels.
-        embed_dim: Width d of the shared space.
-        options: Passed to `timm.create_model`; ``depths`` sets the stages of CLIP's ResNets.
-        freeze_patch_embed: Leave a ViT's patch projection at its start (the authors' code does).
-        weights: The trunk's, as timm publishes them, for any image size; None for random ones.
+        options: Arguments of `timm.create_model`; ``depths`` sets the stages of CLIP's ResNets.
+        freeze_patch_embed: Leave a ViT's patch projection at its random start, as DeCLIP's official code does.
+        weights: State of the trunk, as timm publishes it, for any image size; None for random weights.
 
-    Raises:
-        UserError: unknown model (with the nearest name), options that the model does not take, or weights of another.
+    Attributes:
+        pre_logits_width, token_width: Widths of `ImageFeatures.pre_logits` and `tokens`.
+        has_batch_norm: Whether features depend on the other images of a batch in training.
     """
 
     def __init__(
@@ -87,35 +94,31 @@ class ImageTower(nn.Module):
         super().__init__()
         self.trunk = _create(name, size, dict(options or {}), weights)
         self.norm: nn.Module = nn.Identity()
-        # Pooled at one token, the norm may as well come after the pool.
+        # The norm is per token, so where one token is pooled it may as well come after the pool.
         pools_a_token = getattr(self.trunk, "global_pool", None) == "token" and hasattr(self.trunk, "blocks")
         if pools_a_token and isinstance(getattr(self.trunk, "norm", None), nn.LayerNorm):
             self.norm, self.trunk.norm = self.trunk.norm, nn.Identity()
-        self.hidden_width = int(self.trunk.head_hidden_size)
+        self.pre_logits_width = int(self.trunk.head_hidden_size)
         pools_by_attention = isinstance(getattr(self.trunk, "head", None), AttentionPool2d)
-        self.proj = nn.Linear(self.hidden_width, embed_dim, bias=pools_by_attention)
-        nn.init.normal_(self.proj.weight, std=self.hidden_width**-0.5)
+        self.proj = nn.Linear(self.pre_logits_width, embed_dim, bias=pools_by_attention)
+        nn.init.normal_(self.proj.weight, std=self.pre_logits_width**-0.5)
         if pools_by_attention:
             nn.init.zeros_(self.proj.bias)
         self.token_width = int(self.trunk.num_features)
         self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
         if freeze_patch_embed:
-            self._freeze_patch_projection(name)
+            self._freeze_patch_embed(name)
 
     def forward(self, images: Tensor) -> ImageFeatures:
         """Encode images (B, 3, H, W), normalized."""
         features = self.trunk.forward_features(images)
-        hidden = self.norm(self.trunk.forward_head(features, pre_logits=True))
-        return ImageFeatures(self.proj(hidden), hidden, self._tokens(features))
+        pre_logits = self.norm(self.trunk.forward_head(features, pre_logits=True))
+        return ImageFeatures(self.proj(pre_logits), pre_logits, self._tokens(features))
 
     def refuse_size(self, name: str, size: int) -> None:
-        """Try one image of a size: many towers build for sizes that they cannot take.
-
-        Raises:
-            UserError: the tower `name` does not take images of `size` × `size` pixels.
-        """
+        """Try one image of a size: many towers can be built for sizes that their forward pass cannot take."""
         training = self.training
-        self.eval()  # draws nothing, and leaves running statistics alone
+        self.eval()  # so that no random number is consumed and no running statistic changes
         try:
             with torch.no_grad():
                 self(torch.zeros(1, 3, size, size, device=self.proj.weight.device))
@@ -135,7 +138,7 @@ class ImageTower(nn.Module):
             return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
         return features[:, getattr(self.trunk, "num_prefix_tokens", 0) :]
 
-    def _freeze_patch_projection(self, name: str) -> None:
+    def _freeze_patch_embed(self, name: str) -> None:
         patches = getattr(self.trunk, "patch_embed", None)
         if patches is None or not hasattr(patches, "proj"):
             raise UserError(
@@ -151,7 +154,7 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
         raise unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
     clip_resnet = base.startswith("resnet") and "_clip" in base
     known = timm.get_pretrained_cfg(base)
-    fixed = known is not None and known.fixed_input_size  # built for one size, which is timm's where none is given
+    fixed = known is not None and known.fixed_input_size  # one size per model; timm's own unless given
     if refused := OTHER_FILES & options.keys():
         raise UserError(
             f"image.model_kwargs has {', '.join(sorted(refused))}, which would read another file. Leave it out."
@@ -161,17 +164,26 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
         options["blocks"] = _clip_resnet_blocks(options.pop("depths"))
     if fixed or clip_resnet or base.startswith("vit"):
         options.setdefault("img_size", size)
+    if name not in SMALL_TOWERS and known is not None and SMALL * size <= known.input_size[-1]:
+        warn_small(name, size, known.input_size[-1])
+    published: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"state_dict": dict(weights)}}
     try:
         with torch.no_grad():
-            published: dict[str, Any] = (
-                {} if weights is None else {"pretrained_cfg_overlay": {"state_dict": dict(weights)}}
-            )
             return timm.create_model(base, pretrained=bool(published), num_classes=0, **published, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(
             f"timm cannot build the image tower '{name}' with image.size={size} and image.model_kwargs={options}: "
             f"{error}"
         ) from error
+
+
+@cache  # once per process, however often the tower is built
+def warn_small(name: str, size: int, usual: int) -> None:
+    """Say that a tower was made for larger images."""
+    log.warning(
+        "The image tower '%s' was made for images of %d pixels; at image.size=%d it sees few patches. Give a larger "
+        "image.size, or a tower for small images: %s.", name, usual, size, ", ".join(SMALL_TOWERS),
+    )  # fmt: skip
 
 
 def _clip_resnet_blocks(depths: list[int]) -> tuple[ByoBlockCfg, ...]:

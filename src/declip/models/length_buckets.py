@@ -1,4 +1,4 @@
-"""Captions of like length together: each group is cut to its own longest, so that less padding is computed."""
+"""Encode captions in buckets of similar length, each truncated to its longest, to compute less padding."""
 
 from collections.abc import Callable
 
@@ -13,34 +13,33 @@ STEP = 8
 
 
 def encode_by_length(
-    tower: Callable[[Tensor], TextFeatures], tokens: Tensor, lengths: Tensor | None, groups: int
+    tower: Callable[[Tensor], TextFeatures], tokens: Tensor, lengths: Tensor | None, buckets: int
 ) -> TextFeatures:
-    """Encode captions sorted by length, in groups of equal size; the features are those of one pass over all.
+    """Encode captions sorted by length, in buckets of equal size; the features are those of one pass over all.
 
     Equals the plain loop, but for rounding and for the token states behind a caption's end, which are 0
         features[b] = tower(tokens[b, : lengths[b]])
 
     Args:
-        tower: Sees nothing of what stands behind a caption's end.
-        tokens: (n, L) ids.
-        lengths: (n,) int64, ids up to and with each end, on the host; None where they are not known: one group then.
-        groups: How many, at least 1; of sizes that differ by one at most.
+        tower: Its features must not depend on ids behind a caption's end.
+        lengths: (n,) int64 on the host, number of ids up to and with each end; None: one bucket.
     """
-    if lengths is None or groups == 1 or len(tokens) < 2:
+    if lengths is None or buckets == 1 or len(tokens) < 2:
         return tower(tokens)
     order = lengths.argsort(stable=True)
-    longest = [int(lengths[part].max()) for part in order.tensor_split(groups) if len(part)]
+    # From the host's lengths, so that no shape waits for the device.
+    longest = [int(lengths[part].max()) for part in order.tensor_split(buckets) if len(part)]
     rows = order.to(tokens.device, non_blocking=True)
-    length = tokens.shape[1]
-    found = [
-        tower(tokens.index_select(0, part)[:, : min(-(-most // STEP) * STEP, length)])
-        for part, most in zip(rows.tensor_split(groups), longest, strict=False)
+    context = tokens.shape[1]
+    parts = [
+        tower(tokens.index_select(0, part)[:, : min(-(-most // STEP) * STEP, context)])
+        for part, most in zip(rows.tensor_split(buckets), longest, strict=False)
     ]
-    back = torch.empty_like(rows)
-    back[rows] = torch.arange(len(rows), device=rows.device)
-    text_tokens = torch.cat([F.pad(each.text_tokens, (0, 0, 0, length - each.text_tokens.shape[1])) for each in found])
+    inverse = torch.empty_like(rows)
+    inverse[rows] = torch.arange(len(rows), device=rows.device)
+    text_tokens = [F.pad(part.text_tokens, (0, 0, 0, context - part.text_tokens.shape[1])) for part in parts]
     return TextFeatures(
-        torch.cat([each.pooled for each in found])[back],
-        text_tokens[back],
-        torch.cat([each.lengths for each in found])[back],
+        torch.cat([part.pooled for part in parts])[inverse],
+        torch.cat(text_tokens)[inverse],
+        torch.cat([part.lengths for part in parts])[inverse],
     )

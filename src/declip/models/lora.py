@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA; Hu et al. 2022, arXiv 2106.09685), made by the library peft."""
+"""Low-rank adapters (LoRA; Hu et al. 2022, arXiv 2106.09685) of the library peft."""
 
 import re
 from collections.abc import Iterable
@@ -23,36 +23,31 @@ class Adapters:
     """Adapters on towers of a model; no other parameter of these towers learns.
 
     Every linear layer and ungrouped convolution between stem and projection gets one, the text tower's fused attention
-    map too. At first they change nothing: B is 0.
+    map too. At first they change nothing: B is 0. The model is changed in place.
 
     Args:
-        model: Changed in place.
-        lora: Rank, scale and dropout.
         towers: `declip.models.layers.IMAGE`, `TEXT` or both.
-
-    Raises:
-        UserError: peft is not installed.
     """
 
     def __init__(self, model: DualEncoder, lora: LoRA, towers: Iterable[str] = (IMAGE, TEXT)) -> None:
         self._model = model
-        found = depths(model)
+        layers = depths(model)
         self._tuners = []
         for tower in towers:
-            own = {name.removeprefix(tower): depth for name, depth in found.items() if name.startswith(tower)}
-            self._tuners.append(_adapt(getattr(model, tower[:-1]), {n for n, depth in own.items() if depth == 0}, lora))
+            stem = {n.removeprefix(tower) for n, depth in layers.items() if n.startswith(tower) and depth == 0}
+            self._tuners.append(_adapt(getattr(model, tower[:-1]), stem, lora))
 
     def merge(self) -> DualEncoder:
-        """Add the adapters to the weights and take them off: the model is of the usual form again."""
+        """Add the adapters to the weights and remove them."""
         for tuner in self._tuners:
             _fuse_attention(tuner.merge_and_unload())
         return self._model.requires_grad_(True)
 
 
 def adapted(names: Iterable[str]) -> list[str]:
-    """The towers that have adapters, by the names of a model's tensors."""
-    found = {f"{name.split('.')[0]}." for name in names if MARK in name}
-    return [tower for tower in (IMAGE, TEXT) if tower in found]
+    """List the towers that have adapters, by the names of a model's tensors."""
+    towers = {f"{name.split('.')[0]}." for name in names if MARK in name}
+    return [tower for tower in (IMAGE, TEXT) if tower in towers]
 
 
 def _adapt(tower: nn.Module, stem: set[str], lora: LoRA) -> Any:

@@ -1,4 +1,4 @@
-"""What stands in place of the text tower where a file holds an image tower alone."""
+"""Models whose file holds an image tower alone."""
 
 from collections.abc import Sequence
 from typing import NoReturn
@@ -10,19 +10,15 @@ from declip.models.dual_encoder import DualEncoder
 
 
 class NoTextTower(nn.Module):
-    """A text tower that only says that there is none."""
+    """Placeholder for a missing text tower; calling it raises a `UserError`."""
 
     def forward(self, tokens: Tensor) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            UserError: always.
-        """
+        """Refuse."""
         refuse_text()
 
 
 def drop_text(model: DualEncoder) -> DualEncoder:
-    """Take the text tower and the tokenizer out of a model, in place: whoever asks for them gets a `UserError`."""
+    """Take the text tower and the tokenizer out of a model, in place; using them raises a `UserError` then."""
     model.text_tower = NoTextTower()  # type: ignore[assignment]
     model.tokenizer = refuse_text  # type: ignore[assignment]
     return model
@@ -34,11 +30,7 @@ def has_text(model: DualEncoder) -> bool:
 
 
 def refuse_text(texts: str | Sequence[str] = ()) -> NoReturn:
-    """Say that there is no text tower; it stands in place of the tokenizer.
-
-    Raises:
-        UserError: always.
-    """
+    """Placeholder for a missing tokenizer."""
     raise UserError(
         "This model has an image tower alone: its file holds no text tower, so captions and class names cannot be "
         "encoded. Use its image features (--task linear, knn or few-shot), or give a file with both towers."

@@ -12,10 +12,10 @@ from declip.models.heads import MaskedLanguageHead
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What the text tower gives for a batch.
+    """Output of a text tower for a batch.
 
     Attributes:
-        pooled: (B, d) projected embedding g of the end-of-text token, not normalized.
+        pooled: (B, d) projected embedding, not normalized.
         text_tokens: (B, L, width) token states after the final norm.
         lengths: (B,) number of tokens up to and with the end-of-text token.
     """
@@ -25,16 +25,21 @@ class TextFeatures:
     lengths: Tensor
 
 
+def row_at(states: Tensor, positions: Tensor) -> Tensor:
+    """Take one of each text's token states: (B, L, width) at (B,) → (B, width)."""
+    # Not states[torch.arange(len(states)), positions], with which torch.export fixes the batch size.
+    return states.gather(1, positions[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
+
+
 class QuickGELU(nn.Module):
     """x · sigmoid(1.702 x), as CLIP's released weights were trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it to each element."""
         return x * torch.sigmoid(1.702 * x)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention that sees no later token; parameters are named as in `nn.MultiheadAttention`."""
+    """Attention (B, L, width) → (B, L, width) to no later token; parameters are named as in `nn.MultiheadAttention`."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -45,17 +50,17 @@ class CausalSelfAttention(nn.Module):
         self.in_proj: nn.Linear | None = None  # holds weight and bias as a layer while that has an adapter
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, width) → (B, L, width)."""
         batch, length, width = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias) if self.in_proj is None else self.in_proj(x)
         query, key, value = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        dtype = query.dtype
         # On a CPU torch's bfloat16 kernel takes 9 times as long backwards as float32 at 16 tokens (torch 2.13).
-        in_float = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+        in_float = dtype == torch.bfloat16 and query.device.type == "cpu"
         with torch.autocast(query.device.type, enabled=torch.is_autocast_enabled(query.device.type) and not in_float):
             if in_float:
                 query, key, value = query.float(), key.float(), value.float()
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return self.out_proj(mixed.to(dtype).transpose(1, 2).reshape(batch, length, width))
 
 
 class FeedForward(nn.Module):
@@ -68,11 +73,10 @@ class FeedForward(nn.Module):
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, width) → (B, L, width)."""
         return self.c_proj(self.gelu(self.c_fc(x)))
 
 
-class Block(nn.Module):
+class TextBlock(nn.Module):
     """Pre-norm residual block; parameters are named as in CLIP."""
 
     def __init__(self, width: int, heads: int, activation: nn.Module) -> None:
@@ -83,20 +87,18 @@ class Block(nn.Module):
         self.mlp = FeedForward(width, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, width) → (B, L, width)."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """Blocks one after the other, named as in CLIP."""
+    """A sequence of blocks; parameters are named as in CLIP."""
 
-    def __init__(self, blocks: Iterable[Block]) -> None:
+    def __init__(self, blocks: Iterable[TextBlock]) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, width) → (B, L, width)."""
         for block in self.resblocks:
             x = block(x)
         return x
@@ -105,16 +107,14 @@ class Transformer(nn.Module):
 class TextTower(nn.Module):
     """CLIP's text encoder (Radford et al. 2021, section 2.4); weights map one to one onto CLIP's.
 
-    A causal transformer pooled at the end-of-text token sees nothing of the padding behind it, so a batch may be cut to
-    its longest caption: the features are the same as at the full context.
+    A causal transformer pooled at the end-of-text token does not depend on the padding behind it, so a batch may be
+    truncated to its longest caption: the features are the same as at the full context.
 
     Args:
         vocabulary: Number of token ids, ``<|mask|>`` included.
         end: Id of the end-of-text token.
-        embed_dim: Width d of the shared space.
-        width, layers, heads: Size of the transformer.
         context: Longest sequence.
-        projection_bias: Whether the projection has a bias (CLIP: no; the authors' weights: yes).
+        projection_bias: Whether the projection has a bias (CLIP: no; DeCLIP's official weights: yes).
         activation: "quick_gelu" (CLIP) or "gelu".
     """
 
@@ -139,30 +139,29 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(context, width))
         gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
-        self.transformer = Transformer(Block(width, heads, gelu) for _ in range(layers))
+        self.transformer = Transformer(TextBlock(width, heads, gelu) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Linear(width, embed_dim, bias=projection_bias)
-        self._initialise(layers)
+        self._initialize(layers)
 
     def forward(self, tokens: Tensor) -> TextFeatures:
         """Encode token ids (B, L), L at most the context; every row holds an end-of-text token."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        words = self.ln_final(self.transformer(x))
+        text_tokens = self.ln_final(self.transformer(x))
         ends = (tokens == self.end).to(torch.uint8).argmax(dim=1)
-        rows = torch.arange(len(tokens), device=tokens.device)
-        return TextFeatures(self.text_projection(words[rows, ends]), words, ends + 1)
+        return TextFeatures(self.text_projection(row_at(text_tokens, ends)), text_tokens, ends + 1)
 
     def language_head(self) -> nn.Module:
-        """Make a head that predicts masked words: a linear map with random weights."""
+        """Build a masked-language head with random weights."""
         return MaskedLanguageHead(self.width, self.token_embedding.num_embeddings)
 
-    def _initialise(self, layers: int) -> None:
-        """CLIP's standard deviations."""
+    def _initialize(self, layers: int) -> None:
+        """Draw the weights with CLIP's standard deviations."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         residual = self.width**-0.5 * (2 * layers) ** -0.5
         for block in self.transformer.resblocks:
-            assert isinstance(block, Block)
+            assert isinstance(block, TextBlock)
             nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=residual)
             nn.init.zeros_(block.attn.out_proj.bias)

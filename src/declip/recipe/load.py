@@ -1,10 +1,11 @@
-"""Reading a recipe: YAML with ancestors and overrides.
+"""Load a recipe: YAML with ancestors and overrides.
 
 ``extends: NAME`` starts from another recipe, ``key.sub=value`` overrides a single entry, and a key that does not exist
-is an error that names the nearest one.
+is an error that names the key meant.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,59 @@ from declip.recipe.schema import Data, Recipe
 MOST_YAML, DEEPEST_YAML = 1 << 17, 20
 """Characters and levels of a recipe; ours have some 3,000 and 4."""
 
+SYNONYMS = {
+    "train.lr": "learning_rate base_lr max_lr lr_peak peak_lr base_learning_rate",
+    "train.min_lr": "lr_end eta_min final_lr lr_min",
+    "train.warmup_lr": "lr_start warmup_init_lr",
+    "train.steps": "epochs num_train_epochs num_epochs max_epochs max_steps num_steps max_train_steps iterations",
+    "train.warmup_steps": "warmup warmup_epochs warmup_ratio num_warmup_steps",
+    "train.batch_size": "batch per_device_train_batch_size train_batch_size global_batch_size bs",
+    "train.grad_cache_chunk": "accum_freq gradient_accumulation_steps accumulation_steps accumulate_grad_batches",
+    "train.grad_checkpointing": "gradient_checkpointing recompute_activations",
+    "train.grad_clip_norm": "max_grad_norm clip_norm grad_clip gradient_clip_val",
+    "train.weight_decay": "wd weightdecay",
+    "train.precision": "amp fp16 bf16 mixed_precision dtype",
+    "train.ema_decay": "ema",
+    "train.checkpoint_every": "save_steps save_frequency save_every",
+    "train.evaluate_every": "eval_steps val_frequency eval_every",
+    "train.log_every": "logging_steps log_every_n_steps",
+    "train.strategy": "fsdp ddp parallel",
+    "train.compile": "torch_compile torchcompile",
+    "data.source": "train_data dataset train_dataset data_path train_file path",
+    "data.workers": "num_workers dataloader_num_workers",
+    "data.max_pairs": "pairs max_train_samples train_num_samples",
+    "data.caption_column": "csv_caption_key caption_key text_column",
+    "data.image_column": "csv_img_key img_key image_key",
+    "evaluation.retrieval": "val val_data validation validation_file eval_dataset",
+    "evaluation.zero_shot": "imagenet_val zeroshot",
+    "image.model": "model arch architecture backbone vision_model image_encoder model_name timm_model_name",
+    "image.size": "image_size img_size resolution force_image_size input_size",
+    "text.hf_model": "text_model text_encoder hf_model_name hf_tokenizer_name",
+    "text.context_length": "context max_length max_seq_length force_context_length",
+    "embed_dim": "projection_dim embedding_dim",
+    "loss_weights": "weights losses loss",
+    "logit_scale.init": "temperature logit_scale_init_value init_logit_scale",
+    "nearest_neighbor.queue_size": "queue",
+    "finetune.pretrained": "weights_path checkpoint init_from",
+    "finetune.freeze_image_blocks": "lock_image freeze_image freeze freeze_vision",
+    "finetune.freeze_text_blocks": "lock_text freeze_text",
+    "finetune.layer_decay": "layerwise_lr_decay llrd",
+}
+"""Names that other tools have for our keys, so that `learning_rate` is not taken for a near-miss of another key."""
+
+ENVIRONMENT = {
+    "threads": "OMP_NUM_THREADS",
+    "num_threads": "OMP_NUM_THREADS",
+    "shard_cache_gb": "DECLIP_SHARD_CACHE_GB",
+}
+"""Settings of the machine that are environment variables, not recipe keys."""
+
 
 def read_yaml(text: str) -> Any:
-    """Read YAML that may be a stranger's: no tag makes an object, and nothing stands for more than is written.
+    """Read YAML from an untrusted file: no tag makes an object, and aliases are refused.
 
     Raises:
-        YAMLError: it is no YAML, or it has aliases, of which a few lines can stand for gigabytes.
+        YAMLError: it is not YAML, too long or too deep, or has aliases, of which a few lines can expand to gigabytes.
     """
     if len(text) > MOST_YAML:
         raise yaml.YAMLError(f"it has more than {MOST_YAML:,} characters")
@@ -34,12 +82,12 @@ def read_yaml(text: str) -> Any:
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_YAML:
                 raise yaml.YAMLError(f"it has aliases, or more than {DEEPEST_YAML} levels; write it out")
         return yaml.safe_load(text)
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # of a date, a number …
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a bad date, number …
         raise yaml.YAMLError(str(error)) from error
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes that the package ships."""
+    """Names of the shipped recipes."""
     folder = resources.files("declip.recipe.library")
     names = (entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
     return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_"))
@@ -105,7 +153,7 @@ def read_value(key: str, value: str) -> Any:
 
 
 def _read_tree(name: str | Path, seen: tuple[str, ...], given: set[str]) -> dict[str, Any]:
-    """Read a recipe over its ancestors, and add to `given` what files of the user's say."""
+    """Merge a recipe over its ancestors, and add the keys of the user's own files to `given`."""
     text, label = _read_text(name, Path(seen[-1]).parent if seen else None)
     if label in seen:
         raise UserError(f"The recipe '{label}' extends itself: {' → '.join((*seen, label))}.")
@@ -127,16 +175,16 @@ def _read_tree(name: str | Path, seen: tuple[str, ...], given: set[str]) -> dict
     return _with_own_sets(_merge(base, tree), base, tree)
 
 
-def _read_text(name: str | Path, beside: Path | None) -> tuple[str, str]:
-    """Find a recipe by path (also beside the file that extends it) or among those shipped."""
-    path = Path(name)
+def _read_text(name: str | Path, folder: Path | None) -> tuple[str, str]:
+    """Read a recipe by path (also relative to the file that extends it), or a shipped one by name."""
+    path = Path(name).expanduser()
     if path.suffix in {".yaml", ".yml"}:
-        for candidate in filter(None, (path, beside and beside / path)):
+        for candidate in filter(None, (path, folder and folder / path)):
             if candidate.is_file():
                 return _utf8(candidate), str(candidate)
         raise UserError(f"There is no recipe file '{path}'. Shipped recipes: {', '.join(recipe_names())}.")
     shipped = resources.files("declip.recipe.library") / f"{name}.yaml"
-    if str(name) not in recipe_names() and not (beside is not None and shipped.is_file()):
+    if str(name) not in recipe_names() and not (folder is not None and shipped.is_file()):
         if name and path.exists():
             what = "a folder" if path.is_dir() else "a file whose name does not end in .yaml"
             raise UserError(
@@ -163,7 +211,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_own_sets(tree: dict[str, Any], base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of `base` and `over`, without the evaluation sets of `base` where `over` brings another source."""
+    """Merged tree, without the evaluation sets of `base` where `over` names another source."""
     return tree if _source(tree) == _source(base) else {**tree, "evaluation": over.get("evaluation", {})}
 
 
@@ -201,17 +249,40 @@ def _checked(tree: Mapping[str, Any], label: str) -> Recipe:
 def _explain(problem: Mapping[str, Any]) -> str:
     place = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
-        sections = Recipe.model_fields if len(place) == 1 else ()
-        return str(unknown("recipe key", ".".join(place), {*_keys(Recipe), *sections}))
+        return str(unknown_key(".".join(place)))
+    if problem["type"] == "model_type":
+        section = ".".join(place)
+        first = next((key for key in recipe_keys() if key.startswith(f"{section}.")), f"{section}.…")
+        return f"{section}={problem['input']!r}: {section} is a section; set one of its keys, such as {first}."
     message = problem["msg"].removeprefix("Value error, ")
     where = f"{'.'.join(place)}={problem['input']!r}: " if place and problem["type"] != "value_error" else ""
     return f"{where}{message[0].lower()}{message[1:]}."
 
 
-def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def unknown_key(given: str) -> UserError:
+    """Build the error for an unknown recipe key, with the key meant: by a name of other tools, else by letters."""
+    name = given.rpartition(".")[2].lower().replace("-", "_")
+    if name in ENVIRONMENT:
+        return UserError(f"'{given}' is not a recipe key. Set the environment variable {ENVIRONMENT[name]}.")
+    keys = list(recipe_keys())
+    meant: dict[str, set[str]] = {}
+    for key in keys:
+        meant.setdefault(key.rpartition(".")[2], set()).add(key)
+    meant |= {word: {key} for key, words in SYNONYMS.items() for word in words.split()}
+    found = list(meant.get(name, ())) or get_close_matches(given, keys, n=1, cutoff=0.85)
+    if not found:
+        found = [key for word in get_close_matches(name, meant, n=1, cutoff=0.8) for key in meant[word]]
+    if len(found) == 1:
+        return UserError(f"Unknown recipe key '{given}'. Did you mean '{found[0]}'? `declip recipes show` lists all.")
+    sections = Recipe.model_fields if "." not in given else ()
+    return unknown("recipe key", given, {*keys, *sections})
+
+
+def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all recipe keys; `loss_weights` is one."""
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _keys(kind, f"{prefix}{name}.")
+            yield from recipe_keys(kind, f"{prefix}{name}.")
         else:
             yield prefix + name

@@ -1,14 +1,34 @@
 """The recipe: one typed tree that describes a whole experiment, with every range check."""
 
 import math
+import os
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+
+def _expand_user(given: str) -> str:
+    """Expand a leading `~`, also after the name of a set, as in `pets:~/data`."""
+    kind, colon, path = given.rpartition(":")
+    return kind + colon + os.path.expanduser(path) if path.startswith("~") else given
+
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 RGB = tuple[float, float, float]
+Place = Annotated[str, AfterValidator(_expand_user)]
+Places = Annotated[tuple[Place, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
 
 
 class Section(BaseModel):
@@ -20,28 +40,27 @@ class Section(BaseModel):
 class WeightedSource(Section):
     """One source of a mixture and its weight."""
 
-    source: str = Field(description="table, folder, shards or built-in set, as in data.source")
+    source: Place = Field(description="table, folder, shards or built-in set, as in data.source")
     weight: float = Field(1.0, gt=0, le=1000, description="how often an epoch shows each pair of this source")
 
 
 class Data(Section):
     """The training pairs and how they are read."""
 
-    source: str | tuple[WeightedSource, ...] = Field(
+    source: Place | tuple[WeightedSource, ...] = Field(
         "builtin:emoji", description="table, folder, shards, built-in set, or a list of sources with weights"
     )
     image_column: str = Field("image", description="column of a table with image paths or image bytes")
     caption_column: str = Field("caption", description="column of a table with captions")
-    image_root: str | None = Field(None, description="folder of a table's image paths; default: the table's folder")
+    keyword_column: str = Field("keywords", description="column of a table with keywords; ignored if missing")
+    image_root: Place | None = Field(None, description="folder of a table's image paths; default: the table's folder")
     max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")
     shuffle_buffer: int | None = Field(
         None, ge=1, description="number of pairs shuffled together, shard by shard; default: all, or 50,000 if remote"
     )
-    resample: bool = Field(False, description="draw each step's pairs anew instead of showing each once an epoch")
-    scaled_decode: bool = Field(
-        True, description="decode a JPEG at 1/2, 1/4 or 1/8 of its size where every crop is still large enough"
+    resample: bool = Field(
+        False, description="sample each step's pairs with replacement instead of showing each once per epoch"
     )
-    shard_cache_gb: float = Field(50.0, ge=0, description="size of the local cache of remote shards, in 10^9 bytes")
     workers: Count | Literal["auto"] = Field(
         "auto", description="number of loader processes; auto: one, and more while steps wait and cores are free"
     )
@@ -74,7 +93,7 @@ class Data(Section):
         return " + ".join(e.source if e.weight == 1 else f"{e.weight:g} × {e.source}" for e in self.source)
 
 
-class ImageTower(Section):
+class ImageTowerConfig(Section):
     """The image tower: a timm model by name, or one of `declip.models.image_tower.SMALL_TOWERS`."""
 
     model: str = Field("declip_vit_small", description="name of a timm model or of a small tower of declip")
@@ -93,7 +112,7 @@ class ImageTower(Section):
         return given
 
 
-class TextTower(Section):
+class TextTowerConfig(Section):
     """The text tower: CLIP's causal transformer, or a Hugging Face encoder with its own sizes and vocabulary."""
 
     width: int = Field(512, ge=8, description="width of the transformer")
@@ -103,7 +122,7 @@ class TextTower(Section):
     bpe_merges: int | None = Field(None, ge=0, description="number of CLIP's BPE merges to use; default: all")
     projection_bias: bool = Field(False, description="bias of the projection, as in the official implementation")
     activation: Literal["quick_gelu", "gelu"] = Field("quick_gelu", description="activation of the MLPs")
-    hf_model: str | None = Field(None, description="Hugging Face encoder instead: its folder, or huggingface:NAME")
+    hf_model: Place | None = Field(None, description="Hugging Face encoder instead: its folder, or huggingface:NAME")
     pooling: Literal["auto", "cls", "mean", "eos"] = Field("auto", description="pooling of a Hugging Face encoder")
     pretrained: bool = Field(True, description="start a Hugging Face encoder from its own weights")
 
@@ -172,7 +191,7 @@ class Views(Section):
     )
 
 
-class SimSiam(Section):
+class SimSiamConfig(Section):
     """Widths of the projector and the predictor (Chen and He 2021; DeCLIP's constants)."""
 
     hidden: int = Field(1024, ge=1, description="inner width of the projector")
@@ -180,7 +199,7 @@ class SimSiam(Section):
     predictor_hidden: int = Field(512, ge=1, description="inner width of the predictor")
 
 
-class SimCLR(Section):
+class SimCLRConfig(Section):
     """SLIP's head (Mu et al. 2022) and NT-Xent's temperature."""
 
     hidden: int = Field(4096, ge=1, description="inner width of the head")
@@ -188,7 +207,7 @@ class SimCLR(Section):
     temperature: float = Field(0.1, gt=0, description="temperature of NT-Xent")
 
 
-class MaskedLanguage(Section):
+class MaskedLanguageConfig(Section):
     """BERT's corruption of the caption."""
 
     probability: Fraction = Field(0.15, description="probability of choosing a token")
@@ -198,15 +217,14 @@ class MaskedLanguage(Section):
     mask_input_only: bool = Field(False, description="mask the caption although the loss has no weight (FILIP)")
 
 
-class NearestNeighbor(Section):
+class NearestNeighborConfig(Section):
     """The queue of text features."""
 
     queue_size: int = Field(65536, ge=1, description="number of text features in the queue")
     symmetric: bool = Field(False, description="both directions, as in the paper; false: as the official code")
-    lookup: Literal["fp32", "bf16"] = Field("fp32", description="precision of the similarities to the queue")
 
 
-class LateInteraction(Section):
+class LateInteractionConfig(Section):
     """FILIP's token-wise similarity (Yao et al. 2022)."""
 
     width: int = Field(256, ge=1, description="width of the compared tokens")
@@ -239,7 +257,9 @@ class LoRA(Section):
 class FineTuning(Section):
     """The pretrained weights, and how freely they may change."""
 
-    pretrained: str | None = Field(None, description="weights that declip.load takes, or timm:NAME for the image tower")
+    pretrained: Place | None = Field(
+        None, description="weights that declip.load takes, or timm:NAME for the image tower"
+    )
     image_size: int | None = Field(None, ge=16, description="image size other than the weights', in pixels")
     image_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for the image tower")
     text_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for the text tower")
@@ -278,8 +298,6 @@ class Train(Section):
     min_lr: float = Field(0.0, ge=0, description="learning rate of the last step, after a cosine")
     warmup_steps: int = Field(100, ge=0, description="number of steps with a linearly rising learning rate")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay; not on biases, norms and scales")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's betas")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     grad_clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "fp32", description="precision of the towers; auto: bf16 where the device computes in it"
@@ -291,7 +309,6 @@ class Train(Section):
     checkpoint_every: int = Field(200, ge=1, description="number of steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of checkpoints to keep")
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, mps")
-    threads: int | None = Field(None, ge=1, description="number of torch threads; default: torch's own choice")
     strategy: Literal["ddp", "fsdp"] = Field("ddp", description="distributed training; fsdp shards the towers")
     sync_batch_norm: bool = Field(True, description="batch-norm statistics over all processes")
     grad_cache_chunk: int | None = Field(None, ge=1, description="pairs per GradCache chunk and process; default: off")
@@ -299,7 +316,6 @@ class Train(Section):
         False, description="allow chunks for towers with batch norm, which then see each chunk alone"
     )
     grad_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
-    max_logits_mb: float = Field(256, gt=0, description="largest loss matrix kept for backward, in 10^6 bytes")
     rank_timeout: float = Field(600, gt=0, description="seconds a process waits for the others before it gives up")
     length_buckets: int = Field(1, ge=1, description="number of length-sorted groups that captions are encoded in")
     compile: bool = Field(False, description="torch.compile for the towers")
@@ -315,10 +331,10 @@ class Train(Section):
 class Evaluation(Section):
     """The evaluation sets during training and at its end."""
 
-    zero_shot: tuple[str, ...] = Field((), description="sets for zero-shot classification")
-    retrieval: tuple[str, ...] = Field((), description="sets for retrieval in both directions")
-    final_zero_shot: tuple[str, ...] = Field((), description="test sets for zero-shot, used only at the end")
-    final_retrieval: tuple[str, ...] = Field((), description="test sets for retrieval, used only at the end")
+    zero_shot: Places = Field((), description="sets for zero-shot classification")
+    retrieval: Places = Field((), description="sets for retrieval in both directions")
+    final_zero_shot: Places = Field((), description="test sets for zero-shot, used only at the end")
+    final_retrieval: Places = Field((), description="test sets for retrieval, used only at the end")
 
 
 class Recipe(Section):
@@ -331,18 +347,18 @@ class Recipe(Section):
     name: str = Field("unnamed", description="name for tables and reports")
     seed: int = Field(0, ge=0, description="seed of weights, views, order and choice of pairs")
     data: Data = Data()
-    image: ImageTower = ImageTower()
-    text: TextTower = TextTower()
+    image: ImageTowerConfig = ImageTowerConfig()
+    text: TextTowerConfig = TextTowerConfig()
     embed_dim: int = Field(512, ge=1, description="width of the shared embedding space")
     views: Views = Views()
     loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {"contrastive": 1.0}, description="weight of each loss by name; see declip.supervision.objective.TERMS"
     )
-    simsiam: SimSiam = SimSiam()
-    simclr: SimCLR = SimCLR()
-    masked_language: MaskedLanguage = MaskedLanguage()
-    nearest_neighbor: NearestNeighbor = NearestNeighbor()
-    late_interaction: LateInteraction = LateInteraction()
+    simsiam: SimSiamConfig = SimSiamConfig()
+    simclr: SimCLRConfig = SimCLRConfig()
+    masked_language: MaskedLanguageConfig = MaskedLanguageConfig()
+    nearest_neighbor: NearestNeighborConfig = NearestNeighborConfig()
+    late_interaction: LateInteractionConfig = LateInteractionConfig()
     logit_scale: LogitScale = LogitScale()
     finetune: FineTuning = FineTuning()
     train: Train = Train()

@@ -1,4 +1,4 @@
-"""What a model gets right and wrong on held-out pairs: retrieval both ways, and the classes it confuses."""
+"""Examples of what a model gets right and wrong on held-out pairs: retrieval both ways, and confused classes."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -11,48 +11,48 @@ from torch import Tensor
 from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.retrieval import carriers_of, ranks
 from declip.evaluation.zero_shot import predict
-from declip.reports.thumbnails import Picture, Pictures
+from declip.reports.thumbnails import Thumbnail, ThumbnailCache
 
 
 @dataclass(frozen=True)
-class Hit:
+class Candidate:
     """One retrieved candidate."""
 
     rank: int
     right: bool
     cosine: float
     words: str
-    picture: Picture | None = None
+    image: Thumbnail | None = None
 
 
 @dataclass(frozen=True)
 class Query:
-    """A caption or an image, what it found, and its own candidate when that came too late to be shown."""
+    """A caption or an image, its best candidates, and its own candidate."""
 
     words: str
-    picture: Picture | None
+    image: Thumbnail | None
     right: bool
-    hits: list[Hit]
-    own: Hit
+    hits: list[Candidate]
+    own: Candidate
 
 
 @dataclass(frozen=True)
-class Gallery:
-    """Queries in one direction, drawn at random from those found at once and those not."""
+class RetrievalExamples:
+    """Random queries in one direction, some that ranked their own candidate first and some that did not."""
 
     queries: list[Query]
     candidates: int
-    right_share: float
+    right_fraction: float
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Images of one class that were taken for another."""
+    """Images of one class that got the name of another."""
 
     true: str
     taken_for: str
-    true_picture: Picture | None
-    taken_for_picture: Picture | None
+    true_image: Thumbnail | None
+    taken_for_image: Thumbnail | None
     count: int
     of: int
     margin: float
@@ -60,12 +60,12 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Magnet:
-    """A class that many wrong answers name, and images that were taken for it."""
+    """A class that many wrong answers name, and images that got its name."""
 
     name: str
-    picture: Picture | None
+    image: Thumbnail | None
     count: int
-    examples: list[Picture]
+    examples: list[Thumbnail]
 
 
 @dataclass(frozen=True)
@@ -80,27 +80,19 @@ class Confusions:
 
 
 def text_to_image(
-    features: SourceFeatures, pictures: Pictures, rng: np.random.Generator, each: int = 4, shown: int = 5
-) -> Gallery:
-    """Captions and the images nearest to them.
-
-    Args:
-        features: A source, images and captions encoded.
-        pictures: Of the same source.
-        rng: Chooses the captions.
-        each: How many captions of those whose image comes first, and of those whose image does not.
-        shown: How many images for each.
-    """
+    features: SourceFeatures, thumbnails: ThumbnailCache, rng: np.random.Generator, each: int = 4, shown: int = 5
+) -> RetrievalExamples:
+    """Random captions, `each` of those that rank their image first and of the others, and the nearest images."""
     assert features.texts is not None
     words, carriers = features.words, carriers_of(features)
     right = [carriers[word] for word in words]
     rank = ranks(features.texts, features.images, right)
-    chosen = _draw(rank, features.owners, rng, each)
+    chosen = _sample(rank, features.owners, rng, each)
     found, cosines = predict(features.texts[chosen], features.images, shown)
 
-    def hit(row: int, image: int, place: int, cosine: float) -> Hit:
-        picture = pictures.at(int(features.indices[image]))
-        return Hit(place, image in right[row], cosine, features.captions[image][0], picture)
+    def hit(row: int, image: int, place: int, cosine: float) -> Candidate:
+        shown_image = thumbnails.at(int(features.indices[image]))
+        return Candidate(place, image in right[row], cosine, features.captions[image][0], shown_image)
 
     queries = []
     for row, images, values in zip(chosen, found.tolist(), cosines.tolist(), strict=True):
@@ -108,40 +100,32 @@ def text_to_image(
         own = int(features.owners[row])
         cosine = float(features.texts[row] @ features.images[own])
         queries.append(Query(words[row], None, rank[row] == 1, hits, hit(row, own, int(rank[row]), cosine)))
-    return Gallery(queries, len(features), float(np.mean(rank == 1)))
+    return RetrievalExamples(queries, len(features), float(np.mean(rank == 1)))
 
 
 def image_to_text(
-    features: SourceFeatures, pictures: Pictures, rng: np.random.Generator, each: int = 3, shown: int = 5
-) -> Gallery:
-    """Images and the captions nearest to them; a caption that several images carry is listed once.
-
-    Args:
-        features: A source, images and captions encoded.
-        pictures: Of the same source.
-        rng: Chooses the images.
-        each: How many images of those with an own caption first, and of those without.
-        shown: How many captions for each.
-    """
+    features: SourceFeatures, thumbnails: ThumbnailCache, rng: np.random.Generator, each: int = 3, shown: int = 5
+) -> RetrievalExamples:
+    """Random images and the captions nearest to them; a caption that several images have is listed once."""
     assert features.texts is not None
     row_of = {word: row for row, word in reversed(list(enumerate(features.words)))}
     words, texts = list(row_of), features.texts[torch.tensor(list(row_of.values()))]
     place_of = {word: place for place, word in enumerate(words)}
     right = [np.array(sorted({place_of[word] for word in own})) for own in features.captions]
     rank = ranks(features.images, texts, right)
-    chosen = _draw(rank, np.arange(len(features)), rng, each)
+    chosen = _sample(rank, np.arange(len(features)), rng, each)
     found, cosines = predict(features.images[chosen], texts, shown)
     queries = []
     for row, places, values in zip(chosen, found.tolist(), cosines.tolist(), strict=True):
         hits = [
-            Hit(rank_, place in right[row], cosine, words[place])
+            Candidate(rank_, place in right[row], cosine, words[place])
             for rank_, (place, cosine) in enumerate(zip(places, values, strict=True), 1)
         ]
         own = texts[torch.from_numpy(right[row])] @ features.images[row]
-        best = Hit(int(rank[row]), True, float(own.max()), words[right[row][int(own.argmax())]])
-        picture = pictures.at(int(features.indices[row]))
-        queries.append(Query(features.captions[row][0], picture, rank[row] == 1, hits, best))
-    return Gallery(queries, len(words), float(np.mean(rank == 1)))
+        best = Candidate(int(rank[row]), True, float(own.max()), words[right[row][int(own.argmax())]])
+        shown_image = thumbnails.at(int(features.indices[row]))
+        queries.append(Query(features.captions[row][0], shown_image, rank[row] == 1, hits, best))
+    return RetrievalExamples(queries, len(words), float(np.mean(rank == 1)))
 
 
 def confusions(
@@ -149,18 +133,13 @@ def confusions(
     labels: np.ndarray,
     class_names: Sequence[str],
     classes: Tensor,
-    pictures: Pictures,
+    thumbnails: ThumbnailCache,
     count: int = 12,
 ) -> Confusions:
-    """The pairs of classes confused most often, then most surely, and the classes named most often in error.
+    """The pairs of classes confused most often, then most confidently, and the classes given most often by mistake.
 
     Args:
-        features: The images of a source, encoded.
-        labels: (n,) class of each row of `features`.
-        class_names: C names.
         classes: (C, d) text features of the classes.
-        pictures: Of the same source.
-        count: Pairs shown at most.
     """
     found, cosines = predict(features.images, classes)
     taken_for, nearest = found[:, 0], cosines[:, 0]
@@ -174,15 +153,15 @@ def confusions(
     example = {int(label): row for row, label in reversed(list(enumerate(labels)))}
     size = np.bincount(labels, minlength=len(class_names))
 
-    def picture(row: int | None) -> Picture | None:
-        return None if row is None else pictures.at(int(features.indices[row]))
+    def thumbnail(row: int | None) -> Thumbnail | None:
+        return None if row is None else thumbnails.at(int(features.indices[row]))
 
     rows = [
         Confusion(
             true=class_names[true],
             taken_for=class_names[other],
-            true_picture=picture(rows_of[true, other][0]),
-            taken_for_picture=picture(example.get(other)),
+            true_image=thumbnail(rows_of[true, other][0]),
+            taken_for_image=thumbnail(example.get(other)),
             count=len(rows_of[true, other]),
             of=int(size[true]),
             margin=margin[true, other],
@@ -191,14 +170,14 @@ def confusions(
     ]
     magnets = []
     for label, times in Counter(taken_for[wrong].tolist()).most_common(6):
-        drawn = [picture(row) for row in wrong[taken_for[wrong] == label][:6].tolist()]
-        examples = [each for each in drawn if each is not None]
+        shown_images = [thumbnail(row) for row in wrong[taken_for[wrong] == label][:6].tolist()]
+        examples = [each for each in shown_images if each is not None]
         if times > 1:
-            magnets.append(Magnet(class_names[label], picture(example.get(label)), times, examples))
+            magnets.append(Magnet(class_names[label], thumbnail(example.get(label)), times, examples))
     return Confusions(rows, magnets, len(wrong), len(labels), single=bool(size.max() <= 1))
 
 
-def _draw(rank: np.ndarray, owners: np.ndarray, rng: np.random.Generator, each: int) -> list[int]:
+def _sample(rank: np.ndarray, owners: np.ndarray, rng: np.random.Generator, each: int) -> list[int]:
     """Rows found at once, then rows not, `each` of both where there are enough, no owner twice."""
     chosen: list[int] = []
     for group in (np.flatnonzero(rank == 1), np.flatnonzero(rank > 1)):

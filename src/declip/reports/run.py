@@ -1,40 +1,40 @@
-"""The report of a run: one HTML file to look at, with nothing to load from elsewhere."""
+"""The report of a run: one HTML file with its numbers, curves, examples and recipe."""
 
-import datetime
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import yaml
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from pydantic import ValidationError
 
-from declip.data.batch import PairBatch
+from declip.data.loader import PairLoader
 from declip.data.pair import PairSource
 from declip.data.plan import Plan
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
-from declip.evaluation.results import short_names
+from declip.evaluation.results import Measure, RecallAtK, RetrievalResult, ZeroShotResult, short_names
 from declip.evaluation.zero_shot import class_features, read_templates
-from declip.io.atomic import atomic_write
-from declip.recipe.load import read_yaml
 from declip.recipe.schema import Recipe
-from declip.reports.gallery import Confusions, Gallery, confusions, image_to_text, text_to_image
-from declip.reports.headline import changes, figures, lead, naming_rows, primary, retrieval_rows, share
-from declip.reports.run_curves import accuracy_curves, progress_curves, term_curves
-from declip.reports.thumbnails import Pictures, short
-from declip.reports.training_views import Neighbors, Seen, Wording, neighbors, views
-from declip.runs.records import Run, read_run
-from declip.supervision.nearest_neighbor import Queue
+from declip.reports.charts import Scores, score_chart, value_chart
+from declip.reports.gallery import Confusions, confusions, image_to_text, text_to_image
+from declip.reports.page import render, unbalanced, write
+from declip.reports.thumbnails import ThumbnailCache
+from declip.reports.training_views import Neighbors, ShownPair, TextLookup, neighbors, shown_pairs
+from declip.runs.folder import Evaluated, Run, read_run
+from declip.supervision.objective import TERMS, Objective
 
 NAME = "report.html"
-LIMIT = 4000  # held-out pairs that the galleries are made from
+LIMIT = 4000
+"""Held-out pairs that the galleries are made from."""
+
+COMPARED = ("top-1", "text → image R@1", "image → text R@1")
+"""Measures that are compared before and after fine-tuning."""
+
+PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False), "grad_norm": ("gradient norm", True)}
+"""Logged quantities besides the losses: their titles, and whether they are noisy."""
 
 T = TypeVar("T")
 
@@ -45,32 +45,32 @@ class ReportModel(Encoder, Protocol):
     tokenizer: CaptionTokenizer
 
 
-class Loader(Wording, Iterator[PairBatch], Protocol):
-    """What a report needs of a `PairLoader`: a batch, and which words a pair showed when."""
-
-
-class HasQueue(Protocol):
-    """An objective: its queue is None when the nearest-neighbor term has no weight."""
-
-    @property
-    def queue(self) -> Queue | None: ...
-
-
 @dataclass(frozen=True)
 class Absent:
-    """Why a section has nothing to show."""
+    """The reason why a section has nothing to show."""
 
     why: str
 
 
 @dataclass(frozen=True)
+class TitledChart:
+    """A chart, None when nothing finite was logged, with its title and, for a loss, its weight and chance level."""
+
+    title: str
+    svg: Markup | None
+    explanation: str = ""
+    weight: float | None = None
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
 class _HeldOut:
-    """A held-out set, its test split and that split encoded."""
+    """A held-out set, its test split and the features of that split."""
 
     dataset: Dataset
     source: PairSource
     features: SourceFeatures
-    pictures: Pictures
+    thumbnails: ThumbnailCache
     seed: int
 
     def generator(self) -> np.random.Generator:
@@ -85,110 +85,167 @@ def write_report(
     heldout: str | PairSource | Dataset | None = None,
     train_source: PairSource | None = None,
     plan: Plan | None = None,
-    loader: Loader | None = None,
-    objective: HasQueue | None = None,
+    loader: PairLoader | None = None,
+    objective: Objective | None = None,
     limit: int = LIMIT,
     seed: int = 0,
 ) -> Path:
-    """Write ``report.html`` into a run folder, of what there is: a run that is not finished gets a shorter one.
+    """Write ``report.html`` into a run folder; a run that is not finished gets a shorter one.
 
     Numbers and curves are read from the folder's files. A section whose input was not given says so.
 
     Args:
-        run_folder: Holds recipe.yaml, metrics.jsonl, evaluations.jsonl, skipped.json, as far as written.
-        model: Encodes the held-out pairs and the captions that look into the queue.
-        recipe: The run's recipe; by default the folder's recipe.yaml is read.
-        heldout: What the headline and the galleries are about; of a set, its test split. By default a source of the
-            recipe's evaluation that was measured already: the final ones first, and of those one with both protocols.
-        train_source: The training pairs.
+        model: Encodes the held-out pairs and the captions that are looked up in the queue.
+        recipe: By default the folder's recipe.yaml is read.
+        heldout: The set of the headline and the galleries; its test split is shown. By default a set of the recipe's
+            evaluation that was measured: a user's own before a built-in one, final ones before those during training.
         plan: The views of the training pairs.
         loader: The training loader; its next batch is shown.
-        objective: The run's objective; its queue is looked into if it has one.
-        limit: Held-out pairs that galleries and confusions are made from, evenly spaced; all if there are fewer.
-        seed: Chooses what is shown.
-
-    Returns:
-        The path of the report.
-
-    Raises:
-        UserError: there is no such folder, or it cannot be written to.
+        objective: Its queue is shown if it has one.
+        limit: Held-out pairs that galleries and confusions are made from, evenly spaced.
+        seed: Chooses the examples.
     """
     run = read_run(run_folder)
     recipe = recipe or _recipe_of(run)
     rng = np.random.default_rng(seed)
     held_out = _or_absent(lambda: _encode(model, _chosen(heldout, recipe, run), limit, seed))
-    on = primary(run, None if isinstance(held_out, Absent) else held_out.dataset.name)
-    content = _render(
-        run=run,
-        on=on,
-        set_names=short_names(row.result.on for row in run.evaluations),
-        recipe=recipe,
-        recipe_text=run.recipe or (recipe.to_yaml() if recipe else ""),
-        facts=_facts(run, recipe, model, train_source),
-        lead=lead(run, on),
-        figures=figures(run, on),
-        naming=naming_rows(run.last()),
-        retrieval=retrieval_rows(run.last()),
-        changes=changes(run),
-        terms=term_curves(run, recipe),
-        progress=progress_curves(run) if run.metrics else [],
-        accuracy=accuracy_curves(run),
-        held_out=held_out,
-        shown=_extent(held_out),
-        to_images=_and_then(held_out, _to_images),
-        to_texts=_and_then(held_out, _to_texts),
-        confused=_and_then(held_out, lambda each: _confused(model, each)),
+    shown = None if isinstance(held_out, Absent) else held_out
+    dataset = _headline_set(run, shown.dataset.name if shown else None)
+    content = render(
+        "run.html",
+        **numbers(run, recipe, dataset, objective),
+        recipe_text=run.recipe_text or (recipe.to_yaml() if recipe else ""),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        train_source=train_source,
+        held_out=shown,
+        to_images=_and_then(held_out, lambda set: text_to_image(set.features, set.thumbnails, set.generator())),
+        to_texts=_and_then(held_out, lambda set: image_to_text(set.features, set.thumbnails, set.generator())),
+        confused=_and_then(held_out, lambda set: _confused(model, set)),
         neighbors=_or_absent(lambda: _neighbors(model, recipe, objective, train_source, loader, rng)),
         views=_or_absent(lambda: _views(model, train_source, plan, loader, rng)),
-        unread=_unread(run),
-        credits=_credits(train_source, None if isinstance(held_out, Absent) else held_out.source),
+        credits=_credits(train_source, shown.source if shown else None),
     )
-    path = Path(run_folder) / NAME
-    with atomic_write(path) as beside:
-        beside.write_text(content, encoding="utf-8")
-    return path
+    return write(Path(run_folder) / NAME, content)
 
 
-def _render(**content: Any) -> str:
-    folder = resources.files("declip.reports") / "templates"
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["percent"] = share
-    environment.filters["short"] = short
-    return environment.from_string((folder / "report.html").read_text(encoding="utf-8")).render(
-        style=Markup((folder / "report.css").read_text(encoding="utf-8")),
-        version=metadata.version("declip"),
-        date=datetime.datetime.now().strftime("%d %B %Y, %H:%M"),
-        **content,
-    )
+def numbers(run: Run, recipe: Recipe | None, dataset: str | None, objective: Objective | None = None) -> dict[str, Any]:
+    """The numbers and curves of a run, for the template; `dataset` is the headline's."""
+    last = run.last()
+    zero_shot = [row for row in last if isinstance(row.result, ZeroShotResult)]
+    retrieval = [row for row in last if isinstance(row.result, RetrievalResult)]
+    return {
+        "run": run,
+        "recipe": recipe,
+        "dataset": dataset,
+        "set_names": short_names(row.result.dataset for row in run.evaluated),
+        "zero_shot": next((row.result for row in zero_shot if row.result.dataset == dataset), None),
+        "retrieval": next((row.result for row in retrieval if row.result.dataset == dataset), None),
+        "zero_shot_rows": [(row, unbalanced(row.result)) for row in zero_shot],  # type: ignore[arg-type]
+        "retrieval_rows": [(row, *direction) for row in retrieval for direction in directions(row)],
+        "changes": changes(run),
+        "losses": loss_charts(run, recipe, objective) if run.metrics else [],
+        "progress": progress_charts(run) if run.metrics else [],
+        "accuracy": accuracy_charts(run),
+        "skipped": sorted((run.skipped or {}).items(), key=lambda item: -item[1]["count"]),
+    }
+
+
+def directions(row: Evaluated) -> list[tuple[str, RecallAtK]]:
+    """Both directions of a retrieval result."""
+    assert isinstance(row.result, RetrievalResult)
+    return [("text → image", row.result.text_to_image), ("image → text", row.result.image_to_text)]
+
+
+def changes(run: Run) -> list[tuple[str, Measure, Measure]]:
+    """Measures before the first step and at the last evaluation, of every set that has both."""
+    before = {(row.result.dataset, row.result.task): row.result for row in run.evaluated if row.step == 0}
+    return [
+        (row.result.dataset, old, new)
+        for row in run.last()
+        if row.step > 0 and (start := before.get((row.result.dataset, row.result.task))) is not None
+        for old, new in zip(start.measures(), row.result.measures(), strict=True)
+        if old.name in COMPARED
+    ]
+
+
+def loss_charts(run: Run, recipe: Recipe | None, objective: Objective | None) -> list[TitledChart]:
+    """The total and each loss."""
+    charts = [TitledChart("total", _svg("total", run, "loss"), "The weighted sum, which training minimizes.")]
+    for name in run.terms:
+        term = TERMS.get(name)
+        title = term.title if term else name
+        weight = recipe.loss_weights.get(name) if recipe else None
+        own: Any = dict(objective.terms.items()).get(name) if objective else None
+        chance = own.chance(recipe.train.batch_size) if own and recipe else None
+        svg = _svg(title, run, f"losses.{name}")
+        charts.append(TitledChart(title, svg, term.explanation if term else "", weight, chance))
+    return charts
+
+
+def progress_charts(run: Run) -> list[TitledChart]:
+    """Learning rate, logit scale and gradient norm."""
+    return [TitledChart(title, _svg(title, run, name, noisy)) for name, (title, noisy) in PROGRESS.items()]
+
+
+def _svg(title: str, run: Run, column: str, noisy: bool = True) -> Markup | None:
+    chart = value_chart(title, run.steps, run.column(column), noisy)
+    return None if chart is None else chart.svg(f"chart-{column}")
+
+
+def accuracy_charts(run: Run) -> list[TitledChart]:
+    """Held-out accuracy over the steps, of everything that was measured more than once."""
+    charts = []
+    names = short_names(row.result.dataset for row in run.evaluated)
+    measured = dict.fromkeys((row.result.dataset, row.result.task) for row in run.evaluated)
+    for number, (dataset, task) in enumerate(measured):
+        rows = run.measured(task, dataset)
+        steps, last = [row.step for row in rows], rows[-1].result
+        if len(rows) < 2 or not isinstance(last, ZeroShotResult | RetrievalResult):
+            continue
+        every = [{measure.name: measure for measure in row.result.measures()} for row in rows]
+        shown = ("top-1", "top-5") if isinstance(last, ZeroShotResult) else COMPARED[1:]
+        lines = [Scores(name.removesuffix(" R@1"), steps, [each[name].value for each in every]) for name in shown]
+        chart = score_chart(lines, every[-1][shown[0]].chance)
+        title = "zero-shot classification" if isinstance(last, ZeroShotResult) else "retrieval, R@1"
+        charts.append(
+            TitledChart(title, chart.svg(f"accuracy-{number}"), f"{names[dataset]}, n = {last.measures()[0].n:,}")
+        )
+    return charts
+
+
+def _headline_set(run: Run, preferred: str | None) -> str | None:
+    """The preferred set if it was measured, else the last one measured, a user's own before a built-in one."""
+    names = sorted((row.result.dataset for row in run.evaluated), key=lambda name: not name.startswith("builtin:"))
+    return preferred if preferred in names else names[-1] if names else None
 
 
 def _recipe_of(run: Run) -> Recipe | None:
     """The recipe in the folder; None when there is none or it is of another version."""
     try:
-        tree = read_yaml(run.recipe)
-        return Recipe.model_validate(tree) if tree else None
-    except (ValidationError, yaml.YAMLError):
+        return run.recipe
+    except UserError:
         return None
 
 
 def _chosen(heldout: str | PairSource | Dataset | None, recipe: Recipe | None, run: Run) -> Dataset:
-    """The held-out set that the report is about; see `write_report`."""
+    """The set of the galleries; see `write_report`."""
     if heldout is not None:
         return open_dataset(heldout)
     names = _candidates(recipe) if recipe is not None else []
     if not names:
         raise UserError("The recipe names no source under `evaluation`, so there are no held-out pairs to show.")
-    measured = {row.result.on for row in run.evaluations}
+    measured = {row.result.dataset for row in run.evaluated}
     return open_dataset(next((name for name in names if name in measured), names[0]))
 
 
 def _candidates(recipe: Recipe) -> list[str]:
-    """Sources of the recipe's evaluation, those first that a report can say most about."""
+    """Sets of the recipe's evaluation: a user's own first, and of those the ones measured in both ways."""
     wanted = recipe.evaluation
     last = [name for name in wanted.final_zero_shot if name in wanted.final_retrieval]
     during = [name for name in wanted.zero_shot if name in wanted.retrieval]
     others = (*wanted.final_zero_shot, *wanted.zero_shot, *wanted.final_retrieval, *wanted.retrieval)
-    return list(dict.fromkeys((*last, *during, *others)))
+    names = dict.fromkeys((*last, *during, *others))
+    return sorted(names, key=lambda name: name.startswith("builtin:"))
 
 
 def _encode(model: Encoder, dataset: Dataset, limit: int, seed: int) -> _HeldOut:
@@ -197,15 +254,7 @@ def _encode(model: Encoder, dataset: Dataset, limit: int, seed: int) -> _HeldOut
     if len(places) > limit:
         places = np.linspace(0, len(source) - 1, limit).round().astype(np.int64)
     features = encode_source(model, source, indices=places.tolist())
-    return _HeldOut(dataset, source, features, Pictures(source), seed)
-
-
-def _to_images(held_out: _HeldOut) -> Gallery:
-    return text_to_image(held_out.features, held_out.pictures, held_out.generator())
-
-
-def _to_texts(held_out: _HeldOut) -> Gallery:
-    return image_to_text(held_out.features, held_out.pictures, held_out.generator())
+    return _HeldOut(dataset, source, features, ThumbnailCache(source), seed)
 
 
 def _confused(model: Encoder, held_out: _HeldOut) -> Confusions:
@@ -213,15 +262,15 @@ def _confused(model: Encoder, held_out: _HeldOut) -> Confusions:
     _, templates = read_templates(held_out.dataset.templates)
     classes = class_features(model, source.class_names, templates)
     labels = np.asarray(source.labels)[held_out.features.indices]
-    return confusions(held_out.features, labels, source.class_names, classes, held_out.pictures)
+    return confusions(held_out.features, labels, source.class_names, classes, held_out.thumbnails)
 
 
 def _neighbors(
     model: Encoder,
     recipe: Recipe | None,
-    objective: HasQueue | None,
+    objective: Objective | None,
     source: PairSource | None,
-    loader: Wording | None,
+    loader: TextLookup | None,
     rng: np.random.Generator,
 ) -> Neighbors:
     if objective is None:
@@ -234,25 +283,25 @@ def _neighbors(
         raise UserError("The training pairs were not at hand when this report was written.")
     if len(queue) == 0:
         raise UserError("The queue is still empty.")
-    found = neighbors(model, queue, source, loader, rng)
-    if found is None:
+    nearest = neighbors(model, queue, source, loader, rng)
+    if nearest is None:
         raise UserError("The queue's entries do not say which pairs they are, so their captions cannot be shown.")
-    return found
+    return nearest
 
 
 def _views(
     model: ReportModel,
     source: PairSource | None,
     plan: Plan | None,
-    loader: Loader | None,
+    loader: PairLoader | None,
     rng: np.random.Generator,
-) -> list[Seen]:
+) -> list[ShownPair]:
     if source is None or plan is None or loader is None:
         raise UserError("The training pairs were not at hand when this report was written.")
     batch = next(loader)
     if len(batch) == 0:
         raise UserError("The next batch holds no pair that can be read.")
-    return views(batch, source, plan, model.tokenizer, rng)
+    return shown_pairs(batch, source, plan, model.tokenizer, rng)
 
 
 def _or_absent(make: Callable[[], T]) -> T | Absent:
@@ -266,36 +315,7 @@ def _and_then(held_out: _HeldOut | Absent, make: Callable[[_HeldOut], T]) -> T |
     return held_out if isinstance(held_out, Absent) else _or_absent(lambda: make(held_out))
 
 
-def _extent(held_out: _HeldOut | Absent) -> str:
-    if isinstance(held_out, Absent):
-        return ""
-    used, whole = len(held_out.features), len(held_out.source)
-    part = "" if used == whole else f" of its {whole:,}"
-    return f"{used:,}{part} held-out pairs of {held_out.source.name}"
-
-
-def _facts(run: Run, recipe: Recipe | None, model: Encoder, source: PairSource | None) -> list[str]:
-    """What the run was, in a few words each."""
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    facts = [f"recipe {recipe.name}"] if recipe is not None else []
-    if source is not None:
-        facts.append(f"{len(source):,} pairs of {source.name}")
-    facts.append(f"{weights / 1e6:.1f} million weights")
-    if recipe is not None:
-        facts += [f"{recipe.image.model} at {recipe.image.size} px", f"seed {recipe.seed}"]
-        if run.step < recipe.train.steps:
-            facts.append(f"step {run.step:,} of {recipe.train.steps:,}: not finished")
-    return facts
-
-
 def _credits(*sources: PairSource | None) -> list[str]:
     """Who made the images that are shown, where the sources say so."""
-    given = (getattr(source, "credit", "") for source in sources if source is not None)
+    given = (source.credit for source in sources if source is not None)
     return list(dict.fromkeys(credit for credit in given if credit))
-
-
-def _unread(run: Run) -> list[tuple[str, int, str]]:
-    """What was left out: reason, count, a few examples."""
-    reasons = run.skipped or {}
-    ordered: Iterable[Any] = sorted(reasons.items(), key=lambda item: -item[1]["count"])
-    return [(reason, entry["count"], ", ".join(map(str, entry["examples"]))) for reason, entry in ordered]

@@ -1,4 +1,4 @@
-"""What training looked like from the inside: the pairs as the model sees them, and the neighbors it finds."""
+"""Examples from training: the views of a batch, and the neighbors of captions in the queue."""
 
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -14,14 +14,15 @@ from declip.data.pair import BrokenPair, PairSource
 from declip.data.plan import Plan
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.evaluation.encode import Encoder, text_features
-from declip.reports.thumbnails import Picture, Pictures, pixels
+from declip.reports.thumbnails import Thumbnail, ThumbnailCache, pixels
 from declip.supervision.nearest_neighbor import Queue
 
-SAMPLE = 512  # captions looked up for the shares
+SAMPLE = 512
+"""Captions looked up for the fractions."""
 
 
-class Wording(Protocol):
-    """What a report needs of a `PairLoader`: which words a pair showed when."""
+class TextLookup(Protocol):
+    """A `PairLoader`, as far as a report needs one: the text that a pair showed when."""
 
     def words(self, tag: int, view: int) -> str:
         """The text that the pair `tag` (epoch * len(source) + index) showed as text view 0 or 1."""
@@ -33,34 +34,32 @@ class Neighbor:
     """An entry of the queue near a caption: `same` says that its words are the query's."""
 
     words: str
-    picture: Picture | None
+    image: Thumbnail | None
     cosine: float
     same: bool
 
 
 @dataclass(frozen=True)
-class Looked:
-    """A caption that looked into the queue, with its image and what it found."""
+class LookedUp:
+    """A caption that was looked up in the queue, with its image and its neighbors."""
 
     words: str
-    picture: Picture | None
+    image: Thumbnail | None
     found: list[Neighbor]
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Captions and their neighbors in the queue.
+    """A few random captions and their neighbors in the queue, which holds `held` of at most `size` entries.
 
     Attributes:
-        rows: A few captions drawn at random; entries of the same pair are left out of what they found.
-        held: Entries in the queue.
-        size: Entries that it can hold.
-        sampled: Captions that the shares are of.
-        same_pair: Share of those whose very nearest entry is the same pair, from an earlier time.
-        same_words: Share whose nearest entry is another pair with the same words.
+        rows: Neighbors of the same pair are left out.
+        sampled: Number of captions that the fractions are of.
+        same_pair: Fraction whose nearest entry is the same pair, seen earlier.
+        same_words: Fraction whose nearest entry is another pair with the same words.
     """
 
-    rows: list[Looked]
+    rows: list[LookedUp]
     held: int
     size: int
     sampled: int
@@ -69,7 +68,7 @@ class Neighbors:
 
     @property
     def other(self) -> float:
-        """Share whose nearest entry has other words: what the term adds."""
+        """Fraction whose nearest entry has other words: what the loss adds."""
         return 1 - self.same_pair - self.same_words
 
 
@@ -83,11 +82,11 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ShownPair:
     """A pair as one batch showed it."""
 
-    original: Picture | None
-    views: list[Picture]
+    original: Thumbnail | None
+    views: list[Thumbnail]
     caption: list[Word]
     augmented: list[Word] | None
     masked: list[Word] | None
@@ -97,21 +96,15 @@ def neighbors(
     model: Encoder,
     queue: Queue,
     source: PairSource,
-    loader: Wording,
+    loader: TextLookup,
     rng: np.random.Generator,
     rows: int = 6,
     shown: int = 4,
 ) -> Neighbors | None:
-    """Look up training captions in the queue, as the nearest-neighbor term does.
+    """Look up random training captions in the queue, as the nearest-neighbor loss does.
 
     Args:
-        model: Encodes the captions.
         queue: Its tags are 2 · tag + view, where tag = epoch · len(source) + index.
-        source: The training pairs.
-        loader: Knows which words a tag showed.
-        rng: Chooses the captions.
-        rows: Captions shown.
-        shown: Neighbors for each, of different pairs.
 
     Returns:
         None when the queue holds no entry that can be named.
@@ -127,33 +120,25 @@ def neighbors(
     first = torch.cat([(part @ features.T).argmax(1) for part in texts.split(64)]).numpy()
     own = indices[first] == [index for index, _ in asked]
     same = np.array([_words(loader, tags[slot]) == words for slot, (_, words) in zip(first, asked, strict=True)])
-    pictures = Pictures(source)
+    thumbnails = ThumbnailCache(source)
     looked = [
-        Looked(words, pictures.at(index), _found(loader, pictures, features @ text, tags, (index, words), shown))
+        LookedUp(words, thumbnails.at(index), _found(loader, thumbnails, features @ text, tags, (index, words), shown))
         for (index, words), text in zip(asked[:rows], texts, strict=False)
     ]
     return Neighbors(looked, len(queue), queue.size, len(asked), float(own.mean()), float((same & ~own).mean()))
 
 
-def views(
+def shown_pairs(
     batch: PairBatch,
     source: PairSource,
     plan: Plan,
     tokenizer: CaptionTokenizer,
     rng: np.random.Generator,
     count: int = 4,
-) -> list[Seen]:
-    """Pairs of a batch as the towers get them: pixels un-normalized, token ids decoded.
+) -> list[ShownPair]:
+    """Random pairs of a batch as the towers get them: pixels un-normalized, token ids decoded.
 
     Pairs whose words were changed or masked come first, so that there is something to see.
-
-    Args:
-        batch: Of the training loader; its sample_ids say which pairs it holds.
-        source: The training pairs, for the originals.
-        plan: The statistics of the images.
-        tokenizer: Decodes.
-        rng: Chooses the pairs.
-        count: How many.
     """
     mean, std = torch.tensor(plan.mean), torch.tensor(plan.std)
     finished = apply_photometric(batch.views, mean, std)
@@ -163,13 +148,13 @@ def views(
     order = rng.permutation(len(batch))
     interest = ((hidden > 0).float() + changed)[torch.from_numpy(order)].numpy()
     chosen = order[np.argsort(-interest, kind="stable")][:count]
-    pictures = Pictures(source)
+    thumbnails = ThumbnailCache(source)
     seen = []
     for row in chosen.tolist():
         caption = _caption(tokenizer, batch.texts[0, row])
         seen.append(
-            Seen(
-                original=None if batch.sample_ids is None else pictures.at(int(batch.sample_ids[row]) % len(source)),
+            ShownPair(
+                original=None if batch.sample_ids is None else thumbnails.at(int(batch.sample_ids[row]) % len(source)),
                 views=[
                     pixels(view[row].float().numpy(), f"View {number} of: {caption}")
                     for number, view in enumerate(images, 1)
@@ -185,29 +170,34 @@ def views(
 
 
 def _found(
-    loader: Wording, pictures: Pictures, cosines: Tensor, tags: np.ndarray, asked: tuple[int, str], shown: int
+    loader: TextLookup,
+    thumbnails: ThumbnailCache,
+    cosines: Tensor,
+    tags: np.ndarray,
+    asked: tuple[int, str],
+    shown: int,
 ) -> list[Neighbor]:
     """The nearest entries of other pairs than the one that asks, each pair once."""
     own, words = asked
     found: list[Neighbor] = []
     met = {own}
     for slot in cosines.argsort(descending=True).tolist():
-        index = int(tags[slot]) // 2 % len(pictures.source)
+        index = int(tags[slot]) // 2 % len(thumbnails.source)
         if index not in met:
             met.add(index)
             entry = _words(loader, tags[slot])
-            found.append(Neighbor(entry, pictures.at(index), float(cosines[slot]), entry == words))
+            found.append(Neighbor(entry, thumbnails.at(index), float(cosines[slot]), entry == words))
         if len(found) == shown:
             break
     return found
 
 
-def _words(loader: Wording, queue_tag: int) -> str:
+def _words(loader: TextLookup, queue_tag: int) -> str:
     return loader.words(int(queue_tag) // 2, int(queue_tag) % 2)
 
 
 def _readable(source: PairSource, indices: np.ndarray) -> list[tuple[int, str]]:
-    """Places with their first captions, without those that are broken."""
+    """Indices with their first captions, without broken pairs."""
     found = []
     for index in indices.tolist():
         try:

@@ -1,8 +1,8 @@
-"""Checkpoints: everything that a run needs to go on bit for bit, written so that no crash can leave half of one.
+"""Checkpoints: everything that a run needs to resume bit-exactly, written so that no crash can leave half of one.
 
-A checkpoint is a folder ``step-00000500`` with two safetensors files (weights, and everything else that is a tensor)
-and a JSON file, which holds their SHA-256 and its own. It is written beside and renamed. Nothing in it can run code
-when it is read. `declip.training.checkpoint_writer` writes them while training goes on.
+A checkpoint is a folder ``step-00000500`` with two safetensors files (weights, and all other tensors) and a JSON file,
+which holds their SHA-256 and its own. It is written under another name and renamed; ``last`` leads to the newest.
+Nothing in it can run code when it is read. `CheckpointWriter` writes in a thread while training continues.
 """
 
 import copy
@@ -12,34 +12,42 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from declip.io.atomic import remove, save_tensors
 from declip.errors import UserError
+from declip.io.atomic import remove, save_tensors, sha256
 
 log = logging.getLogger("declip")
+Where = TypeVar("Where", str, Path)
 
-WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
+WEIGHTS, TRAINING, STATE, LAST = "model.safetensors", "training.safetensors", "state.json", "last"
 NAME = re.compile(r"step-(\d{8,})")
 
-KINDS: Mapping[str, type] = {"step": int, "recipe": str, "extra": dict, "sha256": dict}
-"""What state.json holds; beside it stands its own "digest", which checkpoints of the first version lack."""
+KINDS: Mapping[str, type] = {"step": int, "recipe": str, "extra": dict, "sha256": dict, "digest": str}
+"""Keys of state.json; "digest" is the checksum of the others."""
 
 MOST_STATE = 64 << 20
-"""Bytes. A longer state.json is none; real ones have a few thousand."""
+"""Bytes. A longer state.json is refused; real ones have a few thousand."""
+
+OLD_LAYOUT = (
+    "It was written by an earlier version of declip with other recipe keys and tensor names. Train anew, or export it "
+    "with that version (declip export RUN --to safetensors) and start from the file with finetune.pretrained."
+)
 
 
 @dataclass
 class Checkpoint:
-    """What is kept.
+    """The state of a run after a step.
 
     Attributes:
         step: Number of steps done.
@@ -57,34 +65,37 @@ class Checkpoint:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+def is_old_layout(recipe: str) -> bool:
+    """Whether a recipe's text has the keys of the versions before loss_weights."""
+    return re.search(r"^weights:", recipe, re.MULTILINE) is not None
+
+
 def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Path of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
+    """Complete checkpoints of a run, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def snapshot(checkpoint: Checkpoint, into: Checkpoint | None = None) -> Checkpoint:
-    """Copy a checkpoint into host memory, bit for bit, each tensor into contiguous memory of its own.
+    """Copy a checkpoint into host memory, each tensor into contiguous memory of its own.
 
     Args:
         checkpoint: Tensors on any devices; those of a CUDA device go to page-locked memory, with one wait for all.
         into: An earlier snapshot that is no longer needed; its memory is used again where names and shapes agree.
-
-    Returns:
-        The copy; nothing that happens to `checkpoint` changes it.
     """
-    kept = Checkpoint(
-        checkpoint.step,
-        _host_copies(checkpoint.weights, into.weights if into else {}),
-        _host_copies(checkpoint.training, into.training if into else {}),
-        checkpoint.recipe,
-        copy.deepcopy(checkpoint.extra),
-    )
+    weights = _host_copies(checkpoint.weights, into.weights if into else {})
+    training = _host_copies(checkpoint.training, into.training if into else {})
+    kept = replace(checkpoint, weights=weights, training=training, extra=copy.deepcopy(checkpoint.extra))
     tensors = (*checkpoint.weights.values(), *checkpoint.training.values())
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
@@ -97,14 +108,9 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
-    """Write a snapshot beside, flush it to the disk, read it back, rename it, and remove all but the newest `keep`.
+    """Write a snapshot under another name, flush it, read it back, rename it, and remove all but the newest `keep`.
 
     Checkpoints of later steps stay and do not count: the run went back before them because they are damaged.
-
-    Args:
-        run: The run folder.
-        kept: What `snapshot` gave.
-        keep: How many stay, at least 1.
 
     Raises:
         UserError: no space left or no permission, or the disk gives back something else; earlier checkpoints are
@@ -118,16 +124,16 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         partial.mkdir(parents=True)
         save_tensors(kept.weights, partial / WEIGHTS)
         save_tensors(kept.training, partial / TRAINING)
-        digests = {name: _digest(partial / name) for name in (WEIGHTS, TRAINING)}
+        digests = {name: sha256(partial / name) for name in (WEIGHTS, TRAINING)}
         state = {"step": kept.step, "recipe": kept.recipe, "extra": kept.extra, "sha256": digests}
         (partial / STATE).write_text(_with_digest(state), encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             _flush(path)
-        _read_state(partial)
-        _check(partial, digests)
+        _check(partial, _read_state(partial)["sha256"])
         if final.exists():
             final.rename(aside)
         partial.rename(final)
+        _point_to(final)
         _flush(final.parent)
         _flush(run)
     except Exception as error:  # safetensors reports a full disk by an error class of its own
@@ -138,35 +144,117 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         newest = f"The newest one there is {older[-1]}." if older else "There is no earlier one."
         raise UserError(
             f"Cannot write the checkpoint {final}: {str(error).rstrip('.')}. {newest} "
-            "Make room or choose another folder with --out, then go on with --resume."
+            "Make room or choose another folder with --out, then continue with --resume."
         ) from error
     remove(aside)
-    older = [path for path in list_checkpoints(run) if _step(path) <= kept.step]
+    older = [path for path in list_checkpoints(run) if step_of(path) <= kept.step]
     for old in older[: -max(keep, 1)]:
         _remove_whole(old)
     return final
 
 
+class CheckpointWriter:
+    """Writes checkpoints in a thread, so that training waits for a copy in memory and not for the disk.
+
+    At most one write is under way. One copy of the checkpoint stays in host memory and is used again each time.
+    Writing and hashing release Python's global lock. Python waits for the thread before it exits, so that a normal end
+    loses nothing.
+    """
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._run, self._keep = run, keep
+        self._memory: Checkpoint | None = None
+        self._thread: Thread | None = None
+        self._failed: Exception | None = None
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Copy a checkpoint into host memory and start to write it, after the one before is written.
+
+        Raises:
+            UserError: the one before could not be written; the new one is not written then.
+        """
+        self.wait()
+        self._memory = snapshot(checkpoint, self._memory)
+        self._thread = Thread(target=self._save, args=(self._memory,), name=f"checkpoint {checkpoint.step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            UserError: it could not be written; see `write_snapshot`. It is raised once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
+
+    def close(self) -> None:
+        """Wait for the disk and free the memory; another `write` may follow."""
+        try:
+            self.wait()
+        finally:
+            self._memory = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except UserError as failed:
+            if error is None:
+                raise
+            log.error("%s", failed)  # the error that ended the block matters more
+
+    def _save(self, kept: Checkpoint) -> None:
+        try:
+            write_snapshot(self._run, kept, self._keep)
+        except Exception as error:  # the training thread raises it
+            self._failed = error
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint and check it against its checksums.
+    """Read a checkpoint, or ``checkpoints/last``, and check it against its checksums.
 
     Raises:
-        UserError: not a checkpoint, or damaged: the file is named.
+        UserError: not a checkpoint, or damaged: the file is named; or of an earlier version.
     """
+    folder = resolve_last(folder)
     try:
         state = _read_state(folder)
+        if is_old_layout(state["recipe"]):
+            raise UserError(f"The checkpoint {folder} cannot be read. {OLD_LAYOUT}")
         _check(folder, state["sha256"])
-        return Checkpoint(
-            step=state["step"],
-            weights=load_file(folder / WEIGHTS),
-            training=load_file(folder / TRAINING),
-            recipe=state["recipe"],
-            extra=state["extra"],
-        )
+        weights, training = load_file(folder / WEIGHTS), load_file(folder / TRAINING)
+        return Checkpoint(state["step"], weights, training, state["recipe"], state["extra"])
     except UserError:
         raise
     except (OSError, ValueError, RecursionError, MemoryError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint: {error or type(error).__name__}.") from error
+        raise UserError(f"{folder} is not a complete checkpoint: {error or type(error).__name__}.") from error
+
+
+def resolve_last(where: Where) -> Where:
+    """Follow a pointer file ``checkpoints/last`` to the checkpoint that it names; other paths and names stay."""
+    path = Path(where)
+    if path.name != LAST or not path.is_file() or path.stat().st_size > 100:
+        return where
+    name = path.read_text(encoding="utf-8", errors="replace").strip()
+    return type(where)(path.parent / name) if NAME.fullmatch(name) else where
+
+
+def _point_to(checkpoint: Path) -> None:
+    """Let ``last`` lead to a checkpoint: a relative link, or a file with its name where links are not possible."""
+    partial = checkpoint.with_name(f"{LAST}.partial")
+    with suppress(OSError):  # the checkpoint itself is complete
+        partial.unlink(missing_ok=True)
+        try:
+            partial.symlink_to(checkpoint.name)
+        except OSError:
+            partial.write_text(checkpoint.name, encoding="utf-8")
+        partial.replace(checkpoint.with_name(LAST))
 
 
 def newest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -191,58 +279,8 @@ def part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments and step counts by parameter name; rates and decay come from the recipe."""
-    names = _parameters(optimizer)
-    state = {name: optimizer.state[parameter] for name, parameter in names.items() if parameter in optimizer.state}
-    return {f"{name}.{moment}": tensor for name, values in state.items() for moment, tensor in values.items()}
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    place: Callable[[Tensor, Tensor], Tensor] = lambda _, tensor: tensor,
-) -> None:
-    """Put the moments back.
-
-    Args:
-        optimizer: Its groups hold the "names" of their parameters, see `build_optimizer`.
-        tensors: As `optimizer_tensors` gives them, whole; or by the parameter's number in the order of the groups, as
-            the first version wrote them.
-        place: Gives a moment the layout of its parameter.
-
-    Raises:
-        UserError: a moment belongs to no parameter, or has another shape than its parameter.
-    """
-    parameters = _parameters(optimizer)
-    numbers = {name: number for number, name in enumerate(parameters)}
-    by_number = {str(number): name for name, number in numbers.items()}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, moment = key.rsplit(".", 1)
-        name = by_number.get(name, name)
-        parameter = parameters.get(name)
-        shape = "nothing" if parameter is None else tuple(parameter.shape)
-        if parameter is None or (moment != "step" and tensor.shape != parameter.shape):
-            raise UserError(
-                f"The checkpoint's moment '{key}' has shape {tuple(tensor.shape)}, and the optimizer has {shape} under "
-                "that name: the checkpoint is of another model. Start a run in another folder with --out."
-            )
-        state.setdefault(numbers[name], {})[moment] = place(parameter, tensor)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The parameters by name, in the order of the groups, by which torch counts them."""
-    return {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-    }
-
-
 def _host_copies(tensors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory, of which those from a CUDA device may still be under way."""
+    """Copy to host memory; copies from a CUDA device may still be under way."""
     copies = {}
     for name, tensor in tensors.items():
         host = memory.get(name)
@@ -253,7 +291,7 @@ def _host_copies(tensors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) ->
 
 
 def _with_digest(state: Mapping[str, Any]) -> str:
-    """The text of state.json: its digest is that of the text without the digest."""
+    """Word state.json; its digest is that of the text without the digest."""
     digest = hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
     return json.dumps({**state, "digest": digest}, indent=1)
 
@@ -265,33 +303,27 @@ def _read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"The checkpoint file {path} is damaged: it is longer than {MOST_STATE:,} bytes.")
     text = path.read_bytes().decode("utf-8")
     state = json.loads(text)
-    known = isinstance(state, dict) and state.keys() - {"digest"} == KINDS.keys()
+    known = isinstance(state, dict) and state.keys() == KINDS.keys()
     if not known or any(type(state[name]) is not kind for name, kind in KINDS.items()) or state["step"] < 0:
         raise UserError(f"The checkpoint file {path} is damaged: it does not hold {', '.join(KINDS)} and only these.")
-    if "digest" in state and text != _with_digest({name: state[name] for name in KINDS}):
+    if text != _with_digest({name: state[name] for name in KINDS if name != "digest"}):
         raise UserError(f"The checkpoint file {path} is damaged: its checksum does not match.")
     return state
 
 
 def _check(folder: Path, digests: Mapping[str, Any]) -> None:
-    """Compare both files of tensors with their digests."""
     if digests.keys() != {WEIGHTS, TRAINING}:
         raise UserError(f"The checkpoint file {folder / STATE} is damaged: it has not one checksum for each file.")
     for name, expected in digests.items():
-        if _digest(_plain_file(folder / name)) != expected:
+        if sha256(_plain_file(folder / name)) != expected:
             raise UserError(f"The checkpoint file {folder / name} is damaged: its checksum does not match.")
 
 
 def _plain_file(path: Path) -> Path:
-    """Refuse what is no file: a pipe or a device would be read for ever."""
+    """Refuse a pipe or a device: reading it would not end."""
     if not path.is_file():
-        raise UserError(f"{path.parent} is not a whole checkpoint: there is no file {path.name}.")
+        raise UserError(f"{path.parent} is not a complete checkpoint: there is no file {path.name}.")
     return path
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_whole(folder: Path) -> None:
@@ -304,12 +336,8 @@ def _remove_whole(folder: Path) -> None:
     remove(aside)
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
 def _flush(path: Path) -> None:
-    """Wait until it is on the disk; what reads a file next reads it from there, where the system can be told so."""
+    """Wait until a file or folder is on the disk, and drop it from the page cache: it is next read from the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,1 +1,1 @@
-"""Seeing and using a model: vectors of pictures in an index, and searching it."""
+"""An index of images, and searching it."""

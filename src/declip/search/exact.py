@@ -6,36 +6,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2 << 20
-"""Of a block of vectors in float32: small enough to stay in a core's cache from its conversion to its product."""
+BLOCK_BYTES = 2 << 20  # float32 bytes of a block, which stays in a core's cache between conversion and product
 
 
-class Block(NamedTuple):
-    """Vectors to search.
-
-    Attributes:
-        ids: (rows,) int64.
-        vectors: (rows, d), any float type.
-        dead: (rows,) bool, what no search finds; None where all is alive.
-    """
+class VectorBlock(NamedTuple):
+    """Vectors to search: ids (rows,) int64, vectors (rows, d) of any float type, and bool (rows,) for hidden rows."""
 
     ids: Tensor
     vectors: Tensor
     dead: Tensor | None = None
 
 
-def nearest(queries: Tensor, blocks: Sequence[Block], k: int) -> tuple[Tensor, Tensor]:
-    """Find the vectors with the largest products.
+def nearest(queries: Tensor, blocks: Sequence[VectorBlock], k: int) -> tuple[Tensor, Tensor]:
+    """Find the vectors with the largest products, taken in float32 whatever the vectors' type.
 
-    Each product is taken in float32, whatever the vectors' type. The plain loop::
+    The plain loop::
 
         scores = [(q @ vector, id) for ids, vectors in blocks for id, vector in zip(ids, vectors) if alive]
         sorted(scores, key=lambda pair: (-pair[0], pair[1]))[:k]
 
     Args:
         queries: (n, d) float32.
-        blocks: Where to search.
-        k: How many, at most.
 
     Returns:
         Ids (n, k') int64 and scores (n, k') float32, the best first, where k' is `k` or the number of live vectors
@@ -44,7 +35,7 @@ def nearest(queries: Tensor, blocks: Sequence[Block], k: int) -> tuple[Tensor, T
     n, d = queries.shape
     rows = max(1, BLOCK_BYTES // (4 * d))
     buffer = torch.empty(rows, d)
-    best = [(torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0))]
+    best = (torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0))
     for ids, vectors, dead in blocks:
         scores = torch.empty(n, len(vectors))
         for start in range(0, len(vectors), rows):
@@ -55,18 +46,17 @@ def nearest(queries: Tensor, blocks: Sequence[Block], k: int) -> tuple[Tensor, T
         if dead is not None:
             scores.masked_fill_(dead, -torch.inf)
         top = scores.topk(min(k, scores.shape[1]))
-        best = [merged([*best, (ids[top.indices], top.values)], k)]
-    return best[0]
+        best = merge([best, (ids[top.indices], top.values)], k)
+    return best
 
 
-def merged(found: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The best of several answers to the same queries; equal scores are ordered by id, dead ones are dropped.
+def merge(answers: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The best k of several answers to the same queries; equal scores are ordered by id, dead rows are dropped.
 
     Args:
-        found: Ids (n, any) int64 and scores (n, any) float32 of each.
-        k: How many, at most.
+        answers: Ids (n, any) int64 and scores (n, any) float32 of each.
     """
-    ids, scores = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+    ids, scores = (torch.cat(tensors, dim=1) for tensors in zip(*answers, strict=True))
     by_id = ids.argsort(dim=1, stable=True)
     order = by_id.gather(1, scores.gather(1, by_id).argsort(dim=1, descending=True, stable=True))[:, :k]
     ids, scores = ids.gather(1, order), scores.gather(1, order)

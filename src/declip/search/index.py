@@ -1,47 +1,52 @@
-"""An index of pictures: searched by text, by picture or both, and changed without being made anew."""
+"""An index of images: searched by text, by image or both, and changed without embedding again."""
 
+import hashlib
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from declip.data.checks import check_range
-from declip.data.pair import PairSource
+from declip.data.images.decode import decode
+from declip.data.pair import BrokenPair, PairSource, printable
+from declip.data.sources.image_source import ImageSource
 from declip.data.sources.origin import Origin
-from declip.errors import UserError, unknown
-from declip.evaluation.encode import Encoder
-from declip.interchange.load import load
-from declip.search import maintenance
-from declip.search.approximate import ApproximateSearch, import_faiss
-from declip.search.encoding import caption_encoder, fingerprint, query_vector
+from declip.errors import UserError, check_range, unknown
+from declip.evaluation.encode import Encoder, measuring, text_features
+from declip.evaluation.feature_cache import model_hash
+from declip.evaluation.zero_shot import class_features, read_templates
+from declip.interchange.read import load
+from declip.io.text import percent
+from declip.search.approximate import ApproximateSearch, import_faiss, refresh, without_hidden
 from declip.search.exact import nearest
-from declip.search.manifest import Approximate, Manifest
-from declip.search.parts import Row
-from declip.search.pictures import Pictures
-from declip.search.store import Over, Store
+from declip.search.manifest import ApproximateEntry, Manifest, Over, Precision, locked_index
+from declip.search.store import IndexedImage, Store, write_part
 
 log = logging.getLogger("declip")
 
-MOST = 10_000
-"""Results of a search at most."""
+MOST = 10_000  # results of a search at most
+PROBE = "a photo of two red apples, and a dog"  # the token ids of this text distinguish two tokenizers
+SHORTEST = 1e-6  # length of a weighted sum of two unit vectors below which they cancel
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found.
+    """A search result.
 
     Attributes:
-        id: Its row's, for `Index.picture`, `Index.neighbors` and `Index.vectors`.
-        key: What the source calls it.
-        score: The cosine of its vector and the query's.
-        captions: None or more.
-        place: In the source, when it was embedded.
+        id: For `Index.image`, `Index.neighbors` and `Index.vectors`.
+        key: The source's name of the image.
+        score: Cosine of the image's vector and the query.
+        place: Number of the image in the source when it was embedded.
         origin: Its file or shard, with offset and size in bytes.
     """
 
@@ -58,7 +63,7 @@ class Hit:
         return self.captions[0] if self.captions else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """The hit as plain data."""
         place = {"place": self.place, "path": self.origin.path, "offset": self.origin.offset, "size": self.origin.size}
         return {"id": self.id, "key": self.key, "score": self.score, "captions": list(self.captions), **place}
 
@@ -67,14 +72,13 @@ class Index:
     """An index as `declip.embed` writes it.
 
     Args:
-        folder: Where it is.
         model: The model that made it, or what `declip.load` opens; None loads the one that the manifest names.
-        source: Where the pictures are now, if not where the manifest says.
+        source: Where the images are now, if not where the manifest says.
         device: Where a model is loaded to.
-        check: As `Store` has it.
+        check: Whether to check the parts' checksums; None does up to 2 GB.
 
     Raises:
-        UserError: There is no index, it is damaged, or it is of a newer version.
+        UserError: There is no index, it is damaged, or it is of another layout.
     """
 
     def __init__(
@@ -87,13 +91,12 @@ class Index:
         check: bool | None = None,
     ) -> None:
         self.folder = Path(folder).expanduser()
-        self._given, self._device = model, device
+        self._given_model, self._given_source, self._device = model, source, device
         self._store = Store(self.folder, check)
-        self._pictures = Pictures(self.manifest.source, source)
         update = self.manifest.update
         if update is not None and not update.finished:
             log.warning(
-                "The index '%s' is unfinished: %s of %s images were read. The same `declip embed` goes on.",
+                "The index '%s' is unfinished: %s of %s images were read. The same `declip embed` continues.",
                 self.folder,
                 f"{update.done:,}",
                 f"{update.total:,}",
@@ -101,33 +104,29 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | Path, **options: Any) -> "Index":
-        """Open an index; arguments as the class has them."""
+        """Open an index; the options are the arguments of the class."""
         return cls(folder, **options)
 
     def __len__(self) -> int:
-        """Images that a search can find."""
+        """Number of images that a search can find."""
         return len(self._store.live)
 
     @property
     def manifest(self) -> Manifest:
-        """What the index says of itself."""
+        """The index's manifest."""
         return self._store.manifest
 
     @property
     def ids(self) -> np.ndarray:
-        """(n,) int64, of the images that a search can find, rising."""
+        """(n,) int64, rising, of the images that a search can find."""
         return self._store.ids[self._store.live]
 
     @cached_property
     def model(self) -> Encoder:
-        """The model that made the index.
-
-        Raises:
-            UserError: It can't be loaded, or is another one.
-        """
+        """The model that made the index; raises `UserError` where it cannot be loaded, or is another one."""
         made_by = self.manifest.model
-        given = made_by.spec if self._given is None else self._given
-        if isinstance(given, str) and not given:
+        given = made_by.spec if self._given_model is None else self._given_model
+        if given == "":
             raise UserError(
                 "The index was made by a model that was a Python object. Open it with model=, or search with --model."
             )
@@ -148,8 +147,29 @@ class Index:
         weights: tuple[float, float] = (1.0, 1.0),
         template: str | None = None,
     ) -> Tensor:
-        """(d,) float32 of length 1, the vector of a text, a picture, or both: see `encoding.query_vector`."""
-        return query_vector(self.model, text, image, weights, template)
+        """(d,) float32 of length 1, the vector of a text, an image, or both; arguments as for `search`."""
+        vectors = []
+        if text is not None:
+            if not text.strip():
+                raise UserError("The text to search for is empty. Give some words, or an image with --image.")
+            templates = ["{}"] if template is None else read_templates(template)[1]
+            vectors.append(class_features(self.model, [text.strip()], templates)[0])
+        if image is not None:
+            if not isinstance(image, Image.Image):
+                try:
+                    image = decode(Path(image).expanduser(), str(image))
+                except BrokenPair as broken:
+                    raise UserError(f"The image to search for cannot be used: {broken}.") from broken
+            with measuring(self.model):
+                pixels = self.model.preprocess([image.convert("RGB")])
+            vectors.append(image_vectors(self.model, pixels, "fp32")[0])
+        if not vectors:
+            raise UserError("There is nothing to search for. Give a text, an image (--image FILE), or both.")
+        if len(vectors) == 1:
+            return vectors[0]
+        if len(weights) != 2 or not all(map(math.isfinite, weights)):
+            raise UserError(f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3.")
+        return mix(vectors[0], vectors[1], weights)
 
     def search(
         self,
@@ -162,34 +182,29 @@ class Index:
         over: Over = "images",
         exact: bool | None = None,
     ) -> list[Hit]:
-        """Find pictures by a text, a picture, or both.
+        """Find images by a text, an image, or both.
 
         Args:
-            text: What to look for.
-            image: A picture, or its file.
-            weights: Of text and picture, where both are given.
-            template: A sentence with ``{}`` for the text, or a shipped template set's name.
-            k: How many, at most.
-            over: "images" compares with the pictures' vectors; "captions" with their captions', where the index has
-                them.
+            image: An image, or its file.
+            weights: Weights of text and image, where both are given: the query is the normalized weighted sum of their
+                unit vectors. A negative weight searches for images unlike it.
+            template: A sentence with ``{}`` for the text, or a shipped template set's name: then the mean over it.
+            k: Number of results, at most.
+            over: "images" compares with the vectors of the images, "captions" with those of their captions.
             exact: True for exact search; None takes the approximate index where there is one.
 
         Returns:
             The nearest, the best first.
 
         Raises:
-            UserError: Nothing to search for, a picture that can't be read, `k` out of its range, or another model.
+            UserError: No query, an image that cannot be read, `k` out of its range, or another model.
         """
         check_range("k", k, 1, MOST)
         ids, scores = self.nearest(self.query(text, image, weights, template)[None], k, over=over, exact=exact)
         return self._hits(ids[0], scores[0])
 
     def neighbors(self, id: int, k: int = 10, *, exact: bool | None = None) -> list[Hit]:
-        """The pictures most like one of the index, without itself.
-
-        Raises:
-            UserError: There is no such id, or `k` is out of its range.
-        """
+        """The images most like one of the index, without itself."""
         check_range("k", k, 1, MOST)
         ids, scores = self.nearest(self.vectors([id]), k + 1, exact=exact)
         others = ids[0] != id
@@ -202,15 +217,9 @@ class Index:
 
         Args:
             queries: (n, d) float32 of length 1.
-            k: How many, at most.
-            over: As `search` has it.
-            exact: As `search` has it.
 
         Returns:
             Ids (n, k') int64 and cosines (n, k') float32, the best first.
-
-        Raises:
-            UserError: `over` is something else, or captions have no vectors here.
         """
         if over not in ("images", "captions"):
             raise unknown("place to search", over, ("images", "captions"))
@@ -218,90 +227,124 @@ class Index:
             return self._approximate.nearest(queries, k)
         return nearest(queries, self._store.blocks(over), k)
 
-    def row(self, id: int) -> Row:
-        """An image of the index; raises `UserError` where there is no such id."""
+    def row(self, id: int) -> IndexedImage:
+        """An image's key, captions and origin; raises `UserError` where there is no such id."""
         return self._store.row(int(self._store.positions([id])[0]))
 
     def vectors(self, ids: Sequence[int] | np.ndarray, over: Over = "images") -> Tensor:
-        """(n, d) float32, the vectors of images, or of their captions: zeros where an image has none.
-
-        Raises:
-            UserError: An id is not there, or captions have no vectors here.
-        """
+        """(n, d) float32, the vectors of images, or of their captions: zeros where an image has none."""
         return self._store.vectors(self._store.positions(ids), over)
 
     def keys(self) -> list[str]:
-        """The key of each image in the order of `ids`; more than one may have it."""
-        return self._store.keys()
+        """The key of each image in the order of `ids`; several images may share one."""
+        keys = self._store.column("key")
+        return [keys[position] for position in self._store.live.tolist()]
 
     def captions(self) -> list[str]:
         """The first caption of each image in the order of `ids`, empty where it has none."""
-        return self._store.first_captions()
+        captions = self._store.column("captions")
+        return [captions[position][0] if captions[position] else "" for position in self._store.live.tolist()]
 
-    def picture(self, id: int) -> Image.Image:
-        """An image's picture, read from the source now; RGB and upright.
+    def image(self, id: int) -> Image.Image:
+        """Read an image from the source, RGB and upright.
+
+        Only what the source itself lists is read, by the row's key: no path in the index is ever opened.
 
         Raises:
-            UserError: There is no such id, or its picture is not in the source any more or can't be read.
+            UserError: There is no such id, or its image has left the source or cannot be read.
         """
-        return self._pictures.open(self.row(id))
+        return self._read(self.row(id))
 
     def remove(self, keys: Sequence[str]) -> int:
-        """Hide images, at once and from later calls of `embed`; see `maintenance.remove`."""
-        return self._changed(maintenance.remove(self.folder, keys))
+        """Hide images by key, now and from later calls of `embed`; returns the number of hidden rows.
+
+        Raises:
+            UserError: A key is not in the index (nothing is hidden then), or it cannot be written.
+        """
+        with self._changing() as store:
+            ids = store.ids_of(keys) - set(store.ids[store.dead].tolist())
+            store.manifest.removed = sorted({*store.manifest.removed, *ids})
+        return len(ids)
 
     def restore(self, keys: Sequence[str]) -> int:
-        """Undo `remove`; see `maintenance.restore`."""
-        return self._changed(maintenance.restore(self.folder, keys))
+        """Undo `remove`; rows that were compacted meanwhile come back with the next `embed`.
+
+        Returns:
+            The number of rows that were brought back, or will be.
+        """
+        with self._changing() as store:
+            manifest = store.manifest
+            compacted = set(keys) & set(manifest.excluded)
+            ids = store.ids_of([key for key in keys if key not in compacted]) & set(manifest.removed)
+            manifest.removed = sorted(set(manifest.removed) - ids)
+            manifest.excluded = [key for key in manifest.excluded if key not in compacted]
+        return len(ids) + len(compacted)
 
     def compact(self) -> int:
-        """Drop hidden rows from the disk; see `maintenance.compact`. Returns the bytes freed."""
-        return self._changed(maintenance.compact(self.folder))
+        """Write the parts again without hidden rows; ids stay. Returns the bytes freed."""
+        with self._changing(check=True) as store:
+            manifest, before = store.manifest, store.manifest.size
+            dropped = {store.row(at).key for at in np.flatnonzero(np.isin(store.ids, manifest.removed)).tolist()}
+            parts = [
+                write_part(self.folder, number, batch)
+                for number, batch in enumerate(store.live_batches(), manifest.next_part)
+            ]
+            if manifest.approximate is not None:
+                manifest.approximate = without_hidden(store, manifest.approximate)
+            manifest.parts, manifest.removed, manifest.gone = parts, [], []
+            manifest.excluded = sorted({*manifest.excluded, *dropped})
+        return before - manifest.size
 
-    def approximate(self) -> Approximate:
+    def approximate(self) -> ApproximateEntry:
         """Make the approximate index, or bring it up to date, and measure its recall; needs faiss."""
         import_faiss()
-        return self._changed(maintenance.make_approximate(self.folder, caption_encoder(self.model)))
+        encode = text_encoder(self.model)
+        with self._changing() as store:
+            return refresh(store, encode)
 
     def summary(self) -> str:
-        """What is in the index and what was left out, in a line each."""
+        """The contents of the index, and what was left out, a line each."""
         manifest = self.manifest
         size = sum(part.bytes for part in manifest.parts)
         lines = [f"{len(self):,} images, {manifest.dimension} numbers each in {manifest.dtype}, {size / 1e6:,.1f} MB"]
-        if manifest.update is not None:
-            for said, state in (("Left out", "skipped"), ("Without caption", "uncaptioned")):
-                for reason, row in getattr(manifest.update, state)["reasons"].items():
-                    if state == "uncaptioned" and row["count"] == len(self):
-                        lines.append(f"{said}: all of them")
+        if (update := manifest.update) is not None:
+            for title, state in (("Left out", update.skipped), ("Without caption", update.uncaptioned)):
+                for reason, row in state["reasons"].items():
+                    if state is update.uncaptioned and row["count"] == len(self):
+                        lines.append(f"{title}: all of them")
                         continue
-                    lines.append(f"{said}: {row['count']:,} × {reason}, such as {', '.join(row['examples'])}")
+                    lines.append(f"{title}: {row['count']:,} × {reason}, such as {', '.join(row['examples'])}")
         if hidden := len(manifest.removed) + len(manifest.gone):
             lines.append(f"Hidden: {len(manifest.removed):,} removed, {len(manifest.gone):,} gone from the source")
-            lines[-1] += "" if 2 * hidden < manifest.rows else "; `declip index compact` frees their room"
-        if (there := manifest.approximate) is not None:
-            kinds = [f"{there.images.recall:.1%} (pictures as queries, n = {there.images.queries})"]
-            if there.texts is not None:
-                kinds.append(f"{there.texts.recall:.1%} (texts, n = {there.texts.queries})")
-            lines.append(f"Approximate: {there.probed} of {there.lists} lists; recall@10 of exact: {', '.join(kinds)}")
+            lines[-1] += "" if 2 * hidden < manifest.rows else "; `declip index compact` frees their space"
+        if (entry := manifest.approximate) is not None:
+            kinds = [f"{percent(entry.images.recall)} (images as queries, n = {entry.images.queries})"]
+            if entry.texts is not None:
+                kinds.append(f"{percent(entry.texts.recall)} (texts, n = {entry.texts.queries})")
+            lines.append(f"Approximate: {entry.probed} of {entry.lists} lists; recall@10 of exact: {', '.join(kinds)}")
         return "\n".join(lines)
 
     @cached_property
     def _approximate(self) -> ApproximateSearch | None:
-        there = self.manifest.approximate
-        if there is None:
+        entry = self.manifest.approximate
+        if entry is None:
             return None
         try:
             import_faiss()
         except UserError as error:
             log.warning("Search is exact. %s", error)
             return None
-        return ApproximateSearch(self._store, there)
+        return ApproximateSearch(self._store, entry)
 
-    def _changed(self, result: Any) -> Any:
-        """Read the folder anew."""
+    @contextmanager
+    def _changing(self, check: bool = False) -> Iterator[Store]:
+        """Give the locked rows, save their manifest when all went well, and read the folder again."""
+        with locked_index(self.folder):
+            store = Store(self.folder, check)
+            yield store
+            store.manifest.save(self.folder)
         self._store = Store(self.folder, check=False)
         self.__dict__.pop("_approximate", None)
-        return result
 
     def _hits(self, ids: Tensor, scores: Tensor) -> list[Hit]:
         rows = [self._store.row(int(position)) for position in self._store.positions(ids.numpy())]
@@ -309,3 +352,69 @@ class Index:
             Hit(row.id, row.key, float(score), row.captions, row.place, row.origin)
             for row, score in zip(rows, scores, strict=True)
         ]
+
+    def _read(self, row: IndexedImage) -> Image.Image:
+        source, place = self._source, row.place
+        if place >= len(source) or source.key(place) != row.key:  # the source has changed since
+            if row.key not in self._places:
+                raise UserError(f"'{printable(row.key)}' is no longer in '{source.name}'.")
+            place = self._places[row.key]
+        try:
+            return source[place].image
+        except BrokenPair as broken:
+            raise UserError(f"The image '{printable(row.key)}' cannot be read any more: {broken}.") from broken
+
+    @cached_property
+    def _source(self) -> ImageSource:
+        given, entry = self._given_source, self.manifest.source
+        if given is not None and not isinstance(given, str | Path):
+            return ImageSource(given)
+        if given is None and not entry.spec:
+            raise UserError(
+                f"The index was made of '{entry.name}', a Python object. To see its images, open the index with "
+                "source=, that object or what it was opened from."
+            )
+        return entry.open(given)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """The first place of each key in the source as it is now."""
+        places: dict[str, int] = {}
+        for place in range(len(self._source)):
+            places.setdefault(self._source.key(place), place)
+        return places
+
+
+def fingerprint(model: Encoder) -> str:
+    """SHA-256, in hexadecimal, of a model's weights, preprocessing and tokenizer."""
+    if not hasattr(model, "state_dict"):
+        raise UserError(f"{type(model).__name__} has no `state_dict`, so it cannot be distinguished from other models.")
+    digest = hashlib.sha256(model_hash(model))
+    try:
+        digest.update(repr(model.tokenize([PROBE]).tolist()).encode())
+    except UserError:  # an image tower alone
+        digest.update(b"no text")
+    return digest.hexdigest()
+
+
+def image_vectors(model: Encoder, pixels: Tensor, precision: Precision) -> Tensor:
+    """Encode (n, 3, S, S) normalized pixels to (n, d) float32 on the CPU, L2-normalized."""
+    with measuring(model) as device, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return normalize(model.encode_image(pixels.to(device)).float(), dim=-1).cpu()
+
+
+def text_encoder(model: Encoder) -> Callable[[list[str]], Tensor] | None:
+    """Texts to (m, d) float32 on the CPU, L2-normalized; None for an image tower alone."""
+    try:
+        model.tokenize([PROBE])
+    except UserError:
+        return None
+    return lambda texts: text_features(model, texts)
+
+
+def mix(text: Tensor, image: Tensor, weights: tuple[float, float]) -> Tensor:
+    """Normalized weighted sum of two unit vectors (d,); raises `UserError` where they cancel."""
+    both = weights[0] * text + weights[1] * image
+    if both.norm() < SHORTEST:
+        raise UserError(f"With weights {weights[0]:g} and {weights[1]:g} nothing is left of the query. Give others.")
+    return normalize(both, dim=-1)

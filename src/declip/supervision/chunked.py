@@ -1,4 +1,4 @@
-"""Cross-entropy over so many keys that the logits are made in blocks of rows, twice, instead of being kept."""
+"""Cross-entropy over many keys: logits are computed in blocks of rows, twice, instead of being kept."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ BLOCK_BYTES = 2**26
 
 
 def exceeds(max_logit_bytes: float | None, rows: Tensor, columns: int) -> bool:
-    """Whether the logits of `rows` against so many columns take more than `max_logit_bytes`; None: never."""
+    """Whether the logits of `rows` against `columns` keys take more than `max_logit_bytes`; None: never."""
     return max_logit_bytes is not None and len(rows) * columns * rows.itemsize > max_logit_bytes
 
 
@@ -22,19 +22,14 @@ def cross_entropy(rows: Tensor, keys: Tensor, offset: int = 0, excluded: int | N
     Equals the plain loop
         mean over b of  log Σₙ exp(rows[b]·keys[n]) - rows[b]·keys[offset + b],  n ≠ excluded + b
 
-    Forward, only the log of the sum stays of each row; backward, the logits are made again. That is 8·B·N·d
-    operations instead of 6·B·N·d, and none that gives a gradient nobody wants: keys without gradient save 2·B·N·d.
-    Differentiable once.
+    Forward keeps only the log of the sum of each row; backward computes the logits again. That is 8·B·N·d operations
+    instead of 6·B·N·d; keys without gradient save 2·B·N·d. Differentiable once.
 
     Args:
         rows: (B, d) float32 or float64, already times the scale of the logits.
         keys: (N, d) of the same type; N >= offset + B.
         offset: Row of `keys` that belongs to the first of `rows`.
-        excluded: Row of `keys` that the first of `rows` is not compared with, the next with the next …; None: all are
-            compared.
-
-    Returns:
-        The loss, a scalar.
+        excluded: Row of `keys` that the first of `rows` is not compared with, and so on; None: all are compared.
     """
     return _CrossEntropy.apply(rows, keys, offset, excluded)
 
@@ -45,8 +40,8 @@ class _CrossEntropy(torch.autograd.Function):
         sums, own = rows.new_empty(len(rows)), rows.new_empty(len(rows))
         for start, stop, logits in _blocks(rows, keys, excluded):
             own[start:stop] = logits.diagonal(offset + start)
-            max_logit_bytes = logits.amax(dim=1)
-            sums[start:stop] = logits.sub_(max_logit_bytes[:, None]).exp_().sum(dim=1).log_().add_(max_logit_bytes)
+            largest = logits.amax(dim=1)
+            sums[start:stop] = logits.sub_(largest[:, None]).exp_().sum(dim=1).log_().add_(largest)
         ctx.save_for_backward(rows, keys, sums)
         ctx.offset, ctx.excluded = offset, excluded
         return (sums - own).mean()
@@ -58,20 +53,20 @@ class _CrossEntropy(torch.autograd.Function):
         of_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         of_keys = torch.zeros_like(keys) if ctx.needs_input_grad[1] else None
         for start, stop, logits in _blocks(rows, keys, ctx.excluded):
-            share = logits.sub_(sums[start:stop, None]).exp_()
-            share.diagonal(ctx.offset + start).sub_(1)
+            probabilities = logits.sub_(sums[start:stop, None]).exp_()
+            probabilities.diagonal(ctx.offset + start).sub_(1)
             if of_rows is not None:
-                torch.mm(share, keys, out=of_rows[start:stop])
+                torch.mm(probabilities, keys, out=of_rows[start:stop])
             if of_keys is not None:
-                of_keys.addmm_(share.mT, rows[start:stop])
-        each = gradient / len(rows)
-        return *(None if found is None else found.mul_(each) for found in (of_rows, of_keys)), None, None
+                of_keys.addmm_(probabilities.mT, rows[start:stop])
+        factor = gradient / len(rows)
+        return *(None if some is None else some.mul_(factor) for some in (of_rows, of_keys)), None, None
 
 
 def _blocks(rows: Tensor, keys: Tensor, excluded: int | None) -> Iterator[tuple[int, int, Tensor]]:
-    """Logits of some rows after the other, all in the same memory: start, stop, (stop - start, N).
+    """Compute logits block by block, all in the same memory: start, stop, (stop - start, N).
 
-    Autocast leaves products alone that are written into given memory.
+    Autocast does not touch products that are written into given memory.
     """
     size = max(1, BLOCK_BYTES // (len(keys) * keys.itemsize))
     memory = rows.new_empty(min(size, len(rows)), len(keys))

@@ -12,14 +12,14 @@ from declip.supervision.term import Rows, Similarity, Term
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """Give `x` in float32, or as it is when it is float64 already."""
+    """Convert to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def scaled_similarity(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tensor:
-    """Dot products of all rows with all keys, times the scale, in full precision even inside autocast.
+    """Compute the dot products of all rows with all keys, times the scale, in full precision even inside autocast.
 
-    The scale goes onto the rows, so that nothing of the product's size is kept for the backward pass.
+    The scale multiplies the rows, so that nothing of the product's size is kept for the backward pass.
 
     Args:
         rows: (B, d).
@@ -48,9 +48,6 @@ def cross_entropy_to_keys(
         offset: Row of `keys` that belongs to the first of `rows`.
         max_logit_bytes: Bytes of logits that may be kept for the backward pass; more are computed in blocks, twice.
             None: all are kept.
-
-    Returns:
-        The loss, a scalar.
     """
     rows, keys = to_float32(rows), to_float32(keys)
     if chunked.exceeds(max_logit_bytes, rows, len(keys)):
@@ -96,7 +93,7 @@ class Contrastive(Term):
     """CLIP's loss between the contrastive view, or else the first view, and the caption."""
 
     needs = Needs(optional_views=frozenset({"contrastive"}))
-    title = "image-text contrast"
+    title = "contrastive loss"
     explanation = "Picks the caption of each image, and the image of each caption, among those of the batch."
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:

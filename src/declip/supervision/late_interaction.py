@@ -1,4 +1,4 @@
-"""Token-wise contrast of FILIP: every patch finds its best word, every word its best patch."""
+"""FILIP's loss: every patch finds its best word, every word its best patch."""
 
 import math
 
@@ -27,14 +27,14 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Keep the k tokens of each sample that are most similar, in sum, to the paired sample's tokens.
 
-    What FILIP does before it gathers, to move and compare less (arXiv 2111.07783). Equals the plain loop
-        score[b, t] = Σ_u tokens[b, t]·paired_tokens[b, u];  keep the k max_logit_bytes of each b
+    FILIP does this before it gathers, to move and compare less (arXiv 2111.07783). Equals the plain loop
+        score[b, t] = Σ_u tokens[b, t]·paired_tokens[b, u];  keep the k largest of each b
     computed as a product with the sum over u: B·n·d multiplications.
 
     Args:
         tokens: (B, n, d) of one modality, L2-normalized.
         paired_tokens: (B, m, d) of the other modality of the same pairs, L2-normalized.
-        k: How many to keep; all n when n is smaller.
+        k: Number to keep; all n when n is smaller.
         mask: (B, n) bool, True where a token counts: others are taken last. None: all count.
         paired_mask: (B, m) bool, the same for `paired_tokens`.
 
@@ -71,7 +71,7 @@ def similarity(tokens: Tensor, keys: Tensor, mask: Tensor | None = None, key_mas
     """
     tokens, keys = to_float32(tokens), to_float32(keys)
     counted = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens)
-    share = (counted / counted.sum(dim=1, keepdim=True)).unsqueeze(-1)
+    weight = (counted / counted.sum(dim=1, keepdim=True)).unsqueeze(-1)
     block = max(1, SCORES_AT_ONCE // (counted.numel() * keys.shape[1]))
     key_blocks = keys.split(block)
     mask_blocks = [None] * len(key_blocks) if key_mask is None else key_mask.split(block)
@@ -82,7 +82,7 @@ def similarity(tokens: Tensor, keys: Tensor, mask: Tensor | None = None, key_mas
             if some_mask is not None:
                 score.masked_fill_(~some_mask, float("-inf"))
             best = score.max(dim=-1).values.unflatten(0, tokens.shape[:2])
-            columns.append((best * share).sum(dim=1))
+            columns.append((best * weight).sum(dim=1))
     return torch.cat(columns, dim=1)
 
 
@@ -105,8 +105,8 @@ def late_interaction(
         t[b, n] = mean over words l of max over patches p of word_tokens[b, l]·image_keys[n, p]
         ½ mean over b of [ logsumexpₙ(s·i[b, n]) - s·i[b, y] + logsumexpₙ(s·t[b, n]) - s·t[b, y] ]
 
-    The own side keeps all tokens; for fewer tokens on the keys' side, as the authors do with 16, pass each
-    rank's tokens through `select_tokens` before gathering them. Ranks whose captions differ in length pad the
+    The own side keeps all tokens. For fewer tokens on the keys' side (the official implementation keeps 16), each
+    rank's tokens go through `select_tokens` before they are gathered. Ranks whose captions differ in length pad the
     words, and the mask with False, before gathering.
 
     Args:
@@ -116,14 +116,11 @@ def late_interaction(
         image_keys: (N, K, d) patches of all ranks, with gradient, all or selected.
         word_keys: (N, M, d) words of all ranks, with gradient, all or selected.
         word_key_mask: (N, M) bool, `word_mask` for `word_keys`.
-        scale: exp of the logit scale that this term has for itself.
+        scale: exp of this term's own logit scale.
         offset: Row of the keys that belongs to this rank's first pair.
-        include_padding: Let padding count like words, as the authors' code does; both masks are ignored.
+        include_padding: Count padding like words, as the official implementation does; both masks are ignored.
         max_logit_bytes: Bytes of positions of maxima that may be kept for the backward pass in each direction; with
             more, the similarities are computed a block of rows at a time, twice. None: all are kept.
-
-    Returns:
-        The loss, a scalar.
     """
     own, keys = (None, None) if include_padding else (word_mask, word_key_mask)
     image_to_text = _one_way(image_tokens, word_keys, None, keys, scale, offset, max_logit_bytes)
@@ -140,7 +137,7 @@ def _one_way(
     offset: int,
     max_logit_bytes: float | None,
 ) -> Tensor:
-    """Cross-entropy of samples against key samples, whole or in blocks of rows that are forgotten in between."""
+    """Cross-entropy of samples against key samples, in blocks of rows where the whole would keep too much."""
 
     def loss(start: int, stop: int, reduction: str) -> Tensor:
         positives = torch.arange(offset + start, offset + stop, device=tokens.device)
@@ -167,7 +164,7 @@ class LateInteraction(Term):
 
     needs = Needs(tokens=True)
     title = "late interaction (FILIP)"
-    explanation = "Image-text contrast on the best-matching patches and words."
+    explanation = "The contrastive loss on the best-matching patches and words."
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
@@ -221,6 +218,6 @@ class LateInteraction(Term):
         return math.log(batch_size)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, model: DualEncoder) -> None:
         if self.min_scale is not None:
             self.logit_scale.clamp_(min=self.min_scale)

@@ -1,4 +1,4 @@
-"""Text self-supervision: predicting the masked words of a caption (BERT's masked language modelling)."""
+"""Masked language modeling: predicting the masked words of a caption, as BERT does."""
 
 import math
 
@@ -14,7 +14,7 @@ from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 
 def chosen_rows(words: Tensor, labels: Tensor, mask_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Pick the token states whose word is to be predicted, so that the head runs on these alone.
+    """Select the token states whose word is to be predicted, so that the head runs on these alone.
 
     Equals the plain loop
         rows = [words[b, l] for b, l in order if labels[b, l] != -100]

@@ -20,7 +20,7 @@ def multi_view(
     offset: int = 0,
     max_logit_bytes: float | None = None,
 ) -> Tensor:
-    """Contrast of the augmented views: all pairings but the first (L_MVS of DeCLIP, arXiv 2110.05208).
+    """Contrastive loss of all pairings of views but the first (L_MVS of DeCLIP, arXiv 2110.05208).
 
     Equals the plain loop, F = images, G = texts
         mean of InfoNCE(F₁, G₂), InfoNCE(F₂, G₁), InfoNCE(F₂, G₂)
@@ -49,8 +49,8 @@ class MultiView(Term):
     """DeCLIP's multi-view loss over the augmented image views and both text views."""
 
     needs = Needs(optional_views=frozenset({"second"}), texts=2)
-    title = "multi-view contrast"
-    explanation = "The same between all other pairings of the image views and the text views."
+    title = "multi-view contrastive loss"
+    explanation = "The contrastive loss between all other pairings of the image views and the text views."
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         return multi_view(

@@ -1,4 +1,4 @@
-"""Nearest-neighbor supervision: a queue of past text features, and the contrast with what is found in it."""
+"""Nearest-neighbor supervision: a queue of past text features, and the contrastive loss with neighbors in it."""
 
 import math
 from itertools import product
@@ -20,17 +20,17 @@ SIMILARITIES_AT_ONCE = 2**26
 
 
 class Queue(nn.Module):
-    """A first-in-first-out store of L2-normalized features, on one device, saved with the model.
+    """A first-in-first-out store of L2-normalized features, saved with the model.
 
     DeCLIP keeps 2¹⁶ text features (arXiv 2110.05208, nearest-neighbor supervision). A new feature takes the
-    oldest one's slot. Slots that were never written are never found.
+    oldest one's slot. Empty slots are never found.
 
     `written` and `pointer` are plain integers, so that neither `len` nor `push` waits for the device; they are
     saved through the module's extra state, as one int64 tensor.
 
     Attributes:
         features: (size, width) float32 buffer, rows of length 1.
-        tags: (size,) int64 buffer, what the caller gave with each row; -1 where nothing was given.
+        tags: (size,) int64 buffer, the caller's tag of each row; -1 without.
         written: Number of slots that hold a feature.
         pointer: Slot that the next feature is written to.
     """
@@ -39,12 +39,6 @@ class Queue(nn.Module):
     tags: Tensor
 
     def __init__(self, size: int, width: int) -> None:
-        """Make an empty queue.
-
-        Args:
-            size: Number of features that it can hold, at least 1.
-            width: Width of a feature.
-        """
         super().__init__()
         assert size > 0, f"a queue needs at least one slot, not {size}"
         self.register_buffer("features", torch.zeros(size, width))
@@ -70,7 +64,7 @@ class Queue(nn.Module):
         Args:
             features: (n, width), oldest first, any length; no gradient is kept. Of more rows than slots the
                 last stay.
-            tags: (n,) int64 that say what each row is; -1 by default.
+            tags: (n,) int64; -1 by default.
         """
         start = (self.pointer + max(len(features) - self.size, 0)) % self.size
         rows = F.normalize(features[-self.size :].to(self.features), dim=-1)
@@ -95,7 +89,7 @@ class Queue(nn.Module):
         self.push(features, tags)
 
     @torch.no_grad()
-    def nearest(self, queries: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Find each query's nearest feature by cosine: 2·n·len(queue)·width operations.
 
         Equals the plain loop
@@ -104,27 +98,23 @@ class Queue(nn.Module):
 
         Args:
             queries: (n, width), any length; give all views together.
-            dtype: What the product is computed in; None: as the features, float32. In bfloat16 the cosine of what is
-                found is the best one or up to 3·2⁻⁸ below it: three roundings of 2⁻⁹ on either side.
 
         Returns:
-            The features found (n, width), float32 and without gradient, and their slots (n,): `tags[slots]` says
-            what they are.
+            The neighbors (n, width), float32 and without gradient, and their slots (n,), which index `tags`.
 
         Raises:
-            LookupError: The queue is empty. Ask `len(queue)` first: the term is 0 then.
+            LookupError: the queue is empty.
         """
         if self.written == 0:
             raise LookupError("nothing to find: the queue is empty; check len(queue) before searching it")
-        dtype = dtype or self.features.dtype
-        rows, keys = queries.to(self.features).to(dtype), self.features[: self.written].to(dtype)
+        rows, keys = queries.to(self.features), self.features[: self.written]
         blocks = max(1, math.ceil(len(rows) * len(keys) / SIMILARITIES_AT_ONCE))
         with torch.autocast(queries.device.type, enabled=False):
             slots = torch.cat([(some @ keys.mT).argmax(dim=1) for some in rows.tensor_split(blocks)])
         return self.features[slots], slots
 
     def ordered(self) -> Tensor:
-        """Give what the queue holds, oldest first: (len(queue), width)."""
+        """Give the features, oldest first: (len(queue), width)."""
         if self.written < self.size:
             return self.features[: self.written].clone()
         return self.features.roll(-self.pointer, dims=0)
@@ -148,12 +138,12 @@ def neighbor_contrast(
     image_keys: Tensor | None = None,
     max_logit_bytes: float | None = None,
 ) -> Tensor:
-    """Contrast images with their captions' nearest neighbors (L_NNS of DeCLIP, arXiv 2110.05208).
+    """Contrastive loss between images and their captions' nearest neighbors (L_NNS of DeCLIP, arXiv 2110.05208).
 
     Equals the plain loop, F = images, N = neighbor_keys, y = offset + b
         mean over i, j, b of  logsumexpₙ(s·F[i, b]·N[j, n]) - s·F[i, b]·N[j, y]
     and, when symmetric, half of that plus half of the same from neighbors[j, b] to image_keys[i]. The paper
-    writes it symmetric; the authors' code goes from image to text only. No gradient goes into the neighbors.
+    writes it symmetric; the official implementation goes from image to text only. Neighbors get no gradient.
 
     Args:
         images: (V, B, d) features of the image views, L2-normalized.
@@ -189,21 +179,20 @@ class NearestNeighbor(Term):
 
     needs = Needs(optional_views=frozenset({"second"}), texts=2)
     title = "nearest-neighbor supervision"
-    explanation = "Image-text contrast with the most similar earlier captions in place of the caption."
+    explanation = "The contrastive loss with the most similar earlier captions in place of the caption."
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         section = recipe.nearest_neighbor
         self.queue = Queue(section.queue_size, recipe.embed_dim)
         self.symmetric = section.symmetric
-        self.lookup_dtype = torch.bfloat16 if section.lookup == "bf16" else None
         self._pending: tuple[Tensor, Tensor] | None = None
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         if len(self.queue) == 0:
             return {}
         texts = encoded.texts
-        _, found = self.queue.nearest(texts.detach().flatten(0, 1), self.lookup_dtype)
+        _, found = self.queue.nearest(texts.detach().flatten(0, 1))
         return {"queue_indices": found.unflatten(0, texts.shape[:2]).mT}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
@@ -228,7 +217,7 @@ class NearestNeighbor(Term):
         return math.log(batch_size)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, model: DualEncoder) -> None:
         # The augmented caption first, then the caption, as the official implementation.
         if self._pending is not None:
             texts, ids = self._pending

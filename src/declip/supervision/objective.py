@@ -1,6 +1,7 @@
 """The objective: encode a batch once, gather once, and sum the weighted losses of a recipe."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,11 @@ TERMS: Mapping[str, type[Term]] = {
     "simclr": SimCLR,
     "late_interaction": LateInteraction,
 }
-"""Name in `loss_weights` → the loss. A new loss is a file, a line here and a recipe."""
+"""Name in `loss_weights` → loss. A new loss is a file, a line here and a recipe."""
 
 Gather = Callable[[Tensor], Tensor]
+FIELDS = ("pooled", "pre_logits", "tokens")
+"""Fields of `ImageFeatures`."""
 
 
 def identity_gather(rows: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ def active_terms(recipe: Recipe) -> dict[str, type[Term]]:
 
 
 def needs_of(recipe: Recipe) -> list[Needs]:
-    """What the active losses of a recipe read of a batch."""
+    """List the needs of the active losses of a recipe."""
     return [term.needs for term in active_terms(recipe).values()]
 
 
@@ -113,12 +116,7 @@ class Objective(nn.Module):
         offset: int = 0,
     ) -> dict[str, Tensor]:
         """Compute the losses from the towers' outputs for the whole batch; arguments and result as `forward`."""
-        encoded = Encodings(
-            _normalize(outputs.images),
-            _normalize(outputs.texts),
-            outputs,
-            batch,
-        )
+        encoded = Encodings(_normalize(outputs.images), _normalize(outputs.texts), outputs, batch)
         features = {name: term.features(encoded) for name, term in self._terms()}
         keys = {name: term.keys(features[name]) for name, term in self._terms()}
         ids = batch.sample_ids
@@ -136,13 +134,13 @@ class Objective(nn.Module):
         similarity = Similarity(model.logit_scale.exp())
         losses = {}
         for name, term in self._terms():
-            mine, theirs = _with(own, features[name]), _with(gathered, keys[name])
-            losses[name] = term.loss(mine, theirs, similarity, offset)
+            rows, key_rows = replace(own, extra=features[name]), replace(gathered, extra=keys[name])
+            losses[name] = term.loss(rows, key_rows, similarity, offset)
         weighted = [weight * losses[name] for name, weight in self.weights.items()]
         return {**losses, "loss": torch.stack(weighted).sum()}
 
     def run_towers(self, model: DualEncoder, batch: PairBatch) -> TowerOutputs:
-        """Run the towers; on a part of a batch it gives that part of the whole batch's outputs."""
+        """Run the towers; a part of a batch gives that part of the whole batch's outputs."""
         self._check(batch)
         views = tuple(batch.views)
         pixels = [view.pixels for view in batch.views.values()]
@@ -174,7 +172,7 @@ class Objective(nn.Module):
         limits = self.recipe.logit_scale
         model.logit_scale.clamp_(min=limits.min, max=limits.max)
         for _, term in self._terms():
-            term.after_step()
+            term.after_step(model)
 
     def discard_step(self) -> None:
         """Forget a step that was skipped."""
@@ -262,10 +260,6 @@ def _unpacked(part: Tensor, like: Tensor) -> Tensor:
     return part.reshape(len(part), *like.shape[1:])
 
 
-def _with(rows: Rows, extra: dict[str, Tensor]) -> Rows:
-    return Rows(rows.views, rows.images, rows.texts, rows.sample_ids, extra)
-
-
 def _normalize(features: Tensor) -> Tensor:
     return F.normalize(to_float32(features), dim=-1)
 
@@ -274,9 +268,9 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor], shared: bool = Fal
     """Encode views of equal size in one pass, or one by one where batch norm must see each view alone.
 
     Args:
-        model: Its image tower is used.
+        model: The two towers.
         views: (B, 3, S, S) float each.
-        shared: Compute batch-norm statistics over all views together.
+        shared: Whether batch-norm statistics are computed over all views together.
 
     Returns:
         Features with a leading axis of views.
@@ -298,6 +292,3 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor], shared: bool = Fal
     tokens = ordered[0].tokens[None]  # of views of other sizes there would be another number
     pooled, pre_logits = (torch.stack([getattr(view, f) for view in ordered]) for f in FIELDS[:2])
     return ImageFeatures(pooled, pre_logits, tokens)
-
-
-FIELDS = ("pooled", "pre_logits", "tokens")

@@ -70,7 +70,7 @@ class SimCLR(Term):
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
-        self.head = SimCLRHead(model.image_tower.hidden_width, recipe.simclr.hidden, recipe.simclr.out)
+        self.head = SimCLRHead(model.image_tower.pre_logits_width, recipe.simclr.hidden, recipe.simclr.out)
         self.temperature = recipe.simclr.temperature
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The base class of losses: a term owns its head, says what it needs, and computes its loss from features."""
+"""The base class of losses: a term owns its head, declares its needs, and computes its loss from features."""
 
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -13,6 +13,9 @@ from declip.recipe.schema import Recipe
 from declip.supervision.tower_outputs import TowerOutputs
 
 T = TypeVar("T")
+
+MAX_LOGIT_BYTES = 256e6
+"""Largest loss matrix kept for the backward pass; a larger one is computed in blocks, twice."""
 
 __all__ = ["Encodings", "Needs", "Rows", "Similarity", "Term", "augmented_views", "require"]
 
@@ -78,7 +81,7 @@ class Term(nn.Module):
 
     Args:
         recipe: The term reads its own section.
-        model: The towers whose features it reads; only their sizes are looked at.
+        model: The towers; only the sizes of their features are read.
     """
 
     needs: ClassVar[Needs] = Needs()
@@ -89,18 +92,18 @@ class Term(nn.Module):
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__()
-        self.max_logit_bytes = 1e6 * recipe.train.max_logits_mb
+        self.max_logit_bytes: float = MAX_LOGIT_BYTES
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        """Compute what the loss compares beyond image and text features, (B, …) each, with this term's head."""
+        """Compute the term's own features with its head, (B, …) each."""
         return {}
 
     def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Choose the (B, …) features that all ranks must see; they are gathered in the single collective."""
+        """Select the features that all ranks must see; they are gathered in the single collective."""
         return features
 
     def pad_keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Bring keys whose shape may differ between ranks to one shape, before they are gathered."""
+        """Pad keys whose shape may differ between ranks to one shape, before they are gathered."""
         return features
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
@@ -122,19 +125,19 @@ class Term(nn.Module):
         return None
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Update the term's own state after the optimizer's step."""
+    def after_step(self, model: DualEncoder) -> None:
+        """Update the term's own state, such as a queue or a teacher of the model, after the optimizer's step."""
 
     def discard_step(self) -> None:
-        """Forget what the last forward pass left for `after_step`: its step was skipped."""
+        """Drop the state that the last forward pass left for `after_step`: its step was skipped."""
 
 
 def augmented_views(views: tuple[str, ...]) -> slice:
-    """Where the augmented views stand among all: "contrastive", the milder one, comes first."""
+    """Index of the augmented views among all: "contrastive", the milder one, comes first."""
     return slice("contrastive" in views, None)
 
 
 def require(value: T | None) -> T:
-    """Give a value that is there because the term asked for it in its `needs`."""
-    assert value is not None, "the term's needs name it, so it was made"
+    """Give a value that is present because the term's `needs` name it."""
+    assert value is not None, "the term's needs name it"
     return value

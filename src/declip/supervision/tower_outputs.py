@@ -1,4 +1,4 @@
-"""Outputs of the two towers for a batch, and how parts of a batch are joined: nothing here mixes pairs."""
+"""Outputs of the two towers for a batch, and joining the outputs of its parts. Nothing here mixes pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TowerOutputs:
-    """Outputs of the towers for B pairs; what no term needs is None.
+    """Outputs of the towers for B pairs; fields that no term needs are None.
 
     Attributes:
         views: Names of the image views, in the order of the first axis of `images`.
@@ -34,7 +34,7 @@ class TowerOutputs:
     lengths: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by field name."""
+        """Give the tensors that are present, by field name."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
 

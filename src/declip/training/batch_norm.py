@@ -1,4 +1,4 @@
-"""Batch norm over all ranks' pairs, so that many processes learn what one would."""
+"""Batch norm over all ranks' pairs, so that distributed training equals training on one process."""
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,10 @@ from declip.training import distributed
 
 
 def synchronize(module: nn.Module, device: torch.device) -> None:
-    """Make every batch norm inside a module one over all ranks, in place; names and values stay.
+    """Synchronize every batch norm inside a module over all ranks, in place; names and values stay.
 
-    On CUDA it is torch's `SyncBatchNorm`; torch has none for a CPU, there it is `HostSyncBatchNorm`. Frozen ones stay
-    what they are: they take no statistics of a batch.
+    On CUDA torch's `SyncBatchNorm` is used; torch has none for a CPU, there it is `HostSyncBatchNorm`. Frozen ones are
+    left alone: they use no statistics of a batch.
     """
     for name, child in list(module.named_children()):
         if not isinstance(child, _BatchNorm):
@@ -43,7 +43,7 @@ class _HostSyncBatchNormAct(BatchNormAct2d):
 
 
 def _normalize(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Two sums over ranks: of the values, then of the squared deviations from their mean."""
+    """Normalize by two sums over ranks: of the values, then of the squared deviations from their mean."""
     if not norm.training or distributed.world_size() == 1:
         return F.batch_norm(
             x,
@@ -62,18 +62,18 @@ def _normalize(norm: _BatchNorm, x: Tensor) -> Tensor:
     count = total[-1].detach()
     mean = total[:-1] / count
     shape = [1, -1] + [1] * (x.ndim - 2)
-    centerd = values - mean.view(shape)
-    variance = distributed.summed(centerd.square().sum(others)) / count
-    _remember(norm, mean.detach(), variance.detach() * count / (count - 1))
-    normed = centerd * (variance + norm.eps).rsqrt().view(shape)
+    centered = values - mean.view(shape)
+    variance = distributed.summed(centered.square().sum(others)) / count
+    _update_statistics(norm, mean.detach(), variance.detach() * count / (count - 1))
+    normed = centered * (variance + norm.eps).rsqrt().view(shape)
     if norm.affine:
         normed = normed * norm.weight.view(shape) + norm.bias.view(shape)
     return normed.to(x.dtype)
 
 
 @torch.no_grad()
-def _remember(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    """Bring the running statistics forward, as torch does."""
+def _update_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Update the running statistics as torch does."""
     if not norm.track_running_stats:
         return
     assert norm.running_mean is not None

@@ -1,4 +1,4 @@
-"""torch.compile for the towers, with few shapes: a graph for each length that captions are padded to, no more."""
+"""torch.compile for the towers, with few shapes: one graph for each length that captions are padded to."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -15,26 +15,24 @@ from declip.recipe.schema import Recipe
 from declip.training import distributed
 
 STEP = 16
-"""Captions are padded to a multiple of this, so that a context of 77 needs five graphs at most."""
+"""Captions are padded to a multiple of this, so that a context length of 77 needs five graphs at most."""
 
 MOST_GRAPHS = 64
-"""Of a tower: sizes of a rank's part × groups × lengths, each with and without gradient. torch's own limit is 8."""
+"""Largest number of graphs of a tower: batch sizes × buckets × lengths, with and without gradient. torch allows 8."""
 
 
 def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan, rows: int) -> None:
-    """Compile both towers' forward passes, in place; parameters keep their names.
+    """Compile both towers' forward passes in place; parameters keep their names.
 
-    Only what training sees step after step is compiled: a batch that lacks a broken pair, and what is measured, run as
-    they are. Which of the two a batch gets depends on its size alone, so a resumed run computes as one never stopped.
+    Only whole training batches are compiled. A batch that lacks a broken pair, and evaluation, run as they are. The
+    choice depends on the batch size alone, so that a resumed run computes as one never stopped.
 
     Args:
-        recipe: ``train.grad_cache_chunk`` and ``train.length_buckets`` are read.
         model: On its device.
-        plan: The number of views.
-        rows: This rank's pairs of a batch.
+        rows: Number of this rank's pairs of a batch.
 
     Raises:
-        UserError: Nothing can be compiled here, or what would be compiled would not compute the same.
+        UserError: compilation does not work here, or not with other keys of the recipe.
     """
     if recipe.train.strategy == "fsdp" and distributed.world_size() > 1:
         raise UserError("train.compile goes with train.strategy=ddp only. Leave one of the two out.")
@@ -45,42 +43,29 @@ def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan, rows: int) ->
         )
     _check(model.device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-    train = recipe.train
-    parts = (
-        {rows}
-        if train.grad_cache_chunk is None
-        else {min(train.grad_cache_chunk, rows), rows % train.grad_cache_chunk} - {0}
-    )
+    chunk = recipe.train.grad_cache_chunk or rows
+    parts = {min(chunk, rows), rows % chunk} - {0}
     alone = model.image_tower.has_batch_norm and not recipe.image.shared_bn_views
     images = {part * (1 if alone else len(plan.views)) for part in parts}
     masks = "masked_language" in recipe.active_losses and not recipe.masked_language.mask_contrastive_text
     captions = plan.texts.count + masks
-    texts = {n for part in parts for n in _sizes(part * captions, train.length_buckets)}
+    buckets = recipe.train.length_buckets
+    texts = {n for part in parts for n in (-(-part * captions // buckets), part * captions // buckets)} - {0}
     image_tower: Any = model.image_tower
     text_tower: Any = model.text_tower
     image_tower.forward = _Compiled(image_tower, images)
     text_tower.forward = _CompiledText(text_tower, texts)
 
 
-def _sizes(rows: int, groups: int) -> set[int]:
-    return {-(-rows // groups), rows // groups} - {0}
-
-
 class _Compiled:
-    """A tower's forward pass: compiled for batches of the sizes given, as it is for others.
+    """A tower's forward pass, compiled for batches of some sizes."""
 
-    Args:
-        tower: The module; its present forward pass is what is compiled.
-        rows: The sizes.
-    """
-
-    def __init__(self, tower: torch.nn.Module, rows: Collection[int]) -> None:
+    def __init__(self, tower: Any, rows: Collection[int]) -> None:
         self.tower, self.rows = tower, frozenset(rows)
         self.plain: Callable[[Tensor], Any] = tower.forward
         self.compiled = torch.compile(self.plain, dynamic=False)
 
     def __call__(self, batch: Tensor) -> Any:
-        """(B, …) → what the tower gives."""
         if self.tower.training and len(batch) in self.rows:
             return self.compiled(batch)
         return self.plain(batch)
@@ -90,21 +75,17 @@ class _Compiled:
 
 
 class _CompiledText(_Compiled):
-    """The text tower's, with captions padded to a multiple of `STEP`."""
+    """The text tower's forward pass, with captions padded to a multiple of `STEP`."""
 
     def __call__(self, batch: Tensor) -> TextFeatures:
-        """(B, L) → features for L words."""
-        length = batch.shape[1]
-        context, padding = self.tower.context, self.tower.padding
-        assert isinstance(context, int)
-        assert isinstance(padding, int)
-        padded = F.pad(batch, (0, min(-(-length // STEP) * STEP, context) - length), value=padding)
-        found: TextFeatures = super().__call__(padded)
+        length, tower = batch.shape[1], self.tower
+        longer = min(-(-length // STEP) * STEP, tower.context)
+        found: TextFeatures = super().__call__(F.pad(batch, (0, longer - length), value=tower.padding))
         return TextFeatures(found.pooled, found.text_tokens[:, :length], found.lengths)
 
 
 def _check(device: torch.device) -> None:
-    """Compile something small: what is missing is said before a run begins."""
+    """Compile a small function, to find a missing compiler before a run begins."""
     try:
         with torch.no_grad():
             torch.compile(lambda x: (x * 2).relu() + 1)(torch.ones(8, device=device))
@@ -117,6 +98,6 @@ def _check(device: torch.device) -> None:
 
 
 def rows_of_rank(batch: int) -> int:
-    """This rank's pairs of a whole batch, when none is broken."""
+    """Number of this rank's pairs of a batch without broken pairs."""
     ranks, rank = distributed.world_size(), distributed.rank()
     return batch // ranks + (rank < batch % ranks)

@@ -1,6 +1,7 @@
-"""The only place with collectives; on one process each is the identity."""
+"""Collectives; on one process each is the identity."""
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 from torch.distributed.rendezvous import rendezvous
 
 from declip.errors import UserError
@@ -23,16 +25,21 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 """The names since torch 2.13, or the earlier ones."""
 
 PATIENT = timedelta(hours=12)
-"""How long the other ranks wait while the first one measures, writes or reads: nothing there is a collective."""
+"""How long the other ranks wait while rank 0 evaluates, writes or reads."""
 
 
 def rank() -> int:
-    """This process's number, 0 on one process."""
+    """Rank of this process, 0 on one process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def is_rank_zero() -> bool:
+    """Whether this is the process that writes files."""
+    return rank() == 0
+
+
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -42,29 +49,27 @@ def launched() -> bool:
 
 
 def own_device(name: str) -> str:
-    """The device that a rank takes of those on its machine: "auto" or "cuda" become "cuda:LOCAL_RANK"."""
+    """Name the device of a rank: "auto" or "cuda" become "cuda:LOCAL_RANK" under torchrun."""
     if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
-def join(device: torch.device, patience: float) -> None:
-    """Meet the other processes that torchrun started; nothing happens without it or when they have met.
+def join(device: torch.device, timeout: float) -> None:
+    """Start the process group of torchrun's processes, NCCL for CUDA, gloo otherwise; without torchrun do nothing.
 
-    Args:
-        device: What this rank computes on: NCCL for CUDA, gloo otherwise.
-        patience: Seconds after which a collective that some rank does not come to ends the run.
+    A collective that some rank does not reach within `timeout` seconds ends the run.
     """
     if not launched() or dist.is_initialized():
         return
+    backend, wait = "gloo", timedelta(seconds=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    wait = timedelta(seconds=patience)
+        backend = "nccl"
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         dist.init_process_group(backend, timeout=wait)
         return
-    # torchrun keeps its store when it starts processes again: addresses of dead ones would be found in it.
+    # torchrun keeps its store when it restarts processes, with the addresses of dead ones: hence a prefix.
     store, own, ranks = next(rendezvous("env://", timeout=wait))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"declip/attempt/{attempt}", store)
@@ -72,7 +77,7 @@ def join(device: torch.device, patience: float) -> None:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """End the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -107,41 +112,18 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 
 
 def gather(counts: Sequence[int]) -> Gather:
-    """The gather of a step: the identity on one process.
-
-    Args:
-        counts: Rows of each rank; they need not be equal.
-
-    Returns:
-        A function (counts[rank], k) → (sum(counts), k), rows in rank order, with gradient.
-    """
+    """Give a function (counts[rank], k) → (sum(counts), k) that gathers rows in rank order, with gradient."""
     return partial(_GatherRows.apply, counts=tuple(counts)) if world_size() > 1 else identity_gather
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over ranks, of values and of their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
 def summed(values: Tensor) -> Tensor:
-    """The sum over ranks, with gradient; every rank must give the same shape."""
-    return cast(Tensor, _Sum.apply(values)) if world_size() > 1 else values
+    """Sum over ranks, with gradient; every rank must give the same shape."""
+    return cast(Tensor, all_reduce_with_gradient(values)) if world_size() > 1 else values
 
 
 @torch.no_grad()
 def average(values: Tensor) -> Tensor:
-    """The mean over ranks, without gradient, in place."""
+    """Average over ranks in place, without gradient."""
     if world_size() > 1:
         dist.all_reduce(values)
         values /= world_size()
@@ -150,12 +132,12 @@ def average(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepSync:
-    """What all ranks brought to a step.
+    """The state of all ranks at a step.
 
     Attributes:
-        rows: Pairs of each rank.
+        rows: Number of pairs of each rank.
         stop: Whether any rank was asked to stop.
-        notes: What ranks had to tell, in rank order; most often nothing.
+        notes: Messages of the ranks that had one, in rank order.
     """
 
     rows: tuple[int, ...]
@@ -164,12 +146,12 @@ class StepSync:
 
     @property
     def total(self) -> int:
-        """Pairs of all ranks."""
+        """Number of pairs of all ranks."""
         return sum(self.rows)
 
     @property
     def usable(self) -> bool:
-        """Whether a step can be taken: batch norm needs two pairs, and every rank needs one."""
+        """Whether a step is possible: batch norm needs two pairs, and every rank needs one."""
         return self.total >= 2 and min(self.rows) >= 1
 
     @property
@@ -178,45 +160,41 @@ class StepSync:
         return sum(self.rows[: rank()])
 
     @property
-    def share(self) -> float:
-        """Ranks times this rank's share of the pairs: the weight of its loss in the mean over ranks."""
+    def weight(self) -> float:
+        """Weight of this rank's loss in the mean over ranks: its fraction of the pairs times the number of ranks."""
         return self.rows[rank()] * len(self.rows) / self.total
 
 
-def _of_a_collective(error: RuntimeError) -> bool:
-    """Whether a collective failed, by gloo's and NCCL's words where torch gives no type of its own."""
-    return isinstance(error, dist.DistError) or any(
-        word in str(error) for word in ("gloo", "Gloo", "NCCL", "Timed out")
-    )
+def _is_collective_error(error: RuntimeError) -> bool:
+    # torch raises plain RuntimeError for some of gloo's and NCCL's errors.
+    return isinstance(error, dist.DistError) or re.search("[gG]loo|NCCL|Timed out", str(error)) is not None
 
 
 class HostGroup:
-    """What the ranks tell each other on the host, outside the device's queue of work: once a step, over gloo.
+    """Per-step coordination between ranks over gloo, so that it never waits for the GPU stream.
 
-    A rank writes into the shared store which step it has come to before it waits for the others, so that when they do
-    not come the ones that are missing can be named.
+    A rank writes the step that it has reached into the shared store before it waits for the others, so that missing
+    ranks can be named.
 
     Args:
-        patience: Seconds that a rank is waited for at a step.
+        timeout: Seconds that a rank is waited for at a step.
     """
 
-    def __init__(self, patience: float) -> None:
-        self.patience = patience
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
         self._together = world_size() > 1
         if self._together:
-            self._quick = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+            self._quick = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             self._patient = dist.new_group(backend="gloo", timeout=PATIENT)
             self._store = dist.distributed_c10d._get_default_store()
             self._store.set(f"declip/who/{rank()}", f"on {socket.gethostname()}, process {os.getpid()}")
 
-    def meet(self, step: int, rows: int, stop: bool, note: Any = None) -> StepSync:
-        """Tell the others what this rank brings to a step, and hear what they bring.
+    def sync_step(self, step: int, rows: int, stop: bool, note: Any = None) -> StepSync:
+        """Exchange the state of all ranks before a step.
 
         Args:
-            step: The step that is to be taken.
-            rows: This rank's pairs.
-            stop: Whether this rank was asked to stop.
-            note: Something that can be pickled, for all ranks; costs a second message when any rank has one.
+            step: Counted from 0.
+            rows, stop, note: See `StepSync`; a second collective is needed when any rank has a note.
 
         Raises:
             UserError: a rank did not come in time, or is gone; it is named.
@@ -224,22 +202,20 @@ class HostGroup:
         if not self._together:
             return StepSync((rows,), stop, () if note is None else (note,))
         self._store.set(f"declip/step/{rank()}", str(step))
-        with self.naming_the_missing(step):
+        with self.name_missing_ranks(step):
             heard = torch.empty(world_size(), 3, dtype=torch.int64)
-            own = torch.tensor([[rows, stop, note is not None]], dtype=torch.int64)
-            _all_gather(heard, own, group=self._quick)
-            notes: list[Any] = []
+            _all_gather(heard, torch.tensor([[rows, int(stop), int(note is not None)]]), group=self._quick)
+            notes: list[Any] = [None] * world_size()
             if heard[:, 2].any():
-                notes = [None] * world_size()
                 dist.all_gather_object(notes, note, group=self._quick)
-        told = tuple(each for each in notes if each is not None)
-        return StepSync(tuple(heard[:, 0].tolist()), bool(heard[:, 1].any()), told)
+        given = tuple(item for item in notes if item is not None)
+        return StepSync(tuple(heard[:, 0].tolist()), bool(heard[:, 1].any()), given)
 
-    def first(self, action: Callable[[], T]) -> T:
-        """Let the first rank do something while the others wait, and give its answer to all.
+    def on_rank_zero(self, action: Callable[[], T]) -> T:
+        """Run an action on rank 0 while the others wait, and give its result to all.
 
         Raises:
-            UserError: the action's own; the first rank raises it, the others end quietly with the same status.
+            UserError: the action's own; rank 0 raises it, the others exit quietly with the same status.
         """
         if not self._together:
             return action()
@@ -256,48 +232,39 @@ class HostGroup:
             raise SystemExit(2)
         return cast(T, answer[0])
 
-    def collect(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order."""
-        values: list[Any] = [None] * world_size()
-        if not self._together:
-            return [value]
-        dist.all_gather_object(values, value, group=self._patient)
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Gather every rank's value, in rank order."""
+        values: list[Any] = [value] * world_size()
+        if self._together:
+            dist.all_gather_object(values, value, group=self._patient)
         return values
 
     @contextmanager
-    def naming_the_missing(self, step: int) -> Iterator[None]:
-        """Turn the failure of a collective at a step into a message that names who is gone.
-
-        Raises:
-            UserError: instead of torch's error; any other error of a step passes.
-        """
+    def name_missing_ranks(self, step: int) -> Iterator[None]:
+        """Replace torch's error of a collective by a `UserError` that names the missing ranks; other errors pass."""
         try:
             yield
         except RuntimeError as error:
-            if not self._together or not _of_a_collective(error):
+            if not self._together or not _is_collective_error(error):
                 raise
-            missing = [each for each in range(world_size()) if each != rank() and self._step_of(each) < step]
+            missing = [
+                f"rank {other} {self._read(f'declip/who/{other}') or 'that never joined'}, last at step {reached}"
+                for other in range(world_size())
+                if (reached := int(self._read(f"declip/step/{other}") or -1)) < step and other != rank()
+            ]
             if missing:
-                named = "; ".join(
-                    f"rank {each} {self._who(each)}, last at step {self._step_of(each)}" for each in missing
-                )
                 raise UserError(
-                    f"Not all ranks came to step {step}; missing: {named}. A rank waits {self.patience:g} s for the "
-                    "others (train.rank_timeout). The missing one hangs, or its process or machine is gone: look at "
-                    "its log and at the disk it reads from. The run goes on from its newest checkpoint with --resume."
+                    f"Not all ranks reached step {step}; missing: {'; '.join(missing)}. A rank waits "
+                    f"{self.timeout:g} s for the others (train.rank_timeout). The missing one hangs, or its process or "
+                    "machine is gone: look at its log and at the disk it reads from. Continue from the newest "
+                    "checkpoint with --resume."
                 ) from error
             raise UserError(
                 f"Another rank is gone at step {step}: {str(error).splitlines()[0]} The first error in the ranks' logs "
-                "says why. The run goes on from its newest checkpoint with --resume."
+                "says why. Continue from the newest checkpoint with --resume."
             ) from error
 
-    def _step_of(self, number: int) -> int:
-        return int(self._told(f"declip/step/{number}") or -1)
-
-    def _who(self, number: int) -> str:
-        return self._told(f"declip/who/{number}") or "that never joined"
-
-    def _told(self, key: str) -> str | None:
+    def _read(self, key: str) -> str | None:
         try:
             return self._store.get(key).decode() if self._store.check([key]) else None
         except RuntimeError:  # the store is gone with the first rank

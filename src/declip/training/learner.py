@@ -21,8 +21,7 @@ class Learner(nn.Module):
 
     def forward(self, batch: PairBatch, gather: Gather, offset: int) -> dict[str, Tensor]:
         """Compute the losses by name, and "loss", their weighted sum; see `Objective.forward`."""
-        losses: dict[str, Tensor] = self.objective(self.model, batch, gather, offset)
-        return losses
+        return self.objective(self.model, batch, gather, offset)
 
     def after_step(self) -> None:
         """Limit the scales and write the queue, after the optimizer's step."""

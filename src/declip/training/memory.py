@@ -1,4 +1,4 @@
-"""Memory beside a training loop: Python's garbage collection, and the C library's freed blocks."""
+"""Memory management around a training loop: Python's garbage collection, and the C library's freed blocks."""
 
 import ctypes
 import gc
@@ -10,17 +10,16 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt."""
 
 USUAL = {TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20, MMAP_MAX: 65_536}
+"""The values that glibc itself reaches in a process that frees large blocks; once set, it adapts them no longer."""
 KEEP = {TRIM_THRESHOLD: -1, MMAP_MAX: 0}
-"""Where glibc's own values go in a process that frees large blocks, and those with which it returns nothing to the
-system and asks it for nothing twice. Once set, they no longer go anywhere by themselves."""
+"""With these glibc returns no memory to the system."""
 
 
 @contextmanager
 def frozen_garbage() -> Iterator[None]:
-    """Leave all objects that are there now out of every collection, until the end: only what steps make is looked at.
+    """`gc.freeze()` existing objects until the end, so that collections scan only the objects that steps allocate.
 
-    A full collection visits each of some 300,000 objects of torch, timm and the model for nothing, in the middle of a
-    step.
+    A full collection would visit some 300,000 objects of torch, timm and the model in the middle of a step.
     """
     gc.collect()
     gc.freeze()
@@ -32,15 +31,16 @@ def frozen_garbage() -> Iterator[None]:
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Let the C library keep freed blocks until the end, for the next step to use. Only glibc is asked; others pass.
+    """Let glibc keep freed blocks for the next step until the end; other C libraries are left alone.
 
-    A step allocates and frees hundreds of large blocks. glibc gives each back to the system at once and gets it again
-    page by page, zeroed: a tenth of a small step on a CPU.
+    A step allocates and frees hundreds of large blocks. glibc returns each to the system at once and gets it again page
+    by page, zeroed: a tenth of a small step on a CPU.
     """
-    library = _glibc()
-    if library is None:
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if not (hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt")):
         yield
         return
+    assert library is not None
     for parameter, value in KEEP.items():
         library.mallopt(parameter, value)
     try:
@@ -49,10 +49,3 @@ def kept_memory() -> Iterator[None]:
         for parameter, value in USUAL.items():
             library.mallopt(parameter, value)
         library.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt") else None

@@ -23,24 +23,23 @@ from declip.training.batch_norm import synchronize
 from declip.training.learner import Learner
 
 BUFFERS = ("forward_sync_buffers", "broadcast_buffers")
-"""DDP's option for sending the first rank's buffers around at every step: its name since torch 2.13, and before."""
+"""DDP's option to broadcast rank 0's buffers at every step: its name since torch 2.13, and before."""
 
 BUCKET = 1 << 23
 """Numbers that are averaged in one message, 32 MB of float32."""
 
-CONTRASTS = {"contrastive", "multi_view"}
-"""Terms through which every parameter of the towers, and the logit scale, gets a gradient."""
+CONTRASTIVE = {"contrastive", "multi_view"}
+"""Losses through which every parameter of the towers, and the logit scale, gets a gradient."""
 
 
 def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> nn.Module:
-    """Prepare model and objective, in place, for this process's part of the work.
+    """Build the learner and distribute it over the ranks as the recipe's ``train`` section says.
 
     Args:
-        recipe: ``train.strategy``, ``train.sync_batch_norm`` and ``train.grad_checkpointing`` are read.
-        model, objective: On this rank's device; they keep their parameter names.
+        model, objective: On this rank's device; changed in place, with the same parameter names.
 
     Returns:
-        A module with `Learner`'s forward pass. Under DDP a backward pass through it averages gradients over the ranks.
+        A `Learner`, or DDP around it.
 
     Raises:
         UserError: FSDP with averaged weights or chunks, or chunks for a tower with batch norm.
@@ -62,13 +61,13 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
         _shard(model, objective)
         learner.sharded = True
         return learner
-    newer = BUFFERS[0] in signature(DistributedDataParallel).parameters
-    options: dict[str, Any] = {BUFFERS[0] if newer else BUFFERS[1]: False}
+    buffers = next(name for name in BUFFERS if name in signature(DistributedDataParallel).parameters)
+    option: Any = {buffers: False}  # the queue and synchronized batch norms are equal on all ranks by construction
     return DistributedDataParallel(
         learner,
-        **options,  # the queue and synchronized batch norms are equal on all ranks by construction
+        **option,
         gradient_as_bucket_view=True,
-        find_unused_parameters=not CONTRASTS & set(objective.weights),
+        find_unused_parameters=not CONTRASTIVE & set(objective.weights),
     )
 
 
@@ -82,13 +81,13 @@ def _check_chunks(recipe: Recipe, model: DualEncoder) -> None:
     if model.image_tower.has_batch_norm and not train.allow_batchnorm_chunking:
         raise UserError(
             f"train.grad_cache_chunk={train.grad_cache_chunk}, but the image tower '{recipe.image.model}' has batch "
-            "norm, which would see each chunk alone instead of the whole batch: other numbers. Take a tower with layer "
-            "norm, or allow it with train.allow_batchnorm_chunking=true."
+            "norm, whose statistics would be those of a chunk. Take a tower with layer norm, or allow it with "
+            "train.allow_batchnorm_chunking=true."
         )
 
 
 def _shard(model: DualEncoder, objective: Objective) -> None:
-    """Shard towers and heads block by block; what is left, the scales, stays whole on every rank."""
+    """Shard towers and heads block by block; the scales stay whole on every rank."""
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     shard = partial(fully_shard, mesh=mesh)
     for tower in (model.image_tower, model.text_tower):
@@ -101,78 +100,65 @@ def _shard(model: DualEncoder, objective: Objective) -> None:
                 shard(head)
 
 
-def core(learner: nn.Module) -> Learner:
-    """The learner without DDP around it."""
+def unwrap(learner: nn.Module) -> Learner:
+    """Give the learner without DDP around it."""
     inner = learner.module if isinstance(learner, DistributedDataParallel) else learner
     assert isinstance(inner, Learner)
     return inner
 
 
 def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
-    """Scale the whole gradient to at most a norm.
+    """Scale the whole gradient to a norm of at most `limit`; give the norm before, a scalar.
 
-    Args:
-        parameters: Sharded ones and whole ones may be mixed.
-        limit: The largest norm; infinity leaves the gradient.
-
-    Returns:
-        The norm before, a scalar.
+    Sharded and other parameters may be mixed.
     """
     sharded = [p for p in parameters if isinstance(p, DTensor)]
     if not sharded:
         return nn.utils.clip_grad_norm_(parameters, limit)
     groups = (sharded, [p for p in parameters if not isinstance(p, DTensor)])
     gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
-    norm = torch.stack([whole(nn.utils.get_total_norm(each)) for each in gradients if each]).norm()
+    norm = torch.stack([full_tensor(nn.utils.get_total_norm(some)) for some in gradients if some]).norm()
     for group in groups:
         nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm
 
 
 def average_unsharded(parameters: Iterable[Tensor]) -> None:
-    """Average the gradients of the parameters that FSDP left whole; nothing is left to do under DDP."""
+    """Average the gradients of the parameters that FSDP does not shard."""
     for parameter in parameters:
         if not isinstance(parameter, DTensor) and parameter.grad is not None:
             distributed.average(parameter.grad)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Average gradients over the ranks, some at a time; every rank must have one for the same parameters."""
+    """Average gradients over the ranks in buckets; every rank must have them for the same parameters."""
     if distributed.world_size() == 1:
         return
-    waiting: list[Tensor] = []
+    buckets: list[list[Tensor]] = [[]]
     for gradient in [p.grad for p in parameters if p.grad is not None]:
-        waiting.append(gradient)
-        if sum(each.numel() for each in waiting) >= BUCKET:
-            _average_together(waiting)
-            waiting = []
-    if waiting:
-        _average_together(waiting)
+        if sum(some.numel() for some in buckets[-1]) >= BUCKET:
+            buckets.append([])
+        buckets[-1].append(gradient)
+    for bucket in filter(None, buckets):
+        flat = distributed.average(torch.cat([gradient.flatten() for gradient in bucket]))
+        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
-def _average_together(gradients: list[Tensor]) -> None:
-    flat = distributed.average(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its shards; every rank must ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor's shards; a collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def load_full_state(into: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put whole tensors into a module whose parameters may be sharded; names must be all and the same."""
+    """Load a state dict of whole tensors into a module whose parameters may be sharded."""
     own = into.state_dict(keep_vars=True)
-    into.load_state_dict(
-        {name: shard_like(own[name], tensor) for name, tensor in tensors.items() if name in own}
-        | {name: tensor for name, tensor in tensors.items() if name not in own}
-    )
+    into.load_state_dict({name: shard_like(own.get(name), tensor) for name, tensor in tensors.items()})
 
 
 def shard_like(like: object, tensor: Tensor) -> Tensor:
-    """A whole tensor cut as another one is, and laid out in memory as that: fused kernels walk both side by side."""
+    """Give a whole tensor the sharding and memory layout of another one, which fused kernels rely on."""
     if not isinstance(like, Tensor) or tensor.shape != like.shape:
         return tensor
     if not isinstance(like, DTensor):

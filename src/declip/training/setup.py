@@ -1,9 +1,10 @@
-"""From a recipe to the parts of a run: device, pairs, views, loader, averaged weights."""
+"""From a recipe to the parts of a run: precision, pairs, views, loader, averaged weights, generators."""
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import timm
 import torch
@@ -16,34 +17,43 @@ from declip.data.plan import Plan, plan_views
 from declip.data.sources.mixture import Mixture
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
+from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
+from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import needs_of
 from declip.training import distributed
 
 
-def open_training_source(recipe: Recipe) -> PairSource:
-    """The pairs that teach, one source or a mixture, cut to `data.max_pairs` by the seed."""
-    data = recipe.data
-
-    def opened(name: str) -> PairSource:
-        return open_source(
-            name,
-            image_column=data.image_column,
-            caption_column=data.caption_column,
-            image_root=data.image_root,
-            shard_cache_gb=data.shard_cache_gb,
+def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume: bool) -> Recipe:
+    """Replace train.precision=auto by the device's; a resumed run keeps its own, on any device."""
+    precision = recipe.train.precision
+    if precision == "auto":
+        precision = "bf16" if computes_bf16(device) else "fp32"
+        if resume and (folder / RECIPE).is_file():
+            precision = read_recipe(folder).train.precision
+    if precision == "bf16" and not computes_bf16(device):
+        log.warning(
+            "The device %s does not compute in bfloat16 itself, so steps may take many times as long as in float32. "
+            "train.precision=auto chooses by the device.",
+            device,
         )
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
+
+def open_training_source(recipe: Recipe) -> PairSource:
+    """Open the training pairs, one source or a mixture, limited to `data.max_pairs` by the seed."""
+    data = recipe.data
+    columns = data.model_dump(include={"image_column", "caption_column", "keyword_column", "image_root"})
     if isinstance(data.source, str):
-        source = opened(data.source)
+        source = open_source(data.source, **columns)
         return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
-    mixture = Mixture([(opened(each.source), each.weight) for each in data.source])
+    mixture = Mixture([(open_source(part.source, **columns), part.weight) for part in data.source])
     return mixture if data.max_pairs is None else mixture.take(data.max_pairs, recipe.seed)
 
 
 def plan_of(recipe: Recipe) -> Plan:
-    """The views of a pair that the losses of a recipe need."""
+    """Plan the views of a pair that the losses of a recipe need."""
     return plan_views(recipe, needs_of(recipe))
 
 
@@ -69,7 +79,7 @@ def build_loader(
 
 
 def versions() -> dict[str, str]:
-    """What a result may depend on."""
+    """List everything outside the recipe that a result may depend on."""
     return {
         "declip": version("declip"),
         "python": platform.python_version(),
@@ -81,14 +91,12 @@ def versions() -> dict[str, str]:
 
 
 def averaged(model: DualEncoder, decay: float | None) -> AveragedModel | None:
-    """The averaging copy of a model, or None without a decay."""
+    """Copy a model for averaged weights; None without a decay.
+
+    The decay grows as (1 + n) / (10 + n), so that the random start is soon forgotten.
+    """
     if decay is None:
         return None
-    return AveragedModel(model, multi_avg_fn=_warm_average(decay), use_buffers=True)
-
-
-def _warm_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Exponential average whose decay grows as (1 + n) / (10 + n), so that the random start is soon forgotten."""
 
     @torch.no_grad()
     def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
@@ -100,12 +108,28 @@ def _warm_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor],
             else:
                 average.copy_(value)
 
-    return update
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's generators."""
+    """Give the states of torch's generators."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
     return states
+
+
+def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the states of torch's generators back."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+
+
+def seed_rank(seed: int, step: int) -> None:
+    """Give torch's generators of this rank a stream of their own, so that no two ranks sample equal dropout masks."""
+    torch.manual_seed(seed + 7919 * (distributed.rank() + 1) + step)

@@ -1,9 +1,11 @@
-"""Signals that ask a run to end: heard after the current step, so that it can be saved."""
+"""Requests to end a run, by a signal or a file: honored after the current step, so that it can be saved."""
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,34 +19,59 @@ Under torchrun it is 0: torchrun would take any other for a failure and start th
 STOP = "stop"
 """A file of this name in the run folder ends the run as SIGTERM does, on every machine that it runs on."""
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Windows has no SIGUSR1."""
 
 
-@contextmanager
-def stopping_politely(ask: Callable[[int], None]) -> Iterator[None]:
-    """Hear Ctrl-C, SIGTERM and SIGUSR1 by calling `ask` with the number; after the first, Ctrl-C acts as before.
+class StopRequest:
+    """Whether the run was asked to stop.
 
-    SIGTERM and SIGUSR1 may come again: a scheduler signals all processes of a job, and torchrun passes its own on.
-    Only a process's main thread can hear signals; in another one nothing changes.
+    Args:
+        folder: The run folder, where the file `STOP` is looked for once a second; None looks for none.
+
+    Attributes:
+        asked: Whether it was asked.
+        signal: Number of the signal that asked, 0 for none.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = False
 
-    def heard(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if not asked:
-            asked = True
-            ask(number)
+    def __init__(self, folder: Path | None) -> None:
+        self.asked, self.signal = False, 0
+        self._folder, self._looked = folder, 0.0
+
+    def poll(self) -> bool:
+        """Look for the file; give `asked`."""
+        now = time.monotonic()
+        if self._folder is not None and now - self._looked > 1:
+            self._looked = now
+            if (self._folder / STOP).exists():
+                log.info("Found the file '%s': stopping after this step and saving.", STOP)
+                (self._folder / STOP).unlink(missing_ok=True)
+                self.asked = True
+        return self.asked
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals `STOPS`; after the first one, Ctrl-C acts as before.
+
+        SIGTERM and SIGUSR1 may come again: a scheduler signals all processes of a job, and torchrun passes its own on.
+        Only a process's main thread can catch signals; in another one nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        earlier: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
+
+        def catch(number: int, frame: FrameType | None) -> None:
+            if self.signal:
+                return
+            self.asked, self.signal = True, number
             log.info("Stopping after this step and saving; Ctrl-C from now on stops at once, without saving.")
             signal.signal(signal.SIGINT, earlier[signal.SIGINT])
 
-    earlier: dict[int, Any] = {each: signal.getsignal(each) for each in STOPS}
-    for each in earlier:
-        signal.signal(each, heard)
-    try:
-        yield
-    finally:
-        for each, handler in earlier.items():
-            signal.signal(each, handler)
+        for number in earlier:
+            signal.signal(number, catch)
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)

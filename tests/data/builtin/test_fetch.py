@@ -89,7 +89,7 @@ def test_fetch_tells_in_one_line_what_went_wrong(tmp_path, monkeypatch):
     assert "npm reaches no registry (ENOTFOUND)" in str(caught.value)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(fetch, "npm", npm_that(lambda cwd: (0, "")))
-    with pytest.raises(UserError, match="npm brought no package a, b"):
+    with pytest.raises(UserError, match="npm fetched no package a, b"):
         fetch_npm({"a": "1", "b": "2"}, tmp_path, 600)
 
 

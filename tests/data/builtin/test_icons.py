@@ -20,7 +20,6 @@ from declip.data.builtin.icons import (
     words_of,
 )
 from declip.data.builtin.pictures import MANIFEST, NOTICE, TABLE
-from declip.data.pair import PairSource
 
 SIDE, SPLITS = ICONS.side, ICONS.splits
 VERSIONS = ICONS.packages.versions
@@ -178,12 +177,8 @@ def test_names_of_emoji():
 
 def test_evaluation_has_a_class_for_each_name(built):
     source = ICONS.open("icons-test", built)
-    assert isinstance(source, PairSource)
-    assert source.name == "builtin:icons-test"
     assert source.class_names == ("camera", "wallet")
     assert source.labels.tolist() == [0, 1, 0, 1]
-    assert source.labels.dtype == np.int64
-    assert not hasattr(ICONS.open("icons", built), "labels")
     assert source.credit == "Carbon by A Hand, Apache-2.0; Icon-Park by A Hand, MIT"
 
 
@@ -227,9 +222,6 @@ def test_licences_and_versions_are_kept(built):
     rows = pq.read_table(folder / TABLE).to_pylist()
     assert {(row["set"], row["licence"]) for row in rows} >= {("carbon", "Apache-2.0"), ("tabler", "MIT")}
     assert all(row["licence"] and row["author"] for row in rows)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    assert manifest["packages"] == dict.fromkeys(VERSIONS, "1.2.3")
-    assert (folder / "licences/@iconify-json/LICENSE").read_text() == "the licence of @iconify/json"
     assert (folder / "licences/@iconify-json/collections.json").is_file()
     notice = (folder / NOTICE).read_text()
     assert "Carbon by A Hand, Apache-2.0: 3 drawings\n  from https://example.org/carbon" in notice

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from declip.data.builtin import BUILTIN_SPLITS, BUILTINS, open_builtin, pictures, prepare
+from declip.data.builtin import BUILTIN_SPLITS, BUILTINS, download, open_builtin, pictures
 from declip.data.builtin.fetch import Package
 from declip.data.builtin.pictures import (
     CHECKSUMS,
@@ -73,7 +73,7 @@ def cache(tmp_path, monkeypatch):
     (tmp_path / "LICENSE").write_text("free")
     monkeypatch.setattr(PLAIN.packages, "notice", tmp_path / "LICENSE")
     monkeypatch.setattr(PLAIN.packages, "asked", 0)
-    PLAIN.prepare(tmp_path / "cache", progress=False)
+    PLAIN.download(tmp_path / "cache", progress=False)
     return tmp_path / "cache"
 
 
@@ -85,7 +85,7 @@ def test_what_is_written(cache, repeated, kept, left_out, monkeypatch):
     monkeypatch.setattr(PLAIN, "keeps_repeated", repeated, raising=False)
     folder = PLAIN.folder(cache)
     shutil.rmtree(folder)
-    PLAIN.prepare(cache, progress=False)
+    PLAIN.download(cache, progress=False)
     source = PLAIN.open("plain", cache)
     assert isinstance(source, PairSource)
     assert [source.key(i) for i in range(len(source))] == kept
@@ -101,7 +101,7 @@ def test_what_is_written(cache, repeated, kept, left_out, monkeypatch):
         "resvg_py": None,
     }
     assert (folder / NOTICE).read_text() == f"{len(kept)} squares"
-    assert (folder / "licenses/@some-package/LICENSE").read_text() == "free"
+    assert (folder / "licences/@some-package/LICENSE").read_text() == "free"
 
 
 def test_a_split_with_classes(cache):
@@ -110,7 +110,7 @@ def test_a_split_with_classes(cache):
     assert source.class_names == ("b", "g", "r")
     assert source.labels.tolist() == [1, 2, 0]
     assert source.labels.dtype == np.int64
-    assert not hasattr(PLAIN.open("plain", cache), "labels")
+    assert PLAIN.open("plain", cache).labels is None
 
 
 def test_a_source_is_pickled_without_its_images(cache):
@@ -132,7 +132,7 @@ def flip(path, place):
     ("harm", "reason"),
     [
         (lambda f: flip(f / TABLE, 100), "pairs.parquet has changed"),
-        (lambda f: (f / GRAY).write_bytes((f / GRAY).read_bytes()[:-1]), "images-gray.bin has changed"),
+        (lambda f: (f / GRAY).write_bytes((f / GRAY).read_bytes()[:-1]), "images-grey.bin has changed"),
         (lambda f: (f / COLOR).unlink(), "FileNotFoundError"),
         (lambda f: (f / TABLE).unlink(), "FileNotFoundError"),
         (lambda f: (f / CHECKSUMS).unlink(), "FileNotFoundError"),
@@ -140,7 +140,7 @@ def flip(path, place):
         (lambda f: (f / CHECKSUMS).write_text("{"), "JSONDecodeError"),
         (lambda f: (f / MANIFEST).write_text("{"), "JSONDecodeError"),
         (lambda f: (f / MANIFEST).write_text('{"layout": 0}'), "another version of declip"),
-        (lambda f: (f / "licenses/@some-package/LICENSE").write_text("mine"), "LICENSE has changed"),
+        (lambda f: (f / "licences/@some-package/LICENSE").write_text("mine"), "LICENSE has changed"),
         (shutil.rmtree, "not there yet"),
     ],
 )
@@ -149,23 +149,22 @@ def test_damage_is_found_on_opening_and_repaired(cache, harm, reason):
     with pytest.raises(UserError) as caught:
         PLAIN.open("plain", cache)
     assert reason in str(caught.value)
-    assert "Run `declip data prepare builtin:plain` (no time)" in str(caught.value)
-    PLAIN.prepare(cache, progress=False)
+    assert "Run `declip data download builtin:plain` (no time)" in str(caught.value)
+    PLAIN.download(cache, progress=False)
     assert len(PLAIN.open("plain", cache)) == 3
 
 
 def test_prepare_builds_once_and_repairs_damage_inside_the_images(cache, capsys):
     folder = PLAIN.folder(cache)
     before = (folder / CHECKSUMS).read_text()
-    assert PLAIN.prepare(cache) == folder
+    assert PLAIN.download(cache) == folder
     assert (PLAIN.packages.asked, capsys.readouterr().err) == (1, "")
     flip(folder / COLOR, 100)
     assert len(PLAIN.open("plain", cache)) == 3
-    with pytest.raises(UserError, match=r"images-color\.bin has changed"):
+    with pytest.raises(UserError, match=r"images-colour\.bin has changed"):
         PLAIN.check(folder, images_too=True)
-    PLAIN.prepare(cache)
+    PLAIN.download(cache)
     assert PLAIN.packages.asked == 2
-    assert "drawing" in capsys.readouterr().err
     assert (folder / CHECKSUMS).read_text() == before, "the same packages give the same files"
 
 
@@ -190,7 +189,7 @@ def test_every_name_says_which_set_to_prepare(tmp_path, monkeypatch):
     for name in BUILTINS:
         with pytest.raises(UserError) as caught:
             open_source(f"builtin:{name}")
-        assert f"Run `declip data prepare builtin:{name.split('-')[0]}`" in str(caught.value)
+        assert f"Run `declip data download builtin:{name.split('-')[0]}`" in str(caught.value)
     parts = {part for parts in BUILTIN_SPLITS.values() for part in parts.values()}
     assert parts | set(BUILTIN_SPLITS) <= set(BUILTINS)
 
@@ -200,11 +199,11 @@ def test_names_are_looked_up(cache, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(cache))
     assert isinstance(open_builtin("builtin:plain"), BuiltinSource)
     assert len(open_source("builtin:plain")) == 3
-    assert prepare("builtin:plain") == prepare("plain", cache) == cache / "plain"
+    assert download("builtin:plain") == download("plain", cache) == cache / "plain"
     with pytest.raises(UserError, match="Did you mean 'emoji-test'"):
-        prepare("builtin:emoji-tset", cache)
+        download("builtin:emoji-tset", cache)
     with pytest.raises(UserError, match="--out"):
-        prepare(str(cache))
+        download(str(cache))
 
 
 def test_the_renderer_is_asked_for_before_anything_is_fetched(cache, monkeypatch):
@@ -214,5 +213,5 @@ def test_the_renderer_is_asked_for_before_anything_is_fetched(cache, monkeypatch
     monkeypatch.setattr(pictures, "renderer", missing)
     monkeypatch.setattr(PLAIN, "needs_renderer", True, raising=False)
     with pytest.raises(UserError, match="resvg-py"):
-        PLAIN.prepare(cache / "elsewhere")
+        PLAIN.download(cache / "elsewhere")
     assert PLAIN.packages.asked == 1

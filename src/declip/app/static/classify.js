@@ -1,13 +1,13 @@
 import { find, latest, make, say, sendJson, template, watchTemplate } from "./common.js";
 import { watchPicker } from "./picker.js";
 
-const percent = (share) => (share >= 0.0005 ? `${(100 * share).toFixed(1)} %` : "< 0.1 %");
+const percent = (value) => (value >= 0.0005 ? `${(100 * value).toFixed(1)} %` : "< 0.1 %");
 
 const run = latest(async (current) => {
-  if (!chosen.token && chosen.id === null) return say("Choose a picture first.", "bad");
+  if (!chosen.token && chosen.id === null) return say("Choose an image first.", "bad");
   say("Classifying …", "busy");
   const classes = find("classes").value.split("\n");
-  const found = await sendJson("/api/classify", { picture: chosen.token, id: chosen.id, classes, template: template() });
+  const found = await sendJson("/api/classify", { image: chosen.token, id: chosen.id, classes, template: template() });
   if (!current()) return;
   const shown = found.classes.slice(0, 100);
   find("bars").replaceChildren(...shown.map(bar));
@@ -22,10 +22,10 @@ function bar(row) {
   const filled = make("div", { class: "bar" });
   filled.style.width = `${100 * row.probability}%`;
   const name = make("span", {}, row.name, make("small", {}, `cosine ${row.cosine.toFixed(3)}`));
-  return make("li", {}, name, make("div", { class: "track", "aria-hidden": "true" }, filled), make("span", { class: "share" }, percent(row.probability)));
+  return make("li", {}, name, make("div", { class: "track", "aria-hidden": "true" }, filled), make("span", { class: "percent" }, percent(row.probability)));
 }
 
-const chosen = watchPicker((picture) => (picture.token ? run() : (find("result").hidden = true)));
+const chosen = watchPicker((image) => (image.token ? run() : (find("result").hidden = true)));
 watchTemplate();
 find("form").addEventListener("submit", (event) => {
   event.preventDefault();

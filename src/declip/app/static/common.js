@@ -1,4 +1,4 @@
-// What all views share: elements, requests, states, cards. Text from the data only ever becomes text nodes.
+// Shared by all views: elements, requests, states, cards. Text from the data only ever becomes text nodes.
 
 export const find = (id) => document.getElementById(id);
 
@@ -6,8 +6,7 @@ export const find = (id) => document.getElementById(id);
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value === true) element.setAttribute(name, "");
+    if (value === true) element.setAttribute(name, "");
     else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
   }
   element.append(...children.filter((child) => child !== null && child !== undefined));
@@ -31,14 +30,14 @@ export async function ask(address, options = {}) {
 export const sendJson = (address, tree) =>
   ask(address, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(tree) });
 
-/** Says what goes on, in the view's status line: kind is "", "busy" or "bad". */
+/** Writes to the view's status line: kind is "", "busy" or "bad". */
 export function say(text, kind = "") {
   const line = find("said");
   line.textContent = text;
   line.className = `said ${kind}`;
 }
 
-/** Runs what a form asks for, one at a time: a later call makes an earlier one's answer void. */
+/** Wraps the work of a form: a later call makes an earlier one's answer void. */
 export function latest(work) {
   let number = 0;
   return async (...given) => {
@@ -51,32 +50,43 @@ export function latest(work) {
   };
 }
 
-export const thumbnail = (id, size = "small") => `/thumbnails/${id}?size=${size}&v=${document.body.dataset.version}`;
+export const thumbnail = (id) => `/thumbnails/${id}?v=${document.body.dataset.version}`;
 
-/** The picture of an image of the index, or a word where there is none. */
-export function picture(hit, size = "small") {
-  if (hit.id === null || hit.id === undefined) return make("span", { class: "no-picture" }, "not in this source");
-  const image = make("img", { src: thumbnail(hit.id, size), alt: hit.captions[0] || hit.key, loading: "lazy", decoding: "async" });
-  image.addEventListener("error", () => image.replaceWith(make("span", { class: "no-picture" }, "picture cannot be read any more")));
+/** The thumbnail of an image of the index, or words where there is none. */
+function thumbnailOf(hit) {
+  if (hit.id === null) return make("span", { class: "no-image" }, "not in this source");
+  const image = make("img", { src: thumbnail(hit.id), alt: hit.captions[0] || hit.key, loading: "lazy", decoding: "async" });
+  image.addEventListener("error", () => image.replaceWith(make("span", { class: "no-image" }, "image cannot be read any more")));
   return image;
 }
 
-/** A picture with its words and facts; it leads to the images like it. */
-export function card(hit, { words, facts = [], row = false, more = [] } = {}) {
-  const shown = words || hit.captions[0] || hit.key;
-  const inner = picture(hit);
-  const linked = hit.id === null || hit.id === undefined ? inner : make("a", { href: `/search?id=${hit.id}`, title: "Images like this one" }, inner);
+/** An image with its caption and facts; it leads to the images like it. */
+export function card(hit, { title, facts = [], row = false, more = [] } = {}) {
+  const shown = title || hit.captions[0] || hit.key;
+  const inner = thumbnailOf(hit);
+  const linked = hit.id === null ? inner : make("a", { href: `/search?id=${hit.id}`, title: "Images like this one" }, inner);
   const others = hit.captions.length > 1 ? hit.captions.join("\n") : shown;
-  const told = [make("p", { class: "words", title: others }, shown), ...facts.map((fact) => make("p", { class: "facts" }, fact)), ...more];
-  return row ? make("li", { class: "card row" }, linked, make("div", {}, ...told)) : make("li", { class: "card" }, linked, ...told);
+  const lines = [make("p", { class: "words", title: others }, shown), ...facts.map((fact) => make("p", { class: "facts" }, fact)), ...more];
+  return row ? make("li", { class: "card row" }, linked, make("div", {}, ...lines)) : make("li", { class: "card" }, linked, ...lines);
+}
+
+/** The answer of an address once the work behind it is done. */
+export async function finished(address, doing, current = () => true) {
+  for (;;) {
+    const found = await ask(address);
+    if (found.state === "ready" || !current()) return found;
+    if (found.state === "failed") throw new Error(found.error);
+    say(`${doing} … ${Math.round(100 * found.fraction)} %`, "busy");
+    await new Promise((resolve) => setTimeout(resolve, 700));
+  }
 }
 
 export const count = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 
-/** How far a cosine lies from the usual one, in words. */
+/** The distance of a cosine from the usual one, in words. */
 export const apart = (deviations) => `${Math.abs(deviations).toFixed(1)} deviations ${deviations < 0 ? "below" : "above"} the usual`;
 
-/** The template that is chosen: a set's name, one's own, or nothing. */
+/** The chosen template: a set's name, the user's own, or nothing. */
 export function template() {
   const chosen = find("template").value;
   return chosen === "own" ? find("own").value : chosen;
@@ -88,7 +98,7 @@ export function watchTemplate() {
   });
 }
 
-/** Buttons with captions fill in a field and send its form. */
+/** Makes the buttons with captions fill in a field and send its form. */
 export function watchExamples(field, form) {
   for (const button of document.querySelectorAll("[data-example]")) {
     button.addEventListener("click", () => {

@@ -1,4 +1,4 @@
-// The list of pairs to leave out: kept in this tab until it is closed, saved as CSV by the server.
+// The list of pairs to exclude: kept in this tab until it is closed, saved as CSV by the server.
 
 import { count, find, make, say } from "./common.js";
 
@@ -16,8 +16,8 @@ export function take(id) {
   changed();
 }
 
-/** A box that says whether a pair is on the list. */
-export function box(id, reason, label = "leave out") {
+/** A checkbox that puts a pair on the list or takes it off. */
+export function box(id, reason, label = "exclude") {
   const input = make("input", { type: "checkbox", "data-pair": id });
   input.checked = kept.has(id);
   input.addEventListener("change", () => (input.checked ? put([id], reason) : take(id)));

@@ -1,10 +1,10 @@
 // The map of the pairs on a canvas: hovered, tapped, or walked through with the arrow keys.
 
-import { apart, ask, card, count, find, make, say } from "./common.js";
+import { apart, ask, card, count, find, finished, make, say } from "./common.js";
 import { box, has, put, take } from "./list.js";
 
 const GRID = 10000;
-const NEAR = 14; // pixels from the pointer to a point that is meant
+const NEAR = 14; // pixels from the pointer to the chosen point at most
 const LOW = -3;
 const SOME = -2;
 
@@ -16,25 +16,21 @@ let asked = 0;
 let drag = null;
 const narrow = matchMedia("(max-width: 720px)");
 
+let frame = 0;
+function redraw() {
+  cancelAnimationFrame(frame);
+  frame = requestAnimationFrame(draw);
+}
+
 export async function showMap() {
   const over = find("over").value;
   const method = find("method").value;
   const mine = ++asked;
-  for (;;) {
-    const found = await ask(`/api/pairs/map?over=${over}&method=${method}`);
-    if (mine !== asked) return;
-    if (found.state === "failed") {
-      points = null;
-      draw();
-      throw new Error(found.error);
-    }
-    if (found.state === "ready") {
-      points = found;
-      break;
-    }
-    say(`Laying out the map … ${Math.round(100 * found.share)} %`, "busy");
-    await new Promise((resolve) => setTimeout(resolve, 700));
-  }
+  points = null;
+  redraw();
+  const found = await finished(`/api/pairs/map?over=${over}&method=${method}`, "Laying out the map", () => mine === asked);
+  if (mine !== asked) return;
+  points = found;
   chosen = -1;
   everything();
   const part = points.ids.length < points.images ? ` of ${count(points.images, "image")}, evenly chosen` : "";
@@ -89,13 +85,7 @@ function draw() {
   }
 }
 
-let frame = 0;
-function redraw() {
-  cancelAnimationFrame(frame);
-  frame = requestAnimationFrame(draw);
-}
-
-/** The visible point that a measure likes best; the measure is Infinity for those that are not meant. */
+/** The visible point with the smallest measure; Infinity excludes a point. */
 function best(measure) {
   let found = -1;
   let least = Infinity;

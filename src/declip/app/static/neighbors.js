@@ -19,8 +19,8 @@ const run = latest(async (current) => {
 });
 
 function entry(hit, text) {
-  const same = plain(hit.words) === plain(text) ? ["the same words"] : [];
-  return card(hit, { words: hit.words, facts: [`cosine ${hit.cosine.toFixed(3)}`, ...same, hit.key] });
+  const same = plain(hit.text) === plain(text) ? ["the same text"] : [];
+  return card(hit, { title: hit.text, facts: [`cosine ${hit.cosine.toFixed(3)}`, ...same, hit.key] });
 }
 
 watchExamples(find("text"), find("form"));

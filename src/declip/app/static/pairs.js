@@ -1,21 +1,7 @@
-import { apart, ask, card, count, find, make, say } from "./common.js";
-import { histogram } from "./chart.js";
+import { apart, card, count, find, finished, make, say } from "./common.js";
 import { box, put, watchList } from "./list.js";
 import { showMap } from "./map.js";
 import { watchTabs } from "./tabs.js";
-
-const WAIT = 700; // milliseconds between two questions whether the work is done
-
-/** Asks until the work behind an address is done. */
-async function finished(address, doing) {
-  for (;;) {
-    const found = await ask(address);
-    if (found.state === "ready") return found;
-    if (found.state === "failed") throw new Error(found.error);
-    say(`${doing} … ${Math.round(100 * found.share)} %`, "busy");
-    await new Promise((resolve) => setTimeout(resolve, WAIT));
-  }
-}
 
 const guarded = (work) => (...given) => work(...given).catch((error) => say(error.message, "bad"));
 
@@ -39,6 +25,19 @@ function growing(name, part, row, address, doing, told) {
   return guarded(load);
 }
 
+/** Bars of the cosines of all pairs; those below a value stand out. */
+function histogram({ counts, edges }, below) {
+  const most = Math.max(1, ...counts);
+  const bars = counts.map((value, place) => {
+    const bar = make("span", { class: edges[place + 1] <= below ? "low" : "" });
+    bar.style.height = `${value ? Math.max(1, (100 * value) / most) : 0}%`;
+    return bar;
+  });
+  const label = `Histogram of the cosines, from ${edges[0].toFixed(2)} to ${edges.at(-1).toFixed(2)}`;
+  const ends = [edges[0], edges.at(-1)].map((value) => make("span", {}, value.toFixed(2)));
+  return [make("div", { class: "columns", role: "img", "aria-label": label }, ...bars), make("div", { class: "ends" }, ...ends)];
+}
+
 function disagreeingRow(row) {
   const rank = row.rank === 1 ? "its own caption is the nearest of all" : `its own caption is number ${row.rank.toLocaleString("en")} of ${row.pairs.toLocaleString("en")}`;
   const nearer = row.nearer ? [`nearest: “${row.nearer}”`] : [];
@@ -50,7 +49,7 @@ function groupRow(reason) {
   return (group) => {
     const hidden = group.size - group.members.length;
     const head = reason === "duplicate" ? `${count(group.size, "image")}, cosine up to ${group.cosine.toFixed(3)}` : `${count(group.size, "image")}: “${group.members[0].captions[0]}”`;
-    const members = group.members.map((member) => card(member, { words: reason === "duplicate" ? undefined : member.key, more: [box(member.id, reason)] }));
+    const members = group.members.map((member) => card(member, { title: reason === "duplicate" ? "" : member.key, more: [box(member.id, reason)] }));
     return make("li", {}, make("p", { class: "facts" }, head + (hidden > 0 ? `, ${hidden} more not shown` : "")), make("ul", { class: "members" }, ...members));
   };
 }
@@ -59,7 +58,7 @@ const threshold = () => Number(find("threshold").value).toFixed(3);
 const parts = {
   disagreeing: growing("disagreeing", "rows", disagreeingRow, (start) => `/api/pairs/disagreeing?start=${start}`, "Comparing images with their captions", (found, shown) => `${shown} of ${count(found.total, "pair")}, the least agreeing first`),
   duplicates: growing("duplicates", "groups", groupRow("duplicate"), (start) => `/api/pairs/duplicates?start=${start}&threshold=${threshold()}`, "Comparing images with each other", (found, shown) => {
-    find("duplicates-said").textContent = `${count(found.total, "group")}; without all but the first of each there would be ${count(found.extra, "image")} less.`;
+    find("duplicates-said").textContent = `${count(found.total, "group")}: ${count(found.extra, "image")} besides the first of each.`;
     return found.total ? `${shown} of ${count(found.total, "group")}, the most alike first` : "No two images are that much alike. Lower the cosine.";
   }),
   captions: growing("captions", "groups", groupRow("caption"), (start) => `/api/pairs/captions?start=${start}`, "Reading captions", (found, shown) => {
@@ -73,7 +72,7 @@ const begin = guarded(async (name) => {
   const state = await finished("/api/pairs", "Comparing images with their captions");
   const usual = state.median - 3 * state.spread;
   find("below").value ||= usual.toFixed(3);
-  find("histogram").replaceChildren(histogram(state, usual), make("figcaption", { class: "hint" }, `${count(state.pairs, "pair")}: usual cosine ${state.median.toFixed(3)}, deviation ${state.spread.toFixed(3)}${state.without ? `; ${count(state.without, "image")} without a caption` : ""}`));
+  find("histogram").replaceChildren(...histogram(state, usual), make("figcaption", { class: "hint" }, `${count(state.pairs, "pair")}: usual cosine ${state.median.toFixed(3)}, deviation ${state.spread.toFixed(3)}${state.without ? `; ${count(state.without, "image")} without a caption` : ""}`));
   await parts[name](true);
 });
 

@@ -1,8 +1,8 @@
-// Choosing a picture: by file, by dropping, by pasting. It is sent once; after that its token stands for it.
+// Choosing an image: by file, by dropping, by pasting. It is sent once; after that its token stands for it.
 
 import { ask, find, say, thumbnail } from "./common.js";
 
-/** Watches the picker; `changed` is called when a picture is there or gone. */
+/** Watches the picker; `changed` is called when an image is chosen or removed. */
 export function watchPicker(changed) {
   const file = find("file");
   const drop = file.closest(".drop");
@@ -22,13 +22,13 @@ export function watchPicker(changed) {
     const mine = ++number;
     chosen.token = chosen.id = null;
     show(null);
-    say("Reading the picture …", "busy");
+    say("Reading the image …", "busy");
     try {
-      const { picture } = await ask("/api/pictures", { method: "POST", body: blob, headers: { "Content-Type": "application/octet-stream" } });
+      const { image } = await ask("/api/images", { method: "POST", body: blob, headers: { "Content-Type": "application/octet-stream" } });
       if (mine !== number) return;
-      chosen.token = picture;
+      chosen.token = image;
       show(URL.createObjectURL(blob));
-      say("The picture is ready.");
+      say("The image is ready.");
       changed(chosen);
     } catch (error) {
       if (mine === number) say(error.message, "bad");
@@ -48,7 +48,7 @@ export function watchPicker(changed) {
     event.preventDefault();
     drop.classList.remove("over");
     if (event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
-    else say("That was no file. Drop a picture from your disk.", "bad");
+    else say("That was no file. Drop an image from your disk.", "bad");
   });
   document.addEventListener("paste", (event) => {
     if (event.clipboardData.files.length) take(event.clipboardData.files[0]);
@@ -59,7 +59,7 @@ export function watchPicker(changed) {
     file.value = "";
     show(null);
     file.focus();
-    say("The picture is removed.");
+    say("The image is removed.");
     changed(chosen);
   });
 

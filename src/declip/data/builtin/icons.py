@@ -65,13 +65,11 @@ class Icons(BuiltinSet):
         return [icon.row(prefix, infos[prefix]) for prefix in order for icon in chosen[prefix]]
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray:
-        """Render an icon of its set."""
         prefix, drawing = row["key"].split("/")
         icons = icon_set(packages[PACKAGE].folder / "json", f"{prefix}.json")
         return rasterize(icons.svg(drawing, OVERSIZE * self.side), self.side)
 
     def notice(self, packages: Packages, rows: list[Row]) -> str:
-        """Name the authors and licenses of the sets."""
         infos, version = _infos(packages), self.packages.versions[PACKAGE]
         lines = [
             "The drawings in this folder belong to others. Show the line of its set wherever you show a drawing.",
@@ -210,9 +208,9 @@ def choose(packages: Packages) -> dict[str, list[Icon]]:
     tidy(concepts)
     emoji, tags = EmojiNames(concepts), _tags(packages)
     used = [prefix for prefix, info in infos.items() if not reason_to_leave_out(prefix, info)]
-    found = {prefix: list(_icons(IconSet(sets, f"{prefix}.json"), logos)) for prefix in used}
-    common = _common_words(found)
-    for prefix, icons in found.items():
+    chosen = {prefix: list(_icons(IconSet(sets, f"{prefix}.json"), logos)) for prefix in used}
+    common = _common_words(chosen)
+    for prefix, icons in chosen.items():
         icons[:] = [icon for icon in icons if is_readable(icon.name.split(), common)]
         for icon in icons:
             others = [name for name in icon.others if is_readable(name.split(), common)]
@@ -223,7 +221,7 @@ def choose(packages: Packages) -> dict[str, list[Icon]]:
             keywords = [icon.category, *tags.get(squash(icon.name), ())]
             keywords = [word for word in keywords if word and not emoji.holds_out(word)]
             icon.keywords = distinct(keywords, [icon.name, *icon.others])
-    return found
+    return chosen
 
 
 def _icons(icons: IconSet, logos: Collection[str]) -> Iterator[Icon]:
@@ -268,9 +266,9 @@ def _logo_names(sets: Path, infos: Mapping[str, Any]) -> set[str]:
     return {squash(name) for name, count in users.items() if count >= LOGO_SETS and not is_word(name)}
 
 
-def _common_words(found: Mapping[str, list[Icon]]) -> set[str]:
+def _common_words(chosen: Mapping[str, list[Icon]]) -> set[str]:
     """Words that several sets use."""
-    users = Counter(word for icons in found.values() for word in {w for icon in icons for w in icon.name.split()})
+    users = Counter(word for icons in chosen.values() for word in {w for icon in icons for w in icon.name.split()})
     return {word for word, count in users.items() if count >= DESIGNERS_OF_A_WORD}
 
 
@@ -310,18 +308,17 @@ def split_style(name: str, names: Container[str]) -> tuple[str, str]:
     """Split a name such as "home-2-line" into the thing shown and the style, ("home", "line"), without the number.
 
     Args:
-        name: The name.
         names: All names of the set and these without their numbers; "home-fill" or "home" among them shows that
             "line" is a style.
     """
-    rest, found = re.sub(r"-+", "-", name), ""
+    rest, style_found = re.sub(r"-+", "-", name), ""
     while True:
         rest = without_number(rest)
         style = next((s for s in STYLES if s and rest.endswith(f"-{s}") and _is_style(rest, s, names)), None)
         if style is None:
-            return rest, found
+            return rest, style_found
         rest = rest.removesuffix(f"-{style}")
-        found = style if STYLES[style] >= STYLES[found] else found
+        style_found = style if STYLES[style] >= STYLES[style_found] else style_found
 
 
 def without_number(name: str) -> str:

@@ -14,58 +14,64 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages
 from declip.data.builtin.render import INVISIBLE, renderer
-from declip.data.pair import BUILTIN_PREFIX, Pair
+from declip.data.pair import BUILTIN_PREFIX, Pair, PairSource
 from declip.errors import UserError
-from declip.io.atomic import atomic_write, cache_folder
+from declip.io.atomic import atomic_write, cache_folder, sha256
+from declip.io.progress import progress_bar
 
 TABLE, MANIFEST, CHECKSUMS, NOTICE = "pairs.parquet", "manifest.json", "checksums.json", "NOTICE.txt"
 IMAGES = "images"
-"""Beginning of the names of the files that hold pixels."""
+"""Prefix of the files that hold pixels."""
 
 GRAY, COLOR = f"{IMAGES}-grey.bin", f"{IMAGES}-colour.bin"
-"""Pixels of images without and with color, uint8, one after the other; gray ones take a third of the room."""
+"""Pixels of images without and with color, uint8, one after the other; gray ones take a third of the space."""
 
 Row = dict[str, Any]
-"""A row of a set's table: "key", "captions", "keywords" and the set's own columns."""
+"""A row of a set's table: "key", "captions", "keywords" and columns of the set."""
 
 
 class Selection(NamedTuple):
-    """The part of a set's table that a source is about."""
+    """The rows of a set's table that make a source.
+
+    Attributes:
+        class_column: Column of a pair's class; None for a source without classes.
+        class_names: Empty for the classes that occur, in alphabetical order.
+    """
 
     rows: list[Row]
     credit: str
     class_column: str | None = None
-    """Column that holds a pair's class; None for a source without classes."""
     class_names: Sequence[str] = ()
-    """Empty for the classes that occur, in alphabetical order."""
 
 
 class BuiltinSet(ABC):
-    """An image set that is rendered once; a subclass says how its drawings are chosen and what of them is a source."""
+    """An image set that is rendered once; a subclass chooses its drawings and the rows of each source.
+
+    Attributes:
+        name: Name of its folder in the cache, and after "builtin:" for `declip data download`.
+        layout: Raised when the files change their meaning; a folder of another layout is built again.
+        effort: Cost of making it, in a few words.
+        side: Pixels of an image's sides.
+        splits: Names of its sources.
+        keeps_repeated: Whether an image may occur twice.
+    """
 
     name: ClassVar[str]
-    """Name of its folder below the cache, and the name after "builtin:" that `declip data prepare` takes."""
     layout: ClassVar[int]
-    """Raised when the files change their meaning; a folder of another layout is built anew."""
     effort: ClassVar[str]
-    """Cost of making it, in a few words."""
     side: ClassVar[int]
-    """Pixels."""
     packages: ClassVar[NpmPackages | DebianPackage]
     splits: ClassVar[Collection[str]]
-    """Names of its sources."""
     needs_renderer: ClassVar[bool] = True
     keeps_repeated: ClassVar[bool] = False
-    """Whether an image may occur twice."""
 
     @abstractmethod
     def choose(self, packages: Packages) -> list[Row]:
-        """Rows of all drawings that the set should have, in order."""
+        """Rows of all drawings of the set, in order."""
 
     @abstractmethod
     def pixels(self, row: Row, packages: Packages) -> np.ndarray | None:
@@ -77,7 +83,7 @@ class BuiltinSet(ABC):
 
     @abstractmethod
     def select(self, split: str, table: list[Row]) -> Selection:
-        """The part of the table that is one of `splits`."""
+        """The rows of one of `splits`."""
 
     def folder(self, cache: str | Path | None = None) -> Path:
         """Folder of the set in a cache folder; None for the default one."""
@@ -87,19 +93,16 @@ class BuiltinSet(ABC):
         """Open one of `splits`."""
         return BuiltinSource(self, split, cache)
 
-    def prepare(self, cache: str | Path | None = None, progress: bool = True) -> Path:
-        """Fetch and render the set, unless a whole folder is there already, and return that.
-
-        Raises:
-            UserError: The packages cannot be fetched, a tool is missing, or the folder cannot be written.
-        """
+    def download(self, cache: str | Path | None = None, progress: bool = True) -> Path:
+        """Fetch and render the set, unless a complete folder is there already, and return that."""
         folder = self.folder(cache)
         try:
             self.check(folder, images_too=True)
         except UserError:
             if self.needs_renderer:
                 renderer()  # an error before anything is fetched
-            with progress_bar(progress) as bar:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with progress_bar(*columns, shown=progress) as bar:
                 step = bar.add_task(str(self.packages), total=None)
                 with self.packages.fetched() as packages:
                     bar.remove_task(step)
@@ -110,10 +113,10 @@ class BuiltinSet(ABC):
         """Render unpacked packages into a folder, which appears whole or not at all."""
         chosen = self.choose(packages)
         shown = chosen if bar is None else bar.track(chosen, description="drawing")
-        with atomic_write(folder) as beside:
-            rows, dropped = self.write(beside, ((row, self.pixels(row, packages)) for row in shown))
+        with atomic_write(folder) as partial:
+            rows, dropped = self.write(partial, ((row, self.pixels(row, packages)) for row in shown))
             for name, package in packages.items():
-                kept = beside / "licences" / name.replace("/", "-")
+                kept = partial / "licences" / name.replace("/", "-")
                 kept.mkdir(parents=True)
                 for path in package.notices:
                     shutil.copyfile(path, kept / path.name)
@@ -124,8 +127,8 @@ class BuiltinSet(ABC):
                 "packages": {name: package.version for name, package in packages.items()},
                 "resvg_py": importlib.metadata.version("resvg-py") if self.needs_renderer else None,
             }
-            self.seal(beside, manifest, self.notice(packages, rows))
-            self.check(beside, images_too=True)
+            self.seal(partial, manifest, self.notice(packages, rows))
+            self.check(partial, images_too=True)
 
     def write(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]]) -> tuple[list[Row], Counter[str]]:
         """Write the pixels and the table; return the rows written, and how many were not, by reason."""
@@ -162,16 +165,12 @@ class BuiltinSet(ABC):
         (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
     def check(self, folder: Path, images_too: bool = False) -> None:
-        """Check that a folder is whole: every file's size, and the SHA-256 of all but the images.
-
-        Args:
-            folder: Folder of the set.
-            images_too: Also the SHA-256 of the images; done once after they are made.
+        """Check that a folder is complete: every file's size, and the SHA-256 of all files or all but the images.
 
         Raises:
-            UserError: It is missing, damaged, or of another layout; the message says what to run.
+            UserError: It is missing, damaged, or of another layout; the message names the command to run.
         """
-        todo = f"Run `declip data prepare {BUILTIN_PREFIX}{self.name}` ({self.effort})."
+        todo = f"Run `declip data download {BUILTIN_PREFIX}{self.name}` ({self.effort})."
         if not folder.is_dir():
             raise UserError(f"The built-in {self.name} are not there yet ('{folder}'). {todo}")
         if fault := self._fault(folder, images_too):
@@ -190,20 +189,8 @@ class BuiltinSet(ABC):
         return None
 
 
-class BuiltinSource:
-    """Pairs of a built-in set.
-
-    Attributes:
-        credit: Sentence that the licenses ask for wherever an image is shown.
-        labels: int64 (n,), the class of each pair; only of a split with classes.
-        class_names: Names of the classes; only of a split with classes.
-
-    Raises:
-        UserError: The set's folder is missing, damaged or of another layout.
-    """
-
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+class BuiltinSource(PairSource):
+    """Pairs of a built-in set; splits for measuring have classes."""
 
     def __init__(self, origin: BuiltinSet, split: str, cache: str | Path | None = None) -> None:
         self._arguments = (origin, split, cache)
@@ -223,32 +210,22 @@ class BuiltinSource:
 
     def __getitem__(self, index: int) -> Pair:
         row = self.rows[index]
+        return Pair(row["key"], self.image(index), tuple(row["captions"]), tuple(row["keywords"]))
+
+    def image(self, index: int) -> Image.Image:
+        row = self.rows[index]
         pixels = np.array(self._pixels[row["coloured"]][row["image"]])
-        return Pair(row["key"], Image.fromarray(pixels).convert("RGB"), tuple(row["captions"]), tuple(row["keywords"]))
+        return Image.fromarray(pixels).convert("RGB")
 
     def key(self, index: int) -> str:
-        """The key of pair `index`, without its image."""
         return self.rows[index]["key"]
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of pair `index`, the name first."""
         return tuple(self.rows[index]["captions"])
 
     def __reduce__(self) -> tuple[type["BuiltinSource"], tuple[object, ...]]:
-        """Pickle the arguments alone: the images stay in the file, shared by all processes."""
+        """Pickled as its arguments: the images stay in the file, shared by all processes."""
         return type(self), self._arguments
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def progress_bar(shown: bool) -> Progress:
-    """A progress bar on the error stream."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -12,7 +12,7 @@ OVERSIZE = 2
 """Drawn larger by this factor, so that cutting off the margins costs no sharpness."""
 
 INVISIBLE = 250
-"""A drawing whose darkest value is above this shows nothing on white, and is left out."""
+"""A drawing whose darkest value is above this is invisible on white, and is left out."""
 
 DOTS_PER_INCH = 90
 """The inch of editors of the 2000s; pages in millimeters come from them."""
@@ -22,15 +22,11 @@ LONGEST_SIDE = 4096
 
 
 def renderer() -> Callable[..., bytes]:
-    """The SVG renderer, resvg.
-
-    Raises:
-        UserError: resvg-py is not installed.
-    """
+    """The SVG renderer, resvg."""
     try:
         from resvg_py import svg_to_bytes
     except ImportError as error:
-        raise UserError("resvg-py is needed once, to draw the pictures: `pip install resvg-py`.") from error
+        raise UserError("resvg-py is needed once, to render the images: `pip install resvg-py`.") from error
     return svg_to_bytes
 
 

@@ -44,11 +44,9 @@ class Stamps(BuiltinSet):
         return Selection(rows, f"Tux Paint stamps by Bill Kendrick and contributors, {LICENSE}", column, names)
 
     def choose(self, packages: Packages) -> list[Row]:
-        """Read the sentences."""
         return read_stamps(packages[self.packages.name].folder)
 
     def pixels(self, row: Row, packages: Packages) -> np.ndarray:
-        """Cut the margins off an image and put it over white."""
         path = packages[self.packages.name].folder / f"{row['key']}.png"
         with Image.open(path, formats=["PNG"]) as image:
             drawn = image.convert("RGBA")
@@ -56,9 +54,8 @@ class Stamps(BuiltinSet):
         return fill_square(Image.alpha_composite(white, drawn).convert("RGB"), self.side)
 
     def notice(self, packages: Packages, rows: list[Row]) -> str:
-        """Name the authors and the license."""
         return (
-            "The pictures in this folder belong to others. Show this wherever you show one.\n\n"
+            "The images in this folder belong to others. Show this wherever you show one.\n\n"
             f"{len(rows)} stamps of Tux Paint, Copyright 2002-2022 by Bill Kendrick and contributors,\n"
             f"from Debian's {self.packages.name} {packages[self.packages.name].version}; margins cut off, "
             f"{self.side} px over white.\nLicence: {LICENSE}, "
@@ -99,16 +96,12 @@ DRAWN = frozenset((
 ))  # fmt: skip
 """Stamps that are drawn though their folder does not say so, found by looking at all."""
 
-TEST_SHARE = 0.3
+TEST_FRACTION = 0.3
 SALT = "stamps"
 
 
 def read_stamps(folder: Path) -> list[Row]:
-    """Rows of all stamps that have an image and a sentence, by path.
-
-    Args:
-        folder: The package's folder `stamps`.
-    """
+    """Rows of all stamps that have an image and a sentence, by path, from the package's folder `stamps`."""
     rows: list[Row] = []
     for text in sorted(folder.rglob("*.txt"), key=lambda path: path.relative_to(folder).with_suffix("").as_posix()):
         lines = text.read_text(encoding="utf-8").splitlines()
@@ -135,8 +128,8 @@ def read_stamps(folder: Path) -> list[Row]:
 def name_of(sentence: str) -> str:
     """The thing that an English sentence names: "A koala." gives "koala", "Say cheese!" nothing."""
     first = re.split(r"(?<=[.!?])\s|—| \(|[,;:]", sentence)[0].rstrip(".!? ")
-    found = NAME.fullmatch(re.sub(r"[“”\"]", "", first))
-    return found[1] if found and len(found[1].split()) <= LONGEST_NAME else ""
+    match = NAME.fullmatch(re.sub(r"[“”\"]", "", first))
+    return match[1] if match and len(match[1].split()) <= LONGEST_NAME else ""
 
 
 def _is_photo(folder: Path, key: str) -> bool:
@@ -146,14 +139,14 @@ def _is_photo(folder: Path, key: str) -> bool:
 
 
 def _test_keys(rows: list[Row]) -> set[str]:
-    """Keys of the test stamps: of every kind about `TEST_SHARE`, stamps of one name or numbered alike together."""
+    """Keys of the test stamps: of every kind about `TEST_FRACTION`, stamps of one name or numbered alike together."""
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         stem = re.split(r"[-_\d]", row["key"].rsplit("/", 1)[-1].lower())[0]
         groups[row["kind"]][row["name"].lower() or stem].append(row["key"])
     test: set[str] = set()
     for kind, members in groups.items():
-        wanted = round(TEST_SHARE * sum(map(len, members.values())))
+        wanted = round(TEST_FRACTION * sum(map(len, members.values())))
         for group in sorted(members, key=lambda name: sha256(f"{SALT}:{kind}:{name}".encode()).digest()):
             if len(members[group]) <= wanted:
                 test.update(members[group])

@@ -1,10 +1,9 @@
 """Training views of images: sampling crops and photometric parameters, and applying them.
 
-A view is MoCo v2's: random resized crop, color jitter in a random order, gray, blur, horizontal
-flip, normalisation. Crop and flip are done on single pictures as uint8, by the workers that decode them; the
-rest runs on whole batches on the training device, from parameters that the worker drew. The flip may come
-first because it commutes with the rest: jitter and gray treat all pixels alike, and the blur's kernel and its
-mirrored border are symmetric.
+A view is MoCo v2's: random resized crop, color jitter in a random order, grayscale, blur, horizontal flip,
+normalization. Crop and flip are done on single images as uint8, by the workers that decode them; the rest runs on whole
+batches on the training device, from parameters that the worker sampled. The flip may come first because it commutes
+with the rest: jitter and grayscale treat all pixels alike, and the blur's kernel and its mirrored border are symmetric.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from declip.data.images import photometric as operations
 from declip.recipe.schema import ImageView
 
 CROP_ATTEMPTS = 10
-"""Boxes drawn before the largest central one is taken, as in torchvision's RandomResizedCrop."""
+"""Boxes sampled before the largest central one is taken, as in torchvision's RandomResizedCrop."""
 
 KERNEL_SIGMAS = 3.0
 """The blur's kernel reaches this many of the largest sigma: 99.7 % of the widest Gaussian."""
 
 
 class Crop(NamedTuple):
-    """What is cut out of a picture for one view, in pixels."""
+    """The crop of an image for one view, in pixels, and whether it is flipped."""
 
     left: int
     top: int
@@ -39,19 +38,14 @@ class Crop(NamedTuple):
     flip: bool
 
     def reduced(self, scale: int) -> Crop:
-        """The same in a picture that is `scale` times smaller, to the nearest of its pixels."""
+        """The same crop of an image that is `scale` times smaller, rounded to its pixels."""
         left, top = round(self.left / scale), round(self.top / scale)
         right, bottom = round((self.left + self.width) / scale), round((self.top + self.height) / scale)
         return Crop(left, top, right - left, bottom - top, self.flip)
 
 
 class ViewTransform:
-    """Samples and makes one training view of an image.
-
-    Args:
-        size: Side of the view in pixels.
-        augmentation: Probabilities and ranges, checked by the recipe's schema.
-    """
+    """Samples and makes one training view of `size` x `size` pixels."""
 
     def __init__(self, size: int, augmentation: ImageView) -> None:
         self.size, self.augmentation = size, augmentation
@@ -59,11 +53,11 @@ class ViewTransform:
         self.blur_radius = min(math.ceil(KERNEL_SIGMAS * augmentation.blur_sigma[1]), size - 1)
 
     def box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-        """Draw a crop, distributed as by torchvision's RandomResizedCrop.
+        """Sample a box, distributed as by torchvision's RandomResizedCrop.
 
-        Area uniform, logarithm of the ratio uniform, place uniform among those inside the picture. A box that
-        is larger than the picture is drawn again; after ten, it is the largest central one with an allowed
-        ratio.
+        The area is uniform, the logarithm of the ratio is uniform, the position is uniform among those inside the
+        image. A box that is larger than the image is sampled again; after ten it is the largest central one with an
+        allowed ratio.
 
         Returns:
             Left, top, width, height, in pixels.
@@ -71,8 +65,8 @@ class ViewTransform:
         low, high = self.augmentation.scale
         ratio_low, ratio_high = math.log(self.augmentation.ratio[0]), math.log(self.augmentation.ratio[1])
         for _ in range(CROP_ATTEMPTS):
-            share, shape, across, down = generator.random(4).tolist()
-            area = width * height * (low + (high - low) * share)
+            size, shape, across, down = generator.random(4).tolist()
+            area = width * height * (low + (high - low) * size)
             ratio = math.exp(ratio_low + (ratio_high - ratio_low) * shape)
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
@@ -85,32 +79,25 @@ class ViewTransform:
         return (width - w) // 2, (height - h) // 2, w, h
 
     def sample_crop(self, width: int, height: int, generator: np.random.Generator) -> Crop:
-        """Draw what is cut out of a picture of this size, and whether it is flipped."""
+        """Sample the crop of an image of this size, and whether it is flipped."""
         return Crop(*self.box(width, height, generator), bool(generator.random() < self.augmentation.hflip_prob))
 
     def crop_and_resize(self, pixels: np.ndarray, crop: Crop) -> Tensor:
-        """Crop, resize (bicubic, antialiased) and perhaps flip a picture.
+        """Crop, resize (bicubic, antialiased) and perhaps flip (H, W, 3) uint8 pixels to (3, size, size) uint8.
 
-        The resize is torch's on uint8: two to three times as quick as Pillow's and the same but for rounding
-        between its two passes (a level or two of 255; more where an edge from black to white overshoots).
-
-        Args:
-            pixels: RGB, (H, W, 3) uint8.
-            crop: Inside them.
-
-        Returns:
-            (3, size, size) uint8.
+        torch's resize of uint8 takes a third to half of the time of Pillow's and differs only by the rounding between
+        its two passes: a level or two of 255, more where an edge from black to white overshoots.
         """
         left, top, width, height, flip = crop
-        # Cut first, so that what is around the box stays out of the filter, as torchvision does.
+        # Cropped first, so that pixels around the box stay out of the filter, as torchvision does it.
         part = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
         view = F.interpolate(part.permute(2, 0, 1).unsqueeze(0), (self.size, self.size), mode="bicubic", antialias=True)
         return (view.flip(-1) if flip else view)[0]
 
     def sample_params(self, generator: np.random.Generator) -> PhotometricParams:
-        """Draw the photometric parameters of one view.
+        """Sample the photometric parameters of one view.
 
-        The same number of draws whatever the options, so that a change of one leaves the others' draws alone.
+        The number of random numbers does not depend on the options, so that a change of one leaves the others alone.
         """
         strength = self.augmentation.color_jitter
         *factors, turn, spread, jittered, gray, blurred = generator.random(8).tolist()
@@ -138,7 +125,7 @@ def apply_photometric(views: Mapping[str, View], mean: Tensor, std: Tensor) -> d
     Views of equal size are processed together.
 
     Args:
-        views: Finished views pass as they are.
+        views: Finished views are returned unchanged.
         mean, std: (3,) float32, statistics of red, green and blue in [0, 1], on the device of the pixels.
 
     Returns:
@@ -152,6 +139,6 @@ def apply_photometric(views: Mapping[str, View], mean: Tensor, std: Tensor) -> d
     for names in sizes.values():
         pixels = torch.cat([views[name].pixels for name in names])
         parameters = Photometric.cat([p for name in names if (p := views[name].photometric) is not None])
-        parts = operations.apply(pixels, parameters, mean, std).chunk(len(names))
-        finished |= {name: View(part) for name, part in zip(names, parts, strict=True)}
+        chunks = operations.apply(pixels, parameters, mean, std).chunk(len(names))
+        finished |= {name: View(chunk) for name, chunk in zip(names, chunks, strict=True)}
     return finished

@@ -1,4 +1,4 @@
-"""Turn an image file, or its bytes, into an upright RGB image, or say what is wrong with it."""
+"""Decode an image file, or its bytes, to an upright RGB image, or name its fault."""
 
 import os
 import stat
@@ -24,8 +24,8 @@ MOST_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice. One more and Pillow itself refuses."""
 
 MOST_BYTES = 12 * MOST_PIXELS
-"""Of a file: the largest image of 16 bits in four channels, and half as much again. Some of Pillow's readers take the
-whole file into memory before they know the picture's size."""
+"""Bytes of a file: the largest image of 16 bits in four channels, and half as much again. Some of Pillow's readers take
+the whole file into memory before they know the image's size."""
 
 ORIENTATION = 0x0112
 TURNS = {
@@ -37,50 +37,34 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation; 1 is upright already."""
+"""Inverse of each EXIF orientation; 1 is upright already."""
 
 DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
-"""What Pillow's readers let through when they meet a damaged file, besides OSError."""
+"""Errors of Pillow's readers for a damaged file, besides OSError."""
 
 
 def decode(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """Read an image as RGB: upright by its EXIF orientation, transparent pixels over white, the first frame.
 
     The size is checked in the header, before any pixel is decoded, so that memory stays below a few times
-    `most_pixels` bytes whatever the file says.
-
-    Args:
-        source: The file, or its whole content.
-        key: The pair's key, for the error.
-        most_pixels: Largest width x height accepted, at most `MOST_PIXELS`.
-
-    Returns:
-        An image of mode RGB that holds no open file.
+    `most_pixels` (width x height, at most `MOST_PIXELS`) bytes whatever the file says.
 
     Raises:
         BrokenPair: "missing image", "unreadable image", "truncated image" or "image too large".
     """
     with opened(source, key, most_pixels) as image:
-        return upright(image)
+        return apply_exif(image)
 
 
 @contextmanager
 def opened(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> Iterator[Image.Image]:
-    """Open an image by its header and check its size; what fails here or while it is open says why.
-
-    Args:
-        source: The file, or its whole content.
-        key: The pair's key, for the error.
-        most_pixels: Largest width x height accepted, at most `MOST_PIXELS`.
-
-    Raises:
-        BrokenPair: As `decode` does.
-    """
+    """Open an image by its header and check its size; faults here and while it is open become `BrokenPair`."""
     if isinstance(source, Path):
         check_file(source, key)
     elif not source:
         raise BrokenPair("truncated image", key, "no bytes")
-    with explained(key), Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+    file = BytesIO(source) if isinstance(source, bytes) else source
+    with raise_as_broken_pair(key), Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         if width * height > most_pixels:
             raise BrokenPair("image too large", key, f"{width} x {height} pixels, at most {most_pixels:,}")
@@ -88,8 +72,8 @@ def opened(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> It
 
 
 @contextmanager
-def explained(key: str) -> Iterator[None]:
-    """Turn what Pillow raises into a `BrokenPair` with its reason."""
+def raise_as_broken_pair(key: str) -> Iterator[None]:
+    """Turn Pillow's errors into a `BrokenPair` with its reason."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
@@ -103,7 +87,7 @@ def explained(key: str) -> Iterator[None]:
         raise BrokenPair("unreadable image", key, f"{type(error).__name__}: {error}") from error
 
 
-def upright(image: Image.Image) -> Image.Image:
+def apply_exif(image: Image.Image) -> Image.Image:
     """Decode an opened image as RGB, turned by its EXIF orientation, transparent pixels over white."""
     image.load()
     turn = TURNS.get(orientation(image))
@@ -112,18 +96,16 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
-    """Where an image is whose path may not leave a folder.
+    """Resolve the path of an image that may not leave a folder.
 
     Args:
-        root: The folder.
-        path: Relative to it, or absolute and inside it.
-        key: The pair's key, for the error.
-        follow: Whether a link inside may not lead out either.
+        path: Relative to `root`, or absolute and inside it.
+        follow: Whether links are followed, so that none leads out either.
 
     Raises:
         BrokenPair: "path outside image root", or "missing image" where it is no path at all.
     """
-    # Made plain first, so that what is checked is what is opened.
+    # Normalized first, so that the path checked is the path opened.
     plain = Path(os.path.normpath(root / path))
     inside = plain.is_relative_to(os.path.normpath(root))
     try:
@@ -136,11 +118,7 @@ def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
 
 
 def check_file(path: Path, key: str) -> int:
-    """The bytes of a file; refuses what is not a plain one: opening a named pipe would wait for ever.
-
-    Raises:
-        BrokenPair: "missing image", "unreadable image", "image too large" or "truncated image".
-    """
+    """The size of a plain file in bytes; others are a `BrokenPair`, since opening a named pipe would wait for ever."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:

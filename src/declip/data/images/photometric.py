@@ -1,11 +1,9 @@
-"""Color jitter, gray and blur on whole batches, each sample with its own parameters.
+"""Color jitter, grayscale and blur on whole batches, each sample with its own parameters.
 
 The operations are torchvision's on float images, to float32 rounding: `adjust_brightness`, `adjust_contrast`,
-`adjust_saturation`, `adjust_hue`, `rgb_to_grayscale` and `gaussian_blur`. torchvision takes one parameter for
-a whole batch; here every sample has its own, and its own order.
-
-Samples that share an order of operations are processed together, in chunks that stay in the processor's
-cache, and each operation runs only on the samples that have it.
+`adjust_saturation`, `adjust_hue`, `rgb_to_grayscale` and `gaussian_blur`. torchvision takes one parameter for a whole
+batch; here every sample has its own, and its own order. Samples with the same order of operations are processed
+together, in chunks that stay in the processor's cache, and each operation runs only on the samples that need it.
 """
 
 import math
@@ -23,8 +21,8 @@ LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in a gray value, as torchvision has them (ITU-R 601-2)."""
 
 CHUNK_BYTES = 1 << 19
-"""Float32 bytes of the images processed together on a CPU. With temporaries they stay in its second-level cache;
-half of it costs a tenth more at 48 px, in calls."""
+"""Float32 bytes of the images processed together on a CPU. With temporaries they fit its second-level cache; half of it
+costs a tenth more time at 48 px, for the calls."""
 
 SIGMAS_KEPT = 6.0
 """A tap of the blur further out than this many sigma weighs less than 2e-8 of the central one: no difference in
@@ -32,13 +30,12 @@ float32, which has 24 bits."""
 
 
 def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -> Tensor:
-    """Apply the drawn parameters, then normalize.
+    """Apply the sampled parameters, then normalize.
 
     Args:
         images: (n, 3, H, W) uint8, on any device.
         photometric: The parameters of all n.
-        mean: (3,) float32 on the images' device.
-        std: (3,) float32 on the images' device.
+        mean, std: (3,) float32 on the images' device.
 
     Returns:
         (n, 3, H, W) float32 on the images' device.
@@ -48,21 +45,21 @@ def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -
     limit = len(images)
     if images.device.type == "cpu" and limit:
         limit = max(1, CHUNK_BYTES // (4 * images[0].numel()))
-    for part in _plan(photometric, limit):
-        rows = part.rows.to(images.device)
-        factors = part.factors.to(images.device)
-        chunk = images.index_select(0, rows).float().div_(255)
-        for number in part.operations:
-            JITTER[number](chunk, factors[number])
-        if part.gray.numel():
-            gray(chunk, part.gray.to(images.device))
-        if part.sigma.numel():
-            blur(chunk[-len(part.sigma) :], part.sigma, part.radius)
-        out.index_copy_(0, rows, chunk.sub_(mean).div_(std))
+    for chunk in _chunks(photometric, limit):
+        rows = chunk.rows.to(images.device)
+        factors = chunk.factors.to(images.device)
+        pixels = images.index_select(0, rows).float().div_(255)
+        for number in chunk.operations:
+            JITTER[number](pixels, factors[number])
+        if chunk.gray.numel():
+            gray(pixels, chunk.gray.to(images.device))
+        if chunk.sigma.numel():
+            blur(pixels[-len(chunk.sigma) :], chunk.sigma, chunk.radius)
+        out.index_copy_(0, rows, pixels.sub_(mean).div_(std))
     return out
 
 
-class _Part(NamedTuple):
+class _Chunk(NamedTuple):
     """Samples that are processed together: they have the same operations in the same order."""
 
     operations: tuple[int, ...]
@@ -70,17 +67,17 @@ class _Part(NamedTuple):
     factors: Tensor  # (4, n) float32, by number of operation
     gray: Tensor  # (m,) int64, which of the n become gray
     sigma: Tensor  # (k,) float32, of the last k of the n; the others are not blurred
-    radius: int  # of the blur's kernel, one for all: views with different ones are in different parts
+    radius: int  # of the blur's kernel, one for all: views with different ones are in different chunks
 
 
-def _plan(photometric: Photometric, limit: int) -> Iterator[_Part]:
-    """Group the samples by their operations, at most `limit` in a part, those with the widest blur last."""
+def _chunks(photometric: Photometric, limit: int) -> Iterator[_Chunk]:
+    """Group the samples by their operations, at most `limit` in a chunk, those with the widest blur last."""
     p = photometric
     jitter, is_gray, sigma, radius = (part.cpu().numpy() for part in (p.jitter, p.gray, p.sigma, p.radius))
     factors = np.stack([part.cpu().numpy() for part in (p.brightness, p.contrast, p.saturation, p.hue)])
     neutral = np.array([[1.0], [1.0], [1.0], [0.0]], dtype=np.float32)
     order = p.order.cpu().numpy()
-    # An operation that would change nothing is no part of a sample's order: -1, and at the end.
+    # An operation that would change nothing is left out of a sample's order: -1, and at the end.
     acts = np.take_along_axis((factors != neutral).T & jitter[:, None], order, axis=1)
     order = np.where(acts, order, -1)
     order = np.take_along_axis(order, np.argsort(~acts, axis=1, kind="stable"), axis=1)
@@ -90,19 +87,19 @@ def _plan(photometric: Photometric, limit: int) -> Iterator[_Part]:
     for start, stop in zip(edges, [*edges[1:], len(rows)], strict=True):
         operations = tuple(number for number in order[rows[start]].tolist() if number >= 0)
         for first in range(start, stop, limit):
-            part = rows[first : min(first + limit, stop)]
-            yield _Part(
+            members = rows[first : min(first + limit, stop)]
+            yield _Chunk(
                 operations=operations,
-                rows=torch.from_numpy(part),
-                factors=torch.from_numpy(factors[:, part]),
-                gray=torch.from_numpy(np.flatnonzero(is_gray[part])),
-                sigma=torch.from_numpy(sigma[part][sigma[part] > 0]),
-                radius=int(radius[part[0]]),
+                rows=torch.from_numpy(members),
+                factors=torch.from_numpy(factors[:, members]),
+                gray=torch.from_numpy(np.flatnonzero(is_gray[members])),
+                sigma=torch.from_numpy(sigma[members][sigma[members] > 0]),
+                radius=int(radius[members[0]]),
             )
 
 
 def brightness(images: Tensor, factor: Tensor) -> None:
-    """Multiply (n, 3, H, W) images by their factor (n,), in place; values stay in [0, 1], as in all below."""
+    """Multiply (n, 3, H, W) images by their factors (n,), in place; values stay in [0, 1], as in all below."""
     images.mul_(factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
@@ -121,10 +118,10 @@ def saturation(images: Tensor, factor: Tensor) -> None:
 def hue(images: Tensor, shift: Tensor) -> None:
     """Turn the color circle by `shift` (n,), in turns, in place; lightness and chroma of each pixel stay.
 
-    torchvision goes through HSV with a choice of six sectors. The same in closed form, in sixths of a turn:
-    with M, m the largest and smallest channel and C = M - m, a pixel's hue is
-    sign(G - B) * (1 + (G + B - R - m) / C) in [-3, 3], and a channel with its peak at hue p has the value
-    m + C * clamp(2 - d, 0, 1), where d = 3 - ||hue - p| - 3| is the distance to p around the circle.
+    torchvision converts to HSV and chooses one of six sectors. The same in closed form, in sixths of a turn: with M and
+    m the largest and smallest channel and C = M - m, a pixel's hue is sign(G - B) * (1 + (G + B - R - m) / C) in
+    [-3, 3], and a channel with its peak at hue p has the value m + C * clamp(2 - d, 0, 1), where
+    d = 3 - ||hue - p| - 3| is the distance to p around the circle.
     """
     red, green, blue = images.unbind(1)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -143,15 +140,10 @@ def gray(images: Tensor, rows: Tensor) -> None:
 
 
 def blur(images: Tensor, sigma: Tensor, radius: int) -> None:
-    """Blur (n, 3, H, W) images by a Gaussian of sigma (n,) pixels each, in place.
+    """Blur (n, 3, H, W) images by a Gaussian of sigma (n,) pixels each, in place; sigma is above 0 and on the host.
 
-    The kernel has 2 * radius + 1 taps along each axis and sums to one; the border is mirrored without
-    repeating the outermost pixel.
-
-    Args:
-        images: What to blur.
-        sigma: Above 0; on the host.
-        radius: Less than H and W.
+    The kernel has 2 * radius + 1 taps along each axis and sums to one; the radius is less than H and W. The border is
+    mirrored without repeating the outermost pixel.
     """
     distance = torch.arange(radius + 1, dtype=torch.float32)
     taps = torch.exp(-0.5 * (distance / sigma.view(-1, 1)) ** 2)

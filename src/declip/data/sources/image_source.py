@@ -1,7 +1,7 @@
-"""A source seen from its images: one without a caption, or with a caption that cannot be used, is an image still."""
+"""The images of a source: one without a usable caption is still an image."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -12,14 +12,7 @@ from declip.data.sources.table import TableSource
 
 
 class CaptionedImage(NamedTuple):
-    """An image with the captions that it has.
-
-    Attributes:
-        key: As a `Pair` has it.
-        image: As a `Pair` has it.
-        captions: As a `Pair` has them, but there may be none.
-        uncaptioned: Why there are none.
-    """
+    """An image with its captions, if there are any; `uncaptioned` is the reason where they cannot be used."""
 
     key: str
     image: Image.Image
@@ -28,13 +21,7 @@ class CaptionedImage(NamedTuple):
 
 
 class ImageSource:
-    """The images of a source by number. It can be pickled, and read from several processes, as the source can.
-
-    Args:
-        source: Any source; one with the methods `image`, `key` and `origin` gives images without captions too, and
-            its keys without decoding.
-        captioned: Whether the source's captions are read.
-    """
+    """The images of a source by number, without its captions unless `captioned`; can be pickled as the source can."""
 
     def __init__(self, source: PairSource, captioned: bool = True) -> None:
         self.source, self.captioned = source, captioned
@@ -45,33 +32,30 @@ class ImageSource:
 
     def __getitem__(self, index: int) -> CaptionedImage:
         """Read image `index`; raises `BrokenPair` where the image itself cannot be used."""
-        source: Any = self.source
-        if not (hasattr(source, "image") and hasattr(source, "key")):
-            pair = source[index]
-            return CaptionedImage(pair.key, pair.image, pair.captions if self.captioned else ())
-        image, key = source.image(index), source.key(index)
         if not self.captioned:
-            return CaptionedImage(key, image, ())
+            return CaptionedImage(self.source.key(index), self.source.image(index), ())
         try:
-            return CaptionedImage(key, image, source.captions(index))
+            pair = self.source[index]
         except BrokenPair as broken:
-            return CaptionedImage(key, image, (), broken)
+            # Read again without the captions: where that fails too, the image is at fault.
+            return CaptionedImage(self.source.key(index), self.source.image(index), (), broken)
+        return CaptionedImage(pair.key, pair.image, pair.captions)
 
     def key(self, index: int) -> str:
-        """The key of image `index`, which more than one may have; what is not Unicode in it is "?"."""
+        """The key of image `index`, which may not be unique; characters that are not Unicode become "?"."""
         try:
-            key = self.source.key(index) if hasattr(self.source, "key") else self.source[index].key
+            key = self.source.key(index)
         except BrokenPair as broken:
             key = broken.key
         return key.encode(errors="replace").decode()
 
     def origin(self, index: int) -> Origin:
-        """Where image `index` lies; empty where the source does not tell."""
+        """The place of image `index`; empty where the source has none."""
         try:
-            found = self.source.origin(index) if hasattr(self.source, "origin") else Origin()
+            origin = self.source.origin(index)
         except BrokenPair:
             return Origin()
-        return found._replace(path=found.path.encode(errors="replace").decode())
+        return origin._replace(path=origin.path.encode(errors="replace").decode())
 
 
 def open_images(
@@ -81,18 +65,12 @@ def open_images(
     caption_column: str | None = "caption",
     image_root: str | Path | None = None,
 ) -> ImageSource:
-    """Open the images of what `open_source` opens; in a folder none needs a text file beside it.
+    """Open the images of a source as `open_source` does; in a folder none needs a text file.
 
     Args:
-        spec: As `open_source` has it.
-        image_column: Likewise.
-        caption_column: Likewise; None or empty for a table without captions.
-        image_root: Likewise.
-
-    Raises:
-        UserError: As `open_source` does.
+        caption_column: None or empty for a table without captions.
     """
-    # The same column twice: the table then has all that it needs, and nobody asks for captions.
+    # The same column twice: the table then has every column that it needs, and captions are never read.
     column = caption_column or image_column
     source = open_source(spec, image_column=image_column, caption_column=column, image_root=image_root)
     return ImageSource(source, captioned=bool(caption_column) or not isinstance(source, TableSource))

@@ -1,4 +1,4 @@
-"""Where a picture lies, and what tells its present state from a later one."""
+"""The place of an image, and a stamp that changes when the image does."""
 
 import hashlib
 from contextlib import suppress
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 
 class Origin(NamedTuple):
-    """Where a picture lies.
+    """The place of an image.
 
     Attributes:
-        path: Of the file or the shard, or a shard's URL; empty where the picture is in no file of its own.
-        offset: Where it begins in that file, bytes.
-        size: How many bytes it has; 0 where that is not known.
-        stamp: Changes when the picture does, as far as can be told without decoding it.
+        path: Path of the file or the shard, or a shard's URL; empty where the image is in no file of its own.
+        offset: Start of the image in that file, in bytes.
+        size: Size in bytes; 0 where it is unknown.
+        stamp: Changes when the image does, as far as that shows without decoding it.
     """
 
     path: str = ""
@@ -23,7 +23,7 @@ class Origin(NamedTuple):
 
 
 def file_origin(path: Path) -> Origin:
-    """Of a file of its own: its size and its time of change are its stamp, empty where it is not there."""
+    """The place of an image file; its size and time of change are the stamp, which is empty for a missing file."""
     with suppress(OSError, ValueError):
         status = path.stat()
         return Origin(str(path.absolute()), 0, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
@@ -31,5 +31,5 @@ def file_origin(path: Path) -> Origin:
 
 
 def bytes_origin(content: bytes) -> Origin:
-    """Of bytes in a table's cell: their hash is their stamp."""
+    """The place of bytes in a table's cell; their hash is the stamp."""
     return Origin("", 0, len(content), hashlib.blake2b(content, digest_size=16).hexdigest())

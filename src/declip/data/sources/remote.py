@@ -1,4 +1,4 @@
-"""Remote shards through fsspec: which there are, what they weigh, and fetching one."""
+"""Remote shards through fsspec: listing them with their sizes, and fetching one."""
 
 import errno
 import importlib
@@ -16,21 +16,21 @@ PAUSE = 1.0
 """Seconds before the second try, twice as many before the third."""
 
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "created")
-"""What file systems call that which changes with a file; the first that is there is taken."""
+"""Fields by which file systems identify a file's version; the first that exists is used."""
 
 SIZES = "sizes.json"
-"""WebDataset's and open_clip's file beside the shards, with the number of pairs of each: {"00000.tar": 9999}."""
+"""WebDataset's and open_clip's file next to the shards, with the number of pairs of each: {"00000.tar": 9999}."""
 
 LARGEST_SIZES = 64 << 20
 """Bytes."""
 
 
 class Unreachable(Exception):
-    """A remote file cannot be read; says why, in one line."""
+    """A remote file cannot be read; the message is the reason, in one line."""
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """The file system and the path on it. Asked for anew each time: fsspec then gives a forked process its own."""
+    """The file system and the path on it, requested each time: fsspec then gives a forked process its own."""
     try:
         core = importlib.import_module("fsspec.core")
     except ImportError as error:
@@ -43,22 +43,19 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def look_up(url: str) -> list[tuple[str, int, str]]:
-    """The shards behind a URL: one file, those that fit a pattern, or the .tar files of a folder.
-
-    Returns:
-        Of each its URL, its size in bytes, and what changes when it does.
+    """URL, size in bytes and version of the shards of a URL: one file, those of a pattern, or a folder's .tar files.
 
     Raises:
-        UserError: Nothing is there, or it cannot be asked for.
+        UserError: Nothing is there, or it is unreachable.
     """
     try:
         system, path = _file_system(url)
         if "*" in path or not path_of(url).lower().endswith((".tar", ".gz", ".tgz")):
             pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
-            found = {system.unstrip_protocol(name): info for name, info in system.glob(pattern, detail=True).items()}
+            files = {system.unstrip_protocol(name): info for name, info in system.glob(pattern, detail=True).items()}
         else:
-            found = {url: system.info(path)}
-        shards = [(name, _size(info), _version(info)) for name, info in sorted(found.items())]
+            files = {url: system.info(path)}
+        shards = [(name, int(info.get("size") or 0), _version(info)) for name, info in sorted(files.items())]
     except FileNotFoundError as error:
         signed = ", or its signature is no longer valid" if "?" in url else ""
         raise UserError(f"There is no shard '{url}', or its server does not answer{signed}.") from error
@@ -71,33 +68,24 @@ def look_up(url: str) -> list[tuple[str, int, str]]:
     return shards
 
 
-def _size(info: dict[str, Any]) -> int:
-    return int(info.get("size") or 0)
-
-
 def _version(info: dict[str, Any]) -> str:
     return next((f"{name} {info[name]}" for name in VERSIONS if info.get(name)), "")
 
 
 def fetch(url: str, target: Path, size: int) -> None:
-    """Copy a remote file.
-
-    Args:
-        url: The file.
-        target: Where to; it is not there yet.
-        size: The bytes it must have; 0 where the server does not say.
+    """Copy a remote file of `size` bytes (0: unknown) to a new path.
 
     Raises:
-        Unreachable: It cannot be read, or came short, three times.
+        Unreachable: It could not be read, or was truncated, three times.
         OSError: There is no room for it.
     """
     for trial in range(TRIES):
         try:
             system, path = _file_system(url)
             system.get_file(path, str(target))
-            came = target.stat().st_size
-            if size and came != size:
-                raise EOFError(f"{came:,} of {size:,} bytes came")
+            received = target.stat().st_size
+            if size and received != size:
+                raise EOFError(f"{received:,} of {size:,} bytes came")
             return
         except UserError:
             raise
@@ -111,31 +99,27 @@ def fetch(url: str, target: Path, size: int) -> None:
 
 
 def counts(folder: str) -> dict[str, int]:
-    """What `SIZES` in a remote folder says: the number of pairs by a shard's last name; empty where it is not there.
-
-    Raises:
-        UserError: It cannot be reached, or is not such a file.
-    """
+    """The number of pairs by a shard's last name, from `SIZES` in a remote folder; empty where it is missing."""
     url = f"{folder}/{SIZES}"
     try:
         system, path = _file_system(url)
         content = system.cat_file(path, 0, LARGEST_SIZES)
-    except (FileNotFoundError, PermissionError):  # S3 forbids what is not there to those who may not list
+    except (FileNotFoundError, PermissionError):  # S3 denies missing files to users who may not list them
         return {}
     except UserError:
         raise
     except Exception as error:  # each file system has errors of its own
         raise UserError(f"'{url}' cannot be reached: {_line(error)}.") from error
     try:
-        found = json.loads(content)
-        if all(isinstance(count, int) and 0 <= count < 2**31 for count in found.values()):
-            return found
+        sizes = json.loads(content)
+        if all(isinstance(count, int) and 0 <= count < 2**31 for count in sizes.values()):
+            return sizes
     except (ValueError, RecursionError, AttributeError):
         pass
-    raise UserError(f"'{url}' is not a JSON object with a number of pairs for each shard. Mend or remove it.")
+    raise UserError(f"'{url}' is not a JSON object with a number of pairs for each shard. Fix or remove it.")
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error, with its kind where it says nothing else."""
+    """An error's kind and first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300].rstrip('.')}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""The files of shards: which there are, and opening them, remote ones through a bounded folder of whole copies."""
+"""Finding the files of shards, and opening them, remote ones through a bounded folder of local copies."""
 
 import hashlib
 import os
@@ -16,28 +16,22 @@ from declip.io.memo import locked
 from declip.io.open_file import OpenFile
 
 OPEN_FILES = 64
-"""Local shards that a process keeps open; opening one on a network's disk takes milliseconds."""
+"""Local shards that a process keeps open; opening one on a network file system takes milliseconds."""
 
 LAYOUT = 2
 """Raised when the index of a shard changes its meaning."""
 
 ASKED_AT_ONCE = 16
 LOCKS = 64
-"""Lock files for all copies together; two shards may share one and then wait for each other."""
+"""Number of lock files for all copies; two shards may share one and then wait for each other."""
 
 RESTING = 60.0
-"""Seconds for which a shard that could not be fetched is not asked for again: its other pairs would wait as long."""
+"""Seconds before a shard that could not be fetched is tried again: each of its pairs would wait as long."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that exists.
-
-    Attributes:
-        name: Its path or URL.
-        size: Bytes.
-        state: Changes when the shard does; hexadecimal digits.
-    """
+    """A shard that exists: its path or URL, its size in bytes, and hexadecimal digits that change when it does."""
 
     name: str
     size: int
@@ -55,18 +49,18 @@ class Shard:
 
 
 class UnreadableShard(Exception):
-    """A shard that was there cannot be opened; says why."""
+    """A shard that was there cannot be opened; the message is the reason."""
 
 
 def find_shards(word: str) -> list[Shard]:
     """The shards that a word names (see `shard_names.expand`), in order.
 
     Raises:
-        UserError: One is not there or cannot be asked for, or nothing fits.
+        UserError: One is missing or unreachable, or no file matches.
     """
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        found = pool.map(lambda name: remote.look_up(name) if is_url(name) else [_local(name)], expand(word))
-        return [Shard(name, size, _digest(name, size, version)) for each in found for name, size, version in each]
+        lists = pool.map(lambda name: remote.look_up(name) if is_url(name) else [_local(name)], expand(word))
+        return [Shard(name, size, _digest(name, size, version)) for files in lists for name, size, version in files]
 
 
 def _local(name: str) -> tuple[str, int, str]:
@@ -85,11 +79,8 @@ def _digest(name: str, size: int, version: str) -> str:
 class ShardFiles:
     """Opens shards.
 
-    A remote shard is copied whole into the cache when it is first opened; beyond the limit the copies that were not
-    used for longest are removed. Processes share the copies.
-
-    Args:
-        cache_gb: 10^9 bytes of copies kept at most, besides the one just made.
+    A remote shard is copied into the cache when it is first opened; beyond `cache_gb` (10^9 bytes), the least recently
+    used copies are removed. Processes share the copies.
     """
 
     def __init__(self, cache_gb: float) -> None:
@@ -98,10 +89,10 @@ class ShardFiles:
         self._failed: dict[str, tuple[float, str]] = {}
 
     def open(self, shard: Shard) -> OpenFile:
-        """Open a shard; a remote one stays open only as long as it is held, for its copy may be removed.
+        """Open a shard; a remote one stays open only while the caller holds it, since its copy may be removed.
 
         Raises:
-            UnreadableShard: It has gone or cannot be fetched.
+            UnreadableShard: It is missing or cannot be fetched.
             UserError: There is no room for a copy.
         """
         try:
@@ -115,11 +106,13 @@ class ShardFiles:
                     continue
         except OSError as error:
             raise UnreadableShard(error.strerror or str(error)) from error
-        raise UnreadableShard("its copy is removed as soon as it is made; raise data.shard_cache_gb")
+        raise UnreadableShard(
+            "its copy is removed as soon as it is made; raise the environment variable DECLIP_SHARD_CACHE_GB"
+        )
 
     def _fetched(self, shard: Shard) -> Path:
-        """The copy of a remote shard, made where there is none."""
-        copy = _copies() / f"{shard.state}.tar"
+        """The local copy of a remote shard, fetched if missing."""
+        copy = cache_folder() / "shards" / "copies" / f"{shard.state}.tar"
         try:
             os.utime(copy)  # the time of its last use, for `_make_room`
             return copy
@@ -131,8 +124,8 @@ class ShardFiles:
         with locked(f"copies-{int(shard.state[:8], 16) % LOCKS}"):
             if not copy.exists():
                 try:
-                    with atomic_write(copy) as beside:
-                        remote.fetch(shard.name, beside, shard.size)
+                    with atomic_write(copy) as partial:
+                        remote.fetch(shard.name, partial, shard.size)
                 except remote.Unreachable as error:
                     self._failed[shard.state] = time.monotonic(), str(error)
                     raise UnreadableShard(str(error)) from error
@@ -140,7 +133,7 @@ class ShardFiles:
         return copy
 
     def _make_room(self, newest: Path) -> None:
-        """Remove the copies that were not used for longest, beyond the limit; and what killed processes left."""
+        """Remove the least recently used copies beyond the limit, and the files of killed processes."""
         held: list[tuple[float, int, Path]] = []
         for path in newest.parent.iterdir():
             try:
@@ -158,7 +151,3 @@ class ShardFiles:
             if path != newest:
                 path.unlink(missing_ok=True)
                 total -= size
-
-
-def _copies() -> Path:
-    return cache_folder() / "shards" / "copies"

@@ -1,8 +1,8 @@
-"""The index of a tar shard: where each pair's image and captions lie, made once, kept in the cache, read by map."""
+"""The index of a tar shard: the place of each pair's image and captions, built once and memory-mapped."""
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
@@ -19,37 +19,32 @@ from declip.io.open_file import OpenFile
 
 PARTS = ("image", "text", "json")
 KINDS = {ending.removeprefix("."): 0 for ending in EXTENSIONS} | {"txt": 1, "json": 2}
-"""The place in `PARTS` of each ending."""
+"""Index into `PARTS` by extension."""
 
 SAMPLE = re.compile(rb"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
-"""A key and its ending as WebDataset tells them apart: at the first dot of the name's last part."""
+"""A key and its extension, split as WebDataset does: at the first dot of the name's last part."""
 
 IMAGES = ("jpg", "png", "jpeg", "webp")
-"""Which image of a key is read where it has several, first to last, as open_clip does; then all others."""
+"""Preferred images of a key that has several, as open_clip prefers them; then all others."""
 
 RANKS = {ending: rank for rank, ending in enumerate(dict.fromkeys((*IMAGES, *KINDS)))}
 
 LOCKS = 64
-"""Lock files for all indices together."""
+"""Number of lock files for all indices."""
 
 LARGEST = 2**31 - 1
-"""Bytes written for a larger member; neither is read."""
+"""Size recorded for a larger member; neither is read."""
 
 SCHEMA = pa.schema(
     [("key", pa.large_binary())]
     + [field for part in PARTS for field in ((f"{part}_at", pa.int64()), (f"{part}_size", pa.int32()))]
 )
 DAMAGE = b"damage"
-"""Under this name the schema of a damaged shard's index says what is wrong with it; its last row stands for the pairs
-that are lost."""
+"""Metadata key of the fault of a damaged shard, whose index ends with a row for the pairs that are lost."""
 
 
-class Index:
-    """The pairs of a shard, in the order in which the shard first names them.
-
-    Args:
-        batch: As `scan` makes it.
-    """
+class ShardIndex:
+    """The pairs of a shard, in the order in which the shard first names them; `damage` is its fault, if any."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._keys = batch.column("key")
@@ -57,51 +52,41 @@ class Index:
         self._sizes = [batch.column(f"{part}_size").to_numpy() for part in PARTS]
         damage = (batch.schema.metadata or {}).get(DAMAGE)
         self.damage: str | None = None if damage is None else damage.decode()
-        """What is wrong with the shard; the last row then stands for what is lost."""
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def key(self, row: int) -> str:
-        """The pair's key; bytes that are not UTF-8 are shown as such."""
+        """The pair's key; bytes that are not UTF-8 are escaped."""
         return self._keys[row].as_py().decode(errors="backslashreplace")
 
     def part(self, row: int, name: str) -> tuple[int, int] | None:
-        """Where the "image", "text" or "json" of a pair begins and how many bytes it has; None where there is none."""
-        place = PARTS.index(name)
-        at = int(self._at[place][row])
-        return None if at < 0 else (at, int(self._sizes[place][row]))
+        """Start and size in bytes of the "image", "text" or "json" of a pair; None where it is missing."""
+        column = PARTS.index(name)
+        at = int(self._at[column][row])
+        return None if at < 0 else (at, int(self._sizes[column][row]))
 
 
-def make_index(file: OpenFile, name: str, state: str) -> Index:
-    """Scan a shard and keep its index in the cache.
-
-    Args:
-        file: The open shard.
-        name: Of the shard, for errors.
-        state: Tells this shard in its present state from every other, in characters that a file name may have.
-
-    Raises:
-        UserError: It cannot be read at all, is compressed, or the cache cannot be written to.
-    """
+def make_index(file: OpenFile, name: str, state: str) -> ShardIndex:
+    """Scan a shard and keep its index in the cache, under its `state`."""
     batch = scan(file, name)
-    with atomic_write(_place(state)) as beside, pa.ipc.new_file(str(beside), batch.schema) as writer:
+    with atomic_write(_place(state)) as partial, pa.ipc.new_file(str(partial), batch.schema) as writer:
         writer.write_batch(batch)
-    return Index(batch)
+    return ShardIndex(batch)
 
 
-def cached_index(state: str) -> Index | None:
-    """The index that was made earlier, mapped into memory and so shared by all processes; None where there is none."""
+def cached_index(state: str) -> ShardIndex | None:
+    """The index built earlier, memory-mapped and so shared by all processes; None where there is none."""
     place = _place(state)
     with suppress(OSError, RuntimeError, ValueError, pa.ArrowException):
         # Torch's map, unlike NumPy's and Arrow's, holds no open file, of which there may be a thousand.
         mapped = torch.from_file(str(place), size=place.stat().st_size, dtype=torch.uint8).numpy()
-        return Index(pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0))
+        return ShardIndex(pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0))
     return None
 
 
 def index_lock(state: str) -> AbstractContextManager[None]:
-    """Held while an index is made, so that the ranks of a run don't all read the same shard."""
+    """A lock for building an index, so that the ranks of a run don't all read the same shard."""
     return locked(f"index-{int(state[:8], 16) % LOCKS}")
 
 
@@ -112,21 +97,17 @@ def _place(state: str) -> Path:
 def scan(file: OpenFile, name: str) -> pa.RecordBatch:
     """Find the pairs of a shard.
 
-    Members of one key are a pair wherever they stand. Of images with different endings one is read, see `IMAGES`. A
-    second image of the same ending, text or JSON of a key begins another pair. A name such as "IMG_1.2.jpg", whose key
-    would be "IMG_1" and its ending "2.jpg", is a row without any part, so that it is counted.
-
-    Args:
-        file: The open shard.
-        name: Of the shard, for errors.
+    Members of one key are a pair wherever they stand. Of images with different extensions one is read, see `IMAGES`. A
+    second image of the same extension, text or JSON of a key begins another pair. A name such as "IMG_1.2.jpg", whose
+    key would be "IMG_1" and its extension "2.jpg", is a row without any part, so that it is counted.
 
     Returns:
-        A row for each pair (see `SCHEMA`), -1 where a part is missing; in a damaged shard one more.
+        A row for each pair (see `SCHEMA`), -1 where a part is missing; one more for a damaged shard.
 
     Raises:
         UserError: The shard cannot be read, is compressed, or is damaged before the first pair.
     """
-    rows = _Rows()
+    rows = _GrowingIndex()
     damage: str | None = None
     try:
         rows.add_all(members(file))
@@ -144,12 +125,12 @@ def scan(file: OpenFile, name: str) -> pa.RecordBatch:
         )
     if not len(rows):
         raise UserError(f"The shard '{name}' is no tar archive that can be read: {damage}. Fetch or write it anew.")
-    rows.add_lost()
+    rows.add(b"")
     return rows.to_arrow(SCHEMA.with_metadata({DAMAGE: damage.encode()}))
 
 
-class _Rows:
-    """The rows of an index while it grows, as flat arrays."""
+class _GrowingIndex:
+    """The growing rows of an index, as flat arrays."""
 
     def __init__(self) -> None:
         self.keys: list[bytes] = []
@@ -162,8 +143,8 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def add_all(self, found: Iterable[Member]) -> None:
-        for name, at, size in found:
+    def add_all(self, files: Iterable[Member]) -> None:
+        for name, at, size in files:
             match = SAMPLE.fullmatch(name)
             if match is None:
                 continue
@@ -179,22 +160,19 @@ class _Rows:
                 if rank > self.ranks[row]:
                     continue
             elif row is None or self.at[kind][row] >= 0:
-                row = self._add(match[1])
+                row = self.add(match[1])
             if kind == 0:
                 self.ranks[row] = rank
             self.at[kind][row], self.sizes[kind][row] = at, min(size, LARGEST)
 
     def add_dotted(self) -> None:
-        """Add images passed over for a dot in their key; one beside a pair's image and without a caption is a part of
-        that pair, such as "1.seg.png"."""
+        """Add images skipped for a dot in their key; one without a caption next to a pair's image, such as "1.seg.png",
+        belongs to that pair."""
         for (key, stem), kinds in self.dotted.items():
             if 0 in kinds and (len(kinds) > 1 or key not in self.latest):
-                self._add(stem)
+                self.add(stem)
 
-    def add_lost(self) -> None:
-        self._add(b"")
-
-    def _add(self, key: bytes) -> int:
+    def add(self, key: bytes) -> int:
         self.latest[key] = row = len(self.keys)
         self.keys.append(key)
         self.ranks.append(0)
@@ -203,10 +181,7 @@ class _Rows:
         return row
 
     def to_arrow(self, schema: pa.Schema) -> pa.RecordBatch:
-        def columns() -> Iterator[pa.Array]:
-            yield pa.array(self.keys, pa.large_binary())
-            for at, sizes in zip(self.at, self.sizes, strict=True):
-                yield pa.array(np.frombuffer(at, np.int64))
-                yield pa.array(np.frombuffer(sizes, np.int32))
-
-        return pa.record_batch(list(columns()), schema=schema)
+        columns = [pa.array(self.keys, pa.large_binary())]
+        for at, sizes in zip(self.at, self.sizes, strict=True):
+            columns += [pa.array(np.frombuffer(at, np.int64)), pa.array(np.frombuffer(sizes, np.int32))]
+        return pa.record_batch(columns, schema=schema)

@@ -1,10 +1,10 @@
-"""Which shards a word such as `data/{00000..00331}.tar` names."""
+"""Expansion of names of shards such as `data/{00000..00331}.tar`."""
 
 import glob
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
+from declip.data.images.decode import EXTENSIONS
 from declip.errors import UserError
 
 SEPARATOR = "::"
@@ -32,33 +32,28 @@ def is_url(word: str) -> bool:
 
 
 def path_of(url: str) -> str:
-    """A path or URL without what may follow it: "?" and a signature."""
+    """A path or URL without a query, which may be a signature."""
     return url.partition("?")[0] if is_url(url) else url
 
 
 def holds_shards(folder: Path) -> bool:
     """Whether a folder has tar files and, directly in it, no image."""
-    from declip.data.images.decode import EXTENSIONS
-
     endings = {path.suffix.lower() for path in folder.iterdir() if not path.name.startswith(".")}
     return ".tar" in endings and not endings & set(EXTENSIONS)
 
 
 def expand(word: str) -> list[str]:
-    """List the shards that a word names.
+    """List the paths and URLs of the shards that a word names, those of a folder or a pattern sorted.
 
     Args:
-        word: Files, folders, patterns (`*`, `?`, `[…]`), brace ranges or lists, joined by `::`. URLs are expanded by
-            their braces alone; they are looked up by who opens them.
-
-    Returns:
-        Paths and URLs, those of a folder or a pattern sorted.
+        word: Files, folders, patterns (`*`, `?`, `[…]`), brace ranges or lists, joined by `::`. Only the braces of URLs
+            are expanded.
 
     Raises:
-        UserError: One does not exist, nothing fits a pattern, or there are more than a million.
+        UserError: One does not exist, nothing matches a pattern, or there are more than a million.
     """
     shards: list[str] = []
-    for part in filter(None, (each.strip() for each in word.split(SEPARATOR))):
+    for part in filter(None, map(str.strip, word.split(SEPARATOR))):
         if not is_url(part) and Path(part).expanduser().exists():
             shards += _of_path(Path(part).expanduser())
             continue
@@ -73,56 +68,48 @@ def expand(word: str) -> list[str]:
                 shards.append(str(Path(name).expanduser()))
             else:
                 missing.append(name)
+        if missing and len(names) == 1:
+            raise UserError(f"There is no shard '{part}'.")
         if missing:
-            raise _missing(part, missing, len(names))
+            shown = ", ".join(missing[:NAMES_SHOWN]) + (", …" if len(missing) > NAMES_SHOWN else "")
+            raise UserError(
+                f"{len(missing)} of the {len(names)} shards of '{part}' are not there: {shown}. Fetch them, or name "
+                "those that are."
+            )
     if not shards:
         raise UserError(f"'{word}' names no shard. Give a .tar file, a folder of them, a pattern or a URL.")
     return shards
 
 
-def _missing(part: str, missing: list[str], of: int) -> UserError:
-    if of == 1:
-        return UserError(f"There is no shard '{part}'.")
-    shown = ", ".join(missing[:NAMES_SHOWN]) + (", …" if len(missing) > NAMES_SHOWN else "")
-    return UserError(
-        f"{len(missing)} of the {of} shards of '{part}' are not there: {shown}. Fetch them, or name those that are."
-    )
-
-
 def _of_path(path: Path) -> list[str]:
     if not path.is_dir():
         return [str(path)]
-    found = sorted(str(each) for each in path.iterdir() if each.suffix.lower() == ".tar")
-    if not found:
+    shards = sorted(str(file) for file in path.iterdir() if file.suffix.lower() == ".tar")
+    if not shards:
         raise UserError(f"The folder '{path}' holds no .tar file.")
-    return found
+    return shards
 
 
 def _of_pattern(pattern: str) -> list[str]:
-    found = sorted(name for name in glob.glob(str(Path(pattern).expanduser()), recursive=True) if Path(name).is_file())
-    if not found:
+    files = sorted(name for name in glob.glob(str(Path(pattern).expanduser()), recursive=True) if Path(name).is_file())
+    if not files:
         raise UserError(f"No file fits the pattern '{pattern}'.")
-    return found
+    return files
 
 
 def _braces(word: str) -> list[str]:
     """Expand `{000..331}` (padded like its first number) and `{a,b}` as a shell does."""
-    names = list(_each(word))
-    if len(names) > MOST_SHARDS:
-        raise UserError(f"'{word}' names more than {MOST_SHARDS:,} shards. Shorten its ranges.")
-    return names
-
-
-def _each(word: str) -> Iterator[str]:
-    waiting, made = [word], 0
-    while waiting and made <= MOST_SHARDS:
+    waiting, names = [word], list[str]()
+    while waiting:
         name = waiting.pop()
-        braces = BRACES.search(name)
-        if braces is None:
-            made += 1
-            yield name
-            continue
-        waiting += [name[: braces.start()] + inner + name[braces.end() :] for inner in reversed(_choices(braces[1]))]
+        if braces := BRACES.search(name):
+            inner = reversed(_choices(braces[1]))
+            waiting += [name[: braces.start()] + choice + name[braces.end() :] for choice in inner]
+        else:
+            names.append(name)
+        if len(names) > MOST_SHARDS:
+            raise UserError(f"'{word}' names more than {MOST_SHARDS:,} shards. Shorten its ranges.")
+    return names
 
 
 def _choices(inner: str) -> list[str]:

@@ -2,21 +2,20 @@
 
 import json
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from declip.data.images.decode import decode
-from declip.data.images.lazy import UndecodedPair, open_picture
-from declip.data.pair import LONGEST_CAPTION, BrokenPair, Pair, clean_captions, is_unicode
+from declip.data.pair import BrokenPair, clean_captions, clean_keywords
+from declip.data.sources.entry import EntrySource
 from declip.data.sources.origin import Origin
 from declip.data.sources.remote import counts
 from declip.data.sources.shard_files import Shard, ShardFiles, UnreadableShard, find_shards
-from declip.data.sources.shard_index import PARTS, Index, cached_index, index_lock, make_index
+from declip.data.sources.shard_index import PARTS, ShardIndex, cached_index, index_lock, make_index
 from declip.errors import UserError
 from declip.io.progress import progress_bar
 
@@ -32,16 +31,17 @@ CAPTION_KEYS = ("caption", "captions", "text", "texts")
 KEYWORDS_KEY = "keywords"
 
 OPEN_INDICES = 2048
-"""Indices that stay mapped; each takes about 10 kB besides its map."""
+"""Indices that stay mapped; each takes about 10 kB in addition to its map."""
 
 MANY = 8
-"""Shards above which a progress bar is drawn while they are indexed."""
+"""Shards above which a progress bar is shown while they are indexed."""
 
 FETCHED_AT_ONCE = 8
 CACHE_GB = 50.0
+CACHE_GB_VARIABLE = "DECLIP_SHARD_CACHE_GB"
 
 
-class ShardSource:
+class ShardSource(EntrySource["ShardEntry"]):
     """Pairs of tar shards: `KEY.jpg` (or another image), and `KEY.txt` or `KEY.json` or both.
 
     The text file is one caption. The JSON file may have "caption" or "text", a string or a list of them, and
@@ -49,7 +49,7 @@ class ShardSource:
 
     Args:
         word: One or more shards: a file, a folder, a pattern, a brace range, a URL, or several joined by `::`.
-        cache_gb: 10^9 bytes of remote shards kept at most as copies.
+        cache_gb: Size of the local cache of remote shards, in 10^9 bytes; by default DECLIP_SHARD_CACHE_GB or 50.
 
     Attributes:
         blocks: (shards,) int64, the number of pairs of each shard, in order.
@@ -59,7 +59,10 @@ class ShardSource:
         UserError: A shard is missing, unreachable, compressed or no tar archive, or none holds a pair.
     """
 
-    def __init__(self, word: str, cache_gb: float = CACHE_GB) -> None:
+    blocks: np.ndarray
+
+    def __init__(self, word: str, cache_gb: float | None = None) -> None:
+        cache_gb = _cache_gb() if cache_gb is None else cache_gb
         self._arguments = (word, cache_gb)
         self._files = ShardFiles(cache_gb)
         self._shards = find_shards(word)
@@ -77,55 +80,38 @@ class ShardSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> Pair:
-        entry = _Entry(self, index)
-        captions, keywords = entry.texts()
-        return Pair(entry.key, decode(entry.content("image", LARGEST_IMAGE), entry.key), captions, keywords)
+    def entry(self, index: int) -> "ShardEntry":
+        return ShardEntry(self, index)
 
-    def read_lazy(self, index: int) -> UndecodedPair:
-        """The pair with its picture opened only; raises `BrokenPair`."""
-        entry = _Entry(self, index)
-        captions, keywords = entry.texts()
-        picture = open_picture(entry.content("image", LARGEST_IMAGE), entry.key)
-        return UndecodedPair(entry.key, picture, captions, keywords)
+    def texts(self, entry: "ShardEntry") -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return entry.texts()
 
-    def key(self, index: int) -> str:
-        """The shard's name and the pair's key in it; raises `BrokenPair`."""
-        return _Entry(self, index).key
-
-    def image(self, index: int) -> Image.Image:
-        """The image of pair `index`, without its captions; raises `BrokenPair`."""
-        entry = _Entry(self, index)
-        return decode(entry.content("image", LARGEST_IMAGE), entry.key)
+    def content(self, entry: "ShardEntry") -> bytes:
+        return entry.content("image", LARGEST_IMAGE)
 
     def origin(self, index: int) -> Origin:
-        """Where the image is in which shard; raises `BrokenPair`."""
-        shard, found, row = self.place(index)
-        at, size = found.part(row, "image") or (0, 0)
+        shard, entries, row = self.place(index)
+        at, size = entries.part(row, "image") or (0, 0)
         return Origin(shard.name, at, size, f"{shard.state[:16]}-{at}-{size}")
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The cleaned captions of pair `index`; raises `BrokenPair`."""
-        return _Entry(self, index).texts()[0]
-
     def __reduce__(self) -> tuple[type["ShardSource"], tuple[object, ...]]:
-        """Pickled as what to open, so that a worker process opens the shards itself."""
+        """Pickled as its arguments, so that a worker process opens the shards itself."""
         return ShardSource, self._arguments
 
-    def place(self, index: int) -> tuple[Shard, Index, int]:
+    def place(self, index: int) -> tuple[Shard, ShardIndex, int]:
         """The shard of a pair, the shard's index and the pair's row in it; raises `BrokenPair`."""
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, "right"))
         shard, row = self._shards[number], index - int(self._ends[number] - self.blocks[number])
         try:
-            found = self._index_of(number)
+            entries = self._index_of(number)
         except (UnreadableShard, UserError) as error:
             raise BrokenPair("unreadable shard", f"{shard.label}, pair {row}", str(error)) from error
-        if row >= len(found):
-            counted = f"the shard holds {len(found):,} pairs instead of {self.blocks[number]:,}"
+        if row >= len(entries):
+            counted = f"the shard holds {len(entries):,} pairs instead of {self.blocks[number]:,}"
             raise BrokenPair("missing in shard", f"{shard.label}, pair {row}", counted)
-        return shard, found, row
+        return shard, entries, row
 
     def read(self, shard: Shard, at: int, size: int) -> bytes:
         """Bytes of a shard, fewer at its end; raises `UnreadableShard`."""
@@ -134,50 +120,50 @@ class ShardSource:
         except OSError as error:
             raise UnreadableShard(error.strerror or str(error)) from error
 
-    def _opened_index(self, number: int) -> Index:
+    def _opened_index(self, number: int) -> ShardIndex:
         shard = self._shards[number]
-        found = cached_index(shard.state)
-        if found is not None:
-            return found
+        entries = cached_index(shard.state)
+        if entries is not None:
+            return entries
         with index_lock(shard.state):
-            found = cached_index(shard.state)
-            return make_index(self._files.open(shard), shard.name, shard.state) if found is None else found
+            entries = cached_index(shard.state)
+            return make_index(self._files.open(shard), shard.name, shard.state) if entries is None else entries
 
     def _count(self) -> np.ndarray:
-        """The number of pairs of each shard: as promised beside remote ones, else from the indices."""
-        # A signature in a URL is for its shard alone: no other file beside it can be asked for.
+        """The number of pairs of each shard: from `sizes.json` next to remote ones, else from the indices."""
+        # A signature in a URL is for its shard alone: no other file of its folder can be requested.
         folders = [s.name.rpartition("/")[0] if s.remote and "?" not in s.name else "" for s in self._shards]
         promised = {folder: counts(folder) for folder in sorted(set(folders) - {""})}
-        found = [promised.get(folder, {}).get(s.label) for folder, s in zip(folders, self._shards, strict=True)]
-        open_ones = [number for number, count in enumerate(found) if count is None]
+        sizes = [promised.get(folder, {}).get(s.label) for folder, s in zip(folders, self._shards, strict=True)]
+        open_ones = [number for number, count in enumerate(sizes) if count is None]
         new = sum(cached_index(self._shards[number].state) is None for number in open_ones)
         with ThreadPoolExecutor(FETCHED_AT_ONCE if self.remote else 1) as pool:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with progress_bar(*columns, shown=new > MANY, transient=True) as bar:
                 lengths = bar.track(pool.map(self._length, open_ones), len(open_ones), description="Indexing shards")
                 for number, length in zip(open_ones, lengths, strict=True):
-                    found[number] = length
-        return np.array(found, np.int64)
+                    sizes[number] = length
+        return np.array(sizes, np.int64)
 
     def _length(self, number: int) -> int:
         try:
-            found = self._opened_index(number)
-            if found.damage is not None:
-                name, used = self._shards[number].name, len(found) - 1
-                log.warning("The shard '%s' is damaged: %s. Its first %d pairs are used.", name, found.damage, used)
-            return len(found)
+            entries = self._opened_index(number)
+            if entries.damage is not None:
+                name, used = self._shards[number].name, len(entries) - 1
+                log.warning("The shard '%s' is damaged: %s. Its first %d pairs are used.", name, entries.damage, used)
+            return len(entries)
         except UnreadableShard as error:
             raise UserError(f"The shard '{self._shards[number].name}' cannot be read: {error}.") from error
 
 
 def _short(word: str) -> str:
-    """The end of a word that names many shards, with the folder's name."""
+    """The last part of a word that names many shards, with the folder's name where it is a pattern."""
     folder, _, last = word.rstrip("/").rpartition("/")
     return f"{folder.rpartition('/')[2]}/{last}" if set(last) & set("{*?[") and folder else last
 
 
-class _Entry:
-    """One pair of a source, not yet read."""
+class ShardEntry:
+    """A pair of a shard, located but not read."""
 
     def __init__(self, source: ShardSource, index: int) -> None:
         self._source = source
@@ -190,10 +176,10 @@ class _Entry:
 
     def content(self, part: str, most: int) -> bytes:
         """The bytes of a part that must be there; raises `BrokenPair`."""
-        found = self._index.part(self._row, part)
-        if found is None:
+        place = self._index.part(self._row, part)
+        if place is None:
             raise BrokenPair(f"missing {part}", self.key, "the shard has none of this key")
-        at, size = found
+        at, size = place
         if size > most:
             reason = "image too large" if part == "image" else "caption too long"
             raise BrokenPair(reason, self.key, f"{part} of {size:,} bytes, at most {most:,}")
@@ -215,7 +201,7 @@ class _Entry:
         if described is not None:
             row = self._parsed()
             captions += _captions(row, self.key)
-            keywords = _keywords(row)
+            keywords = clean_keywords(row[KEYWORDS_KEY]) if isinstance(row.get(KEYWORDS_KEY), list) else ()
         if text is None and (described is None or not captions):
             raise BrokenPair("missing caption", self.key, "no .txt, and no .json with a caption")
         return clean_captions(captions, self.key), keywords
@@ -239,16 +225,18 @@ class _Entry:
 def _captions(row: dict[str, Any], key: str) -> list[str | None]:
     """The captions of a parsed JSON file, from the first of `CAPTION_KEYS` that has any."""
     for name in CAPTION_KEYS:
-        found = row.get(name)
-        captions = found if isinstance(found, list) else [found]
+        cell = row.get(name)
+        captions = cell if isinstance(cell, list) else [cell]
         if not all(caption is None or isinstance(caption, str) for caption in captions):
-            raise BrokenPair("unreadable JSON", key, f"{name} is no text: {str(found)[:40]}")
+            raise BrokenPair("unreadable JSON", key, f"{name} is no text: {str(cell)[:40]}")
         if any(captions):
             return captions
     return []
 
 
-def _keywords(row: dict[str, Any]) -> tuple[str, ...]:
-    found = row.get(KEYWORDS_KEY)
-    words = (" ".join(word.split()) for word in found if isinstance(word, str)) if isinstance(found, list) else ()
-    return tuple(dict.fromkeys(word for word in words if 0 < len(word) <= LONGEST_CAPTION and is_unicode(word)))
+def _cache_gb() -> float:
+    given = os.environ.get(CACHE_GB_VARIABLE, str(CACHE_GB))
+    try:
+        return float(given)
+    except ValueError:
+        raise UserError(f"{CACHE_GB_VARIABLE} is '{given}'; give a number of 10^9 bytes, such as 50.") from None

@@ -1,51 +1,70 @@
-"""A part of a source, chosen by a seed: for learning curves over the number of pairs."""
+"""A subset of a source, chosen by a seed: for learning curves over the number of pairs."""
+
+from abc import abstractmethod
 
 import numpy as np
+from PIL import Image
 
-from declip.data.images.lazy import UndecodedPair, read_lazy
-from declip.data.pair import Pair, PairSource
+from declip.data.pair import LazyPair, Pair, PairSource
+from declip.data.sources.origin import Origin
 from declip.errors import UserError
 
 
-class Subset:
-    """Some pairs of another source, in a fixed order.
+class DerivedSource(PairSource):
+    """Pairs that are read from other sources."""
 
-    Args:
-        source: Where the pairs are.
-        indices: (n,) int, their places, rising where the source has shards.
-    """
+    @abstractmethod
+    def locate(self, index: int) -> tuple[PairSource, int]:
+        """The source of pair `index`, and its index there."""
+
+    def __getitem__(self, index: int) -> Pair:
+        source, inner = self.locate(index)
+        return source[inner]
+
+    def read_lazy(self, index: int) -> LazyPair:
+        source, inner = self.locate(index)
+        return source.read_lazy(inner)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        source, inner = self.locate(index)
+        return source.captions(inner)
+
+    def key(self, index: int) -> str:
+        source, inner = self.locate(index)
+        return source.key(inner)
+
+    def image(self, index: int) -> Image.Image:
+        source, inner = self.locate(index)
+        return source.image(inner)
+
+    def origin(self, index: int) -> Origin:
+        source, inner = self.locate(index)
+        return source.origin(inner)
+
+
+class Subset(DerivedSource):
+    """Some pairs of another source, by (n,) indices in a fixed order, rising where the source has shards."""
 
     def __init__(self, source: PairSource, indices: np.ndarray) -> None:
         self.source, self.indices = source, indices
         self.name = f"{source.name}[{len(indices)}]"
-        self.remote = getattr(source, "remote", False)
-        """Whether the source has shards that have to be fetched."""
-        blocks = getattr(source, "blocks", None)
-        ends = np.cumsum([] if blocks is None else blocks)
-        self.blocks = None if blocks is None else np.bincount(np.searchsorted(ends, indices, "right"), None, len(ends))
-        """How many of the pairs are in each of the source's shards, None where it has none."""
+        self.credit, self.remote = source.credit, source.remote
+        if source.blocks is not None:
+            ends = np.cumsum(source.blocks)
+            self.blocks = np.bincount(np.searchsorted(ends, indices, "right"), None, len(ends))
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Pair:
-        """Raises BrokenPair as the source does."""
-        return self.source[int(self.indices[index])]
-
-    def read_lazy(self, index: int) -> UndecodedPair:
-        """The pair with its picture as little decoded as the source can; raises `BrokenPair`."""
-        return read_lazy(self.source, int(self.indices[index]))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of a pair, without its image."""
-        return self.source.captions(int(self.indices[index]))
+    def locate(self, index: int) -> tuple[PairSource, int]:
+        return self.source, int(self.indices[index])
 
 
 def take(source: PairSource, count: int, seed: int) -> Subset:
     """Choose pairs without replacement; a larger count keeps all that a smaller one chose.
 
     Raises:
-        UserError: the source has fewer.
+        UserError: The source has fewer.
     """
     if count > len(source):
         raise UserError(f"data.max_pairs={count}, but '{source.name}' has {len(source)}. Ask for at most that many.")

@@ -1,4 +1,4 @@
-"""Views of a caption: an augmented caption (EDA) and a caption with masked words.
+"""Text views of a caption: its augmentation (EDA) and its masking.
 
 EDA: Wei and Zou, "EDA: Easy Data Augmentation Techniques for Boosting Performance on Text Classification
 Tasks", EMNLP 2019, without its random insertion, as DeCLIP uses it. Masking: BERT's, NAACL 2019.
@@ -13,9 +13,9 @@ from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.data.text.synonyms import synonyms
 from declip.errors import UserError
 
-_MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens; BERT's shares
+_MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens, as in BERT
 
-# Words that carry no picture, or that WordNet would take for something else ("who", "it", "in", "us", "as").
+# Words that show nothing, or that WordNet knows in another sense ("who", "it", "in", "us", "as").
 _STOPS = """
 a about above across after again against all along also although always am amid among an and another any
 anyone anything are around as at away be because been before behind being below beneath beside besides between
@@ -36,26 +36,18 @@ def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) ->
 
     With n = max(1, int(alpha * words)), as the EDA paper sets it:
 
-    - replacement: n different words, chosen among those that have synonyms and aren't stop words, become one
-      of their synonyms wherever they stand; capitals and punctuation around a word stay. A caption without
-      such a word stays as it is.
+    - replacement: n different words, chosen among those that have synonyms and aren't stop words, become one of their
+      synonyms wherever they stand; capitals and punctuation around a word stay. A caption without such a word stays as
+      it is.
     - swap: n times, two words at different places change places.
-    - deletion: each word goes with probability alpha; if all went, one stays. Short captions often stay whole.
+    - deletion: each word is deleted with probability alpha, but never all of them. Short captions often stay complete.
 
     Args:
-        caption: The caption; words are what stands between white space.
-        generator: Source of every random choice.
-        alpha: Share of words to change, in [0, 1].
+        alpha: Fraction of words to change, in [0, 1].
 
     Returns:
-        The changed caption, words separated by single spaces, never empty. A caption of one word, or none,
-        comes back unchanged.
-
-    Raises:
-        UserError: alpha is not in [0, 1].
+        The changed caption, its words separated by single spaces; a caption of one word, or none, is unchanged.
     """
-    if not 0 <= alpha <= 1:
-        raise UserError(f"EDA's alpha is {alpha}; it is a share of the words: give 0 to 1.")
     words = caption.split()
     if len(words) < 2:
         return caption
@@ -71,40 +63,22 @@ def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) ->
 
 
 def replace_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
-    """Replace up to `count` different words by synonyms, each wherever it stands.
-
-    Args:
-        words: A caption's words.
-        count: How many different words to replace, at most.
-        generator: Source of every random choice.
-
-    Returns:
-        The words; a replacement may be a phrase.
-    """
-    written = [_parse(word) for word in words]
-    known = {core.lower(): synonyms(core.lower()) for _, core, _ in written if core.lower() not in STOP_WORDS}
-    candidates = [core for core, found in known.items() if found]
+    """Replace up to `count` different words by synonyms, which may be phrases, each wherever it stands."""
+    parsed = [_parse(word) for word in words]
+    known = {core.lower(): synonyms(core.lower()) for _, core, _ in parsed if core.lower() not in STOP_WORDS}
+    candidates = [core for core, others in known.items() if others]
     replacements: dict[str, str] = {}
     while candidates and len(replacements) < count:
         core = candidates.pop(_below(len(candidates), generator))
         replacements[core] = known[core][_below(len(known[core]), generator)]
     return [
         before + _like(core, replacements[core.lower()]) + after if core.lower() in replacements else word
-        for word, (before, core, after) in zip(words, written, strict=True)
+        for word, (before, core, after) in zip(words, parsed, strict=True)
     ]
 
 
 def swap_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
-    """Let two words at different places change places, `count` times.
-
-    Args:
-        words: A caption's words, two at least.
-        count: How often.
-        generator: Source of every random choice.
-
-    Returns:
-        The words in another order.
-    """
+    """Swap two of the words, at least two, at different places, `count` times."""
     swapped = list(words)
     for _ in range(count):
         first = _below(len(swapped), generator)
@@ -115,16 +89,7 @@ def swap_words(words: Sequence[str], count: int, generator: np.random.Generator)
 
 
 def delete_words(words: Sequence[str], probability: float, generator: np.random.Generator) -> list[str]:
-    """Leave each word out with a probability.
-
-    Args:
-        words: A caption's words, one at least.
-        probability: Of leaving a word out.
-        generator: Source of every random choice.
-
-    Returns:
-        The words that stay, in their order; one of them, drawn evenly, if all would have gone.
-    """
+    """Delete each word with a probability; one of them, chosen evenly, stays if all would be deleted."""
     draws = generator.random(len(words)).tolist()
     kept = [word for word, draw in zip(words, draws, strict=True) if draw >= probability]
     return kept or [words[_below(len(words), generator)]]
@@ -136,27 +101,23 @@ def mask_tokens(
     tokenizer: CaptionTokenizer,
     probability: float = 0.15,
 ) -> tuple[list[int], list[int]]:
-    """Corrupt token ids for masked-language modelling.
+    """Corrupt token ids for masked-language modeling.
 
-    Each token between start and end is chosen with `probability`. Of the chosen, 80 % become the mask, 10 %
-    a random word's id, 10 % stay. Start, end and the padding after end are never chosen, and start and end never
-    put in. Padding is known by its place: with CLIP's tokenizer its id is also a word's.
+    Each token between start and end is chosen with `probability`. Of the chosen, 80 % become the mask, 10 % a random
+    word's id, 10 % stay. Start, end and the padding after end are never chosen, and never inserted. Padding is known by
+    its position: with CLIP's tokenizer its id is also a word's.
 
     Args:
         ids: (L,) ids of one text, start first, padded or not.
-        generator: Source of every random choice.
-        tokenizer: The tokenizer that made the ids.
-        probability: Of choosing a token, in [0, 1].
+        probability: Probability of choosing a token, in [0, 1].
 
     Returns:
-        The corrupted ids (L,), and the labels (L,): the original id where a token was chosen, -100 elsewhere.
-        A short text often has no chosen token.
+        The corrupted ids (L,), and the labels (L,): the original id where a token was chosen, -100 elsewhere. A short
+        text often has no chosen token.
 
     Raises:
-        UserError: There is no end token, or the probability is not in [0, 1].
+        UserError: Start or end is missing.
     """
-    if not 0 <= probability <= 1:
-        raise UserError(f"The probability of masking a token is {probability}; give 0 to 1.")
     masked = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
     if masked[:1] != [tokenizer.start] or tokenizer.end not in masked:
         raise UserError("The token ids lack start or end; give them as this tokenizer's encode returns them.")
@@ -173,12 +134,12 @@ def mask_tokens(
 
 
 def _below(limit: int, generator: np.random.Generator) -> int:
-    """Draw an integer in [0, limit) evenly; eight times as quick as `generator.integers` for one number."""
+    """Sample an integer in [0, limit) evenly; an eighth of the time of `generator.integers` for one number."""
     return int(generator.random() * limit)
 
 
 def _parse(word: str) -> tuple[str, str, str]:
-    """Split a written word into what is before it, the word, and a possessive and punctuation after it."""
+    """Split a written word into punctuation before it, the word, and a possessive and punctuation after it."""
     if word.isalpha():
         return "", word, ""
     places = [place for place, letter in enumerate(word) if letter.isalnum()]

@@ -11,27 +11,22 @@ from importlib.resources import files
 
 @cache
 def table() -> dict[str, str]:
-    """Read the shipped table, once a process: synonyms, joined by "|", by word; empty for a word without any."""
+    """The shipped table, read once per process: synonyms joined by "|" by word; empty for a word without any."""
     packed = files("declip.data").joinpath("assets", "synonyms.txt.xz").read_bytes()
-    words, _, found = lzma.decompress(packed).decode("utf-8").partition("\n\n")
-    return dict(zip(words.split("\n"), found.split("\n"), strict=True))
+    words, _, lists = lzma.decompress(packed).decode("utf-8").partition("\n\n")
+    return dict(zip(words.split("\n"), lists.split("\n"), strict=True))
 
 
 @lru_cache(maxsize=2**16)
 def synonyms(word: str) -> tuple[str, ...]:
-    """List replacements of a word in the word's form: plurals for "sofas", "-ing" for "jumping".
+    """Replacements of a lower-case word in the word's form: plurals for "sofas", "-ing" for "jumping".
 
-    Args:
-        word: One word in lower case, without punctuation around it.
-
-    Returns:
-        Words or phrases, the most frequent sense's first; empty when none is known. Never the word itself,
-        never an empty string.
+    Words or phrases other than the word, those of its most frequent sense first.
     """
-    found = table().get(word)
-    return tuple(found.split("|")) if found else ()
+    joined = table().get(word)
+    return tuple(joined.split("|")) if joined else ()
 
 
 def is_word(word: str) -> bool:
-    """Whether WordNet has a word in lower case, or what it is a form of."""
+    """Whether WordNet has a lower-case word, or the word that it is a form of."""
     return word in table()

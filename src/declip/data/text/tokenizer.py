@@ -21,8 +21,8 @@ from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
 
 _MERGES = 48_894
-# CLIP's pattern without its special tokens. The text is in lower case, but ignoring case also changes what
-# some marks count as: U+0345 becomes a letter.
+# CLIP's pattern without its special tokens. The text is in lower case, but ignoring case also changes the class of
+# some marks: U+0345 becomes a letter.
 _PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 _LONGEST_CACHED = 64
 
@@ -30,32 +30,22 @@ _LONGEST_CACHED = 64
 class Tokenizer(CaptionTokenizer):
     """Turns texts into CLIP's token ids and back.
 
-    Ids equal those of OpenAI's and open_clip's `SimpleTokenizer` for every text, but for one thing: nothing in
-    a text is ever read as a special token. A caption with "<|endoftext|>" in it is spelled out as punctuation
-    and letters, so start, end and mask stand only where this class or `mask_tokens` puts them, and pooling at
-    the first end token is safe.
+    Ids equal those of OpenAI's and open_clip's `SimpleTokenizer` for every text with one exception: nothing in a text
+    is read as a special token. A caption with "<|endoftext|>" in it is spelled out as punctuation and letters, so
+    start, end and mask stand only where this class or `mask_tokens` puts them, and pooling at the first end token is
+    safe.
 
-    What stands between two spaces is looked up in a bounded cache; only what is not in it goes to the
-    `tokenizers` library, one call each. So that library's thread pool is never started: an instance can be
-    used by threads, forked and pickled, whatever TOKENIZERS_PARALLELISM says.
+    Each string between two spaces is looked up in a bounded cache; only a new one goes to the `tokenizers` library, by
+    one call. So that library's thread pool is never started: an instance can be used by threads, forked and pickled,
+    whatever TOKENIZERS_PARALLELISM is set to.
 
     Args:
-        context: The most ids a text may have, start and end included.
-        merges: How many of CLIP's merges to use, the first ones; None for all 48,894. Few merges make a small
-            vocabulary for small models.
-
-    Attributes:
-        context: As given.
-        merges: As given, or 48,894.
-        vocabulary: Number of ids.
-        start: Id before the first word.
-        end: Id after the last word.
-        mask: Id of `<|mask|>`, always the last.
-        padding: 0, which is also a word's ("!" inside a word).
-        words: The ids below start.
+        context: Largest number of ids of a text, start and end included.
+        merges: Number of CLIP's merges to use, the first ones; None for all 48,894. Few merges make a small vocabulary
+            for small models.
 
     Raises:
-        UserError: The context is under 3, or there are not so many merges.
+        UserError: The context is below 3, or there are not so many merges.
     """
 
     def __init__(self, context: int = 77, merges: int | None = None) -> None:
@@ -79,11 +69,10 @@ class Tokenizer(CaptionTokenizer):
 
     @property
     def library(self) -> tokenizers.Tokenizer:
-        """The `tokenizers` library's encoder of what stands between two spaces."""
+        """The `tokenizers` library's encoder of strings between two spaces."""
         return self._words.encoder
 
     def encode(self, text: str) -> list[int]:
-        """See `CaptionTokenizer.encode`."""
         if not isinstance(text, str):
             raise UserError(f"A text must be a string; {type(text).__name__} was given: {text!r:.60}.")
         ids = [self.start]
@@ -97,20 +86,13 @@ class Tokenizer(CaptionTokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Show what ids say: words in lower case with single spaces, `<|mask|>` where a word is masked.
+        """Decode to lower-case words with single spaces, `<|mask|>` where a word is masked.
 
-        Args:
-            ids: Ids with or without start and end; what follows the first end (padding) is left out.
-
-        Returns:
-            The text. For a text that fitted into the context, encoding it again gives the same ids.
-
-        Raises:
-            UserError: An id is not in the vocabulary.
+        Encoding the text again gives the same ids, if it was not truncated.
         """
         pieces: list[bytes] = []
-        for given in ids:
-            token = operator.index(given)
+        for number in ids:
+            token = operator.index(number)
             if token == self.end:
                 break
             if token == self.mask:
@@ -123,26 +105,15 @@ class Tokenizer(CaptionTokenizer):
 
 
 def clean(text: str) -> str:
-    """Clean a text as CLIP does: mend encodings, resolve HTML entities twice, single spaces, lower case.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        The cleaned text.
-    """
-    # Printable ASCII without an ampersand is what ftfy and unescape leave as it is: 15 microseconds saved.
+    """Clean a text as CLIP does: fix encodings, resolve HTML entities twice, single spaces, lower case."""
+    # ftfy and unescape leave printable ASCII without an ampersand unchanged: 15 microseconds saved.
     if not text.isascii() or not text.isprintable() or "&" in text:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 class _Words:
-    """Byte-pair encoding of what stands between two spaces.
-
-    Args:
-        merges: How many of CLIP's merges to use.
-    """
+    """Byte-pair encoding of strings between two spaces, with the first `merges` of CLIP's merges."""
 
     def __init__(self, merges: int) -> None:
         letters = _byte_letters()
@@ -182,7 +153,7 @@ def _merge_lines() -> list[str]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """Map bytes to the letters that CLIP's merges write them with, in the order of CLIP's ids.
+    """Map bytes to the letters of CLIP's merges, in the order of CLIP's ids.
 
     Printable bytes of Latin-1 stand for themselves and come first; the others get letters from U+0100 on.
     """

@@ -1,8 +1,8 @@
-"""What a probe learns from and is measured on: labeled features of three splits."""
+"""Data of a probe: labeled features of three splits."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +13,12 @@ from declip.evaluation.datasets import Dataset, LabeledSource, with_classes
 from declip.evaluation.feature_cache import FeatureCache
 
 HELD_OUT = 0.2
-"""Share of each class's training images that choices are made on where a set has no validation split."""
+"""Fraction of each class's training images that choices are made on where a dataset has no validation split."""
 
 
 @dataclass(frozen=True)
 class Labeled:
-    """Features with their classes.
-
-    Attributes:
-        features: (n, width) float32 on the CPU.
-        labels: (n,) int64.
-    """
+    """Features (n, width) float32 with their classes (n,) int64, on the CPU."""
 
     features: Tensor
     labels: Tensor
@@ -32,33 +27,30 @@ class Labeled:
         return len(self.labels)
 
     def take(self, rows: np.ndarray | Tensor) -> "Labeled":
-        """Some of the rows."""
+        """Select rows."""
         rows = torch.as_tensor(rows)
         return Labeled(self.features[rows], self.labels[rows])
 
     def join(self, other: "Labeled") -> "Labeled":
-        """These rows, then the other's."""
+        """Append the other's rows."""
         return Labeled(torch.cat([self.features, other.features]), torch.cat([self.labels, other.labels]))
 
 
 @dataclass(frozen=True)
 class ProbeData:
-    """The three splits of a set as a model sees them.
+    """The splits of a dataset as a model sees them.
 
     Attributes:
-        on: Name of the set.
-        classes: How many classes there are.
-        train: What probes fit on.
-        validation: What choices are made on; never a test image.
-        test: What is reported.
-        held_out: Where `validation` comes from: "validation split" or "fifth of train".
-        features: "backbone" or "embedding".
-        metric: The set's own: "top1" or "mean_per_class".
-        skipped: Images of all splits that could not be read: reason to count.
-        device: Where the model is, and where probes compute.
+        train: Images that probes fit on.
+        validation: Images that choices are made on; never test images.
+        test: Images that are reported.
+        held_out: Origin of `validation`: "validation split" or "fifth of train".
+        metric: The dataset's own: "top1" or "mean_per_class".
+        skipped: Number of images of all splits that could not be read, by reason.
+        device: The model's device, where probes compute.
     """
 
-    on: str
+    dataset: str
     classes: int
     train: Labeled
     validation: Labeled
@@ -70,10 +62,10 @@ class ProbeData:
     device: torch.device | str = "cpu"
 
     @property
-    def about(self) -> dict[str, object]:
-        """What every probe's result says."""
+    def about(self) -> dict[str, Any]:
+        """The fields of `declip.evaluation.results.ProbeResult`."""
         return {
-            "on": self.on,
+            "dataset": self.dataset,
             "n": len(self.test),
             "classes": self.classes,
             "train": len(self.train) + len(self.validation),
@@ -84,73 +76,61 @@ class ProbeData:
         }
 
 
-def check_probe(dataset: Dataset, protocol: str, *, chooses: bool) -> None:
-    """Check that a set can be probed, before anything is encoded.
+def check_probe(dataset: Dataset, probe: str, *, chooses: bool) -> None:
+    """Check that a dataset can be probed, before anything is encoded.
 
     Args:
-        dataset: The set.
-        protocol: The probe's name, for the message.
-        chooses: Whether the probe needs images to choose something on, beside those it fits on.
-
-    Raises:
-        UserError: there is no train split, the splits' classes differ, or most classes have too few images.
+        chooses: Whether the probe needs images to choose something on, in addition to those it fits on.
     """
+    # A split without classes can still be used for retrieval.
+    has_classes = getattr(dataset.split("test"), "class_names", None) is not None
+    others = f"It can be measured by: {{}}{'zero-shot, ' if has_classes else ''}retrieval."
     if not dataset.has("train"):
-        raise UserError(
-            f"'{dataset.name}' has no train split, and {protocol} learns from one. It can be measured by: "
-            f"{', '.join(_without_training(dataset))}."
-        )
+        raise UserError(f"'{dataset.name}' has no train split, and {probe} learns from one. {others.format('')}")
     splits = _splits(dataset)
+    names = tuple(splits["test"].class_names)
     for which, source in splits.items():
-        if tuple(source.class_names) != tuple(splits["test"].class_names):
+        if tuple(source.class_names) != names:
             raise UserError(
                 f"The {which} split of '{dataset.name}' has {len(source.class_names)} class names, and they are not "
-                f"the {len(splits['test'].class_names)} of its test split in the same order. A probe needs the same."
+                f"the {len(names)} of its test split in the same order. A probe needs the same."
             )
         labels = np.asarray(source.labels)
-        if labels.min() < 0 or labels.max() >= len(source.class_names):
+        if labels.min() < 0 or labels.max() >= len(names):
             raise UserError(
                 f"The {which} split of '{dataset.name}' has labels from {labels.min()} to {labels.max()}, but its "
-                f"{len(source.class_names)} class names are numbered from 0."
+                f"{len(names)} class names are numbered from 0."
             )
-    counts = np.bincount(splits["train"].labels, minlength=len(splits["train"].class_names))
+    counts = np.bincount(splits["train"].labels, minlength=len(names))
     if chooses and (counts >= 2).sum() <= len(counts) / 2:
         raise UserError(
             f"'{dataset.name}' has {counts.sum():,} training images for {len(counts):,} classes, and fewer than two "
             f"for {(counts < 2).sum():,} of them: too few to fit on some and choose the penalty on others, as "
-            f"{protocol} does. It can be measured by: knn, {', '.join(_without_training(dataset))}."
+            f"{probe} does. {others.format('knn, ')}"
         )
 
 
 def read_probe_data(dataset: Dataset, cache: FeatureCache, device: torch.device | str = "cpu") -> ProbeData:
-    """Encode the splits of a set.
+    """Encode the splits of a dataset that passes `check_probe`.
 
-    Where there is no validation split, a fifth of each class's training images, drawn with a fixed seed, takes its
+    Where there is no validation split, a fifth of each class's training images, chosen with a fixed seed, takes its
     place and is not fitted on until the choice is made.
-
-    Args:
-        dataset: A set that `check_probe` lets pass.
-        cache: Encodes, or finds encoded.
-        device: Where the probes shall compute.
-
-    Raises:
-        UserError: not one image of a split can be read.
     """
     parts: dict[str, Labeled] = {}
     skipped: Counter[str] = Counter()
     splits = _splits(dataset)
     for which, source in splits.items():
-        found = cache.images(source, which)
-        labels = torch.from_numpy(np.asarray(source.labels, dtype=np.int64)[found.indices])
-        parts[which] = Labeled(found.features, labels)
-        skipped.update(found.skipped.counts)
+        features = cache.images(source, which)
+        labels = torch.from_numpy(np.asarray(source.labels, dtype=np.int64)[features.indices])
+        parts[which] = Labeled(features.images, labels)
+        skipped.update(features.skipped.counts)
     held_out = "validation split"
     if "validation" not in parts:
         held_out = "fifth of train"
         chosen = stratified(parts["train"].labels.numpy())
         parts["validation"], parts["train"] = parts["train"].take(chosen), parts["train"].take(~chosen)
     return ProbeData(
-        on=dataset.name,
+        dataset=dataset.name,
         classes=len(splits["test"].class_names),
         held_out=held_out,
         features=cache.kind,
@@ -161,39 +141,24 @@ def read_probe_data(dataset: Dataset, cache: FeatureCache, device: torch.device 
     )
 
 
-def stratified(labels: np.ndarray, share: float = HELD_OUT, seed: int = 0) -> np.ndarray:
-    """Draw a share of each class, to the nearest whole image, one at least where it has two or more.
-
-    Args:
-        labels: (n,) int64.
-        share: Of each class.
-        seed: Of the draw.
-
-    Returns:
-        (n,) bool, True for what was drawn.
-    """
+def stratified(labels: np.ndarray, fraction: float = HELD_OUT, seed: int = 0) -> np.ndarray:
+    """Sample a fraction of each class, to the nearest whole image, one at least where it has two or more: (n,) bool."""
     generator = np.random.default_rng(seed)
-    drawn = np.zeros(len(labels), dtype=bool)
-    for places in by_class(labels):
-        count = max(1, round(share * len(places))) if len(places) > 1 else 0
-        drawn[generator.permutation(places)[:count]] = True
-    return drawn
+    chosen = np.zeros(len(labels), dtype=bool)
+    for rows in by_class(labels):
+        count = max(1, round(fraction * len(rows))) if len(rows) > 1 else 0
+        chosen[generator.permutation(rows)[:count]] = True
+    return chosen
 
 
 def by_class(labels: np.ndarray) -> list[np.ndarray]:
-    """The places of each class that occurs, classes and places ascending."""
+    """The rows of each class that occurs, classes and rows ascending."""
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def score(right: np.ndarray, labels: np.ndarray, metric: str = "top1") -> float:
-    """Sum up which rows are right.
-
-    Args:
-        right: (n,) bool.
-        labels: (n,) int64.
-        metric: "top1", the share of rows, or "mean_per_class", the mean of the shares of the classes that occur.
-    """
+    """Mean of `right`, (n,) bool: over rows for "top1", over the classes that occur for "mean_per_class"."""
     if metric == "top1":
         return float(right.mean())
     size = np.bincount(labels)
@@ -203,8 +168,3 @@ def score(right: np.ndarray, labels: np.ndarray, metric: str = "top1") -> float:
 def _splits(dataset: Dataset) -> dict[str, LabeledSource]:
     names = [which for which in ("train", "validation", "test") if dataset.has(which)]
     return {which: with_classes(dataset.split(which)) for which in names}
-
-
-def _without_training(dataset: Dataset) -> Sequence[str]:
-    source = dataset.split("test")
-    return ("zero-shot", "retrieval") if getattr(source, "class_names", None) is not None else ("retrieval",)

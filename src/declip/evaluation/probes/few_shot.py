@@ -1,4 +1,4 @@
-"""The few-shot probe: logistic regression on 1, 2, 4, 8, 16 images a class, over several draws."""
+"""The few-shot probe: logistic regression on 1, 2, 4, 8, 16 images per class, over several samples."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,42 +9,34 @@ from declip.errors import UserError
 from declip.evaluation.probes.data import Labeled, ProbeData, by_class, score
 from declip.evaluation.probes.linear import is_right, sweep
 from declip.evaluation.probes.logistic import LogisticProblem
-from declip.evaluation.probes.results import FewShotResult, Shots
+from declip.evaluation.results import FewShotResult, Shots
 
 SHOTS = (1, 2, 4, 8, 16)
 SEEDS = 3
 MOST_VALIDATION = 4
-"""Validation images a class at most, CoOp's."""
+"""Largest number of validation images per class, CoOp's."""
 
 
 def few_shot_probe(data: ProbeData, shots: Sequence[int] = SHOTS, seeds: int = SEEDS) -> FewShotResult:
-    """Fit on a few images a class, drawn by seed, and measure on all test images.
+    """Fit on a few images per class, sampled by seed, and measure on all test images.
 
     C is chosen as for CLIP's few-shot linear probe in CoOp (Zhou et al. 2022; `lpclip/linear_probe.py` of its code):
-    on min(shots, 4) validation images a class, which are drawn too and not fitted on. The search is `sweep`'s. A
+    on min(shots, 4) validation images per class, which are sampled too and not fitted on. The search is `sweep`'s. A
     seed's images for fewer shots are among those for more. A class that has fewer images than shots gives all.
-
-    Args:
-        data: The splits of a set, encoded.
-        shots: Numbers of images a class.
-        seeds: How many draws, numbered from 0.
-
-    Raises:
-        UserError: no number of shots, one below 1, or no seed.
     """
     if not shots or min(shots) < 1 or seeds < 1:
         raise UserError(f"shots is {list(shots)} with {seeds} seeds; give one number or more, each 1 or more.")
     return FewShotResult(
-        **data.about,  # type: ignore[arg-type]  # each value fits its field
+        **data.about,
         validation=f"{data.held_out}, min(shots, {MOST_VALIDATION}) images a class",
         runs=tuple(_run(data, count, seeds) for count in sorted(set(shots))),
     )
 
 
-def draw(rows: Labeled, count: int, seed: int) -> Labeled:
-    """Draw up to `count` rows of each class; a smaller count with the same seed draws some of the same rows."""
+def sample(rows: Labeled, count: int, seed: int) -> Labeled:
+    """Sample up to `count` rows of each class; a smaller count with the same seed gives some of the same rows."""
     generator = np.random.default_rng(seed)
-    chosen = [generator.permutation(places)[:count] for places in by_class(rows.labels.numpy())]
+    chosen = [generator.permutation(members)[:count] for members in by_class(rows.labels.numpy())]
     return rows.take(np.sort(np.concatenate(chosen)))
 
 
@@ -52,14 +44,10 @@ def _run(data: ProbeData, count: int, seeds: int) -> Shots:
     sizes = np.bincount(data.train.labels.numpy(), minlength=data.classes)
     scores, chosen = [], []
     for seed in range(seeds):
-        few = replace(
-            data,
-            train=draw(data.train, count, seed),
-            validation=draw(data.validation, min(count, MOST_VALIDATION), seed),
-        )
-        fitted, _ = sweep(LogisticProblem(few.train.features, few.train.labels, device=data.device), few)
-        right = is_right(fitted, data.test, data)
-        scores.append(score(right, data.test.labels.numpy(), data.metric))
+        train = sample(data.train, count, seed)
+        few = replace(data, train=train, validation=sample(data.validation, min(count, MOST_VALIDATION), seed))
+        fitted, _ = sweep(LogisticProblem(train.features, train.labels, device=data.device), few)
+        scores.append(score(is_right(fitted, data.test, data), data.test.labels.numpy(), data.metric))
         chosen.append(fitted.C)
     return Shots(
         shots=count,

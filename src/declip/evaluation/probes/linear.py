@@ -6,7 +6,7 @@ import numpy as np
 
 from declip.evaluation.probes.data import Labeled, ProbeData, score
 from declip.evaluation.probes.logistic import Classifier, LogisticProblem
-from declip.evaluation.probes.results import LinearProbeResult, SweepPoint
+from declip.evaluation.results import LinearProbeResult, SweepPoint
 
 STEPS_PER_DECADE = 8
 GRID: Mapping[int, float] = {step: 10 ** (step / STEPS_PER_DECADE) for step in range(-48, 49)}
@@ -20,28 +20,25 @@ def linear_probe(data: ProbeData) -> LinearProbeResult:
 
     This is CLIP's protocol (Radford et al. 2021, appendix A.3): features before the projection, not normalized, no
     augmentation, L-BFGS with at most 1,000 iterations. A fit starts from one that the sweep made before.
-
-    Args:
-        data: The splits of a set, encoded.
     """
     device = data.device
     best, points = sweep(LogisticProblem(data.train.features, data.train.labels, device=device), data)
     both = data.train.join(data.validation)
     problem = LogisticProblem(both.features, both.labels, device=device)
-    # A class whose only images are validation images makes the two fits' rows differ.
+    # A class whose only images are validation images gives the last fit one more row than the sweep's.
     start = best if len(problem.present) == len(best.present) else None
-    found = problem.fit(best.C, start=start)
-    right = is_right(found, data.test, data)
+    fitted = problem.fit(best.C, start=start)
+    right = is_right(fitted, data.test, data)
     labels = data.test.labels.numpy()
     return LinearProbeResult(
-        **data.about,  # type: ignore[arg-type]  # each value fits its field
+        **data.about,
         top1=score(right, labels, "top1"),
         mean_per_class=score(right, labels, "mean_per_class"),
         C=best.C,
         validation=data.held_out,
         sweep=tuple(points),
-        iterations=found.iterations,
-        converged=found.converged,
+        iterations=fitted.iterations,
+        converged=fitted.converged,
     )
 
 
@@ -51,14 +48,10 @@ def sweep(problem: LogisticProblem, data: ProbeData) -> tuple[Classifier, list[S
     First come C = 1e-6, 1e-4, … 1e6. Then the values half-way to the best one's neighbors are tried, and the step is
     halved until it is an eighth of a decade: CLIP's search. Of equal scores the one with the smaller cross entropy is
     better, which CLIP leaves open. Where the score has one peak as a function of C this finds the peak of all 97
-    values; where it has several, or runs level between two values, it may find a lower one.
-
-    Args:
-        problem: The training images.
-        data: Holds the validation images and the metric.
+    values; where it has several, or is constant between two values, it may find a lower one.
 
     Returns:
-        The best fit, on the training images alone, and all that was tried, C ascending.
+        The best fit, on the training images alone, and all points that were tried, C ascending.
     """
     fits: dict[int, Classifier] = {}
     points: dict[int, SweepPoint] = {}
@@ -85,7 +78,7 @@ def sweep(problem: LogisticProblem, data: ProbeData) -> tuple[Classifier, list[S
 
 
 def is_right(classifier: Classifier, rows: Labeled, data: ProbeData) -> np.ndarray:
-    """(n,) bool, whether each row's class is the likeliest one; computed on the data's device."""
+    """Whether each row's class is the predicted one, (n,) bool; computed on the data's device."""
     return (classifier.predict(rows.features.to(data.device)).cpu() == rows.labels).numpy()
 
 

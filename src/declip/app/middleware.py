@@ -1,0 +1,75 @@
+"""Middleware of every request: pages of other sites are refused, and answers carry the security headers."""
+
+import ipaddress
+import re
+import socket
+from http import HTTPStatus
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
+
+
+class Guard:
+    """Refuse requests of other sites' pages and for foreign host names, and add the security headers.
+
+    A request is refused where its Host is no IP address and not a name of this machine (DNS rebinding), where it
+    changes something or uploads and its Origin is not this app, or where another site's page loads from here.
+    Starlette's TrustedHostMiddleware takes a fixed list of hosts, and runs inside the handler of failures.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self.app, self.names = app, {"localhost", host.lower(), socket.gethostname().lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(SECURITY_HEADERS)
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        refusal = self._refusal(scope["method"], Headers(scope=scope))
+        await (refusal or self.app)(scope, receive, send_with_headers)
+
+    def _refusal(self, method: str, headers: Headers) -> PlainTextResponse | None:
+        host = headers.get("host", "")
+        if len(headers.getlist("host")) != 1 or not self._is_ours(host):
+            message = "This app does not answer to that name. Open it by its address."
+            return PlainTextResponse(message, HTTPStatus.MISDIRECTED_REQUEST)
+        if method not in ("GET", "HEAD") and headers.get("origin") not in (f"http://{host}", f"https://{host}"):
+            return PlainTextResponse("Only the app's own pages may ask for this.", HTTPStatus.FORBIDDEN)
+        site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
+        if site not in ("same-origin", "none") and mode != "navigate":
+            return PlainTextResponse("Another site's page may not load from here.", HTTPStatus.FORBIDDEN)
+        return None
+
+    def _is_ours(self, host: str) -> bool:
+        match = HOST.fullmatch(host)
+        if match is None:
+            return False
+        name = match.group(1).strip("[]").lower()
+        try:
+            return name in self.names or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False

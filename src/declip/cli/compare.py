@@ -1,0 +1,81 @@
+"""The command ``declip compare``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from declip.cli.options import Quiet, check_source, console, expand, say
+
+
+def compare(
+    words: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys for all")],
+    pairs: Annotated[str, typer.Option(help="numbers of distinct pairs, such as 1k,2k,4k")],
+    seeds: Annotated[int, typer.Option(min=1, help="runs per number of pairs, with seeds 0, 1 …")] = 3,
+    out: Annotated[Path, typer.Option(parser=expand, metavar="DIR", help="folder of the comparison")] = Path(
+        "runs/compare"
+    ),
+    datasets: Annotated[list[str] | None, typer.Option("--dataset", help="evaluation set; repeatable")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="zero-shot (default) or retrieval; repeatable")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="equal samples, compute, or both")] = "both",
+    compute_budget_of: Annotated[
+        str | None, typer.Option(metavar="ARM", help="recipe whose time is the compute budget; default: the last")
+    ] = None,
+    ablation: Annotated[bool, typer.Option("--ablation", help="also take the last recipe apart, loss by loss")] = False,
+    baselines: Annotated[bool, typer.Option("--baselines", help="also clip with weaker, stronger, two views")] = False,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V,V", help="every recipe tries all values, keeps its best")
+    ] = None,
+    sweep_dataset: Annotated[str | None, typer.Option(metavar="SET", help="validation set of the sweep")] = None,
+    sweep_pairs: Annotated[str | None, typer.Option(help="pairs per trial; default: the middle one of --pairs")] = None,
+    sweep_steps: Annotated[int | None, typer.Option(min=1, help="steps per trial")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at the same time; default: one per core")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare recipes at several numbers of pairs; the same command continues an interrupted comparison."""
+    from declip.recipe.load import load_recipe, parse_overrides
+
+    recipes = [word for word in words if "=" not in word]
+    overrides = parse_overrides([word for word in words if "=" in word])
+    for recipe in recipes:
+        load_recipe(recipe, overrides)
+    for name in (*(datasets or ()), *((sweep_dataset,) if sweep_dataset else ())):
+        check_source(name, "--dataset")
+    values = _values(sweep or [])
+    from declip.api import compare as run_comparison
+    from declip.comparison.study import BUDGETS, read_counts
+    from declip.reports.comparison import summary
+
+    outcome = run_comparison(
+        recipes,
+        read_counts(pairs),
+        seeds,
+        out=out,
+        overrides=overrides,
+        datasets=datasets or (),
+        tasks=tasks or ("zero-shot",),
+        budgets=BUDGETS if budget == "both" else (budget,),
+        compute_budget_of=compute_budget_of,
+        ablation=ablation,
+        baselines=baselines,
+        sweep=values,
+        sweep_dataset=sweep_dataset,
+        sweep_pairs=None if sweep_pairs is None else read_counts(sweep_pairs)[0],
+        sweep_steps=sweep_steps,
+        jobs=jobs,
+        quiet=quiet,
+    )
+    console.print(summary(outcome))
+    if not outcome.complete:
+        raise typer.Exit(2 if outcome.failures else 130)
+    say(f"Report: {out / 'report.html'}")
+
+
+def _values(words: list[str]) -> dict[str, list[Any]]:
+    """Read KEY=A,B,C words."""
+    from declip.recipe.load import parse_overrides, read_value
+
+    grid = parse_overrides(words)
+    return {key: [read_value(key, word) for word in values.split(",")] for key, values in grid.items()}

@@ -1,0 +1,84 @@
+"""The command ``declip evaluate``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from declip.cli.options import (
+    BatchSize,
+    Device,
+    JsonOut,
+    check_model,
+    check_source,
+    console,
+    expand,
+    integers,
+    write_text,
+)
+from declip.errors import UserError, unknown
+
+TASKS = ("zero-shot", "retrieval", "linear", "knn", "few-shot")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="run, checkpoint, weights, open_clip:… or huggingface:OWNER/NAME")],
+    datasets: Annotated[
+        list[str],
+        typer.Option("--dataset", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable"),
+    ],
+    task: Annotated[str, typer.Option(help=", ".join(TASKS))] = "zero-shot",
+    templates: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
+    features: Annotated[str, typer.Option(help="probes: backbone, or embedding after the projection")] = "backbone",
+    shots: Annotated[str, typer.Option(help="few-shot: images per class")] = "1,2,4,8,16",
+    seeds: Annotated[int, typer.Option(min=1, help="few-shot: number of random choices of the images")] = 3,
+    label_column: Annotated[str | None, typer.Option(help="column of a table with classes")] = None,
+    cache: Annotated[bool, typer.Option(help="probes: keep the features on disk for the next time")] = True,
+    batch_size: BatchSize = 256,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 0,
+    device: Device = "auto",
+    json_out: JsonOut = None,
+    markdown_out: Annotated[
+        Path | None, typer.Option("--markdown", parser=expand, metavar="FILE", help="paper11: also write the table")
+    ] = None,
+) -> None:
+    """Evaluate a model on held-out images."""
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    check_model(model)
+    for name in datasets:
+        check_source(name, "--dataset")
+    few = integers("--shots", shots)
+    from declip.evaluation.datasets import open_dataset
+    from declip.evaluation.protocols import Options, evaluate_sets
+    from declip.evaluation.results import results_table
+    from declip.evaluation.suites import evaluate_suite, is_suite
+    from declip.interchange.read import load
+
+    suites = [name for name in datasets if is_suite(name)]
+    if suites and len(datasets) > 1:
+        raise UserError(f"'{suites[0]}' is a table of its own. Evaluate it alone, with one --dataset.")
+    if markdown_out is not None and not suites:
+        raise UserError(f"--markdown writes the table of paper11:/data, but --dataset is '{datasets[0]}'. Use --json.")
+    options = Options(
+        templates=templates,
+        batch_size=batch_size,
+        workers=workers,
+        features=cast(Any, features),
+        shots=few,
+        seeds=seeds,
+        cache=cache,
+    )
+    loaded = load(model, device)
+    if suites:
+        suite = evaluate_suite(loaded, datasets[0], task, options)
+        console.print(suite.table(model))
+        write_text(markdown_out, suite.markdown(model), "--markdown")
+        write_text(json_out, json.dumps(suite.to_dict(), indent=1), "--json")
+        return
+    opened = [open_dataset(name, label_column=label_column) for name in datasets]
+    results = evaluate_sets(loaded, opened, (task,), options)
+    console.print(results_table(results))
+    rows = [result.to_dict() for result in results]
+    write_text(json_out, json.dumps(rows if len(rows) > 1 else rows[0], indent=1), "--json")

@@ -1,0 +1,92 @@
+"""Options, output and checks that several commands share."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from declip.errors import UserError
+
+PIPE_WIDTH = 10_000
+"""Columns of a line that goes to a file or another program: tables there have whole lines."""
+
+console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def expand(path: str) -> Path:
+    """Read a path option; `~` is expanded here because shells leave it in `--out=~/x`."""
+    return Path(path).expanduser()
+
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress")]
+ImageColumn = Annotated[str, typer.Option(help="column of a table with images")]
+CaptionColumn = Annotated[str, typer.Option(help="column of a table with captions")]
+ImageRoot = Annotated[Path | None, typer.Option(parser=expand, metavar="DIR", help="folder of a table's image paths")]
+Workers = Annotated[int | None, typer.Option(min=0, help="processes; default: one per core, at most 8")]
+BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
+License = Annotated[str, typer.Option(help="license for the model card, such as mit")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")]
+JsonOut = Annotated[
+    Path | None, typer.Option("--json", parser=expand, metavar="FILE", help="also write the result to this file")
+]
+UNKNOWN_LICENSE = "unknown: set it"
+
+
+def say(line: str) -> None:
+    """Print a line as it is: no markup, no line breaks."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print an error with its rank, if there are several, and exit."""
+    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+    Console(stderr=True).print(f"[bold red]Error:[/] {escape(rank + message)}", highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def check_source(source: str, option: str) -> None:
+    """Refuse a source whose path does not exist, before torch is imported (seconds on a cold machine).
+
+    Names with a prefix, URLs and patterns are left to `declip.data.sources.open`.
+    """
+    if re.match(r"[\w-]{2,}:", source) or "::" in source or any(sign in source for sign in "*?[{"):
+        return
+    if not Path(source).expanduser().exists():
+        raise UserError(
+            f"There is no file or folder '{source}' ({option}). Give a table (.csv, .jsonl, .parquet …), a folder of "
+            "images with captions, tar shards such as 'data/{00000..00331}.tar', or a built-in set such as "
+            "'builtin:emoji'."
+        )
+
+
+def check_model(model: str) -> None:
+    """Refuse a model whose path does not exist, before torch is imported."""
+    if not re.match(r"[\w-]{2,}:", model) and not Path(model).expanduser().exists():
+        raise UserError(
+            f"There is no model at '{model}'. Give a run folder, a checkpoint folder, a weights file, "
+            "huggingface:OWNER/NAME or open_clip:MODEL/TAG."
+        )
+
+
+def write_text(path: Path | None, text: str, option: str) -> None:
+    """Write a result to the file that an option names, if it does."""
+    if path is None:
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Cannot write '{path}': {error.strerror}. Choose another place with {option}.") from error
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """Read whole numbers separated by commas."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} is '{text}'; give whole numbers with commas, such as 1,2,4.") from None

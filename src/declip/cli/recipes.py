@@ -1,0 +1,43 @@
+"""The commands ``declip recipes``: list the shipped recipes, print one, print the JSON schema of all keys."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from declip.cli.options import console, say
+
+group = typer.Typer(help="List the shipped recipes; show one with all its keys.")
+
+
+@group.callback(invoke_without_command=True)
+def list_recipes(context: typer.Context) -> None:
+    """List the shipped recipes with tower, data and loss weights."""
+    if context.invoked_subcommand is not None:
+        return
+    from declip.recipe.load import load_recipe, recipe_names
+
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        losses = ", ".join(f"{weight:g} {loss}" for loss, weight in recipe.active_losses.items())
+        line = f"[bold]{name}[/]  {recipe.image.model}, {recipe.image.size} px, {recipe.data.label}: {losses}"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+@group.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name, or a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Print a recipe as YAML with every key, defaults included."""
+    from declip.recipe.load import load_recipe, parse_overrides
+
+    say(load_recipe(recipe, parse_overrides(overrides or [])).to_yaml().rstrip())
+
+
+@group.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from declip.recipe.schema import Recipe
+
+    say(json.dumps(Recipe.model_json_schema(), indent=1, ensure_ascii=False))

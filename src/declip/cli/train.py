@@ -1,0 +1,95 @@
+"""The command ``declip train``."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from declip.cli.options import Quiet, check_source, console, expand, say
+from declip.errors import UserError
+
+if TYPE_CHECKING:
+    from declip.recipe.schema import Recipe
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name, or a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="training pairs: the key data.source")] = None,
+    val: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SET", help="held-out set: zero-shot if it has classes, retrieval if captions; repeatable"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=expand, metavar="DIR", help="run folder; default: runs/RECIPE")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in that folder")] = False,
+    quiet: Quiet = False,
+    profile: Annotated[bool, typer.Option("--profile", help="only measure where the time of a step goes")] = False,
+) -> None:
+    """Train a recipe, evaluate it, and write a report."""
+    if resume and profile:
+        raise UserError("--profile keeps no training, so there is nothing to --resume. Give one of the two.")
+    given = _checked(recipe, overrides or [], data, val or [])
+    name = Path(recipe).stem
+    from declip import api
+
+    resolved = api.resolve_recipe(recipe, given, data=data, val=val or ())
+    if profile:
+        _profile(resolved, out or Path("runs") / f"{name}-profile", quiet)
+        return
+    run = api.train(resolved, out=out or Path("runs") / name, resume=resume, quiet=quiet)
+    if not run.is_rank_zero:
+        raise typer.Exit(0 if run.finished else run.status)
+    if not run.finished:
+        say(f"Stopped after step {run.step:,} of {run.recipe.train.steps:,}; a checkpoint was saved. Continue with:")
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        say(f"  {shlex.join(['declip', *words, '--resume'])}")
+        raise typer.Exit(run.status)
+    _print_results(run)
+    say(f"Report: {run.report}")
+
+
+def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str]) -> dict[str, Any]:
+    """Read the overrides, and refuse what can be refused before torch is imported."""
+    from declip.recipe.load import load_recipe, parse_overrides
+
+    given = parse_overrides(overrides)
+    resolved = load_recipe(recipe, given)
+    for path in val:
+        check_source(path, "--val")
+    named = resolved.data.source if data is None else data
+    for source in (named,) if isinstance(named, str) else [entry.source for entry in named]:
+        check_source(source, "--data or data.source")
+    if data is None:
+        for key in type(resolved.evaluation).model_fields:
+            for path in getattr(resolved.evaluation, key):
+                check_source(path, f"evaluation.{key}")
+    return dict(given)
+
+
+def _profile(recipe: "Recipe", out: Path, quiet: bool) -> None:
+    from declip.training.profile import profile
+
+    measured = profile(recipe, out=out, quiet=quiet)
+    if measured.is_rank_zero:
+        console.print(measured.table())
+        say(f"Trace, for chrome://tracing or ui.perfetto.dev: {out / 'trace.json'}")
+
+
+def _print_results(run: Any) -> None:
+    from declip.evaluation.results import read_result, results_table
+
+    results = [result for result in map(read_result, run.results) if result is not None]
+    seen = run.step * run.recipe.train.batch_size
+    speeds = sorted(row["samples_per_second"] for row in run.metrics if row["samples_per_second"])
+    speed = f"{speeds[len(speeds) // 2]:,.0f} samples/s (median)" if speeds else "speed not measured"
+    if results:
+        console.print(results_table(results))
+    say(f"{run.recipe.name}, seed {run.recipe.seed}: {seen:,} samples seen in {run.step:,} steps, {speed}")
+    if not results:
+        say("Nothing was evaluated: name a held-out set with --val heldout.csv.")

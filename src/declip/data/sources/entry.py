@@ -1,0 +1,62 @@
+"""Base class of sources whose pairs are located first and read piece by piece."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from PIL import Image
+
+from declip.data.images.decode import decode
+from declip.data.images.lazy import open_image
+from declip.data.pair import LazyPair, Pair, PairSource
+from declip.data.sources.origin import Origin, bytes_origin, file_origin
+
+
+class Entry(Protocol):
+    """A pair that is located but not read."""
+
+    @property
+    def key(self) -> str: ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class EntrySource(PairSource, Generic[E]):
+    """Pairs that are located by number and then read as needed; every method may raise `BrokenPair`."""
+
+    @abstractmethod
+    def entry(self, index: int) -> E:
+        """Locate pair `index`."""
+
+    @abstractmethod
+    def texts(self, entry: E) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Read cleaned captions, at least one, and keywords."""
+
+    @abstractmethod
+    def content(self, entry: E) -> Path | bytes:
+        """The image file, or its bytes."""
+
+    def __getitem__(self, index: int) -> Pair:
+        entry = self.entry(index)
+        captions, keywords = self.texts(entry)
+        return Pair(entry.key, decode(self.content(entry), entry.key), captions, keywords)
+
+    def read_lazy(self, index: int) -> LazyPair:
+        entry = self.entry(index)
+        captions, keywords = self.texts(entry)
+        return LazyPair(entry.key, open_image(self.content(entry), entry.key), captions, keywords)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.texts(self.entry(index))[0]
+
+    def key(self, index: int) -> str:
+        return self.entry(index).key
+
+    def image(self, index: int) -> Image.Image:
+        entry = self.entry(index)
+        return decode(self.content(entry), entry.key)
+
+    def origin(self, index: int) -> Origin:
+        content = self.content(self.entry(index))
+        return file_origin(content) if isinstance(content, Path) else bytes_origin(content)

@@ -1,0 +1,326 @@
+"""Models of open_clip (Ilharco et al. 2021, github.com/mlfoundations/open_clip), used as they are.
+
+``open_clip:MODEL/TAG`` takes published weights, which open_clip downloads unless they are in its cache;
+``open_clip:MODEL/FILE`` takes weights from a file; ``open_clip:MODEL/none`` takes random weights, always the same;
+``open_clip:local-dir:FOLDER``, or the folder's path alone, and ``open_clip:hf-hub:OWNER/NAME`` take a folder, or a
+repository, that open_clip wrote.
+
+Nothing in a file or folder can run code: weights are read with ``weights_only``, TorchScript archives are refused,
+and so is a configuration that asks for code of its own. A model whose tokenizer is Hugging Face's (SigLIP, CLIPA,
+RoBERTa …) needs the package transformers, and fetches the tokenizer by its name unless it is in the cache or folder.
+On a machine without network ``HF_HUB_OFFLINE=1`` spares the tries of 20 seconds before a cached file is used.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from declip.errors import UserError, unknown
+from declip.interchange.files import check_file, reason
+from declip.interchange.weights import one_line
+
+log = logging.getLogger("declip")
+
+T = TypeVar("T")
+
+PREFIX, FOLDER, HUB, RANDOM = "open_clip:", "local-dir:", "hf-hub:", "none"
+CONFIG = "open_clip_config.json"
+IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")
+"""Files of weights that open_clip 3.3 looks for in a folder."""
+
+EMPTY: dict[str, Any] = {"require_pretrained": False, "load_weights": False, "pretrained_text": False}
+"""Options of open_clip's for random weights, without a download."""
+
+OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
+"""Numbers that OpenAI's published models keep among their tensors; the shapes say the same."""
+
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".npy", ".ckpt")
+"""They distinguish a missing file from an unknown tag."""
+
+LONGEST_SHAPE = 10
+"""As in `declip.data.images.crops`: of a longer image only the middle is resized, or memory would run out."""
+
+
+def matches(where: str) -> bool:
+    """Whether this is a name of open_clip's, or a folder that it wrote."""
+    return where.startswith(PREFIX) or (Path(where).expanduser() / CONFIG).is_file()
+
+
+def which_model(path: str) -> str:
+    """Say how a file is named together with its model."""
+    return (
+        f"Say of which of its models: {PREFIX}MODEL/{path}, where MODEL is for example ViT-B-32 (ViT-B-32-quickgelu "
+        f"for weights trained with QuickGELU). In a folder with {CONFIG} it is {PREFIX}{FOLDER}{Path(path).parent}."
+    )
+
+
+def load_open_clip(given: str) -> "OpenClip":
+    """Build a model of open_clip's.
+
+    The activation is the tag's: open_clip 3.3 itself computes ``ViT-B-32/openai``, and 26 more of its pairs, with
+    GELU although the weights were trained with QuickGELU, and only warns. With a file the name decides:
+    ``ViT-B-32-quickgelu/FILE`` for weights trained with QuickGELU.
+
+    Args:
+        given: A name or folder, see the module.
+
+    Returns:
+        The model, in evaluation mode, on the CPU, in float32.
+
+    Raises:
+        UserError: open_clip is not installed, an unknown model or tag, no tag, no such file, a damaged or foreign
+            file, or weights that cannot be fetched.
+    """
+    if not given.startswith(PREFIX):
+        given = f"{PREFIX}{FOLDER}{given}"
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError(f"'{given}' needs open_clip ({error}). Install it: pip install 'declip[open_clip]'.") from error
+    with _quietly(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        name, options = _resolve(open_clip, given)
+        try:
+            _refuse_code(open_clip.get_model_config(name), given)
+            for file in _files(name, options):
+                check_file(file)
+            tokenizer = open_clip.get_tokenizer(name)
+            file = options.pop("file", None)
+            model = open_clip.create_model(name, **options)
+            if file is not None:
+                _load(open_clip, model, file)
+        except UserError:
+            raise
+        except ImportError as error:
+            raise UserError(
+                f"'{given}' needs the package {error.name}. Install it: pip install {error.name}."
+            ) from error
+        except Exception as error:  # a file or configuration can be wrong in any way; open_clip checks little
+            raise UserError(
+                f"Cannot load '{given}': {reason(error)} The weights must be those of the model named, as open_clip "
+                "saves them (a state dict, or a checkpoint of its training); download the file again if it is cut."
+            ) from error
+    return OpenClip(model, OpenClipPreprocess(model.visual.preprocess_cfg), tokenizer).eval()
+
+
+class OpenClipPreprocess:
+    """open_clip's transform for evaluation, for batches; it stays on the host and can be pickled.
+
+    Args:
+        config: The fields of open_clip's ``PreprocessCfg``.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        self.config = PreprocessCfg(**config)
+        self.transform = image_transform_v2(self.config, is_train=False)
+
+    def __call__(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """n images of any size, or one → (n, 3, S, S) float32 on the host."""
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        if not images:
+            return torch.empty(0, *self.config.input_size)
+        return torch.stack([self.transform(self._middle(image)) for image in images])
+
+    def _middle(self, image: Image.Image) -> Image.Image:
+        """Without the ends that the crop to a square would cut off anyway, of a very long image."""
+        width, height = image.size
+        longest = LONGEST_SHAPE * min(width, height)
+        if self.config.resize_mode != "shortest" or max(width, height) <= longest:
+            return image
+        left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+        return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+
+class OpenClip(nn.Module):
+    """A model of open_clip's with the methods of `declip.models.dual_encoder.DualEncoder`.
+
+    Args:
+        model: open_clip's CLIP, CustomTextCLIP or CoCa.
+        preprocess: PIL images → (n, 3, S, S).
+        tokenizer: Captions → (n, L) ids.
+    """
+
+    def __init__(
+        self, model: nn.Module, preprocess: OpenClipPreprocess, tokenizer: Callable[[list[str]], Tensor]
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.preprocessor = preprocess
+        self.tokenizer = tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.logit_scale.device
+
+    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """PIL images → (n, 3, S, S) float32, normalized, on the model's device."""
+        return self.preprocessor(images).to(self.device)
+
+    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
+        """Captions → (n, L) int64 on the model's device."""
+        return self.tokenizer([texts] if isinstance(texts, str) else list(texts)).to(self.device)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
+        return F.normalize(self.model.encode_image(images, normalize=False).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(n, L) ids → (n, d) float32 of length 1."""
+        return F.normalize(self.model.encode_text(tokens, normalize=False).float(), dim=-1)
+
+    def encode_backbone(self, images: Tensor) -> Tensor:
+        """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection: for probes.
+
+        The input of a ViT's `proj`, of the output map `c_proj` of a CLIP ResNet's attention pool, or of a timm trunk's
+        classifier. A tower without a projection (SigLIP's) gives its embedding, not normalized.
+        """
+        tower = self.model.visual
+        if hasattr(tower, "trunk"):
+            hidden = tower.trunk.forward_head(tower.trunk.forward_features(images), pre_logits=True)
+        elif getattr(tower, "proj", None) is not None:
+            hidden = functional_call(tower, {"proj": _identity(tower.proj, 0)}, (images,))
+        elif hasattr(tower, "attnpool"):
+            weight = _identity(tower.attnpool.c_proj.weight, 1)
+            aside = {"attnpool.c_proj.weight": weight, "attnpool.c_proj.bias": torch.zeros_like(weight[0])}
+            hidden = functional_call(tower, aside, (images,))
+        else:
+            hidden = None
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        if hidden is None or hidden.ndim != 2:
+            raise UserError(
+                f"This image tower ({type(tower).__name__}) has no pooled feature before its projection. "
+                "Use the embedding."
+            )
+        return hidden.float()
+
+
+def _resolve(open_clip: ModuleType, given: str) -> tuple[str, dict[str, Any]]:
+    """open_clip's name for a model, and the options that it is created with; published weights are fetched first."""
+    spec = given.removeprefix(PREFIX)
+    options: dict[str, Any] = {"require_pretrained": True, "weights_only": True}
+    if spec.startswith(FOLDER):
+        return f"{FOLDER}{_checked_folder(spec.removeprefix(FOLDER))}", options
+    if spec.startswith(HUB):
+        from open_clip.pretrained import download_pretrained_from_hf
+
+        _fetch(given, lambda: open_clip.get_model_config(spec))
+        _fetch(given, lambda: download_pretrained_from_hf(spec.removeprefix(HUB)))
+        return spec, options
+    name, _, weights = spec.partition("/")
+    if name not in open_clip.list_models():
+        raise unknown("open_clip model", name, open_clip.list_models())
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not weights:
+        raise UserError(
+            f"'{given}' does not say which weights. Write {PREFIX}{name}/TAG, which downloads, "
+            f"{PREFIX}{name}/FILE, or {PREFIX}{name}/{RANDOM} for random ones. Tags: {', '.join(tags) or 'no'}."
+        )
+    if weights == RANDOM:
+        return name, EMPTY
+    if open_clip.is_pretrained_cfg(name, weights):
+        tag = open_clip.get_pretrained_cfg(name, weights)
+        file = Path(_fetch(given, lambda: open_clip.download_pretrained(tag)))
+        of_tag = {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu"))}
+        return name, options | {"pretrained": str(file)} | of_tag
+    file = Path(weights).expanduser()
+    if not file.is_file():
+        if len(file.parts) > 1 or file.suffix in SUFFIXES:
+            raise UserError(f"There is no file '{file}'. Give the path of weights for {name}, or a tag.")
+        raise unknown(f"tag or file for open_clip's {name}", weights, [*tags, RANDOM])
+    _warn_of_preprocessing(open_clip, name, tags, file)
+    return name, EMPTY | {"file": file}
+
+
+def _files(name: str, options: Mapping[str, Any]) -> Sequence[Path]:
+    """The files of weights that open_clip is going to read, but for a repository's, which it has in its cache."""
+    if name.startswith(FOLDER):
+        folder = Path(name.removeprefix(FOLDER))
+        return [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
+    return [Path(options[given]) for given in ("pretrained", "file") if given in options]
+
+
+def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:
+    """Put a file's weights into a model, all of them and no others."""
+    keys = open_clip.load_checkpoint(model, str(file), strict=False, weights_only=True)
+    if not keys:  # of NumPy's files, which are read by name
+        return
+    wrong = [f"{name!r} is missing" for name in keys.missing_keys]
+    wrong += [f"{name!r} belongs to another model" for name in keys.unexpected_keys if name not in OPENAI_SIZES]
+    if wrong:
+        raise ValueError(wrong[0] + (f", and {len(wrong) - 1:,} more differ" if len(wrong) > 1 else ""))
+
+
+def _checked_folder(given: str) -> Path:
+    folder = Path(given).expanduser()
+    if not (folder / CONFIG).is_file():
+        problem = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
+        raise UserError(f"'{given}' {problem}. Give a folder with {CONFIG} and weights, as open_clip saves them.")
+    if not any(any(folder.glob(pattern)) for pattern in IN_FOLDER):
+        raise UserError(f"'{given}' holds no weights: open_clip looks for {', '.join(IN_FOLDER)}.")
+    return folder
+
+
+def _refuse_code(config: Mapping[str, Any], given: str) -> None:
+    """A tokenizer's options go to transformers, which runs a folder's own Python when one of them says so."""
+    if (config.get("text_cfg", {}).get("tokenizer_kwargs") or {}).get("trust_remote_code"):
+        raise UserError(
+            f"The configuration of '{given}' asks to run code of its own (trust_remote_code). It is refused."
+        )
+
+
+def _warn_of_preprocessing(open_clip: ModuleType, name: str, tags: Sequence[str], file: Path) -> None:
+    """A file does not say how its images were prepared; open_clip then takes CLIP's way, which not all models use."""
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    plain = asdict(PreprocessCfg())
+    if tags and all(merge_preprocess_dict(plain, open_clip.get_pretrained_cfg(name, tag)) != plain for tag in tags):
+        log.warning(
+            "Images are prepared CLIP's way for '%s', but otherwise for the published %s models. For those put "
+            "the file into a folder with %s and load it as %s.",
+            file,
+            name,
+            CONFIG,
+            f"{PREFIX}{FOLDER}FOLDER",
+        )
+
+
+def _fetch(given: str, get: Callable[[], T]) -> T:
+    try:
+        return get()
+    except Exception as error:  # hub, URL and disk each have errors of their own
+        raise UserError(
+            f"Cannot fetch '{given}': {one_line(error, 180).rstrip('.')}. Check the network and the name; "
+            f"weights on this machine are loaded by their path, {PREFIX}MODEL/FILE or {PREFIX}{FOLDER}FOLDER."
+        ) from error
+
+
+def _identity(weight: Tensor, axis: int) -> Tensor:
+    """In place of a projection: a map that leaves its input as it is."""
+    return torch.eye(weight.shape[axis], dtype=weight.dtype, device=weight.device)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep open_clip from giving the root logger a handler and printing its notes, and the hub from its retries."""
+    handler, hub = logging.NullHandler(), logging.getLogger("huggingface_hub")
+    level = hub.level
+    logging.root.addHandler(handler)
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
+        hub.setLevel(level)

@@ -1,0 +1,111 @@
+"""One dispatcher for weights: a name, folder or file → `Weights`, for loading, fine-tuning and importing."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from declip.errors import UserError
+from declip.evaluation.encode import Encoder
+from declip.interchange import declip_file, huggingface, official, open_clip, open_clip_model, timm_weights
+from declip.interchange.weights import Weights, read_recipe
+from declip.models.device import pick_device
+from declip.runs.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part, resolve_last
+from declip.runs.folder import RECIPE
+
+
+class Model(Encoder, Protocol):
+    """A loaded model: a `DualEncoder`, or another kind of model with the same methods."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        ...
+
+    @property
+    def preprocessor(self) -> Callable[..., Tensor]:
+        """`preprocess` on the host: for the workers that read images."""
+        ...
+
+    @property
+    def tokenizer(self) -> Callable[..., Tensor]:
+        """`tokenize` on the host."""
+        ...
+
+    def encode_backbone(self, images: Tensor, /) -> Tensor:
+        """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection."""
+        ...
+
+
+FORMATS: Sequence[ModuleType] = (timm_weights, declip_file, huggingface, open_clip, official)
+"""Modules with `matches(where)` and `read(where)`: the first that matches reads; the last takes any file."""
+
+
+def load(where: str | Path, device: str = "auto") -> Model:
+    """Load a trained model, in evaluation mode.
+
+    Args:
+        where: A run folder (its newest good checkpoint), a checkpoint folder inside one, a file or folder that
+            `declip.export` wrote, a checkpoint of the official implementation (``.pth``, ``.pth.tar``, ``.pt``,
+            ``.safetensors``) with both towers or the image tower alone, a folder of transformers' `CLIPModel` or of
+            open_clip, ``huggingface:OWNER/NAME``, ``open_clip:MODEL/TAG`` (see
+            `declip.interchange.open_clip_model`) or ``timm:NAME.TAG``. Only names with a colon download.
+        device: "auto", "cpu", "cuda", …
+
+    Returns:
+        The model: `encode_image(preprocess(images))` and `encode_text(tokenize(texts))`. Averaged weights are taken
+        where the run kept them.
+
+    Raises:
+        UserError: nothing there, nothing loadable there, or a damaged file.
+    """
+    # A model of open_clip's is used as it is, since ours cannot express all of them.
+    where = resolve_last(str(where))
+    as_it_is = next((form for form in FORMATS if form.matches(where)), None) is open_clip
+    model = open_clip_model.load_open_clip(where) if as_it_is else read(where).build()
+    return model.to(pick_device(device)).eval()
+
+
+def read(where: str | Path) -> Weights:
+    """Read weights; arguments and errors as `load`."""
+    where = resolve_last(str(where))
+    for form in FORMATS:
+        if form.matches(where):
+            weights: Weights = form.read(where)
+            return weights
+    path = Path(where).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"There is no model at '{where}'. Give a run folder, a checkpoint folder, a weights file, a folder of "
+            f"transformers' CLIPModel or of open_clip, {huggingface.PREFIX}OWNER/NAME, "
+            f"{open_clip_model.PREFIX}MODEL/TAG or {timm_weights.PREFIX}NAME.TAG."
+        )
+    return weights_of(read_checkpoint(path), where)
+
+
+def read_start(where: str) -> Weights:
+    """Read what a training can start from; arguments and errors as `load`."""
+    return read(where).as_start()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint folder, or the newest good checkpoint of a run folder."""
+    if (path / STATE).is_file():
+        return load_checkpoint(path)
+    if list_checkpoints(path):
+        newest, problems = newest_good(path)
+        if newest is None:
+            raise UserError(f"No checkpoint in '{path}' is whole. {problems[0]}")
+        return newest
+    problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
+    raise UserError(f"'{path}' {problem}. Give a run folder, or a folder in its checkpoints.")
+
+
+def weights_of(checkpoint: Checkpoint, where: str) -> Weights:
+    """Take the weights of a checkpoint, averaged where the run kept them."""
+    tensors = part("average", checkpoint.weights) or part("model", checkpoint.weights)
+    heads = part("objective", checkpoint.training)
+    return Weights(read_recipe(checkpoint.recipe, where), tensors, where, heads).check()

@@ -1,0 +1,165 @@
+"""A model as its file holds it: a recipe, tensors by our names, and where they came from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import TextEncoder, encoder_kept_in
+from declip.models.layers import IMAGE, TEXT
+from declip.models.lora import Adapters, adapted
+from declip.models.no_text import drop_text
+from declip.recipe.load import read_yaml
+from declip.recipe.schema import LogitScale, Recipe
+
+IMAGE_PROJECTION = "image_tower.proj."
+"""Leads into the space of a text tower; an image tower that comes alone leads nowhere."""
+
+NO_TEXT = {"text.width": 8, "text.layers": 1, "text.heads": 1, "text.bpe_merges": 0}
+"""Recipe keys of an image tower alone: a text tower is built and dropped, so it is a small one."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a model that is not built yet.
+
+    Attributes:
+        recipe: Describes the model.
+        tensors: By the names of `DualEncoder`, on the CPU; with the adapters of a run that trains some.
+        origin: The file, folder or name, as the user gave it.
+        heads: By the names of `Objective`.
+    """
+
+    recipe: Recipe
+    tensors: Mapping[str, Tensor]
+    origin: str
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether both towers are there; else the image tower is alone."""
+        return any(name.startswith(TEXT) for name in self.tensors)
+
+    @property
+    def encoder(self) -> TextEncoder | None:
+        """The Hugging Face text encoder that the weights are of."""
+        return encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.whole else None
+
+    def check(self) -> "Weights":
+        """Compare the tensors with the recipe."""
+        with torch.device("meta"):  # the recipe may be a stranger's: nothing is allocated for sizes that no file backs
+            model, _ = self._empty()
+        if difference := first_difference(model.state_dict(), self.tensors):
+            raise UserError(f"The weights in '{self.origin}' do not fit their recipe: {difference}.")
+        return self
+
+    def build(self) -> DualEncoder:
+        """Build the model, in training mode, on the CPU; adapters are merged."""
+        with torch.random.fork_rng(devices=[]):
+            model, adapters = self._empty()
+        model.load_state_dict(self.tensors)
+        return adapters.merge() if adapters is not None else model
+
+    def as_start(self) -> "Weights":
+        """Leave out what another training cannot use: the queue, and the projection of an image tower alone."""
+        tensors = self.build().state_dict() if adapted(self.tensors) else self.tensors
+        if not self.whole:
+            tensors = {
+                name: tensor
+                for name, tensor in tensors.items()
+                if name.startswith(IMAGE) and not name.startswith(IMAGE_PROJECTION)
+            }
+        return replace(self, tensors=tensors, heads=without_queue(self.heads))
+
+    def fit(self, recipe: Recipe) -> Recipe:
+        """Put the weights' towers into a recipe: architecture, image statistics, tokenizer, activation, logit scale.
+
+        How the image tower is trained stays the recipe's, and so do statistics that its user gave, and the image size
+        where `finetune.image_size` is given. Without a text tower the recipe's own and its width of the shared space
+        stay.
+        """
+        theirs, own = self.recipe, recipe.image
+        statistics = (name for name in ("mean", "std") if f"image.{name}" in recipe.given)
+        keep = {name: getattr(own, name) for name in ("freeze_patch_embed", "shared_bn_views", *statistics)}
+        size = recipe.finetune.image_size or theirs.image.size
+        changed: dict[str, Any] = {"image": theirs.image.model_copy(update={**keep, "size": size})}
+        if self.whole:
+            scale = recipe.logit_scale.model_copy(update={"init": float(self.tensors["logit_scale"])})
+            changed |= {"text": theirs.text, "embed_dim": theirs.embed_dim, "logit_scale": scale}
+        fitted = recipe.model_copy(update=changed)
+        overruled = []
+        for key in sorted(recipe.given):
+            asked, becomes = _value(recipe, key), _value(fitted, key)
+            # Every recipe that was written out has the scale's default.
+            if asked == becomes or (key == "logit_scale.init" and asked == LogitScale().init):
+                continue
+            advice = f"give finetune.image_size={asked} instead" if key == "image.size" else "leave it out"
+            overruled.append(f"{key}={asked} (becomes {becomes}; {advice})")
+        if overruled:
+            raise UserError(f"The weights of '{self.origin}' overrule keys of this recipe: {', '.join(overruled)}.")
+        return fitted
+
+    def _empty(self) -> tuple[DualEncoder, Adapters | None]:
+        model = empty(self.recipe, self.encoder)
+        if not self.whole:
+            drop_text(model)
+        lora, towers = self.recipe.finetune.lora, adapted(self.tensors)
+        return model, Adapters(model, lora, towers) if lora is not None and towers else None
+
+
+def empty(recipe: Recipe, encoder: TextEncoder | None = None) -> DualEncoder:
+    """Build the model of a recipe that came with weights."""
+    try:
+        return DualEncoder.from_recipe(recipe, encoder)
+    except UserError:
+        raise
+    except Exception as error:  # sizes that no one meant fail anywhere in torch and timm
+        raise UserError(f"A model of these sizes cannot be built: {one_line(error)}") from error
+
+
+def read_recipe(text: str, origin: str) -> Recipe:
+    """Read the recipe that came with weights, perhaps a stranger's."""
+    try:
+        return Recipe.model_validate(read_yaml(text))
+    except Exception as error:  # YAML's tags and pydantic's checks each have errors of their own
+        raise UserError(
+            f"The recipe of the model in '{origin}' cannot be read by this version: {one_line(error)}"
+        ) from error
+
+
+def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """Say what differs first between two sets of named tensors, and how many more differ; None where nothing does."""
+    problems = [f"'{name}' is missing" for name in expected if name not in given]
+    problems += [f"'{name}' belongs to another model" for name in given if name not in expected]
+    problems += [
+        f"'{name}' has shape {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in given and given[name].shape != expected[name].shape
+    ]
+    more = f", and {len(problems) - 1:,} more differ" if len(problems) > 1 else ""
+    return problems[0] + more if problems else None
+
+
+def without_queue(heads: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an objective's heads; its queue holds another data set's captions."""
+    return {name: t for name, t in heads.items() if isinstance(t, Tensor) and ".queue." not in name}
+
+
+def one_line(error: Exception, longest: int = 300) -> str:
+    """The message of another library's error on one line, or its class where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else f"{text[:longest]} …"
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    """The value of a dotted key; None where image.model_kwargs lacks it."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name) if isinstance(value, BaseModel) else value.get(name)
+    return value

@@ -1,0 +1,142 @@
+"""Pages: one HTML file with nothing to load from elsewhere, written by Jinja templates from numbers."""
+
+import base64
+import datetime
+import io
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from declip.errors import UserError
+from declip.evaluation.results import ZeroShotResult
+from declip.io import text
+from declip.io.atomic import atomic_write
+
+NBSP = "\N{NO-BREAK SPACE}"
+NONE = "–"
+"""In a table's cell without a number."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of words, for the page, the terminal and Markdown.
+
+    Attributes:
+        columns: Column names; empty for facts that need none.
+        texts: How many of the first columns are words; the others are numbers.
+        folded: Whether a page shows it only when asked for.
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    texts: int = 1
+    folded: bool = False
+
+
+def points(fraction: float) -> str:
+    """A difference in percentage points with its sign: "−2.1", "+0.35"."""
+    value = 100 * fraction
+    return f"{value:+.{1 if abs(value) >= 1 else 2}f}".replace("-", "−")
+
+
+def span(low: float, high: float) -> str:
+    """An interval: "1.10 to 1.80"; with few seeds the ends may lie far out, "0.0012 to 1.6e+05"."""
+    return " to ".join(f"{end:.2f}" if 0.1 <= end < 100 else f"{end:.2g}" for end in (low, high))
+
+
+def unbalanced(result: ZeroShotResult) -> float | None:
+    """The fraction of the largest class where always naming it scores clearly above chance, else None."""
+    return result.majority if result.majority and result.majority > 1.5 * result.chance else None
+
+
+@cache
+def environment(markdown: bool = False, plain_text: bool = False) -> Environment:
+    """The templates' environment; everything that is filled in is escaped for HTML, for Markdown, or not at all."""
+    made = Environment(
+        loader=PackageLoader("declip.reports"),
+        autoescape=not (markdown or plain_text),
+        finalize=_for_markdown if markdown else None,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "percent": lambda value: text.percent(value).replace(" ", NBSP),
+        "times": text.times,
+        "count": lambda value: f"{value:,}",
+        "counted": text.counted,
+        "plural": text.plural,
+        "duration": text.duration,
+        "listed": text.listed,
+        "about": text.about,
+        "shown": text.shown,
+        "points": points,
+        "words": lambda value: value.replace(" %", f"{NBSP}%"),
+    }
+    made.globals |= {"span": span, "NONE": NONE, "markdown_table": markdown_table}
+    return made
+
+
+def render(template: str, **context: Any) -> str:
+    """Fill in a template; the version and the date are known to all of them."""
+    now = datetime.datetime.now().strftime("%d %B %Y, %H:%M")
+    filled = environment(template.endswith(".md"), template.endswith(".txt")).get_template(template)
+    return filled.render(version=metadata.version("declip"), date=now, **context)
+
+
+def write(path: Path, content: str) -> Path:
+    """Replace a text file at once; raises `UserError` where it cannot be written."""
+    with atomic_write(path, "choose another place") as beside:
+        beside.write_text(content, encoding="utf-8", errors="backslashreplace")
+    return path
+
+
+def check_writable(paths: Iterable[Path | None]) -> None:
+    """Refuse places that cannot be written to, before work that takes long; None is left out."""
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.expanduser().parent
+        why = "it is a folder" if path.expanduser().is_dir() else ""
+        why = why or ("" if folder.is_dir() else f"there is no folder '{folder}'")
+        why = why or ("" if os.access(folder, os.W_OK) else f"you may not write to '{folder}'")
+        if why:
+            raise UserError(f"'{path}' cannot be written: {why}. Give another file.")
+
+
+def data_uri(image: Image.Image, kind: str, **options: int | bool) -> str:
+    """An image as the value of an <img>'s src."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def plain(words: str) -> str:
+    """Escape words so that Markdown shows them as they are."""
+    words = " ".join(words.split())
+    words = re.sub(r"([\\`*\[\]<>|~$&])|(?<!\w)_|_(?!\w)", r"\\\g<0>", words)
+    return re.sub(r"^(\d*)([.)](?= )|[-+](?= )|#)", r"\1\\\2", words)
+
+
+def markdown_table(table: Table) -> Markup:
+    """A table in Markdown, under its caption; a folded one in <details>."""
+    rules = ["---" if place < table.texts else "---:" for place in range(len(table.columns))]
+    rows = [[plain(name) for name in table.columns], rules, *([plain(word) for word in row] for row in table.rows)]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if table.folded:
+        return Markup(f"<details><summary>{Markup.escape(table.caption)}</summary>\n\n{lines}\n\n</details>")
+    return Markup(f"**{plain(table.caption)}**\n\n{lines}")
+
+
+def _for_markdown(value: Any) -> Any:
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value

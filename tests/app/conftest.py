@@ -1,0 +1,91 @@
+"""An app over the pairs of the shared table, as the model of a short run sees them."""
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import declip
+from conftest import TINY, WEIGHTS
+from declip.recipe.schema import Recipe
+from indices import command, folder, model, weights_file
+
+__all__ = ["command", "folder", "model", "weights_file"]
+PAGE = "http://127.0.0.1:8765"
+
+collect_ignore_glob = [] if find_spec("starlette") and find_spec("uvicorn") else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def run_folder(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps with a queue."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    tree = {**TINY, "name": "tiny", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
+    declip.train(Recipe.model_validate(tree), out=folder, quiet=True, report=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared(run_folder: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The state of the app."""
+    from declip.app.server import open_state
+
+    return open_state(str(run_folder), str(table), tmp_path_factory.mktemp("page") / "index")
+
+
+def ask(state: Any, **options: Any) -> AbstractContextManager[Any]:
+    """A client that asks as the pages themselves do; no network is used."""
+    from starlette.testclient import TestClient
+
+    from declip.app.server import build
+
+    return TestClient(build(state, "127.0.0.1"), base_url=PAGE, headers={"Origin": PAGE}, **options)
+
+
+@pytest.fixture
+def state(shared: Any) -> Any:
+    """The state without the jobs of earlier tests."""
+    shared.jobs = type(shared.jobs)()
+    return shared
+
+
+@pytest.fixture
+def client(state: Any) -> Iterator[Any]:
+    """A client of the app."""
+    with ask(state) as asked:
+        yield asked
+
+
+@pytest.fixture
+def app_of(tmp_path: Path) -> Callable[..., AbstractContextManager[Any]]:
+    """Makes a client of an app for a new index."""
+
+    from declip.app.state import AppState
+
+    def make(model: Any, source: Path, spec: str = "", **options: Any) -> AbstractContextManager[Any]:
+        return ask(AppState(declip.embed(model, source, out=tmp_path / "index", **options), spec))
+
+    return make
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as the bytes of a file."""
+    written = io.BytesIO()
+    image.save(written, "PNG")
+    return written.getvalue()
+
+
+def finished(client: Any, address: str) -> dict[str, Any]:
+    """The answer of an address once its work is done."""
+    for _ in range(2_000):
+        tree: dict[str, Any] = client.get(address).json()
+        if tree["state"] != "working":
+            return tree
+        time.sleep(0.01)
+    raise AssertionError(f"{address} is never done")

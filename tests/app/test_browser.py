@@ -1,0 +1,141 @@
+"""The app in a browser: typing, dropping files, and the keyboard."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import draw
+from declip.app.server import build
+from declip.app.state import Jobs
+from declip.cli.serve import address_of, take_port
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+uvicorn = pytest.importorskip("uvicorn", reason="the app needs declip[app]")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+
+sync_api.expect.set_options(timeout=60_000)
+PHONE = {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def address(shared: Any) -> Iterator[str]:
+    """The page, served in a thread."""
+    shared.jobs = Jobs()
+    with take_port("127.0.0.1", 0) as bound:
+        server = uvicorn.Server(uvicorn.Config(build(shared, "127.0.0.1"), log_config=None, lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        yield address_of(bound).rstrip("/")
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium."""
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """A page that asks nobody else and logs no error."""
+    context = browser.new_context(base_url=address, accept_downloads=True)
+    context.set_default_timeout(60_000)
+    opened = context.new_page()
+    wrong: list[str] = []
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("request", lambda asked: None if asked.url.startswith((address, "blob:")) else wrong.append(asked.url))
+    opened.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+    yield opened
+    context.close()
+    assert wrong == []
+
+
+def test_an_image_is_dropped_and_classified(page: Any, tmp_path: Path) -> None:
+    page.goto("/classify")
+    page.get_by_role("button", name="Classify").click()
+    sync_api.expect(page.get_by_role("status")).to_have_text("Choose an image first.")
+    page.get_by_label("Classes, one a line").fill("a red circle\na blue bar\n<b>bold</b>")
+    (tmp_path / "<img src=x onerror=alert(1)>.png").write_bytes(b"no image")
+    page.get_by_label("Image", exact=False).set_input_files(tmp_path / "<img src=x onerror=alert(1)>.png")
+    sync_api.expect(page.get_by_role("status")).to_contain_text("no image that can be read")
+    draw("red", "circle").save(tmp_path / "photo.png")
+    page.get_by_label("Image", exact=False).set_input_files(tmp_path / "photo.png")
+    sync_api.expect(page.locator("#bars > li")).to_have_count(3)
+    sync_api.expect(page.get_by_role("status")).to_contain_text("Most likely:")
+    sync_api.expect(page.locator("#bars")).to_contain_text("<b>bold</b>")
+    assert page.get_by_role("img", name="The chosen image").is_visible()
+    page.get_by_role("button", name="Remove the image").click()
+    sync_api.expect(page.locator("#result")).to_be_hidden()
+
+
+def test_a_text_is_typed_and_found_by_keyboard_alone(page: Any, shared: Any) -> None:
+    page.goto("/search")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "text"
+    page.keyboard.type("a red circle")
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#hits > li")).to_have_count(24)
+    first = shared.index.search("a red circle", k=1)[0]
+    sync_api.expect(page.locator("#hits > li").first).to_contain_text(first.caption)
+    assert page.locator("#hits img").first.evaluate("image => image.complete ? image.naturalWidth : 40") == 40
+    assert "text=a+red+circle" in page.url
+    page.locator("#hits a").first.click()
+    sync_api.expect(page.locator("#hits > li").first).to_contain_text("cosine 1.000")
+
+
+def test_neighbors_say_where_they_come_from(page: Any, shared: Any) -> None:
+    page.goto("/neighbors")
+    page.locator("[data-example]").first.click()
+    sync_api.expect(page.get_by_role("status")).to_contain_text("entries of the run’s queue")
+    page.get_by_label("the captions of the index").check()
+    sync_api.expect(page.get_by_role("status")).to_contain_text("captions of the index")
+    nearest = shared.index.search(page.get_by_label("Caption", exact=True).input_value(), over="captions", k=1)[0]
+    sync_api.expect(page.locator("#hits > li").first).to_contain_text(nearest.caption)
+
+
+def test_pairs_are_marked_on_list_and_map_and_saved(page: Any) -> None:
+    page.goto("/pairs")
+    sync_api.expect(page.locator("#disagreeing-rows > li")).to_have_count(24)
+    page.get_by_role("checkbox", name="exclude").first.check()
+    page.get_by_role("tab", name="Disagreeing").focus()
+    page.keyboard.press("ArrowRight")
+    sync_api.expect(page.get_by_role("status")).to_have_text("The map is ready: 24 points")
+    page.get_by_role("application").focus()
+    page.keyboard.press("ArrowRight")
+    sync_api.expect(page.locator("#point .card")).to_be_visible()
+    already = page.locator("#point input").is_checked()
+    page.keyboard.press("Enter")
+    expected = "0 pairs" if already else "2 pairs"
+    sync_api.expect(page.locator("#list-count")).to_have_text(expected)
+    page.get_by_role("tab", name="Near-duplicates").click()
+    sync_api.expect(page.locator("#duplicates-said")).to_contain_text("group")
+    page.reload()
+    sync_api.expect(page.locator("#list-count")).to_have_text(expected)
+    if not already:
+        with page.expect_download() as saved:
+            page.get_by_role("button", name="Save the list").click()
+        assert saved.value.suggested_filename == "drop.csv"
+        assert saved.value.path().read_text().count(".png") == 2
+
+
+def test_every_view_fits_a_phone(page: Any) -> None:
+    page.set_viewport_size(PHONE)
+    for view in ("classify", "search?text=red", "neighbors", "pairs", "pairs#map"):
+        page.goto(f"/{view}")
+        page.wait_for_load_state("networkidle")
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], view
+            assert page.locator("h1").is_visible()

@@ -1,0 +1,82 @@
+"""Small stand-ins for the tests of data: JPEG files, a source of noise, a tokenizer, and loaders by their options."""
+
+from collections.abc import Mapping
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from declip.data.loader import PairLoader
+from declip.data.pair import BrokenPair, Pair, PairSource
+from declip.data.plan import Plan, TextSpec, ViewSpec
+from declip.recipe.schema import Data, ImageView, TextView
+
+
+def scene(width: int = 150, height: int = 101, seed: int = 0) -> Image.Image:
+    """Smooth colors with some grain, as a photograph has them."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), 3)
+    grain = generator.normal(0, 4, (height, width, 3))
+    return Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image | None = None, **options: object) -> bytes:
+    """A JPEG file of an image, of a scene by default."""
+    buffer = BytesIO()
+    (image or scene()).save(buffer, "JPEG", **({"quality": 90} | options))
+    return buffer.getvalue()
+
+
+class Noise(PairSource):
+    """Images of noise, two captions and four keywords a pair; some broken, by place and reason."""
+
+    def __init__(self, count: int = 30, broken: Mapping[int, str] | None = None) -> None:
+        self.name, self.count, self.broken = "fake", count, broken or {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return tuple(f"{index} {word} of a small dog under the green tree by night" for word in ("photo", "sketch"))
+
+    def __getitem__(self, index: int) -> Pair:
+        if index in self.broken:
+            raise BrokenPair(self.broken[index], f"pair-{index}")
+        noise = np.random.default_rng(index).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        return Pair(f"pair-{index}", Image.fromarray(noise), self.captions(index), ("red", "round", "old", "wet"))
+
+
+class Words:
+    """A tokenizer with an id a word."""
+
+    vocabulary, start, end, mask, padding = 5003, 5000, 5001, 5002, 0
+    words = range(start)
+
+    def __init__(self, context: int = 32) -> None:
+        self.context = context
+
+    def encode(self, text: str) -> list[int]:
+        ids = [1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999 for word in text.split()]
+        return [self.start, *ids[: self.context - 2], self.end]
+
+
+def make_loader(
+    source: PairSource,
+    *,
+    size: int = 12,
+    context: int = 32,
+    views: tuple[str, ...] = ("first", "second"),
+    texts: int = 2,
+    mask: float | None = 0.15,
+    **options: object,
+) -> PairLoader:
+    """A loader; options of `TextView` and `Data` go to these, the others to the loader."""
+    text = {name: options.pop(name) for name in TextView.model_fields.keys() & options}
+    data = {name: options.pop(name) for name in (Data.model_fields.keys() - {"workers"}) & options.keys()}
+    plan = Plan(
+        tuple(ViewSpec(name, size, ImageView()) for name in views),
+        TextSpec(texts, TextView(**text), mask),
+        (0.5, 0.5, 0.5),
+        (0.25, 0.25, 0.25),
+    )
+    return PairLoader(source, Words(context), plan, data=Data(**data), **({"batch_size": 6, "seed": 3} | options))

@@ -1,0 +1,299 @@
+"""Training views against torchvision on the same parameters, and against the distributions that they sample."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2 as T
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+from scipy.stats import binomtest, ks_2samp, kstest
+from torch import Tensor
+
+from declip.data.batch import Photometric, PhotometricParams, View
+from declip.data.images import photometric
+from declip.data.images.crops import Crop, ViewTransform, apply_photometric
+from declip.data.images.preprocess import Preprocess
+from declip.recipe.schema import ImageView
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+OFF = {"color_jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
+OPERATIONS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+
+
+def transform(size: int = 24, **options) -> ViewTransform:
+    return ViewTransform(size, ImageView(**options))
+
+
+def sampled(maker: ViewTransform, count: int, generator: np.random.Generator) -> Photometric:
+    return Photometric.stack([maker.sample_params(generator) for _ in range(count)])
+
+
+def applied(images: Tensor, params: Photometric) -> Tensor:
+    return apply_photometric({"first": View(images, params)}, torch.tensor(MEAN), torch.tensor(STD))["first"].pixels
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A gradient of noisy colors with a dark and a light bar: smooth parts, sharp edges, no symmetry."""
+    generator = np.random.default_rng(seed)
+    pixels = np.linspace(40, 200, width)[None, :, None] + generator.normal(0, 8, (height, width, 3))
+    pixels[:, :, 1] += np.linspace(-40, 40, height)[:, None]
+    pixels[height // 4 : height // 3] = 40
+    pixels[:, width // 2 : 2 * width // 3] = 215
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def colors(count: int, size: int = 24, seed: int = 0) -> Tensor:
+    """(count, 3, size, size) uint8: noise, flat grays, primary colors and ties between channels."""
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+    images[0], images[1] = 128, 0
+    images[2] = generator.choice(np.array([0, 255], dtype=np.uint8), (3, size, size))
+    images[3, 1] = images[3, 0]
+    return torch.from_numpy(images)
+
+
+def one_by_one(maker: ViewTransform, images: Tensor, params: Photometric) -> Tensor:
+    """The same views, each sample alone through torchvision."""
+    out = torch.empty(images.shape)
+    values = (params.brightness, params.contrast, params.saturation, params.hue)
+    for row in range(len(images)):
+        image = TF.to_dtype(images[row], torch.float32, scale=True)
+        for number in params.order[row].tolist() if params.jitter[row] else []:
+            image = OPERATIONS[number](image, values[number][row].item())
+        if params.gray[row]:
+            image = TF.rgb_to_grayscale(image, num_output_channels=3)
+        if params.sigma[row] > 0:
+            image = TF.gaussian_blur(image, 2 * maker.blur_radius + 1, params.sigma[row].item())
+        out[row] = TF.normalize(image, list(MEAN), list(STD))
+    return out
+
+
+def assert_equal_views(given: Tensor, expected: Tensor) -> None:
+    """Equal to 3e-6 of the range of pixel values; torchvision's own hue is 1e-6 off in float32."""
+    assert ((given - expected) * torch.tensor(STD).view(3, 1, 1)).abs().max() < 3e-6
+
+
+ALONE = {
+    "nothing": OFF,
+    "brightness": OFF | {"color_jitter": (0.9, 0, 0, 0), "color_jitter_prob": 1.0},
+    "contrast": OFF | {"color_jitter": (0, 0.9, 0, 0), "color_jitter_prob": 1.0},
+    "saturation": OFF | {"color_jitter": (0, 0, 0.9, 0), "color_jitter_prob": 1.0},
+    "hue": OFF | {"color_jitter": (0, 0, 0, 0.5), "color_jitter_prob": 1.0},
+    "jitter": OFF | {"color_jitter": (0.8, 0.8, 0.8, 0.5), "color_jitter_prob": 0.8},
+    "gray": OFF | {"grayscale_prob": 0.5},
+    "blur": OFF | {"blur_prob": 0.7, "blur_sigma": (0.05, 3.0)},
+    "all": {},
+}
+
+
+@pytest.mark.parametrize("options", ALONE.values(), ids=ALONE.keys())
+def test_photometric_equals_torchvision_on_each_sample(options, monkeypatch):
+    monkeypatch.setattr(photometric, "CHUNK_BYTES", 3 * 4 * 3 * 24 * 24)  # chunks of three: boundaries are met
+    maker, images = transform(**options), colors(80)
+    params, untouched = sampled(maker, 80, np.random.default_rng(1)), images.clone()
+    assert_equal_views(applied(images, params), one_by_one(maker, images, params))
+    assert torch.equal(images, untouched)
+
+
+def test_every_order_of_the_jitter_occurs_and_matters():
+    maker, generator = transform(color_jitter_prob=1.0), np.random.default_rng(0)
+    orders = [maker.sample_params(generator).order for _ in range(4800)]
+    counts = {order: orders.count(order) for order in set(orders)}
+    assert len(counts) == 24
+    assert all(binomtest(count, 4800, 1 / 24).pvalue > 1e-4 for count in counts.values())
+    strong = PhotometricParams(1.6, 0.5, 1.7, 0.3, (0, 1, 2, 3), True, False, 0.0, 6)
+    first, last = (
+        applied(colors(5)[4:], Photometric.stack([strong._replace(order=order)]))
+        for order in ((0, 1, 2, 3), (3, 2, 1, 0))
+    )
+    assert (first - last).abs().max() > 0.1
+
+
+def test_the_flip_commutes_with_the_photometric_part():
+    images = colors(60)
+    params = sampled(transform(), 60, np.random.default_rng(2))
+    torch.testing.assert_close(applied(images.flip(-1), params), applied(images, params).flip(-1), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("size", "radius"), [(3, 2), (48, 6), (1, 0)])
+def test_the_blur_kernel_reaches_three_sigma_within_the_view(size, radius):
+    maker = transform(size, blur_prob=1.0)
+    assert maker.blur_radius == radius
+    images, params = colors(8, size), sampled(maker, 8, np.random.default_rng(0))
+    assert_equal_views(applied(images, params), one_by_one(maker, images, params))
+
+
+def test_each_view_is_blurred_with_its_own_kernel():
+    edge = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    edge[..., 16:] = 255
+    views = {}
+    for name, sigma in (("contrastive", 1.0), ("first", 2.0)):
+        params = transform(32, blur_sigma=(0.5, sigma)).sample_params(np.random.default_rng(0))
+        views[name] = View(edge, Photometric.stack([params._replace(jitter=False, gray=False, sigma=1.0)]))
+    finished = apply_photometric(views, torch.tensor(MEAN), torch.tensor(STD))
+    for name, radius in (("contrastive", 3), ("first", 6)):
+        blurred = TF.gaussian_blur(edge[0].float() / 255, 2 * radius + 1, 1.0)
+        expected = TF.normalize(blurred, list(MEAN), list(STD))
+        assert (finished[name].pixels[0] - expected).abs().max() < 1e-5
+
+
+def test_views_of_different_sizes_and_finished_ones_go_together():
+    generator = np.random.default_rng(0)
+    views = {
+        "first": View(colors(6), sampled(transform(), 6, generator)),
+        "small": View(colors(6, 12), sampled(transform(12), 6, generator)),
+        "done": View(torch.zeros(6, 3, 8, 8)),
+    }
+    finished = apply_photometric(views, torch.tensor(MEAN), torch.tensor(STD))
+    assert finished["done"] is views["done"]
+    for name in ("first", "small"):
+        assert torch.equal(finished[name].pixels, applied(views[name].pixels, views[name].photometric))
+
+
+def test_disabled_operations_do_no_work(monkeypatch):
+    def fail(*_):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(photometric, "JITTER", (fail,) * 4)
+    monkeypatch.setattr(photometric, "gray", fail)
+    monkeypatch.setattr(photometric, "blur", fail)
+    images, generator = colors(16), np.random.default_rng(0)
+    expected = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    for options in (OFF, OFF | {"color_jitter_prob": 1.0, "color_jitter": (0, 0, 0, 0)}):
+        result = applied(images, sampled(transform(**options), 16, generator))
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+def test_parameters_are_sampled_as_moco_samples_them():
+    maker, generator = transform(), np.random.default_rng(3)
+    params = [maker.sample_params(generator) for _ in range(4000)]
+    for name, low, width in (
+        ("brightness", 0.6, 0.8),
+        ("contrast", 0.6, 0.8),
+        ("saturation", 0.6, 0.8),
+        ("hue", -0.1, 0.2),
+    ):
+        assert kstest([getattr(one, name) for one in params], "uniform", (low, width)).pvalue > 1e-3
+    assert kstest([one.sigma for one in params if one.sigma], "uniform", (0.1, 1.9)).pvalue > 1e-3
+    for probability, count in (
+        (0.8, sum(one.jitter for one in params)),
+        (0.2, sum(one.gray for one in params)),
+        (0.5, sum(one.sigma > 0 for one in params)),
+    ):
+        assert binomtest(count, 4000, probability).pvalue > 1e-3
+
+
+def test_one_option_leaves_the_random_numbers_of_the_others_alone():
+    plain, other = (
+        maker.sample_params(np.random.default_rng(7))
+        for maker in (transform(), transform(color_jitter=(0.4, 0, 0.4, 0.1), blur_prob=0.0, grayscale_prob=1.0))
+    )
+    assert (other.contrast, other.sigma, other.gray) == (1.0, 0.0, True)
+    for name in ("brightness", "saturation", "hue", "order", "jitter"):
+        assert getattr(plain, name) == getattr(other, name)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (17, 90), (5, 5), (300, 200)])
+def test_crop_equals_torchvision_on_the_same_box(shape):
+    image, flips = picture(*shape), []
+    cubic, maker = T.InterpolationMode.BICUBIC, transform(32, hflip_prob=0.5)
+    for seed in range(20):
+        crop = maker.sample_crop(*image.size, np.random.default_rng(seed))
+        box = (crop.top, crop.left, crop.height, crop.width)
+        exact = TF.resized_crop(TF.pil_to_tensor(image), *box, [32, 32], cubic)
+        pillow = TF.pil_to_tensor(TF.resized_crop(image, *box, [32, 32], cubic))
+        view = maker.crop_and_resize(np.asarray(image), crop)
+        assert (view.shape, view.dtype) == ((3, 32, 32), torch.uint8)
+        flips.append(crop.flip)
+        unflipped = view.flip(-1) if crop.flip else view
+        assert torch.equal(unflipped, exact)
+        # Both round to uint8 between their two passes, in another order: a level or two apart.
+        difference = (unflipped.int() - pillow.int()).abs()
+        assert difference.max() <= 2
+        assert difference.float().mean() < 0.25
+    assert 0 < sum(flips) < 20
+
+
+def test_a_reduced_crop_is_the_nearest():
+    assert Crop(10, 21, 100, 50, True).reduced(4) == Crop(2, 5, 26, 13, True)
+    assert Crop(0, 0, 301, 201, False).reduced(2) == Crop(0, 0, 150, 100, False)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 40), (30, 90)])
+def test_boxes_are_distributed_as_torchvisions(shape):
+    width, height = shape
+    maker, generator = transform(), np.random.default_rng(11)
+    ours = np.array([maker.box(width, height, generator) for _ in range(3000)])
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    crop = T.RandomResizedCrop(8, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
+    theirs = [crop.make_params([image]) for _ in range(3000)]
+    theirs = np.array([[p[key] for key in ("left", "top", "width", "height")] for p in theirs])
+    for measure in (
+        lambda box: box[:, 2] * box[:, 3],
+        lambda box: box[:, 2] / box[:, 3],
+        lambda box: box[:, 0],
+        lambda box: box[:, 1],
+        lambda box: box[:, 0] - box[:, 1],
+    ):
+        assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
+    left, top, wide, high = ours.T
+    assert min(left.min(), top.min()) == 0
+    assert ((left + wide) <= width).all()
+    assert ((top + high) <= height).all()
+    areas = wide * high / (width * height)
+    assert 0.18 < areas.min() < 0.25
+    assert (wide / high > 0.7).all()
+    assert (wide / high < 1.4).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [((400, 10), (193, 0, 13, 10)), ((10, 400), (0, 193, 10, 13)), ((1, 50), (0, 24, 1, 1))],
+)
+def test_a_picture_too_long_for_any_box_gives_its_middle(shape, box):
+    maker = transform(scale=(0.9, 1.0))
+    assert maker.box(*shape, np.random.default_rng(0)) == box
+
+
+@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (31, 200), (500, 333), (9, 8), (32, 35)])
+def test_preprocess_equals_clips(shape):
+    image = picture(*shape)
+    clip = T.Compose(
+        [
+            T.Resize(32, T.InterpolationMode.BICUBIC),
+            T.CenterCrop(32),
+            T.PILToTensor(),
+            T.ToDtype(torch.float32, scale=True),
+            T.Normalize(MEAN, STD),
+        ]
+    )
+    prepared = Preprocess(32, MEAN, STD)([image, image])
+    assert prepared.shape == (2, 3, 32, 32)
+    torch.testing.assert_close(prepared, torch.stack([clip(image)] * 2), rtol=0, atol=1e-6)
+
+
+def test_preprocess_takes_any_mode_any_shape_and_one_picture():
+    white = (1 - torch.tensor(MEAN)) / torch.tensor(STD)
+    prepare = Preprocess(16, MEAN, STD)
+    clear = Image.new("RGBA", (20, 30), (0, 0, 0, 0))
+    for image in (clear, Image.new("L", (20, 20), 255), Image.new("P", (1, 30_000), (255, 255, 255))):
+        prepared = prepare(image)
+        assert prepared.shape == (1, 3, 16, 16)
+        torch.testing.assert_close(prepared, white.view(1, 3, 1, 1).expand(1, 3, 16, 16))
+    assert prepare([]).shape == (0, 3, 16, 16)
+
+
+def test_a_thin_line_is_not_blown_up_before_it_is_cut(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+
+    def spy(image, size, *arguments):
+        sizes.append(size)
+        return resize(image, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    line = Image.new("RGB", (30_001, 3))
+    line.paste((255, 255, 255), (14_990, 0, 15_010, 3))
+    prepared = Preprocess(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))(line)
+    assert sizes == [(160, 16)]
+    torch.testing.assert_close(prepared, torch.ones(1, 3, 16, 16))

@@ -1,0 +1,303 @@
+"""Pictures that are decoded late: the same pixels and the same reasons as `decode`, by whichever decoder."""
+
+import json
+import os
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.fakes import jpeg, make_loader, scene
+from data.tars import write_tar
+from data.test_loader import assert_same
+from declip.data.images import lazy as module
+from declip.data.images.crops import ViewTransform
+from declip.data.images.decode import decode
+from declip.data.images.lazy import LazyJpeg, open_image
+from declip.data.pair import BrokenPair, Pair, PairSource
+from declip.data.sources.mixture import Mixture
+from declip.data.sources.open import open_source
+from declip.data.sources.subset import take
+
+SIZE = (150, 101)
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+@pytest.fixture(params=["simplejpeg", "pillow"])
+def decoder(request, monkeypatch):
+    """Run with each decoder."""
+    if request.param == "pillow":
+        monkeypatch.setattr(module, "simplejpeg", None)
+    elif module.simplejpeg is None:
+        pytest.skip("simplejpeg is not installed")
+    return request.param
+
+
+def outcome(read):
+    """The pixels, or why there are none."""
+    try:
+        return np.asarray(read())
+    except BrokenPair as broken:
+        return broken.reason
+
+
+def assert_as_decode(content):
+    ours, expected = outcome(lambda: open_image(content, "k").pixels()), outcome(lambda: decode(content, "k"))
+    assert type(ours) is type(expected), (ours, expected)
+    np.testing.assert_array_equal(ours, expected)
+    return expected
+
+
+JPEGS = {
+    "4:2:0": {},
+    "4:2:2": {"subsampling": 1},
+    "4:4:4": {"subsampling": 0},
+    "progressive": {"progressive": True},
+    "poor": {"quality": 20, "optimize": True},
+    "restarts": {"restart_marker_rows": 1},
+    "stored as RGB": {"keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_full_size_pixels_are_those_of_decode(decoder, options):
+    for size in ((1, 1), (7, 5), (33, 16), SIZE):
+        content = jpeg(scene(*size), **options)
+        picture = open_image(content, "k")
+        assert isinstance(picture, LazyJpeg)
+        assert picture.size == size
+        assert_as_decode(content)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "1"])
+def test_other_color_spaces_are_read_as_by_decode(decoder, mode):
+    content = jpeg(scene().convert(mode))
+    assert_as_decode(content)
+    assert open_image(content, "k").pixels(4).shape == (26, 38, 3)
+
+
+def test_the_first_of_several_pictures_in_a_file(decoder):
+    buffer = BytesIO()
+    scene().save(buffer, "MPO", save_all=True, append_images=[scene(seed=1)], quality=90)
+    assert isinstance(open_image(buffer.getvalue(), "k"), LazyJpeg)
+    assert_as_decode(buffer.getvalue())
+    assert_as_decode(buffer.getvalue()[:-99])
+
+
+@pytest.mark.parametrize("orientation", range(11))
+def test_exif_turns_size_pixels_and_smaller_pixels(decoder, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = jpeg(exif=exif)
+    picture, expected = open_image(content, "k"), decode(content, "k")
+    assert picture.size == expected.size
+    np.testing.assert_array_equal(picture.pixels(), np.asarray(expected))
+    upright = open_image(jpeg(), "k").pixels(2)
+    turn = module.TURNS.get(orientation, lambda pixels: pixels)
+    np.testing.assert_array_equal(picture.pixels(2), turn(upright))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_damaged_exif_block_leaves_the_picture_as_it_is(decoder):
+    assert_as_decode(jpeg(exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff\xff"))
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_scaled_pixels_are_those_of_a_smaller_picture(decoder, scale):
+    image = scene(301, 200)
+    picture = open_image(jpeg(image), "k")
+    pixels = picture.pixels(scale)
+    assert pixels.shape == (-(-200 // scale), -(-301 // scale), 3)
+    assert pixels.dtype == np.uint8
+    box = np.asarray(image.reduce(scale)).astype(int)
+    apart, shifted = (np.abs(found - box).mean() for found in (pixels, np.roll(pixels, 1, 1)))
+    assert apart < min(2, 0.7 * shifted), "a shift by a pixel would be seen"
+
+
+@pytest.mark.skipif(module.simplejpeg is None, reason="simplejpeg is not installed")
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_both_decoders_scale_alike(options, monkeypatch):
+    picture = open_image(jpeg(scene(301, 99), **options), "k")
+    ours = [picture.pixels(scale) for scale in picture.scales]
+    monkeypatch.setattr(module, "simplejpeg", None)
+    assert picture.scales == (8, 4, 2)
+    for scale, pixels in zip(picture.scales, ours, strict=True):
+        np.testing.assert_array_equal(pixels, picture.pixels(scale))
+
+
+def test_small_pictures_are_not_scaled():
+    assert open_image(jpeg(scene(300, 31)), "k").scales == (2,)
+    assert open_image(jpeg(scene(15, 300)), "k").scales == ()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_file_cut_short_anywhere_is_judged_as_by_decode(decoder, progressive):
+    content = jpeg(scene(40, 30), quality=60, progressive=progressive)
+    found = [assert_as_decode(content[:length]) for length in range(0, len(content), 7)]
+    assert {reason for reason in found if isinstance(reason, str)} == {"truncated image", "unreadable image"}
+    assert_as_decode(content[:-2])
+    assert_as_decode(content + b"more")
+
+
+def test_a_damaged_file_is_judged_as_by_decode(decoder):
+    generator = np.random.default_rng(0)
+    clean = jpeg(scene(64, 48), quality=60)
+    seen = []
+    for _ in range(300):
+        content = bytearray(clean)
+        for place in generator.integers(2, len(clean), int(generator.integers(1, 4))):
+            content[place] = generator.integers(256)
+        seen.append(isinstance(assert_as_decode(bytes(content)), str))
+    assert 10 < sum(seen) < 290
+
+
+def test_the_size_is_checked_before_a_pixel_is_decoded(decoder, monkeypatch):
+    clean = jpeg()
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    huge = bytearray(clean)
+    at = huge.index(b"\xff\xc0")
+    huge[at + 5 : at + 9] = b"\xff\xdc\xff\xdc"  # 65,500 x 65,500
+    for read in (lambda: open_image(bytes(huge), "k"), lambda: open_image(clean, "k", 9999)):
+        with pytest.raises(BrokenPair) as caught:
+            read()
+        assert caught.value.reason == "image too large"
+    assert open_image(clean, "k").size == SIZE, "and no pixel is decoded to open a good one"
+
+
+def test_other_formats_and_files_are_read_as_by_decode(tmp_path):
+    for number, (kind, mode) in enumerate([("PNG", "RGBA"), ("GIF", "P"), ("WEBP", "RGB"), ("JPEG", "RGB")]):
+        path = tmp_path / f"{number}.img"
+        scene().convert(mode).save(path, kind)
+        picture = open_image(path, "k")
+        np.testing.assert_array_equal(picture.pixels(), np.asarray(decode(path, "k")))
+        assert picture.size == SIZE
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    (tmp_path / "words").write_text("no picture")
+    for name in ("pipe", "empty", "words", "gone", "a\0b"):
+        expected = outcome(lambda name=name: decode(tmp_path / name, "k"))
+        assert isinstance(expected, str)
+        assert outcome(lambda name=name: open_image(tmp_path / name, "k").pixels()) == expected
+
+
+def test_a_file_too_large_to_hold_is_decoded_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LARGEST_CONTENT", 1000)
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    picture = open_image(tmp_path / "a.jpg", "k")
+    assert picture.scales == ()
+    np.testing.assert_array_equal(picture.pixels(), np.asarray(decode(jpeg(), "k")))
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """The same three pairs as a folder, a table and a shard; the picture of the last is cut short."""
+    contents = [jpeg(scene(400, 300, 1)), jpeg(scene(60, 50, 2)), jpeg()[:-400]]
+    (tmp_path / "folder").mkdir()
+    members = []
+    for number, file in enumerate(contents):
+        (tmp_path / f"folder/{number}.jpg").write_bytes(file)
+        (tmp_path / f"folder/{number}.txt").write_text(f"picture {number}")
+        said = {"caption": f"picture {number}", "keywords": ["one", "two"]}
+        members += [(f"{number}.jpg", file), (f"{number}.json", json.dumps(said).encode())]
+    rows = [{"image": f"folder/{number}.jpg", "caption": f"picture {number}"} for number in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_tar(tmp_path / "shards/0.tar", members)
+    found = [open_source(tmp_path / name) for name in ("folder", "rows.jsonl", "shards")]
+    return [*found, take(found[0], 3, 0), Mixture([(found[1], 1.0), (found[2], 2.0)])]
+
+
+def test_every_source_opens_what_it_decodes(sources):
+    for source in sources:
+        for index in range(len(source)):
+            late = source.read_lazy(index)
+            if late.captions == ("picture 2",):
+                with pytest.raises(BrokenPair, match="truncated image"):
+                    late.image.pixels()
+                with pytest.raises(BrokenPair, match="truncated image"):
+                    source[index]
+                continue
+            pair = source[index]
+            assert isinstance(late.image, LazyJpeg)
+            assert (late.key, late.captions, late.keywords) == (pair.key, pair.captions, pair.keywords)
+            np.testing.assert_array_equal(late.image.pixels(), np.asarray(pair.image))
+
+
+class OwnSource(PairSource):
+    """A source with the two methods that every one needs."""
+
+    name = "own"
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return Pair(f"pair {index}", scene(), ("words",), ("word",))
+
+
+def test_a_source_needs_no_more_than_pairs():
+    source = OwnSource()
+    late = source.read_lazy(3)
+    assert (late.key, late.captions, late.keywords, late.image.size) == ("pair 3", ("words",), ("word",), SIZE)
+    np.testing.assert_array_equal(late.image.pixels(), np.asarray(scene()))
+    assert (source.key(3), source.captions(3), source.origin(3).path) == ("pair 3", ("words",), "")
+    assert (source.labels, source.blocks, source.remote, source.credit) == (None, None, False, "")
+
+
+class Decoded(PairSource):
+    """A source whose every image is decoded."""
+
+    def __init__(self, source):
+        self.source, self.name = source, source.name
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[index]
+
+
+def batches(source, size, count=12, **options):
+    options = {"batch_size": 2, "seed": 1, "max_broken_fraction": 1.0, **options}
+    with make_loader(source, size=size, **options) as loader:
+        return [next(loader) for _ in range(count)], loader.skipped
+
+
+def test_batches_are_those_of_decoded_pictures_where_nothing_is_scaled(sources, decoder, monkeypatch):
+    for source in sources:
+        for size, scales in ((152, module.SCALES), (32, ())):
+            monkeypatch.setattr(module, "SCALES", scales)
+            (ours, skipped), (expected, also) = (batches(s, size, 6) for s in (source, Decoded(source)))
+            assert skipped == also
+            assert set(skipped.counts) == {"truncated image"}
+            assert_same(ours, expected)
+
+
+def test_scaled_decoding_changes_pixels_a_little_and_nothing_else(sources, decoder):
+    ours, expected = (batches(source, 32)[0] for source in (sources[0], Decoded(sources[0])))
+    changed = []
+    for one, other in zip(ours, expected, strict=True):
+        for name, view in one.views.items():
+            exact = other.views[name].pixels
+            changed += (view.pixels.int() - exact.int()).abs().float().mean((1, 2, 3)).tolist()
+            view.pixels = exact
+    assert_same(ours, expected)
+    assert 0 < max(changed) < 4
+
+
+def test_the_scale_keeps_the_views_size(sources, monkeypatch):
+    scales, cuts = [], []
+    pixels, cut = LazyJpeg.pixels, ViewTransform.crop_and_resize
+    monkeypatch.setattr(LazyJpeg, "pixels", lambda self, scale=1: scales.append(scale) or pixels(self, scale))
+    monkeypatch.setattr(
+        ViewTransform,
+        "crop_and_resize",
+        lambda self, array, crop: cuts.append((crop, array.shape)) or cut(self, array, crop),
+    )
+    batches(sources[0], 32, count=40)
+    assert set(scales) == {1, 2, 4, 8}
+    assert len(cuts) > 60
+    for crop, (height, width, _) in cuts:
+        assert 0 <= crop.left <= crop.left + crop.width <= width
+        assert 0 <= crop.top <= crop.top + crop.height <= height
+        assert width in (60, 150, 400) or min(crop.width, crop.height) >= 32

@@ -1,0 +1,214 @@
+"""Remote shards through fsspec: fetched when needed, kept within a limit, and what happens when they cannot be."""
+
+import json
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.tars import SIZES, write_shards
+from declip.data.pair import BrokenPair
+from declip.data.sampling import build_order
+from declip.data.sources import remote as shard_remote
+from declip.data.sources import shard_files
+from declip.data.sources.open import open_source
+from declip.data.sources.shards import ShardSource
+from declip.data.sources.subset import take
+from declip.errors import UserError
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_remote, "PAUSE", 0.0)
+    return tmp_path / "cache/shards/copies"
+
+
+@pytest.fixture
+def memory(tmp_path, copies):
+    """The shards in fsspec's memory; without the rest of what may be there."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    for path in sorted(write_shards(tmp_path / "origin", SIZES).iterdir()):
+        system.pipe_file(f"/set/{path.name}", path.read_bytes())
+    yield system
+    system.store.clear()
+
+
+def kept(copies: Path) -> list[Path]:
+    return sorted(copies.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def all_captions(source: ShardSource) -> list[str]:
+    return [source.captions(i)[0] for i in range(len(source))]
+
+
+EXPECTED = [f"picture {n}" for n in range(21)]
+
+
+@pytest.mark.parametrize("word", ["memory://set", "memory://set/*.tar", "memory://set/{00000..00003}.tar"])
+def test_urls_are_read_as_files_are(memory, copies, word):
+    source = open_source(word)
+    assert all_captions(source) == EXPECTED
+    assert source.remote
+    assert source[7].image.getpixel((0, 0)) == (7, 0, 7)
+    assert len(kept(copies)) == 4
+    assert all_captions(pickle.loads(pickle.dumps(source))) == EXPECTED
+    assert not list(copies.glob("*.partial"))
+
+
+def test_signed_urls(memory, copies):
+    signed = "memory://set/00002.tar?X-Amz-Credential=a/b&X-Amz-Signature=c"
+    memory.pipe_file("/set/00002.tar?X-Amz-Credential=a/b&X-Amz-Signature=c", memory.cat_file("/set/00002.tar"))
+    source = open_source(signed)
+    assert all_captions(source) == EXPECTED[6:15]
+    assert source[0].key == "00002.tar/000000006"
+    with pytest.raises(UserError, match="signature"):
+        open_source(signed.replace("00002", "00009"))
+
+
+def test_files_by_url(tmp_path, copies):
+    folder = write_shards(tmp_path / "origin", SIZES)
+    assert all_captions(open_source(f"file://{folder}/{{00000..00003}}.tar")) == EXPECTED
+    assert all_captions(open_source(f"file://{folder}::{folder}/00001.tar")) == [*EXPECTED, "picture 5"]
+
+
+def test_a_remote_source_is_shuffled_shard_by_shard_as_a_part_of_it_is(memory):
+    source = ShardSource("memory://set")
+    assert take(source, 9, seed=0).remote
+    assert take(source, 21, seed=0).blocks.tolist() == list(SIZES)
+    for each in (source, take(source, 21, seed=0)):
+        order = build_order(each, 4, 0, None, False)
+        assert sorted(order.epoch(0).tolist()) == list(range(21))
+        assert order.epoch(0).tolist() == build_order(each, 4, 0, 50_000, False).epoch(0).tolist()
+
+
+def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies):
+    sizes = [memory.info(f"/set/{number:05d}.tar")["size"] for number in range(4)]
+    limit = (sizes[0] + sizes[2]) / 1e9
+    source = ShardSource("memory://set", limit)
+    for path in kept(copies):
+        path.unlink()
+    for index in (0, 5, 15):  # of shards 0, 1 and 3, which fit
+        source.captions(index)
+        time.sleep(0.01)
+    first, second, fourth = kept(copies)
+    assert second.stat().st_size == sizes[1] < sizes[0]
+    source.captions(1)  # shard 0 is used again, so shard 1 is the oldest
+    time.sleep(0.01)
+    source.captions(6)  # shard 2
+    assert kept(copies)[0] == first
+    assert [path.stat().st_size for path in kept(copies)] == [sizes[0], sizes[2]]
+    assert not second.exists()
+    assert not fourth.exists()
+    assert all_captions(source) == EXPECTED
+
+
+def test_a_limit_below_a_shard_keeps_the_one_in_use(memory, copies):
+    source = ShardSource("memory://set", 0.0)
+    assert all_captions(source) == EXPECTED
+    assert len(kept(copies)) == 1
+
+
+def test_copies_are_fetched_once_and_found_by_other_sources(memory, monkeypatch):
+    fetched = []
+    fetch = shard_remote.fetch
+    monkeypatch.setattr(shard_remote, "fetch", lambda *given: fetched.append(given[0]) or fetch(*given))
+    assert all_captions(ShardSource("memory://set")) == all_captions(ShardSource("memory://set/*.tar")) == EXPECTED
+    assert sorted(fetched) == [f"memory:///set/{n:05d}.tar" for n in range(4)]
+
+
+def test_counts_beside_the_shards_save_reading_them_first(memory, copies):
+    memory.pipe_file("/set/sizes.json", json.dumps({f"{n:05d}.tar": size for n, size in enumerate(SIZES)}).encode())
+    source = ShardSource("memory://set")
+    assert source.blocks.tolist() == list(SIZES)
+    assert not kept(copies)
+    assert source.captions(7) == ("picture 7",)
+    assert len(kept(copies)) == 1
+    assert all_captions(source) == EXPECTED
+
+
+def test_counts_that_are_wrong_break_what_is_not_there(memory):
+    memory.pipe_file("/set/sizes.json", b'{"00001.tar": 3, "00002.tar": 2}')
+    source = ShardSource("memory://set")
+    assert source.blocks.tolist() == [5, 3, 2, 6]
+    assert source.captions(5) == ("picture 5",)
+    with pytest.raises(BrokenPair, match=r"missing in shard: 00001.tar, pair 1 \(the shard holds 1 pairs instead of 3"):
+        source[6]
+    assert source.captions(8) == ("picture 6",)
+    memory.pipe_file("/set/sizes.json", b'{"00001.tar": "3"}')
+    with pytest.raises(UserError, match=r"sizes\.json' is not a JSON object with a number"):
+        ShardSource("memory://set")
+
+
+def test_a_shard_that_cannot_be_fetched_breaks_its_pairs_and_is_not_asked_for_each_time(memory, copies, monkeypatch):
+    source = ShardSource("memory://set")
+    for path in kept(copies):
+        path.unlink()
+    asked = []
+
+    def fail(self, path, *_, **__):
+        asked.append(path)
+        raise TimeoutError("no answer\nafter a while")
+
+    monkeypatch.setattr(type(memory), "get_file", fail)
+    for index in (6, 7, 8):
+        with pytest.raises(BrokenPair, match=r"unreadable shard: 00002.tar/.*tar: TimeoutError: no answer\)"):
+            source[index]
+    assert len(asked) == shard_remote.TRIES
+    monkeypatch.undo()
+    monkeypatch.setenv("DECLIP_CACHE", str(copies.parents[1]))
+    monkeypatch.setattr(shard_files, "RESTING", 0.0)
+    assert source.captions(6) == ("picture 6",)
+
+
+def test_a_download_that_comes_short_is_tried_again(memory, monkeypatch):
+    tries = []
+    get_file = type(memory).get_file
+
+    def short(self, path, target, **options):
+        get_file(self, path, target, **options)
+        tries.append(path)
+        if len(tries) == 1:
+            os.truncate(target, 1000)
+
+    monkeypatch.setattr(type(memory), "get_file", short)
+    assert ShardSource("memory://set/00002.tar").captions(0) == ("picture 6",)
+    assert len(tries) == 2
+
+
+def test_a_full_disk_is_said(memory, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(memory), "get_file", full)
+    with pytest.raises(UserError, match="No room left on the disk to write"):
+        ShardSource("memory://set")
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("memory://none/00000.tar", "There is no shard 'memory://none/00000.tar'"),
+        ("memory://none", "'memory://none' holds no .tar file"),
+        ("memory://none/*.tar", "holds no .tar file"),
+        ("nosuch://x/a.tar", "'nosuch://x/a.tar' cannot be reached: ValueError: Protocol not known: nosuch"),
+    ],
+)
+def test_what_is_not_there(copies, word, says):
+    fsspec.filesystem("memory").store.clear()
+    with pytest.raises(UserError) as caught:
+        ShardSource(word)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_fsspec_the_way_to_get_it_is_said(copies, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(UserError, match=r"needs fsspec\. Install it: pip install 'declip\[remote\]'"):
+        ShardSource("s3://bucket/00000.tar")

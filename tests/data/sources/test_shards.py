@@ -1,0 +1,336 @@
+"""Pairs from tar shards: against an independent reading, damaged shards, names, the index."""
+
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from data.tables import reason_of
+from data.tars import SIZES, pair, picture, write_shards, write_tar
+from declip.data.pair import BrokenPair, PairSource
+from declip.data.sources import shard_index, shard_names, shards
+from declip.data.sources.open import open_source
+from declip.data.sources.shard_files import OPEN_FILES
+from declip.data.sources.shards import ShardSource
+from declip.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+@pytest.fixture
+def folder(shard_folder: Path) -> Path:
+    return shard_folder
+
+
+def by_the_library(paths: list[Path]) -> list[tuple[tuple[int, ...], str]]:
+    """Every pair's first pixel and caption, read one after the other with tarfile."""
+    found = []
+    for path in sorted(paths):
+        with tarfile.open(path) as tar:
+            content = {info.name: tar.extractfile(info).read() for info in tar if info.isfile()}
+        for key in dict.fromkeys(name.split(".")[0] for name in content):
+            pixel = Image.open(io.BytesIO(content[f"{key}.png"])).getpixel((0, 0))
+            found.append((pixel, content[f"{key}.txt"].decode()))
+    return found
+
+
+def message(*arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        ShardSource(*arguments)
+    return str(caught.value)
+
+
+def one(tmp_path: Path, members: list[tuple[str, bytes]]) -> ShardSource:
+    return ShardSource(str(write_tar(tmp_path / "one.tar", members)))
+
+
+def test_pairs_are_those_that_the_library_reads(folder):
+    source = open_source(folder)
+    assert isinstance(source, PairSource)
+    assert (len(source), source.blocks.tolist(), source.remote) == (21, list(SIZES), False)
+    read = [(source[i].image.getpixel((0, 0)), source[i].captions[0]) for i in range(21)]
+    assert read == by_the_library(list(folder.iterdir()))
+    assert source[6].key == "00002.tar/000000006"
+    assert source[6].keywords == ("red", "round")
+    assert source.captions(20) == ("picture 20",)
+    with pytest.raises(IndexError):
+        source[21]
+
+
+def test_a_source_is_pickled_as_what_to_open(folder):
+    source = ShardSource(str(folder))
+    assert len(pickle.dumps(source)) < 300
+    assert pickle.loads(pickle.dumps(source))[13].captions == source[13].captions
+
+
+@pytest.mark.parametrize(
+    ("word", "numbers"),
+    [
+        ("{0}/00002.tar", [6, 15]),
+        ("{0}/*.tar", [0, 21]),
+        ("{0}/0000[02].tar", [0, 5, 6, 15]),
+        ("{0}/{{00001..00003}}.tar", [5, 21]),
+        ("{0}/{{00003..00001}}.tar", [15, 21, 6, 15, 5, 6]),
+        ("{0}/0000{{2,0}}.tar", [6, 15, 0, 5]),
+        ("{0}/000{{,}}{{02..03}}.tar", [6, 15, 15, 21, 6, 15, 15, 21]),
+        ("{0}/00003.tar::{0}/0000{{0..1}}.tar", [15, 21, 0, 6]),
+        ("{0}::{0}/00001.tar", [0, 21, 5, 6]),
+    ],
+)
+def test_what_names_shards(folder, word, numbers):
+    source = open_source(word.format(folder))
+    expected = [n for first, last in zip(numbers[::2], numbers[1::2], strict=True) for n in range(first, last)]
+    assert [source.captions(i)[0] for i in range(len(source))] == [f"picture {n}" for n in expected]
+
+
+def test_missing_shards_are_named(folder, monkeypatch):
+    said = message(f"{folder}/{{00002..00012}}.tar")
+    assert "9 of the 11 shards of" in said
+    assert "00004.tar, " in said
+    assert "00008.tar, …" in said
+    assert "00009" not in said
+    assert "There is no shard" in message(str(folder / "x.tar"))
+    assert "No file fits the pattern" in message(str(folder / "x*.tar"))
+    assert "names more than 1,000,000 shards" in message("{0..9999999999999}.tar")
+    monkeypatch.setattr(shard_names, "MOST_SHARDS", 1000)
+    assert "names more than 1,000 shards" in message("{0..100}{0..100}.tar")
+    assert "names no shard" in message("::")
+    assert "braces inside braces" in message("a{1,{2..3}}.tar")
+
+
+def test_a_folder_of_captioned_images_stays_one(folder):
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a")
+    assert open_source(folder).captions(0) == ("a",)
+
+
+def test_captions_of_text_and_json(tmp_path):
+    def members(key: str, text: bytes | None, described: object) -> list[tuple[str, bytes]]:
+        found = [(f"{key}.JPG", picture(1, "jpeg"))]
+        found += [] if text is None else [(f"{key}.txt", text)]
+        return found + ([] if described is None else [(f"{key}.json", json.dumps(described).encode())])
+
+    source = one(
+        tmp_path,
+        [
+            *members("a", b"\xef\xbb\xbftwo\nlines", None),
+            *members("b", None, {"caption": "of json"}),
+            *members("c", b"same", {"caption": "same", "text": "not read"}),
+            *members("d", b"first", {"captions": ["second", None, "third"], "keywords": ["x", " y  z", 3, "x", ""]}),
+            *members("e", None, {"caption": None, "text": "of text"}),
+            *members("f", None, None),
+            *members("g", None, {"url": "http://x"}),
+            *members("h", b" \n", None),
+            *members("i", None, {"caption": 3}),
+            *members("j", None, [1]),
+            *members("k", b"\xff", None),
+            ("l.txt", b"no image"),
+            ("m.jpg", b"no image"),
+            ("m.txt", b"not an image"),
+            ("n.png", picture(1)),
+            ("n.json", b"[" * 9999),
+            ("readme.md", b"no pair"),
+            ("noending", b"no pair"),
+            (".jpg", b"no key"),
+            ("__MACOSX/._a.jpg", b"no key"),
+            ("a.seg.png", b"part of a pair"),
+            ("IMG_1.2.jpg", picture(1)),
+            ("IMG_1.2.txt", b"passed over"),
+            ("a.2.png", picture(1)),
+            ("a.2.txt", b"passed over"),
+            ("o.2.png", picture(1)),
+            ("o.2.html", b"no pair"),
+        ],
+    )
+    assert [source.captions(i) for i in range(5)] == [
+        ("two lines",), ("of json",), ("same",), ("first", "second", "third"), ("of text",),
+    ]  # fmt: skip
+    assert source[3].keywords == ("x", "y z")
+    assert [reason_of(source, i) for i in range(5, len(source))] == [
+        "missing caption", "missing caption", "empty caption", "unreadable JSON", "unreadable JSON", "invalid text",
+        "missing image", "unreadable image", "unreadable JSON", "dot in key", "dot in key", "dot in key",
+    ]  # fmt: skip
+
+
+def test_a_key_may_lie_in_pieces_and_come_again(tmp_path):
+    members = [(f"in/{n}.png", picture(n)) for n in range(3)] + [(f"in/{n}.txt", b"%d" % n) for n in range(3)]
+    members += [("in/1.png", picture(9)), ("in/1.txt", b"again"), ("in/2.webp", picture(8))]
+    source = one(tmp_path, members)
+    assert [source.captions(i)[0] for i in range(4)] == ["0", "1", "2", "again"]
+    assert source[3].image.getpixel((0, 0)) == (9, 0, 7)
+    assert (source[1].key, source[3].key) == ("one.tar/in/1", "one.tar/in/1")
+    assert len(source) == 4
+
+
+@pytest.mark.parametrize("endings", [("png", "jpg"), ("jpg", "png"), ("WEBP", "jpeg", "png"), ("bmp", "webp")])
+def test_of_several_images_of_a_key_open_clips_first_is_read(tmp_path, endings):
+    members = [(f"a.{ending}", picture(place)) for place, ending in enumerate(endings)]
+    source = one(tmp_path, [*members, ("a.txt", b"said"), *members, ("a.txt", b"again")])
+    order = ["jpg", "png", "jpeg", "webp", "bmp"]
+    first = min(range(len(endings)), key=lambda place: order.index(endings[place].lower()))
+    assert source[0].image.getpixel((0, 0))[0] == first
+    assert [source.captions(i) for i in range(len(source))] == [("said",), ("again",)]
+
+
+def test_names_that_would_leave_a_folder_are_only_names(tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name, content in [
+            ("link.txt", b"of a link"), ("../x.png", picture(1)), ("../x.txt", b"up"), ("/y.png", picture(2)),
+            ("/y.txt", b"root"), ("long/" * 60 + "z.png", picture(3)), ("long/" * 60 + "z.txt", b"long"),
+        ]:  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    before = sorted(tmp_path.rglob("*"))
+    source = ShardSource(str(tmp_path / "t.tar"))
+    assert reason_of(source, 0) == "missing image"
+    assert [source[i].captions[0] for i in (1, 2, 3)] == ["up", "root", "long"]
+    new = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
+    assert all(path.is_relative_to(tmp_path / "cache") for path in new)
+
+
+def test_a_name_that_is_not_utf8_is_shown(tmp_path):
+    write_tar(tmp_path / "t.tar", [("ax.png", picture(1)), ("ax.txt", b"said")])
+    content = (tmp_path / "t.tar").read_bytes()
+    for ending in (b"png", b"txt"):
+        place = content.index(b"ax." + ending) // 512 * 512
+        block = bytearray(content[place : place + 512])
+        block[:2], block[148:156] = b"a\xff", b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        content = content[:place] + bytes(block) + content[place + 512 :]
+    (tmp_path / "t.tar").write_bytes(content)
+    pair = ShardSource(str(tmp_path / "t.tar"))[0]
+    assert (pair.key, pair.captions) == ("t.tar/a\\xff", ("said",))
+
+
+def test_a_shard_cut_short_gives_what_is_left_and_counts_the_rest(folder, caplog):
+    path = folder / "00002.tar"
+    with tarfile.open(path) as tar:
+        at = tar.getmember("000000010.txt").offset_data
+    os.truncate(path, at + 3)
+    with caplog.at_level(logging.WARNING, "declip"):
+        source = ShardSource(str(folder))
+    assert re.search(r"00002.tar' is damaged: cut short: .* Its first 5 pairs are used", caplog.text)
+    assert source.blocks.tolist() == [5, 1, 6, 6]
+    assert source.captions(9) == ("picture 9",)
+    assert (reason_of(source, 10), reason_of(source, 11)) == ("truncated shard", "damaged shard")
+    assert source.captions(12) == ("picture 15",)
+
+
+def test_a_flipped_bit_in_a_header_costs_the_rest_of_the_shard(folder):
+    path = folder / "00002.tar"
+    with tarfile.open(path) as tar:
+        at = tar.getmember("000000008.png").offset
+    content = bytearray(path.read_bytes())
+    content[at + 5] ^= 4
+    path.write_bytes(content)
+    source = ShardSource(str(path))
+    assert [source.captions(i)[0] for i in range(2)] == ["picture 6", "picture 7"]
+    assert (len(source), reason_of(source, 2)) == (3, "damaged shard")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\x1f\x8b" + bytes(600), "is compressed with gzip, so its pairs cannot be read one by one. Unpack it"),
+        (b"\xfd7zXZ" + bytes(600), "is compressed with xz"),
+        (b"<html>" * 200, "is no tar archive that can be read: the header at byte 0"),
+        (bytes(1024), "holds no pair. A pair is KEY.jpg"),
+        (b"", "holds no pair"),
+        (b"abc", "is no tar archive that can be read: cut short in the header"),
+    ],
+)
+def test_what_is_no_shard(tmp_path, content, says):
+    (tmp_path / "t.tar").write_bytes(content)
+    assert says in message(str(tmp_path / "t.tar"))
+
+
+def test_members_of_absurd_size_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "LARGEST_IMAGE", 500)
+    monkeypatch.setattr(shards, "LARGEST_TEXT", 30)
+    members = [("a.png", bytes(501)), ("a.txt", b"x"), ("b.png", picture(1)), ("b.txt", b"x" * 31)]
+    source = one(tmp_path, [*members, ("c.png", picture(1)), ("c.json", b'{"caption": "x"}'.ljust(31))])
+    assert [reason_of(source, i) for i in range(3)] == ["image too large", "caption too long", "caption too long"]
+
+
+def test_a_million_members_without_a_key_cost_no_memory(tmp_path):
+    block = tarfile.TarInfo(".jpg").tobuf()
+    (tmp_path / "t.tar").write_bytes(block * 20_000 + b"".join(write_pair(tmp_path)))
+    assert ShardSource(str(tmp_path / "t.tar"))[0].captions == ("picture 7",)
+
+
+def write_pair(folder: Path) -> list[bytes]:
+    return [write_tar(folder / "p" / "pair.tar", pair(7)).read_bytes()]
+
+
+def test_the_index_is_made_once_for_each_state_of_a_shard(folder, cache, monkeypatch):
+    ShardSource(str(folder))
+    assert len(list((cache / "shards/index").iterdir())) == 4
+    made = []
+    scan = shard_index.scan
+    monkeypatch.setattr(shard_index, "scan", lambda *given: made.append(given[1]) or scan(*given))
+    assert len(ShardSource(f"{folder}/*.tar")) == 21
+    assert made == []
+    write_tar(folder / "00001.tar", [*pair(30), *pair(31)])
+    assert len(ShardSource(str(folder))) == 22
+    assert made == [str(folder / "00001.tar")]
+
+
+def test_a_damaged_index_is_made_again(folder, cache):
+    ShardSource(str(folder))
+    for number, path in enumerate(sorted((cache / "shards/index").iterdir())):
+        path.write_bytes(path.read_bytes()[: 100 * number])
+    assert [p for i in range(21) for p in ShardSource(str(folder)).captions(i)] == [f"picture {i}" for i in range(21)]
+
+
+def test_the_index_is_mapped_not_held(tmp_path):
+    rows = 100_000
+    numbers = np.arange(rows)
+    columns = [numbers.astype(field.type.to_pandas_dtype()) for field in shard_index.SCHEMA if field.name != "key"]
+    keys = pa.array([b"%09d" % number for number in range(rows)], pa.large_binary())
+    place = shard_index._place("0" * 32)
+    place.parent.mkdir(parents=True)
+    batch = pa.record_batch([keys, *columns], schema=shard_index.SCHEMA)
+    with pa.ipc.new_file(str(place), batch.schema) as writer:
+        writer.write_batch(batch)
+    before = pa.total_allocated_bytes()
+    index = shard_index.cached_index("0" * 32)
+    assert (len(index), index.key(70_000), index.part(70_000, "json")) == (rows, "000070000", (70_000, 70_000))
+    assert pa.total_allocated_bytes() - before < 10_000
+
+
+def test_open_files_are_bounded_and_closed(tmp_path):
+    write_shards(tmp_path / "many", [1] * 90)
+
+    def held() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("no /proc")
+    before = held()
+    source = ShardSource(str(tmp_path / "many"))
+    for index in (*range(90), *range(90)):
+        assert source.captions(index) == (f"picture {index}",)
+    assert before < held() <= before + OPEN_FILES
+    source._files._open_local.cache_clear()
+    assert held() <= before
+
+
+def test_a_shard_that_goes_away_breaks_its_pairs(folder):
+    source = ShardSource(str(folder))
+    (folder / "00002.tar").unlink()
+    source._files._open_local.cache_clear()
+    with pytest.raises(BrokenPair, match=r"unreadable shard: 00002.tar/000000006 \(No such file"):
+        source[6]

@@ -1,0 +1,388 @@
+"""Tables of pairs: paths, columns, broken rows, and what JSONL and CSV may hold."""
+
+import csv
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data.tables import KINDS, message, reason_of, write
+from declip.data.pair import BrokenPair, SkipCounter
+from declip.data.sources import rows as table_rows
+from declip.data.sources.open import open_source
+from declip.data.sources.table import IMAGE_NAMES, TableSource, find_column
+from declip.errors import UserError
+
+
+@pytest.fixture
+def folder(three_pictures):
+    return three_pictures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_paths_are_relative_to_the_table(folder, kind):
+    source = TableSource(write(folder / f"t.{kind}", [("a.png", "first"), ("./b.png", "second  one ")]))
+    assert len(source) == 2
+    assert source.name == f"t.{kind}"
+    assert (source[0].key, source[0].captions) == ("a.png", ("first",))
+    assert source[1].captions == source.captions(1) == ("second one",)
+    assert source[1].image.getpixel((0, 0)) == (1, 1, 1)
+    assert source[1].image.size == (3, 2)
+    again = pickle.loads(pickle.dumps(source))
+    assert again[1].captions == ("second one",)
+    assert len(pickle.dumps(source)) < 1000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_bad_row_leaves_the_others(folder, kind):
+    (folder / "text.jpg").write_text("I am text")
+    rows = [("a.png", "x" * 100_000), ("none.png", "gone"), ("text.jpg", "words"), ("b.png", " "), ("", "no path")]
+    source = TableSource(write(folder / f"t.{kind}", [*rows, ("c.png", "good")]))
+    found = {}
+    for index in range(len(source)):
+        try:
+            pair = source[index]
+            found[pair.key] = pair.captions
+        except BrokenPair as broken:
+            found[broken.key] = broken.reason
+    place = {"jsonl": "line 5", "csv": "row 6", "tsv": "row 6", "parquet": "row 4"}[kind]
+    assert found == {
+        "a.png": "caption too long",
+        "none.png": "missing image",
+        "text.jpg": "unreadable image",
+        "b.png": "empty caption",
+        place: "missing image",
+        "c.png": ("good",),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_root_cannot_be_left(folder, kind):
+    inside = folder / "images"
+    inside.mkdir()
+    Image.new("RGB", (2, 2), "red").save(inside / "r.png")
+    rows = [
+        ("r.png", "in"),
+        ("../a.png", "out"),
+        (str(folder / "b.png"), "out"),
+        ("x/../r.png", "in"),
+        (f"{inside}/r.png", "in"),
+    ]
+    source = TableSource(write(folder / f"t.{kind}", rows), image_root=inside)
+    assert [source[i].captions for i in (0, 3, 4)] == [("in",)] * 3
+    assert reason_of(source, 1) == reason_of(source, 2) == "path outside image root"
+    free = TableSource(write(inside / f"t.{kind}", rows))
+    assert free[1].image.size == (3, 2)
+
+
+def test_a_web_address_is_told_apart(folder):
+    source = TableSource(write(folder / "t.jsonl", [("https://example.org/a.png", "x")]))
+    with pytest.raises(BrokenPair, match="a web address; download"):
+        source[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_column_is_named_with_what_is_there(folder, kind):
+    told = message(write(folder / f"t.{kind}", [("a.png", "x")]), caption_column="captoin")
+    assert "has no column 'captoin' for the caption. Did you mean 'caption'?" in told
+    assert "Its columns: 'image', 'caption'. Name the right one with caption_column." in told
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "found"),
+    [
+        (["caption", "image"], "image", "image"),
+        (["url", "FilePath", "title"], "image", "FilePath"),
+        (["filename", "image_path"], "image", "image_path"),
+        (["Image ", "caption"], "image", "Image "),
+        (["path", "picture"], "picture", "picture"),
+    ],
+)
+def test_usual_names_are_found(columns, given, found):
+    assert find_column(columns, given, IMAGE_NAMES, "image", Path("t.csv")) == found
+
+
+@pytest.mark.parametrize("given", ["image", "filename"])
+def test_a_name_asked_for_is_not_replaced(given):
+    with pytest.raises(UserError, match=f"no column '{given}'"):
+        find_column(["picture", "path" if given != "image" else "p"], given, IMAGE_NAMES, "image", Path("t.csv"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_with_nothing_in_them(folder, kind):
+    path = folder / f"t.{kind}"
+    path.touch()
+    assert "is empty" in message(path) or "is not a Parquet file" in message(path)
+    write(path, [])
+    told = message(path)
+    assert "no rows" in told or "is empty" in told or "holds null" in told
+
+
+def test_tables_that_are_not_there_or_no_tables(folder):
+    assert "no file or folder" in message(folder / "none.csv")
+    with pytest.raises(UserError, match="There is no table"):
+        TableSource(folder / "none.csv")
+    assert "no folder" in message(write(folder / "t.csv", [("a.png", "x")]), image_root=folder / "none")
+    (folder / "t.jsonl").write_text('[\n{"image": "a.png"}\n]\n')
+    assert TableSource(folder / "t.jsonl", caption_column="image").captions(1) == ("a.png",)
+    (folder / "t.jsonl").write_text('[{"image": "a.png", "caption": "x"}]\n')
+    assert "is not JSONL, a JSON object on each line: unreadable row: line 1" in message(folder / "t.jsonl")
+    (folder / "t.parquet").write_text("image,caption\n")
+    assert "is not a Parquet file" in message(folder / "t.parquet")
+    (folder / "t.csv").write_text("image,caption\na.png,x\n", encoding="utf-16")
+    assert "is UTF-16. Save it as UTF-8." in message(folder / "t.csv")
+    (folder / "t.csv").write_text("a.png,a cat\n")
+    assert "Its columns: 'a.png', 'a cat'" in message(folder / "t.csv")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_one_image_are_one_pair(folder, kind):
+    rows = ["b.png|first", "|lost", "a.png|second", "b.png|third", "b.png|first", "a.png| ", "|lost too"]
+    source = TableSource(write(folder / f"t.{kind}", [tuple(row.split("|")) for row in rows]))
+    assert [source.captions(i) for i in range(len(source))] == [
+        ("first", "third"),
+        ("lost",),
+        ("second",),
+        ("lost too",),
+    ]
+    assert [source.key(0), source[2].key] == ["b.png", "a.png"]
+    assert reason_of(source, 1) == reason_of(source, 3) == "missing image"
+
+
+def test_many_tables_are_refused_by_the_way_to_name_them(folder):
+    (folder / "set/data").mkdir(parents=True)
+    for number in range(2):
+        write(folder / f"set/data/{number}.parquet", [("a.png", "x")])
+    words = (f"{folder}/set", f"{folder}/set/data/*.parquet", "https://example.org/0.parquet")
+    assert all("data.source=[" in message(word) for word in words)
+
+
+# JSONL
+
+
+def test_jsonl_rows_are_found_across_blank_lines(folder):
+    rows = [{"image": f"{i}.png", "caption": f"n {i}" + "é" * i} for i in range(20)]
+    text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "t.jsonl").write_text(text.replace("\n\n", "\r\n\n  \t \n\r\r\n", 3), encoding="utf-8")
+    source = TableSource(folder / "t.jsonl")
+    assert len(source) == 20
+    assert [source.captions(i)[0] for i in range(20)] == [f"n {i}" + "é" * i for i in range(20)]
+
+
+def test_jsonl_rows_of_every_kind(folder):
+    lines = [
+        b'{"image": "a.png", "caption": ["one", "", "two", "one"]}',
+        b'{"image": "b.png"}',
+        b'{"caption": "x"}',
+        b'{"image": "./a.png", "caption": 5}',
+        b'{"image": {"bytes": ""}, "caption": "x"}',
+        b'{"image": "a.png", "caption": "caf\xe9"}',
+        b'{"image": "a.png", "caption": "half"',
+        b'["a.png", "x"]',
+        b'{"image": "././a.png", "caption": "\\ud83d"}',
+        b"[" * 100_000,
+    ]
+    (folder / "t.jsonl").write_bytes(b"\n".join(lines))
+    source = TableSource(folder / "t.jsonl")
+    assert source[0].captions == ("one", "two")
+    assert [reason_of(source, i) for i in range(1, 10)] == [
+        "empty caption",
+        "missing image",
+        "unreadable row",
+        "missing image",
+        "invalid text",
+        "unreadable row",
+        "unreadable row",
+        "invalid text",
+        "unreadable row",
+    ]
+    with pytest.raises(BrokenPair, match="line 8"):
+        source[7]
+    with pytest.raises(IndexError):
+        source[10]
+
+
+def test_jsonl_row_without_end(folder, monkeypatch):
+    monkeypatch.setattr(table_rows, "LONGEST_ROW", 1000)
+    rows = [("a.png", "good"), ("b.png", "x" * 1000)]
+    assert reason_of(TableSource(write(folder / "t.jsonl", rows)), 1) == "unreadable row"
+
+
+def test_the_authors_list_reads_as_it_is(folder):
+    lines = [{"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"]
+    (folder / "lists").mkdir()
+    (folder / "lists/yfcc15m.json").write_text("\n".join(json.dumps(line) for line in lines))
+    source = open_source(folder / "lists/yfcc15m.json", image_root=folder)
+    assert (len(source), source[2].key, source[2].captions) == (3, "c.png", ("a c",))
+    (folder / "array.json").write_text(json.dumps(lines))
+    assert "is not JSONL" in message(folder / "array.json")
+    assert "It is one JSON array; take it apart with: jq -c '.[]' array.json > rows.jsonl" in message(
+        folder / "array.json"
+    )
+
+
+# CSV, TSV
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_captions_keep_the_order_of_the_file(folder, kind):
+    rows = [("abc"[i * 7 % 3] + ".png", str(i)) for i in range(300)]
+    source = TableSource(write(folder / f"t.{kind}", rows))
+    assert len(source) == 3
+    assert [source[i].key for i in range(3)] == ["a.png", "b.png", "c.png"]
+    assert source.captions(1) == tuple(str(i) for i in range(300) if i * 7 % 3 == 1)
+
+
+def test_csv_line_ends_inside_quotes_at_the_end_of_a_block(folder, monkeypatch):
+    monkeypatch.setattr(table_rows, "LONGEST_ROW", 100)
+    rows = [(f"{i}.png", '"' + f"{i}\n" * 9 + '"') for i in range(60)]
+    source = TableSource(write(folder / "t.csv", rows))
+    assert [source.captions(i) for i in range(60)] == [(" ".join([str(i)] * 9),) for i in range(60)]
+
+
+def test_csv_quotes_line_ends_and_a_byte_order_mark(folder):
+    text = '\ufeff"caption",size,image\r\n"a ""big"", old\ncat",3,a.png\r\nplain,4,b.png\r\n'
+    (folder / "t.csv").write_bytes(text.encode())
+    source = TableSource(folder / "t.csv")
+    assert source[0].captions == ('a "big", old cat',)
+    assert source[1].captions == ("plain",)
+
+
+def test_csv_rows_of_the_wrong_length_are_broken_pairs(folder):
+    (folder / "t.csv").write_text("image,caption\na.png,good\nb.png,one, two\nc.png\nb.png,fine\n")
+    source = TableSource(folder / "t.csv")
+    assert len(source) == 4
+    assert source[1].captions == ("fine",)
+    assert reason_of(source, 2) == reason_of(source, 3) == "unreadable row"
+    with pytest.raises(BrokenPair, match=r"row 3 \(3 cells instead of 2\)"):
+        source[2]
+
+
+def test_csv_that_is_not_utf8_breaks_the_rows_not_the_table(folder):
+    (folder / "t.csv").write_bytes(b"image,caption\na.png,caf\xe9\nb\xe9.png,x\nc.png,good\n")
+    source = TableSource(folder / "t.csv")
+    assert [reason_of(source, 0), reason_of(source, 1)] == ["invalid text", "invalid text"]
+    assert source[2].captions == ("good",)
+
+
+@pytest.mark.parametrize(
+    ("head", "rows", "place"),
+    [
+        ("image,caption", ["a.png,good", 'b.png,"lost', *["c.png,x"] * 9], "row 3, character 7"),
+        ("image,caption", ['a.png,"two\nlines"', 'b.png,"lost', 'c.png,said "so"', "b.png,x"], "row 3, character 7"),
+        ("image,caption", ['a.png,"lost', 'b.png,"there" she said'], "row 2, character 7"),
+        ("image,caption", ['a.png,"hello, you', "b.png,x", 'c.png,and so on"', "b.png,x"], "row 2, character 7"),
+        ("caption,image", ['"hello,a.png', 'and so on",b.png', "x,c.png"], "row 2, character 1"),
+    ],
+)
+def test_csv_whose_quote_would_swallow_rows(folder, head, rows, place):
+    (folder / "t.csv").write_text("\n".join(["\ufeff" + head, *rows, ""]))
+    assert place in message(folder / "t.csv")
+
+
+@pytest.mark.parametrize(
+    "cell", ['"a cat,\nblack, on a mat\nby b.png"', '"one\r\n\r\ntwo ""x"""', '5" wide', '"so" she said', '"x"', '""']
+)
+def test_csv_quotes_that_swallow_nothing(folder, cell):
+    content = f'\ufeff"image","caption"\na.png,{cell}\nb.png,"y"\nc.png,"z"'
+    (folder / "t.csv").write_bytes(content.encode())
+    rows = list(csv.reader(io.StringIO(content.removeprefix("\ufeff"), newline="")))[1:]
+    source = TableSource(folder / "t.csv")
+    assert [source[i].captions if i or cell != '""' else ("",) for i in range(3)] == [
+        (" ".join(caption.split()),) for _, caption in rows
+    ]
+
+
+def test_tsv_without_quotes_is_read_as_it_stands(folder):
+    captions = [
+        '"so" she said', '"lost', 'and "so" on"', '"all of it"', '"says ""it"" twice"', '5" wide', '"', '"x" and "y"',
+        '"he said', 'she said"', '""empty" first', '"two\nlines"', "good",
+    ]  # fmt: skip
+    expected = [*captions[:3], "all of it", 'says "it" twice', *captions[5:11], "two lines", "good"]
+    text = "caption\timage\n" + "".join(f"{caption}\t{i}.png\n" for i, caption in enumerate(captions))
+    (folder / "t.tsv").write_text(text)
+    source = TableSource(folder / "t.tsv")
+    assert [source.captions(i) for i in range(len(source))] == [(caption,) for caption in expected]
+    assert [source.key(i) for i in range(len(source))] == [f"{i}.png" for i in range(len(captions))]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_two_columns_of_one_name(folder, kind):
+    columns = ["image", "caption", "caption"]
+    table = pa.Table.from_arrays([pa.array(["a.png"])] * 3, names=columns)
+    if kind == "csv":
+        (folder / "t.csv").write_text("image,caption,caption\na.png,x,y\n")
+    else:
+        pq.write_table(table, folder / "t.parquet")
+    assert "2 columns named 'caption'" in message(folder / f"t.{kind}")
+    pq.write_table(table.rename_columns(["image", "x", "x"]).append_column("caption", [["x"]]), folder / "t.parquet")
+    assert TableSource(folder / "t.parquet")[0].captions == ("x",)
+
+
+# Keywords, hints, home
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keywords_are_read_from_their_column(folder, kind):
+    path = folder / f"t.{kind}"
+    rows = [("a.png", "one", "red; round,old"), ("b.png", "two", ""), ("a.png", "more", "old ,  very  wet")]
+    if kind == "jsonl":
+        path.write_text(
+            "".join(json.dumps(dict(zip(("image", "caption", "keywords"), r, strict=True))) + "\n" for r in rows)
+        )
+    elif kind == "parquet":
+        columns = zip(("image", "caption", "keywords"), zip(*rows, strict=True), strict=True)
+        pq.write_table(pa.table({name: list(cells) for name, cells in columns}), path)
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="," if kind == "csv" else "\t").writerows(
+                [("image", "caption", "Keywords"), *rows]
+            )
+    source = open_source(path)
+    assert [source[i].keywords for i in range(2)] == [("red", "round", "old", "very wet"), ()]
+    assert source.read_lazy(0).keywords == ("red", "round", "old", "very wet")
+    assert pickle.loads(pickle.dumps(source))[0].keywords == source[0].keywords
+    assert open_source(path, keyword_column="caption")[1].keywords == ("two",)
+    told = message(path, keyword_column="tags")
+    assert "'tags'" in told
+    assert "data.keyword_column" in told
+
+
+def test_keywords_may_be_lists(folder):
+    rows = [{"image": "a.png", "caption": "x", "keywords": ["red", "a, b", 5, " ", "red"]}]
+    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"image": "b.png", "caption": "y"}])))
+    source = open_source(folder / "t.jsonl")
+    assert [source[i].keywords for i in range(2)] == [("red", "a, b"), ()]
+    pq.write_table(
+        pa.table({"image": ["a.png"], "caption": ["x"], "keywords": [["red", "round"]]}), folder / "t.parquet"
+    )
+    assert open_source(folder / "t.parquet")[0].keywords == ("red", "round")
+
+
+def test_semicolons_and_latin_1_get_a_hint(folder):
+    (folder / "t.csv").write_text("image;caption\na.png;x\n")
+    assert "semicolons" in message(folder / "t.csv")
+    (folder / "t.csv").write_bytes("image,caption\na.png,café\n".encode("latin-1"))
+    with pytest.raises(BrokenPair, match="iconv -f latin1"):
+        open_source(folder / "t.csv")[0]
+
+
+def test_home_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    source = open_source(write(folder / "t.csv", [("~/a.png", "x")]).rename(folder / "u.csv"))
+    assert source[0].image.size == (3, 2)
+    assert open_source("~/u.csv", image_root="~").name == "u.csv"
+
+
+def test_a_run_of_missing_images_names_the_path_and_the_remedy(folder):
+    counter = SkipCounter()
+    with pytest.raises(BrokenPair) as caught:
+        open_source(write(folder / "t.csv", [("lost/a.png", "x")]))[0]
+    counter.add(caught.value)
+    for part in ("1 × missing image", str(folder / "lost/a.png"), "data.image_root"):
+        assert part in counter.explanation()

@@ -1,0 +1,71 @@
+import pickle
+
+import pytest
+
+from declip.data.pair import (
+    EXAMPLES_KEPT,
+    LONGEST_CAPTION,
+    BrokenPair,
+    SkipCounter,
+    clean_captions,
+)
+from declip.data.sources.open import open_source
+from declip.errors import UserError
+
+
+def test_captions_are_stripped_joined_and_distinct():
+    assert clean_captions(["  a \n cat", "", None, "a cat", "dog"], "k") == ("a cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ([], "empty caption"),
+        (["", " \t\n", None], "empty caption"),
+        (["ok", "x" * 100_000], "caption too long"),
+        (["x" * (LONGEST_CAPTION + 1)], "caption too long"),
+        (["half \ud800 a letter"], "invalid text"),
+    ],
+)
+def test_captions_that_cannot_be_used(raw, reason):
+    with pytest.raises(BrokenPair) as caught:
+        clean_captions(raw, "the key")
+    assert caught.value.reason == reason
+    assert caught.value.key == "the key"
+
+
+def test_the_longest_caption_is_kept():
+    assert len(clean_captions(["x" * LONGEST_CAPTION], "k")[0]) == LONGEST_CAPTION
+
+
+def test_broken_pair_survives_pickling():
+    again = pickle.loads(pickle.dumps(BrokenPair("missing image", "a.jpg", "no such file")))
+    assert (again.reason, again.key, again.detail) == ("missing image", "a.jpg", "no such file")
+    assert str(again) == "missing image: a.jpg (no such file)"
+
+
+def test_skip_counter_counts_all_and_keeps_few_examples():
+    counter = SkipCounter()
+    for number in range(9):
+        counter.add(BrokenPair("missing image", f"{number}.jpg"))
+    counter.add(BrokenPair("empty caption", "x"))
+    counter.add(BrokenPair("empty caption", "x"))
+    state = counter.to_dict()["reasons"]
+    assert list(state) == ["empty caption", "missing image"]
+    assert state["missing image"] == {"count": 9, "examples": [f"{n}.jpg" for n in range(EXAMPLES_KEPT)]}
+    assert state["empty caption"] == {"count": 2, "examples": ["x"]}
+    assert counter.total == 11
+    assert counter.fraction(22) == 0.5
+    assert SkipCounter().fraction(0) == 0.0
+    again = SkipCounter.from_dict(counter.to_dict())
+    again.add(BrokenPair("empty caption", "y"))
+    assert again.total == 12
+    assert counter.total == 11
+
+
+def test_open_source_refuses_other_files(tmp_path):
+    (tmp_path / "pairs.xlsx").write_bytes(b"PK")
+    with pytest.raises(UserError) as caught:
+        open_source(tmp_path / "pairs.xlsx")
+    assert "'pairs.xlsx' is not a table" in str(caught.value)
+    assert ".jsonl, .json, .csv, .tsv, .parquet" in str(caught.value)

@@ -1,0 +1,302 @@
+"""Sharding a source: what is read back is what was there, whatever it is called and however often it is stopped."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import tarfile
+import time
+from io import BytesIO
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from conftest import draw
+from data.fakes import jpeg, scene
+from data.tars import write_tar
+from declip.data import prepare as module
+from declip.data.images.lazy import open_image
+from declip.data.images.shrink import downscaled_bytes
+from declip.data.pair import BrokenPair, DecodedImage, Pair, PairSource
+from declip.data.prepare import shard_source
+from declip.data.sources.open import open_source
+from declip.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+class Source(PairSource):
+    """Pairs with what is hard to write down; some broken."""
+
+    name = "hostile"
+    credit = "drawn by somebody"
+    keys = ("../../etc/passwd", "a.b.c", "same", "same", "/elsewhere/x", "", "ünï\n\udcff", "CON")
+    said = (
+        ("one",),
+        ("one", "two \\ lines'"),
+        ("\ufeffmarked",),
+        ('"quoted" \\ {json}',),
+        ("日本語 🐈",),
+        ("one", "\ufefftwo"),
+        ("x" * 20_000,),
+        ("one",),
+    )
+    words = ((), (), (), (), (), (), (), ("red", "very round"))
+
+    def __init__(self, broken=()):
+        self.broken = broken
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise BrokenPair("missing image", self.keys[index])
+        return Pair(self.keys[index], scene(40 + index, 30), self.captions(index), self.words[index])
+
+    def captions(self, index):
+        return self.said[index]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Nine pairs: pictures large and small, a PNG, and two that are broken."""
+    where = tmp_path / "pairs"
+    where.mkdir()
+    for number in range(9):
+        (where / f"{number}.jpg").write_bytes(jpeg(scene(300 + number, 200 + number, number)))
+        (where / f"{number}.txt").write_text(f"picture {number}\nscene {number}" if number % 2 else f"picture {number}")
+    (where / "1.jpg").write_bytes(jpeg()[:-300])
+    (where / "4.txt").unlink()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (where / "5.jpg").write_bytes(jpeg(scene(60, 40), exif=turned))
+    draw("red", "circle", 100).save(where / "6.png")
+    (where / "6.jpg").unlink()
+    return where
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_read_back_is_what_was_there(folder, tmp_path, workers):
+    made = shard_source(folder, tmp_path / "made", size=48, shard_pairs=4, workers=workers)
+    before, after = open_source(folder), open_source(tmp_path / "made")
+    assert (made.pairs, made.shards) == (len(after), 3) == (7, 3)
+    assert made.skipped.counts == {"truncated image": 1, "missing caption": 1}
+    assert made.skipped.examples == {"truncated image": ["1.jpg"], "missing caption": ["4.jpg"]}
+    assert made.bytes == sum(path.stat().st_size for path in (tmp_path / "made").glob("*.tar"))
+    assert json.loads((tmp_path / "made/sizes.json").read_text()) == {"000000.tar": 3, "000001.tar": 3, "000002.tar": 1}
+    for place, index in enumerate((0, 2, 3, 5, 6, 7, 8)):
+        old, new = before[index], after[place]
+        assert new.key == f"{index // 4:06d}.tar/{index:09d}"
+        assert (new.captions, new.keywords) == (old.captions, old.keywords)
+        shrunk_to = tuple(max(48, round(side * 48 / min(old.image.size))) for side in old.image.size)
+        assert new.image.size == (old.image.size if index == 5 else shrunk_to)
+        expected = np.asarray(old.image.resize(new.image.size, Image.Resampling.LANCZOS)).astype(int)
+        assert np.abs(expected - np.asarray(new.image)).mean() < 4
+    with tarfile.open(tmp_path / "made/000001.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    assert members["000000005.jpg"] == (folder / "5.jpg").read_bytes(), "turned, and small enough"
+    assert members["000000005.json"] == b'{"caption": ["picture 5", "scene 5"], "keywords": []}'
+    assert members["000000006.txt"] == b"picture 6"
+    assert [name for name in members if name.endswith("png")] == ["000000006.png"]
+
+
+def test_hostile_names_and_captions(tmp_path):
+    source = Source(broken=(3,))
+    shard_source(source, tmp_path / "made", size=256, workers=0)
+    after = open_source(tmp_path / "made")
+    kept = [index for index in range(len(source)) if index != 3]
+    assert [after[place].captions for place in range(len(after))] == [source.said[index] for index in kept]
+    assert [after[place].keywords for place in range(len(after))] == [source.words[index] for index in kept]
+    assert [after[place].image.width for place in range(len(after))] == [40 + index for index in kept]
+    assert (tmp_path / "made/NOTICE.txt").read_text() == "drawn by somebody\n"
+    with tarfile.open(tmp_path / "made/000000.tar") as tar:
+        assert all(re.fullmatch(r"\d{9}\.(jpg|png|txt|json)", name) for name in tar.getnames())
+
+
+def test_the_same_shards_from_shards_and_tables(tmp_path):
+    members = [
+        (f"{key}.{end}", content) for key in ("b", "a") for end, content in (("jpg", jpeg()), ("txt", key.encode()))
+    ]
+    write_tar(tmp_path / "in/0.tar", members)
+    shard_source(tmp_path / "in", tmp_path / "one", size=50, workers=0)
+    for key in ("a", "b"):
+        (tmp_path / f"{key}.jpg").write_bytes(jpeg())
+    rows = [{"picture": f"{key}.jpg", "said": key} for key in ("b", "a")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = {"image_column": "picture", "caption_column": "said", "image_root": tmp_path}
+    shard_source(tmp_path / "rows.jsonl", tmp_path / "two", size=50, workers=0, **table)
+    one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    assert one.keys() == {"000000.tar", "prepared.json", "sizes.json"}
+    assert one["000000.tar"] == two["000000.tar"]
+    assert [open_source(tmp_path / "one").captions(place) for place in (0, 1)] == [("b",), ("a",)]
+
+
+def test_finished_shards_are_not_made_again(folder, tmp_path, monkeypatch):
+    out, options = tmp_path / "made", {"size": 48, "shard_pairs": 4, "workers": 0}
+    shard_source(folder, out, **options)
+    whole = files(out)
+    read = []
+    files_of = module._Packer.files
+    monkeypatch.setattr(module._Packer, "files", lambda self, place: read.append(place) or files_of(self, place))
+    again = shard_source(folder, out, **options)
+    assert (again.pairs, again.skipped.total, read) == (7, 2, [])
+    (out / "000001.tar").write_bytes(whole["000001.tar"][:-512])
+    (out / "000002.tar").unlink()
+    shard_source(folder, out, **options)
+    assert read == [4, 5, 6, 7, 8]
+    assert files(out) == whole
+
+
+def test_it_goes_on_after_a_kill(folder, tmp_path):
+    out = tmp_path / "made"
+
+    def shard_slowly() -> None:
+        os.setsid()
+        files_of = module._Packer.files
+        module._Packer.files = lambda self, place: time.sleep(60 if place == 6 else 0) or files_of(self, place)
+        module.PAIRS_AT_ONCE = 1
+        shard_source(folder, out, size=48, shard_pairs=4, workers=1)
+
+    process = multiprocessing.get_context("fork").Process(target=shard_slowly)
+    process.start()
+    end = time.monotonic() + 60
+    while not list(out.glob(".000001.tar.*.partial")) and time.monotonic() < end:
+        time.sleep(0.02)
+    with pytest.raises(UserError, match="Another process"):
+        shard_source(folder, out, size=48, shard_pairs=4, workers=0)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    assert files(out).keys() == {"000000.tar", "prepared.json"}
+    first = (out / "000000.tar").stat().st_mtime_ns
+    shard_source(folder, out, size=48, shard_pairs=4, workers=0)
+    shard_source(folder, tmp_path / "at once", size=48, shard_pairs=4, workers=0)
+    assert files(out) == files(tmp_path / "at once")
+    assert (out / "000000.tar").stat().st_mtime_ns == first
+    assert not list(out.glob(".*.partial"))
+
+
+def test_it_goes_on_after_a_kill_before_a_shard_is_recorded(folder, tmp_path, monkeypatch):
+    def killed(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Record, "add", killed)
+        with pytest.raises(SystemExit):
+            shard_source(folder, tmp_path / "made", shard_pairs=4, workers=0)
+    assert (tmp_path / "made/000000.tar").exists()
+    assert shard_source(folder, tmp_path / "made", shard_pairs=4, workers=0).pairs == 7
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"size": 50}, "size was 48, now 50"),
+        ({"quality": 91}, "quality was 92, now 91"),
+        ({"shard_pairs": 5}, "shard_pairs was 4, now 5"),
+        ({"caption_column": "said"}, "caption_column was 'caption', now 'said'"),
+    ],
+)
+def test_another_option_in_the_same_folder_is_refused(folder, tmp_path, changed, message):
+    options = {"size": 48, "shard_pairs": 4, "workers": 0}
+    shard_source(folder, tmp_path / "made", **options)
+    before = files(tmp_path / "made")
+    with pytest.raises(UserError, match=f"another source or option: {message}.*--out"):
+        shard_source(folder, tmp_path / "made", **options | changed)
+    assert files(tmp_path / "made") == before
+
+
+def test_another_source_or_one_that_grew_is_refused(folder, tmp_path):
+    shard_source(folder, tmp_path / "made", workers=0)
+    shutil.copytree(folder, tmp_path / "other")
+    with pytest.raises(UserError, match=r"source was '.*pairs', now '.*other'"):
+        shard_source(tmp_path / "other", tmp_path / "made", workers=0)
+    (folder / "9.jpg").write_bytes(jpeg())
+    with pytest.raises(UserError, match="pairs was 9, now 10"):
+        shard_source(folder, tmp_path / "made", workers=0)
+
+
+def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    with pytest.raises(UserError, match=r"already holds something else, such as 'thesis\.tex'"):
+        shard_source(folder, tmp_path / "mine", workers=0)
+    assert files(tmp_path / "mine") == {"thesis.tex": b""}
+    for text in ("{", "[]", '{"made_of": 5, "shards": {}}'):
+        (tmp_path / "mine/prepared.json").write_text(text)
+        with pytest.raises(UserError, match=r"prepared\.json' cannot be read"):
+            shard_source(folder, tmp_path / "mine", workers=0)
+
+
+def test_a_shard_without_a_good_pair_and_a_source_without_any(tmp_path):
+    source = Source(broken=range(4))
+    made = shard_source(source, tmp_path / "made", shard_pairs=4, workers=0)
+    assert (made.pairs, made.shards, made.skipped.counts) == (4, 2, {"missing image": 4})
+    assert len(open_source(tmp_path / "made")) == 4
+    with pytest.raises(UserError, match=r"None of the 8 pairs of 'hostile' can be used: 8 × missing image"):
+        shard_source(Source(broken=range(8)), tmp_path / "none", workers=0)
+
+
+def test_captions_too_many_to_be_read_back_make_a_broken_pair(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LARGEST_TEXT", 1000)
+    made = shard_source(Source(), tmp_path / "made", workers=0)
+    assert made.skipped.counts == {"caption too long": 1}
+
+
+@pytest.mark.parametrize("shape", [(1000, 130), (130, 1000), (256, 256), (257, 256), (100, 50), (2, 900)])
+def test_shapes(shape):
+    for picture in (open_image(jpeg(scene(*shape)), "k"), DecodedImage(scene(*shape))):
+        kind, content = downscaled_bytes(picture, 128, 92)
+        assert kind == "jpg"
+        size = Image.open(BytesIO(content)).size
+        assert min(size) == min(128, *shape)
+        assert max(size) == (max(shape) if min(shape) <= 128 else round(max(shape) * 128 / min(shape)))
+
+
+def test_a_large_jpeg_loses_little_to_being_decoded_smaller():
+    image = scene(1600, 1200)
+    kind, content = downscaled_bytes(open_image(jpeg(image), "k"), 64, 95)
+    exact = np.asarray(image.resize((85, 64), Image.Resampling.LANCZOS)).astype(int)
+    assert kind == "jpg"
+    assert np.abs(np.asarray(Image.open(BytesIO(content))) - exact).mean() < 2
+
+
+def test_drawings_stay_png_where_that_is_smaller_and_jpeg_has_its_limit(monkeypatch):
+    drawing = DecodedImage(draw("red", "circle", 200))
+    kind, content = downscaled_bytes(drawing, 256, 92)
+    assert kind == "png"
+    assert np.array_equal(np.asarray(Image.open(BytesIO(content))), drawing.pixels())
+    assert downscaled_bytes(DecodedImage(scene(200, 200)), 256, 92)[0] == "jpg"
+    line = DecodedImage(scene(70_000, 2))
+    assert downscaled_bytes(line, 256, 92)[0] == "png"
+
+
+def test_quality_is_that_of_the_file():
+    sizes = [len(downscaled_bytes(DecodedImage(scene()), 256, quality)[1]) for quality in (50, 92, 100)]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_a_stopped_call_leaves_the_folder_free(folder, tmp_path, monkeypatch):
+    def stopped(self, place):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Packer, "files", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        shard_source(folder, tmp_path / "made", workers=0)
+    assert files(tmp_path / "made").keys() == {"prepared.json"}
+    with FileLock(tmp_path / "made/.lock", timeout=0):
+        pass
+
+
+def test_the_summary_names_the_pairs_left_out(folder, tmp_path):
+    summary = shard_source(folder, tmp_path / "made", size=48, workers=0).summary()
+    assert "7 pairs, 1 shard," in summary
+    assert "Left out: 1 × truncated image, such as 1.jpg" in summary

@@ -1,0 +1,237 @@
+"""Augmented captions against EDA's semantics and the authors' draws; masking against its rates."""
+
+from collections import Counter
+from itertools import combinations
+from math import sqrt
+
+import numpy as np
+import pytest
+
+from declip.data.text.augment import IGNORED, STOP_WORDS, augment, delete_words, mask_tokens, replace_words, swap_words
+from declip.data.text.synonyms import synonyms
+from declip.data.text.tokenizer import Tokenizer
+from declip.errors import UserError
+from golden_cases import read_json, require_file
+
+OFFICIAL = read_json("eda_cases.json")
+CAPTIONS = sorted({case["caption"] for case in OFFICIAL.get("random_swap", []) if len(case["caption"].split()) > 1})
+FIELD = "A dog runs across the green field."
+
+
+def swaps(words: list[str]) -> set[str]:
+    """All captions that one swap of two places gives."""
+    found = set()
+    for first, second in combinations(range(len(words)), 2):
+        other = list(words)
+        other[first], other[second] = words[second], words[first]
+        found.add(" ".join(other))
+    return found
+
+
+def is_part_of(part: list[str], whole: list[str]) -> bool:
+    """Whether a list is another one with some elements left out."""
+    rest = iter(whole)
+    return all(word in rest for word in part)
+
+
+def within(count: int, trials: int, probability: float) -> bool:
+    """Whether a count is within 4.5 standard deviations of its binomial mean."""
+    return abs(count - trials * probability) <= 4.5 * sqrt(trials * probability * (1 - probability))
+
+
+# EDA
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_swaps_are_the_authors(caption, generator):
+    """One swap of two places; theirs may, after three failed tries, also leave the caption alone."""
+    words = caption.split()
+    possible = swaps(words)
+    drawn = {" ".join(swap_words(words, 1, generator)) for _ in range(max(1500, 40 * len(possible)))}
+    assert drawn == possible
+    authors = {case["result"] for case in OFFICIAL["random_swap"] if case["caption"] == caption}
+    assert authors <= drawn | {caption}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_deletions_are_the_authors(caption, generator):
+    """Each word goes with p = 0.1, in its place in the order. All that the authors drew and is likely comes up."""
+    words = caption.split()
+    drawn = {" ".join(delete_words(words, 0.1, generator)) for _ in range(6000)}
+    assert all(result and is_part_of(result.split(), words) for result in drawn)
+    authors = {case["result"] for case in OFFICIAL["random_deletion"] if case["caption"] == caption}
+    assert all(result and is_part_of(result.split(), words) for result in authors)
+    gone = {result: len(words) - len(result.split()) for result in authors}
+    assert {result for result, n in gone.items() if 6000 * 0.1**n * 0.9 ** (len(words) - n) > 20} <= drawn
+
+
+def test_deletion_rate_and_never_everything(generator):
+    words = [str(number) for number in range(20)]
+    kept = Counter(word for _ in range(2000) for word in delete_words(words, 0.1, generator))
+    assert all(within(kept[word], 2000, 0.9) for word in words)
+    last = Counter(" ".join(delete_words(["a", "b", "c"], 1.0, generator)) for _ in range(3000))
+    assert set(last) == {"a", "b", "c"}
+    assert all(within(count, 3000, 1 / 3) for count in last.values())
+
+
+def test_swaps_are_even(generator):
+    counts = Counter(" ".join(swap_words(["a", "b", "c", "d"], 1, generator)) for _ in range(6000))
+    assert set(counts) == swaps(["a", "b", "c", "d"])
+    assert all(within(count, 6000, 1 / 6) for count in counts.values())
+
+
+def test_each_operation_has_a_third(generator):
+    """The three leave marks of their own: a new word, another order, a word less."""
+    marks = Counter()
+    for _ in range(3000):
+        words = augment("sofa couch field", generator, alpha=1.0).split()
+        marks[
+            "delete" if len(words) == 1 else "swap" if sorted(words) == ["couch", "field", "sofa"] else "replace"
+        ] += 1
+    assert all(within(count, 3000, 1 / 3) for count in marks.values()), marks
+
+
+def test_replacement_keeps_punctuation_capitals_and_possessives(generator):
+    def drawn(caption: str) -> set[str]:
+        return {" ".join(replace_words(caption.split(), 1, generator)) for _ in range(200)}
+
+    assert "the battlefield." in drawn("the field.")
+    assert drawn("(Sofa) with") == {"(Couch) with", "(Lounge) with"}
+    assert drawn("the sofa’s is") == {"the couch’s is", "the lounge’s is"}
+    assert drawn("THE SOFA!") == {"THE COUCH!", "THE LOUNGE!"}
+    assert drawn("my sofas, all") == {"my couches, all", "my lounges, all"}
+
+
+def test_replacement_takes_a_word_everywhere_and_n_different_words(generator):
+    once = {" ".join(replace_words(["Sofa", "and", "sofa,", "dog"], 1, generator)) for _ in range(200)}
+    assert once == {"Couch and couch, dog", "Lounge and lounge, dog", "Sofa and sofa, domestic dog"}
+    twice = {" ".join(replace_words(["Sofa", "and", "sofa,", "dog"], 2, generator)) for _ in range(200)}
+    assert twice == {"Couch and couch, domestic dog", "Lounge and lounge, domestic dog"}
+    assert replace_words(["sofa", "sofa"], 5, generator)[0] in ("couch", "lounge")
+
+
+def test_stop_words_and_unknown_words_stay(generator):
+    for caption in ("Who is IT in the US?", "xyzzy 2009 !!! — …", "The the THE"):
+        assert all(replace_words(caption.split(), 9, generator) == caption.split() for _ in range(20))
+    assert synonyms("who")  # the World LossMonitor Organization, were it not a stop word
+
+
+@pytest.mark.golden
+def test_the_authors_stop_words_are_among_ours():
+    require_file("eda_cases.json")
+    assert set(OFFICIAL["stop_words"]) <= STOP_WORDS
+
+
+def test_number_of_changes_follows_the_paper(generator):
+    """n = max(1, int(alpha * words)): 30 words and alpha 0.1 give three replaced words, three swaps."""
+    nouns = ["sofa", "city", "flower", "car", "phone", "sunset", "kid", "photo", "night"]
+    words = [*nouns, *(str(number) for number in range(20))]
+    replaced = Counter(len(set(nouns) - set(replace_words(words, 3, generator))) for _ in range(50))
+    assert replaced == {3: 50}
+
+    numbers = [str(number) for number in range(30)]  # have no synonyms, so only swaps change their order
+    moved = Counter()
+    for _ in range(1500):
+        changed = augment(" ".join(numbers), generator).split()
+        if len(changed) == 30 and changed != numbers:
+            moved[sum(a != b for a, b in zip(changed, numbers, strict=True))] += 1
+    assert max(moved) == 6
+    assert moved[6] > 0.5 * sum(moved.values())
+    short = [augment("1 2 3 4 5", generator).split() for _ in range(500)]
+    assert {sum(a != b for a, b in zip(c, "12345", strict=True)) for c in short if len(c) == 5} == {0, 2}
+
+
+@pytest.mark.parametrize("caption", ["house", "sofas!", "", "   ", "  sofa ", "日本語のキャプション"])
+def test_one_word_captions_stay(caption, generator):
+    """The authors' EDA replaces a single word, and raises on an empty caption."""
+    assert all(augment(caption, generator, alpha=1.0) == caption for _ in range(50))
+
+
+def test_augment_never_gives_an_empty_caption(generator):
+    for caption in [*CAPTIONS, "a\tb \n c", "two 2 II", "'s ."]:
+        for _ in range(300):
+            changed = augment(caption, generator, alpha=0.9)
+            assert changed
+            assert changed == " ".join(changed.split()) or changed == caption
+
+
+def test_augment_is_reproducible():
+    def views(seed: int) -> list[str]:
+        return [augment(FIELD, np.random.default_rng((seed, 0, index))) for index in range(50)]
+
+    state = np.random.get_state()[1].copy()
+    assert views(1) == views(1)
+    assert views(1) != views(2)
+    assert (np.random.get_state()[1] == state).all()
+
+
+# Masking
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(merges=600)
+
+
+def test_masking_rates(tokenizer, generator):
+    """The golden run of the authors' code measured 0.1501, 0.799, 0.101 and 0.100 over 20,000 draws."""
+    ids = [tokenizer.start, *range(40), tokenizer.end, 0, 0, 0]
+    trials, kinds, places = 0, Counter(), Counter()
+    for _ in range(2500):
+        masked, labels = mask_tokens(ids, generator, tokenizer)
+        trials += 40
+        for place, (now, label) in enumerate(zip(masked, labels, strict=True)):
+            if label == IGNORED:
+                assert now == ids[place]
+                continue
+            assert label == ids[place]
+            places[place] += 1
+            kinds["mask" if now == tokenizer.mask else "kept" if now == label else "random"] += 1
+    chosen = kinds.total()
+    again = 0.1 / tokenizer.start  # a random word is the old one
+    assert within(chosen, trials, 0.15)
+    assert within(kinds["mask"], chosen, 0.8)
+    assert within(kinds["random"], chosen, 0.1 - again)
+    assert within(kinds["kept"], chosen, 0.1 + again)
+    assert set(places) == set(range(1, 41))
+    assert all(within(count, 2500, 0.15) for count in places.values())
+
+
+def test_specials_and_padding_are_never_chosen_nor_put_in(tokenizer, generator):
+    ids = [tokenizer.start, 0, 0, 320, tokenizer.end, 0, 0, 0]
+    put_in = set()
+    for _ in range(4000):
+        masked, labels = mask_tokens(ids, generator, tokenizer, probability=1.0)
+        assert labels == [IGNORED, 0, 0, 320, IGNORED, IGNORED, IGNORED, IGNORED]
+        assert masked[0] == tokenizer.start
+        assert masked[4:] == [tokenizer.end, 0, 0, 0]
+        put_in.update(masked[1:4])
+    assert put_in <= {*range(tokenizer.start), tokenizer.mask}
+    assert len(put_in) > 500
+    low = sum(token < tokenizer.start // 2 for token in put_in - {0, 320})
+    assert abs(low / len(put_in) - 0.5) < 0.1
+
+
+def test_masking_takes_arrays_and_leaves_its_input_alone(tokenizer):
+    ids = tokenizer("a photo of a cat on a sofa")[0].numpy()
+    before = ids.copy()
+    masked, labels = mask_tokens(ids, np.random.default_rng(3), tokenizer, probability=0.5)
+    assert (ids == before).all()
+    assert isinstance(masked, list)
+    assert {type(token) for token in masked + labels} == {int}
+    assert (masked, labels) == mask_tokens(ids.tolist(), np.random.default_rng(3), tokenizer, probability=0.5)
+    assert (masked, labels) != mask_tokens(ids.tolist(), np.random.default_rng(4), tokenizer, probability=0.5)
+
+
+def test_masking_nothing(tokenizer, generator):
+    for text, probability in (("", 1.0), ("a photo of a cat", 0.0)):
+        ids = tokenizer.encode(text)
+        assert mask_tokens(ids, generator, tokenizer, probability) == (ids, [IGNORED] * len(ids))
+
+
+def test_masking_refuses_what_is_no_text(tokenizer, generator):
+    for ids in ([], [tokenizer.start, 5, 6], [5, tokenizer.end], [tokenizer.end]):
+        with pytest.raises(UserError, match="start or end"):
+            mask_tokens(ids, generator, tokenizer)

@@ -1,0 +1,148 @@
+"""Tables with a column of labels."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from declip.data.pair import BrokenPair
+from declip.errors import UserError
+from declip.evaluation.datasets import open_dataset
+from evaluation import trees
+
+ROWS = [("a.jpg", "dog", "train"), ("b.jpg", "cat", "test"), ("c.jpg", "dog", "test"), ("d.jpg", "cat", "val")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for label, (name, *_) in enumerate(ROWS):
+        trees.paint(tmp_path / name, label)
+    return tmp_path
+
+
+def _write(folder: Path, kind: str, head: tuple[str, ...], rows: list[tuple]) -> str:
+    path = folder / f"mine.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({name: [row[i] for row in rows] for i, name in enumerate(head)}), path)
+    elif kind == "jsonl":
+        trees.write(path, "".join(json.dumps(dict(zip(head, row, strict=True))) + "\n" for row in rows))
+    else:
+        mark = "," if kind == "csv" else "\t"
+        trees.write(path, "".join(mark.join(map(str, row)) + "\n" for row in [head, *rows]))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_labels_and_splits(folder: Path, kind: str) -> None:
+    dataset = open_dataset(_write(folder, kind, ("image", "Label", "split"), ROWS))
+    assert (dataset.name, dataset.templates) == (str(folder / f"mine.{kind}"), "plain")
+    found = {}
+    for which in dataset.openers:
+        source = pickle.loads(pickle.dumps(dataset.split(which)))
+        assert source.class_names == ("cat", "dog")
+        found[which] = [
+            (source[i].key, int(source.labels[i]), trees.label_of(source[i].image), source.captions(i))
+            for i in range(len(source))
+        ]
+    assert found == {
+        "train": [("a.jpg", 1, 0, ("dog",))],
+        "validation": [("d.jpg", 0, 3, ("cat",))],
+        "test": [("b.jpg", 0, 1, ("cat",)), ("c.jpg", 1, 2, ("dog",))],
+    }
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_captions_stay_with_labels_and_all_rows_are_the_test(folder: Path, kind: str) -> None:
+    rows = [(name, label, f"a photo of one {label}") for name, label, _ in ROWS]
+    dataset = open_dataset(_write(folder, kind, ("image", "class_name", "caption"), rows))
+    assert list(dataset.openers) == ["test"]
+    test = dataset.split("test")
+    assert test.labels.tolist() == [1, 0, 1, 0]
+    assert test[0].captions == ("a photo of one dog",)
+
+
+def test_a_table_without_labels_is_for_retrieval(folder: Path) -> None:
+    path = _write(folder, "csv", ("image", "caption"), [("a.jpg", "one"), ("a.jpg", "two"), ("b.jpg", "three")])
+    test = open_dataset(path).split("test")
+    assert test.labels is None
+    assert [test.captions(row) for row in range(2)] == [("one", "two"), ("three",)]
+
+
+def test_the_column_is_chosen_by_name(folder: Path) -> None:
+    rows = [("a.jpg", "x", "warm"), ("b.jpg", "y", "cold")]
+    path = _write(folder, "csv", ("image", "label", "tempr"), rows)
+    assert open_dataset(path).split("test").class_names == ("x", "y")
+    assert open_dataset(path, label_column="tempr").split("test").class_names == ("cold", "warm")
+    with pytest.raises(UserError, match=r"column of labels in 'mine.csv' 'temper'.*Did you mean 'tempr'.*image, label"):
+        open_dataset(path, label_column="temper")
+    with pytest.raises(UserError, match="not a table"):
+        open_dataset(f"folder:{folder}", label_column="label")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_numbers_as_labels_are_in_the_order_of_numbers(folder: Path, kind: str) -> None:
+    rows = [("a.jpg", 10), ("b.jpg", 9), ("c.jpg", 10)]
+    test = open_dataset(_write(folder, kind, ("image", "label"), rows)).split("test")
+    assert test.class_names == ("9", "10")
+    assert test.labels.tolist() == [1, 0, 1]
+
+
+def test_images_in_parquet_with_the_names_that_hugging_face_keeps(folder: Path) -> None:
+    images = [{"bytes": (folder / name).read_bytes(), "path": None} for name, *_ in ROWS]
+    table = pa.table({"image": images, "label": [2, 0, -1, 2]})
+    features = {"label": {"names": ["ape", "bee", "cow"], "_type": "ClassLabel"}}
+    known = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(table.replace_schema_metadata(known), folder / "hf.parquet")
+    test = pickle.loads(pickle.dumps(open_dataset(str(folder / "hf.parquet")).split("test")))
+    assert test.class_names == ("ape", "bee", "cow")
+    assert test.labels.tolist() == [2, 0, 0, 2]
+    assert (trees.label_of(test[3].image), test[3].captions) == (3, ("cow",))
+    with pytest.raises(BrokenPair, match=r"missing label: row 2 \('-1'"):
+        test[2]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_rows_without_a_label_are_broken_pairs(folder: Path, kind: str) -> None:
+    rows = [("a.jpg", "dog"), ("b.jpg", " "), ("c.jpg", "cat")]
+    test = open_dataset(_write(folder, kind, ("image", "label"), rows)).split("test")
+    assert test.class_names == ("cat", "dog")
+    assert len(test) == 3
+    with pytest.raises(BrokenPair, match="missing label"):
+        test[1]
+    with pytest.raises(BrokenPair, match="missing label"):
+        test.captions(1)
+    assert test[2].captions == ("cat",)
+
+
+def test_an_image_with_two_labels(folder: Path) -> None:
+    rows = [("a.jpg", "dog"), ("b.jpg", "cat"), ("a.jpg", "cat"), ("b.jpg", "cat"), ("c.jpg", "dog")]
+    test = open_dataset(_write(folder, "csv", ("image", "label"), rows)).split("test")
+    with pytest.raises(BrokenPair, match=r"conflicting labels: a.jpg \(cat, dog\)"):
+        test[0]
+    assert (test[1].key, int(test.labels[1])) == ("b.jpg", 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a.jpg", "x", "test"), ("b.jpg", "x", "test")], "has 1 classes"),
+        ([("a.jpg", "x", "train"), ("b.jpg", "y", "val")], "has no 'test'"),
+        ([("a.jpg", "x", "test"), ("b.jpg", "y", "tst")], "has 'tst'. Known: train, validation, test"),
+        ([("a.jpg", "x", "test"), ("b.jpg", "y", "")], "has not one value for 'b.jpg'"),
+    ],
+)
+def test_what_cannot_be_measured(folder: Path, rows, message) -> None:
+    with pytest.raises(UserError, match=message):
+        open_dataset(_write(folder, "csv", ("image", "label", "split"), rows))
+
+
+def test_a_damaged_row_is_counted_in_the_test(folder: Path) -> None:
+    path = folder / "mine.csv"
+    trees.write(path, "image,label,split\na.jpg,x,train\nb.jpg,y,test\nbroken row\n")
+    test = open_dataset(str(path)).split("test")
+    assert len(test) == 2
+    with pytest.raises(BrokenPair, match="unreadable row"):
+        test[1]

@@ -1,0 +1,167 @@
+"""Sets that torchvision reads, from tiny trees of the real layout."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision import datasets
+
+from declip.data.pair import BrokenPair
+from declip.errors import UserError
+from declip.evaluation.datasets import NAMED, open_dataset
+from declip.evaluation.readers.torchvision_sets import TorchvisionSet
+from evaluation import trees
+
+TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+KINDS = {"cifar10": (datasets.CIFAR10, TEN), "cifar100": (datasets.CIFAR100, ["apple", "aquarium_fish", "lawn_mower"])}
+SUN = ("abbey", "bakery/shop", "jail/indoor", "jail_cell", "theater/indoor_seats")
+
+
+def grow(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
+    make = getattr(trees, name)
+    make(root, patch) if name == "flowers102" else make(root)
+
+
+def labels_of(source) -> list[int]:
+    assert [trees.label_of(source[row].image) for row in range(len(source))] == source.labels.tolist()
+    return source.labels.tolist()
+
+
+EXPECTED = {
+    "pets": (["Abyssinian", "American Bulldog", "Great Pyrenees"], {"train": [0, 1, 2], "test": [2, 0, 0, 0, 1, 2]}),
+    "flowers102": (None, {"train": [0, 59], "validation": [76, 15], "test": [101, 92]}),
+    "cars": (list(trees.CARS), {"train": [2, 0], "test": [1, 2, 0]}),
+    "aircraft": (list(trees.AIRCRAFT), {"train": [0, 3], "validation": [1], "test": [2, 0, 3]}),
+    "food101": (["apple pie", "creme brulee", "waffles"], {"train": [2, 1, 0], "test": [2, 1, 0]}),
+    "dtd": (["banded", "polka-dotted", "zigzagged"], {each: [2, 1, 0] for each in ("train", "validation", "test")}),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_images_labels_and_names(name: str, tmp_path: Path, monkeypatch) -> None:
+    grow(name, tmp_path, monkeypatch)
+    dataset = open_dataset(f"{name}:{tmp_path}")
+    names, splits = EXPECTED[name]
+    assert set(dataset.openers) == set(splits)
+    for which, labels in splits.items():
+        source = pickle.loads(pickle.dumps(dataset)).split(which)
+        assert labels_of(source) == labels
+        assert source.labels.dtype == np.int64
+        assert names is None or list(source.class_names) == names
+        assert [source[row].captions for row in range(len(source))] == [(source.class_names[i],) for i in labels]
+
+
+def test_flowers_are_named_by_their_number(tmp_path: Path, monkeypatch) -> None:
+    grow("flowers102", tmp_path, monkeypatch)
+    test = open_dataset(f"flowers102:{tmp_path}").split("test")
+    assert len(test.class_names) == 102
+    assert [test.class_names[label] for label in test.labels] == ["blackberry lily", "air plant"]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_missing_folder_is_named(name: str, tmp_path: Path, monkeypatch) -> None:
+    grow(name, tmp_path, monkeypatch)
+    reader = NAMED[name].open
+    assert isinstance(reader, TorchvisionSet)
+    shutil.move(tmp_path / reader.folder, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"'{name}' in '{tmp_path}'.*{reader.folder}/"):
+        open_dataset(f"{name}:{tmp_path}")
+
+
+def test_labels_and_captions_need_no_image_and_a_broken_one_is_counted(tmp_path: Path) -> None:
+    trees.pets(tmp_path)
+    images = tmp_path / "oxford-iiit-pet" / "images"
+    (images / "Abyssinian_201.jpg").unlink()
+    (images / "Abyssinian_202.jpg").write_bytes((images / "Abyssinian_203.jpg").read_bytes()[:200])
+    test = open_dataset(f"pets:{tmp_path}").split("test")
+    assert test.labels.tolist() == [2, 0, 0, 0, 1, 2]
+    assert test.captions(1) == ("Abyssinian",)
+    with pytest.raises(BrokenPair, match=r"missing image: oxford-iiit-pet/images/Abyssinian_201\.jpg"):
+        test[1]
+    with pytest.raises(BrokenPair):
+        test[2]
+
+
+def test_files_of_another_set_are_not_taken_for_it(tmp_path: Path, monkeypatch) -> None:
+    trees.flowers102(tmp_path, monkeypatch)
+    with (tmp_path / "flowers-102" / "setid.mat").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match="not what was published, or damaged"):
+        open_dataset(f"flowers102:{tmp_path}")
+    trees.dtd(tmp_path)
+    (tmp_path / "dtd" / "dtd" / "labels" / "test1.txt").write_text("no slash here\n")
+    with pytest.raises(UserError, match=r"'dtd'.*damaged"):
+        open_dataset(f"dtd:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cifar(name: str, tmp_path: Path, monkeypatch) -> None:
+    kind, classes = KINDS[name]
+    trees.cifar(tmp_path, monkeypatch, kind, classes)
+    dataset = open_dataset(f"{name}:{tmp_path}")
+    train, test = dataset.split("train"), pickle.loads(pickle.dumps(dataset.split("test")))
+    assert not dataset.has("validation")
+    assert (len(train), len(test)) == (20 if name == "cifar10" else 4, 4)
+    last = len(classes) - 1
+    assert labels_of(test) == [(last - row) % len(classes) for row in range(4)]
+    assert test.class_names == tuple(each.replace("_", " ") for each in classes)
+    labels_of(train)
+    assert test[0].image.size == (32, 32)
+    assert test.captions(0) == (test.class_names[last],)
+
+
+def test_missing_and_changed_batches_of_cifar(tmp_path: Path, monkeypatch) -> None:
+    kind, classes = KINDS["cifar10"]
+    trees.cifar(tmp_path, monkeypatch, kind, classes)
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    content = batch.read_bytes()
+    batch.unlink()
+    with pytest.raises(UserError, match=r"not complete.*cifar-10-batches-py/"):
+        open_dataset(f"cifar10:{tmp_path}")
+    # A pickle runs code when it is read, so one that is not the published file never is.
+    batch.write_bytes(content + b"x")
+    with pytest.raises(UserError, match="not what was published"):
+        open_dataset(f"cifar10:{tmp_path}")
+
+
+class TestSUN397:
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        base = tmp_path / "SUN397"
+        trees.write(base / "ClassName.txt", "".join(f"/{name[0]}/{name}\n" for name in SUN))
+        for label, name in enumerate(SUN):
+            for number in "abc":
+                trees.paint(base / name[0] / name / f"sun_{number}{label}.jpg", label)
+        return tmp_path
+
+    @pytest.mark.parametrize("place", ["SUN397", "SUN397/Partitions", "Partitions", "."])
+    def test_the_official_lists(self, root: Path, place: str) -> None:
+        lines = "".join(f"/{name[0]}/{name}/sun_{{}}{label}.jpg\n" for label, name in enumerate(SUN))
+        trees.write(root / place / "Training_01.txt", lines.replace("{}", "a"))
+        trees.write(root / place / "Testing_01.txt", lines.replace("{}", "c"))
+        dataset = open_dataset(f"sun397:{root}")
+        assert labels_of(dataset.split("train")) == labels_of(dataset.split("test")) == [0, 1, 2, 3, 4]
+        assert dataset.split("train")[2].key == "j/jail/indoor/sun_a2.jpg"
+        assert dataset.split("test")[2].key == "j/jail/indoor/sun_c2.jpg"
+
+    def test_a_sampled_split_does_not_depend_on_the_order_of_the_disk(self, root: Path, monkeypatch) -> None:
+        found = open_dataset(f"sun397:{root}").split("test")
+        assert found.class_names == ("abbey", "bakery shop", "jail indoor", "jail cell", "theater indoor seats")
+        assert len(labels_of(found)) == len(found)
+        rglob = Path.rglob
+        monkeypatch.setattr(Path, "rglob", lambda self, pattern: sorted(rglob(self, pattern), reverse=True))
+        again = open_dataset(f"sun397:{root}").split("test")
+        keys = [found[row].key for row in range(len(found))]
+        assert keys == [again[row].key for row in range(len(again))]
+        assert keys == sorted(keys)
+
+    def test_missing_and_strange(self, root: Path) -> None:
+        for name in ("Training_01.txt", "Testing_01.txt"):
+            trees.write(root / "SUN397" / name, "/z/zoo/sun_a.jpg\n")
+        with pytest.raises(UserError, match="names the class 'zoo'"):
+            open_dataset(f"sun397:{root}")
+        (root / "SUN397" / "ClassName.txt").unlink()
+        with pytest.raises(UserError, match=r"SUN397/ with ClassName\.txt"):
+            open_dataset(f"sun397:{root}")

@@ -1,0 +1,130 @@
+"""A tiny model with random weights, a folder of images without captions, and indices of made-up vectors."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from conftest import COLOURS, SHAPES, TINY, WEIGHTS, draw
+from declip.cli import app as cli
+from declip.data.sources.origin import Origin
+from declip.interchange.declip_file import write_declip_file
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.search.approximate import refresh
+from declip.search.index import Index
+from declip.search.manifest import ApproximateEntry, Manifest, ModelEntry, SourceEntry, locked_index
+from declip.search.store import IndexedImage, Store, batch_of, write_part
+
+
+def tiny_model(seed: int = 0) -> DualEncoder:
+    """A model of a few thousand random weights."""
+    torch.manual_seed(seed)
+    recipe = Recipe.model_validate({**TINY, "data": {"source": "unused"}, "loss_weights": WEIGHTS["clip"]})
+    return DualEncoder.from_recipe(recipe).eval()
+
+
+def made_up_manifest(dimension: int, captions: bool = False) -> Manifest:
+    """Manifest of an index of vectors that no model made, in float32."""
+    return Manifest(
+        model=ModelEntry(spec="", fingerprint="0" * 64, precision="fp32"),
+        source=SourceEntry(spec="", name="made up"),
+        dtype="float32",
+        captions=captions,
+        dimension=dimension,
+    )
+
+
+def append(folder: Path, manifest: Manifest, images: Tensor, texts: Tensor | None, captions: Sequence[str]) -> None:
+    """Add a part of rows to an index; an empty caption stands for none."""
+    rows = [
+        IndexedImage(id, f"key {id}", (caption,) if caption else (), id, Origin())
+        for id, caption in enumerate(captions, manifest.next_id)
+    ]
+    part = write_part(folder, manifest.next_part, batch_of(manifest, rows, images, texts))
+    manifest.parts, manifest.next_id = [*manifest.parts, part], manifest.next_id + len(rows)
+    manifest.save(folder)
+
+
+def append_vectors(folder: Path, manifest: Manifest, vectors: Tensor, part_rows: int = 500) -> None:
+    """Add rows with vectors of images alone."""
+    for part in vectors.split(part_rows):
+        append(folder, manifest, part, None, [f"caption {manifest.next_id + n}" for n in range(len(part))])
+
+
+def write_index(folder: Path, vectors: Tensor) -> Path:
+    """An index of vectors that no model made."""
+    folder.mkdir(parents=True)
+    append_vectors(folder, made_up_manifest(vectors.shape[1]), vectors)
+    return folder
+
+
+def write_pairs(folder: Path, images: Tensor, texts: Tensor, captions: Sequence[str]) -> Index:
+    """An index of made-up vectors of images and captions."""
+    folder.mkdir(parents=True)
+    append(folder, made_up_manifest(images.shape[1], captions=True), images, texts, captions)
+    return Index.open(folder)
+
+
+def approximate(folder: Path, encode: Callable[[list[str]], Tensor] | None = None) -> ApproximateEntry:
+    """`Index.approximate` without a model."""
+    with locked_index(folder):
+        return refresh(Store(folder), encode)
+
+
+def clustered(rows: int, width: int, generator: torch.Generator, seed: int = 0) -> Tensor:
+    """(rows, width) of length 1, around a hundred centers that the seed sets."""
+    centers = torch.randn(100, width, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.randint(100, (rows,), generator=generator)
+    return normalize(centers[chosen] + 0.7 * torch.randn(rows, width, generator=generator), dim=-1)
+
+
+class Outcome(NamedTuple):
+    """Exit status and output of a command."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs the command as a shell starts it."""
+
+    def run(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["declip", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return Outcome(int(caught.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def model() -> DualEncoder:
+    """The model that makes the indices."""
+    return tiny_model()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """24 images of shapes, without captions."""
+    path = tmp_path / "shapes"
+    path.mkdir()
+    for color in COLOURS:
+        for shape in SHAPES:
+            draw(color, shape).save(path / f"{color}-{shape}.png")
+    return path
+
+
+@pytest.fixture(scope="session")
+def weights_file(model: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a file."""
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    write_declip_file(model, path)
+    return path

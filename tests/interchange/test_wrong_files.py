@@ -1,0 +1,139 @@
+"""Every wrong file of weights, by each reader of files: one line names the file and what differs first."""
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+import declip
+from declip.errors import UserError
+from declip.interchange.declip_file import FILE
+from declip.interchange.export import import_weights
+from golden_cases import SHIPPED
+from interchange.tiny_open_clip import random_model
+from interchange.towers import build
+
+State = dict[str, Tensor]
+
+
+class Harmful:
+    """What a pickle can do when it is trusted."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("harm"),)
+
+
+def zeros(*names: str, start: str = "") -> State:
+    return {f"{start}{name}": torch.zeros(1) for name in names}
+
+
+def without(state: State, name: str) -> State:
+    return {other: tensor for other, tensor in state.items() if other != name}
+
+
+def image_tower(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+
+
+def in_file(content: Any, name: str) -> bytes:
+    if name.endswith("safetensors"):
+        return save(content)
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def half(content: Any, name: str) -> bytes:
+    whole = in_file(content, name)
+    return whole[: len(whole) // 2]
+
+
+NORM, CLIP = "visual.ln_post.weight", ("visual.conv1.weight", "visual.proj", "logit_scale")
+NOT_OFFICIAL, UNREADABLE = "not weights of the official implementation", "Cannot read weights from '{name}'"
+THEIRS = "as open_clip names them.*open_clip:MODEL/{name}.*local-dir:"
+ONNX = b"\x08\x08\x12\x07pytorch"
+TORCHVISION = {"conv1.weight": torch.ones(8, 3, 7, 7), "layer1.0.conv1.weight": torch.ones(8, 8, 1, 1)}
+
+WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
+    "missing.pth": (lambda own: without(own, NORM), r"'image_tower\.norm\.weight' is missing"),
+    "holed.pth": (lambda own: without(image_tower(own), NORM), r"'image_tower\.norm\.weight' is missing"),
+    "shape.pth": (lambda own: own | {NORM: torch.ones(3)}, r"'image_tower\.norm\.weight' has shape \(3,\)"),
+    "more.pth": (lambda own: own | {"visual.extra": torch.ones(1)}, "'visual.extra' is not a tensor"),
+    "text.pth": (lambda own: own | {"encode_text.extra": torch.ones(1)}, r"'text_tower\.extra' belongs to another"),
+    "torchvision.pth": (lambda _: TORCHVISION, NOT_OFFICIAL),
+    "other.safetensors": (lambda _: {"a": torch.ones(1)}, NOT_OFFICIAL),
+    "clip.pt": (lambda _: zeros(*CLIP), NOT_OFFICIAL),
+    "no_image.pt": (lambda _: zeros("token_embedding.weight", "logit_scale"), NOT_OFFICIAL),
+    "no_scale.pt": (lambda _: zeros("encode_text.token_embedding.weight", "visual.proj"), NOT_OFFICIAL),
+    "transformers.pt": (lambda _: zeros("vision_model.post_layernorm.bias", "text_model.a.bias"), NOT_OFFICIAL),
+    "tensor.pt": (lambda _: {"state_dict": torch.zeros(1)}, NOT_OFFICIAL),
+    "list.pt": (lambda _: [torch.zeros(1)], NOT_OFFICIAL),
+    "none.pt": (lambda _: {}, NOT_OFFICIAL),
+    "bare.pt": (lambda _: zeros(*CLIP, "token_embedding.weight"), THEIRS),
+    "bare.safetensors": (lambda _: zeros(*CLIP, "token_embedding.weight"), THEIRS),
+    "run.pt": (lambda _: {"state_dict": zeros(*CLIP, "text.token_embedding.weight", start="module.")}, THEIRS),
+    "coca.pt": (lambda _: {"epoch": 1, "model": zeros(*CLIP, "text.transformer.x.weight", start="module.")}, THEIRS),
+    "lacking.pt": (lambda _: without(random_model("tiny-vit").state_dict(), "visual.proj"), THEIRS),
+    "misshapen.pt": (lambda _: random_model("tiny-vit").state_dict() | {"visual.proj": torch.zeros(7, 7)}, THEIRS),
+    "half.pth": (lambda own: half(own, "half.pth"), f"{UNREADABLE}.*download the file again"),
+    "half.safetensors": (lambda own: half(own, "half.safetensors"), UNREADABLE),
+    "empty.pt": (lambda _: b"", UNREADABLE),
+    "text.pt": (lambda _: b"no weights", UNREADABLE),
+    "renamed.pth": (lambda _: ONNX, UNREADABLE),
+    "code.pth": (
+        lambda _: pickle.dumps({"model": Harmful()}, protocol=2),
+        f"{UNREADABLE}: it is no file of tensors, or it holds more",
+    ),
+    "model.onnx": (lambda _: ONNX, "'{name}' is an ONNX file"),
+    "nowhere.pth": (lambda _: None, "There is no file '{name}'"),
+}
+"""What a file holds, made from the tensors of an official model, and how the official reader refuses it."""
+
+
+@pytest.mark.usefixtures("open_clip_configs")
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_file_is_refused_by_each_reader(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, message = WRONG[name]
+    content = make({part: t.float() for part, t in load_file(SHIPPED / "clip_vit_tiny.safetensors").items()})
+    if content is not None:
+        Path(name).write_bytes(content if isinstance(content, bytes) else in_file(content, name))
+    with pytest.raises(UserError, match=message.format(name=name)):
+        import_weights(name, "declip-official", "out")
+    theirs = f"Cannot load 'open_clip:tiny-vit/{name}'.*must be those of" if content is not None else name
+    with pytest.raises(UserError, match=theirs) as caught:
+        declip.load(f"open_clip:tiny-vit/{name}")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 800
+    if name == "misshapen.pt":
+        assert "size mismatch" in str(caught.value)
+        assert "visual.proj" in str(caught.value)
+    assert not Path("harm").exists()
+    assert not Path("out").exists()
+
+
+def test_a_file_of_ours_that_was_changed_names_the_first_tensor(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    declip.export(build("vit"), "safetensors", tmp_path / "out")
+    with safe_open(tmp_path / "out" / FILE, "pt") as file:
+        about = file.metadata()
+    tensors, recipe = load_file(tmp_path / "out" / FILE), about["declip.recipe"]
+    first = "model.image_tower.norm.weight"
+    for weights, embed_dim, message in (
+        (without(tensors, first), "16", r"do not fit their recipe: 'image_tower\.norm\.weight' is missing"),
+        (tensors | {"model.extra": torch.ones(1)}, "16", "'extra' belongs to another model"),
+        (tensors | {first: torch.ones(3)}, "16", r"'image_tower\.norm\.weight' has shape \(3,\) instead of \(64,\)"),
+        (tensors, "many", r"recipe of the model in .* cannot be read by this version: .*embed_dim"),
+        (tensors, "32", r"proj\.weight' has shape \(16, 64\) instead of \(32, 64\), and 1 more differ"),
+    ):
+        metadata = about | {"declip.recipe": recipe.replace("embed_dim: 16", f"embed_dim: {embed_dim}")}
+        (tmp_path / "changed.safetensors").write_bytes(save(weights, metadata))
+        with pytest.raises(UserError, match=message):
+            declip.load(tmp_path / "changed.safetensors")

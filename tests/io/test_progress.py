@@ -1,0 +1,107 @@
+"""Progress: bars on a terminal, where the step is never dropped; elsewhere a line from time to time."""
+
+import io
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from declip.api import train
+from declip.io.progress import LineInterval, progress_bar, status
+from declip.training.sinks import Bar, Stretch
+from training.test_trainer import recipe_for
+
+TERMS = ("contrastive", "multi_view", "simsiam", "masked_language", "nearest_neighbor")
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+LINE = r"step {}/8  loss -?\d+\.\d{{3}}  lr \d\.\d\de[-+]\d\d  [\d,]+ samples/s  0:00:\d\d left"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_first_line_comes_early_and_later_ones_are_rare() -> None:
+    clock, lines = Clock(), []
+    interval = LineInterval(clock)
+    for second in range(1, 3601):
+        clock.now = second
+        if interval.due():
+            lines.append(second)
+    waits = [after - before for before, after in itertools.pairwise(lines)]
+    assert lines[0] == 10
+    assert min(waits) >= 10
+    assert max(waits) == 30
+    assert len(lines) == 130
+
+
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with progress_bar(*COLUMNS, get_time=clock) as bar:
+        task = bar.add_task("Images of cars", total=25)
+        for second in range(1, 26):
+            clock.now = second
+            bar.advance(task)
+        bar.update(task, completed=25)
+    printed = capfd.readouterr()
+    lines = [" ".join(line.split()) for line in printed.err.splitlines()]
+    times = ["10/25 0:00:15 left", "20/25 0:00:05 left", "25/25 0:00:00 left"]
+    assert lines == [f"Images of cars {time}" for time in times]
+    assert printed.out == ""
+
+
+def test_what_takes_long_without_steps_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with status("Timing a step of clip, [declip]"), status("hidden", shown=False):
+        pass
+    assert capfd.readouterr().err == "Timing a step of clip, [declip] …\n"
+
+
+@pytest.mark.parametrize(("width", "terms"), [(80, 1), (120, 3), (200, 6)])
+def test_a_narrow_terminal_drops_terms_and_keeps_the_step_and_the_time_left(
+    tmp_path: Path, width: int, terms: int
+) -> None:
+    bar = Bar(Stretch(tmp_path, 0, 100_000, 128))
+    clock = Clock()
+    bar.progress.get_time = bar.progress.tasks[0]._get_time = clock
+    bar.progress.start_task(bar.task)
+    for step in range(1, 21):
+        clock.now = step
+        bar.advance(step)
+    bar.log(20, {"loss": 8.123, "losses": dict.fromkeys(TERMS, 8.123), "samples_per_second": 12_345.0})
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)
+    console.print(bar.progress.get_renderable())
+    (line,) = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "20/100000" in line
+    assert "27:46:20" in line, "99,980 s at a second a step"
+    assert "…" not in line
+    assert line.count(" 8.123") == terms
+
+
+def test_a_run_without_a_terminal_tells_its_steps_there_and_in_its_log(
+    table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe_for(table, "clip"), out=tmp_path, report=False)
+    printed = capfd.readouterr().err
+    for text in (printed, (tmp_path / "log.txt").read_text()):
+        assert re.findall(LINE.format(2), text), text
+        assert re.findall(LINE.format(8), text), "the last step too"
+        assert len(re.findall(r"step \d/8 ", text)) == 2
+    assert "━" not in printed
+
+
+def test_on_a_terminal_the_lines_are_in_the_log_only(
+    table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "150")
+    train(recipe_for(table, "clip"), out=tmp_path, report=False)
+    printed = capfd.readouterr().err
+    assert "━" in printed
+    assert "step 2/8" not in printed
+    assert re.findall(LINE.format(2), (tmp_path / "log.txt").read_text())

@@ -1,0 +1,152 @@
+"""Wrong text encoders: one sentence that says what is wrong, and no file that could run code is opened."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TINY, WEIGHTS
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import ENTRY, TextEncoder, encoder_kept_in, read_encoder
+from declip.recipe.schema import Recipe
+from text_encoders import bert, roberta
+
+pytest.importorskip("transformers")
+
+
+def build(folder: str | Path, **text: object) -> DualEncoder:
+    keys = {"context_length": 24, "hf_model": str(folder), **text}
+    return DualEncoder.from_recipe(Recipe.model_validate({**TINY, "text": keys, "loss_weights": WEIGHTS["clip"]}))
+
+
+def changed(folder: Path, **config: object) -> Path:
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**found, **config}))
+    return folder
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no folder"):
+        build(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        build(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="no configuration"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2'.*encoders bert, roberta.*leave text.hf_model out"),
+        ({"is_decoder": True}, "is a decoder"),
+        ({"position_embedding_type": "relative_key"}, "'relative_key'"),
+        ({"vocab_size": "many"}, r"config\.json' cannot be used"),
+        ({"vocab_size": 20}, "69 ids.*vocab_size 20"),
+        ({"pad_token_id": 3}, "pads with id 0.*pad_token_id 3"),
+        ({"max_position_embeddings": 16}, "text.context_length is 24.*positions for 16 ids.*16 or less"),
+        ({"num_hidden_layers": 3}, r"lack 'bert\.encoder\.layer\.2\.[^']*' and 15 more.*text.pretrained=false"),
+        ({"hidden_size": 64}, "cannot be built"),
+        ({"hidden_act": "sinister"}, "cannot be built"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used(tmp_path: Path, config: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build(changed(bert(tmp_path / "bert"), **config))
+
+
+def test_weights_that_could_run_code_are_not_opened(tmp_path: Path) -> None:
+    folder = bert(tmp_path / "bert")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no model\.safetensors.*pytorch_model\.bin.*save_pretrained"):
+        build(folder)
+    assert build(folder, pretrained=False).text_tower.width == 32
+
+
+def test_half_a_file_of_weights(tmp_path: Path) -> None:
+    path = bert(tmp_path / "bert") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be built"):
+        build(path.parent)
+
+
+def test_tokenizers_that_are_missing_damaged_or_lack_a_token(tmp_path: Path) -> None:
+    folder = roberta(tmp_path / "roberta")
+    whole = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**whole, "mask_token": None}))
+    with pytest.raises(UserError, match="no mask_token"):
+        build(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        build(folder)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"no tokenizer: none of tokenizer\.json"):
+        build(folder)
+
+
+def test_transformers_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"pip install 'declip\[hf\]'"):
+        build(tmp_path)
+
+
+def test_a_name_of_the_hub_without_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"Cannot fetch 'huggingface:nobody/nothing'.*Check the network") as error:
+        build("huggingface:nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+def test_of_the_hub_no_file_is_fetched_that_could_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = bert(tmp_path / "bert"), []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert build("huggingface:owner/name").text_tower.width == 32
+    build("huggingface:owner/name", pretrained=False)
+    assert [name for name, _ in asked] == ["owner/name"] * 2
+    assert [any("safetensors" in each for each in patterns) for _, patterns in asked] == [True, False]
+    assert not any(each.endswith((".py", ".bin", "*")) for _, patterns in asked for each in patterns)
+
+
+def test_what_is_kept_names_no_folder_and_no_code(tmp_path: Path) -> None:
+    folder = changed(bert(tmp_path / "bert"), auto_map={"AutoModel": "evil.Model"}, attn_implementation="owner/kernel")
+    kept = read_encoder(str(folder), pretrained=True).to_tensor()
+    text = kept.numpy().tobytes().decode()
+    assert not any(word in text for word in ("evil", "kernel", "auto_map", "_name_or_path", str(tmp_path)))
+    assert TextEncoder.from_tensor(kept).to_tensor().equal(kept)
+
+
+def test_an_encoder_that_did_not_come_with_the_weights_is_not_looked_for(tmp_path: Path) -> None:
+    folder = bert(tmp_path / "bert")
+    recipe = Recipe.model_validate({**TINY, "text": {"hf_model": str(folder)}, "loss_weights": WEIGHTS["clip"]})
+    with pytest.raises(UserError, match="came without their text encoder"):
+        encoder_kept_in({}, recipe, tmp_path)
+    for text in ("", "{", "[]", "{}", '{"config": {}, "tokenizer": 3}'):
+        damaged = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        with pytest.raises(UserError, match="damaged"):
+            encoder_kept_in({ENTRY: damaged}, recipe, tmp_path)
+
+
+def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    first, second = build(bert(tmp_path / "one")), build(bert(tmp_path / "two"))
+    second.load_state_dict(first.state_dict())
+    text = (tmp_path / "two/vocab.txt").read_text().replace("\nred\n", "\ndim\n")
+    (tmp_path / "two/vocab.txt").write_text(text)
+    with pytest.raises(UserError, match="another configuration or tokenizer"):
+        build(tmp_path / "two").load_state_dict(first.state_dict())
+
+
+def test_pooling_goes_with_an_encoder() -> None:
+    with pytest.raises(ValueError, match=r"text\.pooling=mean goes with text\.hf_model"):
+        Recipe.model_validate({"text": {"pooling": "mean"}})

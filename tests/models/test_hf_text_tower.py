@@ -1,0 +1,175 @@
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import TINY, WEIGHTS
+from declip.errors import UserError
+from declip.models.blocks import blocks_of
+from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import encoder_kept_in
+from declip.models.length_buckets import encode_by_length
+from declip.recipe.schema import Recipe
+from declip.supervision.objective import Objective
+from declip.training.optimizer import decays
+from text_encoders import CAPTIONS, bert, distilbert, roberta
+
+transformers = pytest.importorskip("transformers")
+
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "bert": bert,
+    "roberta": roberta,
+    "xlm-roberta": partial(roberta, kind="XLMRoberta"),
+    "camembert": partial(roberta, kind="Camembert"),
+    "distilbert": distilbert,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("encoders")
+    return {kind: make(root / kind) for kind, make in KINDS.items()}
+
+
+def model_of(folder: Path, weights: str = "clip", **text: Any) -> DualEncoder:
+    keys = {"context_length": 24, "hf_model": str(folder), **text}
+    torch.manual_seed(0)
+    return DualEncoder.from_recipe(
+        Recipe.model_validate({**TINY, "text": keys, "loss_weights": WEIGHTS[weights]})
+    ).eval()
+
+
+def states(folder: Path, tokens: torch.Tensor, padding: int) -> torch.Tensor:
+    """transformers' own token states, of the public class and from the public mask."""
+    theirs = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).double().eval()
+    return theirs(input_ids=tokens, attention_mask=(tokens != padding).long()).last_hidden_state
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("pooling", ["auto", "cls", "mean", "eos"])
+def test_features_are_transformers_own_pooled_and_projected(folders: dict[str, Path], kind: str, pooling: str) -> None:
+    model = model_of(folders[kind], pooling=pooling, projection_bias=True).double()
+    tower, tokens = model.text_tower, model.tokenize(CAPTIONS)
+    words, found = states(folders[kind], tokens, model.tokenizer.padding), tower(tokens)
+    rows = [[int(token) for token in row if token != model.tokenizer.padding] for row in tokens]
+    pool = {
+        "cls": lambda row, length: row[0],
+        "auto": lambda row, length: row[0],
+        "mean": lambda row, length: row[:length].mean(dim=0),
+        "eos": lambda row, length: row[length - 1],
+    }[pooling]
+    expected = torch.stack([pool(row, len(ids)) for row, ids in zip(words, rows, strict=True)])
+    expected = expected @ tower.text_projection.weight.T + tower.text_projection.bias
+    assert found.lengths.tolist() == [len(ids) for ids in rows]
+    torch.testing.assert_close(found.pooled, expected, rtol=0, atol=1e-6)
+    for row, length in enumerate(found.lengths):
+        torch.testing.assert_close(found.text_tokens[row, :length], words[row, :length], rtol=0, atol=1e-6)
+
+
+MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("cls_token", "cls"), ("mean_tokens", "mean"), ("lasttoken", "eos"), (None, "mean")]
+)
+def test_auto_pools_as_a_sentence_encoder_says(tmp_path: Path, mode: str | None, expected: str) -> None:
+    folder = bert(tmp_path / "bert")
+    (folder / "1_Pooling").mkdir()
+    older = {"word_embedding_dimension": 32, **{f"pooling_mode_{each}": each == mode for each in MODES}}
+    newer = {"embedding_dimension": 32, "pooling_mode": {"eos": "lasttoken"}.get(expected, expected)}
+    for config in (older, newer, {**newer, "pooling_mode": [newer["pooling_mode"]]}):
+        (folder / "1_Pooling/config.json").write_text(json.dumps(config))
+        model = model_of(folder)
+        tokens = model.tokenize(CAPTIONS)
+        assert torch.equal(model.encode_text(tokens), model_of(folder, pooling=expected).encode_text(tokens))
+        kept = encoder_kept_in(model.state_dict(), model.recipe, folder)  # type: ignore[arg-type]
+        assert DualEncoder.from_recipe(model.recipe, kept).text_tower.pooling == expected  # type: ignore[arg-type]
+        assert model_of(folder, pooling="cls").text_tower.pooling == "cls"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
+        {"pooling_mode": "weightedmean"},
+        {"pooling_mode": ["mean", "cls"]},
+        {"pooling_mode": 3},
+        [],
+    ],
+)
+def test_pooling_that_is_not_ours_is_refused_where_none_is_given(tmp_path: Path, config: object) -> None:
+    folder = bert(tmp_path / "bert")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"1_Pooling.*text\.pooling=mean"):
+        model_of(folder)
+    assert model_of(folder, pooling="mean").text_tower.pooling == "mean"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_do_not_depend_on_the_padding(folders: dict[str, Path], kind: str) -> None:
+    model = model_of(folders[kind])
+    tokens = model.tokenize(["red circle", "blue"])
+    wider = torch.nn.functional.pad(tokens, (0, 24 - tokens.shape[1]), value=model.tokenizer.padding)
+    assert wider.shape[1] > tokens.shape[1]
+    alone = model.tokenize("blue")[:, : len(model.tokenizer.encode("blue"))]
+    for model.text_tower.pooling in ("cls", "mean", "eos"):
+        torch.testing.assert_close(model.encode_text(wider), model.encode_text(tokens), rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.encode_text(alone), model.encode_text(tokens)[1:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_learns_and_blocks_are_found(folders: dict[str, Path], kind: str) -> None:
+    tower = model_of(folders[kind]).text_tower.train()
+    assert len(blocks_of(tower)) == 2
+    tower(torch.tensor([[5, 6, 7, 8]])).pooled.square().sum().backward()
+    assert [name for name, parameter in tower.named_parameters() if parameter.grad is None] == []
+    undecayed = [n for n, p in tower.named_parameters() if p.ndim > 1 and not decays(n, p)]
+    assert undecayed == ["encoder.embeddings.position_embeddings.weight"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_language_head_is_the_encoders_own(folders: dict[str, Path], kind: str) -> None:
+    model = model_of(folders[kind], "declip")
+    objective = Objective(model.recipe, model).eval()  # type: ignore[arg-type]
+    tokens = model.tokenize(["red circle", "blue square in white paper"])
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(folders[kind]).eval()
+    expected = theirs(input_ids=tokens, attention_mask=(tokens != model.tokenizer.padding).long()).logits
+    found = objective.terms["masked_language"].head(model.text_tower(tokens).text_tokens)
+    real = tokens != model.tokenizer.padding
+    torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)
+    own = {id(parameter) for parameter in objective.terms["masked_language"].head.parameters()}
+    assert not own & {id(parameter) for parameter in model.parameters()}
+
+
+def test_without_a_head_in_the_folder_it_starts_at_random(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model = model_of(bert(tmp_path / "bert", model="BertModel"), "declip")
+    head = Objective(model.recipe, model).terms["masked_language"].head  # type: ignore[arg-type]
+    embeddings = model.text_tower.encoder.embeddings.word_embeddings.weight
+    assert torch.equal(head.predictions.decoder.weight, embeddings)
+    assert "no masked-language head" in caplog.text
+
+
+def test_random_weights_come_from_the_seed(folders: dict[str, Path]) -> None:
+    first, second = (model_of(folders["bert"], pretrained=False).state_dict() for _ in range(2))
+    own = model_of(folders["bert"]).state_dict()
+    name = "text_tower.encoder.embeddings.word_embeddings.weight"
+    assert torch.equal(first[name], second[name])
+    assert not torch.allclose(first[name], own[name], atol=0.01)
+
+
+def test_groups_by_length_give_the_features_of_one_pass(folders: dict[str, Path]) -> None:
+    model = model_of(folders["roberta"], pooling="mean").double()
+    tokens = model.tokenize(CAPTIONS)
+    lengths = torch.tensor([len(model.tokenizer.encode(text)) for text in CAPTIONS])
+    whole = model.text_tower(tokens)
+    found = encode_by_length(model.text_tower, tokens, lengths, 3)
+    assert found.lengths.tolist() == whole.lengths.tolist() == lengths.tolist()
+    torch.testing.assert_close(found.pooled, whole.pooled, rtol=0, atol=1e-12)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(found.text_tokens[row, :length], whole.text_tokens[row, :length], rtol=0, atol=1e-12)

@@ -1,0 +1,205 @@
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from declip.errors import UserError
+from declip.recipe.load import SYNONYMS, load_recipe, parse_overrides, recipe_keys, recipe_names, unknown_key
+from declip.recipe.schema import Evaluation, Recipe
+
+DEMO_SETS = {
+    "zero_shot": ("builtin:emoji-validation",),
+    "retrieval": ("builtin:emoji-validation",),
+    "final_zero_shot": ("builtin:emoji-test", "builtin:emoji-test-new", "builtin:emoji-validation-new"),
+    "final_retrieval": ("builtin:emoji-test",),
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    text = (resources.files("declip.recipe.library") / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("#"), "a recipe begins with what it is and what was measured"
+    if not name.startswith("demo-"):
+        assert recipe.evaluation == Evaluation()
+
+
+METHOD = {
+    "clip": {"contrastive": 1},
+    "slip": {"contrastive": 1, "simclr": 1},
+    "filip": {"contrastive": 1, "late_interaction": 1},
+    "declip": {"contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2},
+    "declip-paper": {
+        "contrastive": 0.4, "multi_view": 0.2, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
+    },
+    "defilip": {
+        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
+        "late_interaction": 0.2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_recipes_have_the_weights_of_the_method(name: str) -> None:
+    recipe, demo = load_recipe(name), load_recipe(f"demo-{name}")
+    assert recipe.active_losses == demo.active_losses == METHOD[name]
+    assert (recipe.image.size, demo.image.size) == (224, 32)
+    assert recipe.data.workers == "auto"
+
+
+def test_the_recipes_for_photographs_differ_in_losses_and_views_only() -> None:
+    keys = {"name", "views", "loss_weights", "nearest_neighbor", "masked_language", "late_interaction"}
+    trees = [load_recipe(name).model_dump(exclude=keys) for name in (*METHOD, "clip-captions", "declip-keywords")]
+    assert all(tree == trees[0] for tree in trees)
+
+
+def test_the_published_recipe_has_the_authors_numbers() -> None:
+    recipe = load_recipe("declip-yfcc15m-r50")
+    assert recipe.image.model == "resnet50_clip"
+    assert (recipe.image.size, recipe.embed_dim) == (224, 1024)
+    assert (recipe.text.width, recipe.text.layers, recipe.text.heads, recipe.text.context_length) == (512, 12, 8, 77)
+    train = recipe.train
+    assert (train.batch_size, train.steps, train.warmup_steps) == (4096, 128000, 2500)
+    assert (train.warmup_lr, train.lr, train.weight_decay) == (1e-4, 1e-3, 0.1)
+    assert recipe.nearest_neighbor.queue_size == 65536
+    assert recipe.logit_scale.min == 3.0
+    views = recipe.views.image
+    assert (views.scale, views.color_jitter, views.grayscale_prob, views.blur_prob) == (
+        (0.2, 1.0),
+        (0.4, 0.4, 0.4, 0.1),
+        0.2,
+        0.5,
+    )
+
+
+def test_a_recipe_extends_another_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("extends: declip\nseed: 7\ntrain: {steps: 11}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {batch_size: 9}\nloss_weights: {contrastive: 2}\n")
+    recipe = load_recipe(tmp_path / "mine.yaml", {"train.lr": "0.5", "image.size": 48})
+    assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch_size) == ("mine", 7, 11, 9)
+    assert (recipe.train.lr, recipe.image.size) == (0.5, 48)
+    assert recipe.loss_weights == {"contrastive": 2}, "weights are replaced, not merged"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        ({"data.source": "pairs.jsonl"}, {}),
+        ({"data": {"source": "pairs.jsonl"}}, {}),
+        ({"data.source": ["a.csv", "b.csv"]}, {}),
+        ({"data.source": "pairs.jsonl", "evaluation.retrieval": "[h.csv]"}, {"retrieval": ("h.csv",)}),
+        ({"evaluation.retrieval": ["h.csv"], "data.source": "pairs.jsonl"}, {"retrieval": ("h.csv",)}),
+        ({"evaluation": {"retrieval": ["h.csv"]}, "data.source": "pairs.jsonl"}, {"retrieval": ("h.csv",)}),
+        ({"data.source": "builtin:emoji", "seed": 3}, None),
+        ({"evaluation.retrieval": ["h.csv"]}, {**DEMO_SETS, "retrieval": ("h.csv",)}),
+    ],
+)
+def test_a_recipes_evaluation_sets_hold_for_its_own_source(overrides: dict[str, Any], kept: dict[str, Any]) -> None:
+    recipe = load_recipe("demo-declip", overrides)
+    assert recipe.evaluation == Evaluation(**(DEMO_SETS if kept is None else kept))
+
+
+def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("extends: demo-declip\ndata: {source: a.csv}\n")
+    (tmp_path / "mine.yaml").write_text("extends: bare.yaml\nevaluation: {retrieval: [h.csv]}\n")
+    (tmp_path / "both.yaml").write_text("extends: demo-clip\ndata: {source: a.csv}\nevaluation: {retrieval: [h.csv]}\n")
+    (tmp_path / "longer.yaml").write_text("extends: both.yaml\ndata: {source: a.csv}\ntrain: {steps: 9}\n")
+    assert load_recipe(tmp_path / "bare.yaml").evaluation == Evaluation()
+    for name in ("mine", "both", "longer"):
+        assert load_recipe(tmp_path / f"{name}.yaml").evaluation == Evaluation(retrieval=("h.csv",)), name
+
+
+def test_an_override_of_one_weight_keeps_the_others() -> None:
+    recipe = load_recipe("declip", {"loss_weights.simsiam": "0"})
+    assert recipe.loss_weights == {**METHOD["declip"], "simsiam": 0}
+    assert "simsiam" not in recipe.active_losses
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "says"),
+    [
+        ("declop", {}, ("'declop'", "'declip'")),
+        ("clip", {"train.stepps": "5"}, ("'train.stepps'", "'train.steps'")),
+        ("clip", {"trian.steps": "5"}, ("'trian'", "'train'")),
+        ("clip", {"train.steps": "many"}, ("train.steps='many'", "integer")),
+        ("clip", {"data": "pairs.csv"}, ("data='pairs.csv'", "data.source")),
+        ("clip", {"train.batch_size": "1"}, ("train.batch_size=1", "2")),
+        ("clip", {"loss_weights.contrastive": "0"}, ("loss_weights",)),
+        ("clip", {"text.heads": "5"}, ("text.width 384", "text.heads 5")),
+        ("clip", {"train.warmup_lr": "1"}, ("warmup_lr 1.0", "train.lr")),
+        ("clip", {"views.image_count": "1", "views.contrastive_view": "{}"}, ("views.contrastive_view", "image_count")),
+        ("clip", {"views.image_count": "3"}, ("views.image_count=3",)),
+        ("missing.yaml", {}, ("'missing.yaml'",)),
+    ],
+)
+def test_a_mistake_is_named(name: str, overrides: dict[str, str], says: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(name, overrides)
+    assert [part for part in says if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("learning_rate", "'train.lr'"),
+        ("lerning_rate", "'train.lr'"),
+        ("train.lerning_rate", "'train.lr'"),
+        ("finetune.image_siz", "'finetune.image_size'"),
+        ("lr", "'train.lr'"),
+        ("simclr.lr", "'train.lr'"),
+        ("epochs", "'train.steps'"),
+        ("train.num_train_epochs", "'train.steps'"),
+        ("batch_size", "'train.batch_size'"),
+        ("batch-size", "'train.batch_size'"),
+        ("model", "'image.model'"),
+        ("weights", "'loss_weights'"),
+        ("data.num_workers", "'data.workers'"),
+        ("train.threads", "OMP_NUM_THREADS"),
+        ("data.shard_cache_gb", "DECLIP_SHARD_CACHE_GB"),
+    ],
+)
+def test_names_of_other_tools_lead_to_our_keys(given: str, meant: str) -> None:
+    assert meant in str(unknown_key(given))
+
+
+def test_synonyms_lead_to_keys_and_each_to_one() -> None:
+    keys = {*recipe_keys()}
+    assert len(keys) <= 100
+    assert SYNONYMS.keys() <= keys
+    names = [name for given in SYNONYMS.values() for name in given.split()]
+    assert len(names) == len(set(names))
+
+
+def test_one_string_is_a_list_of_one_and_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    overrides = {"evaluation.retrieval": "~/a.csv", "evaluation.zero_shot": "pets:~/pets", "data.source": "~/b.csv"}
+    recipe = load_recipe("clip", overrides | {"data.image_root": "~/images", "finetune.pretrained": "runs/~x"})
+    assert recipe.evaluation.retrieval == ("/home/somebody/a.csv",)
+    assert recipe.evaluation.zero_shot == ("pets:/home/somebody/pets",)
+    assert (recipe.data.source, recipe.data.image_root) == ("/home/somebody/b.csv", "/home/somebody/images")
+    assert recipe.finetune.pretrained == "runs/~x"
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    for name in ("loop", "list", "broken"):
+        with pytest.raises(UserError, match=f"{name}.yaml"):
+            load_recipe(tmp_path / f"{name}.yaml")
+
+
+def test_overrides_are_key_equals_value() -> None:
+    assert parse_overrides(["a.b=1", "c=x=y"]) == {"a.b": "1", "c": "x=y"}
+    with pytest.raises(UserError, match="steps"):
+        parse_overrides(["steps"])
+
+
+def test_the_default_image_tower_exists() -> None:
+    from declip.models.image_tower import SMALL_TOWERS
+
+    assert Recipe().image.model in SMALL_TOWERS

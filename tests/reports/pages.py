@@ -1,0 +1,48 @@
+"""A parser of pages for tests."""
+
+from html.parser import HTMLParser
+
+VOID = {"meta", "img", "link", "br", "hr", "input", "path", "circle", "use"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order; keeps texts by section, ids, links, tags and resources."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.resources: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.alts: list[str | None] = []
+        self.texts: dict[str, str] = {}
+        self.section = "head"
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self.section = given["id"] or ""
+        self.ids += [given["id"] or ""] if "id" in given else []
+        self.resources += [given[name] or "" for name in ("src", "srcset", "data", "action") if name in given]
+        self.links += [given[name] or "" for name in ("href", "xlink:href") if name in given]
+        if tag == "img":
+            self.alts.append(given.get("alt"))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts[self.section] = self.texts.get(self.section, "") + data.replace("\N{NO-BREAK SPACE}", " ")

@@ -1,0 +1,65 @@
+"""Run folders are read in whatever state they are."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from declip.errors import UserError
+from declip.evaluation.results import ZeroShotResult
+from declip.runs.folder import read_run
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _metrics(step: int, **more) -> dict:
+    row = {"step": step, "samples_seen": 10 * step, "seconds": 2.0, "samples_per_second": 100.0, "loss": 1.0}
+    return row | {"losses": {"contrastive": step / 10}} | more
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    run = read_run(tmp_path)
+    assert (run.metrics, run.evaluations, run.skipped, run.recipe_text) == ([], [], None, "")
+    assert (run.step, run.samples_seen, run.samples_per_second, run.seconds) == (0, 0, None, 0.0)
+    assert (run.terms, run.last()) == ([], [])
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder"):
+        read_run(tmp_path / "nowhere")
+
+
+def test_metrics_by_step_the_later_row_of_a_step_wins_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+    rows = [_metrics(2), _metrics(4, samples_per_second=None), _metrics(6, samples_per_second=300.0)]
+    _write(tmp_path / "metrics.jsonl", [*rows, _metrics(4, samples_per_second=200.0)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "pairs')
+    run = read_run(tmp_path)
+    assert run.steps.tolist() == [2, 4, 6]
+    assert (run.step, run.samples_seen, run.samples_per_second, run.seconds) == (6, 60, 200.0, 6.0)
+    assert run.terms == ["contrastive"]
+    np.testing.assert_allclose(run.column("losses.contrastive"), [0.2, 0.4, 0.6])
+    assert np.isnan(run.column("losses.simsiam")).all()
+
+
+def test_evaluations_in_order_and_the_last_of_each(tmp_path: Path) -> None:
+    def row(step: int, on: str, top1: float) -> dict:
+        return {"step": step} | ZeroShotResult(on, 100, 10, top1, 0.5, 0.3).to_dict()
+
+    other = {"step": 20, "dataset": "a", "task": "of another version", "top1": 0.9}
+    _write(tmp_path / "evaluations.jsonl", [row(20, "a", 0.3), row(10, "a", 0.2), row(20, "b", 0.1), other])
+    run = read_run(tmp_path)
+    assert [each.step for each in run.evaluated] == [10, 20, 20]
+    assert [each.step for each in run.measured("zero-shot", "a")] == [10, 20]
+    assert [(each.result.dataset, each.result.top1) for each in run.last()] == [("a", 0.3), ("b", 0.1)]
+
+
+def test_what_was_skipped(tmp_path: Path) -> None:
+    skipped = {"reasons": {"missing image": {"count": 3, "examples": ["a.png"]}}, "seen": 50}
+    (tmp_path / "skipped.json").write_text(json.dumps(skipped))
+    run = read_run(tmp_path)
+    assert run.skipped == skipped["reasons"]
+    assert run.seen == 50

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+import torch
+
+from declip.search import exact
+from declip.search.exact import VectorBlock, nearest
+
+
+def blocks_of(vectors: torch.Tensor, ids: torch.Tensor, sizes: list[int], dead: torch.Tensor) -> list[VectorBlock]:
+    parts = zip(ids.split(sizes), vectors.split(sizes), dead.split(sizes), strict=True)
+    return [VectorBlock(own, some, hidden if hidden.any() else None) for own, some, hidden in parts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nearest_equals_a_loop_in_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "BLOCK_BYTES", 4 * 24 * 7)  # 7 rows: blocks do not divide the parts
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(100, 24, generator=generator).to(dtype)
+    queries = torch.randn(5, 24, generator=generator)
+    ids = torch.arange(100) * 3 + 1
+    dead = torch.rand(100, generator=generator) < 0.3
+    dead[60:70] = True  # a part of which nothing is alive
+    found, scores = nearest(queries, blocks_of(vectors, ids, [60, 10, 30], dead), 10)
+
+    products = queries.numpy().astype(np.float64) @ vectors.numpy().astype(np.float64).T
+    for row, own in enumerate(products):
+        best = sorted((-score, int(ids[at])) for at, score in enumerate(own) if not dead[at])[:10]
+        assert found[row].tolist() == [id_ for _, id_ in best]
+        np.testing.assert_allclose(scores[row], [-score for score, _ in best], rtol=1e-5)
+
+
+def test_equal_scores_are_ordered_by_id_and_few_vectors_give_few_results() -> None:
+    vectors = torch.ones(4, 8)
+    blocks = blocks_of(vectors, torch.tensor([2, 5, 7, 9]), [2, 2], torch.tensor([False, True, False, False]))
+    found, _ = nearest(torch.ones(2, 8), blocks, 10)
+    assert found.tolist() == [[2, 7, 9]] * 2
+    assert nearest(torch.ones(1, 8), [], 3)[0].shape == (1, 0)
