@@ -74,7 +74,7 @@ def prepare(recipe: Recipe) -> tuple[StepParts, PairBatch]:
     model = DualEncoder.from_recipe(recipe).train()
     objective = Objective(recipe, model).train()
     if objective.queue is not None:
-        objective.queue.fill(torch.randn(objective.queue.size, recipe.embed_dim))
+        objective.queue.push(torch.randn(objective.queue.size, recipe.embed_dim))
     plan = plan_of(recipe)
     parts = StepParts(
         learner=build_learner(recipe, model, objective),

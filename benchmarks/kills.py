@@ -34,7 +34,7 @@ from declip.runs import checkpoint
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import METRICS, read_rows
 from declip.supervision.objective import Objective
-from declip.training import monitor, sinks
+from declip.training import monitor
 from declip.training.trainer import Trainer
 
 RECIPES = tuple(
@@ -56,7 +56,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "forward": (Objective, "forward"),
     "backward": (torch.Tensor, "backward"),
     "optimizer": (torch.optim.AdamW, "step"),
-    "logging": (sinks, "append_row"),
+    "logging": (monitor, "append_row"),
     "flushing the log": (monitor.Monitor, "flush"),
     "taking the state": (Trainer, "checkpoint"),
     "writing the checkpoint's tensors": (checkpoint, "save_tensors"),

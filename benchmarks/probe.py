@@ -51,7 +51,7 @@ def make_features(rows: int, width: int, classes: int, noise: float) -> tuple[to
 def objective(features: torch.Tensor, labels: torch.Tensor, found: Classifier, C: float) -> float:
     """The mean loss with its penalty, in float64."""
     parts = zip(features.split(4096), labels.split(4096), strict=True)
-    loss = sum(found.cross_entropy(rows.double(), own) * len(own) for rows, own in parts) / len(labels)
+    loss = sum(found.measure(rows.double(), own)[1] * len(own) for rows, own in parts) / len(labels)
     return loss + float(found.weight.square().sum()) / (2 * C * len(labels))
 
 
@@ -67,7 +67,7 @@ def theirs(features: torch.Tensor, labels: torch.Tensor, C: float, tolerance: fl
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(features.numpy(), labels.numpy())
     weight, bias, present = (torch.from_numpy(np.asarray(x)) for x in (model.coef_, model.intercept_, model.classes_))
-    return Classifier(weight.double(), bias.double(), present, C, 0.0, int(model.n_iter_[0]), True)
+    return Classifier(weight.double(), bias.double(), present, C, int(model.n_iter_[0]), True)
 
 
 def theirs_centered(features: torch.Tensor, labels: torch.Tensor, C: float, tolerance: float) -> Classifier:

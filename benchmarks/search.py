@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from declip.data.sources.origin import Origin
-from declip.search.approximate import refresh
+from declip.search.approximate import build_approximate
 from declip.search.index import Index
 from declip.search.manifest import Manifest, ModelEntry, SourceEntry, locked_index
 from declip.search.store import PART_ROWS, IndexedImage, Store, batch_of, write_part
@@ -131,8 +131,8 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
         if FLAT in others and count >= 1_000:
             start = time.perf_counter()
             with locked_index(half.folder):
-                entry = refresh(Store(half.folder, check=False), None)
-            made = {"seconds_to_make": round(time.perf_counter() - start, 1), **entry.model_dump(exclude={"file"})}
+                entry = build_approximate(Store(half.folder, check=False), None)
+            made = {"seconds_to_make": round(time.perf_counter() - start, 1), **entry.model_dump()}
             near = Index.open(half.folder, check=False)
             searches[OURS_NEAR] = lambda asked: near.nearest(asked, K)[0]
         searches |= others

@@ -13,7 +13,6 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +29,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.training.compilation import compile_towers
-from declip.training.memory import kept_memory
-from declip.training.setup import build_loader, plan_of
+from declip.training.setup import build_loader, keep_freed_memory, plan_of
 from declip.training.step import training_step
 from machine import free_memory, machine, memory
 from pairs import CAPTIONS, InMemory, open_pairs, texts_of
@@ -144,7 +142,9 @@ def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
 def our_side(arm: str, setting: Setting) -> Side:
     """`training_step` with a shipped recipe."""
     built, batch = build(setting.recipes[arm], setting.source, setting.shape.device), setting.batches[arm]
-    recipe, on_cpu = setting.recipes[arm], setting.shape.device.type == "cpu"
+    recipe = setting.recipes[arm]
+    if setting.shape.device.type == "cpu":
+        keep_freed_memory()
     if setting.shape.compiled:
         compile_towers(recipe, built.model, plan_of(recipe), recipe.train.batch_size)
     parameters = {
@@ -158,7 +158,6 @@ def our_side(arm: str, setting: Setting) -> Side:
         parameters,
         batch.texts.shape[-1],
         lambda: apply_photometric(batch.views, built.step.mean, built.step.std),
-        kept_memory if on_cpu else nullcontext,
     )
 
 

@@ -16,7 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from declip.data.batch import PairBatch
-from declip.interchange.official import our_name, read_official, token_order
+from declip.interchange import official
+from declip.interchange.layouts import rename
+from declip.interchange.official import token_order
+from declip.interchange.weights import Weights
+from declip.supervision.objective import Objective
 
 SHIPPED = Path(__file__).parent / "golden"
 """For tests that need a file of the official layout, whatever its numbers."""
@@ -75,6 +79,23 @@ def loss_cases(*groups: str) -> list[str]:
     return sorted(name for name in names if name.split("/")[0] in groups)
 
 
+def read_official(source, loss_weights=None, queue_size=65_536, **heads):
+    """The model and the objective of a checkpoint's file or content, with its recipe or other weights of the losses."""
+    read = official.weights_of if isinstance(source, dict) else official.read
+    weights = read(source, **heads) if read is official.read else read(source, "the state dict", **heads)
+    queue = weights.recipe.nearest_neighbor.model_copy(update={"queue_size": queue_size})
+    active = weights.recipe.loss_weights if loss_weights is None else loss_weights
+    recipe = weights.recipe.model_copy(update={"loss_weights": dict(active), "nearest_neighbor": queue})
+    model = Weights(recipe, weights.tensors, weights.origin).build()
+    objective = Objective(recipe, model)
+    terms = tuple(f"terms.{name}." for name in objective.terms)
+    own = {name for name in objective.state_dict() if ".queue." not in name}
+    kept = {name: tensor for name, tensor in weights.heads.items() if name.startswith(terms)}
+    assert kept.keys() == own
+    objective.load_state_dict(kept, strict=False)
+    return model, objective
+
+
 class Case:
     """One of the official models and the first step of its training, in our tokens."""
 
@@ -128,10 +149,13 @@ class Case:
     def read(self, weights=None, **options):
         model, objective = read_official(self.state, weights or self.weights, **self.heads, **options)
         if objective.queue is not None:
-            objective.queue.fill(self.value("bank_before").T)
+            objective.queue.push(self.value("bank_before").T)
         return model.to(self.dtype), objective.to(self.dtype)
 
     def parameter(self, modules, name):
-        place, _, path = our_name(name, self.state).partition(".")
-        parameters = dict(modules[place].named_parameters())
-        return parameters.get(path)
+        name = name.replace("text_encoder.", "encode_text.")
+        head, tower = (
+            rename(name, table, back=True) for table in (official.HEADS, official.layout_of(self.state).names)
+        )
+        parameters = dict(modules["model" if head == name else "objective"].named_parameters())
+        return parameters.get(tower if head == name else head)

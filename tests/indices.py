@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from declip.data.sources.origin import Origin
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.search.approximate import refresh
+from declip.search.approximate import build_approximate
 from declip.search.index import Index
 from declip.search.manifest import ApproximateEntry, Manifest, ModelEntry, SourceEntry, locked_index
 from declip.search.store import IndexedImage, Store, batch_of, write_part
@@ -31,13 +31,9 @@ def tiny_model(seed: int = 0) -> DualEncoder:
 
 def made_up_manifest(dimension: int, captions: bool = False) -> Manifest:
     """Manifest of an index of vectors that no model made, in float32."""
-    return Manifest(
-        model=ModelEntry(spec="", fingerprint="0" * 64, precision="fp32"),
-        source=SourceEntry(spec="", name="made up"),
-        dtype="float32",
-        captions=captions,
-        dimension=dimension,
-    )
+    made_by = ModelEntry(spec="", fingerprint="0" * 64, precision="fp32")
+    source = SourceEntry(spec="", name="made up")
+    return Manifest(model=made_by, source=source, dtype="float32", captions=captions, dimension=dimension)
 
 
 def append(folder: Path, manifest: Manifest, images: Tensor, texts: Tensor | None, captions: Sequence[str]) -> None:
@@ -51,22 +47,22 @@ def append(folder: Path, manifest: Manifest, images: Tensor, texts: Tensor | Non
     manifest.save(folder)
 
 
-def append_vectors(folder: Path, manifest: Manifest, vectors: Tensor, part_rows: int = 500) -> None:
-    """Add rows with vectors of images alone."""
-    for part in vectors.split(part_rows):
+def append_vectors(folder: Path, manifest: Manifest, vectors: Tensor) -> None:
+    """Add rows with vectors of images alone, in parts."""
+    for part in vectors.split(500):
         append(folder, manifest, part, None, [f"caption {manifest.next_id + n}" for n in range(len(part))])
 
 
 def write_index(folder: Path, vectors: Tensor) -> Path:
     """An index of vectors that no model made."""
-    folder.mkdir(parents=True)
+    folder.mkdir()
     append_vectors(folder, made_up_manifest(vectors.shape[1]), vectors)
     return folder
 
 
 def write_pairs(folder: Path, images: Tensor, texts: Tensor, captions: Sequence[str]) -> Index:
     """An index of made-up vectors of images and captions."""
-    folder.mkdir(parents=True)
+    folder.mkdir()
     append(folder, made_up_manifest(images.shape[1], captions=True), images, texts, captions)
     return Index.open(folder)
 
@@ -74,7 +70,7 @@ def write_pairs(folder: Path, images: Tensor, texts: Tensor, captions: Sequence[
 def approximate(folder: Path, encode: Callable[[list[str]], Tensor] | None = None) -> ApproximateEntry:
     """`Index.approximate` without a model."""
     with locked_index(folder):
-        return refresh(Store(folder), encode)
+        return build_approximate(Store(folder), encode)
 
 
 def clustered(rows: int, width: int, generator: torch.Generator, seed: int = 0) -> Tensor:
@@ -84,23 +80,15 @@ def clustered(rows: int, width: int, generator: torch.Generator, seed: int = 0) 
     return normalize(centers[chosen] + 0.7 * torch.randn(rows, width, generator=generator), dim=-1)
 
 
-class Outcome(NamedTuple):
-    """Exit status and output of a command."""
-
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Runs the command as a shell starts it."""
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Runs the command as a shell starts it; gives its exit status and what it printed."""
 
-    def run(*words: object) -> Outcome:
+    def run(*words: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["declip", *map(str, words)])
         with pytest.raises(SystemExit) as caught:
             cli.main()
-        return Outcome(int(caught.value.code or 0), *capfd.readouterr())
+        return SimpleNamespace(status=caught.value.code or 0, **capfd.readouterr()._asdict())
 
     return run
 

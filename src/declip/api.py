@@ -26,11 +26,7 @@ def resolve_recipe(
     data: str | Path | None = None,
     val: Sequence[str] = (),
 ) -> Recipe:
-    """Load a recipe with its overrides, training pairs and held-out sets, see `train`.
-
-    Raises:
-        UserError: see `load_recipe`; a held-out set is missing or has neither classes nor captions.
-    """
+    """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
     if isinstance(recipe, Recipe):
         if overrides or data is not None or val:
             raise UserError("overrides, data and val go with a recipe's name or file; this Recipe is resolved.")
@@ -40,17 +36,12 @@ def resolve_recipe(
         given["data.source"] = json.dumps(str(data))  # quoted, because values are read as YAML
     if val:
         sets = {name: open_dataset(name).split("test") for name in val}
-        classes = [name for name, source in sets.items() if has_classes(source)]
+        classes = [name for name, source in sets.items() if source.labels is not None]
         captions = [name for name, source in sets.items() if has_captions(source)]
         if neither := [name for name in sets if name not in {*classes, *captions}]:
             raise UserError(f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set.")
         given |= {"evaluation.zero_shot": classes, "evaluation.retrieval": captions}
     return load_recipe(recipe, given)
-
-
-def has_classes(source: PairSource) -> bool:
-    """Whether a source has classes, for zero-shot classification."""
-    return getattr(source, "labels", None) is not None
 
 
 def has_captions(source: PairSource, sample: int = 64) -> bool:
@@ -60,8 +51,9 @@ def has_captions(source: PairSource, sample: int = 64) -> bool:
             captions = source.captions(index)
         except BrokenPair:
             continue
-        labels, names = getattr(source, "labels", None), getattr(source, "class_names", ())
-        if labels is None or captions != (names[labels[index]],):
+        if source.labels is None or source.class_names is None:
+            return True
+        if captions != (source.class_names[source.labels[index]],):
             return True
     return False
 
@@ -105,15 +97,7 @@ def train(
 def _write_report(trainer: Trainer) -> None:
     # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
     model: Any = load(trainer.folder) if trainer.sharded else trainer.evaluated_model
-    write_report(
-        trainer.folder,
-        model,
-        recipe=trainer.recipe,
-        loader=trainer.loader,
-        objective=trainer.objective,
-        train_source=trainer.source,
-        plan=trainer.plan,
-    )
+    write_report(trainer.folder, model, recipe=trainer.recipe, training=trainer)
 
 
 def compare(
@@ -121,8 +105,7 @@ def compare(
 ) -> Outcome:
     """Compare recipes at several numbers of distinct pairs and write results.json, results.md and report.html.
 
-    Arguments (`datasets`, `tasks`, `compute_budget_of`, `ablation`, `sweep` …), result and errors are those of
-    `declip.comparison.runner.compare`.
+    The other arguments (`datasets`, `tasks`, `ablation`, `sweep` …) are those of `declip.comparison.runner.compare`.
     """
     outcome = runner.compare(recipes, pairs, seeds, out=out, **options)
     write_page(outcome, Path(out))

@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,18 +60,6 @@ def client(state: Any) -> Iterator[Any]:
     """A client of the app."""
     with ask(state) as asked:
         yield asked
-
-
-@pytest.fixture
-def app_of(tmp_path: Path) -> Callable[..., AbstractContextManager[Any]]:
-    """Makes a client of an app for a new index."""
-
-    from declip.app.state import AppState
-
-    def make(model: Any, source: Path, spec: str = "", **options: Any) -> AbstractContextManager[Any]:
-        return ask(AppState(declip.embed(model, source, out=tmp_path / "index", **options), spec))
-
-    return make
 
 
 def png(image: Image.Image) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from declip.app.server import is_index, open_state
+from declip.app.server import default_folder, open_state
 from declip.cli.serve import take_port
 from declip.interchange.declip_file import write_declip_file
 from indices import tiny_model
@@ -20,21 +20,12 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(
     monkeypatch.chdir(tmp_path)
     first = open_state(str(weights_file), str(table))
     folder = first.index.folder
-    assert folder.parent == Path("indices")
-    assert folder.name.startswith("shapes-jsonl-")
+    assert str(folder).startswith("indices/shapes-jsonl-")
     assert first.index.manifest.captions
     monkeypatch.setattr("declip.search.embed.write_part", None)  # nothing is left to write
     assert open_state(str(weights_file), str(table)).index.folder == folder
-    assert is_index(str(folder))
     assert len(open_state(str(weights_file), str(folder)).index) == 24
-    assert not is_index(str(tmp_path))
-    (tmp_path / "manifest.json").write_text('{"files": []}')
-    assert not is_index(str(tmp_path)), "a folder of images may have a manifest of its own"
-    write_declip_file(tiny_model(1), tmp_path / "other.safetensors")
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    other = open_state(str(tmp_path / "other.safetensors"), str(table))
-    assert other.index.folder != folder, "another model's index has a folder of its own"
+    assert default_folder("1" * 64, str(table)) != default_folder("2" * 64, str(table)), "each model has its own"
 
 
 def test_a_mistake_ends_with_one_line(
@@ -62,16 +53,7 @@ def test_a_mistake_ends_with_one_line(
     assert "pip install 'declip[app]'" in outcome.err
 
 
-def test_another_address_is_warned_of(
-    run_folder: Path, state: Any, monkeypatch: pytest.MonkeyPatch, command: Any
-) -> None:
-    monkeypatch.setattr("declip.app.server.serve", lambda state, bound, host, ready: ready())
-    words = ["app", run_folder, state.index.folder, "--quiet", "--port", 0]
-    assert "Warning" not in command(*words).err
-    assert "no password" in command(*words, "--host", "0.0.0.0").err
-
-
-def test_a_browser_is_opened_and_ctrl_c_ends_quietly(
+def test_a_browser_is_opened_ctrl_c_ends_quietly_and_another_address_is_warned_of(
     run_folder: Path, state: Any, monkeypatch: pytest.MonkeyPatch, command: Any
 ) -> None:
     pages: list[str] = []
@@ -82,7 +64,10 @@ def test_a_browser_is_opened_and_ctrl_c_ends_quietly(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("webbrowser.open", lambda address: threading.Thread(target=visit, args=(address,)).start())
-    outcome = command("app", run_folder, state.index.folder, "--port", 0, "--quiet", "--browser")
+    words = ["app", run_folder, state.index.folder, "--port", 0, "--quiet"]
+    outcome = command(*words, "--browser")
     assert "What to look for" in pages[0]
     assert outcome.status == 0
     assert [line.split()[0] for line in outcome.err.splitlines()] == ["24", "Open"]
+    monkeypatch.setattr("declip.app.server.serve", lambda state, bound, host: None)
+    assert "no password" in command(*words, "--host", "0.0.0.0").err

@@ -22,37 +22,22 @@ def test_a_curve_shifted_by_log_pairs_gives_its_shift() -> None:
     assert [one.factor for one in found.at[1:]] == pytest.approx([2, 2, 2])
     assert found.mean == pytest.approx(2)
     assert (found.low, found.high) == pytest.approx((2, 2))
-
-
-def test_the_other_way_it_is_the_inverse_and_nothing_is_extrapolated() -> None:
-    a, b = _curve([0.1, 0.2, 0.3, 0.4]), _curve([0.2, 0.3, 0.4, 0.5])
-    found = factor(a, b)
-    assert found.at[-1].needed is None
-    assert found.at[-1].outside == "above"
-    assert found.mean == pytest.approx(0.5)
+    inverse = factor(b, a)
+    assert (inverse.at[-1].needed, inverse.at[-1].outside) == (None, "above"), "nothing is extrapolated"
+    assert inverse.mean == pytest.approx(0.5)
+    nothing = factor(_curve([0.6, 0.7, 0.8, 0.9]), b)
+    assert (nothing.mean, nothing.low) == (None, None)
+    assert {one.outside for one in nothing.at} == {"below"}
 
 
 @pytest.mark.parametrize(("value", "pairs"), [(0.25, 2000 * sqrt(2)), (0.2, 2000), (0.4, 8000), (0.1, 1000)])
 def test_between_two_sizes_it_is_linear_in_log_pairs(value: float, pairs: float) -> None:
-    assert pairs_needed(PAIRS, np.array([0.1, 0.2, 0.3, 0.4]), value) == (pytest.approx(pairs), "")
-
-
-def test_outside_what_was_measured_there_is_no_number() -> None:
-    assert pairs_needed(PAIRS, np.array([0.1, 0.2, 0.3, 0.4]), 0.09) == (None, "below")
-    assert pairs_needed(PAIRS, np.array([0.1, 0.2, 0.3, 0.4]), 0.41) == (None, "above")
-
-
-def test_a_dip_is_made_monotone_by_isotonic_regression() -> None:
-    # 0.3 and 0.2 pool to 0.25; the level part counts from its fewest pairs.
-    needed, outside = pairs_needed(PAIRS, np.array([0.1, 0.3, 0.2, 0.4]), 0.25)
-    assert (needed, outside) == (pytest.approx(2000), "")
-
-
-def test_nothing_in_common_gives_no_mean() -> None:
-    found = factor(_curve([0.6, 0.7, 0.8, 0.9]), _curve([0.1, 0.2, 0.3, 0.4]))
-    assert found.mean is None
-    assert found.low is None
-    assert {one.outside for one in found.at} == {"below"}
+    means = np.array([0.1, 0.2, 0.3, 0.4])
+    assert pairs_needed(PAIRS, means, value) == (pytest.approx(pairs), "")
+    assert pairs_needed(PAIRS, means, 0.09) == (None, "below")
+    assert pairs_needed(PAIRS, means, 0.41) == (None, "above")
+    # A dip is made monotone: 0.3 and 0.2 pool to 0.25; the level part counts from its fewest pairs.
+    assert pairs_needed(PAIRS, np.array([0.1, 0.3, 0.2, 0.4]), 0.25) == (pytest.approx(2000), "")
 
 
 def test_the_interval_grows_with_the_spread_over_seeds_and_needs_two() -> None:
@@ -77,14 +62,10 @@ def test_the_interval_is_student_t_of_each_seeds_log_factor() -> None:
     assert (found.low, found.high) == pytest.approx((exp(-half), exp(half)), rel=1e-4)
 
 
-def test_seeds_are_paired() -> None:
+def test_seeds_are_paired_and_those_that_differ_give_no_interval() -> None:
     # What both variants have alike in a seed does not widen the interval.
-    a, b = ([0.2, 0.3, 0.4, 0.5], [0.1, 0.2, 0.3, 0.4])
-    found = factor(_curve(a, 0.03), _curve(b, 0.03))
+    found = factor(_curve([0.2, 0.3, 0.4, 0.5], 0.03), _curve([0.1, 0.2, 0.3, 0.4], 0.03))
     assert (found.low, found.high) == pytest.approx((2, 2))
-
-
-def test_seeds_that_differ_give_no_interval() -> None:
     a = curve_of({pairs: dict.fromkeys((0, 1), 0.1 * place) for place, pairs in enumerate(PAIRS)})
     b = curve_of({1000: {0: 0.05, 1: 0.06}, 2000: {0: 0.15}})
     assert factor(a, b).mean is not None
@@ -112,12 +93,9 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(sizes: tuple[int, ...]
     assert 0.93 < np.mean(held) < 0.985
 
 
-def test_intervals_are_student_t() -> None:
+def test_intervals_of_a_curve_are_student_t_and_a_size_without_values_is_left_out() -> None:
     # Mean 2, standard deviation 1, n = 3: half width t(0.975, 2) / sqrt(3) = 4.30265 / 1.73205.
     curve = EfficiencyCurve((10,), ((1.0, 2.0, 3.0),))
     assert curve.half_widths == pytest.approx([2.48414], abs=1e-4)
     assert np.isnan(EfficiencyCurve((10,), ((1.0,),)).half_widths).all()
-
-
-def test_a_size_without_values_is_left_out() -> None:
     assert curve_of({4: {0: 0.2}, 2: {}, 1: {0: 0.1}}) == EfficiencyCurve((1, 4), ((0.1,), (0.2,)), ((0,), (0,)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from declip.comparison.study import Study, Sweep, extended, read_counts, read_study, write_study
-from declip.comparison.variants import Variant, ablation_of, baselines_of, variants_of
+from declip.comparison.variants import Variant, ablation_of, variants_of
 from declip.errors import UserError
 
 STUDY = Study(
@@ -23,17 +23,13 @@ STUDY = Study(
 )
 
 
-def test_equal_compute_gives_the_cheaper_arm_more_steps() -> None:
+def test_equal_compute_gives_the_cheaper_variant_more_steps_and_a_run_for_both_budgets_is_made_once() -> None:
     assert STUDY.steps_of("clip", "samples") == 100
     assert STUDY.steps_of("clip", "compute") == 250
     assert STUDY.steps_of("declip", "compute") == 100
-
-
-def test_a_run_that_serves_both_budgets_is_made_once() -> None:
     trials = STUDY.trials()
     # 2 variants x 2 sizes x 2 seeds at equal samples, and clip once more for each at equal compute.
-    assert len(trials) == 12
-    assert len({trial.id for trial in trials}) == 12
+    assert len({trial.id for trial in trials}) == len(trials) == 12
     assert [trial.seed for trial in trials] == [0] * 6 + [1] * 6
 
 
@@ -49,7 +45,7 @@ def test_names_of_folders_are_safe_and_differ() -> None:
     }
 
 
-def test_the_plan_survives_the_disk(tmp_path: Path) -> None:
+def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_path: Path) -> None:
     study = replace(
         STUDY,
         sweep=Sweep({"train.lr": (0.1, 0.2)}, "v", 200, 50, 1000),
@@ -59,15 +55,12 @@ def test_the_plan_survives_the_disk(tmp_path: Path) -> None:
     write_study(study, tmp_path)
     assert read_study(tmp_path) == study
     assert read_study(tmp_path / "nowhere") is None
-
-
-def test_a_damaged_plan_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"variants": 3}')
     with pytest.raises(UserError, match="Choose another folder"):
         read_study(tmp_path)
 
 
-def test_going_on_may_add_arms_pairs_and_seeds_and_keeps_what_was_measured(tmp_path: Path) -> None:
+def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measured(tmp_path: Path) -> None:
     slip = Variant.of("slip", "slip", {})
     more = replace(STUDY, variants=(*STUDY.variants, slip), pairs=(800,), seeds=(2,), seconds={})
     found = extended(more, replace(STUDY, budgets=("samples",)), tmp_path)
@@ -80,27 +73,21 @@ def test_going_on_may_add_arms_pairs_and_seeds_and_keeps_what_was_measured(tmp_p
     ("change", "named"),
     [
         ({"steps": 50}, "steps was 100, now 50"),
-        ({"datasets": ("other",)}, "datasets was builtin:emoji-test, now other"),
+        ({"datasets": ("other",)}, "datasets was.*builtin:emoji-test.*now.*other"),
         ({"variants": (Variant.of("clip", "clip", {"seed": 3}),)}, "clip: seed was 0, now 3"),
-        ({"sweep": Sweep({"a": (1,)}, "v", 1, 1, 1)}, "the sweep differs"),
+        ({"sweep": Sweep({"a": (1,)}, "v", 1, 1, 1)}, "sweep was None, now Sweep"),
     ],
 )
-def test_going_on_as_something_else_is_refused(change: dict, named: str, tmp_path: Path) -> None:
+def test_a_later_call_for_something_else_is_refused(change: dict, named: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=named):
         extended(replace(STUDY, **change), STUDY, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "numbers"), [("1k,4K", (1000, 4000)), ("500, 2.5k,500", (500, 2500)), ("1m", (1_000_000,))]
-)
-def test_numbers_of_pairs(text: str, numbers: tuple[int, ...]) -> None:
-    assert read_counts(text) == numbers
-
-
-@pytest.mark.parametrize("text", ["", "1k,", "many", "-5", "0", "1g"])
-def test_what_is_no_number_of_pairs(text: str) -> None:
-    with pytest.raises(UserError, match="is not a number of pairs"):
-        read_counts(text)
+def test_numbers_of_pairs() -> None:
+    assert [read_counts(text) for text in ("1k,4K", "500, 2.5k,500", "1m")] == [(1000, 4000), (500, 2500), (1_000_000,)]
+    for text in ("", "1k,", "many", "-5", "0", "1g"):
+        with pytest.raises(UserError, match="is not a number of pairs"):
+            read_counts(text)
 
 
 def test_the_ablation_is_the_papers_and_then_each_loss_left_out() -> None:
@@ -124,29 +111,21 @@ def test_the_ablation_is_the_papers_and_then_each_loss_left_out() -> None:
     }  # fmt: skip
 
 
-def test_baselines_are_clip_on_the_same_towers_with_other_views() -> None:
-    variants = {variant.name: variant.resolve() for variant in baselines_of(Variant.of("declip", "declip", {}))}
-    same = variants["clip, same views"]
-    declip = Variant.of("declip", "declip", {}).resolve()
+def test_ablation_and_baselines_are_of_the_last_recipe() -> None:
+    made = variants_of(["clip", "declip"], {"train.steps": 7}, ablation=True, baselines=True)
+    assert [variant.name for variant in made][:3] == ["clip", "declip", "step clip"]
+    assert {variant.recipe for variant in made[2:]} == {"declip"}
+    variants = {variant.name: variant.resolve() for variant in made}
+    assert all(recipe.train.steps == 7 for recipe in variants.values())
+    same, declip = variants["clip, same views"], variants["declip"]
     assert same.active_losses == {"contrastive": 1.0}
     assert (same.image, same.views.image) == (declip.image, declip.views.image)
     assert variants["clip, weak views"].views.image.color_jitter_prob == 0
     assert variants["clip, strong views"].views.image.scale == (0.2, 1.0)
-    doubled = variants["clip, two views"]
-    assert list(doubled.active_losses) == ["contrastive", "multi_view"]
-    assert doubled.views.text.second_view == "same"
-
-
-def test_a_recipe_without_declips_losses_has_no_ablation() -> None:
+    assert list(variants["clip, two views"].active_losses) == ["contrastive", "multi_view"]
+    assert variants["clip, two views"].views.text.second_view == "same"
     with pytest.raises(UserError, match="no steps"):
         ablation_of(Variant.of("clip", "clip", {}))
-
-
-def test_ablation_and_baselines_are_of_the_last_recipe() -> None:
-    variants = variants_of(["clip", "declip"], {"train.steps": 7}, ablation=True, baselines=True)
-    assert [variant.name for variant in variants][:3] == ["clip", "declip", "step clip"]
-    assert {variant.recipe for variant in variants[2:]} == {"declip"}
-    assert all(variant.resolve().train.steps == 7 for variant in variants)
 
 
 @pytest.mark.parametrize(("names", "message"), [(["clip", "clip"], "Compared twice: clip"), ([], "No recipe")])

@@ -1,5 +1,6 @@
 """Small tables for the tests in every format, and what is said of a row or a table that cannot be read."""
 
+import csv
 import json
 
 import pyarrow as pa
@@ -13,15 +14,15 @@ from declip.errors import UserError
 KINDS = ["jsonl", "csv", "tsv", "parquet"]
 
 
-def write(path, rows):
-    """Write rows of (image, caption) in the format of the path's extension."""
+def write(path, rows, names=("image", "caption")):
+    """Write rows in the format of the path's extension."""
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"image": i, "caption": c}) + "\n" for i, c in rows))
+        path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
     elif path.suffix == ".parquet":
-        pq.write_table(pa.table({"image": [i for i, _ in rows], "caption": [c for _, c in rows]}), path)
+        pq.write_table(pa.table({name: [row[place] for row in rows] for place, name in enumerate(names)}), path)
     else:
-        mark = "," if path.suffix == ".csv" else "\t"
-        path.write_text("".join(f"{i}{mark}{c}\n" for i, c in [("image", "caption"), *rows]))
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t").writerows([names, *rows])
     return path
 
 

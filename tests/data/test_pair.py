@@ -13,10 +13,6 @@ from declip.data.sources.open import open_source
 from declip.errors import UserError
 
 
-def test_captions_are_stripped_joined_and_distinct():
-    assert clean_captions(["  a \n cat", "", None, "a cat", "dog"], "k") == ("a cat", "dog")
-
-
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
@@ -34,14 +30,13 @@ def test_captions_that_cannot_be_used(raw, reason):
     assert caught.value.key == "the key"
 
 
-def test_the_longest_caption_is_kept():
-    assert len(clean_captions(["x" * LONGEST_CAPTION], "k")[0]) == LONGEST_CAPTION
-
-
 def test_broken_pair_survives_pickling():
     again = pickle.loads(pickle.dumps(BrokenPair("missing image", "a.jpg", "no such file")))
     assert (again.reason, again.key, again.detail) == ("missing image", "a.jpg", "no such file")
     assert str(again) == "missing image: a.jpg (no such file)"
+    hostile = BrokenPair("x", "\x1b[2J\u202egnp.\ud800\n" + "a" * 10_000)
+    assert hostile.key.startswith("\ufffd[2J\ufffdgnp.\ufffd\ufffdaaa")
+    assert (len(hostile.key), str(hostile).isprintable()) == (300, True)
 
 
 def test_skip_counter_counts_all_and_keeps_few_examples():

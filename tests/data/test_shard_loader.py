@@ -56,12 +56,6 @@ def test_batches_are_the_same_for_any_workers_and_start(folder, kind, buffer, re
         assert all(torch.equal(a, b) for old, new in zip(whole[start:], again, strict=True) for a, b in zip(old, new))  # noqa: B905
 
 
-def test_an_epoch_of_shards_shows_every_pair_once(folder):
-    tags = torch.cat([batch[5] for batch in load(ShardSource(str(folder)), 5, shuffle_buffer=8)])
-    assert len(set(tags.tolist())) == 20
-    assert tags.max() < 21
-
-
 def test_copies_in_a_mixture_get_views_of_their_own(folder):
     source = Mixture([(ShardSource(f"{folder}/00002.tar"), 2)])
     batches = load(source, 4)

@@ -48,6 +48,9 @@ def test_one_source_stays_what_it_was(shards, table):
     part = open_training_source(recipe_of(str(table), max_pairs=9))
     assert isinstance(part, Subset)
     assert part.indices.tolist() == sorted(np.random.default_rng((0, 24)).permutation(24)[:9].tolist())
+    assert [part.captions(i) for i in range(9)] == [part[i].captions for i in range(9)]
+    with pytest.raises(UserError, match=r"data\.max_pairs=25, but 'shapes\.jsonl' has 24"):
+        open_training_source(recipe_of(str(table), max_pairs=25))
 
 
 def test_the_recipe_sets_the_order(shards):

@@ -124,20 +124,11 @@ def fewer(words: list[str]) -> list[str]:
 
 
 class Reader:
-    """Follow pages in the present folder.
-
-    Args:
-        monkeypatch: Sets sys.argv.
-
-    Attributes:
-        ran: Shell lines, and other blocks by page and line.
-        left: Lines that were only checked, with the reason.
-    """
+    """Follow pages in the present folder; `left` are the lines that were only checked, with the reason."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
         self.names: dict[str, Any] = {"__name__": "page"}
-        self.ran: list[str] = []
         self.left: dict[str, str] = {}
 
     def follow(self, page: Path) -> None:
@@ -149,7 +140,6 @@ class Reader:
                 code = re.sub(there, local, code)
             if block.kind == "python":
                 exec(compile(code, where, "exec"), self.names)
-                self.ran.append(where)
             elif block.kind == "yaml":
                 self._keep(code, where)
             elif block.kind == "shell":
@@ -162,7 +152,6 @@ class Reader:
         assert named, f"{where}: the first line of a recipe is its name, such as '# mine.yaml'"
         Path(named[1]).write_text(code, encoding="utf-8")
         load_recipe(named[1])
-        self.ran.append(where)
 
     def _type(self, line: str, where: str) -> None:
         words = shlex.split(line, comments=True)
@@ -170,7 +159,6 @@ class Reader:
         if reason := why_not(line):
             self.left[line] = reason
             return
-        self.ran.append(line)
         if words[:2] == ["python", "-m"]:
             self.monkeypatch.setattr("sys.argv", words[2:])
             runpy.run_module(words[2], run_name="__main__")

@@ -93,8 +93,10 @@ def write_emoji(cache: Path) -> None:
                 }
             )  # fmt: skip
             pixels.append(np.asarray(draw(color, shape, SIDE)))
-    EMOJI.write(folder, zip(rows, pixels, strict=True))
-    EMOJI.seal(folder, {"side": SIDE, "pairs": len(rows)}, "drawn for a test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(EMOJI), "side", SIDE)
+        patch.setattr(type(EMOJI), "credits", lambda self, packages, rows: ["drawn for a test"])
+        EMOJI.write(folder, zip(rows, pixels, strict=True), {})
 
 
 @pytest.fixture(scope="session")
@@ -202,6 +204,7 @@ def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
         for module in [m for n, m in sorted(sys.modules.items()) if n.startswith(name) and hasattr(m, "load_recipe")]:
             monkeypatch.setattr(module, "load_recipe", lambda *given: small(load_recipe(*given)))
     monkeypatch.setattr("declip.api.write_report", lambda run, *_, **__: Path(run, "report.html").touch())
+    monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
     whole = runner.compare
 
     def few(recipes: Sequence[str], pairs: Sequence[int], seeds: Any = 1, **options: Any) -> Any:

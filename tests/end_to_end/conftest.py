@@ -50,16 +50,13 @@ def wrong_inputs(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     write_recipe(tmp_path / "mine.yaml", table)
     files = {
         "empty.jsonl": "",
-        "blank.jsonl": "\n\n",
         "empty.csv": "",
         "header.csv": "image,caption\n",
         "column.jsonl": '{"image": "a.png", "captoin": "a picture"}\n',
-        "column.csv": "imag,caption\na.png,a picture\n",
         "text.parquet": "I am text",
         "text.jsonl": "I am text\n",
         "text.txt": "I am text",
         "extends.yaml": "extends: 5\n",
-        "list.yaml": "- train\n- steps\n",
         "tabs.yaml": "train:\n\tsteps: 5\n",
     }
     for name, content in files.items():

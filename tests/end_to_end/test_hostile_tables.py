@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
 from declip.evaluation.datasets import open_dataset
-from hostile import ROOM, Trap, apart, quickly, said, sparse, written
+from hostile import ROOM, Trap, apart, quickly, said, written
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -65,14 +64,6 @@ def test_an_image_root_cannot_be_left(kind: str, here: Path) -> None:
     path = table(kind, [{"image": name, "caption": "x"} for name in expected])
     source = open_source(path, image_root=root)
     assert {name: said(lambda i=i: source[i]) for i, name in enumerate(expected)} == expected
-
-
-def test_the_root_may_be_a_link_itself(here: Path) -> None:
-    (here / "real").mkdir()
-    Image.new("RGB", (2, 2)).save("real/in.png")
-    (here / "images").symlink_to(here / "real")
-    source = open_source(table("jsonl", [{"image": "in.png", "caption": "x"}]), image_root="images")
-    assert said(lambda: source[0]) == "read"
 
 
 NESTED: Any = "x"
@@ -124,40 +115,20 @@ def test_cells_that_hold_anything() -> None:
     assert source.captions(control) == ("[2J",), "nothing that a terminal obeys is left"
 
 
-def test_a_key_that_a_terminal_would_obey() -> None:
-    Path("t.jsonl").write_text(json.dumps({"image": "\x1b[2J\u202egnp.\ud800\n" + "a" * 10_000, "caption": "x"}))
-    with pytest.raises(BrokenPair) as caught:
-        open_source("t.jsonl")[0]
-    assert caught.value.key.startswith("\ufffd[2J\ufffdgnp.\ufffd\ufffdaaa")
-    assert len(caught.value.key) == 300
-    assert str(caught.value).isprintable()
-
-
-def test_bytes_that_are_no_text() -> None:
-    Image.new("RGB", (2, 2)).save("a.png")
-    Path("t.csv").write_bytes(b"image,caption\na.png,\xff\xfe\nb\xff.png,x\n")
-    source = open_source("t.csv")
-    assert [said(lambda i=i: source[i]) for i in range(2)] == ["invalid text", "invalid text"]
-    Path("t.jsonl").write_bytes(b'{"image": "a.png", "caption": "x"}\n{"image": "b.png", "caption": "\xc0\xaf"}\n')
-    assert said(lambda: open_source("t.jsonl")[1]) == "invalid text"
-    Path("u.csv").write_bytes("image,caption\na.png,x\n".encode("utf-16"))
-    assert "UTF-16" in said(lambda: open_source("u.csv"))
-
-
 def test_a_row_that_does_not_end_takes_no_memory() -> None:
     Image.new("RGB", (2, 2)).save("a.png")
     with open("t.jsonl", "wb") as file:
         file.write(b'{"image": "a.png", "caption": "x"}\n{"image": "a.png", "caption": "')
-        file.write(b"y" * (50 << 20))
+        file.write(b"y" * (24 << 20))
     # The mapped file counts as memory, which the system takes back at will.
     got, megabytes = apart(lambda: open_source("t.jsonl")[1])
     assert got == "unreadable row"
-    assert megabytes < 2 * 50 + ROOM
+    assert megabytes < 2 * 24 + ROOM
     for kind, mark in (("csv", b","), ("tsv", b"\t")):
-        Path(f"t.{kind}").write_bytes(b"image" + mark + b'caption\na.png\t"' + b"y" * (50 << 20))
+        Path(f"t.{kind}").write_bytes(b"image" + mark + b'caption\na.png\t"' + b"y" * (24 << 20))
         got, megabytes = apart(lambda kind=kind: open_source(f"t.{kind}"))
         assert "cannot be read as a table" in got
-        assert megabytes < 3 * 50 + ROOM
+        assert megabytes < 3 * 24 + ROOM
     Path("h.csv").write_bytes(b"x" * (10 << 20))
     assert "does not name columns" in said(lambda: open_source("h.csv"))
 
@@ -168,16 +139,6 @@ def test_a_million_columns() -> None:
     assert "no column 'image'" in got
     assert got.isprintable()
     assert len(got) < 3000
-
-
-def test_a_million_captions_in_a_folder() -> None:
-    Path("set").mkdir()
-    Image.new("RGB", (2, 2)).save("set/a.png")
-    Image.new("RGB", (2, 2)).save("set/b.png")
-    Path("set/a.txt").write_text("x\n" * 600_000)
-    sparse(Path("set/b.txt"), b"x", 20 << 30)
-    source = open_source("set")
-    assert [apart(lambda i=i: source[i])[0] for i in range(2)] == ["too many captions", "caption too long"]
 
 
 def test_names_that_are_no_text(here: Path) -> None:
@@ -212,7 +173,7 @@ def test_parquet_that_would_run_code(here: Path) -> None:
 
 def test_parquet_that_repeats_one_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few kilobytes that stand for half a gigabyte, and could stand for a thousand."""
-    monkeypatch.setattr("declip.data.sources.rows.HELD_IN_MEMORY", 64 << 20)
+    monkeypatch.setattr("declip.data.sources.rows.MOST_IN_PARQUET", 64 << 20)
     caption = pa.DictionaryArray.from_arrays(pa.array([0] * 8000, pa.int32()), ["x" * (1 << 16)])
     pq.write_table(pa.table({"image": ["a"] * 8000, "caption": caption}), "t.parquet", store_schema=False)
     assert Path("t.parquet").stat().st_size < 4000
@@ -290,14 +251,6 @@ def test_a_list_that_names_images_elsewhere(here: Path) -> None:
     (here / "coco" / "captions_val2017.json").write_text(json.dumps(tree))
     source = open_dataset(f"coco:{here / 'coco'}").split("test")
     assert [said(lambda i=i: source[i]) for i in range(3)] == ["path outside image root"] * 3
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe#0\tx\n", b"a.jpg#0", b'image|n|comment\n"' + b"x" * 200_000])
-def test_lines_of_captions_that_are_none(content: bytes, here: Path) -> None:
-    (here / "images").mkdir()
-    (here / ("results.csv" if b"|" in content else "results_20130124.token")).write_bytes(content)
-    got = said(lambda: open_dataset(f"flickr30k:{here}"))
-    assert "results" in got or "not what was published" in got
 
 
 def test_folders_that_link_to_each_other_end(here: Path) -> None:

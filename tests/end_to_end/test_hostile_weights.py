@@ -21,12 +21,11 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import TINY
-from declip.interchange.official import read_official
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import STATE, WEIGHTS, Checkpoint, save_checkpoint
-from golden_cases import SHIPPED
+from golden_cases import SHIPPED, read_official
 from hostile import ROOM, Trap, apart, quickly, said
 
 pytestmark = pytest.mark.usefixtures("here")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ step, marker = trainer.training_step, Path(sys.argv.pop(1))
 
 def deadly(parts, batch, meeting):
     result = step(parts, batch, meeting)
-    if meeting.offset and not marker.exists() and next(calls) == 5:
+    if meeting.offset and not marker.exists() and next(calls) == 2:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return result
@@ -39,9 +39,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERR
 
 @pytest.fixture
 def recipe(table: Path, tmp_path: Path) -> Path:
-    tree = {**TINY, "loss_weights": WEIGHTS["declip"], "data": {"source": str(table)}}
-    tree["evaluation"] = {"retrieval": [str(table)], "zero_shot": []}
-    tree["train"] = {**TINY["train"], "steps": 12, "checkpoint_every": 2}
+    tree = {**TINY, "loss_weights": WEIGHTS["clip"], "data": {"source": str(table), "workers": 0}}
+    tree["train"] = {**TINY["train"], "steps": 6, "checkpoint_every": 1}
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -56,23 +55,6 @@ def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def stopped(run: Path, command: list[object], stop: Callable[[int], None]) -> tuple[int, str]:
-    """Start a long run and stop it after its first logged steps; its exit status and error stream."""
-    process = subprocess.Popen(
-        [*map(str, command), "train.steps=100000", "train.checkpoint_every=50000", "--out", str(run), "--quiet"],
-        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        end = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        stop(process.pid)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return process.returncode, errors
-
-
 def family(pid: int) -> Iterator[int]:
     """A process and all that come from it."""
     yield pid
@@ -81,30 +63,27 @@ def family(pid: int) -> Iterator[int]:
             yield from family(int(child))
 
 
-def test_a_group_that_is_told_to_end_saves_though_workers_hear_it_too(recipe: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "declip", "train", recipe, "data.workers=2"]
-    status, errors = stopped(run, command, lambda pid: os.killpg(pid, signal.SIGTERM))
-    assert (status, errors) == (75, "")
-    assert 0 < saved(run) < 100000
-
-
+@pytest.mark.slow
 def test_torchrun_that_is_told_to_end_with_all_its_processes_saves(recipe: Path, tmp_path: Path) -> None:
-    """As a scheduler does it: each rank hears SIGTERM twice, from the scheduler and from torchrun."""
-
-    def everybody(pid: int) -> None:
-        for each in list(family(pid)):
-            os.kill(each, signal.SIGTERM)
-
+    """As a scheduler does it: each rank hears SIGTERM twice, from it and from torchrun, and each worker once."""
     run = tmp_path / "run"
-    _, errors = stopped(run, [*TORCHRUN, "-m", "declip", "train", recipe, "data.workers=1"], everybody)
+    keys = ["train.steps=100000", "train.checkpoint_every=50000", "data.workers=1", "--out", str(run), "--quiet"]
+    process = subprocess.Popen(
+        [*TORCHRUN, "-m", "declip", "train", str(recipe), *keys],
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        for pid in list(family(process.pid)):
+            os.kill(pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert "DataLoader worker" not in errors
-    assert 0 < saved(run) < 100000
-
-
-def saved(run: Path) -> int:
-    """The step of the only checkpoint; 0 without."""
-    return max((int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")), default=0)
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    assert 0 < int(checkpoint.name.removeprefix("step-")) < 100000
 
 
 @pytest.mark.slow
@@ -119,9 +98,8 @@ def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(recipe: Path, tmp
     assert (tmp_path / "died").exists()
     assert done.stdout.count("Report: ") == 1, "only the first rank speaks"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in rows] == [2, 4, 6]
     assert "Resuming at step" in (run / "log.txt").read_text()
-    assert (run / "report.html").is_file()
 
 
 @pytest.mark.slow

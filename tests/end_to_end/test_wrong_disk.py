@@ -90,16 +90,6 @@ def test_a_disk_that_refuses_is_no_traceback(
     assert (status, [part for part in says if part not in printed]) == (2, []), printed
 
 
-def test_other_errors_of_the_system_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise ConnectionResetError(104, "Connection reset by peer")
-
-    monkeypatch.setattr("declip.recipe.load.load_recipe", refuse)
-    monkeypatch.setattr("sys.argv", ["declip", "train", "clip"])
-    with pytest.raises(ConnectionResetError):
-        cli.main()
-
-
 def test_a_folder_that_cannot_be_read_is_not_called_empty(
     here: Path, declip: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,6 @@ from declip.evaluation.results import (
     KNNResult,
     LinearProbeResult,
     Measure,
-    RetrievalResult,
     ZeroShotResult,
     read_result,
     results_table,
@@ -43,49 +42,32 @@ def test_labels_follow_the_images_that_could_be_read_and_templates_the_source(mo
     source.labels[1] = NAMES.index("green")
     result = evaluate(model, source)
     assert (result.top1, result.templates) == (0.5, "emoji")
-    assert evaluate(model, source, templates="plain").templates == "plain"
     assert evaluate(model, source, templates="a {}").templates == "a {}"
-
-
-def test_retrieval_needs_no_classes(model, painted) -> None:
-    result = evaluate(model, painted(["red", "green", "blue"]), "retrieval")
-    assert isinstance(result, RetrievalResult)
-    assert (result.text_to_image.r1, result.image_to_text.r1) == (1.0, 1.0)
-    assert result.text_to_image.chance1 == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
     ("task", "classes", "message"),
     [
-        ("zeroshot", NAMES, "Unknown task 'zeroshot'.*Did you mean 'zero-shot'.*retrieval"),
-        ("zero-shot", None, "'painted' has no classes.*`labels`.*`class_names`.*retrieval"),
+        ("zeroshot", NAMES, "'zeroshot'.*'zero-shot'.*retrieval"),
+        ("zero-shot", None, "'painted' has no classes.*retrieval"),
         ("zero-shot", ("red",), "at least two classes"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_is_encoded(model, painted, task, classes, message) -> None:
+    sources = [Dataset("first", {"test": lambda: painted(["red"], classes=NAMES)})]
+    sources.append(Dataset("second", {"test": lambda: painted(["red", "red"], classes=classes)}))
     with pytest.raises(UserError, match=message):
-        evaluate(model, painted(["red", "red"], classes=classes), task)
+        evaluate_all(model, sources, (task,))
     assert model.passes == []
 
 
-def test_a_source_is_opened_by_its_name(model, tmp_path, painted) -> None:
-    pair = painted(["red"])[0]
-    for name in ("red", "blue"):
-        pair.image.save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
-    result = evaluate(model, str(tmp_path), "retrieval")
-    assert isinstance(result, RetrievalResult)
-    assert (result.images, result.texts) == (2, 2)
-
-
-def test_tasks_share_the_images_and_their_rows_of_json_are_read_back(model, painted) -> None:
+def test_tasks_share_the_images(model, painted) -> None:
     source = painted(["red", "green", "blue"], classes=NAMES, broken=[1])
-    results = evaluate_all(model, source, ("zero-shot", "retrieval"), Options(progress=False))
+    zero_shot, retrieval = evaluate_all(model, source, ("zero-shot", "retrieval"), Options(progress=False))
     assert [kind for kind, *_ in model.passes].count("image") == 1
-    assert [result.task for result in results] == ["zero-shot", "retrieval"]
-    for result in results:
-        row = json.loads(json.dumps({"step": 7} | result.to_dict()))
-        assert read_result(row) == result
+    assert zero_shot.top1 == 1.0
+    assert (retrieval.text_to_image.r1, retrieval.image_to_text.r1) == (1.0, 1.0)
+    assert retrieval.text_to_image.chance1 == pytest.approx(1 / 2)
 
 
 @pytest.fixture
@@ -114,7 +96,7 @@ def dataset(painted):
 def test_probes_of_a_model_that_knows_its_colors(probed, dataset) -> None:
     on = dataset(train=NAMES * 3, validation=NAMES * 2, test=("red", "blue", "white"))
     options = Options(cache=False, shots=(2,), seeds=2)
-    linear, knn, few = evaluate_all(probed, on, ("linear", "knn", "few-shot"), options)
+    results = linear, knn, few = evaluate_all(probed, on, ["linear", "knn", "few-shot"], options)
     assert sum(size for _, size, *_ in probed.passes) == 38  # each split once
     assert not any(training or grad for *_, training, grad in probed.passes)
     assert isinstance(linear, LinearProbeResult)
@@ -126,13 +108,22 @@ def test_probes_of_a_model_that_knows_its_colors(probed, dataset) -> None:
     assert knn.votes[0].top1 == 1.0
     assert isinstance(few, FewShotResult)
     assert [(run.shots, run.mean, len(run.scores)) for run in few.runs] == [(2, 1.0, 2)]
+    assert [measure.label for measure in results[2].measures()] == ["2-shot, top-1 ± 0.0 (2 seeds)"]
+    assert [measure.name for measure in linear.measures()] == ["linear probe, top-1", "linear probe, mean per class"]
+    assert [(m.name, m.value, m.chance) for m in knn.measures()[:2]] == [
+        ("1-NN, top-1", 1.0, 1 / 7), ("1-NN, top-5", 1.0, 5 / 7),
+    ]  # fmt: skip
+    assert "20-NN, top-5" in _printed(results)
+    for result in results:
+        _assert_read_back(result)
 
 
 def test_features_after_the_projection(model, dataset) -> None:
     on = dataset(train=NAMES * 3, test=NAMES)
     assert evaluate(model, on, "knn", features="embedding").features == "embedding"
-    with pytest.raises(UserError, match="no `encode_backbone`"):
-        evaluate(model, on, "knn")
+    for kind, message in (("backbone", r"`encode_backbone`.*features='embedding'"), ("back", "'back'.*embedding")):
+        with pytest.raises(UserError, match=message):
+            evaluate(model, on, "knn", features=kind)
 
 
 def test_the_cache_is_read_and_can_be_switched_off(probed, dataset, tmp_path) -> None:
@@ -146,12 +137,14 @@ def test_the_cache_is_read_and_can_be_switched_off(probed, dataset, tmp_path) ->
     assert sum(size for _, size, *_ in probed.passes) == 8  # four of each split, to compare
 
 
-def test_a_real_model_can_be_probed(painted, dataset) -> None:
+def test_a_real_model_can_be_probed_and_its_truncated_captions_are_counted(painted, dataset) -> None:
     torch.manual_seed(0)
     real = DualEncoder.from_recipe(Recipe.model_validate(TINY))
-    result = evaluate(real, dataset(train=NAMES * 3, test=NAMES), "linear")
-    assert (result.width, result.validation, result.train) == (64, "fifth of train", 21)
+    result = evaluate(real, dataset(train=(*NAMES, *NAMES, *NAMES[:5]), test=NAMES), "linear")
+    assert (result.width, result.validation, result.train) == (64, "fifth of train", 19)
     assert result.top1 > 0.5  # even random weights tell colors apart
+    source = painted(["red", "blue"], captions=[("red " * 50, "red"), ("a blue thing",)])
+    assert evaluate(real, source, "retrieval").truncated_captions == 1
 
 
 def test_unreadable_images_are_counted_over_all_splits(probed, painted) -> None:
@@ -165,51 +158,54 @@ def test_unreadable_images_are_counted_over_all_splits(probed, painted) -> None:
     assert (result.train, result.n) == (19, 6)
 
 
-@pytest.mark.parametrize("task", ["linear", "knn", "few-shot"])
-def test_a_set_without_training_images(probed, painted, task) -> None:
-    with pytest.raises(UserError, match=r"'painted' has no train split.*measured by: zero-shot, retrieval"):
-        evaluate(probed, painted(NAMES, classes=NAMES), task)
-    with pytest.raises(UserError, match=r"measured by: retrieval\."):
-        evaluate(probed, painted(NAMES), task)
-    assert probed.passes == []
-
-
 @pytest.mark.parametrize("task", ["linear", "few-shot"])
-def test_one_image_a_class_is_too_few_to_choose_on(probed, dataset, task) -> None:
+def test_sets_that_cannot_be_probed(probed, painted, dataset, task) -> None:
+    with pytest.raises(UserError, match=r"'painted' has no train split.*'zero-shot' or 'retrieval'"):
+        evaluate(probed, painted(NAMES, classes=NAMES), task)
     on = dataset(train=NAMES, test=NAMES)
-    with pytest.raises(UserError, match=r"7 training images for 7 classes.*fewer than two for 7.*by: knn, zero-shot"):
+    with pytest.raises(UserError, match=r"fewer than two training images for 7 of its 7 classes.*'knn'"):
         evaluate(probed, on, task)
     assert probed.passes == []
     assert evaluate(probed, on, "knn").votes[0].top1 == 1.0
 
 
-def test_a_few_classes_with_one_image_are_let_pass(probed, dataset) -> None:
-    result = evaluate(probed, dataset(train=(*NAMES, *NAMES[:5]), test=NAMES), "linear")
-    assert result.top1 == 1.0
-
-
 def test_splits_that_do_not_fit_each_other(probed, painted) -> None:
     train, test = painted(NAMES * 2, classes=NAMES), painted(NAMES, classes=NAMES[::-1])
-    with pytest.raises(UserError, match=r"train split of 'set' has 7 class names.*same order"):
+    with pytest.raises(UserError, match=r"train split of 'set' .*7 class names.*same order"):
         evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "knn")
     test = painted(NAMES, classes=NAMES)
     train.labels[3] = 7
-    with pytest.raises(UserError, match="labels from 0 to 7, but its 7 class names are numbered from 0"):
+    with pytest.raises(UserError, match="from 0 to 7"):
         evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "knn")
 
 
-def _printed(results, title: str | None = None) -> str:
+def _printed(results) -> str:
     console = Console(record=True, width=120, file=io.StringIO())
-    console.print(results_table(results, title))
+    console.print(results_table(results, "Measured"))
     return console.export_text()
 
 
-def test_the_table_has_every_number_with_its_chance(model, painted) -> None:
-    source = painted(["red", "green", "blue", "white"], classes=NAMES, broken=[3])
-    text = _printed(evaluate_all(model, source, ("zero-shot", "retrieval")), "Measured")
-    for words in ("Measured", "painted", "top-1", "100.0 %", "14.3 %", "7.0", "text → image R@1", "33.3 %"):
+def _assert_read_back(result) -> None:
+    row = json.loads(json.dumps({"step": 7} | result.to_dict()))
+    assert row["task"] == result.task
+    assert row.get("chance") == (None if result.task == "retrieval" else 1 / 7)
+    assert read_result(row) == result
+
+
+def test_the_table_has_every_number_with_its_chance_and_majority(model, painted) -> None:
+    source = painted(["red", "green", "red", "white"], classes=NAMES, broken=[3])
+    results = evaluate_all(model, source, ("zero-shot", "retrieval"))
+    for result in results:
+        _assert_read_back(result)
+    assert results[1].to_dict()["text_to_image_r1"] == results[1].text_to_image.r1
+    assert read_result({"task": "séance"}) is read_result({}) is None
+    text = _printed(results)
+    for words in ("Measured", "painted", "top-1", "100.0 %", "14.3 % (majority 66.7 %)", "7.0", "text → image R@1"):
         assert words in text
-    assert "1 truncated image" in text
+    assert "truncated image" in text
+    assert "images with another one's features" in text
+    even = evaluate(model, painted(NAMES, classes=NAMES))
+    assert [measure.majority for measure in even.measures()] == [None] * 3
 
 
 def test_the_interval_of_a_share() -> None:
@@ -217,29 +213,10 @@ def test_the_interval_of_a_share() -> None:
     assert Measure("top-1", 0.3, 0.01, 100).margin == pytest.approx((0.3958 - 0.2189) / 2, abs=1e-4)
 
 
-def test_the_majority_of_an_unbalanced_set_stands_next_to_chance(model, painted) -> None:
-    result = evaluate(model, painted(["red"] * 3 + ["blue"], classes=NAMES))
-    assert result.majority == 0.75
-    assert read_result(json.loads(json.dumps(result.to_dict()))) == result
-    assert "majority" in (text := _printed([result]))
-    assert "75.0 %" in text
-    even = evaluate(model, painted(NAMES, classes=NAMES))
-    assert [measure.majority for measure in even.measures()] == [None] * 3
-
-
-def test_truncated_captions_are_counted_and_said_once(painted, caplog) -> None:
-    real = DualEncoder.from_recipe(Recipe.model_validate(TINY))
-    source = painted(["red", "blue"], captions=[("red " * 50, "red"), ("a blue thing",)], name="long captions")
-    results = [evaluate(real, source, "retrieval") for _ in range(2)]
-    assert [result.truncated_captions for result in results] == [1, 1]
-    said = [record.message for record in caplog.records if "long captions" in record.message]
-    assert [message[:19] for message in said] == ["1 of the 3 captions"]
-
-
 def test_short_names_keep_what_tells_sets_apart() -> None:
     short = {
-        "/d/coco/test.jsonl": "coco/test.jsonl", "/d/flickr/test.jsonl": "flickr/test.jsonl",
-        "test.jsonl": "test.jsonl", "own/mine.csv": "mine.csv", "coco:/d/2014": "coco:2014",
+        "/d/coco/test.jsonl": "/d/coco/test.jsonl", "/d/flickr/test.jsonl": "/d/flickr/test.jsonl",
+        "own/mine.csv": "mine.csv", "coco:/d/2014": "coco:2014", "C:\\data\\a.csv": "a.csv", "/d/photos/": "photos",
         "builtin:stamps": "builtin:stamps",
     }  # fmt: skip
     assert short_names(short) == short

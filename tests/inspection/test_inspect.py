@@ -88,17 +88,12 @@ def test_planted_faults_are_found(planted: Path) -> None:
     assert equal.examples[0].keys == ("good0.png", "same0.png")
     assert (near.members, near.groups) == (14, 7)
     assert (captions.members, captions.groups, captions.surplus) == (4, 1, 3), "as the tokenizer sees them"
-    assert found.captions.frequent == (("company logo", 4),)
+    assert [(group.caption, group.size) for group in captions.examples] == [("company logo", 4)]
     assert found.captions.per_pair.mean == pytest.approx((24 * 2 + 8) / 32)
     assert found.captions.kinds["file name"].count == 1
-    assert found.images.formats == {"PNG": 28, "JPEG": 4}
-    assert found.images.modes == {"RGB": 32}
-    assert found.images.bytes.max == max(path.stat().st_size for path in planted.parent.glob("good*.png"))
     assert (found.images.smaller.count, found.images.long.count, found.images.blank.count) == (4, 1, 1)
     assert found.images.blank_keys == ("blank.png",)
     assert found.images.aspect.max == 3.6
-    assert (sum(found.images.histogram.counts), found.images.histogram.counts[8]) == (32, 27)
-    assert found.captions.common_words[:2] == (("number", 48), ("drawing", 24))
     assert len(found.examples) == 32
     assert [len(row) for row in found.near_examples] == [2, 2, 2, 2]
     assert {"broken", "equal_images", "near_images", "equal_captions", "odd_captions", "blank_images"} <= set(
@@ -118,28 +113,16 @@ def test_a_folder_and_columns_are_opened_as_training_opens_them(tmp_path: Path) 
     (tmp_path / "one.txt").write_text("a red circle\na dot")
     assert inspect_source(tmp_path, workers=0).captions.per_pair.mean == 2
     (tmp_path / "table.csv").write_text("file,said\none.png,a red circle\n")
-    found = inspect_source(tmp_path / "table.csv", image_column="file", caption_column="said", workers=0)
-    assert (found.usable, found.images.formats) == (1, {"PNG": 1})
-
-
-def test_a_sample_is_drawn_evenly_and_again_the_same() -> None:
-    places = sample_places(10_000, 160, seed=3)
-    assert places.tolist() == sample_places(10_000, 160, seed=3).tolist()
-    assert places.tolist() != sample_places(10_000, 160, seed=4).tolist()
-    assert np.bincount(places // 625).tolist() == [10] * 16
-    assert len(np.unique(places)) == 160
-    assert sample_places(10, 10, 0).tolist() == sample_places(10, None, 0).tolist() == list(range(10))
-    for total in range(1, 60):
-        for sample in range(1, total):
-            drawn = sample_places(total, sample, 0)
-            assert len(np.unique(drawn)) == sample
-            assert 0 <= drawn[0] <= drawn[-1] < total
+    assert inspect_source(tmp_path / "table.csv", image_column="file", caption_column="said", workers=0).usable == 1
 
 
 def test_a_sample_says_how_sure_it_is() -> None:
     source = Numbers([() if number % 10 == 0 else (f"caption {number}",) for number in range(1000)])
     found = inspect_source(source, 200, workers=0)
     assert (found.read, found.total, found.whole) == (200, 1000, False)
+    places = [sample_places(1000, 200, seed).tolist() for seed in (0, 0, 1)]
+    assert places[0] == places[1] != places[2]
+    assert places[0] == sorted(set(places[0]))
     assert found.broken.low < 0.1 < found.broken.high
     assert found.broken.high - found.broken.low < 0.1
     assert "95 %" in advice(found, "broken")
@@ -147,34 +130,27 @@ def test_a_sample_says_how_sure_it_is() -> None:
 
 def test_equal_captions_of_the_whole_are_estimated_from_a_sample() -> None:
     texts = [("cat",) if number % 4 == 0 else (f"caption {number}", f"text {number}") for number in range(400)]
+    variants = inspect_source(Numbers([("Cat", "cat"), ("dog", "hound"), ("cat",)]), None, batch_size=3, workers=0)
+    assert (variants.equal_captions.members, variants.equal_captions.coincidences) == (2, 1), "one text within a pair"
+    assert variants.captions.equal_in_batch == pytest.approx(1.0), "of three couples one, always"
     whole = inspect_source(Numbers(texts), None, batch_size=64, workers=0)
     couples = 100 * 99 / 2
     assert whole.equal_captions.coincidences == couples
     assert whole.captions.equal_in_batch == pytest.approx(64 * 63 / 2 * couples / (400 * 399 / 2))
-    samples = [inspect_source(Numbers(texts), 100, batch_size=64, seed=seed, workers=0) for seed in range(12)]
+    samples = [inspect_source(Numbers(texts), 100, batch_size=64, seed=seed, workers=0) for seed in range(8)]
     assert np.mean([each.equal_captions.expected for each in samples]) == pytest.approx(couples, rel=0.15)
     in_batch = np.mean([each.captions.equal_in_batch for each in samples])
     assert in_batch == pytest.approx(whole.captions.equal_in_batch, rel=0.15)
 
 
-def test_case_variants_within_a_pair_are_one_text() -> None:
-    found = inspect_source(Numbers([("Cat", "cat"), ("dog", "hound"), ("cat",)]), None, batch_size=3, workers=0)
-    assert (found.equal_captions.members, found.equal_captions.coincidences) == (2, 1)
-    assert found.captions.equal_in_batch == pytest.approx(1.0), "of three couples one, always"
-
-
-def test_when_every_pair_is_broken_it_says_why() -> None:
-    found = inspect_source(Numbers([()] * 3), workers=0)
-    assert (found.usable, found.images, found.captions, found.examples) == (0, None, None, ())
-    assert found.reasons["empty caption"]["count"] == 3
-    assert [finding.rule for finding in found.findings] == ["broken"]
-    assert found.findings[0].fix
-
-
-def test_one_pair_is_enough() -> None:
+def test_one_pair_is_enough_and_none_says_why() -> None:
     found = inspect_source(Numbers([("a single caption",)]), workers=0)
     assert (found.usable, found.equal_images.groups, found.captions.equal_in_batch) == (1, 0, 0.0)
     assert len(found.examples) == 1
+    found = inspect_source(Numbers([()] * 3), workers=0)
+    assert (found.usable, found.images, found.captions, found.examples) == (0, None, None, ())
+    assert found.reasons["empty caption"]["count"] == 3
+    assert [(finding.rule, finding.fix) for finding in found.findings] == [("broken", True)]
 
 
 def test_images_of_a_test_set_are_found(planted: Path) -> None:
@@ -200,8 +176,8 @@ def test_one_word_captions_lead_to_another_second_view(
     assert words in advice(inspect_source(Numbers([caption] * 4, keywords), workers=0), "one_word")
 
 
-@pytest.mark.parametrize(("words", "context"), [(3, 16), (14, 16), (15, 24), (40, 48), (75, 77), (300, 77)])
-def test_context_is_the_shortest_that_cuts_little(words: int, context: int) -> None:
+@pytest.mark.parametrize(("words", "context"), [(14, 16), (15, 24), (75, 77), (300, 77)])
+def test_context_is_the_shortest_that_truncates_little(words: int, context: int) -> None:
     found = inspect_source(Numbers([("cat " * words,)] * 3), workers=0)
     assert found.captions.context_length == context
     assert found.captions.truncated[77].count == (3 if words + 2 > 77 else 0)
@@ -229,19 +205,20 @@ def test_scripts_and_queue() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    "options",
     [
-        ({"sample": 0}, "sample is 0"),
-        ({"sample": -5}, "sample is -5"),
-        ({"workers": -1}, "workers is -1"),
-        ({"size": 0}, "size is 0"),
-        ({"batch_size": 1}, "batch_size is 1"),
-        ({"seed": -1}, "seed is -1"),
-        ({"check_leakage": ["nowhere.jsonl"]}, "nowhere.jsonl"),
+        {"sample": 0},
+        {"workers": -1},
+        {"size": 0},
+        {"batch_size": 1},
+        {"seed": -1},
+        {"check_leakage": ["nowhere.jsonl"]},
     ],
+    ids=str,
 )
-def test_wrong_options_are_refused(planted: Path, options: dict, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_wrong_options_are_refused(planted: Path, options: dict) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match="nowhere.jsonl" if name == "check_leakage" else f"{name} is {value}"):
         inspect_source(planted, **options)
 
 

@@ -10,14 +10,18 @@ from conftest import COLOURS, SHAPES, draw
 from declip.inspection.duplicates import (
     COARSE_BITS,
     FINE_BITS,
+    LOOK,
     TINT,
     across,
+    caption_hash,
     coincidence,
     equal_groups,
+    image_hash,
+    is_blank,
+    look,
     near_groups,
     repeated,
 )
-from declip.inspection.fingerprint import LOOK, caption_hash, image_hash, is_blank, look
 
 
 def photo(seed: int, side: int = 256) -> Image.Image:
@@ -56,12 +60,10 @@ def test_copies_look_alike_and_other_images_do_not() -> None:
     assert len(set(groups)) == 30
 
 
-def test_color_and_shape_tell_drawings_apart() -> None:
+def test_color_shape_and_a_small_sign_tell_drawings_apart() -> None:
     groups = groups_of([draw(color, shape) for color in COLOURS for shape in SHAPES])
     assert len(set(groups)) == len(groups)
 
-
-def test_a_small_sign_inside_tells_drawings_apart() -> None:
     def sign(box: tuple[int, int, int, int]) -> Image.Image:
         image = Image.new("RGB", (64, 64), "white")
         pen = ImageDraw.Draw(image)
@@ -114,13 +116,10 @@ def test_near_groups_are_those_of_comparing_all_with_all(generator: np.random.Ge
     assert len(np.unique(np.stack([found, expected]), axis=1).T) == count == found.max() + 1
 
 
-def test_one_image_and_many_blank_ones_are_no_trouble() -> None:
+def test_one_image_many_blank_ones_and_thousands_that_nearly_look_alike(generator: np.random.Generator) -> None:
     assert near_groups(np.zeros(1, LOOK)).tolist() == [0]
-    assert set(near_groups(np.zeros(5000, LOOK)).tolist()) == {0}
-
-
-def test_thousands_that_nearly_look_alike_are_no_trouble(generator: np.random.Generator) -> None:
     looks = np.zeros(5000, LOOK)
+    assert set(near_groups(looks).tolist()) == {0}
     looks["fine"][:, 0] = generator.integers(0, 2**12, len(looks))
     looks["coarse"][:, 1] = generator.integers(0, 2**3, len(looks))
     assert set(near_groups(looks).tolist()) == {0}
@@ -138,12 +137,6 @@ def test_images_of_another_set_are_found() -> None:
     assert across(rows(mine), rows(theirs)).tolist() == [False, True, True]
 
 
-def test_largest_groups_come_first() -> None:
-    numbers, sizes = repeated(equal_groups(np.array([7, 5, 7, 9, 5, 7])))
-    assert numbers.tolist() == [0, 1]
-    assert sizes.tolist() == [3, 2]
-
-
 def test_coincidence_is_the_mean_over_all_couples(generator: np.random.Generator) -> None:
     texts = [["a"], ["a", "b"], ["b", "c", "a"], ["d"], ["a"]]
     owners = [n for n, each in enumerate(texts) for _ in each]
@@ -153,3 +146,5 @@ def test_coincidence_is_the_mean_over_all_couples(generator: np.random.Generator
     expected = np.mean([sum(text in other for text in one) / len(one) / len(other) for one, other in couples])
     assert coincidence(groups, weights, len(texts)) == pytest.approx(expected)
     assert coincidence(np.zeros(1, np.int64), np.ones(1), 1) == 0.0
+    numbers, sizes = repeated(equal_groups(np.array([7, 5, 7, 9, 5, 7])))
+    assert (numbers.tolist(), sizes.tolist()) == ([0, 1], [3, 2]), "the largest first"

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import declip
-from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.interchange import clip_benchmark as adapter
 from interchange.test_import import Painted
@@ -61,6 +60,7 @@ def test_its_numbers_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     found = declip.evaluate(model, Dataset("painted", {"test": Captioned}), "retrieval", progress=False)
     sets = {"classification": shown, "retrieval": found}
+    assert torch.equal(adapter.load("model")[1](Painted()[3].image), model.preprocess(Painted()[3].image)[0])
     for name, task in (("classification", "zeroshot_classification"), ("retrieval", "zeroshot_retrieval")):
         folder = webdataset(tmp_path / name, Captioned(), name)
         words = ["--dataset", "wds/painted", "--dataset_root", str(folder), "--task", task, "--no_amp", "--quiet"]
@@ -83,20 +83,7 @@ def test_its_numbers_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             assert 0 < min(metrics.values()) < max(metrics.values())
 
 
-def test_the_adapter_gives_what_the_benchmark_asks_for(tmp_path: Path) -> None:
-    model = build("conv")
-    declip.export(model, "safetensors", tmp_path / "model")
-    read, transform, tokenize = adapter.load(str(tmp_path / "model"), "laion400m_e32", None, "cpu")
-    picture = Painted()[3].image
-    assert transform(picture).shape == (3, 32, 32)
-    assert torch.equal(transform(picture), model.preprocess(picture)[0])
-    with torch.no_grad():
-        assert torch.equal(read.encode_text(tokenize(["a cat"])), model.encode_text(model.tokenize(["a cat"])))
-
-
 def test_without_the_benchmark_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "clip_benchmark", None)
-    with pytest.raises(UserError, match=r"pip install 'declip\[clip_benchmark\]'"):
-        adapter.register()
-    with pytest.raises(SystemExit, match="Error: This needs CLIP_benchmark"):
+    with pytest.raises(SystemExit, match=r"Error: .*pip install 'declip\[clip_benchmark\]'"):
         adapter.main()

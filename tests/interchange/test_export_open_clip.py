@@ -1,7 +1,6 @@
 """Exports for open_clip that lie on the Hub, or have a text encoder of transformers'."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,16 +43,16 @@ def test_a_repository_named_by_its_owner_loads_from_the_hub_too(
         assert same_until_the_end(open_clip.get_tokenizer(f"hf-hub:{repo}")(CAPTIONS), tokens, model.tokenizer.end)
 
 
-@pytest.mark.parametrize(("repo", "form", "said"), [("name", "open_clip", "OWNER/NAME"), ("a/b", "onnx", "--repo")])
-def test_a_repository_that_nothing_can_hold_is_refused(repo: str, form: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize(("repo", "form"), [("name", "open_clip"), ("a/b", "onnx")])
+def test_a_repository_that_nothing_can_hold_is_refused(repo: str, form: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--repo is .*open_clip.*OWNER/NAME"):
         declip.export(build("vit"), form, tmp_path / "out", repo=repo)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("encoder", "kind", "pooling"),
-    [(bert, "timm-vit", "cls"), (bert, "timm-convnext", "mean"), (roberta, "vit", "mean"), (roberta, "resnet", "auto")],
+    [(bert, "timm-vit", "cls"), (roberta, "vit", "mean"), (roberta, "resnet", "auto")],
 )
 def test_open_clip_reads_a_text_encoder_of_transformers(
     encoder: Callable[[Path], Path], kind: str, pooling: str, tmp_path: Path
@@ -77,7 +76,6 @@ def test_open_clip_reads_a_text_encoder_of_transformers(
         texts = model.encode_text(tokens)
         found = theirs.eval().encode_image(torch.stack([transform(each) for each in pictures()]), normalize=True)
         difference = largest(found, images), largest(theirs.encode_text(theirs_tokens, normalize=True), texts)
-    print(f"open_clip {kind} + {encoder.__name__}, {pooling}: images {difference[0]:.1e}, texts {difference[1]:.1e}")
     assert max(difference) <= EXACT
     read = declip.load(f"open_clip:local-dir:{out}", device="cpu")
     with torch.no_grad():
@@ -87,21 +85,21 @@ def test_open_clip_reads_a_text_encoder_of_transformers(
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
-    [({"text.pooling": "eos"}, "pools at .*eos"), ({"text.projection_bias": True}, "bias after its text projection")],
+    ("encoder", "keys", "reason"),
+    [
+        (bert, {"text.pooling": "eos"}, "eos pooling"),
+        (bert, {"text.projection_bias": True}, "a bias after its projection"),
+        (distilbert, {}, "is a distilbert"),
+    ],
 )
 def test_a_text_encoder_that_open_clip_has_no_words_for_is_refused(
-    keys: dict[str, Any], said: str, tmp_path: Path
+    encoder: Callable[[Path], Path], keys: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("transformers")
-    model = build("vit", **{"text.hf_model": str(bert(tmp_path / "bert")), "text.context_length": 16, **keys})
-    for form, reason in (("open_clip", said), ("huggingface", "text tower is a HuggingfaceTextTower.*text.hf_model")):
-        with pytest.raises(UserError, match=f"as {form}: .*Formats that can: onnx and safetensors") as caught:
+    model = build("vit", **{"text.hf_model": str(encoder(tmp_path / "encoder")), "text.context_length": 16, **keys})
+    for form, words in (("open_clip", reason), ("huggingface", "text tower is a HuggingfaceTextTower.*text.hf_model")):
+        with pytest.raises(UserError, match=f"as {form}: .*{words}.*Formats that can: onnx and safetensors"):
             declip.export(model, form, tmp_path / "out")
-        assert re.search(reason, str(caught.value))
-    model = build("vit", **{"text.hf_model": str(distilbert(tmp_path / "distilbert")), "text.context_length": 16})
-    with pytest.raises(UserError, match=r"distilbert.*Formats that can"):
-        declip.export(model, "open_clip", tmp_path / "out")
 
 
 def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,36 +14,10 @@ from safetensors.torch import load_file, save_file
 import declip
 from declip.data.text.tokenizer import Tokenizer, clean
 from declip.errors import UserError
-from declip.interchange.declip_file import FILE, write_declip_file
-from declip.interchange.export import import_weights
-from declip.interchange.huggingface import CAPTIONS as PROBES
-from declip.interchange.huggingface import fetch
 from declip.interchange.read import read_start
 from declip.interchange.tokenizer_files import backend
 from interchange.test_export import EXACT, features, same_until_the_end
 from interchange.towers import CAPTIONS, build, command, largest, pictures
-
-
-@pytest.mark.parametrize("kind", ["vit", "vit-gelu", "vit-mixed", "vit-bias", "vit-clip-words"])
-def test_what_we_wrote_for_transformers_comes_back(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    model = build(kind)
-    declip.export(model, "huggingface", tmp_path / "theirs")
-    read = declip.load(tmp_path / "theirs", device="cpu")
-    assert not read.training
-    _, images, tokens, texts = features(model)
-    _, own_images, own_tokens, own_texts = features(read)
-    difference = largest(own_images, images), largest(own_texts, texts)
-    print(f"huggingface → declip {kind}: images {difference[0]:.1e}, texts {difference[1]:.1e}")
-    assert max(difference) <= EXACT
-    assert torch.equal(tokens, own_tokens)
-    assert torch.equal(read.logit_scale, model.logit_scale)
-    for of in ("image", "text"):
-        ours, theirs = getattr(read.recipe, of), getattr(model.recipe, of)
-        assert getattr(ours, "activation", None) == getattr(theirs, "activation", None)
-    torch.testing.assert_close(read.preprocessor.mean, model.preprocessor.mean)
-    embeddings = read.text_tower.token_embedding.weight
-    torch.testing.assert_close(embeddings[-1], embeddings[:-1].mean(dim=0))
 
 
 def their_folder(out: Path) -> Path:
@@ -94,18 +68,9 @@ def test_clip_models_of_transformers_come_in(tmp_path: Path) -> None:
     with torch.no_grad():
         pixels = read.preprocess(pictures())
         found = theirs(**{**inputs, "pixel_values": pixels})
-        difference = (
-            largest(read.encode_image(pixels), found.image_embeds),
-            largest(read.encode_text(read.tokenize(captions)), found.text_embeds),
-        )
-    print(f"transformers → declip: images {difference[0]:.1e}, texts {difference[1]:.1e}")
-    assert max(difference) <= EXACT
+        assert largest(read.encode_image(pixels), found.image_embeds) <= EXACT
+        assert largest(read.encode_text(read.tokenize(captions)), found.text_embeds) <= EXACT
     assert torch.equal(read.logit_scale, theirs.logit_scale)
-    std = read.preprocessor.std.view(3, 1, 1)
-    for picture, own, their in zip(pictures(), pixels, inputs["pixel_values"], strict=True):
-        longer = int(48 * max(picture.size) / min(picture.size))
-        if (longer - 48) % 4 != 3:  # there transformers cuts one pixel further: see test_export
-            assert largest(own * std, their * std) <= 1.001 / 255
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +88,9 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def test_the_first_releases_files_are_read(exported: Path, tmp_path: Path) -> None:
-    """Sizes as numbers, a second name for a configuration, no tokenizer.json, half precision, a buffer too many."""
+    """Sizes as numbers, a second name for a configuration, half precision, a buffer too many."""
     expected = declip.load(exported, device="cpu")
     folder = Path(shutil.copytree(exported, tmp_path / "old"))
-    (folder / "tokenizer.json").unlink()
 
     def older(pictures: dict[str, Any]) -> None:
         pictures["feature_extractor_type"] = pictures.pop("image_processor_type").replace("ImageProcessor", "X")
@@ -158,22 +122,22 @@ CONFIG, PICTURES, WORDS = "config.json", "preprocessor_config.json", "tokenizer.
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        (CONFIG, sets(model_type="siglip"), "says model_type 'siglip', and only 'clip'"),
+        (CONFIG, sets(model_type="siglip"), "model_type is 'siglip', and ours has 'clip'"),
         (CONFIG, sets("text_config", hidden_act="relu"), r"text_config\.hidden_act is 'relu'"),
         (CONFIG, sets("vision_config", layer_norm_eps=1e-6), r"vision_config.*eps is 1e-06"),
         (CONFIG, sets("text_config", intermediate_size=96), "intermediate_size is 96.*128"),
         (CONFIG, sets("text_config", eos_token_id=5), "eos_token_id is 5, .*813 or 2"),
-        (CONFIG, sets("vision_config", num_hidden_layers=10**9), "1000000000 layers.*weights 2"),
+        (CONFIG, sets("vision_config", num_hidden_layers=10**9), "more layers than the weights"),
         (CONFIG, sets("vision_config", patch_size=16), r"position_embedding.* has shape \(17, 64"),
         (CONFIG, sets(projection_dim="many"), "projection_dim|embed_dim"),
         (CONFIG, sets(text_config=[1]), "config.json: TypeError"),
         (PICTURES, sets(size={"height": 32, "width": 32}), r"size is \{.*and ours has 32"),
-        (PICTURES, sets(resample=2), "preprocessor_config.json: resample is 2"),
+        (PICTURES, sets(resample=2), "resample is 2"),
         (PICTURES, sets(image_processor_type="ViTImageProcessor"), "by a ViTImage"),
         (PICTURES, sets(crop_size=24), "crop_size is 24, and ours has 32"),
-        (WORDS, lambda it: it["model"]["vocab"].update({"ab": 0, "!": 5}), "of another tokenizer: .*'!'"),
-        (WORDS, sets(normalizer=None), "reads 'Two CATS, .* otherwise than CLIP's"),
-        (WORDS, sets(model={"vocab": {"a": 0}}), "has 3 tokens, and CLIP's has 514 to"),
+        (WORDS, lambda it: it["model"]["vocab"].update({"ab": 0, "!": 5}), "tokenizer.json is of another tokenizer"),
+        (WORDS, sets(normalizer=None), "tokenizer.json is of another tokenizer"),
+        (WORDS, sets(model={"vocab": {"a": 0}}), "tokenizer.json cannot be read"),
     ],
 )
 def test_a_folder_that_ours_cannot_be_is_told_by_what_differs_first(
@@ -188,7 +152,7 @@ def test_a_folder_that_ours_cannot_be_is_told_by_what_differs_first(
 
 def test_weights_that_are_not_whole_are_told_by_what_is_missing(exported: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported, tmp_path / "wrong"))
-    weights = folder / "model.safetensors"
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     whole, tensors = weights.read_bytes(), load_file(exported / weights.name)  # the other is written over
 
     def refused(message: str) -> None:
@@ -196,62 +160,38 @@ def test_weights_that_are_not_whole_are_told_by_what_is_missing(exported: Path, 
             declip.load(folder)
 
     weights.write_bytes(whole[: len(whole) // 2])
-    refused(r"model.safetensors is damaged or cut")
+    refused("damaged or cut")
     for changed, message in (
         ({name: t for name, t in tensors.items() if name != FIRST}, rf"'{FIRST}' is missing\."),
         (tensors | {FIRST: torch.ones(3)}, rf"'{FIRST}' has shape \(3,\) instead of \(64,\)"),
         (tensors | {"lora.weight": torch.ones(3)}, "'lora.weight' belongs to another model"),
-        (tensors | {FIRST: torch.ones(64, dtype=torch.int8)}, f"'{FIRST}' holds integers"),
+        (tensors | {FIRST: torch.ones(64, dtype=torch.int8)}, f"'{FIRST}' holds torch.int8"),
     ):
         save_file(changed, weights)
         refused(message)
     weights.unlink()
-    refused(r"there is no model.safetensors\.")
-    (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    refused(r"no model.safetensors; pytorch_model.bin is a pickle, which is not read")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {FIRST: "model-00001-of-00002.safetensors"}}))
-    refused(r"there is no model-00001-of-00002.safetensors")
-    index.write_text(json.dumps({"weight_map": {FIRST: "../theirs/model.safetensors"}}))
-    refused(r"names '../theirs/model.safetensors', which is no safetensors file of the folder")
-    for name in ("tokenizer.json", "vocab.json"):
-        (folder / name).unlink()
-    refused(r"there is no vocab.json")
+    refused("no model.safetensors; weights in a pickle are not read")
+    for file, message in (
+        ("model-00001-of-00002.safetensors", "there is no model-00001-of-00002.safetensors"),
+        ("../theirs/model.safetensors", "names '../theirs/model.safetensors', which is no safetensors file"),
+    ):
+        index.write_text(json.dumps({"weight_map": {FIRST: file}}))
+        refused(message)
     (folder / "config.json").write_text("{")
-    refused(r"config.json is no JSON")
+    refused("config.json: JSONDecodeError")
 
 
 def test_a_file_of_weights_leads_to_its_folder(exported: Path) -> None:
-    with pytest.raises(UserError, match=f"as transformers names them. Give its folder, '{exported}'"):
+    with pytest.raises(UserError, match=f"Give its folder, '{exported}'"):
         declip.load(exported / "model.safetensors")
-
-
-def test_a_name_of_the_hub_fetches_no_pickle(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    asked = {}
-
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked[name] = allow_patterns
-        return str(exported)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    words = ["import", "huggingface:owner/name", "--from", "huggingface", "--out", str(tmp_path / "out")]
-    assert command(words, monkeypatch) == 0
-    assert "Written" in capfd.readouterr().out
-    assert list(asked) == ["owner/name"]
-    assert all(pattern.endswith((".safetensors", ".json", "README.md")) for pattern in asked["owner/name"])
-    read, expected = declip.load(tmp_path / "out", device="cpu"), declip.load("huggingface:owner/name", device="cpu")
-    for own, other in zip(features(read), features(expected), strict=True):
-        assert torch.equal(own, other)
-    assert "`name` (huggingface)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for the Hub: of a repository OWNER/NAME in it comes what is asked for."""
+    """A folder that stands for the Hub: of a repository OWNER/NAME in it comes what is asked for, and no pickle."""
 
     def download(name: str, allow_patterns: list[str]) -> str:
+        assert all(pattern.endswith((".safetensors", ".json", "README.md")) for pattern in allow_patterns)
         snapshot = tmp_path / "cache" / name
         snapshot.mkdir(parents=True, exist_ok=True)
         for path in {path for pattern in allow_patterns for path in (tmp_path / name).glob(pattern)}:
@@ -263,22 +203,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "huggingface"])
-def test_our_own_exports_are_read_from_the_hub(form: str, hub: Path) -> None:
-    model = build("vit")
+def test_our_own_exports_are_read_from_the_hub(form: str, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = build("vit"), hub / "out"
     declip.export(model, form, hub / "owner" / "name")
-    read, start = declip.load("huggingface:owner/name", device="cpu"), read_start("huggingface:owner/name")
-    for own, other in zip(features(read), features(model), strict=True):
-        assert largest(own, other) <= EXACT
-    assert start.whole
-    assert (start.tensors["logit_scale"], start.heads) == (model.logit_scale, {})
-    import_weights("hf-hub:owner/name", "huggingface", hub / "out")
-    assert torch.equal(declip.load(hub / "out", device="cpu").logit_scale, model.logit_scale)
-
-
-def test_heads_come_from_the_hub_with_their_model(hub: Path) -> None:
-    (hub / "owner" / "name").mkdir(parents=True)
-    write_declip_file(build("vit"), hub / "owner" / "name" / FILE, {"predictor.weight": torch.ones(2)})
-    assert torch.equal(read_start("huggingface:owner/name").heads["predictor.weight"], torch.ones(2))
+    words = ["import", "huggingface:owner/name", "--from", "huggingface", "--out", str(out)]
+    assert command(words, monkeypatch) == 0
+    start = read_start("huggingface:owner/name")
+    assert (start.whole, start.heads) == (True, {})
+    for read in (declip.load(out, device="cpu"), start.build().eval()):
+        for own, other in zip(features(read), features(model), strict=True):
+            assert largest(own, other) <= EXACT
+    assert "`name` (huggingface)" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_our_export_for_open_clip_says_what_reads_it(hub: Path) -> None:
@@ -286,17 +221,3 @@ def test_our_export_for_open_clip_says_what_reads_it(hub: Path) -> None:
     declip.export(build("vit"), "open_clip", hub / "owner" / "name", repo="owner/name")
     with pytest.raises(UserError, match="open_clip:hf-hub:owner/name"):
         declip.load("huggingface:owner/name")
-
-
-def test_without_network_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    for name in ("huggingface:owner/name", "huggingface:./a/folder/here"):
-        with pytest.raises(UserError, match=rf"Cannot fetch '{name}': .*Check the network and the name") as caught:
-            fetch(name)
-        assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 400
-
-
-def test_the_probes_of_a_tokenizer_need_no_cleaning() -> None:
-    assert [clean(caption) for caption in PROBES] == [caption.lower() for caption in PROBES]

@@ -9,11 +9,8 @@ from safetensors.torch import save_file
 import declip
 from conftest import draw
 from declip.errors import UserError
-from declip.interchange.onnx import Encode
 from declip.runs.checkpoint import WEIGHTS, list_checkpoints
 from declip.training.trainer import Trainer
-from interchange.towers import build
-from text_encoders import bert
 from training.test_trainer import recipe_for
 
 
@@ -44,19 +41,15 @@ def test_what_is_not_a_model_is_named(table: Path, tmp_path: Path) -> None:
         declip.load(tmp_path / "run")
 
 
-def test_only_damaged_checkpoints_are_named(table: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_and_their_weights_alone_are_named(table: Path, tmp_path: Path) -> None:
     Trainer(recipe_for(table, steps=4), tmp_path, quiet=True).train()
+    folder = list_checkpoints(tmp_path)[-1]
+    with pytest.raises(UserError, match=f"Give its folder, '{folder}'"):
+        declip.load(folder / WEIGHTS)
     for folder in list_checkpoints(tmp_path):
         (folder / WEIGHTS).write_bytes(b"half")
     with pytest.raises(UserError, match="damaged"):
         declip.load(tmp_path)
-
-
-def test_the_weights_of_a_checkpoint_lead_to_its_folder(table: Path, tmp_path: Path) -> None:
-    Trainer(recipe_for(table, steps=4), tmp_path, quiet=True).train()
-    folder = list_checkpoints(tmp_path)[-1]
-    with pytest.raises(UserError, match=f"weights of a checkpoint. Give its folder, '{folder}'"):
-        declip.load(folder / WEIGHTS)
 
 
 def test_timms_image_tower_alone_gives_its_pooled_feature(tmp_path: Path) -> None:
@@ -69,15 +62,3 @@ def test_timms_image_tower_alone_gives_its_pooled_feature(tmp_path: Path) -> Non
         torch.testing.assert_close(model.encode_image(pixels), F.normalize(trunk(pixels), dim=-1))
     with pytest.raises(UserError, match="image tower alone"):
         model.tokenize("a cat")
-
-
-def test_torch_exports_a_text_encoder_that_pools_at_the_end_for_any_batch(tmp_path: Path) -> None:
-    encoder = str(bert(tmp_path / "bert"))
-    model = build("vit", **{"text.pooling": "eos", "text.hf_model": encoder, "text.context_length": 16})
-    sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=16)},)
-    with torch.no_grad():
-        example = (model.tokenize(["a", "b"]),)
-        program = torch.export.export(Encode(model, model.encode_text), example, dynamic_shapes=sizes)
-        for captions in (["a red circle"], ["a", "b", "a red circle"]):
-            tokens = model.tokenize(captions)
-            torch.testing.assert_close(program.module()(tokens), model.encode_text(tokens))

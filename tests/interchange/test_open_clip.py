@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import declip
-from conftest import COLOURS, draw
+from conftest import draw
 from declip.errors import UserError
 from declip.interchange import open_clip_model as ours
 from declip.interchange.export import import_weights
-from interchange.test_clip_benchmark import Captioned
 from interchange.tiny_open_clip import CONFIGS, WORDS, folder_of, pictures, random_model, same_weights, saved
 
 open_clip = pytest.importorskip("open_clip")
@@ -64,47 +63,25 @@ def test_features_are_open_clips(name: str, tmp_path: Path) -> None:
     assert same_weights(model, theirs)
 
 
-def test_a_tower_that_pools_and_projects_in_one_has_no_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = copy.deepcopy(CONFIGS["tiny-convnext"])
-    config["vision_cfg"] |= {"timm_pool": "rot_attn", "timm_proj": None}
-    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-rotary", config)
-    model = declip.load("open_clip:tiny-rotary/none", device="cpu")
-    pixels = model.preprocess(draw("red", "circle"))
-    with torch.no_grad():
-        assert model.encode_image(pixels).shape == (1, 16)
-        with pytest.raises(UserError, match="no pooled feature before its projection"):
-            model.encode_backbone(pixels)
-
-
-@pytest.mark.parametrize("file", ["weights.pt", "epoch_1.pt"])
-def test_a_state_dict_and_a_checkpoint_of_its_training(file: str, tmp_path: Path) -> None:
+def test_the_sizes_among_openais_tensors_are_no_damage(tmp_path: Path) -> None:
     theirs = random_model("tiny-vit")
-    assert same_weights(declip.load(f"open_clip:tiny-vit/{saved(theirs, tmp_path / file)}"), theirs)
-
-
-@pytest.mark.parametrize("file", ["openai.pt", "openai.safetensors"])
-def test_the_sizes_among_openais_tensors_are_no_damage(file: str, tmp_path: Path) -> None:
-    theirs = random_model("tiny-vit")
-    sizes = {
-        "input_resolution": torch.tensor(32),
-        "context_length": torch.tensor(12),
-        "vocab_size": torch.tensor(49408),
-    }
+    sizes = {name: torch.tensor(32) for name in ("input_resolution", "context_length", "vocab_size")}
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()} | sizes
-    save_file(state, tmp_path / file) if file.endswith("s") else torch.save(state, tmp_path / file)
-    assert same_weights(declip.load(f"open_clip:tiny-vit/{tmp_path / file}", device="cpu"), theirs)
-    import_weights(f"tiny-vit/{tmp_path / file}", "open_clip", tmp_path / "out")
+    torch.save(state, tmp_path / "openai.pt")
+    assert same_weights(declip.load(f"open_clip:tiny-vit/{tmp_path / 'openai.pt'}", device="cpu"), theirs)
+    import_weights(f"tiny-vit/{tmp_path / 'openai.pt'}", "open_clip", tmp_path / "out")
     save_file(state | {"more": torch.zeros(2)}, tmp_path / "more.safetensors")
     with pytest.raises(UserError, match=r"Cannot load .*'more'"):
         declip.load(f"open_clip:tiny-vit/{tmp_path / 'more.safetensors'}")
 
 
 def test_paths_from_here_and_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a checkpoint of open_clip's training."""
     theirs = random_model("tiny-vit")
-    saved(theirs, tmp_path / "openai")
+    saved(theirs, tmp_path / "epoch_1.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for spelling in ("./openai", "openai", "~/openai"):
+    for spelling in ("epoch_1.pt", "~/epoch_1.pt"):
         assert same_weights(declip.load(f"open_clip:tiny-vit/{spelling}", device="cpu"), theirs)
 
 
@@ -139,28 +116,21 @@ def test_a_tag_is_fetched_and_brings_its_preparation_and_activation(tmp_path: Pa
             torch.testing.assert_close(model.encode_text(text), theirs.encode_text(text, normalize=True))
 
 
-def test_random_weights_are_always_the_same_and_leave_the_generator_alone() -> None:
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    first = declip.load("open_clip:tiny-vit/none", device="cpu")
-    assert torch.equal(torch.rand(3), expected)
-    second = declip.load("open_clip:tiny-vit/none", device="cpu")
-    assert same_weights(first, second.model)
-
-
-def test_open_clip_leaves_the_root_logger_alone(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+def test_random_weights_are_always_the_same_and_nothing_else_changes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(logging.root, "handlers", [])
-    declip.load("open_clip:tiny-vit/none", device="cpu")
+    before = torch.get_rng_state()
+    first, second = (declip.load("open_clip:tiny-vit/none", device="cpu") for _ in range(2))
+    assert same_weights(first, second.model)
+    assert torch.equal(torch.get_rng_state(), before)
     assert logging.root.handlers == []
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
-def test_the_preprocessor_survives_pickling(mode: str) -> None:
-    prepare = ours.OpenClipPreprocess({"size": 32, "resize_mode": mode})
+def test_the_preprocessor_survives_pickling() -> None:
+    prepare = ours.OpenClipPreprocess({"size": 32, "resize_mode": "squash"})
     assert torch.equal(pickle.loads(pickle.dumps(prepare))(pictures()), prepare(pictures()))
-    assert prepare(pictures()).shape == (4, 3, 32, 32)
     assert prepare([]).shape == (0, 3, 32, 32)
     assert torch.equal(prepare(draw("red", "bar")), prepare([draw("red", "bar")]))
 
@@ -170,52 +140,11 @@ def test_a_very_long_picture_takes_little_memory_and_changes_nothing() -> None:
     ramp = np.linspace(0, 255, 900).astype(np.uint8)
     long = Image.fromarray(np.broadcast_to(ramp[None, :, None], (20, 900, 3)).copy())
     for picture in (long, long.transpose(Image.Transpose.ROTATE_90)):
-        expected = prepare.transform(picture)
-        torch.testing.assert_close(prepare(picture)[0], expected, atol=0.02, rtol=0)
-    squash = ours.OpenClipPreprocess({"size": 32, "resize_mode": "squash"})
-    assert torch.equal(squash(long)[0], squash.transform(long))
+        torch.testing.assert_close(prepare(picture)[0], prepare.transform(picture), atol=0.02, rtol=0)
     resized = []
     prepare.transform.transforms.insert(1, lambda image: resized.append(image.size) or image)
     prepare(Image.new("RGB", (1, 100_000)))
     assert resized == [(32, 320)]
-
-
-@pytest.mark.parametrize("name", ["tiny-vit", "tiny-coca", "tiny-mapped"])
-def test_zero_shot_and_retrieval_equal_open_clips_own_features(name: str, tmp_path: Path) -> None:
-    theirs = random_model(name)
-    model = declip.load(f"open_clip:{name}/{saved(theirs, tmp_path / 'weights.pt')}", device="cpu")
-    source, transform = Captioned(), open_clip.create_model_and_transforms(name)[2]
-    tokenizer = open_clip.get_tokenizer(name)
-    templates = ["a drawing of {}", "{} on white"]
-    with torch.no_grad():
-        pixels = torch.stack([transform(source[index].image) for index in range(len(source))])
-        images = theirs.encode_image(pixels, normalize=True).double().numpy()
-        words = [caption for index in range(len(source)) for caption in source.captions(index)]
-        texts = theirs.encode_text(tokenizer(words), normalize=True).double().numpy()
-        classes = open_clip.build_zero_shot_classifier(theirs, tokenizer, COLOURS, templates).double().numpy()
-    order = np.argsort(-(images @ classes), axis=1)
-    top1 = np.mean(order[:, 0] == source.labels)
-    top5 = np.mean([label in row[:5] for label, row in zip(source.labels, order, strict=True)])
-    result = declip.evaluate(model, source, templates=templates, progress=False)
-    assert (result.top1, result.top5, result.n) == (pytest.approx(top1), pytest.approx(top5), 24)
-
-    result = declip.evaluate(model, source, "retrieval", progress=False)
-    scores = images @ texts.T
-    for k, text_to_image, image_to_text in (
-        (1, result.text_to_image.r1, result.image_to_text.r1),
-        (5, result.text_to_image.r5, result.image_to_text.r5),
-        (10, result.text_to_image.r10, result.image_to_text.r10),
-    ):
-        found = [text // 2 in np.argsort(-scores[:, text])[:k] for text in range(48)]
-        assert text_to_image == pytest.approx(np.mean(found))
-        found = [image in np.argsort(-scores[image])[:k] // 2 for image in range(24)]
-        assert image_to_text == pytest.approx(np.mean(found))
-
-
-def test_workers_measure_the_same(table: Path, tmp_path: Path) -> None:
-    model = declip.load(f"open_clip:tiny-vit/{saved(random_model('tiny-vit'), tmp_path / 'weights.pt')}", device="cpu")
-    one, two = (declip.evaluate(model, str(table), "retrieval", workers=n, progress=False) for n in (1, 2))
-    assert one.to_dict() == two.to_dict()
 
 
 def test_features_are_float32_whatever_the_tower_computes_in() -> None:

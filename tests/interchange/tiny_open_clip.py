@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from conftest import draw
 from declip.interchange import open_clip_model as ours
+from interchange import towers
 
 TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -95,14 +94,8 @@ def folder_of(model: torch.nn.Module, folder: Path, name: str, preprocess: dict[
 
 
 def pictures() -> list[Image.Image]:
-    """Wide, high, and smaller and larger than what a tower takes."""
-    noise = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
-    return [
-        draw("red", "bar", 20),
-        Image.fromarray(noise),
-        Image.fromarray(noise).resize((70, 400)),
-        draw("blue", "circle", 300),
-    ]
+    """Four wide and high ones."""
+    return towers.pictures()[1:5]
 
 
 def same_weights(ours_: ours.OpenClip, theirs: torch.nn.Module) -> bool:

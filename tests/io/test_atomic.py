@@ -64,14 +64,3 @@ def test_a_full_or_forbidden_disk_is_the_users_matter(tmp_path, code, told):
         raise OSError(code, os.strerror(code))
     assert told in str(caught.value)
     assert "set DECLIP_CACHE to another folder" in str(caught.value)
-
-
-def test_a_file_where_the_folder_should_be(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be written"), atomic_write(tmp_path / "file/emoji"):
-        pass
-
-
-def test_other_faults_stay_what_they_are(tmp_path):
-    with pytest.raises(OSError, match="Input/output"), atomic_write(tmp_path / "file"):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))

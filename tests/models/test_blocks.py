@@ -15,12 +15,9 @@ from declip.models.text_tower import TextTower
         ("vit_base_patch32_clip_quickgelu_224", "Block", 12),
         ("resnet50_clip", "BottleneckBlock", 16),
         ("regnety_640", "Bottleneck", 20),
-        ("convnext_tiny", "ConvNeXtBlock", 18),
-        ("resnet18", "BasicBlock", 8),
         ("vit_base_mci_224", "Block", 12),
         ("swin_tiny_patch4_window7_224", "SwinTransformerBlock", 12),
-        ("fastvit_mci0", "RepMixerBlock", 20),
-        ("efficientnet_b0", "InvertedResidual", 15),
+        ("fastvit_mci0", "FastVitStage", 4),
         ("mobilenetv4_conv_small", "UniversalInvertedResidual", 12),
     ],
 )

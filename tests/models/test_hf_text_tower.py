@@ -70,61 +70,50 @@ def test_features_are_transformers_own_pooled_and_projected(folders: dict[str, P
         torch.testing.assert_close(found.text_tokens[row, :length], words[row, :length], rtol=0, atol=1e-6)
 
 
-MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-
-
 @pytest.mark.parametrize(
-    ("mode", "expected"), [("cls_token", "cls"), ("mean_tokens", "mean"), ("lasttoken", "eos"), (None, "mean")]
-)
-def test_auto_pools_as_a_sentence_encoder_says(tmp_path: Path, mode: str | None, expected: str) -> None:
-    folder = bert(tmp_path / "bert")
-    (folder / "1_Pooling").mkdir()
-    older = {"word_embedding_dimension": 32, **{f"pooling_mode_{each}": each == mode for each in MODES}}
-    newer = {"embedding_dimension": 32, "pooling_mode": {"eos": "lasttoken"}.get(expected, expected)}
-    for config in (older, newer, {**newer, "pooling_mode": [newer["pooling_mode"]]}):
-        (folder / "1_Pooling/config.json").write_text(json.dumps(config))
-        model = model_of(folder)
-        tokens = model.tokenize(CAPTIONS)
-        assert torch.equal(model.encode_text(tokens), model_of(folder, pooling=expected).encode_text(tokens))
-        kept = encoder_kept_in(model.state_dict(), model.recipe, folder)  # type: ignore[arg-type]
-        assert DualEncoder.from_recipe(model.recipe, kept).text_tower.pooling == expected  # type: ignore[arg-type]
-        assert model_of(folder, pooling="cls").text_tower.pooling == "cls"
-
-
-@pytest.mark.parametrize(
-    "config",
+    ("config", "expected"),
     [
-        {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
-        {"pooling_mode": "weightedmean"},
-        {"pooling_mode": ["mean", "cls"]},
-        {"pooling_mode": 3},
-        [],
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "include_prompt": True}, "cls"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}, "mean"),
+        ({"pooling_mode_lasttoken": True}, "eos"),
+        ({"word_embedding_dimension": 32}, "mean"),
+        ({"pooling_mode": "lasttoken"}, "eos"),
+        ({"pooling_mode": ["cls"]}, "cls"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, None),
+        ({"pooling_mode": "weightedmean"}, None),
+        ({"pooling_mode": ["mean", "cls"]}, None),
+        ({"pooling_mode": 3}, None),
+        ([], None),
     ],
 )
-def test_pooling_that_is_not_ours_is_refused_where_none_is_given(tmp_path: Path, config: object) -> None:
+def test_auto_pools_as_a_sentence_encoder_says(tmp_path: Path, config: object, expected: str | None) -> None:
     folder = bert(tmp_path / "bert")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling/config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"1_Pooling.*text\.pooling=mean"):
-        model_of(folder)
     assert model_of(folder, pooling="mean").text_tower.pooling == "mean"
+    if expected is None:
+        with pytest.raises(UserError, match=r"1_Pooling.*text\.pooling=mean"):
+            model_of(folder)
+        return
+    model = model_of(folder)
+    assert model.text_tower.pooling == expected
+    kept = encoder_kept_in(model.state_dict(), model.recipe, folder)  # type: ignore[arg-type]
+    assert DualEncoder.from_recipe(model.recipe, kept).text_tower.pooling == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_do_not_depend_on_the_padding(folders: dict[str, Path], kind: str) -> None:
-    model = model_of(folders[kind])
-    tokens = model.tokenize(["red circle", "blue"])
-    wider = torch.nn.functional.pad(tokens, (0, 24 - tokens.shape[1]), value=model.tokenizer.padding)
-    assert wider.shape[1] > tokens.shape[1]
-    alone = model.tokenize("blue")[:, : len(model.tokenizer.encode("blue"))]
+def test_padding_does_not_matter_every_parameter_learns_and_blocks_are_found(
+    folders: dict[str, Path], kind: str
+) -> None:
+    model = model_of(folders[kind]).double()
+    tokens = model.tokenize(CAPTIONS)
+    lengths = torch.tensor([len(model.tokenizer.encode(text)) for text in CAPTIONS])
     for model.text_tower.pooling in ("cls", "mean", "eos"):
-        torch.testing.assert_close(model.encode_text(wider), model.encode_text(tokens), rtol=0, atol=1e-5)
-        torch.testing.assert_close(model.encode_text(alone), model.encode_text(tokens)[1:], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_learns_and_blocks_are_found(folders: dict[str, Path], kind: str) -> None:
-    tower = model_of(folders[kind]).text_tower.train()
+        whole = model.text_tower(tokens)
+        found = encode_by_length(model.text_tower, tokens, lengths, 3)
+        assert found.lengths.tolist() == whole.lengths.tolist() == lengths.tolist()
+        torch.testing.assert_close(found.pooled, whole.pooled, rtol=0, atol=1e-12)
+    tower = model.text_tower.train()
     assert len(blocks_of(tower)) == 2
     tower(torch.tensor([[5, 6, 7, 8]])).pooled.square().sum().backward()
     assert [name for name, parameter in tower.named_parameters() if parameter.grad is None] == []
@@ -157,19 +146,7 @@ def test_without_a_head_in_the_folder_it_starts_at_random(tmp_path: Path, caplog
 
 def test_random_weights_come_from_the_seed(folders: dict[str, Path]) -> None:
     first, second = (model_of(folders["bert"], pretrained=False).state_dict() for _ in range(2))
-    own = model_of(folders["bert"]).state_dict()
+    pretrained = model_of(folders["bert"]).state_dict()
     name = "text_tower.encoder.embeddings.word_embeddings.weight"
     assert torch.equal(first[name], second[name])
-    assert not torch.allclose(first[name], own[name], atol=0.01)
-
-
-def test_groups_by_length_give_the_features_of_one_pass(folders: dict[str, Path]) -> None:
-    model = model_of(folders["roberta"], pooling="mean").double()
-    tokens = model.tokenize(CAPTIONS)
-    lengths = torch.tensor([len(model.tokenizer.encode(text)) for text in CAPTIONS])
-    whole = model.text_tower(tokens)
-    found = encode_by_length(model.text_tower, tokens, lengths, 3)
-    assert found.lengths.tolist() == whole.lengths.tolist() == lengths.tolist()
-    torch.testing.assert_close(found.pooled, whole.pooled, rtol=0, atol=1e-12)
-    for row, length in enumerate(lengths):
-        torch.testing.assert_close(found.text_tokens[row, :length], whole.text_tokens[row, :length], rtol=0, atol=1e-12)
+    assert not torch.allclose(first[name], pretrained[name], atol=0.01)

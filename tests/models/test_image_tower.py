@@ -31,29 +31,6 @@ def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing(
     assert all(torch.equal(before[name], tensor) for name, tensor in tower.state_dict().items())
 
 
-def test_regnety_64gf_is_built_with_its_published_size() -> None:
-    with torch.device("meta"):
-        tower = ImageTower("regnety_640", size=64, embed_dim=512)
-    trunk = sum(p.numel() for p in tower.trunk.parameters())
-    classifier = 1000 * tower.pre_logits_width + 1000  # which is not built here
-    assert round((trunk + classifier) / 1e6, 1) == 281.4
-
-
-def test_a_clip_vit_equals_timm_with_its_own_head() -> None:
-    import timm
-
-    options = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
-    tower = ImageTower("vit_base_patch32_clip_quickgelu_224", 64, 24, options).eval()
-    theirs = timm.create_model("vit_base_patch32_clip_quickgelu_224", img_size=64, num_classes=24, **options).eval()
-    state = dict(tower.trunk.state_dict())
-    state |= {"norm.weight": tower.norm.weight, "norm.bias": tower.norm.bias, "head.weight": tower.proj.weight}
-    missing = theirs.load_state_dict(state, strict=False)
-    assert missing.missing_keys == ["head.bias"]
-    torch.nn.init.zeros_(theirs.head.bias)
-    images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(tower(images).pooled, theirs(images), rtol=1e-5, atol=1e-6)
-
-
 def test_tokens_of_a_map_keep_the_order_of_the_grid() -> None:
     tower = ImageTower("declip_conv_tiny", size=32, embed_dim=8).eval()
     images = torch.randn(1, 3, 32, 32)
@@ -62,24 +39,18 @@ def test_tokens_of_a_map_keep_the_order_of_the_grid() -> None:
     torch.testing.assert_close(tokens[0, grid.shape[3]], grid[0, :, 1, 0])
 
 
-def test_freezing_the_patch_projection() -> None:
+def test_a_wrong_tower_is_named() -> None:
+    for name, options, message in (
+        ("resnet50_klip", {}, "Did you mean 'resnet50_clip'"),
+        ("resnet18", {"color": 3}, "timm cannot build the image tower 'resnet18'"),
+        ("declip_vit_tiny", {"patch_size": "big"}, "timm cannot build"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ImageTower(name, 32, 8, options)
     tower = ImageTower("declip_vit_tiny", 32, 8, freeze_patch_embed=True)
     assert not tower.trunk.patch_embed.proj.weight.requires_grad
     with pytest.raises(UserError, match="needs a vision transformer"):
         ImageTower("declip_conv_tiny", 32, 8, freeze_patch_embed=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("resnet50_klip", {}, "Did you mean 'resnet50_clip'"),
-        ("resnet18", {"color": 3}, "timm cannot build the image tower 'resnet18'"),
-        ("declip_vit_tiny", {"patch_size": "big"}, "timm cannot build"),
-    ],
-)
-def test_a_wrong_tower_is_named(name: str, options: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        ImageTower(name, 32, 8, options)
 
 
 def test_an_image_much_smaller_than_the_tower_was_made_for_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -89,7 +60,6 @@ def test_an_image_much_smaller_than_the_tower_was_made_for_is_said_once(caplog: 
     said = [record.message for record in caplog.records if "48" in record.message]
     assert len(said) == 1
     assert "'vit_tiny_patch16_224'" in said[0]
-    assert "224" in said[0]
 
 
 def test_a_model_in_bfloat16_encodes_on_a_cpu() -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from declip.errors import UserError
-from declip.recipe.load import SYNONYMS, load_recipe, parse_overrides, recipe_keys, recipe_names, unknown_key
+from declip.recipe.load import load_recipe, parse_overrides, recipe_keys, recipe_names, synonyms, unknown_key
 from declip.recipe.schema import Evaluation, Recipe
 
 DEMO_SETS = {
@@ -51,12 +51,6 @@ def test_recipes_have_the_weights_of_the_method(name: str) -> None:
     assert recipe.data.workers == "auto"
 
 
-def test_the_recipes_for_photographs_differ_in_losses_and_views_only() -> None:
-    keys = {"name", "views", "loss_weights", "nearest_neighbor", "masked_language", "late_interaction"}
-    trees = [load_recipe(name).model_dump(exclude=keys) for name in (*METHOD, "clip-captions", "declip-keywords")]
-    assert all(tree == trees[0] for tree in trees)
-
-
 def test_the_published_recipe_has_the_authors_numbers() -> None:
     recipe = load_recipe("declip-yfcc15m-r50")
     assert recipe.image.model == "resnet50_clip"
@@ -68,31 +62,28 @@ def test_the_published_recipe_has_the_authors_numbers() -> None:
     assert recipe.nearest_neighbor.queue_size == 65536
     assert recipe.logit_scale.min == 3.0
     views = recipe.views.image
-    assert (views.scale, views.color_jitter, views.grayscale_prob, views.blur_prob) == (
-        (0.2, 1.0),
-        (0.4, 0.4, 0.4, 0.1),
-        0.2,
-        0.5,
-    )
+    assert (views.scale, views.color_jitter) == ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1))
+    assert (views.grayscale_prob, views.blur_prob) == (0.2, 0.5)
 
 
-def test_a_recipe_extends_another_file_beside_it(tmp_path: Path) -> None:
+def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("extends: declip\nseed: 7\ntrain: {steps: 11}\n")
     (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {batch_size: 9}\nloss_weights: {contrastive: 2}\n")
     recipe = load_recipe(tmp_path / "mine.yaml", {"train.lr": "0.5", "image.size": 48})
     assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch_size) == ("mine", 7, 11, 9)
     assert (recipe.train.lr, recipe.image.size) == (0.5, 48)
     assert recipe.loss_weights == {"contrastive": 2}, "weights are replaced, not merged"
+    recipe = load_recipe("declip", {"loss_weights.simsiam": "0"})
+    assert recipe.loss_weights == {**METHOD["declip"], "simsiam": 0}
+    assert "simsiam" not in recipe.active_losses
 
 
 @pytest.mark.parametrize(
     ("overrides", "kept"),
     [
         ({"data.source": "pairs.jsonl"}, {}),
-        ({"data": {"source": "pairs.jsonl"}}, {}),
         ({"data.source": ["a.csv", "b.csv"]}, {}),
         ({"data.source": "pairs.jsonl", "evaluation.retrieval": "[h.csv]"}, {"retrieval": ("h.csv",)}),
-        ({"evaluation.retrieval": ["h.csv"], "data.source": "pairs.jsonl"}, {"retrieval": ("h.csv",)}),
         ({"evaluation": {"retrieval": ["h.csv"]}, "data.source": "pairs.jsonl"}, {"retrieval": ("h.csv",)}),
         ({"data.source": "builtin:emoji", "seed": 3}, None),
         ({"evaluation.retrieval": ["h.csv"]}, {**DEMO_SETS, "retrieval": ("h.csv",)}),
@@ -113,12 +104,6 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         assert load_recipe(tmp_path / f"{name}.yaml").evaluation == Evaluation(retrieval=("h.csv",)), name
 
 
-def test_an_override_of_one_weight_keeps_the_others() -> None:
-    recipe = load_recipe("declip", {"loss_weights.simsiam": "0"})
-    assert recipe.loss_weights == {**METHOD["declip"], "simsiam": 0}
-    assert "simsiam" not in recipe.active_losses
-
-
 @pytest.mark.parametrize(
     ("name", "overrides", "says"),
     [
@@ -126,7 +111,7 @@ def test_an_override_of_one_weight_keeps_the_others() -> None:
         ("clip", {"train.stepps": "5"}, ("'train.stepps'", "'train.steps'")),
         ("clip", {"trian.steps": "5"}, ("'trian'", "'train'")),
         ("clip", {"train.steps": "many"}, ("train.steps='many'", "integer")),
-        ("clip", {"data": "pairs.csv"}, ("data='pairs.csv'", "data.source")),
+        ("clip", {"data": "pairs.csv"}, ("data='pairs.csv'", "recipes show")),
         ("clip", {"train.batch_size": "1"}, ("train.batch_size=1", "2")),
         ("clip", {"loss_weights.contrastive": "0"}, ("loss_weights",)),
         ("clip", {"text.heads": "5"}, ("text.width 384", "text.heads 5")),
@@ -147,19 +132,12 @@ def test_a_mistake_is_named(name: str, overrides: dict[str, str], says: tuple[st
     [
         ("learning_rate", "'train.lr'"),
         ("lerning_rate", "'train.lr'"),
-        ("train.lerning_rate", "'train.lr'"),
         ("finetune.image_siz", "'finetune.image_size'"),
-        ("lr", "'train.lr'"),
         ("simclr.lr", "'train.lr'"),
-        ("epochs", "'train.steps'"),
         ("train.num_train_epochs", "'train.steps'"),
         ("batch_size", "'train.batch_size'"),
-        ("batch-size", "'train.batch_size'"),
-        ("model", "'image.model'"),
         ("weights", "'loss_weights'"),
         ("data.num_workers", "'data.workers'"),
-        ("train.threads", "OMP_NUM_THREADS"),
-        ("data.shard_cache_gb", "DECLIP_SHARD_CACHE_GB"),
     ],
 )
 def test_names_of_other_tools_lead_to_our_keys(given: str, meant: str) -> None:
@@ -168,9 +146,9 @@ def test_names_of_other_tools_lead_to_our_keys(given: str, meant: str) -> None:
 
 def test_synonyms_lead_to_keys_and_each_to_one() -> None:
     keys = {*recipe_keys()}
-    assert len(keys) <= 100
-    assert SYNONYMS.keys() <= keys
-    names = [name for given in SYNONYMS.values() for name in given.split()]
+    assert len(keys) <= 120
+    assert synonyms().keys() <= keys
+    names = [name for given in synonyms().values() for name in given.split()]
     assert len(names) == len(set(names))
 
 
@@ -197,9 +175,3 @@ def test_overrides_are_key_equals_value() -> None:
     assert parse_overrides(["a.b=1", "c=x=y"]) == {"a.b": "1", "c": "x=y"}
     with pytest.raises(UserError, match="steps"):
         parse_overrides(["steps"])
-
-
-def test_the_default_image_tower_exists() -> None:
-    from declip.models.image_tower import SMALL_TOWERS
-
-    assert Recipe().image.model in SMALL_TOWERS

@@ -3,14 +3,13 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from declip.data.loader import PairLoader
 from declip.data.text.tokenizer import Tokenizer
-from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.recipe.schema import Recipe
@@ -23,9 +22,8 @@ NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
 SECTIONS = ("numbers", "curves", "to-images", "to-texts", "confused", "neighbors", "views", "skipped", "recipe")
 
 
-class _Objective:
-    def __init__(self, queue: Queue | None) -> None:
-        self.queue, self.terms = queue, {}
+def _objective(queue: Queue | None) -> SimpleNamespace:
+    return SimpleNamespace(queue=queue, terms={})
 
 
 def _run_folder(folder: Path, steps: int = 30) -> Path:
@@ -65,14 +63,9 @@ def whole(model, painted, tmp_path):
     views = plan((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     queue = Queue(16, 3)
     queue.push(torch.rand(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) * 2)
-    given = {
-        "heldout": source,
-        "train_source": source,
-        "plan": views,
-        "loader": PairLoader(source, model.tokenizer, views, batch_size=8, seed=0),
-        "objective": _Objective(queue),
-    }
-    return _run_folder(tmp_path), model, given
+    loader = PairLoader(source, model.tokenizer, views, batch_size=8, seed=0)
+    training = SimpleNamespace(source=source, plan=views, shown_loader=loader, objective=_objective(queue))
+    return _run_folder(tmp_path), model, {"heldout": source, "training": training}
 
 
 def _read(path: Path) -> tuple[str, Page]:
@@ -113,23 +106,19 @@ def test_the_whole_report(whole) -> None:
     assert "Colors by &lt;nobody&gt;" in html
 
 
-def test_a_caption_that_fills_a_page_is_truncated(whole, painted) -> None:
-    folder, model, given = whole
-    given["heldout"] = painted(["red", "green"], [("word " * 3000,), ("green",)], classes=NAMES)
-    html, page = _read(write_report(folder, model, **given))
-    assert "word…" in page.texts["to-images"]
-    assert "word " * 40 not in html
-
-
-def test_the_same_seed_shows_the_same(whole) -> None:
+def test_the_same_seed_shows_the_same_and_a_large_source_is_sampled(whole) -> None:
     folder, model, given = whole
 
     def body() -> str:
-        loader = PairLoader(given["train_source"], model.tokenizer, given["plan"], batch_size=8, seed=0)
-        path = write_report(folder, model, **{**given, "loader": loader})
-        return re.sub("<footer>.*", "", path.read_text(), flags=re.DOTALL)
+        training = given["training"]
+        training.shown_loader = PairLoader(training.source, model.tokenizer, training.plan, batch_size=8, seed=0)
+        path = write_report(folder, model, **given, limit=10)
+        return re.sub("Written by declip [^<]*", "", path.read_text())
 
-    assert body() == body()
+    html = body()
+    assert html == body()
+    assert "10 of the 21 held-out pairs of painted" in Page(html).texts["to-images"]
+    assert max(size for kind, size, *_ in model.passes if kind == "image") == 10
 
 
 def test_a_run_that_has_only_begun(model, tmp_path) -> None:
@@ -140,16 +129,18 @@ def test_a_run_that_has_only_begun(model, tmp_path) -> None:
     assert "No step has been logged yet" in page.texts["curves"]
     for section in ("to-images", "to-texts", "confused"):
         assert "names no source under `evaluation`" in page.texts[section]
-    assert "objective was not at hand" in page.texts["neighbors"]
-    assert "training pairs were not at hand" in page.texts["views"]
+    for section in ("neighbors", "views"):
+        assert "were not at hand" in page.texts[section]
     assert "Not written yet" in page.texts["skipped"]
     assert "no recipe.yaml" in page.texts["recipe"]
     assert "<svg" not in html
 
 
-def test_a_run_before_its_first_evaluation(whole) -> None:
+def test_a_run_before_its_first_evaluation_and_held_out_pairs_without_classes(whole, painted) -> None:
     folder, model, given = whole
     (folder / "evaluations.jsonl").unlink()
+    captions = [("word " * 3000,), ("green",)]
+    given["heldout"], given["training"].objective = painted(["red", "green"], captions), _objective(None)
     html, page = _read(write_report(folder, model, **given))
     assert "Nothing has been measured" in page.texts["numbers"]
     assert "1,920" in page.texts["numbers"]
@@ -157,85 +148,32 @@ def test_a_run_before_its_first_evaluation(whole) -> None:
     assert html.count("<svg") == 3 + 3
     assert "not finished: step 30 of 1,000" in page.texts["head"]
     assert "✓" in page.texts["to-images"]  # the galleries need the model alone
-
-
-@pytest.mark.parametrize(
-    ("queue", "why"),
-    [
-        (None, "'declip-tiny' keeps no queue"),
-        (Queue(4, 3), "still empty"),
-        ("untagged", "do not say which pairs they are"),
-    ],
-)
-def test_a_queue_with_nothing_to_show(whole, queue, why) -> None:
-    folder, model, given = whole
-    if queue == "untagged":
-        queue = Queue(4, 3)
-        queue.fill(torch.eye(3))
-    _, page = _read(write_report(folder, model, **{**given, "objective": _Objective(queue)}))
-    assert why in page.texts["neighbors"]
-
-
-def test_held_out_pairs_without_classes(whole, painted) -> None:
-    folder, model, given = whole
-    given["heldout"] = painted(["red", "green"])
-    _, page = _read(write_report(folder, model, **given))
+    assert "word…" in page.texts["to-images"]
+    assert "word " * 40 not in html
     assert "has no classes" in page.texts["confused"]
-    assert "✓" in page.texts["to-images"]
+    assert "keeps no queue" in page.texts["neighbors"]
 
 
-def test_held_out_pairs_that_are_not_there(whole) -> None:
+def test_held_out_pairs_that_are_not_there_and_a_queue_without_tags(whole) -> None:
     folder, model, given = whole
-    given["heldout"] = str(folder / "gone.csv")
+    queue = Queue(4, 3)
+    queue.push(torch.eye(3))
+    given["heldout"], given["training"].objective = str(folder / "gone.csv"), _objective(queue)
     _, page = _read(write_report(folder, model, **given))
     assert "gone.csv" in page.texts["to-images"]
     assert "54.3 %" in page.texts["numbers"]
+    assert "no entry that names its pair" in page.texts["neighbors"]
 
 
-def test_a_large_source_is_sampled_and_says_so(whole) -> None:
-    folder, model, given = whole
-    _, page = _read(write_report(folder, model, **given, limit=10))
-    assert "10 of the 21 held-out pairs of painted" in page.texts["to-images"]
-    assert max(size for kind, size, *_ in model.passes if kind == "image") == 10
-
-
-def test_the_recipe_chooses_what_is_shown(whole, monkeypatch) -> None:
+@pytest.mark.parametrize(("measured", "chosen"), [("painted", "painted"), ("test", "test"), ("", "new")])
+def test_the_recipe_chooses_what_is_shown(whole, monkeypatch, measured: str, chosen: str) -> None:
     folder, model, given = whole
     opened = []
-    source = given.pop("heldout")
-
-    def watched(name):
-        opened.append(name)
-        return open_dataset(source)
-
-    monkeypatch.setattr("declip.reports.run.open_dataset", watched)
-    evaluation = {
-        "zero_shot": ["painted"],
-        "retrieval": ["painted"],
-        "final_zero_shot": ["builtin:emoji-test", "new", "test"],
-        "final_retrieval": ["builtin:emoji-test", "test"],
-    }
+    monkeypatch.setattr("declip.reports.run.open_dataset", lambda name: opened.append(name) or open_dataset(heldout))
+    evaluation = {"zero_shot": ["painted"], "final_zero_shot": ["builtin:emoji-test", "new", "test"]}
     recipe = Recipe.model_validate({"name": "x", "loss_weights": {"contrastive": 1}, "evaluation": evaluation})
-    write_report(folder, model, recipe=recipe, **given)
     rows = (folder / "evaluations.jsonl").read_text()
-    (folder / "evaluations.jsonl").write_text(rows + rows.replace('"painted"', '"test"'))
-    write_report(folder, model, recipe=recipe, **given)
-    (folder / "evaluations.jsonl").unlink()
-    write_report(folder, model, recipe=recipe, **given)
-    # measured already; measured by both; none measured; never the built-in one before a user's own
-    assert opened == ["painted", "test", "test"]
-
-
-def test_nothing_half_written_is_left(whole, monkeypatch) -> None:
-    folder, model, given = whole
-    (folder / "report.html").write_text("the earlier one")
-
-    def full(*_: object, **__: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(UserError):
-        write_report(folder, model, **given)
-    monkeypatch.undo()
-    assert (folder / "report.html").read_text() == "the earlier one"
-    assert np.all([not path.name.endswith(".partial") for path in folder.iterdir()])
+    (folder / "evaluations.jsonl").write_text(rows.replace('"painted"', f'"{measured}"') if measured else "")
+    heldout = given["heldout"]
+    write_report(folder, model, recipe=recipe)
+    assert opened == [chosen]

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from declip.data.batch import PairBatch
-from declip.data.loader import PairLoader
 from declip.data.text.tokenizer import Tokenizer
 from declip.reports.training_views import Word, neighbors, shown_pairs
 from declip.supervision.nearest_neighbor import Queue
@@ -35,10 +34,12 @@ def _queue(*entries: tuple[list[float], int, int, int], size: int = 8) -> Queue:
 
 def test_neighbors_of_other_pairs_with_their_words_each_pair_once(model, painted) -> None:
     queue = _queue(
+        ([0.9, 0.0, 0.1], 0, 1, 0),  # green, overwritten as the queue wraps
         ([1.0, 0.0, 0.0], 3, 0, 0),  # red itself, from epoch 3
         ([0.9, 0.1, 0.0], 2, 3, 1),  # yellow, reworded in epoch 2
         ([0.8, 0.2, 0.0], 1, 3, 0),  # yellow again, further
         ([0.0, 0.0, 1.0], 1, 2, 0),  # blue
+        size=4,
     )
     found = neighbors(model, queue, painted(COLOURS), _Words(), np.random.default_rng(0), shown=4)
     assert found is not None
@@ -46,18 +47,9 @@ def test_neighbors_of_other_pairs_with_their_words_each_pair_once(model, painted
     assert [each.words for each in red.found] == ["yellow of epoch 2 reworded", "blue of epoch 1"]
     assert red.found[0].cosine == pytest.approx(0.9 / 0.82**0.5, abs=2e-3)
     assert [each.image.alt for each in red.found] == ["yellow", "blue"]
-    assert (found.held, found.size, found.sampled) == (4, 8, 4)
+    assert found.sampled == 4
     # red, blue and yellow find themselves; green finds an entry of yellow's.
-    assert (found.same_pair, found.same_words, found.other) == (0.75, 0.0, 0.25)
-
-
-def test_the_newest_entries_of_a_queue_that_has_wrapped(model, painted) -> None:
-    entries = [([0.0, 0.0, 1.0], 0, 2, 0), ([1.0, 0.0, 0.0], 0, 3, 0), ([0.0, 1.0, 0.0], 0, 1, 0)]
-    queue = _queue(*entries, size=2)
-    found = neighbors(model, queue, painted(COLOURS), _Words(), np.random.default_rng(0))
-    assert found is not None
-    red = next(row for row in found.rows if row.words == "red")
-    assert [each.words for each in red.found] == ["yellow of epoch 0", "green of epoch 0"]
+    assert (found.same_pair, found.same_words) == (0.75, 0.0)
 
 
 def test_the_same_words_of_another_pair(model, painted) -> None:
@@ -71,13 +63,13 @@ def test_the_same_words_of_another_pair(model, painted) -> None:
     found = neighbors(model, queue, painted(COLOURS, captions), Plain(), np.random.default_rng(0))
     assert found is not None
     # The only entry is pair 1: itself for 1, the same words for 0, other words for both blues.
-    assert (found.same_pair, found.same_words, found.other) == (0.25, 0.25, 0.5)
+    assert (found.same_pair, found.same_words) == (0.25, 0.25)
     assert {row.words: [each.same for each in row.found] for row in found.rows}["blue"] == [False]
 
 
 def test_entries_without_a_tag_are_not_shown(model, painted) -> None:
     queue = Queue(4, 3)
-    queue.fill(torch.eye(3))
+    queue.push(torch.eye(3))
     assert neighbors(model, queue, painted(COLOURS), _Words(), np.random.default_rng(0)) is None
 
 
@@ -112,21 +104,6 @@ def test_views_are_unnormalized_and_texts_decoded(painted) -> None:
         Word("mask", "masked", "cat"),
         Word("cat", "swapped", "sat"),
     ]
-
-
-def test_views_of_a_batch_as_the_loader_gives_it(painted) -> None:
-    source = painted(COLOURS * 2, [(f"the {color} thing here",) for color in COLOURS * 2])
-    tokenizer = Tokenizer(context=16, merges=1000)
-    loader = PairLoader(source, tokenizer, PLAN, batch_size=4, seed=0)
-    batch = next(loader)
-    pairs = shown_pairs(batch, source, PLAN, tokenizer, np.random.default_rng(0), count=3)
-    assert len(pairs) == 3
-    for pair in pairs:
-        assert len(pair.views) == 2
-        assert pair.original is not None
-        assert pair.caption == [Word(pair.original.alt)]
-        assert pair.masked is not None
-        assert pair.augmented is not None
 
 
 def _pixel(src: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ def test_embed_search_and_look_after(weights_file: Path, folder: Path, tmp_path:
     made = command(*embed)
     assert (made.status, made.err) == (0, "")
     assert "24 images, 16 numbers each in float32" in made.out
-    assert "Without caption: all of them" in made.out
+    assert "Without caption: 24" in made.out
 
     found, drawn = tmp_path / "found.json", tmp_path / "found.png"
     search = ["search", index, "--image", query, "-k", 3, "--json", found, "--contact-sheet", drawn]
@@ -28,21 +28,18 @@ def test_embed_search_and_look_after(weights_file: Path, folder: Path, tmp_path:
     assert np.asarray(Image.open(drawn)).shape[2] == 3
 
     assert command("index", "remove", index, "red-bar.png").status == 0
-    assert "Hidden: 1 removed" in command("index", "show", index).out
+    assert "Removed: 1 key," in command("index", "show", index).out
     assert command(*search).status == 0
     assert json.loads(found.read_text())["hits"][0]["key"] != "red-bar.png"
-    assert command("index", "compact", index).status == 0
-    assert command("index", "restore", index, "red-bar.png").status == 0
-    assert "24 images" in command(*embed).out
+    assert "23 images" in command(*embed).out
 
 
 def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(
     weights_file: Path, folder: Path, tmp_path: Path, command: Any
 ) -> None:
     caption, index = " ".join(["a red circle"] * 60), tmp_path / ("a long name " * 10)
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(json.dumps({"image": "shapes/red-circle.png", "caption": caption}) + "\n")
-    assert command("embed", weights_file, pairs, "--out", index, "--quiet").status == 0
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "shapes/red-circle.png", "caption": caption}) + "\n")
+    assert command("embed", weights_file, tmp_path / "pairs.jsonl", "--out", index, "--quiet").status == 0
     lines = command("search", index, "red").out.splitlines()
     assert len(lines) == 2
     assert lines[1].rstrip().endswith(caption)
@@ -73,16 +70,14 @@ def test_a_mistake_is_named_without_a_traceback(
     mistakes: tuple[tuple[list[object], str], ...] = (
         (["search", "nowhere", "a cat"], "'nowhere'"),
         (["search", index], "--image"),
-        (["search", index, "a cat", "-k", "0"], "-k"),
-        (["search", index, "a cat", "--over", "words"], "'captions'"),
         (["search", index, "a cat", "--image", "nowhere.png"], "'nowhere.png'"),
         (["search", index, "a cat", "--weights", "1"], "--weights is '1'"),
         (["search", index, "a cat", "--model", "nowhere"], "'nowhere'"),
-        (["search", index, "a cat", "--json", "no/where.json"], "no folder 'no'"),
+        (["search", index, "a cat", "--json", "no/where.json"], "'no/where.json'"),
         (["embed", weights_file, "nowhere", "--out", "new"], "'nowhere'"),
         (["embed", "nowhere", folder, "--out", "new"], "'nowhere'"),
         (["index", "remove", index, "nothing.png"], "'nothing.png'"),
-        (["index", "approximate", index], "1,000" if find_spec("faiss") else "declip[search]"),
+        (["index", "approximate", index], "39 or more" if find_spec("faiss") else "declip[search]"),
     )
     for words, message in mistakes:
         outcome = command(*words)
@@ -90,15 +85,3 @@ def test_a_mistake_is_named_without_a_traceback(
         assert message in outcome.err
         assert "Traceback" not in outcome.err
     assert not (tmp_path / "new").exists()
-
-
-def test_a_stopped_embed_says_how_to_continue(
-    weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
-) -> None:
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("declip.search.embed.write_part", stopped)
-    outcome = command("embed", weights_file, folder, "--out", tmp_path / "index", "--quiet")
-    assert outcome.status == 130
-    assert "continues" in outcome.err

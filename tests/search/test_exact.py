@@ -30,8 +30,6 @@ def test_nearest_equals_a_loop_in_float64(dtype: torch.dtype, monkeypatch: pytes
 
 
 def test_equal_scores_are_ordered_by_id_and_few_vectors_give_few_results() -> None:
-    vectors = torch.ones(4, 8)
-    blocks = blocks_of(vectors, torch.tensor([2, 5, 7, 9]), [2, 2], torch.tensor([False, True, False, False]))
-    found, _ = nearest(torch.ones(2, 8), blocks, 10)
-    assert found.tolist() == [[2, 7, 9]] * 2
+    blocks = blocks_of(torch.ones(4, 8), torch.tensor([2, 5, 7, 9]), [2, 2], torch.tensor([False, True, False, False]))
+    assert nearest(torch.ones(2, 8), blocks, 10)[0].tolist() == [[2, 7, 9]] * 2
     assert nearest(torch.ones(1, 8), [], 3)[0].shape == (1, 0)

@@ -70,36 +70,3 @@ def check_precision() -> Callable[..., None]:
         assert term(*inputs).dtype == torch.float64
 
     return check
-
-
-@pytest.fixture
-def check_gradients() -> Callable[..., None]:
-    """Analytic gradients equal finite differences in float64."""
-
-    def check(term: Callable[..., Tensor], *inputs: Tensor) -> None:
-        leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        assert torch.autograd.gradcheck(term, leaves)
-
-    return check
-
-
-@pytest.fixture
-def check_ranks() -> Callable[..., None]:
-    """Two ranks' losses, each with all keys, have the whole batch's loss as mean, and its gradients."""
-
-    def check(term: Callable[..., Tensor], *features: Tensor, batch_dim: int = 0) -> None:
-        """`term(*rows, *keys, offset)`; the rows of each rank are a part of `features`, whose batch is even."""
-        whole = [x.clone().requires_grad_() for x in features]
-        loss = term(*whole, *whole, 0)
-        shared = [x.clone().requires_grad_() for x in features]
-        half = features[0].shape[batch_dim] // 2
-        ranks = [term(*(x.narrow(batch_dim, offset, half) for x in shared), *shared, offset) for offset in (0, half)]
-        assert abs(ranks[0] - ranks[1]) > 1e-6
-        together = torch.stack(ranks).mean()
-        torch.testing.assert_close(together, loss)
-        for found, expected in zip(
-            torch.autograd.grad(together, shared), torch.autograd.grad(loss, whole), strict=True
-        ):
-            torch.testing.assert_close(found, expected)
-
-    return check

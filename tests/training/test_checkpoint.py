@@ -24,7 +24,7 @@ from declip.runs.checkpoint import (
     newest_good,
     save_checkpoint,
 )
-from declip.training.optimizer import load_moments, moments
+from declip.training.optimizer import load_moments
 
 FILES = (checkpoints.WEIGHTS, checkpoints.TRAINING, checkpoints.STATE)
 
@@ -53,8 +53,12 @@ def same(found: Checkpoint, written: Checkpoint) -> bool:
 
 
 def test_reads_back_what_was_written(tmp_path: Path) -> None:
-    found = load_checkpoint(save_checkpoint(tmp_path, sample(5), keep=3))
+    before = os.umask(0o027)
+    folder = save_checkpoint(tmp_path, sample(5), keep=3)
+    os.umask(before)
+    found = load_checkpoint(folder)
     assert same(found, sample(5))
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}, "safetensors' own are its owner's"
     assert found.weights["model.b"].shape == (3, 2)
 
 
@@ -153,62 +157,33 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
     assert same(load_checkpoint(folder), sample(2))
 
 
-def test_last_leads_to_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_leads_to_the_newest(tmp_path: Path) -> None:
     last = tmp_path / "checkpoints" / checkpoints.LAST
     for step in (1, 2):
         save_checkpoint(tmp_path, sample(step), keep=1)
         assert os.readlink(last) == f"step-0000000{step}"
         assert same(load_checkpoint(last), sample(step))
 
-    def no_links(*_: object) -> None:
-        raise OSError(1, "no links here")
-
-    monkeypatch.setattr(Path, "symlink_to", no_links)
-    save_checkpoint(tmp_path, sample(3), keep=1)
-    assert last.read_text() == "step-00000003"
-    assert same(load_checkpoint(last), sample(3))
-    last.write_text("../../../etc")
-    with pytest.raises(UserError, match="last"):
-        load_checkpoint(last)
-
-
-def test_one_of_the_old_layout_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    old = sample(1)
-    old.recipe = "name: declip\nweights:\n  contrastive: 1.0\n"
-    folder = save_checkpoint(tmp_path, old, keep=1)
-    with pytest.raises(UserError, match=r"earlier version.*finetune\.pretrained"):
-        load_checkpoint(folder)
-
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"sha256": {"../../../../dev/zero": "0"}},
-        {"sha256": {}},
-        {"sha256": []},
-        {"step": "5"},
-        {"step": -1},
-        {"step": True},
-        {"step": 1e300},
-        {"recipe": None},
-        {"extra": [1]},
-        {"more": 1},
-    ],
+    "change", [{"sha256": {"../../dev/zero": "0"}}, {"sha256": []}, {"step": -1}, {"step": True}, {"more": 1}]
 )
 def test_a_state_of_another_make_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     folder = save_checkpoint(tmp_path, sample(3), keep=1)
-    state = json.loads((folder / checkpoints.STATE).read_text())
-    (folder / checkpoints.STATE).write_text(json.dumps(state | change))
+    state = json.loads((folder / checkpoints.STATE).read_text()) | change
+    del state["digest"]
+    (folder / checkpoints.STATE).write_text(checkpoints._with_digest(state))
     with pytest.raises(UserError, match=r"state\.json is damaged"):
         load_checkpoint(folder)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.one_of(st.binary(), st.text().map(str.encode), st.integers(1, 10**5).map(lambda n: b"[" * n)))
 def test_any_bytes_in_the_place_of_the_state(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.getbasetemp() / "step-00000001"
     folder.mkdir(exist_ok=True)
-    (folder / checkpoints.STATE).write_bytes(content)
+    for name in FILES:
+        (folder / name).write_bytes(content)
     with pytest.raises(UserError, match="step-00000001"):
         load_checkpoint(folder)
 
@@ -223,23 +198,6 @@ def test_tensors_that_are_whole_but_none_are_refused(tmp_path: Path) -> None:
     (folder / checkpoints.STATE).write_text(checkpoints._with_digest(state))
     with pytest.raises(UserError, match="step-00000003 is not a complete checkpoint"):
         load_checkpoint(folder)
-
-
-def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = save_checkpoint(tmp_path, sample(1), keep=1)
-
-    def full(tensors: object, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints, "save_tensors", full)
-    with pytest.raises(UserError, match="No space left on device") as caught:
-        save_checkpoint(tmp_path, sample(2), keep=1)
-    assert str(good) in str(caught.value)
-    assert "--resume" in str(caught.value)
-    assert list_checkpoints(tmp_path) == [good]
-    assert not list((tmp_path / "checkpoints").glob("*.partial"))
-    assert load_checkpoint(good).step == 1
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -277,21 +235,9 @@ def test_a_crash_in_the_middle_of_removing_leaves_no_part(tmp_path: Path, monkey
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
-class Held:
-    """Lets a thread write only when told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go, write = threading.Event(), checkpoints.write_snapshot
-
-        def held(*arguments: object) -> Path:
-            assert self.go.wait(10)
-            return write(*arguments)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(checkpoints, "write_snapshot", held)
-
-
-def test_a_snapshot_is_what_was_there_when_it_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, live = Held(monkeypatch), sample(1)
+def test_a_snapshot_is_written_in_a_thread_as_it_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, save, live = threading.Event(), checkpoints.save_tensors, sample(1)
+    monkeypatch.setattr(checkpoints, "save_tensors", lambda *given: go.wait(10) and save(*given))
     odd = torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(torch.float32)  # NaN with payloads, a denormal
     live.weights |= {"model.odd": odd, "model.half": torch.randn(5, 4).bfloat16().T, "model.scalar": torch.tensor(2.5)}
     before = checkpoints.snapshot(live)
@@ -301,27 +247,14 @@ def test_a_snapshot_is_what_was_there_when_it_was_taken(tmp_path: Path, monkeypa
         for tensor in (*live.weights.values(), *live.training.values()):
             tensor.zero_()
         live.extra["versions"].clear()
-        held.go.set()
-    assert same(load_checkpoint(list_checkpoints(tmp_path)[0]), before)
-
-
-def test_one_after_the_other_in_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, second = Held(monkeypatch), sample(2)
-    second.weights["model.b"] = torch.ones(4)  # grew
-    with CheckpointWriter(tmp_path, keep=2) as writer:
-        writer.write(sample(1))
-        memory = writer._memory
-        assert memory is not None
-        waiting = threading.Thread(target=writer.write, args=(second,))
+        waiting = threading.Thread(target=writer.write, args=(sample(2),))
         waiting.start()
         time.sleep(0.05)
         assert waiting.is_alive(), "at most one is under way"
-        held.go.set()
+        go.set()
         waiting.join()
-        assert load_checkpoint(checkpoints.folder_of(tmp_path, 1)).step == 1
-        assert writer._memory is not None
-        assert writer._memory.weights["model.a"] is memory.weights["model.a"]
-    assert same(load_checkpoint(checkpoints.folder_of(tmp_path, 2)), second)
+    assert same(load_checkpoint(checkpoints.folder_of(tmp_path, 1)), before)
+    assert same(load_checkpoint(checkpoints.folder_of(tmp_path, 2)), sample(2))
 
 
 def test_what_a_write_met_is_raised_at_the_next_once(tmp_path: Path) -> None:
@@ -331,15 +264,9 @@ def test_what_a_write_met_is_raised_at_the_next_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot write the checkpoint .*step-00000001.*There is no earlier one"):
         writer.write(sample(2))
     (tmp_path / "checkpoints").unlink()
-    writer.wait()
-    writer.write(sample(3))
-    writer.wait()
+    with writer:
+        writer.write(sample(3))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003"]
-    shutil.rmtree(tmp_path / "checkpoints")
-    (tmp_path / "checkpoints").write_text("in the way")
-    writer.write(sample(4))
-    with pytest.raises(UserError, match="step-00000004"):
-        writer.close()
 
 
 def test_a_failed_write_hides_no_other_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -388,44 +315,8 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
-def test_the_optimizer_goes_on_as_if_nothing_had_happened() -> None:
-    def steps(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter, count: int) -> None:
-        for _ in range(count):
-            weight.grad = weight.detach() * 0.5 + 1
-            optimizer.step()
-
-    whole = torch.nn.Parameter(torch.ones(3))
-    reference = torch.optim.AdamW([whole], lr=0.1, fused=True)
-    steps(reference, whole, 6)
-    half = torch.nn.Parameter(torch.ones(3))
-    first, second = (torch.optim.AdamW([{"params": [half], "names": ["w"]}], lr=0.1, fused=True) for _ in range(2))
-    steps(first, half, 3)
-    load_moments(second, moments(first))
-    steps(second, half, 3)
-    assert torch.equal(whole, half)
-
-
-def stepped(*named: tuple[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer after a step, in one group for each parameter."""
-    optimizer = torch.optim.AdamW([{"params": [parameter], "names": [name]} for name, parameter in named])
-    for number, (_, parameter) in enumerate(named, start=1):
-        parameter.grad = torch.full_like(parameter, number)
-    optimizer.step()
-    return optimizer
-
-
-def test_moments_find_their_parameter_by_name() -> None:
-    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
-    tensors = moments(stepped(("model.a", a), ("model.b", b)))
-    assert {"model.a.exp_avg", "model.b.exp_avg_sq", "model.b.step"} < tensors.keys()
-    swapped = stepped(("model.b", b), ("model.a", a))
-    load_moments(swapped, tensors)
-    assert swapped.state[a]["exp_avg"].tolist() == pytest.approx([0.1] * 3)
-    assert swapped.state[b]["exp_avg"].tolist() == pytest.approx([0.2] * 3)
-
-
 @pytest.mark.parametrize("key", ["model.a.exp_avg", "model.a.exp_avg_sq", "model.gone.exp_avg"])
 def test_a_moment_that_is_not_its_parameters_is_refused(key: str) -> None:
-    optimizer = stepped(("model.a", torch.nn.Parameter(torch.ones(3))))
+    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(3))], "names": ["model.a"]}])
     with pytest.raises(UserError, match="--out"):
         load_moments(optimizer, {key: torch.ones(2)})

@@ -25,7 +25,6 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     counted = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     monkeypatch.setattr(compilation.torch, "compile", functools.partial(torch.compile, backend=counted))
-    monkeypatch.setattr(compilation, "_check", lambda device: None)
     return counted
 
 
@@ -35,15 +34,14 @@ def tokens(model: DualEncoder, rows: int, length: int) -> torch.Tensor:
     return ids
 
 
-@pytest.mark.parametrize(
-    "keys", [{}, {"grad_cache_chunk": 3}, {"grad_checkpointing": True}, {"ema_decay": 0.9, "length_buckets": 2}]
-)
+@pytest.mark.parametrize("keys", [{"grad_checkpointing": True}, {"grad_cache_chunk": 4, "ema_decay": 0.9}])
 def test_a_compiled_run_learns_what_a_plain_one_does(
     table: Path, tmp_path: Path, counter: CompileCounterWithBackend, keys: dict[str, object]
 ) -> None:
-    plain = train(recipe_for(table, **keys), out=tmp_path / "plain", quiet=True, report=False)
+    plain = train(recipe_for(table, steps=4, **keys), out=tmp_path / "plain", quiet=True, report=False)
     assert counter.frame_count == 0
-    compiled = train(recipe_for(table, compile=True, **keys), out=tmp_path / "compiled", quiet=True, report=False)
+    recipe = recipe_for(table, steps=4, compile=True, **keys)
+    compiled = train(recipe, out=tmp_path / "compiled", quiet=True, report=False)
     assert counter.frame_count >= 2
     for given, expected in zip(compiled.metrics, plain.metrics, strict=True):
         assert given["loss"] == pytest.approx(expected["loss"], rel=1e-4)
@@ -79,37 +77,6 @@ def test_compiled_are_whole_batches_in_training_with_few_lengths(
     model.train()
     model.image_tower(torch.randn(15, 3, 32, 32))
     assert counter.frame_count == 2
-
-
-@pytest.mark.parametrize(
-    ("keys", "images", "texts"),
-    [
-        ({}, {16}, {16}),
-        ({"grad_cache_chunk": 3}, {6, 4}, {6, 4}),
-        ({"grad_cache_chunk": 8}, {16}, {16}),
-        ({"length_buckets": 3}, {16}, {5, 6}),
-    ],
-)
-def test_sizes_of_the_batches_that_training_sees(
-    table: Path, counter: CompileCounterWithBackend, keys: dict[str, object], images: set[int], texts: set[int]
-) -> None:
-    recipe = recipe_for(table, **keys)
-    model = DualEncoder.from_recipe(recipe)
-    compile_towers(recipe, model, plan_of(recipe), rows=8)
-    assert model.image_tower.forward.rows == images  # type: ignore[attr-defined]
-    assert model.text_tower.forward.rows == texts  # type: ignore[attr-defined]
-
-
-def test_no_compiler_is_said_before_a_folder_is_made(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(*_: object, **__: object) -> None:
-        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
-
-    monkeypatch.setattr(compilation.torch, "compile", missing)
-    with pytest.raises(UserError, match=r"No working C\+\+ compiler found.*train\.compile=false"):
-        Trainer(recipe_for(table, compile=True), tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()
 
 
 def test_recomputing_a_tower_with_batch_norm_is_refused(table: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Runs with a Hugging Face text encoder: they learn, go on, and are loaded when its folder is gone."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.folder import KEPT
 from declip.training.optimizer import LrMultiplier
 from declip.training.trainer import Trainer
-from text_encoders import NO_DROPOUT, bert, roberta
+from text_encoders import bert, roberta
 from training.starts import last, moved, same_end, state, stop_at
 
 pytest.importorskip("transformers")
@@ -43,13 +42,13 @@ def recipe_for(
 def test_it_learns_resumes_to_the_bit_and_loads_without_its_folder(table: Path, tmp_path: Path) -> None:
     folder = roberta(tmp_path / "roberta")
     recipe = recipe_for(table, folder, ema_decay=0.9)
-    whole = train(recipe, out=tmp_path / "whole", quiet=True)
+    whole = train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     assert set(whole.metrics[0]["losses"]) == set(WEIGHTS["declip"])
     assert whole.results[0]["task"] == "retrieval"
     stop_at(recipe, tmp_path / "parts", 4)
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="is no folder"):
-        train(recipe, out=tmp_path / "new", quiet=True)
+        train(recipe, out=tmp_path / "new", quiet=True, report=False)
     assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
     same_end(tmp_path / "whole", tmp_path / "parts")
 
@@ -89,14 +88,9 @@ def test_a_pretrained_encoder_is_paced_and_frozen_without_other_weights(table: P
     trainer.train()
     still = before.keys() - moved(before, last(tmp_path / "run")) - {ENTRY}
     assert still == {name for name, depth in places.items() if name.startswith(encoder) and depth <= 1}
-    assert trainer.pretrained is not None
-    assert re.search(r"image tower 0\.01 \(new\) and text tower 0\.0005, 0\.01 \(new\)", trainer.pretrained.summary)
     assert not (tmp_path / "run" / KEPT).exists()
     plain = Trainer(encoder_tuned(table, folder), tmp_path / "plain", quiet=True)
     assert {group["multiplier"] for group in plain.optimizer.param_groups} == {LrMultiplier()}
-    whole = Trainer(encoder_tuned(table, folder, freeze_text_blocks="all"), tmp_path / "all", quiet=True)
-    assert whole.pretrained is not None
-    assert "text tower frozen, 0.01 (new)" in whole.pretrained.summary
 
 
 @pytest.mark.parametrize(
@@ -120,24 +114,6 @@ def test_tuning_an_encoder_resumes_to_the_bit_without_its_folder(
     declip.load(tmp_path / "whole", device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("tune", "text"),
-    [
-        ({"image_lr_scale": 0.1}, {}),
-        ({"freeze_image_blocks": 1}, {}),
-        ({"image_size": 48}, {}),
-        ({"text_lr_scale": 0.1}, {"pretrained": False}),
-        ({"freeze_text_blocks": 1}, {"hf_model": None, "pooling": "auto"}),
-    ],
-)
-def test_what_has_random_weights_is_neither_paced_nor_frozen(
-    table: Path, tmp_path: Path, tune: dict[str, object], text: dict[str, object]
-) -> None:
-    tree = recipe_for(table, tmp_path, "clip").model_dump(mode="json")
-    with pytest.raises(ValueError, match=rf"finetune\.{next(iter(tune))} .*finetune\.pretrained"):
-        Recipe.model_validate({**tree, "text": {**tree["text"], **text}, "finetune": tune})
-
-
 def test_batches_are_masked_and_padded_with_the_encoders_ids(table: Path, tmp_path: Path) -> None:
     trainer = Trainer(recipe_for(table, roberta(tmp_path / "roberta")), tmp_path / "run", quiet=True)
     tokenizer = trainer.model.tokenizer
@@ -154,20 +130,6 @@ def test_batches_are_masked_and_padded_with_the_encoders_ids(table: Path, tmp_pa
             found += int((masked == MASK).sum())
     trainer.loader.close()
     assert found > 10
-
-
-def test_what_saves_memory_or_time_leaves_the_run(table: Path, tmp_path: Path) -> None:
-    folder = bert(tmp_path / "bert", **NO_DROPOUT)
-
-    def losses(name: str, **keys: object) -> list[float]:
-        recipe = recipe_for(table, folder, "defilip", measured=False, steps=3, **keys)
-        return [row["loss"] for row in train(recipe, out=tmp_path / name, quiet=True, report=False).metrics]
-
-    plain = losses("plain")
-    assert losses("chunks", grad_cache_chunk=3) == pytest.approx(plain, rel=1e-3)
-    assert losses("groups", length_buckets=3) == pytest.approx(plain, rel=1e-3)
-    assert losses("again", grad_checkpointing=True) == plain
-    assert losses("bf16", precision="bf16") == pytest.approx(plain, rel=0.05)
 
 
 def test_onnx_has_the_encoders_tokenizer_and_padding(table: Path, tmp_path: Path) -> None:

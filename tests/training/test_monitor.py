@@ -11,8 +11,7 @@ import pytest
 
 from declip.runs.folder import EVALUATIONS, METRICS, Run, read_rows
 from declip.training import monitor as monitors
-from declip.training.monitor import Monitor
-from declip.training.sinks import Sink, Stretch
+from declip.training.monitor import Monitor, Sink, Stretch
 
 
 def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path: Path) -> None:

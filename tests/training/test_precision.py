@@ -52,8 +52,3 @@ def test_a_run_keeps_its_precision_on_another_device(bf16, table: Path, tmp_path
         again = train(recipe, out=tmp_path, resume=True, quiet=True, report=False)
     assert again.recipe.train.precision == "bf16"
     assert "does not compute in bfloat16 itself" in caplog.text
-
-
-def test_shipped_recipes_leave_it_to_the_device() -> None:
-    for name in ("demo-declip", "declip", "clip", "declip-yfcc15m-vitb32", "finetune"):
-        assert load_recipe(name).train.precision == "auto"

@@ -17,9 +17,9 @@ from declip.api import train
 from declip.errors import UserError
 from declip.interchange import interpolate as mixing
 from declip.interchange.declip_file import write_declip_file
-from declip.interchange.provenance import Base, base_of
+from declip.interchange.provenance import repository, without_folders
 from declip.interchange.read import read_start
-from declip.models.layers import IMAGE, TEXT, blocks, depths
+from declip.models.layers import IMAGE, TEXT
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
@@ -52,10 +52,8 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table: Path, tm
     ("keys", "said"),
     [
         ({"image.size": 64}, r"image\.size=64.*becomes 32.*finetune\.image_size=64"),
-        ({"image.size": 64, "finetune.image_size": 48}, r"image\.size=64.*48"),
         ({"text.context_length": 77, "embed_dim": 8}, r"embed_dim=8.*24.*text\.context_length=77.*20"),
         ({"image.model": "declip_conv_tiny"}, r"image\.model=.*leave it out"),
-        ({"image.model_kwargs.depth": 2}, r"image\.model_kwargs\.depth=2 .*becomes 3"),
         ({"logit_scale.init": 3.0}, r"logit_scale\.init=3\.0"),
     ],
 )
@@ -67,7 +65,7 @@ def test_a_key_that_the_weights_overrule_is_refused(
             read_start(str(start)).fit(load_recipe(recipe, {"finetune.pretrained": str(start), **keys}))
     given = {"finetune.pretrained": str(start), "data.source": str(table), **keys}
     with pytest.raises(UserError, match=said):
-        train("finetune", given, out=tmp_path / "run", quiet=True)
+        train("finetune", given, out=tmp_path / "run", quiet=True, report=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -93,18 +91,6 @@ def test_keys_that_hold_beside_weights(start: Path, table: Path, tmp_path: Path)
     again = load_recipe(tmp_path / "resolved.yaml")
     assert found.fit(again) == trainer.recipe
     assert found.fit(load_recipe(start / "recipe.yaml", {"finetune.pretrained": str(start)})).text.context_length == 20
-
-
-def test_statistics_of_timms_weights_can_be_given(tmp_path: Path) -> None:
-    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
-    where = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
-    recipe = load_recipe(
-        "clip", {"finetune.pretrained": where, "image.std": [0.1, 0.2, 0.3], "text.context_length": 20}
-    )
-    fitted = read_start(where).fit(recipe)
-    assert (fitted.image.std, fitted.text.context_length) == ((0.1, 0.2, 0.3), 20)
-    with pytest.raises(UserError, match=r"image\.size=64.*becomes 160"):
-        read_start(where).fit(load_recipe("clip", {"finetune.pretrained": where, "image.size": 64}))
 
 
 def test_heads_are_taken_whole_or_not_at_all(table: Path, tmp_path: Path, start: Path) -> None:
@@ -148,17 +134,13 @@ def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -
     published = timm.create_model("test_vit", pretrained=False)
     file = tmp_path / "vit.safetensors"
     save_file(published.state_dict(), file)
-    trainer = Trainer(
-        tuned(table, f"timm:test_vit/{file}", freeze_image_blocks="all", image_size=32), tmp_path / "r", quiet=True
-    )
+    recipe = tuned(table, f"timm:test_vit/{file}", freeze_image_blocks="all", image_size=32)
+    trainer = Trainer(recipe, tmp_path / "r", quiet=True)
     tower = trainer.model.image_tower
     expected = timm.create_model("test_vit", pretrained=False, num_classes=0, img_size=32)
-    expected.load_state_dict(
-        {
-            **{n: t for n, t in published.state_dict().items() if not n.startswith("head.")},
-            "pos_embed": resample_abs_pos_embed(published.state_dict()["pos_embed"], [2, 2], num_prefix_tokens=1),
-        }
-    )
+    weights = {name: tensor for name, tensor in published.state_dict().items() if not name.startswith("head.")}
+    weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], [2, 2], num_prefix_tokens=1)
+    expected.load_state_dict(weights)
     pictures = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         hidden = expected.eval().forward_head(expected.forward_features(pictures), pre_logits=True)
@@ -201,14 +183,11 @@ def test_a_text_encoder_and_its_run_are_a_start(table: Path, tmp_path: Path) -> 
         image_size=32,
     ).model_dump(mode="json") | {"text": {"hf_model": str(folder), "context_length": 24}}
     first = Trainer(Recipe.model_validate(tree), tmp_path / "first", quiet=True)
-    before, places = state(first), depths(first.model)
-    assert blocks(places, TEXT) == 2
+    before = state(first)
     first.train()
-    still = before.keys() - moved(before, last(tmp_path / "first"))
-    assert {name for name in still if name.startswith(TEXT)} - {"text_tower._extra_state"} == {
-        name for name, depth in places.items() if name.startswith(TEXT) and depth <= 1
-    }
-    assert not {name for name in still if name.startswith(IMAGE)}
+    moving = moved(before, last(tmp_path / "first"))
+    assert moving >= {name for name in before if name.startswith(IMAGE)}
+    assert not {name for name in moving if ".layer.0." in name}
     shutil.rmtree(folder)
     second = Trainer(tuned(table, tmp_path / "first", {"steps": 2}), tmp_path / "second", quiet=True)
     assert not moved(last(tmp_path / "first"), state(second))
@@ -263,40 +242,33 @@ def test_the_card_says_what_was_fine_tuned_and_from_what(
         return yaml.safe_load(text.split("---")[1]), text
 
     head, text = card()
-    assert (head["license"], "base_model" in head) == ("mit", False)
+    assert (head["license"], "base_model" in head) == ("unknown", False)
     assert "Fine-tuned on 24 pairs of `shapes.jsonl`" in text
     assert "from the weights `base`" in text
     assert "secret" not in text
     assert str(table.parent) not in text
     assert card(license="apache-2.0")[0]["license"] == "apache-2.0"
-    assert "`base`: mit" in card(license="apache-2.0")[1]
-    shutil.rmtree(tmp_path / "secret")
-    assert card()[0]["license"] == "unknown"
-    monkeypatch.setattr("declip.interchange.model_card.base_of", lambda _: Base("a/b", "a/b", "cc-by-4.0"))
+    assert "weights `base`, from which it was fine-tuned, have a license of their own" in text
+    monkeypatch.setattr("declip.interchange.model_card.repository", lambda _: "a/b")
     head = card()[0]
-    assert (head["base_model"], head["base_model_relation"], head["license"]) == ("a/b", "finetune", "cc-by-4.0")
+    assert (head["base_model"], head["base_model_relation"]) == ("a/b", "finetune")
     mixing.write_mixture(tmp_path / "run", 0.5, tmp_path / "mixed")
     assert yaml.safe_load((tmp_path / "mixed" / "README.md").read_text().split("---")[1])["base_model"] == "a/b"
 
 
-def test_a_start_of_the_hub_is_named_by_its_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_of_the_hub_is_named_by_its_repository() -> None:
     pytest.importorskip("open_clip")
-    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: ask\n---\n")
-    cached = {"openai/clip-vit-base-patch32": str(tmp_path / "README.md")}
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: cached.get(repo))
-    for where, hub, license in (
-        ("huggingface:openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32", "ask"),
-        ("open_clip:hf-hub:laion/CLIP-ViT-B-32", "laion/CLIP-ViT-B-32", None),
-        ("open_clip:ViT-B-32/laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", None),
-        ("timm:vit_small_patch16_224.dino", "timm/vit_small_patch16_224.dino", "apache-2.0"),
-        ("timm:test_vit/somewhere/vit.safetensors", None, None),
-        ("open_clip:ViT-B-32/somewhere/vit.pt", None, None),
-        (f"open_clip:local-dir:{tmp_path}", None, "ask"),
+    for where, hub in (
+        ("huggingface:openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+        ("open_clip:hf-hub:laion/CLIP-ViT-B-32", "laion/CLIP-ViT-B-32"),
+        ("open_clip:ViT-B-32/laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
+        ("timm:vit_small_patch16_224.dino", "timm/vit_small_patch16_224.dino"),
+        ("timm:test_vit/somewhere/vit.safetensors", None),
+        ("open_clip:ViT-B-32/somewhere/vit.pt", None),
+        ("open_clip:local-dir:/somewhere/model", None),
     ):
-        base = base_of(where)
-        assert (base.hub, base.license) == (hub, license)
-        assert "somewhere" not in base.name
-        assert str(tmp_path) not in base.name
+        assert repository(where) == hub
+        assert "somewhere" not in without_folders(where)
 
 
 def test_wrong_mixtures_are_refused(start: Path) -> None:
@@ -311,7 +283,7 @@ def test_wrong_mixtures_are_refused(start: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"freeze_image_blocks": 4}, "has 3 blocks"),
+        ({"freeze_image_blocks": 4}, "hold 3 blocks"),
         ({"freeze_text_blocks": 9}, "Give 0 to 3, or all"),
         ({"lora": {"rank": 2}, "freeze_image_blocks": 1}, "0 or all"),
         ({"lora": {"rank": 2}, "layer_decay": 0.5}, "layer_decay"),
@@ -327,20 +299,17 @@ def test_what_cannot_be_is_said_before_a_folder_is_made(
     table: Path, tmp_path: Path, start: Path, keys: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        train(tuned(table, **{"weights": start, **keys}), out=tmp_path / "run", quiet=True)
+        train(tuned(table, **{"weights": start, **keys}), out=tmp_path / "run", quiet=True, report=False)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=r"finetune\.image_lr_scale .* finetune\.pretrained"):
         Recipe.model_validate({**TINY, "finetune": {"image_lr_scale": 0.1}})
 
 
 def test_wrong_files_are_no_start(table: Path, tmp_path: Path) -> None:
-    other, vit, program, half = (
-        tmp_path / name for name in ("other.safetensors", "vit.safetensors", "p.pt", "half.pt")
-    )
+    other, vit, program = (tmp_path / name for name in ("other.safetensors", "vit.safetensors", "p.pt"))
     save_file(timm.create_model("test_convnext").state_dict(), other)
     save_file(timm.create_model("test_vit").state_dict(), vit)
     program.write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
-    half.write_bytes(b"PK\x03\x04half")
     relpos = {"depth": 1, "embed_dim": 32, "num_heads": 2, "rel_pos_type": "bias"}
     model = build("vit", **{"image.model": "vit_relpos_small_patch16_224", "image.model_kwargs": relpos})
     write_declip_file(model, tmp_path / "relpos.safetensors")
@@ -348,21 +317,14 @@ def test_wrong_files_are_no_start(table: Path, tmp_path: Path) -> None:
     for where, keys, message in (
         (f"timm:test_vit/{other}", {}, "test_vit"),
         (f"timm:test_vit/{program}", {}, "no file of tensors"),
-        (half, {}, r"half\.pt"),
-        (f"timm:test_vit/{vit}", {"freeze_text_blocks": 1}, "hold no text_tower"),
+        (f"timm:test_vit/{vit}", {"freeze_text_blocks": 1}, "hold 0 blocks of the text_tower"),
         (tmp_path / "relpos.safetensors", {"image_size": 64}, r"rel_pos.*Leave finetune\.image_size out"),
     ):
         with pytest.raises(UserError, match=message):
-            train(tuned(table, where, **keys), out=tmp_path / "run", quiet=True)
+            train(tuned(table, where, **keys), out=tmp_path / "run", quiet=True, report=False)
         assert not (tmp_path / "run").exists()
 
 
-def test_the_recipe_for_fine_tuning_is_plain_contrast_and_warms_heads_up_for_a_quarter_at_most() -> None:
-    recipe = load_recipe("finetune", {"train.steps": 100})
-    assert set(recipe.active_losses) == {"contrastive"}
-    assert recipe.head_warmup == 25
+def test_the_recipe_for_fine_tuning_warms_heads_up_for_a_quarter_at_most() -> None:
+    assert load_recipe("finetune", {"train.steps": 100}).head_warmup == 25
     assert load_recipe("finetune").head_warmup == 200
-    assert recipe.finetune.image_lr_scale * recipe.train.lr == pytest.approx(1e-4)
-    assert (
-        recipe.views.image.color_jitter_prob == recipe.views.image.blur_prob == recipe.views.image.grayscale_prob == 0
-    )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import declip
@@ -21,8 +21,8 @@ from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import KEPT, read_rows
-from declip.training.batch_norm import HostSyncBatchNorm, _HostSyncBatchNormAct, synchronize
-from declip.training.optimizer import LrMultiplier, group_lr, learning_rate
+from declip.training.optimizer import LrMultiplier, group_lr
+from declip.training.parallel import HostSyncBatchNorm, _HostSyncBatchNormAct, synchronize
 from declip.training.trainer import Trainer
 from interchange.test_export import features
 from interchange.towers import build
@@ -31,48 +31,27 @@ from text_encoders import bert
 from training.starts import CONV, VIT, last, moved, same_end, state, stop_at, towers_of, tuned
 
 
-def test_towers_wait_while_new_heads_warm_up(table: Path, tmp_path: Path, start: Path) -> None:
-    file = towers_of(start, tmp_path / "towers.safetensors")
-    given = load_file(file)
-    recipe = tuned(table, file, {"checkpoint_every": 1, "keep_checkpoints": 16, "steps": 16}, head_warmup_steps=4)
-    trainer = Trainer(recipe, tmp_path / "run", quiet=True)
-    heads = {name: tensor.clone() for name, tensor in trainer.objective.named_parameters()}
-    trainer.train()
-    assert "Steps 1 to 4: " in (tmp_path / "run/log.txt").read_text()
-    paths = {int(path.name.split("-")[1]): path for path in list_checkpoints(tmp_path / "run")}
-    for step in (1, 4):
-        found = load_checkpoint(paths[step])
-        assert not moved(part("model", given), part("model", found.weights)), step
-        assert moved(heads, part("objective", found.training)) == set(heads), step
-    assert len(moved(part("model", given), part("model", load_checkpoint(paths[5]).weights))) > 40
-
-
-def test_a_warm_up_as_long_as_the_run_is_cut_to_a_quarter(table: Path, tmp_path: Path, start: Path) -> None:
-    file = towers_of(start, tmp_path / "towers.safetensors")
-    trainer = Trainer(tuned(table, file, head_warmup_steps=200), tmp_path / "run", quiet=True)
-    before = state(trainer)
-    trainer.train()
-    assert len(moved(before, last(tmp_path / "run"))) > 40
-    said = (tmp_path / "run/log.txt").read_text()
-    assert "Steps 1 to 2 (" in said
-    assert "finetune.head_warmup_steps=200" in said
-
-
-def test_statistics_rest_while_the_towers_wait_for_the_heads(table: Path, tmp_path: Path, conv_start: Path) -> None:
-    file = towers_of(conv_start, tmp_path / "towers.safetensors")
+@pytest.mark.parametrize("kind", ["vit", "conv"])
+def test_towers_and_their_statistics_rest_while_new_heads_warm_up(
+    table: Path, tmp_path: Path, start: Path, conv_start: Path, kind: str
+) -> None:
+    file = towers_of(start if kind == "vit" else conv_start, tmp_path / "towers.safetensors")
     keys = {"checkpoint_every": 1, "keep_checkpoints": 9, "evaluate_every": 1}
     trainer = Trainer(tuned(table, file, keys, head_warmup_steps=2), tmp_path / "run", quiet=True)
-    before = state(trainer)
+    before, heads = state(trainer), dict(trainer.objective.named_parameters())
+    heads = {name: tensor.clone() for name, tensor in heads.items()}
     trainer.train()
+    assert "Steps 1 to 2 (" in (tmp_path / "run/log.txt").read_text()
     first, second, third = (load_checkpoint(path) for path in list_checkpoints(tmp_path / "run")[:3])
-    assert not moved(before, part("model", first.weights))
-    assert not moved(before, part("model", second.weights))
-    statistics = {name for name in before if "running" in name or "tracked" in name}
-    assert len(statistics) > 10
-    assert moved(before, part("model", third.weights)) >= statistics
+    for checkpoint in (first, second):
+        assert not moved(before, part("model", checkpoint.weights))
+        assert moved(heads, part("objective", checkpoint.training)) == set(heads)
+    after = moved(before, part("model", third.weights))
+    assert after >= {name for name in before if "running" in name or "tracked" in name}
+    assert len(after) > 40
 
 
-@pytest.mark.parametrize(("image", "text"), [(2, 0), (0, 3), ("all", 1), ("all", "all")])
+@pytest.mark.parametrize(("image", "text"), [(2, 3), ("all", 0)])
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
     table: Path, tmp_path: Path, start: Path, image: Any, text: Any
 ) -> None:
@@ -90,7 +69,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
 
 
 def test_frozen_batch_norm_keeps_its_statistics(table: Path, tmp_path: Path, conv_start: Path) -> None:
-    trainer = Trainer(tuned(table, conv_start, freeze_image_blocks=1), tmp_path / "a", quiet=True)
+    trainer = Trainer(tuned(table, conv_start, {"steps": 2}, freeze_image_blocks=1), tmp_path / "a", quiet=True)
     before = state(trainer)
     trainer.train()
     still = {name for name in before if name not in moved(before, last(tmp_path / "a"))}
@@ -98,7 +77,7 @@ def test_frozen_batch_norm_keeps_its_statistics(table: Path, tmp_path: Path, con
         name for name in before if "running" in name and ("stem" in name or "stages.0." in name)
     }
     assert trainer.model.image_tower.has_batch_norm
-    whole = Trainer(tuned(table, conv_start, freeze_image_blocks="all"), tmp_path / "b", quiet=True)
+    whole = Trainer(tuned(table, conv_start, {"steps": 2}, freeze_image_blocks="all"), tmp_path / "b", quiet=True)
     assert not whole.model.image_tower.has_batch_norm
     before = state(whole)
     whole.train()
@@ -127,16 +106,11 @@ def test_frozen_parts_drop_nothing_though_the_rest_does(table: Path, tmp_path: P
         (trainer.model.text_tower, trainer.model.text_tower.encoder.encoder.layer, ids),
     )
     for tower, layers, given in towers:
-        passes: list[list[torch.Tensor]] = [[], []]
-        for found in passes:
-            hooks = [
-                layer.register_forward_hook(lambda _m, _i, out, found=found: found.append(out))
-                for layer in (layers[0], layers[1])
-            ]
-            found.append(tower(given).pooled)
-            for hook in hooks:
-                hook.remove()
-        same = [torch.equal(first, second) for first, second in zip(*passes, strict=True)]
+        outputs: list[torch.Tensor] = []
+        for layer in layers[:2]:
+            layer.register_forward_hook(lambda _m, _i, out, outputs=outputs: outputs.append(out))
+        outputs += [tower(given).pooled, tower(given).pooled]
+        same = [torch.equal(outputs[i], outputs[j]) for i, j in ((0, 2), (1, 3), (4, 5))]
         assert same == ([True, True, True] if asked == "all" else [True, False, False])
 
 
@@ -173,24 +147,13 @@ def test_depths_count_stem_blocks_and_what_follows() -> None:
 
 
 def test_each_layer_has_its_rate(table: Path, tmp_path: Path, start: Path) -> None:
-    recipe = tuned(table, start, image_lr_scale=0.5, text_lr_scale=0.1, layer_decay=0.7)
-    trainer = Trainer(recipe, tmp_path, quiet=True)
-    rates: dict[int, float] = {}
-    meet = trainer.hosts.sync_step
-
-    def look(step: int, *rest: Any) -> Any:
-        if step == 5:
-            rates.update({id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]})
-        return meet(step, *rest)
-
-    trainer.hosts.sync_step = look  # type: ignore[method-assign]
-    trainer.train()
-    base = learning_rate(4, recipe.train)
+    trainer = Trainer(tuned(table, start, image_lr_scale=0.5, text_lr_scale=0.1, layer_decay=0.7), tmp_path, quiet=True)
+    factors = {id(p): group["multiplier"].factor for group in trainer.optimizer.param_groups for p in group["params"]}
     places = depths(trainer.model)
     for name, parameter in trainer.model.named_parameters():
         factor = 1.0 if name == "logit_scale" else (0.5 if name.startswith(IMAGE) else 0.1) * 0.7 ** (4 - places[name])
-        assert rates[id(parameter)] == pytest.approx(base * factor, rel=1e-9), name
-    assert all(rates[id(p)] == base for p in trainer.objective.parameters())
+        assert factors[id(parameter)] == pytest.approx(factor, rel=1e-9), name
+    assert all(factors[id(p)] == 1.0 for p in trainer.objective.parameters())
 
 
 def test_what_waits_stands_still_and_then_warms_up() -> None:
@@ -226,7 +189,7 @@ def test_a_resumed_run_equals_one_never_stopped_though_its_source_is_gone(
     assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
     same_end(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(UserError, match=r"no model at|no file"):
-        train(recipe, out=tmp_path / "anew", quiet=True)
+        train(recipe, out=tmp_path / "anew", quiet=True, report=False)
 
 
 @pytest.mark.parametrize("image", [VIT, CONV], ids=["vit", "conv"])
@@ -250,30 +213,21 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
 
 
 def test_lora_drops_out_in_both_towers_and_only_in_training(table: Path, tmp_path: Path, start: Path) -> None:
-    """The mean over masks is what evaluation gives, for the fused attention map too; a trained run loads."""
-    tune = {"lora": {"rank": 2, "dropout": 0.5}}
-    trainer = Trainer(tuned(table, start, {"steps": 4}, **tune), tmp_path, quiet=True)
+    """For the fused attention map too; a trained run loads."""
+    trainer = Trainer(tuned(table, start, {"steps": 4}, lora={"rank": 2, "dropout": 0.5}), tmp_path, quiet=True)
     trainer.train()
-    for found, trained in zip(
-        features(declip.load(tmp_path, device="cpu")), features(trainer.model.eval()), strict=True
-    ):
+    loaded = features(declip.load(tmp_path, device="cpu"))
+    for found, trained in zip(loaded, features(trainer.model.eval()), strict=True):
         torch.testing.assert_close(found, trained, rtol=0, atol=1e-5)
-    tower = trainer.model.text_tower
-    layers = [m for name, m in tower.named_modules() if name.endswith(("in_proj", "out_proj", "c_fc", "c_proj"))]
-    assert len(layers) == 4 * len(tower.transformer.resblocks)
-    assert all(layer.lora_dropout["default"].p == 0.5 for layer in layers)
     trainer.learner.train()
-    for layer in layers[:4]:
-        with torch.no_grad():
+    for name, layer in trainer.model.text_tower.named_modules():
+        if name.endswith(("in_proj", "out_proj", "c_fc", "c_proj")):
             torch.nn.init.normal_(layer.lora_B["default"].weight)
-            rows = torch.randn(1, layer.in_features)
-            drawn = layer(rows.expand(20_000, -1))
-            assert not torch.equal(drawn[0], drawn[1])
-            expected = layer.eval()(rows)[0]
-        error = (drawn - expected).std(dim=0) / 20_000**0.5
-        assert ((drawn.mean(dim=0) - expected).abs() < 5 * error).all()
-    tokens = trainer.model.eval().tokenize(["a red circle"])
-    assert torch.equal(tower(tokens).pooled, tower(tokens).pooled)
+            rows = torch.randn(1, layer.in_features).expand(2, -1)
+            first, second = layer(rows)
+            assert not torch.equal(first, second), name
+            first, second = layer.eval()(rows)
+            assert torch.equal(first, second), name
 
 
 def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table: Path, tmp_path: Path, start: Path) -> None:
@@ -292,11 +246,10 @@ def trained_by_ranks(recipe: dict[str, Any], folder: str) -> bool:
 @pytest.mark.parametrize(
     ("keys", "parallel"),
     [
-        ({"freeze_image_blocks": 2, "layer_decay": 0.8}, "ddp"),
         ({"freeze_image_blocks": 2, "layer_decay": 0.8}, "fsdp"),
         ({"lora": {"rank": 2}}, "ddp"),
     ],
-    ids=["frozen", "frozen-sharded", "lora"],
+    ids=["frozen-sharded", "lora"],
 )
 def test_two_processes_tune_as_one(
     table: Path, tmp_path: Path, start: Path, keys: dict[str, Any], parallel: str

@@ -5,15 +5,7 @@ import os
 
 import pytest
 
-from declip.training.watchdogs import (
-    FLAT_AFTER,
-    STEEP,
-    WARM,
-    LossMonitor,
-    ThroughputMonitor,
-    free_cores,
-    workers_needed,
-)
+from declip.training.watchdogs import FLAT_AFTER, LEAST_STEPS, STEEP, WARM, LossMonitor, ThroughputMonitor, auto_workers
 
 CHANCE = math.log(64)
 
@@ -81,54 +73,20 @@ def test_warnings_work_after_a_step_that_was_not_finite(bad: float) -> None:
     assert len(monitor.check(53, {"contrastive": CHANCE + 2, "grad_norm": 2.0})) == 1
 
 
-@pytest.mark.parametrize(
-    ("workers", "waited", "took", "needed"),
-    [
-        (0, 0.1, 1.0, 1),  # made in this process: one worker makes a batch while a step is taken
-        (0, 2.5, 1.0, 3),  # 2.5 s a batch, 1 s a step
-        (2, 1.0, 1.0, 4),  # two workers give a batch in 2 s, so 4 s each
-        (3, 0.0, 1.0, 3),
-        (4, 0.5, 1.0, 6),
-    ],
-)
-def test_workers_that_would_do(workers: int, waited: float, took: float, needed: int) -> None:
-    assert workers_needed(workers, waited, took) == needed
-
-
-def test_says_nothing_before_it_has_seen_enough_and_nothing_about_the_first_steps() -> None:
-    throughput = ThroughputMonitor(1, 7)
+def test_steps_that_wait_for_the_loader_are_named_once_and_not_before_enough_was_seen() -> None:
+    monitor = ThroughputMonitor()
     for _ in range(WARM):
-        throughput.step(100.0, 0.1)
-    assert not throughput.starved()
-    for _ in range(19):
-        throughput.step(0.4, 0.6)
-        assert not throughput.starved()
-    throughput.step(0.4, 0.6)
-    assert throughput.starved()
-    assert throughput.fraction == pytest.approx(0.4)
-    assert throughput.needed == 2
-    assert "data.workers=2 would keep up (now 1" in throughput.advice()
-    assert "processors are free" not in throughput.advice()
-    assert not throughput.starved()  # begins anew
+        assert monitor.check(100.0, 0.1, 1) is None
+    assert [monitor.check(0.1, 0.9, 1) for _ in range(LEAST_STEPS)] == [None] * LEAST_STEPS, "a tenth is little"
+    warnings = [monitor.check(0.4, 0.6, 1) for _ in range(3 * LEAST_STEPS)]
+    (warning,) = [warning for warning in warnings if warning]
+    assert warnings[LEAST_STEPS - 1] == warning
+    assert "wait 40% of" in warning
+    assert "data.workers=1 now" in warning
 
 
-@pytest.mark.parametrize(
-    ("workers", "cores", "waited", "needed"),
-    [(1, 7, 0.25, None), (0, 1, 3.0, 3), (0, 0, 3.0, None)],
-    ids=["keeps up", "too few processors", "no processor is free"],
-)
-def test_workers_are_advised_only_where_they_help(workers: int, cores: int, waited: float, needed: int | None) -> None:
-    throughput = ThroughputMonitor(workers, cores)
-    for _ in range(40):
-        throughput.step(waited, 1.0)
-    assert throughput.starved() == (needed is not None)
-    if needed is not None:
-        assert throughput.needed == needed
-        assert "but 1 processor is free" in throughput.advice()
-
-
-def test_free_cores_are_those_of_the_rank_that_do_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_workers_are_the_cores_of_a_rank_that_do_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert [free_cores(threads) for threads in (1, 6, 8, 20)] == [7, 2, 0, 0]
+    assert [auto_workers(threads) for threads in (0, 1, 6, 8, 20)] == [8, 7, 2, 0, 0]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert free_cores(1) == 1
+    assert auto_workers(1) == 1

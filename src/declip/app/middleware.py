@@ -1,9 +1,9 @@
 """Middleware of every request: pages of other sites are refused, and answers carry the security headers."""
 
 import ipaddress
-import re
 import socket
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -21,15 +21,12 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
-
 
 class Guard:
     """Refuse requests of other sites' pages and for foreign host names, and add the security headers.
 
     A request is refused where its Host is no IP address and not a name of this machine (DNS rebinding), where it
     changes something or uploads and its Origin is not this app, or where another site's page loads from here.
-    Starlette's TrustedHostMiddleware takes a fixed list of hosts, and runs inside the handler of failures.
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -65,11 +62,8 @@ class Guard:
         return None
 
     def _is_ours(self, host: str) -> bool:
-        match = HOST.fullmatch(host)
-        if match is None:
-            return False
-        name = match.group(1).strip("[]").lower()
         try:
+            name = urlsplit(f"//{host}").hostname or ""
             return name in self.names or bool(ipaddress.ip_address(name))
         except ValueError:
             return False

@@ -1,110 +1,57 @@
 """Parameters and bodies of requests: bounded before they are read, never written to the disk, refused with a reason."""
 
 import asyncio
-import json
-from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Self
 
 from PIL import Image
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from torch import Tensor
 
-from declip.app.state import AppState
 from declip.data.images.decode import decode
-from declip.data.pair import BrokenPair, is_unicode
-from declip.search.manifest import Over
-
-LONGEST_TEXT, LONGEST_TEMPLATE = 2_000, 300  # characters
-LARGEST_ID = 2**62
+from declip.data.pair import BrokenPair
 
 LARGEST_UPLOAD, LARGEST_JSON = 20 << 20, 2 << 20  # bytes of an uploaded image, and of JSON: the ids of 200,000 pairs
 MOST_PIXELS = 50_000_000  # pixels of an uploaded image: larger than those of cameras and phones
 SECONDS = 60  # time in which a body must arrive
-UNREADABLE = "This is no image that can be read. JPEG, PNG, WebP, BMP, GIF and TIFF can."
-REASONS = {
-    "truncated image": "The image ends too early: the file is truncated or empty.",
-    "image too large": f"The image has too many pixels: at most {MOST_PIXELS // 1_000_000} million.",
-}
+
+OneLine = AfterValidator(lambda text: " ".join(text.split()))
+Text = Annotated[str, StringConstraints(max_length=2_000), OneLine]
+Template = Annotated[str, StringConstraints(max_length=300), OneLine]
+"""A prompt template or the name of a set; empty for the words as they are."""
+ImageId = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class Question(BaseModel):
+    """Parameters of a request; a wrong one raises pydantic's `ValidationError`, which the server answers."""
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """The parameters in a request's address."""
+        return cls.model_validate(dict(request.query_params))
+
+    @classmethod
+    async def in_body(cls, request: Request) -> Self:
+        """The parameters in a request's body, a JSON object."""
+        return cls.model_validate_json(await read_body(request, LARGEST_JSON))
+
+
+class ImageQuestion(Question):
+    """A question about an image: the token of an uploaded one, or the id of one of the index."""
+
+    image: str | None = None
+    id: ImageId | None = None
 
 
 def bad_request(message: str) -> HTTPException:
-    """The error for a request with a wrong parameter."""
+    """The error for a request that cannot be answered."""
     return HTTPException(HTTPStatus.BAD_REQUEST, message)
-
-
-def whole(given: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
-    """A whole number in its range."""
-    text = str(given.get(name, default))
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high):
-        raise bad_request(f"{name} must be a whole number from {low:,} to {high:,}.")
-    return int(text)
-
-
-def image_id(given: Mapping[str, Any]) -> int:
-    """The id of an image of the index, which need not exist."""
-    return whole(given, "id", 0, 0, LARGEST_ID)
-
-
-def number(given: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
-    """A number in its range."""
-    try:
-        value = float(given.get(name, default))
-    except ValueError:
-        value = float("nan")
-    if not low <= value <= high:
-        raise bad_request(f"{name} must be a number from {low:g} to {high:g}.")
-    return value
-
-
-def choice(given: Mapping[str, str], name: str, *allowed: str) -> str:
-    """One of some words; the first is the default."""
-    value = given.get(name, allowed[0])
-    if value not in allowed:
-        raise bad_request(f"{name} must be one of {', '.join(allowed)}.")
-    return value
-
-
-def over(given: Mapping[str, str]) -> Over:
-    """The vectors to compare with."""
-    return "captions" if choice(given, "over", "images", "captions") == "captions" else "images"
-
-
-def text(value: object, name: str, longest: int = LONGEST_TEXT) -> str:
-    """A text without surrounding white space, perhaps empty."""
-    if not isinstance(value, str) or not is_unicode(value):
-        raise bad_request(f"The {name} must be a text.")
-    words = " ".join(value.split())
-    if len(words) > longest:
-        raise bad_request(f"The {name} is too long: at most {longest:,} characters.")
-    return words
-
-
-def template(value: object) -> str | None:
-    """A prompt template or the name of a set; None where it is empty."""
-    words = text(value, "template", LONGEST_TEMPLATE)
-    if "{}" not in words and " " in words:
-        raise bad_request("The template needs {} where the words go, such as: a drawing of {}")
-    return words or None
-
-
-def image_vector(state: AppState, given: Mapping[str, Any]) -> Tensor | None:
-    """(d,), the vector of the uploaded image ("image", a token) or of the index's image ("id"); None without either."""
-    if token := given.get("image"):
-        if str(token) not in state.uploads:
-            raise HTTPException(HTTPStatus.GONE, "The image is no longer held here. Choose it again.")
-        return state.uploads[str(token)]
-    if given.get("id") in (None, ""):
-        return None
-    return state.index.vectors([image_id(given)])[0]
 
 
 async def read_body(request: Request, most: int) -> bytes:
     """Read a body of at most `most` bytes; starlette's forms would write a large one to the disk."""
     too_long = HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The file is too large: at most {most >> 20} MB.")
-    if int(request.headers.get("content-length", 0)) > most:  # the server has checked that it is a number
-        raise too_long
     content = bytearray()
     try:
         async with asyncio.timeout(SECONDS):
@@ -117,22 +64,13 @@ async def read_body(request: Request, most: int) -> bytes:
     return bytes(content)
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """Read a JSON object."""
-    content = await read_body(request, LARGEST_JSON)
-    try:
-        tree = json.loads(content)
-    except (ValueError, RecursionError):
-        tree = None
-    if not isinstance(tree, dict):
-        raise bad_request("A JSON object was expected.")
-    return tree
-
-
 def read_image(content: bytes) -> Image.Image:
     """Decode an uploaded image, RGB and upright; its pixels are counted before they are decoded."""
     try:
         return decode(content, "the image", MOST_PIXELS)
     except BrokenPair as broken:
-        message = REASONS.get(broken.reason, UNREADABLE)
+        message = (
+            f"This is no image that can be read ({broken.reason}). JPEG, PNG, WebP, BMP, GIF and TIFF of up to "
+            f"{MOST_PIXELS // 1_000_000} million pixels can."
+        )
         raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, message) from broken

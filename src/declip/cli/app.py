@@ -1,7 +1,6 @@
 """The command ``declip``: every command parses words and calls the API, nothing else."""
 
 import errno
-import threading
 from typing import Annotated
 
 import typer
@@ -51,24 +50,15 @@ for group, name in ((data.group, "data"), (recipes.group, "recipes"), (index, "i
 
 def main() -> None:
     """Run the command; a user's mistake ends with its message and status 2, never with a traceback."""
-    hook, threading.excepthook = threading.excepthook, _skip_disk_errors
     try:
         app()
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("Stopped. What a run had saved is kept; continue it with --resume.", status=130)
+        fail("Stopped. What was saved is kept; the same command continues, `declip train` with --resume.", status=130)
     except OSError as error:
         if error.errno not in DISK:
             raise
         where = f"'{error.filename}'" if error.filename else "A file"
         advice = "Make room; continue a run with --resume." if error.errno in FULL else "Fix that or give another path."
         fail(f"{where} cannot be read or written: {error.strerror}. {advice}")
-    finally:
-        threading.excepthook = hook
-
-
-def _skip_disk_errors(error: threading.ExceptHookArgs) -> None:
-    """Print no traceback of a failed write in TensorBoard's thread: it hands the error to the run."""
-    if not (isinstance(error.exc_value, OSError) and error.exc_value.errno in DISK):
-        threading.__excepthook__(error)

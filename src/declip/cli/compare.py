@@ -1,20 +1,18 @@
 """The command ``declip compare``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from declip.cli.options import Quiet, check_source, console, expand, say
+from declip.cli.options import Quiet, check_source, console, file, say
 
 
 def compare(
     words: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys for all")],
     pairs: Annotated[str, typer.Option(help="numbers of distinct pairs, such as 1k,2k,4k")],
     seeds: Annotated[int, typer.Option(min=1, help="runs per number of pairs, with seeds 0, 1 …")] = 3,
-    out: Annotated[Path, typer.Option(parser=expand, metavar="DIR", help="folder of the comparison")] = Path(
-        "runs/compare"
-    ),
+    out: Annotated[Path, file("folder of the comparison", metavar="DIR")] = Path("runs/compare"),
     datasets: Annotated[list[str] | None, typer.Option("--dataset", help="evaluation set; repeatable")] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="zero-shot (default) or retrieval; repeatable")
@@ -35,7 +33,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs; the same command continues an interrupted comparison."""
-    from declip.recipe.load import load_recipe, parse_overrides
+    from declip.recipe.load import load_recipe, parse_overrides, read_value
 
     recipes = [word for word in words if "=" not in word]
     overrides = parse_overrides([word for word in words if "=" in word])
@@ -43,7 +41,9 @@ def compare(
         load_recipe(recipe, overrides)
     for name in (*(datasets or ()), *((sweep_dataset,) if sweep_dataset else ())):
         check_source(name, "--dataset")
-    values = _values(sweep or [])
+    values = {
+        key: [read_value(key, word) for word in words.split(",")] for key, words in parse_overrides(sweep or []).items()
+    }
     from declip.api import compare as run_comparison
     from declip.comparison.study import BUDGETS, read_counts
     from declip.reports.comparison import summary
@@ -71,11 +71,3 @@ def compare(
     if not outcome.complete:
         raise typer.Exit(2 if outcome.failures else 130)
     say(f"Report: {out / 'report.html'}")
-
-
-def _values(words: list[str]) -> dict[str, list[Any]]:
-    """Read KEY=A,B,C words."""
-    from declip.recipe.load import parse_overrides, read_value
-
-    grid = parse_overrides(words)
-    return {key: [read_value(key, word) for word in values.split(",")] for key, values in grid.items()}

@@ -14,8 +14,7 @@ from declip.cli.options import (
     Workers,
     check_source,
     console,
-    expand,
-    fail,
+    file,
     say,
 )
 
@@ -26,10 +25,7 @@ group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=T
 def download(
     name: Annotated[str, typer.Argument(help="a built-in set, such as builtin:emoji")],
     cache: Annotated[
-        Path | None,
-        typer.Option(
-            parser=expand, metavar="DIR", help="where the set goes; default: DECLIP_CACHE or the user's cache"
-        ),
+        Path | None, file("where the set goes; default: DECLIP_CACHE or the user's cache", metavar="DIR")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -42,14 +38,11 @@ def download(
 @group.command()
 def shard(
     source: Annotated[str, typer.Argument(help="a table, a folder, tar shards, or builtin:NAME")],
-    out: Annotated[Path, typer.Option(parser=expand, metavar="DIR", help="folder to write the tar shards to")],
+    out: Annotated[Path, file("folder to write the tar shards to", metavar="DIR")],
     size: Annotated[int, typer.Option(help="largest shorter side of an image, in pixels")] = 256,
     shard_pairs: Annotated[int, typer.Option(help="pairs per shard")] = 10_000,
     quality: Annotated[int, typer.Option(help="quality of the JPEG files written")] = 92,
-    exclude: Annotated[
-        Path | None,
-        typer.Option(parser=expand, metavar="FILE", help="list of pairs to leave out, as `declip app` saves it"),
-    ] = None,
+    exclude: Annotated[Path | None, file("list of pairs to leave out, as `declip app` saves it")] = None,
     workers: Workers = None,
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
@@ -60,22 +53,19 @@ def shard(
     check_source(source, "SOURCE")
     from declip.data.prepare import shard_source
 
-    try:
-        prepared = shard_source(
-            source,
-            out,
-            size=size,
-            shard_pairs=shard_pairs,
-            quality=quality,
-            workers=workers,
-            image_column=image_column,
-            caption_column=caption_column,
-            image_root=image_root,
-            exclude=exclude,
-            progress=not quiet,
-        )
-    except KeyboardInterrupt:
-        fail("Stopped. The shards written so far are kept; the same command continues.", status=130)
+    prepared = shard_source(
+        source,
+        out,
+        size=size,
+        shard_pairs=shard_pairs,
+        quality=quality,
+        workers=workers,
+        image_column=image_column,
+        caption_column=caption_column,
+        image_root=image_root,
+        exclude=exclude,
+        progress=not quiet,
+    )
     say(prepared.summary())
 
 
@@ -95,26 +85,18 @@ def inspect(
     caption_column: CaptionColumn = "caption",
     image_root: ImageRoot = None,
     json_out: JsonOut = None,
-    html_out: Annotated[
-        Path | None, typer.Option("--html", parser=expand, metavar="FILE", help="also write a page with images")
-    ] = None,
-    contact_sheet: Annotated[
-        Path | None, typer.Option(parser=expand, metavar="FILE", help="also write a contact sheet, PNG")
-    ] = None,
-    exclude: Annotated[
-        Path | None,
-        typer.Option(parser=expand, metavar="FILE", help="write the copies that --check-leakage found as a list"),
-    ] = None,
+    html_out: Annotated[Path | None, file("also write a page with images", "--html")] = None,
+    exclude: Annotated[Path | None, file("write the copies that --check-leakage found as a list")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and what follows from them."""
     for name in (source, *(check_leakage or ())):
         check_source(name, "SOURCE" if name == source else "--check-leakage")
-    from declip.inspection import inspect_source
-    from declip.reports.inspection import summary, write_exclude, write_json, write_page, write_sheet
-    from declip.reports.page import check_writable
+    from declip.inspection import Inspection, inspect_source
+    from declip.reports.inspection import exclusions, page, summary
+    from declip.reports.page import check_writable, write
 
-    check_writable((json_out, html_out, contact_sheet, exclude))
+    check_writable((json_out, html_out, exclude))
     inspection = inspect_source(
         source,
         None if everything else sample,
@@ -129,10 +111,9 @@ def inspect(
         progress=not quiet,
     )
     console.print(summary(inspection))
-    outputs = ((write_json, json_out), (write_page, html_out), (write_sheet, contact_sheet), (write_exclude, exclude))
-    for write, path in outputs:
+    for make, path in ((Inspection.to_json, json_out), (page, html_out), (exclusions, exclude)):
         if path is not None:
-            write(inspection, path)
+            write(path, make(inspection))
             say(f"Written: {path}")
     if inspection.usable == 0:
         raise typer.Exit(2)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,8 @@ from declip.cli.options import (
     check_model,
     check_source,
     console,
-    expand,
+    file,
     integers,
-    write_text,
 )
 from declip.errors import UserError, unknown
 
@@ -39,9 +38,7 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 0,
     device: Device = "auto",
     json_out: JsonOut = None,
-    markdown_out: Annotated[
-        Path | None, typer.Option("--markdown", parser=expand, metavar="FILE", help="paper11: also write the table")
-    ] = None,
+    markdown_out: Annotated[Path | None, file("paper11: also write the table", "--markdown")] = None,
 ) -> None:
     """Evaluate a model on held-out images."""
     if task not in TASKS:
@@ -50,35 +47,35 @@ def evaluate(
     for name in datasets:
         check_source(name, "--dataset")
     few = integers("--shots", shots)
+    from rich.markdown import Markdown
+
     from declip.evaluation.datasets import open_dataset
-    from declip.evaluation.protocols import Options, evaluate_sets
+    from declip.evaluation.protocols import Options, evaluate_all
     from declip.evaluation.results import results_table
     from declip.evaluation.suites import evaluate_suite, is_suite
     from declip.interchange.read import load
+    from declip.reports.page import check_writable, write
 
+    check_writable((json_out, markdown_out))
     suites = [name for name in datasets if is_suite(name)]
     if suites and len(datasets) > 1:
         raise UserError(f"'{suites[0]}' is a table of its own. Evaluate it alone, with one --dataset.")
     if markdown_out is not None and not suites:
         raise UserError(f"--markdown writes the table of paper11:/data, but --dataset is '{datasets[0]}'. Use --json.")
-    options = Options(
-        templates=templates,
-        batch_size=batch_size,
-        workers=workers,
-        features=cast(Any, features),
-        shots=few,
-        seeds=seeds,
-        cache=cache,
-    )
+    probe: Any = {"features": features, "shots": few, "seeds": seeds, "cache": cache}
+    options = Options(templates=templates, batch_size=batch_size, workers=workers, **probe)
     loaded = load(model, device)
     if suites:
         suite = evaluate_suite(loaded, datasets[0], task, options)
-        console.print(suite.table(model))
-        write_text(markdown_out, suite.markdown(model), "--markdown")
-        write_text(json_out, json.dumps(suite.to_dict(), indent=1), "--json")
-        return
-    opened = [open_dataset(name, label_column=label_column) for name in datasets]
-    results = evaluate_sets(loaded, opened, (task,), options)
-    console.print(results_table(results))
-    rows = [result.to_dict() for result in results]
-    write_text(json_out, json.dumps(rows if len(rows) > 1 else rows[0], indent=1), "--json")
+        table: Any = Markdown(suite.markdown(model))
+        content = json.dumps(suite.to_dict(), indent=1)
+        if markdown_out is not None:
+            write(markdown_out, suite.markdown(model), "choose another place with --markdown")
+    else:
+        opened = [open_dataset(name, label_column=label_column) for name in datasets]
+        results = evaluate_all(loaded, opened, (task,), options)
+        rows = [result.to_dict() for result in results]
+        table, content = results_table(results), json.dumps(rows if len(rows) > 1 else rows[0], indent=1)
+    console.print(table)
+    if json_out is not None:
+        write(json_out, content, "choose another place with --json")

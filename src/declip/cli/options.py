@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,18 +23,21 @@ def expand(path: str) -> Path:
     return Path(path).expanduser()
 
 
+def file(help: str, *names: str, metavar: str = "FILE") -> Any:
+    """Declare an option that takes a path."""
+    return typer.Option(*names, parser=expand, metavar=metavar, help=help)
+
+
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress")]
 ImageColumn = Annotated[str, typer.Option(help="column of a table with images")]
 CaptionColumn = Annotated[str, typer.Option(help="column of a table with captions")]
-ImageRoot = Annotated[Path | None, typer.Option(parser=expand, metavar="DIR", help="folder of a table's image paths")]
+ImageRoot = Annotated[Path | None, file("folder of a table's image paths", metavar="DIR")]
 Workers = Annotated[int | None, typer.Option(min=0, help="processes; default: one per core, at most 8")]
 BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
 License = Annotated[str, typer.Option(help="license for the model card, such as mit")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")]
-JsonOut = Annotated[
-    Path | None, typer.Option("--json", parser=expand, metavar="FILE", help="also write the result to this file")
-]
+JsonOut = Annotated[Path | None, file("also write the result to this file", "--json")]
 UNKNOWN_LICENSE = "unknown: set it"
 
 
@@ -51,17 +54,13 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def check_source(source: str, option: str) -> None:
-    """Refuse a source whose path does not exist, before torch is imported (seconds on a cold machine).
-
-    Names with a prefix, URLs and patterns are left to `declip.data.sources.open`.
-    """
+    """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns are left."""
     if re.match(r"[\w-]{2,}:", source) or "::" in source or any(sign in source for sign in "*?[{"):
         return
     if not Path(source).expanduser().exists():
         raise UserError(
             f"There is no file or folder '{source}' ({option}). Give a table (.csv, .jsonl, .parquet …), a folder of "
-            "images with captions, tar shards such as 'data/{00000..00331}.tar', or a built-in set such as "
-            "'builtin:emoji'."
+            "images with captions, tar shards such as 'data/{00000..00331}.tar', or builtin:emoji."
         )
 
 
@@ -72,16 +71,6 @@ def check_model(model: str) -> None:
             f"There is no model at '{model}'. Give a run folder, a checkpoint folder, a weights file, "
             "huggingface:OWNER/NAME or open_clip:MODEL/TAG."
         )
-
-
-def write_text(path: Path | None, text: str, option: str) -> None:
-    """Write a result to the file that an option names, if it does."""
-    if path is None:
-        return
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"Cannot write '{path}': {error.strerror}. Choose another place with {option}.") from error
 
 
 def integers(option: str, text: str) -> tuple[int, ...]:

@@ -1,10 +1,10 @@
 """The commands ``declip embed``, ``search`` and ``index``. Wrong paths are answered before torch loads."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,11 +23,11 @@ from declip.cli.options import (
     say,
 )
 from declip.errors import UserError
+from declip.reports.page import check_writable
 
 index = typer.Typer(help="Look after an index of images.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder that `declip embed` wrote")]
-Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="as `declip search` shows them")]
 Readers = Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")]
 ModelNow = Annotated[str | None, typer.Option(help="where the model that made the index is now")]
 
@@ -39,10 +39,7 @@ def embed(
     captions: Annotated[bool, typer.Option("--captions", help="also store vectors of the captions")] = False,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="precision of the model")] = "fp32",
-    approximate: Annotated[
-        bool | None,
-        typer.Option(help="make an approximate index (needs faiss); by default beyond a million images"),
-    ] = None,
+    approximate: Annotated[bool, typer.Option("--approximate", help="make an approximate index (needs faiss)")] = False,
     batch_size: BatchSize = 256,
     workers: Readers = 0,
     image_column: ImageColumn = "image",
@@ -56,26 +53,22 @@ def embed(
     check_source(source, "SOURCE")
     from declip.search.embed import embed as run_embedding
 
-    try:
-        made = run_embedding(
-            model,
-            source,
-            out=out,
-            captions=captions,
-            dtype=dtype,
-            precision=precision,
-            approximate=approximate,
-            batch_size=batch_size,
-            workers=workers,
-            image_column=image_column,
-            caption_column=caption_column,
-            image_root=image_root,
-            device=device,
-            progress=not quiet,
-        )
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. The parts written so far are kept; the same command continues.")
-        raise typer.Exit(130) from None
+    made = run_embedding(
+        model,
+        source,
+        out=out,
+        captions=captions,
+        dtype=dtype,
+        precision=precision,
+        approximate=approximate,
+        batch_size=batch_size,
+        workers=workers,
+        image_column=image_column,
+        caption_column=caption_column,
+        image_root=image_root,
+        device=device,
+        progress=not quiet,
+    )
     say(f"Ready: {out}: {made.summary()}")
 
 
@@ -100,12 +93,17 @@ def search(
     json_out: JsonOut = None,
 ) -> None:
     """Find images in an index by a text, an image, or both."""
-    import json
-
     from declip.io.atomic import atomic_write
     from declip.io.text import shown
+    from declip.search.manifest import read_manifest
 
-    _check_search(folder, text, image, model, source, (sheet_out, json_out))
+    check_writable((sheet_out, json_out))
+    if made_by := model or read_manifest(folder).model.spec:
+        check_model(made_by)
+    if source is not None:
+        check_source(source, "--source")
+    if image is not None and not image.is_file():
+        raise UserError(f"There is no image '{image}'. Give a file with --image.")
     both = _two_numbers(weights)
     from declip.search.index import Index
 
@@ -144,26 +142,16 @@ def show(folder: Folder) -> None:
 
 
 @index.command()
-def remove(folder: Folder, keys: Keys) -> None:
+def remove(
+    folder: Folder, keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="as search shows them")]
+) -> None:
     """Remove images: no search shows them any more, and `declip embed` leaves them out."""
-    say(f"{_open(folder, check=False).remove(keys):,} images removed.")
-
-
-@index.command()
-def restore(folder: Folder, keys: Keys) -> None:
-    """Bring removed images back."""
-    say(f"{_open(folder, check=False).restore(keys):,} images restored.")
-
-
-@index.command()
-def compact(folder: Folder) -> None:
-    """Write an index again without its hidden images."""
-    say(f"{_open(folder, check=False).compact() / 1e6:,.1f} MB freed.")
+    say(f"{_open(folder).remove(keys):,} images removed.")
 
 
 @index.command()
 def approximate(folder: Folder, model: ModelNow = None) -> None:
-    """Make the approximate index, or bring it up to date, and measure its recall."""
+    """Make the approximate index, and measure its recall."""
     opened = _open(folder, model=model)
     opened.approximate()
     say(opened.summary())
@@ -176,31 +164,6 @@ def _open(folder: Path, **options: Any) -> Any:
     from declip.search.index import Index
 
     return Index.open(folder, **options)
-
-
-def _check_search(
-    folder: Path,
-    text: str | None,
-    image: Path | None,
-    model: str | None,
-    source: str | None,
-    written: tuple[Path | None, ...],
-) -> None:
-    """Refuse a search that cannot work, before torch is imported."""
-    from declip.search.manifest import read_manifest
-
-    if not ((made_by := read_manifest(folder).model.spec) or model):
-        raise UserError("The index was made by a model that was a Python object. Say where it is with --model.")
-    check_model(model or made_by)
-    if source is not None:
-        check_source(source, "--source")
-    if text is None and image is None:
-        raise UserError("There is nothing to search for. Give a text, an image (--image FILE), or both.")
-    if image is not None and not image.is_file():
-        raise UserError(f"There is no image '{image}'. Give a file with --image.")
-    for path in written:
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"'{path}' cannot be written: there is no folder '{path.parent}'. Give another file.")
 
 
 def _two_numbers(text: str) -> tuple[float, float]:

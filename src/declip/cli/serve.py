@@ -1,6 +1,7 @@
 """The command ``declip app``. Wrong paths and a taken port are answered before torch loads."""
 
 import socket
+import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,6 @@ from declip.cli.search import Readers
 from declip.errors import UserError
 
 PORT = 8765
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -52,61 +52,41 @@ def app(
     with take_port(host, port) as bound:
         from declip.app.server import open_state, serve
 
-        if host not in LOOPBACK:
+        if host not in ("localhost", "127.0.0.1", "::1"):
             console.print(
                 f"Warning: the app will be open to everyone who can reach {host}: there is no password, and who opens "
                 "it sees all images and captions of the source and can keep this machine busy.",
                 style="yellow",
             )
-        try:
-            state = open_state(
-                model,
-                source,
-                index,
-                image_column=image_column,
-                caption_column=caption_column,
-                image_root=image_root,
-                workers=workers,
-                device=device,
-                progress=not quiet,
-            )
-        except KeyboardInterrupt:
-            console.print("Stopped. The parts of the index written so far are kept; the same command continues.")
-            raise typer.Exit(130) from None
+        state = open_state(
+            model,
+            source,
+            index,
+            image_column=image_column,
+            caption_column=caption_column,
+            image_root=image_root,
+            workers=workers,
+            device=device,
+            progress=not quiet,
+        )
         address = address_of(bound)
-
-        def ready() -> None:
-            images = f"{len(state.index):,} images of {state.index.manifest.source.name}"
-            console.print(f"{images}, index {state.index.folder}", markup=False)
-            console.print(f"Open {address} (Ctrl-C ends)", markup=False)
-            if browser:
-                import webbrowser
-
-                webbrowser.open(address)
-
-        serve(state, bound, host, ready)
+        images = f"{len(state.index):,} images of {state.index.manifest.source.name}"
+        console.print(f"{images}, index {state.index.folder}", markup=False)
+        console.print(f"Open {address} (Ctrl-C ends)", markup=False)
+        if browser:
+            webbrowser.open(address)
+        serve(state, bound, host)
 
 
 def take_port(host: str, port: int) -> socket.socket:
-    """Bind a socket; raises `UserError` where there is no such host, or the port is taken or not allowed."""
+    """Listen on a port; raises `UserError` where there is no such host, or the port is taken or not allowed."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(
-            f"There is no address '{host}' here: {error.strerror}. Leave --host out for this machine alone."
+            f"Port {port} of '{host}' cannot be used: {error.strerror}. Choose another one with --port (0 takes any "
+            "that is free), or leave --host out for this machine alone."
         ) from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(1)  # two servers may be bound to one port as long as none listens
-    except OSError as error:
-        bound.close()
-        raise UserError(
-            f"Port {port} of {host} cannot be used: {error.strerror}. Choose another one with --port; 0 takes any that "
-            "is free."
-        ) from error
-    return bound
 
 
 def address_of(bound: socket.socket) -> str:

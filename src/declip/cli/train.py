@@ -3,15 +3,12 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import Quiet, check_source, console, expand, say
+from declip.cli.options import Quiet, check_source, console, file, say
 from declip.errors import UserError
-
-if TYPE_CHECKING:
-    from declip.recipe.schema import Recipe
 
 
 def train(
@@ -24,9 +21,7 @@ def train(
             metavar="SET", help="held-out set: zero-shot if it has classes, retrieval if captions; repeatable"
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(parser=expand, metavar="DIR", help="run folder; default: runs/RECIPE")
-    ] = None,
+    out: Annotated[Path | None, file("run folder; default: runs/RECIPE", metavar="DIR")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in that folder")] = False,
     quiet: Quiet = False,
     profile: Annotated[bool, typer.Option("--profile", help="only measure where the time of a step goes")] = False,
@@ -40,7 +35,13 @@ def train(
 
     resolved = api.resolve_recipe(recipe, given, data=data, val=val or ())
     if profile:
-        _profile(resolved, out or Path("runs") / f"{name}-profile", quiet)
+        from declip.training.profile import profile as run_profile
+
+        folder = out or Path("runs") / f"{name}-profile"
+        table = run_profile(resolved, folder, quiet)
+        if table is not None:
+            console.print(table)
+            say(f"Trace, for chrome://tracing or ui.perfetto.dev: {folder / 'trace.json'}")
         return
     run = api.train(resolved, out=out or Path("runs") / name, resume=resume, quiet=quiet)
     if not run.is_rank_zero:
@@ -65,20 +66,10 @@ def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str]
     named = resolved.data.source if data is None else data
     for source in (named,) if isinstance(named, str) else [entry.source for entry in named]:
         check_source(source, "--data or data.source")
-    if data is None:
-        for key in type(resolved.evaluation).model_fields:
-            for path in getattr(resolved.evaluation, key):
-                check_source(path, f"evaluation.{key}")
+    for key, paths in resolved.evaluation if data is None else ():
+        for path in paths:
+            check_source(path, f"evaluation.{key}")
     return dict(given)
-
-
-def _profile(recipe: "Recipe", out: Path, quiet: bool) -> None:
-    from declip.training.profile import profile
-
-    measured = profile(recipe, out=out, quiet=quiet)
-    if measured.is_rank_zero:
-        console.print(measured.table())
-        say(f"Trace, for chrome://tracing or ui.perfetto.dev: {out / 'trace.json'}")
 
 
 def _print_results(run: Any) -> None:
@@ -86,10 +77,10 @@ def _print_results(run: Any) -> None:
 
     results = [result for result in map(read_result, run.results) if result is not None]
     seen = run.step * run.recipe.train.batch_size
-    speeds = sorted(row["samples_per_second"] for row in run.metrics if row["samples_per_second"])
-    speed = f"{speeds[len(speeds) // 2]:,.0f} samples/s (median)" if speeds else "speed not measured"
+    speed = run.samples_per_second
+    pace = f"{speed:,.0f} samples/s (median)" if speed else "speed not measured"
     if results:
         console.print(results_table(results))
-    say(f"{run.recipe.name}, seed {run.recipe.seed}: {seen:,} samples seen in {run.step:,} steps, {speed}")
+    say(f"{run.recipe.name}, seed {run.recipe.seed}: {seen:,} samples seen in {run.step:,} steps, {pace}")
     if not results:
         say("Nothing was evaluated: name a held-out set with --val heldout.csv.")

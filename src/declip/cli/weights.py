@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from declip.cli.options import UNKNOWN_LICENSE, Device, License, Overwrite, check_model, console, expand, say
+from declip.cli.options import UNKNOWN_LICENSE, Device, License, Overwrite, check_model, console, file, say
 from declip.errors import UserError
 
-Out = Annotated[Path, typer.Option(parser=expand, metavar="DIR", help="folder to write")]
+Out = Annotated[Path, file("folder to write", metavar="DIR")]
 
 
 def export(
@@ -58,23 +58,17 @@ def interpolate(
     ] = None,
     datasets: Annotated[list[str] | None, typer.Option("--dataset", help="evaluation set; repeatable")] = None,
     task: Annotated[str, typer.Option(help="zero-shot or retrieval")] = "zero-shot",
-    figure: Annotated[
-        Path | None, typer.Option(parser=expand, metavar="FILE", help="also plot results over alpha: PNG or SVG")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(parser=expand, metavar="DIR", help="folder to write the one mixture to")
-    ] = None,
+    figure: Annotated[Path | None, file("also plot results over alpha: PNG or SVG")] = None,
+    out: Annotated[Path | None, file("folder to write the one mixture to", metavar="DIR")] = None,
     license: License = UNKNOWN_LICENSE,
     overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:
     """Interpolate between pretrained and fine-tuned weights (WiSE-FT): evaluate mixtures, or write one."""
-    if not datasets and out is None:
+    if not datasets and (out is None or figure is not None):
         raise UserError("Give evaluation sets for the mixtures, --dataset SET, or write one: --alpha 0.5 --out DIR.")
     if out is not None and (alphas is None or len(alphas) != 1):
         raise UserError(f"--out writes one mixture, but --alpha was given {len(alphas or [])} times. Give one.")
-    if figure is not None and not datasets:
-        raise UserError("--figure plots results. Say on which set: --dataset SET.")
     check_model(run)
     from declip.interchange import interpolate as mixing
 
@@ -82,9 +76,8 @@ def interpolate(
         table = Table("alpha", title=run)
         for name in datasets:
             table.add_column(name, justify="right")
-        mixtures = []
-        for mixture in mixing.measure_mixtures(run, alphas or [0, 0.25, 0.5, 0.75, 1], datasets, task, device):
-            mixtures.append(mixture)
+        mixtures = list(mixing.measure_mixtures(run, alphas or [0, 0.25, 0.5, 0.75, 1], datasets, task, device))
+        for mixture in mixtures:
             table.add_row(f"{mixture.alpha:g}", *(mixing.first_measure(result) for result in mixture.results))
         console.print(table)
         if figure is not None:

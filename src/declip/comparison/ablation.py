@@ -1,6 +1,8 @@
 """The variants that take one recipe apart, in groups, with the numbers that the paper reports."""
 
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import or_
 
 from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study
@@ -24,12 +26,7 @@ class AblationPart:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A recipe taken apart.
-
-    Attributes:
-        whole: The variant that the others are parts of.
-        groups: Parts by group, each group with the whole in it.
-    """
+    """The variant `whole` taken apart: its parts by group, each group with the whole in it."""
 
     whole: str
     groups: dict[str, tuple[AblationPart, ...]]
@@ -56,28 +53,22 @@ def read_ablation(study: Study) -> Ablation | None:
     groups = {}
     if steps := [variant for variant in made if variant.group == STEP]:
         added = " ".join(f"+{loss}" for loss in whole.losses if loss not in steps[-1].losses)
-        reported = REPORTED if _is_the_papers([*(set(step.losses) for step in steps), set(whole.losses)]) else ()
-        labels = [*((step.label, step.name) for step in steps), (f"{added} = {whole.name}", whole.name)]
+        labels = {step.name: step.label for step in steps} | {whole.name: f"{added} = {whole.name}"}
+        is_the_papers = [set(step.losses) for step in (*steps, whole)] == list(accumulate(map(set, STEPS), or_))
+        reported = REPORTED if is_the_papers else [None] * len(labels)
         groups["losses added"] = tuple(
-            AblationPart(label, name, reported[place] if reported else None)
-            for place, (label, name) in enumerate(labels)
+            AblationPart(label, name, percentage)
+            for (name, label), percentage in zip(labels.items(), reported, strict=True)
         )
     if any(variant.group == LEFT_OUT for variant in made):
         # The last step is also the recipe without its last losses; it was trained once and stands in both groups.
         by_losses = {frozenset(variant.losses): variant.name for variant in made if variant.group != BASELINE}
-        without = [(loss, frozenset(whole.losses) - {loss}) for loss in whole.losses]
-        parts = [AblationPart(loss, by_losses[rest]) for loss, rest in without if rest in by_losses]
+        without = {loss: frozenset(whole.losses) - {loss} for loss in whole.losses}
+        parts = [AblationPart(loss, by_losses[rest]) for loss, rest in without.items() if rest in by_losses]
         groups["loss left out"] = (*parts, end)
     if baselines := [variant for variant in made if variant.group == BASELINE]:
         groups["plain clip"] = (*(AblationPart(variant.label, variant.name) for variant in baselines), end)
     return Ablation(whole.name, groups)
-
-
-def _is_the_papers(losses: list[set[str]]) -> bool:
-    paper: list[set[str]] = []
-    for added in STEPS:
-        paper.append((paper[-1] if paper else set()) | set(added))
-    return losses == paper
 
 
 def measured_sizes(outcome: Outcome, ablation: Ablation, measure: str) -> list[int]:

@@ -20,12 +20,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference between two variants over the seeds that both have, with its 95 % interval by Student's t.
-
-    Attributes:
-        low, high: None with one seed.
-        n: Number of seeds.
-    """
+    """Mean difference between two variants over the n seeds that both have, with its 95 % interval by Student's t."""
 
     mean: float
     low: float | None
@@ -59,9 +54,11 @@ class Outcome:
 
     def values(self, variant: str, budget: str, pairs: int, measure: str) -> dict[int, float]:
         """Values of a measure by seed, as far as measured."""
-        trials = {seed: self.study.trial(variant, budget, pairs, seed).id for seed in self.study.seeds}
-        found = {seed: scores(self.rows[id]["results"]).get(measure) for seed, id in trials.items() if id in self.rows}
-        return {seed: value for seed, value in found.items() if value is not None}
+        values = {}
+        for seed in self.study.seeds:
+            row = self.rows.get(self.study.trial(variant, budget, pairs, seed).id, {"results": []})
+            values[seed] = scores(row["results"]).get(measure)
+        return {seed: value for seed, value in values.items() if value is not None}
 
     def curve(self, variant: str, budget: str, measure: str) -> EfficiencyCurve:
         """A measure of a variant under a budget against the number of pairs."""
@@ -127,14 +124,11 @@ def read_outcome(folder: str | Path) -> Outcome:
             f"The comparison in '{folder}' was stopped before its steps were timed. Give its command again."
         )
     trials, tries = study.trials(), study.sweep_trials()
-    rows = {trial.id: read_trial(folder, trial) for trial in (*trials, *tries)}
-    reasons = {trial.id: failure(folder, trial) for trial in (*tries, *trials)}
-    return Outcome(
-        study,
-        rows={trial.id: row for trial in trials if (row := rows[trial.id]) is not None},
-        sweep={trial.id: row for trial in tries if (row := rows[trial.id]) is not None},
-        failures={id: reason for id, reason in reasons.items() if reason is not None},
+    rows, sweep = (
+        {trial.id: row for trial in part if (row := read_trial(folder, trial)) is not None} for part in (trials, tries)
     )
+    reasons = {trial.id: failure(folder, trial) for trial in (*tries, *trials)}
+    return Outcome(study, rows, sweep, {id: reason for id, reason in reasons.items() if reason is not None})
 
 
 def write_results(outcome: Outcome, folder: Path) -> None:

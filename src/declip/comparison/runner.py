@@ -17,17 +17,19 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from declip.comparison import worker
 from declip.comparison.outcome import Outcome, read_outcome, sweep_score, write_results
 from declip.comparison.study import BUDGETS, STUDY, Study, Sweep, extended, read_study, write_study
 from declip.comparison.variants import Variant, variants_of
-from declip.comparison.worker import COMPARISON, SWEEP, UNMEASURED, failure, read_trial, steps_done, trials_of, work
+from declip.comparison.worker import COMPARISON, SWEEP, UNMEASURED, failure, read_trial, trials_of
 from declip.data.sources.mixture import Mixture
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.protocols import TASKS
 from declip.io.progress import on_terminal, print_line, progress_bar, status
+from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
-from declip.training.setup import open_training_source
+from declip.training.setup import open_training_source, versions
 from declip.training.step import training_step
 from declip.training.trainer import Trainer
 
@@ -69,16 +71,13 @@ def compare(
         recipes: Shipped recipes' names or YAML files.
         seeds: How many, counted from 0, or which.
         out: Folder of the comparison. Several processes may share it: each takes trials that are free.
-        overrides: Dotted keys and values, for every recipe.
         datasets: Sets to measure on; by default the first recipe's ``evaluation.final_zero_shot``, else its
             ``zero_shot``.
-        tasks: Names of `declip.evaluation.protocols.TASKS`.
         compute_budget_of: The variant whose time is the compute budget; by default the last recipe.
         ablation, baselines: Variants made from the last recipe, see `declip.comparison.variants.variants_of`.
         sweep: Values by key. Every variant tries every combination on `sweep_dataset` first, and keeps its best.
         sweep_dataset: The validation set; by default the recipe's ``evaluation.zero_shot``. Never one of `datasets`.
-        sweep_pairs: Pairs of a try; by default the middle one of `pairs`.
-        sweep_steps: Steps of a try; by default ``train.steps``.
+        sweep_pairs, sweep_steps: Of a try; by default the middle one of `pairs`, and ``train.steps``.
         jobs: Worker processes; 0 runs the trials in this one. By default one for each core (for every OMP_NUM_THREADS
             cores where that is set), at most 8, or one on an accelerator.
 
@@ -91,22 +90,23 @@ def compare(
     folder = Path(out)
     variants = variants_of(recipes, dict(overrides or {}), ablation=ablation, baselines=baselines)
     first = variants[0].resolve()
-    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    program = Path(sys.argv[0]).name
     study = Study(
         variants=tuple(variants),
         pairs=tuple(sorted(set(pairs))),
-        seeds=seeds,
+        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
         steps=first.train.steps,
         batch_size=first.train.batch_size,
         datasets=tuple(datasets) or first.evaluation.final_zero_shot or first.evaluation.zero_shot,
         tasks=tuple(tasks),
         budgets=tuple(budget for budget in BUDGETS if budget in budgets),
         compute_budget_of=compute_budget_of or variants[len(recipes) - 1].name,
-        sweep=_sweep(sweep, sweep_dataset, sweep_pairs, sweep_steps, first, pairs, seeds),
-        commands=(_command(),),
+        commands=(("declip" if program == "__main__.py" else program, *sys.argv[1:]),),
     )
+    if sweep:
+        study = _with_sweep(study, folder, sweep, sweep_dataset, sweep_pairs, sweep_steps)
     _check(study, budgets)
-    study = open_folder(study, folder, keep_sweep_pairs=sweep_pairs is None)
+    study = open_folder(study, folder)
     jobs, threads = _processes(first, jobs)
     with FileLock(folder / ".plan.lock"):
         study = _timed(read_study(folder) or study, folder, threads, quiet)
@@ -118,66 +118,54 @@ def compare(
     return outcome
 
 
-def _command() -> tuple[str, ...]:
-    """The words that started this process, for the report."""
-    program = Path(sys.argv[0]).name
-    return ("declip" if program == "__main__.py" else program, *sys.argv[1:])
-
-
-def _sweep(
-    grid: Mapping[str, Sequence[Any]] | None,
+def _with_sweep(
+    study: Study,
+    folder: Path,
+    grid: Mapping[str, Sequence[Any]],
     dataset: str | None,
     pairs: int | None,
     steps: int | None,
-    recipe: Recipe,
-    sizes: Sequence[int],
-    seeds: Sequence[int],
-) -> Sweep | None:
-    if not grid:
-        return None
-    validation = dataset or next(iter(recipe.evaluation.zero_shot), None)
-    if validation is None:
-        raise UserError("A sweep needs a validation set that no result is reported on. Name one with --sweep-dataset.")
-    middle = sorted(sizes)[(len(sizes) - 1) // 2]
-    seed = max(seeds, default=0) + 1000  # another choice of pairs than any trial's
-    values = {key: tuple(options) for key, options in grid.items()}
-    return Sweep(values, validation, pairs or middle, steps or recipe.train.steps, seed)
+) -> Study:
+    """Add a sweep; pairs and seed are those of the folder's earlier sweep, whatever sizes and seeds joined since."""
+    validation = dataset or next(iter(study.variants[0].resolve().evaluation.zero_shot), None)
+    if validation is None or validation in study.datasets:
+        raise UserError(
+            f"A sweep needs a validation set that no result is reported on, not {validation}. Name one with "
+            "--sweep-dataset."
+        )
+    earlier = read_study(folder)
+    known = earlier.sweep if earlier else None
+    middle = study.pairs[(len(study.pairs) - 1) // 2] if study.pairs else 0
+    seed = max(study.seeds, default=0) + 1000  # another choice of pairs than any trial's
+    plan = Sweep(
+        {key: tuple(values) for key, values in grid.items()},
+        validation,
+        pairs or (known.pairs if known else middle),
+        steps or study.steps,
+        known.seed if known else seed,
+    )
+    return replace(study, sweep=plan)
 
 
 def _check(study: Study, budgets: Sequence[str]) -> None:
     """Refuse what can't be used before anything is timed or trained."""
-    names = [variant.name for variant in study.variants]
     if not study.pairs or not study.seeds:
         raise UserError("A comparison needs at least one number of pairs and one seed.")
     for kind, given, known in (
         ("budget", budgets, BUDGETS),
         ("task", study.tasks, TASKS),
-        ("recipe of --compute-budget-of", [study.compute_budget_of], names),
+        ("recipe of --compute-budget-of", [study.compute_budget_of], [variant.name for variant in study.variants]),
     ):
         for name in given:
             if name not in known:
                 raise unknown(kind, name, known)
     if not study.datasets:
         raise UserError("Nothing to measure on: the recipe names no set for zero-shot. Name one with --dataset.")
-    if study.sweep is not None and study.sweep.dataset in study.datasets:
-        raise UserError(
-            f"'{study.sweep.dataset}' would both choose values and be reported, so its numbers would be too good. Name "
-            "another set with --dataset or --sweep-dataset."
-        )
     if study.pairs[0] < study.batch_size:
         raise UserError(
             f"{study.pairs[0]} pairs are fewer than one batch of {study.batch_size}. Ask for more pairs, or set "
             "train.batch_size."
         )
-    for variant in study.variants:
-        for combination in study.sweep.combinations() if study.sweep else ():
-            variant.resolve(combination)
-    _check_sources(study)
-    for name in (*study.datasets, *([study.sweep.dataset] if study.sweep else [])):
-        open_dataset(name)
-
-
-def _check_sources(study: Study) -> None:
     sizes: dict[str, int] = {}
     for variant in study.variants:
         recipe = variant.resolve()
@@ -196,10 +184,14 @@ def _check_sources(study: Study) -> None:
                 f"'{recipe.data.label}' holds {sizes[key]:,} pairs, fewer than the {study.pairs[-1]:,} asked for. "
                 "Ask for at most that many."
             )
+        for combination in study.sweep.combinations() if study.sweep else ():
+            variant.resolve(combination)
+    for name in (*study.datasets, *([study.sweep.dataset] if study.sweep else [])):
+        open_dataset(name)
 
 
-def open_folder(study: Study, folder: Path, keep_sweep_pairs: bool = True) -> Study:
-    """Make the folder of a study, or continue the comparison in it; its sweep keeps the seed that it had."""
+def open_folder(study: Study, folder: Path) -> Study:
+    """Make the folder of a study, or continue the comparison in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -208,11 +200,7 @@ def open_folder(study: Study, folder: Path, keep_sweep_pairs: bool = True) -> St
         raise UserError(f"'{folder}' is not empty and holds no comparison. Choose another folder with --out.")
     with FileLock(folder / ".plan.lock"):
         earlier = read_study(folder)
-        if earlier is not None:
-            if study.sweep is not None and earlier.sweep is not None:
-                pairs = earlier.sweep.pairs if keep_sweep_pairs else study.sweep.pairs
-                study = replace(study, sweep=replace(study.sweep, seed=earlier.sweep.seed, pairs=pairs))
-            study = extended(study, earlier, folder)
+        study = study if earlier is None else extended(study, earlier, folder)
         write_study(study, folder)
     return study
 
@@ -220,20 +208,17 @@ def open_folder(study: Study, folder: Path, keep_sweep_pairs: bool = True) -> St
 def _processes(recipe: Recipe, jobs: int | None) -> tuple[int, int]:
     """How many worker processes, and threads of each; OMP_NUM_THREADS says how many threads a process may have."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(given) if given.isdecimal() else 0
+    threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
     if jobs is None:
-        device = recipe.train.device
-        accelerated = device not in {"auto", "cpu"} or (device == "auto" and torch.cuda.is_available())
-        jobs = 1 if accelerated else max(1, min(cores // (threads or 1), MOST_JOBS))
+        on_cpu = pick_device(recipe.train.device).type == "cpu"
+        jobs = max(1, min(cores // (threads or 1), MOST_JOBS)) if on_cpu else 1
     return jobs, threads or max(1, cores // (jobs or 1))
 
 
 def seconds_per_step(variants: Sequence[Variant], overrides: Mapping[str, Any], threads: int) -> dict[str, float]:
-    """Time a step of every variant, loading included: the median over all rounds.
+    """Time a step of every variant, loading included: the median over all rounds, in `threads` threads.
 
-    The variants take turns, so that a machine that slows down meanwhile does so for all of them. `threads` are torch's,
-    as the trials will have.
+    The variants take turns, so that a machine that slows down meanwhile does so for all of them.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -251,13 +236,13 @@ def _timed_steps(recipe: Recipe) -> list[float]:
     with TemporaryDirectory() as folder:
         trainer = Trainer(recipe, Path(folder) / "run", quiet=True)
         times = []
-        with trainer.learning():
-            for _ in range(WARM + TIMED):
-                start = time.perf_counter()
-                training_step(trainer.parts, next(trainer.loader))
-                if trainer.device.type == "cuda":
-                    torch.cuda.synchronize(trainer.device)
-                times.append(time.perf_counter() - start)
+        trainer.learner.train()
+        for _ in range(WARM + TIMED):
+            start = time.perf_counter()
+            training_step(trainer.parts, next(trainer.loader))
+            if trainer.device.type == "cuda":
+                torch.cuda.synchronize(trainer.device)
+            times.append(time.perf_counter() - start)
         trainer.loader.close()
     return times[WARM:]
 
@@ -272,38 +257,25 @@ def _timed(study: Study, folder: Path, threads: int, quiet: bool) -> Study:
     with status(f"Timing a step of {', '.join(variant.name for variant in new)}", not quiet):
         seconds = seconds_per_step(new if known in new else [known, *new], overrides, threads)
     scale = study.seconds.get(known.name, seconds[known.name]) / seconds[known.name]
-    machine = study.machine or {
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-        "threads per trial": str(threads),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    measured = {variant.name: seconds[variant.name] * scale for variant in new}
-    study = replace(study, seconds={**study.seconds, **measured}, machine=machine)
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    machine = {"processor": platform.processor() or platform.machine(), "accelerator": accelerator, **versions()}
+    study = replace(
+        study,
+        seconds={**study.seconds, **{variant.name: seconds[variant.name] * scale for variant in new}},
+        machine=study.machine or {**machine, "threads": str(threads)},
+    )
     write_study(study, folder)
     return study
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _with_chosen(study: Study, folder: Path) -> Study:
     """Keep each variant's best try."""
-    if study.sweep is None:
-        return study
     chosen: dict[str, Mapping[str, Any]] = {}
-    for variant in study.variants:
-        tries = [(trial, read_trial(folder, trial)) for trial in study.sweep_trials() if trial.variant == variant.name]
-        done = [(sweep_score(row), trial) for trial, row in tries if row is not None]
+    for variant in study.variants if study.sweep else ():
+        tries = [trial for trial in study.sweep_trials() if trial.variant == variant.name]
+        done = [(sweep_score(row), trial) for trial in tries if (row := read_trial(folder, trial)) is not None]
         if not done:
-            reason = next((failure(folder, trial) for trial, _ in tries if failure(folder, trial)), "none was run")
+            reason = next(filter(None, (failure(folder, trial) for trial in tries)), "none was run")
             raise UserError(f"No try of '{variant.name}' was completed, so no values can be chosen for it: {reason}")
         chosen[variant.name] = max(done, key=lambda pair: pair[0])[1].overrides
     study = replace(study, chosen=chosen)
@@ -314,71 +286,67 @@ def _with_chosen(study: Study, folder: Path) -> Study:
 def _run(study: Study, folder: Path, part: str, jobs: int, threads: int, quiet: bool) -> bool:
     """Run the trials of a part that are left, in `jobs` workers or in this process; False when stopped."""
     left = [trial for trial in trials_of(study, part) if read_trial(folder, trial) is None]
+    for trial in left:
+        (worker.folder_of(folder, trial) / worker.FAILURE).unlink(missing_ok=True)
     if not left:
         return True
     if jobs == 0:
-        return work(folder, part, threads)
+        return worker.work(folder, part, threads)
+    # Not by multiprocessing, which would run the user's script again in every worker.
     command = [sys.executable, "-m", "declip.comparison.worker", str(folder), part, str(threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     logs = [folder / f"worker{number}.log" for number in range(min(jobs, len(left)))]
-    workers = []
+    processes = []
     for path in logs:
         with path.open("w", encoding="utf-8") as file:
             # In a session of their own: Ctrl-C reaches this process alone, which then asks them once. Asked twice
             # they would stop without saving.
-            workers.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True))
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+            )
     try:
-        _watch(study, folder, part, workers, quiet)
+        watch(study, folder, part, processes, quiet)
     except KeyboardInterrupt:
         Console(stderr=True, quiet=quiet).print("Stopping: every trial saves a checkpoint …")
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.wait()
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
         return False
-    for worker, path in zip(workers, logs, strict=True):
-        if worker.returncode not in (0, 130):
+    for process, path in zip(processes, logs, strict=True):
+        if process.returncode not in (0, 130):
             lines = path.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
             raise UserError(
-                f"A worker process ended with status {worker.returncode}: {lines[-1]}. Its log is '{path}'. Give the "
+                f"A worker process ended with status {process.returncode}: {lines[-1]}. Its log is '{path}'. Give the "
                 "same command to continue; fewer --jobs need less memory."
             )
-    return all(worker.returncode == 0 for worker in workers)
+    return all(process.returncode == 0 for process in processes)
 
 
-def _watch(study: Study, folder: Path, part: str, workers: Sequence[subprocess.Popen[bytes]], quiet: bool) -> None:
+def watch(study: Study, folder: Path, part: str, processes: Sequence[subprocess.Popen[bytes]], quiet: bool) -> None:
     """Show the progress of all trials, by the time that their steps take, until the workers end.
 
-    On a terminal that is one bar; elsewhere lines also say which trial ended, how, and how far the running ones are.
+    Without a terminal a line says which trial ended, and how.
     """
-    trials = trials_of(study, part)
-    plain, console = not on_terminal(), Console(stderr=True, quiet=quiet)
-    states: dict[str, str] = {}
+    trials, console = trials_of(study, part), Console(stderr=True, quiet=quiet or on_terminal())
+    ended = {trial.id for trial in trials if read_trial(folder, trial) is not None}
 
-    def look() -> tuple[float, str]:
-        """Seconds that the steps done take, and the trials that are running."""
-        seconds, running = 0.0, []
+    def seconds_done() -> float:
+        seconds = 0.0
         for number, trial in enumerate(trials, 1):
-            before = states.get(trial.id)
-            if before != "done":
-                reason = failure(folder, trial)
-                states[trial.id] = state = (
-                    "done" if read_trial(folder, trial) is not None else "failed" if reason else ""
-                )
-                if plain and state and before == "":
-                    why = f": {reason.splitlines()[-1]}" if reason else ""
-                    print_line(console, f"run {number} of {len(trials)} {state}: {trial.id}{why}")
-            steps = trial.steps if states[trial.id] == "done" else steps_done(folder, trial)
+            reason = failure(folder, trial)
+            if trial.id not in ended and (reason or read_trial(folder, trial) is not None):
+                ended.add(trial.id)
+                state = f"failed: {trial.id}: {reason.splitlines()[-1]}" if reason else f"done: {trial.id}"
+                print_line(console, f"run {number} of {len(trials)} {state}")
+            steps = trial.steps if trial.id in ended else worker.steps_done(folder, trial)
             seconds += steps * study.seconds[trial.variant]
-            if steps and not states[trial.id]:
-                running.append(f"run {number} at step {steps:,} of {trial.steps:,} ({trial.id})")
-        return seconds, ", ".join(running)
+        return seconds
 
     with progress_bar(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f} %  {task.fields[runs]} runs"),
-        *([TextColumn("{task.fields[running]}")] if plain else []),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         shown=not quiet,
@@ -386,12 +354,10 @@ def _watch(study: Study, folder: Path, part: str, workers: Sequence[subprocess.P
         refresh_per_second=2,
     ) as bar:
         total = sum(trial.steps * study.seconds[trial.variant] for trial in trials)
-        task = bar.add_task(part, total=total, completed=int(look()[0]), runs="", running="")
-        while True:
-            alive = any(worker.poll() is None for worker in workers)
-            seconds, running = look()
-            done = sum(state == "done" for state in states.values())
-            bar.update(task, completed=seconds, runs=f"{done}/{len(trials)}", running=running)
-            if not alive:
-                return
-            time.sleep(LOOK_EVERY)
+        task = bar.add_task(part, total=total, completed=int(seconds_done()), runs="")
+        alive = True
+        while alive:
+            alive = any(process.poll() is None for process in processes)
+            bar.update(task, completed=seconds_done(), runs=f"{len(ended)}/{len(trials)}")
+            if alive:
+                time.sleep(LOOK_EVERY)

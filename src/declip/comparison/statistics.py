@@ -12,18 +12,14 @@ from scipy.optimize import isotonic_regression
 def t_half_width(values: Sequence[float] | np.ndarray) -> float | None:
     """Half the width of the mean's 95 % interval by Student's t; None for one value."""
     n = len(values)
-    if n < 2:
-        return None
-    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+    return None if n < 2 else float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
 
 
 @dataclass(frozen=True)
 class EfficiencyCurve:
-    """A measure against the number of distinct pairs.
+    """A measure against the number of distinct pairs: a value for each seed of each number of pairs.
 
-    Attributes:
-        values: For each number of pairs, a value for each seed.
-        seeds: For each number of pairs, the values' seeds; empty when they are numbered from 0.
+    Without `seeds` they are numbered from 0.
     """
 
     pairs: tuple[int, ...]
@@ -44,12 +40,10 @@ class EfficiencyCurve:
 
 @dataclass(frozen=True)
 class FactorAt:
-    """The factor at one of B's numbers of pairs.
+    """The factor at one of B's numbers of pairs, where B's mean is `value`.
 
     Attributes:
-        pairs: Number of pairs of B.
-        value: B's mean there.
-        needed: Interpolated number of pairs with which A reaches it; None outside what A measured.
+        needed: Interpolated number of pairs with which A reaches that; None outside what A measured.
         outside: "below" when even A's fewest pairs reach more, "above" when A never reaches it, else "".
     """
 
@@ -66,10 +60,9 @@ class FactorAt:
 
 @dataclass(frozen=True)
 class Factor:
-    """The data-efficiency factor of a recipe A over a recipe B.
+    """The data-efficiency factor of a recipe A over a recipe B, at each of B's numbers of pairs and in the mean.
 
     Attributes:
-        at: The factor at each of B's numbers of pairs.
         mean: Geometric mean of those that lie within what A measured; None when none does.
         low, high: 95 % interval of `mean` by Student's t over paired seeds; None without at least two.
     """
@@ -86,13 +79,10 @@ class Factor:
 
 
 def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple[float | None, str]:
-    """Find the number of pairs at which a curve reaches a value.
+    """Find the number of pairs at which a curve reaches a value, as `FactorAt.needed` and `outside`.
 
     The curve is made monotone (isotonic regression, least squares) and is linear in log(pairs) between what was
     measured; on a level part the fewest pairs count. It is never extrapolated.
-
-    Returns:
-        The pairs and "", or None and "below" (all of the curve is above the value) or "above" (none of it is).
     """
     logs = np.log(np.asarray(pairs, dtype=np.float64))
     rising = isotonic_regression(np.asarray(means, dtype=np.float64)).x
@@ -118,14 +108,14 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
         for pairs, value in zip(b.pairs, b.means, strict=True)
     )
     inside = [log(one.factor) for one in at if one.factor is not None]
-    mean = exp(sum(inside) / len(inside)) if inside else None
-    logs = _seed_logs(a, b, at)
-    if mean is None or logs is None:
-        return Factor(at, mean)
-    half = t_half_width(logs)
-    assert half is not None, "paired seeds are at least two"
-    low, high = np.exp(np.clip((log(mean) - half, log(mean) + half), -99, 99))
-    return Factor(at, mean, float(low), float(high))
+    if not inside:
+        return Factor(at, None)
+    mean, logs = sum(inside) / len(inside), _seed_logs(a, b, at)
+    half = None if logs is None else t_half_width(logs)
+    if half is None:
+        return Factor(at, exp(mean))
+    low, high = np.exp(np.clip((mean - half, mean + half), -99, 99))
+    return Factor(at, exp(mean), float(low), float(high))
 
 
 def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -> np.ndarray | None:

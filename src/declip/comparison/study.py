@@ -18,19 +18,15 @@ STUDY = "study.json"
 BUDGETS = ("samples", "compute")
 """Equal samples: the same number of steps for all. Equal compute: the same time for all, see `Study.steps_of`."""
 
-FIXED = ("steps", "batch_size", "compute_budget_of", "datasets", "tasks")
+FIXED = ("steps", "batch_size", "compute_budget_of", "datasets", "tasks", "sweep")
 """Fields that a continued comparison must not change; variants, pairs, seeds and budgets may be added."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run and the measurement after it.
+    """One training run and the measurement after it, on the study's sets or others.
 
-    Attributes:
-        pairs: Number of distinct training pairs; the seed chooses them.
-        seed: Seed of the choice of pairs, the initialization, the order and the views.
-        overrides: Values that the sweep tries or chose.
-        datasets: Measured sets; None for the study's.
+    The seed chooses the distinct training pairs; the overrides are values that the sweep tries or chose.
     """
 
     variant: str
@@ -50,13 +46,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A grid of values that every variant tries before the comparison; each keeps its best.
-
-    Attributes:
-        grid: Values by dotted key; every combination is tried.
-        dataset: The validation set, never one that the study reports.
-        pairs, steps, seed: The same for every try.
-    """
+    """Values by dotted key; every variant tries every combination on a validation set first, and keeps its best."""
 
     grid: Mapping[str, tuple[Any, ...]]
     dataset: str
@@ -78,9 +68,8 @@ class Study:
         steps: Optimizer steps at equal samples, for all variants.
         datasets: Measured sets; the first gives the headline.
         compute_budget_of: The variant whose time is the compute budget.
-        seconds: Seconds a step of each variant, measured before the first trial.
+        seconds: Seconds a step of each variant, measured before the first trial on `machine`.
         chosen: Values that the sweep chose for each variant.
-        machine: Hardware and versions where `seconds` were measured.
         commands: Words of every command that made or extended this study.
     """
 
@@ -171,44 +160,35 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
     Anything else must be the same, or earlier trials would mean something else.
     """
     changed = [
-        f"{name} was {_shown(getattr(earlier, name))}, now {_shown(getattr(study, name))}"
+        f"{name} was {getattr(earlier, name)}, now {getattr(study, name)}"
         for name in FIXED
         if getattr(study, name) != getattr(earlier, name)
     ]
-    known = {variant.name: variant for variant in earlier.variants}
-    both = [(known[variant.name], variant) for variant in study.variants if variant.name in known]
-    changed += [f"{was.name}: {'; '.join(keys)}" for was, now in both if (keys := was.changes(now))]
-    if study.sweep != earlier.sweep:
-        changed.append("the sweep differs")
+    variants = {variant.name: variant for variant in earlier.variants}
+    for variant in study.variants:
+        if keys := variants.setdefault(variant.name, variant).changes(variant):
+            changed.append(f"{variant.name}: {'; '.join(keys)}")
     if changed:
         raise UserError(
             f"'{folder}' holds another comparison: {'; '.join(changed[:4])}. Give the same options to continue it, "
             "another folder with --out, or save a changed recipe under another name, which makes it another variant."
         )
     return replace(
-        study,
-        variants=tuple({variant.name: variant for variant in (*earlier.variants, *study.variants)}.values()),
+        earlier,
+        variants=tuple(variants.values()),
         pairs=tuple(sorted({*earlier.pairs, *study.pairs})),
         seeds=tuple(sorted({*earlier.seeds, *study.seeds})),
         budgets=tuple(budget for budget in BUDGETS if budget in {*earlier.budgets, *study.budgets}),
-        seconds=earlier.seconds,
-        chosen=earlier.chosen,
-        machine=earlier.machine,
         commands=tuple(dict.fromkeys((*earlier.commands, *study.commands))),
     )
 
 
-def _shown(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def read_counts(text: str) -> tuple[int, ...]:
     """Read "1k,2.5k,10000" as rising numbers of pairs, each once; raises `UserError` for anything else."""
-    return tuple(sorted({_count(word) for word in text.split(",")}))
-
-
-def _count(word: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", word, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise UserError(f"'{word}' is not a number of pairs. Write numbers with commas, such as 500,1k,2.5k,1m.")
-    return round(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()])
+    counts = set()
+    for word in text.split(","):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", word, re.IGNORECASE)
+        if match is None or float(match[1]) == 0:
+            raise UserError(f"'{word}' is not a number of pairs. Write numbers with commas, such as 500,1k,2.5k,1m.")
+        counts.add(round(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]))
+    return tuple(sorted(counts))

@@ -1,5 +1,7 @@
 """The variants of a comparison: recipes with overrides, and the ablation and the baselines made from one recipe."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -50,12 +52,10 @@ BASELINES: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One recipe of a comparison.
+    """One recipe of a comparison, by a unique name that is also a part of folder names.
 
     Attributes:
-        name: Unique; shown in tables and part of folder names.
         recipe: A shipped recipe's name or a YAML file.
-        overrides: Dotted keys and values.
         resolved: The whole recipe when the variant joined the comparison; its file may be edited later.
         group: "", or how it was made: `STEP`, `LEFT_OUT` or `BASELINE`.
         label: Name within its group.
@@ -96,22 +96,15 @@ class Variant:
 def variants_of(
     recipes: Iterable[str], overrides: Mapping[str, Any], *, ablation: bool = False, baselines: bool = False
 ) -> list[Variant]:
-    """Make the variants of a comparison, no two with the same name.
-
-    Args:
-        ablation: Also the last recipe with its losses added step by step, and without each of them.
-        baselines: Also plain CLIP on the last recipe's towers, see `BASELINES`.
-    """
-    variants = [Variant.of(_label(recipe), recipe, overrides) for recipe in recipes]
+    """Make the variants of a comparison, no two with the same name, with `ablation_of` and `baselines_of` the last."""
+    variants = [Variant.of(re.sub(r".*[/\\]|\.ya?ml$", "", recipe), recipe, overrides) for recipe in recipes]
     if not variants:
         raise UserError("No recipe was given to compare. Example: declip compare clip declip --pairs 1k,4k.")
     last = variants[-1]
     variants += ablation_of(last) if ablation else []
     variants += baselines_of(last) if baselines else []
-    names = [variant.name for variant in variants]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UserError(f"Compared twice: {', '.join(sorted(twice))}. Give each recipe once, under a name of its own.")
+    if twice := [name for name, count in Counter(variant.name for variant in variants).items() if count > 1]:
+        raise UserError(f"Compared twice: {', '.join(twice)}. Give each recipe once, under a name of its own.")
     return variants
 
 
@@ -152,7 +145,3 @@ def baselines_of(whole: Variant) -> list[Variant]:
         Variant.of(f"clip, {label}", whole.recipe, {**whole.overrides, **changes}, BASELINE, label)
         for label, changes in BASELINES.items()
     ]
-
-
-def _label(recipe: str) -> str:
-    return recipe.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".yaml").removesuffix(".yml")

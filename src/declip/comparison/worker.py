@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from declip.comparison.study import Study, Trial, read_study
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import atomic_write
-from declip.recipe.schema import Recipe
 from declip.runs.folder import METRICS, read_rows
 from declip.training.setup import versions
 from declip.training.trainer import Trainer
@@ -72,9 +70,9 @@ def steps_done(folder: Path, trial: Trial) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
-def recipe_of(study: Study, trial: Trial, threads: int | None = None) -> Recipe:
-    """Resolve the recipe of a trial."""
-    overrides: dict[str, Any] = {
+def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
+    """Train a trial to its end, resuming where it was stopped, and measure it; False after Ctrl-C or SIGTERM."""
+    overrides = {
         **UNMEASURED,
         "train.steps": trial.steps,
         "train.batch_size": study.batch_size,
@@ -82,19 +80,8 @@ def recipe_of(study: Study, trial: Trial, threads: int | None = None) -> Recipe:
         "seed": trial.seed,
         **trial.overrides,
     }
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return study.variant(trial.variant).resolve(overrides)
-
-
-def run_trial(study: Study, trial: Trial, folder: Path, threads: int | None = None) -> bool:
-    """Train a trial to its end, resuming where it was stopped, and measure it.
-
-    Returns:
-        Whether to continue with another trial; False after Ctrl-C or SIGTERM.
-    """
-    own = folder_of(folder, trial)
-    trainer = Trainer(recipe_of(study, trial, threads), own, resume=True, quiet=True)
+    run_folder = folder_of(folder, trial)
+    trainer = Trainer(study.variant(trial.variant).resolve(overrides), run_folder, resume=True, quiet=True)
     run = trainer.train()
     if not run.finished:
         return False
@@ -103,16 +90,9 @@ def run_trial(study: Study, trial: Trial, folder: Path, threads: int | None = No
         for name in trial.datasets or study.datasets
         for result in evaluate_all(trainer.evaluated_model, name, study.tasks, Options(progress=False))
     ]
-    with atomic_write(own / RESULT) as path:
-        path.write_text(json.dumps(_row(study, trial, run.metrics, results), indent=1), encoding="utf-8")
-    shutil.rmtree(own / "checkpoints", ignore_errors=True)
-    shutil.rmtree(own / "tensorboard", ignore_errors=True)
-    return not trainer.stop.asked
-
-
-def _row(study: Study, trial: Trial, metrics: list[dict[str, Any]], results: list[dict[str, Any]]) -> Mapping[str, Any]:
+    metrics = run.metrics
     speeds = sorted(row["samples_per_second"] for row in metrics if row["samples_per_second"])
-    return {
+    row = {
         "variant": trial.variant,
         "pairs": trial.pairs,
         "seed": trial.seed,
@@ -126,30 +106,37 @@ def _row(study: Study, trial: Trial, metrics: list[dict[str, Any]], results: lis
         "versions": versions(),
         "results": results,
     }
+    with atomic_write(run_folder / RESULT) as path:
+        path.write_text(json.dumps(row, indent=1), encoding="utf-8")
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(run_folder / name, ignore_errors=True)
+    return not trainer.stop.asked
 
 
 def work(folder: Path, part: str, threads: int | None = None) -> bool:
     """Run every trial that is neither done nor taken by another process; False when asked to stop."""
     study = read_study(folder)
     assert study is not None, "the comparison writes its study before it starts a worker"
+    if threads is not None:
+        torch.set_num_threads(threads)
     (folder / TRIALS).mkdir(exist_ok=True)
-    return all(_take(study, trial, folder, threads) for trial in trials_of(study, part))
+    return all(_take(study, trial, folder) for trial in trials_of(study, part))
 
 
-def _take(study: Study, trial: Trial, folder: Path, threads: int | None) -> bool:
+def _take(study: Study, trial: Trial, folder: Path) -> bool:
     """Run a trial unless it is done or taken. The lock ends with its process, so a killed one leaves none behind."""
-    own = folder_of(folder, trial)
+    run_folder = folder_of(folder, trial)
     try:
-        with FileLock(f"{own}.lock", blocking=False):
+        with FileLock(f"{run_folder}.lock", blocking=False):
             if read_trial(folder, trial) is not None:
                 return True
-            (own / FAILURE).unlink(missing_ok=True)
+            (run_folder / FAILURE).unlink(missing_ok=True)
             try:
-                return run_trial(study, trial, folder, threads)
+                return run_trial(study, trial, folder)
             except Exception as error:
-                own.mkdir(parents=True, exist_ok=True)
+                run_folder.mkdir(parents=True, exist_ok=True)
                 reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
-                (own / FAILURE).write_text(reason, encoding="utf-8")
+                (run_folder / FAILURE).write_text(reason, encoding="utf-8")
     except Timeout:
         pass
     return True
@@ -168,10 +155,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # between two trials; during one the trainer's own counts
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
-        finished = work(folder, part, threads)
+        sys.exit(0 if work(folder, part, threads) else 130)
     except KeyboardInterrupt:
-        finished = False
-    sys.exit(0 if finished else 130)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

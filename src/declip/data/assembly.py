@@ -19,33 +19,26 @@ from declip.recipe.schema import Data
 
 if TYPE_CHECKING:
     from declip.data.images.crops import Crop
-    from declip.data.pair import LazyImage, LazyPair, PairSource
+    from declip.data.pair import LazyImage, PairSource
     from declip.data.plan import Plan
     from declip.data.text.caption_tokenizer import CaptionTokenizer
 
-MOST_KEYWORDS = 3
-"""Keywords appended to a caption at most."""
-
-LENGTH_STEP = 8
-"""Text lengths are rounded up to a multiple of this, so that few different shapes occur."""
+MOST_KEYWORDS = 3  # appended to a caption
+LENGTH_STEP = 8  # text lengths are rounded up to a multiple of this, so that few different shapes occur
 
 
 class Assembler:
     """Makes the batch of any step.
 
-    Epoch e shows all pairs in an order sampled from (seed, e), see `order`; step s belongs to epoch
-    s // steps_per_epoch, and pairs that do not fill a last batch are left out of the epoch. Everything random about
-    pair i in epoch e comes from a generator seeded by (seed, e, i), in this order: caption, keywords, augmentation,
-    mask, then crop and photometric parameters of each image view. With `resample` each step counts as an epoch of its
-    own there.
+    Epoch e shows all pairs in an order sampled from (seed, e); step s belongs to epoch s // steps_per_epoch, and pairs
+    that do not fill a last batch are left out of the epoch. Everything random about pair i in epoch e comes from a
+    generator seeded by (seed, e, i), in this order: caption, keywords, augmentation, mask, then crop and photometric
+    parameters of each image view. With `resample` each step counts as an epoch of its own there.
 
     Args:
-        batch_size: Pairs per step, over all ranks; at least 2.
+        batch_size: Pairs per step, over all ranks.
         data: `shuffle_buffer` and `resample` are read.
         rank, ranks: The part of each batch to make, of how many: consecutive pairs, as equal as possible.
-
-    Raises:
-        UserError: An epoch shows fewer pairs than a batch.
     """
 
     def __init__(
@@ -74,11 +67,7 @@ class Assembler:
         self.scaled_decode = True  # a JPEG at 1/2, 1/4 or 1/8 where every crop stays large enough
         self.rank, self.ranks = rank, ranks
         self._order = build_order(source, batch_size, seed, data.shuffle_buffer, data.resample)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of whole batches in an epoch."""
-        return self._order.steps_per_epoch
+        self.steps_per_epoch = self._order.steps_per_epoch
 
     def __getitem__(self, step: int) -> PairBatch:
         """Make this rank's part of the batch of a step; broken pairs are in its `skipped`."""
@@ -87,35 +76,22 @@ class Assembler:
         skipped: list[BrokenPair] = []
         for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
             try:
-                samples.append(self._sample(self.source.read_lazy(index), epoch, index))
+                samples.append(self.sample(index, epoch))
             except BrokenPair as broken:
                 skipped.append(broken)
-        return self._collate(samples, skipped)
+        return self.collate(samples, skipped)
 
     def indices(self, step: int) -> np.ndarray:
         """The pairs of a step's batch, (batch_size,) int64 indices into the source."""
         return self._order.indices(step)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """All pairs of an epoch in their order, int64; the last ones may fill no batch."""
-        return self._order.epoch(epoch)
-
     def words(self, sample_id: int, view: int) -> str:
-        """Text view 0 or 1 of the pair with this sample id (epoch * len(source) + index).
-
-        Raises:
-            UserError: There is no such view.
-            BrokenPair: The pair can no longer be read.
-        """
+        """Text view 0 or 1 of the pair with this sample id; raises `BrokenPair` where it can no longer be read."""
         if view not in range(self.plan.texts.count):
             raise UserError(f"There is no text view {view}; this recipe has {self.plan.texts.count}.")
         epoch, index = divmod(sample_id, len(self.source))
-        if self.text.keyword_append_prob or self.text.keyword_only_prob or self.text.second_view == "keywords":
-            pair = self.source.read_lazy(index)
-            captions, keywords = pair.captions, pair.keywords
-        else:
-            captions, keywords = self.source.captions(index), ()
-        return self._texts(captions, keywords, self._generator(epoch, index))[view]
+        pair = self.source.read_lazy(index)
+        return self._texts(pair.captions, pair.keywords, self._generator(epoch, index))[view]
 
     def _generator(self, epoch: int, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, epoch, index))
@@ -139,35 +115,31 @@ class Assembler:
             return [text, text]
         return [text, augment(text, generator, self.text.eda_alpha)]
 
-    def _sample(self, pair: LazyPair, epoch: int, index: int) -> _Sample:
-        """Make every random choice about one pair, then decode its image; raises `BrokenPair`."""
+    def sample(self, index: int, epoch: int) -> _Sample:
+        """Read a pair, make every random choice about it, then decode its image; raises `BrokenPair`."""
+        pair = self.source.read_lazy(index)
         generator = self._generator(epoch, index)
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, pair.keywords, generator)]
         masked: list[int] = []
         labels: list[int] = []
         if self.plan.texts.mask_probability is not None:
             masked, labels = mask_tokens(rows[0], generator, self.tokenizer, self.plan.texts.mask_probability)
-        crops: list[Crop] = []
-        params: list[PhotometricParams] = []
-        for transform in self.transforms:
-            crops.append(transform.sample_crop(*pair.image.size, generator))
-            params.append(transform.sample_params(generator))
-        pixels = self._crop(pair.image, crops)
-        return _Sample(pixels, params, rows, masked, labels, epoch * len(self.source) + index)
+        views = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in self.transforms]
+        pixels = self._crop(pair.image, [crop for crop, _ in views])
+        return _Sample(pixels, [params for _, params in views], rows, masked, labels, epoch * len(self.source) + index)
 
     def _crop(self, image: LazyImage, crops: list[Crop]) -> list[torch.Tensor]:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
-        sizes = [transform.size for transform in self.transforms]
-        for scale in image.scales if self.scaled_decode else ():
+        best = 1
+        for scale in reversed(image.scales) if self.scaled_decode else ():
             reduced = [crop.reduced(scale) for crop in crops]
-            if all(min(c.width, c.height) >= size for c, size in zip(reduced, sizes, strict=True)):
-                return self._crop_from(image.pixels(scale), reduced)
-        return self._crop_from(image.pixels(), crops)
-
-    def _crop_from(self, pixels: np.ndarray, crops: list[Crop]) -> list[torch.Tensor]:
+            if all(min(c.width, c.height) >= t.size for c, t in zip(reduced, self.transforms, strict=True)):
+                best = scale
+        pixels = image.pixels(best)
+        crops = crops if best == 1 else [crop.reduced(best) for crop in crops]
         return [transform.crop_and_resize(pixels, crop) for transform, crop in zip(self.transforms, crops, strict=True)]
 
-    def _collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
+    def collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
         """Stack the samples; every text is padded to the longest one's length, rounded up."""
         views = {}
         for number, spec in enumerate(self.plan.views):

@@ -3,9 +3,7 @@
 import csv
 import io
 import re
-from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,18 +12,14 @@ from declip.data.sources.image_source import ImageSource
 from declip.errors import UserError
 
 COLUMNS = ("key", "place", "reason", "cosine", "caption")
-EXCLUDED = "excluded"
-"""The reason where a list gives none."""
-
-LONGEST_REASON = 80
-"""Characters: counts are kept by reason."""
+EXCLUDED = "excluded"  # the reason where a list gives none
+LONGEST_REASON = 80  # characters: counts are kept by reason
 
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
 """Beginnings of cells that a spreadsheet computes. They are written with an apostrophe before them, which shows them as
 text, and read without it; so are cells that begin with such an apostrophe already."""
 
-LARGEST_LIST = 1 << 30
-"""Bytes of a list."""
+LARGEST_LIST = 1 << 30  # bytes of a list
 
 
 class Exclusion(NamedTuple):
@@ -36,20 +30,15 @@ class Exclusion(NamedTuple):
     reason: str = EXCLUDED
 
 
-@dataclass
-class Exclusions:
+class Exclusions(NamedTuple):
     """A list matched with a source: the reason by index, and the keys that the source does not have."""
 
-    reasons: dict[int, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    reasons: dict[int, str]
+    missing: list[str]
 
 
 def write_exclusions(rows: Iterable[tuple[str, int, str, float | None, str]]) -> str:
-    """A list as CSV text, with `COLUMNS`; only the first three are read back.
-
-    Args:
-        rows: Key, place, reason, cosine of image and caption or None, and caption of each pair.
-    """
+    """A list as CSV text of rows as `COLUMNS` names them; only the first three are read back."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
@@ -60,16 +49,13 @@ def write_exclusions(rows: Iterable[tuple[str, int, str, float | None, str]]) ->
 
 
 def read_exclusions(path: str | Path) -> list[Exclusion]:
-    """Read a list: CSV with a column "key" and perhaps "place" and "reason", or plain text with one key per line.
-
-    Raises:
-        UserError: There is no such file, it is too large or no text, a place is no number, or it names no pair.
-    """
+    """Read a list: CSV with a column "key" and perhaps "place" and "reason", or plain text with one key per line."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"There is no list '{path}'. Give a CSV file with a column 'key', or a text file of keys.")
-    if path.stat().st_size > LARGEST_LIST:
-        raise UserError(f"The list '{path}' is larger than {LARGEST_LIST:,} bytes. Is it another file?")
+    if not path.is_file() or path.stat().st_size > LARGEST_LIST:
+        raise UserError(
+            f"There is no list '{path}' of at most {LARGEST_LIST:,} bytes. Give a CSV file with a column 'key', or "
+            "a text file of keys."
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
         header = next(csv.reader(text.splitlines()[:1]), [])
@@ -87,20 +73,19 @@ def read_exclusions(path: str | Path) -> list[Exclusion]:
 def match_exclusions(source: PairSource, rows: Iterable[Exclusion]) -> Exclusions:
     """Find the pairs of a list in a source: the pair at the row's place if that has its key, else all with its key."""
     images = ImageSource(source)
-    matched, elsewhere = Exclusions(), defaultdict[str, list[Exclusion]](list)
+    reasons: dict[int, str] = {}
+    elsewhere: dict[str, str] = {}
     for row in rows:
         if 0 <= row.place < len(images) and images.key(row.place) == row.key:
-            matched.reasons[row.place] = row.reason
+            reasons[row.place] = row.reason
         else:
-            elsewhere[row.key].append(row)
-    if elsewhere:
-        seen = set[str]()
-        for place in range(len(images)):
-            if (key := images.key(place)) in elsewhere:
-                seen.add(key)
-                matched.reasons.setdefault(place, elsewhere[key][0].reason)
-        matched.missing = [key for key in elsewhere if key not in seen]
-    return matched
+            elsewhere.setdefault(row.key, row.reason)
+    seen = set[str]()
+    for place in range(len(images)) if elsewhere else ():
+        if (key := images.key(place)) in elsewhere:
+            seen.add(key)
+            reasons.setdefault(place, elsewhere[key])
+    return Exclusions(reasons, [key for key in elsewhere if key not in seen])
 
 
 def _from_csv(text: str, path: Path) -> list[Exclusion]:
@@ -119,5 +104,4 @@ def _from_csv(text: str, path: Path) -> list[Exclusion]:
 
 
 def _as_text(cell: str) -> str:
-    """A cell without the apostrophe that kept a spreadsheet from computing it."""
     return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell

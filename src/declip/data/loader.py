@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from declip.data.assembly import Assembler
 from declip.data.batch import PairBatch
+from declip.data.cached import CachedFeatures, VariantAssembler
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
 from declip.io.pool import leave_signals_to_main, naming_lost_workers
@@ -35,16 +35,9 @@ class PairLoader(Iterator[PairBatch]):
     smaller, possibly empty; it is counted in `skipped` when its batch is yielded.
 
     Args:
-        source: The pairs; shared with the workers, or pickled to them.
-        batch_size: Pairs per step, over all ranks.
-        data: Order, decoding and the allowed fraction of broken pairs.
         workers: Processes that assemble batches; 0 does it in this one.
         pin_memory: Put batches into page-locked memory, for accelerators.
-        rank, ranks: The part of each batch to make, of how many.
-
-    Raises:
-        UserError: An epoch shows fewer pairs than a batch; while iterating, too many pairs are broken, or a worker was
-            lost.
+        features: Given in place of views and token ids.
     """
 
     def __init__(
@@ -61,29 +54,27 @@ class PairLoader(Iterator[PairBatch]):
         pin_memory: bool = False,
         rank: int = 0,
         ranks: int = 1,
+        features: CachedFeatures | None = None,
     ) -> None:
         data = data or Data()
-        self._assembler = Assembler(
-            source, tokenizer, plan, batch_size=batch_size, seed=seed, data=data, rank=rank, ranks=ranks
-        )
-        self.step = start_step
-        """The step of the next batch."""
-        self.skipped = SkipCounter()
-        """The broken pairs of the batches yielded so far."""
+        options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "data": data, "rank": rank, "ranks": ranks}
+        if features is None:
+            self._assembler = Assembler(source, tokenizer, plan, **options)
+        else:
+            self._assembler = VariantAssembler(
+                source, tokenizer, plan, variants=len(features.image_rows), features=features, **options
+            )
+        self.step = start_step  # of the next batch
+        self.skipped = SkipCounter()  # of the batches yielded so far, as is `seen`, which counts all pairs
         self.seen = 0
-        """The pairs of the batches yielded so far, broken ones included."""
+        self.steps_per_epoch = self._assembler.steps_per_epoch
+        self.indices, self.words = self._assembler.indices, self._assembler.words
         self._workers, self._pin_memory = workers, pin_memory
         self._max_broken_fraction = data.max_broken_fraction
         self._batches: Iterator[PairBatch | UserError] | None = None
         self._closed = False
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of whole batches in an epoch."""
-        return self._assembler.steps_per_epoch
-
     def __next__(self) -> PairBatch:
-        """Yield the batch of `step` and count its broken pairs."""
         if self._closed:
             raise StopIteration
         if self._batches is None:
@@ -97,13 +88,6 @@ class PairLoader(Iterator[PairBatch]):
         if self._assembler.ranks == 1:
             self.count(len(batch), batch.skipped)
         return batch
-
-    def indices(self, step: int) -> np.ndarray:
-        """The pairs of a step's batch, (batch_size,) int64 indices into the source."""
-        return self._assembler.indices(step)
-
-    def words(self, sample_id: int, view: int) -> str:
-        return self._assembler.words(sample_id, view)
 
     def close(self) -> None:
         """End the workers; nothing more is yielded. Closing twice is harmless."""
@@ -135,11 +119,7 @@ class PairLoader(Iterator[PairBatch]):
         return iter(loader)
 
     def count(self, usable: int, skipped: Sequence[BrokenPair]) -> None:
-        """Add a batch of `usable` and `skipped` pairs of all ranks; with one rank `__next__` does it, else the trainer.
-
-        Raises:
-            UserError: Too many pairs are broken.
-        """
+        """Add a batch of `usable` and `skipped` pairs of all ranks; with one rank `__next__` does it."""
         self.seen += usable + len(skipped)
         for broken in skipped:
             self.skipped.add(broken)

@@ -11,39 +11,29 @@ from PIL import Image
 
 from declip.data.sources.origin import Origin
 
-LONGEST_CAPTION = 20_000
-"""Characters. The longest text that a model reads is 77 tokens; a caption beyond this is a page or a broken file."""
+LONGEST_CAPTION, MOST_CAPTIONS = 20_000, 10_000
+"""Characters of a caption, beyond which it is a page or a broken file, and captions of one image: public sets have
+five, region descriptions fifty; more are a wrong image column."""
 
-MOST_CAPTIONS = 10_000
-"""Captions of one image. Public sets have five, region descriptions fifty; more are a wrong image column."""
-
-MOST_SHOWN = 300
-"""Characters of a key or detail in a message: a file can name its images as it likes."""
+MOST_SHOWN = 300  # characters of a key or detail in a message: a file can name its images as it likes
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Also line ends, marks that turn the direction of writing, and halves of characters, which cannot be written."""
 
-EXAMPLES_KEPT = 5
-"""Keys kept for each reason, enough to find the cause without a run's record growing with its data."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+EXAMPLES_KEPT = 5  # keys kept for each reason, enough to find the cause without a run's record growing with its data
 
 BUILTIN_PREFIX = "builtin:"
 
-BLOCK = 1000
-"""Pairs that are shuffled as one shard where a source has no shards."""
+BLOCK = 1000  # pairs that are shuffled as one shard where a source has no shards
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and the texts that belong to it.
-
-    Attributes:
-        key: Stable name of the pair, shown to the user: a path, a row or a code point.
-        image: RGB, upright, transparent pixels over white.
-        captions: One or more, cleaned and not empty.
-        keywords: Single words or short phrases; may be empty.
-    """
+    """An RGB image, upright, with one or more captions, cleaned and not empty; its key is shown to the user."""
 
     key: str
     image: Image.Image
@@ -63,11 +53,7 @@ class LazyImage(Protocol):
         """Divisors of the sides that decoding supports, largest first."""
 
     def pixels(self, scale: int = 1) -> np.ndarray:
-        """Decode to RGB, upright, (H, W, 3) uint8, with sides divided by 1 or one of `scales`, rounded up.
-
-        Raises:
-            BrokenPair: The file is damaged.
-        """
+        """Decode to (H, W, 3) uint8, sides divided by 1 or one of `scales`, rounded up; raises `BrokenPair`."""
 
 
 class DecodedImage:
@@ -94,16 +80,10 @@ class LazyPair:
 
 
 class BrokenPair(Exception):
-    """A pair that cannot be used; counted by its reason and never replaced by another.
-
-    Args:
-        reason: Short and of a small set, such as "truncated image", because counts are kept by it.
-        key: The pair's key.
-        detail: The exact fault. Key and detail may quote a file, so they are shortened and made printable.
-    """
+    """A pair that cannot be used; counted by its reason, one of few, and never replaced by another."""
 
     def __init__(self, reason: str, key: str, detail: str = "") -> None:
-        key, detail = printable(key), printable(detail)
+        key, detail = printable(key), printable(detail)  # both may quote a file
         super().__init__(reason, key, detail)
         self.reason, self.key, self.detail = reason, key, detail
 
@@ -112,17 +92,11 @@ class BrokenPair(Exception):
 
 
 class Span(NamedTuple):
-    """A range of a source's indices, such as one copy of a source in a mixture.
-
-    Attributes:
-        start: The first index.
-        blocks: (shards,) int64, the number of pairs of each shard; their sum is the length.
-        shown: Number of its pairs in an epoch, chosen anew for each epoch where these are not all.
-    """
+    """A range of a source's indices, such as one copy of a source in a mixture."""
 
     start: int
-    blocks: np.ndarray
-    shown: int
+    blocks: np.ndarray  # (shards,) int64, the number of pairs of each shard; their sum is the length
+    shown: int  # number of its pairs in an epoch, chosen anew for each epoch where these are not all
 
     @property
     def length(self) -> int:
@@ -135,22 +109,14 @@ class PairSource(ABC):
 
     A subclass needs a `name`, `__len__` and `__getitem__`; it overrides the other methods where it can do better than
     to read the whole pair.
-
-    Attributes:
-        name: Shown to the user.
-        credit: Sentence that a license asks for wherever an image is shown.
-        labels: (n,) int64, where each pair has a class; `class_names[labels[i]]` is the name of pair i's class.
-        class_names: Names of the classes.
-        blocks: (shards,) int64, the number of pairs of each shard, in order; None without shards.
-        remote: Whether shards have to be fetched.
     """
 
     name: str
-    credit: str = ""
-    labels: np.ndarray | None = None
+    credit: str = ""  # a sentence that a license asks for wherever an image is shown
+    labels: np.ndarray | None = None  # (n,) int64, where each pair has a class, by its place in `class_names`
     class_names: Sequence[str] | None = None
-    blocks: np.ndarray | None = None
-    remote: bool = False
+    blocks: np.ndarray | None = None  # (shards,) int64, the number of pairs of each shard, in order
+    remote: bool = False  # whether shards have to be fetched
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -195,8 +161,7 @@ class SkipCounter:
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    details: dict[str, str] = field(default_factory=dict, compare=False)
-    """Shown in messages only; a run's record is without them."""
+    details: dict[str, str] = field(default_factory=dict, compare=False)  # not in a run's record
 
     def add(self, broken: BrokenPair) -> None:
         """Count one broken pair; a repeated key is counted again but listed once."""
@@ -224,22 +189,23 @@ class SkipCounter:
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as plain data: `{"reasons": {reason: {"count": n, "examples": [key, ...]}}}`."""
-        rows = {r: {"count": n, "examples": list(self.examples.get(r, []))} for r, n in self.counts.items()}
-        return {"reasons": dict(sorted(rows.items()))}
+        return {"reasons": {r: {"count": n, "examples": self.examples[r][:]} for r, n in sorted(self.counts.items())}}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "SkipCounter":
-        """Rebuild a counter from `to_dict`; keys other than "reasons" are ignored."""
+        """Rebuild a counter from `to_dict`."""
         rows = state["reasons"]
         return cls({r: row["count"] for r, row in rows.items()}, {r: list(row["examples"]) for r, row in rows.items()})
 
     def lines(self) -> list[str]:
         """A line for each reason: its count, a few keys, the first detail."""
-        return [
-            f"{count:,} × {reason}, such as {', '.join(self.examples.get(reason, ()))}"
-            + (f" ({self.details[reason]})" if self.details.get(reason) else "")
-            for reason, count in sorted(self.counts.items())
-        ]
+        lines = []
+        for reason, count in sorted(self.counts.items()):
+            detail = self.details.get(reason)
+            lines.append(
+                f"{count:,} × {reason}, such as {', '.join(self.examples[reason])}" + (f" ({detail})" if detail else "")
+            )
+        return lines
 
     def explanation(self) -> str:
         """The reasons in one sentence, with the remedy of the most frequent mistake."""
@@ -248,13 +214,16 @@ class SkipCounter:
         return "; ".join(self.lines()) + f".{hint}"
 
 
-def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
-    """Collapse white space and control characters to single spaces; drop empty and repeated captions, keep the order.
+def as_texts(cell: Any, reason: str, key: str) -> list[str | None]:
+    """The captions of a cell, one or a list of them; raises `BrokenPair` where one is no text."""
+    texts = cell if isinstance(cell, list) else [cell]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise BrokenPair(reason, key, f"the caption is no text: {str(cell)[:40]}")
+    return texts
 
-    Raises:
-        BrokenPair: "empty caption" when nothing is left, "caption too long", "too many captions", or "invalid text"
-            when one cannot be written as UTF-8.
-    """
+
+def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
+    """Collapse white space and control characters; drop empty and repeated captions; raises `BrokenPair`."""
     cleaned: dict[str, None] = {}
     for number, text in enumerate(raw):
         if number >= MOST_CAPTIONS:
@@ -284,8 +253,4 @@ def printable(text: str) -> str:
 
 def is_unicode(text: str) -> bool:
     """Whether the text can be written as UTF-8; JSON's `\\ud800` alone cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not SURROGATE.search(text)

@@ -9,23 +9,14 @@ from declip.recipe.schema import ImageView, Recipe, TextView
 
 @dataclass(frozen=True)
 class Needs:
-    """The parts of a batch that a loss reads.
+    """The parts of a batch that a loss reads."""
 
-    Attributes:
-        views: Names of the image views that it cannot do without.
-        optional_views: Names of those that it also uses where the recipe has them.
-        texts: Number of text views.
-        masked: Whether it predicts masked tokens.
-        tokens: Whether it reads token states of both towers.
-        pre_logits: Whether it reads the pooled image feature before the projection.
-    """
-
-    views: frozenset[str] = frozenset({"first"})
-    optional_views: frozenset[str] = frozenset()
-    texts: int = 1
-    masked: bool = False
-    tokens: bool = False
-    pre_logits: bool = False
+    views: frozenset[str] = frozenset({"first"})  # image views that it cannot do without
+    optional_views: frozenset[str] = frozenset()  # those that it also uses where the recipe has them
+    texts: int = 1  # number of text views
+    masked: bool = False  # whether it predicts masked tokens
+    tokens: bool = False  # whether it reads token states of both towers
+    pre_logits: bool = False  # whether it reads the pooled image feature before the projection
 
 
 @dataclass(frozen=True)
@@ -57,11 +48,7 @@ class Plan:
 
 
 def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
-    """Derive the views that the losses of a recipe need.
-
-    Raises:
-        UserError: A loss compares two image views and the recipe has one.
-    """
+    """Derive the views that the losses of a recipe need."""
     needs = list(needs)
     wanted: set[str] = set().union(*(need.views | need.optional_views for need in needs))
     if recipe.views.image_count == 1:

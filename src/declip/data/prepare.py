@@ -26,34 +26,24 @@ from declip.io.text import plural
 log = logging.getLogger("declip")
 
 RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
-LAYOUT = 1
-"""Raised when the same options make other shards."""
+LAYOUT = 1  # raised when the same options make other shards
 
 SHARD_PAIRS = 10_000
 QUALITY = 92
-MOST_SHARDS = 1_000_000
-PAIRS_AT_ONCE = 16
-"""Pairs that a process hands over together."""
+PAIRS_AT_ONCE = 16  # pairs that a process hands over together
 
 ELSEWHERE = "choose another folder with --out"
-BYTE_ORDER_MARK = "\ufeff"
-"""At the start of a text file it would not count as text."""
+BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it would not count as text
 
 
 @dataclass
 class ShardedPairs:
-    """The shards of a source.
-
-    Attributes:
-        folder: Their folder; `open_source` opens it.
-        pairs, shards, bytes: Their totals.
-        skipped: The source's other pairs, by reason.
-    """
+    """The totals of a source's shards in a folder, and the source's other pairs by reason."""
 
     folder: Path
-    pairs: int = 0
-    shards: int = 0
-    bytes: int = 0
+    pairs: int
+    shards: int
+    bytes: int
     skipped: SkipCounter = field(default_factory=SkipCounter)
 
     def summary(self) -> str:
@@ -85,37 +75,22 @@ def shard_source(
     A stopped call continues after the last complete shard when it is repeated.
 
     Args:
-        source: A source, or its name for `open_source`.
-        out: The folder to write to.
+        source: A source, or its name for `open_source`, which takes the columns and `image_root`.
         size: Largest shorter side in pixels, at least 16. No image is enlarged; a JPEG file that is small enough is
             copied.
         quality: Quality of the JPEG files, 1 to 100.
         workers: Worker processes; 0 does the work in this one, None uses one per core, 8 at most.
         exclude: A list of pairs to leave out, see `read_exclusions`; each is counted by the list's reason.
-        progress: Show a progress bar.
-
-    Raises:
-        UserError: There is no such source or list, no pair of the list is in the source, an option is out of its range,
-            no pair can be used, or the folder has other content or cannot be written to.
     """
     check_range("size", size, 16)
     check_range("shard_pairs", shard_pairs, 1)
     check_range("quality", quality, 1, 100)
     check_range("workers", workers or 0, 0)
+    columns = {"image_column": image_column, "caption_column": caption_column, "keyword_column": keyword_column}
     if isinstance(source, PairSource):
         opened, name = source, source.name
     else:
-        name = _absolute(source)
-        opened = open_source(
-            source,
-            image_column=image_column,
-            caption_column=caption_column,
-            keyword_column=keyword_column,
-            image_root=image_root,
-        )
-    starts = range(0, len(opened), shard_pairs)
-    if len(starts) > MOST_SHARDS:
-        raise UserError(f"shard_pairs={shard_pairs} makes {len(starts):,} shards, more than {MOST_SHARDS:,}.")
+        opened, name = open_source(source, image_root=image_root, **columns), _absolute(source)
     excluded = {} if exclude is None else _excluded(opened, exclude)
     made_of = {
         "layout": LAYOUT,
@@ -124,24 +99,26 @@ def shard_source(
         "size": size,
         "quality": quality,
         "shard_pairs": shard_pairs,
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "keyword_column": keyword_column,
+        **columns,
         "image_root": None if image_root is None else _absolute(image_root),
         "exclude": hashlib.sha256(json.dumps(sorted(excluded.items())).encode()).hexdigest() if excluded else None,
     }
+    starts = range(0, len(opened), shard_pairs)
+    shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
     with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
         record = _Record(folder, made_of)
-        record.save()
-        shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
         missing = {name: places for name, places in shards.items() if not record.has(name)}
         _write_shards(missing, record, _Packer(opened, size, quality, excluded), workers, progress)
-        record.finish(opened.credit)
-    total = record.total()
+        pairs = {name: row["pairs"] for name, row in sorted(record.shards.items())}
+        record.write(SIZES, json.dumps(pairs, indent=1))
+        if opened.credit:
+            record.write(NOTICE, opened.credit + "\n")
+    total = ShardedPairs(folder, sum(pairs.values()), len(pairs), sum(row["bytes"] for row in record.shards.values()))
+    for name in pairs:
+        total.skipped.merge(SkipCounter.from_dict({"reasons": record.shards[name]["skipped"]}))
     if not total.pairs:
-        raise UserError(
-            f"None of the {len(opened):,} pairs of '{opened.name}' can be used: {total.skipped.explanation()}"
-        )
+        explained = total.skipped.explanation()
+        raise UserError(f"None of the {len(opened):,} pairs of '{opened.name}' can be used: {explained}")
     return total
 
 
@@ -149,15 +126,13 @@ def _write_shards(
     shards: Mapping[str, range], record: "_Record", packer: "_Packer", workers: int | None, progress: bool
 ) -> None:
     """Write shards one after the other, while the images of the next ones are downscaled."""
-    source = packer.source
     parts = {name: [p[i : i + PAIRS_AT_ONCE] for i in range(0, len(p), PAIRS_AT_ONCE)] for name, p in shards.items()}
     packer.parts = [places for own in parts.values() for places in own]
     stream: Iterator[tuple[_Members, SkipCounter]] = in_order(
         packer, len(packer.parts), usual_workers() if workers is None else workers
     )
     with naming_lost_workers(), pairs_bar(progress) as bar:
-        done = len(source) - sum(map(len, packer.parts))
-        task = bar.add_task(f"Pairs of {source.name}", total=len(source), completed=done)
+        task = bar.add_task(f"Pairs of {packer.source.name}", total=sum(map(len, packer.parts)))
         for shard, places in shards.items():
             skipped = SkipCounter()
             path = record.folder / shard
@@ -217,55 +192,40 @@ class _Record:
 
     def __init__(self, folder: Path, made_of: dict[str, Any]) -> None:
         self.folder, self.made_of = folder, made_of
-        self._shards: dict[str, dict[str, Any]] = {}
+        self.shards: dict[str, dict[str, Any]] = {}
         path = folder / RECORD
-        if not path.exists():
-            return
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            earlier, self._shards = dict(content["made_of"]), dict(content["shards"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"'{path}' cannot be read: {error}. Remove the folder, or {ELSEWHERE}.") from error
-        changed = [key for key in sorted(made_of.keys() | earlier.keys()) if made_of.get(key) != earlier.get(key)]
-        if changed:
-            shown = "; ".join(f"{key} was {earlier.get(key)!r}, now {made_of.get(key)!r}" for key in changed)
-            raise UserError(
-                f"'{folder}' holds shards of another source or option: {shown}. Give the same, or {ELSEWHERE}."
-            )
+        if path.exists():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                earlier, self.shards = dict(content["made_of"]), dict(content["shards"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"'{path}' cannot be read: {error}. Remove the folder, or {ELSEWHERE}.") from error
+            changed = [key for key in sorted(made_of.keys() | earlier.keys()) if made_of.get(key) != earlier.get(key)]
+            if changed:
+                shown = "; ".join(f"{key} was {earlier.get(key)!r}, now {made_of.get(key)!r}" for key in changed)
+                raise UserError(
+                    f"'{folder}' holds shards of another source or option: {shown}. Give the same, or {ELSEWHERE}."
+                )
+        self.save()  # before the first shard, so that a folder with shards always has one
 
     def has(self, name: str) -> bool:
         path = self.folder / name
-        return name in self._shards and path.is_file() and path.stat().st_size == self._shards[name]["bytes"]
+        return name in self.shards and path.is_file() and path.stat().st_size == self.shards[name]["bytes"]
 
     def add(self, name: str, pairs: int, size: int, skipped: SkipCounter) -> None:
-        self._shards[name] = {"pairs": pairs, "bytes": size, "skipped": skipped.to_dict()["reasons"]}
+        self.shards[name] = {"pairs": pairs, "bytes": size, "skipped": skipped.to_dict()["reasons"]}
         self.save()
 
     def save(self) -> None:
-        """Write the record; before the first shard too, so that a folder with shards always has one."""
-        self._write(RECORD, json.dumps({"made_of": self.made_of, "shards": self._shards}, indent=1))
+        self.write(RECORD, json.dumps({"made_of": self.made_of, "shards": self.shards}, indent=1))
 
-    def finish(self, credit: str) -> None:
-        """Write the files that complete the folder."""
-        self._write(SIZES, json.dumps({name: row["pairs"] for name, row in sorted(self._shards.items())}, indent=1))
-        if credit:
-            self._write(NOTICE, credit + "\n")
-
-    def total(self) -> ShardedPairs:
-        total = ShardedPairs(self.folder, shards=len(self._shards))
-        for _, row in sorted(self._shards.items()):
-            total.pairs += row["pairs"]
-            total.bytes += row["bytes"]
-            total.skipped.merge(SkipCounter.from_dict({"reasons": row["skipped"]}))
-        return total
-
-    def _write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str) -> None:
         with atomic_write(self.folder / name, ELSEWHERE) as partial:
             partial.write_text(text, encoding="utf-8")
 
 
 def _excluded(source: PairSource, path: str | Path) -> dict[int, str]:
-    """The reason by index of a list's pairs; raises `UserError` where it names none of the source's."""
+    """The reason by index of a list's pairs."""
     matched = match_exclusions(source, read_exclusions(path))
     if not matched.reasons:
         raise UserError(
@@ -279,6 +239,5 @@ def _excluded(source: PairSource, path: str | Path) -> dict[int, str]:
 
 
 def _absolute(name: str | Path) -> str:
-    """The absolute path of a file or folder, else the name as given."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else str(name)

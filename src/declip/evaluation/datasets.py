@@ -10,19 +10,15 @@ from typing import cast
 import numpy as np
 
 from declip.data.builtin import BUILTIN_SPLITS, open_builtin
-from declip.data.pair import BUILTIN_PREFIX, PairSource
+from declip.data.pair import BUILTIN_PREFIX, PairSource, printable
 from declip.data.sources.open import open_source
 from declip.data.sources.table import TABLE_KINDS
 from declip.errors import UserError, unknown
-from declip.evaluation.readers import torchvision_sets as tv
-from declip.evaluation.readers.captions import coco, flickr30k
-from declip.evaluation.readers.image_folder import caltech101, image_folder, imagenet, imagenet_test, imagenet_v2
+from declip.evaluation.readers.captions import captioned
+from declip.evaluation.readers.image_folder import caltech101, image_folder, imagenet
 from declip.evaluation.readers.images import Openers
-from declip.evaluation.readers.labeled_table import label_column_of, labeled_table
-
-DEFAULT_TEMPLATES = "plain"
-BUILTIN_TEMPLATES: Mapping[str, str] = {"builtin:emoji": "emoji", "builtin:icons": "emoji"}
-"""Beginnings of the names of built-in sets → template sets."""
+from declip.evaluation.readers.labeled_table import labeled_table
+from declip.evaluation.readers.torchvision_sets import sun397, torchvision_set
 
 
 class LabeledSource(PairSource):
@@ -34,66 +30,55 @@ class LabeledSource(PairSource):
 
 @dataclass(frozen=True)
 class Named:
-    """A dataset that the user has in a folder; `open` takes its name and folder. Further fields as of `Dataset`."""
+    """A dataset that the user has in a folder; `files` belong there, for the message where they cannot be read."""
 
     open: Callable[[str, Path], Openers]
-    templates: str = DEFAULT_TEMPLATES
+    files: str
+    templates: str = "plain"
     metric: str = "top1"
 
 
 NAMED: Mapping[str, Named] = {
-    "pets": Named(tv.pets, "pets", "mean_per_class"),
-    "cifar10": Named(tv.cifar10, "cifar10"),
-    "cifar100": Named(tv.cifar100, "cifar100"),
-    "sun397": Named(tv.sun397, "sun397"),
-    "food101": Named(tv.food101, "food101"),
-    "flowers102": Named(tv.flowers102, "flowers102", "mean_per_class"),
-    "cars": Named(tv.cars, "cars"),
-    "caltech101": Named(caltech101, "caltech101", "mean_per_class"),
-    "aircraft": Named(tv.aircraft, "aircraft", "mean_per_class"),
-    "dtd": Named(tv.dtd, "dtd"),
-    "imagenet": Named(imagenet, "imagenet"),
-    "imagenet-v2": Named(imagenet_v2, "imagenet"),
-    "imagenet-r": Named(imagenet_test, "imagenet"),
-    "imagenet-sketch": Named(imagenet_test, "imagenet"),
-    "imagenet-a": Named(imagenet_test, "imagenet"),
-    "coco": Named(coco),
-    "flickr30k": Named(flickr30k),
-    "folder": Named(image_folder),
+    "pets": Named(torchvision_set, "oxford-iiit-pet/", "pets", "mean_per_class"),
+    "cifar10": Named(torchvision_set, "cifar-10-batches-py/", "cifar10"),
+    "cifar100": Named(torchvision_set, "cifar-100-python/", "cifar100"),
+    "sun397": Named(sun397, "SUN397/ with ClassName.txt", "sun397"),
+    "food101": Named(torchvision_set, "food-101/", "food101"),
+    "flowers102": Named(torchvision_set, "flowers-102/", "flowers102", "mean_per_class"),
+    "cars": Named(torchvision_set, "stanford_cars/", "cars"),
+    "caltech101": Named(caltech101, "caltech101/101_ObjectCategories/", "caltech101", "mean_per_class"),
+    "aircraft": Named(torchvision_set, "fgvc-aircraft-2013b/", "aircraft", "mean_per_class"),
+    "dtd": Named(torchvision_set, "dtd/", "dtd"),
+    "imagenet": Named(imagenet, "val/", "imagenet"),
+    "imagenet-v2": Named(imagenet, "folders 0 to 999", "imagenet"),
+    "imagenet-r": Named(imagenet, "a folder per WordNet number", "imagenet"),
+    "imagenet-sketch": Named(imagenet, "a folder per WordNet number", "imagenet"),
+    "imagenet-a": Named(imagenet, "a folder per WordNet number", "imagenet"),
+    "coco": Named(captioned, "a list of captions and its images"),
+    "flickr30k": Named(captioned, "a list of captions and its images"),
+    "folder": Named(image_folder, "a folder of images per class"),
 }
 """Names of `NAME:/path`. Metrics as in CLIP's table of datasets (Radford et al. 2021, appendix A)."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named dataset with its splits, each opened when it is first used.
+    """A named dataset with its splits, each opened when it is first used."""
 
-    Attributes:
-        name: As the user wrote it: "pets:/data/pets", "builtin:stamps", "data/mine.csv". Results are stored by it.
-        openers: Functions that open each split; "test" is always there.
-        templates: Name of a template set.
-        metric: Metric of the dataset's convention: "top1" or "mean_per_class".
-    """
-
-    name: str
-    openers: Openers
-    templates: str = DEFAULT_TEMPLATES
-    metric: str = "top1"
+    name: str  # as the user wrote it: "pets:/data/pets", "builtin:stamps", "data/mine.csv"; results are stored by it
+    openers: Openers  # "test" is always there
+    templates: str = "plain"  # name of a template set
+    metric: str = "top1"  # the dataset's convention, or "mean_per_class"
     _opened: dict[str, PairSource] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def has(self, which: str) -> bool:
-        """Whether there is such a split."""
-        return which in self.openers
 
     def split(self, which: str) -> PairSource:
         """Open a split, once."""
         if which not in self.openers:
             raise UserError(f"'{self.name}' has no {which} split. It has: {', '.join(self.openers)}.")
         if which not in self._opened:
-            source = self.openers[which]()
-            if len(source) == 0:
-                raise UserError(f"'{self.name}' holds no pair in its {which} split. Nothing can be measured on it.")
-            self._opened[which] = source
+            self._opened[which] = self.openers[which]()
+        if len(self._opened[which]) == 0:
+            raise UserError(f"'{self.name}' holds no pair in its {which} split. Nothing can be measured on it.")
         return self._opened[which]
 
 
@@ -101,9 +86,8 @@ def open_dataset(dataset: str | PairSource | Dataset, *, label_column: str | Non
     """Open a dataset by its name, or make one of an open source; its test split is opened at once.
 
     Args:
-        dataset: ``NAME:/path`` with a name in `NAMED`, such as "pets:/data/pets" or "folder:/data/mine"; a table, which
-            has classes where it has a column of labels; anything else that `open_source` opens; an open source; or an
-            open dataset, which is returned.
+        dataset: ``NAME:/path`` with a name in `NAMED`, such as "pets:/data/pets"; a table, which has classes where it
+            has a column of labels; anything else that `open_source` opens; an open source; or an open dataset.
         label_column: A table's column; None looks for "label", "class", "class_name" or "category".
     """
     if isinstance(dataset, str):
@@ -116,17 +100,16 @@ def open_dataset(dataset: str | PairSource | Dataset, *, label_column: str | Non
 
 def with_classes(source: PairSource) -> LabeledSource:
     """Check that a source can be classified."""
-    labels, names = source.labels, source.class_names
-    if labels is None or names is None:
+    if source.labels is None:
         raise UserError(
-            f"'{source.name}' has no classes, so zero-shot classification cannot be measured on it. It needs "
-            f"`labels` (one class number for each of its {len(source)} pairs) and `class_names`. "
-            "Use the task 'retrieval', which needs captions only, or a source with classes."
+            f"'{source.name}' has no classes. Give a set with labels; the task 'retrieval' needs captions only."
         )
-    if len(labels) != len(source) or len(names) < 2:
+    labels, names = np.asarray(source.labels), source.class_names or ()
+    low, high = labels.min(initial=0), labels.max(initial=0)
+    if len(labels) != len(source) or len(names) < 2 or low < 0 or high >= len(names):
         raise UserError(
-            f"'{source.name}' has {len(labels)} labels and {len(names)} class names for {len(source)} pairs. "
-            "Zero-shot classification needs one label per pair and at least two classes."
+            f"'{source.name}' has {len(labels)} `labels`, from {low} to {high}, and {len(names)} `class_names` for "
+            f"{len(source)} pairs. Classification needs one label per pair and at least two classes, numbered from 0."
         )
     return cast(LabeledSource, source)
 
@@ -134,23 +117,39 @@ def with_classes(source: PairSource) -> LabeledSource:
 def _by_name(given: str, label_column: str | None) -> Dataset:
     name, colon, place = given.partition(":")
     path = Path(given).expanduser()
-    table = name not in NAMED and given.lower().endswith(TABLE_KINDS)
-    if label_column is not None and not table:
+    is_table = name not in NAMED and given.lower().endswith(TABLE_KINDS)
+    if label_column is not None and not is_table:
         raise UserError(f"A column of labels ('{label_column}') was named, but '{given}' is not a table.")
     if given.startswith(BUILTIN_PREFIX):
         splits = BUILTIN_SPLITS.get(place, {"test": place})
-        openers = {which: partial(open_builtin, source) for which, source in splits.items()}
-        return Dataset(given, openers, _templates(given))
+        builtin = {which: partial(open_builtin, source) for which, source in splits.items()}
+        return Dataset(given, builtin, _templates(given))
     if name in NAMED and colon:
         if not place:
             raise UserError(f"'{given}' names no folder. Write '{name}:PATH'.")
         named = NAMED[name]
-        return Dataset(given, named.open(name, Path(place).expanduser()), named.templates, named.metric)
+        readers = named.open(name, Path(place).expanduser())
+        openers = {which: partial(_read, given, named.files, reader) for which, reader in readers.items()}
+        return Dataset(given, openers, named.templates, named.metric)
     # One letter before a colon is a Windows drive.
     if colon and re.fullmatch(r"[\w-]{2,}", name) and not path.exists():
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
-    column = label_column_of(path, label_column) if table and path.is_file() else None
-    return _single(open_source(given), given) if column is None else Dataset(given, labeled_table(path, column))
+    labeled = labeled_table(path, label_column) if is_table and path.is_file() else None
+    return _single(open_source(given), given) if labeled is None else Dataset(given, labeled)
+
+
+def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:
+    """Call a reader; its errors about missing, damaged or unexpected files become a `UserError`."""
+    try:
+        return read()
+    except UserError:
+        raise
+    except Exception as error:  # a library's reader meets a damaged file in any way
+        reason = printable(str(error).split(" You can use download")[0].rstrip("."))
+        raise UserError(
+            f"The files of '{name}' are not complete, not what was published, or damaged ({type(error).__name__}: "
+            f"{reason}). Expected in that folder: {files}. Unpack the original archives."
+        ) from error
 
 
 def _single(source: PairSource, name: str) -> Dataset:
@@ -162,5 +161,4 @@ def _identity(source: PairSource) -> PairSource:
 
 
 def _templates(name: str) -> str:
-    matches = (templates for start, templates in BUILTIN_TEMPLATES.items() if name.startswith(start))
-    return next(matches, DEFAULT_TEMPLATES)
+    return "emoji" if name.startswith(("builtin:emoji", "builtin:icons")) else "plain"

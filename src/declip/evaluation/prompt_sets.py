@@ -1,7 +1,7 @@
 """The shipped prompts: one file per dataset in `prompts/`, with its source in its head."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
@@ -13,19 +13,11 @@ FOLDER = resources.files("declip.evaluation") / "prompts"
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Templates and class names of a dataset.
+    """Templates and class names of a dataset."""
 
-    Attributes:
-        source: Where templates and class names were published.
-        templates: Sentences with ``{}`` for the class name.
-        classes: Name of a class in the dataset's files → name for the templates, in the order of the labels; empty
-            where a rule gives the names, see `class_names`.
-    """
-
-    name: str
-    source: str
-    templates: tuple[str, ...]
-    classes: Mapping[str, str] = field(default_factory=dict)
+    source: str  # the publication
+    templates: tuple[str, ...]  # sentences with {} for the class name
+    classes: Mapping[str, str]  # name in the dataset's files → for the templates, by label; empty: see `class_names`
 
 
 def prompt_names() -> list[str]:
@@ -40,21 +32,18 @@ def read_prompts(name: str) -> PromptSet:
         raise unknown("template set", name, prompt_names())
     tree = read_yaml((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     classes = {str(raw): str(shown) for raw, shown in tree.get("classes", {}).items()}
-    return PromptSet(name, tree["source"], tuple(tree["templates"]), classes)
+    return PromptSet(tree["source"], tuple(tree["templates"]), classes)
 
 
 def class_names(prompts: str, raw: Iterable[str]) -> tuple[str, ...]:
     """Convert the class names of a dataset's files to those that go into the templates, in the same order.
 
-    Where the prompt set lists classes, each is looked up by its name in the files, never by its position; otherwise
-    underscores become spaces, as in CLIP's published names.
+    They are looked up by name where the prompt set lists classes; else underscores become spaces, as CLIP has it.
     """
-    listed = read_prompts(prompts).classes
-    raw = list(raw)
+    listed, raw = read_prompts(prompts).classes, list(raw)
     if listed and (strange := [name for name in raw if name not in listed]):
         raise UserError(
-            f"The data have the class '{strange[0]}', which is none of the {len(listed)} classes of '{prompts}'"
-            f"{f', and {len(strange) - 1} more such' if len(strange) > 1 else ''}. Is it another dataset or version? "
-            "A folder with other classes can be measured as 'folder:PATH'."
+            f"{len(strange)} classes of the data, such as '{strange[0]}', are none of the {len(listed)} classes of "
+            f"'{prompts}'. Is it another dataset or version? Measure a folder with other classes as 'folder:PATH'."
         )
     return tuple(listed[name] if listed else name.replace("_", " ") for name in raw)

@@ -11,45 +11,30 @@ from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, measuring
 from declip.evaluation.feature_cache import FeatureCache, FeatureKind, encoder_of
 from declip.evaluation.probes.data import ProbeData, check_probe, read_probe_data
-from declip.evaluation.probes.few_shot import SEEDS, SHOTS, few_shot_probe
 from declip.evaluation.probes.knn import knn_probe
-from declip.evaluation.probes.linear import linear_probe
-from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
-from declip.evaluation.retrieval import SameCaption, retrieve
+from declip.evaluation.probes.linear import SEEDS, SHOTS, few_shot_probe, linear_probe
+from declip.evaluation.results import Result, ZeroShotResult
+from declip.evaluation.retrieval import retrieve
 from declip.evaluation.zero_shot import class_features, classify, read_templates
 
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of an evaluation.
+    """Settings of an evaluation."""
 
-    Attributes:
-        templates: Zero-shot: name of a shipped set, a template, or several; None takes the dataset's own.
-        same_caption: Retrieval: whether a caption that another image carries too counts for that image, "right", or
-            only for its own, "wrong" (the usual practice).
-        batch_size: Images and texts per forward pass.
-        workers: Processes that read images; 0 reads in this one.
-        progress: Show a bar for what takes long.
-        features: Probes: "backbone", before the projection, or "embedding", after it.
-        shots: Few-shot: numbers of images per class.
-        seeds: Few-shot: number of samples of these images.
-        cache: Probes: keep the features on the disk and find them there again; see `FeatureCache`.
-    """
-
-    templates: str | Sequence[str] | None = None
-    same_caption: SameCaption = "wrong"
-    batch_size: int = 256
-    workers: int = 0
+    templates: str | Sequence[str] | None = None  # zero-shot: a shipped set, or templates; None: the dataset's own
+    batch_size: int = 256  # images and texts per forward pass
+    workers: int = 0  # processes that read images; 0 reads in this one
     progress: bool = True
-    features: FeatureKind = "backbone"
-    shots: Sequence[int] = SHOTS
-    seeds: int = SEEDS
-    cache: bool = True
+    features: FeatureKind = "backbone"  # probes: before the projection, or "embedding", after it
+    shots: Sequence[int] = SHOTS  # few-shot: numbers of images per class
+    seeds: int = SEEDS  # few-shot: number of samples of these images
+    cache: bool = True  # probes: keep the features on the disk; see `FeatureCache`
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """The arguments of the functions that encode images."""
-        return {"batch_size": self.batch_size, "workers": self.workers, "progress": self.progress}
+    def encoding(self) -> dict[str, Any]:
+        """The arguments of functions that encode."""
+        return {"batch_size": self.batch_size, "progress": self.progress}
 
 
 @dataclass(frozen=True)
@@ -62,65 +47,59 @@ class SharedFeatures:
     texts: bool
 
     @cached_property
+    def templates(self) -> tuple[str, list[str]]:
+        """Name and sentences of the templates."""
+        return read_templates(self.options.templates or self.dataset.templates)
+
+    @cached_property
     def test(self) -> SourceFeatures:
         """The test split, projected and normalized."""
-        features = encode_source(self.model, self.dataset.split("test"), texts=self.texts, **self.options.reading)
+        features = encode_source(
+            self.model,
+            self.dataset.split("test"),
+            texts=self.texts,
+            workers=self.options.workers,
+            **self.options.encoding,
+        )
         # A source knows its file's name only, which another dataset may have too.
         return replace(features, name=self.dataset.name)
 
     @cached_property
     def splits(self) -> ProbeData:
         """All splits with their labels, for probes."""
-        options = self.options
-        cache = FeatureCache(self.model, options.features, enabled=options.cache, **options.reading)
+        cache = FeatureCache(
+            self.model,
+            self.options.features,
+            enabled=self.options.cache,
+            workers=self.options.workers,
+            **self.options.encoding,
+        )
         with measuring(self.model) as device:
             # Apple's devices have no float64, which the solver sums in.
             return read_probe_data(self.dataset, cache, "cpu" if device.type == "mps" else device)
 
-
-@dataclass(frozen=True)
-class Task:
-    """A way to evaluate; `check` refuses a dataset or a model that does not suit, before anything is encoded."""
-
-    check: Callable[[SharedFeatures], object]
-    measure: Callable[[SharedFeatures], Result]
-
-
-def _check_zero_shot(shared: SharedFeatures) -> None:
-    with_classes(shared.dataset.split("test"))
-    read_templates(shared.options.templates or shared.dataset.templates)
+    def check(self, task: str) -> None:
+        """Refuse a dataset or a model that does not suit the task, before anything is encoded."""
+        if task == "zero-shot":
+            with_classes(self.dataset.split("test"))
+            self.templates  # noqa: B018  # an unknown set raises
+        elif task != "retrieval":
+            encoder_of(self.model, self.options.features)
+            check_probe(self.dataset, task)
 
 
 def _zero_shot(shared: SharedFeatures) -> ZeroShotResult:
-    source, options = with_classes(shared.dataset.split("test")), shared.options
-    name, templates = read_templates(options.templates or shared.dataset.templates)
-    classes = class_features(
-        shared.model, source.class_names, templates, batch_size=options.batch_size, progress=options.progress
-    )
+    source, (name, templates) = with_classes(shared.dataset.split("test")), shared.templates
+    classes = class_features(shared.model, source.class_names, templates, **shared.options.encoding)
     return classify(shared.test, source.labels[shared.test.indices], classes, templates=name)
 
 
-def _retrieval(shared: SharedFeatures) -> RetrievalResult:
-    return retrieve(shared.test, same_caption=shared.options.same_caption)
-
-
-def _probe(name: str, measure: Callable[[SharedFeatures], Result], chooses: bool = True) -> Task:
-    def check(shared: SharedFeatures) -> None:
-        encoder_of(shared.model, shared.options.features)
-        check_probe(shared.dataset, name, chooses=chooses)
-
-    return Task(check, measure)
-
-
-TASKS: Mapping[str, Task] = {
-    "zero-shot": Task(_check_zero_shot, _zero_shot),
-    "retrieval": Task(lambda shared: None, _retrieval),
-    "linear": _probe("a linear probe", lambda shared: linear_probe(shared.splits)),
-    "knn": _probe("a nearest-neighbor probe", lambda shared: knn_probe(shared.splits), chooses=False),
-    "few-shot": _probe(
-        "a few-shot probe",
-        lambda shared: few_shot_probe(shared.splits, shared.options.shots, shared.options.seeds),
-    ),
+TASKS: Mapping[str, Callable[[SharedFeatures], Result]] = {
+    "zero-shot": _zero_shot,
+    "retrieval": lambda shared: retrieve(shared.test),
+    "linear": lambda shared: linear_probe(shared.splits),
+    "knn": lambda shared: knn_probe(shared.splits),
+    "few-shot": lambda shared: few_shot_probe(shared.splits, shared.options.shots, shared.options.seeds),
 }
 
 
@@ -143,53 +122,34 @@ def evaluate(
         task: "zero-shot", "retrieval", "linear", "knn" or "few-shot".
         label_column: A table's column with the classes; see `open_dataset`.
         options: Fields of `Options`, such as ``batch_size=64`` or ``templates="a photo of {}"``.
-
-    Returns:
-        The numbers with n and chance, in the task's own class of `declip.evaluation.results`.
-
-    Raises:
-        UserError: an unknown name, a dataset without what the task needs, or one of which nothing can be read.
     """
     opened = open_dataset(dataset, label_column=label_column)
     return evaluate_all(model, opened, (task,), Options(**options))[0]
 
 
 def evaluate_all(
-    model: Encoder, dataset: str | PairSource | Dataset, tasks: Sequence[str], options: Options | None = None
-) -> list[Result]:
-    """Evaluate by several tasks, in the order given; what they share is read and encoded once."""
-    return evaluate_sets(model, (dataset,), tasks, options)
-
-
-def evaluate_sets(
     model: Encoder,
-    datasets: Sequence[str | PairSource | Dataset],
+    datasets: str | PairSource | Dataset | list[Dataset],
     tasks: Sequence[str],
     options: Options | None = None,
 ) -> list[Result]:
-    """Evaluate on several datasets by several of `TASKS`; all are checked before the first is encoded.
+    """Evaluate on one dataset or several by several of `TASKS`, dataset by dataset.
 
-    Returns:
-        The results of the first dataset in the order of the tasks, then those of the next.
-
-    Raises:
-        UserError: as `evaluate`, or a dataset is given twice.
+    All datasets are checked before the first is encoded; what tasks share is read and encoded once.
     """
     for task in tasks:
         if task not in TASKS:
             raise unknown("task", task, TASKS)
-    if not tasks:
-        raise UserError(f"No task was given. Known: {', '.join(sorted(TASKS))}.")
-    checked: dict[str, SharedFeatures] = {}
-    for dataset in datasets:
+    checked: list[SharedFeatures] = []
+    for dataset in datasets if isinstance(datasets, list) else [datasets]:
         shared = SharedFeatures(model, open_dataset(dataset), options or Options(), texts="retrieval" in tasks)
-        if shared.dataset.name in checked:
+        if shared.dataset.name in {other.dataset.name for other in checked}:
             raise UserError(f"The dataset '{shared.dataset.name}' is given twice. Name each dataset once.")
         for task in tasks:
-            TASKS[task].check(shared)
-        checked[shared.dataset.name] = shared
+            shared.check(task)
+        checked.append(shared)
     results = []
-    for name in list(checked):
-        shared = checked.pop(name)  # so that the features of a dataset are freed when it is done
-        results += [TASKS[task].measure(shared) for task in tasks]
+    while checked:
+        shared = checked.pop(0)  # so that the features of a dataset are freed when it is done
+        results += [TASKS[task](shared) for task in tasks]
     return results

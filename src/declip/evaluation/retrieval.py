@@ -2,27 +2,20 @@
 
 from collections.abc import Sequence
 from math import comb
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from declip.errors import UserError
 from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.results import RecallAtK, RetrievalResult
 
-SAME = 1e-6
-"""Images whose features differ by less are copies: batches of another size round differently."""
-
 TIE = 1e-6
-"""Cosines nearer than this are equal: features are float32."""
+"""Cosines nearer than this are equal, and images whose features differ by less are copies: features are float32."""
 
 BLOCK = 8_000_000
 """Number of scores held at a time: 64 MB."""
-
-SameCaption = Literal["wrong", "right"]
 
 
 def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, block: int = BLOCK) -> np.ndarray:
@@ -61,28 +54,20 @@ def recall(rank: np.ndarray, right: Sequence[np.ndarray], candidates: int) -> Re
     return RecallAtK(len(rank), candidates, **hits, **chance, median_rank=float(np.median(rank)))
 
 
-def retrieve(features: SourceFeatures, *, same_caption: SameCaption = "wrong", block: int = BLOCK) -> RetrievalResult:
+def retrieve(features: SourceFeatures) -> RetrievalResult:
     """Measure R@1, R@5 and R@10 both ways.
 
     A caption looks for its image among all images; an image looks for any one of its captions among the captions of
-    all images. When two images carry the same caption, word for word, the usual practice is kept: the caption counts
-    for its own image only, although the words do not distinguish them (and from image to text the two captions tie, so
-    both images miss rank 1). ``same_caption="right"`` lets a caption count for every image that carries it. Copies of
-    an image are as wrong as any other image. The result counts both kinds of duplicates.
+    all images. A caption that two images carry, word for word, counts for its own image only, as is usual (and from
+    image to text the two captions tie, so both images miss rank 1). Copies of an image are as wrong as any other image.
     """
-    if features.texts is None:
-        raise UserError("Retrieval needs the captions' features. Encode the source with texts=True.")
-    if same_caption not in ("wrong", "right"):
-        raise UserError(f"same_caption is '{same_caption}', but must be 'wrong' or 'right'.")
+    assert features.texts is not None, "encode the source with texts=True"
     owners, words = features.owners, features.words
     images_of_text = [owners[row : row + 1] for row in range(len(words))]
     texts_of_image = np.split(np.arange(len(words)), np.cumsum([len(texts) for texts in features.captions])[:-1])
     carriers = carriers_of(features)
-    if same_caption == "right":
-        images_of_text = [carriers[word] for word in words]
-        texts_of_image = _equal_texts(features.captions, words)
-    text_rank = ranks(features.texts, features.images, images_of_text, block=block)
-    image_rank = ranks(features.images, features.texts, texts_of_image, block=block)
+    text_rank = ranks(features.texts, features.images, images_of_text)
+    image_rank = ranks(features.images, features.texts, texts_of_image)
     return RetrievalResult(
         dataset=features.name,
         images=len(features),
@@ -92,9 +77,16 @@ def retrieve(features: SourceFeatures, *, same_caption: SameCaption = "wrong", b
         duplicate_images=_duplicates(features.images),
         duplicate_captions=sum(len(carriers[word]) > 1 for word in words),
         truncated_captions=features.truncated,
-        same_caption=same_caption,
         skipped=dict(features.skipped.counts),
     )
+
+
+def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
+    """Map each caption to the rows of the images that carry it, word for word."""
+    carriers: dict[str, set[int]] = {}
+    for word, owner in zip(features.words, features.owners.tolist(), strict=True):
+        carriers.setdefault(word, set()).add(owner)
+    return {word: np.array(sorted(rows), dtype=np.int64) for word, rows in carriers.items()}
 
 
 def _duplicates(images: Tensor) -> int:
@@ -102,24 +94,8 @@ def _duplicates(images: Tensor) -> int:
     # Equal features are neighbors along any direction, so that none needs to be compared with all others.
     direction = torch.randn(images.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ordered = images[(images.double() @ direction).argsort()]
-    same = (ordered[1:] - ordered[:-1]).abs().amax(1) < SAME
+    same = (ordered[1:] - ordered[:-1]).abs().amax(1) < TIE
     return int((pad(same, (1, 0)) | pad(same, (0, 1))).sum())
-
-
-def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
-    """Map each caption to the rows of the images that carry it, word for word."""
-    carriers: dict[str, set[int]] = {}
-    for word, owner in zip(features.words, features.owners, strict=True):
-        carriers.setdefault(word, set()).add(int(owner))
-    return {word: np.array(sorted(rows), dtype=np.int64) for word, rows in carriers.items()}
-
-
-def _equal_texts(captions: Sequence[tuple[str, ...]], words: Sequence[str]) -> list[np.ndarray]:
-    """For each image, all rows of `words` that equal one of its captions."""
-    rows_of: dict[str, list[int]] = {}
-    for row, word in enumerate(words):
-        rows_of.setdefault(word, []).append(row)
-    return [np.array(sorted({row for text in texts for row in rows_of[text]}), dtype=np.int64) for texts in captions]
 
 
 def _chance(k: int, right: Sequence[np.ndarray], candidates: int) -> float:

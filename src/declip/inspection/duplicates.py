@@ -1,10 +1,23 @@
-"""Find duplicates among many hashes by sorting, in nearly linear time."""
+"""Hashes of images and captions, and finding duplicates among many by sorting, in nearly linear time."""
 
+from hashlib import blake2b
 from itertools import combinations
 
 import numpy as np
+from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+from declip.data.text.tokenizer import clean
+
+COARSE, FINE = 8, 16
+"""Steps to the right and down that a small copy has: hashes of 128 and of 512 bits."""
+
+LOOK = np.dtype([("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint", np.uint8, (3,))])
+"""What an image looks like, 83 bytes: two hashes, and its mean red, green and blue."""
+
+STEP = 2
+"""Gray levels by which a neighbor must be brighter to count, so that flat areas do not hash their noise."""
 
 COARSE_BITS, FINE_BITS = 6, 24
 """Bits of 128 and of 512 in which the hashes of two near-duplicates may differ. Of the built-in photographs, drawings
@@ -18,14 +31,55 @@ BLOCKS = 8
 pair of blocks, 28 in all, every pair of near-duplicates stands together once at least."""
 
 REACH = 64
-"""How far apart two hashes may stand among those with the same two blocks. There are rarely so many; where there are
-(blank margins, one template) some near-duplicates are met through a third only, and the work stays linear."""
+"""How far apart two hashes may stand among those with the same two blocks, so that the work stays linear. Where there
+are more (blank margins, one template) some near-duplicates are met through a third only."""
 
 _SET = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 
+def image_hash(image: Image.Image) -> int:
+    """64 bits of an RGB image's size and pixels: equal for equal images, and for no others but by one in 10^19."""
+    digest = blake2b(repr(image.size).encode(), digest_size=8)
+    digest.update(image.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def caption_hash(caption: str) -> int:
+    """64 bits of a caption as the tokenizer cleans it: captions that a model cannot tell apart hash alike."""
+    return int.from_bytes(blake2b(clean(caption).encode(), digest_size=8).digest(), "little")
+
+
+def look(image: Image.Image) -> np.ndarray:
+    """Hash the appearance of an image: where it gets brighter, and its mean color.
+
+    The hashes are dHash (Krawetz 2013, "Kind of Like That") in both directions: one bit for each of 8 x 8, or 16 x 16,
+    gray pixels of a small copy that says whether its right, or lower, neighbor is brighter. A copy that was scaled or
+    compressed again differs in a few bits. The coarse one is quick to search by; the fine one tells a plus from a
+    minus in a circle, and the color one drawing in red from the same in blue.
+    """
+    small, larger = _small(image, COARSE + 1), _small(image, FINE + 1)
+    tint = small.mean((0, 1)).round().astype(np.uint8)
+    return np.array((_brighter(small), _brighter(larger), tint), LOOK)
+
+
+def _small(image: Image.Image, side: int) -> np.ndarray:
+    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0), np.float32)
+
+
+def _brighter(small: np.ndarray) -> np.ndarray:
+    gray = small @ np.array([0.299, 0.587, 0.114], np.float32)
+    right = gray[:-1, 1:] - gray[:-1, :-1] > STEP
+    down = gray[1:, :-1] - gray[:-1, :-1] > STEP
+    return np.packbits(np.stack([right, down])).view(np.uint64)
+
+
+def is_blank(image: Image.Image, seen: np.ndarray) -> bool:
+    """Whether an RGB image has one color only; what `look` saw spares most images the count."""
+    return not seen["fine"].any() and all(low == high for low, high in image.getextrema())  # type: ignore[misc]
+
+
 def equal_groups(hashes: np.ndarray) -> np.ndarray:
-    """Number the groups of equal hashes, (n,): each one's group, int64 (n,), in the order of first members."""
+    """Number the groups of equal hashes (n,): int64 (n,), in the order of first members."""
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     number = np.empty(len(first), np.int64)
     number[np.argsort(first)] = np.arange(len(first))
@@ -33,18 +87,12 @@ def equal_groups(hashes: np.ndarray) -> np.ndarray:
 
 
 def near_groups(looks: np.ndarray) -> np.ndarray:
-    """Number the groups of images that look alike, by (n,) `LOOK`s; those joined through a third image are one group.
+    """Number the groups of images that look alike, by (n,) `LOOK`s: int64 (n,), in the order of first members.
 
-    Returns:
-        The group of each, int64 (n,), in the order in which each is first met.
+    Images that are joined through a third are one group.
     """
-    # Looks that are equal are merged here, found by a dot product with random odd numbers, modulo 2^64.
-    words = [looks[name][:, place] for name in ("coarse", "fine", "tint") for place in range(looks[name].shape[1])]
-    factors = np.random.default_rng(0).integers(0, 2**63, len(words), dtype=np.uint64) * 2 + 1
-    mixed = np.zeros(len(looks), np.uint64)
-    for word, factor in zip(words, factors, strict=True):
-        mixed += word * factor
-    _, first, equal = np.unique(mixed, return_index=True, return_inverse=True)
+    raw = np.ascontiguousarray(looks).view(np.dtype((np.void, looks.itemsize)))
+    _, first, equal = np.unique(raw, return_index=True, return_inverse=True)
     return equal_groups(_joined(looks[first])[equal])
 
 
@@ -59,7 +107,6 @@ def _joined(looks: np.ndarray) -> np.ndarray:
         order = np.argsort(key, kind="stable")
         key = key[order]
         places = np.arange(len(key) - 1)
-        edges = []
         for shift in range(1, REACH + 1):
             places = places[places + shift < len(key)]
             places = places[key[places] == key[places + shift]]
@@ -68,32 +115,21 @@ def _joined(looks: np.ndarray) -> np.ndarray:
             pair = np.stack([order[places], order[places + shift]])
             pair = pair[:, labels[pair[0]] != labels[pair[1]]]
             for hashes, most in ((coarse, COARSE_BITS), (fine, FINE_BITS)):
-                pair = pair[:, _ones(hashes[pair[0]] ^ hashes[pair[1]]) <= most]
+                pair = pair[:, _SET[(hashes[pair[0]] ^ hashes[pair[1]]).view(np.uint8)].sum(1, dtype=np.int64) <= most]
             pair = pair[:, np.abs(tints[pair[0]] - tints[pair[1]]).max(1, initial=0) <= TINT]
-            edges.append(labels[pair])
-            # Joined early, so that the many of one group are not compared over and over.
-            if shift.bit_count() == 1:
-                labels, edges = _join(labels, edges), []
-        labels = _join(labels, edges)
+            labels = _join(labels, labels[pair])
     return labels
 
 
-def _ones(words: np.ndarray) -> np.ndarray:
-    """Bits that are set in each row."""
-    return _SET[words.view(np.uint8)].sum(1, dtype=np.int64)
-
-
-def _join(labels: np.ndarray, edges: list[np.ndarray]) -> np.ndarray:
-    """Give all labels that edges, (2, e) each, lead between the smallest of them."""
-    if not any(each.size for each in edges):
+def _join(labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Give all labels that edges (2, e) lead between the smallest of them."""
+    if not edges.size:
         return labels
-    met, ends = np.unique(np.concatenate(edges, axis=1), return_inverse=True)
-    one, other = ends.reshape(2, -1)
-    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(met), len(met)))
+    met, ends = np.unique(edges, return_inverse=True)
+    graph = coo_array((np.ones(edges.shape[1], bool), ends.reshape(2, -1)), shape=(len(met), len(met)))
     component = connected_components(graph, directed=False)[1]
-    smallest = met[np.unique(component, return_index=True)[1]]
     table = np.arange(len(labels))
-    table[met] = smallest[component]
+    table[met] = met[np.unique(component, return_index=True)[1]][component]
     return table[labels]
 
 
@@ -112,19 +148,13 @@ def repeated(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def coincidence(groups: np.ndarray, weights: np.ndarray, count: int) -> float:
-    """Estimate how likely two random pairs share one.
+    """Estimate how likely two of `count` random pairs show the same: unbiased for a random sample, 0 for one pair.
 
     Args:
         groups: (k,) what may be shown, from 0: the group of a caption, say. No pair has one of them twice.
         weights: (k,) how likely its pair is to show it; the weights of a pair add up to 1.
-        count: Number of pairs.
-
-    Returns:
-        The mean over all ordered pairs of different pairs, which for a random sample is an unbiased
-        estimate of theirs; 0 for a single pair.
     """
     if count < 2:
         return 0.0
     together = np.bincount(groups, weights)
-    own = float((weights**2).sum())
-    return max(0.0, (float((together**2).sum()) - own) / (count * (count - 1)))
+    return max(0.0, float((together**2).sum() - (weights**2).sum()) / (count * (count - 1)))

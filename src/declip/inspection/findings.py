@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from declip.inspection.captions import ONE_WORD
-from declip.inspection.result import CaptionStats, Finding, ImageStats, Inspection
+from declip.inspection.result import CaptionStats, Finding, ImageStats, Inspection, RepeatGroup
 
 BROKEN = 0.05
 """Default of `data.max_broken_fraction`: a run stops above it."""
@@ -19,38 +19,36 @@ MANY_SMALL, MANY_LONG, MANY_REPEATED = 0.25, 0.05, 0.01
 EQUAL_ROWS, MANY_EQUAL_ROWS = 0.01, 0.1
 """Fraction of a batch's rows that have an equal caption in it: from where it is reported, and is to be fixed."""
 
-LARGE, KEPT = 3.0, 2.0
-"""Multiples of the training size: from where on shrinking once pays, and to what. A crop of a quarter is then not
-enlarged."""
-
-MULTIPLE = 32
-"""Pixels: towers take sizes that are a multiple of their patch or stride."""
+LARGE, KEPT, MULTIPLE = 3.0, 2.0, 32
+"""Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by."""
 
 QUEUE_FRACTION, SMALLEST_QUEUE, USUAL_QUEUE = 3, 64, 65_536
-"""Pairs for each entry of the nearest-neighbor queue, entries at least, and the entries of the official
-implementation (Li et al. 2022)."""
+"""Pairs for each entry of the nearest-neighbor queue, entries at least, and the official implementation's entries."""
 
 
 def find(inspection: Inspection) -> tuple[Finding, ...]:
     """Apply all rules to an inspection without findings; what is to be fixed comes first."""
-    findings = [*_pairs(inspection)]
+    findings = [*_broken_and_leaked(inspection)]
     if inspection.images is not None and inspection.captions is not None:
         findings += _repeats(inspection)
         findings += _captions(inspection, inspection.captions)
-        findings += _images(inspection, inspection.images)
-        findings += _queue(inspection)
+        findings += _images(inspection.images)
+        if inspection.total <= QUEUE_FRACTION * USUAL_QUEUE:
+            size = SMALLEST_QUEUE
+            while 2 * size * QUEUE_FRACTION <= inspection.total:
+                size *= 2
+            findings.append(Finding("queue", USUAL_QUEUE / inspection.total, {"usual": USUAL_QUEUE, "size": size}))
     return tuple(sorted(findings, key=lambda finding: not finding.fix))
 
 
-def _pairs(it: Inspection) -> Iterator[Finding]:
+def _broken_and_leaked(it: Inspection) -> Iterator[Finding]:
     if it.broken.count:
         reason = max(it.reasons, key=lambda name: it.reasons[name]["count"])
         values = {"limit": BROKEN, "reason": reason, "example": it.reasons[reason]["examples"][0]}
         yield Finding("broken", it.broken.value, values, it.broken.value > BROKEN)
     for leakage in it.leakages:
         if leakage.found.count:
-            values = {"set": leakage.name, "images": leakage.images}
-            yield Finding("leakage", leakage.found.value, values, True)
+            yield Finding("leakage", leakage.found.value, {"set": leakage.name, "images": leakage.images}, True)
 
 
 def _repeats(it: Inspection) -> Iterator[Finding]:
@@ -68,14 +66,14 @@ def _repeats(it: Inspection) -> Iterator[Finding]:
 def _captions(it: Inspection, captions: CaptionStats) -> Iterator[Finding]:
     rows = 2 * captions.equal_in_batch / captions.batch_size
     if rows >= EQUAL_ROWS:
-        text, count = captions.frequent[0] if captions.frequent else ("", 0)
-        values: dict[str, Any] = {"batch_size": captions.batch_size, "text": text, "fraction": count / it.usable}
+        group = next(iter(it.equal_captions.examples if it.equal_captions else ()), RepeatGroup(0, (), ""))
+        values: dict[str, Any] = {"batch_size": captions.batch_size, "text": group.caption}
+        values["fraction"] = group.size / it.usable
         yield Finding("equal_captions", captions.equal_in_batch, values, rows > MANY_EQUAL_ROWS)
-    odd = {kind: each for kind, each in captions.kinds.items() if kind != ONE_WORD}
-    fraction = sum(each.value for each in odd.values())
+    odd = {kind: part.value for kind, part in captions.kinds.items() if kind != ONE_WORD}
+    fraction = sum(odd.values())
     if fraction >= MANY_ODD:
-        example = captions.examples[max(odd, key=lambda kind: odd[kind].count)][0]
-        values = {"kinds": {kind: each.value for kind, each in odd.items()}, "example": example}
+        values = {"kinds": odd, "example": captions.examples[max(odd, key=odd.__getitem__)][0]}
         yield Finding("odd_captions", fraction, values, fraction > BROKEN)
     one_word = captions.kinds.get(ONE_WORD)
     if one_word is not None and one_word.value >= MANY_ONE_WORD and it.keywords is not None:
@@ -96,31 +94,16 @@ def _captions(it: Inspection, captions: CaptionStats) -> Iterator[Finding]:
         yield Finding("scripts", sum(others.values()), {"scripts": dict(list(others.items())[:4])})
 
 
-def _images(it: Inspection, images: ImageStats) -> Iterator[Finding]:
+def _images(images: ImageStats) -> Iterator[Finding]:
     median, small = images.shorter.median, images.smaller.value
+    values: dict[str, Any] = {"size": images.size, "median": median}
     if small >= MANY_SMALL:
         side = max(MULTIPLE, int(images.shorter.at(25)) // MULTIPLE * MULTIPLE)
-        yield Finding("small_images", small, {"size": images.size, "median": median, "side": side})
+        yield Finding("small_images", small, {**values, "side": side})
     elif median >= LARGE * images.size:
-        side = round(KEPT * images.size)
-        gigabytes = images.bytes.mean * it.total / 1e9 if images.bytes else None
-        facts = {"size": images.size, "median": median, "side": side, "gigabytes": gigabytes}
-        yield Finding("large_images", median / images.size, facts)
+        yield Finding("large_images", median / images.size, {**values, "side": round(KEPT * images.size)})
     if images.long.value >= MANY_LONG:
         yield Finding("long_images", images.long.value)
-    if images.blank.count:
-        values: dict[str, Any] = {
-            "count": images.blank.count,
-            "of": images.blank.of,
-            "key": next(iter(images.blank_keys), ""),
-        }
-        yield Finding("blank_images", images.blank.value, values, images.blank.value > MANY_REPEATED)
-
-
-def _queue(it: Inspection) -> Iterator[Finding]:
-    if it.total > QUEUE_FRACTION * USUAL_QUEUE:
-        return
-    size = SMALLEST_QUEUE
-    while 2 * size * QUEUE_FRACTION <= it.total:
-        size *= 2
-    yield Finding("queue", USUAL_QUEUE / it.total, {"usual": USUAL_QUEUE, "size": size})
+    if (blank := images.blank).count:
+        values = {"count": blank.count, "of": blank.of, "key": next(iter(images.blank_keys), "")}
+        yield Finding("blank_images", blank.value, values, blank.value > MANY_REPEATED)

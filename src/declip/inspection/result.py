@@ -1,8 +1,7 @@
 """The numbers of an inspection."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,105 +15,81 @@ class Fraction:
 
     Attributes:
         low, high: 95 % interval (Wilson 1927) for the whole source; the fraction itself when the whole was read.
+        fraction: Between 0 and 1; 0 of none.
     """
 
     count: int
     of: int
     low: float
     high: float
+    fraction: float
 
     @property
     def value(self) -> float:
-        """Between 0 and 1; 0 of none."""
-        return self.count / self.of if self.of else 0.0
+        """The fraction."""
+        return self.fraction
 
     @classmethod
     def counted(cls, count: int, of: int, whole: bool) -> "Fraction":
         """Make the fraction of a whole source or of a sample of it."""
+        value = count / of if of else 0.0
         if whole or not of:
-            value = count / of if of else 0.0
-            return cls(count, of, value, value)
+            return cls(count, of, value, value, value)
         interval = binomtest(count, of).proportion_ci(method="wilson")
-        return cls(count, of, float(interval.low), float(interval.high))
-
-
-PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+        return cls(count, of, float(interval.low), float(interval.high), value)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A distribution of n numbers: mean, minimum, maximum, and the value at each of `PERCENTILES`."""
+    """A distribution of n numbers: mean, ends and percentiles."""
 
     n: int
     mean: float
     min: float
+    p1: float
+    p5: float
+    p25: float
+    p50: float
+    p75: float
+    p95: float
+    p99: float
     max: float
-    percentiles: tuple[float, ...]
 
     @property
     def median(self) -> float:
         """The 50th percentile."""
-        return self.at(50)
+        return self.p50
 
     def at(self, percent: int) -> float:
-        """The value at one of `PERCENTILES`."""
-        return self.percentiles[PERCENTILES.index(percent)]
+        """One of the percentiles."""
+        return float(getattr(self, f"p{percent}"))
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Spread":
         """Describe at least one number."""
-        points = tuple(float(value) for value in np.percentile(values, PERCENTILES))
-        return cls(len(values), float(values.mean(dtype=np.float64)), float(values.min()), float(values.max()), points)
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts of integers in bars that start at `edges`; the last bar is open."""
-
-    edges: tuple[int, ...]
-    counts: tuple[int, ...]
-
-    @classmethod
-    def of(cls, values: np.ndarray, edges: tuple[int, ...]) -> "Histogram":
-        """Count numbers, none below the first edge."""
-        bars = np.searchsorted(edges, values, side="right") - 1
-        return cls(edges, tuple(int(n) for n in np.bincount(bars, minlength=len(edges))))
-
-    def labels(self) -> list[str]:
-        """Ranges such as "224–255" and "4,096 or more"."""
-        ends = [f"{low:,}–{high - 1:,}" for low, high in zip(self.edges, self.edges[1:], strict=False)]
-        return [*ends, f"{self.edges[-1]:,} or more"]
+        points = np.percentile(values, (0, 1, 5, 25, 50, 75, 95, 99, 100))
+        return cls(len(values), float(values.mean(dtype=np.float64)), *map(float, points))
 
 
 @dataclass(frozen=True)
 class ImageStats:
-    """Statistics of the images; sizes in pixels, after EXIF rotation.
+    """Statistics of the images, in pixels after EXIF rotation.
 
     Attributes:
         aspect: The longer side over the shorter.
-        histogram: Of the shorter side.
-        size: Side of the training images.
-        smaller: Images whose shorter side is smaller than that.
-        long: Images more than three times as long as wide.
-        blank: Images of a single color.
-        blank_keys: Keys of the first few.
-        formats, modes: Files by format and by Pillow's mode; empty where the source has no files.
-        bytes: Size of the files; None where the source has none.
+        size, smaller: Side of the training images, and images whose shorter side is smaller.
+        long, blank: Images more than three times as long as wide, and of a single color.
     """
 
     width: Spread
     height: Spread
     shorter: Spread
     aspect: Spread
-    histogram: Histogram
     size: int
     smaller: Fraction
     long: Fraction
     blank: Fraction
     blank_keys: tuple[str, ...]
-    formats: dict[str, int]
-    modes: dict[str, int]
-    bytes: Spread | None
 
 
 @dataclass(frozen=True)
@@ -123,36 +98,28 @@ class CaptionStats:
 
     Attributes:
         tokens: CLIP's, start and end included, nothing truncated.
-        histogram: Of the tokens.
         truncated: Captions that a `text.context_length` would truncate, by context length.
         context_length: The shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does.
-        kinds: Captions that are one word, or do not describe; see `captions.kind_of`.
-        scripts: Captions by the script of most letters.
-        frequent: The most frequent captions, and the number of pairs that have them.
-        common_words: Words in most captions, without stop words, and the number of captions they are in.
-        batch_size: The batch that `equal_in_batch` is for.
-        equal_in_batch: Expected number of couples of equal captions in such a batch: each is a false negative.
+        kinds, examples: Captions that are one word, or do not describe; see `captions.kind_of`.
+        equal_in_batch: Expected number of couples of equal captions in a batch of `batch_size`: false negatives.
     """
 
     per_pair: Spread
     words: Spread
     characters: Spread
     tokens: Spread
-    histogram: Histogram
     truncated: dict[int, Fraction]
     context_length: int
     kinds: dict[str, Fraction]
     examples: dict[str, list[str]]
     scripts: dict[str, int]
-    frequent: tuple[tuple[str, int], ...]
-    common_words: tuple[tuple[str, int], ...]
     batch_size: int
     equal_in_batch: float
 
 
 @dataclass(frozen=True)
 class RepeatGroup:
-    """Pairs with the same image or caption: how many, the first keys, and the first caption."""
+    """Pairs with the same image or caption: how many, the first keys, and the first or common caption."""
 
     size: int
     keys: tuple[str, ...]
@@ -161,14 +128,12 @@ class RepeatGroup:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Images or captions that several of the pairs read have.
+    """Images or captions that several of the pairs read have, with the largest groups as examples.
 
     Attributes:
         members: Pairs that have one in common with another pair.
         surplus: Pairs that would go if one of each group stayed.
-        coincidences: Couples of pairs that have one in common.
-        expected: Unbiased estimate of those in the whole source; the same when the whole was read.
-        examples: The largest groups.
+        coincidences, expected: Couples of pairs that have one in common, and an unbiased estimate for the whole source.
     """
 
     members: int
@@ -181,13 +146,7 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Leakage:
-    """Images that look like one of another source, such as a test set.
-
-    Attributes:
-        images: How many of its images were read, all that can be.
-        found: Pairs whose image is among them.
-        copies: Their keys and places in the source.
-    """
+    """Pairs whose image looks like one of the `images` that another source has, with their keys and places."""
 
     name: str
     images: int
@@ -197,11 +156,10 @@ class Leakage:
 
 @dataclass(frozen=True)
 class Finding:
-    """A number that matters for training.
+    """A number that matters for training, with numbers and names for the sentence of the template findings.txt.
 
     Attributes:
-        rule: Name of the rule, and of its macro in the template findings.txt.
-        values: Numbers and names for the sentence.
+        rule: Name of the rule, and of its macro in the template.
         fix: Whether it should be fixed before training.
     """
 
@@ -227,19 +185,11 @@ class Inspection:
     """Everything known about a source of pairs; made by `inspect_source`.
 
     Attributes:
-        total: Pairs of the source.
-        read: Pairs tried.
-        broken: Pairs tried that cannot be used.
+        total, read, broken: Pairs of the source, pairs tried, and those of them that cannot be used.
         reasons: Reasons, each with its count and examples.
         images, captions: Statistics; these and all that follow are empty when no pair can be used.
-        keywords: Pairs that have keywords.
-        keywords_per_pair: Mean over all pairs.
-        equal_images: The same pixels.
         near_images: Images that look alike, equal ones included.
-        equal_captions: The same text to the tokenizer.
         findings: What matters for training, what is to be fixed first.
-        near_examples: Some groups of images that look alike.
-        credit: Who made the images, where the source says so.
     """
 
     name: str
@@ -252,7 +202,6 @@ class Inspection:
     images: ImageStats | None = None
     captions: CaptionStats | None = None
     keywords: Fraction | None = None
-    keywords_per_pair: float = 0.0
     equal_images: Repeats | None = None
     near_images: Repeats | None = None
     equal_captions: Repeats | None = None
@@ -274,25 +223,10 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the example images."""
-        images = ("examples", "near_examples")
-        found = {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name not in images}
-        return {**found, "whole": self.whole, "usable": self.usable}
+        plain = asdict(replace(self, examples=(), near_examples=()))
+        del plain["examples"], plain["near_examples"]
+        return {**plain, "whole": self.whole, "usable": self.usable}
 
     def to_json(self) -> str:
         """The plain data as JSON."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Spread):
-        points = {f"p{percent}": number for percent, number in zip(PERCENTILES, value.percentiles, strict=True)}
-        return {"n": value.n, "mean": value.mean, "min": value.min, **points, "max": value.max}
-    if isinstance(value, Fraction):
-        return {**asdict(value), "fraction": value.value}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    return value

@@ -9,55 +9,17 @@ from torch import Tensor
 
 import declip
 from declip.errors import UserError
-from declip.interchange.foreign import Refusal
+from declip.interchange.foreign import Reread
 from declip.interchange.weights import Weights, one_line, read_recipe
 from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
+from declip.models.no_text import has_text
 from declip.runs.checkpoint import part, prefixed
 
+LIBRARY = "declip"
 FILE, CARD = "declip.safetensors", "README.md"
 RECIPE, VERSION = "declip.recipe", "declip.version"
 """Names in the metadata."""
-
-IMAGE_USAGE = """
-import declip, torch
-from PIL import Image
-
-model = declip.load("declip.safetensors")
-image = Image.new("RGB", (320, 240), "orange")  # your image
-with torch.no_grad():
-    pixels = model.preprocess(image)
-    print(model.encode_image(pixels).shape, model.encode_backbone(pixels).shape)
-"""
-USAGE = """
-import declip, torch
-from PIL import Image
-
-model = declip.load("declip.safetensors")
-image = Image.new("RGB", (320, 240), "orange")  # your image
-with torch.no_grad():
-    images = model.encode_image(model.preprocess(image))
-    texts = model.encode_text(model.tokenize(["an orange square", "a cat"]))
-print((model.logit_scale.exp() * images @ texts.T).softmax(dim=-1))
-"""
-
-
-def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None) -> None:
-    """Write a model that knows its recipe, named "model.…" as in a checkpoint, and heads of losses as "objective.…"."""
-    express(model)
-    assert model.recipe is not None, "a model without one was refused"
-    tensors = prefixed("model", model.state_dict()) | prefixed("objective", heads or {})
-    metadata = {RECIPE: model.recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
-    save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
-
-
-def express(model: DualEncoder) -> None:
-    """Refuse a model without a recipe."""
-    if model.recipe is None:
-        raise Refusal(
-            "it was not built from a recipe, so no file can say what it is",
-            "give the run or the file that the model was loaded from",
-        )
 
 
 def matches(where: str) -> bool:
@@ -94,3 +56,26 @@ def read_part(where: str) -> Weights:
     except Exception as error:  # safetensors has classes of its own
         raise UserError(f"'{path}' is damaged: {one_line(error, 200)}. Write it again.") from error
     return Weights(read_recipe(recipe, str(path)), part("model", tensors), str(where), part("objective", tensors))
+
+
+def express(model: DualEncoder) -> None:
+    """Every model can be expressed."""
+
+
+def write(model: DualEncoder, folder: Path) -> None:
+    """Write a folder with the file."""
+    write_declip_file(model, folder / FILE)
+
+
+def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None) -> None:
+    """Write a model that knows its recipe, named "model.…" as in a checkpoint, and heads of losses as "objective.…"."""
+    assert model.recipe is not None, "built from a recipe"
+    tensors = prefixed("model", model.state_dict()) | prefixed("objective", heads or {})
+    metadata = {RECIPE: model.recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
+    save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def reread(folder: Path) -> Reread:
+    """Load the folder again."""
+    model = read(str(folder)).build().eval()
+    return Reread(f"declip {declip.__version__}", model.encode_image, model.encode_text if has_text(model) else None)

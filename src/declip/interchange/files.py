@@ -1,10 +1,12 @@
 """Files of tensors from elsewhere: no code in them runs, and they take no more memory than their size explains."""
 
+import logging
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.interchange.weights import one_line
+
+T = TypeVar("T")
 
 MOST_GROWTH = 4
 """Times a file's size that its contents may take. Weights hardly compress, and tied weights count twice."""
@@ -28,12 +32,7 @@ def read_tensors(path: Path) -> Any:
     if path.suffix == ".onnx":
         raise UserError(f"'{path}' is an ONNX file, which is a program for a runtime. Give a file of weights.")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        _check_size(path, content)
-        return content
+        return load_file(path) if path.suffix == ".safetensors" else _load(path)
     except UserError:
         raise
     except Exception as error:  # a file can be wrong in any way
@@ -43,14 +42,45 @@ def read_tensors(path: Path) -> Any:
         ) from error
 
 
+def unwrapped(content: Any, *keys: str) -> Mapping[str, Any]:
+    """The weights in a checkpoint's content, under the first of the keys that it has, or all of it."""
+    if not isinstance(content, Mapping):
+        return {}
+    return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
+
+
+@contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """Let a library's loggers pass errors only, and keep it from giving the root logger a handler."""
+    handler, logger = logging.NullHandler(), logging.getLogger(library)
+    level = logger.level
+    logging.root.addHandler(handler)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def check_file(path: Path) -> None:
     """Check a file that another library will read; the tensors of torch's archives are mapped, not read."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt"):  # reads the header, which says no more than the file holds
             return
-    _check_archive(path)
     if path.suffix not in {".npy", ".npz"}:  # NumPy unpickles nothing by default
-        _check_size(path, torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path) or None))
+        _load(path, mmap=True)
+
+
+def fetch(given: str, get: Callable[[], T], here: str) -> T:
+    """Call what fetches a model by its name; `here` says how weights on this machine are named instead."""
+    try:
+        return get()
+    except Exception as error:  # hub, network and disk each have errors of their own
+        raise UserError(
+            f"Cannot fetch '{given}': {one_line(error, 180).rstrip('.')}. Check the network and the name; weights on "
+            f"this machine are given as {here}."
+        ) from error
 
 
 def reason(error: Exception, longest: int = 300) -> str:
@@ -61,27 +91,22 @@ def reason(error: Exception, longest: int = 300) -> str:
     return text if text.endswith((".", "…")) else f"{text}."
 
 
-def _check_archive(path: Path) -> None:
-    if not _is_archive(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise UserError(
-            f"'{path}' is a TorchScript archive: a program with its weights, which is not run here. Take OpenAI's "
-            "weights by their tag, as in 'open_clip:ViT-B-32/openai'; of your own program save the `state_dict()`."
-        )
-    _refuse_growth(path, sum(entry.file_size for entry in entries))
-
-
-def _is_archive(path: Path) -> bool:
+def _load(path: Path, mmap: bool = False) -> Any:
     with path.open("rb") as file:
-        return file.read(len(ZIP)) == ZIP
-
-
-def _check_size(path: Path, content: Any) -> None:
-    """A tensor can repeat one number a million times a million times; whatever copies it would take the memory."""
+        archive = file.read(len(ZIP)) == ZIP
+    if archive:
+        with zipfile.ZipFile(path) as opened:
+            entries = opened.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise UserError(
+                f"'{path}' is a TorchScript archive: a program with its weights, which is not run here. Take OpenAI's "
+                "weights by their tag, as in 'open_clip:ViT-B-32/openai'; of your own program save the `state_dict()`."
+            )
+        _refuse_growth(path, sum(entry.file_size for entry in entries))
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=(mmap and archive) or None)
+    # A tensor can repeat one number a million times a million times; whatever copies it would take the memory.
     _refuse_growth(path, sum(tensor.nbytes for tensor in _tensors(content)))
+    return content
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

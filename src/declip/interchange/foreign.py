@@ -1,7 +1,7 @@
-"""The interface of export formats: what each reads back, and how it refuses a model."""
+"""The interface of export formats: how they refuse a model, and what they read back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,27 +10,16 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
 from declip.models.text_tower import TextTower
 
-CLIP_TEXT = "train with CLIP's text tower: leave text.hf_model out"
-CLIP_VIT = "train with CLIP's vision transformer: image.model=vit_base_patch32_clip_quickgelu_224"
-NO_BIAS = "train with text.projection_bias=false"
-"""Requests to a new training, for refusals of several formats."""
+TO_CLIP_VIT = "train with image.model=vit_base_patch32_clip_quickgelu_224"
+
+ToFeatures = Callable[[Tensor], Tensor]
 
 
 class Refusal(UserError):
-    """A format cannot express a model.
-
-    Attributes:
-        reason: Why, as the end of a sentence about the model.
-        way_out: What would make the format accept a model, as a request.
-    """
-
-    def __init__(self, reason: str, way_out: str) -> None:
-        super().__init__(f"{reason}. Way out: {way_out}.")
-        self.reason, self.way_out = reason, way_out
+    """A format cannot express a model; the message says why, and which training would be accepted."""
 
 
-@dataclass(frozen=True)
-class Reread:
+class Reread(NamedTuple):
     """A written model as the foreign library reads it.
 
     Attributes:
@@ -40,14 +29,15 @@ class Reread:
     """
 
     by: str
-    image: Callable[[Tensor], Tensor]
-    text: Callable[[Tensor], Tensor] | None
+    image: ToFeatures
+    text: ToFeatures | None
 
 
 def clip_text_tower(model: DualEncoder) -> TextTower:
     """Give the text tower where it is CLIP's."""
     if not has_text(model):
-        raise Refusal("it has no text tower", "export a model with both towers")
+        raise Refusal("it has no text tower; export a model with both towers")
     if not isinstance(model.text_tower, TextTower):
-        raise Refusal(f"its text tower is a {type(model.text_tower).__name__}, not CLIP's", CLIP_TEXT)
+        kind = type(model.text_tower).__name__
+        raise Refusal(f"its text tower is a {kind}, not CLIP's; train without text.hf_model")
     return model.text_tower

@@ -6,8 +6,8 @@ fine-tuned model on its own task.
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -31,13 +31,9 @@ def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncod
     Args:
         start: The pretrained model.
         end: The fine-tuned model, of the same architecture, on the same device.
-        alpha: From 0, the start, to 1, the end.
 
     Returns:
         A new model, in evaluation mode. Running statistics of batch norm are mixed like weights.
-
-    Raises:
-        UserError: the models differ in architecture, or alpha is not between 0 and 1.
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha is {alpha:g}; give a number from 0 to 1, the fine-tuned model.")
@@ -46,33 +42,23 @@ def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncod
         raise UserError(f"These models can't be mixed: {difference}. Give a model and what it was fine-tuned from.")
     mixed = copy.deepcopy(end)
     mixed.load_state_dict(
-        {
-            name: torch.lerp(first[name], tensor, alpha) if tensor.is_floating_point() else tensor
-            for name, tensor in last.items()
-        }
+        {name: torch.lerp(first[name], t, alpha) if t.is_floating_point() else t for name, t in last.items()}
     )
     return mixed.eval()
 
 
 def ends_of(run: str | Path, device: str = "auto") -> tuple[DualEncoder, DualEncoder]:
-    """Load a fine-tuned run's start and end.
-
-    Raises:
-        UserError: it is no run, it was not fine-tuned, or started from an image tower alone.
-    """
+    """Load a fine-tuned run's start and end."""
     kept = Path(run) / KEPT
-    if not kept.is_file():
-        raise UserError(f"'{run}' holds no {KEPT}: it is no fine-tuned run. Give the folder of one.")
-    weights = declip_file.read_part(str(kept))
-    if not weights.whole:
-        raise UserError(f"'{run}' started from an image tower alone, so there is nothing to mix with.")
+    weights = declip_file.read_part(str(kept)) if kept.is_file() else None
+    if weights is None or not weights.whole:
+        raise UserError(f"'{run}' is no fine-tuned run, or started from an image tower alone: nothing to mix with.")
     end = load(run, device)
     assert isinstance(end, DualEncoder), "a run's model is ours"
     return weights.check().build().to(end.device).eval(), end
 
 
-@dataclass(frozen=True)
-class Mixed:
+class Mixed(NamedTuple):
     """The results of one mixture, in the order of the data sets; alpha is the fraction of fine-tuned weights."""
 
     alpha: float
@@ -87,15 +73,7 @@ def measure_mixtures(
     device: str = "auto",
     options: Options | None = None,
 ) -> Iterator[Mixed]:
-    """Measure mixtures of a fine-tuned run, one after the other.
-
-    Args:
-        run: The folder of a fine-tuned run.
-        alphas: From 0 to 1.
-        datasets: The data set that it was fine-tuned for, and those that it should not forget.
-        task: The task of all data sets.
-        device, options: See `declip.load` and `evaluate_all`.
-    """
+    """Measure mixtures of a fine-tuned run on data sets, by one task; for the options see `evaluate_all`."""
     start, end = ends_of(run, device)
     for alpha in alphas:
         model = interpolate(start, end, alpha)
@@ -114,6 +92,7 @@ def write_mixture(
     """Write a mixture as a folder that `declip.load` reads and `declip.export` turns into other formats."""
     model = interpolate(*ends_of(run, "cpu"), alpha)
     origin = f"the run `{Path(run).name}`, {alpha:g} of it and {1 - alpha:g} of its start (WiSE-FT)"
+    assert model.recipe is not None, "a run's model has one"
     write_folder(model, Provenance(model.recipe, origin=origin), Path(out), None, license, overwrite)
     return Path(out)
 
@@ -129,15 +108,9 @@ def draw_mixtures(mixtures: Iterable[Mixed], path: Path) -> None:
     for number, result in enumerate(mixtures[0].results):
         measures = [mixed.results[number].measures()[0] for mixed in mixtures]
         label = f"{names[result.dataset]}, {measures[0].name}, n = {measures[0].n:,}"
-        axes.plot(
-            [mixed.alpha for mixed in mixtures],
-            [100 * measure.value for measure in measures],
-            marker="os^Dv"[number % 5],
-            label=label,
-        )
-    axes.set_xlabel("alpha: 0 is the pretrained model, 1 the fine-tuned one")
-    axes.set_ylabel("%")
+        values = [100 * measure.value for measure in measures]
+        axes.plot([mixed.alpha for mixed in mixtures], values, marker="os^Dv"[number % 5], label=label)
+    axes.set(xlabel="alpha: 0 is the pretrained model, 1 the fine-tuned one", ylabel="%")
     axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.22))
+    axes.legend()
     figure.savefig(path, dpi=130)

@@ -12,12 +12,11 @@ On a machine without network ``HF_HUB_OFFLINE=1`` spares the tries of 20 seconds
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,30 +24,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from declip.data.images.preprocess import LONGEST_SHAPE
 from declip.errors import UserError, unknown
-from declip.interchange.files import check_file, reason
-from declip.interchange.weights import one_line
+from declip.interchange.files import check_file, fetch, quiet, reason
 
 log = logging.getLogger("declip")
 
-T = TypeVar("T")
-
 PREFIX, FOLDER, HUB, RANDOM = "open_clip:", "local-dir:", "hf-hub:", "none"
 CONFIG = "open_clip_config.json"
+HERE = f"{PREFIX}MODEL/FILE or {PREFIX}{FOLDER}FOLDER"
 IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")
 """Files of weights that open_clip 3.3 looks for in a folder."""
 
-EMPTY: dict[str, Any] = {"require_pretrained": False, "load_weights": False, "pretrained_text": False}
-"""Options of open_clip's for random weights, without a download."""
-
 OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
 """Numbers that OpenAI's published models keep among their tensors; the shapes say the same."""
-
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".npy", ".ckpt")
-"""They distinguish a missing file from an unknown tag."""
-
-LONGEST_SHAPE = 10
-"""As in `declip.data.images.crops`: of a longer image only the middle is resized, or memory would run out."""
 
 
 def matches(where: str) -> bool:
@@ -65,37 +54,29 @@ def which_model(path: str) -> str:
 
 
 def load_open_clip(given: str) -> "OpenClip":
-    """Build a model of open_clip's.
+    """Build a model of open_clip's by its name or folder, in evaluation mode, on the CPU, in float32.
 
     The activation is the tag's: open_clip 3.3 itself computes ``ViT-B-32/openai``, and 26 more of its pairs, with
     GELU although the weights were trained with QuickGELU, and only warns. With a file the name decides:
     ``ViT-B-32-quickgelu/FILE`` for weights trained with QuickGELU.
-
-    Args:
-        given: A name or folder, see the module.
-
-    Returns:
-        The model, in evaluation mode, on the CPU, in float32.
-
-    Raises:
-        UserError: open_clip is not installed, an unknown model or tag, no tag, no such file, a damaged or foreign
-            file, or weights that cannot be fetched.
     """
-    if not given.startswith(PREFIX):
-        given = f"{PREFIX}{FOLDER}{given}"
+    given = given if given.startswith(PREFIX) else f"{PREFIX}{FOLDER}{given}"
     try:
         import open_clip
     except ImportError as error:
         raise UserError(f"'{given}' needs open_clip ({error}). Install it: pip install 'declip[open_clip]'.") from error
-    with _quietly(), torch.random.fork_rng(devices=[]):
+    with quiet("huggingface_hub"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        name, options = _resolve(open_clip, given)
+        name, file, options = _resolve(open_clip, given)
         try:
-            _refuse_code(open_clip.get_model_config(name), given)
-            for file in _files(name, options):
-                check_file(file)
+            # A tokenizer's options go to transformers, which runs a folder's own Python when this one says so.
+            tokenizer_kwargs = open_clip.get_model_config(name).get("text_cfg", {}).get("tokenizer_kwargs") or {}
+            if tokenizer_kwargs.get("trust_remote_code"):
+                raise UserError(f"'{given}' asks to run code of its own (trust_remote_code). It is refused.")
+            folder = Path(name.removeprefix(FOLDER)) if name.startswith(FOLDER) else None
+            for weights in [file] if file else _weights_in(folder) if folder else []:
+                check_file(weights)
             tokenizer = open_clip.get_tokenizer(name)
-            file = options.pop("file", None)
             model = open_clip.create_model(name, **options)
             if file is not None:
                 _load(open_clip, model, file)
@@ -114,11 +95,7 @@ def load_open_clip(given: str) -> "OpenClip":
 
 
 class OpenClipPreprocess:
-    """open_clip's transform for evaluation, for batches; it stays on the host and can be pickled.
-
-    Args:
-        config: The fields of open_clip's ``PreprocessCfg``.
-    """
+    """open_clip's transform for evaluation, for batches; it stays on the host and can be pickled."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -144,13 +121,7 @@ class OpenClipPreprocess:
 
 
 class OpenClip(nn.Module):
-    """A model of open_clip's with the methods of `declip.models.dual_encoder.DualEncoder`.
-
-    Args:
-        model: open_clip's CLIP, CustomTextCLIP or CoCa.
-        preprocess: PIL images → (n, 3, S, S).
-        tokenizer: Captions → (n, L) ids.
-    """
+    """A model of open_clip's, a CLIP, CustomTextCLIP or CoCa, with the methods of a `DualEncoder`."""
 
     def __init__(
         self, model: nn.Module, preprocess: OpenClipPreprocess, tokenizer: Callable[[list[str]], Tensor]
@@ -184,41 +155,44 @@ class OpenClip(nn.Module):
     def encode_backbone(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection: for probes.
 
-        The input of a ViT's `proj`, of the output map `c_proj` of a CLIP ResNet's attention pool, or of a timm trunk's
-        classifier. A tower without a projection (SigLIP's) gives its embedding, not normalized.
+        A tower without a projection (SigLIP's) gives its embedding, not normalized.
         """
         tower = self.model.visual
+        hidden = None
         if hasattr(tower, "trunk"):
             hidden = tower.trunk.forward_head(tower.trunk.forward_features(images), pre_logits=True)
-        elif getattr(tower, "proj", None) is not None:
-            hidden = functional_call(tower, {"proj": _identity(tower.proj, 0)}, (images,))
+        elif getattr(tower, "proj", None) is not None:  # the identity takes the projection's place
+            hidden = functional_call(tower, {"proj": torch.eye(len(tower.proj)).to(tower.proj)}, (images,))
         elif hasattr(tower, "attnpool"):
-            weight = _identity(tower.attnpool.c_proj.weight, 1)
-            aside = {"attnpool.c_proj.weight": weight, "attnpool.c_proj.bias": torch.zeros_like(weight[0])}
+            weight = tower.attnpool.c_proj.weight
+            identity = torch.eye(weight.shape[1]).to(weight)
+            aside = {"attnpool.c_proj.weight": identity, "attnpool.c_proj.bias": torch.zeros_like(identity[0])}
             hidden = functional_call(tower, aside, (images,))
-        else:
-            hidden = None
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         if hidden is None or hidden.ndim != 2:
-            raise UserError(
-                f"This image tower ({type(tower).__name__}) has no pooled feature before its projection. "
-                "Use the embedding."
-            )
+            raise UserError("This image tower has no pooled feature before its projection. Use the embedding.")
         return hidden.float()
 
 
-def _resolve(open_clip: ModuleType, given: str) -> tuple[str, dict[str, Any]]:
-    """open_clip's name for a model, and the options that it is created with; published weights are fetched first."""
+def _resolve(open_clip: ModuleType, given: str) -> tuple[str, Path | None, dict[str, Any]]:
+    """open_clip's name for a model, the file of its weights, and the options that it is created with.
+
+    Published weights are fetched first. The file is None where open_clip finds it by the name, or for random weights.
+    """
     spec = given.removeprefix(PREFIX)
-    options: dict[str, Any] = {"require_pretrained": True, "weights_only": True}
+    by_name = {"require_pretrained": True, "weights_only": True}
+    empty = {"require_pretrained": False, "load_weights": False, "pretrained_text": False}  # without a download
     if spec.startswith(FOLDER):
-        return f"{FOLDER}{_checked_folder(spec.removeprefix(FOLDER))}", options
+        folder = Path(spec.removeprefix(FOLDER)).expanduser()
+        if not (folder / CONFIG).is_file() or not _weights_in(folder):
+            raise UserError(f"'{folder}' is no folder with {CONFIG} and weights ({', '.join(IN_FOLDER)}).")
+        return f"{FOLDER}{folder}", None, by_name
     if spec.startswith(HUB):
         from open_clip.pretrained import download_pretrained_from_hf
 
-        _fetch(given, lambda: open_clip.get_model_config(spec))
-        _fetch(given, lambda: download_pretrained_from_hf(spec.removeprefix(HUB)))
-        return spec, options
+        fetch(given, lambda: open_clip.get_model_config(spec), HERE)
+        fetch(given, lambda: download_pretrained_from_hf(spec.removeprefix(HUB)), HERE)
+        return spec, None, by_name
     name, _, weights = spec.partition("/")
     if name not in open_clip.list_models():
         raise unknown("open_clip model", name, open_clip.list_models())
@@ -229,27 +203,18 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, dict[str, Any]]:
             f"{PREFIX}{name}/FILE, or {PREFIX}{name}/{RANDOM} for random ones. Tags: {', '.join(tags) or 'no'}."
         )
     if weights == RANDOM:
-        return name, EMPTY
+        return name, None, empty
     if open_clip.is_pretrained_cfg(name, weights):
         tag = open_clip.get_pretrained_cfg(name, weights)
-        file = Path(_fetch(given, lambda: open_clip.download_pretrained(tag)))
         of_tag = {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu"))}
-        return name, options | {"pretrained": str(file)} | of_tag
+        return name, Path(fetch(given, lambda: open_clip.download_pretrained(tag), HERE)), empty | of_tag
     file = Path(weights).expanduser()
     if not file.is_file():
-        if len(file.parts) > 1 or file.suffix in SUFFIXES:
+        if len(file.parts) > 1 or file.suffix:
             raise UserError(f"There is no file '{file}'. Give the path of weights for {name}, or a tag.")
         raise unknown(f"tag or file for open_clip's {name}", weights, [*tags, RANDOM])
     _warn_of_preprocessing(open_clip, name, tags, file)
-    return name, EMPTY | {"file": file}
-
-
-def _files(name: str, options: Mapping[str, Any]) -> Sequence[Path]:
-    """The files of weights that open_clip is going to read, but for a repository's, which it has in its cache."""
-    if name.startswith(FOLDER):
-        folder = Path(name.removeprefix(FOLDER))
-        return [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
-    return [Path(options[given]) for given in ("pretrained", "file") if given in options]
+    return name, file, empty
 
 
 def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:
@@ -260,67 +225,20 @@ def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:
     wrong = [f"{name!r} is missing" for name in keys.missing_keys]
     wrong += [f"{name!r} belongs to another model" for name in keys.unexpected_keys if name not in OPENAI_SIZES]
     if wrong:
-        raise ValueError(wrong[0] + (f", and {len(wrong) - 1:,} more differ" if len(wrong) > 1 else ""))
+        raise ValueError(wrong[0])
 
 
-def _checked_folder(given: str) -> Path:
-    folder = Path(given).expanduser()
-    if not (folder / CONFIG).is_file():
-        problem = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
-        raise UserError(f"'{given}' {problem}. Give a folder with {CONFIG} and weights, as open_clip saves them.")
-    if not any(any(folder.glob(pattern)) for pattern in IN_FOLDER):
-        raise UserError(f"'{given}' holds no weights: open_clip looks for {', '.join(IN_FOLDER)}.")
-    return folder
-
-
-def _refuse_code(config: Mapping[str, Any], given: str) -> None:
-    """A tokenizer's options go to transformers, which runs a folder's own Python when one of them says so."""
-    if (config.get("text_cfg", {}).get("tokenizer_kwargs") or {}).get("trust_remote_code"):
-        raise UserError(
-            f"The configuration of '{given}' asks to run code of its own (trust_remote_code). It is refused."
-        )
+def _weights_in(folder: Path) -> list[Path]:
+    return [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
 
 
 def _warn_of_preprocessing(open_clip: ModuleType, name: str, tags: Sequence[str], file: Path) -> None:
-    """A file does not say how its images were prepared; open_clip then takes CLIP's way, which not all models use."""
+    """A file does not say how its images were prepared; open_clip then takes CLIP's way."""
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     plain = asdict(PreprocessCfg())
     if tags and all(merge_preprocess_dict(plain, open_clip.get_pretrained_cfg(name, tag)) != plain for tag in tags):
         log.warning(
             "Images are prepared CLIP's way for '%s', but otherwise for the published %s models. For those put "
-            "the file into a folder with %s and load it as %s.",
-            file,
-            name,
-            CONFIG,
-            f"{PREFIX}{FOLDER}FOLDER",
-        )
-
-
-def _fetch(given: str, get: Callable[[], T]) -> T:
-    try:
-        return get()
-    except Exception as error:  # hub, URL and disk each have errors of their own
-        raise UserError(
-            f"Cannot fetch '{given}': {one_line(error, 180).rstrip('.')}. Check the network and the name; "
-            f"weights on this machine are loaded by their path, {PREFIX}MODEL/FILE or {PREFIX}{FOLDER}FOLDER."
-        ) from error
-
-
-def _identity(weight: Tensor, axis: int) -> Tensor:
-    """In place of a projection: a map that leaves its input as it is."""
-    return torch.eye(weight.shape[axis], dtype=weight.dtype, device=weight.device)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep open_clip from giving the root logger a handler and printing its notes, and the hub from its retries."""
-    handler, hub = logging.NullHandler(), logging.getLogger("huggingface_hub")
-    level = hub.level
-    logging.root.addHandler(handler)
-    hub.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.root.removeHandler(handler)
-        hub.setLevel(level)
+            "the file into a folder with %s and load it as %s%sFOLDER.", file, name, CONFIG, PREFIX, FOLDER,
+        )  # fmt: skip

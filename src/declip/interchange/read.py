@@ -1,19 +1,18 @@
 """One dispatcher for weights: a name, folder or file → `Weights`, for loading, fine-tuning and importing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder
-from declip.interchange import declip_file, huggingface, official, open_clip, open_clip_model, timm_weights
+from declip.interchange import declip_file, huggingface, official, open_clip, open_clip_model, starter, timm_weights
 from declip.interchange.weights import Weights, read_recipe
 from declip.models.device import pick_device
-from declip.runs.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part, resolve_last
+from declip.runs.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part
 from declip.runs.folder import RECIPE
 
 
@@ -23,29 +22,46 @@ class Model(Encoder, Protocol):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        ...
 
     @property
     def preprocessor(self) -> Callable[..., Tensor]:
         """`preprocess` on the host: for the workers that read images."""
-        ...
 
     @property
     def tokenizer(self) -> Callable[..., Tensor]:
         """`tokenize` on the host."""
-        ...
 
     def encode_backbone(self, images: Tensor, /) -> Tensor:
         """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection."""
-        ...
 
 
-FORMATS: Sequence[ModuleType] = (timm_weights, declip_file, huggingface, open_clip, official)
-"""Modules with `matches(where)` and `read(where)`: the first that matches reads; the last takes any file."""
+class Reader(NamedTuple):
+    """A format that models come in.
+
+    Attributes:
+        matches: Whether a name, folder or file is of this format.
+        read: Its weights, as a model of ours.
+        load: Its model as it is, of a format whose models ours cannot all express.
+    """
+
+    matches: Callable[[str], bool]
+    read: Callable[[str], Weights]
+    load: Callable[[str], open_clip_model.OpenClip] | None = None
+
+
+READERS = (
+    Reader(starter.matches, starter.read),
+    Reader(timm_weights.matches, timm_weights.read),
+    Reader(declip_file.matches, declip_file.read),
+    Reader(huggingface.matches, huggingface.read),
+    Reader(open_clip.matches, open_clip.read, open_clip_model.load_open_clip),
+    Reader(official.matches, official.read),
+)
+"""The first that matches reads; the last takes any file."""
 
 
 def load(where: str | Path, device: str = "auto") -> Model:
-    """Load a trained model, in evaluation mode.
+    """Load a trained model, in evaluation mode, with averaged weights where the run kept them.
 
     Args:
         where: A run folder (its newest good checkpoint), a checkpoint folder inside one, a file or folder that
@@ -56,26 +72,19 @@ def load(where: str | Path, device: str = "auto") -> Model:
         device: "auto", "cpu", "cuda", …
 
     Returns:
-        The model: `encode_image(preprocess(images))` and `encode_text(tokenize(texts))`. Averaged weights are taken
-        where the run kept them.
-
-    Raises:
-        UserError: nothing there, nothing loadable there, or a damaged file.
+        The model: `encode_image(preprocess(images))` and `encode_text(tokenize(texts))`.
     """
-    # A model of open_clip's is used as it is, since ours cannot express all of them.
-    where = resolve_last(str(where))
-    as_it_is = next((form for form in FORMATS if form.matches(where)), None) is open_clip
-    model = open_clip_model.load_open_clip(where) if as_it_is else read(where).build()
+    where = str(where)
+    reader = _reader(where)
+    model = reader.load(where) if reader and reader.load else read(where).build()
     return model.to(pick_device(device)).eval()
 
 
 def read(where: str | Path) -> Weights:
     """Read weights; arguments and errors as `load`."""
-    where = resolve_last(str(where))
-    for form in FORMATS:
-        if form.matches(where):
-            weights: Weights = form.read(where)
-            return weights
+    where = str(where)
+    if reader := _reader(where):
+        return reader.read(where)
     path = Path(where).expanduser()
     if not path.exists():
         raise UserError(
@@ -109,3 +118,7 @@ def weights_of(checkpoint: Checkpoint, where: str) -> Weights:
     tensors = part("average", checkpoint.weights) or part("model", checkpoint.weights)
     heads = part("objective", checkpoint.training)
     return Weights(read_recipe(checkpoint.recipe, where), tensors, where, heads).check()
+
+
+def _reader(where: str) -> Reader | None:
+    return next((reader for reader in READERS if reader.matches(where)), None)

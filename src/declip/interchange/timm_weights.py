@@ -8,20 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 from torch import Tensor
 
 from declip.errors import UserError, unknown
-from declip.interchange.files import read_tensors
-from declip.interchange.weights import NO_TEXT, Weights, one_line
+from declip.interchange.files import fetch, read_tensors, unwrapped
+from declip.interchange.weights import NO_TEXT, Weights
 from declip.models.image_tower import ImageTower
 from declip.recipe.load import load_recipe
 
 PREFIX = "timm:"
 PUBLISHED, PUBLISHED_BY_OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
-WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Keys of the weights in a checkpoint of timm's training, the averaged ones first."""
 
 
 def matches(where: str) -> bool:
@@ -30,11 +29,7 @@ def matches(where: str) -> bool:
 
 
 def read(where: str) -> Weights:
-    """Read an image tower; its recipe has the image size and the statistics of its training.
-
-    Raises:
-        UserError: an unknown name, no such file, weights of another model, or no network.
-    """
+    """Read an image tower; its recipe has the image size and the statistics of its training."""
     name, _, file = where.removeprefix(PREFIX).partition("/")
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -45,7 +40,7 @@ def read(where: str) -> Weights:
     config = timm.get_pretrained_cfg(name)
     if config is None:
         raise UserError(f"timm does not say how images are prepared for '{architecture}'. Take another model.")
-    state = _read_file(where, Path(file).expanduser()) if file else _download(where, name, config)
+    state = _read_file(where, Path(file).expanduser() if file else _download(where, name, config))
     size = config.input_size[-1]
     tower = _filled(where, architecture, size, state)
     width = tower.pre_logits_width
@@ -67,9 +62,9 @@ def read(where: str) -> Weights:
 
 def _filled(where: str, architecture: str, size: int, weights: Mapping[str, Tensor]) -> ImageTower:
     """Build the tower with the weights; timm leaves random what they lack, so it is built without them too."""
-    towers = []
-    for given in (weights, None):
-        with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
+        towers = []
+        for given in (weights, None):
             torch.manual_seed(0)
             towers.append(ImageTower(architecture, size, embed_dim=8, weights=given))
     tower, blank = towers[0], towers[1].trunk.state_dict()
@@ -80,28 +75,17 @@ def _filled(where: str, architecture: str, size: int, weights: Mapping[str, Tens
 
 
 def _read_file(where: str, path: Path) -> Mapping[str, Tensor]:
-    content = read_tensors(path)
-    for wrapping in WRAPPINGS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapping), Mapping):
-            content = content[wrapping]
-            break
-    state = content if isinstance(content, Mapping) else {}
-    state = {str(n).removeprefix("module."): t for n, t in state.items() if isinstance(t, Tensor)}
+    content = unwrapped(read_tensors(path), "state_dict_ema", "model_ema", "state_dict", "model")
+    state = {str(name).removeprefix("module."): t for name, t in content.items() if isinstance(t, Tensor)}
     if not state:
         raise UserError(f"'{where}' holds no tensors. Give weights as timm saves them.")
     return state
 
 
-def _download(where: str, name: str, config: Any) -> Mapping[str, Tensor]:
+def _download(where: str, name: str, config: Any) -> Path:
     if not config.hf_hub_id:
         raise UserError(f"timm publishes no weights of '{name}' on the Hub. Give a file, {PREFIX}NAME/FILE.")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        file = hf_hub_download(config.hf_hub_id, PUBLISHED_BY_OPEN_CLIP if config.hf_hub_filename else PUBLISHED)
-    except Exception as error:  # hub, network and disk each have errors of their own
-        raise UserError(
-            f"Cannot fetch '{where}': {one_line(error, 180)} Check the network and the name; a file on this machine is "
-            f"given as {PREFIX}NAME/FILE."
-        ) from error
-    return _read_file(where, Path(file))
+    published = PUBLISHED_BY_OPEN_CLIP if config.hf_hub_filename else PUBLISHED
+    return Path(
+        fetch(where, lambda: huggingface_hub.hf_hub_download(config.hf_hub_id, published), f"{PREFIX}NAME/FILE")
+    )

@@ -29,49 +29,50 @@ REPLACED = (
 def backend(tokenizer: CaptionTokenizer) -> Backend:
     """Build the same tokenizer of the `tokenizers` library: start, the words' ids, end, cut at the context."""
     if isinstance(tokenizer, HuggingfaceTokenizer):
-        found = Backend.from_str(tokenizer.library.to_str())
-        found.enable_truncation(tokenizer.context)
-        return found
+        written = Backend.from_str(tokenizer.library.to_str())
+        written.enable_truncation(tokenizer.context)
+        return written
     assert isinstance(tokenizer, Tokenizer)
     model = json.loads(tokenizer.library.to_str())["model"]
     vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
-    found = Backend(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
+    written = Backend(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END))
     replaced = [normalizers.Replace(what, by) for what, by in REPLACED]
-    found.normalizer = normalizers.Sequence(
+    written.normalizer = normalizers.Sequence(
         [normalizers.NFC(), *replaced, normalizers.Lowercase(), normalizers.Strip()]
     )
-    found.pre_tokenizer = pre_tokenizers.Sequence(
+    written.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    found.post_processor = processors.TemplateProcessing(
+    written.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, tokenizer.start), (END, tokenizer.end)]
     )
-    found.decoder = decoders.ByteLevel()
-    found.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (START, END)])
-    found.enable_truncation(tokenizer.context)
-    return found
+    written.decoder = decoders.ByteLevel()
+    written.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (START, END)])
+    written.enable_truncation(tokenizer.context)
+    return written
 
 
 def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json; of CLIP's vocab.json and merges.txt too."""
-    found = backend(tokenizer)
-    found.save(str(folder / "tokenizer.json"))
+    written = backend(tokenizer)
+    written.save(str(folder / "tokenizer.json"))
     if isinstance(tokenizer, HuggingfaceTokenizer):
         ids = {
             "cls_token": tokenizer.start, "sep_token": tokenizer.end,
             "mask_token": tokenizer.mask, "pad_token": tokenizer.padding,
         }  # fmt: skip
     else:
-        found.model.save(str(folder))
+        written.model.save(str(folder))
         ids = {
             "bos_token": tokenizer.start, "eos_token": tokenizer.end,
             "unk_token": tokenizer.end, "pad_token": tokenizer.end,
         }  # fmt: skip
-    special = {name: found.id_to_token(number) for name, number in ids.items()}
+    special = {name: written.id_to_token(number) for name, number in ids.items()}
+    plain = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
     config = {
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",  # CLIP's own class would put its own cleaning in place of ours
@@ -81,10 +82,8 @@ def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
-            str(ids[name]): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
-                             "single_word": False}
-            for name, token in special.items()
+            str(ids[name]): {"content": token, "special": True, **plain} for name, token in special.items()
         },
-    }  # fmt: skip
+    }
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -18,9 +18,6 @@ from declip.models.no_text import drop_text
 from declip.recipe.load import read_yaml
 from declip.recipe.schema import LogitScale, Recipe
 
-IMAGE_PROJECTION = "image_tower.proj."
-"""Leads into the space of a text tower; an image tower that comes alone leads nowhere."""
-
 NO_TEXT = {"text.width": 8, "text.layers": 1, "text.heads": 1, "text.bpe_merges": 0}
 """Recipe keys of an image tower alone: a text tower is built and dropped, so it is a small one."""
 
@@ -70,11 +67,9 @@ class Weights:
         """Leave out what another training cannot use: the queue, and the projection of an image tower alone."""
         tensors = self.build().state_dict() if adapted(self.tensors) else self.tensors
         if not self.whole:
-            tensors = {
-                name: tensor
-                for name, tensor in tensors.items()
-                if name.startswith(IMAGE) and not name.startswith(IMAGE_PROJECTION)
-            }
+            projection = f"{IMAGE}proj."  # it leads into the space of a text tower
+            names = (name for name in tensors if name.startswith(IMAGE) and not name.startswith(projection))
+            tensors = {name: tensors[name] for name in names}
         return replace(self, tensors=tensors, heads=without_queue(self.heads))
 
     def fit(self, recipe: Recipe) -> Recipe:
@@ -84,23 +79,21 @@ class Weights:
         where `finetune.image_size` is given. Without a text tower the recipe's own and its width of the shared space
         stay.
         """
-        theirs, own = self.recipe, recipe.image
         statistics = (name for name in ("mean", "std") if f"image.{name}" in recipe.given)
-        keep = {name: getattr(own, name) for name in ("freeze_patch_embed", "shared_bn_views", *statistics)}
-        size = recipe.finetune.image_size or theirs.image.size
-        changed: dict[str, Any] = {"image": theirs.image.model_copy(update={**keep, "size": size})}
+        keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", "shared_bn_views", *statistics)}
+        size = recipe.finetune.image_size or self.recipe.image.size
+        changed: dict[str, Any] = {"image": self.recipe.image.model_copy(update={**keep, "size": size})}
         if self.whole:
             scale = recipe.logit_scale.model_copy(update={"init": float(self.tensors["logit_scale"])})
-            changed |= {"text": theirs.text, "embed_dim": theirs.embed_dim, "logit_scale": scale}
+            changed |= {"text": self.recipe.text, "embed_dim": self.recipe.embed_dim, "logit_scale": scale}
         fitted = recipe.model_copy(update=changed)
         overruled = []
         for key in sorted(recipe.given):
             asked, becomes = _value(recipe, key), _value(fitted, key)
             # Every recipe that was written out has the scale's default.
-            if asked == becomes or (key == "logit_scale.init" and asked == LogitScale().init):
-                continue
-            advice = f"give finetune.image_size={asked} instead" if key == "image.size" else "leave it out"
-            overruled.append(f"{key}={asked} (becomes {becomes}; {advice})")
+            if asked != becomes and (key != "logit_scale.init" or asked != LogitScale().init):
+                advice = f"give finetune.image_size={asked} instead" if key == "image.size" else "leave it out"
+                overruled.append(f"{key}={asked} (becomes {becomes}; {advice})")
         if overruled:
             raise UserError(f"The weights of '{self.origin}' overrule keys of this recipe: {', '.join(overruled)}.")
         return fitted
@@ -137,11 +130,12 @@ def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> s
     """Say what differs first between two sets of named tensors, and how many more differ; None where nothing does."""
     problems = [f"'{name}' is missing" for name in expected if name not in given]
     problems += [f"'{name}' belongs to another model" for name in given if name not in expected]
-    problems += [
-        f"'{name}' has shape {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in given and given[name].shape != expected[name].shape
-    ]
+    for name, tensor in expected.items():
+        other = given.get(name, tensor)
+        if other.shape != tensor.shape:
+            problems.append(f"'{name}' has shape {tuple(other.shape)} instead of {tuple(tensor.shape)}")
+        elif tensor.is_floating_point() and not other.is_floating_point():
+            problems.append(f"'{name}' holds {other.dtype} instead of {tensor.dtype}")
     more = f", and {len(problems) - 1:,} more differ" if len(problems) > 1 else ""
     return problems[0] + more if problems else None
 

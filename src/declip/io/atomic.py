@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,24 +21,16 @@ if TYPE_CHECKING:
 
 CACHE_VARIABLE = "DECLIP_CACHE"
 ENDINGS = ("partial", "old")
-DAY = 86_400
-"""Seconds. Nothing takes that long to write, so an older file was left by a process that was killed."""
+DAY = 86_400  # seconds. Nothing takes that long to write, so an older file was left by a process that was killed.
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def cache_folder() -> Path:
-    """The cache: the environment's DECLIP_CACHE, else `declip` in the platform's cache folder.
-
-    That is $XDG_CACHE_HOME or ~/.cache, ~/Library/Caches on macOS, and %LOCALAPPDATA% on Windows.
-    """
+    """The cache: the environment's DECLIP_CACHE, else `declip` in $XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).expanduser()
-    if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "declip"
-    if os.uname().sysname == "Darwin":
-        return Path.home() / "Library/Caches/declip"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "declip"
 
 
@@ -47,20 +40,16 @@ def atomic_write(
 ) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder, and rename it to `target` when the block succeeds.
 
-    Files that a killed process left are removed a day later.
-
     Args:
         elsewhere: How the user chooses another place, for the error.
         durable: Flush a file to the disk before it is renamed, so that a power cut leaves the old or the new one.
-
-    Raises:
-        UserError: The folder cannot be written to, or the disk is full.
     """
     partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ENDINGS)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for path in (partial, old, *_leftovers(target)):
-            remove(path)
+        for path in target.parent.glob(f".{escape(target.name)}.*"):
+            if path in (partial, old) or (path.suffix[1:] in ENDINGS and time.time() - path.stat().st_mtime > DAY):
+                remove(path)
         yield partial
         if durable:
             _flush(partial)
@@ -84,9 +73,6 @@ def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
     Args:
         marker: A file that says that the folder is ours; one with other content and without it is refused.
         elsewhere: How the user chooses another place, for the errors.
-
-    Raises:
-        UserError: The folder has other content, is held by another process, or cannot be written to.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -108,11 +94,7 @@ def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
 
 
 def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions of any other new file, where safetensors gives its owner's alone.
-
-    Raises:
-        SafetensorError, OSError: It cannot be written.
-    """
+    """Write a safetensors file with the permissions of any other new file, not only its owner's."""
     from safetensors.torch import save_file  # imports torch, which commands with a wrong path should not wait for
 
     path.touch()  # the umask cannot be asked for without changing it, for all threads
@@ -138,20 +120,13 @@ def remove(path: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+    if os.name == "nt":  # Windows opens no folder, and flushes no file that is open for reading
         return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _leftovers(target: Path) -> Iterator[Path]:
-    for ending in ENDINGS:
-        for path in target.parent.glob(f".{target.name}.*.{ending}"):
-            if time.time() - path.stat().st_mtime > DAY:
-                yield path
 
 
 def _as_user_error(error: OSError, target: Path, elsewhere: str) -> OSError | UserError:

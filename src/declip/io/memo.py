@@ -1,50 +1,65 @@
-"""Cache a user's table as Arrow, once per file version; one process builds it, all memory-map it."""
+"""Cache a derived table as Arrow, once per version of its file; one process builds it, all memory-map it."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 from filelock import FileLock
 
 from declip.io.atomic import atomic_write, cache_folder
 
+LOCKS = 64  # number of lock files of a kind; two tables may share one and then wait for each other
 
-def cached_table(source: Path, kind: str, options: object, make: Callable[[Path], None]) -> pa.Table:
-    """The table derived from `source`, memory-mapped from the cache; built first if the file is new or has changed.
+
+def cached_table(
+    kind: str, version: object, make: Callable[[], tuple[pa.Schema, Iterable[pa.RecordBatch]]]
+) -> pa.Table:
+    """A table memory-mapped from the cache; made first where it is missing.
 
     Args:
-        source: The file; its path, size and time of change identify its version.
         kind: Name of the folder in the cache.
-        options: Everything else that the result depends on; its `repr` counts.
-        make: Writes an Arrow file to a path.
+        version: Everything that the table depends on; its `repr` counts.
     """
-    status = source.stat()
-    version = repr((str(source.resolve()), status.st_size, status.st_mtime_ns, options))
-    name = hashlib.sha256(version.encode(errors="surrogateescape")).hexdigest()[:16]
+    name = hashlib.sha256(repr(version).encode(errors="surrogateescape")).hexdigest()[:32]
     target = cache_folder() / kind / f"{name}.arrow"
-    with suppress(OSError, pa.ArrowException):  # missing, or truncated when the disk was full or the power failed
-        return _mapped(target)
-    with locked(f"{kind}-{name}"):
-        with suppress(OSError, pa.ArrowException):
-            return _mapped(target)
-        with atomic_write(target) as partial:
-            make(partial)
-        pa.default_memory_pool().release_unused()
-        return _mapped(target)
+    if (table := _mapped(target)) is not None:
+        return table
+    with locked(Path(kind).name, name):
+        if (table := _mapped(target)) is None:
+            with atomic_write(target) as partial:
+                schema, batches = make()
+                with pa.ipc.new_file(str(partial), schema) as writer:
+                    for batch in batches:
+                        writer.write_batch(batch)
+            pa.default_memory_pool().release_unused()
+            table = _mapped(target)
+        assert table is not None
+        return table
 
 
-def _mapped(path: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+def _mapped(path: Path) -> pa.Table | None:
+    """The table in a file; None where it is missing, or was truncated when the disk was full or the power failed."""
+    with suppress(OSError, RuntimeError, ValueError, pa.ArrowException):
+        # Torch's map, unlike NumPy's and Arrow's, holds no open file, of which there may be a thousand.
+        content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
+        return pa.ipc.open_file(pa.py_buffer(content)).read_all()
+    return None
 
 
 @contextmanager
-def locked(name: str) -> Iterator[None]:
-    """Let one process at a time in; all of them where the cache is read-only, which the write that follows reports."""
+def locked(kind: str, name: str) -> Iterator[None]:
+    """Let one process at a time in; all of them where the cache is read-only, which the write that follows reports.
+
+    Args:
+        kind: Locks of different kinds may be nested.
+        name: Hexadecimal digits of a hash.
+    """
     folder = cache_folder() / "locks"
     with ExitStack() as stack:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder / f"{name}.lock"))
+            stack.enter_context(FileLock(folder / f"{kind}-{int(name[:8], 16) % LOCKS}.lock"))
         yield

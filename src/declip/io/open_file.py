@@ -9,7 +9,7 @@ class OpenFile:
 
     def __init__(self, path: str | Path) -> None:
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._descriptor = os.open(path, os.O_RDONLY)
 
     @property
     def size(self) -> int:
@@ -18,10 +18,7 @@ class OpenFile:
 
     def read(self, size: int, at: int) -> bytes:
         """Read bytes, fewer at the end, without moving the position that forked processes share."""
-        if hasattr(os, "pread"):
-            return os.pread(self._descriptor, size, at)
-        os.lseek(self._descriptor, at, os.SEEK_SET)
-        return os.read(self._descriptor, size)
+        return os.pread(self._descriptor, size, at)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:

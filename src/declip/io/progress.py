@@ -8,8 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
-FIRST, LONGEST = 10.0, 30.0
-"""Seconds until the first plain line, and between two lines of a long job."""
+FIRST, LONGEST = 10.0, 30.0  # seconds until the first plain line, and between two lines of a long job
 
 
 def on_terminal() -> bool:
@@ -83,9 +82,9 @@ class PlainProgress(Progress):
                 self._ended.add(task_id)
             words = []
             for column in self.columns:
-                if isinstance(column, BarColumn):
-                    continue
-                text = column if isinstance(column, str) else str(column(task))
-                after = {TimeRemainingColumn: " left", TimeElapsedColumn: " elapsed"}.get(type(column), "")
-                words.append(text + after if text and not text.startswith("-:") else "")
-            print_line(self.console, "  ".join(filter(None, words)))
+                text = "" if isinstance(column, BarColumn) else column if isinstance(column, str) else str(column(task))
+                if text and not text.startswith("-:"):
+                    words.append(
+                        text + {TimeRemainingColumn: " left", TimeElapsedColumn: " elapsed"}.get(type(column), "")
+                    )
+            print_line(self.console, "  ".join(words))

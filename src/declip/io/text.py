@@ -30,11 +30,6 @@ def listed(words: Iterable[object]) -> str:
     return given[0] if len(given) == 1 else f"{', '.join(given[:-1])} and {given[-1]}" if given else "nothing"
 
 
-def counted(number: int, word: str) -> str:
-    """ "1 run", "2 runs"."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
 def short_count(number: int) -> str:
     """2000 is "2k", 2500 "2.5k", 1234 "1,234"."""
     for size, unit in ((1_000_000, "M"), (1_000, "k")):

@@ -13,9 +13,6 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NEARLY_ALL = 0.9
 """Blocks hold at least this fraction of the parameters of the largest repeated class."""
 
-MOST = 0.8
-"""A stage's lists of blocks hold at least this fraction of the stage's parameters."""
-
 STAGES = 4
 """A class with at most this many instances is a stage made of blocks, if blocks can be found in it."""
 
@@ -24,11 +21,9 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     """Find the repeated blocks of a tower, in order: a transformer's blocks, a ResNet's bottlenecks.
 
     Of the classes that occur at least twice and are made of several modules, those that hold nearly all parameters are
-    kept: stages, blocks, perhaps the layers in them. The outermost of these that are not stages are the blocks. Where
-    each stage has blocks of another class, as in FastViT, the entries of the stages' lists are the blocks.
+    kept: stages, blocks, perhaps the layers in them. The outermost of these that are not stages are the blocks.
 
-    Returns:
-        The blocks; none where the tower has no such class.
+    A tower without such a class has none.
     """
     instances: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
     for module in tower.modules():
@@ -37,12 +32,7 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     sizes = {kind: _parameters(modules) for kind, modules in instances.items() if len(modules) > 1}
     large = [instances[kind] for kind, size in sizes.items() if size >= NEARLY_ALL * max(sizes.values())]
     many = [modules for modules in large if len(modules) > STAGES] or large
-    outermost = next((group for group in many if not any(_lie_in(group, other) for other in many)), [])
-    if len(outermost) > STAGES:
-        return outermost
-    lists = (part for stage in outermost for part in stage.children() if isinstance(part, CONTAINERS))
-    inner = [block for part in lists for block in part.children()]
-    return inner if _parameters(inner) > MOST * _parameters(outermost) else outermost
+    return next((group for group in many if not any(_lie_in(group, other) for other in many)), [])
 
 
 def _lie_in(inner: list[nn.Module], outer: list[nn.Module]) -> bool:
@@ -58,16 +48,13 @@ def _parameters(modules: list[nn.Module]) -> int:
 def grad_checkpointing(tower: nn.Module) -> int:
     """Keep only each block's input for the backward pass and recompute the block there: less memory, more time.
 
-    The recomputation leaves running statistics of batch norm alone, so the numbers stay those of one pass.
-
-    Returns:
-        The number of blocks.
+    The recomputation leaves running statistics of batch norm alone, so the numbers stay those of one pass. Returns the
+    number of blocks.
     """
     blocks = blocks_of(tower)
     for block in blocks:
-        contexts = partial(_contexts, block)
         # On the instance, not by a wrapper: the names of the parameters must stay.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=partial(_contexts, block))
     return len(blocks)
 
 

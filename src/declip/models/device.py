@@ -7,8 +7,10 @@ from declip.errors import UserError
 
 def pick_device(name: str) -> torch.device:
     """Find a device by name; "auto" is CUDA, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(_best() if name == "auto" else name)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -19,20 +21,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _best() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def computes_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 itself.
-
-    Elsewhere torch goes through other types, which is right but slower than float32: on a processor with AVX2 alone,
-    matrix products took 80 times as long.
-    """
+    """Whether a device computes in bfloat16 itself; elsewhere torch emulates it, up to 80 times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return False
+    mkldnn = torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

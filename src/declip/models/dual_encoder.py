@@ -21,10 +21,7 @@ AnyTextTower = TextTower | HuggingfaceTextTower
 
 
 class DualEncoder(nn.Module):
-    """Image tower, text tower and logit scale, with their preprocessing and tokenizer.
-
-    Args:
-        logit_scale: Initial logarithm of the inverse temperature.
+    """Image tower, text tower and logit scale (logarithm of the inverse temperature), with preprocessing and tokenizer.
 
     Attributes:
         recipe: The recipe that `from_recipe` built the model from, else None.
@@ -51,10 +48,8 @@ class DualEncoder(nn.Module):
     def from_recipe(cls, recipe: Recipe, encoder: TextEncoder | None = None) -> "DualEncoder":
         """Build the model that a recipe describes, with random weights from torch's current seed.
 
-        The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false.
-
-        Args:
-            encoder: Used instead of reading ``text.hf_model``, where the model's weights will be loaded anyway.
+        The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false; `encoder` is
+        used instead of reading it, where the model's weights will be loaded anyway.
         """
         image = recipe.image
         image_tower = ImageTower(

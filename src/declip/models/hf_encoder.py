@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from declip.data.pair import printable
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 
@@ -23,13 +24,11 @@ log = logging.getLogger("declip")
 PREFIX = "huggingface:"
 CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 FETCHED = ("*.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model")
 
 POOLING = "1_Pooling/config.json"
 """File in which sentence-transformers stores a sentence encoder's pooling."""
 
-MODE = "pooling_mode_"
 POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "eos"}
 """Poolings of sentence-transformers → `text.pooling` of a recipe."""
 
@@ -65,8 +64,7 @@ class TextEncoder:
 
     Attributes:
         config: "model_type" and `SIZES`.
-        tokenizer: Content of tokenizer.json.
-        specials: Ids, see `declip.data.text.hf_tokenizer.SPECIALS`.
+        tokenizer, specials: Content of tokenizer.json, and ids, see `declip.data.text.hf_tokenizer.SPECIALS`.
         folder: Folder of its weights; None for random weights.
         pooling: Pooling that it was trained with, a value of `POOLINGS` or an unknown name; None if not stored.
     """
@@ -76,12 +74,6 @@ class TextEncoder:
     specials: Mapping[str, int]
     folder: Path | None = None
     pooling: str | None = None
-
-    @property
-    def longest(self) -> int:
-        """Largest number of ids that it has positions for."""
-        taken = self.config["pad_token_id"] + 1 if self.config["model_type"] in OFFSET else 0
-        return int(self.config["max_position_embeddings"]) - taken
 
     def to_tensor(self) -> Tensor:
         """Configuration and tokenizer as bytes, (n,) uint8."""
@@ -99,28 +91,21 @@ class TextEncoder:
     def build(self) -> nn.Module:
         """Build transformers' model with a masked-language head, with the weights of `folder` or random ones."""
         transformers = _transformers()
-        sizes = dict(self.config)
-        kind = sizes.pop("model_type")
-        masked_language, options = transformers.AutoModelForMaskedLM, {"attn_implementation": "sdpa"}
-        try:
-            with quietly():
-                config = transformers.AutoConfig.for_model(kind, **sizes)
-                if self.folder is None:
-                    return masked_language.from_config(config, dtype=torch.float32, **options)
-                model, notes = masked_language.from_pretrained(
-                    self.folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True,
-                    output_loading_info=True, **options,
-                )  # fmt: skip
-        except Exception as error:  # transformers has errors of many kinds for files that are damaged or do not fit
-            where = f" in '{self.folder}'" if self.folder else ""
-            raise UserError(f"The text encoder{where} cannot be built: {_one_line(error)}") from error
+        masked_language = transformers.AutoModelForMaskedLM
+        options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+        where = f" in '{self.folder}'" if self.folder else ""
+        remedy = " Other files than safetensors can run code and are not read; save_pretrained(FOLDER) writes them."
+        with as_user_error(f"The text encoder{where} cannot be built", remedy if self.folder else ""):
+            config = _configuration(self.config["model_type"], self.config)
+            if self.folder is None:
+                return masked_language.from_config(config, **options)
+            options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+            model, notes = masked_language.from_pretrained(self.folder, config=config, **options)
         missing = sorted(notes["missing_keys"])
-        of_encoder = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
-        if of_encoder:
-            more = f" and {len(of_encoder) - 1:,} more" if len(of_encoder) > 1 else ""
+        if lacking := [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]:
             raise UserError(
-                f"The weights in '{self.folder}' lack '{of_encoder[0]}'{more} of its {CONFIG}. Give the encoder's own "
-                "weights, or text.pretrained=false for random ones."
+                f"The weights in '{self.folder}' lack '{lacking[0]}' and {len(lacking) - 1} more of its {CONFIG}. Give "
+                "the encoder's own weights, or text.pretrained=false for random ones."
             )
         if missing:
             log.info("'%s' holds no masked-language head; if the recipe needs one, it starts at random.", self.folder)
@@ -128,33 +113,20 @@ class TextEncoder:
 
 
 def read_encoder(given: str, pretrained: bool) -> TextEncoder:
-    """Read a text encoder's configuration and tokenizer from a folder, or from "huggingface:NAME", which is fetched.
-
-    With `pretrained` its weights must be there too; `TextEncoder.build` reads them.
-    """
+    """Read a text encoder's configuration and tokenizer from a folder, or from "huggingface:NAME", which is fetched."""
     transformers = _transformers()
     folder = _fetched(given, pretrained) if given.startswith(PREFIX) else Path(given).expanduser()
     if not (folder / CONFIG).is_file():
-        problem = f"has no {CONFIG}" if folder.is_dir() else "is no folder"
         raise UserError(
-            f"text.hf_model '{given}' {problem}. Give a folder as transformers' save_pretrained writes it, or "
-            f"{PREFIX}NAME for a model of the Hub."
+            f"text.hf_model '{given}' {f'has no {CONFIG}' if folder.is_dir() else 'is no folder'}. Give a folder as "
+            f"transformers' save_pretrained writes it, or {PREFIX}NAME for a model of the Hub."
         )
     config = _config(given, folder)
-    if pretrained and not any((folder / name).is_file() for name in WEIGHTS):
-        raise UserError(
-            f"text.hf_model '{given}' has no {WEIGHTS[0]}. Weights in other files, such as pytorch_model.bin, can run "
-            "code and are not read: if you trust them, open the encoder with transformers and call "
-            "save_pretrained(FOLDER). text.pretrained=false starts from random weights."
-        )
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise UserError(f"text.hf_model '{given}' has no tokenizer: none of {', '.join(TOKENIZERS)}. Save it there.")
-    try:
-        with quietly():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            definition = tokenizer.backend_tokenizer.to_str()
-    except Exception as error:  # of many kinds; a tokenizer without `tokenizers` is an AttributeError
-        raise UserError(f"The tokenizer of '{given}' cannot be read: {_one_line(error)}") from error
+    with as_user_error(f"The tokenizer of '{given}' cannot be read"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        definition = tokenizer.backend_tokenizer.to_str()
     names = {"start": "cls_token", "end": "sep_token", "mask": "mask_token", "padding": "pad_token"}
     specials = {special: getattr(tokenizer, f"{name}_id") for special, name in names.items()}
     if lacking := [names[special] for special, number in specials.items() if number is None]:
@@ -165,8 +137,7 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
 def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -> TextEncoder | None:
     """Read the encoder stored with a model's weights; None where its recipe has CLIP's text tower.
 
-    Raises:
-        UserError: it is missing or damaged. `text.hf_model` is never read instead: the recipe may be a stranger's.
+    `text.hf_model` is never read instead: the recipe may be a stranger's.
     """
     if recipe.text.hf_model is None:
         return None
@@ -175,48 +146,45 @@ def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -
     try:
         return TextEncoder.from_tensor(weights[ENTRY])
     except Exception as error:  # JSON of any shape
-        raise UserError(f"The text encoder's configuration in '{path}' is damaged: {_one_line(error)}") from error
+        raise UserError(f"The text encoder's configuration in '{path}' is damaged.") from error
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Silence the logs and progress bars of transformers and of the Hub's client."""
+def as_user_error(problem: str, remedy: str = "") -> Iterator[None]:
+    """Say what failed, in one line; quiet logs and progress bars. Libraries and strangers' files raise every class."""
     from transformers.utils import logging as hf_logging
 
-    hub = logging.getLogger("huggingface_hub")
-    levels, bars = (hf_logging.get_verbosity(), hub.level), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.CRITICAL)
-    hub.setLevel(logging.CRITICAL)
+    disabled, bars = logging.root.manager.disable, hf_logging.is_progress_bar_enabled()
+    logging.disable(logging.CRITICAL)
     hf_logging.disable_progress_bar()
     try:
         yield
+    except Exception as error:
+        reason = printable(" ".join(str(error).split()) or type(error).__name__).removesuffix(".")
+        raise UserError(f"{problem}: {reason}.{remedy}") from error
     finally:
-        hf_logging.set_verbosity(levels[0])
-        hub.setLevel(levels[1])
+        logging.disable(disabled)
         if bars:
             hf_logging.enable_progress_bar()
 
 
+def _configuration(kind: str, sizes: Mapping[str, Any]) -> Any:
+    return _transformers().AutoConfig.for_model(kind, **{k: v for k, v in sizes.items() if k in SIZES})
+
+
 def _config(given: str, folder: Path) -> dict[str, Any]:
     """Read "model_type" and `SIZES`, with the architecture's defaults for keys that the file lacks."""
-    try:
+    with as_user_error(f"'{folder / CONFIG}' is no configuration of an encoder that can be used"):
         tree = json.loads((folder / CONFIG).read_bytes())
-        kind = tree.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"'{folder / CONFIG}' is no configuration of transformers: {_one_line(error)}") from error
-    if kind not in HEADS or tree.get("is_decoder"):
-        shown = "a decoder" if kind in HEADS else f"of the kind {kind!r}"
-        raise UserError(
-            f"text.hf_model '{given}' is {shown}; known are the encoders {', '.join(HEADS)}. For a causal text tower "
-            "leave text.hf_model out."
-        )
-    if tree.get("position_embedding_type") not in (None, "absolute"):
-        raise UserError(f"text.hf_model '{given}' has positions of the kind {tree['position_embedding_type']!r}.")
-    try:
-        whole = _transformers().AutoConfig.for_model(kind, **{k: v for k, v in tree.items() if k in SIZES}).to_dict()
-    except Exception as error:  # transformers checks types by errors of its own
-        raise UserError(f"'{folder / CONFIG}' cannot be used: {_one_line(error)}") from error
-    return {"model_type": kind, **{name: whole[name] for name in sorted(SIZES & whole.keys())}}
+        kind, positions = tree.get("model_type"), tree.get("position_embedding_type") or "absolute"
+        if kind in HEADS and not tree.get("is_decoder") and positions == "absolute":
+            whole = _configuration(kind, tree).to_dict()
+            return {"model_type": kind, **{name: whole[name] for name in sorted(SIZES & whole.keys())}}
+    raise UserError(
+        f"text.hf_model '{given}' is {'a decoder' if tree.get('is_decoder') else f'of the kind {kind!r}'} with "
+        f"{positions!r} positions; known are the encoders {', '.join(HEADS)} with absolute ones. For a causal text "
+        "tower leave text.hf_model out."
+    )
 
 
 def _pooling(folder: Path) -> str | None:
@@ -225,7 +193,8 @@ def _pooling(folder: Path) -> str | None:
         return None
     try:
         tree = json.loads((folder / POOLING).read_bytes())
-        flags = [name.removeprefix(MODE) for name, on in tree.items() if name.startswith(MODE) and on is True]
+        prefix = "pooling_mode_"
+        flags = [name.removeprefix(prefix) for name, on in tree.items() if name.startswith(prefix) and on is True]
         modes = tree.get("pooling_mode", flags or ["mean"])
         modes = [modes] if isinstance(modes, str) else list(modes)
     except (OSError, ValueError, AttributeError, TypeError):
@@ -237,15 +206,10 @@ def _fetched(given: str, pretrained: bool) -> Path:
     """Fetch the Hub's files, or what is missing of them here, and return their folder."""
     from huggingface_hub import snapshot_download
 
-    weights = ["model*.safetensors"] if pretrained else []
     log.info("Fetching '%s'.", given)
-    try:
-        with quietly():
-            return Path(snapshot_download(given.removeprefix(PREFIX), allow_patterns=[*FETCHED, *weights]))
-    except Exception as error:  # of the network, the Hub and the disk, each has errors of its own
-        raise UserError(
-            f"Cannot fetch '{given}': {_one_line(error)} Check the network and the name, or give a folder."
-        ) from error
+    files = [*FETCHED, "model*.safetensors"] if pretrained else [*FETCHED]
+    with as_user_error(f"Cannot fetch '{given}'", " Check the network and the name, or give a folder."):
+        return Path(snapshot_download(given.removeprefix(PREFIX), allow_patterns=files))
 
 
 def _transformers() -> ModuleType:
@@ -254,9 +218,3 @@ def _transformers() -> ModuleType:
     except ImportError as error:
         raise UserError("A Hugging Face text encoder needs transformers: pip install 'declip[hf]'.") from error
     return transformers
-
-
-def _one_line(error: Exception, longest: int = 200) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = f"{text[:longest]} …" if len(text) > longest else text
-    return text if text.endswith((".", "…")) else f"{text}."

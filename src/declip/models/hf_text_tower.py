@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
-from declip.errors import UserError
-from declip.models.hf_encoder import HEADS, POOLING, POOLINGS, TextEncoder
-from declip.models.text_tower import TextFeatures, row_at
+from declip.errors import UserError, unknown
+from declip.models.hf_encoder import HEADS, OFFSET, POOLING, POOLINGS, TextEncoder
+from declip.models.text_tower import TextFeatures, already_pooled, row_at
 
 Pooling = Literal["auto", "cls", "mean", "eos"]
 
@@ -21,7 +21,6 @@ class HuggingfaceTextTower(nn.Module):
     pooler is left out: every parameter of the tower gets a gradient.
 
     Args:
-        tokenizer: The tokenizer of the same encoder.
         pooling: Token states that are projected: "cls", "mean" over the caption, "eos", or "auto": as the encoder was
             trained as a sentence encoder, else "cls".
         language: Keep the encoder's masked-language head for `language_head`.
@@ -44,7 +43,12 @@ class HuggingfaceTextTower(nn.Module):
         self._language: list[nn.Module] = [HEADS[encoder.config["model_type"]](model)] if language else []
         self._stored = encoder.to_tensor()
         self.padding, self.context = tokenizer.padding, tokenizer.context
-        self.pooling = _trained_pooling(encoder) if pooling == "auto" else pooling
+        self.pooling = encoder.pooling or "cls" if pooling == "auto" else pooling
+        if self.pooling not in POOLINGS.values():
+            raise UserError(
+                f"{POOLING} of the text encoder has the pooling {encoder.pooling}; known are cls, mean and lasttoken. "
+                "Set text.pooling=mean, cls or eos."
+            )
         self.width = int(model.config.hidden_size)
         self.text_projection = nn.Linear(self.width, embed_dim, bias=projection_bias)
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
@@ -52,12 +56,21 @@ class HuggingfaceTextTower(nn.Module):
             nn.init.zeros_(self.text_projection.bias)
 
     def forward(self, tokens: Tensor) -> TextFeatures:
-        """Encode token ids (B, L), L at most the context, padded on the right."""
+        """Encode token ids (B, L), padded on the right; or (B, width), what `pool` gave before."""
+        if tokens.is_floating_point():
+            return already_pooled(tokens, self.text_projection)
+        text_tokens, real, lengths = self._encode(tokens)
+        return TextFeatures(self.text_projection(self._pool(text_tokens, real, lengths)), text_tokens, lengths)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Encode token ids up to the projection, (B, width)."""
+        return self._pool(*self._encode(tokens))
+
+    def _encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         real = tokens != self.padding
         # A (B, 1, 1, L) mask is used as it is; given (B, L), transformers waits for the device to ask if all is real.
         text_tokens = self.encoder(input_ids=tokens, attention_mask=real[:, None, None, :]).last_hidden_state
-        lengths = real.sum(dim=1)
-        return TextFeatures(self.text_projection(self._pool(text_tokens, real, lengths)), text_tokens, lengths)
+        return text_tokens, real, real.sum(dim=1)
 
     def language_head(self) -> nn.Module:
         """Hand over the encoder's masked-language head, untied: its output weights start as the word embeddings."""
@@ -81,28 +94,22 @@ class HuggingfaceTextTower(nn.Module):
         return (text_tokens * real.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
 
 
-def _trained_pooling(encoder: TextEncoder) -> str:
-    if encoder.pooling is not None and encoder.pooling not in POOLINGS.values():
-        raise UserError(
-            f"{POOLING} of the text encoder has the pooling {encoder.pooling}; known are cls, mean and lasttoken. Set "
-            "text.pooling=mean, cls or eos."
-        )
-    return encoder.pooling or "cls"
-
-
 def _check(encoder: TextEncoder, tokenizer: HuggingfaceTokenizer) -> None:
     """Check a configuration and a tokenizer, which may be a stranger's, against each other."""
     config = encoder.config
     if config.get("model_type") not in HEADS:
-        raise UserError(f"The text encoder's kind is {config.get('model_type')!r}; known: {', '.join(HEADS)}.")
+        raise unknown("text encoder", str(config.get("model_type")), HEADS)
     if tokenizer.vocabulary > config["vocab_size"] or tokenizer.padding != config["pad_token_id"]:
         raise UserError(
             f"The text encoder's tokenizer has {tokenizer.vocabulary:,} ids and pads with id {tokenizer.padding}, but "
             f"its configuration has vocab_size {config['vocab_size']:,} and pad_token_id {config['pad_token_id']}. "
             "Save both of one model."
         )
-    if tokenizer.context > encoder.longest:
+    longest = int(config["max_position_embeddings"]) - (
+        config["pad_token_id"] + 1 if config["model_type"] in OFFSET else 0
+    )
+    if tokenizer.context > longest:
         raise UserError(
-            f"text.context_length is {tokenizer.context}, but the encoder has positions for {encoder.longest} ids. "
-            f"Set text.context_length to {encoder.longest} or less."
+            f"text.context_length is {tokenizer.context}, but the encoder has positions for {longest} ids. Set "
+            f"text.context_length to {longest} or less."
         )

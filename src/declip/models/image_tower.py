@@ -1,7 +1,7 @@
 """Image towers: any timm model, through one adapter that gives pooled and token features."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,9 +19,6 @@ log = logging.getLogger("declip")
 OTHER_FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 """Arguments of `timm.create_model` by which a recipe, perhaps a stranger's, would name files or addresses."""
 
-SMALL = 2
-"""An image size is called small when the tower was made for one this many times as large."""
-
 
 @dataclass(frozen=True)
 class ImageFeatures:
@@ -38,14 +35,19 @@ class ImageFeatures:
     tokens: Tensor
 
 
-def _conv(depths: tuple[int, ...], widths: tuple[int, ...], stem: int) -> dict[str, Any]:
-    """Options of a residual network for small images: stem of stride 2 without a pool, later stages of stride 2."""
-    blocks = tuple(
-        ByoBlockCfg(type="basic", d=depth, c=width, s=1 if index == 0 else 2, br=1.0)
-        for index, (depth, width) in enumerate(zip(depths, widths, strict=True))
+def _blocks(kind: str, depths: Sequence[int], widths: Sequence[int], ratio: float) -> tuple[ByoBlockCfg, ...]:
+    """Stages of a residual network, each but the first with stride 2."""
+    return tuple(
+        ByoBlockCfg(type=kind, d=depth, c=width, s=1 if stage == 0 else 2, br=ratio)
+        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True))
     )
+
+
+def _conv(width: int) -> dict[str, Any]:
+    """Options of a residual network for small images: stem of stride 2 without a pool."""
+    blocks = _blocks("basic", (1, 1, 1), (width, 2 * width, 4 * width), 1.0)
     plain = {"num_features": 0, "act_layer": "relu", "stem_type": "3x3", "stem_pool": ""}
-    return {"blocks": blocks, "stem_chs": stem, **plain}
+    return {"blocks": blocks, "stem_chs": width // 2, **plain}
 
 
 def _vit(patch: int, width: int, depth: int) -> dict[str, Any]:
@@ -53,9 +55,9 @@ def _vit(patch: int, width: int, depth: int) -> dict[str, Any]:
 
 
 SMALL_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "declip_conv_tiny": ("resnet51q", _conv((1, 1, 1), (32, 64, 128), 16)),
-    "declip_conv_small": ("resnet51q", _conv((1, 1, 1), (48, 96, 192), 24)),
-    "declip_conv_base": ("resnet51q", _conv((1, 1, 1), (64, 128, 256), 32)),
+    "declip_conv_tiny": ("resnet51q", _conv(32)),
+    "declip_conv_small": ("resnet51q", _conv(48)),
+    "declip_conv_base": ("resnet51q", _conv(64)),
     "declip_vit_tiny": ("vit_base_patch32_clip_quickgelu_224", _vit(4, 128, 4)),
     "declip_vit_small": ("vit_base_patch32_clip_quickgelu_224", _vit(4, 192, 6)),
     "declip_vit_base": ("vit_base_patch32_clip_quickgelu_224", _vit(8, 256, 8)),
@@ -72,13 +74,11 @@ class ImageTower(nn.Module):
 
     Args:
         name: A timm model's name or a key of `SMALL_TOWERS`. Nothing is downloaded.
-        size: Height and width of the images in pixels.
         options: Arguments of `timm.create_model`; ``depths`` sets the stages of CLIP's ResNets.
         freeze_patch_embed: Leave a ViT's patch projection at its random start, as DeCLIP's official code does.
         weights: State of the trunk, as timm publishes it, for any image size; None for random weights.
 
     Attributes:
-        pre_logits_width, token_width: Widths of `ImageFeatures.pre_logits` and `tokens`.
         has_batch_norm: Whether features depend on the other images of a batch in training.
     """
 
@@ -107,13 +107,25 @@ class ImageTower(nn.Module):
         self.token_width = int(self.trunk.num_features)
         self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
         if freeze_patch_embed:
-            self._freeze_patch_embed(name)
+            patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)
+            if patches is None:
+                raise UserError(
+                    f"image.freeze_patch_embed needs a vision transformer; '{name}' has no patch projection. Set it to "
+                    "false."
+                )
+            patches.requires_grad_(False)
 
     def forward(self, images: Tensor) -> ImageFeatures:
-        """Encode images (B, 3, H, W), normalized."""
+        """Encode images (B, 3, H, W), normalized; or (B, width), what `pool` gave for them before."""
+        if images.ndim == 2:
+            return ImageFeatures(self.proj(images), images, images.unsqueeze(1))
         features = self.trunk.forward_features(images)
         pre_logits = self.norm(self.trunk.forward_head(features, pre_logits=True))
         return ImageFeatures(self.proj(pre_logits), pre_logits, self._tokens(features))
+
+    def pool(self, images: Tensor) -> Tensor:
+        """Encode images up to the projection, (B, width)."""
+        return self.norm(self.trunk.forward_head(self.trunk.forward_features(images), pre_logits=True))
 
     def refuse_size(self, name: str, size: int) -> None:
         """Try one image of a size: many towers can be built for sizes that their forward pass cannot take."""
@@ -138,14 +150,10 @@ class ImageTower(nn.Module):
             return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
         return features[:, getattr(self.trunk, "num_prefix_tokens", 0) :]
 
-    def _freeze_patch_embed(self, name: str) -> None:
-        patches = getattr(self.trunk, "patch_embed", None)
-        if patches is None or not hasattr(patches, "proj"):
-            raise UserError(
-                f"image.freeze_patch_embed needs a vision transformer; '{name}' has no patch projection. "
-                "Set it to false."
-            )
-        patches.proj.requires_grad_(False)
+
+@cache  # once per process, however often the tower is built
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:
@@ -161,11 +169,15 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
         )
     options = {**preset, **options}
     if clip_resnet and "depths" in options:
-        options["blocks"] = _clip_resnet_blocks(options.pop("depths"))
+        depths = options.pop("depths")
+        options["blocks"] = _blocks("bottle", depths, [256 * 2**stage for stage in range(len(depths))], 0.25)
     if fixed or clip_resnet or base.startswith("vit"):
         options.setdefault("img_size", size)
-    if name not in SMALL_TOWERS and known is not None and SMALL * size <= known.input_size[-1]:
-        warn_small(name, size, known.input_size[-1])
+    if name not in SMALL_TOWERS and known is not None and 2 * size <= known.input_size[-1]:
+        _warn_once(
+            f"The image tower '{name}' was made for images of {known.input_size[-1]} pixels; at image.size={size} it "
+            f"sees few patches. Give a larger image.size, or a tower for small images: {', '.join(SMALL_TOWERS)}."
+        )
     published: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"state_dict": dict(weights)}}
     try:
         with torch.no_grad():
@@ -175,19 +187,3 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
             f"timm cannot build the image tower '{name}' with image.size={size} and image.model_kwargs={options}: "
             f"{error}"
         ) from error
-
-
-@cache  # once per process, however often the tower is built
-def warn_small(name: str, size: int, usual: int) -> None:
-    """Say that a tower was made for larger images."""
-    log.warning(
-        "The image tower '%s' was made for images of %d pixels; at image.size=%d it sees few patches. Give a larger "
-        "image.size, or a tower for small images: %s.", name, usual, size, ", ".join(SMALL_TOWERS),
-    )  # fmt: skip
-
-
-def _clip_resnet_blocks(depths: list[int]) -> tuple[ByoBlockCfg, ...]:
-    return tuple(
-        ByoBlockCfg(type="bottle", d=depth, c=256 * 2**stage, s=1 if stage == 0 else 2, br=0.25)
-        for stage, depth in enumerate(depths)
-    )

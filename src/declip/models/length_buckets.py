@@ -21,7 +21,6 @@ def encode_by_length(
         features[b] = tower(tokens[b, : lengths[b]])
 
     Args:
-        tower: Its features must not depend on ids behind a caption's end.
         lengths: (n,) int64 on the host, number of ids up to and with each end; None: one bucket.
     """
     if lengths is None or buckets == 1 or len(tokens) < 2:

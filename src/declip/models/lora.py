@@ -24,9 +24,6 @@ class Adapters:
 
     Every linear layer and ungrouped convolution between stem and projection gets one, the text tower's fused attention
     map too. At first they change nothing: B is 0. The model is changed in place.
-
-    Args:
-        towers: `declip.models.layers.IMAGE`, `TEXT` or both.
     """
 
     def __init__(self, model: DualEncoder, lora: LoRA, towers: Iterable[str] = (IMAGE, TEXT)) -> None:
@@ -59,7 +56,8 @@ def _adapt(tower: nn.Module, stem: set[str], lora: LoRA) -> Any:
     layers = [
         name
         for name, module in tower.named_modules()
-        if name not in PROJECTIONS and f"{name}.weight" not in stem and _adaptable(module)
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        if name not in PROJECTIONS and f"{name}.weight" not in stem
     ]
     config = LoraConfig(
         r=lora.rank,
@@ -87,7 +85,3 @@ def _fuse_attention(tower: nn.Module) -> None:
         if isinstance(module, CausalSelfAttention) and module.in_proj is not None:
             layer, module.in_proj = module.in_proj, None
             module.in_proj_weight, module.in_proj_bias = nn.Parameter(layer.weight), nn.Parameter(layer.bias)
-
-
-def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)

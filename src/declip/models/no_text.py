@@ -9,12 +9,18 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 
 
-class NoTextTower(nn.Module):
-    """Placeholder for a missing text tower; calling it raises a `UserError`."""
+def refuse_text(texts: str | Sequence[str] | Tensor = ()) -> NoReturn:
+    """Stand in for a missing tokenizer or text tower: raise a `UserError`."""
+    raise UserError(
+        "This model has an image tower alone: its file holds no text tower, so captions and class names cannot be "
+        "encoded. Use its image features (--task linear, knn or few-shot), or give a file with both towers."
+    )
 
-    def forward(self, tokens: Tensor) -> NoReturn:
-        """Refuse."""
-        refuse_text()
+
+class NoTextTower(nn.Module):
+    """Placeholder for a missing text tower."""
+
+    forward = staticmethod(refuse_text)
 
 
 def drop_text(model: DualEncoder) -> DualEncoder:
@@ -27,11 +33,3 @@ def drop_text(model: DualEncoder) -> DualEncoder:
 def has_text(model: DualEncoder) -> bool:
     """Whether the model can encode captions."""
     return not isinstance(model.text_tower, NoTextTower)
-
-
-def refuse_text(texts: str | Sequence[str] = ()) -> NoReturn:
-    """Placeholder for a missing tokenizer."""
-    raise UserError(
-        "This model has an image tower alone: its file holds no text tower, so captions and class names cannot be "
-        "encoded. Use its image features (--task linear, knn or few-shot), or give a file with both towers."
-    )

@@ -1,13 +1,14 @@
 """CLIP's text transformer, for sequences of any length up to the context."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import QuickGELU
 from torch import Tensor, nn
-
-from declip.models.heads import MaskedLanguageHead
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,9 @@ def row_at(states: Tensor, positions: Tensor) -> Tensor:
     return states.gather(1, positions[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
 
 
-class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), as CLIP's released weights were trained with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+def already_pooled(pooled: Tensor, projection: nn.Module) -> TextFeatures:
+    """Project (B, width) features that a text tower pooled before."""
+    return TextFeatures(projection(pooled), pooled.unsqueeze(1), torch.ones(len(pooled), dtype=torch.int64))
 
 
 class CausalSelfAttention(nn.Module):
@@ -63,19 +62,6 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(mixed.to(dtype).transpose(1, 2).reshape(batch, length, width))
 
 
-class FeedForward(nn.Module):
-    """Two linear layers, four times as wide between them; parameters are named as in CLIP."""
-
-    def __init__(self, width: int, activation: nn.Module) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.gelu = activation
-        self.c_proj = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.gelu(self.c_fc(x)))
-
-
 class TextBlock(nn.Module):
     """Pre-norm residual block; parameters are named as in CLIP."""
 
@@ -84,7 +70,8 @@ class TextBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = CausalSelfAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = FeedForward(width, activation)
+        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": activation, "c_proj": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -96,12 +83,10 @@ class Transformer(nn.Module):
 
     def __init__(self, blocks: Iterable[TextBlock]) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(blocks)
+        self.resblocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.resblocks:
-            x = block(x)
-        return x
+        return self.resblocks(x)
 
 
 class TextTower(nn.Module):
@@ -113,7 +98,6 @@ class TextTower(nn.Module):
     Args:
         vocabulary: Number of token ids, ``<|mask|>`` included.
         end: Id of the end-of-text token.
-        context: Longest sequence.
         projection_bias: Whether the projection has a bias (CLIP: no; DeCLIP's official weights: yes).
         activation: "quick_gelu" (CLIP) or "gelu".
     """
@@ -145,28 +129,35 @@ class TextTower(nn.Module):
         self._initialize(layers)
 
     def forward(self, tokens: Tensor) -> TextFeatures:
-        """Encode token ids (B, L), L at most the context; every row holds an end-of-text token."""
+        """Encode token ids (B, L), every row with an end-of-text token; or (B, width), what `pool` gave before."""
+        if tokens.is_floating_point():
+            return already_pooled(tokens, self.text_projection)
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         text_tokens = self.ln_final(self.transformer(x))
         ends = (tokens == self.end).to(torch.uint8).argmax(dim=1)
         return TextFeatures(self.text_projection(row_at(text_tokens, ends)), text_tokens, ends + 1)
 
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Encode token ids up to the projection, (B, width)."""
+        found = self(tokens)
+        return row_at(found.text_tokens, found.lengths - 1)
+
     def language_head(self) -> nn.Module:
         """Build a masked-language head with random weights."""
-        return MaskedLanguageHead(self.width, self.token_embedding.num_embeddings)
+        return nn.Linear(self.width, self.token_embedding.num_embeddings)
 
     def _initialize(self, layers: int) -> None:
         """Draw the weights with CLIP's standard deviations."""
+        scale = self.width**-0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        residual = self.width**-0.5 * (2 * layers) ** -0.5
-        for block in self.transformer.resblocks:
-            assert isinstance(block, TextBlock)
-            nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=residual)
+        blocks: Any = self.transformer.resblocks
+        for block in blocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=scale)
+            nn.init.normal_(block.attn.out_proj.weight, std=scale * (2 * layers) ** -0.5)
             nn.init.zeros_(block.attn.out_proj.bias)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
+            nn.init.normal_(block.mlp.c_proj.weight, std=scale * (2 * layers) ** -0.5)
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
         if self.text_projection.bias is not None:
             nn.init.zeros_(self.text_projection.bias)

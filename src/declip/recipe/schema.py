@@ -1,6 +1,5 @@
 """The recipe: one typed tree that describes a whole experiment, with every range check."""
 
-import math
 import os
 from typing import Annotated, Any, Literal, Self
 
@@ -26,6 +25,9 @@ def _expand_user(given: str) -> str:
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
+Portion = Annotated[float, Field(gt=0, le=1)]
+Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 RGB = tuple[float, float, float]
 Place = Annotated[str, AfterValidator(_expand_user)]
 Places = Annotated[tuple[Place, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
@@ -62,7 +64,7 @@ class Data(Section):
         False, description="sample each step's pairs with replacement instead of showing each once per epoch"
     )
     workers: Count | Literal["auto"] = Field(
-        "auto", description="number of loader processes; auto: one, and more while steps wait and cores are free"
+        "auto", description="number of loader processes; auto: one for each free core, at most 8"
     )
     max_broken_fraction: Fraction = Field(0.05, description="fraction of broken pairs above which a run stops")
 
@@ -99,17 +101,12 @@ class ImageTowerConfig(Section):
     model: str = Field("declip_vit_small", description="name of a timm model or of a small tower of declip")
     size: int = Field(32, ge=16, le=4096, description="image height and width in pixels")
     mean: RGB = Field((0.48145466, 0.4578275, 0.40821073), description="mean of red, green and blue in 0 to 1")
-    std: RGB = Field((0.26862954, 0.26130258, 0.27577711), description="standard deviation of red, green and blue")
+    std: tuple[Positive, Positive, Positive] = Field(
+        (0.26862954, 0.26130258, 0.27577711), description="standard deviation of red, green and blue"
+    )
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
     freeze_patch_embed: bool = Field(False, description="keep a ViT's patch embedding at its random start (MoCo v3)")
     shared_bn_views: bool = Field(False, description="compute batch-norm statistics over all views of a step together")
-
-    @field_validator("std")
-    @classmethod
-    def _positive(cls, given: RGB) -> RGB:
-        if min(given) < 1e-6:
-            raise ValueError("image.std must be above 0")
-        return given
 
 
 class TextTowerConfig(Section):
@@ -141,30 +138,25 @@ class TextTowerConfig(Section):
 class ImageView(Section):
     """MoCo v2's augmentation (Chen et al. 2020, arXiv 2003.04297), as DeCLIP uses it."""
 
-    scale: tuple[float, float] = Field((0.2, 1.0), description="smallest and largest fraction of the image's area")
-    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="smallest and largest aspect ratio of a crop")
-    color_jitter: tuple[float, float, float, float] = Field(
+    scale: tuple[Portion, Portion] = Field((0.2, 1.0), description="smallest and largest fraction of the image's area")
+    ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="smallest and largest aspect ratio of a crop")
+    color_jitter: tuple[Strength, Strength, Strength, Annotated[Strength, Field(le=0.5)]] = Field(
         (0.4, 0.4, 0.4, 0.1), description="strength of brightness, contrast, saturation and hue"
     )
     color_jitter_prob: Fraction = Field(0.8, description="probability of color jitter")
     grayscale_prob: Fraction = Field(0.2, description="probability of grayscale")
     blur_prob: Fraction = Field(0.5, description="probability of Gaussian blur")
-    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="smallest and largest sigma of the blur, in pixels")
+    blur_sigma: tuple[Positive, Positive] = Field(
+        (0.1, 2.0), description="smallest and largest sigma of the blur, in pixels"
+    )
     hflip_prob: Fraction = Field(0.5, description="probability of a horizontal flip")
 
-    @model_validator(mode="after")
-    def _spans(self) -> Self:
-        limits = {"scale": 1.0, "ratio": math.inf, "blur_sigma": math.inf}
-        for name, most in limits.items():
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= most or not math.isfinite(high):
-                allowed = "above 0" if most == math.inf else f"above 0 and at most {most:g}"
-                raise ValueError(f"{name} is [{low:g}, {high:g}]; give the smaller number first, both {allowed}")
-        if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
-            raise ValueError(
-                f"color_jitter is {list(self.color_jitter)}; strengths are 0 or more, and the hue's is at most 0.5"
-            )
-        return self
+    @field_validator("scale", "ratio", "blur_sigma")
+    @classmethod
+    def _rising(cls, given: tuple[float, float]) -> tuple[float, float]:
+        if given[0] > given[1]:
+            raise ValueError(f"{list(given)} falls; give the smaller number first")
+        return given
 
 
 class TextView(Section):
@@ -271,6 +263,9 @@ class FineTuning(Section):
     head_warmup_steps: int = Field(
         0, ge=0, description="number of first steps that train only new parameters; at most a quarter"
     )
+    cached_views: int = Field(
+        0, ge=0, description="views of each pair whose features frozen towers compute once; 0: computed at every step"
+    )
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
 
     def changed(self) -> list[str]:
@@ -293,11 +288,15 @@ class Train(Section):
 
     steps: int = Field(1000, ge=1, description="number of optimizer steps")
     batch_size: int = Field(128, ge=2, description="number of pairs per step over all processes")
+    optimizer: str = Field("adamw", description="adamw, muon, or the name of any optimizer of timm")
     lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up")
+    lr_schedule: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine", description="learning rate after the warm-up; wsd: constant, then falling in the last fifth"
+    )
     warmup_lr: float = Field(1e-4, ge=0, description="learning rate of the first step")
-    min_lr: float = Field(0.0, ge=0, description="learning rate of the last step, after a cosine")
+    min_lr: float = Field(0.0, ge=0, description="learning rate of the last step")
     warmup_steps: int = Field(100, ge=0, description="number of steps with a linearly rising learning rate")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay; not on biases, norms and scales")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay; not on biases, norms and scales")
     grad_clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "fp32", description="precision of the towers; auto: bf16 where the device computes in it"

@@ -1,8 +1,6 @@
 """Pages: one HTML file with nothing to load from elsewhere, written by Jinja templates from numbers."""
 
-import base64
 import datetime
-import io
 import os
 import re
 from collections.abc import Iterable
@@ -14,7 +12,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from declip.errors import UserError
 from declip.evaluation.results import ZeroShotResult
@@ -74,7 +71,6 @@ def environment(markdown: bool = False, plain_text: bool = False) -> Environment
         "percent": lambda value: text.percent(value).replace(" ", NBSP),
         "times": text.times,
         "count": lambda value: f"{value:,}",
-        "counted": text.counted,
         "plural": text.plural,
         "duration": text.duration,
         "listed": text.listed,
@@ -94,31 +90,23 @@ def render(template: str, **context: Any) -> str:
     return filled.render(version=metadata.version("declip"), date=now, **context)
 
 
-def write(path: Path, content: str) -> Path:
+def write(path: Path, content: str, elsewhere: str = "choose another place") -> Path:
     """Replace a text file at once; raises `UserError` where it cannot be written."""
-    with atomic_write(path, "choose another place") as beside:
-        beside.write_text(content, encoding="utf-8", errors="backslashreplace")
+    try:
+        with atomic_write(path, elsewhere) as partial:
+            partial.write_text(content, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}. Make room, or {elsewhere}.") from error
     return path
 
 
 def check_writable(paths: Iterable[Path | None]) -> None:
     """Refuse places that cannot be written to, before work that takes long; None is left out."""
-    for path in paths:
-        if path is None:
-            continue
-        folder = path.expanduser().parent
-        why = "it is a folder" if path.expanduser().is_dir() else ""
-        why = why or ("" if folder.is_dir() else f"there is no folder '{folder}'")
-        why = why or ("" if os.access(folder, os.W_OK) else f"you may not write to '{folder}'")
-        if why:
+    for path in filter(None, paths):
+        folder = path.parent
+        if path.is_dir() or not os.access(folder, os.W_OK):
+            why = "it is a folder" if path.is_dir() else f"there is no folder '{folder}' that you may write to"
             raise UserError(f"'{path}' cannot be written: {why}. Give another file.")
-
-
-def data_uri(image: Image.Image, kind: str, **options: int | bool) -> str:
-    """An image as the value of an <img>'s src."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def plain(words: str) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,27 +10,19 @@ from torch import Tensor
 
 from declip.data.batch import IGNORED, PairBatch
 from declip.data.images.crops import apply_photometric
+from declip.data.loader import PairLoader
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.plan import Plan
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.evaluation.encode import Encoder, text_features
-from declip.reports.thumbnails import Thumbnail, ThumbnailCache, pixels
+from declip.reports.thumbnails import Thumbnail, pixels, thumbnails_of
 from declip.supervision.nearest_neighbor import Queue
 
 SAMPLE = 512
 """Captions looked up for the fractions."""
 
 
-class TextLookup(Protocol):
-    """A `PairLoader`, as far as a report needs one: the text that a pair showed when."""
-
-    def words(self, tag: int, view: int) -> str:
-        """The text that the pair `tag` (epoch * len(source) + index) showed as text view 0 or 1."""
-        ...
-
-
-@dataclass(frozen=True)
-class Neighbor:
+class Neighbor(NamedTuple):
     """An entry of the queue near a caption: `same` says that its words are the query's."""
 
     words: str
@@ -39,9 +31,8 @@ class Neighbor:
     same: bool
 
 
-@dataclass(frozen=True)
-class LookedUp:
-    """A caption that was looked up in the queue, with its image and its neighbors."""
+class LookedUp(NamedTuple):
+    """A caption that was looked up in the queue, with its image and its neighbors, other pairs."""
 
     words: str
     image: Thumbnail | None
@@ -50,30 +41,21 @@ class LookedUp:
 
 @dataclass(frozen=True)
 class Neighbors:
-    """A few random captions and their neighbors in the queue, which holds `held` of at most `size` entries.
+    """A few random captions and their neighbors in the queue.
 
     Attributes:
-        rows: Neighbors of the same pair are left out.
         sampled: Number of captions that the fractions are of.
         same_pair: Fraction whose nearest entry is the same pair, seen earlier.
         same_words: Fraction whose nearest entry is another pair with the same words.
     """
 
     rows: list[LookedUp]
-    held: int
-    size: int
     sampled: int
     same_pair: float
     same_words: float
 
-    @property
-    def other(self) -> float:
-        """Fraction whose nearest entry has other words: what the loss adds."""
-        return 1 - self.same_pair - self.same_words
 
-
-@dataclass(frozen=True)
-class Word:
+class Word(NamedTuple):
     """A piece of text; `mark` is "", "changed", "masked", "swapped" or "kept", `was` the word under a mask."""
 
     text: str
@@ -96,7 +78,7 @@ def neighbors(
     model: Encoder,
     queue: Queue,
     source: PairSource,
-    loader: TextLookup,
+    loader: PairLoader,
     rng: np.random.Generator,
     rows: int = 6,
     shown: int = 4,
@@ -105,27 +87,41 @@ def neighbors(
 
     Args:
         queue: Its tags are 2 · tag + view, where tag = epoch · len(source) + index.
+        loader: Knows the text that a pair showed then.
 
     Returns:
         None when the queue holds no entry that can be named.
     """
-    device = queue.tags.device
     known = torch.nonzero(queue.tags[: len(queue)] >= 0).flatten()
     if len(known) == 0:
         return None
-    features, tags = queue.features[known.to(device)].cpu(), queue.tags[known.to(device)].cpu().numpy()
-    indices = tags // 2 % len(source)
+    features, tags = queue.features[known].cpu(), queue.tags[known].tolist()
     asked = _readable(source, rng.permutation(len(source))[:SAMPLE])
     texts = text_features(model, [words for _, words in asked])
-    first = torch.cat([(part @ features.T).argmax(1) for part in texts.split(64)]).numpy()
-    own = indices[first] == [index for index, _ in asked]
-    same = np.array([_words(loader, tags[slot]) == words for slot, (_, words) in zip(first, asked, strict=True)])
-    thumbnails = ThumbnailCache(source)
-    looked = [
-        LookedUp(words, thumbnails.at(index), _found(loader, thumbnails, features @ text, tags, (index, words), shown))
-        for (index, words), text in zip(asked[:rows], texts, strict=False)
-    ]
-    return Neighbors(looked, len(queue), queue.size, len(asked), float(own.mean()), float((same & ~own).mean()))
+    thumbnails = thumbnails_of(source)
+
+    def entry(slot: int) -> tuple[int, str]:
+        """Index of the pair, and its words then."""
+        tag, view = divmod(tags[slot], 2)
+        return tag % len(source), loader.words(tag, view)
+
+    looked: list[LookedUp] = []
+    same_pair = same_words = 0
+    for (index, words), text in zip(asked, texts, strict=True):
+        cosines = features @ text
+        nearest = entry(int(cosines.argmax()))
+        same_pair += nearest[0] == index
+        same_words += nearest[0] != index and nearest[1] == words
+        if len(looked) < rows:
+            found: dict[int, Neighbor] = {}
+            for slot in cosines.argsort(descending=True).tolist():
+                if len(found) == shown:
+                    break
+                if (other := tags[slot] // 2 % len(source)) != index and other not in found:
+                    then = entry(slot)[1]
+                    found[other] = Neighbor(then, thumbnails(other), float(cosines[slot]), then == words)
+            looked.append(LookedUp(words, thumbnails(index), list(found.values())))
+    return Neighbors(looked, len(asked), same_pair / len(asked), same_words / len(asked))
 
 
 def shown_pairs(
@@ -143,57 +139,31 @@ def shown_pairs(
     mean, std = torch.tensor(plan.mean), torch.tensor(plan.std)
     finished = apply_photometric(batch.views, mean, std)
     images = [view.pixels * std.view(3, 1, 1) + mean.view(3, 1, 1) for view in finished.values()]
-    hidden = torch.zeros(len(batch)) if batch.labels is None else (batch.labels != IGNORED).sum(1).float()
-    changed = torch.zeros(len(batch)) if len(batch.texts) < 2 else (batch.texts[0] != batch.texts[1]).any(1).float()
+    interest = (batch.texts[0] != batch.texts[-1]).any(1).float()
+    if batch.labels is not None:
+        interest += (batch.labels != IGNORED).any(1)
     order = rng.permutation(len(batch))
-    interest = ((hidden > 0).float() + changed)[torch.from_numpy(order)].numpy()
-    chosen = order[np.argsort(-interest, kind="stable")][:count]
-    thumbnails = ThumbnailCache(source)
-    seen = []
+    chosen = order[np.argsort(-interest.numpy()[order], kind="stable")][:count]
+    thumbnails = thumbnails_of(source)
+    pairs = []
     for row in chosen.tolist():
-        caption = _caption(tokenizer, batch.texts[0, row])
-        seen.append(
+        caption, *others = (tokenizer.decode(text[row].tolist()) for text in batch.texts)
+        masked = None
+        if batch.masked is not None and batch.labels is not None:
+            masked = _masked(tokenizer, batch.masked[row], batch.labels[row])
+        pairs.append(
             ShownPair(
-                original=None if batch.sample_ids is None else thumbnails.at(int(batch.sample_ids[row]) % len(source)),
+                original=None if batch.sample_ids is None else thumbnails(int(batch.sample_ids[row]) % len(source)),
                 views=[
                     pixels(view[row].float().numpy(), f"View {number} of: {caption}")
                     for number, view in enumerate(images, 1)
                 ],
                 caption=[Word(caption)],
-                augmented=_changes(caption, _caption(tokenizer, batch.texts[1, row])) if len(batch.texts) > 1 else None,
-                masked=None
-                if batch.masked is None or batch.labels is None
-                else _masked(tokenizer, batch.masked[row], batch.labels[row]),
+                augmented=_changes(caption, others[0]) if others else None,
+                masked=masked,
             )
         )
-    return seen
-
-
-def _found(
-    loader: TextLookup,
-    thumbnails: ThumbnailCache,
-    cosines: Tensor,
-    tags: np.ndarray,
-    asked: tuple[int, str],
-    shown: int,
-) -> list[Neighbor]:
-    """The nearest entries of other pairs than the one that asks, each pair once."""
-    own, words = asked
-    found: list[Neighbor] = []
-    met = {own}
-    for slot in cosines.argsort(descending=True).tolist():
-        index = int(tags[slot]) // 2 % len(thumbnails.source)
-        if index not in met:
-            met.add(index)
-            entry = _words(loader, tags[slot])
-            found.append(Neighbor(entry, thumbnails.at(index), float(cosines[slot]), entry == words))
-        if len(found) == shown:
-            break
-    return found
-
-
-def _words(loader: TextLookup, queue_tag: int) -> str:
-    return loader.words(int(queue_tag) // 2, int(queue_tag) % 2)
+    return pairs
 
 
 def _readable(source: PairSource, indices: np.ndarray) -> list[tuple[int, str]]:
@@ -205,16 +175,6 @@ def _readable(source: PairSource, indices: np.ndarray) -> list[tuple[int, str]]:
         except BrokenPair:
             continue
     return found
-
-
-def _ids(tokenizer: CaptionTokenizer, row: Tensor) -> list[int]:
-    """The ids between start and end."""
-    ids = row.tolist()
-    return ids[1 : ids.index(tokenizer.end)] if tokenizer.end in ids else ids[1:]
-
-
-def _caption(tokenizer: CaptionTokenizer, row: Tensor) -> str:
-    return tokenizer.decode(row.tolist())
 
 
 def _changes(caption: str, augmented: str) -> list[Word]:
@@ -229,9 +189,10 @@ def _changes(caption: str, augmented: str) -> list[Word]:
 def _masked(tokenizer: CaptionTokenizer, masked: Tensor, labels: Tensor) -> list[Word]:
     """The corrupted caption token by token; under each token that is to be predicted, what it was."""
     words = []
-    for token, label in zip(_ids(tokenizer, masked), labels.tolist()[1:], strict=False):
-        text = tokenizer.decode([token])
-        was = "" if label == IGNORED else tokenizer.decode([label])
-        mark = "" if label == IGNORED else "kept" if label == token else "swapped"
-        words.append(Word("mask", "masked", was) if token == tokenizer.mask else Word(text, mark, was))
+    for token, label in zip(masked.tolist()[1:], labels.tolist()[1:], strict=True):
+        if token == tokenizer.end:
+            break
+        text = "mask" if token == tokenizer.mask else tokenizer.decode([token])
+        mark = "masked" if token == tokenizer.mask else "kept" if label == token else "swapped"
+        words.append(Word(text) if label == IGNORED else Word(text, mark, tokenizer.decode([label])))
     return words

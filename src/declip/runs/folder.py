@@ -3,9 +3,9 @@
 import errno
 import json
 import logging
-import math
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,17 +18,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from declip.errors import UserError
-from declip.evaluation.datasets import open_dataset, with_classes
 from declip.evaluation.results import Result, read_result
 from declip.models.hf_encoder import ENTRY, TextEncoder, encoder_kept_in
 from declip.recipe.load import load_recipe
+from declip.recipe.schedule import learning_rate
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import OLD_LAYOUT, WEIGHTS, Checkpoint, is_old_layout, list_checkpoints, newest_good
+from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
 
 RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "skipped.json"
 KEPT = "start.safetensors"
 """The pretrained weights that a run began with: it resumes from them and is compared with them."""
-LOCK = ".lock"
 CHANGEABLE = (
     *("name", "data.workers", "train.device", "train.rank_timeout"),
     *("train.keep_checkpoints", "train.checkpoint_every"),
@@ -50,9 +49,7 @@ class Run:
     """A run folder, whether its run is finished, interrupted or still going. Files are read once, when first needed.
 
     Attributes:
-        folder: Holds recipe.yaml, metrics.jsonl, evaluations.jsonl, skipped.json, checkpoints, report.html.
-        steps_done: Where `declip.train` gave this run, its steps; else they are read from its metrics.
-        finished: Whether all steps are done, where `declip.train` gave this run.
+        steps_done, finished: Number of steps, and whether these are all, where `declip.train` gave this run.
         status: Exit status of the process when the run is not finished: 130 after Ctrl-C, 75 (try again later) after
             SIGTERM, SIGUSR1 or the file "stop", but 0 there under torchrun.
         is_rank_zero: Whether this process is the first of those that train together.
@@ -76,7 +73,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The resolved recipe; errors as `read_recipe`."""
+        """The resolved recipe."""
         return read_recipe(self.folder)
 
     @cached_property
@@ -97,8 +94,8 @@ class Run:
     @cached_property
     def evaluated(self) -> list[Evaluated]:
         """The evaluations whose protocol this version knows, by step."""
-        found = [(row["step"], read_result(row)) for row in self.evaluations]
-        return sorted((Evaluated(step, result) for step, result in found if result), key=lambda row: row.step)
+        rows = [Evaluated(row["step"], result) for row in self.evaluations if (result := read_result(row))]
+        return sorted(rows, key=lambda row: row.step)
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -114,19 +111,18 @@ class Run:
         return list({(row.result.dataset, row.result.task): row for row in self.evaluated}.values())
 
     @cached_property
-    def _skipped(self) -> dict[str, Any]:
-        text = _text(self.folder / SKIPPED)
-        return json.loads(text) if text else {}
+    def _counts(self) -> dict[str, Any]:
+        return json.loads(_text(self.folder / SKIPPED) or "{}")
 
     @property
     def skipped(self) -> Mapping[str, Mapping[str, Any]] | None:
         """Reason → count and example keys of the pairs that could not be used; None before the first checkpoint."""
-        return self._skipped.get("reasons")
+        return self._counts.get("reasons")
 
     @property
     def seen(self) -> int:
         """Number of pairs seen when `skipped` was written."""
-        return int(self._skipped.get("seen", 0))
+        return int(self._counts.get("seen", 0))
 
     @property
     def step(self) -> int:
@@ -141,15 +137,15 @@ class Run:
         return int(self.metrics[-1]["samples_seen"]) if self.metrics else 0
 
     @property
+    def seconds(self) -> float:
+        """Duration of training in seconds, without evaluations and checkpoints."""
+        return float(np.nansum(self.column("seconds")))
+
+    @property
     def samples_per_second(self) -> float | None:
         """Median over the logged steps."""
         speeds = self.column("samples_per_second")
         return float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
-
-    @property
-    def seconds(self) -> float:
-        """Duration of training in seconds, without evaluations and checkpoints."""
-        return float(np.nansum(self.column("seconds")))
 
     @property
     def steps(self) -> np.ndarray:
@@ -163,7 +159,9 @@ class Run:
 
     def column(self, name: str) -> np.ndarray:
         """(rows,) float64 of a metric; "losses.NAME" for a loss; NaN where a row lacks it."""
-        return np.array([_number(row, name.split(".", 1)) for row in self.metrics], dtype=np.float64)
+        section, _, key = name.rpartition(".")
+        rows = [row.get(section, {}) if section else row for row in self.metrics]
+        return np.array([row.get(key) for row in rows], dtype=np.float64)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -173,38 +171,24 @@ def read_run(folder: str | Path) -> Run:
     return Run(Path(folder))
 
 
-def check_datasets(recipe: Recipe) -> None:
-    """Open every dataset that the recipe evaluates on.
-
-    Raises:
-        UserError: one of them is missing or empty, or has no classes though zero-shot classification is wanted.
-    """
-    wanted = recipe.evaluation
-    zero_shot = {*wanted.zero_shot, *wanted.final_zero_shot}
-    for name in dict.fromkeys((*sorted(zero_shot), *wanted.retrieval, *wanted.final_retrieval)):
-        dataset = open_dataset(name)
-        if name in zero_shot:
-            with_classes(dataset.split("test"))
-
-
 def lock_folder(folder: Path) -> FileIO:
     """Make the run folder and lock it for this process, until the returned file is closed.
 
-    The operating system releases the lock however the process ends, and worker processes do not inherit it. A system
-    or file system without such locks gives none.
+    The operating system releases the lock however the process ends, and worker processes do not inherit it. Windows
+    and file systems without such locks give none.
 
     Raises:
         UserError: the folder cannot be written, or another process trains in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("ab+", buffering=0)
+        file = (folder / ".lock").open("ab+", buffering=0)
     except OSError as error:
         raise _not_writable(folder, error) from error
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
+    if sys.platform == "win32":
         return file
+    import fcntl
+
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -224,33 +208,35 @@ def lock_folder(folder: Path) -> FileIO:
 
 
 def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:
-    """Begin a run in a locked folder, or find where the run in it stopped.
-
-    Returns:
-        The newest good checkpoint, or None for a new start.
+    """Begin a run in a locked folder, or find the newest good checkpoint of the run in it.
 
     Raises:
-        UserError: the folder holds a run and `resume` is off, it holds another recipe's run, it cannot be written,
-            or none of its checkpoints is complete.
+        UserError: a run is there and `resume` is off, it has another recipe, or none of its checkpoints is complete.
     """
-    if not (folder / RECIPE).exists():
-        _write_recipe(recipe, folder)
-        return None
-    if not resume:
-        raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
-    earlier = read_recipe(folder)
-    refuse_another(recipe, earlier, folder)
-    newest = _newest(folder)
-    refuse_other_steps(recipe, earlier, folder, newest.step if newest else 0)
-    _write_recipe(recipe, folder)
+    newest = None
+    if (folder / RECIPE).exists():
+        if not resume:
+            raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
+        newest, problems = newest_good(folder)
+        refuse_another(recipe, read_recipe(folder), folder, newest.step if newest else 0)
+        for problem in problems:
+            log.warning(problem)
+        if problems and newest is None:
+            raise UserError(f"No checkpoint in '{folder}' is complete. {problems[0]} Start anew with another --out.")
+    partial = folder / f"{RECIPE}.partial"  # renamed when whole: a full disk leaves no half of one
+    try:
+        partial.write_text(recipe.to_yaml(), encoding="utf-8")
+        partial.replace(folder / RECIPE)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _not_writable(folder, error) from error
     return newest
 
 
 def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | None:
-    """Read the Hugging Face encoder's files from the newest good checkpoint, so that resuming needs no other folder.
+    """Read the Hugging Face encoder's files, if it has any, from the newest good checkpoint.
 
-    Returns:
-        None where the recipe has CLIP's text tower, or there is no checkpoint.
+    So resuming needs no other folder.
     """
     for checkpoint in reversed(list_checkpoints(folder)) if recipe.text.hf_model is not None else ():
         with suppress(OSError, SafetensorError, UserError), safe_open(checkpoint / WEIGHTS, "pt") as file:
@@ -259,78 +245,39 @@ def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | None:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """Read the resolved recipe of a run folder.
-
-    Raises:
-        UserError: there is none, or it does not fit this version.
-    """
+    """Read the resolved recipe of a run folder."""
     path = folder / RECIPE
     if not path.is_file():
         raise UserError(f"'{folder}' is not a run folder: it has no {RECIPE}.")
     try:
         return load_recipe(path)
     except ValueError as error:
-        reason = OLD_LAYOUT if is_old_layout(_text(path)) else str(error)
         raise UserError(
-            f"'{folder}' holds no run of this version of declip. {reason} Choose another folder with --out."
+            f"'{folder}' holds no run of this version of declip. {error} Choose another folder with --out."
         ) from error
 
 
-def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
-    """Refuse to resume a run under a recipe that would change its numbers; `refuse_other_steps` judges train.steps."""
+def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> None:
+    """Refuse to resume a run of `done` steps under a recipe that would have changed their numbers."""
     now, then = flat(recipe.model_dump(mode="json")), flat(earlier.model_dump(mode="json"))
-    changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
-    changed = [key for key in changed if key not in (*CHANGEABLE, "train.steps")]
+    differ = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+    changed = [key for key in differ if key not in CHANGEABLE]
+    steps_alone = (
+        changed == ["train.steps"] and recipe.head_warmup == earlier.head_warmup and done <= recipe.train.steps
+    )
+    if steps_alone and all(learning_rate(n, recipe.train) == learning_rate(n, earlier.train) for n in range(done)):
+        return
     if changed:
-        shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed[:5])
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise UserError(
-            f"'{folder}' holds the run of another recipe ('{earlier.name}'): {shown}{more}. "
-            "Give the same recipe and overrides to resume, or another folder with --out."
+            f"'{folder}' holds the run of another recipe ('{earlier.name}'): {shown}. Give the same recipe and "
+            "overrides to resume, or another folder with --out. To train longer, whose learning rates are others from "
+            f"the start, begin there from the run's weights: finetune.pretrained='{folder}'."
         )
-
-
-def refuse_other_steps(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> None:
-    """Refuse another train.steps where the steps that are done would have had another learning rate.
-
-    The cosine is stretched over train.steps, so only the warm-up is the same for any number of steps.
-    """
-    now, then = recipe.train, earlier.train
-    same = recipe.head_warmup == earlier.head_warmup and done <= min(now.warmup_steps, now.steps, then.steps)
-    if now.steps != then.steps and done and not same:
-        raise UserError(
-            f"The run in '{folder}' has done {done:,} steps of a cosine schedule over train.steps={then.steps:,}. With "
-            f"train.steps={now.steps:,} they would have had other learning rates, so it cannot be resumed with that "
-            f"value. To train longer, start a new run from its weights: finetune.pretrained='{folder}' "
-            "train.steps=MORE --out ANOTHER_FOLDER. To finish it as it began, resume with "
-            f"train.steps={then.steps}."
-        )
-
-
-def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write the resolved recipe next to its place and rename it: a full disk leaves no half of one."""
-    partial = folder / f"{RECIPE}.partial"
-    try:
-        partial.write_text(recipe.to_yaml(), encoding="utf-8")
-        partial.replace(folder / RECIPE)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _not_writable(folder, error) from error
 
 
 def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out.")
-
-
-def _newest(folder: Path) -> Checkpoint | None:
-    checkpoint, problems = newest_good(folder)
-    for problem in problems:
-        log.warning(problem)
-    if problems:
-        if checkpoint is None:
-            raise UserError(f"No checkpoint in '{folder}' is complete. {problems[0]} Start anew with another --out.")
-        log.warning("Continuing from the newest good checkpoint, step %d.", checkpoint.step)
-    return checkpoint
 
 
 def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -349,19 +296,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row to a JSONL file. JSON has no NaN and no infinity: they become null."""
+    finite = json.loads(json.dumps(row), parse_constant=lambda _: None)
     with path.open("a", encoding="utf-8") as file:
-        file.write(_line(row))
+        file.write(json.dumps(finite) + "\n")
 
 
 def drop_rows(path: Path, after: int) -> None:
     """Drop the rows of steps after one, which a resumed run takes again, and, with a warning, damaged lines."""
     if not path.exists():
         return
-    damaged = [number for number, line in enumerate(_text(path).split("\n"), 1) if line and _parse_row(line) is None]
+    rows = read_rows(path)
+    damaged = sum(1 for line in _text(path).split("\n") if line) - len(rows)
     if damaged:
-        log.warning("Left out damaged lines of %s: %d, the first at line %d.", path, len(damaged), damaged[0])
+        log.warning("Left out damaged lines of %s: %d.", path, damaged)
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(_line(row) for row in read_rows(path) if row["step"] <= after), encoding="utf-8")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= after), encoding="utf-8")
     partial.replace(path)
 
 
@@ -373,23 +322,5 @@ def _parse_row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(row), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _number(row: Any, keys: list[str]) -> float:
-    for key in keys:
-        row = row.get(key) if isinstance(row, Mapping) else None
-    return float("nan") if row is None else float(row)

@@ -1,10 +1,9 @@
-"""An index of images: searched by text, by image or both, and changed without embedding again."""
+"""An index of images: searched by text, by image or both."""
 
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,19 +16,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.data.images.decode import decode
-from declip.data.pair import BrokenPair, PairSource, printable
+from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.image_source import ImageSource
-from declip.data.sources.origin import Origin
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, measuring, text_features
 from declip.evaluation.feature_cache import model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
-from declip.io.text import percent
-from declip.search.approximate import ApproximateSearch, import_faiss, refresh, without_hidden
+from declip.io.text import percent, plural
+from declip.search.approximate import ApproximateSearch, build_approximate, import_faiss, open_approximate
 from declip.search.exact import nearest
 from declip.search.manifest import ApproximateEntry, Manifest, Over, Precision, locked_index
-from declip.search.store import IndexedImage, Store, write_part
+from declip.search.store import COLUMNS, IndexedImage, Store
 
 log = logging.getLogger("declip")
 
@@ -39,28 +37,10 @@ SHORTEST = 1e-6  # length of a weighted sum of two unit vectors below which they
 
 
 @dataclass(frozen=True)
-class Hit:
-    """A search result.
+class Hit(IndexedImage):
+    """A search result: an image, and the cosine of its vector and the query."""
 
-    Attributes:
-        id: For `Index.image`, `Index.neighbors` and `Index.vectors`.
-        key: The source's name of the image.
-        score: Cosine of the image's vector and the query.
-        place: Number of the image in the source when it was embedded.
-        origin: Its file or shard, with offset and size in bytes.
-    """
-
-    id: int
-    key: str
     score: float
-    captions: tuple[str, ...]
-    place: int
-    origin: Origin
-
-    @property
-    def caption(self) -> str:
-        """The first caption, empty where there is none."""
-        return self.captions[0] if self.captions else ""
 
     def to_dict(self) -> dict[str, Any]:
         """The hit as plain data."""
@@ -93,14 +73,8 @@ class Index:
         self.folder = Path(folder).expanduser()
         self._given_model, self._given_source, self._device = model, source, device
         self._store = Store(self.folder, check)
-        update = self.manifest.update
-        if update is not None and not update.finished:
-            log.warning(
-                "The index '%s' is unfinished: %s of %s images were read. The same `declip embed` continues.",
-                self.folder,
-                f"{update.done:,}",
-                f"{update.total:,}",
-            )
+        if self.manifest.reached is not None:
+            log.warning("The index '%s' is unfinished. The same `declip embed` continues.", self.folder)
 
     @classmethod
     def open(cls, folder: str | Path, **options: Any) -> "Index":
@@ -108,8 +82,8 @@ class Index:
         return cls(folder, **options)
 
     def __len__(self) -> int:
-        """Number of images that a search can find."""
-        return len(self._store.live)
+        """Number of images."""
+        return len(self.ids)
 
     @property
     def manifest(self) -> Manifest:
@@ -118,8 +92,8 @@ class Index:
 
     @property
     def ids(self) -> np.ndarray:
-        """(n,) int64, rising, of the images that a search can find."""
-        return self._store.ids[self._store.live]
+        """(n,) int64, rising."""
+        return self._store.ids
 
     @cached_property
     def model(self) -> Encoder:
@@ -132,11 +106,10 @@ class Index:
             )
         model = load(given, self._device) if isinstance(given, str | Path) else given
         if fingerprint(model) != made_by.fingerprint:
-            now = f"'{given}'" if isinstance(given, str | Path) else "the one given"
             raise UserError(
-                f"The index '{self.folder}' holds vectors of another model than {now}; cosines between two models' "
-                f"vectors mean nothing. It was made by '{made_by.spec or 'a Python object'}' as that was then. Give "
-                "that with --model, or embed again into another folder."
+                f"The index '{self.folder}' holds vectors of another model, '{made_by.spec or 'a Python object'}' as "
+                "it was then; cosines between two models' vectors mean nothing. Give that one with --model, or embed "
+                "again into another folder."
             )
         return model
 
@@ -149,9 +122,7 @@ class Index:
     ) -> Tensor:
         """(d,) float32 of length 1, the vector of a text, an image, or both; arguments as for `search`."""
         vectors = []
-        if text is not None:
-            if not text.strip():
-                raise UserError("The text to search for is empty. Give some words, or an image with --image.")
+        if text and not text.isspace():
             templates = ["{}"] if template is None else read_templates(template)[1]
             vectors.append(class_features(self.model, [text.strip()], templates)[0])
         if image is not None:
@@ -165,11 +136,7 @@ class Index:
             vectors.append(image_vectors(self.model, pixels, "fp32")[0])
         if not vectors:
             raise UserError("There is nothing to search for. Give a text, an image (--image FILE), or both.")
-        if len(vectors) == 1:
-            return vectors[0]
-        if len(weights) != 2 or not all(map(math.isfinite, weights)):
-            raise UserError(f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3.")
-        return mix(vectors[0], vectors[1], weights)
+        return vectors[0] if len(vectors) == 1 else mix(vectors[0], vectors[1], weights)
 
     def search(
         self,
@@ -221,8 +188,8 @@ class Index:
         Returns:
             Ids (n, k') int64 and cosines (n, k') float32, the best first.
         """
-        if over not in ("images", "captions"):
-            raise unknown("place to search", over, ("images", "captions"))
+        if over not in COLUMNS:
+            raise unknown("place to search", over, COLUMNS)
         if over == "images" and not exact and self._approximate is not None:
             return self._approximate.nearest(queries, k)
         return nearest(queries, self._store.blocks(over), k)
@@ -237,13 +204,7 @@ class Index:
 
     def keys(self) -> list[str]:
         """The key of each image in the order of `ids`; several images may share one."""
-        keys = self._store.column("key")
-        return [keys[position] for position in self._store.live.tolist()]
-
-    def captions(self) -> list[str]:
-        """The first caption of each image in the order of `ids`, empty where it has none."""
-        captions = self._store.column("captions")
-        return [captions[position][0] if captions[position] else "" for position in self._store.live.tolist()]
+        return self._store.table["key"].to_pylist()
 
     def image(self, id: int) -> Image.Image:
         """Read an image from the source, RGB and upright.
@@ -253,75 +214,63 @@ class Index:
         Raises:
             UserError: There is no such id, or its image has left the source or cannot be read.
         """
-        return self._read(self.row(id))
+        row, source = self.row(id), self._source
+        place: int | None = row.place
+        if row.place >= len(source) or source.key(row.place) != row.key:  # the source has changed since
+            place = self._places.get(row.key)
+        if place is None:
+            raise UserError(f"'{printable(row.key)}' is no longer in '{source.name}'.")
+        try:
+            return source[place].image
+        except BrokenPair as broken:
+            raise UserError(f"The image '{printable(row.key)}' cannot be read any more: {broken}.") from broken
 
     def remove(self, keys: Sequence[str]) -> int:
-        """Hide images by key, now and from later calls of `embed`; returns the number of hidden rows.
+        """Remove images by key, also from later calls of `embed`; returns their number.
 
         Raises:
-            UserError: A key is not in the index (nothing is hidden then), or it cannot be written.
+            UserError: A key is not in the index (nothing is removed then), or it cannot be written.
         """
-        with self._changing() as store:
-            ids = store.ids_of(keys) - set(store.ids[store.dead].tolist())
-            store.manifest.removed = sorted({*store.manifest.removed, *ids})
-        return len(ids)
-
-    def restore(self, keys: Sequence[str]) -> int:
-        """Undo `remove`; rows that were compacted meanwhile come back with the next `embed`.
-
-        Returns:
-            The number of rows that were brought back, or will be.
-        """
-        with self._changing() as store:
-            manifest = store.manifest
-            compacted = set(keys) & set(manifest.excluded)
-            ids = store.ids_of([key for key in keys if key not in compacted]) & set(manifest.removed)
-            manifest.removed = sorted(set(manifest.removed) - ids)
-            manifest.excluded = [key for key in manifest.excluded if key not in compacted]
-        return len(ids) + len(compacted)
-
-    def compact(self) -> int:
-        """Write the parts again without hidden rows; ids stay. Returns the bytes freed."""
-        with self._changing(check=True) as store:
-            manifest, before = store.manifest, store.manifest.size
-            dropped = {store.row(at).key for at in np.flatnonzero(np.isin(store.ids, manifest.removed)).tolist()}
-            parts = [
-                write_part(self.folder, number, batch)
-                for number, batch in enumerate(store.live_batches(), manifest.next_part)
-            ]
-            if manifest.approximate is not None:
-                manifest.approximate = without_hidden(store, manifest.approximate)
-            manifest.parts, manifest.removed, manifest.gone = parts, [], []
-            manifest.excluded = sorted({*manifest.excluded, *dropped})
-        return before - manifest.size
+        wanted = set(keys)
+        with locked_index(self.folder):
+            store = Store(self.folder)
+            rows = zip(store.ids.tolist(), store.table["key"].to_pylist(), strict=True)
+            key_of = {id: key for id, key in rows if key in wanted}
+            if missing := sorted(wanted - set(key_of.values())):
+                raise UserError(
+                    f"'{printable(missing[0])}' is not in the index '{self.folder}'. Keys are what search shows: paths "
+                    "below the source, for most sources."
+                )
+            store.drop(key_of.keys())
+            store.manifest.removed = sorted({*store.manifest.removed, *wanted})
+            store.manifest.save(self.folder)
+        self._reopen()
+        return len(key_of)
 
     def approximate(self) -> ApproximateEntry:
-        """Make the approximate index, or bring it up to date, and measure its recall; needs faiss."""
+        """Make the approximate index, and measure its recall; needs faiss."""
         import_faiss()
         encode = text_encoder(self.model)
-        with self._changing() as store:
-            return refresh(store, encode)
+        with locked_index(self.folder):
+            entry = build_approximate(Store(self.folder), encode)
+        self._reopen()
+        return entry
 
     def summary(self) -> str:
         """The contents of the index, and what was left out, a line each."""
         manifest = self.manifest
         size = sum(part.bytes for part in manifest.parts)
         lines = [f"{len(self):,} images, {manifest.dimension} numbers each in {manifest.dtype}, {size / 1e6:,.1f} MB"]
-        if (update := manifest.update) is not None:
-            for title, state in (("Left out", update.skipped), ("Without caption", update.uncaptioned)):
-                for reason, row in state["reasons"].items():
-                    if state is update.uncaptioned and row["count"] == len(self):
-                        lines.append(f"{title}: all of them")
-                        continue
-                    lines.append(f"{title}: {row['count']:,} × {reason}, such as {', '.join(row['examples'])}")
-        if hidden := len(manifest.removed) + len(manifest.gone):
-            lines.append(f"Hidden: {len(manifest.removed):,} removed, {len(manifest.gone):,} gone from the source")
-            lines[-1] += "" if 2 * hidden < manifest.rows else "; `declip index compact` frees their space"
+        lines += [f"Left out: {line}" for line in SkipCounter.from_dict(manifest.skipped).lines()]
+        if uncaptioned := self._store.table["captions"].to_pylist().count([]):
+            lines.append(f"Without caption: {uncaptioned:,}")
+        if manifest.removed:
+            lines.append(f"Removed: {plural(len(manifest.removed), 'key')}, which `declip embed` leaves out")
         if (entry := manifest.approximate) is not None:
-            kinds = [f"{percent(entry.images.recall)} (images as queries, n = {entry.images.queries})"]
-            if entry.texts is not None:
-                kinds.append(f"{percent(entry.texts.recall)} (texts, n = {entry.texts.queries})")
-            lines.append(f"Approximate: {entry.probed} of {entry.lists} lists; recall@10 of exact: {', '.join(kinds)}")
+            recalls = f"{percent(entry.image_recall)} (images as queries)"
+            if entry.text_recall is not None:
+                recalls += f", {percent(entry.text_recall)} (texts)"
+            lines.append(f"Approximate: {entry.probed} of {entry.lists} lists; recall@10 of exact: {recalls}")
         return "\n".join(lines)
 
     @cached_property
@@ -334,35 +283,14 @@ class Index:
         except UserError as error:
             log.warning("Search is exact. %s", error)
             return None
-        return ApproximateSearch(self._store, entry)
+        return open_approximate(self._store, entry)
 
-    @contextmanager
-    def _changing(self, check: bool = False) -> Iterator[Store]:
-        """Give the locked rows, save their manifest when all went well, and read the folder again."""
-        with locked_index(self.folder):
-            store = Store(self.folder, check)
-            yield store
-            store.manifest.save(self.folder)
+    def _reopen(self) -> None:
         self._store = Store(self.folder, check=False)
         self.__dict__.pop("_approximate", None)
 
     def _hits(self, ids: Tensor, scores: Tensor) -> list[Hit]:
-        rows = [self._store.row(int(position)) for position in self._store.positions(ids.numpy())]
-        return [
-            Hit(row.id, row.key, float(score), row.captions, row.place, row.origin)
-            for row, score in zip(rows, scores, strict=True)
-        ]
-
-    def _read(self, row: IndexedImage) -> Image.Image:
-        source, place = self._source, row.place
-        if place >= len(source) or source.key(place) != row.key:  # the source has changed since
-            if row.key not in self._places:
-                raise UserError(f"'{printable(row.key)}' is no longer in '{source.name}'.")
-            place = self._places[row.key]
-        try:
-            return source[place].image
-        except BrokenPair as broken:
-            raise UserError(f"The image '{printable(row.key)}' cannot be read any more: {broken}.") from broken
+        return [Hit(**vars(self.row(int(id))), score=float(score)) for id, score in zip(ids, scores, strict=True)]
 
     @cached_property
     def _source(self) -> ImageSource:
@@ -400,7 +328,13 @@ def fingerprint(model: Encoder) -> str:
 def image_vectors(model: Encoder, pixels: Tensor, precision: Precision) -> Tensor:
     """Encode (n, 3, S, S) normalized pixels to (n, d) float32 on the CPU, L2-normalized."""
     with measuring(model) as device, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return normalize(model.encode_image(pixels.to(device)).float(), dim=-1).cpu()
+        vectors = normalize(model.encode_image(pixels.to(device)).float(), dim=-1).cpu()
+    if not vectors.isfinite().all():
+        raise UserError(
+            "The model's image features are not finite: its weights or the precision are at fault. Try --precision "
+            "fp32, or another checkpoint."
+        )
+    return vectors
 
 
 def text_encoder(model: Encoder) -> Callable[[list[str]], Tensor] | None:
@@ -414,6 +348,8 @@ def text_encoder(model: Encoder) -> Callable[[list[str]], Tensor] | None:
 
 def mix(text: Tensor, image: Tensor, weights: tuple[float, float]) -> Tensor:
     """Normalized weighted sum of two unit vectors (d,); raises `UserError` where they cancel."""
+    if len(weights) != 2 or not all(map(math.isfinite, weights)):
+        raise UserError(f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3.")
     both = weights[0] * text + weights[1] * image
     if both.norm() < SHORTEST:
         raise UserError(f"With weights {weights[0]:g} and {weights[1]:g} nothing is left of the query. Give others.")

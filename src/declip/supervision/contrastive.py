@@ -98,15 +98,8 @@ class Contrastive(Term):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         view = "contrastive" if "contrastive" in own.views else "first"
-        return info_nce(
-            own.image(view),
-            own.texts[0],
-            keys.image(view),
-            keys.texts[0],
-            similarity.scale,
-            offset,
-            self.max_logit_bytes,
-        )
+        features = own.image(view), own.texts[0], keys.image(view), keys.texts[0]
+        return info_nce(*features, similarity.scale, offset, self.max_logit_bytes)
 
     def chance(self, batch_size: int) -> float:
         return math.log(batch_size)

@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
-from declip.models.heads import TokenProjection
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
@@ -122,38 +121,26 @@ def late_interaction(
         max_logit_bytes: Bytes of positions of maxima that may be kept for the backward pass in each direction; with
             more, the similarities are computed a block of rows at a time, twice. None: all are kept.
     """
+
+    def one_way(tokens: Tensor, keys: Tensor, mask: Tensor | None, key_mask: Tensor | None) -> Tensor:
+        def loss(start: int, stop: int, reduction: str) -> Tensor:
+            positives = torch.arange(offset + start, offset + stop, device=tokens.device)
+            some_mask = None if mask is None else mask[start:stop]
+            logits = scale * similarity(tokens[start:stop], keys, some_mask, key_mask)
+            return F.cross_entropy(logits, positives, reduction=reduction)
+
+        count, bytes_of_row = len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize
+        if max_logit_bytes is None or count * bytes_of_row <= max_logit_bytes:
+            return loss(0, count, "mean")
+        size = max(1, int(max_logit_bytes // bytes_of_row))
+        sums = [
+            checkpoint(loss, start, min(start + size, count), "sum", use_reentrant=False, preserve_rng_state=False)
+            for start in range(0, count, size)
+        ]
+        return torch.stack(sums).sum() / count
+
     own, keys = (None, None) if include_padding else (word_mask, word_key_mask)
-    image_to_text = _one_way(image_tokens, word_keys, None, keys, scale, offset, max_logit_bytes)
-    text_to_image = _one_way(word_tokens, image_keys, own, None, scale, offset, max_logit_bytes)
-    return (image_to_text + text_to_image) / 2
-
-
-def _one_way(
-    tokens: Tensor,
-    keys: Tensor,
-    mask: Tensor | None,
-    key_mask: Tensor | None,
-    scale: Tensor | float,
-    offset: int,
-    max_logit_bytes: float | None,
-) -> Tensor:
-    """Cross-entropy of samples against key samples, in blocks of rows where the whole would keep too much."""
-
-    def loss(start: int, stop: int, reduction: str) -> Tensor:
-        positives = torch.arange(offset + start, offset + stop, device=tokens.device)
-        some_mask = None if mask is None else mask[start:stop]
-        logits = scale * similarity(tokens[start:stop], keys, some_mask, key_mask)
-        return F.cross_entropy(logits, positives, reduction=reduction)
-
-    count, bytes_of_row = len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize
-    if max_logit_bytes is None or count * bytes_of_row <= max_logit_bytes:
-        return loss(0, count, "mean")
-    size = max(1, int(max_logit_bytes // bytes_of_row))
-    sums = [
-        checkpoint(loss, start, min(start + size, count), "sum", use_reentrant=False, preserve_rng_state=False)
-        for start in range(0, count, size)
-    ]
-    return torch.stack(sums).sum() / count
+    return (one_way(image_tokens, word_keys, None, keys) + one_way(word_tokens, image_keys, own, None)) / 2
 
 
 class LateInteraction(Term):
@@ -169,8 +156,8 @@ class LateInteraction(Term):
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         section = recipe.late_interaction
-        self.patch_projection = TokenProjection(model.image_tower.token_width, section.width)
-        self.word_projection = TokenProjection(model.text_tower.width, section.width)
+        self.patch_projection = nn.Linear(model.image_tower.token_width, section.width)
+        self.word_projection = nn.Linear(model.text_tower.width, section.width)
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         self.top_k, self.include_padding = section.top_k, section.include_padding
         self.longest = section.top_k or model.text_tower.context
@@ -200,18 +187,12 @@ class LateInteraction(Term):
         return features | {"words": words, "word_mask": mask}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        patches, words, mask = (own.extra[name] for name in ("patches", "words", "word_mask"))
+        names = ("patches", "words", "word_mask")
+        patches, words, mask = (own.extra[name] for name in names)
+        image_keys, word_keys, key_mask = (keys.extra[name] for name in names)
+        scale, limit = self.logit_scale.exp(), self.max_logit_bytes
         return late_interaction(
-            patches,
-            words,
-            mask,
-            keys.extra["patches"],
-            keys.extra["words"],
-            keys.extra["word_mask"],
-            scale=self.logit_scale.exp(),
-            offset=offset,
-            include_padding=self.include_padding,
-            max_logit_bytes=self.max_logit_bytes,
+            patches, words, mask, image_keys, word_keys, key_mask, scale, offset, self.include_padding, limit
         )
 
     def chance(self, batch_size: int) -> float:

@@ -53,15 +53,8 @@ class MultiView(Term):
     explanation = "The contrastive loss between all other pairings of the image views and the text views."
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        return multi_view(
-            own.augmented,
-            own.texts,
-            keys.augmented,
-            keys.texts,
-            similarity.scale,
-            offset,
-            self.max_logit_bytes,
-        )
+        features = own.augmented, own.texts, keys.augmented, keys.texts
+        return multi_view(*features, similarity.scale, offset, self.max_logit_bytes)
 
     def chance(self, batch_size: int) -> float:
         return math.log(batch_size)

@@ -1,6 +1,7 @@
 """Nearest-neighbor supervision: a queue of past text features, and the contrastive loss with neighbors in it."""
 
 import math
+from collections.abc import Iterable
 from itertools import product
 
 import torch
@@ -25,13 +26,10 @@ class Queue(nn.Module):
     DeCLIP keeps 2¹⁶ text features (arXiv 2110.05208, nearest-neighbor supervision). A new feature takes the
     oldest one's slot. Empty slots are never found.
 
-    `written` and `pointer` are plain integers, so that neither `len` nor `push` waits for the device; they are
-    saved through the module's extra state, as one int64 tensor.
-
     Attributes:
         features: (size, width) float32 buffer, rows of length 1.
         tags: (size,) int64 buffer, the caller's tag of each row; -1 without.
-        written: Number of slots that hold a feature.
+        written: Number of slots that hold a feature; an integer, as `pointer`, so that nothing waits for the device.
         pointer: Slot that the next feature is written to.
     """
 
@@ -40,11 +38,9 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        assert size > 0, f"a queue needs at least one slot, not {size}"
         self.register_buffer("features", torch.zeros(size, width))
         self.register_buffer("tags", torch.full((size,), NO_TAG))
-        self.written = 0
-        self.pointer = 0
+        self.written = self.pointer = 0
 
     def __len__(self) -> int:
         return self.written
@@ -76,18 +72,6 @@ class Queue(nn.Module):
         self.pointer = (start + len(rows)) % self.size
         self.written = min(self.written + len(rows), self.size)
 
-    def fill(self, features: Tensor, tags: Tensor | None = None) -> None:
-        """Forget everything, then push.
-
-        Args:
-            features: (n, width), oldest first.
-            tags: (n,) int64; -1 by default.
-        """
-        self.features.zero_()
-        self.tags.fill_(NO_TAG)
-        self.written = self.pointer = 0
-        self.push(features, tags)
-
     @torch.no_grad()
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Find each query's nearest feature by cosine: 2·n·len(queue)·width operations.
@@ -106,21 +90,15 @@ class Queue(nn.Module):
             LookupError: the queue is empty.
         """
         if self.written == 0:
-            raise LookupError("nothing to find: the queue is empty; check len(queue) before searching it")
+            raise LookupError("The queue is empty.")
         rows, keys = queries.to(self.features), self.features[: self.written]
         blocks = max(1, math.ceil(len(rows) * len(keys) / SIMILARITIES_AT_ONCE))
         with torch.autocast(queries.device.type, enabled=False):
             slots = torch.cat([(some @ keys.mT).argmax(dim=1) for some in rows.tensor_split(blocks)])
         return self.features[slots], slots
 
-    def ordered(self) -> Tensor:
-        """Give the features, oldest first: (len(queue), width)."""
-        if self.written < self.size:
-            return self.features[: self.written].clone()
-        return self.features.roll(-self.pointer, dims=0)
-
     def get_extra_state(self) -> Tensor:
-        """Give `written` and `pointer` for the state dict: (2,) int64, on the CPU."""
+        """`written` and `pointer` for the state dict: (2,) int64, on the CPU."""
         return torch.tensor([self.written, self.pointer], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -159,19 +137,18 @@ def neighbor_contrast(
         The loss, a scalar. V·T (B, N) matrices are kept for the backward pass, twice as many when symmetric, up to
         `max_logit_bytes` each.
     """
-    keys = neighbor_keys.detach()
+
+    def mean(couples: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        losses = [cross_entropy_to_keys(rows, keys, scale, offset, max_logit_bytes) for rows, keys in couples]
+        return torch.stack(losses).mean()
+
+    own, keys = neighbors.detach(), neighbor_keys.detach()
     pairings = list(product(range(len(images)), range(len(keys))))
-    to_text = torch.stack(
-        [cross_entropy_to_keys(images[i], keys[j], scale, offset, max_logit_bytes) for i, j in pairings]
-    ).mean()
+    to_text = mean((images[i], keys[j]) for i, j in pairings)
     if not symmetric:
         return to_text
     assert image_keys is not None, "the symmetric form needs image_keys"
-    own = neighbors.detach()
-    to_image = torch.stack(
-        [cross_entropy_to_keys(own[j], image_keys[i], scale, offset, max_logit_bytes) for i, j in pairings]
-    ).mean()
-    return (to_text + to_image) / 2
+    return (to_text + mean((own[j], image_keys[i]) for i, j in pairings)) / 2
 
 
 class NearestNeighbor(Term):

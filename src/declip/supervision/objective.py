@@ -46,11 +46,7 @@ def identity_gather(rows: Tensor) -> Tensor:
 
 
 def active_terms(recipe: Recipe) -> dict[str, type[Term]]:
-    """The losses with a weight above 0, in the order of `TERMS`.
-
-    Raises:
-        UserError: `loss_weights` names a loss that does not exist.
-    """
+    """The losses with a weight above 0, in the order of `TERMS`; raises `UserError` for an unknown name."""
     for name in recipe.loss_weights:
         if name not in TERMS:
             raise unknown("loss", f"loss_weights.{name}", [f"loss_weights.{known}" for known in TERMS])
@@ -58,20 +54,15 @@ def active_terms(recipe: Recipe) -> dict[str, type[Term]]:
 
 
 def needs_of(recipe: Recipe) -> list[Needs]:
-    """List the needs of the active losses of a recipe."""
+    """The needs of the active losses of a recipe."""
     return [term.needs for term in active_terms(recipe).values()]
 
 
 class Objective(nn.Module):
-    """The weighted sum of a recipe's losses, with the heads and the queue that they own.
-
-    Args:
-        recipe: Its weights and the sections of the losses are read.
-        model: The heads fit its towers.
+    """The weighted sum of a recipe's active losses, with the heads and the queue that they own.
 
     Attributes:
-        weights: Name → weight, active losses only.
-        terms: Name → loss.
+        weights, terms: By name.
     """
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
@@ -91,16 +82,12 @@ class Objective(nn.Module):
     def forward(
         self, model: DualEncoder, batch: PairBatch, gather: Gather = identity_gather, offset: int = 0
     ) -> dict[str, Tensor]:
-        """Compute every active loss and the total.
+        """Compute every active loss by its name, and "loss", the sum of weight · loss.
 
         Args:
-            model: The two towers.
             batch: Float views (B, 3, S, S) and texts (T, B, L); masked and labels when the recipe masks.
             gather: Rows of all ranks, in rank order, with gradient; the identity on one process.
             offset: Row of this rank's first pair in that order.
-
-        Returns:
-            Scalars by name, and "loss": the sum of weight · loss.
 
         Raises:
             UserError: the batch lacks a view or the masked captions that a loss needs.
@@ -115,19 +102,15 @@ class Objective(nn.Module):
         gather: Gather = identity_gather,
         offset: int = 0,
     ) -> dict[str, Tensor]:
-        """Compute the losses from the towers' outputs for the whole batch; arguments and result as `forward`."""
-        encoded = Encodings(_normalize(outputs.images), _normalize(outputs.texts), outputs, batch)
+        """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
+        images, texts = (F.normalize(to_float32(x), dim=-1) for x in (outputs.images, outputs.texts))
+        encoded = Encodings(images, texts, outputs, batch)
         features = {name: term.features(encoded) for name, term in self._terms()}
         keys = {name: term.keys(features[name]) for name, term in self._terms()}
         ids = batch.sample_ids
-        own = Rows(
-            outputs.views,
-            encoded.images,
-            encoded.texts,
-            ids if ids is not None else torch.full((len(batch),), -1, device=encoded.texts.device),
-            {},
-        )
-        gathered = own
+        if ids is None:
+            ids = torch.full((len(batch),), -1, device=texts.device)
+        gathered = own = Rows(outputs.views, images, texts, ids, {})
         if gather is not identity_gather:
             keys = {name: term.pad_keys(keys[name]) for name, term in self._terms()}
             gathered, keys = gather_rows(own, keys, gather)
@@ -197,20 +180,14 @@ class Objective(nn.Module):
 
     def _check(self, batch: PairBatch) -> None:
         for name, need in zip(self.terms, self.needs, strict=True):
-            missing = sorted(need.views - {"first"} - set(batch.views))
+            missing = [f"the image view '{view}'" for view in sorted(need.views - {"first"} - set(batch.views))]
+            if len(batch.texts) < need.texts:
+                missing.append(f"{need.texts} text views")
+            if need.masked and (batch.masked is None or batch.labels is None):
+                missing.append("`masked` and `labels`")
             if missing:
                 raise UserError(
-                    f"The batch has the image views {', '.join(batch.views)}; {name} needs '{missing[0]}' too. "
-                    f"Give that view, or set loss_weights.{name} to 0."
-                )
-            if len(batch.texts) < need.texts:
-                raise UserError(
-                    f"The batch has {len(batch.texts)} text view; {name} needs {need.texts}. Give `texts` with "
-                    f"{need.texts} views, or set loss_weights.{name} to 0."
-                )
-            if need.masked and (batch.masked is None or batch.labels is None):
-                raise UserError(
-                    f"{name} needs `masked` and `labels` in the batch; none were given. Give both, or set "
+                    f"The batch lacks {' and '.join(missing)}, which {name} needs. Give that, or set "
                     f"loss_weights.{name} to 0."
                 )
 
@@ -224,12 +201,8 @@ def gather_rows(
     integers as floats that are only copied, never computed with.
 
     Args:
-        own: This rank's image and text features and sample ids.
         extra: Loss name → feature name → (B, …), of the same shape on all ranks but for B.
         gather: (B, k) → (N, k), rows in rank order, with gradient.
-
-    Returns:
-        The same with N rows.
     """
     tensors = {
         ("images", ""): own.images.transpose(0, 1),
@@ -260,35 +233,26 @@ def _unpacked(part: Tensor, like: Tensor) -> Tensor:
     return part.reshape(len(part), *like.shape[1:])
 
 
-def _normalize(features: Tensor) -> Tensor:
-    return F.normalize(to_float32(features), dim=-1)
-
-
 def encode_views(model: DualEncoder, views: Sequence[Tensor], shared: bool = False) -> ImageFeatures:
-    """Encode views of equal size in one pass, or one by one where batch norm must see each view alone.
+    """Encode (B, 3, S, S) views of equal size in one pass, or one by one where batch norm must see each view alone.
+
+    The features have a leading axis of views; tokens are of the first view alone where sizes differ.
 
     Args:
-        model: The two towers.
-        views: (B, 3, S, S) float each.
         shared: Whether batch-norm statistics are computed over all views together.
-
-    Returns:
-        Features with a leading axis of views.
     """
     tower: ImageTower = model.image_tower
     alone = model.training and tower.has_batch_norm and not shared
-    groups = [[n] for n in range(len(views))] if alone else []
-    for size in [] if alone else dict.fromkeys(view.shape for view in views):
-        groups.append([n for n, view in enumerate(views) if view.shape == size])
-    passes = [tower(torch.cat([views[n] for n in group])) for group in groups]
-    if len(groups) == 1:
-        return ImageFeatures(*(getattr(passes[0], f).unflatten(0, (len(views), -1)) for f in FIELDS))
-    by_view: dict[int, ImageFeatures] = {}
-    for group, features in zip(groups, passes, strict=True):
-        parts = [getattr(features, f).chunk(len(group)) for f in FIELDS]
-        for place, n in enumerate(group):
-            by_view[n] = ImageFeatures(parts[0][place], parts[1][place], parts[2][place])
-    ordered = [by_view[n] for n in range(len(views))]
-    tokens = ordered[0].tokens[None]  # of views of other sizes there would be another number
-    pooled, pre_logits = (torch.stack([getattr(view, f) for view in ordered]) for f in FIELDS[:2])
-    return ImageFeatures(pooled, pre_logits, tokens)
+    groups: dict[object, list[int]] = {}
+    for number, view in enumerate(views):
+        groups.setdefault(number if alone else view.shape, []).append(number)
+    passes = [(group, tower(torch.cat([views[number] for number in group]))) for group in groups.values()]
+    if len(passes) == 1:
+        return ImageFeatures(*(getattr(passes[0][1], f).unflatten(0, (len(views), -1)) for f in FIELDS))
+    parts: list[tuple[Tensor, ...]] = [()] * len(views)
+    for group, features in passes:
+        chunks = (getattr(features, field).chunk(len(group)) for field in FIELDS)
+        for number, part in zip(group, zip(*chunks, strict=True), strict=True):
+            parts[number] = part
+    pooled, pre_logits, tokens = zip(*parts, strict=True)
+    return ImageFeatures(torch.stack(pooled), torch.stack(pre_logits), tokens[0][None])

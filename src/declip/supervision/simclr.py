@@ -8,7 +8,7 @@ from torch import Tensor
 
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
-from declip.models.heads import SimCLRHead
+from declip.models.heads import simclr_head
 from declip.recipe.schema import Recipe
 from declip.supervision import chunked
 from declip.supervision.contrastive import scaled_similarity, to_float32
@@ -70,7 +70,7 @@ class SimCLR(Term):
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
-        self.head = SimCLRHead(model.image_tower.pre_logits_width, recipe.simclr.hidden, recipe.simclr.out)
+        self.head = simclr_head(model.image_tower.pre_logits_width, recipe.simclr.hidden, recipe.simclr.out)
         self.temperature = recipe.simclr.temperature
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
-from declip.models.heads import Predictor, Projector
+from declip.models.heads import predictor, projector
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, augmented_views
@@ -42,8 +42,8 @@ class SimSiam(Term):
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         sizes = recipe.simsiam
-        self.projector = Projector(recipe.embed_dim, sizes.hidden, sizes.out)
-        self.predictor = Predictor(sizes.out, sizes.predictor_hidden, sizes.out)
+        self.projector = projector(recipe.embed_dim, sizes.hidden, sizes.out)
+        self.predictor = predictor(sizes.out, sizes.predictor_hidden, sizes.out)
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         views = augmented_views(encoded.outputs.views)

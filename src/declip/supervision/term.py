@@ -35,7 +35,6 @@ class Encodings:
     Attributes:
         images: (V, B, d) image features, L2-normalized float32, in the order of `outputs.views`.
         texts: (T, B, d) text features, L2-normalized float32.
-        outputs: The towers' own outputs.
         batch: The batch; its views may be on the "meta" device.
     """
 
@@ -50,7 +49,6 @@ class Rows:
     """The features that a loss compares: of this rank's pairs, or of all ranks' pairs.
 
     Attributes:
-        views: Names of the image views.
         images: (V, n, d), in the order of `views`; see `image` and `augmented`.
         texts: (T, n, d).
         sample_ids: (n,) int64.
@@ -77,12 +75,7 @@ class Rows:
 
 
 class Term(nn.Module):
-    """One loss of the objective.
-
-    Args:
-        recipe: The term reads its own section.
-        model: The towers; only the sizes of their features are read.
-    """
+    """One loss of the objective; it reads its own section of the recipe and the sizes of the towers."""
 
     needs: ClassVar[Needs] = Needs()
     title: ClassVar[str]
@@ -107,12 +100,9 @@ class Term(nn.Module):
         return features
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        """Compute the loss of this rank's rows against the keys of all ranks.
+        """Compute the loss of this rank's rows against the keys of all ranks, in rank order.
 
         Args:
-            own: This rank's features.
-            keys: The features of all ranks, in rank order.
-            similarity: Scale and bias of the model's logits.
             offset: Row of the keys that belongs to this rank's first pair.
 
         Returns:

@@ -45,12 +45,12 @@ def pair_axis(name: str) -> int:
 
 def joined(parts: Sequence[TowerOutputs]) -> TowerOutputs:
     """Join the outputs of consecutive parts of a batch."""
-    tensors = [part.tensors() for part in parts]
-    whole = {name: torch.cat([t[name] for t in tensors], dim=pair_axis(name)) for name in tensors[0]}
+    names = parts[0].tensors()
+    whole = {name: torch.cat([getattr(part, name) for part in parts], dim=pair_axis(name)) for name in names}
     return replace(parts[0], **whole)  # type: ignore[arg-type]  # the names are those of tensor fields
 
 
 def split_like(name: str, gradient: Tensor, parts: Sequence[TowerOutputs]) -> list[Tensor]:
     """Split the gradient of a joined tensor into its parts' gradients."""
     axis = pair_axis(name)
-    return list(gradient.split([part.tensors()[name].shape[axis] for part in parts], dim=axis))
+    return list(gradient.split([getattr(part, name).shape[axis] for part in parts], dim=axis))

@@ -28,29 +28,21 @@ def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan, rows: int) ->
     choice depends on the batch size alone, so that a resumed run computes as one never stopped.
 
     Args:
-        model: On its device.
         rows: Number of this rank's pairs of a batch.
-
-    Raises:
-        UserError: compilation does not work here, or not with other keys of the recipe.
     """
-    if recipe.train.strategy == "fsdp" and distributed.world_size() > 1:
-        raise UserError("train.compile goes with train.strategy=ddp only. Leave one of the two out.")
     if recipe.train.grad_checkpointing and model.image_tower.has_batch_norm:
         raise UserError(
             f"train.compile with train.grad_checkpointing would count the batches of '{recipe.image.model}' twice in "
             "its batch norms. Leave one of the two out, or take a tower with layer norm."
         )
-    _check(model.device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-    chunk = recipe.train.grad_cache_chunk or rows
+    chunk, buckets = recipe.train.grad_cache_chunk or rows, recipe.train.length_buckets
     parts = {min(chunk, rows), rows % chunk} - {0}
     alone = model.image_tower.has_batch_norm and not recipe.image.shared_bn_views
-    images = {part * (1 if alone else len(plan.views)) for part in parts}
     masks = "masked_language" in recipe.active_losses and not recipe.masked_language.mask_contrastive_text
-    captions = plan.texts.count + masks
-    buckets = recipe.train.length_buckets
-    texts = {n for part in parts for n in (-(-part * captions // buckets), part * captions // buckets)} - {0}
+    images = {part * (1 if alone else len(plan.views)) for part in parts}
+    captions = [part * (plan.texts.count + masks) for part in parts]
+    texts = {size for rows in captions for size in (-(-rows // buckets), rows // buckets)} - {0}
     image_tower: Any = model.image_tower
     text_tower: Any = model.text_tower
     image_tower.forward = _Compiled(image_tower, images)
@@ -82,19 +74,6 @@ class _CompiledText(_Compiled):
         longer = min(-(-length // STEP) * STEP, tower.context)
         found: TextFeatures = super().__call__(F.pad(batch, (0, longer - length), value=tower.padding))
         return TextFeatures(found.pooled, found.text_tokens[:, :length], found.lengths)
-
-
-def _check(device: torch.device) -> None:
-    """Compile a small function, to find a missing compiler before a run begins."""
-    try:
-        with torch.no_grad():
-            torch.compile(lambda x: (x * 2).relu() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # of dynamo, inductor, the C++ compiler or Triton: each has its own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"train.compile=true, but torch.compile does not work here: {reason} On a CPU it needs a C++ compiler (g++ "
-            "or clang++), on CUDA Triton. Install that, or set train.compile=false."
-        ) from error
 
 
 def rows_of_rank(batch: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 from torch.distributed.rendezvous import rendezvous
 
@@ -20,9 +21,6 @@ from declip.errors import UserError
 from declip.supervision.objective import Gather, identity_gather
 
 T = TypeVar("T")
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-"""The names since torch 2.13, or the earlier ones."""
 
 PATIENT = timedelta(hours=12)
 """How long the other ranks wait while rank 0 evaluates, writes or reads."""
@@ -62,18 +60,20 @@ def join(device: torch.device, timeout: float) -> None:
     """
     if not launched() or dist.is_initialized():
         return
-    backend, wait = "gloo", timedelta(seconds=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "nccl"
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        dist.init_process_group(backend, timeout=wait)
-        return
-    # torchrun keeps its store when it restarts processes, with the addresses of dead ones: hence a prefix.
-    store, own, ranks = next(rendezvous("env://", timeout=wait))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"declip/attempt/{attempt}", store)
-    dist.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=wait)
+    store, own, ranks = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    # torchrun keeps its store when it restarts processes, with the addresses of dead ones: hence a prefix. Of several
+    # machines each counts its own restarts, and the store is new.
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"declip/attempt/{attempt}", store),
+        rank=own,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout),
+    )
 
 
 def leave() -> None:
@@ -82,38 +82,18 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows in rank order; the gradient of a row is summed over the ranks that used it."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """(B, k) → (N, k), B = counts[rank], N = sum(counts)."""
-        ctx.counts, most = counts, max(counts)
-        gathered = own.new_empty(len(counts) * most, *own.shape[1:])
-        _all_gather(gathered, _padded(own, most))
-        if min(counts) == most:
-            return gathered
-        return torch.cat([part[:n] for part, n in zip(gathered.split(most), counts, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """(N, k) → (B, k): sum over ranks, each keeping its own rows."""
-        counts, most = ctx.counts, max(ctx.counts)
-        parts = [_padded(part, most) for part in gradients[0].split(list(counts))]
-        own = torch.empty_like(parts[0])
-        _reduce_scatter(own, torch.cat(parts))
-        return own[: counts[dist.get_rank()]], None
-
-
-def _padded(rows: Tensor, count: int) -> Tensor:
-    if len(rows) == count:
-        return rows.contiguous()
-    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
-
-
 def gather(counts: Sequence[int]) -> Gather:
-    """Give a function (counts[rank], k) → (sum(counts), k) that gathers rows in rank order, with gradient."""
-    return partial(_GatherRows.apply, counts=tuple(counts)) if world_size() > 1 else identity_gather
+    """Give a function (counts[rank], k) → (sum(counts), k) that gathers rows in rank order.
+
+    The gradient of a row is summed over the ranks that used it.
+    """
+    return partial(_gather_rows, counts=counts) if world_size() > 1 else identity_gather
+
+
+def _gather_rows(own: Tensor, counts: Sequence[int]) -> Tensor:
+    padding = own.new_zeros(max(counts) - len(own), *own.shape[1:])  # a collective needs equal shapes
+    parts = all_gather_with_gradient(torch.cat([own, padding]))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def summed(values: Tensor) -> Tensor:
@@ -165,11 +145,6 @@ class StepSync:
         return self.rows[rank()] * len(self.rows) / self.total
 
 
-def _is_collective_error(error: RuntimeError) -> bool:
-    # torch raises plain RuntimeError for some of gloo's and NCCL's errors.
-    return isinstance(error, dist.DistError) or re.search("[gG]loo|NCCL|Timed out", str(error)) is not None
-
-
 class HostGroup:
     """Per-step coordination between ranks over gloo, so that it never waits for the GPU stream.
 
@@ -187,26 +162,22 @@ class HostGroup:
             self._quick = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             self._patient = dist.new_group(backend="gloo", timeout=PATIENT)
             self._store = dist.distributed_c10d._get_default_store()
-            self._store.set(f"declip/who/{rank()}", f"on {socket.gethostname()}, process {os.getpid()}")
 
     def sync_step(self, step: int, rows: int, stop: bool, note: Any = None) -> StepSync:
-        """Exchange the state of all ranks before a step.
-
-        Args:
-            step: Counted from 0.
-            rows, stop, note: See `StepSync`; a second collective is needed when any rank has a note.
+        """Exchange the state of all ranks, see `StepSync`, before a step, counted from 0.
 
         Raises:
             UserError: a rank did not come in time, or is gone; it is named.
         """
         if not self._together:
             return StepSync((rows,), stop, () if note is None else (note,))
-        self._store.set(f"declip/step/{rank()}", str(step))
+        self._store.set(f"declip/rank/{rank()}", f"{step} on {socket.gethostname()}, process {os.getpid()}")
         with self.name_missing_ranks(step):
-            heard = torch.empty(world_size(), 3, dtype=torch.int64)
-            _all_gather(heard, torch.tensor([[rows, int(stop), int(note is not None)]]), group=self._quick)
+            heard = torch.zeros(world_size(), 3, dtype=torch.int64)
+            heard[rank()] = torch.tensor([rows, stop, note is not None])
+            dist.all_reduce(heard, group=self._quick)
             notes: list[Any] = [None] * world_size()
-            if heard[:, 2].any():
+            if heard[:, 2].any():  # a second collective, for broken pairs only
                 dist.all_gather_object(notes, note, group=self._quick)
         given = tuple(item for item in notes if item is not None)
         return StepSync(tuple(heard[:, 0].tolist()), bool(heard[:, 1].any()), given)
@@ -245,27 +216,22 @@ class HostGroup:
         try:
             yield
         except RuntimeError as error:
-            if not self._together or not _is_collective_error(error):
+            # torch raises plain RuntimeError for some of gloo's and NCCL's errors.
+            known = isinstance(error, dist.DistError) or re.search("[gG]loo|NCCL|Timed out", str(error))
+            if not self._together or not known:
                 raise
-            missing = [
-                f"rank {other} {self._read(f'declip/who/{other}') or 'that never joined'}, last at step {reached}"
-                for other in range(world_size())
-                if (reached := int(self._read(f"declip/step/{other}") or -1)) < step and other != rank()
-            ]
-            if missing:
-                raise UserError(
-                    f"Not all ranks reached step {step}; missing: {'; '.join(missing)}. A rank waits "
-                    f"{self.timeout:g} s for the others (train.rank_timeout). The missing one hangs, or its process or "
-                    "machine is gone: look at its log and at the disk it reads from. Continue from the newest "
-                    "checkpoint with --resume."
-                ) from error
+            reached = {other: self._reached(other) for other in range(world_size()) if other != rank()}
+            missing = [f"rank {other}, last at step {at}" for other, at in reached.items() if int(at.split()[0]) < step]
             raise UserError(
-                f"Another rank is gone at step {step}: {str(error).splitlines()[0]} The first error in the ranks' logs "
-                "says why. Continue from the newest checkpoint with --resume."
+                f"Another rank is gone at step {step}: {'; '.join(missing) or str(error).splitlines()[0]}. It hangs "
+                f"(train.rank_timeout={self.timeout:g} s), or its process or machine is gone: the first error in the "
+                "ranks' logs says why. Continue from the newest checkpoint with --resume."
             ) from error
 
-    def _read(self, key: str) -> str | None:
+    def _reached(self, rank: int) -> str:
+        """The last step of a rank, and where it runs."""
+        key = f"declip/rank/{rank}"
         try:
-            return self._store.get(key).decode() if self._store.check([key]) else None
+            return self._store.get(key).decode() if self._store.check([key]) else "-1"
         except RuntimeError:  # the store is gone with the first rank
-            return None
+            return "-1"

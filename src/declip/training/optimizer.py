@@ -1,15 +1,16 @@
-"""AdamW, its parameter groups and moments, and the learning rate as a function of the step."""
+"""The optimizer, its parameter groups and moments."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from declip.errors import UserError
+from declip.errors import UserError, unknown
 from declip.recipe.schema import Train
+from declip.training.muon import Muon, uses_muon
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class LrMultiplier:
 
 BETAS = (0.9, 0.98)
 """AdamW's, as in DeCLIP's YFCC15M recipe."""
+
+OWN: dict[str, type[torch.optim.AdamW]] = {"adamw": torch.optim.AdamW, "muon": Muon}
 
 UNDECAYED = (
     *("positional_embedding", "position_embeddings.weight", "pos_embed"),
@@ -51,46 +54,49 @@ def named_trainable(model: nn.Module, objective: nn.Module) -> list[tuple[str, n
 
 def build_optimizer(
     named: Iterable[tuple[str, nn.Parameter]], train: Train, multipliers: Mapping[str, LrMultiplier] | None = None
-) -> torch.optim.AdamW:
-    """Build AdamW (Loshchilov and Hutter 2019) with groups by weight decay, learning rate and sharding.
+) -> torch.optim.Optimizer:
+    """Build the recipe's optimizer with groups by weight decay, learning rate and sharding.
 
     Args:
         named: See `named_trainable`.
-        train: Learning rates and constants.
+        train: The optimizer, learning rates and constants.
         multipliers: By the same names; other parameters have the recipe's learning rate.
 
     Returns:
         The optimizer. Each group holds its "multiplier", see `group_lr`, and the "names" of its parameters, by which
         checkpoints keep their moments.
+
+    Raises:
+        UserError: the optimizer is unknown, its package is missing, or it does not work on sharded weights.
     """
-    groups: dict[tuple[bool, bool, LrMultiplier], dict[str, nn.Parameter]]
-    groups = {(decayed, False, LrMultiplier()): {} for decayed in (True, False)}
+    groups: dict[tuple[bool, bool, bool, LrMultiplier], dict[str, nn.Parameter]]
+    groups = {(decayed, False, False, LrMultiplier()): {} for decayed in (True, False)}
     for name, parameter in named:
-        kind = (decays(name, parameter), isinstance(parameter, DTensor), (multipliers or {}).get(name, LrMultiplier()))
-        groups.setdefault(kind, {})[name] = parameter
+        sharded, multiplier = isinstance(parameter, DTensor), (multipliers or {}).get(name, LrMultiplier())
+        muon = train.optimizer == "muon" and uses_muon(name, parameter)
+        groups.setdefault((decays(name, parameter), muon, sharded, multiplier), {})[name] = parameter
     options = [
         {
             "params": list(group.values()),
             "names": list(group),
             "weight_decay": train.weight_decay if decayed else 0.0,
             "multiplier": multiplier,
+            **({"muon": muon} if train.optimizer == "muon" else {}),
         }
-        for (decayed, _, multiplier), group in groups.items()
+        for (decayed, muon, _, multiplier), group in groups.items()
         if group
     ]
-    return torch.optim.AdamW(options, lr=train.warmup_lr, betas=BETAS, fused=True)
-
-
-def learning_rate(step: int, train: Train) -> float:
-    """Linear warm-up from `warmup_lr` to `lr`, then a cosine to `min_lr` (DeCLIP's YFCC15M recipe).
-
-    The first step, 0, has `warmup_lr`, step `warmup_steps` - 1 has `lr`, the last has `min_lr`.
-    """
-    number, warmup = step + 1, min(train.warmup_steps, train.steps)
-    if number < warmup:
-        return train.warmup_lr + (train.lr - train.warmup_lr) * step / (warmup - 1)
-    progress = (number - warmup) / max(train.steps - warmup, 1)
-    return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    if train.optimizer in OWN:
+        return OWN[train.optimizer](options, lr=train.warmup_lr, betas=BETAS, fused=True)
+    if any(sharded for _, _, sharded, _ in groups):
+        raise UserError(f"train.strategy=fsdp works with train.optimizer={' or '.join(OWN)}, not {train.optimizer}.")
+    names = [str(name) for name in list_optimizers(exclude_filters=["adahessian", "*kron*"])]
+    if train.optimizer not in names:
+        raise unknown("optimizer", train.optimizer, [*OWN, *names])
+    try:
+        return create_optimizer_v2(options, train.optimizer, lr=train.warmup_lr)
+    except (ImportError, AssertionError, RuntimeError, TypeError) as error:
+        raise UserError(f"train.optimizer={train.optimizer} cannot be used here: {error}") from None
 
 
 def group_lr(lr: float, step: int, multiplier: LrMultiplier, head_warmup_steps: int, train: Train) -> float:
@@ -105,9 +111,18 @@ def group_lr(lr: float, step: int, multiplier: LrMultiplier, head_warmup_steps: 
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Give the moments and step counts by parameter name; learning rates and decay come from the recipe."""
-    named = {name: optimizer.state.get(parameter, {}) for name, parameter in _parameters(optimizer).items()}
-    return {f"{name}.{moment}": tensor for name, values in named.items() for moment, tensor in values.items()}
+    """Give what the optimizer remembers, by parameter name; learning rates and decay come from the recipe.
+
+    Numbers that are no tensors (timm's optimizers count steps so) are stored as tensors under a name that ends in "#".
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _parameters(optimizer).items():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors |= _packed(f"{name}.{moment}", value)
+    for number, group in enumerate(optimizer.param_groups):
+        if "step" in group:
+            tensors |= _packed(f"{number}.step", group["step"])
+    return tensors
 
 
 def load_moments(
@@ -126,18 +141,35 @@ def load_moments(
     """
     parameters = _parameters(optimizer)
     numbers = {name: number for number, name in enumerate(parameters)}
-    state: dict[int, dict[str, Tensor]] = {}
+    shaped = isinstance(optimizer, torch.optim.AdamW)  # timm's optimizers also keep factors and single numbers
+    state: dict[int, dict[str, object]] = {}
     for key, tensor in tensors.items():
         name, moment = key.rsplit(".", 1)
+        if name.isdecimal():
+            optimizer.param_groups[int(name)]["step"] = _unpacked(moment, tensor)
+            continue
         parameter = parameters.get(name)
         shape = "nothing" if parameter is None else tuple(parameter.shape)
-        if parameter is None or (moment != "step" and tensor.shape != parameter.shape):
+        if parameter is None or (shaped and moment != "step" and tensor.shape != parameter.shape):
             raise UserError(
                 f"The checkpoint's moment '{key}' has shape {tuple(tensor.shape)}, and the optimizer has {shape} under "
                 "that name: the checkpoint is of another model. Start a run in another folder with --out."
             )
-        state.setdefault(numbers[name], {})[moment] = place(parameter, tensor)
+        value = tensor if moment.endswith("#") else place(parameter, tensor)
+        state.setdefault(numbers[name], {})[moment.rstrip("#")] = _unpacked(moment, value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _packed(name: str, value: object) -> dict[str, Tensor]:
+    if value is None:
+        return {}
+    if isinstance(value, Tensor):
+        return {name: value}
+    return {f"{name}#": torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)}
+
+
+def _unpacked(name: str, tensor: Tensor) -> object:
+    return tensor.tolist() if name.endswith("#") else tensor
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

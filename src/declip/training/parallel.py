@@ -1,53 +1,56 @@
-"""Distribution, applied to a learner from outside: DDP, FSDP2, SyncBatchNorm, and gradients over ranks."""
+"""The learner, and its distribution: DDP, FSDP2, SyncBatchNorm, and gradients over ranks."""
 
 from collections.abc import Iterable
-from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from declip.data.batch import PairBatch
 from declip.errors import UserError
 from declip.models.blocks import blocks_of, grad_checkpointing
 from declip.models.dual_encoder import DualEncoder
+from declip.models.freezing import is_frozen
 from declip.recipe.schema import Recipe
-from declip.supervision.objective import Objective
+from declip.supervision.objective import Gather, Objective
 from declip.training import distributed
-from declip.training.batch_norm import synchronize
-from declip.training.learner import Learner
-
-BUFFERS = ("forward_sync_buffers", "broadcast_buffers")
-"""DDP's option to broadcast rank 0's buffers at every step: its name since torch 2.13, and before."""
-
-BUCKET = 1 << 23
-"""Numbers that are averaged in one message, 32 MB of float32."""
 
 CONTRASTIVE = {"contrastive", "multi_view"}
 """Losses through which every parameter of the towers, and the logit scale, gets a gradient."""
 
 
+class Learner(nn.Module):
+    """The two towers and the objective, as one module: what trains and what a checkpoint saves.
+
+    Attributes:
+        sharded: Whether FSDP cut the towers and heads into shards.
+    """
+
+    def __init__(self, model: DualEncoder, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective, self.sharded = model, objective, False
+
+    def forward(self, batch: PairBatch, gather: Gather, offset: int) -> dict[str, Tensor]:
+        """Compute the losses by name, and "loss", their weighted sum; see `Objective.forward`."""
+        return self.objective(self.model, batch, gather, offset)
+
+
 def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> nn.Module:
     """Build the learner and distribute it over the ranks as the recipe's ``train`` section says.
 
-    Args:
-        model, objective: On this rank's device; changed in place, with the same parameter names.
-
-    Returns:
-        A `Learner`, or DDP around it.
-
-    Raises:
-        UserError: FSDP with averaged weights or chunks, or chunks for a tower with batch norm.
+    Model and objective are changed in place; their parameters keep their names. Gives a `Learner`, or DDP around it.
     """
-    train = recipe.train
-    learner = Learner(model, objective)
-    if train.grad_cache_chunk is not None:
-        _check_chunks(recipe, model)
+    _check(recipe, model)
+    train, learner = recipe.train, Learner(model, objective)
     if distributed.world_size() > 1 and train.sync_batch_norm:
         synchronize(learner if train.grad_cache_chunk is None else objective, model.device)
     if train.grad_checkpointing:
@@ -56,48 +59,46 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
     if distributed.world_size() == 1 or train.grad_cache_chunk is not None:
         return learner
     if train.strategy == "fsdp":
-        if train.ema_decay is not None:
-            raise UserError("train.strategy=fsdp cannot keep averaged weights. Leave train.ema_decay out, or use ddp.")
         _shard(model, objective)
         learner.sharded = True
         return learner
-    buffers = next(name for name in BUFFERS if name in signature(DistributedDataParallel).parameters)
-    option: Any = {buffers: False}  # the queue and synchronized batch norms are equal on all ranks by construction
+    options = signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # before torch 2.13
+    equal: Any = {buffers: False}  # the queue and synchronized batch norms are equal on all ranks by construction
     return DistributedDataParallel(
         learner,
-        **option,
+        **equal,
         gradient_as_bucket_view=True,
         find_unused_parameters=not CONTRASTIVE & set(objective.weights),
     )
 
 
-def _check_chunks(recipe: Recipe, model: DualEncoder) -> None:
+def _check(recipe: Recipe, model: DualEncoder) -> None:
+    """Refuse keys that exclude each other."""
     train = recipe.train
-    if train.strategy == "fsdp" and distributed.world_size() > 1:
+    chunk, fsdp = train.grad_cache_chunk, train.strategy == "fsdp" and distributed.world_size() > 1
+    for key, given in (
+        ("grad_cache_chunk", chunk is not None),
+        ("ema_decay", train.ema_decay is not None),
+        ("compile", train.compile),
+    ):
+        if fsdp and given:
+            raise UserError(f"train.{key} goes with train.strategy=ddp only. Leave one of the two out.")
+    if chunk is not None and model.image_tower.has_batch_norm and not train.allow_batchnorm_chunking:
         raise UserError(
-            "train.grad_cache_chunk goes with train.strategy=ddp only. With fsdp, train.grad_checkpointing saves "
-            "memory."
-        )
-    if model.image_tower.has_batch_norm and not train.allow_batchnorm_chunking:
-        raise UserError(
-            f"train.grad_cache_chunk={train.grad_cache_chunk}, but the image tower '{recipe.image.model}' has batch "
-            "norm, whose statistics would be those of a chunk. Take a tower with layer norm, or allow it with "
+            f"train.grad_cache_chunk={chunk}, but the image tower '{recipe.image.model}' has batch norm, whose "
+            "statistics would be those of a chunk. Take a tower with layer norm, or allow it with "
             "train.allow_batchnorm_chunking=true."
         )
 
 
 def _shard(model: DualEncoder, objective: Objective) -> None:
     """Shard towers and heads block by block; the scales stay whole on every rank."""
+    towers = (model.image_tower, model.text_tower)
+    heads = [head for term in objective.terms.values() for head in term.children() if list(head.parameters())]
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    shard = partial(fully_shard, mesh=mesh)
-    for tower in (model.image_tower, model.text_tower):
-        for block in blocks_of(tower):
-            shard(block)
-        shard(tower)
-    for term in objective.terms.values():
-        for head in term.children():
-            if any(True for _ in head.parameters()):
-                shard(head)
+    for part in (*(block for tower in towers for block in blocks_of(tower)), *towers, *heads):
+        fully_shard(part, mesh=mesh)
 
 
 def unwrap(learner: nn.Module) -> Learner:
@@ -112,10 +113,9 @@ def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
 
     Sharded and other parameters may be mixed.
     """
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
-    if not sharded:
+    groups = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
+    if not groups[0]:
         return nn.utils.clip_grad_norm_(parameters, limit)
-    groups = (sharded, [p for p in parameters if not isinstance(p, DTensor)])
     gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
     norm = torch.stack([full_tensor(nn.utils.get_total_norm(some)) for some in gradients if some]).norm()
     for group in groups:
@@ -123,26 +123,11 @@ def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
     return norm
 
 
-def average_unsharded(parameters: Iterable[Tensor]) -> None:
-    """Average the gradients of the parameters that FSDP does not shard."""
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average gradients over the ranks, but those that FSDP shards; all ranks must have them for equal parameters."""
     for parameter in parameters:
         if not isinstance(parameter, DTensor) and parameter.grad is not None:
             distributed.average(parameter.grad)
-
-
-def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Average gradients over the ranks in buckets; every rank must have them for the same parameters."""
-    if distributed.world_size() == 1:
-        return
-    buckets: list[list[Tensor]] = [[]]
-    for gradient in [p.grad for p in parameters if p.grad is not None]:
-        if sum(some.numel() for some in buckets[-1]) >= BUCKET:
-            buckets.append([])
-        buckets[-1].append(gradient)
-    for bucket in filter(None, buckets):
-        flat = distributed.average(torch.cat([gradient.flatten() for gradient in bucket]))
-        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -164,3 +149,59 @@ def shard_like(like: object, tensor: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def synchronize(module: nn.Module, device: torch.device) -> None:
+    """Synchronize every batch norm inside a module over all ranks, in place; names and values stay.
+
+    On CUDA torch's `SyncBatchNorm` is used; torch has none for a CPU, there it is `HostSyncBatchNorm`. Frozen ones are
+    left alone: they use no statistics of a batch.
+    """
+    for name, child in list(module.named_children()):
+        if not isinstance(child, _BatchNorm):
+            synchronize(child, device)
+        elif is_frozen(child):
+            continue
+        elif device.type == "cuda":
+            setattr(module, name, convert_sync_batchnorm(child))
+        else:
+            child.__class__ = _HostSyncBatchNormAct if isinstance(child, BatchNormAct2d) else HostSyncBatchNorm
+
+
+class HostSyncBatchNorm(_BatchNorm):
+    """Batch norm over all ranks on any device; ranks may hold different numbers of pairs, but each at least one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) → the same shape."""
+        return _normalize(self, x)
+
+
+class _HostSyncBatchNormAct(BatchNormAct2d):
+    """timm's batch norm with dropout and activation behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(_normalize(self, x)))
+
+
+def _normalize(norm: Any, x: Tensor) -> Tensor:
+    """Normalize by two sums over ranks: of the values, then of the squared deviations from their mean."""
+    if not norm.training:
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    others = [0, *range(2, x.ndim)]
+    own = torch.cat([values.sum(others), values.new_tensor([values.numel() / x.shape[1]])])
+    total = distributed.summed(own)
+    count = total[-1].detach()
+    mean = total[:-1] / count
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    centered = values - mean.view(shape)
+    variance = distributed.summed(centered.square().sum(others)) / count
+    if norm.track_running_stats:
+        with torch.no_grad():  # as torch does
+            norm.num_batches_tracked.add_(1)
+            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+            norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), norm.momentum)
+    normed = centered * (variance + norm.eps).rsqrt().view(shape)
+    if norm.affine:
+        normed = normed * norm.weight.view(shape) + norm.bias.view(shape)
+    return normed.to(x.dtype)

@@ -25,9 +25,6 @@ from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
 from declip.training.optimizer import LrMultiplier
 
-POSITIONS = "pos_embed"
-LOGIT_SCALE = "logit_scale"
-
 
 def load_pretrained(recipe: Recipe, folder: Path, resume: bool) -> Weights | None:
     """Load a run's pretrained weights, if any: the copy in its folder when resuming, else `finetune.pretrained`."""
@@ -45,7 +42,7 @@ class Pretrained:
         loaded: The tensors that were loaded, by "model.…" and "objective.…".
         multipliers: Learning rates by the names of `named_trainable`.
         whole: Whether the model can be evaluated before the first step.
-        summary: Loaded and new tensors and their learning rates, in a line for the log.
+        summary: Loaded and new tensors, in a line for the log.
     """
 
     loaded: Mapping[str, Tensor]
@@ -78,15 +75,12 @@ def apply_pretrained(
     Returns:
         None where all weights are random. Parameters that the weights lack stay random, are never frozen, and have the
         recipe's learning rate.
-
-    Raises:
-        UserError: the weights are not those of the model, or more is to be frozen than there is.
     """
     tune = recipe.finetune
     taken = _place_model(start, model) if start is not None else set()
-    loaded = set(taken)
-    if recipe.text.hf_model is not None and recipe.text.pretrained:
-        loaded |= {name for name, _ in model.named_parameters() if name.startswith(f"{TEXT}encoder.")}
+    with_encoder = recipe.text.hf_model is not None and recipe.text.pretrained
+    encoder = {name for name, _ in model.named_parameters() if name.startswith(f"{TEXT}encoder.") and with_encoder}
+    loaded = taken | encoder
     if not loaded:
         return None
     heads = _place_heads(start, objective) if start is not None else set()
@@ -95,35 +89,34 @@ def apply_pretrained(
     layers = depths(model)
     new = [name for name, _ in model.named_parameters() if name not in loaded]
     new += [f"objective.{name}" for name, _ in objective.named_parameters() if name not in heads]
+    new_parts = dict.fromkeys(".".join(name.removeprefix("objective.terms.").split(".")[:2]) for name in new)
+    summary = (
+        f"Weights of '{start.origin if start is not None else recipe.text.hf_model}': {len(loaded)} tensors of the "
+        f"towers and {len(heads)} of heads loaded; new: {', '.join(new_parts) or 'nothing'}."
+    )
     _freeze(model, tune, layers, loaded)
-    frozen = recipe.head_warmup > 0 and bool(new)
     names = [name for name, _ in model.named_parameters() if name in loaded]
     if tune.lora is not None:
         names += _add_adapters(model, tune, tune.lora, loaded)
+    frozen = recipe.head_warmup > 0 and bool(new)
+    if frozen:
+        summary += f" Steps 1 to {recipe.head_warmup} (finetune.head_warmup_steps) train only what is new."
     multipliers = {f"model.{name}": _multiplier(name, tune, layers, frozen) for name in names}
-    where = start.origin if start is not None else str(recipe.text.hf_model)
-    summary = _summary(where, len(taken or loaded), len(heads), new, tune)
-    rates = " and ".join(_rates(model, tower, multipliers, recipe.train.lr) for tower in (IMAGE, TEXT))
-    return Pretrained(kept, multipliers, start is not None and start.whole, f"{summary} Peak learning rates: {rates}.")
+    whole = start is not None and start.whole and not any(name.startswith((IMAGE, TEXT)) for name in new)
+    return Pretrained(kept, multipliers, whole, summary)
 
 
 def frozen_norms(model: DualEncoder, multipliers: Mapping[str, LrMultiplier]) -> list[nn.Module]:
     """List the batch norms that are frozen while heads warm up: their statistics must not change either."""
     frozen = {name for name, multiplier in multipliers.items() if multiplier.frozen_in_warmup}
-    norms: list[nn.Module] = []
-    for name, module in model.named_modules():
-        own = {f"model.{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)}
-        if isinstance(module, _BatchNorm) and own and own <= frozen:
-            norms.append(module)
-    return norms
+    norms = {f"model.{name}": module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return [module for name, module in norms.items() if f"{name}.weight" in frozen]
 
 
 def _place_model(start: Weights, model: DualEncoder) -> set[str]:
     own = model.state_dict()
     fitted = {}
     for name, tensor in start.tensors.items():
-        if name not in own:
-            raise UserError(f"'{start.origin}' holds '{name}', which the model of its own recipe lacks.")
         fitted[name] = tensor if tensor.shape == own[name].shape else _resized(name, tensor, own[name], model)
         if fitted[name].shape != own[name].shape:
             raise UserError(
@@ -137,46 +130,40 @@ def _place_model(start: Weights, model: DualEncoder) -> set[str]:
 
 def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tensor:
     """Interpolate the square grid of position embeddings for another image size; the class token's stays."""
-    if not name.endswith(POSITIONS) or tensor.ndim not in (2, 3):
+    if not name.endswith("pos_embed") or tensor.ndim not in (2, 3):
         return tensor
-    trunk = model.image_tower.trunk
-    before = 1 if tensor.ndim == 2 else int(getattr(trunk, "num_prefix_tokens", 0))
+    before = 1 if tensor.ndim == 2 else int(getattr(model.image_tower.trunk, "num_prefix_tokens", 0))
     old, new = (round((embedding.shape[-2] - before) ** 0.5) for embedding in (tensor, own))
-    rows = tensor if tensor.ndim == 3 else tensor[None]
-    resized = resample_abs_pos_embed(rows.float(), [new, new], [old, old], num_prefix_tokens=before)
+    rows = tensor.float().reshape(1, *tensor.shape[-2:])
+    resized = resample_abs_pos_embed(rows, [new, new], [old, old], num_prefix_tokens=before)
     return resized if tensor.ndim == 3 else resized[0]
 
 
 def _place_heads(start: Weights, objective: Objective) -> set[str]:
     """Load the heads whose tensors all fit; give their names."""
     own = {name: t for name, t in objective.state_dict().items() if isinstance(t, Tensor)}
-    heads: dict[str, list[str]] = {}
-    for name in own:
-        heads.setdefault(".".join(name.split(".")[:3]), []).append(name)  # "terms.simsiam.projector"
-    fits = {
-        name: start.heads[name]
-        for names in heads.values()
-        if all(name in start.heads and start.heads[name].shape == own[name].shape for name in names)
-        for name in names
-    }
-    objective.load_state_dict({**objective.state_dict(), **fits})
-    return set(fits)
+    fits = {name for name in own if name in start.heads and start.heads[name].shape == own[name].shape}
+    partly = {_head(name) for name in own.keys() - fits}
+    heads = {name: start.heads[name] for name in fits if _head(name) not in partly}
+    objective.load_state_dict({**objective.state_dict(), **heads})
+    return set(heads)
+
+
+def _head(name: str) -> str:
+    return ".".join(name.split(".")[:3])  # "terms.simsiam.projector"
 
 
 def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loaded: set[str]) -> None:
     for tower, key in ((IMAGE, "freeze_image_blocks"), (TEXT, "freeze_text_blocks")):
         asked = getattr(tune, key)
-        if asked == 0:
-            continue
-        if not any(name.startswith(tower) for name in loaded):
-            raise UserError(f"finetune.{key}={asked}, but the weights hold no {tower[:-1]}. Set it to 0.")
-        most = blocks(layers, tower)
-        if asked != "all" and asked > most:
-            raise UserError(
-                f"finetune.{key}={asked}, but the {tower[:-1]} has {most} blocks. Give 0 to {most}, or all."
-            )
         names = [name for name in layers if name.startswith(tower) and name in loaded]
-        freeze(model, [name for name in names if asked == "all" or layers[name] <= asked])
+        most = blocks(layers, tower) if names else 0
+        if asked != 0 and (most if asked == "all" else asked) not in range(1, most + 1):
+            raise UserError(
+                f"finetune.{key}={asked}, but the weights hold {most} blocks of the {tower[:-1]}. Give 0 to {most}, "
+                "or all."
+            )
+        freeze(model, [name for name in names if asked == "all" or layers[name] <= asked] if asked else [])
 
 
 def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, loaded: set[str]) -> list[str]:
@@ -193,27 +180,9 @@ def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, loaded: set[
 
 def _multiplier(name: str, tune: FineTuning, layers: Mapping[str, int], frozen: bool) -> LrMultiplier:
     """Apply layer-wise decay, by the distance from the tower's last layer (as in BEiT, arXiv 2106.08254)."""
-    factor = tune.image_lr_scale if name.startswith(IMAGE) else tune.text_lr_scale if name.startswith(TEXT) else 1.0
-    if name in layers:
-        tower = IMAGE if name.startswith(IMAGE) else TEXT
-        factor *= tune.layer_decay ** (blocks(layers, tower) + 1 - layers[name])
+    factor = 1.0
+    for tower, scale in ((IMAGE, tune.image_lr_scale), (TEXT, tune.text_lr_scale)):
+        if name.startswith(tower):
+            below_top = blocks(layers, tower) + 1 - layers[name] if name in layers else 0
+            factor = scale * tune.layer_decay**below_top
     return LrMultiplier(factor, frozen)
-
-
-def _summary(where: str, towers: int, heads: int, new: list[str], tune: FineTuning) -> str:
-    named = dict.fromkeys(".".join(name.removeprefix("objective.terms.").split(".")[:2]) for name in new)
-    warmup = "; without new parameters there is no warm-up of heads" if tune.head_warmup_steps and not new else ""
-    return (
-        f"Weights of '{where}': {towers} tensors of the towers and {heads} of heads loaded; "
-        f"new: {', '.join(named) or 'nothing'}{warmup}."
-    )
-
-
-def _rates(model: DualEncoder, tower: str, multipliers: Mapping[str, LrMultiplier], peak: float) -> str:
-    """Word the learning rates of a tower's pretrained and new parameters."""
-    own = [(f"model.{name}", p.requires_grad) for name, p in model.named_parameters() if name.startswith(tower)]
-    factors = [multipliers[name].factor for name, learns in own if learns and name in multipliers]
-    rates = [f"{peak * factor:.2g}" for factor in sorted({min(factors), max(factors)})] if factors else ["frozen"]
-    parts = [" to ".join(rates)] if any(name in multipliers for name, _ in own) else []
-    parts += [f"{peak:.2g} (new)"] if any(learns and name not in multipliers for name, learns in own) else []
-    return f"{tower[:-1].replace('_', ' ')} {', '.join(parts)}"

@@ -1,7 +1,9 @@
 """From a recipe to the parts of a run: precision, pairs, views, loader, averaged weights, generators."""
 
+import ctypes
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,18 +13,23 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from declip.data.cached import CachedFeatures
 from declip.data.loader import PairLoader
 from declip.data.pair import PairSource
 from declip.data.plan import Plan, plan_views
 from declip.data.sources.mixture import Mixture
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
+from declip.evaluation.datasets import open_dataset, with_classes
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import needs_of
 from declip.training import distributed
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt."""
 
 
 def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume: bool) -> Recipe:
@@ -33,11 +40,7 @@ def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume
         if resume and (folder / RECIPE).is_file():
             precision = read_recipe(folder).train.precision
     if precision == "bf16" and not computes_bf16(device):
-        log.warning(
-            "The device %s does not compute in bfloat16 itself, so steps may take many times as long as in float32. "
-            "train.precision=auto chooses by the device.",
-            device,
-        )
+        log.warning("%s does not compute in bfloat16 itself: steps are slow. train.precision=auto avoids it.", device)
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
@@ -52,17 +55,40 @@ def open_training_source(recipe: Recipe) -> PairSource:
     return mixture if data.max_pairs is None else mixture.take(data.max_pairs, recipe.seed)
 
 
+def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
+    """Map each dataset that a recipe evaluates on, at the end or on the way, to its protocols."""
+    wanted = recipe.evaluation
+    protocols = {
+        "zero-shot": {*wanted.zero_shot, *(wanted.final_zero_shot if final else ())},
+        "retrieval": {*wanted.retrieval, *(wanted.final_retrieval if final else ())},
+    }
+    names = (*wanted.zero_shot, *wanted.retrieval, *wanted.final_zero_shot, *wanted.final_retrieval)
+    tasks = {name: [protocol for protocol, on in protocols.items() if name in on] for name in names}
+    return {name: some for name, some in tasks.items() if some}
+
+
+def check_datasets(recipe: Recipe) -> None:
+    """Open every dataset that the recipe evaluates on, so that a missing or unusable one is found before training."""
+    for name, protocols in evaluation_tasks(recipe, final=True).items():
+        dataset = open_dataset(name)
+        if "zero-shot" in protocols:
+            with_classes(dataset.split("test"))
+
+
 def plan_of(recipe: Recipe) -> Plan:
     """Plan the views of a pair that the losses of a recipe need."""
     return plan_views(recipe, needs_of(recipe))
 
 
 def build_loader(
-    recipe: Recipe, source: PairSource, model: DualEncoder, start_step: int = 0, workers: int | None = None
+    recipe: Recipe,
+    source: PairSource,
+    model: DualEncoder,
+    start_step: int = 0,
+    workers: int = 0,
+    features: CachedFeatures | None = None,
 ) -> PairLoader:
-    """Build the loader of a recipe, with `data.workers` or another number of workers."""
-    if workers is None:
-        workers = 0 if recipe.data.workers == "auto" else recipe.data.workers
+    """Build the loader of a recipe from a step on, of cached features where they are given."""
     return PairLoader(
         source,
         model.tokenizer,
@@ -75,7 +101,19 @@ def build_loader(
         pin_memory=model.device.type == "cuda",
         rank=distributed.rank(),
         ranks=distributed.world_size(),
+        features=features,
     )
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks for the next step, until the process ends; other C libraries are left alone.
+
+    It would return each to the system and get it again page by page, zeroed: a tenth of a small step on a CPU.
+    """
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if library is not None and hasattr(library, "mallopt"):
+        for parameter, value in ((M_TRIM_THRESHOLD, -1), (M_MMAP_MAX, 0)):
+            library.mallopt(parameter, value)
 
 
 def versions() -> dict[str, str]:
@@ -87,6 +125,7 @@ def versions() -> dict[str, str]:
         "timm": timm.__version__,
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
+        "processes": str(distributed.world_size()),
     }
 
 
@@ -103,16 +142,13 @@ def averaged(model: DualEncoder, decay: float | None) -> AveragedModel | None:
         n = float(count)
         weight = 1 - min(decay, (1 + n) / (10 + n))
         for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, weight)
-            else:
-                average.copy_(value)
+            average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Give the states of torch's generators."""
+    """Give the states of torch's generators, "cpu" and that of the device."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

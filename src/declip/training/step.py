@@ -10,18 +10,16 @@ from torch import Tensor, nn
 
 from declip.data.batch import PairBatch
 from declip.data.images.crops import apply_photometric
+from declip.models.blocks import statistics_at_rest
+from declip.supervision.objective import Gather
+from declip.supervision.tower_outputs import TowerOutputs, joined, split_like
 from declip.training import distributed
 from declip.training.distributed import StepSync
-from declip.training.gradient_cache import backward_in_chunks
-from declip.training.parallel import average_gradients, average_unsharded, clip_gradients, unwrap
+from declip.training.parallel import Learner, average_gradients, clip_gradients, unwrap
+from declip.training.setup import random_states, set_random_states
 
-Span = Callable[[str], AbstractContextManager[None]]
+Span = Callable[[str], AbstractContextManager[object]]
 """Gives a context in which the time of a named part of the step is taken."""
-
-
-def untimed(name: str) -> AbstractContextManager[None]:
-    """Take no time."""
-    return nullcontext()
 
 
 @dataclass
@@ -30,14 +28,13 @@ class StepParts:
 
     Attributes:
         learner: From `declip.training.parallel.build_learner`.
-        optimizer: With the learning rate of this step already set.
         mean, std: (3,) float32 on the device, statistics of the images.
-        average: Called after the update, for averaged weights; None without.
-        grad_clip_norm: Largest norm of the whole gradient; None leaves it.
+        average: Called after the update, for averaged weights.
+        grad_clip_norm: Largest norm of the whole gradient.
         precision: "bf16" runs towers and heads in autocast; losses and logits stay float32.
-        chunk: Pairs that the towers see at a time, see `declip.training.gradient_cache`; None for all.
-        span: Times the parts of the step.
+        chunk: Pairs that the towers see at a time, see `_backward_in_chunks`.
         skip_nonfinite: Undo the step when its loss or gradient is not finite; waits for the device.
+        span: Times the parts of the step.
     """
 
     learner: nn.Module
@@ -49,14 +46,13 @@ class StepParts:
     precision: str = "fp32"
     chunk: int | None = None
     skip_nonfinite: bool = False
-    span: Span = untimed
+    span: Span = nullcontext
 
 
 def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = None) -> dict[str, Tensor]:
     """Move, augment, encode, gather, compute the losses, go backward, clip, update.
 
     Args:
-        parts: See `StepParts`.
         batch: This rank's pairs as the loader gives them: views uint8 (B, 3, S, S), texts (T, B, L).
         sync: Number of pairs of each rank; None on one process.
 
@@ -66,7 +62,7 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
     """
     sync = sync or StepSync((len(batch),), stop=False)
     count = sync.rows[distributed.rank()]
-    assert all(view.pixels.shape[:2] == (count, 3) for view in batch.views.values()), "(B, 3, S, S) each"
+    assert all(len(view) == count for view in batch.views.values()), "(B, 3, S, S) each"
     assert batch.texts.shape[1] == count, "(T, B, L)"
     learner, optimizer, span = unwrap(parts.learner), parts.optimizer, parts.span
     device = learner.model.device
@@ -87,14 +83,13 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
             losses["loss"].backward()  # DDP and FSDP average gradients over the ranks meanwhile
     else:
         with span("terms and backward"):
-            losses = backward_in_chunks(
+            losses = _backward_in_chunks(
                 learner, batch, parts.chunk, prepare, autocast, gather, sync.offset, sync.weight
             )
-            average_gradients(parameters)
 
     with span("optimizer"):
-        if learner.sharded:
-            average_unsharded(parameters)
+        if learner.sharded or parts.chunk is not None:  # DDP has done it
+            average_gradients(parameters)
         grad_norm = clip_gradients(parameters, float("inf") if parts.grad_clip_norm is None else parts.grad_clip_norm)
         values = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": grad_norm}
         if parts.skip_nonfinite:
@@ -105,7 +100,7 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
                 learner.objective.discard_step()
                 return values
         optimizer.step()
-        learner.after_step()
+        learner.objective.after_step(learner.model)  # limits the scales, and writes the queue
         if parts.average is not None:
             parts.average(learner.model)
     return values
@@ -116,3 +111,56 @@ def _prepare(parts: StepParts, device: torch.device, batch: PairBatch) -> PairBa
     with parts.span("views"):
         batch = batch.to(device, non_blocking=True)
         return replace(batch, views=apply_photometric(batch.views, parts.mean, parts.std))
+
+
+def _backward_in_chunks(
+    learner: Learner,
+    batch: PairBatch,
+    chunk: int,
+    to_device: Callable[[PairBatch], PairBatch],
+    autocast: Callable[[], AbstractContextManager[object]],
+    gather: Gather,
+    offset: int,
+    weight: float,
+) -> dict[str, Tensor]:
+    """GradCache: large batches on small devices, with towers that see a batch in chunks (Gao et al., arXiv 2101.06983).
+
+    The outputs of the towers are computed without a graph, chunk after chunk; the losses and their gradient with
+    respect to these outputs are computed for the whole batch; then each chunk is computed again, with a graph, and its
+    part of that gradient goes backward through it. Exact where a pair's output depends on that pair alone, so not for
+    towers with batch norm.
+
+    Args:
+        batch: This rank's pairs, on the host; `to_device` moves a chunk and finishes its images.
+        weight: Factor of the losses.
+    """
+    model, objective = learner.model, learner.objective
+    parts = [batch.rows(start, min(start + chunk, len(batch))) for start in range(0, len(batch), chunk)]
+    outputs: list[TowerOutputs] = []
+    states: list[dict[str, Tensor]] = []
+    with torch.no_grad(), statistics_at_rest(model):
+        for part in parts:
+            states.append(random_states(model.device))
+            ready = to_device(part)
+            with autocast():
+                outputs.append(objective.run_towers(model, ready))
+    final_states = random_states(model.device)
+    whole = joined(outputs)
+    leaves = {name: tensor for name, tensor in whole.tensors().items() if tensor.is_floating_point()}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    rest = batch.without_images().to(model.device, non_blocking=True)
+    with autocast():
+        losses = objective.losses(whole, model, rest, gather, offset)
+    losses = {name: loss * weight for name, loss in losses.items()} if weight != 1 else losses
+    losses["loss"].backward()
+    gradients = {name: split_like(name, leaf.grad, outputs) for name, leaf in leaves.items() if leaf.grad is not None}
+    for number, (part, state) in enumerate(zip(parts, states, strict=True)):
+        set_random_states(state, model.device)  # dropout must sample the same masks as in the first pass
+        ready = to_device(part)
+        with autocast():
+            again = objective.run_towers(model, ready).tensors()
+        names = [name for name in gradients if again[name].requires_grad]
+        torch.autograd.backward([again[name] for name in names], [gradients[name][number] for name in names])
+    set_random_states(final_states, model.device)
+    return losses

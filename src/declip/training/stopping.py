@@ -36,16 +36,16 @@ class StopRequest:
 
     def __init__(self, folder: Path | None) -> None:
         self.asked, self.signal = False, 0
-        self._folder, self._looked = folder, 0.0
+        self._file, self._looked = folder / STOP if folder is not None else None, 0.0
 
     def poll(self) -> bool:
         """Look for the file; give `asked`."""
         now = time.monotonic()
-        if self._folder is not None and now - self._looked > 1:
+        if self._file is not None and now - self._looked > 1:
             self._looked = now
-            if (self._folder / STOP).exists():
+            if self._file.exists():
                 log.info("Found the file '%s': stopping after this step and saving.", STOP)
-                (self._folder / STOP).unlink(missing_ok=True)
+                self._file.unlink(missing_ok=True)
                 self.asked = True
         return self.asked
 
@@ -59,7 +59,6 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        earlier: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
 
         def catch(number: int, frame: FrameType | None) -> None:
             if self.signal:
@@ -68,8 +67,7 @@ class StopRequest:
             log.info("Stopping after this step and saving; Ctrl-C from now on stops at once, without saving.")
             signal.signal(signal.SIGINT, earlier[signal.SIGINT])
 
-        for number in earlier:
-            signal.signal(number, catch)
+        earlier: dict[int, Any] = {number: signal.signal(number, catch) for number in STOPS}
         try:
             yield
         finally:

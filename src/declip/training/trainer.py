@@ -4,15 +4,15 @@ import itertools
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cached_property, partial
 from io import FileIO
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
@@ -22,6 +22,7 @@ from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.pool import naming_lost_workers
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schedule import learning_rate
 from declip.recipe.schema import Recipe
 from declip.runs import checkpoint as checkpoints
 from declip.runs import folder as run_folder
@@ -32,29 +33,19 @@ from declip.training import distributed, setup
 from declip.training import optimizer as optimizers
 from declip.training.compilation import compile_towers, rows_of_rank
 from declip.training.distributed import HostGroup
-from declip.training.memory import frozen_garbage, kept_memory
-from declip.training.monitor import Monitor
+from declip.training.frozen import cached_features, check_frozen
+from declip.training.monitor import Monitor, Stretch
 from declip.training.parallel import build_learner, full_tensor, load_full_state, shard_like, unwrap
 from declip.training.pretrained import apply_pretrained, frozen_norms, load_pretrained
-from declip.training.sinks import Stretch
 from declip.training.step import StepParts, training_step
 from declip.training.stopping import TRY_AGAIN, StopRequest
-from declip.training.watchdogs import LossMonitor, NonFiniteGuard, ThroughputMonitor, free_cores, shown
-
-WORTH_FREEZING = 200
-"""Steps from which on freezing the garbage collector pays: it takes 0.3 s."""
+from declip.training.watchdogs import LossMonitor, NonFiniteGuard, ThroughputMonitor, auto_workers, shown
 
 
 class Trainer:
-    """A run of a recipe.
+    """A run of a recipe, continued with `resume` if there is one in the folder.
 
-    Args:
-        folder: The run folder.
-        resume: Continue the run in the folder if there is one.
-        quiet: Show no progress.
-
-    Raises:
-        UserError: something given cannot be used; found before a folder is made or a step taken.
+    What cannot be used is found before a folder is made or a step taken.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, resume: bool = False, quiet: bool = False) -> None:
@@ -76,6 +67,8 @@ class Trainer:
         self.objective = Objective(recipe, self.model).to(self.device)
         self.plan = setup.plan_of(recipe)
         self.pretrained = apply_pretrained(start, recipe, self.model, self.objective)
+        if recipe.finetune.cached_views:
+            check_frozen(recipe, self.model)
         multipliers = self.pretrained.multipliers if self.pretrained is not None else {}
         if recipe.train.channels_last:
             self.model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
@@ -91,14 +84,14 @@ class Trainer:
         self.skipped, self.step = SkipCounter(), 0
         self.guard = NonFiniteGuard(recipe.train.max_nonfinite_steps, self.device)
         self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps)
-        cores = free_cores(torch.get_num_threads() if self.device.type == "cpu" else 1)
-        self.workers = min(1, cores) if recipe.data.workers == "auto" else recipe.data.workers
-        self.throughput = ThroughputMonitor(self.workers, cores)
+        self.throughput = ThroughputMonitor()
+        threads, workers = torch.get_num_threads() if self.device.type == "cpu" else 1, recipe.data.workers
+        self.workers = auto_workers(threads) if workers == "auto" else workers
         self.stop = StopRequest(folder if self.is_rank_zero else None)
         self.writer = CheckpointWriter(folder, recipe.train.keep_checkpoints)
         self.lock: FileIO | None = None
         setup.build_loader(recipe, self.source, self.model, workers=self.workers).close()
-        run_folder.check_datasets(recipe)
+        setup.check_datasets(recipe)
         checkpoint = self._open_folder(resume)
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -108,9 +101,22 @@ class Trainer:
     @cached_property
     def loader(self) -> PairLoader:
         """Batches from the present step on."""
-        loader = setup.build_loader(self.recipe, self.source, self.model, self.step, self.workers)
+        features = None
+        if self.recipe.finetune.cached_views:
+            read = partial(cached_features, self.recipe, self.source, self.model, self.plan)
+            self.hosts.on_rank_zero(lambda: read(not self.quiet) and None)
+            features = read(False)
+        workers = self.workers if features is None else 0
+        loader = setup.build_loader(self.recipe, self.source, self.model, self.step, workers, features)
         loader.skipped, loader.seen = self.skipped, self.step * self.recipe.train.batch_size
         return loader
+
+    @property
+    def shown_loader(self) -> PairLoader:
+        """Batches of images and words, to be looked at."""
+        if not self.recipe.finetune.cached_views:
+            return self.loader
+        return setup.build_loader(self.recipe, self.source, self.model, self.step, 0)
 
     @cached_property
     def parts(self) -> StepParts:
@@ -149,13 +155,13 @@ class Trainer:
                 if self.step < train.steps:
                     self._introduce()
                     if self.step == 0 and self.pretrained is not None and self.pretrained.whole:
-                        self._evaluate_anew(monitor)  # what the pretrained model can do, to compare with
+                        self.evaluate(monitor, final=True)  # what the pretrained model can do, to compare with
                     with self.stop.listening():
                         self._take_steps(monitor)
                         if self.step < train.steps:
                             self.writer.wait()  # a second signal must not end the process before
                 if self.step >= train.steps and not self.hosts.on_rank_zero(self._evaluated_at_end):
-                    self._evaluate_anew(monitor)
+                    self.evaluate(monitor, final=True)
                     monitor.flush()
             finished = self.step >= train.steps
             if finished and finish is not None:
@@ -165,26 +171,17 @@ class Trainer:
         status = 130 if self.stop.signal == signal.SIGINT else 0 if distributed.launched() else TRY_AGAIN
         return Run(self.folder, self.step, finished, status, self.is_rank_zero)
 
-    @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Training mode and memory management around a loop of steps."""
-        train, on_cpu = self.recipe.train, self.device.type == "cpu"
-        self.learner.train()
-        with (
-            frozen_garbage() if train.steps - self.step >= WORTH_FREEZING else nullcontext(),
-            kept_memory() if on_cpu else nullcontext(),
-        ):
-            yield
-
     def _take_steps(self, monitor: Monitor) -> None:
-        with self.learning():
-            while True:
-                with naming_lost_workers(f" at step {self.step}"):
-                    asked = time.perf_counter()
-                    batch = next(self.loader)
-                    with self.hosts.name_missing_ranks(self.step):
-                        if self._take_step(batch, time.perf_counter() - asked, monitor):
-                            return
+        self.learner.train()
+        if self.device.type == "cpu":
+            setup.keep_freed_memory()
+        done = False
+        while not done:
+            with naming_lost_workers(f" at step {self.step}"):
+                asked = time.perf_counter()
+                batch = next(self.loader)
+                with self.hosts.name_missing_ranks(self.step):
+                    done = self._take_step(batch, time.perf_counter() - asked, monitor)
 
     def _take_step(self, batch: PairBatch, waited: float, monitor: Monitor) -> bool:
         """Take a step; give whether it was the last one."""
@@ -208,11 +205,15 @@ class Trainer:
             self._log(monitor, values, lr)
         else:
             monitor.advance(self.step)
-        self.throughput.step(waited, time.perf_counter() - begun)
-        if logged and not done:
-            self._adjust_workers()
-        if done:
-            self._refuse_if_all_broken()
+        starved = self.throughput.check(waited, time.perf_counter() - begun, self.workers)
+        if starved is not None and self.is_rank_zero:
+            log.warning(starved)
+        if done and self.skipped.total >= self.loader.seen:
+            reasons = "; ".join(f"{reason}: {', '.join(keys)}" for reason, keys in self.skipped.examples.items())
+            raise UserError(
+                f"No pair of '{self.source.name}' could be used, so nothing was learned. Fix the pairs, or give others "
+                f"as data.source. {reasons}."
+            )
         if train.evaluate_every and self.step % train.evaluate_every == 0 and not done:
             self.evaluate(monitor)
             monitor.pause()
@@ -224,7 +225,7 @@ class Trainer:
 
     def _set_learning_rate(self) -> float:
         warmup = self.recipe.head_warmup
-        lr = optimizers.learning_rate(self.step, self.recipe.train)
+        lr = learning_rate(self.step, self.recipe.train)
         for group in self.optimizer.param_groups:
             group["lr"] = optimizers.group_lr(lr, self.step, group["multiplier"], warmup, self.recipe.train)
         if self.step <= warmup:
@@ -240,43 +241,18 @@ class Trainer:
         for warning in self.losses.check(self.step, numbers) if self.is_rank_zero else ():
             log.warning(warning)
 
-    def _adjust_workers(self) -> None:
-        """Warn once that the loader is too slow or, with data.workers=auto, add workers."""
-        throughput = self.throughput
-        if not throughput.starved():
-            return
-        if self.recipe.data.workers != "auto":
-            if self.is_rank_zero and not throughput.warned:
-                log.warning(throughput.advice())
-            return
-        more = min(throughput.needed, throughput.cores)
-        if more > self.workers:
-            log.info("Steps wait %.0f %% of their time for batches: %d workers.", 100 * throughput.fraction, more)
-            self.workers, self.throughput = more, ThroughputMonitor(more, throughput.cores)
-            self.loader.close()
-            del self.loader
-
     def _refuse_nonfinite(self, values: Mapping[str, Tensor]) -> None:
         """Stop at a loss or gradient that is not finite: the weights are spoiled then, the checkpoints are not."""
         bad = self.guard.first
         if bad is None:
             return
         earlier = checkpoints.list_checkpoints(self.folder)
-        indices = [int(index) for index in self.loader.indices(bad)]
+        indices = ", ".join(str(int(index)) for index in self.loader.indices(bad)[:8])
         raise UserError(
-            f"The loss is not finite at step {bad + 1}: {shown(values)}. The batch held the pairs "
-            f"{', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''} of '{self.source.name}'. "
+            f"The loss is not finite at step {bad + 1}: {shown(values)}. The batch held the pairs {indices} … of "
+            f"'{self.source.name}'. "
             f"The last good checkpoint is {earlier[-1] if earlier else 'missing: none was written yet'}. "
             "A lower train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0 usually helps."
-        )
-
-    def _refuse_if_all_broken(self) -> None:
-        if self.skipped.total < self.loader.seen:
-            return
-        reasons = "; ".join(f"{reason}: {', '.join(keys)}" for reason, keys in self.skipped.examples.items())
-        raise UserError(
-            f"None of the {self.loader.seen} pairs seen of '{self.source.name}' could be used, so nothing was learned. "
-            f"Fix the pairs, or give others as data.source. {reasons}."
         )
 
     # --- evaluation
@@ -286,52 +262,36 @@ class Trainer:
 
         Rank 0 evaluates while the others wait. With FSDP all do, since each holds a part of the model.
         """
-        if self.sharded:
-            self._evaluate(monitor, final)
-        else:
-            self.hosts.on_rank_zero(lambda: self._evaluate(monitor, final))
 
-    def _evaluate(self, monitor: Monitor, final: bool) -> None:
-        options = Options(progress=not self.quiet and self.is_rank_zero)
-        for name, protocols in self._datasets(final).items():
-            for result in evaluate_all(self.evaluated_model, name, protocols, options):
-                monitor.evaluation(self.step, result.to_dict())
+        def run() -> None:
+            options = Options(progress=not self.quiet and self.is_rank_zero)
+            for name, protocols in setup.evaluation_tasks(self.recipe, final).items():
+                for result in evaluate_all(self.evaluated_model, name, protocols, options):
+                    monitor.evaluation(self.step, result.to_dict())
 
-    def _evaluate_anew(self, monitor: Monitor) -> None:
-        """Evaluate on all sets after dropping the results of an evaluation that a crash interrupted."""
-        if self.is_rank_zero:
+        if final and self.is_rank_zero:  # a crash may have interrupted it before
             run_folder.drop_rows(self.folder / run_folder.EVALUATIONS, after=self.step - 1)
-        self.evaluate(monitor, final=True)
-
-    def _datasets(self, final: bool) -> dict[str, list[str]]:
-        """Map each dataset to the protocols that are evaluated on it."""
-        wanted = self.recipe.evaluation
-        protocols = {
-            "zero-shot": {*wanted.zero_shot, *(wanted.final_zero_shot if final else ())},
-            "retrieval": {*wanted.retrieval, *(wanted.final_retrieval if final else ())},
-        }
-        names = (*wanted.zero_shot, *wanted.retrieval, *wanted.final_zero_shot, *wanted.final_retrieval)
-        tasks = {name: [protocol for protocol, on in protocols.items() if name in on] for name in names}
-        return {name: some for name, some in tasks.items() if some}
+        if self.sharded:
+            run()
+        else:
+            self.hosts.on_rank_zero(run)
 
     def _evaluated_at_end(self) -> bool:
         """Whether the run folder has the results of the last step already."""
-        done = {(row["task"], row["dataset"]) for row in Run(self.folder, self.step).results}
-        return all((p, name) in done for name, protocols in self._datasets(final=True).items() for p in protocols)
+        done = {(row["dataset"], row["task"]) for row in Run(self.folder, self.step).results}
+        tasks = setup.evaluation_tasks(self.recipe, final=True)
+        return all((name, protocol) in done for name, protocols in tasks.items() for protocol in protocols)
 
     # --- checkpoints
 
-    def counts(self) -> dict[str, Any]:
-        """Count the pairs that were skipped, by reason, and those that were seen."""
-        return {**self.skipped.to_dict(), "seen": self.step * self.recipe.train.batch_size}
-
-    def save(self) -> Path:
+    def save(self) -> None:
         """Begin to write a checkpoint, and write the counts of skipped pairs; every rank must call it."""
         state = self.checkpoint()
         if state is not None:
-            (self.folder / run_folder.SKIPPED).write_text(json.dumps(self.counts(), indent=1), encoding="utf-8")
+            (self.folder / run_folder.SKIPPED).write_text(
+                json.dumps(state.extra["skipped"], indent=1), encoding="utf-8"
+            )
             self.writer.write(state)
-        return checkpoints.folder_of(self.folder, self.step)
 
     def checkpoint(self) -> Checkpoint | None:
         """Collect the state that the next step depends on; every rank must call it, and rank 0 gets it.
@@ -354,8 +314,7 @@ class Trainer:
             training |= prefixed(f"random.{rank}", states)
         extra = {
             "versions": setup.versions(),
-            "skipped": self.counts(),
-            "ranks": distributed.world_size(),
+            "skipped": {**self.skipped.to_dict(), "seen": self.step * self.recipe.train.batch_size},
             "pairs": len(self.source),
             "bad_steps": self.guard.skipped,
         }
@@ -363,7 +322,7 @@ class Trainer:
 
     def _restore(self, found: Checkpoint) -> None:
         """Put the state of a checkpoint back on this rank."""
-        extra, ranks = found.extra, int(found.extra["ranks"])
+        extra = found.extra
         if extra["pairs"] != len(self.source):
             raise UserError(
                 f"'{self.source.name}' holds {len(self.source):,} pairs; when the run in '{self.folder}' stopped "
@@ -372,17 +331,16 @@ class Trainer:
             )
         self.step = found.step
         try:
-            learner_state = {n: tensor for n, tensor in found.weights.items() if n.startswith("model.")}
-            learner_state |= prefixed("objective", part("objective", found.training))
-            load_full_state(unwrap(self.learner), learner_state)
+            for name, module in (("model", self.model), ("objective", self.objective)):
+                load_full_state(module, part(name, {**found.weights, **found.training}))
             optimizers.load_moments(self.optimizer, part("optimizer", found.training), shard_like)
             if self.average is not None:
                 self.average.module.load_state_dict(part("average", found.weights))
                 self.average.n_averaged.copy_(found.training["averaged_steps"])
-        except (RuntimeError, KeyError, IndexError, TypeError) as error:
+        except (RuntimeError, KeyError) as error:
             raise UserError(
-                f"{checkpoints.folder_of(self.folder, found.step)} does not fit the recipe of its run: "
-                f"{str(error).splitlines()[0]}. Move it away to resume from an earlier one, or start anew with --out."
+                f"The newest checkpoint in '{self.folder}' does not fit the recipe of its run: "
+                f"{str(error).splitlines()[0]}. Start anew with --out."
             ) from error
         generators = part(f"random.{distributed.rank()}", found.training)
         if generators:
@@ -391,59 +349,39 @@ class Trainer:
             setup.seed_rank(self.recipe.seed, found.step)
         self.skipped = SkipCounter.from_dict(extra["skipped"])
         self.guard.skipped = list(extra["bad_steps"])
-        if self.is_rank_zero:
-            self._warn_of_differences(ranks, extra["versions"])
-
-    def _warn_of_differences(self, ranks: int, then: Mapping[str, str]) -> None:
-        if ranks != (own := distributed.world_size()):
+        then, now = extra["versions"], setup.versions()
+        changed = [f"{name} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
+        if changed and self.is_rank_zero:
             log.warning(
-                f"The checkpoint is of {ranks} processes, now there are {own}: the batches and their order stay the "
-                "same, but sums are rounded otherwise and dropout masks differ."
+                "This differs from the checkpoint's: %s. The batches and their order stay the same, but sums may be "
+                "rounded otherwise and dropout masks differ.",
+                ", ".join(changed),
             )
-        now = setup.versions()
-        changed = [f"{name} {then.get(name)} → {now[name]}" for name in now if then.get(name) != now[name]]
-        if changed:
-            log.warning("Versions differ from the checkpoint's, so bits may too: %s", ", ".join(changed))
 
     def _open_folder(self, resume: bool) -> Checkpoint | None:
         """Find the checkpoint to resume from, if any: rank 0 chooses it, the others read the same."""
-        chosen: list[Checkpoint | None] = []
+        newest: Checkpoint | None = None
 
-        def choose() -> Path | None:
+        def choose() -> int | None:
+            nonlocal newest
             self.lock = run_folder.lock_folder(self.folder)
-            chosen.append(run_folder.open_folder(self.recipe, self.folder, resume))
-            return checkpoints.folder_of(self.folder, chosen[0].step) if chosen[0] else None
+            newest = run_folder.open_folder(self.recipe, self.folder, resume)
+            return newest.step if newest is not None else None
 
-        path = self.hosts.on_rank_zero(choose)
-        if path is None or chosen:
-            return chosen[0] if chosen else None
-        return checkpoints.load_checkpoint(path)
+        step = self.hosts.on_rank_zero(choose)
+        if step is None or newest is not None:
+            return newest
+        return checkpoints.load_checkpoint(checkpoints.folder_of(self.folder, step))
 
     # --- messages
 
     def _introduce(self) -> None:
-        def millions(module: nn.Module) -> float:
-            return sum(parameter.numel() for parameter in module.parameters()) / 1e6
-
-        begun = f"Resuming at step {self.step}" if self.step else "Starting"
+        trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]) / 1e6
         weights = ", ".join(f"{weight:g} {name}" for name, weight in self.objective.weights.items())
         log.info(
-            f"{begun}: {len(self.source):,} pairs of {self.source.name}; {millions(self.model):.1f} M parameters and "
-            f"{millions(self.objective):.1f} M in heads; {weights}; {self.device}, {self.recipe.train.precision}, "
-            f"{torch.get_num_threads()} threads"
+            f"{f'Resuming at step {self.step}' if self.step else 'Starting'}: {len(self.source):,} pairs of "
+            f"{self.source.name}; {trained:,.2f} M parameters are trained; {weights}; {self.device}, "
+            f"{self.recipe.train.precision}, {torch.get_num_threads()} threads"
         )
         if self.pretrained is not None:
-            log.info("%s %s", self.pretrained.summary, self._word_warmup())
-
-    def _word_warmup(self) -> str:
-        groups, until = self.optimizer.param_groups, self.recipe.head_warmup
-        total = sum(p.numel() for group in groups for p in group["params"]) / 1e6
-        frozen = sum(p.numel() for group in groups if group["multiplier"].frozen_in_warmup for p in group["params"])
-        if not frozen:
-            return f"{total:,.2f} M parameters are trained in every step."
-        asked = self.recipe.finetune.head_warmup_steps
-        limit = "" if until == asked else f" (a quarter of train.steps; finetune.head_warmup_steps={asked} is more)"
-        return (
-            f"Steps 1 to {until}{limit}: only new parameters are trained, {total - frozen / 1e6:,.2f} M. From step "
-            f"{until + 1} on the pretrained ones too: {total:,.2f} M."
-        )
+            log.info(self.pretrained.summary)

@@ -20,6 +20,8 @@ LEAST_STEPS, LEAST_SECONDS = 20, 5.0
 """Measurements before a verdict about the loader."""
 WARM = 3
 """Steps after a start of the workers that do not count: their queue is empty then."""
+MOST_WORKERS = 8
+"""More are seldom needed, and each takes memory."""
 
 
 class NonFiniteGuard:
@@ -61,12 +63,7 @@ def shown(values: Mapping[str, Tensor]) -> str:
 
 
 class LossMonitor:
-    """Finds problems in the logged numbers of a run and warns of each once.
-
-    Args:
-        batch_size: Pairs of a step; the chance level of the contrastive loss is its logarithm.
-        warmup_steps: Steps without a warning about spikes.
-    """
+    """Finds problems in the logged numbers of a run and warns of each once, of some only after the warm-up."""
 
     def __init__(self, batch_size: int, warmup_steps: int) -> None:
         self.chance, self.batch_size, self.warmup_steps = math.log(batch_size), batch_size, warmup_steps
@@ -76,101 +73,61 @@ class LossMonitor:
 
     def check(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Give the new warnings after a number of steps, from the losses by name and "grad_norm"."""
+        warnings: dict[str, str] = {}
+        loss, norm = values.get("contrastive", values.get("late_interaction")), values.get("grad_norm")
         # `NonFiniteGuard` handles values that are not finite; kept here, they would silence every later warning.
-        values = {name: value for name, value in values.items() if math.isfinite(value)}
-        warnings = self._check_loss(step, values.get("contrastive", values.get("late_interaction")))
-        warnings |= self._check_norm(step, values.get("grad_norm"))
+        if loss is not None and math.isfinite(loss):
+            # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
+            self._lowest = min(self._lowest, loss)
+            if step >= FLAT_AFTER and abs(loss - self.chance) < 0.02:
+                warnings["flat"] = (
+                    f"After {step} steps the contrastive loss is still at chance level, ln({self.batch_size}) = "
+                    f"{self.chance:.2f}. Usual causes: too high a learning rate, captions that do not belong to the "
+                    "images, or one caption for all. Try a tenth of train.lr, and declip data inspect."
+                )
+            elif step > self.warmup_steps and loss > max(self.chance, self._lowest) + 1:
+                warnings["worse"] = (
+                    f"At step {step} the contrastive loss is {loss:.2f}, after {self._lowest:.2f}; chance level is "
+                    f"{self.chance:.2f}: the run diverges. Usual cause: too high a learning rate. Try half of "
+                    "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0."
+                )
+        if norm is not None and math.isfinite(norm):
+            usual = norm if self._usual_norm is None else self._usual_norm
+            self._usual_norm = 0.9 * usual + 0.1 * min(norm, 2 * usual)
+            if step > self.warmup_steps and norm > STEEP * usual:
+                warnings["spike"] = (
+                    f"At step {step} the gradient norm is {norm:.3g}, usually {usual:.3g}: a spike. If the loss does "
+                    "not recover, try train.grad_clip_norm=1.0 or a lower train.lr from the last checkpoint on."
+                )
         new = {name: text for name, text in warnings.items() if name not in self._warned}
         self._warned |= new.keys()
         return list(new.values())
 
-    def _check_loss(self, step: int, loss: float | None) -> dict[str, str]:
-        if loss is None:
-            return {}
-        # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
-        self._lowest = min(self._lowest, loss)
-        if step >= FLAT_AFTER and abs(loss - self.chance) < 0.02:
-            return {
-                "flat": f"After {step} steps the contrastive loss is still at chance level, ln({self.batch_size}) = "
-                f"{self.chance:.2f}. Usual causes: too high a learning rate, captions that do not belong to the "
-                "images, or one caption for all. Try a tenth of train.lr, and declip data inspect."
-            }
-        if step > self.warmup_steps and loss > max(self.chance, self._lowest) + 1:
-            return {
-                "worse": f"At step {step} the contrastive loss is {loss:.2f}, after {self._lowest:.2f}; chance level "
-                f"is {self.chance:.2f}: the run diverges. Usual cause: too high a learning rate. Try half of train.lr, "
-                "a longer train.warmup_steps, or train.grad_clip_norm=1.0."
-            }
-        return {}
-
-    def _check_norm(self, step: int, norm: float | None) -> dict[str, str]:
-        if norm is None:
-            return {}
-        usual = self._usual_norm
-        self._usual_norm = norm if usual is None else 0.9 * usual + 0.1 * min(norm, 2 * usual)
-        if usual is None or step <= self.warmup_steps or norm <= STEEP * usual:
-            return {}
-        return {
-            "spike": f"At step {step} the gradient norm is {norm:.3g}, usually {usual:.3g}: a spike. If the loss does "
-            "not recover, try train.grad_clip_norm=1.0 or a lower train.lr from the last checkpoint on."
-        }
-
 
 class ThroughputMonitor:
-    """Compares the time that steps wait for the loader with the time that they take.
+    """Warns once when steps wait for the loader for much of their time."""
 
-    Args:
-        workers: Processes that make batches; 0 makes them in this process.
-        cores: Processors that are free for workers.
+    def __init__(self) -> None:
+        self._steps, self._waited, self._total, self._warned = -WARM, 0.0, 0.0, False
 
-    Attributes:
-        needed: Number of workers that would keep up, by the last measurement.
-        fraction: Fraction of the time spent waiting, by the last measurement.
-        warned: Whether `advice` has been given.
-    """
-
-    def __init__(self, workers: int, cores: int) -> None:
-        self.workers, self.cores = workers, cores
-        self.needed, self.fraction, self.warned = workers, 0.0, False
-        self._steps, self._waited, self._took = -WARM, 0.0, 0.0
-
-    def step(self, waited: float, took: float) -> None:
-        """Count a step: seconds until its batch was there, and seconds that it then took."""
+    def check(self, waited: float, took: float, workers: int) -> str | None:
+        """Count a step, which waited for its batch and then took so many seconds; give the warning, if one is due."""
         self._steps += 1
         if self._steps > 0:
-            self._waited, self._took = self._waited + waited, self._took + took
-
-    def starved(self) -> bool:
-        """Whether the steps since the last verdict waited too long and workers would help; updates `needed`."""
-        total = self._waited + self._took
-        if self._steps < LEAST_STEPS or total < LEAST_SECONDS:
-            return False
-        self.fraction = self._waited / total
-        self.needed = workers_needed(self.workers, self._waited, self._took)
-        self._steps, self._waited, self._took = 0, 0.0, 0.0
-        return self.fraction > STARVED and self.needed > self.workers and self.cores > 0
-
-    def advice(self) -> str:
-        """Word the remedy."""
-        self.warned = True
-        text = (
-            f"Steps wait {self.fraction:.0%} of their time for batches. data.workers={self.needed} would keep up (now "
-            f"{self.workers}; results stay the same)"
+            self._waited, self._total = self._waited + waited, self._total + waited + took
+        if self._warned or self._steps < LEAST_STEPS or self._total < LEAST_SECONDS:
+            return None
+        fraction, self._steps, self._waited, self._total = self._waited / self._total, 0, 0.0, 0.0
+        if fraction < STARVED:
+            return None
+        self._warned = True
+        return (
+            f"Steps wait {fraction:.0%} of their time for batches. More loader processes (data.workers={workers} now; "
+            "results stay the same) or smaller images (declip data shard) help, where processors are free."
         )
-        if self.needed > self.cores:
-            free = "processor is" if self.cores == 1 else "processors are"
-            text += f", but {self.cores} {free} free for them: smaller files help, see declip data shard --help"
-        return f"{text}. data.workers=auto adds workers by itself."
 
 
-def workers_needed(workers: int, waited: float, took: float) -> int:
-    """Number of workers that make a batch in the time that a step takes; arguments as in `ThroughputMonitor`."""
-    # Duration of a batch on one worker: while steps starve, `workers` of them give one batch a step.
-    duration = waited if workers == 0 else workers * (waited + took)
-    return max(workers, math.ceil(duration / max(took, 1e-9)))
-
-
-def free_cores(training: int) -> int:
-    """Processors for a rank's workers: its part of the machine's, less the `training` ones."""
+def auto_workers(training: int) -> int:
+    """Number of loader processes for the processors that are free: a rank's part of the machine's, less `training`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training)
+    return max(0, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training))

@@ -1,31 +1,21 @@
+"""The emoji and the icons: the shipped tables, and small packages of drawings that are built by small tables."""
+
+import hashlib
 import json
+import lzma
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from declip.data.builtin import render
-from declip.data.builtin.emoji import DESIGNS, EMOJI, code_of, group_of, is_held_out, is_phrase, squash
-from declip.data.builtin.pictures import MANIFEST, NOTICE, TABLE
-from declip.data.builtin.render import rasterize
+from declip.data.builtin import emoji, icons
+from declip.data.builtin.emoji import DESIGNS, EMOJI
+from declip.data.builtin.iconify import read_rows, table_file
+from declip.data.builtin.icons import ICONS, PACKAGE, split_of
+from declip.data.builtin.pictures import MANIFEST, NOTICE, TABLE, BuiltinSource
+from declip.data.builtin.render import fill_square
 from declip.data.sources.open import open_source
-
-NAMES = {
-    "1f600": "grinning face",
-    "1f431": "cat face",
-    "2764": "red heart",
-    "1f49a": "green heart",
-    "1f3c3-200d-2642": "man running",
-    "1f3c3-200d-2640": "woman running",
-    "1f44b": "waving hand",
-    "1f30a": "water wave",
-    "2328": "keyboard",
-    "1f1eb-1f1f7": "flag: France",
-}
-NOTO, FXEMOJI, OPENMOJI, FLUENT = (
-    f"@iconify-json/{name}" for name in ("noto", "fxemoji", "openmoji", "fluent-emoji-flat")
-)
 
 
 def put(path, value):
@@ -33,221 +23,184 @@ def put(path, value):
     path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
 
 
-def square(colour, **more):
-    return {"body": f'<rect x="4" y="4" width="8" height="8" fill="{colour}"/>', **more}
+# The shipped tables.
 
 
-def icon_package(root, name, icons, chars=None, aliases=None):
-    folder = root / name
-    prefix = name.split("/")[-1]
-    data = {"prefix": prefix, "icons": icons, "aliases": aliases or {}, "width": 16, "height": 16}
-    put(folder / "icons.json", data)
-    put(folder / "chars.json", chars or {})
-    put(folder / "package.json", {"name": name, "version": "1.2.3", "license": "MIT"})
-    licence = {"title": "MIT", "spdx": "MIT", "url": "https://example.org/licence"}
-    put(folder / "info.json", {"license": licence, "author": {"name": "A Hand", "url": "https://example.org/art"}})
+@pytest.mark.parametrize(("name", "digest"), [
+    ("emoji", "ae5c4097202f4899a8b8996ef25d44e27ce611a2b916f7ef3cb906522995e6e6"),
+    ("icons", "9aa90291f2897b7730774716bb93ae61c7310802710a294553745950b43f04c7"),
+])  # fmt: skip
+def test_the_tables_are_those_that_results_were_measured_on(name, digest):
+    assert hashlib.sha256(lzma.decompress(table_file(name).read_bytes())).hexdigest() == digest
+
+
+def test_the_emoji_are_those_that_the_pages_count_and_no_group_is_on_two_sides():
+    rows = EMOJI.choose({})
+    counts = {"emoji": 5811, "emoji-validation": 1601, "emoji-test": 1285, "emoji-test-new": 309}
+    assert {split: len(EMOJI.select(split, rows).rows) for split in counts} == counts
+    assert not {row["group"] for row in rows if row["held_out"]} & {row["group"] for row in rows if not row["held_out"]}
+
+
+def test_no_emojis_name_is_trained_on_with_the_icons():
+    names = {row["name"] for row in read_rows("emoji")}
+    splits = {split: set() for split in ("train", "validation", "test")}
+    for row in read_rows("icons"):
+        splits[split_of(row["key"].split("/")[0])].add(row["captions"].split("|")[0])
+    assert not names & splits["train"]
+    assert names & splits["test"], "the test may have them"
+
+
+# Small tables and packages.
+
+
+def concept(code, name, held_out="0", names="", drawn="", keywords="", **drawings):
+    row = {"code": code, "name": name, "category": "things", "group": name.split()[-1], "held_out": held_out}
+    row |= {"names": names, "drawn": drawn, "keywords": keywords}
+    return row | {design.key: drawings.get(design.key.replace("-", "_"), "") for design in DESIGNS}
+
+
+CONCEPTS = [
+    concept(
+        "1f600", "grinning face", "0", "smile", "happy face|face", "thing|joy", noto="grin", fluent="g", openmoji="g"
+    ),
+    concept("2764", "red heart", noto="heart", fxemoji="redheart", fluent="h"),
+    concept("1f30a", "water wave", fxemoji="wave", fluent="w", openmoji="w"),
+    concept("1f3c3", "person running", "1", noto="run", fluent="r", openmoji="r"),
+    concept("1f431", "cat face", fxemoji="cat"),
+    concept("1f49a", "green heart", fluent="unseen"),
+]
+DRAWN = {
+    "noto": {"grin": {"fill": "#f00"}, "heart": {"fill": "#f00", "width": 32}, "run": {"fill": "#00f"}},
+    "fxemoji": {"redheart": {"fill": "#f00"}, "wave": {"fill": "#0ff"}, "cat": {"fill": "#fff"}},
+    "fluent": {name: {"fill": "#123456"} for name in ("g", "h", "w", "r", "unseen")},
+    "openmoji": {name: {"fill": "#123456"} for name in ("g", "w", "r")},
+}
+SETS = {
+    "carbon": {"camera": 0, "wallet": 6, "unheard-of": 7},
+    "icon-park": {"camera": 9},
+    "bi": {"camera": 11},
+    # A bell that is carbon's camera to the pixel.
+    "tabler": {"bell": 0, "camera": 3, "wallet": 4},
+}
+
+
+def square(fill, **more):
+    return {"body": f'<rect x="4" y="4" width="8" height="8" fill="{fill}"/>', **more}
+
+
+def bar(number, fill="currentColor"):
+    """A drawing of its own for each number: a bar at a place in a frame."""
+    return {"body": f'<path fill="{fill}" d="M2 2h1v20H2zM21 2h1v20h-1zM{4 + number} 6h1v{4 + number}h-1z"/>'}
+
+
+def info(name):
+    license = {"title": "MIT license", "spdx": "MIT", "url": "https://example.org/licence"}
+    return {"name": name, "license": license, "author": {"name": "A Hand", "url": f"https://example.org/{name}"}}
 
 
 @pytest.fixture(scope="module")
-def packages(tmp_path_factory):
-    """Two text packages and eight sets of drawings, four of them empty, as they lie when unpacked."""
-    root = tmp_path_factory.mktemp("packages")
-    base = root / "emojibase-data"
-    rows = [{"hexcode": c.upper(), "label": n, "group": 0, "tags": ["thing", n, ":D"]} for c, n in NAMES.items()]
-    rows[2]["hexcode"] += "-FE0F"
-    rows += [{"hexcode": "1F3FB", "label": "light skin tone", "group": 2}, {"hexcode": "1F1EB", "label": "letter F"}]
-    put(base / "en/data.json", rows)
-    put(base / "meta/groups.json", {"groups": {"0": "smileys-emotion", "2": "component"}})
-    put(
-        base / "meta/unicode-names.json",
-        {"1F431": "CAT FACE", "2764": "HEAVY BLACK HEART", "1F1EB-1F1F7": "LETTER F, LETTER R"},
-    )
-    short = {
-        "1F600": ["grinning-wide", "smile"],
-        "1F431": ["cat", "smile"],
-        "1F1EB-1F1F7": "flag_fr",
-        "2764": "heart_u2764",
-    }
-    for kind in ("emojibase", "iamcal", "github", "joypixels"):
-        put(base / f"en/shortcodes/{kind}.json", short)
-    put(base / "package.json", {"name": "emojibase-data", "version": "17.0.0", "license": "MIT"})
-    put(base / "LICENSE", "the licence of the names")
-    put(root / "emojilib/dist/emoji-en-US.json", {"😀": ["grinning_face", "happy_day"], "🦄": ["unicorn"]})
-    put(root / "emojilib/package.json", {"name": "emojilib", "version": "4.0.3", "license": "MIT"})
-    charted = {
-        "grinning-face": "1f600",
-        "heart-red": "2764-fe0f",
-        "heart-green": "1f49a",
-        "man-running": "1f3c3-200d-2642-fe0f",
-    }
-    icons = {
-        "grinning-face": square("#ff0000"),
-        "heart-red": square("#ff0000", width=32, height=16),
-        "heart-green": square("#00ff00", hidden=True),
-        "man-running": square("#0000ff"),
-        "man-running-light": square("#0000ff"),
-        "grinning-cat": square("#00ff00"),
-    }
-    chars = {code: name for name, code in charted.items()} | {"1f3c3-1f3fb-200d-2642-fe0f": "man-running-light"}
-    icon_package(
-        root,
-        NOTO,
-        icons,
-        chars,
-        {"happy-face": {"parent": "grinning-face"}, "turned": {"parent": "grinning-face", "hFlip": True}},
-    )
-    icons = {
-        "wave": square("#00ffff"),
-        "redheart": square("#ff0000"),
-        "catface": square("#ffffff"),
-        "keyboard": square("#000000"),
-    }
-    icon_package(root, FXEMOJI, icons | {"womanrunning": square("#0000ff")})
-    every = {name.replace(" ", "-").replace(":", ""): square("#123456") for name in NAMES.values()}
-    codes = {code: name.replace(" ", "-").replace(":", "") for code, name in NAMES.items()}
-    icon_package(root, OPENMOJI, every, codes)
-    icon_package(root, FLUENT, every, {code: name for code, name in codes.items() if code != "1f1eb-1f1f7"})
+def built(tmp_path_factory):
+    root, cache = tmp_path_factory.mktemp("packages"), tmp_path_factory.mktemp("cache")
     for design in DESIGNS:
-        if not (root / design.package).exists():
-            icon_package(root, design.package, {})
-    return root
-
-
-@pytest.fixture(scope="module")
-def built(packages, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    EMOJI.build(EMOJI.packages.unpacked(packages), EMOJI.folder(cache))
+        folder, drawings = root / design.package, DRAWN.get(design.key, {})
+        put(folder / "icons.json", {"icons": {name: square(**how) for name, how in drawings.items()}})
+        put(folder / "info.json", info(design.key))
+        put(folder / "package.json", {"version": "1.2.3"})
+        put(folder / "LICENSE", "the licence of the drawings")
+    for prefix, drawings in SETS.items():
+        drawn = {
+            name: bar(number, "#0f0" if prefix == "icon-park" else "currentColor") for name, number in drawings.items()
+        }
+        put(root / PACKAGE / f"json/{prefix}.json", {"icons": drawn, "width": 24, "height": 24})
+    put(root / PACKAGE / "collections.json", {prefix: info(prefix) for prefix in SETS})
+    put(root / PACKAGE / "package.json", {"version": "1.2.3"})
+    chosen = [
+        {"key": f"{prefix}/{name}", "category": "tools", "captions": f"{name}|a {name}", "keywords": "tools|photo"}
+        for prefix, drawings in SETS.items()
+        for name in drawings
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "read_rows", lambda name: CONCEPTS)
+        patch.setattr(icons, "read_rows", lambda name: chosen)
+        for each in (EMOJI, ICONS):
+            each.build(each.packages.unpacked(root), each.folder(cache))
     return cache
 
 
-def keys(split, cache):
-    return [row["key"] for row in EMOJI.open(split, cache).rows]
+@pytest.mark.parametrize(("split", "expected"), [
+    ("emoji", ["noto/1f600", "noto/2764", "fxemoji/2764", "fxemoji/1f30a"]),
+    ("emoji-share-alike", ["noto/1f600", "noto/2764", "fxemoji/2764", "fxemoji/1f30a"]),
+    ("emoji-test", ["fluent/1f600", "fluent/2764", "fluent/1f30a"]),
+    ("emoji-test-new", ["fluent/1f3c3"]),
+    ("emoji-validation", ["openmoji/1f600", "openmoji/1f30a"]),
+    ("emoji-validation-new", ["openmoji/1f3c3"]),
+    ("icons", ["tabler/camera", "tabler/wallet"]),
+    ("icons-test", ["carbon/camera", "carbon/wallet", "icon-park/camera"]),
+    ("icons-validation", ["bi/camera"]),
+])  # fmt: skip
+def test_splits_share_names_but_no_designer(built, split, expected, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(built))
+    source = open_source(f"builtin:{split}")
+    assert source.name == f"builtin:{split}"
+    assert [source.key(index) for index in range(len(source))] == expected
 
 
-def test_training_has_the_known_concepts_by_its_designers(built):
-    assert keys("emoji", built) == ["noto/1f600", "noto/2764", "fxemoji/2764", "fxemoji/1f30a"]
-    assert keys("emoji-share-alike", built) == keys("emoji", built)
-
-
-def test_held_out_concepts_are_only_in_the_new_splits(built):
-    assert keys("emoji-test", built) == ["fluent/1f600", "fluent/2764", "fluent/1f30a"]
-    assert keys("emoji-test-new", built) == ["fluent/1f3c3-200d-2642", "fluent/1f3c3-200d-2640"]
-    assert keys("emoji-validation", built) == ["openmoji/1f600", "openmoji/2764", "openmoji/1f30a"]
-    assert keys("emoji-validation-new", built) == ["openmoji/1f3c3-200d-2642", "openmoji/1f3c3-200d-2640"]
-
-
-def test_evaluation_has_a_class_for_each_concept(built):
-    source = EMOJI.open("emoji-test", built)
+def test_evaluation_has_a_class_for_each_name(built):
+    source = BuiltinSource(EMOJI, "emoji-test", built)
     assert source.class_names == ("grinning face", "red heart", "water wave")
     assert source.labels.tolist() == [0, 1, 2]
     assert "Microsoft, MIT" in source.credit
     assert "OpenMoji" not in source.credit
+    source = BuiltinSource(ICONS, "icons-test", built)
+    assert (source.class_names, source.labels.tolist()) == (("camera", "wallet"), [0, 1, 0])
+    assert source.credit == "carbon by A Hand, MIT; icon-park by A Hand, MIT"
 
 
 def test_captions_and_keywords(built):
-    source = EMOJI.open("emoji", built)
-    face, heart = source[0], source[1]
-    # "smile" is a name of two emoji and tells neither; "flag fr", ":D" and the mirrored drawing's name are no captions.
-    assert face.captions == source.captions(0) == ("grinning face", "grinning wide", "happy face")
-    assert face.keywords == ("thing", "happy day")
-    assert heart.captions == ("red heart", "heavy black heart", "heart red")
-    rows = {row["key"]: row for row in pq.read_table(built / "emoji" / TABLE).to_pylist()}
-    assert rows["openmoji/1f1eb-1f1f7"]["captions"] == ["flag: France"]
-    assert rows["openmoji/1f1eb-1f1f7"]["category"] == "smileys emotion"
+    face = BuiltinSource(EMOJI, "emoji", built)[0]
+    assert face.captions == ("grinning face", "smile", "happy face", "face")
+    assert face.keywords == ("thing", "joy")
+    camera = BuiltinSource(ICONS, "icons", built)[0]
+    assert (camera.captions, camera.keywords) == (("camera", "a camera"), ("tools", "photo"))
 
 
-def test_drawings_fill_the_square(built):
-    source = EMOJI.open("emoji", built)
-    face, wide = (np.asarray(source[i].image) for i in (0, 1))
-    assert face.shape == (EMOJI.side, EMOJI.side, 3)
-    for drawing in (face, wide):  # squares of different size and place
-        assert (drawing[2:-2, 2:-2] == [255, 0, 0]).all()
-    assert source[3].image.getpixel((48, 48)) == (0, 255, 255)
+def test_drawings_fill_the_square_in_black_or_in_their_color(built):
+    source = BuiltinSource(EMOJI, "emoji", built)
+    for index in (0, 1):  # squares of different size and place
+        pixels = np.asarray(source[index].image)
+        assert pixels.shape == (EMOJI.side, EMOJI.side, 3)
+        assert (pixels[2:-2, 2:-2] == [255, 0, 0]).all()
+    source = BuiltinSource(ICONS, "icons-test", built)
+    line, green = (np.asarray(source[index].image) for index in (0, 2))
+    assert line.shape == (ICONS.side, ICONS.side, 3)
+    assert line.min() < 20, "currentColor is black"
+    assert (line == line[:, :, :1]).all()
+    assert green[32, 63, 1] == 255
+    assert green[:, :, 0].min() == green[:, :, 2].min() == 0
 
 
-def test_a_drawing_keeps_its_shape_and_lies_in_the_middle_over_white(monkeypatch):
-    bar = Image.new("RGB", (192, 192), "white")
-    bar.paste("blue", (100, 30, 180, 50))  # 80 x 20 in a corner
-
-    monkeypatch.setattr(render, "draw", lambda svg: bar)
-    pixels = rasterize("", EMOJI.side)
+def test_a_drawing_keeps_its_shape_and_lies_in_the_middle_over_white():
+    page = Image.new("RGB", (192, 192), "white")
+    page.paste("blue", (100, 30, 180, 50))  # 80 x 20 in a corner
+    pixels = fill_square(page, 96)
     inked = np.argwhere((pixels == [0, 0, 255]).all(-1))
     np.testing.assert_allclose(inked.min(0), [36, 0], atol=2)
     np.testing.assert_allclose(inked.max(0), [59, 95], atol=2)
     assert pixels[10, 10].tolist() == [255, 255, 255]
-    bar.paste("white", (0, 0, 192, 192))
-    assert rasterize("", EMOJI.side).shape == (EMOJI.side, EMOJI.side, 3), "an empty drawing is no error here"
+    page.paste("white", (0, 0, 192, 192))
+    assert fill_square(page, 96).shape == (96, 96, 3), "an empty drawing is no error here"
 
 
-def test_what_is_left_out(built):
-    manifest = json.loads((built / "emoji" / MANIFEST).read_text())
-    assert manifest["left_out"] == {"invisible": 1}, "fxemoji/1f431"
-    assert manifest["pairs"] == 25
-    drawn = {row["drawing"] for row in pq.read_table(built / "emoji" / TABLE).to_pylist()}
-    # Hidden, a skin tone, without a concept, invisible; and one whose name misleads.
-    assert not drawn & {"heart-green", "man-running-light", "grinning-cat", "catface"}
-    assert "fxemoji/2328" not in {row["key"] for row in pq.read_table(built / "emoji" / TABLE).to_pylist()}
-
-
-def test_versions_and_licences_are_kept(built):
-    folder = built / "emoji"
-    assert json.loads((folder / MANIFEST).read_text())["packages"][NOTO] == "1.2.3"
-    assert (folder / "licences/emojibase-data/LICENSE").read_text() == "the licence of the names"
-    assert (folder / "licences/@iconify-json-noto/info.json").is_file()
-    notice = (folder / NOTICE).read_text()
-    assert "Noto Emoji by Google, Apache-2.0: 3 drawings" in notice
-    assert "https://example.org/art through @iconify-json/noto 1.2.3" in notice
-
-
-def test_the_cache_is_found_by_the_environment(built, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE", str(built))
-    for name in EMOJI.splits:
-        assert open_source(f"builtin:{name}").name == f"builtin:{name}"
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("woman running", "running"),
-        ("man running: facing right", "running"),
-        ("green heart", "heart"),
-        ("light blue heart", "heart"),
-        ("twelve-thirty", "clock"),
-        ("four o’clock", "clock"),
-        ("woman health worker", "health worker"),
-        ("woman: red hair", "person"),
-        ("old woman", "person"),
-        ("woman", "person"),
-        ("family: man, woman, boy", "family"),
-        ("flag: France", "country flag"),
-        ("white flag", "flag"),
-        ("keycap: 3", "keycap"),
-        ("waxing crescent moon", "moon"),
-        ("moon cake", "moon cake"),
-        ("kiss: woman, man", "kiss"),
-        ("women holding hands", "holding hands"),
-        ("mermaid", "merperson"),
-        ("Mrs. Claus", "santa claus"),
-        ("woman’s boot", "woman’s boot"),
-        ("left arrow", "arrow"),
-        ("cat", "cat"),
-    ],
-)
-def test_variants_share_a_group(name, group):
-    assert group_of(name) == group
-
-
-def test_the_held_out_groups_never_change():
-    held_out = {"running", "thumbs", "apple", "dog face", "hedgehog"}
-    known = {"heart", "clock", "country flag", "family", "person", "moon"}
-    assert all(map(is_held_out, held_out))
-    assert not any(map(is_held_out, known))
-    assert 0.18 < np.mean([is_held_out(f"group {i}") for i in range(5000)]) < 0.22
-
-
-def test_codes_and_names_are_compared_without_their_writing():
-    assert code_of("❤️") == code_of("2764-FE0F") == "2764"
-    assert squash("Côte d’Ivoire & more") == squash("cote-divoire-and-more")
-    assert [t for t in ("smile", "flag fr", ":D", "u6307", "clock10", "couple ww", "+1", "tv") if is_phrase(t)] == [
-        "smile"
-    ]
+def test_what_is_left_out_and_whose_the_drawings_are(built):
+    manifests = {name: json.loads((built / name / MANIFEST).read_text()) for name in ("emoji", "icons")}
+    assert manifests["emoji"]["left_out"] == {"invisible": 1}
+    assert manifests["icons"]["left_out"] == {"seen before": 1}
+    assert manifests["emoji"]["packages"]["@iconify-json/noto"] == "1.2.3"
+    licenses = built / "emoji/licences/@iconify-json-noto"
+    assert (licenses / "LICENSE").read_text() == "the licence of the drawings"
+    assert (licenses / "info.json").is_file()
+    assert "noto by A Hand, MIT: 3 drawings\n  from https://example.org/noto" in (built / "emoji" / NOTICE).read_text()
+    assert (
+        "carbon by A Hand, MIT: 3 drawings\n  from https://example.org/carbon" in (built / "icons" / NOTICE).read_text()
+    )
+    assert {row["licence"] for row in pq.read_table(built / "icons" / TABLE).to_pylist()} == {"MIT"}

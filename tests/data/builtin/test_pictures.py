@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -47,7 +48,6 @@ class Plain(BuiltinSet):
     name, layout, effort, side = "plain", 7, "no time", SIDE
     packages = FromFolder()
     splits = ("plain", "plain-classes")
-    needs_renderer = False
     interrupted = False
 
     def choose(self, packages):
@@ -58,8 +58,8 @@ class Plain(BuiltinSet):
             raise KeyboardInterrupt
         return None if row["key"] == "broken" else np.full((SIDE, SIDE, 3), VALUES[row["key"]], np.uint8)
 
-    def notice(self, packages, rows):
-        return f"{len(rows)} squares"
+    def credits(self, packages, rows):
+        return [f"{len(rows)} squares"]
 
     def select(self, split, table):
         return Selection(table, "by nobody", "kind" if split == "plain-classes" else None)
@@ -86,7 +86,7 @@ def test_what_is_written(cache, repeated, kept, left_out, monkeypatch):
     folder = PLAIN.folder(cache)
     shutil.rmtree(folder)
     PLAIN.download(cache, progress=False)
-    source = PLAIN.open("plain", cache)
+    source = BuiltinSource(PLAIN, "plain", cache)
     assert isinstance(source, PairSource)
     assert [source.key(i) for i in range(len(source))] == kept
     assert [source[i].image.getpixel((3, 3)) for i in range(len(source))] == [VALUES[key] for key in kept]
@@ -98,28 +98,23 @@ def test_what_is_written(cache, repeated, kept, left_out, monkeypatch):
         "pairs": len(kept),
         "left_out": left_out,
         "packages": {"@some/package": "1.2"},
-        "resvg_py": None,
+        "resvg_py": version("resvg-py"),
     }
-    assert (folder / NOTICE).read_text() == f"{len(kept)} squares"
+    assert f"\n{len(kept)} squares\n\n@some/package 1.2\n" in (folder / NOTICE).read_text()
     assert (folder / "licences/@some-package/LICENSE").read_text() == "free"
 
 
-def test_a_split_with_classes(cache):
-    source = PLAIN.open("plain-classes", cache)
-    assert (source.name, source.credit) == ("builtin:plain-classes", "by nobody")
-    assert source.class_names == ("b", "g", "r")
-    assert source.labels.tolist() == [1, 2, 0]
-    assert source.labels.dtype == np.int64
-    assert PLAIN.open("plain", cache).labels is None
-
-
-def test_a_source_is_pickled_without_its_images(cache):
-    source = PLAIN.open("plain-classes", cache)
+def test_a_split_with_classes_is_pickled_without_its_images(cache):
+    source = BuiltinSource(PLAIN, "plain-classes", cache)
     content = pickle.dumps(source)
     again = pickle.loads(content)
     assert len(content) < 500
     assert again[2].image.tobytes() == source[2].image.tobytes()
-    assert (again.name, again.labels.tolist()) == (source.name, source.labels.tolist())
+    for one in (source, again):
+        assert (one.name, one.credit) == ("builtin:plain-classes", "by nobody")
+        assert (one.class_names, one.labels.tolist()) == (("b", "g", "r"), [1, 2, 0])
+    assert source.labels.dtype == np.int64
+    assert BuiltinSource(PLAIN, "plain", cache).labels is None
 
 
 def flip(path, place):
@@ -133,12 +128,10 @@ def flip(path, place):
     [
         (lambda f: flip(f / TABLE, 100), "pairs.parquet has changed"),
         (lambda f: (f / GRAY).write_bytes((f / GRAY).read_bytes()[:-1]), "images-grey.bin has changed"),
-        (lambda f: (f / COLOR).unlink(), "FileNotFoundError"),
-        (lambda f: (f / TABLE).unlink(), "FileNotFoundError"),
-        (lambda f: (f / CHECKSUMS).unlink(), "FileNotFoundError"),
-        (lambda f: (f / CHECKSUMS).write_text("[]"), "AttributeError"),
-        (lambda f: (f / CHECKSUMS).write_text("{"), "JSONDecodeError"),
-        (lambda f: (f / MANIFEST).write_text("{"), "JSONDecodeError"),
+        (lambda f: (f / COLOR).unlink(), "No such file"),
+        (lambda f: (f / CHECKSUMS).unlink(), "No such file"),
+        (lambda f: (f / CHECKSUMS).write_text("[]"), "cannot be used"),
+        (lambda f: (f / MANIFEST).write_text("{"), "cannot be used"),
         (lambda f: (f / MANIFEST).write_text('{"layout": 0}'), "another version of declip"),
         (lambda f: (f / "licences/@some-package/LICENSE").write_text("mine"), "LICENSE has changed"),
         (shutil.rmtree, "not there yet"),
@@ -147,11 +140,11 @@ def flip(path, place):
 def test_damage_is_found_on_opening_and_repaired(cache, harm, reason):
     harm(PLAIN.folder(cache))
     with pytest.raises(UserError) as caught:
-        PLAIN.open("plain", cache)
+        BuiltinSource(PLAIN, "plain", cache)
     assert reason in str(caught.value)
     assert "Run `declip data download builtin:plain` (no time)" in str(caught.value)
     PLAIN.download(cache, progress=False)
-    assert len(PLAIN.open("plain", cache)) == 3
+    assert len(BuiltinSource(PLAIN, "plain", cache)) == 3
 
 
 def test_prepare_builds_once_and_repairs_damage_inside_the_images(cache, capsys):
@@ -160,7 +153,7 @@ def test_prepare_builds_once_and_repairs_damage_inside_the_images(cache, capsys)
     assert PLAIN.download(cache) == folder
     assert (PLAIN.packages.asked, capsys.readouterr().err) == (1, "")
     flip(folder / COLOR, 100)
-    assert len(PLAIN.open("plain", cache)) == 3
+    assert len(BuiltinSource(PLAIN, "plain", cache)) == 3
     with pytest.raises(UserError, match=r"images-colour\.bin has changed"):
         PLAIN.check(folder, images_too=True)
     PLAIN.download(cache)
@@ -182,16 +175,12 @@ def test_an_interrupted_build_leaves_what_was_there(cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_every_name_says_which_set_to_prepare(tmp_path, monkeypatch):
+def test_every_name_says_which_set_to_download(tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
-    sets = {"emoji", "icons", "clipart", "stamps"}
-    assert sets <= set(BUILTINS)
-    for name in BUILTINS:
-        with pytest.raises(UserError) as caught:
+    assert len(BUILTINS) == 14
+    for name in {*BUILTINS, *BUILTIN_SPLITS, *BUILTIN_SPLITS["stamps-kinds"].values()}:
+        with pytest.raises(UserError, match=f"Run `declip data download builtin:{name.split('-')[0]}`"):
             open_source(f"builtin:{name}")
-        assert f"Run `declip data download builtin:{name.split('-')[0]}`" in str(caught.value)
-    parts = {part for parts in BUILTIN_SPLITS.values() for part in parts.values()}
-    assert parts | set(BUILTIN_SPLITS) <= set(BUILTINS)
 
 
 def test_names_are_looked_up(cache, monkeypatch):
@@ -202,8 +191,6 @@ def test_names_are_looked_up(cache, monkeypatch):
     assert download("builtin:plain") == download("plain", cache) == cache / "plain"
     with pytest.raises(UserError, match="Did you mean 'emoji-test'"):
         download("builtin:emoji-tset", cache)
-    with pytest.raises(UserError, match="--out"):
-        download(str(cache))
 
 
 def test_the_renderer_is_asked_for_before_anything_is_fetched(cache, monkeypatch):
@@ -211,7 +198,6 @@ def test_the_renderer_is_asked_for_before_anything_is_fetched(cache, monkeypatch
         raise UserError("resvg-py is needed")
 
     monkeypatch.setattr(pictures, "renderer", missing)
-    monkeypatch.setattr(PLAIN, "needs_renderer", True, raising=False)
     with pytest.raises(UserError, match="resvg-py"):
         PLAIN.download(cache / "elsewhere")
     assert PLAIN.packages.asked == 1

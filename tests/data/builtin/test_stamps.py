@@ -7,10 +7,9 @@ from PIL import Image, ImageDraw
 
 from declip.data.builtin import BUILTIN_SPLITS, download
 from declip.data.builtin.fetch import FOLDER_VARIABLE
-from declip.data.builtin.pictures import MANIFEST, NOTICE, TABLE
+from declip.data.builtin.pictures import MANIFEST, NOTICE, TABLE, BuiltinSource
 from declip.data.builtin.stamps import STAMPS, name_of
 from declip.data.pair import PairSource
-from declip.errors import UserError
 
 PACKAGE, SIDE = STAMPS.packages, STAMPS.side
 COLOURS = ("red", "green", "blue", "white", "black")
@@ -60,12 +59,12 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(root, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    STAMPS.build(PACKAGE.unpacked(root, "1.0"), STAMPS.folder(cache))
+    STAMPS.build(PACKAGE.unpacked(root), STAMPS.folder(cache))
     return cache
 
 
 def test_stamps_by_name(built):
-    source = STAMPS.open("stamps", built)
+    source = BuiltinSource(STAMPS, "stamps", built)
     assert isinstance(source, PairSource)
     names = [source.class_names[label] for label in source.labels]
     assert source.class_names[:4] == ("Eve apple", "big car", "black car", "black hat")
@@ -87,14 +86,14 @@ def test_what_is_left_out(built):
 
 
 def test_photographs(built):
-    photos = {row["key"] for row in STAMPS.open("stamps-photos", built).rows}
+    photos = {row["key"] for row in BuiltinSource(STAMPS, "stamps-photos", built).rows}
     assert {"animals/marsupials/koala", "vehicles/auto1"} <= photos
     # Drawn: a cartoon, one that an eye has found, one that was a vector, a letter.
     assert not photos & {"animals/birds/cartoon/tux", "food/pizza", "vehicles/auto0", "symbols/alphabets/a"}
 
 
 def test_kinds_have_two_parts_that_share_no_name(built):
-    train, test = (STAMPS.open(BUILTIN_SPLITS["stamps-kinds"][part], built) for part in ("train", "test"))
+    train, test = (BuiltinSource(STAMPS, BUILTIN_SPLITS["stamps-kinds"][part], built) for part in ("train", "test"))
     assert train.class_names == test.class_names == ("animal", "food", "piece of clothing", "plant", "vehicle")
     assert len(train) + len(test) == 26, "neither a letter nor a tooth is of a kind"
     for column in ("key", "name"):
@@ -106,7 +105,7 @@ def test_kinds_have_two_parts_that_share_no_name(built):
 
 
 def test_stamps_fill_the_square_over_white(built):
-    pixels = np.asarray(STAMPS.open("stamps", built)[2].image)
+    pixels = np.asarray(BuiltinSource(STAMPS, "stamps", built)[2].image)
     assert pixels.shape == (SIDE, SIDE, 3)
     assert (pixels == pixels[0, 0]).all()
     assert pixels[0, 0, 0] == 200
@@ -128,17 +127,10 @@ def test_names(sentence, name):
     assert name_of(sentence) == name
 
 
-def test_the_licence_is_kept(built):
-    folder = built / "stamps"
-    assert "GPL-2" in (folder / NOTICE).read_text()
-    assert {row["licence"] for row in pq.read_table(folder / TABLE).to_pylist()} == {"GPL-2"}
-    assert "GPL-2" in STAMPS.open("stamps", built).credit
-
-
-def test_prepare_takes_the_folder_given(root, tmp_path, monkeypatch):
+def test_download_takes_the_folder_given(root, tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER_VARIABLE, str(root))
     folder = download("builtin:stamps-photos", tmp_path, progress=False)
     assert folder == tmp_path / "stamps"
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    with pytest.raises(UserError, match=r"DECLIP_DEBIAN is .*no 'usr/share/tuxpaint/stamps' below it"):
-        download("stamps", tmp_path / "other", progress=False)
+    assert (folder / "licences" / PACKAGE.name / "copyright").read_text() == "GPL-2"
+    assert "contributors, GPL-2" in (folder / NOTICE).read_text()
+    assert {row["licence"] for row in pq.read_table(folder / TABLE).to_pylist()} == {"GPL-2"}

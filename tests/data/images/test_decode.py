@@ -1,7 +1,6 @@
 import os
 import resource
 import struct
-import sys
 import zlib
 from io import BytesIO
 
@@ -104,6 +103,7 @@ def test_palette_with_a_transparent_color():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "TIFF"])
 def test_half_a_file_is_truncated(kind):
     content = encoded(noise(), kind)
+    assert reason_of(b"") == "truncated image"
     assert reason_of(content[: len(content) // 2]) == "truncated image"
 
 
@@ -122,16 +122,10 @@ def test_other_contents_are_unreadable(content):
     assert reason_of(content) == "unreadable image"
 
 
-def test_no_bytes_are_a_truncated_image():
-    assert reason_of(b"") == "truncated image"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="the resource module is Unix's")
 def test_a_decompression_bomb_costs_no_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert reason_of(png_header(30_000, 30_000)) == "image too large"
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < (100 << 20 if sys.platform == "darwin" else 100 << 10)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10, "KiB, on Linux"
 
 
 def test_the_limit_on_pixels():
@@ -159,12 +153,8 @@ def test_files(tmp_path):
     assert reason_of(tmp_path / "none.png") == "missing image"
     assert reason_of(tmp_path / "nul\0.png") == "missing image"
     assert reason_of(tmp_path) == "unreadable image"
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are Unix's")
-def test_a_named_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert reason_of(tmp_path / "pipe.jpg") == "unreadable image"
+    assert reason_of(tmp_path / "pipe.jpg") == "unreadable image", "and it does not hang"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -39,6 +39,10 @@ def test_images_are_found_below_and_sorted(tmp_path):
     assert again[0].key == "a/c.webp"
     with pytest.raises(IndexError):
         source[3]
+    (tmp_path / "empty").mkdir()
+    for name, says in (("empty", r"holds no image \(\.jpg"), ("none", "There is no folder")):
+        with pytest.raises(UserError, match=says):
+            FolderSource(tmp_path / name)
 
 
 def test_broken_pairs_keep_their_place(tmp_path):
@@ -61,19 +65,3 @@ def test_broken_pairs_keep_their_place(tmp_path):
     assert reason_of(source, 5) == ("caption too long", "page.png")
     assert reason_of(source, 6) == ("unreadable image", "text.png")
     assert source.captions(6) == ("not an image",)
-
-
-def test_an_image_that_went_away_is_missing(tmp_path):
-    picture(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a")
-    source = FolderSource(tmp_path)
-    (tmp_path / "a.png").unlink()
-    assert reason_of(source, 0) == ("missing image", "a.png")
-
-
-def test_a_folder_without_images_is_no_source(tmp_path):
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UserError, match=r"holds no image \(\.jpg"):
-        FolderSource(tmp_path)
-    with pytest.raises(UserError, match="There is no folder"):
-        FolderSource(tmp_path / "none")

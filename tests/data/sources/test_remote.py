@@ -11,12 +11,10 @@ import pytest
 
 from data.tars import SIZES, write_shards
 from declip.data.pair import BrokenPair
-from declip.data.sampling import build_order
 from declip.data.sources import remote as shard_remote
 from declip.data.sources import shard_files
 from declip.data.sources.open import open_source
 from declip.data.sources.shards import ShardSource
-from declip.data.sources.subset import take
 from declip.errors import UserError
 
 fsspec = pytest.importorskip("fsspec")
@@ -72,22 +70,6 @@ def test_signed_urls(memory, copies):
         open_source(signed.replace("00002", "00009"))
 
 
-def test_files_by_url(tmp_path, copies):
-    folder = write_shards(tmp_path / "origin", SIZES)
-    assert all_captions(open_source(f"file://{folder}/{{00000..00003}}.tar")) == EXPECTED
-    assert all_captions(open_source(f"file://{folder}::{folder}/00001.tar")) == [*EXPECTED, "picture 5"]
-
-
-def test_a_remote_source_is_shuffled_shard_by_shard_as_a_part_of_it_is(memory):
-    source = ShardSource("memory://set")
-    assert take(source, 9, seed=0).remote
-    assert take(source, 21, seed=0).blocks.tolist() == list(SIZES)
-    for each in (source, take(source, 21, seed=0)):
-        order = build_order(each, 4, 0, None, False)
-        assert sorted(order.epoch(0).tolist()) == list(range(21))
-        assert order.epoch(0).tolist() == build_order(each, 4, 0, 50_000, False).epoch(0).tolist()
-
-
 def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies):
     sizes = [memory.info(f"/set/{number:05d}.tar")["size"] for number in range(4)]
     limit = (sizes[0] + sizes[2]) / 1e9
@@ -107,12 +89,6 @@ def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies
     assert not second.exists()
     assert not fourth.exists()
     assert all_captions(source) == EXPECTED
-
-
-def test_a_limit_below_a_shard_keeps_the_one_in_use(memory, copies):
-    source = ShardSource("memory://set", 0.0)
-    assert all_captions(source) == EXPECTED
-    assert len(kept(copies)) == 1
 
 
 def test_copies_are_fetched_once_and_found_by_other_sources(memory, monkeypatch):
@@ -180,15 +156,6 @@ def test_a_download_that_comes_short_is_tried_again(memory, monkeypatch):
     monkeypatch.setattr(type(memory), "get_file", short)
     assert ShardSource("memory://set/00002.tar").captions(0) == ("picture 6",)
     assert len(tries) == 2
-
-
-def test_a_full_disk_is_said(memory, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(memory), "get_file", full)
-    with pytest.raises(UserError, match="No room left on the disk to write"):
-        ShardSource("memory://set")
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,15 @@ import csv
 import io
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from data.tables import KINDS, message, reason_of, write
-from declip.data.pair import BrokenPair, SkipCounter
-from declip.data.sources import rows as table_rows
+from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
 from declip.data.sources.table import IMAGE_NAMES, TableSource, find_column
 from declip.errors import UserError
@@ -22,20 +21,6 @@ from declip.errors import UserError
 @pytest.fixture
 def folder(three_pictures):
     return three_pictures
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_paths_are_relative_to_the_table(folder, kind):
-    source = TableSource(write(folder / f"t.{kind}", [("a.png", "first"), ("./b.png", "second  one ")]))
-    assert len(source) == 2
-    assert source.name == f"t.{kind}"
-    assert (source[0].key, source[0].captions) == ("a.png", ("first",))
-    assert source[1].captions == source.captions(1) == ("second one",)
-    assert source[1].image.getpixel((0, 0)) == (1, 1, 1)
-    assert source[1].image.size == (3, 2)
-    again = pickle.loads(pickle.dumps(source))
-    assert again[1].captions == ("second one",)
-    assert len(pickle.dumps(source)) < 1000
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,31 +47,6 @@ def test_one_bad_row_leaves_the_others(folder, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_image_root_cannot_be_left(folder, kind):
-    inside = folder / "images"
-    inside.mkdir()
-    Image.new("RGB", (2, 2), "red").save(inside / "r.png")
-    rows = [
-        ("r.png", "in"),
-        ("../a.png", "out"),
-        (str(folder / "b.png"), "out"),
-        ("x/../r.png", "in"),
-        (f"{inside}/r.png", "in"),
-    ]
-    source = TableSource(write(folder / f"t.{kind}", rows), image_root=inside)
-    assert [source[i].captions for i in (0, 3, 4)] == [("in",)] * 3
-    assert reason_of(source, 1) == reason_of(source, 2) == "path outside image root"
-    free = TableSource(write(inside / f"t.{kind}", rows))
-    assert free[1].image.size == (3, 2)
-
-
-def test_a_web_address_is_told_apart(folder):
-    source = TableSource(write(folder / "t.jsonl", [("https://example.org/a.png", "x")]))
-    with pytest.raises(BrokenPair, match="a web address; download"):
-        source[0]
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_column_is_named_with_what_is_there(folder, kind):
     told = message(write(folder / f"t.{kind}", [("a.png", "x")]), caption_column="captoin")
     assert "has no column 'captoin' for the caption. Did you mean 'caption'?" in told
@@ -101,23 +61,24 @@ def test_a_missing_column_is_named_with_what_is_there(folder, kind):
         (["filename", "image_path"], "image", "image_path"),
         (["Image ", "caption"], "image", "Image "),
         (["path", "picture"], "picture", "picture"),
+        (["picture", "p"], "image", None),
+        (["picture", "path"], "filename", None),
     ],
 )
-def test_usual_names_are_found(columns, given, found):
-    assert find_column(columns, given, IMAGE_NAMES, "image", Path("t.csv")) == found
-
-
-@pytest.mark.parametrize("given", ["image", "filename"])
-def test_a_name_asked_for_is_not_replaced(given):
-    with pytest.raises(UserError, match=f"no column '{given}'"):
-        find_column(["picture", "path" if given != "image" else "p"], given, IMAGE_NAMES, "image", Path("t.csv"))
+def test_usual_names_are_found_where_no_other_is_given(columns, given, found):
+    if found is None:
+        with pytest.raises(UserError, match=f"no column '{given}'"):
+            find_column(columns, given, IMAGE_NAMES, "image", Path("t.csv"))
+    else:
+        assert find_column(columns, given, IMAGE_NAMES, "image", Path("t.csv")) == found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_with_nothing_in_them(folder, kind):
     path = folder / f"t.{kind}"
     path.touch()
-    assert "is empty" in message(path) or "is not a Parquet file" in message(path)
+    told = message(path)
+    assert "is empty" in told or "no rows" in told or "is not a Parquet file" in told
     write(path, [])
     told = message(path)
     assert "no rows" in told or "is empty" in told or "holds null" in told
@@ -151,6 +112,9 @@ def test_rows_of_one_image_are_one_pair(folder, kind):
         ("lost too",),
     ]
     assert [source.key(0), source[2].key] == ["b.png", "a.png"]
+    assert source[2].image.getpixel((0, 0)) == (0, 0, 0)
+    assert pickle.loads(pickle.dumps(source))[2].captions == ("second",)
+    assert len(pickle.dumps(source)) < 1000
     assert reason_of(source, 1) == reason_of(source, 3) == "missing image"
 
 
@@ -174,75 +138,19 @@ def test_jsonl_rows_are_found_across_blank_lines(folder):
     assert [source.captions(i)[0] for i in range(20)] == [f"n {i}" + "é" * i for i in range(20)]
 
 
-def test_jsonl_rows_of_every_kind(folder):
-    lines = [
-        b'{"image": "a.png", "caption": ["one", "", "two", "one"]}',
-        b'{"image": "b.png"}',
-        b'{"caption": "x"}',
-        b'{"image": "./a.png", "caption": 5}',
-        b'{"image": {"bytes": ""}, "caption": "x"}',
-        b'{"image": "a.png", "caption": "caf\xe9"}',
-        b'{"image": "a.png", "caption": "half"',
-        b'["a.png", "x"]',
-        b'{"image": "././a.png", "caption": "\\ud83d"}',
-        b"[" * 100_000,
-    ]
-    (folder / "t.jsonl").write_bytes(b"\n".join(lines))
-    source = TableSource(folder / "t.jsonl")
-    assert source[0].captions == ("one", "two")
-    assert [reason_of(source, i) for i in range(1, 10)] == [
-        "empty caption",
-        "missing image",
-        "unreadable row",
-        "missing image",
-        "invalid text",
-        "unreadable row",
-        "unreadable row",
-        "invalid text",
-        "unreadable row",
-    ]
-    with pytest.raises(BrokenPair, match="line 8"):
-        source[7]
-    with pytest.raises(IndexError):
-        source[10]
-
-
-def test_jsonl_row_without_end(folder, monkeypatch):
-    monkeypatch.setattr(table_rows, "LONGEST_ROW", 1000)
-    rows = [("a.png", "good"), ("b.png", "x" * 1000)]
-    assert reason_of(TableSource(write(folder / "t.jsonl", rows)), 1) == "unreadable row"
-
-
 def test_the_authors_list_reads_as_it_is(folder):
     lines = [{"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"]
     (folder / "lists").mkdir()
     (folder / "lists/yfcc15m.json").write_text("\n".join(json.dumps(line) for line in lines))
     source = open_source(folder / "lists/yfcc15m.json", image_root=folder)
+    with pytest.raises(IndexError):
+        source[3]
     assert (len(source), source[2].key, source[2].captions) == (3, "c.png", ("a c",))
     (folder / "array.json").write_text(json.dumps(lines))
-    assert "is not JSONL" in message(folder / "array.json")
-    assert "It is one JSON array; take it apart with: jq -c '.[]' array.json > rows.jsonl" in message(
-        folder / "array.json"
-    )
+    assert re.search(r"is not JSONL.*jq -c '\.\[\]' array\.json > rows\.jsonl", message(folder / "array.json"))
 
 
 # CSV, TSV
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_merged_captions_keep_the_order_of_the_file(folder, kind):
-    rows = [("abc"[i * 7 % 3] + ".png", str(i)) for i in range(300)]
-    source = TableSource(write(folder / f"t.{kind}", rows))
-    assert len(source) == 3
-    assert [source[i].key for i in range(3)] == ["a.png", "b.png", "c.png"]
-    assert source.captions(1) == tuple(str(i) for i in range(300) if i * 7 % 3 == 1)
-
-
-def test_csv_line_ends_inside_quotes_at_the_end_of_a_block(folder, monkeypatch):
-    monkeypatch.setattr(table_rows, "LONGEST_ROW", 100)
-    rows = [(f"{i}.png", '"' + f"{i}\n" * 9 + '"') for i in range(60)]
-    source = TableSource(write(folder / "t.csv", rows))
-    assert [source.captions(i) for i in range(60)] == [(" ".join([str(i)] * 9),) for i in range(60)]
 
 
 def test_csv_quotes_line_ends_and_a_byte_order_mark(folder):
@@ -263,21 +171,14 @@ def test_csv_rows_of_the_wrong_length_are_broken_pairs(folder):
         source[2]
 
 
-def test_csv_that_is_not_utf8_breaks_the_rows_not_the_table(folder):
-    (folder / "t.csv").write_bytes(b"image,caption\na.png,caf\xe9\nb\xe9.png,x\nc.png,good\n")
-    source = TableSource(folder / "t.csv")
-    assert [reason_of(source, 0), reason_of(source, 1)] == ["invalid text", "invalid text"]
-    assert source[2].captions == ("good",)
-
-
 @pytest.mark.parametrize(
     ("head", "rows", "place"),
     [
-        ("image,caption", ["a.png,good", 'b.png,"lost', *["c.png,x"] * 9], "row 3, character 7"),
-        ("image,caption", ['a.png,"two\nlines"', 'b.png,"lost', 'c.png,said "so"', "b.png,x"], "row 3, character 7"),
-        ("image,caption", ['a.png,"lost', 'b.png,"there" she said'], "row 2, character 7"),
-        ("image,caption", ['a.png,"hello, you', "b.png,x", 'c.png,and so on"', "b.png,x"], "row 2, character 7"),
-        ("caption,image", ['"hello,a.png', 'and so on",b.png', "x,c.png"], "row 2, character 1"),
+        ("image,caption", ["a.png,good", 'b.png,"lost', *["c.png,x"] * 9], "row 3 "),
+        ("image,caption", ['a.png,"two\nlines"', 'b.png,"lost', 'c.png,said "so"', "b.png,x"], "row 3 "),
+        ("image,caption", ['a.png,"lost', 'b.png,"there" she said'], "row 2 "),
+        ("image,caption", ['a.png,"hello, you', "b.png,x", 'c.png,and so on"', "b.png,x"], "row 2 "),
+        ("caption,image", ['"hello,a.png', 'and so on",b.png', "x,c.png"], "row 2 "),
     ],
 )
 def test_csv_whose_quote_would_swallow_rows(folder, head, rows, place):
@@ -329,20 +230,8 @@ def test_two_columns_of_one_name(folder, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_keywords_are_read_from_their_column(folder, kind):
-    path = folder / f"t.{kind}"
     rows = [("a.png", "one", "red; round,old"), ("b.png", "two", ""), ("a.png", "more", "old ,  very  wet")]
-    if kind == "jsonl":
-        path.write_text(
-            "".join(json.dumps(dict(zip(("image", "caption", "keywords"), r, strict=True))) + "\n" for r in rows)
-        )
-    elif kind == "parquet":
-        columns = zip(("image", "caption", "keywords"), zip(*rows, strict=True), strict=True)
-        pq.write_table(pa.table({name: list(cells) for name, cells in columns}), path)
-    else:
-        with path.open("w", newline="") as file:
-            csv.writer(file, delimiter="," if kind == "csv" else "\t").writerows(
-                [("image", "caption", "Keywords"), *rows]
-            )
+    path = write(folder / f"t.{kind}", rows, ("image", "caption", "Keywords"))
     source = open_source(path)
     assert [source[i].keywords for i in range(2)] == [("red", "round", "old", "very wet"), ()]
     assert source.read_lazy(0).keywords == ("red", "round", "old", "very wet")
@@ -367,22 +256,8 @@ def test_keywords_may_be_lists(folder):
 def test_semicolons_and_latin_1_get_a_hint(folder):
     (folder / "t.csv").write_text("image;caption\na.png;x\n")
     assert "semicolons" in message(folder / "t.csv")
-    (folder / "t.csv").write_bytes("image,caption\na.png,café\n".encode("latin-1"))
-    with pytest.raises(BrokenPair, match="iconv -f latin1"):
-        open_source(folder / "t.csv")[0]
-
-
-def test_home_is_expanded(folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder))
-    source = open_source(write(folder / "t.csv", [("~/a.png", "x")]).rename(folder / "u.csv"))
-    assert source[0].image.size == (3, 2)
-    assert open_source("~/u.csv", image_root="~").name == "u.csv"
-
-
-def test_a_run_of_missing_images_names_the_path_and_the_remedy(folder):
-    counter = SkipCounter()
-    with pytest.raises(BrokenPair) as caught:
-        open_source(write(folder / "t.csv", [("lost/a.png", "x")]))[0]
-    counter.add(caught.value)
-    for part in ("1 × missing image", str(folder / "lost/a.png"), "data.image_root"):
-        assert part in counter.explanation()
+    (folder / "t.csv").write_bytes("image,caption\na.png,café\nb\xe9.png,x\nc.png,good\n".encode("latin-1"))
+    for place in (0, 1):
+        with pytest.raises(BrokenPair, match=r"invalid text.*iconv -f latin1"):
+            open_source(folder / "t.csv")[place]
+    assert open_source(folder / "t.csv")[2].captions == ("good",)

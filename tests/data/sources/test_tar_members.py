@@ -45,16 +45,12 @@ def by_the_library(path: Path) -> list[Member]:
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_are_those_of_the_library(tmp_path, format):
     names = [name for name in NAMES if format != tarfile.USTAR_FORMAT or len(name.encode()) < 100]
+    names += ["folder/" * 20 + "posix.jpg"]
     path = write_tar(tmp_path / "t.tar", [(name, b"x" * (n * 300)) for n, name in enumerate(names)], format)
     found, damage = walk(path)
     assert found == by_the_library(path)
     assert len(found) == len(names)
     assert damage is None
-
-
-def test_a_posix_name_in_two_fields(tmp_path):
-    path = write_tar(tmp_path / "t.tar", [("folder/" * 20 + "a.jpg", b"x")])
-    assert walk(path)[0] == by_the_library(path) == [Member(b"folder/" * 20 + b"a.jpg", 512, 1)]
 
 
 def test_links_devices_and_folders_are_only_names(tmp_path):
@@ -73,15 +69,6 @@ def test_links_devices_and_folders_are_only_names(tmp_path):
     found, damage = walk(tmp_path / "t.tar")
     assert [member.name for member in found] == [b"a.jpg"]
     assert damage is None
-
-
-def test_pax_says_the_size_and_times(tmp_path):
-    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "all"}) as tar:
-        for number in range(3):
-            info = tarfile.TarInfo(f"{number}.jpg")
-            info.size, info.mtime = 700, 0.5 + number
-            tar.addfile(info, io.BytesIO(bytes(700)))
-    assert walk(tmp_path / "t.tar") == (by_the_library(tmp_path / "t.tar"), None)
 
 
 def header(name: bytes = b"a.jpg", size: bytes = b"00000000010\0", kind: bytes = b"0") -> bytes:
@@ -109,7 +96,7 @@ GOOD = header() + b"content!".ljust(BLOCK, b"\0")
 @pytest.mark.parametrize(
     ("tail", "says"),
     [
-        (header(size=b"\xff" + b"\xff" * 11) + bytes(BLOCK), "gives a negative size"),
+        (header(size=b"\xff" + b"\xff" * 11) + bytes(BLOCK), "holds no numbers"),
         (header(size=b"\x80" + b"\x7f" * 11), "cut short"),
         (header(size=b"77777777777\0"), "cut short"),
         (header(size=b"no number!!\0"), "holds no numbers"),
@@ -140,11 +127,6 @@ def test_what_lies_ends_the_walk_and_spares_what_came_before(tmp_path, tail, say
 def test_thousands_of_extended_headers_in_a_row_neither_recurse_nor_grow(tmp_path):
     (tmp_path / "t.tar").write_bytes(extended(record(b"path", b"b.jpg")) * 5000 + GOOD)
     assert walk(tmp_path / "t.tar") == ([Member(b"b.jpg", 5000 * 1024 + 512, 8)], None)
-
-
-def test_large_numbers_are_binary(tmp_path):
-    (tmp_path / "t.tar").write_bytes(header(size=b"\x80" + bytes(10) + b"\x08") + bytes(BLOCK) + GOOD)
-    assert [member.size for member in walk(tmp_path / "t.tar")[0]] == [8, 8]
 
 
 @pytest.fixture(scope="module")

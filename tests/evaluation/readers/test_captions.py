@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,7 @@ def test_coco_in_karpathys_splits(tmp_path: Path) -> None:
     assert list(_rows(dataset.split("train"))) == ["val2014/b.jpg", "train2014/d.jpg"]
     assert list(_rows(dataset.split("validation"))) == ["val2014/c.jpg"]
     assert test.labels is None
-
-
-def test_coco_without_the_training_images(tmp_path: Path) -> None:
-    _karpathy(tmp_path / "dataset_coco.json", [("test", "val2014", "a.jpg")])
-    trees.paint(tmp_path / "val2014" / "a.jpg", 0)
+    shutil.rmtree(tmp_path / "train2014")
     assert set(open_dataset(f"coco:{tmp_path}").openers) == {"validation", "test"}
 
 
@@ -80,28 +77,6 @@ def test_flickr30k_in_karpathys_splits(tmp_path: Path, folder: str) -> None:
         assert trees.label_of(source[0].image) == label
 
 
-LINES = {
-    "results_20130124.token": '7.jpg#0\tTwo "young" guys , one | bar .\n7.jpg#1\tThey stand .\n'
-    '8.jpg#0\t"A dog .\n9.jpg#0\tGrass .\n',
-    "results.csv": 'image_name| comment_number| comment\n7.jpg| 0| Two "young" guys , one | bar .\n'
-    '7.jpg| 1| They stand .\n8.jpg| 0|"A dog .\n9.jpg| 0| Grass .\n',
-}
-
-
-@pytest.mark.parametrize("name", LINES)
-def test_flickr30k_in_one_list(tmp_path: Path, name: str) -> None:
-    trees.write(tmp_path / name, LINES[name])
-    for label, image in enumerate(("7.jpg", "8.jpg", "9.jpg")):
-        trees.paint(tmp_path / "flickr30k-images" / image, label)
-    dataset = open_dataset(f"flickr30k:{tmp_path}")
-    assert list(dataset.openers) == ["test"]
-    assert _rows(dataset.split("test")) == {
-        "7.jpg": ('Two "young" guys , one | bar .', "They stand ."),
-        "8.jpg": ('"A dog .',),
-        "9.jpg": ("Grass .",),
-    }
-
-
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset_coco\.json with val2014/; or annotations/captions_val2017\.json"):
         open_dataset(f"coco:{tmp_path}")
@@ -110,8 +85,4 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         open_dataset(f"flickr30k:{tmp_path}")
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match="damaged"):
-        open_dataset(f"flickr30k:{tmp_path}")
-    (tmp_path / "dataset_flickr30k.json").unlink()
-    trees.write(tmp_path / "results_20130124.token", "7.jpg#0 no tab\n")
-    with pytest.raises(UserError, match="without a tab"):
         open_dataset(f"flickr30k:{tmp_path}")

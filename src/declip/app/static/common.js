@@ -71,10 +71,10 @@ export function card(hit, { title, facts = [], row = false, more = [] } = {}) {
 }
 
 /** The answer of an address once the work behind it is done. */
-export async function finished(address, doing, current = () => true) {
+export async function finished(address, doing) {
   for (;;) {
     const found = await ask(address);
-    if (found.state === "ready" || !current()) return found;
+    if (found.state === "ready") return found;
     if (found.state === "failed") throw new Error(found.error);
     say(`${doing} … ${Math.round(100 * found.fraction)} %`, "busy");
     await new Promise((resolve) => setTimeout(resolve, 700));

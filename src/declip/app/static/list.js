@@ -11,7 +11,7 @@ export function put(ids, reason) {
   changed();
 }
 
-export function take(id) {
+function take(id) {
   kept.delete(id);
   changed();
 }
@@ -23,8 +23,6 @@ export function box(id, reason, label = "exclude") {
   input.addEventListener("change", () => (input.checked ? put([id], reason) : take(id)));
   return make("label", { class: "take" }, input, label);
 }
-
-export const has = (id) => kept.has(id);
 
 function changed() {
   try {

@@ -1,7 +1,10 @@
 import { apart, card, count, find, finished, make, say } from "./common.js";
 import { box, put, watchList } from "./list.js";
-import { showMap } from "./map.js";
 import { watchTabs } from "./tabs.js";
+
+// Reasons in the list of pairs to exclude.
+const DISAGREE = "image and caption disagree";
+const DUPLICATE = "near-duplicate image";
 
 const guarded = (work) => (...given) => work(...given).catch((error) => say(error.message, "bad"));
 
@@ -39,33 +42,25 @@ function histogram({ counts, edges }, below) {
 }
 
 function disagreeingRow(row) {
-  const rank = row.rank === 1 ? "its own caption is the nearest of all" : `its own caption is number ${row.rank.toLocaleString("en")} of ${row.pairs.toLocaleString("en")}`;
-  const nearer = row.nearer ? [`nearest: “${row.nearer}”`] : [];
-  const facts = [`cosine ${row.cosine.toFixed(3)}, ${apart(row.deviations)}`, rank, ...nearer, row.key];
-  return card(row, { row: true, facts, more: [box(row.id, "disagree")] });
+  const nearest = row.nearest === row.captions[0] ? "its own caption is the nearest of all" : `nearest caption: “${row.nearest}”`;
+  const facts = [`cosine ${row.cosine.toFixed(3)}, ${apart(row.deviations)}`, nearest, row.key];
+  return card(row, { row: true, facts, more: [box(row.id, DISAGREE)] });
 }
 
-function groupRow(reason) {
-  return (group) => {
-    const hidden = group.size - group.members.length;
-    const head = reason === "duplicate" ? `${count(group.size, "image")}, cosine up to ${group.cosine.toFixed(3)}` : `${count(group.size, "image")}: “${group.members[0].captions[0]}”`;
-    const members = group.members.map((member) => card(member, { title: reason === "duplicate" ? "" : member.key, more: [box(member.id, reason)] }));
-    return make("li", {}, make("p", { class: "facts" }, head + (hidden > 0 ? `, ${hidden} more not shown` : "")), make("ul", { class: "members" }, ...members));
-  };
+function groupRow(group) {
+  const hidden = group.size - group.members.length;
+  const head = `${count(group.size, "image")}, cosine up to ${group.cosine.toFixed(3)}${hidden > 0 ? `, ${hidden} more not shown` : ""}`;
+  const members = group.members.map((member) => card(member, { more: [box(member.id, DUPLICATE)] }));
+  return make("li", {}, make("p", { class: "facts" }, head), make("ul", { class: "members" }, ...members));
 }
 
 const threshold = () => Number(find("threshold").value).toFixed(3);
 const parts = {
   disagreeing: growing("disagreeing", "rows", disagreeingRow, (start) => `/api/pairs/disagreeing?start=${start}`, "Comparing images with their captions", (found, shown) => `${shown} of ${count(found.total, "pair")}, the least agreeing first`),
-  duplicates: growing("duplicates", "groups", groupRow("duplicate"), (start) => `/api/pairs/duplicates?start=${start}&threshold=${threshold()}`, "Comparing images with each other", (found, shown) => {
+  duplicates: growing("duplicates", "groups", groupRow, (start) => `/api/pairs/duplicates?start=${start}&threshold=${threshold()}`, "Comparing images with each other", (found, shown) => {
     find("duplicates-said").textContent = `${count(found.total, "group")}: ${count(found.extra, "image")} besides the first of each.`;
     return found.total ? `${shown} of ${count(found.total, "group")}, the most alike first` : "No two images are that much alike. Lower the cosine.";
   }),
-  captions: growing("captions", "groups", groupRow("caption"), (start) => `/api/pairs/captions?start=${start}`, "Reading captions", (found, shown) => {
-    find("captions-said").textContent = found.total ? `${count(found.total, "caption")} shared by ${count(found.extra + found.total, "image")}.` : "";
-    return found.total ? `${shown} of ${count(found.total, "shared caption")}, the most shared first` : "No two images share their caption.";
-  }),
-  map: showMap,
 };
 
 const begin = guarded(async (name) => {
@@ -81,20 +76,20 @@ watchList();
 watchTabs((name) => {
   if (began.has(name)) return;
   began.add(name);
-  // Groups and map do not need captions, so they begin without the comparison.
+  // Groups do not need captions, so they begin without the comparison.
   if (name === "disagreeing") begin(name);
   else guarded(async () => parts[name](true))();
 });
 find("threshold").addEventListener("input", () => (find("threshold-said").textContent = threshold()));
 find("threshold").addEventListener("change", () => parts.duplicates(true));
 find("threshold-form").addEventListener("submit", guardedSubmit(async () => {
-  const found = await finished(`/api/pairs/chosen?rule=duplicate&threshold=${threshold()}`, "Comparing images with each other");
-  put(found.ids, "duplicate");
+  const found = await finished(`/api/pairs/duplicates/ids?threshold=${threshold()}`, "Comparing images with each other");
+  put(found.ids, DUPLICATE);
   return found.ids.length;
 }));
 find("below-form").addEventListener("submit", guardedSubmit(async () => {
-  const found = await finished(`/api/pairs/chosen?rule=disagree&below=${find("below").value}`, "Comparing");
-  put(found.ids, "disagree");
+  const found = await finished(`/api/pairs/disagreeing/ids?below=${find("below").value}`, "Comparing");
+  put(found.ids, DISAGREE);
   return found.ids.length;
 }));
 

@@ -8,7 +8,6 @@ from declip.data.builtin.icons import ICONS
 from declip.data.builtin.pictures import BuiltinSet, BuiltinSource
 from declip.data.builtin.stamps import STAMPS
 from declip.data.pair import BUILTIN_PREFIX
-from declip.data.sources.shard_names import names_shards
 from declip.errors import UserError, unknown
 
 BUILTINS: dict[str, BuiltinSet] = {split: item for item in (EMOJI, ICONS, CLIPART, STAMPS) for split in item.splits}
@@ -23,13 +22,13 @@ BUILTIN_SPLITS: dict[str, dict[str, str]] = {
 def open_builtin(name: str, cache: str | Path | None = None) -> BuiltinSource:
     """Open one of `BUILTINS`, with or without "builtin:", from a cache folder or the default one."""
     name = name.removeprefix(BUILTIN_PREFIX)
-    return _find(name).open(name, cache)
+    return BuiltinSource(_find(name), name, cache)
 
 
 def download(name: str, cache: str | Path | None = None, progress: bool = True) -> Path:
     """Download and render the set of one of `BUILTINS`, unless it is there already, and return its folder."""
     split = name.removeprefix(BUILTIN_PREFIX)
-    if split not in BUILTINS and (names_shards(name) or Path(name).expanduser().exists()):
+    if split not in BUILTINS and Path(name).expanduser().exists():
         raise UserError(f"'{name}' is no built-in set. To shard its pairs: declip data shard {name} --out DIR")
     return _find(split).download(cache, progress)
 

@@ -5,7 +5,7 @@ By many artists: another source than emoji and icons, for transfer.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import resources
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,11 +13,12 @@ from xml.etree import ElementTree
 import numpy as np
 
 from declip.data.builtin.fetch import DebianPackage, Packages
-from declip.data.builtin.icons import is_readable
 from declip.data.builtin.pictures import BuiltinSet, Row, Selection
 from declip.data.builtin.render import rasterize_page
+from declip.data.text.synonyms import is_word
 
 LICENSE = "public domain"
+CREDIT = f"Open Clip Art Library 0.18 and its contributors, {LICENSE}"
 
 
 class Clipart(BuiltinSet):
@@ -25,11 +26,11 @@ class Clipart(BuiltinSet):
 
     name, layout, effort = "clipart", 1, "25 MB to fetch, about a minute"
     side = 96
-    packages = DebianPackage("openclipart-svg", "usr/share/openclipart/svg", "25 MB")
+    packages = DebianPackage("openclipart-svg", "usr/share/openclipart/svg")
     splits = ("clipart",)
 
     def select(self, split: str, table: list[Row]) -> Selection:
-        return Selection(table, f"Open Clip Art Library 0.18 and its contributors, {LICENSE}", "title")
+        return Selection(table, CREDIT, "title")
 
     def choose(self, packages: Packages) -> list[Row]:
         return read_clipart(packages[self.packages.name].folder)
@@ -41,21 +42,15 @@ class Clipart(BuiltinSet):
         except ValueError:
             return None
 
-    def notice(self, packages: Packages, rows: list[Row]) -> str:
-        package = f"Debian's {self.packages.name} {packages[self.packages.name].version}"
-        return (
-            f"{len(rows)} drawings of the Open Clip Art Library, by the authors that the table names, dedicated to "
-            f"the\npublic domain; from {package}, drawn at {self.side} px over white,\n"
-            "margins cut off. The package's own notice is in licences/.\n"
-        )
+    def credits(self, packages: Packages, rows: list[Row]) -> list[str]:
+        return [f"{len(rows)} drawings: {CREDIT}, named in pairs.parquet"]
 
 
 CLIPART = Clipart()
 
 DUBLIN_CORE = "{http://purl.org/dc/elements/1.1/}"
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
-WORK = "{http://web.resource.org/cc/}Work"
-LICENSE_TAG = "{http://web.resource.org/cc/}license"
+COMMONS = "{http://web.resource.org/cc/}"
 
 LEFT_OUT = (
     "shapes/stars/", "special/", "computer/icons/", "computer/buttons/", "buttons/", "signs_and_symbols/flags/",
@@ -66,6 +61,9 @@ LEFT_OUT = (
 TITLE_OF_A_SERIES = 4
 """A title that more drawings have is that of their series."""
 
+MOST_WORDS = 5
+"""Longer titles tell a story."""
+
 SERIES = re.compile(r"\b(collection|clip ?arts?|theme|iconset|icons)\b", re.IGNORECASE)
 """Words in the title of a series."""
 
@@ -75,34 +73,31 @@ SMALL_WORDS = frozenset(("a", "an", "the", "of", "and", "with", "without", "in",
 
 def read_clipart(folder: Path) -> list[Row]:
     """Rows by path of the drawings whose title, or else file name, reads as English and that are no stamps."""
-    written = dict(_metadata(folder))
-    series = Counter(title for title, *_ in written.values())
-    stamps = also_stamps()
-    rows = []
-    for key, (title, keywords, author) in written.items():
-        words = title_words(title)
-        if series[title] > TITLE_OF_A_SERIES or SERIES.search(title) or not is_readable(words, SMALL_WORDS):
-            words = file_words(key, author)
-        if is_readable(words, SMALL_WORDS) and key not in stamps:
+    rows, chosen = list(_described(folder)), []
+    series, stamps = Counter(row["title"] for row in rows), also_stamps()
+    for row in rows:
+        words = title_words(row["title"])
+        named_as_series = series[row["title"]] > TITLE_OF_A_SERIES or SERIES.search(row["title"])
+        if named_as_series or not is_readable(words, SMALL_WORDS):
+            words = file_words(row["key"], row["author"])
+        if is_readable(words, SMALL_WORDS) and row["key"] not in stamps:
             title = " ".join(words)
-            rows.append(
-                {
-                    "key": key,
-                    "title": title,
-                    "category": key.split("/")[0].replace("_", " "),
-                    "author": author,
-                    "licence": LICENSE,
-                    "captions": [title],
-                    "keywords": [word for word in keywords if word != title],
-                }
-            )
-    return rows
+            keywords = [word for word in row["keywords"] if word != title]
+            chosen.append(row | {"title": title, "captions": [title], "keywords": keywords})
+    return chosen
 
 
 def also_stamps() -> set[str]:
     """Drawings that the stamps of Tux Paint have too."""
     text = resources.files("declip.data").joinpath("assets", "clipart-stamps.txt").read_text(encoding="utf-8")
     return {line for line in text.splitlines() if line and not line.startswith("#")}
+
+
+def is_readable(words: list[str], common: Collection[str]) -> bool:
+    """Whether the words are WordNet's or among the `common` ones, and one of them has two letters or more."""
+    if not 0 < len(words) <= MOST_WORDS or not any(len(word) > 1 and word.isalpha() for word in words):
+        return False
+    return all(word in common or (word.isalpha() and (len(word) == 1 or is_word(word))) for word in words)
 
 
 def title_words(title: str) -> list[str]:
@@ -118,21 +113,27 @@ def file_words(key: str, author: str) -> list[str]:
     return words[:end]
 
 
-def _metadata(folder: Path) -> Iterator[tuple[str, tuple[str, list[str], str]]]:
-    """Title, keywords and author by key, of the files in the public domain."""
-    for path in sorted(folder.rglob("*.svg"), key=lambda path: path.relative_to(folder).as_posix()):
-        key = path.relative_to(folder).as_posix()
-        if path.is_symlink() or key.startswith(LEFT_OUT):
+def _described(folder: Path) -> Iterator[Row]:
+    """Rows of the files in the public domain, as their metadata describes them."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.svg") if not path.is_symlink()}
+    for key, path in sorted(paths.items()):
+        if key.startswith(LEFT_OUT):
             continue
         try:
-            work = ElementTree.parse(path).getroot().find(f".//{WORK}")
+            work = ElementTree.parse(path).getroot().find(f".//{COMMONS}Work")
         except ElementTree.ParseError:
             continue
-        licenses = () if work is None else (str(e.get(f"{RDF}resource")).lower() for e in work.iter(LICENSE_TAG))
-        if work is None or not any("publicdomain" in license for license in licenses):
+        licenses = () if work is None else work.iter(f"{COMMONS}license")
+        if work is None or not any("publicdomain" in str(e.get(f"{RDF}resource")).lower() for e in licenses):
             continue
         subjects = (" ".join((e.text or "").replace("_", " ").split()) for e in work.iterfind(f".//{RDF}li"))
         keywords = dict.fromkeys(word for word in subjects if re.fullmatch(r"[a-z][a-z ]+", word) and word != "hash")
-        author = work.findtext(f"{DUBLIN_CORE}creator//{DUBLIN_CORE}title") or ""
-        title = " ".join((work.findtext(f"{DUBLIN_CORE}title") or "").split())
-        yield key, (title, list(keywords), author)
+        yield {
+            "key": key,
+            "title": " ".join((work.findtext(f"{DUBLIN_CORE}title") or "").split()),
+            "category": key.split("/")[0].replace("_", " "),
+            "author": work.findtext(f"{DUBLIN_CORE}creator//{DUBLIN_CORE}title") or "",
+            "licence": LICENSE,
+            "captions": [],
+            "keywords": list(keywords),
+        }

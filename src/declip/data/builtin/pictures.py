@@ -6,7 +6,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -66,7 +66,6 @@ class BuiltinSet(ABC):
     side: ClassVar[int]
     packages: ClassVar[NpmPackages | DebianPackage]
     splits: ClassVar[Collection[str]]
-    needs_renderer: ClassVar[bool] = True
     keeps_repeated: ClassVar[bool] = False
 
     @abstractmethod
@@ -78,8 +77,8 @@ class BuiltinSet(ABC):
         """Render the drawing of a row: (side, side, 3) uint8, None where it is broken."""
 
     @abstractmethod
-    def notice(self, packages: Packages, rows: list[Row]) -> str:
-        """The text to show with the images: whose they are, and their licenses."""
+    def credits(self, packages: Packages, rows: list[Row]) -> list[str]:
+        """Lines that say whose the images are, and their licenses."""
 
     @abstractmethod
     def select(self, split: str, table: list[Row]) -> Selection:
@@ -89,21 +88,16 @@ class BuiltinSet(ABC):
         """Folder of the set in a cache folder; None for the default one."""
         return (cache_folder() if cache is None else Path(cache).expanduser()) / self.name
 
-    def open(self, split: str, cache: str | Path | None = None) -> "BuiltinSource":
-        """Open one of `splits`."""
-        return BuiltinSource(self, split, cache)
-
     def download(self, cache: str | Path | None = None, progress: bool = True) -> Path:
         """Fetch and render the set, unless a complete folder is there already, and return that."""
         folder = self.folder(cache)
         try:
             self.check(folder, images_too=True)
         except UserError:
-            if self.needs_renderer:
-                renderer()  # an error before anything is fetched
+            renderer()  # an error before anything is fetched
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with progress_bar(*columns, shown=progress) as bar:
-                step = bar.add_task(str(self.packages), total=None)
+                step = bar.add_task(f"fetching {self.name}", total=None)
                 with self.packages.fetched() as packages:
                     bar.remove_task(step)
                     self.build(packages, folder, bar)
@@ -114,26 +108,13 @@ class BuiltinSet(ABC):
         chosen = self.choose(packages)
         shown = chosen if bar is None else bar.track(chosen, description="drawing")
         with atomic_write(folder) as partial:
-            rows, dropped = self.write(partial, ((row, self.pixels(row, packages)) for row in shown))
-            for name, package in packages.items():
-                kept = partial / "licences" / name.replace("/", "-")
-                kept.mkdir(parents=True)
-                for path in package.notices:
-                    shutil.copyfile(path, kept / path.name)
-            manifest = {
-                "side": self.side,
-                "pairs": len(rows),
-                "left_out": dropped,
-                "packages": {name: package.version for name, package in packages.items()},
-                "resvg_py": importlib.metadata.version("resvg-py") if self.needs_renderer else None,
-            }
-            self.seal(partial, manifest, self.notice(packages, rows))
+            self.write(partial, ((row, self.pixels(row, packages)) for row in shown), packages)
             self.check(partial, images_too=True)
 
-    def write(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]]) -> tuple[list[Row], Counter[str]]:
-        """Write the pixels and the table; return the rows written, and how many were not, by reason."""
+    def write(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]], packages: Packages) -> None:
+        """Write the pixels, the table, the notices of the packages, and last all files' checksums."""
         rows: list[Row] = []
-        dropped: Counter[str] = Counter()
+        left_out: Counter[str] = Counter()
         seen: set[bytes] = set()
         counts = [0, 0]
         folder.mkdir(parents=True)
@@ -141,11 +122,11 @@ class BuiltinSet(ABC):
         with (folder / GRAY).open("wb") as gray, (folder / COLOR).open("wb") as color:
             for row, pixels in drawings:
                 if pixels is None or pixels.min() > INVISIBLE:
-                    dropped["cannot be drawn" if pixels is None else "invisible"] += 1
+                    left_out["cannot be drawn" if pixels is None else "invisible"] += 1
                     continue
                 digest = hashlib.sha256(pixels.tobytes()).digest()
                 if digest in seen and not self.keeps_repeated:
-                    dropped["seen before"] += 1
+                    left_out["seen before"] += 1
                     continue
                 seen.add(digest)
                 colored = bool((pixels != pixels[:, :, :1]).any())
@@ -153,13 +134,29 @@ class BuiltinSet(ABC):
                 rows.append({**row, "coloured": colored, "image": counts[colored]})
                 counts[colored] += 1
         pq.write_table(pa.Table.from_pylist(rows), folder / TABLE)
-        return rows, dropped
-
-    def seal(self, folder: Path, manifest: Mapping[str, Any], notice: str) -> None:
-        """Write the manifest, the notice and last all files' checksums."""
-        text = json.dumps({"layout": self.layout, **manifest}, indent=1)
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
-        (folder / NOTICE).write_text(notice, encoding="utf-8")
+        manifest = {
+            "layout": self.layout,
+            "side": self.side,
+            "pairs": len(rows),
+            "left_out": left_out,
+            "packages": {name: package.version for name, package in packages.items()},
+            "resvg_py": importlib.metadata.version("resvg-py"),
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        lines = [
+            "The images in this folder belong to others. Show the line of an image wherever you show it.",
+            f"All were drawn at {self.side} px over white, margins cut off. The packages' notices are in licences/.",
+            "",
+            *self.credits(packages, rows),
+            "",
+            *(f"{name} {package.version}" for name, package in packages.items()),
+        ]
+        (folder / NOTICE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for name, package in packages.items():
+            licenses = folder / "licences" / name.replace("/", "-")
+            licenses.mkdir(parents=True)
+            for path in package.notices:
+                shutil.copyfile(path, licenses / path.name)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}
         (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
@@ -170,23 +167,19 @@ class BuiltinSet(ABC):
         Raises:
             UserError: It is missing, damaged, or of another layout; the message names the command to run.
         """
-        todo = f"Run `declip data download {BUILTIN_PREFIX}{self.name}` ({self.effort})."
-        if not folder.is_dir():
-            raise UserError(f"The built-in {self.name} are not there yet ('{folder}'). {todo}")
-        if fault := self._fault(folder, images_too):
-            raise UserError(f"The built-in {self.name} in '{folder}' cannot be used: {fault}. {todo}")
-
-    def _fault(self, folder: Path, images_too: bool) -> str | None:
         try:
             if json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"] != self.layout:
-                return "another version of declip made them"
+                raise ValueError("another version of declip made them")
             for name, (size, digest) in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
                 path, hashed = folder / name, images_too or not name.startswith(IMAGES)
                 if path.stat().st_size != size or (hashed and sha256(path) != digest):
-                    return f"{name} has changed"
+                    raise ValueError(f"{name} has changed")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{type(error).__name__}: {error}"
-        return None
+            fault = f"cannot be used: {error}" if folder.is_dir() else "are not there yet"
+            raise UserError(
+                f"The built-in {self.name} in '{folder}' {fault}. "
+                f"Run `declip data download {BUILTIN_PREFIX}{self.name}` ({self.effort})."
+            ) from error
 
 
 class BuiltinSource(PairSource):

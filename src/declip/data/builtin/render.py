@@ -39,22 +39,13 @@ def draw(svg: str, side: int = 0) -> Image.Image:
         return image.convert("RGB")
 
 
-def rasterize(svg: str, side: int) -> np.ndarray:
-    """Render an SVG document whose drawing takes most of it: uint8 (side, side, 3)."""
-    return fill_square(draw(svg), side)
-
-
 def rasterize_page(svg: str, side: int) -> np.ndarray:
-    """Render a drawing that takes a part of its page only: drawn again, larger, when it comes out small.
-
-    Raises:
-        ValueError: The document cannot be drawn.
-    """
+    """Render a drawing that takes a part of its page only: drawn again, larger, when it comes out small."""
     page = draw(svg, OVERSIZE * side)
-    if box := _inked_box(page):
-        longest = max(box[2] - box[0], box[3] - box[1])
-        if longest < side:
-            page = draw(svg, min(LONGEST_SIDE, max(page.size) * OVERSIZE * side // longest))
+    left, top, right, bottom = _inked_box(page)
+    longest = max(right - left, bottom - top)
+    if longest < side:
+        page = draw(svg, min(LONGEST_SIDE, max(page.size) * OVERSIZE * side // longest))
     return fill_square(page, side)
 
 
@@ -64,18 +55,14 @@ def fill_square(image: Image.Image, side: int) -> np.ndarray:
     Designers leave margins of 1 to 35 % around their drawings. A model would be measured on these as much as on the
     drawings, so all get the same: none.
     """
-    if box := _inked_box(image):
-        part = image.crop(box)
-        longest = max(part.size)
-        image = Image.new("RGB", (longest, longest), "white")
-        image.paste(part, ((longest - part.width) // 2, (longest - part.height) // 2))
-    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+    part = image.crop(_inked_box(image))
+    longest = max(part.size)
+    square = Image.new("RGB", (longest, longest), "white")
+    square.paste(part, ((longest - part.width) // 2, (longest - part.height) // 2))
+    return np.asarray(square.resize((side, side), Image.Resampling.LANCZOS))
 
 
-def _inked_box(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of all that is not white; None where nothing is."""
+def _inked_box(image: Image.Image) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of all that is not white; the whole image where nothing is."""
     inked = np.asarray(image).min(axis=2) <= INVISIBLE
-    if not inked.any():
-        return None
-    rows, columns = (np.flatnonzero(inked.any(axis=axis)) for axis in (1, 0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    return Image.fromarray(inked).getbbox() or (0, 0, *image.size)

@@ -18,6 +18,7 @@ from declip.data.builtin.pictures import BuiltinSet, Row, Selection
 from declip.data.builtin.render import fill_square
 
 LICENSE = "GPL-2"
+CREDIT = f"Tux Paint stamps by Bill Kendrick and contributors, {LICENSE}"
 
 
 class Stamps(BuiltinSet):
@@ -25,14 +26,13 @@ class Stamps(BuiltinSet):
 
     name, layout, effort = "stamps", 1, "81 MB to fetch, about a minute"
     side = 128  # half of the stamps are larger than 193
-    packages = DebianPackage("tuxpaint-stamps-default", "usr/share/tuxpaint/stamps", "81 MB")
+    packages = DebianPackage("tuxpaint-stamps-default", "usr/share/tuxpaint/stamps")
     splits: ClassVar[Mapping[str, str]] = {
         "stamps": "name",
         "stamps-photos": "name",
         "stamps-kinds": "kind",
         "stamps-kinds-train": "kind",
     }
-    needs_renderer = False
 
     def select(self, split: str, table: list[Row]) -> Selection:
         """The stamps that have a name, the photographs among them, or one part of those that are of a kind."""
@@ -41,7 +41,7 @@ class Stamps(BuiltinSet):
         names = sorted({row[column] for row in rows})
         if column == "kind":
             rows = [row for row in rows if row["test"] == (split == "stamps-kinds")]
-        return Selection(rows, f"Tux Paint stamps by Bill Kendrick and contributors, {LICENSE}", column, names)
+        return Selection(rows, CREDIT, column, names)
 
     def choose(self, packages: Packages) -> list[Row]:
         return read_stamps(packages[self.packages.name].folder)
@@ -53,14 +53,8 @@ class Stamps(BuiltinSet):
         white = Image.new("RGBA", drawn.size, "white")
         return fill_square(Image.alpha_composite(white, drawn).convert("RGB"), self.side)
 
-    def notice(self, packages: Packages, rows: list[Row]) -> str:
-        return (
-            "The images in this folder belong to others. Show this wherever you show one.\n\n"
-            f"{len(rows)} stamps of Tux Paint, Copyright 2002-2022 by Bill Kendrick and contributors,\n"
-            f"from Debian's {self.packages.name} {packages[self.packages.name].version}; margins cut off, "
-            f"{self.side} px over white.\nLicence: {LICENSE}, "
-            "https://www.gnu.org/licenses/old-licenses/gpl-2.0.html\nThe package's own notice is in licences/.\n"
-        )
+    def credits(self, packages: Packages, rows: list[Row]) -> list[str]:
+        return [f"{len(rows)} images: {CREDIT}, https://www.gnu.org/licenses/old-licenses/gpl-2.0.html"]
 
 
 STAMPS = Stamps()
@@ -103,21 +97,23 @@ SALT = "stamps"
 def read_stamps(folder: Path) -> list[Row]:
     """Rows of all stamps that have an image and a sentence, by path, from the package's folder `stamps`."""
     rows: list[Row] = []
-    for text in sorted(folder.rglob("*.txt"), key=lambda path: path.relative_to(folder).with_suffix("").as_posix()):
-        lines = text.read_text(encoding="utf-8").splitlines()
-        key = text.relative_to(folder).with_suffix("").as_posix()
-        if not text.with_suffix(".png").is_file() or not lines or not lines[0].strip():
+    texts = {text.relative_to(folder).with_suffix("").as_posix(): text for text in folder.rglob("*.txt")}
+    for key, text in sorted(texts.items()):
+        sentence = " ".join(text.read_text(encoding="utf-8").partition("\n")[0].split())
+        if not sentence or not text.with_suffix(".png").is_file():
             continue
-        sentence, folders = " ".join(lines[0].split()), key.split("/")[:-1]
-        name = "" if key.startswith("symbols/") else name_of(sentence)
+        *folders, stem = key.split("/")
+        name = "" if folders[0] == "symbols" else name_of(sentence)
+        # Stamps that were vectors first are drawings.
+        drawn = DRAWN_FOLDERS & {*folders} or stem in DRAWN or text.with_suffix(".svg").is_file()
         rows.append(
             {
                 "key": key,
                 "name": name,
-                "kind": KINDS.get(key.split("/")[0], ""),
-                "photo": _is_photo(folder, key),
+                "kind": KINDS.get(folders[0], ""),
+                "photo": not drawn,
                 "licence": LICENSE,
-                "captions": [sentence, *([name] if name else [])],
+                "captions": [sentence, name] if name else [sentence],
                 "keywords": [folder.replace("_", " ") for folder in folders],
             }
         )
@@ -130,12 +126,6 @@ def name_of(sentence: str) -> str:
     first = re.split(r"(?<=[.!?])\s|—| \(|[,;:]", sentence)[0].rstrip(".!? ")
     match = NAME.fullmatch(re.sub(r"[“”\"]", "", first))
     return match[1] if match and len(match[1].split()) <= LONGEST_NAME else ""
-
-
-def _is_photo(folder: Path, key: str) -> bool:
-    """Whether a stamp is no drawing; those that were vectors first are drawings."""
-    *folders, stem = key.split("/")
-    return not (DRAWN_FOLDERS & {*folders} or stem in DRAWN or (folder / f"{key}.svg").is_file())
 
 
 def _test_keys(rows: list[Row]) -> set[str]:

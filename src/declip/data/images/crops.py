@@ -53,14 +53,10 @@ class ViewTransform:
         self.blur_radius = min(math.ceil(KERNEL_SIGMAS * augmentation.blur_sigma[1]), size - 1)
 
     def box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-        """Sample a box, distributed as by torchvision's RandomResizedCrop.
+        """Sample left, top, width and height of a box in pixels, distributed as by torchvision's RandomResizedCrop.
 
-        The area is uniform, the logarithm of the ratio is uniform, the position is uniform among those inside the
-        image. A box that is larger than the image is sampled again; after ten it is the largest central one with an
-        allowed ratio.
-
-        Returns:
-            Left, top, width, height, in pixels.
+        Area, logarithm of the ratio, and position inside the image are uniform. A box that is larger than the image is
+        sampled again; after ten it is the largest central one with an allowed ratio.
         """
         low, high = self.augmentation.scale
         ratio_low, ratio_high = math.log(self.augmentation.ratio[0]), math.log(self.augmentation.ratio[1])
@@ -83,7 +79,7 @@ class ViewTransform:
         return Crop(*self.box(width, height, generator), bool(generator.random() < self.augmentation.hflip_prob))
 
     def crop_and_resize(self, pixels: np.ndarray, crop: Crop) -> Tensor:
-        """Crop, resize (bicubic, antialiased) and perhaps flip (H, W, 3) uint8 pixels to (3, size, size) uint8.
+        """Crop, resize (bicubic, antialiased) and maybe flip (H, W, 3) uint8 pixels to (3, size, size) uint8.
 
         torch's resize of uint8 takes a third to half of the time of Pillow's and differs only by the rounding between
         its two passes: a level or two of 255, more where an edge from black to white overshoots.
@@ -120,25 +116,20 @@ class ViewTransform:
 
 
 def apply_photometric(views: Mapping[str, View], mean: Tensor, std: Tensor) -> dict[str, View]:
-    """Apply the sampled photometric parameters and normalize, on the device of the pixels.
+    """Apply the sampled photometric parameters and normalize to (B, 3, S, S) float32, on the device of the pixels.
 
-    Views of equal size are processed together.
+    Views of equal size are processed together; finished views are returned unchanged.
 
     Args:
-        views: Finished views are returned unchanged.
         mean, std: (3,) float32, statistics of red, green and blue in [0, 1], on the device of the pixels.
-
-    Returns:
-        The same views with (B, 3, S, S) float32 pixels.
     """
     finished = dict(views)
-    sizes: dict[torch.Size, list[str]] = {}
+    sizes: dict[torch.Size, dict[str, Photometric]] = {}
     for name, view in views.items():
         if view.photometric is not None:
-            sizes.setdefault(view.pixels.shape, []).append(name)
-    for names in sizes.values():
-        pixels = torch.cat([views[name].pixels for name in names])
-        parameters = Photometric.cat([p for name in names if (p := views[name].photometric) is not None])
-        chunks = operations.apply(pixels, parameters, mean, std).chunk(len(names))
-        finished |= {name: View(chunk) for name, chunk in zip(names, chunks, strict=True)}
+            sizes.setdefault(view.pixels.shape, {})[name] = view.photometric
+    for params in sizes.values():
+        pixels = torch.cat([views[name].pixels for name in params])
+        chunks = operations.apply(pixels, Photometric.cat([*params.values()]), mean, std).chunk(len(params))
+        finished |= {name: View(chunk) for name, chunk in zip(params, chunks, strict=True)}
     return finished

@@ -39,6 +39,8 @@ TURNS = {
 }
 """Inverse of each EXIF orientation; 1 is upright already."""
 
+SIDEWAYS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
+
 DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
 """Errors of Pillow's readers for a damaged file, besides OSError."""
 
@@ -65,9 +67,8 @@ def opened(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> It
         raise BrokenPair("truncated image", key, "no bytes")
     file = BytesIO(source) if isinstance(source, bytes) else source
     with raise_as_broken_pair(key), Image.open(file, formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > most_pixels:
-            raise BrokenPair("image too large", key, f"{width} x {height} pixels, at most {most_pixels:,}")
+        if image.width * image.height > most_pixels:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, at most {most_pixels:,}")
         yield image
 
 
@@ -78,13 +79,9 @@ def raise_as_broken_pair(key: str) -> Iterator[None]:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise BrokenPair("image too large", key, str(error)) from error
-    except Image.UnidentifiedImageError as error:
-        raise BrokenPair("unreadable image", key, f"not one of {', '.join(FORMATS)}") from error
-    except OSError as error:
+    except (OSError, *DAMAGE) as error:
         reason = "truncated image" if "truncated" in str(error).lower() else "unreadable image"
-        raise BrokenPair(reason, key, str(error)) from error
-    except DAMAGE as error:
-        raise BrokenPair("unreadable image", key, f"{type(error).__name__}: {error}") from error
+        raise BrokenPair(reason, key, f"{type(error).__name__}: {error}") from error
 
 
 def apply_exif(image: Image.Image) -> Image.Image:
@@ -96,14 +93,9 @@ def apply_exif(image: Image.Image) -> Image.Image:
 
 
 def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
-    """Resolve the path of an image that may not leave a folder.
+    """Resolve the path of an image that may not leave a folder: relative to `root`, or absolute and inside it.
 
-    Args:
-        path: Relative to `root`, or absolute and inside it.
-        follow: Whether links are followed, so that none leads out either.
-
-    Raises:
-        BrokenPair: "path outside image root", or "missing image" where it is no path at all.
+    With `follow`, links may not lead out either. Raises `BrokenPair`.
     """
     # Normalized first, so that the path checked is the path opened.
     plain = Path(os.path.normpath(root / path))
@@ -135,21 +127,16 @@ def check_file(path: Path, key: str) -> int:
 def rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB: deep grays are scaled to 8 bits, transparent pixels lie over white."""
     if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image)
+        # By the type's usual range: 0 to 65,535, or 0 to 1 or 255 for floats.
+        values = np.nan_to_num(np.asarray(image, np.float32))
+        top = 65_535.0
+        if image.mode == "F":
+            top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
+        image = Image.fromarray((values.clip(0.0, top) * (255.0 / top) + 0.5).astype(np.uint8))
     if image.has_transparency_data:
-        over = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, over).convert("RGB")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale a gray image of 16 or 32 bits to 8, by its type's usual range: 0 to 65,535, or 0 to 1 for floats."""
-    values = np.asarray(image, np.float32)
-    top = 65_535.0
-    if image.mode == "F":
-        top = 1.0 if float(np.nanmax(values, initial=0.0)) <= 1.0 else 255.0
-    return Image.fromarray((np.nan_to_num(values).clip(0.0, top) * (255.0 / top) + 0.5).astype(np.uint8))
 
 
 def orientation(image: Image.Image) -> int:

@@ -1,6 +1,5 @@
 """Image files that are opened by their headers and decoded when their pixels are asked for, no larger than needed."""
 
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from declip.data.images.decode import (
     FORMATS,
     MOST_PIXELS,
+    SIDEWAYS,
+    TURNS,
     apply_exif,
     check_file,
     decode,
@@ -38,27 +39,14 @@ LARGEST_CONTENT = 100_000_000
 SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")
 """Color spaces of which simplejpeg makes the same RGB as Pillow."""
 
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
-}
-"""Inverse of each EXIF orientation, as views of the same memory; 1 is upright already."""
-
-SIDEWAYS = (5, 6, 7, 8)
-
 
 class LazyJpeg:
     """A `LazyImage` of a JPEG file; `stored` is its width and height before the EXIF orientation `turn` is applied."""
 
     def __init__(self, content: bytes, key: str, stored: tuple[int, int], turn: int) -> None:
         self.content = content
-        self._key, self._stored, self._turn = key, stored, turn
-        self.size = stored[::-1] if turn in SIDEWAYS else stored
+        self._key, self._stored, self._turn = key, stored, TURNS.get(turn)
+        self.size = stored[::-1] if self._turn in SIDEWAYS else stored
         self.scales = tuple(scale for scale in SCALES if min(stored) >= SMALLEST_SCALED * scale)
 
     def pixels(self, scale: int = 1) -> np.ndarray:
@@ -66,9 +54,12 @@ class LazyJpeg:
         width, height = (-(-side // scale) for side in self._stored)
         pixels = self._by_simplejpeg(width, height)
         if pixels is None:
-            pixels = self._by_pillow(scale)
-        turn = TURNS.get(self._turn)
-        return pixels if turn is None else turn(pixels)
+            with raise_as_broken_pair(self._key), Image.open(BytesIO(self.content), formats=FORMATS) as image:
+                if scale > 1:
+                    image.draft(None, (self._stored[0] // scale, self._stored[1] // scale))
+                image.load()
+                pixels = np.asarray(rgb(image))
+        return pixels if self._turn is None else np.asarray(Image.fromarray(pixels).transpose(self._turn))
 
     def _by_simplejpeg(self, width: int, height: int) -> np.ndarray | None:
         """The pixels as stored; None where simplejpeg is missing, or the file is odd and Pillow has to judge it."""
@@ -83,14 +74,6 @@ class LazyJpeg:
         except (ValueError, MemoryError):
             return None
         return pixels if pixels.shape == (height, width, 3) else None
-
-    def _by_pillow(self, scale: int) -> np.ndarray:
-        width, height = self._stored
-        with raise_as_broken_pair(self._key), Image.open(BytesIO(self.content), formats=FORMATS) as image:
-            if scale > 1:
-                image.draft(None, (width // scale, height // scale))
-            image.load()
-            return np.asarray(rgb(image))
 
 
 def open_image(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> LazyImage:

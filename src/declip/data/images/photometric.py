@@ -30,15 +30,10 @@ float32, which has 24 bits."""
 
 
 def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -> Tensor:
-    """Apply the sampled parameters, then normalize.
+    """Apply the sampled parameters, then normalize: (n, 3, H, W) uint8 to float32, on the images' device.
 
     Args:
-        images: (n, 3, H, W) uint8, on any device.
-        photometric: The parameters of all n.
         mean, std: (3,) float32 on the images' device.
-
-    Returns:
-        (n, 3, H, W) float32 on the images' device.
     """
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     mean, std = mean.view(3, 1, 1), std.view(3, 1, 1)

@@ -23,14 +23,7 @@ SCALED_TO = 2
 def downscaled_bytes(image: LazyImage, size: int, quality: int) -> tuple[str, bytes]:
     """Encode an image with at most `size` pixels on its shorter side; a JPEG file that is small enough stays as it is.
 
-    Args:
-        quality: Quality of a JPEG file, 1 to 100.
-
-    Returns:
-        The extension, "jpg" or "png", and the content.
-
-    Raises:
-        BrokenPair: The image cannot be decoded.
+    Returns the extension, "jpg" or "png", and the content. Raises `BrokenPair` where the image cannot be decoded.
     """
     short = min(image.size)
     if isinstance(image, LazyJpeg) and short <= size and len(image.content) <= LARGEST_CONTENT:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any
 
 from PIL import Image
 
@@ -11,30 +11,22 @@ from declip.data.images.lazy import open_image
 from declip.data.pair import LazyPair, Pair, PairSource
 from declip.data.sources.origin import Origin, bytes_origin, file_origin
 
-
-class Entry(Protocol):
-    """A pair that is located but not read."""
-
-    @property
-    def key(self) -> str: ...
+Texts = tuple[tuple[str, ...], tuple[str, ...]]
+"""Cleaned captions, at least one, and keywords."""
 
 
-E = TypeVar("E", bound=Entry)
-
-
-class EntrySource(PairSource, Generic[E]):
+class EntrySource(PairSource):
     """Pairs that are located by number and then read as needed; every method may raise `BrokenPair`."""
 
     @abstractmethod
-    def entry(self, index: int) -> E:
-        """Locate pair `index`."""
+    def entry(self, index: int) -> Any:
+        """Locate pair `index`: an object with a `key`."""
 
     @abstractmethod
-    def texts(self, entry: E) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Read cleaned captions, at least one, and keywords."""
+    def texts(self, entry: Any) -> Texts: ...
 
     @abstractmethod
-    def content(self, entry: E) -> Path | bytes:
+    def content(self, entry: Any) -> Path | bytes:
         """The image file, or its bytes."""
 
     def __getitem__(self, index: int) -> Pair:

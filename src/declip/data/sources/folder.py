@@ -24,13 +24,10 @@ class ImageFile(NamedTuple):
     path: Path
 
 
-class FolderSource(EntrySource[ImageFile]):
+class FolderSource(EntrySource):
     """Images of a folder and of the folders in it, sorted by path; `a/b.jpg` has its captions in `a/b.txt`.
 
     Names that start with a dot are ignored. Linked folders are not entered.
-
-    Raises:
-        UserError: It is no folder, or it holds no image.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,7 +41,10 @@ class FolderSource(EntrySource[ImageFile]):
         self._keys = pa.array(map(os.fsencode, sorted(_images(self.path, unread.append))), pa.large_binary())
         if not len(self._keys):
             why = f" '{unread[0].filename}' cannot be read: {unread[0].strerror}." if unread else ""
-            raise UserError(f"The folder '{self.path}' holds no image ({', '.join(EXTENSIONS)}).{why}")
+            raise UserError(
+                f"The folder '{self.path}' holds no image ({', '.join(EXTENSIONS)}).{why} Of a folder of tables name "
+                "one, or in a recipe all of them: data.source=[a.parquet,b.parquet]."
+            )
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -75,10 +75,7 @@ class FolderSource(EntrySource[ImageFile]):
 
 
 def _images(root: Path, failed: Callable[[OSError], None]) -> Iterator[str]:
-    """Paths of the images, relative to `root`, with forward slashes on every platform.
-
-    Folders that cannot be read, such as a disk's `lost+found`, are handed to `failed` and skipped.
-    """
+    """Paths of the images, relative to `root`; folders that cannot be read are handed to `failed` and skipped."""
     for folder, inner, names in os.walk(root, onerror=failed):
         inner[:] = [name for name in inner if not name.startswith(".")]
         for name in names:

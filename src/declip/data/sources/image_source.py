@@ -21,7 +21,7 @@ class CaptionedImage(NamedTuple):
 
 
 class ImageSource:
-    """The images of a source by number, without its captions unless `captioned`; can be pickled as the source can."""
+    """The images of a source by number, without its captions unless `captioned`."""
 
     def __init__(self, source: PairSource, captioned: bool = True) -> None:
         self.source, self.captioned = source, captioned
@@ -65,11 +65,7 @@ def open_images(
     caption_column: str | None = "caption",
     image_root: str | Path | None = None,
 ) -> ImageSource:
-    """Open the images of a source as `open_source` does; in a folder none needs a text file.
-
-    Args:
-        caption_column: None or empty for a table without captions.
-    """
+    """Open the images of a source as `open_source` does; `caption_column` is None for a table without captions."""
     # The same column twice: the table then has every column that it needs, and captions are never read.
     column = caption_column or image_column
     source = open_source(spec, image_column=image_column, caption_column=column, image_root=image_root)

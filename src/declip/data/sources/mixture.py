@@ -7,11 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from declip.data.pair import PairSource, Span
-from declip.data.sources.subset import DerivedSource, Subset
-from declip.errors import UserError
+from declip.data.sources.subset import DerivedSource, Subset, choose
 
-EXACT = 1e-9
-"""A fraction of a weight below this is a rounding error, such as in 3 * 0.1."""
+EXACT = 1e-9  # A fraction of a weight below this is a rounding error, such as in 3 * 0.1
 
 
 class Weighted(NamedTuple):
@@ -26,11 +24,7 @@ class Mixture(DerivedSource):
 
     Its indices are copies of the sources laid end to end. Weight 2.25 makes three copies: two that are shown whole, so
     that each time a pair gets views of its own, and one of which a quarter is shown, another one each epoch. So `len`
-    counts the indices, and `shown` the pairs of an epoch.
-
-    Attributes:
-        shown: Number of pairs in an epoch.
-        distinct: Number of pairs of the sources, copies not counted.
+    counts the indices, `shown` the pairs of an epoch, and `distinct` those of the sources.
     """
 
     def __init__(self, sources: Sequence[tuple[PairSource, float]]) -> None:
@@ -64,30 +58,16 @@ class Mixture(DerivedSource):
         return self._copies[copy], index - self._starts[copy]
 
     def __reduce__(self) -> tuple[type["Mixture"], tuple[object, ...]]:
-        """Pickled as its sources."""
         return Mixture, ([tuple(entry) for entry in self.sources],)
 
     def take(self, count: int, seed: int) -> "Mixture":
-        """Choose pairs of all sources without replacement, the weights unchanged.
-
-        A larger count keeps all that a smaller one chose; a source of which none is chosen is dropped.
-
-        Raises:
-            UserError: The sources have fewer.
-        """
-        if count > self.distinct:
-            raise UserError(
-                f"data.max_pairs={count}, but '{self.name}' has {self.distinct}. Ask for at most that many."
-            )
-        order = np.random.default_rng((seed, self.distinct)).permutation(self.distinct)
-        sizes = [len(source) for source, _ in self.sources]
-        ends = np.cumsum(sizes)
-        places = np.sort(order[:count])
-        chosen = np.split(places, np.searchsorted(places, ends[:-1]))
-        return Mixture(
-            [
-                (Subset(source, inner - (end - size)), weight)
-                for (source, weight), inner, end, size in zip(self.sources, chosen, ends, sizes, strict=True)
-                if len(inner)
-            ]
-        )
+        """Choose pairs of all sources (see `choose`), the weights unchanged; a source without any is dropped."""
+        places = choose(self.name, self.distinct, count, seed)
+        parts: list[tuple[PairSource, float]] = []
+        start = 0
+        for source, weight in self.sources:
+            low, high = np.searchsorted(places, (start, start + len(source)))
+            if high > low:
+                parts.append((Subset(source, places[low:high] - start), weight))
+            start += len(source)
+        return Mixture(parts)

@@ -10,6 +10,8 @@ from declip.data.sources.shards import ShardSource
 from declip.data.sources.table import TABLE_KINDS, TableSource
 from declip.errors import UserError
 
+SEVERAL_TABLES = "Name one table, or in a recipe all of them: data.source=[a.parquet,b.parquet]."
+
 
 def open_source(
     spec: str | Path,
@@ -26,37 +28,18 @@ def open_source(
             with a text file of the same name for each, one caption per line, or tar shards: a .tar file, a folder of
             them, a pattern, a brace range such as "data/{00000..00331}.tar", a URL, or several joined by "::".
         image_column: A table's column with image paths or image bytes.
-        caption_column: A table's column with captions.
-        keyword_column: A table's column with keywords; ignored if missing.
         image_root: Folder of a table's image paths; by default the table's folder.
-
-    Raises:
-        UserError: Nothing is there, it is empty, or it is not a source.
     """
     text = str(spec)
     if text.startswith(BUILTIN_PREFIX):
         return open_builtin(text.removeprefix(BUILTIN_PREFIX))
-    if text.lower().endswith(TABLE_KINDS) and names_shards(text):
-        raise UserError(
-            f"'{text}' names tables that are not one file on this machine. Download them, and name one table, or in a "
-            "recipe all of them: data.source=[a.parquet,b.parquet]."
-        )
-    if names_shards(text):
-        return ShardSource(text)
     path = Path(text).expanduser()
+    if names_shards(text):
+        if text.lower().endswith(TABLE_KINDS):
+            raise UserError(f"'{text}' is not one table on this machine. {SEVERAL_TABLES}")
+        return ShardSource(text)
     if path.is_dir():
-        if holds_shards(path):
-            return ShardSource(text)
-        try:
-            return FolderSource(path)
-        except UserError as error:
-            tables = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in TABLE_KINDS)
-            if not tables:
-                raise
-            raise UserError(
-                f"The folder '{text}' holds no image but {len(tables)} tables, such as '{tables[0]}'. Name one table, "
-                f"or in a recipe all of them: data.source=[{','.join(tables[:2])}]."
-            ) from error
+        return ShardSource(text) if holds_shards(path) else FolderSource(path)
     if not path.exists():
         raise UserError(
             f"There is no file or folder '{text}'. Give a table ({', '.join(TABLE_KINDS)}), a folder of images with "

@@ -7,19 +7,12 @@ from typing import NamedTuple
 
 
 class Origin(NamedTuple):
-    """The place of an image.
+    """The place of an image; numbers are bytes."""
 
-    Attributes:
-        path: Path of the file or the shard, or a shard's URL; empty where the image is in no file of its own.
-        offset: Start of the image in that file, in bytes.
-        size: Size in bytes; 0 where it is unknown.
-        stamp: Changes when the image does, as far as that shows without decoding it.
-    """
-
-    path: str = ""
+    path: str = ""  # of the file or the shard, or a shard's URL; empty where the image is in no file of its own
     offset: int = 0
-    size: int = 0
-    stamp: str = ""
+    size: int = 0  # 0 where it is unknown
+    stamp: str = ""  # changes when the image does, as far as that shows without decoding it
 
 
 def file_origin(path: Path) -> Origin:

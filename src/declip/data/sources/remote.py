@@ -4,6 +4,8 @@ import errno
 import importlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,13 @@ from declip.errors import UserError
 from declip.io.atomic import FULL
 
 TRIES = 3
-PAUSE = 1.0
-"""Seconds before the second try, twice as many before the third."""
+PAUSE = 1.0  # seconds before the second try, twice as many before the third
 
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "created")
 """Fields by which file systems identify a file's version; the first that exists is used."""
 
-SIZES = "sizes.json"
-"""WebDataset's and open_clip's file next to the shards, with the number of pairs of each: {"00000.tar": 9999}."""
-
-LARGEST_SIZES = 64 << 20
-"""Bytes."""
+SIZES, LARGEST_SIZES = "sizes.json", 64 << 20
+"""WebDataset's and open_clip's file next to the shards, with the number of pairs of each, and its bytes at most."""
 
 
 class Unreachable(Exception):
@@ -38,38 +36,44 @@ def _file_system(url: str) -> tuple[Any, str]:
             f"Reading '{url}' needs fsspec. Install it: pip install 'declip[remote]', and what the kind of URL needs "
             "(s3fs, gcsfs, aiohttp for https, huggingface_hub for hf)."
         ) from error
-    system, path = core.url_to_fs(url)
-    return system, path
+    return core.url_to_fs(url)
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """Turn the errors of file systems, each of which has its own, into a `UserError`; missing files stay."""
+    try:
+        yield
+    except (UserError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        raise UserError(f"'{url}' cannot be reached: {_line(error)}.") from error
 
 
 def look_up(url: str) -> list[tuple[str, int, str]]:
-    """URL, size in bytes and version of the shards of a URL: one file, those of a pattern, or a folder's .tar files.
-
-    Raises:
-        UserError: Nothing is there, or it is unreachable.
-    """
+    """URL, size in bytes and version of the shards of a URL: one file, those of a pattern, or a folder's .tar files."""
     try:
-        system, path = _file_system(url)
-        if "*" in path or not path_of(url).lower().endswith((".tar", ".gz", ".tgz")):
-            pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
-            files = {system.unstrip_protocol(name): info for name, info in system.glob(pattern, detail=True).items()}
-        else:
-            files = {url: system.info(path)}
-        shards = [(name, int(info.get("size") or 0), _version(info)) for name, info in sorted(files.items())]
-    except FileNotFoundError as error:
+        with _reaching(url):
+            system, path = _file_system(url)
+            if "*" in path or not path_of(url).lower().endswith((".tar", ".gz", ".tgz")):
+                pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
+                globbed = system.glob(pattern, detail=True)
+                files = {system.unstrip_protocol(name): info for name, info in sorted(globbed.items())}
+            else:
+                files = {url: system.info(path)}
+    except OSError as error:
         signed = ", or its signature is no longer valid" if "?" in url else ""
         raise UserError(f"There is no shard '{url}', or its server does not answer{signed}.") from error
-    except UserError:
-        raise
-    except Exception as error:  # each file system has errors of its own
-        raise UserError(f"'{url}' cannot be reached: {_line(error)}.") from error
-    if not shards:
+    if not files:
         raise UserError(f"'{url}' holds no .tar file.")
-    return shards
-
-
-def _version(info: dict[str, Any]) -> str:
-    return next((f"{name} {info[name]}" for name in VERSIONS if info.get(name)), "")
+    return [
+        (
+            name,
+            int(info.get("size") or 0),
+            next((f"{field} {info[field]}" for field in VERSIONS if info.get(field)), ""),
+        )
+        for name, info in files.items()
+    ]
 
 
 def fetch(url: str, target: Path, size: int) -> None:
@@ -102,18 +106,16 @@ def counts(folder: str) -> dict[str, int]:
     """The number of pairs by a shard's last name, from `SIZES` in a remote folder; empty where it is missing."""
     url = f"{folder}/{SIZES}"
     try:
-        system, path = _file_system(url)
-        content = system.cat_file(path, 0, LARGEST_SIZES)
+        with _reaching(url):
+            system, path = _file_system(url)
+            content = system.cat_file(path, 0, LARGEST_SIZES)
+        sizes = json.loads(content)
+        if all(isinstance(count, int) and 0 <= count < 2**31 for count in sizes.values()):
+            return sizes
     except (FileNotFoundError, PermissionError):  # S3 denies missing files to users who may not list them
         return {}
     except UserError:
         raise
-    except Exception as error:  # each file system has errors of its own
-        raise UserError(f"'{url}' cannot be reached: {_line(error)}.") from error
-    try:
-        sizes = json.loads(content)
-        if all(isinstance(count, int) and 0 <= count < 2**31 for count in sizes.values()):
-            return sizes
     except (ValueError, RecursionError, AttributeError):
         pass
     raise UserError(f"'{url}' is not a JSON object with a number of pairs for each shard. Fix or remove it.")

@@ -4,9 +4,10 @@ import hashlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from declip.data.sources import remote
 from declip.data.sources.shard_names import expand, is_url, path_of
@@ -15,22 +16,15 @@ from declip.io.atomic import DAY, atomic_write, cache_folder
 from declip.io.memo import locked
 from declip.io.open_file import OpenFile
 
-OPEN_FILES = 64
-"""Local shards that a process keeps open; opening one on a network file system takes milliseconds."""
-
-LAYOUT = 2
-"""Raised when the index of a shard changes its meaning."""
+OPEN_FILES = 64  # local shards that a process keeps open; opening one on a network file system takes milliseconds
+LAYOUT = 3  # raised when the index of a shard changes its meaning
 
 ASKED_AT_ONCE = 16
-LOCKS = 64
-"""Number of lock files for all copies; two shards may share one and then wait for each other."""
-
 RESTING = 60.0
 """Seconds before a shard that could not be fetched is tried again: each of its pairs would wait as long."""
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """A shard that exists: its path or URL, its size in bytes, and hexadecimal digits that change when it does."""
 
     name: str
@@ -45,7 +39,7 @@ class Shard:
     @property
     def label(self) -> str:
         """The last part of its name."""
-        return path_of(self.name).replace("\\", "/").rpartition("/")[2]
+        return path_of(self.name).rpartition("/")[2]
 
 
 class UnreadableShard(Exception):
@@ -53,62 +47,50 @@ class UnreadableShard(Exception):
 
 
 def find_shards(word: str) -> list[Shard]:
-    """The shards that a word names (see `shard_names.expand`), in order.
-
-    Raises:
-        UserError: One is missing or unreachable, or no file matches.
-    """
+    """The shards that a word names (see `shard_names.expand`), in order."""
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        lists = pool.map(lambda name: remote.look_up(name) if is_url(name) else [_local(name)], expand(word))
-        return [Shard(name, size, _digest(name, size, version)) for files in lists for name, size, version in files]
+        return [shard for shards in pool.map(_look_up, expand(word)) for shard in shards]
 
 
-def _local(name: str) -> tuple[str, int, str]:
+def _look_up(name: str) -> list[Shard]:
+    if is_url(name):
+        return [_shard(url, url, size, version) for url, size, version in remote.look_up(name)]
     try:
         status = os.stat(name)
     except OSError as error:
         raise UserError(f"The shard '{name}' cannot be read: {error.strerror}.") from error
-    return name, status.st_size, str(status.st_mtime_ns)
+    return [_shard(name, str(Path(name).resolve()), status.st_size, str(status.st_mtime_ns))]
 
 
-def _digest(name: str, size: int, version: str) -> str:
-    place = name if is_url(name) else str(Path(name).resolve())
-    return hashlib.sha256(repr((LAYOUT, place, size, version)).encode(errors="surrogateescape")).hexdigest()[:32]
+def _shard(name: str, place: str, size: int, version: str) -> Shard:
+    state = repr((LAYOUT, place, size, version)).encode(errors="surrogateescape")
+    return Shard(name, size, hashlib.sha256(state).hexdigest()[:32])
 
 
 class ShardFiles:
-    """Opens shards.
+    """Opens shards; remote ones are fetched whole, and the least recently used copies removed.
 
-    A remote shard is copied into the cache when it is first opened; beyond `cache_gb` (10^9 bytes), the least recently
-    used copies are removed. Processes share the copies.
+    Args:
+        cache_gb: Limit of the copies in 10^9 bytes; the one in use stays even if it alone exceeds it.
     """
 
     def __init__(self, cache_gb: float) -> None:
         self._limit = cache_gb * 1e9
-        self._open_local = lru_cache(OPEN_FILES)(OpenFile)
         self._failed: dict[str, tuple[float, str]] = {}
+        self.open_local = lru_cache(OPEN_FILES)(OpenFile)
 
     def open(self, shard: Shard) -> OpenFile:
-        """Open a shard; a remote one stays open only while the caller holds it, since its copy may be removed.
-
-        Raises:
-            UnreadableShard: It is missing or cannot be fetched.
-            UserError: There is no room for a copy.
-        """
+        """Open a shard for reading; raises `UnreadableShard`, or `UserError` for a full disk."""
         try:
             if not shard.remote:
-                return self._open_local(shard.name)
+                return self.open_local(shard.name)
             for _ in range(3):  # another process may remove the copy before it is opened
-                path = self._fetched(shard)
-                try:
-                    return OpenFile(path)
-                except FileNotFoundError:
-                    continue
+                with suppress(FileNotFoundError):
+                    # Not kept open: it takes room on the disk until the last process closes it.
+                    return OpenFile(self._fetched(shard))
         except OSError as error:
             raise UnreadableShard(error.strerror or str(error)) from error
-        raise UnreadableShard(
-            "its copy is removed as soon as it is made; raise the environment variable DECLIP_SHARD_CACHE_GB"
-        )
+        raise UnreadableShard("its copy is removed as soon as it is made; raise DECLIP_SHARD_CACHE_GB")
 
     def _fetched(self, shard: Shard) -> Path:
         """The local copy of a remote shard, fetched if missing."""
@@ -121,7 +103,7 @@ class ShardFiles:
         since, reason = self._failed.get(shard.state, (-RESTING, ""))
         if time.monotonic() - since < RESTING:
             raise UnreadableShard(reason)
-        with locked(f"copies-{int(shard.state[:8], 16) % LOCKS}"):
+        with locked("copies", shard.state):
             if not copy.exists():
                 try:
                     with atomic_write(copy) as partial:

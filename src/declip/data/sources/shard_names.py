@@ -7,23 +7,20 @@ from pathlib import Path
 from declip.data.images.decode import EXTENSIONS
 from declip.errors import UserError
 
-SEPARATOR = "::"
-"""Joins several words into one, as in open_clip's options."""
+SEPARATOR = "::"  # joins several words into one, as in open_clip's options
 
 MOST_SHARDS = 1_000_000
 NAMES_SHOWN = 5
 
-BRACES = re.compile(r"\{([^}]*)\}")
+BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def names_shards(word: str) -> bool:
     """Whether a word can only mean shards: a tar file, a URL, a pattern, or several joined by `::`."""
-    if is_url(word) or SEPARATOR in word:
+    if is_url(word) or SEPARATOR in word or word.lower().endswith((".tar", ".tgz", ".tar.gz")):
         return True
-    exists = Path(word).expanduser().exists()
-    is_pattern = any(sign in word for sign in "*?[{") and not exists
-    return is_pattern or word.lower().endswith((".tar", ".tgz", ".tar.gz"))
+    return any(sign in word for sign in "*?[{") and not Path(word).expanduser().exists()
 
 
 def is_url(word: str) -> bool:
@@ -45,56 +42,36 @@ def holds_shards(folder: Path) -> bool:
 def expand(word: str) -> list[str]:
     """List the paths and URLs of the shards that a word names, those of a folder or a pattern sorted.
 
-    Args:
-        word: Files, folders, patterns (`*`, `?`, `[…]`), brace ranges or lists, joined by `::`. Only the braces of URLs
-            are expanded.
-
-    Raises:
-        UserError: One does not exist, nothing matches a pattern, or there are more than a million.
+    A word is files, folders, patterns (`*`, `?`, `[…]`), brace ranges or lists, joined by `::`. Only the braces of URLs
+    are expanded.
     """
     shards: list[str] = []
     for part in filter(None, map(str.strip, word.split(SEPARATOR))):
-        if not is_url(part) and Path(part).expanduser().exists():
-            shards += _of_path(Path(part).expanduser())
-            continue
-        names = _braces(part)
-        missing: list[str] = []
-        for name in names:
-            if is_url(name):
-                shards.append(name)
-            elif glob.has_magic(name):
-                shards += _of_pattern(name)
-            elif Path(name).expanduser().is_file():
-                shards.append(str(Path(name).expanduser()))
-            else:
-                missing.append(name)
-        if missing and len(names) == 1:
-            raise UserError(f"There is no shard '{part}'.")
+        names = [part] if not is_url(part) and Path(part).expanduser().exists() else _braces(part)
+        files = [_files(name) for name in names]
+        missing = [name for name, some in zip(names, files, strict=True) if not some]
         if missing:
             shown = ", ".join(missing[:NAMES_SHOWN]) + (", …" if len(missing) > NAMES_SHOWN else "")
             raise UserError(
-                f"{len(missing)} of the {len(names)} shards of '{part}' are not there: {shown}. Fetch them, or name "
-                "those that are."
+                f"There is no shard '{shown}'."
+                if len(names) == 1
+                else f"{len(missing)} of the {len(names)} shards of '{part}' are not there: {shown}. Fetch them, or "
+                "name those that are."
             )
+        shards += [file for some in files for file in some]
     if not shards:
         raise UserError(f"'{word}' names no shard. Give a .tar file, a folder of them, a pattern or a URL.")
     return shards
 
 
-def _of_path(path: Path) -> list[str]:
-    if not path.is_dir():
-        return [str(path)]
-    shards = sorted(str(file) for file in path.iterdir() if file.suffix.lower() == ".tar")
-    if not shards:
-        raise UserError(f"The folder '{path}' holds no .tar file.")
-    return shards
-
-
-def _of_pattern(pattern: str) -> list[str]:
-    files = sorted(name for name in glob.glob(str(Path(pattern).expanduser()), recursive=True) if Path(name).is_file())
-    if not files:
-        raise UserError(f"No file fits the pattern '{pattern}'.")
-    return files
+def _files(name: str) -> list[str]:
+    """A URL, or the files of a path, a folder or a pattern; none where nothing is there."""
+    path = Path(name).expanduser()
+    if is_url(name) or path.is_file():
+        return [name if is_url(name) else str(path)]
+    if path.is_dir():
+        return sorted(str(file) for file in path.iterdir() if file.suffix.lower() == ".tar")
+    return sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
 
 
 def _braces(word: str) -> list[str]:
@@ -103,23 +80,20 @@ def _braces(word: str) -> list[str]:
     while waiting:
         name = waiting.pop()
         if braces := BRACES.search(name):
-            inner = reversed(_choices(braces[1]))
-            waiting += [name[: braces.start()] + choice + name[braces.end() :] for choice in inner]
+            choices = _choices(braces[1])
+            waiting += [name[: braces.start()] + choice + name[braces.end() :] for choice in reversed(choices)]
         else:
             names.append(name)
-        if len(names) > MOST_SHARDS:
+        if len(waiting) + len(names) > MOST_SHARDS:
             raise UserError(f"'{word}' names more than {MOST_SHARDS:,} shards. Shorten its ranges.")
     return names
 
 
 def _choices(inner: str) -> list[str]:
     ends = RANGE.fullmatch(inner)
-    if "{" in inner:
-        raise UserError(f"'{{{inner}}}' has braces inside braces. Write it as several words, joined by '{SEPARATOR}'.")
     if ends is None:
         return inner.split(",")
     first, last = (int(end[:18]) for end in ends.groups())
-    if abs(last - first) >= MOST_SHARDS:
-        raise UserError(f"'{{{inner}}}' names more than {MOST_SHARDS:,} shards. Shorten its ranges.")
     step = 1 if first <= last else -1
-    return [str(number).zfill(len(ends[1])) for number in range(first, last + step, step)]
+    some = range(first, last + step, step)[: MOST_SHARDS + 1]
+    return [str(number).zfill(len(ends[1])) for number in some]

@@ -5,43 +5,45 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from declip.data.pair import BrokenPair, clean_captions, clean_keywords
-from declip.data.sources.entry import EntrySource
+from declip.data.pair import BrokenPair, as_texts, clean_captions, clean_keywords
+from declip.data.sources.entry import EntrySource, Texts
 from declip.data.sources.origin import Origin
 from declip.data.sources.remote import counts
 from declip.data.sources.shard_files import Shard, ShardFiles, UnreadableShard, find_shards
-from declip.data.sources.shard_index import PARTS, ShardIndex, cached_index, index_lock, make_index
+from declip.data.sources.shard_index import PARTS, ShardIndex, make_index
 from declip.errors import UserError
+from declip.io.memo import cached_table
 from declip.io.progress import progress_bar
 
 log = logging.getLogger("declip")
 
-LARGEST_IMAGE = 100_000_000
-"""Bytes of an image file that are read."""
+LARGEST_IMAGE, LARGEST_TEXT = 100_000_000, 1_000_000
+"""Bytes of an image file, and of a text or JSON file, that are read."""
 
-LARGEST_TEXT = 1_000_000
-"""Bytes of a text or JSON file that are read."""
+CAPTION_KEYS = ("caption", "captions", "text", "texts")  # the first that has any is read
 
-CAPTION_KEYS = ("caption", "captions", "text", "texts")
-KEYWORDS_KEY = "keywords"
-
-OPEN_INDICES = 2048
-"""Indices that stay mapped; each takes about 10 kB in addition to its map."""
-
-MANY = 8
-"""Shards above which a progress bar is shown while they are indexed."""
+OPEN_INDICES = 2048  # indices that stay mapped; each takes about 10 kB in addition to its map
+MANY = 8  # shards above which a progress bar is shown while they are indexed
 
 FETCHED_AT_ONCE = 8
-CACHE_GB = 50.0
-CACHE_GB_VARIABLE = "DECLIP_SHARD_CACHE_GB"
 
 
-class ShardSource(EntrySource["ShardEntry"]):
+class ShardEntry(NamedTuple):
+    """A pair of a shard: a row of the shard's index."""
+
+    key: str
+    shard: Shard
+    pairs: ShardIndex
+    row: int
+
+
+class ShardSource(EntrySource):
     """Pairs of tar shards: `KEY.jpg` (or another image), and `KEY.txt` or `KEY.json` or both.
 
     The text file is one caption. The JSON file may have "caption" or "text", a string or a list of them, and
@@ -50,13 +52,6 @@ class ShardSource(EntrySource["ShardEntry"]):
     Args:
         word: One or more shards: a file, a folder, a pattern, a brace range, a URL, or several joined by `::`.
         cache_gb: Size of the local cache of remote shards, in 10^9 bytes; by default DECLIP_SHARD_CACHE_GB or 50.
-
-    Attributes:
-        blocks: (shards,) int64, the number of pairs of each shard, in order.
-        remote: Whether any shard has to be fetched.
-
-    Raises:
-        UserError: A shard is missing, unreachable, compressed or no tar archive, or none holds a pair.
     """
 
     blocks: np.ndarray
@@ -64,11 +59,14 @@ class ShardSource(EntrySource["ShardEntry"]):
     def __init__(self, word: str, cache_gb: float | None = None) -> None:
         cache_gb = _cache_gb() if cache_gb is None else cache_gb
         self._arguments = (word, cache_gb)
-        self._files = ShardFiles(cache_gb)
+        self.files = ShardFiles(cache_gb)
         self._shards = find_shards(word)
         self._index_of = lru_cache(OPEN_INDICES)(self._opened_index)
         self.remote = any(shard.remote for shard in self._shards)
-        self.name = self._shards[0].label if len(self._shards) == 1 else _short(word)
+        parts = word.rstrip("/").split("/")[-2:]
+        self.name = "/".join(parts if set(parts[-1]) & set("{*?[") else parts[-1:])
+        if len(self._shards) == 1:
+            self.name = self._shards[0].label
         self.blocks = self._count()
         self._ends = np.cumsum(self.blocks)
         if not len(self):
@@ -80,54 +78,90 @@ class ShardSource(EntrySource["ShardEntry"]):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def entry(self, index: int) -> "ShardEntry":
-        return ShardEntry(self, index)
-
-    def texts(self, entry: "ShardEntry") -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return entry.texts()
-
-    def content(self, entry: "ShardEntry") -> bytes:
-        return entry.content("image", LARGEST_IMAGE)
-
-    def origin(self, index: int) -> Origin:
-        shard, entries, row = self.place(index)
-        at, size = entries.part(row, "image") or (0, 0)
-        return Origin(shard.name, at, size, f"{shard.state[:16]}-{at}-{size}")
-
-    def __reduce__(self) -> tuple[type["ShardSource"], tuple[object, ...]]:
-        """Pickled as its arguments, so that a worker process opens the shards itself."""
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a worker process opens the shards itself
         return ShardSource, self._arguments
 
-    def place(self, index: int) -> tuple[Shard, ShardIndex, int]:
-        """The shard of a pair, the shard's index and the pair's row in it; raises `BrokenPair`."""
+    def entry(self, index: int) -> ShardEntry:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, "right"))
         shard, row = self._shards[number], index - int(self._ends[number] - self.blocks[number])
         try:
-            entries = self._index_of(number)
+            pairs = self._index_of(number)
+            if row >= len(pairs):
+                counted = f"the shard holds {len(pairs):,} pairs instead of {self.blocks[number]:,}"
+                raise BrokenPair("missing in shard", f"{shard.label}, pair {row}", counted)
         except (UnreadableShard, UserError) as error:
             raise BrokenPair("unreadable shard", f"{shard.label}, pair {row}", str(error)) from error
-        if row >= len(entries):
-            counted = f"the shard holds {len(entries):,} pairs instead of {self.blocks[number]:,}"
-            raise BrokenPair("missing in shard", f"{shard.label}, pair {row}", counted)
-        return shard, entries, row
+        if pairs.damage is not None and row == len(pairs) - 1:
+            raise BrokenPair("damaged shard", shard.label, f"{pairs.damage}; what follows is lost")
+        key = f"{shard.label}/{pairs.key(row)}"
+        if all(pairs.part(row, part) is None for part in PARTS):
+            raise BrokenPair("dot in key", key, "WebDataset ends a key at the first dot; write shards without")
+        return ShardEntry(key, shard, pairs, row)
 
-    def read(self, shard: Shard, at: int, size: int) -> bytes:
-        """Bytes of a shard, fewer at its end; raises `UnreadableShard`."""
+    def content(self, entry: ShardEntry) -> bytes:
+        return self._read(entry, "image", LARGEST_IMAGE, "image too large")
+
+    def texts(self, entry: ShardEntry) -> Texts:
+        captions: list[str | None] = []
+        keywords: tuple[str, ...] = ()
+        has_text, has_json = (entry.pairs.part(entry.row, part) is not None for part in ("text", "json"))
+        if has_text:
+            captions.append(self._unicode(entry, "text"))
+        if has_json:
+            row = self._parsed(entry)
+            cells = (as_texts(row.get(name), "unreadable JSON", entry.key) for name in CAPTION_KEYS)
+            captions += next((texts for texts in cells if any(texts)), [])
+            keywords = clean_keywords(row["keywords"]) if isinstance(row.get("keywords"), list) else ()
+        if not captions:
+            raise BrokenPair("missing caption", entry.key, "no .txt, and no .json with a caption")
+        return clean_captions(captions, entry.key), keywords
+
+    def origin(self, index: int) -> Origin:
+        entry = self.entry(index)
+        at, size = entry.pairs.part(entry.row, "image") or (0, 0)
+        return Origin(entry.shard.name, at, size, f"{entry.shard.state[:16]}-{at}-{size}")
+
+    def _read(self, entry: ShardEntry, part: str, most: int, reason: str) -> bytes:
+        """The bytes of a part that must be there and no larger; raises `BrokenPair`."""
+        place = entry.pairs.part(entry.row, part)
+        if place is None:
+            raise BrokenPair(f"missing {part}", entry.key, "the shard has none of this key")
+        at, size = place
+        if size > most:
+            raise BrokenPair(reason, entry.key, f"{part} of {size:,} bytes, at most {most:,}")
         try:
-            return self._files.open(shard).read(size, at)
-        except OSError as error:
-            raise UnreadableShard(error.strerror or str(error)) from error
+            content = self.files.open(entry.shard).read(size, at)
+        except (UnreadableShard, OSError) as error:
+            raise BrokenPair("unreadable shard", entry.key, str(error)) from error
+        if len(content) < size:
+            raise BrokenPair("truncated shard", entry.key, f"{len(content):,} of {size:,} bytes of the {part}")
+        return content
+
+    def _unicode(self, entry: ShardEntry, part: str) -> str:
+        try:
+            return self._read(entry, part, LARGEST_TEXT, "caption too long").decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BrokenPair("invalid text", entry.key, f"not UTF-8: {error}") from error
+
+    def _parsed(self, entry: ShardEntry) -> dict[str, Any]:
+        fault = "not an object"
+        try:
+            if isinstance(row := json.loads(self._unicode(entry, "json")), dict):
+                return row
+        except (ValueError, RecursionError) as error:
+            fault = str(error)
+        raise BrokenPair("unreadable JSON", entry.key, fault)
 
     def _opened_index(self, number: int) -> ShardIndex:
         shard = self._shards[number]
-        entries = cached_index(shard.state)
-        if entries is not None:
-            return entries
-        with index_lock(shard.state):
-            entries = cached_index(shard.state)
-            return make_index(self._files.open(shard), shard.name, shard.state) if entries is None else entries
+
+        def make() -> tuple[pa.Schema, list[pa.RecordBatch]]:
+            batch = make_index(self.files.open(shard), shard.name)
+            return batch.schema, [batch]
+
+        return ShardIndex(cached_table("shards/index", shard.state, make))
 
     def _count(self) -> np.ndarray:
         """The number of pairs of each shard: from `sizes.json` next to remote ones, else from the indices."""
@@ -135,108 +169,33 @@ class ShardSource(EntrySource["ShardEntry"]):
         folders = [s.name.rpartition("/")[0] if s.remote and "?" not in s.name else "" for s in self._shards]
         promised = {folder: counts(folder) for folder in sorted(set(folders) - {""})}
         sizes = [promised.get(folder, {}).get(s.label) for folder, s in zip(folders, self._shards, strict=True)]
-        open_ones = [number for number, count in enumerate(sizes) if count is None]
-        new = sum(cached_index(self._shards[number].state) is None for number in open_ones)
-        with ThreadPoolExecutor(FETCHED_AT_ONCE if self.remote else 1) as pool:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            with progress_bar(*columns, shown=new > MANY, transient=True) as bar:
-                lengths = bar.track(pool.map(self._length, open_ones), len(open_ones), description="Indexing shards")
-                for number, length in zip(open_ones, lengths, strict=True):
-                    sizes[number] = length
+        unknown = [number for number, count in enumerate(sizes) if count is None]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with (
+            ThreadPoolExecutor(FETCHED_AT_ONCE if self.remote else 1) as pool,
+            progress_bar(*columns, shown=len(unknown) > MANY, transient=True) as bar,
+        ):
+            lengths = bar.track(pool.map(self._length, unknown), len(unknown), description="Indexing shards")
+            for number, length in zip(unknown, lengths, strict=True):
+                sizes[number] = length
         return np.array(sizes, np.int64)
 
     def _length(self, number: int) -> int:
+        name = self._shards[number].name
         try:
-            entries = self._opened_index(number)
-            if entries.damage is not None:
-                name, used = self._shards[number].name, len(entries) - 1
-                log.warning("The shard '%s' is damaged: %s. Its first %d pairs are used.", name, entries.damage, used)
-            return len(entries)
+            pairs = self._index_of(number)
         except UnreadableShard as error:
-            raise UserError(f"The shard '{self._shards[number].name}' cannot be read: {error}.") from error
-
-
-def _short(word: str) -> str:
-    """The last part of a word that names many shards, with the folder's name where it is a pattern."""
-    folder, _, last = word.rstrip("/").rpartition("/")
-    return f"{folder.rpartition('/')[2]}/{last}" if set(last) & set("{*?[") and folder else last
-
-
-class ShardEntry:
-    """A pair of a shard, located but not read."""
-
-    def __init__(self, source: ShardSource, index: int) -> None:
-        self._source = source
-        self._shard, self._index, self._row = source.place(index)
-        if self._index.damage is not None and self._row == len(self._index) - 1:
-            raise BrokenPair("damaged shard", self._shard.label, f"{self._index.damage}; what follows is lost")
-        self.key = f"{self._shard.label}/{self._index.key(self._row)}"
-        if all(self._index.part(self._row, part) is None for part in PARTS):
-            raise BrokenPair("dot in key", self.key, "WebDataset ends a key at the first dot; write shards without")
-
-    def content(self, part: str, most: int) -> bytes:
-        """The bytes of a part that must be there; raises `BrokenPair`."""
-        place = self._index.part(self._row, part)
-        if place is None:
-            raise BrokenPair(f"missing {part}", self.key, "the shard has none of this key")
-        at, size = place
-        if size > most:
-            reason = "image too large" if part == "image" else "caption too long"
-            raise BrokenPair(reason, self.key, f"{part} of {size:,} bytes, at most {most:,}")
-        try:
-            content = self._source.read(self._shard, at, size)
-        except UnreadableShard as error:
-            raise BrokenPair("unreadable shard", self.key, str(error)) from error
-        if len(content) < size:
-            raise BrokenPair("truncated shard", self.key, f"{len(content):,} of the {part}'s {size:,} bytes are there")
-        return content
-
-    def texts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Captions and keywords; raises `BrokenPair`."""
-        captions: list[str | None] = []
-        keywords: tuple[str, ...] = ()
-        text, described = (self._index.part(self._row, part) for part in ("text", "json"))
-        if text is not None:
-            captions.append(self._unicode("text"))
-        if described is not None:
-            row = self._parsed()
-            captions += _captions(row, self.key)
-            keywords = clean_keywords(row[KEYWORDS_KEY]) if isinstance(row.get(KEYWORDS_KEY), list) else ()
-        if text is None and (described is None or not captions):
-            raise BrokenPair("missing caption", self.key, "no .txt, and no .json with a caption")
-        return clean_captions(captions, self.key), keywords
-
-    def _unicode(self, part: str) -> str:
-        try:
-            return self.content(part, LARGEST_TEXT).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BrokenPair("invalid text", self.key, f"not UTF-8: {error}") from error
-
-    def _parsed(self) -> dict[str, Any]:
-        try:
-            row = json.loads(self._unicode("json"))
-        except (ValueError, RecursionError) as error:
-            raise BrokenPair("unreadable JSON", self.key, str(error)) from error
-        if not isinstance(row, dict):
-            raise BrokenPair("unreadable JSON", self.key, "not an object")
-        return row
-
-
-def _captions(row: dict[str, Any], key: str) -> list[str | None]:
-    """The captions of a parsed JSON file, from the first of `CAPTION_KEYS` that has any."""
-    for name in CAPTION_KEYS:
-        cell = row.get(name)
-        captions = cell if isinstance(cell, list) else [cell]
-        if not all(caption is None or isinstance(caption, str) for caption in captions):
-            raise BrokenPair("unreadable JSON", key, f"{name} is no text: {str(cell)[:40]}")
-        if any(captions):
-            return captions
-    return []
+            raise UserError(f"The shard '{name}' cannot be read: {error}.") from error
+        if pairs.damage is not None:
+            log.warning(
+                "The shard '%s' is damaged: %s. Its first %d pairs are used.", name, pairs.damage, len(pairs) - 1
+            )
+        return len(pairs)
 
 
 def _cache_gb() -> float:
-    given = os.environ.get(CACHE_GB_VARIABLE, str(CACHE_GB))
+    given = os.environ.get("DECLIP_SHARD_CACHE_GB", "50")
     try:
         return float(given)
     except ValueError:
-        raise UserError(f"{CACHE_GB_VARIABLE} is '{given}'; give a number of 10^9 bytes, such as 50.") from None
+        raise UserError(f"DECLIP_SHARD_CACHE_GB is '{given}'; give a number of 10^9 bytes, such as 50.") from None

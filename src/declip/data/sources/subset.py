@@ -60,13 +60,13 @@ class Subset(DerivedSource):
         return self.source, int(self.indices[index])
 
 
-def take(source: PairSource, count: int, seed: int) -> Subset:
-    """Choose pairs without replacement; a larger count keeps all that a smaller one chose.
+def choose(name: str, size: int, count: int, seed: int) -> np.ndarray:
+    """Choose pairs without replacement, rising; a larger count keeps all that a smaller one chose."""
+    if count > size:
+        raise UserError(f"data.max_pairs={count}, but '{name}' has {size}. Ask for at most that many.")
+    return np.sort(np.random.default_rng((seed, size)).permutation(size)[:count])
 
-    Raises:
-        UserError: The source has fewer.
-    """
-    if count > len(source):
-        raise UserError(f"data.max_pairs={count}, but '{source.name}' has {len(source)}. Ask for at most that many.")
-    order = np.random.default_rng((seed, len(source))).permutation(len(source))
-    return Subset(source, np.sort(order[:count]))
+
+def take(source: PairSource, count: int, seed: int) -> Subset:
+    """Choose some pairs of a source, see `choose`."""
+    return Subset(source, choose(source.name, len(source), count, seed))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, clean_captions, printable
-from declip.data.sources.csv import Delimited
-from declip.data.sources.entry import EntrySource
+from declip.data.sources.delimited import DelimitedRows
+from declip.data.sources.entry import EntrySource, Texts
 from declip.data.sources.rows import JsonRows, ParquetRows, TableRow, TableRows
 from declip.errors import UserError
 
@@ -17,37 +17,29 @@ IMAGE_NAMES = ("image", "image_path", "filepath", "file_path", "path", "filename
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
 """Column names of public sets, most telling first; tried when the default column is missing."""
 
-KEYWORD_NAMES = ("keywords",)
-
-MOST_COMPARED = 1_000
-"""Columns among which a similar name is looked for; a file can have millions."""
+MOST_COMPARED = 1_000  # columns among which a similar name is looked for; a file can have millions
 
 KINDS: dict[str, Callable[[Path], TableRows]] = {
     ".jsonl": JsonRows,
     ".json": JsonRows,  # the official list of YFCC15M is named so
-    ".csv": partial(Delimited, delimiter=","),
-    ".tsv": partial(Delimited, delimiter="\t"),
+    ".csv": partial(DelimitedRows, delimiter=","),
+    ".tsv": partial(DelimitedRows, delimiter="\t"),
     ".parquet": ParquetRows,
 }
 TABLE_KINDS = tuple(KINDS)
 
 
-class TableSource(EntrySource[TableRow]):
+class TableSource(EntrySource):
     """Pairs from the rows of a table.
 
-    Rows with the same image are one pair with several captions, in the order of the file. The same image is the same
-    path as written or, for images in Parquet, the same bytes. In JSONL and Parquet captions and keywords may be lists.
+    Rows with the same image, by its path as written or by its bytes, are one pair with several captions. In JSONL and
+    Parquet captions and keywords may be lists.
 
     Args:
-        path: The table.
         image_column: Column of image paths or, in Parquet, of bytes or structs of `bytes` and `path`.
-        caption_column: Column of captions.
         image_root: Folder that paths are relative to and may not leave, not even by a link. None: the table's folder,
             and any path is allowed.
-        keyword_column: Column of keywords, a list or a text separated by ";" or ","; optional unless it is named.
-
-    Raises:
-        UserError: The table is missing, empty or no table, or a column is missing.
+        keyword_column: Optional unless another name is given.
     """
 
     def __init__(
@@ -74,8 +66,10 @@ class TableSource(EntrySource[TableRow]):
         image = find_column(columns, image_column, IMAGE_NAMES, "image", path)
         caption = find_column(columns, caption_column, CAPTION_NAMES, "caption", path)
         keywords = None
-        if caption != image and (keyword_column != KEYWORD_NAMES[0] or has_column(columns, KEYWORD_NAMES)):
-            keywords = find_column(columns, keyword_column, KEYWORD_NAMES, "keyword", path)
+        if caption != image and (keyword_column != "keywords" or "keywords" in by_lower_name(columns)):
+            keywords = find_column(columns, keyword_column, ("keywords",), "keyword", path)
+        if isinstance(self.rows, ParquetRows):
+            self.rows.check_types(image, caption)
         self.rows.choose(image, caption, keywords)
         if not len(self.rows):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
@@ -86,7 +80,7 @@ class TableSource(EntrySource[TableRow]):
     def entry(self, index: int) -> TableRow:
         return self.rows.row(index)
 
-    def texts(self, entry: TableRow) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def texts(self, entry: TableRow) -> Texts:
         return clean_captions(entry.captions(), entry.key), entry.keywords()
 
     def content(self, entry: TableRow) -> Path | bytes:
@@ -101,14 +95,13 @@ class TableSource(EntrySource[TableRow]):
             return image_below(self.root, image, entry.key, follow=True)
         return Path(os.path.normpath(self.root / os.path.expanduser(image)))
 
-    def __reduce__(self) -> tuple[type["TableSource"], tuple[object, ...]]:
-        # A worker process opens the table itself.
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a worker process opens the table itself
         return TableSource, self._arguments
 
 
-def has_column(columns: Sequence[str], usual: Sequence[str]) -> bool:
-    """Whether a column has one of the usual names, compared without case."""
-    return not {name.strip().lower() for name in columns}.isdisjoint(usual)
+def by_lower_name(columns: Sequence[str]) -> dict[str, str]:
+    """Columns by their names without case; the first of several."""
+    return {name.strip().lower(): name for name in reversed(columns)}
 
 
 def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path) -> str:
@@ -117,13 +110,10 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
     Args:
         usual: Usual names, the default first; compared without case.
         what: The content of the column, for the message.
-
-    Raises:
-        UserError: None of them exists; the message lists the columns and the nearest. Or two columns have the name.
     """
     if given in columns:
         return only_one(columns, given, path)
-    lower = {name.strip().lower(): name for name in reversed(columns)}
+    lower = by_lower_name(columns)
     for name in usual if given == usual[0] else ():
         if name in lower:
             return only_one(columns, lower[name], path)

@@ -11,7 +11,6 @@ import numpy as np
 from declip.data.batch import IGNORED
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.data.text.synonyms import synonyms
-from declip.errors import UserError
 
 _MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens, as in BERT
 
@@ -34,19 +33,12 @@ STOP_WORDS = frozenset(_STOPS.split())
 def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) -> str:
     """Change a caption a little: one of synonym replacement, random swap and random deletion, a third each.
 
-    With n = max(1, int(alpha * words)), as the EDA paper sets it:
-
-    - replacement: n different words, chosen among those that have synonyms and aren't stop words, become one of their
-      synonyms wherever they stand; capitals and punctuation around a word stay. A caption without such a word stays as
-      it is.
-    - swap: n times, two words at different places change places.
-    - deletion: each word is deleted with probability alpha, but never all of them. Short captions often stay complete.
+    As in the EDA paper, n = max(1, int(alpha * words)) words that have synonyms and aren't stop words are replaced, or
+    two words are swapped n times, or each word is deleted with probability alpha, but never all of them. Capitals and
+    punctuation stay; a caption of one word, or none, is unchanged.
 
     Args:
         alpha: Fraction of words to change, in [0, 1].
-
-    Returns:
-        The changed caption, its words separated by single spaces; a caption of one word, or none, is unchanged.
     """
     words = caption.split()
     if len(words) < 2:
@@ -96,7 +88,7 @@ def delete_words(words: Sequence[str], probability: float, generator: np.random.
 
 
 def mask_tokens(
-    ids: np.ndarray | Sequence[int],
+    ids: Sequence[int],
     generator: np.random.Generator,
     tokenizer: CaptionTokenizer,
     probability: float = 0.15,
@@ -112,15 +104,9 @@ def mask_tokens(
         probability: Probability of choosing a token, in [0, 1].
 
     Returns:
-        The corrupted ids (L,), and the labels (L,): the original id where a token was chosen, -100 elsewhere. A short
-        text often has no chosen token.
-
-    Raises:
-        UserError: Start or end is missing.
+        The corrupted ids (L,), and the labels (L,): the original id where a token was chosen, -100 elsewhere.
     """
-    masked = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-    if masked[:1] != [tokenizer.start] or tokenizer.end not in masked:
-        raise UserError("The token ids lack start or end; give them as this tokenizer's encode returns them.")
+    masked = list(ids)
     labels = [IGNORED] * len(masked)
     draws = generator.random(masked.index(tokenizer.end) - 1)
     for place in np.flatnonzero(draws < probability).tolist():

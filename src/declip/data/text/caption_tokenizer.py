@@ -1,8 +1,11 @@
 """The base class of caption tokenizers: special ids, encoding, decoding, and padded batches."""
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
+import tokenizers
 import torch
 
 from declip.errors import UserError
@@ -20,23 +23,48 @@ class CaptionTokenizer(ABC):
         vocabulary: Number of ids.
         start, end, mask, padding: Special ids; with CLIP's tokenizer padding is also a word's.
         words: The ids of words.
+        library: The `tokenizers` library's own object.
     """
 
-    context: int
     vocabulary: int
     start: int
     end: int
     mask: int
     padding: int
     words: Sequence[int]
+    library: tokenizers.Tokenizer
+
+    def __init__(self, context: int) -> None:
+        if context < 3:
+            raise UserError(f"The context is {context} tokens; start, end and a word need 3 at least.")
+        self.context = context
 
     @abstractmethod
+    def word_ids(self, text: str) -> Iterable[int]:
+        """The ids of all words of a text, one by one."""
+
+    @abstractmethod
+    def spell(self, ids: list[int]) -> str:
+        """The text of ids of words and masks."""
+
     def encode(self, text: str) -> list[int]:
         """Encode one text as start, its words' ids and end; the words are truncated to `context` ids in total."""
+        if not isinstance(text, str):
+            raise UserError(f"A text must be a string; {type(text).__name__} was given: {text!r:.60}.")
+        return [self.start, *islice(self.word_ids(text), self.context - 2), self.end]
 
-    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids, with or without start and end; ids after the first end (padding) are ignored."""
+        kept: list[int] = []
+        for number in ids:
+            token = operator.index(number)
+            if token == self.end:
+                break
+            if not 0 <= token < self.vocabulary:
+                raise UserError(f"Token id {token} was given; this vocabulary has 0 to {self.vocabulary - 1}.")
+            if token != self.start:
+                kept.append(token)
+        return self.spell(kept)
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Encode one text or several as (n, L) int64, L the longest, rounded up to 8 and at most `context`."""

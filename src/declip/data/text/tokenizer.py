@@ -7,10 +7,10 @@ license in assets/LICENSE.clip.txt.
 
 import gzip
 import html
-import operator
 from collections.abc import Iterable
 from functools import lru_cache
 from importlib.resources import files
+from itertools import chain
 
 import ftfy
 import regex
@@ -33,74 +33,37 @@ class Tokenizer(CaptionTokenizer):
     Ids equal those of OpenAI's and open_clip's `SimpleTokenizer` for every text with one exception: nothing in a text
     is read as a special token. A caption with "<|endoftext|>" in it is spelled out as punctuation and letters, so
     start, end and mask stand only where this class or `mask_tokens` puts them, and pooling at the first end token is
-    safe.
+    safe. Texts are decoded in lower case with single spaces; encoding them again gives the same ids.
 
     Each string between two spaces is looked up in a bounded cache; only a new one goes to the `tokenizers` library, by
-    one call. So that library's thread pool is never started: an instance can be used by threads, forked and pickled,
-    whatever TOKENIZERS_PARALLELISM is set to.
+    one call. So that library's thread pool is never started, whatever TOKENIZERS_PARALLELISM is set to.
 
     Args:
         context: Largest number of ids of a text, start and end included.
         merges: Number of CLIP's merges to use, the first ones; None for all 48,894. Few merges make a small vocabulary
             for small models.
-
-    Raises:
-        UserError: The context is below 3, or there are not so many merges.
     """
 
     def __init__(self, context: int = 77, merges: int | None = None) -> None:
-        merges = _MERGES if merges is None else merges
-        if context < 3:
-            raise UserError(f"The context is {context} tokens; start, end and a word need 3 at least.")
-        if not 0 <= merges <= _MERGES:
-            raise UserError(f"{merges:,} merges were given; CLIP's vocabulary has 0 to {_MERGES:,}.")
-        self.context = context
-        self.merges = merges
-        self.start = 512 + merges
-        self.end = self.start + 1
-        self.mask = self.end + 1
+        super().__init__(context)
+        self.merges = _MERGES if merges is None else merges
+        if not 0 <= self.merges <= _MERGES:
+            raise UserError(f"{self.merges:,} merges were given; CLIP's vocabulary has 0 to {_MERGES:,}.")
+        self.words = range(512 + self.merges)
+        self.start, self.end, self.mask = (len(self.words) + number for number in range(3))
         self.vocabulary = self.mask + 1
         self.padding = 0
-        self.words = range(self.start)
-        self._words = _words(merges)
+        self._bpe = _bpe(self.merges)
+        self.library = self._bpe.library
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[int, int]]:
         return type(self), (self.context, self.merges)
 
-    @property
-    def library(self) -> tokenizers.Tokenizer:
-        """The `tokenizers` library's encoder of strings between two spaces."""
-        return self._words.encoder
+    def word_ids(self, text: str) -> Iterable[int]:
+        return chain.from_iterable(map(self._bpe.encode, clean(text).split(" ")))
 
-    def encode(self, text: str) -> list[int]:
-        if not isinstance(text, str):
-            raise UserError(f"A text must be a string; {type(text).__name__} was given: {text!r:.60}.")
-        ids = [self.start]
-        encode = self._words.encode
-        for word in clean(text).split(" "):
-            ids += encode(word)
-            if len(ids) >= self.context:
-                del ids[self.context - 1 :]
-                break
-        ids.append(self.end)
-        return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decode to lower-case words with single spaces, `<|mask|>` where a word is masked.
-
-        Encoding the text again gives the same ids, if it was not truncated.
-        """
-        pieces: list[bytes] = []
-        for number in ids:
-            token = operator.index(number)
-            if token == self.end:
-                break
-            if token == self.mask:
-                pieces.append(b" <|mask|> ")
-            elif 0 <= token < self.start:
-                pieces.append(self._words.pieces[token])
-            elif token != self.start:
-                raise UserError(f"Token id {token} was given; this vocabulary has 0 to {self.mask}.")
+    def spell(self, ids: list[int]) -> str:
+        pieces = (b" <|mask|> " if token == self.mask else self._bpe.pieces[token] for token in ids)
         return " ".join(b"".join(pieces).decode("utf-8", errors="replace").split())
 
 
@@ -112,7 +75,7 @@ def clean(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-class _Words:
+class _BytePairs:
     """Byte-pair encoding of strings between two spaces, with the first `merges` of CLIP's merges."""
 
     def __init__(self, merges: int) -> None:
@@ -120,29 +83,22 @@ class _Words:
         pairs = [(left, right) for left, right in map(str.split, _merge_lines()[:merges])]
         ended = [letter + "</w>" for letter in letters.values()]
         vocabulary = [*letters.values(), *ended, *(left + right for left, right in pairs)]
-        self.encoder = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={piece: number for number, piece in enumerate(vocabulary)},
-                merges=pairs,
-                end_of_word_suffix="</w>",
-            )
-        )
-        self.encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        numbers = {piece: number for number, piece in enumerate(vocabulary)}
+        self.library = tokenizers.Tokenizer(models.BPE(vocab=numbers, merges=pairs, end_of_word_suffix="</w>"))
+        self.library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._cached = lru_cache(maxsize=2**16)(self._encode)
-        byte_of = {letter: byte for byte, letter in letters.items()}
-        self.pieces = [_spell(piece, byte_of) for piece in vocabulary]
+        bytes_of = {ord(letter): byte for byte, letter in letters.items()}
+        self.pieces = [piece.replace("</w>", " ").translate(bytes_of).encode("latin-1") for piece in vocabulary]
 
     def encode(self, word: str) -> tuple[int, ...]:
         """Return a word's ids."""
         return self._cached(word) if len(word) <= _LONGEST_CACHED else self._encode(word)
 
     def _encode(self, word: str) -> tuple[int, ...]:
-        return tuple(self.encoder.encode(_PIECE.findall(word), is_pretokenized=True).ids)
+        return tuple(self.library.encode(_PIECE.findall(word), is_pretokenized=True).ids)
 
 
-@lru_cache(maxsize=4)
-def _words(merges: int) -> _Words:
-    return _Words(merges)
+_bpe = lru_cache(maxsize=4)(_BytePairs)
 
 
 @lru_cache(maxsize=1)
@@ -160,8 +116,3 @@ def _byte_letters() -> dict[int, str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-def _spell(piece: str, byte_of: dict[str, int]) -> bytes:
-    word = piece.removesuffix("</w>")
-    return bytes(byte_of[letter] for letter in word) + (b" " if word != piece else b"")

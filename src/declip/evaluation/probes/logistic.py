@@ -1,96 +1,70 @@
 """Multinomial logistic regression on features in memory: scikit-learn's optimum, in fewer passes."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import cross_entropy
 
 from declip.errors import UserError
 
-BLOCK = {"cpu": 1 << 20}
-"""Number of scores held at a time, by kind of device."""
-OTHER_BLOCK = 1 << 26
-
-FIRST_STAGE = 20
-"""Iterations after which the curvature is estimated anew; see `LogisticProblem.fit`."""
-CURVATURE_FACTOR = 0.3
-"""Factor on the mean of p (1 - p): it suits both the start of a fit and its end, where p is nearer to 0 and 1."""
-SAMPLE = 8
-"""Rows per feature that the covariance is estimated on, at least."""
-ROUNDING = 64 * np.finfo(np.float64).eps
-CURVATURE_ROWS = 4096
-"""Rows that curvature and loss are estimated on, at least."""
+BLOCK, BLOCK_ON_GPU = 1 << 20, 1 << 26  # scores held at a time
+FIRST_STAGE = 20  # iterations after which the curvature is estimated anew
+SAMPLE = 4096
+"""Rows that curvature and covariance are estimated on, at least. They set the step lengths, not the minimum."""
+ROUNDING = 64 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A fitted linear classifier.
+    """A fitted linear classifier, of the K classes that had images to fit on."""
 
-    Attributes:
-        weight, bias: (K, d) and (K,) float64, with K classes that had images to fit on.
-        present: (K,) int64, the class of each row, ascending.
-        C: Inverse strength of the penalty, scikit-learn's.
-        loss: Minimum of the mean loss with its penalty.
-        converged: Whether the tolerance was reached within the iterations allowed.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    present: Tensor
-    C: float
-    loss: float
+    weight: Tensor  # (K, d) float64
+    bias: Tensor  # (K,) float64
+    present: Tensor  # (K,) int64, the class of each row, ascending
+    C: float  # inverse strength of the penalty, scikit-learn's
     iterations: int
     converged: bool
 
     def scores(self, features: Tensor) -> Tensor:
-        """Features (n, d) → logits (n, K) in the features' dtype, on the features' device."""
-        weight, bias = self.weight.to(features), self.bias.to(features)
-        return torch.addmm(bias, features, weight.T)
+        """Features (n, d) → logits (n, K) in their dtype, on their device."""
+        return torch.addmm(self.bias.to(features), features, self.weight.to(features).T)
 
-    def predict(self, features: Tensor) -> Tensor:
-        """Features (n, d) → the likeliest class of each row, (n,) int64 on their device; -1 where a score is NaN."""
-        rows = max(1, _block(features.device) // len(self.present))
-        best = [self.scores(part).max(1) for part in features.split(rows)]
-        likeliest = self.present.to(features.device)[torch.cat([part.indices for part in best])]
-        return likeliest.where(~torch.cat([part.values for part in best]).isnan(), -1)
-
-    def cross_entropy(self, features: Tensor, labels: Tensor) -> float:
-        """Mean loss of the rows (n, d) whose class was fitted, without the penalty; 0 where there is none."""
-        known = torch.isin(labels, self.present.to(labels.device))
-        features, targets = features[known], torch.searchsorted(self.present.to(labels.device), labels[known])
-        rows = max(1, _block(features.device) // len(self.present))
-        total = 0.0
-        for part, target in zip(features.split(rows), targets.split(rows), strict=True):
-            total += float(cross_entropy(self.scores(part), target, reduction="sum"))
-        return total / max(1, len(targets))
+    def measure(self, features: Tensor, labels: Tensor) -> tuple[np.ndarray, float]:
+        """Whether each row (n, d) is right, (n,) bool; NaN is not. And the mean loss of the rows of fitted classes."""
+        present, rows = self.present.to(labels.device), _block_rows(features, len(self.present))
+        right, total = [], 0.0
+        for part, wanted in zip(features.split(rows), labels.split(rows), strict=True):
+            scores, known = self.scores(part), torch.isin(wanted, present)
+            best = scores.max(1)
+            right.append((present[best.indices] == wanted) & ~best.values.isnan())
+            targets = torch.searchsorted(present, wanted[known])
+            total += float(cross_entropy(scores[known], targets, reduction="sum"))
+        return torch.cat(right).cpu().numpy(), total / max(1, int(torch.isin(labels, present).sum()))
 
 
 class LogisticProblem:
     """Features and labels, prepared once for fits with any number of values of C.
 
-    The objective is that of scikit-learn's `LogisticRegression`: the sum of the losses, and the squared weights over
-    2 C; the bias is free. Here it is divided by n, which moves no minimum::
+    The objective is that of scikit-learn's `LogisticRegression`, divided by n, which moves no minimum::
 
         sum(cross_entropy(X[i] @ W.T + b, y[i]) for i in range(n)) / n + (W ** 2).sum() / (2 * C * n)
 
-    With two classes scikit-learn has one vector w = W[1] - W[0] and the penalty w ** 2 / (2 C). At the minimum
-    W[0] = -W[1], so that is the same as halving C here, and C is halved.
+    With two classes scikit-learn has one vector w = W[1] - W[0] with the penalty w ** 2 / (2 C). At the minimum
+    W[0] = -W[1], so that C is halved here.
 
-    Two changes of variables leave the minimum where it is and save most iterations. The features are centered, which
-    the bias absorbs. And L-BFGS moves in coordinates in which the loss has about the same curvature in every
-    direction: its Hessian is nearly k S + I / (C n), with the features' covariance S and the curvature k of the
-    softmax, which is bounded this way by Böhning (1992), "Multinomial logistic regression algorithm".
+    Two changes of variables leave the minimum where it is and save most iterations. The features are centered and
+    turned to the axes of their covariance. And L-BFGS moves in coordinates in which the loss has about the same
+    curvature in every direction: its Hessian is nearly k S + I / (C n), with the covariance S and the curvature k of
+    the softmax, which is bounded this way by Böhning (1992), "Multinomial logistic regression algorithm".
 
     Args:
         features: (n, d), any float dtype.
         labels: (n,) int64. Classes without a row are never predicted.
-        dtype: dtype of the features and the scores; losses, gradients and weights are always float64.
-
-    Raises:
-        UserError: fewer than two classes have a row, or a feature is not finite.
+        dtype: dtype of the features and the scores; losses and weights are always float64.
     """
 
     def __init__(
@@ -104,26 +78,23 @@ class LogisticProblem:
         self.present, compact = labels.unique(return_inverse=True)
         if len(self.present) < 2:
             raise UserError(f"A probe needs at least two classes; these {len(labels):,} images are of 1.")
-        self.labels = compact.to(device)
-        self.features = features.to(device, dtype, copy=True)
-        mean = self.features.mean(0, dtype=torch.float64).to(dtype)
-        self.mean = mean.double()
-        if not bool(self.mean.isfinite().all()):
+        self.labels, features = compact.to(device), features.to(device, dtype)
+        mean = features.mean(0, dtype=torch.float64).to(dtype)
+        if not bool(mean.isfinite().all()):
             raise UserError("Some features are infinite or not a number, so no probe can be fitted on them.")
-        self.features -= mean
-        sample = self.features[:: max(1, len(labels) // (SAMPLE * self.features.shape[1]))]
-        spread, self.axes = torch.linalg.eigh((sample.T @ sample).double() / len(sample))
-        self.spread = spread.clamp_min(0)
+        self.mean, centered = mean.double(), features - mean
+        sample = centered[:: max(1, len(labels) // max(SAMPLE, 8 * len(mean)))].double()
+        spread, self.axes = torch.linalg.eigh(sample.T @ sample / len(sample))
+        # The bias is the weight of a last column of ones.
+        self.rows = torch.cat([centered @ self.axes.to(dtype), centered.new_ones(len(labels), 1)], 1)
+        self.spread = torch.cat([spread.clamp_min(0), spread.new_ones(1)])
 
     def fit(
         self, C: float, *, start: Classifier | None = None, tolerance: float = 1e-4, max_iterations: int = 1000
     ) -> Classifier:
         """Find the minimum for one C by L-BFGS.
 
-        The curvature is estimated at the start, and once more after `FIRST_STAGE` iterations.
-
         Args:
-            C: Inverse strength of the penalty, above 0.
             start: A fit with another C to start from; None starts from zero.
             tolerance: Largest entry of the mean loss's gradient in the coordinates above, over the root of the
                 loss where that is below 1. Half the gradient's squared length there is about what is left to gain, so
@@ -131,105 +102,65 @@ class LogisticProblem:
         """
         from scipy.optimize import minimize
 
-        classes, width = len(self.present), self.features.shape[1]
-        penalty = (2 if classes == 2 else 1) / (C * len(self.labels))
-        weight = torch.zeros(classes, width, dtype=torch.float64, device=self.features.device)
-        bias = torch.zeros(classes, dtype=torch.float64, device=self.features.device)
+        penalty = torch.full_like(self.spread, (2 if len(self.present) == 2 else 1) / (C * len(self.labels)))
+        penalty[-1] = 0
+        weight = self.spread.new_zeros(len(self.present), len(self.spread))
         if start is not None:
-            weight += start.weight.to(weight)
-            bias += start.bias.to(bias) + weight @ self.mean
-        done, loss = 0, 0.0
+            turned, bias = start.weight.to(weight) @ self.axes, start.bias.to(weight)
+            weight = torch.cat([turned, (bias + start.weight.to(weight) @ self.mean).unsqueeze(1)], 1)
+        done = 0
         for allowed in (min(FIRST_STAGE, max_iterations), max_iterations):
-            move, near = self._coordinates(weight, bias, penalty)
-            enough = tolerance * min(1.0, near) ** 0.5
+            near, curvature = self._estimate(weight, penalty)
+            lengths, enough = (curvature * self.spread + penalty).rsqrt(), tolerance * min(1.0, near) ** 0.5
             # One thread for scipy's own steps, whose threads would wait for torch's.
-            limits = {"maxiter": allowed - done, "maxfun": 2 * max_iterations, "gtol": enough, "ftol": ROUNDING}
             with threadpool_limits(1, user_api="blas"):
                 found = minimize(
-                    lambda flat, move=move: self._moved_loss(flat, move, penalty),
-                    move.back(weight, bias),
+                    partial(self._loss, lengths, penalty),
+                    (weight / lengths).flatten().cpu().numpy(),
                     jac=True,
                     method="L-BFGS-B",
-                    options=limits,
+                    options={"maxiter": allowed - done, "maxfun": 2 * max_iterations, "gtol": enough, "ftol": ROUNDING},
                 )
-            weight, bias = move.there(found.x)
-            done, loss = done + int(found.nit), float(found.fun)
+            weight, done = torch.from_numpy(found.x).to(weight).view_as(weight) * lengths, done + int(found.nit)
             if done >= max_iterations:
                 break
-        steepest = float(np.abs(found.jac).max())
+        turned = weight[:, :-1] @ self.axes.T
         return Classifier(
-            weight=weight.cpu(),
-            bias=(bias - weight @ self.mean).cpu(),
+            weight=turned.cpu(),
+            bias=(weight[:, -1] - turned @ self.mean).cpu(),
             present=self.present.cpu(),
             C=C,
-            loss=loss,
             iterations=done,
-            # Rounding may end the line search a little before the tolerance; status 1 is "out of iterations".
-            converged=steepest <= (enough if found.status == 1 else 10 * enough),
+            # Rounding may end the line search a little before the tolerance.
+            converged=done < max_iterations and float(abs(found.jac).max()) <= 10 * enough,
         )
 
-    def loss(self, weight: Tensor, bias: Tensor, penalty: float) -> tuple[float, Tensor, Tensor]:
-        """The mean loss with its penalty, and its gradients (K, d) and (K,) float64, block by block.
+    @torch.enable_grad()
+    def _loss(self, lengths: Tensor, penalty: Tensor, steps: np.ndarray) -> tuple[float, np.ndarray]:
+        """The mean loss with its penalty, and its gradient, block by block; a weight is a step times its length."""
+        weight = torch.from_numpy(steps).to(lengths).view(-1, len(lengths)) * lengths
+        weight.requires_grad_()
+        total = 0.5 * (penalty * weight.square()).sum()
+        total.backward()
+        total = total.detach()
+        rows = _block_rows(self.rows, len(weight))
+        for features, labels in zip(self.rows.split(rows), self.labels.split(rows), strict=True):
+            # Doubles before the softmax: 1 - p would lose all digits where p is nearly 1.
+            scores = (features @ weight.to(features).T).double()
+            part = cross_entropy(scores, labels, reduction="sum") / len(self.labels)
+            part.backward()
+            total += part.detach()
+        assert weight.grad is not None
+        return float(total), (weight.grad * lengths).flatten().cpu().numpy()
 
-        Args:
-            bias: For the centered features.
-            penalty: 1 / (C n).
-        """
-        n, total = len(self.labels), torch.zeros((), dtype=torch.float64, device=weight.device)
-        weight_sum, bias_sum = torch.zeros_like(weight), torch.zeros_like(bias)
-        rows = max(1, _block(weight.device) // len(bias))
-        low_weight, low_bias = weight.to(self.features), bias.to(self.features)
-        for features, labels in zip(self.features.split(rows), self.labels.split(rows), strict=True):
-            scores, right = torch.addmm(low_bias, features, low_weight.T), labels.unsqueeze(1)
-            scores -= scores.gather(1, right)
-            # Over the other classes alone: 1 - p would lose all digits where p is nearly 1.
-            others = scores.scatter_(1, right, -torch.inf).logsumexp(1, keepdim=True)
-            losses = softplus(others)
-            total += losses.sum(dtype=torch.float64)
-            error = scores.sub_(losses).exp_().scatter_(1, right, -others.sigmoid())
-            weight_sum += error.T @ features
-            bias_sum += error.sum(0, dtype=torch.float64)
-        value = total / n + 0.5 * penalty * weight.square().sum()
-        return float(value), weight_sum / n + penalty * weight, bias_sum / n
-
-    def _coordinates(self, weight: Tensor, bias: Tensor, penalty: float) -> tuple["_Coordinates", float]:
-        """Coordinates in which the loss around these weights has about the same curvature in every direction; the loss.
-
-        Both are estimated on about `CURVATURE_ROWS` rows: they set the step lengths, not the minimum.
-        """
-        step = max(1, len(self.labels) // CURVATURE_ROWS)
-        scores = torch.addmm(bias.to(self.features), self.features[::step], weight.to(self.features).T)
-        loss = float(cross_entropy(scores, self.labels[::step]) + 0.5 * penalty * weight.square().sum())
+    def _estimate(self, weight: Tensor, penalty: Tensor) -> tuple[float, float]:
+        """The loss with its penalty, and the curvature of the softmax, on some of the rows."""
+        step = max(1, len(self.labels) // SAMPLE)
+        scores = self.rows[::step] @ weight.to(self.rows).T
+        loss = cross_entropy(scores, self.labels[::step]) + 0.5 * (penalty * weight.square()).sum()
         chances = scores.softmax(1)
-        curvature = max(CURVATURE_FACTOR * float((chances * (1 - chances)).mean()), 1e-12)
-        lengths = (curvature * self.spread + penalty).rsqrt()
-        return _Coordinates(self.axes, lengths, curvature**-0.5), loss
-
-    def _moved_loss(self, flat: np.ndarray, move: "_Coordinates", penalty: float) -> tuple[float, np.ndarray]:
-        value, weight, bias = self.loss(*move.there(flat), penalty)
-        return value, move.gradient(weight, bias)
+        return float(loss), max(0.3 * float((chances * (1 - chances)).mean()), 1e-12)
 
 
-@dataclass(frozen=True)
-class _Coordinates:
-    """Weights as (K, d + 1) steps along the covariance's axes and the bias, each in its own length."""
-
-    axes: Tensor
-    lengths: Tensor
-    bias_length: float
-
-    def there(self, flat: np.ndarray) -> tuple[Tensor, Tensor]:
-        steps = torch.from_numpy(flat).view(-1, len(self.lengths) + 1).to(self.axes.device)
-        return (steps[:, :-1] * self.lengths) @ self.axes.T, steps[:, -1] * self.bias_length
-
-    def back(self, weight: Tensor, bias: Tensor) -> np.ndarray:
-        steps = torch.cat([weight @ self.axes / self.lengths, bias.unsqueeze(1) / self.bias_length], 1)
-        return steps.flatten().cpu().numpy()
-
-    def gradient(self, weight: Tensor, bias: Tensor) -> np.ndarray:
-        steps = torch.cat([weight @ self.axes * self.lengths, bias.unsqueeze(1) * self.bias_length], 1)
-        return steps.flatten().cpu().numpy()
-
-
-def _block(device: torch.device) -> int:
-    return BLOCK.get(device.type, OTHER_BLOCK)
+def _block_rows(features: Tensor, classes: int) -> int:
+    return max(1, (BLOCK if features.device.type == "cpu" else BLOCK_ON_GPU) // classes)

@@ -1,146 +1,126 @@
-"""Sources of image files or arrays with a class each, or of image files with captions, and how readers open them."""
+"""Sources of an evaluation set: image files of a list, images in memory, and the classes of a source's images."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from declip.data.images.decode import decode, image_below
-from declip.data.pair import Pair, PairSource, clean_captions, printable
-from declip.data.sources.origin import Origin, file_origin
-from declip.errors import UserError
+from declip.data.images.decode import image_below
+from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource, clean_captions
+from declip.data.sources.entry import EntrySource
+from declip.data.sources.subset import DerivedSource
 
-S = TypeVar("S")
+SPLITS: Mapping[str, Sequence[str]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test", "testing"),
+}
+"""Names of splits in folders and tables."""
 
 Openers = Mapping[str, Callable[[], PairSource]]
-"""Functions that open each split; keys among "train", "validation", "test"."""
+"""Functions that open each split."""
 
 
-def opened(name: str, root: Path, expected: str, read: Callable[[], S]) -> S:
-    """Call a reader; its errors about missing, damaged or unexpected files become a `UserError`.
+class ListedFile(NamedTuple):
+    """An image file of a list, with its captions."""
 
-    Args:
-        expected: The files that belong into the dataset's folder `root`, for the message.
-    """
-    try:
-        return read()
-    except UserError:
-        raise
-    except Exception as error:  # a library's reader meets a damaged file in any way
-        reason = printable(str(error).split(" You can use download")[0].rstrip("."))
-        raise UserError(
-            f"The files of '{name}' in '{root}' are not complete, not what was published, or damaged "
-            f"({type(error).__name__}: {reason}). Expected below that folder: {expected}. Unpack the original archives."
-        ) from error
+    key: str
+    path: Path
+    captions: list[str]
 
 
-def sample_split(labels: Sequence[int], train: int, test: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
-    """Sample images of each class for training and, of the rest, for the test.
-
-    Args:
-        labels: n class numbers; the images in an order that does not depend on the machine.
-        train: Images per class; a class with no more keeps at least one for the test, where it has two.
-        test: Images per class; None takes all the rest.
-
-    Returns:
-        Rows of `labels` for "train" and "test", ascending.
-    """
-    generator = np.random.default_rng(seed)
-    rows: dict[str, list[np.ndarray]] = {"train": [], "test": []}
-    known = np.asarray(labels)
-    for label in np.unique(known):
-        order = generator.permutation(np.flatnonzero(known == label))
-        count = min(train, max(len(order) - 1, 1))
-        rows["train"].append(order[:count])
-        rows["test"].append(order[count:][:test])
-    return {which: np.sort(np.concatenate(parts)) for which, parts in rows.items()}
-
-
-class _Files(PairSource):
+class FileList(EntrySource):
     """Image files below a folder, which a list from elsewhere cannot leave.
 
     Args:
         keys: n paths below the folder `root`, relative to it or not.
+        captions: n lists, as they were written; None where the images have classes instead.
     """
 
-    def __init__(self, name: str, root: Path, keys: Sequence[str | Path]) -> None:
+    def __init__(
+        self, name: str, root: Path, keys: Sequence[str | Path], captions: Sequence[Sequence[str]] | None = None
+    ) -> None:
         self.name, self.root = name, root
         # Arrow is small and quick to hand to a worker; bytes, since not every name is UTF-8.
         start = root.as_posix().rstrip("/") + "/"
-        self._keys = pa.array(
-            (os.fsencode(Path(key).as_posix().removeprefix(start)) for key in keys), pa.large_binary()
-        )
+        paths = (os.fsencode(Path(key).as_posix().removeprefix(start)) for key in keys)
+        self._keys = pa.array(paths, pa.large_binary())
+        self._captions = None if captions is None else pa.array(captions, pa.large_list(pa.large_string()))
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def __getitem__(self, index: int) -> Pair:
-        """Decode pair `index`; raises `BrokenPair`."""
-        captions, key = self.captions(index), self.key(index)
-        return Pair(key, decode(self._path(index), key), captions)
+    def entry(self, index: int) -> ListedFile:
+        raw = self._keys[index].as_py()
+        key = raw.decode(errors="replace")
+        captions = [] if self._captions is None else self._captions[index].as_py()
+        return ListedFile(key, image_below(self.root, os.fsdecode(raw), key, follow=False), captions)
 
-    def origin(self, index: int) -> Origin:
-        """Origin of image `index`; raises `BrokenPair`."""
-        return file_origin(self._path(index))
+    def content(self, entry: ListedFile) -> Path:
+        return entry.path
 
-    def key(self, index: int) -> str:
-        """Path of image `index`, for display."""
-        return self._keys[index].as_py().decode(errors="replace")
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of pair `index`; raises `BrokenPair`."""
-        raise NotImplementedError
-
-    def _path(self, index: int) -> Path:
-        return image_below(self.root, os.fsdecode(self._keys[index].as_py()), self.key(index), follow=False)
+    def texts(self, entry: ListedFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return clean_captions(entry.captions, entry.key), ()
 
 
-class _Classes(PairSource):
-    """One class for each image; the caption is the class name alone."""
+class ImageArray(PairSource):
+    """Images held in memory, (n, H, W, 3) uint8, without captions."""
 
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The class name."""
-        return (self.class_names[self.labels[index]],)
-
-
-class LabeledFiles(_Classes, _Files):
-    """Image files with a class each."""
-
-    def __init__(
-        self, name: str, root: Path, keys: Sequence[str | Path], labels: Sequence[int], class_names: Sequence[str]
-    ) -> None:
-        super().__init__(name, root, keys)
-        self.labels, self.class_names = np.asarray(labels, dtype=np.int64), tuple(class_names)
-
-
-class CaptionedFiles(_Files):
-    """Image files with captions, n lists as they were written."""
-
-    def __init__(self, name: str, root: Path, keys: Sequence[str | Path], captions: Sequence[Sequence[str]]) -> None:
-        super().__init__(name, root, keys)
-        self._captions = pa.array(captions, pa.large_list(pa.large_string()))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The cleaned captions of pair `index`; raises `BrokenPair` where none is left."""
-        return clean_captions(self._captions[index].as_py(), self.key(index))
-
-
-class LabeledArrays(_Classes):
-    """Images held in memory, (n, H, W, 3) uint8, with a class each."""
-
-    def __init__(self, name: str, images: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> None:
+    def __init__(self, name: str, images: np.ndarray) -> None:
         self.name, self.images = name, images
-        self.labels, self.class_names = np.asarray(labels, dtype=np.int64), tuple(class_names)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(f"image {index}", Image.fromarray(self.images[index]), self.captions(index))
+        return Pair(f"image {index}", Image.fromarray(self.images[index]), ())
+
+
+class Classified(DerivedSource):
+    """Images of a source with a class each.
+
+    Args:
+        labels: (n,) class numbers.
+        rows: (n,) indices into the source; None takes all its images in order.
+        captioned: Whether the captions are the source's; without, the class name is the caption.
+        broken: Rows of the source that have no class; each is a broken pair whose label, 0, means nothing.
+    """
+
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        source: PairSource,
+        labels: Sequence[int] | np.ndarray,
+        class_names: Sequence[str],
+        *,
+        rows: np.ndarray | None = None,
+        captioned: bool = False,
+        broken: Mapping[int, BrokenPair] | None = None,
+    ) -> None:
+        self.name, self.source, self.captioned, self.broken = source.name, source, captioned, broken or {}
+        self.labels, self.class_names = np.asarray(labels, dtype=np.int64), tuple(class_names)
+        self.rows = np.arange(len(source)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        captions = self.captions(index)
+        return Pair(self.key(index), self.image(index), captions)
+
+    def locate(self, index: int) -> tuple[PairSource, int]:
+        return self.source, int(self.rows[index])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if (row := int(self.rows[index])) in self.broken:
+            raise self.broken[row]
+        return self.source.captions(row) if self.captioned else (self.class_names[self.labels[index]],)
+
+    def read_lazy(self, index: int) -> LazyPair:
+        return PairSource.read_lazy(self, index)

@@ -1,0 +1,77 @@
+"""Features on the disk, found by a key: computed once, appended in blocks, read through a memory map."""
+
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from declip.errors import UserError
+from declip.io.atomic import FULL
+
+KEY = 16
+"""Bytes of a key."""
+
+
+class FeatureStore:
+    """Rows of numbers by key, in two files that only grow: the keys, and the rows in the same order.
+
+    The rows of a block are written before its keys, so a process that is killed loses the last block at most.
+
+    Args:
+        folder: Created if missing; nothing else may write to it meanwhile.
+        width: Numbers in a row.
+        dtype: Type of the numbers.
+    """
+
+    def __init__(self, folder: Path, width: int, dtype: torch.dtype) -> None:
+        self.width, self.dtype = width, dtype
+        self._bytes = width * dtype.itemsize
+        self._keys, self._rows = folder / "keys", folder / "rows"
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (self._keys, self._rows):
+            path.touch()
+        known = min(self._keys.stat().st_size // KEY, self._rows.stat().st_size // self._bytes)
+        stored = self._keys.read_bytes()[: known * KEY]
+        self._places = {stored[at : at + KEY]: at // KEY for at in range(0, len(stored), KEY)}
+        self._count = known
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def append(self, keys: list[bytes], rows: Tensor) -> None:
+        """Write new rows (n, width) under their keys.
+
+        Raises:
+            UserError: the disk is full; what was written before stays.
+        """
+        content = rows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        try:
+            for path, size, block in ((self._rows, self._bytes, content), (self._keys, KEY, b"".join(keys))):
+                with path.open("r+b") as file:
+                    file.truncate(self._count * size)
+                    file.seek(self._count * size)
+                    file.write(block)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise UserError(
+                f"No room left on the disk for features in '{self._rows}'; those written before are kept. Make room, "
+                "or set DECLIP_CACHE to another folder."
+            ) from error
+        self._places |= {key: self._count + number for number, key in enumerate(keys)}
+        self._count += len(keys)
+
+    def places(self, keys: Iterable[bytes]) -> np.ndarray:
+        """The rows' numbers, (n,) int64."""
+        return np.fromiter((self._places[key] for key in keys), np.int64)
+
+    def rows(self) -> Tensor:
+        """All rows, (n, width), mapped from the disk."""
+        if not self._count:
+            return torch.empty(0, self.width, dtype=self.dtype)
+        with self._rows.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), self._count * self._bytes, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=self.dtype).view(self._count, self.width)

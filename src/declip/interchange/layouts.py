@@ -1,0 +1,279 @@
+"""Tensors of a model under other libraries' names: one table for each library, applied in both directions."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.layers import AttentionPool2d, QuickGELU
+from torch import Tensor
+
+from declip.errors import UserError
+from declip.interchange.files import quiet
+from declip.interchange.weights import Weights, empty, first_difference
+from declip.models.image_tower import ImageTower
+from declip.models.no_text import drop_text
+from declip.recipe.schema import Recipe
+
+CLIP_MERGES, NO_MERGES = 48_894, 514
+"""Ids of CLIP's whole vocabulary that are merges, and those that are none: bytes inside and at the end of a word,
+start, end."""
+
+EMBEDDING = "text_tower.token_embedding.weight"
+CLASS_TOKEN, GRID = "visual.class_embedding", "visual.attnpool.positional_embedding"
+"""One of these distinguishes CLIP's ViT and CLIP's ResNet from any other image network."""
+
+Names = tuple[tuple[str, str], ...]
+"""Pairs of our name and another library's, whole or its start, where the first that matches counts. # is a number; ?
+stands for q, k and v, three tensors there and one here."""
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Another library's form of the tensors of a `DualEncoder`; the forms of two towers add up.
+
+    Attributes:
+        shapes: Our name → the change of shape from ours to theirs.
+        mask: Whether their vocabulary has a row for ``<|mask|>``, our last. Without one it is read as the mean row.
+    """
+
+    names: Names
+    shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    mask: bool = False
+
+    def __add__(self, other: "TensorLayout") -> "TensorLayout":
+        return TensorLayout(self.names + other.names, {**self.shapes, **other.shapes}, self.mask or other.mask)
+
+    def write(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename and reshape a model's tensors."""
+        written: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            if name in self.shapes:
+                tensor = self.shapes[name](tensor)
+            if name == EMBEDDING and not self.mask:
+                tensor = tensor[:-1]
+            theirs = self._theirs(name)
+            written |= zip(theirs, tensor.chunk(3) if len(theirs) == 3 else [tensor], strict=True)
+        return written
+
+    def read(self, tensors: Mapping[str, Tensor], outline: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Undo `write`; `outline` has our names and shapes."""
+        difference = first_difference(self.write(outline), tensors)
+        if difference:
+            raise UserError(f"its weights are not those of its sizes: {difference}")
+        ours = {}
+        for name, place in outline.items():
+            parts = [tensors[their].to(place.dtype) for their in self._theirs(name)]
+            if name == EMBEDDING and not self.mask:
+                parts.append(parts[0].mean(dim=0, keepdim=True))
+            tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+            ours[name] = tensor.T if self.shapes.get(name) is torch.t else tensor.reshape(place.shape)
+        return ours
+
+    def _theirs(self, name: str) -> list[str]:
+        renamed = rename(name, self.names)
+        return [renamed.replace("?", part) for part in "qkv"] if "?" in renamed else [renamed]
+
+
+def rename(name: str, table: Names, back: bool = False) -> str:
+    """Translate a tensor's name by a table, `back` from right to left; a name that is not in it stays."""
+    for left, right in table:
+        old, new = (right, left) if back else (left, right)
+        end = "" if old[-1] in "._" else "$"
+        if match := re.match(re.escape(old).replace(r"\#", r"(\d+)") + end, name):
+            return new.replace("#", match[1] if match.groups() else "") + name[match.end() :]
+    return name
+
+
+def from_layout(
+    recipe: Recipe, layout: TensorLayout, tensors: Mapping[str, Tensor], origin: str, text: bool = True
+) -> Weights:
+    """Read another library's tensors as the model of a recipe, with both towers or the image tower alone."""
+    with torch.device("meta"):  # the sizes may be a stranger's: compared before anything is allocated
+        model = empty(recipe)
+    outline = (model if text else drop_text(model)).state_dict()
+    return Weights(recipe, layout.read(tensors, outline), origin)
+
+
+_VIT_SHAPES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "image_tower.trunk.cls_token": torch.flatten,
+    "image_tower.trunk.pos_embed": lambda embedding: embedding[0],
+}
+CLIP_VIT = TensorLayout(
+    (
+        ("image_tower.trunk.cls_token", "visual.class_embedding"),
+        ("image_tower.trunk.pos_embed", "visual.positional_embedding"),
+        ("image_tower.trunk.patch_embed.proj.weight", "visual.conv1.weight"),
+        ("image_tower.trunk.norm_pre.", "visual.ln_pre."),
+        ("image_tower.norm.", "visual.ln_post."),
+        ("image_tower.proj.weight", "visual.proj"),
+        ("image_tower.trunk.blocks.#.norm1.", "visual.transformer.resblocks.#.ln_1."),
+        ("image_tower.trunk.blocks.#.norm2.", "visual.transformer.resblocks.#.ln_2."),
+        ("image_tower.trunk.blocks.#.attn.qkv.", "visual.transformer.resblocks.#.attn.in_proj_"),
+        ("image_tower.trunk.blocks.#.attn.proj.", "visual.transformer.resblocks.#.attn.out_proj."),
+        ("image_tower.trunk.blocks.#.mlp.fc1.", "visual.transformer.resblocks.#.mlp.c_fc."),
+        ("image_tower.trunk.blocks.#.mlp.fc2.", "visual.transformer.resblocks.#.mlp.c_proj."),
+    ),
+    {**_VIT_SHAPES, "image_tower.proj.weight": torch.t},
+)
+CLIP_RESNET = TensorLayout(
+    (
+        ("image_tower.proj.", "visual.attnpool.c_proj."),
+        ("image_tower.trunk.head.pos_embed", "visual.attnpool.positional_embedding"),
+        *((f"image_tower.trunk.head.{part}.", f"visual.attnpool.{part}_proj.") for part in "qkv"),
+        *(
+            (f"image_tower.trunk.stem.conv{layer}.{part}.", f"visual.{part}{layer}.")
+            for layer in "123"
+            for part in ("conv", "bn")
+        ),
+        *(
+            (f"image_tower.trunk.stages.{stage}.#.{ours}.", f"visual.layer{stage + 1}.#.{theirs}.")
+            for stage in range(4)
+            for ours, theirs in (
+                ("shortcut.conv.conv", "downsample.0"), ("shortcut.conv.bn", "downsample.1"),
+                ("conv1_1x1.conv", "conv1"), ("conv1_1x1.bn", "bn1"),
+                ("conv2_kxk.conv", "conv2"), ("conv2_kxk.bn", "bn2"),
+                ("conv3_1x1.conv", "conv3"), ("conv3_1x1.bn", "bn3"),
+            )
+        ),
+    )
+)  # fmt: skip
+TIMM = TensorLayout(
+    (
+        ("image_tower.proj.", "visual.head.proj."),
+        ("image_tower.norm.", "visual.trunk.norm."),
+        ("image_tower.trunk.", "visual.trunk."),
+    )
+)
+"""Image towers of OpenAI's code and open_clip; open_clip wraps other timm models."""
+
+CLIP_TEXT = TensorLayout(
+    (("text_tower.text_projection.weight", "text_projection"), ("text_tower.", "")),
+    {"text_tower.text_projection.weight": torch.t},
+)
+CLIP_TEXT_WITH_BIAS = TensorLayout((("text_tower.", ""),))
+TRANSFORMERS_TEXT = TensorLayout(
+    (("text_tower.encoder.", "text.transformer."), ("text_tower.text_projection.", "text.proj."))
+)
+"""Text towers of open_clip."""
+
+TRANSFORMERS = TensorLayout(
+    (
+        ("image_tower.proj.", "visual_projection."),
+        ("image_tower.trunk.cls_token", "vision_model.embeddings.class_embedding"),
+        ("image_tower.trunk.pos_embed", "vision_model.embeddings.position_embedding.weight"),
+        ("image_tower.trunk.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+        ("image_tower.trunk.norm_pre.", "vision_model.pre_layrnorm."),  # spelled so there
+        ("image_tower.norm.", "vision_model.post_layernorm."),
+        ("image_tower.trunk.blocks.#.norm1.", "vision_model.encoder.layers.#.layer_norm1."),
+        ("image_tower.trunk.blocks.#.norm2.", "vision_model.encoder.layers.#.layer_norm2."),
+        ("image_tower.trunk.blocks.#.attn.qkv.", "vision_model.encoder.layers.#.self_attn.?_proj."),
+        ("image_tower.trunk.blocks.#.attn.proj.", "vision_model.encoder.layers.#.self_attn.out_proj."),
+        ("image_tower.trunk.blocks.#.mlp.", "vision_model.encoder.layers.#.mlp."),
+        ("text_tower.text_projection.", "text_projection."),
+        ("text_tower.token_embedding.", "text_model.embeddings.token_embedding."),
+        ("text_tower.positional_embedding", "text_model.embeddings.position_embedding.weight"),
+        ("text_tower.ln_final.", "text_model.final_layer_norm."),
+        ("text_tower.transformer.resblocks.#.ln_1.", "text_model.encoder.layers.#.layer_norm1."),
+        ("text_tower.transformer.resblocks.#.ln_2.", "text_model.encoder.layers.#.layer_norm2."),
+        ("text_tower.transformer.resblocks.#.attn.in_proj_", "text_model.encoder.layers.#.self_attn.?_proj."),
+        ("text_tower.transformer.resblocks.#.attn.out_proj.", "text_model.encoder.layers.#.self_attn.out_proj."),
+        ("text_tower.transformer.resblocks.#.mlp.c_fc.", "text_model.encoder.layers.#.mlp.fc1."),
+        ("text_tower.transformer.resblocks.#.mlp.c_proj.", "text_model.encoder.layers.#.mlp.fc2."),
+    ),
+    _VIT_SHAPES,
+)
+"""transformers' `CLIPModel`."""
+
+OFFICIAL_TEXT = TensorLayout((("text_tower.", "encode_text."),), mask=True)
+"""The text tower of DeCLIP's official code, with `<|mask|>` moved to the end of its vocabulary."""
+
+
+def vit_keys(width: int, layers: int, heads: int, patch: int, hidden: int, activation: str) -> dict[str, Any]:
+    """The recipe's keys of CLIP's vision transformer; `hidden` is the width inside a block's feed-forward part."""
+    ratio = hidden / width
+    if int(width * ratio) != hidden:  # timm rounds down
+        ratio = (hidden + 0.5) / width
+    quick = "quickgelu_" if activation == "quick_gelu" else ""
+    options = {"patch_size": patch, "embed_dim": width, "depth": layers, "num_heads": heads, "mlp_ratio": ratio}
+    return {"image.model": f"vit_base_patch32_clip_{quick}224", "image.model_kwargs": options}
+
+
+def activation_of(keys: Mapping[str, Any]) -> str:
+    """The activation of an image tower by its recipe's keys."""
+    return "quick_gelu" if "quickgelu" in keys["image.model"] else "gelu"
+
+
+def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
+    """The recipe's keys of a tower that is CLIP's ViT or ResNet: of these sizes they build the same. Else None."""
+    trunk = tower.trunk
+    state = {f"image_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    try:
+        resnet = isinstance(trunk.head, AttentionPool2d)
+        heads = trunk.head.num_heads if resnet else trunk.blocks[0].attn.num_heads
+        quick = resnet or isinstance(trunk.blocks[0].mlp.act, QuickGELU)
+        written = (CLIP_RESNET if resnet else CLIP_VIT).write(state)
+        keys = image_keys(written, heads, "quick_gelu" if quick else "gelu")
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet("declip"):
+            twin = ImageTower(keys["image.model"], keys["image.size"], keys["embed_dim"], keys["image.model_kwargs"])
+    except (UserError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):  # of another kind
+        return None
+    alike = _modules(twin) == _modules(tower) and not first_difference(twin.state_dict(), tower.state_dict())
+    return keys if alike else None
+
+
+def _modules(tower: ImageTower) -> list[str]:
+    """The modules with their sizes, activations and epsilons, except for dropout."""
+    return [line for line in repr(tower).splitlines() if "drop" not in line]
+
+
+def merges_key(vocabulary: int) -> int | None:
+    """The recipe's `text.bpe_merges` of a vocabulary with so many ids, mask not counted; None for CLIP's whole one."""
+    return None if vocabulary == NO_MERGES + CLIP_MERGES else vocabulary - NO_MERGES
+
+
+def image_keys(state: Mapping[str, Tensor], heads: int | None, activation: str = "quick_gelu") -> dict[str, Any]:
+    """The recipe's keys of a CLIP's image tower, by the shapes of its tensors; a head for each 64 channels if None."""
+    if CLASS_TOKEN in state:
+        width, _, _, patch = state["visual.conv1.weight"].shape
+        depth = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
+        hidden = len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"])
+        keys = vit_keys(width, depth, heads or one_per_64(width), patch, hidden, activation)
+        size = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
+        return {**keys, "image.size": size, "embed_dim": state["visual.proj"].shape[1]}
+    cells, width = state[GRID].shape
+    if heads not in (None, one_per_64(width)):
+        raise UserError(f"image_heads={heads} was given; a ResNet of width {width} pools with {one_per_64(width)}")
+    depths = [_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
+    return {
+        "image.model": "resnet50_clip",
+        "image.model_kwargs": {"depths": depths, "width_factor": width / 2048},
+        "image.size": 32 * math.isqrt(cells - 1),
+        "image.freeze_patch_embed": False,
+        "embed_dim": len(state["visual.attnpool.c_proj.weight"]),
+    }
+
+
+def text_keys(state: Mapping[str, Tensor], start: str, heads: int | None, mask: bool) -> dict[str, Any]:
+    """The recipe's keys of a CLIP's text tower, whose names begin with `start`, by the shapes of its tensors."""
+    vocabulary, width = state[f"{start}token_embedding.weight"].shape
+    return {
+        "text.width": width,
+        "text.layers": _count(state, rf"{re.escape(start)}transformer\.resblocks\.(\d+)\."),
+        "text.heads": heads or one_per_64(width),
+        "text.context_length": len(state[f"{start}positional_embedding"]),
+        "text.bpe_merges": merges_key(vocabulary - mask),
+        "text.projection_bias": f"{start}text_projection.bias" in state,
+    }
+
+
+def one_per_64(width: int) -> int:
+    """The usual number of attention heads."""
+    return max(width // 64, 1)
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Count the different numbers that a pattern finds at the start of the names."""
+    return len({match[1] for match in map(re.compile(pattern).match, state) if match})

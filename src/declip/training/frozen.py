@@ -1,0 +1,195 @@
+"""Features of frozen towers, computed once: the heads then train on rows of numbers."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from declip.data.batch import PairBatch
+from declip.data.cached import CachedFeatures, VariantAssembler, content_key
+from declip.data.feature_store import KEY, FeatureStore
+from declip.data.images.crops import apply_photometric
+from declip.data.pair import BrokenPair, PairSource
+from declip.data.plan import Plan
+from declip.errors import UserError
+from declip.io.atomic import cache_folder
+from declip.io.pool import in_order, naming_lost_workers, pairs_bar, usual_workers
+from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import IMAGE, TEXT
+from declip.recipe.schema import Recipe
+from declip.supervision.objective import needs_of
+
+CHUNK = 64
+"""Pairs that the towers see at a time."""
+
+PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")
+
+
+def check_frozen(recipe: Recipe, model: DualEncoder) -> None:
+    """Refuse cached features where a tower learns, or a loss reads more than pooled features."""
+    learning = [n for n, p in model.named_parameters() if p.requires_grad and n.startswith((IMAGE, TEXT))]
+    if learning := [name for name in learning if not name.startswith(PROJECTIONS)]:
+        raise UserError(
+            f"finetune.cached_views needs frozen towers, and '{learning[0]}' learns. Give finetune.pretrained with "
+            "finetune.freeze_image_blocks=all finetune.freeze_text_blocks=all, or leave finetune.cached_views out."
+        )
+    if any(need.tokens or need.masked for need in needs_of(recipe)):
+        raise UserError(
+            "finetune.cached_views keeps pooled features, and masked_language or late_interaction reads those of "
+            "tokens. Set their loss_weights to 0, or leave finetune.cached_views out."
+        )
+
+
+@torch.no_grad()
+def cached_features(
+    recipe: Recipe, source: PairSource, model: DualEncoder, plan: Plan, shown: bool = True
+) -> CachedFeatures:
+    """Read the features of all pairs from the cache, and compute those that are missing.
+
+    A pair is computed anew when its image, its captions, the towers or the views change. A killed call
+    continues where it stopped.
+
+    Args:
+        model: Both towers frozen, in training mode as the steps use it.
+        shown: Show a bar.
+    """
+    variants, dtype = recipe.finetune.cached_views, torch.float32
+    if recipe.train.precision == "bf16":
+        dtype = torch.bfloat16
+    assembler = VariantAssembler(
+        source, model.tokenizer, plan, batch_size=2, seed=0, data=recipe.data, variants=variants
+    )
+    images_folder, texts_folder = (
+        cache_folder() / "features" / f"{tower[:5].strip('_')}-{_digest(model, tower, plan, recipe)}"
+        for tower in (IMAGE, TEXT)
+    )
+    images_folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(images_folder / ".lock"):
+        views = len(plan.views)
+        images = FeatureStore(images_folder, views * model.image_tower.pre_logits_width, dtype)
+        texts = FeatureStore(texts_folder, model.text_tower.width, dtype)
+        links = FeatureStore(images_folder / "texts", plan.texts.count, torch.int64)
+        keys, broken = _content_keys(source, shown)
+        numbered = [[_with_variant(key, variant) for key in keys] for variant in range(variants)]
+        missing = [
+            (index, variant)
+            for index in range(len(source))
+            for variant in range(variants)
+            if index not in broken and not (numbered[variant][index] in images and numbered[variant][index] in links)
+        ]
+        fill = _Fill(recipe, model, plan, images, texts, links)
+        with pairs_bar(shown and bool(missing), "views") as bar, naming_lost_workers():
+            task = bar.add_task("Features of frozen towers", total=len(missing))
+            for batch, samples, faults in _read(assembler, missing):
+                broken |= faults
+                fill([numbered[variant][index] for index, variant in samples], batch)
+                bar.advance(task, len(samples) + len(faults))
+    usable = np.array([index not in broken for index in range(len(source))])
+    image_rows = np.full((variants, len(source)), -1, np.int64)
+    text_rows = np.zeros((variants, plan.texts.count, len(source)), np.int64)
+    linked = links.rows()
+    for variant in range(variants):
+        own = [key for key, good in zip(numbered[variant], usable, strict=True) if good]
+        image_rows[variant, usable] = images.places(own)
+        text_rows[variant][:, usable] = linked[torch.from_numpy(links.places(own))].T.numpy()
+    rows = images.rows().view(-1, views, model.image_tower.pre_logits_width)
+    named = {spec.name: rows[:, number] for number, spec in enumerate(plan.views)}
+    return CachedFeatures(named, texts.rows(), image_rows, text_rows, broken)
+
+
+class _Fill:
+    """Runs the towers on a batch and appends the features to the stores."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: DualEncoder,
+        plan: Plan,
+        images: FeatureStore,
+        texts: FeatureStore,
+        links: FeatureStore,
+    ) -> None:
+        self.recipe, self.model = recipe, model
+        self.mean, self.std = (torch.tensor(values, device=model.device) for values in (plan.mean, plan.std))
+        self.images, self.texts, self.links = images, texts, links
+
+    def __call__(self, keys: list[bytes], batch: PairBatch) -> None:
+        if not keys:
+            return
+        model, bf16 = self.model, self.recipe.train.precision == "bf16"
+        views = apply_photometric(batch.to(model.device).views, self.mean, self.std)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            features = [model.image_tower.pool(view.pixels) for view in views.values()]
+            text_keys = [[_text_key(row) for row in rows] for rows in batch.texts]
+            flat = zip(itertools.chain(*text_keys), batch.texts.flatten(0, 1), strict=True)
+            new = {key: row for key, row in flat if key not in self.texts}
+            if new:
+                self.texts.append([*new], model.text_tower.pool(torch.stack([*new.values()]).to(model.device)))
+        links = np.stack([self.texts.places(keys) for keys in text_keys], axis=1)
+        self.links.append(keys, torch.from_numpy(links))
+        self.images.append(keys, torch.cat(features, dim=1))
+
+
+def _content_keys(source: PairSource, shown: bool) -> tuple[list[bytes], dict[int, BrokenPair]]:
+    keys, broken = [], {}
+    with pairs_bar(shown) as bar:
+        for index in bar.track(range(len(source)), description="Reading pairs"):
+            try:
+                keys.append(content_key(source.read_lazy(index), source.origin(index)))
+            except BrokenPair as fault:
+                keys.append(b"")
+                broken[index] = fault
+    return keys, broken
+
+
+class _Samples(Dataset):
+    """Chunks of pairs in their variants, as worker processes make them."""
+
+    def __init__(self, assembler: VariantAssembler, wanted: list[tuple[int, int]]) -> None:
+        self.assembler, self.wanted = assembler, wanted
+
+    def __getitem__(self, chunk: int) -> tuple[PairBatch, list[tuple[int, int]], dict[int, BrokenPair]]:
+        samples, good, faults = [], [], {}
+        for index, variant in self.wanted[chunk * CHUNK : (chunk + 1) * CHUNK]:
+            try:
+                samples.append(self.assembler.sample(index, variant))
+                good.append((index, variant))
+            except BrokenPair as fault:
+                faults[index] = fault
+        return self.assembler.collate(samples, []), good, faults
+
+
+def _read(assembler: VariantAssembler, wanted: list[tuple[int, int]]) -> Iterator[Any]:
+    chunks = -(-len(wanted) // CHUNK)
+    return in_order(_Samples(assembler, wanted), chunks, usual_workers() if chunks > 8 * usual_workers() else 0)
+
+
+def _with_variant(key: bytes, variant: int) -> bytes:
+    return hashlib.blake2b(key + variant.to_bytes(4), digest_size=KEY).digest()
+
+
+def _text_key(row: Tensor) -> bytes:
+    ids = row.numpy()
+    return hashlib.blake2b(np.trim_zeros(ids, "b").tobytes(), digest_size=KEY).digest()
+
+
+def _digest(model: nn.Module, tower: str, plan: Plan, recipe: Recipe) -> str:
+    """Hash a tower's weights without the projection, the views, and the precision."""
+    digest = hashlib.sha256(json.dumps([_plain(plan), recipe.train.precision, recipe.image.size]).encode())
+    for name, tensor in model.state_dict().items():
+        if name.startswith(tower) and not name.startswith(PROJECTIONS):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def _plain(plan: Plan) -> Any:
+    return json.loads(json.dumps(asdict(plan), default=lambda section: section.model_dump()))

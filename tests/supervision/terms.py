@@ -1,0 +1,58 @@
+"""The losses that compare rows with all ranks' keys, in one form: term(*rows, *keys, scale, offset, limit)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from declip.supervision.contrastive import info_nce
+from declip.supervision.late_interaction import late_interaction
+from declip.supervision.multi_view import multi_view
+from declip.supervision.nearest_neighbor import neighbor_contrast
+from declip.supervision.simclr import nt_xent
+
+BATCH = 6
+LENGTHS = torch.tensor([2, 5, 1, 4, 3, 5])
+NEIGHBORS = F.normalize(torch.randn(2, BATCH, 5, generator=torch.Generator().manual_seed(9)), dim=-1).bfloat16()
+
+Scale = Tensor | float
+Limit = float | None
+
+
+def views(z1: Tensor, z2: Tensor, keys1: Tensor, keys2: Tensor, scale: Scale, offset: int, limit: Limit) -> Tensor:
+    return nt_xent(z1, z2, keys1, keys2, 1 / scale, offset, limit)  # type: ignore[arg-type]
+
+
+def late(
+    images: Tensor, words: Tensor, image_keys: Tensor, word_keys: Tensor, scale: Scale, offset: int, limit: Limit
+) -> Tensor:
+    mask = torch.arange(words.shape[1]) < LENGTHS[: len(word_keys), None]
+    own = mask[offset : offset + len(words)]
+    return late_interaction(images, words, own, image_keys, word_keys, mask, scale, offset, max_logit_bytes=limit)
+
+
+def neighbors(images: Tensor, keys: Tensor, scale: Scale, offset: int, limit: Limit, symmetric: bool = False) -> Tensor:
+    found = NEIGHBORS[:, : keys.shape[1]].to(images)
+    own = found[:, offset : offset + images.shape[1]]
+    return neighbor_contrast(images, own, found, scale, offset, symmetric, keys, limit)
+
+
+def both_ways(images: Tensor, keys: Tensor, scale: Scale, offset: int, limit: Limit) -> Tensor:
+    return neighbors(images, keys, scale, offset, limit, symmetric=True)
+
+
+TERMS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], int]] = {
+    "info_nce": (info_nce, [(BATCH, 5)] * 2, 2),
+    "multi_view": (multi_view, [(2, BATCH, 5)] * 2, 6),
+    "nt_xent": (views, [(BATCH, 5)] * 2, 2),
+    "late_interaction": (late, [(BATCH, 4, 5), (BATCH, 5, 5)], 0),
+    "neighbors": (neighbors, [(2, BATCH, 5)], 4),
+    "neighbors both ways": (both_ways, [(2, BATCH, 5)], 8),
+}
+"""Name → loss, shapes of its features, and how many matrices of logits it makes in blocks."""
+
+
+def batch_axis(shape: tuple[int, ...]) -> int:
+    """Axis of the pairs: views come before them."""
+    return int(shape[0] == 2)

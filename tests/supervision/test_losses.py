@@ -1,0 +1,304 @@
+"""The losses against the official implementation's values and gradients, and against plain loops in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from declip.supervision import late_interaction as module
+from declip.supervision.contrastive import info_nce, scaled_similarity, to_float32
+from declip.supervision.late_interaction import late_interaction, select_tokens, similarity
+from declip.supervision.masked_language import chosen_rows, cross_entropy
+from declip.supervision.multi_view import multi_view
+from declip.supervision.nearest_neighbor import neighbor_contrast
+from declip.supervision.simclr import nt_xent
+from declip.supervision.simsiam import negative_cosine
+from golden_cases import loss_cases
+from supervision.terms import BATCH, LENGTHS, NEIGHBORS, TERMS, batch_axis
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def loop(logits, offset):
+    """Cross-entropy of rows whose own key is `offset` + their number."""
+    losses = [math.log(sum(math.exp(x) for x in row)) - row[offset + b] for b, row in enumerate(logits)]
+    return sum(losses) / len(losses)
+
+
+def dots(rows, keys, scale):
+    return [[scale * dot(row, key) for key in keys.tolist()] for row in rows.tolist()]
+
+
+def loop_info_nce(image, text, image_keys, text_keys, scale, offset):
+    return (loop(dots(image, text_keys, scale), offset) + loop(dots(text, image_keys, scale), offset)) / 2
+
+
+def loop_multi_view(images, texts, image_keys, text_keys, scale, offset):
+    pairings = ((1, 0), (0, 1), (1, 1))
+    losses = [loop_info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset) for i, j in pairings]
+    return sum(losses) / 3
+
+
+def loop_nt_xent(z1, z2, keys1, keys2, scale, offset):
+    z1, z2, keys1, keys2 = (F.normalize(x, dim=1) for x in (z1, z2, keys1, keys2))
+
+    def view(own, own_keys, other_keys):
+        others, same = dots(own, other_keys, scale), dots(own, own_keys, scale)
+        for b, row in enumerate(same):
+            others[b] += row[: offset + b] + row[offset + b + 1 :]
+        return loop(others, offset)
+
+    return (view(z1, keys1, keys2) + view(z2, keys2, keys1)) / 2
+
+
+def loop_late(images, words, image_keys, word_keys, scale, offset):
+    def logits(samples, keys, lengths, key_lengths):
+        return [
+            [
+                scale * sum(max(dot(t, k) for k in key[:m]) for t in sample[:n]) / len(sample[:n])
+                for key, m in zip(keys.tolist(), key_lengths, strict=True)
+            ]
+            for sample, n in zip(samples.tolist(), lengths, strict=True)
+        ]
+
+    every, lengths = [4] * BATCH, LENGTHS.tolist()
+    own = lengths[offset : offset + len(words)]
+    to_text, to_image = logits(images, word_keys, every[: len(own)], lengths), logits(words, image_keys, own, every)
+    return (loop(to_text, offset) + loop(to_image, offset)) / 2
+
+
+def loop_neighbors(images, image_keys, scale, offset):
+    found = NEIGHBORS.double()
+    return sum(loop(dots(view, neighbors, scale), offset) for view in images for neighbors in found) / 4
+
+
+def loop_both_ways(images, image_keys, scale, offset):
+    own = NEIGHBORS.double()[:, offset : offset + images.shape[1]]
+    back = sum(loop(dots(neighbors, view, scale), offset) for neighbors in own for view in image_keys) / 4
+    return (loop_neighbors(images, image_keys, scale, offset) + back) / 2
+
+
+LOOPS = {
+    "info_nce": loop_info_nce,
+    "multi_view": loop_multi_view,
+    "nt_xent": loop_nt_xent,
+    "late_interaction": loop_late,
+    "neighbors": loop_neighbors,
+    "neighbors both ways": loop_both_ways,
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])
+def test_equals_a_plain_loop(units, name, offset, limit):
+    term, shapes, _ = TERMS[name]
+    keys = [units(*shape) for shape in shapes]
+    if name == "nt_xent":
+        keys = [keys[0] * 0.3, keys[1] * 4]  # vectors of any length
+    rows = [units(*shape).narrow(batch_axis(shape), offset, 3) for shape in shapes]
+    expected = LOOPS[name](*rows, *keys, 14.3, offset)
+    assert term(*rows, *keys, 14.3, offset, limit).item() == pytest.approx(expected, rel=1e-12)
+
+
+def assert_gradients(case, loss, names, atol):
+    """Compare the loss, and the gradients of its inputs by their names in the case."""
+    loss.backward()
+    torch.testing.assert_close(loss, case["loss"], rtol=1e-5, atol=1e-8)
+    for name, x in names.items():
+        torch.testing.assert_close(x.grad, case[name], rtol=1e-5, atol=atol)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("infonce", "infonce_gathered"))
+def test_info_nce_equals_the_authors(golden, name):
+    case = golden(name)
+    image, text = (case[f"logits_{side}"].requires_grad_() for side in "it")
+    keys, offset = torch.eye(image.shape[1]), int(case["labels"][0])
+    assert offset == case.get("rank", torch.tensor(0)) * len(image)
+    loss = info_nce(image, text, keys, keys, 1.0, offset)
+    assert_gradients(case, loss, {"grad_i": image, "grad_t": text}, 1e-7)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("nt_xent", "nt_xent_gather"))
+def test_nt_xent_equals_the_authors(golden, name):
+    case = golden(name)
+    inputs = {
+        f"grad_{view}": case[f"z_{view}"].requires_grad_() for view in ("i", "j", "ib", "jb") if f"z_{view}" in case
+    }
+    z1, z2, *keys = inputs.values()
+    offset = int(case.get("rank", 0)) * len(z1)
+    loss = nt_xent(z1, z2, *(keys or (z1, z2)), case["temperature"].item(), offset)
+    assert_gradients(case, loss, inputs, 1e-6)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("simsiam"))
+def test_negative_cosine_equals_the_authors(golden, name):
+    case = golden(name)
+    p1, p2, z1, z2 = (case[k].requires_grad_() for k in ("p1", "p2", "z1", "z2"))
+    assert_gradients(case, negative_cosine(p1, p2, z1, z2), {"grad_p1": p1, "grad_p2": p2}, 1e-7)
+    assert z1.grad is None
+    assert z2.grad is None
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", loss_cases("filip_dense"))
+def test_late_interaction_equals_the_authors(golden, name):
+    """Theirs: 16 tokens on the keys' side, all on the own side, padding counted."""
+    case = golden(name)
+    raw = [case[f"feat_{side}"].requires_grad_() for side in (1, 2)]
+    log_scale = case["logit_scale_dense"].requires_grad_()
+    images, words = (F.normalize(x, dim=-1) for x in raw)
+    k = int(case["top_k"])
+    image_keys, _ = select_tokens(images, words, k)
+    word_keys, _ = select_tokens(words, images, k)
+    for tokens, keys, name in ((images, image_keys, "selected_1"), (words, word_keys, "selected_2")):
+        chosen = case[name].sort(dim=1).values
+        same = (tokens.unsqueeze(2) == keys.unsqueeze(1)).all(dim=-1).any(dim=2)
+        assert torch.equal(same.nonzero()[:, 1].reshape(chosen.shape), chosen)
+    scale = log_scale.exp()
+    torch.testing.assert_close(scale * similarity(images, word_keys), case["logits_1"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scale * similarity(words, image_keys), case["logits_2"], rtol=1e-5, atol=1e-5)
+    nothing = torch.zeros(words.shape[:2], dtype=torch.bool)
+    loss = late_interaction(images, words, nothing, image_keys, word_keys, nothing[:, :k], scale, include_padding=True)
+    assert_gradients(case, loss, {"grad_1": raw[0], "grad_2": raw[1]}, 1e-7)
+    torch.testing.assert_close(log_scale.grad, case["grad_scale"], rtol=1e-4, atol=1e-7)
+
+
+def test_multi_view_of_one_text_view_is_the_other_image(units):
+    images, texts = units(2, 3, 5), units(1, 3, 5)
+    found = multi_view(images, texts, images, texts, 20.0)
+    assert found.item() == info_nce(images[1], texts[0], images[1], texts[0], 20.0).item()
+
+
+def test_full_precision_of_halves_is_float32():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert to_float32(torch.ones(2, dtype=dtype)).dtype == torch.float32
+    rows = torch.randn(4, 5)
+    expected = (3 * rows) @ rows.T
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scaled_similarity(rows, rows, 3.0), expected)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_neighbors_get_no_gradient(units, symmetric):
+    neighbors, keys = units(2, 2, 3).requires_grad_(), units(2, 4, 3).requires_grad_()
+    images = units(2, 2, 3).requires_grad_()
+    neighbor_contrast(images, neighbors, keys, 5.0, 1, symmetric, units(2, 4, 3)).backward()
+    assert images.grad.abs().sum() > 0
+    assert neighbors.grad is None
+    assert keys.grad is None
+
+
+def test_negative_cosine(units, check_precision):
+    p1, p2, z1, z2 = (units(5, 6) * length for length in (0.5, 3.0, 7.0, 0.1))
+    cosines = [
+        dot(a, b) / math.hypot(*a) / math.hypot(*b)
+        for p, z in ((p1, z2), (p2, z1))
+        for a, b in zip(p.tolist(), z.tolist(), strict=True)
+    ]
+    assert negative_cosine(p1, p2, z1, z2).item() == pytest.approx(-sum(cosines) / 10, rel=1e-12)
+    assert negative_cosine(p1, 2 * p1, 3 * p1, p1).item() == pytest.approx(-1)
+    leaves = p1.requires_grad_(), p2.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: negative_cosine(a, b, z1, z2), leaves)
+    check_precision(negative_cosine, *(units(5, 8) for _ in range(4)))
+    collapsed = torch.zeros(3, 4, requires_grad=True)
+    loss = negative_cosine(collapsed, collapsed, units(3, 4).float(), units(3, 4).float())
+    loss.backward()
+    assert loss.item() == 0
+    assert collapsed.grad.isfinite().all()
+
+
+def test_chosen_rows_equal_a_plain_loop(units):
+    words = units(3, 4, 5).requires_grad_()
+    labels = torch.tensor([[-100, 7, -100, 3], [-100] * 4, [0, -100, -100, -100]])
+    rows, targets = chosen_rows(words, labels)
+    expected = [words[b, position] for b in range(3) for position in range(4) if labels[b, position] != -100]
+    assert torch.equal(rows, torch.stack(expected))
+    assert targets.tolist() == [7, 3, 0]
+    rows.sum().backward()
+    assert torch.equal(words.grad[..., 0], (labels != -100).double())
+
+
+def test_masked_language_loss(units, check_precision, no_device_reads):
+    logits, targets = 5 * units(6, 9), torch.tensor([3, -100, 8, -100, -100, 2])
+    chosen = targets != -100
+    rows = logits[chosen].tolist()
+    losses = [loop([row], target) for row, target in zip(rows, targets[chosen].tolist(), strict=True)]
+    for given in ((logits, targets), (logits[chosen], targets[chosen])):
+        assert cross_entropy(*given).item() == pytest.approx(sum(losses) / 3, rel=1e-12)
+    ranks = [cross_entropy(logits[part], targets[part], count=3 / 2) for part in (slice(0, 1), slice(1, 6))]
+    assert (sum(ranks) / 2).item() == pytest.approx(sum(losses) / 3, rel=1e-12), "a shared count makes ranks equal"
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), logits.requires_grad_())
+    check_precision(lambda x: cross_entropy(x, targets), logits.detach())
+    with no_device_reads():
+        cross_entropy(logits, targets)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_nothing_to_predict_costs_zero_within_the_graph_and_large_logits_stay_finite(rows):
+    logits = torch.randn(rows, 7, requires_grad=True)
+    loss = cross_entropy(logits, torch.full((rows,), -100))
+    loss.backward()
+    assert (loss.item(), loss.dtype) == (0, torch.float32)
+    assert torch.equal(logits.grad, torch.zeros(rows, 7))
+    large = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
+    loss = cross_entropy(large, torch.tensor([1, 1]))
+    loss.backward()
+    assert loss.item() == 1e4
+    assert large.grad.isfinite().all()
+
+
+def lengths_mask(lengths, longest):
+    return torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+
+def test_what_stands_in_the_padding_does_not_matter_unless_it_is_counted(units):
+    images, words = units(3, 4, 5), units(3, 6, 5)
+    mask = lengths_mask([3, 6, 1], 6)
+    other = torch.where(mask.unsqueeze(-1), words, 50 * units(3, 6, 5))
+    losses = [late_interaction(images, w, mask, images, w, mask, 7.0).item() for w in (words, other)]
+    assert losses[0] == losses[1]
+    counted = [
+        late_interaction(images, w, mask, images, w, mask, 7.0, include_padding=True).item() for w in (words, other)
+    ]
+    assert abs(counted[0] - counted[1]) > 0.1
+    true = torch.ones_like(mask)
+    assert counted[0] == pytest.approx(late_interaction(images, words, true, images, words, true, 7.0).item())
+
+
+def test_blocks_of_keys_do_not_change_values_or_gradients(units, monkeypatch):
+    tokens, keys = units(3, 4, 5), units(7, 6, 5)
+    key_mask = lengths_mask([6, 1, 3, 5, 2, 2, 4], 6)
+    found = []
+    for scores in (2**26, 4 * 3 * 6 * 2, 1):
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", scores)
+        leaves = [x.clone().requires_grad_() for x in (tokens, keys)]
+        value = similarity(*leaves, key_mask=key_mask)
+        found.append([value.detach(), *torch.autograd.grad(value.square().sum(), leaves)])
+    for other in found[1:]:
+        for x, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_selection_equals_a_plain_loop(units, masked, no_device_reads):
+    tokens, paired = units(3, 5, 6), units(3, 4, 6)
+    mask, paired_mask = torch.ones(3, 5, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
+    if masked:
+        mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1], [0, 0, 0, 1, 0]]).bool()
+        paired_mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 0], [0, 1, 0, 1]]).bool()
+    with no_device_reads():
+        selected, counted = select_tokens(tokens, paired, 2, mask, paired_mask)
+    for b in range(3):
+        others = paired[b][paired_mask[b]].tolist()
+        scores = {sum(dot(token, other) for other in others): token for token in tokens[b][mask[b]].tolist()}
+        assert selected[b][counted[b]].tolist() == [scores[s] for s in sorted(scores, reverse=True)[:2]]
+    everything, counted = select_tokens(tokens, paired, 16, mask)
+    assert everything.shape == tokens.shape
+    assert counted.sum() == mask.sum()

@@ -1,0 +1,187 @@
+"""What every loss must do, in one pass and in blocks: gradients, ranks, precision, and no wait for the device."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from declip.supervision import chunked
+from supervision.terms import BATCH, TERMS, batch_axis
+
+every_term = pytest.mark.parametrize("name", TERMS)
+in_blocks_too = pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "BLOCK_BYTES", 3 * 8 * 8)
+
+
+@pytest.fixture
+def features(units: Callable[..., Tensor], name: str) -> list[Tensor]:
+    """A batch's features, which need gradients."""
+    return [units(*shape).requires_grad_() for shape in TERMS[name][1]]
+
+
+def part(features: list[Tensor], start: int, size: int) -> list[Tensor]:
+    """The features of some of the pairs."""
+    return [x.narrow(batch_axis(tuple(x.shape)), start, size) for x in features]
+
+
+@every_term
+@in_blocks_too
+def test_gradients_are_finite_differences(features: list[Tensor], name: str, limit: float | None) -> None:
+    term, count, scale = TERMS[name][0], len(features), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    rows = [x.detach().clone().requires_grad_() for x in part(features, 1, 2)]
+    inputs, quick = (*rows, *features, scale), name == "late_interaction"
+    assert torch.autograd.gradcheck(lambda *x: term(*x[: 2 * count], x[-1], 1, limit), inputs, fast_mode=quick)
+
+
+@every_term
+@in_blocks_too
+def test_two_ranks_have_the_whole_batchs_loss_as_mean_and_its_gradients(
+    features: list[Tensor], name: str, limit: float | None
+) -> None:
+    term, half = TERMS[name][0], BATCH // 2
+    whole = term(*features, *features, 10.0, 0, limit)
+    ranks = [term(*part(features, start, half), *features, 10.0, start, limit) for start in (0, half)]
+    assert abs(ranks[0] - ranks[1]) > 1e-6
+    together = torch.stack(ranks).mean()
+    torch.testing.assert_close(together, whole)
+    expected = torch.autograd.grad(whole, features)
+    for found, gradient in zip(torch.autograd.grad(together, features), expected, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
+@every_term
+@in_blocks_too
+def test_precision_is_float32_for_halves_and_deaf_to_autocast(
+    features: list[Tensor], name: str, limit: float | None
+) -> None:
+    term = TERMS[name][0]
+    halves = [x.detach().bfloat16() for x in features]
+    singles = [x.float().requires_grad_() for x in halves]
+    expected = term(*singles, *singles, 100.0, 0, limit)
+    assert expected.dtype == torch.float32
+    gradients = torch.autograd.grad(expected, singles)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = term(*singles, *singles, 100.0, 0, limit)
+        assert torch.equal(found, expected)
+        assert torch.equal(term(*halves, *halves, 100.0, 0, limit), expected)
+        if limit == 0 and name != "late_interaction":
+            for x, gradient in zip(torch.autograd.grad(found, singles), gradients, strict=True):
+                assert torch.equal(x, gradient)
+    assert torch.equal(term(*halves, *halves, 100.0, 0, limit), expected)
+    assert term(*features, *features, 100.0, 0, limit).dtype == torch.float64
+
+
+@every_term
+@in_blocks_too
+def test_nothing_waits_for_the_device(
+    features: list[Tensor], name: str, limit: float | None, no_device_reads: type[TorchDispatchMode]
+) -> None:
+    with no_device_reads():
+        TERMS[name][0](*features, *features, torch.tensor(14.3), 0, limit).backward()
+
+
+@every_term
+@in_blocks_too
+def test_one_pair_alone_costs_nothing(features: list[Tensor], name: str, limit: float | None) -> None:
+    alone = part(features, 0, 1)
+    loss = TERMS[name][0](*alone, *alone, 100.0, 0, limit)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in features)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "negatives"),
+    [
+        ("info_nce", (4, 4), 3),
+        ("multi_view", (2, 4, 4), 3),
+        ("nt_xent", (4, 4), 6),
+        ("late_interaction", (4, 1, 4), 3),
+    ],
+)
+@in_blocks_too
+def test_the_hardest_pairs_at_scale_100_stay_finite(
+    name: str, shape: tuple[int, ...], negatives: int, limit: float | None
+) -> None:
+    rows = torch.eye(4).repeat(2, 1)[: math.prod(shape) // 4].reshape(shape).requires_grad_()
+    log_scale = torch.tensor(100.0).log().requires_grad_()
+    opposite = -rows.detach()
+    loss = TERMS[name][0](rows, opposite, rows, opposite, log_scale.exp(), 0, limit)
+    loss.backward()
+    assert loss.item() == pytest.approx(100 + math.log(negatives + math.exp(-100)), rel=1e-6)
+    assert log_scale.grad is not None
+    assert log_scale.grad.item() == pytest.approx(100, rel=1e-5)
+    assert rows.grad is not None
+    assert rows.grad.isfinite().all()
+
+
+def values(term: Callable[..., Tensor], inputs: list[Tensor], scale: Any, limit: float | None) -> list[Tensor]:
+    """The loss of the middle pairs, and its gradients."""
+    leaves = [x.detach().requires_grad_() for x in (*part(inputs, 1, 4), *inputs)]
+    loss = term(*leaves, scale, 1, limit)
+    gradients = torch.autograd.grad(3 * loss, [*leaves, scale], allow_unused=True)
+    return [loss.detach(), *(x for x in gradients if x is not None)]
+
+
+@every_term
+def test_blocks_above_the_limit_give_what_one_pass_gives_below(
+    features: list[Tensor], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    term, _, matrices = TERMS[name]
+    scale, calls, inner = torch.tensor(14.3, dtype=torch.float64, requires_grad=True), [], chunked.cross_entropy
+    monkeypatch.setattr(chunked, "cross_entropy", lambda *x: calls.append(1) or inner(*x))
+    largest = {"nt_xent": 4 * 2 * BATCH, "late_interaction": 4 * 5 * BATCH}.get(name, 4 * BATCH) * 8
+    expected = values(term, features, scale, None)
+    assert all(torch.equal(*pair) for pair in zip(values(term, features, scale, largest), expected, strict=True))
+    assert calls == []
+    for limit in (largest - 1, 0):
+        calls.clear()
+        for found, value in zip(values(term, features, scale, limit), expected, strict=True):
+            torch.testing.assert_close(found, value, rtol=0, atol=1e-13 * float(value.abs().max()))
+        assert len(calls) == matrices
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
+        self.elements = max([self.elements, *made])
+        return result
+
+
+@pytest.mark.parametrize("name", [name for name in TERMS if not name.startswith("neighbors")])
+def test_blocks_neither_make_nor_keep_anything_of_the_matrixs_size(
+    units: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pairs, term = 90, TERMS[name][0]
+    monkeypatch.setattr("supervision.terms.LENGTHS", torch.full((pairs,), 5))
+    monkeypatch.setattr(chunked, "BLOCK_BYTES", 10 * pairs * 8)
+    rows = [units(*(pairs if n == BATCH else n for n in shape)).requires_grad_() for shape in TERMS[name][1]]
+    largest, kept = {}, {}
+    for limit in (None, 0):
+        sizes: list[int] = [0]
+
+        def keep(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with Largest() as mode:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                loss = term(*rows, *rows, 14.3, 0, limit)
+            loss.backward()
+        largest[limit], kept[limit] = mode.elements, max(sizes)
+    assert min(largest[None], kept[None]) >= pairs * pairs, "the plain form is seen"
+    assert kept[0] < pairs * pairs / 2
+    assert largest[0] < pairs * pairs / 2 or name == "late_interaction"

@@ -1,0 +1,160 @@
+"""Features of frozen towers: the same losses and gradients as computing them at every step, and exact invalidation."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import TINY
+from declip.data.cached import VariantAssembler
+from declip.data.feature_store import FeatureStore
+from declip.data.images.crops import apply_photometric
+from declip.data.pair import PairSource
+from declip.data.sources.open import open_source
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.supervision.objective import Objective
+from declip.training.frozen import cached_features, check_frozen
+from declip.training.setup import build_loader, plan_of
+
+VARIANTS = 2
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    rows = []
+    for number in range(10):
+        Image.new("RGB", (40, 40), (25 * number, 200, 255 - 25 * number)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": [f"a thing of number {number}", "one of many things"]})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def frozen(**losses: float) -> tuple[Recipe, DualEncoder]:
+    losses = losses or {"contrastive": 0.2, "multi_view": 0.5, "simsiam": 0.2, "nearest_neighbor": 0.1}
+    recipe = Recipe.model_validate({**TINY, "loss_weights": losses})
+    tune = recipe.finetune.model_copy(update={"cached_views": VARIANTS})
+    recipe = recipe.model_copy(update={"finetune": tune})
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe)
+    model.image_tower.trunk.requires_grad_(False)
+    model.image_tower.norm.requires_grad_(False)
+    model.text_tower.requires_grad_(False).text_projection.requires_grad_(True)
+    return recipe, model
+
+
+def loss_and_gradients(recipe: Recipe, model: DualEncoder, batch: Any) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    objective = Objective(recipe, model)
+    views = apply_photometric(batch.views, torch.zeros(3), torch.ones(3))
+    batch.views = views
+    found = objective(model, batch)
+    found["loss"].backward()
+    parameters = [*model.named_parameters(), *objective.named_parameters()]
+    gradients = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+    model.zero_grad()
+    return {**{name: value.detach() for name, value in found.items()}, **gradients}
+
+
+def test_losses_and_gradients_are_those_of_the_towers(pairs: Path) -> None:
+    recipe, model = frozen()
+    source, plan = open_source(str(pairs)), plan_of(recipe)
+    recipe = recipe.model_copy(
+        update={"image": recipe.image.model_copy(update={"mean": (0.0,) * 3, "std": (1.0,) * 3})}
+    )
+    plan = plan_of(recipe)
+    features = cached_features(recipe, source, model, plan, shown=False)
+    loader = build_loader(recipe, source, model, features=features)
+    options: dict[str, Any] = {"batch_size": recipe.train.batch_size, "seed": recipe.seed}
+    uncached = VariantAssembler(source, model.tokenizer, plan, variants=VARIANTS, **options)
+    for step in range(3):  # each in an epoch of its own: two variants, and the first again
+        expected = loss_and_gradients(recipe, model, uncached[step])
+        found = loss_and_gradients(recipe, model, next(loader))
+        assert found.keys() == expected.keys()
+        assert any(name.endswith("text_projection.weight") for name in found)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def computed(pairs: Path, cache: Path, **losses: float) -> int:
+    """Number of views that a call computes, by what it adds to the store."""
+
+    def rows() -> int:
+        return sum(path.stat().st_size for path in cache.glob("image-*/keys")) // 16
+
+    before = rows()
+    recipe, model = frozen(**losses)
+    cached_features(recipe, open_source(str(pairs)), model, plan_of(recipe), shown=False)
+    return rows() - before
+
+
+def test_only_what_changed_is_computed(pairs: Path, cache: Path) -> None:
+    assert computed(pairs, cache) == 10 * VARIANTS
+    assert computed(pairs, cache) == 0
+    Image.new("RGB", (40, 40), "white").save(pairs.parent / "3.png")
+    assert computed(pairs, cache) == VARIANTS
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows[5]["caption"] = "another caption"
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    assert computed(pairs, cache) == VARIANTS
+    assert computed(pairs, cache, contrastive=1.0) == 10 * VARIANTS, "other views"
+
+
+def test_a_killed_call_continues(pairs: Path, cache: Path) -> None:
+    computed(pairs, cache)
+    (keys,) = cache.glob("image-*/keys")
+    with keys.open("r+b") as file:  # the rows of the last pairs were written, their keys were not
+        file.truncate(16 * 14 + 5)
+    assert computed(pairs, cache) == 6
+
+
+def test_a_broken_pair_is_left_out_and_named(pairs: Path) -> None:
+    (pairs.parent / "7.png").write_bytes(b"no image")
+    recipe, model = frozen()
+    source: PairSource = open_source(str(pairs))
+    features = cached_features(recipe, source, model, plan_of(recipe), shown=False)
+    assert list(features.broken) == [7]
+    loader = build_loader(recipe, source, model, features=features)
+    batches = [next(loader) for _ in range(5)]
+    assert {len(batch) + len(batch.skipped) for batch in batches} == {8}
+    assert any(batch.skipped for batch in batches)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FeatureStore(tmp_path, 2, torch.float32)
+    store.append([b"a" * 16], torch.ones(1, 2))
+    keys = [b"b" * 16]
+    with monkeypatch.context() as patch:
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        patch.setattr(Path, "open", full)
+        with pytest.raises(UserError, match="DECLIP_CACHE"):
+            store.append(keys, torch.zeros(1, 2))
+    assert keys[0] not in store
+    store.append(keys, torch.full((1, 2), 3.0))
+    assert FeatureStore(tmp_path, 2, torch.float32).rows().tolist() == [[1, 1], [3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("losses", "hint"), [({"contrastive": 1.0, "masked_language": 1.0}, "masked_language"), ({}, "")]
+)
+def test_towers_that_learn_or_losses_of_tokens_are_refused(losses: dict[str, float], hint: str) -> None:
+    recipe, model = frozen(**losses)
+    if not losses:
+        model.image_tower.trunk.requires_grad_(True)
+    with pytest.raises(UserError, match=hint or "freeze_image_blocks"):
+        check_frozen(recipe, model)

@@ -1,0 +1,123 @@
+"""Muon against a plain loop, and what every optimizer keeps in a checkpoint."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from declip.errors import UserError
+from declip.recipe.schedule import learning_rate
+from declip.recipe.schema import Train
+from declip.training.muon import uses_muon
+from declip.training.optimizer import build_optimizer, load_moments, moments
+from processes import in_processes
+from training.test_distributed import BATCH, compare, some_recipes, two_steps
+
+LR, DECAY = 0.02, 0.1
+
+
+def layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "wide": nn.Linear(5, 3),
+            "same": nn.Linear(5, 3),
+            "tall": nn.Linear(3, 7),
+            "conv": nn.Conv2d(2, 4, 3),
+            "token_embedding": nn.Embedding(9, 4),
+            "norm": nn.LayerNorm(4),
+        }
+    ).double()
+
+
+def take(optimizer: torch.optim.Optimizer, module: nn.Module, steps: range) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in module.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        optimizer.step()
+
+
+def plain_muon(weight: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Muon's steps on one weight, as its authors write them."""
+    weight, momentum = weight.clone(), torch.zeros_like(weight)
+    for gradient in gradients:
+        momentum = 0.95 * momentum + gradient
+        x = (gradient + 0.95 * momentum).flatten(1)
+        rows, columns = x.shape
+        x = x.T if rows > columns else x
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = x.T if rows > columns else x
+        weight = weight * (1 - LR * DECAY) - LR * 0.2 * max(rows, columns) ** 0.5 * x.reshape(weight.shape)
+    return weight
+
+
+def test_equals_a_plain_loop_and_adamw_on_the_rest() -> None:
+    ours, rest = layers(), layers()
+    start = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
+    take(build_optimizer(ours.named_parameters(), Train(optimizer="muon")), ours, range(4))
+    take(build_optimizer(rest.named_parameters(), Train()), rest, range(4))
+    expected = dict(rest.named_parameters())
+    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in start}
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for name, value in start.items():
+            gradients[name].append(torch.randn(value.shape, generator=generator, dtype=value.dtype))
+    orthogonalized = 0
+    for name, parameter in ours.named_parameters():
+        muon = uses_muon(name, parameter)
+        orthogonalized += muon
+        wanted = plain_muon(start[name], gradients[name]) if muon else expected[name]
+        torch.testing.assert_close(parameter, wanted, rtol=1e-10, atol=1e-12)
+    assert orthogonalized == 4
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_take_the_steps_of_one_process(tmp_path: Path, strategy: str) -> None:
+    expected = {"declip": two_steps("declip", "layer norm", (BATCH,), optimizer="muon")}
+    train = {"optimizer": "muon", "strategy": strategy}
+    for theirs in in_processes(some_recipes, 2, tmp_path, ["declip"], (5, 3), "layer norm", train):
+        compare(expected, theirs)
+
+
+TIMM = ["lamb", "lion", "sgd", "adafactorbv", "adopt", "nadamw", "mars"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", *TIMM])
+def test_resumes_from_its_moments_with_the_same_bits(name: str) -> None:
+    whole = layers()
+    train = Train(optimizer=name)
+    optimizer = build_optimizer(whole.named_parameters(), train)
+    take(optimizer, whole, range(3))
+    half, kept = copy.deepcopy(whole), {key: value.clone() for key, value in moments(optimizer).items()}
+    torch.manual_seed(1)
+    take(optimizer, whole, range(3, 6))
+    resumed = build_optimizer(half.named_parameters(), train)
+    load_moments(resumed, kept)
+    torch.manual_seed(1)
+    take(resumed, half, range(3, 6))
+    for (key, ours), theirs in zip(whole.named_parameters(), half.parameters(), strict=True):
+        assert torch.equal(ours, theirs), key
+
+
+@pytest.mark.parametrize(("name", "hint"), [("muonn", "muon"), ("fusedlamb", "fusedlamb")])
+def test_an_optimizer_that_is_not_there(name: str, hint: str) -> None:
+    with pytest.raises(UserError, match=hint):
+        build_optimizer(layers().named_parameters(), Train(optimizer=name))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("constant", {3: 1e-3, 99: 1e-3}), ("wsd", {79: 1e-3, 84: 5e-4, 99: 0.0})]
+)
+def test_schedules(schedule: Any, expected: dict[int, float]) -> None:
+    train = Train(steps=100, warmup_steps=4, lr_schedule=schedule, lr=1e-3, warmup_lr=0)
+    assert learning_rate(0, train) == 0
+    assert {step: learning_rate(step, train) for step in expected} == pytest.approx(expected)
