@@ -63,7 +63,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73")
 def step_cost(part: str, value: int, repeats: int) -> dict[str, Any]:
     """Seconds and memory of a step in this process; all else is the demo's."""
     texts = texts_of(open_pairs(), "full" if part == "text" else "emoji")
-    recipe = load_recipe("demo-declip", {KEYS[part]: value, "data.workers": 0})
+    recipe = load_recipe("demo-declip-official", {KEYS[part]: value, "data.workers": 0})
     built = build(recipe, InMemory(texts, max(96, recipe.image.size)))
     batch = next(built.loader)
     forget_peak()

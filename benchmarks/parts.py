@@ -30,6 +30,7 @@ def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).to(device)
     objective = Objective(recipe, model).to(device)
+    objective.prepare(source, model)
     if recipe.train.channels_last:
         model.image_tower.to(memory_format=torch.channels_last)
     if objective.queue is not None:

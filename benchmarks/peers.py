@@ -24,6 +24,7 @@ class Side:
         parameters: How many numbers, by part; "learned" is those with a gradient.
         text_length: Tokens a caption.
         views: Finishing the image views on the device alone, where the step does it.
+        muon: Muon's update with the last step's gradients, where it is measured.
         around: What its trainer does around its steps. Only where each side is alone: it holds for the process.
     """
 
@@ -32,6 +33,7 @@ class Side:
     parameters: dict[str, int]
     text_length: int
     views: Callable[[], object] | None = None
+    muon: Callable[[], object] | None = None
     around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -87,7 +89,7 @@ def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str])
     betas = (defaults["beta1"], defaults["beta2"])
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=betas, eps=defaults["eps"])
 
-    def step() -> None:
+    def step(images: Tensor = images, texts: Tensor = texts) -> None:
         optimizer.zero_grad()
         with shape.autocast():
             losses = loss(**model(images, texts), output_dict=True)

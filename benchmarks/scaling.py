@@ -1,6 +1,6 @@
 """What a step moves and computes on W processes: a model on paper, and what two processes on this machine really do.
 
-python benchmarks/scaling.py                  the model: 1 to 64 processes, ViT-B/32 and ResNet-50 at full size
+python benchmarks/scaling.py                  the model: 1 to 512 processes, ViT-B/32 and ResNet-50 at full size
 python benchmarks/scaling.py --measure        bytes counted in the collectives, and seconds a step (weak scaling)
 """
 
@@ -9,7 +9,6 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -34,6 +33,10 @@ FORWARD = {"clip-yfcc15m-vitb32": 14.8e9, "declip-yfcc15m-vitb32": 22.7e9}
 
 ASSUMED = {"operations a second": 200e12, "bytes a second": 25e9}
 """A GPU at a fifth of an H100's bfloat16 peak, and 200 Gbit/s a GPU: assumptions, not measurements."""
+
+
+SIZES = ((1, 512), (2, 512), (8, 512), (64, 512), (64, 64), (512, 64))
+"""Processes and pairs of each; 64 × 64 is the papers' batch of 4,096."""
 
 
 def sizes(recipe: Recipe) -> tuple[int, int]:
@@ -71,6 +74,9 @@ def step_model(name: str, ranks: int, local: int) -> dict[str, float | str | int
         if "nearest_neighbor" in recipe.active_losses
         else 0
     )
+    compute = (towers + contrast + queue) / ASSUMED["operations a second"]
+    exchange = 2 * features / ASSUMED["bytes a second"]  # nothing overlaps with it
+    exposed = max(0.0, gradients / ASSUMED["bytes a second"] - compute * 2 / 3)  # beyond the backward pass
     return {
         "recipe": name, "processes": ranks, "pairs each": local,
         "MB of features (there and back)": round(2 * features / 1e6, 1),
@@ -79,6 +85,7 @@ def step_model(name: str, ranks: int, local: int) -> dict[str, float | str | int
         "contrast / towers %": round(100 * contrast / towers, 2),
         "queue / towers %": round(100 * queue / towers, 2),
         "queue / towers %, were all captions looked up everywhere": round(100 * queue * ranks / towers, 2),
+        "efficiency %, assumed": round(100 * compute / (compute + exchange + exposed), 1),
         "ms of towers, assumed": round(1e3 * towers / ASSUMED["operations a second"], 1),
         "ms of features, assumed": round(1e3 * 2 * features / ASSUMED["bytes a second"], 2),
         "ms of gradients, assumed, beside the backward pass": round(1e3 * gradients / ASSUMED["bytes a second"], 1),
@@ -102,16 +109,14 @@ def measured(rank: int, ranks: int, folder: str, name: str, local: int) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet{ranks}{name}", rank=rank, world_size=ranks)
     received: dict[str, int] = defaultdict(int)
 
-    def counted(label: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(output: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-            factor = (ranks - 1) / ranks if label == "gather" else ranks - 1
-            received[label] += int(output.numel() * output.element_size() * factor)
-            return collective(output, *arguments, **keywords)
+    collective = distributed.all_gather_with_gradient
 
-        return call
+    def counted(own: torch.Tensor) -> Any:
+        parts = collective(own)
+        received["gather"] += (len(parts) - 1) * own.numel() * own.element_size()
+        return parts
 
-    distributed._all_gather = counted("gather", distributed._all_gather)
-    distributed._reduce_scatter = counted("scatter", distributed._reduce_scatter)
+    distributed.all_gather_with_gradient = counted  # type: ignore[assignment]
     recipe = load_recipe(name, {**SMALL, "train.batch_size": local * ranks})
     trainer = Trainer(recipe, Path(folder) / f"{name}-{ranks}", quiet=True)
     seconds: list[float] = []
@@ -158,7 +163,7 @@ def main() -> None:
     if options.measure:
         rows = [row for name in ("demo-clip", "demo-declip-keywords") for row in weak_scaling(name, options.local)]
     else:
-        rows = [step_model(name, ranks, 512) for name in FORWARD for ranks in (1, 2, 8, 64)]
+        rows = [step_model(name, ranks, local) for name in FORWARD for ranks, local in SIZES]
     for row in rows:
         sys.stdout.write(json.dumps(row) + "\n")
 

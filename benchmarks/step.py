@@ -1,12 +1,16 @@
-"""A whole training step at full size beside open_clip's, and x-clip's with --x-clip; the batch is on the device.
+"""A training step at full size next to open_clip's, and x-clip's with --x-clip; the batch is on the device.
 
-    python benchmarks/step.py --image ViT-B-32 --batch-size 32 --repeats 5 --precision fp32 --json
+    python benchmarks/step.py --json
+    python benchmarks/step.py --recipe my.yaml --image ViT-B-16 --batch-size 64 --precision bf16 --json
 
 A step is forward, loss, backward, AdamW and setting the gradients to none. Ours is `training_step` with the recipes
-`clip-yfcc15m-*` and `declip-yfcc15m-*` on the loader's uint8 views, whose colors are finished on the device within
-the step; open_clip gets images that are finished, as its loader makes them, and pads captions to 77 tokens. All take
-turns in one process (A B A B …); the numbers are medians. They hold for the machine, its load and the threads printed
-beside them. With --json the last line is one JSON object.
+`clip-yfcc15m-vitb32` and --recipe, a late second view included, on the loader's uint8 views, whose colors are finished
+on the device within the step; open_clip gets images that are finished, as its loader makes them, and pads captions to
+77 tokens. All take turns in one process (A B A B …); the numbers are medians. They hold for the machine, its load and
+the threads printed with them. Muon's update is measured on the same gradients, and in whole steps at demo size.
+
+With --json the last line is one JSON object: "ours_over_open_clip", "clip_over_open_clip" and "muon_over_adamw" by
+precision, and all seconds.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import gc
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +34,14 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.training.compilation import compile_towers
+from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.setup import build_loader, keep_freed_memory, plan_of
 from declip.training.step import training_step
 from machine import free_memory, machine, memory
 from pairs import CAPTIONS, InMemory, open_pairs, texts_of
 from parts import build
 from peers import LEARNING_RATE, Shape, Side, count, open_clip_side, x_clip_side
-from timing import medians, row, time_turns
+from timing import medians, row, take_turns, time_turns
 
 TOWERS = {
     "ViT-B-32": "vit_base_patch32_clip_quickgelu_224",
@@ -60,7 +66,7 @@ class Setting:
     Attributes:
         name: OpenAI's name of the image tower.
         shape: Sizes, device and precision.
-        recipes: Ours, "clip" and "declip".
+        recipes: "clip", and "ours" of --recipe.
         source: The pairs, in memory.
         batches: One of each recipe, of the same pairs.
     """
@@ -93,7 +99,8 @@ def prepare(options: argparse.Namespace) -> Setting:
     config = tiny(config) if options.tiny else config
     device = pick_device(options.device)
     shape = Shape(config, options.tiny, device, options.precision, options.compile)
-    recipes = {arm: recipe_of(arm, name, shape, options.batch_size) for arm in ("clip", "declip")}
+    shipped = {"clip": "clip-yfcc15m-vitb32", "ours": options.recipe}
+    recipes = {arm: recipe_of(recipe, name, shape, options.batch_size) for arm, recipe in shipped.items()}
     source = InMemory(texts_of(open_pairs(), options.captions), config["vision_cfg"]["image_size"])
     batches = {arm: batch_of(recipe, source).to(device) for arm, recipe in recipes.items()}
     return Setting(name, shape, recipes, source, batches)
@@ -111,8 +118,8 @@ def tiny(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def recipe_of(arm: str, name: str, shape: Shape, batch: int) -> Recipe:
-    """The shipped recipe with the towers of the shape."""
+def recipe_of(recipe: str, name: str, shape: Shape, batch: int) -> Recipe:
+    """A recipe with the towers of the shape, and with all of its views from the first step on."""
     text, vision, convolutional = shape.config["text_cfg"], shape.config["vision_cfg"], name.startswith("RN")
     keys = {
         "image.model": TOWERS[name], "image.size": vision["image_size"], "embed_dim": shape.config["embed_dim"],
@@ -126,7 +133,12 @@ def recipe_of(arm: str, name: str, shape: Shape, batch: int) -> Recipe:
         keys["image.model_kwargs"] = {"depths": vision["layers"]} if convolutional else blocks
     if convolutional:
         keys["image.freeze_patch_embed"] = False
-    return load_recipe(f"{arm}-yfcc15m-vitb32", keys)
+    loaded = load_recipe(recipe)
+    if loaded.views.image_second is not None:
+        keys["views.image_second.start"] = 0.0
+    if loaded.train.grad_cache_chunk is not None:  # a recipe for one GPU, its towers whole
+        keys["train.grad_cache_chunk"] = None
+    return load_recipe(recipe, keys)
 
 
 def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
@@ -152,18 +164,21 @@ def our_side(arm: str, setting: Setting) -> Side:
         "heads": count(built.objective),
         "learned": count(built.model, built.objective, learned=True),
     }
+    with_muon = recipe.train.model_copy(update={"optimizer": "muon"})
+    muon = build_optimizer(named_trainable(built.model, built.objective), with_muon)
     return Side(
         lambda: training_step(built.step, batch),
         built.step.optimizer.step,
         parameters,
         batch.texts.shape[-1],
         lambda: apply_photometric(batch.views, built.step.mean, built.step.std),
+        muon=muon.step if arm == "clip" else None,
     )
 
 
 def makers(setting: Setting, notes: list[str], x_clip: bool) -> dict[str, Callable[[], Side]]:
     """What builds each side; a peer that cannot run is left out with a note."""
-    clip, declip, tokenizer = setting.batches["clip"], setting.batches["declip"], Tokenizer()
+    clip, ours, tokenizer = setting.batches["clip"], setting.batches["ours"], Tokenizer()
     captions = [setting.source.texts[int(number) % len(setting.source)] for number in clip.sample_ids]
     image = setting.recipes["clip"].image
     mean, std = (torch.tensor(values, device=setting.shape.device) for values in (image.mean, image.std))
@@ -172,7 +187,7 @@ def makers(setting: Setting, notes: list[str], x_clip: bool) -> dict[str, Callab
     found: dict[str, Callable[[], Side]] = {
         "clip": lambda: our_side("clip", setting),
         "open_clip": lambda: open_clip_side(f"{setting.name}-quickgelu", setting.shape, finished, captions),
-        "declip": lambda: our_side("declip", setting),
+        "ours": lambda: our_side("ours", setting),
     }
     if not x_clip:
         return found
@@ -180,8 +195,8 @@ def makers(setting: Setting, notes: list[str], x_clip: bool) -> dict[str, Callab
     if reason is None:
         found["x_clip"] = lambda: x_clip_side(
             setting.shape,
-            torch.stack([view.pixels for view in declip.views.values()]).float() / 255,
-            declip.texts,
+            torch.stack([view.pixels for view in ours.views.values()]).float() / 255,
+            ours.texts,
             special,
         )
     else:
@@ -210,17 +225,34 @@ def tasks_of(name: str, side: Side, device: torch.device) -> dict[str, Callable[
     parts = {name: side.step, f"{name}: optimizer": side.update}
     if side.views is not None:
         parts[f"{name}: views"] = side.views
-    if device.type == "cpu":
-        return parts
+    if side.muon is not None:
+        parts[f"{name}: muon"] = side.muon
+    return parts if device.type == "cpu" else {what: to_its_end(task, device) for what, task in parts.items()}
 
-    def to_its_end(task: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            task()
+
+def to_its_end(task: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """The task, and the wait for what it started on the device."""
+
+    def run() -> None:
+        task()
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-        return run
+    return run
 
-    return {what: to_its_end(task) for what, task in parts.items()}
+
+def muon_at_demo_size(options: argparse.Namespace, precision: str) -> float:
+    """A demo step with Muon over one with AdamW, in turns."""
+    device = pick_device(options.device)
+    source = InMemory(texts_of(open_pairs(), options.captions), 32)
+    tasks = {}
+    for optimizer in ("adamw", "muon"):
+        keys = {"train.optimizer": optimizer, "train.precision": precision, "data.workers": 0}
+        keys |= {"train.batch_size": options.batch_size} if options.tiny else {}
+        built = build(load_recipe("demo-declip-captions", keys), source, device)
+        tasks[optimizer] = to_its_end(partial(training_step, built.step, next(built.loader).to(device)), device)
+    seconds = take_turns(5 * options.repeats, tasks)
+    return seconds["muon"] / seconds["adamw"]
 
 
 def together(setting: Setting, builders: dict[str, Callable[[], Side]], repeats: int) -> tuple[dict, dict]:
@@ -254,6 +286,23 @@ def described(side: Side) -> dict[str, Any]:
     return {"parameters": side.parameters, "text_length": side.text_length}
 
 
+def compare_all(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure all sides in each precision."""
+    found = {}
+    for precision in ("fp32", "bf16") if options.precision == "both" else (options.precision,):
+        found[precision] = compare(argparse.Namespace(**{**vars(options), "precision": precision}))
+        gc.collect()
+    ratios = ("ours_over_open_clip", "clip_over_open_clip")
+    return {
+        **{ratio: {precision: result[ratio] for precision, result in found.items()} for ratio in ratios},
+        "muon_over_adamw": {
+            "full": {precision: result["muon_over_adamw"] for precision, result in found.items()},
+            "demo": {precision: muon_at_demo_size(options, precision) for precision in found},
+        },
+        "measured": found,
+    }
+
+
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all sides."""
     setting, notes = prepare(options), list[str]()
@@ -268,6 +317,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     peer = whole["open_clip"]
     result = {
         "part": "step",
+        "recipe": options.recipe,
         "image": setting.name,
         "timm": TOWERS[setting.name],
         "tiny": options.tiny,
@@ -282,8 +332,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "text_length": {name: side["text_length"] for name, side in sides.items()},
         "parameters": {name: side["parameters"] for name, side in sides.items()},
         "clip_over_open_clip": whole["clip"] / peer,
-        "declip_over_open_clip": whole["declip"] / peer,
-        "declip_over_clip": whole["declip"] / whole["clip"],
+        "ours_over_open_clip": whole["ours"] / peer,
+        "ours_over_clip": whole["ours"] / whole["clip"],
+        "muon_over_adamw": 1 + (whole["clip: muon"] - whole["clip: optimizer"]) / whole["clip"],
         "clip_without_views_over_open_clip": (whole["clip"] - views["clip"]) / peer,
         "without_optimizers": {
             f"{name}_over_open_clip": (whole[name] - whole[f"{name}: optimizer"])
@@ -300,7 +351,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "machine": about,
     }
     if "x_clip" in builders:
-        result["declip_over_x_clip"] = whole["declip"] / whole["x_clip"]
+        result["ours_over_x_clip"] = whole["ours"] / whole["x_clip"]
     return result
 
 
@@ -324,7 +375,7 @@ def described_captions(kind: str, setting: Setting) -> dict[str, Any]:
 
 def measure(repeats: int) -> list[dict[str, object]]:
     """ViT-B/32 on 4 pairs, where AdamW is most of the time: for `run.py`."""
-    options = parser().parse_args(["--batch-size", "4", "--repeats", str(repeats)])
+    options = parser().parse_args(["--batch-size", "4", "--precision", "fp32", "--repeats", str(repeats)])
     try:
         result = compare(options)
     except ImportError as error:
@@ -366,7 +417,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--image", default="ViT-B-32", help=f"{', '.join(TOWERS)}, or timm's name (default ViT-B-32)")
     found.add_argument("--batch-size", type=int, default=32, help="pairs, 2 or more (default 32)")
     found.add_argument("--repeats", type=int, default=3, help="turns of each, 1 or more (default 3)")
-    found.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, on all sides")
+    found.add_argument("--recipe", default="declip-yfcc15m-vitb32", help="ours (default declip-yfcc15m-vitb32)")
+    found.add_argument(
+        "--precision", choices=("both", "fp32", "bf16"), default="both", help="bf16: autocast, on all sides"
+    )
     found.add_argument("--threads", type=int, help="default: torch's own number")
     found.add_argument("--compile", action="store_true", help="torch.compile: both towers of ours, open_clip's model")
     found.add_argument("--device", default="auto")
@@ -393,12 +447,13 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        result = compare(options)
+        result = compare_all(options)
     except UserError as error:
         command.error(str(error))
     except ImportError as error:
         command.error(f"{error}. The peers come with: pip install 'declip[bench]'")
-    show(result, Console(stderr=True))
+    for measured in result["measured"].values():
+        show(measured, Console(stderr=True))
     if options.json:
         print(json.dumps(result))
 

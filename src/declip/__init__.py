@@ -1,8 +1,8 @@
 """declip: contrastive language-image models when pairs are few.
 
-The public names: `train`, `load`, `evaluate`, `compare`, `embed`, `Index`, `export`, `PairBatch`, `Recipe`,
-`load_recipe`, and the package `interchange`. They are imported when they are first used, so that
-``import declip`` is quick and asks for nothing.
+The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `classify`, `embed`, `Index`, `export`, `push`,
+`PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package `interchange`. They are imported when they are
+first used, so that ``import declip`` is quick and asks for nothing.
 """
 
 from importlib import import_module
@@ -12,28 +12,37 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from declip import interchange
-    from declip.api import compare, train
+    from declip.api import compare, finetune, train
     from declip.data.batch import PairBatch
     from declip.errors import UserError
     from declip.evaluation.protocols import evaluate
     from declip.interchange.export import export
+    from declip.interchange.push import push
     from declip.interchange.read import load
     from declip.recipe.load import load_recipe
     from declip.recipe.schema import Recipe
+    from declip.search.classify import classify
     from declip.search.embed import embed
     from declip.search.index import Index
+    from declip.supervision.term import Term
+    from declip.training.sinks import Sink
 
 _WHERE = {
     "Index": "declip.search.index",
     "PairBatch": "declip.data.batch",
     "Recipe": "declip.recipe.schema",
+    "Sink": "declip.training.sinks",
+    "Term": "declip.supervision.term",
     "UserError": "declip.errors",
+    "classify": "declip.search.classify",
     "compare": "declip.api",
     "embed": "declip.search.embed",
     "evaluate": "declip.evaluation.protocols",
     "export": "declip.interchange.export",
+    "finetune": "declip.api",
     "load": "declip.interchange.read",
     "load_recipe": "declip.recipe.load",
+    "push": "declip.interchange.push",
     "train": "declip.api",
 }
 
@@ -41,14 +50,19 @@ __all__ = [
     "Index",
     "PairBatch",
     "Recipe",
+    "Sink",
+    "Term",
     "UserError",
+    "classify",
     "compare",
     "embed",
     "evaluate",
     "export",
+    "finetune",
     "interchange",
     "load",
     "load_recipe",
+    "push",
     "train",
 ]
 

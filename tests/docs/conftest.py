@@ -60,6 +60,8 @@ def small(recipe: Recipe) -> Recipe:
         "log_every": 1,
         "checkpoint_every": STEPS,
         "evaluate_every": 0,
+        "epochs": None,
+        "patience": None,
         "precision": "fp32",
     }
     image = {} if recipe.image.size <= SMALL else {"model": "declip_vit_tiny", "size": 32}

@@ -21,7 +21,7 @@ def here(wrong_inputs: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("largest", "says"),
-    [(500, ("'run'", "--out")), (2_500, ("--resume",)), (20_000, ("checkpoints/step-00000030",))],
+    [(500, ("'run'", "--out")), (4_000, ("--resume",)), (20_000, ("checkpoints/step-00000030",))],
     ids=["recipe", "metrics", "checkpoint"],
 )
 def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(

@@ -122,7 +122,7 @@ CONFIG, PICTURES, WORDS = "config.json", "preprocessor_config.json", "tokenizer.
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        (CONFIG, sets(model_type="siglip"), "model_type is 'siglip', and ours has 'clip'"),
+        (CONFIG, sets(model_type="blip"), "model_type is 'blip', and ours has 'clip'"),
         (CONFIG, sets("text_config", hidden_act="relu"), r"text_config\.hidden_act is 'relu'"),
         (CONFIG, sets("vision_config", layer_norm_eps=1e-6), r"vision_config.*eps is 1e-06"),
         (CONFIG, sets("text_config", intermediate_size=96), "intermediate_size is 96.*128"),

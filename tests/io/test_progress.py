@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from declip.api import train
 from declip.io import progress
 from declip.io.progress import LineInterval, progress_bar
-from declip.training.monitor import Bar, Stretch
+from declip.training.sinks import Bar, Stretch
 from training.test_trainer import recipe_for
 
 TERMS = ("contrastive", "multi_view", "simsiam", "masked_language", "nearest_neighbor")
@@ -60,7 +60,8 @@ def test_without_a_terminal_a_bar_is_a_line_now_and_then(capfd: pytest.CaptureFi
 def test_a_narrow_terminal_drops_terms_and_keeps_the_step_and_the_time_left(
     tmp_path: Path, width: int, terms: int
 ) -> None:
-    bar = Bar(Stretch(tmp_path, 0, 100_000, 128))
+    bar = Bar()
+    bar.start(Stretch(tmp_path, 0, 100_000, 128))
     clock = Clock()
     bar.progress.get_time = bar.progress.tasks[0]._get_time = clock
     bar.progress.start_task(bar.task)

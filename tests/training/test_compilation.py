@@ -79,6 +79,17 @@ def test_compiled_are_whole_batches_in_training_with_few_lengths(
     assert counter.frame_count == 2
 
 
+def test_a_small_second_view_that_starts_late_is_compiled_too(table: Path, counter: CompileCounterWithBackend) -> None:
+    tree = recipe_for(table).model_dump()
+    tree["views"]["image_second"] = {"size": 16, "start": 0.5}
+    recipe = Recipe.model_validate(tree)
+    model = DualEncoder.from_recipe(recipe)
+    compile_towers(recipe, model, plan_of(recipe), rows=8)
+    for rows, size, graphs in ((8, 32, 1), (8, 16, 2), (16, 32, 2)):
+        model.image_tower(torch.randn(rows, 3, size, size))
+        assert counter.frame_count == graphs
+
+
 def test_recomputing_a_tower_with_batch_norm_is_refused(table: Path, tmp_path: Path) -> None:
     tree = recipe_for(table, compile=True, grad_checkpointing=True).model_dump()
     tree["image"] |= {"model": "declip_conv_tiny", "model_kwargs": {}}

@@ -1,17 +1,14 @@
-"""The monitor and its sinks: the files of a run, and how a sink is added or missing."""
+"""The monitor and its sinks: the files of a run."""
 
 import json
 import math
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from declip.runs.folder import EVALUATIONS, METRICS, Run, read_rows
-from declip.training import monitor as monitors
-from declip.training.monitor import Monitor, Sink, Stretch
+from declip.training.monitor import Monitor
+from declip.training.sinks import Sink, Stretch
 
 
 def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path: Path) -> None:
@@ -29,21 +26,18 @@ def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path: Path) -> No
     assert math.isnan(Run(tmp_path).column("losses.contrastive")[0])
 
 
-def test_a_sink_is_a_class_and_a_line_and_one_without_its_library_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[Any] = []
-
-    class Memory(Sink):
-        def log(self, step: int, values: Mapping[str, Any]) -> None:
-            taken.append((step, values["losses"]))
+def test_a_failing_sink_closes_those_before_it(tmp_path: Path) -> None:
+    class Closed(Sink):
+        closed = False
 
         def close(self) -> None:
-            taken.append("closed")
+            self.closed = True
 
-    monkeypatch.setattr(monitors, "SINKS", {**monitors.SINKS, "memory": Memory})
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with Monitor(Stretch(tmp_path, 0, 2, 8, quiet=True)) as monitor:
-        monitor.log(1, {"loss": 1.0, "contrastive": 1.0, "grad_norm": 2.0}, 0.1, 14.0)
-    assert taken == [(1, {"contrastive": 1.0}), "closed"]
-    assert not (tmp_path / "tensorboard").exists()
+    class Failing(Sink):
+        def start(self, stretch: Stretch) -> None:
+            raise OSError(stretch.folder)
+
+    first = Closed()
+    with pytest.raises(OSError), Monitor(Stretch(tmp_path, 0, 2, 8, quiet=True), callbacks=[first, Failing()]):
+        pass
+    assert first.closed

@@ -10,7 +10,6 @@ from functools import cached_property, lru_cache
 from http import HTTPStatus
 from typing import Any
 
-import torch
 from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -19,7 +18,7 @@ from torch import Tensor
 from declip.app.run_queue import find_queue
 from declip.data.pair import printable
 from declip.errors import UserError
-from declip.evaluation.zero_shot import class_features, read_templates
+from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.search.index import Index
 
 log = logging.getLogger("declip")
@@ -29,7 +28,6 @@ UPLOADS_AT_ONCE = 4  # images that are received at the same time; others wait
 MOST_CLASS_SETS = 16  # sets of classes whose vectors are kept
 SIDE = 192  # pixels of the longer side of a thumbnail
 SHOWN_CAPTIONS = 5  # captions of an image that a page shows
-USUAL_SCALE = 100.0  # exp(logit scale) of a model that has none: the value that CLIP's training ends at
 
 Progress = Callable[[float], None]
 """Takes the fraction that is done."""
@@ -102,9 +100,7 @@ class AppState:
     @cached_property
     def scale(self) -> float:
         """The model's exp(logit scale): the factor of cosines before the softmax."""
-        model: Any = self.index.model
-        logit_scale = getattr(model, "logit_scale", getattr(getattr(model, "model", None), "logit_scale", None))
-        return USUAL_SCALE if logit_scale is None else float(torch.as_tensor(logit_scale).detach().exp())
+        return logit_scale(self.index.model)
 
     def query(self, text: str | None, image: Image.Image | None = None, template: str = "") -> Tensor:
         """(d,) float32 of length 1, the vector of a text or of an image."""

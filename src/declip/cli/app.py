@@ -7,9 +7,12 @@ import typer
 
 import declip
 from declip.cli import data, recipes, weights
+from declip.cli.classify import classify
 from declip.cli.compare import compare
 from declip.cli.evaluate import evaluate
+from declip.cli.finetune import finetune
 from declip.cli.options import fail
+from declip.cli.push import push
 from declip.cli.search import embed, index, search
 from declip.cli.serve import app as serve_app
 from declip.cli.train import train
@@ -40,7 +43,8 @@ def _root(
     pass
 
 
-for command in (train, evaluate, compare, embed, search, weights.export, weights.interpolate):
+COMMANDS = (finetune, train, evaluate, compare, classify, embed, search, weights.export, push, weights.interpolate)
+for command in COMMANDS:
     app.command()(command)
 app.command(name="import")(weights.import_)
 app.command(name="app")(serve_app)

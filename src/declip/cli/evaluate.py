@@ -22,7 +22,7 @@ TASKS = ("zero-shot", "retrieval", "linear", "knn", "few-shot")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="run, checkpoint, weights, open_clip:… or huggingface:OWNER/NAME")],
+    model: Annotated[str, typer.Argument(help="run, checkpoint, weights, open_clip:… or hf-hub:OWNER/NAME")],
     datasets: Annotated[
         list[str],
         typer.Option("--dataset", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable"),

@@ -69,7 +69,7 @@ def check_model(model: str) -> None:
     if not re.match(r"[\w-]{2,}:", model) and not Path(model).expanduser().exists():
         raise UserError(
             f"There is no model at '{model}'. Give a run folder, a checkpoint folder, a weights file, "
-            "huggingface:OWNER/NAME or open_clip:MODEL/TAG."
+            "hf-hub:OWNER/NAME or open_clip:MODEL/TAG."
         )
 
 

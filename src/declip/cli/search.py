@@ -157,6 +157,16 @@ def approximate(folder: Folder, model: ModelNow = None) -> None:
     say(opened.summary())
 
 
+@index.command()
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(parser=expand, metavar="FILE", help=".parquet, or .npy with a .csv of keys")],
+    over: Annotated[Literal["images", "captions"], typer.Option(help="vectors in .npy; .parquet has both")] = "images",
+) -> None:
+    """Write the vectors to a file for other programs."""
+    say(f"Written: {_open(folder).export(out, over=over)}")
+
+
 def _open(folder: Path, **options: Any) -> Any:
     from declip.search.manifest import read_manifest
 

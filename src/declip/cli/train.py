@@ -25,10 +25,16 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in that folder")] = False,
     quiet: Quiet = False,
     profile: Annotated[bool, typer.Option("--profile", help="only measure where the time of a step goes")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only compute memory and operations of a step on a GPU, without one")
+    ] = False,
 ) -> None:
     """Train a recipe, evaluate it, and write a report."""
     if resume and profile:
         raise UserError("--profile keeps no training, so there is nothing to --resume. Give one of the two.")
+    if dry_run:
+        _dry_run(recipe, overrides or [])
+        return
     given = _checked(recipe, overrides or [], data, val or [])
     name = Path(recipe).stem
     from declip import api
@@ -44,6 +50,13 @@ def train(
             say(f"Trace, for chrome://tracing or ui.perfetto.dev: {folder / 'trace.json'}")
         return
     run = api.train(resolved, out=out or Path("runs") / name, resume=resume, quiet=quiet)
+    leave_unless_finished(run)
+    _print_results(run)
+    say(f"Report: {run.report}")
+
+
+def leave_unless_finished(run: Any) -> None:
+    """End the command on other ranks than the first, and after a signal with the command that continues."""
     if not run.is_rank_zero:
         raise typer.Exit(0 if run.finished else run.status)
     if not run.finished:
@@ -51,8 +64,6 @@ def train(
         words = [word for word in sys.argv[1:] if word != "--resume"]
         say(f"  {shlex.join(['declip', *words, '--resume'])}")
         raise typer.Exit(run.status)
-    _print_results(run)
-    say(f"Report: {run.report}")
 
 
 def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str]) -> dict[str, Any]:
@@ -70,6 +81,19 @@ def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str]
         for path in paths:
             check_source(path, f"evaluation.{key}")
     return dict(given)
+
+
+def _dry_run(recipe: str, overrides: list[str]) -> None:
+    from declip.recipe.load import load_recipe, parse_overrides
+    from declip.training.dry_run import dry_run
+
+    step = dry_run(load_recipe(recipe, parse_overrides(overrides)))
+    say(
+        f"A step of {step.batch_size:,} pairs with the longest captions: {step.parameters / 1e6:,.1f} M parameters, "
+        f"{step.peak_bytes / 1e9:,.2f} GB, of which {step.state_bytes / 1e9:,.2f} GB stay, "
+        f"{step.flops / 1e12:,.2f} TFLOP, {step.flops / step.batch_size / 1e9:,.1f} GFLOP per pair, "
+        f"{len(step.waits)} waits of the host for the device."
+    )
 
 
 def _print_results(run: Any) -> None:

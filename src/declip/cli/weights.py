@@ -13,18 +13,19 @@ Out = Annotated[Path, file("folder to write", metavar="DIR")]
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="run, checkpoint, weights, or huggingface:OWNER/NAME")],
+    model: Annotated[str, typer.Argument(help="run, checkpoint, weights, or hf-hub:OWNER/NAME")],
     format: Annotated[str, typer.Option("--format", help="open_clip, huggingface, onnx or safetensors")],
     out: Out,
     license: License = UNKNOWN_LICENSE,
-    repo: Annotated[str | None, typer.Option(help="open_clip: OWNER/NAME on the Hub, to load it from there")] = None,
+    repo: Annotated[str | None, typer.Option(help="OWNER/NAME that the folder will be on the Hub")] = None,
     overwrite: Overwrite = False,
+    precision: Annotated[str, typer.Option(help="onnx: fp32, fp16, or int8")] = "fp32",
 ) -> None:
     """Export a model for another library, or as one file, with a model card."""
     check_model(model)
     from declip.interchange.export import export as run_export
 
-    exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo)
+    exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo, precision=precision)
     checked = "" if exported.difference is None else f" {exported}"  # otherwise a warning was logged
     say(f"Written: {exported.folder}.{checked}")
 

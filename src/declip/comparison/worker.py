@@ -88,7 +88,7 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     results = [
         result.to_dict()
         for name in trial.datasets or study.datasets
-        for result in evaluate_all(trainer.evaluated_model, name, study.tasks, Options(progress=False))
+        for result in evaluate_all(trainer.encoder, name, study.tasks, Options(progress=False))
     ]
     metrics = run.metrics
     speeds = sorted(row["samples_per_second"] for row in metrics if row["samples_per_second"])

@@ -20,7 +20,7 @@ from declip.recipe.schema import Data
 if TYPE_CHECKING:
     from declip.data.images.crops import Crop
     from declip.data.pair import LazyImage, PairSource
-    from declip.data.plan import Plan
+    from declip.data.plan import Plan, ViewSpec
     from declip.data.text.caption_tokenizer import CaptionTokenizer
 
 MOST_KEYWORDS = 3  # appended to a caption
@@ -71,15 +71,15 @@ class Assembler:
 
     def __getitem__(self, step: int) -> PairBatch:
         """Make this rank's part of the batch of a step; broken pairs are in its `skipped`."""
-        epoch = self._order.view_epoch(step)
+        epoch, views = self._order.view_epoch(step), self.plan.at(step)
         samples: list[_Sample] = []
         skipped: list[BrokenPair] = []
         for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
             try:
-                samples.append(self.sample(index, epoch))
+                samples.append(self.sample(index, epoch, len(views)))
             except BrokenPair as broken:
                 skipped.append(broken)
-        return self.collate(samples, skipped)
+        return self.collate(samples, skipped, views)
 
     def indices(self, step: int) -> np.ndarray:
         """The pairs of a step's batch, (batch_size,) int64 indices into the source."""
@@ -115,8 +115,8 @@ class Assembler:
             return [text, text]
         return [text, augment(text, generator, self.text.eda_alpha)]
 
-    def sample(self, index: int, epoch: int) -> _Sample:
-        """Read a pair, make every random choice about it, then decode its image; raises `BrokenPair`."""
+    def sample(self, index: int, epoch: int, views: int | None = None) -> _Sample:
+        """Read a pair, make every random choice about its first `views` views, decode it; raises `BrokenPair`."""
         pair = self.source.read_lazy(index)
         generator = self._generator(epoch, index)
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, pair.keywords, generator)]
@@ -124,25 +124,29 @@ class Assembler:
         labels: list[int] = []
         if self.plan.texts.mask_probability is not None:
             masked, labels = mask_tokens(rows[0], generator, self.tokenizer, self.plan.texts.mask_probability)
-        views = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in self.transforms]
-        pixels = self._crop(pair.image, [crop for crop, _ in views])
-        return _Sample(pixels, [params for _, params in views], rows, masked, labels, epoch * len(self.source) + index)
+        transforms = self.transforms[:views]
+        chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in transforms]
+        pixels = self._crop(pair.image, [crop for crop, _ in chosen])
+        return _Sample(pixels, [params for _, params in chosen], rows, masked, labels, epoch * len(self.source) + index)
 
     def _crop(self, image: LazyImage, crops: list[Crop]) -> list[torch.Tensor]:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
         best = 1
         for scale in reversed(image.scales) if self.scaled_decode else ():
             reduced = [crop.reduced(scale) for crop in crops]
-            if all(min(c.width, c.height) >= t.size for c, t in zip(reduced, self.transforms, strict=True)):
+            if all(min(c.width, c.height) >= t.size for c, t in zip(reduced, self.transforms, strict=False)):
                 best = scale
         pixels = image.pixels(best)
         crops = crops if best == 1 else [crop.reduced(best) for crop in crops]
-        return [transform.crop_and_resize(pixels, crop) for transform, crop in zip(self.transforms, crops, strict=True)]
+        transforms = self.transforms[: len(crops)]
+        return [transform.crop_and_resize(pixels, crop) for transform, crop in zip(transforms, crops, strict=True)]
 
-    def collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
-        """Stack the samples; every text is padded to the longest one's length, rounded up."""
+    def collate(
+        self, samples: list[_Sample], skipped: list[BrokenPair], specs: Sequence[ViewSpec] | None = None
+    ) -> PairBatch:
+        """Stack the samples in the given views or all; every text is padded to the longest one's length, rounded up."""
         views = {}
-        for number, spec in enumerate(self.plan.views):
+        for number, spec in enumerate(specs or self.plan.views):
             crops = [sample.pixels[number] for sample in samples]
             # In a worker this allocates memory shared with the training process: handing it over copies nothing.
             pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
@@ -158,8 +162,14 @@ class Assembler:
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if masks else None,
             lengths=torch.tensor([[len(sample.rows[text]) for sample in samples] for text in texts], dtype=torch.int64),
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+            groups=self._groups([sample.id % len(self.source) for sample in samples]),
             skipped=skipped,
         )
+
+    def _groups(self, indices: Sequence[int]) -> torch.Tensor | None:
+        """The groups of pairs, (n,) int64; None where no pair has one."""
+        groups = [self.source.group(index) for index in indices]
+        return torch.tensor(groups, dtype=torch.int64) if any(groups) else None
 
 
 def _some(keywords: Sequence[str], generator: np.random.Generator) -> list[str]:

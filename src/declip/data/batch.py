@@ -128,6 +128,7 @@ class PairBatch:
         lengths: (T, B) int64, number of ids of each text, its end included; stays on the host, where work is planned.
         mask_positions: (M,) int64, positions to predict among the B * L of `labels`; `to` finds them on the host, since
             finding them on a device would make the host wait for it.
+        groups: (B,) int64, equal for pairs of one group of `data.group_column`, 0 without one.
         skipped: The broken pairs of this batch.
     """
 
@@ -138,6 +139,7 @@ class PairBatch:
     sample_ids: Tensor | None = None
     lengths: Tensor | None = None
     mask_positions: Tensor | None = None
+    groups: Tensor | None = None
     skipped: list[BrokenPair] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -153,7 +155,7 @@ class PairBatch:
             raise UserError("`masked` and `labels` go together; give both or neither.")
         texts, pairs, length = self.texts.shape
         shapes = {"texts": (texts, pairs, length), "masked": (pairs, length), "labels": (pairs, length)}
-        for name, shape in (shapes | {"sample_ids": (pairs,), "lengths": (texts, pairs)}).items():
+        for name, shape in (shapes | {"sample_ids": (pairs,), "groups": (pairs,), "lengths": (texts, pairs)}).items():
             if (ids := getattr(self, name)) is not None:
                 _check_shape(name, ids, shape)
                 if ids.dtype != torch.int64 and not (name == "texts" and self.cached):

@@ -11,7 +11,7 @@ from torch import Tensor
 from declip.data.assembly import Assembler
 from declip.data.batch import PairBatch, View
 from declip.data.feature_store import KEY
-from declip.data.pair import BrokenPair, LazyPair
+from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.origin import Origin
 
 
@@ -25,6 +25,7 @@ class CachedFeatures:
         image_rows: (variants, pairs) int64, row of each pair's images; -1 where the pair is broken.
         text_rows: (variants, T, pairs) int64, row of each pair's texts.
         broken: Index → why that pair has no features.
+        mixup: Alpha of FuseMix; 0: off.
     """
 
     images: dict[str, Tensor]
@@ -32,6 +33,7 @@ class CachedFeatures:
     image_rows: np.ndarray
     text_rows: np.ndarray
     broken: dict[int, BrokenPair]
+    mixup: float = 0.0
 
 
 class VariantAssembler(Assembler):
@@ -49,26 +51,58 @@ class VariantAssembler(Assembler):
         if self.features is None:
             return super().__getitem__(step)
         found, epoch = self.features, self._order.view_epoch(step)
-        own = np.array_split(self.indices(step), self.ranks)[self.rank]
+        indices, image_rows = self.indices(step), found.image_rows[epoch % self.variants]
+        text_rows = found.text_rows[epoch % self.variants]
+        own, part = (np.array_split(rows, self.ranks)[self.rank] for rows in (indices, np.arange(len(indices))))
         skipped = [found.broken[index] for index in own.tolist() if index in found.broken]
-        own = own[found.image_rows[0, own] >= 0] if skipped else own
-        rows = torch.from_numpy(found.image_rows[epoch % self.variants, own])
-        text_rows = torch.from_numpy(found.text_rows[epoch % self.variants][:, own])
+        if skipped:
+            own, part = own[image_rows[own] >= 0], part[image_rows[own] >= 0]
+        partners, weights = own, None
+        if found.mixup:
+            # Of the whole batch, so that the ranks choose what one process would.
+            generator = np.random.default_rng((self.seed, step, len(indices)))
+            partners = indices[generator.permutation(len(indices))][part]
+            partners = np.where(image_rows[partners] >= 0, partners, own)
+            drawn = generator.beta(found.mixup, found.mixup, len(indices)).astype(np.float32)
+            weights = torch.from_numpy(drawn[part])
+
+        def read(features: Tensor, rows: np.ndarray) -> Tensor:
+            first = features[torch.from_numpy(rows[..., own])]
+            return (
+                first if weights is None else fusemix(first, features[torch.from_numpy(rows[..., partners])], weights)
+            )
+
         return PairBatch(
-            views={name: View(features[rows].float()) for name, features in found.images.items()},
-            texts=found.texts[text_rows].float(),
+            views={spec.name: View(read(found.images[spec.name], image_rows)) for spec in self.plan.at(step)},
+            texts=read(found.texts, text_rows),
             sample_ids=torch.from_numpy(epoch * len(self.source) + own),
+            groups=self._groups(own.tolist()),
             skipped=skipped,
         )
 
     def _generator(self, epoch: int, index: int) -> np.random.Generator:
-        key = content_key(self.source.read_lazy(index), self.source.origin(index))
+        key = content_key(self.source, index)
         return np.random.default_rng((epoch % self.variants, int.from_bytes(key)))
 
 
-def content_key(pair: LazyPair, origin: Origin) -> bytes:
+def fusemix(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """Mix features of frozen towers, with the same weights for images and texts: FuseMix (arXiv 2312.10144).
+
+    Equals the plain loop
+        mixed[…, b] = λ[b] · first[…, b] + (1 - λ[b]) · second[…, b]
+    with λ from Beta(α, α).
+
+    Args:
+        first, second: (…, B, w).
+        weights: λ, (B,).
+    """
+    return torch.lerp(second.float(), first.float(), weights[:, None]).to(first.dtype)
+
+
+def content_key(source: PairSource, index: int) -> bytes:
     """Hash a pair: its captions, its keywords, and its image by the stamp of its place or else by its pixels."""
-    digest = blake2b(repr((pair.captions, pair.keywords, tuple(origin))).encode("utf-8", "replace"), digest_size=KEY)
+    (captions, keywords), origin = source.texts_of(index), source.origin(index)
+    digest = blake2b(repr((captions, keywords, tuple(origin))).encode("utf-8", "replace"), digest_size=KEY)
     if origin == Origin():
-        digest.update(np.ascontiguousarray(pair.image.pixels()).tobytes())
+        digest.update(np.ascontiguousarray(source.read_lazy(index).image.pixels()).tobytes())
     return digest.digest()

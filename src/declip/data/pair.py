@@ -129,9 +129,18 @@ class PairSource(ABC):
         """Read the cleaned captions alone."""
         return self[index].captions
 
+    def texts_of(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Read the cleaned captions and the keywords, without opening the image where that can be avoided."""
+        pair = self.read_lazy(index)
+        return pair.captions, pair.keywords
+
     def key(self, index: int) -> str:
         """The key of pair `index`."""
         return self[index].key
+
+    def group(self, index: int) -> int:
+        """A number that pairs showing the same thing share; 0 where nothing is known."""
+        return 0
 
     def image(self, index: int) -> Image.Image:
         """Read the image alone, whatever its captions are."""

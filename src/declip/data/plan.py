@@ -1,7 +1,7 @@
 """The views of a training pair: a recipe and the needs of its losses become view and text specifications, once."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from declip.errors import UserError
 from declip.recipe.schema import ImageView, Recipe, TextView
@@ -21,11 +21,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One image view: its name, its size in pixels and its augmentation."""
+    """One image view: its name, its size in pixels, its augmentation and the first step that sees it."""
 
     name: str
     size: int
     augmentation: ImageView
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Plan:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def at(self, step: int) -> tuple[ViewSpec, ...]:
+        """Views of a step; those that start later are the last ones."""
+        return tuple(spec for spec in self.views if spec.start <= step)
+
 
 def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     """Derive the views that the losses of a recipe need."""
@@ -59,7 +64,19 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
             )
         wanted.discard("second")
     size, views = recipe.image.size, recipe.views
-    specs = [ViewSpec(name, size, views.image) for name in ("first", "second") if name in wanted]
+    specs = [ViewSpec("first", size, views.image)]
+    if "second" in wanted:
+        second = views.image_second
+        start = int(second.start * recipe.train.steps) if second is not None else 0
+        own_size = recipe.image_sizes.get("views.image_second.size", size)
+        specs.append(ViewSpec("second", own_size, second or views.image, start))
+        if second is not None and second.start > 0 and all("second" in need.views for need in needs):
+            raise UserError(
+                f"views.image_second.start={second.start} leaves no loss for the first steps: all losses of "
+                "this recipe compare two views. Set it to 0, or give a weight to contrastive."
+            )
+        if views.contrastive_view is not None and not any("second" in need.optional_views for need in needs):
+            specs[0] = replace(specs[0], start=start)  # until then no loss compares augmented views
     if views.contrastive_view is not None:
         # Losses that compare augmented views keep theirs; without one of them only this view is made.
         specs = [ViewSpec("contrastive", size, views.contrastive_view), *(specs if "second" in wanted else [])]

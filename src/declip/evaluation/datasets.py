@@ -11,8 +11,10 @@ import numpy as np
 
 from declip.data.builtin import BUILTIN_SPLITS, open_builtin
 from declip.data.pair import BUILTIN_PREFIX, PairSource, printable
+from declip.data.sources.hf_dataset import is_dataset
 from declip.data.sources.open import open_source
-from declip.data.sources.table import TABLE_KINDS
+from declip.data.sources.python_items import Items
+from declip.data.sources.table import find_table
 from declip.errors import UserError, unknown
 from declip.evaluation.readers.captions import captioned
 from declip.evaluation.readers.image_folder import caltech101, image_folder, imagenet
@@ -82,18 +84,20 @@ class Dataset:
         return self._opened[which]
 
 
-def open_dataset(dataset: str | PairSource | Dataset, *, label_column: str | None = None) -> Dataset:
+def open_dataset(dataset: str | PairSource | Items | Dataset, *, label_column: str | None = None) -> Dataset:
     """Open a dataset by its name, or make one of an open source; its test split is opened at once.
 
     Args:
         dataset: ``NAME:/path`` with a name in `NAMED`, such as "pets:/data/pets"; a table, which has classes where it
-            has a column of labels; anything else that `open_source` opens; an open source; or an open dataset.
+            has a column of labels; anything else that `open_source` opens, also a Python object; or an open dataset.
         label_column: A table's column; None looks for "label", "class", "class_name" or "category".
     """
     if isinstance(dataset, str):
         dataset = _by_name(dataset, label_column)
     elif not isinstance(dataset, Dataset):
-        dataset = _single(dataset, dataset.name)
+        source = open_source(dataset)
+        labeled = labeled_table(dataset, label_column) if is_dataset(dataset) else None
+        dataset = _single(source, source.name) if labeled is None else Dataset(source.name, labeled)
     dataset.split("test")
     return dataset
 
@@ -117,8 +121,8 @@ def with_classes(source: PairSource) -> LabeledSource:
 def _by_name(given: str, label_column: str | None) -> Dataset:
     name, colon, place = given.partition(":")
     path = Path(given).expanduser()
-    is_table = name not in NAMED and given.lower().endswith(TABLE_KINDS)
-    if label_column is not None and not is_table:
+    table = find_table(given) if name not in NAMED else None
+    if label_column is not None and table is None:
         raise UserError(f"A column of labels ('{label_column}') was named, but '{given}' is not a table.")
     if given.startswith(BUILTIN_PREFIX):
         splits = BUILTIN_SPLITS.get(place, {"test": place})
@@ -132,9 +136,9 @@ def _by_name(given: str, label_column: str | None) -> Dataset:
         openers = {which: partial(_read, given, named.files, reader) for which, reader in readers.items()}
         return Dataset(given, openers, named.templates, named.metric)
     # One letter before a colon is a Windows drive.
-    if colon and re.fullmatch(r"[\w-]{2,}", name) and not path.exists():
+    if colon and re.fullmatch(r"[\w-]{2,}", name) and table is None and not path.exists():
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
-    labeled = labeled_table(path, label_column) if is_table and path.is_file() else None
+    labeled = labeled_table(table, label_column) if table is not None else None
     return _single(open_source(given), given) if labeled is None else Dataset(given, labeled)
 
 

@@ -13,9 +13,10 @@ from declip.evaluation.feature_cache import FeatureCache, FeatureKind, encoder_o
 from declip.evaluation.probes.data import ProbeData, check_probe, read_probe_data
 from declip.evaluation.probes.knn import knn_probe
 from declip.evaluation.probes.linear import SEEDS, SHOTS, few_shot_probe, linear_probe
-from declip.evaluation.results import Result, ZeroShotResult
+from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.evaluation.retrieval import retrieve
-from declip.evaluation.zero_shot import class_features, classify, read_templates
+from declip.evaluation.zero_shot import class_features, classify, logit_scale, read_templates
+from declip.models.dual_encoder import DualEncoder
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,15 @@ def _zero_shot(shared: SharedFeatures) -> ZeroShotResult:
     return classify(shared.test, source.labels[shared.test.indices], classes, templates=name)
 
 
+def _retrieval(shared: SharedFeatures) -> RetrievalResult:
+    model = shared.model
+    known = isinstance(getattr(model, "model", model), DualEncoder)  # or what wraps one
+    return retrieve(shared.test, logit_scale(model) if known else None)
+
+
 TASKS: Mapping[str, Callable[[SharedFeatures], Result]] = {
     "zero-shot": _zero_shot,
-    "retrieval": lambda shared: retrieve(shared.test),
+    "retrieval": _retrieval,
     "linear": lambda shared: linear_probe(shared.splits),
     "knn": lambda shared: knn_probe(shared.splits),
     "few-shot": lambda shared: few_shot_probe(shared.splits, shared.options.shots, shared.options.seeds),

@@ -141,6 +141,7 @@ class RetrievalResult(Result):
         duplicate_images: Number of images with the same features as another one.
         duplicate_captions: Number of captions that another image carries too, word for word.
         truncated_captions: Number of captions longer than the model's context; their ends were not read.
+        loss: Contrastive loss, see `declip.evaluation.retrieval.contrastive_loss`; None where the scale is unknown.
     """
 
     task: ClassVar[str] = "retrieval"
@@ -151,6 +152,7 @@ class RetrievalResult(Result):
     duplicate_images: int = 0
     duplicate_captions: int = 0
     truncated_captions: int = 0
+    loss: float | None = None
 
     def measures(self) -> list[Measure]:
         return [

@@ -6,13 +6,16 @@ from math import comb
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 
 from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.results import RecallAtK, RetrievalResult
 
 TIE = 1e-6
 """Cosines nearer than this are equal, and images whose features differ by less are copies: features are float32."""
+
+LOSS_BATCH = 128
+"""Pairs that the contrastive loss of an evaluation compares."""
 
 BLOCK = 8_000_000
 """Number of scores held at a time: 64 MB."""
@@ -54,18 +57,20 @@ def recall(rank: np.ndarray, right: Sequence[np.ndarray], candidates: int) -> Re
     return RecallAtK(len(rank), candidates, **hits, **chance, median_rank=float(np.median(rank)))
 
 
-def retrieve(features: SourceFeatures) -> RetrievalResult:
+def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalResult:
     """Measure R@1, R@5 and R@10 both ways.
 
     A caption looks for its image among all images; an image looks for any one of its captions among the captions of
     all images. A caption that two images carry, word for word, counts for its own image only, as is usual (and from
     image to text the two captions tie, so both images miss rank 1). Copies of an image are as wrong as any other image.
+    With the `scale` of the model's logits the `contrastive_loss` is measured too, by the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
     owners, words = features.owners, features.words
     images_of_text = [owners[row : row + 1] for row in range(len(words))]
     texts_of_image = np.split(np.arange(len(words)), np.cumsum([len(texts) for texts in features.captions])[:-1])
     carriers = carriers_of(features)
+    first = torch.from_numpy(np.unique(owners, return_index=True)[1])  # caption of each image
     text_rank = ranks(features.texts, features.images, images_of_text)
     image_rank = ranks(features.images, features.texts, texts_of_image)
     return RetrievalResult(
@@ -77,8 +82,27 @@ def retrieve(features: SourceFeatures) -> RetrievalResult:
         duplicate_images=_duplicates(features.images),
         duplicate_captions=sum(len(carriers[word]) > 1 for word in words),
         truncated_captions=features.truncated,
+        loss=None if scale is None else contrastive_loss(features.images, features.texts[first], scale),
         skipped=dict(features.skipped.counts),
     )
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
+    """Symmetric InfoNCE of held-out pairs in batches of about `LOSS_BATCH`, always the same: the validation loss.
+
+    Equals the plain loop over batches of n pairs, weighted by n
+        ½ mean over b of [ logsumexpₙ(s·image[b]·text[n]) + logsumexpₙ(s·text[b]·image[n]) - 2s·image[b]·text[b] ]
+
+    Args:
+        images, texts: (N, d), L2-normalized.
+        scale: s, the model's exp(logit_scale).
+    """
+    order = torch.from_numpy(np.random.default_rng((0, len(images))).permutation(len(images)))
+    total = 0.0
+    for rows in order.tensor_split(-(-len(order) // LOSS_BATCH)):
+        logits, target = scale * images[rows].double() @ texts[rows].double().T, torch.arange(len(rows))
+        total += float(cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2 * len(rows)
+    return total / len(order)
 
 
 def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:

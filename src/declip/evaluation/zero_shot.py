@@ -14,6 +14,8 @@ from declip.evaluation.prompt_sets import read_prompts
 from declip.evaluation.results import ZeroShotResult
 from declip.evaluation.retrieval import BLOCK, ranks
 
+USUAL_SCALE = 100.0
+
 
 def read_templates(templates: str | Sequence[str]) -> tuple[str, list[str]]:
     """Look templates up by the name of a shipped set, or take them as given; returns a name for the result, too."""
@@ -68,6 +70,12 @@ def classify(
         majority=float(np.bincount(labels).max() / len(labels)),
         skipped=dict(features.skipped.counts),
     )
+
+
+def logit_scale(model: Encoder) -> float:
+    """The factor of cosines before the softmax, exp(logit scale); CLIP's final 100 for a model that has none."""
+    scale = getattr(model, "logit_scale", getattr(getattr(model, "model", None), "logit_scale", None))
+    return USUAL_SCALE if scale is None else float(torch.as_tensor(scale).detach().exp())
 
 
 def predict(images: Tensor, classes: Tensor, count: int = 1) -> tuple[np.ndarray, np.ndarray]:

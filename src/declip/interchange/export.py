@@ -1,6 +1,7 @@
 """Writing models: in a foreign format, or as a folder of ours; each folder is read back and gets a model card."""
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ log = logging.getLogger("declip")
 LARGEST_DIFFERENCE = 1e-4
 """Of features of length 1, between a model and its export; exact exports differ by some 1e-7."""
 
+LEAST_COSINE = {"fp16": 0.999, "int8": 0.95}
+"""Between features of a model and of its export in a lower precision, in place of `LARGEST_DIFFERENCE`."""
+
 CAPTIONS = ("a red circle", "two cats asleep on a sofa, seen from above", "!")
 
 FORMATS: Mapping[str, ModuleType] = {
@@ -53,16 +57,21 @@ class Exported:
         difference: Largest difference of any number of a feature of length 1, read back by the format's own library;
             None where that is not installed.
         by: That library and its version.
+        cosine: Smallest cosine of a feature and the one read back, for a lower precision.
     """
 
     folder: Path
     difference: float | None
     by: str
+    cosine: float | None = None
 
     def __str__(self) -> str:
         if self.difference is None:
             return f"Not read back here: {self.by} is not installed."
-        return f"Read back by {self.by}: features differ by at most {self.difference:.1e}."
+        cosine = ""
+        if self.cosine is not None:  # rounded down
+            cosine = f", their cosine is at least {math.floor(self.cosine * 1e6) / 1e6:.6f}"
+        return f"Read back by {self.by}: features differ by at most {self.difference:.1e}{cosine}."
 
 
 def export(
@@ -73,6 +82,7 @@ def export(
     license: str = NO_LICENSE,
     overwrite: bool = False,
     repo: str | None = None,
+    precision: str = "fp32",
 ) -> Exported:
     """Write a model in a foreign format, read it back where that library is installed, and add a model card.
 
@@ -82,16 +92,21 @@ def export(
         out: The folder to write; it appears when all of it is there.
         license: For the card: an identifier of the Hub's such as "mit", or any words.
         overwrite: Replace a folder that is not empty.
-        repo: For "open_clip": the repository, OWNER/NAME, that the folder will be on the Hub. Loading from there needs
-            it where the vocabulary is not CLIP's whole one.
+        repo: The repository, OWNER/NAME, that the folder will be on the Hub, for the card. Loading "open_clip" from
+            there needs it where the vocabulary is not CLIP's whole one.
+        precision: For "onnx": "fp32", "fp16" or "int8"; refused where a feature's cosine is below `LEAST_COSINE`.
     """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
-    if repo is not None and (format != "open_clip" or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo)):
-        raise UserError(f"--repo is '{repo}'; it is for the format open_clip: the repository on the Hub, OWNER/NAME.")
+    if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"--repo is '{repo}'; give the repository that the folder will be on the Hub, OWNER/NAME.")
+    if precision != "fp32" and (format != "onnx" or precision not in LEAST_COSINE):
+        raise UserError(f"--precision is '{precision}'; {', '.join(LEAST_COSINE)} are for onnx, fp32 for all.")
     out, form = Path(out), FORMATS[format]
     traced, provenance = trace(model)
     write = partial(open_clip.write, repo=repo, home=out) if format == "open_clip" else form.write
+    if precision != "fp32":
+        write = partial(onnx.write, precision=precision)
     with _new_folder(out, overwrite) as folder, measuring(traced):
         try:
             write(traced, folder)
@@ -100,8 +115,8 @@ def export(
             raise UserError(
                 f"This model cannot be exported as {format}: {refusal}. Formats that can: {listed(takers)}."
             ) from refusal
-        exported = Exported(out, *_compare(traced, form, folder))
-        card = model_card(traced, provenance, form.LIBRARY, str(exported), license)
+        exported = Exported(out, *_compare(traced, form, folder, precision))
+        card = model_card(traced, provenance, form.LIBRARY, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
     if exported.difference is None:
         log.warning("%s Check it where that is.", exported)
@@ -179,12 +194,14 @@ def _expresses(form: ModuleType, model: DualEncoder) -> bool:
     return True
 
 
-def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> tuple[float | None, str]:
-    """Give the largest difference of features, and the library that read the folder."""
+def _compare(
+    model: DualEncoder, form: ModuleType, folder: Path, precision: str
+) -> tuple[float | None, str, float | None]:
+    """Give the largest difference of features, the library that read the folder, and the smallest cosine."""
     try:
         foreign = form.reread(folder)
     except ImportError as error:
-        return None, error.name or form.LIBRARY
+        return None, error.name or form.LIBRARY, None
     except Exception as error:  # of whatever kind: a library that finds what it reads to be none of its own
         raise UserError(
             f"{form.LIBRARY} cannot read the export, so it is not kept: {one_line(error, 200)} Report its recipe."
@@ -194,14 +211,20 @@ def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> tuple[float 
     encoders: list[tuple[ToFeatures, ToFeatures, Tensor]] = [(model.encode_image, foreign.image, pixels)]
     if foreign.text is not None:
         encoders.append((model.encode_text, foreign.text, model.tokenize(CAPTIONS)))
-    differences = []
+    differences, cosines = [], []
     for ours, theirs, batch in encoders:
-        expected, features = ours(batch.to(model.device)).cpu(), theirs(batch.cpu())
-        differences.append((expected - F.normalize(features.float(), dim=-1)).abs().max())
-    difference = float(torch.stack(differences).max())  # NaN where any is
-    if not difference <= LARGEST_DIFFERENCE:
+        expected, features = ours(batch.to(model.device)).cpu(), F.normalize(theirs(batch.cpu()).float(), dim=-1)
+        differences.append((expected - features).abs().max())
+        cosines.append((expected * features).sum(-1).min())
+    difference, cosine = float(torch.stack(differences).max()), float(torch.stack(cosines).min())  # NaN where any is
+    if precision != "fp32" and not cosine >= LEAST_COSINE[precision]:
+        raise UserError(
+            f"In {precision} features are too different: a cosine of {cosine:.4f}, at least {LEAST_COSINE[precision]} "
+            "is required. The export is not kept; give another --precision."
+        )
+    if precision == "fp32" and not difference <= LARGEST_DIFFERENCE:
         raise UserError(
             f"{foreign.by} computes other features from the export (they differ by {difference:.1e}), so it is not "
             "kept. Report its recipe."
         )
-    return difference, foreign.by
+    return difference, foreign.by, None if precision == "fp32" else cosine

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
+from declip.models.heads import MlpHead
 from declip.models.no_text import has_text
 from declip.models.text_tower import TextTower
 
@@ -31,6 +32,12 @@ class Reread(NamedTuple):
     by: str
     image: ToFeatures
     text: ToFeatures | None
+
+
+def refuse_mlp_heads(model: DualEncoder) -> None:
+    """Refuse a model whose projections are more than linear maps."""
+    if isinstance(model.image_tower.proj, MlpHead):
+        raise Refusal("its projections are MLPs; train with finetune.head=linear, or export it as safetensors or onnx")
 
 
 def clip_text_tower(model: DualEncoder) -> TextTower:

@@ -1,7 +1,9 @@
 """transformers' `CLIPModel` and `CLIPProcessor`: a folder of theirs as a model of ours, and ours as such a folder.
 
+`SiglipModel` and `Siglip2Model` keep their own towers, see `declip.interchange.wrapped_weights`.
+
 A folder holds config.json, model.safetensors (or several, with an index), preprocessor_config.json or
-processor_config.json, and tokenizer.json. ``huggingface:OWNER/NAME`` fetches these files
+processor_config.json, and tokenizer.json. ``huggingface:OWNER/NAME``, also with ``@REVISION``, fetches these files
 from the Hub, or our declip.safetensors; no pickle. Reading needs no transformers. The vocabulary must be CLIP's, or one
 of CLIP's first merges as our exports have it.
 """
@@ -16,6 +18,7 @@ from typing import Any
 import huggingface_hub
 import tokenizers
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,12 +27,15 @@ from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange import declip_file, layouts, open_clip_model
 from declip.interchange.files import fetch
-from declip.interchange.foreign import TO_CLIP_VIT, Refusal, Reread, clip_text_tower
+from declip.interchange.foreign import TO_CLIP_VIT, Refusal, Reread, clip_text_tower, refuse_mlp_heads
 from declip.interchange.tokenizer_files import backend, write_tokenizer
 from declip.interchange.weights import Weights, one_line
+from declip.interchange.wrapped_weights import express_wrapped, read_siglip, wrapped_in
 from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import as_user_error
+from declip.models.wrapped import SIGLIP
+from declip.models.wrapped_towers import WrappedImageTower
 from declip.recipe.load import load_recipe
 
 LIBRARY = "transformers"
@@ -37,7 +43,7 @@ PREFIX = "huggingface:"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PREPROCESSOR, PROCESSOR, TOKENIZER = "preprocessor_config.json", "processor_config.json", "tokenizer.json"
 FETCHED = [
-    CONFIG, WEIGHTS, INDEX, "model-*.safetensors", PREPROCESSOR, PROCESSOR, TOKENIZER,
+    CONFIG, WEIGHTS, INDEX, "model-*.safetensors", PREPROCESSOR, PROCESSOR, TOKENIZER, "tokenizer_config.json",
     declip_file.FILE, declip_file.CARD, open_clip_model.CONFIG,
 ]  # fmt: skip
 """The files that are fetched from the Hub, where they exist."""
@@ -97,24 +103,36 @@ def matches(where: str) -> bool:
 
 def read(where: str) -> Weights:
     """Read a folder or a name on the Hub, which may also hold a model in our format."""
-    folder, repo = Path(where).expanduser(), where.removeprefix(PREFIX)
-    if repo != where:
-        get = partial(huggingface_hub.snapshot_download, repo, allow_patterns=FETCHED)
+    folder = Path(where).expanduser()
+    if where.startswith(PREFIX):
+        repo, revision = name_and_revision(where.removeprefix(PREFIX))
+        get = partial(huggingface_hub.snapshot_download, repo, allow_patterns=FETCHED, **revision)
         folder = Path(fetch(where, get, "a folder's path alone"))
     if declip_file.matches(str(folder)):
         return declip_file.read(str(folder))
+    kind = "CLIPModel"
     try:
-        keys, weights = _keys(folder, _read_json(folder / CONFIG)), _read_weights(folder)
+        config = _read_json(folder / CONFIG)
+        if config.get("model_type") in SIGLIP:
+            kind = f"{SIGLIP[config['model_type']]}Model"
+            return read_siglip(folder, config, _read_weights(folder), where)
+        keys, weights = _keys(folder, config), _read_weights(folder)
         if max(keys["text.layers"], keys["image.model_kwargs"]["depth"]) > len(weights):
             raise UserError(f"{CONFIG} has more layers than the weights")  # no model of so many is built
         recipe = load_recipe("clip", {"name": "from-huggingface", **keys})
         return layouts.from_layout(recipe, layouts.TRANSFORMERS, weights, where)
     except SafetensorError as error:
-        raise _refused(where, folder, f"its weights are damaged or cut ({one_line(error, 120)})") from error
+        raise _refused(where, folder, f"its weights are damaged or cut ({one_line(error, 120)})", kind) from error
     except (UserError, OSError) as error:
-        raise _refused(where, folder, one_line(error, 400)) from error
-    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise _refused(where, folder, f"{CONFIG}: {type(error).__name__}: {one_line(error, 200)}") from error
+        raise _refused(where, folder, one_line(error, 400), kind) from error
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise _refused(where, folder, f"{CONFIG}: {type(error).__name__}: {one_line(error, 200)}", kind) from error
+
+
+def name_and_revision(given: str) -> tuple[str, dict[str, Any]]:
+    """Split OWNER/NAME@REVISION into the name and the keyword argument of the Hub's functions, empty without one."""
+    name, _, revision = given.partition("@")
+    return name, {"revision": revision} if revision else {}
 
 
 def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,11 +215,11 @@ def _read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _refused(where: str, folder: Path, reason: str) -> UserError:
+def _refused(where: str, folder: Path, reason: str, kind: str) -> UserError:
     hint = ""
     if where.startswith(PREFIX) and (folder / open_clip_model.CONFIG).is_file():
         hint = f" Load it as {open_clip_model.PREFIX}{open_clip_model.HUB}{where.removeprefix(PREFIX)}."
-    return UserError(f"'{where}' cannot be read as a CLIPModel of transformers': {reason.rstrip('.')}.{hint}")
+    return UserError(f"'{where}' cannot be read as a {kind} of transformers': {reason.rstrip('.')}.{hint}")
 
 
 def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -209,6 +227,11 @@ def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     A bias after the text projection, which `CLIPModel` lacks, moves into the last norm where that can be solved.
     """
+    if (wrapped := wrapped_in(model)) is not None:
+        if wrapped.library != "transformers":
+            raise Refusal("its towers are open_clip's")
+        return express_wrapped(model)
+    refuse_mlp_heads(model)
     text, keys = clip_text_tower(model), layouts.clip_keys(model.image_tower)
     if keys is None or "num_heads" not in keys["image.model_kwargs"]:
         kind = type(model.image_tower.trunk).__name__
@@ -224,8 +247,8 @@ def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def write(model: DualEncoder, folder: Path) -> None:
     """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
     config, tensors = express(model)
-    image = model.recipe.image  # type: ignore[union-attr]
-    preprocessor = {
+    image, wrapped = model.recipe.image, wrapped_in(model)  # type: ignore[union-attr]
+    preprocessor: dict[str, Any] = {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "CLIPProcessor",
         "do_convert_rgb": True,
@@ -235,6 +258,16 @@ def write(model: DualEncoder, folder: Path) -> None:
         "image_mean": list(image.mean),
         "image_std": list(image.std),
     }
+    if wrapped is not None:
+        name = SIGLIP[config["model_type"]]
+        resample = Image.Resampling[wrapped.image["interpolation"].upper()].value
+        sizes = {"size": {"height": image.size, "width": image.size}, "do_center_crop": False, "resample": resample}
+        del preprocessor["crop_size"]
+        preprocessor |= {
+            "image_processor_type": f"{name}ImageProcessor",
+            "processor_class": f"{name}Processor",
+            **sizes,
+        }
     for name, content in ((CONFIG, config), (PREPROCESSOR, preprocessor)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(model.tokenizer, folder)
@@ -247,9 +280,13 @@ def reread(folder: Path) -> Reread:
     import transformers
 
     with as_user_error(f"transformers cannot read '{folder}'"):
-        model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    by, kind = f"transformers {transformers.__version__}", model.config.model_type
+    if kind in SIGLIP:
+        image = WrappedImageTower(model.vision_model, model.config.vision_config.hidden_size)
+        return Reread(by, image.pool, lambda tokens: model.text_model(input_ids=tokens).pooler_output)
     return Reread(
-        f"transformers {transformers.__version__}",
+        by,
         lambda pixels: model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output),
         lambda tokens: model.text_projection(model.text_model(input_ids=tokens).pooler_output),
     )

@@ -4,6 +4,10 @@
 ``text.onnx``: input_ids (batch, length) int64, length at most the context, padding after the end token → text_embeds
 (batch, d) float32 of length 1. Batch and length are free. ``declip_onnx.json`` says how images and captions become
 these inputs, and ``tokenizer.json`` is the tokenizer.
+
+With fp16 all weights and the computation are float16, with int8 the weights of matrix products and token
+embeddings are 8 bits and activations are quantized as they come (onnxruntime's dynamic quantization); convolutions
+stay float32. Inputs and outputs stay float32 in both.
 """
 
 import io
@@ -19,11 +23,12 @@ from torch import Tensor, nn
 
 from declip.errors import UserError
 from declip.interchange.files import quiet
-from declip.interchange.foreign import Reread
+from declip.interchange.foreign import Refusal, Reread
 from declip.interchange.tokenizer_files import backend
 from declip.interchange.weights import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.no_text import has_text
+from declip.models.wrapped_towers import WrappedTextTower
 
 LIBRARY = "onnx"
 OPSET = 18
@@ -47,15 +52,18 @@ class Encode(nn.Module):
 
 def express(model: DualEncoder) -> None:
     """Every model is tried; what torch cannot trace fails while it is written."""
+    if isinstance(model.text_tower, WrappedTextTower):
+        raise Refusal("its towers are another library's")
 
 
-def write(model: DualEncoder, folder: Path) -> None:
+def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
     """Write image.onnx and declip_onnx.json, and for the text tower text.onnx and tokenizer.json."""
     assert model.recipe is not None, "a model without one was refused"
     image, batch = model.recipe.image, torch.export.Dim("batch")
     about: dict[str, Any] = {
         "opset": OPSET,
-        "embed_dim": model.image_tower.proj.out_features,
+        "precision": precision,
+        "embed_dim": model.recipe.embed_dim,
         "logit_scale": model.logit_scale.exp().item(),
         "image": {
             "file": IMAGE,
@@ -86,7 +94,32 @@ def write(model: DualEncoder, folder: Path) -> None:
         sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}
         _export(Encode(model, model.encode_text), tokens, sizes, folder, about["text"])
         backend(tokenizer).save(str(folder / TOKENIZER))
+    for name in (IMAGE, TEXT) if precision != "fp32" else ():
+        if (folder / name).is_file():
+            _convert(folder / name, precision)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _convert(path: Path, precision: str) -> None:
+    """Replace a file by the same in another precision."""
+    try:
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+    except ImportError as error:
+        raise UserError(f"{precision} needs {error.name}. Install it: pip install 'declip[onnx]'.") from error
+    try:
+        with warnings.catch_warnings(action="ignore"), quiet(""):  # it logs on the root logger
+            if precision == "fp16":
+                onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+            else:
+                # Convolutions stay float32: quantized as well, EfficientNet's features have cosines of 0.94.
+                kinds = ["MatMul", "Gemm", "Gather"]
+                quantize_dynamic(path, path, kinds, per_channel=True, weight_type=QuantType.QInt8)
+    except OSError:
+        raise
+    except Exception as error:  # of either library, for operators that it does not know
+        raise UserError(f"{path.name} cannot be converted to {precision}: {one_line(error, 200)} Take fp32.") from error
 
 
 def reread(folder: Path) -> Reread:

@@ -1,7 +1,8 @@
 """Models of open_clip as models of ours, and ours as folders of open_clip's.
 
-Reading: CLIP's ViT, CLIP's ResNet and timm towers with a linear projection, with CLIP's text tower and tokenizer. The
-result is compared with open_clip's, images and captions included.
+Reading: CLIP's ViT, CLIP's ResNet and timm towers with a linear projection, with CLIP's text tower and tokenizer, are
+converted; the towers of all other models are wrapped, see `declip.interchange.wrapped_weights`. The result is compared
+with open_clip's, images and captions included.
 
 Writing: open_clip loads the folder by the name ``local-dir:FOLDER``. CLIP's ViT and CLIP's ResNet become open_clip's
 own towers, whatever their sizes; every other timm model goes through open_clip's `TimmModel`, which takes a name alone:
@@ -12,6 +13,7 @@ neither options nor, where it matters, another image size. A BERT or RoBERTa mak
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.interchange import layouts, open_clip_model
-from declip.interchange.foreign import TO_CLIP_VIT, Refusal, Reread, clip_text_tower
+from declip.interchange.foreign import TO_CLIP_VIT, Refusal, Reread, clip_text_tower, refuse_mlp_heads
 from declip.interchange.layouts import (
     TensorLayout,
     activation_of,
@@ -36,6 +38,7 @@ from declip.interchange.layouts import (
 from declip.interchange.open_clip_model import CONFIG, OpenClip, load_open_clip, matches
 from declip.interchange.tokenizer_files import write_tokenizer
 from declip.interchange.weights import Weights, one_line
+from declip.interchange.wrapped_weights import express_wrapped, wrap_open_clip, wrapped_in
 from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import CONFIG as ENCODER
@@ -43,6 +46,7 @@ from declip.models.hf_encoder import PREFIX as HUB_ENCODER
 from declip.models.hf_encoder import TextEncoder
 from declip.models.hf_text_tower import HuggingfaceTextTower
 from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
 
 __all__ = ["express", "matches", "read", "reread", "write"]
 
@@ -75,7 +79,21 @@ def read(where: str) -> Weights:
 
 
 def convert(opened: OpenClip, origin: str = "the model") -> Weights:
-    """Convert weights, tokenizer, image statistics and logit scale of a model of open_clip's."""
+    """Convert a model of open_clip's to our towers where that is exact; else keep its own towers, wrapped."""
+    with suppress(UserError):
+        return _convert(opened, origin)
+    try:
+        weights = wrap_open_clip(opened, origin)
+        _compare(weights.build().eval(), opened)
+    except UserError as error:
+        raise _refused(str(error)) from error
+    except Exception as error:  # a tower of another kind
+        raise _refused(f"{type(error).__name__}: {one_line(error, 200)}") from error
+    return weights
+
+
+def _convert(opened: OpenClip, origin: str) -> Weights:
+    """Convert weights, tokenizer, image statistics and logit scale."""
     try:
         tensors = {n: t.cpu().float() if t.is_floating_point() else t for n, t in opened.model.state_dict().items()}
         tensors["logit_scale"] = tensors["logit_scale"].squeeze()
@@ -150,10 +168,15 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
     """
     config, tensors = express(model, repo or str((home or folder).absolute()))
     text_config = config["model_cfg"]["text_cfg"]
+    encoder, wrapped = None, wrapped_in(model)
     if isinstance(model.text_tower, HuggingfaceTextTower):
-        encoder = TextEncoder.from_tensor(model.text_tower.get_extra_state())
-        (folder / ENCODER).write_text(json.dumps(dict(encoder.config), indent=2) + "\n", encoding="utf-8")
-    if "hf_model_name" in text_config or "tokenizer_kwargs" in text_config:
+        encoder = TextEncoder.from_tensor(model.text_tower.get_extra_state()).config
+    elif wrapped is not None:
+        encoder = wrapped.encoder
+    if encoder is not None:
+        (folder / ENCODER).write_text(json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8")
+    needs_file = "hf_model_name" in text_config or "tokenizer_kwargs" in text_config
+    if needs_file if wrapped is None else wrapped.tokenizer["definition"] is not None:
         # Of a folder open_clip takes the tokenizer that lies in it, whatever the name; of a repository the name's.
         text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
         write_tokenizer(model.tokenizer, folder)
@@ -168,6 +191,16 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
     """Give open_clip's configuration and tensors; `place` is the folder or repository where the files will be."""
     recipe = model.recipe
     assert recipe is not None, "a model without one was refused"
+    if (wrapped := wrapped_in(model)) is not None:
+        if wrapped.library != "open_clip":
+            raise Refusal("its towers are transformers'")
+        model_config, tensors = express_wrapped(model)
+        if wrapped.encoder is not None:
+            model_config["text_cfg"]["hf_model_name"] = place
+        mode = "squash" if wrapped.image["squash"] else "shortest"
+        resize = {"interpolation": wrapped.image["interpolation"], "resize_mode": mode}
+        return _config(recipe, model_config, resize), tensors
+    refuse_mlp_heads(model)
     keys = clip_keys(model.image_tower)
     if isinstance(model.text_tower, HuggingfaceTextTower):
         activation = activation_of(keys) if keys else "gelu"
@@ -176,24 +209,21 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
         activation = recipe.text.activation
         text_config, text = _text_config(model)
     vision_config, image = _vision_config(model, keys, activation)
-    config = {
-        "model_cfg": {
-            "embed_dim": recipe.embed_dim,
-            "quick_gelu": activation == "quick_gelu",
-            "vision_cfg": {"image_size": recipe.image.size, **vision_config},
-            "text_cfg": text_config,
-        },
-        "preprocess_cfg": {
-            "size": recipe.image.size,
-            "mode": "RGB",
-            "mean": list(recipe.image.mean),
-            "std": list(recipe.image.std),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
+    model_config = {
+        "embed_dim": recipe.embed_dim,
+        "quick_gelu": activation == "quick_gelu",
+        "vision_cfg": {"image_size": recipe.image.size, **vision_config},
+        "text_cfg": text_config,
     }
+    config = _config(recipe, model_config, {"interpolation": "bicubic", "resize_mode": "shortest"})
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
     return config, (image + text).write(state)
+
+
+def _config(recipe: Recipe, model_config: dict[str, Any], resize: dict[str, str]) -> dict[str, Any]:
+    image = recipe.image
+    statistics = {"mean": list(image.mean), "std": list(image.std)}
+    return {"model_cfg": model_config, "preprocess_cfg": {"size": image.size, "mode": "RGB", **statistics, **resize}}
 
 
 def reread(folder: Path) -> Reread:

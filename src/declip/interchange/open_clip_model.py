@@ -76,7 +76,7 @@ def load_open_clip(given: str) -> "OpenClip":
             folder = Path(name.removeprefix(FOLDER)) if name.startswith(FOLDER) else None
             for weights in [file] if file else _weights_in(folder) if folder else []:
                 check_file(weights)
-            tokenizer = open_clip.get_tokenizer(name)
+            tokenizer = _tokenizer(open_clip, given, name)
             model = open_clip.create_model(name, **options)
             if file is not None:
                 _load(open_clip, model, file)
@@ -91,7 +91,8 @@ def load_open_clip(given: str) -> "OpenClip":
                 f"Cannot load '{given}': {reason(error)} The weights must be those of the model named, as open_clip "
                 "saves them (a state dict, or a checkpoint of its training); download the file again if it is cut."
             ) from error
-    return OpenClip(model, OpenClipPreprocess(model.visual.preprocess_cfg), tokenizer).eval()
+    config = open_clip.get_model_config(name) | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
+    return OpenClip(model, OpenClipPreprocess(model.visual.preprocess_cfg), tokenizer, config).eval()
 
 
 class OpenClipPreprocess:
@@ -121,12 +122,21 @@ class OpenClipPreprocess:
 
 
 class OpenClip(nn.Module):
-    """A model of open_clip's, a CLIP, CustomTextCLIP or CoCa, with the methods of a `DualEncoder`."""
+    """A model of open_clip's, a CLIP, CustomTextCLIP or CoCa, with the methods of a `DualEncoder`.
+
+    Attributes:
+        config: open_clip's "model_cfg" that it was built from.
+    """
 
     def __init__(
-        self, model: nn.Module, preprocess: OpenClipPreprocess, tokenizer: Callable[[list[str]], Tensor]
+        self,
+        model: nn.Module,
+        preprocess: OpenClipPreprocess,
+        tokenizer: Callable[[list[str]], Tensor],
+        config: Mapping[str, Any],
     ) -> None:
         super().__init__()
+        self.config = config
         self.model: Any = model
         self.preprocessor = preprocess
         self.tokenizer = tokenizer
@@ -215,6 +225,19 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, Path | None, dict[
         raise unknown(f"tag or file for open_clip's {name}", weights, [*tags, RANDOM])
     _warn_of_preprocessing(open_clip, name, tags, file)
     return name, file, empty
+
+
+def _tokenizer(open_clip: ModuleType, given: str, name: str) -> Callable[[list[str]], Tensor]:
+    try:
+        return open_clip.get_tokenizer(name)
+    except (OSError, ValueError) as error:  # transformers', where it is neither in its cache nor fetched, or no file
+        if (wanted := open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")) is None:
+            raise
+        raise UserError(
+            f"'{given}' needs the tokenizer '{wanted}', which cannot be read: {reason(error, 160)} "
+            f"Connect to the network once, or put weights, tokenizer.json, tokenizer_config.json and {CONFIG} into a "
+            f"folder: {PREFIX}{FOLDER}FOLDER."
+        ) from error
 
 
 def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:

@@ -21,7 +21,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import STATE, list_checkpoints
 from declip.runs.folder import read_run
 
-HUBS = (HUGGINGFACE, f"{OPEN_CLIP}{HUB}")
+HUBS = (HUGGINGFACE, HUB, f"{OPEN_CLIP}{HUB}")
 """Prefixes of names on the Hub."""
 
 
@@ -47,7 +47,7 @@ def repository(where: str) -> str | None:
     """The Hub's id of weights by their name here, without network; None where they have none."""
     for prefix in HUBS:
         if where.startswith(prefix):
-            return where.removeprefix(prefix)
+            return where.removeprefix(prefix).partition("@")[0]
     if where.startswith(TIMM):
         config = timm.get_pretrained_cfg(where.removeprefix(TIMM)) if "/" not in where else None
         return config.hf_hub_id if config else None

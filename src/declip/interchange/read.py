@@ -9,10 +9,28 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder
-from declip.interchange import declip_file, huggingface, official, open_clip, open_clip_model, starter, timm_weights
+from declip.interchange import (
+    declip_file,
+    hub,
+    huggingface,
+    official,
+    open_clip,
+    open_clip_model,
+    starter,
+    timm_weights,
+)
 from declip.interchange.weights import Weights, read_recipe
 from declip.models.device import pick_device
-from declip.runs.checkpoint import STATE, Checkpoint, list_checkpoints, load_checkpoint, newest_good, part
+from declip.runs.checkpoint import (
+    STATE,
+    Checkpoint,
+    best_of,
+    folder_of,
+    list_checkpoints,
+    load_checkpoint,
+    newest_good,
+    part,
+)
 from declip.runs.folder import RECIPE
 
 
@@ -64,17 +82,18 @@ def load(where: str | Path, device: str = "auto") -> Model:
     """Load a trained model, in evaluation mode, with averaged weights where the run kept them.
 
     Args:
-        where: A run folder (its newest good checkpoint), a checkpoint folder inside one, a file or folder that
-            `declip.export` wrote, a checkpoint of the official implementation (``.pth``, ``.pth.tar``, ``.pt``,
-            ``.safetensors``) with both towers or the image tower alone, a folder of transformers' `CLIPModel` or of
-            open_clip, ``huggingface:OWNER/NAME``, ``open_clip:MODEL/TAG`` (see
-            `declip.interchange.open_clip_model`) or ``timm:NAME.TAG``. Only names with a colon download.
+        where: A run folder (its best checkpoint if it keeps one, else the newest good one), a checkpoint folder inside
+            one, a file or folder that `declip.export` wrote, a checkpoint of the official implementation (``.pth``,
+            ``.pth.tar``, ``.pt``, ``.safetensors``) with both towers or the image tower alone, a folder of
+            transformers' `CLIPModel` or of open_clip, ``hf-hub:OWNER/NAME`` or ``hf-hub:OWNER/NAME@REVISION`` of any of
+            these formats, ``open_clip:MODEL/TAG`` (see `declip.interchange.open_clip_model`) or ``timm:NAME.TAG``. Only
+            names with a colon download.
         device: "auto", "cpu", "cuda", …
 
     Returns:
         The model: `encode_image(preprocess(images))` and `encode_text(tokenize(texts))`.
     """
-    where = str(where)
+    where = hub.folder_of(str(where))
     reader = _reader(where)
     model = reader.load(where) if reader and reader.load else read(where).build()
     return model.to(pick_device(device)).eval()
@@ -82,14 +101,14 @@ def load(where: str | Path, device: str = "auto") -> Model:
 
 def read(where: str | Path) -> Weights:
     """Read weights; arguments and errors as `load`."""
-    where = str(where)
+    where = hub.folder_of(str(where))
     if reader := _reader(where):
         return reader.read(where)
     path = Path(where).expanduser()
     if not path.exists():
         raise UserError(
             f"There is no model at '{where}'. Give a run folder, a checkpoint folder, a weights file, a folder of "
-            f"transformers' CLIPModel or of open_clip, {huggingface.PREFIX}OWNER/NAME, "
+            f"transformers' CLIPModel or of open_clip, {hub.PREFIX}OWNER/NAME, "
             f"{open_clip_model.PREFIX}MODEL/TAG or {timm_weights.PREFIX}NAME.TAG."
         )
     return weights_of(read_checkpoint(path), where)
@@ -101,14 +120,15 @@ def read_start(where: str) -> Weights:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint folder, or the newest good checkpoint of a run folder."""
+    """Read a checkpoint folder, or of a run folder the best checkpoint if it keeps one, else the newest good one."""
     if (path / STATE).is_file():
         return load_checkpoint(path)
     if list_checkpoints(path):
         newest, problems = newest_good(path)
         if newest is None:
             raise UserError(f"No checkpoint in '{path}' is whole. {problems[0]}")
-        return newest
+        best = best_of(path, newest)
+        return newest if best in (None, folder_of(path, newest.step)) else load_checkpoint(best)
     problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
     raise UserError(f"'{path}' {problem}. Give a run folder, or a folder in its checkpoints.")
 

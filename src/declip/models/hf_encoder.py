@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from declip.data.pair import printable
 from declip.errors import UserError
+from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import Recipe
 
 log = logging.getLogger("declip")
@@ -134,8 +135,8 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
     return TextEncoder(config, definition, specials, folder if pretrained else None, _pooling(folder))
 
 
-def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -> TextEncoder | None:
-    """Read the encoder stored with a model's weights; None where its recipe has CLIP's text tower.
+def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -> TextEncoder | WrappedModel | None:
+    """Read the encoder, or the wrapped model, stored with a model's weights; None for CLIP's text tower.
 
     `text.hf_model` is never read instead: the recipe may be a stranger's.
     """
@@ -144,7 +145,8 @@ def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -
     if ENTRY not in weights:
         raise UserError(f"The weights in '{path}' came without their text encoder's configuration and tokenizer.")
     try:
-        return TextEncoder.from_tensor(weights[ENTRY])
+        kind = WrappedModel if recipe.image.model == recipe.text.hf_model else TextEncoder
+        return kind.from_tensor(weights[ENTRY])
     except Exception as error:  # JSON of any shape
         raise UserError(f"The text encoder's configuration in '{path}' is damaged.") from error
 

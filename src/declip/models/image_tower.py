@@ -76,6 +76,7 @@ class ImageTower(nn.Module):
         name: A timm model's name or a key of `SMALL_TOWERS`. Nothing is downloaded.
         options: Arguments of `timm.create_model`; ``depths`` sets the stages of CLIP's ResNets.
         freeze_patch_embed: Leave a ViT's patch projection at its random start, as DeCLIP's official code does.
+        any_size: Let a ViT take images of other sizes too, with position embeddings resampled to their grid.
         weights: State of the trunk, as timm publishes it, for any image size; None for random weights.
 
     Attributes:
@@ -90,9 +91,11 @@ class ImageTower(nn.Module):
         options: dict[str, Any] | None = None,
         freeze_patch_embed: bool = False,
         weights: Mapping[str, Tensor] | None = None,
+        any_size: bool = False,
     ) -> None:
         super().__init__()
-        self.trunk = _create(name, size, dict(options or {}), weights)
+        resampled = {"dynamic_img_size": True} if any_size and _base(name)[0].startswith("vit_") else {}
+        self.trunk = _create(name, size, resampled | (options or {}), weights)
         self.norm: nn.Module = nn.Identity()
         # The norm is per token, so where one token is pooled it may as well come after the pool.
         pools_a_token = getattr(self.trunk, "global_pool", None) == "token" and hasattr(self.trunk, "blocks")
@@ -121,34 +124,34 @@ class ImageTower(nn.Module):
             return ImageFeatures(self.proj(images), images, images.unsqueeze(1))
         features = self.trunk.forward_features(images)
         pre_logits = self.norm(self.trunk.forward_head(features, pre_logits=True))
-        return ImageFeatures(self.proj(pre_logits), pre_logits, self._tokens(features))
+        return ImageFeatures(self.proj(pre_logits), pre_logits, self._tokens(features, self.trunk))
 
     def pool(self, images: Tensor) -> Tensor:
         """Encode images up to the projection, (B, width)."""
         return self.norm(self.trunk.forward_head(self.trunk.forward_features(images), pre_logits=True))
 
-    def refuse_size(self, name: str, size: int) -> None:
+    def refuse_size(self, name: str, size: int, key: str = "image.size") -> None:
         """Try one image of a size: many towers can be built for sizes that their forward pass cannot take."""
         training = self.training
         self.eval()  # so that no random number is consumed and no running statistic changes
         try:
             with torch.no_grad():
-                self(torch.zeros(1, 3, size, size, device=self.proj.weight.device))
+                self(torch.zeros(1, 3, size, size, device=next(self.parameters()).device))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(
                 f"The image tower '{name}' does not take images of {size} × {size} pixels: "
-                f"{str(error).splitlines()[0]}. Give another image.size (multiples of 32 suit most) or image.model."
+                f"{str(error).splitlines()[0]}. Give another {key} (multiples of 32 suit most) or image.model."
             ) from error
         finally:
             self.train(training)
 
-    def _tokens(self, features: Tensor) -> Tensor:
+    def _tokens(self, features: Tensor, trunk: Any) -> Tensor:
         if features.ndim == 4:  # (B, C, h, w), or (B, h, w, C) for the towers that work channels last
             last = features.shape[-1] == self.token_width and features.shape[1] != self.token_width
             return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
-        return features[:, getattr(self.trunk, "num_prefix_tokens", 0) :]
+        return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
 
 
 @cache  # once per process, however often the tower is built
@@ -156,8 +159,13 @@ def _warn_once(message: str) -> None:
     log.warning(message)
 
 
+def _base(name: str) -> tuple[str, dict[str, Any]]:
+    """The timm model of a name, and its arguments."""
+    return SMALL_TOWERS.get(name, (name, {}))
+
+
 def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:
-    base, preset = SMALL_TOWERS.get(name, (name, {}))
+    base, preset = _base(name)
     if not timm.is_model(base):
         raise unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
     clip_resnet = base.startswith("resnet") and "_clip" in base

@@ -9,13 +9,23 @@ from torch import nn
 
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
+from declip.models.wrapped_towers import WrappedImageTower, WrappedTextTower
 
 IMAGE, TEXT = "image_tower.", "text_tower."
 """Prefixes of the towers' parameter names in a `DualEncoder`."""
 
+PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")
+"""Prefixes of the projections into the shared space."""
+
 STEM = re.compile(r"^(token_embedding|positional_embedding|encoder\.embeddings)")
 BLOCK = re.compile(r"\.(?:resblocks|layer)\.(\d+)\.")
 """Numbers of the blocks in the names of CLIP's text tower and of Hugging Face's encoders."""
+
+WRAPPED_STEM = re.compile(
+    r"^trunk\.(?:transformer\.)?(?:conv\d|bn\d|ln_pre|\w+_embedding|cls_emb|embeddings|embed_\w+|layernorm_embedding)"
+)
+WRAPPED_BLOCK = re.compile(r"^trunk\.(?:\w+\.)*?(?:resblocks|layers|layer\d?|blocks?)\.\d+\.")
+"""The same of modules of open_clip and transformers."""
 
 
 def depths(model: DualEncoder) -> dict[str, int]:
@@ -24,7 +34,9 @@ def depths(model: DualEncoder) -> dict[str, int]:
     The stem (patch or word embedding, positions) has index 0, block after block has 1, 2, …, and the last norm and
     projection one more than the last block. In networks with stages, blocks count through all of them.
     """
-    image, text = _image(model.image_tower), _text(model.text_tower)
+    visual, words = model.image_tower, model.text_tower
+    image = _wrapped(visual) if isinstance(visual, WrappedImageTower) else _image(visual)
+    text = _wrapped(words) if isinstance(words, WrappedTextTower) else _text(words)
     return {IMAGE + n: depth for n, depth in image.items()} | {TEXT + n: depth for n, depth in text.items()}
 
 
@@ -34,12 +46,27 @@ def blocks(depth_of: Mapping[str, int], tower: str) -> int:
 
 
 def _image(tower: ImageTower) -> dict[str, int]:
-    trunk: Any = tower.trunk
+    return _timm(tower, tower.trunk, "trunk.")
+
+
+def _timm(tower: nn.Module, trunk: Any, prefix: str) -> dict[str, int]:
     groups: dict[str, int] = group_parameters(trunk, trunk.group_matcher(coarse=False), reverse=True)
     inside = {name for name in groups if not name.startswith("head.")}  # CLIP's attention pool comes after the blocks
     last = 1 + max(groups[name] for name in inside)
-    depth_of = {f"trunk.{name}": groups[name] if name in inside else last for name in groups}
+    depth_of = {f"{prefix}{name}": groups[name] if name in inside else last for name in groups}
     return depth_of | {name: last for name, _ in tower.named_parameters() if name not in depth_of}
+
+
+def _wrapped(tower: WrappedImageTower | WrappedTextTower) -> dict[str, int]:
+    trunk: Any = tower.trunk
+    if type(trunk).__name__ == "TimmModel":
+        return _timm(tower, trunk.trunk, "trunk.trunk.")
+    names = [name for name, _ in tower.named_parameters()]
+    block_of = {name: match[0] for name in names if (match := WRAPPED_BLOCK.match(name))}
+    numbers = {block: number for number, block in enumerate(dict.fromkeys(block_of.values()), start=1)}
+    last = 1 + len(numbers)
+    stem = {name for name in names if name not in block_of and WRAPPED_STEM.match(name)}
+    return {name: 0 if name in stem else numbers[block_of[name]] if name in block_of else last for name in names}
 
 
 def _text(tower: nn.Module) -> dict[str, int]:

@@ -53,11 +53,15 @@ def _adapt(tower: nn.Module, stem: set[str], lora: LoRA) -> Any:
     except ImportError as error:
         raise UserError('finetune.lora needs peft: pip install "declip[lora]".') from error
     _split_attention(tower)
-    layers = [
+    # Its layers' weights are read without calling them, so peft adapts the whole; not where keys have another width.
+    fused = {name: module for name, module in tower.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    layers = [name for name, module in fused.items() if module._qkv_same_embed_dim]
+    layers += [
         name
         for name, module in tower.named_modules()
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        if name not in PROJECTIONS and f"{name}.weight" not in stem
+        if name.split(".")[0] not in PROJECTIONS and f"{name}.weight" not in stem
+        if name.rpartition(".")[0] not in fused
     ]
     config = LoraConfig(
         r=lora.rank,

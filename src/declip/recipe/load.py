@@ -62,6 +62,8 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         _set(tree, key, value)
         _set(over, key, value)
         given.update(_leaves({key: value}))
+    if _one_length(over, "the overrides"):
+        _set(tree, "train.epochs", None)
     try:
         recipe = Recipe.model_validate(_with_own_sets(tree, base, over))
     except ValidationError as error:
@@ -106,13 +108,27 @@ def _read_tree(name: str | Path, seen: tuple[str, ...], given: set[str]) -> dict
     parent = tree.pop("extends", None) if isinstance(tree, dict) else None
     if not isinstance(tree, dict) or not isinstance(parent, str | None):
         raise UserError(f"The recipe '{label}' must map keys to values, and `extends` to a recipe's name or file.")
+    steps_alone = _one_length(tree, f"the recipe '{label}'")
     if path.parent != LIBRARY:
         given.update(_leaves(tree))
     tree.setdefault("name", Path(label).stem)
     if parent is None:
         return tree
     base = _read_tree(parent, (*seen, label), given)
+    if steps_alone:
+        _set(tree, "train.epochs", None)
     return _with_own_sets(_merge(base, tree), base, tree)
+
+
+def _one_length(tree: Mapping[str, Any], where: str) -> bool:
+    """Whether a part of a recipe gives train.steps, which replace epochs given before; both at once are refused."""
+    train = tree.get("train")
+    train = train if isinstance(train, Mapping) else {}
+    if "steps" in train and train.get("epochs") is not None:
+        raise UserError(
+            f"train.steps={train['steps']} and train.epochs={train['epochs']} of {where}: give one of both."
+        )
+    return "steps" in train
 
 
 def _find(name: str | Path, folder: Path) -> Path:

@@ -30,7 +30,9 @@ Portion = Annotated[float, Field(gt=0, le=1)]
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 RGB = tuple[float, float, float]
 Place = Annotated[str, AfterValidator(_expand_user)]
-Places = Annotated[tuple[Place, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
+Places = Annotated[tuple[Place, ...], OneOrMore]
+Trackers = Annotated[tuple[Literal["auto", "tensorboard", "wandb", "mlflow", "trackio"], ...], OneOrMore]
 
 
 class Section(BaseModel):
@@ -55,6 +57,9 @@ class Data(Section):
     image_column: str = Field("image", description="column of a table with image paths or image bytes")
     caption_column: str = Field("caption", description="column of a table with captions")
     keyword_column: str = Field("keywords", description="column of a table with keywords; ignored if missing")
+    group_column: str | None = Field(
+        None, description="column of a table whose equal cells mean the same thing; see contrastive.duplicates"
+    )
     image_root: Place | None = Field(None, description="folder of a table's image paths; default: the table's folder")
     max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")
     shuffle_buffer: int | None = Field(
@@ -159,6 +164,13 @@ class ImageView(Section):
         return given
 
 
+class SecondView(ImageView):
+    """The second image view: its size and start; augmentation keys left out are those of `views.image`."""
+
+    size: int | None = Field(None, ge=16, le=4096, description="height and width in pixels; default: image.size")
+    start: float = Field(0.0, ge=0, lt=1, description="fraction of the steps that are trained on one view before")
+
+
 class TextView(Section):
     """EDA (Wei and Zou 2019) and the words that make up a caption."""
 
@@ -174,12 +186,35 @@ class Views(Section):
     """The views of a pair that the model is trained on."""
 
     image: ImageView = ImageView()
+    image_second: SecondView | None = Field(
+        None, description="second image view of its own: size, start (fraction of the steps), keys of views.image"
+    )
     text: TextView = TextView()
     contrastive_view: ImageView | None = Field(
         None, description="milder first view for the contrastive loss; the others stay (SLIP)"
     )
     image_count: Literal[1, 2] = Field(
         2, description="number of image views of losses that compare views; 1: one image meets both captions"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _second_like_first(cls, given: Any) -> Any:
+        first, second = (given.get(n) if isinstance(given, dict) else None for n in ("image", "image_second"))
+        if not (isinstance(first, dict | ImageView) and isinstance(second, dict | ImageView)):
+            return given
+        return {**given, "image_second": {**dict(first), **dict(second)}}
+
+
+class ContrastiveConfig(Section):
+    """Targets of contrastive, multi_view and nearest_neighbor."""
+
+    duplicates: Literal["negatives", "mask", "positives"] = Field(
+        "negatives", description="pairs of a batch with equal captions or one group: negatives, left out, or positives"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="part of the target spread evenly over all keys")
+    self_distillation: float = Field(
+        0.0, ge=0, lt=1, description="part of the target from the model's own prediction, at the end of a cosine rise"
     )
 
 
@@ -224,6 +259,12 @@ class LateInteractionConfig(Section):
     include_padding: bool = Field(False, description="padding counts as tokens, as in the official implementation")
 
 
+class EmaDistillationConfig(Section):
+    """The teacher, an exponential moving average of the learner."""
+
+    decay: float = Field(0.99, gt=0, lt=1, description="decay of the teacher's weights per step")
+
+
 class LogitScale(Section):
     """The logarithm of the inverse temperature, and its limits after each step."""
 
@@ -266,12 +307,30 @@ class FineTuning(Section):
     cached_views: int = Field(
         0, ge=0, description="views of each pair whose features frozen towers compute once; 0: computed at every step"
     )
+    head: Literal["linear", "mlp"] = Field(
+        "linear", description="projections of both towers; mlp: linear plus an MLP with dropout"
+    )
+    head_init: Literal["random", "cca"] = Field(
+        "random", description="start of the projections; cca: canonical correlation of the cached features (CSA)"
+    )
+    mixup: float = Field(
+        0.0, ge=0, description="alpha of the mixup of cached features, equal for image and text (FuseMix); 0: off"
+    )
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
 
     def changed(self) -> list[str]:
         """Names of the keys, other than `pretrained`, that are not at their defaults."""
         given = sorted(self.model_fields_set - {"pretrained"})
         return [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+
+    @model_validator(mode="after")
+    def _cached(self) -> Self:
+        for name, off in (("head_init", "random"), ("mixup", 0)):
+            if getattr(self, name) != off and not self.cached_views:
+                raise ValueError(
+                    f"finetune.{name} reads cached features; set finetune.cached_views too, or leave it out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _lora_freezes_blocks(self) -> Self:
@@ -287,6 +346,7 @@ class Train(Section):
     """Optimization and the bookkeeping of a run."""
 
     steps: int = Field(1000, ge=1, description="number of optimizer steps")
+    epochs: float | None = Field(None, gt=0, description="number of passes over the pairs, instead of steps")
     batch_size: int = Field(128, ge=2, description="number of pairs per step over all processes")
     optimizer: str = Field("adamw", description="adamw, muon, or the name of any optimizer of timm")
     lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up")
@@ -304,7 +364,13 @@ class Train(Section):
     channels_last: bool = Field(False, description="channels-last memory format, for convolutions")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are evaluated then")
     log_every: int = Field(10, ge=1, description="number of steps between logged rows")
+    report_to: Trackers = Field(
+        ("auto",), description="trackers: tensorboard, wandb, mlflow, trackio; auto: tensorboard if installed; []: none"
+    )
     evaluate_every: int = Field(0, ge=0, description="number of steps between evaluations; 0: only at the end")
+    patience: int | None = Field(
+        None, ge=1, description="number of evaluations without a new best one that end a run, with its best weights"
+    )
     checkpoint_every: int = Field(200, ge=1, description="number of steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of checkpoints to keep")
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, mps")
@@ -353,12 +419,17 @@ class Recipe(Section):
     loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {"contrastive": 1.0}, description="weight of each loss by name; see declip.supervision.objective.TERMS"
     )
+    contrastive: ContrastiveConfig = ContrastiveConfig()
     simsiam: SimSiamConfig = SimSiamConfig()
     simclr: SimCLRConfig = SimCLRConfig()
     masked_language: MaskedLanguageConfig = MaskedLanguageConfig()
     nearest_neighbor: NearestNeighborConfig = NearestNeighborConfig()
     late_interaction: LateInteractionConfig = LateInteractionConfig()
+    ema_distillation: EmaDistillationConfig = EmaDistillationConfig()
     logit_scale: LogitScale = LogitScale()
+    logit_bias: float | None = Field(
+        None, description="initial value of a bias of the logits; default: none, and -10 with the sigmoid loss"
+    )
     finetune: FineTuning = FineTuning()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
@@ -383,6 +454,11 @@ class Recipe(Section):
                 "train.length_buckets above 1 leaves padding out, and late_interaction.include_padding wants it; "
                 "set one of them back"
             )
+        if self.data.group_column is not None and self.contrastive.duplicates == "negatives":
+            raise ValueError(
+                f"data.group_column={self.data.group_column} says which pairs are duplicates; set "
+                "contrastive.duplicates to mask or positives too, or leave it out"
+            )
         tunes_text = self.text.hf_model is not None and self.text.pretrained
         of_text = {"text_lr_scale", "freeze_text_blocks", "layer_decay", "head_warmup_steps", "lora"}
         wrong = [name for name in self.finetune.changed() if not (tunes_text and name in of_text)]
@@ -395,9 +471,30 @@ class Recipe(Section):
         clash = next((name for name, value in clashes.items() if value), None)
         if self.finetune.lora is not None and clash is not None:
             raise ValueError(f"finetune.lora does not work with train.{clash}={getattr(train, clash)}; leave one out")
+        measured = self.evaluation.retrieval or self.evaluation.zero_shot
+        if train.patience is not None and not (train.evaluate_every and measured):
+            raise ValueError(
+                "train.patience needs train.evaluate_every and a set in evaluation.retrieval or evaluation.zero_shot; "
+                "give both, or leave it out"
+            )
         if self.views.image_count == 1 and self.views.contrastive_view:
             raise ValueError("views.contrastive_view needs two other views; set views.image_count to 2")
+        if self.views.image_count == 1 and self.views.image_second:
+            raise ValueError("views.image_second is a second view; set views.image_count to 2, or leave it out")
         return self
+
+    @property
+    def initial_bias(self) -> float | None:
+        """The initial bias of the logits, SigLIP's for the sigmoid loss; None for a model without one."""
+        return -10.0 if self.logit_bias is None and "sigmoid" in self.active_losses else self.logit_bias
+
+    @property
+    def image_sizes(self) -> dict[str, int]:
+        """Sizes of the images that the tower takes in training, by their keys."""
+        second = self.views.image_second
+        return {"image.size": self.image.size} | (
+            {"views.image_second.size": second.size} if second is not None and second.size is not None else {}
+        )
 
     @property
     def head_warmup(self) -> int:

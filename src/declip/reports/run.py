@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from markupsafe import Markup
+from rich.markup import escape
+from rich.table import Table
 
 from declip.data.pair import PairSource
 from declip.data.text.caption_tokenizer import CaptionTokenizer
@@ -14,6 +16,7 @@ from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import RetrievalResult, ZeroShotResult, short_names
 from declip.evaluation.zero_shot import class_features, read_templates
+from declip.io.text import percent
 from declip.recipe.schema import Recipe
 from declip.reports.charts import score_chart, value_chart
 from declip.reports.gallery import Confusions, confusions, image_to_text, text_to_image
@@ -161,13 +164,37 @@ def loss_charts(run: Run, recipe: Recipe | None, objective: Objective | None) ->
     charts = [TitledChart("total", _svg("total", run, "loss"), "The weighted sum, which training minimizes.")]
     for name in run.terms:
         term = TERMS.get(name)
-        title = term.title if term else name
+        title = getattr(term, "title", name)  # a user's own term may have none
         weight = recipe.loss_weights.get(name) if recipe else None
         own: Any = dict(objective.terms.items()).get(name) if objective else None
         chance = own.chance(recipe.train.batch_size) if own and recipe else None
         svg = _svg(title, run, f"losses.{name}")
         charts.append(TitledChart(title, svg, term.explanation if term else "", weight, chance))
     return charts
+
+
+def changes_table(run: Run) -> Table:
+    """The measures of a fine-tuned run on each set, before and after, for the terminal."""
+    table = Table("set", "measure", "start", "best", "change", "n")
+    names = short_names(row.result.dataset for row in run.evaluated)
+    before = {(row.result.dataset, row.result.task): row.result for row in run.evaluated if row.step == 0}
+    for row in run.last():
+        new, old = row.result, before.get((row.result.dataset, row.result.task))
+        olds = {measure.name: measure.value for measure in old.measures()} if old else {}
+        for measure in new.measures():
+            if measure.name not in COMPARED:
+                continue
+            start = olds.get(measure.name)
+            shown = f"chance {percent(measure.chance)}" if start is None else percent(start)
+            change = "" if start is None else f"{100 * (measure.value - start):+.1f}"
+            table.add_row(
+                escape(names[new.dataset]), measure.name, shown, percent(measure.value), change, f"{measure.n:,}"
+            )
+        if isinstance(new, RetrievalResult) and new.loss is not None:
+            start = old.loss if isinstance(old, RetrievalResult) else None
+            numbers = ("", f"{new.loss:.3f}", "") if start is None else (f"{start:.3f}", f"{new.loss:.3f}", "")
+            table.add_row(escape(names[new.dataset]), "validation loss", *numbers, f"{new.images:,}")
+    return table
 
 
 def _svg(title: str, run: Run, column: str, noisy: bool = True) -> Markup | None:

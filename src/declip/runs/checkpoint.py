@@ -25,8 +25,8 @@ from declip.io.atomic import remove, save_tensors, sha256
 log = logging.getLogger("declip")
 
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
-LAST = "last"
-"""A link to the newest checkpoint, where links are possible."""
+LAST, BEST = "last", "best"
+"""Links to the newest checkpoint and to that of the best evaluation, where links are possible."""
 NAME = re.compile(r"step-(\d{8,})")
 
 KINDS = {"step": int, "recipe": str, "extra": dict, "sha256": dict, "digest": str}
@@ -49,7 +49,7 @@ class Checkpoint:
         training: "objective.…", "optimizer.…" and "random.…" tensors: heads, queue, moments by parameter name, and the
             generators of each rank, "random.0.cpu" and so on.
         recipe: The resolved recipe as YAML.
-        extra: JSON values: versions, counts of skipped pairs.
+        extra: JSON values: versions, counts of skipped pairs; "best", the step of the best evaluation and its number.
     """
 
     step: int
@@ -97,10 +97,11 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
     """Write a snapshot under another name, flush it, read it back, rename it, and remove all but the newest `keep`.
 
-    Checkpoints of later steps stay and do not count: the run went back before them because they are damaged. If it
-    fails, earlier checkpoints are untouched.
+    The best one stays too. Checkpoints of later steps stay and do not count: the run went back before them because they
+    are damaged. If it fails, earlier checkpoints are untouched.
     """
     final = folder_of(run, kept.step)
+    best = best_of(run, kept)
     partial = final.with_suffix(".partial")
     try:
         for left in final.parent.glob("*.partial"):  # by a process that was killed
@@ -116,9 +117,11 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         _read_state(partial)
         remove(final)  # damaged, or the run would have continued from it
         partial.rename(final)
-        with suppress(OSError):
-            (link := final.with_name(f"{LAST}.partial")).symlink_to(final.name)
-            link.replace(final.with_name(LAST))
+        for name, target in ((LAST, final), (BEST, best)):
+            if target is not None:
+                with suppress(OSError):
+                    (link := final.with_name(f"{name}.partial")).symlink_to(target.name)
+                    link.replace(final.with_name(name))
         _flush(final.parent)
         _flush(run)
     except Exception as error:  # safetensors reports a full disk by an error class of its own
@@ -129,13 +132,19 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
             f"Cannot write the checkpoint {final}: {str(error).rstrip('.')}. {newest} "
             "Make room or choose another folder with --out, then continue with --resume."
         ) from error
-    older = [path for path in list_checkpoints(run) if step_of(path) <= kept.step]
+    older = [path for path in list_checkpoints(run) if step_of(path) <= kept.step and path != best]
     for old in older[:-keep]:
         aside = old.with_suffix(".partial")  # a crash in the middle leaves no part of one under its name
         with suppress(OSError):
             old.rename(aside)
         remove(aside)
     return final
+
+
+def best_of(run: Path, checkpoint: Checkpoint) -> Path | None:
+    """The checkpoint of the best evaluation until another one, of a run that looks for it; see `train.patience`."""
+    best = checkpoint.extra.get("best")
+    return folder_of(run, best["step"]) if best else None
 
 
 class CheckpointWriter:

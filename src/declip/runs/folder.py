@@ -20,17 +20,20 @@ from safetensors import SafetensorError, safe_open
 from declip.errors import UserError
 from declip.evaluation.results import Result, read_result
 from declip.models.hf_encoder import ENTRY, TextEncoder, encoder_kept_in
+from declip.models.wrapped import WrappedModel
 from declip.recipe.load import load_recipe
 from declip.recipe.schedule import learning_rate
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
 
 RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "skipped.json"
+TRACKING = "tracking.json"
+"""Ids of the run in the trackers that train.report_to names."""
 KEPT = "start.safetensors"
 """The pretrained weights that a run began with: it resumes from them and is compared with them."""
 CHANGEABLE = (
     *("name", "data.workers", "train.device", "train.rank_timeout"),
-    *("train.keep_checkpoints", "train.checkpoint_every"),
+    *("train.keep_checkpoints", "train.checkpoint_every", "train.report_to"),
 )
 """Recipe keys that may differ when a run is resumed: none of them changes a number."""
 log = logging.getLogger("declip")
@@ -130,6 +133,11 @@ class Run:
         if self.steps_done is not None:
             return self.steps_done
         return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def best_step(self) -> int:
+        """Step of the weights that the run ended with: the last one, or the best of a run with `train.patience`."""
+        return next((row["best_step"] for row in self.results if "best_step" in row), self.step)
 
     @property
     def samples_seen(self) -> int:
@@ -233,7 +241,7 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
     return newest
 
 
-def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | None:
+def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | WrappedModel | None:
     """Read the Hugging Face encoder's files, if it has any, from the newest good checkpoint.
 
     So resuming needs no other folder.

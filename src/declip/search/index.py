@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,6 +26,7 @@ from declip.evaluation.encode import Encoder, measuring, text_features
 from declip.evaluation.feature_cache import model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
+from declip.io.atomic import atomic_write
 from declip.io.text import percent, plural
 from declip.search.approximate import ApproximateSearch, build_approximate, import_faiss, open_approximate
 from declip.search.exact import nearest
@@ -255,6 +259,35 @@ class Index:
             entry = build_approximate(Store(self.folder), encode)
         self._reopen()
         return entry
+
+    def export(self, path: str | Path, *, over: Over = "images") -> Path:
+        """Write the vectors for other programs, in the order of `ids`, part by part.
+
+        Args:
+            path: .parquet with all columns, vectors as lists of float32; or .npy, (n, d) of the stored type, with the
+                ids, keys and paths of its rows in a .csv of the same name.
+            over: The vectors in .npy.
+        """
+        path, table = Path(path).expanduser(), self._store.table
+        if path.suffix not in (".parquet", ".npy"):
+            raise UserError(f"Vectors are written to .parquet or .npy, not to '{path.name}'.")
+        with atomic_write(path, "give another file") as target:
+            if path.suffix == ".parquet":
+                types = [f.with_type(pa.list_(pa.float32())) if f.name in COLUMNS.values() else f for f in table.schema]
+                with pq.ParquetWriter(target, pa.schema(types)) as writer:
+                    for batch in table.to_batches():
+                        writer.write_table(pa.Table.from_batches([batch]).cast(pa.schema(types)))
+            else:
+                blocks = [block.vectors.numpy() for block in self._store.blocks(over)]
+                shape = (len(self), self.manifest.dimension)
+                with target.open("wb") as file:
+                    header = {"descr": f"<f{2 if self.manifest.dtype == 'float16' else 4}", "fortran_order": False}
+                    np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
+                    for block in blocks:
+                        file.write(block.tobytes())
+                with atomic_write(path.with_suffix(".csv"), "give another file") as rows:
+                    pa.csv.write_csv(table.select(["id", "key", "path"]), rows)
+        return path
 
     def summary(self) -> str:
         """The contents of the index, and what was left out, a line each."""

@@ -1,14 +1,16 @@
 """The multi-view loss of DeCLIP: the contrastive loss between all other pairings of views."""
 
 import math
+from collections.abc import Sequence
 from itertools import islice, product
 
 import torch
 from torch import Tensor
 
 from declip.data.plan import Needs
-from declip.supervision.contrastive import info_nce
-from declip.supervision.term import Rows, Similarity, Term
+from declip.supervision.contrastive import ContrastiveTerm, info_nce
+from declip.supervision.soft_targets import SoftTargets
+from declip.supervision.term import Rows, Similarity
 
 
 def multi_view(
@@ -19,6 +21,7 @@ def multi_view(
     scale: Tensor | float,
     offset: int = 0,
     max_logit_bytes: float | None = None,
+    soft: Sequence[SoftTargets | None] = (None, None),
 ) -> Tensor:
     """Contrastive loss of all pairings of views but the first (L_MVS of DeCLIP, arXiv 2110.05208).
 
@@ -34,18 +37,20 @@ def multi_view(
         scale: exp(logit_scale).
         offset: Row of the keys that belongs to this rank's first pair.
         max_logit_bytes: See `cross_entropy_to_keys`.
+        soft: The same, for each text view.
 
     Returns:
         The loss, a scalar. Six (B, N) logit matrices are kept for the backward pass, up to `max_logit_bytes` each.
     """
     pairings = islice(product(range(len(images)), range(len(texts))), 1, None)
     losses = [
-        info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset, max_logit_bytes) for i, j in pairings
+        info_nce(images[i], texts[j], image_keys[i], text_keys[j], scale, offset, max_logit_bytes, soft[j])
+        for i, j in pairings
     ]
     return torch.stack(losses).mean()
 
 
-class MultiView(Term):
+class MultiView(ContrastiveTerm):
     """DeCLIP's multi-view loss over the augmented image views and both text views."""
 
     needs = Needs(optional_views=frozenset({"second"}), texts=2)
@@ -54,7 +59,8 @@ class MultiView(Term):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         features = own.augmented, own.texts, keys.augmented, keys.texts
-        return multi_view(*features, similarity.scale, offset, self.max_logit_bytes)
+        soft = [self.soft_targets(own.text_labels(view), keys.text_labels(view)) for view in range(len(own.texts))]
+        return multi_view(*features, similarity.scale, offset, self.max_logit_bytes, soft)
 
     def chance(self, batch_size: int) -> float:
         return math.log(batch_size)

@@ -1,7 +1,7 @@
 """Nearest-neighbor supervision: a queue of past text features, and the contrastive loss with neighbors in it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.contrastive import cross_entropy_to_keys
-from declip.supervision.term import Encodings, Rows, Similarity, Term
+from declip.supervision.contrastive import ContrastiveTerm, cross_entropy_to_keys
+from declip.supervision.soft_targets import SoftTargets
+from declip.supervision.term import Encodings, Rows, Similarity
 
 NO_TAG = -1
 
@@ -115,6 +116,7 @@ def neighbor_contrast(
     symmetric: bool = False,
     image_keys: Tensor | None = None,
     max_logit_bytes: float | None = None,
+    soft: Sequence[SoftTargets | None] = (None, None),
 ) -> Tensor:
     """Contrastive loss between images and their captions' nearest neighbors (L_NNS of DeCLIP, arXiv 2110.05208).
 
@@ -132,26 +134,29 @@ def neighbor_contrast(
         symmetric: Add the direction from neighbor to image.
         image_keys: (V, N, d) image features of all ranks, with gradient; needed only when symmetric.
         max_logit_bytes: See `contrastive.cross_entropy_to_keys`.
+        soft: The same, for each text view.
 
     Returns:
         The loss, a scalar. V·T (B, N) matrices are kept for the backward pass, twice as many when symmetric, up to
         `max_logit_bytes` each.
     """
 
-    def mean(couples: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        losses = [cross_entropy_to_keys(rows, keys, scale, offset, max_logit_bytes) for rows, keys in couples]
+    def mean(couples: Iterable[tuple[Tensor, Tensor, int]]) -> Tensor:
+        losses = [
+            cross_entropy_to_keys(rows, keys, scale, offset, max_logit_bytes, soft[j]) for rows, keys, j in couples
+        ]
         return torch.stack(losses).mean()
 
     own, keys = neighbors.detach(), neighbor_keys.detach()
     pairings = list(product(range(len(images)), range(len(keys))))
-    to_text = mean((images[i], keys[j]) for i, j in pairings)
+    to_text = mean((images[i], keys[j], j) for i, j in pairings)
     if not symmetric:
         return to_text
     assert image_keys is not None, "the symmetric form needs image_keys"
-    return (to_text + mean((own[j], image_keys[i]) for i, j in pairings)) / 2
+    return (to_text + mean((own[j], image_keys[i], j) for i, j in pairings)) / 2
 
 
-class NearestNeighbor(Term):
+class NearestNeighbor(ContrastiveTerm):
     """DeCLIP's loss between the augmented image views and the nearest neighbors of both text views in a queue."""
 
     needs = Needs(optional_views=frozenset({"second"}), texts=2)
@@ -188,7 +193,17 @@ class NearestNeighbor(Term):
             symmetric=self.symmetric,
             image_keys=keys.augmented,
             max_logit_bytes=self.max_logit_bytes,
+            soft=[self._targets(own, keys, view) for view in range(len(neighbors))],
         )
+
+    def _targets(self, own: Rows, keys: Rows, view: int) -> SoftTargets | None:
+        """Pairs with the same neighbor, which no model can distinguish, are duplicates here."""
+
+        def labels(rows: Rows) -> Tensor | None:
+            known = rows.text_labels(view)
+            return None if known is None else torch.stack([rows.extra["queue_indices"][:, view] + 1, known[:, 1]], 1)
+
+        return self.soft_targets(labels(own), labels(keys))
 
     def chance(self, batch_size: int) -> float:
         return math.log(batch_size)

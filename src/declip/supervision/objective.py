@@ -1,6 +1,7 @@
 """The objective: encode a batch once, gather once, and sum the weighted losses of a recipe."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -8,30 +9,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import PairBatch
+from declip.data.pair import PairSource
 from declip.data.plan import Needs
 from declip.errors import UserError, unknown
+from declip.models.blocks import statistics_at_rest
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.length_buckets import encode_by_length
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import Contrastive, to_float32
+from declip.supervision.ema_distillation import EmaDistillation
 from declip.supervision.late_interaction import LateInteraction
 from declip.supervision.masked_language import MaskedLanguage, chosen_rows
 from declip.supervision.multi_view import MultiView
 from declip.supervision.nearest_neighbor import NearestNeighbor, Queue
+from declip.supervision.sigmoid import Sigmoid
 from declip.supervision.simclr import SimCLR
 from declip.supervision.simsiam import SimSiam
-from declip.supervision.term import Encodings, Rows, Similarity, Term, augmented_views
+from declip.supervision.soft_targets import pair_labels
+from declip.supervision.structure import Structure
+from declip.supervision.term import Encodings, Rows, Similarity, Term
 from declip.supervision.tower_outputs import TowerOutputs
+from declip.supervision.word_classification import WordClassification
 
-TERMS: Mapping[str, type[Term]] = {
+TERMS: dict[str, type[Term]] = {
     "contrastive": Contrastive,
+    "sigmoid": Sigmoid,
     "multi_view": MultiView,
     "simsiam": SimSiam,
     "masked_language": MaskedLanguage,
     "nearest_neighbor": NearestNeighbor,
     "simclr": SimCLR,
     "late_interaction": LateInteraction,
+    "word_classification": WordClassification,
+    "ema_distillation": EmaDistillation,
+    "structure": Structure,
 }
 """Name in `loss_weights` → loss. A new loss is a file, a line here and a recipe."""
 
@@ -43,6 +55,22 @@ FIELDS = ("pooled", "pre_logits", "tokens")
 def identity_gather(rows: Tensor) -> Tensor:
     """The gather of a single process: its own rows are all rows."""
     return rows
+
+
+@contextmanager
+def extra_terms(terms: Mapping[str, type[Term]]) -> Iterator[None]:
+    """Let recipes weight losses that are not of this package, until the block ends: name in `loss_weights` → class."""
+    for name, term in terms.items():
+        if name in TERMS or not name.isidentifier():
+            raise UserError(f"terms has the name '{name}'; give an identifier other than {', '.join(TERMS)}.")
+        if not (isinstance(term, type) and issubclass(term, Term)):
+            raise UserError(f"terms['{name}'] is {term!r}; give a subclass of declip.supervision.term.Term.")
+    TERMS.update(terms)
+    try:
+        yield
+    finally:
+        for name in terms:
+            del TERMS[name]
 
 
 def active_terms(recipe: Recipe) -> dict[str, type[Term]]:
@@ -72,12 +100,28 @@ class Objective(nn.Module):
         self.weights = {name: recipe.loss_weights[name] for name in active}
         self.terms = nn.ModuleDict({name: term(recipe, model) for name, term in active.items()})
         self.needs = [term.needs for term in active.values()]
+        for tower in ("image_tower", "text_tower"):
+            lacking = not getattr(getattr(model, tower), "gives_tokens", True)
+            for name in (name for name, term in active.items() if term.needs.tokens and lacking):
+                raise UserError(f"{name} needs token states, which this {tower} lacks. Set loss_weights.{name} to 0.")
 
     @property
     def queue(self) -> Queue | None:
         """The nearest-neighbor queue; None when that loss has no weight."""
         term = dict(self.terms.items()).get("nearest_neighbor")
         return term.queue if isinstance(term, NearestNeighbor) else None
+
+    def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
+        """Let the losses count words and copy weights, before the optimizer is built and a checkpoint is loaded."""
+        for _, term in self._terms():
+            term.prepare(source, model, shown)
+        self.to(model.device)
+
+    @property
+    def starts_late(self) -> bool:
+        """Whether the second image view, and with it the losses that compare two, start during the run."""
+        second = self.recipe.views.image_second
+        return second is not None and second.start > 0
 
     def forward(
         self, model: DualEncoder, batch: PairBatch, gather: Gather = identity_gather, offset: int = 0
@@ -103,23 +147,27 @@ class Objective(nn.Module):
         offset: int = 0,
     ) -> dict[str, Tensor]:
         """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
+        terms = [(name, term) for name, term in self._terms() if not self._waits(term.needs, outputs.views)]
         images, texts = (F.normalize(to_float32(x), dim=-1) for x in (outputs.images, outputs.texts))
         encoded = Encodings(images, texts, outputs, batch)
-        features = {name: term.features(encoded) for name, term in self._terms()}
-        keys = {name: term.keys(features[name]) for name, term in self._terms()}
+        features = {name: term.features(encoded) for name, term in terms}
+        keys = {name: term.keys(features[name]) for name, term in terms}
         ids = batch.sample_ids
         if ids is None:
             ids = torch.full((len(batch),), -1, device=texts.device)
-        gathered = own = Rows(outputs.views, images, texts, ids, {})
+        labels = None
+        if self.recipe.contrastive.duplicates != "negatives":
+            labels = pair_labels(batch, model.tokenizer.padding)
+        gathered = own = Rows(outputs.views, images, texts, ids, {}, labels)
         if gather is not identity_gather:
-            keys = {name: term.pad_keys(keys[name]) for name, term in self._terms()}
+            keys = {name: term.pad_keys(keys[name]) for name, term in terms}
             gathered, keys = gather_rows(own, keys, gather)
-        similarity = Similarity(model.logit_scale.exp())
+        similarity = Similarity(model.logit_scale.exp(), model.logit_bias)
         losses = {}
-        for name, term in self._terms():
+        for name, term in terms:
             rows, key_rows = replace(own, extra=features[name]), replace(gathered, extra=keys[name])
             losses[name] = term.loss(rows, key_rows, similarity, offset)
-        weighted = [weight * losses[name] for name, weight in self.weights.items()]
+        weighted = [weight * losses[name] for name, weight in self.weights.items() if name in losses]
         return {**losses, "loss": torch.stack(weighted).sum()}
 
     def run_towers(self, model: DualEncoder, batch: PairBatch) -> TowerOutputs:
@@ -140,7 +188,7 @@ class Objective(nn.Module):
         return TowerOutputs(
             views=views,
             images=images.pooled,
-            pre_logits=images.pre_logits[augmented_views(views)] if pre_logits else None,
+            pre_logits=images.pre_logits if pre_logits else None,
             patches=images.tokens[0] if tokens else None,
             texts=texts.pooled.unflatten(0, (count, size))[: len(batch.texts)],
             text_tokens=text_tokens[0] if tokens else None,
@@ -157,6 +205,11 @@ class Objective(nn.Module):
         for _, term in self._terms():
             term.after_step(model)
 
+    def set_progress(self, fraction: float) -> None:
+        """Tell the losses what fraction of the run's steps is done."""
+        for _, term in self._terms():
+            term.progress = fraction
+
     def discard_step(self) -> None:
         """Forget a step that was skipped."""
         for _, term in self._terms():
@@ -164,6 +217,10 @@ class Objective(nn.Module):
 
     def _terms(self) -> list[tuple[str, Term]]:
         return list(self.terms.items())  # type: ignore[arg-type]  # a ModuleDict does not know its values' class
+
+    def _waits(self, need: Needs, views: Collection[str]) -> bool:
+        """Whether a loss compares two views, and the second has not started yet."""
+        return self.starts_late and "second" in need.views and "second" not in views
 
     def _captions(self, batch: PairBatch) -> tuple[Tensor, int, Tensor | None]:
         """The sequences to encode (T or T + 1, B, L), which of them the language head reads, and their lengths."""
@@ -180,6 +237,8 @@ class Objective(nn.Module):
 
     def _check(self, batch: PairBatch) -> None:
         for name, need in zip(self.terms, self.needs, strict=True):
+            if self._waits(need, batch.views):
+                continue
             missing = [f"the image view '{view}'" for view in sorted(need.views - {"first"} - set(batch.views))]
             if len(batch.texts) < need.texts:
                 missing.append(f"{need.texts} text views")
@@ -209,12 +268,14 @@ def gather_rows(
         ("texts", ""): own.texts.transpose(0, 1),
         ("ids", ""): own.sample_ids,
     }
+    if own.labels is not None:
+        tensors["labels", ""] = own.labels
     tensors |= {(term, name): rows for term, features in extra.items() for name, rows in features.items()}
     packed = [_as_floats(rows, own.texts.dtype) for rows in tensors.values()]
     columns = gather(torch.cat(packed, dim=1)).split([rows.shape[1] for rows in packed], dim=1)
     found = {key: _unpacked(part, rows) for (key, rows), part in zip(tensors.items(), columns, strict=True)}
     images, texts = (found[name, ""].transpose(0, 1) for name in ("images", "texts"))
-    everyone = Rows(own.views, images, texts, found["ids", ""], {})
+    everyone = Rows(own.views, images, texts, found["ids", ""], {}, found.get(("labels", "")))
     return everyone, {term: {name: found[term, name] for name in features} for term, features in extra.items()}
 
 
@@ -236,7 +297,9 @@ def _unpacked(part: Tensor, like: Tensor) -> Tensor:
 def encode_views(model: DualEncoder, views: Sequence[Tensor], shared: bool = False) -> ImageFeatures:
     """Encode (B, 3, S, S) views of equal size in one pass, or one by one where batch norm must see each view alone.
 
-    The features have a leading axis of views; tokens are of the first view alone where sizes differ.
+    The features have a leading axis of views; tokens are of the first view alone where sizes differ. Running statistics
+    of batch norm are those of the first view's size, in which the model is used: statistics of smaller images would
+    spoil them (AdvProp, arXiv 1911.09665, keeps a second set of statistics for this).
 
     Args:
         shared: Whether batch-norm statistics are computed over all views together.
@@ -246,7 +309,11 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor], shared: bool = Fal
     groups: dict[object, list[int]] = {}
     for number, view in enumerate(views):
         groups.setdefault(number if alone else view.shape, []).append(number)
-    passes = [(group, tower(torch.cat([views[number] for number in group]))) for group in groups.values()]
+    passes = []
+    for group in groups.values():
+        other_size = views[group[0]].shape != views[0].shape
+        with statistics_at_rest(tower) if other_size else nullcontext():
+            passes.append((group, tower(torch.cat([views[number] for number in group]))))
     if len(passes) == 1:
         return ImageFeatures(*(getattr(passes[0][1], f).unflatten(0, (len(views), -1)) for f in FIELDS))
     parts: list[tuple[Tensor, ...]] = [()] * len(views)

@@ -12,7 +12,7 @@ from declip.models.heads import simclr_head
 from declip.recipe.schema import Recipe
 from declip.supervision import chunked
 from declip.supervision.contrastive import scaled_similarity, to_float32
-from declip.supervision.term import Encodings, Rows, Similarity, Term, require
+from declip.supervision.term import Encodings, Rows, Similarity, Term, augmented_views, require
 
 
 def nt_xent(
@@ -74,7 +74,9 @@ class SimCLR(Term):
         self.temperature = recipe.simclr.temperature
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        first, second = (self.head(view) for view in require(encoded.outputs.pre_logits))
+        first, second = (
+            self.head(view) for view in require(encoded.outputs.pre_logits)[augmented_views(encoded.outputs.views)]
+        )
         return {"z1": first, "z2": second}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from declip.data.batch import PairBatch
+from declip.data.pair import PairSource
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
@@ -53,6 +54,7 @@ class Rows:
         texts: (T, n, d).
         sample_ids: (n,) int64.
         extra: The term's own features, see `Term.features` and `Term.keys`.
+        labels: (n, T + 1) int64, see `pair_labels`; None where duplicates are negatives.
     """
 
     views: tuple[str, ...]
@@ -60,6 +62,7 @@ class Rows:
     texts: Tensor
     sample_ids: Tensor
     extra: dict[str, Tensor]
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -67,6 +70,10 @@ class Rows:
     def image(self, view: str) -> Tensor:
         """(n, d) features of the view of that name."""
         return self.images[self.views.index(view)]
+
+    def text_labels(self, view: int) -> Tensor | None:
+        """(n, 2) labels of a text view and of the group."""
+        return None if self.labels is None else torch.stack([self.labels[:, view], self.labels[:, -1]], dim=1)
 
     @property
     def augmented(self) -> Tensor:
@@ -82,10 +89,15 @@ class Term(nn.Module):
     """Name for charts."""
     explanation: ClassVar[str] = ""
     """One sentence for reports."""
+    progress = 0.0
+    """Fraction of the run's steps that are done."""
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__()
         self.max_logit_bytes: float = MAX_LOGIT_BYTES
+
+    def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
+        """Build what depends on the training pairs or on the weights that a run starts from, equal on every rank."""
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         """Compute the term's own features with its head, (B, …) each."""

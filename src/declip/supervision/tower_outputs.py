@@ -15,7 +15,7 @@ class TowerOutputs:
         views: Names of the image views, in the order of the first axis of `images`.
         images: (V, B, d) projected embedding of each view, not normalized.
         texts: (T, B, d) projected embedding of each text view, not normalized.
-        pre_logits: (A, B, h) pooled feature before the projection of the augmented views.
+        pre_logits: (V, B, h) pooled feature of each image view before the projection.
         patches: (B, P, w) token features of the first image view.
         text_tokens: (B, L, w) token features of the first text view.
         masked_tokens: (M, w) token features of the masked tokens, pair after pair.

@@ -1,5 +1,6 @@
 """torch.compile for the towers, with few shapes: one graph for each length that captions are padded to."""
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -40,7 +41,9 @@ def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan, rows: int) ->
     parts = {min(chunk, rows), rows % chunk} - {0}
     alone = model.image_tower.has_batch_norm and not recipe.image.shared_bn_views
     masks = "masked_language" in recipe.active_losses and not recipe.masked_language.mask_contrastive_text
-    images = {part * (1 if alone else len(plan.views)) for part in parts}
+    # A pass holds all views of one size; a second view may start late.
+    passes = {count for step in (0, recipe.train.steps) for count in Counter(s.size for s in plan.at(step)).values()}
+    images = {part * count for part in parts for count in ({1} if alone else passes)}
     captions = [part * (plan.texts.count + masks) for part in parts]
     texts = {size for rows in captions for size in (-(-rows // buckets), rows // buckets)} - {0}
     image_tower: Any = model.image_tower

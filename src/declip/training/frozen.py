@@ -23,18 +23,18 @@ from declip.errors import UserError
 from declip.io.atomic import cache_folder
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar, usual_workers
 from declip.models.dual_encoder import DualEncoder
-from declip.models.layers import IMAGE, TEXT
+from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import needs_of
 
 CHUNK = 64
 """Pairs that the towers see at a time."""
 
-PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")
-
 
 def check_frozen(recipe: Recipe, model: DualEncoder) -> None:
     """Refuse cached features where a tower learns, or a loss reads more than pooled features."""
+    if recipe.train.strategy == "fsdp":
+        raise UserError("finetune.cached_views trains heads alone, too small to shard. Set train.strategy=ddp.")
     learning = [n for n, p in model.named_parameters() if p.requires_grad and n.startswith((IMAGE, TEXT))]
     if learning := [name for name in learning if not name.startswith(PROJECTIONS)]:
         raise UserError(
@@ -48,6 +48,7 @@ def check_frozen(recipe: Recipe, model: DualEncoder) -> None:
         )
 
 
+@torch.random.fork_rng(devices=[])  # a run that finds the features samples the dropout masks of one that computes them
 @torch.no_grad()
 def cached_features(
     recipe: Recipe, source: PairSource, model: DualEncoder, plan: Plan, shown: bool = True
@@ -67,8 +68,9 @@ def cached_features(
     assembler = VariantAssembler(
         source, model.tokenizer, plan, batch_size=2, seed=0, data=recipe.data, variants=variants
     )
+    about = _plain(plan), recipe.train.precision, recipe.image.size
     images_folder, texts_folder = (
-        cache_folder() / "features" / f"{tower[:5].strip('_')}-{_digest(model, tower, plan, recipe)}"
+        cache_folder() / "features" / f"{tower[:5].strip('_')}-{tower_digest(model, tower, *about)}"
         for tower in (IMAGE, TEXT)
     )
     images_folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +104,7 @@ def cached_features(
         text_rows[variant][:, usable] = linked[torch.from_numpy(links.places(own))].T.numpy()
     rows = images.rows().view(-1, views, model.image_tower.pre_logits_width)
     named = {spec.name: rows[:, number] for number, spec in enumerate(plan.views)}
-    return CachedFeatures(named, texts.rows(), image_rows, text_rows, broken)
+    return CachedFeatures(named, texts.rows(), image_rows, text_rows, broken, recipe.finetune.mixup)
 
 
 class _Fill:
@@ -128,7 +130,7 @@ class _Fill:
         views = apply_photometric(batch.to(model.device).views, self.mean, self.std)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             features = [model.image_tower.pool(view.pixels) for view in views.values()]
-            text_keys = [[_text_key(row) for row in rows] for rows in batch.texts]
+            text_keys = [[text_key(row) for row in rows] for rows in batch.texts]
             flat = zip(itertools.chain(*text_keys), batch.texts.flatten(0, 1), strict=True)
             new = {key: row for key, row in flat if key not in self.texts}
             if new:
@@ -143,7 +145,7 @@ def _content_keys(source: PairSource, shown: bool) -> tuple[list[bytes], dict[in
     with pairs_bar(shown) as bar:
         for index in bar.track(range(len(source)), description="Reading pairs"):
             try:
-                keys.append(content_key(source.read_lazy(index), source.origin(index)))
+                keys.append(content_key(source, index))
             except BrokenPair as fault:
                 keys.append(b"")
                 broken[index] = fault
@@ -176,14 +178,15 @@ def _with_variant(key: bytes, variant: int) -> bytes:
     return hashlib.blake2b(key + variant.to_bytes(4), digest_size=KEY).digest()
 
 
-def _text_key(row: Tensor) -> bytes:
+def text_key(row: Tensor) -> bytes:
+    """Hash token ids without their padding."""
     ids = row.numpy()
     return hashlib.blake2b(np.trim_zeros(ids, "b").tobytes(), digest_size=KEY).digest()
 
 
-def _digest(model: nn.Module, tower: str, plan: Plan, recipe: Recipe) -> str:
-    """Hash a tower's weights without the projection, the views, and the precision."""
-    digest = hashlib.sha256(json.dumps([_plain(plan), recipe.train.precision, recipe.image.size]).encode())
+def tower_digest(model: nn.Module, tower: str, *about: Any) -> str:
+    """Hash a tower's weights without the projection, and what else its features depend on."""
+    digest = hashlib.sha256(json.dumps(about).encode())
     for name, tensor in model.state_dict().items():
         if name.startswith(tower) and not name.startswith(PROJECTIONS):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -24,7 +24,7 @@ from declip.recipe.schema import Recipe
 from declip.supervision.objective import Gather, Objective
 from declip.training import distributed
 
-CONTRASTIVE = {"contrastive", "multi_view"}
+CONTRASTIVE = {"contrastive", "multi_view", "sigmoid"}
 """Losses through which every parameter of the towers, and the logit scale, gets a gradient."""
 
 
@@ -69,7 +69,7 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
         learner,
         **equal,
         gradient_as_bucket_view=True,
-        find_unused_parameters=not CONTRASTIVE & set(objective.weights),
+        find_unused_parameters=objective.starts_late or not CONTRASTIVE & set(objective.weights),
     )
 
 

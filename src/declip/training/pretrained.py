@@ -17,7 +17,7 @@ from declip.interchange.weights import Weights
 from declip.io.atomic import atomic_write, save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.freezing import freeze
-from declip.models.layers import IMAGE, TEXT, blocks, depths
+from declip.models.layers import IMAGE, PROJECTIONS, TEXT, blocks, depths
 from declip.models.lora import MARK, Adapters
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
@@ -84,8 +84,9 @@ def apply_pretrained(
     if not loaded:
         return None
     heads = _place_heads(start, objective) if start is not None else set()
-    kept = prefixed("model", {name: model.state_dict()[name].clone() for name in taken})
-    kept |= prefixed("objective", {name: objective.state_dict()[name].clone() for name in heads})
+    state, of_heads = model.state_dict(), objective.state_dict()
+    kept = prefixed("model", {name: state[name].clone() for name in taken})
+    kept |= prefixed("objective", {name: of_heads[name].clone() for name in heads})
     layers = depths(model)
     new = [name for name, _ in model.named_parameters() if name not in loaded]
     new += [f"objective.{name}" for name, _ in objective.named_parameters() if name not in heads]
@@ -130,9 +131,11 @@ def _place_model(start: Weights, model: DualEncoder) -> set[str]:
 
 def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tensor:
     """Interpolate the square grid of position embeddings for another image size; the class token's stays."""
-    if not name.endswith("pos_embed") or tensor.ndim not in (2, 3):
+    names = ("pos_embed", "positional_embedding")
+    if not name.startswith(IMAGE) or not name.endswith(names) or tensor.ndim not in (2, 3):
         return tensor
-    before = 1 if tensor.ndim == 2 else int(getattr(model.image_tower.trunk, "num_prefix_tokens", 0))
+    trunk = getattr(model.image_tower.trunk, "trunk", model.image_tower.trunk)
+    before = 1 if tensor.ndim == 2 else int(getattr(trunk, "num_prefix_tokens", 0))
     old, new = (round((embedding.shape[-2] - before) ** 0.5) for embedding in (tensor, own))
     rows = tensor.float().reshape(1, *tensor.shape[-2:])
     resized = resample_abs_pos_embed(rows, [new, new], [old, old], num_prefix_tokens=before)
@@ -163,6 +166,8 @@ def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loa
                 f"finetune.{key}={asked}, but the weights hold {most} blocks of the {tower[:-1]}. Give 0 to {most}, "
                 "or all."
             )
+        if tune.cached_views:  # the projections learn from the features of frozen towers
+            names = [name for name in names if not name.startswith(PROJECTIONS)]
         freeze(model, [name for name in names if asked == "all" or layers[name] <= asked] if asked else [])
 
 

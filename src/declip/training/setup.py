@@ -44,15 +44,26 @@ def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
-def open_training_source(recipe: Recipe) -> PairSource:
-    """Open the training pairs, one source or a mixture, limited to `data.max_pairs` by the seed."""
+def open_training_source(recipe: Recipe, given: PairSource | None = None) -> PairSource:
+    """Open the training pairs, one source or a mixture, or the one given, limited to `data.max_pairs` by the seed."""
     data = recipe.data
-    columns = data.model_dump(include={"image_column", "caption_column", "keyword_column", "image_root"})
+    names = {"image_column", "caption_column", "keyword_column", "group_column", "image_root"}
+    columns = data.model_dump(include=names)
     if isinstance(data.source, str):
-        source = open_source(data.source, **columns)
+        source = given or open_source(data.source, **columns)
         return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
     mixture = Mixture([(open_source(part.source, **columns), part.weight) for part in data.source])
     return mixture if data.max_pairs is None else mixture.take(data.max_pairs, recipe.seed)
+
+
+def resolve_epochs(recipe: Recipe, source: PairSource) -> Recipe:
+    """Replace train.epochs by the number of steps: epochs of whole batches."""
+    train = recipe.train
+    if train.epochs is None:
+        return recipe
+    shown = sum(span.shown for span in source.spans())
+    steps = max(1, round(train.epochs * max(1, shown // train.batch_size)))
+    return recipe.model_copy(update={"train": train.model_copy(update={"steps": steps, "epochs": None})})
 
 
 def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:

@@ -1,14 +1,18 @@
-"""Requests to end a run, by a signal or a file: honored after the current step, so that it can be saved."""
+"""The end of a run before its last step: by a signal or a file, or because its evaluations no longer get better."""
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 from typing import Any
 
+from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
+from declip.recipe.schema import Evaluation
 from declip.runs.folder import log
 
 TRY_AGAIN = 75
@@ -73,3 +77,38 @@ class StopRequest:
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+
+
+@dataclass
+class BestEvaluation:
+    """The best evaluation of a run, which ends after `train.patience` others that were not better.
+
+    R@1 decides, and the loss where it is equal: on few pairs the loss is lowest long before retrieval is best.
+
+    Attributes:
+        step: Number of steps done before it; 0 for the pretrained weights.
+        score: The higher, the better.
+        loss: The lower, the better, where scores are equal.
+        stale: Number of evaluations since.
+    """
+
+    step: int = -1
+    score: float = -1.0
+    loss: float = 0.0
+    stale: int = 0
+
+    def update(self, step: int, results: Sequence[Result], evaluation: Evaluation) -> bool:
+        """Take an evaluation; give whether it is the new best one.
+
+        Its score is the mean R@1 of both directions on the recipe's retrieval sets or, without one, the mean top-1.
+        """
+        found = [r for r in results if isinstance(r, RetrievalResult) and r.dataset in evaluation.retrieval]
+        scores = [(r.text_to_image.r1 + r.image_to_text.r1) / 2 for r in found] or [
+            r.top1 for r in results if isinstance(r, ZeroShotResult) and r.dataset in evaluation.zero_shot
+        ]
+        score, loss = fmean(scores), fmean([r.loss or 0.0 for r in found] or [0.0])
+        if better := (score, -loss) > (self.score, -self.loss):
+            self.step, self.score, self.loss, self.stale = step, score, loss, 0
+        else:
+            self.stale += 1
+        return better

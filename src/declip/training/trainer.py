@@ -4,8 +4,9 @@ import itertools
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cached_property, partial
 from io import FileIO
 from pathlib import Path
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
-from declip.data.pair import SkipCounter
+from declip.data.pair import PairSource, SkipCounter
 from declip.errors import UserError
+from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
+from declip.evaluation.results import Result
 from declip.io.pool import naming_lost_workers
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
@@ -31,14 +34,18 @@ from declip.runs.folder import Run, log
 from declip.supervision.objective import Objective
 from declip.training import distributed, setup
 from declip.training import optimizer as optimizers
+from declip.training.closed_form import start_closed_form
 from declip.training.compilation import compile_towers, rows_of_rank
 from declip.training.distributed import HostGroup
 from declip.training.frozen import cached_features, check_frozen
-from declip.training.monitor import Monitor, Stretch
+from declip.training.frozen_encoder import FrozenEncoder
+from declip.training.monitor import Monitor
 from declip.training.parallel import build_learner, full_tensor, load_full_state, shard_like, unwrap
 from declip.training.pretrained import apply_pretrained, frozen_norms, load_pretrained
+from declip.training.sinks import Sink, Stretch
 from declip.training.step import StepParts, training_step
-from declip.training.stopping import TRY_AGAIN, StopRequest
+from declip.training.stopping import TRY_AGAIN, BestEvaluation, StopRequest
+from declip.training.trackers import require_trackers
 from declip.training.watchdogs import LossMonitor, NonFiniteGuard, ThroughputMonitor, auto_workers, shown
 
 
@@ -46,27 +53,43 @@ class Trainer:
     """A run of a recipe, continued with `resume` if there is one in the folder.
 
     What cannot be used is found before a folder is made or a step taken.
+
+    Args:
+        callbacks: Sinks that get the run's numbers, on rank 0.
+        source: Takes the place of `data.source`.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, resume: bool = False, quiet: bool = False) -> None:
-        self.folder, self.quiet = folder, quiet
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        resume: bool = False,
+        quiet: bool = False,
+        callbacks: Sequence[Sink] = (),
+        source: PairSource | None = None,
+    ) -> None:
+        self.folder, self.quiet, self.callbacks = folder, quiet, callbacks
         self.device = pick_device(distributed.own_device(recipe.train.device))
         distributed.join(self.device, recipe.train.rank_timeout)
         self.hosts = HostGroup(recipe.train.rank_timeout)
         self.is_rank_zero = distributed.is_rank_zero()
+        self.hosts.on_rank_zero(partial(require_trackers, recipe.train.report_to))
         recipe = self.hosts.on_rank_zero(partial(setup.resolve_precision, recipe, self.device, folder, resume))
         start = load_pretrained(recipe, folder, resume)
-        self.recipe = recipe = start.fit(recipe) if start is not None else recipe
-        self.source = setup.open_training_source(recipe)
+        recipe = start.fit(recipe) if start is not None else recipe
+        self.source = setup.open_training_source(recipe, source)
+        self.recipe = recipe = setup.resolve_epochs(recipe, self.source)
         torch.manual_seed(recipe.seed)
         encoder = start.encoder if start is not None else None
         if encoder is None and resume:
             encoder = run_folder.kept_encoder(recipe, folder)
         self.model = DualEncoder.from_recipe(recipe, encoder).to(self.device)
-        self.model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
+        for key, size in recipe.image_sizes.items():
+            self.model.image_tower.refuse_size(recipe.image.model, size, key)
         self.objective = Objective(recipe, self.model).to(self.device)
         self.plan = setup.plan_of(recipe)
         self.pretrained = apply_pretrained(start, recipe, self.model, self.objective)
+        self.objective.prepare(self.source, self.model, not quiet and self.is_rank_zero)
         if recipe.finetune.cached_views:
             check_frozen(recipe, self.model)
         multipliers = self.pretrained.multipliers if self.pretrained is not None else {}
@@ -82,6 +105,7 @@ class Trainer:
         if not self.is_rank_zero:  # rank 0 continues the stream of the weights, as one process does
             setup.seed_rank(recipe.seed, 0)
         self.skipped, self.step = SkipCounter(), 0
+        self.best: BestEvaluation | None = None
         self.guard = NonFiniteGuard(recipe.train.max_nonfinite_steps, self.device)
         self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps)
         self.throughput = ThroughputMonitor()
@@ -106,6 +130,8 @@ class Trainer:
             read = partial(cached_features, self.recipe, self.source, self.model, self.plan)
             self.hosts.on_rank_zero(lambda: read(not self.quiet) and None)
             features = read(False)
+            if self.step == 0 and self.recipe.finetune.head_init == "cca":
+                start_closed_form(self.model, features, self.plan.views[0].name)
         workers = self.workers if features is None else 0
         loader = setup.build_loader(self.recipe, self.source, self.model, self.step, workers, features)
         loader.skipped, loader.seen = self.skipped, self.step * self.recipe.train.batch_size
@@ -140,9 +166,22 @@ class Trainer:
         return cast(DualEncoder, self.average.module) if self.average is not None else self.model
 
     @property
+    def encoder(self) -> Encoder:
+        """The evaluated model; of frozen towers each image and text is computed once for all runs."""
+        model = self.evaluated_model
+        return FrozenEncoder(model) if self.recipe.finetune.cached_views else model
+
+    @property
     def sharded(self) -> bool:
         """Whether FSDP shards the model."""
         return unwrap(self.learner).sharded
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or the last `train.patience` evaluations were no better than one before."""
+        patience = self.recipe.train.patience
+        stale = self.best is not None and patience is not None and self.best.stale >= patience
+        return self.step >= self.recipe.train.steps or stale
 
     # --- the loop of steps
 
@@ -151,19 +190,24 @@ class Trainer:
         train = self.recipe.train
         stretch = Stretch(self.folder, self.step, train.steps, train.batch_size, self.quiet)
         with self.lock or nullcontext():
-            with Monitor(stretch, silent=not self.is_rank_zero) as monitor, self.writer:
-                if self.step < train.steps:
+            monitored = Monitor(stretch, not self.is_rank_zero, train.report_to, self.callbacks)
+            with monitored as monitor, self.writer:
+                if not self.finished:
                     self._introduce()
                     if self.step == 0 and self.pretrained is not None and self.pretrained.whole:
-                        self.evaluate(monitor, final=True)  # what the pretrained model can do, to compare with
+                        results = self.evaluate(monitor, final=True)  # the pretrained model, to compare with
+                        if self._is_best(results):
+                            self.save()
                     with self.stop.listening():
                         self._take_steps(monitor)
-                        if self.step < train.steps:
+                        if not self.finished:
                             self.writer.wait()  # a second signal must not end the process before
-                if self.step >= train.steps and not self.hosts.on_rank_zero(self._evaluated_at_end):
-                    self.evaluate(monitor, final=True)
-                    monitor.flush()
-            finished = self.step >= train.steps
+                if self.finished:
+                    self._take_best()
+                    if not self.hosts.on_rank_zero(self._evaluated_at_end):
+                        self.evaluate(monitor, final=True)
+                        monitor.flush()
+            finished = self.finished
             if finished and finish is not None:
                 self.hosts.on_rank_zero(lambda: finish(self))
             if "loader" in self.__dict__:
@@ -191,15 +235,21 @@ class Trainer:
             self.loader.count(sync.total, list(itertools.chain(*sync.notes)))
         lr = self._set_learning_rate()
         values: dict[str, Tensor] = {}
+        self.objective.set_progress(self.step / train.steps)
         if sync.usable:  # else its pairs were broken: nothing is learned or logged
             values = training_step(self.parts, batch, sync)
             self.guard.check(self.step, values)
         self.step += 1
         done = self.step >= train.steps
         stop = sync.stop or (self.stop.asked and len(sync.rows) == 1)
-        logged = self.step % train.log_every == 0 or done
+        watched = train.patience is not None
+        evaluated = train.evaluate_every > 0 and self.step % train.evaluate_every == 0 and not done
+        evaluated = evaluated or (watched and done)
+        logged = self.step % train.log_every == 0 or done or (watched and evaluated)  # the run may end here
         saved = self.step % train.checkpoint_every == 0 or done or stop
-        if logged or saved or stop or self.device.type == "cpu":  # elsewhere each look is a wait for the device
+        if (
+            logged or evaluated or saved or stop or self.device.type == "cpu"
+        ):  # elsewhere each look is a wait for the device
             self._refuse_nonfinite(values)
         if values and logged:
             self._log(monitor, values, lr)
@@ -214,14 +264,14 @@ class Trainer:
                 f"No pair of '{self.source.name}' could be used, so nothing was learned. Fix the pairs, or give others "
                 f"as data.source. {reasons}."
             )
-        if train.evaluate_every and self.step % train.evaluate_every == 0 and not done:
-            self.evaluate(monitor)
+        if evaluated:
+            saved = self._is_best(self.evaluate(monitor)) or self.finished or saved
             monitor.pause()
         if saved:
             monitor.flush()
             self.save()
             monitor.pause()
-        return done or stop
+        return self.finished or stop
 
     def _set_learning_rate(self) -> float:
         warmup = self.recipe.head_warmup
@@ -257,28 +307,52 @@ class Trainer:
 
     # --- evaluation
 
-    def evaluate(self, monitor: Monitor, final: bool = False) -> None:
+    def evaluate(self, monitor: Monitor, final: bool = False) -> list[Result]:
         """Evaluate on the recipe's held-out sets; at the end also on its test sets.
 
-        Rank 0 evaluates while the others wait. With FSDP all do, since each holds a part of the model.
+        Rank 0 evaluates while the others wait. With FSDP all do, since each holds a part of the model. All get the
+        results.
         """
 
-        def run() -> None:
+        def run() -> list[Result]:
             options = Options(progress=not self.quiet and self.is_rank_zero)
+            weights = {"best_step": self.best.step} if self.best is not None and self.finished and final else {}
+            results: list[Result] = []
             for name, protocols in setup.evaluation_tasks(self.recipe, final).items():
-                for result in evaluate_all(self.evaluated_model, name, protocols, options):
-                    monitor.evaluation(self.step, result.to_dict())
+                for result in evaluate_all(self.encoder, name, protocols, options):
+                    monitor.evaluation(self.step, {**result.to_dict(), **weights})
+                    results.append(result)
+            return results
 
         if final and self.is_rank_zero:  # a crash may have interrupted it before
             run_folder.drop_rows(self.folder / run_folder.EVALUATIONS, after=self.step - 1)
         if self.sharded:
-            run()
-        else:
-            self.hosts.on_rank_zero(run)
+            results = run()
+            return self.hosts.on_rank_zero(lambda: results)
+        return self.hosts.on_rank_zero(run)
+
+    def _is_best(self, results: list[Result]) -> bool:
+        """Compare an evaluation with the best one so far; False where the recipe does not watch them."""
+        if self.recipe.train.patience is None or (self.best is not None and self.best.step == self.step):
+            return False
+        self.best = self.best or BestEvaluation()
+        return self.best.update(self.step, results, self.recipe.evaluation)
+
+    def _take_best(self) -> None:
+        """Put the weights of the best evaluation in place of the last ones."""
+        if self.best is None or self.best.step == self.step:
+            return
+        self.hosts.on_rank_zero(self.writer.wait)
+        self._load_weights(checkpoints.load_checkpoint(checkpoints.folder_of(self.folder, self.best.step)))
+        log.info(
+            f"Best evaluation: step {self.best.step:,}, validation loss {self.best.loss:.4f}; its weights are kept."
+        )
 
     def _evaluated_at_end(self) -> bool:
-        """Whether the run folder has the results of the last step already."""
-        done = {(row["dataset"], row["task"]) for row in Run(self.folder, self.step).results}
+        """Whether the run folder has the results of the last step, by the best weights, already."""
+        best = self.best.step if self.best is not None else self.step
+        rows = (row for row in Run(self.folder, self.step).results if row.get("best_step", self.step) == best)
+        done = {(row["dataset"], row["task"]) for row in rows}
         tasks = setup.evaluation_tasks(self.recipe, final=True)
         return all((name, protocol) in done for name, protocols in tasks.items() for protocol in protocols)
 
@@ -317,6 +391,7 @@ class Trainer:
             "skipped": {**self.skipped.to_dict(), "seen": self.step * self.recipe.train.batch_size},
             "pairs": len(self.source),
             "bad_steps": self.guard.skipped,
+            **({} if self.best is None else {"best": asdict(self.best)}),
         }
         return Checkpoint(self.step, weights, training, self.recipe.to_yaml(), extra) if self.is_rank_zero else None
 
@@ -330,13 +405,11 @@ class Trainer:
                 "were, or start a run in another folder with --out."
             )
         self.step = found.step
+        if "best" in extra:
+            self.best = BestEvaluation(**extra["best"])
         try:
-            for name, module in (("model", self.model), ("objective", self.objective)):
-                load_full_state(module, part(name, {**found.weights, **found.training}))
+            self._load_weights(found)
             optimizers.load_moments(self.optimizer, part("optimizer", found.training), shard_like)
-            if self.average is not None:
-                self.average.module.load_state_dict(part("average", found.weights))
-                self.average.n_averaged.copy_(found.training["averaged_steps"])
         except (RuntimeError, KeyError) as error:
             raise UserError(
                 f"The newest checkpoint in '{self.folder}' does not fit the recipe of its run: "
@@ -357,6 +430,13 @@ class Trainer:
                 "rounded otherwise and dropout masks differ.",
                 ", ".join(changed),
             )
+
+    def _load_weights(self, found: Checkpoint) -> None:
+        for name, module in (("model", self.model), ("objective", self.objective)):
+            load_full_state(module, part(name, {**found.weights, **found.training}))
+        if self.average is not None:
+            self.average.module.load_state_dict(part("average", found.weights))
+            self.average.n_averaged.copy_(found.training["averaged_steps"])
 
     def _open_folder(self, resume: bool) -> Checkpoint | None:
         """Find the checkpoint to resume from, if any: rank 0 chooses it, the others read the same."""

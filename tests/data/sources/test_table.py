@@ -14,6 +14,7 @@ import pytest
 from data.tables import KINDS, message, reason_of, write
 from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
+from declip.data.sources.subset import take
 from declip.data.sources.table import IMAGE_NAMES, TableSource, find_column
 from declip.errors import UserError
 
@@ -121,8 +122,8 @@ def test_rows_of_one_image_are_one_pair(folder, kind):
 def test_many_tables_are_refused_by_the_way_to_name_them(folder):
     (folder / "set/data").mkdir(parents=True)
     for number in range(2):
-        write(folder / f"set/data/{number}.parquet", [("a.png", "x")])
-    words = (f"{folder}/set", f"{folder}/set/data/*.parquet", "https://example.org/0.parquet")
+        write(folder / f"set/data/{number}.csv", [("a.png", "x")])
+    words = (f"{folder}/set", f"{folder}/set/data/*.csv", "https://example.org/0.parquet")
     assert all("data.source=[" in message(word) for word in words)
 
 
@@ -261,3 +262,23 @@ def test_semicolons_and_latin_1_get_a_hint(folder):
         with pytest.raises(BrokenPair, match=r"invalid text.*iconv -f latin1"):
             open_source(folder / "t.csv")[place]
     assert open_source(folder / "t.csv")[2].captions == ("good",)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_of_one_group_share_a_number(tmp_path, kind):
+    path, groups = tmp_path / f"table.{kind}", ["7", "other", "7", ""]
+    rows = [{"image": f"{n}.png", "caption": "a", "product": group} for n, group in enumerate(groups)]
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "csv":
+        path.write_text("\n".join(["image,caption,product", *(",".join(row.values()) for row in rows)]))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    source = open_source(path, group_column="product")
+    found = [source.group(index) for index in range(4)]
+    assert 0 not in found[:3]
+    assert [found[0] == found[2], found[0] == found[1], found[3]] == [True, False, 0]
+    copied = pickle.loads(pickle.dumps(take(source, 2, 0)))
+    assert [copied.group(0), copied.group(1)] == [found[index] for index in take(source, 2, 0).indices]
+    assert open_source(path).group(0) == 0
+    assert "data.group_column" in message(path, group_column="produkt")

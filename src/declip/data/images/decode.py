@@ -45,7 +45,7 @@ DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, Ov
 """Errors of Pillow's readers for a damaged file, besides OSError."""
 
 
-def decode(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
+def decode(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """Read an image as RGB: upright by its EXIF orientation, transparent pixels over white, the first frame.
 
     The size is checked in the header, before any pixel is decoded, so that memory stays below a few times
@@ -59,8 +59,12 @@ def decode(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> Im
 
 
 @contextmanager
-def opened(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> Iterator[Image.Image]:
+def opened(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> Iterator[Image.Image]:
     """Open an image by its header and check its size; faults here and while it is open become `BrokenPair`."""
+    if isinstance(source, Image.Image):
+        with raise_as_broken_pair(key):
+            yield source
+        return
     if isinstance(source, Path):
         check_file(source, key)
     elif not source:

@@ -76,7 +76,7 @@ class LazyJpeg:
         return pixels if pixels.shape == (height, width, 3) else None
 
 
-def open_image(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -> LazyImage:
+def open_image(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> LazyImage:
     """Open an image file or its content; a JPEG is left undecoded, all others are decoded as by `decode`.
 
     Raises:
@@ -88,6 +88,6 @@ def open_image(source: Path | bytes, key: str, most_pixels: int = MOST_PIXELS) -
         with raise_as_broken_pair(key):
             source = source.read_bytes()
     with opened(source, key, most_pixels) as image:
-        if isinstance(image, JpegImageFile):
+        if isinstance(source, bytes) and isinstance(image, JpegImageFile):
             return LazyJpeg(source, key, image.size, orientation(image))
         return DecodedImage(apply_exif(image))

@@ -41,13 +41,14 @@ def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -
     if images.device.type == "cpu" and limit:
         limit = max(1, CHUNK_BYTES // (4 * images[0].numel()))
     for chunk in _chunks(photometric, limit):
-        rows = chunk.rows.to(images.device)
-        factors = chunk.factors.to(images.device)
+        # Each blocking copy would wait for all work queued on the device: some hundred times in a step.
+        rows = chunk.rows.to(images.device, non_blocking=True)
+        factors = chunk.factors.to(images.device, non_blocking=True)
         pixels = images.index_select(0, rows).float().div_(255)
         for number in chunk.operations:
             JITTER[number](pixels, factors[number])
         if chunk.gray.numel():
-            gray(pixels, chunk.gray.to(images.device))
+            gray(pixels, chunk.gray.to(images.device, non_blocking=True))
         if chunk.sigma.numel():
             blur(pixels[-len(chunk.sigma) :], chunk.sigma, chunk.radius)
         out.index_copy_(0, rows, pixels.sub_(mean).div_(std))
@@ -100,7 +101,7 @@ def brightness(images: Tensor, factor: Tensor) -> None:
 
 def contrast(images: Tensor, factor: Tensor) -> None:
     """Move each image away from, or towards, its own mean gray value, in place."""
-    level = images.mean(dim=(2, 3)) @ images.new_tensor(LUMA)
+    level = images.mean(dim=(2, 3)) @ _like(images, LUMA)
     images.mul_(factor.view(-1, 1, 1, 1)).add_((level * (1 - factor)).view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
@@ -123,7 +124,7 @@ def hue(images: Tensor, shift: Tensor) -> None:
     chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
     angle = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
     angle.copysign_(green - blue)
-    peak = images.new_tensor([0.0, 2.0, 4.0]) - 6 * shift.view(-1, 1)
+    peak = _like(images, (0.0, 2.0, 4.0)) - 6 * shift.view(-1, 1)
     peak = peak - 6 * torch.round(peak / 6)
     torch.sub(angle.unsqueeze(1), peak.view(-1, 3, 1, 1), out=images)
     images.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma.unsqueeze(1)).add_(low.unsqueeze(1))
@@ -144,7 +145,7 @@ def blur(images: Tensor, sigma: Tensor, radius: int) -> None:
     taps = torch.exp(-0.5 * (distance / sigma.view(-1, 1)) ** 2)
     taps /= 2 * taps.sum(dim=1, keepdim=True) - 1
     reach = min(radius, math.ceil(SIGMAS_KEPT * float(sigma.max())))
-    taps = taps.to(images.device).view(len(images), 1, 1, 1, radius + 1)
+    taps = taps.to(images.device, non_blocking=True).view(len(images), 1, 1, 1, radius + 1)
     both = torch.empty_like(images)
     for axis in (3, 2):
         pad = (reach, reach, 0, 0) if axis == 3 else (0, 0, reach, reach)
@@ -153,6 +154,11 @@ def blur(images: Tensor, sigma: Tensor, radius: int) -> None:
         for k in range(1, reach + 1):
             torch.add(source.narrow(axis, reach - k, length), source.narrow(axis, reach + k, length), out=both)
             images.addcmul_(both, taps[..., k])
+
+
+def _like(images: Tensor, values: tuple[float, ...]) -> Tensor:
+    """Constants on the images' device, without the wait of `images.new_tensor`."""
+    return torch.tensor(values, dtype=images.dtype).to(images.device, non_blocking=True)
 
 
 def _luma(images: Tensor) -> Tensor:

@@ -15,10 +15,23 @@ a line of 1 x 30,000 pixels would become one of 224 x 6,720,000."""
 
 
 class Preprocess:
-    """CLIP's preprocessing to `size` x `size` pixels; mean and std are of red, green and blue in [0, 1]."""
+    """CLIP's preprocessing to `size` x `size` pixels; mean and std are of red, green and blue in [0, 1].
 
-    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.size = size
+    Args:
+        interpolation: "bicubic" (CLIP) or "bilinear".
+        squash: Resize both sides to `size` instead of cropping, as SigLIP does.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bicubic",
+        squash: bool = False,
+    ) -> None:
+        self.size, self.squash = size, squash
+        self.filter = Image.Resampling[interpolation.upper()]
         self.mean = torch.tensor(tuple(mean), dtype=torch.float32)
         self.std = torch.tensor(tuple(std), dtype=torch.float32)
 
@@ -32,7 +45,9 @@ class Preprocess:
         return batch.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1)).contiguous()
 
     def square(self, image: Image.Image) -> Image.Image:
-        """Resize the shorter side to `size`, bicubic, and crop the center, rounding as torchvision does."""
+        """Resize the shorter side to `size` and crop the center, rounding as torchvision does; or squash."""
+        if self.squash:
+            return image.resize((self.size, self.size), self.filter)
         width, height = image.size
         longest = LONGEST_SHAPE * min(width, height)
         if max(width, height) > longest:
@@ -42,5 +57,5 @@ class Preprocess:
         short = min(width, height)
         width, height = (int(self.size * side / short) for side in (width, height))
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        resized = image.resize((width, height), self.filter)
         return resized.crop((left, top, left + self.size, top + self.size))

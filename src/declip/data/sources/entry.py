@@ -26,8 +26,8 @@ class EntrySource(PairSource):
     def texts(self, entry: Any) -> Texts: ...
 
     @abstractmethod
-    def content(self, entry: Any) -> Path | bytes:
-        """The image file, or its bytes."""
+    def content(self, entry: Any) -> Path | bytes | Image.Image:
+        """The image file, its bytes, or the image."""
 
     def __getitem__(self, index: int) -> Pair:
         entry = self.entry(index)
@@ -42,6 +42,9 @@ class EntrySource(PairSource):
     def captions(self, index: int) -> tuple[str, ...]:
         return self.texts(self.entry(index))[0]
 
+    def texts_of(self, index: int) -> Texts:
+        return self.texts(self.entry(index))
+
     def key(self, index: int) -> str:
         return self.entry(index).key
 
@@ -51,4 +54,6 @@ class EntrySource(PairSource):
 
     def origin(self, index: int) -> Origin:
         content = self.content(self.entry(index))
+        if isinstance(content, Image.Image):
+            return Origin()
         return file_origin(content) if isinstance(content, Path) else bytes_origin(content)

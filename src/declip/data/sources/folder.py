@@ -43,7 +43,7 @@ class FolderSource(EntrySource):
             why = f" '{unread[0].filename}' cannot be read: {unread[0].strerror}." if unread else ""
             raise UserError(
                 f"The folder '{self.path}' holds no image ({', '.join(EXTENSIONS)}).{why} Of a folder of tables name "
-                "one, or in a recipe all of them: data.source=[a.parquet,b.parquet]."
+                "one, or in a recipe all of them: data.source=[a.csv,b.csv]. A folder of Parquet files holds no image."
             )
 
     def __len__(self) -> int:

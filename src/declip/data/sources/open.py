@@ -2,47 +2,74 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from declip.data.builtin import open_builtin
 from declip.data.pair import BUILTIN_PREFIX, PairSource
 from declip.data.sources.folder import FolderSource
-from declip.data.sources.shard_names import holds_shards, names_shards
+from declip.data.sources.hf_dataset import is_dataset
+from declip.data.sources.python_items import PREFIX, Items, ItemSource
+from declip.data.sources.shard_names import holds, names_shards
 from declip.data.sources.shards import ShardSource
-from declip.data.sources.table import TABLE_KINDS, TableSource
+from declip.data.sources.subset import LIST_KIND, Subset, read_pair_list
+from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
 from declip.errors import UserError
 
-SEVERAL_TABLES = "Name one table, or in a recipe all of them: data.source=[a.parquet,b.parquet]."
+SEVERAL_TABLES = (
+    "Name one table, Parquet files ('data/*.parquet'), or in a recipe all of them: data.source=[a.parquet,b.parquet]."
+)
 
 
 def open_source(
-    spec: str | Path,
+    spec: str | Path | PairSource | Items,
     *,
     image_column: str = "image",
     caption_column: str = "caption",
     keyword_column: str = "keywords",
     image_root: str | Path | None = None,
+    group_column: str | None = None,
 ) -> PairSource:
     """Open a source of pairs.
 
     Args:
-        spec: A built-in set such as "builtin:emoji", a table (.jsonl, .json, .csv, .tsv, .parquet), a folder of images
-            with a text file of the same name for each, one caption per line, or tar shards: a .tar file, a folder of
-            them, a pattern, a brace range such as "data/{00000..00331}.tar", a URL, or several joined by "::".
+        spec: A built-in set such as "builtin:emoji", a table (.jsonl, .json, .csv, .tsv, .parquet), a folder or a
+            pattern of Parquet files, a folder of images with metadata.jsonl or metadata.csv, or with a text file of the
+            same name for each image, one caption per line, a dataset of Hugging Face's `datasets` as
+            "hf://datasets/OWNER/NAME:split" or a folder of `save_to_disk`, or tar shards: a .tar file, a folder of
+            them, a pattern, a brace range such as "data/{00000..00331}.tar", a URL, or several joined by "::"; or a
+            list of pairs of another source, as a split writes it (.pairs), which names its columns itself. In Python
+            also such a dataset, a source, or any object with `__len__` and `__getitem__`, see `ItemSource`.
         image_column: A table's column with image paths or image bytes.
+        group_column: A table's column whose equal cells mean the same thing.
         image_root: Folder of a table's image paths; by default the table's folder.
     """
+    columns = (image_column, caption_column, image_root, keyword_column, group_column)
+    if not isinstance(spec, str | Path):
+        if isinstance(spec, PairSource):
+            return spec
+        return TableSource(spec, *columns) if is_dataset(spec) else ItemSource(spec, *columns[:4])
     text = str(spec)
     if text.startswith(BUILTIN_PREFIX):
         return open_builtin(text.removeprefix(BUILTIN_PREFIX))
+    if text.startswith(PREFIX):
+        raise UserError(f"'{text}' was a Python object. Give it again, in Python: declip.train(recipe, data=object).")
     path = Path(text).expanduser()
+    if (table := find_table(text)) is not None:
+        return TableSource(table, *columns)
     if names_shards(text):
         if text.lower().endswith(TABLE_KINDS):
             raise UserError(f"'{text}' is not one table on this machine. {SEVERAL_TABLES}")
         return ShardSource(text)
     if path.is_dir():
-        return ShardSource(text) if holds_shards(path) else FolderSource(path)
+        return ShardSource(text) if holds(path, ".tar") else FolderSource(path)
     if not path.exists():
         raise UserError(
             f"There is no file or folder '{text}'. Give a table ({', '.join(TABLE_KINDS)}), a folder of images with "
             f"captions, tar shards such as 'data/{{00000..00331}}.tar', or a set such as '{BUILTIN_PREFIX}emoji'."
         )
-    return TableSource(path, image_column, caption_column, image_root, keyword_column)
+    if path.suffix.lower() == LIST_KIND:
+        listed = read_pair_list(path)
+        source = open_source(listed.source, **listed.columns)
+        listed.check(source, path)
+        return Subset(source, np.array(listed.indices, np.int64))
+    return TableSource(path, *columns)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from declip.data.pair import BrokenPair, as_texts, clean_keywords
+from declip.data.sources.shard_names import expand
 from declip.errors import UserError
 from declip.io.memo import cached_table
 
@@ -38,6 +40,9 @@ PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no he
 
 SEPARATORS = re.compile("[;,]")
 
+SPLIT = re.compile("(train|val|dev|test)(?![a-z])|validation", re.IGNORECASE)
+"""Splits that begin the names of Parquet files, as the Hub has them: `train-00000-of-00002.parquet`."""
+
 
 @dataclass(frozen=True)
 class TableRow:
@@ -47,6 +52,7 @@ class TableRow:
     image_cell: Any
     caption_cells: list[Any]  # one for each row of the image
     keyword_cells: list[Any]
+    group_cell: Any = None  # of the first row
 
     def image(self) -> str | bytes | None:
         """The image's path or content, None where the cell is empty."""
@@ -71,6 +77,16 @@ class TableRow:
         lists = [SEPARATORS.split(cell) if isinstance(cell, str) else cell for cell in cells]
         return clean_keywords(word for words in lists if isinstance(words, list) for word in words)
 
+    def group(self) -> int:
+        """A hash of the group's cell, 63 bits; 0 where the cell is empty or cannot be read."""
+        cell = None
+        with suppress(BrokenPair):
+            cell = self._decoded(self.group_cell)
+        if cell is None or cell == "":
+            return 0
+        digest = hashlib.blake2b(str(cell).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest) >> 1 | 1
+
     def _decoded(self, cell: Any) -> Any:
         try:
             return cell.as_py() if isinstance(cell, pa.Scalar) else cell
@@ -92,11 +108,22 @@ class TableRows(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.files = [path]
 
-    def choose(self, image: str, caption: str, keywords: str | None = None) -> None:
+    @property
+    def folder(self) -> Path:
+        """The folder that image paths are relative to."""
+        return Path(os.path.commonpath([file.parent for file in self.files]))
+
+    def version(self) -> tuple[object, ...]:
+        """Everything that the rows depend on, for the cache."""
+        status = [(str(file.resolve()), file.stat()) for file in self.files]
+        return tuple(item for name, stat in status for item in (name, stat.st_size, stat.st_mtime_ns))
+
+    def choose(self, image: str, caption: str, keywords: str | None = None, group: str | None = None) -> None:
         """Read these columns, or map the cache file that holds them; `caption` is `image` where none is read."""
-        self.image, self.caption, self.keywords = image, caption, keywords
-        self.wanted = list(dict.fromkeys(filter(None, (image, caption, keywords))))
+        self.image, self.caption, self.keywords, self.group = image, caption, keywords, group
+        self.wanted = list(dict.fromkeys(filter(None, (image, caption, keywords, group))))
         self._large = self.is_large()
         self.table = self._kept("columns", self.wanted, self.schema(), self.batches)
 
@@ -118,7 +145,8 @@ class TableRows(ABC):
         if not is_bytes(image.type):
             with suppress(UnicodeDecodeError):
                 key = image.as_py() or key
-        return TableRow(key, image, self._cells(self.caption, numbers), self._cells(self.keywords, numbers))
+        group = next(iter(self._cells(self.group, numbers[:1])), None)
+        return TableRow(key, image, self._cells(self.caption, numbers), self._cells(self.keywords, numbers), group)
 
     def is_large(self) -> bool:
         """Whether the wanted columns are mapped from the cache."""
@@ -165,9 +193,7 @@ class TableRows(ABC):
         try:
             if not self._large:
                 return pa.Table.from_batches(batches(), schema)
-            status = self.path.stat()
-            version = (str(self.path.resolve()), status.st_size, status.st_mtime_ns, options)
-            return cached_table(f"tables/{kind}", version, lambda: (schema, batches()))
+            return cached_table(f"tables/{kind}", (*self.version(), options), lambda: (schema, batches()))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"'{self.path}' is damaged: {error}.") from error
 
@@ -234,7 +260,8 @@ class JsonRows(TableRows):
         image = rows[0].get(self.image)
         key = image if image and isinstance(image, str) else self.name_of(numbers[0])
         keywords = [] if self.keywords is None else [row.get(self.keywords) for row in rows]
-        return TableRow(key, image, [row.get(self.caption) for row in rows], keywords)
+        group = None if self.group is None else rows[0].get(self.group)
+        return TableRow(key, image, [row.get(self.caption) for row in rows], keywords, group)
 
 
 def parse_line(line: bytes, number: int) -> dict[str, Any]:
@@ -253,61 +280,96 @@ def parse_line(line: bytes, number: int) -> dict[str, Any]:
     return row
 
 
-class ParquetRows(TableRows):
-    """A Parquet file; images as paths, as bytes, or as structs of `bytes` and `path`."""
+class ArrowRows(TableRows):
+    """A table with Arrow's types; images as paths, as bytes, or as structs of `bytes` and `path`."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        try:
-            self._file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"'{path}' is not a Parquet file: {str(error).rstrip('.')}.") from error
-        self.columns = self._file.schema_arrow.names
+    arrow_schema: pa.Schema  # of all columns
 
     def check_types(self, image: str, caption: str) -> None:
         """Raise a `UserError` unless these columns can hold images and captions."""
-        types = self._file.schema_arrow
-        kind = types.field(image).type
+        kind = self.arrow_schema.field(image).type
         if not (holds_text(kind) or is_bytes(kind)):
             allowed = "images are a path, bytes, or a struct of bytes and path"
             raise UserError(f"Column '{image}' of '{self.path}' holds {kind}; {allowed}.")
-        kind = types.field(caption).type
+        kind = self.arrow_schema.field(caption).type
         if caption != image and not holds_text(kind, lists=True):
             raise UserError(
                 f"Column '{caption}' of '{self.path}' holds {kind}; captions are a string or a list of strings."
             )
 
-    def is_large(self) -> bool:
-        # Counted over all columns: asking pyarrow 26 for one column ends the process where the file is damaged.
-        data = self._file.metadata
-        size = sum(data.row_group(group).total_byte_size for group in range(data.num_row_groups))
-        return size > LARGE_TABLE or data.num_rows > MANY_ROWS
-
     def schema(self) -> pa.Schema:
-        return pa.schema([self._file.schema_arrow.field(name) for name in self.wanted])
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        rows = IMAGES_AT_ONCE if any(is_bytes(column.type) for column in self.schema()) else ROWS_AT_ONCE
-        parts = self._bounded()
-        while some := list(islice(parts, rows // IMAGES_AT_ONCE)):
-            yield from pa.Table.from_batches(some).combine_chunks().to_batches()
-
-    def _bounded(self) -> Iterator[pa.RecordBatch]:
-        """Read a few rows at a time, since a value that is stored once can be repeated in millions of rows."""
-        most = max(MOST_GROWTH * self.path.stat().st_size, MOST_IN_PARQUET)
-        size = rows = 0
-        for batch in self._file.iter_batches(IMAGES_AT_ONCE, columns=self.wanted):
-            size, rows = size + batch.nbytes, rows + len(batch)
-            if size > most:
-                raise UserError(f"'{self.path}' is not read: its columns take more than {most:,} bytes.")
-            yield batch.select(self.wanted)
-        if rows != self._file.metadata.num_rows:
-            raise UserError(
-                f"'{self.path}' is damaged: it says {self._file.metadata.num_rows:,} rows and has {rows:,}."
-            )
+        return pa.schema([self.arrow_schema.field(name) for name in self.wanted])
 
     def name_of(self, number: int) -> str:
         return f"row {number}"
+
+
+class ParquetRows(ArrowRows):
+    """A Parquet file, or several: those of a folder or a pattern, in the order of their names."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        if path.is_dir():
+            self.files = sorted(path.glob("*.parquet"))
+            splits = {name[0].lower() for file in self.files if (name := SPLIT.match(file.name))}
+            if len(splits) > 1:
+                one = path / f"{min(splits)}*.parquet"
+                raise UserError(f"'{path}' has the splits {', '.join(sorted(splits))}. Name the files of one: '{one}'.")
+        elif not path.is_file():
+            self.files = [Path(file) for file in expand(str(path))]
+        footers = [_footer(file) for file in self.files]
+        self.arrow_schema = footers[0].schema.to_arrow_schema()
+        self.columns = self.arrow_schema.names
+        self._rows = [footer.num_rows for footer in footers]
+        # Counted over all columns: asking pyarrow 26 for one column ends the process where the file is damaged.
+        self._size = sum(
+            data.row_group(group).total_byte_size for data in footers for group in range(data.num_row_groups)
+        )
+
+    def is_large(self) -> bool:
+        return self._size > LARGE_TABLE or sum(self._rows) > MANY_ROWS
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        rows = IMAGES_AT_ONCE if any(is_bytes(column.type) for column in self.schema()) else ROWS_AT_ONCE
+        parts = (
+            part for file, count in zip(self.files, self._rows, strict=True) for part in self._bounded(file, count)
+        )
+        while some := list(islice(parts, rows // IMAGES_AT_ONCE)):
+            yield from pa.Table.from_batches(some).combine_chunks().to_batches()
+
+    def _bounded(self, path: Path, count: int) -> Iterator[pa.RecordBatch]:
+        """Read a few rows at a time, since a value that is stored once can be repeated in millions of rows."""
+        file, schema = pq.ParquetFile(path), self.schema()
+        missing = {name for name in self.wanted if name not in file.schema_arrow.names}
+        if missing or (other := [field for field in schema if file.schema_arrow.field(field.name).type != field.type]):
+            raise UserError(
+                f"'{path}' has other columns than '{self.files[0]}': {', '.join(missing) or other[0].name} is missing "
+                "or of another type. Files of one table have the same columns; name the others as another source."
+            )
+        most = max(MOST_GROWTH * path.stat().st_size, MOST_IN_PARQUET)
+        size = rows = 0
+        for batch in file.iter_batches(IMAGES_AT_ONCE, columns=self.wanted):
+            size, rows = size + batch.nbytes, rows + len(batch)
+            if size > most:
+                raise UserError(f"'{path}' is not read: its columns take more than {most:,} bytes.")
+            # Built again, since fields of the same type may differ in what they say of nulls, and in metadata.
+            yield pa.RecordBatch.from_arrays(batch.select(self.wanted).columns, schema=schema)
+        if rows != count:
+            raise UserError(f"'{path}' is damaged: it says {count:,} rows and has {rows:,}.")
+
+    def name_of(self, number: int) -> str:
+        if len(self.files) == 1:
+            return f"row {number}"
+        ends = np.cumsum(self._rows)
+        file = int(np.searchsorted(ends, number, "right"))
+        return f"{self.files[file].name} row {number - int(ends[file]) + self._rows[file]}"
+
+
+def _footer(path: Path) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not a Parquet file: {str(error).rstrip('.')}.") from error
 
 
 def group_rows(images: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,10 +33,10 @@ def path_of(url: str) -> str:
     return url.partition("?")[0] if is_url(url) else url
 
 
-def holds_shards(folder: Path) -> bool:
-    """Whether a folder has tar files and, directly in it, no image."""
+def holds(folder: Path, ending: str) -> bool:
+    """Whether a folder has files with this ending and, directly in it, no image."""
     endings = {path.suffix.lower() for path in folder.iterdir() if not path.name.startswith(".")}
-    return ".tar" in endings and not endings & set(EXTENSIONS)
+    return ending in endings and not endings & set(EXTENSIONS)
 
 
 def expand(word: str) -> list[str]:

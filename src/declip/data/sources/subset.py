@@ -1,6 +1,9 @@
-"""A subset of a source, chosen by a seed: for learning curves over the number of pairs."""
+"""A subset of a source: chosen by a seed, for learning curves over the number of pairs, or listed in a file."""
 
+import json
 from abc import abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -8,6 +11,9 @@ from PIL import Image
 from declip.data.pair import LazyPair, Pair, PairSource
 from declip.data.sources.origin import Origin
 from declip.errors import UserError
+
+LIST_KIND = ".pairs"
+LARGEST_LIST = 1 << 30  # bytes
 
 
 class DerivedSource(PairSource):
@@ -33,9 +39,17 @@ class DerivedSource(PairSource):
         source, inner = self.locate(index)
         return source.key(inner)
 
+    def group(self, index: int) -> int:
+        source, inner = self.locate(index)
+        return source.group(inner)
+
     def image(self, index: int) -> Image.Image:
         source, inner = self.locate(index)
         return source.image(inner)
+
+    def texts_of(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        source, inner = self.locate(index)
+        return source.texts_of(inner)
 
     def origin(self, index: int) -> Origin:
         source, inner = self.locate(index)
@@ -70,3 +84,43 @@ def choose(name: str, size: int, count: int, seed: int) -> np.ndarray:
 def take(source: PairSource, count: int, seed: int) -> Subset:
     """Choose some pairs of a source, see `choose`."""
     return Subset(source, choose(source.name, len(source), count, seed))
+
+
+class PairList(NamedTuple):
+    """A file that lists pairs of a source: its arguments of `open_source`, its number of pairs, and rising indices."""
+
+    source: str
+    columns: dict[str, str]
+    total: int
+    indices: list[int]
+
+    def check(self, source: PairSource, path: Path) -> None:
+        """Refuse a list of a source that has changed since."""
+        if len(source) != self.total:
+            raise UserError(
+                f"'{path}' lists pairs of '{self.source}' when it had {self.total:,}; now it has {len(source):,}. Give "
+                "the pairs as they were, or make the list anew in another folder."
+            )
+
+
+def write_pair_list(path: Path, listed: PairList) -> None:
+    """Write a list of pairs; a path of its source is made absolute, so that the list can be moved."""
+    place = Path(listed.source).expanduser()
+    source = str(place.resolve()) if place.exists() else listed.source
+    path.write_text(json.dumps(listed._replace(source=source)._asdict()) + "\n", encoding="utf-8")
+
+
+def read_pair_list(path: Path) -> PairList:
+    """Read a list of pairs; raises `UserError` where the file is none."""
+    try:
+        tree: Any = json.loads(path.read_text("utf-8")) if path.stat().st_size <= LARGEST_LIST else None
+        listed = PairList(**tree)
+        places = np.asarray(listed.indices)
+        fine = places.dtype == np.int64 and places.ndim == 1 and (np.diff(places) > 0).all() and places[0] >= 0
+        names = [listed.source, *listed.columns.values()]
+        fine = fine and places[-1] < listed.total and all(isinstance(name, str) for name in names)
+        if fine and not listed.source.lower().endswith(LIST_KIND):  # a list of itself would not end
+            return listed
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        pass
+    raise UserError(f"'{path}' is not a list of pairs that `declip finetune` wrote. Give the pairs themselves.")

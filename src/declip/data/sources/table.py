@@ -5,12 +5,15 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, clean_captions, printable
 from declip.data.sources.delimited import DelimitedRows
 from declip.data.sources.entry import EntrySource, Texts
-from declip.data.sources.rows import JsonRows, ParquetRows, TableRow, TableRows
+from declip.data.sources.hf_dataset import DatasetRows, is_dataset, names_dataset
+from declip.data.sources.rows import ArrowRows, JsonRows, ParquetRows, TableRow, TableRows
+from declip.data.sources.shard_names import holds, is_url, names_shards
 from declip.errors import UserError
 
 IMAGE_NAMES = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "image_file", "img")
@@ -28,9 +31,12 @@ KINDS: dict[str, Callable[[Path], TableRows]] = {
 }
 TABLE_KINDS = tuple(KINDS)
 
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Tables in a folder of images, as Hugging Face's ImageFolder has them: column `file_name` and any others."""
+
 
 class TableSource(EntrySource):
-    """Pairs from the rows of a table.
+    """Pairs from the rows of a table: a file, Parquet files together, or a dataset of Hugging Face's `datasets`.
 
     Rows with the same image, by its path as written or by its bytes, are one pair with several captions. In JSONL and
     Parquet captions and keywords may be lists.
@@ -40,37 +46,39 @@ class TableSource(EntrySource):
         image_root: Folder that paths are relative to and may not leave, not even by a link. None: the table's folder,
             and any path is allowed.
         keyword_column: Optional unless another name is given.
+        group_column: Column whose equal cells mean the same thing.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: Any,
         image_column: str = "image",
         caption_column: str = "caption",
         image_root: str | Path | None = None,
         keyword_column: str = "keywords",
+        group_column: str | None = None,
     ) -> None:
-        path = Path(path).expanduser()
-        if not path.is_file():
-            raise UserError(f"There is no table '{path}'.")
-        self._arguments = (path, image_column, caption_column, image_root, keyword_column)
+        self._arguments = (path, image_column, caption_column, image_root, keyword_column, group_column)
+        self.rows = open_rows(path)
+        path = self.rows.path
         self.name = path.name
-        self.root = path.parent if image_root is None else Path(image_root).expanduser()
+        self.root = self.rows.folder if image_root is None else Path(image_root).expanduser()
         self.confined = image_root is not None
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}' that image paths could be relative to.")
-        if path.suffix.lower() not in KINDS:
-            raise UserError(f"'{path.name}' is not a table that can be read. Known: {', '.join(TABLE_KINDS)}.")
-        self.rows = KINDS[path.suffix.lower()](path)
         columns = self.rows.columns
-        image = find_column(columns, image_column, IMAGE_NAMES, "image", path)
-        caption = find_column(columns, caption_column, CAPTION_NAMES, "caption", path)
+        usual = ("image", "file_name", *IMAGE_NAMES) if path.name in METADATA else IMAGE_NAMES
+        image = find_column(columns, image_column, usual, "image", path)
+        caption = image
+        if caption_column != image_column:
+            caption = find_column(columns, caption_column, CAPTION_NAMES, "caption", path)
         keywords = None
         if caption != image and (keyword_column != "keywords" or "keywords" in by_lower_name(columns)):
             keywords = find_column(columns, keyword_column, ("keywords",), "keyword", path)
-        if isinstance(self.rows, ParquetRows):
+        self.group_column = group_column and find_column(columns, group_column, ("",), "group", path)
+        if isinstance(self.rows, ArrowRows):
             self.rows.check_types(image, caption)
-        self.rows.choose(image, caption, keywords)
+        self.rows.choose(image, caption, keywords, self.group_column)
         if not len(self.rows):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
 
@@ -82,6 +90,9 @@ class TableSource(EntrySource):
 
     def texts(self, entry: TableRow) -> Texts:
         return clean_captions(entry.captions(), entry.key), entry.keywords()
+
+    def group(self, index: int) -> int:
+        return self.entry(index).group() if self.group_column else 0
 
     def content(self, entry: TableRow) -> Path | bytes:
         image = entry.image()
@@ -99,12 +110,41 @@ class TableSource(EntrySource):
         return TableSource, self._arguments
 
 
+def open_rows(path: Any) -> TableRows:
+    """Open the rows of a table: of a file, of Parquet files by their folder or pattern, or of a dataset."""
+    if is_dataset(path):
+        return DatasetRows(path)
+    path = Path(path).expanduser()
+    if path.is_dir() or (not path.exists() and names_shards(str(path))):
+        return ParquetRows(path)
+    if not path.is_file():
+        raise UserError(f"There is no table '{path}'.")
+    if path.suffix.lower() not in KINDS:
+        raise UserError(f"'{path.name}' is not a table that can be read. Known: {', '.join(TABLE_KINDS)}.")
+    return KINDS[path.suffix.lower()](path)
+
+
+def find_table(spec: str | Path) -> str | Path | None:
+    """The table that a name means: a file, Parquet files, a dataset, a folder's metadata; None for other sources."""
+    text, path = str(spec), Path(spec).expanduser()
+    if names_dataset(text):
+        return text
+    if path.is_dir():
+        named = [path / name for name in METADATA if (path / name).is_file()]
+        if named or is_dataset(path):
+            return named[0] if named else path
+        return path if holds(path, ".parquet") and not holds(path, ".tar") else None
+    if names_shards(text):
+        return path if text.lower().endswith(".parquet") and not is_url(text) else None
+    return path if path.suffix.lower() in KINDS and path.exists() else None
+
+
 def by_lower_name(columns: Sequence[str]) -> dict[str, str]:
     """Columns by their names without case; the first of several."""
     return {name.strip().lower(): name for name in reversed(columns)}
 
 
-def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path) -> str:
+def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path | str) -> str:
     """Find a column: by the given name or, where that is the default and missing, by another usual name.
 
     Args:
@@ -126,7 +166,7 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
     )
 
 
-def only_one(columns: Sequence[str], name: str, path: Path) -> str:
+def only_one(columns: Sequence[str], name: str, path: Path | str) -> str:
     """Return the name; raises `UserError` where several columns have it."""
     if (count := list(columns).count(name)) > 1:
         raise UserError(f"The table '{path}' has {count} columns named '{printable(name)}'. Rename all but one.")

@@ -3,20 +3,19 @@
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from declip.data.pair import BrokenPair, is_unicode, printable
+from declip.data.sources.rows import ArrowRows, TableRows
 from declip.data.sources.table import (
     CAPTION_NAMES,
     IMAGE_NAMES,
-    KINDS,
     TableSource,
     by_lower_name,
     find_column,
+    open_rows,
 )
 from declip.errors import UserError, unknown
 from declip.evaluation.readers.images import SPLITS, Classified, Openers
@@ -32,13 +31,14 @@ LONGEST_LABEL = 1_000
 Cell = str | BrokenPair
 
 
-def labeled_table(path: Path, label_column: str | None) -> Openers | None:
+def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
     """Open a table by its labels; None where no column was given and none has one of `LABEL_NAMES`.
 
     `class_names` are the sorted labels of all splits, or the names that Hugging Face's `datasets` wrote into a Parquet
     file for its numbers. A column "split" makes splits; without it all rows are the test.
     """
-    columns = KINDS[path.suffix.lower()](path).columns
+    rows = open_rows(table_path)
+    path, columns = rows.path, rows.columns
     if label_column is None and not _has(columns, LABEL_NAMES):
         return None
     if label_column is not None and label_column not in columns:
@@ -46,9 +46,9 @@ def labeled_table(path: Path, label_column: str | None) -> Openers | None:
     column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
     captioned = _has(columns, CAPTION_NAMES)
     image = find_column(columns, "image", IMAGE_NAMES, "image", path)
-    table = TableSource(path, image, "caption" if captioned else image)
-    cells = _cells(table, path, column)
-    names = _known_names(path, column) or _ordered({cell for cell in cells if isinstance(cell, str)})
+    table = TableSource(table_path, image, "caption" if captioned else image)
+    cells = _cells(table, open_rows(table_path), column)
+    names = _known_names(rows, column) or _ordered({cell for cell in cells if isinstance(cell, str)})
     if len(names) < 2:
         raise UserError(f"Column '{column}' of '{path}' has {len(names)} classes. It needs at least two.")
     label_of = {name: label for label, name in enumerate(names)}
@@ -63,7 +63,7 @@ def labeled_table(path: Path, label_column: str | None) -> Openers | None:
     split_of = np.array(["test"] * len(table))
     if _has(columns, SPLIT_NAMES):
         split_column = find_column(columns, SPLIT_NAMES[0], SPLIT_NAMES, "split", path)
-        split_cells = _cells(table, path, split_column)
+        split_cells = _cells(table, open_rows(table_path), split_column)
         split_of = np.array([_split(cell) for cell in split_cells])
         if not {"test"} <= set(split_of) <= set(SPLITS):
             raise UserError(
@@ -95,9 +95,9 @@ def _ordered(names: set[str]) -> list[str]:
     return sorted(names, key=int) if numbers else sorted(names)
 
 
-def _cells(table: TableSource, path: Path, column: str) -> list[Cell]:
+def _cells(table: TableSource, labels: TableRows, column: str) -> list[Cell]:
     """For each pair of the table, its one value in a column as text, or the reason why it has none."""
-    labels, names = KINDS[path.suffix.lower()](path), _known_names(path, column)
+    names = _known_names(labels, column)
     labels.choose(column, column)
 
     def cell(index: int) -> Cell:
@@ -110,11 +110,11 @@ def _cells(table: TableSource, path: Path, column: str) -> list[Cell]:
     return [cell(index) for index in range(len(table))]
 
 
-def _known_names(path: Path, column: str) -> list[str]:
+def _known_names(rows: TableRows, column: str) -> list[str]:
     """The names that Hugging Face's `datasets` stores for a column of class numbers; none for other files."""
-    if path.suffix.lower() != ".parquet":
+    if not isinstance(rows, ArrowRows):
         return []
-    metadata = (pq.read_schema(path).metadata or {}).get(b"huggingface")
+    metadata = (rows.arrow_schema.metadata or {}).get(b"huggingface")
     try:
         names = json.loads(metadata)["info"]["features"][column]["names"] if metadata else []
         return [" ".join(name.split()) for name in names]

@@ -1,0 +1,113 @@
+"""Compare ways to train the heads of frozen towers on few pairs.
+
+    python benchmarks/frozen.py OUT.jsonl SET ARMS PAIRS SEEDS [KEY=VALUE]…
+
+Each line of the result is one run: its arm, number of pairs, seed, and top-1, top-5 and R@10 on the set.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from declip.data.sources.open import open_source
+from declip.evaluation.encode import SourceFeatures, encode_source, text_features
+from declip.evaluation.retrieval import retrieve
+from declip.evaluation.zero_shot import class_features, classify, read_templates
+from declip.recipe.load import load_recipe
+from declip.training.frozen_encoder import FrozenEncoder
+from declip.training.trainer import Trainer
+
+FROZEN = {
+    "data.source": "builtin:emoji",
+    "finetune": {
+        "pretrained": "builtin:lite0-minilm",
+        "image_size": 128,
+        "freeze_image_blocks": "all",
+        "freeze_text_blocks": "all",
+        "cached_views": 8,
+    },
+    "views.image": {"scale": [0.8, 1.0], "color_jitter": [0.13, 0.13, 0.13, 0.03], "grayscale_prob": 0, "blur_prob": 0},
+    "train.batch_size": 256,
+    "train.steps": 500,
+    "train.lr": 0.001,
+    "train.warmup_steps": 50,
+    "train.precision": "bf16",
+    "train.channels_last": True,
+    "train.checkpoint_every": 100_000,
+    "train.log_every": 100,
+    "train.grad_cache_chunk": None,
+    "train.grad_clip_norm": None,
+    "train.weight_decay": 0.1,
+}
+CCA = {"finetune.head_init": "cca"}
+STRUCTURE = {"loss_weights.structure": 10.0}
+ARMS = {
+    "linear": {},
+    "cca alone": {**CCA, "train.steps": 1, "train.lr": 1e-9, "train.warmup_lr": 0, "train.warmup_steps": 0},
+    "cca": CCA,
+    "structure": STRUCTURE,
+    "mixup": {"finetune.mixup": 1.0},
+    "mlp": {"finetune.head": "mlp"},
+    "cca + structure": {**CCA, **STRUCTURE},
+    "cca + mixup": {**CCA, "finetune.mixup": 1.0},
+    "cca + mlp": {**CCA, "finetune.head": "mlp"},
+    "cca + structure + mixup": {**CCA, **STRUCTURE, "finetune.mixup": 1.0},
+}
+
+
+class Held:
+    """A held-out set whose images went through the frozen tower once."""
+
+    def __init__(self, name: str) -> None:
+        self.source, self.features = open_source(name), None
+
+    def measure(self, model) -> dict[str, float]:
+        encoder = FrozenEncoder(model)
+        if self.features is None:
+            self.features = encode_source(encoder, self.source, encode=encoder.pool_image, texts=False)
+        found = self.features
+        with torch.no_grad():
+            images = F.normalize(model.image_tower.proj(found.images), dim=-1)
+        texts = text_features(encoder, found.words)
+        embedded = SourceFeatures(found.name, found.indices, images, found.captions, texts, found.skipped)
+        classes = class_features(encoder, self.source.class_names, read_templates("emoji")[1])
+        result = classify(embedded, self.source.labels[found.indices], classes).to_dict()
+        result |= retrieve(embedded).to_dict()
+        return {n: result[n] for n in ("top1", "top5", "text_to_image_r10", "image_to_text_r10", "n", "texts")}
+
+
+def run(held: Held, arm: str, pairs: int, seed: int, **keys) -> dict:
+    """Train one arm and measure it."""
+    given = {**FROZEN, **ARMS[arm], "seed": seed, "data.max_pairs": pairs, **keys}
+    tune = given.pop("finetune")
+    recipe = load_recipe("clip", {**{f"finetune.{n}": v for n, v in tune.items()}, **given})
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(recipe, Path(folder), quiet=True)
+        begun = time.process_time()
+        trainer.train()
+        seconds = time.process_time() - begun
+        model = trainer.model.eval()
+        return {"arm": arm, "pairs": pairs, "seed": seed, **keys, "seconds": round(seconds, 1), **held.measure(model)}
+
+
+def main(out: str, name: str, arms: list[str], pairs: list[int], seeds: list[int], **keys) -> None:
+    """Run the arms and append a line for each."""
+    held = Held(name)
+    for seed in seeds:
+        for count in pairs:
+            for arm in arms:
+                row = run(held, arm, count, seed, **keys)
+                with Path(out).open("a") as file:
+                    file.write(json.dumps({"set": name, **row}) + "\n")
+
+
+if __name__ == "__main__":
+    out, name, arms, pairs, seeds, *rest = sys.argv[1:]
+    keys = {key: json.loads(value) for key, value in (pair.split("=") for pair in rest)}
+    numbers = [[int(n) for n in given.split(",")] for given in (pairs, seeds)]
+    main(out, f"builtin:{name}", list(ARMS) if arms == "all" else arms.split(","), *numbers, **keys)

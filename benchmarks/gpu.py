@@ -1,0 +1,428 @@
+"""Full-size training on one GPU, measured part by part: time, memory, utilization, and what must hold on CUDA.
+
+    python benchmarks/gpu.py --out runs/gpu                      on one GPU; again: the parts that are missing
+    python benchmarks/gpu.py --out runs/gpu --only ViT-B-32,resume
+    python benchmarks/gpu.py --out runs/try --device cpu --tiny  toy towers, to try this script
+
+Each part writes OUT/PART.json when it is done, and a later call takes it from there. Parts that would begin after
+--minutes are left to the next call. The towers' parts train `clip` and `declip` as in `*-yfcc15m-*`, and
+`declip-keywords`, at the largest batch that fits, found by doubling, next to open_clip's CLIP step on the same pairs.
+"""
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode needs it before CUDA starts
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from declip.data.batch import PairBatch, View
+from declip.data.images.crops import apply_photometric
+from declip.data.loader import PairLoader
+from declip.data.text.tokenizer import Tokenizer
+from declip.models.device import pick_device
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint
+from declip.training.compilation import compile_towers
+from declip.training.setup import plan_of
+from declip.training.step import training_step
+from declip.training.trainer import Trainer
+from machine import machine
+from pairs import InMemory, Shapes, open_pairs, texts_of
+from parts import build
+from peers import Shape, open_clip_side
+from step import TOWERS, batch_of, device_name, recipe_of, tiny
+
+PEAKS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12,
+}  # fmt: skip
+"""Dense bfloat16 operations per second that the makers state, by a part of the card's name; the first match counts."""
+
+RECIPES = ("clip", "declip", "declip-keywords")
+BASE = 64
+"""Pairs of the loader's batch, which larger ones repeat."""
+
+
+def peak_of(card: str) -> float | None:
+    """Operations per second of a card; None for one that is not listed."""
+    return next((peak for name, peak in PEAKS.items() if name in card), None)
+
+
+def tiled(batch: PairBatch, count: int) -> PairBatch:
+    """The pairs of a batch on the host, again and again until there are `count`."""
+    rows = torch.arange(count) % len(batch)
+
+    def view(one: View) -> View:
+        photometric = one.photometric
+        columns = {name: column[rows] for name, column in vars(photometric).items()}
+        return View(one.pixels[rows], replace(photometric, **columns))
+
+    fields = {name: getattr(batch, name) for name in ("masked", "labels", "sample_ids")}
+    return replace(
+        batch,
+        views={name: view(one) for name, one in batch.views.items()},
+        texts=batch.texts[:, rows],
+        lengths=batch.lengths[:, rows],
+        **{name: None if tensor is None else tensor[rows] for name, tensor in fields.items()},
+    )
+
+
+class Bench:
+    """What all parts share: the device, the sizes and the folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.tiny, self.device = options.tiny, pick_device(options.device)
+        self.cuda = self.device.type == "cuda"
+        self.repeats = 1 if self.tiny else 8
+        self.precision = "bf16" if self.cuda else "fp32"
+        self.card = device_name(self.device)
+        self.out: Path = options.out
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, task: Callable[[], object]) -> float:
+        """The median time of a task, after a warm-up round."""
+        taken = []
+        for _ in range(1 + self.repeats):
+            begun = time.perf_counter()
+            task()
+            self.wait()
+            taken.append(time.perf_counter() - begun)
+        return median(taken[1:])
+
+    def largest(self, run: Callable[[int], object]) -> int:
+        """The largest batch that fits, by doubling."""
+        count, limit, fits = (4, 4, 0) if self.tiny else (BASE, 1 << 14, 0)
+        while count <= limit:
+            try:
+                run(count)
+                self.wait()
+            except torch.OutOfMemoryError:
+                break
+            fits, count = count, 2 * count
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        return fits
+
+
+Run = Callable[[int], Callable[[], object]]
+"""Takes a step of so many pairs, and gives what takes it again."""
+
+
+def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool) -> Run:
+    """`training_step` of a recipe; what is compiled is so from the second call on, when the batch is known."""
+    built = build(recipe, source, bench.device)
+    host, calls = batch_of(recipe, source), [0]
+
+    def run(count: int) -> Callable[[], object]:
+        batch = tiled(host, count).to(bench.device)
+        if compiled and calls[0] == 1:
+            compile_towers(recipe, built.model, plan_of(recipe), count)
+        calls[0] += 1
+        training_step(built.step, batch)
+        return lambda: training_step(built.step, batch)
+
+    return run
+
+
+def open_clips_side(bench: Bench, name: str, recipe: Recipe, source: InMemory, shape: Shape) -> Run:
+    """open_clip's CLIP step, on images that are finished and captions of 77 tokens."""
+    import open_clip
+
+    host, plan = batch_of(recipe, source), plan_of(recipe)
+    mean, std = (torch.tensor(values) for values in (plan.mean, plan.std))
+    pixels = apply_photometric(host.views, mean, std)["first"].pixels.to(bench.device)
+    captions = [source.texts[int(number) % len(source)] for number in host.sample_ids]
+    texts = open_clip.get_tokenizer(f"{name}-quickgelu")(captions).to(bench.device)
+    side = open_clip_side(f"{name}-quickgelu", shape, pixels[:2], captions[:2])
+    step: Any = side.step
+
+    def run(count: int) -> Callable[[], object]:
+        rows = torch.arange(count, device=bench.device) % len(pixels)
+        images, ids = pixels[rows], texts[rows]
+        step(images, ids)
+        return lambda: step(images, ids)
+
+    return run
+
+
+def tower(bench: Bench, name: str, compiled: bool = False) -> list[dict[str, Any]]:
+    """Steps of three recipes and of open_clip with an image tower; compiled ones at the batch that fits without."""
+    import open_clip
+
+    config = open_clip.get_model_config(f"{name}-quickgelu")
+    config = tiny(config) if bench.tiny else config
+    plain = Shape(config, bench.tiny, bench.device, bench.precision)
+    source = InMemory(texts_of(open_pairs(), "joined", 256), config["vision_cfg"]["image_size"])
+    base, rows, path = 4 if bench.tiny else BASE, [], bench.out / f"{name}.json"
+    before = {row["what"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    for arm in (*RECIPES, "open_clip"):
+        shipped = {"open_clip": "clip-yfcc15m-vitb32", "clip": "clip-yfcc15m-vitb32", "declip": "declip-yfcc15m-vitb32"}
+        recipe = recipe_of(shipped.get(arm, arm), name, plain, base)
+
+        def side(compiled: bool, arm: str = arm, recipe: Recipe = recipe) -> Run:
+            if arm == "open_clip":
+                return open_clips_side(bench, name, recipe, source, replace(plain, compiled=compiled))
+            return our_side(bench, recipe, source, compiled)
+
+        run = side(compiled=False)
+        with FlopCounterMode(display=False) as counter:
+            run(base)
+        flops = counter.get_total_flops() / base
+        fits = before[arm]["batch"] if compiled and arm in before else bench.largest(run)
+        if compiled:
+            run = side(compiled=True)
+            run(base)
+        row = {"tower": name, "what": arm, "compiled": compiled, "batch": fits, "precision": bench.precision}
+        rows.append(row | measured(bench, run(fits), fits, flops))
+        del run
+        gc.collect()
+    return rows
+
+
+def measured(bench: Bench, task: Callable[[], object], count: int, flops: float) -> dict[str, Any]:
+    """Time, rate, memory and utilization of a step."""
+    if bench.cuda:
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    seconds, peak = bench.seconds(task), peak_of(bench.card)
+    rate = count / seconds
+    return {
+        "ms": round(1e3 * seconds, 2),
+        "samples_per_second": round(rate, 1),
+        "gb": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 2) if bench.cuda else None,
+        "gflop_per_pair": round(flops / 1e9, 2),
+        "utilization": round(flops * rate / peak, 3) if peak else None,
+    }
+
+
+def views(bench: Bench) -> list[dict[str, Any]]:
+    """Colors and blur of two views on the device against one CPU thread, and how far the results differ."""
+    recipe = load_recipe("demo-declip" if bench.tiny else "declip", {"train.batch_size": 8 if bench.tiny else 128})
+    source = InMemory(texts_of(Shapes(), "joined", 256), recipe.image.size)
+    built = build(recipe, source)
+    batch, mean, std = next(built.loader), built.step.mean, built.step.std
+    there, m, s = batch.to(bench.device), mean.to(bench.device), std.to(bench.device)
+    on_device = apply_photometric(there.views, m, s)["first"].pixels.cpu()
+    difference = (on_device - apply_photometric(batch.views, mean, std)["first"].pixels).abs().max().item()
+    threads = torch.get_num_threads()
+    device = bench.seconds(lambda: apply_photometric(there.views, m, s))
+    torch.set_num_threads(1)
+    host = bench.seconds(lambda: apply_photometric(batch.views, mean, std))
+    torch.set_num_threads(threads)
+    count = len(batch)
+    return [
+        {"what": name, "batch": count, "ms": round(1e3 * seconds, 2), "samples_per_second": round(count / seconds, 1)}
+        for name, seconds in ((bench.card, device), ("one CPU thread", host))
+    ] + [{"what": "largest difference", "value": difference}]
+
+
+def loading(bench: Bench) -> list[dict[str, Any]]:
+    """Pairs per second of one loader process, and how many keep up with each measured step."""
+    from loader import PAIRS, SIZES, photographs
+
+    recipe = load_recipe("declip", {"image.size": 32 if bench.tiny else 224})
+    source = photographs(*SIZES[0])
+    loader = PairLoader(source, Tokenizer(), plan_of(recipe), batch_size=PAIRS, seed=0, pin_memory=bench.cuda)
+    rate = PAIRS / bench.seconds(lambda: next(loader))
+    rows = [{"what": "one loader process", "samples_per_second": round(rate, 1), "cores": os.cpu_count()}]
+    for name in TOWERS:
+        path = bench.out / f"{name}.json"
+        steps = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows += [
+            {"what": f"processes for {name}, {row['what']}", "value": round(row["samples_per_second"] / rate, 1)}
+            for row in steps
+            if row["what"] in RECIPES
+        ]
+    return rows
+
+
+def run_keys(bench: Bench, source: Path, **train: Any) -> dict[str, Any]:
+    """Overrides for a short run on drawn shapes."""
+    keys: dict[str, Any] = {
+        "data.source": str(source), "data.workers": 0, "train.steps": 6, "train.batch_size": 16, "train.log_every": 1,
+        "train.checkpoint_every": 3, "train.keep_checkpoints": 9, "train.device": str(bench.device),
+        "train.precision": bench.precision, "evaluation.zero_shot": [], "evaluation.retrieval": [],
+        "evaluation.final_zero_shot": [], "evaluation.final_retrieval": [], "nearest_neighbor.queue_size": 64,
+    }  # fmt: skip
+    if not bench.tiny:
+        keys |= {"image.model": TOWERS["ViT-B-32"], "image.size": 224, "train.batch_size": 128}
+    return keys | {f"train.{name}": value for name, value in train.items()}
+
+
+def draw_pairs(folder: Path, count: int = 128) -> Path:
+    """Write a table of drawn shapes."""
+    shapes, lines = Shapes(), []
+    for number in range(count):
+        shapes[number].image.save(folder / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": shapes.captions(number)[0]}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.jsonl"
+
+
+def train(recipe: str, keys: dict[str, Any], folder: Path, resume: bool = False) -> list[float]:
+    """Train a run, and give the loss of each step."""
+    run = Trainer(load_recipe(recipe, keys), folder, resume=resume, quiet=True).train()
+    return [row["loss"] for row in run.metrics]
+
+
+def end_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint."""
+    last = load_checkpoint(list_checkpoints(folder)[-1])
+    return {**last.weights, **last.training}
+
+
+def resume(bench: Bench) -> list[dict[str, Any]]:
+    """Whether a resumed run equals one never stopped bit for bit in deterministic mode, and what that mode costs."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        keys = run_keys(bench, draw_pairs(folder))
+        torch.use_deterministic_algorithms(True)
+        try:
+            train("demo-declip", keys, folder / "whole")
+            shutil.copytree(folder / "whole", folder / "resumed")
+            shutil.rmtree(list_checkpoints(folder / "resumed")[-1])
+            train("demo-declip", keys, folder / "resumed", resume=True)
+            whole, resumed = end_of(folder / "whole"), end_of(folder / "resumed")
+            equal = whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
+            rows: list[dict[str, Any]] = [{"what": "resumed = never stopped, deterministic mode", "value": equal}]
+            built = build(
+                load_recipe("demo-declip", keys), InMemory(texts_of(Shapes(), "joined", 256), 64), bench.device
+            )
+            batch = next(built.loader).to(bench.device)
+            slow = bench.seconds(lambda: training_step(built.step, batch))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        fast = bench.seconds(lambda: training_step(built.step, batch))
+    return [*rows, {"what": "time of deterministic mode", "value": round(slow / fast, 3)}]
+
+
+def _rank(rank: int, backend: str, folder: str, keys: dict[str, Any], cuda: bool) -> None:
+    torch.set_num_threads(1)
+    if cuda:
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        keys = {**keys, "train.device": f"cuda:{rank % torch.cuda.device_count()}"}
+    where = f"file://{folder}/meet"
+    dist.init_process_group(backend, init_method=where, rank=rank, world_size=2)
+    losses = train("demo-declip", keys, Path(folder) / "run")
+    if rank == 0:
+        (Path(folder) / "losses.json").write_text(json.dumps(losses))
+    dist.destroy_process_group()
+
+
+def two_processes(bench: Bench) -> list[dict[str, Any]]:
+    """DDP with synchronized batch norm, and FSDP2, on two processes against one: the largest difference of the loss.
+
+    On one GPU NCCL may refuse two processes; gloo is tried then, through the host's memory.
+    """
+    rows: list[dict[str, Any]] = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        source = draw_pairs(folder)
+        for strategy, tower in (
+            ("ddp", {"image.model": "declip_conv_tiny", "image.size": 32}),
+            ("fsdp", {"image.model": "declip_vit_tiny", "image.size": 32, "train.channels_last": False}),
+        ):
+            keys = run_keys(bench, source, strategy=strategy, precision="fp32", steps=4) | tower
+            one = train("demo-declip", keys, folder / f"{strategy}-one")
+            for backend in ("nccl", "gloo") if bench.cuda else ("gloo",):
+                place = folder / f"{strategy}-{backend}"
+                place.mkdir()
+                row = {"what": f"{strategy} on two processes, {backend}"}
+                try:
+                    method = "spawn" if bench.cuda else "fork"
+                    mp.start_processes(_rank, (backend, str(place), keys, bench.cuda), nprocs=2, start_method=method)
+                except Exception as error:  # of NCCL, of a rank
+                    rows.append(row | {"note": str(error).strip().splitlines()[-1][:200]})
+                    continue
+                two = json.loads((place / "losses.json").read_text())
+                rows.append(row | {"value": max(abs(a - b) for a, b in zip(one, two, strict=True))})
+                break
+    return rows
+
+
+PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
+    "ViT-B-32": lambda bench: tower(bench, "ViT-B-32"),
+    "resume": resume,
+    "two-processes": two_processes,
+    "views": views,
+    "ViT-B-32-compiled": lambda bench: tower(bench, "ViT-B-32", compiled=True),
+    "ViT-B-16": lambda bench: tower(bench, "ViT-B-16"),
+    "RN50": lambda bench: tower(bench, "RN50"),
+    "loading": loading,
+    "ViT-B-16-compiled": lambda bench: tower(bench, "ViT-B-16", compiled=True),
+    "RN50-compiled": lambda bench: tower(bench, "RN50", compiled=True),
+}
+"""In the order in which they are measured."""
+
+
+def show(results: dict[str, dict[str, Any]], console: Console) -> None:
+    """One table of all parts."""
+    columns = ("batch", "ms", "samples_per_second", "gb", "gflop_per_pair", "utilization", "value", "note")
+    table = Table("part", "what", *columns, title=f"{next(iter(results.values()))['card']}, medians")
+    for part, result in results.items():
+        for row in result["rows"]:
+            compiled = ", compiled" if row.get("compiled") else ""
+            cells = ("" if row.get(name) is None else str(row[name]) for name in columns)
+            table.add_row(part, row["what"] + compiled, *cells)
+    console.print(table)
+
+
+def main() -> None:
+    """Measure the missing parts, show all, and print the JSON last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default runs/gpu)")
+    parser.add_argument("--only", help=f"parts, separated by commas: {', '.join(PARTS)}. Default: all")
+    parser.add_argument("--minutes", type=float, default=8, help="no part begins later than this (default 8)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--tiny", action="store_true", help="toy towers")
+    options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"--only names '{unknown[0]}'; give {', '.join(PARTS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    bench, begun, results = Bench(options), time.perf_counter(), {}
+    for name in names:
+        path = options.out / f"{name}.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if (known.get("card"), known.get("tiny")) != (bench.card, bench.tiny):
+            if time.perf_counter() - begun > 60 * options.minutes:
+                continue
+            started = time.perf_counter()
+            try:
+                rows = PARTS[name](bench)
+            except Exception as error:  # of CUDA, a peer or a part: the others are measured, a later call tries again
+                note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                results[name] = {"card": bench.card, "rows": [{"what": "failed", "note": note}]}
+                continue
+            took = round(time.perf_counter() - started, 1)
+            known = {"card": bench.card, "tiny": bench.tiny, "seconds": took, "machine": machine(), "rows": rows}
+            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        results[name] = known
+    if results:
+        show(results, Console(stderr=True))
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Reproduce a run of the papers: check the data, say what it costs, train, evaluate, compare the loss with a curve.
+
+    python scripts/reproduce.py yfcc15m --data '/data/{00000..01538}.tar' --gpus 8 \\
+        --test imagenet:/data/imagenet --check-leakage /data/imagenet-val.csv
+    python scripts/reproduce.py cc3m --data cc3m.csv --check          only the checks and the cost
+    python scripts/reproduce.py synthetic --data runs/shards --gpus 2 toy towers on drawn crops, to try this script
+
+Further words KEY=VALUE are keys of the recipe. A call that was stopped continues when it is repeated.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from declip.api import train
+from declip.data.pair import Pair, PairSource
+from declip.data.prepare import shard_source
+from declip.errors import UserError
+from declip.inspection import inspect_source
+from declip.recipe.load import load_recipe, parse_overrides
+from declip.runs.folder import Run
+from declip.training.dry_run import dry_run
+
+TOKENS = 32
+"""Length of most batches' captions, by which the cost is computed."""
+CARDS = {"H100": (989e12, 2.5), "A100": (312e12, 1.3), "L40S": (362e12, 0.9), "RTX 4090": (165e12, 0.4)}
+"""Card → its bfloat16 peak as stated by its maker, and dollars per hour, an assumption."""
+UTILIZATION = 0.35
+"""Fraction of the peak, an assumption; `benchmarks/gpu.py` measures it."""
+TOLERANCE = 0.05
+"""Relative distance from the curve that is worth a warning: another shuffle or precision moves a loss by less."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run of a paper: its recipe, keys, number of pairs, and the reported zero-shot top-1 on ImageNet, in %."""
+
+    recipe: str
+    keys: dict[str, Any]
+    pairs: int
+    reported: str
+
+
+EXPERIMENTS = {
+    "yfcc15m": Experiment(
+        "declip-yfcc15m-vitb32", {}, 15_388_848, "43.2 (CLIP: 32.8), ViT-B/32, official README; not measured here"
+    ),
+    "cc3m": Experiment(
+        "declip-yfcc15m-r50",
+        {"train.batch_size": 1024, "train.steps": 32 * 3_318_333 // 1024},
+        3_318_333,
+        "27.2 (CLIP: 20.6), ResNet-50, 32 epochs, the paper's ablation; its batch is not stated; not measured here",
+    ),
+    "synthetic": Experiment(
+        "demo-declip",
+        {
+            "train.steps": 20, "train.batch_size": 32, "train.log_every": 1, "train.checkpoint_every": 10,
+            "train.precision": "fp32", "data.workers": 0, "nearest_neighbor.queue_size": 64,
+            "evaluation.zero_shot": [], "evaluation.retrieval": [], "evaluation.final_zero_shot": [],
+            "evaluation.final_retrieval": [],
+        },
+        2_000,
+        "none",
+    ),
+}  # fmt: skip
+
+
+class Crops(PairSource):
+    """Random crops of scikit-learn's two photographs, each with a caption that says where it is from."""
+
+    name = "synthetic photographs"
+
+    def __init__(self, count: int) -> None:
+        from sklearn.datasets import load_sample_images
+
+        self.images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Pair:
+        image, (left, top, side) = self.images[index % 2], self._box(index)
+        return Pair(str(index), image.crop((left, top, left + side, top + side)).resize((64, 64)), self.captions(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The scene, and the part of it."""
+        left, top, side = self._box(index)
+        scene = ("an old chinese temple", "a large orange flower")[index % 2]
+        place = f"{('top', 'middle', 'bottom')[top * 3 // 427]} {('left', 'center', 'right')[left * 3 // 640]}"
+        return (f"{'a small' if side < 150 else 'a large'} part of {scene}, {place}, number {index}",)
+
+    def _box(self, index: int) -> tuple[int, int, int]:
+        generator = np.random.default_rng(index)
+        side = int(generator.integers(80, 240))
+        return int(generator.integers(0, 640 - side)), int(generator.integers(0, 427 - side)), side
+
+
+def check_data(data: str, experiment: Experiment, tests: list[str], sample: int, out: Path) -> list[str]:
+    """Check count, broken pairs and copies of test images before the first step; list the problems."""
+    found = inspect_source(data, sample, workers=0, check_leakage=tests)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "data.json").write_text(found.to_json(), encoding="utf-8")
+    read = f"{found.broken.fraction:.2%} of {found.read:,} broken"
+    print(f"{found.total:,} pairs, the paper has {experiment.pairs:,}; {read}")
+    problems = []
+    if abs(found.total / experiment.pairs - 1) > 0.05:
+        problems.append(f"{found.total:,} pairs instead of {experiment.pairs:,}: results do not compare")
+    if found.broken.fraction > 0.05:
+        problems.append(f"{found.broken.fraction:.1%} of the pairs are broken: {', '.join(found.reasons)}")
+    for leak in found.leakages:
+        print(f"{leak.found.count} of {leak.found.of:,} pairs look like an image of {leak.name}")
+        if leak.found.count:
+            problems.append(
+                f"{leak.found.fraction:.2%} of the pairs look like images of {leak.name}: see {out}/data.json"
+            )
+    return problems
+
+
+def cost(recipe: Any, gpus: int) -> list[str]:
+    """Word operations, memory and, by card, hours and dollars of a run."""
+    train = recipe.train
+    local = train.batch_size // gpus
+    small = recipe.model_copy(update={"train": train.model_copy(update={"batch_size": min(local, 64)})})
+    step = dry_run(small, min(TOKENS, recipe.text.context_length))
+    total = step.flops / step.batch_size * train.batch_size * train.steps
+    each = (step.peak_bytes - step.state_bytes) / step.batch_size
+    memory = (step.state_bytes + each * local) / 1e9
+    lines = [f"{total:.2e} floating-point operations; {memory:.1f} GB per GPU with {local} pairs on each of {gpus}"]
+    for card, (peak, price) in CARDS.items():
+        hours = total / (peak * UTILIZATION) / 3600
+        lines.append(f"{card}: {hours:,.1f} GPU hours, {hours / gpus:,.1f} h on {gpus}, {hours * price:,.0f} dollars")
+    return [*lines, f"at {UTILIZATION:.0%} of the stated bfloat16 peak and assumed prices per hour"]
+
+
+def compare_curve(run: Run, curve: Path | None) -> list[str]:
+    """Compare the losses with those of another run at the same steps, and the first one with chance."""
+    losses = {row["step"]: row["loss"] for row in run.metrics}
+    (run.folder / "curve.json").write_text(json.dumps(losses), encoding="utf-8")
+    problems = [] if all(map(math.isfinite, losses.values())) else ["a loss is not finite"]
+    # The first steps lack the neighbors of a queue that is still empty, so they are no measure.
+    if list(losses.values())[-1] == max(losses.values()):
+        problems.append("the loss never fell")
+    if curve is None:
+        return problems
+    expected = {int(step): loss for step, loss in json.loads(curve.read_text()).items()}
+    common = sorted(expected.keys() & losses.keys())
+    if not common:
+        return [*problems, f"{curve} has no step in common with the run"]
+    apart = {step: abs(losses[step] - expected[step]) / max(abs(expected[step]), 0.1) for step in common}
+    worst = max(apart, key=lambda step: apart[step])
+    print(f"{len(common)} steps in common with {curve}; the largest distance is {apart[worst]:.2%}, at step {worst}")
+    return problems + ([f"the loss leaves the curve at step {worst}"] if apart[worst] > TOLERANCE else [])
+
+
+def main() -> None:
+    """Check, say, train, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--data", required=True, metavar="SOURCE", help="the training pairs")
+    parser.add_argument("--test", action="append", default=[], metavar="SET", help="evaluated in the end")
+    parser.add_argument(
+        "--check-leakage", action="append", default=[], metavar="SOURCE", help="test images to look for in the data"
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--sample", type=int, default=20_000, help="pairs that are read for the checks")
+    parser.add_argument("--curve", type=Path, help="curve.json of another run, to compare the loss with")
+    parser.add_argument("--out", type=Path, help="run folder (default runs/EXPERIMENT)")
+    parser.add_argument("--check", action="store_true", help="no training")
+    parser.add_argument("--anyway", action="store_true", help="train in spite of problems of the data")
+    options = parser.parse_intermixed_args()
+    experiment, out = EXPERIMENTS[options.experiment], options.out or Path("runs") / options.experiment
+    try:
+        problems = run(options, experiment, out)
+    except UserError as error:
+        parser.error(str(error))
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    sys.exit(1 if problems else 0)
+
+
+def run(options: argparse.Namespace, experiment: Experiment, out: Path) -> list[str]:
+    """Reproduce an experiment; list the problems."""
+    keys = {**experiment.keys, **parse_overrides(options.keys), "data.source": options.data}
+    if options.test:
+        keys["evaluation.final_zero_shot"] = options.test
+    if options.experiment == "synthetic" and not Path(options.data).exists():
+        shard_source(Crops(experiment.pairs), options.data, size=64, shard_pairs=500, workers=0)
+    recipe = load_recipe(experiment.recipe, keys)
+    print(f"{experiment.recipe}: reported zero-shot top-1 on ImageNet, %: {experiment.reported}")
+    print(*cost(recipe, options.gpus), sep="\n")
+    problems = check_data(options.data, experiment, options.check_leakage, options.sample, out)
+    if options.check or (problems and not options.anyway):
+        return problems
+    if options.gpus == 1:
+        trained = train(recipe, out=out / "run", resume=(out / "run").exists(), quiet=True, report=False)
+    else:
+        words = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(options.gpus),
+        ]
+        command = [*launcher, "-m", "declip", "train", experiment.recipe, *words, "--out", str(out / "run"), "--resume"]
+        subprocess.run(command, check=True)
+        trained = Run(out / "run", recipe.train.steps)
+    for result in trained.results:
+        print(json.dumps(result))
+    return problems + compare_curve(trained, options.curve)
+
+
+if __name__ == "__main__":
+    main()

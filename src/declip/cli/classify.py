@@ -1,0 +1,60 @@
+"""The command ``declip classify``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from declip.cli.options import BatchSize, Device, ImageColumn, ImageRoot, Quiet, check_model, file, say
+from declip.errors import UserError
+
+
+def classify(
+    images: Annotated[str, typer.Argument(help="a folder, an image, a pattern in quotes, a table, tar shards …")],
+    classes: Annotated[str, typer.Option(metavar="FILE|LIST", help="a file with a class on each line, or: cat,dog")],
+    model: Annotated[str | None, typer.Option(help="run, checkpoint or weights; default: the newest in runs/")] = None,
+    out: Annotated[Path | None, file(".csv, .json, or a folder: images by class", metavar="FILE|DIR")] = None,
+    link: Annotated[bool, typer.Option("--link", help="with --out DIR: links instead of copies")] = False,
+    templates: Annotated[str, typer.Option(help="a template set, or one template with {}")] = "plain",
+    batch_size: BatchSize = 256,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 0,
+    image_column: ImageColumn = "image",
+    image_root: ImageRoot = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Classify images among classes that you name. Without --out: a line for each, with tabs."""
+    if link and (out is None or out.suffix in (".csv", ".json")):
+        raise UserError("--link makes folders of links: give a folder with --out.")
+    if model is None:
+        runs = sorted(Path("runs").glob("*/checkpoints"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError("There is no run in 'runs' to take as the model. Name one: --model RUN.")
+        model = str(runs[-1].parent)
+    check_model(model)
+    from declip.data.pair import printable
+    from declip.search.classify import classify as run_classification
+
+    def print_line(one: Any) -> None:
+        typer.echo(f"{printable(one.image)}\t{one.best}\t{one.probability:.4f}")
+
+    result = run_classification(
+        model,
+        images,
+        classes,
+        templates=templates,
+        out=out,
+        link=link,
+        batch_size=batch_size,
+        workers=workers,
+        image_column=image_column,
+        image_root=image_root,
+        device=device,
+        progress=not quiet,
+        on_prediction=print_line if out is None else None,
+    )
+    if out is None:
+        for line in result.skipped.lines():
+            typer.echo(f"Left out: {line}", err=True)
+    else:
+        say(f"{result.summary()}\nModel: {model}\nWritten: {out}")

@@ -1,0 +1,134 @@
+"""Pairs from a Python object: anything with `__len__` and `__getitem__`, such as a list or a dataset of torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from declip.data.images.decode import image_below
+from declip.data.pair import BrokenPair, as_texts, clean_captions, clean_keywords
+from declip.data.sources.entry import EntrySource, Texts
+from declip.data.sources.origin import Origin
+from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, find_column
+from declip.errors import UserError
+
+PREFIX = "python:"  # of the name of an object in a recipe, which cannot be opened from there
+PEEKED_ITEMS = 100  # items read to learn their columns, until one can be read
+
+
+class Items(Protocol):
+    """An object with numbered items."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Item(NamedTuple):
+    """An item's image, captions and keywords as they are."""
+
+    key: str
+    image: Any
+    captions: list[str | None]
+    keywords: tuple[str, ...]
+
+
+class ItemSource(EntrySource):
+    """The items of a Python object: dicts, whose columns are found as a table's, or pairs (image, captions).
+
+    An image is a PIL image, (H, W, 3) uint8, a path, bytes, or a dict of `bytes` and `path`; captions are one string or
+    several. An item alone is an image without captions. Where the object has `classes` and `targets`, as torchvision's
+    datasets do, a number in the place of a caption is a class. An item that raises an error is a broken pair. Loader
+    processes fork, and read the object at the same time.
+    """
+
+    def __init__(
+        self,
+        items: Items,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        image_root: str | Path | None = None,
+        keyword_column: str = "keywords",
+    ) -> None:
+        if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or isinstance(items, Mapping | bytes):
+            raise UserError(
+                f"A {type(items).__name__} is no source of pairs. Give a name, or an object with __len__ and "
+                "__getitem__ that gives dicts or (image, caption), such as a list."
+            )
+        self.items, self.name = items, type(items).__name__
+        if not len(items):
+            raise UserError(f"The {self.name} has no items. It needs one for each pair.")
+        self.root = None if image_root is None else Path(image_root).expanduser()
+        self._columns = (image_column, caption_column, keyword_column)
+        for index in range(min(len(items), PEEKED_ITEMS)):
+            try:
+                item = self._read(index)
+            except BrokenPair:
+                continue
+            if _is_row(item):
+                image = find_column(list(item), image_column, IMAGE_NAMES, "image", self.name)
+                caption = image
+                if caption_column != image_column:
+                    caption = find_column(list(item), caption_column, CAPTION_NAMES, "caption", self.name)
+                self._columns = (image, caption, keyword_column)
+            break
+        names, labels = getattr(items, "classes", None), getattr(items, "targets", None)
+        if names is not None and labels is not None and len(labels) == len(items):
+            self.class_names, self.labels = tuple(map(str, names)), np.asarray(labels, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def key(self, index: int) -> str:
+        # Reading an item of anything but a list may cost as much as its pixels.
+        return self.entry(index).key if isinstance(self.items, list | tuple) else f"item {index}"
+
+    def origin(self, index: int) -> Origin:
+        return super().origin(index) if isinstance(self.items, list | tuple) else Origin()
+
+    def entry(self, index: int) -> Item:
+        item, (image, caption, keyword), key = self._read(index), self._columns, f"item {index}"
+        texts: Any = None
+        keywords: Any = ()
+        if _is_row(item):
+            texts, keywords, item = item.get(caption), item.get(keyword), item.get(image)
+        elif isinstance(item, tuple | list) and len(item) == 2:
+            item, texts = item
+        if self.class_names is not None and isinstance(texts, int | np.integer) and 0 <= texts < len(self.class_names):
+            texts = self.class_names[int(texts)]
+        texts = as_texts(list(texts) if isinstance(texts, tuple) else texts, "unreadable item", key)
+        if isinstance(item, str | Path) and isinstance(self.items, list | tuple):
+            key = str(item)
+        return Item(key, item, texts, clean_keywords(keywords if isinstance(keywords, list | tuple) else ()))
+
+    def texts(self, entry: Item) -> Texts:
+        return clean_captions(entry.captions, entry.key), entry.keywords
+
+    def content(self, entry: Item) -> Path | bytes | Image.Image:
+        key, image = entry.key, entry.image
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path")
+        if image is None or (isinstance(image, str) and not image):
+            raise BrokenPair("missing image", key, "the item has none")
+        if isinstance(image, str | Path):
+            path = Path(image).expanduser()
+            return path if self.root is None else image_below(self.root, str(path), key, follow=True)
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+            return Image.fromarray(image)
+        if isinstance(image, bytes | Image.Image):
+            return image
+        raise BrokenPair("unreadable image", key, f"a {type(image).__name__}, not a PIL image, uint8 (H, W, 3) or path")
+
+    def _read(self, index: int) -> Any:
+        try:
+            return self.items[index]
+        except BrokenPair:
+            raise
+        except Exception as error:  # of any kind: it is the user's code
+            raise BrokenPair("unreadable item", f"item {index}", f"{type(error).__name__}: {error}") from error
+
+
+def _is_row(item: Any) -> bool:
+    """Whether an item is a dict of columns, not one of an image."""
+    return isinstance(item, Mapping) and not item.keys() <= {"bytes", "path"}

@@ -1,0 +1,93 @@
+"""Tokenizers of other libraries' models, such as SigLIP's and XLM-R's, by `tokenizers` alone."""
+
+import html
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import ftfy
+import tokenizers
+import torch
+
+from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.data.text.tokenizer import Tokenizer
+from declip.errors import UserError
+
+PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+ALL_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _whitespace(text: str) -> str:
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+CLEAN: Mapping[str, Callable[[str], str]] = {
+    "": lambda text: text,
+    "lowercase": str.lower,
+    "siglip": lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),
+    "whitespace": _whitespace,
+    "lower": lambda text: _whitespace(text).lower(),
+    "canonicalize": lambda text: " ".join(_whitespace(text).translate(PUNCTUATION).lower().split()),
+}
+"""Cleaning before the tokenizer, by open_clip's names; "siglip" and "lowercase" are transformers' for SigLIP and 2."""
+
+
+class WrappedTokenizer(CaptionTokenizer):
+    """Turns texts into the ids of another library's tokenizer; batches are padded to the whole context, as there.
+
+    Args:
+        definition: Content of tokenizer.json; None for CLIP's own vocabulary.
+        padding: Id behind the end.
+        clean: A key of `CLEAN`.
+        zeroed: Id that becomes 0 (CLIPA's separator).
+    """
+
+    mask = -1  # none of these models was trained with masks
+
+    def __init__(
+        self, definition: str | None, context: int, padding: int = 0, clean: str = "", zeroed: int | None = None
+    ) -> None:
+        super().__init__(context)
+        self.stored: dict[str, Any] = {
+            "definition": definition, "context": context, "padding": padding, "clean": clean, "zeroed": zeroed,
+        }  # fmt: skip
+        self.padding, self._clean, self._zeroed = padding, CLEAN[clean], zeroed
+        self._clip = Tokenizer(context) if definition is None else None
+        self.library = self._clip.library if self._clip is not None else _parsed(str(definition), context)
+        self.vocabulary = self._clip.mask if self._clip is not None else self.library.get_vocab_size()
+        self.words = range(self.vocabulary)
+        empty = self.encode("") or [padding]
+        self.start, self.end = empty[0] if len(empty) > 1 else -1, empty[-1]
+
+    def __reduce__(self) -> tuple[type["WrappedTokenizer"], tuple[Any, ...]]:
+        return type(self), tuple(self.stored[name] for name in ("definition", "context", "padding", "clean", "zeroed"))
+
+    def encode(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise UserError(f"A text must be a string; {type(text).__name__} was given: {text!r:.60}.")
+        if self._clip is not None:
+            return self._clip.encode(self._clean(text))
+        ids: list[int] = self.library.encode(self._clean(text)).ids
+        return [0 if number == self._zeroed else number for number in ids]
+
+    def word_ids(self, text: str) -> Iterable[int]:
+        if self._clip is not None:
+            return self._clip.word_ids(self._clean(text))
+        return self.library.encode(self._clean(text), add_special_tokens=False).ids
+
+    def spell(self, ids: list[int]) -> str:
+        return self._clip.spell(ids) if self._clip is not None else self.library.decode(ids).strip()
+
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        tokens = super().__call__(texts)
+        return torch.nn.functional.pad(tokens, (0, self.context - tokens.shape[1]), value=self.padding)
+
+
+def _parsed(definition: str, context: int) -> tokenizers.Tokenizer:
+    try:
+        library = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library knows no other class
+        raise UserError(f"The tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from error
+    library.no_padding()
+    library.enable_truncation(context)
+    return library

@@ -1,0 +1,103 @@
+"""Splitting pairs into a training and a validation part that share no image and no caption."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from declip.data.pair import PairSource
+from declip.errors import UserError
+from declip.inspection.duplicates import across, equal_groups, near_groups
+from declip.inspection.reading import ReadPairs, read
+from declip.io.pool import usual_workers
+from declip.io.text import percent
+
+FRACTION, MOST, FEWEST = 0.1, 5_000, 20
+"""Fraction of the pairs that the validation part has, and at most how many; pairs of which a part can be split off."""
+
+COPIED = 0.5
+"""Fraction of copied validation images above which a validation set is refused."""
+
+
+class Parts(NamedTuple):
+    """Indices of the two parts in the source, rising; pairs that cannot be read are in the training part."""
+
+    train: np.ndarray
+    val: np.ndarray
+
+
+def split_pairs(source: PairSource, fraction: float = FRACTION, most: int = MOST, progress: bool = False) -> Parts:
+    """Split off a validation part: pairs with the same or nearly the same image, or the same caption, stay together.
+
+    Groups of such pairs are put into the validation part in an order that depends on the number of pairs alone, as long
+    as they fit.
+
+    Raises:
+        UserError: there are too few pairs, or they are one group.
+    """
+    _require_pairs(source)
+    pairs = _read(source, progress)
+    groups = related_groups(pairs)
+    sizes = np.bincount(groups)
+    target = max(1, min(round(fraction * len(groups)), most))
+    chosen, left = [], target
+    for group in np.random.default_rng((0, len(groups))).permutation(len(sizes)).tolist():
+        if sizes[group] <= left:
+            chosen.append(group)
+            left -= int(sizes[group])
+    if left > target // 2:
+        raise UserError(
+            f"No validation part can be split off '{source.name}': its {len(groups):,} pairs make "
+            f"{len(sizes):,} groups with the same captions or images, the largest of {sizes.max():,} pairs. "
+            "Write captions that differ, or give a validation set with --val."
+        )
+    val = pairs.pairs["place"][np.isin(groups, chosen)]
+    return Parts(np.setdiff1d(np.arange(len(source)), val), val)
+
+
+def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> str | None:
+    """Look for validation images among the training images; give a warning where there are some.
+
+    Raises:
+        UserError: half of the validation images and more are there.
+    """
+    _require_pairs(train)
+    pairs, held_out = _read(train, progress).pairs, _read(val, progress).pairs
+    copies = float(across(held_out, pairs).mean())
+    words = f"{percent(copies)} of the images of '{val.name}' are training images too, or nearly the same"
+    if copies >= COPIED:
+        raise UserError(f"{words}, so it shows nothing. Give other pairs with --val, or leave it out.")
+    return f"{words}: its numbers are too high by what was memorized." if copies else None
+
+
+def related_groups(pairs: ReadPairs) -> np.ndarray:
+    """Number the groups of pairs that are joined by the same or nearly the same image, or by a caption: int64 (n,)."""
+    n = len(pairs.pairs)
+    owners = np.repeat(np.arange(n), pairs.pairs["captions"])
+    members, start, edges = np.arange(n), n, []
+    for owner, group in (
+        (members, equal_groups(pairs.pairs["exact"])),
+        (members, near_groups(pairs.pairs["look"])),
+        (owners, equal_groups(pairs.captions["hash"])),
+    ):
+        edges.append(np.stack([owner, start + group]))  # a node for each image and each caption
+        start += int(group.max()) + 1
+    joined = np.concatenate(edges, axis=1)
+    graph = coo_array((np.ones(joined.shape[1], bool), joined), shape=(start, start))
+    return equal_groups(connected_components(graph, directed=False)[1][:n])
+
+
+def _require_pairs(source: PairSource) -> None:
+    if len(source) < FEWEST:
+        raise UserError(f"'{source.name}' has {len(source)} pairs; give {FEWEST} or more to fine-tune on.")
+
+
+def _read(source: PairSource, progress: bool) -> ReadPairs:
+    workers = usual_workers() if len(source) > 2_000 else 0
+    pairs = read(source, np.arange(len(source)), workers, f"Comparing images of {source.name}" if progress else "")
+    if not len(pairs.pairs):
+        raise UserError(f"No pair of '{source.name}' can be used. {pairs.skipped.explanation()}")
+    if len(np.unique(pairs.captions["hash"])) < 2:
+        raise UserError(f"All pairs of '{source.name}' have one caption. Write what each image shows.")
+    return pairs

@@ -1,0 +1,122 @@
+"""Configuration of models whose towers are open_clip's or transformers' own modules, kept with their weights.
+
+No code from a configuration is run, and no file or address in it is opened.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from declip.data.text.wrapped_tokenizer import WrappedTokenizer
+from declip.errors import UserError
+
+SIGLIP = {"siglip": "Siglip", "siglip2": "Siglip2"}
+"""model_type of transformers → prefix of its classes."""
+
+
+@dataclass(frozen=True)
+class WrappedModel:
+    """A model of another library without its weights.
+
+    Attributes:
+        library: "open_clip" or "transformers".
+        config: open_clip's "model_cfg", or transformers' config.json.
+        image: "interpolation", and "squash", see `declip.data.images.preprocess.Preprocess`.
+        tokenizer: Arguments of `WrappedTokenizer`.
+        encoder: Configuration of a Hugging Face text encoder inside open_clip's model.
+    """
+
+    library: str
+    config: Mapping[str, Any]
+    image: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+    encoder: Mapping[str, Any] | None = None
+
+    def to_tensor(self) -> Tensor:
+        """All of it as bytes of JSON, (n,) uint8."""
+        return torch.frombuffer(bytearray(json.dumps(asdict(self)), "utf-8"), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, stored: Tensor) -> "WrappedModel":
+        """Read the result of `to_tensor`; raises exceptions of any kind where the bytes are something else."""
+        return cls(**json.loads(stored.numpy().tobytes()))
+
+    def build_tokenizer(self) -> WrappedTokenizer:
+        """Build the tokenizer."""
+        return WrappedTokenizer(**self.tokenizer)
+
+    def build(self, size: int) -> tuple[nn.Module, nn.Module]:
+        """Build the library's image and text modules for an image size, with random weights."""
+        try:
+            return self._open_clip(size) if self.library == "open_clip" else self._transformers(size)
+        except ImportError as error:
+            extra = "open_clip" if self.library == "open_clip" else "hf"
+            raise UserError(f"This model needs {error.name}. Install it: pip install 'declip[{extra}]'.") from error
+
+    def _open_clip(self, size: int) -> tuple[nn.Module, nn.Module]:
+        from open_clip import CustomTextCLIP
+
+        config = deepcopy(dict(self.config))
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        name = vision.get("timm_model_name")
+        if name is not None and (":" in name or not timm.is_model(name)):
+            raise UserError(f"The configuration names '{name}', which is no model of timm {timm.__version__}.")
+        native = vision.get("image_size")
+        text.pop("hf_model_name", None)  # it would be looked up, here or on the Hub
+        vision |= {"timm_model_pretrained": False} if name else {"image_size": size}
+        with tempfile.TemporaryDirectory() as folder:
+            if self.encoder is not None:
+                (Path(folder) / "config.json").write_text(json.dumps(plain(self.encoder)), encoding="utf-8")
+                text |= {"hf_model_name": folder, "hf_model_pretrained": False}
+            model: Any = CustomTextCLIP(config["embed_dim"], vision, text, bool(config.get("quick_gelu")))
+        if name and size != native:
+            model.visual.set_input_size(size)
+        for tower in (model.visual, model.text):
+            if hasattr(tower, "output_tokens"):
+                tower.output_tokens = True
+        return model.visual, model.text
+
+    def _transformers(self, size: int) -> tuple[nn.Module, nn.Module]:
+        import transformers
+
+        config = plain(self.config)
+        name = SIGLIP[config["model_type"]]
+        vision = config["vision_config"]
+        if "num_patches" not in vision:
+            vision["image_size"] = size
+        kinds = {"vision": vision, "text": config["text_config"]}
+        modules = []
+        for kind, section in kinds.items():
+            made = getattr(transformers, f"{name}{kind.title()}Config")(**section)
+            modules.append(
+                getattr(transformers, f"{name}{kind.title()}Model")._from_config(
+                    made, dtype=torch.float32, attn_implementation="sdpa"
+                )
+            )
+        return modules[0], modules[1]
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, texts and sections of a configuration, without the keys by which transformers reads files or code."""
+    kept: dict[str, Any] = {}
+    for name, value in config.items():
+        if (
+            not isinstance(name, str)
+            or name.startswith("_")
+            or name in {"auto_map", "quantization_config"}
+            or "attn_implementation" in name
+        ):
+            continue
+        if isinstance(value, Mapping):
+            kept[name] = plain(value)
+        elif value is None or isinstance(value, bool | int | float | str | list):
+            kept[name] = value
+    return kept

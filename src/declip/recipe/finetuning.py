@@ -1,0 +1,66 @@
+"""Settings of fine-tuning by the number of pairs and the kind of weights: the table of docs/finetuning.md."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from declip.errors import unknown
+
+FREEZE: Mapping[str, tuple[object, object]] = {
+    "both": ("all", "all"),
+    "image": ("all", 0),
+    "text": (0, "all"),
+    "none": (0, 0),
+}
+"""--freeze → finetune.freeze_image_blocks and freeze_text_blocks."""
+
+EVALUATIONS = 10
+"""Evaluations of a run, at most: an epoch of cached features takes less time than an evaluation."""
+
+CPU_SIZE = 128
+"""Image size of the built-in start on a CPU: a third of the work of its 224 pixels."""
+
+Start = Literal["heads", "image", "whole"]
+"""What the weights lack: projections into a shared space, the text tower, or nothing."""
+
+
+def settings(
+    pairs: int, start: Start, on_cpu: bool, freeze: str | None = None, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Choose recipe keys, those of the user's `given` ones included.
+
+    Args:
+        pairs: Number of training pairs.
+        start: See `Start`.
+        freeze: A key of `FREEZE`; None chooses.
+        given: Dotted keys and values that hold in any case.
+    """
+    given = dict(given or {})
+    if freeze is not None and freeze not in FREEZE:
+        raise unknown("value of --freeze", freeze, FREEZE)
+    if freeze is None:
+        freeze = "both" if start == "heads" and on_cpu else "none"
+    blocks = dict(zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True))
+    heads = freeze == "both" and start == "heads"
+    batch_size = min(128 if on_cpu else 256, max(8, 1 << (pairs // 8).bit_length() - 1))
+    keys: dict[str, Any] = {
+        **blocks,
+        "finetune.cached_views": 4 if heads else 0,
+        **({"finetune.head_init": "cca", "finetune.mixup": 1.0} if heads else {}),
+        "finetune.head_warmup_steps": 0 if heads else 200,
+        "train.batch_size": batch_size,
+        "train.lr": 1e-5 if start == "whole" else 1e-3,
+        "train.patience": 5,
+    }
+    if start == "whole":
+        keys |= {"finetune.image_lr_scale": 1.0, "finetune.text_lr_scale": 1.0}
+    if "train.steps" not in given:
+        keys["train.epochs"] = 60 if heads else 20 if pairs < 10_000 else 10
+    keys |= given
+    per_epoch = max(1, pairs // keys["train.batch_size"])
+    steps = keys["train.steps"] if "train.steps" in keys else max(1, round(keys["train.epochs"] * per_epoch))
+    rest = {
+        "train.warmup_lr": keys["train.lr"] / 100,
+        "train.warmup_steps": max(1, min(100, steps // 10)),
+        "train.evaluate_every": max(1, min(steps, max(per_epoch, -(-steps // EVALUATIONS)))),
+    }
+    return {**rest, **keys}

@@ -1,0 +1,251 @@
+"""Classify images: a probability of each class that the user names, streamed to a table or to folders by class."""
+
+import csv
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from declip.data.exclude import FORMULA
+from declip.data.images.decode import EXTENSIONS
+from declip.data.pair import PairSource, SkipCounter
+from declip.data.sources.image_source import ImageSource, open_images
+from declip.data.sources.open import open_source
+from declip.data.sources.origin import Origin
+from declip.data.sources.python_items import Items
+from declip.errors import UserError, check_range
+from declip.evaluation.encode import Encoder
+from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
+from declip.interchange.read import load
+from declip.io.atomic import atomic_write
+from declip.io.pool import in_order, naming_lost_workers, pairs_bar
+from declip.search.embed import ImageBatches
+from declip.search.index import image_vectors
+
+TABLE = "predictions.csv"  # in a folder of images by class
+ELSEWHERE = "choose another place with --out"
+UNUSABLE = re.compile(r'[\x00-\x1f/\\:*?"<>|\ud800-\udfff]')  # in the names of files, on one system or another
+LONGEST_NAME = 60  # characters, at most four bytes each, of the 255 bytes that a name may have
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image's class: the most probable one, and the probability of each."""
+
+    image: str  # its key
+    best: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+@dataclass
+class Classification:
+    """The classes of a source's images; `predictions` is empty where they were written, or handed over one by one."""
+
+    counts: dict[str, int]  # images of each class
+    skipped: SkipCounter = field(default_factory=SkipCounter)
+    predictions: list[Prediction] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line for the classes, the most frequent first, and one for each reason of images left out."""
+        counts = sorted(((count, name) for name, count in self.counts.items() if count), key=lambda row: -row[0])
+        classes = ", ".join(f"{count:,} {name}" for count, name in counts[:20]) + (", …" if len(counts) > 20 else "")
+        total = sum(self.counts.values())
+        return "\n".join([f"{total:,} images: {classes}", *(f"Left out: {line}" for line in self.skipped.lines())])
+
+
+Take = Callable[[Prediction, int, Origin], object]
+"""Takes a prediction with the image's place in the source and its origin."""
+
+
+def classify(
+    model: str | Path | Encoder,
+    images: str | Path | PairSource | Items,
+    classes: str | Path | Sequence[str],
+    *,
+    templates: str | Sequence[str] = "plain",
+    out: str | Path | None = None,
+    link: bool = False,
+    batch_size: int = 256,
+    workers: int = 0,
+    image_column: str = "image",
+    image_root: str | Path | None = None,
+    device: str = "auto",
+    progress: bool = False,
+    on_prediction: Callable[[Prediction], object] | None = None,
+) -> Classification:
+    """Classify images among classes by their names; memory does not grow with the images where `out` is given.
+
+    Probabilities are the softmax of the logit scale times the cosines, as in CLIP's zero-shot classification.
+
+    Args:
+        images: A folder, a file, a pattern such as "photos/*.jpg", or any source; images need no captions.
+        classes: Names, a file with one a line, or names separated by commas.
+        templates: A shipped template set, or sentences with ``{}`` for the class.
+        out: A .csv or .json file with all probabilities, or a new folder, which gets a folder of images for each class
+            and predictions.csv.
+        link: Make links in these folders instead of copies; an image that is in no file of its own is a copy, as PNG.
+        on_prediction: Called with each prediction, in the order of the images.
+
+    Raises:
+        UserError: Fewer than two classes, no image can be used, a folder that is not empty, or a model without text.
+    """
+    check_range("batch_size", batch_size, 1)
+    names, prompts = read_classes(classes), read_templates(templates)[1]
+    source = _open(images, image_column, image_root)
+    out = None if out is None else Path(out).expanduser()
+    if out is not None and out.is_dir() and (any(out.iterdir()) or out.suffix in (".csv", ".json")):
+        raise UserError(f"'{out}' is a folder that is not empty; {ELSEWHERE}: a new folder, or a .csv or .json file.")
+    encoder = load(model, device) if isinstance(model, str | Path) else model
+    encoder.tokenize([""])  # an image tower alone fails before processes start
+    batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    # The workers start here, before the bar's own thread does: a fork copies no thread.
+    stream = in_order(ImageBatches(source, encoder, batches), len(batches), workers)
+    result = Classification(dict.fromkeys(names, 0))
+    with naming_lost_workers(), ExitStack() as stack:
+        weights = class_features(encoder, names, prompts, batch_size=batch_size).double()
+        take = None if out is None else stack.enter_context(_writing(out, names, source, link))
+        hand_over = on_prediction or (result.predictions.append if out is None else None)
+        bar = stack.enter_context(pairs_bar(progress, "images"))
+        task = bar.add_task(f"Images of {source.name}", total=len(source))
+        for pixels, rows, broken in stream:
+            for pair in broken:
+                result.skipped.add(pair)
+            if pixels is not None:
+                cosines = image_vectors(encoder, pixels, "fp32").double() @ weights.T
+                softmax = torch.softmax(logit_scale(encoder) * cosines, dim=1)
+                for (key, _, place, origin), row in zip(rows, softmax.tolist(), strict=True):
+                    best = max(range(len(row)), key=row.__getitem__)
+                    prediction = Prediction(key, names[best], row[best], dict(zip(names, row, strict=True)))
+                    result.counts[prediction.best] += 1
+                    if take is not None:
+                        take(prediction, place, origin)
+                    if hand_over is not None:
+                        hand_over(prediction)
+            bar.advance(task, len(rows) + len(broken))
+        if not any(result.counts.values()):
+            raise UserError(f"None of the {len(source):,} images can be used: {result.skipped.explanation()}")
+    return result
+
+
+def read_classes(given: str | Path | Sequence[str]) -> list[str]:
+    """Read class names: given, from the lines of a file, or separated by commas; at least two different ones."""
+    names: Sequence[str] = given if not isinstance(given, str | Path) else []
+    if isinstance(given, str | Path):
+        path = Path(given).expanduser()
+        try:
+            names = (
+                path.read_text("utf-8-sig").splitlines()
+                if "," not in str(given) or path.is_file()
+                else [*str(given).split(",")]
+            )
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"The classes '{given}' cannot be read: {error}. Give a text file with one class a line, or names "
+                "separated by commas."
+            ) from error
+    names = list(dict.fromkeys(filter(None, (" ".join(name.split()) for name in names))))
+    if len(names) < 2:
+        raise UserError(f"Of classes {len(names)} is given{f', {names[0]!r}' if names else ''}; give two or more.")
+    return names
+
+
+def _open(images: str | Path | PairSource | Items, image_column: str, image_root: str | Path | None) -> ImageSource:
+    """Open images: also a single file, or the files of a pattern."""
+    if not isinstance(images, str | Path):
+        return ImageSource(open_source(images, image_column=image_column, caption_column=image_column))
+    path = Path(images).expanduser()
+    names = [str(path)] if path.exists() else sorted(glob(str(path), recursive=True))
+    if files := [name for name in names if name.lower().endswith(EXTENSIONS)]:
+        return ImageSource(open_source(files), captioned=False)
+    return open_images(images, image_column=image_column, caption_column=None, image_root=image_root)
+
+
+@contextmanager
+def _writing(out: Path, classes: Sequence[str], source: ImageSource, link: bool) -> Iterator[Take]:
+    """Write predictions to a table or a folder, which appears when all are there."""
+    suffix = out.suffix.lower()
+    with atomic_write(out, ELSEWHERE) as target:
+        if suffix not in (".csv", ".json"):
+            target.mkdir()
+        path = target if suffix in (".csv", ".json") else target / TABLE
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            if suffix == ".json":
+                yield _JsonRows(file)
+                file.write("\n]\n")
+            else:
+                csv.writer(file).writerow(["image", "class", "probability", *classes])
+                folders = None if suffix == ".csv" else _Folders(target, classes, source, link)
+                yield _CsvRows(csv.writer(file), folders)
+
+
+class _JsonRows:
+    """A JSON array, an object with the image, its class and all probabilities a line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.before = file, "[\n"
+
+    def __call__(self, prediction: Prediction, *_: object) -> None:
+        row = {"image": prediction.image, "class": prediction.best, "probability": prediction.probability}
+        self.file.write(self.before + json.dumps({**row, "probabilities": prediction.probabilities}))
+        self.before = ",\n"
+
+
+class _CsvRows:
+    """Rows of a CSV file and, where there are folders, the images in them."""
+
+    def __init__(self, rows: Any, folders: "_Folders | None") -> None:
+        self.rows, self.folders = rows, folders
+
+    def __call__(self, prediction: Prediction, place: int, origin: Origin) -> None:
+        texts = (f"'{cell}" if FORMULA.match(cell) else cell for cell in (prediction.image, prediction.best))
+        numbers = (prediction.probability, *prediction.probabilities.values())
+        self.rows.writerow([*texts, *(f"{number:.6g}" for number in numbers)])
+        if self.folders is not None:
+            self.folders.add(prediction, place, origin)
+
+
+class _Folders:
+    """A folder of images for each class; two images of the same name get numbers."""
+
+    def __init__(self, target: Path, classes: Sequence[str], source: ImageSource, link: bool) -> None:
+        self.source, self.link, self.taken = source, link, Counter[Path]()
+        self.folders = {name: target / folder for name, folder in zip(classes, _distinct(classes), strict=True)}
+        for folder in self.folders.values():
+            folder.mkdir()
+
+    def add(self, prediction: Prediction, place: int, origin: Origin) -> None:
+        """Copy or link an image into the folder of its class."""
+        file = Path(origin.path)
+        own_file = bool(origin.path) and not origin.offset and file.suffix.lower() in EXTENSIONS
+        first = self.folders[prediction.best] / (_file_name(Path(prediction.image).name) + ("" if own_file else ".png"))
+        target = first
+        while os.path.lexists(target):
+            self.taken[first] += 1
+            target = first.with_name(f"{self.taken[first]} {first.name}")
+        if not own_file:
+            self.source[place].image.save(target, "PNG")
+        elif self.link:
+            target.symlink_to(file.absolute())
+        else:
+            shutil.copyfile(file, target)
+
+
+def _file_name(text: str) -> str:
+    return UNUSABLE.sub("_", text)[-LONGEST_NAME:].strip(". ") or "_"
+
+
+def _distinct(classes: Sequence[str]) -> list[str]:
+    """A folder's name for each class; those that would be one get numbers."""
+    names = list(map(_file_name, classes))
+    lower = [name.lower() for name in names]  # some file systems ignore case
+    return [f"{name} {number}" if lower.count(name.lower()) > 1 else name for number, name in enumerate(names)]

@@ -1,0 +1,72 @@
+"""The sigmoid loss between images and texts: SigLIP's."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from declip.data.plan import Needs
+from declip.supervision import chunked
+from declip.supervision.contrastive import scaled_similarity, to_float32
+from declip.supervision.term import Rows, Similarity, Term, require
+
+
+def sigmoid_loss(
+    image: Tensor,
+    text_keys: Tensor,
+    scale: Tensor | float,
+    bias: Tensor | float,
+    offset: int = 0,
+    max_logit_bytes: float | None = None,
+) -> Tensor:
+    """Binary cross-entropy of every image with every text, one positive per image: SigLIP, arXiv 2303.15343.
+
+    Equals the plain loop, z = 1 where n = offset + b, else -1
+        - 1/B Σ_b Σ_n log σ(z · (s·image[b]·text_keys[n] + bias))
+    so the mean over ranks of the ranks' losses is the loss of the whole batch.
+
+    Args:
+        image: (B, d) image features of this rank, L2-normalized.
+        text_keys: (N, d) text features of all ranks, L2-normalized, with gradient.
+        scale: exp(logit_scale).
+        bias: Added to every logit.
+        offset: Row of the keys that belongs to this rank's first pair.
+        max_logit_bytes: Bytes of logits that may be kept for the backward pass; more are computed in blocks, twice.
+            None: all are kept.
+    """
+    image, text_keys = to_float32(image), to_float32(text_keys)
+    if not chunked.exceeds(max_logit_bytes, image, len(text_keys)):
+        return _block(image, text_keys, scale, bias, offset) / len(image)
+    size = max(1, chunked.BLOCK_BYTES // (len(text_keys) * text_keys.itemsize))
+    sums = [
+        checkpoint(_block, rows, text_keys, scale, bias, offset + number * size, use_reentrant=False)
+        for number, rows in enumerate(image.split(size))
+    ]
+    return torch.stack(sums).sum() / len(image)
+
+
+def _block(rows: Tensor, keys: Tensor, scale: Tensor | float, bias: Tensor | float, offset: int) -> Tensor:
+    """Sum of the loss over some images."""
+    signs = torch.full((len(rows), len(keys)), -1.0, dtype=rows.dtype, device=rows.device)
+    signs.diagonal(offset).fill_(1.0)
+    return -F.logsigmoid(signs * (scaled_similarity(rows, keys, scale) + bias)).sum()
+
+
+class Sigmoid(Term):
+    """SigLIP's loss between the contrastive view, or else the first view, and the caption."""
+
+    needs = Needs(optional_views=frozenset({"contrastive"}))
+    title = "sigmoid loss"
+    explanation = "Says of each image and each caption of the batch whether they belong together."
+
+    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+        view = "contrastive" if "contrastive" in own.views else "first"
+        bias = require(similarity.bias)
+        return sigmoid_loss(own.image(view), keys.texts[0], similarity.scale, bias, offset, self.max_logit_bytes)
+
+    def chance(self, batch_size: int) -> float:
+        """Loss of equal logits for all pairs, with the best bias, -log(batch_size - 1)."""
+        rest = batch_size - 1
+        return math.log(batch_size) + rest * math.log(batch_size / rest)

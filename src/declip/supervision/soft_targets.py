@@ -1,0 +1,101 @@
+"""Targets of the contrastive losses other than the pair's own key alone: duplicates, smoothing, self-distillation."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from declip.data.batch import PairBatch
+
+MULTIPLIER = 6364136223846793005
+"""Knuth's, for hashes modulo 2⁶⁴."""
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """Options of a contrastive loss, and the labels by which duplicates are known.
+
+    Attributes:
+        duplicates: Treatment of other pairs with an equal label: they stay "negatives", are left out ("mask"), or share
+            the target ("positives").
+        label_smoothing: Part of the target that is spread evenly over all compared keys.
+        self_distillation: Part of the target that is the model's own prediction in the other direction.
+        labels: (B, k) int64 of the rows; pairs are duplicates where one of the k labels is equal and not 0.
+        key_labels: (N, k) of the keys.
+    """
+
+    duplicates: Literal["negatives", "mask", "positives"] = "negatives"
+    label_smoothing: float = 0.0
+    self_distillation: float = 0.0
+    labels: Tensor | None = None
+    key_labels: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> "SoftTargets":
+        """The targets of some of the rows."""
+        return self if self.labels is None else replace(self, labels=self.labels[start:stop])
+
+
+def soft_cross_entropy(logits: Tensor, offset: int, soft: SoftTargets, prediction: Tensor | None = None) -> Tensor:
+    """Sum over rows of the cross-entropy with soft targets.
+
+    Equals the plain loop, y = offset + b, D = keys but y with a label of row b, K = all keys, for "mask" without D
+        q[n] = 1 / (1 + |D|) for n in y and D with "positives"; else 1 for n = y
+        q[n] = (1 - ε)·q[n] + ε / |K|                               label smoothing (arXiv 1512.00567, section 7)
+        q[n] = (1 - α)·q[n] + α·softmax over K of prediction[b]     progressive self-distillation (arXiv 2204.04588)
+        sum over b of  -Σ over n in K of q[n]·log softmax over K of logits[b]
+
+    Args:
+        logits: (B, N) float32 or float64.
+        offset: Key of the first row.
+        prediction: (B, N) logits of the other direction, without gradient: logits[b, n] compares image b with text n,
+            prediction[b, n] text b with image n. With the same direction the gradient would only be scaled by 1 - α.
+    """
+    positives = torch.arange(offset, offset + len(logits), device=logits.device)[:, None]
+    itself = positives == torch.arange(logits.shape[1], device=logits.device)
+    same, hidden = itself, None
+    if soft.labels is not None and soft.key_labels is not None and soft.duplicates != "negatives":
+        for row_labels, key_labels in zip(soft.labels.mT[..., None], soft.key_labels.mT, strict=True):
+            same = same | ((row_labels == key_labels) & (row_labels != 0))
+        hidden = same & ~itself if soft.duplicates == "mask" else None
+    targets = (itself if hidden is not None else same).to(logits.dtype)
+    targets = targets / targets.sum(dim=1, keepdim=True)
+    if soft.label_smoothing > 0:
+        compared = torch.ones_like(itself) if hidden is None else ~hidden
+        targets = torch.lerp(targets, compared / compared.sum(dim=1, keepdim=True).to(targets), soft.label_smoothing)
+    if soft.self_distillation > 0 and prediction is not None:
+        targets = torch.lerp(targets, _without(prediction, hidden).softmax(dim=1), soft.self_distillation)
+    log_probabilities = _without(logits, hidden).log_softmax(dim=1)
+    if hidden is not None:
+        log_probabilities = log_probabilities.masked_fill(hidden, 0)  # 0 times minus infinity is not a number
+    return -(targets * log_probabilities).sum()
+
+
+def _without(logits: Tensor, hidden: Tensor | None) -> Tensor:
+    return logits if hidden is None else logits.masked_fill(hidden, -torch.inf)
+
+
+def caption_hashes(texts: Tensor, padding: int = 0) -> Tensor:
+    """Hash texts, so that equal captions are found by comparing one number.
+
+    Equals the plain loop, modulo 2⁶⁴
+        hash = Σₗ (texts[t, b, l] - padding)·Mˡ⁺¹, with the lowest bit set, so that 0 means no label
+
+    Args:
+        texts: (T, B, L) token ids, padded to any length; or (T, B, w) float features, of which the bits are hashed.
+        padding: Id of the padding.
+
+    Returns:
+        (T, B) int64, never 0.
+    """
+    if texts.is_floating_point():
+        texts, padding = texts.float().view(torch.int32).long(), 0
+    powers = texts.new_full((texts.shape[-1],), MULTIPLIER).cumprod(dim=0)
+    return ((texts - padding) * powers).sum(dim=-1) | 1
+
+
+def pair_labels(batch: PairBatch, padding: int = 0) -> Tensor:
+    """Label the pairs of a batch: (B, T + 1) int64, a hash of each text view, then the group, 0 where there is none."""
+    hashes = caption_hashes(batch.texts, padding)
+    groups = torch.zeros_like(hashes[0]) if batch.groups is None else batch.groups
+    return torch.cat([hashes, groups[None]]).mT

@@ -1,0 +1,72 @@
+"""STRUCTURE's regularizer: the shared space keeps the neighborhoods that the features of frozen towers have."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from declip.data.plan import Needs
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.supervision.contrastive import to_float32
+from declip.supervision.term import Encodings, Rows, Similarity, Term, require
+
+TEMPERATURE = 0.05
+LEVELS = 1
+
+
+def structure(features: Tensor, aligned: Tensor, temperature: float = TEMPERATURE, levels: int = LEVELS) -> Tensor:
+    """Jensen-Shannon divergence between the neighborhoods of two spaces; STRUCTURE (arXiv 2506.16895).
+
+    Each of the two sets of rows is normalized, then centered: x̃. With P the row-wise softmax of x̃ᵢ·x̃ⱼ / τ of the
+    features, Q that of the aligned ones, and Pˡ the matrix power, whose rows are walks of l steps, it equals
+        mean over l = 1 … L of  1/l · mean over i of JS(Pˡ[i], Qˡ[i])
+        JS(p, q) = ½ Σⱼ pⱼ log(pⱼ / mⱼ) + ½ Σⱼ qⱼ log(qⱼ / mⱼ),  m = (p + q) / 2
+
+    Args:
+        features: (N, w) features of the frozen tower; no gradient.
+        aligned: (N, d) the same rows in the shared space.
+
+    Returns:
+        A scalar between 0 and log 2. Some five (N, N) matrices are kept for the backward pass.
+    """
+    with torch.autocast(aligned.device.type, enabled=False):
+        walks = []
+        for rows in (features.detach(), aligned):
+            rows = F.normalize(to_float32(rows), dim=-1)
+            rows = rows - rows.mean(dim=0)
+            walks.append((rows @ rows.mT / temperature).softmax(dim=-1))
+        losses = []
+        for level in range(1, levels + 1):
+            p, q = (torch.matrix_power(walk, level) for walk in walks)
+            middle = ((p + q) / 2).clamp(min=1e-30).log()
+            losses.append((_kl(p, middle) + _kl(q, middle)) / (2 * level * len(p)))
+        return torch.stack(losses).mean()
+
+
+def _kl(rows: Tensor, log_keys: Tensor) -> Tensor:
+    # The clamp keeps the gradient of p log p finite where p is 0.
+    return (rows * (rows.clamp(min=1e-30).log() - log_keys)).sum()
+
+
+class Structure(Term):
+    """STRUCTURE's regularizer of images and captions, over the pairs of all ranks."""
+
+    needs = Needs(pre_logits=True)
+    title = "structure regularizer"
+    explanation = "Keeps the neighbors that images, and captions, have among the features of the frozen towers."
+
+    def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
+        super().__init__(recipe, model)
+        if not recipe.finetune.cached_views or recipe.views.contrastive_view is not None:
+            raise UserError(
+                "loss_weights.structure compares the first view with its features of frozen towers. Set "
+                "finetune.cached_views and leave views.contrastive_view out, or set loss_weights.structure=0."
+            )
+
+    def features(self, encoded: Encodings) -> dict[str, Tensor]:
+        return {"image": require(encoded.outputs.pre_logits)[0].float(), "text": encoded.batch.texts[0].float()}
+
+    def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
+        images, texts = keys.augmented[0], keys.texts[0]
+        return (structure(keys.extra["image"], images) + structure(keys.extra["text"], texts)) / 2

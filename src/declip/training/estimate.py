@@ -1,0 +1,86 @@
+"""The steps, time and memory that a run will take, from a few steps on some of its pairs."""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from declip.evaluation.datasets import open_dataset
+from declip.evaluation.encode import encode_source
+from declip.io.text import duration, plural
+from declip.recipe.schema import Recipe
+from declip.training import setup
+from declip.training.step import training_step
+from declip.training.trainer import Trainer
+
+TIMED, ENCODED = 2, 32
+"""Steps that are timed, after one that is not, and pairs of each evaluation set."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The expected cost of a run: seconds of its parts, and the bytes of memory that the first steps needed."""
+
+    recipe: Recipe
+    features: float
+    steps: float
+    evaluations: float
+    memory: int
+
+    def __str__(self) -> str:
+        parts = {"steps": self.steps, "evaluations": self.evaluations, "features of frozen towers": self.features}
+        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
+        return (
+            f"{plural(self.recipe.train.steps, 'step')} of {self.recipe.train.batch_size:,} pairs at most, about "
+            f"{duration(sum(parts.values()))} ({listed}), {self.memory / 2**30:.1f} GiB of memory"
+        )
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """Take a few steps of a recipe and keep nothing of them."""
+    source = setup.open_training_source(recipe)
+    recipe = setup.resolve_epochs(recipe, source)
+    train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
+    small = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_pairs": few})})
+    small._given = recipe.given
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(small, Path(folder) / "run", quiet=True)
+        started = time.perf_counter()
+        loader = trainer.loader  # with cached features, this computes them
+        features = (time.perf_counter() - started) * len(source) / few
+        trainer.learner.train()
+        for step in range(TIMED + 1):
+            if step == 1:
+                started = time.perf_counter()
+            batch = next(loader)
+            training_step(trainer.parts, batch, trainer.hosts.sync_step(step, len(batch), stop=False))["loss"].item()
+        seconds = (time.perf_counter() - started) / TIMED
+        evaluation, count = 0.0, 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
+        for name in setup.evaluation_tasks(recipe, final=False):
+            pairs = open_dataset(name).split("test")
+            places = np.linspace(0, len(pairs) - 1, min(ENCODED, len(pairs))).astype(int)
+            started = time.perf_counter()
+            encode_source(trainer.model, pairs, indices=places)
+            evaluation += (time.perf_counter() - started) * len(pairs) / len(places)
+        loader.close()
+        if trainer.lock is not None:
+            trainer.lock.close()
+        memory = _peak(trainer.device)
+    return Estimate(trainer.recipe, features, math.ceil(train.steps) * seconds, count * evaluation, memory)
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes: of the device, or of this process where it trains on the CPU; 0 where nobody counts them."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used

@@ -1,0 +1,88 @@
+"""Evaluation of a model whose towers are frozen: each image and text goes through them once, whatever the heads."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from torch import Tensor, nn
+
+from declip.data.feature_store import KEY, FeatureStore
+from declip.data.images.preprocess import Preprocess
+from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.io.atomic import cache_folder
+from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import IMAGE, TEXT
+from declip.training.frozen import text_key, tower_digest
+
+
+class FrozenEncoder:
+    """A model for `declip.evaluation.protocols.evaluate_all` with pooled features in the cache folder.
+
+    They are found by the tower's weights and the pixels or token ids, so that another run with the same towers, or a
+    later evaluation of this one, computes its heads alone.
+    """
+
+    def __init__(self, model: DualEncoder) -> None:
+        self.model, self.tokenizer = model, model.tokenizer
+        self._folders = {
+            tower: cache_folder() / "features" / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)
+        }
+
+    tokenizer: CaptionTokenizer
+
+    @property
+    def preprocessor(self) -> Preprocess:
+        """The model's preprocessing."""
+        return self.model.preprocessor
+
+    def preprocess(self, images: list) -> Tensor:
+        """PIL images → (n, 3, S, S)."""
+        return self.model.preprocess(images)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Captions → (n, L) ids."""
+        return self.model.tokenize(texts)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The model's modules."""
+        return self.model.modules()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's parameters."""
+        return self.model.parameters()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
+        return F.normalize(self.model.image_tower.proj(self.pool_image(images)).float(), dim=-1)
+
+    def pool_image(self, images: Tensor) -> Tensor:
+        """(n, 3, S, S) normalized → (n, w) float32, before the projection."""
+        tower = self.model.image_tower
+        return _once(self._folders[IMAGE], images, _pixel_key, tower.pool, tower.pre_logits_width)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(n, L) ids → (n, d) float32 of length 1."""
+        tower = self.model.text_tower
+        pooled = _once(self._folders[TEXT], tokens, text_key, tower.pool, tower.width)
+        return F.normalize(tower.text_projection(pooled).float(), dim=-1)
+
+
+def _once(
+    folder: Path, batch: Tensor, key: Callable[[Tensor], bytes], pool: Callable[[Tensor], Tensor], width: int
+) -> Tensor:
+    """Pool the rows of a batch that the store lacks, and read all."""
+    keys = [key(row) for row in batch.cpu()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        store = FeatureStore(folder, width, torch.float32)
+        new = {key: number for number, key in enumerate(keys) if key not in store}
+        if new:
+            store.append([*new], pool(batch[[*new.values()]]))
+        return store.rows()[store.places(keys)].to(batch.device)
+
+
+def _pixel_key(pixels: Tensor) -> bytes:
+    return hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=KEY).digest()

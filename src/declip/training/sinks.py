@@ -1,0 +1,146 @@
+"""The sinks of a run: a base class for the places that numbers go to, the run's files, and the progress bar."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+
+from declip.io.progress import progress_bar
+from declip.runs.folder import EVALUATIONS, METRICS, append_row, drop_rows, log
+
+FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The steps that a process takes of a run.
+
+    Attributes:
+        folder: The run folder.
+        start, steps: Number of steps done before, and of all steps.
+        batch_size: Pairs of a step.
+        quiet: Whether nothing is shown.
+    """
+
+    folder: Path
+    start: int
+    steps: int
+    batch_size: int
+    quiet: bool = False
+
+
+class Sink:
+    """A place for a run's numbers: the base class of callbacks. A subclass overrides what it needs.
+
+    Only the first of several processes calls it. A resumed run takes the steps after its checkpoint again, so a step
+    can be logged twice, with the same numbers. An error that a callback raises ends the run.
+    """
+
+    def start(self, stretch: Stretch) -> None:
+        """Open it, before the first step."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take a row of metrics: lr, loss, losses, grad_norm, samples_per_second …, as in metrics.jsonl."""
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take the result of an evaluation: task, dataset and its numbers, as in evaluations.jsonl."""
+
+    def advance(self, step: int) -> None:
+        """Note that a step is done that is not logged."""
+
+    def flush(self) -> None:
+        """Bring everything to the disk; called before a checkpoint, so that none is older than its rows."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+class JsonLines(Sink):
+    """metrics.jsonl and evaluations.jsonl. Rows of steps that a resumed run takes again are dropped first."""
+
+    def start(self, stretch: Stretch) -> None:
+        self._files = {name: stretch.folder / name for name in (METRICS, EVALUATIONS)}
+        for path in self._files.values():
+            drop_rows(path, after=stretch.start)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        append_row(self._files[METRICS], {"step": step, **values})
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        append_row(self._files[EVALUATIONS], {"step": step, **values})
+
+    def flush(self) -> None:
+        for path in self._files.values():
+            if path.exists():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose failed writes are errors of the run, where logging would print them and continue."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
+class Messages(Sink):
+    """log.txt: all messages."""
+
+    def start(self, stretch: Stretch) -> None:
+        self._handler = _LogFile(stretch.folder / "log.txt", encoding="utf-8")
+        self._handler.setFormatter(FORMAT)
+        log.setLevel(logging.INFO)
+        log.addHandler(self._handler)
+
+    def close(self) -> None:
+        log.removeHandler(self._handler)
+        self._handler.close()
+
+
+class Bar(Sink):
+    """Standard error: messages, and below them a progress bar or, without a terminal, a line now and then."""
+
+    def start(self, stretch: Stretch) -> None:
+        # On a narrow terminal the losses give way, never the step or the time left.
+        self.progress = progress_bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}", "dim", table_column=Column(ratio=4, no_wrap=True)),
+            shown=not stretch.quiet,
+            refresh_per_second=2,
+            expand=True,
+        )
+        done, steps = stretch.start, stretch.steps
+        self.task = self.progress.add_task("training", completed=done, total=steps, speed="", losses="")
+        console = self.progress.console
+        self._handler: logging.Handler = RichHandler(console=console, show_path=False, markup=False)
+        if not console.is_interactive:
+            self._handler = logging.StreamHandler(console.file)
+            self._handler.setFormatter(FORMAT)
+        if not stretch.quiet:
+            log.addHandler(self._handler)
+            self.progress.start()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        losses = {"loss": values["loss"], **values["losses"]}
+        fields: dict[str, Any] = {"losses": "  ".join(f"{name} {value:.3f}" for name, value in losses.items())}
+        if values["samples_per_second"] is not None:
+            fields["speed"] = f"{values['samples_per_second']:,.0f} samples/s"
+        self.progress.update(self.task, completed=step, **fields)
+
+    def advance(self, step: int) -> None:
+        self.progress.update(self.task, completed=step)
+
+    def close(self) -> None:
+        self.progress.stop()
+        log.removeHandler(self._handler)

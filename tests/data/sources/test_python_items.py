@@ -1,0 +1,119 @@
+"""Python objects as sources: lists, datasets in torch's way, torchvision's classes; training and evaluation on them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import declip
+from conftest import TINY, WEIGHTS
+from data.tables import message, reason_of
+from declip.data.pair import BrokenPair
+from declip.data.sources.open import open_source
+from declip.errors import UserError
+from declip.recipe.schema import Recipe
+from indices import tiny_model
+
+
+class Shapes:
+    """The table's pairs in memory, as a user's dataset has them."""
+
+    def __init__(self, table: Path, broken: tuple[int, ...] = ()) -> None:
+        self.rows = [json.loads(line) for line in table.read_text().splitlines()]
+        self.folder, self.broken = table.parent, broken
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        if index in self.broken:
+            raise OSError("the disk is gone")
+        row = self.rows[index]
+        return {"picture": Image.open(self.folder / row["image"]), "text": row["caption"]}
+
+
+def test_items_are_dicts_pairs_or_images(three_pictures):
+    a = three_pictures / "a.png"
+    image, pixels = Image.open(a), np.asarray(Image.open(a).convert("RGB"))
+    for item in (a, str(a), a.read_bytes(), image, pixels, {"bytes": a.read_bytes(), "path": "lost"}):
+        source = open_source([(item, "x"), (item, ("y", "z "))])
+        assert source[0].captions == ("x",)
+        assert source.captions(1) == ("y", "z")
+        assert source[1].image.getpixel((0, 0)) == (0, 0, 0)
+        assert source.read_lazy(1).image.pixels().shape == pixels.shape
+        alone = open_source([item])
+        assert alone.image(0).getpixel((0, 0)) == (0, 0, 0)
+        assert reason_of(alone, 0) == "empty caption"
+    named = open_source([{"file_name": "a.png", "title": "x", "keywords": ["k"]}], image_root=three_pictures)
+    assert (named[0].captions, named[0].keywords, named.key(0)) == (("x",), ("k",), "a.png")
+    assert named.origin(0).path == str(a)
+
+
+def test_items_that_cannot_be_used_are_broken_pairs(table, three_pictures):
+    source = open_source(Shapes(table, broken=(0, 3)), image_column="picture")
+    assert source[1].captions[0] == "a red square"
+    with pytest.raises(BrokenPair, match="OSError: the disk is gone"):
+        source[3]
+    a = three_pictures / "a.png"
+    items = [(a, "x"), (a, 5), (a, " "), ("lost.png", "x"), (None, "x"), (np.zeros((3, 4, 4)), "x"), (b"x", "x"), 7]
+    source = open_source(items)
+    reasons = [reason_of(source, n) for n in range(1, len(items))]
+    assert reasons == [
+        "unreadable item", "empty caption", "missing image", "missing image", "unreadable image", "unreadable image",
+        "empty caption",
+    ]  # fmt: skip
+    root = open_source([("../a.png", "x")], image_root=three_pictures)
+    assert reason_of(root, 0) == "path outside image root"
+
+
+def test_what_is_no_source_is_refused(table):
+    for given in (7, {"image": 1}, iter([])):
+        assert "__getitem__" in message(given)
+    assert "no items" in message([])
+    assert "'picture'" in message(Shapes(table))
+    assert "data=object" in message("python:Shapes[24]")
+
+
+def test_training_on_an_object_is_training_on_its_table(table, tmp_path):
+    losses, runs = {}, {}
+    for data, column in ((str(table), "image"), (Shapes(table), "picture")):
+        tree = {**TINY, "data": {"source": "none", "image_column": column}, "loss_weights": WEIGHTS["clip"]}
+        recipe, out = tmp_path / f"{column}.yaml", tmp_path / column
+        recipe.write_text(json.dumps(tree))
+        overrides = {"train.steps": 4, "train.log_every": 1}
+        runs[column] = declip.train(recipe, overrides, out, data=data, quiet=True, report=False)
+        losses[column] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
+    assert losses["image"] == losses["picture"]
+    assert len(losses["image"]) == 4
+    assert runs["picture"].recipe.data.source == "python:Shapes[24]"
+    with pytest.raises(UserError, match="resolved"):
+        declip.train(Recipe.model_validate(tree), data=Shapes(table))
+
+
+def test_evaluation_on_an_object(table):
+    items = [(table.parent / row["image"], row["caption"]) for row in map(json.loads, table.open())]
+    items[5] = (b"", "x")
+    model = tiny_model()
+    result = declip.evaluate(model, items, "retrieval", progress=False)
+    assert (result.images, result.skipped) == (23, {"truncated image": 1})
+    kept = declip.evaluate(model, items[:5] + items[6:], "retrieval", progress=False)
+    assert result.to_dict() | {"skipped": {}} == kept.to_dict() | {"skipped": {}}
+    with pytest.raises(UserError, match="no classes"):
+        declip.evaluate(model, items)
+
+
+def test_a_dataset_in_the_way_of_torchvision_has_classes():
+    class Cifar:
+        classes, targets = ("cat", "dog"), [0, 1, 1]
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (8, 8), (index, 0, 0)), self.targets[index]
+
+    result = declip.evaluate(tiny_model(), Cifar(), templates="{}", progress=False)
+    assert (result.n, result.classes, result.dataset) == (3, 2, "Cifar")
+    assert open_source(Cifar())[2].captions == ("dog",)

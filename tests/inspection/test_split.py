@@ -1,0 +1,92 @@
+"""Splitting off a validation part: no image and no caption on both sides."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from declip.data.sources.open import open_source
+from declip.data.sources.subset import PairList, write_pair_list
+from declip.errors import UserError
+from declip.inspection.split import check_copies, split_pairs
+
+
+def texture(seed: int, size: int = 48) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def write(folder: Path, rows: list[tuple[Image.Image, str]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption"])
+        for number, (image, caption) in enumerate(rows):
+            image.save(folder / f"{number}.png")
+            table.writerow([f"{number}.png", caption])
+    return folder / "pairs.csv"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pairs: in 20 groups of three, the first two show one image in two sizes, the last two share a caption."""
+    rows = []
+    for group in range(20):
+        rows.append((texture(group), f"first of {group}"))
+        rows.append((texture(group, 96), f"common to {group}"))
+        rows.append((texture(100 + group), f"Common  to {group}"))
+    return write(tmp_path_factory.mktemp("groups") / "x", rows)
+
+
+def test_groups_stay_on_one_side(pairs: Path) -> None:
+    source = open_source(pairs)
+    train, val = split_pairs(source)
+    assert sorted([*train, *val]) == list(range(60))
+    assert len(val) == 6
+    assert not set(train // 3) & set(val // 3)
+    assert all(np.array_equal(one, other) for one, other in zip((train, val), split_pairs(source), strict=True))
+    assert len(split_pairs(source, most=4).val) == 3
+
+
+def test_a_list_opens_as_its_pairs(pairs: Path, tmp_path: Path) -> None:
+    write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), {"caption_column": "caption"}, 60, [3, 5, 59]))
+    source = open_source(tmp_path / "some.pairs")
+    assert [source.captions(i) for i in range(len(source))] == [("first of 1",), ("Common to 1",), ("Common to 19",)]
+    write_pair_list(tmp_path / "older.pairs", PairList(str(pairs), {}, 61, [3]))
+    with pytest.raises(UserError, match=r"61.*60"):
+        open_source(tmp_path / "older.pairs")
+    itself = {"source": str(tmp_path / "wrong.pairs")}
+    good = {"source": str(pairs), "columns": {}, "total": 60, "indices": [1]}
+    for wrong in (
+        {"indices": [2, 1]},
+        {"indices": [60]},
+        {"indices": []},
+        {"indices": 3},
+        {"columns": {"x": 1}},
+        itself,
+    ):
+        write_pair_list(tmp_path / "wrong.pairs", PairList(**{**good, **wrong}))  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="not a list of pairs"):
+            open_source(tmp_path / "wrong.pairs")
+
+
+def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:
+    images = [texture(n) for n in range(30)]
+    one = open_source(write(tmp_path / "one", [(image, "a thing") for image in images]))
+    two = open_source(write(tmp_path / "two", [(image, f"thing {n % 2}") for n, image in enumerate(images)]))
+    few = open_source(write(tmp_path / "few", [(image, f"thing {n}") for n, image in enumerate(images[:3])]))
+    for source, words in ((one, "one caption"), (two, "2 groups.*15 pairs"), (few, "3 pairs")):
+        with pytest.raises(UserError, match=words):
+            split_pairs(source)
+
+
+def test_copied_validation_images_are_refused_or_counted(pairs: Path, tmp_path: Path) -> None:
+    source = open_source(pairs)
+    with pytest.raises(UserError, match=r"100.0 % .*--val"):
+        check_copies(source, source)
+    new = [(texture(1000 + n), f"new {n}") for n in range(9)]
+    assert check_copies(source, open_source(write(tmp_path / "new", new))) is None
+    mixed = open_source(write(tmp_path / "mixed", [*new, (texture(0, 40), "known")]))
+    assert "10.0 %" in str(check_copies(source, mixed))

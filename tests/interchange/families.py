@@ -1,0 +1,186 @@
+"""Tiny models of open_clip and transformers with random weights, one for each class of tower, in folders."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import register_model
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from text_encoders import bert, roberta
+
+CAPTIONS = ["a red circle", "Square painted in BLUE on white_paper!", "it&#39;s two cats,  asleep", ""]
+TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 2}
+SIZE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def _registered(base: str, **sizes: Any) -> Callable[..., torch.nn.Module]:
+    def build(pretrained: bool = False, **options: Any) -> torch.nn.Module:
+        for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            options.pop(name, None)
+        return timm.create_model(base, **{**sizes, **options})
+
+    build.__name__ = f"declip_test_{base}"
+    return register_model(build) if not timm.is_model(build.__name__) else build
+
+
+for given in (
+    ("vit_base_patch16_siglip_224", {**SIZE, "img_size": 32, "patch_size": 8}),
+    ("eva02_base_patch16_clip_224", {**SIZE, "img_size": 32, "patch_size": 8, "ref_feat_shape": (4, 4)}),
+    (
+        "vit_pe_core_tiny_patch16_384",
+        {**SIZE, "img_size": 32, "patch_size": 8, "ref_feat_shape": (4, 4), "attn_pool_num_heads": 2},
+    ),
+    ("fastvit_mci0", {"layers": (1, 1, 1, 1), "embed_dims": (8, 8, 16, 32), "pos_embs": None}),
+):
+    _registered(given[0], **given[1])  # type: ignore[arg-type]
+
+
+def _timm(base: str, pool: str, proj: str | None) -> dict[str, Any]:
+    name = f"declip_test_{base}"
+    return {"image_size": 32, "timm_model_name": name, "timm_pool": pool, "timm_proj": proj}
+
+
+VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+SIGLIP_TEXT = {
+    **TEXT, "vocab_size": 60, "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "hf_tokenizer_name": "x",
+    "tokenizer_kwargs": {"clean": "canonicalize"}, "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
+}  # fmt: skip
+OPEN_CLIP: dict[str, dict[str, Any]] = {
+    "siglip2": {
+        "embed_dim": 32, "init_logit_bias": -10, "custom_text": True, "text_cfg": SIGLIP_TEXT,
+        "vision_cfg": _timm("vit_base_patch16_siglip_224", "map", "none"),
+    },
+    "mobileclip2": {
+        "embed_dim": 16, "custom_text": True, "text_cfg": {**TEXT, "no_causal_mask": True},
+        "vision_cfg": _timm("fastvit_mci0", "avg", None),
+    },
+    "eva": {
+        "embed_dim": 16, "custom_text": True, "text_cfg": TEXT,
+        "vision_cfg": _timm("eva02_base_patch16_clip_224", "token", None),
+    },
+    "pe-core": {
+        "embed_dim": 16, "custom_text": True, "text_cfg": TEXT,
+        "vision_cfg": _timm("vit_pe_core_tiny_patch16_384", "map", None),
+    },
+    "coca": {
+        "embed_dim": 16, "custom_text": True,
+        "vision_cfg": {
+            **VIT, "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True,
+        },
+        "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
+    },
+    "biomedclip": {
+        "embed_dim": 16,
+        "vision_cfg": _timm("eva02_base_patch16_clip_224", "", "linear"),
+        "text_cfg": {
+            "context_length": 16, "hf_tokenizer_name": "x", "hf_proj_type": "mlp",
+            "hf_pooler_type": "cls_last_hidden_state_pooler",
+        },
+    },
+    "xlm-roberta": {
+        "embed_dim": 16, "vision_cfg": VIT,
+        "text_cfg": {"context_length": 16, "hf_tokenizer_name": "x", "hf_pooler_type": "mean_pooler"},
+    },
+}  # fmt: skip
+ENCODERS = {"biomedclip": bert, "xlm-roberta": lambda folder: roberta(folder, kind="XLMRoberta")}
+PREPARED = {
+    "siglip2": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
+    "mobileclip2": {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"},
+    "pe-core": {"interpolation": "bilinear", "resize_mode": "squash"},
+}
+FAMILIES = (*OPEN_CLIP, "transformers-siglip", "transformers-siglip2")
+
+
+def saved(family: str, folder: Path) -> tuple[str, Any]:
+    """Write a family's folder; give the name by which it is loaded, and the library's model."""
+    torch.manual_seed(5)
+    name = (_siglip if family.startswith("transformers") else _open_clip)(family, folder)
+    return name
+
+
+def _spread(model: torch.nn.Module) -> torch.nn.Module:
+    """Leave no weight at its start, so that all matter."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.nan_to_num_()
+            weight.add_(0.05 * torch.randn_like(weight))
+        for buffer_name, buffer in model.named_buffers():
+            if "running" in buffer_name:
+                buffer.add_(0.3 * torch.rand_like(buffer))
+    return model.eval()
+
+
+def _open_clip(family: str, folder: Path) -> tuple[str, Any]:
+    import open_clip
+
+    config = json.loads(json.dumps(OPEN_CLIP[family]))
+    folder.mkdir(parents=True)
+    if family in ENCODERS:
+        ENCODERS[family](folder / "encoder")
+        for file in ("config.json", *(f.name for f in (folder / "encoder").glob("*token*"))):
+            (folder / file).write_bytes((folder / "encoder" / file).read_bytes())
+        if family == "biomedclip":
+            (folder / "vocab.txt").write_bytes((folder / "encoder" / "vocab.txt").read_bytes())
+        config["text_cfg"]["hf_model_name"] = str(folder / "encoder")
+    elif "hf_tokenizer_name" in config["text_cfg"]:
+        _tokenizer(folder, "PreTrainedTokenizerFast")
+    arguments = {key: value for key, value in config.items() if key != "custom_text"}
+    kind = open_clip.CoCa if family == "coca" else open_clip.CustomTextCLIP
+    text = {**arguments["text_cfg"], "hf_model_pretrained": False}
+    model = _spread(kind(**{**arguments, "text_cfg": text}))
+    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    stored = {"model_cfg": config, "preprocess_cfg": PREPARED.get(family, {})}
+    (folder / "open_clip_config.json").write_text(json.dumps(stored), encoding="utf-8")
+    return f"open_clip:local-dir:{folder}", model
+
+
+def _siglip(family: str, folder: Path) -> tuple[str, Any]:
+    import transformers
+
+    name = "Siglip2" if family.endswith("2") else "Siglip"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    grid = {"num_patches": 16} if name == "Siglip2" else {"image_size": 32}
+    text = {**sizes, "vocab_size": 60, "max_position_embeddings": 12, "pad_token_id": 0, "projection_size": 32}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config={**sizes, "patch_size": 8, **grid})
+    model = _spread(getattr(transformers, f"{name}Model")(config))
+    model.save_pretrained(folder)
+    _tokenizer(folder, f"{name}Tokenizer")
+    return str(folder), model
+
+
+def _tokenizer(folder: Path, kind: str) -> None:
+    """A unigram tokenizer like SigLIP's, which puts its end behind a text and pads with another id."""
+    library = Tokenizer(models.Unigram())
+    library.normalizer = normalizers.Replace(" ", "▁")
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    specials = ["<pad>", "<eos>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    library.train_from_iterator(["a red circle square painted in blue on white paper cats asleep its two"] * 3, trainer)
+    library.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    library.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": kind, "pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def features(family: str, model: Any, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The library's own features of images and captions."""
+    with torch.no_grad():
+        if not family.startswith("transformers"):
+            return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
+        given: dict[str, Any] = {"pixel_values": pixels}
+        if family.endswith("2"):
+            from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
+
+            patches = [convert_image_to_patches(image.numpy(), 8) for image in pixels]
+            given["pixel_values"] = torch.stack([torch.from_numpy(rows) for rows in patches])
+            given["pixel_attention_mask"] = torch.ones(len(pixels), 16, dtype=torch.int64)
+            given["spatial_shapes"] = torch.full((len(pixels), 2), 4)
+        found = (model.get_image_features(**given), model.get_text_features(input_ids=tokens))
+        images, texts = (torch.nn.functional.normalize(each.pooler_output, dim=-1) for each in found)
+        return images, texts

@@ -1,0 +1,57 @@
+"""Towers of full size are built without memory, and traced whole; the traced ones have few layers."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from declip.models.dual_encoder import DualEncoder
+from declip.models.text_tower import TextTower
+from declip.recipe.load import load_recipe
+from declip.supervision.objective import Objective
+
+OPENAI = {"vit_base_patch32_clip_quickgelu_224": 151_277_313, "vit_base_patch16_clip_quickgelu_224": 149_620_737}
+"""Parameters of OpenAI's CLIP; ours has a word more, the mask, and a bias of the text projection: 512 each."""
+REGNET = 281.38e6
+"""Parameters of RegNetY-64GF with its classifier of 1,000 classes, as timm reports them."""
+
+
+def meta(image: str, **keys: Any) -> DualEncoder:
+    recipe = load_recipe("clip-yfcc15m-vitb32", {"image.model": image, "image.freeze_patch_embed": False, **keys})
+    with torch.device("meta"):
+        model = DualEncoder.from_recipe(recipe)
+        Objective(recipe, model)
+    return model
+
+
+@pytest.mark.parametrize("image", OPENAI)
+def test_vision_transformers_have_the_size_of_openai(image: str) -> None:
+    assert sum(p.numel() for p in meta(image).parameters()) == OPENAI[image] + 512 + 512
+
+
+def test_the_largest_tower_of_the_paper_is_built() -> None:
+    tower = meta("regnety_640").image_tower
+    classifier = 1000 * (tower.pre_logits_width + 1)
+    assert sum(p.numel() for p in tower.trunk.parameters()) + classifier == pytest.approx(REGNET, abs=5e3)
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        ("vit_base_patch16_clip_quickgelu_224", {"depth": 1}),
+        ("resnet50_clip", {"depths": [1, 1, 1, 1]}),
+    ],
+)
+def test_image_towers_are_one_graph(image: str, options: dict[str, Any]) -> None:
+    tower = meta(image, **{"image.model_kwargs": options, "image.size": 64}).image_tower
+    torch._dynamo.reset()
+    images = torch.empty(2, 3, 64, 64, device="meta")
+    assert torch.compile(tower, fullgraph=True, backend="eager")(images).pooled.shape == (2, 512)
+
+
+def test_the_text_tower_is_one_graph() -> None:
+    tower = TextTower(vocabulary=100, end=99, embed_dim=8, width=32, layers=2, heads=2, context=16)
+    torch._dynamo.reset()
+    texts = torch.randint(99, (2, 12))
+    compiled = torch.compile(tower, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(texts).pooled, tower(texts).pooled)

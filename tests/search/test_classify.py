@@ -1,0 +1,127 @@
+"""Classification of images by class names: the numbers, the tables, the folders, and wrong input."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+import declip
+from conftest import draw
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+
+CLASSES = ["red circle", "blue bar", "green square"]
+
+
+def test_probabilities_are_those_of_clip(model: DualEncoder, folder: Path) -> None:
+    (folder / "broken.png").write_bytes(b"no image")
+    result = declip.classify(model, folder, CLASSES, templates=["{}", "a {}"], batch_size=7)
+    assert (len(result.predictions), sum(result.counts.values())) == (24, 24)
+    assert result.skipped.counts == {"unreadable image": 1}
+    with torch.no_grad():
+        texts = [[model.encode_text(model.tokenize([text]))[0] for text in (name, f"a {name}")] for name in CLASSES]
+        classes = normalize(torch.stack([torch.stack(two).mean(0) for two in texts]), dim=1)
+        for prediction in result.predictions[::5]:
+            image = model.encode_image(model.preprocess([Image.open(folder / prediction.image)]))[0]
+            expected = (model.logit_scale.exp() * classes @ image).double().softmax(0)
+            given = torch.tensor(list(prediction.probabilities.values()), dtype=torch.float64)
+            assert (given - expected).abs().max() < 1e-6
+            assert prediction.probability == max(prediction.probabilities.values())
+            assert prediction.probabilities[prediction.best] == prediction.probability
+            assert list(prediction.probabilities) == CLASSES
+
+
+def test_tables_and_folders(model: DualEncoder, folder: Path, tmp_path: Path, weights_file: Path, command: Any) -> None:
+    (folder / "sub").mkdir()
+    for name in ("=1.png", "sub/red-bar.png"):
+        draw("red", "bar").save(folder / name)
+    (folder / "broken.png").write_bytes(b"no image")
+    kept = declip.classify(model, folder, CLASSES).predictions
+    (tmp_path / "classes.txt").write_text("red circle\nblue bar\n\ngreen  square\nblue bar\n")
+    words = ["classify", folder, "--classes", tmp_path / "classes.txt", "--model", weights_file, "--quiet", "--out"]
+    made = command(*words, tmp_path / "x.csv")
+    assert made.status == 0
+    assert "26 images" in made.out
+    assert "unreadable image" in made.out
+    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
+    assert [row["image"].lstrip("'") for row in rows] == [one.image for one in kept]
+    assert [row["class"] for row in rows] == [one.best for one in kept]
+    assert float(rows[3]["blue bar"]) == pytest.approx(kept[3].probabilities["blue bar"], rel=1e-5)
+    assert rows[0]["image"] == "'=1.png", "a spreadsheet computes nothing"
+    assert command(*words, tmp_path / "x.json").status == 0
+    objects = json.loads((tmp_path / "x.json").read_text())
+    assert [(row["image"], row["class"], row["probabilities"]) for row in objects] == [
+        (one.image, one.best, one.probabilities) for one in kept
+    ]
+    assert command(*words, tmp_path / "sorted").status == 0
+    assert command(*words, tmp_path / "linked", "--link").status == 0
+    for one in kept:
+        name = "1 red-bar.png" if one.image.startswith("sub") else one.image
+        copy, link = (tmp_path / out / one.best / name for out in ("sorted", "linked"))
+        assert copy.read_bytes() == (folder / one.image).read_bytes()
+        assert not copy.is_symlink()
+        assert link.resolve() == (folder / one.image).resolve()
+    assert {path.name for path in (tmp_path / "sorted").iterdir()} == {*CLASSES, "predictions.csv"}
+    assert (tmp_path / "sorted/predictions.csv").read_text() == (tmp_path / "x.csv").read_text()
+    again = command(*words, tmp_path / "sorted")
+    assert (again.status, "not empty" in again.err) == (2, True)
+
+
+def test_a_file_a_pattern_and_images_in_memory(
+    model: DualEncoder, folder: Path, tmp_path: Path, weights_file: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {one.image: one.probabilities for one in declip.classify(model, folder, CLASSES).predictions}
+    one = folder / "red-bar.png"
+    printed = command("classify", one, "--classes", "red circle,blue bar", "--model", weights_file, "--quiet")
+    assert printed.out.split("\t")[0] == str(one)
+    assert printed.out.count("\n") == 1
+    found = declip.classify(model, folder / "red-*.png", CLASSES).predictions
+    assert [Path(row.image).name for row in found] == sorted(name for name in whole if name.startswith("red-"))
+    items = [Image.open(one), one.read_bytes(), "gone.png"]
+    result = declip.classify(model, items, CLASSES, out=tmp_path / "sorted")
+    assert (sum(result.counts.values()), result.skipped.counts, result.predictions) == (2, {"missing image": 1}, [])
+    copies = sorted(path.name for path in (tmp_path / "sorted").rglob("*.png"))
+    assert copies == ["item 0.png", "item 1.png"]
+    monkeypatch.chdir(tmp_path)
+    assert "--model" in command("classify", one, "--classes", "a,b").err
+    (tmp_path / "runs/one/checkpoints").mkdir(parents=True)
+    assert "runs/one" in command("classify", one, "--classes", "a,b").err, "the newest run is taken, and is empty"
+
+
+def test_class_names_that_are_no_folders_names(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
+    names = ["a/b", "a:b", "..", "A_b", "x" * 300]
+    declip.classify(model, folder, names, out=tmp_path / "out")
+    made = [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert sorted(made) == sorted(["a_b 0", "a_b 1", "_", "A_b 3", "x" * 60])
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 24
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [("nowhere.txt", "nowhere.txt"), ("cat,", "'cat'"), ([], "two"), ("one.txt", "'only'"), ("latin.txt", "latin.txt")],
+)
+def test_wrong_classes_are_named(
+    classes: Any, says: str, model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.txt").write_text("only\nonly\n")
+    Path("latin.txt").write_bytes("Bär\nZoo".encode("latin-1"))
+    with pytest.raises(UserError, match=says):
+        declip.classify(model, folder, classes)
+
+
+def test_no_usable_image_leaves_nothing(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="None of the 1 images"):
+        declip.classify(model, folder, CLASSES, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="nowhere"):
+        declip.classify(model, tmp_path / "nowhere", CLASSES)

@@ -1,0 +1,196 @@
+"""Duplicates, label smoothing and self-distillation of the contrastive losses, against plain loops in float64."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from declip.data.batch import PairBatch
+from declip.recipe.schema import Recipe
+from declip.supervision import chunked
+from declip.supervision.contrastive import cross_entropy_to_keys, info_nce
+from declip.supervision.multi_view import multi_view
+from declip.supervision.nearest_neighbor import neighbor_contrast
+from declip.supervision.soft_targets import SoftTargets, caption_hashes, pair_labels
+from supervision.test_objective import parts, random_batch
+
+LABELS = torch.tensor([[5, 0], [6, 9], [5, 9], [7, 0], [8, 0], [7, 0]])
+"""Captions 0 and 2, 3 and 5 are equal, and 1 and 2 are of one group; 0 is no group."""
+CASES = [
+    {"duplicates": "mask"},
+    {"duplicates": "positives"},
+    {"label_smoothing": 0.3},
+    {"duplicates": "mask", "label_smoothing": 0.2, "self_distillation": 0.4},
+    {"duplicates": "positives", "label_smoothing": 0.1, "self_distillation": 0.25},
+]
+
+
+def softmax(logits: dict[int, float]) -> dict[int, float]:
+    total = sum(math.exp(x) for x in logits.values())
+    return {n: math.exp(x) / total for n, x in logits.items()}
+
+
+def loop_targets(b: int, logits: list[float], other: list[float], case: dict[str, Any]) -> dict[int, float]:
+    """The target of every key that row b is compared with."""
+    equal = [n for n in range(6) if n != b and any(x == y != 0 for x, y in zip(*LABELS[[b, n]].tolist(), strict=True))]
+    duplicates = case.get("duplicates")
+    kept = [n for n in range(6) if not (duplicates == "mask" and n in equal)]
+    positives = [b, *equal] if duplicates == "positives" else [b]
+    smoothing, own = case.get("label_smoothing", 0.0), case.get("self_distillation", 0.0)
+    predicted = softmax({n: other[n] for n in kept})
+    targets = {n: (1 - smoothing) * (n in positives) / len(positives) + smoothing / len(kept) for n in kept}
+    return {n: (1 - own) * target + own * predicted[n] for n, target in targets.items()}
+
+
+def loop_direction(rows: Tensor, keys: Tensor, others: tuple[Tensor, Tensor], offset: int, case: dict[str, Any]) -> Any:
+    """A tensor, so that autograd gives the gradients; the targets are numbers."""
+    losses = []
+    for b, row in enumerate(rows, offset):
+        logits = [3.0 * row @ key for key in keys]
+        other = (3.0 * others[1] @ others[0][b - offset]).tolist()
+        targets = loop_targets(b, torch.stack(logits).tolist(), other, case)
+        total = torch.stack([logits[n] for n in targets]).logsumexp(0)
+        losses.append(sum(target * (total - logits[n]) for n, target in targets.items()))
+    return torch.stack(losses).mean()
+
+
+def loop(image: Tensor, text: Tensor, image_keys: Tensor, text_keys: Tensor, offset: int, case: dict[str, Any]) -> Any:
+    to_text = loop_direction(image, text_keys, (text, image_keys), offset, case)
+    return (to_text + loop_direction(text, image_keys, (image, text_keys), offset, case)) / 2
+
+
+def soft(case: dict[str, Any], offset: int = 0, count: int = 6) -> SoftTargets:
+    return SoftTargets(**case, labels=LABELS[offset : offset + count], key_labels=LABELS)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("limit", [None, 0], ids=["whole", "blocks"])
+def test_values_and_gradients_are_those_of_a_plain_loop(
+    units: Any, monkeypatch: Any, case: dict[str, Any], limit: float | None, no_device_reads: Any
+) -> None:
+    monkeypatch.setattr(chunked, "BLOCK_BYTES", 2 * 6 * 8)
+    features = [units(6, 4).requires_grad_() for _ in range(2)]
+    rows = [x[1:5] for x in features]
+    with no_device_reads():
+        found = info_nce(*rows, *features, 3.0, 1, limit, soft(case, 1, 4))
+        gradients = torch.autograd.grad(found, features)
+    expected = loop(*rows, *features, 1, case)
+    assert abs(found - info_nce(*rows, *features, 3.0, 1)) > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for x, y in zip(gradients, torch.autograd.grad(expected, features), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def test_ranks_have_the_whole_batchs_loss_as_mean_and_halves_are_compared_in_float32(units: Any) -> None:
+    image, text = units(6, 4), units(6, 4)
+    for case in CASES:
+        ranks = [
+            info_nce(image[i : i + 3], text[i : i + 3], image, text, 9.0, i, None, soft(case, i, 3)) for i in (0, 3)
+        ]
+        whole = info_nce(image, text, image, text, 9.0, 0, None, soft(case))
+        torch.testing.assert_close(sum(ranks) / 2, whole)
+        halves = [x.bfloat16() for x in (image, text)]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = info_nce(*halves, *halves, 9.0, 0, None, soft(case))
+        singles = [x.float() for x in halves]
+        assert torch.equal(found, info_nce(*singles, *singles, 9.0, 0, None, soft(case)))
+
+
+def test_without_duplicates_the_targets_are_those_of_torch(units: Any) -> None:
+    rows, keys, alone = units(6, 4), units(6, 4), torch.arange(1, 7)[:, None]
+    for duplicates in ("mask", "positives"):
+        given = SoftTargets(duplicates, 0.2, labels=alone, key_labels=alone)  # type: ignore[arg-type]
+        expected = F.cross_entropy(7.0 * rows @ keys.mT, torch.arange(6), label_smoothing=0.2)
+        torch.testing.assert_close(cross_entropy_to_keys(rows, keys, 7.0, soft=given), expected)
+
+
+def test_the_same_direction_would_only_scale_the_gradient(units: Any) -> None:
+    """Why the prediction of self-distillation is that of the other direction."""
+    rows, keys, given = units(4, 3).requires_grad_(), units(4, 3), SoftTargets(self_distillation=0.4)
+    plain = torch.autograd.grad(cross_entropy_to_keys(rows, keys, 5.0), rows)[0]
+    same = cross_entropy_to_keys(rows, keys, 5.0, soft=given, other=(rows, keys))
+    torch.testing.assert_close(torch.autograd.grad(same, rows)[0], 0.6 * plain)
+    swapped = cross_entropy_to_keys(rows, keys, 5.0, soft=given, other=(keys, rows))
+    assert (torch.autograd.grad(swapped, rows)[0] - 0.6 * plain).abs().max() > 1e-3
+
+
+def test_every_text_view_has_its_own_targets(units: Any) -> None:
+    images, texts = units(2, 6, 4), units(2, 6, 4)
+    targets = [soft({"duplicates": "mask"}), None]
+    found = multi_view(images, texts, images, texts, 3.0, soft=targets)
+    pairings = [(images[i], texts[j], targets[j]) for i, j in ((0, 1), (1, 0), (1, 1))]
+    expected = [info_nce(image, text, image, text, 3.0, soft=target) for image, text, target in pairings]
+    torch.testing.assert_close(found, sum(expected) / 3)
+    found = neighbor_contrast(images, texts, texts, 3.0, 0, True, images, soft=targets)
+    directions = [
+        cross_entropy_to_keys(*pair, 3.0, soft=targets[j])
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1))
+        for pair in ((images[i], texts[j]), (texts[j], images[i]))
+    ]
+    torch.testing.assert_close(found, sum(directions) / 8)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_equal_captions_have_equal_hashes_whatever_the_padding(padding: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(2, 50_000, (1, 2000, 6), generator=generator)
+    texts[0, 7], texts[0, 8] = texts[0, 3], texts[0, 3].flip(0)
+    hashes = caption_hashes(texts, padding)
+    assert torch.equal(hashes, caption_hashes(F.pad(texts, (0, 5), value=padding), padding))
+    assert hashes[0, 7] == hashes[0, 3]
+    assert len(hashes.unique()) == 1999
+    assert bool((hashes != 0).all())
+    numbers = [(int(x) - padding) * 6364136223846793005 ** (n + 1) for n, x in enumerate(texts[0, 3])]
+    assert int(hashes[0, 3]) % 2**64 == sum(numbers) % 2**64 | 1
+    features = torch.randn(2, 9, 5, generator=generator)
+    features[0, 4] = features[0, 2]
+    floats = caption_hashes(features)
+    assert floats[0, 4] == floats[0, 2]
+    assert len(floats.unique()) == 17
+
+
+def test_the_objective_finds_equal_captions_groups_and_equal_neighbors() -> None:
+    batch = random_batch()
+    batch.texts[:, 5] = batch.texts[:, 2]
+    groups = torch.zeros(8, dtype=torch.int64)
+    groups[[0, 7]] = 3
+    batch = PairBatch(batch.views, batch.texts, sample_ids=batch.sample_ids, groups=groups)
+    assert torch.equal(pair_labels(batch)[:, 2], groups)
+    weights = {"contrastive": 0.5, "multi_view": 0.3, "nearest_neighbor": 0.2}
+    found = {}
+    for duplicates in ("negatives", "mask"):
+        model, objective = parts(weights, contrastive={"duplicates": duplicates})
+        objective(model, batch)
+        objective.after_step(model)
+        assert objective.queue is not None
+        found[duplicates] = objective(model, batch)
+    assert all(found["mask"][name] < found["negatives"][name] for name in weights)
+    model, objective = parts(weights, contrastive={"duplicates": "mask"})
+    images, texts = model.encode_image(batch.views["first"].pixels), model.encode_text(batch.texts[0])
+    labels = torch.arange(1, 9)[:, None]
+    labels[5], labels[7] = labels[2].clone(), labels[0].clone()
+    given = SoftTargets("mask", labels=labels, key_labels=labels)
+    expected = info_nce(images, texts, images, texts, model.logit_scale.exp(), soft=given)
+    torch.testing.assert_close(objective(model, batch)["contrastive"], expected)
+
+
+def test_self_distillation_rises_over_the_run() -> None:
+    model, objective = parts({"contrastive": 1.0}, contrastive={"self_distillation": 0.5})
+    batch = replace(random_batch(), masked=None, labels=None)
+    image, text = model.encode_image(batch.views["first"].pixels), model.encode_text(batch.texts[0])
+    for progress, alpha in ((0.0, 0.0), (0.5, 0.25), (1.0, 0.5)):
+        objective.set_progress(progress)
+        given = SoftTargets(self_distillation=alpha)
+        expected = info_nce(image, text, image, text, model.logit_scale.exp(), soft=given)
+        torch.testing.assert_close(objective(model, batch)["contrastive"], expected)
+
+
+def test_sections_without_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="label_smoothing"):
+        Recipe.model_validate({"contrastive": {"label_smoothing": 1.0}})
+    with pytest.raises(ValueError, match=r"data\.group_column=brand.*contrastive\.duplicates"):
+        Recipe.model_validate({"data": {"group_column": "brand"}})

@@ -1,0 +1,156 @@
+"""Epochs, the validation loss, the best checkpoint and early stopping."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import declip
+from conftest import TINY
+from declip.api import train
+from declip.errors import UserError
+from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
+from declip.evaluation.retrieval import contrastive_loss
+from declip.recipe.load import load_recipe
+from declip.recipe.schema import Evaluation, Recipe
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
+from declip.training.stopping import BestEvaluation
+from declip.training.trainer import Trainer
+from processes import in_processes
+from training.starts import same_end, stop_at
+
+RIGHT = RecallAtK(9, 9, 1, 1, 1, 0.1, 0.5, 1, 1)
+
+
+def recipe_for(table: Path, **keys: Any) -> Recipe:
+    """A run that learns, and then overshoots: evaluated every 2 steps."""
+    train = {**TINY["train"], "steps": 24, "evaluate_every": 2, "checkpoint_every": 100, **keys}
+    tree = {**TINY, "name": "best", "data": {"source": str(table)}, "train": train}
+    return Recipe.model_validate({**tree, "evaluation": {"retrieval": (str(table),)}})
+
+
+def best_step(rows: list[dict[str, Any]]) -> int:
+    """The step of the highest mean R@1, of equal ones that of the lowest loss."""
+
+    def order(row: dict[str, Any]) -> tuple[float, float]:
+        return -(row["text_to_image_r1"] + row["image_to_text_r1"]), row["loss"]
+
+    return int(min((row for row in rows if "best_step" not in row), key=order)["step"])
+
+
+def test_validation_loss_equals_the_plain_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(300, 5, generator=generator), dim=1) for _ in range(2))
+    order = np.random.default_rng((0, 300)).permutation(300).tolist()
+    total = 0.0
+    for start in range(0, 300, 100):
+        rows = order[start : start + 100]
+        for b in rows:
+            image, text, s = images[b].double(), texts[b].double(), 7.0
+            to_text = math.log(sum(math.exp(s * float(image @ texts[n].double())) for n in rows))
+            to_image = math.log(sum(math.exp(s * float(text @ images[n].double())) for n in rows))
+            total += (to_text + to_image) / 2 - s * float(image @ text)
+    assert contrastive_loss(images, texts, 7.0) == pytest.approx(total / 300, rel=1e-9)
+
+
+def test_a_run_ends_with_its_best_weights(table: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(table, lr=0.3, warmup_lr=1e-3, warmup_steps=12, lr_schedule="constant", patience=3)
+    run = train(recipe, out=tmp_path / "run", quiet=True, report=False)
+    assert run.finished
+    best = best_step(run.evaluations)
+    rows = {row["step"]: row for row in run.evaluations if "best_step" not in row}
+    assert 0 < best < run.step < 24, "it was stopped early"
+    assert run.step == best + 3 * 2
+    assert (tmp_path / "run/checkpoints/best").resolve().name == f"step-{best:08d}"
+    last = run.results[-1]
+    assert last["best_step"] == best
+    assert last["loss"] == pytest.approx(rows[best]["loss"], rel=1e-6)
+    weights = part("model", load_checkpoint(tmp_path / "run/checkpoints/best").weights)
+    loaded = declip.load(tmp_path / "run", device="cpu").state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    again = Trainer(recipe, tmp_path / "run", resume=True, quiet=True).train()
+    assert again.finished
+    assert again.evaluations == run.evaluations, "nothing is trained or measured again"
+
+
+def test_a_killed_run_resumes_with_its_best_weights(table: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(table, lr=0.3, warmup_lr=1e-3, warmup_steps=12, lr_schedule="constant", patience=3)
+    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
+    for step in (11,):  # in the middle of what is stale
+        folder = tmp_path / f"part-{step}"
+        stop_at(recipe, folder, step)
+        train(recipe, out=folder, resume=True, quiet=True, report=False)
+        same_end(tmp_path / "whole", folder)
+        best = [(f / "checkpoints/best").resolve().name for f in (tmp_path / "whole", folder)]
+        assert best[0] == best[1]
+        rows = [(f / "evaluations.jsonl").read_text() for f in (tmp_path / "whole", folder)]
+        assert rows[0] == rows[1]
+
+
+def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"checkpoint_every": 1, "keep_checkpoints": 1, "steps": 10, "lr": 0.3, "warmup_lr": 0.3}
+    train(recipe_for(table, patience=100, **keys), out=tmp_path / "watched", quiet=True, report=False)
+    train(recipe_for(table, **keys), out=tmp_path / "plain", quiet=True, report=False)
+    best = (tmp_path / "watched/checkpoints/best").resolve()
+    kept = [step_of(path) for path in list_checkpoints(tmp_path / "watched")]
+    assert kept == sorted({step_of(best), 10})
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "plain")] == [10]
+    assert not (tmp_path / "plain/checkpoints/best").exists()
+    one, other = (load_checkpoint(tmp_path / name / "checkpoints/last") for name in ("watched", "plain"))
+    assert all(torch.equal(one.weights[name], tensor) for name, tensor in other.weights.items())
+
+
+def ended(recipe: Recipe, folder: Path) -> tuple[int, bool, dict[str, torch.Tensor]]:
+    trainer = Trainer(recipe, folder, quiet=True)
+    run = trainer.train()
+    return trainer.step, run.finished, trainer.model.state_dict()
+
+
+def test_two_processes_stop_together_with_the_same_best_weights(table: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(table, lr=0.3, warmup_lr=1e-3, warmup_steps=12, lr_schedule="constant", patience=2)
+    one, other = in_processes(ended, 2, tmp_path / "processes", recipe, tmp_path / "run")
+    assert one[:2] == other[:2]
+    assert one[1]
+    assert one[0] < 24
+    best = part("model", load_checkpoint(tmp_path / "run/checkpoints/best").weights)
+    assert all(torch.equal(end[2][name], tensor) for end in (one, other) for name, tensor in best.items())
+
+
+def test_recall_decides_and_then_the_loss() -> None:
+    best, evaluation = BestEvaluation(), Evaluation(retrieval=("mine",), zero_shot=("classes",))
+    better = []
+    for step, (score, loss) in enumerate(((0.2, 1.0), (0.2, 1.0), (0.2, 0.9), (0.1, 0.1), (0.3, 2.0))):
+        recalls = (RecallAtK(9, 9, score + d, 1, 1, 0.1, 0.5, 1, 1) for d in (0.05, -0.05))
+        results = [RetrievalResult("mine", 9, 9, *recalls, loss=loss), RetrievalResult("other", 9, 9, *[RIGHT] * 2)]
+        better.append(best.update(step, results, evaluation))
+        assert best.stale == (0 if better[-1] else 1)
+    assert better == [True, False, True, False, True]
+    accuracy = ZeroShotResult("classes", 9, 3, 0.5, 1.0, 0.5)
+    assert BestEvaluation(score=0.4).update(1, [accuracy], evaluation)
+    assert not BestEvaluation(score=0.6).update(1, [accuracy], evaluation)
+
+
+def test_epochs_become_steps(table: Path, tmp_path: Path) -> None:
+    trainer = Trainer(recipe_for(table, epochs=2.5), tmp_path / "run", quiet=True)
+    assert (trainer.recipe.train.steps, trainer.recipe.train.epochs) == (8, None)  # 2.5 × 3 batches of 8 of 24 pairs
+
+
+def test_one_of_steps_and_epochs(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("train: {epochs: 3}")
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\ntrain: {steps: 7}")
+    assert load_recipe("finetune", {"train.epochs": 3}).train.epochs == 3
+    assert load_recipe(tmp_path / "base.yaml", {"train.steps": 5}).train.epochs is None
+    assert load_recipe(tmp_path / "child.yaml").train.epochs is None
+    assert load_recipe(tmp_path / "child.yaml", {"train.epochs": 2}).train.epochs == 2
+    (tmp_path / "both.yaml").write_text("train: {steps: 7, epochs: 3}")
+    for name, keys in ((tmp_path / "both.yaml", {}), ("clip", {"train.steps": "7", "train.epochs": "3"})):
+        with pytest.raises(UserError, match=r"train.steps=7 and train.epochs=3"):
+            load_recipe(name, keys)
+
+
+def test_patience_needs_something_to_watch() -> None:
+    with pytest.raises(UserError, match=r"train.patience .*train.evaluate_every"):
+        load_recipe("clip", {"train.patience": 3, "data.source": "other.csv"})

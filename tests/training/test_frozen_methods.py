@@ -1,0 +1,245 @@
+"""Methods for the heads of frozen towers, against plain computations; and the towers' features in evaluation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import declip
+from conftest import TINY, draw
+from declip.api import train
+from declip.data.cached import CachedFeatures, VariantAssembler, fusemix
+from declip.data.pair import BrokenPair
+from declip.data.sources.open import open_source
+from declip.data.text.tokenizer import Tokenizer
+from declip.errors import UserError
+from declip.interchange.export import export
+from declip.models.heads import MlpHead
+from declip.models.image_tower import ImageTower
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint
+from declip.supervision.contrastive import info_nce
+from declip.supervision.shared_logits import shared_info_nce
+from declip.supervision.structure import structure
+from declip.training.closed_form import cca
+from declip.training.frozen_encoder import FrozenEncoder
+from declip.training.setup import plan_of
+from declip.training.trainer import Trainer
+from text_encoders import bert
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+
+
+def test_cca_is_that_of_a_plain_computation() -> None:
+    latent = doubles(400, 3)
+    images = latent @ doubles(3, 7) + doubles(400, 7) + 5 * doubles(7)
+    texts = latent @ doubles(3, 5) + doubles(400, 5) + 5 * doubles(5)
+    first, second, correlations = cca(images, texts, ridge=1e-12)
+    centered = []
+    for side in (images, texts):
+        mean = side.mean(0) / side.mean(0).norm()
+        rest = side - torch.outer(side @ mean, mean)
+        basis, values, _ = torch.linalg.svd(rest, full_matrices=False)
+        centered.append(basis[:, values > 1e-9])
+    expected = torch.linalg.svdvals(centered[0].mT @ centered[1])  # cosines of the angles between the two spans
+    torch.testing.assert_close(correlations[:4], expected[:4], rtol=1e-6, atol=1e-8)
+    for weights, side in ((first, images), (second, texts)):
+        assert (side @ weights.mT).mean(0).abs().max() < 1e-6, "the projection ignores the mean"
+    outputs = torch.cat([images @ first[:4].mT, texts @ second[:4].mT], dim=1)
+    found = torch.corrcoef(outputs.mT)
+    block = torch.diag(expected[:4])
+    plain = torch.cat([torch.cat([torch.eye(4), block], 1), torch.cat([block, torch.eye(4)], 1)])
+    torch.testing.assert_close(found, plain.double(), rtol=0, atol=1e-5)
+
+
+def test_structure_is_the_plain_loop() -> None:
+    features, aligned = doubles(5, 6), doubles(5, 3).requires_grad_()
+
+    def walk(rows: Tensor) -> Tensor:
+        rows = torch.stack([row / row.norm() for row in rows])
+        rows = rows - sum(rows) / len(rows)
+        scores = torch.stack([torch.stack([(a * b).sum().div(0.5).exp() for b in rows]) for a in rows])
+        return torch.stack([row / row.sum() for row in scores])
+
+    p, q = walk(features), walk(aligned)
+    expected = torch.zeros(())
+    for level in (1, 2):
+        pl, ql = (p, q) if level == 1 else (p @ p, q @ q)
+        for i in range(5):
+            for j in range(5):
+                m = (pl[i, j] + ql[i, j]) / 2
+                both = pl[i, j] * (pl[i, j] / m).log() + ql[i, j] * (ql[i, j] / m).log()
+                expected = expected + both / 2 / 5 / level / 2
+    found = structure(features, aligned, temperature=0.5, levels=2)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, aligned, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert structure(features, features) < 1e-12
+
+
+def test_shared_logits_give_the_same_loss_and_gradients() -> None:
+    image, text = (F.normalize(doubles(6, 4), dim=-1).requires_grad_() for _ in range(2))
+    scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
+    inputs = (image, text, scale)
+    losses = [shared_info_nce(image, text, scale), info_nce(image, text, image, text, scale)]
+    torch.testing.assert_close(*losses)
+    for found, expected in zip(*(torch.autograd.grad(3 * loss, inputs) for loss in losses), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def some_features(n: int, mixup: float) -> CachedFeatures:
+    rows, broken = np.arange(2 * n).reshape(2, n), {3: BrokenPair("missing image", "3")}
+    rows[:, 3] = -1
+    images, texts = (torch.arange(2.0 * n)[:, None].repeat(1, width) for width in (4, 3))
+    return CachedFeatures({"first": images}, texts, rows, rows.reshape(2, 1, n) * (rows >= 0)[:, None], broken, mixup)
+
+
+def test_fusemix_mixes_both_sides_alike_and_ranks_share_the_choice(table: Path) -> None:
+    first, second, weights = doubles(2, 3, 4), doubles(2, 3, 4), doubles(3).sigmoid()
+    mixed = fusemix(first.float(), second.float(), weights.float())
+    for v in range(2):
+        for b in range(3):
+            plain = weights[b] * first[v, b] + (1 - weights[b]) * second[v, b]
+            torch.testing.assert_close(mixed[v, b].double(), plain, rtol=1e-5, atol=1e-6)
+
+    recipe, source = Recipe.model_validate(TINY), open_source(str(table))
+    tokenizer = Tokenizer(context=16, merges=300)
+
+    def assembler(mixup: float, rank: int = 0, ranks: int = 1) -> VariantAssembler:
+        features = some_features(len(source), mixup)
+        options: dict[str, Any] = {"batch_size": 8, "seed": 0, "rank": rank, "ranks": ranks}
+        return VariantAssembler(source, tokenizer, plan_of(recipe), variants=2, features=features, **options)
+
+    for step in range(4):
+        whole, plain = assembler(0.5)[step], assembler(0)[step]
+        image, text = whole.views["first"].pixels[:, 0], whole.texts[0, :, 0]
+        torch.testing.assert_close(image, text)  # the same partner and λ, as row r of both is filled with r
+        assert not torch.equal(image, plain.views["first"].pixels[:, 0])
+        assert torch.equal(whole.sample_ids, plain.sample_ids)
+        parts = [assembler(0.5, rank, 2)[step] for rank in range(2)]
+        assert torch.equal(torch.cat([part.texts for part in parts], 1), whole.texts)
+        assert torch.isfinite(whole.texts).all()
+        assert whole.texts.min() >= 0
+
+
+def tuned(table: Path, start: Path, **keys: Any) -> Recipe:
+    frozen = {"freeze_image_blocks": "all", "freeze_text_blocks": "all", "cached_views": 2}
+    losses = keys.pop("loss_weights", {"contrastive": 1.0})
+    tree = {**TINY, "name": "frozen", "data": {"source": str(table)}, "loss_weights": losses}
+    if "text" in keys:
+        tree["text"] = keys.pop("text")
+    return Recipe.model_validate({**tree, "finetune": {**frozen, "pretrained": str(start), **keys}})
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = []
+    for number, color in enumerate(("red", "green", "blue", "orange", "purple", "black") * 2):
+        shape = ("circle", "square")[number // 6]
+        draw(color, shape).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": f"a {color} {shape}"})
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("start") / "run"
+    train(Recipe.model_validate({**TINY, "data": {"source": str(table)}}), out=out, quiet=True, report=False)
+    return out
+
+
+def test_all_methods_at_once_train_resume_export_and_start_another(table: Path, start: Path, tmp_path: Path) -> None:
+    keys = {"head": "mlp", "head_init": "cca", "mixup": 1.0, "loss_weights": {"contrastive": 1.0, "structure": 10.0}}
+    recipe = tuned(table, start, **keys)
+    straight = train(recipe, out=tmp_path / "straight", quiet=True, report=False)
+    trainer = Trainer(recipe, tmp_path / "resumed", quiet=True)
+    trainer.stop.poll = lambda: trainer.step + 1 >= 3  # type: ignore[method-assign]
+    assert trainer.train().step == 3
+    resumed = train(recipe, out=tmp_path / "resumed", resume=True, quiet=True, report=False)
+    last = [load_checkpoint(list_checkpoints(run.folder)[-1]).weights for run in (straight, resumed)]
+    assert all(torch.equal(tensor, last[1][name]) for name, tensor in last[0].items())
+
+    model: Any = declip.load(tmp_path / "straight", device="cpu")
+    assert isinstance(model.image_tower.proj, MlpHead)
+    assert model.text_tower.text_projection.mlp[-1].weight.abs().max() > 0, "the MLP has learned"
+    export(model, "safetensors", tmp_path / "ours")
+    again: Any = declip.load(tmp_path / "ours", device="cpu")
+    image = model.preprocess(Image.new("RGB", (40, 40), "red"))
+    assert torch.equal(again.encode_image(image), model.encode_image(image))
+    with pytest.raises(UserError, match=r"finetune\.head=linear"):
+        export(model, "open_clip", tmp_path / "open_clip")
+    # LP-FT: the towers continue from the trained heads.
+    second = Recipe.model_validate(
+        {**TINY, "data": {"source": str(table)}, "finetune": {"pretrained": str(tmp_path / "straight")}}
+    )
+    Trainer(second, tmp_path / "second", quiet=True).train()
+    assert isinstance(declip.load(tmp_path / "second").image_tower.proj, MlpHead)  # type: ignore[union-attr]
+
+
+def test_an_mlp_head_begins_as_the_linear_one_and_every_parameter_learns() -> None:
+    linear = torch.nn.Linear(6, 4)
+    head, features = MlpHead(linear), torch.randn(5, 6)
+    torch.testing.assert_close(head(features), linear(features))
+    torch.nn.init.normal_(head.mlp[-1].weight)
+    head(features).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in head.parameters())
+
+
+def test_towers_of_two_models_are_frozen_and_cached(table: Path, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)  # 0 would be taken for the random start
+    save_file(timm.create_model("test_vit", num_classes=0, img_size=32).state_dict(), tmp_path / "vit.safetensors")
+    text = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 16}
+    recipe = tuned(table, f"timm:test_vit/{tmp_path / 'vit.safetensors'}", image_size=32, text=text, head_init="cca")  # type: ignore[arg-type]
+    trainer = Trainer(recipe, tmp_path / "run", quiet=True)
+    learning = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert learning == {"image_tower.proj.weight", "text_tower.text_projection.weight", "logit_scale"}
+    assert trainer.train().finished
+
+
+def test_evaluation_computes_the_towers_once(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = declip.load(start, device="cpu")
+    encoder = FrozenEncoder(model)
+    images, tokens = torch.randn(3, 3, 32, 32), model.tokenize(["a red circle", "a square"])
+    expected = model.encode_image(images), model.encode_text(tokens)
+
+    def look() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(encoder.encode_image(images), expected[0])
+            torch.testing.assert_close(encoder.encode_text(tokens), expected[1])
+
+    look()
+    monkeypatch.setattr(ImageTower, "pool", None)
+    look()
+    monkeypatch.undo()
+
+
+def test_methods_of_cached_features_are_refused_without_them(table: Path, start: Path) -> None:
+    with pytest.raises(ValueError, match=r"finetune\.cached_views"):
+        tuned(table, start, cached_views=0, mixup=1.0)
+    recipe = tuned(table, start)
+    uncached = recipe.finetune.model_copy(update={"cached_views": 0})
+    weights = {"contrastive": 1.0, "structure": 1.0}
+    recipe = recipe.model_copy(update={"finetune": uncached, "loss_weights": weights})
+    with pytest.raises(UserError, match=r"loss_weights\.structure=0"):
+        Trainer(recipe, start.parent / "none", quiet=True)

@@ -1,0 +1,126 @@
+"""A second image view of its own size that starts late: batches, statistics, positions, resume, refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+
+from declip.api import train
+from declip.data.batch import PairBatch
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.models.image_tower import ImageTower
+from declip.recipe.schema import Recipe
+from declip.supervision.objective import encode_views
+from declip.training.setup import build_loader, open_training_source
+from training.starts import CONV, recipe_for, same_end, stop_at
+
+
+def late(table: Path, second: dict[str, Any], name: str = "declip", **sections: Any) -> Recipe:
+    tree = recipe_for(table, name, log_every=1).model_dump()
+    tree["views"] = {"image": {"scale": [0.5, 1.0]}, "image_second": second, **sections.pop("views", {})}
+    return Recipe.model_validate({**tree, **sections})
+
+
+def batches(recipe: Recipe, start: int = 0, workers: int = 0) -> list[PairBatch]:
+    source, model = open_training_source(recipe), DualEncoder.from_recipe(recipe)
+    with build_loader(recipe, source, model, start, workers) as loader:
+        return [next(loader) for _ in range(8 - start)]
+
+
+def test_a_batch_has_the_second_view_from_its_step_on_and_is_else_the_same(table: Path) -> None:
+    plain, given = (batches(late(table, second)) for second in ({}, {"size": 16, "start": 0.5}))
+    for step, (one, other) in enumerate(zip(plain, given, strict=True)):
+        assert list(other.views) == (["first", "second"] if step >= 4 else ["first"])
+        assert torch.equal(one.views["first"].pixels, other.views["first"].pixels)
+        assert torch.equal(one.texts, other.texts)
+    assert given[4].views["second"].pixels.shape == (8, 3, 16, 16)
+    again = batches(late(table, {"size": 16, "start": 0.5}), start=3, workers=1)
+    assert all(
+        torch.equal(a.views[v].pixels, b.views[v].pixels)
+        for a, b in zip(again, given[3:], strict=True)
+        for v in b.views
+    )
+
+
+def test_augmentation_keys_left_out_are_those_of_the_first_view(table: Path) -> None:
+    recipe = late(table, {"size": 16, "hflip_prob": 0.0})
+    second = recipe.views.image_second
+    assert second is not None
+    assert (second.scale, second.hflip_prob, recipe.views.image.hflip_prob) == ((0.5, 1.0), 0.0, 0.5)
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
+@pytest.mark.parametrize(("contrastive", "expected"), [(None, ["first"]), ({}, ["contrastive"])])
+def test_views_that_no_loss_reads_yet_are_not_made(table: Path, contrastive: Any, expected: list[str]) -> None:
+    recipe = late(table, {"start": 0.9}, "slip", views={"contrastive_view": contrastive})
+    first, *_, last = batches(recipe)
+    assert list(first.views) == expected
+    assert list(last.views) == [*expected, *(["first"] if contrastive is not None else []), "second"]
+
+
+def test_a_run_resumed_before_the_start_equals_one_never_interrupted(table: Path, tmp_path: Path) -> None:
+    recipe = late(table, {"size": 16, "start": 0.5}, image=CONV)
+    run = train(recipe, out=tmp_path / "whole", quiet=True, report=False)
+    assert ["simsiam" in row["losses"] for row in run.metrics] == [False] * 4 + [True] * 4
+    assert all("multi_view" in row["losses"] for row in run.metrics)
+    stop_at(recipe, tmp_path / "parts", 3)
+    assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
+    same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_running_statistics_are_those_of_the_first_size(table: Path) -> None:
+    recipe = late(table, {"size": 16}, image=CONV)
+    images, small = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 16, 16)
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe).train()
+    torch.manual_seed(0)
+    alone = DualEncoder.from_recipe(recipe).train()
+    found = encode_views(model, [images, small])
+    torch.testing.assert_close(found.pooled[0], alone.image_tower(images).pooled)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    torch.testing.assert_close(found.pooled[1], alone.image_tower(small).pooled)
+    assert any(not torch.equal(model.state_dict()[name], value) for name, value in alone.state_dict().items())
+
+
+def test_position_embeddings_are_resampled_to_the_smaller_grid() -> None:
+    options = {"patch_size": 8, "embed_dim": 64, "depth": 1}
+    tower = ImageTower("declip_vit_tiny", 32, 16, options, any_size=True).double()
+    small = ImageTower("declip_vit_tiny", 16, 16, options).double()
+    state = tower.state_dict()
+    positions = resample_abs_pos_embed(state["trunk.pos_embed"], [2, 2], [4, 4], num_prefix_tokens=1)
+    small.load_state_dict({**state, "trunk.pos_embed": positions})
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(tower(images).pooled, small(images).pooled, rtol=1e-6, atol=1e-6)
+    fixed = ImageTower("declip_vit_tiny", 32, 16, options).double()
+    fixed.load_state_dict(state)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert torch.equal(tower(images).pooled, fixed(images).pooled)
+
+
+@pytest.mark.parametrize(
+    ("second", "loss", "says"),
+    [
+        ({"size": 20}, "declip", "views.image_second.size"),
+        ({"start": 0.2}, "simsiam", "views.image_second.start"),
+        ({"start": 1.0}, "declip", "views.image_second.start"),
+        ({}, "one", "views.image_count to 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused(table: Path, tmp_path: Path, second: Any, loss: str, says: str) -> None:
+    sections = {"loss_weights": {"simsiam": 1.0}} if loss == "simsiam" else {}
+    views = {"image_count": 1} if loss == "one" else {}
+    with pytest.raises((UserError, ValueError)) as caught:
+        train(late(table, second, views=views, **sections), out=tmp_path, quiet=True, report=False)
+    assert says in str(caught.value)
+
+
+def test_half_of_the_patches_are_dropped_in_training_only() -> None:
+    options = {"patch_size": 8, "embed_dim": 64, "depth": 1, "patch_drop_rate": 0.5}
+    tower, images = ImageTower("declip_vit_tiny", 32, 16, options), torch.randn(2, 3, 32, 32)
+    assert tower.train()(images).tokens.shape == (2, 8, 64)
+    assert not torch.equal(tower(images).pooled, tower(images).pooled)
+    assert tower.eval()(images).tokens.shape == (2, 16, 64)
