@@ -73,8 +73,9 @@ def leave_signals_to_main(_: int) -> None:
 
     SIGTERM counts when the main process itself sends it: that is how Python ends workers when it exits.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS lacks it, and does not say who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_request_of, args=(os.getppid(),), daemon=True).start()

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,7 @@ from declip.training.setup import plan_of
 from declip.training.step import StepParts, training_step
 
 DEVICE = "pretended"
+PACKAGE = str(Path(__file__).parents[1])
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
 """Operations whose outcome the host reads, and so waits for."""
 AUTOCAST = ("linear", "conv2d", "matmul", "bmm", "mm", "addmm", "baddbmm", "scaled_dot_product_attention")
@@ -134,7 +136,9 @@ def _has_mask(indices: Any) -> bool:
 def _place() -> str:
     """The innermost line of declip that is being run."""
     frame: Any = sys._getframe(2)
-    while frame is not None and ("declip" not in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+    while frame is not None and (
+        not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_filename == __file__
+    ):
         frame = frame.f_back
     return "backward" if frame is None else f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
 
