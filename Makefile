@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
-BENCH  ?= runs/bench.json
 GPUS   ?= 1
 ARGS   ?=
 
@@ -15,7 +14,7 @@ help:
 	@echo "make test    install, run the whole test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation as a site, into site/; a broken link is an error"
-	@echo "make bench   install other libraries and compare speed with them; results go to BENCH=FILE"
+	@echo "make bench   install open_clip and compare speed with it: a training step, and loading"
 	@echo "make bench-gpu  speed, memory and exactness on one GPU, in 8 minutes; again: the parts that are missing"
 	@echo "make reproduce-yfcc15m DATA=… GPUS=8  check the data, say what it costs, train DeCLIP, compare; also reproduce-cc3m"
 	@echo "make setup   only install, into $(VENV)"
@@ -48,7 +47,8 @@ $(VENV)/.benched: $(VENV)/.installed
 	@touch $@
 
 bench: $(VENV)/.benched
-	$(BIN)/python benchmarks/run.py --json $(BENCH)
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/loader.py
 
 bench-gpu: $(VENV)/.benched
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu

@@ -2,8 +2,8 @@
 
     python benchmarks/build_emoji.py PACKAGES
 
-PACKAGES is a folder with the unpacked npm packages of `declip.data.builtin.emoji.DESIGNS`, `emojibase-data` 17.0.0 and
-`emojilib` 4.0.3, each under its name. The same files give the same bytes.
+PACKAGES is a folder with the unpacked npm packages of `declip.data.builtin.iconify.DESIGNS`, `emojibase-data` 17.0.0
+and `emojilib` 4.0.3, each under its name. The same files give the same bytes.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from declip.data.builtin.emoji import DESIGNS, PACKAGE_OF
 from declip.data.builtin.fetch import read_json
-from declip.data.builtin.iconify import table_file
+from declip.data.builtin.iconify import DESIGNS, PACKAGE_OF
+from declip.data.builtin.pictures import table_file
 
 COLUMNS = ("code", "name", "category", "group", "held_out", "names", "drawn", "keywords", *PACKAGE_OF)
 """Columns of the table. The last ones name each designer's drawing. "names" are further names, each of this emoji

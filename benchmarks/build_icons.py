@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from build_emoji import Iconify, distinct, group_of, squash
-from declip.data.builtin.clipart import is_readable
 from declip.data.builtin.fetch import read_json
-from declip.data.builtin.iconify import license_of, read_rows, split_texts, table_file
-from declip.data.builtin.icons import PACKAGE, split_of
+from declip.data.builtin.iconify import ICONS_PACKAGE, SPLIT_OF, license_of
+from declip.data.builtin.pictures import read_rows, split_texts, table_file
 from declip.data.text.synonyms import is_word
 
 TAGS = ("lucide-static", "@tabler/icons")
@@ -51,8 +50,19 @@ def reason_to_leave_out(prefix: str, info: Mapping[str, Any]) -> str | None:
     if (category := info.get("category", "")) in ("Emoji", "Logos"):
         return category.lower()
     if RESTRICTED.search(license_of(info)):
-        return f"licence {license_of(info)}"
+        return f"license {license_of(info)}"
     return next((reason for reason, prefixes in LEFT_OUT.items() if prefix in prefixes), None)
+
+
+MOST_WORDS = 5
+"""Longer names tell a story."""
+
+
+def is_readable(words: list[str], common: Collection[str]) -> bool:
+    """Whether the words are WordNet's or among the `common` ones, and one of them has two letters or more."""
+    if not 0 < len(words) <= MOST_WORDS or not any(len(word) > 1 and word.isalpha() for word in words):
+        return False
+    return all(word in common or (word.isalpha() and (len(word) == 1 or is_word(word))) for word in words)
 
 
 Row = dict[str, Any]
@@ -200,10 +210,10 @@ def choose(packages: Path) -> Iterator[Row]:
 
     Held-out sets first: of two equal drawings the first is kept, so that training has none of the test's.
     """
-    sets = packages / PACKAGE / "json"
-    infos = read_json(packages / PACKAGE / "collections.json")
+    sets = packages / ICONS_PACKAGE / "json"
+    infos = read_json(packages / ICONS_PACKAGE / "collections.json")
     used = [prefix for prefix, info in infos.items() if not reason_to_leave_out(prefix, info)]
-    used.sort(key=lambda prefix: (("test", "validation", "train").index(split_of(prefix)), prefix))
+    used.sort(key=lambda prefix: (("test", "validation", "train").index(SPLIT_OF.get(prefix, "train")), prefix))
     logos = _logo_names(sets, infos)
     rows = [row for prefix in used for row in _rows(Iconify(sets / f"{prefix}.json"), logos)]
     users = Counter(word for word, _ in {(word, row["set"]) for row in rows for word in row["captions"][0].split()})
@@ -214,7 +224,7 @@ def choose(packages: Path) -> Iterator[Row]:
         if not is_readable(name.split(), common):
             continue
         others = distinct((other for other in others if is_readable(other.split(), common)), [name])
-        if split_of(row["set"]) == "train" and emoji.taboo(name, *others):
+        if SPLIT_OF.get(row["set"], "train") == "train" and emoji.taboo(name, *others):
             continue
         keywords = [row["category"], *tags.get(squash(name), ())]
         keywords = distinct((word for word in keywords if word and not emoji.holds_out(word)), [name, *others])

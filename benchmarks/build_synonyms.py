@@ -115,7 +115,7 @@ def read_exceptions(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a WordNet file without the licence at its top, which is set in by two spaces."""
+    """Lines of a WordNet file without the license at its top, which is set in by two spaces."""
     with path.open(encoding="latin-1") as file:
         yield from (line for line in file if not line.startswith("  "))
 
@@ -286,14 +286,14 @@ def build(folder: Path) -> str:
 
 
 def read_licence(folder: Path) -> str:
-    """Take the licence from the head of a data file, where each line has a number before it."""
+    """Take the license from the head of a data file, where each line has a number before it."""
     with (folder / "data.noun").open(encoding="latin-1") as file:
         lines = [re.sub(r"^ +\d+ ", "", line).rstrip() for line in file if line.startswith("  ")]
     return "\n".join(lines).strip() + "\n"
 
 
 def main() -> None:
-    """Write the table and WordNet's licence into the package."""
+    """Write the table and WordNet's license into the package."""
     parser = argparse.ArgumentParser(description="Build the synonym table from WordNet's own files.")
     parser.add_argument("wordnet", type=Path, help="folder with WordNet 3.0's dict files")
     folder = parser.parse_args().wordnet

@@ -74,11 +74,6 @@ def compare(own: int, total: int, width: int, repeats: int) -> list[dict[str, ob
     return rows
 
 
-def measure(repeats: int) -> list[dict[str, object]]:
-    """1,024 pairs of one process, and of a quarter: for `run.py`."""
-    return [found for total in (OWN, 4 * OWN) for found in compare(OWN, total, 512, repeats)]
-
-
 def main() -> None:
     """Measure, show a table, and print the JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

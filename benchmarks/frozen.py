@@ -1,8 +1,9 @@
 """Compare ways to train the heads of frozen towers on few pairs.
 
-    python benchmarks/frozen.py OUT.jsonl SET ARMS PAIRS SEEDS [KEY=VALUE]…
+    python benchmarks/frozen.py OUT.jsonl SETS ARMS PAIRS SEEDS [KEY=VALUE]…
 
-Each line of the result is one run: its arm, number of pairs, seed, and top-1, top-5 and R@10 on the set.
+Each line of the result is one run on one set: arm, number of pairs, seed, top-1, top-5 and R@10. Runs that the file
+has are not repeated.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from declip.data.sources.open import open_source
+from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import SourceFeatures, encode_source, text_features
 from declip.evaluation.retrieval import retrieve
 from declip.evaluation.zero_shot import class_features, classify, read_templates
@@ -24,9 +25,9 @@ from declip.training.trainer import Trainer
 
 FROZEN = {
     "data.source": "builtin:emoji",
+    "image.size": 128,
     "finetune": {
         "pretrained": "builtin:lite0-minilm",
-        "image_size": 128,
         "freeze_image_blocks": "all",
         "freeze_text_blocks": "all",
         "cached_views": 8,
@@ -64,7 +65,8 @@ class Held:
     """A held-out set whose images went through the frozen tower once."""
 
     def __init__(self, name: str) -> None:
-        self.source, self.features = open_source(name), None
+        dataset = open_dataset(name)
+        self.source, self.templates, self.features = dataset.split("test"), read_templates(dataset.templates)[1], None
 
     def measure(self, model) -> dict[str, float]:
         encoder = FrozenEncoder(model)
@@ -75,14 +77,14 @@ class Held:
             images = F.normalize(model.image_tower.proj(found.images), dim=-1)
         texts = text_features(encoder, found.words)
         embedded = SourceFeatures(found.name, found.indices, images, found.captions, texts, found.skipped)
-        classes = class_features(encoder, self.source.class_names, read_templates("emoji")[1])
+        classes = class_features(encoder, self.source.class_names, self.templates)
         result = classify(embedded, self.source.labels[found.indices], classes).to_dict()
         result |= retrieve(embedded).to_dict()
         return {n: result[n] for n in ("top1", "top5", "text_to_image_r10", "image_to_text_r10", "n", "texts")}
 
 
-def run(held: Held, arm: str, pairs: int, seed: int, **keys) -> dict:
-    """Train one arm and measure it."""
+def run(sets: list[Held], arm: str, pairs: int, seed: int, **keys) -> list[dict]:
+    """Train one arm and measure it on every set."""
     given = {**FROZEN, **ARMS[arm], "seed": seed, "data.max_pairs": pairs, **keys}
     tune = given.pop("finetune")
     recipe = load_recipe("clip", {**{f"finetune.{n}": v for n, v in tune.items()}, **given})
@@ -90,24 +92,29 @@ def run(held: Held, arm: str, pairs: int, seed: int, **keys) -> dict:
         trainer = Trainer(recipe, Path(folder), quiet=True)
         begun = time.process_time()
         trainer.train()
-        seconds = time.process_time() - begun
+        seconds = round(time.process_time() - begun, 1)
         model = trainer.model.eval()
-        return {"arm": arm, "pairs": pairs, "seed": seed, **keys, "seconds": round(seconds, 1), **held.measure(model)}
+        row = {"arm": arm, "pairs": pairs, "seed": seed, **keys, "seconds": seconds}
+        return [{"set": held.source.name, **row, **held.measure(model)} for held in sets]
 
 
-def main(out: str, name: str, arms: list[str], pairs: list[int], seeds: list[int], **keys) -> None:
-    """Run the arms and append a line for each."""
-    held = Held(name)
+def main(out: Path, names: list[str], arms: list[str], pairs: list[int], seeds: list[int], **keys) -> None:
+    """Run the arms that the file lacks and append their lines."""
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(row["arm"], row["pairs"], row["seed"]) for row in rows if keys.items() <= row.items()}
+    sets = [Held(f"builtin:{name}") for name in names]
     for seed in seeds:
         for count in pairs:
             for arm in arms:
-                row = run(held, arm, count, seed, **keys)
-                with Path(out).open("a") as file:
-                    file.write(json.dumps({"set": name, **row}) + "\n")
+                if (arm, count, seed) in done:
+                    continue
+                lines = [json.dumps(row) + "\n" for row in run(sets, arm, count, seed, **keys)]
+                with out.open("a") as file:
+                    file.writelines(lines)
 
 
 if __name__ == "__main__":
-    out, name, arms, pairs, seeds, *rest = sys.argv[1:]
+    out, names, arms, pairs, seeds, *rest = sys.argv[1:]
     keys = {key: json.loads(value) for key, value in (pair.split("=") for pair in rest)}
     numbers = [[int(n) for n in given.split(",")] for given in (pairs, seeds)]
-    main(out, f"builtin:{name}", list(ARMS) if arms == "all" else arms.split(","), *numbers, **keys)
+    main(Path(out), names.split(","), list(ARMS) if arms == "all" else arms.split(","), *numbers, **keys)

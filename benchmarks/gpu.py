@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from declip.data.assembly import Assembler
 from declip.data.batch import PairBatch, View
 from declip.data.images.crops import apply_photometric
 from declip.data.loader import PairLoader
@@ -243,7 +244,9 @@ def loading(bench: Bench) -> list[dict[str, Any]]:
 
     recipe = load_recipe("declip", {"image.size": 32 if bench.tiny else 224})
     source = photographs(*SIZES[0])
-    loader = PairLoader(source, Tokenizer(), plan_of(recipe), batch_size=PAIRS, seed=0, pin_memory=bench.cuda)
+    loader = PairLoader(
+        Assembler(source, Tokenizer(), plan_of(recipe), batch_size=PAIRS, seed=0), pin_memory=bench.cuda
+    )
     rate = PAIRS / bench.seconds(lambda: next(loader))
     rows = [{"what": "one loader process", "samples_per_second": round(rate, 1), "cores": os.cpu_count()}]
     for name in TOWERS:

@@ -1,4 +1,4 @@
-"""SIGKILL at chosen moments of a run, and whether what goes on from there ends as the run that was never killed.
+"""SIGKILL at chosen moments of a run, and whether the resumed run ends as the run that was never killed.
 
     python benchmarks/kills.py --kills 50 --seed 0 --out benchmarks/results/kills.json
 
@@ -44,7 +44,7 @@ STEPS = 24
 SMALL = {
     "train.steps": STEPS, "train.batch_size": 16, "train.checkpoint_every": 5, "train.log_every": 2,
     "train.keep_checkpoints": 2,
-    "train.evaluate_every": 0, "train.warmup_steps": 4, "train.rank_timeout": 120, "data.max_pairs": 100,
+    "train.evaluate_every": 0, "train.warmup_steps": 4, "data.max_pairs": 100,
     "image.model": "declip_vit_tiny", "image.model_kwargs": {"depth": 1, "embed_dim": 64}, "text.width": 32,
     "text.bpe_merges": 300, "text.heads": 2, "embed_dim": 32, "nearest_neighbor.queue_size": 64,
     "evaluation.zero_shot": [], "evaluation.retrieval": [], "evaluation.final_zero_shot": [],

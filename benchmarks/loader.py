@@ -1,4 +1,4 @@
-"""Pairs a second that one core loads: two views of JPEG files and their captions, beside what others do.
+"""Pairs a second that one core loads: two views of JPEG files and their captions, compared with other libraries.
 
     python benchmarks/loader.py --repeats 7 --size 224 --json
 
@@ -23,6 +23,7 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
+from declip.data.assembly import Assembler
 from declip.data.images import lazy as picture
 from declip.data.images.crops import apply_photometric
 from declip.data.images.decode import decode
@@ -104,7 +105,7 @@ class Blur:
     """Pillow's Gaussian blur of a random sigma, quicker on a picture than torchvision's; SLIP has the same."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(float(np.random.uniform(*ImageView().blur_sigma))))
+        return image.filter(ImageFilter.GaussianBlur(float(np.random.uniform(0.1, 2.0))))
 
 
 def torchvision_view(size: int) -> transforms.Compose:
@@ -139,8 +140,8 @@ def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
     one_view, tokenize = open_clip.image_transform(size, is_train=True), open_clip.get_tokenizer("ViT-B-32")
 
     def ours(finish: bool, fast: bool = True, scaled: bool = True) -> Callable[[], object]:
-        loader = PairLoader(source, tokenizer, plan, batch_size=PAIRS, seed=0)
-        loader._assembler.scaled_decode = scaled
+        loader = PairLoader(Assembler(source, tokenizer, plan, batch_size=PAIRS, seed=0))
+        loader.assembler.scaled_decode = scaled
 
         def load() -> object:
             with nullcontext() if fast else patch.object(picture, "simplejpeg", None):

@@ -25,19 +25,25 @@ def added_peak(task: Callable[[], object]) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = resident()
     task()
-    return _kilobytes("/proc/self/status", "VmHWM") - before
+    return peak() - before
 
 
 def resident() -> int:
     """Bytes of memory that this process has."""
-    return _kilobytes("/proc/self/status", "VmRSS")
+    return _bytes("/proc/self/status", "VmRSS")
+
+
+def peak() -> int:
+    """Most bytes of memory that this program had; `ru_maxrss` would begin at the size of its parent."""
+    return _bytes("/proc/self/status", "VmHWM")
 
 
 def available() -> int:
     """Bytes that a new process could have."""
-    return _kilobytes("/proc/meminfo", "MemAvailable")
+    return _bytes("/proc/meminfo", "MemAvailable")
 
 
-def _kilobytes(path: str, field: str) -> int:
-    lines = Path(path).read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+def _bytes(path: str, field: str) -> int:
+    """A field of a file of the kernel; 0 where the system is not Linux."""
+    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from declip.data.pair import Span
-from declip.data.sampling import BufferedOrder, Order, ResampledOrder, ShuffledOrder
+from declip.data.sampling import BufferedOrder, Order, ShuffledOrder
 from memory import added_peak, in_fresh_process
 
 SHARD, BATCH = 10_000, 4096
-BUFFERS = {"shuffled": None, "buffered, 50,000": 50_000, "buffered, 1,000,000": 1_000_000, "resampled": None}
+BUFFERS = {"shuffled": None, "buffered, 50,000": 50_000, "buffered, 1,000,000": 1_000_000}
 
 
 def make(kind: str, pairs: int) -> Order:
@@ -28,7 +28,7 @@ def make(kind: str, pairs: int) -> Order:
     spans = [Span(0, np.full(pairs // SHARD, SHARD), pairs)]
     if (buffer := BUFFERS[kind]) is not None:
         return BufferedOrder(spans, pairs, BATCH, 0, buffer)
-    return (ResampledOrder if kind == "resampled" else ShuffledOrder)(spans, pairs, BATCH, 0)
+    return ShuffledOrder(spans, pairs, BATCH, 0)
 
 
 def measure(kind: str, pairs: int) -> dict[str, Any]:

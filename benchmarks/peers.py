@@ -1,8 +1,7 @@
-"""Training steps of other libraries, on the same batch and as their own users take them."""
+"""A training step of open_clip, as its own users take it."""
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,7 +24,6 @@ class Side:
         text_length: Tokens a caption.
         views: Finishing the image views on the device alone, where the step does it.
         muon: Muon's update with the last step's gradients, where it is measured.
-        around: What its trainer does around its steps. Only where each side is alone: it holds for the process.
     """
 
     step: Callable[[], object]
@@ -34,7 +32,6 @@ class Side:
     text_length: int
     views: Callable[[], object] | None = None
     muon: Callable[[], object] | None = None
-    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass
@@ -101,42 +98,3 @@ def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str])
 
     parameters = {"model": count(model), "learned": count(model, learned=True)}
     return Side(step, optimizer.step, parameters, texts.shape[1])
-
-
-def x_clip_side(shape: Shape, images: Tensor, texts: Tensor, special: dict[str, int]) -> Side:
-    """x-clip's nearest to DeCLIP: two views of both, SimSiam, masked language, no queue; its own defaults otherwise.
-
-    Its feed-forward layers are gated, half as large again as CLIP's, and no option makes them smaller. Its SimSiam
-    encodes two more views that it draws itself, each once more without gradient. It is never compiled: what it draws
-    with Python's `random` is traced anew and anew.
-
-    Args:
-        shape: Sizes, device and precision; a vision transformer.
-        images: (2, B, 3, H, W) float in [0, 1].
-        texts: (2, B, L) ids.
-        special: Ids "start", "end", "mask" and the size "vocabulary".
-    """
-    from x_clip import CLIP
-
-    text, vision = shape.config["text_cfg"], shape.config["vision_cfg"]
-    model = CLIP(
-        dim_text=text["width"], text_enc_depth=text["layers"], text_heads=text["heads"], text_seq_len=77,
-        dim_image=vision["width"], visual_enc_depth=vision["layers"], visual_heads=vision["width"] // 64,
-        visual_image_size=vision["image_size"], visual_patch_size=vision["patch_size"], visual_patch_dropout=0.0,
-        dim_latent=shape.config["embed_dim"], num_text_tokens=special["vocabulary"],
-        use_mlm=True, text_ssl_loss_weight=0.2, mlm_mask_token_id=special["mask"],
-        mlm_mask_ignore_token_ids=[special["start"], special["end"]],
-        use_visual_ssl=True, visual_ssl_type="simsiam", image_ssl_loss_weight=0.2, multiview_loss_weight=0.3,
-    ).to(shape.device)  # fmt: skip
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with shape.autocast():
-            loss = model(texts[0], images[0], return_loss=True, aug_text=texts[1], aug_image=images[1])
-        loss.backward()
-        optimizer.step()
-
-    parameters = {"model": count(model), "learned": count(model, learned=True)}
-    return Side(step, optimizer.step, parameters, texts.shape[2])

@@ -49,7 +49,7 @@ def sizes(recipe: Recipe) -> tuple[int, int]:
     row = (len(plan.views) + plan.texts.count) * recipe.embed_dim + 2
     row += 2 * plan.texts.count if "nearest_neighbor" in losses else 0
     row += plan.texts.mask_probability is not None
-    row += 2 * recipe.simclr.out if "simclr" in losses else 0
+    row += 2 * recipe.simclr.widths[1] if "simclr" in losses else 0
     return parameters, row
 
 
@@ -88,7 +88,7 @@ def step_model(name: str, ranks: int, local: int) -> dict[str, float | str | int
         "efficiency %, assumed": round(100 * compute / (compute + exchange + exposed), 1),
         "ms of towers, assumed": round(1e3 * towers / ASSUMED["operations a second"], 1),
         "ms of features, assumed": round(1e3 * 2 * features / ASSUMED["bytes a second"], 2),
-        "ms of gradients, assumed, beside the backward pass": round(1e3 * gradients / ASSUMED["bytes a second"], 1),
+        "ms of gradients, assumed, during the backward pass": round(1e3 * gradients / ASSUMED["bytes a second"], 1),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Search of stored vectors: exact and approximate, against faiss (clip-retrieval's path) and sentence-transformers.
+"""Search of stored vectors, against faiss (clip-retrieval's path) and sentence-transformers.
 
     pip install faiss-cpu; pip install sentence-transformers --no-deps
     python benchmarks/search.py --sizes 10000 100000 1000000 --json search.json
@@ -8,8 +8,7 @@ The vectors lie around a thousand centers, as those of images do, and so do the 
 
 - faiss's `IndexFlatIP`, exact, and an inverted file `IVF…,Flat`, both of which clip-retrieval uses through autofaiss
   (which needs pandas, fsspec and more, so faiss is called directly). The inverted file probes the fewest lists,
-  a power of two, with which its recall@10 reaches 0.99, as ours does; it is tuned on the queries that are timed, ours
-  on others.
+  a power of two, with which its recall@10 reaches 0.99, tuned on the queries that are timed.
 - sentence-transformers' `util.semantic_search`, with `dot_score`: its default would normalize all vectors at each call.
 
 All take turns within one process; the numbers are medians, and recall is that of the ten nearest against a product in
@@ -20,7 +19,6 @@ import argparse
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -33,17 +31,16 @@ from rich.table import Table
 from torch import Tensor
 
 from declip.data.sources.origin import Origin
-from declip.search.approximate import build_approximate
 from declip.search.index import Index
-from declip.search.manifest import Manifest, ModelEntry, SourceEntry, locked_index
-from declip.search.store import PART_ROWS, IndexedImage, Store, batch_of, write_part
+from declip.search.manifest import Manifest, ModelEntry, SourceEntry
+from declip.search.store import PART_ROWS, IndexedImage, batch_of, write_part
 from machine import machine
 from timing import row, take_turns
 
 WIDTH, CENTERS, K, TARGET = 512, 1_000, 10, 0.99
-OURS, OURS_FULL, OURS_NEAR = "declip, exact, float16", "declip, exact, float32", "declip, approximate"
+OURS, OURS_FULL = "declip, exact, float16", "declip, exact, float32"
 FLAT, INVERTED, SENTENCE = "faiss, IndexFlatIP", "faiss, IVF Flat", "sentence-transformers"
-FAISS_MISSING = "faiss can't be imported (pip install faiss-cpu): no approximate search, and one peer less"
+FAISS_MISSING = "faiss can't be imported (pip install faiss-cpu)"
 SENTENCE_MISSING = "sentence-transformers can't be imported (pip install sentence-transformers --no-deps)"
 
 
@@ -58,7 +55,7 @@ def vectors_of(count: int, width: int, seed: int) -> Tensor:
 def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
     """An index of vectors that no model made."""
     manifest = Manifest(
-        model=ModelEntry(spec="", fingerprint="0" * 64, precision="fp32"),
+        model=ModelEntry(spec="", fingerprint="0" * 64),
         source=SourceEntry(spec="", name="made up"),
         dtype=dtype,
         captions=False,
@@ -71,7 +68,7 @@ def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
         entry = write_part(folder, manifest.next_part, batch_of(manifest, rows, part, None))
         manifest.parts, manifest.next_id = [*manifest.parts, entry], ids.stop
     manifest.save(folder)
-    return Index.open(folder, check=False)
+    return Index.open(folder)
 
 
 def recall(answers: Tensor, exact: Tensor) -> float:
@@ -123,18 +120,10 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
         half = write_index(Path(folder) / "float16", vectors, "float16")
         full = write_index(Path(folder) / "float32", vectors, "float32")
         searches: dict[str, Callable[[Tensor], Tensor]] = {
-            OURS: lambda asked: half.nearest(asked, K, exact=True)[0],
-            OURS_FULL: lambda asked: full.nearest(asked, K, exact=True)[0],
+            OURS: lambda asked: half.nearest(asked, K)[0],
+            OURS_FULL: lambda asked: full.nearest(asked, K)[0],
         }
         others, notes = peers(vectors, queries, exact)
-        made: dict[str, object] = {}
-        if FLAT in others and count >= 1_000:
-            start = time.perf_counter()
-            with locked_index(half.folder):
-                entry = build_approximate(Store(half.folder, check=False), None)
-            made = {"seconds_to_make": round(time.perf_counter() - start, 1), **entry.model_dump()}
-            near = Index.open(half.folder, check=False)
-            searches[OURS_NEAR] = lambda asked: near.nearest(asked, K)[0]
         searches |= others
         rows: list[dict[str, object]] = []
         for batch in batches:
@@ -147,8 +136,6 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
                 rows[-1]["recall_at_10"] = round(recall(search(queries), exact), 4)
                 if name != OURS:
                     rows[-1]["times_ours"] = round(seconds[name] / seconds[OURS], 2)
-                if name == OURS_NEAR:
-                    rows[-1]["made"] = made
                 if name in (FLAT, INVERTED, SENTENCE):
                     package = "sentence-transformers" if name == SENTENCE else "faiss-cpu"
                     rows[-1]["version"] = version(package)

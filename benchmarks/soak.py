@@ -4,7 +4,7 @@
 
 One process trains the demo's recipe, for so many steps or so many hours, whichever ends first. Every
 `--restart-every` steps its loading processes are replaced by new ones, or, with `--restart trainer`, it is stopped
-politely and goes on in the same process from its checkpoint. Linux only: numbers are read from /proc.
+politely and resumed in the same process from its checkpoint. Linux only: numbers are read from /proc.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A training step at full size next to open_clip's, and x-clip's with --x-clip; the batch is on the device.
+"""A training step at full size next to open_clip's; the batch is on the device.
 
     python benchmarks/step.py --json
     python benchmarks/step.py --recipe my.yaml --image ViT-B-16 --batch-size 64 --precision bf16 --json
@@ -37,11 +37,12 @@ from declip.training.compilation import compile_towers
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.setup import build_loader, keep_freed_memory, plan_of
 from declip.training.step import training_step
-from machine import free_memory, machine, memory
+from machine import machine
+from memory import available, peak
 from pairs import CAPTIONS, InMemory, open_pairs, texts_of
 from parts import build
-from peers import LEARNING_RATE, Shape, Side, count, open_clip_side, x_clip_side
-from timing import medians, row, take_turns, time_turns
+from peers import LEARNING_RATE, Shape, Side, count, open_clip_side
+from timing import medians, take_turns, time_turns
 
 TOWERS = {
     "ViT-B-32": "vit_base_patch32_clip_quickgelu_224",
@@ -176,48 +177,18 @@ def our_side(arm: str, setting: Setting) -> Side:
     )
 
 
-def makers(setting: Setting, notes: list[str], x_clip: bool) -> dict[str, Callable[[], Side]]:
-    """What builds each side; a peer that cannot run is left out with a note."""
-    clip, ours, tokenizer = setting.batches["clip"], setting.batches["ours"], Tokenizer()
+def makers(setting: Setting) -> dict[str, Callable[[], Side]]:
+    """What builds each side."""
+    clip = setting.batches["clip"]
     captions = [setting.source.texts[int(number) % len(setting.source)] for number in clip.sample_ids]
     image = setting.recipes["clip"].image
     mean, std = (torch.tensor(values, device=setting.shape.device) for values in (image.mean, image.std))
     finished = apply_photometric(clip.views, mean, std)["first"].pixels
-    special = {name: getattr(tokenizer, name) for name in ("start", "end", "mask", "vocabulary")}
-    found: dict[str, Callable[[], Side]] = {
+    return {
         "clip": lambda: our_side("clip", setting),
         "open_clip": lambda: open_clip_side(f"{setting.name}-quickgelu", setting.shape, finished, captions),
         "ours": lambda: our_side("ours", setting),
     }
-    if not x_clip:
-        return found
-    reason = why_not_x_clip(setting, special)
-    if reason is None:
-        found["x_clip"] = lambda: x_clip_side(
-            setting.shape,
-            torch.stack([view.pixels for view in ours.views.values()]).float() / 255,
-            ours.texts,
-            special,
-        )
-    else:
-        notes.append(f"x-clip is left out: {reason}")
-    return found
-
-
-def why_not_x_clip(setting: Setting, special: dict[str, int]) -> str | None:
-    """Try a step of x-clip on two tiny pairs."""
-    if setting.name.startswith("RN"):
-        return "it has vision transformers only"
-    shape = Shape(tiny(setting.shape.config), True, setting.shape.device, setting.shape.precision)
-    images = torch.rand(2, 2, 3, 32, 32, device=shape.device)
-    texts = torch.randint(3, special["start"], (2, 2, 16), device=shape.device)
-    try:
-        x_clip_side(shape, images, texts, special).step()
-    except ImportError as error:
-        return f"{error} (pip install x-clip)"
-    except Exception as error:  # a peer's, of any kind
-        return f"it does not run here: {type(error).__name__}: {error}"
-    return None
 
 
 def tasks_of(name: str, side: Side, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -265,15 +236,13 @@ def together(setting: Setting, builders: dict[str, Callable[[], Side]], repeats:
 
 
 def one_by_one(setting: Setting, builders: dict[str, Callable[[], Side]], repeats: int) -> tuple[dict, dict]:
-    """They take turns too, but each is built for its turn, with what its trainer does around it, and freed after it."""
+    """They take turns too, but each is built for its turn and freed after it."""
     taken: dict[str, list[float]] = {}
     sides = {}
     for _ in range(repeats):
         for name, make in builders.items():
             side = make()
-            with side.around():
-                found = time_turns(1, tasks_of(name, side, setting.shape.device))
-            for what, seconds in found.items():
+            for what, seconds in time_turns(1, tasks_of(name, side, setting.shape.device)).items():
                 taken.setdefault(what, []).extend(seconds)
             sides[name] = described(side)
             del side
@@ -305,11 +274,11 @@ def compare_all(options: argparse.Namespace) -> dict[str, Any]:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all sides."""
-    setting, notes = prepare(options), list[str]()
-    about, builders = machine(), makers(setting, notes, options.x_clip)
+    setting = prepare(options)
+    about, builders = machine(), makers(setting)
     with torch.device("meta"):
         state = STATE_BYTES * count(DualEncoder.from_recipe(setting.recipes["clip"])) * len(builders)
-    apart = options.apart or 0 < free_memory() < 2 * state
+    apart = options.apart or 0 < available() < 2 * state
     taken, sides = (one_by_one if apart else together)(setting, builders, options.repeats)
     whole = medians(taken)
     seconds = {name: whole[name] for name in builders}
@@ -346,12 +315,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "views_seconds": views,
         "optimizer_seconds": {name: whole[f"{name}: optimizer"] for name in builders},
         "raw_seconds": taken,
-        "largest_memory_mb": round(memory("VmHWM")),
-        "notes": notes,
+        "largest_memory_mb": round(peak() / 1e6),
         "machine": about,
     }
-    if "x_clip" in builders:
-        result["ours_over_x_clip"] = whole["ours"] / whole["x_clip"]
     return result
 
 
@@ -373,22 +339,6 @@ def described_captions(kind: str, setting: Setting) -> dict[str, Any]:
     return {"kind": kind, "from": open_pairs().name, **said(whole, ""), **said(of_batch, "_of_batch")}
 
 
-def measure(repeats: int) -> list[dict[str, object]]:
-    """ViT-B/32 on 4 pairs, where AdamW is most of the time: for `run.py`."""
-    options = parser().parse_args(["--batch-size", "4", "--precision", "fp32", "--repeats", str(repeats)])
-    try:
-        result = compare(options)
-    except ImportError as error:
-        return [{"part": "step", "note": f"left out: {error} (pip install 'declip[bench]')"}]
-    more = {key: result[key] for key in ("precision", "threads", "device")}
-    rows = [
-        row(f"step, {result['image']}", name, seconds, 4, "pairs", **more, text_length=result["text_length"][name])
-        | {"times_open_clip": seconds / result["seconds"]["open_clip"]}
-        for name, seconds in result["seconds"].items()
-    ]
-    return rows + [{"part": "step", "note": note} for note in result["notes"]]
-
-
 def show(result: dict[str, Any], console: Console) -> None:
     """A row for each side."""
     table = Table("side", "s a step", "× open_clip", "AdamW, s", "views, s", "tokens", "10⁶ learned", title="Medians")
@@ -403,7 +353,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             str(result["text_length"][name]),
             f"{result['parameters'][name]['learned'] / 1e6:.1f}",
         )
-    console.print(table, *result["notes"], sep="\n")
+    console.print(table)
     console.print(
         f"{result['image']}, {result['batch']} pairs, {result['precision']}, {result['device']}, threads: "
         f"{result['threads']}; load {result['machine']['load_before']} before; {result['repeats']} turns each",
@@ -431,7 +381,6 @@ def parser() -> argparse.ArgumentParser:
         help="of the built-in emoji: one caption; all captions and keywords of a pair (default); several pairs', "
         "so that all 77 tokens are used",
     )
-    found.add_argument("--x-clip", action="store_true", help="also x-clip; at 32 pairs it wants some 16 GB for itself")
     found.add_argument("--apart", action="store_true", help="build each for its turn only; so where memory is short")
     found.add_argument("--tiny", action="store_true", help="towers of two narrow layers at 32 px, to try this script")
     found.add_argument("--json", action="store_true", help="print the result as JSON, as the last line")

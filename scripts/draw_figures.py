@@ -15,10 +15,8 @@ STYLE = "svg{color:#222}@media (prefers-color-scheme:dark){svg{color:#ddd}}"
 
 IMAGE, TEXT, TERM, PLAIN = "#3b7dd8", "#d9822b", "#2e9e5b", "#888888"
 
-Part = str
 
-
-def drawing(height: int, title: str, *parts: Part | Iterable[Part]) -> str:
+def drawing(height: int, title: str, *parts: str | Iterable[str]) -> str:
     """An SVG of its parts."""
     inner = "\n".join(part if isinstance(part, str) else "\n".join(part) for part in parts)
     arrow = (
@@ -33,12 +31,12 @@ def drawing(height: int, title: str, *parts: Part | Iterable[Part]) -> str:
     )
 
 
-def words(x: float, y: float, text: str, size: int = 13, anchor: str = "middle", color: str = "currentColor") -> Part:
+def words(x: float, y: float, text: str, size: int = 13, anchor: str = "middle", color: str = "currentColor") -> str:
     """A line of text, its middle (or its start) at x, its base line at y."""
     return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{escape(text)}</text>'
 
 
-def box(x: float, y: float, width: float, height: float, lines: str, color: str = PLAIN, dashed: bool = False) -> Part:
+def box(x: float, y: float, width: float, height: float, lines: str, color: str = PLAIN, dashed: bool = False) -> str:
     """A tinted box with lines of text in its middle."""
     rows = lines.split("\n")
     top = y + height / 2 - 8 * (len(rows) - 1) + 4.5
@@ -50,7 +48,7 @@ def box(x: float, y: float, width: float, height: float, lines: str, color: str 
     )
 
 
-def arrow(*points: tuple[float, float], dashed: bool = False, both: bool = False, color: str = "currentColor") -> Part:
+def arrow(*points: tuple[float, float], dashed: bool = False, both: bool = False, color: str = "currentColor") -> str:
     """A line through points, with a tip at its end, or at both."""
     path = "M" + " ".join(f"{x} {y}" for x, y in points)
     dash = ' stroke-dasharray="4 3"' if dashed else ""
@@ -58,7 +56,17 @@ def arrow(*points: tuple[float, float], dashed: bool = False, both: bool = False
     return f'<path d="{path}" fill="none" stroke="{color}" stroke-width="1.3"{dash}{start} marker-end="url(#tip)"/>'
 
 
-def matrix(x: float, y: float, rows: int, columns: int, cell: float, dark: Callable[[int, int], bool]) -> list[Part]:
+def down(top: float, bottom: float, *columns: float) -> list[str]:
+    """Vertical arrows between two heights."""
+    return [arrow((x, top), (x, bottom)) for x in columns]
+
+
+def boxes(y: float, height: float, color: str, *row: tuple[float, float, str]) -> list[str]:
+    """Boxes next to each other, each by x, width and text."""
+    return [box(x, y, width, height, text, color) for x, width, text in row]
+
+
+def matrix(x: float, y: float, rows: int, columns: int, cell: float, dark: Callable[[int, int], bool]) -> list[str]:
     """A grid of cells, some of them dark."""
     return [
         f'<rect x="{x + c * cell}" y="{y + r * cell}" width="{cell}" height="{cell}" stroke="currentColor" '
@@ -68,11 +76,6 @@ def matrix(x: float, y: float, rows: int, columns: int, cell: float, dark: Calla
     ]
 
 
-def diagonal(row: int, column: int) -> bool:
-    """Whether a cell belongs to a pair."""
-    return row == column
-
-
 def clip() -> str:
     """Draw two towers and the matrix of all images with all captions."""
     return drawing(
@@ -80,8 +83,7 @@ def clip() -> str:
         "CLIP: images and captions of a batch meet in a matrix of cosines; the pairs are its diagonal",
         box(30, 10, 140, 34, "N images", IMAGE),
         box(230, 10, 140, 34, "N captions", TEXT),
-        arrow((100, 44), (100, 64)),
-        arrow((300, 44), (300, 64)),
+        down(44, 64, 100, 300),
         box(30, 66, 140, 34, "image tower", IMAGE),
         box(230, 66, 140, 34, "text tower", TEXT),
         arrow((100, 100), (100, 170), (126, 170)),
@@ -90,7 +92,7 @@ def clip() -> str:
         words(62, 166, "length 1", 11),
         words(326, 122, "G", 15, color=TEXT),
         words(326, 138, "length 1", 11),
-        matrix(130, 146, 5, 5, 28, diagonal),
+        matrix(130, 146, 5, 5, 28, lambda row, column: row == column),
         words(200, 304, "s · F Gᵀ: softmax over each row and each column"),
         words(200, 321, "the pair's own entry should be the largest"),
     )
@@ -106,22 +108,15 @@ def slip() -> str:
         arrow((150, 38), (60, 62)),
         arrow((180, 38), (165, 62)),
         arrow((205, 38), (262, 62)),
-        box(15, 64, 90, 30, "view 1", IMAGE),
-        box(120, 64, 90, 30, "view 2", IMAGE),
-        box(222, 64, 80, 30, "mild view", IMAGE),
-        arrow((60, 94), (60, 116)),
-        arrow((165, 94), (165, 116)),
-        arrow((262, 94), (262, 116)),
-        arrow((345, 38), (345, 116)),
+        boxes(64, 30, IMAGE, (15, 90, "view 1"), (120, 90, "view 2"), (222, 80, "mild view")),
+        down(94, 116, 60, 165, 262),
+        down(38, 116, 345),
         box(15, 118, 287, 30, "image tower, the same for all", IMAGE),
         box(312, 118, 80, 30, "text tower", TEXT),
-        arrow((60, 148), (60, 170)),
-        arrow((165, 148), (165, 170)),
-        arrow((262, 148), (262, 222)),
-        arrow((352, 148), (352, 222)),
+        down(148, 170, 60, 165),
+        down(148, 222, 262, 352),
         box(15, 172, 195, 30, "SimCLR head", IMAGE),
-        arrow((60, 202), (60, 222)),
-        arrow((165, 202), (165, 222)),
+        down(202, 222, 60, 165),
         box(15, 224, 195, 44, "simclr: find the other view\namong all views of the batch", TERM),
         box(222, 224, 170, 44, "contrastive:\nCLIP's", TERM),
         words(112, 288, "weight 1", 11),
@@ -169,18 +164,11 @@ def declip() -> str:
         arrow((120, 38), (130, 58)),
         arrow((280, 38), (270, 58)),
         arrow((340, 38), (350, 58)),
-        box(15, 60, 70, 30, "view 1", IMAGE),
-        box(95, 60, 70, 30, "view 2", IMAGE),
-        box(235, 60, 70, 30, "masked", TEXT),
-        box(315, 60, 70, 30, "EDA", TEXT),
-        arrow((50, 90), (50, 130)),
-        arrow((130, 90), (130, 130)),
-        arrow((270, 90), (270, 130)),
-        arrow((350, 90), (350, 130)),
-        box(15, 132, 70, 30, "F₁", IMAGE),
-        box(95, 132, 70, 30, "F₂", IMAGE),
-        box(235, 132, 70, 30, "G₁", TEXT),
-        box(315, 132, 70, 30, "G₂", TEXT),
+        boxes(60, 30, IMAGE, (15, 70, "view 1"), (95, 70, "view 2")),
+        boxes(60, 30, TEXT, (235, 70, "masked"), (315, 70, "EDA")),
+        down(90, 130, 50, 130, 270, 350),
+        boxes(132, 30, IMAGE, (15, 70, "F₁"), (95, 70, "F₂")),
+        boxes(132, 30, TEXT, (235, 70, "G₁"), (315, 70, "G₂")),
         words(200, 115, "towers", 11),
         arrow((50, 162), (50, 182), (270, 182), (270, 164), both=True, color=TERM),
         words(205, 178, "contrastive", 12, color=TERM),
@@ -188,8 +176,7 @@ def declip() -> str:
         arrow((60, 162), (60, 220), (344, 220), (344, 164), both=True, dashed=True, color=TERM),
         arrow((140, 162), (140, 236), (356, 236), (356, 164), both=True, dashed=True, color=TERM),
         words(205, 252, "multi_view: the three other pairings", 12, color=TERM),
-        box(15, 268, 120, 46, "simsiam\nF₁ ↔ F₂", TERM),
-        box(265, 268, 120, 46, "masked_\nlanguage of G₁", TERM),
+        boxes(268, 46, TERM, (15, 120, "simsiam\nF₁ ↔ F₂"), (265, 120, "masked_\nlanguage of G₁")),
         box(145, 330, 110, 46, "queue of past\ncaptions", TEXT, dashed=True),
         box(265, 330, 120, 46, "nearest_\nneighbor", TERM),
         words(75, 348, "weights:", 11),
@@ -205,20 +192,17 @@ def defilip() -> str:
         "DeFILIP: DeCLIP's five losses on whole features, FILIP's loss on patches and words of the first views",
         box(15, 8, 170, 30, "image, two views", IMAGE),
         box(215, 8, 170, 30, "caption, two views", TEXT),
-        arrow((100, 38), (100, 58)),
-        arrow((300, 38), (300, 58)),
+        down(38, 58, 100, 300),
         box(15, 60, 170, 30, "image tower", IMAGE),
         box(215, 60, 170, 30, "text tower", TEXT),
-        arrow((60, 90), (60, 128)),
-        arrow((340, 90), (340, 128)),
+        down(90, 128, 60, 340),
         arrow((140, 90), (140, 108), (200, 108), (200, 128)),
         arrow((260, 90), (260, 108), (202, 108)),
         words(60, 146, "features", 12, color=IMAGE),
         words(340, 146, "features", 12, color=TEXT),
         words(200, 146, "patches, words", 12),
-        arrow((60, 152), (60, 172)),
+        down(152, 172, 60, 200),
         arrow((340, 152), (340, 162), (90, 162), (90, 172)),
-        arrow((200, 152), (200, 172)),
         box(15, 174, 150, 62, "DeCLIP's five losses\n0.1 0.3 0.2 0.2 0.2", TERM),
         box(180, 174, 205, 62, "late_interaction\nof view 1 and caption 1: 0.2", TERM),
     )
@@ -239,7 +223,7 @@ def architecture() -> str:
         ("evaluation", "evaluation/, reports/", "report.html", PLAIN),
         ("use", "search/, interchange/, app/", "search, export", PLAIN),
     )
-    parts: list[Part] = []
+    parts: list[str] = []
     for number, (name, where, result, color) in enumerate(steps):
         y = 8 + 44 * number
         parts.append(box(8, y, 92, 30, name, color))
@@ -250,22 +234,9 @@ def architecture() -> str:
     return drawing(8 + 44 * len(steps), "From a source of pairs to the use of the model, one call per arrow", parts)
 
 
-FIGURES = {
-    "clip": clip,
-    "slip": slip,
-    "filip": filip,
-    "declip": declip,
-    "defilip": defilip,
-    "architecture": architecture,
-}
-
-
-def main() -> None:
-    """Write all drawings."""
-    FOLDER.mkdir(exist_ok=True)
-    for name, draw in FIGURES.items():
-        (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")
+FIGURES = {draw.__name__: draw for draw in (clip, slip, filip, declip, defilip, architecture)}
 
 
 if __name__ == "__main__":
-    main()
+    for name, draw in FIGURES.items():
+        (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fake_step import fake_step
 from PIL import Image
 
 from declip.api import train
@@ -27,7 +28,6 @@ from declip.errors import UserError
 from declip.inspection import inspect_source
 from declip.recipe.load import load_recipe, parse_overrides
 from declip.runs.folder import Run
-from declip.training.dry_run import dry_run
 
 TOKENS = 32
 """Length of most batches' captions, by which the cost is computed."""
@@ -130,7 +130,7 @@ def cost(recipe: Any, gpus: int) -> list[str]:
     train = recipe.train
     local = train.batch_size // gpus
     small = recipe.model_copy(update={"train": train.model_copy(update={"batch_size": min(local, 64)})})
-    step = dry_run(small, min(TOKENS, recipe.text.context_length))
+    step = fake_step(small, min(TOKENS, recipe.text.context_length))
     total = step.flops / step.batch_size * train.batch_size * train.steps
     each = (step.peak_bytes - step.state_bytes) / step.batch_size
     memory = (step.state_bytes + each * local) / 1e9

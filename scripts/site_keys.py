@@ -1,7 +1,7 @@
 """Write docs/keys.md, the page of all recipe keys, from the recipe's schema: `python scripts/site_keys.py`."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ are dotted (`train.steps=500`). `declip recipes show NAME` prints a recipe with 
 
 def keys_page() -> str:
     """Render the page as Markdown."""
-    sections = {name: field for name, field in Recipe.model_fields.items() if isinstance(field.default, BaseModel)}
-    top = _table(row for row in _rows("", Recipe()) if row[0] in set(Recipe.model_fields) - set(sections))
-    parts = [BEGINNING, f"## At the top\n\n{top}"]
-    for name, field in sections.items():
-        about = (inspect.getdoc(type(field.default)) or "").replace("\n", " ")
-        parts.append(f"## {name}\n\n{about}\n\n{_table(_rows(f'{name}.', field.default))}")
+    parts, top = [BEGINNING], []
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            about = (inspect.getdoc(type(field.default)) or "").replace("\n", " ")
+            parts.append(f"## {name}\n\n{about}\n\n{_table(_rows(f'{name}.', field.default))}")
+        else:
+            top.append((name, getattr(Recipe(), name), field.description or ""))
+    parts.insert(1, f"## At the top\n\n{_table(top)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -40,7 +42,7 @@ def _rows(prefix: str, section: BaseModel) -> Iterator[tuple[str, Any, str]]:
             yield f"{prefix}{name}", default, field.description or ""
 
 
-def _table(rows: Iterator[tuple[str, Any, str]]) -> str:
+def _table(rows: Iterable[tuple[str, Any, str]]) -> str:
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for key, default, meaning in rows:
         shown = yaml.safe_dump(_plain(default), default_flow_style=True, width=1000).removesuffix("...\n").strip()

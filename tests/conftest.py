@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-# Threads that wait for each other make everything slow beside other tests; set before the libraries are loaded, and
+# Threads that wait for each other make everything slow next to other tests; set before the libraries are loaded, and
 # handed on to the processes that tests start.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -22,32 +22,22 @@ TINY = {
     "image": {"model": "declip_vit_tiny", "size": 32, "model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1}},
     "text": {"width": 32, "layers": 1, "heads": 2, "context_length": 16, "bpe_merges": 300},
     "embed_dim": 16,
-    "simsiam": {"hidden": 16, "out": 16, "predictor_hidden": 8},
-    "simclr": {"hidden": 16, "out": 8},
+    "simsiam": {"widths": [16, 16, 8]},
+    "simclr": {"widths": [16, 8]},
     "late_interaction": {"width": 8},
     "nearest_neighbor": {"queue_size": 32},
-    "train": {
-        "steps": 8,
-        "batch_size": 8,
-        "warmup_steps": 2,
-        "log_every": 2,
-        "checkpoint_every": 4,
-    },
+    "train": {"steps": 8, "batch_size": 8, "warmup_steps": 2, "log_every": 2, "checkpoint_every": 4},
 }
 """A recipe's keys for towers of a few thousand parameters."""
 
+DECLIP = {"contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2}
 WEIGHTS = {
     "clip": {"contrastive": 1.0},
     "slip": {"contrastive": 1.0, "simclr": 1.0},
     "filip": {"contrastive": 1.0, "late_interaction": 1.0},
-    "declip": {
-        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
-    },
-    "defilip": {
-        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
-        "late_interaction": 0.2,
-    },
-}  # fmt: skip
+    "declip": DECLIP,
+    "defilip": {**DECLIP, "late_interaction": 0.2},
+}
 
 
 def draw(color: str, shape: str, size: int = 40) -> Image.Image:

@@ -6,7 +6,6 @@ Tests that compare with them carry the marker `golden`. DECLIP_GOLDEN names anot
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +64,10 @@ def model_cases(*kinds: str, world_size: int = 1) -> list[str]:
 
 def distributed_cases() -> list[list[str]]:
     """Cases of several processes: the names of their ranks, in order."""
-    sizes = {about.get("world_size", 1) for path in GOLDEN.glob("*.json") if (about := read_json(path.name))}
     ranks: dict[str, list[str]] = {}
-    for name in (name for size in sizes - {1} for name in model_cases(world_size=size)):
-        ranks.setdefault(re.sub(r"_rank\d+$", "", name), []).append(name)
-    return [sorted(names, key=lambda name: int(name.rpartition("rank")[2])) for names in ranks.values()]
+    for path in sorted(GOLDEN.glob("*_rank*.json")):
+        ranks.setdefault(path.stem.rpartition("_rank")[0], []).append(path.stem)
+    return list(ranks.values())
 
 
 def loss_cases(*groups: str) -> list[str]:

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from conftest import COLOURS, SHAPES, TINY, WEIGHTS, draw
 from declip.cli import app as cli
@@ -16,10 +15,9 @@ from declip.data.sources.origin import Origin
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.search.approximate import build_approximate
 from declip.search.index import Index
-from declip.search.manifest import ApproximateEntry, Manifest, ModelEntry, SourceEntry, locked_index
-from declip.search.store import IndexedImage, Store, batch_of, write_part
+from declip.search.manifest import Manifest, ModelEntry, SourceEntry
+from declip.search.store import IndexedImage, batch_of, write_part
 
 
 def tiny_model(seed: int = 0) -> DualEncoder:
@@ -31,7 +29,7 @@ def tiny_model(seed: int = 0) -> DualEncoder:
 
 def made_up_manifest(dimension: int, captions: bool = False) -> Manifest:
     """Manifest of an index of vectors that no model made, in float32."""
-    made_by = ModelEntry(spec="", fingerprint="0" * 64, precision="fp32")
+    made_by = ModelEntry(spec="", fingerprint="0" * 64)
     source = SourceEntry(spec="", name="made up")
     return Manifest(model=made_by, source=source, dtype="float32", captions=captions, dimension=dimension)
 
@@ -47,16 +45,12 @@ def append(folder: Path, manifest: Manifest, images: Tensor, texts: Tensor | Non
     manifest.save(folder)
 
 
-def append_vectors(folder: Path, manifest: Manifest, vectors: Tensor) -> None:
-    """Add rows with vectors of images alone, in parts."""
+def write_index(folder: Path, vectors: Tensor) -> Path:
+    """An index of vectors that no model made, of images alone, in parts."""
+    folder.mkdir()
+    manifest = made_up_manifest(vectors.shape[1])
     for part in vectors.split(500):
         append(folder, manifest, part, None, [f"caption {manifest.next_id + n}" for n in range(len(part))])
-
-
-def write_index(folder: Path, vectors: Tensor) -> Path:
-    """An index of vectors that no model made."""
-    folder.mkdir()
-    append_vectors(folder, made_up_manifest(vectors.shape[1]), vectors)
     return folder
 
 
@@ -65,19 +59,6 @@ def write_pairs(folder: Path, images: Tensor, texts: Tensor, captions: Sequence[
     folder.mkdir()
     append(folder, made_up_manifest(images.shape[1], captions=True), images, texts, captions)
     return Index.open(folder)
-
-
-def approximate(folder: Path, encode: Callable[[list[str]], Tensor] | None = None) -> ApproximateEntry:
-    """`Index.approximate` without a model."""
-    with locked_index(folder):
-        return build_approximate(Store(folder), encode)
-
-
-def clustered(rows: int, width: int, generator: torch.Generator, seed: int = 0) -> Tensor:
-    """(rows, width) of length 1, around a hundred centers that the seed sets."""
-    centers = torch.randn(100, width, generator=torch.Generator().manual_seed(seed))
-    chosen = torch.randint(100, (rows,), generator=generator)
-    return normalize(centers[chosen] + 0.7 * torch.randn(rows, width, generator=generator), dim=-1)
 
 
 @pytest.fixture

@@ -11,21 +11,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from declip import interchange
-    from declip.api import compare, finetune, train
-    from declip.data.batch import PairBatch
-    from declip.errors import UserError
-    from declip.evaluation.protocols import evaluate
-    from declip.interchange.export import export
-    from declip.interchange.push import push
-    from declip.interchange.read import load
-    from declip.recipe.load import load_recipe
-    from declip.recipe.schema import Recipe
-    from declip.search.classify import classify
-    from declip.search.embed import embed
-    from declip.search.index import Index
-    from declip.supervision.term import Term
-    from declip.training.sinks import Sink
+    from declip import interchange as interchange
+    from declip.api import compare as compare
+    from declip.api import finetune as finetune
+    from declip.api import train as train
+    from declip.data.batch import PairBatch as PairBatch
+    from declip.errors import UserError as UserError
+    from declip.evaluation.protocols import evaluate as evaluate
+    from declip.interchange.export import export as export
+    from declip.interchange.push import push as push
+    from declip.interchange.read import load as load
+    from declip.recipe.load import load_recipe as load_recipe
+    from declip.recipe.schema import Recipe as Recipe
+    from declip.search.classify import classify as classify
+    from declip.search.embed import embed as embed
+    from declip.search.index import Index as Index
+    from declip.supervision.term import Term as Term
+    from declip.training.sinks import Sink as Sink
 
 _WHERE = {
     "Index": "declip.search.index",
@@ -45,26 +47,7 @@ _WHERE = {
     "push": "declip.interchange.push",
     "train": "declip.api",
 }
-
-__all__ = [
-    "Index",
-    "PairBatch",
-    "Recipe",
-    "Sink",
-    "Term",
-    "UserError",
-    "classify",
-    "compare",
-    "embed",
-    "evaluate",
-    "export",
-    "finetune",
-    "interchange",
-    "load",
-    "load_recipe",
-    "push",
-    "train",
-]
+__all__ = sorted([*_WHERE, "interchange"])
 
 
 def __getattr__(name: str) -> Any:

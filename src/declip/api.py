@@ -3,10 +3,12 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from rich.console import Console
 
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
@@ -21,11 +23,13 @@ from declip.interchange import starter
 from declip.interchange.export import FORMATS, export
 from declip.interchange.foreign import Refusal
 from declip.interchange.read import load, read_start
+from declip.io.text import percent
 from declip.models.device import pick_device
 from declip.recipe.finetuning import CPU_SIZE, Start, settings
 from declip.recipe.load import load_recipe, read_value
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
+from declip.reports.page import Table, rich_table
 from declip.reports.run import write_report
 from declip.runs.folder import RECIPE, Run, log
 from declip.supervision.objective import extra_terms
@@ -33,16 +37,20 @@ from declip.supervision.term import Term
 from declip.training import distributed
 from declip.training.estimate import Estimate, estimate
 from declip.training.sinks import Sink
+from declip.training.stopping import BestEvaluation
 from declip.training.trainer import Trainer
 
-SPLIT = ("train.pairs", "val.pairs")
-"""Lists of the parts of a split, in the run folder."""
-
+SPLIT = ("train.pairs", "val.pairs")  # lists of the parts of a split, in the run folder
 FINETUNED = Path("runs") / "finetune"
-
-COLUMNS = tuple(
-    f"data.{name}" for name in ("image_column", "caption_column", "keyword_column", "group_column", "image_root")
-)
+HEAD_KEYS = ("finetune.head", "finetune.head_init", "finetune.mixup")
+HEADS: dict[str, tuple[Any, ...]] = {
+    "linear": ("linear", "random", 0.0),
+    "linear, CCA": ("linear", "cca", 0.0),
+    "linear, CCA, FuseMix": ("linear", "cca", 1.0),
+    "MLP": ("mlp", "random", 0.0),
+    "MLP, CCA, FuseMix": ("mlp", "cca", 1.0),
+}
+"""Head that `finetune(select=True)` tries → values of `HEAD_KEYS`."""
 
 
 def resolve_recipe(
@@ -73,14 +81,12 @@ def resolve_recipe(
 def has_captions(source: PairSource, sample: int = 64) -> bool:
     """Whether any of the first pairs has a caption other than the name of its class, for retrieval."""
     for index in range(min(sample, len(source))):
-        try:
+        with suppress(BrokenPair):
             captions = source.captions(index)
-        except BrokenPair:
-            continue
-        if source.labels is None or source.class_names is None:
-            return True
-        if captions != (source.class_names[source.labels[index]],):
-            return True
+            if source.labels is None or source.class_names is None:
+                return True
+            if captions != (source.class_names[source.labels[index]],):
+                return True
     return False
 
 
@@ -104,7 +110,6 @@ def train(
         overrides: Dotted keys and values, such as ``{"train.steps": 500}``.
         out: The run folder; by default ``runs/NAME``.
         resume: Continue the run in that folder if there is one; the result is bit-exact, as if never interrupted.
-        quiet: Show no progress.
         report: Write report.html at the end.
         data: The training pairs, for the key ``data.source``; also a Python object, see `open_source`.
         val: Held-out sets: for zero-shot classification if they have classes, for retrieval if they have captions.
@@ -113,9 +118,6 @@ def train(
 
     Returns:
         The run. `finished` is False after Ctrl-C or SIGTERM; a checkpoint was then written.
-
-    Raises:
-        UserError: see `resolve_recipe`, `open_folder`, `open_source`.
     """
     resolved = resolve_recipe(recipe, overrides, data, val)
     for callback in callbacks:
@@ -124,8 +126,7 @@ def train(
     folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
     source = None
     if data is not None and not isinstance(data, str | Path):
-        columns = resolved.data.model_dump(include={key.removeprefix("data.") for key in COLUMNS})
-        source = open_source(data, **columns)
+        source = open_source(data, **resolved.data.table_options)
     with extra_terms(terms or {}):
         trainer = Trainer(resolved, folder, resume, quiet, callbacks, source)
         run = trainer.train(_write_report if report else None)
@@ -140,6 +141,7 @@ def finetune(
     val: str | Sequence[str] = (),
     out: str | Path | None = None,
     freeze: str | None = None,
+    select: bool = False,
     resume: bool = False,
     quiet: bool = False,
     **overrides: Any,
@@ -155,11 +157,9 @@ def finetune(
         val: Validation sets as in `train`; without one a part of the pairs is split off, see `split_pairs`.
         out: The run folder; by default ``runs/finetune``.
         freeze: Towers to freeze: "both", "image", "text" or "none"; by default the number of pairs decides.
+        select: Try the heads of `HEADS` on cached features first, print their validation, and train the best.
         resume: Continue the run in that folder with its recipe and its split, if there is one.
         overrides: Dotted keys, such as ``**{"train.lr": 1e-4}``; the others are those of `settings`.
-
-    Returns:
-        The run, see `train`.
     """
     folder = FINETUNED if out is None else Path(out).expanduser()
     with removed_on_error(folder):
@@ -167,11 +167,43 @@ def finetune(
             recipe = load_recipe(folder / RECIPE, overrides)
         else:
             recipe = finetune_recipe(pairs, folder, weights, val, freeze, overrides, quiet)
+            if select:
+                recipe = select_head(recipe, folder, overrides, quiet)
         trainer = Trainer(recipe, folder, resume, quiet)
         check_learns(trainer)
     run = trainer.train(_write_finetuned)
     distributed.leave()
     return run
+
+
+def select_head(recipe: Recipe, folder: Path, given: Mapping[str, Any], quiet: bool = False) -> Recipe:
+    """Train each of `HEADS` in a temporary folder, print a table, and give the recipe with the best in validation."""
+    tune, tried = recipe.finetune, dict[str, BestEvaluation]()
+    if not tune.cached_views or distributed.launched() or any(key in given for key in HEAD_KEYS):
+        raise UserError(
+            f"--select chooses {', '.join(HEAD_KEYS)} on cached features of frozen towers, in one process. Give "
+            "--freeze both and finetune.cached_views=4, none of these keys, and no torchrun; or leave --select out."
+        )
+    evaluation = recipe.evaluation.model_copy(update={"final_zero_shot": (), "final_retrieval": ()})
+    unreported = recipe.train.model_copy(update={"report_to": ()})
+    quick = recipe.model_copy(update={"train": unreported, "evaluation": evaluation})
+
+    def with_head(of: Recipe, name: str) -> Recipe:
+        keys = {key.removeprefix("finetune."): value for key, value in zip(HEAD_KEYS, HEADS[name], strict=True)}
+        return of.model_copy(update={"finetune": tune.model_copy(update=keys)})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in HEADS:
+        with TemporaryDirectory(dir=folder, prefix="select-") as place:
+            run = Trainer(with_head(quick, name), Path(place), quiet=quiet).train()
+            if not run.finished:
+                raise SystemExit(run.status)
+            tried[name] = BestEvaluation()
+            tried[name].update(run.best_step, [row.result for row in run.last()], recipe.evaluation)
+    rows = tuple((name, percent(b.score), f"{b.loss:.3f}", f"{b.step:,}") for name, b in tried.items())
+    score = "R@1" if recipe.evaluation.retrieval else "top-1"
+    Console().print(rich_table(Table("Heads", ("heads", score, "validation loss", "step"), rows)))
+    return with_head(recipe, max(tried, key=lambda name: (tried[name].score, -tried[name].loss)))
 
 
 def estimate_finetune(
@@ -199,7 +231,9 @@ def finetune_recipe(
     given = {k: read_value(k, v) if isinstance(v, str) else v for k, v in (overrides or {}).items()}
     device = pick_device(given.get("train.device", "auto"))
     start = read_start(where := str(weights or default_weights(device.type)))  # its faults show before pairs are read
-    columns = {key.removeprefix("data."): value for key, value in given.items() if key in COLUMNS}
+    of_table = {key: value for key, value in given.items() if key.startswith(("data.", "contrastive."))}
+    options = load_recipe("finetune", of_table).data.table_options
+    columns = {name: value for name, value in options.items() if value is not None}
     source, data = open_source(pairs, **columns), str(pairs)
     sets = [val] if isinstance(val, str) else list(val)
     if sets:
@@ -217,7 +251,7 @@ def finetune_recipe(
     kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
     keys = {"finetune.pretrained": json.dumps(where), **settings(count, kind, device.type == "cpu", freeze, given)}
     if starter.matches(where) and device.type == "cpu":
-        keys.setdefault("finetune.image_size", CPU_SIZE)
+        keys.setdefault("image.size", CPU_SIZE)
     return resolve_recipe("finetune", keys, data, sets)
 
 
@@ -233,8 +267,8 @@ def default_weights(device: str) -> str:
 
 def check_learns(trainer: Trainer) -> None:
     """Refuse a run that would train the logit scale alone."""
-    trained = [name for group in trainer.optimizer.param_groups for name in group["names"]]
-    if set(trained) <= {"model.logit_scale", "model.logit_bias"}:
+    trained = {name for group in trainer.optimizer.param_groups for name in group["names"]}
+    if trained <= {"model.logit_scale", "model.logit_bias"}:
         raise UserError(
             "--freeze both leaves nothing to train: these weights have projections of their own. Give --freeze image, "
             "text or none, or finetune.lora={rank: 8}."
@@ -272,7 +306,7 @@ def _write_finetuned(trainer: Trainer) -> None:
 def _write_report(trainer: Trainer) -> None:
     # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
     model: Any = load(trainer.folder) if trainer.sharded else trainer.evaluated_model
-    write_report(trainer.folder, model, recipe=trainer.recipe, training=trainer)
+    write_report(trainer, model)
 
 
 def compare(

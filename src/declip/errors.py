@@ -15,15 +15,7 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
-    """Build the error for a name that is not known.
-
-    Args:
-        kind: Kind of thing that is named, such as "recipe".
-        known: All names that would have been accepted.
-
-    Returns:
-        The error to raise; it names the nearest match and lists the known names, or only near ones of many.
-    """
+    """Build the error for a name that is not known: it names the nearest match and the known names, or near ones."""
     names = sorted(known)
     near = get_close_matches(given, names, n=5, cutoff=0.6)
     hint = f" Did you mean '{near[0]}'?" if near else ""

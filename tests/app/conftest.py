@@ -1,7 +1,6 @@
 """An app over the pairs of the shared table, as the model of a short run sees them."""
 
 import io
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ collect_ignore_glob = [] if find_spec("starlette") and find_spec("uvicorn") else
 
 @pytest.fixture(scope="session")
 def run_folder(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps with a queue."""
+    """A run of a few steps."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     tree = {**TINY, "name": "tiny", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
     declip.train(Recipe.model_validate(tree), out=folder, quiet=True, report=False)
@@ -50,8 +49,9 @@ def ask(state: Any, **options: Any) -> AbstractContextManager[Any]:
 
 @pytest.fixture
 def state(shared: Any) -> Any:
-    """The state without the jobs of earlier tests."""
-    shared.jobs = type(shared.jobs)()
+    """The state without the comparisons of earlier tests."""
+    shared.compared.clear()
+    shared.stopped.clear()
     return shared
 
 
@@ -67,13 +67,3 @@ def png(image: Image.Image) -> bytes:
     written = io.BytesIO()
     image.save(written, "PNG")
     return written.getvalue()
-
-
-def finished(client: Any, address: str) -> dict[str, Any]:
-    """The answer of an address once its work is done."""
-    for _ in range(2_000):
-        tree: dict[str, Any] = client.get(address).json()
-        if tree["state"] != "working":
-            return tree
-        time.sleep(0.01)
-    raise AssertionError(f"{address} is never done")

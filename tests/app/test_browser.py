@@ -10,7 +10,6 @@ import pytest
 
 from conftest import draw
 from declip.app.server import build
-from declip.app.state import Jobs
 from declip.cli.serve import address_of, take_port
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -25,7 +24,6 @@ PHONE = {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def address(shared: Any) -> Iterator[str]:
     """The page, served in a thread."""
-    shared.jobs = Jobs()
     with take_port("127.0.0.1", 0) as bound:
         server = uvicorn.Server(uvicorn.Config(build(shared, "127.0.0.1"), log_config=None))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
@@ -95,22 +93,11 @@ def test_a_text_is_typed_and_found_by_keyboard_alone(page: Any, shared: Any) -> 
     sync_api.expect(page.locator("#hits > li").first).to_contain_text("cosine 1.000")
 
 
-def test_neighbors_say_where_they_come_from(page: Any, shared: Any) -> None:
-    page.goto("/neighbors")
-    page.locator("[data-example]").first.click()
-    sync_api.expect(page.get_by_role("status")).to_contain_text("entries of the run’s queue")
-    page.get_by_label("the captions of the index").check()
-    sync_api.expect(page.get_by_role("status")).to_contain_text("captions of the index")
-    nearest = shared.index.search(page.get_by_label("Caption", exact=True).input_value(), over="captions", k=1)[0]
-    sync_api.expect(page.locator("#hits > li").first).to_contain_text(nearest.caption)
-
-
 def test_pairs_are_marked_and_saved(page: Any) -> None:
     page.goto("/pairs")
     sync_api.expect(page.locator("#disagreeing-rows > li")).to_have_count(24)
     page.get_by_role("checkbox", name="exclude").first.check()
-    page.get_by_role("tab", name="Disagreeing").focus()
-    page.keyboard.press("ArrowRight")
+    page.locator("#duplicates > summary").press("Enter")
     sync_api.expect(page.locator("#duplicates-said")).to_contain_text("group")
     page.reload()
     sync_api.expect(page.locator("#list-count")).to_have_text("1 pair")
@@ -122,7 +109,7 @@ def test_pairs_are_marked_and_saved(page: Any) -> None:
 
 def test_every_view_fits_a_phone(page: Any) -> None:
     page.set_viewport_size(PHONE)
-    for view in ("classify", "search?text=red", "neighbors", "pairs", "pairs#duplicates"):
+    for view in ("classify", "search?text=red", "pairs", "pairs#duplicates"):
         page.goto(f"/{view}")
         page.wait_for_load_state("networkidle")
         for scheme in ("light", "dark"):

@@ -1,6 +1,5 @@
 import csv
 import io
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,14 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from app.conftest import finished
 from declip.app.pairs import compare_captions, find_similar
-from declip.app.state import Jobs
 from declip.errors import UserError
 from declip.search.index import Index
 from indices import write_pairs
 
 
-def nothing(_: float) -> None:
-    """Takes the progress of work."""
+def nothing() -> None:
+    """Ends no comparison."""
 
 
 @pytest.fixture
@@ -46,7 +43,7 @@ def test_exchanged_captions_disagree_most(made_up: Index) -> None:
     assert (found.median, found.spread) == pytest.approx((median, 1.4826 * np.median(np.abs(own - median))), abs=1e-5)
 
 
-def test_similar_images_are_those_of_all_with_all(made_up: Index) -> None:
+def test_similar_images_are_those_of_all_with_all_joined_through_others(made_up: Index, tmp_path: Path) -> None:
     similar = find_similar(made_up, nothing)
     [(ids, cosine)] = similar.groups(0.999)
     assert (ids, cosine) == ([20, 40], pytest.approx(1, abs=1e-5))
@@ -54,9 +51,6 @@ def test_similar_images_are_those_of_all_with_all(made_up: Index) -> None:
     expected = ((images @ images.T).triu(1) >= 0.8).nonzero()
     assert sorted(zip(similar.one, similar.other, strict=True)) == [(a, b) for a, b in expected.tolist()]
     assert similar.groups(1.1) == []
-
-
-def test_a_group_is_joined_through_its_members(tmp_path: Path) -> None:
     angles = torch.tensor([0.0, 0.3, 0.6, 2.0, 2.2])
     images = torch.stack([angles.cos(), angles.sin()], 1)
     groups = find_similar(write_pairs(tmp_path / "row", images, images, ["a"] * 5), nothing).groups(np.cos(0.31))
@@ -68,25 +62,22 @@ def test_a_group_is_joined_through_its_members(tmp_path: Path) -> None:
 
 
 def test_the_page_gets_what_was_found(client: Any, state: Any) -> None:
-    answer = finished(client, "/api/pairs")
-    assert len(answer["edges"]) == len(answer["counts"]) + 1
-    assert (answer["state"], answer["pairs"], answer["without"], sum(answer["counts"])) == ("ready", 24, 0, 24)
     found = compare_captions(state.index, nothing)
-    rows = finished(client, "/api/pairs/disagreeing")["rows"]
+    below = float(found.cosines[5])
+    answer = client.get(f"/api/pairs/disagreeing?below={below}").json()
+    assert len(answer["edges"]) == len(answer["counts"]) + 1
+    assert (answer["total"], answer["without"], sum(answer["counts"])) == (24, 0, 24)
+    rows = answer["rows"]
     assert [row["id"] for row in rows] == found.ids.tolist()
     assert [row["cosine"] for row in rows] == pytest.approx(found.cosines.tolist(), abs=1e-6)
     assert rows[0]["deviations"] == pytest.approx((found.cosines[0] - found.median) / found.spread, abs=1e-3)
     image, texts = state.index.vectors([rows[0]["id"]])[0], state.index.vectors(state.index.ids, "captions")
     assert rows[0]["nearest"] == state.index.row(int((texts @ image).argmax())).caption
-    assert finished(client, "/api/pairs/disagreeing?start=20")["rows"][0]["id"] == rows[20]["id"]
-    groups = finished(client, "/api/pairs/duplicates?threshold=0.8")
-    assert groups["extra"] == sum(group["size"] - 1 for group in groups["groups"])
-    below = rows[5]["cosine"]
-    assert finished(client, f"/api/pairs/disagreeing/ids?below={below}")["ids"] == found.ids[:5].tolist()
-    assert len(finished(client, "/api/pairs/duplicates/ids?threshold=0.8")["ids"]) == groups["extra"]
-
-
-def test_a_wrong_question_about_pairs_is_refused(client: Any) -> None:
+    assert answer["marked"] == found.ids[:5].tolist()
+    assert client.get("/api/pairs/disagreeing?start=20").json()["rows"][0]["id"] == rows[20]["id"]
+    groups = client.get("/api/pairs/duplicates?threshold=0.8").json()
+    assert len(groups["marked"]) == sum(group["size"] - 1 for group in groups["rows"])
+    assert groups["total"] == len(groups["rows"])
     for wrong in ("disagreeing?start=-1", "duplicates?threshold=0.5", "duplicates?threshold=x"):
         assert client.get(f"/api/pairs/{wrong}").status_code == 400, wrong
     reason = "near-duplicate image"
@@ -95,7 +86,7 @@ def test_a_wrong_question_about_pairs_is_refused(client: Any) -> None:
 
 
 def test_the_list_is_csv_with_keys_and_reasons(client: Any, state: Any) -> None:
-    finished(client, "/api/pairs")
+    client.get("/api/pairs/disagreeing")
     marked = {"image and caption disagree": [3, 1], "near-duplicate image": [3, 8]}
     answer = client.post("/api/pairs/list", json=marked)
     assert answer.headers["content-type"].startswith("text/csv")
@@ -107,24 +98,16 @@ def test_the_list_is_csv_with_keys_and_reasons(client: Any, state: Any) -> None:
     assert float(rows[0]["cosine"]) == pytest.approx(float(found.cosines[found.ids.tolist().index(1)]), abs=1e-4)
 
 
-def test_work_is_done_once_and_its_failure_is_kept() -> None:
-    jobs, calls = Jobs(), []
+def test_a_comparison_is_made_once_and_ends_with_the_server(state: Any) -> None:
+    calls = []
 
-    def work(report: Any) -> int:
-        report(0.5)
-        calls.append(1)
+    def compare(index: Index, check: Any) -> int:
+        check()
+        calls.append(index)
         return 7
 
-    def wrong(report: Any) -> None:
-        raise UserError("too many")
-
-    def outcome(name: str, work: Any) -> dict[str, Any]:
-        while (state := jobs.state(name, work))["state"] == "working":
-            time.sleep(0.01)
-        return state
-
-    assert [outcome("a", work), outcome("a", work)] == [{"state": "ready"}] * 2
-    assert outcome("b", wrong) == {"state": "failed", "error": "too many"}
-    jobs.stopped.set()
-    assert outcome("c", work)["state"] == "failed"
-    assert (calls, jobs.results) == ([1], {"a": 7}), "no job starts after the end"
+    assert [state.once(compare), state.once(compare)] == [7, 7]
+    assert calls == [state.index]
+    state.stopped.set()
+    with pytest.raises(UserError, match="ended"):
+        state.once(find_similar)

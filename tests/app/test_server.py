@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from app.conftest import PAGE, ask
 from declip.app.server import default_folder, open_state
-from declip.cli.serve import take_port
+from declip.cli.serve import address_of, take_port
 from declip.interchange.declip_file import write_declip_file
 from indices import tiny_model
 
@@ -53,7 +54,7 @@ def test_a_mistake_ends_with_one_line(
     assert "pip install 'declip[app]'" in outcome.err
 
 
-def test_a_browser_is_opened_ctrl_c_ends_quietly_and_another_address_is_warned_of(
+def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of(
     run_folder: Path, state: Any, monkeypatch: pytest.MonkeyPatch, command: Any
 ) -> None:
     pages: list[str] = []
@@ -63,11 +64,79 @@ def test_a_browser_is_opened_ctrl_c_ends_quietly_and_another_address_is_warned_o
             pages.append(answer.read().decode())
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("webbrowser.open", lambda address: threading.Thread(target=visit, args=(address,)).start())
+    def visited(bound: Any) -> str:
+        address = address_of(bound)
+        threading.Thread(target=visit, args=(address,)).start()
+        return address
+
+    monkeypatch.setattr("declip.cli.serve.address_of", visited)
     words = ["app", run_folder, state.index.folder, "--port", 0, "--quiet"]
-    outcome = command(*words, "--browser")
+    outcome = command(*words)
     assert "What to look for" in pages[0]
     assert outcome.status == 0
     assert [line.split()[0] for line in outcome.err.splitlines()] == ["24", "Open"]
+    monkeypatch.setattr("declip.cli.serve.address_of", address_of)
     monkeypatch.setattr("declip.app.server.serve", lambda state, bound, host: None)
     assert "no password" in command(*words, "--host", "0.0.0.0").err
+
+
+@pytest.mark.parametrize("view", ["classify", "search", "pairs"])
+def test_every_view_is_one_page_that_loads_nothing_from_elsewhere(client: Any, view: str) -> None:
+    answer = client.get(f"/{view}")
+    assert answer.status_code == 200
+    assert f'href="/{view}" aria-current="page"' in answer.text
+    assert "http" not in answer.text.replace("http-equiv", "")
+    for inline in ("<script>", "<style", " style=", " onclick=", "javascript:"):
+        assert inline not in answer.text
+    assert client.post(f"/{view}").status_code == 405
+    assert client.get("/", follow_redirects=False).headers["location"] == "/search"
+
+
+def test_answers_say_what_a_browser_may_do(client: Any) -> None:
+    for address in ("/search", "/static/app.css", "/api/pairs/disagreeing", "/thumbnails/0", "/nothing", "/api/search"):
+        headers = client.get(address).headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_own_names_and_addresses_in_numbers_are_answered_and_foreign_names_refused(client: Any) -> None:
+    for host in ("127.0.0.1:8765", "localhost:1", "LOCALHOST", "[::1]:8765", "192.168.1.5:8765"):
+        assert client.get("/search", headers={"Host": host}).status_code == 200, host
+    for host in ("evil.example", "evil.example:8765", "127.0.0.1.evil.example", "", "a b", "[::1", "localhost@x"):
+        assert client.get("/search", headers={"Host": host}).status_code == 421, host
+
+
+@pytest.mark.parametrize("address", ["/api/images", "/api/classify", "/api/pairs/list"])
+def test_a_foreign_page_can_send_nothing(client: Any, address: str) -> None:
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "", PAGE + ".evil.example"):
+        assert client.post(address, json={}, headers={"Origin": origin}).status_code == 403, origin
+    del client.headers["Origin"]
+    assert client.post(address, json={}).status_code == 403
+
+
+def test_a_foreign_page_can_load_nothing_but_the_user_may_follow_a_link(client: Any) -> None:
+    loads = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+    assert client.get("/thumbnails/0", headers=loads).status_code == 403
+    assert client.get("/api/search?text=a", headers=loads).status_code == 403
+    assert client.get("/search", headers={**loads, "Sec-Fetch-Mode": "navigate"}).status_code == 200
+    assert client.get("/thumbnails/0", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+
+
+def test_no_other_file_is_served(client: Any) -> None:
+    for address in ("/static/..%2fserver.py", "/static/../server.py", "/static/", "/nothing", "/etc/passwd"):
+        answer = client.get(address)
+        assert answer.status_code == 404, address
+        assert "import" not in answer.text
+
+
+def test_a_failure_of_ours_says_nothing_of_its_inside(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state.index, "nearest", {"a secret": 1})  # a call of it fails
+    with ask(state, raise_server_exceptions=False) as client:
+        answer = client.get("/api/search?text=a")
+    assert answer.status_code == 500
+    assert "content-security-policy" in answer.headers
+    assert "secret" not in answer.text

@@ -2,23 +2,29 @@
 
 import csv
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import declip
-from cli.test_cli import run
 from conftest import TINY
 from declip import api
+from declip.api import HEAD_KEYS, HEADS
 from declip.interchange import starter
 from declip.recipe.finetuning import settings
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
 from declip.training.trainer import Trainer
+from indices import command
 from training.starts import same_end
 from training.test_best import best_step
+
+__all__ = ["command"]
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +38,19 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             values = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
             Image.fromarray(values).resize((40, 40), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
             table.writerow([f"{number}.png", f"texture number {number}"])
+    head, *rows = (folder / "pairs.csv").read_text().splitlines()
+    parts = {"pairs": rows[:40], "other": rows[40:], "few": rows[:3], "copy": rows[10:24]}
+    parts["one"] = [row.split(",")[0] + ",a thing" for row in rows[:40]]
+    for name, part in parts.items():
+        (folder / f"{name}.csv").write_text("\n".join([head, *part]) + "\n")
     (folder / "bare.csv").write_text("image,size\n0.png,3\n")
-    rows = (folder / "pairs.csv").read_text().splitlines()
-    lines = rows[:41]
-    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
-    (folder / "other.csv").write_text("\n".join([rows[0], *rows[41:]]))
-    (folder / "few.csv").write_text("\n".join(lines[:4]))
-    (folder / "copy.csv").write_text("\n".join(lines[:1] + lines[11:25]))
-    (folder / "one.csv").write_text("\n".join([lines[0], *(line.split(",")[0] + ",a thing" for line in lines[1:])]))
+    for kind in ("blip", "clip"):
+        (folder / kind).mkdir()
+        (folder / kind / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+        save_file({"layer.weight": torch.zeros(64)}, folder / kind / "model.safetensors")
+    stored = (folder / "clip" / "model.safetensors").read_bytes()
+    (folder / "other.safetensors").write_bytes(stored)
+    (folder / "cut.safetensors").write_bytes(stored[:-8])
     return folder / "pairs.csv"
 
 
@@ -52,31 +63,24 @@ def weights(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_one_line_trains_validates_and_exports(
-    pairs: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_one_line_trains_validates_and_exports(pairs: Path, weights: Path, tmp_path: Path, command: Any) -> None:
     out = tmp_path / "run"
-    words = ["finetune", str(pairs), "--from", str(weights), "--out", str(out), "--quiet", "train.epochs=3"]
-    assert run([*words, "train.patience=9"], monkeypatch) == 0
-    printed = capfd.readouterr().out
+    words = ["finetune", pairs, "--from", weights, "--out", out, "--quiet", "train.epochs=3"]
+    printed = command(*words, "train.patience=9").out
     assert "text → image R@1" in printed
     assert "validation loss" in printed
     assert str(out / "report.html") in printed
     done = read_run(out)
     assert done.recipe.train.steps == 12  # 3 epochs of 4 batches of 8 of the 36 pairs
     assert {row["step"] for row in done.evaluations} == {0, 4, 8, 12}
-    assert (done.recipe.data.source, *done.recipe.evaluation.retrieval) == (
-        str(out / "train.pairs"),
-        str(out / "val.pairs"),
-    )
+    assert done.recipe.data.source == str(out / "train.pairs")
+    assert done.recipe.evaluation.retrieval == (str(out / "val.pairs"),)
     best = best_step(done.evaluations)
     assert done.best_step == best
-    assert (out / "report.html").is_file()
     exported = declip.load(out / "exported/safetensors/declip.safetensors", device="cpu")
     tensors = declip.load(out / f"checkpoints/step-{best:08d}", device="cpu").state_dict()  # type: ignore[attr-defined]
     assert all(torch.equal(tensors[name], t) for name, t in exported.state_dict().items())  # type: ignore[attr-defined]
-    assert run(words, monkeypatch) == 2
-    assert "--resume" in capfd.readouterr().err
+    assert "--resume" in command(*words).err
 
 
 def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_path: Path) -> None:
@@ -96,58 +100,71 @@ def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_
     same_end(tmp_path / "whole", part)
 
 
-MISTAKES = {
-    "the training pairs again": ("pairs.csv --val pairs.csv", "100.0 %", "--val"),
-    "a part of them": ("pairs.csv --val copy.csv", "'copy.csv'", "--val"),
-    "too few": ("few.csv", "3 pairs"),
-    "one caption": ("one.csv", "one caption"),
-    "no captions": ("bare.csv", "'caption'", "caption_column"),
-    "missing weights": ("pairs.csv --from nowhere", "'nowhere'", "open_clip:MODEL/TAG"),
-    "unknown file": ("pairs.csv --from pairs.csv", "pairs.csv"),
-    "unknown towers": ("pairs.csv --freeze all", "'all'", "both"),
-    "nothing to train": ("pairs.csv --freeze both", "--freeze", "lora"),
-    "both lengths": ("pairs.csv train.steps=3 train.epochs=3", "train.steps=3", "train.epochs=3"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("pairs.csv --val pairs.csv", ("100.0 %", "--val")),
+        ("pairs.csv --val copy.csv", ("'copy.csv'", "--val")),
+        ("few.csv", ("3 pairs",)),
+        ("one.csv", ("one caption",)),
+        ("bare.csv", ("'caption'", "caption_column")),
+        ("pairs.csv --from nowhere", ("'nowhere'", "open_clip:MODEL/TAG")),
+        ("pairs.csv --from pairs.csv", ("pairs.csv",)),
+        ("pairs.csv --from other.safetensors", ("'other.safetensors'", "open_clip:MODEL/FILE")),
+        ("pairs.csv --from cut.safetensors", ("'cut.safetensors'", "Download the file again")),
+        ("pairs.csv --from blip", ("'blip'", "model_type")),
+        ("pairs.csv --from clip", ("'clip'", "tokenizer.json")),
+        ("pairs.csv --from hf-hub:owner/name", ("'hf-hub:owner/name'", "no route", "Check the network")),
+        ("pairs.csv --freeze all", ("'all'", "both")),
+        ("pairs.csv --freeze both", ("--freeze", "lora")),
+        ("pairs.csv --select", ("--select", "--freeze both", "finetune.cached_views")),
+        ("pairs.csv train.steps=3 train.epochs=3", ("train.steps=3", "train.epochs=3")),
+    ],
+)
 def test_a_mistake_leaves_no_folder(
-    name: str,
-    pairs: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    words: str, parts: tuple[str, ...], pairs: Path, weights: Path, tmp_path: Path, monkeypatch: Any, command: Any
 ) -> None:
-    words, *parts = MISTAKES[name]
     monkeypatch.chdir(pairs.parent)
-    start = [] if "--from" in words else ["--from", str(weights)]
-    assert run(["finetune", *words.split(), *start, "--out", str(tmp_path / "run"), "--quiet"], monkeypatch) == 2
-    printed = capfd.readouterr().err
-    assert all(part in printed for part in parts), printed
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=OSError("no route")))
+    start = [] if "--from" in words else ["--from", weights]
+    outcome = command("finetune", *words.split(), *start, "--out", tmp_path / "run", "--quiet")
+    assert outcome.status == 2
+    assert (outcome.err.count("Error:"), "Traceback" in outcome.err) == (1, False)
+    assert all(part in outcome.err for part in parts), outcome.err
     assert not (tmp_path / "run").exists()
 
 
-def test_without_weights_three_ways_are_named(
-    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_select_keeps_the_head_that_validates_best(
+    pairs: Path, weights: Path, tmp_path: Path, monkeypatch: Any, command: Any
 ) -> None:
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    frozen = ["--freeze", "both", "finetune.cached_views=2", "train.steps=6", "train.evaluate_every=6"]
+    words = ["finetune", pairs, "--from", weights, "--out", out, "--quiet", "--select", "train.lr=0.01", *frozen]
+    printed = command(*words, "train.patience=9").out
+    table = [line.split() for line in printed.splitlines() if line.strip().startswith(tuple(HEADS))]
+    scores = {" ".join(row[:-4]): (float(row[-4]), -float(row[-2]), int(row[-1])) for row in table}
+    assert list(scores) == list(HEADS)
+    assert len(set(scores.values())) > 1, "the settings differ"
+    best, done = max(scores, key=lambda name: scores[name][:2]), read_run(out)
+    assert tuple(getattr(done.recipe.finetune, key.split(".")[1]) for key in HEAD_KEYS) == HEADS[best]
+    assert (done.results[-1]["loss"], done.best_step) == (pytest.approx(-scores[best][1], abs=6e-4), scores[best][2])
+    assert not list(out.glob("select-*"))
+    assert "finetune.mixup" in command(*words, "finetune.mixup=1", "--out", tmp_path / "other").err
+    assert not (tmp_path / "other").exists()
+
+
+def test_without_weights_three_ways_are_named(pairs: Path, tmp_path: Path, monkeypatch: Any, command: Any) -> None:
     monkeypatch.setattr(starter, "installed", lambda: False)
-    assert run(["finetune", str(pairs), "--out", str(tmp_path / "run")], monkeypatch) == 2
-    printed = capfd.readouterr().err
-    assert all(word in printed for word in ("builtin:lite0-minilm", "open_clip:", "a file"))
+    error = command("finetune", pairs, "--out", tmp_path / "run").err
+    assert all(word in error for word in ("builtin:lite0-minilm", "open_clip:", "a file"))
 
 
-def test_dry_run_keeps_nothing(
-    pairs: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_keeps_nothing(pairs: Path, weights: Path, tmp_path: Path, monkeypatch: Any, command: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    words, other = (
-        ["finetune", str(pairs), "--from", str(weights), "--dry-run", "--quiet"],
-        pairs.with_name("other.csv"),
-    )
-    for val, source in (([], "runs/finetune/train.pairs"), (["--val", str(other)], str(pairs))):
-        assert run([*words, *val], monkeypatch) == 0
-        printed = capfd.readouterr().out
+    other = pairs.with_name("other.csv")
+    for val, source in (([], "runs/finetune/train.pairs"), (["--val", other], pairs)):
+        printed = command("finetune", pairs, "--from", weights, "--dry-run", "--quiet", *val).out
         assert f"source: {source}" in printed
         assert (str(other) in printed) == bool(val)
         assert "batch_size: 8" in printed
@@ -159,7 +176,6 @@ def test_the_table_of_settings() -> None:
     few, more = (settings(count, "heads", on_cpu=True) for count in (200, 5_000))
     assert (few["finetune.cached_views"] > 0, few["finetune.freeze_image_blocks"]) == (True, "all")
     assert few["train.batch_size"] < more["train.batch_size"]
-    assert settings(1_000, "heads", on_cpu=True, freeze="none")["finetune.cached_views"] == 0
     given = settings(1_000, "whole", on_cpu=False, given={"train.steps": 40, "train.batch_size": 10, "train.lr": 1.0})
     assert "train.epochs" not in given
     assert (given["train.evaluate_every"], given["train.warmup_steps"], given["train.warmup_lr"]) == (40, 4, 0.01)

@@ -1,13 +1,13 @@
 """Comparisons whose numbers are known: clip gains 10 points with each doubling, declip is one doubling ahead."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import log2
 from typing import Any
 
 from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study, Sweep, Trial
-from declip.comparison.variants import Variant, ablation_of, baselines_of
+from declip.comparison.variants import Variant, ablation_of
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 
 SIZES = (1000, 2000, 4000, 8000)
@@ -26,32 +26,21 @@ AHEAD = {
 def study(names: Sequence[str] = ("clip", "declip"), **changes: Any) -> Study:
     """Recipes at four sizes with three seeds; a step of declip costs twice as much."""
     overrides = {"train.steps": "100", "train.batch_size": "50"}
-    plan = Study(
-        variants=tuple(Variant.of(name, name, overrides) for name in names),
-        pairs=SIZES,
-        seeds=(0, 1, 2),
-        steps=100,
-        batch_size=50,
-        datasets=("test",),
-        tasks=("zero-shot",),
-        budgets=("samples",),
-        compute_budget_of=names[-1],
-        machine={"processor": "an abacus"},
-    )
-    plan = replace(plan, **changes)
+    variants = tuple(Variant.of(name, name, overrides) for name in names)
+    plan = Study(variants, SIZES, (0, 1, 2), 100, 50, ("test",), ("zero-shot",), ("samples",), names[-1])
+    plan = replace(plan, machine={"processor": "an abacus"}, **changes)
     return replace(plan, seconds={each.name: 0.02 if each.name == "clip" else 0.04 for each in plan.variants})
 
 
-def taken_apart(plan: Study, baselines: bool = True) -> Study:
+def taken_apart(plan: Study) -> Study:
     """The last recipe taken apart too."""
-    last = plan.variants[-1]
-    variants = (*plan.variants, *ablation_of(last), *(baselines_of(last) if baselines else []))
+    variants = (*plan.variants, *ablation_of(plan.variants[-1]))
     return replace(plan, variants=variants, seconds={each.name: plan.seconds.get(each.name, 0.04) for each in variants})
 
 
 def swept(plan: Study) -> Study:
     """With two learning rates tried by every variant, the smaller one kept."""
-    sweep = Sweep({"train.lr": (0.001, 0.003)}, "validation", 2000, 100, 1002)
+    sweep = Sweep({"train.lr": (0.001, 0.003)}, "validation", 2000, 100)
     return replace(plan, sweep=sweep, chosen={each.name: {"train.lr": 0.001} for each in plan.variants})
 
 
@@ -82,15 +71,5 @@ def row(plan: Study, trial: Trial, top1: float, retrieval: bool) -> dict[str, An
             RecallAtK(400, 400, top1 + more, 1.0, 1.0, 1 / 400, 5 / 400, 10 / 400, 1.0) for more in (-0.02, 0.02)
         )
         results.append(RetrievalResult(on, 400, 400, *recalls).to_dict())
-    return {
-        "variant": trial.variant,
-        "pairs": trial.pairs,
-        "seed": trial.seed,
-        "steps": trial.steps,
-        "samples": trial.steps * plan.batch_size,
-        "overrides": dict(trial.overrides),
-        "seconds": 60.0,
-        "device": "cpu",
-        "versions": VERSIONS,
-        "results": results,
-    }
+    cost = {"samples": trial.steps * plan.batch_size, "seconds": 60.0, "device": "cpu", "versions": VERSIONS}
+    return {**asdict(trial), **cost, "results": results}

@@ -1,13 +1,15 @@
-"""The plan of a comparison: which runs, under which names, and what may change when it goes on."""
+"""The plan of a comparison: which runs, under which names, and what may change when it is continued."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from declip.comparison.outcome import scores
 from declip.comparison.study import Study, Sweep, extended, read_counts, read_study, write_study
 from declip.comparison.variants import Variant, ablation_of, variants_of
 from declip.errors import UserError
+from declip.evaluation.results import KNNResult, Votes
 
 STUDY = Study(
     variants=(Variant.of("clip", "clip", {}), Variant.of("declip", "declip", {"train.steps": 100})),
@@ -24,8 +26,7 @@ STUDY = Study(
 
 
 def test_equal_compute_gives_the_cheaper_variant_more_steps_and_a_run_for_both_budgets_is_made_once() -> None:
-    assert STUDY.steps_of("clip", "samples") == 100
-    assert STUDY.steps_of("clip", "compute") == 250
+    assert [STUDY.steps_of("clip", budget) for budget in ("samples", "compute")] == [100, 250]
     assert STUDY.steps_of("declip", "compute") == 100
     trials = STUDY.trials()
     # 2 variants x 2 sizes x 2 seeds at equal samples, and clip once more for each at equal compute.
@@ -46,12 +47,8 @@ def test_names_of_folders_are_safe_and_differ() -> None:
 
 
 def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_path: Path) -> None:
-    study = replace(
-        STUDY,
-        sweep=Sweep({"train.lr": (0.1, 0.2)}, "v", 200, 50, 1000),
-        chosen={"clip": {"train.lr": 0.1}},
-        machine={"cores": "2"},
-    )
+    sweep = Sweep({"train.lr": (0.1, 0.2)}, "v", 200, 50)
+    study = replace(STUDY, sweep=sweep, chosen={"clip": {"train.lr": 0.1}}, machine={"cores": "2"})
     write_study(study, tmp_path)
     assert read_study(tmp_path) == study
     assert read_study(tmp_path / "nowhere") is None
@@ -83,6 +80,12 @@ def test_a_later_call_for_something_else_is_refused(change: dict, named: str, tm
         extended(replace(STUDY, **change), STUDY, tmp_path)
 
 
+def test_one_measure_of_a_probe_is_compared() -> None:
+    votes, images = tuple(Votes(k, k / 10, 1.0, 0.1) for k in (1, 5)), {"n": 10, "classes": 2, "train": 8}
+    result = KNNResult(dataset="d", features="backbone", width=4, temperature=0.07, votes=votes, **images)
+    assert scores([result.to_dict()]) == {"d: 1-NN, top-1": 0.1}
+
+
 def test_numbers_of_pairs() -> None:
     assert [read_counts(text) for text in ("1k,4K", "500, 2.5k,500", "1m")] == [(1000, 4000), (500, 2500), (1_000_000,)]
     for text in ("", "1k,", "many", "-5", "0", "1g"):
@@ -93,42 +96,26 @@ def test_numbers_of_pairs() -> None:
 def test_the_ablation_is_the_papers_and_then_each_loss_left_out() -> None:
     # Without the neighbor is the last step, and not run twice.
     made = ablation_of(Variant.of("declip", "declip", {}))
+    contrastive, multi_view, simsiam, masked, nearest = (
+        {"contrastive": 0.1}, {"multi_view": 0.3}, {"simsiam": 0.2}, {"masked_language": 0.2}, {"nearest_neighbor": 0.2}
+    )  # fmt: skip
     assert {variant.name: variant.overrides["loss_weights"] for variant in made} == {
-        "step clip": {"contrastive": 0.1},
-        "step +multi_view": {"contrastive": 0.1, "multi_view": 0.3},
-        "step +simsiam +masked_language": {
-            "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2,
-        },
-        "without multi_view": {
-            "contrastive": 0.1, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
-        },
-        "without simsiam": {
-            "contrastive": 0.1, "multi_view": 0.3, "masked_language": 0.2, "nearest_neighbor": 0.2,
-        },
-        "without masked_language": {
-            "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "nearest_neighbor": 0.2,
-        },
-    }  # fmt: skip
+        "step clip": contrastive,
+        "step +multi_view": contrastive | multi_view,
+        "step +simsiam +masked_language": contrastive | multi_view | simsiam | masked,
+        "without multi_view": contrastive | simsiam | masked | nearest,
+        "without simsiam": contrastive | multi_view | masked | nearest,
+        "without masked_language": contrastive | multi_view | simsiam | nearest,
+    }
 
 
-def test_ablation_and_baselines_are_of_the_last_recipe() -> None:
-    made = variants_of(["clip", "declip"], {"train.steps": 7}, ablation=True, baselines=True)
+def test_the_ablation_is_of_the_last_recipe() -> None:
+    made = variants_of(["clip", "declip"], {"train.steps": 7}, ablation=True)
     assert [variant.name for variant in made][:3] == ["clip", "declip", "step clip"]
     assert {variant.recipe for variant in made[2:]} == {"declip"}
-    variants = {variant.name: variant.resolve() for variant in made}
-    assert all(recipe.train.steps == 7 for recipe in variants.values())
-    same, declip = variants["clip, same views"], variants["declip"]
-    assert same.active_losses == {"contrastive": 1.0}
-    assert (same.image, same.views.image) == (declip.image, declip.views.image)
-    assert variants["clip, weak views"].views.image.color_jitter_prob == 0
-    assert variants["clip, strong views"].views.image.scale == (0.2, 1.0)
-    assert list(variants["clip, two views"].active_losses) == ["contrastive", "multi_view"]
-    assert variants["clip, two views"].views.text.second_view == "same"
+    assert all(variant.resolve().train.steps == 7 for variant in made)
+    for names, message in ((["clip", "clip"], "Compared twice: clip"), ([], "No recipe")):
+        with pytest.raises(UserError, match=message):
+            variants_of(names, {})
     with pytest.raises(UserError, match="no steps"):
         ablation_of(Variant.of("clip", "clip", {}))
-
-
-@pytest.mark.parametrize(("names", "message"), [(["clip", "clip"], "Compared twice: clip"), ([], "No recipe")])
-def test_the_same_recipe_twice_and_none_are_refused(names: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        variants_of(names, {})

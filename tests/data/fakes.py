@@ -6,10 +6,11 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from declip.data.assembly import Assembler
 from declip.data.loader import PairLoader
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.plan import Plan, TextSpec, ViewSpec
-from declip.recipe.schema import Data, ImageView, TextView
+from declip.recipe.schema import ImageView, TextView
 
 
 def scene(width: int = 150, height: int = 101, seed: int = 0) -> Image.Image:
@@ -70,13 +71,10 @@ def make_loader(
     mask: float | None = 0.15,
     **options: object,
 ) -> PairLoader:
-    """A loader; options of `TextView` and `Data` go to these, the others to the loader."""
+    """A loader; options go to `TextView`, the loader and the assembler."""
     text = {name: options.pop(name) for name in TextView.model_fields.keys() & options}
-    data = {name: options.pop(name) for name in (Data.model_fields.keys() - {"workers"}) & options.keys()}
-    plan = Plan(
-        tuple(ViewSpec(name, size, ImageView()) for name in views),
-        TextSpec(texts, TextView(**text), mask),
-        (0.5, 0.5, 0.5),
-        (0.25, 0.25, 0.25),
-    )
-    return PairLoader(source, Words(context), plan, data=Data(**data), **({"batch_size": 6, "seed": 3} | options))
+    specs = tuple(ViewSpec(name, size, ImageView()) for name in views)
+    plan = Plan(specs, TextSpec(texts, TextView(**text), mask), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    loading = {name: options.pop(name) for name in {"start_step", "workers", "max_broken_fraction"} & options.keys()}
+    assembler = Assembler(source, Words(context), plan, **({"batch_size": 6, "seed": 3} | options))
+    return PairLoader(assembler, **loading)

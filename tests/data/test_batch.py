@@ -63,19 +63,20 @@ def test_stacked_parameters_keep_their_rows_and_types():
     assert both.rows(2, 4).hue.tolist() == pytest.approx([0.2, 0.0])
 
 
+INT = torch.int64
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"views": {}}, "needs a view"),
-        ({"texts": torch.ones(3, 8, dtype=torch.int64)}, r"`texts` has shape \(3, 8\)"),
-        ({"texts": torch.ones(3, 3, 8, dtype=torch.int64)}, "T 1 or 2"),
-        ({"texts": torch.ones(2, 4, 8, dtype=torch.int64)}, "4, .'first': 3"),
-        ({"texts": torch.ones(2, 3, 8)}, r"`texts` is torch.float32"),
-        ({"masked": torch.ones(3, 7, dtype=torch.int64)}, r"`masked` has shape \(3, 7\).*\(3, 8\)"),
+        ({"texts": torch.ones(3, 3, 8, dtype=INT)}, "T 1 or 2"),
+        ({"texts": torch.ones(2, 4, 8, dtype=INT)}, "4 images in each"),
+        ({"texts": torch.ones(2, 3, 8)}, r"`texts` is .*float32"),
+        ({"masked": torch.ones(3, 7, dtype=INT)}, r"`masked` is \(3, 7\).*\(3, 8\)"),
         ({"masked": None}, "give both"),
-        ({"labels": None}, "give both"),
-        ({"labels": torch.full((3, 8), -100, dtype=torch.int32)}, "`labels` is torch.int32"),
-        ({"sample_ids": torch.arange(4)}, r"`sample_ids` has shape \(4,\).*\(3,\)"),
+        ({"labels": torch.full((3, 8), -100, dtype=torch.int32)}, "`labels` is .*int32"),
+        ({"sample_ids": torch.arange(4)}, r"`sample_ids` is \(4,\).*\(3,\)"),
     ],
 )
 def test_wrong_shapes_and_types_are_refused(given, says):
@@ -84,16 +85,15 @@ def test_wrong_shapes_and_types_are_refused(given, says):
 
 
 @pytest.mark.parametrize(
-    ("pixels", "params", "says"),
+    ("shape", "dtype", "params"),
     [
-        (torch.zeros(3, 4, 4), None, r"shape \(3, 4, 4\)"),
-        (torch.zeros(3, 4, 4, 3), None, "channels"),
-        (torch.zeros(3, 3, 4, 4, dtype=torch.int64), None, "torch.int64"),
-        (torch.zeros(3, 3, 4, 4, dtype=torch.uint8), None, "need `photometric`.*has none"),
-        (torch.zeros(3, 3, 4, 4, dtype=torch.uint8), photometric(2), "3 images are.*has 2"),
-        (torch.zeros(3, 3, 4, 4), photometric(), "and no others"),
+        ((3, 4, 4, 3), torch.float32, None),
+        ((3, 3, 4, 4), torch.int64, None),
+        ((3, 3, 4, 4), torch.uint8, None),
+        ((3, 3, 4, 4), torch.uint8, photometric(2)),
+        ((3, 3, 4, 4), torch.float32, photometric()),
     ],
 )
-def test_pixels_that_are_no_view_are_refused(pixels, params, says):
-    with pytest.raises(UserError, match=says):
-        View(pixels, params)
+def test_pixels_that_are_no_view_are_refused(shape, dtype, params):
+    with pytest.raises(UserError, match="A view has shape"):
+        View(torch.zeros(shape, dtype=dtype), params)

@@ -9,17 +9,13 @@ from declip.data.pair import (
     SkipCounter,
     clean_captions,
 )
-from declip.data.sources.open import open_source
-from declip.errors import UserError
 
 
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        ([], "empty caption"),
         (["", " \t\n", None], "empty caption"),
-        (["ok", "x" * 100_000], "caption too long"),
-        (["x" * (LONGEST_CAPTION + 1)], "caption too long"),
+        (["ok", "x" * (LONGEST_CAPTION + 1)], "caption too long"),
         (["half \ud800 a letter"], "invalid text"),
     ],
 )
@@ -50,17 +46,7 @@ def test_skip_counter_counts_all_and_keeps_few_examples():
     assert state["missing image"] == {"count": 9, "examples": [f"{n}.jpg" for n in range(EXAMPLES_KEPT)]}
     assert state["empty caption"] == {"count": 2, "examples": ["x"]}
     assert counter.total == 11
-    assert counter.fraction(22) == 0.5
-    assert SkipCounter().fraction(0) == 0.0
     again = SkipCounter.from_dict(counter.to_dict())
     again.add(BrokenPair("empty caption", "y"))
     assert again.total == 12
     assert counter.total == 11
-
-
-def test_open_source_refuses_other_files(tmp_path):
-    (tmp_path / "pairs.xlsx").write_bytes(b"PK")
-    with pytest.raises(UserError) as caught:
-        open_source(tmp_path / "pairs.xlsx")
-    assert "'pairs.xlsx' is not a table" in str(caught.value)
-    assert ".jsonl, .json, .csv, .tsv, .parquet" in str(caught.value)

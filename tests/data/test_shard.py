@@ -7,7 +7,6 @@ import re
 import signal
 import tarfile
 import time
-from io import BytesIO
 
 import numpy as np
 import pytest
@@ -32,15 +31,9 @@ class Source(PairSource):
     credit = "drawn by somebody"
     keys = ("../../etc/passwd", "a.b.c", "same", "same", "/elsewhere/x", "", "ünï\n\udcff", "CON")
     said = (
-        ("one",),
-        ("one", "two \\ lines'"),
-        ("\ufeffmarked",),
-        ('"quoted" \\ {json}',),
-        ("日本語 🐈",),
-        ("one", "\ufefftwo"),
-        ("x" * 20_000,),
-        ("one",),
-    )
+        ("one",), ("one", "two \\ lines'"), ("\ufeffmarked",), ('"quoted" \\ {json}',), ("日本語 🐈",),
+        ("one", "\ufefftwo"), ("x" * 20_000,), ("one",),
+    )  # fmt: skip
     words = ((), (), (), (), (), (), (), ("red", "very round"))
 
     def __init__(self, broken=()):
@@ -136,7 +129,7 @@ def test_finished_shards_are_not_made_again(folder, tmp_path, monkeypatch):
     assert files(out) == whole
 
 
-def test_it_goes_on_after_a_kill(folder, tmp_path):
+def test_it_continues_after_a_kill(folder, tmp_path):
     out = tmp_path / "made"
 
     def shard_slowly() -> None:
@@ -168,8 +161,6 @@ def test_it_goes_on_after_a_kill(folder, tmp_path):
     ("changed", "message"),
     [
         ({"size": 50}, "size was 48, now 50"),
-        ({"quality": 91}, "quality was 92, now 91"),
-        ({"shard_pairs": 5}, "shard_pairs was 4, now 5"),
         ({"caption_column": "said"}, "caption_column was 'caption', now 'said'"),
     ],
 )
@@ -191,10 +182,9 @@ def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
     with pytest.raises(UserError, match=r"already holds something else, such as 'thesis\.tex'"):
         shard_source(folder, tmp_path / "mine", workers=0)
     assert files(tmp_path / "mine") == {"thesis.tex": b""}
-    for text in ("{", "[]", '{"made_of": 5, "shards": {}}'):
-        (tmp_path / "mine/prepared.json").write_text(text)
-        with pytest.raises(UserError, match=r"prepared\.json' cannot be read"):
-            shard_source(folder, tmp_path / "mine", workers=0)
+    (tmp_path / "mine/prepared.json").write_text('{"made_of": 5, "shards": {}}')
+    with pytest.raises(UserError, match=r"prepared\.json' cannot be read"):
+        shard_source(folder, tmp_path / "mine", workers=0)
 
 
 def test_a_shard_without_a_good_pair_and_a_source_without_any(tmp_path):
@@ -206,11 +196,5 @@ def test_a_shard_without_a_good_pair_and_a_source_without_any(tmp_path):
         shard_source(Source(broken=range(8)), tmp_path / "none", workers=0)
 
 
-def test_drawings_stay_png_where_that_is_smaller_and_jpeg_has_its_limit(monkeypatch):
-    drawing = DecodedImage(draw("red", "circle", 200))
-    kind, content = downscaled_bytes(drawing, 256, 92)
-    assert kind == "png"
-    assert np.array_equal(np.asarray(Image.open(BytesIO(content))), drawing.pixels())
-    assert downscaled_bytes(DecodedImage(scene(200, 200)), 256, 92)[0] == "jpg"
-    line = DecodedImage(scene(70_000, 2))
-    assert downscaled_bytes(line, 256, 92)[0] == "png"
+def test_an_image_longer_than_jpeg_allows_is_png():
+    assert downscaled_bytes(DecodedImage(scene(70_000, 2)), 256, 92)[0] == "png"

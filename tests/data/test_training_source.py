@@ -62,19 +62,11 @@ def test_the_recipe_sets_the_order(shards):
     assert batches() == np.random.default_rng((0, 0, 21)).permutation(21)[:16].reshape(2, 8).tolist() + (
         np.random.default_rng((0, 1, 21)).permutation(21)[:16].reshape(2, 8).tolist()
     )
-    found = [batches(), batches(shuffle_buffer=8), batches(resample=True), batches(shuffle_buffer=8, resample=True)]
-    assert len({str(each) for each in found}) == 4
+    assert batches(shuffle_buffer=8) != batches()
 
 
 def test_a_milder_contrastive_view_is_one_more(table):
-    mild = {
-        "scale": [1.0, 1.0],
-        "ratio": [1.0, 1.0],
-        "color_jitter_prob": 0,
-        "grayscale_prob": 0,
-        "blur_prob": 0,
-        "hflip_prob": 0,
-    }
+    mild = {"scale": [1.0, 1.0], "color_jitter_prob": 0, "grayscale_prob": 0, "blur_prob": 0, "hflip_prob": 0}
 
     def views(contrastive: dict[str, object] | None) -> dict[str, View]:
         tree = {"loss_weights": WEIGHTS["slip"], "views": {"contrastive_view": contrastive}}
@@ -93,10 +85,8 @@ def test_a_milder_contrastive_view_is_one_more(table):
     ("source", "says"),
     [
         ("[{source: a, wieght: 2}]", "data.source.0.wieght=2: Extra inputs are not permitted; keys: source, weight."),
-        ("[b, {source: a, weight: 0}]", "data.source.1.weight=0: Input should be greater than 0"),
         ("[{weight: 2}]", "data.source.0.source={'weight': 2}: Field required"),
         ("[]", "data.source is []; give one source, or a list of them, each with source, weight"),
-        ("5", "data.source is 5; give one source"),
     ],
 )
 def test_a_source_that_is_none_is_explained(source, says):

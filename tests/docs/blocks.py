@@ -11,9 +11,8 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from typer.main import get_command
@@ -40,12 +39,8 @@ DOWNLOADED = re.compile(r"ViT-B-32/laion2b|data download builtin:(?:clipart|stam
 GLOBBED = re.compile(r"(?:^|\s)(?:[^\s'\"]*[\[\]{}*?~#][^\s'\"]*)")
 """Words that bash or zsh would expand, or take for a comment, unless they are quoted."""
 
-FEW = {"--seeds": "1", "--sweep-steps": "2", "--sweep-pairs": "16"}
-"""Options of `compare` that would take hours, and their values here."""
 
-
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A fenced block: its language, its text and its first line in the page."""
 
     kind: str
@@ -68,10 +63,8 @@ def lines(code: str) -> Iterator[str]:
 
 def check(words: list[str]) -> None:
     """Assert that what a shell line names exists: command, options, keys, file, target, extra."""
-    if words[0] == "declip":
-        _check_declip(words)
-    if words[0] == "torchrun":
-        _check_declip(words[words.index("-m") + 1 :])
+    if "declip" in words:
+        _check_declip(words[words.index("declip") :])
     if words[0] == "sbatch":
         script = next(at for at, word in enumerate(words) if word.endswith(".sbatch"))
         assert (ROOT / words[script]).is_file(), words[script]
@@ -113,19 +106,6 @@ def why_not(line: str) -> str | None:
     return None
 
 
-def fewer(words: list[str]) -> list[str]:
-    """Cut a comparison down to seconds: two small numbers of pairs at most, one seed, one value to tune."""
-    words = list(words)
-    for at, word in enumerate(words[:-1]):
-        if word == "--pairs":
-            words[at + 1] = "16,24" if "," in words[at + 1] else "16"
-        elif word == "--sweep":
-            words[at + 1] = words[at + 1].partition(",")[0]
-        elif word in FEW:
-            words[at + 1] = FEW[word]
-    return words
-
-
 class Reader:
     """Follow pages in the present folder; `left` are the lines that were only checked, with the reason."""
 
@@ -144,17 +124,13 @@ class Reader:
             if block.kind == "python":
                 exec(compile(code, where, "exec"), self.names)
             elif block.kind == "yaml":
-                self._keep(code, where)
+                named = re.match(r"# (\S+\.yaml)\n", code)
+                assert named, f"{where}: the first line of a recipe is its name, such as '# mine.yaml'"
+                Path(named[1]).write_text(code, encoding="utf-8")
+                load_recipe(named[1])
             elif block.kind == "shell":
                 for line in lines(code):
                     self._type(line, where)
-
-    def _keep(self, code: str, where: str) -> None:
-        """Save a recipe under the name in its first line, and read it."""
-        named = re.match(r"# (\S+\.yaml)\n", code)
-        assert named, f"{where}: the first line of a recipe is its name, such as '# mine.yaml'"
-        Path(named[1]).write_text(code, encoding="utf-8")
-        load_recipe(named[1])
 
     def _type(self, line: str, where: str) -> None:
         words = shlex.split(line, comments=True)
@@ -169,7 +145,7 @@ class Reader:
             subprocess.run(["bash", "-ec", line], check=True, stdout=subprocess.DEVNULL)
         else:
             port = ["--port", "0"] if words[1] == "app" else []
-            self.monkeypatch.setattr("sys.argv", fewer(words) if words[1] == "compare" else words + port)
+            self.monkeypatch.setattr("sys.argv", words + port)
             with pytest.raises(SystemExit) as ended:
                 cli.main()
             assert not ended.value.code, f"{where}: {line} ended with {ended.value.code}"

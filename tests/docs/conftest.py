@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import socket
 import sys
 import tarfile
@@ -20,10 +19,9 @@ from starlette.testclient import TestClient
 
 import declip
 import declip.api
-import declip.training.profile
 from conftest import COLOURS, SHAPES, draw
 from declip.comparison import runner, worker
-from declip.data.builtin.emoji import DESIGNS, EMOJI
+from declip.data.builtin.iconify import DESIGNS, EMOJI
 from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
 from declip.evaluation.prompt_sets import PromptSet, read_prompts
@@ -31,7 +29,6 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from evaluation import trees
 from golden_cases import SHIPPED
-from interchange.test_clip_benchmark import Captioned, webdataset
 from text_encoders import roberta
 
 SIDE = 40
@@ -42,47 +39,32 @@ STEPS, BATCH, PAIRS = 2, 8, 32
 SMALL = 64
 """Largest image size that is kept; recipes for larger images get a small tower."""
 
-MAKE_SMALL = ("declip.api", "declip.comparison", "declip.recipe.load", "declip.training.profile")
+MAKE_SMALL = ("declip.api", "declip.comparison", "declip.recipe.load")
 """Modules that resolve the recipes of commands; those that read foreign weights keep the real sizes."""
-
-VIEWS = ("classify", "search", "neighbors", "pairs")
-
-MIXED = ("runs", "indices", "encoders", "downloads")
-"""Folders that pages write into."""
 
 
 def small(recipe: Recipe) -> Recipe:
     """Cut a recipe down to seconds: few steps of few pairs, small towers, no loader processes."""
-    train = {
-        "steps": min(recipe.train.steps, STEPS),
-        "batch_size": min(recipe.train.batch_size, BATCH),
-        "warmup_steps": 1,
-        "log_every": 1,
-        "checkpoint_every": STEPS,
-        "evaluate_every": 0,
-        "epochs": None,
-        "patience": None,
-        "precision": "fp32",
-    }
-    image = {} if recipe.image.size <= SMALL else {"model": "declip_vit_tiny", "size": 32}
-    text = {"bpe_merges": 300, "width": 32, "heads": 2, "layers": min(recipe.text.layers, 2)}
-    return recipe.model_copy(
-        update={
-            "train": recipe.train.model_copy(update=train),
-            "image": recipe.image.model_copy(update=image),
-            "text": recipe.text.model_copy(update=text),
-            "data": recipe.data.model_copy(
-                update={"workers": 0, "max_pairs": recipe.data.max_pairs and min(recipe.data.max_pairs, PAIRS)}
-            ),
-            "embed_dim": 32,
-            "nearest_neighbor": recipe.nearest_neighbor.model_copy(update={"queue_size": 64}),
-        }
-    )
+    train, pairs = recipe.train, recipe.data.max_pairs
+    keys = {
+        "train": {
+            "steps": min(train.steps, STEPS), "batch_size": min(train.batch_size, BATCH), "warmup_steps": 1,
+            "log_every": 1, "checkpoint_every": STEPS, "evaluate_every": 0, "epochs": None, "patience": None,
+            "precision": "fp32",
+        },
+        "image": {} if recipe.image.size <= SMALL else {"model": "declip_vit_tiny", "size": 32},
+        "text": {"bpe_merges": 300, "width": 32, "heads": 2, "layers": min(recipe.text.layers, 2)},
+        "data": {"workers": 0, "max_pairs": pairs and min(pairs, PAIRS)},
+        "nearest_neighbor": {"queue_size": 64},
+    }  # fmt: skip
+    sections = {name: getattr(recipe, name).model_copy(update=values) for name, values in keys.items()}
+    return recipe.model_copy(update={**sections, "embed_dim": 32})
 
 
-def write_emoji(cache: Path) -> None:
-    """Write a cache of 24 concepts by all designers, four of them held out, as `declip data download` does."""
-    folder = EMOJI.folder(cache)
+@pytest.fixture(scope="session")
+def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 24 concepts by all designers, four of them held out, as `declip data download` writes it."""
+    cache = tmp_path_factory.mktemp("emoji")
     rows, pixels = [], []
     for design in DESIGNS:
         for number, (color, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
@@ -98,34 +80,25 @@ def write_emoji(cache: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(EMOJI), "side", SIDE)
         patch.setattr(type(EMOJI), "credits", lambda self, packages, rows: ["drawn for a test"])
-        EMOJI.write(folder, zip(rows, pixels, strict=True), {})
-
-
-@pytest.fixture(scope="session")
-def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cache folder with the built-in emoji."""
-    cache = tmp_path_factory.mktemp("emoji")
-    write_emoji(cache)
+        EMOJI.write(EMOJI.folder(cache), zip(rows, pixels, strict=True), {})
     return cache
 
 
 def write_tables(folder: Path, name: str, source: str) -> None:
     """Write a source as NAME.csv and NAME.jsonl, one row per caption, NAME-test.csv with classes, and pictures/."""
-    pairs, rows = open_source(source), []
-    classes = "image,class\n"
+    pairs, rows, classes = open_source(source), [], []
     for number in range(len(pairs)):
         file = f"{pairs.key(number).replace('/', '-')}.png"  # type: ignore[attr-defined]
         pairs[number].image.save(folder / "pictures" / file)
-        classes += f"pictures/{file},{pairs.captions(number)[0]}\n"
-        rows += [(f"pictures/{file}", file, caption) for caption in pairs.captions(number)]
-    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as table:
-        writer = csv.writer(table)
-        writer.writerow(["image", "caption"])
-        writer.writerows((image, caption) for image, _, caption in rows)
-    lines = [{"image": image, "caption": caption, "file": file, "text": caption} for image, file, caption in rows]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    (folder / f"{name}-test.csv").write_text(classes, encoding="utf-8")
+        image, captions = f"pictures/{file}", pairs.captions(number)
+        classes.append({"image": image, "class": captions[0]})
+        rows += [{"image": image, "caption": caption, "file": file, "text": caption} for caption in captions]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for table, column, lines in ((f"{name}.csv", "caption", rows), (f"{name}-test.csv", "class", classes)):
+        with (folder / table).open("w", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, ["image", column], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(lines)
 
 
 def write_data(folder: Path, pictures: Path) -> None:
@@ -151,7 +124,6 @@ def write_data(folder: Path, pictures: Path) -> None:
         name, label, *_ = line.split()
         trees.paint(folder / "pets" / "oxford-iiit-pet" / "images" / f"{name}.jpg", int(label))
     trees.class_folders(folder / "imagenet" / "val", list(read_prompts("imagenet").classes))
-    webdataset(folder / "pets-wds", Captioned(), "classification", shards=4)  # its readers are four
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +156,7 @@ def visit(server: uvicorn.Server, sockets: Sequence[socket.socket]) -> None:
     """Stand in for `uvicorn.Server.run`: open each view of the page once and search."""
     host, port = sockets[0].getsockname()[:2]
     with TestClient(server.config.app, base_url=f"http://{host}:{port}") as client:  # type: ignore[arg-type]
-        for view in VIEWS:
+        for view in ("classify", "search", "pairs"):
             assert client.get(f"/{view}").status_code == 200
         assert client.get("/api/search", params={"text": "a red circle"}).json()["hits"]
 
@@ -192,35 +164,33 @@ def visit(server: uvicorn.Server, sockets: Sequence[socket.socket]) -> None:
 @pytest.fixture
 def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder to follow a page in: links to the world; runs are short and write no report."""
-    for each in world.iterdir():
-        if each.name in MIXED:
-            (tmp_path / each.name).mkdir()
-            for inner in each.iterdir():
-                (tmp_path / each.name / inner.name).symlink_to(inner)
+    for given in world.iterdir():
+        place = tmp_path / given.name
+        if given.name in ("runs", "indices", "encoders", "downloads"):  # pages write into these
+            place.mkdir()
+            for inner in given.iterdir():
+                (place / inner.name).symlink_to(inner)
         else:
-            (tmp_path / each.name).symlink_to(each)
+            place.symlink_to(given)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DECLIP_CACHE", str(emoji_cache))
     monkeypatch.setenv("COLUMNS", "100")
     for name in MAKE_SMALL:
         for module in [m for n, m in sorted(sys.modules.items()) if n.startswith(name) and hasattr(m, "load_recipe")]:
             monkeypatch.setattr(module, "load_recipe", lambda *given: small(load_recipe(*given)))
-    monkeypatch.setattr("declip.api.write_report", lambda run, *_, **__: Path(run, "report.html").touch())
+    monkeypatch.setattr("declip.api.write_report", lambda run, _: (run.folder / "report.html").touch())
     monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
     whole = runner.compare
 
     def few(recipes: Sequence[str], pairs: Sequence[int], seeds: Any = 1, **options: Any) -> Any:
-        """Compare the first and the last recipe at two numbers of pairs with one seed."""
-        return whole(list(dict.fromkeys((recipes[0], recipes[-1]))), pairs[:2], 1, **options)
+        """Compare the first and the last recipe at two small numbers of pairs with one seed."""
+        return whole(list(dict.fromkeys((recipes[0], recipes[-1]))), (16, 24)[: len(pairs)], 1, **options)
 
     monkeypatch.setattr(runner, "compare", few)
     monkeypatch.setattr(runner, "_run", lambda study, folder, part, *_: worker.work(folder, part))
-    monkeypatch.setattr(runner, "seconds_per_step", in_one_second)
-    monkeypatch.setattr("declip.training.profile.WARM", 1)
-    monkeypatch.setattr("declip.training.profile.TIMED", 2)
+    monkeypatch.setattr(runner, "seconds_per_step", lambda variants, *_: {variant.name: 1.0 for variant in variants})
     monkeypatch.setattr(zero_shot, "read_prompts", one_template)
     monkeypatch.setattr(uvicorn.Server, "run", visit)
-    assert os.environ["DECLIP_CACHE"] == str(emoji_cache)
     return tmp_path
 
 
@@ -228,8 +198,3 @@ def one_template(name: str) -> PromptSet:
     """Read a prompt set with one template: ImageNet's has 80,000 sentences."""
     prompts = read_prompts(name)
     return replace(prompts, templates=prompts.templates[:1])
-
-
-def in_one_second(variants: Sequence[Any], *_: Any) -> dict[str, float]:
-    """Stand in for the timing: every step takes one second."""
-    return {variant.name: 1.0 for variant in variants}

@@ -11,23 +11,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import declip
 from declip.data.images.decode import decode
-from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
 from declip.recipe.load import load_recipe
+from end_to_end.conftest import png
 from hostile import ROOM, Trap, apart, quickly, said, sparse, written
 
 pytestmark = pytest.mark.usefixtures("here")
-
-
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = [(b"IHDR", head), *chunks, (b"IEND", b"")]
-    framed = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def patched(kind: str, find: bytes, skip: int, form: str, *sizes: int, **options: Any) -> bytes:
@@ -44,10 +37,7 @@ def tiff(side: int) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
 
 
-def with_comment() -> bytes:
-    about = PngImagePlugin.PngInfo()
-    about.add(b"zTXt", b"x\0\0" + zlib.compress(bytes(64 << 20), 1))
-    return written("PNG", pnginfo=about)
+BOMB, PIXELS = zlib.compress(bytes(64 << 20), 1), zlib.compress(bytes(14))
 
 
 IMAGES: dict[str, tuple[bytes, str]] = {
@@ -61,22 +51,15 @@ IMAGES: dict[str, tuple[bytes, str]] = {
     "1,000 gigapixels, BMP": (patched("BMP", b"", 18, "<ii", 1_000_000, 1_000_000), "image too large"),
     "1,000 gigapixels, TIFF": (tiff(1_000_000), "image too large"),
     "negative, BMP": (patched("BMP", b"", 18, "<ii", -5, -5), "image too large"),
-    "comment that inflates, PNG": (with_comment(), "unreadable image"),
-    "pixels that inflate, PNG": (png(2, 2, (b"IDAT", zlib.compress(bytes(64 << 20), 1))), "read"),
-    "profile that inflates, PNG": (
-        png(2, 2, (b"iCCP", b"x\0\0" + zlib.compress(bytes(64 << 20), 1)), (b"IDAT", zlib.compress(bytes(14)))),
-        "unreadable image",
-    ),
-    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" onload="x()"/>', "unreadable image"),
+    "comment that inflates, PNG": (png(2, 2, (b"zTXt", b"x\0\0" + BOMB), (b"IDAT", PIXELS)), "unreadable image"),
+    "pixels that inflate, PNG": (png(2, 2, (b"IDAT", BOMB)), "read"),
+    "profile that inflates, PNG": (png(2, 2, (b"iCCP", b"x\0\0" + BOMB), (b"IDAT", PIXELS)), "unreadable image"),
     "SVG with an entity": (b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><svg>&e;</svg>', "unreadable image"),
     "PDF": (b"%PDF-1.7\n1 0 obj<</OpenAction<</S/Launch>>>>endobj\n", "unreadable image"),
-    "HTML": (b"<!doctype html><script>x()</script>", "unreadable image"),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(harm) (w) file\n%%EOF\n", "unreadable image"),
     "EPS, binary head": (b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 30, 99) + bytes(200), "unreadable image"),
-    "WMF": (b"\xd7\xcd\xc6\x9a" + bytes(100), "unreadable image"),
     "Python": (b"#!/usr/bin/python3\nopen('harm', 'w')\n", "unreadable image"),
     "pickle": (pickle.dumps(Trap(Path("harm"))), "unreadable image"),
-    "numpy": (b"\x93NUMPY" + bytes(100), "unreadable image"),
     "nothing": (b"", "truncated image"),
 }
 
@@ -94,12 +77,9 @@ def test_images_that_are_bombs_or_none(name: str) -> None:
 
 def test_a_file_of_20_gigabytes_is_not_read() -> None:
     sparse(Path("a.webp"), b"RIFF\xff\xff\xff\xffWEBPVP8X", 20 << 30)
-
-    def work() -> None:
-        with pytest.raises(BrokenPair, match=r"image too large.*a file of 21,474,836,480 bytes"):
-            decode(Path("a.webp"), "a.webp")
-
-    assert apart(work)[1] < ROOM
+    got, megabytes = apart(lambda: decode(Path("a.webp"), "a.webp"))
+    assert got == "image too large"
+    assert megabytes < ROOM
 
 
 OTHER_THINGS: dict[str, Callable[[Path], object]] = {
@@ -109,9 +89,6 @@ OTHER_THINGS: dict[str, Callable[[Path], object]] = {
     "link to itself": lambda path: path.symlink_to(path),
     "link to nothing": lambda path: path.symlink_to("nowhere"),
 }
-IMAGE_REASONS = dict.fromkeys(OTHER_THINGS, "unreadable image") | dict.fromkeys(
-    ("link to itself", "link to nothing"), "missing image"
-)
 
 
 @pytest.mark.parametrize("name", OTHER_THINGS)
@@ -120,7 +97,8 @@ def test_what_is_no_file_does_not_hang(name: str, here: Path) -> None:
     for place in ("a.jpg", "set/b.txt", "t.csv", "w.pth", "r.yaml"):
         OTHER_THINGS[name](here / place)
     Image.new("RGB", (4, 4)).save("set/b.png")
-    assert apart(lambda: decode(Path("a.jpg"), "a.jpg"))[0] == IMAGE_REASONS[name]
+    reason = "missing image" if name.startswith("link") else "unreadable image"
+    assert apart(lambda: decode(Path("a.jpg"), "a.jpg"))[0] == reason
     assert apart(lambda: open_source("set")[0])[0] == "missing caption"
     for work in (lambda: open_source("t.csv"), lambda: declip.load("w.pth"), lambda: load_recipe("r.yaml")):
         assert apart(work)[0] not in {"read", ""}

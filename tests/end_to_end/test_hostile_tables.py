@@ -33,10 +33,12 @@ def table(kind: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-KINDS = ("jsonl", "csv", "tsv", "parquet")
+def read_all(source: Any) -> list[str]:
+    """What each of the first rows gets."""
+    return [said(lambda i=i: source[i]) for i in range(min(len(source), 40))]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
 def test_an_image_root_cannot_be_left(kind: str, here: Path) -> None:
     root = here / "images"
     (root / "inner").mkdir(parents=True)
@@ -46,35 +48,20 @@ def test_an_image_root_cannot_be_left(kind: str, here: Path) -> None:
     (root / "file.png").symlink_to(here / "out.png")
     (root / "folder").symlink_to(here.parent)
     (root / "chain.png").symlink_to(root / "file.png")
+    outside = ("../out.png", "inner/../../out.png", str(here / "out.png"), "/etc/passwd", "file.png", "chain.png")
     expected = {
-        "in.png": "read",
-        "good": "read",
-        "inner/../in.png": "read",
-        "../out.png": "path outside image root",
-        "inner/../../out.png": "path outside image root",
-        str(here / "out.png"): "path outside image root",
-        "/etc/passwd": "path outside image root",
-        "file.png": "path outside image root",
-        "chain.png": "path outside image root",
-        "folder/up.png": "path outside image root",
-        "~/in.png": "missing image",
-        "file:///etc/passwd": "missing image",
-        "https://example.org/a.png": "missing image",
+        **dict.fromkeys(("in.png", "good", "inner/../in.png"), "read"),
+        **dict.fromkeys((*outside, "folder/up.png"), "path outside image root"),
+        **dict.fromkeys(("~/in.png", "file:///etc/passwd", "https://example.org/a.png"), "missing image"),
     }
     path = table(kind, [{"image": name, "caption": "x"} for name in expected])
     source = open_source(path, image_root=root)
-    assert {name: said(lambda i=i: source[i]) for i, name in enumerate(expected)} == expected
+    assert dict(zip(expected, read_all(source), strict=True)) == expected
 
-
-NESTED: Any = "x"
-for _ in range(60):
-    NESTED = [NESTED]
 
 CELLS: list[tuple[str, str, str]] = [
     ("NaN", '"x"', "missing image"),
     ("null", '"x"', "missing image"),
-    ("5", '"x"', "missing image"),
-    ("true", '"x"', "missing image"),
     ("1e999", '"x"', "missing image"),
     ("1" * 5000, '"x"', "unreadable row"),
     ('["a.png"]', '"x"', "missing image"),
@@ -85,8 +72,7 @@ CELLS: list[tuple[str, str, str]] = [
     (json.dumps("a" * 5000), '"x"', "missing image"),
     ('"a.png"', "NaN", "unreadable row"),
     ('"a.png"', "null", "empty caption"),
-    ('"a.png"', "7", "unreadable row"),
-    ('"a.png"', json.dumps(NESTED), "unreadable row"),
+    ('"a.png"', "[" * 60 + '"x"' + "]" * 60, "unreadable row"),
     ('"a.png"', '{"en": "x"}', "unreadable row"),
     ('"a.png"', "[" * 100_000, "unreadable row"),
     ('"a.png"', "[]", "empty caption"),
@@ -107,10 +93,8 @@ def test_cells_that_hold_anything() -> None:
     rows = [f'{{"image": {image}, "caption": {CELLS[i][1]}}}' for i, image in enumerate(images)]
     Path("t.jsonl").write_text("\n".join(rows))
     source = open_source("t.jsonl")
-    got, megabytes = apart(lambda: [said(lambda i=i: source[i]) for i in range(len(CELLS))])
-    assert got == "read"
-    assert megabytes < 4 * ROOM
-    assert [said(lambda i=i: source[i]) for i in range(len(CELLS))] == [expected for *_, expected in CELLS]
+    assert read_all(source) == [expected for *_, expected in CELLS]
+    assert apart(lambda: read_all(source))[1] < 4 * ROOM
     control = [caption for _, caption, _ in CELLS].index('"\\u001b[2J\\u0007\\u009b"')
     assert source.captions(control) == ("[2J",), "nothing that a terminal obeys is left"
 
@@ -126,11 +110,11 @@ def test_a_row_that_does_not_end_takes_no_memory() -> None:
     assert megabytes < 2 * 24 + ROOM
     for kind, mark in (("csv", b","), ("tsv", b"\t")):
         Path(f"t.{kind}").write_bytes(b"image" + mark + b'caption\na.png\t"' + b"y" * (24 << 20))
-        got, megabytes = apart(lambda kind=kind: open_source(f"t.{kind}"))
-        assert "cannot be read as a table" in got
+        got, megabytes = apart(lambda kind=kind: open_source(f"t.{kind}")[0])
+        assert got == "unreadable row"
         assert megabytes < 3 * 24 + ROOM
     Path("h.csv").write_bytes(b"x" * (10 << 20))
-    assert "does not name columns" in said(lambda: open_source("h.csv"))
+    assert "no column 'image'" in said(lambda: open_source("h.csv"))
 
 
 def test_a_million_columns() -> None:
@@ -158,16 +142,13 @@ def test_names_that_are_no_text(here: Path) -> None:
 
 def test_parquet_that_would_run_code(here: Path) -> None:
     """Arrow before 14.0.1 unpickled a type that a file names (CVE-2023-47248)."""
-    about = {
-        "ARROW:extension:name": "arrow.py_extension_type",
-        "ARROW:extension:metadata": pickle.dumps(Trap(here / "harm")),
-    }
+    trap = pickle.dumps(Trap(here / "harm"))
+    about = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": trap}
     kind = pa.schema([pa.field("image", pa.binary(), metadata=about), pa.field("caption", pa.string())])
-    cells = [pickle.dumps(Trap(here / "harm")), b"\x93NUMPY\1\0", b"", None]
+    cells = [trap, b"\x93NUMPY\1\0", b"", None]
     pq.write_table(pa.table([cells, ["x"] * 4], schema=kind), "t.parquet")
     source = open_source("t.parquet")
-    got = [said(lambda i=i: source[i]) for i in range(4)]
-    assert got == ["unreadable image", "unreadable image", "missing image", "missing image"]
+    assert read_all(source) == ["unreadable image", "unreadable image", "missing image", "missing image"]
     assert not Path("harm").exists()
 
 
@@ -185,13 +166,9 @@ def test_parquet_that_repeats_one_caption(monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_flipped_bit_in_parquet() -> None:
     path = table("parquet", [{"image": "a.png", "caption": "x"}] * 2)
     content = path.read_bytes()
-
-    def read(source: Any, index: int) -> str:
-        return said(lambda: source[index])
-
     for place in range(0, len(content), 2):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place // 2 % 8]) + content[place + 1 :])
-        said(lambda: [read(source, index) for source in [open_source("t.parquet")] for index in range(len(source))])
+        said(lambda: read_all(open_source("t.parquet")))
 
 
 PIECES = [
@@ -202,21 +179,13 @@ PIECES = [
 
 
 @quickly
-@given(
-    st.lists(st.sampled_from(PIECES)).map(b"".join),
-    st.sampled_from(["jsonl", "csv", "tsv"]),
-)
+@given(st.lists(st.sampled_from(PIECES)).map(b"".join), st.sampled_from(["jsonl", "csv", "tsv"]))
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_any_bytes_as_a_table(content: bytes, kind: str) -> None:
     path = Path(f"any.{kind}")
     path.write_bytes(content)
-
-    def work() -> None:
-        for source in (open_source(path), open_dataset(str(path)).split("test")):
-            for index in range(min(len(source), 10)):
-                said(lambda source=source, index=index: source[index])
-
-    said(work)
+    said(lambda: read_all(open_source(path)))
+    said(lambda: read_all(open_dataset(str(path)).split("test")))
 
 
 COCO: list[Any] = [
@@ -231,26 +200,23 @@ COCO: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("tree", COCO)
-def test_a_list_of_captions_of_another_make(tree: Any, here: Path) -> None:
+def test_a_list_of_captions_of_another_make(here: Path) -> None:
     (here / "val2017").mkdir()
-    (here / "captions_val2017.json").write_text(json.dumps(tree))
-    assert "not what was published" in said(lambda: open_dataset(f"coco:{here}"))
-    (here / "captions_val2017.json").write_text("[" * 100_000)
-    assert "not what was published" in said(lambda: open_dataset(f"coco:{here}"))
+    for text in ("[" * 100_000, *map(json.dumps, COCO)):
+        (here / "captions_val2017.json").write_text(text)
+        assert "not what was published" in said(lambda: open_dataset(f"coco:{here}"))
 
 
 def test_a_list_that_names_images_elsewhere(here: Path) -> None:
     (here / "coco" / "val2017").mkdir(parents=True)
     Image.new("RGB", (2, 2)).save("out.png")
     names = ["../../out.png", str(here / "out.png"), "/dev/zero"]
-    tree = {
-        "images": [{"id": n, "file_name": name} for n, name in enumerate(names)],
-        "annotations": [{"image_id": n, "caption": "x"} for n in range(len(names))],
-    }
+    images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
+    annotations = [{"image_id": n, "caption": "x"} for n in range(len(names))]
+    tree = {"images": images, "annotations": annotations}
     (here / "coco" / "captions_val2017.json").write_text(json.dumps(tree))
     source = open_dataset(f"coco:{here / 'coco'}").split("test")
-    assert [said(lambda i=i: source[i]) for i in range(3)] == ["path outside image root"] * 3
+    assert read_all(source) == ["path outside image root"] * 3
 
 
 def test_folders_that_link_to_each_other_end(here: Path) -> None:
@@ -269,6 +235,18 @@ def test_labels_of_any_kind() -> None:
     labels = ["cat", "dog", "1" * 5000, "x" * 2000, "\ud800", None, 1.5, [["cat"]], {}, "\0", True, " "]
     rows = [{"image": "./" * i + "a.png", "caption": "x", "label": label} for i, label in enumerate(labels)]
     source = open_dataset(str(table("jsonl", rows))).split("test")
-    got = [said(lambda i=i: source[i]) for i in range(len(labels))]
     long, none = "label too long", "missing label"
-    assert got == ["read", "read", long, long, "invalid text", none, none, none, none, "read", "read", none]
+    assert read_all(source) == [
+        "read",
+        "read",
+        long,
+        long,
+        "invalid text",
+        none,
+        none,
+        none,
+        none,
+        "read",
+        "read",
+        none,
+    ]

@@ -91,10 +91,8 @@ def holding(value: Any) -> Callable[[Path], None]:
     return lambda path: torch.save({"model": dict.fromkeys(names, value)}, path)
 
 
-def holding_itself(path: Path) -> None:
-    inner: list[Any] = []
-    inner.append(inner)
-    torch.save({"model": {"logit_scale": inner}}, path)
+ITSELF: list[Any] = []
+ITSELF.append(ITSELF)
 
 
 BOMBS: dict[str, Callable[[Path], object]] = {
@@ -105,7 +103,7 @@ BOMBS: dict[str, Callable[[Path], object]] = {
     "nowhere.pth": holding(
         Endless(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (1 << 30, 1 << 20), (1 << 20, 1), False)
     ),
-    "itself.pth": holding_itself,
+    "itself.pth": holding(ITSELF),
     "header.safetensors": lambda path: path.write_bytes((1 << 40).to_bytes(8, "little") + b"{" * 100),
     "sizes.safetensors": lambda path: path.write_bytes(
         struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[99999999],"data_offsets":[0,9]}}   '
@@ -122,24 +120,24 @@ def test_weights_that_are_larger_than_their_file(name: str, here: Path) -> None:
         assert megabytes < ROOM + 512 * where.startswith("open_clip"), "of which RN50 itself may take 408"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"encode_text.text_projection.weight": torch.zeros(1 << 40, 0)},
-        {"encode_text.text_projection.weight": torch.zeros(1 << 22, 1, dtype=torch.uint8)},
-        {"encode_text.positional_embedding": torch.zeros(1 << 40, 0)},
-        {"encode_text.token_embedding.weight": torch.zeros(0, 0)},
-        {"encode_text.token_embedding.weight": torch.zeros(1 << 40, 0)},
-        {"visual.conv1.weight": torch.zeros(1 << 22, 1, 1, 1, dtype=torch.uint8)},
-        {"visual.conv1.weight": torch.zeros(4)},
-        {"visual.conv1.weight": torch.zeros(64, 3, 0, 0)},
-        {"visual.positional_embedding": torch.tensor(1.0)},
-        {"visual.positional_embedding": torch.zeros(0, 64)},
-        {"logit_scale": torch.zeros(5)},
-    ],
-)
-def test_weights_of_sizes_that_no_one_meant(change: dict[str, torch.Tensor], here: Path) -> None:
-    save_file(load_file(SHIPPED / "declip_vit_tiny.safetensors") | change, here / "odd.safetensors")
+ODD = [
+    ("encode_text.text_projection.weight", torch.zeros(1 << 40, 0)),
+    ("encode_text.text_projection.weight", torch.zeros(1 << 22, 1, dtype=torch.uint8)),
+    ("encode_text.positional_embedding", torch.zeros(1 << 40, 0)),
+    ("encode_text.token_embedding.weight", torch.zeros(0, 0)),
+    ("encode_text.token_embedding.weight", torch.zeros(1 << 40, 0)),
+    ("visual.conv1.weight", torch.zeros(1 << 22, 1, 1, 1, dtype=torch.uint8)),
+    ("visual.conv1.weight", torch.zeros(4)),
+    ("visual.conv1.weight", torch.zeros(64, 3, 0, 0)),
+    ("visual.positional_embedding", torch.tensor(1.0)),
+    ("visual.positional_embedding", torch.zeros(0, 64)),
+    ("logit_scale", torch.zeros(5)),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor"), ODD)
+def test_weights_of_sizes_that_no_one_meant(name: str, tensor: torch.Tensor, here: Path) -> None:
+    save_file(load_file(SHIPPED / "declip_vit_tiny.safetensors") | {name: tensor}, here / "odd.safetensors")
     got, megabytes = apart(lambda: declip.load(here / "odd.safetensors", device="cpu"))
     assert got != "read"
     assert megabytes < 2 * ROOM
@@ -170,45 +168,44 @@ def laughs(levels: int = 30) -> str:
 
 RECIPES = {
     "code": "name: !!python/object/apply:os.system ['touch harm']\n",
-    "module": "!!python/module:os\n",
     "laughs": laughs(),
     "deep": "[" * 5000,
     "date": "name: 2001-99-99\n",
     "binary": "name: !!binary é\n",
     "null": "name: \0\n",
     "list": "- a\n",
-    "empty": "",
     "unknown key": "harm: 1\n",
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_checkpoint_with_anothers_recipe(name: str, checkpoint: Path) -> None:
+def test_a_recipe_that_would_run_code_or_is_none(name: str, checkpoint: Path) -> None:
     edit(checkpoint, RECIPES[name])
-    got, megabytes = apart(lambda: declip.load(checkpoint, device="cpu"))
-    assert "run" in got or name == "empty"
-    assert got != "read"
-    assert megabytes < 2 * ROOM
+    Path("mine.yaml").write_text(RECIPES[name])
+    works = {"run": lambda: declip.load(checkpoint, device="cpu"), "mine": lambda: load_recipe("mine.yaml")}
+    for where, work in works.items():
+        got, megabytes = apart(work)
+        assert where in got
+        assert megabytes < 2 * ROOM
     assert not Path("harm").exists()
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"text.width": 1 << 20, "text.heads": 1},
-        {"text.context_length": 1 << 40},
+        {"text": {"width": 1 << 20, "heads": 1}},
+        {"text": {"context_length": 1 << 40}},
         {"embed_dim": 1 << 50},
-        {"image.model_kwargs": {"patch_size": 8, "embed_dim": 1 << 20, "depth": 1}},
-        {"image.model_kwargs": {"patch_size": 8, "embed_dim": "x"}},
-        {"image.size": 1 << 20},
-        {"image.model": "hf-hub:someone/model"},
+        {"image": {"model_kwargs": {"patch_size": 8, "embed_dim": 1 << 20, "depth": 1}}},
+        {"image": {"model_kwargs": {"patch_size": 8, "embed_dim": "x"}}},
+        {"image": {"size": 1 << 20}},
+        {"image": {"model": "hf-hub:someone/model"}},
     ],
 )
 def test_a_checkpoint_whose_recipe_asks_for_another_model(change: dict[str, Any], checkpoint: Path) -> None:
     tree = yaml.safe_load(json.loads((checkpoint / STATE).read_text())["recipe"])
     for key, value in change.items():
-        *inner, last = key.split(".")
-        (tree[inner[0]] if inner else tree)[last] = value
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
     edit(checkpoint, yaml.safe_dump(tree))
     got, megabytes = apart(lambda: declip.load(checkpoint, device="cpu"))
     assert got != "read"
@@ -228,12 +225,3 @@ def test_any_bytes_as_weights(content: bytes, suffix: str, in_header: bool) -> N
     path = Path(f"any{suffix}")
     path.write_bytes(struct.pack("<Q", len(content)) + content if in_header else content)
     assert "any" in said(lambda: declip.load(path, device="cpu"))
-
-
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"empty"}))
-def test_a_recipe_that_would_run_code_or_is_none(name: str) -> None:
-    Path("mine.yaml").write_text(RECIPES[name])
-    got, megabytes = apart(lambda: load_recipe("mine.yaml"))
-    assert "mine" in got
-    assert megabytes < ROOM
-    assert not Path("harm").exists()

@@ -1,8 +1,9 @@
-"""The commands for several processes, as a user gives them."""
+"""The commands for several processes, as a user gives them, and the SLURM script with SLURM's commands played."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import TINY, WEIGHTS
+from conftest import TINY
+from declip.recipe.load import load_recipe
+from declip.training.trainer import Trainer
+from end_to_end.conftest import tree_of
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sbatch"
+PLAYED = {
+    "srun": 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$REQUEUED"; fi\n',
+    "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"\n',
+}
+"""SLURM's commands, and torchrun by this Python."""
 
 DEADLY = """
 import os, signal, sys
@@ -39,11 +51,23 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERR
 
 @pytest.fixture
 def recipe(table: Path, tmp_path: Path) -> Path:
-    tree = {**TINY, "loss_weights": WEIGHTS["clip"], "data": {"source": str(table), "workers": 0}}
-    tree["train"] = {**TINY["train"], "steps": 6, "checkpoint_every": 1}
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    train = {**TINY["train"], "steps": 6, "checkpoint_every": 1}
+    path.write_text(yaml.safe_dump({**tree_of(table, workers=0), "train": train}))
     return path
+
+
+def logged_once(process: subprocess.Popen[str], run: Path) -> None:
+    """Wait until a run logs its first row, or its process ends."""
+    end = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def stopped_at(run: Path) -> int:
+    """The step of the only checkpoint."""
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -73,21 +97,18 @@ def test_torchrun_that_is_told_to_end_with_all_its_processes_saves(recipe: Path,
         env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        end = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
+        logged_once(process, run)
         for pid in list(family(process.pid)):
             os.kill(pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert "DataLoader worker" not in errors
-    (checkpoint,) = (run / "checkpoints").glob("step-*")
-    assert 0 < int(checkpoint.name.removeprefix("step-")) < 100000
+    assert 0 < stopped_at(run) < 100000
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(recipe: Path, tmp_path: Path) -> None:
+def test_a_rank_that_dies_is_started_again_and_the_run_continues(recipe: Path, tmp_path: Path) -> None:
     script = tmp_path / "deadly.py"
     script.write_text(DEADLY)
     run = tmp_path / "run"
@@ -107,5 +128,36 @@ def test_a_mistake_is_one_line_for_each_rank_and_no_trace(tmp_path: Path) -> Non
     done = torchrun("-m", "declip", "train", "declipp", "--out", tmp_path / "run")
     assert done.returncode != 0
     assert re.search(r"Error: rank [01]: Unknown recipe 'declipp'", done.stderr)
-    own = [line for line in done.stderr.splitlines() if "cli.py" in line]
-    assert own == []
+    assert "cli.py" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(recipe: Path, tmp_path: Path) -> None:
+    commands, run, requeued = tmp_path / "bin", tmp_path / "run", tmp_path / "requeued"
+    commands.mkdir()
+    for name, text in PLAYED.items():
+        (commands / name).write_text(f"#!/bin/bash\n{text}")
+        (commands / name).chmod(0o755)
+    environment = {
+        **ENVIRONMENT, "PATH": f"{commands}:{os.environ['PATH']}", "REQUEUED": str(requeued), "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "1", "PORT": "29517",
+    }  # fmt: skip
+    words = [shutil.which("bash") or "bash", str(SCRIPT), str(recipe), "--quiet", "--out", str(run)]
+    words += ["train.steps=30000", "train.checkpoint_every=10000"]
+    job = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    logged_once(job, run)
+    job.send_signal(signal.SIGUSR1)
+    _, errors = job.communicate(timeout=200)
+    assert job.returncode == 0, errors
+    assert "exitcode" not in errors, "torchrun takes the stop for a failure"
+    assert requeued.read_text() == "requeue 7\n"
+    assert not (run / "stop").exists()
+    assert 0 < stopped_at(run) < 30000
+    overrides = {"train.steps": 30000, "train.checkpoint_every": 10000}
+    assert Trainer(load_recipe(recipe, overrides), run, resume=True, quiet=True).step == stopped_at(run)
+
+
+def test_the_slurm_script_asks_for_a_run_folder() -> None:
+    done = subprocess.run(["bash", str(SCRIPT), "declip"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--out FOLDER" in done.stderr

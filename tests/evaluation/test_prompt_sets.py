@@ -2,10 +2,12 @@
 
 import hashlib
 import runpy
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from timm.data import ImageNetInfo
 
 from declip.errors import UserError
 from declip.evaluation.datasets import NAMED
@@ -40,19 +42,13 @@ def test_imagenet_equals_open_clips_copy() -> None:
 
 
 def test_imagenet_is_in_the_order_of_the_wordnet_numbers_that_timm_has() -> None:
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo("imagenet1k")
-    wnids = list(read_prompts("imagenet").classes)
-    assert wnids == sorted(wnids) == info.label_names()
+    assert list(read_prompts("imagenet").classes) == sorted(ImageNetInfo("imagenet1k").label_names())
 
 
-def test_the_200_of_imagenet_a_and_r_are_those_that_timm_lists() -> None:
-    from importlib import resources
-
-    for name in ("imagenet-a", "imagenet-r"):
-        path = resources.files("timm.data") / "_info" / f"{name.replace('-', '_')}_synsets.txt"
-        assert wnids_of(name) == sorted(path.read_text().split())
+@pytest.mark.parametrize("name", ["imagenet-a", "imagenet-r"])
+def test_the_200_of_imagenet_a_and_r_are_those_that_timm_lists(name: str) -> None:
+    path = resources.files("timm.data") / "_info" / f"{name.replace('-', '_')}_synsets.txt"
+    assert wnids_of(name) == sorted(path.read_text().split())
 
 
 @pytest.mark.parametrize("name", DIGESTS)
@@ -66,11 +62,8 @@ def test_published_templates_and_names_are_unchanged(name: str) -> None:
     ("name", "raw", "shown"),
     [
         ("flowers102", "93", "air plant"),
-        ("caltech101", "Faces_easy", "centered face"),
         ("caltech101", "Faces", "off-center face"),
-        ("imagenet", "n02012849", "crane bird"),
         ("imagenet", "n03126707", "construction crane"),
-        ("food101", "hot_and_sour_soup", "hot and sour soup"),
         ("cifar100", "aquarium_fish", "aquarium fish"),
         ("aircraft", "F-16A/B", "F-16A/B"),
     ],

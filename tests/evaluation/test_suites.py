@@ -75,20 +75,22 @@ def test_each_set_by_its_own_metric_and_the_missing_ones_listed(root: Path) -> N
     assert row["rows"][1]["result"]["n"] == 6
 
 
-def test_what_is_not_a_suite_or_not_there(root: Path, tmp_path_factory) -> None:
-    model = NameModel()
-    for on, task, message in (
-        (f"paper12:{root}", "zero-shot", "'paper12'.*'paper11'"),
-        (f"paper11:{root}", "knn", "'knn'.*linear, zero-shot"),
+@pytest.mark.parametrize(
+    ("on", "task", "message"),
+    [
+        ("paper12:/x", "zero-shot", "'paper12'.*'paper11'"),
+        ("paper11:/x", "knn", "'knn'.*linear, zero-shot"),
         ("paper11:/nowhere", "zero-shot", "'paper11'.*'/nowhere/cifar10'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            evaluate_suite(model, on, task)
+    ],
+)
+def test_what_is_not_a_suite_or_not_there(on: str, task: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate_suite(NameModel(), on, task)
     assert [is_suite(name) for name in ("paper11:/x", "pets:/x", "paper11")] == [True, False, False]
 
 
 def test_the_linear_probe_learns_on_train(root: Path) -> None:
-    found = evaluate_suite(NameModel(), f"paper11:{root}", "linear", Options(progress=False, cache=False))
+    found = evaluate_suite(NameModel(), f"paper11:{root}", "linear", Options(progress=False))
     assert found.values == {"cifar10": 1.0}
     assert "too few" in found.missing["pets"]
 

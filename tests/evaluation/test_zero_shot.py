@@ -47,7 +47,6 @@ def test_numbers_equal_an_independent_computation() -> None:
     assert result.mean_per_class == pytest.approx(np.mean([hit[labels == c].mean() for c in range(12) if c != 7]))
     assert (result.n, result.classes, result.chance) == (300, 12, 1 / 12)
     assert result.majority == np.bincount(labels).max() / 300
-    assert result.times_chance == pytest.approx(hit.mean() * 12)
 
 
 def test_of_classes_of_the_same_name_the_first_is_right_as_argmax_has_it() -> None:

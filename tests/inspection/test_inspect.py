@@ -77,10 +77,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_planted_faults_are_found(planted: Path) -> None:
     found = inspect_source(planted, workers=0)
     assert (found.total, found.read, found.usable, found.whole) == (35, 35, 32, True)
-    assert found.reasons == {
-        "empty caption": {"count": 2, "examples": ["./good0.png", "./good1.png"]},
-        "truncated image": {"count": 1, "examples": found.reasons["truncated image"]["examples"]},
-    }
+    assert found.reasons["empty caption"] == {"count": 2, "examples": ["./good0.png", "./good1.png"]}
     assert found.reasons["truncated image"]["examples"][0].startswith("cut.jpg")
     assert (found.broken.low, found.broken.high) == (3 / 35, 3 / 35), "nothing is estimated when all was read"
     equal, near, captions = found.equal_images, found.near_images, found.equal_captions
@@ -89,16 +86,17 @@ def test_planted_faults_are_found(planted: Path) -> None:
     assert (near.members, near.groups) == (14, 7)
     assert (captions.members, captions.groups, captions.surplus) == (4, 1, 3), "as the tokenizer sees them"
     assert [(group.caption, group.size) for group in captions.examples] == [("company logo", 4)]
-    assert found.captions.per_pair.mean == pytest.approx((24 * 2 + 8) / 32)
+    assert found.captions.per_pair["mean"] == pytest.approx((24 * 2 + 8) / 32)
     assert found.captions.kinds["file name"].count == 1
+    assert found.captions.examples["file name"] == ["IMG_0001.jpg"]
     assert (found.images.smaller.count, found.images.long.count, found.images.blank.count) == (4, 1, 1)
     assert found.images.blank_keys == ("blank.png",)
-    assert found.images.aspect.max == 3.6
+    assert found.images.aspect["max"] == 3.6
     assert len(found.examples) == 32
     assert [len(row) for row in found.near_examples] == [2, 2, 2, 2]
-    assert {"broken", "equal_images", "near_images", "equal_captions", "odd_captions", "blank_images"} <= set(
-        rules(found)
-    )
+    assert {"broken", "equal_images", "near_images", "equal_captions", "odd_captions", "blank_images"} <= {
+        *rules(found)
+    }
     assert [finding.fix for finding in found.findings] == sorted((f.fix for f in found.findings), reverse=True)
 
 
@@ -111,7 +109,7 @@ def test_processes_find_what_one_finds(planted: Path) -> None:
 def test_a_folder_and_columns_are_opened_as_training_opens_them(tmp_path: Path) -> None:
     draw("red", "circle").save(tmp_path / "one.png")
     (tmp_path / "one.txt").write_text("a red circle\na dot")
-    assert inspect_source(tmp_path, workers=0).captions.per_pair.mean == 2
+    assert inspect_source(tmp_path, workers=0).captions.per_pair["mean"] == 2
     (tmp_path / "table.csv").write_text("file,said\none.png,a red circle\n")
     assert inspect_source(tmp_path / "table.csv", image_column="file", caption_column="said", workers=0).usable == 1
 
@@ -145,8 +143,7 @@ def test_equal_captions_of_the_whole_are_estimated_from_a_sample() -> None:
 
 def test_one_pair_is_enough_and_none_says_why() -> None:
     found = inspect_source(Numbers([("a single caption",)]), workers=0)
-    assert (found.usable, found.equal_images.groups, found.captions.equal_in_batch) == (1, 0, 0.0)
-    assert len(found.examples) == 1
+    assert (found.usable, found.equal_images.groups, found.captions.equal_in_batch, len(found.examples)) == (1, 0, 0, 1)
     found = inspect_source(Numbers([()] * 3), workers=0)
     assert (found.usable, found.images, found.captions, found.examples) == (0, None, None, ())
     assert found.reasons["empty caption"]["count"] == 3
@@ -155,28 +152,22 @@ def test_one_pair_is_enough_and_none_says_why() -> None:
 
 def test_images_of_a_test_set_are_found(planted: Path) -> None:
     found = inspect_source(Numbers([("a b",)] * 40, side=300), None, check_leakage=[planted], workers=0)
-    assert found.leakages[0].name == "planted.jsonl"
-    assert (found.leakages[0].images, found.leakages[0].found.count) == (32, 24)
-    assert found.leakages[0].copies[:2] == (("pair 0", 0), ("pair 1", 1))
+    (leak,) = found.leakages
+    assert (leak.name, leak.images, leak.found.count) == ("planted.jsonl", 32, 24)
+    assert leak.copies[:2] == (("pair 0", 0), ("pair 1", 1))
     assert rules(found)["leakage"] == 0.6
 
 
-@pytest.mark.parametrize(
-    ("caption", "keywords", "words"),
-    [
+def test_one_word_captions_lead_to_another_second_view() -> None:
+    for caption, keywords, words in (
         (("cat",), ("pet",), "views.text.second_view=keywords"),
-        (("cat", "tom", "kitty"), (), "views.text.second_view=caption"),
         (("cat", "tom", "kitty"), ("pet",), "views.text.second_view=caption"),
         (("cat",), (), "Add words"),
-    ],
-)
-def test_one_word_captions_lead_to_another_second_view(
-    caption: tuple[str, ...], keywords: tuple[str, ...], words: str
-) -> None:
-    assert words in advice(inspect_source(Numbers([caption] * 4, keywords), workers=0), "one_word")
+    ):
+        assert words in advice(inspect_source(Numbers([caption] * 4, keywords), workers=0), "one_word")
 
 
-@pytest.mark.parametrize(("words", "context"), [(14, 16), (15, 24), (75, 77), (300, 77)])
+@pytest.mark.parametrize(("words", "context"), [(14, 16), (15, 24), (300, 77)])
 def test_context_is_the_shortest_that_truncates_little(words: int, context: int) -> None:
     found = inspect_source(Numbers([("cat " * words,)] * 3), workers=0)
     assert found.captions.context_length == context
@@ -187,45 +178,27 @@ def test_context_is_the_shortest_that_truncates_little(words: int, context: int)
 
 
 def test_resolution_against_the_training_size() -> None:
-    large = inspect_source(Numbers([("a cat",)] * 3, side=400), size=100, workers=0)
+    large, small, fits = (
+        inspect_source(Numbers([("a cat",)] * 3, side=side), size=100, workers=0) for side in (400, 70, 120)
+    )
     assert rules(large)["large_images"] == 4.0
     assert "--size 200`: 4 times fewer" in advice(large, "large_images")
-    small = inspect_source(Numbers([("a cat",)] * 3, side=100), size=224, workers=0)
     assert rules(small)["small_images"] == 1.0
-    assert "such as 96" in advice(small, "small_images")
-    fits = inspect_source(Numbers([("a cat",)] * 3, side=256), size=224, workers=0)
+    assert "such as 64" in advice(small, "small_images")
     assert not {"small_images", "large_images"} & set(rules(fits))
 
 
 def test_scripts_and_queue() -> None:
     found = inspect_source(Numbers([("белая кошка",)] * 1 + [("a white cat",)] * 3), workers=0)
-    assert rules(found)["scripts"] == 0.25
+    assert rules(found)["other_script"] == 0.25
+    assert found.captions.examples == {"not in Latin script": ["белая кошка"]}
     thousands = inspect_source(Numbers([(f"caption {n}",) for n in range(1453)]), 20, workers=0)
     assert "queue_size=256" in advice(thousands, "queue")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sample": 0},
-        {"workers": -1},
-        {"size": 0},
-        {"batch_size": 1},
-        {"seed": -1},
-        {"check_leakage": ["nowhere.jsonl"]},
-    ],
-    ids=str,
-)
-def test_wrong_options_are_refused(planted: Path, options: dict) -> None:
-    ((name, value),) = options.items()
-    with pytest.raises(UserError, match="nowhere.jsonl" if name == "check_leakage" else f"{name} is {value}"):
-        inspect_source(planted, **options)
-
-
-def test_the_progress_bar_counts_broken_pairs_too(
-    planted: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("FIRST", "LONGEST"):
-        monkeypatch.setattr(f"declip.io.progress.{name}", 0.0)
-    inspect_source(planted, workers=0, progress=True)
-    assert "35/35" in capfd.readouterr().err
+def test_wrong_options_are_refused(planted: Path) -> None:
+    for name, value in {"sample": 0, "workers": -1, "size": 0, "batch_size": 1, "seed": -1}.items():
+        with pytest.raises(UserError, match=f"{name} is {value}"):
+            inspect_source(planted, **{name: value})
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        inspect_source(planted, check_leakage=["nowhere.jsonl"])

@@ -1,10 +1,9 @@
 import io
+from itertools import combinations
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from conftest import COLOURS, SHAPES, draw
 from declip.inspection.duplicates import (
@@ -15,6 +14,7 @@ from declip.inspection.duplicates import (
     across,
     caption_hash,
     coincidence,
+    components,
     equal_groups,
     image_hash,
     is_blank,
@@ -37,8 +37,7 @@ def compressed(image: Image.Image, quality: int) -> Image.Image:
 
 
 def groups_of(images: list[Image.Image]) -> list[int]:
-    looks = np.array([look(image) for image in images], LOOK)
-    return near_groups(looks).tolist()
+    return near_groups(np.array([look(image) for image in images], LOOK)).tolist()
 
 
 def test_hashes_tell_images_and_captions_apart() -> None:
@@ -77,11 +76,9 @@ def test_color_shape_and_a_small_sign_tell_drawings_apart() -> None:
 
 
 def test_blank_images() -> None:
-    for image, blank in ((Image.new("RGB", (50, 40), "white"), True), (photo(0), False)):
-        assert is_blank(image, look(image)) is blank
-    nearly = Image.new("RGB", (500, 500), "white")
+    white, nearly = Image.new("RGB", (50, 40), "white"), Image.new("RGB", (500, 500), "white")
     nearly.putpixel((0, 0), (0, 0, 0))
-    assert not is_blank(nearly, look(nearly))
+    assert [is_blank(image, look(image)) for image in (white, nearly, photo(0))] == [True, False, False]
 
 
 def bits(looks: np.ndarray, name: str, i: int, j: int) -> int:
@@ -102,17 +99,15 @@ def test_near_groups_are_those_of_comparing_all_with_all(generator: np.random.Ge
     tints = looks["tint"].astype(int)
     near = [
         (i, j)
-        for i in range(len(looks))
-        for j in range(i + 1, len(looks))
+        for i, j in combinations(range(len(looks)), 2)
         if bits(looks, "coarse", i, j) <= COARSE_BITS
         and bits(looks, "fine", i, j) <= FINE_BITS
         and abs(tints[i] - tints[j]).max() <= TINT
     ]
     assert 200 < len(near) < 600
-    graph = coo_array((np.ones(len(near)), tuple(zip(*near, strict=True))), shape=(len(looks), len(looks)))
-    count, expected = connected_components(graph, directed=False)
+    expected, found = components(len(looks), np.array(near).T), near_groups(looks)
+    count = expected.max() + 1
     assert 70 < count < 250
-    found = near_groups(looks)
     assert len(np.unique(np.stack([found, expected]), axis=1).T) == count == found.max() + 1
 
 
@@ -126,15 +121,11 @@ def test_one_image_many_blank_ones_and_thousands_that_nearly_look_alike(generato
 
 
 def test_images_of_another_set_are_found() -> None:
-    def rows(images: list[Image.Image]) -> np.ndarray:
-        found = np.zeros(len(images), [("look", LOOK)])
-        for row, image in zip(found, images, strict=True):
-            row["look"] = look(image)
-        return found
-
-    mine = [photo(0), photo(1), photo(2)]
-    theirs = [compressed(photo(1), 70), photo(9), photo(2)]
-    assert across(rows(mine), rows(theirs)).tolist() == [False, True, True]
+    mine, theirs = (
+        np.array([(look(image),) for image in images], [("look", LOOK)])
+        for images in ([photo(0), photo(1), photo(2)], [compressed(photo(1), 70), photo(9), photo(2)])
+    )
+    assert across(mine, theirs).tolist() == [False, True, True]
 
 
 def test_coincidence_is_the_mean_over_all_couples(generator: np.random.Generator) -> None:

@@ -13,7 +13,7 @@ from declip.data.exclude import match_exclusions, read_exclusions
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.open import open_source
 from declip.inspection import Inspection, inspect_source
-from declip.inspection.result import Fraction, Spread
+from declip.inspection.result import Fraction, spread_of
 from declip.io.text import about, shown
 from declip.reports.inspection import exclusions, page, summary
 
@@ -62,17 +62,6 @@ def test_the_page_escapes_what_comes_from_the_data_loads_nothing_and_shows_every
     assert html.count('<img src="data:image/') == count == 11 + 6
 
 
-def test_the_page_of_nothing_usable_says_so() -> None:
-    class Broken(Hostile):
-        def __getitem__(self, index: int) -> Pair:
-            raise BrokenPair("missing image", f"gone {index}")
-
-    found = inspect_source(Broken(), workers=0)
-    html = page(found)
-    assert "None of the 12 pairs read can be used" in html
-    assert "gone 0, gone 1" in html
-
-
 def printed(inspection: Inspection) -> str:
     console = Console(width=90, record=True, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
     console.print(summary(inspection))
@@ -81,26 +70,22 @@ def printed(inspection: Inspection) -> str:
 
 def test_the_terminal_shows_markup_as_it_is_and_no_control_characters(hostile: Inspection) -> None:
     text = printed(hostile)
-    assert "\x1b[31m" not in text
-    assert "\u202e" not in text
-    assert "[bold red]markup[/]" in text
-    assert "What this means" in text
-    assert "missing image" in text
+    assert not re.search("\x1b\\[31m|\u202e", text)
+    assert [part for part in ("[bold red]markup[/]", "What this means", "missing image") if part not in text] == []
 
 
 def test_numbers_are_written_and_read_back(hostile: Inspection) -> None:
     found = json.loads(hostile.to_json())
     assert (found["total"], found["read"], found["usable"], found["whole"]) == (12, 12, 11, True)
     assert found["broken"] == {"count": 1, "of": 12, "low": 1 / 12, "high": 1 / 12, "fraction": 1 / 12}
-    assert found["images"]["width"]["p50"] == 90.0
+    assert (found["images"]["width"]["p50"], "examples" in found) == (90.0, False)
     assert found["near_images"]["examples"][0]["keys"][0] == "<u>0\udcff"
     assert found["captions"]["truncated"]["77"]["count"] == hostile.captions.truncated[77].count
-    assert "examples" not in found
 
 
 def test_numbers_as_words() -> None:
     assert Fraction.counted(5, 50, whole=False).low == pytest.approx(0.0434, abs=1e-4)
-    assert Spread.of(np.arange(101)).at(95) == 95
+    assert spread_of(np.arange(101))["p95"] == 95
     assert [about(number) for number in (1834, 18.34, 0.0512, 0)] == ["1,800", "18", "0.051", "0"]
     assert shown("a\x07b\u202ec" + "d" * 300, 10) == "a\ufffdb\ufffdcdddd…"
 
@@ -115,17 +100,14 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 def test_the_command_writes_what_is_asked_for(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    outputs = [tmp_path / name for name in ("found.json", "found.html")]
-    words = ["--json", str(outputs[0]), "--html", str(outputs[1])]
+    words = ["--json", str(tmp_path / "found.json"), "--html", str(tmp_path / "found.html")]
     assert run([str(table), "--sample", "10", "--seed", "3", "--workers", "0", "--quiet", *words], monkeypatch) == 0
     printed = capfd.readouterr().out
     assert "10 of 24 pairs were read, sampled with seed 3." in printed
-    assert all(path.is_file() for path in outputs)
-    assert json.loads(outputs[0].read_text())["read"] == 10
-    monkeypatch.setattr("declip.io.progress.FIRST", 0.0)
+    assert (tmp_path / "found.html").is_file()
+    assert json.loads((tmp_path / "found.json").read_text())["read"] == 10
     assert run([str(table), "--all", "--workers", "0", "--check-leakage", str(table)], monkeypatch) == 0
-    captured = capfd.readouterr()
-    assert "All 24 pairs were read." in captured.out
+    assert "All 24 pairs were read." in capfd.readouterr().out
 
 
 def test_copies_of_a_test_set_become_a_list_to_exclude(table: Path, tmp_path: Path) -> None:
@@ -138,8 +120,7 @@ def test_copies_of_a_test_set_become_a_list_to_exclude(table: Path, tmp_path: Pa
     found = inspect_source(source, None, check_leakage=[heldout], workers=0)
     (tmp_path / "exclude.csv").write_text(exclusions(found), encoding="utf-8")
     dropped = match_exclusions(source, read_exclusions(tmp_path / "exclude.csv"))
-    assert set(dropped.reasons) == {place for _, place in found.leakages[0].copies} >= {3, 4}
-    assert not dropped.missing
+    assert set(dropped) == {place for _, place in found.leakages[0].copies} >= {3, 4}
 
 
 def test_a_source_without_a_usable_pair_ends_with_status_2(
@@ -148,33 +129,24 @@ def test_a_source_without_a_usable_pair_ends_with_status_2(
     (tmp_path / "pairs.csv").write_text("image,caption\nimages/gone.png,a cat\n", encoding="utf-8")
     assert run([str(tmp_path / "pairs.csv"), "--workers", "0"], monkeypatch) == 2
     printed = capfd.readouterr().out.replace("\n", "")
-    assert "missing image" in printed
-    assert "images/gone.png" in printed
+    assert [part for part in ("missing image", "images/gone.png") if part not in printed] == []
     html = page(inspect_source(tmp_path / "pairs.csv", workers=0))
     assert "None of the 1 pair read can be used" in html
     assert "images/gone.png" in html
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--sample", "0"], "sample is 0; it must be 1 or more"),
-        (["--html", "nowhere/page.html"], "there is no folder 'nowhere'"),
-        (["--html", "."], "it is a folder"),
-        (["--image-root", "nowhere"], "nowhere"),
-        (["--caption-column", "captoin"], "Did you mean 'caption'"),
-    ],
-)
 def test_a_mistake_ends_with_its_message(
-    table: Path,
-    words: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run([str(table), *words], monkeypatch) == 2
-    errors = capfd.readouterr().err
-    assert message in errors.replace("\n", " ")
-    assert "Traceback" not in errors
+    for words, message in (
+        ("--sample 0", "sample is 0; it must be 1 or more"),
+        ("--html nowhere/page.html", "there is no folder 'nowhere'"),
+        ("--html .", "it is a folder"),
+        ("--image-root nowhere", "nowhere"),
+        ("--caption-column captoin", "no column 'captoin'"),
+    ):
+        assert run([str(table), *words.split()], monkeypatch) == 2
+        errors = capfd.readouterr().err
+        assert message in errors.replace("\n", " ")
+        assert "Traceback" not in errors

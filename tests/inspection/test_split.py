@@ -34,8 +34,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 pairs: in 20 groups of three, the first two show one image in two sizes, the last two share a caption."""
     rows = []
     for group in range(20):
-        rows.append((texture(group), f"first of {group}"))
-        rows.append((texture(group, 96), f"common to {group}"))
+        rows += [(texture(group), f"first of {group}"), (texture(group, 96), f"common to {group}")]
         rows.append((texture(100 + group), f"Common  to {group}"))
     return write(tmp_path_factory.mktemp("groups") / "x", rows)
 
@@ -57,17 +56,10 @@ def test_a_list_opens_as_its_pairs(pairs: Path, tmp_path: Path) -> None:
     write_pair_list(tmp_path / "older.pairs", PairList(str(pairs), {}, 61, [3]))
     with pytest.raises(UserError, match=r"61.*60"):
         open_source(tmp_path / "older.pairs")
-    itself = {"source": str(tmp_path / "wrong.pairs")}
     good = {"source": str(pairs), "columns": {}, "total": 60, "indices": [1]}
-    for wrong in (
-        {"indices": [2, 1]},
-        {"indices": [60]},
-        {"indices": []},
-        {"indices": 3},
-        {"columns": {"x": 1}},
-        itself,
-    ):
-        write_pair_list(tmp_path / "wrong.pairs", PairList(**{**good, **wrong}))  # type: ignore[arg-type]
+    wrong: list[dict] = [{"indices": indices} for indices in ([2, 1], [60], [], 3)]
+    for change in (*wrong, {"columns": {"x": 1}}, {"source": str(tmp_path / "wrong.pairs")}):
+        write_pair_list(tmp_path / "wrong.pairs", PairList(**{**good, **change}))
         with pytest.raises(UserError, match="not a list of pairs"):
             open_source(tmp_path / "wrong.pairs")
 

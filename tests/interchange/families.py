@@ -51,6 +51,11 @@ SIGLIP_TEXT = {
     "tokenizer_kwargs": {"clean": "canonicalize"}, "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
 }  # fmt: skip
 OPEN_CLIP: dict[str, dict[str, Any]] = {
+    "siglip": {
+        "embed_dim": 32, "init_logit_bias": -10, "custom_text": True,
+        "text_cfg": {name: value for name, value in SIGLIP_TEXT.items() if name != "act_kwargs"},
+        "vision_cfg": _timm("vit_base_patch16_siglip_224", "map", "none"),
+    },
     "siglip2": {
         "embed_dim": 32, "init_logit_bias": -10, "custom_text": True, "text_cfg": SIGLIP_TEXT,
         "vision_cfg": _timm("vit_base_patch16_siglip_224", "map", "none"),
@@ -89,8 +94,10 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ENCODERS = {"biomedclip": bert, "xlm-roberta": lambda folder: roberta(folder, kind="XLMRoberta")}
+SIGLIP_IMAGES = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 PREPARED = {
-    "siglip2": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
+    "siglip": SIGLIP_IMAGES,
+    "siglip2": SIGLIP_IMAGES,
     "mobileclip2": {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"},
     "pe-core": {"interpolation": "bilinear", "resize_mode": "squash"},
 }
@@ -100,8 +107,7 @@ FAMILIES = (*OPEN_CLIP, "transformers-siglip", "transformers-siglip2")
 def saved(family: str, folder: Path) -> tuple[str, Any]:
     """Write a family's folder; give the name by which it is loaded, and the library's model."""
     torch.manual_seed(5)
-    name = (_siglip if family.startswith("transformers") else _open_clip)(family, folder)
-    return name
+    return (_siglip if family.startswith("transformers") else _open_clip)(family, folder)
 
 
 def _spread(model: torch.nn.Module) -> torch.nn.Module:

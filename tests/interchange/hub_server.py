@@ -12,19 +12,13 @@ from typing import Any, ClassVar
 
 
 class Hub(ThreadingHTTPServer):
-    """The server and what it holds.
-
-    Attributes:
-        revisions: Repository → commits, oldest first: id → files by name.
-        private: The repositories that are private.
-        cards: Metadata that was sent to be checked.
-    """
+    """The server and what it holds."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.revisions: dict[str, dict[str, dict[str, bytes]]] = {}
-        self.private: set[str] = set()
-        self.cards: list[str] = []
+        self.revisions: dict[str, dict[str, dict[str, bytes]]] = {}  # by repository and id, oldest first: files
+        self.private: set[str] = set()  # repositories
+        self.cards: list[str] = []  # metadata that was sent to be checked
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
     def files(self, repo: str, revision: str = "main") -> tuple[str, dict[str, bytes]]:

@@ -17,7 +17,6 @@ from declip.errors import UserError
 from declip.interchange import declip_file
 from declip.interchange.declip_file import FILE, write_declip_file
 from declip.interchange.export import import_weights
-from declip.interchange.huggingface import fold_bias
 from declip.training.trainer import Trainer
 from interchange.towers import CAPTIONS, build, command, largest, pictures
 from training.test_trainer import recipe_for
@@ -65,9 +64,7 @@ def assert_same_model(read: Any, model: Any) -> None:
     torch.testing.assert_close(embeddings[-1], embeddings[:-1].mean(dim=0))
 
 
-@pytest.mark.parametrize(
-    "kind", ["vit", "vit-gelu", "vit-bias", "vit-clip-words", "resnet", "timm-vit", "timm-convnext"]
-)
+@pytest.mark.parametrize("kind", ["vit-gelu", "vit-bias", "vit-clip-words", "resnet", "timm-vit", "timm-convnext"])
 def test_open_clip_reads_what_was_written_and_so_do_we(kind: str, tmp_path: Path) -> None:
     open_clip = pytest.importorskip("open_clip")
     if kind != "vit-clip-words":
@@ -93,7 +90,7 @@ def test_open_clip_reads_what_was_written_and_so_do_we(kind: str, tmp_path: Path
     assert_same_model(declip.load(tmp_path / "ours", device="cpu"), model)
 
 
-@pytest.mark.parametrize("kind", ["vit", "vit-gelu", "vit-mixed", "vit-bias", "vit-clip-words"])
+@pytest.mark.parametrize("kind", ["vit-mixed", "vit-clip-words"])
 def test_transformers_reads_what_was_written_and_so_do_we(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model, out = build(kind), tmp_path / "out"
@@ -114,30 +111,6 @@ def test_transformers_reads_what_was_written_and_so_do_we(kind: str, tmp_path: P
     torch.testing.assert_close(found.logits_per_image, logits, rtol=0, atol=1e-4)
     assert theirs.config.text_config.vocab_size == len(processor.tokenizer) == model.tokenizer.vocabulary - 1
     assert_same_model(declip.load(out, device="cpu"), model)
-
-
-@pytest.mark.parametrize("backend", ["pil", "torchvision"])
-def test_pixels_of_transformers_are_ours_but_for_its_rounding_of_the_crop(backend: str, tmp_path: Path) -> None:
-    """Where the longer side is cut by 3, 7, 11 … pixels it cuts one pixel further up or left than CLIP does."""
-    transformers = pytest.importorskip("transformers")
-    model = build("vit-bias")
-    declip.export(model, "huggingface", tmp_path / "out")
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", backend=backend)
-    side, mean, std = 32, model.preprocessor.mean.view(3, 1, 1), model.preprocessor.std.view(3, 1, 1)
-    shifted = 0
-    for picture in pictures():
-        theirs = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])[0] * std + mean
-        width, height = (int(side * length / min(picture.size)) for length in picture.size)
-        ours = model.preprocess(picture)[0] * std + mean
-        if (max(width, height) - side) % 4 == 3:
-            shifted += 1
-            left, top = (width - side) // 2, (height - side) // 2
-            resized = picture.convert("RGB").resize((width, height), 3).crop((left, top, left + side, top + side))
-            assert largest(theirs, ours) > 1 / 255
-            ours = model.preprocess(resized)[0] * std + mean
-        print(f"transformers {backend}: pixels {255 * largest(theirs, ours):.1e} / 255")
-        assert largest(theirs, ours) <= 1.001 / 255
-    assert shifted >= 2
 
 
 def test_one_file_holds_everything(tmp_path: Path) -> None:
@@ -173,8 +146,6 @@ def test_a_run_is_exported_with_its_data_steps_and_results(
     assert str(table.parent) not in card
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["train"]["steps"] == 4
     assert "tensor" in run_card(out, monkeypatch, capfd)
-    folder = next((tmp_path / "run" / "checkpoints").glob("step-00000004"))
-    assert "24 distinct pairs" in _card(declip.export(folder, "safetensors", tmp_path / "again").folder)
 
 
 def _card(folder: Path) -> str:
@@ -199,35 +170,17 @@ def test_the_code_in_the_card_works_as_it_is(
     ("kind", "form", "reason"),
     [
         ("conv", "huggingface", "vision transformer only.*Formats that can: onnx and safetensors"),
-        ("conv", "open_clip", "none of timm's names.*image.model=vit.*can: onnx and safetensors"),
+        ("conv", "open_clip", "timm does not know.*image.model=vit.*can: onnx and safetensors"),
         ("vit-mixed", "open_clip", "text.activation=quick_gelu.*can: huggingface, onnx and safetensors"),
         ("resnet", "huggingface", "ByobNet.*image.model=vit.*can: open_clip, onnx and safetensors"),
-        ("timm-vit", "huggingface", "a VisionTransformer.*can: open_clip, onnx and safetensors"),
-        ("timm-vit-32", "open_clip", "'test_vit', 32 px.*pos_embed"),
+        ("timm-vit-32", "open_clip", "'test_vit' at 32 px.*pos_embed"),
+        ("vit-bias", "huggingface", "text.projection_bias=false.*can: open_clip, onnx and safetensors"),
     ],
 )
 def test_what_a_format_cannot_say_is_refused_with_the_reason(kind: str, form: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason):
         declip.export(build(kind), form, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_license_is_an_identifier_or_other(tmp_path: Path) -> None:
-    for given, expected in (("MIT", ("mit", None)), ("Ours, ask", ("other", "Ours, ask"))):
-        declip.export(build("vit"), "safetensors", tmp_path / "out", license=given, overwrite=True)
-        head = yaml.safe_load(_card(tmp_path / "out").split("---")[1])
-        assert (head["license"], head.get("license_name")) == expected
-
-
-def test_a_bias_moves_before_the_projection_where_that_can_be_inverted() -> None:
-    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
-    bias = torch.randn(16, generator=torch.Generator().manual_seed(1))
-    moved = fold_bias(weight, bias, 5.0)
-    torch.testing.assert_close(F.linear(moved, weight.double()), bias.double(), rtol=1e-12, atol=1e-12)
-    nearly, singular = (torch.diag(torch.tensor([1.0, 1.0, least])) for least in (1e-6, 0.0))
-    for projection in (weight.T, nearly, singular):
-        with pytest.raises(UserError, match=r"cannot be inverted.*projection_bias=false"):
-            fold_bias(projection, torch.ones(len(projection)), 2.0)
 
 
 def test_features_that_come_out_differently_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +214,7 @@ def test_wrong_words_and_folders_in_use(tmp_path: Path, table: Path) -> None:
     (tmp_path / "out").mkdir()
     declip.export(model, "safetensors", tmp_path / "out")
     (tmp_path / "out" / "more.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"is not empty\. Give --overwrite"):
+    with pytest.raises(UserError, match=r"or not empty.*--overwrite"):
         declip.export(model, "safetensors", tmp_path / "out")
     declip.export(model, "safetensors", tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", FILE]
@@ -288,18 +241,3 @@ def test_a_full_disk_and_a_place_that_cannot_be_written_are_one_line(
     with pytest.raises(UserError, match=r"No room left on the disk to write '.*out'"):
         declip.export(build("vit"), "safetensors", tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_published_sizes_get_the_names_of_open_clips_vit_b_32() -> None:
-    """Names and shapes alone, without memory."""
-    open_clip = pytest.importorskip("open_clip")
-    from declip.interchange.open_clip import express
-    from declip.models.dual_encoder import DualEncoder
-    from declip.recipe.load import load_recipe
-
-    recipe = load_recipe("clip-yfcc15m-vitb32", {"text.projection_bias": False})
-    with torch.device("meta"):
-        ours = DualEncoder.from_recipe(recipe)
-        theirs = open_clip.create_model("ViT-B-32", load_weights=False, device="meta")
-    shapes = {name: tensor.shape for name, tensor in express(ours)[1].items()}
-    assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}

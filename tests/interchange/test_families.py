@@ -17,23 +17,24 @@ from declip.interchange.read import read
 from declip.interchange.weights import Weights
 from declip.interchange.wrapped_weights import wrapped_in
 from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, TEXT, blocks, depths
-from declip.models.lora import MARK, Adapters
+from declip.models.lora import MARK
 from declip.models.wrapped_towers import WrappedImageTower
 from declip.recipe.load import load_recipe
-from declip.recipe.schema import LoRA, Recipe
+from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
+from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
+from declip.training.trainer import Trainer
 from interchange.families import CAPTIONS, FAMILIES, features, saved
 from interchange.towers import pictures
-from training.starts import same_end
+from training.starts import moved, same_end, state
 
 pytest.importorskip("open_clip")
 pytest.importorskip("transformers")
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-RUNS = ("siglip2", "mobileclip2", "xlm-roberta", "transformers-siglip")
-"""One for each way of a step: a bias and the sigmoid loss, batch norm, an encoder that masks padding, transformers."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,15 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Weight
     folder = tmp_path_factory.mktemp("families")
     found = {family: saved(family, folder / family) for family in FAMILIES}
     return {family: (read(name), library) for family, (name, library) in found.items()}
+
+
+@pytest.fixture(scope="module")
+def files(families: dict[str, tuple[Weights, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Our own file of each family, whose model needs nothing else."""
+    folder = tmp_path_factory.mktemp("files")
+    for family, (weights, _) in families.items():
+        declip_file.write_declip_file(weights.build(), folder / f"{family}.safetensors")
+    return {family: str(folder / f"{family}.safetensors") for family in families}
 
 
 def tuned(table: Path, weights: str, **keys: Any) -> Recipe:
@@ -76,11 +86,8 @@ def test_features_equal_the_librarys_and_the_export_goes_back(family: str, famil
 
 
 @every_family
-def test_every_parameter_has_a_gradient_and_a_layer(family: str, families: Any, tmp_path: Path) -> None:
-    """Also after our own file, whose model needs nothing else."""
-    declip_file.write_declip_file(families[family][0].build(), tmp_path / declip_file.FILE)
-    weights = declip_file.read(str(tmp_path))
-    model = weights.build()
+def test_every_parameter_has_a_gradient_and_a_layer(family: str, files: dict[str, str]) -> None:
+    model = read(files[family]).build()
     pixels, tokens = torch.randn(3, 3, 32, 32), model.tokenize(CAPTIONS[:3])
     (model.encode_image(pixels) * torch.arange(3)[:, None] + model.encode_text(tokens)).sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == (
@@ -96,12 +103,11 @@ def test_every_parameter_has_a_gradient_and_a_layer(family: str, families: Any, 
     assert not any("proj.weight" in n and "patch_embed" not in n for n in stem)
 
 
-@pytest.mark.parametrize("family", RUNS)
+@every_family
 def test_training_moves_every_parameter_and_resumes_to_the_bit(
-    family: str, families: Any, table: Path, tmp_path: Path
+    family: str, files: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
-    weights = families[family][0]
-    recipe, start = tuned(table, weights.origin), weights.tensors
+    recipe, start = tuned(table, files[family]), read(files[family]).tensors
     run = train(recipe, out=tmp_path / "whole", quiet=True, report=False)
     assert set(run.metrics[0]["losses"]) == {"sigmoid" if "logit_bias" in start else "contrastive"}
     after = load_checkpoint(list_checkpoints(tmp_path / "whole")[-1])
@@ -113,36 +119,68 @@ def test_training_moves_every_parameter_and_resumes_to_the_bit(
 
 
 @every_family
-def test_adapters_learn_and_merge(family: str, families: Any) -> None:
-    model = families[family][0].build().eval()
-    names, pixels, tokens = list(model.state_dict()), torch.randn(3, 3, 32, 32), model.tokenize(CAPTIONS[:3])
-    adapters = Adapters(model, LoRA(rank=2))
-    learning = {n: p for n, p in model.named_parameters() if MARK in n}
-    with torch.no_grad():  # at first one factor is 0, and the other has no gradient
-        for parameter in learning.values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    (model.encode_image(pixels) * torch.arange(3)[:, None] + model.encode_text(tokens)).sum().backward()
-    assert [n for n, p in learning.items() if p.grad is None] == []
-    assert sum(bool(p.grad.any()) for p in learning.values()) > 0.9 * len(learning)  # type: ignore[union-attr]  # behind a ReLU some have none
-    assert {f"{n.split('.')[0]}." for n in learning} == {IMAGE, TEXT}
+def test_a_run_with_adapters_is_merged_when_it_is_loaded(
+    family: str, files: dict[str, str], table: Path, tmp_path: Path
+) -> None:
+    lora = {"finetune.lora": {"rank": 2}, "finetune.layer_decay": 1.0, "train.checkpoint_every": 2}
+    trainer = Trainer(tuned(table, files[family], **lora), tmp_path, quiet=True)
+    before, learned, tokens = state(trainer), trainer.model, trainer.model.tokenize(CAPTIONS)
+    trainer.train()
+    adapters = {n for n in before if MARK in n}
+    after = learned.state_dict()
+    assert len(moved(before, after) & adapters) > 0.9 * len(adapters)  # behind a ReLU some have no gradient
+    for name in (
+        before.keys() - adapters - {"logit_scale", "logit_bias"}
+    ):  # peft adds to torch's attention and subtracts
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+    assert {f"{n.split('.')[0]}." for n in adapters} == {IMAGE, TEXT}
+    loaded = declip.load(tmp_path, device="cpu")
+    assert isinstance(loaded, DualEncoder)
+    assert loaded.state_dict().keys() == read(files[family]).tensors.keys()
+    pixels = loaded.preprocess(pictures()[1:4])
     with torch.no_grad():
-        expected = model.encode_image(pixels), model.encode_text(tokens)
-        adapters.merge()
-        assert sorted(model.state_dict()) == sorted(names)
-        for found, value in zip((model.encode_image(pixels), model.encode_text(tokens)), expected, strict=True):
-            torch.testing.assert_close(found, value, atol=1e-5, rtol=0)
+        found, expected = ((m.encode_image(pixels), m.encode_text(tokens)) for m in (loaded, learned.eval()))
+    differences = [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)]
+    print(f"\n{family}: merged {max(differences):.1e}")
+    assert max(differences) < 1e-5
 
 
-def test_a_run_with_adapters_is_loaded_again(families: Any, table: Path, tmp_path: Path) -> None:
-    """Of the family whose attention is torch's fused one."""
-    weights = families["coca"][0]
-    recipe = tuned(table, weights.origin, **{"finetune.lora": {"rank": 2}, "finetune.layer_decay": 1.0})
-    train(recipe, out=tmp_path / "run", quiet=True, report=False)
-    model = declip.load(tmp_path / "run", device="cpu")
-    assert isinstance(model, DualEncoder)
-    key = "text_tower.trunk.transformer.resblocks.0.attn.in_proj_weight"
-    assert model.state_dict().keys() == weights.tensors.keys()
-    assert not torch.equal(model.state_dict()[key], weights.tensors[key])
+LENGTHS = {"siglip2": 20, "eva": 6, "coca": 20, "biomedclip": 24, "transformers-siglip": 20}
+
+
+@pytest.mark.parametrize("family", LENGTHS)
+def test_positions_are_stretched_or_cut(family: str, families: Any, table: Path, tmp_path: Path) -> None:
+    weights, length = families[family][0], LENGTHS[family]
+    recipe, old = tuned(table, weights.origin, **{"text.context_length": length}), weights.recipe.text.context_length
+    model = Trainer(recipe, tmp_path / "run", quiet=True).model.eval()
+    own, tokens = model.state_dict(), model.tokenize(CAPTIONS)
+    other = [n for n, t in weights.tensors.items() if n != ENTRY and not torch.equal(own[n], t)]
+    assert len(other) == (0 if family == "biomedclip" else 1)
+    for name in other:
+        given, rows = weights.tensors[name], []
+        for row in range(length):
+            at = row * (old - 1) / (length - 1) if length > old else row
+            below = min(int(at), old - 2)
+            rows.append((1 - at + below) * given[below] + (at - below) * given[below + 1])
+        torch.testing.assert_close(own[name], torch.cat([torch.stack(rows), given[old:]]), rtol=0, atol=1e-6)
+    kept = declip_file.read_part(str(tmp_path / "run" / KEPT)).check()  # what a resumed run starts from
+    assert kept.fit(recipe).text.context_length == tokens.shape[1] == length
+    assert not moved(own, kept.build().state_dict())
+    exported = declip.export(model, "huggingface" if "transformers" in family else "open_clip", tmp_path / "out")
+    assert exported.difference is not None
+    assert exported.difference < 1e-5
+    again = declip.load(tmp_path / "out", device="cpu")
+    assert isinstance(again, DualEncoder)
+    assert torch.equal(again.tokenize(CAPTIONS), tokens)
+    torch.testing.assert_close(again.encode_text(tokens), model.encode_text(tokens), rtol=0, atol=1e-5)
+
+
+def test_positions_of_an_encoder_have_an_end(families: Any, table: Path, tmp_path: Path) -> None:
+    for family, longest in (("biomedclip", 24), ("xlm-roberta", 24)):
+        recipe = tuned(table, families[family][0].origin, **{"text.context_length": longest + 1})
+        with pytest.raises(UserError, match=f"positions for {longest} ids. Set text.context_length"):
+            train(recipe, out=tmp_path / family, quiet=True, report=False)
+        assert not (tmp_path / family).exists()
 
 
 def test_losses_that_need_more_than_a_tower_gives_are_refused(families: Any, table: Path) -> None:

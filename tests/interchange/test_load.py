@@ -44,7 +44,7 @@ def test_what_is_not_a_model_is_named(table: Path, tmp_path: Path) -> None:
 def test_damaged_checkpoints_and_their_weights_alone_are_named(table: Path, tmp_path: Path) -> None:
     Trainer(recipe_for(table, steps=4), tmp_path, quiet=True).train()
     folder = list_checkpoints(tmp_path)[-1]
-    with pytest.raises(UserError, match=f"Give its folder, '{folder}'"):
+    with pytest.raises(UserError, match="by its folder"):
         declip.load(folder / WEIGHTS)
     for folder in list_checkpoints(tmp_path):
         (folder / WEIGHTS).write_bytes(b"half")

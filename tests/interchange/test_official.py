@@ -211,23 +211,6 @@ def test_tokens_are_the_official_ones_in_our_order(name):
     assert not expected[:, found.shape[1] :].any()
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("name", model_cases("declip", "defilip"))
-def test_rows_of_the_vocabulary_follow_their_tokens(name):
-    case = Case(name)
-    model, objective = case.read()
-    rows = {"start": model.tokenizer.start, "end": model.tokenizer.end, "mask": model.tokenizer.mask, "word": 5}
-    theirs = {"start": -2, "end": -1, "mask": -3, "word": 5}
-    for token, row in rows.items():
-        for found, name in (
-            (model.text_tower.token_embedding.weight, "encode_text.token_embedding.weight"),
-            (objective.terms.masked_language.head.weight, "text_label_predictor.weight"),
-            (objective.terms.masked_language.head.bias, "text_label_predictor.bias"),
-        ):
-            assert torch.equal(found[row], case.state[name][theirs[token]].float()), (token, name)
-            assert found.dtype == torch.float32
-
-
 def full_size(file, model=None):
     about = json.loads(require_file(file).read_text())
     shapes = about[model]["shapes"] if model else {name: key["shape"] for name, key in about["keys"].items()}
@@ -272,7 +255,7 @@ def tiny():
 
 
 def test_heads_of_attention(tiny, tmp_path):
-    """Published models have a head for each 64 channels; equally wide towers share the number that is given."""
+    """Published models have a head for each 64 channels."""
 
     def heads(**options):
         model, _ = read_official(tiny, **options)
@@ -280,7 +263,6 @@ def test_heads_of_attention(tiny, tmp_path):
         return text, model.image_tower.trunk.blocks[0].attn.num_heads
 
     assert heads() == (1, 1)
-    assert heads(text_heads=2) == (2, 2)
     assert heads(text_heads=2, image_heads=4) == (2, 4)
     save_file(tiny, tmp_path / "tiny.safetensors")
     import_weights(tmp_path / "tiny.safetensors", "declip-official", tmp_path / "out", text_heads=2, image_heads=4)
@@ -289,12 +271,6 @@ def test_heads_of_attention(tiny, tmp_path):
     assert imported.image_tower.trunk.blocks[0].attn.num_heads == 4
     with pytest.raises(UserError, match="text_heads"):
         import_weights(tmp_path, "huggingface", tmp_path / "other", text_heads=2)
-
-
-def test_reading_leaves_the_random_state_alone(tiny):
-    before = torch.get_rng_state()
-    read_official(tiny)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_logit_scale_that_theirs_cuts_off_is_cut_off(tiny):
@@ -307,6 +283,3 @@ def test_a_logit_scale_that_theirs_cuts_off_is_cut_off(tiny):
 def test_heads_that_do_not_divide_the_width(tiny):
     with pytest.raises(UserError, match="multiple"):
         read_official(tiny, text_heads=3)
-    resnet = load_file(SHIPPED / "declip_resnet_tiny.safetensors")
-    with pytest.raises(UserError, match="image_heads=3"):
-        read_official(resnet, text_heads=2, image_heads=3)

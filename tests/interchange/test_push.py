@@ -14,8 +14,8 @@ import declip
 from declip.errors import UserError
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.interchange import huggingface
-from declip.interchange.model_card import model_card
-from declip.interchange.provenance import Provenance
+from declip.interchange.export import import_weights
+from declip.interchange.model_card import Provenance, model_card
 from declip.interchange.read import read_start
 from declip.recipe.load import load_recipe
 from interchange.hub_server import Hub, serving
@@ -88,7 +88,10 @@ def test_a_repository_of_transformers_is_read(hub: Hub, tmp_path: Path) -> None:
     huggingface.write(model, tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     hub.revisions["me/hf"] = {"1" * 40: {**files, "pytorch_model.bin": b"a pickle"}}
-    assert same(declip.load("hf-hub:me/hf", device="cpu"), model)
+    for name in ("hf-hub:me/hf", "huggingface:me/hf"):
+        assert same(declip.load(name, device="cpu"), model)
+    import_weights("huggingface:me/hf", "huggingface", tmp_path / "ours")
+    assert same(declip.load(tmp_path / "ours", device="cpu"), model)
     assert not list((tmp_path / "cache").rglob("*.bin"))
 
 

@@ -13,10 +13,8 @@ def test_the_environment_chooses_the_folder(monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", "~/elsewhere")
     assert cache_folder() == Path.home() / "elsewhere"
     monkeypatch.delenv("DECLIP_CACHE")
-    assert cache_folder().name == "declip"
-    if os.name == "posix" and os.uname().sysname == "Linux":
-        monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-        assert cache_folder() == Path("/x/declip")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/declip")
 
 
 def test_a_file_or_folder_appears_whole(tmp_path):
@@ -52,12 +50,7 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
-    [
-        (errno.ENOSPC, "No room left on the disk"),
-        (errno.EACCES, "cannot be written"),
-        (errno.EROFS, "cannot be written"),
-    ],
+    ("code", "told"), [(errno.ENOSPC, "No room left on the disk"), (errno.EROFS, "cannot be written")]
 )
 def test_a_full_or_forbidden_disk_is_the_users_matter(tmp_path, code, told):
     with pytest.raises(UserError) as caught, atomic_write(tmp_path / "file"):

@@ -1,7 +1,6 @@
 """Progress: bars on a terminal, where the step is never dropped; elsewhere a line from time to time."""
 
 import io
-import itertools
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 
 from declip.api import train
 from declip.io import progress
-from declip.io.progress import LineInterval, progress_bar
+from declip.io.progress import progress_bar
 from declip.training.sinks import Bar, Stretch
 from training.test_trainer import recipe_for
 
@@ -25,20 +24,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def test_the_first_line_comes_early_and_later_ones_are_rare() -> None:
-    clock, lines = Clock(), []
-    interval = LineInterval(clock)
-    for second in range(1, 3601):
-        clock.now = second
-        if interval.due():
-            lines.append(second)
-    waits = [after - before for before, after in itertools.pairwise(lines)]
-    assert lines[0] == 10
-    assert min(waits) >= 10
-    assert max(waits) == 30
-    assert len(lines) == 130
 
 
 def test_without_a_terminal_a_bar_is_a_line_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
@@ -88,15 +73,3 @@ def test_a_run_without_a_terminal_tells_its_steps_in_lines(
     assert "━" not in printed
     assert "Starting: 24 pairs" in printed
     assert "Starting: 24 pairs" in (tmp_path / "log.txt").read_text()
-
-
-def test_on_a_terminal_there_is_a_bar(
-    table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "150")
-    train(recipe_for(table, "clip"), out=tmp_path, report=False)
-    printed = capfd.readouterr().err
-    assert "━" in printed
-    assert not re.findall(LINE.format(2), printed)

@@ -14,9 +14,6 @@ from declip.models.text_tower import TextTower
     [
         ("vit_base_patch32_clip_quickgelu_224", "Block", 12),
         ("resnet50_clip", "BottleneckBlock", 16),
-        ("regnety_640", "Bottleneck", 20),
-        ("vit_base_mci_224", "Block", 12),
-        ("swin_tiny_patch4_window7_224", "SwinTransformerBlock", 12),
         ("fastvit_mci0", "FastVitStage", 4),
         ("mobilenetv4_conv_small", "UniversalInvertedResidual", 12),
     ],

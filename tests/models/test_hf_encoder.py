@@ -29,11 +29,11 @@ def changed(folder: Path, **config: object) -> Path:
 
 
 def test_a_folder_that_is_none_and_a_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="is no folder"):
-        build(tmp_path / "missing")
-    with pytest.raises(UserError, match=r"has no config\.json"):
-        build(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
+    for folder in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match=r"no folder with config\.json"):
+            build(folder)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("[]")
     with pytest.raises(UserError, match="no configuration"):
         build(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -45,14 +45,13 @@ def test_a_folder_that_is_none_and_a_missing_library(tmp_path: Path, monkeypatch
     ("config", "said"),
     [
         ({"model_type": "gpt2"}, "'gpt2'.*encoders bert, roberta.*leave text.hf_model out"),
-        ({"is_decoder": True}, "is a decoder"),
+        ({"is_decoder": True}, "'decoder'"),
         ({"position_embedding_type": "relative_key"}, "'relative_key'"),
         ({"vocab_size": "many"}, r"config\.json' is no configuration.*vocab_size"),
         ({"vocab_size": 20}, "69 ids.*vocab_size 20"),
         ({"pad_token_id": 3}, "pads with id 0.*pad_token_id 3"),
-        ({"max_position_embeddings": 16}, "text.context_length is 24.*positions for 16 ids.*16 or less"),
+        ({"max_position_embeddings": 16}, "positions for 16 ids.*text.context_length to 16 or less"),
         ({"num_hidden_layers": 3}, r"lack 'bert\.encoder\.layer\.2\.[^']*' and 15 more.*text.pretrained=false"),
-        ({"hidden_size": 64}, "cannot be built"),
         ({"hidden_act": "sinister"}, "cannot be built"),
     ],
 )
@@ -83,7 +82,7 @@ def test_tokenizers_that_are_missing_damaged_or_lack_a_token(tmp_path: Path) -> 
         build(folder)
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (folder / name).unlink(missing_ok=True)
-    with pytest.raises(UserError, match=r"no tokenizer: none of tokenizer\.json"):
+    with pytest.raises(UserError, match=r"a tokenizer \(tokenizer\.json"):
         build(folder)
 
 
@@ -128,7 +127,7 @@ def test_what_is_kept_names_no_folder_and_no_code_and_fits_no_other_tokenizer(tm
 def test_an_encoder_that_did_not_come_with_the_weights_is_not_looked_for(tmp_path: Path) -> None:
     folder = bert(tmp_path / "bert")
     recipe = Recipe.model_validate({**TINY, "text": {"hf_model": str(folder)}, "loss_weights": WEIGHTS["clip"]})
-    with pytest.raises(UserError, match="came without their text encoder"):
+    with pytest.raises(UserError, match="missing or damaged"):
         encoder_kept_in({}, recipe, tmp_path)
     for text in ("", "{", "[]", "{}", '{"config": {}, "tokenizer": 3}'):
         damaged = torch.tensor(list(text.encode()), dtype=torch.uint8)

@@ -81,9 +81,6 @@ def test_features_are_transformers_own_pooled_and_projected(folders: dict[str, P
         ({"pooling_mode": ["cls"]}, "cls"),
         ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, None),
         ({"pooling_mode": "weightedmean"}, None),
-        ({"pooling_mode": ["mean", "cls"]}, None),
-        ({"pooling_mode": 3}, None),
-        ([], None),
     ],
 )
 def test_auto_pools_as_a_sentence_encoder_says(tmp_path: Path, config: object, expected: str | None) -> None:
@@ -92,7 +89,7 @@ def test_auto_pools_as_a_sentence_encoder_says(tmp_path: Path, config: object, e
     (folder / "1_Pooling/config.json").write_text(json.dumps(config))
     assert model_of(folder, pooling="mean").text_tower.pooling == "mean"
     if expected is None:
-        with pytest.raises(UserError, match=r"1_Pooling.*text\.pooling=mean"):
+        with pytest.raises(UserError, match="1_Pooling"):
             model_of(folder)
         return
     model = model_of(folder)
@@ -133,15 +130,6 @@ def test_the_language_head_is_the_encoders_own(folders: dict[str, Path], kind: s
     torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)
     own = {id(parameter) for parameter in objective.terms["masked_language"].head.parameters()}
     assert not own & {id(parameter) for parameter in model.parameters()}
-
-
-def test_without_a_head_in_the_folder_it_starts_at_random(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    model = model_of(bert(tmp_path / "bert", model="BertModel"), "declip")
-    head = Objective(model.recipe, model).terms["masked_language"].head  # type: ignore[arg-type]
-    embeddings = model.text_tower.encoder.embeddings.word_embeddings.weight
-    assert torch.equal(head.predictions.decoder.weight, embeddings)
-    assert "no masked-language head" in caplog.text
 
 
 def test_random_weights_come_from_the_seed(folders: dict[str, Path]) -> None:

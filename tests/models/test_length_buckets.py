@@ -47,7 +47,6 @@ def test_buckets_give_the_features_and_gradients_of_one_pass(tower: TextTower, b
         ([24, 3, 9, 3, 17, 8, 24], 3, [(3, 8), (2, 24), (2, 24)]),
         ([5, 9], 1, [(2, CONTEXT)]),
         (None, 4, [(2, CONTEXT)]),
-        ([5], 4, [(1, CONTEXT)]),
     ],
 )
 def test_each_bucket_is_truncated_to_its_own_longest(

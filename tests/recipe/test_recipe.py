@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from declip.errors import UserError
-from declip.recipe.load import load_recipe, parse_overrides, recipe_keys, recipe_names, synonyms, unknown_key
+from declip.recipe.load import load_recipe, recipe_keys, recipe_names, synonyms, unknown_key
 from declip.recipe.schema import Evaluation, Recipe
 
 DEMO_SETS = {
@@ -28,19 +28,15 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
         assert recipe.evaluation == Evaluation()
 
 
+SHARED = {"multi_view": 0.2, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2}
 METHOD = {
     "clip": {"contrastive": 1},
     "slip": {"contrastive": 1, "simclr": 1},
     "filip": {"contrastive": 1, "late_interaction": 1},
-    "declip": {"contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2},
-    "declip-paper": {
-        "contrastive": 0.4, "multi_view": 0.2, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
-    },
-    "defilip": {
-        "contrastive": 0.1, "multi_view": 0.3, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2,
-        "late_interaction": 0.2,
-    },
-}  # fmt: skip
+    "declip": {"contrastive": 0.1, **SHARED, "multi_view": 0.3},
+    "declip-paper": {"contrastive": 0.4, **SHARED},
+    "defilip": {"contrastive": 0.1, **SHARED, "multi_view": 0.3, "late_interaction": 0.2},
+}
 
 
 @pytest.mark.parametrize("name", METHOD)
@@ -73,6 +69,8 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
     assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch_size) == ("mine", 7, 11, 9)
     assert (recipe.train.lr, recipe.image.size) == (0.5, 48)
     assert recipe.loss_weights == {"contrastive": 2}, "weights are replaced, not merged"
+    recipe = load_recipe("clip", {"data.columns.caption": "title"})
+    assert recipe.data.columns == {"image": "image", "caption": "title", "keywords": "keywords"}
     recipe = load_recipe("declip", {"loss_weights.simsiam": "0"})
     assert recipe.loss_weights == {**METHOD["declip"], "simsiam": 0}
     assert "simsiam" not in recipe.active_losses
@@ -82,9 +80,7 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
     ("overrides", "kept"),
     [
         ({"data.source": "pairs.jsonl"}, {}),
-        ({"data.source": ["a.csv", "b.csv"]}, {}),
         ({"data.source": "pairs.jsonl", "evaluation.retrieval": "[h.csv]"}, {"retrieval": ("h.csv",)}),
-        ({"evaluation": {"retrieval": ["h.csv"]}, "data.source": "pairs.jsonl"}, {"retrieval": ("h.csv",)}),
         ({"data.source": "builtin:emoji", "seed": 3}, None),
         ({"evaluation.retrieval": ["h.csv"]}, {**DEMO_SETS, "retrieval": ("h.csv",)}),
     ],
@@ -97,10 +93,9 @@ def test_a_recipes_evaluation_sets_hold_for_its_own_source(overrides: dict[str, 
 def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp_path: Path) -> None:
     (tmp_path / "bare.yaml").write_text("extends: demo-declip\ndata: {source: a.csv}\n")
     (tmp_path / "mine.yaml").write_text("extends: bare.yaml\nevaluation: {retrieval: [h.csv]}\n")
-    (tmp_path / "both.yaml").write_text("extends: demo-clip\ndata: {source: a.csv}\nevaluation: {retrieval: [h.csv]}\n")
-    (tmp_path / "longer.yaml").write_text("extends: both.yaml\ndata: {source: a.csv}\ntrain: {steps: 9}\n")
+    (tmp_path / "longer.yaml").write_text("extends: mine.yaml\ndata: {source: a.csv}\ntrain: {steps: 9}\n")
     assert load_recipe(tmp_path / "bare.yaml").evaluation == Evaluation()
-    for name in ("mine", "both", "longer"):
+    for name in ("mine", "longer"):
         assert load_recipe(tmp_path / f"{name}.yaml").evaluation == Evaluation(retrieval=("h.csv",)), name
 
 
@@ -109,15 +104,13 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
     [
         ("declop", {}, ("'declop'", "'declip'")),
         ("clip", {"train.stepps": "5"}, ("'train.stepps'", "'train.steps'")),
-        ("clip", {"trian.steps": "5"}, ("'trian'", "'train'")),
         ("clip", {"train.steps": "many"}, ("train.steps='many'", "integer")),
         ("clip", {"data": "pairs.csv"}, ("data='pairs.csv'", "recipes show")),
-        ("clip", {"train.batch_size": "1"}, ("train.batch_size=1", "2")),
+        ("clip", {"data.columns.captoin": "x"}, ("data.columns.captoin", "'caption'")),
         ("clip", {"loss_weights.contrastive": "0"}, ("loss_weights",)),
         ("clip", {"text.heads": "5"}, ("text.width 384", "text.heads 5")),
         ("clip", {"train.warmup_lr": "1"}, ("warmup_lr 1.0", "train.lr")),
         ("clip", {"views.image_count": "1", "views.contrastive_view": "{}"}, ("views.contrastive_view", "image_count")),
-        ("clip", {"views.image_count": "3"}, ("views.image_count=3",)),
         ("missing.yaml", {}, ("'missing.yaml'",)),
     ],
 )
@@ -131,12 +124,8 @@ def test_a_mistake_is_named(name: str, overrides: dict[str, str], says: tuple[st
     ("given", "meant"),
     [
         ("learning_rate", "'train.lr'"),
-        ("lerning_rate", "'train.lr'"),
-        ("finetune.image_siz", "'finetune.image_size'"),
+        ("finetune.pretraind", "'finetune.pretrained'"),
         ("simclr.lr", "'train.lr'"),
-        ("train.num_train_epochs", "'train.steps'"),
-        ("batch_size", "'train.batch_size'"),
-        ("weights", "'loss_weights'"),
         ("data.num_workers", "'data.workers'"),
     ],
 )
@@ -146,7 +135,7 @@ def test_names_of_other_tools_lead_to_our_keys(given: str, meant: str) -> None:
 
 def test_synonyms_lead_to_keys_and_each_to_one() -> None:
     keys = {*recipe_keys()}
-    assert len(keys) <= 120
+    assert len(keys) <= 100
     assert synonyms().keys() <= keys
     names = [name for given in synonyms().values() for name in given.split()]
     assert len(names) == len(set(names))
@@ -169,9 +158,3 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     for name in ("loop", "list", "broken"):
         with pytest.raises(UserError, match=f"{name}.yaml"):
             load_recipe(tmp_path / f"{name}.yaml")
-
-
-def test_overrides_are_key_equals_value() -> None:
-    assert parse_overrides(["a.b=1", "c=x=y"]) == {"a.b": "1", "c": "x=y"}
-    with pytest.raises(UserError, match="steps"):
-        parse_overrides(["steps"])

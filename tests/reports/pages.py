@@ -6,7 +6,7 @@ VOID = {"meta", "img", "link", "br", "hr", "input", "path", "circle", "use"}
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed in order; keeps texts by section, ids, links, tags and resources."""
+    """Checks that tags are closed in order; keeps texts by section, ids, links and resources."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -14,7 +14,6 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.resources: list[str] = []
         self.links: list[str] = []
-        self.tags: list[str] = []
         self.alts: list[str | None] = []
         self.texts: dict[str, str] = {}
         self.section = "head"
@@ -24,7 +23,6 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
-        self.tags.append(tag)
         if tag not in VOID:
             self.open.append(tag)
         if tag == "section":
@@ -34,11 +32,6 @@ class Page(HTMLParser):
         self.links += [given[name] or "" for name in ("href", "xlink:href") if name in given]
         if tag == "img":
             self.alts.append(given.get("alt"))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.handle_endtag(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:

@@ -2,30 +2,28 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from PIL import Image
 
 from comparison.synthetic import MEASURE, outcome, study, taken_apart
 from declip.comparison.outcome import Outcome
-from declip.reports.charts import COLORS, Chart, figure_of, score_chart, smoothed, thinned, value_chart, write_png
-from declip.reports.comparison import Panels, curves_figure
+from declip.reports.charts import COLORS, Chart, score_chart, smoothed, value_chart
+from declip.reports.comparison import curve_charts
 
 BUDGETS = ("samples", "compute")
 
 
 def axes(chart: Chart) -> Axes:
-    (ax,) = figure_of([chart]).get_axes()
+    (ax,) = chart.figure().get_axes()
     return ax
 
 
-def curves(found: Outcome) -> Panels:
-    return curves_figure(found, MEASURE, 1, 0.005)
+def curves(found: Outcome) -> list[Chart]:
+    return curve_charts(found, MEASURE, 0.005)
 
 
 def names(ax: Axes) -> list[str]:
@@ -50,27 +48,18 @@ def test_smoothing_takes_away_noise_keeps_the_level_and_skips_gaps() -> None:
     assert np.isnan(smoothed(constant)[40])
 
 
-def test_thinning_keeps_every_spike() -> None:
-    values = np.zeros(10_000)
-    values[[123, 7777]] = 5, -5
-    steps, kept = thinned(np.arange(10_000), values)
-    assert len(kept) < 600
-    assert (kept.max(), kept.min()) == (5, -5)
-    assert set(steps) >= {123, 7777}
-
-
-def test_a_value_over_the_steps() -> None:
-    chart = value_chart("total", np.arange(10, 1001, 10), np.linspace(5, 1, 100))
+def test_a_value_over_the_steps_has_all_spikes_and_a_small_picture() -> None:
+    steps, values = np.arange(10, 200_010, 10), np.linspace(5, 1, 20_000) + np.random.default_rng(0).normal(size=20_000)
+    values[123], values[200], values[300] = 1e4, np.nan, np.inf
+    chart = value_chart("total", steps, values)
     assert chart is not None
-    steps, values = xy(axes(chart), "total")
-    assert (steps[0], steps[-1]) == (10, 1000)
-    assert values[0] > values[-1] + 3
-    assert re.fullmatch(r"total, from 4\.\d+ at step 10 to 1\.\d+ at step 1,000\.", chart.words)
+    assert len(chart.svg("x")) < 40_000
+    assert re.fullmatch(r"total, from .* at step 10 to .* at step 200,000\.", chart.words)
+    smooth = xy(axes(chart), "total")[1]
+    assert smooth[2000] > smooth[-1] + 3
+    assert np.nanmax(np.asarray(axes(chart).lines[0].get_ydata())) == 1e4
     assert value_chart("x", np.arange(2), np.full(2, np.nan)) is None
-    for steps, values in ((np.arange(5), [1.0, np.nan, 2.0, np.inf, 1.0]), (np.array([7]), [0.5])):
-        chart = value_chart("x", steps, np.array(values))
-        assert chart is not None
-        axes(chart)
+    assert axes(value_chart("x", np.array([7]), np.array([0.5]))).lines
 
 
 def test_scores_are_named_with_their_last_value_and_chance_is_shown() -> None:
@@ -81,7 +70,7 @@ def test_scores_are_named_with_their_last_value_and_chance_is_shown() -> None:
 
 
 def test_curves_show_means_intervals_seeds_and_chance() -> None:
-    ax = axes(curves(outcome(study())).charts[0])
+    ax = axes(curves(outcome(study()))[0])
     np.testing.assert_allclose(xy(ax, "clip")[1], [10, 20, 30, 40])
     np.testing.assert_allclose(xy(ax, "declip")[0], [1000, 2000, 4000, 8000], rtol=0.05)
     np.testing.assert_allclose(xy(ax, "chance")[1], 0.5)
@@ -91,34 +80,28 @@ def test_curves_show_means_intervals_seeds_and_chance() -> None:
     assert np.array(bars.get_segments()[0])[:, 1] == pytest.approx([10 - 2.484, 10 + 2.484], abs=1e-3)
     assert [text.get_text() for text in ax.get_xticklabels()] == ["1k", "2k", "4k", "8k"]
     wide = outcome(study(seeds=(0, 1)), value=lambda trial: 0.3 + 0.05 * trial.seed)
-    assert 35 < axes(curves(wide).charts[0]).get_ylim()[1] < 55  # the interval of two seeds reaches up to 64 %
+    assert 35 < axes(curves(wide)[0]).get_ylim()[1] < 55  # the interval of two seeds reaches up to 64 %
 
 
 def test_two_budgets_have_the_same_axis_and_parts_are_not_among_the_curves() -> None:
     found = outcome(taken_apart(study(budgets=BUDGETS)), value=lambda trial: trial.steps / 1000)
-    samples, compute = map(axes, curves(found).charts)
+    samples, compute = map(axes, curves(found))
     assert samples.get_ylim() == compute.get_ylim()
-    np.testing.assert_allclose(xy(samples, "clip")[1], 10)
-    np.testing.assert_allclose(xy(compute, "clip")[1], 20)
+    np.testing.assert_allclose(xy(compute, "clip")[1], 2 * xy(samples, "clip")[1])
     assert names(samples) == ["chance", "clip", "declip"]
 
 
-def test_many_and_strange_names_are_shown_and_escaped() -> None:
-    plan, strange = study(), '_<b>"&$x$ long name'
+def test_strange_names_are_escaped_and_svgs_take_their_colors_from_the_page_and_share_no_ids() -> None:
+    plan, strange = study(budgets=BUDGETS), '_<b>"&$x$ long name'
     more = tuple(replace(plan.variants[1], name=f"{strange}{number}") for number in range(10))
-    chart = curves(outcome(replace(plan, variants=(*plan.variants, *more), seconds={}))).charts[0]
-    assert names(axes(chart)) == ["chance", "clip", "declip", *(variant.name for variant in more)]
-    svg = chart.svg("n")
-    assert "<b>" not in svg
-    assert '&lt;b&gt;"&amp;$x$' in svg
-    ElementTree.fromstring(svg.replace("xlink:", ""))
-
-
-def test_svgs_take_their_colors_from_the_page_and_share_no_ids_and_a_png_has_all_panels(tmp_path: Path) -> None:
+    seconds = {variant.name: 0.02 for variant in (*plan.variants, *more)}
+    charts = curves(outcome(replace(plan, variants=(*plan.variants, *more), seconds=seconds)))
     ids: list[str] = []
-    charts = curves(outcome(study(budgets=BUDGETS))).charts
+    assert names(axes(charts[0])) == ["chance", "clip", "declip", *(variant.name for variant in more)]
     for name, chart in zip("ab", charts, strict=True):
         svg = chart.svg(name)
+        assert "<b>" not in svg
+        assert '&lt;b&gt;"&amp;$x$' in svg
         root = ElementTree.fromstring(svg.replace("xlink:", ""))
         ids += [str(element.get("id")) for element in root.iter() if element.get("id")]
         used = [element.get("href", "") for element in root.iter() if element.get("href")]
@@ -131,6 +114,3 @@ def test_svgs_take_their_colors_from_the_page_and_share_no_ids_and_a_png_has_all
         assert root.get("width") is None
         assert "declip from 20 % with 1,000 pairs to 50 % with 8,000" in (root.get("aria-label") or "")
     assert len(ids) == len(set(ids))
-    write_png(charts, tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (1640, 686)

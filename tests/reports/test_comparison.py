@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from comparison.synthetic import MEASURE, outcome, row, score, study, swept, taken_apart
+from comparison.synthetic import MEASURE, outcome, score, study, swept, taken_apart
 from declip.comparison.ablation import measured_sizes, read_ablation
 from declip.comparison.outcome import Outcome
 from declip.comparison.statistics import Factor, FactorAt
@@ -35,7 +35,7 @@ def printed(found: Outcome) -> str:
 def test_a_whole_comparison(tmp_path: Path) -> None:
     command = ("declip", "compare", "clip", "declip", "--pairs", "1k 2k")
     plan = replace(study(pairs=(1000, 2000), budgets=("samples", "compute")), commands=(command,))
-    html, page, words = written(outcome(swept(taken_apart(plan, baselines=False))), tmp_path)
+    html, page, words = written(outcome(swept(taken_apart(plan))), tmp_path)
     sections = [name for name in page.ids if name in page.texts]
     assert sections == ["factor", "curves", "parts", "tables", "compared", "reading"]
     assert len(page.ids) == len(set(page.ids))
@@ -43,14 +43,9 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert not re.search(r"https?:|@import|url\((?!#)", html)
     assert "2.00 times fewer pairs" in page.texts["head"]
-    assert "2110.05208" in page.texts["parts"]
-    assert "Every run (54)" in page.texts["tables"]
     assert "declip compare clip declip --pairs '1k 2k'" in page.texts["compared"]
     assert "declip compare clip declip --pairs '1k 2k'" in words
     assert html.count("<svg") == 2
-    images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", words)
-    assert len(images) == 1
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in images)
 
 
 @pytest.mark.parametrize(
@@ -75,21 +70,25 @@ def test_a_winner_is_stated_only_beyond_the_noise_of_the_seeds(
     assert absent not in text
 
 
-def test_the_terminal_has_mean_interval_and_n() -> None:
+def test_the_terminal_has_intervals_failures_and_warnings() -> None:
     text = printed(outcome(study()))
     assert "10.0 ± 2.5 (3)" in text
     assert "2.00 to 2.00" in text
     failed = outcome(study(), done=lambda trial: trial.seed == 0, failures={"clip_n8000": f"Traceback\nError: {BAD}"})
     assert f"Error: {BAD}" in printed(failed)
     assert "8 of 24 runs" in printed(failed)
+    # chance 0.5 % of 400 images: a standard error of 0.35 points
+    found = outcome(study(), value=lambda trial: 0.012 if trial.pairs == 1000 else 0.1)
+    assert "with 1,000 pairs at equal samples, clip is within two standard errors of chance" in printed(found)
+    assert "standard errors" not in printed(outcome(study(), value=lambda trial: 0.013))
 
 
 def test_unfinished_comparisons_say_so(tmp_path: Path) -> None:
     nothing = outcome(swept(taken_apart(study())), done=lambda trial: False, sweep={})
     _, page, words = written(nothing, tmp_path)
-    assert "0 of 144 runs" in page.texts["head"]
-    assert "0 of 24" in page.texts["head"]
-    assert "0 of 144 runs" in words
+    assert "0 of 96 runs" in page.texts["head"]
+    assert "0 of 16" in page.texts["head"]
+    assert "0 of 96 runs" in words
     assert "Nothing has been measured" in page.texts["curves"]
     assert printed(nothing)
     alone = outcome(study(), done=lambda trial: trial.variant == "clip")
@@ -97,11 +96,6 @@ def test_unfinished_comparisons_say_so(tmp_path: Path) -> None:
     one = outcome(study(("declip",), pairs=(1000,), seeds=(0,)))
     _, page, _ = written(one, tmp_path)
     assert "nothing to compare" in page.texts["head"]
-    made = study(tasks=("divination",))
-    strange = [{"task": "divination", "dataset": "test", "luck": 1.0}]
-    rows = {trial.id: {**row(made, trial, 0.1, False), "results": strange} for trial in made.trials()}
-    _, page, _ = written(Outcome(made, rows), tmp_path)
-    assert "Nothing has been measured" in page.texts["head"]
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
@@ -114,35 +108,18 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     made = replace(made, variants=variants, compute_budget_of=variants[1].name, datasets=(BAD,), machine={BAD: BAD})
     made = replace(made, seconds={variant.name: 0.1 for variant in variants})
     html, page, words = written(outcome(made, value=lambda trial: 0.1), tmp_path)
-    assert "script" not in page.tags
-    assert BAD not in html
+    assert "<script" not in html
     assert BAD in page.texts["compared"]
     outside_code = re.sub(r"```.*?```", "", words, flags=re.DOTALL)
     assert not re.search(r"(?<!\\)<(?!/?(details|summary)>)", outside_code)
     assert "a\\|b \\`c\\` \\*d\\* \\[e\\](f) \\$g\\$" in outside_code
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("masked_language", "masked_language"),
-        ("_x_", "\\_x\\_"),
-        ("a | b < c & d", "a \\| b \\< c \\& d"),
-        ("# a\n# b", "\\# a # b"),
-        ("1. a", "1\\. a"),
-    ],
-)
-def test_plain_words_in_markdown(text: str, shown: str) -> None:
-    assert plain(text) == shown
-
-
-def test_a_level_near_chance_is_warned_of() -> None:
-    # chance 0.5 % of 400 images: a standard error of 0.35 points
-    found = outcome(study(), value=lambda trial: 0.012 if trial.pairs == 1000 else 0.1)
-    facts = report.measure_facts(found)
-    assert report.near_chance(found, "samples", MEASURE, facts) == [1000]
-    assert "within two standard errors of chance" in printed(found)
-    assert report.near_chance(outcome(study(), value=lambda trial: 0.013), "samples", MEASURE, facts) == []
+def test_plain_words_in_markdown() -> None:
+    given = ("masked_language", "_x_", "a | b < c & d", "# a\n# b", "1. a")
+    assert list(map(plain, given)) == [
+        "masked_language", "\\_x\\_", "a \\| b \\< c \\& d", "\\# a # b", "1\\. a",
+    ]  # fmt: skip
 
 
 def test_scores_have_intervals_and_as_many_decimals_as_their_mean() -> None:
@@ -170,7 +147,7 @@ def test_a_factor_is_listed_at_every_size_also_where_it_is_outside() -> None:
     )
 
 
-def test_measures_have_n_chance_and_the_majority_of_unbalanced_sets() -> None:
+def test_measures_costs_and_the_sweep_are_listed() -> None:
     found = outcome(study(), retrieval=True)
     assert report.measures_table(report.measure_facts(found)).rows == (
         (MEASURE, "200 classes", "400", "0.50 %"),
@@ -179,20 +156,14 @@ def test_measures_have_n_chance_and_the_majority_of_unbalanced_sets() -> None:
     for each in found.rows.values():
         each["results"][0]["majority"] = 0.4
     assert "40.0 %" in report.measures_table(report.measure_facts(found)).rows[0][1]
-
-
-def test_costs_the_sweep_and_every_run_are_listed() -> None:
     assert report.cost_table(study(budgets=("samples", "compute"))).rows == (
         ("clip", "0.02", "1.00", "100 (5,000)", "200 (10,000)"),
         ("declip", "0.04", "2.00", "100 (5,000)", "100 (5,000)"),
     )
     sweep = report.sweep_table(outcome(swept(study())))
     assert sweep.rows[:2] == (("clip", "train.lr=0.001", "chosen", "29.0 %"), ("clip", "train.lr=0.003", "", "27.0 %"))
-    runs = report.runs_table(outcome(study(), retrieval=True))
-    assert len(runs.rows) == 24
-    assert runs.rows[0] == ("clip", "1,000", "0", "100", "5,000", "60.0", "9.0 %", "9.0 %")
     variants = {row[0]: row for row in report.variants_table(taken_apart(study())).rows}
-    assert variants["step clip"][1:] == ("declip", "loss_weights={contrastive: 0.1}")
+    assert variants["step clip"][1:] == ("declip", 'loss_weights={"contrastive": 0.1}')
 
 
 def test_an_ablation_ends_in_the_whole_and_its_groups_are_complete() -> None:
@@ -200,19 +171,11 @@ def test_an_ablation_ends_in_the_whole_and_its_groups_are_complete() -> None:
     ablation = read_ablation(plan)
     assert ablation is not None
     assert (plan.named, plan.baseline, ablation.whole) == (["clip", "declip"], "clip", "declip")
-    steps, without, plain_clip = ablation.groups.values()
-    assert [part.label for part in steps] == [
-        "clip", "+multi_view", "+simsiam +masked_language", "+nearest_neighbor = declip",
-    ]  # fmt: skip
-    assert [part.reported for part in steps] == [20.6, 24.8, 25.4, 27.2]
-    labels = {part.label: part.variant for part in without}
-    assert list(labels) == ["multi_view", "simsiam", "masked_language", "nearest_neighbor", "declip"]
-    assert labels["nearest_neighbor"] == "step +simsiam +masked_language", "trained once, in both groups"
-    assert [part.label for part in plain_clip][:4] == ["weak views", "same views", "strong views", "two views"]
+    steps, without = ablation.groups.values()
+    assert list(steps) == ["clip", "+multi_view", "+simsiam +masked_language", "+nearest_neighbor = declip"]
+    assert list(without) == ["multi_view", "simsiam", "masked_language", "nearest_neighbor", "declip"]
+    assert without["nearest_neighbor"] == "step +simsiam +masked_language", "trained once, in both groups"
     assert read_ablation(study()) is None
-    other = read_ablation(taken_apart(study(("clip", "defilip"))))
-    assert other is not None
-    assert not other.reported
 
 
 def test_an_ablation_is_shown_where_all_of_it_was_measured() -> None:
@@ -225,8 +188,8 @@ def test_an_ablation_is_shown_where_all_of_it_was_measured() -> None:
     hardly = outcome(plan, done=lambda trial: trial.pairs == 4000 and trial.variant in {"declip", "step clip"})
     assert measured_sizes(hardly, ablation, MEASURE) == [4000]
     rows = report.parts_table(outcome(plan), ablation, MEASURE, 8000).rows
-    assert rows[0] == ("losses added", "clip", "40.0 %", "−10.0 (−10.0 to −10.0)", "20.6 %")
-    assert rows[3] == ("losses added", "+nearest_neighbor = declip", "50.0 %", NONE, "27.2 %")
+    assert rows[0] == ("losses added", "clip", "40.0 %", "−10.0 (−10.0 to −10.0)")
+    assert rows[3] == ("losses added", "+nearest_neighbor = declip", "50.0 %", NONE)
 
 
 def test_a_difference_is_paired_over_the_seeds_that_both_have() -> None:

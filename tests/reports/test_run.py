@@ -8,27 +8,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from declip.data.assembly import Assembler
 from declip.data.loader import PairLoader
 from declip.data.text.tokenizer import Tokenizer
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.recipe.schema import Recipe
 from declip.reports.run import write_report
+from declip.runs.folder import read_recipe
 from declip.supervision.nearest_neighbor import Queue
 from reports.conftest import plan
 from reports.pages import Page
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
-SECTIONS = ("numbers", "curves", "to-images", "to-texts", "confused", "neighbors", "views", "skipped", "recipe")
-
-
-def _objective(queue: Queue | None) -> SimpleNamespace:
-    return SimpleNamespace(queue=queue, terms={})
+SECTIONS = ("numbers", "curves", "retrieval", "confused", "neighbors", "views", "skipped", "recipe")
 
 
 def _run_folder(folder: Path, steps: int = 30) -> Path:
     """A finished run with every file."""
-    recipe = Recipe.model_validate({"name": "declip-tiny", "loss_weights": {"contrastive": 0.4, "simsiam": 0.2}})
+    evaluation = {"zero_shot": ["builtin:emoji-test"], "final_zero_shot": ["painted"]}
+    tree = {"name": "declip-tiny", "loss_weights": {"contrastive": 0.4, "simsiam": 0.2}, "evaluation": evaluation}
+    tree["train"] = {"batch_size": 64}
+    recipe = Recipe.model_validate(tree)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(10, steps + 1, 10):
@@ -52,8 +53,8 @@ def _run_folder(folder: Path, steps: int = 30) -> Path:
 
 
 @pytest.fixture
-def whole(model, painted, tmp_path):
-    """Everything that a report can be given."""
+def whole(model, painted, tmp_path, monkeypatch):
+    """A finished run as the trainer leaves it, with every input of the report, and its model."""
     model.tokenizer = Tokenizer(context=16, merges=500)
     colors = [NAMES[row % 7] for row in range(21)]
     captions = [(f'{color} <script>alert("{row}")</script> & co',) for row, color in enumerate(colors)]
@@ -63,9 +64,13 @@ def whole(model, painted, tmp_path):
     views = plan((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     queue = Queue(16, 3)
     queue.push(torch.rand(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) * 2)
-    loader = PairLoader(source, model.tokenizer, views, batch_size=8, seed=0)
-    training = SimpleNamespace(source=source, plan=views, shown_loader=loader, objective=_objective(queue))
-    return _run_folder(tmp_path), model, {"heldout": source, "training": training}
+    folder = _run_folder(tmp_path)
+    training = SimpleNamespace(folder=folder, recipe=read_recipe(folder), source=source, plan=views)
+    training.new_loader = lambda: PairLoader(Assembler(source, model.tokenizer, views, batch_size=8, seed=0))
+    training.shown_loader = training.new_loader()
+    training.objective, training.heldout = SimpleNamespace(queue=queue, terms={}), source
+    monkeypatch.setattr("declip.reports.run.open_dataset", lambda name: open_dataset(training.heldout))
+    return training, model
 
 
 def _read(path: Path) -> tuple[str, Page]:
@@ -74,9 +79,8 @@ def _read(path: Path) -> tuple[str, Page]:
 
 
 def test_the_whole_report(whole) -> None:
-    folder, model, given = whole
-    path = write_report(folder, model, **given)
-    assert path == folder / "report.html"
+    path = write_report(*whole)
+    assert path == whole[0].folder / "report.html"
     html, page = _read(path)
     assert [each for each in page.ids if each in SECTIONS] == list(SECTIONS)
     numbers = page.texts["numbers"]
@@ -91,8 +95,7 @@ def test_the_whole_report(whole) -> None:
     assert "3 × truncated image" in page.texts["skipped"]
     assert "contrastive: 0.4" in page.texts["recipe"]
     assert len(html.encode()) < 3_000_000
-    for section in ("to-images", "to-texts"):
-        assert {"✓", "✗"} <= set(page.texts[section])
+    assert {"✓", "✗"} <= set(page.texts["retrieval"])
     # It loads nothing from elsewhere.
     assert page.resources
     assert all(resource.startswith("data:image/") for resource in page.resources)
@@ -101,79 +104,43 @@ def test_the_whole_report(whole) -> None:
     assert all(alt for alt in page.alts)
     # Captions, keys and credits are escaped.
     assert "<script" not in html
-    assert '<script>alert("' in page.texts["to-images"]
+    assert '<script>alert("' in page.texts["retrieval"]
     assert "row <5>" in page.texts["skipped"]
     assert "Colors by &lt;nobody&gt;" in html
 
 
-def test_the_same_seed_shows_the_same_and_a_large_source_is_sampled(whole) -> None:
-    folder, model, given = whole
+def test_the_same_run_shows_the_same_and_a_large_source_is_sampled(whole) -> None:
+    training, model = whole
 
     def body() -> str:
-        training = given["training"]
-        training.shown_loader = PairLoader(training.source, model.tokenizer, training.plan, batch_size=8, seed=0)
-        path = write_report(folder, model, **given, limit=10)
-        return re.sub("Written by declip [^<]*", "", path.read_text())
+        training.shown_loader = training.new_loader()
+        return re.sub("Written by declip [^<]*", "", write_report(training, model, limit=10).read_text())
 
     html = body()
     assert html == body()
-    assert "10 of the 21 held-out pairs of painted" in Page(html).texts["to-images"]
+    assert "10 images (of 21) of painted" in Page(html).texts["retrieval"]
     assert max(size for kind, size, *_ in model.passes if kind == "image") == 10
 
 
-def test_a_run_that_has_only_begun(model, tmp_path) -> None:
-    model.tokenizer = Tokenizer(context=16, merges=500)
-    html, page = _read(write_report(tmp_path, model))
-    assert [each for each in page.ids if each in SECTIONS] == list(SECTIONS)
-    assert "Nothing has been measured" in page.texts["numbers"]
-    assert "No step has been logged yet" in page.texts["curves"]
-    for section in ("to-images", "to-texts", "confused"):
-        assert "names no source under `evaluation`" in page.texts[section]
-    for section in ("neighbors", "views"):
-        assert "were not at hand" in page.texts[section]
-    assert "Not written yet" in page.texts["skipped"]
-    assert "no recipe.yaml" in page.texts["recipe"]
-    assert "<svg" not in html
-
-
-def test_a_run_before_its_first_evaluation_and_held_out_pairs_without_classes(whole, painted) -> None:
-    folder, model, given = whole
-    (folder / "evaluations.jsonl").unlink()
-    captions = [("word " * 3000,), ("green",)]
-    given["heldout"], given["training"].objective = painted(["red", "green"], captions), _objective(None)
-    html, page = _read(write_report(folder, model, **given))
+def test_without_evaluation_queue_and_classes_there_are_no_such_sections(whole, painted) -> None:
+    training, model = whole
+    (training.folder / "evaluations.jsonl").unlink()
+    training.heldout, training.objective.queue = painted(["red", "green"], [("word " * 3000,), ("green",)]), None
+    html, page = _read(write_report(training, model))
     assert "Nothing has been measured" in page.texts["numbers"]
     assert "1,920" in page.texts["numbers"]
     assert "nothing has been measured yet" in page.texts["head"]
     assert html.count("<svg") == 3 + 3
-    assert "not finished: step 30 of 1,000" in page.texts["head"]
-    assert "✓" in page.texts["to-images"]  # the galleries need the model alone
-    assert "word…" in page.texts["to-images"]
+    assert "✓" in page.texts["retrieval"]  # the examples need the model alone
+    assert "word…" in page.texts["retrieval"]
     assert "word " * 40 not in html
-    assert "has no classes" in page.texts["confused"]
-    assert "keeps no queue" in page.texts["neighbors"]
+    assert not {"confused", "neighbors"} & set(page.ids)
 
 
-def test_held_out_pairs_that_are_not_there_and_a_queue_without_tags(whole) -> None:
-    folder, model, given = whole
-    queue = Queue(4, 3)
-    queue.push(torch.eye(3))
-    given["heldout"], given["training"].objective = str(folder / "gone.csv"), _objective(queue)
-    _, page = _read(write_report(folder, model, **given))
-    assert "gone.csv" in page.texts["to-images"]
+def test_held_out_pairs_that_are_gone_are_left_out_with_a_warning(whole, caplog) -> None:
+    training, model = whole
+    training.heldout = str(training.folder / "gone.csv")
+    _, page = _read(write_report(training, model))
+    assert "gone.csv" in caplog.text
     assert "54.3 %" in page.texts["numbers"]
-    assert "no entry that names its pair" in page.texts["neighbors"]
-
-
-@pytest.mark.parametrize(("measured", "chosen"), [("painted", "painted"), ("test", "test"), ("", "new")])
-def test_the_recipe_chooses_what_is_shown(whole, monkeypatch, measured: str, chosen: str) -> None:
-    folder, model, given = whole
-    opened = []
-    monkeypatch.setattr("declip.reports.run.open_dataset", lambda name: opened.append(name) or open_dataset(heldout))
-    evaluation = {"zero_shot": ["painted"], "final_zero_shot": ["builtin:emoji-test", "new", "test"]}
-    recipe = Recipe.model_validate({"name": "x", "loss_weights": {"contrastive": 1}, "evaluation": evaluation})
-    rows = (folder / "evaluations.jsonl").read_text()
-    (folder / "evaluations.jsonl").write_text(rows.replace('"painted"', f'"{measured}"') if measured else "")
-    heldout = given["heldout"]
-    write_report(folder, model, recipe=recipe)
-    assert opened == [chosen]
+    assert not {"retrieval", "confused"} & set(page.ids)

@@ -23,11 +23,8 @@ def _metrics(step: int, **more) -> dict:
 def test_an_empty_folder(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert (run.metrics, run.evaluations, run.skipped, run.recipe_text) == ([], [], None, "")
-    assert (run.step, run.samples_seen, run.samples_per_second, run.seconds) == (0, 0, None, 0.0)
-    assert (run.terms, run.last()) == ([], [])
-
-
-def test_no_folder(tmp_path: Path) -> None:
+    assert (run.step, run.samples_per_second, run.seconds) == (0, None, 0.0)
+    assert run.last() == []
     with pytest.raises(UserError, match="no run folder"):
         read_run(tmp_path / "nowhere")
 
@@ -39,8 +36,7 @@ def test_metrics_by_step_the_later_row_of_a_step_wins_and_a_torn_line_is_left_ou
         file.write('{"step": 8, "pairs')
     run = read_run(tmp_path)
     assert run.steps.tolist() == [2, 4, 6]
-    assert (run.step, run.samples_seen, run.samples_per_second, run.seconds) == (6, 60, 200.0, 6.0)
-    assert run.terms == ["contrastive"]
+    assert (run.step, run.samples_per_second, run.seconds) == (6, 200.0, 6.0)
     np.testing.assert_allclose(run.column("losses.contrastive"), [0.2, 0.4, 0.6])
     assert np.isnan(run.column("losses.simsiam")).all()
 
@@ -53,13 +49,5 @@ def test_evaluations_in_order_and_the_last_of_each(tmp_path: Path) -> None:
     _write(tmp_path / "evaluations.jsonl", [row(20, "a", 0.3), row(10, "a", 0.2), row(20, "b", 0.1), other])
     run = read_run(tmp_path)
     assert [each.step for each in run.evaluated] == [10, 20, 20]
-    assert [each.step for each in run.measured("zero-shot", "a")] == [10, 20]
+    assert [[row.step for row in rows] for rows in run.series()] == [[10, 20], [20]]
     assert [(each.result.dataset, each.result.top1) for each in run.last()] == [("a", 0.3), ("b", 0.1)]
-
-
-def test_what_was_skipped(tmp_path: Path) -> None:
-    skipped = {"reasons": {"missing image": {"count": 3, "examples": ["a.png"]}}, "seen": 50}
-    (tmp_path / "skipped.json").write_text(json.dumps(skipped))
-    run = read_run(tmp_path)
-    assert run.skipped == skipped["reasons"]
-    assert run.seen == 50

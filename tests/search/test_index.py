@@ -1,9 +1,11 @@
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +17,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.reports.sheets import search_sheet
 from declip.search.index import Index
 from declip.search.manifest import MANIFEST
-from indices import tiny_model
+from indices import tiny_model, write_index, write_pairs
 
 
 @pytest.fixture
@@ -53,24 +55,11 @@ def test_search_by_text_image_and_both(made: Index, model: DualEncoder, folder: 
     assert made.query("bar", template="emoji").norm().item() == pytest.approx(1, abs=1e-5), "a mean"
 
 
-def test_removed_images_are_never_found_and_stay_out(made: Index, model: DualEncoder, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"'redbar.png'"):
-        made.remove(["red-bar.png", "redbar.png"])
-    assert len(Index.open(made.folder)) == 24, "nothing is removed then"
-    ids, vectors = dict(zip(made.keys(), made.ids, strict=True)), made.vectors(made.ids)
-    assert made.remove(["red-bar.png", "red-circle.png"]) == 2
-    gone = [ids.pop(key) for key in ("red-bar.png", "red-circle.png")]
-    assert made.ids.tolist() == list(ids.values())
-    assert torch.equal(made.vectors(made.ids), vectors[made.ids])
-    assert not set(gone) & {hit.id for hit in made.search(image=folder / "red-bar.png", k=24)}
-    with pytest.raises(UserError, match="no image with the id"):
-        made.image(gone[0])
-    assert len(declip.embed(model, folder, out=made.folder, dtype="float32")) == 22
-
-
 def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(
     made: Index, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(UserError, match="no image with the id"):
+        made.image(24)
     row, before = made.row(10), made.image(10)
     Image.new("RGB", (8, 8)).save(folder / "a-first.png")
     assert np.array_equal(Index.open(made.folder, source=folder).image(10), before), "places have moved"
@@ -154,3 +143,32 @@ def test_the_sheet_shows_what_was_found(made: Index, folder: Path) -> None:
     pixels = np.asarray(drawn).reshape(-1, 3)
     assert (pixels == (0, 255, 0)).all(1).sum() > 1000, "what was asked with"
     assert (pixels == (255, 0, 0)).all(1).sum() > 500, "what was found"
+
+
+def test_both_exports_hold_the_vectors_in_their_order(tmp_path: Path, command: Any) -> None:
+    vectors = torch.nn.functional.normalize(torch.randn(1200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    folder = write_index(tmp_path / "index", vectors)
+    for name in ("x.npy", "x.parquet"):
+        assert command("index", "export", folder, tmp_path / name).status == 0
+    index = Index.open(folder)
+    loaded, table = np.load(tmp_path / "x.npy"), pq.read_table(tmp_path / "x.parquet")
+    assert (loaded.dtype, loaded.shape) == (np.float32, (1200, 8))
+    assert np.array_equal(loaded, vectors.numpy())
+    assert np.array_equal(np.array(table["vector"].to_pylist(), np.float32), vectors.numpy())
+    assert table["key"].to_pylist() == index.keys()
+    rows = csv.DictReader((tmp_path / "x.csv").open())
+    assert [(int(row["id"]), row["key"]) for row in rows] == list(zip(index.ids.tolist(), index.keys(), strict=True))
+    assert ".parquet" in command("index", "export", folder, tmp_path / "x.txt").err
+
+
+def test_vectors_of_captions_and_of_16_bits_are_exported(tmp_path: Path, model: DualEncoder, folder: Path) -> None:
+    images, texts = torch.eye(3), torch.eye(3).flip(0)
+    index = write_pairs(tmp_path / "index", images, texts, ["a", "", "c"])
+    assert np.array_equal(np.load(index.export(tmp_path / "x.npy", over="captions")), texts.numpy())
+    with pytest.raises(UserError, match="--captions"):
+        Index.open(write_index(tmp_path / "plain", images)).export(tmp_path / "y.npy", over="captions")
+    half = declip.embed(model, folder, out=tmp_path / "half")
+    loaded = np.load(half.export(tmp_path / "half.npy"))
+    assert loaded.dtype == np.float16
+    assert np.array_equal(loaded.astype(np.float32), half.vectors(half.ids).numpy())
+    assert pq.read_table(half.export(tmp_path / "half.parquet"))["vector"].type.value_type == "float"

@@ -50,23 +50,3 @@ class NoDeviceReads(TorchDispatchMode):
 def no_device_reads() -> type[NoDeviceReads]:
     """A context in which nothing may wait for the device: with no_device_reads(): ..."""
     return NoDeviceReads
-
-
-@pytest.fixture
-def check_precision() -> Callable[..., None]:
-    """A term's loss is float32 for half-precision input, float64 for float64, and deaf to autocast."""
-
-    def check(term: Callable[..., Tensor], *inputs: Tensor) -> None:
-        halves = [x.bfloat16() if x.is_floating_point() else x for x in inputs]
-        singles = [x.float() if x.is_floating_point() else x for x in halves]
-        expected = term(*singles)
-        assert expected.dtype == torch.float32
-        for given in (halves, singles):
-            for autocast in (False, True):
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    found = term(*given)
-                assert found.dtype == torch.float32
-                torch.testing.assert_close(found, expected, rtol=0, atol=0)
-        assert term(*inputs).dtype == torch.float64
-
-    return check

@@ -11,7 +11,7 @@ from declip.data.batch import PairBatch
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision import chunked, contrastive, late_interaction
+from declip.supervision import chunked, contrastive
 from declip.supervision import term as supervision_term
 from declip.supervision.objective import Objective
 
@@ -53,6 +53,7 @@ def test_the_total_is_the_weighted_sum_of_the_active_terms(name: str) -> None:
     model, objective = parts(WEIGHTS[name])
     terms = objective(model, random_batch())
     assert set(terms) == {*WEIGHTS[name], "loss"}
+    assert (objective.queue is None) == ("nearest_neighbor" not in WEIGHTS[name])
     expected = sum(weight * terms[term] for term, weight in WEIGHTS[name].items())
     torch.testing.assert_close(terms["loss"], expected)
 
@@ -95,12 +96,6 @@ def test_the_queue_is_looked_up_before_it_is_written_augmentations_first() -> No
     objective(model, batch)
     objective.after_step(model)
     assert len(objective.queue) == 32
-
-
-def test_a_term_without_weight_has_no_head_and_no_queue() -> None:
-    _, objective = parts(WEIGHTS["clip"])
-    assert list(objective.parameters()) == []
-    assert objective.queue is None
 
 
 def test_a_base_view_is_for_the_contrast_alone() -> None:
@@ -147,34 +142,27 @@ def test_one_image_view_meets_both_captions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "change", "message"),
+    ("name", "lacking", "message"),
     [
-        ({"multi_view": 1.0}, {"texts": 1}, r"loss_weights\.multi_view"),
-        ({"simsiam": 1.0, "contrastive": 1.0}, {"views": 1}, "'second'.*loss_weights\\.simsiam"),
-        ({"masked_language": 1.0}, {"masked": None}, r"`labels`.*loss_weights\.masked_language"),
+        ("multi_view", {"texts": random_batch().texts[:1]}, r"2 text views.*loss_weights\.multi_view"),
+        ("simsiam", {"views": random_batch(views=1).views}, r"first, second.*loss_weights\.simsiam"),
+        ("masked_language", {"masked": None, "labels": None}, r"`labels`.*loss_weights\.masked_language"),
     ],
 )
-def test_a_batch_that_lacks_something_is_named(weights: dict, change: dict, message: str) -> None:
-    model, objective = parts(weights)
-    batch = random_batch(views=change.get("views", 2))
-    batch = replace(batch, texts=batch.texts[: change.get("texts", 2)])
-    if "masked" in change:
-        batch = replace(batch, masked=None, labels=None)
+def test_a_batch_that_lacks_something_is_named(name: str, lacking: dict, message: str) -> None:
+    model, objective = parts({name: 1.0, "contrastive": 1.0})
     with pytest.raises(UserError, match=message):
-        objective(model, batch)
+        objective(model, replace(random_batch(), **lacking))
 
 
-@pytest.mark.parametrize(("name", "matrices"), [("slip", (2, 2)), ("defilip", (12, 0))])
-def test_loss_matrices_above_the_limit_are_made_in_blocks(
-    name: str, matrices: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """8 pairs in float64: matrices of 512 bytes, those of NT-Xent of 1,024; FILIP's positions are more than that."""
-    calls: list[str] = []
-    inner, checkpoint = chunked.cross_entropy, late_interaction.checkpoint
-    monkeypatch.setattr(chunked, "cross_entropy", lambda *x: calls.append("blocks") or inner(*x))
-    monkeypatch.setattr(late_interaction, "checkpoint", lambda *x, **k: calls.append("late") or checkpoint(*x, **k))
+@pytest.mark.parametrize("name", ["slip", "defilip"])
+def test_loss_matrices_above_the_limit_are_made_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 pairs in float64: matrices of 512 bytes or more."""
+    calls: list[int] = []
+    checkpoint = chunked.checkpoint
+    monkeypatch.setattr(chunked, "checkpoint", lambda *x, **options: calls.append(1) or checkpoint(*x, **options))
     batch, found = double(random_batch()), []
-    for limit, expected in ((1e9, 0), (512, matrices[1]), (511, sum(matrices))):
+    for limit in (1e9, 511):
         monkeypatch.setattr(supervision_term, "MAX_LOGIT_BYTES", limit)
         model, objective = parts(WEIGHTS[name])
         model.double(), objective.double()
@@ -185,11 +173,9 @@ def test_loss_matrices_above_the_limit_are_made_in_blocks(
         terms["loss"].backward()
         gradients = [p.grad for p in (*model.parameters(), *objective.parameters()) if p.grad is not None]
         found.append([*terms.values(), *gradients])
-        assert calls.count("blocks") == expected
-        assert calls.count("late") == (16 if name == "defilip" and limit < 1e9 else 0), "a pair at a time, both ways"
-    for other in found[1:]:
-        for x, y in zip(other, found[0], strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
+        assert len(calls) == (0 if limit > 511 else {"slip": 4, "defilip": 14}[name]), "every matrix is one block"
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
 
 
 def test_scales_are_limited_after_the_step() -> None:

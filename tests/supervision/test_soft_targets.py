@@ -29,21 +29,16 @@ CASES = [
 ]
 
 
-def softmax(logits: dict[int, float]) -> dict[int, float]:
-    total = sum(math.exp(x) for x in logits.values())
-    return {n: math.exp(x) / total for n, x in logits.items()}
-
-
-def loop_targets(b: int, logits: list[float], other: list[float], case: dict[str, Any]) -> dict[int, float]:
+def loop_targets(b: int, other: list[float], case: dict[str, Any]) -> dict[int, float]:
     """The target of every key that row b is compared with."""
     equal = [n for n in range(6) if n != b and any(x == y != 0 for x, y in zip(*LABELS[[b, n]].tolist(), strict=True))]
     duplicates = case.get("duplicates")
+    smoothing, own = case.get("label_smoothing", 0.0), case.get("self_distillation", 0.0)
     kept = [n for n in range(6) if not (duplicates == "mask" and n in equal)]
     positives = [b, *equal] if duplicates == "positives" else [b]
-    smoothing, own = case.get("label_smoothing", 0.0), case.get("self_distillation", 0.0)
-    predicted = softmax({n: other[n] for n in kept})
     targets = {n: (1 - smoothing) * (n in positives) / len(positives) + smoothing / len(kept) for n in kept}
-    return {n: (1 - own) * target + own * predicted[n] for n, target in targets.items()}
+    total = sum(math.exp(other[n]) for n in kept)
+    return {n: (1 - own) * target + own * math.exp(other[n]) / total for n, target in targets.items()}
 
 
 def loop_direction(rows: Tensor, keys: Tensor, others: tuple[Tensor, Tensor], offset: int, case: dict[str, Any]) -> Any:
@@ -52,7 +47,7 @@ def loop_direction(rows: Tensor, keys: Tensor, others: tuple[Tensor, Tensor], of
     for b, row in enumerate(rows, offset):
         logits = [3.0 * row @ key for key in keys]
         other = (3.0 * others[1] @ others[0][b - offset]).tolist()
-        targets = loop_targets(b, torch.stack(logits).tolist(), other, case)
+        targets = loop_targets(b, other, case)
         total = torch.stack([logits[n] for n in targets]).logsumexp(0)
         losses.append(sum(target * (total - logits[n]) for n, target in targets.items()))
     return torch.stack(losses).mean()
@@ -98,24 +93,6 @@ def test_ranks_have_the_whole_batchs_loss_as_mean_and_halves_are_compared_in_flo
             found = info_nce(*halves, *halves, 9.0, 0, None, soft(case))
         singles = [x.float() for x in halves]
         assert torch.equal(found, info_nce(*singles, *singles, 9.0, 0, None, soft(case)))
-
-
-def test_without_duplicates_the_targets_are_those_of_torch(units: Any) -> None:
-    rows, keys, alone = units(6, 4), units(6, 4), torch.arange(1, 7)[:, None]
-    for duplicates in ("mask", "positives"):
-        given = SoftTargets(duplicates, 0.2, labels=alone, key_labels=alone)  # type: ignore[arg-type]
-        expected = F.cross_entropy(7.0 * rows @ keys.mT, torch.arange(6), label_smoothing=0.2)
-        torch.testing.assert_close(cross_entropy_to_keys(rows, keys, 7.0, soft=given), expected)
-
-
-def test_the_same_direction_would_only_scale_the_gradient(units: Any) -> None:
-    """Why the prediction of self-distillation is that of the other direction."""
-    rows, keys, given = units(4, 3).requires_grad_(), units(4, 3), SoftTargets(self_distillation=0.4)
-    plain = torch.autograd.grad(cross_entropy_to_keys(rows, keys, 5.0), rows)[0]
-    same = cross_entropy_to_keys(rows, keys, 5.0, soft=given, other=(rows, keys))
-    torch.testing.assert_close(torch.autograd.grad(same, rows)[0], 0.6 * plain)
-    swapped = cross_entropy_to_keys(rows, keys, 5.0, soft=given, other=(keys, rows))
-    assert (torch.autograd.grad(swapped, rows)[0] - 0.6 * plain).abs().max() > 1e-3
 
 
 def test_every_text_view_has_its_own_targets(units: Any) -> None:
@@ -178,19 +155,27 @@ def test_the_objective_finds_equal_captions_groups_and_equal_neighbors() -> None
     torch.testing.assert_close(objective(model, batch)["contrastive"], expected)
 
 
-def test_self_distillation_rises_over_the_run() -> None:
-    model, objective = parts({"contrastive": 1.0}, contrastive={"self_distillation": 0.5})
+def test_self_distillation_rises_as_a_cosine_over_the_run() -> None:
+    weights = {"contrastive": 1.0, "multi_view": 1.0}
+    model, objective = parts(weights, contrastive={"self_distillation": 0.5})
     batch = replace(random_batch(), masked=None, labels=None)
-    image, text = model.encode_image(batch.views["first"].pixels), model.encode_text(batch.texts[0])
-    for progress, alpha in ((0.0, 0.0), (0.5, 0.25), (1.0, 0.5)):
+    images = torch.stack([model.encode_image(view.pixels) for view in batch.views.values()])
+    texts = torch.stack([model.encode_text(view) for view in batch.texts])
+    for progress, alpha in ((0.0, 0.0), (1 / 3, 0.125), (0.5, 0.25), (1.0, 0.5)):
         objective.set_progress(progress)
-        given = SoftTargets(self_distillation=alpha)
-        expected = info_nce(image, text, image, text, model.logit_scale.exp(), soft=given)
-        torch.testing.assert_close(objective(model, batch)["contrastive"], expected)
+        losses, scale, given = objective(model, batch), model.logit_scale.exp(), SoftTargets(self_distillation=alpha)
+        expected = info_nce(images[0], texts[0], images[0], texts[0], scale, soft=given)
+        torch.testing.assert_close(losses["contrastive"], expected)
+        expected = multi_view(images, texts, images, texts, scale, soft=(given, given))
+        torch.testing.assert_close(losses["multi_view"], expected)
 
 
 def test_sections_without_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
         Recipe.model_validate({"contrastive": {"label_smoothing": 1.0}})
-    with pytest.raises(ValueError, match=r"data\.group_column=brand.*contrastive\.duplicates"):
-        Recipe.model_validate({"data": {"group_column": "brand"}})
+    with pytest.raises(ValueError, match=r"data\.columns\.group=brand.*contrastive\.duplicates"):
+        Recipe.model_validate({"data": {"columns": {"group": "brand"}}})
+    weights = {"contrastive": 1.0, "ema_distillation": 1.0}
+    for key, value in (("grad_cache_chunk", 4), ("strategy", "fsdp")):  # no pixels, no whole weights for the teacher
+        with pytest.raises(ValueError, match=f"ema_distillation does not work with train.{key}"):
+            Recipe.model_validate({"loss_weights": weights, "train": {key: value}})

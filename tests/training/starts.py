@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import declip
 from conftest import TINY, WEIGHTS
 from declip.api import train
-from declip.interchange.declip_file import write_declip_file
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
@@ -43,13 +41,14 @@ def start_from(table: Path, out: Path, image: dict[str, Any] = VIT, name: str = 
 def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None, **keys: Any) -> Recipe:
     tree = {**TINY, "name": "tuned", "data": {"source": str(table)}, "loss_weights": WEIGHTS["declip"]}
     tree["train"] = {**TINY["train"], "lr": 1e-2, **(train_keys or {})}
-    return Recipe.model_validate({**tree, "finetune": {"pretrained": str(weights), **keys}})
-
-
-def towers_of(run: Path, file: Path) -> Path:
-    """Write the towers of a run, without its heads, into a file."""
-    write_declip_file(declip.load(run, device="cpu"), file)  # type: ignore[arg-type]
-    return file
+    given = set()
+    for key, section, name in (("image_size", "image", "size"), ("context_length", "text", "context_length")):
+        if key in keys:
+            tree[section] = {**TINY[section], name: keys.pop(key)}  # type: ignore[dict-item]
+            given.add(f"{section}.{name}")
+    recipe = Recipe.model_validate({**tree, "finetune": {"pretrained": str(weights), **keys}})
+    recipe._given = frozenset(given)
+    return recipe
 
 
 def stop_at(recipe: Recipe, folder: Path, step: int) -> None:

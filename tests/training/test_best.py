@@ -17,6 +17,7 @@ from declip.evaluation.retrieval import contrastive_loss
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Evaluation, Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
+from declip.runs.folder import read_rows
 from declip.training.stopping import BestEvaluation
 from declip.training.trainer import Trainer
 from processes import in_processes
@@ -56,38 +57,32 @@ def test_validation_loss_equals_the_plain_loop() -> None:
     assert contrastive_loss(images, texts, 7.0) == pytest.approx(total / 300, rel=1e-9)
 
 
-def test_a_run_ends_with_its_best_weights(table: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(table, lr=0.3, warmup_lr=1e-3, warmup_steps=12, lr_schedule="constant", patience=3)
-    run = train(recipe, out=tmp_path / "run", quiet=True, report=False)
+STALE = {"lr": 0.3, "warmup_lr": 1e-3, "warmup_steps": 12, "lr_schedule": "constant", "patience": 3}
+
+
+def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table: Path, tmp_path: Path) -> None:
+    recipe, whole = recipe_for(table, **STALE), tmp_path / "whole"
+    run = train(recipe, out=whole, quiet=True, report=False)
     assert run.finished
     best = best_step(run.evaluations)
     rows = {row["step"]: row for row in run.evaluations if "best_step" not in row}
     assert 0 < best < run.step < 24, "it was stopped early"
     assert run.step == best + 3 * 2
-    assert (tmp_path / "run/checkpoints/best").resolve().name == f"step-{best:08d}"
+    assert (whole / "checkpoints/best").resolve().name == f"step-{best:08d}"
     last = run.results[-1]
     assert last["best_step"] == best
     assert last["loss"] == pytest.approx(rows[best]["loss"], rel=1e-6)
-    weights = part("model", load_checkpoint(tmp_path / "run/checkpoints/best").weights)
-    loaded = declip.load(tmp_path / "run", device="cpu").state_dict()  # type: ignore[attr-defined]
+    weights = part("model", load_checkpoint(whole / "checkpoints/best").weights)
+    loaded = declip.load(whole, device="cpu").state_dict()  # type: ignore[attr-defined]
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
-    again = Trainer(recipe, tmp_path / "run", resume=True, quiet=True).train()
-    assert again.finished
-    assert again.evaluations == run.evaluations, "nothing is trained or measured again"
 
-
-def test_a_killed_run_resumes_with_its_best_weights(table: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(table, lr=0.3, warmup_lr=1e-3, warmup_steps=12, lr_schedule="constant", patience=3)
-    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
-    for step in (11,):  # in the middle of what is stale
-        folder = tmp_path / f"part-{step}"
-        stop_at(recipe, folder, step)
-        train(recipe, out=folder, resume=True, quiet=True, report=False)
-        same_end(tmp_path / "whole", folder)
-        best = [(f / "checkpoints/best").resolve().name for f in (tmp_path / "whole", folder)]
-        assert best[0] == best[1]
-        rows = [(f / "evaluations.jsonl").read_text() for f in (tmp_path / "whole", folder)]
-        assert rows[0] == rows[1]
+    parts = tmp_path / "parts"
+    stop_at(recipe, parts, 11)  # in the middle of what is stale
+    for folder in (parts, whole):  # of the whole one nothing is trained or measured again
+        assert train(recipe, out=folder, resume=True, quiet=True, report=False).finished
+        assert read_rows(folder / "evaluations.jsonl") == run.evaluations
+    same_end(whole, parts)
+    assert (parts / "checkpoints/best").resolve().name == f"step-{best:08d}"
 
 
 def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table: Path, tmp_path: Path) -> None:
@@ -110,7 +105,7 @@ def ended(recipe: Recipe, folder: Path) -> tuple[int, bool, dict[str, torch.Tens
 
 
 def test_two_processes_stop_together_with_the_same_best_weights(table: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(table, lr=0.3, warmup_lr=1e-3, warmup_steps=12, lr_schedule="constant", patience=2)
+    recipe = recipe_for(table, **STALE)
     one, other = in_processes(ended, 2, tmp_path / "processes", recipe, tmp_path / "run")
     assert one[:2] == other[:2]
     assert one[1]
@@ -133,24 +128,16 @@ def test_recall_decides_and_then_the_loss() -> None:
     assert not BestEvaluation(score=0.6).update(1, [accuracy], evaluation)
 
 
-def test_epochs_become_steps(table: Path, tmp_path: Path) -> None:
-    trainer = Trainer(recipe_for(table, epochs=2.5), tmp_path / "run", quiet=True)
-    assert (trainer.recipe.train.steps, trainer.recipe.train.epochs) == (8, None)  # 2.5 × 3 batches of 8 of 24 pairs
-
-
-def test_one_of_steps_and_epochs(tmp_path: Path) -> None:
+def test_epochs_and_something_to_watch(table: Path, tmp_path: Path) -> None:
+    train = Trainer(recipe_for(table, epochs=2.5), tmp_path / "run", quiet=True).recipe.train
+    assert (train.steps, train.epochs) == (8, None)  # 2.5 × 3 batches of 8 of 24 pairs
     (tmp_path / "base.yaml").write_text("train: {epochs: 3}")
     (tmp_path / "child.yaml").write_text("extends: base.yaml\ntrain: {steps: 7}")
     assert load_recipe("finetune", {"train.epochs": 3}).train.epochs == 3
     assert load_recipe(tmp_path / "base.yaml", {"train.steps": 5}).train.epochs is None
     assert load_recipe(tmp_path / "child.yaml").train.epochs is None
     assert load_recipe(tmp_path / "child.yaml", {"train.epochs": 2}).train.epochs == 2
-    (tmp_path / "both.yaml").write_text("train: {steps: 7, epochs: 3}")
-    for name, keys in ((tmp_path / "both.yaml", {}), ("clip", {"train.steps": "7", "train.epochs": "3"})):
-        with pytest.raises(UserError, match=r"train.steps=7 and train.epochs=3"):
-            load_recipe(name, keys)
-
-
-def test_patience_needs_something_to_watch() -> None:
+    with pytest.raises(UserError, match=r"train.steps=7 and train.epochs=3"):
+        load_recipe("clip", {"train.steps": "7", "train.epochs": "3"})
     with pytest.raises(UserError, match=r"train.patience .*train.evaluate_every"):
         load_recipe("clip", {"train.patience": 3, "data.source": "other.csv"})

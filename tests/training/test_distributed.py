@@ -12,7 +12,6 @@ import torch.distributed as dist
 from conftest import TINY, WEIGHTS
 from declip.data.batch import PairBatch
 from declip.data.text.tokenizer import Tokenizer
-from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
@@ -44,7 +43,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
-
 
 LETTERS = Captioned([(" ".join(chr(letter) for letter in range(97, 97 + 3 * n)),) for n in range(1, 9)])
 """Nine letters occur in five captions or more; `random_batch` samples their ids among others."""
@@ -101,7 +99,7 @@ def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> d
     model.train(), objective.train()
     sync, found = StepSync(counts, stop=False), {}
     for step in range(2):
-        objective.set_progress(step / 2)
+        objective.set_progress((step + 1) / 2)
         part = random_batch(recipe, step).rows(sync.offset, sync.offset + counts[distributed.rank()])
         for name_, value in training_step(parts, cropped(part), sync).items():
             found[f"{name_} at {step}"] = distributed.average(value.clone())
@@ -195,13 +193,6 @@ def test_a_gather_without_its_gradient_is_noticed(
             compare(expected, theirs)
 
 
-def test_batch_norm_of_each_rank_alone_is_a_choice_that_learns_otherwise(tmp_path: Path) -> None:
-    expected = {"clip": two_steps("clip", "batch norm", (BATCH,))}
-    for theirs in in_processes(some_recipes, 2, tmp_path, ["clip"], (4, 4), "batch norm", {"sync_batch_norm": False}):
-        with pytest.raises(AssertionError, match="clip"):
-            compare(expected, theirs)
-
-
 def test_chunks_give_every_gradient_of_the_whole_batch() -> None:
     names = [name for name in CASES if name != AVERAGED]
     expected = some_recipes(names, (BATCH,), "layer norm", {})
@@ -215,9 +206,9 @@ def test_ranks_with_chunks_learn_the_same(tmp_path: Path) -> None:
         compare(expected, theirs)
 
 
-def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_only_when_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"has batch norm, .* train.allow_batchnorm_chunking=true"):
-        two_steps("clip", "batch norm", (BATCH,), grad_cache_chunk=3)
+def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     seen: list[int] = []
     forward = ImageTower.forward
 
@@ -226,7 +217,8 @@ def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_only_when_allowed(monke
         return forward(self, images)
 
     monkeypatch.setattr(ImageTower, "forward", counted)
-    found = two_steps("clip", "batch norm", (BATCH,), grad_cache_chunk=3, allow_batchnorm_chunking=True)
+    found = two_steps("clip", "batch norm", (BATCH,), grad_cache_chunk=3)
+    assert "sees each chunk alone" in caplog.text
     assert seen == [3, 3, 2] * 4, "two passes in each of two steps"
     counts = [int(value) for name, value in found.items() if name.endswith("num_batches_tracked")]
     assert set(counts) == {6}, "the first pass leaves the running statistics alone"

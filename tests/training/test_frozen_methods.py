@@ -1,6 +1,6 @@
 """Methods for the heads of frozen towers, against plain computations; and the towers' features in evaluation."""
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import declip
-from conftest import TINY, draw
+from conftest import TINY
 from declip.api import train
 from declip.data.cached import CachedFeatures, VariantAssembler, fusemix
 from declip.data.pair import BrokenPair
@@ -22,16 +22,19 @@ from declip.errors import UserError
 from declip.interchange.export import export
 from declip.models.heads import MlpHead
 from declip.models.image_tower import ImageTower
+from declip.models.layers import PROJECTIONS
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import list_checkpoints, load_checkpoint
-from declip.supervision.contrastive import info_nce
-from declip.supervision.shared_logits import shared_info_nce
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
+from declip.runs.folder import read_rows
+from declip.supervision.contrastive import info_nce, shared_info_nce
 from declip.supervision.structure import structure
 from declip.training.closed_form import cca
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.setup import plan_of
 from declip.training.trainer import Trainer
+from processes import in_processes
 from text_encoders import bert
+from training.starts import moved, same_end, stop_at
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -78,14 +81,12 @@ def test_structure_is_the_plain_loop() -> None:
 
     p, q = walk(features), walk(aligned)
     expected = torch.zeros(())
-    for level in (1, 2):
-        pl, ql = (p, q) if level == 1 else (p @ p, q @ q)
-        for i in range(5):
-            for j in range(5):
-                m = (pl[i, j] + ql[i, j]) / 2
-                both = pl[i, j] * (pl[i, j] / m).log() + ql[i, j] * (ql[i, j] / m).log()
-                expected = expected + both / 2 / 5 / level / 2
-    found = structure(features, aligned, temperature=0.5, levels=2)
+    for i in range(5):
+        for j in range(5):
+            m = (p[i, j] + q[i, j]) / 2
+            both = p[i, j] * (p[i, j] / m).log() + q[i, j] * (q[i, j] / m).log()
+            expected = expected + both / 2 / 5
+    found = structure(features, aligned, temperature=0.5)
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(loss, aligned, retain_graph=True)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients)
@@ -137,45 +138,20 @@ def test_fusemix_mixes_both_sides_alike_and_ranks_share_the_choice(table: Path) 
         assert whole.texts.min() >= 0
 
 
-def tuned(table: Path, start: Path, **keys: Any) -> Recipe:
+def tuned(table: Path, start: object, losses: dict[str, float] | None = None, **keys: Any) -> Recipe:
+    tree = {**TINY, "name": "frozen", "data": {"source": str(table)}, "loss_weights": losses or {"contrastive": 1.0}}
+    tree["text"] = keys.pop("text", TINY["text"])
     frozen = {"freeze_image_blocks": "all", "freeze_text_blocks": "all", "cached_views": 2}
-    losses = keys.pop("loss_weights", {"contrastive": 1.0})
-    tree = {**TINY, "name": "frozen", "data": {"source": str(table)}, "loss_weights": losses}
-    if "text" in keys:
-        tree["text"] = keys.pop("text")
     return Recipe.model_validate({**tree, "finetune": {**frozen, "pretrained": str(start), **keys}})
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs")
-    rows = []
-    for number, color in enumerate(("red", "green", "blue", "orange", "purple", "black") * 2):
-        shape = ("circle", "square")[number // 6]
-        draw(color, shape).save(folder / f"{number}.png")
-        rows.append({"image": f"{number}.png", "caption": f"a {color} {shape}"})
-    path = folder / "pairs.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def start(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("start") / "run"
-    train(Recipe.model_validate({**TINY, "data": {"source": str(table)}}), out=out, quiet=True, report=False)
-    return out
-
-
 def test_all_methods_at_once_train_resume_export_and_start_another(table: Path, start: Path, tmp_path: Path) -> None:
-    keys = {"head": "mlp", "head_init": "cca", "mixup": 1.0, "loss_weights": {"contrastive": 1.0, "structure": 10.0}}
-    recipe = tuned(table, start, **keys)
-    straight = train(recipe, out=tmp_path / "straight", quiet=True, report=False)
-    trainer = Trainer(recipe, tmp_path / "resumed", quiet=True)
-    trainer.stop.poll = lambda: trainer.step + 1 >= 3  # type: ignore[method-assign]
-    assert trainer.train().step == 3
-    resumed = train(recipe, out=tmp_path / "resumed", resume=True, quiet=True, report=False)
-    last = [load_checkpoint(list_checkpoints(run.folder)[-1]).weights for run in (straight, resumed)]
-    assert all(torch.equal(tensor, last[1][name]) for name, tensor in last[0].items())
+    losses = {"contrastive": 1.0, "structure": 10.0}
+    recipe = tuned(table, start, losses, head="mlp", head_init="cca", mixup=1.0)
+    train(recipe, out=tmp_path / "straight", quiet=True, report=False)
+    stop_at(recipe, tmp_path / "resumed", 3)
+    assert train(recipe, out=tmp_path / "resumed", resume=True, quiet=True, report=False).finished
+    same_end(tmp_path / "straight", tmp_path / "resumed")
 
     model: Any = declip.load(tmp_path / "straight", device="cpu")
     assert isinstance(model.image_tower.proj, MlpHead)
@@ -210,7 +186,8 @@ def test_towers_of_two_models_are_frozen_and_cached(table: Path, tmp_path: Path)
     torch.manual_seed(1)  # 0 would be taken for the random start
     save_file(timm.create_model("test_vit", num_classes=0, img_size=32).state_dict(), tmp_path / "vit.safetensors")
     text = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 16}
-    recipe = tuned(table, f"timm:test_vit/{tmp_path / 'vit.safetensors'}", image_size=32, text=text, head_init="cca")  # type: ignore[arg-type]
+    recipe = tuned(table, f"timm:test_vit/{tmp_path / 'vit.safetensors'}", text=text, head_init="cca")
+    recipe._given = frozenset({"image.size"})
     trainer = Trainer(recipe, tmp_path / "run", quiet=True)
     learning = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert learning == {"image_tower.proj.weight", "text_tower.text_projection.weight", "logit_scale"}
@@ -243,3 +220,56 @@ def test_methods_of_cached_features_are_refused_without_them(table: Path, start:
     recipe = recipe.model_copy(update={"finetune": uncached, "loss_weights": weights})
     with pytest.raises(UserError, match=r"loss_weights\.structure=0"):
         Trainer(recipe, start.parent / "none", quiet=True)
+
+
+N = 3
+
+
+def thawing(table: Path, start: Path, **keys: Any) -> Recipe:
+    recipe = tuned(table, start, **{"thaw_after": N, "image_lr_scale": 0.5, "head_init": "cca", "mixup": 1.0, **keys})
+    rows = {"log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 9, "steps": 6, "lr_schedule": "constant"}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=rows)})
+
+
+def test_towers_thaw_and_resuming_is_exact_around_it(table: Path, start: Path, tmp_path: Path) -> None:
+    recipe, straight = thawing(table, start, head="mlp"), tmp_path / "straight"
+    trainer = Trainer(recipe, straight, quiet=True)
+    assert [row["step"] for row in trainer.train().metrics] == [*range(1, 7)]
+    assert {group["multiplier"].factor for group in trainer.optimizer.param_groups} == {0.5, 1.0}
+    states = {step_of(path): load_checkpoint(path) for path in list_checkpoints(straight)}
+    towers = {name for name, _ in trainer.model.named_parameters() if not name.startswith(("logit", *PROJECTIONS))}
+    for step in range(1, 6):
+        changed = moved(*(part("model", states[after].weights) for after in (step, step + 1)))
+        assert bool(towers & changed) == (step >= N)
+        counts = {int(t) for name, t in states[step + 1].training.items() if name.endswith(".step")}
+        assert counts == {step + 1} | ({step + 1 - N} if step >= N else set())
+    for step in (N - 1, N + 1):  # as after a kill
+        shutil.copytree(straight, tmp_path / str(step))
+        for path in list_checkpoints(tmp_path / str(step))[step:]:
+            shutil.rmtree(path)
+    stop_at(recipe, tmp_path / str(N), N)
+    for step in (N - 1, N, N + 1):
+        assert train(recipe, out=tmp_path / str(step), resume=True, quiet=True, report=False).finished
+        same_end(straight, tmp_path / str(step))
+
+
+def ended(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
+    (trainer := Trainer(recipe, folder, quiet=True)).train()
+    return trainer.model.state_dict()
+
+
+def test_two_processes_thaw_together(table: Path, start: Path, tmp_path: Path) -> None:
+    recipe = thawing(table, start)
+    first, second = in_processes(ended, 2, tmp_path / "processes", recipe, tmp_path / "two")
+    assert not moved(first, second)
+    ended(recipe, tmp_path / "one")
+    one, two = ([row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl")] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_a_run_that_cannot_thaw_is_refused(table: Path, start: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"thaw_after=6 .*train\.steps=6"):
+        Trainer(thawing(table, start, thaw_after=6), tmp_path / "run", quiet=True)
+    for keys in ({"freeze_image_blocks": 0, "freeze_text_blocks": 0}, {"lora": {"rank": 2}}):
+        with pytest.raises(ValueError, match=r"thaw_after needs"):
+            thawing(table, start, **keys)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from declip.runs.folder import EVALUATIONS, METRICS, Run, read_rows
-from declip.training.monitor import Monitor
+from declip.training.monitor import monitored
 from declip.training.sinks import Sink, Stretch
 
 
 def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path: Path) -> None:
     result = {"dataset": "a", "task": "retrieval", "r1": math.nan, "ranks": [1, math.inf], "by_way": {"text": math.nan}}
     for start in (0, 1):  # resuming reads the rows and writes them again
-        with Monitor(Stretch(tmp_path, start, 2, 8, quiet=True)) as monitor:
+        with monitored(Stretch(tmp_path, start, 2, 8, quiet=True)) as monitor:
             if not start:
                 monitor.log(1, {"loss": math.nan, "contrastive": math.inf, "grad_norm": 2.0}, 0.1, 14.0)
                 monitor.evaluation(1, result)
@@ -38,6 +38,6 @@ def test_a_failing_sink_closes_those_before_it(tmp_path: Path) -> None:
             raise OSError(stretch.folder)
 
     first = Closed()
-    with pytest.raises(OSError), Monitor(Stretch(tmp_path, 0, 2, 8, quiet=True), callbacks=[first, Failing()]):
+    with pytest.raises(OSError), monitored(Stretch(tmp_path, 0, 2, 8, quiet=True), callbacks=[first, Failing()]):
         pass
     assert first.closed

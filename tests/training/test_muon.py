@@ -2,14 +2,12 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from declip.errors import UserError
-from declip.recipe.schedule import learning_rate
 from declip.recipe.schema import Train
 from declip.training.muon import uses_muon
 from declip.training.optimizer import build_optimizer, load_moments, moments
@@ -112,12 +110,3 @@ def test_resumes_from_its_moments_with_the_same_bits(name: str) -> None:
 def test_an_optimizer_that_is_not_there(name: str, hint: str) -> None:
     with pytest.raises(UserError, match=hint):
         build_optimizer(layers().named_parameters(), Train(optimizer=name))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"), [("constant", {3: 1e-3, 99: 1e-3}), ("wsd", {79: 1e-3, 84: 5e-4, 99: 0.0})]
-)
-def test_schedules(schedule: Any, expected: dict[int, float]) -> None:
-    train = Train(steps=100, warmup_steps=4, lr_schedule=schedule, lr=1e-3, warmup_lr=0)
-    assert learning_rate(0, train) == 0
-    assert {step: learning_rate(step, train) for step in expected} == pytest.approx(expected)

@@ -4,7 +4,7 @@ import json
 import os
 import sqlite3
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 from declip.api import train
 from declip.errors import UserError
 from declip.runs.folder import METRICS, TRACKING, read_rows
-from declip.training.monitor import Monitor
+from declip.training.monitor import monitored
 from declip.training.sinks import Stretch
 from declip.training.trackers import AUTO, TRACKERS, trackers_of
 from interchange.towers import command
@@ -27,60 +27,48 @@ def written(folder: Path, report_to: list[str], starts: tuple[int, ...] = (0, 2)
     """Steps of loss 10, 20, 30, 40 in two parts, as a run that is resumed after its second step."""
     (folder / "recipe.yaml").write_text("train: {lr: 0.5}\nloss_weights: {contrastive: 1.0}\n")
     for start in starts:
-        with Monitor(Stretch(folder, start, 4, 8, quiet=True), report_to=report_to) as monitor:
+        with monitored(Stretch(folder, start, 4, 8, quiet=True), report_to) as monitor:
             for step in (start + 1, start + 2):
                 monitor.log(step, {"loss": 10.0 * step, "contrastive": 1.0, "grad_norm": 2.0}, 0.1, 14.0)
             monitor.evaluation(start + 2, {"dataset": "../a:b.csv", "task": "retrieval", "r1": start / 8, "n": 4})
 
 
-def read_tensorboard(folder: Path) -> tuple[Numbers, Numbers]:
+def read_tensorboard(folder: Path, name: str) -> Numbers:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    loss, r1 = ({e.step: e.value for e in events.Scalars(tag)} for tag in ("train/loss", "../a:b.csv/retrieval/r1"))
-    return loss, r1
+    return {event.step: event.value for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars(name)}
 
 
-def read_mlflow(folder: Path) -> tuple[Numbers, Numbers]:
+def read_mlflow(folder: Path, name: str) -> Numbers:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient((folder / "mlruns").as_uri())
     (run,) = client.search_runs([client.get_experiment_by_name("declip").experiment_id])
     assert (run.data.params["train.lr"], run.info.status, run.info.run_name) == ("0.5", "FINISHED", folder.name)
-    loss, r1 = (
-        {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
-        for name in ("train/loss", "a_b.csv/retrieval/r1")
-    )
-    return loss, r1
+    name = name.replace("../a:b", "a_b")
+    return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
 
 
-def read_trackio(folder: Path) -> tuple[Numbers, Numbers]:
+def read_trackio(folder: Path, name: str) -> Numbers:
     with sqlite3.connect(folder / "trackio" / "declip.db") as database:
         rows = database.execute("select run_name, step, metrics from metrics").fetchall()
     assert {row[0] for row in rows} == {json.loads((folder / TRACKING).read_text())["trackio"]}
     numbers = [(step, json.loads(metrics)) for _, step, metrics in rows]
-    loss, r1 = (
-        {step: values[name] for step, values in numbers if name in values}
-        for name in ("train/loss", "../a:b.csv/retrieval/r1")
-    )
-    return loss, r1
+    return {step: values[name] for step, values in numbers if name in values}
 
 
-READERS: Mapping[str, Callable[[Path], tuple[Numbers, Numbers]]] = {
-    "tensorboard": read_tensorboard,
-    "mlflow": read_mlflow,
-    "trackio": read_trackio,
-}
+READERS = {"tensorboard": read_tensorboard, "mlflow": read_mlflow, "trackio": read_trackio}
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_resumed_run_is_one_run_in_the_tracker(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # it is read when trackio is imported
-    pytest.importorskip(TRACKERS[name].module)
+    pytest.importorskip(TRACKERS[name][0])
     if name == "trackio" and str(sys.modules[name].TRACKIO_DIR) != str(tmp_path / "trackio"):
         pytest.skip("trackio was imported before, and writes elsewhere")
     written(tmp_path, [name])
-    assert READERS[name](tmp_path) == ({1: 10.0, 2: 20.0, 3: 30.0, 4: 40.0}, {2: 0.0, 4: 0.25})
+    assert READERS[name](tmp_path, "train/loss") == {1: 10.0, 2: 20.0, 3: 30.0, 4: 40.0}
+    assert READERS[name](tmp_path, "../a:b.csv/retrieval/r1") == {2: 0.0, 4: 0.25}
 
 
 def test_wandb_writes_offline_under_the_id_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +81,9 @@ def test_wandb_writes_offline_under_the_id_that_is_kept(tmp_path: Path, monkeypa
     assert all(word in file.read_bytes() for word in (b"train/contrastive", b"retrieval/r1"))
 
 
-def fake_wandb(log: Callable[..., None] = lambda *_, **__: None, **more: Any) -> SimpleNamespace:
+def fake_wandb(log: Callable[..., None] = lambda *_, **__: None) -> SimpleNamespace:
     """A module like wandb that keeps what it is called with as `calls` and `ended`."""
-    module = SimpleNamespace(calls=[], ended=[], Settings=dict, **more)
+    module = SimpleNamespace(calls=[], ended=[], Settings=dict)
 
     def init(**options: Any) -> SimpleNamespace:
         module.calls.append(options)
@@ -117,7 +105,7 @@ def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(
     assert first == second
     assert (first["mode"], first["resume"], first["config"]["train"]) == ("online", "allow", {"lr": 0.5})
     assert [step for step, loss in rows if loss] == [1, 2, 3, 4]
-    with pytest.raises(KeyError), Monitor(Stretch(tmp_path, 4, 5, 8, quiet=True), report_to=["wandb"]):
+    with pytest.raises(KeyError), monitored(Stretch(tmp_path, 4, 5, 8, quiet=True), ["wandb"]):
         raise KeyError
     assert module.ended == [0, 0, 1]
 
@@ -154,15 +142,10 @@ def test_a_tracker_that_is_missing_or_cannot_start_is_refused(
         recipe_for(table, "clip", report_to=["mlflo"])
 
 
-def test_tensorboard_is_the_default_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_tensorboard_and_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())
     assert [tracker.name for tracker in trackers_of([AUTO, "tensorboard"])] == ["tensorboard"]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert trackers_of([AUTO]) == trackers_of([]) == []
-
-
-def test_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace())
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
-    trackers_of(["mlflow"])
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"

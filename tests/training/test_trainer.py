@@ -1,3 +1,4 @@
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,11 +14,14 @@ from conftest import WEIGHTS
 from declip.api import train
 from declip.data.images import photometric
 from declip.errors import UserError
+from declip.models.device import computes_bf16
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import list_checkpoints, load_checkpoint
+from declip.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
 from declip.supervision.objective import Objective
+from declip.training import setup
 from declip.training import trainer as trainer_module
+from declip.training.step import training_step
 from declip.training.stopping import TRY_AGAIN
 from declip.training.trainer import Trainer
 from training.starts import recipe_for, same_end, stop_at
@@ -35,23 +39,29 @@ def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str
 
 @pytest.mark.parametrize(("name", "workers"), [("clip", 1), ("defilip", 0)])
 def test_a_resumed_run_equals_one_never_interrupted(table: Path, tmp_path: Path, name: str, workers: int) -> None:
-    recipe = with_workers(recipe_for(table, name, ema_decay=0.9), workers)
-    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
-    stop_at(recipe, tmp_path / "parts", 4)
-    assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
-    same_end(tmp_path / "whole", tmp_path / "parts")
+    resumes_exactly(with_workers(recipe_for(table, name, ema_decay=0.9), workers), tmp_path)
 
 
-def test_measuring_on_the_way_changes_nothing_that_dropout_draws(table: Path, tmp_path: Path) -> None:
-    tree = recipe_for(table, "clip", log_every=1).model_dump()
-    tree["image"]["model_kwargs"]["pos_drop_rate"] = 0.5
-    tree["evaluation"]["retrieval"] = [str(table)]
-    runs = []
-    for every in (0, 2):
-        tree["train"]["evaluate_every"] = every
-        runs.append(train(Recipe.model_validate(tree), out=tmp_path / str(every), quiet=True, report=False))
-    assert len(runs[1].evaluations) > len(runs[0].evaluations) > 0
-    assert [row["loss"] for row in runs[0].metrics] == [row["loss"] for row in runs[1].metrics]
+def test_losses_that_prepare_themselves_from_the_pairs_resume_too(table: Path, tmp_path: Path) -> None:
+    rows = [{**json.loads(line), "thing": n // 2} for n, line in enumerate(table.read_text().splitlines())]
+    given = table.with_name("groups.jsonl")
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = recipe_for(given, log_every=1).model_dump()
+    tree["loss_weights"] = {"contrastive": 1.0, "word_classification": 0.5, "ema_distillation": 0.5}
+    tree["data"]["columns"] = {"group": "thing"}
+    tree["contrastive"] = {"duplicates": "positives", "label_smoothing": 0.1, "self_distillation": 0.5}
+    found = resumes_exactly(Recipe.model_validate(tree), tmp_path)
+    teacher = found.training["objective.terms.ema_distillation.image_tower.proj.weight"]
+    assert found.training["objective.terms.word_classification.idf"].max() > 0
+    assert not torch.equal(teacher, found.weights["model.image_tower.proj.weight"])
+
+
+def resumes_exactly(recipe: Recipe, folder: Path) -> Checkpoint:
+    train(recipe, out=folder / "whole", quiet=True, report=False)
+    stop_at(recipe, folder / "parts", 4)
+    assert train(recipe, out=folder / "parts", resume=True, quiet=True, report=False).finished
+    same_end(folder / "whole", folder / "parts")
+    return load_checkpoint(folder / "whole" / "checkpoints" / "last")
 
 
 @pytest.mark.slow
@@ -100,21 +110,6 @@ def test_a_signal_saves_and_the_run_continues(
     same_end(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_worker_killed_during_a_step_is_explained(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the system does when memory runs out; torch's handler then raises in whatever the main process does."""
-
-    def killed(*_: object) -> object:
-        multiprocessing.active_children()[0].kill()
-        time.sleep(30)
-        return {}
-
-    monkeypatch.setattr(trainer_module, "training_step", killed)
-    with pytest.raises(UserError, match=r"lost at step 0: .*killed by signal.*Use fewer workers"):
-        train(with_workers(recipe_for(table), 1), out=tmp_path, quiet=True, report=False)
-
-
 def test_the_average_follows_the_weights_and_the_logit_scale_stays_within_its_limits(
     table: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +134,7 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_helps(
         trainer.train()
     message = str(caught.value)
     assert "not finite at step 6" in message
+    assert term.progress == 5 / 8
     assert "contrastive nan" in message
     assert "step-00000004" in message
     named = {int(word.strip(",")) for word in message.split("pairs ")[1].split(" … of ")[0].split()}
@@ -147,15 +143,20 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_helps(
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-def test_another_recipes_run_is_not_resumed(table: Path, tmp_path: Path) -> None:
-    train(recipe_for(table), out=tmp_path, quiet=True, report=False)
+def test_a_run_of_another_recipe_or_of_other_pairs_is_not_resumed(table: Path, tmp_path: Path) -> None:
+    pairs, run = table.with_name("pairs.jsonl"), tmp_path / "run"
+    pairs.write_text(table.read_text())
+    train(recipe_for(pairs), out=run, quiet=True, report=False)
     with pytest.raises(UserError, match="already holds a run"):
-        train(recipe_for(table), out=tmp_path, quiet=True, report=False)
+        train(recipe_for(pairs), out=run, quiet=True, report=False)
     with pytest.raises(UserError, match=r"another recipe.*lr was 0\.001.*steps was 8.*finetune\.pretrained"):
-        train(recipe_for(table, lr=2e-3, steps=9), out=tmp_path, resume=True, quiet=True, report=False)
-    rows = (tmp_path / "metrics.jsonl").read_text()
-    assert train(recipe_for(table, checkpoint_every=3), out=tmp_path, resume=True, quiet=True, report=False).finished
-    assert (tmp_path / "metrics.jsonl").read_text() == rows
+        train(recipe_for(pairs, lr=2e-3, steps=9), out=run, resume=True, quiet=True, report=False)
+    rows = (run / "metrics.jsonl").read_text()
+    assert train(recipe_for(pairs, checkpoint_every=3), out=run, resume=True, quiet=True, report=False).finished
+    assert (run / "metrics.jsonl").read_text() == rows
+    pairs.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=r"holds 23 pairs; when the run .* it held 24"):
+        train(recipe_for(pairs), out=run, resume=True, quiet=True, report=False)
 
 
 def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table: Path, tmp_path: Path) -> None:
@@ -199,23 +200,29 @@ def test_wrong_runs_are_refused_before_anything_is_made(table: Path, tmp_path: P
         assert not (tmp_path / "run").exists()
 
 
-def test_measuring_that_a_crash_cut_short_is_done_again_and_only_once(
+def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again_once(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tree = recipe_for(table, "clip").model_dump()
+    tree = recipe_for(table, "clip", log_every=1).model_dump()
+    tree["image"]["model_kwargs"]["pos_drop_rate"] = 0.5
+    plain = train(Recipe.model_validate(tree), out=tmp_path / "plain", quiet=True, report=False)
     tree["evaluation"]["retrieval"] = [str(table)]
-    recipe = Recipe.model_validate(tree)
+    tree["train"]["evaluate_every"] = 2
+    recipe, evaluate_all, calls = Recipe.model_validate(tree), trainer_module.evaluate_all, itertools.count(1)
 
-    def crash(*_: object, **__: object) -> None:
-        raise RuntimeError("crash")
+    def crash(*given: Any) -> Any:
+        if next(calls) == 4:  # the one after the last step
+            raise RuntimeError("crash")
+        return evaluate_all(*given)
 
     with monkeypatch.context() as broken:
         broken.setattr(trainer_module, "evaluate_all", crash)
         with pytest.raises(RuntimeError, match="crash"):
-            train(recipe, out=tmp_path, quiet=True, report=False)
+            train(recipe, out=tmp_path / "run", quiet=True, report=False)
     for _ in range(2):
-        run = train(recipe, out=tmp_path, resume=True, quiet=True, report=False)
-        assert [(row["step"], row["task"]) for row in run.evaluations] == [(8, "retrieval")]
+        run = train(recipe, out=tmp_path / "run", resume=True, quiet=True, report=False)
+        assert [row["step"] for row in run.evaluations] == [2, 4, 6, 8]
+    assert [row["loss"] for row in run.metrics] == [row["loss"] for row in plain.metrics]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
@@ -237,53 +244,75 @@ def test_a_bad_step_may_be_left_out_and_changes_nothing(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_for(table, steps=5, max_nonfinite_steps=1, checkpoint_every=1, log_every=1, keep_checkpoints=9)
+    with monkeypatch.context() as more:
+        poison(more, {1, 3})
+        with pytest.raises(UserError, match="not finite at step 4"):
+            train(recipe, out=tmp_path / "more", quiet=True, report=False)
     poison(monkeypatch, {2})
-    run = train(recipe, out=tmp_path, quiet=True, report=False)
+    run = train(recipe, out=tmp_path / "run", quiet=True, report=False)
     assert run.finished
-    second, third, fourth = (load_checkpoint(path) for path in list_checkpoints(tmp_path)[1:4])
-    same = [torch.equal(second.weights[key], third.weights[key]) for key in second.weights]
-    assert all(same)
+    second, third, fourth = (load_checkpoint(path) for path in list_checkpoints(run.folder)[1:4])
+    assert all(torch.equal(second.weights[key], third.weights[key]) for key in second.weights)
     assert all(torch.equal(second.training[key], third.training[key]) for key in second.training)
     assert not all(torch.equal(third.weights[key], fourth.weights[key]) for key in third.weights)
     assert third.extra["bad_steps"] == [2]
-    assert "1 of at most 1" in (tmp_path / "log.txt").read_text()
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    assert "1 of at most 1" in (run.folder / "log.txt").read_text()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (run.folder / "metrics.jsonl").open()]
     assert [row["step"] for row in rows if row["loss"] is None] == [3]
-    assert train(recipe, out=tmp_path, resume=True, quiet=True).report.is_file()
-
-
-def test_more_bad_steps_than_allowed_end_the_run(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(monkeypatch, {1, 3})
-    with pytest.raises(UserError, match="not finite at step 4"):
-        train(recipe_for(table, steps=6, max_nonfinite_steps=1), out=tmp_path, quiet=True, report=False)
-
-
-def test_a_run_over_other_pairs_is_not_resumed(table: Path, tmp_path: Path) -> None:
-    pairs = tmp_path / "pairs.jsonl"
-    rows = [json.loads(line) for line in table.read_text().splitlines()]
-    rows = [{**row, "image": str(table.parent / row["image"])} for row in rows]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train(recipe_for(pairs, steps=2), out=tmp_path / "run", quiet=True, report=False)
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    with pytest.raises(UserError, match=r"holds 23 pairs; when the run .* it held 24"):
-        train(recipe_for(pairs, steps=2), out=tmp_path / "run", resume=True, quiet=True, report=False)
+    assert train(recipe, out=run.folder, resume=True, quiet=True).report.is_file()
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_views_are_finished_in_full_precision(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None
 ) -> None:
-    seen: list[bool] = []
+    seen, apply = list[bool](), photometric.apply
 
     def watched(*arguments: Any) -> torch.Tensor:
         seen.append(torch.is_autocast_enabled("cpu"))
         return apply(*arguments)
 
-    apply = photometric.apply
     monkeypatch.setattr(photometric, "apply", watched)
     train(recipe_for(table, steps=1, precision="bf16", grad_cache_chunk=chunk), out=tmp_path, quiet=True, report=False)
     assert seen
     assert not any(seen)
+
+
+@pytest.mark.parametrize(
+    ("asked", "can", "taken"),
+    [("auto", True, "bf16"), ("auto", False, "fp32"), ("fp32", True, "fp32"), ("bf16", False, "bf16")],
+)
+def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, can: bool, taken: str
+) -> None:
+    monkeypatch.setattr(setup, "computes_bf16", lambda device: can)
+    first = Trainer(recipe_for(table, precision=asked), tmp_path, quiet=True)
+    assert first.recipe.train.precision == taken
+    first.lock.close()  # type: ignore[union-attr]
+    monkeypatch.setattr(setup, "computes_bf16", lambda device: not can)
+    again = Trainer(recipe_for(table, precision=asked), tmp_path, resume=True, quiet=True)
+    assert again.recipe.train.precision == taken
+
+
+def test_a_device_is_asked_for_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    for can in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda can=can: can, raising=False)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, c=can: c or including_emulation
+        )
+        assert [computes_bf16(torch.device(name)) for name in ("cpu", "cuda", "meta")] == [can, can, False]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_no_step_waits_for_cuda(table: Path, tmp_path: Path) -> None:
+    trainer = Trainer(recipe_for(table, "defilip", device="cuda", precision="bf16"), tmp_path, quiet=True)
+    batches = [next(trainer.loader) for _ in range(2)]
+    training_step(trainer.parts, batches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training_step(trainer.parts, batches[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def with_workers(recipe: Recipe, workers: int | str) -> Recipe:

@@ -1,76 +1,48 @@
-"""Warnings about a run: losses, gradients, and the loader."""
+"""Warnings about a run: losses, and the loader."""
 
 import math
 import os
 
 import pytest
 
-from declip.training.watchdogs import FLAT_AFTER, LEAST_STEPS, STEEP, WARM, LossMonitor, ThroughputMonitor, auto_workers
+from declip.training.watchdogs import FLAT_AFTER, LEAST_STEPS, WARM, LossMonitor, ThroughputMonitor, auto_workers
 
 CHANCE = math.log(64)
 
 
-def healthy() -> LossMonitor:
+@pytest.fixture
+def monitor() -> LossMonitor:
     return LossMonitor(batch_size=64, warmup_steps=10)
 
 
-def test_a_run_that_learns_hears_nothing() -> None:
-    monitor = healthy()
-    for step in range(1, 1000, 10):
-        assert monitor.check(step, {"contrastive": CHANCE * 0.99**step, "grad_norm": 1 + 0.5 * math.sin(step)}) == []
+@pytest.mark.parametrize(("first", "last"), [(CHANCE, 0.1), (8.24, 6.98), (30.0, 8.0)])
+def test_a_falling_loss_hears_nothing(monitor: LossMonitor, first: float, last: float) -> None:
+    for step in range(1, 251):
+        loss = first + (last - first) * step / 250 + 0.3 * math.sin(step)
+        assert monitor.check(step, {"contrastive": loss}) is None
 
 
-def test_a_loss_at_chance_is_named_once_and_late() -> None:
-    monitor = healthy()
-    assert monitor.check(FLAT_AFTER - 1, {"contrastive": CHANCE, "grad_norm": 1.0}) == []
-    (warning,) = monitor.check(FLAT_AFTER, {"contrastive": CHANCE + 0.01, "grad_norm": 1.0})
+def test_a_loss_at_chance_is_named_once_and_late(monitor: LossMonitor) -> None:
+    assert monitor.check(FLAT_AFTER - 1, {"contrastive": CHANCE}) is None
+    warning = monitor.check(FLAT_AFTER, {"contrastive": CHANCE + 0.01})
+    assert warning is not None
     assert "4.16" in warning
     assert "train.lr" in warning
-    assert monitor.check(FLAT_AFTER + 10, {"contrastive": CHANCE, "grad_norm": 1.0}) == []
+    assert monitor.check(FLAT_AFTER + 10, {"contrastive": CHANCE}) is None
 
 
 @pytest.mark.parametrize("term", ["contrastive", "late_interaction"])
-def test_a_loss_worse_than_guessing_is_named_after_the_warmup(term: str) -> None:
-    monitor = healthy()
-    assert monitor.check(5, {term: CHANCE, "grad_norm": 1.0}) == []
-    assert monitor.check(10, {term: CHANCE + 2, "grad_norm": 1.0}) == []
-    (warning,) = monitor.check(11, {term: CHANCE + 2, "grad_norm": 1.0})
-    assert "the run diverges" in warning
+def test_a_loss_worse_than_guessing_is_named_after_the_warmup(monitor: LossMonitor, term: str) -> None:
+    assert monitor.check(5, {term: CHANCE}) is None
+    assert monitor.check(10, {term: CHANCE + 2}) is None
+    assert "the run diverges" in str(monitor.check(11, {term: CHANCE + 2}))
 
 
-@pytest.mark.parametrize(("first", "last"), [(8.24, 6.98), (30.0, 8.0), (6.0, 0.1)])
-def test_a_falling_loss_never_diverges(first: float, last: float) -> None:
-    monitor = healthy()
-    for step in range(1, 251):
-        loss = first + (last - first) * step / 250 + 0.3 * math.sin(step)
-        assert monitor.check(step, {"contrastive": loss, "grad_norm": 1.0}) == []
-
-
-def test_a_loss_that_rises_above_a_high_start_diverges() -> None:
-    monitor = healthy()
-    assert monitor.check(1, {"contrastive": CHANCE + 3, "grad_norm": 1.0}) == []
-    assert monitor.check(20, {"contrastive": CHANCE + 3.9, "grad_norm": 1.0}) == []
-    assert len(monitor.check(30, {"contrastive": CHANCE + 4.1, "grad_norm": 1.0})) == 1
-
-
-def test_a_spike_of_the_gradient_is_measured_against_the_usual_one() -> None:
-    monitor = healthy()
-    for step in range(1, 100):
-        assert monitor.check(step, {"contrastive": 1.0, "grad_norm": 2.0}) == []
-    assert monitor.check(100, {"contrastive": 1.0, "grad_norm": 0.9 * STEEP * 2}) == []
-    (warning,) = healthy().check(5, {"grad_norm": 1.0}) or ([""] and monitor.check(101, {"grad_norm": 1e9}))
-    assert "a spike" in warning
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_warnings_work_after_a_step_that_was_not_finite(bad: float) -> None:
-    monitor = healthy()
-    for step in range(1, 50):
-        assert monitor.check(step, {"contrastive": 1.0, "grad_norm": 2.0}) == []
-    assert monitor.check(50, {"contrastive": bad, "grad_norm": bad}) == []
-    assert monitor.check(51, {"contrastive": 1.0, "grad_norm": 2.0}) == []
-    assert len(monitor.check(52, {"contrastive": 1.0, "grad_norm": STEEP * 4})) == 1
-    assert len(monitor.check(53, {"contrastive": CHANCE + 2, "grad_norm": 2.0})) == 1
+@pytest.mark.parametrize("between", [3.9, math.nan, math.inf])
+def test_a_loss_that_rises_above_a_high_start_diverges(monitor: LossMonitor, between: float) -> None:
+    for step, above in ((1, 3.0), (20, between)):
+        assert monitor.check(step, {"contrastive": CHANCE + above}) is None
+    assert monitor.check(30, {"contrastive": CHANCE + 4.1}) is not None
 
 
 def test_steps_that_wait_for_the_loader_are_named_once_and_not_before_enough_was_seen() -> None:

@@ -1,1 +1,1 @@
-"""The local web page: classify, search, neighbors, pairs and runs."""
+"""The local web page: classify, search and pairs."""

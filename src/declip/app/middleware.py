@@ -2,7 +2,6 @@
 
 import ipaddress
 import socket
-from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -53,12 +52,12 @@ class Guard:
         host = headers.get("host", "")
         if len(headers.getlist("host")) != 1 or not self._is_ours(host):
             message = "This app does not answer to that name. Open it by its address."
-            return PlainTextResponse(message, HTTPStatus.MISDIRECTED_REQUEST)
+            return PlainTextResponse(message, 421)
         if method not in ("GET", "HEAD") and headers.get("origin") not in (f"http://{host}", f"https://{host}"):
-            return PlainTextResponse("Only the app's own pages may ask for this.", HTTPStatus.FORBIDDEN)
+            return PlainTextResponse("Only the app's own pages may ask for this.", 403)
         site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
         if site not in ("same-origin", "none") and mode != "navigate":
-            return PlainTextResponse("Another site's page may not load from here.", HTTPStatus.FORBIDDEN)
+            return PlainTextResponse("Another site's page may not load from here.", 403)
         return None
 
     def _is_ours(self, host: str) -> bool:

@@ -1,9 +1,6 @@
 """Pairs: captions that disagree with their image, near-duplicates, and the list of pairs to exclude."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from declip.app.params import LARGEST_JSON, ImageId, Question, bad_request, read_body
-from declip.app.state import Progress, state_of
+from declip.app.state import Check, state_of
 from declip.data.exclude import write_exclusions
 from declip.errors import UserError
 from declip.search.index import Index
@@ -26,7 +23,7 @@ BLOCK, QUERIES = 4_096, 512  # rows whose vectors are in memory at a time, and i
 BARS = 40  # bars of the histogram
 NEAREST = 8  # nearest images of each image that are looked at: larger groups are joined through several members
 LOWEST = 0.8  # cosine below which two images are never shown as near-duplicates
-MOST_COMPARED = 50_000  # images that are compared exactly with each other, in about a minute on two cores
+MOST_COMPARED = 50_000  # images that are compared with each other, in about a minute on two cores
 
 Reason = Literal["image and caption disagree", "near-duplicate image"]
 MARKED = TypeAdapter(dict[Reason, list[ImageId]])
@@ -37,11 +34,10 @@ class PairsQuestion(Question):
 
     start: int = Field(0, ge=0)
     below: float = Field(-1, ge=-1, le=1)
-    threshold: Annotated[float, Field(ge=LOWEST, le=1)] = 0.98
+    threshold: float = Field(0.98, ge=LOWEST, le=1)
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """Cosine of each image with its captions.
 
     Attributes:
@@ -59,20 +55,15 @@ class Agreement:
     spread: float
 
 
-Group = tuple[list[int], float]
-"""The ids of two or more images that belong together, rising, and the largest cosine between two of them."""
-
-
-@dataclass(frozen=True)
-class SimilarImages:
+class SimilarImages(NamedTuple):
     """Pairs of images whose cosine is `LOWEST` or more: ids (m,) and (m,) int64, cosines (m,) float32."""
 
     one: np.ndarray
     other: np.ndarray
     cosines: np.ndarray
 
-    def groups(self, threshold: float) -> list[Group]:
-        """Groups joined by cosines of at least `threshold`, the most alike first."""
+    def groups(self, threshold: float) -> list[tuple[list[int], float]]:
+        """Groups joined by cosines of at least `threshold`: rising ids and the largest cosine, the most alike first."""
         chosen = self.cosines >= threshold
         if not chosen.any():
             return []
@@ -87,15 +78,15 @@ class SimilarImages:
         return sorted(groups, key=lambda group: (-group[1], group[0]))
 
 
-def compare_captions(index: Index, report: Progress) -> Agreement:
+def compare_captions(index: Index, check: Check) -> Agreement:
     """Compare each image of an index with its captions."""
     ids, cosines = index.ids, np.empty(len(index), np.float32)
     for start in range(0, len(ids), BLOCK):
+        check()
         block = slice(start, start + BLOCK)
         texts = index.vectors(ids[block], "captions")
         products = (index.vectors(ids[block]) * texts).sum(1)
         cosines[block] = torch.where(texts.any(1), products, torch.nan).numpy()
-        report(min(1.0, (start + BLOCK) / len(ids)))
     known = int(np.isfinite(cosines).sum())
     if not known:
         raise UserError("No image of this index has a caption, so there is nothing to compare.")
@@ -105,22 +96,22 @@ def compare_captions(index: Index, report: Progress) -> Agreement:
     return Agreement(ids[order], cosines, len(ids) - known, float(np.median(cosines)), spread)
 
 
-def find_similar(index: Index, report: Progress) -> SimilarImages:
-    """Compare the images of an index with each other: exactly, or beyond `MOST_COMPARED` by its approximate index."""
+def find_similar(index: Index, check: Check) -> SimilarImages:
+    """Compare the images of an index with each other."""
     ids = index.ids
-    if len(ids) > MOST_COMPARED and index.manifest.approximate is None:
+    if len(ids) > MOST_COMPARED:
         raise UserError(
-            f"{len(ids):,} images are too many to be compared with each other exactly (at most {MOST_COMPARED:,}). "
-            "Make an approximate index first: declip index approximate INDEX"
+            f"{len(ids):,} images are too many to be compared with each other here (at most {MOST_COMPARED:,}). "
+            "`declip data inspect --all` finds copies among any number."
         )
     pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for start in range(0, len(ids), QUERIES):
+        check()
         block = ids[start : start + QUERIES]
         near, cosines = (tensor.numpy() for tensor in index.nearest(index.vectors(block), NEAREST + 1))
         query_ids = np.repeat(block, near.shape[1]).reshape(near.shape)
         alike = (near != query_ids) & (cosines >= LOWEST)
         pieces.append((query_ids[alike], near[alike], cosines[alike]))
-        report(min(1.0, (start + QUERIES) / len(ids)))
     one, other, cosines = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
     # Most pairs are met from both sides; each is kept once.
     first, second = np.minimum(one, other), np.maximum(one, other)
@@ -128,75 +119,44 @@ def find_similar(index: Index, report: Progress) -> SimilarImages:
     return SimilarImages(first[kept], second[kept], cosines[kept].astype(np.float32))
 
 
-def overview(request: Request) -> Response:
-    """The distribution of all pairs' cosines."""
-
-    def answer(agreement: Agreement) -> dict[str, Any]:
-        counts, edges = np.histogram(agreement.cosines, BARS)
-        numbers = {"pairs": len(agreement.ids), "without": agreement.without}
-        numbers |= {"counts": counts.tolist(), "edges": edges.tolist()}
-        return {**numbers, "median": agreement.median, "spread": agreement.spread}
-
-    return when_done(request, compare_captions, answer)
-
-
 def disagreeing(request: Request) -> Response:
-    """The pairs whose image and caption agree least, each with the caption nearest to its image."""
-    state, start = state_of(request), PairsQuestion.of(request).start
+    """The distribution of all pairs' cosines, a page of the least agreeing pairs, and the ids of all ?below a cosine.
 
-    def answer(agreement: Agreement) -> dict[str, Any]:
-        ids = agreement.ids[start : start + PAGE].tolist()
-        cosines = agreement.cosines[start : start + PAGE].tolist()
-        nearest = state.index.nearest(state.index.vectors(ids), 1, over="captions")[0].flatten().tolist()
-        rows = []
-        for id, cosine, near in zip(ids, cosines, nearest, strict=True):
-            deviations = (cosine - agreement.median) / (agreement.spread or 1)
-            caption = state.describe(near)["captions"][0]
-            rows.append({**state.describe(id), "cosine": cosine, "deviations": deviations, "nearest": caption})
-        return {"rows": rows, "total": len(agreement.ids)}
-
-    return when_done(request, compare_captions, answer)
+    Each pair is shown with the caption nearest to its image.
+    """
+    state, asked = state_of(request), PairsQuestion.of(request)
+    found: Agreement = state.once(compare_captions)
+    page = slice(asked.start, asked.start + PAGE)
+    ids, cosines = found.ids[page].tolist(), found.cosines[page].tolist()
+    nearest = state.index.nearest(state.index.vectors(ids), 1, over="captions")[0].flatten().tolist()
+    rows = []
+    for id, cosine, near in zip(ids, cosines, nearest, strict=True):
+        deviations = (cosine - found.median) / (found.spread or 1)
+        caption = state.describe(near)["captions"][0]
+        rows.append({**state.describe(id), "cosine": cosine, "deviations": deviations, "nearest": caption})
+    counts, edges = np.histogram(found.cosines, BARS)
+    answer: dict[str, Any] = {"rows": rows, "total": len(found.ids), "without": found.without}
+    answer |= {"counts": counts.tolist(), "edges": edges.tolist(), "median": found.median, "spread": found.spread}
+    return JSONResponse({**answer, "marked": found.ids[found.cosines < asked.below].tolist()})
 
 
 def duplicates(request: Request) -> Response:
-    """Groups of images whose cosine is ?threshold or more."""
+    """A page of the groups of images whose cosine is ?threshold or more, and the ids of all but the first of each."""
     state, asked = state_of(request), PairsQuestion.of(request)
-
-    def answer(similar: SimilarImages) -> dict[str, Any]:
-        groups = similar.groups(asked.threshold)
-        shown = []
-        for ids, cosine in groups[asked.start : asked.start + PAGE]:
-            members = [state.describe(id) for id in ids[:MEMBERS]]
-            shown.append({"cosine": cosine, "size": len(ids), "members": members})
-        return {"groups": shown, "total": len(groups), "extra": sum(len(ids) - 1 for ids, _ in groups)}
-
-    return when_done(request, find_similar, answer)
-
-
-def disagreeing_ids(request: Request) -> Response:
-    """The ids of all pairs whose cosine is smaller than ?below."""
-    below = PairsQuestion.of(request).below
-
-    def answer(agreement: Agreement) -> dict[str, Any]:
-        return {"ids": agreement.ids[agreement.cosines < below].tolist()}
-
-    return when_done(request, compare_captions, answer)
-
-
-def duplicate_ids(request: Request) -> Response:
-    """The ids of all but the first of each group of `duplicates`."""
-    threshold = PairsQuestion.of(request).threshold
-
-    def answer(similar: SimilarImages) -> dict[str, Any]:
-        return {"ids": [id for ids, _ in similar.groups(threshold) for id in ids[1:]]}
-
-    return when_done(request, find_similar, answer)
+    similar: SimilarImages = state.once(find_similar)
+    groups = similar.groups(asked.threshold)
+    shown = []
+    for ids, cosine in groups[asked.start : asked.start + PAGE]:
+        members = [state.describe(id) for id in ids[:MEMBERS]]
+        shown.append({"cosine": cosine, "size": len(ids), "members": members})
+    marked = [id for ids, _ in groups for id in ids[1:]]
+    return JSONResponse({"rows": shown, "total": len(groups), "marked": marked})
 
 
 async def save_list(request: Request) -> Response:
     """Turn the ids of each reason into the list as CSV."""
     given, state = MARKED.validate_json(await read_body(request, LARGEST_JSON)), state_of(request)
-    agreement: Agreement | None = state.jobs.results.get(compare_captions)
+    agreement: Agreement | None = state.compared.get(compare_captions)
     cosines = {} if agreement is None else dict(zip(agreement.ids.tolist(), agreement.cosines.tolist(), strict=True))
     rows: dict[int, tuple[str, int, str, float | None, str]] = {}
     for reason, ids in given.items():
@@ -207,12 +167,3 @@ async def save_list(request: Request) -> Response:
     text = write_exclusions(rows[id] for id in sorted(rows))
     headers = {"Content-Disposition": 'attachment; filename="drop.csv"'}
     return Response(text.encode("utf-8", "replace"), media_type="text/csv", headers=headers)
-
-
-def when_done(
-    request: Request, work: Callable[[Index, Progress], Any], answer: Callable[[Any], dict[str, Any]]
-) -> Response:
-    """The state of a job, with an answer made from its result once that is there."""
-    state = state_of(request)
-    shown = state.jobs.state(work, partial(work, state.index))
-    return JSONResponse(shown | answer(state.jobs.results[work]) if shown["state"] == "ready" else shown)

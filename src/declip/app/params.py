@@ -1,7 +1,6 @@
 """Parameters and bodies of requests: bounded before they are read, never written to the disk, refused with a reason."""
 
 import asyncio
-from http import HTTPStatus
 from typing import Annotated, Self
 
 from PIL import Image
@@ -46,21 +45,20 @@ class ImageQuestion(Question):
 
 def bad_request(message: str) -> HTTPException:
     """The error for a request that cannot be answered."""
-    return HTTPException(HTTPStatus.BAD_REQUEST, message)
+    return HTTPException(400, message)
 
 
 async def read_body(request: Request, most: int) -> bytes:
     """Read a body of at most `most` bytes; starlette's forms would write a large one to the disk."""
-    too_long = HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The file is too large: at most {most >> 20} MB.")
     content = bytearray()
     try:
         async with asyncio.timeout(SECONDS):
             async for chunk in request.stream():
                 content += chunk
                 if len(content) > most:
-                    raise too_long
+                    raise HTTPException(413, f"The file is too large: at most {most >> 20} MB.")
     except TimeoutError:
-        raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "The file took too long to arrive.") from None
+        raise HTTPException(408, "The file took too long to arrive.") from None
     return bytes(content)
 
 
@@ -69,8 +67,5 @@ def read_image(content: bytes) -> Image.Image:
     try:
         return decode(content, "the image", MOST_PIXELS)
     except BrokenPair as broken:
-        message = (
-            f"This is no image that can be read ({broken.reason}). JPEG, PNG, WebP, BMP, GIF and TIFF of up to "
-            f"{MOST_PIXELS // 1_000_000} million pixels can."
-        )
-        raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, message) from broken
+        kinds = f"JPEG, PNG, WebP, BMP, GIF and TIFF of up to {MOST_PIXELS // 1_000_000} million pixels can"
+        raise HTTPException(422, f"This is no image that can be read ({broken.reason}). {kinds}.") from broken

@@ -4,7 +4,6 @@ import logging
 import re
 import socket
 from contextlib import suppress
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp
 
-from declip.app import classify, pairs, search
+from declip.app import answers, pairs
 from declip.app.middleware import Guard
 from declip.app.params import LARGEST_UPLOAD, ImageId
 from declip.app.state import AppState, state_of
@@ -31,7 +30,7 @@ from declip.search.embed import embed
 from declip.search.index import Index, fingerprint
 from declip.search.manifest import MANIFEST
 
-VIEWS = ("classify", "search", "neighbors", "pairs")
+VIEWS = ("classify", "search", "pairs")
 EXAMPLES = 6  # captions of the index that a page offers to begin with
 ENVIRONMENT = Environment(
     loader=PackageLoader("declip.app"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -46,15 +45,11 @@ def build(state: AppState, host: str) -> ASGIApp:
         *(Route(f"/{name}", page) for name in VIEWS),
         Mount("/static", StaticFiles(packages=[("declip.app", "static")])),
         Route("/thumbnails/{id}", thumbnail),
-        Route("/api/images", classify.upload, methods=["POST"]),
-        Route("/api/classify", classify.classify, methods=["POST"]),
-        Route("/api/search", search.search),
-        Route("/api/neighbors", search.neighbors),
-        Route("/api/pairs", pairs.overview),
+        Route("/api/images", answers.upload, methods=["POST"]),
+        Route("/api/classify", answers.classify, methods=["POST"]),
+        Route("/api/search", answers.search),
         Route("/api/pairs/disagreeing", pairs.disagreeing),
-        Route("/api/pairs/disagreeing/ids", pairs.disagreeing_ids),
         Route("/api/pairs/duplicates", pairs.duplicates),
-        Route("/api/pairs/duplicates/ids", pairs.duplicate_ids),
         Route("/api/pairs/list", pairs.save_list, methods=["POST"]),
     ]
     answered = (HTTPException, UserError, ValidationError, Exception)
@@ -66,17 +61,9 @@ def build(state: AppState, host: str) -> ASGIApp:
 def page(request: Request) -> Response:
     """A view: its HTML holds no result, the scripts ask for them."""
     state, view = state_of(request), request.url.path[1:]
-    context = {
-        "view": view,
-        "views": VIEWS,
-        "state": state,
-        "source": state.index.manifest.source.name,
-        "captions": state.index.manifest.captions,
-        "template_sets": prompt_names(),
-        "examples": _examples(state),
-        "largest_upload": LARGEST_UPLOAD >> 20,
-        "lowest": pairs.LOWEST,
-    }
+    context = {"view": view, "views": VIEWS, "state": state, "manifest": state.index.manifest}
+    context |= {"template_sets": prompt_names(), "examples": _examples(state)}
+    context |= {"largest_upload": LARGEST_UPLOAD >> 20, "lowest": pairs.LOWEST}
     return TEMPLATES.TemplateResponse(request, f"{view}.html", context)
 
 
@@ -85,7 +72,7 @@ def thumbnail(request: Request) -> Response:
     try:
         content = state_of(request).thumbnail(TypeAdapter(ImageId).validate_python(request.path_params["id"]))
     except UserError:
-        raise HTTPException(HTTPStatus.NOT_FOUND, "There is no such image any more.") from None
+        raise HTTPException(404, "There is no such image any more.") from None
     return Response(content, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
 
@@ -98,29 +85,25 @@ def _examples(state: AppState) -> list[str]:
 
 def _answer_error(request: Request, error: Exception) -> Response:
     """An error in the form that the asking script can show."""
-    status, message = HTTPStatus.BAD_REQUEST.value, str(error)
+    status, message = 400, str(error)
     if isinstance(error, HTTPException):
         status, message = error.status_code, error.detail
     elif isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         message = ": ".join([*(str(part) for part in first["loc"]), first["msg"]])
     elif not isinstance(error, UserError):
-        status, message = HTTPStatus.INTERNAL_SERVER_ERROR.value, "Something went wrong; the terminal says what."
+        status, message = 500, "Something went wrong; the terminal says what."
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": message}, status)
     return PlainTextResponse(message, status)
 
 
 def open_state(
-    model: str, source: str, folder: Path | None = None, *, device: str = "auto", **options: Any
+    model: str, source: str, folder: Path | None = None, *, device: str = "auto", progress: bool = False
 ) -> AppState:
     """Open an index, or embed a source into one first; later calls embed only what is new.
 
-    Args:
-        model: What `declip.load` opens; for an index, the model that made it.
-        source: An index, or what `declip.embed` embeds.
-        folder: Where the index of a source goes; by default below "indices", named after the source and the model.
-        options: Options of `declip.embed`.
+    The folder of a source's index is by default below "indices", named after the source and the model.
     """
     if (Path(source).expanduser() / MANIFEST).is_file():
         if folder is not None:
@@ -129,10 +112,10 @@ def open_state(
     else:
         loaded = load(model, device)
         out = folder or default_folder(fingerprint(loaded), source)
-        index = embed(loaded, source, out=out, captions=True, loaded_from=model, **options)
+        index = embed(loaded, source, out=out, captions=True, loaded_from=model, progress=progress)
     if not len(index):
         raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")
-    return AppState(index, model)  # loads the model, and so refuses another one now
+    return AppState(index, model)
 
 
 def default_folder(digest: str, source: str) -> Path:
@@ -144,14 +127,8 @@ def default_folder(digest: str, source: str) -> Path:
 def serve(state: AppState, bound: socket.socket, host: str) -> None:
     """Answer requests until Ctrl-C."""
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    config = uvicorn.Config(
-        build(state, host),
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        limit_concurrency=128,
-        timeout_graceful_shutdown=2,
-    )
+    logs: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False}
+    config = uvicorn.Config(build(state, host), limit_concurrency=128, timeout_graceful_shutdown=2, **logs)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[bound])
-    state.jobs.stopped.set()
+    state.stopped.set()

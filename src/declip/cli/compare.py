@@ -22,7 +22,6 @@ def compare(
         str | None, typer.Option(metavar="ARM", help="recipe whose time is the compute budget; default: the last")
     ] = None,
     ablation: Annotated[bool, typer.Option("--ablation", help="also take the last recipe apart, loss by loss")] = False,
-    baselines: Annotated[bool, typer.Option("--baselines", help="also clip with weaker, stronger, two views")] = False,
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V,V", help="every recipe tries all values, keeps its best")
     ] = None,
@@ -59,7 +58,6 @@ def compare(
         budgets=BUDGETS if budget == "both" else (budget,),
         compute_budget_of=compute_budget_of,
         ablation=ablation,
-        baselines=baselines,
         sweep=values,
         sweep_dataset=sweep_dataset,
         sweep_pairs=None if sweep_pairs is None else read_counts(sweep_pairs)[0],

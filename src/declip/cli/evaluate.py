@@ -14,11 +14,10 @@ from declip.cli.options import (
     check_source,
     console,
     file,
-    integers,
 )
 from declip.errors import UserError, unknown
 
-TASKS = ("zero-shot", "retrieval", "linear", "knn", "few-shot")
+TASKS = ("zero-shot", "retrieval", "linear", "knn")
 
 
 def evaluate(
@@ -30,10 +29,7 @@ def evaluate(
     task: Annotated[str, typer.Option(help=", ".join(TASKS))] = "zero-shot",
     templates: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
     features: Annotated[str, typer.Option(help="probes: backbone, or embedding after the projection")] = "backbone",
-    shots: Annotated[str, typer.Option(help="few-shot: images per class")] = "1,2,4,8,16",
-    seeds: Annotated[int, typer.Option(min=1, help="few-shot: number of random choices of the images")] = 3,
     label_column: Annotated[str | None, typer.Option(help="column of a table with classes")] = None,
-    cache: Annotated[bool, typer.Option(help="probes: keep the features on disk for the next time")] = True,
     batch_size: BatchSize = 256,
     workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 0,
     device: Device = "auto",
@@ -46,7 +42,6 @@ def evaluate(
     check_model(model)
     for name in datasets:
         check_source(name, "--dataset")
-    few = integers("--shots", shots)
     from rich.markdown import Markdown
 
     from declip.evaluation.datasets import open_dataset
@@ -62,8 +57,8 @@ def evaluate(
         raise UserError(f"'{suites[0]}' is a table of its own. Evaluate it alone, with one --dataset.")
     if markdown_out is not None and not suites:
         raise UserError(f"--markdown writes the table of paper11:/data, but --dataset is '{datasets[0]}'. Use --json.")
-    probe: Any = {"features": features, "shots": few, "seeds": seeds, "cache": cache}
-    options = Options(templates=templates, batch_size=batch_size, workers=workers, **probe)
+    kind: Any = features
+    options = Options(templates=templates, batch_size=batch_size, workers=workers, features=kind)
     loaded = load(model, device)
     if suites:
         suite = evaluate_suite(loaded, datasets[0], task, options)

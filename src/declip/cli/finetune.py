@@ -23,6 +23,7 @@ def finetune(
     freeze: Annotated[
         str | None, typer.Option(metavar="TOWERS", help="both, image, text or none; default: by the number of pairs")
     ] = None,
+    select: Annotated[bool, typer.Option("--select", help="frozen towers: try several heads, train the best")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in that folder")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only show the recipe, memory and time expected")] = False,
     quiet: Quiet = False,
@@ -42,10 +43,11 @@ def finetune(
         recipe, cost = api.estimate_finetune(pairs, weights, **options)
         say(f"{recipe}\n{cost}")
         return
-    run = api.finetune(pairs, weights, resume=resume, **options)
+    run = api.finetune(pairs, weights, select=select, resume=resume, **options)
     leave_unless_finished(run)
-    from declip.reports.run import changes_table
+    from declip.reports.page import rich_table
+    from declip.reports.run import measures_table
 
-    console.print(changes_table(run))
+    console.print(rich_table(measures_table(run)))
     say(f"Best: step {run.best_step:,} of {run.step:,}. Report: {run.report}. Exported: {run.folder / 'exported'}")
     say(f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'")

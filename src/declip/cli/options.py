@@ -71,11 +71,3 @@ def check_model(model: str) -> None:
             f"There is no model at '{model}'. Give a run folder, a checkpoint folder, a weights file, "
             "hf-hub:OWNER/NAME or open_clip:MODEL/TAG."
         )
-
-
-def integers(option: str, text: str) -> tuple[int, ...]:
-    """Read whole numbers separated by commas."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} is '{text}'; give whole numbers with commas, such as 1,2,4.") from None

@@ -29,7 +29,6 @@ index = typer.Typer(help="Look after an index of images.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder that `declip embed` wrote")]
 Readers = Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")]
-ModelNow = Annotated[str | None, typer.Option(help="where the model that made the index is now")]
 
 
 def embed(
@@ -38,8 +37,6 @@ def embed(
     out: Annotated[Path, typer.Option(parser=expand, metavar="DIR", help="the folder of the index")],
     captions: Annotated[bool, typer.Option("--captions", help="also store vectors of the captions")] = False,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="precision of the model")] = "fp32",
-    approximate: Annotated[bool, typer.Option("--approximate", help="make an approximate index (needs faiss)")] = False,
     batch_size: BatchSize = 256,
     workers: Readers = 0,
     image_column: ImageColumn = "image",
@@ -59,8 +56,6 @@ def embed(
         out=out,
         captions=captions,
         dtype=dtype,
-        precision=precision,
-        approximate=approximate,
         batch_size=batch_size,
         workers=workers,
         image_column=image_column,
@@ -82,8 +77,7 @@ def search(
     k: Annotated[int, typer.Option("-k", "--k", min=1, max=10_000, help="number of results")] = 10,
     over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to compare with")] = "images",
     template: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="don't use the approximate index")] = False,
-    model: ModelNow = None,
+    model: Annotated[str | None, typer.Option(help="where the model that made the index is now")] = None,
     source: Annotated[str | None, typer.Option(help="where the images are now, for --contact-sheet")] = None,
     device: Device = "auto",
     sheet_out: Annotated[
@@ -108,7 +102,7 @@ def search(
     from declip.search.index import Index
 
     opened = Index.open(folder, model=model, source=source, device=device)
-    hits = opened.search(text, image, weights=both, template=template, k=k, over=over, exact=exact or None)
+    hits = opened.search(text, image, weights=both, template=template, k=k, over=over)
     table = Table("", "cosine", "image", "caption", box=None, header_style="dim")
     for number, hit in enumerate(hits, 1):
         cells = (hit.key, "; ".join(hit.captions[:2]))
@@ -133,28 +127,12 @@ def search(
 
 @index.command()
 def show(folder: Folder) -> None:
-    """Show the contents of an index, its model, and what was left out. Checks the checksum of every part."""
-    opened = _open(folder, check=True)
+    """Show the contents of an index, its model, and what was left out."""
+    opened = _open(folder)
     made_by, source = opened.manifest.model, opened.manifest.source
     say(f"{folder}: {opened.summary()}")
     say(f"Source: {source.spec or source.name}")
-    say(f"Model: {made_by.spec or 'a Python object'}, {made_by.precision}, fingerprint {made_by.fingerprint[:12]}")
-
-
-@index.command()
-def remove(
-    folder: Folder, keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="as search shows them")]
-) -> None:
-    """Remove images: no search shows them any more, and `declip embed` leaves them out."""
-    say(f"{_open(folder).remove(keys):,} images removed.")
-
-
-@index.command()
-def approximate(folder: Folder, model: ModelNow = None) -> None:
-    """Make the approximate index, and measure its recall."""
-    opened = _open(folder, model=model)
-    opened.approximate()
-    say(opened.summary())
+    say(f"Model: {made_by.spec or 'a Python object'}, fingerprint {made_by.fingerprint[:12]}")
 
 
 @index.command()
@@ -167,13 +145,13 @@ def export(
     say(f"Written: {_open(folder).export(out, over=over)}")
 
 
-def _open(folder: Path, **options: Any) -> Any:
+def _open(folder: Path) -> Any:
     from declip.search.manifest import read_manifest
 
     read_manifest(folder)
     from declip.search.index import Index
 
-    return Index.open(folder, **options)
+    return Index.open(folder)
 
 
 def _two_numbers(text: str) -> tuple[float, float]:

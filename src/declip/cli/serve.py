@@ -1,7 +1,6 @@
 """The command ``declip app``. Wrong paths and a taken port are answered before torch loads."""
 
 import socket
-import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -9,17 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from declip.cli.options import (
-    CaptionColumn,
-    Device,
-    ImageColumn,
-    ImageRoot,
-    Quiet,
-    check_model,
-    check_source,
-    expand,
-)
-from declip.cli.search import Readers
+from declip.cli.options import Device, Quiet, check_model, check_source, file
 from declip.errors import UserError
 
 PORT = 8765
@@ -28,27 +17,19 @@ ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 def app(
     model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
-    source: Annotated[str, typer.Argument(help="an index, a folder of images, a table, tar shards, or builtin:NAME")],
-    index: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", parser=expand, help="folder of the source's index; by default below indices/"),
-    ] = None,
+    source: Annotated[str, typer.Argument(help="an index, or a source to embed: a folder, a table, builtin:NAME …")],
+    index: Annotated[Path | None, file("folder of the source's index; default: below indices/", metavar="DIR")] = None,
     host: Annotated[str, typer.Option(help="address to listen on; this machine alone by default")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes any that is free")] = PORT,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open the app in a browser")] = False,
-    image_column: ImageColumn = "image",
-    caption_column: CaptionColumn = "caption",
-    image_root: ImageRoot = None,
-    workers: Readers = 0,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Look at a model and its pairs in a browser: classify, search, neighbors, wrong pairs."""
+    """Look at a model and its pairs in a browser: classify, search, wrong pairs."""
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise UserError(f"The app needs {' and '.join(missing)}, not installed here: pip install 'declip[app]'.")
     check_model(model)
     check_source(source, "SOURCE")
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     with take_port(host, port) as bound:
         from declip.app.server import open_state, serve
 
@@ -58,23 +39,10 @@ def app(
                 "it sees all images and captions of the source and can keep this machine busy.",
                 style="yellow",
             )
-        state = open_state(
-            model,
-            source,
-            index,
-            image_column=image_column,
-            caption_column=caption_column,
-            image_root=image_root,
-            workers=workers,
-            device=device,
-            progress=not quiet,
-        )
-        address = address_of(bound)
+        state = open_state(model, source, index, device=device, progress=not quiet)
         images = f"{len(state.index):,} images of {state.index.manifest.source.name}"
-        console.print(f"{images}, index {state.index.folder}", markup=False)
-        console.print(f"Open {address} (Ctrl-C ends)", markup=False)
-        if browser:
-            webbrowser.open(address)
+        console.print(f"{images}, index {state.index.folder}")
+        console.print(f"Open {address_of(bound)} (Ctrl-C ends)")
         serve(state, bound, host)
 
 

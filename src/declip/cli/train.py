@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from declip.cli.options import Quiet, check_source, console, file, say
-from declip.errors import UserError
 
 
 def train(
@@ -24,30 +23,18 @@ def train(
     out: Annotated[Path | None, file("run folder; default: runs/RECIPE", metavar="DIR")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in that folder")] = False,
     quiet: Quiet = False,
-    profile: Annotated[bool, typer.Option("--profile", help="only measure where the time of a step goes")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only compute memory and operations of a step on a GPU, without one")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only show the memory and time expected")] = False,
 ) -> None:
     """Train a recipe, evaluate it, and write a report."""
-    if resume and profile:
-        raise UserError("--profile keeps no training, so there is nothing to --resume. Give one of the two.")
-    if dry_run:
-        _dry_run(recipe, overrides or [])
-        return
     given = _checked(recipe, overrides or [], data, val or [])
     name = Path(recipe).stem
     from declip import api
 
     resolved = api.resolve_recipe(recipe, given, data=data, val=val or ())
-    if profile:
-        from declip.training.profile import profile as run_profile
+    if dry_run:
+        from declip.training.estimate import estimate
 
-        folder = out or Path("runs") / f"{name}-profile"
-        table = run_profile(resolved, folder, quiet)
-        if table is not None:
-            console.print(table)
-            say(f"Trace, for chrome://tracing or ui.perfetto.dev: {folder / 'trace.json'}")
+        say(str(estimate(resolved)))
         return
     run = api.train(resolved, out=out or Path("runs") / name, resume=resume, quiet=quiet)
     leave_unless_finished(run)
@@ -83,25 +70,11 @@ def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str]
     return dict(given)
 
 
-def _dry_run(recipe: str, overrides: list[str]) -> None:
-    from declip.recipe.load import load_recipe, parse_overrides
-    from declip.training.dry_run import dry_run
-
-    step = dry_run(load_recipe(recipe, parse_overrides(overrides)))
-    say(
-        f"A step of {step.batch_size:,} pairs with the longest captions: {step.parameters / 1e6:,.1f} M parameters, "
-        f"{step.peak_bytes / 1e9:,.2f} GB, of which {step.state_bytes / 1e9:,.2f} GB stay, "
-        f"{step.flops / 1e12:,.2f} TFLOP, {step.flops / step.batch_size / 1e9:,.1f} GFLOP per pair, "
-        f"{len(step.waits)} waits of the host for the device."
-    )
-
-
 def _print_results(run: Any) -> None:
-    from declip.evaluation.results import read_result, results_table
+    from declip.evaluation.results import results_table
 
-    results = [result for result in map(read_result, run.results) if result is not None]
-    seen = run.step * run.recipe.train.batch_size
-    speed = run.samples_per_second
+    results = [row.result for row in run.evaluated if row.step == run.step]
+    seen, speed = run.step * run.recipe.train.batch_size, run.samples_per_second
     pace = f"{speed:,.0f} samples/s (median)" if speed else "speed not measured"
     if results:
         console.print(results_table(results))

@@ -59,14 +59,13 @@ def interpolate(
     ] = None,
     datasets: Annotated[list[str] | None, typer.Option("--dataset", help="evaluation set; repeatable")] = None,
     task: Annotated[str, typer.Option(help="zero-shot or retrieval")] = "zero-shot",
-    figure: Annotated[Path | None, file("also plot results over alpha: PNG or SVG")] = None,
     out: Annotated[Path | None, file("folder to write the one mixture to", metavar="DIR")] = None,
     license: License = UNKNOWN_LICENSE,
     overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:
     """Interpolate between pretrained and fine-tuned weights (WiSE-FT): evaluate mixtures, or write one."""
-    if not datasets and (out is None or figure is not None):
+    if not datasets and out is None:
         raise UserError("Give evaluation sets for the mixtures, --dataset SET, or write one: --alpha 0.5 --out DIR.")
     if out is not None and (alphas is None or len(alphas) != 1):
         raise UserError(f"--out writes one mixture, but --alpha was given {len(alphas or [])} times. Give one.")
@@ -77,12 +76,8 @@ def interpolate(
         table = Table("alpha", title=run)
         for name in datasets:
             table.add_column(name, justify="right")
-        mixtures = list(mixing.measure_mixtures(run, alphas or [0, 0.25, 0.5, 0.75, 1], datasets, task, device))
-        for mixture in mixtures:
-            table.add_row(f"{mixture.alpha:g}", *(mixing.first_measure(result) for result in mixture.results))
+        for alpha, results in mixing.measure_mixtures(run, alphas or [0, 0.25, 0.5, 0.75, 1], datasets, task, device):
+            table.add_row(f"{alpha:g}", *(mixing.first_measure(result) for result in results))
         console.print(table)
-        if figure is not None:
-            mixing.draw_mixtures(mixtures, figure)
-            say(f"Written: {figure}")
     if out is not None and alphas is not None:
         say(f"Written: {mixing.write_mixture(run, alphas[0], out, license=license, overwrite=overwrite)}")

@@ -1,45 +1,23 @@
-"""The variants that take one recipe apart, in groups, with the numbers that the paper reports."""
+"""The variants that take one recipe apart, in groups."""
 
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import or_
 
 from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study
-from declip.comparison.variants import BASELINE, LEFT_OUT, STEP, STEPS
-
-REPORTED = (20.6, 24.8, 25.4, 27.2)
-"""ImageNet zero-shot top-1 in % after each of `STEPS`: ResNet-50 on CC3M (Li et al. 2022, arXiv 2110.05208).
-
-Second-hand: as others quote the paper, not read in the paper itself.
-"""
-
-
-@dataclass(frozen=True)
-class AblationPart:
-    """A variant, its label within the group, and the percentage that the paper reports for it."""
-
-    label: str
-    variant: str
-    reported: float | None = None
+from declip.comparison.variants import STEP
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """The variant `whole` taken apart: its parts by group, each group with the whole in it."""
+    """The variant `whole` taken apart: by group, the variant of each part by its label, with the whole as the last."""
 
     whole: str
-    groups: dict[str, tuple[AblationPart, ...]]
+    groups: dict[str, dict[str, str]]
 
     @property
     def variants(self) -> list[str]:
         """All variants, each once."""
-        return list(dict.fromkeys(part.variant for parts in self.groups.values() for part in parts))
-
-    @property
-    def reported(self) -> bool:
-        """Whether the steps are the paper's."""
-        return any(part.reported for parts in self.groups.values() for part in parts)
+        return list(dict.fromkeys(variant for parts in self.groups.values() for variant in parts.values()))
 
 
 def read_ablation(study: Study) -> Ablation | None:
@@ -49,25 +27,15 @@ def read_ablation(study: Study) -> Ablation | None:
         return None
     same = [name for name in study.named if study.variant(name).recipe == made[0].recipe]
     whole = study.variant(same[0] if same else study.compute_budget_of)
-    end = AblationPart(whole.name, whole.name)
-    groups = {}
-    if steps := [variant for variant in made if variant.group == STEP]:
-        added = " ".join(f"+{loss}" for loss in whole.losses if loss not in steps[-1].losses)
-        labels = {step.name: step.label for step in steps} | {whole.name: f"{added} = {whole.name}"}
-        is_the_papers = [set(step.losses) for step in (*steps, whole)] == list(accumulate(map(set, STEPS), or_))
-        reported = REPORTED if is_the_papers else [None] * len(labels)
-        groups["losses added"] = tuple(
-            AblationPart(label, name, percentage)
-            for (name, label), percentage in zip(labels.items(), reported, strict=True)
-        )
-    if any(variant.group == LEFT_OUT for variant in made):
-        # The last step is also the recipe without its last losses; it was trained once and stands in both groups.
-        by_losses = {frozenset(variant.losses): variant.name for variant in made if variant.group != BASELINE}
-        without = {loss: frozenset(whole.losses) - {loss} for loss in whole.losses}
-        parts = [AblationPart(loss, by_losses[rest]) for loss, rest in without.items() if rest in by_losses]
-        groups["loss left out"] = (*parts, end)
-    if baselines := [variant for variant in made if variant.group == BASELINE]:
-        groups["plain clip"] = (*(AblationPart(variant.label, variant.name) for variant in baselines), end)
+    steps = [variant for variant in made if variant.group == STEP]
+    added = " ".join(f"+{loss}" for loss in whole.losses if loss not in steps[-1].losses)
+    # The last step is also the recipe without its last losses; it was trained once and stands in both groups.
+    by_losses = {frozenset(variant.losses): variant.name for variant in made}
+    without = {loss: by_losses.get(frozenset(whole.losses) - {loss}) for loss in whole.losses}
+    groups = {
+        "losses added": {**{step.label: step.name for step in steps}, f"{added} = {whole.name}": whole.name},
+        "loss left out": {**{loss: name for loss, name in without.items() if name}, whole.name: whole.name},
+    }
     return Ablation(whole.name, groups)
 
 

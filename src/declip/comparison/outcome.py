@@ -1,6 +1,5 @@
 """The results of a comparison: the numbers of every trial, as curves, factors and differences."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ from declip.comparison.study import Study, read_study
 from declip.comparison.worker import failure, read_trial
 from declip.errors import UserError, unknown
 from declip.evaluation.results import RetrievalResult, ZeroShotResult, read_result
-from declip.io.atomic import atomic_write
 
 RESULTS = "results.json"
 
@@ -30,17 +28,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The trials that are done.
-
-    Attributes:
-        rows, sweep: Result of each trial, and of each try of the sweep, by its id; see `worker.py`.
-        failures: Reason of each failed trial by its id.
-    """
+    """The trials that are done, by id."""
 
     study: Study
-    rows: Mapping[str, Mapping[str, Any]]
-    sweep: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    failures: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, Mapping[str, Any]]  # results, as `worker.run_trial` writes them
+    sweep: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the same of the tries of the sweep
+    failures: Mapping[str, str] = field(default_factory=dict)  # reasons
 
     @property
     def complete(self) -> bool:
@@ -129,9 +122,3 @@ def read_outcome(folder: str | Path) -> Outcome:
     )
     reasons = {trial.id: failure(folder, trial) for trial in (*tries, *trials)}
     return Outcome(study, rows, sweep, {id: reason for id, reason in reasons.items() if reason is not None})
-
-
-def write_results(outcome: Outcome, folder: Path) -> None:
-    """Write results.json."""
-    with atomic_write(folder / RESULTS) as path:
-        path.write_text(json.dumps(outcome.to_dict(), indent=1), encoding="utf-8")

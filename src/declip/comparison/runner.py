@@ -1,5 +1,6 @@
 """Compare recipes: plan the trials, time their steps, sweep, run them in worker processes, collect the results."""
 
+import json
 import os
 import platform
 import subprocess
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from declip.comparison import worker
-from declip.comparison.outcome import Outcome, read_outcome, sweep_score, write_results
+from declip.comparison.outcome import RESULTS, Outcome, read_outcome, sweep_score
 from declip.comparison.study import BUDGETS, STUDY, Study, Sweep, extended, read_study, write_study
 from declip.comparison.variants import Variant, variants_of
 from declip.comparison.worker import COMPARISON, SWEEP, UNMEASURED, failure, read_trial, trials_of
@@ -26,7 +27,8 @@ from declip.data.sources.mixture import Mixture
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.protocols import TASKS
-from declip.io.progress import on_terminal, print_line, progress_bar, status
+from declip.io.atomic import atomic_write
+from declip.io.progress import progress_bar, status
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
 from declip.training.setup import open_training_source, versions
@@ -34,11 +36,8 @@ from declip.training.step import training_step
 from declip.training.trainer import Trainer
 
 MOST_JOBS = 8
-LOOK_EVERY = 1.0
-"""Seconds between two looks at the progress of the trials."""
-
-ROUNDS, WARM, TIMED = 3, 3, 8
-"""Rounds of timing, and steps of a round: the first few fill caches and choose kernels."""
+LOOK_EVERY = 1.0  # seconds between two looks at the progress of the trials
+ROUNDS, WARM, TIMED = 3, 3, 8  # rounds of timing, and steps of a round: the first few fill caches and choose kernels
 
 
 def compare(
@@ -53,7 +52,6 @@ def compare(
     budgets: Sequence[str] = BUDGETS,
     compute_budget_of: str | None = None,
     ablation: bool = False,
-    baselines: bool = False,
     sweep: Mapping[str, Sequence[Any]] | None = None,
     sweep_dataset: str | None = None,
     sweep_pairs: int | None = None,
@@ -74,7 +72,7 @@ def compare(
         datasets: Sets to measure on; by default the first recipe's ``evaluation.final_zero_shot``, else its
             ``zero_shot``.
         compute_budget_of: The variant whose time is the compute budget; by default the last recipe.
-        ablation, baselines: Variants made from the last recipe, see `declip.comparison.variants.variants_of`.
+        ablation: Whether to take the last recipe apart, see `declip.comparison.variants.ablation_of`.
         sweep: Values by key. Every variant tries every combination on `sweep_dataset` first, and keeps its best.
         sweep_dataset: The validation set; by default the recipe's ``evaluation.zero_shot``. Never one of `datasets`.
         sweep_pairs, sweep_steps: Of a try; by default the middle one of `pairs`, and ``train.steps``.
@@ -82,13 +80,12 @@ def compare(
             cores where that is set), at most 8, or one on an accelerator.
 
     Returns:
-        The outcome; `complete` is False after Ctrl-C. The folder holds results.json.
-
-    Raises:
-        UserError: what was given can't be used, the folder holds another comparison, or a worker was lost.
+        The outcome, which is also in results.json; `complete` is False after Ctrl-C.
     """
+    if not pairs or not seeds:
+        raise UserError("A comparison needs at least one number of pairs and one seed.")
     folder = Path(out)
-    variants = variants_of(recipes, dict(overrides or {}), ablation=ablation, baselines=baselines)
+    variants = variants_of(recipes, dict(overrides or {}), ablation)
     first = variants[0].resolve()
     program = Path(sys.argv[0]).name
     study = Study(
@@ -104,7 +101,18 @@ def compare(
         commands=(("declip" if program == "__main__.py" else program, *sys.argv[1:]),),
     )
     if sweep:
-        study = _with_sweep(study, folder, sweep, sweep_dataset, sweep_pairs, sweep_steps)
+        validation = sweep_dataset or next(iter(first.evaluation.zero_shot), None)
+        if validation is None or validation in study.datasets:
+            raise UserError(
+                f"A sweep needs a validation set that no result is reported on, not {validation}. Name one with "
+                "--sweep-dataset."
+            )
+        earlier = read_study(folder)
+        if sweep_pairs is None and earlier is not None and earlier.sweep is not None:
+            sweep_pairs = earlier.sweep.pairs  # whatever sizes joined since
+        middle = study.pairs[(len(study.pairs) - 1) // 2]
+        grid = {key: tuple(values) for key, values in sweep.items()}
+        study = replace(study, sweep=Sweep(grid, validation, sweep_pairs or middle, sweep_steps or study.steps))
     _check(study, budgets)
     study = open_folder(study, folder)
     jobs, threads = _processes(first, jobs)
@@ -114,43 +122,13 @@ def compare(
         study = _with_chosen(study, folder)
         _run(study, folder, COMPARISON, jobs, threads, quiet)
     outcome = read_outcome(folder)
-    write_results(outcome, folder)
+    with atomic_write(folder / RESULTS) as path:
+        path.write_text(json.dumps(outcome.to_dict(), indent=1), encoding="utf-8")
     return outcome
-
-
-def _with_sweep(
-    study: Study,
-    folder: Path,
-    grid: Mapping[str, Sequence[Any]],
-    dataset: str | None,
-    pairs: int | None,
-    steps: int | None,
-) -> Study:
-    """Add a sweep; pairs and seed are those of the folder's earlier sweep, whatever sizes and seeds joined since."""
-    validation = dataset or next(iter(study.variants[0].resolve().evaluation.zero_shot), None)
-    if validation is None or validation in study.datasets:
-        raise UserError(
-            f"A sweep needs a validation set that no result is reported on, not {validation}. Name one with "
-            "--sweep-dataset."
-        )
-    earlier = read_study(folder)
-    known = earlier.sweep if earlier else None
-    middle = study.pairs[(len(study.pairs) - 1) // 2] if study.pairs else 0
-    seed = max(study.seeds, default=0) + 1000  # another choice of pairs than any trial's
-    plan = Sweep(
-        {key: tuple(values) for key, values in grid.items()},
-        validation,
-        pairs or (known.pairs if known else middle),
-        steps or study.steps,
-        known.seed if known else seed,
-    )
-    return replace(study, sweep=plan)
 
 
 def _check(study: Study, budgets: Sequence[str]) -> None:
     """Refuse what can't be used before anything is timed or trained."""
-    if not study.pairs or not study.seeds:
-        raise UserError("A comparison needs at least one number of pairs and one seed.")
     for kind, given, known in (
         ("budget", budgets, BUDGETS),
         ("task", study.tasks, TASKS),
@@ -206,7 +184,7 @@ def open_folder(study: Study, folder: Path) -> Study:
 
 
 def _processes(recipe: Recipe, jobs: int | None) -> tuple[int, int]:
-    """How many worker processes, and threads of each; OMP_NUM_THREADS says how many threads a process may have."""
+    """The number of worker processes, and threads of each; OMP_NUM_THREADS says how many threads a process may have."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
     if jobs is None:
@@ -224,18 +202,17 @@ def seconds_per_step(variants: Sequence[Variant], overrides: Mapping[str, Any], 
     torch.set_num_threads(threads)
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     try:
-        for _ in range(ROUNDS):
-            for variant in variants:
-                times[variant.name] += _timed_steps(variant.resolve(overrides))
+        for variant in [*variants] * ROUNDS:
+            times[variant.name] += _timed_steps(variant.resolve(overrides))
     finally:
         torch.set_num_threads(before)
     return {name: median(values) for name, values in times.items()}
 
 
 def _timed_steps(recipe: Recipe) -> list[float]:
+    times = []
     with TemporaryDirectory() as folder:
         trainer = Trainer(recipe, Path(folder) / "run", quiet=True)
-        times = []
         trainer.learner.train()
         for _ in range(WARM + TIMED):
             start = time.perf_counter()
@@ -258,12 +235,10 @@ def _timed(study: Study, folder: Path, threads: int, quiet: bool) -> Study:
         seconds = seconds_per_step(new if known in new else [known, *new], overrides, threads)
     scale = study.seconds.get(known.name, seconds[known.name]) / seconds[known.name]
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    machine = {"processor": platform.processor() or platform.machine(), "accelerator": accelerator, **versions()}
-    study = replace(
-        study,
-        seconds={**study.seconds, **{variant.name: seconds[variant.name] * scale for variant in new}},
-        machine=study.machine or {**machine, "threads": str(threads)},
-    )
+    machine = {"processor": platform.processor() or platform.machine(), "accelerator": accelerator}
+    machine |= {**versions(), "threads": str(threads)}
+    timed = {**study.seconds, **{variant.name: seconds[variant.name] * scale for variant in new}}
+    study = replace(study, seconds=timed, machine=study.machine or machine)
     write_study(study, folder)
     return study
 
@@ -301,9 +276,8 @@ def _run(study: Study, folder: Path, part: str, jobs: int, threads: int, quiet: 
         with path.open("w", encoding="utf-8") as file:
             # In a session of their own: Ctrl-C reaches this process alone, which then asks them once. Asked twice
             # they would stop without saving.
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-            )
+            options: dict[str, Any] = {"env": environment, "stdout": file, "stderr": file, "start_new_session": True}
+            processes.append(subprocess.Popen(command, **options))
     try:
         watch(study, folder, part, processes, quiet)
     except KeyboardInterrupt:
@@ -324,40 +298,26 @@ def _run(study: Study, folder: Path, part: str, jobs: int, threads: int, quiet: 
 
 
 def watch(study: Study, folder: Path, part: str, processes: Sequence[subprocess.Popen[bytes]], quiet: bool) -> None:
-    """Show the progress of all trials, by the time that their steps take, until the workers end.
-
-    Without a terminal a line says which trial ended, and how.
-    """
-    trials, console = trials_of(study, part), Console(stderr=True, quiet=quiet or on_terminal())
-    ended = {trial.id for trial in trials if read_trial(folder, trial) is not None}
-
-    def seconds_done() -> float:
-        seconds = 0.0
-        for number, trial in enumerate(trials, 1):
-            reason = failure(folder, trial)
-            if trial.id not in ended and (reason or read_trial(folder, trial) is not None):
-                ended.add(trial.id)
-                state = f"failed: {trial.id}: {reason.splitlines()[-1]}" if reason else f"done: {trial.id}"
-                print_line(console, f"run {number} of {len(trials)} {state}")
-            steps = trial.steps if trial.id in ended else worker.steps_done(folder, trial)
-            seconds += steps * study.seconds[trial.variant]
-        return seconds
-
-    with progress_bar(
+    """Show the progress of all trials, by the time that their steps take, until the workers end."""
+    trials = trials_of(study, part)
+    columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f} %  {task.fields[runs]} runs"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        shown=not quiet,
-        speed_estimate_period=300,
-        refresh_per_second=2,
-    ) as bar:
+    )
+
+    def seconds_done() -> float:
+        return sum(worker.steps_done(folder, trial) * study.seconds[trial.variant] for trial in trials)
+
+    with progress_bar(*columns, shown=not quiet, speed_estimate_period=300, refresh_per_second=2) as bar:
         total = sum(trial.steps * study.seconds[trial.variant] for trial in trials)
         task = bar.add_task(part, total=total, completed=int(seconds_done()), runs="")
         alive = True
         while alive:
             alive = any(process.poll() is None for process in processes)
-            bar.update(task, completed=seconds_done(), runs=f"{len(ended)}/{len(trials)}")
+            runs = sum(worker.has_ended(folder, trial) for trial in trials)
+            bar.update(task, completed=seconds_done(), runs=f"{runs}/{len(trials)}")
             if alive:
                 time.sleep(LOOK_EVERY)

@@ -17,14 +17,11 @@ def t_half_width(values: Sequence[float] | np.ndarray) -> float | None:
 
 @dataclass(frozen=True)
 class EfficiencyCurve:
-    """A measure against the number of distinct pairs: a value for each seed of each number of pairs.
-
-    Without `seeds` they are numbered from 0.
-    """
+    """A measure against the number of distinct pairs: a value for each seed of each number of pairs."""
 
     pairs: tuple[int, ...]
     values: tuple[tuple[float, ...], ...]
-    seeds: tuple[tuple[int, ...], ...] = ()
+    seeds: tuple[tuple[int, ...], ...] = ()  # by default numbered from 0
 
     @property
     def means(self) -> np.ndarray:
@@ -40,17 +37,12 @@ class EfficiencyCurve:
 
 @dataclass(frozen=True)
 class FactorAt:
-    """The factor at one of B's numbers of pairs, where B's mean is `value`.
-
-    Attributes:
-        needed: Interpolated number of pairs with which A reaches that; None outside what A measured.
-        outside: "below" when even A's fewest pairs reach more, "above" when A never reaches it, else "".
-    """
+    """The factor at one of B's numbers of pairs, where B's mean is `value`."""
 
     pairs: int
     value: float
-    needed: float | None
-    outside: str = ""
+    needed: float | None  # interpolated number of pairs with which A reaches that; None outside what A measured
+    outside: str = ""  # "below" when even A's fewest pairs reach more, "above" when A never reaches it
 
     @property
     def factor(self) -> float | None:
@@ -60,16 +52,11 @@ class FactorAt:
 
 @dataclass(frozen=True)
 class Factor:
-    """The data-efficiency factor of a recipe A over a recipe B, at each of B's numbers of pairs and in the mean.
-
-    Attributes:
-        mean: Geometric mean of those that lie within what A measured; None when none does.
-        low, high: 95 % interval of `mean` by Student's t over paired seeds; None without at least two.
-    """
+    """The data-efficiency factor of a recipe A over a recipe B, at each of B's numbers of pairs and in the mean."""
 
     at: tuple[FactorAt, ...]
-    mean: float | None
-    low: float | None = None
+    mean: float | None  # geometric mean of those that lie within what A measured; None when none does
+    low: float | None = None  # 95 % interval of `mean` by Student's t over paired seeds; None without at least two
     high: float | None = None
 
     @property

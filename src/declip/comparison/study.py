@@ -52,7 +52,7 @@ class Sweep:
     dataset: str
     pairs: int
     steps: int
-    seed: int
+    seed: int = 1000  # another choice of pairs than that of any trial
 
     def combinations(self) -> list[dict[str, Any]]:
         """All combinations, the last key varying fastest."""
@@ -61,32 +61,22 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison of variants.
-
-    Attributes:
-        pairs: Numbers of distinct pairs.
-        steps: Optimizer steps at equal samples, for all variants.
-        datasets: Measured sets; the first gives the headline.
-        compute_budget_of: The variant whose time is the compute budget.
-        seconds: Seconds a step of each variant, measured before the first trial on `machine`.
-        chosen: Values that the sweep chose for each variant.
-        commands: Words of every command that made or extended this study.
-    """
+    """A comparison of variants."""
 
     variants: tuple[Variant, ...]
-    pairs: tuple[int, ...]
+    pairs: tuple[int, ...]  # numbers of distinct pairs
     seeds: tuple[int, ...]
-    steps: int
+    steps: int  # optimizer steps at equal samples, for all variants
     batch_size: int
-    datasets: tuple[str, ...]
+    datasets: tuple[str, ...]  # measured sets; the first gives the headline
     tasks: tuple[str, ...]
     budgets: tuple[str, ...]
-    compute_budget_of: str
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    compute_budget_of: str  # the variant whose time is the compute budget
+    seconds: Mapping[str, float] = field(default_factory=dict)  # a step of each variant, measured on `machine`
     sweep: Sweep | None = None
-    chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # values that the sweep chose, by variant
     machine: Mapping[str, str] = field(default_factory=dict)
-    commands: tuple[tuple[str, ...], ...] = ()
+    commands: tuple[tuple[str, ...], ...] = ()  # words of every command that made or extended this study
 
     def variant(self, name: str) -> Variant:
         """The variant of that name."""

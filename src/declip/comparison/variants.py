@@ -1,4 +1,4 @@
-"""The variants of a comparison: recipes with overrides, and the ablation and the baselines made from one recipe."""
+"""The variants of a comparison: recipes with overrides, and the ablation made from one recipe."""
 
 import re
 from collections import Counter
@@ -19,54 +19,20 @@ STEPS: tuple[tuple[str, ...], ...] = (
 )
 """Losses that each step of the paper's ablation on CC3M adds (Li et al. 2022, arXiv 2110.05208)."""
 
-STEP, LEFT_OUT, BASELINE = "step", "left out", "baseline"
+STEP, LEFT_OUT = "step", "left out"
 """Groups of variants that were made from a recipe; a recipe that the user named is in group ""."""
-
-CONTRASTIVE_ONLY = {"loss_weights": {"contrastive": 1.0}}
-
-BASELINES: Mapping[str, Mapping[str, Any]] = {
-    # CLIP's own augmentation is a random crop alone (Radford et al. 2021, section 2.5).
-    "weak views": {
-        **CONTRASTIVE_ONLY,
-        "views.image.scale": [0.9, 1.0],
-        "views.image.color_jitter_prob": 0.0,
-        "views.image.grayscale_prob": 0.0,
-        "views.image.blur_prob": 0.0,
-        "views.image.hflip_prob": 0.0,
-    },
-    "same views": CONTRASTIVE_ONLY,
-    # MoCo v2's (arXiv 2003.04297), which DeCLIP uses.
-    "strong views": {
-        **CONTRASTIVE_ONLY,
-        "views.image.scale": [0.2, 1.0],
-        "views.image.color_jitter": [0.4, 0.4, 0.4, 0.1],
-        "views.image.color_jitter_prob": 0.8,
-        "views.image.grayscale_prob": 0.2,
-        "views.image.blur_prob": 0.5,
-        "views.image.hflip_prob": 0.5,
-    },
-    "two views": {"loss_weights": {"contrastive": 0.25, "multi_view": 0.75}, "views.text.second_view": "same"},
-}
-"""Overrides that make plain CLIP of a recipe with the same towers."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One recipe of a comparison, by a unique name that is also a part of folder names.
-
-    Attributes:
-        recipe: A shipped recipe's name or a YAML file.
-        resolved: The whole recipe when the variant joined the comparison; its file may be edited later.
-        group: "", or how it was made: `STEP`, `LEFT_OUT` or `BASELINE`.
-        label: Name within its group.
-    """
+    """One recipe of a comparison, by a unique name that is also a part of folder names."""
 
     name: str
-    recipe: str
+    recipe: str  # a shipped recipe's name or a YAML file
     overrides: Mapping[str, Any]
-    resolved: Mapping[str, Any] = field(repr=False)
-    group: str = ""
-    label: str = ""
+    resolved: Mapping[str, Any] = field(repr=False)  # the whole when it joined the comparison; its file may be edited
+    group: str = ""  # or how it was made: `STEP` or `LEFT_OUT`
+    label: str = ""  # name within its group
 
     @classmethod
     def of(cls, name: str, recipe: str, overrides: Mapping[str, Any], group: str = "", label: str = "") -> Self:
@@ -93,16 +59,12 @@ class Variant:
         return [f"{key} was {before.get(key)}, now {after.get(key)}" for key in keys[:3]]
 
 
-def variants_of(
-    recipes: Iterable[str], overrides: Mapping[str, Any], *, ablation: bool = False, baselines: bool = False
-) -> list[Variant]:
-    """Make the variants of a comparison, no two with the same name, with `ablation_of` and `baselines_of` the last."""
+def variants_of(recipes: Iterable[str], overrides: Mapping[str, Any], ablation: bool = False) -> list[Variant]:
+    """Make the variants of a comparison, no two with the same name; `ablation` takes the last recipe apart too."""
     variants = [Variant.of(re.sub(r".*[/\\]|\.ya?ml$", "", recipe), recipe, overrides) for recipe in recipes]
     if not variants:
         raise UserError("No recipe was given to compare. Example: declip compare clip declip --pairs 1k,4k.")
-    last = variants[-1]
-    variants += ablation_of(last) if ablation else []
-    variants += baselines_of(last) if baselines else []
+    variants += ablation_of(variants[-1]) if ablation else []
     if twice := [name for name, count in Counter(variant.name for variant in variants).items() if count > 1]:
         raise UserError(f"Compared twice: {', '.join(twice)}. Give each recipe once, under a name of its own.")
     return variants
@@ -120,28 +82,15 @@ def ablation_of(whole: Variant) -> list[Variant]:
             f"'{whole.name}' has only the losses {', '.join(weights)}, so --ablation has no steps to show. Give a "
             "recipe such as declip last."
         )
-    made: dict[frozenset[str], Variant] = {}
-
-    def add(name: str, kept: Iterable[str], group: str, label: str) -> None:
-        losses = {loss: weights[loss] for loss in weights if loss in set(kept)}
-        overrides = {**whole.overrides, "loss_weights": losses}
-        if frozenset(losses) not in made:
-            made[frozenset(losses)] = Variant.of(name, whole.recipe, overrides, group, label)
-
-    kept: list[str] = []
+    parts, kept = list[tuple[str, str, str, set[str]]](), set[str]()
     for step in steps[:-1]:
-        kept += step
+        kept = kept | {*step}
         label = "clip" if step == ("contrastive",) else f"+{' +'.join(step)}"
-        add(f"step {label}", kept, STEP, label)
-    for left_out in weights:
-        if left_out != "contrastive":
-            add(f"without {left_out}", [loss for loss in weights if loss != left_out], LEFT_OUT, left_out)
+        parts.append((f"step {label}", STEP, label, kept))
+    parts += [(f"without {loss}", LEFT_OUT, loss, {*weights} - {loss}) for loss in weights if loss != "contrastive"]
+    made: dict[frozenset[str], Variant] = {}
+    for name, group, label, kept in parts:
+        losses = {loss: weight for loss, weight in weights.items() if loss in kept}
+        overrides = {**whole.overrides, "loss_weights": losses}
+        made.setdefault(frozenset(losses), Variant.of(name, whole.recipe, overrides, group, label))
     return list(made.values())
-
-
-def baselines_of(whole: Variant) -> list[Variant]:
-    """Make plain CLIP on the towers of a recipe with weaker, equal and stronger views, and with two views."""
-    return [
-        Variant.of(f"clip, {label}", whole.recipe, {**whole.overrides, **changes}, BASELINE, label)
-        for label, changes in BASELINES.items()
-    ]

@@ -1,7 +1,4 @@
-"""A process that takes trials of a comparison until none is left: `python -m declip.comparison.worker FOLDER PART N`.
-
-A trial trains, measures, keeps its numbers and drops its weights.
-"""
+"""A process that runs trials of a comparison until none is left: `python -m declip.comparison.worker FOLDER PART N`."""
 
 import json
 import os
@@ -11,6 +8,8 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +50,10 @@ def folder_of(folder: Path, trial: Trial) -> Path:
 
 def read_trial(folder: Path, trial: Trial) -> dict[str, Any] | None:
     """Read the result of a trial, None while it is not done."""
-    try:
+    with suppress(OSError, ValueError):
         row: dict[str, Any] = json.loads((folder_of(folder, trial) / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return row
+        return row
+    return None
 
 
 def failure(folder: Path, trial: Trial) -> str | None:
@@ -64,14 +62,25 @@ def failure(folder: Path, trial: Trial) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
+def has_ended(folder: Path, trial: Trial) -> bool:
+    """Whether a trial is done or has failed."""
+    return any((folder_of(folder, trial) / name).is_file() for name in (RESULT, FAILURE))
+
+
 def steps_done(folder: Path, trial: Trial) -> int:
-    """The last step that a trial has logged."""
+    """The steps that a trial has behind it: all once it has ended, else as logged."""
+    if has_ended(folder, trial):
+        return trial.steps
     rows = read_rows(folder_of(folder, trial) / METRICS)
     return int(rows[-1]["step"]) if rows else 0
 
 
 def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
-    """Train a trial to its end, resuming where it was stopped, and measure it; False after Ctrl-C or SIGTERM."""
+    """Train a trial to its end, resuming where it was stopped, measure it, keep its numbers and drop its weights.
+
+    Returns:
+        False after Ctrl-C or SIGTERM.
+    """
     overrides = {
         **UNMEASURED,
         "train.steps": trial.steps,
@@ -93,12 +102,8 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     metrics = run.metrics
     speeds = sorted(row["samples_per_second"] for row in metrics if row["samples_per_second"])
     row = {
-        "variant": trial.variant,
-        "pairs": trial.pairs,
-        "seed": trial.seed,
-        "steps": trial.steps,
+        **asdict(trial),
         "samples": trial.steps * study.batch_size,
-        "overrides": dict(trial.overrides),
         "seconds": round(sum(row["seconds"] for row in metrics), 1),
         "samples_per_second": speeds[len(speeds) // 2] if speeds else None,
         "loss": metrics[-1]["loss"] if metrics else None,
@@ -126,19 +131,16 @@ def work(folder: Path, part: str, threads: int | None = None) -> bool:
 def _take(study: Study, trial: Trial, folder: Path) -> bool:
     """Run a trial unless it is done or taken. The lock ends with its process, so a killed one leaves none behind."""
     run_folder = folder_of(folder, trial)
-    try:
-        with FileLock(f"{run_folder}.lock", blocking=False):
-            if read_trial(folder, trial) is not None:
-                return True
-            (run_folder / FAILURE).unlink(missing_ok=True)
-            try:
-                return run_trial(study, trial, folder)
-            except Exception as error:
-                run_folder.mkdir(parents=True, exist_ok=True)
-                reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
-                (run_folder / FAILURE).write_text(reason, encoding="utf-8")
-    except Timeout:
-        pass
+    with suppress(Timeout), FileLock(f"{run_folder}.lock", blocking=False):
+        if read_trial(folder, trial) is not None:
+            return True
+        (run_folder / FAILURE).unlink(missing_ok=True)
+        try:
+            return run_trial(study, trial, folder)
+        except Exception as error:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
+            (run_folder / FAILURE).write_text(reason, encoding="utf-8")
     return True
 
 

@@ -15,7 +15,6 @@ from declip.data.pair import BrokenPair
 from declip.data.sampling import build_order
 from declip.data.text.augment import augment, mask_tokens
 from declip.errors import UserError
-from declip.recipe.schema import Data
 
 if TYPE_CHECKING:
     from declip.data.images.crops import Crop
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from declip.data.plan import Plan, ViewSpec
     from declip.data.text.caption_tokenizer import CaptionTokenizer
 
-MOST_KEYWORDS = 3  # appended to a caption
+MOST_KEYWORDS = 3  # of a text view
 LENGTH_STEP = 8  # text lengths are rounded up to a multiple of this, so that few different shapes occur
 
 
@@ -33,12 +32,7 @@ class Assembler:
     Epoch e shows all pairs in an order sampled from (seed, e); step s belongs to epoch s // steps_per_epoch, and pairs
     that do not fill a last batch are left out of the epoch. Everything random about pair i in epoch e comes from a
     generator seeded by (seed, e, i), in this order: caption, keywords, augmentation, mask, then crop and photometric
-    parameters of each image view. With `resample` each step counts as an epoch of its own there.
-
-    Args:
-        batch_size: Pairs per step, over all ranks.
-        data: `shuffle_buffer` and `resample` are read.
-        rank, ranks: The part of each batch to make, of how many: consecutive pairs, as equal as possible.
+    parameters of each image view. Of a batch of `batch_size` pairs each of `ranks` makes consecutive ones.
     """
 
     def __init__(
@@ -49,11 +43,10 @@ class Assembler:
         *,
         batch_size: int,
         seed: int,
-        data: Data | None = None,
+        shuffle_buffer: int | None = None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        data = data or Data()
         shown = sum(span.shown for span in source.spans())
         if shown < batch_size:
             raise UserError(
@@ -66,12 +59,12 @@ class Assembler:
         self.text = plan.texts.augmentation
         self.scaled_decode = True  # a JPEG at 1/2, 1/4 or 1/8 where every crop stays large enough
         self.rank, self.ranks = rank, ranks
-        self._order = build_order(source, batch_size, seed, data.shuffle_buffer, data.resample)
-        self.steps_per_epoch = self._order.steps_per_epoch
+        order = build_order(source, batch_size, seed, shuffle_buffer)
+        self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
 
     def __getitem__(self, step: int) -> PairBatch:
         """Make this rank's part of the batch of a step; broken pairs are in its `skipped`."""
-        epoch, views = self._order.view_epoch(step), self.plan.at(step)
+        epoch, views = step // self.steps_per_epoch, self.plan.at(step)
         samples: list[_Sample] = []
         skipped: list[BrokenPair] = []
         for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
@@ -81,14 +74,8 @@ class Assembler:
                 skipped.append(broken)
         return self.collate(samples, skipped, views)
 
-    def indices(self, step: int) -> np.ndarray:
-        """The pairs of a step's batch, (batch_size,) int64 indices into the source."""
-        return self._order.indices(step)
-
     def words(self, sample_id: int, view: int) -> str:
         """Text view 0 or 1 of the pair with this sample id; raises `BrokenPair` where it can no longer be read."""
-        if view not in range(self.plan.texts.count):
-            raise UserError(f"There is no text view {view}; this recipe has {self.plan.texts.count}.")
         epoch, index = divmod(sample_id, len(self.source))
         pair = self.source.read_lazy(index)
         return self._texts(pair.captions, pair.keywords, self._generator(epoch, index))[view]
@@ -97,33 +84,28 @@ class Assembler:
         return np.random.default_rng((self.seed, epoch, index))
 
     def _texts(self, captions: Sequence[str], keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
-        """Sample the text views of a pair."""
         chosen = int(generator.integers(len(captions)))
         text = captions[chosen]
-        if self.text.keyword_append_prob and keywords and generator.random() < self.text.keyword_append_prob:
-            text = ", ".join((text, *_some(keywords, generator)))
-        if self.text.keyword_only_prob and keywords and generator.random() < self.text.keyword_only_prob:
-            text = ", ".join(_some(keywords, generator))
         if self.plan.texts.count == 1:
             return [text]
         if self.text.second_view == "caption" and len(captions) > 1:
             other = int(generator.integers(len(captions) - 1))
             return [text, captions[other + (other >= chosen)]]
         if self.text.second_view == "keywords" and keywords:
-            return [text, ", ".join(_some(keywords, generator))]
+            return [text, _some(keywords, generator)]
         if self.text.second_view == "same":
             return [text, text]
-        return [text, augment(text, generator, self.text.eda_alpha)]
+        return [text, augment(text, generator)]
 
     def sample(self, index: int, epoch: int, views: int | None = None) -> _Sample:
         """Read a pair, make every random choice about its first `views` views, decode it; raises `BrokenPair`."""
         pair = self.source.read_lazy(index)
         generator = self._generator(epoch, index)
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, pair.keywords, generator)]
-        masked: list[int] = []
-        labels: list[int] = []
-        if self.plan.texts.mask_probability is not None:
-            masked, labels = mask_tokens(rows[0], generator, self.tokenizer, self.plan.texts.mask_probability)
+        probability = self.plan.texts.mask_probability
+        masked, labels = (
+            ([], []) if probability is None else mask_tokens(rows[0], generator, self.tokenizer, probability)
+        )
         transforms = self.transforms[:views]
         chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in transforms]
         pixels = self._crop(pair.image, [crop for crop, _ in chosen])
@@ -167,15 +149,14 @@ class Assembler:
         )
 
     def _groups(self, indices: Sequence[int]) -> torch.Tensor | None:
-        """The groups of pairs, (n,) int64; None where no pair has one."""
         groups = [self.source.group(index) for index in indices]
         return torch.tensor(groups, dtype=torch.int64) if any(groups) else None
 
 
-def _some(keywords: Sequence[str], generator: np.random.Generator) -> list[str]:
+def _some(keywords: Sequence[str], generator: np.random.Generator) -> str:
     """One to `MOST_KEYWORDS` keywords in random order."""
     count = generator.integers(1, min(MOST_KEYWORDS, len(keywords)) + 1)
-    return [keywords[number] for number in generator.permutation(len(keywords))[:count]]
+    return ", ".join(keywords[number] for number in generator.permutation(len(keywords))[:count])
 
 
 class _Sample(NamedTuple):
@@ -190,7 +171,6 @@ class _Sample(NamedTuple):
 
 
 def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
-    """Stack rows of ids as (B, length) int64, padded on the right."""
     padded = np.full((len(rows), length), value, dtype=np.int64)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row

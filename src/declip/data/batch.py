@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +35,7 @@ class PhotometricParams(NamedTuple):
 class Photometric:
     """The photometric parameters of n images, a tensor (n,) for each of `PhotometricParams`; `order` is (n, 4).
 
-    They stay on the host wherever the images go: work is planned from them, and reading them back from an accelerator
-    would make it wait.
+    They stay on the host wherever the images go: work is planned from them.
     """
 
     brightness: Tensor
@@ -49,11 +47,6 @@ class Photometric:
     gray: Tensor
     sigma: Tensor
     radius: Tensor
-
-    def __post_init__(self) -> None:
-        count = len(self.jitter)
-        for name, tensor in vars(self).items():
-            _check_shape(name, tensor, (count, 4) if name == "order" else (count,))
 
     def __len__(self) -> int:
         return len(self.jitter)
@@ -70,11 +63,12 @@ class Photometric:
     @classmethod
     def stack(cls, params: Sequence[PhotometricParams]) -> Photometric:
         """Tensors from one `PhotometricParams` per image."""
-        kinds = {"order": np.int64, "jitter": np.bool_, "gray": np.bool_, "radius": np.int64}
+        kinds = {"order": torch.int64, "jitter": torch.bool, "gray": torch.bool, "radius": torch.int64}
         columns = {}
         for name in PhotometricParams._fields:
-            column: np.ndarray = np.array([getattr(row, name) for row in params], kinds.get(name, np.float32))
-            columns[name] = torch.from_numpy(column.reshape(len(params), 4) if name == "order" else column)
+            values = [getattr(row, name) for row in params]
+            columns[name] = torch.tensor(values, dtype=kinds.get(name, torch.float32))
+        columns["order"] = columns["order"].reshape(-1, 4)
         return cls(**columns)
 
 
@@ -93,17 +87,13 @@ class View:
 
     def __post_init__(self) -> None:
         pixels, raw = self.pixels, self.pixels.dtype == torch.uint8
-        if pixels.ndim == 2 and pixels.is_floating_point() and self.photometric is None:
-            return
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or not (raw or pixels.is_floating_point()):
+        features = pixels.ndim == 2 and pixels.is_floating_point()
+        images = pixels.ndim == 4 and pixels.shape[1] == 3 and (raw or pixels.is_floating_point())
+        given = None if self.photometric is None else len(self.photometric)
+        if not (features or images) or given != (len(pixels) if raw else None):
             raise UserError(
-                f"A view has shape {tuple(pixels.shape)} and type {pixels.dtype}; it must be (B, 3, H, W): pairs, "
-                "channels, height, width; float and normalized, or uint8 with `photometric`."
-            )
-        if (len(self.photometric) if self.photometric is not None else None) != (len(pixels) if raw else None):
-            raise UserError(
-                f"uint8 pixels, and no others, need `photometric` for as many images; {len(pixels)} images are "
-                f"{pixels.dtype}, and it has {'none' if self.photometric is None else len(self.photometric)}."
+                f"A view has shape {tuple(pixels.shape)}, type {pixels.dtype} and `photometric` of {given} images; it "
+                "must be (B, 3, H, W), float and normalized, or uint8 with `photometric` of B images."
             )
 
     def __len__(self) -> int:
@@ -126,9 +116,8 @@ class PairBatch:
         labels: (B, L) int64, the ids to predict there, -100 elsewhere.
         sample_ids: (B,) int64, epoch * len(source) + index.
         lengths: (T, B) int64, number of ids of each text, its end included; stays on the host, where work is planned.
-        mask_positions: (M,) int64, positions to predict among the B * L of `labels`; `to` finds them on the host, since
-            finding them on a device would make the host wait for it.
-        groups: (B,) int64, equal for pairs of one group of `data.group_column`, 0 without one.
+        mask_positions: (M,) int64, positions to predict among the B * L of `labels`; `to` finds them on the host.
+        groups: (B,) int64, equal for pairs of one group of `data.columns`, 0 without one.
         skipped: The broken pairs of this batch.
     """
 
@@ -146,20 +135,19 @@ class PairBatch:
         self.views = {n: View(view) if isinstance(view, Tensor) else view for n, view in self.views.items()}
         if self.texts.ndim != 3 or self.texts.shape[0] not in (1, 2):
             raise UserError(f"`texts` has shape {tuple(self.texts.shape)}; it must be (T, B, L) with T 1 or 2.")
-        if set(map(len, self.views.values())) != {len(self)}:
-            sizes = {name: len(view) for name, view in self.views.items()}
-            raise UserError(
-                f"A batch needs a view, and as many images in each as `texts` has pairs: {len(self)}, {sizes}."
-            )
+        sizes = {name: len(view) for name, view in self.views.items()}
+        if set(sizes.values()) != {len(self)}:
+            raise UserError(f"A batch needs a view, and {len(self)} images in each as `texts` has pairs, not {sizes}.")
         if (self.masked is None) != (self.labels is None):
             raise UserError("`masked` and `labels` go together; give both or neither.")
         texts, pairs, length = self.texts.shape
         shapes = {"texts": (texts, pairs, length), "masked": (pairs, length), "labels": (pairs, length)}
         for name, shape in (shapes | {"sample_ids": (pairs,), "groups": (pairs,), "lengths": (texts, pairs)}).items():
-            if (ids := getattr(self, name)) is not None:
-                _check_shape(name, ids, shape)
-                if ids.dtype != torch.int64 and not (name == "texts" and self.cached):
-                    raise UserError(f"`{name}` is {ids.dtype}; it must be int64 (`.long()`).")
+            ids = getattr(self, name)
+            if ids is None or (name == "texts" and self.cached):
+                continue
+            if tuple(ids.shape) != shape or ids.dtype != torch.int64:
+                raise UserError(f"`{name}` is {tuple(ids.shape)} {ids.dtype}; it must be {shape} torch.int64.")
 
     @property
     def cached(self) -> bool:
@@ -195,15 +183,9 @@ class PairBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> PairBatch:
-        """Apply a function to every tensor but the photometric parameters."""
         views = {name: replace(view, pixels=function(view.pixels)) for name, view in self.views.items()}
         tensors: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
         return replace(self, views=views, **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise UserError(f"`{name}` has shape {tuple(tensor.shape)}; to fit the others it must be {shape}.")

@@ -17,23 +17,14 @@ from declip.data.sources.origin import Origin
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """Features of all pairs of a source in all variants.
+    """Features of all pairs of a source in all variants."""
 
-    Attributes:
-        images: View name → (n, w) pooled features.
-        texts: (m, w) pooled features.
-        image_rows: (variants, pairs) int64, row of each pair's images; -1 where the pair is broken.
-        text_rows: (variants, T, pairs) int64, row of each pair's texts.
-        broken: Index → why that pair has no features.
-        mixup: Alpha of FuseMix; 0: off.
-    """
-
-    images: dict[str, Tensor]
-    texts: Tensor
-    image_rows: np.ndarray
-    text_rows: np.ndarray
-    broken: dict[int, BrokenPair]
-    mixup: float = 0.0
+    images: dict[str, Tensor]  # view name → (n, w) pooled features
+    texts: Tensor  # (m, w) pooled features
+    image_rows: np.ndarray  # (variants, pairs) int64, row of each pair's images; -1 where the pair is broken
+    text_rows: np.ndarray  # (variants, T, pairs) int64, row of each pair's texts
+    broken: dict[int, BrokenPair]  # index → why that pair has no features
+    mixup: float = 0.0  # alpha of FuseMix; 0: off
 
 
 class VariantAssembler(Assembler):
@@ -50,13 +41,12 @@ class VariantAssembler(Assembler):
     def __getitem__(self, step: int) -> PairBatch:
         if self.features is None:
             return super().__getitem__(step)
-        found, epoch = self.features, self._order.view_epoch(step)
+        found, epoch = self.features, step // self.steps_per_epoch
         indices, image_rows = self.indices(step), found.image_rows[epoch % self.variants]
         text_rows = found.text_rows[epoch % self.variants]
         own, part = (np.array_split(rows, self.ranks)[self.rank] for rows in (indices, np.arange(len(indices))))
         skipped = [found.broken[index] for index in own.tolist() if index in found.broken]
-        if skipped:
-            own, part = own[image_rows[own] >= 0], part[image_rows[own] >= 0]
+        own, part = own[image_rows[own] >= 0], part[image_rows[own] >= 0]
         partners, weights = own, None
         if found.mixup:
             # Of the whole batch, so that the ranks choose what one process would.
@@ -67,10 +57,8 @@ class VariantAssembler(Assembler):
             weights = torch.from_numpy(drawn[part])
 
         def read(features: Tensor, rows: np.ndarray) -> Tensor:
-            first = features[torch.from_numpy(rows[..., own])]
-            return (
-                first if weights is None else fusemix(first, features[torch.from_numpy(rows[..., partners])], weights)
-            )
+            first, second = (features[torch.from_numpy(rows[..., pairs])] for pairs in (own, partners))
+            return first if weights is None else fusemix(first, second, weights)
 
         return PairBatch(
             views={spec.name: View(read(found.images[spec.name], image_rows)) for spec in self.plan.at(step)},
@@ -86,15 +74,10 @@ class VariantAssembler(Assembler):
 
 
 def fusemix(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """Mix features of frozen towers, with the same weights for images and texts: FuseMix (arXiv 2312.10144).
+    """Mix features (…, B, w) of frozen towers, for images and texts by the same λ: FuseMix (arXiv 2312.10144).
 
     Equals the plain loop
         mixed[…, b] = λ[b] · first[…, b] + (1 - λ[b]) · second[…, b]
-    with λ from Beta(α, α).
-
-    Args:
-        first, second: (…, B, w).
-        weights: λ, (B,).
     """
     return torch.lerp(second.float(), first.float(), weights[:, None]).to(first.dtype)
 

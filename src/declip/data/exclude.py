@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,15 +12,15 @@ from declip.data.pair import PairSource, printable
 from declip.data.sources.image_source import ImageSource
 from declip.errors import UserError
 
+log = logging.getLogger("declip")
+
 COLUMNS = ("key", "place", "reason", "cosine", "caption")
 EXCLUDED = "excluded"  # the reason where a list gives none
 LONGEST_REASON = 80  # characters: counts are kept by reason
-
+LARGEST_LIST = 1 << 30  # bytes of a list
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
 """Beginnings of cells that a spreadsheet computes. They are written with an apostrophe before them, which shows them as
 text, and read without it; so are cells that begin with such an apostrophe already."""
-
-LARGEST_LIST = 1 << 30  # bytes of a list
 
 
 class Exclusion(NamedTuple):
@@ -28,13 +29,6 @@ class Exclusion(NamedTuple):
     key: str
     place: int = -1
     reason: str = EXCLUDED
-
-
-class Exclusions(NamedTuple):
-    """A list matched with a source: the reason by index, and the keys that the source does not have."""
-
-    reasons: dict[int, str]
-    missing: list[str]
 
 
 def write_exclusions(rows: Iterable[tuple[str, int, str, float | None, str]]) -> str:
@@ -51,27 +45,28 @@ def write_exclusions(rows: Iterable[tuple[str, int, str, float | None, str]]) ->
 def read_exclusions(path: str | Path) -> list[Exclusion]:
     """Read a list: CSV with a column "key" and perhaps "place" and "reason", or plain text with one key per line."""
     path = Path(path).expanduser()
-    if not path.is_file() or path.stat().st_size > LARGEST_LIST:
-        raise UserError(
-            f"There is no list '{path}' of at most {LARGEST_LIST:,} bytes. Give a CSV file with a column 'key', or "
-            "a text file of keys."
-        )
     try:
+        if path.stat().st_size > LARGEST_LIST:
+            raise ValueError(f"it has more than {LARGEST_LIST:,} bytes")
         text = path.read_bytes().decode("utf-8-sig")
-        header = next(csv.reader(text.splitlines()[:1]), [])
-        if "key" in [name.strip().lower() for name in header]:
-            rows = _from_csv(text, path)
+        reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        if "key" in reader.fieldnames:
+            rows = [_exclusion(row) for row in reader if row["key"]]
         else:
             rows = [Exclusion(line.strip()) for line in text.splitlines() if line.strip()]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"The list '{path}' cannot be read: {error}. Give CSV or text in UTF-8.") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"The list '{path}' cannot be read: {printable(str(error))}. Give CSV with a column 'key', or text with "
+            "one key per line, in UTF-8."
+        ) from error
     if not rows:
         raise UserError(f"The list '{path}' names no pair.")
     return rows
 
 
-def match_exclusions(source: PairSource, rows: Iterable[Exclusion]) -> Exclusions:
-    """Find the pairs of a list in a source: the pair at the row's place if that has its key, else all with its key."""
+def match_exclusions(source: PairSource, rows: Iterable[Exclusion]) -> dict[int, str]:
+    """Find the reasons by index: of the pair at a row's place if that has its key, else of all with its key."""
     images = ImageSource(source)
     reasons: dict[int, str] = {}
     elsewhere: dict[str, str] = {}
@@ -80,27 +75,23 @@ def match_exclusions(source: PairSource, rows: Iterable[Exclusion]) -> Exclusion
             reasons[row.place] = row.reason
         else:
             elsewhere.setdefault(row.key, row.reason)
-    seen = set[str]()
+    missing = dict.fromkeys(elsewhere)
     for place in range(len(images)) if elsewhere else ():
         if (key := images.key(place)) in elsewhere:
-            seen.add(key)
+            missing.pop(key, None)
             reasons.setdefault(place, elsewhere[key])
-    return Exclusions(reasons, [key for key in elsewhere if key not in seen])
+    if missing:
+        first = printable(next(iter(missing)))
+        fault = f"{len(missing):,} keys of the list are not in '{source.name}', such as '{first}'."
+        if not reasons:
+            raise UserError(f"{fault} Give the source that the list was made of.")
+        log.warning(fault)
+    return reasons
 
 
-def _from_csv(text: str, path: Path) -> list[Exclusion]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-    rows = []
-    for row in reader:
-        place = (row.get("place") or "").strip()
-        if place and not (place.isascii() and place.isdigit() and len(place) < 19):
-            line = f"line {reader.line_num}"
-            raise UserError(f"The list '{path}' has the place '{printable(place)}' in {line}; it must be a number.")
-        if key := row["key"] or "":
-            reason = printable(_as_text((row.get("reason") or "").strip())[:LONGEST_REASON]) or EXCLUDED
-            rows.append(Exclusion(_as_text(key), int(place) if place else -1, reason))
-    return rows
+def _exclusion(row: dict[str, str]) -> Exclusion:
+    reason = printable(_as_text(row.get("reason", "").strip())[:LONGEST_REASON]) or EXCLUDED
+    return Exclusion(_as_text(row["key"]), int(row.get("place", "").strip() or -1), reason)
 
 
 def _as_text(cell: str) -> str:

@@ -11,42 +11,31 @@ from torch import Tensor
 from declip.errors import UserError
 from declip.io.atomic import FULL
 
-KEY = 16
-"""Bytes of a key."""
+KEY = 16  # bytes of a key
 
 
 class FeatureStore:
     """Rows of numbers by key, in two files that only grow: the keys, and the rows in the same order.
 
-    The rows of a block are written before its keys, so a process that is killed loses the last block at most.
-
-    Args:
-        folder: Created if missing; nothing else may write to it meanwhile.
-        width: Numbers in a row.
-        dtype: Type of the numbers.
+    The rows of a block are written before its keys, so a process that is killed loses the last block at most. Nothing
+    else may write to the folder meanwhile.
     """
 
     def __init__(self, folder: Path, width: int, dtype: torch.dtype) -> None:
-        self.width, self.dtype = width, dtype
-        self._bytes = width * dtype.itemsize
+        self.width, self.dtype, self._bytes = width, dtype, width * dtype.itemsize
         self._keys, self._rows = folder / "keys", folder / "rows"
         folder.mkdir(parents=True, exist_ok=True)
         for path in (self._keys, self._rows):
             path.touch()
-        known = min(self._keys.stat().st_size // KEY, self._rows.stat().st_size // self._bytes)
-        stored = self._keys.read_bytes()[: known * KEY]
-        self._places = {stored[at : at + KEY]: at // KEY for at in range(0, len(stored), KEY)}
-        self._count = known
+        self._count = min(self._keys.stat().st_size // KEY, self._rows.stat().st_size // self._bytes)
+        stored = self._keys.read_bytes()
+        self._places = {stored[KEY * n : KEY * (n + 1)]: n for n in range(self._count)}
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
     def append(self, keys: list[bytes], rows: Tensor) -> None:
-        """Write new rows (n, width) under their keys.
-
-        Raises:
-            UserError: the disk is full; what was written before stays.
-        """
+        """Write new rows (n, width) under their keys; where the disk is full, what was written before stays."""
         content = rows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().tobytes()
         try:
             for path, size, block in ((self._rows, self._bytes, content), (self._keys, KEY, b"".join(keys))):
@@ -58,8 +47,7 @@ class FeatureStore:
             if error.errno not in FULL:
                 raise
             raise UserError(
-                f"No room left on the disk for features in '{self._rows}'; those written before are kept. Make room, "
-                "or set DECLIP_CACHE to another folder."
+                f"No room left on the disk for features in '{self._rows}'. Make room, or set DECLIP_CACHE elsewhere."
             ) from error
         self._places |= {key: self._count + number for number, key in enumerate(keys)}
         self._count += len(keys)

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from declip.data.assembly import Assembler
 from declip.data.batch import PairBatch
-from declip.data.cached import CachedFeatures, VariantAssembler
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
-from declip.io.pool import leave_signals_to_main, naming_lost_workers
-from declip.recipe.schema import Data
+from declip.io.pool import computed, naming_lost_workers
 
 if TYPE_CHECKING:
-    from declip.data.pair import BrokenPair, PairSource
-    from declip.data.plan import Plan
-    from declip.data.text.caption_tokenizer import CaptionTokenizer
+    from declip.data.pair import BrokenPair
 
-SEEN_BEFORE_STOPPING = 100
-"""Pairs seen before the fraction of broken ones can stop a run: fewer say little about the whole."""
+SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer say little
 
 
 class PairLoader(Iterator[PairBatch]):
@@ -33,44 +26,25 @@ class PairLoader(Iterator[PairBatch]):
     A batch is a function of its step alone (see `Assembler`), so any number of workers gives the same batches, and a
     loader started at a step continues bit-exactly where another was stopped. A broken pair is left out, so its batch is
     smaller, possibly empty; it is counted in `skipped` when its batch is yielded.
-
-    Args:
-        workers: Processes that assemble batches; 0 does it in this one.
-        pin_memory: Put batches into page-locked memory, for accelerators.
-        features: Given in place of views and token ids.
     """
 
     def __init__(
         self,
-        source: PairSource,
-        tokenizer: CaptionTokenizer,
-        plan: Plan,
+        assembler: Assembler,
         *,
-        batch_size: int,
-        seed: int,
-        data: Data | None = None,
-        workers: int = 0,
         start_step: int = 0,
+        workers: int = 0,
         pin_memory: bool = False,
-        rank: int = 0,
-        ranks: int = 1,
-        features: CachedFeatures | None = None,
+        max_broken_fraction: float = 0.05,
     ) -> None:
-        data = data or Data()
-        options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "data": data, "rank": rank, "ranks": ranks}
-        if features is None:
-            self._assembler = Assembler(source, tokenizer, plan, **options)
-        else:
-            self._assembler = VariantAssembler(
-                source, tokenizer, plan, variants=len(features.image_rows), features=features, **options
-            )
+        self.assembler = assembler
         self.step = start_step  # of the next batch
         self.skipped = SkipCounter()  # of the batches yielded so far, as is `seen`, which counts all pairs
         self.seen = 0
-        self.steps_per_epoch = self._assembler.steps_per_epoch
-        self.indices, self.words = self._assembler.indices, self._assembler.words
+        self.steps_per_epoch = self.assembler.steps_per_epoch
+        self.indices, self.words = self.assembler.indices, self.assembler.words
         self._workers, self._pin_memory = workers, pin_memory
-        self._max_broken_fraction = data.max_broken_fraction
+        self._max_broken_fraction = max_broken_fraction
         self._batches: Iterator[PairBatch | UserError] | None = None
         self._closed = False
 
@@ -78,14 +52,15 @@ class PairLoader(Iterator[PairBatch]):
         if self._closed:
             raise StopIteration
         if self._batches is None:
-            self._batches = self._start()
+            numbers = itertools.count(self.step)
+            self._batches = computed(_Steps(self.assembler), numbers, self._workers, self._pin_memory)
         with naming_lost_workers(f" at step {self.step}"):
             batch = next(self._batches)
         if isinstance(batch, UserError):
             self.close()
             raise batch
         self.step += 1
-        if self._assembler.ranks == 1:
+        if self.assembler.ranks == 1:
             self.count(len(batch), batch.skipped)
         return batch
 
@@ -101,29 +76,12 @@ class PairLoader(Iterator[PairBatch]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> Iterator[PairBatch | UserError]:
-        loader: DataLoader[PairBatch | UserError] = DataLoader(
-            _Steps(self._assembler),
-            batch_size=None,
-            sampler=itertools.count(self.step),
-            num_workers=self._workers,
-            pin_memory=self._pin_memory,
-            worker_init_fn=leave_signals_to_main,
-            # Without its own generator the loader would advance torch's global one.
-            generator=torch.Generator(),
-            # Forked workers share the source's memory, start at once, and need no `if __name__ == "__main__"` in a
-            # user's script. It is safe here: they use one thread each, as every DataLoader worker, so none waits for a
-            # thread that the fork left behind, and they never touch an accelerator.
-            multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
-        )
-        return iter(loader)
-
     def count(self, usable: int, skipped: Sequence[BrokenPair]) -> None:
         """Add a batch of `usable` and `skipped` pairs of all ranks; with one rank `__next__` does it."""
         self.seen += usable + len(skipped)
         for broken in skipped:
             self.skipped.add(broken)
-        fraction = self.skipped.fraction(self.seen)
+        fraction = self.skipped.total / max(self.seen, 1)
         if self.seen < SEEN_BEFORE_STOPPING or fraction <= self._max_broken_fraction:
             return
         self.close()
@@ -135,7 +93,7 @@ class PairLoader(Iterator[PairBatch]):
 
 
 class _Steps(Dataset):
-    """The batches by step, as workers make them; a `UserError` is returned, to be raised in the main process."""
+    """Batches by step; a `UserError` is returned, to be raised in the main process."""
 
     def __init__(self, assembler: Assembler) -> None:
         self.assembler = assembler

@@ -10,25 +10,17 @@ import numpy as np
 from PIL import Image
 
 from declip.data.sources.origin import Origin
+from declip.io.text import shown
 
 LONGEST_CAPTION, MOST_CAPTIONS = 20_000, 10_000
 """Characters of a caption, beyond which it is a page or a broken file, and captions of one image: public sets have
 five, region descriptions fifty; more are a wrong image column."""
 
+CONTROL, SURROGATE = re.compile("[\x00-\x1f\x7f-\x9f]"), re.compile("[\ud800-\udfff]")
 MOST_SHOWN = 300  # characters of a key or detail in a message: a file can name its images as it likes
-
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Also line ends, marks that turn the direction of writing, and halves of characters, which cannot be written."""
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-
 EXAMPLES_KEPT = 5  # keys kept for each reason, enough to find the cause without a run's record growing with its data
-
-BUILTIN_PREFIX = "builtin:"
-
 BLOCK = 1000  # pairs that are shuffled as one shard where a source has no shards
+BUILTIN_PREFIX = "builtin:"
 
 
 @dataclass(frozen=True)
@@ -62,8 +54,7 @@ class DecodedImage:
     scales = ()
 
     def __init__(self, image: Image.Image) -> None:
-        self.size = image.size
-        self._image = image
+        self.size, self._image = image.size, image
 
     def pixels(self, scale: int = 1) -> np.ndarray:
         return np.asarray(self._image)
@@ -83,9 +74,8 @@ class BrokenPair(Exception):
     """A pair that cannot be used; counted by its reason, one of few, and never replaced by another."""
 
     def __init__(self, reason: str, key: str, detail: str = "") -> None:
-        key, detail = printable(key), printable(detail)  # both may quote a file
-        super().__init__(reason, key, detail)
-        self.reason, self.key, self.detail = reason, key, detail
+        self.reason, self.key, self.detail = reason, printable(key), printable(detail)  # both may quote a file
+        super().__init__(reason, self.key, self.detail)
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.key}" + (f" ({self.detail})" if self.detail else "")
@@ -159,8 +149,7 @@ class PairSource(ABC):
         """The ranges of indices that an epoch shows; one that holds all pairs, unless this is a mixture."""
         blocks = self.blocks
         if blocks is None:
-            whole, rest = divmod(len(self), BLOCK)
-            blocks = np.array([BLOCK] * whole + [rest] * (rest > 0), np.int64)
+            blocks = np.diff([*range(0, len(self), BLOCK), len(self)])
         return [Span(0, np.asarray(blocks, np.int64), len(self))]
 
 
@@ -192,12 +181,8 @@ class SkipCounter:
         """The number of broken pairs."""
         return sum(self.counts.values())
 
-    def fraction(self, seen: int) -> float:
-        """Fraction of the pairs seen, broken ones included, that were broken; 0 where none was seen."""
-        return self.total / seen if seen else 0.0
-
     def to_dict(self) -> dict[str, Any]:
-        """The counts as plain data: `{"reasons": {reason: {"count": n, "examples": [key, ...]}}}`."""
+        """The counts as plain data, for `from_dict`."""
         return {"reasons": {r: {"count": n, "examples": self.examples[r][:]} for r, n in sorted(self.counts.items())}}
 
     @classmethod
@@ -208,19 +193,18 @@ class SkipCounter:
 
     def lines(self) -> list[str]:
         """A line for each reason: its count, a few keys, the first detail."""
-        lines = []
-        for reason, count in sorted(self.counts.items()):
-            detail = self.details.get(reason)
-            lines.append(
-                f"{count:,} × {reason}, such as {', '.join(self.examples[reason])}" + (f" ({detail})" if detail else "")
-            )
-        return lines
+        details = {reason: f" ({detail})" for reason, detail in self.details.items() if detail}
+        return [
+            f"{count:,} × {reason}, such as {', '.join(self.examples[reason])}{details.get(reason, '')}"
+            for reason, count in sorted(self.counts.items())
+        ]
 
     def explanation(self) -> str:
         """The reasons in one sentence, with the remedy of the most frequent mistake."""
-        missing = "missing image" in self.counts
-        hint = " A table's image paths are relative to its folder, or to data.image_root." if missing else ""
-        return "; ".join(self.lines()) + f".{hint}"
+        sentence = "; ".join(self.lines()) + "."
+        if "missing image" in self.counts:
+            sentence += " A table's image paths are relative to its folder, or to data.image_root."
+        return sentence
 
 
 def as_texts(cell: Any, reason: str, key: str) -> list[str | None]:
@@ -234,14 +218,14 @@ def as_texts(cell: Any, reason: str, key: str) -> list[str | None]:
 def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
     """Collapse white space and control characters; drop empty and repeated captions; raises `BrokenPair`."""
     cleaned: dict[str, None] = {}
-    for number, text in enumerate(raw):
+    for number, text in enumerate(text or "" for text in raw):
         if number >= MOST_CAPTIONS:
             raise BrokenPair("too many captions", key, f"more than {MOST_CAPTIONS:,}")
-        if text and len(text) > LONGEST_CAPTION:
+        if len(text) > LONGEST_CAPTION:
             raise BrokenPair("caption too long", key, f"{len(text):,} characters, at most {LONGEST_CAPTION:,}")
-        if text and not is_unicode(text):
+        if not is_unicode(text):
             raise BrokenPair("invalid text", key, "half of a character that takes two code units")
-        if joined := " ".join(CONTROL.sub(" ", text or "").split()):
+        if joined := " ".join(CONTROL.sub(" ", text).split()):
             cleaned[joined] = None
     if not cleaned:
         raise BrokenPair("empty caption", key)
@@ -255,9 +239,8 @@ def clean_keywords(raw: Iterable[Any]) -> tuple[str, ...]:
 
 
 def printable(text: str) -> str:
-    """A text from a file as one short line that every terminal and file takes; unprintable characters become "�"."""
-    shown = UNPRINTABLE.sub("\ufffd", text[: MOST_SHOWN + 1])
-    return shown if len(text) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 1]}…"
+    """A text from a file as one short line that every terminal and file takes."""
+    return shown(text, MOST_SHOWN)
 
 
 def is_unicode(text: str) -> bool:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from declip.errors import UserError
 from declip.recipe.schema import ImageView, Recipe, TextView
 
+MASK_PROBABILITY = 0.15
+"""Fraction of the tokens that masked_language chooses, as BERT."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -58,10 +61,7 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     wanted: set[str] = set().union(*(need.views | need.optional_views for need in needs))
     if recipe.views.image_count == 1:
         if any("second" in need.views for need in needs):
-            raise UserError(
-                "views.image_count is 1, and a loss of this recipe compares two views of an image. Set "
-                "views.image_count to 2, or the weight of simsiam and simclr to 0."
-            )
+            raise UserError("simsiam and simclr compare two views. Set views.image_count to 2, or their weights to 0.")
         wanted.discard("second")
     size, views = recipe.image.size, recipe.views
     specs = [ViewSpec("first", size, views.image)]
@@ -72,8 +72,8 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
         specs.append(ViewSpec("second", own_size, second or views.image, start))
         if second is not None and second.start > 0 and all("second" in need.views for need in needs):
             raise UserError(
-                f"views.image_second.start={second.start} leaves no loss for the first steps: all losses of "
-                "this recipe compare two views. Set it to 0, or give a weight to contrastive."
+                f"views.image_second.start={second.start} leaves the first steps without a loss: all of this recipe "
+                "compare two views. Set it to 0, or give a weight to contrastive."
             )
         if views.contrastive_view is not None and not any("second" in need.optional_views for need in needs):
             specs[0] = replace(specs[0], start=start)  # until then no loss compares augmented views
@@ -81,7 +81,5 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
         # Losses that compare augmented views keep theirs; without one of them only this view is made.
         specs = [ViewSpec("contrastive", size, views.contrastive_view), *(specs if "second" in wanted else [])]
     masks = any(need.masked for need in needs) or recipe.masked_language.mask_input_only
-    texts = TextSpec(
-        max(need.texts for need in needs), views.text, recipe.masked_language.probability if masks else None
-    )
+    texts = TextSpec(max(need.texts for need in needs), views.text, MASK_PROBABILITY if masks else None)
     return Plan(tuple(specs), texts, recipe.image.mean, recipe.image.std)

@@ -3,10 +3,9 @@
 import hashlib
 import io
 import json
-import logging
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 
 from declip.data.exclude import match_exclusions, read_exclusions
 from declip.data.images.shrink import SIZE, downscaled_bytes
-from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
+from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
@@ -23,15 +22,10 @@ from declip.io.atomic import atomic_write, locked_folder
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar, usual_workers
 from declip.io.text import plural
 
-log = logging.getLogger("declip")
-
 RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
 LAYOUT = 1  # raised when the same options make other shards
-
-SHARD_PAIRS = 10_000
-QUALITY = 92
+SHARD_PAIRS, QUALITY = 10_000, 92
 PAIRS_AT_ONCE = 16  # pairs that a process hands over together
-
 ELSEWHERE = "choose another folder with --out"
 BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it would not count as text
 
@@ -44,7 +38,7 @@ class ShardedPairs:
     pairs: int
     shards: int
     bytes: int
-    skipped: SkipCounter = field(default_factory=SkipCounter)
+    skipped: SkipCounter
 
     def summary(self) -> str:
         """One line for the shards, and one for each reason of pairs left out."""
@@ -75,10 +69,7 @@ def shard_source(
     A stopped call continues after the last complete shard when it is repeated.
 
     Args:
-        source: A source, or its name for `open_source`, which takes the columns and `image_root`.
-        size: Largest shorter side in pixels, at least 16. No image is enlarged; a JPEG file that is small enough is
-            copied.
-        quality: Quality of the JPEG files, 1 to 100.
+        size: Largest shorter side in pixels; no image is enlarged, and a JPEG file that is small enough is copied.
         workers: Worker processes; 0 does the work in this one, None uses one per core, 8 at most.
         exclude: A list of pairs to leave out, see `read_exclusions`; each is counted by the list's reason.
     """
@@ -91,7 +82,7 @@ def shard_source(
         opened, name = source, source.name
     else:
         opened, name = open_source(source, image_root=image_root, **columns), _absolute(source)
-    excluded = {} if exclude is None else _excluded(opened, exclude)
+    excluded = {} if exclude is None else match_exclusions(opened, read_exclusions(exclude))
     made_of = {
         "layout": LAYOUT,
         "source": name,
@@ -106,36 +97,54 @@ def shard_source(
     starts = range(0, len(opened), shard_pairs)
     shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
     with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
-        record = _Record(folder, made_of)
-        missing = {name: places for name, places in shards.items() if not record.has(name)}
-        _write_shards(missing, record, _Packer(opened, size, quality, excluded), workers, progress)
-        pairs = {name: row["pairs"] for name, row in sorted(record.shards.items())}
-        record.write(SIZES, json.dumps(pairs, indent=1))
+        done = _finished_shards(folder, made_of)
+        _write(folder / RECORD, {"made_of": made_of, "shards": done})  # a folder with shards always has one
+        missing = {name: places for name, places in shards.items() if name not in done}
+        for name, row in _write_shards(missing, folder, _Packer(opened, size, quality, excluded), workers, progress):
+            done[name] = row
+            _write(folder / RECORD, {"made_of": made_of, "shards": done})
+        pairs = {name: row["pairs"] for name, row in sorted(done.items())}
+        _write(folder / SIZES, pairs)
         if opened.credit:
-            record.write(NOTICE, opened.credit + "\n")
-    total = ShardedPairs(folder, sum(pairs.values()), len(pairs), sum(row["bytes"] for row in record.shards.values()))
+            _write(folder / NOTICE, opened.credit + "\n")
+    skipped = SkipCounter()
     for name in pairs:
-        total.skipped.merge(SkipCounter.from_dict({"reasons": record.shards[name]["skipped"]}))
-    if not total.pairs:
-        explained = total.skipped.explanation()
+        skipped.merge(SkipCounter.from_dict({"reasons": done[name]["skipped"]}))
+    if not any(pairs.values()):
+        explained = skipped.explanation()
         raise UserError(f"None of the {len(opened):,} pairs of '{opened.name}' can be used: {explained}")
-    return total
+    return ShardedPairs(folder, sum(pairs.values()), len(pairs), sum(row["bytes"] for row in done.values()), skipped)
+
+
+def _finished_shards(folder: Path, made_of: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The shards that are complete, by name, with their numbers; those of another source or option are refused."""
+    path = folder / RECORD
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        earlier, shards = dict(content["made_of"]), dict(content["shards"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' cannot be read: {error}. Remove the folder, or {ELSEWHERE}.") from error
+    changed = [key for key in sorted(made_of.keys() | earlier.keys()) if made_of.get(key) != earlier.get(key)]
+    if changed:
+        shown = "; ".join(f"{key} was {earlier.get(key)!r}, now {made_of.get(key)!r}" for key in changed)
+        raise UserError(f"'{folder}' holds shards of another source or option: {shown}. Give the same, or {ELSEWHERE}.")
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.tar")}
+    return {name: row for name, row in shards.items() if sizes.get(name) == row["bytes"]}
 
 
 def _write_shards(
-    shards: Mapping[str, range], record: "_Record", packer: "_Packer", workers: int | None, progress: bool
-) -> None:
-    """Write shards one after the other, while the images of the next ones are downscaled."""
+    shards: Mapping[str, range], folder: Path, packer: "_Packer", workers: int | None, progress: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Write shards one after the other, while the images of the next ones are downscaled; give each one's numbers."""
     parts = {name: [p[i : i + PAIRS_AT_ONCE] for i in range(0, len(p), PAIRS_AT_ONCE)] for name, p in shards.items()}
     packer.parts = [places for own in parts.values() for places in own]
-    stream: Iterator[tuple[_Members, SkipCounter]] = in_order(
-        packer, len(packer.parts), usual_workers() if workers is None else workers
-    )
+    stream = in_order(packer, len(packer.parts), usual_workers() if workers is None else workers)
     with naming_lost_workers(), pairs_bar(progress) as bar:
         task = bar.add_task(f"Pairs of {packer.source.name}", total=sum(map(len, packer.parts)))
         for shard, places in shards.items():
-            skipped = SkipCounter()
-            path = record.folder / shard
+            path, skipped = folder / shard, SkipCounter()
             with (
                 atomic_write(path, ELSEWHERE) as partial,
                 tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
@@ -148,7 +157,14 @@ def _write_shards(
                         tar.addfile(info, io.BytesIO(content))
                     skipped.merge(broken)
                     bar.advance(task, len(part))
-            record.add(shard, len(places) - skipped.total, path.stat().st_size, skipped)
+            counts = {"pairs": len(places) - skipped.total, "bytes": path.stat().st_size}
+            yield shard, counts | {"skipped": skipped.to_dict()["reasons"]}
+
+
+def _write(path: Path, content: object) -> None:
+    with atomic_write(path, ELSEWHERE) as partial:
+        text = content if isinstance(content, str) else json.dumps(content, indent=1)
+        partial.write_text(text, encoding="utf-8")
 
 
 _Members = list[tuple[str, bytes]]
@@ -185,57 +201,6 @@ class _Packer(Dataset):
         if len(text) > LARGEST_TEXT:
             raise BrokenPair("caption too long", pair.key, f"{len(text):,} bytes together, at most {LARGEST_TEXT:,}")
         return [(f"{place:09d}.{kind}", image), (f"{place:09d}.{ending}", text)]
-
-
-class _Record:
-    """The finished shards of a folder, their source and options; prepared.json is rewritten after each shard."""
-
-    def __init__(self, folder: Path, made_of: dict[str, Any]) -> None:
-        self.folder, self.made_of = folder, made_of
-        self.shards: dict[str, dict[str, Any]] = {}
-        path = folder / RECORD
-        if path.exists():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                earlier, self.shards = dict(content["made_of"]), dict(content["shards"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"'{path}' cannot be read: {error}. Remove the folder, or {ELSEWHERE}.") from error
-            changed = [key for key in sorted(made_of.keys() | earlier.keys()) if made_of.get(key) != earlier.get(key)]
-            if changed:
-                shown = "; ".join(f"{key} was {earlier.get(key)!r}, now {made_of.get(key)!r}" for key in changed)
-                raise UserError(
-                    f"'{folder}' holds shards of another source or option: {shown}. Give the same, or {ELSEWHERE}."
-                )
-        self.save()  # before the first shard, so that a folder with shards always has one
-
-    def has(self, name: str) -> bool:
-        path = self.folder / name
-        return name in self.shards and path.is_file() and path.stat().st_size == self.shards[name]["bytes"]
-
-    def add(self, name: str, pairs: int, size: int, skipped: SkipCounter) -> None:
-        self.shards[name] = {"pairs": pairs, "bytes": size, "skipped": skipped.to_dict()["reasons"]}
-        self.save()
-
-    def save(self) -> None:
-        self.write(RECORD, json.dumps({"made_of": self.made_of, "shards": self.shards}, indent=1))
-
-    def write(self, name: str, text: str) -> None:
-        with atomic_write(self.folder / name, ELSEWHERE) as partial:
-            partial.write_text(text, encoding="utf-8")
-
-
-def _excluded(source: PairSource, path: str | Path) -> dict[int, str]:
-    """The reason by index of a list's pairs."""
-    matched = match_exclusions(source, read_exclusions(path))
-    if not matched.reasons:
-        raise UserError(
-            f"None of the pairs that '{path}' names is in '{source.name}', such as '{printable(matched.missing[0])}'. "
-            "Keys are paths below the source, for most sources: give the source that the list was made of."
-        )
-    if matched.missing:
-        count, first = f"{len(matched.missing):,}", printable(matched.missing[0])
-        log.warning("%s keys of '%s' are not in '%s', such as '%s'.", count, path, source.name, first)
-    return matched.reasons
 
 
 def _absolute(name: str | Path) -> str:

@@ -11,17 +11,13 @@ import numpy as np
 
 from declip.data.pair import PairSource, Span
 
-SHUFFLE_BUFFER = 50_000
-"""Default number of pairs shuffled together where shards are remote: five of img2dataset's shards."""
-
+SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
 GROUPS_KEPT = 2
-BLOCKS_STREAM, GROUP_STREAM, WITHIN_STREAM, RESAMPLE_STREAM = 1, 2, 3, 4
+BLOCKS_STREAM, GROUP_STREAM, WITHIN_STREAM = 1, 2, 3
 
 
 class Order(ABC):
     """Batches by step; `steps_per_epoch` is the number of whole batches among the pairs that an epoch shows."""
-
-    resamples = False  # whether a pair can come again in an epoch
 
     def __init__(self, spans: list[Span], size: int, batch_size: int, seed: int) -> None:
         self.spans, self.size, self.batch_size, self.seed = spans, size, batch_size, seed
@@ -37,27 +33,17 @@ class Order(ABC):
     def indices(self, step: int) -> np.ndarray:
         """The pairs of a step's batch, (batch_size,) int64."""
 
-    def view_epoch(self, step: int) -> int:
-        """The number that seeds the views of a step's pairs: no pair is in two batches of the same number."""
-        return step if self.resamples else step // self.steps_per_epoch
-
+    @abstractmethod
     def epoch(self, epoch: int) -> np.ndarray:
         """All pairs of an epoch in their order, int64; the last ones may fill no batch."""
-        steps = range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
-        return np.concatenate([self.indices(step) for step in steps])
 
 
-def build_order(source: PairSource, batch_size: int, seed: int, shuffle_buffer: int | None, resample: bool) -> Order:
-    """Choose the order of a source's pairs: `shuffle_buffer` pairs are shuffled together, shard by shard.
-
-    None shuffles all, or `SHUFFLE_BUFFER` where shards are remote. `resample` samples the pairs of each step anew.
-    """
+def build_order(source: PairSource, batch_size: int, seed: int, shuffle_buffer: int | None) -> Order:
+    """Choose the order of a source's pairs: so many are shuffled together, all by default, fewer of remote shards."""
     if shuffle_buffer is None and source.remote:
         shuffle_buffer = SHUFFLE_BUFFER
     options = source.spans(), len(source), batch_size, seed
-    if shuffle_buffer is not None:
-        return (ResampledBuffers if resample else BufferedOrder)(*options, shuffle_buffer)
-    return (ResampledOrder if resample else ShuffledOrder)(*options)
+    return ShuffledOrder(*options) if shuffle_buffer is None else BufferedOrder(*options, shuffle_buffer)
 
 
 class ShuffledOrder(Order):
@@ -71,23 +57,18 @@ class ShuffledOrder(Order):
         if epoch not in self._kept:
             # The third number is no pair's index: no pair shares this stream.
             generator = self.generator(epoch)
-            if all(span.shown == span.length for span in self.spans):
-                order = generator.permutation(self.size)
-            else:
-                order = generator.permutation(np.concatenate([_shown(span, generator) for span in self.spans]))
-            _keep(self._kept, epoch, order, 1)
+            shown = np.concatenate([_shown(span, generator) for span in self.spans])
+            _keep(self._kept, epoch, generator.permutation(shown), 1)
         return self._kept[epoch]
 
 
 def _shown(span: Span, generator: np.random.Generator) -> np.ndarray:
-    """The pairs of a span that an epoch shows, int64."""
     if span.shown == span.length:
         return span.start + np.arange(span.length)
     return span.start + generator.permutation(span.length)[: span.shown]
 
 
 def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
-    """Add to the latest values."""
     while len(kept) >= most:
         kept.pop(next(iter(kept)))
     kept[key] = value
@@ -160,34 +141,3 @@ class BufferedOrder(Order):
             order = blocks, np.cumsum(self.spans[span].blocks[blocks])
             _keep(self._shard_orders, (epoch, span), order, 2 * len(self.spans))  # this epoch's and another's
         return self._shard_orders[epoch, span]
-
-
-class ResampledOrder(Order):
-    """Each step samples its batch from all pairs without replacement, a span in proportion to its pairs per epoch."""
-
-    resamples = True
-
-    def indices(self, step: int) -> np.ndarray:
-        generator = self.generator(step, RESAMPLE_STREAM, 0)
-        places = generator.choice(self.shown, self.batch_size, replace=False)
-        ends = np.cumsum([span.shown for span in self.spans])
-        counts = np.bincount(np.searchsorted(ends, places, "right"), minlength=len(ends))
-        pairs = [
-            span.start + generator.choice(span.length, count, replace=False)
-            for span, count in zip(self.spans, counts.tolist(), strict=True)
-        ]
-        return generator.permutation(np.concatenate(pairs))
-
-
-class ResampledBuffers(BufferedOrder):
-    """As `ResampledOrder`, but some consecutive steps sample from the same shards: those of a group."""
-
-    resamples = True
-
-    def indices(self, step: int) -> np.ndarray:
-        time = step // max(1, self.steps_per_epoch // self.groups)  # each time a group of another epoch is taken
-        group = int(self.generator(time, RESAMPLE_STREAM, 1).integers(self.groups))
-        return self.generator(step, RESAMPLE_STREAM, 2).choice(self.group(time, group), self.batch_size, replace=False)
-
-    def epoch(self, epoch: int) -> np.ndarray:
-        return Order.epoch(self, epoch)

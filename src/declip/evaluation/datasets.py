@@ -97,7 +97,7 @@ def open_dataset(dataset: str | PairSource | Items | Dataset, *, label_column: s
     elif not isinstance(dataset, Dataset):
         source = open_source(dataset)
         labeled = labeled_table(dataset, label_column) if is_dataset(dataset) else None
-        dataset = _single(source, source.name) if labeled is None else Dataset(source.name, labeled)
+        dataset = Dataset(source.name, labeled or {"test": partial(_identity, source)}, _templates(source.name))
     dataset.split("test")
     return dataset
 
@@ -108,11 +108,11 @@ def with_classes(source: PairSource) -> LabeledSource:
         raise UserError(
             f"'{source.name}' has no classes. Give a set with labels; the task 'retrieval' needs captions only."
         )
-    labels, names = np.asarray(source.labels), source.class_names or ()
+    labels, count = np.asarray(source.labels), len(source.class_names or ())
     low, high = labels.min(initial=0), labels.max(initial=0)
-    if len(labels) != len(source) or len(names) < 2 or low < 0 or high >= len(names):
+    if len(labels) != len(source) or count < 2 or low < 0 or high >= count:
         raise UserError(
-            f"'{source.name}' has {len(labels)} `labels`, from {low} to {high}, and {len(names)} `class_names` for "
+            f"'{source.name}' has {len(labels)} `labels`, from {low} to {high}, and {count} `class_names` for "
             f"{len(source)} pairs. Classification needs one label per pair and at least two classes, numbered from 0."
         )
     return cast(LabeledSource, source)
@@ -120,26 +120,29 @@ def with_classes(source: PairSource) -> LabeledSource:
 
 def _by_name(given: str, label_column: str | None) -> Dataset:
     name, colon, place = given.partition(":")
-    path = Path(given).expanduser()
-    table = find_table(given) if name not in NAMED else None
+    if name in NAMED and colon and label_column is None:
+        if not place:
+            raise UserError(f"'{given}' names no folder. Write '{name}:PATH'.")
+        named, root = NAMED[name], Path(place).expanduser()
+        if not root.is_dir():
+            raise UserError(f"There is no folder '{root}'; '{name}' expects in it: {named.files}.")
+        readers = named.open(name, root)
+        openers = {which: partial(_read, given, named.files, reader) for which, reader in readers.items()}
+        return Dataset(given, openers, named.templates, named.metric)
+    table = find_table(given)
     if label_column is not None and table is None:
         raise UserError(f"A column of labels ('{label_column}') was named, but '{given}' is not a table.")
     if given.startswith(BUILTIN_PREFIX):
         splits = BUILTIN_SPLITS.get(place, {"test": place})
-        builtin = {which: partial(open_builtin, source) for which, source in splits.items()}
+        builtin = {which: partial(open_builtin, split) for which, split in splits.items()}
         return Dataset(given, builtin, _templates(given))
-    if name in NAMED and colon:
-        if not place:
-            raise UserError(f"'{given}' names no folder. Write '{name}:PATH'.")
-        named = NAMED[name]
-        readers = named.open(name, Path(place).expanduser())
-        openers = {which: partial(_read, given, named.files, reader) for which, reader in readers.items()}
-        return Dataset(given, openers, named.templates, named.metric)
+    if table is not None and (labeled := labeled_table(table, label_column)) is not None:
+        return Dataset(given, labeled)
     # One letter before a colon is a Windows drive.
-    if colon and re.fullmatch(r"[\w-]{2,}", name) and table is None and not path.exists():
+    if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not Path(given).expanduser().exists():
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
-    labeled = labeled_table(table, label_column) if table is not None else None
-    return _single(open_source(given), given) if labeled is None else Dataset(given, labeled)
+    source = open_source(given)
+    return Dataset(given, {"test": partial(_identity, source)}, _templates(source.name))
 
 
 def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:
@@ -154,10 +157,6 @@ def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:
             f"The files of '{name}' are not complete, not what was published, or damaged ({type(error).__name__}: "
             f"{reason}). Expected in that folder: {files}. Unpack the original archives."
         ) from error
-
-
-def _single(source: PairSource, name: str) -> Dataset:
-    return Dataset(name, {"test": partial(_identity, source)}, _templates(source.name))
 
 
 def _identity(source: PairSource) -> PairSource:

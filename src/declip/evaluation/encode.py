@@ -1,16 +1,16 @@
 """Features for evaluation: every image and caption of a source through the towers, once, without gradient."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset
@@ -18,8 +18,7 @@ from torch.utils.data import Dataset
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
-from declip.io.pool import in_order, naming_lost_workers
-from declip.io.progress import progress_bar
+from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 
 
 class Encoder(Protocol):
@@ -31,6 +30,10 @@ class Encoder(Protocol):
     def tokenize(self, texts: list[str], /) -> Tensor: ...  # → (n, L) token ids
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+Row = tuple[int, str, tuple[str, ...]]
+"""Index, key and captions of a pair."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,10 @@ def text_features(model: Encoder, texts: Sequence[str], *, batch_size: int = 256
     """Encode m texts: (m, d) float32 on the CPU, L2-normalized; features of equal texts are bit-exact copies."""
     row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     distinct = list(row_of)
-    batches = [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
     parts = []
-    with measuring(model) as device:
-        for batch in _watched(batches, len(batches), "Texts", progress):
+    with measuring(model) as device, pairs_bar(progress, "batches") as bar:
+        for start in bar.track(range(0, len(distinct), batch_size), description="Texts"):
+            batch = distinct[start : start + batch_size]
             features = normalize(model.encode_text(model.tokenize(batch).to(device)).float(), dim=-1).cpu()
             _require_finite(features, "text", batch)
             parts.append(features)
@@ -107,19 +110,15 @@ def encode_source(
         indices: Indices of the source to encode, in this order; None takes all.
         workers: Processes that read and resize; 0 reads in this one.
     """
-
-    def embed(pixels: Tensor) -> Tensor:
-        return normalize(model.encode_image(pixels).float(), dim=-1)
-
-    encode = encode or embed
+    encode = encode or (lambda pixels: normalize(model.encode_image(pixels).float(), dim=-1))
     wanted = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     batches = _Batches(model, source, np.split(wanted, range(batch_size, len(wanted), batch_size)))
     rows: list[Row] = []
     parts: list[Tensor] = []
     skipped = SkipCounter()
     stream = in_order(batches, len(batches.indices), workers)
-    with naming_lost_workers(), measuring(model) as device:
-        for pixels, read, broken in _watched(stream, len(batches.indices), f"Images of {source.name}", progress):
+    with naming_lost_workers(), measuring(model) as device, pairs_bar(progress, "batches") as bar:
+        for pixels, read, broken in bar.track(stream, len(batches.indices), description=f"Images of {source.name}"):
             skipped.merge(broken)
             if pixels is not None:
                 features = encode(pixels.to(device)).float().cpu()
@@ -129,7 +128,7 @@ def encode_source(
     if not rows:
         raise UserError(
             f"Nothing to measure on '{source.name}': of its {len(source)} pairs none could be read. "
-            f"{skipped.explanation()} Check that the paths lead to images and that none lacks a caption."
+            f"{skipped.explanation()} Check the paths and captions."
         )
     kept, captions = np.array([index for index, _, _ in rows]), tuple(captions for _, _, captions in rows)
     encoded = SourceFeatures(source.name, kept, torch.cat(parts), captions, None, skipped)
@@ -137,6 +136,22 @@ def encode_source(
         return encoded
     words = text_features(model, encoded.words, batch_size=batch_size, progress=progress)
     return replace(encoded, texts=words, truncated=_count_truncated(model, encoded.words))
+
+
+def model_hash(model: Encoder) -> bytes:
+    """SHA-256 of a model: its class name, every tensor of its `state_dict`, and its preprocessing of fixed noise."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+
+    def update(head: str, tensor: Tensor) -> None:
+        digest.update(f"{head}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    for name, value in sorted(model.state_dict().items()):  # type: ignore[attr-defined]  # the caller looked
+        if isinstance(value, Tensor):
+            update(f"{name} {value.dtype} ", value)
+    noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
+    update("", model.preprocess([Image.fromarray(noise)]).float())
+    return digest.digest()
 
 
 def _count_truncated(model: Encoder, texts: Iterable[str]) -> int:
@@ -147,10 +162,6 @@ def _count_truncated(model: Encoder, texts: Iterable[str]) -> int:
     longer = copy(tokenizer)
     longer.context += 1
     return sum(len(longer.encode(text)) > tokenizer.context for text in texts)
-
-
-Row = tuple[int, str, tuple[str, ...]]
-"""Index, key and captions of a pair."""
 
 
 class _Batches(Dataset[tuple[Tensor | None, list[Row], SkipCounter]]):
@@ -174,18 +185,11 @@ class _Batches(Dataset[tuple[Tensor | None, list[Row], SkipCounter]]):
         return self.preprocess(images) if images else None, rows, skipped
 
 
-def _watched(items: Iterable[Any], total: int, label: str, progress: bool) -> Iterable[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), "batches", TimeRemainingColumn())
-    with progress_bar(*columns, shown=progress, transient=True) as bar:
-        yield from bar.track(items, total, description=label)
-
-
 def _require_finite(features: Tensor, what: str, names: Sequence[str]) -> None:
     """Raise a `UserError` that names the first row of features (n, d) with a NaN or an infinity."""
     finite = features.isfinite().all(1)
     if not bool(finite.all()):
         raise UserError(
-            f"The model's features of the {what} '{printable(names[int((~finite).nonzero()[0])])}' are not finite, so "
-            "nothing can be measured with it. Its weights have diverged or are damaged: take an earlier checkpoint, or "
-            "train with a lower train.lr."
+            f"The model's features of the {what} '{printable(names[int((~finite).nonzero()[0])])}' are not finite: its "
+            "weights have diverged or are damaged. Take an earlier checkpoint, or train with a lower train.lr."
         )

@@ -9,10 +9,9 @@ from declip.data.pair import PairSource
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, measuring
-from declip.evaluation.feature_cache import FeatureCache, FeatureKind, encoder_of
-from declip.evaluation.probes.data import ProbeData, check_probe, read_probe_data
+from declip.evaluation.probes.data import FeatureKind, ProbeData, check_probe, encoder_of, read_probe_data
 from declip.evaluation.probes.knn import knn_probe
-from declip.evaluation.probes.linear import SEEDS, SHOTS, few_shot_probe, linear_probe
+from declip.evaluation.probes.linear import linear_probe
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.evaluation.retrieval import retrieve
 from declip.evaluation.zero_shot import class_features, classify, logit_scale, read_templates
@@ -28,14 +27,6 @@ class Options:
     workers: int = 0  # processes that read images; 0 reads in this one
     progress: bool = True
     features: FeatureKind = "backbone"  # probes: before the projection, or "embedding", after it
-    shots: Sequence[int] = SHOTS  # few-shot: numbers of images per class
-    seeds: int = SEEDS  # few-shot: number of samples of these images
-    cache: bool = True  # probes: keep the features on the disk; see `FeatureCache`
-
-    @property
-    def encoding(self) -> dict[str, Any]:
-        """The arguments of functions that encode."""
-        return {"batch_size": self.batch_size, "progress": self.progress}
 
 
 @dataclass(frozen=True)
@@ -48,65 +39,54 @@ class SharedFeatures:
     texts: bool
 
     @cached_property
-    def templates(self) -> tuple[str, list[str]]:
-        """Name and sentences of the templates."""
-        return read_templates(self.options.templates or self.dataset.templates)
-
-    @cached_property
     def test(self) -> SourceFeatures:
         """The test split, projected and normalized."""
-        features = encode_source(
-            self.model,
-            self.dataset.split("test"),
-            texts=self.texts,
-            workers=self.options.workers,
-            **self.options.encoding,
-        )
         # A source knows its file's name only, which another dataset may have too.
-        return replace(features, name=self.dataset.name)
+        return replace(self._encode(self.dataset.split("test"), texts=self.texts), name=self.dataset.name)
 
     @cached_property
     def splits(self) -> ProbeData:
         """All splits with their labels, for probes."""
-        cache = FeatureCache(
-            self.model,
-            self.options.features,
-            enabled=self.options.cache,
-            workers=self.options.workers,
-            **self.options.encoding,
-        )
+        kind = self.options.features
         with measuring(self.model) as device:
             # Apple's devices have no float64, which the solver sums in.
-            return read_probe_data(self.dataset, cache, "cpu" if device.type == "mps" else device)
+            probing = "cpu" if device.type == "mps" else device
+        encode = encoder_of(self.model, kind)
+        return read_probe_data(
+            self.dataset, lambda source: self._encode(source, encode=encode, texts=False), kind, probing
+        )
+
+    def zero_shot(self) -> ZeroShotResult:
+        source, options = with_classes(self.dataset.split("test")), self.options
+        name, templates = read_templates(options.templates or self.dataset.templates)
+        classes = class_features(
+            self.model, source.class_names, templates, batch_size=options.batch_size, progress=options.progress
+        )
+        return classify(self.test, source.labels[self.test.indices], classes, templates=name)
+
+    def retrieval(self) -> RetrievalResult:
+        known = isinstance(getattr(self.model, "model", self.model), DualEncoder)  # or what wraps one
+        return retrieve(self.test, logit_scale(self.model) if known else None)
 
     def check(self, task: str) -> None:
         """Refuse a dataset or a model that does not suit the task, before anything is encoded."""
         if task == "zero-shot":
             with_classes(self.dataset.split("test"))
-            self.templates  # noqa: B018  # an unknown set raises
+            read_templates(self.options.templates or self.dataset.templates)
         elif task != "retrieval":
             encoder_of(self.model, self.options.features)
             check_probe(self.dataset, task)
 
-
-def _zero_shot(shared: SharedFeatures) -> ZeroShotResult:
-    source, (name, templates) = with_classes(shared.dataset.split("test")), shared.templates
-    classes = class_features(shared.model, source.class_names, templates, **shared.options.encoding)
-    return classify(shared.test, source.labels[shared.test.indices], classes, templates=name)
-
-
-def _retrieval(shared: SharedFeatures) -> RetrievalResult:
-    model = shared.model
-    known = isinstance(getattr(model, "model", model), DualEncoder)  # or what wraps one
-    return retrieve(shared.test, logit_scale(model) if known else None)
+    def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
+        shared = {name: getattr(self.options, name) for name in ("batch_size", "workers", "progress")}
+        return encode_source(self.model, source, **options, **shared)
 
 
 TASKS: Mapping[str, Callable[[SharedFeatures], Result]] = {
-    "zero-shot": _zero_shot,
-    "retrieval": _retrieval,
+    "zero-shot": SharedFeatures.zero_shot,
+    "retrieval": SharedFeatures.retrieval,
     "linear": lambda shared: linear_probe(shared.splits),
     "knn": lambda shared: knn_probe(shared.splits),
-    "few-shot": lambda shared: few_shot_probe(shared.splits, shared.options.shots, shared.options.seeds),
 }
 
 
@@ -126,7 +106,7 @@ def evaluate(
         model: Anything with `encode_image`, `encode_text`, `preprocess` and `tokenize`; for probes of the backbone
             also `encode_backbone`.
         dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
-        task: "zero-shot", "retrieval", "linear", "knn" or "few-shot".
+        task: "zero-shot", "retrieval", "linear" or "knn".
         label_column: A table's column with the classes; see `open_dataset`.
         options: Fields of `Options`, such as ``batch_size=64`` or ``templates="a photo of {}"``.
     """

@@ -81,20 +81,14 @@ class ClassificationResult(Result):
 
 @dataclass(frozen=True)
 class ZeroShotResult(ClassificationResult):
-    """Zero-shot classification.
-
-    Attributes:
-        mean_per_class: Mean of the classes' own top-1, of those that have images.
-        templates: Name of the prompt templates, or the templates themselves.
-        majority: Fraction of images of the most frequent class: top-1 of a model that always says that class.
-    """
+    """Zero-shot classification."""
 
     task: ClassVar[str] = "zero-shot"
     top1: float
     top5: float
-    mean_per_class: float
-    templates: str = "plain"
-    majority: float | None = None
+    mean_per_class: float  # mean of the top-1 of each class that has images
+    templates: str = "plain"  # name of the prompt templates, or the templates themselves
+    majority: float | None = None  # fraction of the most frequent class: top-1 of a model that always says that class
 
     @property
     def times_chance(self) -> float:
@@ -112,10 +106,7 @@ class ZeroShotResult(ClassificationResult):
 
 @dataclass(frozen=True)
 class RecallAtK:
-    """Fraction of queries with a right candidate among the first 1, 5, 10, and the same for a random order.
-
-    `median_rank` is that of the best right candidate; 1 is perfect.
-    """
+    """Fraction of queries with a right candidate among the first 1, 5, 10, and the same for a random order."""
 
     queries: int
     candidates: int
@@ -125,7 +116,7 @@ class RecallAtK:
     chance1: float
     chance5: float
     chance10: float
-    median_rank: float
+    median_rank: float  # of the best right candidate; 1 is perfect
 
 
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
@@ -133,26 +124,15 @@ DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → tex
 
 @dataclass(frozen=True)
 class RetrievalResult(Result):
-    """Image-text retrieval in both directions.
-
-    Attributes:
-        text_to_image: Each caption is the query for its image.
-        image_to_text: Each image is the query for any of its captions.
-        duplicate_images: Number of images with the same features as another one.
-        duplicate_captions: Number of captions that another image carries too, word for word.
-        truncated_captions: Number of captions longer than the model's context; their ends were not read.
-        loss: Contrastive loss, see `declip.evaluation.retrieval.contrastive_loss`; None where the scale is unknown.
-    """
+    """Image-text retrieval in both directions."""
 
     task: ClassVar[str] = "retrieval"
     images: int
     texts: int
-    text_to_image: RecallAtK
-    image_to_text: RecallAtK
-    duplicate_images: int = 0
-    duplicate_captions: int = 0
-    truncated_captions: int = 0
-    loss: float | None = None
+    text_to_image: RecallAtK  # each caption is the query for its image
+    image_to_text: RecallAtK  # each image is the query for any of its captions
+    truncated_captions: int = 0  # captions longer than the model's context; their ends were not read
+    loss: float | None = None  # `declip.evaluation.retrieval.contrastive_loss`; None where the scale is unknown
 
     def measures(self) -> list[Measure]:
         return [
@@ -233,39 +213,8 @@ class KNNResult(ProbeResult):
         ]
 
 
-@dataclass(frozen=True)
-class Shots:
-    """Fits on `shots` images per class."""
-
-    shots: int
-    mean: float
-    std: float  # over the seeds, with n - 1 below; 0 for one seed
-    scores: tuple[float, ...]  # the dataset's metric on the test images for each seed
-    C: tuple[float, ...]  # the value that each seed's few validation images chose
-    images: int  # training images of each fit
-    short: int  # classes with fewer images than `shots`; all of theirs were used
-
-
-@dataclass(frozen=True, kw_only=True)
-class FewShotResult(ProbeResult):
-    """Logistic regression on a few images per class, for each number of shots."""
-
-    task: ClassVar[str] = "few-shot"
-    validation: str
-    runs: tuple[Shots, ...]
-
-    def measures(self) -> list[Measure]:
-        """The means, with the standard deviation over the seeds in points."""
-        spreads = [f"± {100 * run.std:.1f} ({len(run.scores)} seeds)" for run in self.runs]
-        return [
-            self._measure(f"{run.shots}-shot, {METRICS[self.metric]}", run.mean, detail=spread)
-            for run, spread in zip(self.runs, spreads, strict=True)
-        ]
-
-
 READERS: Mapping[str, TypeAdapter[Any]] = {
-    kind.task: TypeAdapter(kind)
-    for kind in (ZeroShotResult, RetrievalResult, LinearProbeResult, KNNResult, FewShotResult)
+    kind.task: TypeAdapter(kind) for kind in (ZeroShotResult, RetrievalResult, LinearProbeResult, KNNResult)
 }
 
 
@@ -294,7 +243,6 @@ def results_table(results: Sequence[Result], title: str | None = None) -> Table:
             table.add_row(f"  {measure.label}", *numbers, f"{measure.n:,}")
         notes = dict(result.skipped)
         if isinstance(result, RetrievalResult):
-            notes["images with another one's features"] = result.duplicate_images
             notes["captions longer than the model's context"] = result.truncated_captions
         for note, count in notes.items():
             if count:

@@ -6,31 +6,24 @@ from math import comb
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.results import RecallAtK, RetrievalResult
 
-TIE = 1e-6
-"""Cosines nearer than this are equal, and images whose features differ by less are copies: features are float32."""
-
-LOSS_BATCH = 128
-"""Pairs that the contrastive loss of an evaluation compares."""
-
-BLOCK = 8_000_000
-"""Number of scores held at a time: 64 MB."""
+TIE = 1e-6  # cosines nearer than this are equal: features are float32
+LOSS_BATCH = 128  # pairs that the contrastive loss of an evaluation compares
+BLOCK = 8_000_000  # scores held at a time: 64 MB
 
 
 def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, block: int = BLOCK) -> np.ndarray:
     """Rank of each query's best right candidate, 1 being the first: (N,) int64.
 
     Ties count against the model: a wrong candidate whose cosine is as high as the best right one's (to `TIE`)
-    counts as before it, so that a model that gives every input the same feature finds nothing. The plain loop::
+    counts as before it, so that a model that gives every input the same feature finds nothing. So does NaN::
 
         best = max(scores[i, j] for j in right[i])
         rank[i] = 1 + sum(not scores[i, j] <= best - TIE for j in range(M) if j not in right[i])
-
-    Written with "not", a score that is not a number counts as before the right one: NaN loses.
 
     Args:
         queries, candidates: (N, d) and (M, d), L2-normalized.
@@ -66,21 +59,19 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     With the `scale` of the model's logits the `contrastive_loss` is measured too, by the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
-    owners, words = features.owners, features.words
-    images_of_text = [owners[row : row + 1] for row in range(len(words))]
-    texts_of_image = np.split(np.arange(len(words)), np.cumsum([len(texts) for texts in features.captions])[:-1])
-    carriers = carriers_of(features)
-    first = torch.from_numpy(np.unique(owners, return_index=True)[1])  # caption of each image
+    owners, first = features.owners, np.unique(features.owners, return_index=True)[1]
+    images_of_text, texts_of_image = (
+        np.split(owners, range(1, len(owners))),
+        np.split(np.arange(len(owners)), first[1:]),
+    )
     text_rank = ranks(features.texts, features.images, images_of_text)
     image_rank = ranks(features.images, features.texts, texts_of_image)
     return RetrievalResult(
         dataset=features.name,
         images=len(features),
-        texts=len(words),
+        texts=len(owners),
         text_to_image=recall(text_rank, images_of_text, len(features)),
-        image_to_text=recall(image_rank, texts_of_image, len(words)),
-        duplicate_images=_duplicates(features.images),
-        duplicate_captions=sum(len(carriers[word]) > 1 for word in words),
+        image_to_text=recall(image_rank, texts_of_image, len(owners)),
         truncated_captions=features.truncated,
         loss=None if scale is None else contrastive_loss(features.images, features.texts[first], scale),
         skipped=dict(features.skipped.counts),
@@ -113,18 +104,7 @@ def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
     return {word: np.array(sorted(rows), dtype=np.int64) for word, rows in carriers.items()}
 
 
-def _duplicates(images: Tensor) -> int:
-    """Count the images that have the features of another one."""
-    # Equal features are neighbors along any direction, so that none needs to be compared with all others.
-    direction = torch.randn(images.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ordered = images[(images.double() @ direction).argsort()]
-    same = (ordered[1:] - ordered[:-1]).abs().amax(1) < TIE
-    return int((pad(same, (1, 0)) | pad(same, (0, 1))).sum())
-
-
 def _chance(k: int, right: Sequence[np.ndarray], candidates: int) -> float:
     """R@k of a random order: 1 - C(M - c, k) / C(M, k) with c right ones among M, so k / M when c is 1."""
     k = min(k, candidates)
-    counts, times = np.unique([len(columns) for columns in right], return_counts=True)
-    hits = [1 - comb(candidates - int(count), k) / comb(candidates, k) for count in counts]
-    return float(np.average(hits, weights=times))
+    return float(np.mean([1 - comb(candidates - len(columns), k) / comb(candidates, k) for columns in right]))

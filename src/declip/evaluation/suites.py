@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from declip.errors import UserError, unknown
@@ -43,31 +44,31 @@ class SuiteResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain data for JSON."""
+        values = self.values
         return {
             "suite": self.suite,
             "task": self.task,
-            "average": _mean(self.values),
-            "averaged_over": list(self.results),
+            "average": fmean(values.values()),
+            "averaged_over": list(values),
             "rows": [
                 {"dataset": name, "metric": NAMED[name].metric, "value": value, "result": self.results[name].to_dict()}
-                for name, value in self.values.items()
+                for name, value in values.items()
             ],
             "missing": dict(self.missing),
         }
 
     def markdown(self, name: str = "this model") -> str:
         """The measured row, the published ones below it, in percent, and notes, as Markdown."""
-        short, tree = SUITES[self.suite], published(self.suite, self.task)
-        shown = list(self.results)
-        lines = [["", "", *(short[dataset] for dataset in shown), "average"], ["---"] * 2 + ["---:"] * (len(shown) + 1)]
-        rows = [(name, "measured", self.values, _mean(self.values))]
+        short, tree, shown = SUITES[self.suite], published(self.suite, self.task), list(self.results)
+        rows = [(name, "measured", self.values, fmean(self.values.values()))]
         for row in tree["rows"]:
             reported = dict(zip(tree["sets"], (value / 100 for value in row["values"]), strict=True))
             values = {dataset: reported[dataset] for dataset in shown if dataset in reported}
             if values:
                 # On the publication's own datasets its own average, which was made before the numbers were rounded.
-                average = row["average"] / 100 if len(values) == len(reported) else _mean(values)
+                average = row["average"] / 100 if len(values) == len(reported) else fmean(values.values())
                 rows.append((row["name"], "published", values, average))
+        lines = [["", "", *(short[dataset] for dataset in shown), "average"], ["---"] * 2 + ["---:"] * (len(shown) + 1)]
         for label, origin, values, average in rows:
             fewer = "" if len(values) == len(shown) else f" ({len(values)} of {len(shown)})"
             cells = [f"{100 * values[dataset]:.1f}" if dataset in values else "" for dataset in shown]
@@ -109,15 +110,9 @@ def evaluate_suite(
     missing: dict[str, str] = {}
     for name in SUITES[suite]:
         try:
-            if not (root / name).is_dir():
-                raise UserError(f"There is no folder '{root / name}'.")
-            results[name] = evaluate_all(model, f"{name}:{root / name}", (task,), options)[0]
+            (results[name],) = evaluate_all(model, f"{name}:{root / name}", (task,), options)
         except UserError as error:
             missing[name] = str(error)  # and no end: hours may lie in the datasets already evaluated
     if not results:
         raise UserError(f"Not one dataset of '{suite}' in '{root}' could be evaluated. " + " ".join(missing.values()))
     return SuiteResult(suite, task, results, missing)
-
-
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from declip.errors import UserError
 from declip.evaluation.encode import Encoder, SourceFeatures, text_features
-from declip.evaluation.per_class import by_class, score
+from declip.evaluation.per_class import score
 from declip.evaluation.prompt_sets import read_prompts
 from declip.evaluation.results import ZeroShotResult
 from declip.evaluation.retrieval import BLOCK, ranks
@@ -53,19 +53,15 @@ def classify(
     labels = np.asarray(labels, dtype=np.int64)
     distinct, candidate = torch.unique(classes, dim=0, return_inverse=True)
     candidate = candidate.numpy()
-    namesakes_before = np.zeros(len(classes), dtype=np.int64)
-    for namesakes in by_class(candidate):
-        namesakes_before[namesakes] = np.arange(len(namesakes))
-    right = [candidate[label : label + 1] for label in labels]
-    rank = ranks(features.images, distinct, right) + namesakes_before[labels]
-    first = rank <= 1
+    namesakes_before = np.array([(candidate[:label] == candidate[label]).sum() for label in range(len(classes))])
+    rank = ranks(features.images, distinct, candidate[labels][:, None]) + namesakes_before[labels]
     return ZeroShotResult(
         dataset=features.name,
         n=len(labels),
         classes=len(classes),
-        top1=float(first.mean()),
+        top1=float((rank <= 1).mean()),
         top5=float((rank <= 5).mean()),
-        mean_per_class=score(first, labels, "mean_per_class"),
+        mean_per_class=score(rank <= 1, labels, "mean_per_class"),
         templates=templates,
         majority=float(np.bincount(labels).max() / len(labels)),
         skipped=dict(features.skipped.counts),

@@ -10,21 +10,14 @@ from scipy.sparse.csgraph import connected_components
 
 from declip.data.text.tokenizer import clean
 
-COARSE, FINE = 8, 16
-"""Steps to the right and down that a small copy has: hashes of 128 and of 512 bits."""
+COARSE, FINE = 8, 16  # steps to the right and down that a small copy has: hashes of 128 and of 512 bits
+LOOK = np.dtype([("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint", np.uint8, (3,))])  # 83 bytes
+STEP = 2  # gray levels by which a neighbor must be brighter to count, so that flat areas do not hash their noise
 
-LOOK = np.dtype([("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint", np.uint8, (3,))])
-"""What an image looks like, 83 bytes: two hashes, and its mean red, green and blue."""
-
-STEP = 2
-"""Gray levels by which a neighbor must be brighter to count, so that flat areas do not hash their noise."""
-
-COARSE_BITS, FINE_BITS = 6, 24
-"""Bits of 128 and of 512 in which the hashes of two near-duplicates may differ. Of the built-in photographs, drawings
-and icons, 90 % and more of the copies at half the size or of JPEG quality 75 pass (photographs: all)."""
-
-TINT = 16
-"""Levels of 255 by which their mean red, green or blue may differ."""
+COARSE_BITS, FINE_BITS, TINT = 6, 24, 16
+"""Bits of 128 and of 512 in which the hashes of two near-duplicates may differ, and levels of 255 by which their mean
+red, green or blue may. Of the built-in photographs, drawings and icons, 90 % and more of the copies at half the size or
+of JPEG quality 75 pass (photographs: all)."""
 
 BLOCKS = 8
 """Blocks of 16 bits. Hashes that differ in 6 bits are equal in at least two of 8 blocks, so among hashes sorted by each
@@ -34,19 +27,21 @@ REACH = 64
 """How far apart two hashes may stand among those with the same two blocks, so that the work stays linear. Where there
 are more (blank margins, one template) some near-duplicates are met through a third only."""
 
-_SET = np.array([number.bit_count() for number in range(256)], np.uint8)
+SET_BITS = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 
 def image_hash(image: Image.Image) -> int:
     """64 bits of an RGB image's size and pixels: equal for equal images, and for no others but by one in 10^19."""
-    digest = blake2b(repr(image.size).encode(), digest_size=8)
-    digest.update(image.tobytes())
-    return int.from_bytes(digest.digest(), "little")
+    return _hash(repr(image.size).encode() + image.tobytes())
 
 
 def caption_hash(caption: str) -> int:
-    """64 bits of a caption as the tokenizer cleans it: captions that a model cannot tell apart hash alike."""
-    return int.from_bytes(blake2b(clean(caption).encode(), digest_size=8).digest(), "little")
+    """64 bits of a caption as the tokenizer cleans it: captions that are the same to a model hash alike."""
+    return _hash(clean(caption).encode())
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
 def look(image: Image.Image) -> np.ndarray:
@@ -57,13 +52,11 @@ def look(image: Image.Image) -> np.ndarray:
     compressed again differs in a few bits. The coarse one is quick to search by; the fine one tells a plus from a
     minus in a circle, and the color one drawing in red from the same in blue.
     """
-    small, larger = _small(image, COARSE + 1), _small(image, FINE + 1)
-    tint = small.mean((0, 1)).round().astype(np.uint8)
-    return np.array((_brighter(small), _brighter(larger), tint), LOOK)
-
-
-def _small(image: Image.Image, side: int) -> np.ndarray:
-    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0), np.float32)
+    small, larger = (
+        np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0), np.float32)
+        for side in (COARSE + 1, FINE + 1)
+    )
+    return np.array((_brighter(small), _brighter(larger), small.mean((0, 1)).round().astype(np.uint8)), LOOK)
 
 
 def _brighter(small: np.ndarray) -> np.ndarray:
@@ -96,8 +89,14 @@ def near_groups(looks: np.ndarray) -> np.ndarray:
     return equal_groups(_joined(looks[first])[equal])
 
 
+def components(count: int, edges: np.ndarray) -> np.ndarray:
+    """Label the connected components of nodes 0 to `count` - 1 and edges (2, e): (count,)."""
+    graph = coo_array((np.ones(edges.shape[1], bool), edges), shape=(count, count))
+    return connected_components(graph, directed=False)[1]
+
+
 def _joined(looks: np.ndarray) -> np.ndarray:
-    """A label of the group that each of n different `LOOK`s is in, int64 (n,)."""
+    """A label of the group that each of n different `LOOK`s is in, (n,)."""
     coarse, fine = (np.ascontiguousarray(looks[name]) for name in ("coarse", "fine"))
     tints = looks["tint"].astype(np.int16)
     blocks = coarse.view(np.uint16).astype(np.uint32)
@@ -115,22 +114,12 @@ def _joined(looks: np.ndarray) -> np.ndarray:
             pair = np.stack([order[places], order[places + shift]])
             pair = pair[:, labels[pair[0]] != labels[pair[1]]]
             for hashes, most in ((coarse, COARSE_BITS), (fine, FINE_BITS)):
-                pair = pair[:, _SET[(hashes[pair[0]] ^ hashes[pair[1]]).view(np.uint8)].sum(1, dtype=np.int64) <= most]
+                differing = SET_BITS[(hashes[pair[0]] ^ hashes[pair[1]]).view(np.uint8)].sum(1, dtype=np.int64)
+                pair = pair[:, differing <= most]
             pair = pair[:, np.abs(tints[pair[0]] - tints[pair[1]]).max(1, initial=0) <= TINT]
-            labels = _join(labels, labels[pair])
+            if pair.size:
+                labels = components(len(looks), labels[pair])[labels]
     return labels
-
-
-def _join(labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Give all labels that edges (2, e) lead between the smallest of them."""
-    if not edges.size:
-        return labels
-    met, ends = np.unique(edges, return_inverse=True)
-    graph = coo_array((np.ones(edges.shape[1], bool), ends.reshape(2, -1)), shape=(len(met), len(met)))
-    component = connected_components(graph, directed=False)[1]
-    table = np.arange(len(labels))
-    table[met] = met[np.unique(component, return_index=True)[1]][component]
-    return table[labels]
 
 
 def across(pairs: np.ndarray, others: np.ndarray) -> np.ndarray:

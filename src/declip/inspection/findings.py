@@ -3,107 +3,82 @@
 The sentences are in `declip/reports/templates/findings.txt`, one macro for each rule.
 """
 
-from collections.abc import Iterator
+from math import inf
 from typing import Any
 
-from declip.inspection.captions import ONE_WORD
-from declip.inspection.result import CaptionStats, Finding, ImageStats, Inspection, RepeatGroup
+from declip.inspection.captions import ONE_WORD, OTHER_SCRIPT
+from declip.inspection.result import CaptionStats, Finding, ImageStats, Inspection
 
 BROKEN = 0.05
 """Default of `data.max_broken_fraction`: a run stops above it."""
 
-MANY_ONE_WORD, MANY_ODD, MANY_TRUNCATED, MANY_OTHER_SCRIPTS = 0.2, 0.01, 0.01, 0.05
-MANY_SMALL, MANY_LONG, MANY_REPEATED = 0.25, 0.05, 0.01
-"""Fractions from which a rule reports."""
-
 EQUAL_ROWS, MANY_EQUAL_ROWS = 0.01, 0.1
 """Fraction of a batch's rows that have an equal caption in it: from where it is reported, and is to be fixed."""
 
-LARGE, KEPT, MULTIPLE = 3.0, 2.0, 32
+LARGE, KEPT, MULTIPLE = 3.0, 2, 32
 """Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by."""
+
+SMALL = 0.25
+"""Fraction of images under the training size from where on a smaller size pays."""
+
+LONGEST_CONTEXT, MANY_TRUNCATED = 77, 0.01
+"""The longest context of CLIP, and the fraction that it may truncate."""
 
 QUEUE_FRACTION, SMALLEST_QUEUE, USUAL_QUEUE = 3, 64, 65_536
 """Pairs for each entry of the nearest-neighbor queue, entries at least, and the official implementation's entries."""
 
+Row = tuple[str, float, float, float, dict[str, Any]]
+"""A rule, its number, from where on it is reported and to be fixed, and what its sentence needs beyond the numbers."""
 
-def find(inspection: Inspection) -> tuple[Finding, ...]:
+
+def find(it: Inspection) -> tuple[Finding, ...]:
     """Apply all rules to an inspection without findings; what is to be fixed comes first."""
-    findings = [*_broken_and_leaked(inspection)]
-    if inspection.images is not None and inspection.captions is not None:
-        findings += _repeats(inspection)
-        findings += _captions(inspection, inspection.captions)
-        findings += _images(inspection.images)
-        if inspection.total <= QUEUE_FRACTION * USUAL_QUEUE:
-            size = SMALLEST_QUEUE
-            while 2 * size * QUEUE_FRACTION <= inspection.total:
-                size *= 2
-            findings.append(Finding("queue", USUAL_QUEUE / inspection.total, {"usual": USUAL_QUEUE, "size": size}))
-    return tuple(sorted(findings, key=lambda finding: not finding.fix))
+    rows: list[Row] = []
+    for reason, row in sorted(it.reasons.items(), key=lambda item: -item[1]["count"])[:1]:
+        rows.append(("broken", it.broken.fraction, 0, BROKEN, {"reason": reason, "example": row["examples"][0]}))
+    for leak in it.leakages:
+        rows.append(("leakage", leak.found.fraction, 0, 0, {"set": leak.name, "images": leak.images}))
+    if it.images is not None and it.captions is not None:
+        rows += _repeats(it, it.captions) + _captions(it.captions) + _images(it.images)
+        size = SMALLEST_QUEUE
+        while 2 * size * QUEUE_FRACTION <= it.total:
+            size *= 2
+        rows.append(("queue", USUAL_QUEUE / it.total, 1 / QUEUE_FRACTION, inf, {"usual": USUAL_QUEUE, "size": size}))
+    found = [Finding(name, n, values, n > fix) for name, n, least, fix, values in rows if n and n >= least]
+    return tuple(sorted(found, key=lambda finding: not finding.fix))
 
 
-def _broken_and_leaked(it: Inspection) -> Iterator[Finding]:
-    if it.broken.count:
-        reason = max(it.reasons, key=lambda name: it.reasons[name]["count"])
-        values = {"limit": BROKEN, "reason": reason, "example": it.reasons[reason]["examples"][0]}
-        yield Finding("broken", it.broken.value, values, it.broken.value > BROKEN)
-    for leakage in it.leakages:
-        if leakage.found.count:
-            yield Finding("leakage", leakage.found.value, {"set": leakage.name, "images": leakage.images}, True)
+def _repeats(it: Inspection, captions: CaptionStats) -> list[Row]:
+    assert it.equal_images is not None
+    assert it.near_images is not None
+    equal, near = it.equal_images.members / it.usable, it.near_images.members / it.usable
+    couples = captions.batch_size / 2  # of equal captions, if all rows of a batch had one
+    return [
+        ("equal_images", equal, 0, 0.01, {}),
+        ("near_images", near if near > equal else 0, 0.01, inf, {}),
+        ("equal_captions", captions.equal_in_batch, couples * EQUAL_ROWS, couples * MANY_EQUAL_ROWS, {}),
+    ]
 
 
-def _repeats(it: Inspection) -> Iterator[Finding]:
-    equal, near = it.equal_images, it.near_images
-    assert equal is not None
-    assert near is not None
-    if equal.groups:
-        fraction = equal.members / it.usable
-        values = {"members": equal.members, "expected": equal.expected}
-        yield Finding("equal_images", fraction, values, fraction > MANY_REPEATED)
-    if near.members > equal.members and near.members / it.usable > MANY_REPEATED:
-        yield Finding("near_images", near.members / it.usable, {"members": near.members})
+def _captions(captions: CaptionStats) -> list[Row]:
+    odd = {kind: part.fraction for kind, part in captions.kinds.items()}
+    one_word, other_script = odd.pop(ONE_WORD, 0), odd.pop(OTHER_SCRIPT, 0)
+    example = ", ".join(captions.examples[max(odd, key=odd.__getitem__)]) if odd else ""
+    truncated = captions.truncated[LONGEST_CONTEXT].fraction > MANY_TRUNCATED
+    return [
+        ("odd_captions", sum(odd.values()), 0.01, BROKEN, {"kinds": odd, "example": example}),
+        ("one_word", one_word, 0.2, inf, {}),
+        ("other_script", other_script, 0.05, inf, {}),
+        ("truncated" if truncated else "context_length", captions.context_length, 0, inf, {}),
+    ]
 
 
-def _captions(it: Inspection, captions: CaptionStats) -> Iterator[Finding]:
-    rows = 2 * captions.equal_in_batch / captions.batch_size
-    if rows >= EQUAL_ROWS:
-        group = next(iter(it.equal_captions.examples if it.equal_captions else ()), RepeatGroup(0, (), ""))
-        values: dict[str, Any] = {"batch_size": captions.batch_size, "text": group.caption}
-        values["fraction"] = group.size / it.usable
-        yield Finding("equal_captions", captions.equal_in_batch, values, rows > MANY_EQUAL_ROWS)
-    odd = {kind: part.value for kind, part in captions.kinds.items() if kind != ONE_WORD}
-    fraction = sum(odd.values())
-    if fraction >= MANY_ODD:
-        values = {"kinds": odd, "example": captions.examples[max(odd, key=odd.__getitem__)][0]}
-        yield Finding("odd_captions", fraction, values, fraction > BROKEN)
-    one_word = captions.kinds.get(ONE_WORD)
-    if one_word is not None and one_word.value >= MANY_ONE_WORD and it.keywords is not None:
-        values = {"captions": captions.per_pair.mean, "keywords": it.keywords.value}
-        yield Finding("one_word", one_word.value, values)
-    longest = max(captions.truncated)
-    values = {
-        "truncated": captions.truncated[captions.context_length].value,
-        "most": captions.tokens.at(99),
-        "median": captions.tokens.median,
-        "longest": longest,
-    }
-    rule = "truncated" if captions.truncated[longest].value > MANY_TRUNCATED else "context_length"
-    yield Finding(rule, captions.context_length, values)
-    letters = sum(captions.scripts.values())
-    others = {name: count / letters for name, count in captions.scripts.items() if name != "Latin"}
-    if sum(others.values()) >= MANY_OTHER_SCRIPTS:
-        yield Finding("scripts", sum(others.values()), {"scripts": dict(list(others.items())[:4])})
-
-
-def _images(images: ImageStats) -> Iterator[Finding]:
-    median, small = images.shorter.median, images.smaller.value
-    values: dict[str, Any] = {"size": images.size, "median": median}
-    if small >= MANY_SMALL:
-        side = max(MULTIPLE, int(images.shorter.at(25)) // MULTIPLE * MULTIPLE)
-        yield Finding("small_images", small, {**values, "side": side})
-    elif median >= LARGE * images.size:
-        yield Finding("large_images", median / images.size, {**values, "side": round(KEPT * images.size)})
-    if images.long.value >= MANY_LONG:
-        yield Finding("long_images", images.long.value)
-    if (blank := images.blank).count:
-        values = {"count": blank.count, "of": blank.of, "key": next(iter(images.blank_keys), "")}
-        yield Finding("blank_images", blank.value, values, blank.value > MANY_REPEATED)
+def _images(images: ImageStats) -> list[Row]:
+    small, times = images.smaller.fraction, images.shorter["p50"] / images.size
+    smaller_side = max(MULTIPLE, int(images.shorter["p25"]) // MULTIPLE * MULTIPLE)
+    return [
+        ("small_images", small, SMALL, inf, {"side": smaller_side}),
+        ("large_images", times if small < SMALL else 0, LARGE, inf, {"side": KEPT * images.size}),
+        ("long_images", images.long.fraction, 0.05, inf, {}),
+        ("blank_images", images.blank.fraction, 0, 0.01, {}),
+    ]

@@ -11,11 +11,10 @@ from scipy.stats import binomtest
 
 @dataclass(frozen=True)
 class Fraction:
-    """A count out of a number.
+    """A count out of a number, as a fraction, 0 of none.
 
     Attributes:
         low, high: 95 % interval (Wilson 1927) for the whole source; the fraction itself when the whole was read.
-        fraction: Between 0 and 1; 0 of none.
     """
 
     count: int
@@ -23,11 +22,6 @@ class Fraction:
     low: float
     high: float
     fraction: float
-
-    @property
-    def value(self) -> float:
-        """The fraction."""
-        return self.fraction
 
     @classmethod
     def counted(cls, count: int, of: int, whole: bool) -> "Fraction":
@@ -39,82 +33,46 @@ class Fraction:
         return cls(count, of, float(interval.low), float(interval.high), value)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A distribution of n numbers: mean, ends and percentiles."""
+Spread = dict[str, float]
+"""A distribution: n, mean, min, max and the percentiles p1, p5, p25, p50, p75, p95 and p99."""
 
-    n: int
-    mean: float
-    min: float
-    p1: float
-    p5: float
-    p25: float
-    p50: float
-    p75: float
-    p95: float
-    p99: float
-    max: float
 
-    @property
-    def median(self) -> float:
-        """The 50th percentile."""
-        return self.p50
-
-    def at(self, percent: int) -> float:
-        """One of the percentiles."""
-        return float(getattr(self, f"p{percent}"))
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> "Spread":
-        """Describe at least one number."""
-        points = np.percentile(values, (0, 1, 5, 25, 50, 75, 95, 99, 100))
-        return cls(len(values), float(values.mean(dtype=np.float64)), *map(float, points))
+def spread_of(values: np.ndarray) -> Spread:
+    """Describe at least one number."""
+    percentiles = {f"p{at}": float(np.percentile(values, at)) for at in (1, 5, 25, 50, 75, 95, 99)}
+    ends = {"min": float(values.min()), **percentiles, "max": float(values.max())}
+    return {"n": len(values), "mean": float(values.mean(dtype=np.float64)), **ends}
 
 
 @dataclass(frozen=True)
 class ImageStats:
-    """Statistics of the images, in pixels after EXIF rotation.
-
-    Attributes:
-        aspect: The longer side over the shorter.
-        size, smaller: Side of the training images, and images whose shorter side is smaller.
-        long, blank: Images more than three times as long as wide, and of a single color.
-    """
+    """Statistics of the images, in pixels after EXIF rotation."""
 
     width: Spread
     height: Spread
     shorter: Spread
-    aspect: Spread
-    size: int
-    smaller: Fraction
-    long: Fraction
-    blank: Fraction
+    aspect: Spread  # the longer side over the shorter
+    size: int  # side of the training images
+    smaller: Fraction  # images whose shorter side is smaller than that
+    long: Fraction  # images more than three times as long as wide
+    blank: Fraction  # images of a single color
     blank_keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class CaptionStats:
-    """Statistics of the captions; every caption of a pair counts.
-
-    Attributes:
-        tokens: CLIP's, start and end included, nothing truncated.
-        truncated: Captions that a `text.context_length` would truncate, by context length.
-        context_length: The shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does.
-        kinds, examples: Captions that are one word, or do not describe; see `captions.kind_of`.
-        equal_in_batch: Expected number of couples of equal captions in a batch of `batch_size`: false negatives.
-    """
+    """Statistics of the captions; every caption of a pair counts."""
 
     per_pair: Spread
     words: Spread
     characters: Spread
-    tokens: Spread
-    truncated: dict[int, Fraction]
-    context_length: int
-    kinds: dict[str, Fraction]
-    examples: dict[str, list[str]]
-    scripts: dict[str, int]
+    tokens: Spread  # CLIP's, start and end included, nothing truncated
+    truncated: dict[int, Fraction]  # captions that a `text.context_length` would truncate, by context length
+    context_length: int  # the shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does
+    kinds: dict[str, Fraction]  # see `captions.KINDS`
+    examples: dict[str, list[str]]  # of each kind
     batch_size: int
-    equal_in_batch: float
+    equal_in_batch: float  # expected number of couples of equal captions in a batch: false negatives
 
 
 @dataclass(frozen=True)
@@ -128,19 +86,13 @@ class RepeatGroup:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Images or captions that several of the pairs read have, with the largest groups as examples.
+    """Images or captions that several of the pairs read have, with the largest groups as examples."""
 
-    Attributes:
-        members: Pairs that have one in common with another pair.
-        surplus: Pairs that would go if one of each group stayed.
-        coincidences, expected: Couples of pairs that have one in common, and an unbiased estimate for the whole source.
-    """
-
-    members: int
+    members: int  # pairs that have one in common with another pair
     groups: int
-    surplus: int
-    coincidences: int
-    expected: float
+    surplus: int  # pairs that would go if one of each group stayed
+    coincidences: int  # couples of pairs that have one in common
+    expected: float  # the same in the whole source, estimated without bias
     examples: tuple[RepeatGroup, ...]
 
 
@@ -156,17 +108,12 @@ class Leakage:
 
 @dataclass(frozen=True)
 class Finding:
-    """A number that matters for training, with numbers and names for the sentence of the template findings.txt.
-
-    Attributes:
-        rule: Name of the rule, and of its macro in the template.
-        fix: Whether it should be fixed before training.
-    """
+    """A number that matters for training: a rule, which is a macro of the template findings.txt, and what it says."""
 
     rule: str
     number: float
     values: dict[str, Any] = field(default_factory=dict)
-    fix: bool = False
+    fix: bool = False  # whether it should be fixed before training
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import check_range
+from declip.inspection.captions import KINDS, kind_of
 from declip.inspection.duplicates import across, coincidence, equal_groups, near_groups, repeated
 from declip.inspection.findings import find
 from declip.inspection.reading import ReadPairs, read
@@ -26,26 +27,19 @@ from declip.inspection.result import (
     Leakage,
     RepeatGroup,
     Repeats,
-    Spread,
+    spread_of,
 )
 from declip.io.pool import usual_workers
 from declip.io.progress import status
 
 SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
+EXAMPLES, NEAR_EXAMPLES, NEAR_MEMBERS = 40, 4, 8  # example pairs; groups that look alike, and members of each
+OF_A_KIND, LONGEST_TEXT = 3, 120  # captions of each kind, and characters of each
 
-EXAMPLES, NEAR_EXAMPLES, NEAR_MEMBERS = 40, 4, 8
-"""Example pairs; groups of images that look alike, and members of each."""
-
-LISTED, KEYS = 10, 5
-"""Groups and captions that are listed, and keys of each group."""
-
-THUMBNAIL = 224
-"""Pixels of an example's longer side, at most: sharp at half of that on a screen of double density."""
-
-CONTEXTS = (*range(16, 77, 8), 77)
-SHOWN_LENGTHS = (32, 77)
-LEFT_OUT = 0.01
-"""Fraction of the captions that the advised context may cut."""
+LISTED, KEYS = 10, 5  # groups that are listed, and keys of each
+THUMBNAIL = 224  # pixels of an example's longer side, at most: sharp at half of that on a screen of double density
+CONTEXTS, SHOWN_LENGTHS = (*range(16, 77, 8), 77), (32, 77)
+LEFT_OUT = 0.01  # fraction of the captions that the advised context may cut
 
 
 def inspect_source(
@@ -64,7 +58,7 @@ def inspect_source(
 ) -> Inspection:
     """Inspect a source of pairs before training on it.
 
-    Reading all of a large source takes memory for numbers only: 112 bytes a pair and 16 a caption are kept, and about
+    Reading all of a large source takes memory for numbers only: 112 bytes a pair and 17 a caption are kept, and about
     250 more a pair while duplicates are looked for.
 
     Args:
@@ -76,9 +70,10 @@ def inspect_source(
         image_column, caption_column, image_root: For tables, see `open_source`.
     """
     workers = usual_workers() if workers is None else workers
-    given = {"sample": 1 if sample is None else sample, "seed": seed, "workers": workers, "size": size}
-    for name, value in given.items():
-        check_range(name, value, 1 if name in ("sample", "size") else 0)
+    check_range("sample", 1 if sample is None else sample, 1)
+    check_range("seed", seed, 0)
+    check_range("workers", workers, 0)
+    check_range("size", size, 1)
     check_range("batch_size", batch_size, 2)
     start = time.perf_counter()
     if isinstance(source, str | Path):
@@ -90,28 +85,18 @@ def inspect_source(
     for reason, detail in found.skipped.details.items():
         if detail:  # such as the path tried
             reasons[reason]["examples"][0] += f" ({detail})"
-    whole = len(places) == len(source)
-    inspection = Inspection(
-        name=source.name,
-        total=len(source),
-        read=len(places),
-        seed=seed,
-        seconds=0.0,
-        broken=Fraction.counted(found.skipped.total, len(places), whole),
-        reasons=reasons,
-        credit=getattr(source, "credit", ""),
-    )
+    broken = Fraction.counted(found.skipped.total, len(places), len(places) == len(source))
+    inspection = Inspection(source.name, len(source), len(places), seed, 0.0, broken, reasons, credit=source.credit)
     if len(found.pairs):
         with status("Looking for duplicates", progress):
             inspection = _described(inspection, source, found, size, batch_size)
         leakages = []
         for other in others:
             seen = read(other, np.arange(len(other)), workers, f"Images of {other.name}" if progress else "").pairs
-            images, copied = ImageSource(source), found.pairs["place"][across(found.pairs, seen)].tolist()
-            fraction = Fraction.counted(len(copied), len(found.pairs), whole)
-            leakages.append(
-                Leakage(other.name, len(seen), fraction, tuple((images.key(place), place) for place in copied))
-            )
+            copied = found.pairs["place"][across(found.pairs, seen)].tolist()
+            keys = map(ImageSource(source).key, copied)
+            fraction = Fraction.counted(len(copied), len(found.pairs), inspection.whole)
+            leakages.append(Leakage(other.name, len(seen), fraction, tuple(zip(keys, copied, strict=True))))
         inspection = replace(inspection, leakages=tuple(leakages))
     return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
 
@@ -126,73 +111,76 @@ def sample_places(total: int, sample: int | None, seed: int) -> np.ndarray:
 def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, batch_size: int) -> Inspection:
     """Add all that needs a pair that can be used."""
     pairs, lines, n = found.pairs, found.captions, len(found.pairs)
-    places = pairs["place"]
+    places, owners = pairs["place"], np.repeat(np.arange(n), pairs["captions"])
     # Pairs of pairs in the source for each pair of pairs in the sample, broken ones taken to be equally many.
     scale = 1.0 if it.whole or n < 2 else it.total * (it.total - 1) / (it.read * (it.read - 1))
-    owners, texts, weights = _texts(pairs, lines)
-    same, alike = equal_groups(pairs["exact"]), near_groups(pairs["look"])
+    same, alike, texts = equal_groups(pairs["exact"]), near_groups(pairs["look"]), equal_groups(lines["hash"])
+    # A text that a pair has twice counts once, and is the likelier to be shown.
+    (shown_by, shown), inverse = np.unique(np.stack([owners, texts]), axis=1, return_inverse=True)
+    weights = np.bincount(inverse.reshape(-1), 1.0 / pairs["captions"][owners])
     generator = np.random.default_rng((it.seed, n, 1))
-    shown = np.sort(generator.choice(n, min(EXAMPLES, n), replace=False))
+    chosen = np.sort(generator.choice(n, min(EXAMPLES, n), replace=False))
     return replace(
         it,
-        images=_images(source, found, size, it.whole),
-        captions=_captions(found, coincidence(texts, weights, n), batch_size, it.whole),
+        images=_images(source, pairs, size, it.whole),
+        captions=_captions(source, found, places[owners], coincidence(shown, weights, n), batch_size, it.whole),
         keywords=Fraction.counted(int(np.count_nonzero(pairs["keywords"])), n, it.whole),
         equal_images=_repeats(source, same, places, scale),
         near_images=_repeats(source, alike, places, scale),
-        equal_captions=_repeats(source, texts, places[owners], scale, texts=True),
-        examples=_examples(source, places[shown]),
+        equal_captions=_repeats(source, shown, places[shown_by], scale, texts=True),
+        examples=_examples(source, places[chosen]),
         near_examples=_near_examples(source, places, same, alike),
     )
 
 
-def _texts(pairs: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The different texts of each pair, (k,): its number, the group of equal texts, how likely it is to show this."""
-    owners = np.repeat(np.arange(len(pairs)), pairs["captions"])
-    groups = equal_groups(lines["hash"])
-    count = int(groups.max()) + 1
-    codes, inverse = np.unique(owners * count + groups, return_inverse=True)
-    return codes // count, codes % count, np.bincount(inverse, 1.0 / pairs["captions"][owners])
-
-
-def _images(source: PairSource, found: ReadPairs, size: int, whole: bool) -> ImageStats:
-    pairs = found.pairs
-    width, height = pairs["width"], pairs["height"]
+def _images(source: PairSource, pairs: np.ndarray, size: int, whole: bool) -> ImageStats:
+    width, height, blank = pairs["width"], pairs["height"], pairs["blank"]
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
-
-    def fraction(which: np.ndarray) -> Fraction:
-        return Fraction.counted(int(which.sum()), len(pairs), whole)
-
+    smaller, long, single = (
+        Fraction.counted(int(which.sum()), len(pairs), whole)
+        for which in (shorter < size, longer > 3 * shorter.astype(np.int64), blank)
+    )
     return ImageStats(
-        width=Spread.of(width),
-        height=Spread.of(height),
-        shorter=Spread.of(shorter),
-        aspect=Spread.of(longer / shorter),
+        width=spread_of(width),
+        height=spread_of(height),
+        shorter=spread_of(shorter),
+        aspect=spread_of(longer / shorter),
         size=size,
-        smaller=fraction(shorter < size),
-        long=fraction(longer > 3 * shorter.astype(np.int64)),
-        blank=fraction(pairs["blank"]),
-        blank_keys=tuple(pair.key for pair in _pairs(source, pairs["place"][pairs["blank"]][:KEYS])),
+        smaller=smaller,
+        long=long,
+        blank=single,
+        blank_keys=tuple(pair.key for pair in _pairs(source, pairs["place"][blank][:KEYS])),
     )
 
 
-def _captions(found: ReadPairs, equal: float, batch_size: int, whole: bool) -> CaptionStats:
-    pairs, lines, counts = found.pairs, found.captions, found.counts
-    tokens, n = lines["tokens"], len(lines)
+def _captions(
+    source: PairSource, found: ReadPairs, places: np.ndarray, equal: float, batch_size: int, whole: bool
+) -> CaptionStats:
+    """Statistics of the captions, which the pairs at `places` have; `equal` is how likely two pairs show one text."""
+    lines, tokens = found.captions, found.captions["tokens"]
+
+    def fraction(which: np.ndarray) -> Fraction:
+        return Fraction.counted(int(which.sum()), len(lines), whole)
+
     context_length = next((length for length in CONTEXTS if (tokens > length).mean() <= LEFT_OUT), CONTEXTS[-1])
+    kinds, examples = {}, {}
+    for kind, name in enumerate(KINDS):
+        which = lines["kind"] == kind
+        if which.any():
+            kinds[name] = fraction(which)
+            first = np.sort(np.unique(lines["hash"][which], return_index=True)[1])  # of each text
+            pairs = _pairs(source, places[which][first[:OF_A_KIND]])
+            texts = (text[:LONGEST_TEXT] for pair in pairs for text in pair.captions if kind_of(text) == name)
+            examples[name] = list(dict.fromkeys(texts))[:OF_A_KIND]
     return CaptionStats(
-        per_pair=Spread.of(pairs["captions"]),
-        words=Spread.of(lines["words"]),
-        characters=Spread.of(lines["characters"]),
-        tokens=Spread.of(tokens),
-        truncated={
-            length: Fraction.counted(int((tokens > length).sum()), n, whole)
-            for length in sorted({*SHOWN_LENGTHS, context_length})
-        },
+        per_pair=spread_of(found.pairs["captions"]),
+        words=spread_of(lines["words"]),
+        characters=spread_of(lines["characters"]),
+        tokens=spread_of(tokens),
+        truncated={length: fraction(tokens > length) for length in sorted({*SHOWN_LENGTHS, context_length})},
         context_length=context_length,
-        kinds={kind: Fraction.counted(count, n, whole) for kind, count in counts.kinds.most_common()},
-        examples=counts.examples,
-        scripts=dict(counts.scripts.most_common()),
+        kinds=dict(sorted(kinds.items(), key=lambda item: -item[1].count)),
+        examples=examples,
         batch_size=batch_size,
         equal_in_batch=equal * batch_size * (batch_size - 1) / 2,
     )
@@ -238,7 +226,7 @@ def _examples(source: PairSource, places: np.ndarray) -> tuple[Example, ...]:
 
 
 def _pairs(source: PairSource, places: Iterable[int]) -> list[Pair]:
-    """Pairs that could be read before; without those that were removed meanwhile."""
+    """Read pairs again, without those that were removed meanwhile."""
     pairs = []
     for place in places:
         with suppress(BrokenPair):

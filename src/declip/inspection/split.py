@@ -3,12 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from declip.data.pair import PairSource
 from declip.errors import UserError
-from declip.inspection.duplicates import across, equal_groups, near_groups
+from declip.inspection.duplicates import across, components, equal_groups, near_groups
 from declip.inspection.reading import ReadPairs, read
 from declip.io.pool import usual_workers
 from declip.io.text import percent
@@ -36,9 +34,8 @@ def split_pairs(source: PairSource, fraction: float = FRACTION, most: int = MOST
     Raises:
         UserError: there are too few pairs, or they are one group.
     """
-    _require_pairs(source)
     pairs = _read(source, progress)
-    groups = related_groups(pairs)
+    groups = _related(pairs)
     sizes = np.bincount(groups)
     target = max(1, min(round(fraction * len(groups)), most))
     chosen, left = [], target
@@ -62,8 +59,7 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
     Raises:
         UserError: half of the validation images and more are there.
     """
-    _require_pairs(train)
-    pairs, held_out = _read(train, progress).pairs, _read(val, progress).pairs
+    pairs, held_out = _read(train, progress).pairs, _read(val, progress, fewest=1).pairs
     copies = float(across(held_out, pairs).mean())
     words = f"{percent(copies)} of the images of '{val.name}' are training images too, or nearly the same"
     if copies >= COPIED:
@@ -71,29 +67,21 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
     return f"{words}: its numbers are too high by what was memorized." if copies else None
 
 
-def related_groups(pairs: ReadPairs) -> np.ndarray:
+def _related(pairs: ReadPairs) -> np.ndarray:
     """Number the groups of pairs that are joined by the same or nearly the same image, or by a caption: int64 (n,)."""
     n = len(pairs.pairs)
-    owners = np.repeat(np.arange(n), pairs.pairs["captions"])
-    members, start, edges = np.arange(n), n, []
-    for owner, group in (
-        (members, equal_groups(pairs.pairs["exact"])),
-        (members, near_groups(pairs.pairs["look"])),
-        (owners, equal_groups(pairs.captions["hash"])),
-    ):
-        edges.append(np.stack([owner, start + group]))  # a node for each image and each caption
-        start += int(group.max()) + 1
-    joined = np.concatenate(edges, axis=1)
-    graph = coo_array((np.ones(joined.shape[1], bool), joined), shape=(start, start))
-    return equal_groups(connected_components(graph, directed=False)[1][:n])
+    members, owners = np.arange(n), np.repeat(np.arange(n), pairs.pairs["captions"])
+    same, alike = equal_groups(pairs.pairs["exact"]), near_groups(pairs.pairs["look"])
+    nodes, edges = n, []
+    for owner, group in ((members, same), (members, alike), (owners, equal_groups(pairs.captions["hash"]))):
+        edges.append(np.stack([owner, nodes + group]))  # a node for each image and each caption
+        nodes += int(group.max()) + 1
+    return equal_groups(components(nodes, np.concatenate(edges, axis=1))[:n])
 
 
-def _require_pairs(source: PairSource) -> None:
-    if len(source) < FEWEST:
-        raise UserError(f"'{source.name}' has {len(source)} pairs; give {FEWEST} or more to fine-tune on.")
-
-
-def _read(source: PairSource, progress: bool) -> ReadPairs:
+def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs:
+    if len(source) < fewest:
+        raise UserError(f"'{source.name}' has {len(source)} pairs; give {fewest} or more to fine-tune on.")
     workers = usual_workers() if len(source) > 2_000 else 0
     pairs = read(source, np.arange(len(source)), workers, f"Comparing images of {source.name}" if progress else "")
     if not len(pairs.pairs):

@@ -12,8 +12,7 @@ from declip.errors import UserError
 from declip.interchange.foreign import Reread
 from declip.interchange.weights import Weights, one_line, read_recipe
 from declip.io.atomic import save_tensors
-from declip.models.dual_encoder import DualEncoder
-from declip.models.no_text import has_text
+from declip.models.dual_encoder import DualEncoder, has_text
 from declip.runs.checkpoint import part, prefixed
 
 LIBRARY = "declip"
@@ -37,11 +36,7 @@ def matches(where: str) -> bool:
 
 
 def read(where: str) -> Weights:
-    """Read a file, or the one in a folder.
-
-    Raises:
-        UserError: it is damaged, the recipe cannot be read by this version, or the weights are not those of the recipe.
-    """
+    """Read a file, or the one in a folder."""
     return read_part(where).check()
 
 
@@ -63,7 +58,7 @@ def express(model: DualEncoder) -> None:
 
 
 def write(model: DualEncoder, folder: Path) -> None:
-    """Write a folder with the file."""
+    """Write the file into a folder."""
     write_declip_file(model, folder / FILE)
 
 

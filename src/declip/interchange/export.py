@@ -4,11 +4,11 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,9 @@ from declip.errors import UserError, unknown
 from declip.evaluation.encode import measuring
 from declip.interchange import declip_file, huggingface, official, onnx, open_clip
 from declip.interchange.declip_file import CARD, FILE
-from declip.interchange.foreign import Refusal, ToFeatures
-from declip.interchange.model_card import NO_LICENSE, model_card
-from declip.interchange.provenance import Provenance, trace
-from declip.interchange.read import Model
+from declip.interchange.foreign import Refusal
+from declip.interchange.model_card import NO_LICENSE, Provenance, model_card, trace
+from declip.interchange.read import read
 from declip.interchange.weights import Weights, one_line, without_queue
 from declip.io.atomic import atomic_write
 from declip.io.text import listed
@@ -45,37 +44,32 @@ FORMATS: Mapping[str, ModuleType] = {
 folder)`, `reread(folder)`, an ImportError where the library is not installed, and `LIBRARY`, its name on the Hub."""
 
 SOURCES: Mapping[str, Callable[..., Weights]] = {
-    "declip-official": official.read, "open_clip": open_clip.read, "huggingface": huggingface.read,
+    "declip-official": official.read, "open_clip": open_clip.read, "huggingface": read,
 }  # fmt: skip
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+"""OWNER/NAME on the Hub."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder that was written.
-
-    Attributes:
-        difference: Largest difference of any number of a feature of length 1, read back by the format's own library;
-            None where that is not installed.
-        by: That library and its version.
-        cosine: Smallest cosine of a feature and the one read back, for a lower precision.
-    """
+    """A folder that was written, and read back by the format's own library."""
 
     folder: Path
-    difference: float | None
-    by: str
-    cosine: float | None = None
+    difference: float | None  # largest of any number of a feature of length 1; None where the library is not installed
+    by: str  # the library and its version
+    cosine: float | None = None  # smallest of a feature and the one read back, for a lower precision
 
     def __str__(self) -> str:
         if self.difference is None:
             return f"Not read back here: {self.by} is not installed."
-        cosine = ""
-        if self.cosine is not None:  # rounded down
-            cosine = f", their cosine is at least {math.floor(self.cosine * 1e6) / 1e6:.6f}"
+        rounded_down = math.floor((self.cosine or 0) * 1e6) / 1e6
+        cosine = "" if self.cosine is None else f", their cosine is at least {rounded_down:.6f}"
         return f"Read back by {self.by}: features differ by at most {self.difference:.1e}{cosine}."
 
 
 def export(
-    model: str | Path | Model,
+    model: str | Path | DualEncoder,
     format: str,
     out: str | Path,
     *,
@@ -98,24 +92,22 @@ def export(
     """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
-    if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"--repo is '{repo}'; give the repository that the folder will be on the Hub, OWNER/NAME.")
+    if repo is not None and not REPOSITORY.fullmatch(repo):
+        raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
     if precision != "fp32" and (format != "onnx" or precision not in LEAST_COSINE):
         raise UserError(f"--precision is '{precision}'; {', '.join(LEAST_COSINE)} are for onnx, fp32 for all.")
     out, form = Path(out), FORMATS[format]
+    options: dict[str, Any] = {"open_clip": {"repo": repo, "home": out}, "onnx": {"precision": precision}}
     traced, provenance = trace(model)
-    write = partial(open_clip.write, repo=repo, home=out) if format == "open_clip" else form.write
-    if precision != "fp32":
-        write = partial(onnx.write, precision=precision)
     with _new_folder(out, overwrite) as folder, measuring(traced):
         try:
-            write(traced, folder)
+            form.write(traced, folder, **options.get(format, {}))
         except Refusal as refusal:
-            takers = [name for name, other in FORMATS.items() if _expresses(other, traced)]
+            takers = listed(list(_takers(traced)))
             raise UserError(
-                f"This model cannot be exported as {format}: {refusal}. Formats that can: {listed(takers)}."
+                f"This model cannot be exported as {format}: {refusal}. Formats that can: {takers}."
             ) from refusal
-        exported = Exported(out, *_compare(traced, form, folder, precision))
+        exported = replace(_compare(traced, form, folder, precision), folder=out)
         card = model_card(traced, provenance, form.LIBRARY, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
     if exported.difference is None:
@@ -136,20 +128,17 @@ def import_weights(
     """Write another library's weights as a folder that `declip.load` reads: declip.safetensors and a model card.
 
     Args:
-        file: Of "declip-official" a checkpoint, with both towers or the image tower alone; of "open_clip" a name, with
-            or without "open_clip:", or a folder; of "huggingface" a folder of transformers' `CLIPModel`, or
-            ``huggingface:OWNER/NAME``.
+        file: Of "declip-official" a checkpoint; of "open_clip" a name, with or without "open_clip:", or a folder; of
+            "huggingface" a folder, or ``huggingface:OWNER/NAME``.
         source: A key of `SOURCES`.
         out, license, overwrite: See `export`.
-        text_heads, image_heads: Attention heads of the towers, which a checkpoint of "declip-official" does not hold;
-            by default one for each 64 channels.
+        text_heads, image_heads: For "declip-official"; by default one for each 64 channels.
     """
     if source not in SOURCES:
         raise unknown("source of weights", source, SOURCES)
-    given = {"text_heads": text_heads, "image_heads": image_heads}
-    heads = {name: number for name, number in given.items() if number is not None}
+    heads = {n: h for n, h in {"text_heads": text_heads, "image_heads": image_heads}.items() if h is not None}
     if heads and source != "declip-official":
-        raise UserError(f"Weights of {source} say their number of attention heads. Leave {', '.join(heads)} out.")
+        raise UserError(f"Weights of {source} say their numbers of attention heads. Leave {', '.join(heads)} out.")
     weights = SOURCES[source](str(file), **heads)
     provenance = Provenance(weights.recipe, origin=f"`{Path(file).name}` ({source})")
     write_folder(weights.build(), provenance, Path(out), without_queue(weights.heads), license, overwrite)
@@ -174,10 +163,8 @@ def write_folder(
 @contextmanager
 def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """Give an empty folder that takes the place of `out` when all went well; nothing is left otherwise."""
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"'{out}' is not empty. Give --overwrite to replace it whole, or another folder as --out.")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"'{out}' is a file. Give a folder as --out.")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise UserError(f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace a folder.")
     try:
         with atomic_write(out, "give another folder as --out") as folder:
             folder.mkdir()
@@ -186,45 +173,36 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"Cannot write '{out}': {error}. Make room, or give another folder as --out.") from error
 
 
-def _expresses(form: ModuleType, model: DualEncoder) -> bool:
-    try:
-        form.express(model)
-    except Refusal:
-        return False
-    return True
+def _takers(model: DualEncoder) -> Iterator[str]:
+    for name, form in FORMATS.items():
+        with suppress(Refusal):
+            form.express(model)
+            yield name
 
 
-def _compare(
-    model: DualEncoder, form: ModuleType, folder: Path, precision: str
-) -> tuple[float | None, str, float | None]:
-    """Give the largest difference of features, the library that read the folder, and the smallest cosine."""
+def _compare(model: DualEncoder, form: ModuleType, folder: Path, precision: str) -> Exported:
+    """Read a folder back and compare the features."""
     try:
         foreign = form.reread(folder)
     except ImportError as error:
-        return None, error.name or form.LIBRARY, None
+        return Exported(folder, None, error.name or form.LIBRARY)
     except Exception as error:  # of whatever kind: a library that finds what it reads to be none of its own
         raise UserError(
             f"{form.LIBRARY} cannot read the export, so it is not kept: {one_line(error, 200)} Report its recipe."
         ) from error
     size = model.preprocessor.size
     pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    encoders: list[tuple[ToFeatures, ToFeatures, Tensor]] = [(model.encode_image, foreign.image, pixels)]
+    expected, features = [model.encode_image(pixels.to(model.device))], [foreign.image(pixels)]
     if foreign.text is not None:
-        encoders.append((model.encode_text, foreign.text, model.tokenize(CAPTIONS)))
-    differences, cosines = [], []
-    for ours, theirs, batch in encoders:
-        expected, features = ours(batch.to(model.device)).cpu(), F.normalize(theirs(batch.cpu()).float(), dim=-1)
-        differences.append((expected - features).abs().max())
-        cosines.append((expected * features).sum(-1).min())
-    difference, cosine = float(torch.stack(differences).max()), float(torch.stack(cosines).min())  # NaN where any is
-    if precision != "fp32" and not cosine >= LEAST_COSINE[precision]:
+        tokens = model.tokenize(CAPTIONS)
+        expected.append(model.encode_text(tokens))
+        features.append(foreign.text(tokens.cpu()))
+    ours, theirs = torch.cat(expected).cpu(), F.normalize(torch.cat(features).float(), dim=-1)
+    difference, cosine = float((ours - theirs).abs().max()), float((ours * theirs).sum(-1).min())  # NaN where any is
+    near = difference <= LARGEST_DIFFERENCE if precision == "fp32" else cosine >= LEAST_COSINE[precision]
+    if not near:
         raise UserError(
-            f"In {precision} features are too different: a cosine of {cosine:.4f}, at least {LEAST_COSINE[precision]} "
-            "is required. The export is not kept; give another --precision."
+            f"{foreign.by} computes other features from the export in {precision} (they differ by {difference:.1e}, "
+            f"with a cosine of {cosine:.4f}), so it is not kept. Give another --precision, or report its recipe."
         )
-    if precision == "fp32" and not difference <= LARGEST_DIFFERENCE:
-        raise UserError(
-            f"{foreign.by} computes other features from the export (they differ by {difference:.1e}), so it is not "
-            "kept. Report its recipe."
-        )
-    return difference, foreign.by, None if precision == "fp32" else cosine
+    return Exported(folder, difference, foreign.by, None if precision == "fp32" else cosine)

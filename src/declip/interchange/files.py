@@ -21,31 +21,22 @@ T = TypeVar("T")
 MOST_GROWTH = 4
 """Times a file's size that its contents may take. Weights hardly compress, and tied weights count twice."""
 
-ZIP = b"PK\x03\x04"
-"""The first bytes of torch's archives."""
-
 
 def read_tensors(path: Path) -> Any:
     """Read a file of torch's or a safetensors file onto the host."""
-    if not path.is_file():
-        raise UserError(f"There is no file '{path}'. Give the path of a file of weights.")
-    if path.suffix == ".onnx":
-        raise UserError(f"'{path}' is an ONNX file, which is a program for a runtime. Give a file of weights.")
+    if not path.is_file() or path.suffix == ".onnx":
+        raise UserError(f"'{path}' is no file of weights. Give a path of one, as torch.save or safetensors write it.")
     try:
         return load_file(path) if path.suffix == ".safetensors" else _load(path)
     except UserError:
         raise
     except Exception as error:  # a file can be wrong in any way
-        raise UserError(
-            f"Cannot read weights from '{path}': {reason(error)} Save them as torch.save or safetensors do; download "
-            "the file again if it is cut."
-        ) from error
+        raise UserError(f"Cannot read weights from '{path}': {reason(error)} Download the file again.") from error
 
 
 def unwrapped(content: Any, *keys: str) -> Mapping[str, Any]:
     """The weights in a checkpoint's content, under the first of the keys that it has, or all of it."""
-    if not isinstance(content, Mapping):
-        return {}
+    content = content if isinstance(content, Mapping) else {}
     return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
 
 
@@ -93,14 +84,14 @@ def reason(error: Exception, longest: int = 300) -> str:
 
 def _load(path: Path, mmap: bool = False) -> Any:
     with path.open("rb") as file:
-        archive = file.read(len(ZIP)) == ZIP
+        archive = file.read(4) == b"PK\x03\x04"  # by which torch knows its archives
     if archive:
         with zipfile.ZipFile(path) as opened:
             entries = opened.infolist()
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise UserError(
-                f"'{path}' is a TorchScript archive: a program with its weights, which is not run here. Take OpenAI's "
-                "weights by their tag, as in 'open_clip:ViT-B-32/openai'; of your own program save the `state_dict()`."
+                f"'{path}' is a TorchScript archive, a program, which is not run here. Take OpenAI's weights by their "
+                "tag, as in 'open_clip:ViT-B-32/openai'; of your own program save the `state_dict()`."
             )
         _refuse_growth(path, sum(entry.file_size for entry in entries))
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=(mmap and archive) or None)
@@ -119,16 +110,13 @@ def _tensors(content: Any) -> Iterator[Tensor]:
         seen.add(id(item))
         if isinstance(item, Tensor):
             yield item
-        elif isinstance(item, Mapping):
-            left.extend(item.values())
-        elif isinstance(item, list | tuple | set):
-            left.extend(item)
+        elif isinstance(item, Mapping | list | tuple | set):
+            left.extend(item.values() if isinstance(item, Mapping) else item)
 
 
 def _refuse_growth(path: Path, unpacked: int) -> None:
     size = path.stat().st_size
     if unpacked > MOST_GROWTH * size:
         raise UserError(
-            f"'{path}' has {size:,} bytes but says that {unpacked:,} come out of it: more than weights ever do. It is "
-            "not read. Save the weights again, as torch.save or safetensors do."
+            f"'{path}' has {size:,} bytes but says that {unpacked:,} come out of it. Save the weights again."
         )

@@ -6,14 +6,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder
-from declip.models.heads import MlpHead
-from declip.models.no_text import has_text
+from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.text_tower import TextTower
 
 TO_CLIP_VIT = "train with image.model=vit_base_patch32_clip_quickgelu_224"
-
-ToFeatures = Callable[[Tensor], Tensor]
 
 
 class Refusal(UserError):
@@ -21,23 +17,11 @@ class Refusal(UserError):
 
 
 class Reread(NamedTuple):
-    """A written model as the foreign library reads it.
+    """A written model as the foreign library reads it."""
 
-    Attributes:
-        by: The library and its version.
-        image: (n, 3, S, S) normalized pixels → (n, d) features of any length.
-        text: (n, L) our token ids → (n, d) features; None where the file has no text tower.
-    """
-
-    by: str
-    image: ToFeatures
-    text: ToFeatures | None
-
-
-def refuse_mlp_heads(model: DualEncoder) -> None:
-    """Refuse a model whose projections are more than linear maps."""
-    if isinstance(model.image_tower.proj, MlpHead):
-        raise Refusal("its projections are MLPs; train with finetune.head=linear, or export it as safetensors or onnx")
+    by: str  # the library and its version
+    image: Callable[[Tensor], Tensor]  # (n, 3, S, S) normalized pixels → (n, d) features of any length
+    text: Callable[[Tensor], Tensor] | None  # (n, L) our token ids → (n, d) features
 
 
 def clip_text_tower(model: DualEncoder) -> TextTower:
@@ -45,6 +29,5 @@ def clip_text_tower(model: DualEncoder) -> TextTower:
     if not has_text(model):
         raise Refusal("it has no text tower; export a model with both towers")
     if not isinstance(model.text_tower, TextTower):
-        kind = type(model.text_tower).__name__
-        raise Refusal(f"its text tower is a {kind}, not CLIP's; train without text.hf_model")
+        raise Refusal(f"its text tower is a {type(model.text_tower).__name__}; train without text.hf_model")
     return model.text_tower

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.interchange.files import quiet
+from declip.interchange.foreign import Refusal
 from declip.interchange.weights import Weights, empty, first_difference
+from declip.models.dual_encoder import drop_text
+from declip.models.heads import MlpHead
 from declip.models.image_tower import ImageTower
-from declip.models.no_text import drop_text
 from declip.recipe.schema import Recipe
 
 CLIP_MERGES, NO_MERGES = 48_894, 514
@@ -32,16 +34,11 @@ stands for q, k and v, three tensors there and one here."""
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Another library's form of the tensors of a `DualEncoder`; the forms of two towers add up.
-
-    Attributes:
-        shapes: Our name → the change of shape from ours to theirs.
-        mask: Whether their vocabulary has a row for ``<|mask|>``, our last. Without one it is read as the mean row.
-    """
+    """Another library's form of the tensors of a `DualEncoder`; the forms of two towers add up."""
 
     names: Names
-    shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    mask: bool = False
+    shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # our name → change from ours
+    mask: bool = False  # whether their vocabulary has a row for <|mask|>, our last; else it is read as the mean row
 
     def __add__(self, other: "TensorLayout") -> "TensorLayout":
         return TensorLayout(self.names + other.names, {**self.shapes, **other.shapes}, self.mask or other.mask)
@@ -60,8 +57,7 @@ class TensorLayout:
 
     def read(self, tensors: Mapping[str, Tensor], outline: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Undo `write`; `outline` has our names and shapes."""
-        difference = first_difference(self.write(outline), tensors)
-        if difference:
+        if difference := first_difference(self.write(outline), tensors):
             raise UserError(f"its weights are not those of its sizes: {difference}")
         ours = {}
         for name, place in outline.items():
@@ -97,6 +93,21 @@ def from_layout(
     return Weights(recipe, layout.read(tensors, outline), origin)
 
 
+BLOCK = (
+    ("norm1.", "ln_1.", "layer_norm1."),
+    ("norm2.", "ln_2.", "layer_norm2."),
+    ("attn.qkv.", "attn.in_proj_", "self_attn.?_proj."),
+    ("attn.proj.", "attn.out_proj.", "self_attn.out_proj."),
+    ("mlp.fc1.", "mlp.c_fc.", "mlp.fc1."),
+    ("mlp.fc2.", "mlp.c_proj.", "mlp.fc2."),
+)
+"""Names inside a transformer's block of timm, CLIP and transformers."""
+
+
+def _blocks(ours: str, theirs: str, our_column: int, column: int) -> Names:
+    return tuple((f"{ours}.#.{row[our_column]}", f"{theirs}.#.{row[column]}") for row in BLOCK)
+
+
 _VIT_SHAPES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "image_tower.trunk.cls_token": torch.flatten,
     "image_tower.trunk.pos_embed": lambda embedding: embedding[0],
@@ -109,12 +120,7 @@ CLIP_VIT = TensorLayout(
         ("image_tower.trunk.norm_pre.", "visual.ln_pre."),
         ("image_tower.norm.", "visual.ln_post."),
         ("image_tower.proj.weight", "visual.proj"),
-        ("image_tower.trunk.blocks.#.norm1.", "visual.transformer.resblocks.#.ln_1."),
-        ("image_tower.trunk.blocks.#.norm2.", "visual.transformer.resblocks.#.ln_2."),
-        ("image_tower.trunk.blocks.#.attn.qkv.", "visual.transformer.resblocks.#.attn.in_proj_"),
-        ("image_tower.trunk.blocks.#.attn.proj.", "visual.transformer.resblocks.#.attn.out_proj."),
-        ("image_tower.trunk.blocks.#.mlp.fc1.", "visual.transformer.resblocks.#.mlp.c_fc."),
-        ("image_tower.trunk.blocks.#.mlp.fc2.", "visual.transformer.resblocks.#.mlp.c_proj."),
+        *_blocks("image_tower.trunk.blocks", "visual.transformer.resblocks", 0, 1),
     ),
     {**_VIT_SHAPES, "image_tower.proj.weight": torch.t},
 )
@@ -123,11 +129,7 @@ CLIP_RESNET = TensorLayout(
         ("image_tower.proj.", "visual.attnpool.c_proj."),
         ("image_tower.trunk.head.pos_embed", "visual.attnpool.positional_embedding"),
         *((f"image_tower.trunk.head.{part}.", f"visual.attnpool.{part}_proj.") for part in "qkv"),
-        *(
-            (f"image_tower.trunk.stem.conv{layer}.{part}.", f"visual.{part}{layer}.")
-            for layer in "123"
-            for part in ("conv", "bn")
-        ),
+        *((f"image_tower.trunk.stem.conv{i}.{part}.", f"visual.{part}{i}.") for i in "123" for part in ("conv", "bn")),
         *(
             (f"image_tower.trunk.stages.{stage}.#.{ours}.", f"visual.layer{stage + 1}.#.{theirs}.")
             for stage in range(4)
@@ -167,21 +169,12 @@ TRANSFORMERS = TensorLayout(
         ("image_tower.trunk.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
         ("image_tower.trunk.norm_pre.", "vision_model.pre_layrnorm."),  # spelled so there
         ("image_tower.norm.", "vision_model.post_layernorm."),
-        ("image_tower.trunk.blocks.#.norm1.", "vision_model.encoder.layers.#.layer_norm1."),
-        ("image_tower.trunk.blocks.#.norm2.", "vision_model.encoder.layers.#.layer_norm2."),
-        ("image_tower.trunk.blocks.#.attn.qkv.", "vision_model.encoder.layers.#.self_attn.?_proj."),
-        ("image_tower.trunk.blocks.#.attn.proj.", "vision_model.encoder.layers.#.self_attn.out_proj."),
-        ("image_tower.trunk.blocks.#.mlp.", "vision_model.encoder.layers.#.mlp."),
+        *_blocks("image_tower.trunk.blocks", "vision_model.encoder.layers", 0, 2),
         ("text_tower.text_projection.", "text_projection."),
         ("text_tower.token_embedding.", "text_model.embeddings.token_embedding."),
         ("text_tower.positional_embedding", "text_model.embeddings.position_embedding.weight"),
         ("text_tower.ln_final.", "text_model.final_layer_norm."),
-        ("text_tower.transformer.resblocks.#.ln_1.", "text_model.encoder.layers.#.layer_norm1."),
-        ("text_tower.transformer.resblocks.#.ln_2.", "text_model.encoder.layers.#.layer_norm2."),
-        ("text_tower.transformer.resblocks.#.attn.in_proj_", "text_model.encoder.layers.#.self_attn.?_proj."),
-        ("text_tower.transformer.resblocks.#.attn.out_proj.", "text_model.encoder.layers.#.self_attn.out_proj."),
-        ("text_tower.transformer.resblocks.#.mlp.c_fc.", "text_model.encoder.layers.#.mlp.fc1."),
-        ("text_tower.transformer.resblocks.#.mlp.c_proj.", "text_model.encoder.layers.#.mlp.fc2."),
+        *_blocks("text_tower.transformer.resblocks", "text_model.encoder.layers", 1, 2),
     ),
     _VIT_SHAPES,
 )
@@ -193,9 +186,7 @@ OFFICIAL_TEXT = TensorLayout((("text_tower.", "encode_text."),), mask=True)
 
 def vit_keys(width: int, layers: int, heads: int, patch: int, hidden: int, activation: str) -> dict[str, Any]:
     """The recipe's keys of CLIP's vision transformer; `hidden` is the width inside a block's feed-forward part."""
-    ratio = hidden / width
-    if int(width * ratio) != hidden:  # timm rounds down
-        ratio = (hidden + 0.5) / width
+    ratio = hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width  # timm rounds down
     quick = "quickgelu_" if activation == "quick_gelu" else ""
     options = {"patch_size": patch, "embed_dim": width, "depth": layers, "num_heads": heads, "mlp_ratio": ratio}
     return {"image.model": f"vit_base_patch32_clip_{quick}224", "image.model_kwargs": options}
@@ -208,25 +199,22 @@ def activation_of(keys: Mapping[str, Any]) -> str:
 
 def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
     """The recipe's keys of a tower that is CLIP's ViT or ResNet: of these sizes they build the same. Else None."""
+    if isinstance(tower.proj, MlpHead):
+        raise Refusal("its projections are MLPs; train with finetune.head=linear")
     trunk = tower.trunk
-    state = {f"image_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     try:
         resnet = isinstance(trunk.head, AttentionPool2d)
         heads = trunk.head.num_heads if resnet else trunk.blocks[0].attn.num_heads
         quick = resnet or isinstance(trunk.blocks[0].mlp.act, QuickGELU)
+        state = {f"image_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
         written = (CLIP_RESNET if resnet else CLIP_VIT).write(state)
         keys = image_keys(written, heads, "quick_gelu" if quick else "gelu")
         with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet("declip"):
             twin = ImageTower(keys["image.model"], keys["image.size"], keys["embed_dim"], keys["image.model_kwargs"])
     except (UserError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):  # of another kind
         return None
-    alike = _modules(twin) == _modules(tower) and not first_difference(twin.state_dict(), tower.state_dict())
-    return keys if alike else None
-
-
-def _modules(tower: ImageTower) -> list[str]:
-    """The modules with their sizes, activations and epsilons, except for dropout."""
-    return [line for line in repr(tower).splitlines() if "drop" not in line]
+    modules, own = ([line for line in repr(t).splitlines() if "drop" not in line] for t in (twin, tower))
+    return keys if modules == own and not first_difference(twin.state_dict(), tower.state_dict()) else None
 
 
 def merges_key(vocabulary: int) -> int | None:
@@ -235,17 +223,18 @@ def merges_key(vocabulary: int) -> int | None:
 
 
 def image_keys(state: Mapping[str, Tensor], heads: int | None, activation: str = "quick_gelu") -> dict[str, Any]:
-    """The recipe's keys of a CLIP's image tower, by the shapes of its tensors; a head for each 64 channels if None."""
+    """The recipe's keys of a CLIP's image tower, by its tensors' shapes; a ViT has a head for each 64 channels if None.
+
+    A ResNet always has.
+    """
     if CLASS_TOKEN in state:
         width, _, _, patch = state["visual.conv1.weight"].shape
         depth = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
         hidden = len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"])
-        keys = vit_keys(width, depth, heads or one_per_64(width), patch, hidden, activation)
+        keys = vit_keys(width, depth, heads or max(width // 64, 1), patch, hidden, activation)
         size = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
         return {**keys, "image.size": size, "embed_dim": state["visual.proj"].shape[1]}
     cells, width = state[GRID].shape
-    if heads not in (None, one_per_64(width)):
-        raise UserError(f"image_heads={heads} was given; a ResNet of width {width} pools with {one_per_64(width)}")
     depths = [_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
     return {
         "image.model": "resnet50_clip",
@@ -262,16 +251,11 @@ def text_keys(state: Mapping[str, Tensor], start: str, heads: int | None, mask: 
     return {
         "text.width": width,
         "text.layers": _count(state, rf"{re.escape(start)}transformer\.resblocks\.(\d+)\."),
-        "text.heads": heads or one_per_64(width),
+        "text.heads": heads or max(width // 64, 1),
         "text.context_length": len(state[f"{start}positional_embedding"]),
         "text.bpe_merges": merges_key(vocabulary - mask),
         "text.projection_bias": f"{start}text_projection.bias" in state,
     }
-
-
-def one_per_64(width: int) -> int:
-    """The usual number of attention heads."""
-    return max(width // 64, 1)
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

@@ -1,28 +1,31 @@
-"""The model card (README.md) of every export: training data, results, use."""
+"""The origin of a model, and its model card (README.md): training data, results, use."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import declip
+from declip.errors import UserError
 from declip.evaluation.results import Result, short_names
 from declip.interchange import starter
-from declip.interchange.provenance import Provenance, repository, without_folders
+from declip.interchange.open_clip_model import PREFIX as OPEN_CLIP
+from declip.interchange.read import HUB_PREFIXES, read, read_checkpoint, weights_of
+from declip.interchange.timm_weights import PREFIX as TIMM
 from declip.io.text import percent, times
-from declip.models.dual_encoder import DualEncoder
-from declip.models.no_text import has_text
+from declip.models.dual_encoder import DualEncoder, has_text
 from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import STATE, list_checkpoints
+from declip.runs.folder import read_run
 
 NO_LICENSE = "unknown: set it"
 IDENTIFIER = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9.]+)*", re.IGNORECASE)
 """A license as the Hub takes it in a card's head, such as "mit" or "cc-by-4.0"; others are "other" with a name."""
-
 
 TASKS: Mapping[str, str] = {
     "zero-shot": "zero-shot-image-classification",
@@ -34,6 +37,53 @@ TASKS: Mapping[str, str] = {
 HUB_DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """The origin of a model, as far as it is recorded."""
+
+    recipe: Recipe
+    step: int | None = None  # steps done; None where no checkpoint says it
+    pairs: int | None = None  # distinct pairs of the source
+    results: Sequence[Result] = ()  # after that step
+    origin: str | None = None  # of the weights, in a few words, where it was not one of our runs
+
+
+def repository(where: str) -> str | None:
+    """The Hub's id of weights by their name here; None where the name does not say it."""
+    prefix = next((prefix for prefix in HUB_PREFIXES if where.startswith(prefix)), None)
+    return where.removeprefix(prefix).partition("@")[0] if prefix else None
+
+
+def without_folders(given: str) -> str:
+    """Cut the folders of this machine, and a URL's query, from the name of a source, a set or weights."""
+    if given.startswith(HUB_PREFIXES) or "://" in given:
+        return given.partition("?")[0]
+    prefix, path = re.fullmatch(r"((?:[\w-]+:)*)(.*)", given, re.DOTALL).groups()  # type: ignore[union-attr]
+    if prefix in (OPEN_CLIP, TIMM):  # the model's name comes before the file's
+        model, slash, path = path.partition("/")
+        prefix += model + slash
+    return prefix + (Path(path).name or path)
+
+
+def trace(where: str | Path | DualEncoder) -> tuple[DualEncoder, Provenance]:
+    """Load a model on the CPU, with what its folder records of it; a model that is given stays where it is."""
+    if not isinstance(where, str | Path):
+        if not isinstance(where, DualEncoder) or where.recipe is None:
+            raise UserError(f"This {type(where).__name__} cannot be exported: it was not built from a recipe.")
+        return where, Provenance(where.recipe)
+    path = Path(where)
+    if not (path / STATE).is_file() and not list_checkpoints(path):
+        weights = read(where)
+        return weights.build().eval(), Provenance(weights.recipe, origin=f"`{without_folders(str(where))}`")
+    checkpoint = read_checkpoint(path)
+    run = path.parent.parent if (path / STATE).is_file() else path
+    results = tuple(row.result for row in read_run(run).evaluated if row.step == checkpoint.step)
+    pairs = checkpoint.extra.get("pairs")
+    weights = weights_of(checkpoint, str(where))
+    pairs = pairs if isinstance(pairs, int) else None
+    return weights.build().eval(), Provenance(weights.recipe, checkpoint.step, pairs, results)
+
+
 def model_card(
     model: DualEncoder,
     provenance: Provenance,
@@ -42,19 +92,20 @@ def model_card(
     license: str = NO_LICENSE,
     repo: str | None = None,
 ) -> str:
-    """Write the card as Markdown with the YAML head that the Hub reads.
+    """Write the card as Markdown with the YAML head that the Hub reads, and Python for the library.
 
     Args:
-        library: The Hub's name of the library that loads the folder; the card has Python for it.
         checked: How the export was read back, as a sentence, where it was.
-        license: An identifier of the Hub's such as "mit", or any words.
         repo: OWNER/NAME on the Hub, from where the card's Python then loads the model.
     """
-    start = provenance.recipe.finetune.pretrained
+    start, results = provenance.recipe.finetune.pretrained, provenance.results
     recipe = Recipe.model_validate(_without_folders(provenance.recipe.model_dump(mode="json")))
-    names = short_names(result.dataset for result in provenance.results)
+    names = short_names(result.dataset for result in results)
     name = recipe.name if provenance.step is not None else "A language-image model"
-    return _template().render(
+    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader("declip.interchange"), keep_trailing_newline=True, **options)
+    environment.filters |= {"percent": percent, "times": times}
+    return environment.get_template("model_card.md").render(
         vars(replace(provenance, recipe=recipe)),
         head=_head(name, has_text(model), library, license, provenance),
         name=name,
@@ -66,21 +117,9 @@ def model_card(
         library=library,
         checked=checked,
         start=without_folders(start) if start else None,
-        measured=[
-            (without_folders(names[result.dataset]), result.task, measure)
-            for result in provenance.results
-            for measure in result.measures()
-        ],
+        measured=[(without_folders(names[r.dataset]), r.task, m) for r in results for m in r.measures()],
         license=license,
     )
-
-
-@cache
-def _template() -> Template:
-    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=PackageLoader("declip.interchange"), keep_trailing_newline=True, **options)
-    environment.filters |= {"percent": percent, "times": times}
-    return environment.get_template("model_card.md")
 
 
 def _without_folders(tree: Any) -> Any:
@@ -95,12 +134,9 @@ def _without_folders(tree: Any) -> Any:
 def _head(name: str, whole: bool, library: str, license: str, provenance: Provenance) -> str:
     """Write the card's metadata, with results as the Hub's model-index."""
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": TASKS["zero-shot" if whole else "features"]}
-    if license == NO_LICENSE:
-        fields["license"] = "unknown"
-    elif IDENTIFIER.fullmatch(license):
-        fields["license"] = license.lower()
-    else:
-        fields |= {"license": "other", "license_name": license}
+    fields |= {"license": "other", "license_name": license}
+    if license == NO_LICENSE or IDENTIFIER.fullmatch(license):
+        fields |= {"license": license.partition(":")[0].lower(), "license_name": None}
     if bases := _base_models(provenance.recipe):
         fields |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": "finetune"}
     if provenance.step is not None and (datasets := HUB_DATASET.findall(provenance.recipe.data.label)):
@@ -126,19 +162,13 @@ def _eval_results(results: Sequence[Result]) -> list[EvalResult]:
     for result in results:
         task = TASKS.get(result.task, "image-classification")
         on, hub = without_folders(names[result.dataset]), HUB_DATASET.findall(result.dataset)
+        kind = hub[0] if hub else re.sub(r"[^\w.-]+", "-", on)
         for measure in result.measures():
             recall = re.search(r"R@(\d+)", measure.name)
-            if not math.isfinite(measure.value):
-                continue
-            rows.append(
-                EvalResult(
-                    task_type=task,
-                    task_name=task.replace("-", " "),
-                    dataset_type=hub[0] if hub else re.sub(r"[^\w.-]+", "-", on),
-                    dataset_name=on,
-                    metric_type=f"recall_at_{recall[1]}" if recall else "accuracy",
-                    metric_name=measure.label,
-                    metric_value=round(measure.value, 4),
+            metric = f"recall_at_{recall[1]}" if recall else "accuracy"
+            if math.isfinite(measure.value):
+                value = round(measure.value, 4)
+                rows.append(
+                    EvalResult(task, kind, on, metric, value, task.replace("-", " "), metric_name=measure.label)
                 )
-            )
     return rows

@@ -1,10 +1,4 @@
-"""Checkpoints of the official implementation (CLIP, SLIP, FILIP, DeCLIP, DeFILIP; arXiv 2110.05208 and 2203.05796).
-
-A checkpoint is ``{"last_iter", "model", "optimizer"}`` with "module." before every name. What differs: its vocabulary
-has ``<|mask|>`` before start and end, ours has it last; its image projection lies transposed; its queue is not saved.
-The sizes are read off the shapes, except for the number of attention heads. A file may hold the image tower alone, with
-or without its projection.
-"""
+"""Checkpoints of the official implementation (CLIP, SLIP, FILIP, DeCLIP, DeFILIP; arXiv 2110.05208 and 2203.05796)."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +10,7 @@ import torch
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.interchange import huggingface, layouts, open_clip_model
+from declip.interchange import layouts
 from declip.interchange.files import read_tensors, unwrapped
 from declip.interchange.weights import NO_TEXT, Weights, one_line
 from declip.recipe.load import load_recipe
@@ -41,19 +35,16 @@ HEADS: layouts.Names = (
     ("terms.late_interaction.logit_scale", "logit_scale_dense"),
 )
 HEAD_SIZES = {
-    "simsiam.hidden": "projector.linear1.weight",
-    "simsiam.out": "projector.linear3.weight",
-    "simsiam.predictor_hidden": "predictor.linear1.weight",
-    "simclr.hidden": "predictor_sim.linear1.weight",
-    "simclr.out": "predictor_sim.linear3.weight",
-    "late_interaction.width": "image_mapping.weight",
+    "simsiam.widths": ("projector.linear1.weight", "projector.linear3.weight", "predictor.linear1.weight"),
+    "simclr.widths": ("predictor_sim.linear1.weight", "predictor_sim.linear3.weight"),
+    "late_interaction.width": ("image_mapping.weight",),
 }
-"""Recipe key → the layer whose output width it is."""
+"""Recipe key → the layers whose output widths it is."""
 
 TEXT, EMBEDDING = "encode_text.", "encode_text.token_embedding.weight"
 NOT_OFFICIAL = (
-    "these are not weights of the official implementation with CLIP's ViT or ResNet: {} not found. Give a checkpoint "
-    "of that code, or its state dict"
+    "these are not weights of the official implementation with CLIP's ViT or ResNet. A file of open_clip's is given "
+    "with its model, open_clip:MODEL/FILE, and one of transformers' or of a checkpoint by its folder"
 )
 
 
@@ -65,9 +56,7 @@ def matches(where: str) -> bool:
 def read(where: str, text_heads: int | None = None, image_heads: int | None = None) -> Weights:
     """Read a checkpoint, ``.pth.tar``, ``.pth``, ``.pt`` or ``.safetensors``: both towers and heads, or an image tower.
 
-    Args:
-        text_heads: Attention heads of the text tower; by default one for each 64 channels.
-        image_heads: The same for a vision transformer; by default `text_heads` where both towers are equally wide.
+    Sizes are read off the shapes; the heads of attention in text tower and ViT are by default one for each 64 channels.
     """
     return weights_of(read_tensors(Path(where).expanduser()), where, text_heads, image_heads)
 
@@ -79,10 +68,10 @@ def weights_of(content: Any, origin: str, text_heads: int | None = None, image_h
         whole = any("token_embedding" in name for name in state)
         tensors = state if whole else _image_tower(state)
         needed = ("visual.conv1.weight", *(("logit_scale", EMBEDDING) if whole else ()))
-        missing = [name for name in needed if name not in tensors]
-        if missing or not {layouts.CLASS_TOKEN, layouts.GRID} & tensors.keys():
-            raise UserError(NOT_OFFICIAL.format(", ".join(missing) or f"{layouts.CLASS_TOKEN} and {layouts.GRID}"))
-        tensors = _in_our_order(tensors)
+        if not set(needed) <= tensors.keys() or not {layouts.CLASS_TOKEN, layouts.GRID} & tensors.keys():
+            raise UserError(NOT_OFFICIAL)
+        for name in [name for name in tensors if name.startswith((EMBEDDING, "text_label_predictor."))]:
+            tensors[name] = tensors[name][token_order(len(tensors[name]))]
         recipe = load_recipe(_recipe_name(tensors), _keys(tensors, text_heads, image_heads))
         heads = {name: tensor for name, tensor in tensors.items() if layouts.rename(name, HEADS, back=True) != name}
         towers = {name: tensor for name, tensor in tensors.items() if name not in heads}
@@ -91,7 +80,7 @@ def weights_of(content: Any, origin: str, text_heads: int | None = None, image_h
         towers["logit_scale"] = scale.reshape(()).clamp(max=recipe.logit_scale.max)
         weights = layouts.from_layout(recipe, layout_of(tensors), towers, origin, whole)
     except UserError as error:
-        raise _known_otherwise(origin, state) or UserError(f"'{origin}': {str(error).rstrip('.')}.") from error
+        raise UserError(f"'{origin}': {str(error).rstrip('.')}.") from error
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"The shapes of the weights in '{origin}' cannot be read: {one_line(error)}.") from error
     return replace(weights, heads={layouts.rename(name, HEADS, back=True): tensor for name, tensor in heads.items()})
@@ -119,55 +108,27 @@ def _tensors_of(content: Any) -> dict[str, Tensor]:
 
 
 def _image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an image tower alone, named "visual.…"; a projection that is left out is the identity."""
+    """The tensors of an image tower alone, named "visual.…"."""
     if not any(name.startswith("visual.") for name in state):
         state = {f"visual.{name}": tensor for name, tensor in state.items() if not UNUSED.match(f"visual.{name}")}
-    state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
-    if layouts.CLASS_TOKEN in state and "visual.proj" not in state:
-        state["visual.proj"] = torch.eye(*state["visual.transformer.resblocks.0.attn.out_proj.weight"].shape)
-    if layouts.GRID in state and not any(name.startswith("visual.attnpool.c_proj.") for name in state):
-        weight = torch.eye(*state["visual.attnpool.q_proj.weight"].shape)
-        state |= {"visual.attnpool.c_proj.weight": weight, "visual.attnpool.c_proj.bias": torch.zeros(len(weight))}
-    return state
-
-
-def _in_our_order(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Move the row of the mask to the end of what has a row for each token."""
-    return {
-        name: tensor[token_order(len(tensor))] if name.startswith((EMBEDDING, "text_label_predictor.")) else tensor
-        for name, tensor in state.items()
-    }
+    return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
 
 
 def _keys(state: Mapping[str, Tensor], text_heads: int | None, image_heads: int | None) -> dict[str, Any]:
     """The recipe's keys of the towers and the heads of losses."""
     if EMBEDDING not in state:
         return {**NO_TEXT, **layouts.image_keys(state, image_heads)}
-    if state[EMBEDDING].shape[1] == len(state["visual.conv1.weight"]) and layouts.CLASS_TOKEN in state:
-        image_heads = image_heads or text_heads
-    sizes = {key: len(state[name]) for key, name in HEAD_SIZES.items() if name in state}
+    widths = {key: [len(state[name]) for name in names if name in state] for key, names in HEAD_SIZES.items()}
+    sizes = {key: found[0] if key.endswith("width") else found for key, found in widths.items() if found}
     return {**layouts.image_keys(state, image_heads), **layouts.text_keys(state, TEXT, text_heads, mask=True), **sizes}
 
 
 def _recipe_name(state: Mapping[str, Tensor]) -> str:
     """The official recipe of the kind that the heads show."""
     late = "image_mapping.weight" in state
+    kind = "filip" if late else "clip"
     if "predictor_sim.linear1.weight" in state:
         kind = "slip"
     elif "projector.linear1.weight" in state:
-        kind = "defilip" if late else "declip"
-    else:
-        kind = "filip" if late else "clip"
+        kind = f"de{kind}"
     return f"{kind}-yfcc15m-vitb32"
-
-
-def _known_otherwise(origin: str, state: Mapping[str, Any]) -> UserError | None:
-    """Say how to load weights of another format that a path alone does not lead to."""
-    folder = Path(origin).parent
-    theirs = any(name.startswith("vision_model.") for name in state) and huggingface.matches(str(folder))
-    if theirs or "model.logit_scale" in state:
-        return UserError(f"'{origin}' holds weights that do not say what they are of. Give its folder, '{folder}'.")
-    has_text = "token_embedding.weight" in state or any(name.startswith("text.") for name in state)
-    if has_text and any(name.startswith("visual.") for name in state):
-        return UserError(f"'{origin}' holds weights as open_clip names them. {open_clip_model.which_model(origin)}")
-    return None

@@ -1,14 +1,4 @@
-"""ONNX: a file for each tower, written by torch's exporter, with preprocessing and tokenizer next to them.
-
-``image.onnx``: pixel_values (batch, 3, S, S) float32, normalized → image_embeds (batch, d) float32 of length 1.
-``text.onnx``: input_ids (batch, length) int64, length at most the context, padding after the end token → text_embeds
-(batch, d) float32 of length 1. Batch and length are free. ``declip_onnx.json`` says how images and captions become
-these inputs, and ``tokenizer.json`` is the tokenizer.
-
-With fp16 all weights and the computation are float16, with int8 the weights of matrix products and token
-embeddings are 8 bits and activations are quantized as they come (onnxruntime's dynamic quantization); convolutions
-stay float32. Inputs and outputs stay float32 in both.
-"""
+"""ONNX: a file for each tower, written by torch's exporter, with preprocessing and tokenizer next to them."""
 
 import io
 import json
@@ -26,8 +16,7 @@ from declip.interchange.files import quiet
 from declip.interchange.foreign import Refusal, Reread
 from declip.interchange.tokenizer_files import backend
 from declip.interchange.weights import one_line
-from declip.models.dual_encoder import DualEncoder
-from declip.models.no_text import has_text
+from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.wrapped_towers import WrappedTextTower
 
 LIBRARY = "onnx"
@@ -37,17 +26,13 @@ ROWS, LENGTH = 2, 4
 """Sizes of the example that is traced: a size of 1 would be taken as fixed."""
 
 
-class Encode(nn.Module):
+class TowerModule(nn.Module):
     """One of a model's two encoders as a module."""
 
     def __init__(self, model: DualEncoder, encode: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.model, self.encode = model, encode
+        self.model, self.forward = model, encode
         self.eval()
-
-    def forward(self, batch: Tensor) -> Tensor:
-        """Encode."""
-        return self.encode(batch)
 
 
 def express(model: DualEncoder) -> None:
@@ -57,7 +42,11 @@ def express(model: DualEncoder) -> None:
 
 
 def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
-    """Write image.onnx and declip_onnx.json, and for the text tower text.onnx and tokenizer.json."""
+    """Write image.onnx, text.onnx, tokenizer.json and declip_onnx.json, which says how their inputs are made.
+
+    Images are (batch, 3, S, S) float32, normalized; texts (batch, length) int64 with padding after the end, length at
+    most the context. Outputs are (batch, d) float32 of length 1. Batch and length are free.
+    """
     assert model.recipe is not None, "a model without one was refused"
     image, batch = model.recipe.image, torch.export.Dim("batch")
     about: dict[str, Any] = {
@@ -66,42 +55,32 @@ def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
         "embed_dim": model.recipe.embed_dim,
         "logit_scale": model.logit_scale.exp().item(),
         "image": {
-            "file": IMAGE,
-            "input": "pixel_values",
-            "output": "image_embeds",
+            **{"file": IMAGE, "input": "pixel_values", "output": "image_embeds"},
             "size": image.size,
             "resize": "shorter side to size, bicubic (PIL); the longer side is rounded down",
             "crop": "center; half a pixel is rounded to even",
             "mode": "RGB, transparency over white",
-            "scale": "1/255",
-            "mean": list(image.mean),
-            "std": list(image.std),
+            **{"scale": "1/255", "mean": list(image.mean), "std": list(image.std)},
         },
     }
     pixels = torch.zeros(ROWS, 3, image.size, image.size, device=model.device)
-    _export(Encode(model, model.encode_image), pixels, {0: batch}, folder, about["image"])
+    _export(TowerModule(model, model.encode_image), pixels, {0: batch}, folder, about["image"])
     if has_text(model):
         tokenizer = model.tokenizer
-        about["text"] = {
-            "file": TEXT,
-            "input": "input_ids",
-            "output": "text_embeds",
-            "tokenizer": TOKENIZER,
-            **{name: getattr(tokenizer, name) for name in ("context", "start", "end", "padding")},
-        }
+        names = {"file": TEXT, "input": "input_ids", "output": "text_embeds", "tokenizer": TOKENIZER}
+        about["text"] = names | {name: getattr(tokenizer, name) for name in ("context", "start", "end", "padding")}
         tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64, device=model.device)
         tokens[:, -1] = tokenizer.end
         sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}
-        _export(Encode(model, model.encode_text), tokens, sizes, folder, about["text"])
+        _export(TowerModule(model, model.encode_text), tokens, sizes, folder, about["text"])
         backend(tokenizer).save(str(folder / TOKENIZER))
-    for name in (IMAGE, TEXT) if precision != "fp32" else ():
-        if (folder / name).is_file():
-            _convert(folder / name, precision)
+    for path in folder.glob("*.onnx") if precision != "fp32" else ():
+        _convert(path, precision)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def _convert(path: Path, precision: str) -> None:
-    """Replace a file by the same in another precision."""
+    """Replace a file by the same in another precision; inputs and outputs stay float32."""
     try:
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -134,21 +113,14 @@ def reread(folder: Path) -> Reread:
     return Reread(f"onnxruntime {onnxruntime.__version__}", session(IMAGE, "pixel_values"), text)
 
 
-def _export(module: Encode, example: Tensor, sizes: dict[int, Any], folder: Path, about: dict[str, Any]) -> None:
+def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], folder: Path, about: dict[str, Any]) -> None:
     path = folder / about["file"]
+    options: dict[str, Any] = {f"{kind}_names": [about[kind]] for kind in ("input", "output")}
+    options |= {"dynamo": True, "dynamic_shapes": (sizes,), "opset_version": OPSET, "verbose": False}
     try:
         notes = warnings.catch_warnings(action="ignore")  # on what it translates
         with notes, quiet("torch.onnx"), redirect_stdout(io.StringIO()):
-            program = torch.onnx.export(
-                module,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=(sizes,),
-                input_names=[about["input"]],
-                output_names=[about["output"]],
-                opset_version=OPSET,
-                verbose=False,
-            )
+            program = torch.onnx.export(module, (example,), **options)
             assert program is not None
             program.save(path)
     except ImportError as error:

@@ -1,14 +1,4 @@
-"""Models of open_clip as models of ours, and ours as folders of open_clip's.
-
-Reading: CLIP's ViT, CLIP's ResNet and timm towers with a linear projection, with CLIP's text tower and tokenizer, are
-converted; the towers of all other models are wrapped, see `declip.interchange.wrapped_weights`. The result is compared
-with open_clip's, images and captions included.
-
-Writing: open_clip loads the folder by the name ``local-dir:FOLDER``. CLIP's ViT and CLIP's ResNet become open_clip's
-own towers, whatever their sizes; every other timm model goes through open_clip's `TimmModel`, which takes a name alone:
-neither options nor, where it matters, another image size. A BERT or RoBERTa makes the model open_clip's
-`CustomTextCLIP`, whose text tower is built from a configuration that ``hf_model_name`` leads to.
-"""
+"""Models of open_clip as models of ours, and ours as folders that open_clip loads as ``local-dir:FOLDER``."""
 
 import json
 import logging
@@ -24,20 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.interchange import layouts, open_clip_model
-from declip.interchange.foreign import TO_CLIP_VIT, Refusal, Reread, clip_text_tower, refuse_mlp_heads
-from declip.interchange.layouts import (
-    TensorLayout,
-    activation_of,
-    clip_keys,
-    from_layout,
-    image_keys,
-    merges_key,
-    text_keys,
-)
-from declip.interchange.open_clip_model import CONFIG, OpenClip, load_open_clip, matches
+from declip.interchange import layouts
+from declip.interchange.foreign import TO_CLIP_VIT, Refusal, Reread, clip_text_tower
+from declip.interchange.layouts import TensorLayout, activation_of
+from declip.interchange.open_clip_model import CONFIG, PREFIX, OpenClipModel, load_open_clip, matches
 from declip.interchange.tokenizer_files import write_tokenizer
-from declip.interchange.weights import Weights, one_line
+from declip.interchange.weights import Weights, first_difference, one_line
 from declip.interchange.wrapped_weights import express_wrapped, wrap_open_clip, wrapped_in
 from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
@@ -46,7 +28,6 @@ from declip.models.hf_encoder import PREFIX as HUB_ENCODER
 from declip.models.hf_encoder import TextEncoder
 from declip.models.hf_text_tower import HuggingfaceTextTower
 from declip.recipe.load import load_recipe
-from declip.recipe.schema import Recipe
 
 __all__ = ["express", "matches", "read", "reread", "write"]
 
@@ -65,67 +46,57 @@ ENCODERS = ("bert", "roberta", "xlm-roberta")
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
 Part = tuple[dict[str, Any], TensorLayout]
-"""A section of open_clip's configuration, and the form of its tensors."""
+"""A section of open_clip's configuration or a recipe's keys, and the form of the tensors."""
 
 
 def read(where: str) -> Weights:
-    """Read a name, with or without "open_clip:", or a folder of open_clip's as a model of ours."""
-    given = where.removeprefix(open_clip_model.PREFIX)
-    if given == where and Path(where).expanduser().is_file():
-        raise UserError(f"'{where}' does not say which model its weights are of. {open_clip_model.which_model(where)}")
-    if given == where and not Path(where).expanduser().is_dir():
-        where = open_clip_model.PREFIX + where
-    return convert(load_open_clip(where), where)
+    """Read a name, with or without "open_clip:", or a folder of open_clip's as a model of ours.
 
-
-def convert(opened: OpenClip, origin: str = "the model") -> Weights:
-    """Convert a model of open_clip's to our towers where that is exact; else keep its own towers, wrapped."""
-    with suppress(UserError):
-        return _convert(opened, origin)
+    CLIP's ViT, CLIP's ResNet and timm towers with a linear projection, with CLIP's text tower and tokenizer, are
+    converted; all others keep their own towers, wrapped. The result is compared with open_clip's.
+    """
+    path = Path(where).expanduser()
+    if path.is_file():
+        raise UserError(
+            f"'{where}' does not say which model its weights are of. Give {PREFIX}MODEL/{where}, where MODEL is for "
+            "example ViT-B-32, or ViT-B-32-quickgelu for weights trained with QuickGELU."
+        )
+    where = where if where.startswith(PREFIX) or path.is_dir() else PREFIX + where
+    opened = load_open_clip(where)
+    with suppress(UserError, AttributeError, LookupError, TypeError, ValueError, RuntimeError):  # not of CLIP's kind
+        return _compared(_converted(opened, where), opened)
     try:
-        weights = wrap_open_clip(opened, origin)
-        _compare(weights.build().eval(), opened)
-    except UserError as error:
-        raise _refused(str(error)) from error
+        return _compared(wrap_open_clip(opened, where), opened)
     except Exception as error:  # a tower of another kind
-        raise _refused(f"{type(error).__name__}: {one_line(error, 200)}") from error
-    return weights
+        raise UserError(
+            f"This model of open_clip's cannot become one of ours: {one_line(error).rstrip('.')}."
+        ) from error
 
 
-def _convert(opened: OpenClip, origin: str) -> Weights:
-    """Convert weights, tokenizer, image statistics and logit scale."""
-    try:
-        tensors = {n: t.cpu().float() if t.is_floating_point() else t for n, t in opened.model.state_dict().items()}
-        tensors["logit_scale"] = tensors["logit_scale"].squeeze()
-        keys, layout = _keys(opened, tensors)
-        weights = from_layout(load_recipe("clip", {"name": "from-open-clip", **keys}), layout, tensors, origin)
-        _compare(weights.build().eval(), opened)
-    except UserError as error:
-        raise _refused(str(error)) from error
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:  # a tower of another kind
-        raise _refused(f"{type(error).__name__}: {one_line(error, 200)}") from error
-    return weights
+def _converted(opened: OpenClipModel, origin: str) -> Weights:
+    state = opened.model.state_dict()
+    tensors = {name: t.cpu().float() if t.is_floating_point() else t for name, t in state.items()}
+    tensors["logit_scale"] = tensors["logit_scale"].squeeze()
+    keys, layout = _keys(opened, tensors)
+    return layouts.from_layout(load_recipe("clip", {"name": "from-open-clip", **keys}), layout, tensors, origin)
 
 
-def _keys(opened: OpenClip, state: Mapping[str, Tensor]) -> Part:
-    """The recipe's keys, and the form of the tensors."""
-    model, prepared = opened.model, opened.preprocessor.config
-    if type(model).__name__ != "CLIP":
-        raise UserError(f"it is a {type(model).__name__}, not a CLIP")
-    if prepared.interpolation != "bicubic" or prepared.resize_mode != "shortest":
-        raise UserError(f"its images are resized {prepared.resize_mode}, {prepared.interpolation}")
+def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
+    model, prepared = opened.model, opened.preprocess
+    if type(model).__name__ != "CLIP" or prepared.interpolation != "bicubic" or prepared.resize_mode != "shortest":
+        raise UserError("its towers or its images are others than CLIP's")
     tower, block = model.visual, model.transformer.resblocks[0]
     if hasattr(tower, "trunk"):
         image, image_layout = {"image.model": tower.trunk.default_cfg["architecture"]}, layouts.TIMM
     elif hasattr(tower, "attnpool"):
-        image, image_layout = image_keys(state, tower.attnpool.num_heads), layouts.CLIP_RESNET
+        image, image_layout = layouts.image_keys(state, tower.attnpool.num_heads), layouts.CLIP_RESNET
     else:
         first = tower.transformer.resblocks[0]
-        image, image_layout = image_keys(state, first.attn.num_heads, _activation(first)), layouts.CLIP_VIT
+        image, image_layout = layouts.image_keys(state, first.attn.num_heads, _activation(first)), layouts.CLIP_VIT
     bare = "text_projection" in state
     keys = {
         **image,
-        **text_keys(state, "", block.attn.num_heads, mask=False),
+        **layouts.text_keys(state, "", block.attn.num_heads, mask=False),
         "text.activation": _activation(block),
         "image.size": prepared.size if isinstance(prepared.size, int) else prepared.size[0],
         "image.mean": list(prepared.mean),
@@ -139,23 +110,22 @@ def _activation(block: Any) -> str:
     return "quick_gelu" if type(block.mlp.gelu).__name__ == "QuickGELU" else "gelu"
 
 
-def _compare(model: DualEncoder, opened: OpenClip) -> None:
+def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
     """Compare the features of images and captions with open_clip's."""
+    from open_clip.transform import image_transform_v2
+
+    ours, theirs, transform = weights.build().eval(), opened.model, image_transform_v2(opened.preprocess, False)
     noise = torch.randint(0, 256, (57, 91, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = [Image.fromarray(noise.numpy()), Image.fromarray(noise.numpy()).resize((40, 333))]
+    pixels = torch.stack([transform(image) for image in images])
     with torch.no_grad():
-        visual = model.encode_image(model.preprocess(images)) - opened.encode_image(opened.preprocess(images)).cpu()
-        texts = model.encode_text(model.tokenize(CAPTIONS)) - opened.encode_text(opened.tokenize(CAPTIONS)).cpu()
+        visual = ours.encode_image(ours.preprocess(images)) - theirs.encode_image(pixels, normalize=True)
+        tokens = opened.tokenizer(list(CAPTIONS))
+        texts = ours.encode_text(ours.tokenize(CAPTIONS)) - theirs.encode_text(tokens, normalize=True)
     for kind, difference in (("images", visual), ("captions", texts)):
         if not float(difference.abs().max()) <= CLOSE:
             raise UserError(f"its features of {kind} come out differently, by {difference.abs().max():.1e}")
-
-
-def _refused(reason: str) -> UserError:
-    return UserError(
-        f"This model of open_clip's cannot become one of ours: {reason.rstrip('.')}. It can be used as it is: "
-        "declip evaluate open_clip:…"
-    )
+    return weights
 
 
 def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path | None = None) -> None:
@@ -170,7 +140,7 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
     text_config = config["model_cfg"]["text_cfg"]
     encoder, wrapped = None, wrapped_in(model)
     if isinstance(model.text_tower, HuggingfaceTextTower):
-        encoder = TextEncoder.from_tensor(model.text_tower.get_extra_state()).config
+        encoder = TextEncoder.from_tensor(model.text_tower.stored).config
     elif wrapped is not None:
         encoder = wrapped.encoder
     if encoder is not None:
@@ -191,6 +161,8 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
     """Give open_clip's configuration and tensors; `place` is the folder or repository where the files will be."""
     recipe = model.recipe
     assert recipe is not None, "a model without one was refused"
+    image = recipe.image
+    resize = {"interpolation": "bicubic", "resize_mode": "shortest"}
     if (wrapped := wrapped_in(model)) is not None:
         if wrapped.library != "open_clip":
             raise Refusal("its towers are transformers'")
@@ -199,31 +171,25 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
             model_config["text_cfg"]["hf_model_name"] = place
         mode = "squash" if wrapped.image["squash"] else "shortest"
         resize = {"interpolation": wrapped.image["interpolation"], "resize_mode": mode}
-        return _config(recipe, model_config, resize), tensors
-    refuse_mlp_heads(model)
-    keys = clip_keys(model.image_tower)
-    if isinstance(model.text_tower, HuggingfaceTextTower):
-        activation = activation_of(keys) if keys else "gelu"
-        text_config, text = _text_encoder(model.text_tower, recipe.text.hf_model or "", place)
     else:
-        activation = recipe.text.activation
-        text_config, text = _text_config(model)
-    vision_config, image = _vision_config(model, keys, activation)
-    model_config = {
-        "embed_dim": recipe.embed_dim,
-        "quick_gelu": activation == "quick_gelu",
-        "vision_cfg": {"image_size": recipe.image.size, **vision_config},
-        "text_cfg": text_config,
-    }
-    config = _config(recipe, model_config, {"interpolation": "bicubic", "resize_mode": "shortest"})
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
-    return config, (image + text).write(state)
-
-
-def _config(recipe: Recipe, model_config: dict[str, Any], resize: dict[str, str]) -> dict[str, Any]:
-    image = recipe.image
-    statistics = {"mean": list(image.mean), "std": list(image.std)}
-    return {"model_cfg": model_config, "preprocess_cfg": {"size": image.size, "mode": "RGB", **statistics, **resize}}
+        keys = layouts.clip_keys(model.image_tower)
+        if isinstance(model.text_tower, HuggingfaceTextTower):
+            activation = activation_of(keys) if keys else "gelu"
+            text_config, text = _text_encoder(model.text_tower, recipe.text.hf_model or "", place)
+        else:
+            activation = recipe.text.activation
+            text_config, text = _text_config(model)
+        vision_config, visual = _vision_config(model, keys, activation)
+        model_config = {
+            "embed_dim": recipe.embed_dim,
+            "quick_gelu": activation == "quick_gelu",
+            "vision_cfg": {"image_size": image.size, **vision_config},
+            "text_cfg": text_config,
+        }
+        state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
+        tensors = (visual + text).write(state)
+    prepared = {"size": image.size, "mode": "RGB", "mean": list(image.mean), "std": list(image.std), **resize}
+    return {"model_cfg": model_config, "preprocess_cfg": prepared}, tensors
 
 
 def reread(folder: Path) -> Reread:
@@ -248,14 +214,14 @@ def _text_config(model: DualEncoder) -> Part:
     vocabulary = model.tokenizer.vocabulary - 1
     config: dict[str, Any] = {name: getattr(text, name) for name in ("context_length", "width", "heads", "layers")}
     config |= {"vocab_size": vocabulary, "proj_bias": text.projection_bias}
-    if merges_key(vocabulary) is not None:
+    if text.bpe_merges is not None:
         config["tokenizer_kwargs"] = {"clean": "lower"}
     return config, layouts.CLIP_TEXT if tower.text_projection.bias is None else layouts.CLIP_TEXT_WITH_BIAS
 
 
 def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
     """A text encoder of transformers'; its configuration is found by its name on the Hub, or lies in the folder."""
-    encoder = TextEncoder.from_tensor(tower.get_extra_state())
+    encoder = TextEncoder.from_tensor(tower.stored)
     kind = encoder.config["model_type"]
     biased = tower.text_projection.bias is not None
     if kind not in ENCODERS or tower.pooling not in POOLERS or biased:
@@ -274,7 +240,7 @@ def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
 
 
 def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activation: str) -> Part:
-    """CLIP's ViT or ResNet, else a timm model by its name."""
+    """CLIP's ViT or ResNet of any size, else a timm model by its name, which takes neither options nor other sizes."""
     sizes = keys["image.model_kwargs"] if keys else {}
     if keys and "depths" in sizes:
         width = round(64 * sizes["width_factor"])
@@ -287,30 +253,19 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
             "patch_size": sizes["patch_size"],
             "mlp_ratio": sizes["mlp_ratio"],
         }, layouts.CLIP_VIT
-    name = model.recipe.image.model  # type: ignore[union-attr]
-    try:
-        _compare_by_name(model, name)
-    except Exception as error:  # of whatever kind: timm's models fail in their own ways where options are missing
+    name, tower = model.recipe.image.model, model.image_tower  # type: ignore[union-attr]
+    difference: str | None = "timm does not know it"
+    if timm.is_model(name):
+        with torch.device("meta"):
+            trunk = timm.create_model(name, num_classes=0)
+        norm = {f"norm.{part}": tensor for part, tensor in tower.norm.state_dict().items()}
+        difference = first_difference(trunk.state_dict(), {**tower.trunk.state_dict(), **norm})
+    if difference:
         way_out = f"train with text.activation={activation_of(keys)}" if keys else TO_CLIP_VIT
         raise Refusal(
             "its image tower is neither CLIP's ViT with the text tower's activation nor CLIP's ResNet, and of others "
-            f"open_clip takes timm's name alone, which gives another network than this one ('{name}', "
-            f"{model.preprocessor.size} px): {one_line(error, 160)}; {way_out}"
-        ) from error
+            f"open_clip takes timm's name alone, which gives another network than '{name}' at "
+            f"{model.preprocessor.size} px ({difference}); {way_out}"
+        )
     config = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear"}
-    return config | {"timm_proj_bias": model.image_tower.proj.bias is not None}, layouts.TIMM
-
-
-def _compare_by_name(model: DualEncoder, name: str) -> None:
-    """Compare the image tower with the trunk that timm builds of a name alone, without classifier."""
-    if not timm.is_model(name):
-        raise ValueError("it is none of timm's names")
-    tower, size = model.image_tower, model.preprocessor.size
-    with torch.random.fork_rng(devices=[]):
-        trunk: Any = timm.create_model(name, pretrained=False)
-    trunk.reset_classifier(0)
-    norm = {f"norm.{part}": tensor for part, tensor in tower.norm.state_dict().items()}
-    trunk.load_state_dict({**tower.trunk.state_dict(), **norm})
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    expected, features = tower(pixels.to(model.device)).pre_logits.cpu(), trunk.eval()(pixels)
-    torch.testing.assert_close(features, expected, atol=CLOSE, rtol=CLOSE)
+    return config | {"timm_proj_bias": tower.proj.bias is not None}, layouts.TIMM

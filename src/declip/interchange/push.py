@@ -1,27 +1,30 @@
 """Uploading a model with its card to a repository of the Hugging Face Hub."""
 
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import HfApi
 
 import declip
 from declip.errors import UserError
-from declip.interchange import declip_file, huggingface, open_clip
-from declip.interchange.export import export
+from declip.interchange.export import REPOSITORY, export
 from declip.interchange.foreign import Refusal
 from declip.interchange.model_card import NO_LICENSE
-from declip.interchange.read import Model
 from declip.interchange.weights import one_line
+from declip.models.dual_encoder import DualEncoder
 
-REPLACED = {*huggingface.FETCHED, declip_file.FILE, open_clip.WEIGHTS, "image.onnx", "text.onnx", "declip_onnx.json"}
+REPLACED = ["*.safetensors", "*.onnx", "*_config.json", "config.json", "model.safetensors.index.json", "tokenizer.json"]
 """Files of an earlier model, perhaps of another format, which would be read in place of the new one."""
 
 
 def push(
-    model: str | Path | Model, repo: str, *, private: bool = False, format: str | None = None, license: str = NO_LICENSE
+    model: str | Path | DualEncoder,
+    repo: str,
+    *,
+    private: bool = False,
+    format: str | None = None,
+    license: str = NO_LICENSE,
 ) -> str:
     """Upload a model with its card to the Hugging Face Hub, in one commit, and return the repository's address.
 
@@ -32,7 +35,7 @@ def push(
         format: As of `declip.export`; by default "open_clip" where that can express the model, else "safetensors".
         license: For the card: an identifier of the Hub's such as "mit", or any words.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not REPOSITORY.fullmatch(repo):
         raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
     if huggingface_hub.get_token() is None:
         raise UserError("Pushing needs a token of the Hub that may write: run `hf auth login`, or set HF_TOKEN.")
@@ -59,14 +62,8 @@ def _upload(folder: Path, repo: str, private: bool) -> str:
     """Make one commit of a folder's files."""
     api = HfApi(library_name="declip", library_version=declip.__version__)
     api.create_repo(repo, private=private or None, exist_ok=True)
-    there = api.model_info(repo)
-    if private and not there.private:
-        raise UserError(
-            f"'{repo}' is public already, so nothing was pushed. Leave --private out, or give another name."
-        )
-    new = {path.name: path for path in sorted(folder.iterdir())}
-    old = {file.rfilename for file in there.siblings or ()} & REPLACED - new.keys()
-    operations = [CommitOperationDelete(name) for name in sorted(old)]
-    operations += [CommitOperationAdd(name, path) for name, path in new.items()]  # type: ignore[misc]
-    api.create_commit(repo, operations, commit_message=f"Upload by declip {declip.__version__}")
+    if private and not api.model_info(repo).private:
+        raise UserError(f"'{repo}' is public already, so nothing was pushed. Leave --private out, or rename it.")
+    commit = f"Upload by declip {declip.__version__}"
+    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit, delete_patterns=REPLACED)
     return f"{api.endpoint}/{repo}"

@@ -1,26 +1,17 @@
 """One dispatcher for weights: a name, folder or file → `Weights`, for loading, fine-tuning and importing."""
 
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+import huggingface_hub
 
 from declip.errors import UserError
-from declip.evaluation.encode import Encoder
-from declip.interchange import (
-    declip_file,
-    hub,
-    huggingface,
-    official,
-    open_clip,
-    open_clip_model,
-    starter,
-    timm_weights,
-)
+from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
+from declip.interchange.files import fetch
 from declip.interchange.weights import Weights, read_recipe
 from declip.models.device import pick_device
+from declip.models.dual_encoder import DualEncoder
 from declip.runs.checkpoint import (
     STATE,
     Checkpoint,
@@ -33,52 +24,39 @@ from declip.runs.checkpoint import (
 )
 from declip.runs.folder import RECIPE
 
+READERS = (starter, timm_weights, declip_file, huggingface, open_clip, official)
+"""Modules with `matches(where)` and `read(where)`: the first that matches reads; the last takes any file."""
 
-class Model(Encoder, Protocol):
-    """A loaded model: a `DualEncoder`, or another kind of model with the same methods."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-
-    @property
-    def preprocessor(self) -> Callable[..., Tensor]:
-        """`preprocess` on the host: for the workers that read images."""
-
-    @property
-    def tokenizer(self) -> Callable[..., Tensor]:
-        """`tokenize` on the host."""
-
-    def encode_backbone(self, images: Tensor, /) -> Tensor:
-        """(n, 3, S, S) normalized → (n, width) float32, the pooled feature before the projection."""
+HUGGINGFACE = "huggingface:"
+HUB_PREFIXES = ("hf-hub:", HUGGINGFACE, "open_clip:hf-hub:")
+DESCRIPTION = ["*.json", "*.txt", declip_file.CARD, declip_file.FILE]
+"""Files to fetch first: they say of which format the model is. Ours is then whole."""
 
 
-class Reader(NamedTuple):
-    """A format that models come in.
+def hub_folder(where: str) -> str:
+    """Give the folder of a name's files, fetched unless they are in the cache; other names and paths stay.
 
-    Attributes:
-        matches: Whether a name, folder or file is of this format.
-        read: Its weights, as a model of ours.
-        load: Its model as it is, of a format whose models ours cannot all express.
+    Of several formats ours is taken, else open_clip's, else transformers'; after ``huggingface:`` transformers' comes
+    before open_clip's. No pickle is fetched.
     """
+    prefix = next((prefix for prefix in HUB_PREFIXES if where.startswith(prefix)), None)
+    if prefix is None:
+        return where
+    repo, _, revision = where.removeprefix(prefix).partition("@")
 
-    matches: Callable[[str], bool]
-    read: Callable[[str], Weights]
-    load: Callable[[str], open_clip_model.OpenClip] | None = None
+    def get(*patterns: str) -> Path:
+        options = {"allow_patterns": [*DESCRIPTION, *patterns], "revision": revision or None}
+        download = partial(huggingface_hub.snapshot_download, repo, **options)
+        return Path(fetch(where, download, "a folder's path alone"))
+
+    folder = get()
+    if declip_file.matches(str(folder)):
+        return str(folder)
+    theirs = prefix == HUGGINGFACE and (folder / huggingface.CONFIG).is_file()
+    return str(get(open_clip.WEIGHTS) if open_clip.matches(str(folder)) and not theirs else get(*huggingface.WEIGHTS))
 
 
-READERS = (
-    Reader(starter.matches, starter.read),
-    Reader(timm_weights.matches, timm_weights.read),
-    Reader(declip_file.matches, declip_file.read),
-    Reader(huggingface.matches, huggingface.read),
-    Reader(open_clip.matches, open_clip.read, open_clip_model.load_open_clip),
-    Reader(official.matches, official.read),
-)
-"""The first that matches reads; the last takes any file."""
-
-
-def load(where: str | Path, device: str = "auto") -> Model:
+def load(where: str | Path, device: str = "auto") -> DualEncoder:
     """Load a trained model, in evaluation mode, with averaged weights where the run kept them.
 
     Args:
@@ -93,23 +71,21 @@ def load(where: str | Path, device: str = "auto") -> Model:
     Returns:
         The model: `encode_image(preprocess(images))` and `encode_text(tokenize(texts))`.
     """
-    where = hub.folder_of(str(where))
-    reader = _reader(where)
-    model = reader.load(where) if reader and reader.load else read(where).build()
-    return model.to(pick_device(device)).eval()
+    return read(where).build().to(pick_device(device)).eval()
 
 
 def read(where: str | Path) -> Weights:
     """Read weights; arguments and errors as `load`."""
-    where = hub.folder_of(str(where))
-    if reader := _reader(where):
-        return reader.read(where)
+    given, where = str(where), hub_folder(str(where))
+    for reader in READERS:
+        if reader.matches(where):
+            weights = reader.read(where)
+            return replace(weights, origin=given) if given != where else weights
     path = Path(where).expanduser()
     if not path.exists():
         raise UserError(
             f"There is no model at '{where}'. Give a run folder, a checkpoint folder, a weights file, a folder of "
-            f"transformers' CLIPModel or of open_clip, {hub.PREFIX}OWNER/NAME, "
-            f"{open_clip_model.PREFIX}MODEL/TAG or {timm_weights.PREFIX}NAME.TAG."
+            "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG or timm:NAME.TAG."
         )
     return weights_of(read_checkpoint(path), where)
 
@@ -138,7 +114,3 @@ def weights_of(checkpoint: Checkpoint, where: str) -> Weights:
     tensors = part("average", checkpoint.weights) or part("model", checkpoint.weights)
     heads = part("objective", checkpoint.training)
     return Weights(read_recipe(checkpoint.recipe, where), tensors, where, heads).check()
-
-
-def _reader(where: str) -> Reader | None:
-    return next((reader for reader in READERS if reader.matches(where)), None)

@@ -1,7 +1,4 @@
-"""A start without a network: EfficientNet-Lite0 and the sentence encoder all-MiniLM-L6-v2, from two packages.
-
-The packages are data here: their files are read after a check of their SHA-256, and none of their code is run.
-"""
+"""A start without a network: EfficientNet-Lite0 and the sentence encoder all-MiniLM-L6-v2, data of two packages."""
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
@@ -46,11 +43,7 @@ def installed() -> bool:
 
 
 def read(where: str) -> Weights:
-    """Read both towers; their projections into a shared space are missing, so the result is a start only.
-
-    Raises:
-        UserError: a package is not installed, or a file is not the published one.
-    """
+    """Read both towers; their projections into a shared space are missing, so the result is a start only."""
     image_file, text_folder = _located(IMAGE, IMAGE_FILE), _located(TEXT, TEXT_FOLDER)
     for file, digest in SHA256.items():
         path = image_file if file == IMAGE_FILE else text_folder / Path(file).name
@@ -59,8 +52,7 @@ def read(where: str) -> Weights:
     keys = {
         "image.model": "tf_efficientnet_lite0",
         "image.size": 224,
-        "image.mean": [0.5] * 3,
-        "image.std": [0.5] * 3,
+        **dict.fromkeys(("image.mean", "image.std"), [0.5] * 3),
         "text.hf_model": NAME,
         "text.pooling": "mean",
         "text.pretrained": False,

@@ -1,10 +1,7 @@
-"""Image towers with timm's weights (Wightman 2019, github.com/huggingface/pytorch-image-models).
-
-``timm:NAME.TAG`` takes published weights, which are downloaded unless they are in the Hub's cache; ``timm:NAME/FILE``
-takes a file in timm's format. No code in a file is run.
-"""
+"""Image towers with timm's weights: ``timm:NAME.TAG``, downloaded unless in the cache, or ``timm:NAME/FILE``."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from declip.models.image_tower import ImageTower
 from declip.recipe.load import load_recipe
 
 PREFIX = "timm:"
-PUBLISHED, PUBLISHED_BY_OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
 
 
 def matches(where: str) -> bool:
@@ -31,32 +27,21 @@ def matches(where: str) -> bool:
 def read(where: str) -> Weights:
     """Read an image tower; its recipe has the image size and the statistics of its training."""
     name, _, file = where.removeprefix(PREFIX).partition("/")
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        raise unknown("timm model", architecture, timm.list_models())
-    tags = [known for known in timm.list_pretrained(f"{architecture}*") if known.split(".")[0] == architecture]
-    if name not in (architecture, *tags):
-        raise unknown(f"tag of timm's {architecture}", name, tags)
-    config = timm.get_pretrained_cfg(name)
+    architecture, config = name.split(".")[0], None
+    with suppress(RuntimeError):  # of a tag that timm does not know
+        config = timm.get_pretrained_cfg(name)
     if config is None:
-        raise UserError(f"timm does not say how images are prepared for '{architecture}'. Take another model.")
+        raise unknown("timm model or tag", name, {*timm.list_models(), *timm.list_pretrained(f"{architecture}*")})
     state = _read_file(where, Path(file).expanduser() if file else _download(where, name, config))
     size = config.input_size[-1]
     tower = _filled(where, architecture, size, state)
     width = tower.pre_logits_width
-    keys = {
-        "image.model": architecture,
-        "image.size": size,
-        "image.mean": list(config.mean),
-        "image.std": list(config.std),
-        "image.model_kwargs": {},
-    }
-    recipe = load_recipe("clip", {**NO_TEXT, **keys, "embed_dim": width})
+    statistics = {"image.mean": list(config.mean), "image.std": list(config.std)}
+    keys = {"image.model": architecture, "image.size": size, "image.model_kwargs": {}, **statistics, **NO_TEXT}
+    recipe = load_recipe("clip", {**keys, "embed_dim": width})
     # timm's weights lead into no shared space, so the projection is the identity.
-    projection = {"proj.weight": torch.eye(width)}
-    if tower.proj.bias is not None:
-        projection["proj.bias"] = torch.zeros(width)
-    tensors = {f"image_tower.{name}": tensor for name, tensor in (tower.state_dict() | projection).items()}
+    projection = {"proj.weight": torch.eye(width), "proj.bias": torch.zeros(width)}
+    tensors = {f"image_tower.{name}": projection.get(name, t) for name, t in tower.state_dict().items()}
     return Weights(recipe, tensors | {"logit_scale": torch.tensor(recipe.logit_scale.init)}, where)
 
 
@@ -85,7 +70,5 @@ def _read_file(where: str, path: Path) -> Mapping[str, Tensor]:
 def _download(where: str, name: str, config: Any) -> Path:
     if not config.hf_hub_id:
         raise UserError(f"timm publishes no weights of '{name}' on the Hub. Give a file, {PREFIX}NAME/FILE.")
-    published = PUBLISHED_BY_OPEN_CLIP if config.hf_hub_filename else PUBLISHED
-    return Path(
-        fetch(where, lambda: huggingface_hub.hf_hub_download(config.hf_hub_id, published), f"{PREFIX}NAME/FILE")
-    )
+    file = "open_clip_model.safetensors" if config.hf_hub_filename else "model.safetensors"
+    return Path(fetch(where, lambda: huggingface_hub.hf_hub_download(config.hf_hub_id, file), f"{PREFIX}NAME/FILE"))

@@ -1,9 +1,4 @@
-"""Our tokenizer as Hugging Face's files: the same ids in `tokenizers` and transformers.
-
-A file cannot express CLIP's cleaning by ftfy (broken encodings, rare HTML entities, ligatures): clean such captions
-first, with `declip.data.text.tokenizer.clean`, or let open_clip do it. Padding is the end token, which pooling ignores;
-ours is 0. The text of a special token in a caption is spelled out, as ours is.
-"""
+"""Our tokenizer as Hugging Face's files: the same ids in `tokenizers` and transformers."""
 
 import json
 import re
@@ -27,8 +22,7 @@ REPLACED = (
     ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "),
     (Regex("[\u02bc\u2018-\u201b]"), "'"), (Regex("[\u201c-\u201f]"), '"'), (Regex(r"\s+"), " "),
 )  # fmt: skip
-"""The common replacements of CLIP's cleaning."""
-
+"""The common replacements of CLIP's cleaning; ftfy's others (broken encodings, ligatures) cannot be expressed."""
 
 CLEANING: dict[str, list[Any]] = {
     "lowercase": [normalizers.Lowercase()],
@@ -42,16 +36,12 @@ CLEANING: dict[str, list[Any]] = {
 
 def backend(tokenizer: CaptionTokenizer) -> Backend:
     """Build the same tokenizer of the `tokenizers` library: start, the words' ids, end, cut at the context."""
-    if isinstance(tokenizer, HuggingfaceTokenizer):
+    if not isinstance(tokenizer, Tokenizer):
         written = Backend.from_str(tokenizer.library.to_str())
         written.enable_truncation(tokenizer.context)
-        return written
-    if isinstance(tokenizer, WrappedTokenizer) and tokenizer.stored["definition"] is not None:
-        written = Backend.from_str(tokenizer.library.to_str())
-        if steps := CLEANING.get(tokenizer.stored["clean"]):
+        if isinstance(tokenizer, WrappedTokenizer) and (steps := CLEANING.get(tokenizer.stored["clean"])):
             written.normalizer = normalizers.Sequence([*steps, *([written.normalizer] if written.normalizer else [])])
         return written
-    assert isinstance(tokenizer, Tokenizer)
     model = json.loads(tokenizer.library.to_str())["model"]
     vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
@@ -76,26 +66,18 @@ def backend(tokenizer: CaptionTokenizer) -> Backend:
 
 
 def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json; of CLIP's vocab.json and merges.txt too."""
+    """Write tokenizer.json and tokenizer_config.json."""
     written = backend(tokenizer)
     written.save(str(folder / "tokenizer.json"))
+    start, end, padding = tokenizer.start, tokenizer.end, tokenizer.padding
     if isinstance(tokenizer, HuggingfaceTokenizer):
-        ids = {
-            "cls_token": tokenizer.start, "sep_token": tokenizer.end,
-            "mask_token": tokenizer.mask, "pad_token": tokenizer.padding,
-        }  # fmt: skip
+        ids = {"cls_token": start, "sep_token": end, "mask_token": tokenizer.mask, "pad_token": padding}
     elif isinstance(tokenizer, WrappedTokenizer):
         zeroed = tokenizer.stored["zeroed"]
-        ids = {"pad_token": tokenizer.padding}
-        ids |= {"eos_token": tokenizer.end} if zeroed is None else {"sep_token": zeroed}
+        ids = {"pad_token": padding, **({"eos_token": end} if zeroed is None else {"sep_token": zeroed})}
     else:
-        written.model.save(str(folder))
-        ids = {
-            "bos_token": tokenizer.start, "eos_token": tokenizer.end,
-            "unk_token": tokenizer.end, "pad_token": tokenizer.end,
-        }  # fmt: skip
+        ids = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     special = {name: written.id_to_token(number) for name, number in ids.items()}
-    plain = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
     config = {
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",  # CLIP's own class would put its own cleaning in place of ours
@@ -104,9 +86,5 @@ def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
         "padding_side": "right",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": {
-            str(ids[name]): {"content": token, "special": True, **plain} for name, token in special.items()
-        },
     }
-    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -10,11 +10,10 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder
+from declip.models.dual_encoder import DualEncoder, drop_text
 from declip.models.hf_encoder import TextEncoder, encoder_kept_in
 from declip.models.layers import IMAGE, TEXT
 from declip.models.lora import Adapters, adapted
-from declip.models.no_text import drop_text
 from declip.models.wrapped import WrappedModel
 from declip.recipe.load import read_yaml
 from declip.recipe.schema import LogitScale, Recipe
@@ -25,19 +24,12 @@ NO_TEXT = {"text.width": 8, "text.layers": 1, "text.heads": 1, "text.bpe_merges"
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a model that is not built yet.
-
-    Attributes:
-        recipe: Describes the model.
-        tensors: By the names of `DualEncoder`, on the CPU; with the adapters of a run that trains some.
-        origin: The file, folder or name, as the user gave it.
-        heads: By the names of `Objective`.
-    """
+    """Weights of a model that is not built yet."""
 
     recipe: Recipe
-    tensors: Mapping[str, Tensor]
-    origin: str
-    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor]  # by the names of `DualEncoder`, on the CPU; with the adapters of a run that has some
+    origin: str  # the file, folder or name, as the user gave it
+    heads: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of `Objective`
 
     @property
     def whole(self) -> bool:
@@ -67,24 +59,21 @@ class Weights:
     def as_start(self) -> "Weights":
         """Leave out what another training cannot use: the queue, and the projection of an image tower alone."""
         tensors = self.build().state_dict() if adapted(self.tensors) else self.tensors
-        if not self.whole:
-            projection = f"{IMAGE}proj."  # it leads into the space of a text tower
-            names = (name for name in tensors if name.startswith(IMAGE) and not name.startswith(projection))
-            tensors = {name: tensors[name] for name in names}
+        if not self.whole:  # the projection leads into the space of a text tower
+            tensors = {n: t for n, t in tensors.items() if n.startswith(IMAGE) and not n.startswith(f"{IMAGE}proj.")}
         return replace(self, tensors=tensors, heads=without_queue(self.heads))
 
     def fit(self, recipe: Recipe) -> Recipe:
         """Put the weights' towers into a recipe: architecture, image statistics, tokenizer, activation, logit scale.
 
-        How the image tower is trained stays the recipe's, and so do statistics that its user gave, and the image size
-        where `finetune.image_size` is given. Without a text tower the recipe's own and its width of the shared space
-        stay. Weights with a bias of the logits take the sigmoid loss in place of the contrastive one, unless the user
-        gave losses.
+        How the image tower is trained stays the recipe's, and so do the image size and statistics and the length of
+        captions that its user gave.
+        Without a text tower the recipe's own and its width of the shared space stay. Weights with a bias of the logits
+        take the sigmoid loss in place of the contrastive one, unless the user gave losses.
         """
-        statistics = (name for name in ("mean", "std") if f"image.{name}" in recipe.given)
-        keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", "shared_bn_views", *statistics)}
-        size = recipe.finetune.image_size or self.recipe.image.size
-        changed: dict[str, Any] = {"image": self.recipe.image.model_copy(update={**keep, "size": size})}
+        own = (name for name in ("size", "mean", "std") if f"image.{name}" in recipe.given)
+        keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", "shared_bn_views", *own)}
+        changed: dict[str, Any] = {"image": self.recipe.image.model_copy(update=keep)}
         if self.whole:
             init, limits = float(self.tensors["logit_scale"]), recipe.logit_scale
             scale = limits.model_copy(update={"init": init, "max": max(limits.max, init)})
@@ -95,23 +84,24 @@ class Weights:
                     changed["loss_weights"] = {swapped.get(name, name): w for name, w in recipe.loss_weights.items()}
             if any(".proj.mlp." in name for name in self.tensors):
                 changed["finetune"] = recipe.finetune.model_copy(update={"head": "mlp"})
-            changed |= {"text": self.recipe.text, "embed_dim": self.recipe.embed_dim, "logit_scale": scale}
+            text = self.recipe.text
+            if "text.context_length" in recipe.given:
+                text = text.model_copy(update={"context_length": recipe.text.context_length})
+            changed |= {"text": text, "embed_dim": self.recipe.embed_dim, "logit_scale": scale}
         fitted = recipe.model_copy(update=changed)
         overruled = []
         for key in sorted(recipe.given):
             asked, becomes = _value(recipe, key), _value(fitted, key)
             # Every recipe that was written out has the scale's default.
             if asked != becomes and (key != "logit_scale.init" or asked != LogitScale().init):
-                advice = f"give finetune.image_size={asked} instead" if key == "image.size" else "leave it out"
-                overruled.append(f"{key}={asked} (becomes {becomes}; {advice})")
+                overruled.append(f"{key}={asked} (becomes {becomes})")
         if overruled:
-            raise UserError(f"The weights of '{self.origin}' overrule keys of this recipe: {', '.join(overruled)}.")
+            raise UserError(f"The weights of '{self.origin}' overrule keys; leave them out: {', '.join(overruled)}.")
         return fitted
 
     def _empty(self) -> tuple[DualEncoder, Adapters | None]:
         model = empty(self.recipe, self.encoder)
-        if not self.whole:
-            drop_text(model)
+        model = model if self.whole else drop_text(model)
         lora, towers = self.recipe.finetune.lora, adapted(self.tensors)
         return model, Adapters(model, lora, towers) if lora is not None and towers else None
 
@@ -131,9 +121,7 @@ def read_recipe(text: str, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(read_yaml(text))
     except Exception as error:  # YAML's tags and pydantic's checks each have errors of their own
-        raise UserError(
-            f"The recipe of the model in '{origin}' cannot be read by this version: {one_line(error)}"
-        ) from error
+        raise UserError(f"The recipe in '{origin}' cannot be read by this version: {one_line(error)}") from error
 
 
 def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:

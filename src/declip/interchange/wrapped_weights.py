@@ -1,11 +1,8 @@
-"""Models whose towers stay open_clip's or transformers' own: SigLIP, MobileCLIP 2, EVA, PE-Core, CoCa's two towers.
-
-Reading keeps configuration, preprocessing and tokenizer with the weights; writing gives the same files back.
-"""
+"""Models whose towers stay open_clip's or transformers' own: SigLIP, MobileCLIP 2, EVA, PE-Core, CoCa's two towers."""
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,10 @@ from torch import Tensor
 
 from declip.data.text.wrapped_tokenizer import WrappedTokenizer
 from declip.errors import UserError
-from declip.interchange.open_clip_model import FOLDER, PREFIX, OpenClip
+from declip.interchange.open_clip_model import FOLDER, PREFIX, OpenClipModel
 from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
-from declip.models.hf_encoder import ENTRY, as_user_error
+from declip.models.hf_encoder import as_user_error
 from declip.models.layers import IMAGE, TEXT
 from declip.models.wrapped import SIGLIP, WrappedModel, plain
 from declip.models.wrapped_towers import WrappedImageTower, WrappedTextTower, library_state
@@ -27,19 +24,21 @@ from declip.recipe.load import load_recipe
 CLEANING = {"SiglipTokenizer": "siglip", "Siglip2Tokenizer": "lowercase", "GemmaTokenizer": "lowercase"}
 """Tokenizer classes of transformers → their cleaning, which is not in tokenizer.json."""
 
+PREFIXES = {"open_clip": ("visual.", "text."), "transformers": ("vision_model.", "text_model.")}
+"""Prefixes of the image and the text tower's tensors in each library."""
+
 
 def wrapped_in(model: DualEncoder) -> WrappedModel | None:
     """Give the configuration of a model with wrapped towers."""
-    if not isinstance(model.text_tower, WrappedTextTower):
-        return None
-    return WrappedModel.from_tensor(model.text_tower.get_extra_state())
+    tower = model.text_tower
+    return WrappedModel.from_tensor(tower.stored) if isinstance(tower, WrappedTextTower) else None
 
 
-def wrap_open_clip(opened: OpenClip, origin: str) -> Weights:
+def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     """Take the two towers of any model of open_clip, with its tokenizer and preprocessing."""
     from open_clip.model import convert_to_custom_text_state_dict
 
-    prepared, config = opened.preprocessor.config, {k: v for k, v in opened.config.items() if k != "multimodal_cfg"}
+    prepared, config = opened.preprocess, {k: v for k, v in opened.config.items() if k != "multimodal_cfg"}
     sides = {prepared.size} if isinstance(prepared.size, int) else set(prepared.size)
     if prepared.resize_mode not in ("shortest", "squash") or len(sides) > 1:
         raise UserError(f"its images are resized {prepared.resize_mode} to {prepared.size}")
@@ -51,12 +50,13 @@ def wrap_open_clip(opened: OpenClip, origin: str) -> Weights:
         _open_clip_tokenizer(opened.tokenizer, config["text_cfg"]),
         plain(text.config.to_dict()) if type(text).__name__ == "HFTextEncoder" else None,
     )
+    name, _, _ = origin.removeprefix(PREFIX).partition("/")
+    if name.startswith(FOLDER) or not origin.startswith(PREFIX):
+        parts = Path(origin.removeprefix(PREFIX).removeprefix(FOLDER)).parts
+        name = next((part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1])
     state = convert_to_custom_text_state_dict(opened.model.state_dict())
-    given = origin.removeprefix(PREFIX)
-    name = Path(given).name if given.startswith(FOLDER) or PREFIX not in origin else given
-    name = name if name.startswith("hf-hub:") else name.partition("/")[0]
-    names = {"visual.": IMAGE, "text.": TEXT}
-    return _weights(stored, f"{PREFIX}{name}", next(iter(sides)), prepared, config["embed_dim"], state, names, origin)
+    size, statistics = sides.pop(), (prepared.mean, prepared.std)
+    return _weights(stored, f"{PREFIX}{name}", size, statistics, config["embed_dim"], state, origin)
 
 
 def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Weights:
@@ -69,8 +69,7 @@ def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     text, vision = filled.text_config, filled.vision_config
     if text.num_hidden_layers + vision.num_hidden_layers > len(tensors):
         raise UserError("config.json has more layers than the weights")  # no model of so many is built
-    file = folder / "preprocessor_config.json"
-    prepared = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    prepared = _read_if_there(folder / "preprocessor_config.json")
     resample = prepared.get("resample", 3 if kind == "siglip" else 2)
     stored = WrappedModel(
         "transformers",
@@ -79,39 +78,38 @@ def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
         _siglip_tokenizer(folder, text.max_position_embeddings, text.pad_token_id),
     )
     size = vision.image_size if kind == "siglip" else vision.patch_size * round(vision.num_patches**0.5)
-    statistics = {name: prepared.get(f"image_{name}", [0.5] * 3) for name in ("mean", "std")}
-    names = {"vision_model.": IMAGE, "text_model.": TEXT}
-    return _weights(stored, f"huggingface:{kind}", size, statistics, text.projection_size, tensors, names, where)
+    statistics = tuple(prepared.get(f"image_{name}", [0.5] * 3) for name in ("mean", "std"))
+    return _weights(stored, f"huggingface:{kind}", size, statistics, text.projection_size, tensors, where)
 
 
 def _weights(
     stored: WrappedModel,
     name: str,
     size: int,
-    prepared: Any,
+    statistics: Sequence[Sequence[float]],
     embed_dim: int,
     state: Mapping[str, Tensor],
-    prefixes: Mapping[str, str],
     origin: str,
 ) -> Weights:
     """Load the library's tensors into its own modules, and name them as ours."""
-    statistics = prepared if isinstance(prepared, Mapping) else {"mean": prepared.mean, "std": prepared.std}
     state = {n: t.detach().cpu().float() if t.is_floating_point() else t for n, t in state.items()}
-    tensors = {ENTRY: stored.to_tensor()}
-    tokenizer = stored.build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         modules = stored.build(size)
-    for (prefix, ours), module in zip(prefixes.items(), modules, strict=True):
+    for prefix, module in zip(PREFIXES[stored.library], modules, strict=True):
         module.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
-        tower = WrappedImageTower(module, embed_dim) if ours == IMAGE else WrappedTextTower(module, tokenizer, stored)
-        tensors |= {f"{ours}{n}": t.detach() for n, t in tower.state_dict().items()}
+    tokenizer = stored.build_tokenizer()
+    towers = {
+        IMAGE: WrappedImageTower(modules[0], embed_dim),
+        TEXT: WrappedTextTower(modules[1], tokenizer, stored),
+    }
+    tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}
     tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
     keys = {
         "name": f"from-{stored.library.replace('_', '-')}",
         "image.model": name,
         "image.size": size,
-        "image.mean": list(statistics["mean"]),
-        "image.std": list(statistics["std"]),
+        "image.mean": list(statistics[0]),
+        "image.std": list(statistics[1]),
         "text.hf_model": name,
         "text.pretrained": False,
         "text.context_length": tokenizer.context,
@@ -121,21 +119,25 @@ def _weights(
     return Weights(load_recipe("clip", keys), tensors, origin)
 
 
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def _open_clip_tokenizer(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `WrappedTokenizer`."""
     kind, options = type(tokenizer).__name__, text.get("tokenizer_kwargs") or {}
-    arguments = {"definition": None, "context": tokenizer.context_length, "clean": options.get("clean", "lower")}
     if kind == "SimpleTokenizer":
-        return arguments
+        return {"definition": None, "context": tokenizer.context_length, "clean": options.get("clean", "lower")}
     library = tokenizer.tokenizer
     if getattr(tokenizer, "tokenizer_mode", "") or library.padding_side != "right":
         raise UserError(f"its tokenizer pads on the {library.padding_side}, with the mode '{tokenizer.tokenizer_mode}'")
-    clean = options.get("clean", "canonicalize" if kind == "SigLipTokenizer" else "whitespace")
-    zeroed = library.sep_token_id if getattr(tokenizer, "strip_sep_token", False) else None
-    definition = library.backend_tokenizer.to_str()
-    return arguments | {
-        "definition": definition, "clean": clean, "padding": library.pad_token_id, "zeroed": zeroed,
-    }  # fmt: skip
+    return {
+        "definition": library.backend_tokenizer.to_str(),
+        "context": tokenizer.context_length,
+        "clean": options.get("clean", "canonicalize" if kind == "SigLipTokenizer" else "whitespace"),
+        "padding": library.pad_token_id,
+        "zeroed": library.sep_token_id if getattr(tokenizer, "strip_sep_token", False) else None,
+    }
 
 
 def _siglip_tokenizer(folder: Path, context: int, padding: int) -> dict[str, Any]:
@@ -143,15 +145,13 @@ def _siglip_tokenizer(folder: Path, context: int, padding: int) -> dict[str, Any
     if not (folder / "tokenizer.json").is_file():
         raise UserError("it has no tokenizer.json; save its tokenizer there with transformers")
     definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = _read_if_there(folder / "tokenizer_config.json")
     pad = config.get("pad_token")
-    pad = pad["content"] if isinstance(pad, Mapping) else pad
+    if pad is not None:
+        token = pad if isinstance(pad, str) else pad["content"]
+        padding = tokenizers.Tokenizer.from_str(definition).get_vocab()[token]
     clean = CLEANING.get(str(config.get("tokenizer_class")).removesuffix("Fast"), "")
     arguments: dict[str, Any] = {"definition": definition, "context": context, "padding": padding, "clean": clean}
-    if pad is not None:
-        library = tokenizers.Tokenizer.from_str(definition)
-        arguments["padding"] = library.token_to_id(pad)
     if not WrappedTokenizer(**arguments).encode(""):
         raise UserError("its tokenizer.json puts no end token behind a text")
     return arguments
@@ -162,10 +162,9 @@ def express_wrapped(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tenso
     stored, recipe = wrapped_in(model), model.recipe
     assert stored is not None, "asked of a wrapped model"
     assert recipe is not None, "a model without one was refused"
-    ours: tuple[str, str] = ("visual.", "text.") if stored.library == "open_clip" else ("vision_model.", "text_model.")
     tensors = {
         f"{prefix}{name}": tensor
-        for prefix, tower in zip(ours, (model.image_tower, model.text_tower), strict=True)
+        for prefix, tower in zip(PREFIXES[stored.library], (model.image_tower, model.text_tower), strict=True)
         for name, tensor in library_state(tower, tower.state_dict()).items()  # type: ignore[arg-type]
     }
     tensors |= {name: t for name, t in model.state_dict().items() if name.startswith("logit_")}

@@ -20,18 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CACHE_VARIABLE = "DECLIP_CACHE"
-ENDINGS = ("partial", "old")
 DAY = 86_400  # seconds. Nothing takes that long to write, so an older file was left by a process that was killed.
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def cache_folder() -> Path:
     """The cache: the environment's DECLIP_CACHE, else `declip` in $XDG_CACHE_HOME or ~/.cache."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "declip"
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "declip")
+    return Path(os.environ.get(CACHE_VARIABLE) or usual).expanduser()
 
 
 @contextmanager
@@ -40,15 +37,14 @@ def atomic_write(
 ) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder, and rename it to `target` when the block succeeds.
 
-    Args:
-        elsewhere: How the user chooses another place, for the error.
-        durable: Flush a file to the disk before it is renamed, so that a power cut leaves the old or the new one.
+    `elsewhere` says in the error how to choose another place. A power cut leaves a durable file old or new.
     """
-    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ENDINGS)
+    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in target.parent.glob(f".{escape(target.name)}.*"):
-            if path in (partial, old) or (path.suffix[1:] in ENDINGS and time.time() - path.stat().st_mtime > DAY):
+            left = path.suffix in (".partial", ".old") and time.time() - path.stat().st_mtime > DAY
+            if left or path in (partial, old):
                 remove(path)
         yield partial
         if durable:
@@ -70,9 +66,7 @@ def atomic_write(
 def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
     """Hold a folder for this process, created if missing, without the partial files of killed processes.
 
-    Args:
-        marker: A file that says that the folder is ours; one with other content and without it is refused.
-        elsewhere: How the user chooses another place, for the errors.
+    A folder with other content and without the file `marker` is refused.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -120,17 +114,13 @@ def remove(path: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt":  # Windows opens no folder, and flushes no file that is open for reading
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
+    if os.name != "nt":  # Windows opens no folder, and flushes no file that is open for reading
+        handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
-    finally:
         os.close(handle)
 
 
 def _as_user_error(error: OSError, target: Path, elsewhere: str) -> OSError | UserError:
-    """The user's error where the disk or its permissions are at fault, else the error itself."""
     if error.errno in FULL:
         return UserError(f"No room left on the disk to write '{target}'. Make room or {elsewhere}.")
     if error.errno in FORBIDDEN:

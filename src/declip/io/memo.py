@@ -17,11 +17,9 @@ LOCKS = 64  # number of lock files of a kind; two tables may share one and then 
 def cached_table(
     kind: str, version: object, make: Callable[[], tuple[pa.Schema, Iterable[pa.RecordBatch]]]
 ) -> pa.Table:
-    """A table memory-mapped from the cache; made first where it is missing.
+    """A table memory-mapped from the cache's folder `kind`, made first where it is missing.
 
-    Args:
-        kind: Name of the folder in the cache.
-        version: Everything that the table depends on; its `repr` counts.
+    `version` is all that the table depends on; its `repr` counts.
     """
     name = hashlib.sha256(repr(version).encode(errors="surrogateescape")).hexdigest()[:32]
     target = cache_folder() / kind / f"{name}.arrow"
@@ -53,9 +51,7 @@ def _mapped(path: Path) -> pa.Table | None:
 def locked(kind: str, name: str) -> Iterator[None]:
     """Let one process at a time in; all of them where the cache is read-only, which the write that follows reports.
 
-    Args:
-        kind: Locks of different kinds may be nested.
-        name: Hexadecimal digits of a hash.
+    Locks of different kinds may be nested; the name begins with hexadecimal digits.
     """
     folder = cache_folder() / "locks"
     with ExitStack() as stack:

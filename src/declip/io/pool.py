@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,20 +25,27 @@ def usual_workers() -> int:
 
 
 def in_order(parts: Dataset, count: int, workers: int) -> Iterator[Any]:
-    """Compute `parts[0]` to `parts[count - 1]` in worker processes and yield the results in order.
+    """Compute `parts[0]` to `parts[count - 1]` as `computed` does."""
+    return computed(parts, range(count), min(workers, count))
+
+
+def computed(parts: Dataset, numbers: Iterable[int], workers: int, pin_memory: bool = False) -> Iterator[Any]:
+    """Compute the parts of these numbers in worker processes and yield the results in order.
 
     The processes are forked by this call, so make it before threads start, and wrap the loop in `naming_lost_workers`.
     With 0 workers each part is computed in this process, when it is asked for.
     """
-    workers = min(workers, count)
     loader: DataLoader = DataLoader(
         parts,
         batch_size=None,
-        sampler=range(count),
+        sampler=numbers,
         num_workers=workers,
         collate_fn=_unchanged,  # torch would turn arrays into tensors
+        pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_main,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # without its own the loader would advance torch's global one
+        # Forked workers share the source's memory, start at once, and need no `if __name__ == "__main__"` in a user's
+        # script. It is safe here: they use one thread each, and never touch an accelerator.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     return iter(loader)

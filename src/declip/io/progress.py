@@ -17,10 +17,7 @@ def on_terminal() -> bool:
 
 
 def progress_bar(*columns: Any, shown: bool = True, **options: Any) -> Progress:
-    """A rich progress bar on standard error; without a terminal it prints a line from time to time instead.
-
-    Columns and options are those of `rich.progress.Progress`; `shown=False` shows nothing.
-    """
+    """A rich progress bar on standard error; without a terminal it prints a line from time to time instead."""
     kind = PlainProgress if shown and not on_terminal() else Progress
     return kind(*columns, console=Console(stderr=True, quiet=not shown), disable=not shown, **options)
 
@@ -80,11 +77,7 @@ class PlainProgress(Progress):
         if self._interval.due(always=last):
             if task.finished:
                 self._ended.add(task_id)
-            words = []
-            for column in self.columns:
-                text = "" if isinstance(column, BarColumn) else column if isinstance(column, str) else str(column(task))
-                if text and not text.startswith("-:"):
-                    words.append(
-                        text + {TimeRemainingColumn: " left", TimeElapsedColumn: " elapsed"}.get(type(column), "")
-                    )
+            shown = [(column, str(column(task))) for column in self.columns if not isinstance(column, BarColumn | str)]
+            units = {TimeRemainingColumn: " left", TimeElapsedColumn: " elapsed"}
+            words = [text + units.get(type(column), "") for column, text in shown if text and not text.startswith("-:")]
             print_line(self.console, "  ".join(words))

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import regex
 
-_UNSEEN = regex.compile(r"[\p{Cc}\p{Cs}\p{Co}\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters, halves of characters, and marks that turn the direction of writing: a caption may hold any."""
+_UNSEEN = regex.compile(r"[\p{Cc}\p{Cs}\p{Co}\p{Zl}\p{Zp}\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, line ends, halves of characters, and marks that turn the direction of writing."""
 
 
 def shown(text: str, most: int = 160) -> str:

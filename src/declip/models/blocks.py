@@ -22,8 +22,6 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
 
     Of the classes that occur at least twice and are made of several modules, those that hold nearly all parameters are
     kept: stages, blocks, perhaps the layers in them. The outermost of these that are not stages are the blocks.
-
-    A tower without such a class has none.
     """
     instances: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
     for module in tower.modules():

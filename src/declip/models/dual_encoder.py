@@ -1,6 +1,7 @@
 """The dual encoder: an image tower and a text tower with a shared embedding space."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +17,19 @@ from declip.models.heads import MlpHead
 from declip.models.hf_encoder import TextEncoder, read_encoder
 from declip.models.hf_text_tower import HuggingfaceTextTower
 from declip.models.image_tower import ImageFeatures, ImageTower
-from declip.models.text_tower import TextTower
+from declip.models.text_tower import AnyTextTower, NoTextTower, TextTower, refuse_text
 from declip.models.wrapped import WrappedModel
-from declip.models.wrapped_towers import WrappedTextTower, build_towers
+from declip.models.wrapped_towers import build_towers
 from declip.recipe.schema import Recipe
-
-AnyTextTower = TextTower | HuggingfaceTextTower | WrappedTextTower
 
 
 class DualEncoder(nn.Module):
     """Image tower, text tower and logit scale (logarithm of the inverse temperature), with preprocessing and tokenizer.
 
-    Attributes:
-        logit_bias: Added to the logits of the sigmoid loss; None for a model without one.
-        recipe: The recipe that `from_recipe` built the model from, else None.
+    A model of the sigmoid loss has a logit bias too, others None.
     """
 
-    recipe: Recipe | None = None
+    recipe: Recipe | None = None  # that `from_recipe` built the model from
 
     def __init__(
         self,
@@ -56,18 +53,15 @@ class DualEncoder(nn.Module):
         """Build the model that a recipe describes, with random weights from torch's current seed.
 
         The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false; `encoder` is
-        used instead of reading it, where the model's weights will be loaded anyway. Both towers are another library's
-        where it is a `WrappedModel`.
+        used instead where the weights will be loaded anyway. A `WrappedModel` gives both towers.
         """
         image, options = recipe.image, encoder.image if isinstance(encoder, WrappedModel) else {}
         image_tower, tokenizer, text_tower = _parts(recipe, encoder)
         if recipe.finetune.head == "mlp":
             if isinstance(encoder, WrappedModel):
                 raise UserError("finetune.head=mlp needs towers of ours; those of another library keep their heads.")
-            assert isinstance(image_tower.proj, nn.Linear)
-            assert isinstance(text_tower.text_projection, nn.Linear)
             image_tower.proj = MlpHead(image_tower.proj)
-            text_tower.text_projection = MlpHead(text_tower.text_projection)
+            text_tower.text_projection = MlpHead(text_tower.text_projection)  # type: ignore[arg-type]  # linear
         preprocess = Preprocess(image.size, image.mean, image.std, **options)
         model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.init, recipe.initial_bias)
         if model.logit_bias is not None and "sigmoid" not in recipe.active_losses:
@@ -106,42 +100,39 @@ class DualEncoder(nn.Module):
         return self.image_tower(images.to(next(self.image_tower.parameters()).dtype))
 
 
+def drop_text(model: DualEncoder) -> DualEncoder:
+    """Take the text tower and the tokenizer out of a model, in place; using them raises a `UserError` then."""
+    model.text_tower = NoTextTower()
+    model.tokenizer = refuse_text  # type: ignore[assignment]
+    return model
+
+
+def has_text(model: DualEncoder) -> bool:
+    """Whether the model can encode captions."""
+    return not isinstance(model.text_tower, NoTextTower)
+
+
 def _parts(
     recipe: Recipe, encoder: TextEncoder | WrappedModel | None
 ) -> tuple[ImageTower, CaptionTokenizer, AnyTextTower]:
-    image = recipe.image
+    image, text, dim = recipe.image, recipe.text, recipe.embed_dim
     if isinstance(encoder, WrappedModel):
-        wrapped, text_tower = build_towers(encoder, image.size, recipe.embed_dim)
+        encoder = encoder.with_context(text.context_length)
+        wrapped, text_tower = build_towers(encoder, image.size, dim)
         if recipe.masked_language.mask_input_only:
             text_tower.language_head()  # raises
         return wrapped, encoder.build_tokenizer(), text_tower
-    if image.model == recipe.text.hf_model:
+    if image.model == text.hf_model:
         raise UserError(f"image.model={image.model} comes with weights: give them as finetune.pretrained.")
     any_size = len(set(recipe.image_sizes.values())) > 1
-    tower = ImageTower(
-        image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed, any_size=any_size
-    )
-    return tower, *_text_side(recipe, encoder)
-
-
-def _text_side(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTokenizer, AnyTextTower]:
-    text = recipe.text
+    tower = ImageTower(image.model, image.size, dim, image.model_kwargs, image.freeze_patch_embed, any_size=any_size)
     if text.hf_model is not None:
         encoder = encoder or read_encoder(text.hf_model, text.pretrained)
         hf_tokenizer = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
         language = "masked_language" in recipe.active_losses
-        return hf_tokenizer, HuggingfaceTextTower(
-            encoder, hf_tokenizer, recipe.embed_dim, text.pooling, text.projection_bias, language
-        )
+        hf_tower = HuggingfaceTextTower(encoder, hf_tokenizer, dim, text.pooling, text.projection_bias, language)
+        return tower, hf_tokenizer, hf_tower
     tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)
-    return tokenizer, TextTower(
-        vocabulary=tokenizer.vocabulary,
-        end=tokenizer.end,
-        embed_dim=recipe.embed_dim,
-        width=text.width,
-        layers=text.layers,
-        heads=text.heads,
-        context=text.context_length,
-        projection_bias=text.projection_bias,
-        activation=text.activation,
-    )
+    sizes = {"width": text.width, "layers": text.layers, "heads": text.heads, "context": text.context_length}
+    options: dict[str, Any] = {"projection_bias": text.projection_bias, "activation": text.activation, **sizes}
+    return tower, tokenizer, TextTower(tokenizer.vocabulary, tokenizer.end, dim, **options)

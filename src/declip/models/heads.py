@@ -9,9 +9,6 @@ class MlpHead(nn.Linear):
     """A tower's projection plus an MLP, (B, width) → (B, out): FuseMix's residual adapter (arXiv 2312.10144).
 
     W x + W₂ dropout(gelu(W₁ norm(x))), with W₂ and its bias 0 at the start, so that it begins as the linear projection.
-
-    Args:
-        linear: Its weight and bias are taken over.
     """
 
     def __init__(self, linear: nn.Linear, dropout: float = 0.2) -> None:

@@ -61,20 +61,13 @@ SIZES = {
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder without its weights.
+    """A text encoder without its weights."""
 
-    Attributes:
-        config: "model_type" and `SIZES`.
-        tokenizer, specials: Content of tokenizer.json, and ids, see `declip.data.text.hf_tokenizer.SPECIALS`.
-        folder: Folder of its weights; None for random weights.
-        pooling: Pooling that it was trained with, a value of `POOLINGS` or an unknown name; None if not stored.
-    """
-
-    config: Mapping[str, Any]
-    tokenizer: str
-    specials: Mapping[str, int]
-    folder: Path | None = None
-    pooling: str | None = None
+    config: Mapping[str, Any]  # "model_type" and `SIZES`
+    tokenizer: str  # content of tokenizer.json
+    specials: Mapping[str, int]  # ids, see `declip.data.text.hf_tokenizer.SPECIALS`
+    folder: Path | None = None  # of its weights; None for random ones
+    pooling: str | None = None  # that it was trained with, a value of `POOLINGS` or an unknown name; None if not stored
 
     def to_tensor(self) -> Tensor:
         """Configuration and tokenizer as bytes, (n,) uint8."""
@@ -91,25 +84,22 @@ class TextEncoder:
 
     def build(self) -> nn.Module:
         """Build transformers' model with a masked-language head, with the weights of `folder` or random ones."""
-        transformers = _transformers()
-        masked_language = transformers.AutoModelForMaskedLM
+        masked_language = _transformers().AutoModelForMaskedLM
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-        where = f" in '{self.folder}'" if self.folder else ""
-        remedy = " Other files than safetensors can run code and are not read; save_pretrained(FOLDER) writes them."
-        with as_user_error(f"The text encoder{where} cannot be built", remedy if self.folder else ""):
+        remedy = " Only safetensors are read, as save_pretrained(FOLDER) writes them; others can run code."
+        with as_user_error(f"The text encoder in '{self.folder}' cannot be built", remedy if self.folder else ""):
             config = _configuration(self.config["model_type"], self.config)
             if self.folder is None:
                 return masked_language.from_config(config, **options)
             options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
             model, notes = masked_language.from_pretrained(self.folder, config=config, **options)
-        missing = sorted(notes["missing_keys"])
-        if lacking := [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]:
-            raise UserError(
-                f"The weights in '{self.folder}' lack '{lacking[0]}' and {len(lacking) - 1} more of its {CONFIG}. Give "
-                "the encoder's own weights, or text.pretrained=false for random ones."
-            )
+        # A masked-language head that is missing starts at random.
+        missing = sorted(name for name in notes["missing_keys"] if name.startswith(f"{model.base_model_prefix}."))
         if missing:
-            log.info("'%s' holds no masked-language head; if the recipe needs one, it starts at random.", self.folder)
+            raise UserError(
+                f"The weights in '{self.folder}' lack '{missing[0]}' and {len(missing) - 1} more. Give the encoder's "
+                "own weights, or text.pretrained=false for random ones."
+            )
         return model
 
 
@@ -117,22 +107,21 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
     """Read a text encoder's configuration and tokenizer from a folder, or from "huggingface:NAME", which is fetched."""
     transformers = _transformers()
     folder = _fetched(given, pretrained) if given.startswith(PREFIX) else Path(given).expanduser()
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in TOKENIZERS):
         raise UserError(
-            f"text.hf_model '{given}' {f'has no {CONFIG}' if folder.is_dir() else 'is no folder'}. Give a folder as "
-            f"transformers' save_pretrained writes it, or {PREFIX}NAME for a model of the Hub."
+            f"text.hf_model '{given}' is no folder with {CONFIG} and a tokenizer ({', '.join(TOKENIZERS)}). Give one "
+            f"as transformers' save_pretrained writes it, or {PREFIX}NAME for a model of the Hub."
         )
     config = _config(given, folder)
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise UserError(f"text.hf_model '{given}' has no tokenizer: none of {', '.join(TOKENIZERS)}. Save it there.")
-    with as_user_error(f"The tokenizer of '{given}' cannot be read"):
+    names = {"start": "cls_token", "end": "sep_token", "mask": "mask_token", "padding": "pad_token"}
+    with as_user_error(f"The tokenizer or {POOLING} of '{given}' cannot be read"):
+        pooling = _pooling(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         definition = tokenizer.backend_tokenizer.to_str()
-    names = {"start": "cls_token", "end": "sep_token", "mask": "mask_token", "padding": "pad_token"}
-    specials = {special: getattr(tokenizer, f"{name}_id") for special, name in names.items()}
-    if lacking := [names[special] for special, number in specials.items() if number is None]:
-        raise UserError(f"The tokenizer of '{given}' has no {', '.join(lacking)}; a text encoder needs all four.")
-    return TextEncoder(config, definition, specials, folder if pretrained else None, _pooling(folder))
+        specials = {special: getattr(tokenizer, f"{name}_id") for special, name in names.items()}
+        if lacking := [names[special] for special, number in specials.items() if number is None]:
+            raise ValueError(f"it has no {', '.join(lacking)}")
+    return TextEncoder(config, definition, specials, folder if pretrained else None, pooling)
 
 
 def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -> TextEncoder | WrappedModel | None:
@@ -142,13 +131,21 @@ def encoder_kept_in(weights: Mapping[str, Tensor], recipe: Recipe, path: Path) -
     """
     if recipe.text.hf_model is None:
         return None
-    if ENTRY not in weights:
-        raise UserError(f"The weights in '{path}' came without their text encoder's configuration and tokenizer.")
     try:
         kind = WrappedModel if recipe.image.model == recipe.text.hf_model else TextEncoder
         return kind.from_tensor(weights[ENTRY])
     except Exception as error:  # JSON of any shape
-        raise UserError(f"The text encoder's configuration in '{path}' is damaged.") from error
+        raise UserError(f"The text encoder's configuration in '{path}' is missing or damaged.") from error
+
+
+def check_context(config: Mapping[str, Any], context: int) -> None:
+    """Refuse captions of more ids than an encoder has positions; those of some encoders have no end."""
+    positions, offset = config.get("max_position_embeddings"), 0
+    if config["model_type"] in OFFSET:
+        offset = config["pad_token_id"] + 1
+    if positions is not None and context > positions - offset:
+        longest = positions - offset
+        raise UserError(f"The encoder has positions for {longest} ids. Set text.context_length to {longest} or less.")
 
 
 @contextmanager
@@ -178,14 +175,14 @@ def _config(given: str, folder: Path) -> dict[str, Any]:
     """Read "model_type" and `SIZES`, with the architecture's defaults for keys that the file lacks."""
     with as_user_error(f"'{folder / CONFIG}' is no configuration of an encoder that can be used"):
         tree = json.loads((folder / CONFIG).read_bytes())
-        kind, positions = tree.get("model_type"), tree.get("position_embedding_type") or "absolute"
-        if kind in HEADS and not tree.get("is_decoder") and positions == "absolute":
+        kind = "decoder" if tree.get("is_decoder") else tree.get("model_type")
+        positions = tree.get("position_embedding_type") or "absolute"
+        if kind in HEADS and positions == "absolute":
             whole = _configuration(kind, tree).to_dict()
             return {"model_type": kind, **{name: whole[name] for name in sorted(SIZES & whole.keys())}}
     raise UserError(
-        f"text.hf_model '{given}' is {'a decoder' if tree.get('is_decoder') else f'of the kind {kind!r}'} with "
-        f"{positions!r} positions; known are the encoders {', '.join(HEADS)} with absolute ones. For a causal text "
-        "tower leave text.hf_model out."
+        f"text.hf_model '{given}' is of the kind {kind!r} with {positions!r} positions; known are the encoders "
+        f"{', '.join(HEADS)} with absolute ones. For a causal text tower leave text.hf_model out."
     )
 
 
@@ -193,15 +190,10 @@ def _pooling(folder: Path) -> str | None:
     """Read a sentence encoder's pooling from either form of the file: a flag for each mode, or the modes' names."""
     if not (folder / POOLING).is_file():
         return None
-    try:
-        tree = json.loads((folder / POOLING).read_bytes())
-        prefix = "pooling_mode_"
-        flags = [name.removeprefix(prefix) for name, on in tree.items() if name.startswith(prefix) and on is True]
-        modes = tree.get("pooling_mode", flags or ["mean"])
-        modes = [modes] if isinstance(modes, str) else list(modes)
-    except (OSError, ValueError, AttributeError, TypeError):
-        return "unreadable"
-    return " and ".join(POOLINGS.get(str(mode), str(mode)) for mode in modes)
+    tree, prefix = json.loads((folder / POOLING).read_bytes()), "pooling_mode_"
+    flags = [name.removeprefix(prefix) for name, on in tree.items() if name.startswith(prefix) and on is True]
+    modes = tree.get("pooling_mode", flags or ["mean"])
+    return " and ".join(POOLINGS.get(mode, mode) for mode in ([modes] if isinstance(modes, str) else modes))
 
 
 def _fetched(given: str, pretrained: bool) -> Path:

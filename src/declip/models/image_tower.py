@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from declip.errors import UserError, unknown
 
-log = logging.getLogger("declip")
+warn_once = cache(logging.getLogger("declip").warning)  # once per process, however often the tower is built
 
 OTHER_FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 """Arguments of `timm.create_model` by which a recipe, perhaps a stranger's, would name files or addresses."""
@@ -22,30 +22,24 @@ OTHER_FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cf
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Output of an image tower for a batch.
+    """Output of an image tower for a batch."""
 
-    Attributes:
-        pooled: (B, d) projected embedding, not normalized.
-        pre_logits: (B, width) pooled feature before the projection, which linear probes and SLIP's head take.
-        tokens: (B, P, width) features of the patches or grid cells before the last norm and projection.
-    """
-
-    pooled: Tensor
-    pre_logits: Tensor
-    tokens: Tensor
+    pooled: Tensor  # (B, d) projected embedding, not normalized
+    pre_logits: Tensor  # (B, width) pooled feature before the projection, which linear probes and SLIP's head take
+    tokens: Tensor  # (B, P, width) features of the patches or grid cells before the last norm and projection
 
 
-def _blocks(kind: str, depths: Sequence[int], widths: Sequence[int], ratio: float) -> tuple[ByoBlockCfg, ...]:
-    """Stages of a residual network, each but the first with stride 2."""
+def _blocks(kind: str, depths: Sequence[int], width: int, ratio: float) -> tuple[ByoBlockCfg, ...]:
+    """Stages of a residual network, each but the first twice as wide as the one before, with stride 2."""
     return tuple(
-        ByoBlockCfg(type=kind, d=depth, c=width, s=1 if stage == 0 else 2, br=ratio)
-        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True))
+        ByoBlockCfg(type=kind, d=depth, c=width * 2**stage, s=1 if stage == 0 else 2, br=ratio)
+        for stage, depth in enumerate(depths)
     )
 
 
 def _conv(width: int) -> dict[str, Any]:
     """Options of a residual network for small images: stem of stride 2 without a pool."""
-    blocks = _blocks("basic", (1, 1, 1), (width, 2 * width, 4 * width), 1.0)
+    blocks = _blocks("basic", (1, 1, 1), width, 1.0)
     plain = {"num_features": 0, "act_layer": "relu", "stem_type": "3x3", "stem_pool": ""}
     return {"blocks": blocks, "stem_chs": width // 2, **plain}
 
@@ -78,10 +72,9 @@ class ImageTower(nn.Module):
         freeze_patch_embed: Leave a ViT's patch projection at its random start, as DeCLIP's official code does.
         any_size: Let a ViT take images of other sizes too, with position embeddings resampled to their grid.
         weights: State of the trunk, as timm publishes it, for any image size; None for random weights.
-
-    Attributes:
-        has_batch_norm: Whether features depend on the other images of a batch in training.
     """
+
+    has_batch_norm: bool  # whether features depend on the other images of a batch in training
 
     def __init__(
         self,
@@ -94,7 +87,8 @@ class ImageTower(nn.Module):
         any_size: bool = False,
     ) -> None:
         super().__init__()
-        resampled = {"dynamic_img_size": True} if any_size and _base(name)[0].startswith("vit_") else {}
+        base, _ = SMALL_TOWERS.get(name, (name, {}))
+        resampled = {"dynamic_img_size": True} if any_size and base.startswith("vit_") else {}
         self.trunk = _create(name, size, resampled | (options or {}), weights)
         self.norm: nn.Module = nn.Identity()
         # The norm is per token, so where one token is pooled it may as well come after the pool.
@@ -113,8 +107,7 @@ class ImageTower(nn.Module):
             patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)
             if patches is None:
                 raise UserError(
-                    f"image.freeze_patch_embed needs a vision transformer; '{name}' has no patch projection. Set it to "
-                    "false."
+                    f"image.freeze_patch_embed needs a vision transformer, and '{name}' is none. Set it to false."
                 )
             patches.requires_grad_(False)
 
@@ -122,13 +115,17 @@ class ImageTower(nn.Module):
         """Encode images (B, 3, H, W), normalized; or (B, width), what `pool` gave for them before."""
         if images.ndim == 2:
             return ImageFeatures(self.proj(images), images, images.unsqueeze(1))
+        pooled, tokens = self.encode(images)
+        return ImageFeatures(self.proj(pooled), pooled, tokens)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images (B, 3, H, W) as pooled features (B, width) and tokens (B, P, width)."""
         features = self.trunk.forward_features(images)
-        pre_logits = self.norm(self.trunk.forward_head(features, pre_logits=True))
-        return ImageFeatures(self.proj(pre_logits), pre_logits, self._tokens(features, self.trunk))
+        return self.norm(self.trunk.forward_head(features, pre_logits=True)), grid_tokens(self.trunk, features)
 
     def pool(self, images: Tensor) -> Tensor:
         """Encode images up to the projection, (B, width)."""
-        return self.norm(self.trunk.forward_head(self.trunk.forward_features(images), pre_logits=True))
+        return self.encode(images)[0]
 
     def refuse_size(self, name: str, size: int, key: str = "image.size") -> None:
         """Try one image of a size: many towers can be built for sizes that their forward pass cannot take."""
@@ -147,42 +144,32 @@ class ImageTower(nn.Module):
         finally:
             self.train(training)
 
-    def _tokens(self, features: Tensor, trunk: Any) -> Tensor:
-        if features.ndim == 4:  # (B, C, h, w), or (B, h, w, C) for the towers that work channels last
-            last = features.shape[-1] == self.token_width and features.shape[1] != self.token_width
-            return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
-        return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
 
-
-@cache  # once per process, however often the tower is built
-def _warn_once(message: str) -> None:
-    log.warning(message)
-
-
-def _base(name: str) -> tuple[str, dict[str, Any]]:
-    """The timm model of a name, and its arguments."""
-    return SMALL_TOWERS.get(name, (name, {}))
+def grid_tokens(trunk: Any, features: Tensor) -> Tensor:
+    """Take (B, P, width) patches or grid cells from the features of a timm trunk."""
+    if features.ndim == 4:  # (B, C, h, w), or (B, h, w, C) for the towers that work channels last
+        width = trunk.num_features
+        last = features.shape[-1] == width and features.shape[1] != width
+        return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+    return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
 
 
 def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:
-    base, preset = _base(name)
+    base, preset = SMALL_TOWERS.get(name, (name, {}))
     if not timm.is_model(base):
         raise unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
     clip_resnet = base.startswith("resnet") and "_clip" in base
     known = timm.get_pretrained_cfg(base)
     fixed = known is not None and known.fixed_input_size  # one size per model; timm's own unless given
     if refused := OTHER_FILES & options.keys():
-        raise UserError(
-            f"image.model_kwargs has {', '.join(sorted(refused))}, which would read another file. Leave it out."
-        )
+        raise UserError(f"image.model_kwargs has {', '.join(sorted(refused))}, which would read a file. Leave it out.")
     options = {**preset, **options}
     if clip_resnet and "depths" in options:
-        depths = options.pop("depths")
-        options["blocks"] = _blocks("bottle", depths, [256 * 2**stage for stage in range(len(depths))], 0.25)
+        options["blocks"] = _blocks("bottle", options.pop("depths"), 256, 0.25)
     if fixed or clip_resnet or base.startswith("vit"):
         options.setdefault("img_size", size)
     if name not in SMALL_TOWERS and known is not None and 2 * size <= known.input_size[-1]:
-        _warn_once(
+        warn_once(
             f"The image tower '{name}' was made for images of {known.input_size[-1]} pixels; at image.size={size} it "
             f"sees few patches. Give a larger image.size, or a tower for small images: {', '.join(SMALL_TOWERS)}."
         )

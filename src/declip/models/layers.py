@@ -8,7 +8,6 @@ from timm.models import group_parameters
 from torch import nn
 
 from declip.models.dual_encoder import DualEncoder
-from declip.models.image_tower import ImageTower
 from declip.models.wrapped_towers import WrappedImageTower, WrappedTextTower
 
 IMAGE, TEXT = "image_tower.", "text_tower."
@@ -35,7 +34,7 @@ def depths(model: DualEncoder) -> dict[str, int]:
     projection one more than the last block. In networks with stages, blocks count through all of them.
     """
     visual, words = model.image_tower, model.text_tower
-    image = _wrapped(visual) if isinstance(visual, WrappedImageTower) else _image(visual)
+    image = _wrapped(visual) if isinstance(visual, WrappedImageTower) else _timm(visual, visual.trunk, "trunk.")
     text = _wrapped(words) if isinstance(words, WrappedTextTower) else _text(words)
     return {IMAGE + n: depth for n, depth in image.items()} | {TEXT + n: depth for n, depth in text.items()}
 
@@ -43,10 +42,6 @@ def depths(model: DualEncoder) -> dict[str, int]:
 def blocks(depth_of: Mapping[str, int], tower: str) -> int:
     """Number of blocks of a tower, `IMAGE` or `TEXT`, from `depths`."""
     return max((depth for name, depth in depth_of.items() if name.startswith(tower)), default=1) - 1
-
-
-def _image(tower: ImageTower) -> dict[str, int]:
-    return _timm(tower, tower.trunk, "trunk.")
 
 
 def _timm(tower: nn.Module, trunk: Any, prefix: str) -> dict[str, int]:

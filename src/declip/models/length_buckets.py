@@ -37,8 +37,5 @@ def encode_by_length(
     inverse = torch.empty_like(rows)
     inverse[rows] = torch.arange(len(rows), device=rows.device)
     text_tokens = [F.pad(part.text_tokens, (0, 0, 0, context - part.text_tokens.shape[1])) for part in parts]
-    return TextFeatures(
-        torch.cat([part.pooled for part in parts])[inverse],
-        torch.cat(text_tokens)[inverse],
-        torch.cat([part.lengths for part in parts])[inverse],
-    )
+    pooled, ends = torch.cat([part.pooled for part in parts]), torch.cat([part.lengths for part in parts])
+    return TextFeatures(pooled[inverse], torch.cat(text_tokens)[inverse], ends[inverse])

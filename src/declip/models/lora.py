@@ -20,10 +20,10 @@ PROJECTIONS = ("proj", "text_projection")
 
 
 class Adapters:
-    """Adapters on towers of a model; no other parameter of these towers learns.
+    """Adapters on towers of a model, in place; no other parameter of these towers learns.
 
     Every linear layer and ungrouped convolution between stem and projection gets one, the text tower's fused attention
-    map too. At first they change nothing: B is 0. The model is changed in place.
+    map too. At first they change nothing: B is 0.
     """
 
     def __init__(self, model: DualEncoder, lora: LoRA, towers: Iterable[str] = (IMAGE, TEXT)) -> None:

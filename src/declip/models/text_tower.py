@@ -1,29 +1,26 @@
 """CLIP's text transformer, for sequences of any length up to the context."""
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from timm.layers import QuickGELU
 from torch import Tensor, nn
 
+from declip.errors import UserError
+
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Output of a text tower for a batch.
+    """Output of a text tower for a batch."""
 
-    Attributes:
-        pooled: (B, d) projected embedding, not normalized.
-        text_tokens: (B, L, width) token states after the final norm.
-        lengths: (B,) number of tokens up to and with the end-of-text token.
-    """
-
-    pooled: Tensor
-    text_tokens: Tensor
-    lengths: Tensor
+    pooled: Tensor  # (B, d) projected embedding, not normalized
+    text_tokens: Tensor  # (B, L, width) token states after the final norm
+    lengths: Tensor  # (B,) number of tokens up to and with the end-of-text token
 
 
 def row_at(states: Tensor, positions: Tensor) -> Tensor:
@@ -32,9 +29,62 @@ def row_at(states: Tensor, positions: Tensor) -> Tensor:
     return states.gather(1, positions[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
 
 
-def already_pooled(pooled: Tensor, projection: nn.Module) -> TextFeatures:
-    """Project (B, width) features that a text tower pooled before."""
-    return TextFeatures(projection(pooled), pooled.unsqueeze(1), torch.ones(len(pooled), dtype=torch.int64))
+class AnyTextTower(nn.Module, ABC):
+    """A text tower: an encoder, pooling and a projection into the shared space."""
+
+    text_projection: nn.Module  # (B, width) → (B, d)
+    width: int  # of the token states
+    padding: int  # id behind the end of a caption
+    context: int  # largest number of ids of a caption
+
+    @abstractmethod
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode token ids (B, L) as pooled features (B, width), token states (B, L, width) and lengths (B,)."""
+
+    @abstractmethod
+    def language_head(self) -> nn.Module:
+        """Give a masked-language head, (M, width) → (M, vocabulary)."""
+
+    def forward(self, tokens: Tensor) -> TextFeatures:
+        """Encode token ids (B, L), padded on the right; or (B, width), what `pool` gave before."""
+        if tokens.is_floating_point():
+            ones = torch.ones(len(tokens), dtype=torch.int64)
+            return TextFeatures(self.text_projection(tokens), tokens.unsqueeze(1), ones)
+        pooled, text_tokens, lengths = self.encode(tokens)
+        return TextFeatures(self.text_projection(pooled), text_tokens, lengths)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Encode token ids up to the projection, (B, width)."""
+        return self.encode(tokens)[0]
+
+
+def refuse_text(texts: str | Sequence[str] | Tensor = ()) -> NoReturn:
+    """Stand in for a missing tokenizer or text tower: raise a `UserError`."""
+    raise UserError(
+        "This model has an image tower alone, so captions and class names cannot be encoded. Use its image features "
+        "(--task linear, knn or few-shot), or give a file with both towers."
+    )
+
+
+class NoTextTower(AnyTextTower):
+    """Placeholder for a missing text tower."""
+
+    encode = language_head = staticmethod(refuse_text)  # type: ignore[assignment]
+
+
+class SelfContained(nn.Module):
+    """A tower whose state includes its configuration and tokenizer, so that the weights need no other file."""
+
+    stored: Tensor
+
+    def get_extra_state(self) -> Tensor:
+        """Give the configuration and tokenizer as bytes."""
+        return self.stored
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse weights that belong to another configuration or tokenizer."""
+        if not state.is_meta and not torch.equal(state.cpu(), self.stored):
+            raise UserError("These weights belong to a text tower with another configuration or tokenizer.")
 
 
 class CausalSelfAttention(nn.Module):
@@ -78,26 +128,14 @@ class TextBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    """A sequence of blocks; parameters are named as in CLIP."""
-
-    def __init__(self, blocks: Iterable[TextBlock]) -> None:
-        super().__init__()
-        self.resblocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resblocks(x)
-
-
-class TextTower(nn.Module):
+class TextTower(AnyTextTower):
     """CLIP's text encoder (Radford et al. 2021, section 2.4); weights map one to one onto CLIP's.
 
     A causal transformer pooled at the end-of-text token does not depend on the padding behind it, so a batch may be
-    truncated to its longest caption: the features are the same as at the full context.
+    truncated to its longest caption.
 
     Args:
         vocabulary: Number of token ids, ``<|mask|>`` included.
-        end: Id of the end-of-text token.
         projection_bias: Whether the projection has a bias (CLIP: no; DeCLIP's official weights: yes).
         activation: "quick_gelu" (CLIP) or "gelu".
     """
@@ -123,31 +161,25 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(context, width))
         gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
-        self.transformer = Transformer(TextBlock(width, heads, gelu) for _ in range(layers))
+        blocks = nn.Sequential(*(TextBlock(width, heads, gelu) for _ in range(layers)))
+        self.transformer = nn.Sequential(OrderedDict(resblocks=blocks))  # named as in CLIP
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Linear(width, embed_dim, bias=projection_bias)
+        self.text_projection: nn.Linear = nn.Linear(width, embed_dim, bias=projection_bias)
         self._initialize(layers)
 
-    def forward(self, tokens: Tensor) -> TextFeatures:
-        """Encode token ids (B, L), every row with an end-of-text token; or (B, width), what `pool` gave before."""
-        if tokens.is_floating_point():
-            return already_pooled(tokens, self.text_projection)
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode token ids (B, L), every row with an end-of-text token; pooled is the state there."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         text_tokens = self.ln_final(self.transformer(x))
         ends = (tokens == self.end).to(torch.uint8).argmax(dim=1)
-        return TextFeatures(self.text_projection(row_at(text_tokens, ends)), text_tokens, ends + 1)
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        """Encode token ids up to the projection, (B, width)."""
-        found = self(tokens)
-        return row_at(found.text_tokens, found.lengths - 1)
+        return row_at(text_tokens, ends), text_tokens, ends + 1
 
     def language_head(self) -> nn.Module:
         """Build a masked-language head with random weights."""
         return nn.Linear(self.width, self.token_embedding.num_embeddings)
 
     def _initialize(self, layers: int) -> None:
-        """Draw the weights with CLIP's standard deviations."""
+        """Initialize the weights with CLIP's standard deviations."""
         scale = self.width**-0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)

@@ -4,10 +4,11 @@ No code from a configuration is run, and no file or address in it is opened.
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,13 @@ SIGLIP = {"siglip": "Siglip", "siglip2": "Siglip2"}
 
 @dataclass(frozen=True)
 class WrappedModel:
-    """A model of another library without its weights.
+    """A model of another library without its weights."""
 
-    Attributes:
-        library: "open_clip" or "transformers".
-        config: open_clip's "model_cfg", or transformers' config.json.
-        image: "interpolation", and "squash", see `declip.data.images.preprocess.Preprocess`.
-        tokenizer: Arguments of `WrappedTokenizer`.
-        encoder: Configuration of a Hugging Face text encoder inside open_clip's model.
-    """
-
-    library: str
-    config: Mapping[str, Any]
-    image: Mapping[str, Any]
-    tokenizer: Mapping[str, Any]
-    encoder: Mapping[str, Any] | None = None
+    library: str  # "open_clip" or "transformers"
+    config: Mapping[str, Any]  # open_clip's "model_cfg", or transformers' config.json
+    image: Mapping[str, Any]  # "interpolation" and "squash", see `declip.data.images.preprocess.Preprocess`
+    tokenizer: Mapping[str, Any]  # arguments of `WrappedTokenizer`
+    encoder: Mapping[str, Any] | None = None  # configuration of a Hugging Face text encoder inside open_clip's model
 
     def to_tensor(self) -> Tensor:
         """All of it as bytes of JSON, (n,) uint8."""
@@ -48,6 +41,16 @@ class WrappedModel:
     def from_tensor(cls, stored: Tensor) -> "WrappedModel":
         """Read the result of `to_tensor`; raises exceptions of any kind where the bytes are something else."""
         return cls(**json.loads(stored.numpy().tobytes()))
+
+    def with_context(self, length: int) -> "WrappedModel":
+        """Give the same model for captions of another length in tokens."""
+        if length == self.tokenizer["context"]:
+            return self
+        section, key = "text_cfg", "context_length"
+        if self.library == "transformers":
+            section, key = "text_config", "max_position_embeddings"
+        config = {**self.config, section: {**self.config[section], key: length}}
+        return replace(self, config=config, tokenizer={**self.tokenizer, "context": length})
 
     def build_tokenizer(self) -> WrappedTokenizer:
         """Build the tokenizer."""
@@ -89,31 +92,22 @@ class WrappedModel:
 
         config = plain(self.config)
         name = SIGLIP[config["model_type"]]
-        vision = config["vision_config"]
-        if "num_patches" not in vision:
-            vision["image_size"] = size
-        kinds = {"vision": vision, "text": config["text_config"]}
-        modules = []
-        for kind, section in kinds.items():
-            made = getattr(transformers, f"{name}{kind.title()}Config")(**section)
-            modules.append(
-                getattr(transformers, f"{name}{kind.title()}Model")._from_config(
-                    made, dtype=torch.float32, attn_implementation="sdpa"
-                )
-            )
-        return modules[0], modules[1]
+        if "num_patches" not in config["vision_config"]:
+            config["vision_config"]["image_size"] = size
+
+        def module(kind: str) -> nn.Module:
+            made = getattr(transformers, f"{name}{kind.title()}Config")(**config[f"{kind}_config"])
+            options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+            return getattr(transformers, f"{name}{kind.title()}Model")._from_config(made, **options)
+
+        return module("vision"), module("text")
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers, texts and sections of a configuration, without the keys by which transformers reads files or code."""
     kept: dict[str, Any] = {}
     for name, value in config.items():
-        if (
-            not isinstance(name, str)
-            or name.startswith("_")
-            or name in {"auto_map", "quantization_config"}
-            or "attn_implementation" in name
-        ):
+        if re.match("_|auto_map|quantization_config|.*attn_implementation", str(name)) or not isinstance(name, str):
             continue
         if isinstance(value, Mapping):
             kept[name] = plain(value)

@@ -9,8 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.data.text.wrapped_tokenizer import WrappedTokenizer
 from declip.errors import UserError
-from declip.models.image_tower import ImageFeatures, ImageTower
-from declip.models.text_tower import TextFeatures, already_pooled
+from declip.models.hf_encoder import check_context
+from declip.models.image_tower import ImageTower, grid_tokens
+from declip.models.text_tower import AnyTextTower, SelfContained
 from declip.models.wrapped import WrappedModel
 
 
@@ -18,26 +19,22 @@ class WrappedImageTower(ImageTower):
     """An image module of open_clip (timm, ViT, ResNet) or transformers (SigLIP), with its last linear map as `proj`.
 
     Without such a map, as in SigLIP, `proj` is the identity and the features before it are the embedding.
-
-    Attributes:
-        gives_tokens: Whether `ImageFeatures.tokens` are those of patches.
-        projection: Name of `proj` in the module, to write it there again.
     """
 
     def __init__(self, module: Any, embed_dim: int) -> None:
         nn.Module.__init__(self)
-        kind = type(module).__name__
+        kind, name = type(module).__name__, "proj"
         self.trunk, self._timm, self._patches = module, kind == "TimmModel", kind == "Siglip2VisionModel"
-        self.gives_tokens = kind != "ModifiedResNet"
-        classifier = module.trunk.get_classifier() if self._timm else None
-        if self._timm and len(module.head) and not hasattr(module.head, "pool"):
-            name = "head"
-        elif isinstance(classifier, nn.Linear) and not hasattr(module.head, "pool"):
-            name = next(name for name, part in module.named_modules() if part is classifier)
-        else:
-            name = "proj"
+        self.gives_tokens = kind != "ModifiedResNet"  # those of patches
+        if self._timm and not hasattr(module.head, "pool"):
+            classifier = module.trunk.get_classifier()
+            if len(module.head):
+                name = "head"
+            elif isinstance(classifier, nn.Linear):
+                name = next(name for name, part in module.named_modules() if part is classifier)
         self.proj, self.projection = _taken(module, name)  # type: ignore[assignment]  # no linear map in every module
-        self.pre_logits_width = _width(self.proj, embed_dim)
+        linear = [part for part in self.proj.modules() if isinstance(part, nn.Linear)]
+        self.pre_logits_width = linear[0].in_features if linear else embed_dim
         if self._timm:
             self.token_width = int(module.trunk.num_features)
         elif kind == "VisionTransformer":
@@ -46,22 +43,12 @@ class WrappedImageTower(ImageTower):
             self.token_width = self.pre_logits_width
         self.has_batch_norm = any(isinstance(m, _BatchNorm) for m in self.modules())
 
-    def forward(self, images: Tensor) -> ImageFeatures:
-        """Encode images (B, 3, H, W), normalized; or (B, width), what `pool` gave for them before."""
-        if images.ndim == 2:
-            return ImageFeatures(self.proj(images), images, images.unsqueeze(1))
-        pooled, tokens = self._pooled(images)
-        return ImageFeatures(self.proj(pooled), pooled, pooled.unsqueeze(1) if tokens is None else tokens)
-
-    def pool(self, images: Tensor) -> Tensor:
-        """Encode images up to the projection, (B, width)."""
-        return self._pooled(images)[0]
-
-    def _pooled(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images (B, 3, H, W) as pooled features (B, width) and tokens (B, P, width)."""
         module: Any = self.trunk
         if self._timm:
             features = module.trunk.forward_features(images)
-            return module.head(module.trunk.forward_head(features)), self._tokens(features, module.trunk)
+            return module.head(module.trunk.forward_head(features)), grid_tokens(module.trunk, features)
         if self._patches:  # (B, 3, H, W) → (B, P, p·p·3), as transformers' image processor cuts them
             size = module.config.patch_size
             count, _, height, width = images.shape
@@ -72,73 +59,47 @@ class WrappedImageTower(ImageTower):
             out = module(pixel_values=patches, **given)
             return out.pooler_output, out.last_hidden_state
         out = module(images)
-        if isinstance(out, tuple):
-            return out
-        return (out.pooler_output, out.last_hidden_state) if self.gives_tokens else (out, None)
+        if not self.gives_tokens:
+            return out, out.unsqueeze(1)
+        return out if isinstance(out, tuple) else (out.pooler_output, out.last_hidden_state)
 
 
-class WrappedTextTower(nn.Module):
-    """A text module of open_clip or transformers, with what follows its pooling as `text_projection`.
-
-    Attributes:
-        gives_tokens: Whether `TextFeatures.text_tokens` are those of tokens.
-    """
+class WrappedTextTower(SelfContained, AnyTextTower):
+    """A text module of open_clip or transformers, with what follows its pooling as `text_projection`."""
 
     def __init__(self, module: Any, tokenizer: WrappedTokenizer, stored: WrappedModel) -> None:
         super().__init__()
         kind = type(module).__name__
-        self.trunk, self._stored = module, stored.to_tensor()
+        self.trunk, self.stored = module, stored.to_tensor()
         self.padding, self.end, self.context = tokenizer.padding, tokenizer.end, tokenizer.context
         self._masks_padding, self._siglip = kind == "HFTextEncoder", kind.startswith("Siglip")
         # This pooler makes open_clip leave the first token state out.
         self.gives_tokens = not (self._masks_padding and type(module.pooler).__name__ == "ClsPooler")
         name = "proj" if self._masks_padding else "head" if self._siglip else "text_projection"
         self.text_projection, self.projection = _taken(module, name)
-        if self._masks_padding or self._siglip:
-            config = module.config
-            self.width = int(getattr(config, "hidden_size", None) or config.d_model)
-            if self._masks_padding and config.pad_token_id != self.padding:
+        config = module.config if self._masks_padding or self._siglip else None
+        self.width = int(module.width if config is None else getattr(config, "hidden_size", None) or config.d_model)
+        if config is not None and self._masks_padding:
+            if config.pad_token_id != self.padding:
                 raise UserError(f"The tokenizer pads with {self.padding}, the text encoder with {config.pad_token_id}.")
-        else:
-            self.width = int(module.width)
+            check_context(config.to_dict(), self.context)
 
-    def forward(self, tokens: Tensor) -> TextFeatures:
-        """Encode token ids (B, L), padded on the right; or (B, width), what `pool` gave before."""
-        if tokens.is_floating_point():
-            return already_pooled(tokens, self.text_projection)
-        pooled, states = self._pooled(tokens)
-        lengths = (tokens == self.end).long().argmax(dim=1) + 1
-        return TextFeatures(self.text_projection(pooled), states[:, : tokens.shape[1]], lengths)
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        """Encode token ids up to the projection, (B, width)."""
-        return self._pooled(tokens)[0]
-
-    def _pooled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode token ids (B, L), padded on the right."""
         module: Any = self.trunk
+        length, end = tokens.shape[1], (tokens == self.end).long().argmax(dim=1)
         if not self._masks_padding:  # these modules see padding, or have a mask of one size
-            tokens = F.pad(tokens, (0, self.context - tokens.shape[1]), value=self.padding)
+            tokens = F.pad(tokens, (0, self.context - length), value=self.padding)
         if self._siglip:
             out = module(input_ids=tokens)
-            return out.pooler_output, out.last_hidden_state
-        pooled, states = module(tokens)
-        return pooled, states
+            pooled, states = out.pooler_output, out.last_hidden_state
+        else:
+            pooled, states = module(tokens)
+        return pooled, states[:, :length], end + 1
 
     def language_head(self) -> nn.Module:
         """Refuse a masked-language head: the vocabulary has no mask that the tower knows."""
-        raise UserError(
-            "masked_language needs a text tower with a mask token, and this one comes from open_clip or transformers "
-            "without. Set loss_weights.masked_language to 0."
-        )
-
-    def get_extra_state(self) -> Tensor:
-        """The model's configuration and tokenizer, so that the weights need no other file."""
-        return self._stored
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Refuse weights that belong to another configuration or tokenizer."""
-        if not state.is_meta and not bytes(state.cpu().numpy()) == bytes(self._stored.numpy()):
-            raise UserError("These weights belong to a model with another configuration or tokenizer.")
+        raise UserError("This text tower has no mask token for masked_language. Set loss_weights.masked_language to 0.")
 
 
 def build_towers(stored: WrappedModel, size: int, embed_dim: int) -> tuple[WrappedImageTower, WrappedTextTower]:
@@ -172,9 +133,3 @@ def _taken(module: Any, name: str) -> tuple[nn.Module, tuple[str, bool]]:
         return nn.Identity(), (name, False)
     setattr(owner, last, None if last == "text_projection" else nn.Identity())  # open_clip multiplies by what is there
     return projection, (name, False)
-
-
-def _width(projection: nn.Module, embed_dim: int) -> int:
-    """Input width of a projection."""
-    layers = [part for part in projection.modules() if isinstance(part, nn.Linear)]
-    return layers[0].in_features if layers else embed_dim

@@ -5,19 +5,11 @@ from typing import Any, Literal
 
 from declip.errors import unknown
 
-FREEZE: Mapping[str, tuple[object, object]] = {
-    "both": ("all", "all"),
-    "image": ("all", 0),
-    "text": (0, "all"),
-    "none": (0, 0),
-}
+FREEZE = {"both": ("all", "all"), "image": ("all", 0), "text": (0, "all"), "none": (0, 0)}
 """--freeze → finetune.freeze_image_blocks and freeze_text_blocks."""
 
-EVALUATIONS = 10
-"""Evaluations of a run, at most: an epoch of cached features takes less time than an evaluation."""
-
-CPU_SIZE = 128
-"""Image size of the built-in start on a CPU: a third of the work of its 224 pixels."""
+EVALUATIONS = 10  # of a run, at most: an epoch of cached features takes less time than an evaluation
+CPU_SIZE = 128  # image size of the built-in start on a CPU: a third of the work of its 224 pixels
 
 Start = Literal["heads", "image", "whole"]
 """What the weights lack: projections into a shared space, the text tower, or nothing."""
@@ -26,14 +18,7 @@ Start = Literal["heads", "image", "whole"]
 def settings(
     pairs: int, start: Start, on_cpu: bool, freeze: str | None = None, given: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Choose recipe keys, those of the user's `given` ones included.
-
-    Args:
-        pairs: Number of training pairs.
-        start: See `Start`.
-        freeze: A key of `FREEZE`; None chooses.
-        given: Dotted keys and values that hold in any case.
-    """
+    """Choose recipe keys by the number of pairs; the user's `given` ones hold in any case, `freeze` is of `FREEZE`."""
     given = dict(given or {})
     if freeze is not None and freeze not in FREEZE:
         raise unknown("value of --freeze", freeze, FREEZE)

@@ -18,10 +18,9 @@ LIBRARY = Path(__file__).parent / "library"
 
 
 def read_yaml(text: str) -> Any:
-    """Read YAML from an untrusted file: no tag makes an object, and aliases are refused.
+    """Read YAML from an untrusted file; raises `YAMLError`.
 
-    Raises:
-        YAMLError: it is not YAML, too long or too deep, or has aliases, of which a few lines can expand to gigabytes.
+    No tag makes an object; aliases, of which a few lines can expand to gigabytes, are refused.
     """
     if len(text) > MOST_YAML:
         raise yaml.YAMLError(f"it has more than {MOST_YAML:,} characters")
@@ -50,9 +49,6 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Args:
         name: A shipped recipe's name, or the path of a YAML file.
         overrides: Dotted keys and values, such as ``{"train.steps": 500}``; a value of type str is read as YAML.
-
-    Raises:
-        UserError: unknown recipe, unknown key (with the nearest name), or a value that is not allowed.
     """
     given: set[str] = set()
     base, over = _read_tree(name, (), given), dict[str, Any]()
@@ -89,10 +85,7 @@ def read_value(key: str, value: str) -> Any:
     try:
         return read_yaml(value)
     except yaml.YAMLError as error:
-        raise UserError(
-            f"Cannot read the override '{key}={value}': its value is not valid YAML. Close its brackets, or put it in "
-            f"quotes twice, once for the shell: '{key}=\"…\"'."
-        ) from error
+        raise UserError(f"'{key}={value}' is no YAML: close its brackets, or put the value in quotes.") from error
 
 
 def _read_tree(name: str | Path, seen: tuple[str, ...], given: set[str]) -> dict[str, Any]:
@@ -125,24 +118,18 @@ def _one_length(tree: Mapping[str, Any], where: str) -> bool:
     train = tree.get("train")
     train = train if isinstance(train, Mapping) else {}
     if "steps" in train and train.get("epochs") is not None:
-        raise UserError(
-            f"train.steps={train['steps']} and train.epochs={train['epochs']} of {where}: give one of both."
-        )
+        raise UserError(f"train.steps={train['steps']} and train.epochs={train['epochs']} of {where}: give one.")
     return "steps" in train
 
 
 def _find(name: str | Path, folder: Path) -> Path:
     """A YAML file, also one relative to the file that extends it, or a shipped recipe by its name."""
     path = Path(name).expanduser()
-    if path.suffix in {".yaml", ".yml"}:
-        for candidate in (path, folder / path):
-            if candidate.is_file():
-                return candidate
-        raise UserError(f"There is no recipe file '{path}'. Shipped recipes: {', '.join(recipe_names())}.")
-    shipped = LIBRARY / f"{name}.yaml"
-    if not shipped.is_file():
-        raise unknown("recipe", str(name), recipe_names())
-    return shipped
+    own = path.suffix in {".yaml", ".yml"}
+    for candidate in (path, folder / path) if own else (LIBRARY / f"{name}.yaml",):
+        if candidate.is_file():
+            return candidate
+    raise unknown("recipe file" if own else "recipe", str(name), recipe_names())
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,16 +143,12 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_own_sets(tree: dict[str, Any], base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Merged tree, without the evaluation sets of `base` where `over` names another source."""
-    return tree if _source(tree) == _source(base) else {**tree, "evaluation": over.get("evaluation", {})}
-
-
-def _source(tree: Mapping[str, Any]) -> Any:
-    data, default = tree.get("data"), Data.model_fields["source"].default
-    return data.get("source", default) if isinstance(data, Mapping) else default
+    sections = [part["data"] if isinstance(part.get("data"), Mapping) else {} for part in (tree, base)]
+    new, old = (section.get("source", Data.model_fields["source"].default) for section in sections)
+    return tree if new == old else {**tree, "evaluation": over.get("evaluation", {})}
 
 
 def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a tree's values."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
@@ -183,7 +166,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
-    place = ".".join(map(str, problem["loc"]))
+    place = ".".join(map(str, problem["loc"])).removesuffix(".[key]")
     if problem["type"] == "extra_forbidden":
         return str(unknown_key(place))
     if problem["type"] == "model_type":
@@ -209,10 +192,9 @@ def unknown_key(given: str) -> UserError:
     return unknown("recipe key", given, {*keys, *sections})
 
 
-def synonyms() -> dict[str, str]:
-    """Names that other tools have for our keys."""
-    names: dict[str, str] = yaml.safe_load((LIBRARY.parent / "synonyms.yaml").read_text("utf-8"))
-    return names
+def synonyms() -> Any:
+    """Names that other tools have for our keys: key → names."""
+    return yaml.safe_load((LIBRARY.parent / "synonyms.yaml").read_text("utf-8"))
 
 
 def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:

@@ -11,17 +11,17 @@ DECAY_FRACTION = 0.2
 def learning_rate(step: int, train: Train) -> float:
     """Compute the learning rate of a step, counted from 0: linear warm-up to `lr`, then the recipe's schedule.
 
-    The first step has `warmup_lr`, step `warmup_steps` - 1 has `lr`. "cosine" falls to `min_lr` at the last step
-    (DeCLIP's YFCC15M recipe); "constant" stays; "wsd" stays, and falls to `min_lr` as 1 - √x in the last fifth.
+    The first step has `warmup_lr`, step `warmup_steps` - 1 has `lr`. "cosine" falls to 0 at the last step (DeCLIP's
+    YFCC15M recipe); "constant" stays; "wsd" stays, and falls to 0 as 1 - √x in the last fifth.
     """
     number, warmup = step + 1, min(train.warmup_steps, train.steps)
     if number < warmup:
         return train.warmup_lr + (train.lr - train.warmup_lr) * step / (warmup - 1)
     if train.lr_schedule == "cosine":
         progress = (number - warmup) / max(train.steps - warmup, 1)
-        return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+        return train.lr * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     if train.lr_schedule == "constant":
         return train.lr
     decay = max(round(DECAY_FRACTION * train.steps), 1)
     progress = max(number - (train.steps - decay), 0) / decay
-    return train.min_lr + (train.lr - train.min_lr) * (1 - math.sqrt(min(progress, 1.0)))
+    return train.lr * (1 - math.sqrt(min(progress, 1.0)))

@@ -11,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -25,6 +26,7 @@ def _expand_user(given: str) -> str:
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+Width = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
 Portion = Annotated[float, Field(gt=0, le=1)]
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -32,6 +34,8 @@ RGB = tuple[float, float, float]
 Place = Annotated[str, AfterValidator(_expand_user)]
 OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
 Places = Annotated[tuple[Place, ...], OneOrMore]
+Column = Literal["image", "caption", "keywords", "group"]
+COLUMNS: dict[Column, str] = {"image": "image", "caption": "caption", "keywords": "keywords"}
 Trackers = Annotated[tuple[Literal["auto", "tensorboard", "wandb", "mlflow", "trackio"], ...], OneOrMore]
 
 
@@ -54,23 +58,13 @@ class Data(Section):
     source: Place | tuple[WeightedSource, ...] = Field(
         "builtin:emoji", description="table, folder, shards, built-in set, or a list of sources with weights"
     )
-    image_column: str = Field("image", description="column of a table with image paths or image bytes")
-    caption_column: str = Field("caption", description="column of a table with captions")
-    keyword_column: str = Field("keywords", description="column of a table with keywords; ignored if missing")
-    group_column: str | None = Field(
-        None, description="column of a table whose equal cells mean the same thing; see contrastive.duplicates"
+    columns: dict[Column, str] = Field(
+        COLUMNS, description="columns of a table: image, caption, keywords, and group, whose equal cells mean the same"
     )
     image_root: Place | None = Field(None, description="folder of a table's image paths; default: the table's folder")
     max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")
-    shuffle_buffer: int | None = Field(
-        None, ge=1, description="number of pairs shuffled together, shard by shard; default: all, or 50,000 if remote"
-    )
-    resample: bool = Field(
-        False, description="sample each step's pairs with replacement instead of showing each once per epoch"
-    )
-    workers: Count | Literal["auto"] = Field(
-        "auto", description="number of loader processes; auto: one for each free core, at most 8"
-    )
+    shuffle_buffer: int | None = Field(None, ge=1, description="pairs shuffled together; default: all; remote: 50,000")
+    workers: Count | Literal["auto"] = Field("auto", description="loader processes; auto: one a free core, at most 8")
     max_broken_fraction: Fraction = Field(0.05, description="fraction of broken pairs above which a run stops")
 
     @field_validator("source", mode="before")
@@ -82,15 +76,29 @@ class Data(Section):
         known = ", ".join(WeightedSource.model_fields)
         if not isinstance(given, list | tuple) or not given:
             raise ValueError(f"data.source is {given!r}; give one source, or a list of them, each with {known}")
-        sources = []
-        for number, entry in enumerate(given):
-            try:
-                sources.append(WeightedSource.model_validate({"source": entry} if isinstance(entry, str) else entry))
-            except ValidationError as error:
-                problem = error.errors()[0]
-                place = ".".join(["data.source", str(number), *map(str, problem["loc"])])
-                raise ValueError(f"{place}={problem['input']!r}: {problem['msg']}; keys: {known}") from error
-        return tuple(sources)
+        entries = [{"source": entry} if isinstance(entry, str) else entry for entry in given]
+        try:
+            return TypeAdapter(tuple[WeightedSource, ...]).validate_python(entries)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, problem["loc"]))
+            raise ValueError(f"data.source.{place}={problem['input']!r}: {problem['msg']}; keys: {known}") from error
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _with_usual_names(cls, given: Any) -> Any:
+        return {**COLUMNS, **given} if isinstance(given, dict) else given
+
+    @property
+    def table_options(self) -> dict[str, Any]:
+        """The arguments of `declip.data.sources.open.open_source` that say how a table is read."""
+        return {
+            "image_column": self.columns["image"],
+            "caption_column": self.columns["caption"],
+            "keyword_column": self.columns["keywords"],
+            "group_column": self.columns.get("group"),
+            "image_root": self.image_root,
+        }
 
     @property
     def label(self) -> str:
@@ -104,7 +112,7 @@ class ImageTowerConfig(Section):
     """The image tower: a timm model by name, or one of `declip.models.image_tower.SMALL_TOWERS`."""
 
     model: str = Field("declip_vit_small", description="name of a timm model or of a small tower of declip")
-    size: int = Field(32, ge=16, le=4096, description="image height and width in pixels")
+    size: int = Field(32, ge=16, le=4096, description="height and width in pixels; if you give it, weights are resized")
     mean: RGB = Field((0.48145466, 0.4578275, 0.40821073), description="mean of red, green and blue in 0 to 1")
     std: tuple[Positive, Positive, Positive] = Field(
         (0.26862954, 0.26130258, 0.27577711), description="standard deviation of red, green and blue"
@@ -131,10 +139,7 @@ class TextTowerConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.hf_model is None and self.pooling != "auto":
-            raise ValueError(
-                f"text.pooling={self.pooling} goes with text.hf_model; CLIP's text tower pools at its end token. "
-                "Leave text.pooling out, or give an encoder"
-            )
+            raise ValueError(f"text.pooling={self.pooling} goes with text.hf_model; leave it out, or give an encoder")
         if self.width % self.heads:
             raise ValueError(f"text.width {self.width} is not a multiple of text.heads {self.heads}")
         return self
@@ -144,24 +149,13 @@ class ImageView(Section):
     """MoCo v2's augmentation (Chen et al. 2020, arXiv 2003.04297), as DeCLIP uses it."""
 
     scale: tuple[Portion, Portion] = Field((0.2, 1.0), description="smallest and largest fraction of the image's area")
-    ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="smallest and largest aspect ratio of a crop")
     color_jitter: tuple[Strength, Strength, Strength, Annotated[Strength, Field(le=0.5)]] = Field(
         (0.4, 0.4, 0.4, 0.1), description="strength of brightness, contrast, saturation and hue"
     )
     color_jitter_prob: Fraction = Field(0.8, description="probability of color jitter")
     grayscale_prob: Fraction = Field(0.2, description="probability of grayscale")
     blur_prob: Fraction = Field(0.5, description="probability of Gaussian blur")
-    blur_sigma: tuple[Positive, Positive] = Field(
-        (0.1, 2.0), description="smallest and largest sigma of the blur, in pixels"
-    )
     hflip_prob: Fraction = Field(0.5, description="probability of a horizontal flip")
-
-    @field_validator("scale", "ratio", "blur_sigma")
-    @classmethod
-    def _rising(cls, given: tuple[float, float]) -> tuple[float, float]:
-        if given[0] > given[1]:
-            raise ValueError(f"{list(given)} falls; give the smaller number first")
-        return given
 
 
 class SecondView(ImageView):
@@ -172,11 +166,8 @@ class SecondView(ImageView):
 
 
 class TextView(Section):
-    """EDA (Wei and Zou 2019) and the words that make up a caption."""
+    """The second text view, such as EDA (Wei and Zou 2019)."""
 
-    eda_alpha: Fraction = Field(0.1, description="fraction of the words that one EDA operation changes")
-    keyword_append_prob: Fraction = Field(0.0, description="probability of appending keywords to the caption")
-    keyword_only_prob: Fraction = Field(0.0, description="probability of replacing the caption by keywords")
     second_view: Literal["eda", "caption", "keywords", "same"] = Field(
         "eda", description="second text view: EDA of the first, another caption, keywords, or the first again"
     )
@@ -186,16 +177,10 @@ class Views(Section):
     """The views of a pair that the model is trained on."""
 
     image: ImageView = ImageView()
-    image_second: SecondView | None = Field(
-        None, description="second image view of its own: size, start (fraction of the steps), keys of views.image"
-    )
+    image_second: SecondView | None = Field(None, description="second view: size, start, and keys of views.image")
     text: TextView = TextView()
-    contrastive_view: ImageView | None = Field(
-        None, description="milder first view for the contrastive loss; the others stay (SLIP)"
-    )
-    image_count: Literal[1, 2] = Field(
-        2, description="number of image views of losses that compare views; 1: one image meets both captions"
-    )
+    contrastive_view: ImageView | None = Field(None, description="milder first view for the contrastive loss (SLIP)")
+    image_count: Literal[1, 2] = Field(2, description="augmented image views; 1: both captions meet one")
 
     @model_validator(mode="before")
     @classmethod
@@ -219,28 +204,22 @@ class ContrastiveConfig(Section):
 
 
 class SimSiamConfig(Section):
-    """Widths of the projector and the predictor (Chen and He 2021; DeCLIP's constants)."""
+    """The projector and the predictor (Chen and He 2021; DeCLIP's constants)."""
 
-    hidden: int = Field(1024, ge=1, description="inner width of the projector")
-    out: int = Field(1024, ge=1, description="output width of the projector")
-    predictor_hidden: int = Field(512, ge=1, description="inner width of the predictor")
+    widths: tuple[Width, Width, Width] = Field((1024, 1024, 512), description="projector: inner, out; predictor: inner")
 
 
 class SimCLRConfig(Section):
     """SLIP's head (Mu et al. 2022) and NT-Xent's temperature."""
 
-    hidden: int = Field(4096, ge=1, description="inner width of the head")
-    out: int = Field(256, ge=1, description="output width of the head")
+    widths: tuple[Width, Width] = Field((4096, 256), description="inner and output width of the head")
     temperature: float = Field(0.1, gt=0, description="temperature of NT-Xent")
 
 
 class MaskedLanguageConfig(Section):
     """BERT's corruption of the caption."""
 
-    probability: Fraction = Field(0.15, description="probability of choosing a token")
-    mask_contrastive_text: bool = Field(
-        True, description="the contrastive loss sees the masked caption too: one pass, as the official implementation"
-    )
+    mask_contrastive_text: bool = Field(True, description="the contrastive loss sees the masked caption, as official")
     mask_input_only: bool = Field(False, description="mask the caption although the loss has no weight (FILIP)")
 
 
@@ -290,10 +269,7 @@ class LoRA(Section):
 class FineTuning(Section):
     """The pretrained weights, and how freely they may change."""
 
-    pretrained: Place | None = Field(
-        None, description="weights that declip.load takes, or timm:NAME for the image tower"
-    )
-    image_size: int | None = Field(None, ge=16, description="image size other than the weights', in pixels")
+    pretrained: Place | None = Field(None, description="weights that declip.load takes, or timm:NAME")
     image_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for the image tower")
     text_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for the text tower")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer below the last")
@@ -301,42 +277,36 @@ class FineTuning(Section):
         0, description="number of lowest image blocks to freeze, stem included; all: the whole tower (LiT)"
     )
     freeze_text_blocks: Count | Literal["all"] = Field(0, description="number of lowest text blocks to freeze, or all")
-    head_warmup_steps: int = Field(
-        0, ge=0, description="number of first steps that train only new parameters; at most a quarter"
-    )
-    cached_views: int = Field(
-        0, ge=0, description="views of each pair whose features frozen towers compute once; 0: computed at every step"
-    )
-    head: Literal["linear", "mlp"] = Field(
-        "linear", description="projections of both towers; mlp: linear plus an MLP with dropout"
-    )
-    head_init: Literal["random", "cca"] = Field(
-        "random", description="start of the projections; cca: canonical correlation of the cached features (CSA)"
-    )
-    mixup: float = Field(
-        0.0, ge=0, description="alpha of the mixup of cached features, equal for image and text (FuseMix); 0: off"
-    )
+    head_warmup_steps: int = Field(0, ge=0, description="first steps that train only new parameters; at most a quarter")
+    cached_views: int = Field(0, ge=0, description="views whose frozen features are computed once; 0: at every step")
+    thaw_after: int | None = Field(None, ge=1, description="number of steps after which frozen towers train (LP-FT)")
+    head: Literal["linear", "mlp"] = Field("linear", description="projections; mlp: linear plus an MLP with dropout")
+    head_init: Literal["random", "cca"] = Field("random", description="cca: canonical correlation of features (CSA)")
+    mixup: float = Field(0.0, ge=0, description="alpha of the mixup of cached features (FuseMix); 0: off")
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
+
+    @property
+    def thawed(self) -> bool:
+        """Whether these are the settings of the steps after `thaw_after`, see `Trainer`."""
+        return self.thaw_after is not None and not (self.freeze_image_blocks or self.freeze_text_blocks)
 
     def changed(self) -> list[str]:
         """Names of the keys, other than `pretrained`, that are not at their defaults."""
-        given = sorted(self.model_fields_set - {"pretrained"})
-        return [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+        fields = type(self).model_fields
+        return [name for name in sorted(fields.keys() - {"pretrained"}) if getattr(self, name) != fields[name].default]
 
     @model_validator(mode="after")
-    def _cached(self) -> Self:
+    def _consistent(self) -> Self:
         for name, off in (("head_init", "random"), ("mixup", 0)):
             if getattr(self, name) != off and not self.cached_views:
-                raise ValueError(
-                    f"finetune.{name} reads cached features; set finetune.cached_views too, or leave it out"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _lora_freezes_blocks(self) -> Self:
+                raise ValueError(f"finetune.{name} reads cached features; set finetune.cached_views, or leave it out")
         for name in ("freeze_image_blocks", "freeze_text_blocks"):
             if self.lora is not None and getattr(self, name) not in (0, "all"):
                 raise ValueError(f"finetune.lora freezes all blocks; finetune.{name} is 0 or all then")
+        if self.thawed or (self.thaw_after is not None and self.lora is not None):
+            raise ValueError(
+                "finetune.thaw_after needs freeze_image_blocks or freeze_text_blocks, and no finetune.lora"
+            )
         if self.lora is not None and self.layer_decay != 1:
             raise ValueError("finetune.lora has one learning rate per tower; leave finetune.layer_decay out")
         return self
@@ -354,13 +324,10 @@ class Train(Section):
         "cosine", description="learning rate after the warm-up; wsd: constant, then falling in the last fifth"
     )
     warmup_lr: float = Field(1e-4, ge=0, description="learning rate of the first step")
-    min_lr: float = Field(0.0, ge=0, description="learning rate of the last step")
     warmup_steps: int = Field(100, ge=0, description="number of steps with a linearly rising learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay; not on biases, norms and scales")
     grad_clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "fp32", description="precision of the towers; auto: bf16 where the device computes in it"
-    )
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the towers; auto: bf16 where supported")
     channels_last: bool = Field(False, description="channels-last memory format, for convolutions")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are evaluated then")
     log_every: int = Field(10, ge=1, description="number of steps between logged rows")
@@ -368,20 +335,13 @@ class Train(Section):
         ("auto",), description="trackers: tensorboard, wandb, mlflow, trackio; auto: tensorboard if installed; []: none"
     )
     evaluate_every: int = Field(0, ge=0, description="number of steps between evaluations; 0: only at the end")
-    patience: int | None = Field(
-        None, ge=1, description="number of evaluations without a new best one that end a run, with its best weights"
-    )
+    patience: int | None = Field(None, ge=1, description="evaluations without a better one that end a run")
     checkpoint_every: int = Field(200, ge=1, description="number of steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of checkpoints to keep")
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, mps")
     strategy: Literal["ddp", "fsdp"] = Field("ddp", description="distributed training; fsdp shards the towers")
-    sync_batch_norm: bool = Field(True, description="batch-norm statistics over all processes")
     grad_cache_chunk: int | None = Field(None, ge=1, description="pairs per GradCache chunk and process; default: off")
-    allow_batchnorm_chunking: bool = Field(
-        False, description="allow chunks for towers with batch norm, which then see each chunk alone"
-    )
     grad_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
-    rank_timeout: float = Field(600, gt=0, description="seconds a process waits for the others before it gives up")
     length_buckets: int = Field(1, ge=1, description="number of length-sorted groups that captions are encoded in")
     compile: bool = Field(False, description="torch.compile for the towers")
     max_nonfinite_steps: int = Field(0, ge=0, description="number of steps with a non-finite loss that may be skipped")
@@ -403,11 +363,7 @@ class Evaluation(Section):
 
 
 class Recipe(Section):
-    """A whole experiment.
-
-    Raises:
-        UserError: from `declip.recipe.load.load_recipe`, when a key or a value is not allowed.
-    """
+    """A whole experiment."""
 
     name: str = Field("unnamed", description="name for tables and reports")
     seed: int = Field(0, ge=0, description="seed of weights, views, order and choice of pairs")
@@ -427,9 +383,7 @@ class Recipe(Section):
     late_interaction: LateInteractionConfig = LateInteractionConfig()
     ema_distillation: EmaDistillationConfig = EmaDistillationConfig()
     logit_scale: LogitScale = LogitScale()
-    logit_bias: float | None = Field(
-        None, description="initial value of a bias of the logits; default: none, and -10 with the sigmoid loss"
-    )
+    logit_bias: float | None = Field(None, description="initial bias of the logits; default: none; sigmoid loss: -10")
     finetune: FineTuning = FineTuning()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
@@ -450,37 +404,30 @@ class Recipe(Section):
         if not self.active_losses:
             raise ValueError("every weight in loss_weights is 0; at least one must be above 0")
         if train.length_buckets > 1 and self.late_interaction.include_padding:
-            raise ValueError(
-                "train.length_buckets above 1 leaves padding out, and late_interaction.include_padding wants it; "
-                "set one of them back"
-            )
-        if self.data.group_column is not None and self.contrastive.duplicates == "negatives":
-            raise ValueError(
-                f"data.group_column={self.data.group_column} says which pairs are duplicates; set "
-                "contrastive.duplicates to mask or positives too, or leave it out"
-            )
+            raise ValueError("train.length_buckets above 1 and late_interaction.include_padding exclude each other")
+        group = self.data.columns.get("group")
+        if group is not None and self.contrastive.duplicates == "negatives":
+            raise ValueError(f"data.columns.group={group} needs contrastive.duplicates=mask or positives")
         tunes_text = self.text.hf_model is not None and self.text.pretrained
         of_text = {"text_lr_scale", "freeze_text_blocks", "layer_decay", "head_warmup_steps", "lora"}
         wrong = [name for name in self.finetune.changed() if not (tunes_text and name in of_text)]
         if self.finetune.pretrained is None and wrong:
-            also = ", or a pretrained text.hf_model" if wrong[0] in ("text_lr_scale", "freeze_text_blocks") else ""
-            raise ValueError(
-                f"finetune.{wrong[0]} needs pretrained weights; give finetune.pretrained too{also}, or leave it out"
-            )
+            raise ValueError(f"finetune.{wrong[0]} needs pretrained weights; give finetune.pretrained, or leave it out")
         clashes = {"ema_decay": train.ema_decay, "compile": train.compile, "strategy": train.strategy == "fsdp"}
-        clash = next((name for name, value in clashes.items() if value), None)
-        if self.finetune.lora is not None and clash is not None:
-            raise ValueError(f"finetune.lora does not work with train.{clash}={getattr(train, clash)}; leave one out")
+        for name, given in clashes.items():
+            if self.finetune.lora is not None and given:
+                raise ValueError(f"finetune.lora does not work with train.{name}={getattr(train, name)}; leave one out")
+        no_teacher = {"train.grad_cache_chunk": train.grad_cache_chunk, "train.strategy=fsdp": train.strategy == "fsdp"}
+        no_teacher["finetune.head_init=cca"] = self.finetune.head_init == "cca"  # it starts after the teacher is copied
+        for key, given in no_teacher.items():
+            if "ema_distillation" in self.active_losses and given:
+                raise ValueError(f"loss_weights.ema_distillation does not work with {key}; leave one out")
         measured = self.evaluation.retrieval or self.evaluation.zero_shot
         if train.patience is not None and not (train.evaluate_every and measured):
-            raise ValueError(
-                "train.patience needs train.evaluate_every and a set in evaluation.retrieval or evaluation.zero_shot; "
-                "give both, or leave it out"
-            )
-        if self.views.image_count == 1 and self.views.contrastive_view:
-            raise ValueError("views.contrastive_view needs two other views; set views.image_count to 2")
-        if self.views.image_count == 1 and self.views.image_second:
-            raise ValueError("views.image_second is a second view; set views.image_count to 2, or leave it out")
+            raise ValueError("train.patience needs train.evaluate_every and a set in evaluation.retrieval or zero_shot")
+        for name in ("contrastive_view", "image_second"):
+            if self.views.image_count == 1 and getattr(self.views, name):
+                raise ValueError(f"views.{name} goes with two other views; set views.image_count to 2")
         return self
 
     @property
@@ -492,13 +439,14 @@ class Recipe(Section):
     def image_sizes(self) -> dict[str, int]:
         """Sizes of the images that the tower takes in training, by their keys."""
         second = self.views.image_second
-        return {"image.size": self.image.size} | (
-            {"views.image_second.size": second.size} if second is not None and second.size is not None else {}
-        )
+        own = {} if second is None or second.size is None else {"views.image_second.size": second.size}
+        return {"image.size": self.image.size} | own
 
     @property
     def head_warmup(self) -> int:
-        """Number of steps that train only the new parameters: a quarter of `train.steps` at most."""
+        """Number of steps that train only the new parameters: a quarter of `train.steps` at most, or `thaw_after`."""
+        if self.finetune.thawed:
+            return self.finetune.thaw_after or 0
         return min(self.finetune.head_warmup_steps, self.train.steps // 4)
 
     @property

@@ -1,10 +1,9 @@
 """Charts: matplotlib figures as inline SVG that takes its colors from the page, light or dark, and as PNG."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -13,7 +12,7 @@ from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.ndimage import gaussian_filter1d
 
 from declip.comparison.statistics import EfficiencyCurve
@@ -27,12 +26,8 @@ MARKERS = "so^DvP"
 DASHES = ("--", "-", ":", "-.")
 CHANCE: Any = {"color": QUIET, "linewidth": 1.3, "linestyle": (0, (1, 2)), "label": "chance"}
 
-VARIABLES = {
-    INK: "--ink",
-    QUIET: "--quiet",
-    RULE: "--line",
-    **{color: f"--series-{place}" for place, color in enumerate(COLORS) if place},
-}
+VARIABLES = {color: f"--series-{place}" for place, color in enumerate(COLORS)}
+VARIABLES |= {INK: "--ink", QUIET: "--quiet", RULE: "--line"}
 """The page's name for each color, so that it can choose others when it is dark."""
 
 STYLE: Any = {
@@ -51,10 +46,9 @@ STYLE: Any = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "declip",
+    "path.simplify_threshold": 1,  # a long noisy line as its outline, 20 kB however many steps there are
 }
-LEGEND_LETTERS = 40
-STRETCHES = 240
-"""Of a long line each stretch is drawn as its lowest and highest value."""
+LEGEND_LETTERS = 24
 
 
 @dataclass(frozen=True)
@@ -65,40 +59,26 @@ class Chart:
     size: tuple[float, float]
     draw: Callable[[Axes], None]
 
+    def figure(self) -> Figure:
+        """The figure, drawn."""
+        with rc_context(STYLE):
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure.subplots())
+        return figure
+
     def svg(self, name: str) -> Markup:
         """An SVG element whose ids start with `name`, so that it shares none with others on the page."""
         file = StringIO()
         with rc_context(STYLE):
-            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            figure_of([self]).savefig(file, format="svg", transparent=True, metadata=nothing)
+            self.figure().savefig(file, format="svg", transparent=True)
         text = file.getvalue()
-        text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
-        for _ in ("width", "height"):
-            text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
-        text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # it would be the whole page's
+        view = re.search(r'viewBox="[^"]*"', text)
+        text = re.sub(r"<style[^>]*>.*?</style>", "", text[text.index("<defs>") :], flags=re.DOTALL)  # the whole page's
         text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-        text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
         text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 inherit", text)
         for color, variable in VARIABLES.items():
             text = text.replace(color, f"var({variable})")
-        return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(self.words)}"', 1))
-
-
-def figure_of(charts: Sequence[Chart]) -> Figure:
-    """Draw charts next to each other into one figure."""
-    widths = [chart.size[0] for chart in charts]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(sum(widths), max(chart.size[1] for chart in charts)), layout="constrained")
-        parts = figure.subfigures(1, len(charts), squeeze=False, width_ratios=widths)
-        for chart, part in zip(charts, parts.flat, strict=True):
-            chart.draw(part.subplots())
-    return figure
-
-
-def write_png(charts: Sequence[Chart], path: Path) -> None:
-    """Write charts as one image of 200 dots an inch."""
-    with rc_context(STYLE):
-        figure_of(charts).savefig(path, dpi=200, facecolor="white", format="png")
+        return Markup(f'<svg role="img" aria-label="{escape(self.words)}" {view and view[0]}>{text}')
 
 
 def value_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = True) -> Chart | None:
@@ -113,10 +93,9 @@ def value_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = 
 
     def draw(ax: Axes) -> None:
         if noisy:
-            ax.plot(*thinned(steps, np.where(finite, values, np.nan)), color=COLORS[1], linewidth=0.6, alpha=0.45)
-        at = np.unique(np.linspace(0, len(steps) - 1, STRETCHES).round().astype(int))
-        shape = "o" if len(at) == 1 else "-"
-        ax.plot(steps[at], smooth[at], shape, color=COLORS[1], linewidth=1.9, markersize=4, label=name)
+            ax.plot(steps, np.where(finite, values, np.nan), color=COLORS[1], linewidth=0.6, alpha=0.45)
+        shape = "o" if len(steps) == 1 else "-"
+        ax.plot(steps, smooth, shape, color=COLORS[1], linewidth=1.9, markersize=4, label=name)
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         ax.set_ylim(low - margin, high + margin)
         _over_steps(ax)
@@ -162,12 +141,10 @@ def pairs_chart(
 
     def draw(ax: Axes) -> None:
         ax.set_xscale("log")
-        ax.set_xlim(np.exp(logs[0] - margin), np.exp(logs[-1] + margin))
-        ax.xaxis.set_major_locator(FixedLocator(list(pairs)))
-        ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticks(list(pairs), [short_count(number) for number in pairs])
-        ax.set_ylim(0, 100 * top)
-        ax.set(title=title, xlabel="distinct pairs", ylabel=f"{unit}, %")
+        ax.set_xticks([], minor=True)
+        ax.set(title=title, xlabel="distinct pairs", ylabel=f"{unit}, %", ylim=(0, 100 * top))
+        ax.set_xlim(np.exp(logs[0] - margin), np.exp(logs[-1] + margin))
         ax.grid(axis="y")
         ax.axhline(100 * chance, **CHANCE)
         for place, name in enumerate(curves):
@@ -188,8 +165,7 @@ def pairs_chart(
         f"with {curve.pairs[-1]:,}"
         for name, curve in shown.items()
     )
-    height = 3.3 + 0.2 * len(shown) / _columns(["chance", *shown])
-    return Chart(f"{title}: {words}; chance {100 * chance:.3g} %.", (4.1, height), draw)
+    return Chart(f"{title}: {words}; chance {100 * chance:.3g} %.", (4.1, 3.4 + 0.1 * len(shown)), draw)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -200,27 +176,10 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return np.where(finite, total / np.maximum(weight, 1e-12), np.nan)
 
 
-def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keep at most about 2 × `STRETCHES` points: each stretch's lowest and highest value."""
-    if len(steps) <= 2 * STRETCHES:
-        return steps, values
-    keep: list[int] = []
-    for part in np.array_split(np.arange(len(steps)), STRETCHES):
-        good = part[np.isfinite(values[part])]
-        if len(good):
-            keep += sorted({int(good[values[good].argmin()]), int(good[values[good].argmax()])})
-    return steps[keep], values[keep]
-
-
 def _legend(ax: Axes) -> None:
     handles, names = ax.get_legend_handles_labels()
     shown = [" " + shorten(name, LEGEND_LETTERS, placeholder=" …") for name in names]
-    ax.figure.legend(handles, shown, loc="outside lower left", ncols=_columns(names), frameon=False)
-
-
-def _columns(names: Iterable[str]) -> int:
-    longest = max(map(len, names))
-    return 3 if longest <= 10 else 2 if longest <= 20 else 1
+    ax.figure.legend(handles, shown, loc="outside lower left", ncols=2, frameon=False)
 
 
 def _over_steps(ax: Axes) -> None:

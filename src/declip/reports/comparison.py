@@ -1,13 +1,13 @@
 """The result of a comparison: numbers for the page, for Markdown and for the terminal."""
 
-import re
+import json
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from rich.console import Group
 from rich.text import Text
 
@@ -16,14 +16,10 @@ from declip.comparison.outcome import Outcome, scores, sweep_score
 from declip.comparison.runner import ROUNDS, TIMED
 from declip.comparison.statistics import EfficiencyCurve, Factor
 from declip.comparison.study import Study
-from declip.evaluation.results import ClassificationResult, RetrievalResult, ZeroShotResult, read_result
-from declip.io.atomic import atomic_write
+from declip.evaluation.results import ClassificationResult, RetrievalResult, read_result
 from declip.io.text import percent
-from declip.reports.charts import Chart, pairs_chart, write_png
-from declip.reports.page import NONE, Table, points, render, span, unbalanced, write
-from declip.reports.terminal import rich_table
-
-PAGE, MARKDOWN, FIGURES = "report.html", "results.md", "figures"
+from declip.reports.charts import Chart, pairs_chart
+from declip.reports.page import NONE, Table, points, render, rich_table, span, write
 
 
 class MeasureFacts(NamedTuple):
@@ -42,27 +38,11 @@ class ComparedFactor(NamedTuple):
     factor: Factor | None
 
 
-class Panels(NamedTuple):
-    """Charts next to each other, with the name of their image file."""
-
-    name: str
-    caption: str
-    charts: list[Chart]
-
-
 def write_page(outcome: Outcome, folder: Path) -> tuple[Path, Path]:
-    """Write report.html, results.md and figures/ of a comparison, complete or not.
-
-    Returns:
-        The paths of report.html and results.md.
-    """
+    """Write report.html and results.md of a comparison, complete or not; returns their paths."""
     content = context(outcome)
-    with atomic_write(folder / FIGURES) as path:
-        path.mkdir()
-        for figure in content["curves"]:
-            write_png(figure.charts, path / f"{figure.name}.png")
-    page = write(folder / PAGE, render("comparison.html", **content))
-    return page, write(folder / MARKDOWN, render("comparison.md", **content))
+    page = write(folder / "report.html", render("comparison.html", **content))
+    return page, write(folder / "results.md", render("comparison.md", **content))
 
 
 def summary(outcome: Outcome) -> Group:
@@ -103,11 +83,7 @@ def context(outcome: Outcome) -> dict[str, Any]:
         "score_tables": [scores_table(outcome, measure, budget) for measure in facts for budget in study.budgets],
         "cost_table": cost_table(study),
         "sweep_table": sweep_table(outcome),
-        "runs_table": runs_table(outcome),
-        "curves": [
-            curves_figure(outcome, measure, number, fact.chance)
-            for number, (measure, fact) in enumerate(facts.items(), 1)
-        ],
+        "curves": {measure: curve_charts(outcome, measure, fact.chance) for measure, fact in facts.items()},
         "parts": [parts_table(outcome, ablation, foremost, pairs) for pairs in sizes if ablation],
     }
 
@@ -123,22 +99,20 @@ def measure_facts(outcome: Outcome) -> dict[str, MeasureFacts]:
                 among = f"{result.images:,} images and {result.texts:,} captions"
                 facts[name] = MeasureFacts(result.images, chance, among)
             elif isinstance(result, ClassificationResult):
-                first, among = result.measures()[0], f"{result.classes:,} classes"
-                if isinstance(result, ZeroShotResult) and (largest := unbalanced(result)):
-                    among += f", the largest with {percent(largest)}"
-                facts[name] = MeasureFacts(first.n, first.chance, among)
+                first = result.measures()[0]
+                largest = "" if first.majority is None else f", the largest with {percent(first.majority)}"
+                facts[name] = MeasureFacts(first.n, first.chance, f"{result.classes:,} classes{largest}")
     return facts
 
 
 def compared_factors(outcome: Outcome, measure: str) -> list[ComparedFactor]:
     """The factor of each variant over the baseline under each budget."""
-    study, baseline = outcome.study, outcome.study.baseline
-    factors = []
-    for name in [variant.name for variant in study.variants if variant.name != baseline] if measure else []:
-        for budget in study.budgets:
-            both = all(outcome.curve(each, budget, measure).pairs for each in (name, baseline))
-            factor = outcome.factor(name, baseline, budget, measure) if both else None
-            factors.append(ComparedFactor(name, budget, factor))
+    study, baseline, factors = outcome.study, outcome.study.baseline, []
+    others = [variant.name for variant in study.variants if variant.name != baseline] if measure else []
+    for name, budget in product(others, study.budgets):
+        both = all(outcome.curve(each, budget, measure).pairs for each in (name, baseline))
+        factor = outcome.factor(name, baseline, budget, measure) if both else None
+        factors.append(ComparedFactor(name, budget, factor))
     return factors
 
 
@@ -159,12 +133,7 @@ def common_overrides(study: Study) -> dict[str, Any]:
 
 def settings(values: Mapping[str, Any]) -> str:
     """Keys and values in a line, as the command reads them."""
-    words = []
-    for key, value in values.items():
-        text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
-        value = text.removesuffix("...\n").strip()
-        words.append(f"{key}={value}")
-    return ", ".join(words)
+    return ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
 
 
 def variants_table(study: Study) -> Table:
@@ -206,12 +175,11 @@ def factors_table(factors: Sequence[ComparedFactor], budget: str, study: Study) 
     """Factors by variant under a budget, in all and at each of the baseline's numbers of pairs."""
     rows = []
     for name, _, factor in (each for each in factors if each.budget == budget):
-        cells = dict.fromkeys(study.pairs, NONE)
+        cells, interval = dict.fromkeys(study.pairs, NONE), NONE
         for at in factor.at if factor else ():
             outside = "passed" if at.outside == "below" else "not reached"
             cells[at.pairs] = outside if at.factor is None else f"{at.factor:.2f}"
         mean = NONE if factor is None or factor.mean is None else f"{factor.mean:.2f}"
-        interval = NONE
         if factor and factor.low is not None and factor.high is not None:
             interval = span(factor.low, factor.high)
         rows.append((name, mean, interval, *cells.values()))
@@ -222,19 +190,18 @@ def factors_table(factors: Sequence[ComparedFactor], budget: str, study: Study) 
 def parts_table(outcome: Outcome, ablation: Ablation, measure: str, pairs: int) -> Table:
     """Each part of the ablation: its score and its difference to the whole, under every budget."""
     budgets, rows = outcome.study.budgets, []
-    for group, part in ((group, part) for group, parts in ablation.groups.items() for part in parts):
-        cells = [group, part.label]
+    parts = ((group, *part) for group, parts in ablation.groups.items() for part in parts.items())
+    for group, label, variant in parts:
+        cells = [group, label]
         for budget in budgets:
-            values = list(outcome.values(part.variant, budget, pairs, measure).values())
-            more = outcome.difference(part.variant, ablation.whole, budget, pairs, measure)
-            difference = NONE if more is None or part.variant == ablation.whole else points(more.mean)
+            values = list(outcome.values(variant, budget, pairs, measure).values())
+            more = outcome.difference(variant, ablation.whole, budget, pairs, measure)
+            difference = NONE if more is None or variant == ablation.whole else points(more.mean)
             if difference != NONE and more and more.low is not None and more.high is not None:
                 difference += f" ({points(more.low)} to {points(more.high)})"
             cells += [percent(float(np.mean(values))) if values else NONE, difference]
-        cells += [f"{part.reported:.1f} %" if part.reported else NONE] if ablation.reported else []
         rows.append(tuple(cells))
     columns = ["group", "part", *(name for budget in budgets for name in (f"equal {budget}", "− whole, points"))]
-    columns += ["reported"] if ablation.reported else []
     return Table(f"Parts of {ablation.whole} with {pairs:,} pairs: {measure}", tuple(columns), tuple(rows), texts=2)
 
 
@@ -263,18 +230,6 @@ def sweep_table(outcome: Outcome) -> Table:
     return Table(caption, ("variant", "values", "", "score"), tuple(rows), texts=3)
 
 
-def runs_table(outcome: Outcome) -> Table:
-    """Every run that is done."""
-    measures, rows = outcome.measures, []
-    for row in outcome.rows.values():
-        values = scores(row["results"])
-        words = (row["variant"], f"{row['pairs']:,}", str(row["seed"]), f"{row['steps']:,}", f"{row['samples']:,}")
-        measured = (percent(values[name]) if name in values else NONE for name in measures)
-        rows.append((*words, f"{row['seconds']:,.1f}", *measured))
-    columns = ("variant", "pairs", "seed", "steps", "samples", "seconds", *measures)
-    return Table(f"Every run ({len(rows):,})", columns, tuple(rows), folded=True)
-
-
 def failures_table(outcome: Outcome) -> Table:
     """Failed runs with the last line of their reason."""
     rows = tuple(
@@ -283,19 +238,15 @@ def failures_table(outcome: Outcome) -> Table:
     return Table("Runs that failed", ("run", "reason"), rows, texts=2)
 
 
-def curves_figure(outcome: Outcome, measure: str, number: int, chance: float) -> Panels:
+def curve_charts(outcome: Outcome, measure: str, chance: float) -> list[Chart]:
     """Curves of the named variants under each budget, with one axis."""
     study = outcome.study
     names = [study.baseline, *(name for name in study.named if name != study.baseline)]
     curves = {budget: {name: outcome.curve(name, budget, measure) for name in names} for budget in study.budgets}
-    values = [value for each in curves.values() for curve in each.values() for row in curve.values for value in row]
-    ends = [end for each in curves.values() for curve in each.values() for end in curve.means + curve.half_widths]
+    every = [curve for each in curves.values() for curve in each.values()]
     # Every value fits, and as much of the intervals as leaves the rest readable.
-    highest = max([chance, *values])
-    top = 1.06 * min(np.nanmax([highest, *ends]), 1.3 * highest)
+    highest = max([chance, *(value for curve in every for row in curve.values for value in row)])
+    ends = [end for curve in every for end in curve.means + curve.half_widths]
+    top = 1.06 * min(np.nanmax([highest, *ends]), 1.3 * highest) or 0.01
     unit = measure.rpartition(": ")[2]
-    charts = [
-        pairs_chart(f"equal {budget}", unit, each, study.pairs, chance, top or 0.01) for budget, each in curves.items()
-    ]
-    slug = re.sub(r"[^a-z0-9]+", "-", measure.lower()).strip("-")[:60]
-    return Panels(f"curves-{number}-{slug}", measure, charts)
+    return [pairs_chart(f"equal {budget}", unit, each, study.pairs, chance, top) for budget, each in curves.items()]

@@ -11,8 +11,7 @@ from rich.text import Text
 from declip.data.exclude import write_exclusions
 from declip.inspection.result import Finding, Fraction, Inspection, Spread
 from declip.io.text import about, percent, shown
-from declip.reports.page import Table, environment, render
-from declip.reports.terminal import rich_table
+from declip.reports.page import Table, environment, render, rich_table
 from declip.reports.thumbnails import thumbnail
 
 SHOWN_PERCENTILES = (5, 25, 50, 75, 95)
@@ -33,9 +32,11 @@ def exclusions(inspection: Inspection) -> str:
 
 def summary(it: Inspection) -> Group:
     """Everything that fits a terminal: numbers first, what they mean last."""
-    parts: list[Any] = [Text(shown(it.name), "bold").append(f"  {extent(it)} {it.seconds:.1f} s.", "not bold")]
+    parts: list[Any] = [
+        Text(shown(it.name), "bold").append(f"  {render('extent.txt', it=it)} {it.seconds:.1f} s.", "not bold")
+    ]
     for table in tables(it).values():
-        if table.rows and not table.folded:
+        if table.rows:
             parts += [Padding(Text(table.caption, "bold"), (1, 0, 0, 0)), rich_table(table)]
     parts.append(Padding(Text("What this means", "bold"), (1, 0, 0, 0)))
     for finding, text, advice in sentences(it):
@@ -44,11 +45,6 @@ def summary(it: Inspection) -> Group:
         line.add_row(mark, Text(text).append(f" {advice}", "dim"))
         parts.append(line)
     return Group(*parts, *([] if it.findings else ["Nothing stands out."]))
-
-
-def extent(inspection: Inspection) -> str:
-    """How much of the source was read, in words."""
-    return str(environment(plain_text=True).get_template("extent.txt").render(it=inspection))
 
 
 def sentences(inspection: Inspection) -> list[tuple[Finding, str, str]]:
@@ -70,39 +66,32 @@ def tables(it: Inspection) -> dict[str, Table]:
     )
     columns = ("set", "its images", "pairs", "keys")
     return {
-        **(_image_tables(it) | _caption_tables(it) | _repeat_tables(it) if it.usable else {}),
+        **(_statistics(it) if it.usable else {}),
         "reasons": Table("Pairs that cannot be used", ("reason", "pairs", "such as"), reasons, 3),
         "leakages": Table("Images that look like one of a checked set", columns, leaks, 4),
     }
 
 
-def _image_tables(it: Inspection) -> dict[str, Table]:
-    images = it.images
+def _statistics(it: Inspection) -> dict[str, Table]:
+    images, captions = it.images, it.captions
     assert images is not None
-    sizes = {"width, px": images.width, "height, px": images.height, "shorter side, px": images.shorter}
-    rows = [*(_spread(*each) for each in sizes.items()), _spread("longer / shorter", images.aspect, "{:.2f}")]
-    facts = [
-        (f"shorter side under {images.size} px", fraction(images.smaller)),
-        ("more than 3 times as long as wide", fraction(images.long)),
-        ("a single color", fraction(images.blank)),
-    ]
-    return {
-        "image_sizes": Table("Image sizes", SPREAD_COLUMNS, tuple(rows)),
-        "image_facts": Table("Images", (), tuple(facts), 2),
-    }
-
-
-def _caption_tables(it: Inspection) -> dict[str, Table]:
-    captions = it.captions
     assert captions is not None
-    lengths = {"words": captions.words, "characters": captions.characters, "CLIP tokens": captions.tokens}
-    lengths["captions per pair"] = captions.per_pair
-    facts = [(f"truncated at {length} tokens", fraction(each)) for length, each in captions.truncated.items()]
+    spreads = (
+        _spread("shorter side of images, px", images.shorter),
+        _spread("longer / shorter side", images.aspect, "{:.2f}"),
+        _spread("words of captions", captions.words),
+        _spread("CLIP tokens of captions", captions.tokens),
+        _spread("captions per pair", captions.per_pair),
+    )
+    facts = [
+        (f"images with a shorter side under {images.size} px", fraction(images.smaller)),
+        ("images more than 3 times as long as wide", fraction(images.long)),
+        ("images of a single color", fraction(images.blank)),
+    ]
+    facts += [(f"captions truncated at {length} tokens", fraction(each)) for length, each in captions.truncated.items()]
     for kind, each in captions.kinds.items():
         examples = ", ".join(f"“{shown(text, 40)}”" for text in captions.examples[kind])
         facts.append((kind, f"{fraction(each)}: {examples}"))
-    if captions.scripts:
-        facts.append(("scripts", _counts(captions.scripts)))
     equal = f"{about(captions.equal_in_batch)} couples expected"
     facts.append((f"equal captions in a batch of {captions.batch_size}", equal))
     if it.keywords is not None and it.keywords.count:
@@ -110,48 +99,40 @@ def _caption_tables(it: Inspection) -> dict[str, Table]:
     repeats = it.equal_captions.examples if it.equal_captions else ()
     frequent = tuple((shown(group.caption, 60), f"{group.size:,}") for group in repeats)
     return {
-        "caption_lengths": Table("Caption lengths", SPREAD_COLUMNS, tuple(_spread(*each) for each in lengths.items())),
-        "caption_facts": Table("Captions", (), tuple(facts), 2),
+        "spreads": Table("Distributions", SPREAD_COLUMNS, spreads),
+        "facts": Table("Fractions", (), tuple(facts), 2),
         "frequent_captions": Table("Most frequent captions", ("caption", "pairs"), frequent),
+        "repeats": _repeats(it),
     }
 
 
-def _repeat_tables(it: Inspection) -> dict[str, Table]:
+def _repeats(it: Inspection) -> Table:
     kinds = {
         "equal images": it.equal_images,
         "images that look alike": it.near_images,
         "equal captions": it.equal_captions,
     }
-    rows, groups = [], {}
+    rows = []
     for name, repeats in kinds.items():
         assert repeats is not None
         whole = f"about {about(repeats.expected)}" if repeats.coincidences else "none seen"
-        largest = max((group.size for group in repeats.examples), default=0)
-        counts = (f"{repeats.groups:,}", f"{largest:,}", f"{repeats.surplus:,}")
-        fraction = percent(repeats.members / it.usable)
-        rows.append((name, f"{repeats.members:,}", fraction, *counts, *([] if it.whole else [whole])))
-        keys = tuple((f"{g.size:,} ×", shown(g.caption, 60), _keys(g.keys, g.size)) for g in repeats.examples)
-        caption = f"{name.capitalize()}, largest groups"
-        groups[f"groups of {name}"] = Table(caption, ("", "first caption", "keys"), keys, 3, folded=True)
-    columns = ("", "pairs", "fraction", "groups", "largest", "surplus", *([] if it.whole else ["couples in the whole"]))
-    return {"repeats": Table("Repeats", columns, tuple(rows)), **groups}
+        largest = max(repeats.examples, key=lambda group: group.size, default=None)
+        example = f"{largest.size:,} × {shown(largest.caption, 40)}" if largest else ""
+        counts = (f"{repeats.members:,}", percent(repeats.members / it.usable), f"{repeats.surplus:,}")
+        rows.append((name, example, *counts, *([] if it.whole else [whole])))
+    columns = ("", "largest group", "pairs", "fraction", "surplus", *([] if it.whole else ["couples in the whole"]))
+    return Table("Repeats", columns, tuple(rows), texts=2)
 
 
 def _spread(name: str, spread: Spread, form: str = "{:,.0f}") -> tuple[str, ...]:
-    values = (spread.min, *(spread.at(at) for at in SHOWN_PERCENTILES), spread.max)
+    values = (spread["min"], *(spread[f"p{at}"] for at in SHOWN_PERCENTILES), spread["max"])
     return (name, *(form.format(value) for value in values))
 
 
 def fraction(each: Fraction) -> str:
     """ "3.1 %", and the interval where a sample was read."""
-    text = percent(each.value)
+    text = percent(each.fraction)
     return text if each.low == each.high else f"{text} ({percent(each.low)} to {percent(each.high)})"
-
-
-def _counts(named: dict[str, int]) -> str:
-    """ "JPEG 97.0 %, PNG 3.0 %"."""
-    whole = sum(named.values())
-    return ", ".join(f"{shown(name, 20)} {percent(count / whole)}" for name, count in list(named.items())[:6])
 
 
 def _keys(some: Sequence[str], count: int) -> str:

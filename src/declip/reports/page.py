@@ -12,15 +12,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from rich.markup import escape
+from rich.table import Table as RichTable
 
 from declip.errors import UserError
-from declip.evaluation.results import ZeroShotResult
 from declip.io import text
 from declip.io.atomic import atomic_write
 
 NBSP = "\N{NO-BREAK SPACE}"
-NONE = "–"
-"""In a table's cell without a number."""
+NONE = "–"  # in a table's cell without a number
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,12 @@ class Table:
     Attributes:
         columns: Column names; empty for facts that need none.
         texts: How many of the first columns are words; the others are numbers.
-        folded: Whether a page shows it only when asked for.
     """
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     texts: int = 1
-    folded: bool = False
 
 
 def points(fraction: float) -> str:
@@ -49,11 +47,6 @@ def points(fraction: float) -> str:
 def span(low: float, high: float) -> str:
     """An interval: "1.10 to 1.80"; with few seeds the ends may lie far out, "0.0012 to 1.6e+05"."""
     return " to ".join(f"{end:.2f}" if 0.1 <= end < 100 else f"{end:.2g}" for end in (low, high))
-
-
-def unbalanced(result: ZeroShotResult) -> float | None:
-    """The fraction of the largest class where always naming it scores clearly above chance, else None."""
-    return result.majority if result.majority and result.majority > 1.5 * result.chance else None
 
 
 @cache
@@ -79,7 +72,7 @@ def environment(markdown: bool = False, plain_text: bool = False) -> Environment
         "points": points,
         "words": lambda value: value.replace(" %", f"{NBSP}%"),
     }
-    made.globals |= {"span": span, "NONE": NONE, "markdown_table": markdown_table}
+    made.globals |= {"span": span, "markdown_table": markdown_table}
     return made
 
 
@@ -117,14 +110,22 @@ def plain(words: str) -> str:
 
 
 def markdown_table(table: Table) -> Markup:
-    """A table in Markdown, under its caption; a folded one in <details>."""
+    """A table in Markdown, under its caption."""
     rules = ["---" if place < table.texts else "---:" for place in range(len(table.columns))]
     rows = [[plain(name) for name in table.columns], rules, *([plain(word) for word in row] for row in table.rows)]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    if table.folded:
-        return Markup(f"<details><summary>{Markup.escape(table.caption)}</summary>\n\n{lines}\n\n</details>")
     return Markup(f"**{plain(table.caption)}**\n\n{lines}")
 
 
 def _for_markdown(value: Any) -> Any:
     return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def rich_table(table: Table) -> RichTable:
+    """A table that rich prints; words of the data are no markup."""
+    printed = RichTable(box=None, header_style="dim", show_header=bool(table.columns))
+    for place, name in enumerate(table.columns or ("",) * len(table.rows[0])):
+        printed.add_column(escape(name), justify="left" if place < table.texts else "right", overflow="fold")
+    for row in table.rows:
+        printed.add_row(*(escape(word) for word in row))
+    return printed

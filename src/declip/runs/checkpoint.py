@@ -32,19 +32,16 @@ NAME = re.compile(r"step-(\d{8,})")
 KINDS = {"step": int, "recipe": str, "extra": dict, "sha256": dict, "digest": str}
 """Keys of state.json; "digest" is the checksum of the others."""
 
-MOST_STATE = 64 << 20
-"""Bytes. A longer state.json is refused; real ones have a few thousand."""
+MOST_STATE = 64 << 20  # bytes of state.json that are read; real ones have a few thousand
 
 
 @dataclass
 class Checkpoint:
-    """The state of a run after a step.
+    """The state of a run after a step, kept in a folder ``step-00000500`` as two safetensors files and a JSON file.
 
-    It is kept in a folder ``step-00000500`` with two safetensors files and a JSON file, which holds their SHA-256 and
-    its own. Nothing in it can run code when it is read.
+    Nothing in it can run code when it is read.
 
     Attributes:
-        step: Number of steps done.
         weights: "model.…" (and "average.…") tensors: the towers; what `declip.load` reads.
         training: "objective.…", "optimizer.…" and "random.…" tensors: heads, queue, moments by parameter name, and the
             generators of each rank, "random.0.cpu" and so on.
@@ -60,14 +57,14 @@ class Checkpoint:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Path of the checkpoint of a step."""
+    """Folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in folders if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -100,8 +97,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
     The best one stays too. Checkpoints of later steps stay and do not count: the run went back before them because they
     are damaged. If it fails, earlier checkpoints are untouched.
     """
-    final = folder_of(run, kept.step)
-    best = best_of(run, kept)
+    final, best = folder_of(run, kept.step), best_of(run, kept)
     partial = final.with_suffix(".partial")
     try:
         for left in final.parent.glob("*.partial"):  # by a process that was killed
@@ -117,7 +113,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         _read_state(partial)
         remove(final)  # damaged, or the run would have continued from it
         partial.rename(final)
-        for name, target in ((LAST, final), (BEST, best)):
+        for name, target in {LAST: final, BEST: best}.items():
             if target is not None:
                 with suppress(OSError):
                     (link := final.with_name(f"{name}.partial")).symlink_to(target.name)
@@ -150,8 +146,7 @@ def best_of(run: Path, checkpoint: Checkpoint) -> Path | None:
 class CheckpointWriter:
     """Writes checkpoints in a thread, one at a time, so that training waits for a copy in memory and not for the disk.
 
-    Writing and hashing release Python's global lock. Python waits for the thread before it exits, so that a normal end
-    loses nothing.
+    Python waits for the thread before it exits, so that a normal end loses nothing.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
@@ -229,24 +224,21 @@ def _read_state(folder: Path) -> dict[str, Any]:
     for name in (STATE, WEIGHTS, TRAINING):
         if not (folder / name).is_file():  # reading a pipe or a device would not end
             raise UserError(f"{folder} is not a complete checkpoint: there is no file {name}.")
-    damaged = "The checkpoint file {} is damaged: its checksum does not match."
     path = folder / STATE
-    if path.stat().st_size > MOST_STATE:
-        raise UserError(damaged.format(path))
-    text = path.read_bytes().decode("utf-8")
+    text = path.read_bytes().decode("utf-8") if path.stat().st_size <= MOST_STATE else "null"
     state = json.loads(text)
-    if (
-        not isinstance(state, dict)
-        or {name: type(value) for name, value in state.items()} != KINDS
-        or state["step"] < 0
-        or state["sha256"].keys() != {WEIGHTS, TRAINING}
-        or text != _with_digest({name: value for name, value in state.items() if name != "digest"})
-    ):
-        raise UserError(damaged.format(path))
-    for name, expected in state["sha256"].items():
-        if sha256(folder / name) != expected:
-            raise UserError(damaged.format(folder / name))
-    return state
+    good = (
+        isinstance(state, dict)
+        and {name: type(value) for name, value in state.items()} == KINDS
+        and state["step"] >= 0
+        and state["sha256"].keys() == {WEIGHTS, TRAINING}
+        and text == _with_digest({name: value for name, value in state.items() if name != "digest"})
+    )
+    damaged = [name for name in (WEIGHTS, TRAINING) if good and sha256(folder / name) != state["sha256"][name]]
+    if not good or damaged:
+        name = damaged[0] if damaged else STATE
+        raise UserError(f"The checkpoint file {folder / name} is damaged: its checksum does not match.")
+    return dict(state)
 
 
 def _flush(path: Path) -> None:

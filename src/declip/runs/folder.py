@@ -27,12 +27,11 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
 
 RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "skipped.json"
-TRACKING = "tracking.json"
-"""Ids of the run in the trackers that train.report_to names."""
+TRACKING = "tracking.json"  # ids of the run in the trackers that train.report_to names
 KEPT = "start.safetensors"
 """The pretrained weights that a run began with: it resumes from them and is compared with them."""
 CHANGEABLE = (
-    *("name", "data.workers", "train.device", "train.rank_timeout"),
+    *("name", "data.workers", "train.device"),
     *("train.keep_checkpoints", "train.checkpoint_every", "train.report_to"),
 )
 """Recipe keys that may differ when a run is resumed: none of them changes a number."""
@@ -55,7 +54,6 @@ class Run:
         steps_done, finished: Number of steps, and whether these are all, where `declip.train` gave this run.
         status: Exit status of the process when the run is not finished: 130 after Ctrl-C, 75 (try again later) after
             SIGTERM, SIGUSR1 or the file "stop", but 0 there under torchrun.
-        is_rank_zero: Whether this process is the first of those that train together.
     """
 
     folder: Path
@@ -63,11 +61,6 @@ class Run:
     finished: bool = False
     status: int = 130
     is_rank_zero: bool = True
-
-    @property
-    def name(self) -> str:
-        """Name of the folder."""
-        return self.folder.resolve().name
 
     @property
     def report(self) -> Path:
@@ -105,27 +98,25 @@ class Run:
         """Rows of the evaluations after the last step."""
         return [row for row in self.evaluations if row["step"] == self.step]
 
-    def measured(self, protocol: str, on: str) -> list[Evaluated]:
-        """The evaluations of one protocol on one dataset."""
-        return [row for row in self.evaluated if (row.result.task, row.result.dataset) == (protocol, on)]
+    def series(self) -> list[list[Evaluated]]:
+        """The evaluations of each task on each dataset, by step."""
+        groups: dict[tuple[str, str], list[Evaluated]] = {}
+        for row in self.evaluated:
+            groups.setdefault((row.result.dataset, row.result.task), []).append(row)
+        return list(groups.values())
 
     def last(self) -> list[Evaluated]:
-        """The last evaluation of each protocol on each dataset."""
-        return list({(row.result.dataset, row.result.task): row for row in self.evaluated}.values())
+        """The last evaluation of each task on each dataset."""
+        return [rows[-1] for rows in self.series()]
 
     @cached_property
-    def _counts(self) -> dict[str, Any]:
-        return json.loads(_text(self.folder / SKIPPED) or "{}")
+    def skipped(self) -> Mapping[str, Any] | None:
+        """ "seen", a number of pairs, and "reasons": count and example keys of those that could not be used, by reason.
 
-    @property
-    def skipped(self) -> Mapping[str, Mapping[str, Any]] | None:
-        """Reason → count and example keys of the pairs that could not be used; None before the first checkpoint."""
-        return self._counts.get("reasons")
-
-    @property
-    def seen(self) -> int:
-        """Number of pairs seen when `skipped` was written."""
-        return int(self._counts.get("seen", 0))
+        None before the first checkpoint.
+        """
+        text = _text(self.folder / SKIPPED)
+        return json.loads(text) if text else None
 
     @property
     def step(self) -> int:
@@ -138,11 +129,6 @@ class Run:
     def best_step(self) -> int:
         """Step of the weights that the run ended with: the last one, or the best of a run with `train.patience`."""
         return next((row["best_step"] for row in self.results if "best_step" in row), self.step)
-
-    @property
-    def samples_seen(self) -> int:
-        """Pairs seen until the last logged step; a pair counts each time it is seen."""
-        return int(self.metrics[-1]["samples_seen"]) if self.metrics else 0
 
     @property
     def seconds(self) -> float:
@@ -159,11 +145,6 @@ class Run:
     def steps(self) -> np.ndarray:
         """(rows,) int64, the logged steps."""
         return np.array([row["step"] for row in self.metrics], dtype=np.int64)
-
-    @property
-    def terms(self) -> list[str]:
-        """Names of the losses, in the order of the first row."""
-        return list(dict.fromkeys(name for row in self.metrics for name in row.get("losses", {})))
 
     def column(self, name: str) -> np.ndarray:
         """(rows,) float64 of a metric; "losses.NAME" for a loss; NaN where a row lacks it."""
@@ -184,9 +165,6 @@ def lock_folder(folder: Path) -> FileIO:
 
     The operating system releases the lock however the process ends, and worker processes do not inherit it. Windows
     and file systems without such locks give none.
-
-    Raises:
-        UserError: the folder cannot be written, or another process trains in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,11 +194,7 @@ def lock_folder(folder: Path) -> FileIO:
 
 
 def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:
-    """Begin a run in a locked folder, or find the newest good checkpoint of the run in it.
-
-    Raises:
-        UserError: a run is there and `resume` is off, it has another recipe, or none of its checkpoints is complete.
-    """
+    """Begin a run in a locked folder, or find the newest good checkpoint of the run in it."""
     newest = None
     if (folder / RECIPE).exists():
         if not resume:
@@ -242,10 +216,7 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
 
 
 def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | WrappedModel | None:
-    """Read the Hugging Face encoder's files, if it has any, from the newest good checkpoint.
-
-    So resuming needs no other folder.
-    """
+    """Read the Hugging Face encoder's files, if any, from the newest good checkpoint; resuming needs no other."""
     for checkpoint in reversed(list_checkpoints(folder)) if recipe.text.hf_model is not None else ():
         with suppress(OSError, SafetensorError, UserError), safe_open(checkpoint / WEIGHTS, "pt") as file:
             return encoder_kept_in({ENTRY: file.get_tensor(f"model.{ENTRY}")}, recipe, checkpoint)
@@ -299,7 +270,13 @@ def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a JSONL file; lines that a crash or a disk damaged are left out."""
-    return [row for row in map(_parse_row, _text(path).split("\n")) if row is not None]
+    rows = []
+    for line in _text(path).split("\n"):
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -320,14 +297,6 @@ def drop_rows(path: Path, after: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= after), encoding="utf-8")
     partial.replace(path)
-
-
-def _parse_row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _text(path: Path) -> str:

@@ -7,11 +7,11 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from glob import glob
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, TextIO
 
 import torch
 
@@ -31,6 +31,7 @@ from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.search.embed import ImageBatches
 from declip.search.index import image_vectors
 
+TABLES = (".csv", ".json")
 TABLE = "predictions.csv"  # in a folder of images by class
 ELSEWHERE = "choose another place with --out"
 UNUSABLE = re.compile(r'[\x00-\x1f/\\:*?"<>|\ud800-\udfff]')  # in the names of files, on one system or another
@@ -63,8 +64,7 @@ class Classification:
         return "\n".join([f"{total:,} images: {classes}", *(f"Left out: {line}" for line in self.skipped.lines())])
 
 
-Take = Callable[[Prediction, int, Origin], object]
-"""Takes a prediction with the image's place in the source and its origin."""
+Take = Callable[[Prediction, int, Origin], object]  # a prediction with the image's place in the source and its origin
 
 
 def classify(
@@ -103,7 +103,7 @@ def classify(
     names, prompts = read_classes(classes), read_templates(templates)[1]
     source = _open(images, image_column, image_root)
     out = None if out is None else Path(out).expanduser()
-    if out is not None and out.is_dir() and (any(out.iterdir()) or out.suffix in (".csv", ".json")):
+    if out is not None and out.is_dir() and (any(out.iterdir()) or out.suffix in TABLES):
         raise UserError(f"'{out}' is a folder that is not empty; {ELSEWHERE}: a new folder, or a .csv or .json file.")
     encoder = load(model, device) if isinstance(model, str | Path) else model
     encoder.tokenize([""])  # an image tower alone fails before processes start
@@ -111,17 +111,15 @@ def classify(
     # The workers start here, before the bar's own thread does: a fork copies no thread.
     stream = in_order(ImageBatches(source, encoder, batches), len(batches), workers)
     result = Classification(dict.fromkeys(names, 0))
-    with naming_lost_workers(), ExitStack() as stack:
+    writing = nullcontext(None) if out is None else _writing(out, names, source, link)
+    hand_over = on_prediction or (result.predictions.append if out is None else None)
+    with naming_lost_workers(), writing as take, pairs_bar(progress, "images") as bar:
         weights = class_features(encoder, names, prompts, batch_size=batch_size).double()
-        take = None if out is None else stack.enter_context(_writing(out, names, source, link))
-        hand_over = on_prediction or (result.predictions.append if out is None else None)
-        bar = stack.enter_context(pairs_bar(progress, "images"))
         task = bar.add_task(f"Images of {source.name}", total=len(source))
         for pixels, rows, broken in stream:
-            for pair in broken:
-                result.skipped.add(pair)
+            result.skipped.merge(broken)
             if pixels is not None:
-                cosines = image_vectors(encoder, pixels, "fp32").double() @ weights.T
+                cosines = image_vectors(encoder, pixels).double() @ weights.T
                 softmax = torch.softmax(logit_scale(encoder) * cosines, dim=1)
                 for (key, _, place, origin), row in zip(rows, softmax.tolist(), strict=True):
                     best = max(range(len(row)), key=row.__getitem__)
@@ -131,23 +129,21 @@ def classify(
                         take(prediction, place, origin)
                     if hand_over is not None:
                         hand_over(prediction)
-            bar.advance(task, len(rows) + len(broken))
+            bar.advance(task, len(rows) + broken.total)
         if not any(result.counts.values()):
             raise UserError(f"None of the {len(source):,} images can be used: {result.skipped.explanation()}")
     return result
 
 
 def read_classes(given: str | Path | Sequence[str]) -> list[str]:
-    """Read class names: given, from the lines of a file, or separated by commas; at least two different ones."""
-    names: Sequence[str] = given if not isinstance(given, str | Path) else []
-    if isinstance(given, str | Path):
-        path = Path(given).expanduser()
+    """Read class names: given, separated by commas, or from the lines of a file; at least two different ones."""
+    if not isinstance(given, str | Path):
+        names = list(given)
+    elif "," in str(given) and not Path(given).expanduser().is_file():
+        names = str(given).split(",")
+    else:
         try:
-            names = (
-                path.read_text("utf-8-sig").splitlines()
-                if "," not in str(given) or path.is_file()
-                else [*str(given).split(",")]
-            )
+            names = Path(given).expanduser().read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"The classes '{given}' cannot be read: {error}. Give a text file with one class a line, or names "
@@ -175,43 +171,29 @@ def _writing(out: Path, classes: Sequence[str], source: ImageSource, link: bool)
     """Write predictions to a table or a folder, which appears when all are there."""
     suffix = out.suffix.lower()
     with atomic_write(out, ELSEWHERE) as target:
-        if suffix not in (".csv", ".json"):
-            target.mkdir()
-        path = target if suffix in (".csv", ".json") else target / TABLE
+        folders = None if suffix in TABLES else _Folders(target, classes, source, link)
+        path = target if suffix in TABLES else target / TABLE
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            table, before = csv.writer(file), chain(["[\n"], repeat(",\n"))
+
+            def take_json(one: Prediction, *_: object) -> None:
+                row = {"image": one.image, "class": one.best, "probability": one.probability}
+                file.write(next(before) + json.dumps({**row, "probabilities": one.probabilities}))
+
+            def take_row(one: Prediction, place: int, origin: Origin) -> None:
+                texts = (f"'{cell}" if FORMULA.match(cell) else cell for cell in (one.image, one.best))
+                table.writerow(
+                    [*texts, *(f"{number:.6g}" for number in (one.probability, *one.probabilities.values()))]
+                )
+                if folders is not None:
+                    folders.add(one, place, origin)
+
             if suffix == ".json":
-                yield _JsonRows(file)
+                yield take_json
                 file.write("\n]\n")
             else:
-                csv.writer(file).writerow(["image", "class", "probability", *classes])
-                folders = None if suffix == ".csv" else _Folders(target, classes, source, link)
-                yield _CsvRows(csv.writer(file), folders)
-
-
-class _JsonRows:
-    """A JSON array, an object with the image, its class and all probabilities a line."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.before = file, "[\n"
-
-    def __call__(self, prediction: Prediction, *_: object) -> None:
-        row = {"image": prediction.image, "class": prediction.best, "probability": prediction.probability}
-        self.file.write(self.before + json.dumps({**row, "probabilities": prediction.probabilities}))
-        self.before = ",\n"
-
-
-class _CsvRows:
-    """Rows of a CSV file and, where there are folders, the images in them."""
-
-    def __init__(self, rows: Any, folders: "_Folders | None") -> None:
-        self.rows, self.folders = rows, folders
-
-    def __call__(self, prediction: Prediction, place: int, origin: Origin) -> None:
-        texts = (f"'{cell}" if FORMULA.match(cell) else cell for cell in (prediction.image, prediction.best))
-        numbers = (prediction.probability, *prediction.probabilities.values())
-        self.rows.writerow([*texts, *(f"{number:.6g}" for number in numbers)])
-        if self.folders is not None:
-            self.folders.add(prediction, place, origin)
+                table.writerow(["image", "class", "probability", *classes])
+                yield take_row
 
 
 class _Folders:
@@ -219,9 +201,13 @@ class _Folders:
 
     def __init__(self, target: Path, classes: Sequence[str], source: ImageSource, link: bool) -> None:
         self.source, self.link, self.taken = source, link, Counter[Path]()
-        self.folders = {name: target / folder for name, folder in zip(classes, _distinct(classes), strict=True)}
+        names = list(map(_file_name, classes))
+        lower = [name.lower() for name in names]  # some file systems ignore case
+        # Classes whose folders would be one get numbers.
+        distinct = [f"{name} {n}" if lower.count(name.lower()) > 1 else name for n, name in enumerate(names)]
+        self.folders = {name: target / folder for name, folder in zip(classes, distinct, strict=True)}
         for folder in self.folders.values():
-            folder.mkdir()
+            folder.mkdir(parents=True)
 
     def add(self, prediction: Prediction, place: int, origin: Origin) -> None:
         """Copy or link an image into the folder of its class."""
@@ -242,10 +228,3 @@ class _Folders:
 
 def _file_name(text: str) -> str:
     return UNUSABLE.sub("_", text)[-LONGEST_NAME:].strip(". ") or "_"
-
-
-def _distinct(classes: Sequence[str]) -> list[str]:
-    """A folder's name for each class; those that would be one get numbers."""
-    names = list(map(_file_name, classes))
-    lower = [name.lower() for name in names]  # some file systems ignore case
-    return [f"{name} {number}" if lower.count(name.lower()) > 1 else name for number, name in enumerate(names)]

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -20,12 +20,12 @@ from declip.data.sources.image_source import ImageSource
 from declip.data.sources.origin import Origin
 from declip.data.sources.shard_names import is_url, names_shards
 from declip.errors import UserError, check_range, unknown
-from declip.evaluation.encode import Encoder, measuring, text_features
+from declip.evaluation.encode import Encoder, text_features
 from declip.interchange.read import load
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
-from declip.search.approximate import build_approximate, import_faiss
-from declip.search.index import Index, fingerprint, image_vectors, text_encoder
-from declip.search.manifest import MANIFEST, Dtype, Manifest, ModelEntry, Precision, SourceEntry, locked_index
+from declip.runs.folder import flat
+from declip.search.index import Index, fingerprint, image_vectors
+from declip.search.manifest import MANIFEST, Dtype, Manifest, ModelEntry, SourceEntry, locked_index
 from declip.search.store import PART_ROWS, IndexedImage, Store, batch_of, write_part
 
 log = logging.getLogger("declip")
@@ -41,8 +41,6 @@ def embed(
     out: str | Path,
     captions: bool = False,
     dtype: Dtype = "float16",
-    precision: Precision = "fp32",
-    approximate: bool = False,
     batch_size: int = 256,
     workers: int = 0,
     image_column: str = "image",
@@ -63,8 +61,6 @@ def embed(
         source: What `declip.data.sources.image_source.open_images` opens with the columns and `image_root`, or a
             source. A folder needs no captions.
         captions: Also store the mean vector of each image's captions, to search in.
-        precision: "bf16" runs the towers in autocast.
-        approximate: Also make an approximate index, or make it again for new images; needs faiss.
         workers: Processes that read images; 0 reads in this one.
         loaded_from: Where a model given as an object was loaded from, so that later calls can load it again.
 
@@ -73,11 +69,8 @@ def embed(
             holds something else, an index of another model, source or option, or cannot be written to.
     """
     check_range("batch_size", batch_size, 1)
-    for name, value, allowed in (("dtype", dtype, get_args(Dtype)), ("precision", precision, get_args(Precision))):
-        if value not in allowed:
-            raise unknown(name, value, allowed)
-    if approximate:
-        import_faiss()
+    if dtype not in get_args(Dtype):
+        raise unknown("dtype", dtype, get_args(Dtype))
     entry = SourceEntry(
         spec=_spec(source),
         name="",
@@ -90,13 +83,19 @@ def embed(
     encoder = load(model, device) if isinstance(model, str | Path) else model
     if captions:
         encoder.tokenize([""])  # an image tower alone fails now, not after an hour
-    made_by = ModelEntry(spec=_spec(model) or _spec(loaded_from), fingerprint=fingerprint(encoder), precision=precision)
+    made_by = ModelEntry(spec=_spec(model) or _spec(loaded_from), fingerprint=fingerprint(encoder))
     wanted = Manifest(model=made_by, source=entry, dtype=dtype, captions=captions, reached=0)
     with locked_index(Path(out).expanduser()) as folder:
         if not (folder / MANIFEST).exists():
             wanted.save(folder)
         store = Store(folder, check=False)
-        _check_same(store.manifest, wanted, folder)
+        fields: dict[str, Any] = {"source": True, "model": {"fingerprint"}, "dtype": True, "captions": True}
+        before, now = (flat(manifest.model_dump(include=fields)) for manifest in (store.manifest, wanted))
+        if changed := [f"{key} was {before[key]!r}, now {now[key]!r}" for key in now if before[key] != now[key]]:
+            raise UserError(
+                f"'{folder}' holds an index of another model, source or option: {'; '.join(changed)}. Give the same, "
+                "or choose another folder with --out."
+            )
         places, gone = find_changes(images, store, progress)
         try:
             _embed_places(store, images, encoder, places, batch_size, workers, progress)
@@ -110,10 +109,7 @@ def embed(
         if not store.manifest.parts:
             reasons = SkipCounter.from_dict(store.manifest.skipped).explanation()
             raise UserError(f"None of the {len(images):,} images of '{images.name}' can be used: {reasons}")
-        old = store.manifest.approximate
-        if approximate and (old is None or old.covered < store.manifest.next_id):
-            build_approximate(Store(folder, check=False), text_encoder(encoder))
-    return Index.open(folder, model=encoder, source=source, check=False)
+    return Index.open(folder, model=encoder, source=source)
 
 
 def find_changes(source: ImageSource, store: Store, progress: bool = False) -> tuple[list[int], set[int]]:
@@ -129,13 +125,11 @@ def find_changes(source: ImageSource, store: Store, progress: bool = False) -> t
     rows: dict[tuple[str, str], list[int]] = defaultdict(list)
     for id, key, stamp in zip(store.ids.tolist(), keys, stamps, strict=True):
         rows[key, stamp].append(id)
-    known, removed, reached = set(keys), set(store.manifest.removed), store.manifest.reached or 0
+    known, reached = set(keys), store.manifest.reached or 0
     later, earlier = list[int](), list[int]()
     with pairs_bar(progress, "images") as bar:
         for place in bar.track(range(len(source)), description=f"Looking through {source.name}"):
             key = source.key(place)
-            if key in removed:
-                continue
             if key in known and (ids := rows.get((key, source.origin(place).stamp))):
                 ids.pop()
             else:
@@ -143,27 +137,23 @@ def find_changes(source: ImageSource, store: Store, progress: bool = False) -> t
     return later + earlier, {id for ids in rows.values() for id in ids}
 
 
-class ImageBatches(Dataset[tuple[Tensor | None, list[Row], list[BrokenPair]]]):
-    """Batches of images by number: pixels (n, 3, S, S), the rows that they become, and the broken images.
-
-    Args:
-        places: The images of each batch.
-    """
+class ImageBatches(Dataset[tuple[Tensor | None, list[Row], SkipCounter]]):
+    """Batches of images by number: pixels (n, 3, S, S), the rows that they become, and the broken images."""
 
     def __init__(self, source: ImageSource, model: Encoder, places: Sequence[Sequence[int]]) -> None:
         self.source, self.places = source, places
         # `preprocessor` stays on the host, where a worker may use it; `preprocess` moves to the device.
         self.preprocess = getattr(model, "preprocessor", model.preprocess)
 
-    def __getitem__(self, number: int) -> tuple[Tensor | None, list[Row], list[BrokenPair]]:
-        images, rows, skipped = list[Image.Image](), list[Row](), list[BrokenPair]()
+    def __getitem__(self, number: int) -> tuple[Tensor | None, list[Row], SkipCounter]:
+        images, rows, skipped = list[Image.Image](), list[Row](), SkipCounter()
         for place in self.places[number]:
             # Before the image is read: if the file changes meanwhile, the next call embeds it again.
             origin = self.source.origin(place)
             try:
                 loaded = self.source[place]
             except BrokenPair as broken:
-                skipped.append(broken)
+                skipped.add(broken)
                 continue
             images.append(loaded.image)
             rows.append((self.source.key(place), loaded.captions, place, origin))
@@ -191,57 +181,30 @@ def _embed_places(
             rows, vectors = list[IndexedImage](), list[Tensor]()
             for pixels, read, broken in islice(stream, math.ceil(len(part) / batch_size)):
                 if pixels is not None:
-                    vectors.append(image_vectors(model, pixels, manifest.model.precision))
+                    vectors.append(image_vectors(model, pixels))
                 rows += [IndexedImage(id, *row) for id, row in enumerate(read, manifest.next_id + len(rows))]
-                for pair in broken:
-                    skipped.add(pair)
-                bar.advance(task, len(read) + len(broken))
+                skipped.merge(broken)
+                bar.advance(task, len(read) + broken.total)
             if rows:
-                _add_part(store, model, rows, torch.cat(vectors))
+                manifest.dimension = vectors[0].shape[1]
+                captions = _caption_vectors(model, rows, manifest.dimension) if manifest.captions else None
+                batch = batch_of(manifest, rows, torch.cat(vectors), captions)
+                manifest.parts.append(write_part(store.folder, manifest.next_part, batch))
+                manifest.next_id += len(rows)
             manifest.reached, manifest.skipped = part[-1] + 1, skipped.to_dict()
             manifest.save(store.folder)
     manifest.skipped = skipped.to_dict()
     manifest.save(store.folder)
 
 
-def _add_part(store: Store, model: Encoder, rows: Sequence[IndexedImage], images: Tensor) -> None:
-    manifest = store.manifest
-    manifest.dimension = images.shape[1]
-    captions = _caption_vectors(model, rows, manifest) if manifest.captions else None
-    part = write_part(store.folder, manifest.next_part, batch_of(manifest, rows, images, captions))
-    manifest.parts = [*manifest.parts, part]
-    manifest.next_id += len(rows)
-
-
-def _caption_vectors(model: Encoder, rows: Sequence[IndexedImage], manifest: Manifest) -> Tensor:
+def _caption_vectors(model: Encoder, rows: Sequence[IndexedImage], dimension: int) -> Tensor:
     """Mean vector of each image's captions, (n, d) float32, L2-normalized, zeros where there is none."""
     texts = [text for row in rows for text in row.captions]
-    means = torch.zeros(len(rows), manifest.dimension)
+    means = torch.zeros(len(rows), dimension)
     if texts:
         owners = torch.repeat_interleave(torch.tensor([len(row.captions) for row in rows]))
-        half = manifest.model.precision == "bf16"
-        with measuring(model) as device, torch.autocast(device.type, torch.bfloat16, enabled=half):
-            means.index_add_(0, owners, text_features(model, texts))
+        means.index_add_(0, owners, text_features(model, texts))
     return normalize(means, dim=-1)
-
-
-def _check_same(old: Manifest, new: Manifest, folder: Path) -> None:
-    """Refuse to continue an index of another model, source or option."""
-    before, now = (
-        {
-            "model": manifest.model.fingerprint[:12],
-            "precision": manifest.model.precision,
-            "source": manifest.source.spec,
-            **manifest.source.model_dump(exclude={"spec"}),
-            **manifest.model_dump(include={"dtype", "captions"}),
-        }
-        for manifest in (old, new)
-    )
-    if changed := [f"{name} was {before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]:
-        raise UserError(
-            f"'{folder}' holds an index of another model, source or option: {'; '.join(changed)}. Give the same, or "
-            "choose another folder with --out."
-        )
 
 
 def _spec(given: object) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -22,15 +21,12 @@ from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.image_source import ImageSource
 from declip.errors import UserError, check_range, unknown
-from declip.evaluation.encode import Encoder, measuring, text_features
-from declip.evaluation.feature_cache import model_hash
+from declip.evaluation.encode import Encoder, measuring, model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write
-from declip.io.text import percent, plural
-from declip.search.approximate import ApproximateSearch, build_approximate, import_faiss, open_approximate
 from declip.search.exact import nearest
-from declip.search.manifest import ApproximateEntry, Manifest, Over, Precision, locked_index
+from declip.search.manifest import Manifest, Over
 from declip.search.store import COLUMNS, IndexedImage, Store
 
 log = logging.getLogger("declip")
@@ -59,7 +55,6 @@ class Index:
         model: The model that made it, or what `declip.load` opens; None loads the one that the manifest names.
         source: Where the images are now, if not where the manifest says.
         device: Where a model is loaded to.
-        check: Whether to check the parts' checksums; None does up to 2 GB.
 
     Raises:
         UserError: There is no index, it is damaged, or it is of another layout.
@@ -72,11 +67,10 @@ class Index:
         model: str | Path | Encoder | None = None,
         source: str | Path | PairSource | None = None,
         device: str = "auto",
-        check: bool | None = None,
     ) -> None:
         self.folder = Path(folder).expanduser()
         self._given_model, self._given_source, self._device = model, source, device
-        self._store = Store(self.folder, check)
+        self._store = Store(self.folder)
         if self.manifest.reached is not None:
             log.warning("The index '%s' is unfinished. The same `declip embed` continues.", self.folder)
 
@@ -137,7 +131,7 @@ class Index:
                     raise UserError(f"The image to search for cannot be used: {broken}.") from broken
             with measuring(self.model):
                 pixels = self.model.preprocess([image.convert("RGB")])
-            vectors.append(image_vectors(self.model, pixels, "fp32")[0])
+            vectors.append(image_vectors(self.model, pixels)[0])
         if not vectors:
             raise UserError("There is nothing to search for. Give a text, an image (--image FILE), or both.")
         return vectors[0] if len(vectors) == 1 else mix(vectors[0], vectors[1], weights)
@@ -151,7 +145,6 @@ class Index:
         template: str | None = None,
         k: int = 10,
         over: Over = "images",
-        exact: bool | None = None,
     ) -> list[Hit]:
         """Find images by a text, an image, or both.
 
@@ -162,7 +155,6 @@ class Index:
             template: A sentence with ``{}`` for the text, or a shipped template set's name: then the mean over it.
             k: Number of results, at most.
             over: "images" compares with the vectors of the images, "captions" with those of their captions.
-            exact: True for exact search; None takes the approximate index where there is one.
 
         Returns:
             The nearest, the best first.
@@ -171,19 +163,17 @@ class Index:
             UserError: No query, an image that cannot be read, `k` out of its range, or another model.
         """
         check_range("k", k, 1, MOST)
-        ids, scores = self.nearest(self.query(text, image, weights, template)[None], k, over=over, exact=exact)
+        ids, scores = self.nearest(self.query(text, image, weights, template)[None], k, over=over)
         return self._hits(ids[0], scores[0])
 
-    def neighbors(self, id: int, k: int = 10, *, exact: bool | None = None) -> list[Hit]:
+    def neighbors(self, id: int, k: int = 10) -> list[Hit]:
         """The images most like one of the index, without itself."""
         check_range("k", k, 1, MOST)
-        ids, scores = self.nearest(self.vectors([id]), k + 1, exact=exact)
+        ids, scores = self.nearest(self.vectors([id]), k + 1)
         others = ids[0] != id
         return self._hits(ids[0][others][:k], scores[0][others][:k])
 
-    def nearest(
-        self, queries: Tensor, k: int, *, over: Over = "images", exact: bool | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:
         """Find the nearest of many vectors at once.
 
         Args:
@@ -194,8 +184,6 @@ class Index:
         """
         if over not in COLUMNS:
             raise unknown("place to search", over, COLUMNS)
-        if over == "images" and not exact and self._approximate is not None:
-            return self._approximate.nearest(queries, k)
         return nearest(queries, self._store.blocks(over), k)
 
     def row(self, id: int) -> IndexedImage:
@@ -229,37 +217,6 @@ class Index:
         except BrokenPair as broken:
             raise UserError(f"The image '{printable(row.key)}' cannot be read any more: {broken}.") from broken
 
-    def remove(self, keys: Sequence[str]) -> int:
-        """Remove images by key, also from later calls of `embed`; returns their number.
-
-        Raises:
-            UserError: A key is not in the index (nothing is removed then), or it cannot be written.
-        """
-        wanted = set(keys)
-        with locked_index(self.folder):
-            store = Store(self.folder)
-            rows = zip(store.ids.tolist(), store.table["key"].to_pylist(), strict=True)
-            key_of = {id: key for id, key in rows if key in wanted}
-            if missing := sorted(wanted - set(key_of.values())):
-                raise UserError(
-                    f"'{printable(missing[0])}' is not in the index '{self.folder}'. Keys are what search shows: paths "
-                    "below the source, for most sources."
-                )
-            store.drop(key_of.keys())
-            store.manifest.removed = sorted({*store.manifest.removed, *wanted})
-            store.manifest.save(self.folder)
-        self._reopen()
-        return len(key_of)
-
-    def approximate(self) -> ApproximateEntry:
-        """Make the approximate index, and measure its recall; needs faiss."""
-        import_faiss()
-        encode = text_encoder(self.model)
-        with locked_index(self.folder):
-            entry = build_approximate(Store(self.folder), encode)
-        self._reopen()
-        return entry
-
     def export(self, path: str | Path, *, over: Over = "images") -> Path:
         """Write the vectors for other programs, in the order of `ids`, part by part.
 
@@ -278,13 +235,12 @@ class Index:
                     for batch in table.to_batches():
                         writer.write_table(pa.Table.from_batches([batch]).cast(pa.schema(types)))
             else:
-                blocks = [block.vectors.numpy() for block in self._store.blocks(over)]
-                shape = (len(self), self.manifest.dimension)
-                with target.open("wb") as file:
-                    header = {"descr": f"<f{2 if self.manifest.dtype == 'float16' else 4}", "fortran_order": False}
-                    np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
-                    for block in blocks:
-                        file.write(block.tobytes())
+                shape, start = (len(self), self.manifest.dimension), 0
+                mapped = np.lib.format.open_memmap(target, "w+", self.manifest.dtype, shape)
+                for block in self._store.blocks(over):
+                    mapped[start : start + len(block.ids)] = block.vectors.numpy()
+                    start += len(block.ids)
+                mapped.flush()
                 with atomic_write(path.with_suffix(".csv"), "give another file") as rows:
                     pa.csv.write_csv(table.select(["id", "key", "path"]), rows)
         return path
@@ -297,30 +253,7 @@ class Index:
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(manifest.skipped).lines()]
         if uncaptioned := self._store.table["captions"].to_pylist().count([]):
             lines.append(f"Without caption: {uncaptioned:,}")
-        if manifest.removed:
-            lines.append(f"Removed: {plural(len(manifest.removed), 'key')}, which `declip embed` leaves out")
-        if (entry := manifest.approximate) is not None:
-            recalls = f"{percent(entry.image_recall)} (images as queries)"
-            if entry.text_recall is not None:
-                recalls += f", {percent(entry.text_recall)} (texts)"
-            lines.append(f"Approximate: {entry.probed} of {entry.lists} lists; recall@10 of exact: {recalls}")
         return "\n".join(lines)
-
-    @cached_property
-    def _approximate(self) -> ApproximateSearch | None:
-        entry = self.manifest.approximate
-        if entry is None:
-            return None
-        try:
-            import_faiss()
-        except UserError as error:
-            log.warning("Search is exact. %s", error)
-            return None
-        return open_approximate(self._store, entry)
-
-    def _reopen(self) -> None:
-        self._store = Store(self.folder, check=False)
-        self.__dict__.pop("_approximate", None)
 
     def _hits(self, ids: Tensor, scores: Tensor) -> list[Hit]:
         return [Hit(**vars(self.row(int(id))), score=float(score)) for id, score in zip(ids, scores, strict=True)]
@@ -358,25 +291,13 @@ def fingerprint(model: Encoder) -> str:
     return digest.hexdigest()
 
 
-def image_vectors(model: Encoder, pixels: Tensor, precision: Precision) -> Tensor:
+def image_vectors(model: Encoder, pixels: Tensor) -> Tensor:
     """Encode (n, 3, S, S) normalized pixels to (n, d) float32 on the CPU, L2-normalized."""
-    with measuring(model) as device, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with measuring(model) as device:
         vectors = normalize(model.encode_image(pixels.to(device)).float(), dim=-1).cpu()
     if not vectors.isfinite().all():
-        raise UserError(
-            "The model's image features are not finite: its weights or the precision are at fault. Try --precision "
-            "fp32, or another checkpoint."
-        )
+        raise UserError("The model's image features are not finite: its weights are damaged. Try another checkpoint.")
     return vectors
-
-
-def text_encoder(model: Encoder) -> Callable[[list[str]], Tensor] | None:
-    """Texts to (m, d) float32 on the CPU, L2-normalized; None for an image tower alone."""
-    try:
-        model.tokenize([PROBE])
-    except UserError:
-        return None
-    return lambda texts: text_features(model, texts)
 
 
 def mix(text: Tensor, image: Tensor, weights: tuple[float, float]) -> Tensor:

@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from declip.data.sources.image_source import ImageSource
 
 MANIFEST = "manifest.json"
-LAYOUT: Literal[2] = 2  # raised when the files change their meaning
 ELSEWHERE = "choose another folder with --out"
 
 Count = Annotated[int, Field(ge=0)]
 Dtype = Literal["float16", "float32"]
-Precision = Literal["fp32", "bf16"]
 Over = Literal["images", "captions"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -54,7 +52,6 @@ class ModelEntry(ManifestEntry):
 
     spec: str
     fingerprint: Digest
-    precision: Precision
 
 
 class PartEntry(ManifestEntry):
@@ -66,50 +63,20 @@ class PartEntry(ManifestEntry):
     sha256: Digest
 
 
-class ApproximateEntry(ManifestEntry):
-    """The approximate index.
-
-    Attributes:
-        covered: Rows with a smaller id are in it; later ones are searched exactly.
-        lists: Cells that the vectors are sorted into.
-        probed: Cells that a search looks into.
-        image_recall: Recall of the ten nearest, with images of the index as queries.
-        text_recall: The same with texts as queries; None for a model without text.
-    """
-
-    bytes: Count
-    covered: Count
-    lists: int = Field(ge=1)
-    probed: int = Field(ge=1)
-    image_recall: float = Field(ge=0, le=1)
-    text_recall: float | None = Field(None, ge=0, le=1)
-
-
 class Manifest(ManifestEntry):
-    """Everything about an index except its rows.
+    """Everything about an index except its rows."""
 
-    Attributes:
-        dimension: Width of the vectors; 0 before the first part.
-        captions: Whether captions have vectors too.
-        reached: Place in the source that an unfinished `embed` has come to; None after a finished one.
-        skipped: Broken images of the last call of `embed`, as `SkipCounter.to_dict` gives them.
-        removed: Keys that the user removed; their images are not embedded again.
-        approximate: None where all search is exact.
-    """
-
-    layout: Literal[2] = LAYOUT
+    layout: Literal[3] = 3  # raised when the files change their meaning
     declip: str = declip.__version__
     model: ModelEntry
     source: SourceEntry
-    dimension: Count = 0
+    dimension: Count = 0  # width of the vectors; 0 before the first part
     dtype: Dtype
-    captions: bool
+    captions: bool  # whether captions have vectors too
     parts: list[PartEntry] = []
     next_id: Count = 0
-    reached: Count | None = None
-    skipped: dict[str, Any] = Field(default_factory=lambda: SkipCounter().to_dict())
-    removed: list[str] = []
-    approximate: ApproximateEntry | None = None
+    reached: Count | None = None  # place in the source that an unfinished `embed` has come to
+    skipped: dict[str, Any] = Field(default_factory=lambda: SkipCounter().to_dict())  # in the last call of `embed`
 
     @property
     def next_part(self) -> int:
@@ -141,11 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @contextmanager
 def locked_index(folder: Path) -> Iterator[Path]:
-    """Lock an index, created if missing; parts that its manifest does not name are removed, before and after.
-
-    Raises:
-        UserError: Another process changes it, it holds something else, or it cannot be written.
-    """
+    """Lock an index, created if missing; parts that its manifest does not name are removed, before and after."""
     with locked_folder(folder, MANIFEST, ELSEWHERE):
         _remove_unnamed(folder)
         yield folder

@@ -20,27 +20,18 @@ COLUMNS: dict[Over, str] = {"images": "vector", "captions": "caption_vector"}
 DTYPES = {"float16": (pa.float16(), torch.float16), "float32": (pa.float32(), torch.float32)}
 
 PART_ROWS = 8_192  # rows of a part: the most that is lost when `embed` is killed
-CHECKED_BYTES = 2 << 30  # size up to which all checksums are checked, in about two seconds; beyond, only file sizes are
-
 MOST_CAPTIONS, LONGEST_CAPTION = 16, 2_000  # captions of an image that are stored to be shown, and characters of one
 
 
 @dataclass(frozen=True)
 class IndexedImage:
-    """A row of an index.
+    """A row of an index."""
 
-    Attributes:
-        id: For `Index.image`, `Index.neighbors` and `Index.vectors`; stays the same as long as the index lives.
-        key: The source's name of the image.
-        place: Number of the image in the source when it was embedded.
-        origin: Its file or shard, with offset and size in bytes.
-    """
-
-    id: int
-    key: str
+    id: int  # for `Index.image`, `neighbors` and `vectors`; stays the same as long as the index lives
+    key: str  # the source's name of the image
     captions: tuple[str, ...]
-    place: int
-    origin: Origin
+    place: int  # number of the image in the source when it was embedded
+    origin: Origin  # its file or shard, with offset and size in bytes
 
     @property
     def caption(self) -> str:
@@ -118,43 +109,27 @@ def open_part(folder: Path, manifest: Manifest, part: PartEntry, check: bool = T
 
 
 class Store:
-    """All rows of an index. A position is the number of a row over all parts.
+    """All rows of an index: `table` and `ids`, which rise. A position is the number of a row over all parts.
 
     Args:
-        check: Whether to check the parts' checksums; None does up to `CHECKED_BYTES`.
-
-    Attributes:
-        table: All columns.
-        ids: (rows,) int64, rising.
-
-    Raises:
-        UserError: There is no index, or it is damaged.
+        check: Whether to check the parts' checksums, which takes about a second for 2 GB.
     """
 
-    def __init__(self, folder: Path, check: bool | None = None) -> None:
+    def __init__(self, folder: Path, check: bool = True) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
-        parts = self.manifest.parts
-        if check is None:
-            check = sum(part.bytes for part in parts) <= CHECKED_BYTES
-        batches = [open_part(folder, self.manifest, part, check) for part in parts]
+        batches = [open_part(folder, self.manifest, part, check) for part in self.manifest.parts]
         self.table = pa.Table.from_batches(batches, schema_of(self.manifest))
         self.ids: np.ndarray = self.table["id"].to_numpy().copy()  # torch takes no array that cannot be written
         if (np.diff(self.ids) <= 0).any() or (self.ids >= self.manifest.next_id).any():
             raise UserError(f"The index '{folder}' is damaged: its parts do not follow each other. Restore a copy.")
         self._starts = np.cumsum([0, *map(len, batches)])
 
-    def blocks(self, over: Over = "images", first: int = 0) -> list[VectorBlock]:
-        """The vectors of the rows with the id `first` or more, for exact search."""
-        blocks = []
-        for start, vectors in zip(self._starts, self._vectors(over), strict=False):
-            ids = torch.from_numpy(self.ids[start : start + len(vectors)])
-            skipped = int(torch.searchsorted(ids, first))
-            if skipped == len(ids):
-                continue
-            ids, vectors = ids[skipped:], vectors[skipped:]
-            # Zeros stand for "no captions", which no search may find.
-            blocks.append(VectorBlock(ids, vectors, ~vectors.any(1) if over == "captions" else None))
-        return blocks
+    def blocks(self, over: Over = "images") -> list[VectorBlock]:
+        """All vectors, part by part, for exact search; zeros stand for "no captions", which no search may find."""
+        parts = self._vectors(over)
+        ids = torch.from_numpy(self.ids).split([len(vectors) for vectors in parts])
+        hidden = [~vectors.any(1) if over == "captions" else None for vectors in parts]
+        return list(map(VectorBlock, ids, parts, hidden))
 
     def positions(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n,) int64, the positions of rows; raises `UserError` where an id does not exist."""

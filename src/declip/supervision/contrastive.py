@@ -5,13 +5,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import ContrastiveConfig, Recipe
-from declip.supervision import chunked
-from declip.supervision.shared_logits import shared_info_nce
+from declip.supervision.chunked import mean_in_blocks
 from declip.supervision.soft_targets import SoftTargets, soft_cross_entropy
 from declip.supervision.term import Rows, Similarity, Term
 
@@ -57,33 +55,24 @@ def cross_entropy_to_keys(
         keys: (N, d), L2-normalized, of all ranks in rank order; N >= offset + B.
         scale: exp(logit_scale), the inverse temperature.
         offset: Row of `keys` that belongs to the first of `rows`.
-        max_logit_bytes: Bytes of logits that may be kept for the backward pass; more are computed in blocks, twice.
-            None: all are kept.
+        max_logit_bytes: See `mean_in_blocks`.
         soft: Other targets than the row's own key alone, see `soft_cross_entropy`.
-        other: Rows and keys of the other direction, for `soft.self_distillation`.
+        other: Rows and keys of the other direction, for self-distillation; None: without.
     """
-    rows, keys, count = to_float32(rows), to_float32(keys), len(rows)
-    too_large = chunked.exceeds(max_logit_bytes, rows, len(keys))
-    if soft is None:
-        if too_large:
-            return chunked.cross_entropy(scale * rows, keys, offset)
-        positives = torch.arange(offset, offset + count, device=rows.device)
-        return F.cross_entropy(scaled_similarity(rows, keys, scale), positives)
+    rows, keys = to_float32(rows), to_float32(keys)
 
-    def block(start: int, stop: int) -> Tensor:
-        prediction = None
-        if other is not None and soft.self_distillation > 0:
-            with torch.no_grad():
-                prediction = scaled_similarity(other[0][start:stop], other[1], scale)
+    def loss(start: int, stop: int) -> Tensor:
         logits = scaled_similarity(rows[start:stop], keys, scale)
-        return soft_cross_entropy(logits, offset + start, soft.part(start, stop), prediction)
+        if soft is not None:
+            prediction = None
+            if other is not None and soft.self_distillation > 0:
+                with torch.no_grad():
+                    prediction = scaled_similarity(other[0][start:stop], other[1], scale)
+            return soft_cross_entropy(logits, offset + start, soft.part(start, stop), prediction)
+        positives = torch.arange(offset + start, offset + stop, device=rows.device)
+        return F.cross_entropy(logits, positives, reduction="sum")
 
-    if not too_large:
-        return block(0, count) / count
-    size = max(1, chunked.BLOCK_BYTES // (len(keys) * keys.itemsize))
-    blocks = [(start, min(start + size, count)) for start in range(0, count, size)]
-    sums = [checkpoint(block, *ends, use_reentrant=False, preserve_rng_state=False) for ends in blocks]
-    return torch.stack(sums).sum() / count
+    return mean_in_blocks(loss, len(rows), len(keys) * keys.itemsize, max_logit_bytes)
 
 
 def info_nce(
@@ -110,16 +99,19 @@ def info_nce(
         text_keys: (N, d) text features of all ranks, with gradient.
         scale: exp(logit_scale).
         offset: Row of the keys that belongs to this rank's first pair.
-        max_logit_bytes: See `cross_entropy_to_keys`.
-        soft: The same.
-
-    Returns:
-        The loss, a scalar. Two (B, N) logit matrices are kept for the backward pass, up to `max_logit_bytes` each.
+        max_logit_bytes: See `mean_in_blocks`.
+        soft: See `cross_entropy_to_keys`.
     """
     to_text, to_image = (image, text_keys), (text, image_keys)
     image_to_text = cross_entropy_to_keys(*to_text, scale, offset, max_logit_bytes, soft, to_image)
     text_to_image = cross_entropy_to_keys(*to_image, scale, offset, max_logit_bytes, soft, to_text)
     return (image_to_text + text_to_image) / 2
+
+
+def shared_info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
+    """`info_nce` of one process from a single matrix of logits: half the work, equal up to rounding."""
+    logits = scaled_similarity(image, text, scale)
+    return (logits.logsumexp(dim=1) + logits.logsumexp(dim=0)).mean() / 2 - logits.diagonal().mean()
 
 
 class ContrastiveTerm(Term):
@@ -129,13 +121,17 @@ class ContrastiveTerm(Term):
         super().__init__(recipe, model)
         self.section = recipe.contrastive
 
-    def soft_targets(self, labels: Tensor | None, key_labels: Tensor | None) -> SoftTargets | None:
-        """The targets at this point of the run; None where each pair has its own key alone."""
+    def soft_targets(self, own: Rows, keys: Rows, text: int) -> SoftTargets | None:
+        """The targets with a text view; None where each pair has its own key alone."""
         section = self.section
         if section == ContrastiveConfig():
             return None
+        labels, key_labels = own.text_labels(text), keys.text_labels(text)
         alpha = section.self_distillation * (1 - math.cos(math.pi * self.progress)) / 2
         return SoftTargets(section.duplicates, section.label_smoothing, alpha, labels, key_labels)
+
+    def chance(self, batch_size: int) -> float:
+        return math.log(batch_size)
 
 
 class Contrastive(ContrastiveTerm):
@@ -150,13 +146,10 @@ class Contrastive(ContrastiveTerm):
         self.shares_logits = recipe.finetune.cached_views > 0  # most of such a step's time; other runs keep their bits
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        view = "contrastive" if "contrastive" in own.views else "first"
-        features = own.image(view), own.texts[0], keys.image(view), keys.texts[0]
-        soft = self.soft_targets(own.text_labels(0), keys.text_labels(0))
-        alone = keys.texts is own.texts and not chunked.exceeds(self.max_logit_bytes, features[0], len(keys))
-        if self.shares_logits and alone and soft is None:
-            return shared_info_nce(features[0], features[1], similarity.scale)
-        return info_nce(*features, similarity.scale, offset, self.max_logit_bytes, soft)
-
-    def chance(self, batch_size: int) -> float:
-        return math.log(batch_size)
+        image, text = own.images[0], own.texts[0]
+        soft = self.soft_targets(own, keys, 0)
+        fits = len(own) ** 2 * image.itemsize <= self.max_logit_bytes
+        if self.shares_logits and keys.texts is own.texts and fits and soft is None:
+            return shared_info_nce(image, text, similarity.scale)
+        all_keys = keys.images[0], keys.texts[0]
+        return info_nce(image, text, *all_keys, similarity.scale, offset, self.max_logit_bytes, soft)

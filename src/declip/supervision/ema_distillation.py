@@ -28,9 +28,6 @@ def feature_distillation(images: Tensor, texts: Tensor, teacher_image: Tensor, t
         texts: (T, B, d) text features, L2-normalized.
         teacher_image: (B, d), L2-normalized; gets no gradient.
         teacher_text: (B, d), the same.
-
-    Returns:
-        The loss, a scalar between 0 and 8.
     """
     of_images = (to_float32(images) - to_float32(teacher_image.detach())).square().sum(dim=-1).mean()
     of_texts = (to_float32(texts) - to_float32(teacher_text.detach())).square().sum(dim=-1).mean()
@@ -52,11 +49,6 @@ class EmaDistillation(Term):
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         self.decay = recipe.ema_distillation.decay
-        train = recipe.train
-        clashes = {"grad_cache_chunk": train.grad_cache_chunk, "strategy": train.strategy == "fsdp" and train.strategy}
-        for key, value in clashes.items():
-            if value:
-                raise UserError(f"loss_weights.ema_distillation does not work with train.{key}={value}; leave one out.")
 
     def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
         self.image_tower = deepcopy(model.image_tower).eval().requires_grad_(False)
@@ -71,9 +63,8 @@ class EmaDistillation(Term):
             raise UserError(
                 "ema_distillation copies the model before it trains: call objective.prepare(source, model)."
             )
-        views = encoded.batch.views
-        image = self.image_tower(views["contrastive" if "contrastive" in views else "first"].pixels).pooled
-        text = self.text_tower(encoded.batch.texts[0]).pooled
+        view = next(iter(encoded.batch.views.values()))  # the contrastive one comes first
+        image, text = self.image_tower(view.pixels).pooled, self.text_tower(encoded.batch.texts[0]).pooled
         return {"image": F.normalize(to_float32(image), dim=-1), "text": F.normalize(to_float32(text), dim=-1)}
 
     def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:

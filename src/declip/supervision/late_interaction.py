@@ -5,16 +5,15 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
+from declip.supervision.chunked import mean_in_blocks
 from declip.supervision.contrastive import to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
-SCORES_AT_ONCE = 2**26
-"""Token-to-token scores held at a time: 256 MiB in float32, whatever the batch."""
+SCORES_AT_ONCE = 2**26  # of tokens and tokens: 256 MiB in float32, whatever the batch
 
 
 def select_tokens(
@@ -72,14 +71,13 @@ def similarity(tokens: Tensor, keys: Tensor, mask: Tensor | None = None, key_mas
     counted = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens)
     weight = (counted / counted.sum(dim=1, keepdim=True)).unsqueeze(-1)
     block = max(1, SCORES_AT_ONCE // (counted.numel() * keys.shape[1]))
-    key_blocks = keys.split(block)
-    mask_blocks = [None] * len(key_blocks) if key_mask is None else key_mask.split(block)
     columns = []
     with torch.autocast(tokens.device.type, enabled=False):
-        for some, some_mask in zip(key_blocks, mask_blocks, strict=True):
+        for start in range(0, len(keys), block):
+            some = keys[start : start + block]
             score = (tokens.flatten(0, 1) @ some.flatten(0, 1).mT).unflatten(1, some.shape[:2])
-            if some_mask is not None:
-                score.masked_fill_(~some_mask, float("-inf"))
+            if key_mask is not None:
+                score.masked_fill_(~key_mask[start : start + block], float("-inf"))
             best = score.max(dim=-1).values.unflatten(0, tokens.shape[:2])
             columns.append((best * weight).sum(dim=1))
     return torch.cat(columns, dim=1)
@@ -118,29 +116,20 @@ def late_interaction(
         scale: exp of this term's own logit scale.
         offset: Row of the keys that belongs to this rank's first pair.
         include_padding: Count padding like words, as the official implementation does; both masks are ignored.
-        max_logit_bytes: Bytes of positions of maxima that may be kept for the backward pass in each direction; with
-            more, the similarities are computed a block of rows at a time, twice. None: all are kept.
+        max_logit_bytes: Limit of the positions of maxima in each direction, see `mean_in_blocks`.
     """
 
     def one_way(tokens: Tensor, keys: Tensor, mask: Tensor | None, key_mask: Tensor | None) -> Tensor:
-        def loss(start: int, stop: int, reduction: str) -> Tensor:
+        def loss(start: int, stop: int) -> Tensor:
             positives = torch.arange(offset + start, offset + stop, device=tokens.device)
-            some_mask = None if mask is None else mask[start:stop]
-            logits = scale * similarity(tokens[start:stop], keys, some_mask, key_mask)
-            return F.cross_entropy(logits, positives, reduction=reduction)
+            own = None if mask is None else mask[start:stop]
+            logits = scale * similarity(tokens[start:stop], keys, own, key_mask)
+            return F.cross_entropy(logits, positives, reduction="sum")
 
-        count, bytes_of_row = len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize
-        if max_logit_bytes is None or count * bytes_of_row <= max_logit_bytes:
-            return loss(0, count, "mean")
-        size = max(1, int(max_logit_bytes // bytes_of_row))
-        sums = [
-            checkpoint(loss, start, min(start + size, count), "sum", use_reentrant=False, preserve_rng_state=False)
-            for start in range(0, count, size)
-        ]
-        return torch.stack(sums).sum() / count
+        return mean_in_blocks(loss, len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize, max_logit_bytes)
 
-    own, keys = (None, None) if include_padding else (word_mask, word_key_mask)
-    return (one_way(image_tokens, word_keys, None, keys) + one_way(word_tokens, image_keys, own, None)) / 2
+    mask, key_mask = (None, None) if include_padding else (word_mask, word_key_mask)
+    return (one_way(image_tokens, word_keys, None, key_mask) + one_way(word_tokens, image_keys, mask, None)) / 2
 
 
 class LateInteraction(Term):
@@ -155,17 +144,15 @@ class LateInteraction(Term):
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
-        section = recipe.late_interaction
-        self.patch_projection = nn.Linear(model.image_tower.token_width, section.width)
-        self.word_projection = nn.Linear(model.text_tower.width, section.width)
+        self.section = recipe.late_interaction
+        self.patch_projection = nn.Linear(model.image_tower.token_width, self.section.width)
+        self.word_projection = nn.Linear(model.text_tower.width, self.section.width)
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
-        self.top_k, self.include_padding = section.top_k, section.include_padding
-        self.longest = section.top_k or model.text_tower.context
+        self.longest = self.section.top_k or model.text_tower.context
         self.min_scale = recipe.logit_scale.min
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        patches = require(encoded.outputs.patches)
-        words = require(encoded.outputs.text_tokens)
+        patches, words = require(encoded.outputs.patches), require(encoded.outputs.text_tokens)
         positions = torch.arange(words.shape[1], device=words.device)
         return {
             "patches": F.normalize(to_float32(self.patch_projection(patches)), dim=-1),
@@ -174,12 +161,13 @@ class LateInteraction(Term):
         }
 
     def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        patches, words, mask = features["patches"], features["words"], features["word_mask"]
-        if self.top_k is not None:
-            counted = None if self.include_padding else mask
-            patches, _ = select_tokens(features["patches"], words, self.top_k, paired_mask=counted)
-            words, mask = select_tokens(words, features["patches"], self.top_k, mask=counted)
-        return {"patches": patches, "words": words, "word_mask": mask}
+        patches, words, mask = features.values()
+        if (top_k := self.section.top_k) is None:
+            return features
+        counted = None if self.section.include_padding else mask
+        best_patches, _ = select_tokens(patches, words, top_k, paired_mask=counted)
+        best_words, mask = select_tokens(words, patches, top_k, mask=counted)
+        return {"patches": best_patches, "words": best_words, "word_mask": mask}
 
     def pad_keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         missing = self.longest - features["words"].shape[1]
@@ -187,13 +175,10 @@ class LateInteraction(Term):
         return features | {"words": words, "word_mask": mask}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        names = ("patches", "words", "word_mask")
-        patches, words, mask = (own.extra[name] for name in names)
-        image_keys, word_keys, key_mask = (keys.extra[name] for name in names)
-        scale, limit = self.logit_scale.exp(), self.max_logit_bytes
-        return late_interaction(
-            patches, words, mask, image_keys, word_keys, key_mask, scale, offset, self.include_padding, limit
-        )
+        patches, words, mask = own.extra.values()
+        image_keys, word_keys, key_mask = keys.extra.values()
+        options = self.logit_scale.exp(), offset, self.section.include_padding, self.max_logit_bytes
+        return late_interaction(patches, words, mask, image_keys, word_keys, key_mask, *options)
 
     def chance(self, batch_size: int) -> float:
         return math.log(batch_size)

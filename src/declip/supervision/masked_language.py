@@ -16,16 +16,13 @@ from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 def chosen_rows(words: Tensor, labels: Tensor, mask_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Select the token states whose word is to be predicted, so that the head runs on these alone.
 
-    Equals the plain loop
-        rows = [words[b, l] for b, l in order if labels[b, l] != -100]
-
     Args:
         words: (B, L, w) token states after the text tower's final norm.
         labels: (B, L) ids to predict, -100 elsewhere.
         mask_positions: (M,) where they are among the B * L, if known: finding them waits for the device.
 
     Returns:
-        Rows (M, w) and their targets (M,).
+        Rows (M, w) and their targets (M,), pair after pair.
     """
     if mask_positions is None:
         mask_positions = (labels != IGNORED).flatten().nonzero().squeeze(1)
@@ -43,9 +40,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | float | None 
         targets: (M,) int64 ids; rows with -100 do not count.
         count: What to divide the sum by; by default the number of rows that count. When W ranks hold M rows
             together, M / W makes the mean of the ranks' losses the mean over all rows.
-
-    Returns:
-        The loss, a scalar; 0, still part of the graph, when there is no word to predict.
     """
     if count is None:
         count = (targets != IGNORED).sum().clamp(min=1)

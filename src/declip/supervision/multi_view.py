@@ -1,6 +1,5 @@
 """The multi-view loss of DeCLIP: the contrastive loss between all other pairings of views."""
 
-import math
 from collections.abc import Sequence
 from itertools import islice, product
 
@@ -36,11 +35,8 @@ def multi_view(
         text_keys: (2, N, d) text features of all ranks, with gradient.
         scale: exp(logit_scale).
         offset: Row of the keys that belongs to this rank's first pair.
-        max_logit_bytes: See `cross_entropy_to_keys`.
-        soft: The same, for each text view.
-
-    Returns:
-        The loss, a scalar. Six (B, N) logit matrices are kept for the backward pass, up to `max_logit_bytes` each.
+        max_logit_bytes: See `mean_in_blocks`.
+        soft: See `cross_entropy_to_keys`, for each text view.
     """
     pairings = islice(product(range(len(images)), range(len(texts))), 1, None)
     losses = [
@@ -59,8 +55,5 @@ class MultiView(ContrastiveTerm):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         features = own.augmented, own.texts, keys.augmented, keys.texts
-        soft = [self.soft_targets(own.text_labels(view), keys.text_labels(view)) for view in range(len(own.texts))]
+        soft = [self.soft_targets(own, keys, view) for view in range(len(own.texts))]
         return multi_view(*features, similarity.scale, offset, self.max_logit_bytes, soft)
-
-    def chance(self, batch_size: int) -> float:
-        return math.log(batch_size)

@@ -1,7 +1,8 @@
 """Nearest-neighbor supervision: a queue of past text features, and the contrastive loss with neighbors in it."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -16,40 +17,29 @@ from declip.supervision.soft_targets import SoftTargets
 from declip.supervision.term import Encodings, Rows, Similarity
 
 NO_TAG = -1
-
-SIMILARITIES_AT_ONCE = 2**26
-"""Similarities of queries to features that a lookup holds: 256 MiB in float32, whatever the batch."""
+SIMILARITIES_AT_ONCE = 2**26  # that a lookup holds: 256 MiB in float32, whatever the batch
 
 
 class Queue(nn.Module):
     """A first-in-first-out store of L2-normalized features, saved with the model.
 
     DeCLIP keeps 2¹⁶ text features (arXiv 2110.05208, nearest-neighbor supervision). A new feature takes the
-    oldest one's slot. Empty slots are never found.
-
-    Attributes:
-        features: (size, width) float32 buffer, rows of length 1.
-        tags: (size,) int64 buffer, the caller's tag of each row; -1 without.
-        written: Number of slots that hold a feature; an integer, as `pointer`, so that nothing waits for the device.
-        pointer: Slot that the next feature is written to.
+    oldest one's slot. Empty slots are never found. `written`, the number of full slots, and `pointer`, the next one to
+    write to, are integers, so that nothing waits for the device.
     """
 
-    features: Tensor
-    tags: Tensor
+    features: Tensor  # (size, width) float32 buffer, rows of length 1
+    tags: Tensor  # (size,) int64 buffer, the caller's tag of each row; -1 without
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
+        self.size = size
         self.register_buffer("features", torch.zeros(size, width))
         self.register_buffer("tags", torch.full((size,), NO_TAG))
         self.written = self.pointer = 0
 
     def __len__(self) -> int:
         return self.written
-
-    @property
-    def size(self) -> int:
-        """Number of features that the queue can hold."""
-        return len(self.tags)
 
     @torch.no_grad()
     def push(self, features: Tensor, tags: Tensor | None = None) -> None:
@@ -59,8 +49,7 @@ class Queue(nn.Module):
             for f, t in zip(features, tags): slot[pointer] = f / |f|, t; pointer = (pointer + 1) % size
 
         Args:
-            features: (n, width), oldest first, any length; no gradient is kept. Of more rows than slots the
-                last stay.
+            features: (n, width), oldest first, any length. Of more rows than slots the last stay.
             tags: (n,) int64; -1 by default.
         """
         start = (self.pointer + max(len(features) - self.size, 0)) % self.size
@@ -75,23 +64,17 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Find each query's nearest feature by cosine: 2·n·len(queue)·width operations.
+        """Find each query's nearest feature by cosine; the queue must hold one.
 
         Equals the plain loop
             rows[i] = argmax over r < written of queries[i]·features[r]
-        in one matrix product, or in several where it would hold more than `SIMILARITIES_AT_ONCE`.
 
         Args:
-            queries: (n, width), any length; give all views together.
+            queries: (n, width), any length.
 
         Returns:
             The neighbors (n, width), float32 and without gradient, and their slots (n,), which index `tags`.
-
-        Raises:
-            LookupError: the queue is empty.
         """
-        if self.written == 0:
-            raise LookupError("The queue is empty.")
         rows, keys = queries.to(self.features), self.features[: self.written]
         blocks = max(1, math.ceil(len(rows) * len(keys) / SIMILARITIES_AT_ONCE))
         with torch.autocast(queries.device.type, enabled=False):
@@ -99,11 +82,9 @@ class Queue(nn.Module):
         return self.features[slots], slots
 
     def get_extra_state(self) -> Tensor:
-        """`written` and `pointer` for the state dict: (2,) int64, on the CPU."""
         return torch.tensor([self.written, self.pointer], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take `written` and `pointer` from a state dict."""
         self.written, self.pointer = state.tolist()
 
 
@@ -133,27 +114,17 @@ def neighbor_contrast(
         offset: Row of the keys that belongs to this rank's first pair.
         symmetric: Add the direction from neighbor to image.
         image_keys: (V, N, d) image features of all ranks, with gradient; needed only when symmetric.
-        max_logit_bytes: See `contrastive.cross_entropy_to_keys`.
-        soft: The same, for each text view.
-
-    Returns:
-        The loss, a scalar. V·T (B, N) matrices are kept for the backward pass, twice as many when symmetric, up to
-        `max_logit_bytes` each.
+        max_logit_bytes: See `mean_in_blocks`.
+        soft: See `contrastive.cross_entropy_to_keys`, for each text view.
     """
-
-    def mean(couples: Iterable[tuple[Tensor, Tensor, int]]) -> Tensor:
-        losses = [
-            cross_entropy_to_keys(rows, keys, scale, offset, max_logit_bytes, soft[j]) for rows, keys, j in couples
-        ]
-        return torch.stack(losses).mean()
-
-    own, keys = neighbors.detach(), neighbor_keys.detach()
-    pairings = list(product(range(len(images)), range(len(keys))))
-    to_text = mean((images[i], keys[j], j) for i, j in pairings)
+    pairings = list(product(range(len(images)), range(len(neighbor_keys))))
+    numbers = scale, offset, max_logit_bytes
+    to_text = [cross_entropy_to_keys(images[i], neighbor_keys[j].detach(), *numbers, soft[j]) for i, j in pairings]
     if not symmetric:
-        return to_text
+        return torch.stack(to_text).mean()
     assert image_keys is not None, "the symmetric form needs image_keys"
-    return (to_text + mean((own[j], image_keys[i], j) for i, j in pairings)) / 2
+    to_image = [cross_entropy_to_keys(neighbors[j].detach(), image_keys[i], *numbers, soft[j]) for i, j in pairings]
+    return (torch.stack(to_text).mean() + torch.stack(to_image).mean()) / 2
 
 
 class NearestNeighbor(ContrastiveTerm):
@@ -189,24 +160,12 @@ class NearestNeighbor(ContrastiveTerm):
             neighbors[:, offset : offset + len(own)],
             neighbors,
             similarity.scale,
-            offset=offset,
-            symmetric=self.symmetric,
-            image_keys=keys.augmented,
-            max_logit_bytes=self.max_logit_bytes,
-            soft=[self._targets(own, keys, view) for view in range(len(neighbors))],
+            offset,
+            self.symmetric,
+            keys.augmented,
+            self.max_logit_bytes,
+            [self.soft_targets(_by_neighbor(own), _by_neighbor(keys), view) for view in range(len(neighbors))],
         )
-
-    def _targets(self, own: Rows, keys: Rows, view: int) -> SoftTargets | None:
-        """Pairs with the same neighbor, which no model can distinguish, are duplicates here."""
-
-        def labels(rows: Rows) -> Tensor | None:
-            known = rows.text_labels(view)
-            return None if known is None else torch.stack([rows.extra["queue_indices"][:, view] + 1, known[:, 1]], 1)
-
-        return self.soft_targets(labels(own), labels(keys))
-
-    def chance(self, batch_size: int) -> float:
-        return math.log(batch_size)
 
     @torch.no_grad()
     def after_step(self, model: DualEncoder) -> None:
@@ -219,3 +178,10 @@ class NearestNeighbor(ContrastiveTerm):
 
     def discard_step(self) -> None:
         self._pending = None
+
+
+def _by_neighbor(rows: Rows) -> Rows:
+    """Label pairs by their neighbors: those with the same one, which no model can distinguish, are duplicates."""
+    if rows.labels is None:
+        return rows
+    return replace(rows, labels=torch.cat([rows.extra["queue_indices"] + 1, rows.labels[:, -1:]], dim=1))

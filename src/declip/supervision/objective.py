@@ -48,8 +48,6 @@ TERMS: dict[str, type[Term]] = {
 """Name in `loss_weights` → loss. A new loss is a file, a line here and a recipe."""
 
 Gather = Callable[[Tensor], Tensor]
-FIELDS = ("pooled", "pre_logits", "tokens")
-"""Fields of `ImageFeatures`."""
 
 
 def identity_gather(rows: Tensor) -> Tensor:
@@ -61,10 +59,11 @@ def identity_gather(rows: Tensor) -> Tensor:
 def extra_terms(terms: Mapping[str, type[Term]]) -> Iterator[None]:
     """Let recipes weight losses that are not of this package, until the block ends: name in `loss_weights` → class."""
     for name, term in terms.items():
-        if name in TERMS or not name.isidentifier():
-            raise UserError(f"terms has the name '{name}'; give an identifier other than {', '.join(TERMS)}.")
-        if not (isinstance(term, type) and issubclass(term, Term)):
-            raise UserError(f"terms['{name}'] is {term!r}; give a subclass of declip.supervision.term.Term.")
+        if name in TERMS or not name.isidentifier() or not (isinstance(term, type) and issubclass(term, Term)):
+            raise UserError(
+                f"terms has the name '{name}' for {term!r}; give identifiers other than {', '.join(TERMS)}, each for a "
+                "subclass of declip.supervision.term.Term."
+            )
     TERMS.update(terms)
     try:
         yield
@@ -87,11 +86,7 @@ def needs_of(recipe: Recipe) -> list[Needs]:
 
 
 class Objective(nn.Module):
-    """The weighted sum of a recipe's active losses, with the heads and the queue that they own.
-
-    Attributes:
-        weights, terms: By name.
-    """
+    """The weighted sum of a recipe's active losses, with the heads and the queue that they own."""
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__()
@@ -112,7 +107,7 @@ class Objective(nn.Module):
         return term.queue if isinstance(term, NearestNeighbor) else None
 
     def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
-        """Let the losses count words and copy weights, before the optimizer is built and a checkpoint is loaded."""
+        """Let the losses count words and copy the model, before the optimizer is built and a checkpoint is loaded."""
         for _, term in self._terms():
             term.prepare(source, model, shown)
         self.to(model.device)
@@ -132,9 +127,6 @@ class Objective(nn.Module):
             batch: Float views (B, 3, S, S) and texts (T, B, L); masked and labels when the recipe masks.
             gather: Rows of all ranks, in rank order, with gradient; the identity on one process.
             offset: Row of this rank's first pair in that order.
-
-        Raises:
-            UserError: the batch lacks a view or the masked captions that a loss needs.
         """
         return self.losses(self.run_towers(model, batch), model, batch, gather, offset)
 
@@ -155,9 +147,8 @@ class Objective(nn.Module):
         ids = batch.sample_ids
         if ids is None:
             ids = torch.full((len(batch),), -1, device=texts.device)
-        labels = None
-        if self.recipe.contrastive.duplicates != "negatives":
-            labels = pair_labels(batch, model.tokenizer.padding)
+        soft = self.recipe.contrastive.duplicates != "negatives"
+        labels = pair_labels(batch, model.tokenizer.padding) if soft else None
         gathered = own = Rows(outputs.views, images, texts, ids, {}, labels)
         if gather is not identity_gather:
             keys = {name: term.pad_keys(keys[name]) for name, term in terms}
@@ -167,29 +158,28 @@ class Objective(nn.Module):
         for name, term in terms:
             rows, key_rows = replace(own, extra=features[name]), replace(gathered, extra=keys[name])
             losses[name] = term.loss(rows, key_rows, similarity, offset)
-        weighted = [weight * losses[name] for name, weight in self.weights.items() if name in losses]
-        return {**losses, "loss": torch.stack(weighted).sum()}
+        return {**losses, "loss": torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()}
 
     def run_towers(self, model: DualEncoder, batch: PairBatch) -> TowerOutputs:
         """Run the towers; a part of a batch gives that part of the whole batch's outputs."""
         self._check(batch)
-        views = tuple(batch.views)
+        tokens, pre_logits, masked = (
+            any(getattr(need, output) for need in self.needs) for output in ("tokens", "pre_logits", "masked")
+        )
         pixels = [view.pixels for view in batch.views.values()]
         images = encode_views(model, pixels, self.recipe.image.shared_bn_views)
-        captions, masked_at, lengths = self._captions(batch)
+        captions, masked_at, lengths = self._captions(batch, masked)
         texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, self.recipe.train.length_buckets)
         count, size = captions.shape[:2]
-        tokens = any(need.tokens for need in self.needs)
-        pre_logits = any(need.pre_logits for need in self.needs)
         text_tokens = texts.text_tokens.unflatten(0, (count, size))
         rows, targets = None, None
-        if any(need.masked for need in self.needs) and batch.labels is not None:
+        if masked and batch.labels is not None:
             rows, targets = chosen_rows(text_tokens[masked_at], batch.labels, batch.mask_positions)
         return TowerOutputs(
-            views=views,
+            views=tuple(batch.views),
             images=images.pooled,
             pre_logits=images.pre_logits if pre_logits else None,
-            patches=images.tokens[0] if tokens else None,
+            patches=images.tokens if tokens else None,
             texts=texts.pooled.unflatten(0, (count, size))[: len(batch.texts)],
             text_tokens=text_tokens[0] if tokens else None,
             masked_tokens=rows,
@@ -222,14 +212,12 @@ class Objective(nn.Module):
         """Whether a loss compares two views, and the second has not started yet."""
         return self.starts_late and "second" in need.views and "second" not in views
 
-    def _captions(self, batch: PairBatch) -> tuple[Tensor, int, Tensor | None]:
+    def _captions(self, batch: PairBatch, masked: bool) -> tuple[Tensor, int, Tensor | None]:
         """The sequences to encode (T or T + 1, B, L), which of them the language head reads, and their lengths."""
         lengths = None if batch.lengths is None else batch.lengths.flatten()
-        if batch.masked is None:
-            return batch.texts, 0, lengths
-        if self.recipe.masked_language.mask_contrastive_text:
+        if batch.masked is not None and self.recipe.masked_language.mask_contrastive_text:
             return torch.cat([batch.masked[None], batch.texts[1:]]), 0, lengths
-        if not any(need.masked for need in self.needs):
+        if batch.masked is None or not masked:
             return batch.texts, 0, lengths
         if batch.lengths is not None:
             lengths = torch.cat([batch.lengths.flatten(), batch.lengths[0]])
@@ -237,17 +225,13 @@ class Objective(nn.Module):
 
     def _check(self, batch: PairBatch) -> None:
         for name, need in zip(self.terms, self.needs, strict=True):
-            if self._waits(need, batch.views):
-                continue
-            missing = [f"the image view '{view}'" for view in sorted(need.views - {"first"} - set(batch.views))]
-            if len(batch.texts) < need.texts:
-                missing.append(f"{need.texts} text views")
-            if need.masked and (batch.masked is None or batch.labels is None):
-                missing.append("`masked` and `labels`")
-            if missing:
+            lacking = need.views - {"first"} - set(batch.views) and not self._waits(need, batch.views)
+            unmasked = need.masked and (batch.masked is None or batch.labels is None)
+            if lacking or len(batch.texts) < need.texts or unmasked:
                 raise UserError(
-                    f"The batch lacks {' and '.join(missing)}, which {name} needs. Give that, or set "
-                    f"loss_weights.{name} to 0."
+                    f"{name} needs the image views {', '.join(sorted(need.views))}, {need.texts} text views"
+                    f"{', `masked` and `labels`' if need.masked else ''}, and the batch lacks one of these. Give that, "
+                    f"or set loss_weights.{name} to 0."
                 )
 
 
@@ -263,27 +247,22 @@ def gather_rows(
         extra: Loss name → feature name → (B, …), of the same shape on all ranks but for B.
         gather: (B, k) → (N, k), rows in rank order, with gradient.
     """
-    tensors = {
-        ("images", ""): own.images.transpose(0, 1),
-        ("texts", ""): own.texts.transpose(0, 1),
-        ("ids", ""): own.sample_ids,
-    }
+    tensors = {("", "images"): own.images.transpose(0, 1), ("", "texts"): own.texts.transpose(0, 1)}
+    tensors["", "ids"] = own.sample_ids
     if own.labels is not None:
-        tensors["labels", ""] = own.labels
+        tensors["", "labels"] = own.labels
     tensors |= {(term, name): rows for term, features in extra.items() for name, rows in features.items()}
     packed = [_as_floats(rows, own.texts.dtype) for rows in tensors.values()]
     columns = gather(torch.cat(packed, dim=1)).split([rows.shape[1] for rows in packed], dim=1)
     found = {key: _unpacked(part, rows) for (key, rows), part in zip(tensors.items(), columns, strict=True)}
-    images, texts = (found[name, ""].transpose(0, 1) for name in ("images", "texts"))
-    everyone = Rows(own.views, images, texts, found["ids", ""], {}, found.get(("labels", "")))
+    images, texts = (found["", name].transpose(0, 1) for name in ("images", "texts"))
+    everyone = Rows(own.views, images, texts, found["", "ids"], {}, found.get(("", "labels")))
     return everyone, {term: {name: found[term, name] for name in features} for term, features in extra.items()}
 
 
 def _as_floats(rows: Tensor, dtype: torch.dtype) -> Tensor:
     rows = rows.flatten(1) if rows.ndim > 1 else rows.unsqueeze(1)
-    if rows.dtype == torch.int64:
-        return rows.contiguous().view(dtype)
-    return rows.to(dtype)
+    return rows.contiguous().view(dtype) if rows.dtype == torch.int64 else rows.to(dtype)
 
 
 def _unpacked(part: Tensor, like: Tensor) -> Tensor:
@@ -297,9 +276,9 @@ def _unpacked(part: Tensor, like: Tensor) -> Tensor:
 def encode_views(model: DualEncoder, views: Sequence[Tensor], shared: bool = False) -> ImageFeatures:
     """Encode (B, 3, S, S) views of equal size in one pass, or one by one where batch norm must see each view alone.
 
-    The features have a leading axis of views; tokens are of the first view alone where sizes differ. Running statistics
-    of batch norm are those of the first view's size, in which the model is used: statistics of smaller images would
-    spoil them (AdvProp, arXiv 1911.09665, keeps a second set of statistics for this).
+    `pooled` and `pre_logits` have a leading axis of views; `tokens` are the first view's. Running statistics of batch
+    norm are those of the first view's size, in which the model is used: statistics of smaller images would spoil them
+    (AdvProp, arXiv 1911.09665, keeps a second set of statistics for this).
 
     Args:
         shared: Whether batch-norm statistics are computed over all views together.
@@ -309,17 +288,12 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor], shared: bool = Fal
     groups: dict[object, list[int]] = {}
     for number, view in enumerate(views):
         groups.setdefault(number if alone else view.shape, []).append(number)
-    passes = []
+    parts: dict[int, tuple[Tensor, ...]] = {}
     for group in groups.values():
         other_size = views[group[0]].shape != views[0].shape
         with statistics_at_rest(tower) if other_size else nullcontext():
-            passes.append((group, tower(torch.cat([views[number] for number in group]))))
-    if len(passes) == 1:
-        return ImageFeatures(*(getattr(passes[0][1], f).unflatten(0, (len(views), -1)) for f in FIELDS))
-    parts: list[tuple[Tensor, ...]] = [()] * len(views)
-    for group, features in passes:
-        chunks = (getattr(features, field).chunk(len(group)) for field in FIELDS)
-        for number, part in zip(group, zip(*chunks, strict=True), strict=True):
-            parts[number] = part
-    pooled, pre_logits, tokens = zip(*parts, strict=True)
-    return ImageFeatures(torch.stack(pooled), torch.stack(pre_logits), tokens[0][None])
+            features = tower(torch.cat([views[number] for number in group]))
+        fields = (features.pooled, features.pre_logits, features.tokens)
+        parts |= zip(group, zip(*(field.chunk(len(group)) for field in fields), strict=True), strict=True)
+    pooled, pre_logits, tokens = zip(*(parts[number] for number in range(len(views))), strict=True)
+    return ImageFeatures(torch.stack(pooled), torch.stack(pre_logits), tokens[0])

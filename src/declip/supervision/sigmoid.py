@@ -5,10 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from declip.data.plan import Needs
-from declip.supervision import chunked
+from declip.supervision.chunked import mean_in_blocks
 from declip.supervision.contrastive import scaled_similarity, to_float32
 from declip.supervision.term import Rows, Similarity, Term, require
 
@@ -33,25 +32,17 @@ def sigmoid_loss(
         scale: exp(logit_scale).
         bias: Added to every logit.
         offset: Row of the keys that belongs to this rank's first pair.
-        max_logit_bytes: Bytes of logits that may be kept for the backward pass; more are computed in blocks, twice.
-            None: all are kept.
+        max_logit_bytes: See `mean_in_blocks`.
     """
     image, text_keys = to_float32(image), to_float32(text_keys)
-    if not chunked.exceeds(max_logit_bytes, image, len(text_keys)):
-        return _block(image, text_keys, scale, bias, offset) / len(image)
-    size = max(1, chunked.BLOCK_BYTES // (len(text_keys) * text_keys.itemsize))
-    sums = [
-        checkpoint(_block, rows, text_keys, scale, bias, offset + number * size, use_reentrant=False)
-        for number, rows in enumerate(image.split(size))
-    ]
-    return torch.stack(sums).sum() / len(image)
 
+    def loss(start: int, stop: int) -> Tensor:
+        logits = scaled_similarity(image[start:stop], text_keys, scale) + bias
+        signs = torch.full_like(logits, -1.0, requires_grad=False)
+        signs.diagonal(offset + start).fill_(1.0)
+        return -F.logsigmoid(signs * logits).sum()
 
-def _block(rows: Tensor, keys: Tensor, scale: Tensor | float, bias: Tensor | float, offset: int) -> Tensor:
-    """Sum of the loss over some images."""
-    signs = torch.full((len(rows), len(keys)), -1.0, dtype=rows.dtype, device=rows.device)
-    signs.diagonal(offset).fill_(1.0)
-    return -F.logsigmoid(signs * (scaled_similarity(rows, keys, scale) + bias)).sum()
+    return mean_in_blocks(loss, len(image), len(text_keys) * text_keys.itemsize, max_logit_bytes)
 
 
 class Sigmoid(Term):
@@ -62,9 +53,8 @@ class Sigmoid(Term):
     explanation = "Says of each image and each caption of the batch whether they belong together."
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        view = "contrastive" if "contrastive" in own.views else "first"
         bias = require(similarity.bias)
-        return sigmoid_loss(own.image(view), keys.texts[0], similarity.scale, bias, offset, self.max_logit_bytes)
+        return sigmoid_loss(own.images[0], keys.texts[0], similarity.scale, bias, offset, self.max_logit_bytes)
 
     def chance(self, batch_size: int) -> float:
         """Loss of equal logits for all pairs, with the best bias, -log(batch_size - 1)."""

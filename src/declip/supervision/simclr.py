@@ -10,7 +10,7 @@ from declip.data.plan import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.models.heads import simclr_head
 from declip.recipe.schema import Recipe
-from declip.supervision import chunked
+from declip.supervision.chunked import mean_in_blocks
 from declip.supervision.contrastive import scaled_similarity, to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, augmented_views, require
 
@@ -39,24 +39,21 @@ def nt_xent(
         keys2: (N, d) view 2 of all ranks.
         temperature: Divides the cosines.
         offset: Row of the keys that belongs to this rank's first image.
-        max_logit_bytes: See `contrastive.cross_entropy_to_keys`.
-
-    Returns:
-        The loss, a scalar. Two (B, 2N) logit matrices are kept for the backward pass, up to `max_logit_bytes` each.
+        max_logit_bytes: See `mean_in_blocks`.
     """
     z1, z2, keys1, keys2 = (F.normalize(to_float32(x), dim=-1) for x in (z1, z2, keys1, keys2))
-    if chunked.exceeds(max_logit_bytes, z1, 2 * len(keys1)):
-        excluded = len(keys1) + offset
-        first = chunked.cross_entropy(z1 / temperature, torch.cat([keys2, keys1]), offset, excluded)
-        second = chunked.cross_entropy(z2 / temperature, torch.cat([keys1, keys2]), offset, excluded)
-        return (first + second) / 2
-    positives = torch.arange(offset, offset + len(z1), device=z1.device)
-    itself = positives.unsqueeze(1) == torch.arange(len(keys1), device=z1.device)
 
-    def view(own: Tensor, own_keys: Tensor, other_keys: Tensor) -> Tensor:
-        others = scaled_similarity(own, other_keys, 1 / temperature)
-        same_view = scaled_similarity(own, own_keys, 1 / temperature).masked_fill(itself, float("-inf"))
-        return F.cross_entropy(torch.cat([others, same_view], dim=1), positives)
+    def view(rows: Tensor, own_keys: Tensor, other_keys: Tensor) -> Tensor:
+        def loss(start: int, stop: int) -> Tensor:
+            positives = torch.arange(offset + start, offset + stop, device=rows.device)
+            others, same = (
+                scaled_similarity(rows[start:stop], keys, 1 / temperature) for keys in (other_keys, own_keys)
+            )
+            itself = positives.unsqueeze(1) == torch.arange(len(own_keys), device=rows.device)
+            logits = torch.cat([others, same.masked_fill(itself, -torch.inf)], dim=1)
+            return F.cross_entropy(logits, positives, reduction="sum")
+
+        return mean_in_blocks(loss, len(rows), 2 * len(own_keys) * rows.itemsize, max_logit_bytes)
 
     return (view(z1, keys1, keys2) + view(z2, keys2, keys1)) / 2
 
@@ -70,14 +67,12 @@ class SimCLR(Term):
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
-        self.head = simclr_head(model.image_tower.pre_logits_width, recipe.simclr.hidden, recipe.simclr.out)
+        self.head = simclr_head(model.image_tower.pre_logits_width, *recipe.simclr.widths)
         self.temperature = recipe.simclr.temperature
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        first, second = (
-            self.head(view) for view in require(encoded.outputs.pre_logits)[augmented_views(encoded.outputs.views)]
-        )
-        return {"z1": first, "z2": second}
+        views = require(encoded.outputs.pre_logits)[augmented_views(encoded.outputs.views)]
+        return {name: self.head(view) for name, view in zip(("z1", "z2"), views, strict=True)}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         z1, z2, keys1, keys2 = (rows.extra[name] for rows in (own, keys) for name in ("z1", "z2"))

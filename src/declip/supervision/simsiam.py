@@ -22,9 +22,6 @@ def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
         p2: (B, d) predictions from view 2.
         z1: (B, d) projections of view 1, any length; the gradient is stopped here.
         z2: (B, d) projections of view 2; the gradient is stopped here.
-
-    Returns:
-        The loss, a scalar between -1 and 1; -1 is perfect agreement.
     """
     p1, p2, z1, z2 = (to_float32(x) for x in (p1, p2, z1.detach(), z2.detach()))
     first = F.cosine_similarity(p1, z2, dim=-1).mean()
@@ -41,9 +38,9 @@ class SimSiam(Term):
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
-        sizes = recipe.simsiam
-        self.projector = projector(recipe.embed_dim, sizes.hidden, sizes.out)
-        self.predictor = predictor(sizes.out, sizes.predictor_hidden, sizes.out)
+        hidden, out, predictor_hidden = recipe.simsiam.widths
+        self.projector = projector(recipe.embed_dim, hidden, out)
+        self.predictor = predictor(out, predictor_hidden, out)
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         views = augmented_views(encoded.outputs.views)

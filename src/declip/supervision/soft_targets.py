@@ -8,8 +8,7 @@ from torch import Tensor
 
 from declip.data.batch import PairBatch
 
-MULTIPLIER = 6364136223846793005
-"""Knuth's, for hashes modulo 2⁶⁴."""
+MULTIPLIER = 6364136223846793005  # Knuth's, for hashes modulo 2⁶⁴
 
 
 @dataclass(frozen=True)
@@ -48,31 +47,26 @@ def soft_cross_entropy(logits: Tensor, offset: int, soft: SoftTargets, predictio
     Args:
         logits: (B, N) float32 or float64.
         offset: Key of the first row.
-        prediction: (B, N) logits of the other direction, without gradient: logits[b, n] compares image b with text n,
-            prediction[b, n] text b with image n. With the same direction the gradient would only be scaled by 1 - α.
+        prediction: (B, N) logits of the other direction, without gradient: text b with image n, where `logits` compare
+            image b with text n. Those of the same direction would only scale the gradient by 1 - α.
     """
     positives = torch.arange(offset, offset + len(logits), device=logits.device)[:, None]
     itself = positives == torch.arange(logits.shape[1], device=logits.device)
-    same, hidden = itself, None
+    same = itself
     if soft.labels is not None and soft.key_labels is not None and soft.duplicates != "negatives":
         for row_labels, key_labels in zip(soft.labels.mT[..., None], soft.key_labels.mT, strict=True):
             same = same | ((row_labels == key_labels) & (row_labels != 0))
-        hidden = same & ~itself if soft.duplicates == "mask" else None
-    targets = (itself if hidden is not None else same).to(logits.dtype)
-    targets = targets / targets.sum(dim=1, keepdim=True)
-    if soft.label_smoothing > 0:
-        compared = torch.ones_like(itself) if hidden is None else ~hidden
-        targets = torch.lerp(targets, compared / compared.sum(dim=1, keepdim=True).to(targets), soft.label_smoothing)
-    if soft.self_distillation > 0 and prediction is not None:
-        targets = torch.lerp(targets, _without(prediction, hidden).softmax(dim=1), soft.self_distillation)
-    log_probabilities = _without(logits, hidden).log_softmax(dim=1)
-    if hidden is not None:
-        log_probabilities = log_probabilities.masked_fill(hidden, 0)  # 0 times minus infinity is not a number
-    return -(targets * log_probabilities).sum()
-
-
-def _without(logits: Tensor, hidden: Tensor | None) -> Tensor:
-    return logits if hidden is None else logits.masked_fill(hidden, -torch.inf)
+    hidden = same & ~itself if soft.duplicates == "mask" else torch.zeros_like(itself)
+    targets = (same & ~hidden).to(logits.dtype)
+    compared = (~hidden).to(logits.dtype)
+    uniform = compared / compared.sum(dim=1, keepdim=True)
+    targets = torch.lerp(targets / targets.sum(dim=1, keepdim=True), uniform, soft.label_smoothing)
+    if prediction is not None:
+        predicted = prediction.masked_fill(hidden, -torch.inf).softmax(dim=1)
+        targets = torch.lerp(targets, predicted, soft.self_distillation)
+    log_probabilities = logits.masked_fill(hidden, -torch.inf).log_softmax(dim=1)
+    # A second time, since 0 times minus infinity is not a number.
+    return -(targets * log_probabilities.masked_fill(hidden, 0)).sum()
 
 
 def caption_hashes(texts: Tensor, padding: int = 0) -> Tensor:

@@ -12,36 +12,30 @@ from declip.supervision.contrastive import to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 TEMPERATURE = 0.05
-LEVELS = 1
 
 
-def structure(features: Tensor, aligned: Tensor, temperature: float = TEMPERATURE, levels: int = LEVELS) -> Tensor:
-    """Jensen-Shannon divergence between the neighborhoods of two spaces; STRUCTURE (arXiv 2506.16895).
+def structure(features: Tensor, aligned: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Jensen-Shannon divergence between the neighborhoods of two spaces; STRUCTURE (arXiv 2506.16895), one level.
 
     Each of the two sets of rows is normalized, then centered: x̃. With P the row-wise softmax of x̃ᵢ·x̃ⱼ / τ of the
-    features, Q that of the aligned ones, and Pˡ the matrix power, whose rows are walks of l steps, it equals
-        mean over l = 1 … L of  1/l · mean over i of JS(Pˡ[i], Qˡ[i])
+    features and Q that of the aligned ones, it equals
+        mean over i of JS(P[i], Q[i])
         JS(p, q) = ½ Σⱼ pⱼ log(pⱼ / mⱼ) + ½ Σⱼ qⱼ log(qⱼ / mⱼ),  m = (p + q) / 2
 
     Args:
         features: (N, w) features of the frozen tower; no gradient.
         aligned: (N, d) the same rows in the shared space.
-
-    Returns:
-        A scalar between 0 and log 2. Some five (N, N) matrices are kept for the backward pass.
     """
+
+    def neighborhoods(rows: Tensor) -> Tensor:
+        rows = F.normalize(to_float32(rows), dim=-1)
+        rows = rows - rows.mean(dim=0)
+        return (rows @ rows.mT / temperature).softmax(dim=-1)
+
     with torch.autocast(aligned.device.type, enabled=False):
-        walks = []
-        for rows in (features.detach(), aligned):
-            rows = F.normalize(to_float32(rows), dim=-1)
-            rows = rows - rows.mean(dim=0)
-            walks.append((rows @ rows.mT / temperature).softmax(dim=-1))
-        losses = []
-        for level in range(1, levels + 1):
-            p, q = (torch.matrix_power(walk, level) for walk in walks)
-            middle = ((p + q) / 2).clamp(min=1e-30).log()
-            losses.append((_kl(p, middle) + _kl(q, middle)) / (2 * level * len(p)))
-        return torch.stack(losses).mean()
+        p, q = neighborhoods(features.detach()), neighborhoods(aligned)
+        middle = ((p + q) / 2).clamp(min=1e-30).log()
+        return (_kl(p, middle) + _kl(q, middle)) / (2 * len(p))
 
 
 def _kl(rows: Tensor, log_keys: Tensor) -> Tensor:

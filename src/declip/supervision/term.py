@@ -18,8 +18,6 @@ T = TypeVar("T")
 MAX_LOGIT_BYTES = 256e6
 """Largest loss matrix kept for the backward pass; a larger one is computed in blocks, twice."""
 
-__all__ = ["Encodings", "Needs", "Rows", "Similarity", "Term", "augmented_views", "require"]
-
 
 @dataclass(frozen=True)
 class Similarity:
@@ -33,10 +31,8 @@ class Similarity:
 class Encodings:
     """A batch after the towers.
 
-    Attributes:
-        images: (V, B, d) image features, L2-normalized float32, in the order of `outputs.views`.
-        texts: (T, B, d) text features, L2-normalized float32.
-        batch: The batch; its views may be on the "meta" device.
+    `images` (V, B, d), in the order of `outputs.views`, and `texts` (T, B, d) are L2-normalized float32. The views of
+    the batch may be on the "meta" device.
     """
 
     images: Tensor
@@ -47,22 +43,14 @@ class Encodings:
 
 @dataclass(frozen=True)
 class Rows:
-    """The features that a loss compares: of this rank's pairs, or of all ranks' pairs.
-
-    Attributes:
-        images: (V, n, d), in the order of `views`; see `image` and `augmented`.
-        texts: (T, n, d).
-        sample_ids: (n,) int64.
-        extra: The term's own features, see `Term.features` and `Term.keys`.
-        labels: (n, T + 1) int64, see `pair_labels`; None where duplicates are negatives.
-    """
+    """The features that a loss compares: of this rank's pairs, or of all ranks' pairs."""
 
     views: tuple[str, ...]
-    images: Tensor
-    texts: Tensor
-    sample_ids: Tensor
-    extra: dict[str, Tensor]
-    labels: Tensor | None = None
+    images: Tensor  # (V, n, d), in the order of `views`: the contrastive one first, if there is one
+    texts: Tensor  # (T, n, d)
+    sample_ids: Tensor  # (n,) int64
+    extra: dict[str, Tensor]  # the term's own features, see `Term.features` and `Term.keys`
+    labels: Tensor | None = None  # (n, T + 1) int64, see `pair_labels`; None where duplicates are negatives
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -128,7 +116,7 @@ class Term(nn.Module):
 
     @torch.no_grad()
     def after_step(self, model: DualEncoder) -> None:
-        """Update the term's own state, such as a queue or a teacher of the model, after the optimizer's step."""
+        """Update the term's own state, such as a queue, after the optimizer's step."""
 
     def discard_step(self) -> None:
         """Drop the state that the last forward pass left for `after_step`: its step was skipped."""

@@ -9,29 +9,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TowerOutputs:
-    """Outputs of the towers for B pairs; fields that no term needs are None.
+    """Outputs of the towers for B pairs; fields that no term needs are None."""
 
-    Attributes:
-        views: Names of the image views, in the order of the first axis of `images`.
-        images: (V, B, d) projected embedding of each view, not normalized.
-        texts: (T, B, d) projected embedding of each text view, not normalized.
-        pre_logits: (V, B, h) pooled feature of each image view before the projection.
-        patches: (B, P, w) token features of the first image view.
-        text_tokens: (B, L, w) token features of the first text view.
-        masked_tokens: (M, w) token features of the masked tokens, pair after pair.
-        targets: (M,) int64, the ids to predict there.
-        lengths: (B,) int64, number of tokens of the first text view.
-    """
-
-    views: tuple[str, ...]
-    images: Tensor
-    texts: Tensor
-    pre_logits: Tensor | None
-    patches: Tensor | None
-    text_tokens: Tensor | None
-    masked_tokens: Tensor | None
-    targets: Tensor | None
-    lengths: Tensor
+    views: tuple[str, ...]  # names of the image views
+    images: Tensor  # (V, B, d) projected embedding of each view, not normalized
+    texts: Tensor  # (T, B, d) projected embedding of each text view, not normalized
+    pre_logits: Tensor | None  # (V, B, h) pooled feature of each image view before the projection
+    patches: Tensor | None  # (B, P, w) token features of the first image view
+    text_tokens: Tensor | None  # (B, L, w) token features of the first text view
+    masked_tokens: Tensor | None  # (M, w) token features of the masked tokens, pair after pair
+    targets: Tensor | None  # (M,) int64, the ids to predict there
+    lengths: Tensor  # (B,) int64, number of tokens of the first text view
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the tensors that are present, by field name."""

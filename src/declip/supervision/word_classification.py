@@ -15,24 +15,12 @@ from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
-LEAST_PAIRS = 5
-"""Pairs that a token must occur in to be predicted."""
-
-MOST_COUNTED = 100_000
-"""Pairs that the tokens are counted in."""
+LEAST_PAIRS = 5  # that a token must occur in to be predicted
+MOST_COUNTED = 100_000  # pairs that the tokens are counted in
 
 
 def token_columns(texts: Tensor, word_ids: Tensor, end: int) -> Tensor:
-    """Find the column of each token in the head's vocabulary.
-
-    Args:
-        texts: (..., L) token ids.
-        word_ids: (W,) the vocabulary, rising.
-        end: Id of the end of a text; what follows it is padding.
-
-    Returns:
-        (..., L) int64; W where a token has no column.
-    """
+    """Find the column of each token (..., L) in the rising ids of words (W,): W for others and behind the `end`."""
     places = torch.searchsorted(word_ids, texts.contiguous())
     known = word_ids[places.clamp(max=len(word_ids) - 1)] == texts
     padding = (texts == end).cumsum(dim=-1) > 0
@@ -48,9 +36,6 @@ def word_targets(columns: Tensor, idf: Tensor) -> Tensor:
     Args:
         columns: (B, K) int64, repeated or not; W, the number of words, counts for nothing.
         idf: (W,) float32 or float64.
-
-    Returns:
-        (B, W); rows without a word are 0.
     """
     hot = idf.new_zeros(len(columns), len(idf) + 1).scatter_(1, columns, 1.0)[:, :-1] * idf
     return hot / hot.sum(dim=1, keepdim=True).clamp(min=torch.finfo(idf.dtype).tiny)
@@ -73,8 +58,8 @@ class WordClassification(Term):
     """Prediction of the words of all text views from the pooled feature of each image view, by one linear layer.
 
     The words are the token ids of at least `LEAST_PAIRS` pairs, and the inverse document frequency of a word in df of N
-    pairs is log((N + 1) / (df + 1)), as in the official implementation, which counts while it trains. With cached
-    features, which hold no token ids, the targets are the words of all captions of a pair.
+    pairs is log((N + 1) / (df + 1)). With cached features, which hold no token ids, the targets are the words of all
+    captions of a pair.
     """
 
     needs = Needs(pre_logits=True)
@@ -88,8 +73,6 @@ class WordClassification(Term):
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         self.width, self.end = model.image_tower.pre_logits_width, model.tokenizer.end
-        text = recipe.views.text
-        self.keywords = text.keyword_append_prob > 0 or text.keyword_only_prob > 0 or text.second_view == "keywords"
         self.cached = recipe.finetune.cached_views > 0
 
     def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
@@ -111,21 +94,18 @@ class WordClassification(Term):
         self.register_buffer("idf", torch.tensor([math.log((total + 1) / (count + 1)) for count in common.values()]))
         self.head = nn.Linear(self.width, len(common))
         if self.cached:
-            columns = {word: column for column, word in enumerate(common)}
-            pairs = (self._words(source, model, index) for index in range(len(source)))
-            rows = [torch.tensor([columns[w] for w in words if w in columns], dtype=torch.int32) for words in pairs]
+            column_of = {word: column for column, word in enumerate(common)}
+            pairs = (self._words(source, model, index) & column_of.keys() for index in range(len(source)))
+            rows = [torch.tensor([column_of[word] for word in words], dtype=torch.int32) for words in pairs]
             padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=len(common))
             self.register_buffer("known", padded, persistent=False)  # (pairs, K) columns
 
     def _words(self, source: PairSource, model: DualEncoder, index: int) -> set[int]:
-        """The token ids of a pair's texts without start and end; none where it cannot be read."""
+        """The token ids of a pair's captions without start and end; none where it cannot be read."""
         try:
-            texts = source.captions(index)
-            if self.keywords:
-                texts = (*texts, *source.read_lazy(index).keywords)
+            return {word for text in source.captions(index) for word in model.tokenizer.encode(text)[1:-1]}
         except BrokenPair:
             return set()
-        return {word for text in texts for word in model.tokenizer.encode(text)[1:-1]}
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         if "head" not in self._modules:

@@ -15,11 +15,8 @@ from declip.models.text_tower import TextFeatures
 from declip.recipe.schema import Recipe
 from declip.training import distributed
 
-STEP = 16
-"""Captions are padded to a multiple of this, so that a context length of 77 needs five graphs at most."""
-
-MOST_GRAPHS = 64
-"""Largest number of graphs of a tower: batch sizes × buckets × lengths, with and without gradient. torch allows 8."""
+STEP = 16  # captions are padded to a multiple of this, so that a context length of 77 needs five graphs at most
+MOST_GRAPHS = 64  # of a tower: batch sizes × buckets × lengths, with and without gradient; torch allows 8
 
 
 def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan, rows: int) -> None:
@@ -53,8 +50,6 @@ def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan, rows: int) ->
 
 
 class _Compiled:
-    """A tower's forward pass, compiled for batches of some sizes."""
-
     def __init__(self, tower: Any, rows: Collection[int]) -> None:
         self.tower, self.rows = tower, frozenset(rows)
         self.plain: Callable[[Tensor], Any] = tower.forward

@@ -4,10 +4,9 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +20,9 @@ from declip.errors import UserError
 from declip.supervision.objective import Gather, identity_gather
 
 T = TypeVar("T")
+
+RANK_TIMEOUT = 600.0
+"""Seconds that a process waits for the others at a step before it gives up."""
 
 PATIENT = timedelta(hours=12)
 """How long the other ranks wait while rank 0 evaluates, writes or reads."""
@@ -53,7 +55,7 @@ def own_device(name: str) -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
-def join(device: torch.device, timeout: float) -> None:
+def join(device: torch.device, timeout: float = RANK_TIMEOUT) -> None:
     """Start the process group of torchrun's processes, NCCL for CUDA, gloo otherwise; without torchrun do nothing.
 
     A collective that some rank does not reach within `timeout` seconds ends the run.
@@ -87,13 +89,13 @@ def gather(counts: Sequence[int]) -> Gather:
 
     The gradient of a row is summed over the ranks that used it.
     """
-    return partial(_gather_rows, counts=counts) if world_size() > 1 else identity_gather
 
+    def rows(own: Tensor) -> Tensor:
+        padding = own.new_zeros(max(counts) - len(own), *own.shape[1:])  # a collective needs equal shapes
+        parts = all_gather_with_gradient(torch.cat([own, padding]))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
-def _gather_rows(own: Tensor, counts: Sequence[int]) -> Tensor:
-    padding = own.new_zeros(max(counts) - len(own), *own.shape[1:])  # a collective needs equal shapes
-    parts = all_gather_with_gradient(torch.cat([own, padding]))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return rows if world_size() > 1 else identity_gather
 
 
 def summed(values: Tensor) -> Tensor:
@@ -148,14 +150,11 @@ class StepSync:
 class HostGroup:
     """Per-step coordination between ranks over gloo, so that it never waits for the GPU stream.
 
-    A rank writes the step that it has reached into the shared store before it waits for the others, so that missing
-    ranks can be named.
-
     Args:
         timeout: Seconds that a rank is waited for at a step.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float = RANK_TIMEOUT) -> None:
         self.timeout = timeout
         self._together = world_size() > 1
         if self._together:
@@ -164,11 +163,7 @@ class HostGroup:
             self._store = dist.distributed_c10d._get_default_store()
 
     def sync_step(self, step: int, rows: int, stop: bool, note: Any = None) -> StepSync:
-        """Exchange the state of all ranks, see `StepSync`, before a step, counted from 0.
-
-        Raises:
-            UserError: a rank did not come in time, or is gone; it is named.
-        """
+        """Exchange the state of all ranks, see `StepSync`, before a step, counted from 0."""
         if not self._together:
             return StepSync((rows,), stop, () if note is None else (note,))
         self._store.set(f"declip/rank/{rank()}", f"{step} on {socket.gethostname()}, process {os.getpid()}")
@@ -220,18 +215,19 @@ class HostGroup:
             known = isinstance(error, dist.DistError) or re.search("[gG]loo|NCCL|Timed out", str(error))
             if not self._together or not known:
                 raise
-            reached = {other: self._reached(other) for other in range(world_size()) if other != rank()}
-            missing = [f"rank {other}, last at step {at}" for other, at in reached.items() if int(at.split()[0]) < step]
             raise UserError(
-                f"Another rank is gone at step {step}: {'; '.join(missing) or str(error).splitlines()[0]}. It hangs "
-                f"(train.rank_timeout={self.timeout:g} s), or its process or machine is gone: the first error in the "
+                f"Another rank is gone at step {step}: {self._missing(step) or str(error).splitlines()[0]}. It did "
+                f"not come for {self.timeout:g} s, or its process or machine is gone: the first error in the "
                 "ranks' logs says why. Continue from the newest checkpoint with --resume."
             ) from error
 
-    def _reached(self, rank: int) -> str:
-        """The last step of a rank, and where it runs."""
-        key = f"declip/rank/{rank}"
-        try:
-            return self._store.get(key).decode() if self._store.check([key]) else "-1"
-        except RuntimeError:  # the store is gone with the first rank
-            return "-1"
+    def _missing(self, step: int) -> str:
+        """List the ranks that did not come to a step, with the last one that each came to and where it runs."""
+        missing = []
+        with suppress(RuntimeError):  # the store is gone with the first rank
+            for other in range(world_size()):
+                key = f"declip/rank/{other}"
+                last = self._store.get(key).decode() if self._store.check([key]) else "-1"
+                if int(last.split()[0]) < step:
+                    missing.append(f"rank {other}, last at step {last}")
+        return "; ".join(missing)

@@ -18,8 +18,7 @@ from declip.training import setup
 from declip.training.step import training_step
 from declip.training.trainer import Trainer
 
-TIMED, ENCODED = 2, 32
-"""Steps that are timed, after one that is not, and pairs of each evaluation set."""
+TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each evaluation set
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ def estimate(recipe: Recipe) -> Estimate:
         for step in range(TIMED + 1):
             if step == 1:
                 started = time.perf_counter()
-            batch = next(loader)
-            training_step(trainer.parts, batch, trainer.hosts.sync_step(step, len(batch), stop=False))["loss"].item()
+            training_step(trainer.parts, next(loader))["loss"].item()
         seconds = (time.perf_counter() - started) / TIMED
         evaluation, count = 0.0, 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         for name in setup.evaluation_tasks(recipe, final=False):

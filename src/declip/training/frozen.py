@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -62,23 +61,37 @@ def cached_features(
         model: Both towers frozen, in training mode as the steps use it.
         shown: Show a bar.
     """
-    variants, dtype = recipe.finetune.cached_views, torch.float32
-    if recipe.train.precision == "bf16":
-        dtype = torch.bfloat16
-    assembler = VariantAssembler(
-        source, model.tokenizer, plan, batch_size=2, seed=0, data=recipe.data, variants=variants
-    )
-    about = _plain(plan), recipe.train.precision, recipe.image.size
+    variants, views = recipe.finetune.cached_views, len(plan.views)
+    bf16, device = recipe.train.precision == "bf16", model.device
+    dtype, width = torch.bfloat16 if bf16 else torch.float32, model.image_tower.pre_logits_width
+    assembler = VariantAssembler(source, model.tokenizer, plan, batch_size=2, seed=0, variants=variants)
+    about = json.loads(json.dumps(asdict(plan), default=lambda section: section.model_dump()))
     images_folder, texts_folder = (
-        cache_folder() / "features" / f"{tower[:5].strip('_')}-{tower_digest(model, tower, *about)}"
+        cache_folder()
+        / "features"
+        / f"{tower[:5].strip('_')}-{tower_digest(model, tower, about, recipe.train.precision, recipe.image.size)}"
         for tower in (IMAGE, TEXT)
     )
     images_folder.mkdir(parents=True, exist_ok=True)
     with FileLock(images_folder / ".lock"):
-        views = len(plan.views)
-        images = FeatureStore(images_folder, views * model.image_tower.pre_logits_width, dtype)
+        images = FeatureStore(images_folder, views * width, dtype)
         texts = FeatureStore(texts_folder, model.text_tower.width, dtype)
         links = FeatureStore(images_folder / "texts", plan.texts.count, torch.int64)
+        mean, std = (torch.tensor(values, device=device) for values in (plan.mean, plan.std))
+
+        def fill(keys: list[bytes], batch: PairBatch) -> None:
+            """Run the towers on a batch and append the features to the stores."""
+            pixels = [view.pixels for view in apply_photometric(batch.to(device).views, mean, std).values()]
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                features = [model.image_tower.pool(view) for view in pixels]
+                text_keys = [[text_key(row) for row in rows] for rows in batch.texts]
+                flat = zip(itertools.chain(*text_keys), batch.texts.flatten(0, 1), strict=True)
+                new = {key: row for key, row in flat if key not in texts}
+                if new:
+                    texts.append([*new], model.text_tower.pool(torch.stack([*new.values()]).to(device)))
+            links.append(keys, torch.from_numpy(np.stack([texts.places(some) for some in text_keys], axis=1)))
+            images.append(keys, torch.cat(features, dim=1))
+
         keys, broken = _content_keys(source, shown)
         numbered = [[_with_variant(key, variant) for key in keys] for variant in range(variants)]
         missing = [
@@ -87,12 +100,14 @@ def cached_features(
             for variant in range(variants)
             if index not in broken and not (numbered[variant][index] in images and numbered[variant][index] in links)
         ]
-        fill = _Fill(recipe, model, plan, images, texts, links)
+        chunks = -(-len(missing) // CHUNK)
+        workers = usual_workers() if chunks > 8 * usual_workers() else 0
         with pairs_bar(shown and bool(missing), "views") as bar, naming_lost_workers():
             task = bar.add_task("Features of frozen towers", total=len(missing))
-            for batch, samples, faults in _read(assembler, missing):
+            for batch, samples, faults in in_order(_Samples(assembler, missing), chunks, workers):
                 broken |= faults
-                fill([numbered[variant][index] for index, variant in samples], batch)
+                if samples:
+                    fill([numbered[variant][index] for index, variant in samples], batch)
                 bar.advance(task, len(samples) + len(faults))
     usable = np.array([index not in broken for index in range(len(source))])
     image_rows = np.full((variants, len(source)), -1, np.int64)
@@ -102,42 +117,9 @@ def cached_features(
         own = [key for key, good in zip(numbered[variant], usable, strict=True) if good]
         image_rows[variant, usable] = images.places(own)
         text_rows[variant][:, usable] = linked[torch.from_numpy(links.places(own))].T.numpy()
-    rows = images.rows().view(-1, views, model.image_tower.pre_logits_width)
+    rows = images.rows().view(-1, views, width)
     named = {spec.name: rows[:, number] for number, spec in enumerate(plan.views)}
     return CachedFeatures(named, texts.rows(), image_rows, text_rows, broken, recipe.finetune.mixup)
-
-
-class _Fill:
-    """Runs the towers on a batch and appends the features to the stores."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: DualEncoder,
-        plan: Plan,
-        images: FeatureStore,
-        texts: FeatureStore,
-        links: FeatureStore,
-    ) -> None:
-        self.recipe, self.model = recipe, model
-        self.mean, self.std = (torch.tensor(values, device=model.device) for values in (plan.mean, plan.std))
-        self.images, self.texts, self.links = images, texts, links
-
-    def __call__(self, keys: list[bytes], batch: PairBatch) -> None:
-        if not keys:
-            return
-        model, bf16 = self.model, self.recipe.train.precision == "bf16"
-        views = apply_photometric(batch.to(model.device).views, self.mean, self.std)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            features = [model.image_tower.pool(view.pixels) for view in views.values()]
-            text_keys = [[text_key(row) for row in rows] for rows in batch.texts]
-            flat = zip(itertools.chain(*text_keys), batch.texts.flatten(0, 1), strict=True)
-            new = {key: row for key, row in flat if key not in self.texts}
-            if new:
-                self.texts.append([*new], model.text_tower.pool(torch.stack([*new.values()]).to(model.device)))
-        links = np.stack([self.texts.places(keys) for keys in text_keys], axis=1)
-        self.links.append(keys, torch.from_numpy(links))
-        self.images.append(keys, torch.cat(features, dim=1))
 
 
 def _content_keys(source: PairSource, shown: bool) -> tuple[list[bytes], dict[int, BrokenPair]]:
@@ -169,11 +151,6 @@ class _Samples(Dataset):
         return self.assembler.collate(samples, []), good, faults
 
 
-def _read(assembler: VariantAssembler, wanted: list[tuple[int, int]]) -> Iterator[Any]:
-    chunks = -(-len(wanted) // CHUNK)
-    return in_order(_Samples(assembler, wanted), chunks, usual_workers() if chunks > 8 * usual_workers() else 0)
-
-
 def _with_variant(key: bytes, variant: int) -> bytes:
     return hashlib.blake2b(key + variant.to_bytes(4), digest_size=KEY).digest()
 
@@ -192,7 +169,3 @@ def tower_digest(model: nn.Module, tower: str, *about: Any) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:24]
-
-
-def _plain(plan: Plan) -> Any:
-    return json.loads(json.dumps(asdict(plan), default=lambda section: section.model_dump()))

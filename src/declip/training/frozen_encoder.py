@@ -1,17 +1,16 @@
 """Evaluation of a model whose towers are frozen: each image and text goes through them once, whatever the heads."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import Tensor
 
 from declip.data.feature_store import KEY, FeatureStore
-from declip.data.images.preprocess import Preprocess
-from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.io.atomic import cache_folder
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import IMAGE, TEXT
@@ -26,33 +25,13 @@ class FrozenEncoder:
     """
 
     def __init__(self, model: DualEncoder) -> None:
-        self.model, self.tokenizer = model, model.tokenizer
-        self._folders = {
-            tower: cache_folder() / "features" / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)
-        }
+        self.model = model
+        self._images, self._texts = (
+            cache_folder() / "features" / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)
+        )
 
-    tokenizer: CaptionTokenizer
-
-    @property
-    def preprocessor(self) -> Preprocess:
-        """The model's preprocessing."""
-        return self.model.preprocessor
-
-    def preprocess(self, images: list) -> Tensor:
-        """PIL images → (n, 3, S, S)."""
-        return self.model.preprocess(images)
-
-    def tokenize(self, texts: list[str]) -> Tensor:
-        """Captions → (n, L) ids."""
-        return self.model.tokenize(texts)
-
-    def modules(self) -> Iterator[nn.Module]:
-        """The model's modules."""
-        return self.model.modules()
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The model's parameters."""
-        return self.model.parameters()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)  # preprocessing and tokenizer are the model's
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
@@ -61,12 +40,12 @@ class FrozenEncoder:
     def pool_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, w) float32, before the projection."""
         tower = self.model.image_tower
-        return _once(self._folders[IMAGE], images, _pixel_key, tower.pool, tower.pre_logits_width)
+        return _once(self._images, images, _pixel_key, tower.pool, tower.pre_logits_width)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
         tower = self.model.text_tower
-        pooled = _once(self._folders[TEXT], tokens, text_key, tower.pool, tower.width)
+        pooled = _once(self._texts, tokens, text_key, tower.pool, tower.width)
         return F.normalize(tower.text_projection(pooled).float(), dim=-1)
 
 

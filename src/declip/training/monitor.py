@@ -1,8 +1,9 @@
 """The monitor of a run: it makes rows of numbers and hands them to the sinks, the places that they go to."""
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from declip.training.sinks import Bar, JsonLines, Messages, Sink, Stretch
 from declip.training.trackers import AUTO, trackers_of
@@ -11,49 +12,34 @@ CLOCK = ("seconds", "samples_per_second")
 """Fields of a metrics row that depend on the machine; all others are bit-exact when a run is repeated."""
 
 
+@contextmanager
+def monitored(
+    stretch: Stretch, report_to: Sequence[str] = (AUTO,), callbacks: Sequence[Sink] = (), silent: bool = False
+) -> Iterator["Monitor"]:
+    """Open a run's files, bar, trackers and callbacks; `silent`, as on every rank but the first, opens none."""
+    sinks = [] if silent else [Messages(), JsonLines(), Bar(), *trackers_of(report_to), *callbacks]
+    with ExitStack() as started:
+        for sink in sinks:
+            sink.start(stretch)
+            started.callback(sink.close)
+        yield Monitor(stretch, sinks)
+
+
 class Monitor:
-    """Makes rows of numbers and hands them to the run's files, its progress bar, trackers and callbacks.
+    """Makes rows of numbers and hands them to sinks."""
 
-    Args:
-        silent: No sinks, as on every rank but the first.
-        report_to: The recipe's train.report_to.
-        callbacks: Sinks of the caller.
-    """
+    def __init__(self, stretch: Stretch, sinks: Sequence[Sink]) -> None:
+        self.stretch, self.sinks = stretch, sinks
+        self._mark, self._mark_step = time.perf_counter(), stretch.start
 
-    def __init__(
-        self,
-        stretch: Stretch,
-        silent: bool = False,
-        report_to: Sequence[str] = (AUTO,),
-        callbacks: Sequence[Sink] = (),
-    ) -> None:
-        self.stretch, self.silent, self.report_to, self.callbacks = stretch, silent, report_to, callbacks
-        self.sinks: list[Sink] = []
-
-    def __enter__(self) -> Self:
-        if not self.silent:
-            try:
-                for sink in (Messages(), JsonLines(), Bar(), *trackers_of(self.report_to), *self.callbacks):
-                    sink.start(self.stretch)
-                    self.sinks.append(sink)
-            except BaseException:
-                self.__exit__()
-                raise
-        self._mark, self._mark_step = time.perf_counter(), self.stretch.start
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for sink in reversed(self.sinks):
-            sink.close()
+    def pause(self) -> None:
+        """Leave the time until `log` is next called out of the speed, for an evaluation or a checkpoint."""
+        self._mark, self._mark_step = time.perf_counter(), -1
 
     def advance(self, step: int) -> None:
         """Note that a step is done that is not logged."""
         for sink in self.sinks:
             sink.advance(step)
-
-    def pause(self) -> None:
-        """Leave the time until `log` is next called out of the speed, for an evaluation or a checkpoint."""
-        self._mark, self._mark_step = time.perf_counter(), -1
 
     def log(self, step: int, values: Mapping[str, float], lr: float, logit_scale: float) -> None:
         """Write a row of metrics after a number of steps, with the losses by name, "loss" and "grad_norm"."""

@@ -15,12 +15,7 @@ from declip.training.muon import Muon, uses_muon
 
 @dataclass(frozen=True)
 class LrMultiplier:
-    """A parameter's learning rate relative to the recipe's.
-
-    Attributes:
-        factor: Multiplies the recipe's learning rate.
-        frozen_in_warmup: Whether the parameter is frozen while new heads warm up.
-    """
+    """A parameter's learning rate relative to the recipe's, and whether it is 0 while new heads warm up."""
 
     factor: float = 1.0
     frozen_in_warmup: bool = False
@@ -57,24 +52,16 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimizer with groups by weight decay, learning rate and sharding.
 
-    Args:
-        named: See `named_trainable`.
-        train: The optimizer, learning rates and constants.
-        multipliers: By the same names; other parameters have the recipe's learning rate.
-
-    Returns:
-        The optimizer. Each group holds its "multiplier", see `group_lr`, and the "names" of its parameters, by which
-        checkpoints keep their moments.
-
-    Raises:
-        UserError: the optimizer is unknown, its package is missing, or it does not work on sharded weights.
+    Each group holds its "multiplier", see `group_lr`, and the "names" of its parameters, by which checkpoints keep
+    their moments. Parameters without a multiplier have the recipe's learning rate.
     """
     groups: dict[tuple[bool, bool, bool, LrMultiplier], dict[str, nn.Parameter]]
     groups = {(decayed, False, False, LrMultiplier()): {} for decayed in (True, False)}
     for name, parameter in named:
-        sharded, multiplier = isinstance(parameter, DTensor), (multipliers or {}).get(name, LrMultiplier())
+        multiplier = (multipliers or {}).get(name, LrMultiplier())
         muon = train.optimizer == "muon" and uses_muon(name, parameter)
-        groups.setdefault((decays(name, parameter), muon, sharded, multiplier), {})[name] = parameter
+        group = decays(name, parameter), muon, isinstance(parameter, DTensor), multiplier
+        groups.setdefault(group, {})[name] = parameter
     options = [
         {
             "params": list(group.values()),
@@ -128,17 +115,9 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_moments(
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
-    place: Callable[[Tensor, Tensor], Tensor] = lambda _, tensor: tensor,
+    place: Callable[[Tensor, Tensor], Tensor] = lambda parameter, tensor: tensor,
 ) -> None:
-    """Put the moments back.
-
-    Args:
-        tensors: From `moments`, not sharded.
-        place: Gives a moment the layout of its parameter.
-
-    Raises:
-        UserError: a moment belongs to no parameter, or has another shape than its parameter.
-    """
+    """Put the moments back, whole tensors, to which `place` gives the layout of their parameter."""
     parameters = _parameters(optimizer)
     numbers = {name: number for number, name in enumerate(parameters)}
     shaped = isinstance(optimizer, torch.optim.AdamW)  # timm's optimizers also keep factors and single numbers
@@ -149,11 +128,10 @@ def load_moments(
             optimizer.param_groups[int(name)]["step"] = _unpacked(moment, tensor)
             continue
         parameter = parameters.get(name)
-        shape = "nothing" if parameter is None else tuple(parameter.shape)
         if parameter is None or (shaped and moment != "step" and tensor.shape != parameter.shape):
             raise UserError(
-                f"The checkpoint's moment '{key}' has shape {tuple(tensor.shape)}, and the optimizer has {shape} under "
-                "that name: the checkpoint is of another model. Start a run in another folder with --out."
+                f"The checkpoint's moment '{key}', {tuple(tensor.shape)}, fits no parameter: it is of another model. "
+                "Start a run in another folder with --out."
             )
         value = tensor if moment.endswith("#") else place(parameter, tensor)
         state.setdefault(numbers[name], {})[moment.rstrip("#")] = _unpacked(moment, value)

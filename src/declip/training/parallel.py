@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +21,7 @@ from declip.models.blocks import blocks_of, grad_checkpointing
 from declip.models.dual_encoder import DualEncoder
 from declip.models.freezing import is_frozen
 from declip.recipe.schema import Recipe
+from declip.runs.folder import log
 from declip.supervision.objective import Gather, Objective
 from declip.training import distributed
 
@@ -29,15 +30,11 @@ CONTRASTIVE = {"contrastive", "multi_view", "sigmoid"}
 
 
 class Learner(nn.Module):
-    """The two towers and the objective, as one module: what trains and what a checkpoint saves.
-
-    Attributes:
-        sharded: Whether FSDP cut the towers and heads into shards.
-    """
+    """The two towers and the objective, as one module: what trains and what a checkpoint saves."""
 
     def __init__(self, model: DualEncoder, objective: Objective) -> None:
         super().__init__()
-        self.model, self.objective, self.sharded = model, objective, False
+        self.model, self.objective, self.sharded = model, objective, False  # FSDP shards towers and heads
 
     def forward(self, batch: PairBatch, gather: Gather, offset: int) -> dict[str, Tensor]:
         """Compute the losses by name, and "loss", their weighted sum; see `Objective.forward`."""
@@ -51,7 +48,7 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
     """
     _check(recipe, model)
     train, learner = recipe.train, Learner(model, objective)
-    if distributed.world_size() > 1 and train.sync_batch_norm:
+    if distributed.world_size() > 1:
         synchronize(learner if train.grad_cache_chunk is None else objective, model.device)
     if train.grad_checkpointing:
         for tower in (model.image_tower, model.text_tower):
@@ -76,19 +73,16 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
 def _check(recipe: Recipe, model: DualEncoder) -> None:
     """Refuse keys that exclude each other."""
     train = recipe.train
-    chunk, fsdp = train.grad_cache_chunk, train.strategy == "fsdp" and distributed.world_size() > 1
-    for key, given in (
-        ("grad_cache_chunk", chunk is not None),
-        ("ema_decay", train.ema_decay is not None),
-        ("compile", train.compile),
-    ):
-        if fsdp and given:
-            raise UserError(f"train.{key} goes with train.strategy=ddp only. Leave one of the two out.")
-    if chunk is not None and model.image_tower.has_batch_norm and not train.allow_batchnorm_chunking:
-        raise UserError(
-            f"train.grad_cache_chunk={chunk}, but the image tower '{recipe.image.model}' has batch norm, whose "
-            "statistics would be those of a chunk. Take a tower with layer norm, or allow it with "
-            "train.allow_batchnorm_chunking=true."
+    if train.strategy == "fsdp" and distributed.world_size() > 1:
+        for key in ("grad_cache_chunk", "ema_decay", "compile"):
+            if getattr(train, key):
+                raise UserError(f"train.{key} goes with train.strategy=ddp only. Leave one of the two out.")
+    if train.grad_cache_chunk and model.image_tower.has_batch_norm and distributed.is_rank_zero():
+        log.warning(
+            "train.grad_cache_chunk=%d: the batch norm of '%s' sees each chunk alone, so gradients are not exactly "
+            "those of the whole batch; layer norm has no such difference.",
+            train.grad_cache_chunk,
+            recipe.image.model,
         )
 
 
@@ -160,48 +154,41 @@ def synchronize(module: nn.Module, device: torch.device) -> None:
     for name, child in list(module.named_children()):
         if not isinstance(child, _BatchNorm):
             synchronize(child, device)
-        elif is_frozen(child):
-            continue
-        elif device.type == "cuda":
-            setattr(module, name, convert_sync_batchnorm(child))
-        else:
-            child.__class__ = _HostSyncBatchNormAct if isinstance(child, BatchNormAct2d) else HostSyncBatchNorm
+        elif not is_frozen(child):
+            if device.type == "cuda":
+                setattr(module, name, convert_sync_batchnorm(child))
+            else:
+                child.__class__ = HostSyncBatchNorm
 
 
 class HostSyncBatchNorm(_BatchNorm):
     """Batch norm over all ranks on any device; ranks may hold different numbers of pairs, but each at least one."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         """(B, C, ...) → the same shape."""
-        return _normalize(self, x)
+        normed: Tensor = self._normalize(x)
+        # timm's batch norms have dropout and activation behind them.
+        return self.act(self.drop(normed)) if hasattr(self, "act") else normed
 
-
-class _HostSyncBatchNormAct(BatchNormAct2d):
-    """timm's batch norm with dropout and activation behind it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(_normalize(self, x)))
-
-
-def _normalize(norm: Any, x: Tensor) -> Tensor:
-    """Normalize by two sums over ranks: of the values, then of the squared deviations from their mean."""
-    if not norm.training:
-        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-    values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    others = [0, *range(2, x.ndim)]
-    own = torch.cat([values.sum(others), values.new_tensor([values.numel() / x.shape[1]])])
-    total = distributed.summed(own)
-    count = total[-1].detach()
-    mean = total[:-1] / count
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    centered = values - mean.view(shape)
-    variance = distributed.summed(centered.square().sum(others)) / count
-    if norm.track_running_stats:
-        with torch.no_grad():  # as torch does
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
-            norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), norm.momentum)
-    normed = centered * (variance + norm.eps).rsqrt().view(shape)
-    if norm.affine:
-        normed = normed * norm.weight.view(shape) + norm.bias.view(shape)
-    return normed.to(x.dtype)
+    def _normalize(self: Any, x: Tensor) -> Tensor:
+        """Normalize by two sums over ranks: of the values, then of the squared deviations from their mean."""
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        others = [0, *range(2, x.ndim)]
+        own = torch.cat([values.sum(others), values.new_tensor([values.numel() / x.shape[1]])])
+        total = distributed.summed(own)
+        count = total[-1].detach()
+        mean = total[:-1] / count
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        centered = values - mean.view(shape)
+        variance = distributed.summed(centered.square().sum(others)) / count
+        if self.track_running_stats:
+            with torch.no_grad():  # as torch does
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), self.momentum)
+        normed = centered * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normed = normed * self.weight.view(shape) + self.bias.view(shape)
+        return normed.to(x.dtype)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from declip.interchange.weights import Weights
 from declip.io.atomic import atomic_write, save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.freezing import freeze
+from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT, blocks, depths
 from declip.models.lora import MARK, Adapters
 from declip.recipe.schema import FineTuning, LoRA, Recipe
@@ -24,6 +27,9 @@ from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
 from declip.training.optimizer import LrMultiplier
+
+TEXT_POSITIONS = ("positional_embedding", "position_embedding.weight")
+"""Ends of the names of position embeddings, one a token, in CLIP's, open_clip's and transformers' SigLIP's towers."""
 
 
 def load_pretrained(recipe: Recipe, folder: Path, resume: bool) -> Weights | None:
@@ -36,18 +42,11 @@ def load_pretrained(recipe: Recipe, folder: Path, resume: bool) -> Weights | Non
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The pretrained part of a model before its first step.
+    """The pretrained part of a model before its first step."""
 
-    Attributes:
-        loaded: The tensors that were loaded, by "model.…" and "objective.…".
-        multipliers: Learning rates by the names of `named_trainable`.
-        whole: Whether the model can be evaluated before the first step.
-        summary: Loaded and new tensors, in a line for the log.
-    """
-
-    loaded: Mapping[str, Tensor]
-    multipliers: Mapping[str, LrMultiplier]
-    whole: bool
+    loaded: Mapping[str, Tensor]  # by "model.…" and "objective.…"
+    multipliers: Mapping[str, LrMultiplier]  # by the names of `named_trainable`
+    whole: bool  # whether the model can be evaluated before the first step
     summary: str
 
     def keep(self, folder: Path, recipe: Recipe) -> None:
@@ -68,13 +67,8 @@ def apply_pretrained(
 ) -> Pretrained | None:
     """Put weights into a model and its heads, and freeze the pretrained part as the recipe says.
 
-    Args:
-        start: See `load_pretrained`. A pretrained text encoder has weights of its own.
-        recipe: Fitted to it by `Weights.fit`.
-
-    Returns:
-        None where all weights are random. Parameters that the weights lack stay random, are never frozen, and have the
-        recipe's learning rate.
+    The recipe is fitted to `start` by `Weights.fit`; a pretrained text encoder has weights of its own. Parameters that
+    the weights lack stay random, are never frozen, and have the recipe's learning rate. None where all are random.
     """
     tune = recipe.finetune
     taken = _place_model(start, model) if start is not None else set()
@@ -89,8 +83,8 @@ def apply_pretrained(
     kept |= prefixed("objective", {name: of_heads[name].clone() for name in heads})
     layers = depths(model)
     new = [name for name, _ in model.named_parameters() if name not in loaded]
-    new += [f"objective.{name}" for name, _ in objective.named_parameters() if name not in heads]
-    new_parts = dict.fromkeys(".".join(name.removeprefix("objective.terms.").split(".")[:2]) for name in new)
+    new += [name.removeprefix("terms.") for name, _ in objective.named_parameters() if name not in heads]
+    new_parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
     summary = (
         f"Weights of '{start.origin if start is not None else recipe.text.hf_model}': {len(loaded)} tensors of the "
         f"towers and {len(heads)} of heads loaded; new: {', '.join(new_parts) or 'nothing'}."
@@ -99,9 +93,10 @@ def apply_pretrained(
     names = [name for name, _ in model.named_parameters() if name in loaded]
     if tune.lora is not None:
         names += _add_adapters(model, tune, tune.lora, loaded)
-    frozen = recipe.head_warmup > 0 and bool(new)
+    frozen = tune.thawed or (recipe.head_warmup > 0 and bool(new))
     if frozen:
-        summary += f" Steps 1 to {recipe.head_warmup} (finetune.head_warmup_steps) train only what is new."
+        key = "thaw_after" if tune.thawed else "head_warmup_steps"
+        summary += f" Steps 1 to {recipe.head_warmup} (finetune.{key}) train only what is new."
     multipliers = {f"model.{name}": _multiplier(name, tune, layers, frozen) for name in names}
     whole = start is not None and start.whole and not any(name.startswith((IMAGE, TEXT)) for name in new)
     return Pretrained(kept, multipliers, whole, summary)
@@ -116,17 +111,31 @@ def frozen_norms(model: DualEncoder, multipliers: Mapping[str, LrMultiplier]) ->
 
 def _place_model(start: Weights, model: DualEncoder) -> set[str]:
     own = model.state_dict()
-    fitted = {}
+    fitted: dict[str, Tensor] = {}
+    old = start.recipe.text.context_length
     for name, tensor in start.tensors.items():
-        fitted[name] = tensor if tensor.shape == own[name].shape else _resized(name, tensor, own[name], model)
+        if name == ENTRY or tensor.shape == own[name].shape:  # the entry also has the length of captions
+            fitted[name] = own[name] if name == ENTRY else tensor
+        elif name.startswith(TEXT) and name.endswith(TEXT_POSITIONS):
+            rows = [_stretched(tensor[:old], model.text_tower.context), tensor[old:]]  # behind them CoCa's class token
+            fitted[name] = torch.cat(rows)
+        else:
+            fitted[name] = _resized(name, tensor, own[name], model)
         if fitted[name].shape != own[name].shape:
             raise UserError(
-                f"'{name}' of '{start.origin}' has shape {tuple(tensor.shape)} and the model needs "
-                f"{tuple(own[name].shape)}: this tower cannot be taken to another image size. Leave "
-                "finetune.image_size out."
+                f"'{name}' of '{start.origin}' has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}: "
+                "this tower cannot be taken to another image size. Leave image.size out."
             )
     model.load_state_dict({**own, **fitted})
     return set(fitted)
+
+
+def _stretched(positions: Tensor, length: int) -> Tensor:
+    """Interpolate position embeddings (n, width) linearly so that both ends stay, or keep the first ones alone."""
+    if length <= len(positions):
+        return positions[:length]
+    longer = F.interpolate(positions.float().mT[None], size=length, mode="linear", align_corners=True)
+    return longer[0].mT.to(positions.dtype)
 
 
 def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tensor:
@@ -144,16 +153,16 @@ def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tens
 
 def _place_heads(start: Weights, objective: Objective) -> set[str]:
     """Load the heads whose tensors all fit; give their names."""
+
+    def head(name: str) -> str:
+        return ".".join(name.split(".")[:3])  # "terms.simsiam.projector"
+
     own = {name: t for name, t in objective.state_dict().items() if isinstance(t, Tensor)}
     fits = {name for name in own if name in start.heads and start.heads[name].shape == own[name].shape}
-    partly = {_head(name) for name in own.keys() - fits}
-    heads = {name: start.heads[name] for name in fits if _head(name) not in partly}
+    partly = {head(name) for name in own.keys() - fits}
+    heads = {name: start.heads[name] for name in fits if head(name) not in partly}
     objective.load_state_dict({**objective.state_dict(), **heads})
     return set(heads)
-
-
-def _head(name: str) -> str:
-    return ".".join(name.split(".")[:3])  # "terms.simsiam.projector"
 
 
 def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loaded: set[str]) -> None:

@@ -4,16 +4,19 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from declip.data.cached import CachedFeatures
+from declip.data.assembly import Assembler
+from declip.data.cached import CachedFeatures, VariantAssembler
 from declip.data.loader import PairLoader
 from declip.data.pair import PairSource
 from declip.data.plan import Plan, plan_views
@@ -28,8 +31,7 @@ from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import needs_of
 from declip.training import distributed
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
 def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume: bool) -> Recipe:
@@ -47,8 +49,7 @@ def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume
 def open_training_source(recipe: Recipe, given: PairSource | None = None) -> PairSource:
     """Open the training pairs, one source or a mixture, or the one given, limited to `data.max_pairs` by the seed."""
     data = recipe.data
-    names = {"image_column", "caption_column", "keyword_column", "group_column", "image_root"}
-    columns = data.model_dump(include=names)
+    columns = data.table_options
     if isinstance(data.source, str):
         source = given or open_source(data.source, **columns)
         return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
@@ -68,18 +69,17 @@ def resolve_epochs(recipe: Recipe, source: PairSource) -> Recipe:
 
 def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
     """Map each dataset that a recipe evaluates on, at the end or on the way, to its protocols."""
-    wanted = recipe.evaluation
-    protocols = {
-        "zero-shot": {*wanted.zero_shot, *(wanted.final_zero_shot if final else ())},
-        "retrieval": {*wanted.retrieval, *(wanted.final_retrieval if final else ())},
-    }
-    names = (*wanted.zero_shot, *wanted.retrieval, *wanted.final_zero_shot, *wanted.final_retrieval)
-    tasks = {name: [protocol for protocol, on in protocols.items() if name in on] for name in names}
-    return {name: some for name, some in tasks.items() if some}
+    wanted, tasks = recipe.evaluation, dict[str, list[str]]()
+    ends = (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval)) if final else ()
+    for protocol, names in (("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval), *ends):
+        for name in names:
+            if protocol not in tasks.setdefault(name, []):
+                tasks[name].append(protocol)
+    return tasks
 
 
 def check_datasets(recipe: Recipe) -> None:
-    """Open every dataset that the recipe evaluates on, so that a missing or unusable one is found before training."""
+    """Open every dataset that the recipe evaluates on, to find a missing or unusable one before training."""
     for name, protocols in evaluation_tasks(recipe, final=True).items():
         dataset = open_dataset(name)
         if "zero-shot" in protocols:
@@ -100,19 +100,25 @@ def build_loader(
     features: CachedFeatures | None = None,
 ) -> PairLoader:
     """Build the loader of a recipe from a step on, of cached features where they are given."""
-    return PairLoader(
+    kind: Callable[..., Assembler] = Assembler
+    if features is not None:
+        kind = partial(VariantAssembler, variants=len(features.image_rows), features=features)
+    assembler = kind(
         source,
         model.tokenizer,
         plan_of(recipe),
         batch_size=recipe.train.batch_size,
         seed=recipe.seed,
-        data=recipe.data,
-        workers=workers,
-        start_step=start_step,
-        pin_memory=model.device.type == "cuda",
+        shuffle_buffer=recipe.data.shuffle_buffer,
         rank=distributed.rank(),
         ranks=distributed.world_size(),
-        features=features,
+    )
+    return PairLoader(
+        assembler,
+        start_step=start_step,
+        workers=workers,
+        pin_memory=model.device.type == "cuda",
+        max_broken_fraction=recipe.data.max_broken_fraction,
     )
 
 
@@ -121,10 +127,10 @@ def keep_freed_memory() -> None:
 
     It would return each to the system and get it again page by page, zeroed: a tenth of a small step on a CPU.
     """
-    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if library is not None and hasattr(library, "mallopt"):
-        for parameter, value in ((M_TRIM_THRESHOLD, -1), (M_MMAP_MAX, 0)):
-            library.mallopt(parameter, value)
+    library: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_TRIM_THRESHOLD, -1)
+        library.mallopt(M_MMAP_MAX, 0)
 
 
 def versions() -> dict[str, str]:

@@ -19,14 +19,7 @@ FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
 
 @dataclass(frozen=True)
 class Stretch:
-    """The steps that a process takes of a run.
-
-    Attributes:
-        folder: The run folder.
-        start, steps: Number of steps done before, and of all steps.
-        batch_size: Pairs of a step.
-        quiet: Whether nothing is shown.
-    """
+    """The steps that a process takes of a run: those from `start` to `steps`, the number of all."""
 
     folder: Path
     start: int
@@ -65,28 +58,26 @@ class JsonLines(Sink):
     """metrics.jsonl and evaluations.jsonl. Rows of steps that a resumed run takes again are dropped first."""
 
     def start(self, stretch: Stretch) -> None:
-        self._files = {name: stretch.folder / name for name in (METRICS, EVALUATIONS)}
-        for path in self._files.values():
-            drop_rows(path, after=stretch.start)
+        self.folder = stretch.folder
+        for name in (METRICS, EVALUATIONS):
+            drop_rows(self.folder / name, after=stretch.start)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        append_row(self._files[METRICS], {"step": step, **values})
+        append_row(self.folder / METRICS, {"step": step, **values})
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        append_row(self._files[EVALUATIONS], {"step": step, **values})
+        append_row(self.folder / EVALUATIONS, {"step": step, **values})
 
     def flush(self) -> None:
-        for path in self._files.values():
+        for path in (self.folder / METRICS, self.folder / EVALUATIONS):
             if path.exists():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose failed writes are errors of the run, where logging would print them and continue."""
-
     def handleError(self, record: logging.LogRecord) -> None:
-        raise
+        raise  # a failed write is an error of the run; logging would print it and continue
 
 
 class Messages(Sink):

@@ -1,12 +1,11 @@
 """One step of training."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from declip.data.batch import PairBatch
 from declip.data.images.crops import apply_photometric
@@ -17,9 +16,6 @@ from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.parallel import Learner, average_gradients, clip_gradients, unwrap
 from declip.training.setup import random_states, set_random_states
-
-Span = Callable[[str], AbstractContextManager[object]]
-"""Gives a context in which the time of a named part of the step is taken."""
 
 
 @dataclass
@@ -34,7 +30,6 @@ class StepParts:
         precision: "bf16" runs towers and heads in autocast; losses and logits stay float32.
         chunk: Pairs that the towers see at a time, see `_backward_in_chunks`.
         skip_nonfinite: Undo the step when its loss or gradient is not finite; waits for the device.
-        span: Times the parts of the step.
     """
 
     learner: nn.Module
@@ -46,7 +41,16 @@ class StepParts:
     precision: str = "fp32"
     chunk: int | None = None
     skip_nonfinite: bool = False
-    span: Span = nullcontext
+
+    def prepare(self, batch: PairBatch) -> PairBatch:
+        """Move a batch to the device and finish its images there."""
+        with record_function("declip: views"):
+            batch = batch.to(self.mean.device, non_blocking=True)
+            return replace(batch, views=apply_photometric(batch.views, self.mean, self.std))
+
+    def autocast(self) -> torch.autocast:
+        """The context in which towers and heads run."""
+        return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = None) -> dict[str, Tensor]:
@@ -64,10 +68,7 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
     count = sync.rows[distributed.rank()]
     assert all(len(view) == count for view in batch.views.values()), "(B, 3, S, S) each"
     assert batch.texts.shape[1] == count, "(T, B, L)"
-    learner, optimizer, span = unwrap(parts.learner), parts.optimizer, parts.span
-    device = learner.model.device
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=parts.precision == "bf16")
-    prepare = partial(_prepare, parts, device)
+    learner, optimizer = unwrap(parts.learner), parts.optimizer
     gather = distributed.gather(sync.rows)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # A forward pass changes the running statistics of batch norm.
@@ -75,19 +76,16 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
 
     optimizer.zero_grad(set_to_none=True)
     if parts.chunk is None:
-        batch = prepare(batch)
-        with autocast(), span("terms"):
+        batch = parts.prepare(batch)
+        with parts.autocast(), record_function("declip: towers and losses"):
             losses = parts.learner(batch, gather, sync.offset)
-        losses = {name: loss * sync.weight for name, loss in losses.items()} if sync.weight != 1 else losses
-        with span("backward"):
+        losses = _weighted(losses, sync.weight)
+        with record_function("declip: backward"):
             losses["loss"].backward()  # DDP and FSDP average gradients over the ranks meanwhile
     else:
-        with span("terms and backward"):
-            losses = _backward_in_chunks(
-                learner, batch, parts.chunk, prepare, autocast, gather, sync.offset, sync.weight
-            )
+        losses = _backward_in_chunks(parts, learner, batch, parts.chunk, gather, sync)
 
-    with span("optimizer"):
+    with record_function("declip: optimizer"):
         if learner.sharded or parts.chunk is not None:  # DDP has done it
             average_gradients(parameters)
         grad_norm = clip_gradients(parameters, float("inf") if parts.grad_clip_norm is None else parts.grad_clip_norm)
@@ -106,22 +104,12 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
     return values
 
 
-def _prepare(parts: StepParts, device: torch.device, batch: PairBatch) -> PairBatch:
-    """Move a batch to the device and finish its images there."""
-    with parts.span("views"):
-        batch = batch.to(device, non_blocking=True)
-        return replace(batch, views=apply_photometric(batch.views, parts.mean, parts.std))
+def _weighted(losses: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
+    return losses if weight == 1 else {name: loss * weight for name, loss in losses.items()}
 
 
 def _backward_in_chunks(
-    learner: Learner,
-    batch: PairBatch,
-    chunk: int,
-    to_device: Callable[[PairBatch], PairBatch],
-    autocast: Callable[[], AbstractContextManager[object]],
-    gather: Gather,
-    offset: int,
-    weight: float,
+    parts: StepParts, learner: Learner, batch: PairBatch, chunk: int, gather: Gather, sync: StepSync
 ) -> dict[str, Tensor]:
     """GradCache: large batches on small devices, with towers that see a batch in chunks (Gao et al., arXiv 2101.06983).
 
@@ -129,20 +117,16 @@ def _backward_in_chunks(
     respect to these outputs are computed for the whole batch; then each chunk is computed again, with a graph, and its
     part of that gradient goes backward through it. Exact where a pair's output depends on that pair alone, so not for
     towers with batch norm.
-
-    Args:
-        batch: This rank's pairs, on the host; `to_device` moves a chunk and finishes its images.
-        weight: Factor of the losses.
     """
     model, objective = learner.model, learner.objective
-    parts = [batch.rows(start, min(start + chunk, len(batch))) for start in range(0, len(batch), chunk)]
+    chunks = [batch.rows(start, min(start + chunk, len(batch))) for start in range(0, len(batch), chunk)]
     outputs: list[TowerOutputs] = []
     states: list[dict[str, Tensor]] = []
     with torch.no_grad(), statistics_at_rest(model):
-        for part in parts:
+        for part in chunks:
             states.append(random_states(model.device))
-            ready = to_device(part)
-            with autocast():
+            ready = parts.prepare(part)
+            with parts.autocast():
                 outputs.append(objective.run_towers(model, ready))
     final_states = random_states(model.device)
     whole = joined(outputs)
@@ -150,15 +134,14 @@ def _backward_in_chunks(
     for leaf in leaves.values():
         leaf.requires_grad_()
     rest = batch.without_images().to(model.device, non_blocking=True)
-    with autocast():
-        losses = objective.losses(whole, model, rest, gather, offset)
-    losses = {name: loss * weight for name, loss in losses.items()} if weight != 1 else losses
+    with parts.autocast():
+        losses = _weighted(objective.losses(whole, model, rest, gather, sync.offset), sync.weight)
     losses["loss"].backward()
     gradients = {name: split_like(name, leaf.grad, outputs) for name, leaf in leaves.items() if leaf.grad is not None}
-    for number, (part, state) in enumerate(zip(parts, states, strict=True)):
+    for number, (part, state) in enumerate(zip(chunks, states, strict=True)):
         set_random_states(state, model.device)  # dropout must sample the same masks as in the first pass
-        ready = to_device(part)
-        with autocast():
+        ready = parts.prepare(part)
+        with parts.autocast():
             again = objective.run_towers(model, ready).tensors()
         names = [name for name in gradients if again[name].requires_grad]
         torch.autograd.backward([again[name] for name in names], [gradients[name][number] for name in names])

@@ -14,6 +14,7 @@ from typing import Any
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.recipe.schema import Evaluation
 from declip.runs.folder import log
+from declip.training.distributed import is_rank_zero
 
 TRY_AGAIN = 75
 """Exit status of a run that was stopped from outside and wants to be queued again (EX_TEMPFAIL of sysexits.h).
@@ -28,24 +29,16 @@ STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 class StopRequest:
-    """Whether the run was asked to stop.
+    """Whether the run was asked to stop, and by which signal; 0 for none or the file `STOP`."""
 
-    Args:
-        folder: The run folder, where the file `STOP` is looked for once a second; None looks for none.
-
-    Attributes:
-        asked: Whether it was asked.
-        signal: Number of the signal that asked, 0 for none.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.asked, self.signal = False, 0
-        self._file, self._looked = folder / STOP if folder is not None else None, 0.0
+        self._file, self._looked = folder / STOP, 0.0
 
     def poll(self) -> bool:
-        """Look for the file; give `asked`."""
+        """Look for the file once a second, on rank 0; give `asked`."""
         now = time.monotonic()
-        if self._file is not None and now - self._looked > 1:
+        if is_rank_zero() and now - self._looked > 1:
             self._looked = now
             if self._file.exists():
                 log.info("Found the file '%s': stopping after this step and saving.", STOP)
@@ -84,18 +77,12 @@ class BestEvaluation:
     """The best evaluation of a run, which ends after `train.patience` others that were not better.
 
     R@1 decides, and the loss where it is equal: on few pairs the loss is lowest long before retrieval is best.
-
-    Attributes:
-        step: Number of steps done before it; 0 for the pretrained weights.
-        score: The higher, the better.
-        loss: The lower, the better, where scores are equal.
-        stale: Number of evaluations since.
     """
 
-    step: int = -1
+    step: int = -1  # steps done before it; 0 for the pretrained weights
     score: float = -1.0
     loss: float = 0.0
-    stale: int = 0
+    stale: int = 0  # evaluations since
 
     def update(self, step: int, results: Sequence[Result], evaluation: Evaluation) -> bool:
         """Take an evaluation; give whether it is the new best one.

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from declip.errors import UserError
 from declip.interchange.weights import one_line
@@ -23,55 +23,135 @@ from declip.training.sinks import Sink, Stretch
 AUTO = "auto"
 """The name in train.report_to that means TensorBoard where it is installed."""
 
+# Since version 3.7 MLflow refuses folders without the second; the others keep the libraries off the network.
+VARIABLES = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
+"""Set before the imports, unless the user has set them."""
+
+Send = Callable[[int, dict[str, float]], None]
+"""Sends the numbers of a step by name, such as "train/loss"."""
+Finish = Callable[[bool], None]
+"""Ends the run in a tracker; the argument says whether an error ended it."""
+
+
+def open_tensorboard(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
+    """Write event files into the run folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=stretch.start + 1)
+
+    def send(step: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()  # else a run that is killed and resumed has a gap
+
+    return send, lambda failed: writer.close()
+
+
+def open_wandb(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
+    """Write a folder for `wandb sync`, or send online where WANDB_MODE=online asks for it."""
+    import wandb
+
+    mode: Any = os.environ.get("WANDB_MODE", "offline")
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "declip"),
+        name=folder.name,
+        id=kept_id(folder, "wandb", lambda: uuid.uuid4().hex[:12]),
+        resume="allow" if mode == "online" else None,  # offline the id alone joins the parts
+        dir=folder,
+        mode=mode,
+        config=_recipe(folder),
+        settings=wandb.Settings(console="off", silent=stretch.quiet),  # the bar's lines stay ours
+    )
+    return lambda step, numbers: run.log(numbers, step=step), lambda failed: run.finish(exit_code=int(failed))
+
+
+def open_mlflow(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
+    """Write the folder mlruns in the run folder, or send to the server that MLFLOW_TRACKING_URI names."""
+    from mlflow.entities import Metric, Param
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").as_uri())
+
+    def create() -> str:
+        title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "declip")
+        experiment = client.get_experiment_by_name(title)
+        where = experiment.experiment_id if experiment else client.create_experiment(title)
+        identity: str = client.create_run(where, run_name=folder.name).info.run_id
+        client.log_batch(identity, params=[Param(key, str(value)) for key, value in flat(_recipe(folder)).items()])
+        return identity
+
+    run = kept_id(folder, "mlflow", create)
+    client.update_run(run, status="RUNNING")
+
+    def send(step: int, numbers: dict[str, float]) -> None:
+        now = time.time_ns() // 1_000_000
+        # It takes names that are relative paths of letters, digits, "_", "-", "." and spaces.
+        names = (posixpath.normpath("/" + re.sub(r"[^\w.\- /]", "_", name)).lstrip("/") for name in numbers)
+        metrics = zip(names, numbers.values(), strict=True)
+        client.log_batch(run, [Metric(name, value, now, step) for name, value in metrics])
+
+    return send, lambda failed: client.set_terminated(run, "FAILED" if failed else "FINISHED")
+
+
+def open_trackio(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
+    """Write into Trackio's database on this machine, or send to the Space that TRACKIO_SPACE_ID names."""
+    import trackio
+
+    with redirect_stdout(sys.stderr):
+        run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", "declip"),
+            name=kept_id(folder, "trackio", lambda: f"{folder.name}-{uuid.uuid4().hex[:6]}"),
+            resume="allow",
+            config=flat(_recipe(folder)),
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def finish(failed: bool) -> None:
+        with redirect_stdout(sys.stderr):
+            trackio.finish()
+
+    return lambda step, numbers: run.log(numbers, step=step), finish
+
+
+TRACKERS: dict[str, tuple[str, Callable[[Path, Stretch], tuple[Send, Finish]]]] = {
+    "tensorboard": ("torch.utils.tensorboard", open_tensorboard),
+    "wandb": ("wandb", open_wandb),
+    "mlflow": ("mlflow", open_mlflow),
+    "trackio": ("trackio", open_trackio),
+}
+"""For every name of train.report_to but `AUTO`: a module of the library, and how to begin or continue a run in it."""
+
 
 class Tracker(Sink):
-    """A sink that sends numbers to a library for experiment tracking.
+    """A sink that sends numbers to a library, whose errors never end a run: after one, the tracker is left out."""
 
-    A subclass has `open`, `send` and `finish`. Their errors never end a run: one warning, and the tracker is left out
-    from then on. Only a tracker that cannot be opened is an error of the user's.
-    """
-
-    name: ClassVar[str]
-    module: ClassVar[str]
-    """The module whose import shows that the library is installed."""
-    environment: ClassVar[Mapping[str, str]] = {}
-    """Variables set before the import, unless the user has set them."""
-
-    def open(self, stretch: Stretch) -> None:
-        """Begin the run there, or continue it."""
-        raise NotImplementedError
-
-    def send(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Send numbers by name, such as "train/loss"."""
-        raise NotImplementedError
-
-    def finish(self, failed: bool) -> None:
-        """End the run there; `failed` says that an error ended it."""
-        raise NotImplementedError
+    def __init__(self, name: str) -> None:
+        self.name, self._broken = name, False
 
     def start(self, stretch: Stretch) -> None:
-        self._broken = False
         try:
-            self.open(stretch)
+            self._send, self._finish = TRACKERS[self.name][1](stretch.folder.resolve(), stretch)
         except Exception as error:  # each library has errors of its own
             raise UserError(
                 f"train.report_to={self.name} cannot start: {one_line(error, 200)}. Fix its settings, or leave it out."
             ) from error
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        numbers = {f"train/{name}": values[name] for name in ("loss", "grad_norm", "lr", "logit_scale")}
-        numbers |= {f"train/{name}": value for name, value in values["losses"].items()}
+        numbers = {name: values[name] for name in ("loss", "grad_norm", "lr", "logit_scale")} | values["losses"]
+        numbers = {f"train/{name}": value for name, value in numbers.items()}
         if values["samples_per_second"] is not None:
             numbers["speed/samples_per_second"] = values["samples_per_second"]
-        self._attempt(self.send, step, numbers)
+        self._attempt(self._send, step, numbers)
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         place = f"{values['dataset']}/{values['task']}"
         numbers = {f"{place}/{name}": value for name, value in values.items() if isinstance(value, float)}
-        self._attempt(self.send, step, numbers)
+        self._attempt(self._send, step, numbers)
 
     def close(self) -> None:
-        self._attempt(self.finish, sys.exc_info()[0] is not None)
+        self._attempt(self._finish, sys.exc_info()[0] is not None)
 
     def _attempt(self, call: Callable[..., None], *arguments: object) -> None:
         if self._broken:
@@ -83,135 +163,16 @@ class Tracker(Sink):
             log.warning("%s takes no more numbers (%s); metrics.jsonl has them all.", self.name, one_line(error, 200))
 
 
-class TensorBoard(Tracker):
-    """Event files in the run folder."""
-
-    name, module = "tensorboard", "torch.utils.tensorboard"
-
-    def open(self, stretch: Stretch) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(stretch.folder / "tensorboard"), purge_step=stretch.start + 1)
-
-    def send(self, step: int, numbers: Mapping[str, float]) -> None:
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        self._attempt(self._writer.flush)
-
-    def finish(self, failed: bool) -> None:
-        self._writer.close()
-
-
-class WandB(Tracker):
-    """Weights & Biases: a folder for `wandb sync`, or online where WANDB_MODE=online asks for it."""
-
-    name, module = "wandb", "wandb"
-    environment: ClassVar[Mapping[str, str]] = {"WANDB_ERROR_REPORTING": "false"}
-
-    def open(self, stretch: Stretch) -> None:
-        import wandb
-
-        mode: Any = os.environ.get("WANDB_MODE", "offline")
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "declip"),
-            name=stretch.folder.resolve().name,
-            id=kept_id(stretch.folder, self.name, lambda: uuid.uuid4().hex[:12]),
-            resume="allow" if mode == "online" else None,  # offline the id alone joins the parts
-            dir=stretch.folder,
-            mode=mode,
-            config=_recipe(stretch.folder),
-            settings=wandb.Settings(console="off", silent=stretch.quiet),  # the bar's lines stay ours
-        )
-
-    def send(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
-
-    def finish(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
-
-
-class MLflow(Tracker):
-    """MLflow: the folder mlruns in the run folder, or the server that MLFLOW_TRACKING_URI names."""
-
-    name, module = "mlflow", "mlflow"
-    # Since version 3.7 it refuses folders without the first; the second keeps it off the network.
-    environment: ClassVar[Mapping[str, str]] = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-
-    def open(self, stretch: Stretch) -> None:
-        from mlflow.tracking import MlflowClient
-
-        place = os.environ.get("MLFLOW_TRACKING_URI") or (stretch.folder.resolve() / "mlruns").as_uri()
-        self._client = MlflowClient(tracking_uri=place)
-        self._id = kept_id(stretch.folder, self.name, lambda: self._create(stretch.folder))
-        self._client.update_run(self._id, status="RUNNING")
-
-    def _create(self, folder: Path) -> str:
-        from mlflow.entities import Param
-
-        title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "declip")
-        experiment = self._client.get_experiment_by_name(title)
-        where = experiment.experiment_id if experiment else self._client.create_experiment(title)
-        identity: str = self._client.create_run(where, run_name=folder.resolve().name).info.run_id
-        params = [Param(key, str(value)) for key, value in flat(_recipe(folder)).items()]
-        self._client.log_batch(identity, params=params)
-        return identity
-
-    def send(self, step: int, numbers: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
-        now = time.time_ns() // 1_000_000
-        self._client.log_batch(self._id, [Metric(_as_path(name), value, now, step) for name, value in numbers.items()])
-
-    def finish(self, failed: bool) -> None:
-        self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
-
-
-class Trackio(Tracker):
-    """Trackio: its database on this machine, or the Space that TRACKIO_SPACE_ID names."""
-
-    name, module = "trackio", "trackio"
-
-    def open(self, stretch: Stretch) -> None:
-        import trackio
-
-        name = stretch.folder.resolve().name
-        with redirect_stdout(sys.stderr):
-            self._run = trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", "declip"),
-                name=kept_id(stretch.folder, self.name, lambda: f"{name}-{uuid.uuid4().hex[:6]}"),
-                resume="allow",
-                config=flat(_recipe(stretch.folder)),
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
-
-    def send(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
-
-    def finish(self, failed: bool) -> None:
-        import trackio
-
-        with redirect_stdout(sys.stderr):
-            trackio.finish()
-
-
-TRACKERS: Mapping[str, type[Tracker]] = {kind.name: kind for kind in (TensorBoard, WandB, MLflow, Trackio)}
-"""Every name of train.report_to but `AUTO`."""
-
-
 def trackers_of(report_to: Sequence[str]) -> list[Tracker]:
     """Make the trackers that train.report_to names; of `AUTO`, TensorBoard where it is installed."""
     names = dict.fromkeys("tensorboard" if name == AUTO else name for name in report_to)
-    return [TRACKERS[name]() for name in names if _installed(TRACKERS[name])]
+    return [Tracker(name) for name in names if _installed(name)]
 
 
 def require_trackers(report_to: Sequence[str]) -> None:
     """Refuse a tracker whose library is not installed."""
     for name in report_to:
-        if name != AUTO and not _installed(TRACKERS[name]):
+        if name != AUTO and not _installed(name):
             raise UserError(
                 f"train.report_to={name} needs a package that is not installed: pip install 'declip[{name}]', or leave "
                 f"{name} out."
@@ -229,16 +190,11 @@ def kept_id(folder: Path, name: str, create: Callable[[], str]) -> str:
     return ids[name]
 
 
-def _as_path(name: str) -> str:
-    """Make a name that MLflow takes: a relative path of letters, digits, "_", "-", "." and spaces."""
-    return posixpath.normpath("/" + re.sub(r"[^\w.\- /]", "_", name)).lstrip("/")
-
-
-def _installed(kind: type[Tracker]) -> bool:
-    for variable, value in kind.environment.items():
+def _installed(name: str) -> bool:
+    for variable, value in VARIABLES.items():
         os.environ.setdefault(variable, value)
     try:
-        importlib.import_module(kind.module)
+        importlib.import_module(TRACKERS[name][0])
     except ImportError:
         return False
     return True

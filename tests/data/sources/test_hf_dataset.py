@@ -1,7 +1,6 @@
 """Datasets of Hugging Face's package: saved folders, objects, and the Hub, whose network is not used."""
 
 import io
-import json
 import pickle
 
 import pytest
@@ -42,6 +41,11 @@ def saved(dataset, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def nothing_loaded():
+    hf_dataset._load.cache_clear()
+
+
 def check(source):
     assert len(source) == 4, "rows of one image are one pair"
     assert [source.captions(n) for n in range(4)] == [("a", "d"), ("b",), ("c",), ("e",)]
@@ -79,7 +83,6 @@ def test_its_class_labels_are_classes(dataset, saved):
 
 
 def test_the_hub_by_name(dataset, monkeypatch):
-    hf_dataset._from_hub.cache_clear()
     asked = []
 
     def load_dataset(name, **options):
@@ -98,8 +101,6 @@ def test_the_hub_by_name(dataset, monkeypatch):
 
 
 def test_without_a_network_or_the_package_one_line_says_so(monkeypatch, saved):
-    hf_dataset._from_hub.cache_clear()
-
     def load_dataset(name, **_):
         raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
 
@@ -111,8 +112,3 @@ def test_without_a_network_or_the_package_one_line_says_so(monkeypatch, saved):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     assert "declip[datasets]" in message("hf://datasets/me/none:test")
     assert "declip[datasets]" in message(saved / "one")
-
-
-def test_a_damaged_folder_is_named(saved, tmp_path):
-    (tmp_path / "state.json").write_text(json.dumps({"_data_files": []}))
-    assert str(tmp_path) in message(tmp_path)

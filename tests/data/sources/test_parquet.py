@@ -63,10 +63,9 @@ def test_parquet_types_of_captions(folder, captions):
 
 def test_parquet_types_that_hold_no_pairs(folder):
     pq.write_table(pa.table({"image": [1], "caption": ["x"]}), folder / "t.parquet")
-    assert "Column 'image'" in message(folder / "t.parquet")
-    assert "holds int64; images are a path, bytes, or a struct" in message(folder / "t.parquet")
-    pq.write_table(pa.table({"image": ["a"], "caption": [[1]]}), folder / "t.parquet")
-    assert "captions are a string or a list of strings" in message(folder / "t.parquet")
+    assert "cast from int64" in message(folder / "t.parquet")
+    for captions in ([[1]], [b"x"]):
+        assert reason_of(parquet(folder, ["a.png"], captions), 0) == "unreadable row"
 
 
 def test_parquet_that_is_not_utf8_breaks_the_row(folder):
@@ -84,7 +83,7 @@ def test_parquet_cut_short(folder):
     (folder / "t.parquet").write_bytes(whole[:-9])
     assert "is not a Parquet file" in message(folder / "t.parquet")
     (folder / "t.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
-    assert "is damaged" in message(folder / "t.parquet")
+    assert "cannot be read" in message(folder / "t.parquet")
 
 
 # Large tables
@@ -115,18 +114,3 @@ def test_large_tables_are_read_from_a_mapped_file_made_once(cached, kind):
     assert TableSource(path).captions(1)[0] == "said 1"
     write(path, rows[1:])
     assert TableSource(path).captions(0)[0] == "said 1"
-
-
-def test_large_parquet_of_bytes(cached):
-    source = parquet(cached, pa.array([content(cached, name) for name in "abc"]), ["x", "y", "z"])
-    assert [source[i].image.getpixel((0, 0))[0] for i in range(3)] == [0, 1, 2]
-
-
-def test_large_csv_keeps_its_damaged_rows(cached):
-    (cached / "t.csv").write_text("image,caption\na.png,good\nb.png,one, two\n,lost\n")
-    for _ in range(2):
-        source = TableSource(cached / "t.csv")
-        assert (len(source), source.captions(0), source.captions(1)) == (3, ("good",), ("lost",))
-        assert reason_of(source, 2) == "unreadable row"
-    (cached / "t.csv").write_text("image,caption\na,b,c\nd,e,f\n")
-    assert reason_of(TableSource(cached / "t.csv"), 1) == "unreadable row"

@@ -79,7 +79,7 @@ def test_what_is_no_source_is_refused(table):
 def test_training_on_an_object_is_training_on_its_table(table, tmp_path):
     losses, runs = {}, {}
     for data, column in ((str(table), "image"), (Shapes(table), "picture")):
-        tree = {**TINY, "data": {"source": "none", "image_column": column}, "loss_weights": WEIGHTS["clip"]}
+        tree = {**TINY, "data": {"source": "none", "columns": {"image": column}}, "loss_weights": WEIGHTS["clip"]}
         recipe, out = tmp_path / f"{column}.yaml", tmp_path / column
         recipe.write_text(json.dumps(tree))
         overrides = {"train.steps": 4, "train.log_every": 1}

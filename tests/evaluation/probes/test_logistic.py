@@ -55,10 +55,8 @@ def test_two_classes_are_scikit_learns_one_vector(digits) -> None:
 
 def test_a_start_elsewhere_ends_at_the_same_minimum(digits) -> None:
     problem = LogisticProblem(*digits, dtype=torch.float64)
-    there = problem.fit(1.0, tolerance=1e-6)
-    from_there = problem.fit(0.01, tolerance=1e-6, start=there)
-    cold = problem.fit(0.01, tolerance=1e-6)
-    np.testing.assert_allclose(from_there.weight, cold.weight, atol=1e-4)
+    there, cold = (problem.fit(C, tolerance=1e-6) for C in (1.0, 0.01))
+    np.testing.assert_allclose(problem.fit(0.01, tolerance=1e-6, start=there).weight, cold.weight, atol=1e-4)
     assert problem.fit(1.0, tolerance=1e-6, start=there).iterations <= 3
 
 

@@ -70,21 +70,7 @@ export function card(hit, { title, facts = [], row = false, more = [] } = {}) {
   return row ? make("li", { class: "card row" }, linked, make("div", {}, ...lines)) : make("li", { class: "card" }, linked, ...lines);
 }
 
-/** The answer of an address once the work behind it is done. */
-export async function finished(address, doing) {
-  for (;;) {
-    const found = await ask(address);
-    if (found.state === "ready") return found;
-    if (found.state === "failed") throw new Error(found.error);
-    say(`${doing} … ${Math.round(100 * found.fraction)} %`, "busy");
-    await new Promise((resolve) => setTimeout(resolve, 700));
-  }
-}
-
 export const count = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
-
-/** The distance of a cosine from the usual one, in words. */
-export const apart = (deviations) => `${Math.abs(deviations).toFixed(1)} deviations ${deviations < 0 ? "below" : "above"} the usual`;
 
 /** The chosen template: a set's name, the user's own, or nothing. */
 export function template() {
@@ -96,14 +82,4 @@ export function watchTemplate() {
   find("template").addEventListener("change", () => {
     find("own-field").hidden = find("template").value !== "own";
   });
-}
-
-/** Makes the buttons with captions fill in a field and send its form. */
-export function watchExamples(field, form) {
-  for (const button of document.querySelectorAll("[data-example]")) {
-    button.addEventListener("click", () => {
-      field.value = button.dataset.example;
-      form.requestSubmit();
-    });
-  }
 }

@@ -1,4 +1,4 @@
-import { ask, card, count, find, latest, make, say, template, watchExamples, watchTemplate } from "./common.js";
+import { ask, card, count, find, latest, make, say, template, watchTemplate } from "./common.js";
 import { watchPicker } from "./picker.js";
 
 const run = latest(async (current) => {
@@ -41,7 +41,12 @@ const chosen = watchPicker((image) => {
   else find("hits").replaceChildren();
 });
 watchTemplate();
-watchExamples(find("text"), find("form"));
+for (const button of document.querySelectorAll("[data-example]")) {
+  button.addEventListener("click", () => {
+    find("text").value = button.dataset.example;
+    find("form").requestSubmit();
+  });
+}
 find("text").addEventListener("input", balance);
 find("balance").addEventListener("input", balance);
 find("form").addEventListener("submit", (event) => {

@@ -2,20 +2,16 @@
 
 from pathlib import Path
 
-from declip.data.builtin.clipart import CLIPART
-from declip.data.builtin.emoji import EMOJI
-from declip.data.builtin.icons import ICONS
+from declip.data.builtin.debian import CLIPART, STAMPS
+from declip.data.builtin.iconify import EMOJI, ICONS
 from declip.data.builtin.pictures import BuiltinSet, BuiltinSource
-from declip.data.builtin.stamps import STAMPS
 from declip.data.pair import BUILTIN_PREFIX
 from declip.errors import UserError, unknown
 
 BUILTINS: dict[str, BuiltinSet] = {split: item for item in (EMOJI, ICONS, CLIPART, STAMPS) for split in item.splits}
 """The set of each source's name."""
 
-BUILTIN_SPLITS: dict[str, dict[str, str]] = {
-    "stamps-kinds": {"train": "stamps-kinds-train", "test": "stamps-kinds"},
-}
+BUILTIN_SPLITS: dict[str, dict[str, str]] = {"stamps-kinds": {"train": "stamps-kinds-train", "test": "stamps-kinds"}}
 """Source names of sets with splits, by split."""
 
 

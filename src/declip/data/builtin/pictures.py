@@ -3,10 +3,13 @@
 import hashlib
 import importlib.metadata
 import json
+import lzma
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,59 +17,45 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from declip.data.builtin.fetch import DebianPackage, NpmPackages, Packages
 from declip.data.builtin.render import INVISIBLE, renderer
 from declip.data.pair import BUILTIN_PREFIX, Pair, PairSource
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, cache_folder, sha256
-from declip.io.progress import progress_bar
+from declip.io.pool import pairs_bar
 
 TABLE, MANIFEST, CHECKSUMS, NOTICE = "pairs.parquet", "manifest.json", "checksums.json", "NOTICE.txt"
-IMAGES = "images"
-"""Prefix of the files that hold pixels."""
-
-GRAY, COLOR = f"{IMAGES}-grey.bin", f"{IMAGES}-colour.bin"
+GRAY, COLOR = IMAGES = "images-grey.bin", "images-colour.bin"
 """Pixels of images without and with color, uint8, one after the other; gray ones take a third of the space."""
+
+ABOUT = """The images in this folder belong to others. Show the line of an image wherever you show it.
+All were drawn at {} px over white, margins cut off. The notices are in licences/."""
 
 Row = dict[str, Any]
 """A row of a set's table: "key", "captions", "keywords" and columns of the set."""
 
 
 class Selection(NamedTuple):
-    """The rows of a set's table that make a source.
-
-    Attributes:
-        class_column: Column of a pair's class; None for a source without classes.
-        class_names: Empty for the classes that occur, in alphabetical order.
-    """
+    """The rows of a set's table that make a source."""
 
     rows: list[Row]
     credit: str
-    class_column: str | None = None
-    class_names: Sequence[str] = ()
+    class_column: str | None = None  # None for a source without classes
+    class_names: Sequence[str] = ()  # empty for the classes that occur, in alphabetical order
 
 
 class BuiltinSet(ABC):
-    """An image set that is rendered once; a subclass chooses its drawings and the rows of each source.
+    """An image set that is rendered once; a subclass chooses its drawings and the rows of each source."""
 
-    Attributes:
-        name: Name of its folder in the cache, and after "builtin:" for `declip data download`.
-        layout: Raised when the files change their meaning; a folder of another layout is built again.
-        effort: Cost of making it, in a few words.
-        side: Pixels of an image's sides.
-        splits: Names of its sources.
-        keeps_repeated: Whether an image may occur twice.
-    """
-
-    name: ClassVar[str]
-    layout: ClassVar[int]
-    effort: ClassVar[str]
-    side: ClassVar[int]
+    name: ClassVar[str]  # of its folder in the cache, and after "builtin:" for `declip data download`
+    layout: ClassVar[int]  # raised when the files change their meaning; a folder of another layout is built again
+    effort: ClassVar[str]  # cost of making it, in a few words
+    side: ClassVar[int]  # pixels of an image's sides
     packages: ClassVar[NpmPackages | DebianPackage]
-    splits: ClassVar[Collection[str]]
-    keeps_repeated: ClassVar[bool] = False
+    splits: ClassVar[Collection[str]]  # names of its sources
+    keeps_repeated: ClassVar[bool] = False  # whether an image may occur twice
 
     @abstractmethod
     def choose(self, packages: Packages) -> list[Row]:
@@ -95,8 +84,7 @@ class BuiltinSet(ABC):
             self.check(folder, images_too=True)
         except UserError:
             renderer()  # an error before anything is fetched
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            with progress_bar(*columns, shown=progress) as bar:
+            with pairs_bar(progress, "drawings") as bar:
                 step = bar.add_task(f"fetching {self.name}", total=None)
                 with self.packages.fetched() as packages:
                     bar.remove_task(step)
@@ -113,11 +101,31 @@ class BuiltinSet(ABC):
 
     def write(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]], packages: Packages) -> None:
         """Write the pixels, the table, the notices of the packages, and last all files' checksums."""
+        folder.mkdir(parents=True)
+        rows, left_out = self._draw(folder, drawings)
+        pq.write_table(pa.Table.from_pylist(rows), folder / TABLE)
+        versions = {name: package.version for name, package in packages.items()}
+        manifest = {"layout": self.layout, "side": self.side, "pairs": len(rows), "left_out": left_out}
+        manifest |= {"packages": versions, "resvg_py": importlib.metadata.version("resvg-py")}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        notice = f"{ABOUT.format(self.side)}\n\n" + "\n".join(self.credits(packages, rows)) + "\n\n"
+        notice += "".join(f"{name} {version}\n" for name, version in versions.items())
+        (folder / NOTICE).write_text(notice, encoding="utf-8")
+        for name, package in packages.items():
+            licenses = folder / "licences" / name.replace("/", "-")
+            licenses.mkdir(parents=True)
+            for path in package.notices:
+                shutil.copyfile(path, licenses / path.name)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}
+        (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+
+    def _draw(self, folder: Path, drawings: Iterable[tuple[Row, np.ndarray | None]]) -> tuple[list[Row], Counter[str]]:
+        """Write the pixels; give the rows of the drawings that are kept, and how many are not, by reason."""
         rows: list[Row] = []
         left_out: Counter[str] = Counter()
         seen: set[bytes] = set()
         counts = [0, 0]
-        folder.mkdir(parents=True)
         # Written in order and not through a memory map: on a full disk a map dies of SIGBUS, this with a message.
         with (folder / GRAY).open("wb") as gray, (folder / COLOR).open("wb") as color:
             for row, pixels in drawings:
@@ -133,45 +141,15 @@ class BuiltinSet(ABC):
                 (color if colored else gray).write((pixels if colored else pixels[:, :, 0]).tobytes())
                 rows.append({**row, "coloured": colored, "image": counts[colored]})
                 counts[colored] += 1
-        pq.write_table(pa.Table.from_pylist(rows), folder / TABLE)
-        manifest = {
-            "layout": self.layout,
-            "side": self.side,
-            "pairs": len(rows),
-            "left_out": left_out,
-            "packages": {name: package.version for name, package in packages.items()},
-            "resvg_py": importlib.metadata.version("resvg-py"),
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        lines = [
-            "The images in this folder belong to others. Show the line of an image wherever you show it.",
-            f"All were drawn at {self.side} px over white, margins cut off. The packages' notices are in licences/.",
-            "",
-            *self.credits(packages, rows),
-            "",
-            *(f"{name} {package.version}" for name, package in packages.items()),
-        ]
-        (folder / NOTICE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        for name, package in packages.items():
-            licenses = folder / "licences" / name.replace("/", "-")
-            licenses.mkdir(parents=True)
-            for path in package.notices:
-                shutil.copyfile(path, licenses / path.name)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}
-        (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        return rows, left_out
 
     def check(self, folder: Path, images_too: bool = False) -> None:
-        """Check that a folder is complete: every file's size, and the SHA-256 of all files or all but the images.
-
-        Raises:
-            UserError: It is missing, damaged, or of another layout; the message names the command to run.
-        """
+        """Check that a folder is complete: every file's size, and the SHA-256 of all files or all but the images."""
         try:
             if json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"] != self.layout:
                 raise ValueError("another version of declip made them")
             for name, (size, digest) in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
-                path, hashed = folder / name, images_too or not name.startswith(IMAGES)
+                path, hashed = folder / name, images_too or name not in IMAGES
                 if path.stat().st_size != size or (hashed and sha256(path) != digest):
                     raise ValueError(f"{name} has changed")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -202,13 +180,11 @@ class BuiltinSource(PairSource):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
-        row = self.rows[index]
-        return Pair(row["key"], self.image(index), tuple(row["captions"]), tuple(row["keywords"]))
+        return Pair(self.key(index), self.image(index), self.captions(index), tuple(self.rows[index]["keywords"]))
 
     def image(self, index: int) -> Image.Image:
         row = self.rows[index]
-        pixels = np.array(self._pixels[row["coloured"]][row["image"]])
-        return Image.fromarray(pixels).convert("RGB")
+        return Image.fromarray(np.array(self._pixels[row["coloured"]][row["image"]])).convert("RGB")
 
     def key(self, index: int) -> str:
         return self.rows[index]["key"]
@@ -217,11 +193,26 @@ class BuiltinSource(PairSource):
         return tuple(self.rows[index]["captions"])
 
     def __reduce__(self) -> tuple[type["BuiltinSource"], tuple[object, ...]]:
-        """Pickled as its arguments: the images stay in the file, shared by all processes."""
-        return type(self), self._arguments
+        return type(self), self._arguments  # the images stay in the file, shared by all processes
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if not path.stat().st_size:
         return np.zeros((0, *shape), np.uint8)
     return np.memmap(path, np.uint8, mode="r").reshape(-1, *shape)
+
+
+def table_file(name: str) -> Traversable:
+    """The file of a shipped table."""
+    return resources.files("declip.data") / "assets" / f"{name}.tsv.xz"
+
+
+def read_rows(name: str) -> list[dict[str, str]]:
+    """The rows of a shipped table by column; see `split_texts` for columns that hold several texts."""
+    head, *lines = (line.split("\t") for line in lzma.decompress(table_file(name).read_bytes()).decode().split("\n"))
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def split_texts(joined: str) -> list[str]:
+    """The texts of a column that holds several."""
+    return joined.split("|") if joined else []

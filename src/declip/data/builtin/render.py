@@ -8,17 +8,10 @@ from PIL import Image
 
 from declip.errors import UserError
 
-OVERSIZE = 2
-"""Drawn larger by this factor, so that cutting off the margins costs no sharpness."""
-
-INVISIBLE = 250
-"""A drawing whose darkest value is above this is invisible on white, and is left out."""
-
-DOTS_PER_INCH = 90
-"""The inch of editors of the 2000s; pages in millimeters come from them."""
-
-LONGEST_SIDE = 4096
-"""Pixels. A drawing that takes less than a twentieth of its page stays a little blurred."""
+OVERSIZE = 2  # drawn larger by this factor, so that cutting off the margins costs no sharpness
+INVISIBLE = 250  # a drawing whose darkest value is above this is invisible on white, and is left out
+DOTS_PER_INCH = 90  # the inch of editors of the 2000s; pages in millimeters come from them
+LONGEST_SIDE = 4096  # pixels; a drawing that takes less than a twentieth of its page stays a little blurred
 
 
 def renderer() -> Callable[..., bytes]:
@@ -50,11 +43,7 @@ def rasterize_page(svg: str, side: int) -> np.ndarray:
 
 
 def fill_square(image: Image.Image, side: int) -> np.ndarray:
-    """Cut off the white margins and let the rest fill the square: uint8 (side, side, 3).
-
-    Designers leave margins of 1 to 35 % around their drawings. A model would be measured on these as much as on the
-    drawings, so all get the same: none.
-    """
+    """Cut off the white margins, of 1 to 35 %, and let the rest fill the square: uint8 (side, side, 3)."""
     part = image.crop(_inked_box(image))
     longest = max(part.size)
     square = Image.new("RGB", (longest, longest), "white")
@@ -63,6 +52,5 @@ def fill_square(image: Image.Image, side: int) -> np.ndarray:
 
 
 def _inked_box(image: Image.Image) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of all that is not white; the whole image where nothing is."""
     inked = np.asarray(image).min(axis=2) <= INVISIBLE
     return Image.fromarray(inked).getbbox() or (0, 0, *image.size)

@@ -1,9 +1,8 @@
 """Training views of images: sampling crops and photometric parameters, and applying them.
 
 A view is MoCo v2's: random resized crop, color jitter in a random order, grayscale, blur, horizontal flip,
-normalization. Crop and flip are done on single images as uint8, by the workers that decode them; the rest runs on whole
-batches on the training device, from parameters that the worker sampled. The flip may come first because it commutes
-with the rest: jitter and grayscale treat all pixels alike, and the blur's kernel and its mirrored border are symmetric.
+normalization. Crop and flip are done on single images as uint8, by the workers that decode them; the rest, with which
+the flip commutes, runs on whole batches on the training device, from parameters that the worker sampled.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from declip.data.batch import Photometric, PhotometricParams, View
 from declip.data.images import photometric as operations
 from declip.recipe.schema import ImageView
 
-CROP_ATTEMPTS = 10
-"""Boxes sampled before the largest central one is taken, as in torchvision's RandomResizedCrop."""
-
-KERNEL_SIGMAS = 3.0
-"""The blur's kernel reaches this many of the largest sigma: 99.7 % of the widest Gaussian."""
+CROP_ATTEMPTS = 10  # boxes sampled before the largest central one is taken, as in torchvision's RandomResizedCrop
+RATIO = (3 / 4, 4 / 3)  # smallest and largest aspect ratio of a box
+BLUR_SIGMA = (0.1, 2.0)  # smallest and largest sigma of the blur, in pixels
+KERNEL_SIGMAS = 3.0  # of the largest sigma, which the blur's kernel reaches: 99.7 % of the widest Gaussian
 
 
 class Crop(NamedTuple):
@@ -50,16 +48,16 @@ class ViewTransform:
     def __init__(self, size: int, augmentation: ImageView) -> None:
         self.size, self.augmentation = size, augmentation
         # The mirrored border is at most one pixel narrower than the view.
-        self.blur_radius = min(math.ceil(KERNEL_SIGMAS * augmentation.blur_sigma[1]), size - 1)
+        self.blur_radius = min(math.ceil(KERNEL_SIGMAS * BLUR_SIGMA[1]), size - 1)
 
     def box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
         """Sample left, top, width and height of a box in pixels, distributed as by torchvision's RandomResizedCrop.
 
-        Area, logarithm of the ratio, and position inside the image are uniform. A box that is larger than the image is
-        sampled again; after ten it is the largest central one with an allowed ratio.
+        Area, logarithm of the ratio, and position are uniform. A box that is larger than the image is sampled again;
+        after ten it is the largest central one with an allowed ratio.
         """
         low, high = self.augmentation.scale
-        ratio_low, ratio_high = math.log(self.augmentation.ratio[0]), math.log(self.augmentation.ratio[1])
+        ratio_low, ratio_high = math.log(RATIO[0]), math.log(RATIO[1])
         for _ in range(CROP_ATTEMPTS):
             size, shape, across, down = generator.random(4).tolist()
             area = width * height * (low + (high - low) * size)
@@ -68,10 +66,10 @@ class ViewTransform:
             if 0 < w <= width and 0 < h <= height:
                 return int(across * (width - w + 1)), int(down * (height - h + 1)), w, h
         w, h = width, height
-        if width / height < self.augmentation.ratio[0]:
-            h = max(1, round(width / self.augmentation.ratio[0]))
-        elif width / height > self.augmentation.ratio[1]:
-            w = max(1, round(height * self.augmentation.ratio[1]))
+        if width / height < RATIO[0]:
+            h = max(1, round(width / RATIO[0]))
+        elif width / height > RATIO[1]:
+            w = max(1, round(height * RATIO[1]))
         return (width - w) // 2, (height - h) // 2, w, h
 
     def sample_crop(self, width: int, height: int, generator: np.random.Generator) -> Crop:
@@ -101,7 +99,7 @@ class ViewTransform:
         brightness, contrast, saturation = (
             (low := max(0.0, 1 - s)) + (1 + s - low) * u for s, u in zip(strength, factors, strict=False)
         )
-        low, high = self.augmentation.blur_sigma
+        low, high = BLUR_SIGMA
         return PhotometricParams(
             brightness=brightness,
             contrast=contrast,
@@ -119,9 +117,6 @@ def apply_photometric(views: Mapping[str, View], mean: Tensor, std: Tensor) -> d
     """Apply the sampled photometric parameters and normalize to (B, 3, S, S) float32, on the device of the pixels.
 
     Views of equal size are processed together; finished views are returned unchanged.
-
-    Args:
-        mean, std: (3,) float32, statistics of red, green and blue in [0, 1], on the device of the pixels.
     """
     finished = dict(views)
     sizes: dict[torch.Size, dict[str, Photometric]] = {}

@@ -20,12 +20,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-MOST_PIXELS = 178_956_970
-"""Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice. One more and Pillow itself refuses."""
-
-MOST_BYTES = 12 * MOST_PIXELS
-"""Bytes of a file: the largest image of 16 bits in four channels, and half as much again. Some of Pillow's readers take
-the whole file into memory before they know the image's size."""
+MOST_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice
+LARGEST_IMAGE = 100_000_000  # bytes of a file
 
 ORIENTATION = 0x0112
 TURNS = {
@@ -39,8 +35,6 @@ TURNS = {
 }
 """Inverse of each EXIF orientation; 1 is upright already."""
 
-SIDEWAYS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
-
 DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
 """Errors of Pillow's readers for a damaged file, besides OSError."""
 
@@ -49,10 +43,7 @@ def decode(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST
     """Read an image as RGB: upright by its EXIF orientation, transparent pixels over white, the first frame.
 
     The size is checked in the header, before any pixel is decoded, so that memory stays below a few times
-    `most_pixels` (width x height, at most `MOST_PIXELS`) bytes whatever the file says.
-
-    Raises:
-        BrokenPair: "missing image", "unreadable image", "truncated image" or "image too large".
+    `most_pixels` bytes whatever the file says. Raises `BrokenPair`.
     """
     with opened(source, key, most_pixels) as image:
         return apply_exif(image)
@@ -61,24 +52,18 @@ def decode(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST
 @contextmanager
 def opened(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> Iterator[Image.Image]:
     """Open an image by its header and check its size; faults here and while it is open become `BrokenPair`."""
-    if isinstance(source, Image.Image):
-        with raise_as_broken_pair(key):
+    with raise_as_broken_pair(key):
+        if isinstance(source, Image.Image):
             yield source
-        return
-    if isinstance(source, Path):
-        check_file(source, key)
-    elif not source:
-        raise BrokenPair("truncated image", key, "no bytes")
-    file = BytesIO(source) if isinstance(source, bytes) else source
-    with raise_as_broken_pair(key), Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > most_pixels:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, at most {most_pixels:,}")
-        yield image
+            return
+        with Image.open(BytesIO(read_content(source, key)), formats=FORMATS) as image:
+            if image.width * image.height > most_pixels:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, at most {most_pixels:,}")
+            yield image
 
 
 @contextmanager
 def raise_as_broken_pair(key: str) -> Iterator[None]:
-    """Turn Pillow's errors into a `BrokenPair` with its reason."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
@@ -97,10 +82,7 @@ def apply_exif(image: Image.Image) -> Image.Image:
 
 
 def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
-    """Resolve the path of an image that may not leave a folder: relative to `root`, or absolute and inside it.
-
-    With `follow`, links may not lead out either. Raises `BrokenPair`.
-    """
+    """The path of an image that may not leave a folder; with `follow`, links may not lead out either."""
     # Normalized first, so that the path checked is the path opened.
     plain = Path(os.path.normpath(root / path))
     inside = plain.is_relative_to(os.path.normpath(root))
@@ -113,19 +95,22 @@ def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
     return plain
 
 
-def check_file(path: Path, key: str) -> int:
-    """The size of a plain file in bytes; others are a `BrokenPair`, since opening a named pipe would wait for ever."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:
-        raise BrokenPair("missing image", key, str(error)) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise BrokenPair("unreadable image", key, f"{path} is not a file")
-    if status.st_size > MOST_BYTES:
-        raise BrokenPair("image too large", key, f"a file of {status.st_size:,} bytes, at most {MOST_BYTES:,}")
-    if not status.st_size:
-        raise BrokenPair("truncated image", key, f"{path} is empty")
-    return status.st_size
+def read_content(source: Path | bytes, key: str) -> bytes:
+    """The bytes of an image file; raises `BrokenPair`, also for a named pipe, of which opening would wait for ever."""
+    if isinstance(source, Path):
+        try:
+            status = source.stat()
+        except (OSError, ValueError) as error:
+            raise BrokenPair("missing image", key, str(error)) from error
+        if status.st_size > LARGEST_IMAGE:
+            raise BrokenPair("image too large", key, f"a file of {status.st_size:,} bytes, at most {LARGEST_IMAGE:,}")
+        with raise_as_broken_pair(key):
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(f"{source} is not a file")
+            source = source.read_bytes()
+    if not source:
+        raise BrokenPair("truncated image", key, "no bytes")
+    return source
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,5 @@
 """Image files that are opened by their headers and decoded when their pixels are asked for, no larger than needed."""
 
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +7,12 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from declip.data.images.decode import (
-    FORMATS,
     MOST_PIXELS,
-    SIDEWAYS,
     TURNS,
     apply_exif,
-    check_file,
-    decode,
     opened,
     orientation,
-    raise_as_broken_pair,
+    read_content,
     rgb,
 )
 from declip.data.pair import DecodedImage, LazyImage
@@ -27,34 +22,26 @@ try:
 except ImportError:
     simplejpeg = None
 
-SCALES = (8, 4, 2)
-"""Divisors of the sides that libjpeg supports while it decodes."""
-
-SMALLEST_SCALED = 8
-"""Pixels that a side keeps at least; the decoders disagree about images smaller than a block."""
-
-LARGEST_CONTENT = 100_000_000
-"""Bytes of a file that are held undecoded."""
-
-SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")
-"""Color spaces of which simplejpeg makes the same RGB as Pillow."""
+SCALES = (8, 4, 2)  # divisors of the sides that libjpeg supports while it decodes
+SMALLEST_SCALED = 8  # pixels that a side keeps at least; the decoders disagree about images smaller than a block
+SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")  # color spaces of which simplejpeg makes the same RGB as Pillow
 
 
 class LazyJpeg:
-    """A `LazyImage` of a JPEG file; `stored` is its width and height before the EXIF orientation `turn` is applied."""
+    """A `LazyImage` of a JPEG file, opened as `image`."""
 
-    def __init__(self, content: bytes, key: str, stored: tuple[int, int], turn: int) -> None:
+    def __init__(self, content: bytes, key: str, image: Image.Image) -> None:
         self.content = content
-        self._key, self._stored, self._turn = key, stored, TURNS.get(turn)
-        self.size = stored[::-1] if self._turn in SIDEWAYS else stored
-        self.scales = tuple(scale for scale in SCALES if min(stored) >= SMALLEST_SCALED * scale)
+        self._key, self._stored, self._turn = key, image.size, TURNS.get(orientation(image))
+        self.size = image.size[::-1] if 5 <= orientation(image) <= 8 else image.size
+        self.scales = tuple(scale for scale in SCALES if min(image.size) >= SMALLEST_SCALED * scale)
 
     def pixels(self, scale: int = 1) -> np.ndarray:
         """See `LazyImage`; by simplejpeg where it is installed and accepts the file, else by Pillow."""
         width, height = (-(-side // scale) for side in self._stored)
         pixels = self._by_simplejpeg(width, height)
         if pixels is None:
-            with raise_as_broken_pair(self._key), Image.open(BytesIO(self.content), formats=FORMATS) as image:
+            with opened(self.content, self._key) as image:
                 if scale > 1:
                     image.draft(None, (self._stored[0] // scale, self._stored[1] // scale))
                 image.load()
@@ -77,17 +64,9 @@ class LazyJpeg:
 
 
 def open_image(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> LazyImage:
-    """Open an image file or its content; a JPEG is left undecoded, all others are decoded as by `decode`.
-
-    Raises:
-        BrokenPair: As `decode` does; a JPEG whose pixels are damaged raises it when they are asked for.
-    """
-    if isinstance(source, Path):
-        if check_file(source, key) > LARGEST_CONTENT:
-            return DecodedImage(decode(source, key, most_pixels))
-        with raise_as_broken_pair(key):
-            source = source.read_bytes()
-    with opened(source, key, most_pixels) as image:
-        if isinstance(source, bytes) and isinstance(image, JpegImageFile):
-            return LazyJpeg(source, key, image.size, orientation(image))
+    """Open an image file or its content as `decode` does; of a JPEG the pixels are decoded when they are asked for."""
+    content = source if isinstance(source, Image.Image) else read_content(source, key)
+    with opened(content, key, most_pixels) as image:
+        if isinstance(content, bytes) and isinstance(image, JpegImageFile):
+            return LazyJpeg(content, key, image)
         return DecodedImage(apply_exif(image))

@@ -1,9 +1,8 @@
 """Color jitter, grayscale and blur on whole batches, each sample with its own parameters.
 
-The operations are torchvision's on float images, to float32 rounding: `adjust_brightness`, `adjust_contrast`,
-`adjust_saturation`, `adjust_hue`, `rgb_to_grayscale` and `gaussian_blur`. torchvision takes one parameter for a whole
-batch; here every sample has its own, and its own order. Samples with the same order of operations are processed
-together, in chunks that stay in the processor's cache, and each operation runs only on the samples that need it.
+The operations are torchvision's on float images, to float32 rounding, which takes one parameter for a whole batch.
+Samples with the same order of operations are processed together, in chunks that stay in the processor's cache, and each
+operation runs only on the samples that need it.
 """
 
 import math
@@ -17,24 +16,13 @@ from torch import Tensor
 
 from declip.data.batch import Photometric
 
-LUMA = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue in a gray value, as torchvision has them (ITU-R 601-2)."""
-
-CHUNK_BYTES = 1 << 19
-"""Float32 bytes of the images processed together on a CPU. With temporaries they fit its second-level cache; half of it
-costs a tenth more time at 48 px, for the calls."""
-
-SIGMAS_KEPT = 6.0
-"""A tap of the blur further out than this many sigma weighs less than 2e-8 of the central one: no difference in
-float32, which has 24 bits."""
+LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue in a gray value, as torchvision has it (ITU-R 601-2)
+CHUNK_BYTES = 1 << 19  # of the float32 images processed together on a CPU: they fit its second-level cache
+SIGMAS_KEPT = 6.0  # a tap of the blur further out weighs less than 2e-8 of the central one: nothing in float32
 
 
 def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -> Tensor:
-    """Apply the sampled parameters, then normalize: (n, 3, H, W) uint8 to float32, on the images' device.
-
-    Args:
-        mean, std: (3,) float32 on the images' device.
-    """
+    """Apply the sampled parameters, then normalize: (n, 3, H, W) uint8 to float32, on the images' device."""
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     mean, std = mean.view(3, 1, 1), std.view(3, 1, 1)
     limit = len(images)
@@ -114,10 +102,9 @@ def saturation(images: Tensor, factor: Tensor) -> None:
 def hue(images: Tensor, shift: Tensor) -> None:
     """Turn the color circle by `shift` (n,), in turns, in place; lightness and chroma of each pixel stay.
 
-    torchvision converts to HSV and chooses one of six sectors. The same in closed form, in sixths of a turn: with M and
-    m the largest and smallest channel and C = M - m, a pixel's hue is sign(G - B) * (1 + (G + B - R - m) / C) in
-    [-3, 3], and a channel with its peak at hue p has the value m + C * clamp(2 - d, 0, 1), where
-    d = 3 - ||hue - p| - 3| is the distance to p around the circle.
+    In sixths of a turn: with M and m the largest and smallest channel and C = M - m, a pixel's hue is
+    sign(G - B) * (1 + (G + B - R - m) / C) in [-3, 3], and a channel with its peak at hue p has the value
+    m + C * clamp(2 - d, 0, 1), where d = 3 - ||hue - p| - 3| is the distance to p around the circle.
     """
     red, green, blue = images.unbind(1)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -162,7 +149,6 @@ def _like(images: Tensor, values: tuple[float, ...]) -> Tensor:
 
 
 def _luma(images: Tensor) -> Tensor:
-    """The gray value of each pixel: (n, 3, H, W) to (n, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 

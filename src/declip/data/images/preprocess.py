@@ -10,8 +10,7 @@ from torch import Tensor
 from declip.data.images.decode import rgb
 
 LONGEST_SHAPE = 10
-"""Only the middle of an image longer than this many times its shorter side is resized: the rest is cropped anyway, and
-a line of 1 x 30,000 pixels would become one of 224 x 6,720,000."""
+"""Only the middle of an image longer than this many times its shorter side is resized: the rest is cropped anyway."""
 
 
 class Preprocess:

@@ -4,20 +4,13 @@ from io import BytesIO
 
 from PIL import Image
 
-from declip.data.images.lazy import LARGEST_CONTENT, LazyJpeg
+from declip.data.images.lazy import LazyJpeg
 from declip.data.pair import LazyImage
 
-SIZE = 256
-"""Pixels of the shorter side: 1.15 times a view of 224, rounded."""
-
-FEW_COLORS = 256
-"""An image of at most so many colors is a drawing, which may be smaller as PNG, and without artifacts."""
-
-LONGEST_JPEG = 65_500
-"""Pixels, libjpeg's limit."""
-
-SCALED_TO = 2
-"""A JPEG is decoded no larger than this many times the result: the filter that shrinks it does the rest."""
+SIZE = 256  # pixels of the shorter side: 1.15 times a view of 224, rounded
+FEW_COLORS = 256  # an image of at most so many is a drawing, which may be smaller as PNG, and without artifacts
+LONGEST_JPEG = 65_500  # pixels, libjpeg's limit
+SCALED_TO = 2  # a JPEG is decoded no smaller than this many times the result: the filter that shrinks it does the rest
 
 
 def downscaled_bytes(image: LazyImage, size: int, quality: int) -> tuple[str, bytes]:
@@ -26,7 +19,7 @@ def downscaled_bytes(image: LazyImage, size: int, quality: int) -> tuple[str, by
     Returns the extension, "jpg" or "png", and the content. Raises `BrokenPair` where the image cannot be decoded.
     """
     short = min(image.size)
-    if isinstance(image, LazyJpeg) and short <= size and len(image.content) <= LARGEST_CONTENT:
+    if isinstance(image, LazyJpeg) and short <= size:
         image.pixels()  # raises where the file is damaged
         return "jpg", image.content
     scale = next((scale for scale in image.scales if short >= SCALED_TO * scale * size), 1)
@@ -35,9 +28,7 @@ def downscaled_bytes(image: LazyImage, size: int, quality: int) -> tuple[str, by
     if short > size:
         width, height = (max(size, round(side * size / short)) for side in image.size)
         decoded = decoded.resize((width, height), Image.Resampling.LANCZOS)
-    files = []
-    if max(decoded.size) <= LONGEST_JPEG:
-        files.append(("jpg", _encoded(decoded, "JPEG", quality=quality)))
+    files = [("jpg", _encoded(decoded, "JPEG", quality=quality))] if max(decoded.size) <= LONGEST_JPEG else []
     if is_drawing or not files:
         files.append(("png", _encoded(decoded, "PNG", optimize=True)))
     return min(files, key=lambda file: len(file[1]))

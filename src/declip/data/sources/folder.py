@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +13,10 @@ from declip.data.pair import LONGEST_CAPTION, BrokenPair, clean_captions
 from declip.data.sources.entry import EntrySource
 from declip.errors import UserError
 
-MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION
-"""A caption file beyond this is not read: it is another kind of file that happens to end in .txt."""
+MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # more is another kind of file that happens to end in .txt
 
 
 class ImageFile(NamedTuple):
-    """An image's path below its folder, as text, and the file."""
-
     key: str
     path: Path
 
@@ -34,16 +31,18 @@ class FolderSource(EntrySource):
         self.path = Path(path).expanduser()
         if not self.path.is_dir():
             raise UserError(f"There is no folder '{self.path}'.")
+        try:
+            os.scandir(self.path).close()
+        except OSError as error:
+            raise UserError(f"The folder '{self.path}' cannot be read: {error.strerror}.") from error
         self.name = self.path.name or str(self.path)
         # A million paths take 0.1 GB as Python strings in every worker, and a third of it here, shared. They are bytes
         # since not every file's name is UTF-8.
-        unread: list[OSError] = []
-        self._keys = pa.array(map(os.fsencode, sorted(_images(self.path, unread.append))), pa.large_binary())
+        self._keys = pa.array(map(os.fsencode, sorted(_images(self.path))), pa.large_binary())
         if not len(self._keys):
-            why = f" '{unread[0].filename}' cannot be read: {unread[0].strerror}." if unread else ""
             raise UserError(
-                f"The folder '{self.path}' holds no image ({', '.join(EXTENSIONS)}).{why} Of a folder of tables name "
-                "one, or in a recipe all of them: data.source=[a.csv,b.csv]. A folder of Parquet files holds no image."
+                f"The folder '{self.path}' holds no image ({', '.join(EXTENSIONS)}) that can be read. Of a folder of "
+                "tables name one, or in a recipe all of them: data.source=[a.csv,b.csv]."
             )
 
     def __len__(self) -> int:
@@ -63,20 +62,18 @@ class FolderSource(EntrySource):
                 raise BrokenPair("missing caption", key, f"{path} is not a file")
             with path.open("rb") as file:
                 content = file.read(MOST_CAPTION_BYTES + 1)
+            if len(content) > MOST_CAPTION_BYTES:
+                raise BrokenPair("caption too long", key, f"its file is longer than {MOST_CAPTION_BYTES:,} bytes")
+            return clean_captions(content.decode("utf-8-sig").splitlines(), key), ()
         except OSError as error:
             raise BrokenPair("missing caption", key, str(error)) from error
-        if len(content) > MOST_CAPTION_BYTES:
-            raise BrokenPair("caption too long", key, f"its file is longer than {MOST_CAPTION_BYTES:,} bytes")
-        try:
-            lines = content.decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error
-        return clean_captions(lines, key), ()
 
 
-def _images(root: Path, failed: Callable[[OSError], None]) -> Iterator[str]:
-    """Paths of the images, relative to `root`; folders that cannot be read are handed to `failed` and skipped."""
-    for folder, inner, names in os.walk(root, onerror=failed):
+def _images(root: Path) -> Iterator[str]:
+    """Paths of the images, relative to `root`; folders that cannot be read are skipped."""
+    for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:

@@ -1,5 +1,6 @@
 """The images of a source: one without a usable caption is still an image."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,14 +33,14 @@ class ImageSource:
 
     def __getitem__(self, index: int) -> CaptionedImage:
         """Read image `index`; raises `BrokenPair` where the image itself cannot be used."""
-        if not self.captioned:
-            return CaptionedImage(self.source.key(index), self.source.image(index), ())
-        try:
-            pair = self.source[index]
-        except BrokenPair as broken:
-            # Read again without the captions: where that fails too, the image is at fault.
-            return CaptionedImage(self.source.key(index), self.source.image(index), (), broken)
-        return CaptionedImage(pair.key, pair.image, pair.captions)
+        uncaptioned = None
+        if self.captioned:
+            try:
+                pair = self.source[index]
+                return CaptionedImage(pair.key, pair.image, pair.captions)
+            except BrokenPair as broken:
+                uncaptioned = broken  # read again without the captions: where that fails too, the image is at fault
+        return CaptionedImage(self.source.key(index), self.source.image(index), (), uncaptioned)
 
     def key(self, index: int) -> str:
         """The key of image `index`, which may not be unique; characters that are not Unicode become "?"."""
@@ -50,11 +51,9 @@ class ImageSource:
         return key.encode(errors="replace").decode()
 
     def origin(self, index: int) -> Origin:
-        """The place of image `index`; empty where the source has none."""
-        try:
+        origin = Origin()
+        with suppress(BrokenPair):
             origin = self.source.origin(index)
-        except BrokenPair:
-            return Origin()
         return origin._replace(path=origin.path.encode(errors="replace").decode())
 
 
@@ -66,7 +65,6 @@ def open_images(
     image_root: str | Path | None = None,
 ) -> ImageSource:
     """Open the images of a source as `open_source` does; `caption_column` is None for a table without captions."""
-    # The same column twice: the table then has every column that it needs, and captions are never read.
-    column = caption_column or image_column
+    column = caption_column or image_column  # twice the same: captions are never read
     source = open_source(spec, image_column=image_column, caption_column=column, image_root=image_root)
     return ImageSource(source, captioned=bool(caption_column) or not isinstance(source, TableSource))

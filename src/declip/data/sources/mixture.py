@@ -13,8 +13,6 @@ EXACT = 1e-9  # A fraction of a weight below this is a rounding error, such as i
 
 
 class Weighted(NamedTuple):
-    """A source and its weight."""
-
     source: PairSource
     weight: float
 
@@ -22,9 +20,8 @@ class Weighted(NamedTuple):
 class Mixture(DerivedSource):
     """Pairs of several sources; an epoch shows those of a source with weight w w times.
 
-    Its indices are copies of the sources laid end to end. Weight 2.25 makes three copies: two that are shown whole, so
-    that each time a pair gets views of its own, and one of which a quarter is shown, another one each epoch. So `len`
-    counts the indices, `shown` the pairs of an epoch, and `distinct` those of the sources.
+    Its indices are copies of the sources laid end to end: weight 2.25 makes two that are shown whole and one of which a
+    quarter is shown. So `len` counts the indices, `shown` the pairs of an epoch, `distinct` those of the sources.
     """
 
     def __init__(self, sources: Sequence[tuple[PairSource, float]]) -> None:
@@ -56,9 +53,6 @@ class Mixture(DerivedSource):
             raise IndexError(f"pair {index} of {len(self)}")
         copy = int(np.searchsorted(self._ends, index, "right"))
         return self._copies[copy], index - self._starts[copy]
-
-    def __reduce__(self) -> tuple[type["Mixture"], tuple[object, ...]]:
-        return Mixture, ([tuple(entry) for entry in self.sources],)
 
     def take(self, count: int, seed: int) -> "Mixture":
         """Choose pairs of all sources (see `choose`), the weights unchanged; a source without any is dropped."""

@@ -15,10 +15,6 @@ from declip.data.sources.subset import LIST_KIND, Subset, read_pair_list
 from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
 from declip.errors import UserError
 
-SEVERAL_TABLES = (
-    "Name one table, Parquet files ('data/*.parquet'), or in a recipe all of them: data.source=[a.parquet,b.parquet]."
-)
-
 
 def open_source(
     spec: str | Path | PairSource | Items,
@@ -33,13 +29,11 @@ def open_source(
 
     Args:
         spec: A built-in set such as "builtin:emoji", a table (.jsonl, .json, .csv, .tsv, .parquet), a folder or a
-            pattern of Parquet files, a folder of images with metadata.jsonl or metadata.csv, or with a text file of the
-            same name for each image, one caption per line, a dataset of Hugging Face's `datasets` as
-            "hf://datasets/OWNER/NAME:split" or a folder of `save_to_disk`, or tar shards: a .tar file, a folder of
-            them, a pattern, a brace range such as "data/{00000..00331}.tar", a URL, or several joined by "::"; or a
-            list of pairs of another source, as a split writes it (.pairs), which names its columns itself. In Python
-            also such a dataset, a source, or any object with `__len__` and `__getitem__`, see `ItemSource`.
-        image_column: A table's column with image paths or image bytes.
+            pattern of Parquet files, a folder of images with a metadata table or with a text file for each image, a
+            dataset of Hugging Face's `datasets` as "hf://datasets/OWNER/NAME:split" or a folder of `save_to_disk`, or
+            tar shards: a .tar file, a folder of them, a pattern, a brace range such as "data/{00000..00331}.tar", a
+            URL, or several joined by "::"; or a list of pairs (.pairs), which names its columns itself. In Python also
+            a dataset, a source, or any object with `__len__` and `__getitem__`, see `ItemSource`.
         group_column: A table's column whose equal cells mean the same thing.
         image_root: Folder of a table's image paths; by default the table's folder.
     """
@@ -58,7 +52,10 @@ def open_source(
         return TableSource(table, *columns)
     if names_shards(text):
         if text.lower().endswith(TABLE_KINDS):
-            raise UserError(f"'{text}' is not one table on this machine. {SEVERAL_TABLES}")
+            raise UserError(
+                f"'{text}' is not one table on this machine. Name one table, Parquet files ('data/*.parquet'), or in a "
+                "recipe all of them: data.source=[a.csv,b.csv]."
+            )
         return ShardSource(text)
     if path.is_dir():
         return ShardSource(text) if holds(path, ".tar") else FolderSource(path)
@@ -70,6 +67,10 @@ def open_source(
     if path.suffix.lower() == LIST_KIND:
         listed = read_pair_list(path)
         source = open_source(listed.source, **listed.columns)
-        listed.check(source, path)
+        if len(source) != listed.total:
+            raise UserError(
+                f"'{path}' lists pairs of '{listed.source}' when it had {listed.total:,}; now it has {len(source):,}. "
+                "Make the list anew in another folder."
+            )
         return Subset(source, np.array(listed.indices, np.int64))
     return TableSource(path, *columns)

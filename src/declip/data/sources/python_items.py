@@ -1,6 +1,7 @@
 """Pairs from a Python object: anything with `__len__` and `__getitem__`, such as a list or a dataset of torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,15 +20,11 @@ PEEKED_ITEMS = 100  # items read to learn their columns, until one can be read
 
 
 class Items(Protocol):
-    """An object with numbered items."""
-
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
 
 
 class Item(NamedTuple):
-    """An item's image, captions and keywords as they are."""
-
     key: str
     image: Any
     captions: list[str | None]
@@ -39,8 +36,7 @@ class ItemSource(EntrySource):
 
     An image is a PIL image, (H, W, 3) uint8, a path, bytes, or a dict of `bytes` and `path`; captions are one string or
     several. An item alone is an image without captions. Where the object has `classes` and `targets`, as torchvision's
-    datasets do, a number in the place of a caption is a class. An item that raises an error is a broken pair. Loader
-    processes fork, and read the object at the same time.
+    datasets do, a number in the place of a caption is a class.
     """
 
     def __init__(
@@ -59,20 +55,16 @@ class ItemSource(EntrySource):
         self.items, self.name = items, type(items).__name__
         if not len(items):
             raise UserError(f"The {self.name} has no items. It needs one for each pair.")
+        # Reading an item of anything but a list may cost as much as its pixels.
+        self._listed = isinstance(items, list | tuple)
         self.root = None if image_root is None else Path(image_root).expanduser()
         self._columns = (image_column, caption_column, keyword_column)
-        for index in range(min(len(items), PEEKED_ITEMS)):
-            try:
-                item = self._read(index)
-            except BrokenPair:
-                continue
-            if _is_row(item):
-                image = find_column(list(item), image_column, IMAGE_NAMES, "image", self.name)
-                caption = image
-                if caption_column != image_column:
-                    caption = find_column(list(item), caption_column, CAPTION_NAMES, "caption", self.name)
-                self._columns = (image, caption, keyword_column)
-            break
+        item: Any = next(self._readable(), None)
+        if _is_row(item):
+            image = caption = find_column(list(item), image_column, IMAGE_NAMES, "image", self.name)
+            if caption_column != image_column:
+                caption = find_column(list(item), caption_column, CAPTION_NAMES, "caption", self.name)
+            self._columns = (image, caption, keyword_column)
         names, labels = getattr(items, "classes", None), getattr(items, "targets", None)
         if names is not None and labels is not None and len(labels) == len(items):
             self.class_names, self.labels = tuple(map(str, names)), np.asarray(labels, np.int64)
@@ -81,11 +73,10 @@ class ItemSource(EntrySource):
         return len(self.items)
 
     def key(self, index: int) -> str:
-        # Reading an item of anything but a list may cost as much as its pixels.
-        return self.entry(index).key if isinstance(self.items, list | tuple) else f"item {index}"
+        return self.entry(index).key if self._listed else f"item {index}"
 
     def origin(self, index: int) -> Origin:
-        return super().origin(index) if isinstance(self.items, list | tuple) else Origin()
+        return super().origin(index) if self._listed else Origin()
 
     def entry(self, index: int) -> Item:
         item, (image, caption, keyword), key = self._read(index), self._columns, f"item {index}"
@@ -98,7 +89,7 @@ class ItemSource(EntrySource):
         if self.class_names is not None and isinstance(texts, int | np.integer) and 0 <= texts < len(self.class_names):
             texts = self.class_names[int(texts)]
         texts = as_texts(list(texts) if isinstance(texts, tuple) else texts, "unreadable item", key)
-        if isinstance(item, str | Path) and isinstance(self.items, list | tuple):
+        if isinstance(item, str | Path) and self._listed:
             key = str(item)
         return Item(key, item, texts, clean_keywords(keywords if isinstance(keywords, list | tuple) else ()))
 
@@ -109,16 +100,20 @@ class ItemSource(EntrySource):
         key, image = entry.key, entry.image
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
-        if image is None or (isinstance(image, str) and not image):
-            raise BrokenPair("missing image", key, "the item has none")
-        if isinstance(image, str | Path):
+        if isinstance(image, str | Path) and str(image):
             path = Path(image).expanduser()
             return path if self.root is None else image_below(self.root, str(path), key, follow=True)
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             return Image.fromarray(image)
         if isinstance(image, bytes | Image.Image):
             return image
-        raise BrokenPair("unreadable image", key, f"a {type(image).__name__}, not a PIL image, uint8 (H, W, 3) or path")
+        reason = "missing image" if image is None or isinstance(image, str) else "unreadable image"
+        raise BrokenPair(reason, key, f"a {type(image).__name__}, not a PIL image, uint8 (H, W, 3) or path")
+
+    def _readable(self) -> Iterator[Any]:
+        for index in range(min(len(self), PEEKED_ITEMS)):
+            with suppress(BrokenPair):
+                yield self._read(index)
 
     def _read(self, index: int) -> Any:
         try:
@@ -130,5 +125,4 @@ class ItemSource(EntrySource):
 
 
 def _is_row(item: Any) -> bool:
-    """Whether an item is a dict of columns, not one of an image."""
-    return isinstance(item, Mapping) and not item.keys() <= {"bytes", "path"}
+    return isinstance(item, Mapping) and not item.keys() <= {"bytes", "path"}  # else of an image

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from declip.data.sources import remote
-from declip.data.sources.shard_names import expand, is_url, path_of
+from declip.data.sources.remote import UnreadableShard
+from declip.data.sources.shard_names import expand, is_url
 from declip.errors import UserError
-from declip.io.atomic import DAY, atomic_write, cache_folder
+from declip.io.atomic import atomic_write, cache_folder
 from declip.io.memo import locked
 from declip.io.open_file import OpenFile
 
 OPEN_FILES = 64  # local shards that a process keeps open; opening one on a network file system takes milliseconds
-LAYOUT = 3  # raised when the index of a shard changes its meaning
+LAYOUT = 5  # raised when the index of a shard changes its meaning
 
 ASKED_AT_ONCE = 16
-RESTING = 60.0
-"""Seconds before a shard that could not be fetched is tried again: each of its pairs would wait as long."""
+RESTING = 60.0  # seconds before a shard that could not be fetched is tried again: each of its pairs would wait
 
 
 class Shard(NamedTuple):
@@ -33,32 +33,27 @@ class Shard(NamedTuple):
 
     @property
     def remote(self) -> bool:
-        """Whether it has to be fetched before it can be read."""
         return is_url(self.name)
 
     @property
     def label(self) -> str:
-        """The last part of its name."""
-        return path_of(self.name).rpartition("/")[2]
-
-
-class UnreadableShard(Exception):
-    """A shard that was there cannot be opened; the message is the reason."""
+        """The last part of its name, without a URL's query, which may be a signature."""
+        return (self.name.partition("?")[0] if self.remote else self.name).rpartition("/")[2]
 
 
 def find_shards(word: str) -> list[Shard]:
     """The shards that a word names (see `shard_names.expand`), in order."""
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        return [shard for shards in pool.map(_look_up, expand(word)) for shard in shards]
+    try:
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            return [shard for shards in pool.map(_look_up, expand(word)) for shard in shards]
+    except (UnreadableShard, OSError) as error:
+        raise UserError(f"A shard cannot be read: {error}.") from error
 
 
 def _look_up(name: str) -> list[Shard]:
     if is_url(name):
         return [_shard(url, url, size, version) for url, size, version in remote.look_up(name)]
-    try:
-        status = os.stat(name)
-    except OSError as error:
-        raise UserError(f"The shard '{name}' cannot be read: {error.strerror}.") from error
+    status = os.stat(name)
     return [_shard(name, str(Path(name).resolve()), status.st_size, str(status.st_mtime_ns))]
 
 
@@ -68,11 +63,7 @@ def _shard(name: str, place: str, size: int, version: str) -> Shard:
 
 
 class ShardFiles:
-    """Opens shards; remote ones are fetched whole, and the least recently used copies removed.
-
-    Args:
-        cache_gb: Limit of the copies in 10^9 bytes; the one in use stays even if it alone exceeds it.
-    """
+    """Opens shards; remote ones are fetched whole, and the least recently used copies beyond `cache_gb` removed."""
 
     def __init__(self, cache_gb: float) -> None:
         self._limit = cache_gb * 1e9
@@ -82,24 +73,16 @@ class ShardFiles:
     def open(self, shard: Shard) -> OpenFile:
         """Open a shard for reading; raises `UnreadableShard`, or `UserError` for a full disk."""
         try:
-            if not shard.remote:
-                return self.open_local(shard.name)
-            for _ in range(3):  # another process may remove the copy before it is opened
-                with suppress(FileNotFoundError):
-                    # Not kept open: it takes room on the disk until the last process closes it.
-                    return OpenFile(self._fetched(shard))
+            # A copy is not kept open: it takes room on the disk until the last process closes it.
+            return OpenFile(self._fetched(shard)) if shard.remote else self.open_local(shard.name)
         except OSError as error:
-            raise UnreadableShard(error.strerror or str(error)) from error
-        raise UnreadableShard("its copy is removed as soon as it is made; raise DECLIP_SHARD_CACHE_GB")
+            raise UnreadableShard(f"{shard.name}: {error.strerror or error}") from error
 
     def _fetched(self, shard: Shard) -> Path:
-        """The local copy of a remote shard, fetched if missing."""
         copy = cache_folder() / "shards" / "copies" / f"{shard.state}.tar"
-        try:
+        with suppress(FileNotFoundError):
             os.utime(copy)  # the time of its last use, for `_make_room`
             return copy
-        except FileNotFoundError:
-            pass
         since, reason = self._failed.get(shard.state, (-RESTING, ""))
         if time.monotonic() - since < RESTING:
             raise UnreadableShard(reason)
@@ -108,28 +91,18 @@ class ShardFiles:
                 try:
                     with atomic_write(copy) as partial:
                         remote.fetch(shard.name, partial, shard.size)
-                except remote.Unreachable as error:
+                except UnreadableShard as error:
                     self._failed[shard.state] = time.monotonic(), str(error)
-                    raise UnreadableShard(str(error)) from error
-        self._make_room(copy)
+                    raise
+        with suppress(FileNotFoundError):  # another process makes room, too
+            self._make_room(copy)
         return copy
 
     def _make_room(self, newest: Path) -> None:
-        """Remove the least recently used copies beyond the limit, and the files of killed processes."""
-        held: list[tuple[float, int, Path]] = []
-        for path in newest.parent.iterdir():
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            if path.suffix == ".tar":
-                held.append((status.st_mtime, status.st_size, path))
-            elif path.suffix == ".partial" and time.time() - status.st_mtime > DAY:
-                path.unlink(missing_ok=True)
-        total = sum(size for _, size, _ in held)
-        for _, size, path in sorted(held):
-            if total <= self._limit:
-                return
-            if path != newest:
-                path.unlink(missing_ok=True)
-                total -= size
+        """Remove the least recently used copies beyond the limit."""
+        copies = [(copy.stat(), copy) for copy in newest.parent.glob("*.tar")]
+        total = 0
+        for status, copy in sorted(copies, key=lambda entry: entry[0].st_mtime_ns, reverse=True):
+            total += status.st_size
+            if total > self._limit and copy != newest:
+                copy.unlink(missing_ok=True)

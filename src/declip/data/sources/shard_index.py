@@ -1,114 +1,61 @@
 """The index of a tar shard: the place of each pair's image and captions, built once and memory-mapped."""
 
 import re
-from array import array
+import tarfile
+from collections.abc import Mapping
 
-import numpy as np
 import pyarrow as pa
 
 from declip.data.images.decode import EXTENSIONS
-from declip.data.sources.tar_members import DamagedTar, members
+from declip.data.sources.tar_members import members
 from declip.errors import UserError
 from declip.io.open_file import OpenFile
 
 PARTS = ("image", "text", "json")
-KINDS = {ending.removeprefix("."): 0 for ending in EXTENSIONS} | {"txt": 1, "json": 2}
-"""Index into `PARTS` by extension."""
+KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS} | {"txt": "text", "json": "json"}
+"""The part that a file is, by its extension."""
 
-SAMPLE = re.compile(rb"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
-"""A key and its extension, split as WebDataset does: at the first dot of the name's last part."""
+SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^./]*)", re.DOTALL)
+"""A key and its extension; as in WebDataset the key ends at the first dot of the name's last part."""
 
-RANKS = {ending: rank for rank, ending in enumerate(dict.fromkeys(("jpg", "png", "jpeg", "webp", *KINDS)))}
-"""Of several images of a key the first in this order is read, as open_clip prefers them."""
+Places = Mapping[str, tuple[int, int]]
+"""Start and size in bytes of the parts that a pair has."""
 
-MISSING = -1
-DAMAGE = b"damage"
-"""Metadata key of the fault of a damaged shard, whose index ends with a row for the pairs that are lost."""
+SCHEMA = pa.schema([("key", pa.large_binary()), *((part, pa.list_(pa.int64(), 2)) for part in PARTS)])
 
 
-class ShardIndex:
-    """The pairs of a shard, in the order in which the shard first names them; `damage` is its fault, if any."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._keys = table["key"].chunk(0)
-        self._places = table["places"].chunk(0).flatten().to_numpy().reshape(-1, len(PARTS), 2)
-        damage = (table.schema.metadata or {}).get(DAMAGE)
-        self.damage: str | None = None if damage is None else damage.decode()
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, row: int) -> str:
-        """The pair's key; bytes that are not UTF-8 are escaped."""
-        return self._keys[row].as_py().decode(errors="backslashreplace")
-
-    def part(self, row: int, name: str) -> tuple[int, int] | None:
-        """Start and size in bytes of the "image", "text" or "json" of a pair; None where it is missing."""
-        at, size = self._places[row, PARTS.index(name)].tolist()
-        return None if at == MISSING else (at, size)
+def read_entry(index: pa.Table, row: int) -> tuple[str, Places]:
+    """A pair's key, whose bytes that are not UTF-8 are escaped, and its parts."""
+    places = {part: index[part][row].as_py() for part in PARTS}
+    key = index["key"][row].as_py().decode(errors="backslashreplace")
+    return key, {part: tuple(place) for part, place in places.items() if place is not None}
 
 
 def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
-    """Find the pairs of a shard: a row for each, `MISSING` where a part is, and one more for a damaged shard.
+    """Find the pairs of a shard, in the order in which it first names them; raises `UserError` for a damaged one.
 
-    Members of one key are a pair wherever they stand. A second image of the same extension, text or JSON of a key
-    begins another pair. A name such as "IMG_1.2.jpg", whose key would be "IMG_1" and its extension "2.jpg", is a row
-    without any part, so that it is counted.
+    Members of one key are a pair wherever they stand, with the first of several images. A second image of the same
+    extension, text or JSON of a key begins another pair.
     """
-    keys: list[bytes] = []
-    places = array("q")  # for each pair, start and size of each of `PARTS`
-    ranks: dict[int, int] = {}
-    latest: dict[bytes, int] = {}
-    dotted: dict[tuple[bytes, bytes], set[int]] = {}
-
-    def add(key: bytes) -> int:
-        latest[key] = len(keys)
-        keys.append(key)
-        places.extend([MISSING] * 2 * len(PARTS))
-        return latest[key]
-
-    damage = None
+    rows: list[dict[str, object]] = []
+    latest: dict[str, dict[str, object]] = {}
+    images: dict[str, str] = {}  # the extension of the latest pair's image by key
     try:
-        for name_in_tar, at, size in members(file):
-            match = SAMPLE.fullmatch(name_in_tar)
-            if match is None:
+        for member, at, size in members(file):
+            match = SAMPLE.fullmatch(member)
+            key, ending = (match[1], match[2].lower()) if match else ("", "")
+            if ending not in KINDS:
                 continue
-            key = match[1]
-            dots, _, ending = match[2].decode(errors="replace").lower().rpartition(".")
-            kind = KINDS.get(ending)
-            if kind is None:
+            part = KINDS[ending]
+            if part == "image" and images.setdefault(key, ending) != ending:
                 continue
-            if dots:
-                dotted.setdefault((key, name_in_tar.rpartition(b".")[0]), set()).add(kind)
-                continue
-            row, rank = latest.get(key), RANKS[ending]
-            taken = row is not None and places[2 * (len(PARTS) * row + kind)] != MISSING
-            if row is not None and taken and kind == 0 and rank != ranks[row]:
-                if rank > ranks[row]:
-                    continue
-            elif row is None or taken:
-                row = add(key)
-            if kind == 0:
-                ranks[row] = rank
-            place = 2 * (len(PARTS) * row + kind)
-            places[place], places[place + 1] = at, min(size, 1 << 62)
-    except DamagedTar as error:
-        damage = str(error)
-    except OSError as error:
-        raise UserError(f"The shard '{name}' cannot be read: {error.strerror}.") from error
-    for (key, stem), kinds in dotted.items():
-        # An image without a caption next to a pair's image, such as "1.seg.png", belongs to that pair.
-        if 0 in kinds and (len(kinds) > 1 or key not in latest):
-            add(stem)
-    if damage is not None:
-        if not keys:
-            raise UserError(
-                f"The shard '{name}' is no tar archive that can be read: {damage}. If it is compressed, unpack it once "
-                "(images are compressed already), else fetch or write it anew."
-            )
-        add(b"")
-    columns = [
-        pa.array(keys, pa.large_binary()),
-        pa.FixedSizeListArray.from_arrays(pa.array(np.frombuffer(places, np.int64)), 2 * len(PARTS)),
-    ]
-    return pa.record_batch(columns, ["key", "places"], metadata={} if damage is None else {DAMAGE: damage})
+            if key not in latest or part in latest[key]:
+                latest[key] = {"key": key.encode(errors="surrogateescape")}
+                rows.append(latest[key])
+            latest[key][part] = (at, size)
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(
+            f"The shard '{name}' is no tar archive that can be read beyond its first {len(rows):,} pairs: {error}. "
+            "Fetch or write it anew, or leave it out; one that is compressed has to be unpacked once."
+        ) from error
+    return pa.RecordBatch.from_pylist(rows, SCHEMA)

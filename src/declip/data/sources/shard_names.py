@@ -8,12 +8,10 @@ from declip.data.images.decode import EXTENSIONS
 from declip.errors import UserError
 
 SEPARATOR = "::"  # joins several words into one, as in open_clip's options
-
 MOST_SHARDS = 1_000_000
-NAMES_SHOWN = 5
 
 BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d+)\.\.(\d+)")
+RANGE = re.compile(r"(\d{1,15})\.\.(\d{1,15})")
 
 
 def names_shards(word: str) -> bool:
@@ -26,11 +24,6 @@ def names_shards(word: str) -> bool:
 def is_url(word: str) -> bool:
     """Whether a word is a URL rather than a path."""
     return "://" in word
-
-
-def path_of(url: str) -> str:
-    """A path or URL without a query, which may be a signature."""
-    return url.partition("?")[0] if is_url(url) else url
 
 
 def holds(folder: Path, ending: str) -> bool:
@@ -47,18 +40,11 @@ def expand(word: str) -> list[str]:
     """
     shards: list[str] = []
     for part in filter(None, map(str.strip, word.split(SEPARATOR))):
-        names = [part] if not is_url(part) and Path(part).expanduser().exists() else _braces(part)
-        files = [_files(name) for name in names]
-        missing = [name for name, some in zip(names, files, strict=True) if not some]
-        if missing:
-            shown = ", ".join(missing[:NAMES_SHOWN]) + (", …" if len(missing) > NAMES_SHOWN else "")
-            raise UserError(
-                f"There is no shard '{shown}'."
-                if len(names) == 1
-                else f"{len(missing)} of the {len(names)} shards of '{part}' are not there: {shown}. Fetch them, or "
-                "name those that are."
-            )
-        shards += [file for some in files for file in some]
+        for name in [part] if not is_url(part) and Path(part).expanduser().exists() else _braces(part):
+            files = _files(name)
+            if not files:
+                raise UserError(f"There is no shard '{name}'. Fetch it, or name those that are there.")
+            shards += files
     if not shards:
         raise UserError(f"'{word}' names no shard. Give a .tar file, a folder of them, a pattern or a URL.")
     return shards
@@ -76,24 +62,15 @@ def _files(name: str) -> list[str]:
 
 def _braces(word: str) -> list[str]:
     """Expand `{000..331}` (padded like its first number) and `{a,b}` as a shell does."""
-    waiting, names = [word], list[str]()
-    while waiting:
-        name = waiting.pop()
-        if braces := BRACES.search(name):
-            choices = _choices(braces[1])
-            waiting += [name[: braces.start()] + choice + name[braces.end() :] for choice in reversed(choices)]
-        else:
-            names.append(name)
-        if len(waiting) + len(names) > MOST_SHARDS:
-            raise UserError(f"'{word}' names more than {MOST_SHARDS:,} shards. Shorten its ranges.")
-    return names
-
-
-def _choices(inner: str) -> list[str]:
-    ends = RANGE.fullmatch(inner)
-    if ends is None:
-        return inner.split(",")
-    first, last = (int(end[:18]) for end in ends.groups())
-    step = 1 if first <= last else -1
-    some = range(first, last + step, step)[: MOST_SHARDS + 1]
-    return [str(number).zfill(len(ends[1])) for number in some]
+    braces = BRACES.search(word)
+    if braces is None:
+        return [word]
+    choices = braces[1].split(",")
+    if ends := RANGE.fullmatch(braces[1]):
+        first, last = int(ends[1]), int(ends[2])
+        if abs(last - first) >= MOST_SHARDS:
+            raise UserError(f"'{word}' names more than {MOST_SHARDS:,} shards. Shorten its range.")
+        step = 1 if first <= last else -1
+        choices = [str(number).zfill(len(ends[1])) for number in range(first, last + step, step)]
+    before, after = word[: braces.start()], word[braces.end() :]
+    return [name for choice in choices for name in _braces(before + choice + after)]

@@ -3,7 +3,7 @@
 import json
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,7 +13,6 @@ from declip.data.sources.origin import Origin
 from declip.errors import UserError
 
 LIST_KIND = ".pairs"
-LARGEST_LIST = 1 << 30  # bytes
 
 
 class DerivedSource(PairSource):
@@ -94,14 +93,6 @@ class PairList(NamedTuple):
     total: int
     indices: list[int]
 
-    def check(self, source: PairSource, path: Path) -> None:
-        """Refuse a list of a source that has changed since."""
-        if len(source) != self.total:
-            raise UserError(
-                f"'{path}' lists pairs of '{self.source}' when it had {self.total:,}; now it has {len(source):,}. Give "
-                "the pairs as they were, or make the list anew in another folder."
-            )
-
 
 def write_pair_list(path: Path, listed: PairList) -> None:
     """Write a list of pairs; a path of its source is made absolute, so that the list can be moved."""
@@ -113,13 +104,11 @@ def write_pair_list(path: Path, listed: PairList) -> None:
 def read_pair_list(path: Path) -> PairList:
     """Read a list of pairs; raises `UserError` where the file is none."""
     try:
-        tree: Any = json.loads(path.read_text("utf-8")) if path.stat().st_size <= LARGEST_LIST else None
-        listed = PairList(**tree)
+        listed = PairList(**json.loads(path.read_text("utf-8")))
         places = np.asarray(listed.indices)
-        fine = places.dtype == np.int64 and places.ndim == 1 and (np.diff(places) > 0).all() and places[0] >= 0
-        names = [listed.source, *listed.columns.values()]
-        fine = fine and places[-1] < listed.total and all(isinstance(name, str) for name in names)
-        if fine and not listed.source.lower().endswith(LIST_KIND):  # a list of itself would not end
+        rising = places.dtype == np.int64 and (np.diff(places, prepend=-1, append=listed.total) > 0).all()
+        texts = all(isinstance(name, str) for name in (listed.source, *listed.columns.values()))
+        if rising and texts and not listed.source.lower().endswith(LIST_KIND):  # no list of itself
             return listed
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
         pass

@@ -2,25 +2,22 @@
 
 import os
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, clean_captions, printable
-from declip.data.sources.delimited import DelimitedRows
 from declip.data.sources.entry import EntrySource, Texts
 from declip.data.sources.hf_dataset import DatasetRows, is_dataset, names_dataset
-from declip.data.sources.rows import ArrowRows, JsonRows, ParquetRows, TableRow, TableRows
+from declip.data.sources.rows import ParquetRows, TableRow, TableRows
 from declip.data.sources.shard_names import holds, is_url, names_shards
+from declip.data.sources.text_rows import DelimitedRows, JsonRows
 from declip.errors import UserError
 
-IMAGE_NAMES = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "image_file", "img")
+IMAGE_NAMES = ("image", "file_name", "image_path", "filepath", "file_path", "path", "filename", "image_file", "img")
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
 """Column names of public sets, most telling first; tried when the default column is missing."""
-
-MOST_COMPARED = 1_000  # columns among which a similar name is looked for; a file can have millions
 
 KINDS: dict[str, Callable[[Path], TableRows]] = {
     ".jsonl": JsonRows,
@@ -36,18 +33,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class TableSource(EntrySource):
-    """Pairs from the rows of a table: a file, Parquet files together, or a dataset of Hugging Face's `datasets`.
-
-    Rows with the same image, by its path as written or by its bytes, are one pair with several captions. In JSONL and
-    Parquet captions and keywords may be lists.
-
-    Args:
-        image_column: Column of image paths or, in Parquet, of bytes or structs of `bytes` and `path`.
-        image_root: Folder that paths are relative to and may not leave, not even by a link. None: the table's folder,
-            and any path is allowed.
-        keyword_column: Optional unless another name is given.
-        group_column: Column whose equal cells mean the same thing.
-    """
+    """Pairs from the rows of a table, see `open_source`; a keyword column is optional unless another name is given."""
 
     def __init__(
         self,
@@ -67,17 +53,13 @@ class TableSource(EntrySource):
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}' that image paths could be relative to.")
         columns = self.rows.columns
-        usual = ("image", "file_name", *IMAGE_NAMES) if path.name in METADATA else IMAGE_NAMES
-        image = find_column(columns, image_column, usual, "image", path)
-        caption = image
+        image = find_column(columns, image_column, IMAGE_NAMES, "image", path)
+        caption, keywords = image, None
         if caption_column != image_column:
             caption = find_column(columns, caption_column, CAPTION_NAMES, "caption", path)
-        keywords = None
         if caption != image and (keyword_column != "keywords" or "keywords" in by_lower_name(columns)):
             keywords = find_column(columns, keyword_column, ("keywords",), "keyword", path)
         self.group_column = group_column and find_column(columns, group_column, ("",), "group", path)
-        if isinstance(self.rows, ArrowRows):
-            self.rows.check_types(image, caption)
         self.rows.choose(image, caption, keywords, self.group_column)
         if not len(self.rows):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
@@ -117,9 +99,7 @@ def open_rows(path: Any) -> TableRows:
     path = Path(path).expanduser()
     if path.is_dir() or (not path.exists() and names_shards(str(path))):
         return ParquetRows(path)
-    if not path.is_file():
-        raise UserError(f"There is no table '{path}'.")
-    if path.suffix.lower() not in KINDS:
+    if not path.is_file() or path.suffix.lower() not in KINDS:
         raise UserError(f"'{path.name}' is not a table that can be read. Known: {', '.join(TABLE_KINDS)}.")
     return KINDS[path.suffix.lower()](path)
 
@@ -145,29 +125,19 @@ def by_lower_name(columns: Sequence[str]) -> dict[str, str]:
 
 
 def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path | str) -> str:
-    """Find a column: by the given name or, where that is the default and missing, by another usual name.
-
-    Args:
-        usual: Usual names, the default first; compared without case.
-        what: The content of the column, for the message.
-    """
-    if given in columns:
-        return only_one(columns, given, path)
+    """Find a column by the given name or, where that is `usual[0]` and missing, by another usual name in any case."""
     lower = by_lower_name(columns)
-    for name in usual if given == usual[0] else ():
-        if name in lower:
-            return only_one(columns, lower[name], path)
-    near = get_close_matches(given, columns[:MOST_COMPARED], n=1, cutoff=0.5)
-    hint = f" Did you mean '{printable(near[0])}'?" if near else ""
-    exist = ", ".join(f"'{printable(name[:40])}'" for name in columns[:30]) or "none"
-    raise UserError(
-        f"The table '{path}' has no column '{given}' for the {what}.{hint} Its columns: {exist}. "
-        f"Name the right one with {what}_column. In a recipe it is data.{what}_column."
-    )
-
-
-def only_one(columns: Sequence[str], name: str, path: Path | str) -> str:
-    """Return the name; raises `UserError` where several columns have it."""
-    if (count := list(columns).count(name)) > 1:
-        raise UserError(f"The table '{path}' has {count} columns named '{printable(name)}'. Rename all but one.")
-    return name
+    names = [given, *(lower[name] for name in usual if given == usual[0] and name in lower)]
+    column = next((name for name in names if name in columns), None)
+    if column is None:
+        exist = ", ".join(f"'{printable(name[:40])}'" for name in columns[:30]) or "none"
+        if len(columns) == 1 and ";" in columns[0]:
+            exist += ", so it seems to be separated by semicolons. Write it with commas"
+        key = "keywords" if what == "keyword" else what
+        raise UserError(
+            f"The table '{path}' has no column '{given}' for the {what}. Its columns: {exist}. "
+            f"Name the right one with {what}_column. In a recipe it is data.columns.{key}."
+        )
+    if (count := list(columns).count(column)) > 1:
+        raise UserError(f"The table '{path}' has {count} columns named '{printable(column)}'. Rename all but one.")
+    return column

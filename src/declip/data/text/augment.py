@@ -36,22 +36,19 @@ def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) ->
     As in the EDA paper, n = max(1, int(alpha * words)) words that have synonyms and aren't stop words are replaced, or
     two words are swapped n times, or each word is deleted with probability alpha, but never all of them. Capitals and
     punctuation stay; a caption of one word, or none, is unchanged.
-
-    Args:
-        alpha: Fraction of words to change, in [0, 1].
     """
     words = caption.split()
     if len(words) < 2:
         return caption
     count = max(1, int(alpha * len(words)))
-    operation = _below(3, generator)
-    if operation == 0:
-        changed = replace_words(words, count, generator)
-    elif operation == 1:
-        changed = swap_words(words, count, generator)
-    else:
-        changed = delete_words(words, alpha, generator)
-    return " ".join(changed)
+    match _below(3, generator):
+        case 0:
+            words = replace_words(words, count, generator)
+        case 1:
+            words = swap_words(words, count, generator)
+        case _:
+            words = delete_words(words, alpha, generator)
+    return " ".join(words)
 
 
 def replace_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
@@ -88,20 +85,12 @@ def delete_words(words: Sequence[str], probability: float, generator: np.random.
 
 
 def mask_tokens(
-    ids: Sequence[int],
-    generator: np.random.Generator,
-    tokenizer: CaptionTokenizer,
-    probability: float = 0.15,
+    ids: Sequence[int], generator: np.random.Generator, tokenizer: CaptionTokenizer, probability: float = 0.15
 ) -> tuple[list[int], list[int]]:
     """Corrupt token ids for masked-language modeling.
 
     Each token between start and end is chosen with `probability`. Of the chosen, 80 % become the mask, 10 % a random
-    word's id, 10 % stay. Start, end and the padding after end are never chosen, and never inserted. Padding is known by
-    its position: with CLIP's tokenizer its id is also a word's.
-
-    Args:
-        ids: (L,) ids of one text, start first, padded or not.
-        probability: Probability of choosing a token, in [0, 1].
+    word's id, 10 % stay. Padding, if any, is known by its position: with CLIP's tokenizer its id is also a word's.
 
     Returns:
         The corrupted ids (L,), and the labels (L,): the original id where a token was chosen, -100 elsewhere.
@@ -138,7 +127,6 @@ def _parse(word: str) -> tuple[str, str, str]:
 
 
 def _like(core: str, replacement: str) -> str:
-    """Give a replacement the capitals of the word that it replaces."""
     if core.isupper() and len(core) > 1:
         return replacement.upper()
     return replacement[0].upper() + replacement[1:] if core[0].isupper() else replacement

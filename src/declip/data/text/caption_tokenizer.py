@@ -3,7 +3,7 @@
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 
 import tokenizers
 import torch
@@ -47,24 +47,21 @@ class CaptionTokenizer(ABC):
     def spell(self, ids: list[int]) -> str:
         """The text of ids of words and masks."""
 
+    def ids(self, text: str) -> list[int]:
+        """The ids of one text: start, its words' and end; the words are truncated to `context` ids in total."""
+        return [self.start, *islice(self.word_ids(text), self.context - 2), self.end]
+
     def encode(self, text: str) -> list[int]:
-        """Encode one text as start, its words' ids and end; the words are truncated to `context` ids in total."""
         if not isinstance(text, str):
             raise UserError(f"A text must be a string; {type(text).__name__} was given: {text!r:.60}.")
-        return [self.start, *islice(self.word_ids(text), self.context - 2), self.end]
+        return self.ids(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids, with or without start and end; ids after the first end (padding) are ignored."""
-        kept: list[int] = []
-        for number in ids:
-            token = operator.index(number)
-            if token == self.end:
-                break
-            if not 0 <= token < self.vocabulary:
-                raise UserError(f"Token id {token} was given; this vocabulary has 0 to {self.vocabulary - 1}.")
-            if token != self.start:
-                kept.append(token)
-        return self.spell(kept)
+        kept = [*takewhile(lambda token: token != self.end, map(operator.index, ids))]
+        if wrong := [token for token in kept if not 0 <= token < self.vocabulary]:
+            raise UserError(f"Token id {wrong[0]} was given; this vocabulary has 0 to {self.vocabulary - 1}.")
+        return self.spell([token for token in kept if token != self.start])
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Encode one text or several as (n, L) int64, L the longest, rounded up to 8 and at most `context`."""
@@ -74,3 +71,14 @@ class CaptionTokenizer(ABC):
         longest = max(map(len, rows))
         width = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, self.context)
         return torch.tensor([row + [self.padding] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+
+def read_definition(definition: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json, which neither truncates nor pads."""
+    try:
+        library = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library knows no other class
+        raise UserError(f"The tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from error
+    library.no_truncation()
+    library.no_padding()
+    return library

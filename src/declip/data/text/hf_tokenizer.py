@@ -1,11 +1,8 @@
 """The tokenizer of a Hugging Face text encoder, by `tokenizers` alone: transformers is not needed."""
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 
-import tokenizers
-
-from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.data.text.caption_tokenizer import CaptionTokenizer, read_definition
 from declip.errors import UserError
 
 SPECIALS = ("start", "end", "mask", "padding")
@@ -16,19 +13,18 @@ class HuggingfaceTokenizer(CaptionTokenizer):
     """Turns texts into the ids that an encoder was trained with; its own normalizer cleans them.
 
     Ids equal those of transformers for every text with one exception: "[SEP]" and the like in a text are spelled out,
-    so that special ids stand only where this class or `mask_tokens` puts them. Masks are decoded as the encoder writes
-    them.
+    so that special ids stand only where this class or `mask_tokens` puts them.
 
     Args:
         definition: The content of tokenizer.json.
         specials: Ids of start, end, mask and padding.
-        context: Largest number of ids of a text, start and end included.
     """
 
     def __init__(self, definition: str, specials: Mapping[str, int], context: int) -> None:
         super().__init__(context)
         self._arguments = (definition, dict(specials), context)
-        self.library = _parsed(definition)
+        self.library = read_definition(definition)
+        self.library.encode_special_tokens = True
         ids = set(self.library.get_vocab(with_added_tokens=True).values())
         self.vocabulary = max(ids, default=-1) + 1
         if specials.keys() != set(SPECIALS) or not all(0 <= number < self.vocabulary for number in specials.values()):
@@ -48,17 +44,3 @@ class HuggingfaceTokenizer(CaptionTokenizer):
 
     def spell(self, ids: list[int]) -> str:
         return self.library.decode(ids, skip_special_tokens=False).strip()
-
-
-@lru_cache(maxsize=2)
-def _parsed(definition: str) -> tokenizers.Tokenizer:
-    """Parse a definition, once however many instances there are."""
-    try:
-        library = tokenizers.Tokenizer.from_str(definition)
-    except Exception as error:  # the library knows no other class
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"The text encoder's tokenizer cannot be read: {reason}") from error
-    library.no_truncation()
-    library.no_padding()
-    library.encode_special_tokens = True
-    return library

@@ -1,7 +1,7 @@
 """Synonyms of a word as it stands in a caption, from a table derived from WordNet 3.0.
 
 The table (assets/synonyms.txt.xz, made by benchmarks/build_synonyms.py) holds every form of every word that it knows,
-with the synonyms in the same form. Its license lies next to it in assets/LICENSE.wordnet.txt.
+with the synonyms in the same form.
 """
 
 import lzma
@@ -19,10 +19,7 @@ def table() -> dict[str, str]:
 
 @lru_cache(maxsize=2**16)
 def synonyms(word: str) -> tuple[str, ...]:
-    """Replacements of a lower-case word in the word's form: plurals for "sofas", "-ing" for "jumping".
-
-    Words or phrases other than the word, those of its most frequent sense first.
-    """
+    """Other words or phrases for a lower-case word in its form: plurals for "sofas", "-ing" for "jumping"."""
     joined = table().get(word)
     return tuple(joined.split("|")) if joined else ()
 

@@ -1,8 +1,7 @@
 """CLIP's byte-pair encoding, with `<|mask|>` appended.
 
-Ids: 256 bytes inside a word, 256 bytes at a word's end, one per merge, then start, end, mask. With all of
-CLIP's merges these are CLIP's own 49,408 ids and the mask, id 49,408. The merges are OpenAI's, under the MIT
-license in assets/LICENSE.clip.txt.
+Ids: 256 bytes inside a word, 256 bytes at a word's end, one per merge, then start, end, mask. With all merges these are
+CLIP's own 49,408 ids and the mask. The merges are OpenAI's, under the MIT license in assets/LICENSE.clip.txt.
 """
 
 import gzip
@@ -21,8 +20,7 @@ from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
 
 _MERGES = 48_894
-# CLIP's pattern without its special tokens. The text is in lower case, but ignoring case also changes the class of
-# some marks: U+0345 becomes a letter.
+# CLIP's pattern without its special tokens; ignoring case also makes U+0345 a letter.
 _PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 _LONGEST_CACHED = 64
 
@@ -31,17 +29,8 @@ class Tokenizer(CaptionTokenizer):
     """Turns texts into CLIP's token ids and back.
 
     Ids equal those of OpenAI's and open_clip's `SimpleTokenizer` for every text with one exception: nothing in a text
-    is read as a special token. A caption with "<|endoftext|>" in it is spelled out as punctuation and letters, so
-    start, end and mask stand only where this class or `mask_tokens` puts them, and pooling at the first end token is
-    safe. Texts are decoded in lower case with single spaces; encoding them again gives the same ids.
-
-    Each string between two spaces is looked up in a bounded cache; only a new one goes to the `tokenizers` library, by
-    one call. So that library's thread pool is never started, whatever TOKENIZERS_PARALLELISM is set to.
-
-    Args:
-        context: Largest number of ids of a text, start and end included.
-        merges: Number of CLIP's merges to use, the first ones; None for all 48,894. Few merges make a small vocabulary
-            for small models.
+    is read as a special token, so that pooling at the first end token is safe. Texts are decoded in lower case with
+    single spaces; encoding them again gives the same ids. Few `merges` make a small vocabulary for small models.
     """
 
     def __init__(self, context: int = 77, merges: int | None = None) -> None:
@@ -76,11 +65,17 @@ def clean(text: str) -> str:
 
 
 class _BytePairs:
-    """Byte-pair encoding of strings between two spaces, with the first `merges` of CLIP's merges."""
+    """Byte-pair encoding of strings between two spaces, with the first `merges` of CLIP's merges.
+
+    Each string is looked up in a bounded cache; a new one goes to the `tokenizers` library by a call of its own, so
+    that its thread pool is never started.
+    """
 
     def __init__(self, merges: int) -> None:
         letters = _byte_letters()
-        pairs = [(left, right) for left, right in map(str.split, _merge_lines()[:merges])]
+        packed = files("declip.data").joinpath("assets", "clip_merges.txt.gz").read_bytes()
+        lines = gzip.decompress(packed).decode("utf-8").splitlines()
+        pairs = [(left, right) for left, right in map(str.split, lines[1 : merges + 1])]
         ended = [letter + "</w>" for letter in letters.values()]
         vocabulary = [*letters.values(), *ended, *(left + right for left, right in pairs)]
         numbers = {piece: number for number, piece in enumerate(vocabulary)}
@@ -91,7 +86,6 @@ class _BytePairs:
         self.pieces = [piece.replace("</w>", " ").translate(bytes_of).encode("latin-1") for piece in vocabulary]
 
     def encode(self, word: str) -> tuple[int, ...]:
-        """Return a word's ids."""
         return self._cached(word) if len(word) <= _LONGEST_CACHED else self._encode(word)
 
     def _encode(self, word: str) -> tuple[int, ...]:
@@ -99,13 +93,6 @@ class _BytePairs:
 
 
 _bpe = lru_cache(maxsize=4)(_BytePairs)
-
-
-@lru_cache(maxsize=1)
-def _merge_lines() -> list[str]:
-    packed = files("declip.data").joinpath("assets", "clip_merges.txt.gz").read_bytes()
-    _, *lines = gzip.decompress(packed).decode("utf-8").splitlines()
-    return lines
 
 
 def _byte_letters() -> dict[int, str]:

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ftfy
-import tokenizers
 import torch
 
-from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.data.text.caption_tokenizer import CaptionTokenizer, read_definition
 from declip.data.text.tokenizer import Tokenizer
-from declip.errors import UserError
 
 PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 ALL_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -37,8 +35,6 @@ class WrappedTokenizer(CaptionTokenizer):
 
     Args:
         definition: Content of tokenizer.json; None for CLIP's own vocabulary.
-        padding: Id behind the end.
-        clean: A key of `CLEAN`.
         zeroed: Id that becomes 0 (CLIPA's separator).
     """
 
@@ -53,41 +49,29 @@ class WrappedTokenizer(CaptionTokenizer):
         }  # fmt: skip
         self.padding, self._clean, self._zeroed = padding, CLEAN[clean], zeroed
         self._clip = Tokenizer(context) if definition is None else None
-        self.library = self._clip.library if self._clip is not None else _parsed(str(definition), context)
-        self.vocabulary = self._clip.mask if self._clip is not None else self.library.get_vocab_size()
+        self.library = self._clip.library if self._clip else read_definition(str(definition))
+        if not self._clip:
+            self.library.enable_truncation(context)
+        self.vocabulary = self._clip.mask if self._clip else self.library.get_vocab_size()
         self.words = range(self.vocabulary)
         empty = self.encode("") or [padding]
         self.start, self.end = empty[0] if len(empty) > 1 else -1, empty[-1]
 
     def __reduce__(self) -> tuple[type["WrappedTokenizer"], tuple[Any, ...]]:
-        return type(self), tuple(self.stored[name] for name in ("definition", "context", "padding", "clean", "zeroed"))
+        return type(self), tuple(self.stored.values())
 
-    def encode(self, text: str) -> list[int]:
-        if not isinstance(text, str):
-            raise UserError(f"A text must be a string; {type(text).__name__} was given: {text!r:.60}.")
-        if self._clip is not None:
-            return self._clip.encode(self._clean(text))
-        ids: list[int] = self.library.encode(self._clean(text)).ids
+    def ids(self, text: str) -> list[int]:
+        text = self._clean(text)
+        ids = self._clip.ids(text) if self._clip else self.library.encode(text).ids
         return [0 if number == self._zeroed else number for number in ids]
 
     def word_ids(self, text: str) -> Iterable[int]:
-        if self._clip is not None:
-            return self._clip.word_ids(self._clean(text))
-        return self.library.encode(self._clean(text), add_special_tokens=False).ids
+        text = self._clean(text)
+        return self._clip.word_ids(text) if self._clip else self.library.encode(text, add_special_tokens=False).ids
 
     def spell(self, ids: list[int]) -> str:
-        return self._clip.spell(ids) if self._clip is not None else self.library.decode(ids).strip()
+        return self._clip.spell(ids) if self._clip else self.library.decode(ids).strip()
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         tokens = super().__call__(texts)
         return torch.nn.functional.pad(tokens, (0, self.context - tokens.shape[1]), value=self.padding)
-
-
-def _parsed(definition: str, context: int) -> tokenizers.Tokenizer:
-    try:
-        library = tokenizers.Tokenizer.from_str(definition)
-    except Exception as error:  # the library knows no other class
-        raise UserError(f"The tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from error
-    library.no_padding()
-    library.enable_truncation(context)
-    return library

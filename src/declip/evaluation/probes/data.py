@@ -1,17 +1,21 @@
 """Data of a probe: labeled features of three splits."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from declip.errors import UserError
+from declip.data.pair import PairSource
+from declip.errors import UserError, unknown
 from declip.evaluation.datasets import Dataset, LabeledSource, with_classes
-from declip.evaluation.feature_cache import FeatureCache
+from declip.evaluation.encode import Encoder, SourceFeatures
 from declip.evaluation.per_class import sample_per_class
+
+FeatureKind = Literal["backbone", "embedding"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,23 @@ class ProbeData:
         }
 
 
+def encoder_of(model: Encoder, kind: str) -> Callable[[Tensor], Tensor]:
+    """The function from normalized pixels (n, 3, S, S) to the features (n, width) that probes read.
+
+    "backbone" is `model.encode_backbone`, the pooled feature before the projection, not normalized, as in CLIP (Radford
+    et al. 2021, appendix A.3); "embedding" is `model.encode_image`.
+    """
+    methods = {"backbone": "encode_backbone", "embedding": "encode_image"}
+    if kind not in methods:
+        raise unknown("kind of features", kind, methods)
+    if not hasattr(model, methods[kind]):
+        raise UserError(
+            f"{type(model).__name__} has no `{methods[kind]}`, from pixels to features. Add it, or probe the projected "
+            "ones with features='embedding'."
+        )
+    return getattr(model, methods[kind])
+
+
 def check_probe(dataset: Dataset, task: str) -> None:
     """Check that a dataset can be probed, before anything is encoded."""
     if "train" not in dataset.openers:
@@ -71,21 +92,22 @@ def check_probe(dataset: Dataset, task: str) -> None:
         )
     splits = _splits(dataset)
     names = tuple(splits["test"].class_names)
-    for which, source in splits.items():
-        if tuple(source.class_names) != names:
-            raise UserError(
-                f"The {which} split of '{dataset.name}' has {len(source.class_names)} class names. A probe needs the "
-                f"{len(names)} of the test split, in the same order."
-            )
-    counts = np.bincount(splits["train"].labels, minlength=len(names))
-    if task != "knn" and (counts >= 2).sum() <= len(counts) / 2:
+    if any(tuple(source.class_names) != names for source in splits.values()):
+        raise UserError(f"The splits of '{dataset.name}' need the same {len(names)} class names, in the same order.")
+    few = int((np.bincount(splits["train"].labels, minlength=len(names)) < 2).sum())
+    if task != "knn" and few >= len(names) / 2:
         raise UserError(
-            f"'{dataset.name}' has fewer than two training images for {(counts < 2).sum():,} of its {len(counts):,} "
-            f"classes: too few to fit on some and choose the penalty on others, as '{task}' does. Use the task 'knn'."
+            f"'{dataset.name}' has fewer than two training images for {few:,} of its {len(names):,} classes: too few "
+            f"to fit on some and choose the penalty on others, as '{task}' does. Use the task 'knn'."
         )
 
 
-def read_probe_data(dataset: Dataset, cache: FeatureCache, device: torch.device | str = "cpu") -> ProbeData:
+def read_probe_data(
+    dataset: Dataset,
+    encode: Callable[[PairSource], SourceFeatures],
+    features: str = "backbone",
+    device: torch.device | str = "cpu",
+) -> ProbeData:
     """Encode the splits of a dataset that passes `check_probe`.
 
     Without a validation split, a fifth of each class's training images, chosen with a fixed seed, takes its place.
@@ -94,25 +116,17 @@ def read_probe_data(dataset: Dataset, cache: FeatureCache, device: torch.device 
     skipped: Counter[str] = Counter()
     splits = _splits(dataset)
     for which, source in splits.items():
-        features = cache.images(source, which)
-        labels = torch.from_numpy(np.asarray(source.labels, dtype=np.int64)[features.indices])
-        parts[which] = Labeled(features.images, labels)
-        skipped.update(features.skipped.counts)
+        encoded = encode(source)
+        labels = np.asarray(source.labels, dtype=np.int64)[encoded.indices]
+        parts[which] = Labeled(encoded.images, torch.from_numpy(labels))
+        skipped.update(encoded.skipped.counts)
     held_out = "validation split"
     if "validation" not in parts:
         held_out = "fifth of train"
         chosen = sample_per_class(parts["train"].labels.numpy(), a_fifth)
         parts["validation"], parts["train"] = parts["train"].take(chosen), parts["train"].take(~chosen)
-    return ProbeData(
-        dataset=dataset.name,
-        classes=len(splits["test"].class_names),
-        held_out=held_out,
-        features=cache.kind,
-        metric=dataset.metric,
-        skipped=dict(skipped),
-        device=device,
-        **parts,
-    )
+    classes, about = len(splits["test"].class_names), (held_out, features, dataset.metric, dict(skipped), device)
+    return ProbeData(dataset.name, classes, parts["train"], parts["validation"], parts["test"], *about)
 
 
 def a_fifth(count: int) -> int:

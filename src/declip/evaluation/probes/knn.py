@@ -18,29 +18,26 @@ BLOCK = 1 << 25  # cosines held at a time, about: 128 MB
 def knn_probe(data: ProbeData, neighbors: Sequence[int] = NEIGHBORS, *, block: int = BLOCK) -> KNNResult:
     """Let the k nearest of the training and validation images vote on each test image.
 
-    The vote is Wu et al. 2018's ("Unsupervised Feature Learning via Non-Parametric Instance Discrimination"), as in
-    DINO: a neighbor with cosine s adds exp(s / temperature) to its class. With k = 1 it is the nearest image's
-    class. Every k is reported and none chosen; one beyond the number of training images becomes it. Classes with equal
-    votes count against the model, so top-5 needs the class to be among the neighbors.
+    A neighbor with cosine s adds exp(s / temperature) to its class (Wu et al. 2018, "Unsupervised Feature Learning via
+    Non-Parametric Instance Discrimination", and DINO). Every k is reported and none chosen; one beyond the number of
+    training images becomes it. Classes with equal votes count against the model.
     """
     bank = data.train.join(data.validation)
     wanted = sorted({min(k, len(bank)) for k in neighbors})
     features, voters = normalize(bank.features.to(data.device), dim=1), bank.labels.to(data.device)
     ranks: dict[int, list[Tensor]] = {k: [] for k in wanted}
-    rows = max(1, block // max(len(bank), data.classes))
-    for queries, right in zip(
-        data.test.features.split(rows), data.test.labels.to(data.device).split(rows), strict=True
-    ):
+    rows, labels = max(1, block // max(len(bank), data.classes)), data.test.labels
+    for queries, right in zip(data.test.features.split(rows), labels.to(data.device).split(rows), strict=True):
         near, places = (normalize(queries.to(data.device), dim=1) @ features.T).topk(wanted[-1], dim=1)
         # Relative to the nearest, which changes no order and cannot overflow.
         weights = ((near - near[:, :1]) / TEMPERATURE).exp()
         for k in wanted:
             ranks[k].append(vote_ranks(weights[:, :k], voters[places[:, :k]], right, data.classes).cpu())
-    labels, votes = data.test.labels.numpy(), []
+    votes = []
     for k, parts in ranks.items():
         rank = torch.cat(parts).numpy()
-        first, mean = score(rank <= 1, labels), score(rank <= 1, labels, "mean_per_class")
-        votes.append(Votes(k=k, top1=first, top5=score(rank <= 5, labels), mean_per_class=mean))
+        mean_per_class = score(rank <= 1, labels.numpy(), "mean_per_class")
+        votes.append(Votes(k, float((rank <= 1).mean()), float((rank <= 5).mean()), mean_per_class))
     return KNNResult(**data.about, temperature=TEMPERATURE, votes=tuple(votes))
 
 

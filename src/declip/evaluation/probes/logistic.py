@@ -5,7 +5,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -13,8 +12,7 @@ from declip.errors import UserError
 
 BLOCK, BLOCK_ON_GPU = 1 << 20, 1 << 26  # scores held at a time
 FIRST_STAGE = 20  # iterations after which the curvature is estimated anew
-SAMPLE = 4096
-"""Rows that curvature and covariance are estimated on, at least. They set the step lengths, not the minimum."""
+SAMPLE = 4096  # rows at least that curvature and covariance are estimated on: step lengths, not the minimum
 ROUNDING = 64 * torch.finfo(torch.float64).eps
 
 
@@ -30,20 +28,21 @@ class Classifier:
     converged: bool
 
     def scores(self, features: Tensor) -> Tensor:
-        """Features (n, d) → logits (n, K) in their dtype, on their device."""
+        """Logits (n, K) of features (n, d)."""
         return torch.addmm(self.bias.to(features), features, self.weight.to(features).T)
 
     def measure(self, features: Tensor, labels: Tensor) -> tuple[np.ndarray, float]:
         """Whether each row (n, d) is right, (n,) bool; NaN is not. And the mean loss of the rows of fitted classes."""
         present, rows = self.present.to(labels.device), _block_rows(features, len(self.present))
+        known = torch.isin(labels, present)
+        targets = torch.searchsorted(present, labels).where(known, -1)
         right, total = [], 0.0
-        for part, wanted in zip(features.split(rows), labels.split(rows), strict=True):
-            scores, known = self.scores(part), torch.isin(wanted, present)
+        for part, wanted in zip(features.split(rows), targets.split(rows), strict=True):
+            scores = self.scores(part)
             best = scores.max(1)
-            right.append((present[best.indices] == wanted) & ~best.values.isnan())
-            targets = torch.searchsorted(present, wanted[known])
-            total += float(cross_entropy(scores[known], targets, reduction="sum"))
-        return torch.cat(right).cpu().numpy(), total / max(1, int(torch.isin(labels, present).sum()))
+            right.append((best.indices == wanted) & ~best.values.isnan())
+            total += float(cross_entropy(scores, wanted, ignore_index=-1, reduction="sum"))
+        return torch.cat(right).cpu().numpy(), total / max(1, int(known.sum()))
 
 
 class LogisticProblem:
@@ -68,12 +67,7 @@ class LogisticProblem:
     """
 
     def __init__(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, features: Tensor, labels: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         self.present, compact = labels.unique(return_inverse=True)
         if len(self.present) < 2:
@@ -92,10 +86,9 @@ class LogisticProblem:
     def fit(
         self, C: float, *, start: Classifier | None = None, tolerance: float = 1e-4, max_iterations: int = 1000
     ) -> Classifier:
-        """Find the minimum for one C by L-BFGS.
+        """Find the minimum for one C by L-BFGS, from the fit with another C or from zero.
 
         Args:
-            start: A fit with another C to start from; None starts from zero.
             tolerance: Largest entry of the mean loss's gradient in the coordinates above, over the root of the
                 loss where that is below 1. Half the gradient's squared length there is about what is left to gain, so
                 the default leaves about 1e-7 of the loss. In float32, rounding makes 1e-5 and less useless.
@@ -112,28 +105,18 @@ class LogisticProblem:
         for allowed in (min(FIRST_STAGE, max_iterations), max_iterations):
             near, curvature = self._estimate(weight, penalty)
             lengths, enough = (curvature * self.spread + penalty).rsqrt(), tolerance * min(1.0, near) ** 0.5
-            # One thread for scipy's own steps, whose threads would wait for torch's.
-            with threadpool_limits(1, user_api="blas"):
-                found = minimize(
-                    partial(self._loss, lengths, penalty),
-                    (weight / lengths).flatten().cpu().numpy(),
-                    jac=True,
-                    method="L-BFGS-B",
-                    options={"maxiter": allowed - done, "maxfun": 2 * max_iterations, "gtol": enough, "ftol": ROUNDING},
-                )
+            options = {"maxiter": allowed - done, "maxfun": 2 * max_iterations, "gtol": enough, "ftol": ROUNDING}
+            begin = (weight / lengths).flatten().cpu().numpy()
+            loss = partial(self._loss, lengths, penalty)
+            found = minimize(loss, begin, jac=True, method="L-BFGS-B", options=options)
             weight, done = torch.from_numpy(found.x).to(weight).view_as(weight) * lengths, done + int(found.nit)
             if done >= max_iterations:
                 break
         turned = weight[:, :-1] @ self.axes.T
-        return Classifier(
-            weight=turned.cpu(),
-            bias=(weight[:, -1] - turned @ self.mean).cpu(),
-            present=self.present.cpu(),
-            C=C,
-            iterations=done,
-            # Rounding may end the line search a little before the tolerance.
-            converged=done < max_iterations and float(abs(found.jac).max()) <= 10 * enough,
-        )
+        bias = weight[:, -1] - turned @ self.mean
+        # Rounding may end the line search a little before the tolerance.
+        converged = done < max_iterations and float(abs(found.jac).max()) <= 10 * enough
+        return Classifier(turned.cpu(), bias.cpu(), self.present.cpu(), C, done, converged)
 
     @torch.enable_grad()
     def _loss(self, lengths: Tensor, penalty: Tensor, steps: np.ndarray) -> tuple[float, np.ndarray]:

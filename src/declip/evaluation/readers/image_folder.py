@@ -1,7 +1,7 @@
 """A folder of images with one folder per class: any, Caltech-101, ImageNet and its relatives."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,6 @@ def image_folder(name: str, root: Path) -> Openers:
 
     The folders' names, underscores as spaces, are the class names. Without a test folder the validation folder is it.
     """
-    if not root.is_dir():
-        raise UserError(f"There is no folder '{root}'.")
     folders = {
         which: root / inner for which, names in SPLITS.items() for inner in reversed(names) if (root / inner).is_dir()
     }
@@ -98,29 +96,18 @@ def _images(
 
     Where `sampled` is "train", 30 of each class, fewer where none would be left; where it is "test", all others.
     """
-    rows = [
-        (path, label)
-        for inner, label in sorted((inner, label) for label, inner in enumerate(raw))
-        for path in sorted(_walk(folder / inner), key=os.path.split)
-    ]
-    labels = np.array([label for _, label in rows], dtype=np.int64)
-    chosen = np.ones(len(rows), dtype=bool)
+    paths: list[Path] = []
+    labels: list[int] = []
+    for inner, label in sorted((inner, label) for label, inner in enumerate(raw)):
+        below = [Path(place, file) for place, _, files in os.walk(folder / inner) for file in files]
+        images = sorted((path for path in below if path.suffix.lower() in EXTENSIONS), key=os.path.split)
+        paths += images
+        labels += [label] * len(images)
+    chosen = np.ones(len(paths), dtype=bool)
     if sampled is not None:
-        chosen = sample_per_class(labels, lambda count: min(30, max(count - 1, 1))) == (sampled == "train")
-    files = FileList(name, folder, [path for (path, _), kept in zip(rows, chosen, strict=True) if kept])
-    return Classified(files, labels[chosen], shown)
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """The images below a folder; a folder is entered once, however many links lead back to it."""
-    entered = set[str]()
-    for inner, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        if (place := os.path.realpath(inner)) in entered:
-            folders.clear()
-            continue
-        entered.add(place)
-        yield from (os.path.join(inner, file) for file in files if file.lower().endswith(EXTENSIONS))
+        chosen = sample_per_class(np.array(labels), lambda count: min(30, max(count - 1, 1))) == (sampled == "train")
+    files = FileList(name, folder, [path for path, kept in zip(paths, chosen, strict=True) if kept])
+    return Classified(files, np.array(labels, dtype=np.int64)[chosen], shown)
 
 
 def _inner(folder: Path) -> list[str]:

@@ -24,9 +24,7 @@ LABEL_NAMES = ("label", "class", "class_name", "category")
 """Names of the column of labels where none is given, in the order of preference."""
 
 SPLIT_NAMES = ("split",)
-
-LONGEST_LABEL = 1_000
-"""Characters. A label is a name, not a text."""
+LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
 
 Cell = str | BrokenPair
 
@@ -39,12 +37,13 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
     """
     rows = open_rows(table_path)
     path, columns = rows.path, rows.columns
-    if label_column is None and not _has(columns, LABEL_NAMES):
+    lower = by_lower_name(columns).keys()
+    if label_column is None and lower.isdisjoint(LABEL_NAMES):
         return None
     if label_column is not None and label_column not in columns:
         raise unknown(f"column of labels in '{path.name}'", label_column, columns)
     column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
-    captioned = _has(columns, CAPTION_NAMES)
+    captioned = not lower.isdisjoint(CAPTION_NAMES)
     image = find_column(columns, "image", IMAGE_NAMES, "image", path)
     table = TableSource(table_path, image, "caption" if captioned else image)
     cells = _cells(table, open_rows(table_path), column)
@@ -52,16 +51,17 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
     if len(names) < 2:
         raise UserError(f"Column '{column}' of '{path}' has {len(names)} classes. It needs at least two.")
     label_of = {name: label for label, name in enumerate(names)}
-    broken = {
-        row: BrokenPair("missing label", table.key(row), f"'{cell}' is none of the classes")
-        if isinstance(cell, str)
-        else cell
-        for row, cell in enumerate(cells)
-        if cell not in label_of
-    }
-    labels = np.array([label_of.get(str(cell), 0) for cell in cells], dtype=np.int64)
+    labels = np.zeros(len(cells), dtype=np.int64)
+    broken: dict[int, BrokenPair] = {}
+    for row, cell in enumerate(cells):
+        if isinstance(cell, BrokenPair):
+            broken[row] = cell
+        elif cell in label_of:
+            labels[row] = label_of[cell]
+        else:
+            broken[row] = BrokenPair("missing label", table.key(row), f"'{cell}' is none of the classes")
     split_of = np.array(["test"] * len(table))
-    if _has(columns, SPLIT_NAMES):
+    if not lower.isdisjoint(SPLIT_NAMES):
         split_column = find_column(columns, SPLIT_NAMES[0], SPLIT_NAMES, "split", path)
         split_cells = _cells(table, open_rows(table_path), split_column)
         split_of = np.array([_split(cell) for cell in split_cells])
@@ -78,10 +78,6 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
     }
 
 
-def _has(columns: Sequence[str], names: Sequence[str]) -> bool:
-    return not by_lower_name(columns).keys().isdisjoint(names)
-
-
 def _split(cell: Cell) -> str:
     """The split that a cell names, or nothing; a damaged row counts among the test's broken pairs."""
     if isinstance(cell, BrokenPair):
@@ -95,28 +91,25 @@ def _ordered(names: set[str]) -> list[str]:
     return sorted(names, key=int) if numbers else sorted(names)
 
 
-def _cells(table: TableSource, labels: TableRows, column: str) -> list[Cell]:
+def _cells(table: TableSource, rows: TableRows, column: str) -> list[Cell]:
     """For each pair of the table, its one value in a column as text, or the reason why it has none."""
-    names = _known_names(labels, column)
-    labels.choose(column, column)
-
-    def cell(index: int) -> Cell:
+    names = _known_names(rows, column)
+    rows.choose(column, column)
+    cells: list[Cell] = []
+    for index in range(len(table)):
         try:
-            key, values = table.key(index), labels.pair(table.rows.numbers(index)).values()
-            return _text(key, [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values])
+            key, values = table.key(index), rows.pair(table.rows.numbers(index)).values
+            cells.append(_text(key, [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]))
         except BrokenPair as broken:
-            return broken
-
-    return [cell(index) for index in range(len(table))]
+            cells.append(broken)
+    return cells
 
 
 def _known_names(rows: TableRows, column: str) -> list[str]:
     """The names that Hugging Face's `datasets` stores for a column of class numbers; none for other files."""
-    if not isinstance(rows, ArrowRows):
-        return []
-    metadata = (rows.arrow_schema.metadata or {}).get(b"huggingface")
+    metadata = (rows.arrow_schema.metadata or {}) if isinstance(rows, ArrowRows) else {}
     try:
-        names = json.loads(metadata)["info"]["features"][column]["names"] if metadata else []
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
         return [" ".join(name.split()) for name in names]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return []

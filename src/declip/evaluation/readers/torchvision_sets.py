@@ -53,25 +53,20 @@ def _read(name: str, root: Path, argument: str | bool) -> Classified:
 
 def sun397(name: str, root: Path) -> Openers:
     """Open SUN397 in its official first partition (Xiao et al. 2010), whose lists are in one of `SUN_PLACES`."""
-    places = (root / place for place in SUN_PLACES)
-    lists = next((place for place in places if all((place / file).is_file() for file in SUN_LISTS.values())), None)
-    if lists is None:
-        raise UserError(
-            f"'{name}' expects in '{root}' SUN397/ and the lists {' and '.join(SUN_LISTS.values())} of its official "
-            "first partition, from the archive Partitions.zip of the SUN database."
-        )
-    return {which: partial(_sun, name, root / "SUN397", lists / file) for which, file in SUN_LISTS.items()}
+    for place in SUN_PLACES:
+        if all((root / place / file).is_file() for file in SUN_LISTS.values()):
+            return {which: partial(_sun, name, root / "SUN397", root / place / SUN_LISTS[which]) for which in SUN_LISTS}
+    raise UserError(
+        f"'{name}' expects in '{root}' SUN397/ and the lists {' and '.join(SUN_LISTS.values())} of its official first "
+        "partition, from the archive Partitions.zip of the SUN database."
+    )
 
 
 def _sun(name: str, folder: Path, path: Path) -> Classified:
-    classes = [line[3:] for line in _lines(folder / "ClassName.txt")]
+    classes = [line[3:] for line in (folder / "ClassName.txt").read_text(encoding="utf-8").split()]
+    keys = [line.lstrip("/") for line in path.read_text(encoding="utf-8").split()]
     label_of = {raw: label for label, raw in enumerate(classes)}
-    keys = [line.lstrip("/") for line in _lines(path)]
     # "a/abbey/sun_aaa.jpg": the first letter, the class, which may hold a slash itself, and the file.
     labels = [label_of[key.partition("/")[2].rpartition("/")[0]] for key in keys]
     names = class_names(name, [raw.replace("/", " ") for raw in classes])
     return Classified(FileList(name, folder, keys), labels, names)
-
-
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,0 +1,102 @@
+"""`builtin:clipart`, drawings of the Open Clip Art Library, and `builtin:stamps`, Tux Paint's, each with a sentence.
+
+Other sources than emoji and icons, for transfer. Tables have the chosen drawings: readable titles, no series, no logos.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+
+from declip.data.builtin.fetch import DebianPackage, Packages
+from declip.data.builtin.pictures import BuiltinSet, Row, Selection, read_rows, split_texts
+from declip.data.builtin.render import fill_square, rasterize_page
+
+
+class Clipart(BuiltinSet):
+    """The clip art: by path; the class of a drawing is its title, and several drawings may be of one class."""
+
+    name, layout, effort = "clipart", 1, "25 MB to fetch, about a minute"
+    side = 96
+    packages = DebianPackage("openclipart-svg", "usr/share/openclipart/svg")
+    splits = ("clipart",)
+    credit = "Open Clip Art Library 0.18 and its contributors, public domain"
+
+    def select(self, split: str, table: list[Row]) -> Selection:
+        return Selection(table, self.credit, "title")
+
+    def choose(self, packages: Packages) -> list[Row]:
+        return [
+            {
+                **row,
+                "category": row["key"].split("/")[0].replace("_", " "),
+                "licence": "public domain",
+                "captions": [row["title"]],
+                "keywords": split_texts(row["keywords"]),
+            }
+            for row in read_rows("clipart")
+        ]
+
+    def pixels(self, row: Row, packages: Packages) -> np.ndarray | None:
+        path = packages[self.packages.name].folder / row["key"]
+        try:
+            return rasterize_page(path.read_text(encoding="utf-8"), self.side)
+        except (OSError, ValueError):
+            return None
+
+    def credits(self, packages: Packages, rows: list[Row]) -> list[str]:
+        return [f"{len(rows)} drawings: {self.credit}, named in pairs.parquet"]
+
+
+class Stamps(BuiltinSet):
+    """The stamps: by path; "stamps" and "stamps-photos" by name, "stamps-kinds" in two parts that share no name."""
+
+    name, layout, effort = "stamps", 1, "81 MB to fetch, about a minute"
+    side = 128  # half of the stamps are larger than 193
+    packages = DebianPackage("tuxpaint-stamps-default", "usr/share/tuxpaint/stamps")
+    splits: ClassVar[Mapping[str, str]] = {
+        "stamps": "name",
+        "stamps-photos": "name",
+        "stamps-kinds": "kind",
+        "stamps-kinds-train": "kind",
+    }
+    credit = "Tux Paint stamps by Bill Kendrick and contributors, GPL-2"
+
+    def select(self, split: str, table: list[Row]) -> Selection:
+        """The stamps that have a name, the photographs among them, or one part of those that are of a kind."""
+        column = self.splits[split]
+        rows = [row for row in table if row[column] and (row["photo"] or split != "stamps-photos")]
+        names = sorted({row[column] for row in rows})
+        if column == "kind":
+            rows = [row for row in rows if row["test"] == (split == "stamps-kinds")]
+        return Selection(rows, self.credit, column, names)
+
+    def choose(self, packages: Packages) -> list[Row]:
+        folder, rows = packages[self.packages.name].folder, []
+        for row in read_rows("stamps"):
+            sentence = (folder / f"{row['key']}.txt").read_text(encoding="utf-8").partition("\n")[0]
+            rows.append(
+                {
+                    **row,
+                    "photo": row["photo"] == "1",
+                    "test": row["test"] == "1",
+                    "licence": "GPL-2",
+                    "captions": [" ".join(sentence.split()), *split_texts(row["name"])],
+                    "keywords": [name.replace("_", " ") for name in row["key"].split("/")[:-1]],
+                }
+            )
+        return rows
+
+    def pixels(self, row: Row, packages: Packages) -> np.ndarray:
+        path = packages[self.packages.name].folder / f"{row['key']}.png"
+        with Image.open(path, formats=["PNG"]) as image:
+            drawn = image.convert("RGBA")
+        white = Image.new("RGBA", drawn.size, "white")
+        return fill_square(Image.alpha_composite(white, drawn).convert("RGB"), self.side)
+
+    def credits(self, packages: Packages, rows: list[Row]) -> list[str]:
+        return [f"{len(rows)} images: {self.credit}, https://www.gnu.org/licenses/old-licenses/gpl-2.0.html"]
+
+
+CLIPART, STAMPS = Clipart(), Stamps()

@@ -1,0 +1,92 @@
+"""A step on a pretended GPU: its memory against a measured step, and that no step waits for the device."""
+
+import sys
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from conftest import TINY, WEIGHTS
+from declip.errors import UserError
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.supervision.objective import Objective
+from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.parallel import Learner
+from declip.training.setup import plan_of
+from declip.training.step import StepParts, training_step
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from fake_step import _batch, fake_step, main
+
+EVERY_LOSS = {**WEIGHTS["defilip"], "simclr": 0.2}
+VIEW = {"scale": (0.5, 1.0)}
+
+
+def recipe_of(losses: dict[str, float], train: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    train = {**TINY["train"], "batch_size": 4, "precision": "bf16", **(train or {})}
+    return Recipe.model_validate({**TINY, "name": "tiny", "loss_weights": losses, **sections, "train": train})
+
+
+def parts_of(recipe: Recipe, device: str) -> StepParts:
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe).to(device)
+    objective = Objective(recipe, model).to(device)
+    plan, learner = plan_of(recipe), Learner(model, objective).train()
+    optimizer = build_optimizer(named_trainable(model, objective), recipe.train)
+    mean, std = (torch.tensor(values, device=device) for values in (plan.mean, plan.std))
+    return StepParts(learner, optimizer, mean, std, precision=recipe.train.precision, grad_clip_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    ("train", "sections"),
+    [
+        ({"length_buckets": 2, "grad_clip_norm": 1.0}, {"views": {"contrastive_view": VIEW}}),
+        ({"grad_cache_chunk": 3, "optimizer": "muon"}, {"masked_language": {"mask_contrastive_text": False}}),
+    ],
+)
+def test_no_step_waits_for_the_device(train: dict[str, Any], sections: dict[str, Any]) -> None:
+    losses = EVERY_LOSS if "views" in sections else WEIGHTS["declip"]
+    found = fake_step(recipe_of(losses, train, **sections))
+    assert found.waits == ()
+    assert found.peak_bytes > found.state_bytes > 0
+
+
+def test_what_waits_is_named() -> None:
+    found = fake_step(recipe_of(WEIGHTS["clip"], {"max_nonfinite_steps": 1}))
+    assert len(found.waits) == 1
+    assert found.waits[0].startswith("step.py:")
+    assert found.waits[0].endswith(("is_nonzero", "_local_scalar_dense"))
+
+
+def test_memory_and_operations_are_those_of_a_measured_step() -> None:
+    image = {"model": "declip_vit_tiny", "size": 32, "model_kwargs": {"patch_size": 4, "embed_dim": 64, "depth": 2}}
+    recipe = recipe_of(WEIGHTS["declip"], {"batch_size": 16, "precision": "fp32"}, image=image)
+    found = fake_step(recipe)
+    parts = parts_of(recipe, "cpu")
+    batch = _batch(16, plan_of(recipe), parts.learner.model.tokenizer.end, 16)  # type: ignore[union-attr]
+    training_step(parts, batch)
+    parts.optimizer.zero_grad()
+    with profile(profile_memory=True) as trace:
+        training_step(parts, batch)
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    growth = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    state = sum(t.numel() * t.element_size() for t in parts.learner.state_dict().values() if t.ndim)
+    moments = sum(t.numel() * 4 for values in parts.optimizer.state.values() for t in values.values())
+    assert found.peak_bytes == pytest.approx(growth + state + moments, rel=0.1)
+    assert found.parameters == sum(p.numel() for p in parts.learner.parameters())
+
+
+def test_pretrained_weights_are_refused() -> None:
+    with pytest.raises(UserError, match=r"finetune\.pretrained"):
+        fake_step(recipe_of(WEIGHTS["clip"], finetune={"pretrained": "runs/demo"}))
+
+
+def test_the_command_words_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fake_step", "demo-clip", "train.batch_size=2"])
+    main()
+    assert "A step of 2 pairs" in (printed := capsys.readouterr().out)
+    assert " 0 waits" in printed

@@ -1,0 +1,189 @@
+"""The emoji and the icons: the shipped tables, and small packages of drawings that are built by small tables."""
+
+import hashlib
+import json
+import lzma
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from declip.data.builtin import iconify
+from declip.data.builtin.iconify import DESIGNS, EMOJI, ICONS, ICONS_PACKAGE
+from declip.data.builtin.pictures import MANIFEST, NOTICE, TABLE, BuiltinSource, table_file
+from declip.data.builtin.render import fill_square
+from declip.data.sources.open import open_source
+
+
+def put(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+
+
+# The shipped tables.
+
+
+@pytest.mark.parametrize(("name", "digest"), [
+    ("emoji", "ae5c4097202f4899a8b8996ef25d44e27ce611a2b916f7ef3cb906522995e6e6"),
+    ("icons", "9aa90291f2897b7730774716bb93ae61c7310802710a294553745950b43f04c7"),
+])  # fmt: skip
+def test_the_tables_are_those_that_results_were_measured_on(name, digest):
+    assert hashlib.sha256(lzma.decompress(table_file(name).read_bytes())).hexdigest() == digest
+
+
+def test_the_emoji_are_those_that_the_pages_count_and_no_group_is_on_two_sides():
+    rows = EMOJI.choose({})
+    counts = {"emoji": 5811, "emoji-validation": 1601, "emoji-test": 1285, "emoji-test-new": 309}
+    assert {split: len(EMOJI.select(split, rows).rows) for split in counts} == counts
+    assert not {row["group"] for row in rows if row["held_out"]} & {row["group"] for row in rows if not row["held_out"]}
+
+
+# Small tables and packages.
+
+
+def concept(code, name, held_out="0", names="", drawn="", keywords="", **drawings):
+    row = {"code": code, "name": name, "category": "things", "group": name.split()[-1], "held_out": held_out}
+    row |= {"names": names, "drawn": drawn, "keywords": keywords}
+    return row | {design.key: drawings.get(design.key.replace("-", "_"), "") for design in DESIGNS}
+
+
+CONCEPTS = [
+    concept("1f600", "grinning face", "0", "smile", "face|joy", "thing", noto="grin", fluent="g", openmoji="g"),
+    concept("2764", "red heart", noto="heart", fxemoji="redheart", fluent="h"),
+    concept("1f30a", "water wave", fxemoji="wave", fluent="w", openmoji="w"),
+    concept("1f3c3", "person running", "1", noto="run", fluent="r", openmoji="r"),
+    concept("1f431", "cat face", fxemoji="cat"),
+    concept("1f49a", "green heart", fluent="unseen"),
+]
+DRAWN = {
+    "noto": {"grin": {"fill": "#f00"}, "heart": {"fill": "#f00", "width": 32}, "run": {"fill": "#00f"}},
+    "fxemoji": {"redheart": {"fill": "#f00"}, "wave": {"fill": "#0ff"}, "cat": {"fill": "#fff"}},
+    "fluent": {name: {"fill": "#123456"} for name in ("g", "h", "w", "r", "unseen")},
+    "openmoji": {name: {"fill": "#123456"} for name in ("g", "w", "r")},
+}
+SETS = {
+    "carbon": {"camera": 0, "wallet": 6, "unheard-of": 7},
+    "icon-park": {"camera": 9},
+    "bi": {"camera": 11},
+    # A bell that is carbon's camera to the pixel.
+    "tabler": {"bell": 0, "camera": 3, "wallet": 4},
+}
+
+
+def square(fill, **more):
+    return {"body": f'<rect x="4" y="4" width="8" height="8" fill="{fill}"/>', **more}
+
+
+def bar(number, fill="currentColor"):
+    """A drawing of its own for each number: a bar at a place in a frame."""
+    return {"body": f'<path fill="{fill}" d="M2 2h1v20H2zM21 2h1v20h-1zM{4 + number} 6h1v{4 + number}h-1z"/>'}
+
+
+def info(name):
+    license = {"title": "MIT license", "spdx": "MIT", "url": "https://example.org/licence"}
+    return {"name": name, "license": license, "author": {"name": "A Hand", "url": f"https://example.org/{name}"}}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    root, cache = tmp_path_factory.mktemp("packages"), tmp_path_factory.mktemp("cache")
+    for design in DESIGNS:
+        folder, drawings = root / design.package, DRAWN.get(design.key, {})
+        put(folder / "icons.json", {"icons": {name: square(**how) for name, how in drawings.items()}})
+        put(folder / "info.json", info(design.key))
+        put(folder / "package.json", {"version": "1.2.3"})
+        put(folder / "LICENSE", "the licence of the drawings")
+    for prefix, drawings in SETS.items():
+        drawn = {
+            name: bar(number, "#0f0" if prefix == "icon-park" else "currentColor") for name, number in drawings.items()
+        }
+        put(root / ICONS_PACKAGE / f"json/{prefix}.json", {"icons": drawn, "width": 24, "height": 24})
+    put(root / ICONS_PACKAGE / "collections.json", {prefix: info(prefix) for prefix in SETS})
+    put(root / ICONS_PACKAGE / "package.json", {"version": "1.2.3"})
+    chosen = [
+        {"key": f"{prefix}/{name}", "category": "tools", "captions": f"{name}|a {name}", "keywords": "tools|photo"}
+        for prefix, drawings in SETS.items()
+        for name in drawings
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(iconify, "read_rows", {"emoji": CONCEPTS, "icons": chosen}.get)
+        for each in (EMOJI, ICONS):
+            each.build(each.packages.unpacked(root), each.folder(cache))
+    return cache
+
+
+@pytest.mark.parametrize(("split", "expected"), [
+    ("emoji", ["noto/1f600", "noto/2764", "fxemoji/2764", "fxemoji/1f30a"]),
+    ("emoji-share-alike", ["noto/1f600", "noto/2764", "fxemoji/2764", "fxemoji/1f30a"]),
+    ("emoji-test", ["fluent/1f600", "fluent/2764", "fluent/1f30a"]),
+    ("emoji-test-new", ["fluent/1f3c3"]),
+    ("emoji-validation", ["openmoji/1f600", "openmoji/1f30a"]),
+    ("emoji-validation-new", ["openmoji/1f3c3"]),
+    ("icons", ["tabler/camera", "tabler/wallet"]),
+    ("icons-test", ["carbon/camera", "carbon/wallet", "icon-park/camera"]),
+    ("icons-validation", ["bi/camera"]),
+])  # fmt: skip
+def test_splits_share_names_but_no_designer(built, split, expected, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(built))
+    source = open_source(f"builtin:{split}")
+    assert source.name == f"builtin:{split}"
+    assert [source.key(index) for index in range(len(source))] == expected
+
+
+def test_pairs_have_their_texts_and_evaluation_a_class_for_each_name(built):
+    source = BuiltinSource(EMOJI, "emoji-test", built)
+    assert source.class_names == ("grinning face", "red heart", "water wave")
+    assert source.labels.tolist() == [0, 1, 2]
+    assert "Microsoft, MIT" in source.credit
+    assert "OpenMoji" not in source.credit
+    source = BuiltinSource(ICONS, "icons-test", built)
+    assert (source.class_names, source.labels.tolist()) == (("camera", "wallet"), [0, 1, 0])
+    assert source.credit == "carbon by A Hand, MIT; icon-park by A Hand, MIT"
+    face = BuiltinSource(EMOJI, "emoji", built)[0]
+    assert face.captions == ("grinning face", "smile", "face", "joy")
+    assert face.keywords == ("thing",)
+    camera = BuiltinSource(ICONS, "icons", built)[0]
+    assert (camera.captions, camera.keywords) == (("camera", "a camera"), ("tools", "photo"))
+
+
+def test_drawings_fill_the_square_in_black_or_in_their_color(built):
+    source = BuiltinSource(EMOJI, "emoji", built)
+    for index in (0, 1):  # squares of different size and place
+        pixels = np.asarray(source[index].image)
+        assert pixels.shape == (EMOJI.side, EMOJI.side, 3)
+        assert (pixels[2:-2, 2:-2] == [255, 0, 0]).all()
+    source = BuiltinSource(ICONS, "icons-test", built)
+    line, green = (np.asarray(source[index].image) for index in (0, 2))
+    assert line.shape == (ICONS.side, ICONS.side, 3)
+    assert line.min() < 20, "currentColor is black"
+    assert (line == line[:, :, :1]).all()
+    assert green[32, 63, 1] == 255
+    assert green[:, :, 0].min() == green[:, :, 2].min() == 0
+
+
+def test_a_drawing_keeps_its_shape_and_lies_in_the_middle_over_white():
+    page = Image.new("RGB", (192, 192), "white")
+    page.paste("blue", (100, 30, 180, 50))  # 80 x 20 in a corner
+    pixels = fill_square(page, 96)
+    inked = np.argwhere((pixels == [0, 0, 255]).all(-1))
+    np.testing.assert_allclose(inked.min(0), [36, 0], atol=2)
+    np.testing.assert_allclose(inked.max(0), [59, 95], atol=2)
+    assert pixels[10, 10].tolist() == [255, 255, 255]
+    page.paste("white", (0, 0, 192, 192))
+    assert fill_square(page, 96).shape == (96, 96, 3), "an empty drawing is no error here"
+
+
+def test_what_is_left_out_and_whose_the_drawings_are(built):
+    manifests = {name: json.loads((built / name / MANIFEST).read_text()) for name in ("emoji", "icons")}
+    assert manifests["emoji"]["left_out"] == {"invisible": 1}
+    assert manifests["icons"]["left_out"] == {"seen before": 1}
+    assert manifests["emoji"]["packages"]["@iconify-json/noto"] == "1.2.3"
+    licenses = built / "emoji/licences/@iconify-json-noto"
+    assert (licenses / "LICENSE").read_text() == "the licence of the drawings"
+    assert (licenses / "info.json").is_file()
+    assert "noto by A Hand, MIT: 3 drawings\n  from https://example.org/noto" in (built / "emoji" / NOTICE).read_text()
+    assert (
+        "carbon by A Hand, MIT: 3 drawings\n  from https://example.org/carbon" in (built / "icons" / NOTICE).read_text()
+    )
+    assert {row["licence"] for row in pq.read_table(built / "icons" / TABLE).to_pylist()} == {"MIT"}
