@@ -78,6 +78,15 @@ def test_equals_a_plain_loop_and_adamw_on_the_rest() -> None:
     assert orthogonalized == 4
 
 
+def test_large_weights_in_bfloat16_are_orthogonalized_too() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(300, 128, bias=False)
+    before = layer.weight.detach().clone()
+    take(build_optimizer(layer.named_parameters(), Train(optimizer="muon", weight_decay=0)), layer, range(1))
+    singular = torch.linalg.svdvals((layer.weight - before).detach() / (LR * 0.2 * 300**0.5))
+    assert 0.65 < singular.min() <= singular.max() < 1.25
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_take_the_steps_of_one_process(tmp_path: Path, strategy: str) -> None:
     expected = {"declip": two_steps("declip", "layer norm", (BATCH,), optimizer="muon")}

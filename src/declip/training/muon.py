@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from declip.models.device import computes_bf16
 from declip.training.parallel import full_tensor, shard_like
 
 MOMENTUM = 0.95
@@ -18,6 +19,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 RMS = 0.2
 """The usual root mean square of AdamW's updates."""
+LARGE = 128
+"""Smaller dimension of a matrix from which bfloat16 is faster; on a CPU converting costs more than it saves below."""
 
 KEPT_BY_ADAMW = (
     *("embedding", "embeddings", "pos_embed", "cls_token", "reg_token"),
@@ -42,17 +45,28 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.shape[2] < 2 * x.shape[1] or x.dtype == torch.bfloat16:
+        for _ in range(ITERATIONS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    else:
+        # x ← p(x xᵀ) x turns x xᵀ into p (x xᵀ) p, so the small squares can be iterated alone: for wide matrices less
+        # than half the work. They hold the singular values squared, too small for bfloat16.
+        gram, product = x @ x.mT, None
+        for _ in range(ITERATIONS):
+            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            p.diagonal(dim1=1, dim2=2).add_(a)
+            gram, product = p @ gram @ p, p if product is None else p @ product
+        x = product @ x
     return x.mT if tall else x
 
 
 class Muon(torch.optim.AdamW):
     """AdamW whose groups with ``"muon": True`` take Muon's steps.
 
-    Weights of one shape are orthogonalized together, in bfloat16 on CUDA: torch.optim.Muon and timm's take one weight
-    at a time, in bfloat16 everywhere, which is several times slower on a CPU. Sharded weights are gathered for it.
+    Weights of one shape are orthogonalized together, large float32 ones in bfloat16 where the device computes in it.
+    torch.optim.Muon and timm's take one weight at a time, in bfloat16 everywhere, which is several times slower on a
+    CPU. Sharded weights are gathered for it.
     """
 
     @torch.no_grad()
@@ -69,24 +83,28 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
 
     def _muon_step(self, group: dict[str, Any]) -> None:
-        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                by_shape[parameter.shape[0], parameter.numel() // parameter.shape[0]].append(parameter)
-        for (rows, columns), parameters in by_shape.items():
-            updates = []
-            for parameter in parameters:
-                gradient, state = parameter.grad, self.state[parameter]
-                assert gradient is not None
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                    state["step"] = torch.zeros(())  # AdamW's load_state_dict looks for it
-                momentum = state["momentum"].mul_(MOMENTUM).add_(gradient)
-                updates.append(full_tensor(gradient.add(momentum, alpha=MOMENTUM)).flatten(1))
-            stacked = torch.stack(updates)
-            steps = orthogonalize(stacked.bfloat16() if stacked.is_cuda else stacked)
-            rate = -RMS * max(rows, columns) ** 0.5 * group["lr"]
-            for parameter, step in zip(parameters, steps.to(stacked.dtype), strict=True):
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            if not self.state[parameter]:
+                # AdamW's load_state_dict looks for "step".
+                self.state[parameter] |= {"momentum": torch.zeros_like(parameter), "step": torch.zeros(())}
+        gradients = [parameter.grad for parameter in parameters]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_mul_(momenta, MOMENTUM)
+        torch._foreach_add_(momenta, gradients)
+        updates = torch._foreach_add(gradients, momenta, alpha=MOMENTUM)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter, update in zip(parameters, updates, strict=True):
+            matrix = full_tensor(update).flatten(1)
+            by_shape[matrix.shape[0], matrix.shape[1]].append((parameter, matrix))
+        for shape, pairs in by_shape.items():
+            stacked = torch.stack([matrix for _, matrix in pairs])
+            half = stacked.dtype == torch.float32 and min(shape) >= LARGE and computes_bf16(stacked.device)
+            steps = orthogonalize(stacked.bfloat16() if half else stacked)
+            rate = -RMS * max(shape) ** 0.5 * group["lr"]
+            for (parameter, _), step in zip(pairs, steps.to(stacked.dtype), strict=True):
                 step = step.reshape(parameter.shape)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(shard_like(parameter, step) if isinstance(parameter, DTensor) else step, alpha=rate)
