@@ -3,15 +3,18 @@
     python benchmarks/heldout.py OUT.jsonl stamps captions 439 31,62,124,248,439 0,1,2
 
 That is: set, demo recipe from nothing (clip, keywords, captions) and its number of pairs, numbers of pairs of the
-frozen heads, seeds. Each line of the result is one run.
+frozen heads, seeds. Each line of the result is one run. At the end it prints how many times fewer pairs the frozen
+heads need for the same R@10, in the mean of both directions.
 """
 
 import json
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import declip
+from declip.comparison.statistics import curve_of, factor
 from declip.data.sources.open import open_source
 from declip.inspection.split import split_pairs
 
@@ -55,6 +58,12 @@ def main(out: Path, name: str, scratch: str, most: int, pairs: list[int], seeds:
                 row = {"set": name, "recipe": recipe, **run(folder, recipe, keys, count, seed)}
                 with out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+    curves: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in map(json.loads, out.read_text().splitlines()):
+        mean = (row["text_to_image_r10"] + row["image_to_text_r10"]) / 2
+        curves[row["recipe"]][row["pairs"]][row["seed"]] = mean
+    found = factor(curve_of(curves["frozen"]), curve_of(curves[RECIPES[scratch]]))
+    print(f"factor {found.mean}, 95 % interval {found.low} to {found.high}")
 
 
 if __name__ == "__main__":
