@@ -14,7 +14,7 @@ from declip.data.feature_store import KEY, FeatureStore
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.encode import encode_source
-from declip.interchange.read import load
+from declip.interchange.read import read
 from declip.io.atomic import cache_folder
 from declip.io.pool import usual_workers
 from declip.models.dual_encoder import DualEncoder, has_text
@@ -64,7 +64,7 @@ def set_teacher(objective: Objective, source: PairSource, model: DualEncoder, sh
     """
     for term in objective.terms.values():
         if isinstance(term, Distillation) and term.teacher != "ema":
-            teacher = load(term.teacher, str(model.device))
+            teacher = read(term.teacher).check().build().to(model.device).eval()  # a start has no projections
             if not has_text(teacher):
                 raise UserError(f"distillation.teacher={term.teacher} has no text tower. Give one with both towers.")
             encoded = encode_source(FrozenEncoder(teacher), source, workers=usual_workers(), progress=shown)
