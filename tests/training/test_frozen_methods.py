@@ -36,6 +36,7 @@ from declip.training.trainer import Trainer
 from processes import in_processes
 from text_encoders import bert
 from training.starts import moved, recipe_for, same_end, stop_at
+from training.test_trainer import resumes_exactly
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -224,14 +225,9 @@ def test_a_stored_teacher_of_another_width_is_read_again_and_resumes_exactly(
 ) -> None:
     tree = {**TINY, "data": {"source": str(table)}, "loss_weights": {"contrastive": 0.5, "distillation": 0.5}}
     recipe = Recipe.model_validate({**tree, "distillation": {"teacher": str(start)}})
-    trainer = Trainer(recipe, tmp_path / "straight", quiet=True)
-    encoded = {path: path.stat().st_size for path in (tmp_path / "cache").rglob("keys")}
-    assert sorted(encoded.values()) == [24 * 16, 48 * 16]
-    assert trainer.train().finished
-    stop_at(recipe, tmp_path / "resumed", 3)
-    assert train(recipe, out=tmp_path / "resumed", resume=True, quiet=True, report=False).finished
-    same_end(tmp_path / "straight", tmp_path / "resumed")
-    assert all(path.stat().st_size == size for path, size in encoded.items())
+    resumes_exactly(recipe, tmp_path)
+    trainer = Trainer(recipe, tmp_path / "again", quiet=True)
+    assert sorted(path.stat().st_size for path in (tmp_path / "cache").rglob("keys")) == [24 * 16, 48 * 16], "once each"
     teacher: Any = declip.load(start, device="cpu")
     term: Any = trainer.objective.terms["distillation"]
     images, texts, hashes, scale = term.stored

@@ -43,12 +43,9 @@ class FrozenEncoder:
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
-        return F.normalize(self.model.image_tower.proj(self.pool_image(images)).float(), dim=-1)
-
-    def pool_image(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalized → (n, w) float32, before the projection."""
         tower = self.model.image_tower
-        return _once(self._images, images, _pixel_key, tower.pool, tower.pre_logits_width)
+        pooled = _once(self._images, images, _pixel_key, tower.pool, tower.pre_logits_width)
+        return F.normalize(tower.proj(pooled).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
