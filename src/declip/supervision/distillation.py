@@ -28,10 +28,8 @@ def feature_distillation(images: Tensor, texts: Tensor, teacher_image: Tensor, t
         mean over v, b of |images[v, b] - teacher_image[b]|² + mean over t, b of |texts[t, b] - teacher_text[b]|²
 
     Args:
-        images: (V, B, d) image features, L2-normalized.
-        texts: (T, B, d) text features, L2-normalized.
-        teacher_image: (B, d), L2-normalized; gets no gradient.
-        teacher_text: (B, d), the same.
+        images, texts: (V, B, d) and (T, B, d), L2-normalized.
+        teacher_image, teacher_text: (B, d), L2-normalized; they get no gradient.
     """
     of_images = (to_float32(images) - to_float32(teacher_image.detach())).square().sum(dim=-1).mean()
     of_texts = (to_float32(texts) - to_float32(teacher_text.detach())).square().sum(dim=-1).mean()
