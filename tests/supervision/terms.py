@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from declip.supervision.contrastive import info_nce
+from declip.supervision.distillation import relational_distillation
 from declip.supervision.late_interaction import late_interaction
 from declip.supervision.multi_view import multi_view
 from declip.supervision.nearest_neighbor import neighbor_contrast
@@ -15,6 +16,7 @@ from declip.supervision.simclr import nt_xent
 BATCH = 6
 LENGTHS = torch.tensor([2, 5, 1, 4, 3, 5])
 NEIGHBORS = F.normalize(torch.randn(2, BATCH, 5, generator=torch.Generator().manual_seed(9)), dim=-1).bfloat16()
+TEACHER = F.normalize(torch.randn(2, 90, 3, generator=torch.Generator().manual_seed(8)), dim=-1).bfloat16()
 
 Scale = Tensor | float
 Limit = float | None
@@ -42,11 +44,21 @@ def both_ways(images: Tensor, keys: Tensor, scale: Scale, offset: int, limit: Li
     return neighbors(images, keys, scale, offset, limit, symmetric=True)
 
 
+def relations(
+    images: Tensor, texts: Tensor, image_keys: Tensor, text_keys: Tensor, scale: Scale, offset: int, limit: Limit
+) -> Tensor:
+    image, text = TEACHER[:, : len(text_keys)].to(images)
+    own = slice(offset, offset + len(images))
+    to_text = relational_distillation((images, text_keys, scale), (image[own], text, 7.0), limit)
+    return to_text + relational_distillation((texts, image_keys, scale), (text[own], image, 7.0), limit)
+
+
 TERMS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "info_nce": (info_nce, [(BATCH, 5)] * 2),
     "multi_view": (multi_view, [(2, BATCH, 5)] * 2),
     "nt_xent": (views, [(BATCH, 5)] * 2),
     "late_interaction": (late, [(BATCH, 4, 5), (BATCH, 5, 5)]),
+    "relations": (relations, [(BATCH, 5)] * 2),
     "neighbors": (neighbors, [(2, BATCH, 5)]),
     "neighbors both ways": (both_ways, [(2, BATCH, 5)]),
 }

@@ -175,7 +175,3 @@ def test_sections_without_sense_are_refused() -> None:
         Recipe.model_validate({"contrastive": {"label_smoothing": 1.0}})
     with pytest.raises(ValueError, match=r"data\.columns\.group=brand.*contrastive\.duplicates"):
         Recipe.model_validate({"data": {"columns": {"group": "brand"}}})
-    weights = {"contrastive": 1.0, "ema_distillation": 1.0}
-    for key, value in (("grad_cache_chunk", 4), ("strategy", "fsdp")):  # no pixels, no whole weights for the teacher
-        with pytest.raises(ValueError, match=f"ema_distillation does not work with train.{key}"):
-            Recipe.model_validate({"loss_weights": weights, "train": {key: value}})

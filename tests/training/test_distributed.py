@@ -17,6 +17,7 @@ from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
 from declip.supervision import term
 from declip.supervision.objective import Objective
+from declip.supervision.soft_targets import caption_hashes
 from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.optimizer import build_optimizer, named_trainable
@@ -28,18 +29,20 @@ from supervision.test_word_classification import Captioned
 
 BATCH, LENGTH = 8, 16
 CAPTIONS = "one image, two captions"
-SOFT, AVERAGED = "soft targets", "averaged teacher"
+SOFT, AVERAGED, STORED = "soft targets", "averaged teacher", "stored teacher"
 LATE = "a small second view from the second step on"
 CASES = {
     **WEIGHTS,
     "sigmoid": {"sigmoid": 1.0},
     CAPTIONS: {"contrastive": 0.4, "multi_view": 0.4, "nearest_neighbor": 0.2},
     SOFT: {"contrastive": 0.4, "multi_view": 0.3, "nearest_neighbor": 0.1, "word_classification": 0.2},
-    AVERAGED: {"contrastive": 0.5, "ema_distillation": 0.5},
+    AVERAGED: {"contrastive": 0.5, "distillation": 0.5},
+    STORED: {"contrastive": 0.5, "distillation": 0.5},
     LATE: WEIGHTS["declip"],
 }
 SECTIONS: dict[str, dict[str, Any]] = {
-    SOFT: {"contrastive": {"duplicates": "mask", "label_smoothing": 0.1, "self_distillation": 0.3}}
+    SOFT: {"contrastive": {"duplicates": "mask", "label_smoothing": 0.1, "self_distillation": 0.3}},
+    STORED: {"distillation": {"teacher": "another model"}},
 }
 OPTIONS: dict[str, dict[str, Any]] = {}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
@@ -85,6 +88,11 @@ def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> d
     model = DualEncoder.from_recipe(recipe).double()
     objective = Objective(recipe, model)
     objective.prepare(LETTERS, model)
+    if name == STORED:
+        texts = torch.cat([random_batch(recipe, step).texts[:1] for step in range(2)], dim=1)
+        features = torch.randn(2, 2 * BATCH, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        term_: Any = objective.terms["distillation"]
+        term_.stored = (*features, caption_hashes(texts)[0].sort().values, torch.ones(()))
     objective.double()
     learner = build_learner(recipe, model, objective)
     named = named_trainable(model, objective)
@@ -159,7 +167,7 @@ def test_ranks_with_loss_matrices_in_blocks_learn_the_same(tmp_path: Path, monke
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str) -> None:
-    names = [LATE]  # its first step leaves a head without gradient
+    names = [STORED, LATE]  # its first step leaves a head without gradient
     expected = {name: two_steps(name, tower, (BATCH,)) for name in names}
     for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), tower, {"strategy": "fsdp"}):
         compare(expected, theirs)
@@ -194,13 +202,12 @@ def test_a_gather_without_its_gradient_is_noticed(
 
 
 def test_chunks_give_every_gradient_of_the_whole_batch() -> None:
-    names = [name for name in CASES if name != AVERAGED]
-    expected = some_recipes(names, (BATCH,), "layer norm", {})
-    compare(expected, some_recipes(names, (BATCH,), "layer norm", {"grad_cache_chunk": 3}))
+    expected = some_recipes(list(CASES), (BATCH,), "layer norm", {})
+    compare(expected, some_recipes(list(CASES), (BATCH,), "layer norm", {"grad_cache_chunk": 3}))
 
 
 def test_ranks_with_chunks_learn_the_same(tmp_path: Path) -> None:
-    names = ["declip", "filip"]
+    names = ["declip", "filip", AVERAGED]
     expected = some_recipes(names, (BATCH,), "layer norm", {})
     for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"grad_cache_chunk": 2}):
         compare(expected, theirs)

@@ -23,10 +23,11 @@ from declip.interchange.export import export
 from declip.models.heads import MlpHead
 from declip.models.image_tower import ImageTower
 from declip.models.layers import PROJECTIONS
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import DistillationConfig, Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
 from declip.runs.folder import read_rows
 from declip.supervision.contrastive import info_nce, shared_info_nce
+from declip.supervision.soft_targets import caption_hashes
 from declip.supervision.structure import structure
 from declip.training.closed_form import cca
 from declip.training.frozen_encoder import FrozenEncoder
@@ -34,7 +35,8 @@ from declip.training.setup import plan_of
 from declip.training.trainer import Trainer
 from processes import in_processes
 from text_encoders import bert
-from training.starts import moved, same_end, stop_at
+from training.starts import moved, recipe_for, same_end, stop_at
+from training.test_trainer import resumes_exactly
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -186,12 +188,19 @@ def test_towers_of_two_models_are_frozen_and_cached(table: Path, tmp_path: Path)
     torch.manual_seed(1)  # 0 would be taken for the random start
     save_file(timm.create_model("test_vit", num_classes=0, img_size=32).state_dict(), tmp_path / "vit.safetensors")
     text = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 16}
-    recipe = tuned(table, f"timm:test_vit/{tmp_path / 'vit.safetensors'}", text=text, head_init="cca")
+    image = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
+    recipe = tuned(table, image, text=text, head_init="cca")
     recipe._given = frozenset({"image.size"})
     trainer = Trainer(recipe, tmp_path / "run", quiet=True)
     learning = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert learning == {"image_tower.proj.weight", "text_tower.text_projection.weight", "logit_scale"}
     assert trainer.train().finished
+    weights = {"contrastive": 1.0, "distillation": 1.0}
+    taught = recipe_for(table).model_copy(
+        update={"loss_weights": weights, "distillation": DistillationConfig(teacher=image)}
+    )
+    with pytest.raises(UserError, match=r"distillation\.teacher=.*both towers"):
+        Trainer(taught, tmp_path / "taught", quiet=True)
 
 
 def test_evaluation_computes_the_towers_once(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +218,26 @@ def test_evaluation_computes_the_towers_once(start: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ImageTower, "pool", None)
     look()
     monkeypatch.undo()
+
+
+def test_a_stored_teacher_of_another_width_is_read_again_and_resumes_exactly(
+    table: Path, start: Path, tmp_path: Path
+) -> None:
+    tree = {**TINY, "data": {"source": str(table)}, "loss_weights": {"contrastive": 0.5, "distillation": 0.5}}
+    recipe = Recipe.model_validate({**tree, "distillation": {"teacher": str(start)}})
+    resumes_exactly(recipe, tmp_path)
+    trainer = Trainer(recipe, tmp_path / "again", quiet=True)
+    assert sorted(path.stat().st_size for path in (tmp_path / "cache").rglob("keys")) == [24 * 16, 48 * 16], "once each"
+    teacher: Any = declip.load(start, device="cpu")
+    term: Any = trainer.objective.terms["distillation"]
+    images, texts, hashes, scale = term.stored
+    source = open_source(str(table))
+    torch.testing.assert_close(images[5], teacher.encode_image(teacher.preprocess(source.image(5)))[0])
+    caption = source.captions(5)[1]
+    row = (hashes == caption_hashes(trainer.model.tokenizer(caption)[None])[0]).nonzero().item()
+    torch.testing.assert_close(texts[row], teacher.encode_text(teacher.tokenize(caption))[0])
+    assert scale == teacher.logit_scale.exp()
+    assert images.shape[1] == 24 != recipe.embed_dim
 
 
 def test_methods_of_cached_features_are_refused_without_them(table: Path, start: Path) -> None:

@@ -47,11 +47,11 @@ def test_losses_that_prepare_themselves_from_the_pairs_resume_too(table: Path, t
     given = table.with_name("groups.jsonl")
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = recipe_for(given, log_every=1).model_dump()
-    tree["loss_weights"] = {"contrastive": 1.0, "word_classification": 0.5, "ema_distillation": 0.5}
+    tree["loss_weights"] = {"contrastive": 1.0, "word_classification": 0.5, "distillation": 0.5}
     tree["data"]["columns"] = {"group": "thing"}
     tree["contrastive"] = {"duplicates": "positives", "label_smoothing": 0.1, "self_distillation": 0.5}
     found = resumes_exactly(Recipe.model_validate(tree), tmp_path)
-    teacher = found.training["objective.terms.ema_distillation.image_tower.proj.weight"]
+    teacher = found.training["objective.terms.distillation.image_tower.proj.weight"]
     assert found.training["objective.terms.word_classification.idf"].max() > 0
     assert not torch.equal(teacher, found.weights["model.image_tower.proj.weight"])
 

@@ -27,8 +27,9 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     for module in tower.modules():
         if module is not tower and not isinstance(module, CONTAINERS) and any(True for _ in module.children()):
             instances[type(module)].append(module)
-    sizes = {kind: _parameters(modules) for kind, modules in instances.items() if len(modules) > 1}
-    large = [instances[kind] for kind, size in sizes.items() if size >= NEARLY_ALL * max(sizes.values())]
+    groups = [modules for modules in instances.values() if len(modules) > 1]
+    sizes = [sum(p.numel() for p in nn.ModuleList(modules).parameters()) for modules in groups]
+    large = [modules for modules, size in zip(groups, sizes, strict=True) if size >= NEARLY_ALL * max(sizes)]
     many = [modules for modules in large if len(modules) > STAGES] or large
     return next((group for group in many if not any(_lie_in(group, other) for other in many)), [])
 
@@ -39,10 +40,6 @@ def _lie_in(inner: list[nn.Module], outer: list[nn.Module]) -> bool:
     return sum(id(module) in inside for module in inner) > len(inner) / 2
 
 
-def _parameters(modules: list[nn.Module]) -> int:
-    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
-
-
 def grad_checkpointing(tower: nn.Module) -> int:
     """Keep only each block's input for the backward pass and recompute the block there: less memory, more time.
 
@@ -51,14 +48,13 @@ def grad_checkpointing(tower: nn.Module) -> int:
     """
     blocks = blocks_of(tower)
     for block in blocks:
+
+        def contexts(block: nn.Module = block) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), statistics_at_rest(block)  # of the first pass and of the recomputation
+
         # On the instance, not by a wrapper: the names of the parameters must stay.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=partial(_contexts, block))
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
     return len(blocks)
-
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of the first pass and of the recomputation."""
-    return nullcontext(), statistics_at_rest(block)
 
 
 @contextmanager

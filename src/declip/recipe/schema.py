@@ -238,10 +238,11 @@ class LateInteractionConfig(Section):
     include_padding: bool = Field(False, description="padding counts as tokens, as in the official implementation")
 
 
-class EmaDistillationConfig(Section):
-    """The teacher, an exponential moving average of the learner."""
+class DistillationConfig(Section):
+    """The teacher: an exponential moving average of the learner, or stored features of another model."""
 
-    decay: float = Field(0.99, gt=0, lt=1, description="decay of the teacher's weights per step")
+    teacher: Place = Field("ema", description="ema, or weights that declip.load takes, whose features are stored")
+    decay: float = Field(0.99, gt=0, lt=1, description="decay of the average's weights per step, with ema")
 
 
 class LogitScale(Section):
@@ -381,7 +382,7 @@ class Recipe(Section):
     masked_language: MaskedLanguageConfig = MaskedLanguageConfig()
     nearest_neighbor: NearestNeighborConfig = NearestNeighborConfig()
     late_interaction: LateInteractionConfig = LateInteractionConfig()
-    ema_distillation: EmaDistillationConfig = EmaDistillationConfig()
+    distillation: DistillationConfig = DistillationConfig()
     logit_scale: LogitScale = LogitScale()
     logit_bias: float | None = Field(None, description="initial bias of the logits; default: none; sigmoid loss: -10")
     finetune: FineTuning = FineTuning()
@@ -417,11 +418,13 @@ class Recipe(Section):
         for name, given in clashes.items():
             if self.finetune.lora is not None and given:
                 raise ValueError(f"finetune.lora does not work with train.{name}={getattr(train, name)}; leave one out")
-        no_teacher = {"train.grad_cache_chunk": train.grad_cache_chunk, "train.strategy=fsdp": train.strategy == "fsdp"}
-        no_teacher["finetune.head_init=cca"] = self.finetune.head_init == "cca"  # it starts after the teacher is copied
+        teacher, tune = self.distillation.teacher, self.finetune
+        no_teacher = {"train.strategy=fsdp": teacher == "ema" and train.strategy == "fsdp"}
+        no_teacher["finetune.head_init=cca"] = teacher == "ema" and tune.head_init == "cca"  # it starts after the copy
+        no_teacher["finetune.cached_views"] = teacher != "ema" and tune.cached_views > 0  # captions are looked up
         for key, given in no_teacher.items():
-            if "ema_distillation" in self.active_losses and given:
-                raise ValueError(f"loss_weights.ema_distillation does not work with {key}; leave one out")
+            if "distillation" in self.active_losses and given:
+                raise ValueError(f"distillation.teacher={teacher} does not work with {key}; leave one out")
         measured = self.evaluation.retrieval or self.evaluation.zero_shot
         if train.patience is not None and not (train.evaluate_every and measured):
             raise ValueError("train.patience needs train.evaluate_every and a set in evaluation.retrieval or zero_shot")

@@ -18,7 +18,7 @@ from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.length_buckets import encode_by_length
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import Contrastive, to_float32
-from declip.supervision.ema_distillation import EmaDistillation
+from declip.supervision.distillation import Distillation
 from declip.supervision.late_interaction import LateInteraction
 from declip.supervision.masked_language import MaskedLanguage, chosen_rows
 from declip.supervision.multi_view import MultiView
@@ -42,7 +42,7 @@ TERMS: dict[str, type[Term]] = {
     "simclr": SimCLR,
     "late_interaction": LateInteraction,
     "word_classification": WordClassification,
-    "ema_distillation": EmaDistillation,
+    "distillation": Distillation,
     "structure": Structure,
 }
 """Name in `loss_weights` → loss. A new loss is a file, a line here and a recipe."""
@@ -95,6 +95,7 @@ class Objective(nn.Module):
         self.weights = {name: recipe.loss_weights[name] for name in active}
         self.terms = nn.ModuleDict({name: term(recipe, model) for name, term in active.items()})
         self.needs = [term.needs for term in active.values()]
+        self.reads_pixels = any(term.reads_pixels for _, term in self._terms())
         for tower in ("image_tower", "text_tower"):
             lacking = not getattr(getattr(model, tower), "gives_tokens", True)
             for name in (name for name, term in active.items() if term.needs.tokens and lacking):

@@ -79,6 +79,8 @@ class Term(nn.Module):
     """One sentence for reports."""
     progress = 0.0
     """Fraction of the run's steps that are done."""
+    reads_pixels = False
+    """Whether `features` reads the images, which GradCache otherwise drops after the towers."""
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Evaluation of a model whose towers are frozen: each image and text goes through them once, whatever the heads."""
+"""A model whose towers are frozen, for evaluation or as a teacher: each image and text goes through them once."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,9 +11,17 @@ from filelock import FileLock
 from torch import Tensor
 
 from declip.data.feature_store import KEY, FeatureStore
+from declip.data.pair import PairSource
+from declip.errors import UserError
+from declip.evaluation.encode import encode_source
+from declip.interchange.read import read
 from declip.io.atomic import cache_folder
-from declip.models.dual_encoder import DualEncoder
+from declip.io.pool import usual_workers
+from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.layers import IMAGE, TEXT
+from declip.supervision.distillation import Distillation
+from declip.supervision.objective import Objective
+from declip.supervision.soft_targets import caption_hashes
 from declip.training.frozen import text_key, tower_digest
 
 
@@ -35,18 +43,33 @@ class FrozenEncoder:
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
-        return F.normalize(self.model.image_tower.proj(self.pool_image(images)).float(), dim=-1)
-
-    def pool_image(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) normalized → (n, w) float32, before the projection."""
         tower = self.model.image_tower
-        return _once(self._images, images, _pixel_key, tower.pool, tower.pre_logits_width)
+        pooled = _once(self._images, images, _pixel_key, tower.pool, tower.pre_logits_width)
+        return F.normalize(tower.proj(pooled).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
         tower = self.model.text_tower
         pooled = _once(self._texts, tokens, text_key, tower.pool, tower.width)
         return F.normalize(tower.text_projection(pooled).float(), dim=-1)
+
+
+def set_teacher(objective: Objective, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
+    """Encode all pairs for `distillation` by its teacher, unless that is an average of the learner; shows a bar.
+
+    What was encoded before, for any run or until this call was killed, is only read. Broken pairs are left out.
+    """
+    for term in objective.terms.values():
+        if isinstance(term, Distillation) and term.teacher != "ema":
+            teacher = read(term.teacher).check().build().to(model.device).eval()  # a start has no projections
+            if not has_text(teacher):
+                raise UserError(f"distillation.teacher={term.teacher} has no text tower. Give one with both towers.")
+            encoded = encode_source(FrozenEncoder(teacher), source, workers=usual_workers(), progress=shown)
+            images = torch.zeros(len(source), encoded.images.shape[1])
+            images[torch.from_numpy(encoded.indices)] = encoded.images
+            hashes, order = caption_hashes(model.tokenizer(encoded.words)[None], term.padding)[0].sort()
+            stored = images, encoded.texts[order], hashes, teacher.logit_scale.detach().exp()  # type: ignore[index]
+            term.stored = tuple(tensor.to(model.device) for tensor in stored)
 
 
 def _once(

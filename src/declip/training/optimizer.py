@@ -39,12 +39,8 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 def named_trainable(model: nn.Module, objective: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """List all trainable parameters, named "model.…" and "objective.…", in a fixed order."""
-    return [
-        (f"{part}.{name}", parameter)
-        for part, module in (("model", model), ("objective", objective))
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
+    both = nn.ModuleDict({"model": model, "objective": objective})
+    return [(name, parameter) for name, parameter in both.named_parameters() if parameter.requires_grad]
 
 
 def build_optimizer(

@@ -133,7 +133,8 @@ def _backward_in_chunks(
     leaves = {name: tensor for name, tensor in whole.tensors().items() if tensor.is_floating_point()}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    rest = batch.without_images().to(model.device, non_blocking=True)
+    rest = parts.prepare(batch) if objective.reads_pixels else batch.without_images()
+    rest = rest.to(model.device, non_blocking=True)
     with parts.autocast():
         losses = _weighted(objective.losses(whole, model, rest, gather, sync.offset), sync.weight)
     losses["loss"].backward()

@@ -38,7 +38,7 @@ from declip.training.closed_form import start_closed_form
 from declip.training.compilation import compile_towers, rows_of_rank
 from declip.training.distributed import HostGroup
 from declip.training.frozen import cached_features, check_frozen
-from declip.training.frozen_encoder import FrozenEncoder
+from declip.training.frozen_encoder import FrozenEncoder, set_teacher
 from declip.training.monitor import Monitor, monitored
 from declip.training.parallel import build_learner, full_tensor, load_full_state, shard_like, unwrap
 from declip.training.pretrained import apply_pretrained, frozen_norms, load_pretrained
@@ -92,6 +92,7 @@ class Trainer:
         self.plan = setup.plan_of(recipe)
         self.pretrained = apply_pretrained(start, recipe, self.model, self.objective)
         self.objective.prepare(self.source, self.model, not quiet and self.is_rank_zero)
+        set_teacher(self.objective, self.source, self.model, not quiet and self.is_rank_zero)
         if recipe.finetune.cached_views:
             check_frozen(recipe, self.model)
         multipliers = self.pretrained.multipliers if self.pretrained is not None else {}
