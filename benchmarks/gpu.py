@@ -344,7 +344,7 @@ def two_processes(bench: Bench) -> list[dict[str, Any]]:
         source = draw_pairs(folder)
         for strategy, tower in (
             ("ddp", {"image.model": "declip_conv_tiny", "image.size": 32}),
-            ("fsdp", {"image.model": "declip_vit_tiny", "image.size": 32, "train.channels_last": False}),
+            ("fsdp", {"image.model": "declip_vit_tiny", "image.size": 32}),
         ):
             keys = run_keys(bench, source, strategy=strategy, precision="fp32", steps=4) | tower
             one = train("demo-declip", keys, folder / f"{strategy}-one")
