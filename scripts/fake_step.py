@@ -229,7 +229,10 @@ def _batch(count: int, plan: Plan, end: int, length: int) -> PairBatch:
 
 def main() -> None:
     """Print the cost of a step with the longest captions."""
-    step = fake_step(load_recipe(sys.argv[1], parse_overrides(sys.argv[2:])))
+    try:
+        step = fake_step(load_recipe(sys.argv[1], parse_overrides(sys.argv[2:])))
+    except UserError as error:
+        sys.exit(f"fake_step: {error}")
     print(
         f"A step of {step.batch_size:,} pairs: {step.parameters / 1e6:,.1f} M parameters, "
         f"{step.peak_bytes / 1e9:,.2f} GB, of which {step.state_bytes / 1e9:,.2f} GB stay, "
