@@ -149,7 +149,7 @@ def test_reproduction(
 ) -> None:  # fmt: skip
     module = scripts("reproduce")
     known = module.EXPERIMENTS["synthetic"]
-    small = {**known.keys, "train.steps": 4, "train.batch_size": 8, "train.warmup_steps": 0, "train.lr": 0.002}
+    small = {**known.keys, "train.steps": 8, "train.batch_size": 8, "train.warmup_steps": 0, "train.log_every": 1}
     monkeypatch.setitem(module.EXPERIMENTS, "synthetic", replace(known, keys=small, pairs=40))
     shards, out = tmp_path / "shards", tmp_path / "out"
     words = ("synthetic", "--data", shards, "--out", out)
@@ -157,12 +157,14 @@ def test_reproduction(
     assert status == 1  # the data are their own test set
     assert any("40 of 40 pairs look like" in line for line in printed)
     assert not (out / "run").exists()
-    status, printed = call("reproduce", *words)
+    learning = ("train.lr=0.002", "simsiam.widths=[256, 256, 128]")
+    status, printed = call("reproduce", *words, *learning)
     assert status == 0, printed
+    assert any("chance is ln(8) = 2.08" in line for line in printed)
     curve = json.loads((out / "run" / "curve.json").read_text())
-    assert list(curve) == ["1", "2", "3", "4"]
+    assert list(curve) == [str(step) for step in range(1, 9)]
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**curve, "2": 2 * curve["2"]}))
-    status, printed = call("reproduce", *words, "--curve", other)
+    status, printed = call("reproduce", *words, *learning, "--curve", other)
     assert status == 1
     assert "at step 2" in printed[-1]
