@@ -7,6 +7,7 @@
 Each part writes OUT/PART.json when it is done, and a later call takes it from there. Parts that would begin after
 --minutes are left to the next call. The towers' parts train `clip` and `declip` as in `*-yfcc15m-*`, and
 `declip-keywords`, at the largest batch that fits, found by doubling, next to open_clip's CLIP step on the same pairs.
+The part grad-cache takes one large batch in chunks, next to sentence-transformers' loss for that on open_clip's towers.
 """
 
 import argparse
@@ -147,8 +148,10 @@ def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool) -> 
     return run
 
 
-def open_clips_side(bench: Bench, name: str, recipe: Recipe, source: InMemory, shape: Shape) -> Run:
-    """open_clip's CLIP step, on images that are finished and captions of 77 tokens."""
+def open_clips_side(
+    bench: Bench, name: str, recipe: Recipe, source: InMemory, shape: Shape, chunk: int | None = None
+) -> Run:
+    """open_clip's CLIP step, on images that are finished and 77-token captions; for `chunk` see `open_clip_side`."""
     import open_clip
 
     host, plan = batch_of(recipe, source), plan_of(recipe)
@@ -156,7 +159,7 @@ def open_clips_side(bench: Bench, name: str, recipe: Recipe, source: InMemory, s
     pixels = apply_photometric(host.views, mean, std)["first"].pixels.to(bench.device)
     captions = [source.texts[int(number) % len(source)] for number in host.sample_ids]
     texts = open_clip.get_tokenizer(f"{name}-quickgelu")(captions).to(bench.device)
-    side = open_clip_side(f"{name}-quickgelu", shape, pixels[:2], captions[:2])
+    side = open_clip_side(f"{name}-quickgelu", shape, pixels[:2], captions[:2], chunk)
     step: Any = side.step
 
     def run(count: int) -> Callable[[], object]:
@@ -168,14 +171,40 @@ def open_clips_side(bench: Bench, name: str, recipe: Recipe, source: InMemory, s
     return run
 
 
-def tower(bench: Bench, name: str, compiled: bool = False) -> list[dict[str, Any]]:
-    """Steps of three recipes and of open_clip with an image tower; compiled ones at the batch that fits without."""
+def sizes(bench: Bench, name: str) -> tuple[Shape, InMemory]:
+    """Sizes of an image tower and the text tower that goes with it, and pairs for them."""
     import open_clip
 
     config = open_clip.get_model_config(f"{name}-quickgelu")
     config = tiny(config) if bench.tiny else config
-    plain = Shape(config, bench.tiny, bench.device, bench.precision)
     source = InMemory(texts_of(open_pairs(), "joined", 256), config["vision_cfg"]["image_size"])
+    return Shape(config, bench.tiny, bench.device, bench.precision), source
+
+
+def grad_cache(bench: Bench) -> list[dict[str, Any]]:
+    """A large batch in chunks: `clip` with `train.grad_cache_chunk`, and sentence-transformers' loss on open_clip's."""
+    (shape, source), name = sizes(bench, "ViT-B-32"), "ViT-B-32"
+    count, chunk = (8, 4) if bench.tiny else (4096, 256)
+    recipe = recipe_of("clip-yfcc15m-vitb32", name, shape, 4 if bench.tiny else BASE)
+    train = recipe.train.model_copy(update={"grad_cache_chunk": chunk})
+    sides: dict[str, Callable[[], Run]] = {
+        "clip": lambda: our_side(bench, recipe.model_copy(update={"train": train}), source, compiled=False),
+        "sentence-transformers": lambda: open_clips_side(bench, name, recipe, source, shape, chunk),
+    }
+    rows = []
+    for what, side in sides.items():
+        row = {"tower": name, "what": what, "batch": count, "chunk": chunk, "precision": bench.precision}
+        try:
+            rows.append(row | measured(bench, side()(count), count))
+        except ImportError as error:
+            rows.append(row | {"note": f"{error}: pip install 'declip[bench]'"})
+        gc.collect()
+    return rows
+
+
+def tower(bench: Bench, name: str, compiled: bool = False) -> list[dict[str, Any]]:
+    """Steps of three recipes and of open_clip with an image tower; compiled ones at the batch that fits without."""
+    plain, source = sizes(bench, name)
     base, rows, path = 4 if bench.tiny else BASE, [], bench.out / f"{name}.json"
     before = {row["what"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     for arm in (*RECIPES, "open_clip"):
@@ -202,8 +231,8 @@ def tower(bench: Bench, name: str, compiled: bool = False) -> list[dict[str, Any
     return rows
 
 
-def measured(bench: Bench, task: Callable[[], object], count: int, flops: float) -> dict[str, Any]:
-    """Time, rate, memory and utilization of a step."""
+def measured(bench: Bench, task: Callable[[], object], count: int, flops: float | None = None) -> dict[str, Any]:
+    """Time, rate, memory and, with the operations of a pair, utilization of a step."""
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats(bench.device)
     seconds, peak = bench.seconds(task), peak_of(bench.card)
@@ -212,8 +241,8 @@ def measured(bench: Bench, task: Callable[[], object], count: int, flops: float)
         "ms": round(1e3 * seconds, 2),
         "samples_per_second": round(rate, 1),
         "gb": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 2) if bench.cuda else None,
-        "gflop_per_pair": round(flops / 1e9, 2),
-        "utilization": round(flops * rate / peak, 3) if peak else None,
+        "gflop_per_pair": round(flops / 1e9, 2) if flops else None,
+        "utilization": round(flops * rate / peak, 3) if flops and peak else None,
     }
 
 
@@ -344,7 +373,7 @@ def two_processes(bench: Bench) -> list[dict[str, Any]]:
         source = draw_pairs(folder)
         for strategy, tower in (
             ("ddp", {"image.model": "declip_conv_tiny", "image.size": 32}),
-            ("fsdp", {"image.model": "declip_vit_tiny", "image.size": 32, "train.channels_last": False}),
+            ("fsdp", {"image.model": "declip_vit_tiny", "image.size": 32}),
         ):
             keys = run_keys(bench, source, strategy=strategy, precision="fp32", steps=4) | tower
             one = train("demo-declip", keys, folder / f"{strategy}-one")
@@ -369,6 +398,7 @@ PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
     "resume": resume,
     "two-processes": two_processes,
     "views": views,
+    "grad-cache": grad_cache,
     "ViT-B-32-compiled": lambda bench: tower(bench, "ViT-B-32", compiled=True),
     "ViT-B-16": lambda bench: tower(bench, "ViT-B-16"),
     "RN50": lambda bench: tower(bench, "RN50"),

@@ -38,5 +38,7 @@ def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
     learner, plan, train = Learner(model, objective).train(), plan_of(recipe), recipe.train
     optimizer = build_optimizer(named_trainable(model, objective), train)
     mean, std = (torch.tensor(values, device=device) for values in (plan.mean, plan.std))
-    step = StepParts(learner, optimizer, mean, std, grad_clip_norm=train.grad_clip_norm, precision=train.precision)
+    step = StepParts(
+        learner, optimizer, mean, std, None, train.grad_clip_norm, train.precision, train.grad_cache_chunk
+    )  # fmt: skip
     return Built(model, objective, step, build_loader(recipe, source, model))

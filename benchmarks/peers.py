@@ -1,4 +1,4 @@
-"""A training step of open_clip, as its own users take it."""
+"""A training step of open_clip as its own users take it, also with sentence-transformers' loss for large batches."""
 
 import math
 from collections.abc import Callable
@@ -55,7 +55,27 @@ def count(*modules: nn.Module, learned: bool = False) -> int:
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad or not learned)
 
 
-def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str]) -> Side:
+def cached_loss(model: Any, shape: Shape, chunk: int) -> nn.Module:
+    """sentence-transformers' loss of a large batch in chunks (GradCache), in both directions, on open_clip's towers."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+    class Towers(nn.Module):
+        def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+            (kind, inputs), *_ = features.items()
+            with shape.autocast():
+                encoded = model.encode_image(inputs) if kind == "image" else model.encode_text(inputs)
+            return {"sentence_embedding": encoded.float()}
+
+    return CachedMultipleNegativesRankingLoss(
+        SentenceTransformer(modules=[Towers()], device=str(shape.device)),
+        mini_batch_size=chunk,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+
+
+def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str], chunk: int | None = None) -> Side:
     """open_clip's step as its trainer takes it without accumulation: 77 tokens, images normalized by its loader.
 
     Args:
@@ -63,6 +83,7 @@ def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str])
         shape: Sizes, device and precision.
         images: (B, 3, H, W) float, normalized.
         captions: B texts; its own tokenizer makes the ids.
+        chunk: Pairs that the towers see at a time, with `cached_loss` in place of open_clip's loss.
     """
     import open_clip
     from open_clip_train.params import get_default_params
@@ -76,6 +97,7 @@ def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str])
         model.compile()
     texts = open_clip.get_tokenizer(name)(captions).to(shape.device)
     loss = open_clip.ClipLoss(cache_labels=True)
+    cached = None if chunk is None else cached_loss(model, shape, chunk)
     defaults = get_default_params(name)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = {n for n, p in named if p.ndim < 2 or any(word in n for word in ("bn", "ln", "bias", "logit_scale"))}
@@ -88,9 +110,12 @@ def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str])
 
     def step(images: Tensor = images, texts: Tensor = texts) -> None:
         optimizer.zero_grad()
-        with shape.autocast():
-            losses = loss(**model(images, texts), output_dict=True)
-            total = sum(losses.values())
+        if cached is not None:
+            total = cached([{"image": images}, {"text": texts}], None)
+        else:
+            with shape.autocast():
+                losses = loss(**model(images, texts), output_dict=True)
+                total = sum(losses.values())
         total.backward()
         optimizer.step()
         with torch.no_grad():

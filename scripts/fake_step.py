@@ -177,7 +177,8 @@ def _register() -> list[torch.library.Library]:
 
 def _measure(recipe: Recipe, tokens: int | None) -> FakeStep:
     kept = _register()
-    train, plan = recipe.train, plan_of(recipe)
+    train = recipe.train.model_copy(update={"channels_last": False})  # takes no other number of bytes
+    recipe, plan = recipe.model_copy(update={"train": train}), plan_of(recipe)
     with PretendedDevice() as device:
         with torch.device(DEVICE):
             model = DualEncoder.from_recipe(recipe)
@@ -228,7 +229,10 @@ def _batch(count: int, plan: Plan, end: int, length: int) -> PairBatch:
 
 def main() -> None:
     """Print the cost of a step with the longest captions."""
-    step = fake_step(load_recipe(sys.argv[1], parse_overrides(sys.argv[2:])))
+    try:
+        step = fake_step(load_recipe(sys.argv[1], parse_overrides(sys.argv[2:])))
+    except UserError as error:
+        sys.exit(f"fake_step: {error}")
     print(
         f"A step of {step.batch_size:,} pairs: {step.parameters / 1e6:,.1f} M parameters, "
         f"{step.peak_bytes / 1e9:,.2f} GB, of which {step.state_bytes / 1e9:,.2f} GB stay, "

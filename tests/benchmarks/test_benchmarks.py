@@ -98,6 +98,39 @@ def test_parts_on_a_gpu_are_measured_once(
     assert call("gpu", *words, "vit")[0] == 2
 
 
+def test_a_large_batch_is_measured_without_the_peer_that_is_missing(
+    call: Callable[..., tuple[Any, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    status, printed = call("gpu", "--out", tmp_path, "--device", "cpu", "--tiny", "--only", "grad-cache")
+    ours, peer = json.loads(printed[-1])["grad-cache"]["rows"]
+    assert (status, ours["batch"], ours["chunk"]) == (0, 8, 4)
+    assert ours["ms"] > 0
+    assert "declip[bench]" in peer["note"]
+
+
+def test_the_peers_loss_in_chunks_has_the_gradients_of_the_plain_loss(scripts: Callable[[str], ModuleType]) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    pytest.importorskip("sentence_transformers")
+    peers, config = scripts("peers"), scripts("step").tiny(open_clip.get_model_config("ViT-B-32-quickgelu"))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config)
+    images, texts = torch.randn(6, 3, 32, 32), open_clip.get_tokenizer("ViT-B-32")([f"number {n}" for n in range(6)])
+    loss = peers.cached_loss(model, peers.Shape(config, True, torch.device("cpu"), "fp32"), 4)
+    value = loss([{"image": images}, {"text": texts}], None)
+    value.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = 20 * model.encode_image(images, normalize=True) @ model.encode_text(texts, normalize=True).T
+    plain = -(logits.log_softmax(0).diagonal() + logits.log_softmax(1).diagonal()).mean() / 2
+    plain.backward()
+    torch.testing.assert_close(value, plain)
+    assert found.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in found.items():
+        expected = model.get_parameter(name).grad
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 def test_a_batch_is_repeated_whole(scripts: Callable[[str], ModuleType]) -> None:
     gpu = scripts("gpu")
     recipe = gpu.load_recipe("demo-declip-official", {"train.batch_size": 4})
@@ -116,7 +149,7 @@ def test_reproduction(
 ) -> None:  # fmt: skip
     module = scripts("reproduce")
     known = module.EXPERIMENTS["synthetic"]
-    small = {**known.keys, "train.steps": 4, "train.batch_size": 8, "train.warmup_steps": 0, "train.lr": 0.002}
+    small = {**known.keys, "train.steps": 8, "train.batch_size": 8, "train.warmup_steps": 0, "train.log_every": 1}
     monkeypatch.setitem(module.EXPERIMENTS, "synthetic", replace(known, keys=small, pairs=40))
     shards, out = tmp_path / "shards", tmp_path / "out"
     words = ("synthetic", "--data", shards, "--out", out)
@@ -124,12 +157,14 @@ def test_reproduction(
     assert status == 1  # the data are their own test set
     assert any("40 of 40 pairs look like" in line for line in printed)
     assert not (out / "run").exists()
-    status, printed = call("reproduce", *words)
+    learning = ("train.lr=0.002", "simsiam.widths=[256, 256, 128]")
+    status, printed = call("reproduce", *words, *learning)
     assert status == 0, printed
+    assert any("chance is ln(8) = 2.08" in line for line in printed)
     curve = json.loads((out / "run" / "curve.json").read_text())
-    assert list(curve) == ["1", "2", "3", "4"]
+    assert list(curve) == [str(step) for step in range(1, 9)]
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**curve, "2": 2 * curve["2"]}))
-    status, printed = call("reproduce", *words, "--curve", other)
+    status, printed = call("reproduce", *words, *learning, "--curve", other)
     assert status == 1
     assert "at step 2" in printed[-1]

@@ -165,11 +165,12 @@ def test_ranks_with_loss_matrices_in_blocks_learn_the_same(tmp_path: Path, monke
         compare(expected, theirs)
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str) -> None:
+@pytest.mark.parametrize(("tower", "last"), [("layer norm", False), ("layer norm", True), ("batch norm", True)])
+def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str, last: bool) -> None:
     names = [STORED, LATE]  # its first step leaves a head without gradient
+    train = {"strategy": "fsdp", "channels_last": last}
     expected = {name: two_steps(name, tower, (BATCH,)) for name in names}
-    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), tower, {"strategy": "fsdp"}):
+    for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), tower, train):
         compare(expected, theirs)
 
 

@@ -48,6 +48,10 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
     """
     _check(recipe, model)
     train, learner = recipe.train, Learner(model, objective)
+    if train.channels_last and (train.strategy == "ddp" or distributed.world_size() == 1):
+        model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    elif train.channels_last:  # FSDP takes contiguous weights only; convolutions follow the images' format as well
+        model.image_tower.register_forward_pre_hook(lambda _, x: x[0].contiguous(memory_format=torch.channels_last))
     if distributed.world_size() > 1:
         synchronize(learner if train.grad_cache_chunk is None else objective, model.device)
     if train.grad_checkpointing:
@@ -79,10 +83,8 @@ def _check(recipe: Recipe, model: DualEncoder) -> None:
                 raise UserError(f"train.{key} goes with train.strategy=ddp only. Leave one of the two out.")
     if train.grad_cache_chunk and model.image_tower.has_batch_norm and distributed.is_rank_zero():
         log.warning(
-            "train.grad_cache_chunk=%d: the batch norm of '%s' sees each chunk alone, so gradients are not exactly "
-            "those of the whole batch; layer norm has no such difference.",
-            train.grad_cache_chunk,
-            recipe.image.model,
+            f"train.grad_cache_chunk={train.grad_cache_chunk}: the batch norm of '{recipe.image.model}' sees each "
+            "chunk alone, so gradients are not exactly those of the whole batch; layer norm has no such difference."
         )
 
 

@@ -96,8 +96,6 @@ class Trainer:
         if recipe.finetune.cached_views:
             check_frozen(recipe, self.model)
         multipliers = self.pretrained.multipliers if self.pretrained is not None else {}
-        if recipe.train.channels_last:
-            self.model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.learner = build_learner(recipe, self.model, self.objective)
         self.average = setup.averaged(self.model, recipe.train.ema_decay)
         if recipe.train.compile:
