@@ -23,7 +23,7 @@ from declip.interchange.export import export
 from declip.models.heads import MlpHead
 from declip.models.image_tower import ImageTower
 from declip.models.layers import PROJECTIONS
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import NearestNeighborConfig, Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
 from declip.runs.folder import read_rows
 from declip.supervision.contrastive import info_nce, shared_info_nce
@@ -36,6 +36,7 @@ from processes import in_processes
 from text_encoders import bert
 from training.starts import moved, same_end, stop_at
 
+BANK = {"nearest_neighbor": NearestNeighborConfig(bank="frozen"), "loss_weights": {"nearest_neighbor": 1.0}}
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -220,6 +221,8 @@ def test_methods_of_cached_features_are_refused_without_them(table: Path, start:
     recipe = recipe.model_copy(update={"finetune": uncached, "loss_weights": weights})
     with pytest.raises(UserError, match=r"loss_weights\.structure=0"):
         Trainer(recipe, start.parent / "none", quiet=True)
+    with pytest.raises(UserError, match="bank=queue"):
+        Trainer(recipe.model_copy(update=BANK), start.parent / "none", quiet=True)
 
 
 N = 3
@@ -270,6 +273,8 @@ def test_two_processes_thaw_together(table: Path, start: Path, tmp_path: Path) -
 def test_a_run_that_cannot_thaw_is_refused(table: Path, start: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"thaw_after=6 .*train\.steps=6"):
         Trainer(thawing(table, start, thaw_after=6), tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match="bank=queue"):
+        Trainer(thawing(table, start).model_copy(update=BANK), tmp_path / "run", quiet=True)
     for keys in ({"freeze_image_blocks": 0, "freeze_text_blocks": 0}, {"lora": {"rank": 2}}):
         with pytest.raises(ValueError, match=r"thaw_after needs"):
             thawing(table, start, **keys)

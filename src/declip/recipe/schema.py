@@ -227,6 +227,7 @@ class NearestNeighborConfig(Section):
     """The queue of text features."""
 
     queue_size: int = Field(65536, ge=1, description="number of text features in the queue")
+    bank: Literal["queue", "frozen"] = Field("queue", description="find neighbors in the queue, or by frozen features")
     symmetric: bool = Field(False, description="both directions, as in the paper; false: as the official code")
 
 
