@@ -1,6 +1,8 @@
 """Models of other libraries with towers of their own: they start, equal the library's, train, resume and go back."""
 
 import copy
+import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import declip
 from declip.api import train
@@ -85,6 +88,31 @@ def test_features_equal_the_librarys_and_the_export_goes_back(family: str, famil
     torch.testing.assert_close(again.preprocess(pictures()[1:4]), pixels, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES if os.environ.get("DECLIP_ONNX") else ["transformers-siglip2"])
+def test_onnx_gives_the_same_features_at_any_batch_and_length(family: str, families: Any, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, out = families[family][0].build().eval(), tmp_path / "out"
+    declip.export(model, "onnx", out)
+    about = json.loads((out / "declip_onnx.json").read_text())
+    image, text = (onnxruntime.InferenceSession(out / about[part]["file"]) for part in ("image", "text"))
+    ids = Tokenizer.from_file(str(out / "tokenizer.json")).encode(CAPTIONS[0]).ids  # this one needs no cleaning
+    pixels, tokens, differences = model.preprocess(pictures()[:4]), model.tokenize(CAPTIONS), list[float]()
+    assert ids == tokens[0, : len(ids)].tolist()
+    for rows, length in ((1, len(ids)), (4, tokens.shape[1])):
+        given, captions = pixels[:rows], tokens[:rows, :length]
+        found = image.run(None, {"pixel_values": given.numpy()})[0], text.run(None, {"input_ids": captions.numpy()})[0]
+        with torch.no_grad():
+            for ours, theirs in zip((model.encode_image(given), model.encode_text(captions)), found, strict=True):
+                differences.append(float((ours - torch.from_numpy(theirs)).abs().max()))
+    print(f"\n{family}: onnx {max(differences):.1e}")
+    assert max(differences) < 1e-5
+    assert (about["image"]["squash"], about["logit_bias"] or 0) == (model.preprocessor.squash, model.logit_bias or 0)
+    model.tokenizer.stored["zeroed"] = 1
+    with pytest.raises(UserError, match=r"onnx: .*tokenizer.*safetensors"):
+        declip.export(model, "onnx", tmp_path / "refused")
+
+
 @every_family
 def test_every_parameter_has_a_gradient_and_a_layer(family: str, files: dict[str, str]) -> None:
     model = read(files[family]).build()
@@ -129,9 +157,8 @@ def test_a_run_with_adapters_is_merged_when_it_is_loaded(
     adapters = {n for n in before if MARK in n}
     after = learned.state_dict()
     assert len(moved(before, after) & adapters) > 0.9 * len(adapters)  # behind a ReLU some have no gradient
-    for name in (
-        before.keys() - adapters - {"logit_scale", "logit_bias"}
-    ):  # peft adds to torch's attention and subtracts
+    for name in before.keys() - adapters - {"logit_scale", "logit_bias"}:
+        # peft adds to torch's attention and subtracts.
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
     assert {f"{n.split('.')[0]}." for n in adapters} == {IMAGE, TEXT}
     loaded = declip.load(tmp_path, device="cpu")

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from conftest import TINY
+from declip.data.batch import PairBatch
 from declip.data.cached import VariantAssembler
 from declip.data.feature_store import FeatureStore
 from declip.data.images.crops import apply_photometric
@@ -84,6 +86,35 @@ def test_losses_and_gradients_are_those_of_the_towers(pairs: Path) -> None:
         assert any(name.endswith("text_projection.weight") for name in found)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_neighbors_by_frozen_features_are_those_of_a_plain_loop(pairs: Path) -> None:
+    recipe, model = frozen(nearest_neighbor=1.0)
+    objective = Objective(recipe, model)
+    objective.prepare(open_source(str(pairs)), model)  # 10 pairs
+    generator, held = torch.Generator().manual_seed(0), list[tuple[int, torch.Tensor, torch.Tensor]]()
+
+    def unit(rows: torch.Tensor, head: torch.nn.Module | None = None) -> torch.Tensor:
+        return F.normalize(head(rows).detach() if head else rows, dim=-1).double()
+
+    first, new = torch.randn(2, 2, 6, model.text_tower.width, generator=generator)
+    again = torch.cat([first[:, 3:], new[:, 3:]], dim=1)
+    for texts, ids in ((first, torch.arange(6)), (again, torch.arange(13, 19))):  # in another epoch 3 to 5 come again
+        views = torch.randn(2, 6, model.image_tower.pre_logits_width, generator=generator)
+        batch = PairBatch({"first": views[0], "second": views[1]}, texts, sample_ids=ids)
+        found, expected = objective(model, batch)["nearest_neighbor"], torch.zeros(())
+        for captions in unit(texts) if held else ():
+            neighbors = []
+            for pair, caption in zip(ids.tolist(), captions, strict=True):
+                others = [(float(caption @ h), n) for other, h, n in held if other % 10 != pair % 10]
+                neighbors.append(max(others, key=lambda other: other[0])[1])
+            for images in unit(views, model.image_tower.proj):
+                logits = model.logit_scale.exp().detach().double() * images @ torch.stack(neighbors).mT
+                expected = expected + (logits.logsumexp(1) - logits.diagonal()).mean() / 4
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-6)
+        objective.after_step(model)
+        embedded = unit(texts, model.text_tower.text_projection)
+        held += [row for view in (1, 0) for row in zip(ids.tolist(), unit(texts)[view], embedded[view], strict=True)]
 
 
 def computed(pairs: Path, cache: Path, **losses: float) -> int:

@@ -47,18 +47,18 @@ class VariantAssembler(Assembler):
         own, part = (np.array_split(rows, self.ranks)[self.rank] for rows in (indices, np.arange(len(indices))))
         skipped = [found.broken[index] for index in own.tolist() if index in found.broken]
         own, part = own[image_rows[own] >= 0], part[image_rows[own] >= 0]
-        partners, weights = own, None
+        pairs, weights = [own], None
         if found.mixup:
             # Of the whole batch, so that the ranks choose what one process would.
             generator = np.random.default_rng((self.seed, step, len(indices)))
             partners = indices[generator.permutation(len(indices))][part]
-            partners = np.where(image_rows[partners] >= 0, partners, own)
+            pairs.append(np.where(image_rows[partners] >= 0, partners, own))
             drawn = generator.beta(found.mixup, found.mixup, len(indices)).astype(np.float32)
             weights = torch.from_numpy(drawn[part])
 
         def read(features: Tensor, rows: np.ndarray) -> Tensor:
-            first, second = (features[torch.from_numpy(rows[..., pairs])] for pairs in (own, partners))
-            return first if weights is None else fusemix(first, second, weights)
+            first, *second = (features[torch.from_numpy(rows[..., some])] for some in pairs)
+            return first if weights is None else fusemix(first, second[0], weights)
 
         return PairBatch(
             views={spec.name: View(read(found.images[spec.name], image_rows)) for spec in self.plan.at(step)},

@@ -2,22 +2,24 @@
 
 import io
 import json
+import os
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from declip.data.text.wrapped_tokenizer import WrappedTokenizer
 from declip.errors import UserError
 from declip.interchange.files import quiet
 from declip.interchange.foreign import Refusal, Reread
-from declip.interchange.tokenizer_files import backend
+from declip.interchange.tokenizer_files import CLEANING, backend
 from declip.interchange.weights import one_line
 from declip.models.dual_encoder import DualEncoder, has_text
-from declip.models.wrapped_towers import WrappedTextTower
 
 LIBRARY = "onnx"
 OPSET = 18
@@ -36,9 +38,9 @@ class TowerModule(nn.Module):
 
 
 def express(model: DualEncoder) -> None:
-    """Every model is tried; what torch cannot trace fails while it is written."""
-    if isinstance(model.text_tower, WrappedTextTower):
-        raise Refusal("its towers are another library's")
+    """Every tower is tried; what torch cannot trace fails while it is written."""
+    if isinstance(model.tokenizer, WrappedTokenizer) and model.tokenizer.stored["zeroed"] is not None:
+        raise Refusal("its tokenizer replaces one id by 0, which tokenizer.json cannot hold")
 
 
 def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
@@ -48,17 +50,19 @@ def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
     most the context. Outputs are (batch, d) float32 of length 1. Batch and length are free.
     """
     assert model.recipe is not None, "a model without one was refused"
-    image, batch = model.recipe.image, torch.export.Dim("batch")
+    express(model)
+    image, batch, squash = model.recipe.image, torch.export.Dim("batch"), model.preprocessor.squash
     about: dict[str, Any] = {
         "opset": OPSET,
         "precision": precision,
         "embed_dim": model.recipe.embed_dim,
         "logit_scale": model.logit_scale.exp().item(),
+        "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
         "image": {
             **{"file": IMAGE, "input": "pixel_values", "output": "image_embeds"},
-            "size": image.size,
-            "resize": "shorter side to size, bicubic (PIL); the longer side is rounded down",
-            "crop": "center; half a pixel is rounded to even",
+            **{"size": image.size, "squash": squash, "interpolation": model.preprocessor.filter.name.lower()},
+            "resize": "both sides to size" if squash else "shorter side to size; the longer side is rounded down",
+            "crop": "none" if squash else "center; half a pixel is rounded to even",
             "mode": "RGB, transparency over white",
             **{"scale": "1/255", "mean": list(image.mean), "std": list(image.std)},
         },
@@ -69,6 +73,8 @@ def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
         tokenizer = model.tokenizer
         names = {"file": TEXT, "input": "input_ids", "output": "text_embeds", "tokenizer": TOKENIZER}
         about["text"] = names | {name: getattr(tokenizer, name) for name in ("context", "start", "end", "padding")}
+        clean = "" if getattr(tokenizer, "clip", None) else getattr(tokenizer, "stored", {}).get("clean", "")
+        about["text"]["clean"] = "" if clean in CLEANING else clean  # that tokenizer.json does not do itself
         tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64, device=model.device)
         tokens[:, -1] = tokenizer.end
         sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}
@@ -81,24 +87,31 @@ def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
 
 def _convert(path: Path, precision: str) -> None:
     """Replace a file by the same in another precision; inputs and outputs stay float32."""
-    try:
+    with _worded(f"{path.name} cannot be converted to {precision}", "Take fp32.", ""):  # it logs on the root logger
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.transformers.float16 import convert_float_to_float16
-    except ImportError as error:
-        raise UserError(f"{precision} needs {error.name}. Install it: pip install 'declip[onnx]'.") from error
+
+        if precision == "fp16":
+            onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+        else:
+            # Convolutions stay float32: quantized as well, EfficientNet's features have cosines of 0.94.
+            kinds = ["MatMul", "Gemm", "Gather"]
+            quantize_dynamic(path, path, kinds, per_channel=True, weight_type=QuantType.QInt8)
+
+
+@contextmanager
+def _worded(failed: str, remedy: str, logger: str) -> Iterator[None]:
+    """Hide what the libraries say of what they do, and word what they cannot do in one line."""
     try:
-        with warnings.catch_warnings(action="ignore"), quiet(""):  # it logs on the root logger
-            if precision == "fp16":
-                onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
-            else:
-                # Convolutions stay float32: quantized as well, EfficientNet's features have cosines of 0.94.
-                kinds = ["MatMul", "Gemm", "Gather"]
-                quantize_dynamic(path, path, kinds, per_channel=True, weight_type=QuantType.QInt8)
+        with warnings.catch_warnings(action="ignore"), quiet(logger), redirect_stdout(io.StringIO()):
+            yield
+    except ImportError as error:
+        raise UserError(f"Exporting onnx needs {error.name}. Install it: pip install 'declip[onnx]'.") from error
     except OSError:
         raise
-    except Exception as error:  # of either library, for operators that it does not know
-        raise UserError(f"{path.name} cannot be converted to {precision}: {one_line(error, 200)} Take fp32.") from error
+    except Exception as error:  # the exporter and the converters have errors of their own
+        raise UserError(f"{failed}: {one_line(error, 200)} {remedy}") from error
 
 
 def reread(folder: Path) -> Reread:
@@ -117,17 +130,8 @@ def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], folder: P
     path = folder / about["file"]
     options: dict[str, Any] = {f"{kind}_names": [about[kind]] for kind in ("input", "output")}
     options |= {"dynamo": True, "dynamic_shapes": (sizes,), "opset_version": OPSET, "verbose": False}
-    try:
-        notes = warnings.catch_warnings(action="ignore")  # on what it translates
-        with notes, quiet("torch.onnx"), redirect_stdout(io.StringIO()):
-            program = torch.onnx.export(module, (example,), **options)
-            assert program is not None
-            program.save(path)
-    except ImportError as error:
-        raise UserError(f"Exporting onnx needs {error.name}. Install it: pip install 'declip[onnx]'.") from error
-    except OSError:
-        raise
-    except Exception as error:  # the exporter has errors of its own for what it cannot trace
-        raise UserError(
-            f"torch cannot export this tower to {path.name}: {one_line(error, 200)} The format safetensors can hold it."
-        ) from error
+    unchecked = mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")  # ONNX has no operator for its checks
+    with _worded(f"torch cannot export this tower to {path.name}", "Take safetensors.", "torch.onnx"), unchecked:
+        program = torch.onnx.export(module, (example,), **options)
+        assert program is not None
+        program.save(path)

@@ -36,6 +36,7 @@ CLEANING: dict[str, list[Any]] = {
 
 def backend(tokenizer: CaptionTokenizer) -> Backend:
     """Build the same tokenizer of the `tokenizers` library: start, the words' ids, end, cut at the context."""
+    tokenizer = getattr(tokenizer, "clip", None) or tokenizer
     if not isinstance(tokenizer, Tokenizer):
         written = Backend.from_str(tokenizer.library.to_str())
         written.enable_truncation(tokenizer.context)

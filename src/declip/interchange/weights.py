@@ -140,7 +140,7 @@ def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> s
 
 def without_queue(heads: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of an objective's heads; its queue holds another data set's captions, and a teacher is no head."""
-    left_out = (".queue.", ".distillation.")
+    left_out = (".queue.", ".bank.", ".distillation.")
     return {n: t for n, t in heads.items() if isinstance(t, Tensor) and not any(part in n for part in left_out)}
 
 

@@ -46,9 +46,8 @@ class WrappedModel:
         """Give the same model for captions of another length in tokens."""
         if length == self.tokenizer["context"]:
             return self
-        section, key = "text_cfg", "context_length"
-        if self.library == "transformers":
-            section, key = "text_config", "max_position_embeddings"
+        keys = {"open_clip": ("text_cfg", "context_length"), "transformers": ("text_config", "max_position_embeddings")}
+        section, key = keys[self.library]
         config = {**self.config, section: {**self.config[section], key: length}}
         return replace(self, config=config, tokenizer={**self.tokenizer, "context": length})
 
@@ -105,12 +104,10 @@ class WrappedModel:
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers, texts and sections of a configuration, without the keys by which transformers reads files or code."""
-    kept: dict[str, Any] = {}
-    for name, value in config.items():
-        if re.match("_|auto_map|quantization_config|.*attn_implementation", str(name)) or not isinstance(name, str):
-            continue
-        if isinstance(value, Mapping):
-            kept[name] = plain(value)
-        elif value is None or isinstance(value, bool | int | float | str | list):
-            kept[name] = value
-    return kept
+    kept = bool | int | float | str | list | Mapping | None
+    left_out = "_|auto_map|quantization_config|.*attn_implementation"
+    return {
+        name: plain(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if isinstance(name, str) and isinstance(value, kept) and not re.match(left_out, name)
+    }

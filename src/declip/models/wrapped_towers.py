@@ -35,12 +35,9 @@ class WrappedImageTower(ImageTower):
         self.proj, self.projection = _taken(module, name)  # type: ignore[assignment]  # no linear map in every module
         linear = [part for part in self.proj.modules() if isinstance(part, nn.Linear)]
         self.pre_logits_width = linear[0].in_features if linear else embed_dim
-        if self._timm:
-            self.token_width = int(module.trunk.num_features)
-        elif kind == "VisionTransformer":
-            self.token_width = int(module.ln_post.normalized_shape[0])
-        else:
-            self.token_width = self.pre_logits_width
+        self.token_width = self.pre_logits_width
+        if self._timm or kind == "VisionTransformer":
+            self.token_width = int(module.trunk.num_features if self._timm else module.ln_post.normalized_shape[0])
         self.has_batch_norm = any(isinstance(m, _BatchNorm) for m in self.modules())
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

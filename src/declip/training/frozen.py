@@ -93,7 +93,8 @@ def cached_features(
             images.append(keys, torch.cat(features, dim=1))
 
         keys, broken = _content_keys(source, shown)
-        numbered = [[_with_variant(key, variant) for key in keys] for variant in range(variants)]
+        endings = [variant.to_bytes(4) for variant in range(variants)]
+        numbered = [[hashlib.blake2b(key + end, digest_size=KEY).digest() for key in keys] for end in endings]
         missing = [
             (index, variant)
             for index in range(len(source))
@@ -151,14 +152,9 @@ class _Samples(Dataset):
         return self.assembler.collate(samples, []), good, faults
 
 
-def _with_variant(key: bytes, variant: int) -> bytes:
-    return hashlib.blake2b(key + variant.to_bytes(4), digest_size=KEY).digest()
-
-
 def text_key(row: Tensor) -> bytes:
     """Hash token ids without their padding."""
-    ids = row.numpy()
-    return hashlib.blake2b(np.trim_zeros(ids, "b").tobytes(), digest_size=KEY).digest()
+    return hashlib.blake2b(np.trim_zeros(row.numpy(), "b").tobytes(), digest_size=KEY).digest()
 
 
 def tower_digest(model: nn.Module, tower: str, *about: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from declip.data.batch import PairBatch
+from declip.data.cached import CachedFeatures
 from declip.data.loader import PairLoader
 from declip.data.pair import PairSource, SkipCounter
 from declip.errors import UserError
@@ -129,8 +130,9 @@ class Trainer:
         features = None
         if self.stage.finetune.cached_views:
             read = partial(cached_features, self.stage, self.source, self.model, self.plan)
-            self.hosts.on_rank_zero(lambda: read(not self.quiet) and None)
-            features = read(False)
+            kept: list[CachedFeatures] = []
+            self.hosts.on_rank_zero(lambda: kept.append(read(not self.quiet)))
+            features = kept[0] if kept else read(False)
             if self.step == 0 and self.stage.finetune.head_init == "cca":
                 start_closed_form(self.model, features, self.plan.views[0].name)
         workers = self.workers if features is None else 0

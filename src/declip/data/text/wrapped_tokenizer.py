@@ -48,11 +48,11 @@ class WrappedTokenizer(CaptionTokenizer):
             "definition": definition, "context": context, "padding": padding, "clean": clean, "zeroed": zeroed,
         }  # fmt: skip
         self.padding, self._clean, self._zeroed = padding, CLEAN[clean], zeroed
-        self._clip = Tokenizer(context) if definition is None else None
-        self.library = self._clip.library if self._clip else read_definition(str(definition))
-        if not self._clip:
+        self.clip = Tokenizer(context) if definition is None else None
+        self.library = self.clip.library if self.clip else read_definition(str(definition))
+        if not self.clip:
             self.library.enable_truncation(context)
-        self.vocabulary = self._clip.mask if self._clip else self.library.get_vocab_size()
+        self.vocabulary = self.clip.mask if self.clip else self.library.get_vocab_size()
         self.words = range(self.vocabulary)
         empty = self.encode("") or [padding]
         self.start, self.end = empty[0] if len(empty) > 1 else -1, empty[-1]
@@ -62,15 +62,15 @@ class WrappedTokenizer(CaptionTokenizer):
 
     def ids(self, text: str) -> list[int]:
         text = self._clean(text)
-        ids = self._clip.ids(text) if self._clip else self.library.encode(text).ids
+        ids = self.clip.ids(text) if self.clip else self.library.encode(text).ids
         return [0 if number == self._zeroed else number for number in ids]
 
     def word_ids(self, text: str) -> Iterable[int]:
         text = self._clean(text)
-        return self._clip.word_ids(text) if self._clip else self.library.encode(text, add_special_tokens=False).ids
+        return self.clip.word_ids(text) if self.clip else self.library.encode(text, add_special_tokens=False).ids
 
     def spell(self, ids: list[int]) -> str:
-        return self._clip.spell(ids) if self._clip else self.library.decode(ids).strip()
+        return self.clip.spell(ids) if self.clip else self.library.decode(ids).strip()
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         tokens = super().__call__(texts)
