@@ -18,7 +18,7 @@ from build_emoji import Iconify, distinct, group_of, squash
 from declip.data.builtin.fetch import read_json
 from declip.data.builtin.iconify import ICONS_PACKAGE, SPLIT_OF, license_of
 from declip.data.builtin.pictures import read_rows, split_texts, table_file
-from declip.data.text.synonyms import is_word
+from declip.data.text.synonyms import table
 
 TAGS = ("lucide-static", "@tabler/icons")
 """Packages that say more about an icon of a name than its set does."""
@@ -62,7 +62,7 @@ def is_readable(words: list[str], common: Collection[str]) -> bool:
     """Whether the words are WordNet's or among the `common` ones, and one of them has two letters or more."""
     if not 0 < len(words) <= MOST_WORDS or not any(len(word) > 1 and word.isalpha() for word in words):
         return False
-    return all(word in common or (word.isalpha() and (len(word) == 1 or is_word(word))) for word in words)
+    return all(word in common or (word.isalpha() and (len(word) == 1 or word in table())) for word in words)
 
 
 Row = dict[str, Any]
@@ -130,7 +130,7 @@ def _logo_names(sets: Path, infos: Mapping[str, Any]) -> set[str]:
     """Names, squashed, that several sets of logos have and that are no English words."""
     logos = (Iconify(sets / f"{prefix}.json") for prefix, info in infos.items() if info.get("category") == "Logos")
     users = Counter(name for each in logos for name in each.icons)
-    return {squash(name) for name, count in users.items() if count >= LOGO_SETS and not is_word(name)}
+    return {squash(name) for name, count in users.items() if count >= LOGO_SETS and name not in table()}
 
 
 def _tags(packages: Path) -> dict[str, list[str]]:

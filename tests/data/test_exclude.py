@@ -49,11 +49,7 @@ def test_plain_lists_and_other_columns_are_read(tmp_path: Path, text: str, expec
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [
-        (b"key\n", "names no pair"),
-        (b"\xff\xfe\x00", "UTF-8"),
-        (b"key,place\na,x\n", "invalid literal"),
-    ],
+    [(b"key\n", "names no pair"), (b"\xff\xfe\x00", "UTF-8"), (b"key,place\na,x\n", "invalid literal")],
 )
 def test_a_wrong_list_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "list").write_bytes(content)

@@ -2,13 +2,7 @@ import pickle
 
 import pytest
 
-from declip.data.pair import (
-    EXAMPLES_KEPT,
-    LONGEST_CAPTION,
-    BrokenPair,
-    SkipCounter,
-    clean_captions,
-)
+from declip.data.pair import EXAMPLES_KEPT, LONGEST_CAPTION, BrokenPair, SkipCounter, clean_captions
 
 
 @pytest.mark.parametrize(

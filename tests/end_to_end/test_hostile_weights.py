@@ -24,7 +24,7 @@ from conftest import TINY
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import STATE, WEIGHTS, Checkpoint, save_checkpoint
+from declip.runs.checkpoint import STATE, WEIGHTS, Checkpoint, write_snapshot
 from golden_cases import SHIPPED, read_official
 from hostile import ROOM, Trap, apart, quickly, said
 
@@ -148,7 +148,7 @@ def checkpoint(here: Path) -> Path:
     """A checkpoint of a tiny model."""
     recipe = Recipe.model_validate({key: TINY[key] for key in ("image", "text", "embed_dim")})
     weights = {f"model.{name}": tensor for name, tensor in DualEncoder.from_recipe(recipe).state_dict().items()}
-    return save_checkpoint(here / "run", Checkpoint(1, weights, {}, recipe.to_yaml()), keep=1)
+    return write_snapshot(here / "run", Checkpoint(1, weights, {}, recipe.to_yaml()), keep=1)
 
 
 def edit(folder: Path, recipe: str) -> None:

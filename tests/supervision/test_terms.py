@@ -99,12 +99,7 @@ def test_one_pair_alone_costs_nothing(features: list[Tensor], name: str, limit: 
 
 @pytest.mark.parametrize(
     ("name", "shape", "negatives"),
-    [
-        ("info_nce", (4, 4), 3),
-        ("multi_view", (2, 4, 4), 3),
-        ("nt_xent", (4, 4), 6),
-        ("late_interaction", (4, 1, 4), 3),
-    ],
+    [("info_nce", (4, 4), 3), ("multi_view", (2, 4, 4), 3), ("nt_xent", (4, 4), 6), ("late_interaction", (4, 1, 4), 3)],
 )
 @in_blocks_too
 def test_the_hardest_pairs_at_scale_100_stay_finite(

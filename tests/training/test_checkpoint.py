@@ -21,7 +21,8 @@ from declip.runs.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_good,
-    save_checkpoint,
+    snapshot,
+    write_snapshot,
 )
 from declip.training.optimizer import load_moments
 
@@ -30,13 +31,14 @@ FILES = (checkpoints.WEIGHTS, checkpoints.TRAINING, checkpoints.STATE)
 
 def sample(step: int) -> Checkpoint:
     shared = torch.arange(6.0).view(2, 3)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         step=step,
         weights={"model.a": shared, "model.b": shared.T},
         training={"objective.n": torch.tensor([step, 7]), "random.cpu": torch.get_rng_state()},
         recipe="name: sample\n",
         extra={"versions": {"torch": "x"}, "é": [float("nan"), 0.1]},
     )
+    return snapshot(checkpoint)
 
 
 def same(found: Checkpoint, written: Checkpoint) -> bool:
@@ -54,7 +56,7 @@ def same(found: Checkpoint, written: Checkpoint) -> bool:
 def test_the_newest_read_back_as_they_were_written(tmp_path: Path) -> None:
     before = os.umask(0o027)
     for step in (2, 10, 4, 100, 123_456_789, 123_456_789):
-        folder = save_checkpoint(tmp_path, sample(step), keep=2)
+        folder = write_snapshot(tmp_path, sample(step), keep=2)
         last = tmp_path / "checkpoints" / checkpoints.LAST
         assert os.readlink(last) == folder.name
         assert same(load_checkpoint(last), sample(step))
@@ -65,26 +67,26 @@ def test_the_newest_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_after_falling_back_the_damaged_ones_push_no_good_one_out(tmp_path: Path) -> None:
     for step in (100, 200, 300):
-        save_checkpoint(tmp_path, sample(step), keep=3)
+        write_snapshot(tmp_path, sample(step), keep=3)
     for step in (200, 300):
         (checkpoints.folder_of(tmp_path, step) / checkpoints.WEIGHTS).write_bytes(b"half")
-    save_checkpoint(tmp_path, sample(150), keep=1)
+    write_snapshot(tmp_path, sample(150), keep=1)
     found, problems = newest_good(tmp_path)
     assert found is not None
     assert (found.step, len(problems)) == (150, 2)
-    save_checkpoint(tmp_path, sample(200), keep=1)
+    write_snapshot(tmp_path, sample(200), keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000200", "step-00000300"]
     assert load_checkpoint(checkpoints.folder_of(tmp_path, 200)).step == 200
 
 
 def test_an_unfinished_write_is_no_checkpoint_and_the_next_one_clears_it_away(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, sample(1), keep=2)
+    write_snapshot(tmp_path, sample(1), keep=2)
     for name in ("step-00000002.partial", "step-00000001.old.partial", "step-00000099.partial"):
         shutil.copytree(checkpoints.folder_of(tmp_path, 1), tmp_path / "checkpoints" / name)
     (tmp_path / "checkpoints" / "step-00000007").write_text("a file")
     (tmp_path / "checkpoints" / "step-mine").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
-    save_checkpoint(tmp_path, sample(2), keep=2)
+    write_snapshot(tmp_path, sample(2), keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
@@ -116,8 +118,8 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", [*CONTENTS, *OTHER_THINGS])
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, how: str, name: str) -> None:
-    save_checkpoint(tmp_path, sample(1), keep=2)
-    damage(save_checkpoint(tmp_path, sample(2), keep=2) / name, how)
+    write_snapshot(tmp_path, sample(1), keep=2)
+    damage(write_snapshot(tmp_path, sample(2), keep=2) / name, how)
     found, problems = newest_good(tmp_path)
     assert found is not None
     assert same(found, sample(1))
@@ -127,7 +129,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, how:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
-    folder = save_checkpoint(tmp_path, sample(2), keep=2)
+    folder = write_snapshot(tmp_path, sample(2), keep=2)
     path, content = folder / name, (folder / name).read_bytes()
     places = range(0, len(content), max(len(content) // 300, 1))
     assert len(places) > 100
@@ -145,7 +147,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
     "change", [{"sha256": {"../../dev/zero": "0"}}, {"sha256": []}, {"step": -1}, {"step": True}, {"more": 1}]
 )
 def test_a_state_of_another_make_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
-    folder = save_checkpoint(tmp_path, sample(3), keep=1)
+    folder = write_snapshot(tmp_path, sample(3), keep=1)
     state = json.loads((folder / checkpoints.STATE).read_text()) | change
     del state["digest"]
     (folder / checkpoints.STATE).write_text(checkpoints._with_digest(state))
@@ -166,7 +168,7 @@ def test_any_bytes_in_the_place_of_the_state(tmp_path_factory: pytest.TempPathFa
 
 def test_tensors_that_are_whole_but_none_are_refused(tmp_path: Path) -> None:
     """As someone could write them on purpose: the checksums match."""
-    folder = save_checkpoint(tmp_path, sample(3), keep=1)
+    folder = write_snapshot(tmp_path, sample(3), keep=1)
     (folder / checkpoints.WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little"))
     state = json.loads((folder / checkpoints.STATE).read_text())
     del state["digest"]
@@ -180,7 +182,7 @@ def test_tensors_that_are_whole_but_none_are_refused(tmp_path: Path) -> None:
 def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    good = save_checkpoint(tmp_path, sample(1), keep=1)
+    good = write_snapshot(tmp_path, sample(1), keep=1)
     flush = checkpoints._flush
 
     def rot(path: Path) -> None:
@@ -192,13 +194,13 @@ def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(
 
     monkeypatch.setattr(checkpoints, "_flush", rot)
     with pytest.raises(UserError, match=rf"{name} is damaged.*The newest one there is {good}"):
-        save_checkpoint(tmp_path, sample(2), keep=1)
+        write_snapshot(tmp_path, sample(2), keep=1)
     assert list_checkpoints(tmp_path) == [good]
     assert load_checkpoint(good).step == 1
 
 
 def test_a_crash_in_the_middle_of_removing_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(tmp_path, sample(1), keep=1)
+    write_snapshot(tmp_path, sample(1), keep=1)
 
     def crash(path: Path) -> None:
         if path.exists():
@@ -207,7 +209,7 @@ def test_a_crash_in_the_middle_of_removing_leaves_no_part(tmp_path: Path, monkey
 
     monkeypatch.setattr(checkpoints, "remove", crash)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, sample(2), keep=1)
+        write_snapshot(tmp_path, sample(2), keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
 
 

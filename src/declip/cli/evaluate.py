@@ -6,15 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from declip.cli.options import (
-    BatchSize,
-    Device,
-    JsonOut,
-    check_model,
-    check_source,
-    console,
-    file,
-)
+from declip.cli.options import BatchSize, Device, JsonOut, check_model, check_source, console, file
 from declip.errors import UserError, unknown
 
 TASKS = ("zero-shot", "retrieval", "linear", "knn")

@@ -90,11 +90,6 @@ class ZeroShotResult(ClassificationResult):
     templates: str = "plain"  # name of the prompt templates, or the templates themselves
     majority: float | None = None  # fraction of the most frequent class: top-1 of a model that always says that class
 
-    @property
-    def times_chance(self) -> float:
-        """Top-1 over chance."""
-        return self.top1 / self.chance
-
     def measures(self) -> list[Measure]:
         unbalanced = self.majority is not None and self.majority >= 1.1 * self.chance
         return [

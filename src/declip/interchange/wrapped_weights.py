@@ -98,10 +98,7 @@ def _weights(
     for prefix, module in zip(PREFIXES[stored.library], modules, strict=True):
         module.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
     tokenizer = stored.build_tokenizer()
-    towers = {
-        IMAGE: WrappedImageTower(modules[0], embed_dim),
-        TEXT: WrappedTextTower(modules[1], tokenizer, stored),
-    }
+    towers = {IMAGE: WrappedImageTower(modules[0], embed_dim), TEXT: WrappedTextTower(modules[1], tokenizer, stored)}
     tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}
     tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
     keys = {

@@ -11,15 +11,11 @@ from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRe
 FIRST, LONGEST = 10.0, 30.0  # seconds until the first plain line, and between two lines of a long job
 
 
-def on_terminal() -> bool:
-    """Whether standard error can draw a bar."""
-    return Console(stderr=True).is_interactive
-
-
 def progress_bar(*columns: Any, shown: bool = True, **options: Any) -> Progress:
     """A rich progress bar on standard error; without a terminal it prints a line from time to time instead."""
-    kind = PlainProgress if shown and not on_terminal() else Progress
-    return kind(*columns, console=Console(stderr=True, quiet=not shown), disable=not shown, **options)
+    console = Console(stderr=True, quiet=not shown)
+    kind = Progress if not shown or console.is_interactive else PlainProgress
+    return kind(*columns, console=console, disable=not shown, **options)
 
 
 def status(text: str, shown: bool = True) -> AbstractContextManager[Any]:

@@ -55,7 +55,7 @@ def environment(markdown: bool = False, plain_text: bool = False) -> Environment
     made = Environment(
         loader=PackageLoader("declip.reports"),
         autoescape=not (markdown or plain_text),
-        finalize=_for_markdown if markdown else None,
+        finalize=(lambda value: plain(value) if type(value) is str else value) if markdown else None,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -115,10 +115,6 @@ def markdown_table(table: Table) -> Markup:
     rows = [[plain(name) for name in table.columns], rules, *([plain(word) for word in row] for row in table.rows)]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return Markup(f"**{plain(table.caption)}**\n\n{lines}")
-
-
-def _for_markdown(value: Any) -> Any:
-    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def rich_table(table: Table) -> RichTable:

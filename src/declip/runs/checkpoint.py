@@ -86,11 +86,6 @@ def snapshot(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, weights=weights, training=training, extra=copy.deepcopy(checkpoint.extra))
 
 
-def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint and wait for it; see `write_snapshot`."""
-    return write_snapshot(run, snapshot(checkpoint), keep)
-
-
 def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
     """Write a snapshot under another name, flush it, read it back, rename it, and remove all but the newest `keep`.
 

@@ -17,11 +17,7 @@ SCORES_AT_ONCE = 2**26  # of tokens and tokens: 256 MiB in float32, whatever the
 
 
 def select_tokens(
-    tokens: Tensor,
-    paired_tokens: Tensor,
-    k: int,
-    mask: Tensor | None = None,
-    paired_mask: Tensor | None = None,
+    tokens: Tensor, paired_tokens: Tensor, k: int, mask: Tensor | None = None, paired_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Keep the k tokens of each sample that are most similar, in sum, to the paired sample's tokens.
 

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from declip.data.text.synonyms import is_word, synonyms, table
+from declip.data.text.synonyms import synonyms, table
 from golden_cases import read_json
 
 OFFICIAL = read_json("eda_cases.json").get("synonyms", {})
@@ -79,8 +79,8 @@ def test_every_synonym_is_a_proper_word():
 
 
 def test_words_are_known_with_and_without_synonyms():
-    assert all(map(is_word, ("sofa", "sofas", "women", "bed", "beds", "jumping", "carts")))
-    assert not any(map(is_word, ("", "shoppingcart", "qzx", "fields of", "Sofa")))
+    assert table().keys() >= {"sofa", "sofas", "women", "bed", "beds", "jumping", "carts"}
+    assert not table().keys() & {"", "shoppingcart", "qzx", "fields of", "Sofa"}
 
 
 def test_table_has_its_license():

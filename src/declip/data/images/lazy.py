@@ -6,15 +6,7 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from declip.data.images.decode import (
-    MOST_PIXELS,
-    TURNS,
-    apply_exif,
-    opened,
-    orientation,
-    read_content,
-    rgb,
-)
+from declip.data.images.decode import MOST_PIXELS, TURNS, apply_exif, opened, orientation, read_content, rgb
 from declip.data.pair import DecodedImage, LazyImage
 
 try:

@@ -22,8 +22,3 @@ def synonyms(word: str) -> tuple[str, ...]:
     """Other words or phrases for a lower-case word in its form: plurals for "sofas", "-ing" for "jumping"."""
     joined = table().get(word)
     return tuple(joined.split("|")) if joined else ()
-
-
-def is_word(word: str) -> bool:
-    """Whether WordNet has a lower-case word, or the word that it is a form of."""
-    return word in table()

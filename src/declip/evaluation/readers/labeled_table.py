@@ -9,14 +9,7 @@ import numpy as np
 
 from declip.data.pair import BrokenPair, is_unicode, printable
 from declip.data.sources.rows import ArrowRows, TableRows
-from declip.data.sources.table import (
-    CAPTION_NAMES,
-    IMAGE_NAMES,
-    TableSource,
-    by_lower_name,
-    find_column,
-    open_rows,
-)
+from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, by_lower_name, find_column, open_rows
 from declip.errors import UserError, unknown
 from declip.evaluation.readers.images import SPLITS, Classified, Openers
 
