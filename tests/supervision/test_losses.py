@@ -14,7 +14,7 @@ from declip.supervision.nearest_neighbor import neighbor_contrast
 from declip.supervision.simclr import nt_xent
 from declip.supervision.simsiam import negative_cosine
 from golden_cases import loss_cases
-from supervision.terms import BATCH, LENGTHS, NEIGHBORS, TERMS, batch_axis
+from supervision.terms import BATCH, LENGTHS, NEIGHBORS, TEACHER, TERMS, batch_axis
 
 
 def dot(a, b):
@@ -80,7 +80,18 @@ def loop_both_ways(images, image_keys, scale, offset):
     return (loop_neighbors(images, image_keys, scale, offset) + back) / 2
 
 
+def loop_relations(images, texts, image_keys, text_keys, scale, offset):
+    image, text = TEACHER.double()[:, : len(text_keys)]
+    found = 0
+    for rows, keys, own, others in ((images, text_keys, image, text), (texts, image_keys, text, image)):
+        for p, q in zip(dots(own[offset:], others, 7.0), dots(rows, keys, scale), strict=False):
+            p, q = ([math.exp(x) / sum(map(math.exp, logits)) for x in logits] for logits in (p, q))
+            found += sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)) / len(rows)
+    return found
+
+
 LOOPS = {
+    "relations": loop_relations,
     "info_nce": loop_info_nce,
     "multi_view": loop_multi_view,
     "nt_xent": loop_nt_xent,
