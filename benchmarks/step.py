@@ -367,7 +367,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--image", default="ViT-B-32", help=f"{', '.join(TOWERS)}, or timm's name (default ViT-B-32)")
     found.add_argument("--batch-size", type=int, default=32, help="pairs, 2 or more (default 32)")
     found.add_argument("--repeats", type=int, default=3, help="turns of each, 1 or more (default 3)")
-    found.add_argument("--recipe", default="declip-yfcc15m-vitb32", help="ours (default declip-yfcc15m-vitb32)")
+    found.add_argument("--recipe", default="declip-few", help="ours (default declip-few)")
     found.add_argument(
         "--precision", choices=("both", "fp32", "bf16"), default="both", help="bf16: autocast, on all sides"
     )
