@@ -63,7 +63,7 @@ def test_step_and_its_peer(call: Callable[..., tuple[Any, list[str]]]) -> None:
 
 def test_both_recipes_step_on_the_same_pairs(scripts: Callable[[str], ModuleType]) -> None:
     step = scripts("step")
-    options = "--recipe declip-yfcc15m-vitb32 --tiny --batch-size 4 --captions full --precision fp32".split()
+    options = ["--recipe=declip-yfcc15m-vitb32", "--tiny", "--batch-size=4", "--captions=full", "--precision=fp32"]
     setting = step.prepare(step.parser().parse_args(options))
     clip, ours = setting.batches["clip"], setting.batches["ours"]
     assert clip.sample_ids.tolist() == ours.sample_ids.tolist()
