@@ -65,7 +65,7 @@ def test_a_narrow_terminal_drops_terms_and_keeps_the_step_and_the_time_left(
 def test_a_run_without_a_terminal_tells_its_steps_in_lines(
     table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "FIRST", 0.0)
+    monkeypatch.setattr(progress, "LONGEST", 0.0)  # every step
     train(recipe_for(table, "clip"), out=tmp_path, report=False)
     printed = capfd.readouterr().err
     assert re.findall(LINE.format(2), printed), printed
