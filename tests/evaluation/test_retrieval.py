@@ -85,7 +85,11 @@ def test_both_directions_with_several_captions() -> None:
 
 def test_a_caption_that_two_images_share() -> None:
     images = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])
-    texts = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    result = retrieve(_features(images, texts, [("a cat",), ("a cat",), ("a dog",)]))
-    assert result.text_to_image.r1 == pytest.approx(2 / 3)  # the second cat's caption finds the first cat
-    assert result.image_to_text.r1 == pytest.approx(1 / 3)  # the cats' captions tie
+    cat, dog, tail = [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.1, 1.0, 0.0]
+    result = retrieve(_features(images, torch.tensor([cat, cat, tail, dog]), [("cat",), ("cat", "tail"), ("dog",)]))
+    assert result.text_to_image.r1 == 1.0  # the second cat's caption finds the first cat; "tail" finds its own
+    assert result.image_to_text.r1 == 1.0
+    assert result.image_to_text.chance1 == pytest.approx((2 + 3 + 1) / 4 / 3)
+    alone = retrieve(_features(images, torch.tensor([cat, cat, tail, dog]), [("cat",), ("a cat", "tail"), ("dog",)]))
+    assert alone.text_to_image.r1 == pytest.approx(3 / 4)
+    assert alone.image_to_text.r1 == pytest.approx(1 / 3)  # equal features of different words tie

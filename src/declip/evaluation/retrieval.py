@@ -1,5 +1,6 @@
 """Image-text retrieval: R@K of captions looking for their image, and of images looking for one of their captions."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from math import comb
 
@@ -54,24 +55,28 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     """Measure R@1, R@5 and R@10 both ways.
 
     A caption looks for its image among all images; an image looks for any one of its captions among the captions of
-    all images. A caption that two images carry, word for word, counts for its own image only, as is usual (and from
-    image to text the two captions tie, so both images miss rank 1). Copies of an image are as wrong as any other image.
+    all images. A caption that several images carry, word for word, is right for each of them, as in training. (CLIP's
+    own evaluation counts it for one image; sets with sentences, such as COCO, hold very few of them.) Copies of an
+    image with other captions are as wrong as any other image.
     With the `scale` of the model's logits the `contrastive_loss` is measured too, by the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
-    owners, first = features.owners, np.unique(features.owners, return_index=True)[1]
-    images_of_text, texts_of_image = (
-        np.split(owners, range(1, len(owners))),
-        np.split(np.arange(len(owners)), first[1:]),
-    )
+    images_of, rows_of, words = carriers_of(features), defaultdict(list), features.words
+    for row, word in enumerate(words):
+        rows_of[word].append(row)
+    images_of_text = [images_of[word] for word in words]
+    texts_of_image = [
+        np.array(sorted({row for word in own for row in rows_of[word]}), dtype=np.int64) for own in features.captions
+    ]
+    first = np.unique(features.owners, return_index=True)[1]
     text_rank = ranks(features.texts, features.images, images_of_text)
     image_rank = ranks(features.images, features.texts, texts_of_image)
     return RetrievalResult(
         dataset=features.name,
         images=len(features),
-        texts=len(owners),
+        texts=len(words),
         text_to_image=recall(text_rank, images_of_text, len(features)),
-        image_to_text=recall(image_rank, texts_of_image, len(owners)),
+        image_to_text=recall(image_rank, texts_of_image, len(words)),
         truncated_captions=features.truncated,
         loss=None if scale is None else contrastive_loss(features.images, features.texts[first], scale),
         skipped=dict(features.skipped.counts),

@@ -86,6 +86,13 @@ def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies
     assert all_captions(source) == EXPECTED
 
 
+def test_a_copy_that_others_remove_at_once_is_read_all_the_same(memory, copies, monkeypatch):
+    monkeypatch.setattr(shard_files.ShardFiles, "_make_room", lambda self, newest: newest.unlink())
+    source = ShardSource("memory://set")
+    assert all_captions(source) == EXPECTED
+    assert not kept(copies)
+
+
 def test_counts_beside_the_shards_save_reading_them_first(memory, copies):
     memory.pipe_file("/set/sizes.json", json.dumps({f"{n:05d}.tar": size for n, size in enumerate(SIZES)}).encode())
     source = ShardSource("memory://set")

@@ -74,29 +74,31 @@ class ShardFiles:
         """Open a shard for reading; raises `UnreadableShard`, or `UserError` for a full disk."""
         try:
             # A copy is not kept open: it takes room on the disk until the last process closes it.
-            return OpenFile(self._fetched(shard)) if shard.remote else self.open_local(shard.name)
+            return self._copy(shard) if shard.remote else self.open_local(shard.name)
         except OSError as error:
             raise UnreadableShard(f"{shard.name}: {error.strerror or error}") from error
 
-    def _fetched(self, shard: Shard) -> Path:
-        copy = cache_folder() / "shards" / "copies" / f"{shard.state}.tar"
+    def _copy(self, shard: Shard) -> OpenFile:
+        path = cache_folder() / "shards" / "copies" / f"{shard.state}.tar"
         with suppress(FileNotFoundError):
-            os.utime(copy)  # the time of its last use, for `_make_room`
-            return copy
+            os.utime(path)  # the time of its last use, for `_make_room`
+            return OpenFile(path)
         since, reason = self._failed.get(shard.state, (-RESTING, ""))
         if time.monotonic() - since < RESTING:
             raise UnreadableShard(reason)
         with locked("copies", shard.state):
-            if not copy.exists():
-                try:
-                    with atomic_write(copy) as partial:
-                        remote.fetch(shard.name, partial, shard.size)
-                except UnreadableShard as error:
-                    self._failed[shard.state] = time.monotonic(), str(error)
-                    raise
+            with suppress(FileNotFoundError):
+                return OpenFile(path)  # fetched by another thread or process meanwhile
+            try:
+                with atomic_write(path) as partial:
+                    remote.fetch(shard.name, partial, shard.size)
+                    opened = OpenFile(partial)  # others who make room may remove the copy as soon as it has its name
+            except UnreadableShard as error:
+                self._failed[shard.state] = time.monotonic(), str(error)
+                raise
         with suppress(FileNotFoundError):  # another process makes room, too
-            self._make_room(copy)
-        return copy
+            self._make_room(path)
+        return opened
 
     def _make_room(self, newest: Path) -> None:
         """Remove the least recently used copies beyond the limit."""
