@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import declip
 from conftest import TINY
@@ -29,7 +30,7 @@ from declip.runs.folder import read_rows
 from declip.supervision.contrastive import info_nce, shared_info_nce
 from declip.supervision.soft_targets import caption_hashes
 from declip.supervision.structure import structure
-from declip.training.closed_form import cca
+from declip.training.closed_form import cca, start_closed_form
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.setup import plan_of
 from declip.training.trainer import Trainer
@@ -70,6 +71,22 @@ def test_cca_is_that_of_a_plain_computation() -> None:
     block = torch.diag(expected[:4])
     plain = torch.cat([torch.cat([torch.eye(4), block], 1), torch.cat([block, torch.eye(4)], 1)])
     torch.testing.assert_close(found, plain.double(), rtol=0, atol=1e-5)
+
+
+def test_of_many_rows_the_start_needs_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = doubles(5_000, 3)
+    images, texts = (latent @ doubles(3, width) + 0.3 * doubles(5_000, width) for width in (7, 5))
+    rows = np.arange(5_000).reshape(2, 2_500)
+    features = CachedFeatures({"first": images}, texts, rows, rows[:, None], {}, 0.0)
+    found = []
+    for enough in (5_000, 500):
+        monkeypatch.setattr("declip.training.closed_form.ENOUGH", enough)
+        first, second = nn.Linear(7, 4, bias=False), nn.Linear(5, 4, bias=False)
+        model: Any = Namespace(image_tower=Namespace(proj=first), text_tower=Namespace(text_projection=second))
+        start_closed_form(model, features, "first")
+        found.append(torch.cosine_similarity(first(images.float()), second(texts.float())).mean().item())
+    assert found[0] > 0.8
+    assert found[1] == pytest.approx(found[0], abs=0.02)
 
 
 def test_structure_is_the_plain_loop() -> None:
