@@ -28,15 +28,20 @@ def freeze(model: DualEncoder, names: Iterable[str]) -> None:
         stem: Any = getattr(getattr(tower, "trunk", None), "patch_embed", None)
         if stem in parts:
             parts += [getattr(tower.trunk, name) for name in STEM_DROPOUTS if hasattr(tower.trunk, name)]
-        for module in (module for part in parts for module in part.modules()):
-            module.eval()
-            module.train = MethodType(_keep_mode, module)  # type: ignore[method-assign]
+        keep_in_evaluation(model, [module for part in parts for module in part.modules()])
+
+
+def keep_in_evaluation(model: DualEncoder, modules: Iterable[nn.Module]) -> None:
+    """Keep modules of a model in evaluation mode whatever `train()` says; their parameters may learn."""
+    for module in modules:
+        module.eval()
+        module.train = MethodType(_keep_mode, module)  # type: ignore[method-assign]
     tower = model.image_tower
     tower.has_batch_norm = any(isinstance(m, _BatchNorm) and not is_frozen(m) for m in tower.modules())
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether `freeze` keeps a module in evaluation mode."""
+    """Whether a module is kept in evaluation mode."""
     return getattr(module.__dict__.get("train"), "__func__", None) is _keep_mode
 
 

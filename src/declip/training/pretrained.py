@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import declip
@@ -18,7 +18,7 @@ from declip.interchange.read import read_start
 from declip.interchange.weights import Weights
 from declip.io.atomic import atomic_write, save_tensors
 from declip.models.dual_encoder import DualEncoder
-from declip.models.freezing import freeze
+from declip.models.freezing import freeze, keep_in_evaluation
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT, blocks, depths
 from declip.models.lora import MARK, Adapters
@@ -102,13 +102,6 @@ def apply_pretrained(
     return Pretrained(kept, multipliers, whole, summary)
 
 
-def frozen_norms(model: DualEncoder, multipliers: Mapping[str, LrMultiplier]) -> list[nn.Module]:
-    """List the batch norms that are frozen while heads warm up: their statistics must not change either."""
-    frozen = {name for name, multiplier in multipliers.items() if multiplier.frozen_in_warmup}
-    norms = {f"model.{name}": module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    return [module for name, module in norms.items() if f"{name}.weight" in frozen]
-
-
 def _place_model(start: Weights, model: DualEncoder) -> set[str]:
     own = model.state_dict()
     fitted: dict[str, Tensor] = {}
@@ -178,6 +171,10 @@ def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loa
         if tune.cached_views:  # the projections learn from the features of frozen towers
             names = [name for name in names if not name.startswith(PROJECTIONS)]
         freeze(model, [name for name in names if asked == "all" or layers[name] <= asked] if asked else [])
+    if tune.image_lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps or tune.thawed:
+        # Statistics of a few small batches would replace those of millions of images, to which the weights belong.
+        norms = {f"{n}.running_mean": module for n, module in model.named_modules() if isinstance(module, _BatchNorm)}
+        keep_in_evaluation(model, [module for name, module in norms.items() if name in loaded])
 
 
 def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, loaded: set[str]) -> list[str]:

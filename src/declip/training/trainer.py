@@ -42,7 +42,7 @@ from declip.training.frozen import cached_features, check_frozen
 from declip.training.frozen_encoder import FrozenEncoder, set_teacher
 from declip.training.monitor import Monitor, monitored
 from declip.training.parallel import build_learner, full_tensor, load_full_state, shard_like, unwrap
-from declip.training.pretrained import apply_pretrained, frozen_norms, load_pretrained
+from declip.training.pretrained import apply_pretrained, load_pretrained
 from declip.training.sinks import Sink, Stretch
 from declip.training.step import StepParts, training_step
 from declip.training.stopping import TRY_AGAIN, BestEvaluation, StopRequest
@@ -103,7 +103,6 @@ class Trainer:
             compile_towers(recipe, self.model, self.plan, rows_of_rank(recipe.train.batch_size))
         named = optimizers.named_trainable(self.model, self.objective)
         self.optimizer = optimizers.build_optimizer(named, recipe.train, multipliers)
-        self._norms_frozen_in_warmup = frozen_norms(self.model, multipliers)
         if not self.is_rank_zero:  # rank 0 continues the stream of the weights, as one process does
             setup.seed_rank(recipe.seed, 0)
         self.skipped, self.step = SkipCounter(), 0
@@ -285,9 +284,6 @@ class Trainer:
         lr = learning_rate(self.step, self.recipe.train)
         for group in self.optimizer.param_groups:
             group["lr"] = optimizers.group_lr(lr, self.step, group["multiplier"], warmup, self.recipe.train)
-        if self.step <= warmup:
-            for norm in self._norms_frozen_in_warmup:
-                norm.train(self.step == warmup)
         return lr
 
     def _log(self, monitor: Monitor, values: Mapping[str, Tensor], lr: float) -> None:
