@@ -17,6 +17,7 @@ from declip import api
 from declip.api import HEAD_KEYS, HEADS
 from declip.interchange import starter
 from declip.recipe.finetuning import settings
+from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
 from declip.training.trainer import Trainer
@@ -176,6 +177,9 @@ def test_the_table_of_settings() -> None:
     few, more = (settings(count, "heads", on_cpu=True) for count in (200, 5_000))
     assert (few["finetune.cached_views"] > 0, few["finetune.freeze_image_blocks"]) == (True, "all")
     assert few["train.batch_size"] < more["train.batch_size"]
+    lora = {"finetune.lora": {"rank": 2}, "train.patience": None}
+    adapters = load_recipe("finetune", settings(200, "heads", on_cpu=True, given=lora))
+    assert (adapters.finetune.freeze_image_blocks, adapters.finetune.layer_decay, adapters.train.lr) == (0, 1.0, 0.001)
     given = settings(1_000, "whole", on_cpu=False, given={"train.steps": 40, "train.batch_size": 10, "train.lr": 1.0})
     assert "train.epochs" not in given
     assert (given["train.evaluate_every"], given["train.warmup_steps"], given["train.warmup_lr"]) == (40, 4, 0.01)

@@ -23,7 +23,7 @@ def settings(
     if freeze is not None and freeze not in FREEZE:
         raise unknown("value of --freeze", freeze, FREEZE)
     if freeze is None:
-        freeze = "both" if start == "heads" and on_cpu else "none"
+        freeze = "both" if start == "heads" and on_cpu and not given.get("finetune.lora") else "none"
     blocks = dict(zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True))
     heads = freeze == "both" and start == "heads"
     batch_size = min(128 if on_cpu else 256, max(8, 1 << (pairs // 8).bit_length() - 1))
@@ -37,6 +37,9 @@ def settings(
         "train.patience": 5,
     }
     if start == "whole":
+        keys |= {"finetune.image_lr_scale": 1.0, "finetune.text_lr_scale": 1.0}
+    if given.get("finetune.lora"):  # adapters are new: they learn like heads
+        keys |= {"train.lr": 2e-4 if start == "whole" else 1e-3, "finetune.layer_decay": 1.0}
         keys |= {"finetune.image_lr_scale": 1.0, "finetune.text_lr_scale": 1.0}
     if "train.steps" not in given:
         keys["train.epochs"] = 60 if heads else 20 if pairs < 10_000 else 10
