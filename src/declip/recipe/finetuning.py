@@ -36,11 +36,11 @@ def settings(
         "train.lr": 1e-5 if start == "whole" else 1e-3,
         "train.patience": 5,
     }
-    if start == "whole":
-        keys |= {"finetune.image_lr_scale": 1.0, "finetune.text_lr_scale": 1.0}
+    scale = 1.0 if start == "whole" else 0.3
     if given.get("finetune.lora"):  # adapters are new: they learn like heads
         keys |= {"train.lr": 2e-4 if start == "whole" else 1e-3, "finetune.layer_decay": 1.0}
-        keys |= {"finetune.image_lr_scale": 1.0, "finetune.text_lr_scale": 1.0}
+        scale = 1.0
+    keys |= {"finetune.image_lr_scale": scale, "finetune.text_lr_scale": scale}
     if "train.steps" not in given:
         keys["train.epochs"] = 60 if heads else 20 if pairs < 10_000 else 10
     keys |= given
