@@ -199,7 +199,7 @@ def test_without_the_library_the_export_says_that_it_was_not_read_back(
     assert "Not read back here: transformers is not installed" in _card(tmp_path / "out")
 
 
-def test_wrong_words_and_folders_in_use(tmp_path: Path, table: Path) -> None:
+def test_wrong_words_and_folders_in_use(tmp_path: Path) -> None:
     model = build("vit")
     with pytest.raises(UserError, match=r"export format 'openclip'. Did you mean 'open_clip'\?.*huggingface, onnx"):
         declip.export(model, "openclip", tmp_path / "out")

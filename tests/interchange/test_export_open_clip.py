@@ -86,7 +86,7 @@ def test_a_text_encoder_that_open_clip_has_no_words_for_is_refused(
             declip.export(model, form, tmp_path / "out")
 
 
-def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path: Path) -> None:
     """The name leads to the configuration; where the encoder has none, the repository's own does."""
     pytest.importorskip("open_clip")
     pytest.importorskip("transformers")
