@@ -14,27 +14,21 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from declip.data.batch import PairBatch, Photometric, View
-from declip.data.images.crops import ViewTransform
-from declip.models.dual_encoder import DualEncoder
+from declip.data.batch import PairBatch
 from declip.models.image_tower import SMALL_TOWERS
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.supervision.masked_language import IGNORED
-from declip.supervision.objective import Objective
-from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import build_learner
-from declip.training.setup import plan_of
 from declip.training.step import StepParts, training_step
 from machine import machine
 from memory import added_peak, available, in_fresh_process, resident
+from pairs import InMemory
+from parts import build
 
 
 def read_recipe(options: argparse.Namespace, batch: int, chunk: int | None) -> Recipe:
@@ -51,40 +45,11 @@ def read_recipe(options: argparse.Namespace, batch: int, chunk: int | None) -> R
     return load_recipe(options.recipe or ("demo-declip" if small else "clip-yfcc15m-vitb32"), keys)
 
 
-def make_batch(recipe: Recipe, model: DualEncoder) -> PairBatch:
-    """Make pairs as the loader gives them, with random images."""
-    count, generator = recipe.train.batch_size, torch.Generator().manual_seed(0)
-    draws, plan, views = np.random.default_rng(0), plan_of(recipe), {}
-    for spec in plan.views:
-        transform = ViewTransform(spec.size, spec.augmentation)
-        pixels = torch.randint(256, (count, 3, spec.size, spec.size), generator=generator, dtype=torch.uint8)
-        views[spec.name] = View(pixels, Photometric.stack([transform.sample_params(draws) for _ in range(count)]))
-    captions = model.tokenizer([f"a drawing of thing number {n} on a white page" for n in range(count)])
-    texts = captions.expand(plan.texts.count, -1, -1)
-    if plan.texts.mask_probability is None:
-        return PairBatch(views, texts)
-    masked, labels = captions.clone(), torch.full_like(captions, IGNORED)
-    labels[:, 2], masked[:, 2] = captions[:, 2], model.tokenizer.mask
-    return PairBatch(views, texts, masked, labels)
-
-
 def prepare(recipe: Recipe) -> tuple[StepParts, PairBatch]:
-    """Build the parts of a step."""
-    torch.manual_seed(0)
-    model = DualEncoder.from_recipe(recipe).train()
-    objective = Objective(recipe, model).train()
-    if objective.queue is not None:
-        objective.queue.push(torch.randn(objective.queue.size, recipe.embed_dim))
-    plan = plan_of(recipe)
-    parts = StepParts(
-        learner=build_learner(recipe, model, objective),
-        optimizer=build_optimizer(named_trainable(model, objective), recipe.train),
-        mean=torch.tensor(plan.mean),
-        std=torch.tensor(plan.std),
-        precision=recipe.train.precision,
-        chunk=recipe.train.grad_cache_chunk,
-    )
-    return parts, make_batch(recipe, model)
+    """Build the parts of a step, and load a batch of random images."""
+    captions = [f"a drawing of thing number {n} on a white page" for n in range(recipe.train.batch_size)]
+    built = build(recipe, InMemory(captions, recipe.image.size))
+    return built.step, next(built.loader)
 
 
 def one_step(recipe: Recipe) -> dict[str, float]:

@@ -12,15 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
-from declip.evaluation.datasets import open_dataset
-from declip.evaluation.encode import SourceFeatures, encode_source, text_features
-from declip.evaluation.retrieval import retrieve
-from declip.evaluation.zero_shot import class_features, classify, read_templates
+from declip.evaluation.encode import Encoder
+from declip.evaluation.protocols import Options, evaluate_all
 from declip.recipe.load import load_recipe
-from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.trainer import Trainer
 
 FROZEN = {
@@ -61,29 +55,14 @@ ARMS = {
 }
 
 
-class Held:
-    """A held-out set whose images went through the frozen tower once."""
-
-    def __init__(self, name: str) -> None:
-        dataset = open_dataset(name)
-        self.source, self.templates, self.features = dataset.split("test"), read_templates(dataset.templates)[1], None
-
-    def measure(self, model) -> dict[str, float]:
-        encoder = FrozenEncoder(model)
-        if self.features is None:
-            self.features = encode_source(encoder, self.source, encode=encoder.pool_image, texts=False)
-        found = self.features
-        with torch.no_grad():
-            images = F.normalize(model.image_tower.proj(found.images), dim=-1)
-        texts = text_features(encoder, found.words)
-        embedded = SourceFeatures(found.name, found.indices, images, found.captions, texts, found.skipped)
-        classes = class_features(encoder, self.source.class_names, self.templates)
-        result = classify(embedded, self.source.labels[found.indices], classes).to_dict()
-        result |= retrieve(embedded).to_dict()
-        return {n: result[n] for n in ("top1", "top5", "text_to_image_r10", "image_to_text_r10", "n", "texts")}
+def measure(encoder: Encoder, name: str) -> dict[str, float]:
+    """Measure a model on a set, whose images go through the frozen tower once for all runs."""
+    zero_shot, retrieval = evaluate_all(encoder, name, ["zero-shot", "retrieval"], Options(progress=False))
+    result = {**zero_shot.to_dict(), **retrieval.to_dict()}
+    return {n: result[n] for n in ("top1", "top5", "text_to_image_r10", "image_to_text_r10", "n", "texts")}
 
 
-def run(sets: list[Held], arm: str, pairs: int, seed: int, **keys) -> list[dict]:
+def run(sets: list[str], arm: str, pairs: int, seed: int, **keys) -> list[dict]:
     """Train one arm and measure it on every set."""
     given = {**FROZEN, **ARMS[arm], "seed": seed, "data.max_pairs": pairs, **keys}
     tune = given.pop("finetune")
@@ -93,16 +72,15 @@ def run(sets: list[Held], arm: str, pairs: int, seed: int, **keys) -> list[dict]
         begun = time.process_time()
         trainer.train()
         seconds = round(time.process_time() - begun, 1)
-        model = trainer.model.eval()
         row = {"arm": arm, "pairs": pairs, "seed": seed, **keys, "seconds": seconds}
-        return [{"set": held.source.name, **row, **held.measure(model)} for held in sets]
+        return [{"set": name, **row, **measure(trainer.encoder, name)} for name in sets]
 
 
 def main(out: Path, names: list[str], arms: list[str], pairs: list[int], seeds: list[int], **keys) -> None:
     """Run the arms that the file lacks and append their lines."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(row["arm"], row["pairs"], row["seed"]) for row in rows if keys.items() <= row.items()}
-    sets = [Held(f"builtin:{name}") for name in names]
+    sets = [f"builtin:{name}" for name in names]
     for seed in seeds:
         for count in pairs:
             for arm in arms:

@@ -10,7 +10,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import Learner
+from declip.training.parallel import build_learner
 from declip.training.setup import build_loader, plan_of
 from declip.training.step import StepParts
 
@@ -31,11 +31,9 @@ def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
     model = DualEncoder.from_recipe(recipe).to(device)
     objective = Objective(recipe, model).to(device)
     objective.prepare(source, model)
-    if recipe.train.channels_last:
-        model.image_tower.to(memory_format=torch.channels_last)
     if objective.queue is not None:
         objective.queue.push(torch.randn(objective.queue.size, recipe.embed_dim, device=device))
-    learner, plan, train = Learner(model, objective).train(), plan_of(recipe), recipe.train
+    learner, plan, train = build_learner(recipe, model, objective).train(), plan_of(recipe), recipe.train
     optimizer = build_optimizer(named_trainable(model, objective), train)
     mean, std = (torch.tensor(values, device=device) for values in (plan.mean, plan.std))
     step = StepParts(

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -113,28 +112,6 @@ def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
     return {"steps": rows[-1]["step"], "restarts": len(whole) - 1, **watched, "steps a second": speeds}
 
 
-def draw(rows: list[dict[str, float]], path: Path) -> None:
-    """Memory, files and speed over the steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True)
-    steps = [row["step"] for row in rows]
-    for name, dash in (("MB", "-"), ("MB of loaders", "--")):
-        axes[0].plot(steps, [row[name] for row in rows], dash, color="#0072B2", label=name)
-    axes[1].plot(steps, [row["files"] for row in rows], color="#0072B2", label="open files")
-    axes[1].plot(steps, [row["threads"] for row in rows], "--", color="#D55E00", label="threads")
-    pairs = list(pairwise(rows))
-    speed = [(b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) for a, b in pairs]
-    axes[2].plot(steps[1:], speed, color="#0072B2", label="steps a second")
-    for axis in axes:
-        axis.set_ylim(bottom=0)
-        axis.legend(frameon=False, loc="center right" if axis is axes[1] else "lower right")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[2].set_xlabel("step")
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     """Train, watch, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,7 +135,6 @@ def main() -> None:
         while not watch(recipe, Path(folder) / "run", until, workers_every, 3600 * options.hours, rows, kept):
             until += options.restart_every
     kept.write_text(json.dumps(rows) + "\n", encoding="utf-8")
-    draw(rows, options.out / "soak.png")
     found = summary(rows, options.restart_every)
     (options.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(found, indent=1) + "\n")

@@ -16,7 +16,6 @@ CAPTIONS = (
     "a " * 40,
 )
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 OFFSET = 2  # RoBERTa's first position
 
 

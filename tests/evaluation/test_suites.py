@@ -15,8 +15,7 @@ from declip.evaluation.results import ZeroShotResult
 from declip.evaluation.suites import SUITES, SuiteResult, evaluate_suite, is_suite, published
 from evaluation import trees
 
-TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-KNOWN = {name: label for label, name in enumerate(TEN)} | {
+KNOWN = {name: label for label, name in enumerate(trees.TEN)} | {
     "abyssinian": 0, "american bulldog": 0, "great pyrenees": 2, "banded": 0, "polka-dotted": 1, "zigzagged": 2,
 }  # fmt: skip
 """A name to the label whose color the model takes it for: right but for the bulldog."""
@@ -52,7 +51,7 @@ class NameModel(nn.Module):
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch) -> Path:
     trees.pets(tmp_path / "pets")
-    trees.cifar(tmp_path / "cifar10", monkeypatch, datasets.CIFAR10, TEN, count=10)
+    trees.cifar(tmp_path / "cifar10", monkeypatch, datasets.CIFAR10, trees.TEN, count=10)
     trees.dtd(tmp_path / "dtd")
     trees.food101(tmp_path / "food101")
     (tmp_path / "food101" / "food-101" / "meta" / "test.json").unlink()

@@ -11,7 +11,11 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
+from declip.evaluation.datasets import LabeledSource
+
 SHADES = 20
+TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+"""CIFAR-10's classes."""
 
 
 def color(label: int) -> tuple[int, int, int]:
@@ -23,6 +27,12 @@ def label_of(image: Image.Image) -> int:
     """The label that an image's color tells."""
     red, green, blue = (round(value / SHADES) for value in np.asarray(image, np.float64).mean((0, 1)))
     return red + 10 * green + 100 * blue
+
+
+def labels_of(source: LabeledSource) -> list[int]:
+    """The labels of a source, which its images tell too."""
+    assert [label_of(source[row].image) for row in range(len(source))] == source.labels.tolist()
+    return source.labels.tolist()
 
 
 def paint(path: Path, label: int) -> None:

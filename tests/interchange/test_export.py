@@ -18,10 +18,8 @@ from declip.interchange import declip_file
 from declip.interchange.declip_file import FILE, write_declip_file
 from declip.interchange.export import import_weights
 from declip.training.trainer import Trainer
-from interchange.towers import CAPTIONS, build, command, largest, pictures
-from training.test_trainer import recipe_for
-
-EXACT = 1e-5
+from interchange.towers import CAPTIONS, EXACT, build, command, export_exactly, largest, pictures
+from training.starts import recipe_for
 
 
 def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
@@ -70,9 +68,7 @@ def test_open_clip_reads_what_was_written_and_so_do_we(kind: str, tmp_path: Path
     if kind != "vit-clip-words":
         pytest.importorskip("transformers", reason="open_clip reads other vocabularies than CLIP's by it")
     model, out = build(kind), tmp_path / "out"
-    exported = declip.export(model, "open_clip", out)
-    assert exported.difference is not None
-    assert exported.difference <= EXACT
+    export_exactly(model, "open_clip", out)
     theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
     pixels, _, tokens, _ = features(model)
     their_pixels = torch.stack([transform(picture) for picture in pictures()])
@@ -94,9 +90,7 @@ def test_open_clip_reads_what_was_written_and_so_do_we(kind: str, tmp_path: Path
 def test_transformers_reads_what_was_written_and_so_do_we(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model, out = build(kind), tmp_path / "out"
-    exported = declip.export(model, "huggingface", out)
-    assert exported.difference is not None
-    assert exported.difference <= EXACT
+    export_exactly(model, "huggingface", out)
     theirs = transformers.CLIPModel.from_pretrained(out).eval()
     processor = transformers.CLIPProcessor.from_pretrained(out, backend="pil")
     pixels, images, tokens, texts = features(model)
@@ -205,7 +199,7 @@ def test_without_the_library_the_export_says_that_it_was_not_read_back(
     assert "Not read back here: transformers is not installed" in _card(tmp_path / "out")
 
 
-def test_wrong_words_and_folders_in_use(tmp_path: Path, table: Path) -> None:
+def test_wrong_words_and_folders_in_use(tmp_path: Path) -> None:
     model = build("vit")
     with pytest.raises(UserError, match=r"export format 'openclip'. Did you mean 'open_clip'\?.*huggingface, onnx"):
         declip.export(model, "openclip", tmp_path / "out")

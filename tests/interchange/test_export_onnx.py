@@ -12,8 +12,8 @@ import declip
 from declip.errors import UserError
 from declip.interchange import export as export_module
 from declip.interchange import onnx as onnx_format
-from interchange.test_export import EXACT, run_card, same_until_the_end
-from interchange.towers import CAPTIONS, build, largest, pictures
+from interchange.test_export import run_card, same_until_the_end
+from interchange.towers import CAPTIONS, EXACT, build, export_exactly, largest, pictures
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -22,10 +22,7 @@ pytest.importorskip("onnxscript")
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of a model whose text projection has a bias; torch's exporter takes seconds."""
-    found = declip.export(build("vit-bias"), "onnx", tmp_path_factory.mktemp("onnx") / "out")
-    assert found.difference is not None
-    assert found.difference <= EXACT
-    return found.folder
+    return export_exactly(build("vit-bias"), "onnx", tmp_path_factory.mktemp("onnx") / "out")
 
 
 def test_onnxruntime_gives_our_features_at_any_batch_and_length(exported: Path) -> None:

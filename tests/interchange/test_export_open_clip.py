@@ -11,8 +11,8 @@ import torch
 
 import declip
 from declip.errors import UserError
-from interchange.test_export import EXACT, features, same_until_the_end
-from interchange.towers import CAPTIONS, build, command, largest, pictures
+from interchange.test_export import features, same_until_the_end
+from interchange.towers import CAPTIONS, EXACT, build, command, export_exactly, largest, pictures
 from text_encoders import bert, distilbert, roberta
 
 PLAIN = ["a red circle", "Two GREEN squares, on white!", "日本語 and 😀 [SEP]", "!", " ".join(["nought"] * 40)]
@@ -50,9 +50,7 @@ def test_open_clip_reads_a_text_encoder_of_transformers(
     keys = {"text.hf_model": str(encoder(tmp_path / "encoder")), "text.pooling": pooling, "text.context_length": 16}
     model, out = build(kind, **keys), tmp_path / "out"
     shutil.rmtree(tmp_path / "encoder")
-    exported = declip.export(model, "open_clip", out)
-    assert exported.difference is not None
-    assert exported.difference <= EXACT
+    export_exactly(model, "open_clip", out)
     theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
     assert type(theirs).__name__ == "CustomTextCLIP"
     theirs_tokens = open_clip.get_tokenizer(f"local-dir:{out}")(PLAIN)
@@ -88,7 +86,7 @@ def test_a_text_encoder_that_open_clip_has_no_words_for_is_refused(
             declip.export(model, form, tmp_path / "out")
 
 
-def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_encoder_of_the_hub_keeps_its_name(tmp_path: Path) -> None:
     """The name leads to the configuration; where the encoder has none, the repository's own does."""
     pytest.importorskip("open_clip")
     pytest.importorskip("transformers")

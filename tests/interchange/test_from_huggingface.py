@@ -14,8 +14,8 @@ import declip
 from declip.data.text.tokenizer import Tokenizer, clean
 from declip.errors import UserError
 from declip.interchange.tokenizer_files import backend
-from interchange.test_export import EXACT, features, same_until_the_end
-from interchange.towers import CAPTIONS, build, largest, pictures
+from interchange.test_export import features, same_until_the_end
+from interchange.towers import CAPTIONS, EXACT, build, largest, pictures
 
 
 def their_folder(out: Path) -> Path:

@@ -18,8 +18,8 @@ from declip.interchange import official
 from declip.interchange.declip_file import FILE
 from declip.interchange.export import import_weights
 from golden_cases import SHIPPED, Case, model_cases, read_official
-from interchange.test_export import EXACT, features, run_card
-from interchange.towers import build, command, largest
+from interchange.test_export import features, run_card
+from interchange.towers import EXACT, build, command, export_exactly, largest
 
 
 def official_file(folder: Path, state: dict[str, Any]) -> Path:
@@ -57,9 +57,7 @@ def test_official_weights_are_exported_for_open_clip(tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
     model, _ = read_official(load_file(SHIPPED / "declip_vit_tiny.safetensors"), text_heads=2)
     assert model.text_tower.text_projection.bias.abs().max() > 0.01
-    exported = declip.export(model.eval(), "open_clip", tmp_path / "out")
-    print(f"official → open_clip: {exported.difference:.1e}")
-    assert exported.difference <= EXACT
+    export_exactly(model.eval(), "open_clip", tmp_path / "out")
 
 
 def backbone_of(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:

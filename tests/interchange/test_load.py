@@ -11,7 +11,7 @@ from conftest import draw
 from declip.errors import UserError
 from declip.runs.checkpoint import WEIGHTS, list_checkpoints
 from declip.training.trainer import Trainer
-from training.test_trainer import recipe_for
+from training.starts import recipe_for
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])

@@ -1,5 +1,6 @@
 """What the tests of exports and imports share: small models of each kind, real pictures of odd sizes, captions."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import declip
 from conftest import draw
 from declip.cli import app as cli
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 
+EXACT = 1e-5
 TEXT = {
     "text.width": 32,
     "text.layers": 2,
@@ -94,6 +97,14 @@ def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference of two tensors of the same shape."""
     assert found.shape == expected.shape
     return float((found - expected).abs().max())
+
+
+def export_exactly(model: DualEncoder, form: str, out: Path) -> Path:
+    """Export a model to a folder from which its library reads the same features."""
+    exported = declip.export(model, form, out)  # type: ignore[arg-type]
+    assert exported.difference is not None
+    assert exported.difference <= EXACT
+    return out
 
 
 def command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:

@@ -12,7 +12,7 @@ from declip.api import train
 from declip.io import progress
 from declip.io.progress import progress_bar
 from declip.training.sinks import Bar, Stretch
-from training.test_trainer import recipe_for
+from training.starts import recipe_for
 
 TERMS = ("contrastive", "multi_view", "simsiam", "masked_language", "nearest_neighbor")
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

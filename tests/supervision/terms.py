@@ -11,6 +11,7 @@ from declip.supervision.distillation import relational_distillation
 from declip.supervision.late_interaction import late_interaction
 from declip.supervision.multi_view import multi_view
 from declip.supervision.nearest_neighbor import neighbor_contrast
+from declip.supervision.sigmoid import sigmoid_loss
 from declip.supervision.simclr import nt_xent
 
 BATCH = 6
@@ -53,12 +54,20 @@ def relations(
     return to_text + relational_distillation((texts, image_keys, scale), (text[own], image, 7.0), limit)
 
 
+def sigmoid(
+    images: Tensor, texts: Tensor, image_keys: Tensor, text_keys: Tensor, scale: Scale, offset: int, limit: Limit
+) -> Tensor:
+    """With a bias that follows the scale, so that the scale's gradient shows both."""
+    return sigmoid_loss(images, text_keys, scale, -0.4 * scale, offset, limit)
+
+
 TERMS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "info_nce": (info_nce, [(BATCH, 5)] * 2),
     "multi_view": (multi_view, [(2, BATCH, 5)] * 2),
     "nt_xent": (views, [(BATCH, 5)] * 2),
     "late_interaction": (late, [(BATCH, 4, 5), (BATCH, 5, 5)]),
     "relations": (relations, [(BATCH, 5)] * 2),
+    "sigmoid": (sigmoid, [(BATCH, 5)] * 2),
     "neighbors": (neighbors, [(2, BATCH, 5)]),
     "neighbors both ways": (both_ways, [(2, BATCH, 5)]),
 }

@@ -11,6 +11,7 @@ from declip.supervision.contrastive import info_nce
 from declip.supervision.late_interaction import late_interaction, select_tokens, similarity
 from declip.supervision.masked_language import chosen_rows, cross_entropy
 from declip.supervision.nearest_neighbor import neighbor_contrast
+from declip.supervision.sigmoid import Sigmoid, sigmoid_loss
 from declip.supervision.simclr import nt_xent
 from declip.supervision.simsiam import negative_cosine
 from golden_cases import loss_cases
@@ -90,7 +91,14 @@ def loop_relations(images, texts, image_keys, text_keys, scale, offset):
     return found
 
 
+def loop_sigmoid(images, texts, image_keys, text_keys, scale, offset):
+    logits = enumerate(dots(images, text_keys, scale), offset)
+    signed = [(x - 0.4 * scale) * (-1 if n == b else 1) for b, row in logits for n, x in enumerate(row)]
+    return sum(math.log1p(math.exp(x)) for x in signed) / len(images)
+
+
 LOOPS = {
+    "sigmoid": loop_sigmoid,
     "relations": loop_relations,
     "info_nce": loop_info_nce,
     "multi_view": loop_multi_view,
@@ -202,6 +210,13 @@ def test_neighbors_get_no_gradient(units, symmetric):
     assert images.grad.abs().sum() > 0
     assert neighbors.grad is None
     assert keys.grad is None
+
+
+def test_chance_of_the_sigmoid_loss_is_that_of_equal_logits_with_the_best_bias():
+    alike = torch.ones(7, 1, dtype=torch.float64)
+    losses = [sigmoid_loss(alike, alike, 0.0, -math.log(6) + shift).item() for shift in (-0.1, 0.0, 0.1)]
+    assert Sigmoid.chance(None, 7) == pytest.approx(losses[1], rel=1e-12)
+    assert losses[1] < min(losses[0], losses[2])
 
 
 def test_negative_cosine(units):

@@ -168,12 +168,3 @@ def test_a_saved_queue_continues_as_if_never_stopped(count):
         for pushed in (each, reference):
             pushed.push(more)
         assert_same(each, reference)
-
-
-def test_never_waits_for_the_device(no_device_reads):
-    queue = Queue(5, WIDTH)
-    with no_device_reads():
-        for count in (3, 3, 9):
-            queue.push(torch.ones(count, WIDTH), torch.arange(count))
-            queue.nearest(torch.ones(2, WIDTH))
-        assert len(queue) == 5

@@ -1,5 +1,6 @@
-"""What the tests of runs that start from weights share: a run to start from, recipes, and what has changed."""
+"""What the tests of runs share: a run to start from, recipes, stopping and resuming, and what has changed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from conftest import TINY, WEIGHTS
 from declip.api import train
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
+from declip.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
 from declip.training.monitor import CLOCK
 from declip.training.trainer import Trainer
@@ -24,10 +25,12 @@ CONV = {"model": "declip_conv_tiny", "size": 32}
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
-def recipe_for(table: Path, name: str = "declip", **train_keys: object) -> Recipe:
-    tree = {**TINY, "name": name, "data": {"source": str(table)}, "loss_weights": WEIGHTS[name]}
-    tree["train"] = {**TINY["train"], **train_keys}
-    return Recipe.model_validate(tree)
+def recipe_for(
+    table: Path, name: str = "declip", sections: dict[str, Any] | None = None, **train_keys: object
+) -> Recipe:
+    """A tiny recipe on a table, with some sections in place of its own."""
+    tree = {**TINY, "name": name, "data": {"source": str(table)}, "loss_weights": WEIGHTS[name], **(sections or {})}
+    return Recipe.model_validate({**tree, "train": {**TINY["train"], **train_keys}})
 
 
 def start_from(table: Path, out: Path, image: dict[str, Any] = VIT, name: str = "declip") -> Path:
@@ -71,6 +74,36 @@ def same_end(one: Path, other: Path) -> None:
         for f in (one, other)
     ]
     assert rows[0] == rows[1]
+
+
+def resumes_exactly(
+    recipe: Recipe, folder: Path, step: int = 4, meanwhile: Callable[[], object] = lambda: None
+) -> Checkpoint:
+    """Compare a run in `whole` with one in `parts` that was stopped and resumed; give the last checkpoint."""
+    train(recipe, out=folder / "whole", quiet=True, report=False)
+    stop_at(recipe, folder / "parts", step)
+    meanwhile()
+    assert train(recipe, out=folder / "parts", resume=True, quiet=True, report=False).finished
+    same_end(folder / "whole", folder / "parts")
+    return load_checkpoint(folder / "whole" / "checkpoints" / "last")
+
+
+def trained(recipe: Recipe, folder: Path, resume: bool = False) -> tuple[int, bool]:
+    """Train in one of several processes: the step at the end, and whether all are done."""
+    run = Trainer(recipe, folder, resume, quiet=True).train()
+    return run.step, run.finished
+
+
+def ended(recipe: Recipe, folder: Path) -> tuple[int, bool, dict[str, Tensor]]:
+    """Train as `trained`, and give the model's tensors too."""
+    trainer = Trainer(recipe, folder, quiet=True)
+    run = trainer.train()
+    return run.step, run.finished, trainer.model.state_dict()
+
+
+def losses(run: Path) -> list[float]:
+    """The logged losses."""
+    return [row["loss"] for row in read_rows(run / "metrics.jsonl")]
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:

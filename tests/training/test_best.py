@@ -21,7 +21,7 @@ from declip.runs.folder import read_rows
 from declip.training.stopping import BestEvaluation
 from declip.training.trainer import Trainer
 from processes import in_processes
-from training.starts import same_end, stop_at
+from training.starts import ended, same_end, stop_at
 
 RIGHT = RecallAtK(9, 9, 1, 1, 1, 0.1, 0.5, 1, 1)
 
@@ -96,12 +96,6 @@ def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table:
     assert not (tmp_path / "plain/checkpoints/best").exists()
     one, other = (load_checkpoint(tmp_path / name / "checkpoints/last") for name in ("watched", "plain"))
     assert all(torch.equal(one.weights[name], tensor) for name, tensor in other.weights.items())
-
-
-def ended(recipe: Recipe, folder: Path) -> tuple[int, bool, dict[str, torch.Tensor]]:
-    trainer = Trainer(recipe, folder, quiet=True)
-    run = trainer.train()
-    return trainer.step, run.finished, trainer.model.state_dict()
 
 
 def test_two_processes_stop_together_with_the_same_best_weights(table: Path, tmp_path: Path) -> None:

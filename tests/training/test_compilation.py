@@ -11,12 +11,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from declip.api import train
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.schema import Recipe
 from declip.training import compilation
 from declip.training.compilation import compile_towers
 from declip.training.setup import plan_of
 from declip.training.trainer import Trainer
-from training.starts import recipe_for
+from training.starts import CONV, recipe_for
 
 
 @pytest.fixture
@@ -51,9 +50,7 @@ def test_a_compiled_run_learns_what_a_plain_one_does(
 def test_compiled_are_whole_batches_in_training_with_few_lengths(
     table: Path, counter: CompileCounterWithBackend
 ) -> None:
-    tree = recipe_for(table).model_dump()
-    tree["views"]["image_second"] = {"size": 16, "start": 0.5}
-    recipe = Recipe.model_validate(tree)
+    recipe = recipe_for(table, sections={"views": {"image_second": {"size": 16, "start": 0.5}}})
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe)
     plain = copy.deepcopy(model)
@@ -81,7 +78,6 @@ def test_compiled_are_whole_batches_in_training_with_few_lengths(
 
 
 def test_recomputing_a_tower_with_batch_norm_is_refused(table: Path, tmp_path: Path) -> None:
-    tree = recipe_for(table, compile=True, grad_checkpointing=True).model_dump()
-    tree["image"] |= {"model": "declip_conv_tiny", "model_kwargs": {}}
+    recipe = recipe_for(table, sections={"image": CONV}, compile=True, grad_checkpointing=True)
     with pytest.raises(UserError, match="'declip_conv_tiny'"):
-        Trainer(Recipe.model_validate(tree), tmp_path / "run", quiet=True)
+        Trainer(recipe, tmp_path / "run", quiet=True)

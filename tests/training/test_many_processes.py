@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from declip.training.distributed import HostGroup
 from declip.training.stopping import STOP
 from declip.training.trainer import Trainer
 from processes import in_processes
+from training.starts import losses, same_end, trained
 
 BROKEN = 2
 DROPOUT = {"image": {**TINY["image"], "model_kwargs": {**TINY["image"]["model_kwargs"], "pos_drop_rate": 0.5}}}
@@ -43,14 +43,9 @@ def of(keys: dict[str, Any], **train_keys: Any) -> Recipe:
     return Recipe.model_validate({**keys, "train": {**TINY["train"], "log_every": 1, **train_keys}})
 
 
-def trained(keys: dict[str, Any], folder: str, resume: bool = False, **train_keys: Any) -> tuple[int, bool]:
-    run = Trainer(of(keys, **train_keys), Path(folder), resume, quiet=True).train()
-    return run.step, run.finished
-
-
-def stopped(keys: dict[str, Any], folder: str, at: int, by: int, **train_keys: Any) -> tuple[int, bool]:
+def stopped(recipe: Recipe, folder: Path, at: int, by: int) -> tuple[int, bool]:
     """A run in which one rank is asked to stop before it comes to a step."""
-    trainer = Trainer(of(keys, **train_keys), Path(folder), quiet=True)
+    trainer = Trainer(recipe, folder, quiet=True)
     meet = trainer.hosts.sync_step
 
     def ask(step: int, *rest: Any) -> Any:
@@ -66,24 +61,18 @@ def stopped(keys: dict[str, Any], folder: str, at: int, by: int, **train_keys: A
 
 
 def end_of(folder: Path) -> dict[str, torch.Tensor]:
-    found = load_checkpoint(list_checkpoints(folder)[-1])
-    return {**found.weights, **found.training}
+    return load_checkpoint(folder / "checkpoints/last").training
 
 
-def totals(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+TAGS = "objective.terms.nearest_neighbor.queue.tags"
 
 
 def test_two_processes_make_one_run(recipe: dict[str, Any], tmp_path: Path) -> None:
     train(of(recipe), out=tmp_path / "one", quiet=True, report=False)
-    assert in_processes(trained, 2, tmp_path / "a", recipe, str(tmp_path / "two")) == [(8, True)] * 2
-    one, two = totals(tmp_path / "one"), totals(tmp_path / "two")
-    assert two == pytest.approx(one, rel=1e-3)
+    assert in_processes(trained, 2, tmp_path / "a", of(recipe), tmp_path / "two") == [(8, True)] * 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     assert (tmp_path / "one/skipped.json").read_text() == (tmp_path / "two/skipped.json").read_text()
-    first, second = end_of(tmp_path / "one"), end_of(tmp_path / "two")
-    assert torch.equal(
-        first["objective.terms.nearest_neighbor.queue.tags"], second["objective.terms.nearest_neighbor.queue.tags"]
-    )
+    assert torch.equal(end_of(tmp_path / "one")[TAGS], end_of(tmp_path / "two")[TAGS])
     assert len(list_checkpoints(tmp_path / "two")) == 2
 
 
@@ -91,16 +80,13 @@ def test_two_processes_make_one_run(recipe: dict[str, Any], tmp_path: Path) -> N
 def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(
     recipe: dict[str, Any], tmp_path: Path, by: str
 ) -> None:
-    keys, dropout = {"strategy": by, "checkpoint_every": 100}, {**recipe, **DROPOUT}
-    in_processes(partial(trained, **keys), 2, tmp_path / "a", dropout, str(tmp_path / "whole"))
-    parts = str(tmp_path / "parts")
-    assert in_processes(partial(stopped, **keys), 2, tmp_path / "b", dropout, parts, 3, 1) == [(4, False)] * 2
-    assert in_processes(partial(trained, **keys), 2, tmp_path / "c", dropout, parts, True) == [(8, True)] * 2
-    whole, resumed = end_of(tmp_path / "whole"), end_of(tmp_path / "parts")
-    assert whole.keys() == resumed.keys()
+    dropout, parts = of({**recipe, **DROPOUT}, strategy=by, checkpoint_every=100), tmp_path / "parts"
+    in_processes(trained, 2, tmp_path / "a", dropout, tmp_path / "whole")
+    assert in_processes(stopped, 2, tmp_path / "b", dropout, parts, 3, 1) == [(4, False)] * 2
+    assert in_processes(trained, 2, tmp_path / "c", dropout, parts, True) == [(8, True)] * 2
+    whole = end_of(tmp_path / "whole")
     assert not torch.equal(whole["random.0.cpu"], whole["random.1.cpu"])
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert totals(tmp_path / "whole") == totals(tmp_path / "parts")
+    same_end(tmp_path / "whole", parts)
 
 
 @pytest.mark.parametrize(("by", "ranks", "then"), [("ddp", 2, 1), ("fsdp", 1, 2)])
@@ -108,14 +94,12 @@ def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(
     recipe: dict[str, Any], tmp_path: Path, by: str, ranks: int, then: int
 ) -> None:
     train(of(recipe), out=tmp_path / "one", quiet=True, report=False)
-    parts, keys = tmp_path / "parts", {"strategy": by, "checkpoint_every": 100}
-    in_processes(partial(stopped, **keys), ranks, tmp_path / "a", recipe, str(parts), 3, 0)
-    assert in_processes(partial(trained, **keys), then, tmp_path / "b", recipe, str(parts), True) == [(8, True)] * then
-    assert totals(parts) == pytest.approx(totals(tmp_path / "one"), rel=1e-3)
+    parts, other = tmp_path / "parts", of(recipe, strategy=by, checkpoint_every=100)
+    in_processes(stopped, ranks, tmp_path / "a", other, parts, 3, 0)
+    assert in_processes(trained, then, tmp_path / "b", other, parts, True) == [(8, True)] * then
+    assert losses(parts) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     resumed, one = end_of(parts), end_of(tmp_path / "one")
-    assert torch.equal(
-        resumed["objective.terms.nearest_neighbor.queue.tags"], one["objective.terms.nearest_neighbor.queue.tags"]
-    )
+    assert torch.equal(resumed[TAGS], one[TAGS])
     moments = {name for name in one if name.startswith("optimizer.")}
     assert moments == {name for name in resumed if name.startswith("optimizer.")}
     assert "optimizer.model.logit_scale.exp_avg" in moments
@@ -144,9 +128,9 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     assert "--resume" in told
 
 
-def died(keys: dict[str, Any], folder: str) -> str:
+def died(recipe: Recipe, folder: Path) -> str:
     """Rank 1 dies within a step: the other one waits for it in the gather or in the sum of the gradients."""
-    trainer = Trainer(of(keys), Path(folder), quiet=True)
+    trainer = Trainer(recipe, folder, quiet=True)
     forward, calls = Objective.forward, iter(range(100))
 
     def deadly(self: Objective, *arguments: Any) -> dict[str, torch.Tensor]:
@@ -163,14 +147,14 @@ def died(keys: dict[str, Any], folder: str) -> str:
 
 
 def test_a_rank_that_dies_within_a_step_ends_the_run_without_a_trace(recipe: dict[str, Any], tmp_path: Path) -> None:
-    told = in_processes(died, 2, tmp_path / "a", recipe, str(tmp_path / "run"))[0]
+    told = in_processes(died, 2, tmp_path / "a", of(recipe), tmp_path / "run")[0]
     assert "Another rank is gone at step 3" in told
     assert "--resume" in told
 
 
-def refused(keys: dict[str, Any], folder: str) -> str:
+def refused(recipe: Recipe, folder: Path) -> str:
     try:
-        Trainer(of(keys), Path(folder), quiet=True)
+        Trainer(recipe, folder, quiet=True)
     except UserError as error:
         return str(error)
     except SystemExit as ended:
@@ -181,7 +165,7 @@ def refused(keys: dict[str, Any], folder: str) -> str:
 def test_what_the_first_rank_refuses_ends_the_others_too(recipe: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(of(recipe, steps=2), out=run, quiet=True, report=False)
-    first, second = in_processes(refused, 2, tmp_path / "a", recipe, str(run))
+    first, second = in_processes(refused, 2, tmp_path / "a", of(recipe), run)
     assert "already holds a run" in first
     assert second == "ended with 2"
 

@@ -13,15 +13,15 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
+from declip.runs.folder import read_run
 from declip.supervision.objective import encode_views
 from declip.training.setup import build_loader, open_training_source
-from training.starts import CONV, recipe_for, same_end, stop_at
+from training.starts import CONV, recipe_for, resumes_exactly
 
 
 def late(table: Path, second: dict[str, Any], name: str = "declip", **sections: Any) -> Recipe:
-    tree = recipe_for(table, name, log_every=1).model_dump()
-    tree["views"] = {"image": {"scale": [0.5, 1.0]}, "image_second": second, **sections.pop("views", {})}
-    return Recipe.model_validate({**tree, **sections})
+    views = {"image": {"scale": [0.5, 1.0]}, "image_second": second, **sections.pop("views", {})}
+    return recipe_for(table, name, {"views": views, **sections}, log_every=1)
 
 
 def batches(recipe: Recipe, start: int = 0, workers: int = 0) -> list[PairBatch]:
@@ -55,12 +55,10 @@ def test_views_that_no_loss_reads_yet_are_not_made(table: Path, contrastive: Any
 
 def test_a_run_resumed_before_the_start_equals_one_never_interrupted(table: Path, tmp_path: Path) -> None:
     recipe = late(table, {"size": 16, "start": 0.5}, image=CONV)
-    run = train(recipe, out=tmp_path / "whole", quiet=True, report=False)
-    assert ["simsiam" in row["losses"] for row in run.metrics] == [False] * 4 + [True] * 4
-    assert all("multi_view" in row["losses"] for row in run.metrics)
-    stop_at(recipe, tmp_path / "parts", 3)
-    assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
-    same_end(tmp_path / "whole", tmp_path / "parts")
+    resumes_exactly(recipe, tmp_path, 3)
+    metrics = read_run(tmp_path / "whole").metrics
+    assert ["simsiam" in row["losses"] for row in metrics] == [False] * 4 + [True] * 4
+    assert all("multi_view" in row["losses"] for row in metrics)
 
 
 def test_running_statistics_are_those_of_the_first_size(table: Path) -> None:

@@ -1,6 +1,5 @@
 """Training that starts from weights: what is frozen, how fast each part learns, adapters, and resuming."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,14 @@ from declip.models.freezing import freeze, is_frozen
 from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
-from declip.runs.folder import KEPT, read_rows
+from declip.runs.folder import KEPT
 from declip.training.optimizer import LrMultiplier, group_lr
 from declip.training.parallel import HostSyncBatchNorm, synchronize
 from declip.training.trainer import Trainer
 from interchange.test_export import features
 from interchange.towers import build
 from processes import in_processes
-from training.starts import CONV, VIT, last, moved, same_end, state, stop_at, tuned
+from training.starts import CONV, VIT, last, losses, moved, resumes_exactly, state, trained, tuned
 
 
 @pytest.mark.parametrize("kind", ["vit", "conv"])
@@ -171,11 +170,7 @@ def test_a_resumed_run_equals_one_never_stopped_though_its_source_is_gone(
     source = tmp_path / "source"
     shutil.copytree(start, source)
     recipe = tuned(table, source, train_keys, **keys)
-    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
-    stop_at(recipe, tmp_path / "parts", 4)
-    shutil.rmtree(source)
-    assert train(recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False).finished
-    same_end(tmp_path / "whole", tmp_path / "parts")
+    resumes_exactly(recipe, tmp_path, meanwhile=lambda: shutil.rmtree(source))
     with pytest.raises(UserError, match=r"no model at|no file"):
         train(recipe, out=tmp_path / "anew", quiet=True, report=False)
 
@@ -194,8 +189,8 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
     assert any("in_proj" in name or ".attn.lora_" in name for name in changed)
     loaded = declip.load(tmp_path, device="cpu")
     assert not any("lora" in name for name in loaded.state_dict())  # type: ignore[attr-defined]
-    for found, trained in zip(features(loaded), features(trainer.model.eval()), strict=True):
-        torch.testing.assert_close(found, trained, rtol=0, atol=1e-5)
+    for found, expected in zip(features(loaded), features(trainer.model.eval()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     given = features(declip.load(source, device="cpu"))
     assert not any(torch.equal(found, own) for found, own in zip(features(loaded)[1::2], given[1::2], strict=True))
 
@@ -207,10 +202,6 @@ def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table: Path, tmp_pa
     assert len(names) > 10
     trainer.train()
     declip.load(tmp_path, device="cpu")
-
-
-def trained_by_ranks(recipe: dict[str, Any], folder: str) -> bool:
-    return Trainer(Recipe.model_validate(recipe), Path(folder), quiet=True).train().finished
 
 
 @pytest.mark.parametrize(
@@ -226,10 +217,8 @@ def test_two_processes_tune_as_one(
 ) -> None:
     recipe = tuned(table, start, {"strategy": parallel, "steps": 4, "log_every": 1}, **keys)
     train(recipe, out=tmp_path / "one", quiet=True, report=False)
-    tree = json.loads(recipe.model_dump_json())
-    assert in_processes(trained_by_ranks, 2, tmp_path / "ranks", tree, str(tmp_path / "two")) == [True, True]
-    one, two = ([row["loss"] for row in read_rows(tmp_path / run / "metrics.jsonl")] for run in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-3)
+    assert in_processes(trained, 2, tmp_path / "ranks", recipe, tmp_path / "two") == [(4, True)] * 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     given, first, second = (
         declip.load(run, device="cpu").state_dict() for run in (start, tmp_path / "one", tmp_path / "two")
     )  # type: ignore[attr-defined]

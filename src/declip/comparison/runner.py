@@ -31,8 +31,8 @@ from declip.io.atomic import atomic_write
 from declip.io.progress import progress_bar, status
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
+from declip.training.estimate import step_seconds
 from declip.training.setup import open_training_source, versions
-from declip.training.step import training_step
 from declip.training.trainer import Trainer
 
 MOST_JOBS = 8
@@ -203,25 +203,12 @@ def seconds_per_step(variants: Sequence[Variant], overrides: Mapping[str, Any], 
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     try:
         for variant in [*variants] * ROUNDS:
-            times[variant.name] += _timed_steps(variant.resolve(overrides))
+            with TemporaryDirectory() as folder:
+                trainer = Trainer(variant.resolve(overrides), Path(folder) / "run", quiet=True)
+                times[variant.name] += step_seconds(trainer, WARM + TIMED)[WARM:]
     finally:
         torch.set_num_threads(before)
     return {name: median(values) for name, values in times.items()}
-
-
-def _timed_steps(recipe: Recipe) -> list[float]:
-    times = []
-    with TemporaryDirectory() as folder:
-        trainer = Trainer(recipe, Path(folder) / "run", quiet=True)
-        trainer.learner.train()
-        for _ in range(WARM + TIMED):
-            start = time.perf_counter()
-            training_step(trainer.parts, next(trainer.loader))
-            if trainer.device.type == "cuda":
-                torch.cuda.synchronize(trainer.device)
-            times.append(time.perf_counter() - start)
-        trainer.loader.close()
-    return times[WARM:]
 
 
 def _timed(study: Study, folder: Path, threads: int, quiet: bool) -> Study:

@@ -97,7 +97,7 @@ def open_dataset(dataset: str | PairSource | Items | Dataset, *, label_column: s
     elif not isinstance(dataset, Dataset):
         source = open_source(dataset)
         labeled = labeled_table(dataset, label_column) if is_dataset(dataset) else None
-        dataset = Dataset(source.name, labeled or {"test": partial(_identity, source)}, _templates(source.name))
+        dataset = Dataset(source.name, labeled or {"test": lambda: source}, _templates(source.name))
     dataset.split("test")
     return dataset
 
@@ -142,7 +142,7 @@ def _by_name(given: str, label_column: str | None) -> Dataset:
     if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not Path(given).expanduser().exists():
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
     source = open_source(given)
-    return Dataset(given, {"test": partial(_identity, source)}, _templates(source.name))
+    return Dataset(given, {"test": lambda: source}, _templates(source.name))
 
 
 def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:
@@ -157,10 +157,6 @@ def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:
             f"The files of '{name}' are not complete, not what was published, or damaged ({type(error).__name__}: "
             f"{reason}). Expected in that folder: {files}. Unpack the original archives."
         ) from error
-
-
-def _identity(source: PairSource) -> PairSource:
-    return source
 
 
 def _templates(name: str) -> str:

@@ -18,18 +18,13 @@ METRICS: Mapping[str, str] = {"top1": "top-1", "mean_per_class": "mean per class
 
 
 class Measure(NamedTuple):
-    """One number, its chance level, and n; results of models are matched by `name`, and `detail` is only shown."""
+    """One number, its chance level, and n; results of models are matched by `name`."""
 
     name: str
     value: float
     chance: float
     n: int
-    detail: str = ""
     majority: float | None = None
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {self.detail}".strip()
 
     @property
     def times_chance(self) -> float:
@@ -74,9 +69,9 @@ class ClassificationResult(Result):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "chance": self.chance}
 
-    def _measure(self, name: str, value: float, first: int = 1, **more: Any) -> Measure:
+    def _measure(self, name: str, value: float, first: int = 1, majority: float | None = None) -> Measure:
         """A measure of the images whose class is among the `first`."""
-        return Measure(name, value, min(first, self.classes) / self.classes, self.n, **more)
+        return Measure(name, value, min(first, self.classes) / self.classes, self.n, majority)
 
 
 @dataclass(frozen=True)
@@ -235,7 +230,7 @@ def results_table(results: Sequence[Result], title: str | None = None) -> Table:
         for measure in result.measures():
             majority = "" if measure.majority is None else f" (majority {percent(measure.majority)})"
             numbers = percent(measure.value), percent(measure.chance) + majority, times(measure.times_chance)
-            table.add_row(f"  {measure.label}", *numbers, f"{measure.n:,}")
+            table.add_row(f"  {measure.name}", *numbers, f"{measure.n:,}")
         notes = dict(result.skipped)
         if isinstance(result, RetrievalResult):
             notes["captions longer than the model's context"] = result.truncated_captions

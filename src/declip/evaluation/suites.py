@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -85,7 +84,6 @@ class SuiteResult:
         return "\n".join([*table, "", *(f"- {note}" for note in notes), ""])
 
 
-@cache
 def published(suite: str, task: str) -> dict[str, Any]:
     """Read the published rows of a suite, in percent, with their `model`, `source` and the names of the `sets`."""
     return read_yaml((resources.files("declip.evaluation") / "published.yaml").read_text(encoding="utf-8"))[suite][task]

@@ -13,6 +13,7 @@ from declip.interchange.foreign import Reread
 from declip.interchange.weights import Weights, one_line, read_recipe
 from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder, has_text
+from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import part, prefixed
 
 LIBRARY = "declip"
@@ -65,8 +66,12 @@ def write(model: DualEncoder, folder: Path) -> None:
 def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None) -> None:
     """Write a model that knows its recipe, named "model.…" as in a checkpoint, and heads of losses as "objective.…"."""
     assert model.recipe is not None, "built from a recipe"
-    tensors = prefixed("model", model.state_dict()) | prefixed("objective", heads or {})
-    metadata = {RECIPE: model.recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
+    write_part(prefixed("model", model.state_dict()) | prefixed("objective", heads or {}), model.recipe, path)
+
+
+def write_part(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> None:
+    """Write tensors, perhaps a part of a model's, with the recipe."""
+    metadata = {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
     save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 

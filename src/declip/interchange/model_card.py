@@ -168,7 +168,5 @@ def _eval_results(results: Sequence[Result]) -> list[EvalResult]:
             metric = f"recall_at_{recall[1]}" if recall else "accuracy"
             if math.isfinite(measure.value):
                 value = round(measure.value, 4)
-                rows.append(
-                    EvalResult(task, kind, on, metric, value, task.replace("-", " "), metric_name=measure.label)
-                )
+                rows.append(EvalResult(task, kind, on, metric, value, task.replace("-", " "), metric_name=measure.name))
     return rows

@@ -69,7 +69,6 @@ def environment(markdown: bool = False, plain_text: bool = False) -> Environment
         "listed": text.listed,
         "about": text.about,
         "shown": text.shown,
-        "points": points,
         "words": lambda value: value.replace(" %", f"{NBSP}%"),
     }
     made.globals |= {"span": span, "markdown_table": markdown_table}

@@ -110,7 +110,7 @@ def measures_table(run: Run) -> Table:
             start = before.get(measure.name)
             change = (NONE, NONE) if start is None else (percent(start), points(measure.value - start))
             numbers = (percent(measure.value), *chance, f"{measure.n:,}", f"{row.step:,}", *change)
-            rows.append((names[result.dataset], measure.label, *numbers))
+            rows.append((names[result.dataset], measure.name, *numbers))
         if isinstance(result, RetrievalResult) and result.loss is not None:
             old = f"{first.loss:.3f}" if isinstance(first, RetrievalResult) and first.loss is not None else NONE
             numbers = (f"{result.loss:.3f}", NONE, NONE, f"{result.images:,}", f"{row.step:,}", old, NONE)

@@ -132,12 +132,7 @@ class Objective(nn.Module):
         return self.losses(self.run_towers(model, batch), model, batch, gather, offset)
 
     def losses(
-        self,
-        outputs: TowerOutputs,
-        model: DualEncoder,
-        batch: PairBatch,
-        gather: Gather = identity_gather,
-        offset: int = 0,
+        self, outputs: TowerOutputs, model: DualEncoder, batch: PairBatch, gather: Gather, offset: int
     ) -> dict[str, Tensor]:
         """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
         terms = [(name, term) for name, term in self._terms() if not self._waits(term.needs, outputs.views)]

@@ -60,9 +60,6 @@ class _Compiled:
             return self.compiled(batch)
         return self.plain(batch)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise TypeError("a tower is copied before it is compiled")
-
 
 class _CompiledText(_Compiled):
     """The text tower's forward pass, with captions padded to a multiple of `STEP`."""

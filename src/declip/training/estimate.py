@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -50,14 +51,9 @@ def estimate(recipe: Recipe) -> Estimate:
     with TemporaryDirectory() as folder:
         trainer = Trainer(small, Path(folder) / "run", quiet=True)
         started = time.perf_counter()
-        loader = trainer.loader  # with cached features, this computes them
+        _ = trainer.loader  # with cached features, this computes them
         features = (time.perf_counter() - started) * len(source) / few
-        trainer.learner.train()
-        for step in range(TIMED + 1):
-            if step == 1:
-                started = time.perf_counter()
-            training_step(trainer.parts, next(loader))["loss"].item()
-        seconds = (time.perf_counter() - started) / TIMED
+        seconds = fmean(step_seconds(trainer, TIMED + 1)[1:])
         evaluation, count = 0.0, 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         for name in setup.evaluation_tasks(recipe, final=False):
             pairs = open_dataset(name).split("test")
@@ -65,11 +61,22 @@ def estimate(recipe: Recipe) -> Estimate:
             started = time.perf_counter()
             encode_source(trainer.model, pairs, indices=places)
             evaluation += (time.perf_counter() - started) * len(pairs) / len(places)
-        loader.close()
         if trainer.lock is not None:
             trainer.lock.close()
         memory = _peak(trainer.device)
     return Estimate(trainer.recipe, features, math.ceil(train.steps) * seconds, count * evaluation, memory)
+
+
+def step_seconds(trainer: Trainer, count: int) -> list[float]:
+    """Take steps of a run that nobody continues, and time each, loading included."""
+    seconds = []
+    trainer.learner.train()
+    for _ in range(count):
+        started = time.perf_counter()
+        training_step(trainer.parts, next(trainer.loader))["loss"].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    trainer.loader.close()
+    return seconds
 
 
 def _peak(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """The optimizer, its parameter groups and moments."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from declip.errors import UserError, unknown
 from declip.recipe.schema import Train
 from declip.training.muon import Muon, uses_muon
+from declip.training.parallel import shard_like
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,8 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def load_moments(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    place: Callable[[Tensor, Tensor], Tensor] = lambda parameter, tensor: tensor,
-) -> None:
-    """Put the moments back, whole tensors, to which `place` gives the layout of their parameter."""
+def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the moments back, whole tensors, in the layout of their parameter."""
     parameters = _parameters(optimizer)
     numbers = {name: number for number, name in enumerate(parameters)}
     shaped = isinstance(optimizer, torch.optim.AdamW)  # timm's optimizers also keep factors and single numbers
@@ -129,7 +126,7 @@ def load_moments(
                 f"The checkpoint's moment '{key}', {tuple(tensor.shape)}, fits no parameter: it is of another model. "
                 "Start a run in another folder with --out."
             )
-        value = tensor if moment.endswith("#") else place(parameter, tensor)
+        value = tensor if moment.endswith("#") else shard_like(parameter, tensor)
         state.setdefault(numbers[name], {})[moment.rstrip("#")] = _unpacked(moment, value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

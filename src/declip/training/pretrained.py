@@ -11,12 +11,11 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import declip
 from declip.errors import UserError
-from declip.interchange.declip_file import RECIPE, VERSION, read_part
+from declip.interchange.declip_file import read_part, write_part
 from declip.interchange.read import read_start
 from declip.interchange.weights import Weights
-from declip.io.atomic import atomic_write, save_tensors
+from declip.io.atomic import atomic_write
 from declip.models.dual_encoder import DualEncoder
 from declip.models.freezing import freeze, keep_in_evaluation
 from declip.models.hf_encoder import ENTRY
@@ -53,11 +52,9 @@ class Pretrained:
         """Write the loaded tensors into the run folder, from where they are read again when resuming."""
         if not self.loaded:
             return
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.loaded.items()}
-        metadata = {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
         try:
             with atomic_write(folder / KEPT, "choose another folder with --out", durable=True) as beside:
-                save_tensors(tensors, beside, metadata)
+                write_part(self.loaded, recipe, beside)
         except SafetensorError as error:  # of a full disk
             raise UserError(f"Cannot write '{folder / KEPT}': {error}. Make room, or choose another --out.") from error
 

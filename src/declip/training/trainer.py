@@ -41,7 +41,7 @@ from declip.training.distributed import HostGroup
 from declip.training.frozen import cached_features, check_frozen
 from declip.training.frozen_encoder import FrozenEncoder, set_teacher
 from declip.training.monitor import Monitor, monitored
-from declip.training.parallel import build_learner, full_tensor, load_full_state, shard_like, unwrap
+from declip.training.parallel import build_learner, full_tensor, load_full_state, unwrap
 from declip.training.pretrained import apply_pretrained, load_pretrained
 from declip.training.sinks import Sink, Stretch
 from declip.training.step import StepParts, training_step
@@ -411,7 +411,7 @@ class Trainer:
                 self.best.stale = 0
         try:
             self._load_weights(found)
-            optimizers.load_moments(self.optimizer, part("optimizer", found.training), shard_like)
+            optimizers.load_moments(self.optimizer, part("optimizer", found.training))
         except (RuntimeError, KeyError) as error:
             raise UserError(
                 f"The newest checkpoint in '{self.folder}' does not fit the recipe of its run: "

@@ -16,11 +16,6 @@ from evaluation import trees
 WNIDS = list(read_prompts("imagenet").classes)
 
 
-def _labels(source) -> list[int]:
-    assert [trees.label_of(source[row].image) for row in range(len(source))] == source.labels.tolist()
-    return source.labels.tolist()
-
-
 def test_a_folder_without_splits(tmp_path: Path) -> None:
     trees.paint(tmp_path / "shapes" / "red_square" / "deep" / "b.jpg", 1)
     trees.paint(tmp_path / "shapes" / "red_square" / "a.JPG", 1)
@@ -31,7 +26,7 @@ def test_a_folder_without_splits(tmp_path: Path) -> None:
     assert list(dataset.openers) == ["test"]
     test = pickle.loads(pickle.dumps(dataset.split("test")))
     assert (test.name, test.class_names) == ("shapes", ("Cat", "red square"))
-    assert _labels(test) == [0, 1, 1]
+    assert trees.labels_of(test) == [0, 1, 1]
     assert [test[row].key for row in range(3)] == ["Cat/1.jpg", "red_square/a.JPG", "red_square/deep/b.jpg"]
 
 
@@ -41,13 +36,17 @@ def test_splits_number_the_classes_alike(tmp_path: Path, validation: str) -> Non
         for name in classes:
             trees.paint(tmp_path / split / name / "1.jpg", "abc".index(name))
     dataset = open_dataset(f"folder:{tmp_path}")
-    assert [_labels(dataset.split(each)) for each in ("train", "validation", "test")] == [[0, 1, 2], [1, 2], [2]]
+    assert [trees.labels_of(dataset.split(each)) for each in ("train", "validation", "test")] == [
+        [0, 1, 2],
+        [1, 2],
+        [2],
+    ]
     assert {dataset.split(each).class_names for each in dataset.openers} == {("a", "b", "c")}
     # Validation is the test where there is no other.
     shutil.rmtree(tmp_path / "test")
     dataset = open_dataset(f"folder:{tmp_path}")
     assert set(dataset.openers) == {"train", "test"}
-    assert _labels(dataset.split("test")) == [1, 2]
+    assert trees.labels_of(dataset.split("test")) == [1, 2]
 
 
 def test_folders_that_cannot_be_measured(tmp_path: Path) -> None:
@@ -74,8 +73,8 @@ def test_caltech101_has_thirty_of_each_class_for_training_and_all_the_rest(tmp_p
             trees.paint(folder / names[label] / f"image_{number + 1:04d}.jpg", label)
     dataset = open_dataset(f"caltech101:{tmp_path}")
     train, test = dataset.split("train"), dataset.split("test")
-    assert np.bincount(_labels(train), minlength=102)[[1, 2, 101]].tolist() == [30, 1, 30]
-    assert np.bincount(_labels(test), minlength=102)[[1, 2, 101]].tolist() == [10, 0, 1]
+    assert np.bincount(trees.labels_of(train), minlength=102)[[1, 2, 101]].tolist() == [30, 1, 30]
+    assert np.bincount(trees.labels_of(test), minlength=102)[[1, 2, 101]].tolist() == [10, 0, 1]
     keys = [{source[row].key for row in range(len(source))} for source in (train, test)]
     assert not keys[0] & keys[1]
     assert len(keys[0] | keys[1]) == 72
@@ -99,10 +98,10 @@ def test_imagenet_by_wordnet_number(tmp_path: Path) -> None:
     dataset = open_dataset(f"imagenet:{tmp_path}")
     assert list(dataset.openers) == ["test"]
     test = dataset.split("test")
-    assert _labels(test) == [0, 998, 999]
+    assert trees.labels_of(test) == [0, 998, 999]
     assert (test.class_names[0], test.class_names[999]) == ("tench", "toilet paper")
     trees.class_folders(tmp_path / "train", WNIDS, images=2)
-    assert _labels(open_dataset(f"imagenet:{tmp_path}").split("train")) == [0, 0, 998, 998, 999, 999]
+    assert trees.labels_of(open_dataset(f"imagenet:{tmp_path}").split("train")) == [0, 0, 998, 998, 999, 999]
     (tmp_path / "train" / WNIDS[5]).rmdir()
     with pytest.raises(UserError, match=rf"1 are missing.*'{WNIDS[5]}'"):
         open_dataset(f"imagenet:{tmp_path}")
@@ -114,7 +113,7 @@ def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path: Path) -> None:
     for label in (2, 10, 999):
         trees.paint(tmp_path / str(label) / "a.jpeg", label)
     test = open_dataset(f"imagenet-v2:{tmp_path}").split("test")
-    assert _labels(test) == [10, 2, 999]  # read in the order of the folders' names
+    assert trees.labels_of(test) == [10, 2, 999]  # read in the order of the folders' names
     assert [test.class_names[label] for label in test.labels] == ["brambling", "great white shark", "toilet paper"]
 
 
@@ -125,7 +124,7 @@ def test_imagenets_relatives_choose_among_their_own_classes(tmp_path: Path, name
     assert wnids == sorted(wnids)
     trees.class_folders(tmp_path, wnids)
     test = open_dataset(f"{name}:{tmp_path}").split("test")
-    assert _labels(test) == [0, count - 2, count - 1]
+    assert trees.labels_of(test) == [0, count - 2, count - 1]
     names = read_prompts("imagenet").classes
     assert test.class_names == tuple(names[wnid] for wnid in wnids)
     trees.paint(tmp_path / "n00000000" / "a.jpg", 0)

@@ -13,14 +13,11 @@ from declip.errors import UserError
 from declip.evaluation.datasets import NAMED, open_dataset
 from evaluation import trees
 
-TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-KINDS = {"cifar10": (datasets.CIFAR10, TEN), "cifar100": (datasets.CIFAR100, ["apple", "aquarium_fish", "lawn_mower"])}
+KINDS = {
+    "cifar10": (datasets.CIFAR10, trees.TEN),
+    "cifar100": (datasets.CIFAR100, ["apple", "aquarium_fish", "lawn_mower"]),
+}
 SUN = ("abbey", "bakery/shop", "jail/indoor", "jail_cell", "theater/indoor_seats")
-
-
-def labels_of(source) -> list[int]:
-    assert [trees.label_of(source[row].image) for row in range(len(source))] == source.labels.tolist()
-    return source.labels.tolist()
 
 
 EXPECTED = {
@@ -42,7 +39,7 @@ def test_images_labels_and_names(name: str, tmp_path: Path, monkeypatch) -> None
     assert set(dataset.openers) == set(splits)
     for which, labels in splits.items():
         source = pickle.loads(pickle.dumps(dataset)).split(which)
-        assert labels_of(source) == labels
+        assert trees.labels_of(source) == labels
         assert source.labels.dtype == np.int64
         assert names is None or list(source.class_names) == names
         assert [source[row].captions for row in range(len(source))] == [(source.class_names[i],) for i in labels]
@@ -78,9 +75,9 @@ def test_cifar(name: str, tmp_path: Path, monkeypatch) -> None:
     assert set(dataset.openers) == {"train", "test"}
     assert (len(train), len(test)) == (20 if name == "cifar10" else 4, 4)
     last = len(classes) - 1
-    assert labels_of(test) == [(last - row) % len(classes) for row in range(4)]
+    assert trees.labels_of(test) == [(last - row) % len(classes) for row in range(4)]
     assert test.class_names == tuple(each.replace("_", " ") for each in classes)
-    labels_of(train)
+    trees.labels_of(train)
     assert test[0].image.size == (32, 32)
     assert test[0].captions == test.captions(0) == (test.class_names[last],)
 
@@ -113,7 +110,7 @@ def test_sun397_by_its_official_lists(tmp_path: Path, place: str) -> None:
     trees.write(tmp_path / place / "Testing_01.txt", lines.replace("{}", "c"))
     dataset = open_dataset(f"sun397:{tmp_path}")
     train, test = dataset.split("train"), dataset.split("test")
-    assert labels_of(train) == labels_of(test) == [0, 1, 2, 3, 4]
+    assert trees.labels_of(train) == trees.labels_of(test) == [0, 1, 2, 3, 4]
     assert test.class_names == ("abbey", "bakery shop", "jail indoor", "jail cell", "theater indoor seats")
     assert (train[2].key, test[2].key) == ("j/jail/indoor/sun_a2.jpg", "j/jail/indoor/sun_c2.jpg")
     trees.write(tmp_path / place / "Testing_01.txt", "/z/zoo/sun_a.jpg\n")

@@ -16,7 +16,6 @@ from declip.evaluation.readers.images import SPLITS, Classified, Openers
 LABEL_NAMES = ("label", "class", "class_name", "category")
 """Names of the column of labels where none is given, in the order of preference."""
 
-SPLIT_NAMES = ("split",)
 LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
 
 Cell = str | BrokenPair
@@ -54,8 +53,8 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
         else:
             broken[row] = BrokenPair("missing label", table.key(row), f"'{cell}' is none of the classes")
     split_of = np.array(["test"] * len(table))
-    if not lower.isdisjoint(SPLIT_NAMES):
-        split_column = find_column(columns, SPLIT_NAMES[0], SPLIT_NAMES, "split", path)
+    if "split" in lower:
+        split_column = find_column(columns, "split", ("split",), "split", path)
         split_cells = _cells(table, open_rows(table_path), split_column)
         split_of = np.array([_split(cell) for cell in split_cells])
         if not {"test"} <= set(split_of) <= set(SPLITS):
