@@ -299,13 +299,9 @@ def test_a_disk_that_refuses_is_no_traceback(declip: Command, monkeypatch: pytes
 def test_a_folder_that_cannot_be_read_is_not_called_empty(
     here: Path, declip: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scan = os.scandir
+    def refuse(path: Path) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    def refuse(path: str | Path) -> object:
-        if str(path) == "uncaptioned":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
     status, printed = declip("train", "mine.yaml", "data.source=uncaptioned")
-    assert (status, "'uncaptioned' cannot be read: Permission denied" in printed) == (2, True)
+    assert (status, "'uncaptioned' cannot be read or written: Permission denied" in printed) == (2, True)
