@@ -1,8 +1,12 @@
-"""What several tests share: a small table of real picture files, and recipes small enough for seconds."""
+"""What several tests share: the command, a small table of real picture files, recipes small enough for seconds."""
 
+import io
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 # Threads that wait for each other make everything slow next to other tests; set before the libraries are loaded, and
 # handed on to the processes that tests start.
@@ -53,6 +57,34 @@ def draw(color: str, shape: str, size: int = 40) -> Image.Image:
     else:
         pen.rectangle((6, size // 2 - 4, size - 6, size // 2 + 4), fill=color)
     return image
+
+
+def texture(seed: int, side: int = 48) -> Image.Image:
+    """A smooth image of many colors, another for each seed."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """An image as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Runs the command as a shell starts it; gives its exit status and what it printed."""
+    from declip.cli import app as cli
+
+    def run(*words: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["declip", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return SimpleNamespace(status=caught.value.code or 0, **capfd.readouterr()._asdict())
+
+    return run
 
 
 @pytest.fixture(scope="session")

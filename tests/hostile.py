@@ -1,6 +1,5 @@
 """Files that came from elsewhere: what reading one gets, and what it takes."""
 
-import io
 import multiprocessing
 import resource
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+from conftest import encoded
 from declip.data.pair import BrokenPair
 from declip.errors import UserError
 
@@ -68,9 +68,7 @@ def apart(work: Callable[[], object], seconds: float = 10) -> tuple[str, float]:
 
 def written(kind: str, **options: Any) -> bytes:
     """The bytes of a small red picture."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), "red").save(buffer, kind, **options)
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (16, 16), "red"), kind, **options)
 
 
 def sparse(path: Path, head: bytes, size: int) -> None:

@@ -1,16 +1,13 @@
 """A tiny model with random weights, a folder of images without captions, and indices of made-up vectors."""
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from conftest import COLOURS, SHAPES, TINY, WEIGHTS, draw
-from declip.cli import app as cli
 from declip.data.sources.origin import Origin
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
@@ -59,19 +56,6 @@ def write_pairs(folder: Path, images: Tensor, texts: Tensor, captions: Sequence[
     folder.mkdir()
     append(folder, made_up_manifest(images.shape[1], captions=True), images, texts, captions)
     return Index.open(folder)
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """Runs the command as a shell starts it; gives its exit status and what it printed."""
-
-    def run(*words: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["declip", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return SimpleNamespace(status=caught.value.code or 0, **capfd.readouterr()._asdict())
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from tokenizers import ByteLevelBPETokenizer
 
+from conftest import TINY, WEIGHTS
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+
 CAPTIONS = (
     "a red circle",
     "Square painted in Blue on white paper!",
@@ -55,6 +59,14 @@ def roberta(folder: Path, context: int = 24, kind: str = "Roberta", **config: An
     sizes = {**SIZES, "vocab_size": trained.get_vocab_size(), "max_position_embeddings": context + OFFSET, **config}
     made = getattr(transformers, f"{kind}Config")(pad_token_id=1, bos_token_id=0, eos_token_id=2, **sizes)
     return _saved(getattr(transformers, f"{kind}ForMaskedLM")(made), folder)
+
+
+def model_of(folder: str | Path, weights: str = "clip", **text: Any) -> DualEncoder:
+    """A tiny model with the encoder of a folder."""
+    keys = {"context_length": 24, "hf_model": str(folder), **text}
+    torch.manual_seed(0)
+    recipe = Recipe.model_validate({**TINY, "text": keys, "loss_weights": WEIGHTS[weights]})
+    return DualEncoder.from_recipe(recipe).eval()
 
 
 def _saved(model: Any, folder: Path) -> Path:

@@ -1,6 +1,5 @@
 """An app over the pairs of the shared table, as the model of a short run sees them."""
 
-import io
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
@@ -8,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 import declip
 from conftest import TINY, WEIGHTS
 from declip.recipe.schema import Recipe
-from indices import command, folder, model, weights_file
+from indices import folder, model, weights_file
 
-__all__ = ["command", "folder", "model", "weights_file"]
+__all__ = ["folder", "model", "weights_file"]
 PAGE = "http://127.0.0.1:8765"
 
 collect_ignore_glob = [] if find_spec("starlette") and find_spec("uvicorn") else ["test_*.py"]
@@ -60,10 +58,3 @@ def client(state: Any) -> Iterator[Any]:
     """A client of the app."""
     with ask(state) as asked:
         yield asked
-
-
-def png(image: Image.Image) -> bytes:
-    """An image as the bytes of a file."""
-    written = io.BytesIO()
-    image.save(written, "PNG")
-    return written.getvalue()

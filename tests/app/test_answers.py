@@ -1,8 +1,6 @@
 import io
 import json
 import shutil
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +10,16 @@ import torch
 from PIL import Image
 
 import declip
-from app.conftest import ask, png
-from conftest import draw
+from app.conftest import ask
+from conftest import draw, encoded
 from declip.app.params import LARGEST_JSON
 from declip.app.state import AppState
 from declip.models.dual_encoder import DualEncoder
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A small PNG that says it has many pixels."""
-    content = png(draw("red", "bar"))
-    header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
-    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+from end_to_end.conftest import png
 
 
 def test_probabilities_are_the_softmax_of_the_scaled_cosines(client: Any, state: Any) -> None:
-    token = client.post("/api/images", content=png(draw("red", "circle"))).json()["image"]
+    token = client.post("/api/images", content=encoded(draw("red", "circle"))).json()["image"]
     names = ["a red circle", "a blue bar", "a green square"]
     tree = client.post("/api/classify", json={"image": token, "classes": [*names, " a blue  bar ", ""]}).json()
     model = state.index.model
@@ -51,11 +43,8 @@ def test_a_template_goes_around_the_names(client: Any, state: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "truncated"),
         (b"no image at all", "unreadable"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unreadable"),
-        (png(draw("red", "bar"))[:60], "image"),
-        (bomb(7_100, 7_100), "too large"),
+        (png(7_100, 7_100), "too large"),
     ],
 )
 def test_other_files_are_refused_with_a_reason(client: Any, content: bytes, said: str) -> None:
@@ -65,7 +54,7 @@ def test_other_files_are_refused_with_a_reason(client: Any, content: bytes, said
 
 
 def test_a_huge_upload_is_refused_and_none_reaches_the_disk(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = png(Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)))
+    content = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)))
     assert len(content) > 1 << 20  # what Starlette's forms would put into a temporary file
     for maker in ("SpooledTemporaryFile", "NamedTemporaryFile", "mkstemp"):
         monkeypatch.setattr(f"tempfile.{maker}", None)  # a call of it fails
@@ -114,7 +103,7 @@ def test_a_text_finds_the_hits_of_the_index_among_images_and_captions(client: An
 
 
 def test_an_image_finds_the_index_hits_and_the_balance_moves_to_the_text(client: Any, state: Any) -> None:
-    token = client.post("/api/images", content=png(draw("green", "bar"))).json()["image"]
+    token = client.post("/api/images", content=encoded(draw("green", "bar"))).json()["image"]
     hits = client.get("/api/search", params={"image": token}).json()["hits"]
     expected = state.index.search(image=draw("green", "bar"), k=24)
     assert [hit["id"] for hit in hits] == [hit.id for hit in expected]

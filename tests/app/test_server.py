@@ -37,7 +37,6 @@ def test_a_mistake_ends_with_one_line(
     write_declip_file(tiny_model(1), other)
     with take_port("127.0.0.1", 0) as taken:  # held from here on, before the server listens
         mistakes: tuple[tuple[list[object], str], ...] = (
-            (["nowhere", index], "'nowhere'"),
             ([run_folder, "nowhere"], "'nowhere'"),
             ([other, index], "another model"),
             ([run_folder, index, "--index", "elsewhere"], "--index"),

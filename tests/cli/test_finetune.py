@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 import declip
-from conftest import TINY
+from conftest import TINY, texture
 from declip import api
 from declip.api import HEAD_KEYS, HEADS
 from declip.interchange import starter
@@ -21,23 +19,18 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
 from declip.training.trainer import Trainer
-from indices import command
 from training.starts import same_end
 from training.test_best import best_step
-
-__all__ = ["command"]
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
     with (folder / "pairs.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "caption"])
         for number in range(48):
-            values = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-            Image.fromarray(values).resize((40, 40), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+            texture(number).save(folder / f"{number}.png")
             table.writerow([f"{number}.png", f"texture number {number}"])
     head, *rows = (folder / "pairs.csv").read_text().splitlines()
     parts = {"pairs": rows[:40], "other": rows[40:], "few": rows[:3], "copy": rows[10:24]}

@@ -17,7 +17,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def three_pictures(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A folder with a.png, b.png and c.png, of 3 by 2 pixels; every value of a is 0, of b 1, of c 2."""
     for value, name in enumerate("abc"):
         Image.fromarray(np.full((2, 3, 3), value, np.uint8)).save(tmp_path / f"{name}.png")

@@ -1,11 +1,11 @@
 """Small stand-ins for the tests of data: JPEG files, a source of noise, a tokenizer, and loaders by their options."""
 
 from collections.abc import Mapping
-from io import BytesIO
 
 import numpy as np
 from PIL import Image
 
+from conftest import encoded
 from declip.data.assembly import Assembler
 from declip.data.loader import PairLoader
 from declip.data.pair import BrokenPair, Pair, PairSource
@@ -23,9 +23,7 @@ def scene(width: int = 150, height: int = 101, seed: int = 0) -> Image.Image:
 
 def jpeg(image: Image.Image | None = None, **options: object) -> bytes:
     """A JPEG file of an image, of a scene by default."""
-    buffer = BytesIO()
-    (image or scene()).save(buffer, "JPEG", **({"quality": 90} | options))
-    return buffer.getvalue()
+    return encoded(image or scene(), "JPEG", **{"quality": 90} | options)
 
 
 class Noise(PairSource):

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from PIL import Image
 
+from conftest import encoded
+
 SIZES = (5, 1, 9, 6)
 """Pairs in each shard of the fixture `shard_folder`."""
 
 
 def picture(number: int, kind: str = "png") -> bytes:
     """An image whose pixels tell its number."""
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16), (number % 256, number // 256, 7)).save(file, kind)
-    return file.getvalue()
+    return encoded(Image.new("RGB", (16, 16), (number % 256, number // 256, 7)), kind)
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:

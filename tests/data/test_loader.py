@@ -52,21 +52,19 @@ def assert_same(given: list[PairBatch], expected: list[PairBatch]) -> None:
         assert [str(broken) for broken in one.skipped] == [str(broken) for broken in other.skipped]
 
 
-def test_workers_make_the_same_batches_as_this_process():
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_number_of_workers_and_any_start_give_the_same_batches(workers):
     source = Noise(broken={4: "missing image", 11: "truncated image"})
     options = {"max_broken_fraction": 1.0}
-    alone, loader = make(source, **options), make(source, workers=2, **options)
-    assert_same(take(loader, 12), take(alone, 12))
-    assert loader.skipped.to_dict() == alone.skipped.to_dict()
-    assert (loader.seen, loader.step) == (alone.seen, alone.step) == (72, 12)
-    assert loader.skipped.counts["missing image"] >= 2
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_started_at_a_step_continues_bit_for_bit(workers):
-    whole = take(make(), 14)
-    for start in (1, 5, 9):
-        assert_same(take(make(start_step=start, workers=workers), 14 - start), whole[start:])
+    alone = make(source, **options)
+    whole = take(alone, 14)
+    for start in (0, 1, 5, 9):
+        loader = make(source, start_step=start, workers=workers, **options)
+        assert_same(take(loader, 14 - start), whole[start:])
+        assert loader.step == 14
+        if start == 0:
+            assert (loader.skipped.to_dict(), loader.seen) == (alone.skipped.to_dict(), 84)
+    assert alone.skipped.counts["missing image"] >= 2
 
 
 def test_a_pair_is_drawn_anew_each_epoch_and_by_each_seed():
@@ -114,17 +112,17 @@ def test_words_tells_what_each_text_view_said(second_view):
             assert not batch.texts[view, row, len(ids) :].any()
 
 
+def _said(loader):
+    return [(loader.words(tag, 0), loader.words(tag, 1)) for tag in range(PAIRS * 20)]
+
+
 def test_one_caption_is_drawn_each_time_and_its_augmentation_is_of_the_same_one():
-    loader, tags = make(), range(PAIRS * 20)
-    said = [(loader.words(tag, 0), loader.words(tag, 1)) for tag in tags]
+    loader = make()
+    said = _said(loader)
     assert all(caption in loader.assembler.source.captions(tag % PAIRS) for tag, (caption, _) in enumerate(said))
     assert binomtest(sum("photo" in caption for caption, _ in said), len(said), 0.5).pvalue > 1e-4
     assert sum(caption != other for caption, other in said) > 0.5 * len(said)
     assert not any("photo" in caption and "sketch" in other for caption, other in said)
-
-
-def _said(loader):
-    return [(loader.words(tag, 0), loader.words(tag, 1)) for tag in range(PAIRS * 20)]
 
 
 def test_the_second_text_is_what_was_chosen():

@@ -21,8 +21,7 @@ from declip.training.setup import build_loader, open_training_source
 
 
 @pytest.fixture
-def shards(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+def shards(tmp_path: Path, cache: Path) -> Path:
     return write_shards(tmp_path / "shards", (5, 9, 7))
 
 

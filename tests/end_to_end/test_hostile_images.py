@@ -42,6 +42,7 @@ BOMB, PIXELS = zlib.compress(bytes(64 << 20), 1), zlib.compress(bytes(14))
 
 IMAGES: dict[str, tuple[bytes, str]] = {
     "50 gigapixels, PNG": (png(223_607, 223_607, (b"IDAT", zlib.compress(bytes(99)))), "image too large"),
+    "179 megapixels, PNG": (png(13_377, 13_378, (b"IDAT", zlib.compress(bytes(99)))), "image too large"),
     "4 gigapixels, JPEG": (patched("JPEG", b"\xff\xc0", 5, ">HH", 65_500, 65_500), "image too large"),
     "4 gigapixels, GIF": (patched("GIF", b"", 6, "<HH", 65_535, 65_535), "image too large"),
     "WebP that grew": (
@@ -59,6 +60,8 @@ IMAGES: dict[str, tuple[bytes, str]] = {
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(harm) (w) file\n%%EOF\n", "unreadable image"),
     "EPS, binary head": (b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 30, 99) + bytes(200), "unreadable image"),
     "Python": (b"#!/usr/bin/python3\nopen('harm', 'w')\n", "unreadable image"),
+    "PPM": (written("PPM"), "unreadable image"),
+    "ICO": (written("ICO"), "unreadable image"),
     "pickle": (pickle.dumps(Trap(Path("harm"))), "unreadable image"),
     "nothing": (b"", "truncated image"),
 }

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data.tables import write
 from declip.data.sources.open import open_source
 from declip.evaluation.datasets import open_dataset
 from hostile import ROOM, Trap, apart, quickly, said, written
@@ -21,16 +22,7 @@ pytestmark = pytest.mark.usefixtures("here")
 
 
 def table(kind: str, rows: list[dict[str, Any]]) -> Path:
-    path = Path(f"t.{kind}")
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        mark = "," if kind == "csv" else "\t"
-        lines = [mark.join(f'"{cell}"' for cell in row.values()) for row in rows]
-        path.write_text("\n".join([mark.join(rows[0]), *lines, ""]))
-    return path
+    return write(Path(f"t.{kind}"), [tuple(row.values()) for row in rows], tuple(rows[0]))
 
 
 def read_all(source: Any) -> list[str]:

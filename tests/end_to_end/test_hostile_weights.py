@@ -1,11 +1,9 @@
 """Weights, checkpoints and recipes from elsewhere: nothing in them runs, memory stays bounded, all is said."""
 
 import hashlib
-import io
 import json
 import pickle
 import struct
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import TINY
+from data.tars import write_tar
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
@@ -33,12 +32,7 @@ pytestmark = pytest.mark.usefixtures("here")
 
 def legacy_tar(path: Path, trap: Trap) -> None:
     """torch's form before 0.1.10, which is unpacked to the disk where it is read."""
-    with tarfile.open(path, "w") as archive:
-        for name in ("storages", "tensors", "pickle", "../outside"):
-            content = pickle.dumps(trap)
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+    write_tar(path, [(name, pickle.dumps(trap)) for name in ("storages", "tensors", "pickle", "../outside")])
 
 
 TRAPS: dict[str, Callable[[Path, Trap], object]] = {

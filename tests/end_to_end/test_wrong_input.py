@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -24,17 +25,13 @@ Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def declip(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """The command as a shell starts it: its exit status and all that it printed, on one line."""
+def declip(command: Callable[..., SimpleNamespace]) -> Command:
+    """The command: its exit status and all that it printed, on one line."""
 
     def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["declip", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = " ".join("".join(capfd.readouterr()).split())
-        assert "Traceback" not in printed
-        return int(caught.value.code or 0), printed
+        outcome = command(*words)
+        assert "Traceback" not in outcome.err
+        return outcome.status, " ".join((outcome.out + outcome.err).split())
 
     return run
 
@@ -79,6 +76,7 @@ MISTAKES = {
     "unknown command": ("trian mine.yaml", "'trian'", "'train'"),
     "unknown option": ("train mine.yaml --outt x", "--outt", "--out"),
     "unknown key": ("train mine.yaml train.stepps=3", "'train.stepps'", "'train.steps'"),
+    "override without a value": ("train mine.yaml steps", "'steps'", "train.steps=500"),
     "override that is no YAML": ("train mine.yaml evaluation.retrieval=[a", "'evaluation.retrieval=[a'", "quotes"),
     "unknown recipe": ("train declop", "'declop'", "'declip'"),
     "unknown model": ("train mine.yaml image.model=resnet50_klip", "'resnet50_klip'", "'resnet50_clip'"),
@@ -91,6 +89,7 @@ MISTAKES = {
     "extends a number": ("train extends.yaml", "'extends.yaml'", "extends"),
     "recipe with tabs": ("train tabs.yaml", "'tabs.yaml'", "line 2, column 1"),
     "missing table": ("train mine.yaml --data no.jsonl", "'no.jsonl'", "--data"),
+    "no pairs named": ("train clip", "--data"),
     "missing built-in": ("train mine.yaml --data builtin:emojy", "'emojy'", "'emoji'"),
     "empty table": ("train mine.yaml --data empty.jsonl", "'empty.jsonl'"),
     "only a header": ("train mine.yaml --data header.csv", "'header.csv'"),
@@ -300,13 +299,9 @@ def test_a_disk_that_refuses_is_no_traceback(declip: Command, monkeypatch: pytes
 def test_a_folder_that_cannot_be_read_is_not_called_empty(
     here: Path, declip: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scan = os.scandir
+    def refuse(path: Path) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    def refuse(path: str | Path) -> object:
-        if str(path) == "uncaptioned":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
     status, printed = declip("train", "mine.yaml", "data.source=uncaptioned")
-    assert (status, "'uncaptioned' cannot be read: Permission denied" in printed) == (2, True)
+    assert (status, "'uncaptioned' cannot be read or written: Permission denied" in printed) == (2, True)

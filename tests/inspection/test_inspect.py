@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import draw
+from conftest import draw, texture
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.errors import UserError
 from declip.inspection import Inspection, inspect_source
@@ -30,8 +30,7 @@ class Numbers(PairSource):
         return Pair(f"pair {index}", self.image(index), self.captions(index), self.words)
 
     def image(self, index: int) -> Image.Image:
-        noise = np.random.default_rng(index).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        return Image.fromarray(noise).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return texture(index, self.side)
 
     def captions(self, index: int) -> tuple[str, ...]:
         if not self.given[index]:

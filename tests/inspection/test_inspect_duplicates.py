@@ -1,11 +1,11 @@
-import io
 from itertools import combinations
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from conftest import COLOURS, SHAPES, draw
+from conftest import COLOURS, SHAPES, draw, encoded, texture
+from declip.data.images.decode import decode
 from declip.inspection.duplicates import (
     COARSE_BITS,
     FINE_BITS,
@@ -24,16 +24,12 @@ from declip.inspection.duplicates import (
 )
 
 
-def photo(seed: int, side: int = 256) -> Image.Image:
-    """A smooth picture of many colors."""
-    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+def photo(seed: int) -> Image.Image:
+    return texture(seed, 256)
 
 
 def compressed(image: Image.Image, quality: int) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+    return decode(encoded(image, "JPEG", quality=quality), "k")
 
 
 def groups_of(images: list[Image.Image]) -> list[int]:

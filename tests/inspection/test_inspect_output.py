@@ -2,13 +2,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
-from declip.cli import app as cli
+from conftest import texture
 from declip.data.exclude import match_exclusions, read_exclusions
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.open import open_source
@@ -37,9 +37,7 @@ class Hostile(PairSource):
     def __getitem__(self, index: int) -> Pair:
         if index == 11:
             raise BrokenPair("missing image", f"<i>gone\x1b[1m{index}")
-        noise = np.random.default_rng(index % 8).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        image = Image.fromarray(noise).resize((90, 60), Image.Resampling.BICUBIC)
-        return Pair(f"<u>{index}\udcff", image, self.captions(index))
+        return Pair(f"<u>{index}\udcff", texture(index % 8, 90), self.captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         return (HOSTILE[index % len(HOSTILE)].replace("\ud800", ""),)
@@ -90,24 +88,15 @@ def test_numbers_as_words() -> None:
     assert shown("a\x07b\u202ec" + "d" * 300, 10) == "a\ufffdb\ufffdcdddd…"
 
 
-def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr("sys.argv", ["declip", "data", "inspect", *words])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
-
-
-def test_the_command_writes_what_is_asked_for(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--json", str(tmp_path / "found.json"), "--html", str(tmp_path / "found.html")]
-    assert run([str(table), "--sample", "10", "--seed", "3", "--workers", "0", "--quiet", *words], monkeypatch) == 0
-    printed = capfd.readouterr().out
-    assert "10 of 24 pairs were read, sampled with seed 3." in printed
+def test_the_command_writes_what_is_asked_for(table: Path, tmp_path: Path, command: Any) -> None:
+    inspect = ["data", "inspect", table, "--workers", 0]
+    words = ["--json", tmp_path / "found.json", "--html", tmp_path / "found.html"]
+    outcome = command(*inspect, "--sample", 10, "--seed", 3, "--quiet", *words)
+    assert (outcome.status, "10 of 24 pairs were read, sampled with seed 3." in outcome.out) == (0, True)
     assert (tmp_path / "found.html").is_file()
     assert json.loads((tmp_path / "found.json").read_text())["read"] == 10
-    assert run([str(table), "--all", "--workers", "0", "--check-leakage", str(table)], monkeypatch) == 0
-    assert "All 24 pairs were read." in capfd.readouterr().out
+    outcome = command(*inspect, "--all", "--check-leakage", table)
+    assert (outcome.status, "All 24 pairs were read." in outcome.out) == (0, True)
 
 
 def test_copies_of_a_test_set_become_a_list_to_exclude(table: Path, tmp_path: Path) -> None:
@@ -123,12 +112,11 @@ def test_copies_of_a_test_set_become_a_list_to_exclude(table: Path, tmp_path: Pa
     assert set(dropped) == {place for _, place in found.leakages[0].copies} >= {3, 4}
 
 
-def test_a_source_without_a_usable_pair_ends_with_status_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_without_a_usable_pair_ends_with_status_2(tmp_path: Path, command: Any) -> None:
     (tmp_path / "pairs.csv").write_text("image,caption\nimages/gone.png,a cat\n", encoding="utf-8")
-    assert run([str(tmp_path / "pairs.csv"), "--workers", "0"], monkeypatch) == 2
-    printed = capfd.readouterr().out.replace("\n", "")
+    outcome = command("data", "inspect", tmp_path / "pairs.csv", "--workers", 0)
+    assert outcome.status == 2
+    printed = outcome.out.replace("\n", "")
     assert [part for part in ("missing image", "images/gone.png") if part not in printed] == []
     html = page(inspect_source(tmp_path / "pairs.csv", workers=0))
     assert "None of the 1 pair read can be used" in html
@@ -136,17 +124,14 @@ def test_a_source_without_a_usable_pair_ends_with_status_2(
 
 
 def test_a_mistake_ends_with_its_message(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for words, message in (
-        ("--sample 0", "sample is 0; it must be 1 or more"),
         ("--html nowhere/page.html", "there is no folder 'nowhere'"),
         ("--html .", "it is a folder"),
         ("--image-root nowhere", "nowhere"),
-        ("--caption-column captoin", "no column 'captoin'"),
     ):
-        assert run([str(table), *words.split()], monkeypatch) == 2
-        errors = capfd.readouterr().err
-        assert message in errors.replace("\n", " ")
-        assert "Traceback" not in errors
+        outcome = command("data", "inspect", table, *words.split())
+        assert (outcome.status, "Traceback" in outcome.err) == (2, False)
+        assert message in outcome.err.replace("\n", " ")

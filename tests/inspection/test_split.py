@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import texture
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, write_pair_list
 from declip.errors import UserError
 from declip.inspection.split import check_copies, split_pairs
-
-
-def texture(seed: int, size: int = 48) -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(values).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def write(folder: Path, rows: list[tuple[Image.Image, str]]) -> Path:

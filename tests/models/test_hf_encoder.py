@@ -9,17 +9,11 @@ import torch
 
 from conftest import TINY, WEIGHTS
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY, TextEncoder, encoder_kept_in, read_encoder
 from declip.recipe.schema import Recipe
-from text_encoders import bert, roberta
+from text_encoders import bert, model_of, roberta
 
 pytest.importorskip("transformers")
-
-
-def build(folder: str | Path, **text: object) -> DualEncoder:
-    keys = {"context_length": 24, "hf_model": str(folder), **text}
-    return DualEncoder.from_recipe(Recipe.model_validate({**TINY, "text": keys, "loss_weights": WEIGHTS["clip"]}))
 
 
 def changed(folder: Path, **config: object) -> Path:
@@ -31,14 +25,14 @@ def changed(folder: Path, **config: object) -> Path:
 def test_a_folder_that_is_none_and_a_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in (tmp_path / "missing", tmp_path):
         with pytest.raises(UserError, match=r"no folder with config\.json"):
-            build(folder)
+            model_of(folder)
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text("[]")
     with pytest.raises(UserError, match="no configuration"):
-        build(tmp_path)
+        model_of(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'declip\[hf\]'"):
-        build(tmp_path)
+        model_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -57,18 +51,18 @@ def test_a_folder_that_is_none_and_a_missing_library(tmp_path: Path, monkeypatch
 )
 def test_a_configuration_that_cannot_be_used(tmp_path: Path, config: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        build(changed(bert(tmp_path / "bert"), **config))
+        model_of(changed(bert(tmp_path / "bert"), **config))
 
 
 def test_weights_that_could_run_code_are_not_opened(tmp_path: Path) -> None:
     folder = bert(tmp_path / "bert")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"model\.safetensors.*save_pretrained"):
-        build(folder)
-    assert build(folder, pretrained=False).text_tower.width == 32
+        model_of(folder)
+    assert model_of(folder, pretrained=False).text_tower.width == 32
     (folder / "model.safetensors").write_bytes((folder / "pytorch_model.bin").read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be built"):
-        build(folder)
+        model_of(folder)
 
 
 def test_tokenizers_that_are_missing_damaged_or_lack_a_token(tmp_path: Path) -> None:
@@ -76,14 +70,14 @@ def test_tokenizers_that_are_missing_damaged_or_lack_a_token(tmp_path: Path) -> 
     whole = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**whole, "mask_token": None}))
     with pytest.raises(UserError, match="no mask_token"):
-        build(folder)
+        model_of(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        build(folder)
+        model_of(folder)
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (folder / name).unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"a tokenizer \(tokenizer\.json"):
-        build(folder)
+        model_of(folder)
 
 
 def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one_line(
@@ -94,7 +88,7 @@ def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"Cannot fetch 'huggingface:nobody/nothing'.*Check the network") as error:
-        build("huggingface:nobody/nothing")
+        model_of("huggingface:nobody/nothing")
     assert "\n" not in str(error.value)
 
     folder, asked = bert(tmp_path / "bert"), []
@@ -104,8 +98,8 @@ def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert build("huggingface:owner/name").text_tower.width == 32
-    build("huggingface:owner/name", pretrained=False)
+    assert model_of("huggingface:owner/name").text_tower.width == 32
+    model_of("huggingface:owner/name", pretrained=False)
     assert [name for name, _ in asked] == ["owner/name"] * 2
     assert [any("safetensors" in pattern for pattern in patterns) for _, patterns in asked] == [True, False]
     assert not any(pattern.endswith((".py", ".bin", "*")) for _, patterns in asked for pattern in patterns)
@@ -117,11 +111,11 @@ def test_what_is_kept_names_no_folder_and_no_code_and_fits_no_other_tokenizer(tm
     text = kept.numpy().tobytes().decode()
     assert not any(word in text for word in ("evil", "kernel", "auto_map", "_name_or_path", str(tmp_path)))
     assert TextEncoder.from_tensor(kept).to_tensor().equal(kept)
-    first = build(folder)
-    build(folder).load_state_dict(first.state_dict())
+    first = model_of(folder)
+    model_of(folder).load_state_dict(first.state_dict())
     (folder / "vocab.txt").write_text((folder / "vocab.txt").read_text().replace("\nred\n", "\ndim\n"))
     with pytest.raises(UserError, match="another configuration or tokenizer"):
-        build(folder).load_state_dict(first.state_dict())
+        model_of(folder).load_state_dict(first.state_dict())
 
 
 def test_an_encoder_that_did_not_come_with_the_weights_is_not_looked_for(tmp_path: Path) -> None:

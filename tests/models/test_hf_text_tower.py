@@ -2,21 +2,18 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from conftest import TINY, WEIGHTS
 from declip.errors import UserError
 from declip.models.blocks import blocks_of
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import encoder_kept_in
 from declip.models.length_buckets import encode_by_length
-from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.optimizer import decays
-from text_encoders import CAPTIONS, bert, distilbert, roberta
+from text_encoders import CAPTIONS, bert, distilbert, model_of, roberta
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,14 +30,6 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("encoders")
     return {kind: make(root / kind) for kind, make in KINDS.items()}
-
-
-def model_of(folder: Path, weights: str = "clip", **text: Any) -> DualEncoder:
-    keys = {"context_length": 24, "hf_model": str(folder), **text}
-    torch.manual_seed(0)
-    return DualEncoder.from_recipe(
-        Recipe.model_validate({**TINY, "text": keys, "loss_weights": WEIGHTS[weights]})
-    ).eval()
 
 
 def states(folder: Path, tokens: torch.Tensor, padding: int) -> torch.Tensor:

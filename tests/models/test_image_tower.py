@@ -46,7 +46,6 @@ def test_patches_are_dropped_in_training_alone() -> None:
 
 def test_a_wrong_tower_is_named() -> None:
     for name, options, message in (
-        ("resnet50_klip", {}, "Did you mean 'resnet50_clip'"),
         ("resnet18", {"color": 3}, "timm cannot build the image tower 'resnet18'"),
         ("declip_vit_tiny", {"patch_size": "big"}, "timm cannot build"),
     ):

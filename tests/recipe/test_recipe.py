@@ -100,23 +100,20 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "says"),
+    ("overrides", "says"),
     [
-        ("declop", {}, ("'declop'", "'declip'")),
-        ("clip", {"train.stepps": "5"}, ("'train.stepps'", "'train.steps'")),
-        ("clip", {"train.steps": "many"}, ("train.steps='many'", "integer")),
-        ("clip", {"data": "pairs.csv"}, ("data='pairs.csv'", "recipes show")),
-        ("clip", {"data.columns.captoin": "x"}, ("data.columns.captoin", "'caption'")),
-        ("clip", {"loss_weights.contrastive": "0"}, ("loss_weights",)),
-        ("clip", {"text.heads": "5"}, ("text.width 384", "text.heads 5")),
-        ("clip", {"train.warmup_lr": "1"}, ("warmup_lr 1.0", "train.lr")),
-        ("clip", {"views.image_count": "1", "views.contrastive_view": "{}"}, ("views.contrastive_view", "image_count")),
-        ("missing.yaml", {}, ("'missing.yaml'",)),
+        ({"train.steps": "many"}, ("train.steps='many'", "integer")),
+        ({"data": "pairs.csv"}, ("data='pairs.csv'", "recipes show")),
+        ({"data.columns.captoin": "x"}, ("data.columns.captoin", "'caption'")),
+        ({"loss_weights.contrastive": "0"}, ("loss_weights",)),
+        ({"text.heads": "5"}, ("text.width 384", "text.heads 5")),
+        ({"train.warmup_lr": "1"}, ("warmup_lr 1.0", "train.lr")),
+        ({"views.image_count": "1", "views.contrastive_view": "{}"}, ("views.contrastive_view", "image_count")),
     ],
 )
-def test_a_mistake_is_named(name: str, overrides: dict[str, str], says: tuple[str, ...]) -> None:
+def test_a_mistake_is_named(overrides: dict[str, str], says: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as caught:
-        load_recipe(name, overrides)
+        load_recipe("clip", overrides)
     assert [part for part in says if part not in str(caught.value)] == []
 
 
@@ -151,10 +148,7 @@ def test_one_string_is_a_list_of_one_and_home_is_expanded(monkeypatch: pytest.Mo
     assert recipe.finetune.pretrained == "runs/~x"
 
 
-def test_broken_files_are_named(tmp_path: Path) -> None:
+def test_a_recipe_that_extends_itself_is_named(tmp_path: Path) -> None:
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
-    (tmp_path / "list.yaml").write_text("- 1\n")
-    (tmp_path / "broken.yaml").write_text("a: [1\n")
-    for name in ("loop", "list", "broken"):
-        with pytest.raises(UserError, match=f"{name}.yaml"):
-            load_recipe(tmp_path / f"{name}.yaml")
+    with pytest.raises(UserError, match=r"loop.yaml.* extends itself"):
+        load_recipe(tmp_path / "loop.yaml")

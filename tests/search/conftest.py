@@ -1,5 +1,5 @@
 """Fixtures of tests of indices."""
 
-from indices import command, folder, model, weights_file
+from indices import folder, model, weights_file
 
-__all__ = ["command", "folder", "model", "weights_file"]
+__all__ = ["folder", "model", "weights_file"]

@@ -5,8 +5,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field, TypeAdapter
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from scipy.stats import median_abs_deviation
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -15,6 +13,7 @@ from declip.app.params import LARGEST_JSON, ImageId, Question, bad_request, read
 from declip.app.state import Check, state_of
 from declip.data.exclude import write_exclusions
 from declip.errors import UserError
+from declip.inspection.duplicates import components
 from declip.search.index import Index
 
 PAGE = 24  # pairs or groups that are sent at a time
@@ -68,11 +67,10 @@ class SimilarImages(NamedTuple):
         if not chosen.any():
             return []
         ids, nodes = np.unique(np.stack([self.one[chosen], self.other[chosen]]), return_inverse=True)
-        one, other = nodes.reshape(2, -1)
-        graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(ids), len(ids)))
-        count, label = connected_components(graph, directed=False)
-        largest = np.full(count, -np.inf, np.float32)
-        np.maximum.at(largest, label[one], self.cosines[chosen])
+        edges = nodes.reshape(2, -1)
+        label = components(len(ids), edges)
+        largest = np.full(label.max() + 1, -np.inf, np.float32)
+        np.maximum.at(largest, label[edges[0]], self.cosines[chosen])
         split = np.split(ids[np.argsort(label, kind="stable")], np.cumsum(np.bincount(label))[:-1])
         groups = [(members.tolist(), float(top)) for members, top in zip(split, largest, strict=True)]
         return sorted(groups, key=lambda group: (-group[1], group[0]))

@@ -20,10 +20,11 @@ from declip.cli.options import (
     check_source,
     console,
     expand,
+    file,
     say,
 )
 from declip.errors import UserError
-from declip.reports.page import check_writable
+from declip.reports.page import check_writable, write
 
 index = typer.Typer(help="Look after an index of images.", no_args_is_help=True)
 
@@ -34,7 +35,7 @@ Readers = Annotated[int, typer.Option(min=0, help="processes that read images; 0
 def embed(
     model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
     source: Annotated[str, typer.Argument(help="a folder of images, a table, tar shards, or builtin:NAME")],
-    out: Annotated[Path, typer.Option(parser=expand, metavar="DIR", help="the folder of the index")],
+    out: Annotated[Path, file("the folder of the index", metavar="DIR")],
     captions: Annotated[bool, typer.Option("--captions", help="also store vectors of the captions")] = False,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
     batch_size: BatchSize = 256,
@@ -70,9 +71,7 @@ def embed(
 def search(
     folder: Folder,
     text: Annotated[str | None, typer.Argument(help="text to search for")] = None,
-    image: Annotated[
-        Path | None, typer.Option(parser=expand, metavar="FILE", help="image to search for, alone or with the text")
-    ] = None,
+    image: Annotated[Path | None, file("image to search for, alone or with the text")] = None,
     weights: Annotated[str, typer.Option(help="weights of text and image, where both are given")] = "1,1",
     k: Annotated[int, typer.Option("-k", "--k", min=1, max=10_000, help="number of results")] = 10,
     over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to compare with")] = "images",
@@ -80,10 +79,7 @@ def search(
     model: Annotated[str | None, typer.Option(help="where the model that made the index is now")] = None,
     source: Annotated[str | None, typer.Option(help="where the images are now, for --contact-sheet")] = None,
     device: Device = "auto",
-    sheet_out: Annotated[
-        Path | None,
-        typer.Option("--contact-sheet", parser=expand, metavar="FILE", help="also write a contact sheet, PNG"),
-    ] = None,
+    sheet_out: Annotated[Path | None, file("also write a contact sheet, PNG", "--contact-sheet")] = None,
     json_out: JsonOut = None,
 ) -> None:
     """Find images in an index by a text, an image, or both."""
@@ -110,10 +106,8 @@ def search(
     console.print(table)
     if json_out is not None:
         query = {"index": str(folder), "text": text, "image": None if image is None else str(image), "weights": both}
-        result = json.dumps({**query, "over": over, "hits": [hit.to_dict() for hit in hits]}, indent=1)
-        with atomic_write(json_out, "choose another file with --json") as target:
-            target.write_text(result + "\n", encoding="utf-8")
-        say(f"Written: {json_out}")
+        result = json.dumps({**query, "over": over, "hits": [hit.to_dict() for hit in hits]}, indent=1) + "\n"
+        say(f"Written: {write(json_out, result, 'choose another file with --json')}")
     if sheet_out is not None:
         from declip.data.images.decode import decode
         from declip.reports.sheets import search_sheet

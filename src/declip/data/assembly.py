@@ -14,6 +14,7 @@ from declip.data.images.crops import ViewTransform
 from declip.data.pair import BrokenPair
 from declip.data.sampling import build_order
 from declip.data.text.augment import augment, mask_tokens
+from declip.data.text.caption_tokenizer import padded_length
 from declip.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from declip.data.text.caption_tokenizer import CaptionTokenizer
 
 MOST_KEYWORDS = 3  # of a text view
-LENGTH_STEP = 8  # text lengths are rounded up to a multiple of this, so that few different shapes occur
 
 
 class Assembler:
@@ -134,7 +134,7 @@ class Assembler:
             pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
             views[spec.name] = View(pixels, Photometric.stack([sample.params[number] for sample in samples]))
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
-        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.tokenizer.context)
+        length = padded_length(longest, self.tokenizer.context)
         padding, texts = self.tokenizer.padding, range(self.plan.texts.count)
         masks = self.plan.texts.mask_probability is not None
         return PairBatch(

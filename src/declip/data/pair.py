@@ -117,7 +117,7 @@ class PairSource(ABC):
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Read the cleaned captions alone."""
-        return self[index].captions
+        return self.texts_of(index)[0]
 
     def texts_of(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Read the cleaned captions and the keywords, without opening the image where that can be avoided."""

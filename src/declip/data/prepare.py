@@ -16,10 +16,11 @@ from declip.data.images.shrink import SIZE, downscaled_bytes
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
+from declip.data.sources.shard_names import absolute
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError, check_range
 from declip.io.atomic import atomic_write, locked_folder
-from declip.io.pool import in_order, naming_lost_workers, pairs_bar, usual_workers
+from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.io.text import plural
 
 RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
@@ -81,7 +82,7 @@ def shard_source(
     if isinstance(source, PairSource):
         opened, name = source, source.name
     else:
-        opened, name = open_source(source, image_root=image_root, **columns), _absolute(source)
+        opened, name = open_source(source, image_root=image_root, **columns), absolute(source)
     excluded = {} if exclude is None else match_exclusions(opened, read_exclusions(exclude))
     made_of = {
         "layout": LAYOUT,
@@ -91,7 +92,7 @@ def shard_source(
         "quality": quality,
         "shard_pairs": shard_pairs,
         **columns,
-        "image_root": None if image_root is None else _absolute(image_root),
+        "image_root": None if image_root is None else absolute(image_root),
         "exclude": hashlib.sha256(json.dumps(sorted(excluded.items())).encode()).hexdigest() if excluded else None,
     }
     starts = range(0, len(opened), shard_pairs)
@@ -140,7 +141,7 @@ def _write_shards(
     """Write shards one after the other, while the images of the next ones are downscaled; give each one's numbers."""
     parts = {name: [p[i : i + PAIRS_AT_ONCE] for i in range(0, len(p), PAIRS_AT_ONCE)] for name, p in shards.items()}
     packer.parts = [places for own in parts.values() for places in own]
-    stream = in_order(packer, len(packer.parts), usual_workers() if workers is None else workers)
+    stream = in_order(packer, len(packer.parts), workers)
     with naming_lost_workers(), pairs_bar(progress) as bar:
         task = bar.add_task(f"Pairs of {packer.source.name}", total=sum(map(len, packer.parts)))
         for shard, places in shards.items():
@@ -201,8 +202,3 @@ class _Packer(Dataset):
         if len(text) > LARGEST_TEXT:
             raise BrokenPair("caption too long", pair.key, f"{len(text):,} bytes together, at most {LARGEST_TEXT:,}")
         return [(f"{place:09d}.{kind}", image), (f"{place:09d}.{ending}", text)]
-
-
-def _absolute(name: str | Path) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else str(name)

@@ -1,7 +1,5 @@
 """Properties of captions: tokens, and texts that describe nothing."""
 
-from functools import lru_cache
-
 import regex
 
 from declip.data.text.tokenizer import Tokenizer
@@ -30,14 +28,9 @@ KINDS = {
 """Captions that do not describe an image or need attention; the first kind that matches a whole caption counts."""
 
 
-@lru_cache(maxsize=1)
-def _tokenizer() -> Tokenizer:
-    return Tokenizer(context=1 << 30)
-
-
 def token_count(caption: str) -> int:
     """CLIP tokens of a caption, start and end included, nothing truncated."""
-    return len(_tokenizer().encode(caption))
+    return len(Tokenizer(context=1 << 30).encode(caption))
 
 
 def kind_of(caption: str) -> str | None:

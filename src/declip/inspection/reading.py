@@ -43,8 +43,8 @@ class ReadPairs(NamedTuple):
     skipped: SkipCounter
 
 
-def read(source: PairSource, places: np.ndarray, workers: int = 0, progress: str = "") -> ReadPairs:
-    """Read the pairs at rising places, in this process where `workers` is 0; `progress` is the title of a bar."""
+def read(source: PairSource, places: np.ndarray, workers: int | None, progress: str = "") -> ReadPairs:
+    """Read the pairs at rising places with workers as `in_order` has them; `progress` is the title of a bar."""
     step = int(np.clip(len(places) // PARTS, SMALLEST_PART, LARGEST_PART))
     parts = _Parts(source, [places[start : start + step] for start in range(0, len(places), step)])
     pairs, captions, skipped = [np.empty(0, PAIR)], [np.empty(0, CAPTION)], SkipCounter()

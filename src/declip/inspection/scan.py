@@ -29,7 +29,6 @@ from declip.inspection.result import (
     Repeats,
     spread_of,
 )
-from declip.io.pool import usual_workers
 from declip.io.progress import status
 
 SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
@@ -69,10 +68,9 @@ def inspect_source(
         check_leakage: Sources whose images should not be among the pairs, such as a test set; they are read whole.
         image_column, caption_column, image_root: For tables, see `open_source`.
     """
-    workers = usual_workers() if workers is None else workers
     check_range("sample", 1 if sample is None else sample, 1)
     check_range("seed", seed, 0)
-    check_range("workers", workers, 0)
+    check_range("workers", workers or 0, 0)
     check_range("size", size, 1)
     check_range("batch_size", batch_size, 2)
     start = time.perf_counter()

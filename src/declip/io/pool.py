@@ -24,9 +24,9 @@ def usual_workers() -> int:
     return min(os.cpu_count() or 1, MOST_WORKERS)
 
 
-def in_order(parts: Dataset, count: int, workers: int) -> Iterator[Any]:
-    """Compute `parts[0]` to `parts[count - 1]` as `computed` does."""
-    return computed(parts, range(count), min(workers, count))
+def in_order(parts: Dataset, count: int, workers: int | None) -> Iterator[Any]:
+    """Compute `parts[0]` to `parts[count - 1]` as `computed` does, by default in `usual_workers`."""
+    return computed(parts, range(count), min(usual_workers() if workers is None else workers, count))
 
 
 def computed(parts: Dataset, numbers: Iterable[int], workers: int, pin_memory: bool = False) -> Iterator[Any]:

@@ -1,7 +1,5 @@
 """Progress on standard error: a bar on a terminal, a plain line from time to time in a file or a scheduler's log."""
 
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,31 +30,15 @@ def print_line(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-class LineInterval:
-    """Decides when the next plain line is due: after 10 s, later ones in longer intervals of up to 30 s."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._start = self._last = clock()
-        self.lines = 0
-
-    def due(self, factor: float = 1.0, always: bool = False) -> bool:
-        """Whether to print now; if so, or with `always`, the interval, which `factor` stretches, starts again."""
-        now = self._clock()
-        wait = min(LONGEST, max(FIRST, (now - self._start) / 10))
-        if not always and now - self._last < factor * wait:
-            return False
-        self._last = now
-        self.lines += 1
-        return True
-
-
 class PlainProgress(Progress):
-    """A progress bar that prints its columns, without the bar, as a line at every interval; of a short job none."""
+    """A progress bar that prints its columns, without the bar, as a line after 10 s and later at longer intervals.
+
+    The last line comes when all is done, but none for a job that is shorter.
+    """
 
     def __init__(self, *columns: Any, **options: Any) -> None:
         super().__init__(*columns, **options | {"disable": True})
-        self._interval = LineInterval(self.get_time)
+        self._start = self._printed = self.get_time()
         self._ended: set[TaskID] = set()
 
     def update(self, task_id: TaskID, **fields: Any) -> None:
@@ -69,8 +51,10 @@ class PlainProgress(Progress):
 
     def _print(self, task_id: TaskID) -> None:
         task = next(task for task in self.tasks if task.id == task_id)
-        last = task.finished and self._interval.lines > 0 and task_id not in self._ended
-        if self._interval.due(always=last):
+        now = self.get_time()
+        last = task.finished and self._printed > self._start and task_id not in self._ended
+        if last or now - self._printed >= min(LONGEST, max(FIRST, (now - self._start) / 10)):
+            self._printed = now
             if task.finished:
                 self._ended.add(task_id)
             shown = [(column, str(column(task))) for column in self.columns if not isinstance(column, BarColumn | str)]

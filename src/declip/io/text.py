@@ -19,9 +19,9 @@ def about(number: float) -> str:
     return f"{float(f'{number:.2g}'):,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def plural(count: int, one: str, several: str = "") -> str:
+def plural(count: int, one: str) -> str:
     """ "1 pair", "2,000 pairs"."""
-    return f"{count:,} {one if count == 1 else several or one + 's'}"
+    return f"{count:,} {one if count == 1 else one + 's'}"
 
 
 def listed(words: Iterable[object]) -> str:

@@ -19,7 +19,7 @@ from declip.models.hf_text_tower import HuggingfaceTextTower
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.text_tower import AnyTextTower, NoTextTower, TextTower, refuse_text
 from declip.models.wrapped import WrappedModel
-from declip.models.wrapped_towers import build_towers
+from declip.models.wrapped_towers import WrappedImageTower, WrappedTextTower
 from declip.recipe.schema import Recipe
 
 
@@ -118,10 +118,12 @@ def _parts(
     image, text, dim = recipe.image, recipe.text, recipe.embed_dim
     if isinstance(encoder, WrappedModel):
         encoder = encoder.with_context(text.context_length)
-        wrapped, text_tower = build_towers(encoder, image.size, dim)
+        visual, words = encoder.build(image.size)
+        image_tower, wrapped_tokenizer = WrappedImageTower(visual, dim), encoder.build_tokenizer()
+        text_tower = WrappedTextTower(words, wrapped_tokenizer, encoder)
         if recipe.masked_language.mask_input_only:
             text_tower.language_head()  # raises
-        return wrapped, encoder.build_tokenizer(), text_tower
+        return image_tower, wrapped_tokenizer, text_tower
     if image.model == text.hf_model:
         raise UserError(f"image.model={image.model} comes with weights: give them as finetune.pretrained.")
     any_size = len(set(recipe.image_sizes.values())) > 1

@@ -1,6 +1,7 @@
 """Heads: those on image features that only training uses, and the projection with an MLP, a part of the model."""
 
 from collections import OrderedDict
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -27,15 +28,7 @@ class MlpHead(nn.Linear):
 
 def simclr_head(width: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
     """SLIP's head (arXiv 2112.12750), (B, width) → (B, out): three linear layers, batch norm and ReLU after two."""
-    return _layers(
-        linear1=nn.Linear(width, hidden),
-        norm1=nn.BatchNorm1d(hidden),
-        relu1=nn.ReLU(),
-        linear2=nn.Linear(hidden, hidden),
-        norm2=nn.BatchNorm1d(hidden),
-        relu2=nn.ReLU(),
-        linear3=nn.Linear(hidden, out),
-    )
+    return _layers(width, hidden, hidden, out)
 
 
 def projector(width: int, hidden: int = 1024, out: int = 1024) -> nn.Sequential:
@@ -50,14 +43,14 @@ def projector(width: int, hidden: int = 1024, out: int = 1024) -> nn.Sequential:
 
 def predictor(width: int = 1024, hidden: int = 512, out: int = 1024) -> nn.Sequential:
     """SimSiam's predictor (arXiv 2011.10566), (B, width) → (B, out): a bottleneck with batch norm and ReLU."""
-    return _layers(
-        linear1=nn.Linear(width, hidden),
-        norm1=nn.BatchNorm1d(hidden),
-        relu1=nn.ReLU(),
-        linear2=nn.Linear(hidden, out),
-    )
+    return _layers(width, hidden, out)
 
 
-def _layers(**layers: nn.Module) -> nn.Sequential:
-    """Layers whose names are those of the weights in checkpoints."""
+def _layers(*widths: int) -> nn.Sequential:
+    """Linear layers between these widths, batch norm and ReLU after all but the last, named as in checkpoints."""
+    layers: dict[str, nn.Module] = {}
+    for number, (width, out) in enumerate(pairwise(widths), 1):
+        layers[f"linear{number}"] = nn.Linear(width, out)
+        if number < len(widths) - 1:
+            layers |= {f"norm{number}": nn.BatchNorm1d(out), f"relu{number}": nn.ReLU()}
     return nn.Sequential(OrderedDict(layers))

@@ -36,19 +36,17 @@ POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "me
 ENTRY = "text_tower._extra_state"
 """Name of the entry of a model's state that holds the encoder's configuration and tokenizer, as bytes of JSON."""
 
+OFFSET = ("roberta", "xlm-roberta", "camembert")
+"""Architectures whose first position is the padding id + 1."""
+
 HEADS: Mapping[str, Callable[[Any], nn.Module]] = {
     "bert": lambda model: model.cls,
-    "roberta": lambda model: model.lm_head,
-    "xlm-roberta": lambda model: model.lm_head,
-    "camembert": lambda model: model.lm_head,
+    **dict.fromkeys(OFFSET, lambda model: model.lm_head),
     "distilbert": lambda model: nn.Sequential(
         model.vocab_transform, model.activation, model.vocab_layer_norm, model.vocab_projector
     ),
 }
 """Known architectures → their masked-language heads, (M, width) → (M, vocabulary)."""
-
-OFFSET = {"roberta", "xlm-roberta", "camembert"}
-"""Architectures whose first position is the padding id + 1."""
 
 SIZES = {
     *("vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id", "initializer_range"),

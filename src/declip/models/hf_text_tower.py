@@ -1,7 +1,7 @@
 """A Hugging Face text encoder, such as BERT or RoBERTa, as a text tower."""
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,8 +9,6 @@ from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.errors import UserError, unknown
 from declip.models.hf_encoder import CONFIG, HEADS, POOLING, POOLINGS, TextEncoder, check_context
 from declip.models.text_tower import AnyTextTower, SelfContained, row_at
-
-Pooling = Literal["auto", "cls", "mean", "eos"]
 
 
 class HuggingfaceTextTower(SelfContained, AnyTextTower):
@@ -30,7 +28,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         encoder: TextEncoder,
         tokenizer: HuggingfaceTokenizer,
         embed_dim: int,
-        pooling: Pooling = "auto",
+        pooling: str = "auto",
         projection_bias: bool = False,
         language: bool = False,
     ) -> None:

@@ -17,8 +17,8 @@ PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")
 """Prefixes of the projections into the shared space."""
 
 STEM = re.compile(r"^(token_embedding|positional_embedding|encoder\.embeddings)")
-BLOCK = re.compile(r"\.(?:resblocks|layer)\.(\d+)\.")
-"""Numbers of the blocks in the names of CLIP's text tower and of Hugging Face's encoders."""
+BLOCK = re.compile(r"^.*?\.(?:resblocks|layer)\.\d+\.")
+"""Beginnings of the names of parameters in the stem and in blocks of CLIP's text tower and Hugging Face's encoders."""
 
 WRAPPED_STEM = re.compile(
     r"^trunk\.(?:transformer\.)?(?:conv\d|bn\d|ln_pre|\w+_embedding|cls_emb|embeddings|embed_\w+|layernorm_embedding)"
@@ -35,7 +35,7 @@ def depths(model: DualEncoder) -> dict[str, int]:
     """
     visual, words = model.image_tower, model.text_tower
     image = _wrapped(visual) if isinstance(visual, WrappedImageTower) else _timm(visual, visual.trunk, "trunk.")
-    text = _wrapped(words) if isinstance(words, WrappedTextTower) else _text(words)
+    text = _wrapped(words) if isinstance(words, WrappedTextTower) else _counted(words, STEM, BLOCK)
     return {IMAGE + n: depth for n, depth in image.items()} | {TEXT + n: depth for n, depth in text.items()}
 
 
@@ -56,16 +56,14 @@ def _wrapped(tower: WrappedImageTower | WrappedTextTower) -> dict[str, int]:
     trunk: Any = tower.trunk
     if type(trunk).__name__ == "TimmModel":
         return _timm(tower, trunk.trunk, "trunk.trunk.")
+    return _counted(tower, WRAPPED_STEM, WRAPPED_BLOCK)
+
+
+def _counted(tower: nn.Module, stem: re.Pattern[str], block: re.Pattern[str]) -> dict[str, int]:
+    """Count the blocks in the order of the names of their parameters."""
     names = [name for name, _ in tower.named_parameters()]
-    block_of = {name: match[0] for name in names if (match := WRAPPED_BLOCK.match(name))}
-    numbers = {block: number for number, block in enumerate(dict.fromkeys(block_of.values()), start=1)}
+    block_of = {name: match[0] for name in names if (match := block.match(name))}
+    numbers = {prefix: number for number, prefix in enumerate(dict.fromkeys(block_of.values()), start=1)}
     last = 1 + len(numbers)
-    stem = {name for name in names if name not in block_of and WRAPPED_STEM.match(name)}
-    return {name: 0 if name in stem else numbers[block_of[name]] if name in block_of else last for name in names}
-
-
-def _text(tower: nn.Module) -> dict[str, int]:
-    names = [name for name, _ in tower.named_parameters()]
-    numbers = {name: int(match[1]) for name in names if (match := BLOCK.search(name))}
-    last = 2 + max(numbers.values(), default=-1)
-    return {name: 0 if STEM.search(name) else numbers[name] + 1 if name in numbers else last for name in names}
+    first = {name for name in names if name not in block_of and stem.match(name)}
+    return {name: 0 if name in first else numbers[block_of[name]] if name in block_of else last for name in names}

@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from declip.data.text.caption_tokenizer import padded_length
 from declip.models.text_tower import TextFeatures
-
-STEP = 8
-"""Lengths are rounded up to a multiple of this, so that few different shapes occur."""
 
 
 def encode_by_length(
@@ -31,7 +29,7 @@ def encode_by_length(
     rows = order.to(tokens.device, non_blocking=True)
     context = tokens.shape[1]
     parts = [
-        tower(tokens.index_select(0, part)[:, : min(-(-most // STEP) * STEP, context)])
+        tower(tokens.index_select(0, part)[:, : padded_length(most, context)])
         for part, most in zip(rows.tensor_split(buckets), longest, strict=False)
     ]
     inverse = torch.empty_like(rows)

@@ -99,12 +99,6 @@ class WrappedTextTower(SelfContained, AnyTextTower):
         raise UserError("This text tower has no mask token for masked_language. Set loss_weights.masked_language to 0.")
 
 
-def build_towers(stored: WrappedModel, size: int, embed_dim: int) -> tuple[WrappedImageTower, WrappedTextTower]:
-    """Build both towers with random weights."""
-    visual, text = stored.build(size)
-    return WrappedImageTower(visual, embed_dim), WrappedTextTower(text, stored.build_tokenizer(), stored)
-
-
 def library_state(tower: WrappedImageTower | WrappedTextTower, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name a tower's tensors as the library does: of the projection too, where that is a bare matrix transposed."""
     projection, bare = tower.projection

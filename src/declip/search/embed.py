@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import islice
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.origin import Origin
-from declip.data.sources.shard_names import is_url, names_shards
+from declip.data.sources.shard_names import absolute
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, text_features
 from declip.interchange.read import load
@@ -76,7 +75,7 @@ def embed(
         name="",
         image_column=image_column,
         caption_column=caption_column or None,
-        image_root=None if image_root is None else _spec(image_root),
+        image_root=None if image_root is None else absolute(image_root),
     )
     images = entry.open() if isinstance(source, str | Path) else ImageSource(source)
     entry.name = images.name
@@ -208,12 +207,5 @@ def _caption_vectors(model: Encoder, rows: Sequence[IndexedImage], dimension: in
 
 
 def _spec(given: object) -> str:
-    """A name that means the same in another working directory: absolute paths; empty for an object."""
-    if not isinstance(given, str | Path) or not str(given):
-        return ""
-    path = Path(given).expanduser()
-    if path.exists():
-        return str(path.resolve())
-    if names_shards(str(given)):
-        return "::".join(part if is_url(part) else os.path.abspath(part) for part in str(given).split("::"))
-    return str(given)
+    """The absolute name of a source or a model; empty for an object."""
+    return absolute(given) if isinstance(given, str | Path) and str(given) else ""

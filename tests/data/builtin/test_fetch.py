@@ -1,12 +1,11 @@
 import gzip
-import io
 import json
 import subprocess
-import tarfile
 from pathlib import Path
 
 import pytest
 
+from data.tars import write_tar
 from declip.data.builtin import fetch
 from declip.data.builtin.fetch import DebianPackage, NpmPackages, Package, unpack_npm
 from declip.errors import UserError
@@ -15,11 +14,7 @@ SMALL = DebianPackage("some-data", "usr/share/some")
 
 
 def archive(path, files):
-    with tarfile.open(path, "w:gz") as tar:
-        for inner, content in files.items():
-            member = tarfile.TarInfo(inner)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content.encode()))
+    write_tar(path, [(inner, content.encode()) for inner, content in files.items()])
 
 
 @pytest.fixture

@@ -93,7 +93,6 @@ def built(tmp_path_factory):
         put(folder / "icons.json", {"icons": {name: square(**how) for name, how in drawings.items()}})
         put(folder / "info.json", info(design.key))
         put(folder / "package.json", {"version": "1.2.3"})
-        put(folder / "LICENSE", "the licence of the drawings")
     for prefix, drawings in SETS.items():
         drawn = {
             name: bar(number, "#0f0" if prefix == "icon-park" else "currentColor") for name, number in drawings.items()
@@ -178,10 +177,6 @@ def test_what_is_left_out_and_whose_the_drawings_are(built):
     manifests = {name: json.loads((built / name / MANIFEST).read_text()) for name in ("emoji", "icons")}
     assert manifests["emoji"]["left_out"] == {"invisible": 1}
     assert manifests["icons"]["left_out"] == {"seen before": 1}
-    assert manifests["emoji"]["packages"]["@iconify-json/noto"] == "1.2.3"
-    licenses = built / "emoji/licences/@iconify-json-noto"
-    assert (licenses / "LICENSE").read_text() == "the licence of the drawings"
-    assert (licenses / "info.json").is_file()
     assert "noto by A Hand, MIT: 3 drawings\n  from https://example.org/noto" in (built / "emoji" / NOTICE).read_text()
     assert (
         "carbon by A Hand, MIT: 3 drawings\n  from https://example.org/carbon" in (built / "icons" / NOTICE).read_text()

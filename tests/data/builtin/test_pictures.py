@@ -182,8 +182,6 @@ def test_names_are_looked_up(cache, monkeypatch):
     assert isinstance(open_builtin("builtin:plain"), BuiltinSource)
     assert len(open_source("builtin:plain")) == 3
     assert download("builtin:plain") == download("plain", cache) == cache / "plain"
-    with pytest.raises(UserError, match="Did you mean 'emoji-test'"):
-        download("builtin:emoji-tset", cache)
 
 
 def test_the_renderer_is_asked_for_before_anything_is_fetched(cache, monkeypatch):

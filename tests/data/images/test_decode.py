@@ -1,40 +1,16 @@
-import os
-import resource
-import struct
-import zlib
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from conftest import encoded
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair
 
 
-def encoded(image, kind, **options):
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def noise(seed=0, size=(40, 60, 3)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, size, dtype=np.uint8))
-
-
-def png_header(width, height):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
-
-
-def reason_of(content, **limits):
-    with pytest.raises(BrokenPair) as caught:
-        decode(content, "k", **limits)
-    assert caught.value.key == "k"
-    return caught.value.reason
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "JPEG", "WEBP", "GIF", "MPO"])
@@ -93,34 +69,8 @@ def test_every_mode_becomes_rgb_over_white(image, kind, options, pixel):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "TIFF"])
 def test_half_a_file_is_truncated(kind):
     content = encoded(noise(), kind)
-    assert reason_of(b"") == "truncated image"
-    assert reason_of(content[: len(content) // 2]) == "truncated image"
-
-
-def test_other_contents_are_unreadable():
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
-    for content in (b"text", b"<svg/>", b"%PDF-1.7\n", postscript, encoded(noise(), "PPM"), encoded(noise(), "ICO")):
-        assert reason_of(content) == "unreadable image"
-
-
-def test_a_decompression_bomb_costs_no_memory():
-    assert reason_of(encoded(noise(), "PNG"), most_pixels=60 * 40 - 1) == "image too large"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert reason_of(png_header(30_000, 30_000)) == reason_of(png_header(13_377, 13_378)) == "image too large"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10, "KiB, on Linux"
-
-
-def test_files(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(encoded(noise(), "PNG"))
-    assert decode(path, "k").size == (60, 40)
-    (tmp_path / "empty.png").touch()
-    assert reason_of(tmp_path / "empty.png") == "truncated image"
-    assert reason_of(tmp_path / "none.png") == "missing image"
-    assert reason_of(tmp_path / "nul\0.png") == "missing image"
-    assert reason_of(tmp_path) == "unreadable image"
-    os.mkfifo(tmp_path / "pipe.jpg")
-    assert reason_of(tmp_path / "pipe.jpg") == "unreadable image", "and it does not hang"
+    with pytest.raises(BrokenPair, match=r"^truncated image: k "):
+        decode(content[: len(content) // 2], "k")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,12 +1,12 @@
 """Pictures that are decoded late: the same pixels and the same reasons as `decode`, by whichever decoder."""
 
 import json
-from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import encoded
 from data.fakes import jpeg, make_loader, scene
 from data.tars import write_tar
 from data.test_loader import assert_same
@@ -74,10 +74,9 @@ def test_other_contents_of_a_jpeg_are_read_as_by_decode(decoder):
         content = jpeg(scene().convert(mode))
         assert_as_decode(content)
         assert open_image(content, "k").pixels(4).shape == (26, 38, 3)
-    several = BytesIO()
-    scene().save(several, "MPO", save_all=True, append_images=[scene(seed=1)], quality=90)
-    assert isinstance(open_image(several.getvalue(), "k"), LazyJpeg)
-    for content in (several.getvalue(), several.getvalue()[:-99]):
+    several = encoded(scene(), "MPO", save_all=True, append_images=[scene(seed=1)], quality=90)
+    assert isinstance(open_image(several, "k"), LazyJpeg)
+    for content in (several, several[:-99]):
         assert_as_decode(content)
 
 

@@ -1,12 +1,12 @@
 """Datasets of Hugging Face's package: saved folders, objects, and the Hub, whose network is not used."""
 
-import io
 import pickle
 
 import pytest
 from PIL import Image
 
 import declip
+from conftest import encoded
 from data.tables import message, reason_of
 from declip.data.sources import hf_dataset
 from declip.data.sources.open import open_source
@@ -16,15 +16,11 @@ from indices import tiny_model
 datasets = pytest.importorskip("datasets")
 
 
-def png(shade: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (shade, shade, shade)).save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def dataset():
-    images = [{"bytes": png(shade), "path": f"{shade}.png"} for shade in (10, 20, 30, 10)]
+    images = [
+        {"bytes": encoded(Image.new("RGB", (8, 8), (shade,) * 3)), "path": f"{shade}.png"} for shade in (10, 20, 30, 10)
+    ]
     images.append({"bytes": b"broken", "path": "lost.png"})
     features = datasets.Features(
         image=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=["cat", "dog"])
@@ -55,14 +51,13 @@ def check(source):
     assert pickle.loads(pickle.dumps(source))[1].captions == ("b",)
 
 
-def test_a_folder_of_save_to_disk(saved, monkeypatch, tmp_path):
+def test_a_folder_of_save_to_disk(saved, monkeypatch, cache):
     check(open_source(saved / "one"))
     assert open_source(saved / "splits/test").captions(1) == ("c",)
     assert "train, test" in message(saved / "splits")
     monkeypatch.setattr(hf_dataset, "LARGE_TABLE", 1)
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
     check(open_source(saved / "one"))
-    assert list((tmp_path / "cache/tables/rows").glob("*.arrow"))
+    assert list((cache / "tables/rows").glob("*.arrow"))
 
 
 def test_a_dataset_that_is_open(dataset):

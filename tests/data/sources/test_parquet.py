@@ -11,12 +11,6 @@ from data.tables import KINDS, message, reason_of, write
 from declip.data.sources import rows as table_rows
 from declip.data.sources.table import TableSource
 
-
-@pytest.fixture
-def folder(three_pictures):
-    return three_pictures
-
-
 # Parquet
 
 

@@ -13,23 +13,23 @@ from declip.data.sources.open import open_source
 
 
 @pytest.fixture
-def parts(three_pictures):
+def parts(folder):
     """A folder of two files, whose bytes are images; the first image is in both."""
-    folder = three_pictures / "parts"
-    folder.mkdir()
-    a, b, c = ((three_pictures / f"{name}.png").read_bytes() for name in "abc")
-    pq.write_table(pa.table({"image": [a, b], "text": ["x", "y"], "label": [0, 1]}), folder / "train-0.parquet")
+    made = folder / "parts"
+    made.mkdir()
+    a, b, c = ((folder / f"{name}.png").read_bytes() for name in "abc")
+    pq.write_table(pa.table({"image": [a, b], "text": ["x", "y"], "label": [0, 1]}), made / "train-0.parquet")
     pq.write_table(
-        pa.table({"image": [b"", c, a], "text": ["w", "z", "v"], "label": [0, 0, 0]}), folder / "train-1.parquet"
+        pa.table({"image": [b"", c, a], "text": ["w", "z", "v"], "label": [0, 0, 0]}), made / "train-1.parquet"
     )
-    return folder
+    return made
 
 
 @pytest.mark.parametrize("large", [0, 1 << 30])
 @pytest.mark.parametrize("name", ["", "/*.parquet", "/train-{0..1}.parquet"])
-def test_a_folder_or_a_pattern_is_one_table(parts, name, large, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("cache")
+def test_a_folder_or_a_pattern_is_one_table(parts, name, large, monkeypatch):
     monkeypatch.setattr(table_rows, "LARGE_TABLE", large)
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
     source = open_source(f"{parts}{name}")
     assert [source.key(n) for n in range(4)] == [f"row {n}" for n in range(4)]
     assert len(source) == 4
@@ -53,14 +53,14 @@ def test_files_that_are_not_one_table_are_refused(parts):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_a_folder_with_metadata_is_a_table(three_pictures, kind):
-    (three_pictures / "a.txt").write_text("not this")
+def test_a_folder_with_metadata_is_a_table(folder, kind):
+    (folder / "a.txt").write_text("not this")
     write(
-        three_pictures / f"metadata.{kind}",
+        folder / f"metadata.{kind}",
         [("a.png", "/x", "red"), ("b.png", "/y", "blue")],
         ("file_name", "path", "text"),
     )
-    source = open_source(three_pictures)
+    source = open_source(folder)
     assert [source.key(n) for n in range(len(source))] == ["a.png", "b.png"]
     assert source[1].captions == ("blue",)
     assert source[1].image.getpixel((0, 0)) == (1, 1, 1)

@@ -34,8 +34,8 @@ class Shapes:
         return {"picture": Image.open(self.folder / row["image"]), "text": row["caption"]}
 
 
-def test_items_are_dicts_pairs_or_images(three_pictures):
-    a = three_pictures / "a.png"
+def test_items_are_dicts_pairs_or_images(folder):
+    a = folder / "a.png"
     image, pixels = Image.open(a), np.asarray(Image.open(a).convert("RGB"))
     for item in (a, str(a), a.read_bytes(), image, pixels, {"bytes": a.read_bytes(), "path": "lost"}):
         source = open_source([(item, "x"), (item, ("y", "z "))])
@@ -46,17 +46,17 @@ def test_items_are_dicts_pairs_or_images(three_pictures):
         alone = open_source([item])
         assert alone.image(0).getpixel((0, 0)) == (0, 0, 0)
         assert reason_of(alone, 0) == "empty caption"
-    named = open_source([{"file_name": "a.png", "title": "x", "keywords": ["k"]}], image_root=three_pictures)
+    named = open_source([{"file_name": "a.png", "title": "x", "keywords": ["k"]}], image_root=folder)
     assert (named[0].captions, named[0].keywords, named.key(0)) == (("x",), ("k",), "a.png")
     assert named.origin(0).path == str(a)
 
 
-def test_items_that_cannot_be_used_are_broken_pairs(table, three_pictures):
+def test_items_that_cannot_be_used_are_broken_pairs(table, folder):
     source = open_source(Shapes(table, broken=(0, 3)), image_column="picture")
     assert source[1].captions[0] == "a red square"
     with pytest.raises(BrokenPair, match="OSError: the disk is gone"):
         source[3]
-    a = three_pictures / "a.png"
+    a = folder / "a.png"
     items = [(a, "x"), (a, 5), (a, " "), ("lost.png", "x"), (None, "x"), (np.zeros((3, 4, 4)), "x"), (b"x", "x"), 7]
     source = open_source(items)
     reasons = [reason_of(source, n) for n in range(1, len(items))]
@@ -64,7 +64,7 @@ def test_items_that_cannot_be_used_are_broken_pairs(table, three_pictures):
         "unreadable item", "empty caption", "missing image", "missing image", "unreadable image", "unreadable image",
         "empty caption",
     ]  # fmt: skip
-    root = open_source([("../a.png", "x")], image_root=three_pictures)
+    root = open_source([("../a.png", "x")], image_root=folder)
     assert reason_of(root, 0) == "path outside image root"
 
 

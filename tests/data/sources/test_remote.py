@@ -22,10 +22,9 @@ fsspec = pytest.importorskip("fsspec")
 
 
 @pytest.fixture
-def copies(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+def copies(cache, monkeypatch) -> Path:
     monkeypatch.setattr(shard_remote, "PAUSE", 0.0)
-    return tmp_path / "cache/shards/copies"
+    return cache / "shards/copies"
 
 
 @pytest.fixture

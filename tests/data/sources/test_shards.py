@@ -11,21 +11,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.tables import reason_of
+from data.tables import message, reason_of
 from data.tars import SIZES, pair, picture, write_shards, write_tar
 from declip.data.pair import PairSource
 from declip.data.sources import shards
 from declip.data.sources.open import open_source
 from declip.data.sources.shard_files import OPEN_FILES
+from declip.data.sources.shard_names import absolute
 from declip.data.sources.shards import ShardSource
-from declip.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-@pytest.fixture
-def folder(shard_folder: Path) -> Path:
-    return shard_folder
 
 
 def by_the_library(paths: list[Path]) -> list[tuple[tuple[int, ...], str]]:
@@ -40,22 +35,16 @@ def by_the_library(paths: list[Path]) -> list[tuple[tuple[int, ...], str]]:
     return found
 
 
-def message(*arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        ShardSource(*arguments)
-    return str(caught.value)
-
-
 def one(tmp_path: Path, members: list[tuple[str, bytes]]) -> ShardSource:
     return ShardSource(str(write_tar(tmp_path / "one.tar", members)))
 
 
-def test_pairs_are_those_that_the_library_reads(folder):
-    source = open_source(folder)
+def test_pairs_are_those_that_the_library_reads(shard_folder):
+    source = open_source(shard_folder)
     assert isinstance(source, PairSource)
     assert (len(source), source.blocks.tolist(), source.remote) == (21, list(SIZES), False)
     read = [(source[i].image.getpixel((0, 0)), source[i].captions[0]) for i in range(21)]
-    assert read == by_the_library(list(folder.iterdir()))
+    assert read == by_the_library(list(shard_folder.iterdir()))
     assert source[6].key == "00002.tar/000000006"
     assert source[6].keywords == ("red", "round")
     assert source.captions(20) == ("picture 20",)
@@ -65,7 +54,7 @@ def test_pairs_are_those_that_the_library_reads(folder):
         source[21]
 
 
-def test_what_names_shards(folder):
+def test_what_names_shards(shard_folder):
     for word, sizes in (
         ("{0}/0000[02].tar", [5, 9]),
         ("{0}/{{00003..00001}}.tar", [6, 9, 1]),
@@ -73,12 +62,13 @@ def test_what_names_shards(folder):
         ("{0}/00003.tar::{0}/0000{{0,1}}.tar", [6, 5, 1]),
         ("{0}::{0}/00001.tar", [5, 1, 9, 6, 1]),
     ):
-        assert open_source(word.format(folder)).blocks.tolist() == sizes
+        assert open_source(word.format(shard_folder)).blocks.tolist() == sizes
+    assert absolute("~/x/*.tar::memory://a.tar") == f"{Path.home()}/x/*.tar::memory://a.tar"
 
 
-def test_missing_shards_are_named(folder):
+def test_missing_shards_are_named(shard_folder):
     for word, missing in (("{00002..00012}.tar", "00004.tar"), ("x.tar", "x.tar"), ("x*.tar", "x*.tar")):
-        assert f"There is no shard '{folder}/{missing}'" in message(f"{folder}/{word}")
+        assert f"There is no shard '{shard_folder}/{missing}'" in message(f"{shard_folder}/{word}")
     assert "names more than 1,000,000 shards" in message("{0..9999999999999}.tar")
     assert "names no shard" in message("::")
 
@@ -162,14 +152,14 @@ def test_names_that_would_leave_a_folder_are_only_names(tmp_path):
     assert all(path.is_relative_to(tmp_path / "cache") for path in new)
 
 
-def test_a_shard_cut_short_is_refused_and_one_cut_later_breaks_its_pairs(folder):
-    source = ShardSource(str(folder))
-    path = folder / "00002.tar"
+def test_a_shard_cut_short_is_refused_and_one_cut_later_breaks_its_pairs(shard_folder):
+    source = ShardSource(str(shard_folder))
+    path = shard_folder / "00002.tar"
     with tarfile.open(path) as tar:
         at = tar.getmember("000000010.txt").offset_data
     os.truncate(path, at + 3)
     assert (source.captions(9), reason_of(source, 10)) == (("picture 9",), "truncated shard")
-    assert re.search(r"00002.tar' .* beyond its first 5 pairs: cut short", message(str(folder)))
+    assert re.search(r"00002.tar' .* beyond its first 5 pairs: cut short", message(str(shard_folder)))
 
 
 def test_what_is_no_shard(tmp_path):
@@ -188,17 +178,17 @@ def test_members_of_absurd_size_are_not_read(tmp_path, monkeypatch):
     assert [reason_of(source, i) for i in range(3)] == ["image too large", "caption too long", "caption too long"]
 
 
-def test_the_index_is_made_once_for_each_state_of_a_shard(folder, cache, monkeypatch):
-    ShardSource(str(folder))
+def test_the_index_is_made_once_for_each_state_of_a_shard(shard_folder, cache, monkeypatch):
+    ShardSource(str(shard_folder))
     assert len(list((cache / "shards/index").iterdir())) == 4
     made = []
     make_index = shards.make_index
     monkeypatch.setattr(shards, "make_index", lambda *given: made.append(given[1]) or make_index(*given))
-    assert len(ShardSource(f"{folder}/*.tar")) == 21
+    assert len(ShardSource(f"{shard_folder}/*.tar")) == 21
     assert made == []
-    write_tar(folder / "00001.tar", [*pair(30), *pair(31)])
-    assert len(ShardSource(str(folder))) == 22
-    assert made == [str(folder / "00001.tar")]
+    write_tar(shard_folder / "00001.tar", [*pair(30), *pair(31)])
+    assert len(ShardSource(str(shard_folder))) == 22
+    assert made == [str(shard_folder / "00001.tar")]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")

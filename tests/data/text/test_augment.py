@@ -13,7 +13,6 @@ from golden_cases import read_json, require_file
 
 OFFICIAL = read_json("eda_cases.json")
 CAPTIONS = sorted({case["caption"] for case in OFFICIAL.get("random_swap", []) if len(case["caption"].split()) > 1})
-FIELD = "A dog runs across the green field."
 
 
 def swaps(words: list[str]) -> set[str]:

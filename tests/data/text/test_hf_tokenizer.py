@@ -78,15 +78,9 @@ def test_masking_uses_the_encoders_own_mask_and_words(
     assert max(put_in) > 0.9 * tokenizer.vocabulary
 
 
-def test_it_refuses_what_is_no_text_and_no_tokenizer(tokenizer: HuggingfaceTokenizer) -> None:
+def test_it_refuses_what_is_no_tokenizer(tokenizer: HuggingfaceTokenizer) -> None:
     definition = tokenizer.library.to_str()
-    with pytest.raises(UserError, match="int was given"):
-        tokenizer.encode(3)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="No text"):
-        tokenizer([])
     with pytest.raises(UserError, match="cannot be read"):
         HuggingfaceTokenizer("{}", {}, CONTEXT)
     with pytest.raises(UserError, match="special ids"):
         HuggingfaceTokenizer(definition, {"start": 0, "end": 2, "mask": 10**6, "padding": 1}, CONTEXT)
-    with pytest.raises(UserError, match="2 tokens"):
-        HuggingfaceTokenizer(definition, {}, 2)

@@ -15,10 +15,10 @@ BUILTIN_SPLITS: dict[str, dict[str, str]] = {"stamps-kinds": {"train": "stamps-k
 """Source names of sets with splits, by split."""
 
 
-def open_builtin(name: str, cache: str | Path | None = None) -> BuiltinSource:
-    """Open one of `BUILTINS`, with or without "builtin:", from a cache folder or the default one."""
+def open_builtin(name: str) -> BuiltinSource:
+    """Open one of `BUILTINS`, with or without "builtin:"."""
     name = name.removeprefix(BUILTIN_PREFIX)
-    return BuiltinSource(_find(name), name, cache)
+    return BuiltinSource(_find(name), name)
 
 
 def download(name: str, cache: str | Path | None = None, progress: bool = True) -> Path:

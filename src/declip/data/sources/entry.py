@@ -39,9 +39,6 @@ class EntrySource(PairSource):
         captions, keywords = self.texts(entry)
         return LazyPair(entry.key, open_image(self.content(entry), entry.key), captions, keywords)
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.texts(self.entry(index))[0]
-
     def texts_of(self, index: int) -> Texts:
         return self.texts(self.entry(index))
 

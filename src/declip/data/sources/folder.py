@@ -27,15 +27,8 @@ class FolderSource(EntrySource):
     Names that start with a dot are ignored. Linked folders are not entered.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        if not self.path.is_dir():
-            raise UserError(f"There is no folder '{self.path}'.")
-        try:
-            os.scandir(self.path).close()
-        except OSError as error:
-            raise UserError(f"The folder '{self.path}' cannot be read: {error.strerror}.") from error
-        self.name = self.path.name or str(self.path)
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name or str(path)
         # A million paths take 0.1 GB as Python strings in every worker, and a third of it here, shared. They are bytes
         # since not every file's name is UTF-8.
         self._keys = pa.array(map(os.fsencode, sorted(_images(self.path))), pa.large_binary())

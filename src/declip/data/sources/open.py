@@ -44,7 +44,7 @@ def open_source(
         return TableSource(spec, *columns) if is_dataset(spec) else ItemSource(spec, *columns[:4])
     text = str(spec)
     if text.startswith(BUILTIN_PREFIX):
-        return open_builtin(text.removeprefix(BUILTIN_PREFIX))
+        return open_builtin(text)
     if text.startswith(PREFIX):
         raise UserError(f"'{text}' was a Python object. Give it again, in Python: declip.train(recipe, data=object).")
     path = Path(text).expanduser()

@@ -1,6 +1,7 @@
 """Expansion of names of shards such as `data/{00000..00331}.tar`."""
 
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -24,6 +25,18 @@ def names_shards(word: str) -> bool:
 def is_url(word: str) -> bool:
     """Whether a word is a URL rather than a path."""
     return "://" in word
+
+
+def absolute(spec: str | Path) -> str:
+    """The name of a source, a model or a folder that means the same in another working directory."""
+    path = Path(spec).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if names_shards(str(spec)):
+        return SEPARATOR.join(
+            part if is_url(part) else os.path.abspath(os.path.expanduser(part)) for part in str(spec).split(SEPARATOR)
+        )
+    return str(spec)
 
 
 def holds(folder: Path, ending: str) -> bool:

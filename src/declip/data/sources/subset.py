@@ -10,6 +10,7 @@ from PIL import Image
 
 from declip.data.pair import LazyPair, Pair, PairSource
 from declip.data.sources.origin import Origin
+from declip.data.sources.shard_names import absolute
 from declip.errors import UserError
 
 LIST_KIND = ".pairs"
@@ -96,9 +97,8 @@ class PairList(NamedTuple):
 
 def write_pair_list(path: Path, listed: PairList) -> None:
     """Write a list of pairs; a path of its source is made absolute, so that the list can be moved."""
-    place = Path(listed.source).expanduser()
-    source = str(place.resolve()) if place.exists() else listed.source
-    path.write_text(json.dumps(listed._replace(source=source)._asdict()) + "\n", encoding="utf-8")
+    listed = listed._replace(source=absolute(listed.source))
+    path.write_text(json.dumps(listed._asdict()) + "\n", encoding="utf-8")
 
 
 def read_pair_list(path: Path) -> PairList:

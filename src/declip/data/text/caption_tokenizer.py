@@ -10,8 +10,6 @@ import torch
 
 from declip.errors import UserError
 
-_LENGTH_STEP = 8
-
 
 class CaptionTokenizer(ABC):
     """Turns texts into ids and back; start and end stand around every text, and nowhere else.
@@ -68,9 +66,13 @@ class CaptionTokenizer(ABC):
         rows = [self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
         if not rows:
             raise UserError("No text was given to the tokenizer; give a string or a list of at least one.")
-        longest = max(map(len, rows))
-        width = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, self.context)
+        width = padded_length(max(map(len, rows)), self.context)
         return torch.tensor([row + [self.padding] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+
+def padded_length(longest: int, context: int) -> int:
+    """The length of a batch of texts: their longest, rounded up to 8, so that few different shapes occur."""
+    return min(-(-longest // 8) * 8, context)
 
 
 def read_definition(definition: str) -> tokenizers.Tokenizer:

@@ -1,31 +1,24 @@
 """Tokenizers of other libraries' models, such as SigLIP's and XLM-R's, by `tokenizers` alone."""
 
-import html
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import ftfy
 import torch
 
 from declip.data.text.caption_tokenizer import CaptionTokenizer, read_definition
-from declip.data.text.tokenizer import Tokenizer
+from declip.data.text.tokenizer import Tokenizer, clean, fix
 
 PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 ALL_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def _whitespace(text: str) -> str:
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
-
 
 CLEAN: Mapping[str, Callable[[str], str]] = {
     "": lambda text: text,
     "lowercase": str.lower,
     "siglip": lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),
-    "whitespace": _whitespace,
-    "lower": lambda text: _whitespace(text).lower(),
-    "canonicalize": lambda text: " ".join(_whitespace(text).translate(PUNCTUATION).lower().split()),
+    "whitespace": fix,
+    "lower": clean,
+    "canonicalize": lambda text: " ".join(fix(text).translate(PUNCTUATION).lower().split()),
 }
 """Cleaning before the tokenizer, by open_clip's names; "siglip" and "lowercase" are transformers' for SigLIP and 2."""
 
