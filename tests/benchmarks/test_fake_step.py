@@ -45,7 +45,10 @@ def parts_of(recipe: Recipe, device: str) -> StepParts:
     ("train", "sections"),
     [
         ({"length_buckets": 2, "grad_clip_norm": 1.0}, {"views": {"contrastive_view": VIEW}}),
-        ({"grad_cache_chunk": 3, "optimizer": "muon"}, {"masked_language": {"mask_contrastive_text": False}}),
+        (
+            {"grad_cache_chunk": 3, "optimizer": "muon", "ema_decay": 0.9},
+            {"masked_language": {"mask_contrastive_text": False}},
+        ),
     ],
 )
 def test_no_step_waits_for_the_device(train: dict[str, Any], sections: dict[str, Any]) -> None:
