@@ -257,13 +257,17 @@ def steps(
             return open_clips_side(bench, name, recipe, source, replace(shape, compiled=compiled))
         return our_side(bench, recipe, source, compiled)
 
+    def anew(count: int) -> Callable[[], object]:
+        return side(compiled=True)(count)
+
     run = side(compiled=False)
     with FlopCounterMode(display=False) as counter:
         run(base)
     count = batch or bench.largest(run)
-    # Compiled for one size of the batch, so built again for each.
-    final: Run = (lambda size: side(compiled=True)(size)) if shape.compiled else run
-    while (task := bench.attempt(final, count)) is None:  # compiled, or in memory that is in pieces, it may need more
+    if shape.compiled:
+        run = anew  # compiled for one size of the batch; the other side is freed
+        bench.free()
+    while (task := bench.attempt(run, count)) is None:  # compiled, or in memory that is in pieces, it may need more
         bench.free()
         count //= 2
     return {"batch": count} | measured(bench, task, count, counter.get_total_flops() / base)

@@ -212,7 +212,7 @@ def main() -> None:
     try:
         problems = run(options, experiment, out)
     except UserError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{error}\n")
     for problem in problems:
         print(f"PROBLEM: {problem}")
     sys.exit(1 if problems else 0)
