@@ -54,11 +54,19 @@ def test_what_waits_is_named() -> None:
     assert found.waits[0].endswith(("is_nonzero", "_local_scalar_dense"))
 
 
-def test_memory_and_operations_are_those_of_a_measured_step() -> None:
-    image = {"model": "declip_vit_tiny", "size": 32, "model_kwargs": {"patch_size": 4, "embed_dim": 64, "depth": 2}}
+@pytest.mark.parametrize(
+    ("model", "size", "options"),
+    [
+        ("declip_vit_tiny", 32, {"patch_size": 4, "embed_dim": 64, "depth": 2}),
+        ("resnet50_clip", 64, {"depths": [1, 1, 1, 1]}),
+        ("regnety_002", 64, {}),
+    ],
+)
+def test_memory_and_operations_are_those_of_a_measured_step(model: str, size: int, options: dict[str, Any]) -> None:
+    image = {"model": model, "size": size, "model_kwargs": options}
     recipe = recipe_of(WEIGHTS["declip"], {"batch_size": 16, "precision": "fp32"}, image=image)
     found = fake_step(recipe)
-    built = build(recipe, InMemory(["a red circle"] * 16, 32))
+    built = build(recipe, InMemory(["a red circle"] * 16, size))
     parts, batch = built.step, _batch(16, plan_of(recipe), built.model.tokenizer.end, 16)
     training_step(parts, batch)
     parts.optimizer.zero_grad()
