@@ -7,7 +7,7 @@ GPUS   ?= 1
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs bench bench-gpu reproduce-yfcc15m reproduce-cc3m clean
+.PHONY: help setup demo test lint docs bench bench-gpu data-given reproduce-yfcc15m reproduce-cc3m clean
 
 help:
 	@echo "make demo    install, download the built-in pairs, train DeCLIP on them, evaluate, write a report"
@@ -53,8 +53,10 @@ bench: $(VENV)/.benched
 bench-gpu: $(VENV)/.benched
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu
 
-reproduce-yfcc15m reproduce-cc3m: setup
-	@test -n "$(DATA)" || { echo "Give the pairs: make $@ DATA='/data/{00000..01538}.tar'"; exit 2; }
+data-given:
+	@test -n "$(DATA)" || { echo "Give the pairs: make $(MAKECMDGOALS) DATA='/data/{00000..01538}.tar'"; exit 2; }
+
+reproduce-yfcc15m reproduce-cc3m: data-given setup
 	$(BIN)/python scripts/reproduce.py $(@:reproduce-%=%) --data '$(DATA)' --gpus $(GPUS) $(ARGS)
 
 clean:

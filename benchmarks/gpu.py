@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --out runs/gpu --only ViT-B-32,resume
     python benchmarks/gpu.py --out runs/try --device cpu --tiny  toy towers, to try this script
 
-Each part writes OUT/PART.json when it is done, and a later call takes it from there. Parts that would begin after
---minutes are left to the next call. The towers' parts train `clip` and `declip` as in `*-yfcc15m-*`, and
+Each part writes OUT/PART.json when it is done, and a later call takes it from there: first come the parts that are
+missing, then those of which something failed. Parts that would begin after --minutes are left to the next call, and the
+status is 1 while something fails. The towers' parts train `clip` and `declip` as in `*-yfcc15m-*`, and
 `declip-keywords`, at the largest batch that fits, found by doubling, next to open_clip's CLIP step on the same pairs.
 The part grad-cache takes one large batch in chunks, next to sentence-transformers' loss for that on open_clip's towers.
 """
@@ -14,7 +15,9 @@ import argparse
 import gc
 import json
 import os
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +40,8 @@ from declip.data.batch import PairBatch, View
 from declip.data.images.crops import apply_photometric
 from declip.data.loader import PairLoader
 from declip.data.text.tokenizer import Tokenizer
+from declip.errors import UserError
+from declip.io.atomic import atomic_write
 from declip.models.device import pick_device
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
@@ -53,7 +58,7 @@ from step import TOWERS, batch_of, device_name, recipe_of, tiny
 
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
-    "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12,
+    "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12, "3090": 71e12,
 }  # fmt: skip
 """Dense bfloat16 operations per second that the makers state, by a part of the card's name; the first match counts."""
 
@@ -112,36 +117,51 @@ class Bench:
             taken.append(time.perf_counter() - begun)
         return median(taken[1:])
 
-    def largest(self, run: Callable[[int], object]) -> int:
-        """The largest batch that fits, by doubling."""
-        count, limit, fits = (4, 4, 0) if self.tiny else (BASE, 1 << 14, 0)
-        while count <= limit:
-            try:
-                run(count)
-                self.wait()
-            except torch.OutOfMemoryError:
-                break
-            fits, count = count, 2 * count
+    def known(self, part: str) -> dict[str, Any]:
+        """The result of a part from an earlier call on the same card; empty where it is missing."""
+        path = self.out / f"{part}.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found if (found.get("card"), found.get("tiny")) == (self.card, self.tiny) else {}
+
+    def free(self) -> None:
+        """Give back the memory of what is no longer used."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+
+    def largest(self, run: "Run") -> int:
+        """The largest batch that fits, by doubling; 0 where none does."""
+        count, limit, fits = (4, 8, 0) if self.tiny else (BASE, 1 << 14, 0)
+        while count <= limit and self.attempt(run, count) is not None:
+            fits, count = count, 2 * count
+        self.free()
         return fits
+
+    def attempt(self, run: "Run", count: int) -> Callable[[], object] | None:
+        """Take two steps of `count` pairs; give what takes another one, or None where they do not fit the memory."""
+        try:
+            (task := run(count))()
+            self.wait()
+        except RuntimeError as error:  # cuBLAS and cuDNN have errors of their own
+            if not re.search("out of memory|ALLOC_FAILED", str(error)):
+                raise
+            return None
+        return task
 
 
 Run = Callable[[int], Callable[[], object]]
 """Takes a step of so many pairs, and gives what takes it again."""
 
 
-def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool) -> Run:
-    """`training_step` of a recipe; what is compiled is so from the second call on, when the batch is known."""
+def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool = False) -> Run:
+    """`training_step` of a recipe; a compiled one is for one size of the batch."""
     built = build(recipe, source, bench.device)
-    host, calls = batch_of(recipe, source), [0]
+    host = batch_of(recipe, source)
 
     def run(count: int) -> Callable[[], object]:
         batch = tiled(host, count).to(bench.device)
-        if compiled and calls[0] == 1:
+        if compiled:
             compile_towers(recipe, built.model, plan_of(recipe), count)
-        calls[0] += 1
         training_step(built.step, batch)
         return lambda: training_step(built.step, batch)
 
@@ -188,7 +208,7 @@ def grad_cache(bench: Bench) -> list[dict[str, Any]]:
     recipe = recipe_of("clip-yfcc15m-vitb32", name, shape, 4 if bench.tiny else BASE)
     train = recipe.train.model_copy(update={"grad_cache_chunk": chunk})
     sides: dict[str, Callable[[], Run]] = {
-        "clip": lambda: our_side(bench, recipe.model_copy(update={"train": train}), source, compiled=False),
+        "clip": lambda: our_side(bench, recipe.model_copy(update={"train": train}), source),
         "sentence-transformers": lambda: open_clips_side(bench, name, recipe, source, shape, chunk),
     }
     rows = []
@@ -196,39 +216,61 @@ def grad_cache(bench: Bench) -> list[dict[str, Any]]:
         row = {"tower": name, "what": what, "batch": count, "chunk": chunk, "precision": bench.precision}
         try:
             rows.append(row | measured(bench, side()(count), count))
-        except ImportError as error:
-            rows.append(row | {"note": f"{error}: pip install 'declip[bench]'"})
-        gc.collect()
+        except Exception as error:  # the other side is measured
+            rows.append(row | {"failed": worded(error)})
+        bench.free()
     return rows
+
+
+def worded(error: Exception) -> str:
+    """An error in a line."""
+    remedy = ": pip install 'declip[bench]'" if isinstance(error, ImportError) else ""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}{remedy}"
 
 
 def tower(bench: Bench, name: str, compiled: bool = False) -> list[dict[str, Any]]:
     """Steps of three recipes and of open_clip with an image tower; compiled ones at the batch that fits without."""
-    plain, source = sizes(bench, name)
-    base, rows, path = 4 if bench.tiny else BASE, [], bench.out / f"{name}.json"
-    before = {row["what"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    (shape, source), rows = sizes(bench, name), []
+    before = {row["what"]: row.get("batch") for row in bench.known(name).get("rows", [])} if compiled else {}
     for arm in (*RECIPES, "open_clip"):
-        shipped = {"open_clip": "clip-yfcc15m-vitb32", "clip": "clip-yfcc15m-vitb32", "declip": "declip-yfcc15m-vitb32"}
-        recipe = recipe_of(shipped.get(arm, arm), name, plain, base)
-
-        def side(compiled: bool, arm: str = arm, recipe: Recipe = recipe) -> Run:
-            if arm == "open_clip":
-                return open_clips_side(bench, name, recipe, source, replace(plain, compiled=compiled))
-            return our_side(bench, recipe, source, compiled)
-
-        run = side(compiled=False)
-        with FlopCounterMode(display=False) as counter:
-            run(base)
-        flops = counter.get_total_flops() / base
-        fits = before[arm]["batch"] if compiled and arm in before else bench.largest(run)
+        row = {"tower": name, "what": arm, "compiled": compiled, "precision": bench.precision}
+        try:
+            rows.append(row | steps(bench, name, arm, replace(shape, compiled=compiled), source, before.get(arm)))
+        except Exception as error:  # of CUDA, the compiler or the peer: the others are measured
+            rows.append(row | {"failed": worded(error)})
         if compiled:
-            run = side(compiled=True)
-            run(base)
-        row = {"tower": name, "what": arm, "compiled": compiled, "batch": fits, "precision": bench.precision}
-        rows.append(row | measured(bench, run(fits), fits, flops))
-        del run
-        gc.collect()
+            torch.compiler.reset()
+        bench.free()
     return rows
+
+
+def steps(
+    bench: Bench, name: str, arm: str, shape: Shape, source: InMemory, batch: int | None = None
+) -> dict[str, Any]:
+    """Steps of one recipe, or of open_clip, at a size of the batch or the largest one that fits."""
+    shipped = {"open_clip": "clip-yfcc15m-vitb32", "clip": "clip-yfcc15m-vitb32", "declip": "declip-yfcc15m-vitb32"}
+    base = 4 if bench.tiny else BASE
+    recipe = recipe_of(shipped.get(arm, arm), name, shape, base)
+
+    def side(compiled: bool) -> Run:
+        if arm == "open_clip":
+            return open_clips_side(bench, name, recipe, source, replace(shape, compiled=compiled))
+        return our_side(bench, recipe, source, compiled)
+
+    def anew(count: int) -> Callable[[], object]:
+        return side(compiled=True)(count)
+
+    run = side(compiled=False)
+    with FlopCounterMode(display=False) as counter:
+        run(base)
+    count = batch or bench.largest(run)
+    if shape.compiled:
+        run = anew  # compiled for one size of the batch; the other side is freed
+        bench.free()
+    while (task := bench.attempt(run, count)) is None:  # compiled, or in memory that is in pieces, it may need more
+        bench.free()
+        count //= 2
+    return {"batch": count} | measured(bench, task, count, counter.get_total_flops() / base)
 
 
 def measured(bench: Bench, task: Callable[[], object], count: int, flops: float | None = None) -> dict[str, Any]:
@@ -279,12 +321,10 @@ def loading(bench: Bench) -> list[dict[str, Any]]:
     rate = PAIRS / bench.seconds(lambda: next(loader))
     rows = [{"what": "one loader process", "samples_per_second": round(rate, 1), "cores": os.cpu_count()}]
     for name in TOWERS:
-        path = bench.out / f"{name}.json"
-        steps = json.loads(path.read_text())["rows"] if path.exists() else []
         rows += [
             {"what": f"processes for {name}, {row['what']}", "value": round(row["samples_per_second"] / rate, 1)}
-            for row in steps
-            if row["what"] in RECIPES
+            for row in bench.known(name).get("rows", [])
+            if row["what"] in RECIPES and "failed" not in row
         ]
     return rows
 
@@ -410,14 +450,15 @@ PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
 
 
 def show(results: dict[str, dict[str, Any]], console: Console) -> None:
-    """One table of all parts."""
-    columns = ("batch", "ms", "samples_per_second", "gb", "gflop_per_pair", "utilization", "value", "note")
+    """One table of all parts, without columns that are empty."""
+    rows = [(part, row) for part, result in results.items() for row in result["rows"]]
+    columns = ("batch", "ms", "samples_per_second", "gb", "gflop_per_pair", "utilization", "value", "note", "failed")
+    columns = tuple(name for name in columns if any(row.get(name) is not None for _, row in rows))
     table = Table("part", "what", *columns, title=f"{next(iter(results.values()))['card']}, medians")
-    for part, result in results.items():
-        for row in result["rows"]:
-            compiled = ", compiled" if row.get("compiled") else ""
-            cells = ("" if row.get(name) is None else str(row[name]) for name in columns)
-            table.add_row(part, row["what"] + compiled, *cells)
+    for part, row in rows:
+        compiled = ", compiled" if row.get("compiled") else ""
+        cells = ("" if row.get(name) is None else str(row[name]) for name in columns)
+        table.add_row(part, row["what"] + compiled, *cells)
     console.print(table)
 
 
@@ -433,28 +474,49 @@ def main() -> None:
     names = options.only.split(",") if options.only else list(PARTS)
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"--only names '{unknown[0]}'; give {', '.join(PARTS)}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    bench, begun, results = Bench(options), time.perf_counter(), {}
-    for name in names:
-        path = options.out / f"{name}.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if (known.get("card"), known.get("tiny")) != (bench.card, bench.tiny):
-            if time.perf_counter() - begun > 60 * options.minutes:
-                continue
-            started = time.perf_counter()
-            try:
-                rows = PARTS[name](bench)
-            except Exception as error:  # of CUDA, a peer or a part: the others are measured, a later call tries again
-                note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                results[name] = {"card": bench.card, "rows": [{"what": "failed", "note": note}]}
-                continue
-            took = round(time.perf_counter() - started, 1)
-            known = {"card": bench.card, "tiny": bench.tiny, "seconds": took, "machine": machine(), "rows": rows}
-            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        results[name] = known
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        bench = Bench(options)
+        if not (bench.cuda or bench.tiny):
+            parser.error(f"This needs a CUDA GPU, and the device is {bench.card}. Toy towers: --device cpu --tiny")
+        results, left = run_parts(bench, names, options.minutes)
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+    console = Console(stderr=True)
     if results:
-        show(results, Console(stderr=True))
+        show(results, console if console.is_terminal else Console(stderr=True, width=160))
+    if left:
+        console.print(f"Left to the next call: {', '.join(left)}")
     print(json.dumps(results))
+    sys.exit(1 if any(failures(result) for result in results.values()) else 0)
+
+
+def run_parts(bench: Bench, names: list[str], minutes: float) -> tuple[dict[str, Any], list[str]]:
+    """The results of parts, known ones and those measured now, and the parts for which the time did not last."""
+    begun, results, left = time.perf_counter(), {name: bench.known(name) for name in names}, []
+    for name in sorted(names, key=lambda name: bool(results[name])):
+        if results[name] and not failures(results[name]):
+            continue
+        if time.perf_counter() - begun > 60 * minutes:
+            left.append(name)
+            continue
+        started = time.perf_counter()
+        try:
+            rows = PARTS[name](bench)
+        except Exception as error:  # of CUDA, a peer or a part: the others are measured
+            rows = [{"what": "all", "failed": worded(error)}]
+        bench.free()
+        took = round(time.perf_counter() - started, 1)
+        found = {"card": bench.card, "tiny": bench.tiny, "seconds": took, "machine": machine(), "rows": rows}
+        results[name] = found
+        with atomic_write(bench.out / f"{name}.json", "give another folder as --out") as path:
+            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return {name: result for name, result in results.items() if result}, left
+
+
+def failures(result: dict[str, Any]) -> bool:
+    """Whether something of a part failed."""
+    return any("failed" in row for row in result.get("rows", []))
 
 
 if __name__ == "__main__":

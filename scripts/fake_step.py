@@ -34,8 +34,9 @@ from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner
-from declip.training.setup import plan_of
+from declip.training.setup import Average, plan_of
 from declip.training.step import StepParts, training_step
+from declip.training.watchdogs import NonFiniteGuard
 
 DEVICE = "pretended"
 PACKAGE = str(Path(declip.__file__).parent)
@@ -184,21 +185,23 @@ def _measure(recipe: Recipe, tokens: int | None) -> FakeStep:
             model = DualEncoder.from_recipe(recipe)
             objective = Objective(recipe, model)
             mean, std = torch.tensor(plan.mean), torch.tensor(plan.std)
+        average = None if train.ema_decay is None else Average(model, train.ema_decay)
+        guard = NonFiniteGuard(train.max_nonfinite_steps, mean.device)
         if objective.queue is not None:
             objective.queue.written = objective.queue.size
         learner = build_learner(recipe, model, objective).train()
         optimizer = build_optimizer(named_trainable(model, objective), train)
         precision = "bf16" if train.precision == "auto" else train.precision
         parts = StepParts(
-            learner, optimizer, mean, std, None, train.grad_clip_norm, precision, train.grad_cache_chunk,
-            train.max_nonfinite_steps > 0,
+            learner, optimizer, mean, std, average and average.update_parameters, train.grad_clip_norm, precision,
+            train.grad_cache_chunk, train.max_nonfinite_steps > 0,
         )  # fmt: skip
         batch = _batch(train.batch_size, plan, model.tokenizer.end, tokens or recipe.text.context_length)
         device.waits.clear()
         peaks: list[int] = []
         optimizer.register_step_pre_hook(lambda *_: peaks.append(device.peak))
         with FlopCounterMode(display=False) as counter:
-            training_step(parts, batch)
+            guard.check(0, training_step(parts, batch))
     # The first step makes the moments; all others hold them from the beginning.
     moments = [tensor for values in optimizer.state.values() for tensor in values.values()]
     peak = max(device.peak, peaks[0] + sum(tensor.nbytes for tensor in moments))

@@ -11,6 +11,7 @@ Further words KEY=VALUE are keys of the recipe. A call that was stopped continue
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from declip.data.prepare import shard_source
 from declip.errors import UserError
 from declip.inspection import inspect_source
 from declip.recipe.load import load_recipe, parse_overrides
+from declip.recipe.schema import Recipe, Train
 from declip.runs.folder import Run
 
 TOKENS = 32
@@ -130,7 +132,7 @@ def check_data(data: str, experiment: Experiment, tests: list[str], sample: int,
     return problems
 
 
-def cost(recipe: Any, gpus: int) -> list[str]:
+def cost(recipe: Recipe, gpus: int) -> list[str]:
     """Word operations, memory and, by card, hours and dollars of a run."""
     train = recipe.train
     local = train.batch_size // gpus
@@ -146,7 +148,23 @@ def cost(recipe: Any, gpus: int) -> list[str]:
     return [*lines, f"at {UTILIZATION:.0%} of the stated bfloat16 peak and assumed prices per hour"]
 
 
-def compare_curve(run: Run, curve: Path | None) -> list[str]:
+def read_curve(path: Path, train: Train) -> dict[int, float]:
+    """The losses of another run by step; found to be of use before days of training."""
+    try:
+        curve = {int(step): float(loss) for step, loss in json.loads(path.read_text()).items()}
+        if not all(map(math.isfinite, curve.values())):
+            raise ValueError("a loss is not finite")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--curve {path} cannot be read: {error}. Give the curve.json of a run folder.") from None
+    if not any(step % train.log_every == 0 or step == train.steps for step in curve if step <= train.steps):
+        raise UserError(
+            f"--curve {path} has no step in common with this run, which logs every {train.log_every} of its "
+            f"{train.steps:,}. Give another curve, or another train.log_every."
+        )
+    return curve
+
+
+def compare_curve(run: Run, curve: dict[int, float] | None) -> list[str]:
     """Compare the contrastive loss with chance, and all losses with those of another run at the same steps."""
     losses = {row["step"]: row["loss"] for row in run.metrics}
     (run.folder / "curve.json").write_text(json.dumps(losses), encoding="utf-8")
@@ -161,14 +179,12 @@ def compare_curve(run: Run, curve: Path | None) -> list[str]:
         problems.append("the contrastive loss does not begin near chance, or stays there")
     if curve is None:
         return problems
-    expected = {int(step): loss for step, loss in json.loads(curve.read_text()).items()}
-    common = sorted(expected.keys() & losses.keys())
-    if not common:
-        return [*problems, f"{curve} has no step in common with the run"]
-    apart = {step: abs(losses[step] - expected[step]) / max(abs(expected[step]), 0.1) for step in common}
-    worst = max(apart, key=lambda step: apart[step])
-    print(f"{len(common)} steps in common with {curve}; the largest distance is {apart[worst]:.2%}, at step {worst}")
-    return problems + ([f"the loss leaves the curve at step {worst}"] if apart[worst] > TOLERANCE else [])
+    apart = {n: abs(losses[n] - curve[n]) / max(abs(curve[n]), 0.1) for n in sorted(curve.keys() & losses.keys())}
+    if not apart:
+        return [*problems, "the curve has no step in common with the run"]
+    far = [step for step, distance in apart.items() if not distance <= TOLERANCE]
+    print(f"{len(apart)} steps in common with the curve; the largest distance is {max(apart.values()):.2%}")
+    return problems + ([f"the loss leaves the curve at step {far[0]}: {len(far)} of {len(apart)} steps"] if far else [])
 
 
 def main() -> None:
@@ -183,7 +199,11 @@ def main() -> None:
     )
     parser.add_argument("--gpus", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--sample", type=int, default=20_000, help="pairs that are read for the checks")
-    parser.add_argument("--curve", type=Path, help="curve.json of another run, to compare the loss with")
+    parser.add_argument(
+        "--curve",
+        type=Path,
+        help="curve.json of another run like this one, to compare the loss with; of full size there is none",
+    )
     parser.add_argument("--out", type=Path, help="run folder (default runs/EXPERIMENT)")
     parser.add_argument("--check", action="store_true", help="no training")
     parser.add_argument("--anyway", action="store_true", help="train in spite of problems of the data")
@@ -192,7 +212,7 @@ def main() -> None:
     try:
         problems = run(options, experiment, out)
     except UserError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{error}\n")
     for problem in problems:
         print(f"PROBLEM: {problem}")
     sys.exit(1 if problems else 0)
@@ -206,22 +226,39 @@ def run(options: argparse.Namespace, experiment: Experiment, out: Path) -> list[
     if options.experiment == "synthetic" and not Path(options.data).exists():
         shard_source(Crops(experiment.pairs), options.data, size=64, shard_pairs=500, workers=0)
     recipe = load_recipe(experiment.recipe, keys)
+    if not 1 <= options.gpus <= recipe.train.batch_size:
+        raise UserError(f"--gpus is {options.gpus}; give 1 to {recipe.train.batch_size:,}, the pairs of a batch.")
+    curve = None if options.curve is None else read_curve(options.curve, recipe.train)
     print(f"{experiment.recipe}: reported zero-shot top-1 on ImageNet, %: {experiment.reported}")
-    print(*cost(recipe, options.gpus), sep="\n")
     problems = check_data(options.data, experiment, options.check_leakage, options.sample, out)
+    print(*cost(recipe, options.gpus), sep="\n")
     if options.check or (problems and not options.anyway):
         return problems
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     launcher = f"torch.distributed.run --standalone --nproc-per-node {options.gpus} -m declip".split()
     words = ["train", str(out / "recipe.yaml"), "--out", str(out / "run"), "--resume"]
     sys.stdout.flush()
-    ended = subprocess.run([sys.executable, "-m", *(launcher if options.gpus > 1 else ["declip"]), *words])
+    status = call([sys.executable, "-m", *(launcher if options.gpus > 1 else ["declip"]), *words])
     trained = Run(out / "run")
-    if ended.returncode or trained.step < recipe.train.steps:
+    if status or trained.step < recipe.train.steps:
         raise UserError("The run did not come to its end; its messages are above. The same command continues it.")
     for result in trained.results:
         print(json.dumps(result))
-    return problems + compare_curve(trained, options.curve)
+    return problems + compare_curve(trained, curve)
+
+
+def call(command: list[str]) -> int:
+    """Run a command to its end, also after Ctrl-C, which lets it save a checkpoint; give its exit status."""
+    with subprocess.Popen(command) as process:
+        earlier = (
+            signal.signal(signal.SIGINT, signal.SIG_IGN),
+            signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        )
+        try:
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGINT, earlier[0])
+            signal.signal(signal.SIGTERM, earlier[1])
 
 
 if __name__ == "__main__":

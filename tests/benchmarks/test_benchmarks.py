@@ -1,9 +1,12 @@
 """The benchmarks and the reproduction of the papers' runs work on toy towers; no time is asserted."""
 
 import json
+import signal
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -13,10 +16,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+Scripts = Callable[[str], ModuleType]
+Call = Callable[..., tuple[Any, list[str]]]
+Gpu = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 @pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Scripts:
     """Import a file of benchmarks/ or scripts/."""
     for folder in ("benchmarks", "scripts"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
@@ -24,9 +30,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture
-def call(
-    scripts: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[Any, list[str]]]:
+def call(scripts: Scripts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Run a file as a command; give its exit status and the lines that it printed."""
 
     def called(name: str, *arguments: object) -> tuple[Any, list[str]]:
@@ -42,7 +46,7 @@ def call(
     return called
 
 
-def test_step_and_its_peer(call: Callable[..., tuple[Any, list[str]]]) -> None:
+def test_step_and_its_peer(call: Call) -> None:
     words = ("--tiny", "--batch-size", 4, "--repeats", 2, "--json", "--precision", "fp32", "--apart")
     whole = json.loads(call("step", *words)[1][-1])
     found = whole["measured"]["fp32"]
@@ -61,7 +65,7 @@ def test_step_and_its_peer(call: Callable[..., tuple[Any, list[str]]]) -> None:
     assert sides["clip"]["model"] - sides["open_clip"]["model"] == 64 + 32
 
 
-def test_both_recipes_step_on_the_same_pairs(scripts: Callable[[str], ModuleType]) -> None:
+def test_both_recipes_step_on_the_same_pairs(scripts: Scripts) -> None:
     step = scripts("step")
     options = ["--recipe=declip-yfcc15m-vitb32", "--tiny", "--batch-size=4", "--captions=full", "--precision=fp32"]
     setting = step.prepare(step.parser().parse_args(options))
@@ -70,7 +74,7 @@ def test_both_recipes_step_on_the_same_pairs(scripts: Callable[[str], ModuleType
     assert (len(clip.views), len(ours.views), ours.texts.shape[0], clip.texts.shape[-1]) == (1, 2, 2, 77)
 
 
-def test_search_and_its_peers(call: Callable[..., tuple[Any, list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_and_its_peers(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     words = ("--sizes", 1200, "--width", 32, "--batch-size", 1, 4, "--repeats", 1)
     rows = json.loads(call("search", *words)[1][-1])["rows"]
@@ -79,37 +83,86 @@ def test_search_and_its_peers(call: Callable[..., tuple[Any, list[str]]], monkey
     assert min(recall for name, recall in recalls.items() if name.startswith("declip")) > 0.97
 
 
-def test_parts_on_a_gpu_are_measured_once(
-    scripts: Callable[[str], ModuleType], call: Callable[..., tuple[Any, list[str]]], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+@pytest.fixture
+def gpu(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Measure parts of toy towers; give the exit status and what is printed."""
     monkeypatch.setattr(scripts("gpu"), "RECIPES", ("clip",))
-    words = ("--out", tmp_path, "--device", "cpu", "--tiny", "--only")
-    status, printed = call("gpu", *words, "ViT-B-32")
-    rows = json.loads(printed[-1])["ViT-B-32"]["rows"]
+
+    def called(*words: object) -> tuple[Any, dict[str, Any]]:
+        status, printed = call("gpu", "--out", tmp_path, "--device", "cpu", "--tiny", *words)
+        return status, json.loads(printed[-1])
+
+    return called
+
+
+def test_parts_on_a_gpu_are_measured_once(gpu: Gpu, call: Call, tmp_path: Path) -> None:
+    status, printed = gpu("--only", "ViT-B-32")
+    rows = printed["ViT-B-32"]["rows"]
     assert (status, [row["what"] for row in rows]) == (0, ["clip", "open_clip"])
     for row in rows:
-        assert row["batch"] == 4
-        assert row["samples_per_second"] * row["ms"] == pytest.approx(4000, rel=0.05)
+        assert row["batch"] == 8
+        assert row["samples_per_second"] * row["ms"] == pytest.approx(8000, rel=0.05)
     before = (tmp_path / "ViT-B-32.json").read_text()
-    both = json.loads(call("gpu", *words, "ViT-B-32,views")[1][-1])
+    both = gpu("--only", "ViT-B-32,views")[1]
     assert (tmp_path / "ViT-B-32.json").read_text() == before
     assert both["views"]["rows"][-1] == {"what": "largest difference", "value": 0.0}
-    assert call("gpu", *words, "vit")[0] == 2
+    assert call("gpu", "--out", tmp_path, "--tiny", "--only", "vit")[0] == 2
+    assert call("gpu", "--out", tmp_path, "--device", "cpu")[0] == 2, "full size takes a GPU"
 
 
-def test_a_large_batch_is_measured_without_the_peer_that_is_missing(
-    call: Callable[..., tuple[Any, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part", ["resume", "two-processes", "loading", "RN50-compiled"])
+def test_every_part_on_a_gpu_can_be_tried_on_a_cpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    status, printed = gpu("--only", part)
+    rows = printed[part]["rows"]
+    assert (status, [row for row in rows if "failed" in row or "note" in row]) == (0, [])
+    assert part != "resume" or rows[0]["value"] is True
+    assert part != "two-processes" or all(row["value"] < 1e-3 for row in rows)
+
+
+def test_what_fails_on_a_gpu_keeps_the_rest_and_comes_again_last(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def part(bench: Any, name: str) -> list[dict[str, Any]]:
+        calls.append(name)
+        return [{"what": name, "value": 1 // calls.count("good")}]
+
+    parts = {name: partial(part, name=name) for name in ("early", "good")}
+    monkeypatch.setattr("gpu.PARTS", parts)
+    assert gpu("--minutes", -1) == (0, {})
+    assert gpu("--only", "early")[1]["early"]["rows"][0]["failed"].startswith("ZeroDivisionError")
+    status, printed = gpu()
+    assert (status, calls) == (0, ["early", "good", "early"])
+    assert gpu() == (0, printed)
+
+
+def test_the_largest_batch_is_found_and_halved_where_compiling_needs_more(
+    scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    script = scripts("gpu")
+    bench = script.Bench(Namespace(tiny=True, device="cpu", out=tmp_path))
+
+    def run(count: int, most: int) -> Callable[[], None]:
+        if count > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return lambda: None
+
+    monkeypatch.setattr(script, "our_side", lambda *sizes: partial(run, most=2 if sizes[-1] else 4))
+    shape, source = script.sizes(bench, "ViT-B-32")
+    for compiled, batch in ((False, 4), (True, 2)):
+        assert script.steps(bench, "ViT-B-32", "clip", replace(shape, compiled=compiled), source)["batch"] == batch
+
+
+def test_a_large_batch_is_measured_without_the_peer_that_is_missing(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    status, printed = call("gpu", "--out", tmp_path, "--device", "cpu", "--tiny", "--only", "grad-cache")
-    ours, peer = json.loads(printed[-1])["grad-cache"]["rows"]
-    assert (status, ours["batch"], ours["chunk"]) == (0, 8, 4)
+    status, printed = gpu("--only", "grad-cache")
+    ours, peer = printed["grad-cache"]["rows"]
+    assert (status, ours["batch"], ours["chunk"]) == (1, 8, 4)
     assert ours["ms"] > 0
-    assert "declip[bench]" in peer["note"]
+    assert "declip[bench]" in peer["failed"]
 
 
-def test_the_peers_loss_in_chunks_has_the_gradients_of_the_plain_loss(scripts: Callable[[str], ModuleType]) -> None:
+def test_the_peers_loss_in_chunks_has_the_gradients_of_the_plain_loss(scripts: Scripts) -> None:
     open_clip = pytest.importorskip("open_clip")
     pytest.importorskip("sentence_transformers")
     peers, config = scripts("peers"), scripts("step").tiny(open_clip.get_model_config("ViT-B-32-quickgelu"))
@@ -131,7 +184,7 @@ def test_the_peers_loss_in_chunks_has_the_gradients_of_the_plain_loss(scripts: C
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def test_a_batch_is_repeated_whole(scripts: Callable[[str], ModuleType]) -> None:
+def test_a_batch_is_repeated_whole(scripts: Scripts) -> None:
     gpu = scripts("gpu")
     recipe = gpu.load_recipe("demo-declip-official", {"train.batch_size": 4})
     batch = next(gpu.build(recipe, gpu.InMemory(["a red circle", "a blue square"] * 4, 32)).loader)
@@ -143,10 +196,7 @@ def test_a_batch_is_repeated_whole(scripts: Callable[[str], ModuleType]) -> None
     assert torch.equal(more.labels[8:], batch.labels[:2])
 
 
-def test_reproduction(
-    scripts: Callable[[str], ModuleType], call: Callable[..., tuple[Any, list[str]]], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_reproduction(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = scripts("reproduce")
     known = module.EXPERIMENTS["synthetic"]
     small = {**known.keys, "train.steps": 8, "train.batch_size": 8, "train.warmup_steps": 0, "train.log_every": 1}
@@ -168,3 +218,14 @@ def test_reproduction(
     status, printed = call("reproduce", *words, *learning, "--curve", other)
     assert status == 1
     assert "at step 2" in printed[-1]
+    for text in ("{}", '{"9": 1.0}', '{"1": NaN}', "[1]"):  # wrong ones are found before a step is taken
+        other.write_text(text)
+        assert call("reproduce", *words, "--curve", other)[0] == 2
+    assert call("reproduce", *words, "--gpus", 0)[0] == 2
+
+
+def test_a_reproduction_that_is_stopped_lets_the_run_save_its_checkpoint(scripts: Scripts) -> None:
+    child = "import os, signal, sys, time; os.kill(os.getppid(), signal.{}); time.sleep({}); sys.exit(7)"
+    call = scripts("reproduce").call
+    assert call([sys.executable, "-c", child.format("SIGINT", 0.2)]) == 7
+    assert call([sys.executable, "-c", child.format("SIGTERM", 60)]) == -signal.SIGTERM

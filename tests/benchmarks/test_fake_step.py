@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.profiler import profile
 
 from conftest import TINY, WEIGHTS
 from declip.errors import UserError
-from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.objective import Objective
-from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.parallel import Learner
 from declip.training.setup import plan_of
-from declip.training.step import StepParts, training_step
+from declip.training.step import training_step
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from fake_step import _batch, fake_step, main
+
+from pairs import InMemory
+from parts import build
 
 EVERY_LOSS = {**WEIGHTS["defilip"], "simclr": 0.2}
 VIEW = {"scale": (0.5, 1.0)}
@@ -31,21 +30,14 @@ def recipe_of(losses: dict[str, float], train: dict[str, Any] | None = None, **s
     return Recipe.model_validate({**TINY, "name": "tiny", "loss_weights": losses, **sections, "train": train})
 
 
-def parts_of(recipe: Recipe, device: str) -> StepParts:
-    torch.manual_seed(0)
-    model = DualEncoder.from_recipe(recipe).to(device)
-    objective = Objective(recipe, model).to(device)
-    plan, learner = plan_of(recipe), Learner(model, objective).train()
-    optimizer = build_optimizer(named_trainable(model, objective), recipe.train)
-    mean, std = (torch.tensor(values, device=device) for values in (plan.mean, plan.std))
-    return StepParts(learner, optimizer, mean, std, precision=recipe.train.precision, grad_clip_norm=1.0)
-
-
 @pytest.mark.parametrize(
     ("train", "sections"),
     [
         ({"length_buckets": 2, "grad_clip_norm": 1.0}, {"views": {"contrastive_view": VIEW}}),
-        ({"grad_cache_chunk": 3, "optimizer": "muon"}, {"masked_language": {"mask_contrastive_text": False}}),
+        (
+            {"grad_cache_chunk": 3, "optimizer": "muon", "ema_decay": 0.9},
+            {"masked_language": {"mask_contrastive_text": False}},
+        ),
     ],
 )
 def test_no_step_waits_for_the_device(train: dict[str, Any], sections: dict[str, Any]) -> None:
@@ -62,12 +54,20 @@ def test_what_waits_is_named() -> None:
     assert found.waits[0].endswith(("is_nonzero", "_local_scalar_dense"))
 
 
-def test_memory_and_operations_are_those_of_a_measured_step() -> None:
-    image = {"model": "declip_vit_tiny", "size": 32, "model_kwargs": {"patch_size": 4, "embed_dim": 64, "depth": 2}}
+@pytest.mark.parametrize(
+    ("model", "size", "options"),
+    [
+        ("declip_vit_tiny", 32, {"patch_size": 4, "embed_dim": 64, "depth": 2}),
+        ("resnet50_clip", 64, {"depths": [1, 1, 1, 1]}),
+        ("regnety_002", 64, {}),
+    ],
+)
+def test_memory_and_operations_are_those_of_a_measured_step(model: str, size: int, options: dict[str, Any]) -> None:
+    image = {"model": model, "size": size, "model_kwargs": options}
     recipe = recipe_of(WEIGHTS["declip"], {"batch_size": 16, "precision": "fp32"}, image=image)
     found = fake_step(recipe)
-    parts = parts_of(recipe, "cpu")
-    batch = _batch(16, plan_of(recipe), parts.learner.model.tokenizer.end, 16)  # type: ignore[union-attr]
+    built = build(recipe, InMemory(["a red circle"] * 16, size))
+    parts, batch = built.step, _batch(16, plan_of(recipe), built.model.tokenizer.end, 16)
     training_step(parts, batch)
     parts.optimizer.zero_grad()
     with profile(profile_memory=True) as trace:

@@ -10,8 +10,12 @@ from declip.models.text_tower import TextTower
 from declip.recipe.load import load_recipe
 from declip.supervision.objective import Objective
 
-OPENAI = {"vit_base_patch32_clip_quickgelu_224": 151_277_313, "vit_base_patch16_clip_quickgelu_224": 149_620_737}
-"""Parameters of OpenAI's CLIP; ours has a word more, the mask, and a bias of the text projection: 512 each."""
+OPENAI = {
+    "vit_base_patch32_clip_quickgelu_224": 151_277_313,
+    "vit_base_patch16_clip_quickgelu_224": 149_620_737,
+    "resnet50_clip": 102_007_137,
+}
+"""Parameters of OpenAI's CLIP; ours has a word more, the mask, and a bias of the text projection."""
 
 
 def meta(image: str, **keys: Any) -> DualEncoder:
@@ -23,15 +27,23 @@ def meta(image: str, **keys: Any) -> DualEncoder:
 
 
 @pytest.mark.parametrize("image", OPENAI)
-def test_vision_transformers_have_the_size_of_openai(image: str) -> None:
-    assert sum(p.numel() for p in meta(image).parameters()) == OPENAI[image] + 512 + 512
+def test_towers_have_the_size_of_openai(image: str) -> None:
+    width = 1024 if image == "resnet50_clip" else 512
+    assert sum(p.numel() for p in meta(image, embed_dim=width).parameters()) == OPENAI[image] + 512 + width
+
+
+def test_the_largest_tower_of_the_paper_has_the_size_that_timm_states() -> None:
+    trunk = meta("regnety_640").image_tower.trunk
+    assert sum(p.numel() for p in trunk.parameters()) + 1000 * (4920 + 1) == 281_378_786  # with 1,000 classes
 
 
 @pytest.mark.parametrize(
     ("image", "options"),
     [
+        ("vit_base_patch32_clip_quickgelu_224", {"depth": 1}),
         ("vit_base_patch16_clip_quickgelu_224", {"depth": 1}),
         ("resnet50_clip", {"depths": [1, 1, 1, 1]}),
+        ("regnety_002", {}),
     ],
 )
 def test_image_towers_are_one_graph(image: str, options: dict[str, Any]) -> None:

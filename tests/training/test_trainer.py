@@ -297,11 +297,12 @@ def test_a_device_is_asked_for_its_precision(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_no_step_waits_for_cuda(table: Path, tmp_path: Path) -> None:
-    trainer = Trainer(recipe_for(table, "defilip", device="cuda", precision="bf16"), tmp_path, quiet=True)
+    recipe = recipe_for(table, "defilip", device="cuda", precision="bf16", ema_decay=0.9)
+    trainer = Trainer(recipe, tmp_path, quiet=True)
     batches = [next(trainer.loader) for _ in range(2)]
     training_step(trainer.parts, batches[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training_step(trainer.parts, batches[1])
+        trainer.guard.check(1, training_step(trainer.parts, batches[1]))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -12,8 +12,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
-from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 from torch.distributed.rendezvous import rendezvous
 
 from declip.errors import UserError
@@ -84,6 +82,25 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+class _AllGather(torch.autograd.Function):
+    """Tensors of all ranks, by rank; what is used on several ranks gets the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> tuple[Tensor, ...]:
+        parts = [torch.empty_like(own) for _ in range(world_size())]
+        dist.all_gather(parts, own)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        received = torch.empty_like(sent := torch.stack(gradients))
+        dist.all_to_all_single(received, sent)
+        return received.sum(dim=0)
+
+
+all_gather_with_gradient: Callable[[Tensor], tuple[Tensor, ...]] = _AllGather.apply
+
+
 def gather(counts: Sequence[int]) -> Gather:
     """Give a function (counts[rank], k) → (sum(counts), k) that gathers rows in rank order.
 
@@ -100,7 +117,7 @@ def gather(counts: Sequence[int]) -> Gather:
 
 def summed(values: Tensor) -> Tensor:
     """Sum over ranks, with gradient; every rank must give the same shape."""
-    return cast(Tensor, all_reduce_with_gradient(values)) if world_size() > 1 else values
+    return torch.stack(all_gather_with_gradient(values)).sum(dim=0) if world_size() > 1 else values
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The steps, time and memory that a run will take, from a few steps on some of its pairs."""
 
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ def estimate(recipe: Recipe) -> Estimate:
         if trainer.lock is not None:
             trainer.lock.close()
         memory = _peak(trainer.device)
-    return Estimate(trainer.recipe, features, math.ceil(train.steps) * seconds, count * evaluation, memory)
+    return Estimate(trainer.recipe, features, train.steps * seconds, count * evaluation, memory)
 
 
 def step_seconds(trainer: Trainer, count: int) -> list[float]:

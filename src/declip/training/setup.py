@@ -4,16 +4,17 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 
 from declip.data.assembly import Assembler
 from declip.data.cached import CachedFeatures, VariantAssembler
@@ -146,22 +147,21 @@ def versions() -> dict[str, str]:
     }
 
 
-def averaged(model: DualEncoder, decay: float | None) -> AveragedModel | None:
-    """Copy a model for averaged weights; None without a decay.
+class Average:
+    """Moving averages of a model's weights and buffers; the decay grows as (1 + n) / (10 + n), to forget the start."""
 
-    The decay grows as (1 + n) / (10 + n), so that the random start is soon forgotten.
-    """
-    if decay is None:
-        return None
+    def __init__(self, model: DualEncoder, decay: float) -> None:
+        self.module, self.decay, self.n_averaged = deepcopy(model), decay, torch.tensor(0)
 
     @torch.no_grad()
-    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
-        n = float(count)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        for average, value in zip(averages, values, strict=True):
-            average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
-
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move towards the model's values, at first to them; torch's `AveragedModel` waits for the device here."""
+        n = int(self.n_averaged)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n))
+        both = (chain(each.parameters(), each.buffers()) for each in (self.module, model))
+        for average, value in zip(*both, strict=True):
+            average.lerp_(value, weight) if n and average.is_floating_point() else average.copy_(value)
+        self.n_averaged += 1
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ class Trainer:
             check_frozen(recipe, self.model)
         multipliers = self.pretrained.multipliers if self.pretrained is not None else {}
         self.learner = build_learner(recipe, self.model, self.objective)
-        self.average = setup.averaged(self.model, recipe.train.ema_decay)
+        self.average = setup.Average(self.model, recipe.train.ema_decay) if recipe.train.ema_decay else None
         if recipe.train.compile:
             compile_towers(recipe, self.model, self.plan, rows_of_rank(recipe.train.batch_size))
         named = optimizers.named_trainable(self.model, self.objective)
@@ -165,7 +165,7 @@ class Trainer:
     @property
     def evaluated_model(self) -> DualEncoder:
         """The averaged weights where the recipe asks for them, else the trained ones."""
-        return cast(DualEncoder, self.average.module) if self.average is not None else self.model
+        return self.average.module if self.average is not None else self.model
 
     @property
     def encoder(self) -> Encoder:
