@@ -82,6 +82,7 @@ GOOD = header() + b"content!".ljust(BLOCK, b"\0")
         (extended(b"9" * 5000 + b" path=a\n"), "digits"),
         (extended(b"12 path=b.jpg\n") * 5000 + GOOD, ""),
         (header(size=b"00000002000\0") + bytes(BLOCK), "cut short: 2,048 bytes of at least 2,560"),
+        (bytes(1 << 21), "empty from byte 1,024 on"),
     ],
 )
 def test_what_lies_ends_the_walk_and_spares_what_came_before(tmp_path, tail, says):

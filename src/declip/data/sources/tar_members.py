@@ -9,6 +9,7 @@ LARGEST_HEADER = 1 << 18
 """Bytes that are read of a member's headers: `tarfile` would read extended ones whatever size they claim."""
 
 LARGEST_SIZE = 1 << 62
+MOST_PADDING = 1 << 20  # bytes behind the end of an archive; tar's own blocks have 10 KiB
 
 
 def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
@@ -32,7 +33,9 @@ def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
             at = tar.offset
             if info.isreg() and not info.issparse():
                 yield info.name, info.offset_data, min(info.size, LARGEST_SIZE)
-    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+    except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined]
+        if file.size - at > MOST_PADDING:
+            raise tarfile.TarError(f"empty from byte {at:,} on, as an unfinished download is") from error
         return
     except OSError:
         raise
