@@ -151,7 +151,9 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
         text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
         write_tokenizer(model.tokenizer, folder)
         if repo is None:
-            log.warning("This folder loads as local-dir:FOLDER alone. For the Hub export it with --repo OWNER/NAME.")
+            log.info(
+                f"open_clip loads '{home or folder}' as local-dir:FOLDER; --repo OWNER/NAME writes it for the Hub."
+            )
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(contiguous, folder / WEIGHTS, {"format": "pt"})

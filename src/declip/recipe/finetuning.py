@@ -22,8 +22,9 @@ def settings(
     given = dict(given or {})
     if freeze is not None and freeze not in FREEZE:
         raise unknown("value of --freeze", freeze, FREEZE)
+    lora = any(value is not None for key, value in given.items() if key.startswith("finetune.lora"))
     if freeze is None:
-        freeze = "both" if start == "heads" and on_cpu else "none"
+        freeze = "both" if start == "heads" and on_cpu and not lora else "none"
     blocks = dict(zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True))
     heads = freeze == "both" and start == "heads"
     batch_size = min(128 if on_cpu else 256, max(8, 1 << (pairs // 8).bit_length() - 1))
@@ -35,6 +36,7 @@ def settings(
         "train.batch_size": batch_size,
         "train.lr": 1e-5 if start == "whole" else 1e-3,
         "train.patience": 5,
+        **({"finetune.layer_decay": 1.0} if lora else {}),
     }
     if start == "whole":
         keys |= {"finetune.image_lr_scale": 1.0, "finetune.text_lr_scale": 1.0}

@@ -160,14 +160,22 @@ def read_run(folder: str | Path) -> Run:
     return Run(Path(folder))
 
 
+def make_folder(folder: Path) -> None:
+    """Make a run folder, unless it is there; raises `UserError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
 def lock_folder(folder: Path) -> FileIO:
     """Make the run folder and lock it for this process, until the returned file is closed.
 
     The operating system releases the lock however the process ends, and worker processes do not inherit it. Windows
     and file systems without such locks give none.
     """
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("ab+", buffering=0)
     except OSError as error:
         raise _not_writable(folder, error) from error

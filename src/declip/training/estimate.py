@@ -69,7 +69,8 @@ def estimate(recipe: Recipe) -> Estimate:
         if trainer.lock is not None:
             trainer.lock.close()
         memory = _peak(trainer.device)
-    return Estimate(trainer.recipe, features, math.ceil(train.steps) * seconds, count * evaluation, memory)
+    whole = trainer.recipe.model_copy(update={"data": recipe.data})
+    return Estimate(whole, features, math.ceil(train.steps) * seconds, count * evaluation, memory)
 
 
 def _peak(device: torch.device) -> int:

@@ -5,11 +5,13 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor
@@ -18,11 +20,12 @@ from torch.optim.swa_utils import AveragedModel
 from declip.data.assembly import Assembler
 from declip.data.cached import CachedFeatures, VariantAssembler
 from declip.data.loader import PairLoader
-from declip.data.pair import PairSource
+from declip.data.pair import BrokenPair, PairSource
 from declip.data.plan import Plan, plan_views
 from declip.data.sources.mixture import Mixture
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
+from declip.data.text.augment import in_other_script
 from declip.evaluation.datasets import open_dataset, with_classes
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
@@ -89,6 +92,22 @@ def check_datasets(recipe: Recipe) -> None:
 def plan_of(recipe: Recipe) -> Plan:
     """Plan the views of a pair that the losses of a recipe need."""
     return plan_views(recipe, needs_of(recipe))
+
+
+def unaugmented(source: PairSource, plan: Plan, sample: int = 64) -> str | None:
+    """Say so where text views are augmented, but most captions are in a script that the augmentation leaves alone."""
+    if plan.texts.count == 1 or plan.texts.augmentation.second_view == "same" or source.remote:
+        return None
+    captions: list[str] = []
+    for index in np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int).tolist():
+        with suppress(BrokenPair):
+            captions += source.captions(index)
+    others = sum(map(in_other_script, captions))
+    if 2 * others <= len(captions):
+        return None
+    return (
+        f"{others} of {len(captions)} captions are not in Latin script: their second view has no English augmentation."
+    )
 
 
 def build_loader(

@@ -78,7 +78,7 @@ def test_what_names_shards(folder):
 
 def test_missing_shards_are_named(folder):
     for word, missing in (("{00002..00012}.tar", "00004.tar"), ("x.tar", "x.tar"), ("x*.tar", "x*.tar")):
-        assert f"There is no shard '{folder}/{missing}'" in message(f"{folder}/{word}")
+        assert f"There is no file '{folder}/{missing}'" in message(f"{folder}/{word}")
     assert "names more than 1,000,000 shards" in message("{0..9999999999999}.tar")
     assert "names no shard" in message("::")
 

@@ -49,7 +49,8 @@ def test_one_bad_row_leaves_the_others(folder, kind):
 def test_a_missing_column_is_named_with_what_is_there(folder, kind):
     told = message(write(folder / f"t.{kind}", [("a.png", "x")]), caption_column="captoin")
     assert "has no column 'captoin' for the caption." in told
-    assert "Its columns: 'image', 'caption'. Name the right one with caption_column." in told
+    assert "Its columns: 'image', 'caption'." in told
+    assert "caption_column; in a recipe and its overrides with data.columns.caption." in told
 
 
 def test_usual_names_are_found_where_no_other_is_given():
@@ -191,9 +192,10 @@ def test_keywords_are_read_from_their_column(folder, kind):
     assert "data.columns.keywords" in told
 
 
-def test_semicolons_utf_16_and_latin_1_get_a_hint(folder):
-    (folder / "t.csv").write_text("image;caption\na.png;x\n")
-    assert "semicolons" in message(folder / "t.csv")
+def test_semicolons_and_tabs_are_read_and_utf_16_and_latin_1_get_a_hint(folder):
+    for sign in ";\t":
+        (folder / "t.csv").write_text(f"\ufeffimage{sign}caption\na.png{sign}x, y\n", encoding="utf-8")
+        assert open_source(folder / "t.csv")[0].captions == ("x, y",)
     (folder / "t.csv").write_text("image,caption\na.png,x\n", encoding="utf-16")
     assert "is UTF-16. Save it as UTF-8." in message(folder / "t.csv")
     (folder / "t.csv").write_bytes("image,caption\na.png,café\nb\xe9.png,x\nc.png,good\n".encode("latin-1"))
