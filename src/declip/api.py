@@ -32,7 +32,7 @@ from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.page import Table, rich_table
 from declip.reports.run import write_report
-from declip.runs.folder import RECIPE, Run, log, make_folder
+from declip.runs.folder import RECIPE, Run, log, not_writable
 from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training import distributed
@@ -43,11 +43,8 @@ from declip.training.trainer import Trainer
 
 SPLIT = ("train.pairs", "val.pairs")  # lists of the parts of a split, in the run folder
 FINETUNED = Path("runs") / "finetune"
-ARGUMENTS = {
-    "data.source": "PAIRS (in Python `pairs`)",
-    "finetune.pretrained": "--from (in Python `weights`)",
-    **dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--val (in Python `val`)"),
-}
+ARGUMENTS = {"data.source": "PAIRS", "finetune.pretrained": "--from"}
+ARGUMENTS |= dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--val")
 """Recipe keys that arguments of `finetune` set."""
 HEAD_KEYS = ("finetune.head", "finetune.head_init", "finetune.mixup")
 HEADS: dict[str, tuple[Any, ...]] = {
@@ -235,14 +232,16 @@ def finetune_recipe(
     """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`."""
     if (folder / RECIPE).exists():
         raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
-    sets = [val] if isinstance(val, str | Path) else list(val)
-    if objects := [type(place).__name__ for place in (pairs, *sets) if not isinstance(place, str | Path)]:
+    named = [val] if isinstance(val, str | Path) else list(val)
+    if objects := [type(place).__name__ for place in (pairs, *named) if not isinstance(place, str | Path)]:
         raise UserError(
             f"finetune takes names of files and folders, not {objects[0]}. Train on a Python object with "
             "declip.train('finetune', {'finetune.pretrained': WEIGHTS}, data=OBJECT, val=[FILE]), or write a table."
         )
-    sets = list(map(str, sets))
-    make_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(folder, error) from error
     given = {k: read_value(k, v) if isinstance(v, str) else v for k, v in (overrides or {}).items()}
     for key in ARGUMENTS.keys() & given:
         raise UserError(f"{key}={given[key]}: give a fine-tuning this as {ARGUMENTS[key]}.")
@@ -256,7 +255,7 @@ def finetune_recipe(
     settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
     load_recipe("finetune", {**least, **settled(FEWEST)})
     columns = {name: value for name, value in options.items() if value is not None}
-    source, data = open_source(pairs, **columns), str(pairs)
+    source, data, sets = open_source(pairs, **columns), str(pairs), list(map(str, named))
     if sets:
         for name in sets:
             if (warning := check_copies(source, open_dataset(name).split("test"), not quiet)) is not None:

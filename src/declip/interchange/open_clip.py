@@ -151,9 +151,7 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
         text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
         write_tokenizer(model.tokenizer, folder)
         if repo is None:
-            log.info(
-                f"open_clip loads '{home or folder}' as local-dir:FOLDER; --repo OWNER/NAME writes it for the Hub."
-            )
+            log.warning("open_clip loads its export as local-dir:FOLDER. For the Hub: declip export --repo OWNER/NAME.")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(contiguous, folder / WEIGHTS, {"format": "pt"})

@@ -160,25 +160,17 @@ def read_run(folder: str | Path) -> Run:
     return Run(Path(folder))
 
 
-def make_folder(folder: Path) -> None:
-    """Make a run folder, unless it is there; raises `UserError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-
-
 def lock_folder(folder: Path) -> FileIO:
     """Make the run folder and lock it for this process, until the returned file is closed.
 
     The operating system releases the lock however the process ends, and worker processes do not inherit it. Windows
     and file systems without such locks give none.
     """
-    make_folder(folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("ab+", buffering=0)
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise not_writable(folder, error) from error
     if sys.platform == "win32":
         return file
     import fcntl
@@ -219,7 +211,7 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
         partial.replace(folder / RECIPE)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _not_writable(folder, error) from error
+        raise not_writable(folder, error) from error
     return newest
 
 
@@ -263,7 +255,8 @@ def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> 
         )
 
 
-def _not_writable(folder: Path, error: OSError) -> UserError:
+def not_writable(folder: Path, error: OSError) -> UserError:
+    """Build the error for a run folder that cannot be made or written into."""
     return UserError(f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out.")
 
 

@@ -34,6 +34,7 @@ from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import needs_of
 from declip.training import distributed
 
+GENERATORS = ("cuda", "mps")  # devices with a generator of their own
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
@@ -98,16 +99,14 @@ def unaugmented(source: PairSource, plan: Plan, sample: int = 64) -> str | None:
     """Say so where text views are augmented, but most captions are in a script that the augmentation leaves alone."""
     if plan.texts.count == 1 or plan.texts.augmentation.second_view == "same" or source.remote:
         return None
-    captions: list[str] = []
+    others = list[bool]()
     for index in np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int).tolist():
         with suppress(BrokenPair):
-            captions += source.captions(index)
-    others = sum(map(in_other_script, captions))
-    if 2 * others <= len(captions):
-        return None
-    return (
-        f"{others} of {len(captions)} captions are not in Latin script: their second view has no English augmentation."
+            others += map(in_other_script, source.captions(index))
+    message = (
+        f"{sum(others)} of {len(others)} captions are not in Latin script: English augmentation leaves them alone."
     )
+    return message if 2 * sum(others) > len(others) else None
 
 
 def build_loader(
@@ -186,20 +185,16 @@ def averaged(model: DualEncoder, decay: float | None) -> AveragedModel | None:
 def random_states(device: torch.device) -> dict[str, Tensor]:
     """Give the states of torch's generators, "cpu" and that of the device."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
+    if device.type in GENERATORS:
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
     return states
 
 
 def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Put the states of torch's generators back."""
     torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    if device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
+    if device.type in GENERATORS and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
 def seed_rank(seed: int, step: int) -> None:
