@@ -71,7 +71,7 @@ class Held:
     def measure(self, model) -> dict[str, float]:
         encoder = FrozenEncoder(model)
         if self.features is None:
-            self.features = encode_source(encoder, self.source, encode=encoder.pool_image, texts=False)
+            self.features = encode_source(encoder, self.source, encode=model.image_tower.pool, texts=False)
         found = self.features
         with torch.no_grad():
             images = F.normalize(model.image_tower.proj(found.images), dim=-1)

@@ -148,8 +148,7 @@ def _read_tokenizer(file: Path) -> Tokenizer:
         theirs.no_padding()
         encoded = [theirs.encode(caption).ids for caption in CAPTIONS]
     except Exception as error:  # of the library's own kind
-        reason = one_line(error, 160)
-        raise UserError(f"{file.name} cannot be read: {reason}. Put the model's own next to {CONFIG}") from error
+        raise UserError(f"{file.name} cannot be read: {one_line(error, 160)}. Put the model's own there") from error
     vocabulary = theirs.get_vocab()
     if 0 <= len(vocabulary) - layouts.NO_MERGES <= layouts.CLIP_MERGES:
         ours = Tokenizer(merges=len(vocabulary) - layouts.NO_MERGES)

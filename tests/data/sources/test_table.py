@@ -50,7 +50,7 @@ def test_a_missing_column_is_named_with_what_is_there(folder, kind):
     told = message(write(folder / f"t.{kind}", [("a.png", "x")]), caption_column="captoin")
     assert "has no column 'captoin' for the caption." in told
     assert "Its columns: 'image', 'caption'." in told
-    assert "caption_column; in a recipe and its overrides with data.columns.caption." in told
+    assert "data.columns.caption=NAME, elsewhere with caption_column." in told
 
 
 def test_usual_names_are_found_where_no_other_is_given():

@@ -139,9 +139,8 @@ def test_captions_in_another_script_stay(generator):
     assert len({augment("le café est grand", generator) for _ in range(20)}) > 1
     plan = plan_views(load_recipe("clip"), [Needs(texts=2)])
     for others, says in ((2, True), (1, False)):
-        captions = ["красная машина"] * others + ["a red car"] * (3 - others)
-        source = open_source([("a.png", caption) for caption in captions])
-        assert bool(unaugmented(source, plan)) == says
+        pairs = [("a.png", text) for text in ["красная машина"] * others + ["a red car"] * (3 - others)]
+        assert bool(unaugmented(open_source(pairs), plan)) == says
 
 
 def test_captions_never_become_empty_and_single_words_stay(generator):

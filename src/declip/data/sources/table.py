@@ -134,7 +134,7 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
         key = "keywords" if what == "keyword" else what
         raise UserError(
             f"The table '{path}' has no column '{given}' for the {what}. Its columns: {exist}. "
-            f"Rename one, or name it with {what}_column; in a recipe and its overrides with data.columns.{key}."
+            f"Rename one; or name that of training pairs with data.columns.{key}=NAME, elsewhere with {what}_column."
         )
     if (count := list(columns).count(column)) > 1:
         raise UserError(f"The table '{path}' has {count} columns named '{printable(column)}'. Rename all but one.")
