@@ -123,6 +123,7 @@ def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_
         ("pairs.csv train.epochs=many", ("train.epochs='many'",)),
         ("pairs.csv train.batch_size=0", ("train.batch_size=0",)),
         ("pairs.csv finetune.mixup=much", ("finetune.mixup='much'",)),
+        ("pairs.csv contrastive.duplicates=mask finetune.mixup=1 finetune.cached_views=2", ("finetune.mixup", "group")),
         ("pairs.csv epochs=3", ("'epochs'", "'train.epochs'")),
         ("pairs.csv data.source=other.csv", ("data.source=other.csv", "PAIRS")),
         ("pairs.csv evaluation.retrieval=[other.csv]", ("evaluation.retrieval", "--val")),
@@ -188,6 +189,7 @@ def test_the_table_of_settings() -> None:
     given = settings(1_000, "whole", on_cpu=False, given={"train.steps": 40, "train.batch_size": 10, "train.lr": 1.0})
     assert "train.epochs" not in given
     assert (given["train.evaluate_every"], given["train.warmup_steps"], given["train.warmup_lr"]) == (40, 4, 0.01)
+    assert settings(200, "heads", True, given={"contrastive.duplicates": "mask"})["finetune.mixup"] == 0
     adapted = settings(200, "heads", on_cpu=True, given={"finetune.lora": {"rank": 8}})
     assert (adapted["finetune.freeze_text_blocks"], adapted["finetune.layer_decay"]) == (0, 1)
 
