@@ -27,12 +27,12 @@ def settings(
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
     blocks = dict(zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True))
     heads = freeze == "both" and start == "heads"
-    apart = given.get("contrastive.duplicates", "negatives") == "negatives"  # mixed captions are never equal
+    mixes = given.get("contrastive.duplicates", "negatives") == "negatives"  # mixed captions are never equal
     batch_size = min(128 if on_cpu else 256, max(8, 1 << (pairs // 8).bit_length() - 1))
     keys: dict[str, Any] = {
         **blocks,
         "finetune.cached_views": 4 if heads else 0,
-        **({"finetune.head_init": "cca", "finetune.mixup": float(apart)} if heads else {}),
+        **({"finetune.head_init": "cca", "finetune.mixup": float(mixes)} if heads else {}),
         "finetune.head_warmup_steps": 0 if heads else 200,
         "train.batch_size": batch_size,
         "train.lr": 1e-5 if start == "whole" else 1e-3,
