@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from declip.data.sources.python_items import PREFIX, Items
 from declip.data.sources.subset import PairList, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
-from declip.inspection.split import check_copies, split_pairs
+from declip.inspection.split import FEWEST, check_copies, split_pairs
 from declip.interchange import starter
 from declip.interchange.export import FORMATS, export
 from declip.interchange.foreign import Refusal
@@ -31,7 +32,7 @@ from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.page import Table, rich_table
 from declip.reports.run import write_report
-from declip.runs.folder import RECIPE, Run, log
+from declip.runs.folder import RECIPE, Run, log, not_writable
 from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training import distributed
@@ -42,6 +43,9 @@ from declip.training.trainer import Trainer
 
 SPLIT = ("train.pairs", "val.pairs")  # lists of the parts of a split, in the run folder
 FINETUNED = Path("runs") / "finetune"
+ARGUMENTS = {"data.source": "PAIRS", "finetune.pretrained": "--from"}
+ARGUMENTS |= dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--val")
+"""Recipe keys that arguments of `finetune` set."""
 HEAD_KEYS = ("finetune.head", "finetune.head_init", "finetune.mixup")
 HEADS: dict[str, tuple[Any, ...]] = {
     "linear": ("linear", "random", 0.0),
@@ -138,7 +142,7 @@ def finetune(
     pairs: str | Path,
     weights: str | Path | None = None,
     *,
-    val: str | Sequence[str] = (),
+    val: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     freeze: str | None = None,
     select: bool = False,
@@ -220,7 +224,7 @@ def finetune_recipe(
     pairs: str | Path,
     folder: Path,
     weights: str | Path | None = None,
-    val: str | Sequence[str] = (),
+    val: str | Path | Sequence[str | Path] = (),
     freeze: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -228,28 +232,42 @@ def finetune_recipe(
     """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`."""
     if (folder / RECIPE).exists():
         raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
+    named = [val] if isinstance(val, str | Path) else list(val)
+    if objects := [type(place).__name__ for place in (pairs, *named) if not isinstance(place, str | Path)]:
+        raise UserError(
+            f"finetune takes names of files and folders, not {objects[0]}. Train on a Python object with "
+            "declip.train('finetune', {'finetune.pretrained': WEIGHTS}, data=OBJECT, val=[FILE]), or write a table."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(folder, error) from error
     given = {k: read_value(k, v) if isinstance(v, str) else v for k, v in (overrides or {}).items()}
+    for key in ARGUMENTS.keys() & given:
+        raise UserError(f"{key}={given[key]}: give a fine-tuning this as {ARGUMENTS[key]}.")
+    # Wrong keys and values show at once, then faults of the weights, then those of the pairs.
+    least = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": [str(pairs)]}
+    free = {key: value for key, value in given.items() if not key.startswith("finetune.")}
+    options = load_recipe("finetune", {**least, **free}).data.table_options
     device = pick_device(given.get("train.device", "auto"))
-    start = read_start(where := str(weights or default_weights(device.type)))  # its faults show before pairs are read
-    of_table = {key: value for key, value in given.items() if key.startswith(("data.", "contrastive."))}
-    options = load_recipe("finetune", of_table).data.table_options
+    start = read_start(where := str(weights or default_weights(device.type)))
+    kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
+    settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
+    load_recipe("finetune", {**least, **settled(FEWEST)})
     columns = {name: value for name, value in options.items() if value is not None}
-    source, data = open_source(pairs, **columns), str(pairs)
-    sets = [val] if isinstance(val, str) else list(val)
+    source, data, sets = open_source(pairs, **columns), str(pairs), list(map(str, named))
     if sets:
         for name in sets:
             if (warning := check_copies(source, open_dataset(name).split("test"), not quiet)) is not None:
                 log.warning(warning)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         parts = split_pairs(source, progress=not quiet)
         for name, indices in zip(SPLIT, parts, strict=True):
             write_pair_list(folder / name, PairList(data, columns, len(source), indices.tolist()))
         data, sets = str(folder / SPLIT[0]), [str(folder / SPLIT[1])]
         source = open_source(data)
     count = min(len(source), given.get("data.max_pairs") or len(source))
-    kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
-    keys = {"finetune.pretrained": json.dumps(where), **settings(count, kind, device.type == "cpu", freeze, given)}
+    keys = {"finetune.pretrained": json.dumps(where), **settled(count)}
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", CPU_SIZE)
     return resolve_recipe("finetune", keys, data, sets)
@@ -284,7 +302,7 @@ def removed_on_error(folder: Path) -> Iterator[None]:
     except BaseException:
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
-        elif not (folder / RECIPE).exists():
+        elif folder.is_dir() and not (folder / RECIPE).exists():
             for name in SPLIT:
                 (folder / name).unlink(missing_ok=True)
         raise

@@ -13,6 +13,7 @@ import declip
 from conftest import TINY, texture
 from declip import api
 from declip.api import HEAD_KEYS, HEADS
+from declip.errors import UserError
 from declip.interchange import starter
 from declip.recipe.finetuning import settings
 from declip.recipe.load import load_recipe
@@ -113,6 +114,14 @@ def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_
         ("pairs.csv --freeze both", ("--freeze", "lora")),
         ("pairs.csv --select", ("--select", "--freeze both", "finetune.cached_views")),
         ("pairs.csv train.steps=3 train.epochs=3", ("train.steps=3", "train.epochs=3")),
+        ("pairs.csv train.epochs=many", ("train.epochs='many'",)),
+        ("pairs.csv train.batch_size=0", ("train.batch_size=0",)),
+        ("pairs.csv finetune.mixup=much", ("finetune.mixup='much'",)),
+        ("pairs.csv contrastive.duplicates=mask finetune.mixup=1 finetune.cached_views=2", ("finetune.mixup", "group")),
+        ("pairs.csv epochs=3", ("'epochs'", "'train.epochs'")),
+        ("pairs.csv data.source=other.csv", ("data.source=other.csv", "PAIRS")),
+        ("pairs.csv evaluation.retrieval=[other.csv]", ("evaluation.retrieval", "--val")),
+        ("pairs.csv --out pairs.csv", ("'pairs.csv'", "--out")),
     ],
 )
 def test_a_mistake_leaves_no_folder(
@@ -121,7 +130,7 @@ def test_a_mistake_leaves_no_folder(
     monkeypatch.chdir(pairs.parent)
     monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=OSError("no route")))
     start = [] if "--from" in words else ["--from", weights]
-    outcome = command("finetune", *words.split(), *start, "--out", tmp_path / "run", "--quiet")
+    outcome = command("finetune", "--out", tmp_path / "run", *words.split(), *start, "--quiet")
     assert outcome.status == 2
     assert (outcome.err.count("Error:"), "Traceback" in outcome.err) == (1, False)
     assert all(part in outcome.err for part in parts), outcome.err
@@ -162,6 +171,7 @@ def test_dry_run_keeps_nothing(pairs: Path, weights: Path, tmp_path: Path, monke
         assert f"source: {source}" in printed
         assert (str(other) in printed) == bool(val)
         assert "batch_size: 8" in printed
+        assert "max_pairs: null" in printed
         assert "GiB" in printed
     assert not list(tmp_path.iterdir())
 
@@ -176,3 +186,12 @@ def test_the_table_of_settings() -> None:
     given = settings(1_000, "whole", on_cpu=False, given={"train.steps": 40, "train.batch_size": 10, "train.lr": 1.0})
     assert "train.epochs" not in given
     assert (given["train.evaluate_every"], given["train.warmup_steps"], given["train.warmup_lr"]) == (40, 4, 0.01)
+    assert settings(200, "heads", True, given={"contrastive.duplicates": "mask"})["finetune.mixup"] == 0
+    adapted = settings(200, "heads", on_cpu=True, given={"finetune.lora": {"rank": 8}})
+    assert (adapted["finetune.freeze_text_blocks"], adapted["finetune.layer_decay"]) == (0, 1)
+
+
+def test_a_python_object_is_refused_with_the_way_that_takes_it(pairs: Path, weights: Path, tmp_path: Path) -> None:
+    for given, val in (([("0.png", "a"), ("1.png", "b")], ()), (pairs, [("0.png", "a")])):
+        with pytest.raises(UserError, match=r"declip.train\('finetune'"):
+            declip.finetune(given, weights, val=val, out=tmp_path / "run")  # type: ignore[arg-type]

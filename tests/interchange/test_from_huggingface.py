@@ -120,7 +120,7 @@ CONFIG, PICTURES, WORDS = "config.json", "preprocessor_config.json", "tokenizer.
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        (CONFIG, sets(model_type="blip"), "model_type is 'blip', and ours has 'clip'"),
+        (CONFIG, sets(model_type="blip"), "model_type is 'blip'; read are clip, "),
         (CONFIG, sets("vision_config", layer_norm_eps=1e-6), r"vision_config.*eps is 1e-06"),
         (CONFIG, sets("text_config", intermediate_size=96), "intermediate_size is 96.*128"),
         (CONFIG, sets("text_config", eos_token_id=5), "eos_token_id is 5, .*813 or 2"),

@@ -57,7 +57,7 @@ def check_source(source: str, option: str) -> None:
     """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns are left."""
     if re.match(r"[\w-]{2,}:", source) or "::" in source or any(sign in source for sign in "*?[{"):
         return
-    if not Path(source).expanduser().exists():
+    if not source or not Path(source).expanduser().exists():
         raise UserError(
             f"There is no file or folder '{source}' ({option}). Give a table (.csv, .jsonl, .parquet …), a folder of "
             "images with captions, tar shards such as 'data/{00000..00331}.tar', or builtin:emoji."

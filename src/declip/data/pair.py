@@ -204,6 +204,8 @@ class SkipCounter:
         sentence = "; ".join(self.lines()) + "."
         if "missing image" in self.counts:
             sentence += " A table's image paths are relative to its folder, or to data.image_root."
+        if "missing caption" in self.counts:
+            sentence += " A folder needs a text file of the same name for each image, or a table metadata.csv."
         return sentence
 
 

@@ -8,7 +8,7 @@ from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.inspection.duplicates import across, components, equal_groups, near_groups
 from declip.inspection.reading import ReadPairs, read
-from declip.io.text import percent
+from declip.io.text import percent, plural
 
 FRACTION, MOST, FEWEST = 0.1, 5_000, 20
 """Fraction of the pairs that the validation part has, and at most how many; pairs of which a part can be split off."""
@@ -80,7 +80,7 @@ def _related(pairs: ReadPairs) -> np.ndarray:
 
 def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs:
     if len(source) < fewest:
-        raise UserError(f"'{source.name}' has {len(source)} pairs; give {fewest} or more to fine-tune on.")
+        raise UserError(f"'{source.name}' has {plural(len(source), 'pair')}; give {fewest} or more to fine-tune on.")
     workers = None if len(source) > 2_000 else 0
     pairs = read(source, np.arange(len(source)), workers, f"Comparing images of {source.name}" if progress else "")
     if not len(pairs.pairs):

@@ -94,7 +94,8 @@ def read(where: str) -> Weights:
 
 def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's keys."""
-    _expect("model_type", config.get("model_type"), "clip")
+    if (kind := config.get("model_type")) != "clip":
+        raise UserError(f"its model_type is {kind!r}; read are {', '.join(('clip', *SIGLIP))}")
     # The first releases wrote each section under a second name too, which counts alone.
     text, vision = (config.get(f"{name}_dict") or config.get(name) or {} for name in ("text_config", "vision_config"))
     for name, section in (("text_config", text), ("vision_config", vision)):
@@ -147,7 +148,7 @@ def _read_tokenizer(file: Path) -> Tokenizer:
         theirs.no_padding()
         encoded = [theirs.encode(caption).ids for caption in CAPTIONS]
     except Exception as error:  # of the library's own kind
-        raise UserError(f"{file.name} cannot be read: {one_line(error, 160)}") from error
+        raise UserError(f"{file.name} cannot be read: {one_line(error, 160)}. Put the model's own there") from error
     vocabulary = theirs.get_vocab()
     if 0 <= len(vocabulary) - layouts.NO_MERGES <= layouts.CLIP_MERGES:
         ours = Tokenizer(merges=len(vocabulary) - layouts.NO_MERGES)

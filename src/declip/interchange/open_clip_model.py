@@ -67,7 +67,7 @@ def load_open_clip(given: str) -> OpenClipModel:
                 if "hf_tokenizer_name" not in text:
                     raise
                 raise UserError(
-                    f"The tokenizer of '{given}' is neither here nor can it be fetched. Put tokenizer.json next to "
+                    f"The tokenizer of '{given}' can neither be read nor fetched. Put its tokenizer.json next to "
                     f"{CONFIG}, or check the network."
                 ) from error
             model = open_clip.create_model(name, weights_only=True, **options)

@@ -85,7 +85,8 @@ def read(where: str | Path) -> Weights:
     if not path.exists():
         raise UserError(
             f"There is no model at '{where}'. Give a run folder, a checkpoint folder, a weights file, a folder of "
-            "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG or timm:NAME.TAG."
+            "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG, timm:NAME.TAG or "
+            f"{starter.NAME}."
         )
     return weights_of(read_checkpoint(path), where)
 
@@ -106,7 +107,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         best = best_of(path, newest)
         return newest if best in (None, folder_of(path, newest.step)) else load_checkpoint(best)
     problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
-    raise UserError(f"'{path}' {problem}. Give a run folder, or a folder in its checkpoints.")
+    raise UserError(f"'{path}' {problem}. Give a run folder, one in its checkpoints, or a folder of another format.")
 
 
 def weights_of(checkpoint: Checkpoint, where: str) -> Weights:

@@ -22,22 +22,24 @@ def settings(
     given = dict(given or {})
     if freeze is not None and freeze not in FREEZE:
         raise unknown("value of --freeze", freeze, FREEZE)
+    lora = any(value is not None for key, value in given.items() if key.startswith("finetune.lora"))
     if freeze is None:
-        freeze = "both" if start == "heads" and on_cpu and not given.get("finetune.lora") else "none"
+        freeze = "both" if start == "heads" and on_cpu and not lora else "none"
     blocks = dict(zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True))
     heads = freeze == "both" and start == "heads"
+    mixes = given.get("contrastive.duplicates", "negatives") == "negatives"  # mixed captions are never equal
     batch_size = min(128 if on_cpu else 256, max(8, 1 << (pairs // 8).bit_length() - 1))
     keys: dict[str, Any] = {
         **blocks,
         "finetune.cached_views": 4 if heads else 0,
-        **({"finetune.head_init": "cca", "finetune.mixup": 1.0} if heads else {}),
+        **({"finetune.head_init": "cca", "finetune.mixup": float(mixes)} if heads else {}),
         "finetune.head_warmup_steps": 0 if heads else 200,
         "train.batch_size": batch_size,
         "train.lr": 1e-5 if start == "whole" else 1e-3,
         "train.patience": 5,
     }
     scale = 1.0 if start == "whole" else 0.3
-    if given.get("finetune.lora"):  # adapters are new: they learn like heads
+    if lora:  # adapters are new: they learn like heads
         keys |= {"train.lr": 2e-4 if start == "whole" else 1e-3, "finetune.layer_decay": 1.0}
         scale = 1.0
     keys |= {"finetune.image_lr_scale": scale, "finetune.text_lr_scale": scale}

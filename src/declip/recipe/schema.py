@@ -409,6 +409,10 @@ class Recipe(Section):
         group = self.data.columns.get("group")
         if group is not None and self.contrastive.duplicates == "negatives":
             raise ValueError(f"data.columns.group={group} needs contrastive.duplicates=mask or positives")
+        if group is None and self.contrastive.duplicates != "negatives" and self.finetune.mixup:
+            raise ValueError(
+                "finetune.mixup mixes captions: contrastive.duplicates needs mixup=0 or data.columns.group"
+            )
         tunes_text = self.text.hf_model is not None and self.text.pretrained
         of_text = {"text_lr_scale", "freeze_text_blocks", "layer_decay", "head_warmup_steps", "lora"}
         wrong = [name for name in self.finetune.changed() if not (tunes_text and name in of_text)]

@@ -170,7 +170,7 @@ def lock_folder(folder: Path) -> FileIO:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("ab+", buffering=0)
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise not_writable(folder, error) from error
     if sys.platform == "win32":
         return file
     import fcntl
@@ -211,7 +211,7 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
         partial.replace(folder / RECIPE)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _not_writable(folder, error) from error
+        raise not_writable(folder, error) from error
     return newest
 
 
@@ -255,7 +255,8 @@ def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> 
         )
 
 
-def _not_writable(folder: Path, error: OSError) -> UserError:
+def not_writable(folder: Path, error: OSError) -> UserError:
+    """Build the error for a run folder that cannot be made or written into."""
     return UserError(f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out.")
 
 

@@ -151,7 +151,7 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
             ) from error
     names = list(dict.fromkeys(filter(None, (" ".join(name.split()) for name in names))))
     if len(names) < 2:
-        raise UserError(f"Of classes {len(names)} is given{f', {names[0]!r}' if names else ''}; give two or more.")
+        raise UserError(f"Give two classes or more, not {len(names)}{f': {names[0]!r}' if names else ''}.")
     return names
 
 

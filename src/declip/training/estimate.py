@@ -63,7 +63,8 @@ def estimate(recipe: Recipe) -> Estimate:
         if trainer.lock is not None:
             trainer.lock.close()
         memory = _peak(trainer.device)
-    return Estimate(trainer.recipe, features, train.steps * seconds, count * evaluation, memory)
+    whole = trainer.recipe.model_copy(update={"data": recipe.data})
+    return Estimate(whole, features, train.steps * seconds, count * evaluation, memory)
 
 
 def step_seconds(trainer: Trainer, count: int) -> list[float]:

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,12 @@ from torch import Tensor, nn
 from declip.data.assembly import Assembler
 from declip.data.cached import CachedFeatures, VariantAssembler
 from declip.data.loader import PairLoader
-from declip.data.pair import PairSource
+from declip.data.pair import BrokenPair, PairSource
 from declip.data.plan import Plan, plan_views
 from declip.data.sources.mixture import Mixture
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
+from declip.data.text.augment import in_other_script
 from declip.evaluation.datasets import open_dataset, with_classes
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
@@ -32,6 +35,7 @@ from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import needs_of
 from declip.training import distributed
 
+GENERATORS = ("cuda", "mps")  # devices with a generator of their own
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
@@ -90,6 +94,20 @@ def check_datasets(recipe: Recipe) -> None:
 def plan_of(recipe: Recipe) -> Plan:
     """Plan the views of a pair that the losses of a recipe need."""
     return plan_views(recipe, needs_of(recipe))
+
+
+def unaugmented(source: PairSource, plan: Plan, sample: int = 64) -> str | None:
+    """Say so where text views are augmented, but most captions are in a script that the augmentation leaves alone."""
+    if plan.texts.count == 1 or plan.texts.augmentation.second_view == "same" or source.remote:
+        return None
+    others = list[bool]()
+    for index in np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int).tolist():
+        with suppress(BrokenPair):
+            others += map(in_other_script, source.captions(index))
+    message = (
+        f"{sum(others)} of {len(others)} captions are not in Latin script: English augmentation leaves them alone."
+    )
+    return message if 2 * sum(others) > len(others) else None
 
 
 def build_loader(
@@ -167,20 +185,16 @@ class Average:
 def random_states(device: torch.device) -> dict[str, Tensor]:
     """Give the states of torch's generators, "cpu" and that of the device."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
+    if device.type in GENERATORS:
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
     return states
 
 
 def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Put the states of torch's generators back."""
     torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    if device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
+    if device.type in GENERATORS and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
 def seed_rank(seed: int, step: int) -> None:

@@ -482,3 +482,5 @@ class Trainer:
         )
         if self.pretrained is not None:
             log.info(self.pretrained.summary)
+        if message := setup.unaugmented(self.source, self.plan):
+            log.warning(message)

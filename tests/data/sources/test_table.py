@@ -171,9 +171,10 @@ def test_keywords_are_read_from_their_column(folder, kind):
     assert "data.columns.keywords" in told
 
 
-def test_semicolons_utf_16_and_latin_1_get_a_hint(folder):
-    (folder / "t.csv").write_text("image;caption\na.png;x\n")
-    assert "semicolons" in message(folder / "t.csv")
+def test_semicolons_and_tabs_are_read_and_utf_16_and_latin_1_get_a_hint(folder):
+    for sign in ";\t":
+        (folder / "t.csv").write_text(f"\ufeffimage{sign}caption\na.png{sign}x, y\n", encoding="utf-8")
+        assert open_source(folder / "t.csv")[0].captions == ("x, y",)
     (folder / "t.csv").write_text("image,caption\na.png,x\n", encoding="utf-16")
     assert "is UTF-16. Save it as UTF-8." in message(folder / "t.csv")
     (folder / "t.csv").write_bytes("image,caption\na.png,café\nb\xe9.png,x\nc.png,good\n".encode("latin-1"))

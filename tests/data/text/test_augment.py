@@ -6,9 +6,13 @@ from math import sqrt
 
 import pytest
 
+from declip.data.plan import Needs, plan_views
+from declip.data.sources.open import open_source
 from declip.data.text.augment import IGNORED, STOP_WORDS, augment, delete_words, mask_tokens, replace_words, swap_words
 from declip.data.text.synonyms import synonyms
 from declip.data.text.tokenizer import Tokenizer
+from declip.recipe.load import load_recipe
+from declip.training.setup import unaugmented
 from golden_cases import read_json, require_file
 
 OFFICIAL = read_json("eda_cases.json")
@@ -126,6 +130,16 @@ def test_number_of_changes_follows_the_paper(generator):
 
     short = [augment("1 2 3 4 5", generator).split() for _ in range(500)]  # no synonyms: only swaps change the order
     assert {sum(a != b for a, b in zip(c, "12345", strict=True)) for c in short if len(c) == 5} == {0, 2}
+
+
+def test_captions_in_another_script_stay(generator):
+    for caption in ("красная машина едет", "красная машина BMW", "日本 東京", "صورة قطة"):
+        assert {augment(caption, generator) for _ in range(20)} == {caption}
+    assert len({augment("le café est grand", generator) for _ in range(20)}) > 1
+    plan = plan_views(load_recipe("clip"), [Needs(texts=2)])
+    for others, says in ((2, True), (1, False)):
+        pairs = [("a.png", text) for text in ["красная машина"] * others + ["a red car"] * (3 - others)]
+        assert bool(unaugmented(open_source(pairs), plan)) == says
 
 
 def test_captions_never_become_empty_and_single_words_stay(generator):

@@ -56,7 +56,7 @@ def expand(word: str) -> list[str]:
         for name in [part] if not is_url(part) and Path(part).expanduser().exists() else _braces(part):
             files = _files(name)
             if not files:
-                raise UserError(f"There is no shard '{name}'. Fetch it, or name those that are there.")
+                raise UserError(f"There is no file '{name}'. Fetch it, or name those that are there.")
             shards += files
     if not shards:
         raise UserError(f"'{word}' names no shard. Give a .tar file, a folder of them, a pattern or a URL.")

@@ -131,12 +131,10 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
     column = next((name for name in names if name in columns), None)
     if column is None:
         exist = ", ".join(f"'{printable(name[:40])}'" for name in columns[:30]) or "none"
-        if len(columns) == 1 and ";" in columns[0]:
-            exist += ", so it seems to be separated by semicolons. Write it with commas"
         key = "keywords" if what == "keyword" else what
         raise UserError(
             f"The table '{path}' has no column '{given}' for the {what}. Its columns: {exist}. "
-            f"Name the right one with {what}_column. In a recipe it is data.columns.{key}."
+            f"Rename one; or name that of training pairs with data.columns.{key}=NAME, elsewhere with {what}_column."
         )
     if (count := list(columns).count(column)) > 1:
         raise UserError(f"The table '{path}' has {count} columns named '{printable(column)}'. Rename all but one.")

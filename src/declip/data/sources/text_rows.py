@@ -128,8 +128,9 @@ class JsonRows(TextRows):
 class DelimitedRows(TextRows):
     """A CSV or TSV file whose first line names the columns; quotes may enclose line ends, as spreadsheets export them.
 
-    A quotation mark that would swallow rows is an error in CSV. In TSV, which is often written without quotes, a line
-    with marks that do not follow the rules is read literally.
+    A CSV file whose first line has no comma may be separated by semicolons or tabs. A quotation mark that would swallow
+    rows is an error in CSV. In TSV, often written without quotes, a line with marks that break the rules is read
+    literally.
     """
 
     columns: Sequence[str] = ()
@@ -140,6 +141,8 @@ class DelimitedRows(TextRows):
         header = next(super().places(), (0, 0, 1, b""))[3]
         if header.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
+        if delimiter == "," and b"," not in header:
+            self.delimiter = next((sign for sign in ";\t" if sign.encode() in header), ",")
         self.columns = self._split(header.decode("utf-8-sig", errors="replace"))
 
     def places(self) -> Iterator[Place]:
@@ -153,7 +156,7 @@ class DelimitedRows(TextRows):
 
     def _split(self, row: str) -> list[str]:
         """The cells of a row; marks that break the rules are read as spreadsheets do, and literally in TSV."""
-        for strict in (True, False) if self.delimiter == "," else (True,):
+        for strict in (True, False) if self.delimiter != "\t" else (True,):
             if '"' in row:
                 with suppress(csv.Error):
                     return next(csv.reader([row], delimiter=self.delimiter, strict=strict))
@@ -176,7 +179,7 @@ class DelimitedRows(TextRows):
             next(csv.reader(lines(), delimiter=self.delimiter, strict=True))
             if len(taken) == 1 or not self._swallows(taken):
                 return b"".join(taken)
-        if self.delimiter == "," and (len(taken) > 1 or self._split(line.decode("latin-1") + "\n")[-1].endswith("\n")):
+        if self.delimiter != "\t" and (len(taken) > 1 or self._split(line.decode("latin-1") + "\n")[-1].endswith("\n")):
             raise UserError(
                 f"'{self.path}' has a quotation mark in line {number} that is never closed, or only in another row, so "
                 'that rows would be lost. A cell that begins with " also ends with it, and has each " of its text '

@@ -7,12 +7,15 @@ Tasks", EMNLP 2019, without its random insertion, as DeCLIP uses it. Masking: BE
 from collections.abc import Sequence
 
 import numpy as np
+import regex
 
 from declip.data.batch import IGNORED
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.data.text.synonyms import synonyms
 
 _MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens, as in BERT
+
+LATIN, OTHER = (regex.compile(pattern, regex.V1) for pattern in (r"\p{Latin}", r"[\p{L}--\p{Latin}]"))
 
 # Words that show nothing, or that WordNet knows in another sense ("who", "it", "in", "us", "as").
 _STOPS = """
@@ -35,10 +38,10 @@ def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) ->
 
     As in the EDA paper, n = max(1, int(alpha * words)) words that have synonyms and aren't stop words are replaced, or
     two words are swapped n times, or each word is deleted with probability alpha, but never all of them. Capitals and
-    punctuation stay; a caption of one word, or none, is unchanged.
+    punctuation stay; a caption of one word, or none, or in another script is unchanged.
     """
     words = caption.split()
-    if len(words) < 2:
+    if len(words) < 2 or in_other_script(caption):
         return caption
     count = max(1, int(alpha * len(words)))
     match _below(3, generator):
@@ -49,6 +52,11 @@ def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) ->
         case _:
             words = delete_words(words, alpha, generator)
     return " ".join(words)
+
+
+def in_other_script(caption: str) -> bool:
+    """Whether most letters of a caption are not Latin: the augmentation is made for English."""
+    return len(OTHER.findall(caption)) > len(LATIN.findall(caption))
 
 
 def replace_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
