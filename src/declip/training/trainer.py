@@ -300,6 +300,7 @@ class Trainer:
         bad = self.guard.first
         if bad is None:
             return
+        self.writer.wait()
         earlier = checkpoints.list_checkpoints(self.folder)
         indices = ", ".join(map(str, self.loader.indices(bad)[:8].tolist()))
         raise UserError(
