@@ -87,6 +87,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> tuple[Tensor, ...]:
+        own = own.contiguous()
         parts = [torch.empty_like(own) for _ in range(world_size())]
         dist.all_gather(parts, own)
         return tuple(parts)
