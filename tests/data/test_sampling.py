@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest, chisquare
 
 from declip.data.pair import PairSource
-from declip.data.sampling import Order, build_order
+from declip.data.sampling import Order, build_order, spread
 from declip.data.sources.mixture import Mixture
 from declip.errors import UserError
 
@@ -148,3 +148,27 @@ def test_pairs_are_taken_of_all_sources():
     assert small.sources[0].source.blocks.sum() == len(small.sources[0].source)
     with pytest.raises(UserError, match="has 200"):
         mixture.take(201, seed=1)
+
+
+def test_pairs_that_mean_the_same_are_kept_apart():
+    class Repeated(Numbers):
+        def captions(self, index):
+            return (f"caption {index % 17}", f"alone {index}")
+
+        def group(self, index):
+            return 1 + index // 99  # pair 99 has a group of its own
+
+    source = Repeated(100)
+    order = build_order(source, 8, 5, None, apart=True)
+    plain = build_order(source, 8, 5, None)
+    assert sorted(order.epoch(0)) == list(range(100))
+    assert not np.array_equal(order.epoch(0), order.epoch(1))
+    assert any(len({index % 17 for index in plain.indices(step)}) < 8 for step in range(12))
+    Repeated.group = lambda self, index: 0
+    order = build_order(source, 8, 5, None, apart=True)
+    for step in range(30):
+        assert len({index % 17 for index in order.indices(step)}) == 8
+    few = spread(np.arange(6), [{"a"}, {"a"}, {"b"}, {"a"}, {"a"}, set()], 2)
+    assert few.tolist() == [0, 2, 1, 5, 3, 4]
+    with pytest.raises(UserError, match="duplicates=apart"):
+        build_order(SHARDS, 8, 5, 50, apart=True)

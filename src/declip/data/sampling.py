@@ -5,11 +5,15 @@ pair i (see `Assembler`), (seed, epoch, pairs) to the whole permutation, and fiv
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from declip.data.pair import PairSource, Span
+from declip.data.pair import BrokenPair, PairSource, Span
+from declip.errors import UserError
 
 SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
 GROUPS_KEPT = 2
@@ -38,16 +42,63 @@ class Order(ABC):
         """All pairs of an epoch in their order, int64; the last ones may fill no batch."""
 
 
-def build_order(source: PairSource, batch_size: int, seed: int, shuffle_buffer: int | None) -> Order:
-    """Choose the order of a source's pairs: so many are shuffled together, all by default, fewer of remote shards."""
+def build_order(
+    source: PairSource, batch_size: int, seed: int, shuffle_buffer: int | None, apart: bool = False
+) -> Order:
+    """Choose the order of a source's pairs: so many are shuffled together, all by default, fewer of remote shards.
+
+    Pairs with equal captions or one group are kept `apart`: in different batches, see `spread`.
+    """
     if shuffle_buffer is None and source.remote:
         shuffle_buffer = SHUFFLE_BUFFER
     options = source.spans(), len(source), batch_size, seed
-    return ShuffledOrder(*options) if shuffle_buffer is None else BufferedOrder(*options, shuffle_buffer)
+    if shuffle_buffer is None:
+        return ShuffledOrder(*options, meanings(source) if apart else None)
+    if apart:
+        raise UserError(
+            "contrastive.duplicates=apart shuffles all pairs together, so it goes neither with data.shuffle_buffer nor "
+            "with remote shards. Take mask instead."
+        )
+    return BufferedOrder(*options, shuffle_buffer)
+
+
+def meanings(source: PairSource) -> list[set[Hashable]]:
+    """The captions and the group of each pair; none of a broken one."""
+    found: list[set[Hashable]] = [set() for _ in range(len(source))]
+    for index, own in enumerate(found):
+        with suppress(BrokenPair):
+            own.update(source.captions(index))
+            own.update(group for group in [source.group(index)] if group)
+    return found
+
+
+def spread(order: np.ndarray, meanings: Sequence[set[Hashable]], batch_size: int) -> np.ndarray:
+    """Reorder pairs so that no batch holds two with a meaning in common.
+
+    A pair that meets its like waits for the next batch; when only such pairs are left, they stay as they are.
+    """
+    waiting, spread_out = deque(order.tolist()), list[int]()
+    while waiting:
+        batch, later, seen = list[int](), list[int](), set[Hashable]()
+        while waiting and len(batch) < batch_size:
+            pair = waiting.popleft()
+            (batch if seen.isdisjoint(meanings[pair]) else later).append(pair)
+            seen |= meanings[pair]
+        spread_out += batch
+        if len(batch) < batch_size:
+            return np.array(spread_out + later)
+        waiting.extendleft(reversed(later))
+    return np.array(spread_out)
 
 
 class ShuffledOrder(Order):
     """All pairs of an epoch, permuted by (seed, epoch, size); the order of one epoch is held, 8 bytes a pair."""
+
+    def __init__(
+        self, spans: list[Span], size: int, batch_size: int, seed: int, meanings: Sequence[set[Hashable]] | None = None
+    ) -> None:
+        super().__init__(spans, size, batch_size, seed)
+        self._meanings = meanings
 
     def indices(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -58,7 +109,13 @@ class ShuffledOrder(Order):
             # The third number is no pair's index: no pair shares this stream.
             generator = self.generator(epoch)
             shown = np.concatenate([_shown(span, generator) for span in self.spans])
-            _keep(self._kept, epoch, generator.permutation(shown), 1)
+            order = generator.permutation(shown)
+            _keep(
+                self._kept,
+                epoch,
+                order if self._meanings is None else spread(order, self._meanings, self.batch_size),
+                1,
+            )
         return self._kept[epoch]
 
 

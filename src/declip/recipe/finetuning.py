@@ -27,7 +27,7 @@ def settings(
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
     blocks = dict(zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True))
     heads = freeze == "both" and start == "heads"
-    mixes = given.get("contrastive.duplicates", "negatives") == "negatives"  # mixed captions are never equal
+    mixes = given.get("contrastive.duplicates") not in ("mask", "positives")  # mixed captions are never equal
     batch_size = min(128 if on_cpu else 256, max(8, 1 << (pairs // 8).bit_length() - 1))
     keys: dict[str, Any] = {
         **blocks,

@@ -194,8 +194,9 @@ class Views(Section):
 class ContrastiveConfig(Section):
     """Targets of contrastive, multi_view and nearest_neighbor."""
 
-    duplicates: Literal["negatives", "mask", "positives"] = Field(
-        "negatives", description="pairs of a batch with equal captions or one group: negatives, left out, or positives"
+    duplicates: Literal["negatives", "mask", "positives", "apart"] = Field(
+        "negatives",
+        description="pairs with equal captions or one group: negatives, left out, positives, or in different batches",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="part of the target spread evenly over all keys")
     self_distillation: float = Field(
@@ -408,8 +409,8 @@ class Recipe(Section):
             raise ValueError("train.length_buckets above 1 and late_interaction.include_padding exclude each other")
         group = self.data.columns.get("group")
         if group is not None and self.contrastive.duplicates == "negatives":
-            raise ValueError(f"data.columns.group={group} needs contrastive.duplicates=mask or positives")
-        if group is None and self.contrastive.duplicates != "negatives" and self.finetune.mixup:
+            raise ValueError(f"data.columns.group={group} needs contrastive.duplicates=mask, positives or apart")
+        if group is None and self.contrastive.duplicates in ("mask", "positives") and self.finetune.mixup:
             raise ValueError(
                 "finetune.mixup mixes captions: contrastive.duplicates needs mixup=0 or data.columns.group"
             )

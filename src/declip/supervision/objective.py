@@ -143,7 +143,7 @@ class Objective(nn.Module):
         ids = batch.sample_ids
         if ids is None:
             ids = torch.full((len(batch),), -1, device=texts.device)
-        soft = self.recipe.contrastive.duplicates != "negatives"
+        soft = self.recipe.contrastive.duplicates in ("mask", "positives")
         labels = pair_labels(batch, model.tokenizer.padding) if soft else None
         gathered = own = Rows(outputs.views, images, texts, ids, {}, labels)
         if gather is not identity_gather:

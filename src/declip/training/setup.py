@@ -129,6 +129,7 @@ def build_loader(
         batch_size=recipe.train.batch_size,
         seed=recipe.seed,
         shuffle_buffer=recipe.data.shuffle_buffer,
+        apart=recipe.contrastive.duplicates == "apart",
         rank=distributed.rank(),
         ranks=distributed.world_size(),
     )
