@@ -277,6 +277,8 @@ def _study(recipes: dict[str, str], table: Path) -> Study:
         ({"seeds": ()}, "at least one number of pairs and one seed"),
         ({"sweep": {"train.lr": [0.1]}}, "Name one with --sweep-dataset"),
         ({"overrides": {"train.stepz": 3}}, "train.steps"),
+        ({"overrides": {"seed": 5}}, "from --seeds. Leave seed out"),
+        ({"sweep": {"data.max_pairs": [8, 16]}, "sweep_dataset": "builtin:emoji-validation"}, "from --pairs"),
         ({"sweep": {"train.lr": [0.1]}, "sweep_dataset": "TABLE"}, "--sweep-dataset"),  # it would be reported too
         ({"sweep": {"train.lr": [0.1, -1]}, "sweep_dataset": "builtin:emoji-validation"}, r"train\.lr=-1"),
     ],
