@@ -194,7 +194,10 @@ def select_head(recipe: Recipe, folder: Path, given: Mapping[str, Any], quiet: b
 
     def with_head(of: Recipe, name: str) -> Recipe:
         keys = {key.removeprefix("finetune."): value for key, value in zip(HEAD_KEYS, HEADS[name], strict=True)}
-        return of.model_copy(update={"finetune": tune.model_copy(update=keys)})
+        # The mean of all steps stays near the start, which is worth something in closed form alone.
+        decay = of.train.ema_decay if keys["head_init"] == "cca" else None
+        train = of.train.model_copy(update={"ema_decay": decay})
+        return of.model_copy(update={"finetune": tune.model_copy(update=keys), "train": train})
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in HEADS:

@@ -259,7 +259,7 @@ def test_wrong_mixtures_are_refused(start: Path) -> None:
         mixing.interpolate(build("vit"), build("vit"), 1.5)
     with pytest.raises(UserError, match="'image_tower"):
         mixing.interpolate(build("vit"), build("conv"), 0.5)
-    with pytest.raises(UserError, match="no fine-tuned run"):
+    with pytest.raises(UserError, match="started from no weights"):
         mixing.ends_of(start)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from conftest import WEIGHTS
 from declip.api import train
@@ -21,6 +22,7 @@ from declip.runs.folder import read_rows
 from declip.supervision.objective import Objective
 from declip.training import setup
 from declip.training import trainer as trainer_module
+from declip.training.setup import Average
 from declip.training.step import training_step
 from declip.training.stopping import TRY_AGAIN
 from declip.training.trainer import Trainer
@@ -115,6 +117,21 @@ def test_the_average_follows_the_weights_and_the_logit_scale_stays_within_its_li
     end, averaged = trainer.model.logit_scale.item(), trainer.evaluated_model.logit_scale.item()
     assert end == pytest.approx(2.0) or end == pytest.approx(3.2)
     assert min(start, end) < averaged < max(start, end)
+
+
+def test_the_mean_of_all_steps_leaves_frozen_weights_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[2].requires_grad_(False)
+    frozen, average = model[2].weight.clone(), Average(model, 1.0)  # type: ignore[arg-type]
+    seen = []
+    for _ in range(5):
+        for tensor in (*model[0].parameters(), model[1].running_mean):
+            tensor.data.normal_()
+        seen.append([model[0].weight.detach().clone(), model[1].running_mean.clone()])
+        average.update_parameters(model)
+    means = [torch.stack(tensors).mean(dim=0) for tensors in zip(*seen, strict=True)]
+    torch.testing.assert_close([average.module[0].weight.detach(), average.module[1].running_mean], means)
+    assert torch.equal(average.module[2].weight, frozen)
 
 
 def test_a_loss_that_is_not_finite_stops_with_all_that_helps(

@@ -40,9 +40,11 @@ def ends_of(run: str | Path, device: str = "auto") -> tuple[DualEncoder, DualEnc
     """Load a fine-tuned run's start and end."""
     kept = Path(run) / KEPT
     weights = declip_file.read_part(str(kept)) if kept.is_file() else None
-    if weights is None or not weights.whole:
-        raise UserError(f"'{run}' is no fine-tuned run, or started from an image tower alone: nothing to mix with.")
     end = load(run, device)
+    if weights is None or not end.state_dict().keys() <= weights.tensors.keys():
+        raise UserError(
+            f"'{run}' started from no weights, or from some without text tower or projections: nothing to mix with."
+        )
     return weights.check().build().to(end.device).eval(), end
 
 

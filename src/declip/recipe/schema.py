@@ -331,7 +331,9 @@ class Train(Section):
     grad_clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the towers; auto: bf16 where supported")
     channels_last: bool = Field(False, description="channels-last memory format, for convolutions")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are evaluated then")
+    ema_decay: float | None = Field(
+        None, gt=0, le=1, description="decay of averaged weights, which are evaluated then; 1: the mean of all steps"
+    )
     log_every: int = Field(10, ge=1, description="number of steps between logged rows")
     report_to: Trackers = Field(
         ("auto",), description="trackers: tensorboard, wandb, mlflow, trackio; auto: tensorboard if installed; []: none"

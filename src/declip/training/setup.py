@@ -167,7 +167,10 @@ def versions() -> dict[str, str]:
 
 
 class Average:
-    """Moving averages of a model's weights and buffers; the decay grows as (1 + n) / (10 + n), to forget the start."""
+    """Averages of a model's weights and buffers after each step: moving ones, or with a decay of 1 the plain mean.
+
+    A moving average's decay grows as (1 + n) / (10 + n), to forget the start. The mean does not forget it.
+    """
 
     def __init__(self, model: DualEncoder, decay: float) -> None:
         self.module, self.decay, self.n_averaged = deepcopy(model), decay, torch.tensor(0)
@@ -176,10 +179,14 @@ class Average:
     def update_parameters(self, model: nn.Module) -> None:
         """Move towards the model's values, at first to them; torch's `AveragedModel` waits for the device here."""
         n = int(self.n_averaged)
-        weight = 1 - min(self.decay, (1 + n) / (10 + n))
+        weight = 1 / (1 + n) if self.decay == 1 else 1 - min(self.decay, (1 + n) / (10 + n))
         both = (chain(each.parameters(), each.buffers()) for each in (self.module, model))
         for average, value in zip(*both, strict=True):
-            average.lerp_(value, weight) if n and average.is_floating_point() else average.copy_(value)
+            if n and average.is_floating_point():
+                if value.requires_grad or not isinstance(value, nn.Parameter):  # frozen towers take longer than heads
+                    average.lerp_(value, weight)
+            else:
+                average.copy_(value)
         self.n_averaged += 1
 
 
