@@ -163,9 +163,16 @@ def tuned(table: Path, start: object, losses: dict[str, float] | None = None, **
 
 
 def test_all_methods_at_once_train_resume_export_and_start_another(table: Path, start: Path, tmp_path: Path) -> None:
-    weights = {"contrastive": 1.0, "structure": 10.0}
-    resumes_exactly(tuned(table, start, weights, head="mlp", head_init="cca", mixup=1.0), tmp_path, 3)
+    weights = {"contrastive": 1.0, "structure": 10.0, "nearest_neighbor": 0.5}
+    recipe = tuned(table, start, weights, head="mlp", head_init="cca", mixup=1.0)
+    averaged = recipe.model_copy(update={"train": recipe.train.model_copy(update={"ema_decay": 1.0})})
+    kept = resumes_exactly(averaged, tmp_path, 3).weights
     model: Any = declip.load(tmp_path / "whole", device="cpu")
+    mean, last = (kept[f"{name}.image_tower.proj.weight"] for name in ("average", "model"))
+    assert torch.equal(model.image_tower.proj.weight, mean)
+    assert not torch.equal(mean, last)
+    frozen = {name for name in kept if "tower" in name and "proj" not in name}
+    assert not any(name.startswith("average.") for name in frozen), "frozen towers are kept once"
     assert isinstance(model.image_tower.proj, MlpHead)
     assert model.text_tower.text_projection.mlp[-1].weight.abs().max() > 0, "the MLP has learned"
     export(model, "safetensors", tmp_path / "ours")

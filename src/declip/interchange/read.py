@@ -112,6 +112,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def weights_of(checkpoint: Checkpoint, where: str) -> Weights:
     """Take the weights of a checkpoint, averaged where the run kept them."""
-    tensors = part("average", checkpoint.weights) or part("model", checkpoint.weights)
+    tensors = part("model", checkpoint.weights) | part("average", checkpoint.weights)
     heads = part("objective", checkpoint.training)
     return Weights(read_recipe(checkpoint.recipe, where), tensors, where, heads).check()

@@ -380,7 +380,9 @@ class Trainer:
         weights = {name: state.pop(name) for name in list(state) if name.startswith("model.")}
         training = state | prefixed("optimizer", optimizers.moments(self.optimizer))
         if self.average is not None:
-            weights |= prefixed("average", self.average.module.state_dict())
+            frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+            averages = self.average.module.state_dict().items()
+            weights |= prefixed("average", {name: tensor for name, tensor in averages if name not in frozen})
             training["averaged_steps"] = self.average.n_averaged
         if self.sharded:
             weights = {name: full_tensor(tensor) for name, tensor in weights.items()}
@@ -438,7 +440,7 @@ class Trainer:
         for name, module in (("model", self.model), ("objective", self.objective)):
             load_full_state(module, part(name, {**found.weights, **found.training}))
         if self.average is not None:
-            self.average.module.load_state_dict(part("average", found.weights))
+            self.average.module.load_state_dict(part("model", found.weights) | part("average", found.weights))
             self.average.n_averaged.copy_(found.training["averaged_steps"])
 
     def _stage(self, resume: bool) -> Recipe:
