@@ -1,7 +1,7 @@
 """Data-efficiency factors, each with its interval and what it is computed from, as JSON.
 
     python benchmarks/factors.py equal_samples=FOLDER:ARM,FOLDER:ARM equal_compute=FOLDER:ARM,FOLDER:ARM …
-    python benchmarks/factors.py chart FILE.webp "NAME=KEY:ARM" …     curves of some arms from the JSON of the first form
+    python benchmarks/factors.py chart FILE.webp "NAME=KEY:ARM" …    curves of arms in the JSON of the first form
 
 FOLDER is that of a `declip compare` and ARM one of its recipes: the first needs that many times fewer pairs than the
 second. At equal compute the second arm's comparison has as many more steps as the first's steps are slower.
@@ -53,7 +53,8 @@ def chart(file: Path, lines: Sequence[str], chance: float = 1 / 1285) -> None:
         curves[name] = curve_of({int(n): dict(enumerate(np.array(v) / 100)) for n, v in values.items()})
     sizes = sorted({pairs for one in curves.values() for pairs in one.pairs})
     top = 1.05 * max(max(map(max, one.values)) for one in curves.values())
-    pairs_chart("Zero-shot top-1, held-out designer", "top-1", curves, sizes, chance, top).figure().savefig(file, dpi=200)
+    drawn = pairs_chart("Zero-shot top-1, held-out designer", "top-1", curves, sizes, chance, top)
+    drawn.figure().savefig(file, dpi=200)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ FROZEN = {
     "train.grad_cache_chunk": None,
     "train.grad_clip_norm": None,
     "train.weight_decay": 0.1,
+    "contrastive.label_smoothing": 0,
 }
 CCA = {"finetune.head_init": "cca"}
 STRUCTURE = {"loss_weights.structure": 10.0}
@@ -50,6 +51,7 @@ ARMS = {
     "mlp": {"finetune.head": "mlp"},
     "cca + structure": {**CCA, **STRUCTURE},
     "cca + mixup": {**CCA, "finetune.mixup": 1.0},
+    "cca + mixup + mean": {**CCA, "finetune.mixup": 1.0, "train.ema_decay": 1.0},
     "cca + mlp": {**CCA, "finetune.head": "mlp"},
     "cca + structure + mixup": {**CCA, **STRUCTURE, "finetune.mixup": 1.0},
 }
