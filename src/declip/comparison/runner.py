@@ -137,11 +137,9 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
         for name in given:
             if name not in known:
                 raise unknown(kind, name, known)
-    overridden = {key for variant in study.variants for key in variant.overrides} | set(
-        study.sweep.grid if study.sweep else ()
-    )
+    chosen = [variant.overrides for variant in study.variants] + ([study.sweep.grid] if study.sweep else [])
     for key, option in (("seed", "--seeds"), ("data.max_pairs", "--pairs")):
-        if key in overridden:
+        if any(key in keys for keys in chosen):
             raise UserError(f"A comparison sets {key} itself, from {option}. Leave {key} out.")
     if not study.datasets:
         raise UserError("Nothing to measure on: the recipe names no set for zero-shot. Name one with --dataset.")

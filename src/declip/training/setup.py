@@ -182,11 +182,10 @@ class Average:
         weight = 1 / (1 + n) if self.decay == 1 else 1 - min(self.decay, (1 + n) / (10 + n))
         both = (chain(each.parameters(), each.buffers()) for each in (self.module, model))
         for average, value in zip(*both, strict=True):
-            if n and average.is_floating_point():
-                if value.requires_grad or not isinstance(value, nn.Parameter):  # frozen towers take longer than heads
-                    average.lerp_(value, weight)
-            else:
+            if not n or not average.is_floating_point():
                 average.copy_(value)
+            elif value.requires_grad or not isinstance(value, nn.Parameter):  # frozen towers would take the most time
+                average.lerp_(value, weight)
         self.n_averaged += 1
 
 
