@@ -27,6 +27,7 @@ def settings(
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
     blocks = dict(zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True))
     heads = freeze == "both" and start == "heads"
+    closed = heads and given.get("finetune.head_init", "cca") == "cca"
     mixes = given.get("contrastive.duplicates") not in ("mask", "positives")  # mixed captions are never equal
     batch_size = min(128 if on_cpu else 256, max(8, 1 << (pairs // 8).bit_length() - 1))
     keys: dict[str, Any] = {
@@ -34,7 +35,7 @@ def settings(
         "finetune.cached_views": 4 if heads else 0,
         **({"finetune.head_init": "cca", "finetune.mixup": float(mixes)} if heads else {}),
         # The mean of all steps stays nearer to the closed-form start, which serves captions that training does not see.
-        **({"train.ema_decay": 1.0} if heads and "finetune.thaw_after" not in given else {}),
+        **({"train.ema_decay": 1.0} if closed and "finetune.thaw_after" not in given else {}),
         "finetune.head_warmup_steps": 0 if heads else 200,
         "train.batch_size": batch_size,
         "train.lr": 1e-5 if start == "whole" else 1e-3,
