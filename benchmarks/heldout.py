@@ -19,7 +19,7 @@ from declip.data.sources.open import open_source
 from declip.inspection.split import split_pairs
 
 RECIPES = {"clip": "demo-clip", "keywords": "demo-declip-keywords", "captions": "demo-declip-captions"}
-SCRATCH = {"train.steps": 1000, "train.weight_decay": 0.5, "contrastive.label_smoothing": 0.1}
+SCRATCH = {"train.steps": 1000}
 FROZEN = {"train.steps": 300, "train.precision": "bf16", "image.size": 128}
 QUIET = {"train.evaluate_every": 0, "evaluation.zero_shot": [], "evaluation.final_zero_shot": []}
 
