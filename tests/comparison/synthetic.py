@@ -40,7 +40,7 @@ def taken_apart(plan: Study) -> Study:
 
 def swept(plan: Study) -> Study:
     """With two learning rates tried by every variant, the smaller one kept."""
-    sweep = Sweep({"train.lr": (0.001, 0.003)}, "validation", 2000, 100)
+    sweep = Sweep({"train.lr": (0.001, 0.003)}, ("validation",), 2000, 100)
     return replace(plan, sweep=sweep, chosen={each.name: {"train.lr": 0.001} for each in plan.variants})
 
 

@@ -111,14 +111,15 @@ def test_every_variant_is_swept_alike_and_sizes_added_later_leave_the_sweep_as_i
     recipes: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "validation").symlink_to(table.parent)
-    validation = tmp_path / "validation" / table.name
-    sweep = {"sweep": {"train.lr": [0.001, 0.01]}, "sweep_dataset": str(validation), "sweep_steps": 4}
+    (tmp_path / "another").symlink_to(table.parent)
+    sets = [str(tmp_path / name / table.name) for name in ("validation", "another")]
+    sweep = {"sweep": {"train.lr": [0.001, 0.01]}, "sweep_datasets": sets, "sweep_steps": 4}
     outcome = tiny(recipes, table, tmp_path / "out", pairs=(8,), **sweep)
     tried = sorted((row["variant"], row["steps"], row["seed"]) for row in outcome.sweep.values())
     assert tried == [("clip", 4, 1000)] * 2 + [("declip", 4, 1000)] * 2
     for variant in ("clip", "declip"):
         tries = {
-            row["overrides"]["train.lr"]: scores(row["results"])[f"{validation}: R@1"]
+            row["overrides"]["train.lr"]: sum(scores(row["results"])[f"{name}: R@1"] for name in sets)
             for row in outcome.sweep.values()
             if row["variant"] == variant
         }
@@ -275,18 +276,18 @@ def _study(recipes: dict[str, str], table: Path) -> Study:
         ({"budgets": ["sample"]}, "Did you mean 'samples'"),
         ({"datasets": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         ({"seeds": ()}, "at least one number of pairs and one seed"),
-        ({"sweep": {"train.lr": [0.1]}}, "Name one with --sweep-dataset"),
+        ({"sweep": {"train.lr": [0.1]}}, "Name them with --sweep-dataset"),
         ({"overrides": {"train.stepz": 3}}, "train.steps"),
         ({"overrides": {"seed": 5}}, "from --seeds. Leave seed out"),
-        ({"sweep": {"data.max_pairs": [8, 16]}, "sweep_dataset": "builtin:emoji-validation"}, "from --pairs"),
-        ({"sweep": {"train.lr": [0.1]}, "sweep_dataset": "TABLE"}, "--sweep-dataset"),  # it would be reported too
-        ({"sweep": {"train.lr": [0.1, -1]}, "sweep_dataset": "builtin:emoji-validation"}, r"train\.lr=-1"),
+        ({"sweep": {"data.max_pairs": [8, 16]}, "sweep_datasets": ["builtin:emoji-validation"]}, "from --pairs"),
+        ({"sweep": {"train.lr": [0.1]}, "sweep_datasets": ["TABLE"]}, "--sweep-dataset"),  # it would be reported too
+        ({"sweep": {"train.lr": [0.1, -1]}, "sweep_datasets": ["builtin:emoji-validation"]}, r"train\.lr=-1"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_made(
     options: dict, message: str, recipes: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
-    options = {key: str(table) if value == "TABLE" else value for key, value in options.items()}
+    options = {key: [str(table)] if value == ["TABLE"] else value for key, value in options.items()}
     with pytest.raises(UserError, match=message):
         tiny(recipes, table, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

@@ -38,7 +38,7 @@ def test_names_of_folders_are_safe_and_differ() -> None:
     variant = Variant.of("clip, weak views/../x", "clip", {})
     study = replace(STUDY, variants=(variant,), compute_budget_of=variant.name, seconds={variant.name: 1.0})
     assert all("/" not in trial.id and " " not in trial.id for trial in study.trials())
-    plan = Sweep({"train.lr": (0.1, 0.2), "seedless": (1, 2)}, "builtin:emoji-validation", 200, 50, 1000)
+    plan = Sweep({"train.lr": (0.1, 0.2), "seedless": (1, 2)}, ("builtin:emoji-validation",), 200, 50, 1000)
     tries = replace(STUDY, sweep=plan).sweep_trials()
     assert len({trial.id for trial in tries}) == 8
     assert {tuple(trial.overrides.items()) for trial in tries if trial.variant == "clip"} == {
@@ -47,7 +47,7 @@ def test_names_of_folders_are_safe_and_differ() -> None:
 
 
 def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_path: Path) -> None:
-    sweep = Sweep({"train.lr": (0.1, 0.2)}, "v", 200, 50)
+    sweep = Sweep({"train.lr": (0.1, 0.2)}, ("v",), 200, 50)
     study = replace(STUDY, sweep=sweep, chosen={"clip": {"train.lr": 0.1}}, machine={"cores": "2"})
     write_study(study, tmp_path)
     assert read_study(tmp_path) == study
@@ -72,7 +72,7 @@ def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measur
         ({"steps": 50}, "steps was 100, now 50"),
         ({"datasets": ("other",)}, "datasets was.*builtin:emoji-test.*now.*other"),
         ({"variants": (Variant.of("clip", "clip", {"seed": 3}),)}, "clip: seed was 0, now 3"),
-        ({"sweep": Sweep({"a": (1,)}, "v", 1, 1, 1)}, "sweep was None, now Sweep"),
+        ({"sweep": Sweep({"a": (1,)}, ("v",), 1, 1, 1)}, "sweep was None, now Sweep"),
     ],
 )
 def test_a_later_call_for_something_else_is_refused(change: dict, named: str, tmp_path: Path) -> None:

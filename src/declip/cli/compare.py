@@ -25,7 +25,9 @@ def compare(
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V,V", help="every recipe tries all values, keeps its best")
     ] = None,
-    sweep_dataset: Annotated[str | None, typer.Option(metavar="SET", help="validation set of the sweep")] = None,
+    sweep_datasets: Annotated[
+        list[str] | None, typer.Option("--sweep-dataset", metavar="SET", help="validation set of the sweep; repeatable")
+    ] = None,
     sweep_pairs: Annotated[str | None, typer.Option(help="pairs per trial; default: the middle one of --pairs")] = None,
     sweep_steps: Annotated[int | None, typer.Option(min=1, help="steps per trial")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="runs at the same time; default: one per core")] = None,
@@ -38,7 +40,7 @@ def compare(
     overrides = parse_overrides([word for word in words if "=" in word])
     for recipe in recipes:
         load_recipe(recipe, overrides)
-    for name in (*(datasets or ()), *((sweep_dataset,) if sweep_dataset else ())):
+    for name in (*(datasets or ()), *(sweep_datasets or ())):
         check_source(name, "--dataset")
     values = {
         key: [read_value(key, word) for word in words.split(",")] for key, words in parse_overrides(sweep or []).items()
@@ -59,7 +61,7 @@ def compare(
         compute_budget_of=compute_budget_of,
         ablation=ablation,
         sweep=values,
-        sweep_dataset=sweep_dataset,
+        sweep_datasets=sweep_datasets or (),
         sweep_pairs=None if sweep_pairs is None else read_counts(sweep_pairs)[0],
         sweep_steps=sweep_steps,
         jobs=jobs,

@@ -53,7 +53,7 @@ def compare(
     compute_budget_of: str | None = None,
     ablation: bool = False,
     sweep: Mapping[str, Sequence[Any]] | None = None,
-    sweep_dataset: str | None = None,
+    sweep_datasets: Sequence[str] = (),
     sweep_pairs: int | None = None,
     sweep_steps: int | None = None,
     jobs: int | None = None,
@@ -73,8 +73,8 @@ def compare(
             ``zero_shot``.
         compute_budget_of: The variant whose time is the compute budget; by default the last recipe.
         ablation: Whether to take the last recipe apart, see `declip.comparison.variants.ablation_of`.
-        sweep: Values by key. Every variant tries every combination on `sweep_dataset` first, and keeps its best.
-        sweep_dataset: The validation set; by default the recipe's ``evaluation.zero_shot``. Never one of `datasets`.
+        sweep: Values by key. Every variant tries every combination on `sweep_datasets` first, and keeps its best.
+        sweep_datasets: Validation sets; by default the recipe's ``evaluation.zero_shot``. Never one of `datasets`.
         sweep_pairs, sweep_steps: Of a try; by default the middle one of `pairs`, and ``train.steps``.
         jobs: Worker processes; 0 runs the trials in this one. By default one for each core (for every OMP_NUM_THREADS
             cores where that is set), at most 8, or one on an accelerator.
@@ -101,11 +101,11 @@ def compare(
         commands=(("declip" if program == "__main__.py" else program, *sys.argv[1:]),),
     )
     if sweep:
-        validation = sweep_dataset or next(iter(first.evaluation.zero_shot), None)
-        if validation is None or validation in study.datasets:
+        validation = tuple(sweep_datasets or first.evaluation.zero_shot)
+        if not validation or set(validation) & set(study.datasets):
             raise UserError(
-                f"A sweep needs a validation set that no result is reported on, not {validation}. Name one with "
-                "--sweep-dataset."
+                f"A sweep needs validation sets that no result is reported on, not {', '.join(validation) or None}. "
+                "Name them with --sweep-dataset."
             )
         earlier = read_study(folder)
         if sweep_pairs is None and earlier is not None and earlier.sweep is not None:
@@ -168,7 +168,7 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
             )
         for combination in study.sweep.combinations() if study.sweep else ():
             variant.resolve(combination)
-    for name in (*study.datasets, *([study.sweep.dataset] if study.sweep else [])):
+    for name in (*study.datasets, *(study.sweep.datasets if study.sweep else ())):
         open_dataset(name)
 
 

@@ -46,10 +46,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Values by dotted key; every variant tries every combination on a validation set first, and keeps its best."""
+    """Values by dotted key; every variant tries every combination on validation sets first, and keeps its best."""
 
     grid: Mapping[str, tuple[Any, ...]]
-    dataset: str
+    datasets: tuple[str, ...]
     pairs: int
     steps: int
     seed: int = 1000  # another choice of pairs than that of any trial
@@ -119,7 +119,7 @@ class Study:
         if (sweep := self.sweep) is None:
             return []
         return [
-            Trial(variant.name, sweep.pairs, sweep.seed, sweep.steps, values, datasets=(sweep.dataset,))
+            Trial(variant.name, sweep.pairs, sweep.seed, sweep.steps, values, datasets=sweep.datasets)
             for variant in self.variants
             for values in sweep.combinations()
         ]

@@ -226,7 +226,7 @@ def sweep_table(outcome: Outcome) -> Table:
         kept = dict(study.chosen.get(trial.variant, {})) == dict(trial.overrides)
         score = NONE if row is None else percent(sweep_score(row))
         rows.append((trial.variant, settings(trial.overrides), "chosen" if kept else "", score))
-    caption = f"Sweep on {study.sweep.dataset}" if study.sweep else ""
+    caption = f"Sweep on {', '.join(study.sweep.datasets)}" if study.sweep else ""
     return Table(caption, ("variant", "values", "", "score"), tuple(rows), texts=3)
 
 
