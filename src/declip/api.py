@@ -195,7 +195,8 @@ def select_head(recipe: Recipe, folder: Path, given: Mapping[str, Any], quiet: b
     def with_head(of: Recipe, name: str) -> Recipe:
         keys = {key.removeprefix("finetune."): value for key, value in zip(HEAD_KEYS, HEADS[name], strict=True)}
         # The mean of all steps stays near the start, which is worth something in closed form alone.
-        decay = of.train.ema_decay if keys["head_init"] == "cca" else None
+        own = keys["head_init"] == "cca" or "train.ema_decay" in given
+        decay = of.train.ema_decay if own else None
         train = of.train.model_copy(update={"ema_decay": decay})
         return of.model_copy(update={"finetune": tune.model_copy(update=keys), "train": train})
 

@@ -153,6 +153,10 @@ def test_select_keeps_the_head_that_validates_best(
     assert tuple(getattr(done.recipe.finetune, key.split(".")[1]) for key in HEAD_KEYS) == HEADS[best]
     assert (done.results[-1]["loss"], done.best_step) == (pytest.approx(-scores[best][1], abs=6e-4), scores[best][2])
     assert not list(out.glob("select-*"))
+    random = {"linear": ("linear", "random", 0.0)}
+    monkeypatch.setattr(api, "HEADS", random)
+    command(*words, "train.ema_decay=0.9", "--out", tmp_path / "averaged")
+    assert read_run(tmp_path / "averaged").recipe.train.ema_decay == 0.9
     assert "finetune.mixup" in command(*words, "finetune.mixup=1", "--out", tmp_path / "other").err
     assert not (tmp_path / "other").exists()
 

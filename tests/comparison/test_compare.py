@@ -28,6 +28,7 @@ from declip.errors import UserError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
 pytestmark = pytest.mark.usefixtures("no_timing")
+THAWED = {"finetune.pretrained": "weights", "finetune.freeze_image_blocks": "all", "finetune.thaw_after": 2}
 
 
 @pytest.fixture
@@ -57,7 +58,9 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_run_is_what_declip_train_gives(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
-    outcome = tiny(recipes, table, tmp_path / "out", pairs=(16,), budgets=["samples", "compute"])
+    patience = {"train.patience": 2, "train.evaluate_every": 2, "evaluation.retrieval": [str(table)]}  # of no effect
+    options = {"budgets": ["samples", "compute"], "overrides": patience}
+    outcome = tiny(recipes, table, tmp_path / "out", pairs=(16,), **options)
     assert outcome.complete
     rows = {(row["variant"], row["pairs"], row["steps"]): row for row in outcome.rows.values()}
     assert sorted(rows) == [("clip", 16, 8), ("clip", 16, 16), ("declip", 16, 8)]
@@ -281,6 +284,9 @@ def _study(recipes: dict[str, str], table: Path) -> Study:
         ({"overrides": {"seed": 5}}, "from --seeds. Leave seed out"),
         ({"sweep": {"data.max_pairs": [8, 16]}, "sweep_datasets": ["builtin:emoji-validation"]}, "from --pairs"),
         ({"sweep": {"train.lr": [0.1]}, "sweep_datasets": ["TABLE"]}, "--sweep-dataset"),  # it would be reported too
+        ({"sweep": {"train.steps": [2, 4]}, "sweep_datasets": ["builtin:emoji-validation"]}, "cannot try train.steps"),
+        ({"overrides": {"train.epochs": 2}}, "'clip' sets train.epochs.*Set train.steps"),
+        ({"overrides": THAWED, "budgets": ["compute"]}, "from step 2 on.*--budget samples"),
         ({"sweep": {"train.lr": [0.1, -1]}, "sweep_datasets": ["builtin:emoji-validation"]}, r"train\.lr=-1"),
     ],
 )

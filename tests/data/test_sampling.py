@@ -170,5 +170,7 @@ def test_pairs_that_mean_the_same_are_kept_apart():
         assert len({index % 17 for index in order.indices(step)}) == 8
     few = spread(np.arange(6), [{"a"}, {"a"}, {"b"}, {"a"}, {"a"}, set()], 2)
     assert few.tolist() == [0, 2, 1, 5, 3, 4]
+    # A pair that waits keeps no other from its batch.
+    assert spread(np.arange(4), [{"a"}, {"a", "b"}, {"b"}, {"a"}], 2).tolist() == [0, 2, 1, 3]
     with pytest.raises(UserError, match="duplicates=apart"):
         build_order(SHARDS, 8, 5, 50, apart=True)

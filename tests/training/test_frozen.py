@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,25 @@ def test_only_what_changed_is_computed(pairs: Path, cache: Path) -> None:
     pairs.write_text("\n".join(map(json.dumps, rows)))
     assert computed(pairs, cache) == VARIANTS
     assert computed(pairs, cache, contrastive=1.0) == 10 * VARIANTS, "other views"
+
+
+def test_features_of_one_tower_serve_with_another_one_of_the_other_kind(pairs: Path, cache: Path) -> None:
+    def texts(weight: float, activation: str) -> torch.Tensor:
+        recipe, _ = frozen()
+        text = recipe.text.model_copy(update={"activation": activation})
+        torch.manual_seed(0)
+        model = DualEncoder.from_recipe(recipe.model_copy(update={"text": text}))
+        torch.nn.init.constant_(model.text_tower.token_embedding.weight, weight)
+        found = cached_features(recipe, open_source(str(pairs)), model, plan_of(recipe), shown=False)
+        return found.texts[torch.from_numpy(found.text_rows[:, 0])]
+
+    each = (0.1, "gelu"), (0.1, "quick_gelu"), (0.5, "gelu")
+    shared = [texts(*tower) for tower in each]
+    assert len(list(cache.glob("image-*"))) == 1
+    for tower, found in zip(each, shared, strict=True):
+        shutil.rmtree(cache)
+        assert torch.equal(texts(*tower), found)
+    assert not torch.equal(shared[0], shared[1])
 
 
 def test_a_broken_pair_is_left_out_and_named(pairs: Path) -> None:

@@ -15,7 +15,9 @@ from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
 from declip.supervision.objective import encode_views
+from declip.training import estimate
 from declip.training.setup import build_loader, open_training_source
+from declip.training.trainer import Trainer
 from training.starts import CONV, recipe_for, resumes_exactly
 
 
@@ -100,3 +102,24 @@ def test_what_does_not_fit_is_refused(table: Path, tmp_path: Path, second: Any, 
     with pytest.raises((UserError, ValueError)) as caught:
         train(late(table, second, **sections), out=tmp_path, quiet=True, report=False)
     assert says in str(caught.value)
+
+
+def test_a_step_is_timed_before_and_after_the_start(table: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    clock = [0.0]
+
+    def step(_: Any, batch: PairBatch) -> dict[str, torch.Tensor]:
+        clock[0] += len(batch.views)
+        return {"loss": torch.zeros(())}
+
+    monkeypatch.setattr(estimate, "training_step", step)
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
+    trainer = Trainer(late(table, {"start": 0.75}), tmp_path / "run", quiet=True)
+    assert estimate.step_seconds(trainer, 1, 2) == [0.75 * 1 + 0.25 * 2] * 2
+
+
+def test_another_number_of_steps_would_move_the_start(table: Path, tmp_path: Path) -> None:
+    recipe = late(table, {"start": 0.5}, train={"lr_schedule": "constant"})
+    train(recipe, out=tmp_path, quiet=True, report=False)
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 16})})
+    with pytest.raises(UserError, match=r"steps was 8, now 16"):
+        train(longer, out=tmp_path, resume=True, quiet=True, report=False)

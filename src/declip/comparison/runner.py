@@ -141,6 +141,9 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
     for key, option in (("seed", "--seeds"), ("data.max_pairs", "--pairs")):
         if any(key in keys for keys in chosen):
             raise UserError(f"A comparison sets {key} itself, from {option}. Leave {key} out.")
+    for key in ("train.steps", "train.epochs", "train.batch_size"):
+        if study.sweep and key in study.sweep.grid:
+            raise UserError(f"A sweep cannot try {key}: all recipes see equally many pairs. Leave {key} out of it.")
     if not study.datasets:
         raise UserError("Nothing to measure on: the recipe names no set for zero-shot. Name one with --dataset.")
     if study.pairs[0] < study.batch_size:
@@ -151,6 +154,16 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
     sizes: dict[str, int] = {}
     for variant in study.variants:
         recipe = variant.resolve()
+        if recipe.train.epochs is not None:
+            raise UserError(
+                f"'{variant.name}' sets train.epochs, which is another number of steps for each number of pairs. Set "
+                "train.steps instead."
+            )
+        if recipe.finetune.thaw_after and "compute" in budgets:
+            raise UserError(
+                f"'{variant.name}' trains its towers from step {recipe.finetune.thaw_after} on, so that its steps take "
+                "unequally long. Compare with --budget samples."
+            )
         if recipe.train.batch_size != study.batch_size or recipe.train.steps != study.steps:
             raise UserError(
                 f"'{variant.name}' takes {recipe.train.steps} steps of {recipe.train.batch_size} pairs, "
@@ -209,7 +222,7 @@ def seconds_per_step(variants: Sequence[Variant], overrides: Mapping[str, Any], 
         for variant in [*variants] * ROUNDS:
             with TemporaryDirectory() as folder:
                 trainer = Trainer(variant.resolve(overrides), Path(folder) / "run", quiet=True)
-                times[variant.name] += step_seconds(trainer, WARM + TIMED)[WARM:]
+                times[variant.name] += step_seconds(trainer, WARM, TIMED)
     finally:
         torch.set_num_threads(before)
     return {name: median(values) for name, values in times.items()}

@@ -34,6 +34,7 @@ UNMEASURED: dict[str, Any] = {
     "evaluation.final_zero_shot": (),
     "evaluation.final_retrieval": (),
     "train.evaluate_every": 0,
+    "train.patience": None,
 }
 """The comparison measures by itself, after the last step."""
 

@@ -82,8 +82,11 @@ def spread(order: np.ndarray, meanings: Sequence[set[Hashable]], batch_size: int
         batch, later, seen = list[int](), list[int](), set[Hashable]()
         while waiting and len(batch) < batch_size:
             pair = waiting.popleft()
-            (batch if seen.isdisjoint(meanings[pair]) else later).append(pair)
-            seen |= meanings[pair]
+            if seen.isdisjoint(meanings[pair]):
+                batch.append(pair)
+                seen |= meanings[pair]
+            else:
+                later.append(pair)
         spread_out += batch
         if len(batch) < batch_size:
             return np.array(spread_out + later)

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from declip.data.loader import PairLoader
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
@@ -52,7 +53,7 @@ def estimate(recipe: Recipe) -> Estimate:
         started = time.perf_counter()
         _ = trainer.loader  # with cached features, this computes them
         features = (time.perf_counter() - started) * len(source) / few
-        seconds = fmean(step_seconds(trainer, TIMED + 1)[1:])
+        seconds = fmean(step_seconds(trainer, 1, TIMED))
         evaluation, count = 0.0, 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         for name in setup.evaluation_tasks(recipe, final=False):
             pairs = open_dataset(name).split("test")
@@ -67,16 +68,29 @@ def estimate(recipe: Recipe) -> Estimate:
     return Estimate(whole, features, train.steps * seconds, count * evaluation, memory)
 
 
-def step_seconds(trainer: Trainer, count: int) -> list[float]:
-    """Take steps of a run that nobody continues, and time each, loading included."""
-    seconds = []
+def step_seconds(trainer: Trainer, warm: int, count: int) -> list[float]:
+    """Take steps of a run that nobody continues, and time each after the first `warm`, loading included.
+
+    Where the second view starts late, each time is the mean over the run of a step before its start and one after it.
+    """
+
+    def timed(loader: PairLoader) -> list[float]:
+        seconds = []
+        for _ in range(warm + count):
+            started = time.perf_counter()
+            training_step(trainer.parts, next(loader))["loss"].item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+        loader.close()
+        return seconds[warm:]
+
     trainer.learner.train()
-    for _ in range(count):
-        started = time.perf_counter()
-        training_step(trainer.parts, next(trainer.loader))["loss"].item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
-    trainer.loader.close()
-    return seconds
+    seconds = timed(trainer.loader)
+    late = max(spec.start for spec in trainer.plan.views)
+    if late == 0 or trainer.stage.finetune.cached_views:
+        return seconds
+    joined = timed(setup.build_loader(trainer.recipe, trainer.source, trainer.model, late, trainer.workers))
+    before = late / trainer.recipe.train.steps
+    return [before * one + (1 - before) * both for one, both in zip(seconds, joined, strict=True)]
 
 
 def _peak(device: torch.device) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from declip.data.batch import PairBatch
@@ -69,28 +69,32 @@ def cached_features(
     images_folder, texts_folder = (
         cache_folder()
         / "features"
-        / f"{tower[:5].strip('_')}-{tower_digest(model, tower, about, recipe.train.precision, recipe.image.size)}"
+        / f"{tower[:5].strip('_')}-{tower_digest(model, tower, about, recipe.train.precision)}"
         for tower in (IMAGE, TEXT)
     )
-    images_folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(images_folder / ".lock"):
+    for folder in (images_folder, texts_folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    # Another run may share one of the towers alone.
+    with FileLock(images_folder / ".lock"), FileLock(texts_folder / ".lock"):
         images = FeatureStore(images_folder, views * width, dtype)
         texts = FeatureStore(texts_folder, model.text_tower.width, dtype)
-        links = FeatureStore(images_folder / "texts", plan.texts.count, torch.int64)
+        links = FeatureStore(images_folder / texts_folder.name, plan.texts.count, torch.int64)
         mean, std = (torch.tensor(values, device=device) for values in (plan.mean, plan.std))
 
         def fill(keys: list[bytes], batch: PairBatch) -> None:
             """Run the towers on a batch and append the features to the stores."""
-            pixels = [view.pixels for view in apply_photometric(batch.to(device).views, mean, std).values()]
+            fresh = [number for number, key in enumerate(keys) if key not in images]
+            pixels = [view.pixels[fresh] for view in apply_photometric(batch.to(device).views, mean, std).values()]
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                features = [model.image_tower.pool(view) for view in pixels]
+                features = [model.image_tower.pool(view) for view in pixels if fresh]
                 text_keys = [[text_key(row) for row in rows] for rows in batch.texts]
                 flat = zip(itertools.chain(*text_keys), batch.texts.flatten(0, 1), strict=True)
                 new = {key: row for key, row in flat if key not in texts}
                 if new:
                     texts.append([*new], model.text_tower.pool(torch.stack([*new.values()]).to(device)))
             links.append(keys, torch.from_numpy(np.stack([texts.places(some) for some in text_keys], axis=1)))
-            images.append(keys, torch.cat(features, dim=1))
+            if fresh:
+                images.append([keys[number] for number in fresh], torch.cat(features, dim=1))
 
         keys, broken = _content_keys(source, shown)
         endings = [variant.to_bytes(4) for variant in range(variants)]
@@ -157,9 +161,11 @@ def text_key(row: Tensor) -> bytes:
     return hashlib.blake2b(np.trim_zeros(row.numpy(), "b").tobytes(), digest_size=KEY).digest()
 
 
-def tower_digest(model: nn.Module, tower: str, *about: Any) -> str:
-    """Hash a tower's weights without the projection, and what else its features depend on."""
-    digest = hashlib.sha256(json.dumps(about).encode())
+def tower_digest(model: DualEncoder, tower: str, *about: Any) -> str:
+    """Hash a tower's weights but the projection, its section of the recipe, and what else its features depend on."""
+    # Equal weights may compute other features: with another pooling, activation or number of heads.
+    section = None if model.recipe is None else (model.recipe.image if tower == IMAGE else model.recipe.text)
+    digest = hashlib.sha256(json.dumps([section and section.model_dump(mode="json"), about]).encode())
     for name, tensor in model.state_dict().items():
         if name.startswith(tower) and not name.startswith(PROJECTIONS):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
