@@ -63,6 +63,16 @@ def test_splits_of_a_built_in_set(painted, monkeypatch) -> None:
     assert open_dataset("builtin:icons-test").templates == "emoji"
 
 
+def test_a_table_of_captions_may_have_splits(tmp_path: Path) -> None:
+    for number in range(4):
+        trees.paint(tmp_path / f"{number}.png", number)
+    rows = [f"{number}.png,caption {number},{'train' if number < 3 else 'test'}" for number in range(4)]
+    trees.write(tmp_path / "table.csv", "\n".join(["image,caption,split", *rows]))
+    dataset = open_dataset(str(tmp_path / "table.csv"))
+    assert {which: len(dataset.split(which)) for which in dataset.openers} == {"train": 3, "test": 1}
+    assert dataset.split("test").captions(0) == ("caption 3",)
+
+
 def test_a_folder_with_captions_is_still_one(tmp_path: Path) -> None:
     trees.paint(tmp_path / "a.jpg", 3)
     trees.write(tmp_path / "a.txt", "one\ntwo\n")

@@ -152,9 +152,16 @@ def test_one_pair_is_enough_and_none_says_why() -> None:
 def test_images_of_a_test_set_are_found(planted: Path) -> None:
     found = inspect_source(Numbers([("a b",)] * 40, side=300), None, check_leakage=[planted], workers=0)
     (leak,) = found.leakages
-    assert (leak.name, leak.images, leak.found.count) == ("planted.jsonl", 32, 24)
+    assert (leak.name, leak.images, leak.found.count) == ("planted.jsonl", 34, 24)
     assert leak.copies[:2] == (("pair 0", 0), ("pair 1", 1))
     assert rules(found)["leakage"] == 0.6
+    bare = planted.with_name("bare")
+    bare.mkdir()
+    with pytest.raises(UserError, match="bare"):
+        inspect_source(planted, None, check_leakage=[bare], workers=0)
+    shutil.copy(next(planted.parent.glob("*.png")), bare / "copy.png")  # without a caption
+    (leak,) = inspect_source(planted, None, check_leakage=[bare], workers=0).leakages
+    assert (leak.images, leak.found.count > 0) == (1, True)
 
 
 def test_one_word_captions_lead_to_another_second_view() -> None:

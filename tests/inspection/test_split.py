@@ -45,6 +45,16 @@ def test_groups_stay_on_one_side(pairs: Path) -> None:
     assert len(split_pairs(source, most=4).val) == 3
 
 
+def test_photos_of_one_product_stay_on_one_side(tmp_path: Path) -> None:
+    table = write(tmp_path / "x", [(texture(number), f"caption {number}") for number in range(60)])
+    head, *rows = table.read_text().splitlines()
+    named = [f"{row},{'' if number > 50 else number // 3}" for number, row in enumerate(rows)]
+    table.write_text("\n".join([f"{head},product", *named]))
+    train, val = split_pairs(open_source(table, group_column="product"))
+    assert len(val) == 6
+    assert not set(train[train <= 50] // 3) & set(val[val <= 50] // 3)
+
+
 def test_a_list_opens_as_its_pairs(pairs: Path, tmp_path: Path) -> None:
     write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), {"caption_column": "caption"}, 60, [3, 5, 59]))
     source = open_source(tmp_path / "some.pairs")

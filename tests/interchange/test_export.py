@@ -177,6 +177,14 @@ def test_what_a_format_cannot_say_is_refused_with_the_reason(kind: str, form: st
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bias_of_the_logits_is_kept_or_refused(tmp_path: Path) -> None:
+    model = build("vit", logit_bias=-10.0)
+    declip.export(model, "open_clip", tmp_path / "out")
+    assert torch.equal(declip.load(tmp_path / "out").logit_bias, model.logit_bias)
+    with pytest.raises(UserError, match="no bias of the logits.*can: open_clip, onnx and safetensors"):
+        declip.export(model, "huggingface", tmp_path / "other")
+
+
 def test_features_that_come_out_differently_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled(model: Any, folder: Path) -> None:
         other = copy.deepcopy(model)

@@ -74,7 +74,10 @@ def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(
 def test_another_model_is_refused(made: Index, model: DualEncoder) -> None:
     other = tiny_model()
     other.preprocessor.mean = torch.zeros(3)
-    for wrong in (tiny_model(1), other):
+    text = model.recipe.text.model_copy(update={"activation": "gelu"})
+    computed = DualEncoder.from_recipe(model.recipe.model_copy(update={"text": text}))
+    computed.load_state_dict(model.state_dict())
+    for wrong in (tiny_model(1), other, computed.eval()):
         with pytest.raises(UserError, match="another model"):
             Index.open(made.folder, model=wrong).search("a red bar")
     with pytest.raises(UserError, match="a Python object"):

@@ -163,6 +163,8 @@ def test_features_of_one_tower_serve_with_another_one_of_the_other_kind(pairs: P
         shutil.rmtree(cache)
         assert torch.equal(texts(*tower), found)
     assert not torch.equal(shared[0], shared[1])
+    shutil.rmtree(next(cache.glob("text-*")))
+    assert torch.equal(texts(*each[2]), shared[2]), "the images' features alone are left"
 
 
 def test_a_broken_pair_is_left_out_and_named(pairs: Path) -> None:

@@ -139,8 +139,11 @@ def encode_source(
 
 
 def model_hash(model: Encoder) -> bytes:
-    """SHA-256 of a model: its class name, every tensor of its `state_dict`, and its preprocessing of fixed noise."""
+    """SHA-256 of a model: its class name, tensors and settings of its towers, and its preprocessing of fixed noise."""
     digest = hashlib.sha256(type(model).__qualname__.encode())
+    if (recipe := getattr(model, "recipe", None)) is not None:  # equal weights may be used in several ways
+        image, text = recipe.image, recipe.text
+        digest.update(repr((image.model, image.model_kwargs, text.heads, text.activation, text.pooling)).encode())
 
     def update(head: str, tensor: Tensor) -> None:
         digest.update(f"{head}{tuple(tensor.shape)}".encode())

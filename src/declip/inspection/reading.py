@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from declip.data.pair import BrokenPair, PairSource, SkipCounter
+from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
 from declip.inspection.captions import KINDS, kind_of, token_count
 from declip.inspection.duplicates import LOOK, caption_hash, image_hash, is_blank, look
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
@@ -43,10 +43,15 @@ class ReadPairs(NamedTuple):
     skipped: SkipCounter
 
 
-def read(source: PairSource, places: np.ndarray, workers: int | None, progress: str = "") -> ReadPairs:
-    """Read the pairs at rising places with workers as `in_order` has them; `progress` is the title of a bar."""
+def read(
+    source: PairSource, places: np.ndarray, workers: int | None, progress: str = "", captioned: bool = True
+) -> ReadPairs:
+    """Read the pairs at rising places with workers as `in_order` has them; `progress` is the title of a bar.
+
+    Not `captioned`: the images alone, whatever their captions are.
+    """
     step = int(np.clip(len(places) // PARTS, SMALLEST_PART, LARGEST_PART))
-    parts = _Parts(source, [places[start : start + step] for start in range(0, len(places), step)])
+    parts = _Parts(source, [places[start : start + step] for start in range(0, len(places), step)], captioned)
     pairs, captions, skipped = [np.empty(0, PAIR)], [np.empty(0, CAPTION)], SkipCounter()
     # The workers start here, before the bar's own thread does: a fork copies no thread.
     stream = in_order(parts, len(parts), workers)
@@ -63,8 +68,8 @@ def read(source: PairSource, places: np.ndarray, workers: int | None, progress: 
 class _Parts(Dataset):
     """Parts of the work by number."""
 
-    def __init__(self, source: PairSource, parts: list[np.ndarray]) -> None:
-        self.source, self.parts = source, parts
+    def __init__(self, source: PairSource, parts: list[np.ndarray], captioned: bool) -> None:
+        self.source, self.parts, self.captioned = source, parts, captioned
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -75,7 +80,7 @@ class _Parts(Dataset):
         skipped = SkipCounter()
         for place in self.parts[index].tolist():
             try:
-                pair = self.source[place]
+                pair = self.source[place] if self.captioned else Pair("", self.source.image(place), ())
             except BrokenPair as broken:
                 skipped.add(broken)
                 continue

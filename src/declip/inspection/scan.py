@@ -13,7 +13,7 @@ from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import clean
-from declip.errors import check_range
+from declip.errors import UserError, check_range
 from declip.inspection.captions import KINDS, kind_of
 from declip.inspection.duplicates import across, coincidence, equal_groups, near_groups, repeated
 from declip.inspection.findings import find
@@ -90,7 +90,10 @@ def inspect_source(
             inspection = _described(inspection, source, found, size, batch_size)
         leakages = []
         for other in others:
-            seen = read(other, np.arange(len(other)), workers, f"Images of {other.name}" if progress else "").pairs
+            title = f"Images of {other.name}" if progress else ""
+            seen, _, skipped = read(other, np.arange(len(other)), workers, title, captioned=False)
+            if not len(seen):
+                raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
             copied = found.pairs["place"][across(found.pairs, seen)].tolist()
             keys = map(ImageSource(source).key, copied)
             fraction = Fraction.counted(len(copied), len(found.pairs), inspection.whole)

@@ -25,7 +25,7 @@ class Parts(NamedTuple):
 
 
 def split_pairs(source: PairSource, fraction: float = FRACTION, most: int = MOST, progress: bool = False) -> Parts:
-    """Split off a validation part: pairs with the same or nearly the same image, or the same caption, stay together.
+    """Split off a validation part: pairs with nearly the same image, the same caption, or one group stay together.
 
     Groups of such pairs are put into the validation part in an order that depends on the number of pairs alone, as long
     as they fit.
@@ -34,7 +34,7 @@ def split_pairs(source: PairSource, fraction: float = FRACTION, most: int = MOST
         UserError: there are too few pairs, or they are one group.
     """
     pairs = _read(source, progress)
-    groups = _related(pairs)
+    groups = _related(pairs, source)
     sizes = np.bincount(groups)
     target = max(1, min(round(fraction * len(groups)), most))
     chosen, left = [], target
@@ -66,15 +66,17 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
     return f"{words}: its numbers are too high by what was memorized." if copies else None
 
 
-def _related(pairs: ReadPairs) -> np.ndarray:
-    """Number the groups of pairs that are joined by the same or nearly the same image, or by a caption: int64 (n,)."""
+def _related(pairs: ReadPairs, source: PairSource) -> np.ndarray:
+    """Number the sets of pairs joined by nearly the same image, a caption, or the source's groups: int64 (n,)."""
     n = len(pairs.pairs)
     members, owners = np.arange(n), np.repeat(np.arange(n), pairs.pairs["captions"])
     same, alike = equal_groups(pairs.pairs["exact"]), near_groups(pairs.pairs["look"])
     nodes, edges = n, []
-    for owner, group in ((members, same), (members, alike), (owners, equal_groups(pairs.captions["hash"]))):
-        edges.append(np.stack([owner, nodes + group]))  # a node for each image and each caption
-        nodes += int(group.max()) + 1
+    named = np.array([source.group(place) for place in pairs.pairs["place"].tolist()])
+    groups = (members[named != 0], equal_groups(named[named != 0]))
+    for owner, group in ((members, same), (members, alike), (owners, equal_groups(pairs.captions["hash"])), groups):
+        edges.append(np.stack([owner, nodes + group]))  # a node for each image, caption and group
+        nodes += int(group.max(initial=-1)) + 1
     return equal_groups(components(nodes, np.concatenate(edges, axis=1))[:n])
 
 

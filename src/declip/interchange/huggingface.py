@@ -185,6 +185,8 @@ def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise Refusal(f"CLIPModel has CLIP's vision transformer only, and this image tower is a {kind}; {TO_CLIP_VIT}")
     if text.text_projection.bias is not None:
         raise Refusal("CLIPModel has no bias after the text projection; train with text.projection_bias=false")
+    if model.logit_bias is not None:
+        raise Refusal("CLIPModel has no bias of the logits, which the sigmoid loss learns")
     return _config(model, keys), layouts.TRANSFORMERS.write(model.state_dict())
 
 

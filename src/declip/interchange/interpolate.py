@@ -43,7 +43,8 @@ def ends_of(run: str | Path, device: str = "auto") -> tuple[DualEncoder, DualEnc
     end = load(run, device)
     if weights is None or not end.state_dict().keys() <= weights.tensors.keys():
         raise UserError(
-            f"'{run}' started from no weights, or from some without text tower or projections: nothing to mix with."
+            f"'{run}' started from no weights, or from some without its text tower, projections or MLP heads: nothing "
+            "to mix with."
         )
     return weights.check().build().to(end.device).eval(), end
 

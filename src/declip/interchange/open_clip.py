@@ -186,6 +186,8 @@ def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[
             "vision_cfg": {"image_size": image.size, **vision_config},
             "text_cfg": text_config,
         }
+        if model.logit_bias is not None:
+            model_config["init_logit_bias"] = float(model.logit_bias)
         state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
         tensors = (visual + text).write(state)
     prepared = {"size": image.size, "mode": "RGB", "mean": list(image.mean), "std": list(image.std), **resize}

@@ -158,7 +158,8 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
 def _open(images: str | Path | PairSource | Items, image_column: str, image_root: str | Path | None) -> ImageSource:
     """Open images: also a single file, or the files of a pattern."""
     if not isinstance(images, str | Path):
-        return ImageSource(open_source(images, image_column=image_column, caption_column=image_column))
+        columns = {"image_column": image_column, "caption_column": image_column}
+        return ImageSource(open_source(images, image_root=image_root, **columns))
     path = Path(images).expanduser()
     names = [str(path)] if path.exists() else sorted(glob(str(path), recursive=True))
     if files := [name for name in names if name.lower().endswith(EXTENSIONS)]:

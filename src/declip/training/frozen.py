@@ -40,10 +40,11 @@ def check_frozen(recipe: Recipe, model: DualEncoder) -> None:
             f"finetune.cached_views needs frozen towers, and '{learning[0]}' learns. Give finetune.pretrained with "
             "finetune.freeze_image_blocks=all finetune.freeze_text_blocks=all, or leave finetune.cached_views out."
         )
-    if any(need.tokens or need.masked for need in needs_of(recipe)):
+    if recipe.masked_language.mask_input_only or any(need.tokens or need.masked for need in needs_of(recipe)):
         raise UserError(
             "finetune.cached_views keeps pooled features, and masked_language or late_interaction reads those of "
-            "tokens. Set their loss_weights to 0, or leave finetune.cached_views out."
+            "tokens, or masked ones. Set their loss_weights to 0 and masked_language.mask_input_only to false, or "
+            "leave finetune.cached_views out."
         )
 
 
@@ -78,7 +79,8 @@ def cached_features(
     with FileLock(images_folder / ".lock"), FileLock(texts_folder / ".lock"):
         images = FeatureStore(images_folder, views * width, dtype)
         texts = FeatureStore(texts_folder, model.text_tower.width, dtype)
-        links = FeatureStore(images_folder / texts_folder.name, plan.texts.count, torch.int64)
+        # Rows of `texts`, so in its folder: who removes that removes both.
+        links = FeatureStore(texts_folder / images_folder.name, plan.texts.count, torch.int64)
         mean, std = (torch.tensor(values, device=device) for values in (plan.mean, plan.std))
 
         def fill(keys: list[bytes], batch: PairBatch) -> None:

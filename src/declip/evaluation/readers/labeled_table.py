@@ -1,4 +1,4 @@
-"""A table with a column of labels: its rows with classes, in splits where it has a column of them."""
+"""A table with a column of labels, of splits, or both: its rows, with classes where they are named."""
 
 import json
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import numpy as np
 
 from declip.data.pair import BrokenPair, is_unicode, printable
 from declip.data.sources.rows import ArrowRows, TableRows
+from declip.data.sources.subset import Subset
 from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, by_lower_name, find_column, open_rows
 from declip.errors import UserError, unknown
 from declip.evaluation.readers.images import SPLITS, Classified, Openers
@@ -22,7 +23,7 @@ Cell = str | BrokenPair
 
 
 def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
-    """Open a table by its labels; None where no column was given and none has one of `LABEL_NAMES`.
+    """Open a table by its labels and splits; None where it has neither: no column was given, or has a known name.
 
     `class_names` are the sorted labels of all splits, or the names that Hugging Face's `datasets` wrote into a Parquet
     file for its numbers. A column "split" makes splits; without it all rows are the test.
@@ -30,14 +31,18 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
     rows = open_rows(table_path)
     path, columns = rows.path, rows.columns
     lower = by_lower_name(columns).keys()
-    if label_column is None and lower.isdisjoint(LABEL_NAMES):
+    captioned, labeled = (not lower.isdisjoint(names) for names in (CAPTION_NAMES, LABEL_NAMES))
+    labeled = labeled or label_column is not None
+    if not labeled and not (captioned and "split" in lower):
         return None
     if label_column is not None and label_column not in columns:
         raise unknown(f"column of labels in '{path.name}'", label_column, columns)
-    column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
-    captioned = not lower.isdisjoint(CAPTION_NAMES)
     image = find_column(columns, "image", IMAGE_NAMES, "image", path)
     table = TableSource(table_path, image, "caption" if captioned else image)
+    rows_of = _rows_of(table, table_path)
+    if not labeled:
+        return {which: partial(Subset, table, places) for which, places in rows_of.items()}
+    column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
     cells = _cells(table, open_rows(table_path), column)
     names = _known_names(rows, column) or _ordered({cell for cell in cells if isinstance(cell, str)})
     if len(names) < 2:
@@ -52,22 +57,27 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
             labels[row] = label_of[cell]
         else:
             broken[row] = BrokenPair("missing label", table.key(row), f"'{cell}' is none of the classes")
-    split_of = np.array(["test"] * len(table))
-    if "split" in lower:
-        split_column = find_column(columns, "split", ("split",), "split", path)
-        split_cells = _cells(table, open_rows(table_path), split_column)
-        split_of = np.array([_split(cell) for cell in split_cells])
-        if not {"test"} <= set(split_of) <= set(SPLITS):
-            raise UserError(
-                f"Column '{split_column}' of '{path}' needs one of {', '.join(SPLITS)} in each row, 'test' in some. It "
-                f"has: {printable(', '.join(sorted(set(map(str, split_cells)))))}."
-            )
-    rows_of = {which: np.flatnonzero(split_of == which) for which in SPLITS}
     return {
         which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
         for which, rows in rows_of.items()
-        if len(rows)
     }
+
+
+def _rows_of(table: TableSource, table_path: Any) -> dict[str, np.ndarray]:
+    """The pairs of each split that has some; all are the test where there is no column of splits."""
+    rows = open_rows(table_path)
+    split_of = np.array(["test"] * len(table))
+    if "split" in by_lower_name(rows.columns):
+        split_column = find_column(rows.columns, "split", ("split",), "split", rows.path)
+        split_cells = _cells(table, rows, split_column)
+        split_of = np.array([_split(cell) for cell in split_cells])
+        if not {"test"} <= set(split_of) <= set(SPLITS):
+            raise UserError(
+                f"Column '{split_column}' of '{rows.path}' needs one of {', '.join(SPLITS)} in each row, 'test' in "
+                f"some. It has: {printable(', '.join(sorted(set(map(str, split_cells)))))}."
+            )
+    places = {which: np.flatnonzero(split_of == which) for which in SPLITS}
+    return {which: found for which, found in places.items() if len(found)}
 
 
 def _split(cell: Cell) -> str:
