@@ -88,6 +88,7 @@ def shard_source(
         "layout": LAYOUT,
         "source": name,
         "pairs": len(opened),
+        "content": _content(opened),
         "size": size,
         "quality": quality,
         "shard_pairs": shard_pairs,
@@ -115,6 +116,23 @@ def shard_source(
         explained = skipped.explanation()
         raise UserError(f"None of the {len(opened):,} pairs of '{opened.name}' can be used: {explained}")
     return ShardedPairs(folder, sum(pairs.values()), len(pairs), sum(row["bytes"] for row in done.values()), skipped)
+
+
+def _content(source: PairSource) -> str | None:
+    """Hash the texts and the files' stamps of all pairs, so that a repaired table is not taken for the one before.
+
+    None for remote shards, which would all have to be fetched first.
+    """
+    if source.remote:
+        return None
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        try:
+            read = repr((source.texts_of(index), tuple(source.origin(index))))
+        except BrokenPair as broken:
+            read = broken.reason
+        digest.update(read.encode("utf-8", "replace"))
+    return digest.hexdigest()
 
 
 def _finished_shards(folder: Path, made_of: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
