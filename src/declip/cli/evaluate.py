@@ -31,6 +31,12 @@ def evaluate(
     """Evaluate a model on held-out images."""
     if task not in TASKS:
         raise unknown("task", task, TASKS)
+    for option, given, tasks in (
+        ("--templates", templates is not None, ("zero-shot",)),
+        ("--features", features != "backbone", ("linear", "knn")),
+    ):
+        if given and task not in tasks:
+            raise UserError(f"{option} goes with --task {' or '.join(tasks)}, not with {task}. Leave it out.")
     check_model(model)
     for name in datasets:
         check_source(name, "--dataset")
@@ -47,6 +53,8 @@ def evaluate(
     suites = [name for name in datasets if is_suite(name)]
     if suites and len(datasets) > 1:
         raise UserError(f"'{suites[0]}' is a table of its own. Evaluate it alone, with one --dataset.")
+    if suites and label_column is not None:
+        raise UserError(f"--label-column names a column of a table, and '{suites[0]}' is none. Leave it out.")
     if markdown_out is not None and not suites:
         raise UserError(f"--markdown writes the table of paper11:/data, but --dataset is '{datasets[0]}'. Use --json.")
     kind: Any = features
