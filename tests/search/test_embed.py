@@ -136,6 +136,22 @@ def test_another_option_model_source_or_folder_is_refused(
     assert contents(tmp_path / "index") == before
 
 
+def test_repaired_captions_and_other_objects_are_embedded_again(model: DualEncoder, tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    for number, color in enumerate(("red", "blue")):
+        draw(color, "bar", 40).save(tmp_path / f"{number}.png")
+    for word in ("wrong", "right"):
+        table.write_text(f"image,caption\n0.png,{word}\n1.png,blue bar\n")
+        index = declip.embed(model, table, out=tmp_path / "index", captions=True)
+        assert sorted(index.row(id).caption for id in index.ids.tolist()) == ["blue bar", word]
+    assert index.ids.tolist() == [1, 2], "the other row is as it was"
+    found = []
+    for color in ("red", "green"):
+        index = declip.embed(model, [(draw(color, "bar", 40), "a bar")], out=tmp_path / "objects")
+        found.append(index.vectors(index.ids))
+    assert not torch.equal(*found)
+
+
 def test_captions_get_the_mean_of_their_vectors(model: DualEncoder, table: Path, tmp_path: Path) -> None:
     index = declip.embed(model, table, out=tmp_path / "index", captions=True, dtype="float32")
     with torch.no_grad():

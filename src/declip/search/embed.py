@@ -1,13 +1,16 @@
 """Embed a source: write the vectors of its images in parts, so that a killed call continues where it stopped."""
 
+import hashlib
 import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,8 +18,10 @@ from torch.nn.functional import normalize
 from torch.utils.data import Dataset
 
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
-from declip.data.sources.image_source import ImageSource
+from declip.data.sources.image_source import CaptionedImage, ImageSource
+from declip.data.sources.open import open_source
 from declip.data.sources.origin import Origin
+from declip.data.sources.python_items import Items
 from declip.data.sources.shard_names import absolute
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, text_features
@@ -35,7 +40,7 @@ Row = tuple[str, tuple[str, ...], int, Origin]
 
 def embed(
     model: str | Path | Encoder,
-    source: str | Path | PairSource,
+    source: str | Path | PairSource | Items,
     *,
     out: str | Path,
     captions: bool = False,
@@ -70,6 +75,8 @@ def embed(
     check_range("batch_size", batch_size, 1)
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
+    if not isinstance(source, str | Path):
+        source = open_source(source, image_column=image_column, caption_column=caption_column or image_column)
     entry = SourceEntry(
         spec=_spec(source),
         name="",
@@ -114,7 +121,7 @@ def embed(
 def find_changes(source: ImageSource, store: Store, progress: bool = False) -> tuple[list[int], set[int]]:
     """Compare a source with the rows that were embedded of it.
 
-    An image is recognized by its key and its stamp. Of several images that share both, each stands for one row.
+    An image is recognized by its key and its stamp (`_stamped`). Of several that share both, each stands for one row.
 
     Returns:
         The places to embed, those after `Manifest.reached` first, so that the batches are those of a call that was not
@@ -129,11 +136,25 @@ def find_changes(source: ImageSource, store: Store, progress: bool = False) -> t
     with pairs_bar(progress, "images") as bar:
         for place in bar.track(range(len(source)), description=f"Looking through {source.name}"):
             key = source.key(place)
-            if key in known and (ids := rows.get((key, source.origin(place).stamp))):
+            if key in known and (ids := rows.get((key, _stamped(source, place).stamp))):
                 ids.pop()
             else:
                 (later if place >= reached else earlier).append(place)
     return later + earlier, {id for ids in rows.values() for id in ids}
+
+
+def _stamped(
+    source: ImageSource, place: int, origin: Origin | None = None, loaded: CaptionedImage | None = None
+) -> Origin:
+    """The origin with a stamp that changes with the image and its captions: by pixels where a source has none."""
+    origin = origin or source.origin(place)
+    digest = hashlib.blake2b(origin.stamp.encode(), digest_size=12)
+    with suppress(BrokenPair):
+        if not origin.stamp:
+            loaded = loaded or source[place]
+            digest.update(np.asarray(loaded.image).tobytes())
+        digest.update(repr(loaded.captions if loaded else source.captions(place)).encode("utf-8", "replace"))
+    return origin._replace(stamp=digest.hexdigest())
 
 
 class ImageBatches(Dataset[tuple[Tensor | None, list[Row], SkipCounter]]):
@@ -154,6 +175,7 @@ class ImageBatches(Dataset[tuple[Tensor | None, list[Row], SkipCounter]]):
             except BrokenPair as broken:
                 skipped.add(broken)
                 continue
+            origin = _stamped(self.source, place, origin, loaded)
             images.append(loaded.image)
             rows.append((self.source.key(place), loaded.captions, place, origin))
         return self.preprocess(images) if images else None, rows, skipped

@@ -50,6 +50,12 @@ class ImageSource:
             key = broken.key
         return key.encode(errors="replace").decode()
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of image `index`; none where they cannot be used."""
+        with suppress(BrokenPair):
+            return self.source.captions(index) if self.captioned else ()
+        return ()
+
     def origin(self, index: int) -> Origin:
         origin = Origin()
         with suppress(BrokenPair):
