@@ -132,7 +132,7 @@ def _content(source: PairSource) -> str | None:
         except BrokenPair as broken:
             read = broken.reason
         digest.update(read.encode("utf-8", "replace"))
-    return digest.hexdigest()
+    return digest.hexdigest()[:12]  # shown in an error
 
 
 def _finished_shards(folder: Path, made_of: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ Cell = str | BrokenPair
 
 
 def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
-    """Open a table by its labels and splits; None where it has neither: no column was given, or has a known name.
+    """Open a table by its labels and splits; None where it has neither.
 
     `class_names` are the sorted labels of all splits, or the names that Hugging Face's `datasets` wrote into a Parquet
     file for its numbers. A column "split" makes splits; without it all rows are the test.
