@@ -67,12 +67,13 @@ def make_loader(
     views: tuple[str, ...] = ("first", "second"),
     texts: int = 2,
     mask: float | None = 0.15,
+    whole_context: bool = False,
     **options: object,
 ) -> PairLoader:
     """A loader; options go to `TextView`, the loader and the assembler."""
     text = {name: options.pop(name) for name in TextView.model_fields.keys() & options}
     specs = tuple(ViewSpec(name, size, ImageView()) for name in views)
-    plan = Plan(specs, TextSpec(texts, TextView(**text), mask), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    plan = Plan(specs, TextSpec(texts, TextView(**text), mask, whole_context), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     loading = {name: options.pop(name) for name in {"start_step", "workers", "max_broken_fraction"} & options.keys()}
     assembler = Assembler(source, Words(context), plan, **({"batch_size": 6, "seed": 3} | options))
     return PairLoader(assembler, **loading)

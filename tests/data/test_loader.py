@@ -89,6 +89,8 @@ def test_all_texts_have_one_length_a_multiple_of_eight_within_the_context(words,
     batch = take(make(context=context), 1)[0]
     assert batch.texts.shape[2] == batch.masked.shape[1] == batch.labels.shape[1] == length
     assert ((batch.texts == Words.end).sum(-1) == 1).all()
+    # Where padding counts, a pair's loss must not depend on the longest caption of its batch.
+    assert take(make(context=context, whole_context=True), 1)[0].texts.shape[2] == context
 
 
 def test_the_mask_is_of_the_caption_view():

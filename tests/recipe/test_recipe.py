@@ -108,7 +108,10 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ({"loss_weights.contrastive": "0"}, ("loss_weights",)),
         ({"text.heads": "5"}, ("text.width 384", "text.heads 5")),
         ({"train.warmup_lr": "1"}, ("warmup_lr 1.0", "train.lr")),
-        ({"views.image_count": "1", "views.contrastive_view": "{}"}, ("views.contrastive_view", "image_count")),
+        (
+            {"views.image_second": "{start: 1}", "views.contrastive_view": "{}"},
+            ("views.contrastive_view", "image_second.start below 1"),
+        ),
     ],
 )
 def test_a_mistake_is_named(overrides: dict[str, str], says: tuple[str, ...]) -> None:

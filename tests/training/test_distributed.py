@@ -78,7 +78,7 @@ def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> d
     """What two steps give: mean losses, every gradient of the second, every weight, running statistic and queue row."""
     tree = {**TINY, "loss_weights": CASES[name], "image": {"model": TOWERS[tower], "size": 32}}
     tree["image"]["model_kwargs"] = OPTIONS.get(tower, {})
-    tree["views"] = {"image_count": 1 if name == CAPTIONS else 2}
+    tree["views"] = {"image_second": {"start": 1.0} if name == CAPTIONS else None}
     tree |= SECTIONS.get(name, {})
     if name == LATE:
         tree["views"]["image_second"] = {"size": 16, "start": 0.125}
@@ -223,8 +223,11 @@ def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(
     assert set(counts) == {6}, "the first pass leaves the running statistics alone"
 
 
-def test_dropout_draws_the_same_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", ["chance", "edges"])
+def test_dropout_draws_the_same_in_both_passes(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     options = {"patch_size": 8, "embed_dim": 64, "depth": 1, "proj_drop_rate": 0.5}
     monkeypatch.setitem(OPTIONS, "layer norm", options)
+    monkeypatch.setitem(TINY["image"], "patch_dropout", {"by": by})
+    monkeypatch.setitem(TINY["text"], "dropout", 0.5)
     expected = {"declip": two_steps("declip", "layer norm", (BATCH,))}
     compare(expected, {"declip": two_steps("declip", "layer norm", (BATCH,), grad_cache_chunk=BATCH)})

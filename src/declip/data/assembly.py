@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -56,7 +57,6 @@ class Assembler:
             )
         self.source, self.tokenizer, self.plan = source, tokenizer, plan
         self.batch_size, self.seed = batch_size, seed
-        self.transforms = [ViewTransform(spec.size, spec.augmentation) for spec in plan.views]
         self.text = plan.texts.augmentation
         self.scaled_decode = True  # a JPEG at 1/2, 1/4 or 1/8 where every crop stays large enough
         self.rank, self.ranks = rank, ranks
@@ -70,7 +70,7 @@ class Assembler:
         skipped: list[BrokenPair] = []
         for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
             try:
-                samples.append(self.sample(index, epoch, len(views)))
+                samples.append(self.sample(index, epoch, views))
             except BrokenPair as broken:
                 skipped.append(broken)
         return self.collate(samples, skipped, views)
@@ -98,8 +98,8 @@ class Assembler:
             return [text, text]
         return [text, augment(text, generator)]
 
-    def sample(self, index: int, epoch: int, views: int | None = None) -> _Sample:
-        """Read a pair, make every random choice about its first `views` views, decode it; raises `BrokenPair`."""
+    def sample(self, index: int, epoch: int, specs: Sequence[ViewSpec] | None = None) -> _Sample:
+        """Read a pair, make every random choice about the given views or all, decode it; raises `BrokenPair`."""
         pair = self.source.read_lazy(index)
         generator = self._generator(epoch, index)
         rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, pair.keywords, generator)]
@@ -107,21 +107,20 @@ class Assembler:
         masked, labels = (
             ([], []) if probability is None else mask_tokens(rows[0], generator, self.tokenizer, probability)
         )
-        transforms = self.transforms[:views]
+        transforms = [_transform(spec.size, spec.augmentation) for spec in specs or self.plan.views]
         chosen = [(t.sample_crop(*pair.image.size, generator), t.sample_params(generator)) for t in transforms]
-        pixels = self._crop(pair.image, [crop for crop, _ in chosen])
+        pixels = self._crop(pair.image, transforms, [crop for crop, _ in chosen])
         return _Sample(pixels, [params for _, params in chosen], rows, masked, labels, epoch * len(self.source) + index)
 
-    def _crop(self, image: LazyImage, crops: list[Crop]) -> list[torch.Tensor]:
+    def _crop(self, image: LazyImage, transforms: list[ViewTransform], crops: list[Crop]) -> list[torch.Tensor]:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
         best = 1
         for scale in reversed(image.scales) if self.scaled_decode else ():
             reduced = [crop.reduced(scale) for crop in crops]
-            if all(min(c.width, c.height) >= t.size for c, t in zip(reduced, self.transforms, strict=False)):
+            if all(min(c.width, c.height) >= t.size for c, t in zip(reduced, transforms, strict=True)):
                 best = scale
         pixels = image.pixels(best)
         crops = crops if best == 1 else [crop.reduced(best) for crop in crops]
-        transforms = self.transforms[: len(crops)]
         return [transform.crop_and_resize(pixels, crop) for transform, crop in zip(transforms, crops, strict=True)]
 
     def collate(
@@ -135,7 +134,8 @@ class Assembler:
             pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
             views[spec.name] = View(pixels, Photometric.stack([sample.params[number] for sample in samples]))
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
-        length = padded_length(longest, self.tokenizer.context)
+        context = self.tokenizer.context
+        length = context if self.plan.texts.whole_context else padded_length(longest, context)
         padding, texts = self.tokenizer.padding, range(self.plan.texts.count)
         masks = self.plan.texts.mask_probability is not None
         return PairBatch(
@@ -158,6 +158,9 @@ def _some(keywords: Sequence[str], generator: np.random.Generator) -> str:
     """One to `MOST_KEYWORDS` keywords in random order."""
     count = generator.integers(1, min(MOST_KEYWORDS, len(keywords)) + 1)
     return ", ".join(keywords[number] for number in generator.permutation(len(keywords))[:count])
+
+
+_transform = cache(ViewTransform)
 
 
 class _Sample(NamedTuple):

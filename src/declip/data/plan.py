@@ -34,11 +34,12 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """The text views: how many, how they are augmented, and how the caption is masked (None: not at all)."""
+    """The text views: how many, how they are augmented, how the caption is masked (None: not at all)."""
 
     count: int
     augmentation: TextView
     mask_probability: float | None
+    whole_context: bool = False  # whether texts are padded to the longest possible caption, since padding counts
 
 
 @dataclass(frozen=True)
@@ -49,28 +50,38 @@ class Plan:
     texts: TextSpec
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    early_size: int | None = None  # pixels of larger views before `early_steps`
+    early_steps: int = 0
 
     def at(self, step: int) -> tuple[ViewSpec, ...]:
         """Views of a step; those that start later are the last ones."""
-        return tuple(spec for spec in self.views if spec.start <= step)
+        started = (spec for spec in self.views if spec.start <= step)
+        if self.early_size is None or step >= self.early_steps:
+            return tuple(started)
+        return tuple(replace(spec, size=min(spec.size, self.early_size)) for spec in started)
+
+    @property
+    def changes(self) -> list[int]:
+        """Steps from which the number or the size of the views is another, the first step included."""
+        return sorted({0, self.early_steps, *(spec.start for spec in self.views)})
 
 
 def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     """Derive the views that the losses of a recipe need."""
     needs = list(needs)
     wanted: set[str] = set().union(*(need.views | need.optional_views for need in needs))
-    if recipe.views.image_count == 1:
+    second = recipe.views.image_second
+    if second is not None and second.start == 1:
         if any("second" in need.views for need in needs):
-            raise UserError("simsiam and simclr compare two views. Set views.image_count to 2, or their weights to 0.")
+            raise UserError("simsiam and simclr compare two views. Set views.image_second.start below 1.")
         wanted.discard("second")
     size, views = recipe.image.size, recipe.views
     specs = [ViewSpec("first", size, views.image)]
     if "second" in wanted:
-        second = views.image_second
         start = int(second.start * recipe.train.steps) if second is not None else 0
         own_size = recipe.image_sizes.get("views.image_second.size", size)
         specs.append(ViewSpec("second", own_size, second or views.image, start))
-        if second is not None and second.start > 0 and all("second" in need.views for need in needs):
+        if second is not None and second.late and all("second" in need.views for need in needs):
             raise UserError(
                 f"views.image_second.start={second.start} leaves the first steps without a loss: all of this recipe "
                 "compare two views. Set it to 0, or give a weight to contrastive."
@@ -81,5 +92,8 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
         # Losses that compare augmented views keep theirs; without one of them only this view is made.
         specs = [ViewSpec("contrastive", size, views.contrastive_view), *(specs if "second" in wanted else [])]
     masks = any(need.masked for need in needs) or recipe.masked_language.mask_input_only
-    texts = TextSpec(max(need.texts for need in needs), views.text, MASK_PROBABILITY if masks else None)
-    return Plan(tuple(specs), texts, recipe.image.mean, recipe.image.std)
+    padded = "late_interaction" in recipe.active_losses and recipe.late_interaction.include_padding
+    texts = TextSpec(max(need.texts for need in needs), views.text, MASK_PROBABILITY if masks else None, padded)
+    early = views.progressive
+    until = (None, 0) if early is None else (early.size, int(early.until * recipe.train.steps))
+    return Plan(tuple(specs), texts, recipe.image.mean, recipe.image.std, *until)

@@ -66,13 +66,13 @@ class Weights:
     def fit(self, recipe: Recipe) -> Recipe:
         """Put the weights' towers into a recipe: architecture, image statistics, tokenizer, activation, logit scale.
 
-        How the image tower is trained stays the recipe's, and so do the image size and statistics and the length of
+        How the towers are trained stays the recipe's, and so do the image size and statistics and the length of
         captions that its user gave.
         Without a text tower the recipe's own and its width of the shared space stay. Weights with a bias of the logits
         take the sigmoid loss in place of the contrastive one, unless the user gave losses.
         """
         own = (name for name in ("size", "mean", "std") if f"image.{name}" in recipe.given)
-        keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", "shared_bn_views", *own)}
+        keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", "patch_dropout", *own)}
         changed: dict[str, Any] = {"image": self.recipe.image.model_copy(update=keep)}
         if self.whole:
             init, limits = float(self.tensors["logit_scale"]), recipe.logit_scale
@@ -84,7 +84,7 @@ class Weights:
                     changed["loss_weights"] = {swapped.get(name, name): w for name, w in recipe.loss_weights.items()}
             if any(".proj.mlp." in name for name in self.tensors):
                 changed["finetune"] = recipe.finetune.model_copy(update={"head": "mlp"})
-            text = self.recipe.text
+            text = self.recipe.text.model_copy(update={"dropout": recipe.text.dropout})
             if "text.context_length" in recipe.given:
                 text = text.model_copy(update={"context_length": recipe.text.context_length})
             changed |= {"text": text, "embed_dim": self.recipe.embed_dim, "logit_scale": scale}

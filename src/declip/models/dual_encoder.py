@@ -58,8 +58,6 @@ class DualEncoder(nn.Module):
         image, options = recipe.image, encoder.image if isinstance(encoder, WrappedModel) else {}
         image_tower, tokenizer, text_tower = _parts(recipe, encoder)
         if recipe.finetune.head == "mlp":
-            if isinstance(encoder, WrappedModel):
-                raise UserError("finetune.head=mlp needs towers of ours; those of another library keep their heads.")
             image_tower.proj = MlpHead(image_tower.proj)
             text_tower.text_projection = MlpHead(text_tower.text_projection)  # type: ignore[arg-type]  # linear
         preprocess = Preprocess(image.size, image.mean, image.std, **options)
@@ -117,6 +115,10 @@ def _parts(
 ) -> tuple[ImageTower, CaptionTokenizer, AnyTextTower]:
     image, text, dim = recipe.image, recipe.text, recipe.embed_dim
     if isinstance(encoder, WrappedModel):
+        ours = {"finetune.head": recipe.finetune.head == "mlp", "text.dropout": text.dropout > 0}
+        ours["image.patch_dropout"] = image.patch_dropout is not None
+        for key in (key for key, given in ours.items() if given):
+            raise UserError(f"{key} needs towers of ours, and those of another library keep their own. Leave it out.")
         encoder = encoder.with_context(text.context_length)
         visual, words = encoder.build(image.size)
         image_tower, wrapped_tokenizer = WrappedImageTower(visual, dim), encoder.build_tokenizer()
@@ -126,8 +128,15 @@ def _parts(
         return image_tower, wrapped_tokenizer, text_tower
     if image.model == text.hf_model:
         raise UserError(f"image.model={image.model} comes with weights: give them as finetune.pretrained.")
-    any_size = len(set(recipe.image_sizes.values())) > 1
-    tower = ImageTower(image.model, image.size, dim, image.model_kwargs, image.freeze_patch_embed, any_size=any_size)
+    tower = ImageTower(
+        image.model,
+        image.size,
+        dim,
+        image.model_kwargs,
+        image.freeze_patch_embed,
+        any_size=len(set(recipe.image_sizes.values())) > 1,
+        patch_dropout=image.patch_dropout,
+    )
     if text.hf_model is not None:
         encoder = encoder or read_encoder(text.hf_model, text.pretrained)
         hf_tokenizer = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
@@ -135,6 +144,8 @@ def _parts(
         hf_tower = HuggingfaceTextTower(encoder, hf_tokenizer, dim, text.pooling, text.projection_bias, language)
         return tower, hf_tokenizer, hf_tower
     tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)
-    sizes = {"width": text.width, "layers": text.layers, "heads": text.heads, "context": text.context_length}
-    options: dict[str, Any] = {"projection_bias": text.projection_bias, "activation": text.activation, **sizes}
+    options: dict[str, Any] = text.model_dump(
+        include={"width", "layers", "heads", "projection_bias", "activation", "dropout"}
+    )
+    options["context"] = text.context_length
     return tower, tokenizer, TextTower(tokenizer.vocabulary, tokenizer.end, dim, **options)

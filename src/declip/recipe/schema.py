@@ -108,6 +108,15 @@ class Data(Section):
         return " + ".join(e.source if e.weight == 1 else f"{e.weight:g} × {e.source}" for e in self.source)
 
 
+class PatchDropout(Section):
+    """Patches that a ViT does not see in training (FLIP, arXiv 2212.00794)."""
+
+    rate: float = Field(0.5, gt=0, lt=1, description="fraction of the patches that is left out")
+    by: Literal["chance", "edges"] = Field(
+        "chance", description="which ones; edges: patches with edges stay more often (CLIP-PGS, arXiv 2503.17080)"
+    )
+
+
 class ImageTowerConfig(Section):
     """The image tower: a timm model by name, or one of `declip.models.image_tower.SMALL_TOWERS`."""
 
@@ -119,7 +128,7 @@ class ImageTowerConfig(Section):
     )
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
     freeze_patch_embed: bool = Field(False, description="keep a ViT's patch embedding at its random start (MoCo v3)")
-    shared_bn_views: bool = Field(False, description="compute batch-norm statistics over all views of a step together")
+    patch_dropout: PatchDropout | None = Field(None, description="patches of a ViT left out in training: rate, by")
 
 
 class TextTowerConfig(Section):
@@ -133,6 +142,7 @@ class TextTowerConfig(Section):
     projection_bias: bool = Field(False, description="bias of the projection, as in the official implementation")
     activation: Literal["quick_gelu", "gelu"] = Field("quick_gelu", description="activation of the MLPs")
     hf_model: Place | None = Field(None, description="Hugging Face encoder instead: its folder, or huggingface:NAME")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after attention and MLP of CLIP's transformer")
     pooling: Literal["auto", "cls", "mean", "eos"] = Field("auto", description="pooling of a Hugging Face encoder")
     pretrained: bool = Field(True, description="start a Hugging Face encoder from its own weights")
 
@@ -140,6 +150,8 @@ class TextTowerConfig(Section):
     def _consistent(self) -> Self:
         if self.hf_model is None and self.pooling != "auto":
             raise ValueError(f"text.pooling={self.pooling} goes with text.hf_model; leave it out, or give an encoder")
+        if self.hf_model is not None and self.dropout:
+            raise ValueError("text.dropout is of CLIP's transformer; text.hf_model has its own in its configuration")
         if self.width % self.heads:
             raise ValueError(f"text.width {self.width} is not a multiple of text.heads {self.heads}")
         return self
@@ -162,7 +174,19 @@ class SecondView(ImageView):
     """The second image view: its size and start; augmentation keys left out are those of `views.image`."""
 
     size: int | None = Field(None, ge=16, le=4096, description="height and width in pixels; default: image.size")
-    start: float = Field(0.0, ge=0, lt=1, description="fraction of the steps that are trained on one view before")
+    start: float = Field(0.0, ge=0, le=1, description="fraction of the steps with one view before; 1: all of them")
+
+    @property
+    def late(self) -> bool:
+        """Whether it starts during the run."""
+        return 0 < self.start < 1
+
+
+class ProgressiveResizing(Section):
+    """Smaller image views in the first steps (EfficientNetV2; Tan and Le 2021)."""
+
+    size: int = Field(ge=16, le=4096, description="height and width in pixels of views that are larger otherwise")
+    until: float = Field(0.5, gt=0, lt=1, description="fraction of the steps that see this size")
 
 
 class TextView(Section):
@@ -178,9 +202,9 @@ class Views(Section):
 
     image: ImageView = ImageView()
     image_second: SecondView | None = Field(None, description="second view: size, start, and keys of views.image")
+    progressive: ProgressiveResizing | None = Field(None, description="smaller views in the first steps: size, until")
     text: TextView = TextView()
     contrastive_view: ImageView | None = Field(None, description="milder first view for the contrastive loss (SLIP)")
-    image_count: Literal[1, 2] = Field(2, description="augmented image views; 1: both captions meet one")
 
     @model_validator(mode="before")
     @classmethod
@@ -211,10 +235,9 @@ class SimSiamConfig(Section):
 
 
 class SimCLRConfig(Section):
-    """SLIP's head (Mu et al. 2022) and NT-Xent's temperature."""
+    """SLIP's head (Mu et al. 2022)."""
 
     widths: tuple[Width, Width] = Field((4096, 256), description="inner and output width of the head")
-    temperature: float = Field(0.1, gt=0, description="temperature of NT-Xent")
 
 
 class MaskedLanguageConfig(Section):
@@ -432,12 +455,15 @@ class Recipe(Section):
         for key, given in no_teacher.items():
             if "distillation" in self.active_losses and given:
                 raise ValueError(f"distillation.teacher={teacher} does not work with {key}; leave one out")
+        if self.views.progressive is not None and tune.cached_views:
+            raise ValueError("views.progressive resizes images at every step; finetune.cached_views reads none")
         measured = self.evaluation.retrieval or self.evaluation.zero_shot
         if train.patience is not None and not (train.evaluate_every and measured):
             raise ValueError("train.patience needs train.evaluate_every and a set in evaluation.retrieval or zero_shot")
-        for name in ("contrastive_view", "image_second"):
-            if self.views.image_count == 1 and getattr(self.views, name):
-                raise ValueError(f"views.{name} goes with two other views; set views.image_count to 2")
+        second = self.views.image_second
+        second = self.views.image_second
+        if self.views.contrastive_view is not None and second is not None and second.start == 1:
+            raise ValueError("views.contrastive_view goes with two other views; set views.image_second.start below 1")
         return self
 
     @property
@@ -448,9 +474,11 @@ class Recipe(Section):
     @property
     def image_sizes(self) -> dict[str, int]:
         """Sizes of the images that the tower takes in training, by their keys."""
-        second = self.views.image_second
-        own = {} if second is None or second.size is None else {"views.image_second.size": second.size}
-        return {"image.size": self.image.size} | own
+        second = self.views.image_second or SecondView()
+        early = self.views.progressive
+        sizes = {"image.size": self.image.size, "views.image_second.size": second.size}
+        sizes["views.progressive.size"] = None if early is None else early.size
+        return {key: size for key, size in sizes.items() if size is not None}
 
     @property
     def head_warmup(self) -> int:

@@ -241,8 +241,9 @@ def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> 
     now, then = flat(recipe.model_dump(mode="json")), flat(earlier.model_dump(mode="json"))
     differ = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
     changed = [key for key in differ if key not in CHANGEABLE]
-    # A late second view and self-distillation begin, or rise, at a fraction of the steps.
-    late = recipe.contrastive.self_distillation or (recipe.views.image_second and recipe.views.image_second.start)
+    # These begin, end or rise at a fraction of the steps.
+    second, early = recipe.views.image_second, recipe.views.progressive
+    late = recipe.contrastive.self_distillation or early is not None or (second is not None and second.late)
     steps_alone = (
         changed == ["train.steps"]
         and recipe.head_warmup == earlier.head_warmup

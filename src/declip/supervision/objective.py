@@ -117,7 +117,7 @@ class Objective(nn.Module):
     def starts_late(self) -> bool:
         """Whether the second image view, and with it the losses that compare two, start during the run."""
         second = self.recipe.views.image_second
-        return second is not None and second.start > 0
+        return second is not None and second.late
 
     def forward(
         self, model: DualEncoder, batch: PairBatch, gather: Gather = identity_gather, offset: int = 0
@@ -163,7 +163,7 @@ class Objective(nn.Module):
             any(getattr(need, output) for need in self.needs) for output in ("tokens", "pre_logits", "masked")
         )
         pixels = [view.pixels for view in batch.views.values()]
-        images = encode_views(model, pixels, self.recipe.image.shared_bn_views)
+        images = encode_views(model, pixels)
         captions, masked_at, lengths = self._captions(batch, masked)
         texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, self.recipe.train.length_buckets)
         count, size = captions.shape[:2]
@@ -269,18 +269,15 @@ def _unpacked(part: Tensor, like: Tensor) -> Tensor:
     return part.reshape(len(part), *like.shape[1:])
 
 
-def encode_views(model: DualEncoder, views: Sequence[Tensor], shared: bool = False) -> ImageFeatures:
+def encode_views(model: DualEncoder, views: Sequence[Tensor]) -> ImageFeatures:
     """Encode (B, 3, S, S) views of equal size in one pass, or one by one where batch norm must see each view alone.
 
     `pooled` and `pre_logits` have a leading axis of views; `tokens` are the first view's. Running statistics of batch
     norm are those of the first view's size, in which the model is used: statistics of smaller images would spoil them
     (AdvProp, arXiv 1911.09665, keeps a second set of statistics for this).
-
-    Args:
-        shared: Whether batch-norm statistics are computed over all views together.
     """
     tower: ImageTower = model.image_tower
-    alone = model.training and tower.has_batch_norm and not shared
+    alone = model.training and tower.has_batch_norm
     groups: dict[object, list[int]] = {}
     for number, view in enumerate(views):
         groups.setdefault(number if alone else view.shape, []).append(number)

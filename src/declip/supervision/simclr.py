@@ -68,7 +68,6 @@ class SimCLR(Term):
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         self.head = simclr_head(model.image_tower.pre_logits_width, *recipe.simclr.widths)
-        self.temperature = recipe.simclr.temperature
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         views = require(encoded.outputs.pre_logits)[augmented_views(encoded.outputs.views)]
@@ -76,7 +75,7 @@ class SimCLR(Term):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         z1, z2, keys1, keys2 = (rows.extra[name] for rows in (own, keys) for name in ("z1", "z2"))
-        return nt_xent(z1, z2, keys1, keys2, self.temperature, offset, self.max_logit_bytes)
+        return nt_xent(z1, z2, keys1, keys2, offset=offset, max_logit_bytes=self.max_logit_bytes)
 
     def chance(self, batch_size: int) -> float:
         return math.log(2 * batch_size - 1)

@@ -71,7 +71,7 @@ def estimate(recipe: Recipe) -> Estimate:
 def step_seconds(trainer: Trainer, warm: int, count: int) -> list[float]:
     """Take steps of a run that nobody continues, and time each after the first `warm`, loading included.
 
-    Where the second view starts late, each time is the mean over the run of a step before its start and one after it.
+    Where the views change during the run, each time is the mean over the run of one step before and one after.
     """
 
     def timed(loader: PairLoader) -> list[float]:
@@ -85,12 +85,15 @@ def step_seconds(trainer: Trainer, warm: int, count: int) -> list[float]:
 
     trainer.learner.train()
     seconds = timed(trainer.loader)
-    late = max(spec.start for spec in trainer.plan.views)
-    if late == 0 or trainer.stage.finetune.cached_views:
+    if trainer.stage.finetune.cached_views:
         return seconds
-    joined = timed(setup.build_loader(trainer.recipe, trainer.source, trainer.model, late, trainer.workers))
-    before = late / trainer.recipe.train.steps
-    return [before * one + (1 - before) * both for one, both in zip(seconds, joined, strict=True)]
+    first, *later = trainer.plan.changes
+    phases = [seconds]
+    for start in later:
+        phases.append(timed(setup.build_loader(trainer.recipe, trainer.source, trainer.model, start, trainer.workers)))
+    ends = [*later, trainer.recipe.train.steps]
+    lengths = [end - start for start, end in zip([first, *later], ends, strict=True)]
+    return [float(np.average(one, weights=lengths)) for one in zip(*phases, strict=True)] if later else seconds
 
 
 def _peak(device: torch.device) -> int:
