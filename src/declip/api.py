@@ -16,7 +16,7 @@ from declip.comparison.outcome import Outcome
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import PREFIX, Items
-from declip.data.sources.subset import PairList, write_pair_list
+from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.inspection.split import FEWEST, check_copies, split_pairs
@@ -73,7 +73,7 @@ def resolve_recipe(
         name = data if isinstance(data, str | Path) else f"{PREFIX}{type(data).__qualname__}[{len(data)}]"
         given["data.source"] = json.dumps(str(name))  # quoted, because values are read as YAML
     if val:
-        sets = {name: open_dataset(name).split("test") for name in val}
+        sets = {str(name): open_dataset(name).split("test") for name in val}
         classes = [name for name, source in sets.items() if source.labels is not None]
         captions = [name for name, source in sets.items() if has_captions(source)]
         if neither := [name for name in sets if name not in {*classes, *captions}]:
@@ -266,8 +266,12 @@ def finetune_recipe(
                 log.warning(warning)
     else:
         parts = split_pairs(source, progress=not quiet)
+        whole = PairList(data, columns, len(source), [*range(len(source))])
+        if data.lower().endswith(LIST_KIND) and isinstance(source, Subset):
+            source, whole = source.source, read_pair_list(Path(data).expanduser())
         for name, indices in zip(SPLIT, parts, strict=True):
-            write_pair_list(folder / name, PairList(data, columns, len(source), indices.tolist()))
+            chosen = whole._replace(indices=[whole.indices[index] for index in indices])
+            write_pair_list(folder / name, chosen, source)
         data, sets = str(folder / SPLIT[0]), [str(folder / SPLIT[1])]
         source = open_source(data)
     count = min(len(source), given.get("data.max_pairs") or len(source))
@@ -339,5 +343,5 @@ def compare(
     The other arguments (`datasets`, `tasks`, `ablation`, `sweep` …) are those of `declip.comparison.runner.compare`.
     """
     outcome = runner.compare(recipes, pairs, seeds, out=out, **options)
-    write_page(outcome, Path(out))
+    write_page(outcome, Path(out).expanduser())
     return outcome

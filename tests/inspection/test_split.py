@@ -62,6 +62,13 @@ def test_a_list_opens_as_its_pairs(pairs: Path, tmp_path: Path) -> None:
     write_pair_list(tmp_path / "older.pairs", PairList(str(pairs), {}, 61, [3]))
     with pytest.raises(UserError, match=r"61.*60"):
         open_source(tmp_path / "older.pairs")
+    write_pair_list(tmp_path / "marked.pairs", PairList(str(pairs), {}, 60, [3, 5, 59]), open_source(pairs))
+    assert len(open_source(tmp_path / "marked.pairs")) == 3
+    lines = pairs.read_text().splitlines(keepends=True)
+    pairs.write_text("".join([lines[0], *reversed(lines[1:])]))
+    with pytest.raises(UserError, match="in another order"):
+        open_source(tmp_path / "marked.pairs")
+    pairs.write_text("".join(lines))
     good = {"source": str(pairs), "columns": {}, "total": 60, "indices": [1]}
     wrong: list[dict] = [{"indices": indices} for indices in ([2, 1], [60], [], 3)]
     for change in (*wrong, {"columns": {"x": 1}}, {"source": str(tmp_path / "wrong.pairs")}):

@@ -54,6 +54,10 @@ class Agreement(NamedTuple):
     spread: float
 
 
+ROUNDING = 5e-4
+"""Of the cosines: copies of one image have 0.9999 to 1.0001 in float16, and the page shows three digits."""
+
+
 class SimilarImages(NamedTuple):
     """Pairs of images whose cosine is `LOWEST` or more: ids (m,) and (m,) int64, cosines (m,) float32."""
 
@@ -63,7 +67,7 @@ class SimilarImages(NamedTuple):
 
     def groups(self, threshold: float) -> list[tuple[list[int], float]]:
         """Groups joined by cosines of at least `threshold`: rising ids and the largest cosine, the most alike first."""
-        chosen = self.cosines >= threshold
+        chosen = self.cosines >= threshold - ROUNDING
         if not chosen.any():
             return []
         ids, nodes = np.unique(np.stack([self.one[chosen], self.other[chosen]]), return_inverse=True)

@@ -86,7 +86,7 @@ def inspect(
     image_root: ImageRoot = None,
     json_out: JsonOut = None,
     html_out: Annotated[Path | None, file("also write a page with images", "--html")] = None,
-    exclude: Annotated[Path | None, file("write the copies that --check-leakage found as a list")] = None,
+    exclude: Annotated[Path | None, file("list the copies that --check-leakage finds; reads all pairs")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and what follows from them."""
@@ -99,7 +99,7 @@ def inspect(
     check_writable((json_out, html_out, exclude))
     inspection = inspect_source(
         source,
-        None if everything else sample,
+        None if everything or exclude else sample,
         seed=seed,
         workers=workers,
         size=size,

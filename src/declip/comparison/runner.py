@@ -20,12 +20,12 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 
 from declip.comparison import worker
 from declip.comparison.outcome import RESULTS, Outcome, read_outcome, sweep_score
-from declip.comparison.study import BUDGETS, STUDY, Study, Sweep, extended, read_study, write_study
+from declip.comparison.study import BUDGETS, STUDY, Study, Sweep, Trial, extended, read_study, write_study
 from declip.comparison.variants import Variant, variants_of
 from declip.comparison.worker import COMPARISON, SWEEP, UNMEASURED, failure, read_trial, trials_of
 from declip.data.sources.mixture import Mixture
 from declip.errors import UserError, unknown
-from declip.evaluation.datasets import open_dataset
+from declip.evaluation.datasets import open_dataset, with_classes
 from declip.evaluation.protocols import TASKS
 from declip.io.atomic import atomic_write
 from declip.io.progress import progress_bar, status
@@ -84,9 +84,11 @@ def compare(
     """
     if not pairs or not seeds:
         raise UserError("A comparison needs at least one number of pairs and one seed.")
-    folder = Path(out)
+    folder = Path(out).expanduser()
     variants = variants_of(recipes, dict(overrides or {}), ablation)
-    first = variants[0].resolve()
+    first, earlier, names = variants[0].resolve(), read_study(folder), [variant.name for variant in variants]
+    # The recipe whose time is the budget, and the size of tries, stay when recipes and sizes join.
+    kept = earlier.compute_budget_of if earlier is not None and earlier.compute_budget_of in names else None
     program = Path(sys.argv[0]).name
     study = Study(
         variants=tuple(variants),
@@ -97,7 +99,7 @@ def compare(
         datasets=tuple(datasets) or first.evaluation.final_zero_shot or first.evaluation.zero_shot,
         tasks=tuple(tasks),
         budgets=tuple(budget for budget in BUDGETS if budget in budgets),
-        compute_budget_of=compute_budget_of or variants[len(recipes) - 1].name,
+        compute_budget_of=compute_budget_of or kept or names[len(recipes) - 1],
         commands=(("declip" if program == "__main__.py" else program, *sys.argv[1:]),),
     )
     if sweep:
@@ -107,9 +109,8 @@ def compare(
                 f"A sweep needs validation sets that no result is reported on, not {', '.join(validation) or None}. "
                 "Name them with --sweep-dataset."
             )
-        earlier = read_study(folder)
         if sweep_pairs is None and earlier is not None and earlier.sweep is not None:
-            sweep_pairs = earlier.sweep.pairs  # whatever sizes joined since
+            sweep_pairs = earlier.sweep.pairs
         middle = study.pairs[(len(study.pairs) - 1) // 2]
         grid = {key: tuple(values) for key, values in sweep.items()}
         study = replace(study, sweep=Sweep(grid, validation, sweep_pairs or middle, sweep_steps or study.steps))
@@ -174,15 +175,18 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
         if key not in sizes:
             source = open_training_source(recipe)
             sizes[key] = source.distinct if isinstance(source, Mixture) else len(source)
-        if study.pairs[-1] > sizes[key]:
+        asked = max(study.pairs[-1], study.sweep.pairs if study.sweep else 0)
+        if asked > sizes[key]:
             raise UserError(
-                f"'{recipe.data.label}' holds {sizes[key]:,} pairs, fewer than the {study.pairs[-1]:,} asked for. "
+                f"'{recipe.data.label}' holds {sizes[key]:,} pairs, fewer than the {asked:,} asked for. "
                 "Ask for at most that many."
             )
         for combination in study.sweep.combinations() if study.sweep else ():
             variant.resolve(combination)
     for name in (*study.datasets, *(study.sweep.datasets if study.sweep else ())):
-        open_dataset(name)
+        dataset = open_dataset(name)
+        if "zero-shot" in study.tasks:
+            with_classes(dataset.split("test"))
 
 
 def open_folder(study: Study, folder: Path) -> Study:
@@ -196,6 +200,8 @@ def open_folder(study: Study, folder: Path) -> Study:
     with FileLock(folder / ".plan.lock"):
         earlier = read_study(folder)
         study = study if earlier is None else extended(study, earlier, folder)
+        if len({Trial(variant.name, 0, 0, 0).id for variant in study.variants}) < len(study.variants):
+            raise UserError("Two recipes' names differ only in signs that become '-' in names of folders. Rename one.")
         write_study(study, folder)
     return study
 
@@ -252,6 +258,8 @@ def _with_chosen(study: Study, folder: Path) -> Study:
     chosen: dict[str, Mapping[str, Any]] = {}
     for variant in study.variants if study.sweep else ():
         tries = [trial for trial in study.sweep_trials() if trial.variant == variant.name]
+        if not all(worker.has_ended(folder, trial) for trial in tries):
+            raise UserError(f"Another process still tries '{variant.name}'. Give the same command when it has ended.")
         done = [(sweep_score(row), trial) for trial in tries if (row := read_trial(folder, trial)) is not None]
         if not done:
             reason = next(filter(None, (failure(folder, trial) for trial in tries)), "none was run")

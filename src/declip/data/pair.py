@@ -105,6 +105,7 @@ class PairSource(ABC):
     credit: str = ""  # a sentence that a license asks for wherever an image is shown
     labels: np.ndarray | None = None  # (n,) int64, where each pair has a class, by its place in `class_names`
     class_names: Sequence[str] | None = None
+    group_column: str | None = None  # where `group` reads what pairs share
     blocks: np.ndarray | None = None  # (shards,) int64, the number of pairs of each shard, in order
     remote: bool = False  # whether shards have to be fetched
 

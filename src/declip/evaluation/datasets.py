@@ -84,7 +84,7 @@ class Dataset:
         return self._opened[which]
 
 
-def open_dataset(dataset: str | PairSource | Items | Dataset, *, label_column: str | None = None) -> Dataset:
+def open_dataset(dataset: str | Path | PairSource | Items | Dataset, *, label_column: str | None = None) -> Dataset:
     """Open a dataset by its name, or make one of an open source; its test split is opened at once.
 
     Args:
@@ -92,8 +92,8 @@ def open_dataset(dataset: str | PairSource | Items | Dataset, *, label_column: s
             has a column of labels; anything else that `open_source` opens, also a Python object; or an open dataset.
         label_column: A table's column; None looks for "label", "class", "class_name" or "category".
     """
-    if isinstance(dataset, str):
-        dataset = _by_name(dataset, label_column)
+    if isinstance(dataset, str | Path):
+        dataset = _by_name(str(dataset), label_column)
     elif not isinstance(dataset, Dataset):
         source = open_source(dataset)
         labeled = labeled_table(dataset, label_column) if is_dataset(dataset) else None

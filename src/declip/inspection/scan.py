@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from declip.data.pair import BrokenPair, Pair, PairSource
-from declip.data.sources.image_source import ImageSource
+from declip.data.sources.image_source import ImageSource, open_images
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
@@ -76,7 +76,10 @@ def inspect_source(
     start = time.perf_counter()
     if isinstance(source, str | Path):
         source = open_source(source, image_column=image_column, caption_column=caption_column, image_root=image_root)
-    others = [open_source(other) if isinstance(other, str | Path) else other for other in check_leakage]
+    others = [
+        open_images(other, caption_column=None).source if isinstance(other, str | Path) else other
+        for other in check_leakage
+    ]
     places = sample_places(len(source), sample, seed)
     found = read(source, places, workers, f"Pairs of {source.name}" if progress else "")
     reasons: dict[str, Any] = found.skipped.to_dict()["reasons"]

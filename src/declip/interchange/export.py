@@ -96,7 +96,7 @@ def export(
         raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
     if precision != "fp32" and (format != "onnx" or precision not in LEAST_COSINE):
         raise UserError(f"--precision is '{precision}'; {', '.join(LEAST_COSINE)} are for onnx, fp32 for all.")
-    out, form = Path(out), FORMATS[format]
+    out, form = Path(out).expanduser(), FORMATS[format]
     options: dict[str, Any] = {"open_clip": {"repo": repo, "home": out}, "onnx": {"precision": precision}}
     traced, provenance = trace(model)
     with _new_folder(out, overwrite) as folder, measuring(traced):
@@ -141,8 +141,9 @@ def import_weights(
         raise UserError(f"Weights of {source} say their numbers of attention heads. Leave {', '.join(heads)} out.")
     weights = SOURCES[source](str(file), **heads)
     provenance = Provenance(weights.recipe, origin=f"`{Path(file).name}` ({source})")
-    write_folder(weights.build(), provenance, Path(out), without_queue(weights.heads), license, overwrite)
-    return Path(out)
+    folder = Path(out).expanduser()
+    write_folder(weights.build(), provenance, folder, without_queue(weights.heads), license, overwrite)
+    return folder
 
 
 def write_folder(

@@ -38,7 +38,7 @@ def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncod
 
 def ends_of(run: str | Path, device: str = "auto") -> tuple[DualEncoder, DualEncoder]:
     """Load a fine-tuned run's start and end."""
-    kept = Path(run) / KEPT
+    kept = Path(run).expanduser() / KEPT
     weights = declip_file.read_part(str(kept)) if kept.is_file() else None
     end = load(run, device)
     if weights is None or not end.state_dict().keys() <= weights.tensors.keys():
@@ -77,5 +77,6 @@ def write_mixture(
     model = interpolate(*ends_of(run, "cpu"), alpha)
     origin = f"the run `{Path(run).name}`, {alpha:g} of it and {1 - alpha:g} of its start (WiSE-FT)"
     assert model.recipe is not None, "a run's model has one"
-    write_folder(model, Provenance(model.recipe, origin=origin), Path(out), None, license, overwrite)
-    return Path(out)
+    folder = Path(out).expanduser()
+    write_folder(model, Provenance(model.recipe, origin=origin), folder, None, license, overwrite)
+    return folder

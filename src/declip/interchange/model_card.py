@@ -71,7 +71,7 @@ def trace(where: str | Path | DualEncoder) -> tuple[DualEncoder, Provenance]:
         if not isinstance(where, DualEncoder) or where.recipe is None:
             raise UserError(f"This {type(where).__name__} cannot be exported: it was not built from a recipe.")
         return where, Provenance(where.recipe)
-    path = Path(where)
+    path = Path(where).expanduser()
     if not (path / STATE).is_file() and not list_checkpoints(path):
         weights = read(where)
         return weights.build().eval(), Provenance(weights.recipe, origin=f"`{without_folders(str(where))}`")

@@ -39,6 +39,8 @@ def atomic_write(
 
     `elsewhere` says in the error how to choose another place. A power cut leaves a durable file old or new.
     """
+    if not target.name:
+        raise UserError(f"'{target}' cannot be replaced as a whole. Name a file or folder in it; {elsewhere}.")
     partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

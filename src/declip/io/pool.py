@@ -75,22 +75,27 @@ def naming_lost_workers(where: str = "") -> Iterator[None]:
         ) from error
 
 
+LOOKS = 5.0  # seconds between a worker's looks whether the main process is still there
+
+
 def leave_signals_to_main(_: int) -> None:
     """Ignore the signals that stop a run in a worker: the main process gets them too and still needs its batches.
 
-    SIGTERM counts when the main process itself sends it: that is how Python ends workers when it exits.
+    SIGTERM counts when the main process itself sends it: that is how Python ends workers when it exits. Where the main
+    process was killed the worker ends itself: writing to a full pipe, it would wait for ever.
     """
     for name in ("SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it, and does not say who sent a signal
+    if hasattr(signal, "sigtimedwait"):  # macOS lacks it, and does not say who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_request_of, args=(os.getppid(),), daemon=True).start()
 
 
 def _exit_on_request_of(main: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
-        pass
+    sent = None
+    while os.getppid() == main and (sent is None or sent.si_pid != main):
+        sent = signal.sigtimedwait({signal.SIGTERM}, LOOKS)
     os._exit(0)
 
 

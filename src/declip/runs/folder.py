@@ -31,7 +31,7 @@ TRACKING = "tracking.json"  # ids of the run in the trackers that train.report_t
 KEPT = "start.safetensors"
 """The pretrained weights that a run began with: it resumes from them and is compared with them."""
 CHANGEABLE = (
-    *("name", "data.workers", "train.device"),
+    *("name", "data.workers", "data.max_broken_fraction", "train.device", "train.max_nonfinite_steps"),
     *("train.keep_checkpoints", "train.checkpoint_every", "train.report_to"),
 )
 """Recipe keys that may differ when a run is resumed: none of them changes a number."""

@@ -139,7 +139,7 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
     """Read class names: given, separated by commas, or from the lines of a file; at least two different ones."""
     if not isinstance(given, str | Path):
         names = list(given)
-    elif "," in str(given) and not Path(given).expanduser().is_file():
+    elif "," in str(given) and not os.path.isfile(os.path.expanduser(given)):
         names = str(given).split(",")
     else:
         try:
@@ -212,7 +212,7 @@ class _Folders:
 
     def add(self, prediction: Prediction, place: int, origin: Origin) -> None:
         """Copy or link an image into the folder of its class."""
-        file = Path(origin.path)
+        file = Path(self.source.source.origin(place).path)  # as it is: `ImageSource` makes its name Unicode
         own_file = bool(origin.path) and not origin.offset and file.suffix.lower() in EXTENSIONS
         first = self.folders[prediction.best] / (_file_name(Path(prediction.image).name) + ("" if own_file else ".png"))
         target = first

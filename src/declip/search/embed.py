@@ -76,7 +76,8 @@ def embed(
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
     if not isinstance(source, str | Path):
-        source = open_source(source, image_column=image_column, caption_column=caption_column or image_column)
+        columns = {"image_column": image_column, "caption_column": caption_column or image_column}
+        source = open_source(source, **columns, image_root=image_root)
     entry = SourceEntry(
         spec=_spec(source),
         name="",

@@ -222,7 +222,7 @@ class Index:
 
         Args:
             path: .parquet with all columns, vectors as lists of float32; or .npy, (n, d) of the stored type, with the
-                ids, keys and paths of its rows in a .csv of the same name.
+                ids, keys and paths of its rows in a file of the same name and .csv behind it.
             over: The vectors in .npy.
         """
         path, table = Path(path).expanduser(), self._store.table
@@ -241,7 +241,7 @@ class Index:
                     mapped[start : start + len(block.ids)] = block.vectors.numpy()
                     start += len(block.ids)
                 mapped.flush()
-                with atomic_write(path.with_suffix(".csv"), "give another file") as rows:
+                with atomic_write(path.with_name(f"{path.name}.csv"), "give another file") as rows:
                     pa.csv.write_csv(table.select(["id", "key", "path"]), rows)
         return path
 

@@ -78,7 +78,7 @@ def build_optimizer(
     if train.optimizer not in names:
         raise unknown("optimizer", train.optimizer, [*OWN, *names])
     try:
-        return create_optimizer_v2(options, train.optimizer, lr=train.warmup_lr)
+        return create_optimizer_v2(options, train.optimizer, lr=train.lr)  # some take it for the largest
     except (ImportError, AssertionError, RuntimeError, TypeError) as error:
         raise UserError(f"train.optimizer={train.optimizer} cannot be used here: {error}") from None
 

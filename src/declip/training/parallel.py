@@ -77,6 +77,11 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
 def _check(recipe: Recipe, model: DualEncoder) -> None:
     """Refuse keys that exclude each other."""
     train = recipe.train
+    if train.batch_size < distributed.world_size():
+        raise UserError(
+            f"train.batch_size={train.batch_size} leaves some of {distributed.world_size()} processes without a pair. "
+            "Give a larger one, or start fewer processes."
+        )
     if train.strategy == "fsdp" and distributed.world_size() > 1:
         for key in ("grad_cache_chunk", "ema_decay", "compile"):
             if getattr(train, key):

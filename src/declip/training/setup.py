@@ -27,6 +27,7 @@ from declip.data.sources.mixture import Mixture
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
 from declip.data.text.augment import in_other_script
+from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
@@ -55,11 +56,17 @@ def open_training_source(recipe: Recipe, given: PairSource | None = None) -> Pai
     """Open the training pairs, one source or a mixture, or the one given, limited to `data.max_pairs` by the seed."""
     data = recipe.data
     columns = data.table_options
+    source: PairSource
     if isinstance(data.source, str):
         source = given or open_source(data.source, **columns)
-        return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
-    mixture = Mixture([(open_source(part.source, **columns), part.weight) for part in data.source])
-    return mixture if data.max_pairs is None else mixture.take(data.max_pairs, recipe.seed)
+    else:
+        source = Mixture([(open_source(part.source, **columns), part.weight) for part in data.source])
+    if data.columns.get("group") is not None and source.group_column is None:
+        raise UserError(f"data.columns.group names a column of a table, and '{source.name}' is none. Leave it out.")
+    if data.max_pairs is None:
+        return source
+    few = source.take if isinstance(source, Mixture) else partial(take, source)
+    return few(data.max_pairs, recipe.seed)
 
 
 def resolve_epochs(recipe: Recipe, source: PairSource) -> Recipe:

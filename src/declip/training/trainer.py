@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from io import FileIO
 from pathlib import Path
 from typing import cast
@@ -48,6 +48,8 @@ from declip.training.step import StepParts, training_step
 from declip.training.stopping import TRY_AGAIN, BestEvaluation, StopRequest
 from declip.training.trackers import require_trackers
 from declip.training.watchdogs import LossMonitor, NonFiniteGuard, ThroughputMonitor, auto_workers, shown
+
+warn_once = cache(log.warning)
 
 
 class Trainer:
@@ -99,7 +101,7 @@ class Trainer:
         multipliers = self.pretrained.multipliers if self.pretrained is not None else {}
         self.learner = build_learner(recipe, self.model, self.objective)
         self.average = setup.Average(self.model, recipe.train.ema_decay) if recipe.train.ema_decay else None
-        if recipe.train.compile:
+        if recipe.train.compile and not recipe.finetune.cached_views:  # which leave heads alone
             compile_towers(recipe, self.model, self.plan, rows_of_rank(recipe.train.batch_size))
         named = optimizers.named_trainable(self.model, self.objective)
         self.optimizer = optimizers.build_optimizer(named, recipe.train, multipliers)
@@ -243,9 +245,11 @@ class Trainer:
         lr = self._set_learning_rate()
         values: dict[str, Tensor] = {}
         self.objective.set_progress(self.step / train.steps)
-        if sync.usable:  # else its pairs were broken: nothing is learned or logged
+        if sync.usable:
             values = training_step(self.parts, batch, sync)
             self.guard.check(self.step, values)
+        elif self.is_rank_zero:
+            warn_once("Steps with too few usable pairs, less than one on a process, are left out: nothing is learned.")
         self.step += 1
         done, watched = self.step >= train.steps, train.patience is not None
         stop = sync.stop or (self.stop.asked and len(sync.rows) == 1)

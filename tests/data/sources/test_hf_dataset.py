@@ -51,10 +51,14 @@ def check(source):
     assert pickle.loads(pickle.dumps(source))[1].captions == ("b",)
 
 
-def test_a_folder_of_save_to_disk(saved, monkeypatch, cache):
+def test_a_folder_of_save_to_disk(dataset, saved, monkeypatch, cache, tmp_path):
     check(open_source(saved / "one"))
     assert open_source(saved / "splits/test").captions(1) == ("c",)
     assert "train, test" in message(saved / "splits")
+    dataset.select([1]).save_to_disk(tmp_path / "again")
+    assert len(open_source(tmp_path / "again")) == 1
+    dataset.select([1, 2]).save_to_disk(tmp_path / "again")
+    assert len(open_source(tmp_path / "again")) == 2
     monkeypatch.setattr(hf_dataset, "LARGE_TABLE", 1)
     check(open_source(saved / "one"))
     assert list((cache / "tables/rows").glob("*.arrow"))

@@ -166,6 +166,12 @@ def test_keywords_are_read_from_their_column(folder, kind):
     assert source.read_lazy(0).keywords == ("red", "round", "old", "very wet")
     assert pickle.loads(pickle.dumps(source))[0].keywords == source[0].keywords
     assert open_source(path, keyword_column="caption")[1].keywords == ("two",)
+    if kind == "jsonl":  # without a header
+        lines = ['{"image": "a.png", "caption": "one"}'] * 120 + [
+            '{"image": "b.png", "caption": "two", "keywords": "red"}'
+        ]
+        (folder / "late.jsonl").write_text("\n".join(lines))
+        assert open_source(folder / "late.jsonl")[1].keywords == ("red",)
     told = message(path, keyword_column="tags")
     assert "'tags'" in told
     assert "data.columns.keywords" in told

@@ -55,6 +55,12 @@ find("form").addEventListener("submit", (event) => {
 });
 const given = new URLSearchParams(location.search);
 find("text").value = given.get("text") || "";
+const template = given.get("template") || "";
+const own = template.includes("{}");
+find("template").value = own ? "own" : template;
+if (own) find("own").value = template;
+find("own-field").hidden = !own;
+find("balance").value = given.get("weight") ?? 0.5;
 if (given.get("over") === "captions" && find("over").options.length > 1) find("over").value = "captions";
 if (/^\d+$/.test(given.get("id") || "")) {
   chosen.take(Number(given.get("id")));

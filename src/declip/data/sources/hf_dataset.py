@@ -39,7 +39,8 @@ class DatasetRows(ArrowRows):
         super().__init__(
             Path(str(given).removeprefix("hf://datasets/") if named else type(given).__name__).expanduser()
         )
-        dataset: Any = _load(str(given)) if named else given
+        written = [mark.stat().st_mtime_ns for name in MARKS if (mark := self.path / name).is_file()]
+        dataset: Any = _load(str(given), *written) if named else given
         if not hasattr(dataset, "features"):
             raise UserError(
                 f"'{self.path}' has the splits {', '.join(dataset)}. Name one: its folder, or dataset['train']."
@@ -61,8 +62,8 @@ class DatasetRows(ArrowRows):
         yield from self.read().to_batches()
 
 
-@lru_cache(4)  # a table is opened for its captions and for its labels
-def _load(spec: str) -> Any:
+@lru_cache(4)  # a table is opened for its captions and for its labels; a folder written anew is another
+def _load(spec: str, *_: int) -> Any:
     try:
         import datasets
     except ImportError as error:

@@ -38,6 +38,7 @@ class Mixture(DerivedSource):
         self.shown = sum(self._shown)
         self.distinct = sum(len(source) for source, _ in self.sources)
         self.remote = any(source.remote for source, _ in self.sources)
+        self.group_column = next((source.group_column for source, _ in self.sources if source.group_column), None)
         self.credit = "; ".join(dict.fromkeys(source.credit for source, _ in self.sources if source.credit))
         self.name = " + ".join(s.name if weight == 1 else f"{weight:g} × {s.name}" for s, weight in self.sources)
 

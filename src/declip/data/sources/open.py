@@ -41,7 +41,7 @@ def open_source(
     if not isinstance(spec, str | Path):
         if isinstance(spec, PairSource):
             return spec
-        return TableSource(spec, *columns) if is_dataset(spec) else ItemSource(spec, *columns[:4])
+        return TableSource(spec, *columns) if is_dataset(spec) else ItemSource(spec, *columns)
     text = str(spec)
     if text.startswith(BUILTIN_PREFIX):
         return open_builtin(text)
@@ -67,10 +67,11 @@ def open_source(
     if path.suffix.lower() == LIST_KIND:
         listed = read_pair_list(path)
         source = open_source(listed.source, **listed.columns)
-        if len(source) != listed.total:
+        if len(source) != listed.total or (listed.digest and listed.digest_in(source) != listed.digest):
+            now = f"{len(source):,}" if len(source) != listed.total else "others, or these in another order"
             raise UserError(
-                f"'{path}' lists pairs of '{listed.source}' when it had {listed.total:,}; now it has {len(source):,}. "
-                "Make the list anew in another folder."
+                f"'{path}' lists pairs of '{listed.source}' when it had {listed.total:,}; now it has {now}. Make the "
+                "list anew in another folder."
             )
         return Subset(source, np.array(listed.indices, np.int64))
     return TableSource(path, *columns)

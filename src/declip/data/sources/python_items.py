@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 
 from declip.data.images.decode import image_below
-from declip.data.pair import BrokenPair, as_texts, clean_captions, clean_keywords
+from declip.data.pair import BrokenPair, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource, Texts
 from declip.data.sources.origin import Origin
-from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, find_column
+from declip.data.sources.rows import TableRow
+from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, by_lower_name, find_column
 from declip.errors import UserError
 
 PREFIX = "python:"  # of the name of an object in a recipe, which cannot be opened from there
@@ -46,6 +47,7 @@ class ItemSource(EntrySource):
         caption_column: str = "caption",
         image_root: str | Path | None = None,
         keyword_column: str = "keywords",
+        group_column: str | None = None,
     ) -> None:
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or isinstance(items, Mapping | bytes):
             raise UserError(
@@ -64,7 +66,11 @@ class ItemSource(EntrySource):
             image = caption = find_column(list(item), image_column, IMAGE_NAMES, "image", self.name)
             if caption_column != image_column:
                 caption = find_column(list(item), caption_column, CAPTION_NAMES, "caption", self.name)
-            self._columns = (image, caption, keyword_column)
+            self._columns = (image, caption, by_lower_name(list(item)).get(keyword_column.lower(), keyword_column))
+        if group_column is not None:
+            self.group_column = find_column(
+                list(item) if _is_row(item) else [], group_column, ("",), "group", self.name
+            )
         names, labels = getattr(items, "classes", None), getattr(items, "targets", None)
         if names is not None and labels is not None and len(labels) == len(items):
             self.class_names, self.labels = tuple(map(str, names)), np.asarray(labels, np.int64)
@@ -74,6 +80,10 @@ class ItemSource(EntrySource):
 
     def key(self, index: int) -> str:
         return self.entry(index).key if self._listed else f"item {index}"
+
+    def group(self, index: int) -> int:
+        cell = self._read(index).get(self.group_column) if self.group_column else None
+        return TableRow("", None, [], [], cell).group()
 
     def origin(self, index: int) -> Origin:
         return super().origin(index) if self._listed else Origin()
@@ -91,7 +101,8 @@ class ItemSource(EntrySource):
         texts = as_texts(list(texts) if isinstance(texts, tuple) else texts, "unreadable item", key)
         if isinstance(item, str | Path) and self._listed:
             key = str(item)
-        return Item(key, item, texts, clean_keywords(keywords if isinstance(keywords, list | tuple) else ()))
+        row = TableRow(key, None, [], [list(keywords) if isinstance(keywords, tuple) else keywords])
+        return Item(key, item, texts, row.keywords())
 
     def texts(self, entry: Item) -> Texts:
         return clean_captions(entry.captions, entry.key), entry.keywords

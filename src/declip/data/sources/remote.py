@@ -52,7 +52,9 @@ def look_up(url: str) -> list[tuple[str, int, str]]:
             files = {url: system.info(path)}
         if not files:
             raise FileNotFoundError("no .tar file")
-    return [(name, int(info.get("size") or 0), str(info)) for name, info in files.items()]
+    # Without the address that a redirect led to: it is often signed anew each time.
+    kept = {name: {key: value for key, value in info.items() if key != "url"} for name, info in files.items()}
+    return [(name, int(info.get("size") or 0), str(info)) for name, info in kept.items()]
 
 
 def fetch(url: str, target: Path, size: int) -> None:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from declip.data.pair import BrokenPair, as_texts, clean_keywords
-from declip.data.sources.shard_names import expand
+from declip.data.sources.shard_names import expand, files_in
 from declip.errors import UserError
 from declip.io.memo import cached_table
 
@@ -90,6 +90,7 @@ class TableRows(ABC):
     """The rows of a table as pairs: rows of the same image are one, in the order of their first row."""
 
     columns: Sequence[str]  # of the file
+    sampled: bool = False  # whether rows may have other columns too
     table: pa.Table  # what is held of each row, the image first
 
     def __init__(self, path: Path) -> None:
@@ -204,7 +205,7 @@ class ParquetRows(ArrowRows):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         if path.is_dir():
-            self.files = sorted(path.glob("*.parquet"))
+            self.files = list(map(Path, files_in(path, ".parquet")))
             splits = {name[0].lower() for file in self.files if (name := SPLIT.match(file.name))}
             if len(splits) > 1:
                 one = path / f"{min(splits)}*.parquet"

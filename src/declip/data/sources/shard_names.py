@@ -45,6 +45,11 @@ def holds(folder: Path, ending: str) -> bool:
     return ending in endings and not endings & set(EXTENSIONS)
 
 
+def files_in(folder: Path, ending: str) -> list[str]:
+    """List the files of a folder with this ending; hidden ones, such as macOS's, are none."""
+    return sorted(str(file) for file in folder.glob("[!.]*") if file.suffix.lower() == ending)
+
+
 def expand(word: str) -> list[str]:
     """List the paths and URLs of the shards that a word names, those of a folder or a pattern sorted.
 
@@ -69,7 +74,7 @@ def _files(name: str) -> list[str]:
     if is_url(name) or path.is_file():
         return [name if is_url(name) else str(path)]
     if path.is_dir():
-        return sorted(str(file) for file in path.iterdir() if file.suffix.lower() == ".tar")
+        return files_in(path, ".tar")
     return sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
 
 

@@ -47,7 +47,11 @@ class ShardSource(EntrySource):
     blocks: np.ndarray
 
     def __init__(self, word: str, cache_gb: float | None = None) -> None:
-        cache_gb = float(os.environ.get("DECLIP_SHARD_CACHE_GB", 50)) if cache_gb is None else cache_gb
+        given = os.environ.get("DECLIP_SHARD_CACHE_GB", "50")
+        try:
+            cache_gb = float(given) if cache_gb is None else cache_gb
+        except ValueError:
+            raise UserError(f"DECLIP_SHARD_CACHE_GB is '{given}'; give a number of 10^9 bytes, such as 50.") from None
         self._arguments = (word, cache_gb)
         self.files = ShardFiles(cache_gb)
         self._shards = find_shards(word)

@@ -1,14 +1,16 @@
 """A subset of a source: chosen by a seed, for learning curves over the number of pairs, or listed in a file."""
 
+import hashlib
 import json
 from abc import abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from declip.data.pair import LazyPair, Pair, PairSource
+from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource
 from declip.data.sources.origin import Origin
 from declip.data.sources.shard_names import absolute
 from declip.errors import UserError
@@ -62,7 +64,7 @@ class Subset(DerivedSource):
     def __init__(self, source: PairSource, indices: np.ndarray) -> None:
         self.source, self.indices = source, indices
         self.name = f"{source.name}[{len(indices)}]"
-        self.credit, self.remote = source.credit, source.remote
+        self.credit, self.remote, self.group_column = source.credit, source.remote, source.group_column
         if source.blocks is not None:
             ends = np.cumsum(source.blocks)
             self.blocks = np.bincount(np.searchsorted(ends, indices, "right"), None, len(ends))
@@ -87,17 +89,32 @@ def take(source: PairSource, count: int, seed: int) -> Subset:
 
 
 class PairList(NamedTuple):
-    """A file that lists pairs of a source: its arguments of `open_source`, its number of pairs, and rising indices."""
+    """A file that lists pairs of a source: its arguments of `open_source`, its number of pairs, and rising indices.
+
+    `digest` is of some of their keys: a table that was sorted anew has others at these places.
+    """
 
     source: str
     columns: dict[str, str]
     total: int
     indices: list[int]
+    digest: str = ""
+
+    def digest_in(self, source: PairSource) -> str:
+        """Hash of up to 64 keys that a source has at the listed places."""
+        keys = []
+        for index in self.indices[:: max(1, len(self.indices) // 32)]:
+            with suppress(BrokenPair):
+                keys.append(source.key(index))
+        return hashlib.blake2b("\n".join(keys).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def write_pair_list(path: Path, listed: PairList) -> None:
-    """Write a list of pairs; a path of its source is made absolute, so that the list can be moved."""
-    listed = listed._replace(source=absolute(listed.source))
+def write_pair_list(path: Path, listed: PairList, source: PairSource | None = None) -> None:
+    """Write a list of pairs; its paths are made absolute, so that the list can be moved."""
+    columns = {name: absolute(value) if name == "image_root" else value for name, value in listed.columns.items()}
+    listed = listed._replace(source=absolute(listed.source), columns=columns)
+    if source is not None:
+        listed = listed._replace(digest=listed.digest_in(source))
     path.write_text(json.dumps(listed._asdict()) + "\n", encoding="utf-8")
 
 

@@ -59,6 +59,8 @@ class TableSource(EntrySource):
             caption = find_column(columns, caption_column, CAPTION_NAMES, "caption", path)
         if caption != image and (keyword_column != "keywords" or "keywords" in by_lower_name(columns)):
             keywords = find_column(columns, keyword_column, ("keywords",), "keyword", path)
+        elif caption != image and self.rows.sampled:
+            keywords = keyword_column
         self.group_column = group_column and find_column(columns, group_column, ("",), "group", path)
         self.rows.choose(image, caption, keywords, self.group_column)
         if not len(self.rows):

@@ -102,6 +102,8 @@ class TextRows(TableRows):
 class JsonRows(TextRows):
     """A file with a JSON object per line."""
 
+    sampled = True
+
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         columns: dict[str, None] = {}
