@@ -18,7 +18,7 @@ from build_emoji import Iconify, distinct, group_of, squash
 from declip.data.builtin.fetch import read_json
 from declip.data.builtin.iconify import ICONS_PACKAGE, SPLIT_OF, license_of
 from declip.data.builtin.pictures import read_rows, split_texts, table_file
-from declip.data.text.synonyms import table
+from declip.data.text.augment import table
 
 TAGS = ("lucide-static", "@tabler/icons")
 """Packages that say more about an icon of a name than its set does."""

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from declip.data.sources.origin import Origin
+from declip.data.pair import Origin
 from declip.search.index import Index
 from declip.search.manifest import Manifest, ModelEntry, SourceEntry
 from declip.search.store import PART_ROWS, IndexedImage, batch_of, write_part

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from conftest import COLOURS, SHAPES, TINY, WEIGHTS, draw
-from declip.data.sources.origin import Origin
+from declip.data.pair import Origin
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -91,6 +92,17 @@ def test_a_text_is_typed_and_found_by_keyboard_alone(page: Any, shared: Any) -> 
     assert "text=a+red+circle" in page.url
     page.locator("#hits a").first.click()
     sync_api.expect(page.locator("#hits > li").first).to_contain_text("cosine 1.000")
+
+
+def test_an_address_brings_back_the_template_and_the_balance(page: Any) -> None:
+    for template, chosen in (("a red {}", "own"), ("imagenet", "imagenet")):
+        page.goto(f"/search?text=bar&id=0&weight=0.2&template={template}")
+        sync_api.expect(page.locator("#hits > li")).to_have_count(24)
+        assert [page.locator(f"#{name}").input_value() for name in ("template", "balance")] == [chosen, "0.2"]
+        assert page.locator("#own").is_visible() == (chosen == "own")
+        assert parse_qs(urlsplit(page.url).query) == {
+            "text": ["bar"], "id": ["0"], "weight": ["0.2"], "template": [template], "over": ["images"]
+        }  # fmt: skip
 
 
 def test_pairs_are_marked_and_saved(page: Any) -> None:

@@ -13,6 +13,8 @@ import declip
 from conftest import TINY, texture
 from declip import api
 from declip.api import HEAD_KEYS, HEADS
+from declip.data.sources.open import open_source
+from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.errors import UserError
 from declip.interchange import starter
 from declip.recipe.finetuning import settings
@@ -93,6 +95,14 @@ def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_
     assert declip.finetune(pairs, weights, out=part, resume=True, **options).finished
     assert (part / "val.pairs").read_bytes() == listed
     same_end(tmp_path / "whole", part)
+
+
+def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights: Path, tmp_path: Path) -> None:
+    write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), {}, 40, [*range(4, 40)]))
+    api.finetune_recipe(tmp_path / "some.pairs", tmp_path / "run", weights, quiet=True)
+    train, val = (read_pair_list(tmp_path / "run" / name) for name in api.SPLIT)
+    assert sorted([*train.indices, *val.indices]) == [*range(4, 40)]
+    assert (train.source, len(open_source(tmp_path / "run" / api.SPLIT[1]))) == (str(pairs), len(val.indices))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,7 +76,11 @@ def test_every_run_is_what_declip_train_gives(recipes: dict[str, str], table: Pa
     assert {"result.json", "recipe.yaml", "metrics.jsonl", "checkpoints"} - kept == {"checkpoints"}
 
 
-def test_it_continues_with_what_is_missing_only(recipes: dict[str, str], table: Path, tmp_path: Path) -> None:
+def test_it_continues_with_what_is_missing_only(
+    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     recipes = {"clip": recipes["clip"]}
     first = tiny(recipes, table, tmp_path / "out")
     study = read_study(tmp_path / "out")
@@ -84,7 +89,8 @@ def test_it_continues_with_what_is_missing_only(recipes: dict[str, str], table: 
     written = kept.stat().st_mtime_ns
     lost.unlink()
     assert not read_outcome(tmp_path / "out").complete
-    again = tiny(recipes, table, tmp_path / "out")
+    again = tiny(recipes, table, Path("~/out"))
+    assert lost.is_file()
     assert (again.complete, again.measures, kept.stat().st_mtime_ns) == (True, first.measures, written)
     more = tiny(recipes, table, tmp_path / "out", pairs=(16,), seeds=2)
     assert (more.study.pairs, more.study.seeds, len(more.rows)) == ((8, 16), (0, 1), 4)
@@ -106,8 +112,9 @@ def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self
         run_trial(study, replace(study.trials()[0], seed=1), tmp_path / "out")
     other = tmp_path / "clip-3.yaml"
     Path(recipes["clip"]).rename(other).with_name("clip.yaml").write_text(text, encoding="utf-8")
-    both = tiny({**recipes, "clip-3": str(other)}, table, tmp_path / "out", pairs=(8,), compute_budget_of="clip")
+    both = tiny({**recipes, "clip-3": str(other)}, table, tmp_path / "out", pairs=(8,))
     assert [each.name for each in both.study.variants] == ["clip", "clip-3"]
+    assert both.study.compute_budget_of == "clip"
 
 
 def test_every_variant_is_swept_alike_and_sizes_added_later_leave_the_sweep_as_it_was(
@@ -134,6 +141,22 @@ def test_every_variant_is_swept_alike_and_sizes_added_later_leave_the_sweep_as_i
     assert (more.study.sweep, len(more.sweep)) == (outcome.study.sweep, 4)
     with pytest.raises(UserError, match=r"sweep was.*pairs=8.*now.*pairs=24"):
         tiny(recipes, table, tmp_path / "out", sweep_pairs=24, **sweep)
+    lost = folder_of(tmp_path / "out", more.study.sweep_trials()[0])
+    (lost / "result.json").unlink()
+    with _taken(lost), pytest.raises(UserError, match="Another process still tries 'clip'"):
+        tiny(recipes, table, tmp_path / "out", **sweep)
+    assert read_outcome(tmp_path / "out").study.chosen == more.study.chosen
+
+
+def test_recipes_whose_runs_would_share_folders_are_refused(
+    recipes: dict[str, str], table: Path, tmp_path: Path
+) -> None:
+    first, second = ({name: str(shutil.copy(recipes["clip"], tmp_path / name))} for name in ("a b.yaml", "a-b.yaml"))
+    with pytest.raises(UserError, match="Rename one"):
+        tiny({**first, **second}, table, tmp_path / "both")
+    comparing.open_folder(_study(first, table), tmp_path / "out")
+    with pytest.raises(UserError, match="Rename one"):
+        comparing.open_folder(_study(second, table), tmp_path / "out")
 
 
 def test_a_run_that_fails_leaves_its_reason_and_does_not_end_the_others(
@@ -249,19 +272,27 @@ def test_a_taken_run_is_left_to_the_one_who_took_it(recipes: dict[str, str], tab
     assert study is not None
     (tmp_path / "out" / "runs").mkdir()
     taken = study.trials()[0]
-    hold = "import sys, filelock; l = filelock.FileLock(sys.argv[1]); l.acquire(); print(1, flush=True); input()"
-    words = [sys.executable, "-c", hold, f"{folder_of(tmp_path / 'out', taken)}.lock"]
-    holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout is not None
-    holder.stdout.readline()
-    assert work(tmp_path / "out", COMPARISON, 1)
+    with _taken(folder_of(tmp_path / "out", taken)):
+        assert work(tmp_path / "out", COMPARISON, 1)
     found = read_outcome(tmp_path / "out")
     assert taken.id not in found.rows
     assert len(found.rows) == len(study.trials()) - 1
-    holder.kill()  # its lock goes with it
-    holder.wait()
     assert work(tmp_path / "out", COMPARISON, 1)
     assert read_outcome(tmp_path / "out").complete
+
+
+@contextmanager
+def _taken(run: Path) -> Iterator[None]:
+    """Another process has taken a run; it is killed at the end, and its lock goes with it."""
+    hold = "import sys, filelock; l = filelock.FileLock(sys.argv[1]); l.acquire(); print(1, flush=True); input()"
+    words = [sys.executable, "-c", hold, f"{run}.lock"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        try:
+            yield
+        finally:
+            holder.kill()
 
 
 def _study(recipes: dict[str, str], table: Path) -> Study:
@@ -274,6 +305,8 @@ def _study(recipes: dict[str, str], table: Path) -> Study:
     [
         ({"pairs": (4, 16)}, "4 pairs are fewer than one batch of 8"),
         ({"pairs": (8, 25)}, "holds 24 pairs, fewer than the 25 asked for"),
+        ({"sweep": {"train.lr": [0.1]}, "sweep_datasets": ["builtin:x"], "sweep_pairs": 25}, "fewer than the 25 asked"),
+        ({"tasks": ["zero-shot"]}, "has no classes"),
         ({"tasks": ["retrievel"]}, "Did you mean 'retrieval'"),
         ({"compute_budget_of": "declipp"}, "Did you mean 'declip'"),
         ({"budgets": ["sample"]}, "Did you mean 'samples'"),

@@ -10,6 +10,7 @@ import yaml
 from conftest import TINY, WEIGHTS
 from data.tars import write_shards
 from declip.data.batch import View
+from declip.data.pair import PairSource
 from declip.data.sources.mixture import Mixture
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import Subset
@@ -50,6 +51,20 @@ def test_one_source_stays_what_it_was(shards, table):
     assert [part.captions(i) for i in range(9)] == [part[i].captions for i in range(9)]
     with pytest.raises(UserError, match=r"data\.max_pairs=25, but 'shapes\.jsonl' has 24"):
         open_training_source(recipe_of(str(table), max_pairs=25))
+
+
+def test_a_group_is_refused_where_no_source_is_a_table(shards, table):
+    def opened(source: object, **data: object) -> PairSource:
+        tree = {"source": source, "columns": {"group": "image"}, **data}
+        return open_training_source(
+            Recipe.model_validate({**TINY, "contrastive": {"duplicates": "mask"}, "data": tree})
+        )
+
+    for source in (str(shards), str(table.parent), [str(shards), str(shards)]):
+        with pytest.raises(UserError, match=r"data\.columns\.group names a column of a table"):
+            opened(source)
+    for source in (str(table), [str(shards), str(table)]):
+        assert opened(source, max_pairs=9).group_column == "image"
 
 
 def test_the_recipe_sets_the_order(shards):

@@ -206,10 +206,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_another_recipe(table: Pat
     assert declip("train", "mine.yaml", "--out", "run", "--quiet")[0] == 0
     before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
     assert "--resume" in declip("train", "mine.yaml", "--out", "run")[1]
-    (here / "other.yaml").write_text(yaml.safe_dump(tree_of(table, max_broken_fraction=0.5)))
-    status, printed = declip("train", "other.yaml", "train.lr=0.002", "--out", "run", "--resume")
+    status, printed = declip("train", "mine.yaml", "train.lr=0.002", "--out", "run", "--resume")
     assert status == 2
-    says = ("data.max_broken_fraction was 0.05, now 0.5", "train.lr was 0.001, now 0.002", "--out")
+    says = ("train.lr was 0.001, now 0.002", "--out")
     assert [part for part in says if part not in printed] == []
     assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
 

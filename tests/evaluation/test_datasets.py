@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from declip.api import resolve_recipe
 from declip.errors import UserError
 from declip.evaluation import datasets
 from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
@@ -68,9 +69,12 @@ def test_a_table_of_captions_may_have_splits(tmp_path: Path) -> None:
         trees.paint(tmp_path / f"{number}.png", number)
     rows = [f"{number}.png,caption {number},{'train' if number < 3 else 'test'}" for number in range(4)]
     trees.write(tmp_path / "table.csv", "\n".join(["image,caption,split", *rows]))
-    dataset = open_dataset(str(tmp_path / "table.csv"))
-    assert {which: len(dataset.split(which)) for which in dataset.openers} == {"train": 3, "test": 1}
-    assert dataset.split("test").captions(0) == ("caption 3",)
+    for given in (str(tmp_path / "table.csv"), tmp_path / "table.csv"):
+        dataset = open_dataset(given)
+        assert dataset.name == str(given)
+        assert {which: len(dataset.split(which)) for which in dataset.openers} == {"train": 3, "test": 1}
+        assert dataset.split("test").captions(0) == ("caption 3",)
+        assert resolve_recipe("clip", val=[given]).evaluation.retrieval == (str(given),)
 
 
 def test_a_folder_with_captions_is_still_one(tmp_path: Path) -> None:

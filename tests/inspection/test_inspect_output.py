@@ -95,16 +95,18 @@ def test_the_command_writes_what_is_asked_for(table: Path, tmp_path: Path, comma
     assert (outcome.status, "10 of 24 pairs were read, sampled with seed 3." in outcome.out) == (0, True)
     assert (tmp_path / "found.html").is_file()
     assert json.loads((tmp_path / "found.json").read_text())["read"] == 10
-    outcome = command(*inspect, "--all", "--check-leakage", table)
-    assert (outcome.status, "All 24 pairs were read." in outcome.out) == (0, True)
+    for words in (["--all"], ["--sample", 5, "--exclude", tmp_path / "drop.csv"]):
+        outcome = command(*inspect, *words, "--check-leakage", table)
+        assert (outcome.status, "All 24 pairs were read." in outcome.out) == (0, True)
+    assert len(read_exclusions(tmp_path / "drop.csv")) == 24
 
 
 def test_copies_of_a_test_set_become_a_list_to_exclude(table: Path, tmp_path: Path) -> None:
     source = open_source(table)
-    lines = table.read_text(encoding="utf-8").splitlines()[3:5]
-    heldout = tmp_path / "heldout.jsonl"
-    heldout.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    for name in (json.loads(line)["image"] for line in lines):
+    names = [json.loads(line)["image"] for line in table.read_text(encoding="utf-8").splitlines()[3:5]]
+    heldout = tmp_path / "heldout.csv"
+    heldout.write_text("\n".join(["image,label", *(f"{name},1" for name in names)]), encoding="utf-8")
+    for name in names:
         shutil.copy(table.parent / name, tmp_path / name)
     found = inspect_source(source, None, check_leakage=[heldout], workers=0)
     (tmp_path / "exclude.csv").write_text(exclusions(found), encoding="utf-8")

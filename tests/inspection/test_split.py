@@ -55,9 +55,13 @@ def test_photos_of_one_product_stay_on_one_side(tmp_path: Path) -> None:
     assert not set(train[train <= 50] // 3) & set(val[val <= 50] // 3)
 
 
-def test_a_list_opens_as_its_pairs(pairs: Path, tmp_path: Path) -> None:
-    write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), {"caption_column": "caption"}, 60, [3, 5, 59]))
+def test_a_list_opens_as_its_pairs(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pairs.parent)
+    columns = {"caption_column": "caption", "image_root": "."}
+    write_pair_list(tmp_path / "some.pairs", PairList(pairs.name, columns, 60, [3, 5, 59]))
+    monkeypatch.chdir(tmp_path)
     source = open_source(tmp_path / "some.pairs")
+    assert source.image(0).size == (48, 48)
     assert [source.captions(i) for i in range(len(source))] == [("first of 1",), ("Common to 1",), ("Common to 19",)]
     write_pair_list(tmp_path / "older.pairs", PairList(str(pairs), {}, 61, [3]))
     with pytest.raises(UserError, match=r"61.*60"):

@@ -218,6 +218,16 @@ def test_losses_that_need_more_than_a_tower_gives_are_refused(families: Any, tab
         Objective(recipe, model)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("finetune.head", "mlp"), ("text.dropout", 0.1), ("image.patch_dropout.rate", 0.5)]
+)
+def test_what_needs_towers_of_ours_is_refused(key: str, value: object, families: Any, table: Path) -> None:
+    weights = families["siglip2"][0]
+    recipe = weights.fit(tuned(table, weights.origin, **{key: value}))
+    with pytest.raises(UserError, match=rf"{key.removesuffix('.rate')} needs towers of ours"):
+        DualEncoder.from_recipe(recipe, weights.encoder)
+
+
 def test_a_tokenizer_that_is_missing_is_one_error(families: Any, tmp_path: Path) -> None:
     for family in ("siglip2", "transformers-siglip"):
         folder = shutil.copytree(

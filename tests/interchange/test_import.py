@@ -17,9 +17,11 @@ from declip.evaluation.datasets import Dataset
 from declip.interchange import official
 from declip.interchange.declip_file import FILE
 from declip.interchange.export import import_weights
+from declip.interchange.interpolate import write_mixture
 from golden_cases import SHIPPED, Case, model_cases, read_official
 from interchange.test_export import features, run_card
 from interchange.towers import EXACT, build, command, export_exactly, largest
+from training.starts import recipe_for
 
 
 def official_file(folder: Path, state: dict[str, Any]) -> Path:
@@ -58,6 +60,21 @@ def test_official_weights_are_exported_for_open_clip(tmp_path: Path) -> None:
     model, _ = read_official(load_file(SHIPPED / "declip_vit_tiny.safetensors"), text_heads=2)
     assert model.text_tower.text_projection.bias.abs().max() > 0.01
     export_exactly(model.eval(), "open_clip", tmp_path / "out")
+
+
+def test_home_is_expanded_wherever_a_folder_is_given(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    file = official_file(tmp_path, load_file(SHIPPED / "declip_vit_tiny.safetensors"))
+    assert import_weights(file, "declip-official", "~/imported") == tmp_path / "imported"
+    tuned = recipe_for(table, "clip", {"finetune": {"pretrained": "~/imported"}}, steps=1)
+    declip.train(tuned, out=tmp_path / "run", quiet=True, report=False)
+    declip.export("~/run", "safetensors", "~/exported")
+    assert "Fine-tuned on 24 pairs" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    assert write_mixture("~/run", 0.5, "~/mixed") == tmp_path / "mixed"
+    assert (tmp_path / "mixed" / FILE).is_file()
 
 
 def backbone_of(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:

@@ -108,6 +108,7 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ({"loss_weights.contrastive": "0"}, ("loss_weights",)),
         ({"text.heads": "5"}, ("text.width 384", "text.heads 5")),
         ({"train.warmup_lr": "1"}, ("warmup_lr 1.0", "train.lr")),
+        ({"text.hf_model": "owner/name", "text.dropout": "0.1"}, ("text.dropout", "text.hf_model")),
         (
             {"views.image_second": "{start: 1}", "views.contrastive_view": "{}"},
             ("views.contrastive_view", "image_second.start below 1"),

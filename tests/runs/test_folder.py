@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from declip.errors import UserError
 from declip.evaluation.results import ZeroShotResult
-from declip.runs.folder import read_run
+from declip.recipe.load import load_recipe
+from declip.runs.folder import read_run, refuse_another
 
 
 def _write(path: Path, rows: list[dict]) -> None:
@@ -51,3 +53,14 @@ def test_evaluations_in_order_and_the_last_of_each(tmp_path: Path) -> None:
     assert [each.step for each in run.evaluated] == [10, 20, 20]
     assert [[row.step for row in rows] for rows in run.series()] == [[10, 20], [20]]
     assert [(each.result.dataset, each.result.top1) for each in run.last()] == [("a", 0.3), ("b", 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "now"),
+    [
+        ({}, {"data.max_broken_fraction": 0.5, "train.max_nonfinite_steps": 9}),
+        ({"views.image_second": {"start": 1}, "train.lr_schedule": "constant"}, {"train.steps": 100_000}),
+    ],
+)
+def test_a_run_is_resumed_with_keys_that_change_no_step_so_far(keys: dict[str, Any], now: dict[str, Any]) -> None:
+    refuse_another(load_recipe("clip", keys | now), load_recipe("clip", keys), Path("run"), done=3000)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import declip
 from conftest import draw
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
+from declip.search.classify import read_classes
 
 CLASSES = ["red circle", "blue bar", "green square"]
 
@@ -84,6 +86,21 @@ def test_a_file_a_pattern_and_images_in_memory(
     assert "--model" in command("classify", one, "--classes", "a,b").err
     (tmp_path / "runs/one/checkpoints").mkdir(parents=True)
     assert "runs/one" in command("classify", one, "--classes", "a,b").err, "the newest run is taken, and is empty"
+
+
+def test_files_whose_names_are_not_utf_8_are_copied_and_linked(model: DualEncoder, tmp_path: Path) -> None:
+    image = tmp_path / "images" / os.fsdecode(b"caf\xe9.png")
+    image.parent.mkdir()
+    draw("red", "bar").save(image)
+    for link in (False, True):
+        declip.classify(model, image.parent, CLASSES, out=tmp_path / f"{link}", link=link)
+        [made] = (tmp_path / f"{link}").rglob("*.png")
+        assert (made.read_bytes(), made.is_symlink()) == (image.read_bytes(), link)
+
+
+def test_many_class_names_may_be_one_text() -> None:
+    names = [f"class {number}" for number in range(99)]
+    assert read_classes(",".join(names)) == names
 
 
 def test_class_names_that_are_no_folders_names(model: DualEncoder, folder: Path, tmp_path: Path) -> None:

@@ -150,6 +150,8 @@ def test_repaired_captions_and_other_objects_are_embedded_again(model: DualEncod
         index = declip.embed(model, [(draw(color, "bar", 40), "a bar")], out=tmp_path / "objects")
         found.append(index.vectors(index.ids))
     assert not torch.equal(*found)
+    index = declip.embed(model, [("1.png", "a bar")], out=tmp_path / "named", image_root=tmp_path)
+    assert (index.keys(), index.row(0).origin.path) == (["1.png"], str(tmp_path / "1.png"))
 
 
 def test_captions_get_the_mean_of_their_vectors(model: DualEncoder, table: Path, tmp_path: Path) -> None:

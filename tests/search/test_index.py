@@ -151,6 +151,7 @@ def test_the_sheet_shows_what_was_found(made: Index, folder: Path) -> None:
 def test_both_exports_hold_the_vectors_in_their_order(tmp_path: Path, command: Any) -> None:
     vectors = torch.nn.functional.normalize(torch.randn(1200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     folder = write_index(tmp_path / "index", vectors)
+    (tmp_path / "x.csv").write_text("the pairs")
     for name in ("x.npy", "x.parquet"):
         assert command("index", "export", folder, tmp_path / name).status == 0
     index = Index.open(folder)
@@ -159,7 +160,8 @@ def test_both_exports_hold_the_vectors_in_their_order(tmp_path: Path, command: A
     assert np.array_equal(loaded, vectors.numpy())
     assert np.array_equal(np.array(table["vector"].to_pylist(), np.float32), vectors.numpy())
     assert table["key"].to_pylist() == index.keys()
-    rows = csv.DictReader((tmp_path / "x.csv").open())
+    assert (tmp_path / "x.csv").read_text() == "the pairs"
+    rows = csv.DictReader((tmp_path / "x.npy.csv").open())
     assert [(int(row["id"]), row["key"]) for row in rows] == list(zip(index.ids.tolist(), index.keys(), strict=True))
     assert ".parquet" in command("index", "export", folder, tmp_path / "x.txt").err
 

@@ -12,8 +12,10 @@ from declip.api import train
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
-from declip.training.monitor import CLOCK
 from declip.training.trainer import Trainer
+
+CLOCK = ("seconds", "samples_per_second")
+"""Keys of a logged row that differ from run to run."""
 
 SMALL = {"width": 48, "layers": 3, "heads": 2, "context_length": 20, "bpe_merges": 400}
 VIT = {

@@ -116,6 +116,7 @@ def test_position_embeddings_are_resampled_to_the_smaller_grid() -> None:
         ({"start": 0.2}, "simsiam", "views.image_second.start"),
         ({"start": 1.1}, "declip", "views.image_second.start"),
         ({"start": 1.0}, "declip", "views.image_second.start"),
+        ({"start": 1.0}, "simsiam", "views.image_second.start"),
     ],
 )
 def test_what_does_not_fit_is_refused(table: Path, tmp_path: Path, second: Any, loss: str, says: str) -> None:

@@ -183,7 +183,7 @@ def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     good = write_snapshot(tmp_path, sample(1), keep=1)
-    flush = checkpoints._flush
+    flush = checkpoints.flush
 
     def rot(path: Path) -> None:
         flush(path)
@@ -192,7 +192,7 @@ def test_a_disk_that_gives_back_something_else_costs_no_earlier_one(
             content[-20] ^= 4
             path.write_bytes(content)
 
-    monkeypatch.setattr(checkpoints, "_flush", rot)
+    monkeypatch.setattr(checkpoints, "flush", rot)
     with pytest.raises(UserError, match=rf"{name} is damaged.*The newest one there is {good}"):
         write_snapshot(tmp_path, sample(2), keep=1)
     assert list_checkpoints(tmp_path) == [good]

@@ -55,7 +55,7 @@ def test_compiled_are_whole_batches_in_training_with_few_lengths(
     model = DualEncoder.from_recipe(recipe)
     plain = copy.deepcopy(model)
     names = list(model.state_dict())
-    compile_towers(recipe, model, plan_of(recipe), rows=8)
+    compile_towers(recipe, model, plan_of(recipe))
     assert list(model.state_dict()) == names
 
     graphs = []
@@ -81,3 +81,13 @@ def test_recomputing_a_tower_with_batch_norm_is_refused(table: Path, tmp_path: P
     recipe = recipe_for(table, sections={"image": CONV}, compile=True, grad_checkpointing=True)
     with pytest.raises(UserError, match="'declip_conv_tiny'"):
         Trainer(recipe, tmp_path / "run", quiet=True)
+
+
+def test_of_frozen_towers_that_are_read_from_a_cache_nothing_is_compiled(
+    table: Path, start: Path, tmp_path: Path, counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+    tune = {"pretrained": str(start), "freeze_image_blocks": "all", "freeze_text_blocks": "all", "cached_views": 2}
+    recipe = recipe_for(table, "clip", {"finetune": tune}, compile=True)
+    assert train(recipe, out=tmp_path / "run", quiet=True, report=False).finished
+    assert counter.frame_count == 0

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from conftest import TINY, WEIGHTS
 from declip.data.batch import PairBatch
 from declip.data.text.tokenizer import Tokenizer
+from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
@@ -172,6 +173,14 @@ def test_activations_computed_twice_change_nothing(tmp_path: Path, tower: str, s
     train = {"strategy": strategy, "grad_checkpointing": True}
     for theirs in in_processes(some_recipes, 2, tmp_path, ["declip"], (4, 4), tower, train):
         compare(expected, theirs)
+
+
+def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.model_validate({**TINY, "loss_weights": WEIGHTS["clip"]})
+    model = DualEncoder.from_recipe(recipe)
+    monkeypatch.setattr(distributed, "world_size", lambda: BATCH + 1)
+    with pytest.raises(UserError, match=r"train\.batch_size=8 leaves some of 9 processes without a pair"):
+        build_learner(recipe, model, Objective(recipe, model))
 
 
 def gathered(own: torch.Tensor, keep_own: bool) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import HostGroup
 from declip.training.stopping import STOP
-from declip.training.trainer import Trainer
+from declip.training.trainer import Trainer, warn_once
 from processes import in_processes
 from training.starts import losses, same_end, trained
 
@@ -74,6 +74,20 @@ def test_two_processes_make_one_run(recipe: dict[str, Any], tmp_path: Path) -> N
     assert (tmp_path / "one/skipped.json").read_text() == (tmp_path / "two/skipped.json").read_text()
     assert torch.equal(end_of(tmp_path / "one")[TAGS], end_of(tmp_path / "two")[TAGS])
     assert len(list_checkpoints(tmp_path / "two")) == 2
+
+
+def warned(recipe: Recipe, folder: Path, caplog: pytest.LogCaptureFixture) -> int:
+    warn_once.cache_clear()
+    assert trained(recipe, folder) == (26, True)
+    return caplog.text.count("too few usable pairs")
+
+
+def test_steps_in_which_a_process_has_no_pair_are_left_out_with_one_warning(
+    recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two_epochs = of(recipe, batch_size=2, steps=26, checkpoint_every=100)
+    assert in_processes(warned, 2, tmp_path / "a", two_epochs, tmp_path / "run", caplog) == [1, 0]
+    assert 22 <= len(losses(tmp_path / "run")) < 25
 
 
 @pytest.mark.parametrize("by", ["ddp", "fsdp"])

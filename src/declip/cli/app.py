@@ -10,12 +10,11 @@ from declip.cli import data, recipes, weights
 from declip.cli.classify import classify
 from declip.cli.compare import compare
 from declip.cli.evaluate import evaluate
-from declip.cli.finetune import finetune
 from declip.cli.options import fail
-from declip.cli.push import push
 from declip.cli.search import embed, index, search
 from declip.cli.serve import app as serve_app
-from declip.cli.train import train
+from declip.cli.train import finetune, train
+from declip.cli.weights import push
 from declip.errors import UserError
 
 app = typer.Typer(

@@ -17,6 +17,7 @@ from declip.cli.options import (
     file,
     say,
 )
+from declip.io.atomic import write_text
 
 group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=True)
 
@@ -94,7 +95,7 @@ def inspect(
         check_source(name, "SOURCE" if name == source else "--check-leakage")
     from declip.inspection import Inspection, inspect_source
     from declip.reports.inspection import exclusions, page, summary
-    from declip.reports.page import check_writable, write
+    from declip.reports.page import check_writable
 
     check_writable((json_out, html_out, exclude))
     inspection = inspect_source(
@@ -113,7 +114,7 @@ def inspect(
     console.print(summary(inspection))
     for make, path in ((Inspection.to_json, json_out), (page, html_out), (exclusions, exclude)):
         if path is not None:
-            write(path, make(inspection))
+            write_text(path, make(inspection), "choose another place")
             say(f"Written: {path}")
     if inspection.usable == 0:
         raise typer.Exit(2)

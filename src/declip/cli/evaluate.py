@@ -8,6 +8,7 @@ import typer
 
 from declip.cli.options import BatchSize, Device, JsonOut, check_model, check_source, console, file
 from declip.errors import UserError, unknown
+from declip.io.atomic import write_text
 
 TASKS = ("zero-shot", "retrieval", "linear", "knn")
 
@@ -47,7 +48,7 @@ def evaluate(
     from declip.evaluation.results import results_table
     from declip.evaluation.suites import evaluate_suite, is_suite
     from declip.interchange.read import load
-    from declip.reports.page import check_writable, write
+    from declip.reports.page import check_writable
 
     check_writable((json_out, markdown_out))
     suites = [name for name in datasets if is_suite(name)]
@@ -65,7 +66,7 @@ def evaluate(
         table: Any = Markdown(suite.markdown(model))
         content = json.dumps(suite.to_dict(), indent=1)
         if markdown_out is not None:
-            write(markdown_out, suite.markdown(model), "choose another place with --markdown")
+            write_text(markdown_out, suite.markdown(model), "choose another place with --markdown")
     else:
         opened = [open_dataset(name, label_column=label_column) for name in datasets]
         results = evaluate_all(loaded, opened, (task,), options)
@@ -73,4 +74,4 @@ def evaluate(
         table, content = results_table(results), json.dumps(rows if len(rows) > 1 else rows[0], indent=1)
     console.print(table)
     if json_out is not None:
-        write(json_out, content, "choose another place with --json")
+        write_text(json_out, content, "choose another place with --json")

@@ -24,7 +24,8 @@ from declip.cli.options import (
     say,
 )
 from declip.errors import UserError
-from declip.reports.page import check_writable, write
+from declip.io.atomic import atomic_write, write_text
+from declip.reports.page import check_writable
 
 index = typer.Typer(help="Look after an index of images.", no_args_is_help=True)
 
@@ -83,7 +84,6 @@ def search(
     json_out: JsonOut = None,
 ) -> None:
     """Find images in an index by a text, an image, or both."""
-    from declip.io.atomic import atomic_write
     from declip.io.text import shown
     from declip.search.manifest import read_manifest
 
@@ -107,7 +107,7 @@ def search(
     if json_out is not None:
         query = {"index": str(folder), "text": text, "image": None if image is None else str(image), "weights": both}
         result = json.dumps({**query, "over": over, "hits": [hit.to_dict() for hit in hits]}, indent=1) + "\n"
-        say(f"Written: {write(json_out, result, 'choose another file with --json')}")
+        say(f"Written: {write_text(json_out, result, 'choose another file with --json')}")
     if sheet_out is not None:
         from declip.data.images.decode import decode
         from declip.reports.sheets import search_sheet

@@ -27,7 +27,7 @@ from declip.data.sources.mixture import Mixture
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset, with_classes
 from declip.evaluation.protocols import TASKS
-from declip.io.atomic import atomic_write
+from declip.io.atomic import write_text
 from declip.io.progress import progress_bar, status
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
@@ -123,13 +123,18 @@ def compare(
         study = _with_chosen(study, folder)
         _run(study, folder, COMPARISON, jobs, threads, quiet)
     outcome = read_outcome(folder)
-    with atomic_write(folder / RESULTS) as path:
-        path.write_text(json.dumps(outcome.to_dict(), indent=1), encoding="utf-8")
+    write_text(folder / RESULTS, json.dumps(outcome.to_dict(), indent=1))
     return outcome
+
+
+def _check_names(study: Study) -> None:
+    if len({Trial(variant.name, 0, 0, 0).id for variant in study.variants}) < len(study.variants):
+        raise UserError("Two recipes' names differ only in signs that become '-' in names of folders. Rename one.")
 
 
 def _check(study: Study, budgets: Sequence[str]) -> None:
     """Refuse what can't be used before anything is timed or trained."""
+    _check_names(study)
     for kind, given, known in (
         ("budget", budgets, BUDGETS),
         ("task", study.tasks, TASKS),
@@ -200,8 +205,7 @@ def open_folder(study: Study, folder: Path) -> Study:
     with FileLock(folder / ".plan.lock"):
         earlier = read_study(folder)
         study = study if earlier is None else extended(study, earlier, folder)
-        if len({Trial(variant.name, 0, 0, 0).id for variant in study.variants}) < len(study.variants):
-            raise UserError("Two recipes' names differ only in signs that become '-' in names of folders. Rename one.")
+        _check_names(study)
         write_study(study, folder)
     return study
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from declip.comparison.variants import Variant
 from declip.errors import UserError
-from declip.io.atomic import atomic_write
+from declip.io.atomic import write_text
 
 STUDY = "study.json"
 BUDGETS = ("samples", "compute")
@@ -140,8 +140,7 @@ def read_study(folder: Path) -> Study | None:
 
 def write_study(study: Study, folder: Path) -> None:
     """Replace the study of a folder."""
-    with atomic_write(folder / STUDY) as path:
-        path.write_text(json.dumps(asdict(study), indent=1), encoding="utf-8")
+    write_text(folder / STUDY, json.dumps(asdict(study), indent=1))
 
 
 def extended(study: Study, earlier: Study, folder: Path) -> Study:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from declip.errors import UserError
-from declip.recipe.load import load_recipe
+from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
-from declip.runs.folder import flat
 
 STEPS: tuple[tuple[str, ...], ...] = (
     ("contrastive",),

@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 from declip.comparison.study import Study, Trial, read_study
 from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
-from declip.io.atomic import atomic_write
-from declip.runs.folder import METRICS, read_rows
+from declip.io.atomic import write_text
+from declip.runs.folder import Run
 from declip.training.setup import versions
 from declip.training.trainer import Trainer
 
@@ -72,8 +72,7 @@ def steps_done(folder: Path, trial: Trial) -> int:
     """The steps that a trial has behind it: all once it has ended, else as logged."""
     if has_ended(folder, trial):
         return trial.steps
-    rows = read_rows(folder_of(folder, trial) / METRICS)
-    return int(rows[-1]["step"]) if rows else 0
+    return Run(folder_of(folder, trial)).step
 
 
 def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
@@ -100,20 +99,17 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
         for name in trial.datasets or study.datasets
         for result in evaluate_all(trainer.encoder, name, study.tasks, Options(progress=False))
     ]
-    metrics = run.metrics
-    speeds = sorted(row["samples_per_second"] for row in metrics if row["samples_per_second"])
     row = {
         **asdict(trial),
         "samples": trial.steps * study.batch_size,
-        "seconds": round(sum(row["seconds"] for row in metrics), 1),
-        "samples_per_second": speeds[len(speeds) // 2] if speeds else None,
-        "loss": metrics[-1]["loss"] if metrics else None,
+        "seconds": round(run.seconds, 1),
+        "samples_per_second": run.samples_per_second,
+        "loss": run.metrics[-1]["loss"] if run.metrics else None,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": versions(),
         "results": results,
     }
-    with atomic_write(run_folder / RESULT) as path:
-        path.write_text(json.dumps(row, indent=1), encoding="utf-8")
+    write_text(run_folder / RESULT, json.dumps(row, indent=1))
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(run_folder / name, ignore_errors=True)
     return not trainer.stop.asked

@@ -11,8 +11,7 @@ from torch import Tensor
 from declip.data.assembly import Assembler
 from declip.data.batch import PairBatch, View
 from declip.data.feature_store import KEY
-from declip.data.pair import BrokenPair, PairSource
-from declip.data.sources.origin import Origin
+from declip.data.pair import BrokenPair, Origin, PairSource
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """A pair of an image and its captions, the ways it can be broken, and the base class of all sources of pairs."""
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
-from declip.data.sources.origin import Origin
 from declip.io.text import shown
 
 LONGEST_CAPTION, MOST_CAPTIONS = 20_000, 10_000
@@ -79,6 +81,28 @@ class BrokenPair(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.key}" + (f" ({self.detail})" if self.detail else "")
+
+
+class Origin(NamedTuple):
+    """The place of an image; numbers are bytes."""
+
+    path: str = ""  # of the file or the shard, or a shard's URL; empty where the image is in no file of its own
+    offset: int = 0
+    size: int = 0  # 0 where it is unknown
+    stamp: str = ""  # changes when the image does, as far as that shows without decoding it
+
+
+def file_origin(path: Path) -> Origin:
+    """The place of an image file; its size and time of change are the stamp, which is empty for a missing file."""
+    with suppress(OSError, ValueError):
+        status = path.stat()
+        return Origin(str(path.absolute()), 0, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+    return Origin(str(path))
+
+
+def bytes_origin(content: bytes) -> Origin:
+    """The place of bytes in a table's cell; their hash is the stamp."""
+    return Origin("", 0, len(content), hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
 class Span(NamedTuple):

@@ -19,7 +19,7 @@ from declip.data.sources.open import open_source
 from declip.data.sources.shard_names import absolute
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError, check_range
-from declip.io.atomic import atomic_write, locked_folder
+from declip.io.atomic import ELSEWHERE, atomic_write, locked_folder, write_text
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.io.text import plural
 
@@ -27,7 +27,6 @@ RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
 LAYOUT = 1  # raised when the same options make other shards
 SHARD_PAIRS, QUALITY = 10_000, 92
 PAIRS_AT_ONCE = 16  # pairs that a process hands over together
-ELSEWHERE = "choose another folder with --out"
 BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it would not count as text
 
 
@@ -100,15 +99,15 @@ def shard_source(
     shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
     with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
         done = _finished_shards(folder, made_of)
-        _write(folder / RECORD, {"made_of": made_of, "shards": done})  # a folder with shards always has one
+        _record(folder, made_of, done)  # a folder with shards always has one
         missing = {name: places for name, places in shards.items() if name not in done}
         for name, row in _write_shards(missing, folder, _Packer(opened, size, quality, excluded), workers, progress):
             done[name] = row
-            _write(folder / RECORD, {"made_of": made_of, "shards": done})
+            _record(folder, made_of, done)
         pairs = {name: row["pairs"] for name, row in sorted(done.items())}
-        _write(folder / SIZES, pairs)
+        write_text(folder / SIZES, json.dumps(pairs, indent=1))
         if opened.credit:
-            _write(folder / NOTICE, opened.credit + "\n")
+            write_text(folder / NOTICE, opened.credit + "\n")
     skipped = SkipCounter()
     for name in pairs:
         skipped.merge(SkipCounter.from_dict({"reasons": done[name]["skipped"]}))
@@ -180,10 +179,8 @@ def _write_shards(
             yield shard, counts | {"skipped": skipped.to_dict()["reasons"]}
 
 
-def _write(path: Path, content: object) -> None:
-    with atomic_write(path, ELSEWHERE) as partial:
-        text = content if isinstance(content, str) else json.dumps(content, indent=1)
-        partial.write_text(text, encoding="utf-8")
+def _record(folder: Path, made_of: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
+    write_text(folder / RECORD, json.dumps({"made_of": made_of, "shards": shards}, indent=1))
 
 
 _Members = list[tuple[str, bytes]]

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -112,13 +112,13 @@ def encode_source(
     """
     encode = encode or (lambda pixels: normalize(model.encode_image(pixels).float(), dim=-1))
     wanted = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    batches = _Batches(model, source, np.split(wanted, range(batch_size, len(wanted), batch_size)))
+    parts_of = np.split(wanted, range(batch_size, len(wanted), batch_size))
     rows: list[Row] = []
     parts: list[Tensor] = []
     skipped = SkipCounter()
-    stream = in_order(batches, len(batches.indices), workers)
+    stream = in_order(Batches(model, parts_of, partial(_read_row, source)), len(parts_of), workers)
     with naming_lost_workers(), measuring(model) as device, pairs_bar(progress, "batches") as bar:
-        for pixels, read, broken in bar.track(stream, len(batches.indices), description=f"Images of {source.name}"):
+        for pixels, read, broken in bar.track(stream, len(parts_of), description=f"Images of {source.name}"):
             skipped.merge(broken)
             if pixels is not None:
                 features = encode(pixels.to(device)).float().cpu()
@@ -167,25 +167,32 @@ def _count_truncated(model: Encoder, texts: Iterable[str]) -> int:
     return sum(len(longer.encode(text)) > tokenizer.context for text in texts)
 
 
-class _Batches(Dataset[tuple[Tensor | None, list[Row], SkipCounter]]):
-    """Pixels and rows of the pairs of a batch, and the broken ones, read in a worker process."""
+class Batches(Dataset[tuple[Tensor | None, list[Any], SkipCounter]]):
+    """Pixels (n, 3, S, S) of the pairs of a batch, what `read` gives next to each image, and the broken ones."""
 
-    def __init__(self, model: Encoder, source: PairSource, indices: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self, model: Encoder, places: Sequence[Iterable[int]], read: Callable[[int], tuple[Image.Image, Any]]
+    ) -> None:
         # `DualEncoder.preprocessor` stays on the host, where a worker may use it; `preprocess` moves to the device.
         self.preprocess = getattr(model, "preprocessor", model.preprocess)
-        self.source, self.indices = source, indices
+        self.places, self.read = places, read
 
-    def __getitem__(self, number: int) -> tuple[Tensor | None, list[Row], SkipCounter]:
+    def __getitem__(self, number: int) -> tuple[Tensor | None, list[Any], SkipCounter]:
         images, rows, skipped = [], [], SkipCounter()
-        for index in self.indices[number].tolist():
+        for place in self.places[number]:
             try:
-                pair = self.source[index]
+                image, row = self.read(int(place))
             except BrokenPair as broken:
                 skipped.add(broken)
                 continue
-            images.append(pair.image)
-            rows.append((index, pair.key, pair.captions))
+            images.append(image)
+            rows.append(row)
         return self.preprocess(images) if images else None, rows, skipped
+
+
+def _read_row(source: PairSource, index: int) -> tuple[Image.Image, Row]:
+    pair = source[index]
+    return pair.image, (index, pair.key, pair.captions)
 
 
 def _require_finite(features: Tensor, what: str, names: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from declip.evaluation.encode import Encoder, SourceFeatures, text_features
 from declip.evaluation.per_class import score
 from declip.evaluation.prompt_sets import read_prompts
 from declip.evaluation.results import ZeroShotResult
-from declip.evaluation.retrieval import BLOCK, ranks
+from declip.evaluation.retrieval import ranks
 
 USUAL_SCALE = 100.0
 
@@ -72,10 +72,3 @@ def logit_scale(model: Encoder) -> float:
     """The factor of cosines before the softmax, exp(logit scale); CLIP's final 100 for a model that has none."""
     scale = getattr(model, "logit_scale", getattr(getattr(model, "model", None), "logit_scale", None))
     return USUAL_SCALE if scale is None else float(torch.as_tensor(scale).detach().exp())
-
-
-def predict(images: Tensor, classes: Tensor, count: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (n, count) and cosines of the nearest classes (C, d) of each image (n, d), best first."""
-    rows = max(1, BLOCK // len(classes))
-    best = [torch.topk(part @ classes.T, min(count, len(classes))) for part in images.split(rows)]
-    return torch.cat([top.indices for top in best]).numpy(), torch.cat([top.values for top in best]).numpy()

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 
 import declip
 from declip.errors import UserError
-from declip.interchange.export import REPOSITORY, export
+from declip.interchange.export import export
 from declip.interchange.foreign import Refusal
 from declip.interchange.model_card import NO_LICENSE
 from declip.interchange.weights import one_line
@@ -35,8 +35,6 @@ def push(
         format: As of `declip.export`; by default "open_clip" where that can express the model, else "safetensors".
         license: For the card: an identifier of the Hub's such as "mit", or any words.
     """
-    if not REPOSITORY.fullmatch(repo):
-        raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
     if huggingface_hub.get_token() is None:
         raise UserError("Pushing needs a token of the Hub that may write: run `hf auth login`, or set HF_TOKEN.")
     with TemporaryDirectory() as temporary:

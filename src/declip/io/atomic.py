@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CACHE_VARIABLE = "DECLIP_CACHE"
+ELSEWHERE = "choose another folder with --out"
 DAY = 86_400  # seconds. Nothing takes that long to write, so an older file was left by a process that was killed.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -50,13 +51,13 @@ def atomic_write(
                 remove(path)
         yield partial
         if durable:
-            _flush(partial)
+            flush(partial)
         if target.is_dir():
             target.rename(old)
         partial.replace(target)
         remove(old)
         if durable:
-            _flush(target.parent)
+            flush(target.parent)
     except OSError as error:
         raise _as_user_error(error, target, elsewhere) from error
     finally:
@@ -106,6 +107,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_text(path: Path, text: str, elsewhere: str = ELSEWHERE, durable: bool = False) -> Path:
+    """Replace a text file at once, see `atomic_write`."""
+    with atomic_write(path, elsewhere, durable) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return path
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     if path.is_dir():
@@ -114,11 +122,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name != "nt":  # Windows opens no folder, and flushes no file that is open for reading
-        handle = os.open(path, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, and drop its cache: it is next read from there."""
+    if os.name == "nt":  # Windows opens no folder, and flushes no file that is open for reading
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(handle)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
         os.close(handle)
 
 

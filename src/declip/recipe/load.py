@@ -57,7 +57,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         value = read_value(key, value) if isinstance(value, str) else value
         _set(tree, key, value)
         _set(over, key, value)
-        given.update(_leaves({key: value}))
+        given.update(flat({key: value}))
     if _one_length(over, "the overrides"):
         _set(tree, "train.epochs", None)
     try:
@@ -103,7 +103,7 @@ def _read_tree(name: str | Path, seen: tuple[str, ...], given: set[str]) -> dict
         raise UserError(f"The recipe '{label}' must map keys to values, and `extends` to a recipe's name or file.")
     steps_alone = _one_length(tree, f"the recipe '{label}'")
     if path.parent != LIBRARY:
-        given.update(_leaves(tree))
+        given.update(flat(tree))
     tree.setdefault("name", Path(label).stem)
     if parent is None:
         return tree
@@ -148,12 +148,13 @@ def _with_own_sets(tree: dict[str, Any], base: Mapping[str, Any], over: Mapping[
     return tree if new == old else {**tree, "evaluation": over.get("evaluation", {})}
 
 
-def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Give the values of a tree, such as a recipe's, by dotted key."""
+    values: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+        is_section = isinstance(value, dict) and value
+        values |= flat(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
+    return values
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -17,9 +17,10 @@ from declip.comparison.runner import ROUNDS, TIMED
 from declip.comparison.statistics import EfficiencyCurve, Factor
 from declip.comparison.study import Study
 from declip.evaluation.results import ClassificationResult, RetrievalResult, read_result
+from declip.io.atomic import write_text
 from declip.io.text import percent
 from declip.reports.charts import Chart, pairs_chart
-from declip.reports.page import NONE, Table, points, render, rich_table, span, write
+from declip.reports.page import NONE, Table, points, render, rich_table, span
 
 
 class MeasureFacts(NamedTuple):
@@ -41,8 +42,8 @@ class ComparedFactor(NamedTuple):
 def write_page(outcome: Outcome, folder: Path) -> tuple[Path, Path]:
     """Write report.html and results.md of a comparison, complete or not; returns their paths."""
     content = context(outcome)
-    page = write(folder / "report.html", render("comparison.html", **content))
-    return page, write(folder / "results.md", render("comparison.md", **content))
+    page = write_text(folder / "report.html", render("comparison.html", **content))
+    return page, write_text(folder / "results.md", render("comparison.md", **content))
 
 
 def summary(outcome: Outcome) -> Group:

@@ -17,7 +17,6 @@ from rich.table import Table as RichTable
 
 from declip.errors import UserError
 from declip.io import text
-from declip.io.atomic import atomic_write
 
 NBSP = "\N{NO-BREAK SPACE}"
 NONE = "–"  # in a table's cell without a number
@@ -80,16 +79,6 @@ def render(template: str, **context: Any) -> str:
     now = datetime.datetime.now().strftime("%d %B %Y, %H:%M")
     filled = environment(template.endswith(".md"), template.endswith(".txt")).get_template(template)
     return filled.render(version=metadata.version("declip"), date=now, **context)
-
-
-def write(path: Path, content: str, elsewhere: str = "choose another place") -> Path:
-    """Replace a text file at once; raises `UserError` where it cannot be written."""
-    try:
-        with atomic_write(path, elsewhere) as partial:
-            partial.write_text(content, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror}. Make room, or {elsewhere}.") from error
-    return path
 
 
 def check_writable(paths: Iterable[Path | None]) -> None:

@@ -13,12 +13,13 @@ from declip.evaluation.datasets import open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import RetrievalResult, ZeroShotResult, short_names
 from declip.evaluation.zero_shot import class_features, read_templates
+from declip.io.atomic import write_text
 from declip.io.text import percent, times
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.reports.charts import score_chart, value_chart
 from declip.reports.examples import Confusion, confusions, neighbors, retrieval, shown_pairs
-from declip.reports.page import NONE, Table, points, render, write
+from declip.reports.page import NONE, Table, points, render
 from declip.reports.thumbnails import Thumbnails, thumbnails_of
 from declip.runs.folder import Run, log, read_run
 from declip.supervision.objective import TERMS, Objective
@@ -94,7 +95,7 @@ def write_report(training: Trainer, model: DualEncoder, limit: int = 4_000) -> P
         ),
         credits=dict.fromkeys(each.credit for each in (source, held_out and held_out.source) if each and each.credit),
     )
-    return write(training.folder / NAME, content)
+    return write_text(training.folder / NAME, content)
 
 
 def measures_table(run: Run) -> Table:

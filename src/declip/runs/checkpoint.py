@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.io.atomic import remove, save_tensors, sha256
+from declip.io.atomic import flush, remove, save_tensors, sha256
 
 log = logging.getLogger("declip")
 
@@ -104,7 +103,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         state = {"step": kept.step, "recipe": kept.recipe, "extra": kept.extra, "sha256": digests}
         (partial / STATE).write_text(_with_digest(state), encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
-            _flush(path)
+            flush(path)
         _read_state(partial)
         remove(final)  # damaged, or the run would have continued from it
         partial.rename(final)
@@ -113,8 +112,8 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
                 with suppress(OSError):
                     (link := final.with_name(f"{name}.partial")).symlink_to(target.name)
                     link.replace(final.with_name(name))
-        _flush(final.parent)
-        _flush(run)
+        flush(final.parent)
+        flush(run)
     except Exception as error:  # safetensors reports a full disk by an error class of its own
         shutil.rmtree(partial, ignore_errors=True)
         older = list_checkpoints(run)
@@ -234,16 +233,3 @@ def _read_state(folder: Path) -> dict[str, Any]:
         name = damaged[0] if damaged else STATE
         raise UserError(f"The checkpoint file {folder / name} is damaged: its checksum does not match.")
     return dict(state)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk, and drop it from the page cache: it is next read from the disk."""
-    if os.name == "nt":  # Windows opens no folder
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(handle)

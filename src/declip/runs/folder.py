@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from declip.errors import UserError
 from declip.evaluation.results import Result, read_result
+from declip.io.atomic import write_text
 from declip.models.hf_encoder import ENTRY, TextEncoder, encoder_kept_in
 from declip.models.wrapped import WrappedModel
-from declip.recipe.load import load_recipe
+from declip.recipe.load import flat, load_recipe
 from declip.recipe.schedule import learning_rate
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
@@ -205,13 +206,7 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
             log.warning(problem)
         if problems and newest is None:
             raise UserError(f"No checkpoint in '{folder}' is complete. {problems[0]} Start anew with another --out.")
-    partial = folder / f"{RECIPE}.partial"  # renamed when whole: a full disk leaves no half of one
-    try:
-        partial.write_text(recipe.to_yaml(), encoding="utf-8")
-        partial.replace(folder / RECIPE)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise not_writable(folder, error) from error
+    write_text(folder / RECIPE, recipe.to_yaml())
     return newest
 
 
@@ -266,15 +261,6 @@ def not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out.")
 
 
-def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Give the values of a tree, such as a recipe's, by dotted key."""
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        is_section = isinstance(value, dict) and value
-        values |= flat(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
-    return values
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a JSONL file; lines that a crash or a disk damaged are left out."""
     rows = []
@@ -301,9 +287,7 @@ def drop_rows(path: Path, after: int) -> None:
     damaged = sum(1 for line in _text(path).split("\n") if line) - len(rows)
     if damaged:
         log.warning("Left out damaged lines of %s: %d.", path, damaged)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= after), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= after))
 
 
 def _text(path: Path) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from glob import glob
 from itertools import chain, repeat
 from pathlib import Path
@@ -17,18 +18,17 @@ import torch
 
 from declip.data.exclude import FORMULA
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import PairSource, SkipCounter
+from declip.data.pair import Origin, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource, open_images
 from declip.data.sources.open import open_source
-from declip.data.sources.origin import Origin
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
-from declip.evaluation.encode import Encoder
+from declip.evaluation.encode import Batches, Encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
-from declip.search.embed import ImageBatches
+from declip.search.embed import read_row
 from declip.search.index import image_vectors
 
 TABLES = (".csv", ".json")
@@ -109,7 +109,7 @@ def classify(
     encoder.tokenize([""])  # an image tower alone fails before processes start
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     # The workers start here, before the bar's own thread does: a fork copies no thread.
-    stream = in_order(ImageBatches(source, encoder, batches), len(batches), workers)
+    stream = in_order(Batches(encoder, batches, partial(read_row, source)), len(batches), workers)
     result = Classification(dict.fromkeys(names, 0))
     writing = nullcontext(None) if out is None else _writing(out, names, source, link)
     hand_over = on_prediction or (result.predictions.append if out is None else None)

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -15,19 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import Dataset
 
-from declip.data.pair import BrokenPair, PairSource, SkipCounter
+from declip.data.pair import BrokenPair, Origin, PairSource, SkipCounter
 from declip.data.sources.image_source import CaptionedImage, ImageSource
 from declip.data.sources.open import open_source
-from declip.data.sources.origin import Origin
 from declip.data.sources.python_items import Items
 from declip.data.sources.shard_names import absolute
 from declip.errors import UserError, check_range, unknown
-from declip.evaluation.encode import Encoder, text_features
+from declip.evaluation.encode import Batches, Encoder, text_features
 from declip.interchange.read import load
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
-from declip.runs.folder import flat
+from declip.recipe.load import flat
 from declip.search.index import Index, fingerprint, image_vectors
 from declip.search.manifest import MANIFEST, Dtype, Manifest, ModelEntry, SourceEntry, locked_index
 from declip.search.store import PART_ROWS, IndexedImage, Store, batch_of, write_part
@@ -158,28 +157,11 @@ def _stamped(
     return origin._replace(stamp=digest.hexdigest())
 
 
-class ImageBatches(Dataset[tuple[Tensor | None, list[Row], SkipCounter]]):
-    """Batches of images by number: pixels (n, 3, S, S), the rows that they become, and the broken images."""
-
-    def __init__(self, source: ImageSource, model: Encoder, places: Sequence[Sequence[int]]) -> None:
-        self.source, self.places = source, places
-        # `preprocessor` stays on the host, where a worker may use it; `preprocess` moves to the device.
-        self.preprocess = getattr(model, "preprocessor", model.preprocess)
-
-    def __getitem__(self, number: int) -> tuple[Tensor | None, list[Row], SkipCounter]:
-        images, rows, skipped = list[Image.Image](), list[Row](), SkipCounter()
-        for place in self.places[number]:
-            # Before the image is read: if the file changes meanwhile, the next call embeds it again.
-            origin = self.source.origin(place)
-            try:
-                loaded = self.source[place]
-            except BrokenPair as broken:
-                skipped.add(broken)
-                continue
-            origin = _stamped(self.source, place, origin, loaded)
-            images.append(loaded.image)
-            rows.append((self.source.key(place), loaded.captions, place, origin))
-        return self.preprocess(images) if images else None, rows, skipped
+def read_row(source: ImageSource, place: int) -> tuple[Image.Image, Row]:
+    """Read an image with the row that it becomes."""
+    origin = source.origin(place)  # before the image is read: if the file changes meanwhile, it is embedded again
+    loaded = source[place]
+    return loaded.image, (source.key(place), loaded.captions, place, _stamped(source, place, origin, loaded))
 
 
 def _embed_places(
@@ -196,7 +178,7 @@ def _embed_places(
     parts = [places[start : start + PART_ROWS] for start in range(0, len(places), PART_ROWS)]
     batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
     # The workers start here, before the bar's own thread does: a fork copies no thread.
-    stream = in_order(ImageBatches(source, model, batches), len(batches), workers)
+    stream = in_order(Batches(model, batches, partial(read_row, source)), len(batches), workers)
     with naming_lost_workers(), pairs_bar(progress, "images") as bar:
         task = bar.add_task(f"Images of {source.name}", total=len(places))
         for part in parts:

@@ -10,13 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import declip
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
-from declip.io.atomic import atomic_write, locked_folder, remove
+from declip.io.atomic import ELSEWHERE, locked_folder, remove, write_text
 
 if TYPE_CHECKING:
     from declip.data.sources.image_source import ImageSource
 
 MANIFEST = "manifest.json"
-ELSEWHERE = "choose another folder with --out"
 
 Count = Annotated[int, Field(ge=0)]
 Dtype = Literal["float16", "float32"]
@@ -85,8 +84,7 @@ class Manifest(ManifestEntry):
 
     def save(self, folder: Path) -> None:
         """Write the manifest durably; raises `UserError` where that fails."""
-        with atomic_write(folder / MANIFEST, ELSEWHERE, durable=True) as temporary:
-            temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_text(folder / MANIFEST, self.model_dump_json(indent=1) + "\n", durable=True)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from declip.data.sources.origin import Origin
+from declip.data.pair import Origin
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, sha256
 from declip.search.exact import VectorBlock

@@ -55,10 +55,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def image(self, view: str) -> Tensor:
-        """(n, d) features of the view of that name."""
-        return self.images[self.views.index(view)]
-
     def text_labels(self, view: int) -> Tensor | None:
         """(n, 2) labels of a text view and of the group."""
         return None if self.labels is None else torch.stack([self.labels[:, view], self.labels[:, -1]], dim=1)

@@ -19,14 +19,11 @@ STEP = 16  # captions are padded to a multiple of this, so that a context length
 MOST_GRAPHS = 64  # of a tower: batch sizes × buckets × lengths, with and without gradient; torch allows 8
 
 
-def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan, rows: int) -> None:
+def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan) -> None:
     """Compile both towers' forward passes in place; parameters keep their names.
 
     Only whole training batches are compiled. A batch that lacks a broken pair, and evaluation, run as they are. The
     choice depends on the batch size alone, so that a resumed run computes as one never stopped.
-
-    Args:
-        rows: Number of this rank's pairs of a batch.
     """
     if recipe.train.grad_checkpointing and model.image_tower.has_batch_norm:
         raise UserError(
@@ -34,6 +31,8 @@ def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan, rows: int) ->
             "its batch norms. Leave one of the two out, or take a tower with layer norm."
         )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    pairs, ranks = recipe.train.batch_size, distributed.world_size()
+    rows = pairs // ranks + (distributed.rank() < pairs % ranks)  # of this rank, without broken pairs
     chunk, buckets = recipe.train.grad_cache_chunk or rows, recipe.train.length_buckets
     parts = {min(chunk, rows), rows % chunk} - {0}
     alone = model.image_tower.has_batch_norm
@@ -69,9 +68,3 @@ class _CompiledText(_Compiled):
         longer = min(-(-length // STEP) * STEP, tower.context)
         found: TextFeatures = super().__call__(F.pad(batch, (0, longer - length), value=tower.padding))
         return TextFeatures(found.pooled, found.text_tokens[:, :length], found.lengths)
-
-
-def rows_of_rank(batch: int) -> int:
-    """Number of this rank's pairs of a batch without broken pairs."""
-    ranks, rank = distributed.world_size(), distributed.rank()
-    return batch // ranks + (rank < batch % ranks)

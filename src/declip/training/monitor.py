@@ -8,9 +8,6 @@ from typing import Any
 from declip.training.sinks import Bar, JsonLines, Messages, Sink, Stretch
 from declip.training.trackers import AUTO, trackers_of
 
-CLOCK = ("seconds", "samples_per_second")
-"""Fields of a metrics row that depend on the machine; all others are bit-exact when a run is repeated."""
-
 
 @contextmanager
 def monitored(

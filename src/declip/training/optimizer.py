@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -59,7 +60,7 @@ def build_optimizer(
         muon = train.optimizer == "muon" and uses_muon(name, parameter)
         group = decays(name, parameter), muon, isinstance(parameter, DTensor), multiplier
         groups.setdefault(group, {})[name] = parameter
-    options = [
+    options: list[dict[str, Any]] = [
         {
             "params": list(group.values()),
             "names": list(group),
@@ -77,8 +78,10 @@ def build_optimizer(
     names = [str(name) for name in list_optimizers(exclude_filters=["adahessian", "*kron*"])]
     if train.optimizer not in names:
         raise unknown("optimizer", train.optimizer, [*OWN, *names])
+    for part in options:  # for those that scale decay by the learning rate over its largest, such as adamc
+        part["max_lr_snapshot"] = train.lr * part["multiplier"].factor
     try:
-        return create_optimizer_v2(options, train.optimizer, lr=train.lr)  # some take it for the largest
+        return create_optimizer_v2(options, train.optimizer, lr=train.lr)
     except (ImportError, AssertionError, RuntimeError, TypeError) as error:
         raise UserError(f"train.optimizer={train.optimizer} cannot be used here: {error}") from None
 

@@ -15,7 +15,7 @@ from declip.errors import UserError
 from declip.interchange.declip_file import read_part, write_part
 from declip.interchange.read import read_start
 from declip.interchange.weights import Weights
-from declip.io.atomic import atomic_write
+from declip.io.atomic import ELSEWHERE, atomic_write
 from declip.models.dual_encoder import DualEncoder
 from declip.models.freezing import freeze, keep_in_evaluation
 from declip.models.hf_encoder import ENTRY
@@ -53,7 +53,7 @@ class Pretrained:
         if not self.loaded:
             return
         try:
-            with atomic_write(folder / KEPT, "choose another folder with --out", durable=True) as beside:
+            with atomic_write(folder / KEPT, ELSEWHERE, durable=True) as beside:
                 write_part(self.loaded, recipe, beside)
         except SafetensorError as error:  # of a full disk
             raise UserError(f"Cannot write '{folder / KEPT}': {error}. Make room, or choose another --out.") from error

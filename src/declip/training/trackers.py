@@ -15,9 +15,9 @@ from typing import Any
 
 from declip.errors import UserError
 from declip.interchange.weights import one_line
-from declip.io.atomic import atomic_write
-from declip.recipe.load import read_yaml
-from declip.runs.folder import TRACKING, Run, flat, log
+from declip.io.atomic import write_text
+from declip.recipe.load import flat, read_yaml
+from declip.runs.folder import TRACKING, Run, log
 from declip.training.sinks import Sink, Stretch
 
 AUTO = "auto"
@@ -185,8 +185,7 @@ def kept_id(folder: Path, name: str, create: Callable[[], str]) -> str:
     ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if name not in ids:
         ids[name] = create()
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(ids, indent=1), encoding="utf-8")
+        write_text(path, json.dumps(ids, indent=1))
     return ids[name]
 
 

@@ -36,7 +36,7 @@ from declip.supervision.objective import Objective
 from declip.training import distributed, setup
 from declip.training import optimizer as optimizers
 from declip.training.closed_form import start_closed_form
-from declip.training.compilation import compile_towers, rows_of_rank
+from declip.training.compilation import compile_towers
 from declip.training.distributed import HostGroup
 from declip.training.frozen import cached_features, check_frozen
 from declip.training.frozen_encoder import FrozenEncoder, set_teacher
@@ -102,7 +102,7 @@ class Trainer:
         self.learner = build_learner(recipe, self.model, self.objective)
         self.average = setup.Average(self.model, recipe.train.ema_decay) if recipe.train.ema_decay else None
         if recipe.train.compile and not recipe.finetune.cached_views:  # which leave heads alone
-            compile_towers(recipe, self.model, self.plan, rows_of_rank(recipe.train.batch_size))
+            compile_towers(recipe, self.model, self.plan)
         named = optimizers.named_trainable(self.model, self.objective)
         self.optimizer = optimizers.build_optimizer(named, recipe.train, multipliers)
         if not self.is_rank_zero:  # rank 0 continues the stream of the weights, as one process does
@@ -249,7 +249,7 @@ class Trainer:
             values = training_step(self.parts, batch, sync)
             self.guard.check(self.step, values)
         elif self.is_rank_zero:
-            warn_once("Steps with too few usable pairs, less than one on a process, are left out: nothing is learned.")
+            warn_once("Steps with too few usable pairs, fewer than one on a process, are left out: nothing is learned.")
         self.step += 1
         done, watched = self.step >= train.steps, train.patience is not None
         stop = sync.stop or (self.stop.asked and len(sync.rows) == 1)

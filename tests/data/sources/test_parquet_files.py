@@ -39,6 +39,13 @@ def test_a_folder_or_a_pattern_is_one_table(parts, name, large, monkeypatch):
     assert pickle.loads(pickle.dumps(source))[3].captions == ("z",)
 
 
+@pytest.mark.usefixtures("cache")
+def test_endings_in_capitals_count_and_hidden_files_do_not(parts):
+    (parts / "train-1.parquet").rename(parts / "train-1.PARQUET")
+    (parts / "._train-0.parquet").write_bytes(b"of macOS")
+    assert len(open_source(parts)) == 4
+
+
 def test_files_that_are_not_one_table_are_refused(parts):
     write(parts / "train-2.parquet", [("a.png", 1)], ("image", "number"))
     assert "train-2.parquet" in message(parts)

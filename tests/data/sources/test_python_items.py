@@ -46,8 +46,10 @@ def test_items_are_dicts_pairs_or_images(folder):
         alone = open_source([item])
         assert alone.image(0).getpixel((0, 0)) == (0, 0, 0)
         assert reason_of(alone, 0) == "empty caption"
-    named = open_source([{"file_name": "a.png", "title": "x", "keywords": ["k"]}], image_root=folder)
-    assert (named[0].captions, named[0].keywords, named.key(0)) == (("x",), ("k",), "a.png")
+    listed = ("red", "round")
+    for column, keywords in (("keywords", list(listed)), ("keywords", listed), ("Keywords", "red; round")):
+        named = open_source([{"file_name": "a.png", "title": "x", column: keywords}], image_root=folder)
+        assert (named[0].captions, named[0].keywords, named.key(0)) == (("x",), listed, "a.png")
     assert named.origin(0).path == str(a)
 
 
@@ -66,6 +68,16 @@ def test_items_that_cannot_be_used_are_broken_pairs(table, folder):
     ]  # fmt: skip
     root = open_source([("../a.png", "x")], image_root=folder)
     assert reason_of(root, 0) == "path outside image root"
+
+
+def test_items_of_one_group_share_a_number():
+    items = [{"image": "a.png", "caption": "a", "product": cell} for cell in ("7", "8", "7", "")]
+    source = open_source(items, group_column="product")
+    first, second, third, none = (source.group(index) for index in range(4))
+    assert (first == third != second, none) == (True, 0)
+    assert open_source(items).group(0) == 0
+    for given, column in ((items, "produkt"), ([("a.png", "a")], "product")):
+        assert "data.columns.group" in message(given, group_column=column)
 
 
 def test_what_is_no_source_is_refused(table):

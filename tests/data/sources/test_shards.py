@@ -55,6 +55,7 @@ def test_pairs_are_those_that_the_library_reads(shard_folder):
 
 
 def test_what_names_shards(shard_folder):
+    (shard_folder / "._00000.tar").write_bytes(b"of macOS")
     for word, sizes in (
         ("{0}/0000[02].tar", [5, 9]),
         ("{0}/{{00003..00001}}.tar", [6, 9, 1]),
@@ -66,11 +67,13 @@ def test_what_names_shards(shard_folder):
     assert absolute("~/x/*.tar::memory://a.tar") == f"{Path.home()}/x/*.tar::memory://a.tar"
 
 
-def test_missing_shards_are_named(shard_folder):
+def test_missing_shards_are_named(shard_folder, monkeypatch):
     for word, missing in (("{00002..00012}.tar", "00004.tar"), ("x.tar", "x.tar"), ("x*.tar", "x*.tar")):
         assert f"There is no file '{shard_folder}/{missing}'" in message(f"{shard_folder}/{word}")
     assert "names more than 1,000,000 shards" in message("{0..9999999999999}.tar")
     assert "names no shard" in message("::")
+    monkeypatch.setenv("DECLIP_SHARD_CACHE_GB", "50GB")
+    assert "DECLIP_SHARD_CACHE_GB is '50GB'" in message(str(shard_folder))
 
 
 def test_captions_of_text_and_json(tmp_path):

@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data.tars import write_tar
-from declip.data.sources.tar_members import members
-from declip.io.open_file import OpenFile
+from declip.data.sources.tar_members import OpenFile, members
 
 BLOCK = 512
 NAMES = [

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from declip.data.text.synonyms import synonyms, table
+from declip.data.text.augment import synonyms, table
 from golden_cases import read_json
 
 OFFICIAL = read_json("eda_cases.json").get("synonyms", {})

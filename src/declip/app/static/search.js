@@ -55,10 +55,10 @@ find("form").addEventListener("submit", (event) => {
 });
 const given = new URLSearchParams(location.search);
 find("text").value = given.get("text") || "";
-const template = given.get("template") || "";
-const own = template.includes("{}");
-find("template").value = own ? "own" : template;
-if (own) find("own").value = template;
+const words = given.get("template") || "";
+const own = words.includes("{}");
+find("template").value = own ? "own" : words;
+if (own) find("own").value = words;
 find("own-field").hidden = !own;
 find("balance").value = given.get("weight") ?? 0.5;
 if (given.get("over") === "captions" && find("over").options.length > 1) find("over").value = "captions";

@@ -180,7 +180,7 @@ class BuiltinSource(PairSource):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(self.key(index), self.image(index), self.captions(index), tuple(self.rows[index]["keywords"]))
+        return Pair(self.key(index), self.image(index), *self.texts_of(index))
 
     def image(self, index: int) -> Image.Image:
         row = self.rows[index]
@@ -189,8 +189,8 @@ class BuiltinSource(PairSource):
     def key(self, index: int) -> str:
         return self.rows[index]["key"]
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        return tuple(self.rows[index]["captions"])
+    def texts_of(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return tuple(self.rows[index]["captions"]), tuple(self.rows[index]["keywords"])
 
     def __reduce__(self) -> tuple[type["BuiltinSource"], tuple[object, ...]]:
         return type(self), self._arguments  # the images stay in the file, shared by all processes

@@ -8,8 +8,7 @@ from PIL import Image
 
 from declip.data.images.decode import decode
 from declip.data.images.lazy import open_image
-from declip.data.pair import LazyPair, Pair, PairSource
-from declip.data.sources.origin import Origin, bytes_origin, file_origin
+from declip.data.pair import LazyPair, Origin, Pair, PairSource, bytes_origin, file_origin
 
 Texts = tuple[tuple[str, ...], tuple[str, ...]]
 """Cleaned captions, at least one, and keywords."""

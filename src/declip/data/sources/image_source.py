@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from declip.data.pair import BrokenPair, PairSource
+from declip.data.pair import BrokenPair, Origin, PairSource
 from declip.data.sources.open import open_source
-from declip.data.sources.origin import Origin
 from declip.data.sources.table import TableSource
 
 

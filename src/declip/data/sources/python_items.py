@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image
 
 from declip.data.images.decode import image_below
-from declip.data.pair import BrokenPair, as_texts, clean_captions
+from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource, Texts
-from declip.data.sources.origin import Origin
 from declip.data.sources.rows import TableRow
 from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, by_lower_name, find_column
 from declip.errors import UserError
@@ -82,7 +81,8 @@ class ItemSource(EntrySource):
         return self.entry(index).key if self._listed else f"item {index}"
 
     def group(self, index: int) -> int:
-        cell = self._read(index).get(self.group_column) if self.group_column else None
+        item = self._read(index) if self.group_column else None
+        cell = item.get(self.group_column) if isinstance(item, Mapping) else None
         return TableRow("", None, [], [], cell).group()
 
     def origin(self, index: int) -> Origin:

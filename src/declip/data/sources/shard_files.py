@@ -12,10 +12,10 @@ from typing import NamedTuple
 from declip.data.sources import remote
 from declip.data.sources.remote import UnreadableShard
 from declip.data.sources.shard_names import expand, is_url
+from declip.data.sources.tar_members import OpenFile
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, cache_folder
 from declip.io.memo import locked
-from declip.io.open_file import OpenFile
 
 OPEN_FILES = 64  # local shards that a process keeps open; opening one on a network file system takes milliseconds
 LAYOUT = 5  # raised when the index of a shard changes its meaning

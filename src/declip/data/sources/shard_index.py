@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from declip.data.images.decode import EXTENSIONS
-from declip.data.sources.tar_members import members
+from declip.data.sources.tar_members import OpenFile, members
 from declip.errors import UserError
-from declip.io.open_file import OpenFile
 
 PARTS = ("image", "text", "json")
 KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS} | {"txt": "text", "json": "json"}

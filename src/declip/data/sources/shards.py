@@ -11,9 +11,8 @@ import pyarrow as pa
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from declip.data.images.decode import LARGEST_IMAGE
-from declip.data.pair import BrokenPair, as_texts, clean_captions, clean_keywords
+from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions, clean_keywords
 from declip.data.sources.entry import EntrySource, Texts
-from declip.data.sources.origin import Origin
 from declip.data.sources.remote import UnreadableShard, counts
 from declip.data.sources.shard_files import Shard, ShardFiles, find_shards
 from declip.data.sources.shard_index import SCHEMA, Places, make_index, read_entry

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource
-from declip.data.sources.origin import Origin
+from declip.data.pair import BrokenPair, LazyPair, Origin, Pair, PairSource
 from declip.data.sources.shard_names import absolute
 from declip.errors import UserError
 

@@ -4,14 +4,16 @@ EDA: Wei and Zou, "EDA: Easy Data Augmentation Techniques for Boosting Performan
 Tasks", EMNLP 2019, without its random insertion, as DeCLIP uses it. Masking: BERT's, NAACL 2019.
 """
 
+import lzma
 from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib.resources import files
 
 import numpy as np
 import regex
 
 from declip.data.batch import IGNORED
 from declip.data.text.caption_tokenizer import CaptionTokenizer
-from declip.data.text.synonyms import synonyms
 
 _MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens, as in BERT
 
@@ -114,6 +116,21 @@ def mask_tokens(
         elif kind < _MASKED + _RANDOM:
             masked[place + 1] = tokenizer.words[_below(len(tokenizer.words), generator)]
     return masked, labels
+
+
+@cache
+def table() -> dict[str, str]:
+    """The shipped table, read once per process: synonyms joined by "|" by word; empty for a word without any."""
+    packed = files("declip.data").joinpath("assets", "synonyms.txt.xz").read_bytes()
+    words, _, lists = lzma.decompress(packed).decode("utf-8").partition("\n\n")
+    return dict(zip(words.split("\n"), lists.split("\n"), strict=True))
+
+
+@lru_cache(maxsize=2**16)
+def synonyms(word: str) -> tuple[str, ...]:
+    """Other words or phrases for a lower-case word in its form: plurals for "sofas", "-ing" for "jumping"."""
+    joined = table().get(word)
+    return tuple(joined.split("|")) if joined else ()
 
 
 def _below(limit: int, generator: np.random.Generator) -> int:
