@@ -156,7 +156,8 @@ def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool = Fa
     def run(count: int) -> Callable[[], object]:
         batch = tiled(host, count).to(bench.device)
         if compiled:
-            compile_towers(recipe, built.model, plan_of(recipe), count)
+            whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": count})})
+            compile_towers(whole, built.model, plan_of(recipe))
         training_step(built.step, batch)
         return lambda: training_step(built.step, batch)
 

@@ -159,7 +159,7 @@ def our_side(arm: str, setting: Setting) -> Side:
     if setting.shape.device.type == "cpu":
         keep_freed_memory()
     if setting.shape.compiled:
-        compile_towers(recipe, built.model, plan_of(recipe), recipe.train.batch_size)
+        compile_towers(recipe, built.model, plan_of(recipe))
     parameters = {
         "model": count(built.model),
         "heads": count(built.objective),

@@ -240,7 +240,7 @@ def test_an_interrupted_run_prints_words_that_a_shell_reads(
     assert "declip train mine.yaml data.max_pairs=16 'name=my run' --out 'my run' --quiet --resume" in printed
 
 
-FULL = [(500, ("'run'", "--out")), (4_000, ("--resume",)), (20_000, ("checkpoints/step-00000030",))]
+FULL = [(500, ("'run/recipe.yaml'", "--out")), (4_000, ("--resume",)), (20_000, ("checkpoints/step-00000030",))]
 
 
 @pytest.mark.parametrize(("largest", "says"), FULL, ids=["recipe", "metrics", "checkpoint"])

@@ -23,7 +23,7 @@ CACHE_VARIABLE = "DECLIP_CACHE"
 ELSEWHERE = "choose another folder with --out"
 DAY = 86_400  # seconds. Nothing takes that long to write, so an older file was left by a process that was killed.
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG)
 
 
 def cache_folder() -> Path:
