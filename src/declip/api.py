@@ -16,6 +16,7 @@ from declip.comparison.outcome import Outcome
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import PREFIX, Items
+from declip.data.sources.shard_names import absolute
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
@@ -26,7 +27,7 @@ from declip.interchange.foreign import Refusal
 from declip.interchange.read import load, read_start
 from declip.io.text import percent
 from declip.models.device import pick_device
-from declip.recipe.finetuning import CPU_SIZE, Start, settings
+from declip.recipe.finetuning import CPU_SIZE, FREEZE, Start, settings
 from declip.recipe.load import load_recipe, read_value
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
@@ -169,6 +170,7 @@ def finetune(
     with removed_on_error(folder):
         if resume and (folder / RECIPE).is_file():
             recipe = load_recipe(folder / RECIPE, overrides)
+            _refuse_others(recipe, pairs, weights, [val] if isinstance(val, str | Path) else val, freeze)
         else:
             recipe = finetune_recipe(pairs, folder, weights, val, freeze, overrides, quiet)
             if select:
@@ -178,6 +180,26 @@ def finetune(
     run = trainer.train(_write_finetuned)
     distributed.leave()
     return run
+
+
+def _refuse_others(
+    recipe: Recipe, pairs: str | Path, weights: str | Path | None, val: Sequence[str | Path], freeze: str | None
+) -> None:
+    """Refuse to resume a fine-tuning with other arguments than it was started with."""
+
+    def behind(name: str | Path) -> str:
+        place = Path(name).expanduser()
+        return read_pair_list(place).source if place.suffix == LIST_KIND and place.is_file() else absolute(name)
+
+    tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
+    others = {
+        f"PAIRS={pairs}": behind(pairs) != behind(recipe.data.label),
+        f"--from {weights}": weights is not None and absolute(weights) != absolute(tune.pretrained or ""),
+        **{f"--val {name}": absolute(name) not in map(absolute, sets) for name in val},
+        f"--freeze {freeze}": freeze and FREEZE.get(freeze) != (tune.freeze_image_blocks, tune.freeze_text_blocks),
+    }
+    if other := [name for name, differs in others.items() if differs]:
+        raise UserError(f"{other[0]} is not what this run was started with. Give another --out, without --resume.")
 
 
 def select_head(recipe: Recipe, folder: Path, given: Mapping[str, Any], quiet: bool = False) -> Recipe:

@@ -92,6 +92,11 @@ def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_
     trainer.stop.poll = lambda: trainer.step + 1 >= 3  # type: ignore[method-assign]
     assert not trainer.train().finished
     listed = (part / "val.pairs").read_bytes()
+    others: list[dict[str, Any]] = [{"freeze": "none"}, {"val": [pairs]}, {"pairs": "builtin:emoji"}]
+    for other in (*others, {"weights": "builtin:lite0-minilm"}):
+        given = {"pairs": pairs, "weights": weights, **options, **other}
+        with pytest.raises(UserError, match="not what this run was started with"):
+            declip.finetune(out=part, resume=True, **given)
     assert declip.finetune(pairs, weights, out=part, resume=True, **options).finished
     assert (part / "val.pairs").read_bytes() == listed
     same_end(tmp_path / "whole", part)

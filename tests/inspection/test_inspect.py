@@ -125,6 +125,12 @@ def test_a_sample_says_how_sure_it_is() -> None:
     assert "95 %" in advice(found, "broken")
 
 
+def test_repeated_captions_are_named_where_pairs_share_several() -> None:
+    texts = [("a drawing", ("zebra", "zebu")[number % 2] if number < 20 else f"{number}") for number in range(30)]
+    found = inspect_source(Numbers(texts), None, workers=0).equal_captions
+    assert [(group.size, group.caption) for group in found.examples] == [(30, "a drawing"), (10, "zebra"), (10, "zebu")]
+
+
 def test_equal_captions_of_the_whole_are_estimated_from_a_sample() -> None:
     texts = [("cat",) if number % 4 == 0 else (f"caption {number}", f"text {number}") for number in range(400)]
     variants = inspect_source(Numbers([("Cat", "cat"), ("dog", "hound"), ("cat",)]), None, batch_size=3, workers=0)

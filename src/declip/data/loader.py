@@ -81,8 +81,9 @@ class PairLoader(Iterator[PairBatch]):
         self.seen += usable + len(skipped)
         for broken in skipped:
             self.skipped.add(broken)
-        fraction = self.skipped.total / max(self.seen, 1)
-        if self.seen < SEEN_BEFORE_STOPPING or fraction <= self._max_broken_fraction:
+        fraction, allowed = self.skipped.total / max(self.seen, 1), self._max_broken_fraction * self.seen
+        # Three standard errors more: by chance the first pairs, or those of a second epoch, are the broken ones.
+        if self.seen < SEEN_BEFORE_STOPPING or self.skipped.total <= allowed + 3 * allowed**0.5:
             return
         self.close()
         raise UserError(

@@ -15,7 +15,7 @@ from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
 from declip.inspection.captions import KINDS, kind_of
-from declip.inspection.duplicates import across, coincidence, equal_groups, near_groups, repeated
+from declip.inspection.duplicates import across, caption_hash, coincidence, equal_groups, near_groups, repeated
 from declip.inspection.findings import find
 from declip.inspection.reading import ReadPairs, read
 from declip.inspection.result import (
@@ -119,6 +119,7 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
     # Pairs of pairs in the source for each pair of pairs in the sample, broken ones taken to be equally many.
     scale = 1.0 if it.whole or n < 2 else it.total * (it.total - 1) / (it.read * (it.read - 1))
     same, alike, texts = equal_groups(pairs["exact"]), near_groups(pairs["look"]), equal_groups(lines["hash"])
+    first = np.unique(texts, return_index=True)[1]
     # A text that a pair has twice counts once, and is the likelier to be shown.
     (shown_by, shown), inverse = np.unique(np.stack([owners, texts]), axis=1, return_inverse=True)
     weights = np.bincount(inverse.reshape(-1), 1.0 / pairs["captions"][owners])
@@ -131,7 +132,7 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
         keywords=Fraction.counted(int(np.count_nonzero(pairs["keywords"])), n, it.whole),
         equal_images=_repeats(source, same, places, scale),
         near_images=_repeats(source, alike, places, scale),
-        equal_captions=_repeats(source, shown, places[shown_by], scale, texts=True),
+        equal_captions=_repeats(source, shown, places[shown_by], scale, lines["hash"][first[shown]]),
         examples=_examples(source, places[chosen]),
         near_examples=_near_examples(source, places, same, alike),
     )
@@ -190,16 +191,20 @@ def _captions(
     )
 
 
-def _repeats(source: PairSource, groups: np.ndarray, places: np.ndarray, scale: float, texts: bool = False) -> Repeats:
-    """What comes more than once: captions, or images, by group and the place of the pair that shows it."""
+def _repeats(
+    source: PairSource, groups: np.ndarray, places: np.ndarray, scale: float, hashes: np.ndarray | None = None
+) -> Repeats:
+    """What comes more than once: images, or captions with `hashes`, by group and place of the pair that shows it."""
     numbers, sizes = repeated(groups)
     together = int((sizes.astype(np.int64) * (sizes - 1) // 2).sum())
     examples = []
     for number, size in zip(numbers[:LISTED], sizes[:LISTED].tolist(), strict=True):
         pairs = _pairs(source, places[groups == number][:KEYS])
-        captions = [{clean(caption) for caption in pair.captions} for pair in pairs if texts]
-        common = sorted(set.intersection(*captions)) if captions else [pair.captions[0] for pair in pairs]
-        examples.append(RepeatGroup(size, tuple(pair.key for pair in pairs), next(iter(common), "")))
+        captions = [caption for pair in pairs for caption in pair.captions]
+        if hashes is not None:
+            wanted = hashes[groups == number][0]
+            captions = [clean(caption) for caption in captions if caption_hash(caption) == wanted]
+        examples.append(RepeatGroup(size, tuple(pair.key for pair in pairs), next(iter(captions), "")))
     return Repeats(
         members=len(np.unique(places[np.isin(groups, numbers)])),
         groups=len(numbers),
