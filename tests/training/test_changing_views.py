@@ -19,7 +19,7 @@ from declip.supervision.objective import encode_views
 from declip.training import estimate
 from declip.training.setup import build_loader, open_training_source
 from declip.training.trainer import Trainer
-from training.starts import CONV, recipe_for, resumes_exactly
+from training.starts import CONV, SMALL, recipe_for, resumes_exactly
 
 
 def late(table: Path, second: dict[str, Any] | None, name: str = "declip", **sections: Any) -> Recipe:
@@ -62,7 +62,8 @@ def test_smaller_views_at_first_show_the_same_parts_of_the_images(table: Path, w
 
 
 def test_a_run_resumed_before_and_after_its_images_grow(table: Path, tmp_path: Path) -> None:
-    recipe = late(table, None, image={"model": "declip_vit_tiny"}, views={"progressive": {"size": 16}})
+    image, text = {"model": "declip_vit_tiny", "patch_dropout": {"by": "edges"}}, {**SMALL, "dropout": 0.1}
+    recipe = late(table, None, image=image, text=text, views={"progressive": {"size": 16}})
     for step in (3, 5):
         resumes_exactly(recipe, tmp_path / str(step), step)
 
