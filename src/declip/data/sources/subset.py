@@ -112,7 +112,7 @@ def write_pair_list(path: Path, listed: PairList, source: PairSource | None = No
     """Write a list of pairs; its paths are made absolute, so that the list can be moved."""
     columns = {name: absolute(value) if name == "image_root" else value for name, value in listed.columns.items()}
     listed = listed._replace(source=absolute(listed.source), columns=columns)
-    if source is not None:
+    if source is not None and not source.remote:  # whose keys would have to be fetched
         listed = listed._replace(digest=listed.digest_in(source))
     path.write_text(json.dumps(listed._asdict()) + "\n", encoding="utf-8")
 
