@@ -7,9 +7,8 @@ from numpy.random import default_rng
 
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
-from declip.evaluation import zero_shot
 from declip.evaluation.encode import SourceFeatures
-from declip.evaluation.zero_shot import class_features, classify, predict, read_templates
+from declip.evaluation.zero_shot import class_features, classify, read_templates
 
 
 def _features(images: torch.Tensor) -> SourceFeatures:
@@ -66,14 +65,6 @@ def test_a_model_that_gives_every_class_the_same_feature_names_only_the_first_an
     assert result.top1 == pytest.approx(1 / 3)
     result = classify(_features(torch.full((6, 6), float("nan"))), np.arange(6), torch.eye(6))
     assert (result.top1, result.top5, result.mean_per_class) == (0.0, 0.0, 0.0)
-
-
-def test_predict_gives_the_nearest_classes_best_first(monkeypatch) -> None:
-    monkeypatch.setattr(zero_shot, "BLOCK", 1)
-    images = torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]])
-    rows, cosines = predict(images, torch.eye(3), count=2)
-    assert rows.tolist() == [[1, 2], [0, 2]]
-    np.testing.assert_allclose(cosines, [[0.9, 0.5], [0.8, 0.3]], atol=1e-7)
 
 
 def test_templates_by_name_and_by_hand() -> None:

@@ -100,7 +100,7 @@ def test_an_image_tower_alone_gives_image_features(name: str, layout: str, tmp_p
         for where in (file, tmp_path / "out"):
             read = declip.load(where, device="cpu")
             assert read.encode_image(images).shape == expected.shape
-    with pytest.raises(UserError, match=r"image tower alone.*linear, knn"):
+    with pytest.raises(UserError, match=r"image tower alone.*linear or knn"):
         read.tokenize(["a cat"])
     with pytest.raises(UserError, match="image tower alone"):
         read.encode_text(torch.zeros(1, 4, dtype=torch.int64))
