@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def computed(parts: Dataset, numbers: Iterable[int], workers: int, pin_memory: b
         num_workers=workers,
         collate_fn=_unchanged,  # torch would turn arrays into tensors
         pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_main,
+        worker_init_fn=partial(leave_signals_to_main, os.getpid()),
         generator=torch.Generator(),  # without its own the loader would advance torch's global one
         # Forked workers share the source's memory, start at once, and need no `if __name__ == "__main__"` in a user's
         # script. It is safe here: they use one thread each, and never touch an accelerator.
@@ -78,7 +79,7 @@ def naming_lost_workers(where: str = "") -> Iterator[None]:
 LOOKS = 5.0  # seconds between a worker's looks whether the main process is still there
 
 
-def leave_signals_to_main(_: int) -> None:
+def leave_signals_to_main(main: int, _: int) -> None:
     """Ignore the signals that stop a run in a worker: the main process gets them too and still needs its batches.
 
     SIGTERM counts when the main process itself sends it: that is how Python ends workers when it exits. Where the main
@@ -89,7 +90,7 @@ def leave_signals_to_main(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # macOS lacks it, and does not say who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_on_request_of, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_request_of, args=(main,), daemon=True).start()
 
 
 def _exit_on_request_of(main: int) -> None:
