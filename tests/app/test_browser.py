@@ -72,6 +72,10 @@ def test_an_image_is_dropped_and_classified(page: Any, tmp_path: Path) -> None:
     sync_api.expect(page.get_by_role("status")).to_contain_text("Most likely:")
     sync_api.expect(page.locator("#bars")).to_contain_text("<b>bold</b>")
     assert page.get_by_role("img", name="The chosen image").is_visible()
+    page.get_by_label("Classes, one a line").fill("")
+    page.get_by_role("button", name="Classify").click()
+    sync_api.expect(page.get_by_role("status")).to_contain_text("no class yet")
+    sync_api.expect(page.locator("#result")).to_be_hidden()
     page.get_by_role("button", name="Remove the image").click()
     sync_api.expect(page.locator("#result")).to_be_hidden()
 
@@ -103,6 +107,21 @@ def test_an_address_brings_back_the_template_and_the_balance(page: Any) -> None:
         assert parse_qs(urlsplit(page.url).query) == {
             "text": ["bar"], "id": ["0"], "weight": ["0.2"], "template": [template], "over": ["images"]
         }  # fmt: skip
+
+
+def test_old_answers_go_when_another_question_fails(page: Any, tmp_path: Path) -> None:
+    page.goto("/search?id=0")
+    sync_api.expect(page.locator("#hits > li")).to_have_count(24)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    page.get_by_label("Image to search with").set_input_files(tmp_path / "broken.png")
+    sync_api.expect(page.get_by_role("status")).to_contain_text("no image that can be read")
+    sync_api.expect(page.locator("#hits > li")).to_have_count(0)
+    page.goto("/search?id=0")
+    page.get_by_role("button", name="Remove the image").click()
+    sync_api.expect(page.locator("#hits > li")).to_have_count(0)
+    assert not urlsplit(page.url).query
+    page.goto("/search?text=bar&template=imagenat")
+    sync_api.expect(page.get_by_role("status")).to_contain_text('no template set "imagenat"')
 
 
 def test_pairs_are_marked_and_saved(page: Any) -> None:

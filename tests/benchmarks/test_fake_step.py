@@ -58,7 +58,6 @@ def test_what_waits_is_named() -> None:
     [
         ("declip_vit_tiny", 32, {"patch_size": 4, "embed_dim": 64, "depth": 2}),
         ("resnet50_clip", 64, {"depths": [1, 1, 1, 1]}),
-        ("regnety_002", 64, {}),
     ],
 )
 def test_memory_and_operations_are_those_of_a_measured_step(model: str, size: int, options: dict[str, Any]) -> None:

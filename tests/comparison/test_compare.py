@@ -54,7 +54,7 @@ def tiny(recipes: dict[str, str], table: Path, out: Path, **more: Any) -> Outcom
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs as given: a test must not depend on the machine's speed."""
     seconds = {"clip": 0.1}
-    given = lambda variants, *_: {variant.name: seconds.get(variant.name, 0.2) for variant in variants}  # noqa: E731
+    given = lambda recipes, *_: {name: seconds.get(name, 0.2) for name in recipes}  # noqa: E731
     monkeypatch.setattr(comparing, "seconds_per_step", given)
 
 
@@ -118,8 +118,9 @@ def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self
 
 
 def test_every_variant_is_swept_alike_and_sizes_added_later_leave_the_sweep_as_it_was(
-    recipes: dict[str, str], table: Path, tmp_path: Path
+    recipes: dict[str, str], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(comparing, "seconds_per_step", lambda recipes, *_: {n: r.train.lr for n, r in recipes.items()})
     (tmp_path / "validation").symlink_to(table.parent)
     (tmp_path / "another").symlink_to(table.parent)
     sets = [str(tmp_path / name / table.name) for name in ("validation", "another")]
@@ -136,6 +137,8 @@ def test_every_variant_is_swept_alike_and_sizes_added_later_leave_the_sweep_as_i
         assert set(tries) == {0.001, 0.01}
         assert tries[outcome.study.chosen[variant]["train.lr"]] == max(tries.values())
     assert {row["variant"]: row["overrides"] for row in outcome.rows.values()} == dict(outcome.study.chosen)
+    rates = {variant: chosen["train.lr"] for variant, chosen in outcome.study.chosen.items()}
+    assert outcome.study.seconds == pytest.approx(rates), "timed with the values that were chosen"
     more = tiny(recipes, table, tmp_path / "out", pairs=(24,), **sweep)
     assert more.complete
     assert (more.study.sweep, len(more.sweep)) == (outcome.study.sweep, 4)

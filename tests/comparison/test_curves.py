@@ -36,8 +36,16 @@ def test_between_two_sizes_it_is_linear_in_log_pairs(value: float, pairs: float)
     assert pairs_needed(PAIRS, means, value) == (pytest.approx(pairs), "")
     assert pairs_needed(PAIRS, means, 0.09) == (None, "below")
     assert pairs_needed(PAIRS, means, 0.41) == (None, "above")
-    # A dip is made monotone: 0.3 and 0.2 pool to 0.25; the level part counts from its fewest pairs.
-    assert pairs_needed(PAIRS, np.array([0.1, 0.3, 0.2, 0.4]), 0.25) == (pytest.approx(2000), "")
+    # A dip is made monotone: 0.3 and 0.2 pool to 0.25.
+    assert pairs_needed(PAIRS, np.array([0.1, 0.3, 0.2, 0.4]), 0.25) == (pytest.approx(2000 * sqrt(2)), "")
+
+
+@pytest.mark.parametrize("means", [[0.2, 0.19, 0.3, 0.4], [0.1, 0.3, 0.2, 0.4], [0.2] * 4, [0.4, 0.3, 0.2, 0.1]])
+def test_a_recipe_needs_as_many_pairs_as_itself_also_where_more_pairs_were_worse(means: list[float]) -> None:
+    curve = _curve(means, 0.01)
+    found = factor(curve, curve)
+    assert found.mean == pytest.approx(1)
+    assert not found.significant
 
 
 def test_the_interval_grows_with_the_spread_over_seeds_and_needs_two() -> None:

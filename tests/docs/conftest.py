@@ -188,7 +188,7 @@ def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(runner, "compare", few)
     monkeypatch.setattr(runner, "_run", lambda study, folder, part, *_: worker.work(folder, part))
-    monkeypatch.setattr(runner, "seconds_per_step", lambda variants, *_: {variant.name: 1.0 for variant in variants})
+    monkeypatch.setattr(runner, "seconds_per_step", lambda recipes, *_: dict.fromkeys(recipes, 1.0))
     monkeypatch.setattr(zero_shot, "read_prompts", one_template)
     monkeypatch.setattr(uvicorn.Server, "run", visit)
     return tmp_path

@@ -146,6 +146,11 @@ def test_equal_captions_of_the_whole_are_estimated_from_a_sample() -> None:
     assert in_batch == pytest.approx(whole.captions.equal_in_batch, rel=0.15)
 
 
+def test_a_batch_is_no_larger_than_its_source() -> None:
+    found = inspect_source(Numbers([("a red circle",)] * 3), workers=0)
+    assert (found.captions.batch_size, found.captions.equal_in_batch) == (3, 3)
+
+
 def test_one_pair_is_enough_and_none_says_why() -> None:
     found = inspect_source(Numbers([("a single caption",)]), workers=0)
     assert (found.usable, found.equal_images.groups, found.captions.equal_in_batch, len(found.examples)) == (1, 0, 0, 1)

@@ -220,6 +220,12 @@ def test_wrong_words_and_folders_in_use(tmp_path: Path) -> None:
         declip.export(model, "safetensors", tmp_path / "out")
     declip.export(model, "safetensors", tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", FILE]
+    for name, inner in (("photos", "a.jpg"), ("run", "README.md"), ("run/checkpoints", "step")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / inner).write_text("mine")
+    for name in ("photos", "run"):
+        with pytest.raises(UserError, match=r"is no export, so --overwrite does not replace it"):
+            declip.export(model, "safetensors", tmp_path / name, overwrite=True)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
         declip.export(model, "safetensors", tmp_path / "file", overwrite=True)

@@ -70,10 +70,14 @@ def test_the_files_of_another_format_are_replaced(hub: Hub) -> None:
     pytest.importorskip("open_clip")
     model = build("vit")
     declip.push(model, "me/vit", format="safetensors")
+    revision, files = hub.files("me/vit")
+    kept = {"index/embeddings.safetensors": b"mine", "notes.json": b"mine"}
+    hub.revisions["me/vit"][revision] = {**files, **kept, "special_tokens_map.json": b"{}"}
     assert declip.push(model, "me/vit") == f"{hub.endpoint}/me/vit"
     names = set(hub.files("me/vit")[1])
     assert {"open_clip_config.json", "open_clip_model.safetensors"} < names
-    assert "declip.safetensors" not in names
+    assert names.isdisjoint({"declip.safetensors", "special_tokens_map.json"})
+    assert kept.keys() < names
     assert same(declip.load("hf-hub:me/vit", device="cpu"), model)
     assert read_start("hf-hub:me/vit").whole
 

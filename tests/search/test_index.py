@@ -45,6 +45,11 @@ def test_search_by_text_image_and_both(made: Index, model: DualEncoder, folder: 
         expected = brute(made, query)[:5]
         assert [hit.id for hit in hits] == [id_ for id_, _ in expected]
         np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in expected], atol=1e-5)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side, as a phone writes it
+    exif_file = folder.parent / "turned.png"
+    query_image.save(exif_file, exif=exif)
+    torch.testing.assert_close(made.query(image=Image.open(exif_file)), made.query(image=exif_file))
     [itself, *others] = made.search(image=query_image, k=4)
     assert itself.key == "red-bar.png"
     assert [hit.id for hit in made.neighbors(itself.id, 3)] == [hit.id for hit in others]

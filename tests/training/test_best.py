@@ -14,10 +14,12 @@ from declip.api import train
 from declip.errors import UserError
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.evaluation.retrieval import contrastive_loss
+from declip.interchange.model_card import trace
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Evaluation, Recipe
+from declip.reports.run import measures_table
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
-from declip.runs.folder import read_rows
+from declip.runs.folder import Run, append_row, drop_rows, read_rows
 from declip.training.stopping import BestEvaluation
 from declip.training.trainer import Trainer
 from processes import in_processes
@@ -75,6 +77,16 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table: Path, t
     weights = part("model", load_checkpoint(whole / "checkpoints/best").weights)
     loaded = declip.load(whole, device="cpu").state_dict()  # type: ignore[attr-defined]
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+    held = {**run.evaluations[-1], "dataset": "held.csv"}  # a test set, of which only the end is known
+    append_row(whole / "evaluations.jsonl", held)
+    losses = {result.dataset: result.loss for result in trace(whole)[1].results if isinstance(result, RetrievalResult)}
+    assert losses == {str(table): pytest.approx(rows[best]["loss"], rel=1e-6), "held.csv": held["loss"]}
+    shown = measures_table(Run(whole, run.step))
+    assert {row[shown.columns.index("step")] for row in shown.rows} == {str(best)}
+    drop_rows(whole / "evaluations.jsonl", after=run.step - 1)
+    for row in run.evaluations[-1:]:
+        append_row(whole / "evaluations.jsonl", row)
 
     parts = tmp_path / "parts"
     stop_at(recipe, parts, 11)  # in the middle of what is stale

@@ -26,6 +26,20 @@ def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path: Path) -> No
     assert math.isnan(Run(tmp_path).column("losses.contrastive")[0])
 
 
+def test_time_and_samples_leave_out_evaluations_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 5.0, 6.0, 7.0, 17.0, 18.0, 19.0])
+    monkeypatch.setattr("declip.training.monitor.time.perf_counter", lambda: next(clock))
+    with monitored(Stretch(tmp_path, 2, 6, 8, quiet=True)) as monitor:
+        monitor.go_on()  # at 5, after an evaluation before the first step
+        monitor.count(3)  # 1 s, at 6; read again at 7
+        monitor.go_on()  # at 17
+        monitor.log(4, {"loss": 1.0, "grad_norm": 2.0}, 0.1, 14.0)  # 1 s, at 18
+    (row,) = read_rows(tmp_path / METRICS)
+    assert (row["seconds"], row["samples_per_second"]) == (2.0, 8.0)
+
+
 def test_a_failing_sink_closes_those_before_it(tmp_path: Path) -> None:
     class Closed(Sink):
         closed = False

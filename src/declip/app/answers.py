@@ -52,10 +52,12 @@ def _classify(request: Request, asked: ClassifyQuestion) -> Response:
     state = state_of(request)
     names = [name for name in dict.fromkeys(asked.classes) if name]
     count = len(names) * len(templates_of(asked.template))
-    if not names or count > MOST_PROMPTS:
+    if not names:
+        raise bad_request("There is no class yet. Name some, one a line.")
+    if count > MOST_PROMPTS:
         raise bad_request(
-            f"{len(names):,} classes are {count:,} texts with their templates; from 1 to {MOST_PROMPTS:,} are encoded. "
-            "Name classes, one a line, or take one template."
+            f"{len(names):,} classes are {count:,} texts with their templates; at most {MOST_PROMPTS:,} are encoded. "
+            "Name fewer, or take one template."
         )
     image = state.image_vector(asked.image, asked.id)
     if image is None:

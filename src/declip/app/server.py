@@ -23,6 +23,7 @@ from declip.app import answers, pairs
 from declip.app.middleware import Guard
 from declip.app.params import LARGEST_UPLOAD, ImageId
 from declip.app.state import AppState, state_of
+from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import prompt_names
 from declip.interchange.read import load
@@ -80,7 +81,7 @@ def _examples(state: AppState) -> list[str]:
     """A few captions, evenly spaced over the index."""
     ids = state.index.ids
     rows = [state.index.row(int(ids[len(ids) * (2 * n + 1) // (2 * EXAMPLES)])) for n in range(EXAMPLES)]
-    return list(dict.fromkeys(row.caption[:60] for row in rows if row.captions))
+    return list(dict.fromkeys(printable(row.caption)[:60] for row in rows if row.captions))
 
 
 def _answer_error(request: Request, error: Exception) -> Response:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from declip.comparison import worker
 from declip.comparison.outcome import RESULTS, Outcome, read_outcome, sweep_score
 from declip.comparison.study import BUDGETS, STUDY, Study, Sweep, Trial, extended, read_study, write_study
-from declip.comparison.variants import Variant, variants_of
+from declip.comparison.variants import variants_of
 from declip.comparison.worker import COMPARISON, SWEEP, UNMEASURED, failure, read_trial, trials_of
 from declip.data.sources.mixture import Mixture
 from declip.errors import UserError, unknown
@@ -120,7 +120,8 @@ def compare(
     with FileLock(folder / ".plan.lock"):
         study = _timed(read_study(folder) or study, folder, threads, quiet)
     if study.sweep is None or _run(study, folder, SWEEP, jobs, threads, quiet):
-        study = _with_chosen(study, folder)
+        with FileLock(folder / ".plan.lock"):
+            study = _timed(_with_chosen(read_study(folder) or study, folder), folder, threads, quiet)
         _run(study, folder, COMPARISON, jobs, threads, quiet)
     outcome = read_outcome(folder)
     write_text(folder / RESULTS, json.dumps(outcome.to_dict(), indent=1))
@@ -220,19 +221,18 @@ def _processes(recipe: Recipe, jobs: int | None) -> tuple[int, int]:
     return jobs, threads or max(1, cores // (jobs or 1))
 
 
-def seconds_per_step(variants: Sequence[Variant], overrides: Mapping[str, Any], threads: int) -> dict[str, float]:
-    """Time a step of every variant, loading included: the median over all rounds, in `threads` threads.
+def seconds_per_step(recipes: Mapping[str, Recipe], threads: int) -> dict[str, float]:
+    """Time a step of every recipe, loading included: the median over all rounds, in `threads` threads.
 
-    The variants take turns, so that a machine that slows down meanwhile does so for all of them.
+    The recipes take turns, so that a machine that slows down meanwhile does so for all of them.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    times: dict[str, list[float]] = {name: [] for name in recipes}
     try:
-        for variant in [*variants] * ROUNDS:
+        for name in [*recipes] * ROUNDS:
             with TemporaryDirectory() as folder:
-                trainer = Trainer(variant.resolve(overrides), Path(folder) / "run", quiet=True)
-                times[variant.name] += step_seconds(trainer, WARM, TIMED)
+                times[name] += step_seconds(Trainer(recipes[name], Path(folder) / "run", quiet=True), WARM, TIMED)
     finally:
         torch.set_num_threads(before)
     return {name: median(values) for name, values in times.items()}
@@ -245,20 +245,22 @@ def _timed(study: Study, folder: Path, threads: int, quiet: bool) -> Study:
         return study
     overrides = {**UNMEASURED, "train.batch_size": study.batch_size, "data.max_pairs": study.pairs[0]}
     known = study.variant(study.compute_budget_of)
+    timed = new if known in new else [known, *new]
+    recipes = {each.name: each.resolve({**overrides, **study.chosen.get(each.name, {})}) for each in timed}
     with status(f"Timing a step of {', '.join(variant.name for variant in new)}", not quiet):
-        seconds = seconds_per_step(new if known in new else [known, *new], overrides, threads)
+        seconds = seconds_per_step(recipes, threads)
     scale = study.seconds.get(known.name, seconds[known.name]) / seconds[known.name]
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     machine = {"processor": platform.processor() or platform.machine(), "accelerator": accelerator}
     machine |= {**versions(), "threads": str(threads)}
-    timed = {**study.seconds, **{variant.name: seconds[variant.name] * scale for variant in new}}
-    study = replace(study, seconds=timed, machine=study.machine or machine)
+    every = {**study.seconds, **{variant.name: seconds[variant.name] * scale for variant in new}}
+    study = replace(study, seconds=every, machine=study.machine or machine)
     write_study(study, folder)
     return study
 
 
 def _with_chosen(study: Study, folder: Path) -> Study:
-    """Keep each variant's best try."""
+    """Keep each variant's best try; its time was another's, and is forgotten."""
     chosen: dict[str, Mapping[str, Any]] = {}
     for variant in study.variants if study.sweep else ():
         tries = [trial for trial in study.sweep_trials() if trial.variant == variant.name]
@@ -269,7 +271,8 @@ def _with_chosen(study: Study, folder: Path) -> Study:
             reason = next(filter(None, (failure(folder, trial) for trial in tries)), "none was run")
             raise UserError(f"No try of '{variant.name}' was completed, so no values can be chosen for it: {reason}")
         chosen[variant.name] = max(done, key=lambda pair: pair[0])[1].overrides
-    study = replace(study, chosen=chosen)
+    seconds = {name: value for name, value in study.seconds.items() if name in study.chosen or name not in chosen}
+    study = replace(study, chosen=chosen, seconds=seconds)
     write_study(study, folder)
     return study
 

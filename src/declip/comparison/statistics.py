@@ -37,7 +37,7 @@ class EfficiencyCurve:
 
 @dataclass(frozen=True)
 class FactorAt:
-    """The factor at one of B's numbers of pairs, where B's mean is `value`."""
+    """The factor at one of B's numbers of pairs, where B's curve, made monotone, is at `value`."""
 
     pairs: int
     value: float
@@ -69,7 +69,7 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
     """Find the number of pairs at which a curve reaches a value, as `FactorAt.needed` and `outside`.
 
     The curve is made monotone (isotonic regression, least squares) and is linear in log(pairs) between what was
-    measured; on a level part the fewest pairs count. It is never extrapolated.
+    measured; of a level part the geometric mean of its pairs counts. It is never extrapolated.
     """
     logs = np.log(np.asarray(pairs, dtype=np.float64))
     rising = isotonic_regression(np.asarray(means, dtype=np.float64)).x
@@ -77,9 +77,10 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
         return None, "below"
     if value > rising[-1]:
         return None, "above"
-    place = int(np.searchsorted(rising, value, side="left"))
-    if rising[place] == value or place == 0:
-        return float(pairs[place]), ""
+    level = rising == value
+    if level.any():
+        return exp(logs[level].mean()), ""
+    place = int(np.searchsorted(rising, value))
     fraction = (value - rising[place - 1]) / (rising[place] - rising[place - 1])
     return exp(logs[place - 1] + fraction * (logs[place] - logs[place - 1])), ""
 
@@ -92,7 +93,7 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
     """
     at = tuple(
         FactorAt(pairs, float(value), *pairs_needed(a.pairs, a.means, float(value)))
-        for pairs, value in zip(b.pairs, b.means, strict=True)
+        for pairs, value in zip(b.pairs, isotonic_regression(b.means).x, strict=True)
     )
     inside = [log(one.factor) for one in at if one.factor is not None]
     if not inside:
@@ -116,21 +117,26 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
     seeds = {of_size for curve in numbered for of_size in curve}
     if len(seeds) != 1 or len(next(iter(seeds))) < 2 or len(a.pairs) < 2:
         return None
-    values_a, values_b, logs = np.array(a.values), np.array(b.values), np.log(a.pairs)
-    rising = isotonic_regression(a.means).x
-    pooled = np.array([values_a[rising == level].mean(axis=0) for level in rising])
+    logs, rising, values_a = np.log(a.pairs), isotonic_regression(a.means).x, _pooled(a)
+    start = int(np.searchsorted(rising, rising[0], side="right"))  # the first above the lowest
     rows = []
-    for one, values in zip(at, values_b, strict=True):
-        if one.needed is None or one.factor is None:
+    for one, values in zip(at, _pooled(b), strict=True):
+        if one.factor is None:
             continue
-        place = max(1, int(np.searchsorted(rising, one.value, side="left")))
-        step = logs[place] - logs[place - 1]
-        fraction, slope = (log(one.needed) - logs[place - 1]) / step, (rising[place] - rising[place - 1]) / step
-        if slope == 0:
+        place = max(start, int(np.searchsorted(rising, one.value)))
+        if place == len(rising):
             return None
-        there = (1 - fraction) * pooled[place - 1] + fraction * pooled[place]
-        rows.append(log(one.factor) + (there - values) / slope)
+        step, rise = logs[place] - logs[place - 1], rising[place] - rising[place - 1]
+        fraction = (one.value - rising[place - 1]) / rise
+        there = (1 - fraction) * values_a[place - 1] + fraction * values_a[place]
+        rows.append(log(one.factor) + (there - values) * step / rise)
     return np.mean(rows, axis=0) if rows else None
+
+
+def _pooled(curve: EfficiencyCurve) -> np.ndarray:
+    """(k, seeds) values, the mean of all sizes that making the curve monotone joins."""
+    values, rising = np.array(curve.values), isotonic_regression(curve.means).x
+    return np.array([values[rising == level].mean(axis=0) for level in rising])
 
 
 def curve_of(rows: Mapping[int, Mapping[int, float]]) -> EfficiencyCurve:

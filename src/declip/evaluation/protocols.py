@@ -6,12 +6,14 @@ from functools import cached_property
 from typing import Any
 
 from declip.data.pair import PairSource
+from declip.data.sources.subset import Subset
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, measuring
 from declip.evaluation.probes.data import FeatureKind, ProbeData, check_probe, encoder_of, read_probe_data
 from declip.evaluation.probes.knn import knn_probe
 from declip.evaluation.probes.linear import linear_probe
+from declip.evaluation.readers.images import Classified
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.evaluation.retrieval import retrieve
 from declip.evaluation.zero_shot import class_features, classify, logit_scale, read_templates
@@ -65,8 +67,12 @@ class SharedFeatures:
         return classify(self.test, source.labels[self.test.indices], classes, templates=name)
 
     def retrieval(self) -> RetrievalResult:
+        source, features = self.dataset.split("test"), self.test
+        if isinstance(source, Classified) and source.captioned and source.broken:  # captions need no class
+            pairs = self._encode(Subset(source.source, source.rows), texts=True)
+            features = replace(pairs, name=self.dataset.name)
         known = isinstance(getattr(self.model, "model", self.model), DualEncoder)  # or what wraps one
-        return retrieve(self.test, logit_scale(self.model) if known else None)
+        return retrieve(features, logit_scale(self.model) if known else None)
 
     def check(self, task: str) -> None:
         """Refuse a dataset or a model that does not suit the task, before anything is encoded."""

@@ -177,6 +177,7 @@ def _captions(
             pairs = _pairs(source, places[which][first[:OF_A_KIND]])
             texts = (text[:LONGEST_TEXT] for pair in pairs for text in pair.captions if kind_of(text) == name)
             examples[name] = list(dict.fromkeys(texts))[:OF_A_KIND]
+    batch_size = min(batch_size, len(source))
     return CaptionStats(
         per_pair=spread_of(found.pairs["captions"]),
         words=spread_of(lines["words"]),

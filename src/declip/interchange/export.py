@@ -85,7 +85,7 @@ def export(
         format: A key of `FORMATS`.
         out: The folder to write; it appears when all of it is there.
         license: For the card: an identifier of the Hub's such as "mit", or any words.
-        overwrite: Replace a folder that is not empty.
+        overwrite: Replace an export that is there.
         repo: The repository, OWNER/NAME, that the folder will be on the Hub, for the card. Loading "open_clip" from
             there needs it where the vocabulary is not CLIP's whole one.
         precision: For "onnx": "fp32", "fp16" or "int8"; refused where a feature's cosine is below `LEAST_COSINE`.
@@ -164,8 +164,11 @@ def write_folder(
 @contextmanager
 def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """Give an empty folder that takes the place of `out` when all went well; nothing is left otherwise."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise UserError(f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace a folder.")
+    old = list(out.iterdir()) if out.is_dir() else []
+    if out.is_file() or (old and not overwrite):
+        raise UserError(f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace an export.")
+    if old and (not (out / CARD).is_file() or any(path.is_dir() for path in old)):
+        raise UserError(f"'{out}' is no export, so --overwrite does not replace it. Give another --out.")
     try:
         with atomic_write(out, "give another folder as --out") as folder:
             folder.mkdir()

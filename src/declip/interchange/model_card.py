@@ -77,7 +77,8 @@ def trace(where: str | Path | DualEncoder) -> tuple[DualEncoder, Provenance]:
         return weights.build().eval(), Provenance(weights.recipe, origin=f"`{without_folders(str(where))}`")
     checkpoint = read_checkpoint(path)
     run = path.parent.parent if (path / STATE).is_file() else path
-    results = tuple(row.result for row in read_run(run).evaluated if row.step == checkpoint.step)
+    rows = (row.result for row in read_run(run).evaluated if row.weights == checkpoint.step)
+    results = tuple({(result.dataset, result.task): result for result in rows}.values())
     pairs = checkpoint.extra.get("pairs")
     weights = weights_of(checkpoint, str(where))
     pairs = pairs if isinstance(pairs, int) else None

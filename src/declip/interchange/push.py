@@ -1,5 +1,6 @@
 """Uploading a model with its card to a repository of the Hugging Face Hub."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +15,10 @@ from declip.interchange.model_card import NO_LICENSE
 from declip.interchange.weights import one_line
 from declip.models.dual_encoder import DualEncoder
 
-REPLACED = ["*.safetensors", "*.onnx", "*_config.json", "config.json", "model.safetensors.index.json", "tokenizer.json"]
+REPLACED = (
+    *("*.safetensors", "*.onnx", "*_config.json", "config.json", "model.safetensors.index.json"),
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+)
 """Files of an earlier model, perhaps of another format, which would be read in place of the new one."""
 
 
@@ -62,6 +66,8 @@ def _upload(folder: Path, repo: str, private: bool) -> str:
     api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.model_info(repo).private:
         raise UserError(f"'{repo}' is public already, so nothing was pushed. Leave --private out, or rename it.")
+    # By name, since a pattern of the Hub's would match within folders too.
+    old = [name for name in api.list_repo_files(repo) if "/" not in name and any(fnmatch(name, p) for p in REPLACED)]
     commit = f"Upload by declip {declip.__version__}"
-    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit, delete_patterns=REPLACED)
+    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit, delete_patterns=old)
     return f"{api.endpoint}/{repo}"

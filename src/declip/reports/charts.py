@@ -179,11 +179,12 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 def _legend(ax: Axes) -> None:
     handles, names = ax.get_legend_handles_labels()
     shown = [" " + shorten(name, LEGEND_LETTERS, placeholder=" …") for name in names]
-    ax.figure.legend(handles, shown, loc="outside lower left", ncols=2, frameon=False)
+    columns = 2 if max(map(len, shown)) <= LEGEND_LETTERS - 3 else 1
+    ax.figure.legend(handles, shown, loc="outside lower left", ncols=columns, columnspacing=1, frameon=False)
 
 
 def _over_steps(ax: Axes) -> None:
     ax.grid(axis="y")
-    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     ax.yaxis.set_major_locator(MaxNLocator(4))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(round(value))))

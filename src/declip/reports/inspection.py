@@ -15,6 +15,9 @@ from declip.reports.page import Table, environment, render, rich_table
 from declip.reports.thumbnails import thumbnail
 
 SHOWN_PERCENTILES = (5, 25, 50, 75, 95)
+LTR = "\N{LEFT-TO-RIGHT MARK}"
+"""Before a number that text in another direction follows."""
+
 SPREAD_COLUMNS = ("", "min", *("median" if at == 50 else f"{at} %" for at in SHOWN_PERCENTILES), "max")
 
 
@@ -37,8 +40,8 @@ def summary(it: Inspection) -> Group:
     ]
     for table in tables(it).values():
         if table.rows:
-            parts += [Padding(Text(table.caption, "bold"), (1, 0, 0, 0)), rich_table(table)]
-    parts.append(Padding(Text("What this means", "bold"), (1, 0, 0, 0)))
+            parts += [Padding(Text(table.caption, "bold"), (1, 0, 0, 0), expand=False), rich_table(table)]
+    parts.append(Padding(Text("What this means", "bold"), (1, 0, 0, 0), expand=False))
     for finding, text, advice in sentences(it):
         line = RichTable.grid()
         mark = Text("! ", "bold red") if finding.fix else Text("· ", "bold")
@@ -91,7 +94,7 @@ def _statistics(it: Inspection) -> dict[str, Table]:
     facts += [(f"captions truncated at {length} tokens", fraction(each)) for length, each in captions.truncated.items()]
     for kind, each in captions.kinds.items():
         examples = ", ".join(f"“{shown(text, 40)}”" for text in captions.examples[kind])
-        facts.append((kind, f"{fraction(each)}: {examples}"))
+        facts.append((kind, f"{LTR}{fraction(each)}: {examples}"))
     equal = f"{about(captions.equal_in_batch)} couples expected"
     facts.append((f"equal captions in a batch of {captions.batch_size}", equal))
     if it.keywords is not None and it.keywords.count:
@@ -117,7 +120,7 @@ def _repeats(it: Inspection) -> Table:
         assert repeats is not None
         whole = f"about {about(repeats.expected)}" if repeats.coincidences else "none seen"
         largest = max(repeats.examples, key=lambda group: group.size, default=None)
-        example = f"{largest.size:,} × {shown(largest.caption, 40)}" if largest else ""
+        example = f"{LTR}{largest.size:,} × {shown(largest.caption, 40)}" if largest else ""
         counts = (f"{repeats.members:,}", percent(repeats.members / it.usable), f"{repeats.surplus:,}")
         rows.append((name, example, *counts, *([] if it.whole else [whole])))
     columns = ("", "largest group", "pairs", "fraction", "surplus", *([] if it.whole else ["couples in the whole"]))

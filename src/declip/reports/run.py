@@ -110,11 +110,11 @@ def measures_table(run: Run) -> Table:
             chance = (percent(measure.chance) + largest, times(measure.times_chance))
             start = before.get(measure.name)
             change = (NONE, NONE) if start is None else (percent(start), points(measure.value - start))
-            numbers = (percent(measure.value), *chance, f"{measure.n:,}", f"{row.step:,}", *change)
+            numbers = (percent(measure.value), *chance, f"{measure.n:,}", f"{row.weights:,}", *change)
             rows.append((names[result.dataset], measure.name, *numbers))
         if isinstance(result, RetrievalResult) and result.loss is not None:
             old = f"{first.loss:.3f}" if isinstance(first, RetrievalResult) and first.loss is not None else NONE
-            numbers = (f"{result.loss:.3f}", NONE, NONE, f"{result.images:,}", f"{row.step:,}", old, NONE)
+            numbers = (f"{result.loss:.3f}", NONE, NONE, f"{result.images:,}", f"{row.weights:,}", old, NONE)
             rows.append((names[result.dataset], "validation loss", *numbers))
     columns = ("set", "measure", "value", "chance", "× chance", "n", "step", "before", "change, points")
     shown = len(columns) if started else -2
@@ -140,7 +140,8 @@ def accuracy_charts(run: Run) -> list[TitledChart]:
     """Held-out accuracy over the steps, of everything that was measured more than once."""
     charts = []
     names = short_names(row.result.dataset for row in run.evaluated)
-    for number, rows in enumerate(run.series()):
+    for number, measured in enumerate(run.series()):
+        rows = [row for row in measured if row.weights == row.step] or measured
         last = rows[-1].result
         if len(rows) < 2 or not isinstance(last, ZeroShotResult | RetrievalResult):
             continue

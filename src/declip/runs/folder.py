@@ -41,10 +41,11 @@ log = logging.getLogger("declip")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A result and the step after which it was measured."""
+    """A result, the step after which it was measured, and the step of the weights, at the end maybe earlier ones."""
 
     step: int
     result: Result
+    weights: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,11 @@ class Run:
     @cached_property
     def evaluated(self) -> list[Evaluated]:
         """The evaluations whose protocol this version knows, by step."""
-        rows = [Evaluated(row["step"], result) for row in self.evaluations if (result := read_result(row))]
+        rows = [
+            Evaluated(row["step"], result, row.get("best_step", row["step"]))
+            for row in self.evaluations
+            if (result := read_result(row))
+        ]
         return sorted(rows, key=lambda row: row.step)
 
     @property

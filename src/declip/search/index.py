@@ -124,13 +124,13 @@ class Index:
             templates = ["{}"] if template is None else read_templates(template)[1]
             vectors.append(class_features(self.model, [text.strip()], templates)[0])
         if image is not None:
-            if not isinstance(image, Image.Image):
-                try:
-                    image = decode(Path(image).expanduser(), str(image))
-                except BrokenPair as broken:
-                    raise UserError(f"The image to search for cannot be used: {broken}.") from broken
+            given = image if isinstance(image, Image.Image) else Path(image).expanduser()
+            try:
+                upright = decode(given, str(image))
+            except BrokenPair as broken:
+                raise UserError(f"The image to search for cannot be used: {broken}.") from broken
             with measuring(self.model):
-                pixels = self.model.preprocess([image.convert("RGB")])
+                pixels = self.model.preprocess([upright])
             vectors.append(image_vectors(self.model, pixels)[0])
         if not vectors:
             raise UserError("There is nothing to search for. Give a text, an image (--image FILE), or both.")

@@ -28,10 +28,18 @@ class Monitor:
     def __init__(self, stretch: Stretch, sinks: Sequence[Sink]) -> None:
         self.stretch, self.sinks = stretch, sinks
         self._mark, self._mark_step = time.perf_counter(), stretch.start
+        self._seconds, self._samples = 0.0, 0
 
-    def pause(self) -> None:
-        """Leave the time until `log` is next called out of the speed, for an evaluation or a checkpoint."""
-        self._mark, self._mark_step = time.perf_counter(), -1
+    def count(self, step: int) -> None:
+        """Count time and samples up to a step, before an evaluation or a checkpoint."""
+        self._seconds += time.perf_counter() - self._mark
+        self._samples += (step - self._mark_step) * self.stretch.batch_size
+        self._mark_step = step
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Leave the time since `count` out of duration and speed."""
+        self._mark = time.perf_counter()
 
     def advance(self, step: int) -> None:
         """Note that a step is done that is not logged."""
@@ -40,10 +48,8 @@ class Monitor:
 
     def log(self, step: int, values: Mapping[str, float], lr: float, logit_scale: float) -> None:
         """Write a row of metrics after a number of steps, with the losses by name, "loss" and "grad_norm"."""
-        now = time.perf_counter()
-        seconds = now - self._mark
-        samples = (step - self._mark_step) * self.stretch.batch_size if self._mark_step >= 0 else 0
-        self._mark, self._mark_step = now, step
+        self.count(step)
+        seconds, samples, self._seconds, self._samples = self._seconds, self._samples, 0.0, 0
         row = {
             "samples_seen": step * self.stretch.batch_size,
             "lr": lr,
@@ -52,7 +58,7 @@ class Monitor:
             "losses": {name: value for name, value in values.items() if name not in ("loss", "grad_norm")},
             "grad_norm": values["grad_norm"],
             "seconds": round(seconds, 4),
-            "samples_per_second": round(samples / seconds, 1) if samples and seconds > 0 else None,
+            "samples_per_second": round(samples / seconds, 1) if seconds > 0 else None,
         }
         for sink in self.sinks:
             sink.log(step, row)

@@ -201,6 +201,8 @@ class Trainer:
                         results = self.evaluate(monitor, final=True)  # the pretrained model, to compare with
                         if self._is_best(results):
                             self.save()
+                    _ = self.loader  # computes the features of frozen towers
+                    monitor.go_on()
                     with self.stop.listening():
                         self._take_steps(monitor)
                         if not self.finished:
@@ -272,6 +274,7 @@ class Trainer:
                 f"No pair of '{self.source.name}' could be used, so nothing was learned. Fix the pairs, or give others "
                 f"as data.source. {reasons}."
             )
+        monitor.count(self.step)
         if evaluated:
             saved = self._is_best(self.evaluate(monitor)) or self.finished or saved
         self.thaws = self.step == self.recipe.finetune.thaw_after and not (stop or done)
@@ -279,8 +282,7 @@ class Trainer:
         if saved:
             monitor.flush()
             self.save()
-        if evaluated or saved:
-            monitor.pause()
+        monitor.go_on()
         return self.finished or stop or self.thaws
 
     def _set_learning_rate(self) -> float:

@@ -1,5 +1,7 @@
 """Training views against torchvision on the same parameters, and against the distributions that they sample."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,12 @@ from PIL import Image
 from scipy.stats import binomtest, ks_2samp, kstest
 from torch import Tensor
 
+from conftest import encoded
 from data.fakes import scene
 from declip.data.batch import Photometric, PhotometricParams, View
 from declip.data.images import photometric
 from declip.data.images.crops import Crop, ViewTransform, apply_photometric
+from declip.data.images.decode import decode
 from declip.data.images.preprocess import Preprocess
 from declip.recipe.schema import ImageView
 
@@ -218,11 +222,31 @@ def test_preprocess_equals_clips(shape):
     torch.testing.assert_close(prepared, torch.stack([clip(image)] * 2), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(41, 887), (887, 42), (3000, 130)])
+def test_long_images_differ_little_from_clips(shape):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    clip = T.Compose([T.Resize(64, T.InterpolationMode.BICUBIC), T.CenterCrop(64)])(image)
+    found = Preprocess(64, (0, 0, 0), (1, 1, 1))(image)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(found * 255, np.asarray(clip), atol=2.01)
+
+
+@pytest.mark.parametrize("options", [{}, {"transparency": (9, 9, 9)}])
+def test_preprocess_takes_a_photograph_as_it_was_opened(options):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 9, (40, 60, 3), dtype=np.uint8)
+    pixels[:20] = 9
+    content = encoded(Image.fromarray(pixels), "PNG", exif=exif, **options)
+    prepare = Preprocess(32, MEAN, STD)
+    upright = decode(content, "k")
+    assert torch.equal(prepare(Image.open(io.BytesIO(content))), prepare(upright))
+    assert decode(upright, "k").tobytes() == upright.tobytes(), "not turned again"
+
+
 def test_preprocess_takes_any_mode_any_shape_and_one_image(monkeypatch):
     sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(
-        Image.Image, "resize", lambda image, size, *how: sizes.append(size) or resize(image, size, *how)
-    )
+    resized = lambda image, size, *how: sizes.append(size) or resize(image, size, *how)  # noqa: E731
+    monkeypatch.setattr(Image.Image, "resize", resized)
     white = ((1 - torch.tensor(MEAN)) / torch.tensor(STD)).view(1, 3, 1, 1).expand(1, 3, 16, 16)
     prepare = Preprocess(16, MEAN, STD)
     line = Image.new("RGB", (30_001, 3))
@@ -230,5 +254,5 @@ def test_preprocess_takes_any_mode_any_shape_and_one_image(monkeypatch):
     clear = Image.new("RGBA", (20, 30), (0, 0, 0, 0))
     for image in (clear, Image.new("L", (20, 20), 255), Image.new("P", (1, 30_000), (255, 255, 255)), line):
         torch.testing.assert_close(prepare(image), white)
-    assert sizes[-1] == (160, 16), "a thin line is not blown up before it is cropped"
+    assert sizes[-1] == (16, 16), "a thin line is not blown up before it is cropped"
     assert prepare([]).shape == (0, 3, 16, 16)

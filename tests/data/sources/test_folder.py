@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from data.tables import reason_of
-from declip.data.pair import LONGEST_CAPTION
+from declip.data.images.decode import decode
+from declip.data.pair import LONGEST_CAPTION, BrokenPair
 from declip.data.sources.folder import FolderSource
 
 
@@ -33,6 +34,16 @@ def test_images_are_found_below_and_sorted(tmp_path):
     assert again[0].key == "a/c.webp"
     with pytest.raises(IndexError):
         source[3]
+
+
+def test_photographs_of_phones_are_counted_whether_they_can_be_read_or_not(tmp_path):
+    picture(tmp_path / "a.jpg")
+    for name in ("b.HEIC", "c.avif"):
+        (tmp_path / name).write_bytes(b"ftypheic")
+    source = FolderSource(tmp_path)
+    assert len(source) == 3
+    with pytest.raises(BrokenPair, match=r"unreadable image: b.HEIC \(damaged, or none of JPEG, PNG"):
+        decode(tmp_path / "b.HEIC", "b.HEIC")
 
 
 def test_broken_pairs_keep_their_place(tmp_path):

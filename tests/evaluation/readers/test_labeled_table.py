@@ -11,6 +11,7 @@ import pytest
 from declip.data.pair import BrokenPair
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
+from declip.evaluation.protocols import evaluate_all
 from evaluation import trees
 
 ROWS = [("a.jpg", "dog", "train"), ("b.jpg", "cat", "test"), ("c.jpg", "dog", "test"), ("d.jpg", "cat", "val")]
@@ -111,6 +112,14 @@ def test_rows_without_a_label_or_with_two_are_broken_pairs(folder: Path, kind: s
     assert (test[2].key, test[2].captions) == ("c.jpg", ("cat",))
     with pytest.raises(BrokenPair, match=r"conflicting labels: .*\(cat, dog\)"):
         test[3]
+
+
+def test_retrieval_takes_captioned_images_whatever_their_labels(folder: Path, model) -> None:
+    rows = [("a.jpg", "dog", "a"), ("b.jpg", " ", "b"), ("c.jpg", "cat", "c"), ("d.jpg", "cat", "d")]
+    table = _write(folder, "csv", ("image", "label", "caption"), [*rows, ("d.jpg", "dog", "also d")])
+    classes, pairs = evaluate_all(model, table, ["zero-shot", "retrieval"])
+    assert (classes.n, classes.skipped) == (2, {"missing label": 1, "conflicting labels": 1})
+    assert (pairs.images, pairs.text_to_image.queries, pairs.skipped) == (4, 5, {})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,11 @@ const run = latest(async (current) => {
     (shown.length < found.classes.length ? `; the first ${shown.length} of ${found.classes.length} classes are shown.` : ".");
   find("result").hidden = false;
   say(`Most likely: ${shown[0].name}, ${percent(shown[0].probability)}`);
-});
+}, clear);
+
+function clear() {
+  find("result").hidden = true;
+}
 
 function bar(row) {
   const filled = make("div", { class: "bar" });
@@ -25,7 +29,7 @@ function bar(row) {
   return make("li", {}, name, make("div", { class: "track", "aria-hidden": "true" }, filled), make("span", { class: "percent" }, percent(row.probability)));
 }
 
-const chosen = watchPicker((image) => (image.token ? run() : (find("result").hidden = true)));
+const chosen = watchPicker((image) => (image.token ? run() : clear()), clear);
 watchTemplate();
 find("form").addEventListener("submit", (event) => {
   event.preventDefault();

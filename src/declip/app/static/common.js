@@ -37,15 +37,17 @@ export function say(text, kind = "") {
   line.className = `said ${kind}`;
 }
 
-/** Wraps the work of a form: a later call makes an earlier one's answer void. */
-export function latest(work) {
+/** Wraps the work of a form: a later call makes an earlier one's answer void; `clear` takes an old one away. */
+export function latest(work, clear) {
   let number = 0;
   return async (...given) => {
     const mine = ++number;
     try {
       await work(() => mine === number, ...given);
     } catch (error) {
-      if (mine === number) say(error.message, "bad");
+      if (mine !== number) return;
+      clear();
+      say(error.message, "bad");
     }
   };
 }

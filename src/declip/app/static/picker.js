@@ -2,8 +2,8 @@
 
 import { ask, find, say, thumbnail } from "./common.js";
 
-/** Watches the picker; `changed` is called when an image is chosen or removed. */
-export function watchPicker(changed) {
+/** Watches the picker; `changed` is called when an image is chosen or removed, `clear` when one is on its way. */
+export function watchPicker(changed, clear) {
   const file = find("file");
   const drop = file.closest(".drop");
   const chosen = { token: null, id: null };
@@ -22,6 +22,7 @@ export function watchPicker(changed) {
     const mine = ++number;
     chosen.token = chosen.id = null;
     show(null);
+    clear();
     say("Reading the image …", "busy");
     try {
       const { image } = await ask("/api/images", { method: "POST", body: blob, headers: { "Content-Type": "application/octet-stream" } });

@@ -11,7 +11,7 @@ const run = latest(async (current) => {
   const image = chosen.token || chosen.id !== null;
   if (text && image) asked.set("weight", find("balance").value);
   if (!text && !image) {
-    find("hits").replaceChildren();
+    clear();
     return say("Type what to look for, or choose an image.", "bad");
   }
   say("Searching …", "busy");
@@ -22,7 +22,11 @@ const run = latest(async (current) => {
   const address = new URL(location);
   address.search = chosen.token ? "" : new URLSearchParams([...asked].filter(([name]) => name !== "count"));
   history.replaceState(null, "", address);
-});
+}, clear);
+
+function clear() {
+  find("hits").replaceChildren();
+}
 
 function hit(row) {
   const actions = make("p", { class: "facts" }, make("a", { href: `/classify?id=${row.id}` }, "classify it"));
@@ -38,8 +42,11 @@ function balance() {
 const chosen = watchPicker((image) => {
   balance();
   if (image.token || find("text").value.trim()) run();
-  else find("hits").replaceChildren();
-});
+  else {
+    clear();
+    history.replaceState(null, "", location.pathname);
+  }
+}, clear);
 watchTemplate();
 for (const button of document.querySelectorAll("[data-example]")) {
   button.addEventListener("click", () => {
@@ -67,4 +74,5 @@ if (/^\d+$/.test(given.get("id") || "")) {
   find("more").open = true;
 }
 balance();
-if (find("text").value || chosen.id !== null) run();
+if (words && !find("template").value) say(`There is no template set "${words}".`, "bad");
+else if (find("text").value || chosen.id !== null) run();

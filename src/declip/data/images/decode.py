@@ -10,15 +10,16 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError, features
 from PIL.Image import Transpose
 
 from declip.data.pair import BrokenPair
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
 """The raster formats that data sets are made of. Pillow's others are rare, slow, or start other programs (EPS)."""
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+"""Of images, also of those that cannot be read and are counted as broken."""
 
 MOST_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice
 LARGEST_IMAGE = 100_000_000  # bytes of a file
@@ -68,6 +69,8 @@ def raise_as_broken_pair(key: str) -> Iterator[None]:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise BrokenPair("image too large", key, str(error)) from error
+    except UnidentifiedImageError as error:  # its own words name an address in memory
+        raise BrokenPair("unreadable image", key, f"damaged, or none of {', '.join(FORMATS)}") from error
     except (OSError, *DAMAGE) as error:
         reason = "truncated image" if "truncated" in str(error).lower() else "unreadable image"
         raise BrokenPair(reason, key, f"{type(error).__name__}: {error}") from error
@@ -77,8 +80,9 @@ def apply_exif(image: Image.Image) -> Image.Image:
     """Decode an opened image as RGB, turned by its EXIF orientation, transparent pixels over white."""
     image.load()
     turn = TURNS.get(orientation(image))
-    colors = rgb(image)
-    return colors if turn is None else colors.transpose(turn)
+    upright = rgb(image) if turn is None else rgb(image).transpose(turn)
+    upright.info.clear()  # EXIF and XMP, by which it would be turned again when it is opened again
+    return upright
 
 
 def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from declip.data.images.decode import rgb
+from declip.data.images.decode import apply_exif
 
 LONGEST_SHAPE = 10
-"""Only the middle of an image longer than this many times its shorter side is resized: the rest is cropped anyway."""
+"""Of an image longer than this many times its shorter side, only what the crop keeps is resized."""
 
 
 class Preprocess:
@@ -35,26 +35,31 @@ class Preprocess:
         self.std = torch.tensor(tuple(std), dtype=torch.float32)
 
     def __call__(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Preprocess n images of any size and mode, or one, to (n, 3, size, size) float32 on the host."""
+        """Preprocess n images of any size and mode, or one, to (n, 3, size, size) float32 on the host.
+
+        Photographs are turned upright by their EXIF orientation, and transparent pixels lie over white.
+        """
         images = [images] if isinstance(images, Image.Image) else images
         pixels = np.empty((len(images), self.size, self.size, 3), dtype=np.uint8)
         for row, image in enumerate(images):
-            pixels[row] = np.asarray(self.square(image if image.mode == "RGB" else rgb(image)))
+            ready = image.mode == "RGB" and not image.info  # as `decode` leaves it
+            pixels[row] = np.asarray(self.square(image if ready else apply_exif(image)))
         batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
         return batch.sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1)).contiguous()
 
     def square(self, image: Image.Image) -> Image.Image:
-        """Resize the shorter side to `size` and crop the center, rounding as torchvision does; or squash."""
+        """Resize the shorter side to `size` and crop the center, rounding as torchvision does; or squash.
+
+        Values equal torchvision's, of images longer than `LONGEST_SHAPE` up to 2 of 255.
+        """
         if self.squash:
             return image.resize((self.size, self.size), self.filter)
-        width, height = image.size
-        longest = LONGEST_SHAPE * min(width, height)
-        if max(width, height) > longest:
-            left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-            image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
-            width, height = image.size
-        short = min(width, height)
-        width, height = (int(self.size * side / short) for side in (width, height))
+        short = min(image.size)
+        width, height = (int(self.size * side / short) for side in image.size)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        if max(image.size) > LONGEST_SHAPE * short:
+            across, down = image.width / width, image.height / height
+            box = (left * across, top * down, (left + self.size) * across, (top + self.size) * down)
+            return image.resize((self.size, self.size), self.filter, box)
         resized = image.resize((width, height), self.filter)
         return resized.crop((left, top, left + self.size, top + self.size))
