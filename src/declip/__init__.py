@@ -13,11 +13,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from declip import interchange as interchange
     from declip.api import compare as compare
+    from declip.api import evaluate as evaluate
     from declip.api import finetune as finetune
     from declip.api import train as train
     from declip.data.batch import PairBatch as PairBatch
     from declip.errors import UserError as UserError
-    from declip.evaluation.protocols import evaluate as evaluate
     from declip.interchange.export import export as export
     from declip.interchange.push import push as push
     from declip.interchange.read import load as load
@@ -39,7 +39,7 @@ _WHERE = {
     "classify": "declip.search.classify",
     "compare": "declip.api",
     "embed": "declip.search.embed",
-    "evaluate": "declip.evaluation.protocols",
+    "evaluate": "declip.api",
     "export": "declip.interchange.export",
     "finetune": "declip.api",
     "load": "declip.interchange.read",

@@ -1,4 +1,4 @@
-"""Public functions that do the work and then write its page: `train`, `finetune` and `compare`."""
+"""Public functions that do the work and then write its page: `train`, `finetune` and `compare`; and `evaluate`."""
 
 import json
 import shutil
@@ -19,7 +19,10 @@ from declip.data.sources.python_items import PREFIX, Items
 from declip.data.sources.shard_names import absolute
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, write_pair_list
 from declip.errors import UserError
-from declip.evaluation.datasets import open_dataset
+from declip.evaluation.datasets import Dataset, open_dataset
+from declip.evaluation.encode import Encoder
+from declip.evaluation.protocols import Options, evaluate_all
+from declip.evaluation.results import Result
 from declip.inspection.split import FEWEST, check_copies, split_pairs
 from declip.interchange import starter
 from declip.interchange.export import FORMATS, export
@@ -62,7 +65,7 @@ def resolve_recipe(
     recipe: str | Path | Recipe,
     overrides: Mapping[str, Any] | None = None,
     data: str | Path | PairSource | Items | None = None,
-    val: Sequence[str] = (),
+    val: str | Path | Sequence[str | Path] = (),
 ) -> Recipe:
     """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
     if isinstance(recipe, Recipe):
@@ -71,8 +74,10 @@ def resolve_recipe(
         return recipe
     given = dict(overrides or {})
     if data is not None:
-        name = data if isinstance(data, str | Path) else f"{PREFIX}{type(data).__qualname__}[{len(data)}]"
+        size = len(data) if hasattr(data, "__len__") else "?"  # refused when it is opened
+        name = data if isinstance(data, str | Path) else f"{PREFIX}{type(data).__qualname__}[{size}]"
         given["data.source"] = json.dumps(str(name))  # quoted, because values are read as YAML
+    val = several(val)
     if val:
         sets = {str(name): open_dataset(name).split("test") for name in val}
         classes = [name for name, source in sets.items() if source.labels is not None]
@@ -104,7 +109,7 @@ def train(
     report: bool = True,
     *,
     data: str | Path | PairSource | Items | None = None,
-    val: Sequence[str] = (),
+    val: str | Path | Sequence[str | Path] = (),
     callbacks: Sequence[Sink] = (),
     terms: Mapping[str, type[Term]] | None = None,
 ) -> Run:
@@ -170,7 +175,7 @@ def finetune(
     with removed_on_error(folder):
         if resume and (folder / RECIPE).is_file():
             recipe = load_recipe(folder / RECIPE, overrides)
-            _refuse_others(recipe, pairs, weights, [val] if isinstance(val, str | Path) else val, freeze)
+            _refuse_others(recipe, pairs, weights, several(val), freeze)
         else:
             recipe = finetune_recipe(pairs, folder, weights, val, freeze, overrides, quiet)
             if select:
@@ -258,7 +263,7 @@ def finetune_recipe(
     """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`."""
     if (folder / RECIPE).exists():
         raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
-    named = [val] if isinstance(val, str | Path) else list(val)
+    named = several(val)
     if objects := [type(place).__name__ for place in (pairs, *named) if not isinstance(place, str | Path)]:
         raise UserError(
             f"finetune takes names of files and folders, not {objects[0]}. Train on a Python object with "
@@ -274,13 +279,13 @@ def finetune_recipe(
     # Wrong keys and values show at once, then faults of the weights, then those of the pairs.
     least = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": [str(pairs)]}
     free = {key: value for key, value in given.items() if not key.startswith("finetune.")}
-    options = load_recipe("finetune", {**least, **free}).data.table_options
+    read = load_recipe("finetune", {**least, **free}).data
     device = pick_device(given.get("train.device", "auto"))
     start = read_start(where := str(weights or default_weights(device.type)))
     kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
     settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
     load_recipe("finetune", {**least, **settled(FEWEST)})
-    columns = {name: value for name, value in options.items() if value is not None}
+    columns = {name: value for name, value in read.table_options.items() if value is not None}
     source, data, sets = open_source(pairs, **columns), str(pairs), list(map(str, named))
     if sets:
         for name in sets:
@@ -296,7 +301,7 @@ def finetune_recipe(
             write_pair_list(folder / name, chosen, source)
         data, sets = str(folder / SPLIT[0]), [str(folder / SPLIT[1])]
         source = open_source(data)
-    count = min(len(source), given.get("data.max_pairs") or len(source))
+    count = min(len(source), read.max_pairs or len(source))
     keys = {"finetune.pretrained": json.dumps(where), **settled(count)}
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", CPU_SIZE)
@@ -357,13 +362,50 @@ def _write_report(trainer: Trainer) -> None:
     write_report(trainer, model)
 
 
+def several(given: Any) -> list[Any]:
+    """A list of what was given, also where that is one string, path or number."""
+    return [given] if isinstance(given, str | Path | int) else list(given)
+
+
+def evaluate(
+    model: str | Path | Encoder,
+    dataset: str | Path | PairSource | Items | Dataset,
+    task: str = "zero-shot",
+    *,
+    label_column: str | None = None,
+    **options: Any,
+) -> Result:
+    """Evaluate a model on the test split of a dataset; probes learn from its train and validation splits.
+
+    Images that cannot be read are left out and counted by reason in the result.
+
+    Args:
+        model: What `declip.load` takes, or anything with `encode_image`, `encode_text`, `preprocess` and `tokenize`;
+            for probes of the backbone also `encode_backbone`.
+        dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
+        task: "zero-shot", "retrieval", "linear" or "knn".
+        label_column: A table's column with the classes; see `open_dataset`.
+        options: Fields of `declip.evaluation.protocols.Options`, such as ``batch_size=64`` or
+            ``templates="a photo of {}"``.
+    """
+    chosen, opened = Options(**options), open_dataset(dataset, label_column=label_column)
+    return evaluate_all(load(model) if isinstance(model, str | Path) else model, opened, (task,), chosen)[0]
+
+
 def compare(
-    recipes: Sequence[str], pairs: Sequence[int], seeds: int | Sequence[int] = 3, *, out: str | Path, **options: Any
+    recipes: str | Sequence[str],
+    pairs: int | Sequence[int],
+    seeds: int | Sequence[int] = 3,
+    *,
+    out: str | Path,
+    **options: Any,
 ) -> Outcome:
     """Compare recipes at several numbers of distinct pairs and write results.json, results.md and report.html.
 
     The other arguments (`datasets`, `tasks`, `ablation`, `sweep` …) are those of `declip.comparison.runner.compare`.
     """
-    outcome = runner.compare(recipes, pairs, seeds, out=out, **options)
+    lists = {"datasets", "tasks", "budgets", "sweep_datasets"}
+    options |= {name: several(options[name]) for name in lists & options.keys()}
+    outcome = runner.compare(several(recipes), several(pairs), seeds, out=out, **options)
     write_page(outcome, Path(out).expanduser())
     return outcome

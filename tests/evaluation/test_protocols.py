@@ -8,9 +8,10 @@ import torch
 from rich.console import Console
 
 from conftest import TINY
+from declip.api import evaluate
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
-from declip.evaluation.protocols import Options, evaluate, evaluate_all
+from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import (
     KNNResult,
     LinearProbeResult,

@@ -36,7 +36,7 @@ ImageRoot = Annotated[Path | None, file("folder of a table's image paths", metav
 Workers = Annotated[int | None, typer.Option(min=0, help="processes; default: one per core, at most 8")]
 BatchSize = Annotated[int, typer.Option(min=1, help="images per forward pass")]
 License = Annotated[str, typer.Option(help="license for the model card, such as mit")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")]
 JsonOut = Annotated[Path | None, file("also write the result to this file", "--json")]
 UNKNOWN_LICENSE = "unknown: set it"
 

@@ -5,7 +5,6 @@ pair i (see `Assembler`), (seed, epoch, pairs) to the whole permutation, and fiv
 """
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from declip.data.pair import BrokenPair, PairSource, Span
+from declip.data.text.tokenizer import clean
 from declip.errors import UserError
 
 SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
@@ -67,7 +67,7 @@ def meanings(source: PairSource) -> list[set[Hashable]]:
     found: list[set[Hashable]] = [set() for _ in range(len(source))]
     for index, own in enumerate(found):
         with suppress(BrokenPair):
-            own.update(source.captions(index))
+            own.update(map(clean, source.captions(index)))
             own.update(group for group in [source.group(index)] if group)
     return found
 
@@ -75,23 +75,29 @@ def meanings(source: PairSource) -> list[set[Hashable]]:
 def spread(order: np.ndarray, meanings: Sequence[set[Hashable]], batch_size: int) -> np.ndarray:
     """Reorder pairs so that no batch holds two with a meaning in common.
 
-    A pair that meets its like waits for the next batch; when only such pairs are left, they stay as they are.
+    Each joins the first batch that has room and none of its like; what fills no batch comes last, as it is.
     """
-    waiting, spread_out = deque(order.tolist()), list[int]()
-    while waiting:
-        batch, later, seen = list[int](), list[int](), set[Hashable]()
-        while waiting and len(batch) < batch_size:
-            pair = waiting.popleft()
-            if seen.isdisjoint(meanings[pair]):
-                batch.append(pair)
-                seen |= meanings[pair]
-            else:
-                later.append(pair)
-        spread_out += batch
-        if len(batch) < batch_size:
-            return np.array(spread_out + later)
-        waiting.extendleft(reversed(later))
-    return np.array(spread_out)
+    batches, held = list[list[int]](), list[set[Hashable]]()
+    free: dict[Hashable, int] = {}  # the first batch for a meaning, without which the time would grow with the square
+    first = 0
+
+    def first_free(start: int, own: set[Hashable]) -> int:
+        while start < len(batches) and (len(batches[start]) == batch_size or not held[start].isdisjoint(own)):
+            start += 1
+        return start
+
+    for pair in order.tolist():
+        own = meanings[pair]
+        batch = first_free(max([first, *(free.get(meaning, 0) for meaning in own)]), own)
+        if batch == len(batches):
+            batches.append([])
+            held.append(set())
+        batches[batch].append(pair)
+        held[batch] |= own
+        first = first_free(first, set())
+        for meaning in own:
+            free[meaning] = first_free(max(first, free.get(meaning, 0)), {meaning})
+    return np.array([pair for batch in sorted(batches, key=len, reverse=True) for pair in batch])
 
 
 class ShuffledOrder(Order):

@@ -7,7 +7,7 @@ from typing import Any
 
 from declip.data.pair import PairSource
 from declip.data.sources.subset import Subset
-from declip.errors import UserError, unknown
+from declip.errors import UserError, check_range, unknown
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, measuring
 from declip.evaluation.probes.data import FeatureKind, ProbeData, check_probe, encoder_of, read_probe_data
@@ -29,6 +29,9 @@ class Options:
     workers: int = 0  # processes that read images; 0 reads in this one
     progress: bool = True
     features: FeatureKind = "backbone"  # probes: before the projection, or "embedding", after it
+
+    def __post_init__(self) -> None:
+        check_range("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -94,30 +97,6 @@ TASKS: Mapping[str, Callable[[SharedFeatures], Result]] = {
     "linear": lambda shared: linear_probe(shared.splits),
     "knn": lambda shared: knn_probe(shared.splits),
 }
-
-
-def evaluate(
-    model: Encoder,
-    dataset: str | PairSource | Dataset,
-    task: str = "zero-shot",
-    *,
-    label_column: str | None = None,
-    **options: Any,
-) -> Result:
-    """Evaluate a model on the test split of a dataset; probes learn from its train and validation splits.
-
-    Images that cannot be read are left out and counted by reason in the result.
-
-    Args:
-        model: Anything with `encode_image`, `encode_text`, `preprocess` and `tokenize`; for probes of the backbone
-            also `encode_backbone`.
-        dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
-        task: "zero-shot", "retrieval", "linear" or "knn".
-        label_column: A table's column with the classes; see `open_dataset`.
-        options: Fields of `Options`, such as ``batch_size=64`` or ``templates="a photo of {}"``.
-    """
-    opened = open_dataset(dataset, label_column=label_column)
-    return evaluate_all(model, opened, (task,), Options(**options))[0]
 
 
 def evaluate_all(

@@ -1,10 +1,8 @@
 """Files of tensors from elsewhere: no code in them runs, and they take no more memory than their size explains."""
 
-import logging
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,20 +36,6 @@ def unwrapped(content: Any, *keys: str) -> Mapping[str, Any]:
     """The weights in a checkpoint's content, under the first of the keys that it has, or all of it."""
     content = content if isinstance(content, Mapping) else {}
     return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
-
-
-@contextmanager
-def quiet(library: str) -> Iterator[None]:
-    """Let a library's loggers pass errors only, and keep it from giving the root logger a handler."""
-    handler, logger = logging.NullHandler(), logging.getLogger(library)
-    level = logger.level
-    logging.root.addHandler(handler)
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.root.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def check_file(path: Path) -> None:

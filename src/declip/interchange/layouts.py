@@ -11,9 +11,9 @@ from timm.layers import AttentionPool2d, QuickGELU
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.interchange.files import quiet
 from declip.interchange.foreign import Refusal
 from declip.interchange.weights import Weights, empty, first_difference
+from declip.io.quiet import quiet
 from declip.models.dual_encoder import drop_text
 from declip.models.heads import MlpHead
 from declip.models.image_tower import ImageTower

@@ -163,7 +163,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
         child = tree.get(parent)
         tree[parent] = dict(child) if isinstance(child, Mapping) else {}
         tree = tree[parent]
-    tree[last] = value
+    tree.update(_merge(tree, {last: value}))  # a section given whole is merged, as a file's is
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

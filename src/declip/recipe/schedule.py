@@ -17,11 +17,13 @@ def learning_rate(step: int, train: Train) -> float:
     number, warmup = step + 1, min(train.warmup_steps, train.steps)
     if number < warmup:
         return train.warmup_lr + (train.lr - train.warmup_lr) * step / (warmup - 1)
+    if number == warmup:
+        return train.lr
     if train.lr_schedule == "cosine":
         progress = (number - warmup) / max(train.steps - warmup, 1)
         return train.lr * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     if train.lr_schedule == "constant":
         return train.lr
-    decay = max(round(DECAY_FRACTION * train.steps), 1)
+    decay = max(min(round(DECAY_FRACTION * train.steps), train.steps - warmup), 1)
     progress = max(number - (train.steps - decay), 0) / decay
     return train.lr * (1 - math.sqrt(min(progress, 1.0)))

@@ -32,6 +32,7 @@ from declip.search.embed import read_row
 from declip.search.index import image_vectors
 
 TABLES = (".csv", ".json")
+OTHER_TABLES = (".jsonl", ".tsv", ".txt", ".parquet", ".xlsx")  # no names that one gives a folder
 TABLE = "predictions.csv"  # in a folder of images by class
 ELSEWHERE = "choose another place with --out"
 UNUSABLE = re.compile(r'[\x00-\x1f/\\:*?"<>|\ud800-\udfff]')  # in the names of files, on one system or another
@@ -103,6 +104,8 @@ def classify(
     names, prompts = read_classes(classes), read_templates(templates)[1]
     source = _open(images, image_column, image_root)
     out = None if out is None else Path(out).expanduser()
+    if out is not None and out.suffix.lower() in OTHER_TABLES:
+        raise UserError(f"Predictions are written to {' or '.join(TABLES)}, or sorted into a folder, not to '{out}'.")
     if out is not None and out.is_dir() and (any(out.iterdir()) or out.suffix in TABLES):
         raise UserError(f"'{out}' is a folder that is not empty; {ELSEWHERE}: a new folder, or a .csv or .json file.")
     encoder = load(model, device) if isinstance(model, str | Path) else model

@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, as_tensor, float32
 from torch.nn.functional import normalize
 
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.image_source import ImageSource
+from declip.data.sources.open import open_source
+from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Encoder, measuring, model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
@@ -65,7 +67,7 @@ class Index:
         folder: str | Path,
         *,
         model: str | Path | Encoder | None = None,
-        source: str | Path | PairSource | None = None,
+        source: str | Path | PairSource | Items | None = None,
         device: str = "auto",
     ) -> None:
         self.folder = Path(folder).expanduser()
@@ -177,11 +179,14 @@ class Index:
         """Find the nearest of many vectors at once.
 
         Args:
-            queries: (n, d) float32 of length 1.
+            queries: (n, d) of length 1, numbers of any type.
 
         Returns:
             Ids (n, k') int64 and cosines (n, k') float32, the best first.
         """
+        queries = as_tensor(queries, dtype=float32)
+        if not queries.isfinite().all():
+            raise UserError("A query is not finite. Leave it out.")
         if over not in COLUMNS:
             raise unknown("place to search", over, COLUMNS)
         return nearest(queries, self._store.blocks(over), k)
@@ -262,7 +267,8 @@ class Index:
     def _source(self) -> ImageSource:
         given, entry = self._given_source, self.manifest.source
         if given is not None and not isinstance(given, str | Path):
-            return ImageSource(given)
+            columns = {"image_column": entry.image_column, "caption_column": entry.caption_column or entry.image_column}
+            return ImageSource(open_source(given, **columns, image_root=entry.image_root))
         if given is None and not entry.spec:
             raise UserError(
                 f"The index was made of '{entry.name}', a Python object. To see its images, open the index with "

@@ -23,7 +23,7 @@ LARGE = 128
 """Smaller dimension of a matrix from which bfloat16 is faster; on a CPU converting costs more than it saves below."""
 
 KEPT_BY_ADAMW = (
-    *("embedding", "embeddings", "pos_embed", "cls_token", "reg_token"),
+    *("embedding", "embeddings", "pos_embed", "cls_token", "reg_token", "bias"),
     *("masked_language", "word_classification"),  # heads over a vocabulary
 )
 

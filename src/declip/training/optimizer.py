@@ -29,14 +29,15 @@ BETAS = (0.9, 0.98)
 OWN: dict[str, type[torch.optim.AdamW]] = {"adamw": torch.optim.AdamW, "muon": Muon}
 
 UNDECAYED = (
-    *("positional_embedding", "position_embeddings.weight", "pos_embed"),
-    *("cls_token", "class_embedding", "reg_token"),
+    *("positional_embedding", "position_embedding.weight", "position_embeddings.weight", "pos_embed"),
+    *("cls_token", "class_embedding", "reg_token", "relative_position_bias_table", "attention_biases"),
 )
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
     """Whether weight decay applies: not to biases, norms, scales, or position and class embeddings."""
-    return parameter.ndim >= 2 and not name.endswith(UNDECAYED)
+    # Also of shape (C, 1, 1), as layer scales and temperatures of some towers are, numbers one by one are no matrix.
+    return sum(size > 1 for size in parameter.shape) >= 2 and not name.endswith(UNDECAYED)
 
 
 def named_trainable(model: nn.Module, objective: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -88,8 +88,8 @@ def apply_exif(image: Image.Image) -> Image.Image:
 def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
     """The path of an image that may not leave a folder; with `follow`, links may not lead out either."""
     # Normalized first, so that the path checked is the path opened.
-    plain = Path(os.path.normpath(root / path))
-    inside = plain.is_relative_to(os.path.normpath(root))
+    plain = Path(os.path.abspath(root / path))
+    inside = plain.is_relative_to(os.path.abspath(root))
     try:
         inside = inside and (not follow or Path(os.path.realpath(plain)).is_relative_to(os.path.realpath(root)))
     except (OSError, ValueError) as error:

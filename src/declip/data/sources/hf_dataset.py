@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from declip.data.sources.rows import LARGE_TABLE, ArrowRows
 from declip.errors import UserError
+from declip.io.quiet import quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +28,7 @@ def names_dataset(spec: str) -> bool:
 def is_dataset(given: Any) -> bool:
     """Whether this is a dataset: of the Hub by its name, a folder of `save_to_disk`, or an object of the package."""
     if not isinstance(given, str | Path):
-        return type(given).__module__.partition(".")[0] == "datasets" and hasattr(given, "with_format")
+        return type(given).__module__.partition(".")[0] == "datasets" and hasattr(given, "num_rows")
     return names_dataset(str(given)) or any((Path(given).expanduser() / mark).is_file() for mark in MARKS)
 
 
@@ -70,7 +71,8 @@ def _load(spec: str, *_: int) -> Any:
         raise UserError("Reading this dataset needs the package datasets: pip install 'declip[datasets]'.") from error
     try:
         if hub := HUB.fullmatch(spec):
-            return datasets.load_dataset(hub["name"], revision=hub["revision"], split=hub["split"] or "train")
+            with quiet("huggingface_hub"):  # it says each of its retries
+                return datasets.load_dataset(hub["name"], revision=hub["revision"], split=hub["split"] or "train")
         return datasets.load_from_disk(str(Path(spec).expanduser()))
     except Exception as error:  # of the package, of the network, or of what is stored
         reason = " ".join(str(error).split())[:200].rstrip(".")

@@ -48,12 +48,15 @@ class ItemSource(EntrySource):
         keyword_column: str = "keywords",
         group_column: str | None = None,
     ) -> None:
+        self.name = type(items).__name__
+        if self.name == "DataFrame" and hasattr(items, "to_dict"):  # of pandas
+            items = items.to_dict("records")
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or isinstance(items, Mapping | bytes):
             raise UserError(
-                f"A {type(items).__name__} is no source of pairs. Give a name, or an object with __len__ and "
+                f"A {self.name} is no source of pairs. Give a name, or an object with __len__ and "
                 "__getitem__ that gives dicts or (image, caption), such as a list."
             )
-        self.items, self.name = items, type(items).__name__
+        self.items = items
         if not len(items):
             raise UserError(f"The {self.name} has no items. It needs one for each pair.")
         # Reading an item of anything but a list may cost as much as its pixels.

@@ -67,9 +67,10 @@ class TableRow:
 
     def group(self) -> int:
         """A hash of the group's cell, 63 bits; 0 where the cell is empty."""
-        if self.group_cell in (None, ""):
-            return 0
-        digest = hashlib.blake2b(str(self.group_cell).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        cell = self.group_cell
+        if cell is None or (isinstance(cell, float) and cell != cell) or not (name := str(cell).strip()):
+            return 0  # pandas writes NaN for an empty cell
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest) >> 1 | 1
 
 
@@ -285,6 +286,8 @@ def whole(column: pa.ChunkedArray) -> pa.Array:
 
 def is_bytes(kind: pa.DataType) -> bool:
     """Whether a column of this type holds an image's bytes, or a struct with such a field."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if isinstance(kind, pa.StructType):
         return any(field.name == "bytes" and is_bytes(field.type) for field in kind)
-    return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
+    return kind in (pa.binary(), pa.large_binary(), pa.binary_view()) or pa.types.is_fixed_size_binary(kind)

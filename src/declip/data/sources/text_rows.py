@@ -34,6 +34,8 @@ class TextRows(TableRows):
         if not path.stat().st_size:
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
         self._bytes = np.memmap(path, np.uint8, "r")
+        if self._bytes[:2].tobytes() in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
 
     @abstractmethod
     def parse(self, row: str) -> dict[str, Any]:
@@ -141,8 +143,6 @@ class DelimitedRows(TextRows):
         super().__init__(path)
         self.delimiter = delimiter
         header = next(super().places(), (0, 0, 1, b""))[3]
-        if header.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
         if delimiter == "," and b"," not in header:
             self.delimiter = next((sign for sign in ";\t" if sign.encode() in header), ",")
         self.columns = self._split(header.decode("utf-8-sig", errors="replace"))
