@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 import declip
 from conftest import TINY, WEIGHTS
-from declip.api import resolve_recipe
+from declip.api import resolve_recipe, train
+from declip.errors import UserError
 
 
 def test_trains_evaluates_and_resumes(table: Path, tmp_path: Path, command: Any) -> None:
@@ -51,6 +53,9 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table: Path, tmp_path: Pa
     both.write_text("image,caption,label\n" + "".join(f"{image},bar {n},{n % 2}\n" for n, image in enumerate(images)))
     classes.write_text("image,label\n" + "".join(f"{image},{n % 2}\n" for n, image in enumerate(images)))
     recipe = resolve_recipe("demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table))))
+    assert resolve_recipe("demo-clip", val=table).evaluation.retrieval == (str(table),)
+    with pytest.raises(UserError, match="generator is no source"):
+        train("demo-clip", data=(pair for pair in ()), out=tmp_path / "run")  # type: ignore[arg-type]
     assert recipe.data.source == "a [b]: c.csv"
     assert recipe.evaluation.zero_shot == (str(both), str(classes))
     assert recipe.evaluation.retrieval == (str(both), str(table))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -82,6 +83,7 @@ def test_one_line_trains_validates_and_exports(pairs: Path, weights: Path, tmp_p
 
 def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_path: Path) -> None:
     keys = {"train.steps": 6, "train.batch_size": 4, "train.evaluate_every": 2, "train.patience": 9}
+    keys["data.max_pairs"] = np.int64(12)
     options = {"val": (), "freeze": "text", "quiet": True, **keys}
     whole = declip.finetune(pairs, weights, out=tmp_path / "whole", **options)
     assert whole.finished

@@ -150,10 +150,39 @@ def test_pairs_are_taken_of_all_sources():
         mixture.take(201, seed=1)
 
 
+def batch_by_batch(order, meanings, batch_size):
+    """The plain loop: each batch is filled from all that wait; the time grows with the square of the pairs."""
+    waiting, batches = list(order), []
+    while waiting:
+        batch, seen = [], set()
+        for pair in waiting:
+            if len(batch) < batch_size and seen.isdisjoint(meanings[pair]):
+                batch.append(pair)
+                seen |= meanings[pair]
+        if len(batch) < batch_size:
+            return batches
+        batches.append(batch)
+        waiting = [pair for pair in waiting if pair not in batch]
+    return batches
+
+
+def test_apart_fills_batches_as_the_plain_loop():
+    generator = np.random.default_rng(0)
+    for size in (2, 3, 8):
+        kinds = [{f"word {word}" for word in generator.integers(0, 12, generator.integers(0, 4))} for _ in range(120)]
+        order = generator.permutation(120)
+        found, expected = spread(order, kinds, size), batch_by_batch(order, kinds, size)
+        assert len(expected) > 3
+        assert found[: size * len(expected)].reshape(-1, size).tolist() == [
+            [int(n) for n in batch] for batch in expected
+        ]
+        assert sorted(found) == list(range(120))
+
+
 def test_pairs_that_mean_the_same_are_kept_apart():
     class Repeated(Numbers):
         def captions(self, index):
-            return (f"caption {index % 17}", f"alone {index}")
+            return (f"{'Caption' if index % 2 else 'caption'} {index % 17}", f"alone {index}")
 
         def group(self, index):
             return 1 + index // 99  # pair 99 has a group of its own

@@ -21,6 +21,7 @@ from declip.evaluation.results import (
     results_table,
     short_names,
 )
+from declip.interchange.export import export
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 
@@ -125,6 +126,16 @@ def test_a_real_model_can_be_probed_and_its_truncated_captions_are_counted(paint
     assert result.top1 > 0.5  # even random weights tell colors apart
     source = painted(["red", "blue"], captions=[("red " * 50, "red"), ("a blue thing",)])
     assert evaluate(real, source, "retrieval").truncated_captions == 1
+
+
+def test_a_model_may_be_a_path_and_batches_have_a_size(painted, tmp_path, model) -> None:
+    real = DualEncoder.from_recipe(Recipe.model_validate(TINY))
+    export(real, "safetensors", tmp_path / "model")
+    source = painted(["red", "blue"], captions=[("red",), ("blue",)])
+    found, expected = (evaluate(given, source, "retrieval") for given in (tmp_path / "model", real))
+    assert found.to_dict() == expected.to_dict()
+    with pytest.raises(UserError, match="batch_size"):
+        evaluate(model, source, "retrieval", batch_size=0)
 
 
 def test_unreadable_images_are_counted_over_all_splits(probed, painted) -> None:

@@ -69,6 +69,8 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
     assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch_size) == ("mine", 7, 11, 9)
     assert (recipe.train.lr, recipe.image.size) == (0.5, 48)
     assert recipe.loss_weights == {"contrastive": 2}, "weights are replaced, not merged"
+    short = load_recipe("demo-declip", {"train.batch_size": 9, "train": {"steps": 3}})
+    assert short == load_recipe("demo-declip", {"train.batch_size": 9, "train.steps": 3}), "sections are merged"
     recipe = load_recipe("clip", {"data.columns.caption": "title"})
     assert recipe.data.columns == {"image": "image", "caption": "title", "keywords": "keywords"}
     recipe = load_recipe("declip", {"loss_weights.simsiam": "0"})

@@ -52,6 +52,8 @@ def test_tables_and_folders(model: DualEncoder, folder: Path, tmp_path: Path, we
     assert [row["class"] for row in rows] == [one.best for one in kept]
     assert float(rows[3]["blue bar"]) == pytest.approx(kept[3].probabilities["blue bar"], rel=1e-5)
     assert rows[0]["image"] == "'=1.png", "a spreadsheet computes nothing"
+    refused = command(*words, tmp_path / "x.tsv")
+    assert (refused.status, ".csv or .json" in refused.err, (tmp_path / "x.tsv").exists()) == (2, True, False)
     assert command(*words, tmp_path / "x.json").status == 0
     objects = json.loads((tmp_path / "x.json").read_text())
     assert [(row["image"], row["probabilities"]) for row in objects] == [(one.image, one.probabilities) for one in kept]

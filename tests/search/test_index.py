@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import declip
+from conftest import draw
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
@@ -142,6 +143,11 @@ def test_a_source_that_is_an_object_has_to_be_given_again(model: DualEncoder, ta
     assert made.image(0).size == (40, 40)
     with pytest.raises(UserError, match="open the index with source="):
         Index.open(tmp_path / "index").image(0)
+    photos = [(draw("red", "bar"), "a red bar"), (draw("blue", "circle"), "a blue circle")]
+    declip.embed(model, photos, out=tmp_path / "photos")
+    assert Index.open(tmp_path / "photos", source=photos).image(1).tobytes() == photos[1][0].tobytes()
+    with pytest.raises(UserError, match="not finite"):
+        made.nearest(np.full((1, made.manifest.dimension), np.nan), 3)
 
 
 def test_the_sheet_shows_what_was_found(made: Index, folder: Path) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from conftest import TINY, WEIGHTS
@@ -28,6 +29,24 @@ def test_groups_hold_every_parameter_once_and_decay_spares_biases_norms_scales_a
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(p) for module in (model, objective) for p in module.parameters())
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "spared"),
+    [
+        ("fastvit_t8", {"layer_scale.gamma", "conv_scale.conv.weight"}),
+        ("deit_tiny_distilled_patch16_224", {"cls_token", "dist_token", "pos_embed"}),
+        ("swinv2_cr_tiny_ns_224", set()),
+        ("swin_tiny_patch4_window7_224", {"relative_position_bias_table"}),
+    ],
+)
+def test_scales_positions_and_tokens_of_other_towers_do_not_decay(name: str, spared: set[str]) -> None:
+    with torch.device("meta"):
+        tower = timm.create_model(name)
+    found = {key for key, p in tower.named_parameters() if p.ndim > 1 and not decays(key, p)}
+    assert {key for key in found if key.endswith(tuple(spared))} == found
+    assert {word for word in spared if any(key.endswith(word) for key in found)} == spared
+    assert not decays("model.text_tower.trunk.embeddings.position_embedding.weight", torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("warmup_lr", [0.0, 1e-6])
@@ -64,6 +83,11 @@ def test_other_schedules(schedule: Any, expected: dict[int, float]) -> None:
     train = Train(steps=100, warmup_steps=4, lr_schedule=schedule, lr=1e-3, warmup_lr=0)
     assert learning_rate(0, train) == 0
     assert {step: learning_rate(step, train) for step in expected} == pytest.approx(expected)
+    late = train.model_copy(update={"warmup_steps": 90})
+    rates = [learning_rate(step, late) for step in range(100)]
+    assert rates[89] == max(rates) == 1e-3, "a long warm-up reaches its peak"
+    assert (schedule == "constant") == (rates[90] == 1e-3)
+    assert learning_rate(99, train.model_copy(update={"warmup_steps": 200})) == 1e-3
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 2, 10, 50, 100])

@@ -32,6 +32,18 @@ def test_parquet_bytes_and_lists_of_captions(folder):
     assert reason_of(source, 3) == "empty caption"
 
 
+@pytest.mark.parametrize("kind", ["dictionary", "fixed"])
+def test_parquet_bytes_of_other_types(folder, kind):
+    files = [content(folder, name) for name in "aba"]
+    if kind == "fixed":
+        size = max(map(len, files))
+        images = pa.array([file.ljust(size, b"\0") for file in files], pa.binary(size))
+    else:
+        images = pa.array(files, pa.binary()).dictionary_encode()
+    source = parquet(folder, images, ["x", "y", "x"])
+    assert [source[1].key, source[1].image.getpixel((0, 0)), source[1].captions] == ["row 1", (1, 1, 1), ("y",)]
+
+
 def test_parquet_structs_of_bytes_and_path(folder):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     rows = [{"bytes": content(folder, "b"), "path": "lost.png"}, {"bytes": None, "path": "c.png"}, None]

@@ -1,6 +1,7 @@
 """Python objects as sources: lists, datasets in torch's way, torchvision's classes; training and evaluation on them."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -71,13 +72,21 @@ def test_items_that_cannot_be_used_are_broken_pairs(table, folder):
 
 
 def test_items_of_one_group_share_a_number():
-    items = [{"image": "a.png", "caption": "a", "product": cell} for cell in ("7", "8", "7", "")]
+    items = [{"image": "a.png", "caption": "a", "product": cell} for cell in ("7", "8", " 7", "")]
     source = open_source(items, group_column="product")
     first, second, third, none = (source.group(index) for index in range(4))
     assert (first == third != second, none) == (True, 0)
     assert open_source(items).group(0) == 0
+    for empty in (math.nan, None, "  "):  # pandas has NaN for an empty cell
+        assert open_source([{**items[0], "product": empty}], group_column="product").group(0) == 0
     for given, column in ((items, "produkt"), ([("a.png", "a")], "product")):
         assert "data.columns.group" in message(given, group_column=column)
+
+
+def test_a_data_frame_is_its_rows(table):
+    frame = pytest.importorskip("pandas").read_json(table, lines=True)
+    source = open_source(frame, image_root=table.parent)
+    assert (source.name, len(source), source[3].captions) == ("DataFrame", 24, open_source(table)[3].captions)
 
 
 def test_what_is_no_source_is_refused(table):

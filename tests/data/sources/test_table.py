@@ -93,12 +93,17 @@ def test_jsonl_rows_are_found_across_blank_lines(folder):
     assert [source.captions(i)[0] for i in range(20)] == [f"n {i}" + "é" * i for i in range(20)]
 
 
-def test_the_authors_list_reads_as_it_is(folder):
+def test_the_authors_list_reads_as_it_is(folder, monkeypatch):
     lines = [{"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"]
     (folder / "lists").mkdir()
     (folder / "lists/yfcc15m.json").write_text("\n".join(json.dumps(line) for line in lines))
     source = open_source(folder / "lists/yfcc15m.json", image_root=folder)
     assert (len(source), source[2].key, source[2].captions) == (3, "c.png", ("a c",))
+    monkeypatch.chdir(folder.parent)
+    (folder / "absolute.csv").write_text(f"image,caption\n{folder}/a.png,a\n{folder.parent}/a.png,b\n")
+    whole = open_source(folder / "absolute.csv", image_root=folder.name)
+    assert whole[0].captions == ("a",)
+    assert reason_of(whole, 1) == "path outside image root"
     (folder / "array.json").write_text(json.dumps(lines))
     assert re.search(r"is not JSONL.*jq -c '\.\[\]' array\.json > rows\.jsonl", message(folder / "array.json"))
 

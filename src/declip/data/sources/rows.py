@@ -194,10 +194,11 @@ class ArrowRows(TableRows):
 
     def image_keys(self, hashed: bool) -> pa.LargeBinaryArray | None:
         column = self.table.column(0)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
         if is_bytes(column.type):
             return pa.array(map(_key_of, column), pa.large_binary()) if hashed else None
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        return whole(column.cast(kind).cast(pa.large_binary()).fill_null(b""))
+        return whole(column.cast(pa.large_binary()).fill_null(b""))
 
 
 class ParquetRows(ArrowRows):
