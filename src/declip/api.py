@@ -196,6 +196,9 @@ def _refuse_others(
         place = Path(name).expanduser()
         return read_pair_list(place).source if place.suffix == LIST_KIND and place.is_file() else absolute(name)
 
+    listed = Path(recipe.data.label)
+    if listed.suffix == LIST_KIND and not listed.is_file():
+        raise UserError(f"There is no '{listed}', the list of this run's pairs. Give its folder the name it had.")
     tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
     others = {
         f"PAIRS={pairs}": behind(pairs) != behind(recipe.data.label),
@@ -331,14 +334,14 @@ def check_learns(trainer: Trainer) -> None:
 @contextmanager
 def removed_on_error(folder: Path) -> Iterator[None]:
     """Remove the lists of a split, and a folder that was not there before, when a run cannot begin."""
-    existed = folder.exists()
+    existed, earlier = folder.exists(), [name for name in SPLIT if (folder / name).exists()]
     try:
         yield
     except BaseException:
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.is_dir() and not (folder / RECIPE).exists():
-            for name in SPLIT:
+            for name in set(SPLIT).difference(earlier):
                 (folder / name).unlink(missing_ok=True)
         raise
 

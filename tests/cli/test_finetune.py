@@ -198,6 +198,7 @@ def test_dry_run_keeps_nothing(pairs: Path, weights: Path, tmp_path: Path, monke
 
 
 def test_the_table_of_settings() -> None:
+    assert settings(3, "heads", on_cpu=True)["train.batch_size"] == 8
     few, more = (settings(count, "heads", on_cpu=True) for count in (200, 5_000))
     assert (few["finetune.cached_views"] > 0, few["finetune.freeze_image_blocks"]) == (True, "all")
     assert few["train.batch_size"] < more["train.batch_size"]

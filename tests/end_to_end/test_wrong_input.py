@@ -57,8 +57,9 @@ def here(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     (tmp_path / "latin.yaml").write_bytes("name: café\n".encode("latin-1"))
-    for name in ("nothing", "uncaptioned"):
+    for name in ("nothing", "uncaptioned", "others"):
         (tmp_path / name).mkdir()
+    (tmp_path / "others" / "report.html").write_text("mine")
     for number in range(8):
         draw("red", "circle").save(tmp_path / "uncaptioned" / f"{number}.png")
     return tmp_path
@@ -83,6 +84,9 @@ MISTAKES = {
     "unknown device": ("train mine.yaml train.device=gpu", "'gpu'", "cpu"),
     "no steps": ("train mine.yaml train.steps=0", "train.steps=0", "1"),
     "batch too large": ("train mine.yaml train.batch_size=1000", "24 pairs", "1000"),
+    "pairs as recipe": ("train TABLE", "shapes.jsonl' is no recipe", "declip train clip --data", "declip finetune"),
+    "keys before the recipe": ("train train.steps=5 mine.yaml", "'mine.yaml'", "behind the others"),
+    "another's files in out": ("train mine.yaml --out others", "'others'", "report.html", "--out"),
     "missing recipe file": ("train nowhere.yaml", "'nowhere.yaml'", "clip"),
     "folder as recipe": ("train nothing", "'nothing'", "clip"),
     "recipe that is no text": ("train latin.yaml", "'latin.yaml'", "UTF-8"),
@@ -111,6 +115,8 @@ MISTAKES = {
     "shards into another's folder": ("data shard TABLE --out uncaptioned", "'uncaptioned'", "--out"),
     "shards at no size": ("data shard TABLE --out made --size 0", "size", "16"),
     "not downloaded": ("train mine.yaml --data builtin:emoji", "declip data download builtin:emoji"),
+    "excludes without a test set": ("data inspect TABLE --exclude drop.csv", "--check-leakage"),
+    "unknown budget": ("compare mine.yaml --pairs 8 --budget time", "'time'", "both"),
     "no model": ("evaluate nowhere --dataset TABLE", "'nowhere'"),
     "model is no run": ("evaluate nothing --dataset TABLE", "'nothing'"),
     "missing set": ("evaluate RUN --dataset no.csv", "'no.csv'", "--dataset"),

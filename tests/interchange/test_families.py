@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 
 import declip
@@ -237,6 +238,22 @@ def test_a_tokenizer_that_is_missing_is_one_error(families: Any, tmp_path: Path)
             file.unlink()
         with pytest.raises(UserError, match=r"tokenizer\.json"):
             read(str(folder))
+
+
+def test_siglips_preparation_is_read_where_transformers_5_writes_it(families: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(families["transformers-siglip"][0].origin, tmp_path / "siglip")
+    given = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1], "resample": 2}
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": given}))
+    prepare = declip.load(folder, device="cpu").preprocessor
+    assert (prepare.mean.tolist(), prepare.std.tolist()) == (
+        pytest.approx([0.1, 0.2, 0.3]),
+        pytest.approx([0.3, 0.2, 0.1]),
+    )
+    assert (prepare.filter, prepare.squash) == (Image.Resampling.BILINEAR, True)
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {**given, "do_normalize": False}}))
+    with pytest.raises(UserError, match="do_normalize is False"):
+        read(str(folder))
 
 
 def test_a_strangers_configuration_opens_no_file_and_no_address(families: Any) -> None:

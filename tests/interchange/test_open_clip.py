@@ -57,6 +57,16 @@ def test_the_sizes_among_openais_tensors_are_no_damage(tmp_path: Path) -> None:
         declip.load(f"open_clip:tiny-vit/{tmp_path / 'more.safetensors'}")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("positional_embedding", (20, 32)), ("visual.positional_embedding", (65, 32))]
+)
+def test_positions_of_another_size_are_refused(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
+    state = random_model("tiny-vit").state_dict() | {name: torch.zeros(shape)}
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=rf"{name}' has shape \({shape[0]}, 32\) instead of"):
+        declip.load(f"open_clip:tiny-vit/{tmp_path / 'other.pt'}")
+
+
 def test_checkpoints_of_its_training_from_here_and_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = random_model("tiny-vit")
     saved(theirs, tmp_path / "epoch_1.pt")

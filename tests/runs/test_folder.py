@@ -50,6 +50,7 @@ def test_evaluations_in_order_and_the_last_of_each(tmp_path: Path) -> None:
     other = {"step": 20, "dataset": "a", "task": "of another version", "top1": 0.9}
     _write(tmp_path / "evaluations.jsonl", [row(20, "a", 0.3), row(10, "a", 0.2), row(20, "b", 0.1), other])
     run = read_run(tmp_path)
+    assert run.step == 20, "also where the last step has no metrics"
     assert [each.step for each in run.evaluated] == [10, 20, 20]
     assert [[row.step for row in rows] for rows in run.series()] == [[10, 20], [20]]
     assert [(each.result.dataset, each.result.top1) for each in run.last()] == [("a", 0.3), ("b", 0.1)]

@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused(table: Path, tmp_path: Path, second: Any, 
 def test_a_step_is_timed_before_and_after_the_start(table: Path, tmp_path: Path, monkeypatch: Any) -> None:
     clock = [0.0]
 
-    def step(_: Any, batch: PairBatch) -> dict[str, torch.Tensor]:
+    def step(_: Any, batch: PairBatch, sync: Any) -> dict[str, torch.Tensor]:
         clock[0] += sum((view.pixels.shape[-1] / 32) ** 2 for view in batch.views.values())
         return {"loss": torch.zeros(())}
 

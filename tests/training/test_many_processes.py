@@ -43,6 +43,26 @@ def of(keys: dict[str, Any], **train_keys: Any) -> Recipe:
     return Recipe.model_validate({**keys, "train": {**TINY["train"], "log_every": 1, **train_keys}})
 
 
+def _meet_twice(rank: int, folder: str) -> None:
+    os.environ["RANK"] = str(rank)
+    for number in range(2):
+        distributed.join(torch.device("cpu"), timeout=30)
+        total = torch.tensor([float(rank + number)])
+        torch.distributed.all_reduce(total)
+        distributed.leave()
+        Path(folder, f"{rank}-{number}").write_text(f"{total.item():g}")
+
+
+def test_the_processes_of_a_run_can_begin_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's own
+    for name, value in {"ADDR": "127.0.0.1", "PORT": server.port}.items():
+        monkeypatch.setenv(f"MASTER_{name}", str(value))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    torch.multiprocessing.start_processes(_meet_twice, (str(tmp_path),), nprocs=2, start_method="fork")
+    assert [(tmp_path / f"{rank}-{number}").read_text() for number in range(2) for rank in range(2)] == list("1133")
+
+
 def stopped(recipe: Recipe, folder: Path, at: int, by: int) -> tuple[int, bool]:
     """A run in which one rank is asked to stop before it comes to a step."""
     trainer = Trainer(recipe, folder, quiet=True)

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import PatchDropout, Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
+from declip.training.pretrained import _resized
 from declip.training.trainer import Trainer
 from interchange.towers import build
 from text_encoders import bert
@@ -111,6 +113,14 @@ def test_positions_are_resized_as_timm_does(table: Path, tmp_path: Path, start: 
     expected = resample_abs_pos_embed(given.pop(name)[None], [3, 3], [2, 2], num_prefix_tokens=1)[0]
     torch.testing.assert_close(own[name], expected)
     assert not moved(given, own)
+
+
+def test_positions_without_rows_for_tokens_are_resized_as_timm_does() -> None:
+    small, large = (timm.create_model("test_vit", no_embed_class=True, reg_tokens=4, img_size=s) for s in (64, 96))
+    model: Any = SimpleNamespace(image_tower=SimpleNamespace(trunk=large))
+    found = _resized(f"{IMAGE}trunk.pos_embed", small.pos_embed, large.pos_embed, model)
+    assert found.shape == large.pos_embed.shape
+    torch.testing.assert_close(found, resample_abs_pos_embed(small.pos_embed, [6, 6], [4, 4], num_prefix_tokens=0))
 
 
 @pytest.mark.parametrize("length", [33, 8])

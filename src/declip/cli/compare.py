@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from declip.cli.options import Quiet, check_source, console, file, say
+from declip.errors import unknown
 
 
 def compare(
@@ -49,6 +50,8 @@ def compare(
     from declip.comparison.study import BUDGETS, read_counts
     from declip.reports.comparison import summary
 
+    if budget not in (*BUDGETS, "both"):
+        raise unknown("budget", budget, (*BUDGETS, "both"))
     outcome = run_comparison(
         recipes,
         read_counts(pairs),

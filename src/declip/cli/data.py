@@ -17,6 +17,7 @@ from declip.cli.options import (
     file,
     say,
 )
+from declip.errors import UserError
 from declip.io.atomic import write_text
 
 group = typer.Typer(help="Download, shard and inspect pairs.", no_args_is_help=True)
@@ -98,6 +99,8 @@ def inspect(
     from declip.reports.page import check_writable
 
     check_writable((json_out, html_out, exclude))
+    if exclude and not check_leakage:
+        raise UserError("--exclude lists the copies that --check-leakage finds. Give a test set with --check-leakage.")
     inspection = inspect_source(
         source,
         None if everything or exclude else sample,

@@ -42,8 +42,9 @@ UNKNOWN_LICENSE = "unknown: set it"
 
 
 def say(line: str) -> None:
-    """Print a line as it is: no markup, no line breaks."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    """Print a line as it is: no markup, no line breaks; of several ranks the first alone does."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -125,6 +125,15 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
 
 def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:
     """Put a file's weights into a model, all of them and no others."""
+    if file.suffix not in {".npy", ".npz"}:  # open_clip would resize positions of another size, and say nothing
+        held = open_clip.factory.load_state_dict(str(file), weights_only=True)
+        for name, tensor in model.state_dict().items():
+            if (
+                name in held
+                and name.endswith(("positional_embedding", "pos_embed"))
+                and held[name].shape != tensor.shape
+            ):
+                raise ValueError(f"{name!r} has shape {tuple(held[name].shape)} instead of {tuple(tensor.shape)}")
     keys = open_clip.load_checkpoint(model, str(file), strict=False, weights_only=True)
     if not keys:  # of NumPy's files, which are read by name
         return

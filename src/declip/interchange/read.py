@@ -19,6 +19,7 @@ from declip.runs.checkpoint import (
     folder_of,
     list_checkpoints,
     load_checkpoint,
+    log,
     newest_good,
     part,
 )
@@ -104,8 +105,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         newest, problems = newest_good(path)
         if newest is None:
             raise UserError(f"No checkpoint in '{path}' is whole. {problems[0]}")
-        best = best_of(path, newest)
-        return newest if best in (None, folder_of(path, newest.step)) else load_checkpoint(best)
+        chosen, best = newest, best_of(path, newest)
+        if best not in (None, folder_of(path, newest.step)):
+            try:
+                chosen = load_checkpoint(best)
+            except UserError as error:  # damaged, or removed since one better was kept that is damaged now
+                problems.append(str(error))
+        for problem in problems:
+            log.warning("%s Step %d is read instead.", problem, chosen.step)
+        return chosen
     problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
     raise UserError(f"'{path}' {problem}. Give a run folder, one in its checkpoints, or a folder of another format.")
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import huggingface_hub
@@ -46,17 +47,18 @@ def read(where: str) -> Weights:
 
 
 def _filled(where: str, architecture: str, size: int, weights: Mapping[str, Tensor]) -> ImageTower:
-    """Build the tower with the weights; timm leaves random what they lack, so it is built without them too."""
-    with torch.random.fork_rng(devices=[]):
-        towers = []
-        for given in (weights, None):
-            torch.manual_seed(0)
-            towers.append(ImageTower(architecture, size, embed_dim=8, weights=given))
-    tower, blank = towers[0], towers[1].trunk.state_dict()
-    for name, tensor in tower.trunk.state_dict().items():
-        if tensor.ndim > 1 and blank[name].std() > 0 and torch.equal(tensor, blank[name]):
-            raise UserError(f"The weights of '{where}' are not those of {architecture}: they lack '{name}'.")
-    return tower
+    """Build the tower with the weights, all of them but the classifier's, and no others."""
+    classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None) or ()
+    heads = {name.split(".")[0] for name in ([classifier] if isinstance(classifier, str) else classifier)}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        own = ImageTower(architecture, size, embed_dim=8).trunk.state_dict()
+    kept = {name: t for name, t in weights.items() if name in own or name.split(".")[0] not in heads}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return ImageTower(architecture, size, embed_dim=8, weights=kept)
+    except UserError as error:
+        reason = shorten(str(error.__cause__).split("\n\t")[-1], 160)  # the last of torch's lines, one for each kind
+        raise UserError(f"The weights of '{where}' are not those of {architecture}: {reason}") from error
 
 
 def _read_file(where: str, path: Path) -> Mapping[str, Tensor]:

@@ -70,6 +70,10 @@ def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     if text.num_hidden_layers + vision.num_hidden_layers > len(tensors):
         raise UserError("config.json has more layers than the weights")  # no model of so many is built
     prepared = _read_if_there(folder / "preprocessor_config.json")
+    # transformers 5 keeps it in the processor's file.
+    prepared = prepared or _read_if_there(folder / "processor_config.json").get("image_processor") or {}
+    if left_out := [key for key in ("do_resize", "do_rescale", "do_normalize") if prepared.get(key) is False]:
+        raise UserError(f"image preprocessing: {left_out[0]} is False")
     resample = prepared.get("resample", 3 if kind == "siglip" else 2)
     stored = WrappedModel(
         "transformers",

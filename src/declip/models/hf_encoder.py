@@ -93,6 +93,8 @@ class TextEncoder:
             model, notes = masked_language.from_pretrained(self.folder, config=config, **options)
         # A masked-language head that is missing starts at random.
         missing = sorted(name for name in notes["missing_keys"] if name.startswith(f"{model.base_model_prefix}."))
+        if more := sorted(name for name in notes["unexpected_keys"] if ".layer." in name):
+            raise UserError(f"{CONFIG} has fewer layers than the weights in '{self.folder}', which hold '{more[0]}'.")
         if missing:
             raise UserError(
                 f"The weights in '{self.folder}' lack '{missing[0]}' and {len(missing) - 1} more. Give the encoder's "

@@ -98,6 +98,7 @@ class ImageTower(nn.Module):
         self.norm: nn.Module = nn.Identity()
         # The norm is per token, so where one token is pooled it may as well come after the pool.
         pools_a_token = getattr(self.trunk, "global_pool", None) == "token" and hasattr(self.trunk, "blocks")
+        pools_a_token &= not hasattr(self.trunk, "head_dist")  # distilled DeiT's takes the mean of two
         if pools_a_token and isinstance(getattr(self.trunk, "norm", None), nn.LayerNorm):
             self.norm, self.trunk.norm = self.trunk.norm, nn.Identity()
         self.pre_logits_width = int(self.trunk.head_hidden_size)
@@ -186,7 +187,9 @@ def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str,
             f"The image tower '{name}' was made for images of {known.input_size[-1]} pixels; at image.size={size} it "
             f"sees few patches. Give a larger image.size, or a tower for small images: {', '.join(SMALL_TOWERS)}."
         )
-    published: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"state_dict": dict(weights)}}
+    published: dict[str, Any] = {}
+    if weights is not None:  # without a classifier to leave out timm loads them strictly
+        published = {"pretrained_cfg_overlay": {"state_dict": dict(weights), "classifier": None}}
     try:
         with torch.no_grad():
             return timm.create_model(base, pretrained=bool(published), num_classes=0, **published, **options)

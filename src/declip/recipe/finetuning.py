@@ -29,7 +29,7 @@ def settings(
     heads = freeze == "both" and start == "heads"
     closed = heads and given.get("finetune.head_init", "cca") == "cca"
     mixes = given.get("contrastive.duplicates") not in ("mask", "positives")  # mixed captions are never equal
-    batch_size = min(128 if on_cpu else 256, max(8, 1 << (pairs // 8).bit_length() - 1))
+    batch_size = min(128 if on_cpu else 256, max(8, 1 << max(1, pairs // 8).bit_length() - 1))
     keys: dict[str, Any] = {
         **blocks,
         "finetune.cached_views": 4 if heads else 0,

@@ -75,7 +75,9 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         key, sign, value = word.partition("=")
         if not sign or not key:
-            raise UserError(f"Cannot read the override '{word}'. Write key=value, for example train.steps=500.")
+            raise UserError(
+                f"Cannot read the override '{word}'. Write key=value, for example train.steps=500, behind the others."
+            )
         pairs[key.strip()] = value
     return pairs
 
@@ -129,6 +131,11 @@ def _find(name: str | Path, folder: Path) -> Path:
     for candidate in (path, folder / path) if own else (LIBRARY / f"{name}.yaml",):
         if candidate.is_file():
             return candidate
+    if path.exists():
+        raise UserError(
+            f"'{name}' is no recipe. To train on it: declip train clip --data {name}. From pretrained weights: declip "
+            f"finetune {name}."
+        )
     raise unknown("recipe file" if own else "recipe", str(name), recipe_names())
 
 

@@ -31,6 +31,7 @@ RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluat
 TRACKING = "tracking.json"  # ids of the run in the trackers that train.report_to names
 KEPT = "start.safetensors"
 """The pretrained weights that a run began with: it resumes from them and is compared with them."""
+OUTPUTS = (METRICS, EVALUATIONS, SKIPPED, "log.txt", "report.html", "checkpoints", "exported")
 CHANGEABLE = (
     *("name", "data.workers", "data.max_broken_fraction", "train.device", "train.max_nonfinite_steps"),
     *("train.keep_checkpoints", "train.checkpoint_every", "train.report_to"),
@@ -129,7 +130,8 @@ class Run:
         """Number of steps done, as far as they were logged."""
         if self.steps_done is not None:
             return self.steps_done
-        return int(self.metrics[-1]["step"]) if self.metrics else 0
+        # A last step that was left out has no row of metrics.
+        return max((int(row["step"]) for row in (*self.metrics[-1:], *self.evaluations[-1:])), default=0)
 
     @property
     def best_step(self) -> int:
@@ -169,9 +171,12 @@ def read_run(folder: str | Path) -> Run:
 def lock_folder(folder: Path) -> FileIO:
     """Make the run folder and lock it for this process, until the returned file is closed.
 
-    The operating system releases the lock however the process ends, and worker processes do not inherit it. Windows
+    A folder that holds no run but files of the names that one writes is refused: they are somebody's. The operating system releases the lock however the process ends, and worker processes do not inherit it. Windows
     and file systems without such locks give none.
     """
+    taken = [name for name in OUTPUTS if (folder / name).exists()]
+    if taken and not (folder / RECIPE).exists():
+        raise UserError(f"'{folder}' holds no run, but a '{taken[0]}' that one would change. Choose another --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("ab+", buffering=0)

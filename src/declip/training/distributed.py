@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +22,9 @@ T = TypeVar("T")
 
 RANK_TIMEOUT = 600.0
 """Seconds that a process waits for the others at a step before it gives up."""
+
+JOINS = count()
+"""Numbers the process groups of this process: one that ended leaves its addresses in the store."""
 
 PATIENT = timedelta(hours=12)
 """How long the other ranks wait while rank 0 evaluates, writes or reads."""
@@ -69,7 +73,7 @@ def join(device: torch.device, timeout: float = RANK_TIMEOUT) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"declip/attempt/{attempt}", store),
+        store=dist.PrefixStore(f"declip/attempt/{attempt}/{next(JOINS)}", store),
         rank=own,
         world_size=ranks,
         timeout=timedelta(seconds=timeout),

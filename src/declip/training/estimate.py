@@ -78,7 +78,9 @@ def step_seconds(trainer: Trainer, warm: int, count: int) -> list[float]:
         seconds = []
         for _ in range(warm + count):
             started = time.perf_counter()
-            training_step(trainer.parts, next(loader))["loss"].item()  # waits for the device
+            batch = next(loader)
+            sync = trainer.hosts.sync_step(0, len(batch), stop=False)
+            training_step(trainer.parts, batch, sync)["loss"].item()  # waits for the device
             seconds.append(time.perf_counter() - started)
         loader.close()
         return seconds[warm:]

@@ -134,7 +134,8 @@ def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tens
     if not name.startswith(IMAGE) or not name.endswith(names) or tensor.ndim not in (2, 3):
         return tensor
     trunk = getattr(model.image_tower.trunk, "trunk", model.image_tower.trunk)
-    before = 1 if tensor.ndim == 2 else int(getattr(trunk, "num_prefix_tokens", 0))
+    grid_only = getattr(trunk, "no_embed_class", False)  # as of DeiT III and of DINOv2 with registers
+    before = 1 if tensor.ndim == 2 else 0 if grid_only else int(getattr(trunk, "num_prefix_tokens", 0))
     old, new = (round((embedding.shape[-2] - before) ** 0.5) for embedding in (tensor, own))
     rows = tensor.float().reshape(1, *tensor.shape[-2:])
     resized = resample_abs_pos_embed(rows, [new, new], [old, old], num_prefix_tokens=before)

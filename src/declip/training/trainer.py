@@ -353,7 +353,13 @@ class Trainer:
         if self.best is None or self.best.step == self.step:
             return
         self.hosts.on_rank_zero(self.writer.wait)
-        self._load_weights(checkpoints.load_checkpoint(checkpoints.folder_of(self.folder, self.best.step)))
+        try:
+            best = checkpoints.load_checkpoint(checkpoints.folder_of(self.folder, self.best.step))
+        except UserError as error:
+            raise UserError(
+                f"{error} It had the best weights. Use another checkpoint, or start anew with --out."
+            ) from error
+        self._load_weights(best)
         log.info("Best: step %d, validation loss %.4f; its weights are kept.", self.best.step, self.best.loss)
 
     def _evaluated_at_end(self) -> bool:
