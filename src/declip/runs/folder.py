@@ -171,13 +171,14 @@ def read_run(folder: str | Path) -> Run:
 def lock_folder(folder: Path) -> FileIO:
     """Make the run folder and lock it for this process, until the returned file is closed.
 
-    A folder that holds no run but files of the names that one writes is refused: they are somebody's. The operating system releases the lock however the process ends, and worker processes do not inherit it. Windows
-    and file systems without such locks give none.
+    A folder that holds no run but files of the names that one writes is refused: they are somebody's. The operating
+    system releases the lock however the process ends, and worker processes do not inherit it. Windows and file systems
+    without such locks give none.
     """
-    taken = [name for name in OUTPUTS if (folder / name).exists()]
-    if taken and not (folder / RECIPE).exists():
-        raise UserError(f"'{folder}' holds no run, but a '{taken[0]}' that one would change. Choose another --out.")
     try:
+        taken = [name for name in OUTPUTS if (folder / name).exists()]
+        if taken and not (folder / RECIPE).exists():
+            raise UserError(f"'{folder}' holds no run, but a '{taken[0]}' that one would change. Choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("ab+", buffering=0)
     except OSError as error:
