@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -26,6 +27,12 @@ def test_a_source_is_embedded_once_and_an_index_is_opened(
     monkeypatch.setattr("declip.search.embed.write_part", None)  # nothing is left to write
     assert open_state(str(weights_file), str(table)).index.folder == folder
     assert len(open_state(str(weights_file), str(folder)).index) == 24
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(table, tmp_path / "other" / table.name)
+    monkeypatch.setattr("declip.app.server.embed", lambda *_, out, **__: pytest.fail(str(out)))
+    with pytest.raises(pytest.fail.Exception) as caught:
+        open_state(str(weights_file), str(other))
+    assert str(folder) not in str(caught.value), "each source has its own, also of one name"
     assert default_folder("1" * 64, str(table)) != default_folder("2" * 64, str(table)), "each model has its own"
 
 

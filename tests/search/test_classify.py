@@ -111,6 +111,16 @@ def test_class_names_that_are_no_folders_names(model: DualEncoder, folder: Path,
     made = [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()]
     assert sorted(made) == sorted(["a_b 0", "a_b 1", "_", "A_b 3", "x" * 60])
     assert len(list((tmp_path / "out").rglob("*.png"))) == 24
+    declip.classify(model, folder, ["predictions.csv", "a/b", "a:b", "a_b 1"], out=tmp_path / "more")
+    assert sum(path.is_dir() for path in (tmp_path / "more").iterdir()) == 4
+    declip.classify(model, folder, ["=1+1", "b"], out=tmp_path / "x.csv")
+    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
+    assert all(float(row[row["class"]]) == float(row["probability"]) for row in rows)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        declip.classify(
+            model, folder, ["a", "b"], out=tmp_path / "file", on_prediction=lambda *_: pytest.fail("too late")
+        )
 
 
 def test_wrong_classes_and_images_are_named(

@@ -1,4 +1,5 @@
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 
 import declip
-from conftest import draw
+from conftest import draw, encoded
+from data.tars import write_tar
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.search import embed as embedding
@@ -161,6 +163,26 @@ def test_captions_get_the_mean_of_their_vectors(model: DualEncoder, table: Path,
     mean = torch.nn.functional.normalize(texts.mean(0), dim=-1)
     found = index.nearest(mean[None], 1, over="captions")
     assert (found[0].item(), found[1].item()) == (5, pytest.approx(1, abs=1e-5))
+
+
+def test_shards_that_come_later_and_share_names(model: DualEncoder, tmp_path: Path) -> None:
+    def shard(folder: str, *colors: str) -> None:
+        members = [(f"{n}.{kind}", data) for n, c in enumerate(colors) for kind, data in
+                   (("png", encoded(draw(c, "bar"))), ("txt", c.encode()))]  # fmt: skip
+        write_tar(tmp_path / folder / "0.tar", members)
+
+    pattern, out = str(tmp_path / "*" / "*.tar"), tmp_path / "index"
+    shard("b", "red", "green")
+    declip.embed(model, pattern, out=out, captions=True)
+    shard("a", "blue", "black")  # moves the others
+    index = declip.embed(model, pattern, out=out, captions=True)
+    assert sorted(index.row(id).caption for id in index.ids) == ["black", "blue", "green", "red"]
+    for id in index.ids:
+        assert index.image(id).tobytes() == draw(index.row(id).caption, "bar").tobytes()
+    shutil.copy(tmp_path / "b" / "0.tar", tmp_path / "a" / "1.tar")
+    declip.embed(model, tmp_path / "b", out=tmp_path / "one")
+    shutil.copy(tmp_path / "a" / "0.tar", tmp_path / "b" / "1.tar")
+    assert declip.embed(model, tmp_path / "b", out=tmp_path / "one").ids.tolist() == [0, 1, 2, 3]
 
 
 def test_cells_of_a_table_that_have_moved_are_embedded_again(model: DualEncoder, folder: Path, tmp_path: Path) -> None:

@@ -29,6 +29,15 @@ def test_nearest_equals_a_loop_in_float64(dtype: torch.dtype, monkeypatch: pytes
         np.testing.assert_allclose(scores[row], [-score for score, _ in best], rtol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 5, 20, 60])
+def test_of_equal_scores_the_first_ids_are_taken(k: int) -> None:
+    vectors = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    copies = [7, *range(100, 200), *range(250, 300)]
+    vectors[copies] = 2 * vectors.norm(dim=1).max() * torch.nn.functional.normalize(torch.ones(8), dim=0)
+    blocks = blocks_of(vectors, torch.arange(300), [150, 150], torch.zeros(300, dtype=torch.bool))
+    assert nearest(torch.ones(1, 8), blocks, k)[0].tolist() == [copies[:k]]
+
+
 def test_equal_scores_are_ordered_by_id_and_few_vectors_give_few_results() -> None:
     blocks = blocks_of(torch.ones(4, 8), torch.tensor([2, 5, 7, 9]), [2, 2], torch.tensor([False, True, False, False]))
     assert nearest(torch.ones(2, 8), blocks, 10)[0].tolist() == [[2, 7, 9]] * 2

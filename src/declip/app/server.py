@@ -1,5 +1,6 @@
 """The server of the app: its routes and pages, and the index that it opens or makes first."""
 
+import hashlib
 import logging
 import re
 import socket
@@ -24,6 +25,7 @@ from declip.app.middleware import Guard
 from declip.app.params import LARGEST_UPLOAD, ImageId
 from declip.app.state import AppState, state_of
 from declip.data.pair import printable
+from declip.data.sources.shard_names import absolute
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import prompt_names
 from declip.interchange.read import load
@@ -112,7 +114,8 @@ def open_state(
         index = Index.open(source, model=model, device=device)
     else:
         loaded = load(model, device)
-        out = folder or default_folder(fingerprint(loaded), source)
+        digest = hashlib.sha256(f"{fingerprint(loaded)} {absolute(source)}".encode("utf-8", "surrogateescape"))
+        out = folder or default_folder(digest.hexdigest(), source)
         index = embed(loaded, source, out=out, captions=True, loaded_from=model, progress=progress)
     if not len(index):
         raise UserError(f"The index '{index.folder}' holds no image. Embed some first: declip embed.")

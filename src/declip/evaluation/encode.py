@@ -65,8 +65,8 @@ class SourceFeatures:
 @contextmanager
 def measuring(model: Encoder) -> Iterator[torch.device]:
     """Evaluation mode without gradient; yields the weights' device. Afterwards every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    weight = next(iter(model.parameters()), None)
+    modes = [(module, module.training) for module in getattr(model, "modules", tuple)()]  # none of a plain object
+    weight = next(iter(getattr(model, "parameters", tuple)()), None)
     try:
         # Not model.eval(), which calls the `train` of frozen modules and cannot be undone module by module.
         for module, _ in modes:

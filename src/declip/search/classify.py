@@ -108,6 +108,8 @@ def classify(
         raise UserError(f"Predictions are written to {' or '.join(TABLES)}, or sorted into a folder, not to '{out}'.")
     if out is not None and out.is_dir() and (any(out.iterdir()) or out.suffix in TABLES):
         raise UserError(f"'{out}' is a folder that is not empty; {ELSEWHERE}: a new folder, or a .csv or .json file.")
+    if out is not None and out.is_file() and out.suffix.lower() not in TABLES:
+        raise UserError(f"'{out}' is a file; {ELSEWHERE}: a new folder, or a .csv or .json file.")
     encoder = load(model, device) if isinstance(model, str | Path) else model
     encoder.tokenize([""])  # an image tower alone fails before processes start
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
@@ -170,6 +172,11 @@ def _open(images: str | Path | PairSource | Items, image_column: str, image_root
     return open_images(images, image_column=image_column, caption_column=None, image_root=image_root)
 
 
+def _plain(cell: str) -> str:
+    """A cell of which a spreadsheet computes nothing."""
+    return f"'{cell}" if FORMULA.match(cell) else cell
+
+
 @contextmanager
 def _writing(out: Path, classes: Sequence[str], source: ImageSource, link: bool) -> Iterator[Take]:
     """Write predictions to a table or a folder, which appears when all are there."""
@@ -185,10 +192,8 @@ def _writing(out: Path, classes: Sequence[str], source: ImageSource, link: bool)
                 file.write(next(before) + json.dumps({**row, "probabilities": one.probabilities}))
 
             def take_row(one: Prediction, place: int, origin: Origin) -> None:
-                texts = (f"'{cell}" if FORMULA.match(cell) else cell for cell in (one.image, one.best))
-                table.writerow(
-                    [*texts, *(f"{number:.6g}" for number in (one.probability, *one.probabilities.values()))]
-                )
+                numbers = (f"{number:.6g}" for number in (one.probability, *one.probabilities.values()))
+                table.writerow([_plain(one.image), _plain(one.best), *numbers])
                 if folders is not None:
                     folders.add(one, place, origin)
 
@@ -196,7 +201,7 @@ def _writing(out: Path, classes: Sequence[str], source: ImageSource, link: bool)
                 yield take_json
                 file.write("\n]\n")
             else:
-                table.writerow(["image", "class", "probability", *classes])
+                table.writerow(["image", "class", "probability", *map(_plain, classes)])
                 yield take_row
 
 
@@ -206,10 +211,13 @@ class _Folders:
     def __init__(self, target: Path, classes: Sequence[str], source: ImageSource, link: bool) -> None:
         self.source, self.link, self.taken = source, link, Counter[Path]()
         names = list(map(_file_name, classes))
-        lower = [name.lower() for name in names]  # some file systems ignore case
-        # Classes whose folders would be one get numbers.
-        distinct = [f"{name} {n}" if lower.count(name.lower()) > 1 else name for n, name in enumerate(names)]
-        self.folders = {name: target / folder for name, folder in zip(classes, distinct, strict=True)}
+        count = Counter([TABLE, *(name.lower() for name in names)])  # some file systems ignore case
+        self.folders = dict[str, Path]()
+        for n, (name, own) in enumerate(zip(classes, names, strict=True)):
+            while count[own.lower()] > 1:  # classes whose folders would be one get numbers
+                own = f"{own} {n}"
+                count[own.lower()] += 1
+            self.folders[name] = target / own
         for folder in self.folders.values():
             folder.mkdir(parents=True)
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -95,6 +95,8 @@ def embed(
         if not (folder / MANIFEST).exists():
             wanted.save(folder)
         store = Store(folder, check=False)
+        if entry.spec:
+            store.manifest.source.name = entry.name  # that of a folder of shards is its only shard's
         fields: dict[str, Any] = {"source": True, "model": {"fingerprint"}, "dtype": True, "captions": True}
         before, now = (flat(manifest.model_dump(include=fields)) for manifest in (store.manifest, wanted))
         if changed := [f"{key} was {before[key]!r}, now {now[key]!r}" for key in now if before[key] != now[key]]:
@@ -128,15 +130,17 @@ def find_changes(source: ImageSource, store: Store, progress: bool = False) -> t
         killed; and the ids of rows to drop, because their image has left or is to be embedded again.
     """
     keys, stamps = store.table["key"].to_pylist(), store.table["stamp"].to_pylist()
-    rows: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for id, key, stamp in zip(store.ids.tolist(), keys, stamps, strict=True):
-        rows[key, stamp].append(id)
+    repeated = {key for key, count in Counter(map(source.key, range(len(source)))).items() if count > 1}
+    rows: dict[tuple[str, str, int | None], list[int]] = defaultdict(list)
+    for id, key, stamp, place in zip(store.ids.tolist(), keys, stamps, store.table["place"].to_pylist(), strict=True):
+        rows[key, stamp, place if key in repeated else None].append(id)  # a repeated key is found by its place alone
     known, reached = set(keys), store.manifest.reached or 0
     later, earlier = list[int](), list[int]()
     with pairs_bar(progress, "images") as bar:
         for place in bar.track(range(len(source)), description=f"Looking through {source.name}"):
             key = source.key(place)
-            if key in known and (ids := rows.get((key, _stamped(source, place).stamp))):
+            at = place if key in repeated else None
+            if key in known and (ids := rows.get((key, _stamped(source, place).stamp, at))):
                 ids.pop()
             else:
                 (later if place >= reached else earlier).append(place)

@@ -45,8 +45,12 @@ def nearest(queries: Tensor, blocks: Sequence[VectorBlock], k: int) -> tuple[Ten
             scores[:, start : start + rows] = queries @ piece.T
         if hidden is not None:
             scores.masked_fill_(hidden, -torch.inf)
-        top = scores.topk(min(k, scores.shape[1]))
-        best_ids, best = torch.cat([best_ids, ids[top.indices]], dim=1), torch.cat([best, top.values], dim=1)
+        values, places = scores.topk(min(k + 1, scores.shape[1]))
+        if 0 < k < values.shape[1]:  # of equal ones at its end `topk` takes any
+            for row in ((values[:, k - 1] == values[:, k]) & values[:, k].isfinite()).nonzero()[:, 0]:
+                places[row] = scores[row].argsort(descending=True, stable=True)[: k + 1]
+        best_ids = torch.cat([best_ids, ids[places[:, :k]]], dim=1)
+        best = torch.cat([best, values[:, :k]], dim=1)
         by_id = best_ids.argsort(dim=1, stable=True)  # so that equal scores are ordered by id
         order = by_id.gather(1, best.gather(1, by_id).argsort(dim=1, descending=True, stable=True))[:, :k]
         best_ids, best = best_ids.gather(1, order), best.gather(1, order)

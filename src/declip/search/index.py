@@ -185,6 +185,8 @@ class Index:
             Ids (n, k') int64 and cosines (n, k') float32, the best first.
         """
         queries = as_tensor(queries, dtype=float32)
+        if queries.ndim != 2 or queries.shape[1] != self.manifest.dimension or k < 0:
+            raise UserError(f"Give queries (n, {self.manifest.dimension}), not {tuple(queries.shape)}, and k from 0.")
         if not queries.isfinite().all():
             raise UserError("A query is not finite. Leave it out.")
         if over not in COLUMNS:
