@@ -396,7 +396,7 @@ def evaluate(
 
 
 def compare(
-    recipes: str | Sequence[str],
+    recipes: str | Path | Sequence[str | Path],
     pairs: int | Sequence[int],
     seeds: int | Sequence[int] = 3,
     *,
@@ -408,7 +408,9 @@ def compare(
     The other arguments (`datasets`, `tasks`, `ablation`, `sweep` …) are those of `declip.comparison.runner.compare`.
     """
     lists = {"datasets", "tasks", "budgets", "sweep_datasets"}
-    options |= {name: several(options[name]) for name in lists & options.keys()}
-    outcome = runner.compare(several(recipes), several(pairs), seeds, out=out, **options)
+    options |= {name: list(map(str, several(options[name]))) for name in lists & options.keys()}
+    numbers = seeds if isinstance(seeds, int) else list(map(int, seeds))
+    names, counts = map(str, several(recipes)), map(int, several(pairs))
+    outcome = runner.compare(list(names), list(counts), numbers, out=out, **options)
     write_page(outcome, Path(out).expanduser())
     return outcome

@@ -22,7 +22,7 @@ from declip.api import compare, train
 from declip.comparison import runner as comparing
 from declip.comparison import worker
 from declip.comparison.outcome import Outcome, read_outcome, scores
-from declip.comparison.study import Study, read_study
+from declip.comparison.study import Study, read_study, write_study
 from declip.comparison.variants import variants_of
 from declip.comparison.worker import COMPARISON, FAILURE, folder_of, run_trial, work
 from declip.errors import UserError
@@ -94,6 +94,9 @@ def test_it_continues_with_what_is_missing_only(
     assert (again.complete, again.measures, kept.stat().st_mtime_ns) == (True, first.measures, written)
     more = tiny(recipes, table, tmp_path / "out", pairs=(16,), seeds=2)
     assert (more.study.pairs, more.study.seeds, len(more.rows)) == ((8, 16), (0, 1), 4)
+    (tmp_path / "moved").mkdir()
+    moved = {"clip": str(shutil.move(recipes["clip"], tmp_path / "moved"))}
+    assert tiny(moved, table, tmp_path / "out", pairs=(16,), seeds=3).complete
 
 
 def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self(
@@ -139,6 +142,10 @@ def test_every_variant_is_swept_alike_and_sizes_added_later_leave_the_sweep_as_i
     assert {row["variant"]: row["overrides"] for row in outcome.rows.values()} == dict(outcome.study.chosen)
     rates = {variant: chosen["train.lr"] for variant, chosen in outcome.study.chosen.items()}
     assert outcome.study.seconds == pytest.approx(rates), "timed with the values that were chosen"
+    # A choice that a repeated try has changed is timed again.
+    other = replace(outcome.study, chosen={"clip": {"train.lr": 0.5}}, seconds={**rates, "clip": 0.5})
+    write_study(other, tmp_path / "out")
+    assert tiny(recipes, table, tmp_path / "out", pairs=(8,), **sweep).study.seconds == pytest.approx(rates)
     more = tiny(recipes, table, tmp_path / "out", pairs=(24,), **sweep)
     assert more.complete
     assert (more.study.sweep, len(more.sweep)) == (outcome.study.sweep, 4)
@@ -314,7 +321,9 @@ def _study(recipes: dict[str, str], table: Path) -> Study:
         ({"compute_budget_of": "declipp"}, "Did you mean 'declip'"),
         ({"budgets": ["sample"]}, "Did you mean 'samples'"),
         ({"datasets": ["nowhere.jsonl"]}, "nowhere.jsonl"),
-        ({"seeds": ()}, "at least one number of pairs and one seed"),
+        ({"seeds": ()}, "at least one number of pairs, one seed"),
+        ({"budgets": []}, "one task and one budget"),
+        ({"tasks": ["retrieval", "knn"]}, "no train split|no classes"),
         ({"sweep": {"train.lr": [0.1]}}, "Name them with --sweep-dataset"),
         ({"overrides": {"train.stepz": 3}}, "train.steps"),
         ({"overrides": {"seed": 5}}, "from --seeds. Leave seed out"),

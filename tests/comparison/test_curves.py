@@ -25,6 +25,7 @@ def test_a_curve_shifted_by_log_pairs_gives_its_shift() -> None:
     inverse = factor(b, a)
     assert (inverse.at[-1].needed, inverse.at[-1].outside) == (None, "above"), "nothing is extrapolated"
     assert inverse.mean == pytest.approx(0.5)
+    assert factor(EfficiencyCurve((), ()), b).mean is None, "nothing is done yet"
     nothing = factor(_curve([0.6, 0.7, 0.8, 0.9]), b)
     assert (nothing.mean, nothing.low) == (None, None)
     assert {one.outside for one in nothing.at} == {"below"}

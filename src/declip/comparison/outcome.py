@@ -1,7 +1,7 @@
 """The results of a comparison: the numbers of every trial, as curves, factors and differences."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,12 @@ def read_outcome(folder: str | Path) -> Outcome:
     study = read_study(folder)
     if study is None:
         raise UserError(f"'{folder}' holds no comparison. Make one with `declip compare RECIPE… --out {folder}`.")
-    if any(variant.name not in study.seconds for variant in study.variants):
+    timed = tuple(variant for variant in study.variants if variant.name in study.seconds)
+    if study.compute_budget_of not in study.seconds:
         raise UserError(
             f"The comparison in '{folder}' was stopped before its steps were timed. Give its command again."
         )
+    study = replace(study, variants=timed)  # another process may be timing one that joined
     trials, tries = study.trials(), study.sweep_trials()
     rows, sweep = (
         {trial.id: row for trial in part if (row := read_trial(folder, trial)) is not None} for part in (trials, tries)

@@ -26,6 +26,7 @@ from declip.comparison.worker import COMPARISON, SWEEP, UNMEASURED, failure, rea
 from declip.data.sources.mixture import Mixture
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset, with_classes
+from declip.evaluation.probes.data import check_probe
 from declip.evaluation.protocols import TASKS
 from declip.io.atomic import write_text
 from declip.io.progress import progress_bar, status
@@ -82,24 +83,25 @@ def compare(
     Returns:
         The outcome, which is also in results.json; `complete` is False after Ctrl-C.
     """
-    if not pairs or not seeds:
-        raise UserError("A comparison needs at least one number of pairs and one seed.")
+    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not (pairs and seeds and tasks and budgets):
+        raise UserError("A comparison needs at least one number of pairs, one seed, one task and one budget.")
     folder = Path(out).expanduser()
     variants = variants_of(recipes, dict(overrides or {}), ablation)
-    first, earlier, names = variants[0].resolve(), read_study(folder), [variant.name for variant in variants]
+    first, earlier = variants[0].resolve(), read_study(folder)
     # The recipe whose time is the budget, and the size of tries, stay when recipes and sizes join.
-    kept = earlier.compute_budget_of if earlier is not None and earlier.compute_budget_of in names else None
+    kept = None if earlier is None else earlier.compute_budget_of
     program = Path(sys.argv[0]).name
     study = Study(
         variants=tuple(variants),
         pairs=tuple(sorted(set(pairs))),
-        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+        seeds=seeds,
         steps=first.train.steps,
         batch_size=first.train.batch_size,
         datasets=tuple(datasets) or first.evaluation.final_zero_shot or first.evaluation.zero_shot,
         tasks=tuple(tasks),
         budgets=tuple(budget for budget in BUDGETS if budget in budgets),
-        compute_budget_of=compute_budget_of or kept or names[len(recipes) - 1],
+        compute_budget_of=compute_budget_of or kept or variants[len(recipes) - 1].name,
         commands=(("declip" if program == "__main__.py" else program, *sys.argv[1:]),),
     )
     if sweep:
@@ -112,9 +114,11 @@ def compare(
         if sweep_pairs is None and earlier is not None and earlier.sweep is not None:
             sweep_pairs = earlier.sweep.pairs
         middle = study.pairs[(len(study.pairs) - 1) // 2]
-        grid = {key: tuple(values) for key, values in sweep.items()}
+        lists = json.loads(json.dumps({key: list(values) for key, values in sweep.items()}))  # as they are read again
+        grid = {key: tuple(values) for key, values in lists.items()}
         study = replace(study, sweep=Sweep(grid, validation, sweep_pairs or middle, sweep_steps or study.steps))
-    _check(study, budgets)
+    joined = study if earlier is None else extended(study, earlier, folder)
+    _check(joined, (*budgets, *joined.budgets))
     study = open_folder(study, folder)
     jobs, threads = _processes(first, jobs)
     with FileLock(folder / ".plan.lock"):
@@ -123,7 +127,8 @@ def compare(
         with FileLock(folder / ".plan.lock"):
             study = _timed(_with_chosen(read_study(folder) or study, folder), folder, threads, quiet)
         _run(study, folder, COMPARISON, jobs, threads, quiet)
-    outcome = read_outcome(folder)
+    with FileLock(folder / ".plan.lock"):  # another process may be timing a recipe that joined
+        outcome = read_outcome(folder)
     write_text(folder / RESULTS, json.dumps(outcome.to_dict(), indent=1))
     return outcome
 
@@ -193,6 +198,8 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
         dataset = open_dataset(name)
         if "zero-shot" in study.tasks:
             with_classes(dataset.split("test"))
+        for task in {"linear", "knn"} & {*study.tasks}:
+            check_probe(dataset, task)
 
 
 def open_folder(study: Study, folder: Path) -> Study:
@@ -271,7 +278,7 @@ def _with_chosen(study: Study, folder: Path) -> Study:
             reason = next(filter(None, (failure(folder, trial) for trial in tries)), "none was run")
             raise UserError(f"No try of '{variant.name}' was completed, so no values can be chosen for it: {reason}")
         chosen[variant.name] = max(done, key=lambda pair: pair[0])[1].overrides
-    seconds = {name: value for name, value in study.seconds.items() if name in study.chosen or name not in chosen}
+    seconds = {name: value for name, value in study.seconds.items() if study.chosen.get(name) == chosen.get(name)}
     study = replace(study, chosen=chosen, seconds=seconds)
     write_study(study, folder)
     return study

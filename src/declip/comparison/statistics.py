@@ -71,6 +71,8 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
     The curve is made monotone (isotonic regression, least squares) and is linear in log(pairs) between what was
     measured; of a level part the geometric mean of its pairs counts. It is never extrapolated.
     """
+    if not pairs:
+        return None, ""
     logs = np.log(np.asarray(pairs, dtype=np.float64))
     rising = isotonic_regression(np.asarray(means, dtype=np.float64)).x
     if value < rising[0]:

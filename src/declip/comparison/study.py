@@ -155,8 +155,9 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
     ]
     variants = {variant.name: variant for variant in earlier.variants}
     for variant in study.variants:
-        if keys := variants.setdefault(variant.name, variant).changes(variant):
+        if keys := variants.get(variant.name, variant).changes(variant):
             changed.append(f"{variant.name}: {'; '.join(keys)}")
+        variants[variant.name] = variant  # its file may have moved
     if changed:
         raise UserError(
             f"'{folder}' holds another comparison: {'; '.join(changed[:4])}. Give the same options to continue it, "
