@@ -198,7 +198,9 @@ def _refuse_others(
 
     listed = Path(recipe.data.label)
     if listed.suffix == LIST_KIND and not listed.is_file():
-        raise UserError(f"There is no '{listed}', the list of this run's pairs. Give its folder the name it had.")
+        raise UserError(
+            f"There is no '{listed}', the list of this run's pairs. Give its folder the name it had, and start from the same working folder."
+        )
     tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
     others = {
         f"PAIRS={pairs}": behind(pairs) != behind(recipe.data.label),
@@ -366,8 +368,8 @@ def _write_report(trainer: Trainer) -> None:
 
 
 def several(given: Any) -> list[Any]:
-    """A list of what was given, also where that is one string, path or number."""
-    return [given] if isinstance(given, str | Path | int) else list(given)
+    """A list of what was given, also where that is one string, path or number, or None."""
+    return [given] if isinstance(given, str | Path | int) else [] if given is None else list(given)
 
 
 def evaluate(

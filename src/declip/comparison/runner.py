@@ -114,7 +114,7 @@ def compare(
         if sweep_pairs is None and earlier is not None and earlier.sweep is not None:
             sweep_pairs = earlier.sweep.pairs
         middle = study.pairs[(len(study.pairs) - 1) // 2]
-        lists = json.loads(json.dumps({key: list(values) for key, values in sweep.items()}))  # as they are read again
+        lists = json.loads(json.dumps({key: list(values) for key, values in sweep.items()}, default=float))
         grid = {key: tuple(values) for key, values in lists.items()}
         study = replace(study, sweep=Sweep(grid, validation, sweep_pairs or middle, sweep_steps or study.steps))
     joined = study if earlier is None else extended(study, earlier, folder)
