@@ -199,7 +199,8 @@ def _refuse_others(
     listed = Path(recipe.data.label)
     if listed.suffix == LIST_KIND and not listed.is_file():
         raise UserError(
-            f"There is no '{listed}', the list of this run's pairs. Give its folder the name it had, and start from the same working folder."
+            f"There is no '{listed}', the list of this run's pairs. Give its folder the name it had, and call from the "
+            "same working folder."
         )
     tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
     others = {
