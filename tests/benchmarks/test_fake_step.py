@@ -1,6 +1,7 @@
 """A step on a pretended GPU: its memory against a measured step, and that no step waits for the device."""
 
 import sys
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from declip.training.step import training_step
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from fake_step import _batch, fake_step, main
+from fake_step import FakeStep, _batch, fake_step, main
 
 from pairs import InMemory
 from parts import build
@@ -85,6 +86,8 @@ def test_pretrained_weights_are_refused() -> None:
 
 def test_the_command_words_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["fake_step", "demo-clip", "train.batch_size=2"])
+    found = FakeStep("demo-clip", 2, 3_000_000, 10**12, 10**8, 2 * 10**9, ())
+    monkeypatch.setattr("fake_step.fake_step", lambda recipe: replace(found, batch_size=recipe.train.batch_size))
     main()
-    assert "A step of 2 pairs" in (printed := capsys.readouterr().out)
-    assert " 0 waits" in printed
+    said = "A step of 2 pairs: 3.0 M parameters, 2.00 GB, of which 0.10 GB stay, 1.00 TFLOP, 0 waits of the host"
+    assert said in capsys.readouterr().out
