@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -370,7 +371,7 @@ def _write_report(trainer: Trainer) -> None:
 
 def several(given: Any) -> list[Any]:
     """A list of what was given, also where that is one string, path or number, or None."""
-    return [given] if isinstance(given, str | Path | int) else [] if given is None else list(given)
+    return [given] if isinstance(given, str | Path | Integral) else [] if given is None else list(given)
 
 
 def evaluate(

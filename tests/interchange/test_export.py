@@ -185,6 +185,11 @@ def test_a_bias_of_the_logits_is_kept_or_refused(tmp_path: Path) -> None:
         declip.export(model, "huggingface", tmp_path / "other")
 
 
+def test_a_model_in_lower_precision_is_written_in_float32(tmp_path: Path) -> None:
+    declip.export(build("vit").bfloat16(), "safetensors", tmp_path / "out")
+    assert {weight.dtype for weight in declip.load(tmp_path / "out").parameters()} == {torch.float32}
+
+
 def test_features_that_come_out_differently_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled(model: Any, folder: Path) -> None:
         other = copy.deepcopy(model)

@@ -103,6 +103,7 @@ def test_files_whose_names_are_not_utf_8_are_copied_and_linked(model: DualEncode
 def test_many_class_names_may_be_one_text() -> None:
     names = [f"class {number}" for number in range(99)]
     assert read_classes(",".join(names)) == names
+    assert read_classes([1, 2]) == ["1", "2"]  # type: ignore[list-item]
 
 
 def test_class_names_that_are_no_folders_names(model: DualEncoder, folder: Path, tmp_path: Path) -> None:

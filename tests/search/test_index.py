@@ -174,7 +174,10 @@ def test_both_exports_hold_the_vectors_in_their_order(tmp_path: Path, command: A
     assert (tmp_path / "x.csv").read_text() == "the pairs"
     rows = csv.DictReader((tmp_path / "x.npy.csv").open())
     assert [(int(row["id"]), row["key"]) for row in rows] == list(zip(index.ids.tolist(), index.keys(), strict=True))
+    assert torch.equal(index.vectors(int(index.ids[3])), vectors[3:4])
     assert ".parquet" in command("index", "export", folder, tmp_path / "x.txt").err
+    with pytest.raises(UserError, match="'words'"):
+        index.export(tmp_path / "y.npy", over="words")  # type: ignore[arg-type]
 
 
 def test_vectors_of_captions_and_of_16_bits_are_exported(tmp_path: Path, model: DualEncoder, folder: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -99,6 +100,8 @@ def export(
     out, form = Path(out).expanduser(), FORMATS[format]
     options: dict[str, Any] = {"open_clip": {"repo": repo, "home": out}, "onnx": {"precision": precision}}
     traced, provenance = trace(model)
+    if {weight.dtype for weight in traced.parameters()} != {torch.float32}:
+        traced = deepcopy(traced).float()
     with _new_folder(out, overwrite) as folder, measuring(traced):
         try:
             form.write(traced, folder, **options.get(format, {}))

@@ -154,7 +154,7 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
                 f"The classes '{given}' cannot be read: {error}. Give a text file with one class a line, or names "
                 "separated by commas."
             ) from error
-    names = list(dict.fromkeys(filter(None, (" ".join(name.split()) for name in names))))
+    names = list(dict.fromkeys(filter(None, (" ".join(str(name).split()) for name in names))))
     if len(names) < 2:
         raise UserError(f"Give two classes or more, not {len(names)}{f': {names[0]!r}' if names else ''}.")
     return names

@@ -22,7 +22,7 @@ from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
-from declip.errors import UserError, check_range, unknown
+from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder, measuring, model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
@@ -189,8 +189,6 @@ class Index:
             raise UserError(f"Give queries (n, {self.manifest.dimension}), not {tuple(queries.shape)}, and k from 0.")
         if not queries.isfinite().all():
             raise UserError("A query is not finite. Leave it out.")
-        if over not in COLUMNS:
-            raise unknown("place to search", over, COLUMNS)
         return nearest(queries, self._store.blocks(over), k)
 
     def row(self, id: int) -> IndexedImage:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from declip.data.pair import Origin
-from declip.errors import UserError
+from declip.errors import UserError, unknown
 from declip.io.atomic import atomic_write, sha256
 from declip.search.exact import VectorBlock
 from declip.search.manifest import ELSEWHERE, Manifest, Over, PartEntry, read_manifest
@@ -133,7 +133,7 @@ class Store:
 
     def positions(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n,) int64, the positions of rows; raises `UserError` where an id does not exist."""
-        wanted = np.asarray(ids, np.int64)
+        wanted = np.atleast_1d(np.asarray(ids, np.int64))
         positions = np.searchsorted(self.ids, wanted)
         known = positions < len(self.ids)
         known[known] = self.ids[positions[known]] == wanted[known]
@@ -174,6 +174,8 @@ class Store:
 
     def _vectors(self, over: Over) -> list[Tensor]:
         """Each part's vectors, (rows, d) of the manifest's dtype, in the mapped memory."""
+        if over not in COLUMNS:
+            raise unknown("place to search", over, COLUMNS)
         if COLUMNS[over] not in self.table.column_names:
             raise UserError(
                 f"The index '{self.folder}' has no vectors of captions. Embed with --captions, into another folder."
