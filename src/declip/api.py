@@ -331,7 +331,7 @@ def check_learns(trainer: Trainer) -> None:
     if trained <= {"model.logit_scale", "model.logit_bias"}:
         raise UserError(
             "--freeze both leaves nothing to train: these weights have projections of their own. Give --freeze image, "
-            "text or none, or finetune.lora={rank: 8}."
+            "text or none, the last also with finetune.lora={rank: 8}."
         )
 
 
@@ -352,10 +352,11 @@ def removed_on_error(folder: Path) -> Iterator[None]:
 
 def _write_finetuned(trainer: Trainer) -> None:
     _write_report(trainer)
+    merged = load(trainer.folder, "cpu")  # without adapters, and whole where it was sharded
     for format in ("safetensors", "open_clip", "huggingface"):
         try:
             if format != "safetensors":
-                FORMATS[format].express(trainer.evaluated_model)
+                FORMATS[format].express(merged)
             export(trainer.folder, format, trainer.folder / "exported" / format, overwrite=True)
         except Refusal:
             continue

@@ -18,11 +18,13 @@ from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.errors import UserError
 from declip.interchange import starter
+from declip.interchange.declip_file import write_declip_file
 from declip.recipe.finetuning import settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
 from declip.training.trainer import Trainer
+from interchange.towers import build
 from training.starts import same_end
 from training.test_best import best_step
 
@@ -104,6 +106,16 @@ def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_
     same_end(tmp_path / "whole", part)
 
 
+def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_declip_file(build("vit"), tmp_path / "vit.safetensors")
+    monkeypatch.setattr(api, "export", written := Mock())
+    keys: dict[str, Any] = {"finetune.lora": {"rank": 2}, "train.steps": 2, "train.batch_size": 8}
+    assert declip.finetune(pairs, tmp_path / "vit.safetensors", out=tmp_path / "run", quiet=True, **keys).finished
+    assert [call.args[1] for call in written.call_args_list] == ["safetensors", "open_clip", "huggingface"]
+
+
 def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights: Path, tmp_path: Path) -> None:
     write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), {}, 40, [*range(4, 40)]))
     api.finetune_recipe(tmp_path / "some.pairs", tmp_path / "run", weights, quiet=True)
@@ -129,6 +141,7 @@ def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights:
         ("pairs.csv --from hf-hub:owner/name", ("'hf-hub:owner/name'", "no route", "Check the network")),
         ("pairs.csv --freeze all", ("'all'", "both")),
         ("pairs.csv --freeze both", ("--freeze", "lora")),
+        ("pairs.csv --dry-run --select", ("--dry-run", "--select")),
         ("pairs.csv --select", ("--select", "--freeze both", "finetune.cached_views")),
         ("pairs.csv train.steps=3 train.epochs=3", ("train.steps=3", "train.epochs=3")),
         ("pairs.csv train.epochs=many", ("train.epochs='many'",)),

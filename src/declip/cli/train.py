@@ -97,7 +97,7 @@ def finetune(
     ] = None,
     out: Annotated[Path | None, file("run folder; default: runs/finetune", metavar="DIR")] = None,
     freeze: Annotated[
-        str | None, typer.Option(metavar="TOWERS", help="both, image, text or none; default: by the number of pairs")
+        str | None, typer.Option(metavar="TOWERS", help="both, image, text or none; default: by weights and device")
     ] = None,
     select: Annotated[bool, typer.Option("--select", help="frozen towers: try several heads, train the best")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in that folder")] = False,
@@ -113,9 +113,12 @@ def finetune(
     if weights is not None:
         check_model(weights)
     from declip import api
+    from declip.errors import UserError
 
     options: dict[str, Any] = {"val": val or (), "out": out, "freeze": freeze, "quiet": quiet, **given}
     if dry_run:
+        if select:
+            raise UserError("--dry-run measures one run, and --select trains five more. Leave one of them out.")
         recipe, cost = api.estimate_finetune(pairs, weights, **options)
         say(f"{recipe}\n{cost}")
         return

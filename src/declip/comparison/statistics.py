@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from math import exp, log
 
 import numpy as np
-from scipy import stats
-from scipy.optimize import isotonic_regression
+from scipy.special import stdtrit
 
 
 def t_half_width(values: Sequence[float] | np.ndarray) -> float | None:
     """Half the width of the mean's 95 % interval by Student's t; None for one value."""
     n = len(values)
-    return None if n < 2 else float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+    return None if n < 2 else float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
     if not pairs:
         return None, ""
     logs = np.log(np.asarray(pairs, dtype=np.float64))
-    rising = isotonic_regression(np.asarray(means, dtype=np.float64)).x
+    rising = _rising(means)
     if value < rising[0]:
         return None, "below"
     if value > rising[-1]:
@@ -87,6 +86,12 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
     return exp(logs[place - 1] + fraction * (logs[place] - logs[place - 1])), ""
 
 
+def _rising(means: np.ndarray) -> np.ndarray:
+    from scipy.optimize import isotonic_regression  # half a second, which every training would pay
+
+    return isotonic_regression(np.asarray(means, dtype=np.float64)).x
+
+
 def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
     """Compute how many times fewer pairs A needs than B for the same value.
 
@@ -95,7 +100,7 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
     """
     at = tuple(
         FactorAt(pairs, float(value), *pairs_needed(a.pairs, a.means, float(value)))
-        for pairs, value in zip(b.pairs, isotonic_regression(b.means).x, strict=True)
+        for pairs, value in zip(b.pairs, _rising(b.means), strict=True)
     )
     inside = [log(one.factor) for one in at if one.factor is not None]
     if not inside:
@@ -119,7 +124,7 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
     seeds = {of_size for curve in numbered for of_size in curve}
     if len(seeds) != 1 or len(next(iter(seeds))) < 2 or len(a.pairs) < 2:
         return None
-    logs, rising, values_a = np.log(a.pairs), isotonic_regression(a.means).x, _pooled(a)
+    logs, rising, values_a = np.log(a.pairs), _rising(a.means), _pooled(a)
     start = int(np.searchsorted(rising, rising[0], side="right"))  # the first above the lowest
     rows = []
     for one, values in zip(at, _pooled(b), strict=True):
@@ -137,7 +142,7 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
 
 def _pooled(curve: EfficiencyCurve) -> np.ndarray:
     """(k, seeds) values, the mean of all sizes that making the curve monotone joins."""
-    values, rising = np.array(curve.values), isotonic_regression(curve.means).x
+    values, rising = np.array(curve.values), _rising(curve.means)
     return np.array([values[rising == level].mean(axis=0) for level in rising])
 
 

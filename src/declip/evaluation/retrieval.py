@@ -65,9 +65,11 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     for row, word in enumerate(words):
         rows_of[word].append(row)
     images_of_text = [images_of[word] for word in words]
-    texts_of_image = [
-        np.array(sorted({row for word in own for row in rows_of[word]}), dtype=np.int64) for own in features.captions
-    ]
+    texts_of = {  # one array for the many images that share their captions, as names of classes
+        own: np.array(sorted({row for word in own for row in rows_of[word]}), dtype=np.int64)
+        for own in set(features.captions)
+    }
+    texts_of_image = [texts_of[own] for own in features.captions]
     first = np.unique(features.owners, return_index=True)[1]
     text_rank = ranks(features.texts, features.images, images_of_text)
     image_rank = ranks(features.images, features.texts, texts_of_image)

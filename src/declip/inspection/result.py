@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,8 @@ class Fraction:
         value = count / of if of else 0.0
         if whole or not of:
             return cls(count, of, value, value, value)
+        from scipy.stats import binomtest  # half a second, which every training would pay
+
         interval = binomtest(count, of).proportion_ci(method="wilson")
         return cls(count, of, float(interval.low), float(interval.high), value)
 

@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import uniform_filter1d
 
 from declip.comparison.statistics import EfficiencyCurve
 from declip.io.text import percent, short_count
@@ -169,11 +169,12 @@ def pairs_chart(
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean with a Gaussian's weights, over a 15th of the values; those that are not finite have no weight."""
-    finite, sigma = np.isfinite(values), max(1.0, len(values) / 30)
-    total = gaussian_filter1d(np.where(finite, values, 0.0), sigma, mode="constant")
-    weight = gaussian_filter1d(finite.astype(float), sigma, mode="constant")
-    return np.where(finite, total / np.maximum(weight, 1e-12), np.nan)
+    """Running mean over a 15th of the values, three times; those that are not finite have no weight."""
+    finite = np.isfinite(values)
+    sums = np.stack([np.where(finite, values, 0.0), finite])
+    for _ in range(3):  # as smooth as with a Gaussian's weights, in linear time
+        sums = uniform_filter1d(sums, max(3, len(values) // 15), mode="constant")
+    return np.where(finite, sums[0] / np.maximum(sums[1], 1e-12), np.nan)
 
 
 def _legend(ax: Axes) -> None:

@@ -37,7 +37,7 @@ class Estimate:
         listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
         return (
             f"{plural(self.recipe.train.steps, 'step')} of {self.recipe.train.batch_size:,} pairs at most, about "
-            f"{duration(sum(parts.values()))} ({listed}), {self.memory / 2**30:.1f} GiB of memory"
+            f"{duration(sum(parts.values()))}{listed and f' ({listed})'}, {self.memory / 2**30:.1f} GiB of memory"
         )
 
 

@@ -161,6 +161,10 @@ def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loa
         asked = getattr(tune, key)
         names = [name for name in layers if name.startswith(tower) and name in loaded]
         most = blocks(layers, tower) if names else 0
+        if asked != 0 and not names:
+            raise UserError(
+                f"The weights hold no {tower[:-7]} tower to freeze. Leave --freeze {tower[:-7]} and finetune.{key} out."
+            )
         if asked != 0 and (most if asked == "all" else asked) not in range(1, most + 1):
             raise UserError(
                 f"finetune.{key}={asked}, but the weights hold {most} blocks of the {tower[:-1]}. Give 0 to {most}, "
