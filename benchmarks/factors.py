@@ -58,6 +58,8 @@ def chart(file: Path, lines: Sequence[str], chance: float = 1 / 1285) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or "--help" in sys.argv:
+        sys.exit(__doc__)
     if sys.argv[1] == "chart":
         chart(Path(sys.argv[2]), sys.argv[3:])
         sys.exit()

@@ -94,6 +94,8 @@ def main(out: Path, names: list[str], arms: list[str], pairs: list[int], seeds: 
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 6 or "--help" in sys.argv:
+        sys.exit(__doc__)
     out, names, arms, pairs, seeds, *rest = sys.argv[1:]
     keys = {key: json.loads(value) for key, value in (pair.split("=") for pair in rest)}
     numbers = [[int(n) for n in given.split(",")] for given in (pairs, seeds)]

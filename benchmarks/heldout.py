@@ -67,5 +67,7 @@ def main(out: Path, name: str, scratch: str, most: int, pairs: list[int], seeds:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 7 or "--help" in sys.argv:
+        sys.exit(__doc__)
     out, name, scratch, most, pairs, seeds = sys.argv[1:]
     main(Path(out), name, scratch, int(most), *([int(n) for n in given.split(",")] for given in (pairs, seeds)))

@@ -232,6 +232,8 @@ def _batch(count: int, plan: Plan, end: int, length: int) -> PairBatch:
 
 def main() -> None:
     """Print the cost of a step with the longest captions."""
+    if len(sys.argv) < 2 or "--help" in sys.argv:
+        sys.exit(__doc__)
     try:
         step = fake_step(load_recipe(sys.argv[1], parse_overrides(sys.argv[2:])))
     except UserError as error:
