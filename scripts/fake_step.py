@@ -82,7 +82,7 @@ def fake_step(recipe: Recipe, tokens: int | None = None) -> FakeStep:
         raise UserError("A pretended GPU has random weights only. Leave finetune.pretrained and text.hf_model out.")
     # Not forked from here: autograd, once used, takes no further kind of device.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["declip.training.setup"])  # imported once; Python 3.11 finds no script there
     with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return pool.submit(_measure, recipe, tokens).result()  # the pretended device stays in that process
 

@@ -110,7 +110,7 @@ def test_parts_on_a_gpu_are_measured_once(gpu: Gpu, call: Call, tmp_path: Path) 
     assert call("gpu", "--out", tmp_path, "--device", "cpu")[0] == 2, "full size takes a GPU"
 
 
-@pytest.mark.parametrize("part", ["resume", "two-processes", "loading", "RN50-compiled"])
+@pytest.mark.parametrize("part", ["resume", "two-processes", "loading", "ViT-B-32-compiled"])
 def test_every_part_on_a_gpu_can_be_tried_on_a_cpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     status, printed = gpu("--only", part)
@@ -203,12 +203,14 @@ def test_reproduction(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch:
     monkeypatch.setitem(module.EXPERIMENTS, "synthetic", replace(known, keys=small, pairs=40))
     shards, out = tmp_path / "shards", tmp_path / "out"
     words = ("synthetic", "--data", shards, "--out", out)
+    step = scripts("fake_step").FakeStep("synthetic", 8, 0, 8 * 10**12, 10**9, 2 * 10**9, ())
+    monkeypatch.setattr(module, "fake_step", lambda *_: step)
     status, printed = call("reproduce", *words, "--check-leakage", shards)
     assert status == 1  # the data are their own test set
     assert any("40 of 40 pairs look like" in line for line in printed)
+    assert any(line.startswith("6.40e+13 floating-point operations; 2.0 GB per GPU with 8 pairs") for line in printed)
     assert any(line.startswith("H100: ") for line in printed)
     assert not (out / "run").exists()
-    monkeypatch.setattr(module, "cost", lambda *_: [])  # the same each time, and seconds each
     learning = ("train.lr=0.002", "simsiam.widths=[256, 256, 128]")
     status, printed = call("reproduce", *words, *learning)
     assert status == 0, printed
@@ -217,6 +219,7 @@ def test_reproduction(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch:
     assert list(curve) == [str(step) for step in range(1, 9)]
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**curve, "2": 2 * curve["2"]}))
+    monkeypatch.setattr(module, "call", lambda *_: 0)  # the run has ended
     status, printed = call("reproduce", *words, *learning, "--curve", other)
     assert status == 1
     assert "at step 2" in printed[-1]
