@@ -120,6 +120,12 @@ def test_old_answers_go_when_another_question_fails(page: Any, tmp_path: Path) -
     page.get_by_role("button", name="Remove the image").click()
     sync_api.expect(page.locator("#hits > li")).to_have_count(0)
     assert not urlsplit(page.url).query
+    page.goto("/search?text=bar")
+    sync_api.expect(page.locator("#hits > li")).to_have_count(24)
+    page.get_by_label("What to look for").fill("")
+    page.keyboard.press("Enter")
+    sync_api.expect(page.get_by_role("status")).to_contain_text("Type what to look for")
+    assert not urlsplit(page.url).query
     page.goto("/search?text=bar&template=imagenat")
     sync_api.expect(page.get_by_role("status")).to_contain_text('no template set "imagenat"')
 

@@ -243,7 +243,7 @@ def test_a_tokenizer_that_is_missing_is_one_error(families: Any, tmp_path: Path)
 def test_siglips_preparation_is_read_where_transformers_5_writes_it(families: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(families["transformers-siglip"][0].origin, tmp_path / "siglip")
     given = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1], "resample": 2}
-    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    (folder / "preprocessor_config.json").write_text(json.dumps({**given, "image_mean": [0.5, 0.5, 0.5]}))
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": given}))
     prepare = declip.load(folder, device="cpu").preprocessor
     assert (prepare.mean.tolist(), prepare.std.tolist()) == (
@@ -251,9 +251,16 @@ def test_siglips_preparation_is_read_where_transformers_5_writes_it(families: An
         pytest.approx([0.3, 0.2, 0.1]),
     )
     assert (prepare.filter, prepare.squash) == (Image.Resampling.BILINEAR, True)
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {**given, "do_normalize": False}}))
-    with pytest.raises(UserError, match="do_normalize is False"):
-        read(str(folder))
+    wrong: dict[str, Any]
+    for wrong, message in (
+        ({"do_normalize": False}, "do_normalize is False"),
+        ({"rescale_factor": 1 / 127.5}, "multiplied by 0.0078"),
+        ({"size": {"shortest_edge": 32}}, "shortest_edge"),
+        ({"do_center_crop": True}, "cropped"),
+    ):
+        (folder / "processor_config.json").write_text(json.dumps({"image_processor": {**given, **wrong}}))
+        with pytest.raises(UserError, match=message):
+            read(str(folder))
 
 
 def test_a_strangers_configuration_opens_no_file_and_no_address(families: Any) -> None:

@@ -129,6 +129,7 @@ CONFIG, PICTURES, WORDS = "config.json", "preprocessor_config.json", "tokenizer.
         (CONFIG, sets(text_config=[1]), "AttributeError"),
         (PICTURES, sets(size={"height": 32, "width": 32}), r"size is \{.*and ours has 32"),
         (PICTURES, sets(image_processor_type="ViTImageProcessor"), "by a ViTImage"),
+        (PICTURES, dict.clear, "neither preprocessor_config.json nor an image_processor"),
         (WORDS, lambda it: it["model"]["vocab"].update({"ab": 0, "!": 5}), "tokenizer.json is of another tokenizer"),
         (WORDS, sets(normalizer=None), "tokenizer.json is of another tokenizer"),
         (WORDS, sets(model={"vocab": {"a": 0}}), "tokenizer.json cannot be read"),

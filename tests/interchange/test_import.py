@@ -157,6 +157,8 @@ def test_what_is_no_model_of_ours_stays_open_clips(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"cannot become one of ours: .*resized longest"):
         imported("preprocess_cfg", resize_mode="longest")
+    with pytest.raises(UserError, match="AssertionError"):
+        imported("preprocess_cfg", mode="L")
     assert not (tmp_path / "out").exists()
     assert declip.load(imported("model_cfg", quick_gelu=False)).recipe.text.activation == "gelu"
     file = tmp_path / "theirs" / "open_clip_model.safetensors"

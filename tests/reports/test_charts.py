@@ -60,6 +60,8 @@ def test_a_value_over_the_steps_has_all_spikes_and_a_small_picture() -> None:
     assert np.nanmax(np.asarray(axes(chart).lines[0].get_ydata())) == 1e4
     assert value_chart("x", np.arange(2), np.full(2, np.nan)) is None
     assert axes(value_chart("x", np.array([7]), np.array([0.5]))).lines
+    lone = axes(value_chart("x", np.arange(1, 41), np.r_[0.5, np.full(39, np.nan)]))
+    assert (lone.get_xlim(), lone.lines[-1].get_marker()) == ((1, 40), "o")
 
 
 def test_scores_are_named_with_their_last_value_and_chance_is_shown() -> None:

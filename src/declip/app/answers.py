@@ -4,7 +4,7 @@ import time
 from typing import Annotated
 
 import torch
-from pydantic import Field, StringConstraints
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,13 +14,14 @@ from declip.app.state import state_of, templates_of
 from declip.search.index import mix
 from declip.search.manifest import Over
 
+MOST_CLASSES, LONGEST_CLASS = 1_000, 200
 MOST_PROMPTS = 8_000  # classes times templates: all are encoded while the page waits
 
 
 class ClassifyQuestion(ImageQuestion):
     """An image, the classes, and a template for them."""
 
-    classes: list[Annotated[str, StringConstraints(max_length=200), OneLine]] = Field(max_length=1_000)
+    classes: list[Annotated[str, OneLine]]
     template: Template = ""
 
 
@@ -54,6 +55,10 @@ def _classify(request: Request, asked: ClassifyQuestion) -> Response:
     count = len(names) * len(templates_of(asked.template))
     if not names:
         raise bad_request("There is no class yet. Name some, one a line.")
+    if len(names) > MOST_CLASSES or max(map(len, names)) > LONGEST_CLASS:
+        raise bad_request(
+            f"At most {MOST_CLASSES:,} classes of {LONGEST_CLASS} letters each; `declip classify` takes more."
+        )
     if count > MOST_PROMPTS:
         raise bad_request(
             f"{len(names):,} classes are {count:,} texts with their templates; at most {MOST_PROMPTS:,} are encoded. "

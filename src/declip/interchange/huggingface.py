@@ -18,7 +18,7 @@ from declip.interchange.foreign import TO_CLIP_VIT, Refusal, Reread, clip_text_t
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
 from declip.interchange.tokenizer_files import backend, write_tokenizer
 from declip.interchange.weights import Weights, one_line
-from declip.interchange.wrapped_weights import express_wrapped, read_siglip, wrapped_in
+from declip.interchange.wrapped_weights import express_wrapped, read_preprocessing, read_siglip, wrapped_in
 from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import as_user_error
@@ -127,8 +127,9 @@ def _expect(key: str, value: Any, *allowed: Any) -> None:
 
 def _preprocessing(folder: Path, side: int) -> dict[str, Any]:
     """The image preprocessing, which must be CLIP's."""
-    alone = (folder / PREPROCESSOR).is_file()
-    given = _read_json(folder / PREPROCESSOR) if alone else _read_json(folder / PROCESSOR).get("image_processor") or {}
+    given = read_preprocessing(folder)
+    if not given:
+        raise UserError(f"there is neither {PREPROCESSOR} nor an image_processor in {PROCESSOR}")
     kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "CLIP"
     if not kind.startswith("CLIP"):
         raise UserError(f"its images are prepared by a {kind}, not CLIP's way")

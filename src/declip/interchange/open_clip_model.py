@@ -74,6 +74,7 @@ def load_open_clip(given: str) -> OpenClipModel:
             model = open_clip.create_model(name, weights_only=True, **options)
             if not name.startswith(FOLDER):
                 _load(open_clip, model, files[0])
+            prepared = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
         except UserError:
             raise
         except ImportError as error:
@@ -86,9 +87,7 @@ def load_open_clip(given: str) -> OpenClipModel:
                 "saves them (a state dict, or a checkpoint of its training)."
             ) from error
     config = open_clip.get_model_config(name) | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
-    return OpenClipModel(
-        model.eval(), open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg), tokenizer, config
-    )
+    return OpenClipModel(model.eval(), prepared, tokenizer, config)
 
 
 def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[str, Any]]:

@@ -69,9 +69,10 @@ def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     text, vision = filled.text_config, filled.vision_config
     if text.num_hidden_layers + vision.num_hidden_layers > len(tensors):
         raise UserError("config.json has more layers than the weights")  # no model of so many is built
-    prepared = _read_if_there(folder / "preprocessor_config.json")
-    # transformers 5 keeps it in the processor's file.
-    prepared = prepared or _read_if_there(folder / "processor_config.json").get("image_processor") or {}
+    prepared = read_preprocessing(folder)
+    factor, sides = prepared.get("rescale_factor", 1 / 255), prepared.get("size")
+    if abs(factor * 255 - 1) > 1e-4 or prepared.get("do_center_crop") or "shortest_edge" in str(sides):
+        raise UserError(f"its images are cropped, resized to {sides}, or multiplied by {factor:.4g}, not SigLIP's way")
     if left_out := [key for key in ("do_resize", "do_rescale", "do_normalize") if prepared.get(key) is False]:
         raise UserError(f"image preprocessing: {left_out[0]} is False")
     resample = prepared.get("resample", 3 if kind == "siglip" else 2)
@@ -118,6 +119,12 @@ def _weights(
         "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
     }
     return Weights(load_recipe("clip", keys), tensors, origin)
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """The image preprocessing, for which transformers 5 takes the processor's file before the older one."""
+    nested = _read_if_there(folder / "processor_config.json").get("image_processor")
+    return nested or _read_if_there(folder / "preprocessor_config.json")
 
 
 def _read_if_there(file: Path) -> dict[str, Any]:

@@ -94,10 +94,12 @@ def value_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = 
     def draw(ax: Axes) -> None:
         if noisy:
             ax.plot(steps, np.where(finite, values, np.nan), color=COLORS[1], linewidth=0.6, alpha=0.45)
-        shape = "o" if len(steps) == 1 else "-"
+        shape = "o" if finite.sum() == 1 else "-"
         ax.plot(steps, smooth, shape, color=COLORS[1], linewidth=1.9, markersize=4, label=name)
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         ax.set_ylim(low - margin, high + margin)
+        if len(steps) > 1:
+            ax.set_xlim(steps[0], steps[-1])
         _over_steps(ax)
 
     first, last = np.flatnonzero(finite)[[0, -1]]

@@ -108,8 +108,8 @@ class Index:
         if fingerprint(model) != made_by.fingerprint:
             raise UserError(
                 f"The index '{self.folder}' holds vectors of another model, '{made_by.spec or 'a Python object'}' as "
-                "it was then; cosines between two models' vectors mean nothing. Give that one with --model, or embed "
-                "again into another folder."
+                "it was then; cosines between two models' vectors mean nothing. Give that model, or embed again "
+                "into another folder."
             )
         return model
 

@@ -87,6 +87,8 @@ def test_a_data_frame_is_its_rows(table):
     frame = pytest.importorskip("pandas").read_json(table, lines=True)
     source = open_source(frame, image_root=table.parent)
     assert (source.name, len(source), source[3].captions) == ("DataFrame", 24, open_source(table)[3].captions)
+    frame["caption"] = [np.array(captions, object) for captions in frame["caption"]]  # as read from Parquet
+    assert open_source(frame, image_root=table.parent)[3].captions == source[3].captions
 
 
 def test_what_is_no_source_is_refused(table):

@@ -65,8 +65,8 @@ def test_tables_with_nothing_in_them(folder, kind):
 
 
 def test_tables_of_other_forms(folder):
-    (folder / "t.jsonl").write_text('[\n{"image": "a.png"}\n]\n')
-    assert TableSource(folder / "t.jsonl", caption_column="image").captions(1) == ("a.png",)
+    (folder / "t.jsonl").write_text('{"image": "a.png"}\n')
+    assert TableSource(folder / "t.jsonl", caption_column="image").captions(0) == ("a.png",)
     (folder / "t.csv").write_text("a.png,a cat\n")
     assert "Its columns: 'a.png', 'a cat'" in message(folder / "t.csv")
 
@@ -182,12 +182,19 @@ def test_keywords_are_read_from_their_column(folder, kind):
     assert "data.columns.keywords" in told
 
 
+def test_a_json_array_is_told_apart_also_over_several_lines(folder):
+    (folder / "t.jsonl").write_text('[\n{"image": "a.png", "caption": "x"},\n{"image": "b.png", "caption": "y"}\n]\n')
+    assert "jq" in message(folder / "t.jsonl")
+
+
 def test_semicolons_and_tabs_are_read_and_utf_16_and_latin_1_get_a_hint(folder):
     for sign in ";\t":
         (folder / "t.csv").write_text(f"\ufeffimage{sign}caption\na.png{sign}x, y\n", encoding="utf-8")
         assert open_source(folder / "t.csv")[0].captions == ("x, y",)
     (folder / "t.csv").write_text("image,caption\na.png,x\n", encoding="utf-16")
     assert "is UTF-16. Save it as UTF-8." in message(folder / "t.csv")
+    (folder / "t.csv").write_bytes(b"image,caption\ra.png,x\r")
+    assert "CR alone" in message(folder / "t.csv")
     (folder / "t.csv").write_bytes("image,caption\na.png,café\nb\xe9.png,x\nc.png,good\n".encode("latin-1"))
     for place in (0, 1):
         with pytest.raises(BrokenPair, match=r"invalid text.*iconv -f latin1"):

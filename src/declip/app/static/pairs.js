@@ -23,7 +23,7 @@ function watchPart(name, { reason, doing, limits, row, told }) {
     if (anew) rows.replaceChildren();
     const start = rows.childElementCount;
     const found = await get(start);
-    if (mine !== run) return;
+    if (mine !== run || start !== rows.childElementCount) return;
     rows.append(...found.rows.map(row));
     more.hidden = rows.childElementCount >= found.total;
     if (!anew) (rows.children[start]?.querySelector("a, input") || more).focus();

@@ -12,6 +12,7 @@ const run = latest(async (current) => {
   if (text && image) asked.set("weight", find("balance").value);
   if (!text && !image) {
     clear();
+    history.replaceState(null, "", location.pathname);
     return say("Type what to look for, or choose an image.", "bad");
   }
   say("Searching …", "busy");

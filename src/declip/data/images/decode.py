@@ -18,7 +18,7 @@ from declip.data.pair import BrokenPair
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
 """The raster formats that data sets are made of. Pillow's others are rare, slow, or start other programs (EPS)."""
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
 """Of images, also of those that cannot be read and are counted as broken."""
 
 MOST_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice
@@ -125,6 +125,8 @@ def rgb(image: Image.Image) -> Image.Image:
         top = 65_535.0
         if image.mode == "F":
             top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
+        if getattr(image, "tag_v2", {}).get(262) == 0:  # of TIFF: 0 is white, which Pillow heeds at 8 bits alone
+            values = top - values
         image = Image.fromarray((values.clip(0.0, top) * (255.0 / top) + 0.5).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

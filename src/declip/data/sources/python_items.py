@@ -101,6 +101,7 @@ class ItemSource(EntrySource):
             item, texts = item
         if self.class_names is not None and isinstance(texts, int | np.integer) and 0 <= texts < len(self.class_names):
             texts = self.class_names[int(texts)]
+        texts, keywords = (cell.tolist() if isinstance(cell, np.ndarray) else cell for cell in (texts, keywords))
         texts = as_texts(list(texts) if isinstance(texts, tuple) else texts, "unreadable item", key)
         if isinstance(item, str | Path) and self._listed:
             key = str(item)

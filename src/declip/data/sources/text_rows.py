@@ -36,6 +36,9 @@ class TextRows(TableRows):
         self._bytes = np.memmap(path, np.uint8, "r")
         if self._bytes[:2].tobytes() in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
+        start = self._bytes[:LONGEST_ROW].tobytes()
+        if b"\r" in start and b"\n" not in start:
+            raise UserError(f"The table '{path}' has lines that end with CR alone: tr '\\r' '\\n' < OLD > NEW.")
 
     @abstractmethod
     def parse(self, row: str) -> dict[str, Any]:
@@ -115,7 +118,7 @@ class JsonRows(TextRows):
                 columns.update(dict.fromkeys(self._cells(row, line)))
             except BrokenPair as broken:
                 fault = fault or broken
-        if fault and not columns:
+        if fault and (not columns or self._bytes[:99].tobytes().lstrip().startswith(b"[")):
             raise UserError(
                 f"'{path}' is not JSONL, a JSON object on each line: {fault}. To convert one JSON array: "
                 f"jq -c '.[]' {path.name} > rows.jsonl"
