@@ -1,5 +1,6 @@
 """What several tests share: the command, a small table of real picture files, recipes small enough for seconds."""
 
+import gc
 import io
 import json
 import os
@@ -42,6 +43,10 @@ WEIGHTS = {
     "declip": DECLIP,
     "defilip": {**DECLIP, "late_interaction": 0.2},
 }
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # no collection looks again at what the imports made, here or in processes forked from here
 
 
 def draw(color: str, shape: str, size: int = 40) -> Image.Image:
