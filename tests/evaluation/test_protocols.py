@@ -189,6 +189,7 @@ def test_the_table_has_every_number_with_its_chance_and_majority(model, painted)
         _assert_read_back(result)
     assert results[1].to_dict()["text_to_image_r1"] == results[1].text_to_image.r1
     assert read_result({"task": "séance"}) is read_result({}) is None
+    assert str(results[0]).startswith("painted\n  top-1 100.0 % (chance 14.3 %, n = 3)\n")
     text = _printed(results)
     for words in ("Measured", "painted", "top-1", "100.0 %", "14.3 % (majority 66.7 %)", "7.0", "text → image R@1"):
         assert words in text

@@ -49,6 +49,10 @@ class Result:
         """The numbers that a table shows."""
         raise NotImplementedError
 
+    def __str__(self) -> str:
+        rows = (f"{m.name} {percent(m.value)} (chance {percent(m.chance)}, n = {m.n:,})" for m in self.measures())
+        return "\n  ".join([self.dataset, *rows])
+
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready row; `read_result` reads it back."""
         return {"task": self.task, **asdict(self)}
