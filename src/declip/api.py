@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -37,7 +37,7 @@ from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.page import Table, rich_table
 from declip.reports.run import write_report
-from declip.runs.folder import RECIPE, Run, log, not_writable
+from declip.runs.folder import RECIPE, Run, lock_folder, log, not_writable
 from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training import distributed
@@ -167,7 +167,7 @@ def finetune(
         weights: What `declip.load` takes, or timm:NAME; by default `declip.interchange.starter.NAME` on a CPU.
         val: Validation sets as in `train`; without one a part of the pairs is split off, see `split_pairs`.
         out: The run folder; by default ``runs/finetune``.
-        freeze: Towers to freeze: "both", "image", "text" or "none"; by default the number of pairs decides.
+        freeze: Towers to freeze: "both", "image", "text" or "none"; by default weights and device decide.
         select: Try the heads of `HEADS` on cached features first, print their validation, and train the best.
         resume: Continue the run in that folder with its recipe and its split, if there is one.
         overrides: Dotted keys, such as ``**{"train.lr": 1e-4}``; the others are those of `settings`.
@@ -234,14 +234,18 @@ def select_head(recipe: Recipe, folder: Path, given: Mapping[str, Any], quiet: b
         train = of.train.model_copy(update={"ema_decay": decay})
         return of.model_copy(update={"finetune": tune.model_copy(update=keys), "train": train})
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in HEADS:
-        with TemporaryDirectory(dir=folder, prefix="select-") as place:
-            run = Trainer(with_head(quick, name), Path(place), quiet=quiet).train()
-            if not run.finished:
-                raise SystemExit(run.status)
-            tried[name] = BestEvaluation()
-            tried[name].update(run.best_step, [row.result for row in run.last()], recipe.evaluation)
+    with closing(lock_folder(folder)):
+        for left in folder.glob("select-*"):  # by a process that was killed
+            shutil.rmtree(left)
+        for name in HEADS:
+            with TemporaryDirectory(dir=folder, prefix="select-") as place:
+                trainer = Trainer(with_head(quick, name), Path(place), quiet=quiet)
+                run = trainer.train()
+                if not run.finished or trainer.stop.asked:  # also in the last step
+                    log.warning("Stopped while heads were tried; nothing of it is kept. Give the same command again.")
+                    raise SystemExit(run.status)
+                tried[name] = BestEvaluation()
+                tried[name].update(run.best_step, [row.result for row in run.last()], recipe.evaluation)
     rows = tuple((name, percent(b.score), f"{b.loss:.3f}", f"{b.step:,}") for name, b in tried.items())
     score = "R@1" if recipe.evaluation.retrieval else "top-1"
     Console().print(rich_table(Table("Heads", ("heads", score, "validation loss", "step"), rows)))

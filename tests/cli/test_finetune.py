@@ -1,6 +1,7 @@
 """The command `declip finetune`, and the same in Python."""
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -185,6 +186,13 @@ def test_select_keeps_the_head_that_validates_best(
     assert not list(out.glob("select-*"))
     random = {"linear": ("linear", "random", 0.0)}
     monkeypatch.setattr(api, "HEADS", random)
+    left = tmp_path / "killed" / "select-1"
+    left.mkdir(parents=True)
+    step = Trainer._take_step
+    monkeypatch.setattr(Trainer, "_take_step", lambda self, *given: (os.kill(os.getpid(), 15), step(self, *given))[1])
+    assert command(*words, "train.steps=1", "train.evaluate_every=1", "--out", left.parent).status == 75
+    assert not left.exists()
+    monkeypatch.setattr(Trainer, "_take_step", step)
     command(*words, "train.ema_decay=0.9", "--out", tmp_path / "averaged")
     assert read_run(tmp_path / "averaged").recipe.train.ema_decay == 0.9
     assert "finetune.mixup" in command(*words, "finetune.mixup=1", "--out", tmp_path / "other").err
