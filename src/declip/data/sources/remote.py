@@ -3,13 +3,16 @@
 import importlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from declip.errors import UserError
 from declip.io.atomic import FULL
+
+T = TypeVar("T")
 
 TRIES = 3
 PAUSE = 1.0  # seconds before the second try, twice as many before the third
@@ -27,13 +30,12 @@ def _reached(url: str) -> Iterator[tuple[Any, str]]:
     """The file system of a URL and the path on it; their errors, each system has its own, become `UnreadableShard`."""
     try:
         core = importlib.import_module("fsspec.core")
+        yield core.url_to_fs(url)  # requested each time: fsspec then gives a forked process its own
     except ImportError as error:
         raise UserError(
             f"Reading '{url}' needs fsspec. Install it: pip install 'declip[remote]', and what the kind of URL needs "
-            "(s3fs, gcsfs, aiohttp for https, huggingface_hub for hf)."
+            "(s3fs, gcsfs, huggingface_hub for hf)."
         ) from error
-    try:
-        yield core.url_to_fs(url)  # requested each time: fsspec then gives a forked process its own
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
@@ -41,6 +43,22 @@ def _reached(url: str) -> Iterator[tuple[Any, str]]:
         raise UnreadableShard(f"{url}: {type(error).__name__}: {line}") from error
 
 
+def _again(work: Callable[..., T]) -> Callable[..., T]:
+    """Do it up to `TRIES` times: of many requests one may fail."""
+
+    @wraps(work)
+    def trying(*given: Any) -> T:
+        for trial in range(1, TRIES):
+            try:
+                return work(*given)
+            except UnreadableShard:
+                time.sleep(PAUSE * 2 ** (trial - 1))
+        return work(*given)
+
+    return trying
+
+
+@_again
 def look_up(url: str) -> list[tuple[str, int, str]]:
     """URL, size and description of the shards of a URL: one file, those of a pattern, or a folder's .tar files."""
     with _reached(url) as (system, path):
@@ -57,21 +75,18 @@ def look_up(url: str) -> list[tuple[str, int, str]]:
     return [(name, int(info.get("size") or 0), str(info)) for name, info in kept.items()]
 
 
+@_again
 def fetch(url: str, target: Path, size: int) -> None:
     """Copy a remote file of `size` bytes (0: unknown); raises `UnreadableShard`, or OSError where the disk is full."""
-    for trial in range(TRIES):
-        try:
-            with _reached(url) as (system, path):
-                system.get_file(path, str(target))
-                received = target.stat().st_size
-                if size and received != size:
-                    raise EOFError(f"{received:,} of {size:,} bytes came")
-            return
-        except UnreadableShard:
-            target.unlink(missing_ok=True)
-            if trial == TRIES - 1:
-                raise
-            time.sleep(PAUSE * 2**trial)
+    try:
+        with _reached(url) as (system, path):
+            system.get_file(path, str(target))
+            received = target.stat().st_size
+            if size and received != size:
+                raise EOFError(f"{received:,} of {size:,} bytes came")
+    except UnreadableShard:
+        target.unlink(missing_ok=True)
+        raise
 
 
 def counts(folder: str) -> dict[str, int]:
