@@ -48,6 +48,7 @@ def shard(
     workers: Workers = None,
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "caption",
+    keyword_column: Annotated[str, typer.Option(help="a table's column of keywords, if it has one")] = "keywords",
     image_root: ImageRoot = None,
     quiet: Quiet = False,
 ) -> None:
@@ -64,6 +65,7 @@ def shard(
         workers=workers,
         image_column=image_column,
         caption_column=caption_column,
+        keyword_column=keyword_column,
         image_root=image_root,
         exclude=exclude,
         progress=not quiet,
