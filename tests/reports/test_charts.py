@@ -58,6 +58,7 @@ def test_a_value_over_the_steps_has_all_spikes_and_a_small_picture() -> None:
     smooth = xy(axes(chart), "total")[1]
     assert smooth[2000] > smooth[-1] + 3
     assert np.nanmax(np.asarray(axes(chart).lines[0].get_ydata())) == 1e4
+    assert np.nanmax(smooth) < 7, "no spike is in the mean"
     assert value_chart("x", np.arange(2), np.full(2, np.nan)) is None
     assert axes(value_chart("x", np.array([7]), np.array([0.5]))).lines
     lone = axes(value_chart("x", np.arange(1, 41), np.r_[0.5, np.full(39, np.nan)]))

@@ -86,9 +86,9 @@ def value_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = 
     finite = np.isfinite(values)
     if not finite.any():
         return None
-    smooth = smoothed(values) if noisy else values
     # The rare outliers would flatten the rest.
     low, high = np.percentile(values[finite], [0.5, 99.5])
+    smooth = smoothed(np.where(finite, values.clip(low, high), np.nan)) if noisy else values
     low, high = min(low, smooth[finite].min()), max(high, smooth[finite].max())
 
     def draw(ax: Axes) -> None:
