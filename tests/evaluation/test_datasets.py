@@ -85,6 +85,8 @@ def test_a_folder_with_captions_is_still_one(tmp_path: Path) -> None:
     assert dataset.split("test").captions(0) == ("one", "two")
     with pytest.raises(UserError, match="has no classes"):
         with_classes(dataset.split("test"))
+    with pytest.raises(UserError, match="label_column is for tables"):
+        open_dataset([(tmp_path / "a.jpg", "one")], label_column="label")
 
 
 @pytest.mark.parametrize(

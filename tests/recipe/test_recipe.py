@@ -71,6 +71,7 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
     assert recipe.loss_weights == {"contrastive": 2}, "weights are replaced, not merged"
     short = load_recipe("demo-declip", {"train.batch_size": 9, "train": {"steps": 3}})
     assert short == load_recipe("demo-declip", {"train.batch_size": 9, "train.steps": 3}), "sections are merged"
+    assert load_recipe("clip", {"data.source": Path("a.csv")}).data.source == "a.csv"
     recipe = load_recipe("clip", {"data.columns.caption": "title"})
     assert recipe.data.columns == {"image": "image", "caption": "title", "keywords": "keywords"}
     recipe = load_recipe("declip", {"loss_weights.simsiam": "0"})
@@ -110,6 +111,11 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ({"loss_weights.contrastive": "0"}, ("loss_weights",)),
         ({"text.heads": "5"}, ("text.width 384", "text.heads 5")),
         ({"train.warmup_lr": "1"}, ("warmup_lr 1.0", "train.lr")),
+        ({"train.epochs": ".inf"}, ("train.epochs=inf", "finite")),
+        ({"train.steps": "yes"}, ("steps is true", "number")),
+        ({"seed": str(2**64)}, (f"seed={2**64}",)),
+        ({"image.mean": "[123.7, 116.3, 103.5]"}, ("image.mean.0=123.7", "less than or equal to 1")),
+        ({"logit_scale.init": "20"}, ("logit_scale.init 20.0", "logarithms")),
         ({"text.hf_model": "owner/name", "text.dropout": "0.1"}, ("text.dropout", "text.hf_model")),
         (
             {"views.image_second": "{start: 1}", "views.contrastive_view": "{}"},
@@ -121,6 +127,19 @@ def test_a_mistake_is_named(overrides: dict[str, str], says: tuple[str, ...]) ->
     with pytest.raises(UserError) as caught:
         load_recipe("clip", overrides)
     assert [part for part in says if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train: {steps: 3}\ntrain: {lr: 1.0e-3}\n", "'train' is there twice"),
+        ("train.steps: 3\n", "write train: {steps: …} instead"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: demo-clip\n" + text)
+    with pytest.raises(UserError, match=says):
+        load_recipe(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize(

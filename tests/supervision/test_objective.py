@@ -155,6 +155,12 @@ def test_a_batch_that_lacks_something_is_named(name: str, lacking: dict, message
         objective(model, replace(random_batch(), **lacking))
 
 
+def test_duplicates_that_no_loss_heeds_are_refused() -> None:
+    with pytest.raises(UserError, match="duplicates=mask changes nothing for sigmoid"):
+        parts({"sigmoid": 1.0}, contrastive={"duplicates": "mask"})
+    parts({"sigmoid": 1.0, "multi_view": 1.0}, contrastive={"duplicates": "mask"})
+
+
 @pytest.mark.parametrize("name", ["slip", "defilip"])
 def test_loss_matrices_above_the_limit_are_made_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 pairs in float64: matrices of 512 bytes or more."""

@@ -95,6 +95,8 @@ def open_dataset(dataset: str | Path | PairSource | Items | Dataset, *, label_co
     if isinstance(dataset, str | Path):
         dataset = _by_name(str(dataset), label_column)
     elif not isinstance(dataset, Dataset):
+        if label_column is not None and not is_dataset(dataset):
+            raise UserError(f"label_column is for tables, and a {type(dataset).__name__} is none. Leave it out.")
         source = open_source(dataset)
         labeled = labeled_table(dataset, label_column) if is_dataset(dataset) else None
         dataset = Dataset(source.name, labeled or {"test": lambda: source}, _templates(source.name))

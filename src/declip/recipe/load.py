@@ -1,5 +1,6 @@
 """Load a recipe: YAML that may extend another recipe, with single keys overridden by their dotted names."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +18,16 @@ MOST_YAML, DEEPEST_YAML = 1 << 17, 20
 LIBRARY = Path(__file__).parent / "library"
 
 
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        count = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [name for name, times in count.items() if times > 1]:
+            raise yaml.YAMLError(
+                f"the key '{twice[0]}' is there twice; the second would replace the first, so join them"
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(text: str) -> Any:
     """Read YAML from an untrusted file; raises `YAMLError`.
 
@@ -30,7 +41,7 @@ def read_yaml(text: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_YAML:
                 raise yaml.YAMLError(f"it has aliases, or more than {DEEPEST_YAML} levels; write it out")
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # a SafeLoader
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a bad date, number …
         raise yaml.YAMLError(str(error)) from error
 
@@ -54,7 +65,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     base, over = _read_tree(name, (), given), dict[str, Any]()
     tree = dict(base)
     for key, value in (overrides or {}).items():
-        value = read_value(key, value) if isinstance(value, str) else value
+        value = read_value(key, value) if isinstance(value, str) else str(value) if isinstance(value, Path) else value
         _set(tree, key, value)
         _set(over, key, value)
         given.update(flat({key: value}))
@@ -176,6 +187,9 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def _explain(problem: Mapping[str, Any]) -> str:
     place = ".".join(map(str, problem["loc"])).removesuffix(".[key]")
     if problem["type"] == "extra_forbidden":
+        if place in recipe_keys():
+            nested = place.replace(".", ": {") + ": …" + "}" * place.count(".")
+            return f"In a file keys are nested: write {nested} instead of {place}."
         return str(unknown_key(place))
     if problem["type"] == "model_type":
         return f"{place}={problem['input']!r}: {place} is a section; set its keys, which `declip recipes show` lists."

@@ -13,6 +13,7 @@ from pydantic import (
     PrivateAttr,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -27,10 +28,10 @@ def _expand_user(given: str) -> str:
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Width = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
+Spread = Annotated[float, Field(ge=1e-6, le=1)]
 Portion = Annotated[float, Field(gt=0, le=1)]
-Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-RGB = tuple[float, float, float]
+Strength = Annotated[float, Field(ge=0)]
+RGB = tuple[Fraction, Fraction, Fraction]
 Place = Annotated[str, AfterValidator(_expand_user)]
 OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
 Places = Annotated[tuple[Place, ...], OneOrMore]
@@ -38,11 +39,20 @@ Column = Literal["image", "caption", "keywords", "group"]
 COLUMNS: dict[Column, str] = {"image": "image", "caption": "caption", "keywords": "keywords"}
 Trackers = Annotated[tuple[Literal["auto", "tensorboard", "wandb", "mlflow", "trackio"], ...], OneOrMore]
 
+NUMBERS = (int, float, int | None, float | None, int | Literal["auto"], int | Literal["all"])
+
 
 class Section(BaseModel):
     """Base class of the recipe's sections; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_1(cls, given: Any, info: ValidationInfo) -> Any:
+        if isinstance(given, bool) and cls.model_fields[info.field_name or ""].annotation in NUMBERS:
+            raise ValueError(f"{info.field_name} is {str(given).lower()}; give a number")
+        return given
 
 
 class WeightedSource(Section):
@@ -123,7 +133,7 @@ class ImageTowerConfig(Section):
     model: str = Field("declip_vit_small", description="name of a timm model or of a small tower of declip")
     size: int = Field(32, ge=16, le=4096, description="height and width in pixels; if you give it, weights are resized")
     mean: RGB = Field((0.48145466, 0.4578275, 0.40821073), description="mean of red, green and blue in 0 to 1")
-    std: tuple[Positive, Positive, Positive] = Field(
+    std: tuple[Spread, Spread, Spread] = Field(
         (0.26862954, 0.26130258, 0.27577711), description="standard deviation of red, green and blue"
     )
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
@@ -278,6 +288,8 @@ class LogitScale(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
+        if self.init > self.max:
+            raise ValueError(f"logit_scale.init {self.init} is above logit_scale.max {self.max}; all are logarithms")
         if self.min is not None and self.min > self.max:
             raise ValueError(f"logit_scale.min {self.min} is above logit_scale.max {self.max}")
         return self
@@ -393,7 +405,7 @@ class Recipe(Section):
     """A whole experiment."""
 
     name: str = Field("unnamed", description="name for tables and reports")
-    seed: int = Field(0, ge=0, description="seed of weights, views, order and choice of pairs")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, views, order and choice of pairs")
     data: Data = Data()
     image: ImageTowerConfig = ImageTowerConfig()
     text: TextTowerConfig = TextTowerConfig()

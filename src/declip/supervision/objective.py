@@ -47,6 +47,9 @@ TERMS: dict[str, type[Term]] = {
 }
 """Name in `loss_weights` → loss. A new loss is a file, a line here and a recipe."""
 
+WITHOUT_POSITIVES = TERMS.keys() - {"contrastive", "multi_view", "nearest_neighbor"}
+"""Losses that know no positives but a pair's own."""
+
 Gather = Callable[[Tensor], Tensor]
 
 
@@ -92,6 +95,12 @@ class Objective(nn.Module):
         super().__init__()
         self.recipe = recipe
         active = active_terms(recipe)
+        duplicates = recipe.contrastive.duplicates
+        if duplicates in ("mask", "positives") and active.keys() <= WITHOUT_POSITIVES:
+            raise UserError(
+                f"contrastive.duplicates={duplicates} changes nothing for {', '.join(active)}: it is for contrastive, "
+                "multi_view and nearest_neighbor. Give apart or negatives, or another loss."
+            )
         self.weights = {name: recipe.loss_weights[name] for name in active}
         self.terms = nn.ModuleDict({name: term(recipe, model) for name, term in active.items()})
         self.needs = [term.needs for term in active.values()]
