@@ -1,6 +1,7 @@
 """Public functions that do the work and then write its page: `train`, `finetune` and `compare`; and `evaluate`."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -300,7 +301,8 @@ def finetune_recipe(
     source, data, sets = open_source(pairs, **columns), str(pairs), list(map(str, named))
     if sets:
         for name in sets:
-            if (warning := check_copies(source, open_dataset(name).split("test"), not quiet)) is not None:
+            warning = check_copies(source, open_dataset(name).split("test"), not quiet)
+            if warning is not None and os.environ.get("RANK", "0") == "0":
                 log.warning(warning)
     else:
         parts = split_pairs(source, progress=not quiet)

@@ -32,6 +32,7 @@ from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
 from declip.training.trainer import Trainer
 from interchange.families import CAPTIONS, FAMILIES, features, saved
+from interchange.test_export import run_card
 from interchange.towers import export_exactly, pictures
 from training.starts import moved, same_end, state
 
@@ -64,7 +65,9 @@ def tuned(table: Path, weights: str, **keys: Any) -> Recipe:
 
 
 @every_family
-def test_features_equal_the_librarys_and_the_export_goes_back(family: str, families: Any, tmp_path: Path) -> None:
+def test_features_equal_the_librarys_and_the_export_goes_back(
+    family: str, families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     weights, library = families[family]
     model = weights.check().build().eval()
     assert isinstance(model.image_tower, WrappedImageTower)
@@ -84,6 +87,26 @@ def test_features_equal_the_librarys_and_the_export_goes_back(family: str, famil
     assert torch.equal(again.tokenize(CAPTIONS), tokens)
     torch.testing.assert_close(again.encode_text(tokens), ours[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(again.preprocess(pictures()[1:4]), pixels, atol=0, rtol=0)
+    if form == "huggingface":
+        assert_same_probabilities(model, tmp_path / "out")
+        run_card(tmp_path / "out", monkeypatch, capfd)
+
+
+def assert_same_probabilities(model: Any, folder: Path) -> None:
+    """Compare with what transformers makes by itself of square images; SigLIP 2 has another grid for others."""
+    import transformers
+
+    images = [picture.resize((40, 40)) for picture in pictures()[1:4]]
+    processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+    # That of SigLIP 2 is Gemma's, whatever tokenizer.json says.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    inputs = tokenizer(CAPTIONS[:1], padding="max_length", truncation=True, return_tensors="pt")
+    inputs |= processor.image_processor(images, return_tensors="pt")
+    with torch.no_grad():
+        found = transformers.AutoModel.from_pretrained(folder).eval()(**inputs).logits_per_image.sigmoid()
+        pair = model.encode_image(model.preprocess(images)), model.encode_text(model.tokenize(CAPTIONS[:1]))
+        expected = (model.logit_scale.exp() * pair[0] @ pair[1].T + model.logit_bias).sigmoid()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES if os.environ.get("DECLIP_ONNX") else ["transformers-siglip2"])

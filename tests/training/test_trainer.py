@@ -179,6 +179,14 @@ def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table: Pat
         assert f"{tmp_path / name}: 6." in (tmp_path / "log.txt").read_text()
 
 
+def test_a_short_run_that_lost_many_pairs_says_so(table: Path, tmp_path: Path, caplog: Any) -> None:
+    lines = table.read_text(encoding="utf-8").replace('"image": "', f'"image": "{table.parent}/').splitlines()[:12]
+    lines += [f'{{"image": "missing-{number}.png", "caption": "lost"}}' for number in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    train(recipe_for(tmp_path / "pairs.jsonl", "clip", steps=2), out=tmp_path / "run", quiet=True, report=False)
+    assert "4 of the 16 pairs seen could not be used. 4 × missing image" in caplog.text
+
+
 def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(table: Path, tmp_path: Path) -> None:
     """A worker of the killed process, which lives on for some seconds, holds nothing."""
     data = {"source": str(table), "workers": 1}

@@ -201,6 +201,9 @@ def write(model: DualEncoder, folder: Path) -> None:
         name = SIGLIP[config["model_type"]]
         resample = Image.Resampling[wrapped.image["interpolation"].upper()].value
         sizes = {"size": square, "crop_size": None, "do_center_crop": False, "resample": resample}
+        if name == "Siglip2":
+            vision = config["vision_config"]
+            sizes |= {"patch_size": vision["patch_size"], "max_num_patches": vision["num_patches"]}
     preprocessor = {
         "image_processor_type": f"{name}ImageProcessor",
         "processor_class": f"{name}Processor",

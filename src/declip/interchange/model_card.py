@@ -112,6 +112,7 @@ def model_card(
         name=name,
         repo=repo,
         whole=has_text(model),
+        sigmoid=model.logit_bias is not None,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         embed_dim=recipe.embed_dim,
         version=declip.__version__,

@@ -83,7 +83,8 @@ def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",  # CLIP's own class would put its own cleaning in place of ours
         "model_max_length": tokenizer.context,
-        "model_input_names": ["input_ids", "attention_mask"],
+        # SigLIP's towers attend to what pads.
+        "model_input_names": ["input_ids", *([] if isinstance(tokenizer, WrappedTokenizer) else ["attention_mask"])],
         "padding_side": "right",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,

@@ -274,6 +274,10 @@ class Trainer:
                 f"No pair of '{self.source.name}' could be used, so nothing was learned. Fix the pairs, or give others "
                 f"as data.source. {reasons}."
             )
+        allowed = self.recipe.data.max_broken_fraction * self.loader.seen
+        if done and self.skipped.total > allowed and self.is_rank_zero:  # fewer pairs than stop a run, or by chance
+            lost = f"{self.skipped.total:,} of the {self.loader.seen:,} pairs seen could not be used"
+            log.warning("%s. %s", lost, self.skipped.explanation())
         monitor.count(self.step)
         if evaluated:
             saved = self._is_best(self.evaluate(monitor)) or self.finished or saved
