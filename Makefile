@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/declip train demo-declip --out $(RUN) --resume
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff format --check .
