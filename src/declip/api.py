@@ -52,6 +52,8 @@ FINETUNED = Path("runs") / "finetune"
 ARGUMENTS = {"data.source": "PAIRS", "finetune.pretrained": "--from"}
 ARGUMENTS |= dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--val")
 """Recipe keys that arguments of `finetune` set."""
+
+TRIAL = ".trial-of-a-head-"  # begins the names of folders that are removed: no name of a user's
 HEAD_KEYS = ("finetune.head", "finetune.head_init", "finetune.mixup")
 HEADS: dict[str, tuple[Any, ...]] = {
     "linear": ("linear", "random", 0.0),
@@ -236,10 +238,10 @@ def select_head(recipe: Recipe, folder: Path, given: Mapping[str, Any], quiet: b
         return of.model_copy(update={"finetune": tune.model_copy(update=keys), "train": train})
 
     with closing(lock_folder(folder)):
-        for left in folder.glob("select-*"):  # by a process that was killed
+        for left in folder.glob(f"{TRIAL}*"):  # by a process that was killed
             shutil.rmtree(left)
         for name in HEADS:
-            with TemporaryDirectory(dir=folder, prefix="select-") as place:
+            with TemporaryDirectory(dir=folder, prefix=TRIAL) as place:
                 trainer = Trainer(with_head(quick, name), Path(place), quiet=quiet)
                 run = trainer.train()
                 if not run.finished or trainer.stop.asked:  # also in the last step

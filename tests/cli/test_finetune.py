@@ -183,15 +183,16 @@ def test_select_keeps_the_head_that_validates_best(
     best, done = max(scores, key=lambda name: scores[name][:2]), read_run(out)
     assert tuple(getattr(done.recipe.finetune, key.split(".")[1]) for key in HEAD_KEYS) == HEADS[best]
     assert (done.results[-1]["loss"], done.best_step) == (pytest.approx(-scores[best][1], abs=6e-4), scores[best][2])
-    assert not list(out.glob("select-*"))
+    assert not list(out.glob(f"{api.TRIAL}*"))
     random = {"linear": ("linear", "random", 0.0)}
     monkeypatch.setattr(api, "HEADS", random)
-    left = tmp_path / "killed" / "select-1"
+    left, own = (tmp_path / "killed" / name for name in (f"{api.TRIAL}1", "select-1"))
     left.mkdir(parents=True)
+    own.mkdir()
     step = Trainer._take_step
     monkeypatch.setattr(Trainer, "_take_step", lambda self, *given: (os.kill(os.getpid(), 15), step(self, *given))[1])
     assert command(*words, "train.steps=1", "train.evaluate_every=1", "--out", left.parent).status == 75
-    assert not left.exists()
+    assert (left.exists(), own.exists()) == (False, True)
     monkeypatch.setattr(Trainer, "_take_step", step)
     command(*words, "train.ema_decay=0.9", "--out", tmp_path / "averaged")
     assert read_run(tmp_path / "averaged").recipe.train.ema_decay == 0.9

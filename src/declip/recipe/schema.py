@@ -49,7 +49,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_yes_for_1(cls, given: Any, info: ValidationInfo) -> Any:
+    def _refuse_yes_for_a_number(cls, given: Any, info: ValidationInfo) -> Any:
         if isinstance(given, bool) and cls.model_fields[info.field_name or ""].annotation in NUMBERS:
             raise ValueError(f"{info.field_name} is {str(given).lower()}; give a number")
         return given
