@@ -28,13 +28,14 @@ from declip.data.batch import IGNORED, PairBatch, Photometric, View
 from declip.data.images.crops import ViewTransform
 from declip.data.plan import Plan
 from declip.errors import UserError
+from declip.models.average import Average
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe, parse_overrides
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner
-from declip.training.setup import Average, plan_of
+from declip.training.setup import plan_of
 from declip.training.step import StepParts, training_step
 from declip.training.watchdogs import NonFiniteGuard
 
@@ -193,7 +194,7 @@ def _measure(recipe: Recipe, tokens: int | None) -> FakeStep:
         optimizer = build_optimizer(named_trainable(model, objective), train)
         precision = "bf16" if train.precision == "auto" else train.precision
         parts = StepParts(
-            learner, optimizer, mean, std, average and average.update_parameters, train.grad_clip_norm, precision,
+            learner, optimizer, mean, std, average and average.update, train.grad_clip_norm, precision,
             train.grad_cache_chunk, train.max_nonfinite_steps > 0,
         )  # fmt: skip
         batch = _batch(train.batch_size, plan, model.tokenizer.end, tokens or recipe.text.context_length)

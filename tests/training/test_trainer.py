@@ -15,6 +15,7 @@ from conftest import WEIGHTS
 from declip.api import train
 from declip.data.images import photometric
 from declip.errors import UserError
+from declip.models.average import Average
 from declip.models.device import computes_bf16
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
@@ -22,7 +23,6 @@ from declip.runs.folder import read_rows
 from declip.supervision.objective import Objective
 from declip.training import setup
 from declip.training import trainer as trainer_module
-from declip.training.setup import Average
 from declip.training.step import training_step
 from declip.training.stopping import TRY_AGAIN
 from declip.training.trainer import Trainer
@@ -128,7 +128,7 @@ def test_the_mean_of_all_steps_leaves_frozen_weights_alone() -> None:
         for tensor in (*model[0].parameters(), model[1].running_mean):
             tensor.data.normal_()
         seen.append([model[0].weight.detach().clone(), model[1].running_mean.clone()])
-        average.update_parameters(model)
+        average.update(model)
     means = [torch.stack(tensors).mean(dim=0) for tensors in zip(*seen, strict=True)]
     torch.testing.assert_close([average.module[0].weight.detach(), average.module[1].running_mean], means)
     assert torch.equal(average.module[2].weight, frozen)

@@ -6,17 +6,15 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from declip.data.assembly import Assembler
 from declip.data.cached import CachedFeatures, VariantAssembler
@@ -171,29 +169,6 @@ def versions() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "processes": str(distributed.world_size()),
     }
-
-
-class Average:
-    """Averages of a model's weights and buffers after each step: moving ones, or with a decay of 1 the plain mean.
-
-    A moving average's decay grows as (1 + n) / (10 + n), to forget the start. The mean does not forget it.
-    """
-
-    def __init__(self, model: DualEncoder, decay: float) -> None:
-        self.module, self.decay, self.n_averaged = deepcopy(model), decay, torch.tensor(0)
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Move towards the model's values, at first to them; torch's `AveragedModel` waits for the device here."""
-        n = int(self.n_averaged)
-        weight = 1 / (1 + n) if self.decay == 1 else 1 - min(self.decay, (1 + n) / (10 + n))
-        both = (chain(each.parameters(), each.buffers()) for each in (self.module, model))
-        for average, value in zip(*both, strict=True):
-            if not n or not average.is_floating_point():
-                average.copy_(value)
-            elif value.requires_grad or not isinstance(value, nn.Parameter):  # frozen towers would take the most time
-                average.lerp_(value, weight)
-        self.n_averaged += 1
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.io.pool import naming_lost_workers
+from declip.models.average import Average
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schedule import learning_rate
@@ -100,7 +101,7 @@ class Trainer:
             check_frozen(recipe, self.model)
         multipliers = self.pretrained.multipliers if self.pretrained is not None else {}
         self.learner = build_learner(recipe, self.model, self.objective)
-        self.average = setup.Average(self.model, recipe.train.ema_decay) if recipe.train.ema_decay else None
+        self.average = Average(self.model, recipe.train.ema_decay) if recipe.train.ema_decay else None
         if recipe.train.compile and not recipe.finetune.cached_views:  # which leave heads alone
             compile_towers(recipe, self.model, self.plan)
         named = optimizers.named_trainable(self.model, self.objective)
@@ -157,7 +158,7 @@ class Trainer:
             self.optimizer,
             torch.tensor(self.plan.mean, device=self.device),
             torch.tensor(self.plan.std, device=self.device),
-            self.average.update_parameters if self.average is not None else None,
+            self.average.update if self.average is not None else None,
             train.grad_clip_norm,
             train.precision,
             train.grad_cache_chunk,
