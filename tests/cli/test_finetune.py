@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 import declip
 from conftest import TINY, texture
-from declip import api
-from declip.api import HEAD_KEYS, HEADS
+from declip import finetuning
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.errors import UserError
+from declip.finetuning import HEAD_KEYS, HEADS
 from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.finetuning import settings
@@ -92,7 +92,7 @@ def test_python_uses_the_same_words_and_resumes(pairs: Path, weights: Path, tmp_
     assert whole.finished
     assert whole.recipe.finetune.freeze_text_blocks == "all"
     part = tmp_path / "part"
-    recipe = api.finetune_recipe(pairs, part, weights, (), "text", keys, quiet=True)
+    recipe = finetuning.finetune_recipe(pairs, part, weights, (), "text", keys, quiet=True)
     trainer = Trainer(recipe, part, quiet=True)
     trainer.stop.poll = lambda: trainer.step + 1 >= 3  # type: ignore[method-assign]
     assert not trainer.train().finished
@@ -111,7 +111,7 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_declip_file(build("vit"), tmp_path / "vit.safetensors")
-    monkeypatch.setattr(api, "export", written := Mock())
+    monkeypatch.setattr(finetuning, "export", written := Mock())
     keys: dict[str, Any] = {"finetune.lora": {"rank": 2}, "train.steps": 2, "train.batch_size": 8}
     assert declip.finetune(pairs, tmp_path / "vit.safetensors", out=tmp_path / "run", quiet=True, **keys).finished
     assert [call.args[1] for call in written.call_args_list] == ["safetensors", "open_clip", "huggingface"]
@@ -119,10 +119,10 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(
 
 def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights: Path, tmp_path: Path) -> None:
     write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), {}, 40, [*range(4, 40)]))
-    api.finetune_recipe(tmp_path / "some.pairs", tmp_path / "run", weights, quiet=True)
-    train, val = (read_pair_list(tmp_path / "run" / name) for name in api.SPLIT)
+    finetuning.finetune_recipe(tmp_path / "some.pairs", tmp_path / "run", weights, quiet=True)
+    train, val = (read_pair_list(tmp_path / "run" / name) for name in finetuning.SPLIT)
     assert sorted([*train.indices, *val.indices]) == [*range(4, 40)]
-    assert (train.source, len(open_source(tmp_path / "run" / api.SPLIT[1]))) == (str(pairs), len(val.indices))
+    assert (train.source, len(open_source(tmp_path / "run" / finetuning.SPLIT[1]))) == (str(pairs), len(val.indices))
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_select_keeps_the_head_that_validates_best(
     best, done = max(scores, key=lambda name: scores[name][:2]), read_run(out)
     assert tuple(getattr(done.recipe.finetune, key.split(".")[1]) for key in HEAD_KEYS) == HEADS[best]
     assert (done.results[-1]["loss"], done.best_step) == (pytest.approx(-scores[best][1], abs=6e-4), scores[best][2])
-    assert not list(out.glob(f"{api.TRIAL}*"))
+    assert not list(out.glob(f"{finetuning.TRIAL}*"))
     random = {"linear": ("linear", "random", 0.0)}
-    monkeypatch.setattr(api, "HEADS", random)
-    left, own = (tmp_path / "killed" / name for name in (f"{api.TRIAL}1", "select-1"))
+    monkeypatch.setattr(finetuning, "HEADS", random)
+    left, own = (tmp_path / "killed" / name for name in (f"{finetuning.TRIAL}1", "select-1"))
     left.mkdir(parents=True)
     own.mkdir()
     step = Trainer._take_step

@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 
 import declip
 import declip.api
+import declip.finetuning
 from conftest import COLOURS, SHAPES, draw
 from declip.comparison import runner, worker
 from declip.data.builtin.iconify import DESIGNS, EMOJI
@@ -39,7 +40,7 @@ STEPS, BATCH, PAIRS = 2, 8, 32
 SMALL = 64
 """Largest image size that is kept; recipes for larger images get a small tower."""
 
-MAKE_SMALL = ("declip.api", "declip.comparison", "declip.recipe.load")
+MAKE_SMALL = ("declip.finetuning", "declip.training.arguments", "declip.comparison", "declip.recipe.load")
 """Modules that resolve the recipes of commands; those that read foreign weights keep the real sizes."""
 
 
@@ -178,7 +179,7 @@ def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for name in MAKE_SMALL:
         for module in [m for n, m in sorted(sys.modules.items()) if n.startswith(name) and hasattr(m, "load_recipe")]:
             monkeypatch.setattr(module, "load_recipe", lambda *given: small(load_recipe(*given)))
-    monkeypatch.setattr("declip.api.write_report", lambda run, _: (run.folder / "report.html").touch())
+    monkeypatch.setattr("declip.finetuning.write_report", lambda run, _: (run.folder / "report.html").touch())
     monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
     whole = runner.compare
 

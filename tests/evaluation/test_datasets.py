@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from declip.api import resolve_recipe
 from declip.errors import UserError
 from declip.evaluation import datasets
 from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
+from declip.training.arguments import resolve_recipe
 from evaluation import trees
 
 

@@ -29,8 +29,9 @@ def train(
     given = _checked(recipe, overrides or [], data, val or [])
     name = Path(recipe).stem
     from declip import api
+    from declip.training.arguments import resolve_recipe
 
-    resolved = api.resolve_recipe(recipe, given, data=data, val=val or ())
+    resolved = resolve_recipe(recipe, given, data=data, val=val or ())
     if dry_run:
         from declip.training.estimate import estimate
 
@@ -112,14 +113,14 @@ def finetune(
         check_source(source, option)
     if weights is not None:
         check_model(weights)
-    from declip import api
+    from declip import api, finetuning
     from declip.errors import UserError
 
     options: dict[str, Any] = {"val": val or (), "out": out, "freeze": freeze, "quiet": quiet, **given}
     if dry_run:
         if select:
             raise UserError("--dry-run measures one run, and --select trains five more. Leave one of them out.")
-        recipe, cost = api.estimate_finetune(pairs, weights, **options)
+        recipe, cost = finetuning.estimate_finetune(pairs, weights, **options)
         say(f"{recipe}\n{cost}")
         return
     run = api.finetune(pairs, weights, select=select, resume=resume, **options)
