@@ -78,7 +78,6 @@ def finetune(
     val: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     freeze: str | None = None,
-    select: bool = False,
     resume: bool = False,
     quiet: bool = False,
     **overrides: Any,
@@ -94,13 +93,10 @@ def finetune(
         val: Validation sets as in `train`; without one a part of the pairs is split off, see `split_pairs`.
         out: The run folder; by default ``runs/finetune``.
         freeze: Towers to freeze: "both", "image", "text" or "none"; by default weights and device decide.
-        select: Try the heads of `HEADS` on cached features first, print their validation, and train the best.
         resume: Continue the run in that folder with its recipe and its split, if there is one.
         overrides: Dotted keys, such as ``**{"train.lr": 1e-4}``; the others are those of `settings`.
     """
-    return finetuning.finetune(
-        pairs, weights, val=val, out=out, freeze=freeze, select=select, resume=resume, quiet=quiet, **overrides
-    )
+    return finetuning.finetune(pairs, weights, val=val, out=out, freeze=freeze, resume=resume, quiet=quiet, **overrides)
 
 
 def evaluate(

@@ -4,13 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from rich.console import Console
 
 from declip.data.sources.open import open_source
 from declip.data.sources.shard_names import absolute
@@ -22,18 +20,15 @@ from declip.interchange import starter
 from declip.interchange.export import FORMATS, export
 from declip.interchange.foreign import Refusal
 from declip.interchange.read import load, read_start
-from declip.io.text import percent
 from declip.models.device import pick_device
 from declip.recipe.finetuning import CPU_SIZE, FREEZE, Start, settings
 from declip.recipe.load import load_recipe, read_value
 from declip.recipe.schema import Recipe
-from declip.reports.page import Table, rich_table
 from declip.reports.run import write_report
-from declip.runs.folder import RECIPE, Run, lock_folder, log, not_writable
+from declip.runs.folder import RECIPE, Run, log, not_writable
 from declip.training import distributed
 from declip.training.arguments import resolve_recipe, several
 from declip.training.estimate import Estimate, estimate
-from declip.training.stopping import BestEvaluation
 from declip.training.trainer import Trainer
 
 SPLIT = ("train.pairs", "val.pairs")  # lists of the parts of a split, in the run folder
@@ -41,17 +36,6 @@ FINETUNED = Path("runs") / "finetune"
 ARGUMENTS = {"data.source": "PAIRS", "finetune.pretrained": "--from"}
 ARGUMENTS |= dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--val")
 """Recipe keys that arguments of `finetune` set."""
-
-TRIAL = ".trial-of-a-head-"  # begins the names of folders that are removed: no name of a user's
-HEAD_KEYS = ("finetune.head", "finetune.head_init", "finetune.mixup")
-HEADS: dict[str, tuple[Any, ...]] = {
-    "linear": ("linear", "random", 0.0),
-    "linear, CCA": ("linear", "cca", 0.0),
-    "linear, CCA, FuseMix": ("linear", "cca", 1.0),
-    "MLP": ("mlp", "random", 0.0),
-    "MLP, CCA, FuseMix": ("mlp", "cca", 1.0),
-}
-"""Head that `finetune(select=True)` tries → values of `HEAD_KEYS`."""
 
 
 def finetune(
@@ -61,7 +45,6 @@ def finetune(
     val: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     freeze: str | None = None,
-    select: bool = False,
     resume: bool = False,
     quiet: bool = False,
     **overrides: Any,
@@ -74,8 +57,6 @@ def finetune(
             _refuse_others(recipe, pairs, weights, several(val), freeze)
         else:
             recipe = finetune_recipe(pairs, folder, weights, val, freeze, overrides, quiet)
-            if select:
-                recipe = select_head(recipe, folder, overrides, quiet)
         trainer = Trainer(recipe, folder, resume, quiet)
         check_learns(trainer)
     run = trainer.train(write_finetuned)
@@ -107,44 +88,6 @@ def _refuse_others(
     }
     if other := [name for name, differs in others.items() if differs]:
         raise UserError(f"{other[0]} is not what this run was started with. Give another --out, without --resume.")
-
-
-def select_head(recipe: Recipe, folder: Path, given: Mapping[str, Any], quiet: bool = False) -> Recipe:
-    """Train each of `HEADS` in a temporary folder, print a table, and give the recipe with the best in validation."""
-    tune, tried = recipe.finetune, dict[str, BestEvaluation]()
-    if not tune.cached_views or distributed.launched() or any(key in given for key in HEAD_KEYS):
-        raise UserError(
-            f"--select chooses {', '.join(HEAD_KEYS)} on cached features of frozen towers, in one process. Give "
-            "--freeze both and finetune.cached_views=4, none of these keys, and no torchrun; or leave --select out."
-        )
-    evaluation = recipe.evaluation.model_copy(update={"final_zero_shot": (), "final_retrieval": ()})
-    unreported = recipe.train.model_copy(update={"report_to": ()})
-    quick = recipe.model_copy(update={"train": unreported, "evaluation": evaluation})
-
-    def with_head(of: Recipe, name: str) -> Recipe:
-        keys = {key.removeprefix("finetune."): value for key, value in zip(HEAD_KEYS, HEADS[name], strict=True)}
-        # The mean of all steps stays near the start, which is worth something in closed form alone.
-        own = keys["head_init"] == "cca" or "train.ema_decay" in given
-        decay = of.train.ema_decay if own else None
-        train = of.train.model_copy(update={"ema_decay": decay})
-        return of.model_copy(update={"finetune": tune.model_copy(update=keys), "train": train})
-
-    with closing(lock_folder(folder)):
-        for left in folder.glob(f"{TRIAL}*"):  # by a process that was killed
-            shutil.rmtree(left)
-        for name in HEADS:
-            with TemporaryDirectory(dir=folder, prefix=TRIAL) as place:
-                trainer = Trainer(with_head(quick, name), Path(place), quiet=quiet)
-                run = trainer.train()
-                if not run.finished or trainer.stop.asked:  # also in the last step
-                    log.warning("Stopped while heads were tried; nothing of it is kept. Give the same command again.")
-                    raise SystemExit(run.status)
-                tried[name] = BestEvaluation()
-                tried[name].update(run.best_step, [row.result for row in run.last()], recipe.evaluation)
-    rows = tuple((name, percent(b.score), f"{b.loss:.3f}", f"{b.step:,}") for name, b in tried.items())
-    score = "R@1" if recipe.evaluation.retrieval else "top-1"
-    Console().print(rich_table(Table("Heads", ("heads", score, "validation loss", "step"), rows)))
-    return with_head(recipe, max(tried, key=lambda name: (tried[name].score, -tried[name].loss)))
 
 
 def estimate_finetune(

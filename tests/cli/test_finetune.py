@@ -1,7 +1,6 @@
 """The command `declip finetune`, and the same in Python."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +16,6 @@ from declip import finetuning
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.errors import UserError
-from declip.finetuning import HEAD_KEYS, HEADS
 from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.finetuning import settings
@@ -142,8 +140,6 @@ def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights:
         ("pairs.csv --from hf-hub:owner/name", ("'hf-hub:owner/name'", "no route", "Check the network")),
         ("pairs.csv --freeze all", ("'all'", "both")),
         ("pairs.csv --freeze both", ("--freeze", "lora")),
-        ("pairs.csv --dry-run --select", ("--dry-run", "--select")),
-        ("pairs.csv --select", ("--select", "--freeze both", "finetune.cached_views")),
         ("pairs.csv train.steps=3 train.epochs=3", ("train.steps=3", "train.epochs=3")),
         ("pairs.csv train.epochs=many", ("train.epochs='many'",)),
         ("pairs.csv train.batch_size=0", ("train.batch_size=0",)),
@@ -166,38 +162,6 @@ def test_a_mistake_leaves_no_folder(
     assert (outcome.err.count("Error:"), "Traceback" in outcome.err) == (1, False)
     assert all(part in outcome.err for part in parts), outcome.err
     assert not (tmp_path / "run").exists()
-
-
-def test_select_keeps_the_head_that_validates_best(
-    pairs: Path, weights: Path, tmp_path: Path, monkeypatch: Any, command: Any
-) -> None:
-    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
-    out = tmp_path / "run"
-    frozen = ["--freeze", "both", "finetune.cached_views=2", "train.steps=6", "train.evaluate_every=6"]
-    words = ["finetune", pairs, "--from", weights, "--out", out, "--quiet", "--select", "train.lr=0.01", *frozen]
-    printed = command(*words, "train.patience=9").out
-    table = [line.split() for line in printed.splitlines() if line.strip().startswith(tuple(HEADS))]
-    scores = {" ".join(row[:-4]): (float(row[-4]), -float(row[-2]), int(row[-1])) for row in table}
-    assert list(scores) == list(HEADS)
-    assert len(set(scores.values())) > 1, "the settings differ"
-    best, done = max(scores, key=lambda name: scores[name][:2]), read_run(out)
-    assert tuple(getattr(done.recipe.finetune, key.split(".")[1]) for key in HEAD_KEYS) == HEADS[best]
-    assert (done.results[-1]["loss"], done.best_step) == (pytest.approx(-scores[best][1], abs=6e-4), scores[best][2])
-    assert not list(out.glob(f"{finetuning.TRIAL}*"))
-    random = {"linear": ("linear", "random", 0.0)}
-    monkeypatch.setattr(finetuning, "HEADS", random)
-    left, own = (tmp_path / "killed" / name for name in (f"{finetuning.TRIAL}1", "select-1"))
-    left.mkdir(parents=True)
-    own.mkdir()
-    step = Trainer._take_step
-    monkeypatch.setattr(Trainer, "_take_step", lambda self, *given: (os.kill(os.getpid(), 15), step(self, *given))[1])
-    assert command(*words, "train.steps=1", "train.evaluate_every=1", "--out", left.parent).status == 75
-    assert (left.exists(), own.exists()) == (False, True)
-    monkeypatch.setattr(Trainer, "_take_step", step)
-    command(*words, "train.ema_decay=0.9", "--out", tmp_path / "averaged")
-    assert read_run(tmp_path / "averaged").recipe.train.ema_decay == 0.9
-    assert "finetune.mixup" in command(*words, "finetune.mixup=1", "--out", tmp_path / "other").err
-    assert not (tmp_path / "other").exists()
 
 
 def test_without_weights_three_ways_are_named(pairs: Path, tmp_path: Path, monkeypatch: Any, command: Any) -> None:

@@ -100,7 +100,6 @@ def finetune(
     freeze: Annotated[
         str | None, typer.Option(metavar="TOWERS", help="both, image, text or none; default: by weights and device")
     ] = None,
-    select: Annotated[bool, typer.Option("--select", help="frozen towers: try several heads, train the best")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in that folder")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only show the recipe, memory and time expected")] = False,
     quiet: Quiet = False,
@@ -114,16 +113,13 @@ def finetune(
     if weights is not None:
         check_model(weights)
     from declip import api, finetuning
-    from declip.errors import UserError
 
     options: dict[str, Any] = {"val": val or (), "out": out, "freeze": freeze, "quiet": quiet, **given}
     if dry_run:
-        if select:
-            raise UserError("--dry-run measures one run, and --select trains five more. Leave one of them out.")
         recipe, cost = finetuning.estimate_finetune(pairs, weights, **options)
         say(f"{recipe}\n{cost}")
         return
-    run = api.finetune(pairs, weights, select=select, resume=resume, **options)
+    run = api.finetune(pairs, weights, resume=resume, **options)
     leave_unless_finished(run)
     from declip.reports.page import rich_table
     from declip.reports.run import measures_table
