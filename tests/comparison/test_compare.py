@@ -29,7 +29,6 @@ from declip.errors import UserError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
 pytestmark = pytest.mark.usefixtures("no_timing")
-THAWED = {"finetune.pretrained": "weights", "finetune.freeze_image_blocks": "all", "finetune.thaw_after": 2}
 
 
 @pytest.fixture
@@ -331,7 +330,6 @@ def _study(recipes: dict[str, str], table: Path) -> Study:
         ({"sweep": {"train.lr": [0.1]}, "sweep_datasets": ["TABLE"]}, "--sweep-dataset"),  # it would be reported too
         ({"sweep": {"train.steps": [2, 4]}, "sweep_datasets": ["builtin:emoji-validation"]}, "cannot try train.steps"),
         ({"overrides": {"train.epochs": 2}}, "'clip' sets train.epochs.*Set train.steps"),
-        ({"overrides": THAWED, "budgets": ["compute"]}, "from step 2 on.*--budget samples"),
         ({"sweep": {"train.lr": [0.1, -1]}, "sweep_datasets": ["builtin:emoji-validation"]}, r"train\.lr=-1"),
     ],
 )

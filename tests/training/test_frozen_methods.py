@@ -1,6 +1,5 @@
 """Methods for the heads of frozen towers, against plain computations; and the towers' features in evaluation."""
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 import declip
 from conftest import TINY
-from declip.api import train
 from declip.data.cached import CachedFeatures, VariantAssembler, fusemix
 from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
@@ -23,9 +21,7 @@ from declip.errors import UserError
 from declip.interchange.export import export
 from declip.models.heads import MlpHead
 from declip.models.image_tower import ImageTower
-from declip.models.layers import PROJECTIONS
 from declip.recipe.schema import DistillationConfig, Recipe
-from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
 from declip.supervision.contrastive import info_nce, shared_info_nce
 from declip.supervision.soft_targets import caption_hashes
 from declip.supervision.structure import structure
@@ -33,9 +29,8 @@ from declip.training.closed_form import cca, start_closed_form
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.setup import plan_of
 from declip.training.trainer import Trainer
-from processes import in_processes
 from text_encoders import bert
-from training.starts import ended, losses, moved, recipe_for, resumes_exactly, same_end, stop_at
+from training.starts import recipe_for, resumes_exactly
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -266,50 +261,3 @@ def test_methods_of_cached_features_are_refused_without_them(table: Path, start:
     recipe = recipe.model_copy(update={"finetune": uncached, "loss_weights": weights})
     with pytest.raises(UserError, match=r"loss_weights\.structure=0"):
         Trainer(recipe, start.parent / "none", quiet=True)
-
-
-N = 3
-
-
-def thawing(table: Path, start: Path, **keys: Any) -> Recipe:
-    recipe = tuned(table, start, **{"thaw_after": N, "image_lr_scale": 0.5, "head_init": "cca", "mixup": 1.0, **keys})
-    rows = {"log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 9, "steps": 6, "lr_schedule": "constant"}
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=rows)})
-
-
-def test_towers_thaw_and_resuming_is_exact_around_it(table: Path, start: Path, tmp_path: Path) -> None:
-    recipe, straight = thawing(table, start, head="mlp"), tmp_path / "straight"
-    trainer = Trainer(recipe, straight, quiet=True)
-    assert [row["step"] for row in trainer.train().metrics] == [*range(1, 7)]
-    assert {group["multiplier"].factor for group in trainer.optimizer.param_groups} == {0.5, 1.0}
-    states = {step_of(path): load_checkpoint(path) for path in list_checkpoints(straight)}
-    towers = {name for name, _ in trainer.model.named_parameters() if not name.startswith(("logit", *PROJECTIONS))}
-    for step in range(1, 6):
-        changed = moved(*(part("model", states[after].weights) for after in (step, step + 1)))
-        assert bool(towers & changed) == (step >= N)
-        counts = {int(t) for name, t in states[step + 1].training.items() if name.endswith(".step")}
-        assert counts == {step + 1} | ({step + 1 - N} if step >= N else set())
-    for step in (N - 1, N + 1):  # as after a kill
-        shutil.copytree(straight, tmp_path / str(step))
-        for path in list_checkpoints(tmp_path / str(step))[step:]:
-            shutil.rmtree(path)
-    stop_at(recipe, tmp_path / str(N), N)
-    for step in (N - 1, N, N + 1):
-        assert train(recipe, out=tmp_path / str(step), resume=True, quiet=True, report=False).finished
-        same_end(straight, tmp_path / str(step))
-
-
-def test_two_processes_thaw_together(table: Path, start: Path, tmp_path: Path) -> None:
-    recipe = thawing(table, start)
-    first, second = in_processes(ended, 2, tmp_path / "processes", recipe, tmp_path / "two")
-    assert not moved(first[2], second[2])
-    ended(recipe, tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-
-
-def test_a_run_that_cannot_thaw_is_refused(table: Path, start: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"thaw_after=6 .*train\.steps=6"):
-        Trainer(thawing(table, start, thaw_after=6), tmp_path / "run", quiet=True)
-    for keys in ({"freeze_image_blocks": 0, "freeze_text_blocks": 0}, {"lora": {"rank": 2}}):
-        with pytest.raises(ValueError, match=r"thaw_after needs"):
-            thawing(table, start, **keys)

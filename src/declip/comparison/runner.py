@@ -171,11 +171,6 @@ def _check(study: Study, budgets: Sequence[str]) -> None:
                 f"'{variant.name}' sets train.epochs, which is another number of steps for each number of pairs. Set "
                 "train.steps instead."
             )
-        if recipe.finetune.thaw_after and "compute" in budgets:
-            raise UserError(
-                f"'{variant.name}' trains its towers from step {recipe.finetune.thaw_after} on, so that its steps take "
-                "unequally long. Compare with --budget samples."
-            )
         if recipe.train.batch_size != study.batch_size or recipe.train.steps != study.steps:
             raise UserError(
                 f"'{variant.name}' takes {recipe.train.steps} steps of {recipe.train.batch_size} pairs, "

@@ -35,7 +35,7 @@ def settings(
         "finetune.cached_views": 4 if heads else 0,
         **({"finetune.head_init": "cca", "finetune.mixup": float(mixes)} if heads else {}),
         # The mean of all steps stays nearer to the closed-form start, which serves captions that training does not see.
-        **({"train.ema_decay": 1.0} if closed and "finetune.thaw_after" not in given else {}),
+        **({"train.ema_decay": 1.0} if closed else {}),
         "finetune.head_warmup_steps": 0 if heads else 200,
         "train.batch_size": batch_size,
         "train.lr": 1e-5 if start == "whole" else 1e-3,

@@ -316,16 +316,10 @@ class FineTuning(Section):
     freeze_text_blocks: Count | Literal["all"] = Field(0, description="number of lowest text blocks to freeze, or all")
     head_warmup_steps: int = Field(0, ge=0, description="first steps that train only new parameters; at most a quarter")
     cached_views: int = Field(0, ge=0, description="views whose frozen features are computed once; 0: at every step")
-    thaw_after: int | None = Field(None, ge=1, description="number of steps after which frozen towers train (LP-FT)")
     head: Literal["linear", "mlp"] = Field("linear", description="projections; mlp: linear plus an MLP with dropout")
     head_init: Literal["random", "cca"] = Field("random", description="cca: canonical correlation of features (CSA)")
     mixup: float = Field(0.0, ge=0, description="alpha of the mixup of cached features (FuseMix); 0: off")
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")
-
-    @property
-    def thawed(self) -> bool:
-        """Whether these are the settings of the steps after `thaw_after`, see `Trainer`."""
-        return self.thaw_after is not None and not (self.freeze_image_blocks or self.freeze_text_blocks)
 
     def changed(self) -> list[str]:
         """Names of the keys, other than `pretrained`, that are not at their defaults."""
@@ -340,10 +334,6 @@ class FineTuning(Section):
         for name in ("freeze_image_blocks", "freeze_text_blocks"):
             if self.lora is not None and getattr(self, name) not in (0, "all"):
                 raise ValueError(f"finetune.lora freezes all blocks; finetune.{name} is 0 or all then")
-        if self.thawed or (self.thaw_after is not None and self.lora is not None):
-            raise ValueError(
-                "finetune.thaw_after needs freeze_image_blocks or freeze_text_blocks, and no finetune.lora"
-            )
         if self.lora is not None and self.layer_decay != 1:
             raise ValueError("finetune.lora has one learning rate per tower; leave finetune.layer_decay out")
         return self
@@ -494,9 +484,7 @@ class Recipe(Section):
 
     @property
     def head_warmup(self) -> int:
-        """Number of steps that train only the new parameters: a quarter of `train.steps` at most, or `thaw_after`."""
-        if self.finetune.thawed:
-            return self.finetune.thaw_after or 0
+        """Number of steps that train only the new parameters: a quarter of `train.steps` at most."""
         return min(self.finetune.head_warmup_steps, self.train.steps // 4)
 
     @property

@@ -151,7 +151,7 @@ class NearestNeighbor(ContrastiveTerm):
         self.queue = Queue(section.queue_size, recipe.embed_dim)
         self.symmetric, self._pairs = section.symmetric, 2**62  # `prepare` counts the pairs
         # Features of the frozen tower, in the slots of their embeddings.
-        frozen = recipe.finetune.cached_views and not recipe.finetune.thaw_after
+        frozen = recipe.finetune.cached_views
         self.bank = Queue(section.queue_size, model.text_tower.width) if frozen else None
         self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
 

@@ -90,10 +90,9 @@ def apply_pretrained(
     names = [name for name, _ in model.named_parameters() if name in loaded]
     if tune.lora is not None:
         names += _add_adapters(model, tune, tune.lora, loaded)
-    frozen = tune.thawed or (recipe.head_warmup > 0 and bool(new))
+    frozen = recipe.head_warmup > 0 and bool(new)
     if frozen:
-        key = "thaw_after" if tune.thawed else "head_warmup_steps"
-        summary += f" Steps 1 to {recipe.head_warmup} (finetune.{key}) train only what is new."
+        summary += f" Steps 1 to {recipe.head_warmup} (finetune.head_warmup_steps) train only what is new."
     multipliers = {f"model.{name}": _multiplier(name, tune, layers, frozen) for name in names}
     whole = start is not None and start.whole and not any(name.startswith((IMAGE, TEXT)) for name in new)
     return Pretrained(kept, multipliers, whole, summary)
@@ -173,7 +172,7 @@ def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loa
         if tune.cached_views:  # the projections learn from the features of frozen towers
             names = [name for name in names if not name.startswith(PROJECTIONS)]
         freeze(model, [name for name in names if asked == "all" or layers[name] <= asked] if asked else [])
-    if tune.image_lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps or tune.thawed:
+    if tune.image_lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps:
         # Statistics of a few small batches would replace those of millions of images, to which the weights belong.
         norms = {f"{n}.running_mean": module for n, module in model.named_modules() if isinstance(module, _BatchNorm)}
         keep_in_evaluation(model, [module for name, module in norms.items() if name in loaded])

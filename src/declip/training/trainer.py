@@ -73,7 +73,6 @@ class Trainer:
         source: PairSource | None = None,
     ) -> None:
         self.folder, self.quiet, self.callbacks = folder, quiet, callbacks
-        self._resumed = recipe, folder, True, quiet, callbacks, source
         self.device = pick_device(distributed.own_device(recipe.train.device))
         distributed.join(self.device)
         self.hosts = HostGroup()
@@ -84,7 +83,6 @@ class Trainer:
         recipe = start.fit(recipe) if start is not None else recipe
         self.source = setup.open_training_source(recipe, source)
         self.recipe = recipe = setup.resolve_epochs(recipe, self.source)
-        self.stage = recipe = self._stage(resume)
         torch.manual_seed(recipe.seed)
         encoder = start.encoder if start is not None else None
         if encoder is None and resume:
@@ -115,7 +113,7 @@ class Trainer:
         self.throughput = ThroughputMonitor()
         threads, workers = torch.get_num_threads() if self.device.type == "cpu" else 1, recipe.data.workers
         self.workers = auto_workers(threads) if workers == "auto" else workers
-        self.stop, self.thaws = StopRequest(folder), False
+        self.stop = StopRequest(folder)
         self.writer = CheckpointWriter(folder, recipe.train.keep_checkpoints)
         self.lock: FileIO | None = None
         setup.build_loader(recipe, self.source, self.model, workers=self.workers).close()
@@ -130,12 +128,12 @@ class Trainer:
     def loader(self) -> PairLoader:
         """Batches from the present step on."""
         features = None
-        if self.stage.finetune.cached_views:
+        if self.recipe.finetune.cached_views:
             read = partial(cached_features, self.stage, self.source, self.model, self.plan)
             kept: list[CachedFeatures] = []
             self.hosts.on_rank_zero(lambda: kept.append(read(not self.quiet)))
             features = kept[0] if kept else read(False)
-            if self.step == 0 and self.stage.finetune.head_init == "cca":
+            if self.step == 0 and self.recipe.finetune.head_init == "cca":
                 start_closed_form(self.model, features, self.plan.views[0].name)
         workers = self.workers if features is None else 0
         loader = setup.build_loader(self.recipe, self.source, self.model, self.step, workers, features)
@@ -145,7 +143,7 @@ class Trainer:
     @property
     def shown_loader(self) -> PairLoader:
         """Batches of images and words, to be looked at."""
-        if not self.stage.finetune.cached_views:
+        if not self.recipe.finetune.cached_views:
             return self.loader
         return setup.build_loader(self.recipe, self.source, self.model, self.step, 0)
 
@@ -174,7 +172,7 @@ class Trainer:
     def encoder(self) -> Encoder:
         """The evaluated model; of frozen towers each image and text is computed once for all runs."""
         model = self.evaluated_model
-        return cast(Encoder, FrozenEncoder(model)) if self.stage.finetune.cached_views else model
+        return cast(Encoder, FrozenEncoder(model)) if self.recipe.finetune.cached_views else model
 
     @property
     def sharded(self) -> bool:
@@ -186,7 +184,7 @@ class Trainer:
         """Whether all steps are done, or the last `train.patience` evaluations were no better than one before."""
         patience = self.recipe.train.patience
         stale = self.best is not None and patience is not None and self.best.stale >= patience
-        return self.step >= self.recipe.train.steps or (stale and self.step > (self.recipe.finetune.thaw_after or 0))
+        return self.step >= self.recipe.train.steps or stale
 
     # --- the loop of steps
 
@@ -218,12 +216,6 @@ class Trainer:
                 self.hosts.on_rank_zero(lambda: finish(self))
             if "loader" in self.__dict__:
                 self.loader.close()
-        if self.thaws:
-            stop, arguments = self.stop, self._resumed
-            self.__dict__.clear()  # the parts with frozen towers
-            Trainer.__init__(self, *arguments)
-            self.stop = stop
-            return self.train(finish)
         status = 130 if self.stop.signal == signal.SIGINT else 0 if distributed.launched() else TRY_AGAIN
         return Run(self.folder, self.step, finished, status, self.is_rank_zero)
 
@@ -282,16 +274,14 @@ class Trainer:
         monitor.count(self.step)
         if evaluated:
             saved = self._is_best(self.evaluate(monitor)) or self.finished or saved
-        self.thaws = self.step == self.recipe.finetune.thaw_after and not (stop or done)
-        saved = saved or self.thaws
         if saved:
             monitor.flush()
             self.save()
         monitor.go_on()
-        return self.finished or stop or self.thaws
+        return self.finished or stop
 
     def _set_learning_rate(self) -> float:
-        warmup = self.stage.head_warmup
+        warmup = self.recipe.head_warmup
         lr = learning_rate(self.step, self.recipe.train)
         for group in self.optimizer.param_groups:
             group["lr"] = optimizers.group_lr(lr, self.step, group["multiplier"], warmup, self.recipe.train)
@@ -427,8 +417,6 @@ class Trainer:
         self.step = found.step
         if "best" in extra:
             self.best = BestEvaluation(**extra["best"])
-            if found.step == self.recipe.finetune.thaw_after:
-                self.best.stale = 0
         try:
             self._load_weights(found)
             optimizers.load_moments(self.optimizer, part("optimizer", found.training))
@@ -459,21 +447,6 @@ class Trainer:
         if self.average is not None:
             self.average.module.load_state_dict(part("model", found.weights) | part("average", found.weights))
             self.average.n_averaged.copy_(found.training["averaged_steps"])
-
-    def _stage(self, resume: bool) -> Recipe:
-        """Give the recipe of the next step: before and after `finetune.thaw_after` a run is built differently."""
-        recipe, switch = self.recipe, self.recipe.finetune.thaw_after
-        if switch is None:
-            return recipe
-        if switch >= recipe.train.steps or "structure" in recipe.active_losses or recipe.train.strategy == "fsdp":
-            raise UserError(
-                f"finetune.thaw_after={switch} must be below train.steps={recipe.train.steps}, and goes with neither "
-                "loss_weights.structure nor train.strategy=fsdp. Change it, or leave it out."
-            )
-        newest = self.hosts.on_rank_zero(lambda: getattr(checkpoints.newest_good(self.folder)[0], "step", 0))
-        free = dict.fromkeys(("freeze_image_blocks", "freeze_text_blocks", "cached_views"), 0)
-        thawed = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=free)})
-        return thawed if resume and newest >= switch else recipe
 
     def _open_folder(self, resume: bool) -> Checkpoint | None:
         """Find the checkpoint to resume from, if any: rank 0 chooses it, the others read the same."""
