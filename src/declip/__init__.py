@@ -1,8 +1,8 @@
 """declip: contrastive language-image models when pairs are few.
 
 The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `classify`, `embed`, `Index`, `export`, `push`,
-`PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package `interchange`. They are imported when they are
-first used, so that ``import declip`` is quick and asks for nothing.
+`Columns`, `PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package `interchange`. They are imported when
+they are first used, so that ``import declip`` is quick and asks for nothing.
 """
 
 from importlib import import_module
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from declip.api import finetune as finetune
     from declip.api import train as train
     from declip.data.batch import PairBatch as PairBatch
+    from declip.data.columns import Columns as Columns
     from declip.errors import UserError as UserError
     from declip.interchange.export import export as export
     from declip.interchange.push import push as push
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from declip.training.sinks import Sink as Sink
 
 _WHERE = {
+    "Columns": "declip.data.columns",
     "Index": "declip.search.index",
     "PairBatch": "declip.data.batch",
     "Recipe": "declip.recipe.schema",

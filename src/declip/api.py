@@ -7,6 +7,7 @@ from typing import Any
 from declip import finetuning
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
+from declip.data.columns import Columns
 from declip.data.pair import PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
@@ -63,7 +64,7 @@ def train(
     folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
     source = None
     if data is not None and not isinstance(data, str | Path):
-        source = open_source(data, **resolved.data.table_options)
+        source = open_source(data, Columns.of(resolved.data))
     with extra_terms(terms or {}):
         trainer = Trainer(resolved, folder, resume, quiet, callbacks, source)
         run = trainer.train(finetuning.write_run_report if report else None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.shard_names import absolute
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, write_pair_list
@@ -134,8 +135,8 @@ def finetune_recipe(
     kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
     settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
     load_recipe("finetune", {**least, **settled(FEWEST)})
-    columns = {name: value for name, value in read.table_options.items() if value is not None}
-    source, data, sets = open_source(pairs, **columns), str(pairs), list(map(str, named))
+    columns = Columns.of(read)
+    source, data, sets = open_source(pairs, columns), str(pairs), list(map(str, named))
     if sets:
         for name in sets:
             warning = check_copies(source, open_dataset(name).split("test"), not quiet)

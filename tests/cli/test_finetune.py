@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import declip
 from conftest import TINY, texture
 from declip import finetuning
+from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.errors import UserError
@@ -116,7 +117,7 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(
 
 
 def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights: Path, tmp_path: Path) -> None:
-    write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), {}, 40, [*range(4, 40)]))
+    write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), Columns(), 40, [*range(4, 40)]))
     finetuning.finetune_recipe(tmp_path / "some.pairs", tmp_path / "run", weights, quiet=True)
     train, val = (read_pair_list(tmp_path / "run" / name) for name in finetuning.SPLIT)
     assert sorted([*train.indices, *val.indices]) == [*range(4, 40)]
@@ -130,7 +131,7 @@ def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights:
         ("pairs.csv --val copy.csv", ("'copy.csv'", "--val")),
         ("few.csv", ("3 pairs",)),
         ("one.csv", ("one caption",)),
-        ("bare.csv", ("'caption'", "caption_column")),
+        ("bare.csv", ("'caption'", "data.columns.caption")),
         ("pairs.csv --from nowhere", ("'nowhere'", "open_clip:MODEL/TAG")),
         ("pairs.csv --from pairs.csv", ("pairs.csv",)),
         ("pairs.csv --from other.safetensors", ("'other.safetensors'", "open_clip:MODEL/FILE")),

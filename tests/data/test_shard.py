@@ -15,6 +15,7 @@ from PIL import Image
 from conftest import draw
 from data.fakes import jpeg, scene
 from declip.data import prepare as module
+from declip.data.columns import Columns
 from declip.data.images.shrink import downscaled_bytes
 from declip.data.pair import BrokenPair, DecodedImage, Pair, PairSource
 from declip.data.prepare import shard_source
@@ -168,7 +169,7 @@ def test_it_continues_after_a_kill(folder, tmp_path):
     ("changed", "message"),
     [
         ({"size": 50}, "size was 48, now 50"),
-        ({"caption_column": "said"}, "caption_column was 'caption', now 'said'"),
+        ({"columns": Columns(caption="said")}, "columns.caption was 'caption', now 'said'"),
     ],
 )
 def test_another_option_in_the_same_folder_is_refused(folder, tmp_path, changed, message):

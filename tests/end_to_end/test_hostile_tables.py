@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.tables import write
+from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.evaluation.datasets import open_dataset
 from hostile import ROOM, Trap, apart, quickly, said, written
@@ -47,7 +48,7 @@ def test_an_image_root_cannot_be_left(kind: str, here: Path) -> None:
         **dict.fromkeys(("~/in.png", "file:///etc/passwd", "https://example.org/a.png"), "missing image"),
     }
     path = table(kind, [{"image": name, "caption": "x"} for name in expected])
-    source = open_source(path, image_root=root)
+    source = open_source(path, Columns(root=root))
     assert dict(zip(expected, read_all(source), strict=True)) == expected
 
 

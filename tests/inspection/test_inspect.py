@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from conftest import draw, texture
+from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.errors import UserError
 from declip.inspection import Inspection, inspect_source
@@ -110,7 +111,7 @@ def test_a_folder_and_columns_are_opened_as_training_opens_them(tmp_path: Path) 
     (tmp_path / "one.txt").write_text("a red circle\na dot")
     assert inspect_source(tmp_path, workers=0).captions.per_pair["mean"] == 2
     (tmp_path / "table.csv").write_text("file,said\none.png,a red circle\n")
-    assert inspect_source(tmp_path / "table.csv", image_column="file", caption_column="said", workers=0).usable == 1
+    assert inspect_source(tmp_path / "table.csv", columns=Columns("file", "said"), workers=0).usable == 1
 
 
 def test_a_sample_says_how_sure_it_is() -> None:

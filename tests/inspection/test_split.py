@@ -1,6 +1,7 @@
 """Splitting off a validation part: no image and no caption on both sides."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import texture
+from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import PairList, write_pair_list
 from declip.errors import UserError
@@ -50,23 +52,23 @@ def test_photos_of_one_product_stay_on_one_side(tmp_path: Path) -> None:
     head, *rows = table.read_text().splitlines()
     named = [f"{row},{'' if number > 50 else number // 3}" for number, row in enumerate(rows)]
     table.write_text("\n".join([f"{head},product", *named]))
-    train, val = split_pairs(open_source(table, group_column="product"))
+    train, val = split_pairs(open_source(table, Columns(group="product")))
     assert len(val) == 6
     assert not set(train[train <= 50] // 3) & set(val[val <= 50] // 3)
 
 
 def test_a_list_opens_as_its_pairs(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(pairs.parent)
-    columns = {"caption_column": "caption", "image_root": "."}
+    columns = Columns(root=".")
     write_pair_list(tmp_path / "some.pairs", PairList(pairs.name, columns, 60, [3, 5, 59]))
     monkeypatch.chdir(tmp_path)
     source = open_source(tmp_path / "some.pairs")
     assert source.image(0).size == (48, 48)
     assert [source.captions(i) for i in range(len(source))] == [("first of 1",), ("Common to 1",), ("Common to 19",)]
-    write_pair_list(tmp_path / "older.pairs", PairList(str(pairs), {}, 61, [3]))
+    write_pair_list(tmp_path / "older.pairs", PairList(str(pairs), Columns(), 61, [3]))
     with pytest.raises(UserError, match=r"61.*60"):
         open_source(tmp_path / "older.pairs")
-    write_pair_list(tmp_path / "marked.pairs", PairList(str(pairs), {}, 60, [3, 5, 59]), open_source(pairs))
+    write_pair_list(tmp_path / "marked.pairs", PairList(str(pairs), Columns(), 60, [3, 5, 59]), open_source(pairs))
     assert len(open_source(tmp_path / "marked.pairs")) == 3
     lines = pairs.read_text().splitlines(keepends=True)
     pairs.write_text("".join([lines[0], *reversed(lines[1:])]))
@@ -76,7 +78,7 @@ def test_a_list_opens_as_its_pairs(pairs: Path, tmp_path: Path, monkeypatch: pyt
     good = {"source": str(pairs), "columns": {}, "total": 60, "indices": [1]}
     wrong: list[dict] = [{"indices": indices} for indices in ([2, 1], [60], [], 3)]
     for change in (*wrong, {"columns": {"x": 1}}, {"source": str(tmp_path / "wrong.pairs")}):
-        write_pair_list(tmp_path / "wrong.pairs", PairList(**{**good, **change}))
+        (tmp_path / "wrong.pairs").write_text(json.dumps({**good, **change}))
         with pytest.raises(UserError, match="not a list of pairs"):
             open_source(tmp_path / "wrong.pairs")
 

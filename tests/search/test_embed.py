@@ -13,6 +13,7 @@ from PIL import Image
 import declip
 from conftest import draw, encoded
 from data.tars import write_tar
+from declip.data.columns import Columns
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.search import embed as embedding
@@ -152,7 +153,7 @@ def test_repaired_captions_and_other_objects_are_embedded_again(model: DualEncod
         index = declip.embed(model, [(draw(color, "bar", 40), "a bar")], out=tmp_path / "objects")
         found.append(index.vectors(index.ids))
     assert not torch.equal(*found)
-    index = declip.embed(model, [("1.png", "a bar")], out=tmp_path / "named", image_root=tmp_path)
+    index = declip.embed(model, [("1.png", "a bar")], out=tmp_path / "named", columns=Columns(root=tmp_path))
     assert (index.keys(), index.row(0).origin.path) == (["1.png"], str(tmp_path / "1.png"))
 
 
@@ -194,5 +195,5 @@ def test_cells_of_a_table_that_have_moved_are_embedded_again(model: DualEncoder,
     pq.write_table(pa.table({name: [column[3], *column[:3]] for name, column in cells.items()}), table)
     moved = declip.embed(model, table, out=out)
     assert [moved.row(id).captions for id in moved.ids] == [("a triangle",), ("a bar",), (), ("a square",)]
-    plain = declip.embed(model, table, out=tmp_path / "plain", caption_column="")
+    plain = declip.embed(model, table, out=tmp_path / "plain", columns=Columns(caption=None))
     assert [plain.row(id).captions for id in plain.ids] == [()] * 4

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from declip.cli.options import BatchSize, Device, ImageColumn, ImageRoot, Quiet, check_model, file, say
+from declip.data.columns import Columns
 from declip.errors import UserError
 
 
@@ -47,8 +48,7 @@ def classify(
         link=link,
         batch_size=batch_size,
         workers=workers,
-        image_column=image_column,
-        image_root=image_root,
+        columns=Columns(image_column, caption=None, root=image_root),
         device=device,
         progress=not quiet,
         on_prediction=print_line if out is None else None,

@@ -17,6 +17,7 @@ from declip.cli.options import (
     file,
     say,
 )
+from declip.data.columns import Columns
 from declip.errors import UserError
 from declip.io.atomic import write_text
 
@@ -63,10 +64,7 @@ def shard(
         shard_pairs=shard_pairs,
         quality=quality,
         workers=workers,
-        image_column=image_column,
-        caption_column=caption_column,
-        keyword_column=keyword_column,
-        image_root=image_root,
+        columns=Columns(image_column, caption_column, keyword_column, root=image_root),
         exclude=exclude,
         progress=not quiet,
     )
@@ -111,9 +109,7 @@ def inspect(
         size=size,
         batch_size=batch_size,
         check_leakage=check_leakage or (),
-        image_column=image_column,
-        caption_column=caption_column,
-        image_root=image_root,
+        columns=Columns(image_column, caption_column, root=image_root),
         progress=not quiet,
     )
     console.print(summary(inspection))

@@ -23,6 +23,7 @@ from declip.cli.options import (
     file,
     say,
 )
+from declip.data.columns import Columns
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, write_text
 from declip.reports.page import check_writable
@@ -60,9 +61,7 @@ def embed(
         dtype=dtype,
         batch_size=batch_size,
         workers=workers,
-        image_column=image_column,
-        caption_column=caption_column,
-        image_root=image_root,
+        columns=Columns(image_column, caption_column or None, root=image_root),
         device=device,
         progress=not quiet,
     )

@@ -5,12 +5,13 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.exclude import match_exclusions, read_exclusions
 from declip.data.images.shrink import SIZE, downscaled_bytes
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
@@ -54,10 +55,7 @@ def shard_source(
     shard_pairs: int = SHARD_PAIRS,
     quality: int = QUALITY,
     workers: int | None = None,
-    image_column: str = "image",
-    caption_column: str = "caption",
-    keyword_column: str = "keywords",
-    image_root: str | Path | None = None,
+    columns: Columns = DEFAULT,
     exclude: str | Path | None = None,
     progress: bool = False,
 ) -> ShardedPairs:
@@ -77,11 +75,10 @@ def shard_source(
     check_range("shard_pairs", shard_pairs, 1)
     check_range("quality", quality, 1, 100)
     check_range("workers", workers or 0, 0)
-    columns = {"image_column": image_column, "caption_column": caption_column, "keyword_column": keyword_column}
     if isinstance(source, PairSource):
         opened, name = source, source.name
     else:
-        opened, name = open_source(source, image_root=image_root, **columns), absolute(source)
+        opened, name = open_source(source, columns), absolute(source)
     excluded = {} if exclude is None else match_exclusions(opened, read_exclusions(exclude))
     made_of = {
         "layout": LAYOUT,
@@ -91,8 +88,8 @@ def shard_source(
         "size": size,
         "quality": quality,
         "shard_pairs": shard_pairs,
-        **columns,
-        "image_root": None if image_root is None else absolute(image_root),
+        **{f"columns.{name}": value for name, value in asdict(columns).items()},
+        "columns.root": None if columns.root is None else absolute(columns.root),
         "exclude": hashlib.sha256(json.dumps(sorted(excluded.items())).encode()).hexdigest() if excluded else None,
     }
     starts = range(0, len(opened), shard_pairs)

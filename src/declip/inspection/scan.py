@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.image_source import ImageSource, open_images
 from declip.data.sources.open import open_source
@@ -50,9 +51,7 @@ def inspect_source(
     size: int = SIZE,
     batch_size: int = BATCH,
     check_leakage: Sequence[str | Path | PairSource] = (),
-    image_column: str = "image",
-    caption_column: str = "caption",
-    image_root: str | Path | None = None,
+    columns: Columns = DEFAULT,
     progress: bool = False,
 ) -> Inspection:
     """Inspect a source of pairs before training on it.
@@ -66,7 +65,7 @@ def inspect_source(
         size: Side of the training images, pixels, that resolutions are compared with.
         batch_size: Pairs of a training batch, that equal captions are counted for.
         check_leakage: Sources whose images should not be among the pairs, such as a test set; they are read whole.
-        image_column, caption_column, image_root: For tables, see `open_source`.
+        columns: For tables, see `open_source`.
     """
     check_range("sample", 1 if sample is None else sample, 1)
     check_range("seed", seed, 0)
@@ -75,9 +74,9 @@ def inspect_source(
     check_range("batch_size", batch_size, 2)
     start = time.perf_counter()
     if isinstance(source, str | Path):
-        source = open_source(source, image_column=image_column, caption_column=caption_column, image_root=image_root)
+        source = open_source(source, columns)
     others = [
-        open_images(other, caption_column=None).source if isinstance(other, str | Path) else other
+        open_images(other, Columns(caption=None)).source if isinstance(other, str | Path) else other
         for other in check_leakage
     ]
     places = sample_places(len(source), sample, seed)

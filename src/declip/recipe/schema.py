@@ -100,17 +100,6 @@ class Data(Section):
         return {**COLUMNS, **given} if isinstance(given, dict) else given
 
     @property
-    def table_options(self) -> dict[str, Any]:
-        """The arguments of `declip.data.sources.open.open_source` that say how a table is read."""
-        return {
-            "image_column": self.columns["image"],
-            "caption_column": self.columns["caption"],
-            "keyword_column": self.columns["keywords"],
-            "group_column": self.columns.get("group"),
-            "image_root": self.image_root,
-        }
-
-    @property
     def label(self) -> str:
         """The source, or the sources with their weights, in one line."""
         if isinstance(self.source, str):

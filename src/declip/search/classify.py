@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
 from itertools import chain, repeat
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.exclude import FORMULA
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import Origin, PairSource, SkipCounter
@@ -78,8 +79,7 @@ def classify(
     link: bool = False,
     batch_size: int = 256,
     workers: int = 0,
-    image_column: str = "image",
-    image_root: str | Path | None = None,
+    columns: Columns = DEFAULT,
     device: str = "auto",
     progress: bool = False,
     on_prediction: Callable[[Prediction], object] | None = None,
@@ -102,7 +102,7 @@ def classify(
     """
     check_range("batch_size", batch_size, 1)
     names, prompts = read_classes(classes), read_templates(templates)[1]
-    source = _open(images, image_column, image_root)
+    source = _open(images, replace(columns, caption=None))
     out = None if out is None else Path(out).expanduser()
     if out is not None and out.suffix.lower() in OTHER_TABLES:
         raise UserError(f"Predictions are written to {' or '.join(TABLES)}, or sorted into a folder, not to '{out}'.")
@@ -160,16 +160,15 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
     return names
 
 
-def _open(images: str | Path | PairSource | Items, image_column: str, image_root: str | Path | None) -> ImageSource:
+def _open(images: str | Path | PairSource | Items, columns: Columns) -> ImageSource:
     """Open images: also a single file, or the files of a pattern."""
     if not isinstance(images, str | Path):
-        columns = {"image_column": image_column, "caption_column": image_column}
-        return ImageSource(open_source(images, image_root=image_root, **columns))
+        return ImageSource(open_source(images, columns))
     path = Path(images).expanduser()
     names = [str(path)] if path.exists() else sorted(glob(str(path), recursive=True))
     if files := [name for name in names if name.lower().endswith(EXTENSIONS)]:
         return ImageSource(open_source(files), captioned=False)
-    return open_images(images, image_column=image_column, caption_column=None, image_root=image_root)
+    return open_images(images, columns)
 
 
 def _plain(cell: str) -> str:

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BrokenPair, Origin, PairSource, SkipCounter
 from declip.data.sources.image_source import CaptionedImage, ImageSource
 from declip.data.sources.open import open_source
@@ -46,9 +48,7 @@ def embed(
     dtype: Dtype = "float16",
     batch_size: int = 256,
     workers: int = 0,
-    image_column: str = "image",
-    caption_column: str | None = "caption",
-    image_root: str | Path | None = None,
+    columns: Columns = DEFAULT,
     device: str = "auto",
     loaded_from: str | Path = "",
     progress: bool = False,
@@ -61,8 +61,8 @@ def embed(
 
     Args:
         model: A model, or what `declip.load` opens.
-        source: What `declip.data.sources.image_source.open_images` opens with the columns and `image_root`, or a
-            source. A folder needs no captions.
+        source: What `declip.data.sources.image_source.open_images` opens with the columns, or a source. A folder
+            needs no captions.
         captions: Also store the mean vector of each image's captions, to search in.
         workers: Processes that read images; 0 reads in this one.
         loaded_from: Where a model given as an object was loaded from, so that later calls can load it again.
@@ -75,15 +75,10 @@ def embed(
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
     if not isinstance(source, str | Path):
-        columns = {"image_column": image_column, "caption_column": caption_column or image_column}
-        source = open_source(source, **columns, image_root=image_root)
-    entry = SourceEntry(
-        spec=_spec(source),
-        name="",
-        image_column=image_column,
-        caption_column=caption_column or None,
-        image_root=None if image_root is None else absolute(image_root),
-    )
+        source = open_source(source, columns)
+    if columns.root is not None:
+        columns = replace(columns, root=absolute(columns.root))
+    entry = SourceEntry(spec=_spec(source), name="", columns=columns)
     images = entry.open() if isinstance(source, str | Path) else ImageSource(source)
     entry.name = images.name
     encoder = load(model, device) if isinstance(model, str | Path) else model

@@ -267,8 +267,7 @@ class Index:
     def _source(self) -> ImageSource:
         given, entry = self._given_source, self.manifest.source
         if given is not None and not isinstance(given, str | Path):
-            columns = {"image_column": entry.image_column, "caption_column": entry.caption_column or entry.image_column}
-            return ImageSource(open_source(given, **columns, image_root=entry.image_root))
+            return ImageSource(open_source(given, entry.columns))
         if given is None and not entry.spec:
             raise UserError(
                 f"The index was made of '{entry.name}', a Python object. To see its images, open the index with "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import declip
+from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
 from declip.io.atomic import ELSEWHERE, locked_folder, remove, write_text
@@ -34,16 +35,13 @@ class SourceEntry(ManifestEntry):
 
     spec: str
     name: str
-    image_column: str = "image"
-    caption_column: str | None = "caption"
-    image_root: str | None = None
+    columns: Columns = DEFAULT
 
     def open(self, elsewhere: str | Path | None = None) -> "ImageSource":
         """Open the source, or its copy elsewhere."""
         from declip.data.sources.image_source import open_images  # imports torch: not before a path is known to exist
 
-        options = self.model_dump(exclude={"spec", "name"})
-        return open_images(self.spec if elsewhere is None else elsewhere, **options)
+        return open_images(self.spec if elsewhere is None else elsewhere, self.columns)
 
 
 class ModelEntry(ManifestEntry):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from declip.data.assembly import Assembler
 from declip.data.cached import CachedFeatures, VariantAssembler
+from declip.data.columns import Columns
 from declip.data.loader import PairLoader
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.plan import Plan, plan_views
@@ -53,12 +54,12 @@ def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume
 def open_training_source(recipe: Recipe, given: PairSource | None = None) -> PairSource:
     """Open the training pairs, one source or a mixture, or the one given, limited to `data.max_pairs` by the seed."""
     data = recipe.data
-    columns = data.table_options
+    columns = Columns.of(data)
     source: PairSource
     if isinstance(data.source, str):
-        source = given or open_source(data.source, **columns)
+        source = given or open_source(data.source, columns)
     else:
-        source = Mixture([(open_source(part.source, **columns), part.weight) for part in data.source])
+        source = Mixture([(open_source(part.source, columns), part.weight) for part in data.source])
     if data.columns.get("group") is not None and source.group_column is None:
         raise UserError(f"data.columns.group names a column of a table, and '{source.name}' is none. Leave it out.")
     if data.max_pairs is None:

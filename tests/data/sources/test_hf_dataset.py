@@ -8,6 +8,7 @@ from PIL import Image
 import declip
 from conftest import encoded
 from data.tables import message, reason_of
+from declip.data.columns import Columns
 from declip.data.sources import hf_dataset
 from declip.data.sources.open import open_source
 from declip.evaluation.datasets import open_dataset
@@ -70,7 +71,7 @@ def test_a_dataset_that_is_open(dataset):
     assert "splits a, b" in message(datasets.DatasetDict(a=dataset, b=dataset))
     renamed = dataset.rename_column("text", "words")
     assert "'words'" in message(renamed)
-    assert open_source(renamed, caption_column="words").captions(0) == ("a", "d")
+    assert open_source(renamed, Columns(caption="words")).captions(0) == ("a", "d")
 
 
 def test_its_class_labels_are_classes(dataset, saved):

@@ -11,6 +11,7 @@ from PIL import Image
 import declip
 from conftest import TINY, WEIGHTS
 from data.tables import message, reason_of
+from declip.data.columns import Columns
 from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
 from declip.errors import UserError
@@ -49,13 +50,13 @@ def test_items_are_dicts_pairs_or_images(folder):
         assert reason_of(alone, 0) == "empty caption"
     listed = ("red", "round")
     for column, keywords in (("keywords", list(listed)), ("keywords", listed), ("Keywords", "red; round")):
-        named = open_source([{"file_name": "a.png", "title": "x", column: keywords}], image_root=folder)
+        named = open_source([{"file_name": "a.png", "title": "x", column: keywords}], Columns(root=folder))
         assert (named[0].captions, named[0].keywords, named.key(0)) == (("x",), listed, "a.png")
     assert named.origin(0).path == str(a)
 
 
 def test_items_that_cannot_be_used_are_broken_pairs(table, folder):
-    source = open_source(Shapes(table, broken=(0, 3)), image_column="picture")
+    source = open_source(Shapes(table, broken=(0, 3)), Columns(image="picture"))
     assert source[1].captions[0] == "a red square"
     with pytest.raises(BrokenPair, match="OSError: the disk is gone"):
         source[3]
@@ -67,28 +68,28 @@ def test_items_that_cannot_be_used_are_broken_pairs(table, folder):
         "unreadable item", "empty caption", "missing image", "missing image", "unreadable image", "unreadable image",
         "empty caption",
     ]  # fmt: skip
-    root = open_source([("../a.png", "x")], image_root=folder)
+    root = open_source([("../a.png", "x")], Columns(root=folder))
     assert reason_of(root, 0) == "path outside image root"
 
 
 def test_items_of_one_group_share_a_number():
     items = [{"image": "a.png", "caption": "a", "product": cell} for cell in ("7", "8", " 7", "")]
-    source = open_source(items, group_column="product")
+    source = open_source(items, Columns(group="product"))
     first, second, third, none = (source.group(index) for index in range(4))
     assert (first == third != second, none) == (True, 0)
     assert open_source(items).group(0) == 0
     for empty in (math.nan, None, "  "):  # pandas has NaN for an empty cell
-        assert open_source([{**items[0], "product": empty}], group_column="product").group(0) == 0
+        assert open_source([{**items[0], "product": empty}], Columns(group="product")).group(0) == 0
     for given, column in ((items, "produkt"), ([("a.png", "a")], "product")):
-        assert "data.columns.group" in message(given, group_column=column)
+        assert "data.columns.group" in message(given, Columns(group=column))
 
 
 def test_a_data_frame_is_its_rows(table):
     frame = pytest.importorskip("pandas").read_json(table, lines=True)
-    source = open_source(frame, image_root=table.parent)
+    source = open_source(frame, Columns(root=table.parent))
     assert (source.name, len(source), source[3].captions) == ("DataFrame", 24, open_source(table)[3].captions)
     frame["caption"] = [np.array(captions, object) for captions in frame["caption"]]  # as read from Parquet
-    assert open_source(frame, image_root=table.parent)[3].captions == source[3].captions
+    assert open_source(frame, Columns(root=table.parent))[3].captions == source[3].captions
 
 
 def test_what_is_no_source_is_refused(table):

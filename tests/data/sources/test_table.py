@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.tables import KINDS, message, reason_of, write
+from declip.data.columns import Columns
 from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
@@ -66,7 +67,7 @@ def test_tables_with_nothing_in_them(folder, kind):
 
 def test_tables_of_other_forms(folder):
     (folder / "t.jsonl").write_text('{"image": "a.png"}\n')
-    assert TableSource(folder / "t.jsonl", caption_column="image").captions(0) == ("a.png",)
+    assert TableSource(folder / "t.jsonl", Columns(caption="image")).captions(0) == ("a.png",)
     (folder / "t.csv").write_text("a.png,a cat\n")
     assert "Its columns: 'a.png', 'a cat'" in message(folder / "t.csv")
 
@@ -97,11 +98,11 @@ def test_the_authors_list_reads_as_it_is(folder, monkeypatch):
     lines = [{"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"]
     (folder / "lists").mkdir()
     (folder / "lists/yfcc15m.json").write_text("\n".join(json.dumps(line) for line in lines))
-    source = open_source(folder / "lists/yfcc15m.json", image_root=folder)
+    source = open_source(folder / "lists/yfcc15m.json", Columns(root=folder))
     assert (len(source), source[2].key, source[2].captions) == (3, "c.png", ("a c",))
     monkeypatch.chdir(folder.parent)
     (folder / "absolute.csv").write_text(f"image,caption\n{folder}/a.png,a\n{folder.parent}/a.png,b\n")
-    whole = open_source(folder / "absolute.csv", image_root=folder.name)
+    whole = open_source(folder / "absolute.csv", Columns(root=folder.name))
     assert whole[0].captions == ("a",)
     assert reason_of(whole, 1) == "path outside image root"
     (folder / "array.json").write_text(json.dumps(lines))
@@ -170,14 +171,14 @@ def test_keywords_are_read_from_their_column(folder, kind):
     assert [source[i].keywords for i in range(2)] == [("red", "round", "old", "very wet"), ()]
     assert source.read_lazy(0).keywords == ("red", "round", "old", "very wet")
     assert pickle.loads(pickle.dumps(source))[0].keywords == source[0].keywords
-    assert open_source(path, keyword_column="caption")[1].keywords == ("two",)
+    assert open_source(path, Columns(keywords="caption"))[1].keywords == ("two",)
     if kind == "jsonl":  # without a header
         lines = ['{"image": "a.png", "caption": "one"}'] * 120 + [
             '{"image": "b.png", "caption": "two", "keywords": "red"}'
         ]
         (folder / "late.jsonl").write_text("\n".join(lines))
         assert open_source(folder / "late.jsonl")[1].keywords == ("red",)
-    told = message(path, keyword_column="tags")
+    told = message(path, Columns(keywords="tags"))
     assert "'tags'" in told
     assert "data.columns.keywords" in told
 
@@ -207,11 +208,11 @@ def test_rows_of_one_group_share_a_number(tmp_path, kind):
     groups = ["7", "other", "7", ""]
     rows = [(f"{n}.png", "a", group) for n, group in enumerate(groups)]
     path = write(tmp_path / f"table.{kind}", rows, ("image", "caption", "product"))
-    source = open_source(path, group_column="product")
+    source = open_source(path, Columns(group="product"))
     found = [source.group(index) for index in range(4)]
     assert 0 not in found[:3]
     assert [found[0] == found[2], found[0] == found[1], found[3]] == [True, False, 0]
     copied = pickle.loads(pickle.dumps(take(source, 2, 0)))
     assert [copied.group(0), copied.group(1)] == [found[index] for index in take(source, 2, 0).indices]
     assert open_source(path).group(0) == 0
-    assert "data.columns.group" in message(path, group_column="produkt")
+    assert "data.columns.group" in message(path, Columns(group="produkt"))

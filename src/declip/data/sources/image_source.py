@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BrokenPair, Origin, PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.table import TableSource
@@ -62,14 +63,7 @@ class ImageSource:
         return origin._replace(path=origin.path.encode(errors="replace").decode())
 
 
-def open_images(
-    spec: str | Path,
-    *,
-    image_column: str = "image",
-    caption_column: str | None = "caption",
-    image_root: str | Path | None = None,
-) -> ImageSource:
-    """Open the images of a source as `open_source` does; `caption_column` is None for a table without captions."""
-    column = caption_column or image_column  # twice the same: captions are never read
-    source = open_source(spec, image_column=image_column, caption_column=column, image_root=image_root)
-    return ImageSource(source, captioned=bool(caption_column) or not isinstance(source, TableSource))
+def open_images(spec: str | Path, columns: Columns = DEFAULT) -> ImageSource:
+    """Open the images of a source as `open_source` does; `columns.caption` is None for a table without captions."""
+    source = open_source(spec, columns)
+    return ImageSource(source, captioned=columns.caption is not None or not isinstance(source, TableSource))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from declip.data.builtin import open_builtin
+from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BUILTIN_PREFIX, PairSource
 from declip.data.sources.folder import FolderSource
 from declip.data.sources.hf_dataset import is_dataset
@@ -16,15 +17,7 @@ from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
 from declip.errors import UserError
 
 
-def open_source(
-    spec: str | Path | PairSource | Items,
-    *,
-    image_column: str = "image",
-    caption_column: str = "caption",
-    keyword_column: str = "keywords",
-    image_root: str | Path | None = None,
-    group_column: str | None = None,
-) -> PairSource:
+def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAULT) -> PairSource:
     """Open a source of pairs.
 
     Args:
@@ -34,14 +27,12 @@ def open_source(
             tar shards: a .tar file, a folder of them, a pattern, a brace range such as "data/{00000..00331}.tar", a
             URL, or several joined by "::"; or a list of pairs (.pairs), which names its columns itself. In Python also
             a dataset, a source, or any object with `__len__` and `__getitem__`, see `ItemSource`.
-        group_column: A table's column whose equal cells mean the same thing.
-        image_root: Folder of a table's image paths; by default the table's folder.
+        columns: The columns of a table, or the keys of a Python object's dicts.
     """
-    columns = (image_column, caption_column, image_root, keyword_column, group_column)
     if not isinstance(spec, str | Path):
         if isinstance(spec, PairSource):
             return spec
-        return TableSource(spec, *columns) if is_dataset(spec) else ItemSource(spec, *columns)
+        return TableSource(spec, columns) if is_dataset(spec) else ItemSource(spec, columns)
     text = str(spec)
     if text.startswith(BUILTIN_PREFIX):
         return open_builtin(text)
@@ -49,7 +40,7 @@ def open_source(
         raise UserError(f"'{text}' was a Python object. Give it again, in Python: declip.train(recipe, data=object).")
     path = Path(text).expanduser()
     if (table := find_table(text)) is not None:
-        return TableSource(table, *columns)
+        return TableSource(table, columns)
     if names_shards(text):
         if text.lower().endswith(TABLE_KINDS):
             raise UserError(
@@ -66,7 +57,7 @@ def open_source(
         )
     if path.suffix.lower() == LIST_KIND:
         listed = read_pair_list(path)
-        source = open_source(listed.source, **listed.columns)
+        source = open_source(listed.source, listed.columns)
         if len(source) != listed.total or (listed.digest and listed.digest_in(source) != listed.digest):
             now = f"{len(source):,}" if len(source) != listed.total else "others, or these in another order"
             raise UserError(
@@ -74,4 +65,4 @@ def open_source(
                 "list anew in another folder."
             )
         return Subset(source, np.array(listed.indices, np.int64))
-    return TableSource(path, *columns)
+    return TableSource(path, columns)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource, Texts
@@ -39,15 +40,7 @@ class ItemSource(EntrySource):
     datasets do, a number in the place of a caption is a class.
     """
 
-    def __init__(
-        self,
-        items: Items,
-        image_column: str = "image",
-        caption_column: str = "caption",
-        image_root: str | Path | None = None,
-        keyword_column: str = "keywords",
-        group_column: str | None = None,
-    ) -> None:
+    def __init__(self, items: Items, columns: Columns = DEFAULT) -> None:
         self.name = type(items).__name__
         if self.name == "DataFrame" and hasattr(items, "to_dict"):  # of pandas
             items = items.to_dict("records")
@@ -61,21 +54,21 @@ class ItemSource(EntrySource):
             raise UserError(f"The {self.name} has no items. It needs one for each pair.")
         # Reading an item of anything but a list may cost as much as its pixels.
         self._listed = isinstance(items, list | tuple)
-        self.root = None if image_root is None else Path(image_root).expanduser()
-        self._columns = (image_column, caption_column, keyword_column)
+        self.root = None if columns.root is None else Path(columns.root).expanduser()
+        self._columns = (columns.image, columns.caption or columns.image, columns.keywords)
         item: Any = next(self._readable(), None)
         if _is_row(item):
-            image = caption = find_column(list(item), image_column, IMAGE_NAMES, "image", self.name)
-            if caption_column != image_column:
-                caption = find_column(list(item), caption_column, CAPTION_NAMES, "caption", self.name)
-            self._columns = (image, caption, by_lower_name(list(item)).get(keyword_column.lower(), keyword_column))
-        if group_column is not None:
-            self.group_column = find_column(
-                list(item) if _is_row(item) else [], group_column, ("",), "group", self.name
-            )
-        names, labels = getattr(items, "classes", None), getattr(items, "targets", None)
-        if names is not None and labels is not None and len(labels) == len(items):
-            self.class_names, self.labels = tuple(map(str, names)), np.asarray(labels, np.int64)
+            names = list(item)
+            image = caption = find_column(names, columns.image, IMAGE_NAMES, "image", self.name)
+            if columns.caption not in (None, columns.image):
+                caption = find_column(names, columns.caption, CAPTION_NAMES, "caption", self.name)
+            self._columns = (image, caption, by_lower_name(names).get(columns.keywords.lower(), columns.keywords))
+        if columns.group is not None:
+            names = list(item) if _is_row(item) else []
+            self.group_column = find_column(names, columns.group, ("",), "group", self.name)
+        classes, labels = getattr(items, "classes", None), getattr(items, "targets", None)
+        if classes is not None and labels is not None and len(labels) == len(items):
+            self.class_names, self.labels = tuple(map(str, classes)), np.asarray(labels, np.int64)
 
     def __len__(self) -> int:
         return len(self.items)

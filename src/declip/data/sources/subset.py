@@ -4,12 +4,14 @@ import hashlib
 import json
 from abc import abstractmethod
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, LazyPair, Origin, Pair, PairSource
 from declip.data.sources.shard_names import absolute
 from declip.errors import UserError
@@ -88,13 +90,13 @@ def take(source: PairSource, count: int, seed: int) -> Subset:
 
 
 class PairList(NamedTuple):
-    """A file that lists pairs of a source: its arguments of `open_source`, its number of pairs, and rising indices.
+    """A file that lists pairs of a source: its name and columns, its number of pairs, and rising indices.
 
     `digest` is of some of their keys: a table that was sorted anew has others at these places.
     """
 
     source: str
-    columns: dict[str, str]
+    columns: Columns
     total: int
     indices: list[int]
     digest: str = ""
@@ -110,20 +112,22 @@ class PairList(NamedTuple):
 
 def write_pair_list(path: Path, listed: PairList, source: PairSource | None = None) -> None:
     """Write a list of pairs; its paths are made absolute, so that the list can be moved."""
-    columns = {name: absolute(value) if name == "image_root" else value for name, value in listed.columns.items()}
+    root = listed.columns.root
+    columns = replace(listed.columns, root=None if root is None else absolute(root))
     listed = listed._replace(source=absolute(listed.source), columns=columns)
     if source is not None and not source.remote:  # whose keys would have to be fetched
         listed = listed._replace(digest=listed.digest_in(source))
-    path.write_text(json.dumps(listed._asdict()) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(listed._asdict() | {"columns": asdict(columns)}) + "\n", encoding="utf-8")
 
 
 def read_pair_list(path: Path) -> PairList:
     """Read a list of pairs; raises `UserError` where the file is none."""
     try:
         listed = PairList(**json.loads(path.read_text("utf-8")))
+        listed = listed._replace(columns=Columns(**listed.columns))  # type: ignore[arg-type]
         places = np.asarray(listed.indices)
         rising = places.dtype == np.int64 and (np.diff(places, prepend=-1, append=listed.total) > 0).all()
-        texts = all(isinstance(name, str) for name in (listed.source, *listed.columns.values()))
+        texts = all(isinstance(name, str) for name in (listed.source, *filter(None, asdict(listed.columns).values())))
         if rising and texts and not listed.source.lower().endswith(LIST_KIND):  # no list of itself
             return listed
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, clean_captions, printable
 from declip.data.sources.entry import EntrySource, Texts
@@ -35,33 +36,25 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 class TableSource(EntrySource):
     """Pairs from the rows of a table, see `open_source`; a keyword column is optional unless another name is given."""
 
-    def __init__(
-        self,
-        path: Any,
-        image_column: str = "image",
-        caption_column: str = "caption",
-        image_root: str | Path | None = None,
-        keyword_column: str = "keywords",
-        group_column: str | None = None,
-    ) -> None:
-        self._arguments = (path, image_column, caption_column, image_root, keyword_column, group_column)
+    def __init__(self, path: Any, columns: Columns = DEFAULT) -> None:
+        self._arguments = (path, columns)
         self.rows = open_rows(path)
         path = self.rows.path
         self.name = path.name
-        self.root = self.rows.folder if image_root is None else Path(image_root).expanduser()
-        self.confined = image_root is not None
+        self.root = self.rows.folder if columns.root is None else Path(columns.root).expanduser()
+        self.confined = columns.root is not None
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}' that image paths could be relative to.")
-        columns = self.rows.columns
-        image = find_column(columns, image_column, IMAGE_NAMES, "image", path)
+        names = self.rows.columns
+        image = find_column(names, columns.image, IMAGE_NAMES, "image", path)
         caption, keywords = image, None
-        if caption_column != image_column:
-            caption = find_column(columns, caption_column, CAPTION_NAMES, "caption", path)
-        if caption != image and (keyword_column != "keywords" or "keywords" in by_lower_name(columns)):
-            keywords = find_column(columns, keyword_column, ("keywords",), "keyword", path)
+        if columns.caption not in (None, columns.image):
+            caption = find_column(names, columns.caption, CAPTION_NAMES, "caption", path)
+        if caption != image and (columns.keywords != DEFAULT.keywords or "keywords" in by_lower_name(names)):
+            keywords = find_column(names, columns.keywords, ("keywords",), "keywords", path)
         elif caption != image and self.rows.sampled:
-            keywords = keyword_column
-        self.group_column = group_column and find_column(columns, group_column, ("",), "group", path)
+            keywords = columns.keywords
+        self.group_column = columns.group and find_column(names, columns.group, ("",), "group", path)
         self.rows.choose(image, caption, keywords, self.group_column)
         if not len(self.rows):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
@@ -133,10 +126,10 @@ def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: 
     column = next((name for name in names if name in columns), None)
     if column is None:
         exist = ", ".join(f"'{printable(name[:40])}'" for name in columns[:30]) or "none"
-        key = "keywords" if what == "keyword" else what
         raise UserError(
             f"The table '{path}' has no column '{given}' for the {what}. Its columns: {exist}. "
-            f"Rename one; or name that of training pairs with data.columns.{key}=NAME, elsewhere with {what}_column."
+            f"Rename one, or name it: data.columns.{what}=NAME in training, Columns({what}=NAME) in Python, else the "
+            "command's option."
         )
     if (count := list(columns).count(column)) > 1:
         raise UserError(f"The table '{path}' has {count} columns named '{printable(column)}'. Rename all but one.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, is_unicode, printable
 from declip.data.sources.rows import ArrowRows, TableRows
 from declip.data.sources.subset import Subset
@@ -38,7 +39,7 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
     if label_column is not None and label_column not in columns:
         raise unknown(f"column of labels in '{path.name}'", label_column, columns)
     image = find_column(columns, "image", IMAGE_NAMES, "image", path)
-    table = TableSource(table_path, image, "caption" if captioned else image)
+    table = TableSource(table_path, Columns(image, "caption" if captioned else None))
     rows_of = _rows_of(table, table_path)
     if not labeled:
         return {which: partial(Subset, table, places) for which, places in rows_of.items()}
