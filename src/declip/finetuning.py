@@ -212,4 +212,4 @@ def write_run_report(trainer: Trainer) -> None:
     """Write report.html of a finished run."""
     # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
     model: Any = load(trainer.folder) if trainer.sharded else trainer.evaluated_model
-    write_report(trainer, model)
+    write_report(trainer.folder, model)

@@ -179,7 +179,7 @@ def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for name in MAKE_SMALL:
         for module in [m for n, m in sorted(sys.modules.items()) if n.startswith(name) and hasattr(m, "load_recipe")]:
             monkeypatch.setattr(module, "load_recipe", lambda *given: small(load_recipe(*given)))
-    monkeypatch.setattr("declip.finetuning.write_report", lambda run, _: (run.folder / "report.html").touch())
+    monkeypatch.setattr("declip.finetuning.write_report", lambda folder, _: (folder / "report.html").touch())
     monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
     whole = runner.compare
 

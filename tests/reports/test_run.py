@@ -1,27 +1,19 @@
-"""The page as a whole: it parses, stands alone, escapes what it is given, and says what it cannot show."""
+"""The complete page: it parses, loads nothing, escapes its input, and names what it cannot show."""
 
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from declip.data.assembly import Assembler
-from declip.data.loader import PairLoader
-from declip.data.text.tokenizer import Tokenizer
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.recipe.schema import Recipe
 from declip.reports.run import write_report
-from declip.runs.folder import read_recipe
-from declip.supervision.nearest_neighbor import Queue
-from reports.conftest import plan
 from reports.pages import Page
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
-SECTIONS = ("numbers", "curves", "retrieval", "confused", "neighbors", "views", "skipped", "recipe")
+SECTIONS = ("numbers", "curves", "retrieval", "confused", "views", "skipped", "recipe")
 
 
 def _run_folder(folder: Path, steps: int = 30) -> Path:
@@ -49,28 +41,25 @@ def _run_folder(folder: Path, steps: int = 30) -> Path:
         file.write(json.dumps({"step": 30} | retrieval.to_dict()) + "\n")
     skipped = {"reasons": {"empty caption": {"count": 17, "examples": ["row <5>"]}}, "seen": 1920}
     (folder / "skipped.json").write_text(json.dumps(skipped))
+    thumbnail = {"src": "data:image/png;base64,iVBORw0KGgo=", "alt": "a cat"}
+    examples = {
+        "source": {"name": "pairs <of> red", "pairs": 21, "credit": "Colors by <nobody>"},
+        "losses": {"contrastive": {"title": "contrastive loss", "explanation": "Text.", "chance": 4.1589}},
+        "views": [{"image": thumbnail, "views": [thumbnail, thumbnail], "texts": {"masked": "a [mask: cat] <sat>"}}],
+    }
+    (folder / "examples.json").write_text(json.dumps(examples))
     return folder
 
 
 @pytest.fixture
 def whole(model, painted, tmp_path, monkeypatch):
-    """A finished run as the trainer leaves it, with every input of the report, and its model."""
-    model.tokenizer = Tokenizer(context=16, merges=500)
+    """A finished run folder, its model, and its held-out source, which a test may replace."""
     colors = [NAMES[row % 7] for row in range(21)]
     captions = [(f'{color} <script>alert("{row}")</script> & co',) for row, color in enumerate(colors)]
-    source = painted(colors, captions, classes=NAMES)
-    source.labels[:5] = (source.labels[:5] + 1) % 7  # wrong labels, so that there are confusions
-    source.credit = "Colors by <nobody>"
-    views = plan((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    queue = Queue(16, 3)
-    queue.push(torch.rand(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) * 2)
-    folder = _run_folder(tmp_path)
-    training = SimpleNamespace(folder=folder, recipe=read_recipe(folder), source=source, plan=views)
-    training.new_loader = lambda: PairLoader(Assembler(source, model.tokenizer, views, batch_size=8, seed=0))
-    training.shown_loader = training.new_loader()
-    training.objective, training.heldout = SimpleNamespace(queue=queue, terms={}), source
-    monkeypatch.setattr("declip.reports.run.open_dataset", lambda name: open_dataset(training.heldout))
-    return training, model
+    held_out = [painted(colors, captions, classes=NAMES)]
+    held_out[0].labels[:5] = (held_out[0].labels[:5] + 1) % 7  # wrong labels, so that there are confusions
+    monkeypatch.setattr("declip.reports.run.open_dataset", lambda name: open_dataset(held_out[0]))
+    return _run_folder(tmp_path), model, held_out
 
 
 def _read(path: Path) -> tuple[str, Page]:
@@ -79,8 +68,9 @@ def _read(path: Path) -> tuple[str, Page]:
 
 
 def test_the_whole_report(whole) -> None:
-    path = write_report(*whole)
-    assert path == whole[0].folder / "report.html"
+    folder, model, _ = whole
+    path = write_report(folder, model)
+    assert path == folder / "report.html"
     html, page = _read(path)
     assert [each for each in page.ids if each in SECTIONS] == list(SECTIONS)
     numbers = page.texts["numbers"]
@@ -94,6 +84,9 @@ def test_the_whole_report(whole) -> None:
     assert "17" in page.texts["skipped"]
     assert "3 × truncated image" in page.texts["skipped"]
     assert "contrastive: 0.4" in page.texts["recipe"]
+    assert "21 training pairs of pairs <of> red" in page.texts["head"]
+    assert "Weight 0.4. Chance level 4.16." in page.texts["curves"]
+    assert "a [mask: cat] <sat>" in page.texts["views"]
     assert len(html.encode()) < 3_000_000
     assert {"✓", "✗"} <= set(page.texts["retrieval"])
     # It loads nothing from elsewhere.
@@ -110,11 +103,10 @@ def test_the_whole_report(whole) -> None:
 
 
 def test_the_same_run_shows_the_same_and_a_large_source_is_sampled(whole) -> None:
-    training, model = whole
+    folder, model, _ = whole
 
     def body() -> str:
-        training.shown_loader = training.new_loader()
-        return re.sub("Written by declip [^<]*", "", write_report(training, model, limit=10).read_text())
+        return re.sub("Written by declip [^<]*", "", write_report(folder, model, limit=10).read_text())
 
     html = body()
     assert html == body()
@@ -122,11 +114,12 @@ def test_the_same_run_shows_the_same_and_a_large_source_is_sampled(whole) -> Non
     assert max(size for kind, size, *_ in model.passes if kind == "image") == 10
 
 
-def test_without_evaluation_queue_and_classes_there_are_no_such_sections(whole, painted) -> None:
-    training, model = whole
-    (training.folder / "evaluations.jsonl").unlink()
-    training.heldout, training.objective.queue = painted(["red", "green"], [("word " * 3000,), ("green",)]), None
-    html, page = _read(write_report(training, model))
+def test_without_evaluation_examples_and_classes_there_are_no_such_sections(whole, painted) -> None:
+    folder, model, held_out = whole
+    for name in ("evaluations.jsonl", "examples.json"):
+        (folder / name).unlink()
+    held_out[0] = painted(["red", "green"], [("word " * 3000,), ("green",)])
+    html, page = _read(write_report(folder, model))
     assert "Nothing has been measured" in page.texts["numbers"]
     assert "1,920" in page.texts["numbers"]
     assert "nothing has been measured yet" in page.texts["head"]
@@ -134,13 +127,13 @@ def test_without_evaluation_queue_and_classes_there_are_no_such_sections(whole, 
     assert "✓" in page.texts["retrieval"]  # the examples need the model alone
     assert "word…" in page.texts["retrieval"]
     assert "word " * 40 not in html
-    assert not {"confused", "neighbors"} & set(page.ids)
+    assert not {"confused", "views"} & set(page.ids)
 
 
 def test_held_out_pairs_that_are_gone_are_left_out_with_a_warning(whole, caplog) -> None:
-    training, model = whole
-    training.heldout = str(training.folder / "gone.csv")
-    _, page = _read(write_report(training, model))
+    folder, model, held_out = whole
+    held_out[0] = str(folder / "gone.csv")
+    _, page = _read(write_report(folder, model))
     assert "gone.csv" in caplog.text
     assert "54.3 %" in page.texts["numbers"]
     assert not {"retrieval", "confused"} & set(page.ids)

@@ -94,7 +94,7 @@ def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table: Path, tmp_pa
     assert kept.starts == [0, 5]
     assert "mine" not in objective.TERMS
     with extra_terms(terms):  # it has no title
-        assert [chart.title for chart in loss_charts(whole, recipe, None)][-1] == "mine"
+        assert [chart.title for chart in loss_charts(whole)][-1] == "mine"
     declip.load(run.folder, device="cpu")
 
 

@@ -9,10 +9,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from declip.data.exclude import write_exclusions
+from declip.data.images.thumbnails import thumbnail
 from declip.inspection.result import Finding, Fraction, Inspection, Spread
 from declip.io.text import about, percent, shown
 from declip.reports.page import Table, environment, render, rich_table
-from declip.reports.thumbnails import thumbnail
 
 SHOWN_PERCENTILES = (5, 25, 50, 75, 95)
 LTR = "\N{LEFT-TO-RIGHT MARK}"

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from markupsafe import Markup
 
+from declip.data.images.thumbnails import Thumbnails, thumbnails_of
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
@@ -16,14 +17,10 @@ from declip.evaluation.zero_shot import class_features, read_templates
 from declip.io.atomic import write_text
 from declip.io.text import percent, times
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.schema import Recipe
 from declip.reports.charts import score_chart, value_chart
-from declip.reports.examples import Confusion, confusions, neighbors, retrieval, shown_pairs
+from declip.reports.examples import Confusion, confusions, retrieval
 from declip.reports.page import NONE, Table, points, render
-from declip.reports.thumbnails import Thumbnails, thumbnails_of
 from declip.runs.folder import Run, log, read_run
-from declip.supervision.objective import TERMS, Objective
-from declip.training.trainer import Trainer
 
 NAME = "report.html"
 PROGRESS = {"lr": ("learning rate", False), "logit_scale": ("logit scale", False), "grad_norm": ("gradient norm", True)}
@@ -33,7 +30,7 @@ T = TypeVar("T")
 
 
 class TitledChart(NamedTuple):
-    """A chart, None when nothing finite was logged, with its title and what is known about its values."""
+    """A chart with its title and notes on its values; None when nothing finite was logged."""
 
     title: str
     svg: Markup | None
@@ -49,29 +46,30 @@ class HeldOut(NamedTuple):
     templates: str | Sequence[str]
 
 
-def write_report(training: Trainer, model: DualEncoder, limit: int = 4_000) -> Path:
-    """Write ``report.html`` into the folder of a run that has ended.
+def write_report(folder: Path, model: DualEncoder, limit: int = 4_000) -> Path:
+    """Write ``report.html`` into a run folder, from its files.
 
-    Its headline and examples are of a set of the recipe's evaluation: a user's own before a built-in one, final ones
+    Headline and examples are of one set of the recipe's evaluation: the user's own before a built-in one, final ones
     before those during training. A section whose input cannot be read is left out with a warning.
 
     Args:
-        model: Encodes the held-out pairs and the captions that are looked up in the queue.
-        limit: Held-out pairs that examples are made from, evenly spaced.
+        model: Encodes the held-out pairs.
+        limit: Number of held-out pairs that examples are taken from, evenly spaced.
     """
-    run, recipe, objective = read_run(training.folder), training.recipe, training.objective
-    source, rng, sets = training.source, np.random.default_rng, recipe.evaluation
+    run = read_run(folder)
+    sets = run.recipe.evaluation
     names = [*sets.final_zero_shot, *sets.zero_shot, *sets.final_retrieval, *sets.retrieval]
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     skipped = sorted((run.skipped or {"reasons": {}})["reasons"].items(), key=lambda item: -item[1]["count"])
     reasons = tuple((reason, ", ".join(row["examples"]), f"{row['count']:,}") for reason, row in skipped)
-    held_out = _readable("images of retrieval", lambda: None if dataset is None else _encode(model, dataset, limit))
+    held_out = _readable("retrieved images", lambda: None if dataset is None else _encode(model, dataset, limit))
     classified = held_out is not None and held_out.source.labels is not None
+    source = run.examples.get("source")
+    credits = (source and source["credit"], held_out and held_out.source.credit)
     content = render(
         "run.html",
         run=run,
-        recipe=recipe,
         dataset=dataset,
         source=source,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -79,27 +77,21 @@ def write_report(training: Trainer, model: DualEncoder, limit: int = 4_000) -> P
         zero_shot=next((result for result in results if isinstance(result, ZeroShotResult)), None),
         retrieval=next((result for result in results if isinstance(result, RetrievalResult)), None),
         results_table=measures_table(run),
-        losses=loss_charts(run, recipe, objective) if run.metrics else [],
+        losses=loss_charts(run) if run.metrics else [],
         progress=[TitledChart(title, _svg(title, run, key, noisy)) for key, (title, noisy) in PROGRESS.items()],
         accuracy=accuracy_charts(run),
         skipped_table=Table("Skipped pairs", ("reason", "for example", "times"), reasons, texts=2),
         held_out=held_out,
-        found=held_out and retrieval(held_out.features, held_out.thumbnails, rng(0)),
+        retrieved=held_out and retrieval(held_out.features, held_out.thumbnails, np.random.default_rng(0)),
         confused=_readable("confusions", lambda: _confused(model, held_out)) if held_out and classified else None,
-        queue=objective.queue,
-        neighbors=_readable(
-            "neighbors", lambda: neighbors(model, objective.queue, source, training.shown_loader, rng(0))
-        ),
-        views=_readable(
-            "views", lambda: shown_pairs(next(training.shown_loader), source, training.plan, model.tokenizer, rng(0))
-        ),
-        credits=dict.fromkeys(each.credit for each in (source, held_out and held_out.source) if each and each.credit),
+        views=run.examples.get("views"),
+        credits=list(dict.fromkeys(filter(None, credits))),
     )
-    return write_text(training.folder / NAME, content)
+    return write_text(folder / NAME, content)
 
 
 def measures_table(run: Run) -> Table:
-    """The last evaluation of each set, a measure a row; of a fine-tuned run with the values that it started from."""
+    """List the last evaluation of each set, one measure a row; for a fine-tuned run also the values at its start."""
     names, rows = short_names(row.result.dataset for row in run.evaluated), []
     started = {(row.result.dataset, row.result.task): row.result for row in run.evaluated if row.step == 0}
     for row in run.last():
@@ -121,23 +113,23 @@ def measures_table(run: Run) -> Table:
     return Table("All last evaluations", columns[:shown], tuple(row[:shown] for row in rows), texts=2)
 
 
-def loss_charts(run: Run, recipe: Recipe | None, objective: Objective | None) -> list[TitledChart]:
-    """The total and each loss."""
+def loss_charts(run: Run) -> list[TitledChart]:
+    """Draw the total and each loss."""
     charts = [TitledChart("total", _svg("total", run, "loss"), "The weighted sum, which training minimizes.")]
+    facts, weights = run.examples.get("losses", {}), run.recipe.loss_weights
     for name in dict.fromkeys(name for row in run.metrics for name in row.get("losses", {})):
-        kind, own = TERMS.get(name), dict(objective.terms.items()).get(name) if objective else None
-        title = getattr(kind, "title", name)  # a user's own term may have none
-        known = [kind.explanation] if kind else []
-        if recipe and name in recipe.loss_weights:
-            known.append(f"Weight {recipe.loss_weights[name]:g}.")
-        if recipe and own and (chance := own.chance(recipe.train.batch_size)) is not None:  # type: ignore[operator]
-            known.append(f"Chance level {chance:.2f}.")
-        charts.append(TitledChart(title, _svg(title, run, f"losses.{name}"), " ".join(known)))
+        known = facts.get(name, {"title": name, "explanation": "", "chance": None})
+        notes = [known["explanation"]] if known["explanation"] else []
+        if name in weights:
+            notes.append(f"Weight {weights[name]:g}.")
+        if known["chance"] is not None:
+            notes.append(f"Chance level {known['chance']:.2f}.")
+        charts.append(TitledChart(known["title"], _svg(known["title"], run, f"losses.{name}"), " ".join(notes)))
     return charts
 
 
 def accuracy_charts(run: Run) -> list[TitledChart]:
-    """Held-out accuracy over the steps, of everything that was measured more than once."""
+    """Draw held-out accuracy over the steps, for everything that was evaluated more than once."""
     charts = []
     names = short_names(row.result.dataset for row in run.evaluated)
     for number, measured in enumerate(run.series()):
@@ -162,10 +154,10 @@ def _svg(title: str, run: Run, column: str, noisy: bool = True) -> Markup | None
 def _encode(model: Encoder, name: str, limit: int) -> HeldOut:
     dataset = open_dataset(name)
     source = dataset.split("test")
-    places = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
-    features = encode_source(model, source, indices=places.tolist())
-    at = thumbnails_of(source)
-    return HeldOut(source, features, lambda row: at(int(features.indices[row])), dataset.templates)
+    rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
+    features = encode_source(model, source, indices=rows.tolist())
+    thumbnail = thumbnails_of(source)
+    return HeldOut(source, features, lambda row: thumbnail(int(features.indices[row])), dataset.templates)
 
 
 def _confused(model: Encoder, held_out: HeldOut) -> tuple[list[Confusion], int]:

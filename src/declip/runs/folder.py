@@ -28,10 +28,11 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
 
 RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "skipped.json"
+EXAMPLES = "examples.json"  # facts and example pairs for the report
 TRACKING = "tracking.json"  # ids of the run in the trackers that train.report_to names
 KEPT = "start.safetensors"
 """The pretrained weights that a run began with: it resumes from them and is compared with them."""
-OUTPUTS = (METRICS, EVALUATIONS, SKIPPED, "log.txt", "report.html", "checkpoints", "exported")
+OUTPUTS = (METRICS, EVALUATIONS, SKIPPED, EXAMPLES, "log.txt", "report.html", "checkpoints", "exported")
 CHANGEABLE = (
     *("name", "data.workers", "data.max_broken_fraction", "train.device", "train.max_nonfinite_steps"),
     *("train.keep_checkpoints", "train.checkpoint_every", "train.report_to"),
@@ -124,6 +125,12 @@ class Run:
         """
         text = _text(self.folder / SKIPPED)
         return json.loads(text) if text else None
+
+    @cached_property
+    def examples(self) -> Mapping[str, Any]:
+        """examples.json: "source" (name, pairs, credit), "losses" by name, "views"; empty before the first step."""
+        text = _text(self.folder / EXAMPLES)
+        return json.loads(text) if text else {}
 
     @property
     def step(self) -> int:

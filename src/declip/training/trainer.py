@@ -5,7 +5,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import cache, cached_property, partial
 from io import FileIO
@@ -39,6 +39,7 @@ from declip.training import optimizer as optimizers
 from declip.training.closed_form import start_closed_form
 from declip.training.compilation import compile_towers
 from declip.training.distributed import HostGroup
+from declip.training.examples import example_views, write_examples
 from declip.training.frozen import cached_features, check_frozen
 from declip.training.frozen_encoder import FrozenEncoder, set_teacher
 from declip.training.monitor import Monitor, monitored
@@ -140,13 +141,6 @@ class Trainer:
         loader.skipped, loader.seen = self.skipped, self.step * self.recipe.train.batch_size
         return loader
 
-    @property
-    def shown_loader(self) -> PairLoader:
-        """Batches of images and words, to be looked at."""
-        if not self.recipe.finetune.cached_views:
-            return self.loader
-        return setup.build_loader(self.recipe, self.source, self.model, self.step, 0)
-
     @cached_property
     def parts(self) -> StepParts:
         """The objects and settings of a step."""
@@ -228,6 +222,8 @@ class Trainer:
             with naming_lost_workers(f" at step {self.step}"):
                 asked = time.perf_counter()
                 batch = next(self.loader)
+                if self.is_rank_zero and not (self.folder / run_folder.EXAMPLES).exists():
+                    self._write_examples(batch)
                 with self.hosts.name_missing_ranks(self.step):
                     done = self._take_step(batch, time.perf_counter() - asked, monitor)
 
@@ -309,6 +305,14 @@ class Trainer:
             f"'{self.source.name}'. The last good checkpoint is {earlier[-1] if earlier else 'missing'}. A lower "
             "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0 usually helps."
         )
+
+    def _write_examples(self, batch: PairBatch) -> None:
+        """Write what the report shows of the training pairs, once in a run."""
+        if self.recipe.finetune.cached_views:  # the batches of the loop hold features, not images
+            with closing(setup.build_loader(self.recipe, self.source, self.model, self.step, 0)) as loader:
+                batch = next(loader)
+        views = example_views(batch, self.source, self.plan, self.model.tokenizer)
+        write_examples(self.folder, self.recipe, self.objective, self.source, views)
 
     # --- evaluation
 

@@ -1,0 +1,81 @@
+"""Facts and example pairs of a run for its report, written once into the run folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from declip.data.batch import IGNORED, PairBatch
+from declip.data.images.crops import apply_photometric
+from declip.data.images.thumbnails import pixels, thumbnails_of
+from declip.data.pair import PairSource
+from declip.data.plan import Plan
+from declip.data.text.caption_tokenizer import CaptionTokenizer
+from declip.io.atomic import write_text
+from declip.recipe.schema import Recipe
+from declip.runs.folder import EXAMPLES
+from declip.supervision.objective import Objective
+
+SHOWN_PAIRS = 4
+
+
+def write_examples(
+    folder: Path, recipe: Recipe, objective: Objective, source: PairSource, views: list[dict[str, Any]]
+) -> None:
+    """Write examples.json: the training source, the losses with their chance levels, and the views of some pairs."""
+    losses = {
+        name: {
+            "title": getattr(term, "title", name),  # a user's own term may have none
+            "explanation": term.explanation,
+            "chance": term.chance(recipe.train.batch_size),  # type: ignore[operator]
+        }
+        for name, term in objective.terms.items()
+    }
+    facts = {"name": source.name, "pairs": len(source), "credit": source.credit}
+    write_text(folder / EXAMPLES, json.dumps({"source": facts, "losses": losses, "views": views}))
+
+
+def example_views(
+    batch: PairBatch, source: PairSource, plan: Plan, tokenizer: CaptionTokenizer, count: int = SHOWN_PAIRS
+) -> list[dict[str, Any]]:
+    """Show random pairs of a batch as the towers see them: pixels un-normalized, token ids decoded.
+
+    Pairs whose text was changed or masked come first. An image is the `src` and `alt` of a thumbnail, or None.
+    """
+    mean, std = torch.tensor(plan.mean), torch.tensor(plan.std)
+    finished = apply_photometric(batch.views, mean, std)
+    images = [view.pixels * std.view(3, 1, 1) + mean.view(3, 1, 1) for view in finished.values()]  # (B, 3, S, S) each
+    changed = (batch.texts[0] != batch.texts[-1]).any(1).float()
+    if batch.labels is not None:
+        changed += (batch.labels != IGNORED).any(1)
+    order = np.random.default_rng(0).permutation(len(batch))
+    chosen = order[np.argsort(-changed.numpy()[order], kind="stable")][:count]
+    thumbnails = thumbnails_of(source)
+    pairs: list[dict[str, Any]] = []
+    for row in chosen.tolist():
+        decoded = (tokenizer.decode(text[row].tolist()) for text in batch.texts)
+        texts = dict(zip(("caption", "augmented"), decoded, strict=False))
+        if batch.masked is not None and batch.labels is not None:
+            texts["masked"] = _masked(tokenizer, batch.masked[row], batch.labels[row])
+        image = None if batch.sample_ids is None else thumbnails(int(batch.sample_ids[row]) % len(source))
+        views = [pixels(view[row].float().numpy(), f"View of: {texts['caption']}") for view in images]
+        pairs.append({
+            "image": None if image is None else image._asdict(),
+            "views": [view._asdict() for view in views],
+            "texts": texts,
+        })  # fmt: skip
+    return pairs
+
+
+def _masked(tokenizer: CaptionTokenizer, masked: Tensor, labels: Tensor) -> str:
+    """Decode a corrupted caption; a token to predict is in brackets with its original: "a [mask: cat] sat"."""
+    words = []
+    for token, label in zip(masked.tolist()[1:], labels.tolist()[1:], strict=True):
+        if token == tokenizer.end:
+            break
+        word = "mask" if token == tokenizer.mask else tokenizer.decode([token])
+        words.append(word if label == IGNORED else f"[{word}: {tokenizer.decode([label])}]")
+    return " ".join(words)
