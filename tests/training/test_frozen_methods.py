@@ -176,7 +176,7 @@ def test_all_methods_at_once_train_resume_export_and_start_another(table: Path, 
     assert torch.equal(again.encode_image(image), model.encode_image(image))
     with pytest.raises(UserError, match=r"finetune\.head=linear"):
         export(model, "open_clip", tmp_path / "open_clip")
-    # LP-FT: the towers continue from the trained heads.
+    # the towers continue from the trained heads.
     second = Recipe.model_validate(
         {**TINY, "data": {"source": str(table)}, "finetune": {"pretrained": str(tmp_path / "whole")}}
     )

@@ -87,7 +87,7 @@ def step_seconds(trainer: Trainer, warm: int, count: int) -> list[float]:
 
     trainer.learner.train()
     seconds = timed(trainer.loader)
-    if trainer.stage.finetune.cached_views:
+    if trainer.recipe.finetune.cached_views:
         return seconds
     first, *later = trainer.plan.changes
     phases = [seconds]

@@ -130,7 +130,7 @@ class Trainer:
         """Batches from the present step on."""
         features = None
         if self.recipe.finetune.cached_views:
-            read = partial(cached_features, self.stage, self.source, self.model, self.plan)
+            read = partial(cached_features, self.recipe, self.source, self.model, self.plan)
             kept: list[CachedFeatures] = []
             self.hosts.on_rank_zero(lambda: kept.append(read(not self.quiet)))
             features = kept[0] if kept else read(False)
