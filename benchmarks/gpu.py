@@ -12,189 +12,46 @@ The part grad-cache takes one large batch in chunks, next to sentence-transforme
 """
 
 import argparse
-import gc
 import json
 import os
-import re
+import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode needs it before CUDA starts
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from declip.data.assembly import Assembler
-from declip.data.batch import PairBatch, View
 from declip.data.images.crops import apply_photometric
 from declip.data.loader import PairLoader
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.io.atomic import atomic_write
-from declip.models.device import pick_device
 from declip.recipe.load import load_recipe
-from declip.recipe.schema import Recipe
-from declip.training.compilation import compile_towers
+from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.training.setup import plan_of
 from declip.training.step import training_step
-from gpu_checks import resume, two_processes
+from declip.training.trainer import Trainer
+from gpu_steps import BASE, Bench, Run, measured, open_clips_side, our_side, sizes
 from machine import machine
-from pairs import InMemory, Shapes, open_pairs, texts_of
+from pairs import InMemory, Shapes, texts_of
 from parts import build
-from peers import Shape, open_clip_side
-from step import TOWERS, batch_of, device_name, recipe_of, tiny
-
-PEAKS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
-    "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12, "3090": 71e12,
-}  # fmt: skip
-"""Dense bfloat16 operations per second that the makers state, by a part of the card's name; the first match counts."""
+from peers import Shape
+from step import TOWERS, recipe_of
 
 RECIPES = ("clip", "declip", "declip-keywords")
-BASE = 64
-"""Pairs of the loader's batch, which larger ones repeat."""
-
-
-def peak_of(card: str) -> float | None:
-    """Operations per second of a card; None for one that is not listed."""
-    return next((peak for name, peak in PEAKS.items() if name in card), None)
-
-
-def tiled(batch: PairBatch, count: int) -> PairBatch:
-    """The pairs of a batch on the host, again and again until there are `count`."""
-    rows = torch.arange(count) % len(batch)
-
-    def view(one: View) -> View:
-        photometric = one.photometric
-        columns = {name: column[rows] for name, column in vars(photometric).items()}
-        return View(one.pixels[rows], replace(photometric, **columns))
-
-    fields = {name: getattr(batch, name) for name in ("masked", "labels", "sample_ids")}
-    return replace(
-        batch,
-        views={name: view(one) for name, one in batch.views.items()},
-        texts=batch.texts[:, rows],
-        lengths=batch.lengths[:, rows],
-        **{name: None if tensor is None else tensor[rows] for name, tensor in fields.items()},
-    )
-
-
-class Bench:
-    """What all parts share: the device, the sizes and the folder."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.tiny, self.device = options.tiny, pick_device(options.device)
-        self.cuda = self.device.type == "cuda"
-        self.repeats = 1 if self.tiny else 8
-        self.precision = "bf16" if self.cuda else "fp32"
-        self.card = device_name(self.device)
-        self.out: Path = options.out
-
-    def wait(self) -> None:
-        """Wait for the device."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-
-    def seconds(self, task: Callable[[], object]) -> float:
-        """The median time of a task, after a warm-up round."""
-        taken = []
-        for _ in range(1 + self.repeats):
-            begun = time.perf_counter()
-            task()
-            self.wait()
-            taken.append(time.perf_counter() - begun)
-        return median(taken[1:])
-
-    def known(self, part: str) -> dict[str, Any]:
-        """The result of a part from an earlier call on the same card; empty where it is missing."""
-        path = self.out / f"{part}.json"
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        return found if (found.get("card"), found.get("tiny")) == (self.card, self.tiny) else {}
-
-    def free(self) -> None:
-        """Give back the memory of what is no longer used."""
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
-
-    def largest(self, run: "Run") -> int:
-        """The largest batch that fits, by doubling; 0 where none does."""
-        count, limit, fits = (4, 8, 0) if self.tiny else (BASE, 1 << 14, 0)
-        while count <= limit and self.attempt(run, count) is not None:
-            fits, count = count, 2 * count
-        self.free()
-        return fits
-
-    def attempt(self, run: "Run", count: int) -> Callable[[], object] | None:
-        """Take two steps of `count` pairs; give what takes another one, or None where they do not fit the memory."""
-        try:
-            (task := run(count))()
-            self.wait()
-        except RuntimeError as error:  # cuBLAS and cuDNN have errors of their own
-            if not re.search("out of memory|ALLOC_FAILED", str(error)):
-                raise
-            return None
-        return task
-
-
-Run = Callable[[int], Callable[[], object]]
-"""Takes a step of so many pairs, and gives what takes it again."""
-
-
-def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool = False) -> Run:
-    """`training_step` of a recipe; a compiled one is for one size of the batch."""
-    built = build(recipe, source, bench.device)
-    host = batch_of(recipe, source)
-
-    def run(count: int) -> Callable[[], object]:
-        batch = tiled(host, count).to(bench.device)
-        if compiled:
-            whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": count})})
-            compile_towers(whole, built.model, plan_of(recipe))
-        training_step(built.step, batch)
-        return lambda: training_step(built.step, batch)
-
-    return run
-
-
-def open_clips_side(
-    bench: Bench, name: str, recipe: Recipe, source: InMemory, shape: Shape, chunk: int | None = None
-) -> Run:
-    """open_clip's CLIP step, on images that are finished and 77-token captions; for `chunk` see `open_clip_side`."""
-    import open_clip
-
-    host, plan = batch_of(recipe, source), plan_of(recipe)
-    mean, std = (torch.tensor(values) for values in (plan.mean, plan.std))
-    pixels = apply_photometric(host.views, mean, std)["first"].pixels.to(bench.device)
-    captions = [source.texts[int(number) % len(source)] for number in host.sample_ids]
-    texts = open_clip.get_tokenizer(f"{name}-quickgelu")(captions).to(bench.device)
-    side = open_clip_side(f"{name}-quickgelu", shape, pixels[:2], captions[:2], chunk)
-    step: Any = side.step
-
-    def run(count: int) -> Callable[[], object]:
-        rows = torch.arange(count, device=bench.device) % len(pixels)
-        images, ids = pixels[rows], texts[rows]
-        step(images, ids)
-        return lambda: step(images, ids)
-
-    return run
-
-
-def sizes(bench: Bench, name: str) -> tuple[Shape, InMemory]:
-    """Sizes of an image tower and the text tower that goes with it, and pairs for them."""
-    import open_clip
-
-    config = open_clip.get_model_config(f"{name}-quickgelu")
-    config = tiny(config) if bench.tiny else config
-    source = InMemory(texts_of(open_pairs(), "joined", 256), config["vision_cfg"]["image_size"])
-    return Shape(config, bench.tiny, bench.device, bench.precision), source
 
 
 def grad_cache(bench: Bench) -> list[dict[str, Any]]:
@@ -269,21 +126,6 @@ def steps(
     return {"batch": count} | measured(bench, task, count, counter.get_total_flops() / base)
 
 
-def measured(bench: Bench, task: Callable[[], object], count: int, flops: float | None = None) -> dict[str, Any]:
-    """Time, rate, memory and, with the operations of a pair, utilization of a step."""
-    if bench.cuda:
-        torch.cuda.reset_peak_memory_stats(bench.device)
-    seconds, peak = bench.seconds(task), peak_of(bench.card)
-    rate = count / seconds
-    return {
-        "ms": round(1e3 * seconds, 2),
-        "samples_per_second": round(rate, 1),
-        "gb": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 2) if bench.cuda else None,
-        "gflop_per_pair": round(flops / 1e9, 2) if flops else None,
-        "utilization": round(flops * rate / peak, 3) if flops and peak else None,
-    }
-
-
 def views(bench: Bench) -> list[dict[str, Any]]:
     """Colors and blur of two views on the device against one CPU thread, and how far the results differ."""
     recipe = load_recipe("demo-declip" if bench.tiny else "declip", {"train.batch_size": 8 if bench.tiny else 128})
@@ -325,11 +167,136 @@ def loading(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
+def run_keys(bench: Bench, source: Path, **train: Any) -> dict[str, Any]:
+    """Overrides for a short run on drawn shapes."""
+    keys: dict[str, Any] = {
+        "data.source": str(source), "data.workers": 0, "train.steps": 6, "train.batch_size": 16, "train.log_every": 1,
+        "train.checkpoint_every": 3, "train.keep_checkpoints": 9, "train.device": str(bench.device),
+        "train.precision": bench.precision, "evaluation.zero_shot": [], "evaluation.retrieval": [],
+        "evaluation.final_zero_shot": [], "evaluation.final_retrieval": [], "nearest_neighbor.queue_size": 64,
+    }  # fmt: skip
+    if not bench.tiny:
+        keys |= {"image.model": TOWERS["ViT-B-32"], "image.size": 224, "train.batch_size": 128}
+    return keys | {f"train.{name}": value for name, value in train.items()}
+
+
+def draw_pairs(folder: Path, count: int = 128) -> Path:
+    """Write a table of drawn shapes."""
+    shapes, lines = Shapes(), []
+    for number in range(count):
+        shapes[number].image.save(folder / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": shapes.captions(number)[0]}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.jsonl"
+
+
+def train(recipe: str, keys: dict[str, Any], folder: Path, resume: bool = False) -> list[float]:
+    """Train a run, and give the loss of each step."""
+    run = Trainer(load_recipe(recipe, keys), folder, resume=resume, quiet=True).train()
+    return [row["loss"] for row in run.metrics]
+
+
+def end_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint."""
+    last = load_checkpoint(list_checkpoints(folder)[-1])
+    return {**last.weights, **last.training}
+
+
+def resume(bench: Bench) -> list[dict[str, Any]]:
+    """Whether a resumed run equals one never stopped bit for bit in deterministic mode, and what that mode costs."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        keys = run_keys(bench, draw_pairs(folder))
+        torch.use_deterministic_algorithms(True)
+        try:
+            train("demo-declip", keys, folder / "whole")
+            shutil.copytree(folder / "whole", folder / "resumed")
+            shutil.rmtree(list_checkpoints(folder / "resumed")[-1])
+            train("demo-declip", keys, folder / "resumed", resume=True)
+            whole, resumed = end_of(folder / "whole"), end_of(folder / "resumed")
+            equal = whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
+            rows: list[dict[str, Any]] = [{"what": "resumed = never stopped, deterministic mode", "value": equal}]
+            built = build(
+                load_recipe("demo-declip", keys), InMemory(texts_of(Shapes(), "joined", 256), 64), bench.device
+            )
+            batch = next(built.loader).to(bench.device)
+            slow = bench.seconds(lambda: training_step(built.step, batch))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        fast = bench.seconds(lambda: training_step(built.step, batch))
+    return [*rows, {"what": "time of deterministic mode", "value": round(slow / fast, 3)}]
+
+
+def _rank(rank: int, backend: str, folder: str, keys: dict[str, Any], cuda: bool) -> None:
+    torch.set_num_threads(1)
+    if cuda:
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        keys = {**keys, "train.device": f"cuda:{rank % torch.cuda.device_count()}"}
+    where = f"file://{folder}/meet"
+    dist.init_process_group(backend, init_method=where, rank=rank, world_size=2)
+    losses = train("demo-declip", keys, Path(folder) / "run")
+    if rank == 0:
+        (Path(folder) / "losses.json").write_text(json.dumps(losses))
+    dist.destroy_process_group()
+
+
+def two_processes(bench: Bench) -> list[dict[str, Any]]:
+    """DDP with synchronized batch norm, and FSDP2, on two processes against one: the largest difference of the loss.
+
+    On one GPU NCCL may refuse two processes; gloo is tried then, through the host's memory.
+    """
+    rows: list[dict[str, Any]] = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        source = draw_pairs(folder)
+        for strategy, tower in (
+            ("ddp", {"image.model": "declip_conv_tiny", "image.size": 32}),
+            ("fsdp", {"image.model": "declip_vit_tiny", "image.size": 32}),
+        ):
+            keys = run_keys(bench, source, strategy=strategy, precision="fp32", steps=4) | tower
+            one = train("demo-declip", keys, folder / f"{strategy}-one")
+            for backend in ("nccl", "gloo") if bench.cuda else ("gloo",):
+                place = folder / f"{strategy}-{backend}"
+                place.mkdir()
+                row = {"what": f"{strategy} on two processes, {backend}"}
+                try:
+                    method = "spawn" if bench.cuda else "fork"
+                    mp.start_processes(_rank, (backend, str(place), keys, bench.cuda), nprocs=2, start_method=method)
+                except Exception as error:  # of NCCL, of a rank
+                    rows.append(row | {"note": str(error).strip().splitlines()[-1][:200]})
+                    continue
+                two = json.loads((place / "losses.json").read_text())
+                rows.append(row | {"value": max(abs(a - b) for a, b in zip(one, two, strict=True))})
+                break
+    return rows
+
+
+def waits(bench: Bench) -> list[dict[str, Any]]:
+    """Lines at which a step makes the host wait for the device, by CUDA's own check."""
+    row = {"what": "waits of the host in a step", "value": None}
+    if not bench.cuda:
+        return [row]
+    source = InMemory(texts_of(Shapes(), "joined", 256), 32)
+    built = build(load_recipe("demo-declip", {"train.precision": bench.precision}), source, bench.device)
+    batch = next(built.loader).to(bench.device)
+    training_step(built.step, batch)  # makes the moments
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            training_step(built.step, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = sorted({f"{Path(found.filename).name}:{found.lineno}" for found in caught})
+    return [row | {"value": len(caught), "note": ", ".join(places) or None}]
+
+
 PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
     "ViT-B-32": lambda bench: tower(bench, "ViT-B-32"),
     "resume": resume,
     "two-processes": two_processes,
     "views": views,
+    "waits": waits,
     "grad-cache": grad_cache,
     "ViT-B-32-compiled": lambda bench: tower(bench, "ViT-B-32", compiled=True),
     "ViT-B-16": lambda bench: tower(bench, "ViT-B-16"),

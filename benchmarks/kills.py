@@ -1,6 +1,6 @@
 """SIGKILL at chosen moments of a run, and whether the resumed run ends as the run that was never killed.
 
-    python benchmarks/kills.py --kills 50 --seed 0 --out benchmarks/results/kills.json
+    python benchmarks/kills.py --kills 50 --seed 0 --out runs/kills.jsonl
 
 Every kill picks a recipe, one or two processes, zero or one loader process, a moment (before or after a call of the
 functions below) and a step. The killed run is started again until it ends; weights, optimizer, queue, generators,
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kills.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/kills.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     choose = random.Random(options.seed)
@@ -178,7 +178,8 @@ def main() -> None:
         "kills": len(killed), "survived": len(survived), "runs that ended before their kill": len(done) - len(killed),
         "by moment": Counter(row["moment"] for row in killed), "torch": torch.__version__, "seed": options.seed,
     }  # fmt: skip
-    options.out.write_text(json.dumps({**summary, "runs": done}, indent=1) + "\n", encoding="utf-8")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("".join(f"{json.dumps(row)}\n" for row in (summary, *done)), encoding="utf-8")
     sys.stdout.write(json.dumps(summary, indent=1) + "\n")
     sys.exit(0 if len(survived) == len(killed) else 1)
 

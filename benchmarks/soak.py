@@ -1,6 +1,6 @@
 """A long run watched: memory, open files and speed, with the trainer and its loader processes restarted on the way.
 
-    python benchmarks/soak.py --steps 20000 --restart-every 2000 --out benchmarks/results/soak
+    python benchmarks/soak.py --steps 20000 --restart-every 2000 --out runs/soak
 
 One process trains the demo's recipe, for so many steps or so many hours, whichever ends first. Every
 `--restart-every` steps its loading processes are replaced by new ones, or, with `--restart trainer`, it is stopped
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--restart-every", type=int, default=2000)
     parser.add_argument("--restart", choices=("workers", "trainer"), default="workers")
     parser.add_argument("--recipe", default="demo-declip")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak"))
+    parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     keys = {"train.steps": options.steps, "data.workers": 1, "train.evaluate_every": 1000}

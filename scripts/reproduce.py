@@ -20,23 +20,18 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from fake_step import fake_step
 from PIL import Image
 
 from declip.data.pair import Pair, PairSource
 from declip.data.prepare import shard_source
 from declip.errors import UserError
 from declip.inspection import inspect_source
+from declip.models.device import pick_device
 from declip.recipe.load import load_recipe, parse_overrides
 from declip.recipe.schema import Recipe, Train
 from declip.runs.folder import Run
+from declip.training.estimate import estimate
 
-TOKENS = 32
-"""Length of most batches' captions, by which the cost is computed."""
-CARDS = {"H100": (989e12, 2.5), "A100": (312e12, 1.3), "L40S": (362e12, 0.9), "RTX 4090": (165e12, 0.4)}
-"""Card → its bfloat16 peak as stated by its maker, and dollars per hour, an assumption."""
-UTILIZATION = 0.35
-"""Fraction of the peak, an assumption; `benchmarks/gpu.py` measures it."""
 TOLERANCE = 0.05
 """Relative distance from the curve that is worth a warning: another shuffle or precision moves a loss by less."""
 
@@ -132,20 +127,12 @@ def check_data(data: str, experiment: Experiment, tests: list[str], sample: int,
     return problems
 
 
-def cost(recipe: Recipe, gpus: int) -> list[str]:
-    """Word operations, memory and, by card, hours and dollars of a run."""
-    train = recipe.train
-    local = train.batch_size // gpus
-    small = recipe.model_copy(update={"train": train.model_copy(update={"batch_size": min(local, 64)})})
-    step = fake_step(small, min(TOKENS, recipe.text.context_length))
-    total = step.flops / step.batch_size * train.batch_size * train.steps
-    each = (step.peak_bytes - step.state_bytes) / step.batch_size
-    memory = (step.state_bytes + each * local) / 1e9
-    lines = [f"{total:.2e} floating-point operations; {memory:.1f} GB per GPU with {local} pairs on each of {gpus}"]
-    for card, (peak, price) in CARDS.items():
-        hours = total / (peak * UTILIZATION) / 3600
-        lines.append(f"{card}: {hours:,.1f} GPU hours, {hours / gpus:,.1f} h on {gpus}, {hours * price:,.0f} dollars")
-    return [*lines, f"at {UTILIZATION:.0%} of the stated bfloat16 peak and assumed prices per hour"]
+def cost(recipe: Recipe, gpus: int) -> str:
+    """Format the expected time and memory, measured by a few steps on one GPU with its part of the batch."""
+    if pick_device(recipe.train.device).type == "cpu" and recipe.image.size > 64:
+        return "The cost is measured on a GPU only; there is none here."
+    train = recipe.train.model_copy(update={"batch_size": max(1, recipe.train.batch_size // gpus)})
+    return f"on each of {gpus}: {estimate(recipe.model_copy(update={'train': train}))}"
 
 
 def read_curve(path: Path, train: Train) -> dict[int, float]:
@@ -231,7 +218,7 @@ def run(options: argparse.Namespace, experiment: Experiment, out: Path) -> list[
     curve = None if options.curve is None else read_curve(options.curve, recipe.train)
     print(f"{experiment.recipe}: reported zero-shot top-1 on ImageNet, %: {experiment.reported}")
     problems = check_data(options.data, experiment, options.check_leakage, options.sample, out)
-    print(*cost(recipe, options.gpus), sep="\n")
+    print(cost(recipe, options.gpus))
     if options.check or (problems and not options.anyway):
         return problems
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

@@ -8,9 +8,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The files of benchmarks/ that build tables."""
+    """The scripts that build the tables of the built-in sets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "scripts" / "builtin"))
         import build_emoji
         import build_icons
         import build_synonyms

@@ -2,7 +2,7 @@
 
 Several designers drew the same things, so there is a clean test: held-out designers, for classes that training knows
 and, with emoji, for unseen ones. Tables have the chosen drawings of the packages' pinned versions; they are made by
-benchmarks/build_emoji.py and build_icons.py. The format is Iconify's: JSON with the body of an SVG document by name.
+scripts in scripts/builtin. The format is Iconify's: JSON with the body of an SVG document by name.
 """
 
 from collections import Counter

@@ -1,0 +1,185 @@
+"""What the parts of gpu.py share: the device, the largest batch that fits, and the two libraries' steps."""
+
+import argparse
+import gc
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from declip.data.batch import PairBatch, View
+from declip.data.images.crops import apply_photometric
+from declip.models.device import pick_device
+from declip.recipe.schema import Recipe
+from declip.training.compilation import compile_towers
+from declip.training.setup import plan_of
+from declip.training.step import training_step
+from pairs import InMemory, open_pairs, texts_of
+from parts import build
+from peers import Shape, open_clip_side
+from step import batch_of, device_name, tiny
+
+PEAKS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12, "3090": 71e12,
+}  # fmt: skip
+"""Dense bfloat16 operations per second that the makers state, by a part of the card's name; the first match counts."""
+
+BASE = 64
+"""Pairs of the loader's batch, which larger ones repeat."""
+
+
+def peak_of(card: str) -> float | None:
+    """Operations per second of a card; None for one that is not listed."""
+    return next((peak for name, peak in PEAKS.items() if name in card), None)
+
+
+def tiled(batch: PairBatch, count: int) -> PairBatch:
+    """The pairs of a batch on the host, again and again until there are `count`."""
+    rows = torch.arange(count) % len(batch)
+
+    def view(one: View) -> View:
+        photometric = one.photometric
+        columns = {name: column[rows] for name, column in vars(photometric).items()}
+        return View(one.pixels[rows], replace(photometric, **columns))
+
+    fields = {name: getattr(batch, name) for name in ("masked", "labels", "sample_ids")}
+    return replace(
+        batch,
+        views={name: view(one) for name, one in batch.views.items()},
+        texts=batch.texts[:, rows],
+        lengths=batch.lengths[:, rows],
+        **{name: None if tensor is None else tensor[rows] for name, tensor in fields.items()},
+    )
+
+
+class Bench:
+    """What all parts share: the device, the sizes and the folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.tiny, self.device = options.tiny, pick_device(options.device)
+        self.cuda = self.device.type == "cuda"
+        self.repeats = 1 if self.tiny else 8
+        self.precision = "bf16" if self.cuda else "fp32"
+        self.card = device_name(self.device)
+        self.out: Path = options.out
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, task: Callable[[], object]) -> float:
+        """The median time of a task, after a warm-up round."""
+        taken = []
+        for _ in range(1 + self.repeats):
+            begun = time.perf_counter()
+            task()
+            self.wait()
+            taken.append(time.perf_counter() - begun)
+        return median(taken[1:])
+
+    def known(self, part: str) -> dict[str, Any]:
+        """The result of a part from an earlier call on the same card; empty where it is missing."""
+        path = self.out / f"{part}.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found if (found.get("card"), found.get("tiny")) == (self.card, self.tiny) else {}
+
+    def free(self) -> None:
+        """Give back the memory of what is no longer used."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def largest(self, run: "Run") -> int:
+        """The largest batch that fits, by doubling; 0 where none does."""
+        count, limit, fits = (4, 8, 0) if self.tiny else (BASE, 1 << 14, 0)
+        while count <= limit and self.attempt(run, count) is not None:
+            fits, count = count, 2 * count
+        self.free()
+        return fits
+
+    def attempt(self, run: "Run", count: int) -> Callable[[], object] | None:
+        """Take two steps of `count` pairs; give what takes another one, or None where they do not fit the memory."""
+        try:
+            (task := run(count))()
+            self.wait()
+        except RuntimeError as error:  # cuBLAS and cuDNN have errors of their own
+            if not re.search("out of memory|ALLOC_FAILED", str(error)):
+                raise
+            return None
+        return task
+
+
+Run = Callable[[int], Callable[[], object]]
+"""Takes a step of so many pairs, and gives what takes it again."""
+
+
+def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool = False) -> Run:
+    """`training_step` of a recipe; a compiled one is for one size of the batch."""
+    built = build(recipe, source, bench.device)
+    host = batch_of(recipe, source)
+
+    def run(count: int) -> Callable[[], object]:
+        batch = tiled(host, count).to(bench.device)
+        if compiled:
+            whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": count})})
+            compile_towers(whole, built.model, plan_of(recipe))
+        training_step(built.step, batch)
+        return lambda: training_step(built.step, batch)
+
+    return run
+
+
+def open_clips_side(
+    bench: Bench, name: str, recipe: Recipe, source: InMemory, shape: Shape, chunk: int | None = None
+) -> Run:
+    """open_clip's CLIP step, on images that are finished and 77-token captions; for `chunk` see `open_clip_side`."""
+    import open_clip
+
+    host, plan = batch_of(recipe, source), plan_of(recipe)
+    mean, std = (torch.tensor(values) for values in (plan.mean, plan.std))
+    pixels = apply_photometric(host.views, mean, std)["first"].pixels.to(bench.device)
+    captions = [source.texts[int(number) % len(source)] for number in host.sample_ids]
+    texts = open_clip.get_tokenizer(f"{name}-quickgelu")(captions).to(bench.device)
+    side = open_clip_side(f"{name}-quickgelu", shape, pixels[:2], captions[:2], chunk)
+    step: Any = side.step
+
+    def run(count: int) -> Callable[[], object]:
+        rows = torch.arange(count, device=bench.device) % len(pixels)
+        images, ids = pixels[rows], texts[rows]
+        step(images, ids)
+        return lambda: step(images, ids)
+
+    return run
+
+
+def sizes(bench: Bench, name: str) -> tuple[Shape, InMemory]:
+    """Sizes of an image tower and the text tower that goes with it, and pairs for them."""
+    import open_clip
+
+    config = open_clip.get_model_config(f"{name}-quickgelu")
+    config = tiny(config) if bench.tiny else config
+    source = InMemory(texts_of(open_pairs(), "joined", 256), config["vision_cfg"]["image_size"])
+    return Shape(config, bench.tiny, bench.device, bench.precision), source
+
+
+def measured(bench: Bench, task: Callable[[], object], count: int, flops: float | None = None) -> dict[str, Any]:
+    """Time, rate, memory and, with the operations of a pair, utilization of a step."""
+    if bench.cuda:
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    seconds, peak = bench.seconds(task), peak_of(bench.card)
+    rate = count / seconds
+    return {
+        "ms": round(1e3 * seconds, 2),
+        "samples_per_second": round(rate, 1),
+        "gb": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 2) if bench.cuda else None,
+        "gflop_per_pair": round(flops / 1e9, 2) if flops else None,
+        "utilization": round(flops * rate / peak, 3) if flops and peak else None,
+    }
