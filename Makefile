@@ -1,4 +1,4 @@
-# Two commands are all: `make demo` and `make test`.
+# `make demo` and `make test` install what they need.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -7,17 +7,17 @@ GPUS   ?= 1
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs bench bench-gpu data-given reproduce-yfcc15m reproduce-cc3m clean
+.PHONY: help setup demo browser test lint docs bench bench-gpu data-given reproduce-yfcc15m reproduce-cc3m clean
 
 help:
 	@echo "make demo    install, download the built-in pairs, train DeCLIP on them, evaluate, write a report"
-	@echo "make test    install, run the whole test suite"
+	@echo "make test    install, run all tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make docs    the documentation as a site, into site/; a broken link is an error"
-	@echo "make bench   install open_clip and compare speed with it: a training step, and loading"
-	@echo "make bench-gpu  speed, memory and exactness on one GPU, in 8 minutes; again: the parts that are missing"
-	@echo "make reproduce-yfcc15m DATA=… GPUS=8  check the data, say what it costs, train DeCLIP, compare; also reproduce-cc3m"
-	@echo "make setup   only install, into $(VENV)"
+	@echo "make docs    build the documentation into site/; a broken link is an error"
+	@echo "make bench   install open_clip and compare its speed: a training step, and loading"
+	@echo "make bench-gpu  speed, memory and exactness on one GPU, in 8 minutes; repeat it for the missing parts"
+	@echo "make reproduce-yfcc15m DATA=… GPUS=8  check the data, estimate the cost, train DeCLIP, compare; also reproduce-cc3m"
+	@echo "make setup   install into $(VENV)"
 
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,7 +31,14 @@ demo: setup
 	$(BIN)/declip data download builtin:emoji
 	$(BIN)/declip train demo-declip --out $(RUN) --resume
 
-test: setup
+# The app's tests need a browser; root on Debian gets one, anybody else a line that says what is skipped.
+CHROMIUM := apt-get install -y -q --no-install-recommends chromium
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    { $(CHROMIUM) || { apt-get update -q && $(CHROMIUM); }; } >/dev/null 2>&1; } || \
+	    echo "The app's browser tests will be skipped: no chromium in PATH. As root: apt-get install chromium"
+
+test: setup browser
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 lint: setup
@@ -54,7 +61,7 @@ bench-gpu: $(VENV)/.benched
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu
 
 data-given:
-	@test -n "$(DATA)" || { echo "Give the pairs: make $(MAKECMDGOALS) DATA='/data/{00000..01538}.tar'"; exit 2; }
+	@test -n "$(DATA)" || { echo "DATA is missing: make $(MAKECMDGOALS) DATA='/data/{00000..01538}.tar'"; exit 2; }
 
 reproduce-yfcc15m reproduce-cc3m: data-given setup
 	$(BIN)/python scripts/reproduce.py $(@:reproduce-%=%) --data '$(DATA)' --gpus $(GPUS) $(ARGS)
