@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from declip.errors import UserError
-from declip.interchange.weights import without_queue
 from declip.recipe.schema import Recipe
 from declip.supervision.distillation import feature_distillation, relational_distillation
+from declip.supervision.objective import without_run_state
 from declip.supervision.soft_targets import caption_hashes
 from supervision.test_objective import parts, random_batch
 from supervision.test_word_classification import SOURCE
@@ -69,7 +69,7 @@ def test_the_teacher_follows_the_learner_and_learns_nothing_itself() -> None:
     objective.train()
     teacher: Any = objective.terms["distillation"]
     assert not any(parameter.requires_grad for parameter in objective.parameters())
-    assert not without_queue(objective.state_dict()), "a teacher is no head"
+    assert not without_run_state(objective.state_dict()), "a teacher is no head"
     model.eval()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     with torch.no_grad():

@@ -63,7 +63,7 @@ def test_the_contrastive_loss_sees_the_masked_or_the_clean_caption_and_both_pred
     assert batch.masked is not None
     predicted = []
     for masked, captions in ((True, batch.masked), (False, batch.texts[0])):
-        model, objective = parts(weights, masked_language={"mask_contrastive_text": masked})
+        model, objective = parts(weights, views={"text": {"mask": masked}})
         terms = objective(model, batch)
         images, texts = model.encode_image(batch.views["first"].pixels), model.encode_text(captions)
         expected = contrastive.info_nce(images, texts, images, texts, model.logit_scale.exp())
@@ -219,8 +219,8 @@ def test_batch_norm_sees_each_view_alone() -> None:
     torch.testing.assert_close(together, objective(model, batch)["multi_view"])
 
 
-@pytest.mark.parametrize("mask_contrastive_text", [True, False])
-def test_captions_in_groups_of_like_length_give_the_same_terms(mask_contrastive_text: bool) -> None:
+@pytest.mark.parametrize("mask", [True, False])
+def test_captions_in_groups_of_like_length_give_the_same_terms(mask: bool) -> None:
     batch = random_batch()
     end = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer.end
     lengths = (batch.texts == end).int().argmax(dim=2) + 1
@@ -228,9 +228,7 @@ def test_captions_in_groups_of_like_length_give_the_same_terms(mask_contrastive_
     found = []
     for groups in (1, 3):
         train = {**TINY["train"], "length_buckets": groups}
-        model, objective = parts(
-            WITHOUT_BATCH_NORM, train=train, masked_language={"mask_contrastive_text": mask_contrastive_text}
-        )
+        model, objective = parts(WITHOUT_BATCH_NORM, train=train, views={"text": {"mask": mask}})
         terms = objective.double()(model.double(), batch)
         terms["loss"].backward()
         found.append((terms, [p.grad for p in model.parameters()]))

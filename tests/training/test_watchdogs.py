@@ -12,7 +12,7 @@ CHANCE = math.log(64)
 
 @pytest.fixture
 def monitor() -> LossMonitor:
-    return LossMonitor(batch_size=64, warmup_steps=10)
+    return LossMonitor(batch_size=64, warmup_steps=10, watched="contrastive")
 
 
 @pytest.mark.parametrize(("first", "last"), [(CHANCE, 0.1), (8.24, 6.98), (30.0, 8.0)])
@@ -32,7 +32,8 @@ def test_a_loss_at_chance_is_named_once_and_late(monitor: LossMonitor) -> None:
 
 
 @pytest.mark.parametrize("term", ["contrastive", "late_interaction"])
-def test_a_loss_worse_than_guessing_is_named_after_the_warmup(monitor: LossMonitor, term: str) -> None:
+def test_a_loss_worse_than_guessing_is_named_after_the_warmup(term: str) -> None:
+    monitor = LossMonitor(batch_size=64, warmup_steps=10, watched=term)
     assert monitor.check(5, {term: CHANCE}) is None
     assert monitor.check(10, {term: CHANCE + 2}) is None
     assert "the run diverges" in str(monitor.check(11, {term: CHANCE + 2}))

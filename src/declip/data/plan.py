@@ -7,7 +7,7 @@ from declip.errors import UserError
 from declip.recipe.schema import ImageView, Recipe, TextView
 
 MASK_PROBABILITY = 0.15
-"""Fraction of the tokens that masked_language chooses, as BERT."""
+"""Fraction of the tokens that are masked or replaced, as in BERT."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Needs:
     masked: bool = False  # whether it predicts masked tokens
     tokens: bool = False  # whether it reads token states of both towers
     pre_logits: bool = False  # whether it reads the pooled image feature before the projection
+    whole_context: bool = False  # whether padding counts, so that captions are padded to the longest possible one
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class TextSpec:
     augmentation: TextView
     mask_probability: float | None
     whole_context: bool = False  # whether texts are padded to the longest possible caption, since padding counts
+    masked_copy: bool = False  # whether the masked caption is encoded beside the plain one
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     second = recipe.views.image_second
     if second is not None and second.start == 1:
         if any("second" in need.views for need in needs):
-            raise UserError("simsiam and simclr compare two views. Set views.image_second.start below 1.")
+            raise UserError(
+                f"A loss of this recipe compares two image views, and views.image_second.start={second.start:g} leaves "
+                "one. Set it below 1, or the loss's weight to 0."
+            )
         wanted.discard("second")
     size, views = recipe.image.size, recipe.views
     specs = [ViewSpec("first", size, views.image)]
@@ -84,16 +89,22 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
         if second is not None and second.late and all("second" in need.views for need in needs):
             raise UserError(
                 f"views.image_second.start={second.start} leaves the first steps without a loss: all of this recipe "
-                "compare two views. Set it to 0, or give a weight to contrastive."
+                "compare two views. Set it to 0, or add a loss of one view."
             )
         if views.contrastive_view is not None and not any("second" in need.optional_views for need in needs):
             specs[0] = replace(specs[0], start=start)  # until then no loss compares augmented views
     if views.contrastive_view is not None:
         # Losses that compare augmented views keep theirs; without one of them only this view is made.
         specs = [ViewSpec("contrastive", size, views.contrastive_view), *(specs if "second" in wanted else [])]
-    masks = any(need.masked for need in needs) or recipe.masked_language.mask_input_only
-    padded = "late_interaction" in recipe.active_losses and recipe.late_interaction.include_padding
-    texts = TextSpec(max(need.texts for need in needs), views.text, MASK_PROBABILITY if masks else None, padded)
+    predicts, padded = any(need.masked for need in needs), any(need.whole_context for need in needs)
+    masks = predicts or bool(views.text.mask)
+    texts = TextSpec(
+        max(need.texts for need in needs),
+        views.text,
+        MASK_PROBABILITY if masks else None,
+        whole_context=padded,
+        masked_copy=predicts and views.text.mask is False,
+    )
     early = views.progressive
     until = (None, 0) if early is None else (early.size, int(early.until * recipe.train.steps))
     return Plan(tuple(specs), texts, recipe.image.mean, recipe.image.std, *until)

@@ -23,10 +23,11 @@ from declip.interchange.declip_file import CARD, FILE
 from declip.interchange.foreign import Refusal
 from declip.interchange.model_card import NO_LICENSE, Provenance, model_card, trace
 from declip.interchange.read import read
-from declip.interchange.weights import Weights, one_line, without_queue
+from declip.interchange.weights import Weights, one_line
 from declip.io.atomic import atomic_write
 from declip.io.text import listed
 from declip.models.dual_encoder import DualEncoder
+from declip.supervision.objective import without_run_state
 
 log = logging.getLogger("declip")
 
@@ -145,7 +146,7 @@ def import_weights(
     weights = SOURCES[source](str(file), **heads)
     provenance = Provenance(weights.recipe, origin=f"`{Path(file).name}` ({source})")
     folder = Path(out).expanduser()
-    write_folder(weights.build(), provenance, folder, without_queue(weights.heads), license, overwrite)
+    write_folder(weights.build(), provenance, folder, without_run_state(weights.heads), license, overwrite)
     return folder
 
 

@@ -58,7 +58,6 @@ def read(where: str) -> Weights:
         "text.pretrained": False,
         "text.context_length": 64,
         "embed_dim": 384,
-        "loss_weights": {"contrastive": 1.0},
     }
     recipe = load_recipe("clip", keys)
     with torch.random.fork_rng(devices=[]):

@@ -17,6 +17,7 @@ from declip.models.lora import Adapters, adapted
 from declip.models.wrapped import WrappedModel
 from declip.recipe.load import read_yaml
 from declip.recipe.schema import LogitScale, Recipe
+from declip.supervision.objective import for_sigmoid, without_run_state
 
 NO_TEXT = {"text.width": 8, "text.layers": 1, "text.heads": 1, "text.bpe_merges": 0}
 """Recipe keys of an image tower alone: a text tower is built and dropped, so it is a small one."""
@@ -61,7 +62,7 @@ class Weights:
         tensors = self.build().state_dict() if adapted(self.tensors) else self.tensors
         if not self.whole:  # the projection leads into the space of a text tower
             tensors = {n: t for n, t in tensors.items() if n.startswith(IMAGE) and not n.startswith(f"{IMAGE}proj.")}
-        return replace(self, tensors=tensors, heads=without_queue(self.heads))
+        return replace(self, tensors=tensors, heads=without_run_state(self.heads))
 
     def fit(self, recipe: Recipe) -> Recipe:
         """Put the weights' towers into a recipe: architecture, image statistics, tokenizer, activation, logit scale.
@@ -69,7 +70,7 @@ class Weights:
         How the towers are trained stays the recipe's, and so do the image size and statistics and the length of
         captions that its user gave.
         Without a text tower the recipe's own and its width of the shared space stay. Weights with a bias of the logits
-        take the sigmoid loss in place of the contrastive one, unless the user gave losses.
+        are trained with a sigmoid loss, unless the user gave losses.
         """
         own = (name for name in ("size", "mean", "std") if f"image.{name}" in recipe.given)
         keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", "patch_dropout", *own)}
@@ -80,8 +81,7 @@ class Weights:
             if "logit_bias" in self.tensors:
                 changed["logit_bias"] = float(self.tensors["logit_bias"])
                 if not any(key.startswith("loss_weights") for key in recipe.given):
-                    swapped = {"contrastive": "sigmoid"}
-                    changed["loss_weights"] = {swapped.get(name, name): w for name, w in recipe.loss_weights.items()}
+                    changed["loss_weights"] = for_sigmoid(recipe.loss_weights)
             if any(".proj.mlp." in name for name in self.tensors):
                 changed["finetune"] = recipe.finetune.model_copy(update={"head": "mlp"})
             text = self.recipe.text.model_copy(update={"dropout": recipe.text.dropout})
@@ -138,12 +138,6 @@ def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> s
             problems.append(f"'{name}' holds {other.dtype} instead of {tensor.dtype}")
     more = f", and {len(problems) - 1:,} more differ" if len(problems) > 1 else ""
     return problems[0] + more if problems else None
-
-
-def without_queue(heads: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an objective's heads; its queue holds another data set's captions, and a teacher is no head."""
-    left_out = (".queue.", ".bank.", ".distillation.")
-    return {n: t for n, t in heads.items() if isinstance(t, Tensor) and not any(part in n for part in left_out)}
 
 
 def one_line(error: Exception, longest: int = 300) -> str:

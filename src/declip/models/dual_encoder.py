@@ -26,7 +26,7 @@ from declip.recipe.schema import Recipe
 class DualEncoder(nn.Module):
     """Image tower, text tower and logit scale (logarithm of the inverse temperature), with preprocessing and tokenizer.
 
-    A model of the sigmoid loss has a logit bias too, others None.
+    A model of a sigmoid loss has a logit bias too, others None.
     """
 
     recipe: Recipe | None = None  # that `from_recipe` built the model from
@@ -62,8 +62,6 @@ class DualEncoder(nn.Module):
             text_tower.text_projection = MlpHead(text_tower.text_projection)  # type: ignore[arg-type]  # linear
         preprocess = Preprocess(image.size, image.mean, image.std, **options)
         model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.init, recipe.initial_bias)
-        if model.logit_bias is not None and "sigmoid" not in recipe.active_losses:
-            model.logit_bias.requires_grad_(False)  # softmax does not see it
         model.recipe = recipe
         return model
 
@@ -123,7 +121,7 @@ def _parts(
         visual, words = encoder.build(image.size)
         image_tower, wrapped_tokenizer = WrappedImageTower(visual, dim), encoder.build_tokenizer()
         text_tower = WrappedTextTower(words, wrapped_tokenizer, encoder)
-        if recipe.masked_language.mask_input_only:
+        if recipe.views.text.mask:
             text_tower.language_head()  # raises
         return image_tower, wrapped_tokenizer, text_tower
     if image.model == text.hf_model:
@@ -140,8 +138,7 @@ def _parts(
     if text.hf_model is not None:
         encoder = encoder or read_encoder(text.hf_model, text.pretrained)
         hf_tokenizer = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
-        language = "masked_language" in recipe.active_losses
-        hf_tower = HuggingfaceTextTower(encoder, hf_tokenizer, dim, text.pooling, text.projection_bias, language)
+        hf_tower = HuggingfaceTextTower(encoder, hf_tokenizer, dim, text.pooling, text.projection_bias)
         return tower, hf_tokenizer, hf_tower
     tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)
     options: dict[str, Any] = text.model_dump(

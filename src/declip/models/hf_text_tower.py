@@ -20,7 +20,6 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
     Args:
         pooling: Token states that are projected: "cls", "mean" over the caption, "eos", or "auto": as the encoder was
             trained as a sentence encoder, else "cls".
-        language: Keep the encoder's masked-language head for `language_head`.
     """
 
     def __init__(
@@ -30,14 +29,13 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         embed_dim: int,
         pooling: str = "auto",
         projection_bias: bool = False,
-        language: bool = False,
     ) -> None:
         super().__init__()
         _check(encoder, tokenizer)
         model: Any = encoder.build()
         self.encoder = model.base_model
         # In a list, so that it is no submodule: its output weights are the word embeddings.
-        self._language: list[nn.Module] = [HEADS[encoder.config["model_type"]](model)] if language else []
+        self._language: list[nn.Module] = [HEADS[encoder.config["model_type"]](model)]
         self.stored = encoder.to_tensor()
         self.padding, self.context = tokenizer.padding, tokenizer.context
         self.pooling = encoder.pooling or "cls" if pooling == "auto" else pooling
@@ -67,9 +65,8 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         return pooled, states, lengths
 
     def language_head(self) -> nn.Module:
-        """Hand over the encoder's masked-language head, untied: its output weights start as the word embeddings."""
-        assert self._language, "built without language=True, or handed over already"
-        return copy.deepcopy(self._language.pop())
+        """Copy the encoder's masked-language head, untied: its output weights start as the word embeddings."""
+        return copy.deepcopy(self._language[0])
 
 
 def _check(encoder: TextEncoder, tokenizer: HuggingfaceTokenizer) -> None:

@@ -96,7 +96,9 @@ class WrappedTextTower(SelfContained, AnyTextTower):
 
     def language_head(self) -> nn.Module:
         """Refuse a masked-language head: the vocabulary has no mask that the tower knows."""
-        raise UserError("This text tower has no mask token for masked_language. Set loss_weights.masked_language to 0.")
+        raise UserError(
+            "This text tower has no mask token. Leave out losses that predict masked words, and views.text.mask."
+        )
 
 
 def library_state(tower: WrappedImageTower | WrappedTextTower, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -194,6 +194,9 @@ class TextView(Section):
     second_view: Literal["eda", "caption", "keywords", "same"] = Field(
         "eda", description="second text view: EDA of the first, another caption, keywords, or the first again"
     )
+    mask: bool | None = Field(
+        None, description="mask words of the first caption for all losses; default: if masked_language has a weight"
+    )
 
 
 class Views(Section):
@@ -237,13 +240,6 @@ class SimCLRConfig(Section):
     """SLIP's head (Mu et al. 2022)."""
 
     widths: tuple[Width, Width] = Field((4096, 256), description="inner and output width of the head")
-
-
-class MaskedLanguageConfig(Section):
-    """BERT's corruption of the caption."""
-
-    mask_contrastive_text: bool = Field(True, description="the contrastive loss sees the masked caption, as official")
-    mask_input_only: bool = Field(False, description="mask the caption although the loss has no weight (FILIP)")
 
 
 class NearestNeighborConfig(Section):
@@ -396,7 +392,6 @@ class Recipe(Section):
     contrastive: ContrastiveConfig = ContrastiveConfig()
     simsiam: SimSiamConfig = SimSiamConfig()
     simclr: SimCLRConfig = SimCLRConfig()
-    masked_language: MaskedLanguageConfig = MaskedLanguageConfig()
     nearest_neighbor: NearestNeighborConfig = NearestNeighborConfig()
     late_interaction: LateInteractionConfig = LateInteractionConfig()
     distillation: DistillationConfig = DistillationConfig()

@@ -117,6 +117,8 @@ def shared_info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tenso
 class ContrastiveTerm(Term):
     """Base class of the losses that the recipe's ``contrastive`` section gives other targets."""
 
+    has_positives = True
+
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         self.section = recipe.contrastive
@@ -138,6 +140,7 @@ class Contrastive(ContrastiveTerm):
     """CLIP's loss between the contrastive view, or else the first view, and the caption."""
 
     needs = Needs(optional_views=frozenset({"contrastive"}))
+    reaches_all = compares_pairs = True
     title = "contrastive loss"
     explanation = "Picks the caption of each image, and the image of each caption, among those of the batch."
 

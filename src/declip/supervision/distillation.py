@@ -68,6 +68,7 @@ class Distillation(Term):
     model, of any width, that has encoded all pairs without augmentation.
     """
 
+    run_state = ("",)
     title = "distillation"
     explanation = "Follows a teacher: an average of the model's earlier weights, or another model."
     image_tower: ImageTower

@@ -1,6 +1,7 @@
 """FILIP's loss: every patch finds its best word, every word its best patch."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,7 @@ class LateInteraction(Term):
     """
 
     needs = Needs(tokens=True)
+    compares_pairs = True
     title = "late interaction (FILIP)"
     explanation = "The contrastive loss on the best-matching patches and words."
 
@@ -146,6 +148,10 @@ class LateInteraction(Term):
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         self.longest = self.section.top_k or model.text_tower.context
         self.min_scale = recipe.logit_scale.min
+
+    @classmethod
+    def needs_in(cls, recipe: Recipe) -> Needs:
+        return replace(cls.needs, whole_context=recipe.late_interaction.include_padding)
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         patches, words = require(encoded.outputs.patches), require(encoded.outputs.text_tokens)

@@ -51,6 +51,7 @@ class MaskedLanguage(Term):
     """Prediction of the caption's masked tokens."""
 
     needs = Needs(masked=True)
+    over_vocabulary = ("head",)
     title = "masked language modeling"
     explanation = "Predicts the masked tokens of the caption from the others."
 

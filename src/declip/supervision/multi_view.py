@@ -50,6 +50,7 @@ class MultiView(ContrastiveTerm):
     """DeCLIP's multi-view loss over the augmented image views and both text views."""
 
     needs = Needs(optional_views=frozenset({"second"}), texts=2)
+    reaches_all = True
     title = "multi-view contrastive loss"
     explanation = "The contrastive loss between all other pairings of the image views and the text views."
 

@@ -142,6 +142,7 @@ class NearestNeighbor(ContrastiveTerm):
     """
 
     needs = Needs(optional_views=frozenset({"second"}), texts=2)
+    run_state = ("queue.", "bank.")
     title = "nearest-neighbor supervision"
     explanation = "The contrastive loss with the most similar earlier captions in place of the caption."
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +48,6 @@ TERMS: dict[str, type[Term]] = {
 }
 """Name in `loss_weights` → loss. A new loss is a file, a line here and a recipe."""
 
-WITHOUT_POSITIVES = TERMS.keys() - {"contrastive", "multi_view", "nearest_neighbor"}
-"""Losses that know no positives but a pair's own."""
-
 Gather = Callable[[Tensor], Tensor]
 
 
@@ -84,8 +82,19 @@ def active_terms(recipe: Recipe) -> dict[str, type[Term]]:
 
 
 def needs_of(recipe: Recipe) -> list[Needs]:
-    """The needs of the active losses of a recipe."""
-    return [term.needs for term in active_terms(recipe).values()]
+    """List the needs of the active losses of a recipe."""
+    return [term.needs_in(recipe) for term in active_terms(recipe).values()]
+
+
+def without_run_state(heads: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Leave out the tensors of an objective that another run cannot use; see `Term.run_state`."""
+    left_out = tuple(f"terms.{name}.{start}" for name, term in TERMS.items() for start in term.run_state)
+    return {n: t for n, t in heads.items() if isinstance(t, Tensor) and not n.startswith(left_out)}
+
+
+def for_sigmoid(loss_weights: Mapping[str, float]) -> dict[str, float]:
+    """Replace the contrastive loss by the sigmoid loss, for weights that were trained with a bias of the logits."""
+    return {"sigmoid" if name == "contrastive" else name: weight for name, weight in loss_weights.items()}
 
 
 class Objective(nn.Module):
@@ -96,14 +105,18 @@ class Objective(nn.Module):
         self.recipe = recipe
         active = active_terms(recipe)
         duplicates = recipe.contrastive.duplicates
-        if duplicates in ("mask", "positives") and active.keys() <= WITHOUT_POSITIVES:
+        if duplicates in ("mask", "positives") and not any(term.has_positives for term in active.values()):
+            known = ", ".join(name for name, term in TERMS.items() if term.has_positives)
             raise UserError(
-                f"contrastive.duplicates={duplicates} changes nothing for {', '.join(active)}: it is for contrastive, "
-                "multi_view and nearest_neighbor. Give apart or negatives, or another loss."
+                f"contrastive.duplicates={duplicates} changes nothing for {', '.join(active)}: it is for {known}. Set "
+                "negatives, or give a weight to one of these losses."
             )
         self.weights = {name: recipe.loss_weights[name] for name in active}
         self.terms = nn.ModuleDict({name: term(recipe, model) for name, term in active.items()})
-        self.needs = [term.needs for term in active.values()]
+        self.needs = needs_of(recipe)
+        self.reaches_all = any(term.reaches_all for term in active.values())
+        if model.logit_bias is not None and not any(term.uses_bias for term in active.values()):
+            model.logit_bias.requires_grad_(False)  # softmax does not see it
         self.reads_pixels = any(term.reads_pixels for _, term in self._terms())
         for tower in ("image_tower", "text_tower"):
             lacking = not getattr(getattr(model, tower), "gives_tokens", True)
@@ -121,6 +134,16 @@ class Objective(nn.Module):
         for _, term in self._terms():
             term.prepare(source, model, shown)
         self.to(model.device)
+
+    @property
+    def watched(self) -> str | None:
+        """Name of the first loss that compares images with captions; None if no loss does."""
+        return next((name for name, term in self._terms() if term.compares_pairs), None)
+
+    @property
+    def over_vocabulary(self) -> tuple[str, ...]:
+        """Beginnings of the names of parameters of layers whose outputs are words."""
+        return tuple(f"terms.{name}.{layer}." for name, term in self._terms() for layer in term.over_vocabulary)
 
     @property
     def starts_late(self) -> bool:
@@ -220,7 +243,7 @@ class Objective(nn.Module):
     def _captions(self, batch: PairBatch, masked: bool) -> tuple[Tensor, int, Tensor | None]:
         """The sequences to encode (T or T + 1, B, L), which of them the language head reads, and their lengths."""
         lengths = None if batch.lengths is None else batch.lengths.flatten()
-        if batch.masked is not None and self.recipe.masked_language.mask_contrastive_text:
+        if batch.masked is not None and self.recipe.views.text.mask is not False:
             return torch.cat([batch.masked[None], batch.texts[1:]]), 0, lengths
         if batch.masked is None or not masked:
             return batch.texts, 0, lengths

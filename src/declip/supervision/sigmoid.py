@@ -49,6 +49,7 @@ class Sigmoid(Term):
     """SigLIP's loss between the contrastive view, or else the first view, and the caption."""
 
     needs = Needs(optional_views=frozenset({"contrastive"}))
+    reaches_all = uses_bias = True
     title = "sigmoid loss"
     explanation = "Says of each image and each caption of the batch whether they belong together."
 

@@ -69,6 +69,18 @@ class Term(nn.Module):
     """One loss of the objective; it reads its own section of the recipe and the sizes of the towers."""
 
     needs: ClassVar[Needs] = Needs()
+    reaches_all: ClassVar[bool] = False
+    """Whether every parameter of both towers and the logit scale gets a gradient from this loss alone."""
+    compares_pairs: ClassVar[bool] = False
+    """Whether it compares images with captions: at chance level after many steps means that nothing was learned."""
+    has_positives: ClassVar[bool] = False
+    """Whether ``contrastive.duplicates`` changes its targets."""
+    uses_bias: ClassVar[bool] = False
+    """Whether it trains the bias of the logits."""
+    over_vocabulary: ClassVar[tuple[str, ...]] = ()
+    """Its layers whose outputs are words: the optimizer "muon" trains them with AdamW."""
+    run_state: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of its tensors that another run cannot use, such as a queue of features."""
     title: ClassVar[str]
     """Name for charts."""
     explanation: ClassVar[str] = ""
@@ -81,6 +93,11 @@ class Term(nn.Module):
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__()
         self.max_logit_bytes: float = MAX_LOGIT_BYTES
+
+    @classmethod
+    def needs_in(cls, recipe: Recipe) -> Needs:
+        """Return the needs, where they depend on the recipe."""
+        return cls.needs
 
     def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
         """Build what depends on the training pairs or on the weights that a run starts from, equal on every rank."""

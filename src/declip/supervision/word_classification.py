@@ -63,6 +63,7 @@ class WordClassification(Term):
     """
 
     needs = Needs(pre_logits=True)
+    over_vocabulary = ("head",)
     title = "word classification"
     explanation = "Predicts the words of the caption from the image feature."
     head: nn.Linear

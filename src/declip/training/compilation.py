@@ -36,11 +36,10 @@ def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan) -> None:
     chunk, buckets = recipe.train.grad_cache_chunk or rows, recipe.train.length_buckets
     parts = {min(chunk, rows), rows % chunk} - {0}
     alone = model.image_tower.has_batch_norm
-    masks = "masked_language" in recipe.active_losses and not recipe.masked_language.mask_contrastive_text
     # A pass holds all views of one size, and these change.
     passes = {count for step in plan.changes for count in Counter(s.size for s in plan.at(step)).values()}
     images = {part * count for part in parts for count in ({1} if alone else passes)}
-    captions = [part * (plan.texts.count + masks) for part in parts]
+    captions = [part * (plan.texts.count + plan.texts.masked_copy) for part in parts]
     texts = {size for rows in captions for size in (-(-rows // buckets), rows // buckets)} - {0}
     image_tower: Any = model.image_tower
     text_tower: Any = model.text_tower

@@ -24,7 +24,7 @@ from declip.io.pool import in_order, naming_lost_workers, pairs_bar, usual_worke
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.recipe.schema import Recipe
-from declip.supervision.objective import needs_of
+from declip.supervision.objective import active_terms
 
 CHUNK = 64
 """Pairs that the towers see at a time."""
@@ -40,11 +40,12 @@ def check_frozen(recipe: Recipe, model: DualEncoder) -> None:
             f"finetune.cached_views needs frozen towers, and '{learning[0]}' learns. Give finetune.pretrained with "
             "finetune.freeze_image_blocks=all finetune.freeze_text_blocks=all, or leave finetune.cached_views out."
         )
-    if recipe.masked_language.mask_input_only or any(need.tokens or need.masked for need in needs_of(recipe)):
+    of_tokens = [name for name, term in active_terms(recipe).items() if term.needs.tokens or term.needs.masked]
+    if of_tokens or recipe.views.text.mask:
+        keys = ", ".join([f"loss_weights.{name}" for name in of_tokens] or ["views.text.mask"])
         raise UserError(
-            "finetune.cached_views keeps pooled features, and masked_language or late_interaction reads those of "
-            "tokens, or masked ones. Set their loss_weights to 0 and masked_language.mask_input_only to false, or "
-            "leave finetune.cached_views out."
+            f"finetune.cached_views stores pooled features, and {keys} requires those of tokens or masked captions. "
+            "Leave one of the two out."
         )
 
 

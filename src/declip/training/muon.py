@@ -22,15 +22,16 @@ RMS = 0.2
 LARGE = 128
 """Smaller dimension of a matrix from which bfloat16 is faster; on a CPU converting costs more than it saves below."""
 
-KEPT_BY_ADAMW = (
-    *("embedding", "embeddings", "pos_embed", "cls_token", "reg_token", "bias"),
-    *("masked_language", "word_classification"),  # heads over a vocabulary
-)
+KEPT_BY_ADAMW = (*("embedding", "embeddings", "pos_embed", "cls_token", "reg_token", "bias"),)
 
 
-def uses_muon(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix or convolution between features, neither an embedding nor over a vocabulary."""
-    if parameter.ndim < 2 or any(word in name for word in KEPT_BY_ADAMW):
+def uses_muon(name: str, parameter: Tensor, over_vocabulary: tuple[str, ...] = ()) -> bool:
+    """Whether a parameter is a matrix or convolution between features, neither an embedding nor over a vocabulary.
+
+    Args:
+        over_vocabulary: Beginnings of the names of layers whose outputs are words; see `Objective.over_vocabulary`.
+    """
+    if parameter.ndim < 2 or name.startswith(over_vocabulary) or any(word in name for word in KEPT_BY_ADAMW):
         return False
     return min(parameter.shape[0], parameter[0].numel()) > 1
 

@@ -47,7 +47,10 @@ def named_trainable(model: nn.Module, objective: nn.Module) -> list[tuple[str, n
 
 
 def build_optimizer(
-    named: Iterable[tuple[str, nn.Parameter]], train: Train, multipliers: Mapping[str, LrMultiplier] | None = None
+    named: Iterable[tuple[str, nn.Parameter]],
+    train: Train,
+    multipliers: Mapping[str, LrMultiplier] | None = None,
+    over_vocabulary: tuple[str, ...] = (),
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimizer with groups by weight decay, learning rate and sharding.
 
@@ -58,7 +61,7 @@ def build_optimizer(
     groups = {(decayed, False, False, LrMultiplier()): {} for decayed in (True, False)}
     for name, parameter in named:
         multiplier = (multipliers or {}).get(name, LrMultiplier())
-        muon = train.optimizer == "muon" and uses_muon(name, parameter)
+        muon = train.optimizer == "muon" and uses_muon(name.removeprefix("objective."), parameter, over_vocabulary)
         group = decays(name, parameter), muon, isinstance(parameter, DTensor), multiplier
         groups.setdefault(group, {})[name] = parameter
     options: list[dict[str, Any]] = [

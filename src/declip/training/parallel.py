@@ -25,9 +25,6 @@ from declip.runs.folder import log
 from declip.supervision.objective import Gather, Objective
 from declip.training import distributed
 
-CONTRASTIVE = {"contrastive", "multi_view", "sigmoid"}
-"""Losses through which every parameter of the towers, and the logit scale, gets a gradient."""
-
 
 class Learner(nn.Module):
     """The two towers and the objective, as one module: what trains and what a checkpoint saves."""
@@ -70,7 +67,7 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
         learner,
         **equal,
         gradient_as_bucket_view=True,
-        find_unused_parameters=objective.starts_late or not CONTRASTIVE & set(objective.weights),
+        find_unused_parameters=objective.starts_late or not objective.reaches_all,
     )
 
 

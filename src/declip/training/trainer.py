@@ -104,13 +104,13 @@ class Trainer:
         if recipe.train.compile and not recipe.finetune.cached_views:  # which leave heads alone
             compile_towers(recipe, self.model, self.plan)
         named = optimizers.named_trainable(self.model, self.objective)
-        self.optimizer = optimizers.build_optimizer(named, recipe.train, multipliers)
+        self.optimizer = optimizers.build_optimizer(named, recipe.train, multipliers, self.objective.over_vocabulary)
         if not self.is_rank_zero:  # rank 0 continues the stream of the weights, as one process does
             setup.seed_rank(recipe.seed, 0)
         self.skipped, self.step = SkipCounter(), 0
         self.best: BestEvaluation | None = None
         self.guard = NonFiniteGuard(recipe.train.max_nonfinite_steps, self.device)
-        self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps)
+        self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps, self.objective.watched)
         self.throughput = ThroughputMonitor()
         threads, workers = torch.get_num_threads() if self.device.type == "cpu" else 1, recipe.data.workers
         self.workers = auto_workers(threads) if workers == "auto" else workers

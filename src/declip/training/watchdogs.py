@@ -54,16 +54,17 @@ def shown(values: Mapping[str, Tensor]) -> str:
 
 
 class LossMonitor:
-    """Finds problems in the logged losses of a run and warns of each once."""
+    """Finds problems in the logged losses of a run and warns of each once; `watched` is `Objective.watched`."""
 
-    def __init__(self, batch_size: int, warmup_steps: int) -> None:
+    def __init__(self, batch_size: int, warmup_steps: int, watched: str | None) -> None:
+        self.watched = watched
         self.chance, self.batch_size, self.warmup_steps = math.log(batch_size), batch_size, warmup_steps
         self._warned: set[str] = set()
         self._lowest = math.inf
 
     def check(self, step: int, losses: Mapping[str, float]) -> str | None:
         """Give the warning that is due after a number of steps, if any."""
-        loss = losses.get("contrastive", losses.get("late_interaction"))
+        loss = losses.get(self.watched or "")
         if loss is None or not math.isfinite(loss):  # `NonFiniteGuard` handles those that are not finite
             return None
         # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
@@ -71,14 +72,14 @@ class LossMonitor:
         if step >= FLAT_AFTER and abs(loss - self.chance) < 0.02:
             return self._once(
                 "flat",
-                f"After {step} steps the contrastive loss is still at chance level, ln({self.batch_size}) = "
+                f"After {step} steps the {self.watched} loss is still at chance level, ln({self.batch_size}) = "
                 f"{self.chance:.2f}. Usual causes: too high a learning rate, captions that do not belong to the "
                 "images, or one caption for all. Try a tenth of train.lr, and declip data inspect.",
             )
         if step > self.warmup_steps and loss > max(self.chance, self._lowest) + 1:
             return self._once(
                 "diverging",
-                f"At step {step} the contrastive loss is {loss:.2f}, after {self._lowest:.2f}; chance level is "
+                f"At step {step} the {self.watched} loss is {loss:.2f}, after {self._lowest:.2f}; chance level is "
                 f"{self.chance:.2f}: the run diverges. Usual cause: too high a learning rate. Try half of "
                 "train.lr, a longer train.warmup_steps, or train.grad_clip_norm=1.0.",
             )
