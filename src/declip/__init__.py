@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from declip.data.columns import Columns as Columns
     from declip.errors import UserError as UserError
     from declip.interchange.export import export as export
-    from declip.interchange.push import push as push
+    from declip.interchange.export import push as push
     from declip.interchange.read import load as load
     from declip.recipe.load import load_recipe as load_recipe
     from declip.recipe.schema import Recipe as Recipe
@@ -46,7 +46,7 @@ _WHERE = {
     "finetune": "declip.api",
     "load": "declip.interchange.read",
     "load_recipe": "declip.recipe.load",
-    "push": "declip.interchange.push",
+    "push": "declip.interchange.export",
     "train": "declip.api",
 }
 __all__ = sorted([*_WHERE, "interchange"])

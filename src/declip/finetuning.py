@@ -19,7 +19,7 @@ from declip.evaluation.datasets import open_dataset
 from declip.inspection.split import FEWEST, check_copies, split_pairs
 from declip.interchange import starter
 from declip.interchange.export import FORMATS, export
-from declip.interchange.foreign import Refusal
+from declip.interchange.layouts import Refusal
 from declip.interchange.read import load, read_start
 from declip.models.device import pick_device
 from declip.recipe.finetuning import CPU_SIZE, FREEZE, Start, settings

@@ -112,7 +112,7 @@ def test_lower_precisions_are_smaller_and_near(
         session = onnxruntime.InferenceSession(out / name)
         assert session.get_outputs()[0].type == "tensor(float)"
     assert json.loads((out / "declip_onnx.json").read_text())["precision"] == precision
-    monkeypatch.setitem(export_module.LEAST_COSINE, precision, 1.1)
+    monkeypatch.setitem(export_module.MIN_COSINE, precision, 1.1)
     with pytest.raises(UserError, match=r"with a cosine of .*--precision"):
         declip.export(model, "onnx", tmp_path / "refused", precision=precision)
     assert not (tmp_path / "refused").exists()

@@ -16,7 +16,6 @@ from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.interchange import official
 from declip.interchange.declip_file import FILE
-from declip.interchange.export import import_weights
 from declip.interchange.interpolate import write_mixture
 from golden_cases import SHIPPED, Case, model_cases, read_official
 from interchange.test_export import features, run_card
@@ -38,7 +37,7 @@ def test_official_models_come_in_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file, out = official_file(tmp_path, Case(name).state), tmp_path / "out"
-    assert command(["import", str(file), "--from", "declip-official", "--out", str(out)], monkeypatch) == 0
+    assert command(["export", str(file), "--format", "safetensors", "--out", str(out)], monkeypatch) == 0
     assert f"Written: {out}" in capfd.readouterr().out.replace("\n", "")
     expected, objective = read_official(file)
     read = declip.load(out, device="cpu")
@@ -49,9 +48,7 @@ def test_official_models_come_in_whole(
     heads = {part: t for part, t in objective.state_dict().items() if ".queue." not in part}
     assert kept.keys() >= heads.keys()
     assert all(torch.equal(kept[part], heads[part]) for part in heads)
-    card = (out / "README.md").read_text(encoding="utf-8")
-    assert "ckpt.pth.tar` (declip-official)" in card
-    assert "weights say nothing of how they were trained" in card
+    assert "ckpt.pth.tar`" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_official_weights_are_exported_for_open_clip(tmp_path: Path) -> None:
@@ -68,7 +65,7 @@ def test_home_is_expanded_wherever_a_folder_is_given(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     file = official_file(tmp_path, load_file(SHIPPED / "declip_vit_tiny.safetensors"))
-    assert import_weights(file, "declip-official", "~/imported") == tmp_path / "imported"
+    assert declip.export(file, "safetensors", "~/imported").folder == tmp_path / "imported"
     tuned = recipe_for(table, "clip", {"finetune": {"pretrained": "~/imported"}}, steps=1)
     declip.train(tuned, out=tmp_path / "run", quiet=True, report=False)
     declip.export("~/run", "safetensors", "~/exported")
@@ -90,7 +87,7 @@ def backbone_of(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.
 def test_an_image_tower_alone_gives_image_features(name: str, layout: str, tmp_path: Path) -> None:
     case = Case(name)
     file = official_file(tmp_path, backbone_of(case.state, layout))
-    import_weights(file, "declip-official", tmp_path / "out")
+    declip.export(file, "safetensors", tmp_path / "out")
     whole, images = case.read()[0].eval(), case.batch().views["first"].pixels
     heads = official.read(str(file), image_heads=case.heads["image_heads"]).build().eval()
     with torch.no_grad():
@@ -151,16 +148,12 @@ def test_what_is_no_model_of_ours_stays_open_clips(tmp_path: Path) -> None:
     config = tmp_path / "theirs" / "open_clip_config.json"
     plain = json.loads(config.read_text())
 
-    def imported(part: str, **change: Any) -> Path:
+    def load(part: str, **change: Any) -> Any:
         config.write_text(json.dumps({**plain, part: {**plain[part], **change}}))
-        return import_weights(tmp_path / "theirs", "open_clip", tmp_path / "out")
+        return declip.load(tmp_path / "theirs")
 
-    with pytest.raises(UserError, match=r"cannot become one of ours: .*resized longest"):
-        imported("preprocess_cfg", resize_mode="longest")
+    with pytest.raises(UserError, match="resized longest"):
+        load("preprocess_cfg", resize_mode="longest")
     with pytest.raises(UserError, match="AssertionError"):
-        imported("preprocess_cfg", mode="L")
-    assert not (tmp_path / "out").exists()
-    assert declip.load(imported("model_cfg", quick_gelu=False)).recipe.text.activation == "gelu"
-    file = tmp_path / "theirs" / "open_clip_model.safetensors"
-    with pytest.raises(UserError, match="does not say which model"):
-        import_weights(file, "open_clip", tmp_path / "other")
+        load("preprocess_cfg", mode="L")
+    assert load("model_cfg", quick_gelu=False).recipe.text.activation == "gelu"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from declip.errors import UserError
+from declip.interchange import official
 from declip.interchange.declip_file import FILE, write_declip_file
-from declip.interchange.export import import_weights
 from declip.interchange.official import UNUSED
 from declip.interchange.read import read_start
 from declip.training.pretrained import apply_pretrained
@@ -265,12 +265,11 @@ def test_heads_of_attention(tiny, tmp_path):
     assert heads() == (1, 1)
     assert heads(text_heads=2, image_heads=4) == (2, 4)
     save_file(tiny, tmp_path / "tiny.safetensors")
-    import_weights(tmp_path / "tiny.safetensors", "declip-official", tmp_path / "out", text_heads=2, image_heads=4)
+    model = official.read(str(tmp_path / "tiny.safetensors"), text_heads=2, image_heads=4).build()
+    declip.export(model, "safetensors", tmp_path / "out")
     imported = declip.load(tmp_path / "out", device="cpu")
     assert imported.text_tower.transformer.resblocks[0].attn.heads == 2
     assert imported.image_tower.trunk.blocks[0].attn.num_heads == 4
-    with pytest.raises(UserError, match="text_heads"):
-        import_weights(tmp_path, "huggingface", tmp_path / "other", text_heads=2)
 
 
 def test_a_logit_scale_that_theirs_cuts_off_is_cut_off(tiny):

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 import declip
 from declip.errors import UserError
-from declip.interchange.export import import_weights
 from interchange.tiny_open_clip import CONFIGS, WORDS, folder_of, pictures, random_model, same, saved
 
 open_clip = pytest.importorskip("open_clip")
@@ -50,7 +49,7 @@ def test_the_sizes_among_openais_tensors_are_no_damage(tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()} | sizes
     torch.save(state, tmp_path / "openai.pt")
     assert same(declip.load(f"open_clip:tiny-vit/{tmp_path / 'openai.pt'}", device="cpu"), theirs)
-    import_weights(f"tiny-vit/{tmp_path / 'openai.pt'}", "open_clip", tmp_path / "out")
+    declip.export(f"open_clip:tiny-vit/{tmp_path / 'openai.pt'}", "safetensors", tmp_path / "out")
     assert same(declip.load(tmp_path / "out", device="cpu"), theirs)
     save_file(state | {"more": torch.zeros(2)}, tmp_path / "more.safetensors")
     with pytest.raises(UserError, match=r"Cannot load .*'more'"):

@@ -14,7 +14,6 @@ import declip
 from declip.errors import UserError
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.interchange import huggingface
-from declip.interchange.export import import_weights
 from declip.interchange.model_card import Provenance, model_card
 from declip.interchange.read import read_start
 from declip.recipe.load import load_recipe
@@ -89,7 +88,7 @@ def test_a_repository_of_transformers_is_read(hub: Hub, tmp_path: Path) -> None:
     hub.revisions["me/hf"] = {"1" * 40: {**files, "pytorch_model.bin": b"a pickle"}}
     for name in ("hf-hub:me/hf", "huggingface:me/hf"):
         assert same(declip.load(name, device="cpu"), model)
-    import_weights("huggingface:me/hf", "huggingface", tmp_path / "ours")
+    declip.export("huggingface:me/hf", "safetensors", tmp_path / "ours")
     assert same(declip.load(tmp_path / "ours", device="cpu"), model)
     assert not list((tmp_path / "cache").rglob("*.bin"))
 

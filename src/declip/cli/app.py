@@ -1,4 +1,4 @@
-"""The command ``declip``: every command parses words and calls the API, nothing else."""
+"""The command ``declip``: every command parses its arguments and calls the API."""
 
 import errno
 from typing import Annotated
@@ -43,7 +43,16 @@ def _root(
 COMMANDS = (finetune, train, evaluate, compare, classify, embed, search, weights.export, push, weights.interpolate)
 for command in COMMANDS:
     app.command()(command)
-app.command(name="import")(weights.import_)
+
+
+@app.command(name="import", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def _removed() -> None:
+    raise UserError(
+        "`declip import` was removed: use declip export WEIGHTS --format safetensors --out DIR, where WEIGHTS is a "
+        "checkpoint, open_clip:MODEL/TAG, hf-hub:OWNER/NAME or a folder."
+    )
+
+
 app.command(name="app")(serve_app)
 for group, name in ((data.group, "data"), (recipes.group, "recipes"), (index, "index")):
     app.add_typer(group, name=name)

@@ -1,4 +1,4 @@
-"""The commands ``declip export``, ``declip import`` and ``declip interpolate``."""
+"""The commands ``declip export``, ``declip push`` and ``declip interpolate``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,43 +13,21 @@ Out = Annotated[Path, file("folder to write", metavar="DIR")]
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="run, checkpoint, weights, or hf-hub:OWNER/NAME")],
+    model: Annotated[str, typer.Argument(help="run, checkpoint, weights of any library, hf-hub:OWNER/NAME")],
     format: Annotated[str, typer.Option("--format", help="open_clip, huggingface, onnx or safetensors")],
     out: Out,
     license: License = UNKNOWN_LICENSE,
-    repo: Annotated[str | None, typer.Option(help="OWNER/NAME that the folder will be on the Hub")] = None,
+    repo: Annotated[str | None, typer.Option(help="OWNER/NAME of its future repository on the Hub")] = None,
     overwrite: Overwrite = False,
     precision: Annotated[str, typer.Option(help="onnx: fp32, fp16, or int8")] = "fp32",
 ) -> None:
-    """Export a model for another library, or as one file, with a model card."""
+    """Export a model for another library, or any weights as one file of declip (safetensors), with a model card."""
     check_model(model)
     from declip.interchange.export import export as run_export
 
     exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo, precision=precision)
     checked = "" if exported.difference is None else f" {exported}"  # otherwise a warning was logged
     say(f"Written: {exported.folder}.{checked}")
-
-
-def import_(
-    file: Annotated[
-        str, typer.Argument(help="a checkpoint; MODEL/TAG, MODEL/FILE or a folder; huggingface:OWNER/NAME")
-    ],
-    source: Annotated[str, typer.Option("--from", help="declip-official, open_clip or huggingface")],
-    out: Out,
-    license: License = UNKNOWN_LICENSE,
-    overwrite: Overwrite = False,
-    text_heads: Annotated[
-        int | None, typer.Option(min=1, help="declip-official: attention heads of the text tower; default: width / 64")
-    ] = None,
-    image_heads: Annotated[
-        int | None, typer.Option(min=1, help="declip-official: attention heads of the image tower; default: width / 64")
-    ] = None,
-) -> None:
-    """Convert another library's weights to a model of declip."""
-    from declip.interchange.export import import_weights
-
-    heads = {"text_heads": text_heads, "image_heads": image_heads}
-    say(f"Written: {import_weights(file, source, out, license=license, overwrite=overwrite, **heads)}")
 
 
 def interpolate(
@@ -64,11 +42,13 @@ def interpolate(
     overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:
-    """Interpolate between pretrained and fine-tuned weights (WiSE-FT): evaluate mixtures, or write one."""
+    """Interpolate between pretrained and fine-tuned weights (WiSE-FT): evaluate several, or export one."""
     if not datasets and out is None:
-        raise UserError("Give evaluation sets for the mixtures, --dataset SET, or write one: --alpha 0.5 --out DIR.")
+        raise UserError(
+            "Nothing to do. Give evaluation sets, --dataset SET, or export one model, --alpha 0.5 --out DIR."
+        )
     if out is not None and (alphas is None or len(alphas) != 1):
-        raise UserError(f"--out writes one mixture, but --alpha was given {len(alphas or [])} times. Give one.")
+        raise UserError(f"--out exports one model, but --alpha was given {len(alphas or [])} times. Give it once.")
     check_model(run)
     from declip.interchange import interpolate as mixing
 
@@ -84,17 +64,18 @@ def interpolate(
 
 
 def push(
-    model: Annotated[str, typer.Argument(metavar="RUN", help="run, checkpoint, weights, or hf-hub:OWNER/NAME")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="run, checkpoint, weights, or hf-hub:OWNER/NAME")],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="repository on the Hub, created if missing")],
-    private: Annotated[bool, typer.Option("--private", help="create a repository that only its owner sees")] = False,
+    private: Annotated[bool, typer.Option("--private", help="create a private repository")] = False,
     format: Annotated[
-        str | None, typer.Option(help="as of declip export; default: open_clip where it can hold the model, else ours")
+        str | None,
+        typer.Option(help="as for declip export; default: open_clip if possible, else safetensors"),
     ] = None,
     license: License = UNKNOWN_LICENSE,
 ) -> None:
     """Upload a model with its card to the Hugging Face Hub."""
     check_model(model)
-    from declip.interchange.push import push as run_push
+    from declip.interchange.export import push as run_push
 
     say(f"Pushed: {run_push(model, repo, private=private, format=format, license=license)}")
     say(f'Load it in Python: declip.load("hf-hub:{repo}")')

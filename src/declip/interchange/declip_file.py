@@ -9,7 +9,7 @@ from torch import Tensor
 
 import declip
 from declip.errors import UserError
-from declip.interchange.foreign import Reread
+from declip.interchange.layouts import Reread
 from declip.interchange.weights import Weights, one_line, read_recipe
 from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder, has_text
@@ -58,9 +58,9 @@ def express(model: DualEncoder) -> None:
     """Every model can be expressed."""
 
 
-def write(model: DualEncoder, folder: Path) -> None:
+def write(model: DualEncoder, folder: Path, heads: Mapping[str, Tensor] | None = None) -> None:
     """Write the file into a folder."""
-    write_declip_file(model, folder / FILE)
+    write_declip_file(model, folder / FILE, heads)
 
 
 def write_declip_file(model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None) -> None:

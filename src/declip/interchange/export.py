@@ -1,53 +1,57 @@
-"""Writing models: in a foreign format, or as a folder of ours; each folder is read back and gets a model card."""
+"""Export a model as a folder of another library's or our format, with a model card, and push it to the Hub."""
 
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
-from torch import Tensor
 
+import declip
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import measuring
-from declip.interchange import declip_file, huggingface, official, onnx, open_clip
-from declip.interchange.declip_file import CARD, FILE
-from declip.interchange.foreign import Refusal
-from declip.interchange.model_card import NO_LICENSE, Provenance, model_card, trace
-from declip.interchange.read import read
-from declip.interchange.weights import Weights, one_line
+from declip.interchange import declip_file, huggingface, onnx, open_clip
+from declip.interchange.declip_file import CARD
+from declip.interchange.layouts import Refusal
+from declip.interchange.model_card import NO_LICENSE, Traced, model_card, trace
+from declip.interchange.weights import one_line
 from declip.io.atomic import atomic_write
 from declip.io.text import listed
 from declip.models.dual_encoder import DualEncoder
-from declip.supervision.objective import without_run_state
 
 log = logging.getLogger("declip")
 
-LARGEST_DIFFERENCE = 1e-4
-"""Of features of length 1, between a model and its export; exact exports differ by some 1e-7."""
+TOLERANCE = 1e-4
+"""Tolerance for features of length 1, between a model and its export; exact exports differ by about 1e-7."""
 
-LEAST_COSINE = {"fp16": 0.999, "int8": 0.95}
-"""Between features of a model and of its export in a lower precision, in place of `LARGEST_DIFFERENCE`."""
+MIN_COSINE = {"fp16": 0.999, "int8": 0.95}
+"""Tolerance for exports in a lower precision: the cosine of a feature and that of the export."""
 
 CAPTIONS = ("a red circle", "two cats asleep on a sofa, seen from above", "!")
 
 FORMATS: Mapping[str, ModuleType] = {
     "open_clip": open_clip, "huggingface": huggingface, "onnx": onnx, "safetensors": declip_file,
 }  # fmt: skip
-"""Modules with `express(model)`, which raises a `Refusal` where the format cannot express a model, `write(model,
-folder)`, `reread(folder)`, an ImportError where the library is not installed, and `LIBRARY`, its name on the Hub."""
+"""Modules with `express(model)`, which raises a `Refusal` if the format cannot hold a model, `write(model, folder)`,
+`reread(folder)`, which raises ImportError if the library is not installed, and `LIBRARY`, its name on the Hub."""
 
-SOURCES: Mapping[str, Callable[..., Weights]] = {
-    "declip-official": official.read, "open_clip": open_clip.read, "huggingface": read,
-}  # fmt: skip
+REPLACED = (
+    *("*.safetensors", "*.onnx", "*_config.json", "config.json", "model.safetensors.index.json"),
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+)
+"""Files of an earlier model to delete from a repository: they would be read instead of the new ones."""
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """OWNER/NAME on the Hub."""
@@ -55,7 +59,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder that was written, and read back by the format's own library."""
+    """Result of an export: the folder, and how the format's own library reads it back."""
 
     folder: Path
     difference: float | None  # largest of any number of a feature of length 1; None where the library is not installed
@@ -71,7 +75,7 @@ class Exported:
 
 
 def export(
-    model: str | Path | DualEncoder,
+    model: str | Path | DualEncoder | Traced,
     format: str,
     out: str | Path,
     *,
@@ -80,99 +84,55 @@ def export(
     repo: str | None = None,
     precision: str = "fp32",
 ) -> Exported:
-    """Write a model in a foreign format, read it back where that library is installed, and add a model card.
+    """Export a model in a format, read it back if the format's library is installed, and add a model card.
 
     Args:
-        model: What `declip.load` takes, or a loaded model. Of a run the card tells data, steps and results.
+        model: What `declip.load` takes, or a loaded model. The card of a run shows data, steps and results.
         format: A key of `FORMATS`.
-        out: The folder to write; it appears when all of it is there.
-        license: For the card: an identifier of the Hub's such as "mit", or any words.
-        overwrite: Replace an export that is there.
+        out: The folder to write, at once when it is complete.
+        license: License in the card: an identifier of the Hub such as "mit", or any text.
+        overwrite: Replace an earlier export.
         repo: The repository, OWNER/NAME, that the folder will be on the Hub, for the card. Loading "open_clip" from
-            there needs it where the vocabulary is not CLIP's whole one.
-        precision: For "onnx": "fp32", "fp16" or "int8"; refused where a feature's cosine is below `LEAST_COSINE`.
+            there requires it unless the vocabulary is CLIP's.
+        precision: Of "onnx": "fp32", "fp16" or "int8"; refused if the cosine of a feature is below `MIN_COSINE`.
     """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
     if repo is not None and not REPOSITORY.fullmatch(repo):
         raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
-    if precision != "fp32" and (format != "onnx" or precision not in LEAST_COSINE):
-        raise UserError(f"--precision is '{precision}'; {', '.join(LEAST_COSINE)} are for onnx, fp32 for all.")
+    if precision != "fp32" and (format != "onnx" or precision not in MIN_COSINE):
+        raise UserError(f"--precision is '{precision}'; {', '.join(MIN_COSINE)} are for onnx, fp32 for all.")
     out, form = Path(out).expanduser(), FORMATS[format]
-    options: dict[str, Any] = {"open_clip": {"repo": repo, "home": out}, "onnx": {"precision": precision}}
-    traced, provenance = trace(model)
+    traced, provenance, heads = trace(model)
+    options: dict[str, Any] = {
+        "open_clip": {"repo": repo, "home": out}, "onnx": {"precision": precision}, "safetensors": {"heads": heads},
+    }  # fmt: skip
     if {weight.dtype for weight in traced.parameters()} != {torch.float32}:
         traced = deepcopy(traced).float()
     with _new_folder(out, overwrite) as folder, measuring(traced):
         try:
             form.write(traced, folder, **options.get(format, {}))
         except Refusal as refusal:
-            takers = listed(list(_takers(traced)))
+            able = listed(list(supported_formats(traced)))
             raise UserError(
-                f"This model cannot be exported as {format}: {refusal}. Formats that can: {takers}."
+                f"This model cannot be exported as {format}: {refusal}. Formats that can: {able}."
             ) from refusal
         exported = replace(_compare(traced, form, folder, precision), folder=out)
         card = model_card(traced, provenance, form.LIBRARY, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
     if exported.difference is None:
-        log.warning("%s Check it where that is.", exported)
+        log.warning("%s Load the export where it is installed.", exported)
     return exported
-
-
-def import_weights(
-    file: str | Path,
-    source: str,
-    out: str | Path,
-    *,
-    license: str = NO_LICENSE,
-    overwrite: bool = False,
-    text_heads: int | None = None,
-    image_heads: int | None = None,
-) -> Path:
-    """Write another library's weights as a folder that `declip.load` reads: declip.safetensors and a model card.
-
-    Args:
-        file: Of "declip-official" a checkpoint; of "open_clip" a name, with or without "open_clip:", or a folder; of
-            "huggingface" a folder, or ``huggingface:OWNER/NAME``.
-        source: A key of `SOURCES`.
-        out, license, overwrite: See `export`.
-        text_heads, image_heads: For "declip-official"; by default one for each 64 channels.
-    """
-    if source not in SOURCES:
-        raise unknown("source of weights", source, SOURCES)
-    heads = {n: h for n, h in {"text_heads": text_heads, "image_heads": image_heads}.items() if h is not None}
-    if heads and source != "declip-official":
-        raise UserError(f"Weights of {source} say their numbers of attention heads. Leave {', '.join(heads)} out.")
-    weights = SOURCES[source](str(file), **heads)
-    provenance = Provenance(weights.recipe, origin=f"`{Path(file).name}` ({source})")
-    folder = Path(out).expanduser()
-    write_folder(weights.build(), provenance, folder, without_run_state(weights.heads), license, overwrite)
-    return folder
-
-
-def write_folder(
-    model: DualEncoder,
-    provenance: Provenance,
-    out: Path,
-    heads: Mapping[str, Tensor] | None = None,
-    license: str = NO_LICENSE,
-    overwrite: bool = False,
-) -> None:
-    """Write a model as a folder that `declip.load` reads, with a model card."""
-    with _new_folder(out, overwrite) as folder:
-        declip_file.write_declip_file(model, folder / FILE, heads)
-        card = model_card(model, provenance, declip_file.LIBRARY, license=license)
-        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 @contextmanager
 def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder that takes the place of `out` when all went well; nothing is left otherwise."""
+    """Yield an empty folder that replaces `out` when the block succeeds; nothing is left otherwise."""
     old = list(out.iterdir()) if out.is_dir() else []
     if out.is_file() or (old and not overwrite):
         raise UserError(f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace an export.")
     if old and (not (out / CARD).is_file() or any(path.is_dir() for path in old)):
-        raise UserError(f"'{out}' is no export, so --overwrite does not replace it. Give another --out.")
+        raise UserError(f"'{out}' is not an export, so --overwrite does not replace it. Give another --out.")
     try:
         with atomic_write(out, "give another folder as --out") as folder:
             folder.mkdir()
@@ -181,7 +141,8 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"Cannot write '{out}': {error}. Make room, or give another folder as --out.") from error
 
 
-def _takers(model: DualEncoder) -> Iterator[str]:
+def supported_formats(model: DualEncoder) -> Iterator[str]:
+    """Formats that can hold a model."""
     for name, form in FORMATS.items():
         with suppress(Refusal):
             form.express(model)
@@ -194,9 +155,9 @@ def _compare(model: DualEncoder, form: ModuleType, folder: Path, precision: str)
         foreign = form.reread(folder)
     except ImportError as error:
         return Exported(folder, None, error.name or form.LIBRARY)
-    except Exception as error:  # of whatever kind: a library that finds what it reads to be none of its own
+    except Exception as error:  # a library raises any class for a folder that it does not understand
         raise UserError(
-            f"{form.LIBRARY} cannot read the export, so it is not kept: {one_line(error, 200)} Report its recipe."
+            f"{form.LIBRARY} cannot read the export, so it was removed: {one_line(error, 200)} Report its recipe."
         ) from error
     size = model.preprocessor.size
     pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -207,10 +168,60 @@ def _compare(model: DualEncoder, form: ModuleType, folder: Path, precision: str)
         features.append(foreign.text(tokens.cpu()))
     ours, theirs = torch.cat(expected).cpu(), F.normalize(torch.cat(features).float(), dim=-1)
     difference, cosine = float((ours - theirs).abs().max()), float((ours * theirs).sum(-1).min())  # NaN where any is
-    near = difference <= LARGEST_DIFFERENCE if precision == "fp32" else cosine >= LEAST_COSINE[precision]
+    near = difference <= TOLERANCE if precision == "fp32" else cosine >= MIN_COSINE[precision]
     if not near:
         raise UserError(
             f"{foreign.by} computes other features from the export in {precision} (they differ by {difference:.1e}, "
-            f"with a cosine of {cosine:.4f}), so it is not kept. Give another --precision, or report its recipe."
+            f"with a cosine of {cosine:.4f}), so it was removed. Give another --precision, or report its recipe."
         )
     return Exported(folder, difference, foreign.by, None if precision == "fp32" else cosine)
+
+
+def push(
+    model: str | Path | DualEncoder,
+    repo: str,
+    *,
+    private: bool = False,
+    format: str | None = None,
+    license: str = NO_LICENSE,
+) -> str:
+    """Upload a model with its card to the Hugging Face Hub, in one commit, and return the repository's address.
+
+    Args:
+        repo: OWNER/NAME, created if missing. Its model files are replaced.
+        private: Create a repository that only its owner sees; a public one is then refused.
+        format: A key of `FORMATS`; by default "open_clip" if it can hold the model, else "safetensors".
+        model, license: See `export`.
+    """
+    if huggingface_hub.get_token() is None:
+        raise UserError("Pushing requires a write token of the Hub: run `hf auth login`, or set HF_TOKEN.")
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        try:
+            export(model, format or "open_clip", folder, license=license, repo=repo)
+        except UserError as error:
+            if format is not None or not isinstance(error.__cause__, Refusal):
+                raise
+            export(model, "safetensors", folder, license=license, repo=repo)
+        try:
+            return _upload(folder, repo, private)
+        except UserError:
+            raise
+        except Exception as error:  # the Hub, the network and their libraries have their own
+            raise UserError(
+                f"Cannot push to '{repo}': {one_line(error, 300).rstrip('.')}. Check the network, and that the token "
+                "may write there."
+            ) from error
+
+
+def _upload(folder: Path, repo: str, private: bool) -> str:
+    """Upload a folder's files in one commit."""
+    api = HfApi(library_name="declip", library_version=declip.__version__)
+    api.create_repo(repo, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo).private:
+        raise UserError(f"'{repo}' is public already, so nothing was pushed. Leave --private out, or rename it.")
+    # Named one by one, because a pattern of the Hub would match in subfolders too.
+    old = [name for name in api.list_repo_files(repo) if "/" not in name and any(fnmatch(name, p) for p in REPLACED)]
+    commit = f"Upload by declip {declip.__version__}"
+    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit, delete_patterns=old)
+    return f"{api.endpoint}/{repo}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.foreign import TO_CLIP_VIT, Refusal, Reread, clip_text_tower
+from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, clip_text_tower
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
 from declip.interchange.tokenizer_files import backend, write_tokenizer
 from declip.interchange.weights import Weights, one_line
@@ -228,7 +228,7 @@ def reread(folder: Path) -> Reread:
         model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
     by, kind = f"transformers {transformers.__version__}", model.config.model_type
     if kind in SIGLIP:
-        image = WrappedImageTower(model.vision_model, model.config.vision_config.hidden_size)
+        image = WrappedImageTower(model.vision_model, kind, model.config.vision_config.hidden_size)
         return Reread(by, image.pool, lambda tokens: model.text_model(input_ids=tokens).pooler_output)
     return Reread(
         by,

@@ -1,4 +1,4 @@
-"""Mixtures of a fine-tuned model and its pretrained one: WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903)."""
+"""Interpolation between pretrained and fine-tuned weights: WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903)."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,8 @@ from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange import declip_file
-from declip.interchange.export import write_folder
-from declip.interchange.model_card import NO_LICENSE, Provenance
+from declip.interchange.export import export
+from declip.interchange.model_card import NO_LICENSE, Provenance, Traced
 from declip.interchange.read import load
 from declip.interchange.weights import first_difference
 from declip.io.text import percent
@@ -20,15 +20,17 @@ from declip.runs.folder import KEPT
 
 
 def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncoder:
-    """Mix two models of one architecture, (1 - alpha) · start + alpha · end in every tensor (equation 1 of the paper).
+    """Interpolate two models of one architecture: (1 - alpha) · start + alpha · end (equation 1 of the paper).
 
-    The new model is in evaluation mode. Running statistics of batch norm are mixed like weights.
+    The new model is in evaluation mode. Running statistics of batch norm are interpolated like weights.
     """
     if not 0 <= alpha <= 1:
-        raise UserError(f"alpha is {alpha:g}; give a number from 0 to 1, the fine-tuned model.")
+        raise UserError(f"alpha is {alpha:g}; give a number from 0, the pretrained model, to 1, the fine-tuned model.")
     first, last = start.state_dict(), end.state_dict()
     if difference := first_difference(first, last):
-        raise UserError(f"These models can't be mixed: {difference}. Give a model and what it was fine-tuned from.")
+        raise UserError(
+            f"These models cannot be interpolated: {difference}. Give a model and the weights it started from."
+        )
     mixed = copy.deepcopy(end)
     mixed.load_state_dict(
         {name: torch.lerp(first[name], t, alpha) if t.is_floating_point() else t for name, t in last.items()}
@@ -37,14 +39,14 @@ def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncod
 
 
 def ends_of(run: str | Path, device: str = "auto") -> tuple[DualEncoder, DualEncoder]:
-    """Load a fine-tuned run's start and end."""
+    """Load the pretrained and the fine-tuned model of a run."""
     kept = Path(run).expanduser() / KEPT
     weights = declip_file.read_part(str(kept)) if kept.is_file() else None
     end = load(run, device)
     if weights is None or not end.state_dict().keys() <= weights.tensors.keys():
         raise UserError(
-            f"'{run}' started from no weights, or from some without its text tower, projections or MLP heads: nothing "
-            "to mix with."
+            f"'{run}' did not start from a model with all its tensors (text tower, projections, heads), so there is "
+            "nothing to interpolate with."
         )
     return weights.check().build().to(end.device).eval(), end
 
@@ -57,7 +59,7 @@ def measure_mixtures(
     device: str = "auto",
     options: Options | None = None,
 ) -> Iterator[tuple[float, list[Result]]]:
-    """Measure mixtures of a fine-tuned run on data sets, by one task: each alpha with a result for each set."""
+    """Evaluate interpolated models of a run on datasets: yields each alpha with a result for each dataset."""
     start, end = ends_of(run, device)
     for alpha in alphas:
         model = interpolate(start, end, alpha)
@@ -65,7 +67,7 @@ def measure_mixtures(
 
 
 def first_measure(result: Result) -> str:
-    """The main measure of a result, such as "top-1 32.8 %"."""
+    """Format the main measure of a result, such as "top-1 32.8 %"."""
     measure = result.measures()[0]
     return f"{measure.name} {percent(measure.value)}"
 
@@ -73,10 +75,9 @@ def first_measure(result: Result) -> str:
 def write_mixture(
     run: str | Path, alpha: float, out: str | Path, *, license: str = NO_LICENSE, overwrite: bool = False
 ) -> Path:
-    """Write a mixture as a folder that `declip.load` reads and `declip.export` turns into other formats."""
+    """Export an interpolated model as a folder that `declip.load` and `declip.export` read."""
     model = interpolate(*ends_of(run, "cpu"), alpha)
     origin = f"the run `{Path(run).name}`, {alpha:g} of it and {1 - alpha:g} of its start (WiSE-FT)"
     assert model.recipe is not None, "a run's model has one"
-    folder = Path(out).expanduser()
-    write_folder(model, Provenance(model.recipe, origin=origin), folder, None, license, overwrite)
-    return folder
+    traced = Traced(model, Provenance(model.recipe, origin=origin))
+    return export(traced, "safetensors", out, license=license, overwrite=overwrite).folder

@@ -4,20 +4,22 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import AttentionPool2d, QuickGELU
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.interchange.foreign import Refusal
 from declip.interchange.weights import Weights, empty, first_difference
 from declip.io.quiet import quiet
-from declip.models.dual_encoder import drop_text
+from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.heads import MlpHead
 from declip.models.image_tower import ImageTower
+from declip.models.text_tower import TextTower
 from declip.recipe.schema import Recipe
+
+TO_CLIP_VIT = "train with image.model=vit_base_patch32_clip_quickgelu_224"
 
 CLIP_MERGES, NO_MERGES = 48_894, 514
 """Ids of CLIP's whole vocabulary that are merges, and those that are none: bytes inside and at the end of a word,
@@ -30,6 +32,27 @@ CLASS_TOKEN, GRID = "visual.class_embedding", "visual.attnpool.positional_embedd
 Names = tuple[tuple[str, str], ...]
 """Pairs of our name and another library's, whole or its start, where the first that matches counts. # is a number; ?
 stands for q, k and v, three tensors there and one here."""
+
+
+class Refusal(UserError):
+    """A format cannot express a model; the message says why, and which training would be accepted."""
+
+
+class Reread(NamedTuple):
+    """A written model as the foreign library reads it."""
+
+    by: str  # the library and its version
+    image: Callable[[Tensor], Tensor]  # (n, 3, S, S) normalized pixels → (n, d) features of any length
+    text: Callable[[Tensor], Tensor] | None  # (n, L) our token ids → (n, d) features
+
+
+def clip_text_tower(model: DualEncoder) -> TextTower:
+    """Give the text tower where it is CLIP's."""
+    if not has_text(model):
+        raise Refusal("it has no text tower; export a model with both towers")
+    if not isinstance(model.text_tower, TextTower):
+        raise Refusal(f"its text tower is a {type(model.text_tower).__name__}; train without text.hf_model")
+    return model.text_tower
 
 
 @dataclass(frozen=True)
@@ -88,8 +111,7 @@ def from_layout(
 ) -> Weights:
     """Read another library's tensors as the model of a recipe, with both towers or the image tower alone."""
     with torch.device("meta"):  # the sizes may be a stranger's: compared before anything is allocated
-        model = empty(recipe)
-    outline = (model if text else drop_text(model)).state_dict()
+        outline = empty(recipe, text=text).state_dict()
     return Weights(recipe, layout.read(tensors, outline), origin)
 
 

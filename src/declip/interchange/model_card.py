@@ -1,14 +1,15 @@
-"""The origin of a model, and its model card (README.md): training data, results, use."""
+"""The origin of a model, and its model card (README.md): how to use it, training data, results."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor
 
 import declip
 from declip.errors import UserError
@@ -22,40 +23,49 @@ from declip.models.dual_encoder import DualEncoder, has_text
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import STATE, list_checkpoints
 from declip.runs.folder import read_run
+from declip.supervision.objective import without_run_state
 
 NO_LICENSE = "unknown: set it"
 IDENTIFIER = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9.]+)*", re.IGNORECASE)
-"""A license as the Hub takes it in a card's head, such as "mit" or "cc-by-4.0"; others are "other" with a name."""
+"""License identifiers of the Hub, such as "mit" or "cc-by-4.0"; any other license is "other" with a name."""
 
 TASKS: Mapping[str, str] = {
     "zero-shot": "zero-shot-image-classification",
     "features": "image-feature-extraction",
     "retrieval": "image-text-retrieval",
 }
-"""A result's task, or "features" → the Hub's type of task; probes are "image-classification"."""
+"""Task of a result, or "features" → task type of the Hub; probes are "image-classification"."""
 
 HUB_DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The origin of a model, as far as it is recorded."""
+    """Recorded origin of a model."""
 
     recipe: Recipe
-    step: int | None = None  # steps done; None where no checkpoint says it
-    pairs: int | None = None  # distinct pairs of the source
+    step: int | None = None  # number of steps; None without a checkpoint
+    pairs: int | None = None  # number of distinct training pairs
     results: Sequence[Result] = ()  # after that step
-    origin: str | None = None  # of the weights, in a few words, where it was not one of our runs
+    origin: str | None = None  # description of the weights' origin, unless that is a run
+
+
+class Traced(NamedTuple):
+    """A model to export, with its origin and the heads of its losses."""
+
+    model: DualEncoder
+    provenance: Provenance
+    heads: Mapping[str, Tensor] = {}  # by the names of `Objective`
 
 
 def repository(where: str) -> str | None:
-    """The Hub's id of weights by their name here; None where the name does not say it."""
+    """Repository on the Hub of weights by their name; None for other names."""
     prefix = next((prefix for prefix in HUB_PREFIXES if where.startswith(prefix)), None)
     return where.removeprefix(prefix).partition("@")[0] if prefix else None
 
 
 def without_folders(given: str) -> str:
-    """Cut the folders of this machine, and a URL's query, from the name of a source, a set or weights."""
+    """Remove local folders, and the query of a URL, from the name of a source, a set or weights."""
     if given.startswith(HUB_PREFIXES) or "://" in given:
         return given.partition("?")[0]
     prefix, path = re.fullmatch(r"((?:[\w-]+:)*)(.*)", given, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -65,16 +75,22 @@ def without_folders(given: str) -> str:
     return prefix + (Path(path).name or path)
 
 
-def trace(where: str | Path | DualEncoder) -> tuple[DualEncoder, Provenance]:
-    """Load a model on the CPU, with what its folder records of it; a model that is given stays where it is."""
+def trace(where: str | Path | DualEncoder | Traced) -> Traced:
+    """Load a model on the CPU, with the origin that its folder records; a loaded model keeps its device.
+
+    Heads that came with foreign weights are kept; those of a run stay in its checkpoints.
+    """
+    if isinstance(where, Traced):
+        return where
     if not isinstance(where, str | Path):
         if not isinstance(where, DualEncoder) or where.recipe is None:
             raise UserError(f"This {type(where).__name__} cannot be exported: it was not built from a recipe.")
-        return where, Provenance(where.recipe)
+        return Traced(where, Provenance(where.recipe))
     path = Path(where).expanduser()
     if not (path / STATE).is_file() and not list_checkpoints(path):
         weights = read(where)
-        return weights.build().eval(), Provenance(weights.recipe, origin=f"`{without_folders(str(where))}`")
+        provenance = Provenance(weights.recipe, origin=f"`{without_folders(str(where))}`")
+        return Traced(weights.build().eval(), provenance, without_run_state(weights.heads))
     checkpoint = read_checkpoint(path)
     run = path.parent.parent if (path / STATE).is_file() else path
     rows = (row.result for row in read_run(run).evaluated if row.weights == checkpoint.step)
@@ -82,7 +98,7 @@ def trace(where: str | Path | DualEncoder) -> tuple[DualEncoder, Provenance]:
     pairs = checkpoint.extra.get("pairs")
     weights = weights_of(checkpoint, str(where))
     pairs = pairs if isinstance(pairs, int) else None
-    return weights.build().eval(), Provenance(weights.recipe, checkpoint.step, pairs, results)
+    return Traced(weights.build().eval(), Provenance(weights.recipe, checkpoint.step, pairs, results))
 
 
 def model_card(
@@ -93,11 +109,11 @@ def model_card(
     license: str = NO_LICENSE,
     repo: str | None = None,
 ) -> str:
-    """Write the card as Markdown with the YAML head that the Hub reads, and Python for the library.
+    """Write the card as Markdown, with metadata for the Hub and Python code for the library.
 
     Args:
-        checked: How the export was read back, as a sentence, where it was.
-        repo: OWNER/NAME on the Hub, from where the card's Python then loads the model.
+        checked: A sentence on how the export was read back.
+        repo: OWNER/NAME on the Hub, from which the code in the card then loads the model.
     """
     start, results = provenance.recipe.finetune.pretrained, provenance.results
     recipe = Recipe.model_validate(_without_folders(provenance.recipe.model_dump(mode="json")))
@@ -125,7 +141,7 @@ def model_card(
 
 
 def _without_folders(tree: Any) -> Any:
-    """A recipe's tree with names in place of paths."""
+    """Replace paths by names in a recipe's tree."""
     if isinstance(tree, dict):
         return {key: _without_folders(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -134,7 +150,7 @@ def _without_folders(tree: Any) -> Any:
 
 
 def _head(name: str, whole: bool, library: str, license: str, provenance: Provenance) -> str:
-    """Write the card's metadata, with results as the Hub's model-index."""
+    """Metadata of the card as YAML, with results as model-index."""
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": TASKS["zero-shot" if whole else "features"]}
     fields |= {"license": "other", "license_name": license}
     if license == NO_LICENSE or IDENTIFIER.fullmatch(license):
@@ -150,7 +166,7 @@ def _head(name: str, whole: bool, library: str, license: str, provenance: Proven
 
 
 def _base_models(recipe: Recipe) -> list[str]:
-    """List the Hub's ids of the weights that a run began with."""
+    """Repositories on the Hub of the weights that a run started from."""
     if recipe.finetune.pretrained == starter.NAME:
         return list(starter.REPOSITORIES)
     starts = recipe.finetune.pretrained, recipe.text.hf_model if recipe.text.pretrained else None
@@ -158,7 +174,7 @@ def _base_models(recipe: Recipe) -> list[str]:
 
 
 def _eval_results(results: Sequence[Result]) -> list[EvalResult]:
-    """Convert results to the Hub's form; its metrics on a dataset are grouped by the type of their task."""
+    """Convert results to the Hub's format, with one entry per metric."""
     names = short_names(result.dataset for result in results)
     rows = []
     for result in results:

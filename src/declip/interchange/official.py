@@ -11,8 +11,7 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.files import read_tensors, unwrapped
-from declip.interchange.weights import NO_TEXT, Weights, one_line
+from declip.interchange.weights import Weights, one_line, read_tensors, unwrapped
 from declip.recipe.load import load_recipe
 
 SPECIAL = 3
@@ -117,7 +116,7 @@ def _image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _keys(state: Mapping[str, Tensor], text_heads: int | None, image_heads: int | None) -> dict[str, Any]:
     """The recipe's keys of the towers and the heads of losses."""
     if EMBEDDING not in state:
-        return {**NO_TEXT, **layouts.image_keys(state, image_heads)}
+        return layouts.image_keys(state, image_heads)
     widths = {key: [len(state[name]) for name in names if name in state] for key, names in HEAD_SIZES.items()}
     sizes = {key: found[0] if key.endswith("width") else found for key, found in widths.items() if found}
     return {**layouts.image_keys(state, image_heads), **layouts.text_keys(state, TEXT, text_heads, mask=True), **sizes}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from declip.data.text.wrapped_tokenizer import WrappedTokenizer
 from declip.errors import UserError
-from declip.interchange.foreign import Refusal, Reread
+from declip.interchange.layouts import Refusal, Reread
 from declip.interchange.tokenizer_files import CLEANING, backend
 from declip.interchange.weights import one_line
 from declip.io.quiet import quiet

@@ -1,4 +1,4 @@
-"""Models of open_clip as models of ours, and ours as folders that open_clip loads as ``local-dir:FOLDER``."""
+"""Read models of open_clip, and write models as folders that open_clip loads as ``local-dir:FOLDER``."""
 
 import json
 import logging
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.interchange import layouts
-from declip.interchange.foreign import TO_CLIP_VIT, Refusal, Reread, clip_text_tower
-from declip.interchange.layouts import TensorLayout, activation_of
-from declip.interchange.open_clip_model import CONFIG, PREFIX, OpenClipModel, load_open_clip, matches
+from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, TensorLayout, activation_of, clip_text_tower
+from declip.interchange.open_clip_model import CONFIG, OpenClipModel, load_open_clip, matches
 from declip.interchange.tokenizer_files import write_tokenizer
 from declip.interchange.weights import Weights, first_difference, one_line
 from declip.interchange.wrapped_weights import express_wrapped, wrap_open_clip, wrapped_in
@@ -36,41 +35,34 @@ log = logging.getLogger("declip")
 LIBRARY = "open_clip"
 WEIGHTS = "open_clip_model.safetensors"
 CLOSE = 1e-4
-"""Largest difference of features, of length 1, between a model here and in open_clip."""
+"""Tolerance for features of length 1, between a model here and in open_clip."""
 
 CAPTIONS = ("a red circle", "Two CATS &amp; a dog, asleep on a sofa", "")
 
 ENCODERS = ("bert", "roberta", "xlm-roberta")
-"""Kinds of text encoders that both open_clip 3.3 and declip build."""
+"""Text encoder architectures that both open_clip 3.3 and declip build."""
 
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
 
 Part = tuple[dict[str, Any], TensorLayout]
-"""A section of open_clip's configuration or a recipe's keys, and the form of the tensors."""
+"""A section of open_clip's configuration, or keys of a recipe, and the layout of the tensors."""
 
 
 def read(where: str) -> Weights:
-    """Read a name, with or without "open_clip:", or a folder of open_clip's as a model of ours.
+    """Read a model by its name, ``open_clip:…``, or from a folder that open_clip wrote.
 
     CLIP's ViT, CLIP's ResNet and timm towers with a linear projection, with CLIP's text tower and tokenizer, are
-    converted; all others keep their own towers, wrapped. The result is compared with open_clip's.
+    converted; other towers are wrapped as they are. The features are compared with those of open_clip.
     """
-    path = Path(where).expanduser()
-    if path.is_file():
-        raise UserError(
-            f"'{where}' does not say which model its weights are of. Give {PREFIX}MODEL/{where}, where MODEL is for "
-            "example ViT-B-32, or ViT-B-32-quickgelu for weights trained with QuickGELU."
-        )
-    where = where if where.startswith(PREFIX) or path.is_dir() else PREFIX + where
     opened = load_open_clip(where)
-    with suppress(UserError, AttributeError, LookupError, TypeError, ValueError, RuntimeError):  # not of CLIP's kind
+    with suppress(
+        UserError, AttributeError, LookupError, TypeError, ValueError, RuntimeError
+    ):  # another architecture than CLIP's
         return _compared(_converted(opened, where), opened)
     try:
         return _compared(wrap_open_clip(opened, where), opened)
-    except Exception as error:  # a tower of another kind
-        raise UserError(
-            f"This model of open_clip's cannot become one of ours: {one_line(error).rstrip('.')}."
-        ) from error
+    except Exception as error:  # a tower that is not known
+        raise UserError(f"This model of open_clip cannot be read: {one_line(error).rstrip('.')}.") from error
 
 
 def _converted(opened: OpenClipModel, origin: str) -> Weights:
@@ -82,22 +74,25 @@ def _converted(opened: OpenClipModel, origin: str) -> Weights:
 
 
 def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
+    from open_clip import CLIP
+
     model, prepared = opened.model, opened.preprocess
-    if type(model).__name__ != "CLIP" or prepared.interpolation != "bicubic" or prepared.resize_mode != "shortest":
-        raise UserError("its towers or its images are others than CLIP's")
+    if not isinstance(model, CLIP) or prepared.interpolation != "bicubic" or prepared.resize_mode != "shortest":
+        raise UserError("its towers or its preprocessing are not those of CLIP")
     tower, block = model.visual, model.transformer.resblocks[0]
+    activation = "quick_gelu" if opened.config.get("quick_gelu") else "gelu"
     if hasattr(tower, "trunk"):
         image, image_layout = {"image.model": tower.trunk.default_cfg["architecture"]}, layouts.TIMM
     elif hasattr(tower, "attnpool"):
         image, image_layout = layouts.image_keys(state, tower.attnpool.num_heads), layouts.CLIP_RESNET
     else:
         first = tower.transformer.resblocks[0]
-        image, image_layout = layouts.image_keys(state, first.attn.num_heads, _activation(first)), layouts.CLIP_VIT
+        image, image_layout = layouts.image_keys(state, first.attn.num_heads, activation), layouts.CLIP_VIT
     bare = "text_projection" in state
     keys = {
         **image,
         **layouts.text_keys(state, "", block.attn.num_heads, mask=False),
-        "text.activation": _activation(block),
+        "text.activation": activation,
         "image.size": prepared.size if isinstance(prepared.size, int) else prepared.size[0],
         "image.mean": list(prepared.mean),
         "image.std": list(prepared.std),
@@ -106,12 +101,8 @@ def _keys(opened: OpenClipModel, state: Mapping[str, Tensor]) -> Part:
     return keys, image_layout + (layouts.CLIP_TEXT if bare else layouts.CLIP_TEXT_WITH_BIAS)
 
 
-def _activation(block: Any) -> str:
-    return "quick_gelu" if type(block.mlp.gelu).__name__ == "QuickGELU" else "gelu"
-
-
 def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
-    """Compare the features of images and captions with open_clip's."""
+    """Compare the features of images and captions with those of open_clip."""
     from open_clip.transform import image_transform_v2
 
     ours, theirs, transform = weights.build().eval(), opened.model, image_transform_v2(opened.preprocess, False)
@@ -124,7 +115,7 @@ def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
         texts = ours.encode_text(ours.tokenize(CAPTIONS)) - theirs.encode_text(tokens, normalize=True)
     for kind, difference in (("images", visual), ("captions", texts)):
         if not float(difference.abs().max()) <= CLOSE:
-            raise UserError(f"its features of {kind} come out differently, by {difference.abs().max():.1e}")
+            raise UserError(f"its features of {kind} differ by {difference.abs().max():.1e}")
     return weights
 
 
@@ -132,9 +123,9 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
     """Write open_clip_config.json, weights and, for a vocabulary other than CLIP's, a Hugging Face tokenizer.
 
     Args:
-        repo: The repository, OWNER/NAME, that the folder will be on the Hub: there open_clip finds tokenizer and text
-            encoder by their names alone.
-        home: Where the folder will be.
+        repo: The repository, OWNER/NAME, that will hold the folder: on the Hub open_clip finds tokenizer and text
+            encoder by name only.
+        home: The final path of the folder.
     """
     config, tensors = express(model, repo or str((home or folder).absolute()))
     text_config = config["model_cfg"]["text_cfg"]
@@ -147,18 +138,20 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
         (folder / ENCODER).write_text(json.dumps(dict(encoder), indent=2) + "\n", encoding="utf-8")
     needs_file = "hf_model_name" in text_config or "tokenizer_kwargs" in text_config
     if needs_file if wrapped is None else wrapped.tokenizer["definition"] is not None:
-        # Of a folder open_clip takes the tokenizer that lies in it, whatever the name; of a repository the name's.
+        # open_clip reads the tokenizer of a folder from that folder, and of a repository by its name.
         text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
         write_tokenizer(model.tokenizer, folder)
         if repo is None:
-            log.warning("open_clip loads its export as local-dir:FOLDER. For the Hub: declip export --repo OWNER/NAME.")
+            log.warning(
+                "open_clip loads this export as local-dir:FOLDER. For the Hub: declip export --repo OWNER/NAME."
+            )
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(contiguous, folder / WEIGHTS, {"format": "pt"})
 
 
 def express(model: DualEncoder, place: str = ".") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Give open_clip's configuration and tensors; `place` is the folder or repository where the files will be."""
+    """Build open_clip's configuration and tensors; `place` is the folder or repository of the files."""
     recipe = model.recipe
     assert recipe is not None, "a model without one was refused"
     image = recipe.image
@@ -200,7 +193,7 @@ def reread(folder: Path) -> Reread:
 
     text_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
     changes: dict[str, Any] = {}
-    if "hf_model_name" in text_config:  # the name leads here once the folder is at its place; no network until then
+    if "hf_model_name" in text_config:  # the name is the final path, which does not exist yet
         changes["text_cfg"] = {**text_config, "hf_model_name": str(folder), "hf_model_pretrained": False}
     model: Any = open_clip.create_model(f"local-dir:{folder}", weights_only=True, **changes).eval()
     context = int(model.context_length)
@@ -222,14 +215,14 @@ def _text_config(model: DualEncoder) -> Part:
 
 
 def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
-    """A text encoder of transformers'; its configuration is found by its name on the Hub, or lies in the folder."""
+    """A text encoder of transformers, with its configuration on the Hub or in the folder."""
     encoder = TextEncoder.from_tensor(tower.stored)
     kind = encoder.config["model_type"]
     biased = tower.text_projection.bias is not None
     if kind not in ENCODERS or tower.pooling not in POOLERS or biased:
         raise Refusal(
             f"its text encoder is a {kind}, with {tower.pooling} pooling and {'a' if biased else 'no'} bias after its "
-            f"projection; open_clip has {', '.join(ENCODERS)}, text.pooling={' or '.join(POOLERS)}, no bias"
+            f"projection; open_clip supports {', '.join(ENCODERS)}, text.pooling={' or '.join(POOLERS)}, no bias"
         )
     config = {
         "context_length": tower.context,
@@ -242,7 +235,7 @@ def _text_encoder(tower: HuggingfaceTextTower, given: str, place: str) -> Part:
 
 
 def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activation: str) -> Part:
-    """CLIP's ViT or ResNet of any size, else a timm model by its name, which takes neither options nor other sizes."""
+    """CLIP's ViT or ResNet of any size, else a timm model by name, without options and in its own size."""
     sizes = keys["image.model_kwargs"] if keys else {}
     if keys and "depths" in sizes:
         width = round(64 * sizes["width_factor"])
@@ -265,8 +258,8 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
     if difference:
         way_out = f"train with text.activation={activation_of(keys)}" if keys else TO_CLIP_VIT
         raise Refusal(
-            "its image tower is neither CLIP's ViT with the text tower's activation nor CLIP's ResNet, and of others "
-            f"open_clip takes timm's name alone, which gives another network than '{name}' at "
+            "its image tower is neither CLIP's ViT with the activation of the text tower nor CLIP's ResNet, and "
+            f"open_clip builds other towers by timm's name, which is another network than '{name}' at "
             f"{model.preprocessor.size} px ({difference}); {way_out}"
         )
     config = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear"}

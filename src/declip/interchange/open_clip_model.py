@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from declip.errors import UserError, unknown
-from declip.interchange.files import check_file, fetch, reason
+from declip.interchange.weights import check_file, fetch, reason
 from declip.io.quiet import quiet
 
 log = logging.getLogger("declip")

@@ -8,8 +8,7 @@ import huggingface_hub
 
 from declip.errors import UserError
 from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
-from declip.interchange.files import fetch
-from declip.interchange.weights import Weights, read_recipe
+from declip.interchange.weights import Weights, fetch, read_recipe
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.runs.checkpoint import (

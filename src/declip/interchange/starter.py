@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from declip.errors import UserError
-from declip.interchange.files import read_tensors
-from declip.interchange.weights import Weights
+from declip.interchange.weights import Weights, read_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
 from declip.models.layers import PROJECTIONS

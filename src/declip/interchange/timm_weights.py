@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from declip.errors import UserError, unknown
-from declip.interchange.files import fetch, read_tensors, unwrapped
-from declip.interchange.weights import NO_TEXT, Weights
+from declip.interchange.weights import Weights, fetch, read_tensors, unwrapped
 from declip.models.image_tower import ImageTower
 from declip.recipe.load import load_recipe
 
@@ -38,7 +37,7 @@ def read(where: str) -> Weights:
     tower = _filled(where, architecture, size, state)
     width = tower.pre_logits_width
     statistics = {"image.mean": list(config.mean), "image.std": list(config.std)}
-    keys = {"image.model": architecture, "image.size": size, "image.model_kwargs": {}, **statistics, **NO_TEXT}
+    keys = {"image.model": architecture, "image.size": size, "image.model_kwargs": {}, **statistics}
     recipe = load_recipe("clip", {**keys, "embed_dim": width})
     # timm's weights lead into no shared space, so the projection is the identity.
     projection = {"proj.weight": torch.eye(width), "proj.bias": torch.zeros(width)}

@@ -48,7 +48,7 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         config,
         {"interpolation": prepared.interpolation, "squash": prepared.resize_mode == "squash"},
         _open_clip_tokenizer(opened.tokenizer, config["text_cfg"]),
-        plain(text.config.to_dict()) if type(text).__name__ == "HFTextEncoder" else None,
+        plain(text.config.to_dict()) if config["text_cfg"].get("hf_model_name") else None,
     )
     name, _, _ = origin.removeprefix(PREFIX).partition("/")
     if name.startswith(FOLDER) or not origin.startswith(PREFIX):
@@ -103,7 +103,10 @@ def _weights(
     for prefix, module in zip(PREFIXES[stored.library], modules, strict=True):
         module.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
     tokenizer = stored.build_tokenizer()
-    towers = {IMAGE: WrappedImageTower(modules[0], embed_dim), TEXT: WrappedTextTower(modules[1], tokenizer, stored)}
+    towers = {
+        IMAGE: WrappedImageTower(modules[0], stored.kinds[0], embed_dim),
+        TEXT: WrappedTextTower(modules[1], tokenizer, stored),
+    }
     tensors = {f"{start}{n}": t.detach() for start, tower in towers.items() for n, t in tower.state_dict().items()}
     tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
     keys = {
@@ -133,8 +136,10 @@ def _read_if_there(file: Path) -> dict[str, Any]:
 
 def _open_clip_tokenizer(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `WrappedTokenizer`."""
-    kind, options = type(tokenizer).__name__, text.get("tokenizer_kwargs") or {}
-    if kind == "SimpleTokenizer":
+    from open_clip.tokenizer import SigLipTokenizer, SimpleTokenizer
+
+    options = text.get("tokenizer_kwargs") or {}
+    if isinstance(tokenizer, SimpleTokenizer):
         return {"definition": None, "context": tokenizer.context_length, "clean": options.get("clean", "lower")}
     library = tokenizer.tokenizer
     if getattr(tokenizer, "tokenizer_mode", "") or library.padding_side != "right":
@@ -142,7 +147,7 @@ def _open_clip_tokenizer(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, A
     return {
         "definition": library.backend_tokenizer.to_str(),
         "context": tokenizer.context_length,
-        "clean": options.get("clean", "canonicalize" if kind == "SigLipTokenizer" else "whitespace"),
+        "clean": options.get("clean", "canonicalize" if isinstance(tokenizer, SigLipTokenizer) else "whitespace"),
         "padding": library.pad_token_id,
         "zeroed": library.sep_token_id if getattr(tokenizer, "strip_sep_token", False) else None,
     }

@@ -49,14 +49,17 @@ class DualEncoder(nn.Module):
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None) -> "DualEncoder":
+    def from_recipe(
+        cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, text: bool = True
+    ) -> "DualEncoder":
         """Build the model that a recipe describes, with random weights from torch's current seed.
 
         The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false; `encoder` is
-        used instead where the weights will be loaded anyway. A `WrappedModel` gives both towers.
+        used instead where the weights will be loaded anyway. A `WrappedModel` gives both towers. Without `text` the
+        model is an image tower alone, and encoding captions raises a `UserError`.
         """
         image, options = recipe.image, encoder.image if isinstance(encoder, WrappedModel) else {}
-        image_tower, tokenizer, text_tower = _parts(recipe, encoder)
+        image_tower, tokenizer, text_tower = _parts(recipe, encoder, text)
         if recipe.finetune.head == "mlp":
             image_tower.proj = MlpHead(image_tower.proj)
             text_tower.text_projection = MlpHead(text_tower.text_projection)  # type: ignore[arg-type]  # linear
@@ -96,20 +99,13 @@ class DualEncoder(nn.Module):
         return self.image_tower(images.to(next(self.image_tower.parameters()).dtype))
 
 
-def drop_text(model: DualEncoder) -> DualEncoder:
-    """Take the text tower and the tokenizer out of a model, in place; using them raises a `UserError` then."""
-    model.text_tower = NoTextTower()
-    model.tokenizer = refuse_text  # type: ignore[assignment]
-    return model
-
-
 def has_text(model: DualEncoder) -> bool:
     """Whether the model can encode captions."""
     return not isinstance(model.text_tower, NoTextTower)
 
 
 def _parts(
-    recipe: Recipe, encoder: TextEncoder | WrappedModel | None
+    recipe: Recipe, encoder: TextEncoder | WrappedModel | None, text_too: bool
 ) -> tuple[ImageTower, CaptionTokenizer, AnyTextTower]:
     image, text, dim = recipe.image, recipe.text, recipe.embed_dim
     if isinstance(encoder, WrappedModel):
@@ -119,7 +115,7 @@ def _parts(
             raise UserError(f"{key} needs towers of ours, and those of another library keep their own. Leave it out.")
         encoder = encoder.with_context(text.context_length)
         visual, words = encoder.build(image.size)
-        image_tower, wrapped_tokenizer = WrappedImageTower(visual, dim), encoder.build_tokenizer()
+        image_tower, wrapped_tokenizer = WrappedImageTower(visual, encoder.kinds[0], dim), encoder.build_tokenizer()
         text_tower = WrappedTextTower(words, wrapped_tokenizer, encoder)
         if recipe.views.text.mask:
             text_tower.language_head()  # raises
@@ -135,6 +131,8 @@ def _parts(
         any_size=len(set(recipe.image_sizes.values())) > 1,
         patch_dropout=image.patch_dropout,
     )
+    if not text_too:
+        return tower, refuse_text, NoTextTower()  # type: ignore[return-value]  # raises when it is called
     if text.hf_model is not None:
         encoder = encoder or read_encoder(text.hf_model, text.pretrained)
         hf_tokenizer = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)

@@ -51,6 +51,16 @@ class WrappedModel:
         config = {**self.config, section: {**self.config[section], key: length}}
         return replace(self, config=config, tokenizer={**self.tokenizer, "context": length})
 
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """Kinds of the image module (timm, resnet, vit, siglip, siglip2) and of the text module (clip, hf, siglip)."""
+        if self.library == "transformers":
+            return self.config["model_type"], "siglip"
+        vision, text = self.config["vision_cfg"], self.config["text_cfg"]
+        resnet = isinstance(vision.get("layers"), list | tuple)
+        image = "timm" if vision.get("timm_model_name") else "resnet" if resnet else "vit"
+        return image, "hf" if self.encoder is not None or text.get("hf_model_name") else "clip"
+
     def build_tokenizer(self) -> WrappedTokenizer:
         """Build the tokenizer."""
         return WrappedTokenizer(**self.tokenizer)

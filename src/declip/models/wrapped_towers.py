@@ -21,11 +21,11 @@ class WrappedImageTower(ImageTower):
     Without such a map, as in SigLIP, `proj` is the identity and the features before it are the embedding.
     """
 
-    def __init__(self, module: Any, embed_dim: int) -> None:
+    def __init__(self, module: Any, kind: str, embed_dim: int) -> None:
         nn.Module.__init__(self)
-        kind, name = type(module).__name__, "proj"
-        self.trunk, self._timm, self._patches = module, kind == "TimmModel", kind == "Siglip2VisionModel"
-        self.gives_tokens = kind != "ModifiedResNet"  # those of patches
+        name, self.trunk = "proj", module
+        self._timm, self._patches = kind == "timm", kind == "siglip2"
+        self.gives_tokens = kind != "resnet"  # one token per patch
         if self._timm and not hasattr(module.head, "pool"):
             classifier = module.trunk.get_classifier()
             if len(module.head):
@@ -36,7 +36,7 @@ class WrappedImageTower(ImageTower):
         linear = [part for part in self.proj.modules() if isinstance(part, nn.Linear)]
         self.pre_logits_width = linear[0].in_features if linear else embed_dim
         self.token_width = self.pre_logits_width
-        if self._timm or kind == "VisionTransformer":
+        if self._timm or kind == "vit":
             self.token_width = int(module.trunk.num_features if self._timm else module.ln_post.normalized_shape[0])
         self.has_batch_norm = any(isinstance(m, _BatchNorm) for m in self.modules())
 
@@ -66,12 +66,12 @@ class WrappedTextTower(SelfContained, AnyTextTower):
 
     def __init__(self, module: Any, tokenizer: WrappedTokenizer, stored: WrappedModel) -> None:
         super().__init__()
-        kind = type(module).__name__
+        kind = stored.kinds[1]
         self.trunk, self.stored = module, stored.to_tensor()
         self.padding, self.end, self.context = tokenizer.padding, tokenizer.end, tokenizer.context
-        self._masks_padding, self._siglip = kind == "HFTextEncoder", kind.startswith("Siglip")
-        # This pooler makes open_clip leave the first token state out.
-        self.gives_tokens = not (self._masks_padding and type(module.pooler).__name__ == "ClsPooler")
+        self._masks_padding, self._siglip = kind == "hf", kind == "siglip"
+        # With the pooler output of the encoder open_clip omits the first token state.
+        self.gives_tokens = not (self._masks_padding and hasattr(module.pooler, "use_pooler_output"))
         name = "proj" if self._masks_padding else "head" if self._siglip else "text_projection"
         self.text_projection, self.projection = _taken(module, name)
         config = module.config if self._masks_padding or self._siglip else None
