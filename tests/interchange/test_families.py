@@ -234,7 +234,7 @@ def test_losses_that_need_more_than_a_tower_gives_are_refused(families: Any, tab
     weights = families["coca"][0]
     model = weights.build()
     recipe = weights.fit(tuned(table, weights.origin, loss_weights={"masked_language": 1.0}))
-    with pytest.raises(UserError, match="views.text.mask"):
+    with pytest.raises(UserError, match=r"views\.text\.mask"):
         Objective(recipe, model)
     model.text_tower.gives_tokens = False
     recipe = weights.fit(tuned(table, weights.origin, loss_weights={"late_interaction": 1.0}))
