@@ -7,6 +7,7 @@ from typing import Any
 from declip import finetuning
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
+from declip.comparison.study import Study
 from declip.data.columns import Columns
 from declip.data.pair import PairSource
 from declip.data.sources.open import open_source
@@ -133,14 +134,16 @@ def compare(
     out: str | Path,
     **options: Any,
 ) -> Outcome:
-    """Compare recipes at several numbers of distinct pairs and write results.json, results.md and report.html.
+    """Compare recipes at several numbers of pairs and write results.json, results.md and report.html.
 
-    The other arguments (`datasets`, `tasks`, `ablation`, `sweep` …) are those of `declip.comparison.runner.compare`.
+    The other arguments (`datasets`, `tasks`, `budgets` …) are those of `declip.comparison.study.Study.of`, and `jobs`
+    and `quiet` those of `declip.comparison.runner.run`.
     """
-    lists = {"datasets", "tasks", "budgets", "sweep_datasets"}
-    options |= {name: list(map(str, several(options[name]))) for name in lists & options.keys()}
+    running = {name: options.pop(name) for name in ("jobs", "quiet") if name in options}
+    lists = {"datasets", "tasks", "budgets"}
+    options |= {name: tuple(map(str, several(options[name]))) for name in lists & options.keys()}
     numbers = seeds if isinstance(seeds, int) else list(map(int, seeds))
     names, counts = map(str, several(recipes)), map(int, several(pairs))
-    outcome = runner.compare(list(names), list(counts), numbers, out=out, **options)
+    outcome = runner.run(Study.of(list(names), list(counts), numbers, **options), out, **running)
     write_page(outcome, Path(out).expanduser())
     return outcome

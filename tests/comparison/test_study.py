@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 
 from declip.comparison.outcome import scores
-from declip.comparison.study import Study, Sweep, extended, read_counts, read_study, write_study
-from declip.comparison.variants import Variant, ablation_of, variants_of
+from declip.comparison.study import Study, Variant, extended, read_counts, read_study, write_study
 from declip.errors import UserError
 from declip.evaluation.results import KNNResult, Votes
 
 STUDY = Study(
-    variants=(Variant.of("clip", "clip", {}), Variant.of("declip", "declip", {"train.steps": 100})),
+    variants=(Variant.of("clip", {}), Variant.of("declip", {"train.steps": 100})),
     pairs=(200, 400),
     seeds=(0, 1),
     steps=100,
@@ -35,20 +34,14 @@ def test_equal_compute_gives_the_cheaper_variant_more_steps_and_a_run_for_both_b
 
 
 def test_names_of_folders_are_safe_and_differ() -> None:
-    variant = Variant.of("clip, weak views/../x", "clip", {})
+    variant = replace(STUDY.variants[0], name="clip, weak views/../x")
     study = replace(STUDY, variants=(variant,), compute_budget_of=variant.name, seconds={variant.name: 1.0})
     assert all("/" not in trial.id and " " not in trial.id for trial in study.trials())
-    plan = Sweep({"train.lr": (0.1, 0.2), "seedless": (1, 2)}, ("builtin:emoji-validation",), 200, 50, 1000)
-    tries = replace(STUDY, sweep=plan).sweep_trials()
-    assert len({trial.id for trial in tries}) == 8
-    assert {tuple(trial.overrides.items()) for trial in tries if trial.variant == "clip"} == {
-        (("train.lr", a), ("seedless", b)) for a in (0.1, 0.2) for b in (1, 2)
-    }
+    assert len({trial.id for trial in study.trials()}) == 4
 
 
 def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_path: Path) -> None:
-    sweep = Sweep({"train.lr": (0.1, 0.2)}, ("v",), 200, 50)
-    study = replace(STUDY, sweep=sweep, chosen={"clip": {"train.lr": 0.1}}, machine={"cores": "2"})
+    study = replace(STUDY, machine={"cores": "2"})
     write_study(study, tmp_path)
     assert read_study(tmp_path) == study
     assert read_study(tmp_path / "nowhere") is None
@@ -58,12 +51,13 @@ def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_pat
 
 
 def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measured(tmp_path: Path) -> None:
-    slip = Variant.of("slip", "slip", {})
+    slip = Variant.of("slip", {})
     more = replace(STUDY, variants=(*STUDY.variants, slip), pairs=(800,), seeds=(2,), seconds={})
     found = extended(more, replace(STUDY, budgets=("samples",)), tmp_path)
     assert found.budgets == ("samples", "compute")
     assert [variant.name for variant in found.variants] == ["clip", "declip", "slip"]
     assert (found.pairs, found.seeds, found.seconds) == ((200, 400, 800), (0, 1, 2), STUDY.seconds)
+    assert extended(replace(more, compute_budget_of=None), STUDY, tmp_path).reference == "declip"
 
 
 @pytest.mark.parametrize(
@@ -71,8 +65,8 @@ def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measur
     [
         ({"steps": 50}, "steps was 100, now 50"),
         ({"datasets": ("other",)}, "datasets was.*builtin:emoji-test.*now.*other"),
-        ({"variants": (Variant.of("clip", "clip", {"seed": 3}),)}, "clip: seed was 0, now 3"),
-        ({"sweep": Sweep({"a": (1,)}, ("v",), 1, 1, 1)}, "sweep was None, now Sweep"),
+        ({"variants": (Variant.of("clip", {"seed": 3}),)}, "clip: seed was 0, now 3"),
+        ({"compute_budget_of": "clip"}, "compute_budget_of was declip, now clip"),
     ],
 )
 def test_a_later_call_for_something_else_is_refused(change: dict, named: str, tmp_path: Path) -> None:
@@ -91,31 +85,3 @@ def test_numbers_of_pairs() -> None:
     for text in ("", "1k,", "many", "-5", "0", "1g"):
         with pytest.raises(UserError, match="is not a number of pairs"):
             read_counts(text)
-
-
-def test_the_ablation_is_the_papers_and_then_each_loss_left_out() -> None:
-    # Without the neighbor is the last step, and not run twice.
-    made = ablation_of(Variant.of("declip", "declip", {}))
-    contrastive, multi_view, simsiam, masked, nearest = (
-        {"contrastive": 0.1}, {"multi_view": 0.3}, {"simsiam": 0.2}, {"masked_language": 0.2}, {"nearest_neighbor": 0.2}
-    )  # fmt: skip
-    assert {variant.name: variant.overrides["loss_weights"] for variant in made} == {
-        "step clip": contrastive,
-        "step +multi_view": contrastive | multi_view,
-        "step +simsiam +masked_language": contrastive | multi_view | simsiam | masked,
-        "without multi_view": contrastive | simsiam | masked | nearest,
-        "without simsiam": contrastive | multi_view | masked | nearest,
-        "without masked_language": contrastive | multi_view | simsiam | nearest,
-    }
-
-
-def test_the_ablation_is_of_the_last_recipe() -> None:
-    made = variants_of(["clip", "declip"], {"train.steps": 7}, ablation=True)
-    assert [variant.name for variant in made][:3] == ["clip", "declip", "step clip"]
-    assert {variant.recipe for variant in made[2:]} == {"declip"}
-    assert all(variant.resolve().train.steps == 7 for variant in made)
-    for names, message in ((["clip", "clip"], "Compared twice: clip"), ([], "No recipe")):
-        with pytest.raises(UserError, match=message):
-            variants_of(names, {})
-    with pytest.raises(UserError, match="no steps"):
-        ablation_of(Variant.of("clip", "clip", {}))

@@ -21,7 +21,8 @@ import declip
 import declip.api
 import declip.finetuning
 from conftest import COLOURS, SHAPES, draw
-from declip.comparison import runner, worker
+from declip.comparison import runner
+from declip.comparison.study import Study
 from declip.data.builtin.iconify import DESIGNS, EMOJI
 from declip.data.sources.open import open_source
 from declip.evaluation import zero_shot
@@ -181,14 +182,14 @@ def here(world: Path, emoji_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
             monkeypatch.setattr(module, "load_recipe", lambda *given: small(load_recipe(*given)))
     monkeypatch.setattr("declip.finetuning.write_report", lambda folder, _: (folder / "report.html").touch())
     monkeypatch.setattr("declip.api.write_page", lambda outcome, out: Path(out, "report.html").touch())
-    whole = runner.compare
+    whole = runner.run
 
-    def few(recipes: Sequence[str], pairs: Sequence[int], seeds: Any = 1, **options: Any) -> Any:
-        """Compare the first and the last recipe at two small numbers of pairs with one seed."""
-        return whole(list(dict.fromkeys((recipes[0], recipes[-1]))), (16, 24)[: len(pairs)], 1, **options)
+    def few(study: Study, out: Any, jobs: Any = None, quiet: bool = False) -> Any:
+        """Compare the first and the last recipe at two small numbers of pairs with one seed, in this process."""
+        ends = tuple({each.name: each for each in (study.variants[0], study.variants[-1])}.values())
+        return whole(replace(study, variants=ends, pairs=(16, 24)[: len(study.pairs)], seeds=(0,)), out, 0, quiet)
 
-    monkeypatch.setattr(runner, "compare", few)
-    monkeypatch.setattr(runner, "_run", lambda study, folder, part, *_: worker.work(folder, part))
+    monkeypatch.setattr(runner, "run", few)
     monkeypatch.setattr(runner, "seconds_per_step", lambda recipes, *_: dict.fromkeys(recipes, 1.0))
     monkeypatch.setattr(zero_shot, "read_prompts", one_template)
     monkeypatch.setattr(uvicorn.Server, "run", visit)

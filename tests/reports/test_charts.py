@@ -9,7 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from comparison.synthetic import MEASURE, outcome, study, taken_apart
+from comparison.synthetic import MEASURE, outcome, study
 from declip.comparison.outcome import Outcome
 from declip.reports.charts import COLORS, Chart, score_chart, smoothed, value_chart
 from declip.reports.comparison import curve_charts
@@ -23,7 +23,7 @@ def axes(chart: Chart) -> Axes:
 
 
 def curves(found: Outcome) -> list[Chart]:
-    return curve_charts(found, MEASURE, 0.005)
+    return curve_charts(found.study, found.curves()[MEASURE], MEASURE, 0.005)
 
 
 def names(ax: Axes) -> list[str]:
@@ -94,8 +94,8 @@ def test_curves_show_means_intervals_seeds_and_chance() -> None:
     assert 35 < axes(curves(wide)[0]).get_ylim()[1] < 55  # the interval of two seeds reaches up to 64 %
 
 
-def test_two_budgets_have_the_same_axis_and_parts_are_not_among_the_curves() -> None:
-    found = outcome(taken_apart(study(budgets=BUDGETS)), value=lambda trial: trial.steps / 1000)
+def test_two_budgets_have_the_same_axis() -> None:
+    found = outcome(study(budgets=BUDGETS), value=lambda trial: trial.steps / 1000)
     samples, compute = map(axes, curves(found))
     assert samples.get_ylim() == compute.get_ylim()
     np.testing.assert_allclose(xy(compute, "clip")[1], 2 * xy(samples, "clip")[1])

@@ -20,32 +20,20 @@ def compare(
     ] = None,
     budget: Annotated[str, typer.Option(help="equal samples, compute, or both")] = "both",
     compute_budget_of: Annotated[
-        str | None, typer.Option(metavar="ARM", help="recipe whose time is the compute budget; default: the last")
+        str | None, typer.Option(metavar="RECIPE", help="recipe whose time is the compute budget; default: the last")
     ] = None,
-    ablation: Annotated[bool, typer.Option("--ablation", help="also take the last recipe apart, loss by loss")] = False,
-    sweep: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=V,V", help="every recipe tries all values, keeps its best")
-    ] = None,
-    sweep_datasets: Annotated[
-        list[str] | None, typer.Option("--sweep-dataset", metavar="SET", help="validation set of the sweep; repeatable")
-    ] = None,
-    sweep_pairs: Annotated[str | None, typer.Option(help="pairs per trial; default: the middle one of --pairs")] = None,
-    sweep_steps: Annotated[int | None, typer.Option(min=1, help="steps per trial")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="runs at the same time; default: one per core")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare recipes at several numbers of pairs; the same command continues an interrupted comparison."""
-    from declip.recipe.load import load_recipe, parse_overrides, read_value
+    from declip.recipe.load import load_recipe, parse_overrides
 
     recipes = [word for word in words if "=" not in word]
     overrides = parse_overrides([word for word in words if "=" in word])
     for recipe in recipes:
         load_recipe(recipe, overrides)
-    for name in (*(datasets or ()), *(sweep_datasets or ())):
+    for name in datasets or ():
         check_source(name, "--dataset")
-    values = {
-        key: [read_value(key, word) for word in words.split(",")] for key, words in parse_overrides(sweep or []).items()
-    }
     from declip.api import compare as run_comparison
     from declip.comparison.study import BUDGETS, read_counts
     from declip.reports.comparison import summary
@@ -62,11 +50,6 @@ def compare(
         tasks=tasks or ("zero-shot",),
         budgets=BUDGETS if budget == "both" else (budget,),
         compute_budget_of=compute_budget_of,
-        ablation=ablation,
-        sweep=values,
-        sweep_datasets=sweep_datasets or (),
-        sweep_pairs=None if sweep_pairs is None else read_counts(sweep_pairs)[0],
-        sweep_steps=sweep_steps,
         jobs=jobs,
         quiet=quiet,
     )

@@ -1,131 +1,152 @@
-"""The results of a comparison: the numbers of every trial, as curves, factors and differences."""
+"""The results of a comparison: the scores of every trial, as curves and factors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import product
+from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from declip.comparison.statistics import EfficiencyCurve, Factor, curve_of, factor, t_half_width
+from declip.comparison.statistics import EfficiencyCurve, Factor, curve_of, factor
 from declip.comparison.study import Study, read_study
 from declip.comparison.worker import failure, read_trial
 from declip.errors import UserError, unknown
-from declip.evaluation.results import RetrievalResult, ZeroShotResult, read_result
+from declip.evaluation.results import ClassificationResult, RetrievalResult, ZeroShotResult, read_result
+from declip.io.text import percent
 
 RESULTS = "results.json"
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean difference between two variants over the n seeds that both have, with its 95 % interval by Student's t."""
+class MeasureFacts(NamedTuple):
+    """The test set behind a measure: number of images, chance level, and a description of the candidates."""
 
-    mean: float
-    low: float | None
-    high: float | None
     n: int
+    chance: float
+    among: str
+
+
+class ComparedFactor(NamedTuple):
+    """The factor of a variant over the baseline under a budget; None before both were measured."""
+
+    variant: str
+    budget: str
+    factor: Factor | None
+
+
+Curves = Mapping[str, Mapping[str, EfficiencyCurve]]
+"""Curves of one measure, by budget and variant."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The trials that are done, by id."""
+    """The finished trials of a study, by id."""
 
     study: Study
     rows: Mapping[str, Mapping[str, Any]]  # results, as `worker.run_trial` writes them
-    sweep: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the same of the tries of the sweep
     failures: Mapping[str, str] = field(default_factory=dict)  # reasons
 
     @property
     def complete(self) -> bool:
-        """Whether every trial is done."""
+        """Whether every trial is finished."""
         return all(trial.id in self.rows for trial in self.study.trials())
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Scores by trial and measure."""
+        return {id: scores(row["results"]) for id, row in self.rows.items()}
 
     @property
     def measures(self) -> list[str]:
-        """Names of the measures, the headline's first."""
-        return list(dict.fromkeys(name for row in self.rows.values() for name in scores(row["results"])))
-
-    def values(self, variant: str, budget: str, pairs: int, measure: str) -> dict[int, float]:
-        """Values of a measure by seed, as far as measured."""
-        values = {}
-        for seed in self.study.seeds:
-            row = self.rows.get(self.study.trial(variant, budget, pairs, seed).id, {"results": []})
-            values[seed] = scores(row["results"]).get(measure)
-        return {seed: value for seed, value in values.items() if value is not None}
+        """Names of the measures, the headline first."""
+        return list(dict.fromkeys(name for of_trial in self.scores.values() for name in of_trial))
 
     def curve(self, variant: str, budget: str, measure: str) -> EfficiencyCurve:
-        """A measure of a variant under a budget against the number of pairs."""
+        """The score of a variant under a budget against the number of pairs, of the finished trials."""
         if measure not in self.measures:
             raise unknown("measure", measure, self.measures)
-        return curve_of({pairs: self.values(variant, budget, pairs, measure) for pairs in self.study.pairs})
+        study, values = self.study, dict[int, dict[int, float]]()
+        for pairs, seed in product(study.pairs, study.seeds):
+            value = self.scores.get(study.trial(variant, budget, pairs, seed).id, {}).get(measure)
+            values.setdefault(pairs, {}).update({} if value is None else {seed: value})
+        return curve_of(values)
 
     def factor(self, a: str, b: str, budget: str, measure: str) -> Factor:
         """How many times fewer pairs variant `a` needs than variant `b`."""
         return factor(self.curve(a, budget, measure), self.curve(b, budget, measure))
 
-    def difference(self, a: str, b: str, budget: str, pairs: int, measure: str) -> Difference | None:
-        """How much more variant `a` reaches than variant `b`; None when they share no seed."""
-        first, second = (self.values(name, budget, pairs, measure) for name in (a, b))
-        more = [value - second[seed] for seed, value in first.items() if seed in second]
-        if not more:
-            return None
-        mean, half = float(np.mean(more)), t_half_width(more)
-        low, high = (None, None) if half is None else (mean - half, mean + half)
-        return Difference(mean, low, high, len(more))
+    def curves(self) -> dict[str, Curves]:
+        """All curves by measure."""
+        names, budgets = self.study.names, self.study.budgets
+        return {m: {b: {v: self.curve(v, b, m) for v in names} for b in budgets} for m in self.measures}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: the plan, every trial and try."""
-        return {
-            "study": asdict(self.study),
-            "runs": list(self.rows.values()),
-            "sweep": list(self.sweep.values()),
-            "failures": dict(self.failures),
-        }
+        """Convert to a JSON-ready tree: the study, the finished runs and the failures."""
+        return {"study": asdict(self.study), "runs": list(self.rows.values()), "failures": dict(self.failures)}
 
 
-def scores(results: list[dict[str, Any]]) -> dict[str, float]:
-    """The number that a comparison looks at, by dataset and task: top-1, or the mean of R@1 both ways."""
-    found = {}
-    for row in results:
-        result = read_result(row)
-        if isinstance(result, ZeroShotResult):
-            found[f"{result.dataset}: zero-shot top-1"] = result.top1
-        elif isinstance(result, RetrievalResult):
-            found[f"{result.dataset}: R@1"] = (result.text_to_image.r1 + result.image_to_text.r1) / 2
-        elif result is not None:
-            first = result.measures()[0]
-            found[f"{result.dataset}: {first.name}"] = first.value
+def scores(results: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The compared score of each dataset and task: top-1, or the mean of R@1 in both directions."""
+    return {name: value for name, value, _ in filter(None, map(_score, results))}
+
+
+def measure_facts(outcome: Outcome) -> dict[str, MeasureFacts]:
+    """The test set behind each measure, from the first trial that has it."""
+    facts: dict[str, MeasureFacts] = {}
+    for result in (result for row in outcome.rows.values() for result in row["results"]):
+        if (scored := _score(result)) is not None:
+            facts.setdefault(scored[0], scored[2])
+    return facts
+
+
+def _score(row: Mapping[str, Any]) -> tuple[str, float, MeasureFacts] | None:
+    """Name and value of the measure of a result, and its facts; None for an unknown task."""
+    result = read_result(row)
+    if isinstance(result, RetrievalResult):
+        text, image = result.text_to_image, result.image_to_text
+        among = f"{result.images:,} images and {result.texts:,} captions"
+        facts = MeasureFacts(result.images, (text.chance1 + image.chance1) / 2, among)
+        return f"{result.dataset}: R@1", (text.r1 + image.r1) / 2, facts
+    if not isinstance(result, ClassificationResult):
+        return None
+    first = result.measures()[0]
+    name = f"zero-shot {first.name}" if isinstance(result, ZeroShotResult) else first.name
+    largest = "" if first.majority is None else f", the largest with {percent(first.majority)}"
+    facts = MeasureFacts(first.n, first.chance, f"{result.classes:,} classes{largest}")
+    return f"{result.dataset}: {name}", first.value, facts
+
+
+def compared_factors(study: Study, curves: Curves) -> list[ComparedFactor]:
+    """The factor of each variant over the baseline under each budget."""
+    found = []
+    for name, budget in product((name for name in study.names if name != study.baseline), study.budgets):
+        of_variant, of_baseline = curves[budget][name], curves[budget][study.baseline]
+        both = of_variant.pairs and of_baseline.pairs
+        found.append(ComparedFactor(name, budget, factor(of_variant, of_baseline) if both else None))
     return found
 
 
-def sweep_score(row: Mapping[str, Any]) -> float:
-    """The number that chooses among tries: a mean over the sets, each by its first task.
-
-    That is top-5 with 100 classes or more, as it is less noisy, else the number of `scores`.
-    """
-    found: dict[str, float] = {}
-    for each in row["results"]:
-        result = read_result(each)
-        top5 = result.top5 if isinstance(result, ZeroShotResult) and result.classes >= 100 else None
-        found.setdefault(each["dataset"], next(iter(scores([each]).values())) if top5 is None else top5)
-    return float(np.mean(list(found.values())))
+def near_chance(study: Study, curves: Curves, facts: MeasureFacts) -> dict[str, list[int]]:
+    """By budget, the numbers of pairs at which the baseline is within two standard errors of chance."""
+    limit = facts.chance + 2 * sqrt(facts.chance * (1 - facts.chance) / facts.n)
+    found = {}
+    for budget in study.budgets:
+        curve = curves[budget][study.baseline]
+        found[budget] = [pairs for pairs, mean in zip(curve.pairs, curve.means, strict=True) if mean <= limit]
+    return found
 
 
 def read_outcome(folder: str | Path) -> Outcome:
-    """Read the trials of a comparison that are done; raises `UserError` where the folder holds none."""
+    """Read the finished trials of a comparison; raises `UserError` if the folder has no comparison."""
     folder = Path(folder)
     study = read_study(folder)
     if study is None:
-        raise UserError(f"'{folder}' holds no comparison. Make one with `declip compare RECIPE… --out {folder}`.")
+        raise UserError(f"'{folder}' has no comparison. Run one with `declip compare RECIPE… --out {folder}`.")
+    if study.reference not in study.seconds:
+        raise UserError(f"The comparison in '{folder}' was stopped before its steps were timed. Run its command again.")
     timed = tuple(variant for variant in study.variants if variant.name in study.seconds)
-    if study.compute_budget_of not in study.seconds:
-        raise UserError(
-            f"The comparison in '{folder}' was stopped before its steps were timed. Give its command again."
-        )
-    study = replace(study, variants=timed)  # another process may be timing one that joined
-    trials, tries = study.trials(), study.sweep_trials()
-    rows, sweep = (
-        {trial.id: row for trial in part if (row := read_trial(folder, trial)) is not None} for part in (trials, tries)
-    )
-    reasons = {trial.id: failure(folder, trial) for trial in (*tries, *trials)}
-    return Outcome(study, rows, sweep, {id: reason for id, reason in reasons.items() if reason is not None})
+    study = replace(study, variants=timed)  # another process may be timing a variant that joined
+    trials = study.trials()
+    rows = {trial.id: row for trial in trials if (row := read_trial(folder, trial)) is not None}
+    failures = {trial.id: reason for trial in trials if (reason := failure(folder, trial)) is not None}
+    return Outcome(study, rows, failures)

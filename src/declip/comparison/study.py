@@ -1,132 +1,245 @@
-"""The plan of a comparison: which trials it needs, kept in its folder so that it can be continued."""
+"""A comparison as a value: recipes, numbers of pairs, seeds and budgets, and the trials that follow from them."""
 
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from declip.comparison.variants import Variant
-from declip.errors import UserError
+from declip.data.sources.mixture import Mixture
+from declip.errors import UserError, unknown
+from declip.evaluation.datasets import open_dataset, with_classes
+from declip.evaluation.probes.data import check_probe
+from declip.evaluation.protocols import TASKS
 from declip.io.atomic import write_text
+from declip.recipe.load import flat, load_recipe
+from declip.recipe.schema import Recipe
+from declip.training.setup import open_training_source
 
 STUDY = "study.json"
 BUDGETS = ("samples", "compute")
 """Equal samples: the same number of steps for all. Equal compute: the same time for all, see `Study.steps_of`."""
 
-FIXED = ("steps", "batch_size", "compute_budget_of", "datasets", "tasks", "sweep")
-"""Fields that a continued comparison must not change; variants, pairs, seeds and budgets may be added."""
+FIXED = ("steps", "batch_size", "compute_budget_of", "datasets", "tasks")
+"""Fields that cannot change when a comparison is continued; variants, pairs, seeds and budgets may be added."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One recipe of a comparison, with a unique name that is also part of folder names."""
+
+    name: str
+    recipe: str  # a shipped recipe's name or a YAML file
+    overrides: Mapping[str, Any]
+    resolved: Mapping[str, Any] = field(repr=False)  # as it was when it joined; the recipe's file may change later
+
+    @classmethod
+    def of(cls, recipe: str, overrides: Mapping[str, Any]) -> Self:
+        """Resolve a recipe into a variant named after its file."""
+        name = re.sub(r".*[/\\]|\.ya?ml$", "", recipe)
+        return cls(name, recipe, overrides, load_recipe(recipe, overrides).model_dump(mode="json"))
+
+    def resolve(self, more: Mapping[str, Any] | None = None) -> Recipe:
+        """Load the recipe with the overrides and further ones; refuse one that changed since the variant joined."""
+        if changed := self.changes(Variant.of(self.recipe, self.overrides)):
+            raise UserError(f"The recipe '{self.recipe}' has changed since the comparison began: {'; '.join(changed)}.")
+        return load_recipe(self.recipe, {**self.overrides, **(more or {})})
+
+    def changes(self, now: "Variant") -> list[str]:
+        """Name up to three keys whose values differ in `now`, with both values."""
+        before, after = flat(self.resolved), flat(now.resolved)
+        keys = [key for key in before | after if before.get(key) != after.get(key)]
+        return [f"{key} was {before.get(key)}, now {after.get(key)}" for key in keys[:3]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run and the measurement after it, on the study's sets or others.
-
-    The seed chooses the distinct training pairs; the overrides are values that the sweep tries or chose.
-    """
+    """One training run and the evaluation after it; the seed selects the distinct training pairs."""
 
     variant: str
     pairs: int
     seed: int
     steps: int
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    datasets: tuple[str, ...] | None = None
 
     @property
     def id(self) -> str:
         """Name of its folder: unique, and the same in every process."""
-        values = "".join(f"_{key.rsplit('.', 1)[-1]}={value}" for key, value in sorted(self.overrides.items()))
-        kind = "sweep_" if self.datasets is not None else ""
-        return re.sub(r"[^\w.+=,-]+", "-", f"{kind}{self.variant}_n{self.pairs}_s{self.seed}_t{self.steps}{values}")
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Values by dotted key; every variant tries every combination on validation sets first, and keeps its best."""
-
-    grid: Mapping[str, tuple[Any, ...]]
-    datasets: tuple[str, ...]
-    pairs: int
-    steps: int
-    seed: int = 1000  # another choice of pairs than that of any trial
-
-    def combinations(self) -> list[dict[str, Any]]:
-        """All combinations, the last key varying fastest."""
-        return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
+        return re.sub(r"[^\w.+=,-]+", "-", f"{self.variant}_n{self.pairs}_s{self.seed}_t{self.steps}")
 
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison of variants."""
+    """A comparison of variants. `Study.of` builds one from recipes, `check` validates it, `runner.run` runs it."""
 
     variants: tuple[Variant, ...]
-    pairs: tuple[int, ...]  # numbers of distinct pairs
+    pairs: tuple[int, ...]  # numbers of distinct pairs, ascending
     seeds: tuple[int, ...]
-    steps: int  # optimizer steps at equal samples, for all variants
+    steps: int  # optimizer steps of every variant at equal samples
     batch_size: int
-    datasets: tuple[str, ...]  # measured sets; the first gives the headline
+    datasets: tuple[str, ...]  # evaluation sets; the first one is the headline
     tasks: tuple[str, ...]
     budgets: tuple[str, ...]
-    compute_budget_of: str  # the variant whose time is the compute budget
-    seconds: Mapping[str, float] = field(default_factory=dict)  # a step of each variant, measured on `machine`
-    sweep: Sweep | None = None
-    chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # values that the sweep chose, by variant
+    compute_budget_of: str | None = None  # variant whose time is the compute budget; None: the last one, or as before
+    seconds: Mapping[str, float] = field(default_factory=dict)  # per step of each variant, measured on `machine`
     machine: Mapping[str, str] = field(default_factory=dict)
-    commands: tuple[tuple[str, ...], ...] = ()  # words of every command that made or extended this study
+    commands: tuple[tuple[str, ...], ...] = ()  # words of every command that created or extended this study
 
-    def variant(self, name: str) -> Variant:
-        """The variant of that name."""
-        return next(variant for variant in self.variants if variant.name == name)
+    @classmethod
+    def of(
+        cls,
+        recipes: Sequence[str],
+        pairs: Sequence[int],
+        seeds: int | Sequence[int] = 3,
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        datasets: Sequence[str] = (),
+        tasks: Sequence[str] = ("zero-shot",),
+        budgets: Sequence[str] = BUDGETS,
+        compute_budget_of: str | None = None,
+    ) -> Self:
+        """Build a study.
+
+        Args:
+            recipes: Names of shipped recipes or YAML files.
+            seeds: The number of seeds, counted from 0, or the seeds.
+            overrides: Dotted keys for all recipes.
+            datasets: Evaluation sets; by default the first recipe's ``evaluation.final_zero_shot``, or its
+                ``zero_shot``.
+            compute_budget_of: The variant whose time is the compute budget; by default the last recipe.
+        """
+        seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+        if not (recipes and pairs and seeds and tasks and budgets):
+            raise UserError(
+                "A comparison needs at least one recipe, one number of pairs, one seed, one task and one budget. "
+                "Example: declip compare clip declip --pairs 1k,4k."
+            )
+        variants = tuple(Variant.of(recipe, dict(overrides or {})) for recipe in recipes)
+        first, program = variants[0].resolve(), Path(sys.argv[0]).name
+        return cls(
+            variants=variants,
+            pairs=tuple(sorted(set(pairs))),
+            seeds=seeds,
+            steps=first.train.steps,
+            batch_size=first.train.batch_size,
+            datasets=tuple(datasets) or first.evaluation.final_zero_shot or first.evaluation.zero_shot,
+            tasks=tuple(tasks),
+            budgets=tuple(budgets),
+            compute_budget_of=compute_budget_of,
+            commands=(("declip" if program == "__main__.py" else program, *sys.argv[1:]),),
+        )
 
     @property
-    def named(self) -> list[str]:
-        """Names of the variants that the user gave, without ablation and baselines."""
-        return [variant.name for variant in self.variants if not variant.group]
+    def names(self) -> list[str]:
+        """Names of the variants."""
+        return [variant.name for variant in self.variants]
 
     @property
     def baseline(self) -> str:
-        """The variant that the others are compared with: a recipe called clip or demo-clip, else the first."""
-        names = [variant.name for variant in self.variants]
-        return next((name for name in ("clip", "demo-clip") if name in names), names[0])
+        """The variant that the others are compared with: clip or demo-clip if present, else the first."""
+        return next((name for name in ("clip", "demo-clip") if name in self.names), self.names[0])
+
+    @property
+    def reference(self) -> str:
+        """The variant whose time is the compute budget."""
+        return self.compute_budget_of or self.names[-1]
+
+    def variant(self, name: str) -> Variant:
+        """The variant with this name."""
+        return next(variant for variant in self.variants if variant.name == name)
 
     def steps_of(self, variant: str, budget: str) -> int:
-        """Steps under a budget: the study's, or as many as fit into the time of `compute_budget_of`."""
-        if budget == "samples" or variant == self.compute_budget_of:
+        """Number of steps under a budget: the study's, or as many as fit into the time of the reference."""
+        if budget == "samples" or variant == self.reference:
             return self.steps
-        return max(1, round(self.steps * self.seconds[self.compute_budget_of] / self.seconds[variant]))
+        return max(1, round(self.steps * self.seconds[self.reference] / self.seconds[variant]))
 
     def trial(self, variant: str, budget: str, pairs: int, seed: int) -> Trial:
         """The trial of a variant under a budget; two budgets may share one."""
-        return Trial(variant, pairs, seed, self.steps_of(variant, budget), dict(self.chosen.get(variant, {})))
+        return Trial(variant, pairs, seed, self.steps_of(variant, budget))
 
     def trials(self) -> list[Trial]:
-        """All trials, each once; seed by seed, so that an unfinished study is a smaller one."""
+        """All distinct trials, seed by seed, so that an unfinished study is a smaller complete one."""
         wanted = (
-            self.trial(variant.name, budget, pairs, seed)
+            self.trial(name, budget, pairs, seed)
             for seed in self.seeds
             for budget in self.budgets
             for pairs in self.pairs
-            for variant in self.variants
+            for name in self.names
         )
         return list({trial.id: trial for trial in wanted}.values())
 
-    def sweep_trials(self) -> list[Trial]:
-        """The tries of every variant."""
-        if (sweep := self.sweep) is None:
-            return []
-        return [
-            Trial(variant.name, sweep.pairs, sweep.seed, sweep.steps, values, datasets=sweep.datasets)
-            for variant in self.variants
-            for values in sweep.combinations()
-        ]
+    # --- validation
+
+    def check(self) -> None:
+        """Refuse what cannot be compared, before anything is timed or trained."""
+        self.check_names()
+        for kind, given, known in (
+            ("budget", self.budgets, BUDGETS),
+            ("task", self.tasks, TASKS),
+            ("recipe of --compute-budget-of", [self.reference], self.names),
+        ):
+            for name in given:
+                if name not in known:
+                    raise unknown(kind, name, known)
+        for key, option in (("seed", "--seeds"), ("data.max_pairs", "--pairs")):
+            if any(key in variant.overrides for variant in self.variants):
+                raise UserError(f"A comparison sets {key} itself, from {option}. Remove {key}.")
+        if not self.datasets:
+            raise UserError("Nothing to evaluate on: the recipe names no zero-shot set. Name one with --dataset.")
+        if self.pairs[0] < self.batch_size:
+            raise UserError(
+                f"{self.pairs[0]} pairs are fewer than one batch of {self.batch_size}. Use more pairs, or set "
+                "train.batch_size."
+            )
+        sizes: dict[str, int] = {}
+        for variant in self.variants:
+            self._check_variant(variant, sizes)
+        for name in self.datasets:
+            dataset = open_dataset(name)
+            if "zero-shot" in self.tasks:
+                with_classes(dataset.split("test"))
+            for task in {"linear", "knn"} & {*self.tasks}:
+                check_probe(dataset, task)
+
+    def check_names(self) -> None:
+        """Refuse variants with the same name, or with names that become the same folder."""
+        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise UserError(f"Compared twice: {', '.join(twice)}. Pass each recipe once, under a different file name.")
+        if len({Trial(name, 0, 0, 0).id for name in self.names}) < len(self.names):
+            raise UserError("Two recipes' names differ only in signs that become '-' in folder names. Rename one.")
+
+    def _check_variant(self, variant: Variant, sizes: dict[str, int]) -> None:
+        """Refuse a recipe of another length or batch size, or with too few pairs; `sizes` caches sources by recipe."""
+        recipe = variant.resolve()
+        if recipe.train.epochs is not None:
+            raise UserError(
+                f"'{variant.name}' sets train.epochs, so the number of steps would depend on the number of pairs. Set "
+                "train.steps instead."
+            )
+        if recipe.train.batch_size != self.batch_size or recipe.train.steps != self.steps:
+            raise UserError(
+                f"'{variant.name}' takes {recipe.train.steps} steps of {recipe.train.batch_size} pairs, "
+                f"'{self.names[0]}' {self.steps} of {self.batch_size}: they would not see the same number of samples. "
+                "Set train.steps and train.batch_size for all."
+            )
+        key = recipe.data.model_dump_json()
+        if key not in sizes:
+            source = open_training_source(recipe)
+            sizes[key] = source.distinct if isinstance(source, Mixture) else len(source)
+        if self.pairs[-1] > sizes[key]:
+            raise UserError(
+                f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {self.pairs[-1]:,} of --pairs. "
+                f"Use at most {sizes[key]:,}."
+            )
 
 
 def read_study(folder: Path) -> Study | None:
-    """Read the study of a folder, None where there is none; refuse one that is damaged or of another version."""
+    """Read the study of a folder, None if there is none; refuse one that is damaged or of another version."""
     path = folder / STUDY
     if not path.is_file():
         return None
@@ -134,7 +247,7 @@ def read_study(folder: Path) -> Study | None:
         return TypeAdapter(Study).validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(
-            f"'{path}' holds no comparison of this version of declip. Choose another folder with --out. {error}"
+            f"'{path}' is not a comparison of this version of declip. Choose another folder with --out. {error}"
         ) from error
 
 
@@ -144,10 +257,12 @@ def write_study(study: Study, folder: Path) -> None:
 
 
 def extended(study: Study, earlier: Study, folder: Path) -> Study:
-    """Add the variants, pairs, seeds and budgets of a new call to the study that a folder holds.
+    """Add the variants, pairs, seeds and budgets of a new call to the study in a folder.
 
-    Anything else must be the same, or earlier trials would mean something else.
+    Anything else must be unchanged: it would change the meaning of earlier trials.
     """
+    if study.compute_budget_of is None:
+        study = replace(study, compute_budget_of=earlier.compute_budget_of)
     changed = [
         f"{name} was {getattr(earlier, name)}, now {getattr(study, name)}"
         for name in FIXED
@@ -160,21 +275,22 @@ def extended(study: Study, earlier: Study, folder: Path) -> Study:
         variants[variant.name] = variant  # its file may have moved
     if changed:
         raise UserError(
-            f"'{folder}' holds another comparison: {'; '.join(changed[:4])}. Give the same options to continue it, "
+            f"'{folder}' has another comparison: {'; '.join(changed[:4])}. Use the same options to continue it, "
             "another folder with --out, or save a changed recipe under another name, which makes it another variant."
         )
+    budgets = {*earlier.budgets, *study.budgets}
     return replace(
         earlier,
         variants=tuple(variants.values()),
         pairs=tuple(sorted({*earlier.pairs, *study.pairs})),
         seeds=tuple(sorted({*earlier.seeds, *study.seeds})),
-        budgets=tuple(budget for budget in BUDGETS if budget in {*earlier.budgets, *study.budgets}),
+        budgets=(*(name for name in BUDGETS if name in budgets), *budgets.difference(BUDGETS)),
         commands=tuple(dict.fromkeys((*earlier.commands, *study.commands))),
     )
 
 
 def read_counts(text: str) -> tuple[int, ...]:
-    """Read "1k,2.5k,10000" as rising numbers of pairs, each once; raises `UserError` for anything else."""
+    """Parse "1k,2.5k,10000" into ascending distinct numbers of pairs; raises `UserError` for anything else."""
     counts = set()
     for word in text.split(","):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", word, re.IGNORECASE)

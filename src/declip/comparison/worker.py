@@ -1,4 +1,4 @@
-"""A process that runs trials of a comparison until none is left: `python -m declip.comparison.worker FOLDER PART N`."""
+"""Run the trials of a comparison that are left: `python -m declip.comparison.worker FOLDER THREADS`."""
 
 import json
 import os
@@ -25,10 +25,7 @@ from declip.training.setup import versions
 from declip.training.trainer import Trainer
 
 TRIALS, RESULT, FAILURE = "runs", "result.json", "failure.txt"
-SWEEP, COMPARISON = "sweep", "comparison"
-"""The two parts of a study."""
-
-UNMEASURED: dict[str, Any] = {
+WITHOUT_EVALUATION: dict[str, Any] = {
     "evaluation.zero_shot": (),
     "evaluation.retrieval": (),
     "evaluation.final_zero_shot": (),
@@ -36,12 +33,7 @@ UNMEASURED: dict[str, Any] = {
     "train.evaluate_every": 0,
     "train.patience": None,
 }
-"""The comparison measures by itself, after the last step."""
-
-
-def trials_of(study: Study, part: str) -> list[Trial]:
-    """The trials of a part of the study."""
-    return study.sweep_trials() if part == SWEEP else study.trials()
+"""Overrides of every trial: the comparison evaluates after the last step."""
 
 
 def folder_of(folder: Path, trial: Trial) -> Path:
@@ -50,7 +42,7 @@ def folder_of(folder: Path, trial: Trial) -> Path:
 
 
 def read_trial(folder: Path, trial: Trial) -> dict[str, Any] | None:
-    """Read the result of a trial, None while it is not done."""
+    """Read the result of a trial, None before it is finished."""
     with suppress(OSError, ValueError):
         row: dict[str, Any] = json.loads((folder_of(folder, trial) / RESULT).read_text(encoding="utf-8"))
         return row
@@ -58,36 +50,35 @@ def read_trial(folder: Path, trial: Trial) -> dict[str, Any] | None:
 
 
 def failure(folder: Path, trial: Trial) -> str | None:
-    """Read why a trial failed, None when it did not."""
+    """Read why a trial failed, None if it did not."""
     path = folder_of(folder, trial) / FAILURE
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def has_ended(folder: Path, trial: Trial) -> bool:
-    """Whether a trial is done or has failed."""
+    """Whether a trial is finished or has failed."""
     return any((folder_of(folder, trial) / name).is_file() for name in (RESULT, FAILURE))
 
 
 def steps_done(folder: Path, trial: Trial) -> int:
-    """The steps that a trial has behind it: all once it has ended, else as logged."""
+    """Number of steps done: all of them after the end, before it as logged."""
     if has_ended(folder, trial):
         return trial.steps
     return Run(folder_of(folder, trial)).step
 
 
 def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
-    """Train a trial to its end, resuming where it was stopped, measure it, keep its numbers and drop its weights.
+    """Train one trial, resuming where it was stopped, evaluate it, save its scores and delete its weights.
 
     Returns:
         False after Ctrl-C or SIGTERM.
     """
     overrides = {
-        **UNMEASURED,
+        **WITHOUT_EVALUATION,
         "train.steps": trial.steps,
         "train.batch_size": study.batch_size,
         "data.max_pairs": trial.pairs,
         "seed": trial.seed,
-        **trial.overrides,
     }
     run_folder = folder_of(folder, trial)
     trainer = Trainer(study.variant(trial.variant).resolve(overrides), run_folder, resume=True, quiet=True)
@@ -96,7 +87,7 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
         return False
     results = [
         result.to_dict()
-        for name in trial.datasets or study.datasets
+        for name in study.datasets
         for result in evaluate_all(trainer.encoder, name, study.tasks, Options(progress=False))
     ]
     row = {
@@ -115,18 +106,18 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     return not trainer.stop.asked
 
 
-def work(folder: Path, part: str, threads: int | None = None) -> bool:
-    """Run every trial that is neither done nor taken by another process; False when asked to stop."""
+def work(folder: Path, threads: int | None = None) -> bool:
+    """Run every trial that is neither finished nor taken by another process; False when asked to stop."""
     study = read_study(folder)
-    assert study is not None, "the comparison writes its study before it starts a worker"
+    assert study is not None, "`runner.run` writes the study before it starts a worker"
     if threads is not None:
         torch.set_num_threads(threads)
     (folder / TRIALS).mkdir(exist_ok=True)
-    return all(_take(study, trial, folder) for trial in trials_of(study, part))
+    return all(_take(study, trial, folder) for trial in study.trials())
 
 
 def _take(study: Study, trial: Trial, folder: Path) -> bool:
-    """Run a trial unless it is done or taken. The lock ends with its process, so a killed one leaves none behind."""
+    """Run a trial unless it is finished or taken. The lock ends with its process, also when that is killed."""
     run_folder = folder_of(folder, trial)
     with suppress(Timeout), FileLock(f"{run_folder}.lock", blocking=False):
         if read_trial(folder, trial) is not None:
@@ -142,19 +133,19 @@ def _take(study: Study, trial: Trial, folder: Path) -> bool:
 
 
 def _stop_with_parent(parent: int) -> None:
-    """Stop this process politely when the one that started it is gone."""
+    """Send this process SIGTERM when its parent has ended."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:
-    """Read the arguments, work, and end with status 130 when asked to stop."""
-    folder, part, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # between two trials; during one the trainer's own counts
+    """Parse the arguments and work; exit with status 130 when asked to stop."""
+    folder, threads = Path(sys.argv[1]), int(sys.argv[2])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # between two trials; during one the trainer handles it
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
-        sys.exit(0 if work(folder, part, threads) else 130)
+        sys.exit(0 if work(folder, threads) else 130)
     except KeyboardInterrupt:
         sys.exit(130)
 
