@@ -30,10 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from declip.data.pair import Origin
+from declip.data.pair import Origin, SkipCounter
 from declip.search.index import Index
-from declip.search.manifest import Manifest, ModelEntry, SourceEntry
-from declip.search.store import PART_ROWS, IndexedImage, batch_of, write_part
+from declip.search.info import IndexInfo, ModelInfo, SourceInfo
+from declip.search.store import PART_ROWS, Block, IndexedImage
+from declip.search.writer import open_writer
 from machine import machine
 from timing import row, take_turns
 
@@ -54,20 +55,13 @@ def vectors_of(count: int, width: int, seed: int) -> Tensor:
 
 def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
     """An index of vectors that no model made."""
-    manifest = Manifest(
-        model=ModelEntry(spec="", fingerprint="0" * 64),
-        source=SourceEntry(spec="", name="made up"),
-        dtype=dtype,
-        captions=False,
-        dimension=vectors.shape[1],
-    )
-    folder.mkdir()
-    for part in vectors.split(PART_ROWS):
-        ids = range(manifest.next_id, manifest.next_id + len(part))
-        rows = [IndexedImage(id, f"{id:09d}.jpg", (), id, Origin()) for id in ids]
-        entry = write_part(folder, manifest.next_part, batch_of(manifest, rows, part, None))
-        manifest.parts, manifest.next_id = [*manifest.parts, entry], ids.stop
-    manifest.save(folder)
+    made_by = ModelInfo(path="", name="no model", fingerprint="0" * 64)
+    source = SourceInfo(path="", name="made up")
+    with open_writer(folder, IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)) as writer:
+        for ids in torch.arange(len(vectors)).split(PART_ROWS):
+            rows = [IndexedImage(id, f"{id:09d}.jpg", (), id, Origin()) for id in ids.tolist()]
+            writer.add(Block.of(rows, vectors[ids], None, dtype), len(vectors))
+        writer.finish(set(), SkipCounter())
     return Index.open(folder)
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from conftest import COLOURS, SHAPES, TINY, WEIGHTS, draw
-from declip.data.pair import Origin
+from declip.data.pair import Origin, SkipCounter
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.search.index import Index
-from declip.search.manifest import Manifest, ModelEntry, SourceEntry
-from declip.search.store import IndexedImage, batch_of, write_part
+from declip.search.info import IndexInfo, ModelInfo, SourceInfo
+from declip.search.store import Block, IndexedImage
+from declip.search.writer import open_writer
 
 
 def tiny_model(seed: int = 0) -> DualEncoder:
@@ -24,37 +25,19 @@ def tiny_model(seed: int = 0) -> DualEncoder:
     return DualEncoder.from_recipe(recipe).eval()
 
 
-def made_up_manifest(dimension: int, captions: bool = False) -> Manifest:
-    """Manifest of an index of vectors that no model made, in float32."""
-    made_by = ModelEntry(spec="", fingerprint="0" * 64)
-    source = SourceEntry(spec="", name="made up")
-    return Manifest(model=made_by, source=source, dtype="float32", captions=captions, dimension=dimension)
-
-
-def append(folder: Path, manifest: Manifest, images: Tensor, texts: Tensor | None, captions: Sequence[str]) -> None:
-    """Add a part of rows to an index; an empty caption stands for none."""
-    rows = [
-        IndexedImage(id, f"key {id}", (caption,) if caption else (), id, Origin())
-        for id, caption in enumerate(captions, manifest.next_id)
-    ]
-    part = write_part(folder, manifest.next_part, batch_of(manifest, rows, images, texts))
-    manifest.parts, manifest.next_id = [*manifest.parts, part], manifest.next_id + len(rows)
-    manifest.save(folder)
-
-
-def write_index(folder: Path, vectors: Tensor) -> Path:
-    """An index of vectors that no model made, of images alone, in parts."""
-    folder.mkdir()
-    manifest = made_up_manifest(vectors.shape[1])
-    for part in vectors.split(500):
-        append(folder, manifest, part, None, [f"caption {manifest.next_id + n}" for n in range(len(part))])
-    return folder
-
-
-def write_pairs(folder: Path, images: Tensor, texts: Tensor, captions: Sequence[str]) -> Index:
-    """An index of made-up vectors of images and captions."""
-    folder.mkdir()
-    append(folder, made_up_manifest(images.shape[1], captions=True), images, texts, captions)
+def write_index(folder: Path, images: Tensor, texts: Tensor | None = None, captions: Sequence[str] = ()) -> Index:
+    """An index of vectors that no model made, written in parts of 500 rows; an empty caption means none."""
+    made_by = ModelInfo(path="", name="no model", fingerprint="0" * 64)
+    source = SourceInfo(path="", name="made up")
+    captions = captions or [f"caption {n}" for n in range(len(images))]
+    wanted = IndexInfo(model=made_by, source=source, dtype="float32", captions=texts is not None)
+    with open_writer(folder, wanted) as writer:
+        for ids in torch.arange(len(images)).split(500):
+            rows = [
+                IndexedImage(n, f"key {n}", (captions[n],) if captions[n] else (), n, Origin()) for n in ids.tolist()
+            ]
+            writer.add(Block.of(rows, images[ids], None if texts is None else texts[ids], "float32"), len(images))
+        writer.finish(set(), SkipCounter())
     return Index.open(folder)
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from declip.app.pairs import compare_captions, find_similar
 from declip.errors import UserError
 from declip.search.index import Index
-from indices import write_pairs
+from indices import write_index
 
 
 def nothing() -> None:
@@ -29,7 +29,7 @@ def made_up(tmp_path: Path) -> Index:
     texts[7] = 0
     captions = [f"caption {n}" for n in range(60)]
     captions[7] = ""
-    return write_pairs(tmp_path / "made", images, texts, captions)
+    return write_index(tmp_path / "made", images, texts, captions)
 
 
 def test_exchanged_captions_disagree_most(made_up: Index) -> None:
@@ -53,11 +53,11 @@ def test_similar_images_are_those_of_all_with_all_joined_through_others(made_up:
     assert similar.groups(1.1) == []
     angles = torch.tensor([0.0, 0.3, 0.6, 2.0, 2.2])
     images = torch.stack([angles.cos(), angles.sin()], 1)
-    groups = find_similar(write_pairs(tmp_path / "row", images, images, ["a"] * 5), nothing).groups(np.cos(0.31))
+    groups = find_similar(write_index(tmp_path / "row", images, images, ["a"] * 5), nothing).groups(np.cos(0.31))
     assert [ids for ids, _ in groups] == [[3, 4], [0, 1, 2]]
     assert groups[1][1] == pytest.approx(np.cos(0.3), abs=1e-5)
     same = torch.full((40, 4), 0.49999)  # cosines of 0.99996, as float16 may have
-    [(ids, _)] = find_similar(write_pairs(tmp_path / "same", same, same, ["a"] * 40), nothing).groups(1.0)
+    [(ids, _)] = find_similar(write_index(tmp_path / "same", same, same, ["a"] * 40), nothing).groups(1.0)
     assert len(ids) == 40
 
 

@@ -1,5 +1,8 @@
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,47 @@ import declip
 from conftest import draw, encoded
 from data.tars import write_tar
 from declip.data.columns import Columns
+from declip.data.images.decode import decode
+from declip.data.pair import Origin, Pair, PairSource
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.search import embed as embedding
-from declip.search.manifest import read_manifest
 from indices import tiny_model
 
 
 def contents(index: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in index.iterdir() if not path.name.startswith(".")}
+    files = [path for path in index.rglob("*") if path.is_file() and ".lock" not in path.name]
+    return {str(path.relative_to(index)): path.read_bytes() for path in files}
+
+
+class Interrupted(PairSource):
+    """Images that press Ctrl-C when a given number of them have been read."""
+
+    name = "interrupted"
+
+    def __init__(self, folder: Path, stop: int = 1000) -> None:
+        self.files, self.stop, self.read = sorted(folder.iterdir()), stop, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Pair:
+        if len(self.read) == self.stop:
+            raise KeyboardInterrupt
+        self.read.append(index)
+        return Pair(self.key(index), decode(self.files[index], self.key(index)), (self.key(index),))
+
+    def key(self, index: int) -> str:
+        return self.files[index].name
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (self.key(index),)
+
+    def image(self, index: int) -> Image.Image:
+        return decode(self.files[index], self.key(index))
+
+    def origin(self, index: int) -> Origin:
+        return Origin(stamp=str(self.files[index].stat().st_size))
 
 
 def test_vectors_are_the_models_and_keys_the_sources(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
@@ -39,63 +74,110 @@ def test_vectors_are_the_models_and_keys_the_sources(model: DualEncoder, folder:
     assert "Without caption: 24" in index.summary()
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> list[int]:
-    """Stop `embed` right after these parts are written, before the manifest names them; returns their rows."""
-    write, rows = embedding.write_part, []
-
-    def stopping(*arguments: Any) -> Any:
-        rows.append(len(arguments[2]))
-        made = write(*arguments)
-        if len(rows) in numbers:
-            raise KeyboardInterrupt
-        return made
-
-    monkeypatch.setattr(embedding, "write_part", stopping)
-    return rows
-
-
 def test_a_stopped_call_continues_bit_exact(
     model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(embedding, "PART_ROWS", 7)
     for name in ("black-bar.png", "blue-bar.png"):  # tried again, but after the others
         (folder / name).write_bytes(b"no image")
-    declip.embed(model, folder, out=tmp_path / "whole", batch_size=3)
-    rows = stop_at(monkeypatch, 2, 3)
-    for _ in range(2):
+    declip.embed(model, Interrupted(folder), out=tmp_path / "whole", batch_size=3)
+    read = []
+    for stop in (12, 8):
+        source = Interrupted(folder, stop)
         with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING, "declip"):
-            declip.embed(model, folder, out=tmp_path / "stopped", batch_size=3)
+            declip.embed(model, source, out=tmp_path / "stopped", batch_size=3)
         assert "the same command continues" in caplog.text
-        assert read_manifest(tmp_path / "stopped").reached == 7
-        assert len(declip.Index.open(tmp_path / "stopped", model=model).search("bar")) == 5
-        assert "is unfinished" in caplog.text
-    declip.embed(model, folder, out=tmp_path / "stopped", batch_size=3, workers=2)
-    assert rows == [5, 7, 7, 7, 7, 3], "complete parts are not made again"
+        with pytest.raises(UserError, match="not a complete index"):
+            declip.Index.open(tmp_path / "stopped", model=model)
+        read.append(source.read)
+    assert (read[0][-1], read[1][0]) == (11, 7), "complete parts are not embedded again"
+    declip.embed(model, Interrupted(folder), out=tmp_path / "stopped", batch_size=3, workers=2)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole"), "with worker processes or without"
 
 
 def test_later_calls_embed_what_is_new_or_changed_and_drop_what_is_gone(
-    model: DualEncoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: DualEncoder, folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(embedding, "PART_ROWS", 12)
     out = tmp_path / "index"
     first = declip.embed(model, folder, out=out, dtype="float32")
-    before, ids = contents(out), dict(zip(first.keys(), first.ids, strict=True))
+    ids, vectors = dict(zip(first.keys(), first.ids, strict=True)), first.vectors(first.ids)
     draw("pink", "bar").save(folder / "aa-new.png")
     draw("gold", "circle").save(folder / "red-bar.png")
     (folder / "red-square.png").unlink()
     index = declip.embed(model, folder, out=out, dtype="float32")
     assert sorted(index.keys()) == sorted(path.name for path in folder.iterdir())
     assert index.search(image=draw("gold", "circle"), k=1)[0].key == "red-bar.png"
-    assert [part.rows for part in index.manifest.parts] == [12, 10, 2]
-    assert contents(out)["part-000000.arrow"] == before["part-000000.arrow"]
-    assert not (out / "part-000001.arrow").exists()
     kept = np.setdiff1d(first.ids, [ids["red-bar.png"], ids["red-square.png"]])
-    assert index.ids.tolist() == [*kept, 24, 25], "ids stay"
-    assert torch.equal(first.vectors(kept), index.vectors(kept))
-    rows = stop_at(monkeypatch)
+    assert index.ids.tolist() == [*kept, 24, 25], "ids are not used again"
+    assert torch.equal(index.vectors(kept), vectors[kept])
+    assert torch.equal(first.vectors(first.ids), vectors), "an index that is open keeps its rows"
+    assert [path.name for path in out.glob("generation-*")] == ["generation-2"]
+    before = contents(out)
     declip.embed(model, folder, out=out, dtype="float32")
-    assert rows == []
+    assert contents(out) == before, "nothing is new"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="None of the 1 images"):
+        declip.embed(model, folder, out=out, dtype="float32")
+    assert len(declip.Index.open(out)) == 24
+
+
+READER = """
+import sys
+from pathlib import Path
+from declip.search.writer import open_index
+print("ready", flush=True)
+opened = 0
+while not Path(sys.argv[2]).exists():
+    info, store = open_index(Path(sys.argv[1]))
+    assert store.matrix().shape == (len(store.ids), info.dimension) and store.row(len(store.ids) - 1)
+    opened += 1
+print(opened)
+"""
+
+
+def test_an_index_opens_while_it_is_updated(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
+    out, done = tmp_path / "index", tmp_path / "done"
+    declip.embed(model, folder, out=out)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", READER, str(out), str(done)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as reader:
+        assert reader.stdout is not None
+        reader.stdout.readline()
+        for number in range(12):
+            draw("red", "bar", 40 + number).save(folder / "red-bar.png")
+            declip.embed(model, folder, out=out)
+        done.touch()
+        opened, error = reader.communicate()
+    assert (reader.returncode, error) == (0, "")
+    assert int(opened) > 12
+    assert declip.Index.open(out).info.generation == 13
+
+
+def test_a_project_that_has_moved_is_searched_and_embedded_again(
+    model: DualEncoder, weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    project = tmp_path / "project"
+    (project / "runs").mkdir(parents=True)
+    folder.rename(project / "images")
+    shutil.copy(weights_file, project / "runs/model.safetensors")
+    monkeypatch.chdir(project)
+    embed = ["embed", "runs/model.safetensors", "images", "--out", "indices/images", "--quiet"]
+    assert command(*embed).status == 0
+    monkeypatch.chdir(tmp_path)
+    moved = project.rename(tmp_path / "moved")
+    monkeypatch.chdir(moved)
+    assert command("search", "indices/images", "red", "--json", "hits.json").status == 0
+    assert str(moved / "images") in Path("hits.json").read_text()
+    assert declip.Index.open("indices/images").image(0).size == (40, 40)
+    before = contents(Path("indices/images"))
+    assert command(*embed).status == 0
+    assert contents(Path("indices/images")) == before, "nothing is embedded again"
+    away = (moved / "indices/images").rename(tmp_path / "away")
+    assert "--model" in command("search", away, "red").err
+    with pytest.raises(UserError, match="--source"):
+        declip.Index.open(away).image(0)
 
 
 def test_broken_images_are_counted_and_tried_again(model: DualEncoder, folder: Path, tmp_path: Path) -> None:
@@ -130,7 +212,7 @@ def test_another_option_model_source_or_folder_is_refused(
         ({"batch_size": 0}, "batch_size is 0"),
         ({"model": tiny_model(1)}, "another model"),
         ({"model": broken, "out": tmp_path / "none"}, "not finite"),
-        ({"source": table}, "source.spec was '.*shapes'"),
+        ({"source": table}, "the source was '.*shapes'"),
         ({"out": folder}, "'black-bar.png'"),
     )
     for options, message in changed:

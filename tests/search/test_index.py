@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,8 +18,9 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.reports.sheets import search_sheet
 from declip.search.index import Index
-from declip.search.manifest import MANIFEST
-from indices import tiny_model, write_index, write_pairs
+from declip.search.info import INFO
+from declip.search.store import SCHEMA
+from indices import tiny_model, write_index
 
 
 @pytest.fixture
@@ -109,32 +111,64 @@ def test_a_bad_query_says_why(made: Index) -> None:
 
 
 def test_damage_is_said(made: Index) -> None:
-    part, manifest = made.folder / "part-000000.arrow", made.folder / MANIFEST
-    content, text = part.read_bytes(), manifest.read_bytes()
-    half, tree = len(content) // 2, json.loads(text)
+    path, files = made.folder / INFO, made.folder / "generation-1"
+    tree = json.loads(path.read_text())
+    npy, rows = (files / "vectors.npy").read_bytes(), (files / "rows.parquet").read_bytes()
+    flipped = npy[:-1] + bytes([npy[-1] ^ 1])
+    shorter = npy.replace(b"(24, 16)", b"(16, 24)")
     changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"layout": 99}, "another version of declip: layout"),
-        ({"parts": [{**tree["parts"][0], "file": "../../secret.arrow"}]}, "parts.0.file"),
-        ({"next_id": 3}, "do not follow"),
-        ({"dimension": 8}, "other rows"),
+        ({"generation": "../x"}, "generation"),
+        ({"next_id": 3}, "do not increase"),
+        ({"dimension": 8}, "vectors.npy has shape"),
+        ({"captions": True}, "caption_vectors.npy"),
+        ({"files": {"../../secret": {"bytes": 3, "sha256": "0" * 64}}}, "secret"),
     )
     damages = [
-        (part, content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :], "part-000000.arrow' .* checksum"),
-        (part, content[:-10], "part-000000.arrow' .*bytes instead of"),
-        *((manifest, json.dumps({**tree, **change}).encode(), message) for change, message in changes),
-        *((manifest, broken, MANIFEST) for broken in (b"", b"[]", b'{"layout": 1}', text[:100])),
+        (files / "vectors.npy", npy[:-10], "vectors.npy' is damaged: .* bytes"),
+        (files / "vectors.npy", shorter, "shape"),
+        (files / "vectors.npy", b"\x80" * len(npy), "damaged"),
+        (files / "rows.parquet", b"PAR1" * (len(rows) // 4) + rows[: len(rows) % 4], "damaged"),
+        (files / "rows.parquet", rows.replace(b"black-bar.png", b"\xff" * 13), "damaged"),
+        *((path, json.dumps({**tree, **change}).encode(), message) for change, message in changes),
+        *((path, broken, INFO) for broken in (b"", b"[]", b'{"layout": 1}', path.read_bytes()[:100])),
     ]
-    for path, damaged, message in damages:
-        whole = path.read_bytes()
-        path.write_bytes(damaged)
+    for file, damaged, message in damages:
+        whole = file.read_bytes()
+        file.write_bytes(damaged)
         with pytest.raises(UserError, match=message):
-            Index.open(made.folder)
-        path.write_bytes(whole)
-    part.unlink()
-    with pytest.raises(UserError, match=r"part-000000.arrow' is damaged"):
+            Index.open(made.folder).row(0)
+        file.write_bytes(whole)
+    made.check()
+    (files / "vectors.npy").write_bytes(flipped)
+    assert len(Index.open(made.folder)) == 24, "opening compares sizes only"
+    with pytest.raises(UserError, match="is damaged: its checksum"):
+        Index.open(made.folder).check()
+    (files / "vectors.npy").unlink()
+    with pytest.raises(UserError, match="is missing"):
         Index.open(made.folder)
-    with pytest.raises(UserError, match="no index"):
+    with pytest.raises(UserError, match="not a complete index"):
         Index.open(made.folder.parent)
+    path.rename(made.folder / "manifest.json")
+    with pytest.raises(UserError, match="earlier version"):
+        Index.open(made.folder)
+
+
+def test_a_table_that_expands_is_refused(made: Index) -> None:
+    rows, path = 24, made.folder / "generation-1/rows.parquet"
+    keys = pa.array(["x" * 3_000_000] * rows, pa.large_string())
+    table = pq.read_table(path).set_column(2, SCHEMA.field("key"), keys)
+    for options in (
+        {"use_dictionary": ["key"], "compression": "NONE"},
+        {"use_dictionary": False, "compression": "ZSTD"},
+    ):
+        pq.write_table(table, path, **options)
+        info = json.loads((made.folder / INFO).read_text())
+        info["files"]["rows.parquet"]["bytes"] = path.stat().st_size
+        assert path.stat().st_size < 4_000_000
+        (made.folder / INFO).write_text(json.dumps(info))
+        with pytest.raises(UserError, match="not written by declip"):
+            Index.open(made.folder)
 
 
 def test_a_source_that_is_an_object_has_to_be_given_again(model: DualEncoder, table: Path, tmp_path: Path) -> None:
@@ -147,7 +181,7 @@ def test_a_source_that_is_an_object_has_to_be_given_again(model: DualEncoder, ta
     declip.embed(model, photos, out=tmp_path / "photos")
     assert Index.open(tmp_path / "photos", source=photos).image(1).tobytes() == photos[1][0].tobytes()
     with pytest.raises(UserError, match="not finite"):
-        made.nearest(np.full((1, made.manifest.dimension), np.nan), 3)
+        made.nearest(np.full((1, made.info.dimension), np.nan), 3)
 
 
 def test_the_sheet_shows_what_was_found(made: Index, folder: Path) -> None:
@@ -161,7 +195,7 @@ def test_the_sheet_shows_what_was_found(made: Index, folder: Path) -> None:
 
 def test_both_exports_hold_the_vectors_in_their_order(tmp_path: Path, command: Any) -> None:
     vectors = torch.nn.functional.normalize(torch.randn(1200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    folder = write_index(tmp_path / "index", vectors)
+    folder = write_index(tmp_path / "index", vectors).folder
     (tmp_path / "x.csv").write_text("the pairs")
     for name in ("x.npy", "x.parquet"):
         assert command("index", "export", folder, tmp_path / name).status == 0
@@ -182,10 +216,10 @@ def test_both_exports_hold_the_vectors_in_their_order(tmp_path: Path, command: A
 
 def test_vectors_of_captions_and_of_16_bits_are_exported(tmp_path: Path, model: DualEncoder, folder: Path) -> None:
     images, texts = torch.eye(3), torch.eye(3).flip(0)
-    index = write_pairs(tmp_path / "index", images, texts, ["a", "", "c"])
+    index = write_index(tmp_path / "index", images, texts, ["a", "", "c"])
     assert np.array_equal(np.load(index.export(tmp_path / "x.npy", over="captions")), texts.numpy())
     with pytest.raises(UserError, match="--captions"):
-        Index.open(write_index(tmp_path / "plain", images)).export(tmp_path / "y.npy", over="captions")
+        write_index(tmp_path / "plain", images).export(tmp_path / "y.npy", over="captions")
     half = declip.embed(model, folder, out=tmp_path / "half")
     loaded = np.load(half.export(tmp_path / "half.npy"))
     assert loaded.dtype == np.float16

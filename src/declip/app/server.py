@@ -31,7 +31,7 @@ from declip.evaluation.prompt_sets import prompt_names
 from declip.interchange.read import load
 from declip.search.embed import embed
 from declip.search.index import Index, fingerprint
-from declip.search.manifest import MANIFEST
+from declip.search.info import INFO
 
 VIEWS = ("classify", "search", "pairs")
 EXAMPLES = 6  # captions of the index that a page offers to begin with
@@ -64,7 +64,7 @@ def build(state: AppState, host: str) -> ASGIApp:
 def page(request: Request) -> Response:
     """A view: its HTML holds no result, the scripts ask for them."""
     state, view = state_of(request), request.url.path[1:]
-    context = {"view": view, "views": VIEWS, "state": state, "manifest": state.index.manifest}
+    context = {"view": view, "views": VIEWS, "state": state, "info": state.index.info}
     context |= {"template_sets": prompt_names(), "examples": _examples(state)}
     context |= {"largest_upload": LARGEST_UPLOAD >> 20, "lowest": pairs.LOWEST}
     return TEMPLATES.TemplateResponse(request, f"{view}.html", context)
@@ -108,7 +108,7 @@ def open_state(
 
     The folder of a source's index is by default below "indices", named after the source and the model.
     """
-    if (Path(source).expanduser() / MANIFEST).is_file():
+    if (Path(source).expanduser() / INFO).is_file():
         if folder is not None:
             raise UserError(f"'{source}' is an index already, so --index '{folder}' has no use. Leave it out.")
         index = Index.open(source, model=model, device=device)

@@ -84,11 +84,12 @@ def search(
 ) -> None:
     """Find images in an index by a text, an image, or both."""
     from declip.io.text import shown
-    from declip.search.manifest import read_manifest
+    from declip.search.info import IndexInfo
 
     check_writable((sheet_out, json_out))
-    if made_by := model or read_manifest(folder).model.spec:
-        check_model(made_by)
+    IndexInfo.read(folder)
+    if model is not None:
+        check_model(model)
     if source is not None:
         check_source(source, "--source")
     if image is not None and not image.is_file():
@@ -119,13 +120,18 @@ def search(
 
 
 @index.command()
-def show(folder: Folder) -> None:
+def show(
+    folder: Folder,
+    check: Annotated[bool, typer.Option("--check", help="also compare all files with their checksums")] = False,
+) -> None:
     """Show the contents of an index, its model, and what was left out."""
     opened = _open(folder)
-    made_by, source = opened.manifest.model, opened.manifest.source
+    if check:
+        opened.check()
+    made_by, source = opened.info.model, opened.info.source
     say(f"{folder}: {opened.summary()}")
-    say(f"Source: {source.spec or source.name}")
-    say(f"Model: {made_by.spec or 'a Python object'}, fingerprint {made_by.fingerprint[:12]}")
+    say(f"Source: {source.path or source.name}")
+    say(f"Model: {made_by}")
 
 
 @index.command()
@@ -139,9 +145,9 @@ def export(
 
 
 def _open(folder: Path) -> Any:
-    from declip.search.manifest import read_manifest
+    from declip.search.info import IndexInfo
 
-    read_manifest(folder)
+    IndexInfo.read(folder)
     from declip.search.index import Index
 
     return Index.open(folder)

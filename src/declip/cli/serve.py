@@ -40,7 +40,7 @@ def app(
                 style="yellow",
             )
         state = open_state(model, source, index, device=device, progress=not quiet)
-        images = f"{len(state.index):,} images of {state.index.manifest.source.name}"
+        images = f"{len(state.index):,} images of {state.index.info.source.name}"
         console.print(f"{images}, index {state.index.folder}")
         console.print(f"Open {address_of(bound)} (Ctrl-C ends)")
         serve(state, bound, host)

@@ -33,7 +33,7 @@ def search_sheet(index: Index, hits: Sequence[Hit], title: str, image: Image.Ima
     if image is not None:
         _paste(paper, pen, image, MARGIN, MARGIN, HEAD - GAP)
         left += HEAD
-    text = f"{len(hits):,} of {len(index):,} images of {index.manifest.source.name}, the most similar first"
+    text = f"{len(hits):,} of {len(index):,} images of {index.info.source.name}, the most similar first"
     pen.text((left, MARGIN - 1), shown(title, 80), INK, large)
     pen.text((left, MARGIN + 27), shown(text), QUIET, small)
     for place, hit in enumerate(hits):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -23,15 +23,14 @@ from declip.data.pair import BrokenPair, Origin, PairSource, SkipCounter
 from declip.data.sources.image_source import CaptionedImage, ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.shard_names import absolute
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Batches, Encoder, text_features
 from declip.interchange.read import load
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
-from declip.recipe.load import flat
-from declip.search.index import Index, fingerprint, image_vectors
-from declip.search.manifest import MANIFEST, Dtype, Manifest, ModelEntry, SourceEntry, locked_index
-from declip.search.store import PART_ROWS, IndexedImage, Store, batch_of, write_part
+from declip.search.index import Index, describe_model, image_vectors
+from declip.search.info import Dtype, IndexInfo, SourceInfo, relative, stored_path
+from declip.search.store import PART_ROWS, Block, IndexedImage
+from declip.search.writer import Writer, open_writer
 
 log = logging.getLogger("declip")
 
@@ -74,62 +73,49 @@ def embed(
     check_range("batch_size", batch_size, 1)
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
+    folder = Path(out).expanduser()
     if not isinstance(source, str | Path):
         source = open_source(source, columns)
-    if columns.root is not None:
-        columns = replace(columns, root=absolute(columns.root))
-    entry = SourceEntry(spec=_spec(source), name="", columns=columns)
-    images = entry.open() if isinstance(source, str | Path) else ImageSource(source)
-    entry.name = images.name
+    columns = replace(columns, root=stored_path(columns.root, folder) or None)
+    saved = SourceInfo(path=stored_path(source, folder), name="", columns=columns)
+    images = saved.open(folder) if isinstance(source, str | Path) else ImageSource(source)
+    saved.name = images.name
     encoder = load(model, device) if isinstance(model, str | Path) else model
     if captions:
-        encoder.tokenize([""])  # an image tower alone fails now, not after an hour
-    made_by = ModelEntry(spec=_spec(model) or _spec(loaded_from), fingerprint=fingerprint(encoder))
-    wanted = Manifest(model=made_by, source=entry, dtype=dtype, captions=captions, reached=0)
-    with locked_index(Path(out).expanduser()) as folder:
-        if not (folder / MANIFEST).exists():
-            wanted.save(folder)
-        store = Store(folder, check=False)
-        if entry.spec:
-            store.manifest.source.name = entry.name  # that of a folder of shards is its only shard's
-        fields: dict[str, Any] = {"source": True, "model": {"fingerprint"}, "dtype": True, "captions": True}
-        before, now = (flat(manifest.model_dump(include=fields)) for manifest in (store.manifest, wanted))
-        if changed := [f"{key} was {before[key]!r}, now {now[key]!r}" for key in now if before[key] != now[key]]:
-            raise UserError(
-                f"'{folder}' holds an index of another model, source or option: {'; '.join(changed)}. Give the same, "
-                "or choose another folder with --out."
-            )
-        places, gone = find_changes(images, store, progress)
+        encoder.tokenize([""])  # a model without a text tower fails now, not after an hour
+    made_by = describe_model(encoder, loaded_from or model, folder)
+    wanted = IndexInfo(model=made_by, source=saved, dtype=dtype, captions=captions)
+    with open_writer(folder, wanted) as writer:
+        places, gone = find_changes(images, writer, progress)
         try:
-            _embed_places(store, images, encoder, places, batch_size, workers, progress)
+            skipped = _embed_places(writer, images, encoder, places, batch_size, workers, progress)
         except KeyboardInterrupt:
-            log.warning("Stopped. The parts written so far are kept; the same command continues.")
+            log.warning("Stopped. The parts written so far are saved; the same command continues.")
             raise
-        store = Store(folder, check=False)
-        store.drop(gone)
-        store.manifest.reached = None
-        store.manifest.save(folder)
-        if not store.manifest.parts:
-            reasons = SkipCounter.from_dict(store.manifest.skipped).explanation()
-            raise UserError(f"None of the {len(images):,} images of '{images.name}' can be used: {reasons}")
+        if sum(len(store.ids) for store in writer.stores) == len(gone):
+            raise UserError(
+                f"None of the {len(images):,} images of '{images.name}' can be used: {skipped.explanation()}"
+            )
+        writer.finish(gone, skipped)
     return Index.open(folder, model=encoder, source=source)
 
 
-def find_changes(source: ImageSource, store: Store, progress: bool = False) -> tuple[list[int], set[int]]:
+def find_changes(source: ImageSource, writer: Writer, progress: bool = False) -> tuple[list[int], set[int]]:
     """Compare a source with the rows that were embedded of it.
 
     An image is recognized by its key and its stamp (`_stamped`). Of several that share both, each stands for one row.
 
     Returns:
-        The places to embed, those after `Manifest.reached` first, so that the batches are those of a call that was not
-        killed; and the ids of rows to drop, because their image has left or is to be embedded again.
+        The places to embed, those after the last part first, so that the batches are those of a call that was not
+        killed; and the ids of rows to drop, because their image is no longer in the source or has changed.
     """
-    keys, stamps = store.table["key"].to_pylist(), store.table["stamp"].to_pylist()
     repeated = {key for key, count in Counter(map(source.key, range(len(source)))).items() if count > 1}
     rows: dict[tuple[str, str, int | None], list[int]] = defaultdict(list)
-    for id, key, stamp, place in zip(store.ids.tolist(), keys, stamps, store.table["place"].to_pylist(), strict=True):
-        rows[key, stamp, place if key in repeated else None].append(id)  # a repeated key is found by its place alone
-    known, reached = set(keys), store.manifest.reached or 0
+    for store in writer.stores:
+        columns = (store.ids.tolist(), *(store.column(name).to_pylist() for name in ("key", "stamp", "place")))
+        for id, key, stamp, place in zip(*columns, strict=True):
+            rows[key, stamp, place if key in repeated else None].append(id)  # repeated keys are told apart by place
+    known = {key for key, _, _ in rows}
     later, earlier = list[int](), list[int]()
     with pairs_bar(progress, "images") as bar:
         for place in bar.track(range(len(source)), description=f"Looking through {source.name}"):
@@ -138,7 +124,7 @@ def find_changes(source: ImageSource, store: Store, progress: bool = False) -> t
             if key in known and (ids := rows.get((key, _stamped(source, place).stamp, at))):
                 ids.pop()
             else:
-                (later if place >= reached else earlier).append(place)
+                (later if place >= writer.state.reached else earlier).append(place)
     return later + earlier, {id for ids in rows.values() for id in ids}
 
 
@@ -164,16 +150,16 @@ def read_row(source: ImageSource, place: int) -> tuple[Image.Image, Row]:
 
 
 def _embed_places(
-    store: Store,
+    writer: Writer,
     source: ImageSource,
     model: Encoder,
     places: Sequence[int],
     batch_size: int,
     workers: int,
     progress: bool,
-) -> None:
-    """Embed images part by part; a part counts once the manifest names it."""
-    manifest, skipped = store.manifest, SkipCounter()
+) -> SkipCounter:
+    """Embed images part by part; returns the images that were left out."""
+    info, skipped = writer.state.info, SkipCounter()
     parts = [places[start : start + PART_ROWS] for start in range(0, len(places), PART_ROWS)]
     batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
     # The workers start here, before the bar's own thread does: a fork copies no thread.
@@ -185,19 +171,17 @@ def _embed_places(
             for pixels, read, broken in islice(stream, math.ceil(len(part) / batch_size)):
                 if pixels is not None:
                     vectors.append(image_vectors(model, pixels))
-                rows += [IndexedImage(id, *row) for id, row in enumerate(read, manifest.next_id + len(rows))]
+                for key, texts, place, origin in read:
+                    origin = origin._replace(path=relative(origin.path, writer.folder))
+                    rows.append(IndexedImage(info.next_id + len(rows), key, texts, place, origin))
                 skipped.merge(broken)
                 bar.advance(task, len(read) + broken.total)
+            block = None
             if rows:
-                manifest.dimension = vectors[0].shape[1]
-                captions = _caption_vectors(model, rows, manifest.dimension) if manifest.captions else None
-                batch = batch_of(manifest, rows, torch.cat(vectors), captions)
-                manifest.parts.append(write_part(store.folder, manifest.next_part, batch))
-                manifest.next_id += len(rows)
-            manifest.reached, manifest.skipped = part[-1] + 1, skipped.to_dict()
-            manifest.save(store.folder)
-    manifest.skipped = skipped.to_dict()
-    manifest.save(store.folder)
+                captions = _caption_vectors(model, rows, vectors[0].shape[1]) if info.captions else None
+                block = Block.of(rows, torch.cat(vectors), captions, info.dtype)
+            writer.add(block, part[-1] + 1)
+    return skipped
 
 
 def _caption_vectors(model: Encoder, rows: Sequence[IndexedImage], dimension: int) -> Tensor:
@@ -208,8 +192,3 @@ def _caption_vectors(model: Encoder, rows: Sequence[IndexedImage], dimension: in
         owners = torch.repeat_interleave(torch.tensor([len(row.captions) for row in rows]))
         means.index_add_(0, owners, text_features(model, texts))
     return normalize(means, dim=-1)
-
-
-def _spec(given: object) -> str:
-    """The absolute name of a source or a model; empty for an object."""
-    return absolute(given) if isinstance(given, str | Path) and str(given) else ""

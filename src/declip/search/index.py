@@ -1,8 +1,8 @@
 """An index of images: searched by text, by image or both."""
 
 import hashlib
-import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from PIL import Image
@@ -26,16 +27,16 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder, measuring, model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
-from declip.io.atomic import atomic_write
+from declip.io.atomic import atomic_write, sha256
 from declip.search.exact import nearest
-from declip.search.manifest import Manifest, Over
-from declip.search.store import COLUMNS, IndexedImage, Store
+from declip.search.info import ModelInfo, Over, resolve, stored_path
+from declip.search.store import SCHEMA, IndexedImage
+from declip.search.writer import open_index
 
-log = logging.getLogger("declip")
-
-MOST = 10_000  # results of a search at most
-PROBE = "a photo of two red apples, and a dog"  # the token ids of this text distinguish two tokenizers
+MOST = 10_000  # maximum number of results of a search
+PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
 SHORTEST = 1e-6  # length of a weighted sum of two unit vectors below which they cancel
+COLUMN_NAMES: dict[Over, str] = {"images": "vector", "captions": "caption_vector"}  # in an exported table
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,15 @@ class Hit(IndexedImage):
 class Index:
     """An index as `declip.embed` writes it.
 
+    An index that is open keeps the rows it had when it was opened, also while `embed` updates it.
+
     Args:
-        model: The model that made it, or what `declip.load` opens; None loads the one that the manifest names.
-        source: Where the images are now, if not where the manifest says.
+        model: The model that made it, or what `declip.load` opens; by default the one that index.json names.
+        source: Where the images are now, if not where index.json says.
         device: Where a model is loaded to.
 
     Raises:
-        UserError: There is no index, it is damaged, or it is of another layout.
+        UserError: There is no index, it is damaged, or it was written by another version of declip.
     """
 
     def __init__(
@@ -71,10 +74,8 @@ class Index:
         device: str = "auto",
     ) -> None:
         self.folder = Path(folder).expanduser()
-        self._given_model, self._given_source, self._device = model, source, device
-        self._store = Store(self.folder)
-        if self.manifest.reached is not None:
-            log.warning("The index '%s' is unfinished. The same `declip embed` continues.", self.folder)
+        self._model_given, self._source_given, self._device = model, source, device
+        self.info, self._store = open_index(self.folder)
 
     @classmethod
     def open(cls, folder: str | Path, **options: Any) -> "Index":
@@ -86,30 +87,45 @@ class Index:
         return len(self.ids)
 
     @property
-    def manifest(self) -> Manifest:
-        """The index's manifest."""
-        return self._store.manifest
-
-    @property
     def ids(self) -> np.ndarray:
-        """(n,) int64, rising."""
+        """(n,) int64, increasing."""
         return self._store.ids
+
+    def check(self) -> None:
+        """Compare all files with their checksums; raises `UserError` for a file that has changed.
+
+        Opening an index compares sizes only.
+        """
+        for name, expected in self.info.files.items():
+            if sha256(self._store.folder / Path(name).name) != expected.sha256:
+                raise UserError(
+                    f"'{self._store.folder / name}' is damaged: its checksum differs. Restore a copy, or embed again "
+                    "into another folder."
+                )
 
     @cached_property
     def model(self) -> Encoder:
-        """The model that made the index; raises `UserError` where it cannot be loaded, or is another one."""
-        made_by = self.manifest.model
-        given = made_by.spec if self._given_model is None else self._given_model
-        if given == "":
+        """The model that made the index; raises `UserError` if it cannot be loaded, or is another one."""
+        made_by = self.info.model
+        path = self._model_given if self._model_given is not None else resolve(made_by.path, self.folder)
+        if path == "":
             raise UserError(
-                "The index was made by a model that was a Python object. Open it with model=, or search with --model."
+                f"The index '{self.folder}' was made by a model given as a Python object, {made_by.name}. Open it with "
+                "model=, or search with --model."
             )
-        model = load(given, self._device) if isinstance(given, str | Path) else given
-        if fingerprint(model) != made_by.fingerprint:
+        if isinstance(path, str | Path) and self._model_given is None and _is_missing(path):
             raise UserError(
-                f"The index '{self.folder}' holds vectors of another model, '{made_by.spec or 'a Python object'}' as "
-                "it was then; cosines between two models' vectors mean nothing. Give that model, or embed again "
-                "into another folder."
+                f"The model of the index '{self.folder}' is no longer at '{path}'. Give its path now with --model."
+            )
+        model = load(path, self._device) if isinstance(path, str | Path) else path
+        given = describe_model(model, path, self.folder)
+        if given.fingerprint != made_by.fingerprint:
+            changed = (
+                "its weights or preprocessing have changed since" if given.name == made_by.name else f"not {given}"
+            )
+            raise UserError(
+                f"The index '{self.folder}' was made by another model: {made_by}, {changed}. Cosines of two models "
+                "cannot be compared. Give that model with --model, or embed again into another folder."
             )
         return model
 
@@ -185,11 +201,11 @@ class Index:
             Ids (n, k') int64 and cosines (n, k') float32, the best first.
         """
         queries = as_tensor(queries, dtype=float32)
-        if queries.ndim != 2 or queries.shape[1] != self.manifest.dimension or k < 0:
-            raise UserError(f"Give queries (n, {self.manifest.dimension}), not {tuple(queries.shape)}, and k from 0.")
+        if queries.ndim != 2 or queries.shape[1] != self.info.dimension or k < 0:
+            raise UserError(f"Give queries (n, {self.info.dimension}), not {tuple(queries.shape)}, and k from 0.")
         if not queries.isfinite().all():
             raise UserError("A query is not finite. Leave it out.")
-        return nearest(queries, self._store.blocks(over), k)
+        return nearest(queries, self._store.search_blocks(over), k)
 
     def row(self, id: int) -> IndexedImage:
         """An image's key, captions and origin; raises `UserError` where there is no such id."""
@@ -197,11 +213,11 @@ class Index:
 
     def vectors(self, ids: Sequence[int] | np.ndarray, over: Over = "images") -> Tensor:
         """(n, d) float32, the vectors of images, or of their captions: zeros where an image has none."""
-        return self._store.vectors(self._store.positions(ids), over)
+        return as_tensor(self._store.matrix(over)[self._store.positions(ids)], dtype=float32)
 
     def keys(self) -> list[str]:
         """The key of each image in the order of `ids`; several images may share one."""
-        return self._store.table["key"].to_pylist()
+        return self._store.column("key").to_pylist()
 
     def image(self, id: int) -> Image.Image:
         """Read an image from the source, RGB and upright.
@@ -223,40 +239,49 @@ class Index:
             raise UserError(f"The image '{printable(row.key)}' cannot be read any more: {broken}.") from broken
 
     def export(self, path: str | Path, *, over: Over = "images") -> Path:
-        """Write the vectors for other programs, in the order of `ids`, part by part.
+        """Write the vectors for other programs, in the order of `ids`.
 
         Args:
             path: .parquet with all columns, vectors as lists of float32; or .npy, (n, d) of the stored type, with the
-                ids, keys and paths of its rows in a file of the same name and .csv behind it.
+                ids, keys and paths of its rows in a file of the same name followed by .csv.
             over: The vectors in .npy.
         """
-        path, table = Path(path).expanduser(), self._store.table
+        path = Path(path).expanduser()
         if path.suffix not in (".parquet", ".npy"):
             raise UserError(f"Vectors are written to .parquet or .npy, not to '{path.name}'.")
         with atomic_write(path, "give another file") as target:
             if path.suffix == ".parquet":
-                types = [f.with_type(pa.list_(pa.float32())) if f.name in COLUMNS.values() else f for f in table.schema]
-                with pq.ParquetWriter(target, pa.schema(types)) as writer:
-                    for batch in table.to_batches():
-                        writer.write_table(pa.Table.from_batches([batch]).cast(pa.schema(types)))
-            else:
-                shape, start = (len(self), self.manifest.dimension), 0
-                mapped = np.lib.format.open_memmap(target, "w+", self.manifest.dtype, shape)
-                for block in self._store.blocks(over):
-                    mapped[start : start + len(block.ids)] = block.vectors.numpy()
-                    start += len(block.ids)
-                mapped.flush()
-                with atomic_write(path.with_name(f"{path.name}.csv"), "give another file") as rows:
-                    pa.csv.write_csv(table.select(["id", "key", "path"]), rows)
+                self._write_parquet(target)
+                return path
+            with target.open("wb") as file:
+                np.save(file, self._store.matrix(over))
+            with atomic_write(path.with_name(f"{path.name}.csv"), "give another file") as rows:
+                paths = [resolve(one, self.folder) for one in self._store.column("path").to_pylist()]
+                keys = self._store.column("key").combine_chunks()
+                pa.csv.write_csv(pa.table({"id": self.ids, "key": keys, "path": paths}), rows)
         return path
+
+    def _write_parquet(self, target: Path) -> None:
+        names = {over: COLUMN_NAMES[over] for over in self._store.matrices}
+        kind = pa.list_(pa.float32())
+        schema = pa.schema([*SCHEMA, *(pa.field(name, kind) for name in names.values())])
+        with pq.ParquetWriter(target, schema) as writer:
+            for block in self._store.blocks():
+                columns = dict(zip(SCHEMA.names, block.table.columns, strict=True))
+                paths = [resolve(path, self.folder) for path in columns["path"].to_pylist()]
+                columns["path"] = pa.array(paths, pa.large_string())
+                for over, name in names.items():
+                    numbers = pa.array(block.matrices[over].astype("float32").ravel())
+                    columns[name] = pa.FixedSizeListArray.from_arrays(numbers, self.info.dimension).cast(kind)
+                writer.write_table(pa.table(columns, schema=schema))
 
     def summary(self) -> str:
         """The contents of the index, and what was left out, a line each."""
-        manifest = self.manifest
-        size = sum(part.bytes for part in manifest.parts)
-        lines = [f"{len(self):,} images, {manifest.dimension} numbers each in {manifest.dtype}, {size / 1e6:,.1f} MB"]
-        lines += [f"Left out: {line}" for line in SkipCounter.from_dict(manifest.skipped).lines()]
-        if uncaptioned := self._store.table["captions"].to_pylist().count([]):
+        info = self.info
+        size = sum(file.bytes for file in info.files.values())
+        lines = [f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}, {size / 1e6:,.1f} MB"]
+        lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]
+        if uncaptioned := int(pc.sum(pc.equal(pc.list_value_length(self._store.column("captions")), 0)).as_py() or 0):
             lines.append(f"Without caption: {uncaptioned:,}")
         return "\n".join(lines)
 
@@ -265,15 +290,17 @@ class Index:
 
     @cached_property
     def _source(self) -> ImageSource:
-        given, entry = self._given_source, self.manifest.source
+        given, saved = self._source_given, self.info.source
         if given is not None and not isinstance(given, str | Path):
-            return ImageSource(open_source(given, entry.columns))
-        if given is None and not entry.spec:
+            return ImageSource(open_source(given, saved.columns_of(self.folder)))
+        if given is None and not saved.path:
             raise UserError(
-                f"The index was made of '{entry.name}', a Python object. To see its images, open the index with "
+                f"The index was made from '{saved.name}', a Python object. To see its images, open the index with "
                 "source=, that object or what it was opened from."
             )
-        return entry.open(given)
+        if given is None and _is_missing(path := resolve(saved.path, self.folder)):
+            raise UserError(f"The images of the index '{self.folder}' are no longer at '{path}'. Give --source.")
+        return saved.open(self.folder, given)
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -284,6 +311,14 @@ class Index:
         return places
 
 
+def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
+    """Describe a model that was loaded from `path`, or is a Python object, for the index in a folder."""
+    stored = stored_path(path, index)
+    recipe = getattr(model, "recipe", None)
+    name = str(path) if stored else f"{type(model).__name__} {getattr(recipe, 'name', '')}".strip()
+    return ModelInfo(path=stored, name=name, fingerprint=fingerprint(model))
+
+
 def fingerprint(model: Encoder) -> str:
     """SHA-256, in hexadecimal, of a model's weights, preprocessing and tokenizer."""
     if not hasattr(model, "state_dict"):
@@ -291,9 +326,14 @@ def fingerprint(model: Encoder) -> str:
     digest = hashlib.sha256(model_hash(model))
     try:
         digest.update(repr(model.tokenize([PROBE]).tolist()).encode())
-    except UserError:  # an image tower alone
+    except UserError:  # a model without a text tower
         digest.update(b"no text")
     return digest.hexdigest()
+
+
+def _is_missing(path: str | Path) -> bool:
+    """Whether a path, unlike a name such as open_clip:MODEL/TAG, does not exist."""
+    return os.path.isabs(path) and not os.path.exists(path)
 
 
 def image_vectors(model: Encoder, pixels: Tensor) -> Tensor:

@@ -1,0 +1,142 @@
+"""The description of an index, `index.json`: its model, its source, its options, and the name of its files."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import declip
+from declip.data.columns import DEFAULT, Columns
+from declip.data.pair import SkipCounter
+from declip.data.sources.shard_names import SEPARATOR, absolute
+from declip.errors import UserError
+from declip.io.atomic import write_text
+
+if TYPE_CHECKING:
+    from declip.data.sources.image_source import ImageSource
+
+INFO = "index.json"
+OLD_INFO = "manifest.json"  # in an index of declip before index.json
+
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+Dtype = Literal["float16", "float32"]
+Over = Literal["images", "captions"]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class InfoSection(BaseModel):
+    """A section of index.json; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SourceInfo(InfoSection):
+    """The source of the images; `path` is empty for a Python object. Paths are as `stored_path` stores them."""
+
+    path: str
+    name: str
+    columns: Columns = DEFAULT
+
+    def columns_of(self, folder: Path) -> Columns:
+        """The columns of the source of the index in `folder`."""
+        root = self.columns.root
+        return self.columns if root is None else replace(self.columns, root=resolve(str(root), folder))
+
+    def open(self, folder: Path, moved_to: str | Path | None = None) -> "ImageSource":
+        """Open the source of the index in `folder`, or the copy of it at `moved_to`."""
+        from declip.data.sources.image_source import open_images  # imports torch: not before a path is known to exist
+
+        return open_images(resolve(self.path, folder) if moved_to is None else moved_to, self.columns_of(folder))
+
+
+class ModelInfo(InfoSection):
+    """The model that made the vectors; `path` is what `declip.load` opens, empty for a Python object."""
+
+    path: str
+    name: str  # for messages
+    fingerprint: Digest
+
+    def __str__(self) -> str:
+        return f"'{self.name}' (fingerprint {self.fingerprint[:8]})"
+
+
+class FileInfo(InfoSection):
+    """Size and SHA-256 of a file of the index."""
+
+    bytes: Count
+    sha256: Digest
+
+
+class IndexInfo(InfoSection):
+    """Everything about an index except its rows and vectors."""
+
+    layout: Literal[4] = 4  # raised when the files change their meaning
+    declip: str = declip.__version__
+    model: ModelInfo
+    source: SourceInfo
+    dtype: Dtype
+    captions: bool  # whether captions have vectors too
+    rows: Count = 0
+    dimension: Count = 0  # width of the vectors
+    next_id: Count = 0
+    generation: Count = 0  # number in the name of the folder with the files
+    files: dict[str, FileInfo] = {}
+    skipped: dict[str, Any] = Field(default_factory=lambda: SkipCounter().to_dict())  # in the last call of `embed`
+
+    def save(self, folder: Path) -> None:
+        """Write index.json durably; raises `UserError` if that fails."""
+        write_text(folder / INFO, self.model_dump_json(indent=1) + "\n", durable=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read index.json; raises `UserError` if it is missing, damaged, or of another version of declip."""
+        path = folder / INFO
+        if not path.is_file():
+            if (folder / OLD_INFO).is_file():
+                raise UserError(
+                    f"'{folder}' is an index of an earlier version of declip. Embed again into another folder: "
+                    "declip embed MODEL SOURCE --out DIR."
+                )
+            raise UserError(
+                f"'{folder}' is not a complete index: it has no {INFO}. Make one, or continue an interrupted call: "
+                f"declip embed MODEL SOURCE --out {folder}."
+            )
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except OSError as error:
+            problem = str(error)
+        raise UserError(
+            f"'{path}' is damaged, or of another version of declip: {problem}. Embed again into another folder."
+        )
+
+
+def stored_path(given: object, folder: Path) -> str:
+    """The path of a source or a model as an index stores it; empty for a Python object.
+
+    If the path and the index are both below the working directory, the path is relative to the index, so that it stays
+    valid when the project moves. Otherwise it is absolute.
+    """
+    if not isinstance(given, str | Path) or not str(given):
+        return ""
+    return SEPARATOR.join(relative(part, folder) for part in absolute(given).split(SEPARATOR))
+
+
+def relative(path: str, folder: Path) -> str:
+    """A path as `stored_path` stores it, without resolving links; anything but an absolute path stays."""
+    project, index = os.getcwd(), str(folder.resolve())
+    inside = all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, index))
+    return os.path.relpath(path, index) if inside and not path.startswith(index + os.sep) else path
+
+
+def resolve(path: str, folder: Path) -> str:
+    """The absolute path of what `stored_path` stored; URLs and names such as builtin:emoji stay."""
+
+    def one(part: str) -> str:
+        return os.path.normpath(folder.resolve() / part) if part.startswith(os.pardir + os.sep) else part
+
+    return SEPARATOR.join(map(one, path.split(SEPARATOR)))
