@@ -41,7 +41,7 @@ from declip.errors import UserError
 from declip.io.atomic import atomic_write
 from declip.recipe.load import load_recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
-from declip.training.setup import plan_of
+from declip.training.assemble import assemble, plan_of
 from declip.training.step import training_step
 from declip.training.trainer import Trainer
 from gpu_steps import BASE, Bench, Run, measured, open_clips_side, our_side, sizes
@@ -192,7 +192,7 @@ def draw_pairs(folder: Path, count: int = 128) -> Path:
 
 def train(recipe: str, keys: dict[str, Any], folder: Path, resume: bool = False) -> list[float]:
     """Train a run, and give the loss of each step."""
-    run = Trainer(load_recipe(recipe, keys), folder, resume=resume, quiet=True).train()
+    run = Trainer(assemble(load_recipe(recipe, keys), folder, resume=resume, quiet=True)).train()
     return [row["loss"] for row in run.metrics]
 
 

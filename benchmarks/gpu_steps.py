@@ -17,8 +17,8 @@ from declip.data.batch import PairBatch, View
 from declip.data.images.crops import apply_photometric
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
+from declip.training.assemble import plan_of
 from declip.training.compilation import compile_towers
-from declip.training.setup import plan_of
 from declip.training.step import training_step
 from pairs import InMemory, open_pairs, texts_of
 from parts import build

@@ -35,6 +35,7 @@ from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import METRICS, read_rows
 from declip.supervision.objective import Objective
 from declip.training import monitor
+from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 
 RECIPES = tuple(
@@ -83,7 +84,7 @@ def run(rank: int, ranks: int, meeting: str, recipe: Recipe, folder: str, kill: 
     if kill is not None and rank == kill["rank"]:
         _arm(kill)
     try:
-        Trainer(recipe, Path(folder), resume=True, quiet=True).train()
+        Trainer(assemble(recipe, Path(folder), resume=True, quiet=True)).train()
     except BaseException:
         os._exit(1)
     os._exit(0)

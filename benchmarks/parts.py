@@ -9,9 +9,9 @@ from declip.data.pair import PairSource
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
+from declip.training.assemble import build_loader, plan_of
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner
-from declip.training.setup import build_loader, plan_of
 from declip.training.step import StepParts
 
 
@@ -35,8 +35,5 @@ def build(recipe: Recipe, source: PairSource, device: torch.device | str = "cpu"
         objective.queue.push(torch.randn(objective.queue.size, recipe.embed_dim, device=device))
     learner, plan, train = build_learner(recipe, model, objective).train(), plan_of(recipe), recipe.train
     optimizer = build_optimizer(named_trainable(model, objective), train)
-    mean, std = (torch.tensor(values, device=device) for values in (plan.mean, plan.std))
-    step = StepParts(
-        learner, optimizer, mean, std, None, train.grad_clip_norm, train.precision, train.grad_cache_chunk
-    )  # fmt: skip
+    step = StepParts(learner, optimizer, plan, train)
     return Built(model, objective, step, build_loader(recipe, source, model))

@@ -21,6 +21,7 @@ import torch
 
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
+from declip.training.assemble import assemble, build_loader, continue_at
 from declip.training.trainer import Trainer
 
 LOOK_EVERY = 50
@@ -66,8 +67,8 @@ def watch(
     The rows are kept as they come: a watch of hours that is cut off loses few of them.
     """
     started = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
-    trainer = Trainer(recipe, folder, resume=True, quiet=True)
-    sync = trainer.hosts.sync_step
+    trainer = Trainer(assemble(recipe, folder, resume=True, quiet=True))
+    sync = trainer.parts.hosts.sync_step
 
     def sync_and_look(step: int, *rest: Any) -> Any:
         if step % LOOK_EVERY == 0:
@@ -76,12 +77,14 @@ def watch(
             kept.write_text(json.dumps(rows) + "\n", encoding="utf-8")
         if step and step % workers_every == 0:
             trainer.loader.close()
-            del trainer.loader
+            parts = trainer.parts
+            trainer.loader = build_loader(parts.recipe, parts.source, parts.model, parts.workers)
+            continue_at(step, parts, trainer.loader)
         due = until <= step + 1 or time.perf_counter() - started > seconds
         trainer.stop.asked = trainer.stop.asked or (due and step + 1 < recipe.train.steps)
         return sync(step, *rest)
 
-    trainer.hosts.sync_step = sync_and_look  # type: ignore[method-assign, assignment]
+    trainer.parts.hosts.sync_step = sync_and_look  # type: ignore[method-assign, assignment]
     finished = trainer.train().finished
     return finished or time.perf_counter() - started > seconds
 
@@ -89,7 +92,7 @@ def watch(
 def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
     """Early against late, each as many whole stretches between restarts, so that like is compared with like.
 
-    A trainer's memory grows while it works and falls when it is restarted; the first stretch warms up and is left out.
+    A trainer's memory grows while it works and falls when it is restarted; the first info warms up and is left out.
     """
     stretches: dict[int, list[dict[str, float]]] = {}
     for row in rows:
@@ -97,7 +100,7 @@ def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
     whole = [stretches[number] for number in sorted(stretches)]
     rest = whole[1:] or whole
     some = max(1, len(rest) // 4)
-    first, last = ([row for stretch in part for row in stretch] for part in (rest[:some], rest[-some:]))
+    first, last = ([row for info in part for row in info] for part in (rest[:some], rest[-some:]))
 
     def change(name: str) -> dict[str, float]:
         before, after = (median(row[name] for row in part) for part in (first, last))

@@ -33,10 +33,11 @@ from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
+from declip.training.assemble import build_loader, plan_of
 from declip.training.compilation import compile_towers
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.setup import build_loader, keep_freed_memory, plan_of
 from declip.training.step import training_step
+from declip.training.trainer import keep_freed_memory
 from machine import machine
 from memory import available, peak
 from pairs import CAPTIONS, InMemory, open_pairs, texts_of

@@ -25,6 +25,7 @@ from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training import distributed
 from declip.training.arguments import resolve_recipe, several
+from declip.training.assemble import assemble
 from declip.training.sinks import Sink
 from declip.training.trainer import Trainer
 
@@ -67,8 +68,8 @@ def train(
     if data is not None and not isinstance(data, str | Path):
         source = open_source(data, Columns.of(resolved.data))
     with extra_terms(terms or {}):
-        trainer = Trainer(resolved, folder, resume, quiet, callbacks, source)
-        run = trainer.train(finetuning.write_run_report if report else None)
+        parts = assemble(resolved, folder, resume, quiet, callbacks, source)
+        run = Trainer(parts).train(finetuning.write_run_report if report else None)
     distributed.leave()
     return run
 

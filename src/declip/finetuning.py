@@ -29,7 +29,9 @@ from declip.reports.run import write_report
 from declip.runs.folder import RECIPE, Run, log, not_writable
 from declip.training import distributed
 from declip.training.arguments import resolve_recipe, several
+from declip.training.assemble import assemble
 from declip.training.estimate import Estimate, estimate
+from declip.training.parts import Parts
 from declip.training.trainer import Trainer
 
 SPLIT = ("train.pairs", "val.pairs")  # lists of the parts of a split, in the run folder
@@ -58,9 +60,9 @@ def finetune(
             _refuse_others(recipe, pairs, weights, several(val), freeze)
         else:
             recipe = finetune_recipe(pairs, folder, weights, val, freeze, overrides, quiet)
-        trainer = Trainer(recipe, folder, resume, quiet)
-        check_learns(trainer)
-    run = trainer.train(write_finetuned)
+        parts = assemble(recipe, folder, resume, quiet)
+        check_learns(parts)
+    run = Trainer(parts).train(write_finetuned)
     distributed.leave()
     return run
 
@@ -169,9 +171,9 @@ def default_weights(device: str) -> str:
     )
 
 
-def check_learns(trainer: Trainer) -> None:
+def check_learns(parts: Parts) -> None:
     """Refuse a run that would train the logit scale alone."""
-    trained = {name for group in trainer.optimizer.param_groups for name in group["names"]}
+    trained = {name for group in parts.optimizer.param_groups for name in group["names"]}
     if trained <= {"model.logit_scale", "model.logit_bias"}:
         raise UserError(
             "--freeze both leaves nothing to train: these weights have projections of their own. Give --freeze image, "
@@ -194,22 +196,22 @@ def removed_on_error(folder: Path) -> Iterator[None]:
         raise
 
 
-def write_finetuned(trainer: Trainer) -> None:
-    write_run_report(trainer)
-    merged = load(trainer.folder, "cpu")  # without adapters, and whole where it was sharded
+def write_finetuned(parts: Parts) -> None:
+    write_run_report(parts)
+    merged = load(parts.folder, "cpu")  # without adapters, and whole where it was sharded
     for format in ("safetensors", "open_clip", "huggingface"):
         try:
             if format != "safetensors":
                 FORMATS[format].express(merged)
-            export(trainer.folder, format, trainer.folder / "exported" / format, overwrite=True)
+            export(parts.folder, format, parts.folder / "exported" / format, overwrite=True)
         except Refusal:
             continue
         except UserError as error:  # the run is whole without it
             log.warning(str(error))
 
 
-def write_run_report(trainer: Trainer) -> None:
+def write_run_report(parts: Parts) -> None:
     """Write report.html of a finished run."""
     # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
-    model: Any = load(trainer.folder) if trainer.sharded else trainer.evaluated_model
-    write_report(trainer.folder, model)
+    model: Any = load(parts.folder) if parts.sharded else parts.evaluated_model
+    write_report(parts.folder, model)

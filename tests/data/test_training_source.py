@@ -18,7 +18,8 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.training.setup import build_loader, open_training_source
+from declip.training.assemble import build_loader
+from declip.training.resolve import open_training_source
 
 
 @pytest.fixture

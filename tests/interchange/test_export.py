@@ -16,6 +16,7 @@ import declip
 from declip.errors import UserError
 from declip.interchange import declip_file
 from declip.interchange.declip_file import FILE, write_declip_file
+from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 from interchange.towers import CAPTIONS, EXACT, build, command, export_exactly, largest, pictures
 from training.starts import recipe_for
@@ -121,13 +122,13 @@ def test_a_run_is_exported_with_its_data_steps_and_results(
 ) -> None:
     recipe = recipe_for(table, steps=4, ema_decay=0.5).model_copy(update={"name": "shapes"})
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"retrieval": (str(table),)})})
-    trainer = Trainer(recipe, tmp_path / "run", quiet=True)
+    trainer = Trainer(assemble(recipe, tmp_path / "run", quiet=True))
     trainer.train()
     out = tmp_path / "out"
     words = ["export", str(tmp_path / "run"), "--format", "safetensors", "--out", str(out), "--license", "cc-by-4.0"]
     assert command(words, monkeypatch) == 0
     assert "Read back by declip" in capfd.readouterr().out
-    averaged, tokens = trainer.evaluated_model.eval(), trainer.model.tokenize("a red circle")
+    averaged, tokens = trainer.parts.evaluated_model.eval(), trainer.parts.model.tokenize("a red circle")
     with torch.no_grad():
         assert torch.equal(declip.load(out, device="cpu").encode_text(tokens), averaged.encode_text(tokens))
     card = _card(out)

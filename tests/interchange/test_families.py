@@ -30,6 +30,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
+from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 from interchange.families import CAPTIONS, FAMILIES, features, saved
 from interchange.test_export import run_card
@@ -173,8 +174,8 @@ def test_a_run_with_adapters_is_merged_when_it_is_loaded(
     family: str, files: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
     lora = {"finetune.lora": {"rank": 2}, "finetune.layer_decay": 1.0, "train.checkpoint_every": 2}
-    trainer = Trainer(tuned(table, files[family], **lora), tmp_path, quiet=True)
-    before, learned, tokens = state(trainer), trainer.model, trainer.model.tokenize(CAPTIONS)
+    trainer = Trainer(assemble(tuned(table, files[family], **lora), tmp_path, quiet=True))
+    before, learned, tokens = state(trainer), trainer.parts.model, trainer.parts.model.tokenize(CAPTIONS)
     trainer.train()
     adapters = {n for n in before if MARK in n}
     after = learned.state_dict()
@@ -201,7 +202,7 @@ LENGTHS = {"siglip2": 20, "eva": 6, "coca": 20, "biomedclip": 24, "transformers-
 def test_positions_are_stretched_or_cut(family: str, families: Any, table: Path, tmp_path: Path) -> None:
     weights, length = families[family][0], LENGTHS[family]
     recipe, old = tuned(table, weights.origin, **{"text.context_length": length}), weights.recipe.text.context_length
-    model = Trainer(recipe, tmp_path / "run", quiet=True).model.eval()
+    model = assemble(recipe, tmp_path / "run", quiet=True).model.eval()
     own, tokens = model.state_dict(), model.tokenize(CAPTIONS)
     other = [n for n, t in weights.tensors.items() if n != ENTRY and not torch.equal(own[n], t)]
     assert len(other) == (0 if family == "biomedclip" else 1)

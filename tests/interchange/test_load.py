@@ -13,15 +13,16 @@ from declip.errors import UserError
 from declip.interchange.read import read_checkpoint
 from declip.models.image_tower import ImageTower
 from declip.runs.checkpoint import WEIGHTS, list_checkpoints, step_of
+from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 from training.starts import recipe_for
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_a_loaded_run_gives_the_features_of_the_trained_model(table: Path, tmp_path: Path, ema: float | None) -> None:
-    trainer = Trainer(recipe_for(table, ema_decay=ema), tmp_path, quiet=True)
+    trainer = Trainer(assemble(recipe_for(table, ema_decay=ema), tmp_path, quiet=True))
     trainer.train()
-    expected = trainer.evaluated_model.eval()
+    expected = trainer.parts.evaluated_model.eval()
     for where in (tmp_path, list_checkpoints(tmp_path)[-1]):
         model = declip.load(where, device="cpu")
         assert not model.training
@@ -39,7 +40,7 @@ def test_what_is_not_a_model_is_named(table: Path, tmp_path: Path) -> None:
         declip.load(tmp_path)
     with pytest.raises(UserError):
         declip.load(table)
-    Trainer(recipe_for(table), tmp_path / "run", quiet=True)
+    Trainer(assemble(recipe_for(table), tmp_path / "run", quiet=True))
     with pytest.raises(UserError, match="no checkpoint yet"):
         declip.load(tmp_path / "run")
 
@@ -51,7 +52,7 @@ def test_damaged_checkpoints_and_their_weights_alone_are_named(
     evaluation = plain.evaluation.model_copy(update={"retrieval": (str(table),)})
     train = plain.train.model_copy(update={"patience": 9})
     watched = plain.model_copy(update={"evaluation": evaluation, "train": train})
-    Trainer(watched, tmp_path, quiet=True).train()
+    Trainer(assemble(watched, tmp_path, quiet=True)).train()
     best = (tmp_path / "checkpoints/best").resolve()
     kept = list_checkpoints(tmp_path)
     (best / WEIGHTS).write_bytes(b"half")

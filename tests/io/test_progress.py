@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from declip.api import train
 from declip.io import progress
 from declip.io.progress import progress_bar
-from declip.training.sinks import Bar, Stretch
+from declip.training.sinks import Bar, RunInfo
 from training.starts import recipe_for
 
 TERMS = ("contrastive", "multi_view", "simsiam", "masked_language", "nearest_neighbor")
@@ -46,7 +46,7 @@ def test_a_narrow_terminal_drops_terms_and_keeps_the_step_and_the_time_left(
     tmp_path: Path, width: int, terms: int
 ) -> None:
     bar = Bar()
-    bar.start(Stretch(tmp_path, 0, 100_000, 128))
+    bar.start(RunInfo(tmp_path, 0, 100_000, 128))
     clock = Clock()
     bar.progress.get_time = bar.progress.tasks[0]._get_time = clock
     bar.progress.start_task(bar.task)

@@ -13,6 +13,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
+from declip.training.assemble import plan_of
 from declip.training.parallel import build_learner
 from declip.training.step import StepParts, training_step
 
@@ -64,8 +65,7 @@ def test_a_tower_is_timms_and_learns_from_every_term(name: str) -> None:
     learner = build_learner(recipe, model.train(), objective.train())
     before = {name: weight.clone() for name, weight in tower.trunk.named_parameters()}
     optimizer = torch.optim.SGD(learner.parameters(), lr=1.0)
-    mean, std = torch.tensor(recipe.image.mean), torch.tensor(recipe.image.std)
-    found = training_step(StepParts(learner, optimizer, mean, std), batch)
+    found = training_step(StepParts(learner, optimizer, plan_of(recipe), recipe.train), batch)
     assert set(found) == {*terms, "loss", "grad_norm"}
     assert all(torch.isfinite(value) for value in found.values())
     assert [name for name, weight in learner.named_parameters() if weight.grad is None] == []

@@ -12,6 +12,7 @@ from declip.api import train
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
+from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 
 CLOCK = ("seconds", "samples_per_second")
@@ -58,8 +59,8 @@ def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None
 
 def stop_at(recipe: Recipe, folder: Path, step: int) -> None:
     """Train until a step, as if a signal had come then."""
-    trainer = Trainer(recipe, folder, quiet=True)
-    trainer.stop.poll = lambda: trainer.step + 1 >= step  # type: ignore[method-assign]
+    trainer = Trainer(assemble(recipe, folder, quiet=True))
+    trainer.stop.poll = lambda: trainer.progress.step + 1 >= step  # type: ignore[method-assign]
     run = trainer.train()
     assert (run.step, run.finished) == (step, False)
 
@@ -92,15 +93,15 @@ def resumes_exactly(
 
 def trained(recipe: Recipe, folder: Path, resume: bool = False) -> tuple[int, bool]:
     """Train in one of several processes: the step at the end, and whether all are done."""
-    run = Trainer(recipe, folder, resume, quiet=True).train()
+    run = Trainer(assemble(recipe, folder, resume, quiet=True)).train()
     return run.step, run.finished
 
 
 def ended(recipe: Recipe, folder: Path) -> tuple[int, bool, dict[str, Tensor]]:
     """Train as `trained`, and give the model's tensors too."""
-    trainer = Trainer(recipe, folder, quiet=True)
+    trainer = Trainer(assemble(recipe, folder, quiet=True))
     run = trainer.train()
-    return run.step, run.finished, trainer.model.state_dict()
+    return run.step, run.finished, trainer.parts.model.state_dict()
 
 
 def losses(run: Path) -> list[float]:
@@ -109,7 +110,7 @@ def losses(run: Path) -> list[float]:
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in trainer.parts.model.state_dict().items()}
 
 
 def last(run: Path) -> dict[str, Tensor]:

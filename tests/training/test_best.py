@@ -20,8 +20,8 @@ from declip.recipe.schema import Evaluation, Recipe
 from declip.reports.run import measures_table
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part, step_of
 from declip.runs.folder import Run, append_row, drop_rows, read_rows
+from declip.training.assemble import assemble
 from declip.training.stopping import BestEvaluation
-from declip.training.trainer import Trainer
 from processes import in_processes
 from training.starts import ended, same_end, stop_at
 
@@ -135,7 +135,7 @@ def test_recall_decides_and_then_the_loss() -> None:
 
 
 def test_epochs_and_something_to_watch(table: Path, tmp_path: Path) -> None:
-    train = Trainer(recipe_for(table, epochs=2.5), tmp_path / "run", quiet=True).recipe.train
+    train = assemble(recipe_for(table, epochs=2.5), tmp_path / "run", quiet=True).recipe.train
     assert (train.steps, train.epochs) == (8, None)  # 2.5 × 3 batches of 8 of 24 pairs
     (tmp_path / "base.yaml").write_text("train: {epochs: 3}")
     (tmp_path / "child.yaml").write_text("extends: base.yaml\ntrain: {steps: 7}")

@@ -21,7 +21,7 @@ from declip.runs.folder import EVALUATIONS, METRICS, read_rows
 from declip.supervision import objective
 from declip.supervision.objective import extra_terms
 from declip.supervision.term import Encodings, Rows, Similarity, Term
-from declip.training.sinks import Sink, Stretch
+from declip.training.sinks import RunInfo, Sink
 from processes import in_processes
 from training.starts import same_end
 from training.test_distributed import BATCH, CASES, compare, some_recipes
@@ -54,8 +54,8 @@ class Kept(Sink):
     def __init__(self) -> None:
         self.starts, self.rows, self.results, self.closed = list[int](), list[Any](), list[Any](), 0
 
-    def start(self, stretch: Stretch) -> None:
-        self.starts.append(stretch.start)
+    def start(self, info: RunInfo) -> None:
+        self.starts.append(info.start)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self.rows.append({"step": step, **values})

@@ -17,8 +17,8 @@ from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
 from declip.supervision.objective import encode_views
 from declip.training import estimate
-from declip.training.setup import build_loader, open_training_source
-from declip.training.trainer import Trainer
+from declip.training.assemble import assemble, build_loader
+from declip.training.resolve import open_training_source
 from training.starts import CONV, SMALL, recipe_for, resumes_exactly
 
 
@@ -29,7 +29,8 @@ def late(table: Path, second: dict[str, Any] | None, name: str = "declip", **sec
 
 def batches(recipe: Recipe, start: int = 0, workers: int = 0) -> list[PairBatch]:
     source, model = open_training_source(recipe), DualEncoder.from_recipe(recipe)
-    with build_loader(recipe, source, model, start, workers) as loader:
+    with build_loader(recipe, source, model, workers) as loader:
+        loader.step = start
         return [next(loader) for _ in range(8 - start)]
 
 
@@ -136,11 +137,11 @@ def test_a_step_is_timed_before_and_after_the_start(table: Path, tmp_path: Path,
 
     monkeypatch.setattr(estimate, "training_step", step)
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
-    trainer = Trainer(late(table, {"start": 0.75}), tmp_path / "run", quiet=True)
-    assert estimate.step_seconds(trainer, 1, 2) == [0.75 * 1 + 0.25 * 2] * 2
+    parts = assemble(late(table, {"start": 0.75}), tmp_path / "run", quiet=True)
+    assert estimate.step_seconds(parts, 1, 2) == [0.75 * 1 + 0.25 * 2] * 2
     both = late(table, {"start": 0.75}, views={"progressive": {"size": 16, "until": 0.375}})
-    trainer = Trainer(both, tmp_path / "both", quiet=True)
-    assert estimate.step_seconds(trainer, 1, 2) == [0.375 * 0.25 + 0.375 * 1 + 0.25 * 2] * 2
+    parts = assemble(both, tmp_path / "both", quiet=True)
+    assert estimate.step_seconds(parts, 1, 2) == [0.375 * 0.25 + 0.375 * 1 + 0.25 * 2] * 2
 
 
 @pytest.mark.parametrize("views", [{"image_second": {"start": 0.5}}, {"progressive": {"size": 16}}])

@@ -12,8 +12,8 @@ from declip.api import train
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.training import compilation
+from declip.training.assemble import assemble, plan_of
 from declip.training.compilation import compile_towers
-from declip.training.setup import plan_of
 from declip.training.trainer import Trainer
 from training.starts import CONV, recipe_for
 
@@ -80,7 +80,7 @@ def test_compiled_are_whole_batches_in_training_with_few_lengths(
 def test_recomputing_a_tower_with_batch_norm_is_refused(table: Path, tmp_path: Path) -> None:
     recipe = recipe_for(table, sections={"image": CONV}, compile=True, grad_checkpointing=True)
     with pytest.raises(UserError, match="'declip_conv_tiny'"):
-        Trainer(recipe, tmp_path / "run", quiet=True)
+        Trainer(assemble(recipe, tmp_path / "run", quiet=True))
 
 
 def test_of_frozen_towers_that_are_read_from_a_cache_nothing_is_compiled(

@@ -19,10 +19,10 @@ from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.supervision.soft_targets import caption_hashes
 from declip.training import distributed
+from declip.training.assemble import plan_of
 from declip.training.distributed import StepSync
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import build_learner, full_tensor
-from declip.training.setup import plan_of
 from declip.training.step import StepParts, training_step
 from processes import in_processes
 from supervision.test_word_classification import Captioned
@@ -95,15 +95,10 @@ def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> d
         term_.stored = (*features, caption_hashes(texts)[0].sort().values, torch.ones(()))
     objective.double()
     learner = build_learner(recipe, model, objective)
+    section = recipe.train.model_copy(update={"grad_clip_norm": 1.0, "precision": "fp32", "max_nonfinite_steps": 0})
+    plain = replace(plan_of(recipe), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     named = named_trainable(model, objective)
-    parts = StepParts(
-        learner,
-        build_optimizer(named, recipe.train),
-        torch.zeros(3),
-        torch.ones(3),
-        grad_clip_norm=1.0,
-        chunk=recipe.train.grad_cache_chunk,
-    )
+    parts = StepParts(learner, build_optimizer(named, section), plain, section)
     model.train(), objective.train()
     sync, found = StepSync(counts, stop=False), {}
     for step in range(2):

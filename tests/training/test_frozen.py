@@ -22,8 +22,8 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
+from declip.training.assemble import build_loader, plan_of
 from declip.training.frozen import cached_features, check_frozen
-from declip.training.setup import build_loader, plan_of
 
 VARIANTS = 2
 

@@ -25,9 +25,9 @@ from declip.recipe.schema import DistillationConfig, Recipe
 from declip.supervision.contrastive import info_nce, shared_info_nce
 from declip.supervision.soft_targets import caption_hashes
 from declip.supervision.structure import structure
+from declip.training.assemble import assemble, plan_of
 from declip.training.closed_form import cca, start_closed_form
 from declip.training.frozen_encoder import FrozenEncoder
-from declip.training.setup import plan_of
 from declip.training.trainer import Trainer
 from text_encoders import bert
 from training.starts import recipe_for, resumes_exactly
@@ -180,7 +180,7 @@ def test_all_methods_at_once_train_resume_export_and_start_another(table: Path, 
     second = Recipe.model_validate(
         {**TINY, "data": {"source": str(table)}, "finetune": {"pretrained": str(tmp_path / "whole")}}
     )
-    Trainer(second, tmp_path / "second", quiet=True).train()
+    Trainer(assemble(second, tmp_path / "second", quiet=True)).train()
     assert isinstance(declip.load(tmp_path / "second").image_tower.proj, MlpHead)  # type: ignore[union-attr]
 
 
@@ -203,8 +203,8 @@ def test_towers_of_two_models_are_frozen_and_cached(table: Path, tmp_path: Path)
     image = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
     recipe = tuned(table, image, text=text, head_init="cca")
     recipe._given = frozenset({"image.size"})
-    trainer = Trainer(recipe, tmp_path / "run", quiet=True)
-    learning = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer = Trainer(assemble(recipe, tmp_path / "run", quiet=True))
+    learning = {name for name, p in trainer.parts.model.named_parameters() if p.requires_grad}
     assert learning == {"image_tower.proj.weight", "text_tower.text_projection.weight", "logit_scale"}
     assert trainer.train().finished
     weights = {"contrastive": 1.0, "distillation": 1.0}
@@ -212,7 +212,7 @@ def test_towers_of_two_models_are_frozen_and_cached(table: Path, tmp_path: Path)
         update={"loss_weights": weights, "distillation": DistillationConfig(teacher=image)}
     )
     with pytest.raises(UserError, match=r"distillation\.teacher=.*both towers"):
-        Trainer(taught, tmp_path / "taught", quiet=True)
+        Trainer(assemble(taught, tmp_path / "taught", quiet=True))
 
 
 def test_evaluation_computes_the_towers_once(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,15 +238,15 @@ def test_a_stored_teacher_of_another_width_is_read_again_and_resumes_exactly(
     tree = {**TINY, "data": {"source": str(table)}, "loss_weights": {"contrastive": 0.5, "distillation": 0.5}}
     recipe = Recipe.model_validate({**tree, "distillation": {"teacher": str(start)}})
     resumes_exactly(recipe, tmp_path)
-    trainer = Trainer(recipe, tmp_path / "again", quiet=True)
+    trainer = Trainer(assemble(recipe, tmp_path / "again", quiet=True))
     assert sorted(path.stat().st_size for path in (tmp_path / "cache").rglob("keys")) == [24 * 16, 48 * 16], "once each"
     teacher: Any = declip.load(start, device="cpu")
-    term: Any = trainer.objective.terms["distillation"]
+    term: Any = trainer.parts.objective.terms["distillation"]
     images, texts, hashes, scale = term.stored
     source = open_source(str(table))
     torch.testing.assert_close(images[5], teacher.encode_image(teacher.preprocess(source.image(5)))[0])
     caption = source.captions(5)[1]
-    row = (hashes == caption_hashes(trainer.model.tokenizer(caption)[None])[0]).nonzero().item()
+    row = (hashes == caption_hashes(trainer.parts.model.tokenizer(caption)[None])[0]).nonzero().item()
     torch.testing.assert_close(texts[row], teacher.encode_text(teacher.tokenize(caption))[0])
     assert scale == teacher.logit_scale.exp()
     assert images.shape[1] == 24 != recipe.embed_dim
@@ -260,4 +260,4 @@ def test_methods_of_cached_features_are_refused_without_them(table: Path, start:
     weights = {"contrastive": 1.0, "structure": 1.0}
     recipe = recipe.model_copy(update={"finetune": uncached, "loss_weights": weights})
     with pytest.raises(UserError, match=r"loss_weights\.structure=0"):
-        Trainer(recipe, start.parent / "none", quiet=True)
+        Trainer(assemble(recipe, start.parent / "none", quiet=True))

@@ -20,6 +20,7 @@ from declip.models.hf_encoder import ENTRY
 from declip.models.layers import TEXT, depths
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
+from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 from interchange.towers import export_exactly
 from text_encoders import bert, roberta
@@ -74,9 +75,9 @@ def test_a_tuned_encoder_resumes_to_the_bit_without_its_folder(table: Path, tmp_
     folder = bert(tmp_path / "bert")
     recipe = recipe_for(table, folder, "clip", lr=1e-2).model_dump(mode="json")
     recipe = Recipe.model_validate({**recipe, "finetune": keys, "evaluation": {}})
-    trainer = Trainer(recipe, tmp_path / "whole", quiet=True)
-    before, places = state(trainer), depths(trainer.model)
-    factors = {name: g["multiplier"].factor for g in trainer.optimizer.param_groups for name in g["names"]}
+    trainer = Trainer(assemble(recipe, tmp_path / "whole", quiet=True))
+    before, places = state(trainer), depths(trainer.parts.model)
+    factors = {name: g["multiplier"].factor for g in trainer.parts.optimizer.param_groups for name in g["names"]}
     trainer.train()
     if "layer_decay" in keys:
         still = before.keys() - moved(before, last(tmp_path / "whole")) - {ENTRY}
@@ -90,8 +91,8 @@ def test_a_tuned_encoder_resumes_to_the_bit_without_its_folder(table: Path, tmp_
 
 
 def test_batches_are_masked_and_padded_with_the_encoders_ids(table: Path, tmp_path: Path) -> None:
-    trainer = Trainer(recipe_for(table, roberta(tmp_path / "roberta")), tmp_path / "run", quiet=True)
-    tokenizer = trainer.model.tokenizer
+    trainer = Trainer(assemble(recipe_for(table, roberta(tmp_path / "roberta")), tmp_path / "run", quiet=True))
+    tokenizer = trainer.parts.model.tokenizer
     assert (tokenizer.mask, tokenizer.padding) == (MASK, PADDING)
     found = 0
     for _ in range(4):

@@ -17,6 +17,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.supervision.objective import Objective
 from declip.training import distributed
+from declip.training.assemble import assemble
 from declip.training.distributed import HostGroup
 from declip.training.stopping import STOP
 from declip.training.trainer import Trainer, warn_once
@@ -65,8 +66,8 @@ def test_the_processes_of_a_run_can_begin_another(tmp_path: Path, monkeypatch: p
 
 def stopped(recipe: Recipe, folder: Path, at: int, by: int) -> tuple[int, bool]:
     """A run in which one rank is asked to stop before it comes to a step."""
-    trainer = Trainer(recipe, folder, quiet=True)
-    meet = trainer.hosts.sync_step
+    trainer = Trainer(assemble(recipe, folder, quiet=True))
+    meet = trainer.parts.hosts.sync_step
 
     def ask(step: int, *rest: Any) -> Any:
         if step == at and distributed.rank() == by:
@@ -74,7 +75,7 @@ def stopped(recipe: Recipe, folder: Path, at: int, by: int) -> tuple[int, bool]:
             rest = (rest[0], trainer.stop.asked, rest[2])
         return meet(step, *rest)
 
-    trainer.hosts.sync_step = ask  # type: ignore[method-assign]
+    trainer.parts.hosts.sync_step = ask  # type: ignore[method-assign]
     run = trainer.train()
     assert run.finished or run.status == 75
     return run.step, run.finished
@@ -164,7 +165,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
 
 def died(recipe: Recipe, folder: Path) -> str:
     """Rank 1 dies within a step: the other one waits for it in the gather or in the sum of the gradients."""
-    trainer = Trainer(recipe, folder, quiet=True)
+    trainer = Trainer(assemble(recipe, folder, quiet=True))
     forward, calls = Objective.forward, iter(range(100))
 
     def deadly(self: Objective, *arguments: Any) -> dict[str, torch.Tensor]:
@@ -188,7 +189,7 @@ def test_a_rank_that_dies_within_a_step_ends_the_run_without_a_trace(recipe: dic
 
 def refused(recipe: Recipe, folder: Path) -> str:
     try:
-        Trainer(recipe, folder, quiet=True)
+        Trainer(assemble(recipe, folder, quiet=True))
     except UserError as error:
         return str(error)
     except SystemExit as ended:
@@ -206,7 +207,7 @@ def test_what_the_first_rank_refuses_ends_the_others_too(recipe: dict[str, Any],
 
 def test_a_file_named_stop_ends_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / STOP).touch()
-    run = Trainer(of(recipe), tmp_path, quiet=True).train()
+    run = Trainer(assemble(of(recipe), tmp_path, quiet=True)).train()
     assert (run.step, run.finished, run.status) == (1, False, 75)
     assert not (tmp_path / STOP).exists()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]

@@ -8,13 +8,13 @@ import pytest
 
 from declip.runs.folder import EVALUATIONS, METRICS, Run, read_rows
 from declip.training.monitor import monitored
-from declip.training.sinks import Sink, Stretch
+from declip.training.sinks import RunInfo, Sink
 
 
 def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path: Path) -> None:
     result = {"dataset": "a", "task": "retrieval", "r1": math.nan, "ranks": [1, math.inf], "by_way": {"text": math.nan}}
     for start in (0, 1):  # resuming reads the rows and writes them again
-        with monitored(Stretch(tmp_path, start, 2, 8, quiet=True)) as monitor:
+        with monitored(RunInfo(tmp_path, start, 2, 8, quiet=True)) as monitor:
             if not start:
                 monitor.log(1, {"loss": math.nan, "contrastive": math.inf, "grad_norm": 2.0}, 0.1, 14.0)
                 monitor.evaluation(1, result)
@@ -31,10 +31,10 @@ def test_time_and_samples_leave_out_evaluations_and_nothing_else(
 ) -> None:
     clock = iter([0.0, 5.0, 6.0, 7.0, 17.0, 18.0, 19.0])
     monkeypatch.setattr("declip.training.monitor.time.perf_counter", lambda: next(clock))
-    with monitored(Stretch(tmp_path, 2, 6, 8, quiet=True)) as monitor:
-        monitor.go_on()  # at 5, after an evaluation before the first step
+    with monitored(RunInfo(tmp_path, 2, 6, 8, quiet=True)) as monitor:
+        monitor.restart_timer()  # at 5, after an evaluation before the first step
         monitor.count(3)  # 1 s, at 6; read again at 7
-        monitor.go_on()  # at 17
+        monitor.restart_timer()  # at 17
         monitor.log(4, {"loss": 1.0, "grad_norm": 2.0}, 0.1, 14.0)  # 1 s, at 18
     (row,) = read_rows(tmp_path / METRICS)
     assert (row["seconds"], row["samples_per_second"]) == (2.0, 8.0)
@@ -48,10 +48,10 @@ def test_a_failing_sink_closes_those_before_it(tmp_path: Path) -> None:
             self.closed = True
 
     class Failing(Sink):
-        def start(self, stretch: Stretch) -> None:
-            raise OSError(stretch.folder)
+        def start(self, info: RunInfo) -> None:
+            raise OSError(info.folder)
 
     first = Closed()
-    with pytest.raises(OSError), monitored(Stretch(tmp_path, 0, 2, 8, quiet=True), callbacks=[first, Failing()]):
+    with pytest.raises(OSError), monitored(RunInfo(tmp_path, 0, 2, 8, quiet=True), callbacks=[first, Failing()]):
         pass
     assert first.closed

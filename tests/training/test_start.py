@@ -26,6 +26,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import PatchDropout, Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
+from declip.training.assemble import assemble
 from declip.training.pretrained import _resized
 from declip.training.trainer import Trainer
 from interchange.towers import build
@@ -34,20 +35,20 @@ from training.starts import STATISTICS, last, moved, same_end, state, tuned
 
 
 def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table: Path, tmp_path: Path, start: Path) -> None:
-    trainer = Trainer(tuned(table, start), tmp_path, quiet=True)
+    trainer = Trainer(assemble(tuned(table, start), tmp_path, quiet=True))
     checkpoint = load_checkpoint(list_checkpoints(start)[-1])
     given, heads = part("model", checkpoint.weights), part("objective", checkpoint.training)
     assert not moved(given, state(trainer))
-    own = trainer.objective.state_dict()
-    for name in (name for name, _ in trainer.objective.named_parameters()):
+    own = trainer.parts.objective.state_dict()
+    for name in (name for name, _ in trainer.parts.objective.named_parameters()):
         assert torch.equal(heads[name], own[name]), name
-    recipe = trainer.recipe
+    recipe = trainer.parts.recipe
     assert (recipe.text.layers, recipe.text.bpe_merges, recipe.text.activation) == (3, 400, "gelu")
     assert (recipe.image.mean, recipe.embed_dim) == (STATISTICS["mean"], 24)
-    assert trainer.model.tokenizer.vocabulary == declip.load(start).tokenizer.vocabulary  # type: ignore[attr-defined]
-    assert trainer.model.preprocessor.mean == pytest.approx(STATISTICS["mean"])
-    assert trainer.model.logit_scale.item() == pytest.approx(recipe.logit_scale.init)
-    assert len(trainer.objective.queue or ()) == 0
+    assert trainer.parts.model.tokenizer.vocabulary == declip.load(start).tokenizer.vocabulary  # type: ignore[attr-defined]
+    assert trainer.parts.model.preprocessor.mean == pytest.approx(STATISTICS["mean"])
+    assert trainer.parts.model.logit_scale.item() == pytest.approx(recipe.logit_scale.init)
+    assert len(trainer.parts.objective.queue or ()) == 0
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_keys_that_hold_beside_weights(start: Path, table: Path, tmp_path: Path)
         assert found.fit(load_recipe(recipe, keys)).image.mean == STATISTICS["mean"]
     given = keys | {"image.mean": [0.1, 0.2, 0.3], "image.size": 48, "train.batch_size": 8}
     given |= {"text.dropout": 0.1, "image.patch_dropout.rate": 0.25}
-    recipe = Trainer(load_recipe("clip", given), tmp_path / "run", quiet=True).recipe
+    recipe = assemble(load_recipe("clip", given), tmp_path / "run", quiet=True).recipe
     assert (recipe.image.mean, recipe.image.std, recipe.image.size) == ((0.1, 0.2, 0.3), STATISTICS["std"], 48)
     assert (recipe.text.dropout, recipe.image.patch_dropout) == (0.1, PatchDropout(rate=0.25))
     again = replace(found, recipe=recipe).fit(load_recipe("clip", keys))
@@ -90,24 +91,26 @@ def test_keys_that_hold_beside_weights(start: Path, table: Path, tmp_path: Path)
 def test_heads_are_taken_whole_or_not_at_all(table: Path, tmp_path: Path, start: Path) -> None:
     """The start's language head has its vocabulary; a projector of another width is new, all of it."""
     keys = tuned(table, start).model_dump(mode="json") | {"simsiam": {"widths": [16, 16, 6]}}
-    trainer = Trainer(Recipe.model_validate(keys), tmp_path, quiet=True)
+    trainer = Trainer(assemble(Recipe.model_validate(keys), tmp_path, quiet=True))
     heads = part("objective", load_checkpoint(list_checkpoints(start)[-1]).training)
-    own = trainer.objective.state_dict()
-    taken = {name for name, _ in trainer.objective.named_parameters() if torch.equal(own[name], heads[name])}
-    new = {name for name, _ in trainer.objective.named_parameters()} - taken
+    own = trainer.parts.objective.state_dict()
+    taken = {name for name, _ in trainer.parts.objective.named_parameters() if torch.equal(own[name], heads[name])}
+    new = {name for name, _ in trainer.parts.objective.named_parameters()} - taken
     assert {".".join(name.split(".")[:3]) for name in new} == {"terms.simsiam.predictor"}
-    assert trainer.pretrained is not None
-    assert "new: simsiam.predictor" in trainer.pretrained.summary
+    assert trainer.parts.pretrained is not None
+    assert "new: simsiam.predictor" in trainer.parts.pretrained.summary
 
 
 def test_positions_are_resized_as_timm_does(table: Path, tmp_path: Path, start: Path) -> None:
-    trainer = Trainer(tuned(table, start, image_size=48), tmp_path / "vit-run", quiet=True)
+    trainer = Trainer(assemble(tuned(table, start, image_size=48), tmp_path / "vit-run", quiet=True))
     name, given, own = "image_tower.trunk.pos_embed", last(start), state(trainer)
     torch.testing.assert_close(own.pop(name), resample_abs_pos_embed(given[name], [6, 6], [4, 4]))
     assert not moved(own, given)
-    assert trainer.model.preprocessor.size == trainer.recipe.image.size == 48
+    assert trainer.parts.model.preprocessor.size == trainer.parts.recipe.image.size == 48
     write_declip_file(model := build("resnet"), tmp_path / "resnet.safetensors")  # with a pool of attention
-    trainer = Trainer(tuned(table, tmp_path / "resnet.safetensors", image_size=96), tmp_path / "run", quiet=True)
+    trainer = Trainer(
+        assemble(tuned(table, tmp_path / "resnet.safetensors", image_size=96), tmp_path / "run", quiet=True)
+    )
     given, own = model.state_dict(), state(trainer)
     [name] = [name for name in given if given[name].shape != own[name].shape]
     expected = resample_abs_pos_embed(given.pop(name)[None], [3, 3], [2, 2], num_prefix_tokens=1)[0]
@@ -128,8 +131,8 @@ def test_a_length_of_captions_stretches_or_cuts_the_positions(table: Path, tmp_p
     given, name = build("vit"), "text_tower.positional_embedding"
     write_declip_file(given, tmp_path / "source")
     recipe = tuned(table, tmp_path / "source", {"steps": 2, "checkpoint_every": 1}, context_length=length)
-    trainer = Trainer(recipe, tmp_path / "run", quiet=True)
-    model, own, old = trainer.model.eval(), state(trainer), given.state_dict()[name].clone()
+    trainer = Trainer(assemble(recipe, tmp_path / "run", quiet=True))
+    model, own, old = trainer.parts.model.eval(), state(trainer), given.state_dict()[name].clone()
     expected = own[name].clone()
     for row in range(length):
         at = row * 15 / (length - 1) if length > 16 else row
@@ -164,15 +167,17 @@ def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -
     published = timm.create_model("test_vit", num_classes=0)
     save_file(weights := published.state_dict(), tmp_path / "vit.safetensors")
     where = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
-    trainer = Trainer(tuned(table, where, freeze_image_blocks="all", image_size=32), tmp_path / "r", quiet=True)
+    trainer = Trainer(
+        assemble(tuned(table, where, freeze_image_blocks="all", image_size=32), tmp_path / "r", quiet=True)
+    )
     small, pictures = timm.create_model("test_vit", num_classes=0, img_size=32), torch.randn(2, 3, 32, 32)
     positions = resample_abs_pos_embed(weights["pos_embed"], [2, 2], num_prefix_tokens=1)
     small.load_state_dict({**weights, "pos_embed": positions})
     with torch.no_grad():
         hidden = small.eval().forward_head(small.forward_features(pictures), pre_logits=True)
-        torch.testing.assert_close(trainer.model.image_tower.eval()(pictures).pre_logits, hidden)
-    assert trainer.recipe.image.mean == pytest.approx(published.pretrained_cfg["mean"])
-    assert trainer.recipe.text.width == TINY["text"]["width"]  # type: ignore[index]
+        torch.testing.assert_close(trainer.parts.model.image_tower.eval()(pictures).pre_logits, hidden)
+    assert trainer.parts.recipe.image.mean == pytest.approx(published.pretrained_cfg["mean"])
+    assert trainer.parts.recipe.text.width == TINY["text"]["width"]  # type: ignore[index]
     before = state(trainer)
     trainer.train()
     changed = moved(before, last(tmp_path / "r"))
@@ -189,7 +194,7 @@ def test_a_run_with_a_text_encoder_is_a_start_without_its_folder(table: Path, tm
     tree = {**TINY, "name": "encoder", "data": {"source": str(table)}, "text": text}
     train(Recipe.model_validate(tree), out=tmp_path / "first", quiet=True, report=False)
     shutil.rmtree(tmp_path / "bert")
-    second = Trainer(tuned(table, tmp_path / "first", {"steps": 2}), tmp_path / "second", quiet=True)
+    second = Trainer(assemble(tuned(table, tmp_path / "first", {"steps": 2}), tmp_path / "second", quiet=True))
     assert not moved(last(tmp_path / "first"), state(second))
     second.train()
     mixing.ends_of(tmp_path / "second", "cpu")
@@ -200,7 +205,7 @@ def test_the_start_is_measured_once(table: Path, tmp_path: Path, start: Path) ->
         "evaluation": {"retrieval": [str(table)], "final_retrieval": [str(table)]}
     }
     recipe = Recipe.model_validate(keys)
-    trainer = Trainer(recipe, tmp_path, quiet=True)
+    trainer = Trainer(assemble(recipe, tmp_path, quiet=True))
     (tmp_path / "evaluations.jsonl").write_text(
         '{"step": 0, "task": "retrieval", "dataset": "of a run that was killed"}\n'
     )

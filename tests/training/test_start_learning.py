@@ -18,6 +18,7 @@ from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import KEPT
+from declip.training.assemble import assemble
 from declip.training.optimizer import LrMultiplier, group_lr
 from declip.training.parallel import HostSyncBatchNorm, synchronize
 from declip.training.trainer import Trainer
@@ -34,8 +35,8 @@ def test_towers_rest_while_new_heads_warm_up(
     file = tmp_path / "towers.safetensors"  # without heads
     write_declip_file(declip.load(start if kind == "vit" else conv_start, device="cpu"), file)  # type: ignore[arg-type]
     keys = {"checkpoint_every": 1, "keep_checkpoints": 9, "evaluate_every": 1}
-    trainer = Trainer(tuned(table, file, keys, head_warmup_steps=2), tmp_path / "run", quiet=True)
-    before, heads = state(trainer), dict(trainer.objective.named_parameters())
+    trainer = Trainer(assemble(tuned(table, file, keys, head_warmup_steps=2), tmp_path / "run", quiet=True))
+    before, heads = state(trainer), dict(trainer.parts.objective.named_parameters())
     heads = {name: tensor.clone() for name, tensor in heads.items()}
     trainer.train()
     assert "Steps 1 to 2 (" in (tmp_path / "run/log.txt").read_text()
@@ -50,8 +51,10 @@ def test_towers_rest_while_new_heads_warm_up(
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
     table: Path, tmp_path: Path, start: Path, image: Any, text: Any
 ) -> None:
-    trainer = Trainer(tuned(table, start, freeze_image_blocks=image, freeze_text_blocks=text), tmp_path, quiet=True)
-    before, places = state(trainer), depths(trainer.model)
+    trainer = Trainer(
+        assemble(tuned(table, start, freeze_image_blocks=image, freeze_text_blocks=text), tmp_path, quiet=True)
+    )
+    before, places = state(trainer), depths(trainer.parts.model)
     trainer.train()
     frozen = {
         name
@@ -66,8 +69,8 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(
 def test_statistics_of_a_tower_that_learns_slowly_rest(table: Path, tmp_path: Path, conv_start: Path) -> None:
     for slowly, keys in ((False, {}), (True, {"layer_decay": 0.9}), (True, {"head_warmup_steps": 1})):
         folder = tmp_path / "-".join(["run", *keys])
-        trainer = Trainer(tuned(table, conv_start, {"steps": 2}, **keys), folder, quiet=True)
-        assert trainer.model.image_tower.has_batch_norm != slowly
+        trainer = Trainer(assemble(tuned(table, conv_start, {"steps": 2}, **keys), folder, quiet=True))
+        assert trainer.parts.model.image_tower.has_batch_norm != slowly
         before = state(trainer)
         trainer.train()
         norms = {name.removesuffix(".running_mean") for name in before if name.endswith("running_mean")}
@@ -77,8 +80,8 @@ def test_statistics_of_a_tower_that_learns_slowly_rest(table: Path, tmp_path: Pa
 
 
 def test_a_frozen_tower_keeps_its_statistics(table: Path, tmp_path: Path, conv_start: Path) -> None:
-    trainer = Trainer(tuned(table, conv_start, {"steps": 2}, freeze_image_blocks="all"), tmp_path, quiet=True)
-    assert not trainer.model.image_tower.has_batch_norm
+    trainer = Trainer(assemble(tuned(table, conv_start, {"steps": 2}, freeze_image_blocks="all"), tmp_path, quiet=True))
+    assert not trainer.parts.model.image_tower.has_batch_norm
     before = state(trainer)
     trainer.train()
     assert not {name for name in moved(before, last(tmp_path)) if name.startswith(IMAGE)}
@@ -90,10 +93,10 @@ def test_frozen_parts_drop_nothing_though_the_rest_does(table: Path, tmp_path: P
     image = {"image.model_kwargs": {**VIT["model_kwargs"], "pos_drop_rate": 0.5, "proj_drop_rate": 0.5}}
     write_declip_file(build("vit", **image), tmp_path / "vit.safetensors")
     recipe = tuned(table, tmp_path / "vit.safetensors", freeze_image_blocks=asked)
-    trainer = Trainer(recipe, tmp_path / "run", quiet=True)
-    trainer.model.eval()
-    trainer.learner.train()
-    tower: Any = trainer.model.image_tower
+    trainer = Trainer(assemble(recipe, tmp_path / "run", quiet=True))
+    trainer.parts.model.eval()
+    trainer.parts.learner.train()
+    tower: Any = trainer.parts.model.image_tower
     outputs: list[torch.Tensor] = []
     for layer in tower.trunk.blocks[:2]:
         layer.register_forward_hook(lambda _module, _input, output: outputs.append(output))
@@ -136,13 +139,17 @@ def test_depths_count_stem_blocks_and_what_follows() -> None:
 
 
 def test_each_layer_has_its_rate(table: Path, tmp_path: Path, start: Path) -> None:
-    trainer = Trainer(tuned(table, start, image_lr_scale=0.5, text_lr_scale=0.1, layer_decay=0.7), tmp_path, quiet=True)
-    factors = {id(p): group["multiplier"].factor for group in trainer.optimizer.param_groups for p in group["params"]}
-    places = depths(trainer.model)
-    for name, parameter in trainer.model.named_parameters():
+    trainer = Trainer(
+        assemble(tuned(table, start, image_lr_scale=0.5, text_lr_scale=0.1, layer_decay=0.7), tmp_path, quiet=True)
+    )
+    factors = {
+        id(p): group["multiplier"].factor for group in trainer.parts.optimizer.param_groups for p in group["params"]
+    }
+    places = depths(trainer.parts.model)
+    for name, parameter in trainer.parts.model.named_parameters():
         factor = 1.0 if name == "logit_scale" else (0.5 if name.startswith(IMAGE) else 0.1) * 0.7 ** (4 - places[name])
         assert factors[id(parameter)] == pytest.approx(factor, rel=1e-9), name
-    assert all(factors[id(p)] == 1.0 for p in trainer.objective.parameters())
+    assert all(factors[id(p)] == 1.0 for p in trainer.parts.objective.parameters())
 
 
 def test_what_waits_stands_still_and_then_warms_up() -> None:
@@ -180,7 +187,7 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
     table: Path, tmp_path: Path, start: Path, conv_start: Path, image: dict[str, Any]
 ) -> None:
     source = start if image is VIT else conv_start
-    trainer = Trainer(tuned(table, source, {"steps": 4}, lora={"rank": 2, "alpha": 4}), tmp_path, quiet=True)
+    trainer = Trainer(assemble(tuned(table, source, {"steps": 4}, lora={"rank": 2, "alpha": 4}), tmp_path, quiet=True))
     before = state(trainer)
     trainer.train()
     changed = moved(before, last(tmp_path))
@@ -189,15 +196,15 @@ def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
     assert any("in_proj" in name or ".attn.lora_" in name for name in changed)
     loaded = declip.load(tmp_path, device="cpu")
     assert not any("lora" in name for name in loaded.state_dict())  # type: ignore[attr-defined]
-    for found, expected in zip(features(loaded), features(trainer.model.eval()), strict=True):
+    for found, expected in zip(features(loaded), features(trainer.parts.model.eval()), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     given = features(declip.load(source, device="cpu"))
     assert not any(torch.equal(found, own) for found, own in zip(features(loaded)[1::2], given[1::2], strict=True))
 
 
 def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table: Path, tmp_path: Path, start: Path) -> None:
-    trainer = Trainer(tuned(table, start, lora={"rank": 2}, freeze_text_blocks="all"), tmp_path, quiet=True)
-    names = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    trainer = Trainer(assemble(tuned(table, start, lora={"rank": 2}, freeze_text_blocks="all"), tmp_path, quiet=True))
+    names = {name for name, parameter in trainer.parts.model.named_parameters() if parameter.requires_grad}
     assert names == {"logit_scale"} | {name for name in names if name.startswith(IMAGE) and ".lora_" in name}
     assert len(names) > 10
     trainer.train()

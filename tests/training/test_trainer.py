@@ -21,8 +21,9 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
 from declip.supervision.objective import Objective
-from declip.training import setup
+from declip.training import resolve
 from declip.training import trainer as trainer_module
+from declip.training.assemble import assemble
 from declip.training.step import training_step
 from declip.training.stopping import TRY_AGAIN
 from declip.training.trainer import Trainer
@@ -111,10 +112,10 @@ def test_the_average_follows_the_weights_and_the_logit_scale_stays_within_its_li
 ) -> None:
     limits = {"logit_scale": {"min": 2.0, "max": 3.2}}
     recipe = recipe_for(table, "clip", limits, ema_decay=0.999, steps=4, lr=0.3, warmup_lr=0.3)
-    trainer = Trainer(recipe, tmp_path, quiet=True)
-    start = trainer.model.logit_scale.item()
+    trainer = Trainer(assemble(recipe, tmp_path, quiet=True))
+    start = trainer.parts.model.logit_scale.item()
     trainer.train()
-    end, averaged = trainer.model.logit_scale.item(), trainer.evaluated_model.logit_scale.item()
+    end, averaged = trainer.parts.model.logit_scale.item(), trainer.parts.evaluated_model.logit_scale.item()
     assert end == pytest.approx(2.0) or end == pytest.approx(3.2)
     assert min(start, end) < averaged < max(start, end)
 
@@ -137,10 +138,10 @@ def test_the_mean_of_all_steps_leaves_frozen_weights_alone() -> None:
 def test_a_loss_that_is_not_finite_stops_with_all_that_helps(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(recipe_for(table, checkpoint_every=2, log_every=1), tmp_path, quiet=True)
-    term = trainer.objective.terms["contrastive"]
+    trainer = Trainer(assemble(recipe_for(table, checkpoint_every=2, log_every=1), tmp_path, quiet=True))
+    term = trainer.parts.objective.terms["contrastive"]
     loss = term.loss
-    monkeypatch.setattr(term, "loss", lambda *rows: loss(*rows) * (float("nan") if trainer.step == 5 else 1.0))
+    monkeypatch.setattr(term, "loss", lambda *rows: loss(*rows) * (float("nan") if trainer.progress.step == 5 else 1.0))
     with pytest.raises(UserError) as caught:
         trainer.train()
     message = str(caught.value)
@@ -196,11 +197,11 @@ def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(ta
     while process.is_alive() and not list_checkpoints(tmp_path):
         time.sleep(0.01)
     with pytest.raises(UserError, match=rf"in use: process {process.pid} on .*--out"):
-        Trainer(recipe, tmp_path, resume=True, quiet=True)
+        assemble(recipe, tmp_path, resume=True, quiet=True)
     assert process.is_alive()
     process.kill()
     process.join()
-    assert Trainer(recipe, tmp_path, resume=True, quiet=True).step > 0
+    assert assemble(recipe, tmp_path, resume=True, quiet=True).progress.step > 0
 
 
 def test_wrong_runs_are_refused_before_anything_is_made(table: Path, tmp_path: Path) -> None:
@@ -302,13 +303,13 @@ def test_views_are_finished_in_full_precision(
 def test_a_run_takes_the_precision_that_its_device_can_and_keeps_it(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, can: bool, taken: str
 ) -> None:
-    monkeypatch.setattr(setup, "computes_bf16", lambda device: can)
-    first = Trainer(recipe_for(table, precision=asked), tmp_path, quiet=True)
-    assert first.recipe.train.precision == taken
-    first.lock.close()  # type: ignore[union-attr]
-    monkeypatch.setattr(setup, "computes_bf16", lambda device: not can)
-    again = Trainer(recipe_for(table, precision=asked), tmp_path, resume=True, quiet=True)
-    assert again.recipe.train.precision == taken
+    monkeypatch.setattr(resolve, "computes_bf16", lambda device: can)
+    first = Trainer(assemble(recipe_for(table, precision=asked), tmp_path, quiet=True))
+    assert first.parts.recipe.train.precision == taken
+    first.parts.lock.close()  # type: ignore[union-attr]
+    monkeypatch.setattr(resolve, "computes_bf16", lambda device: not can)
+    again = Trainer(assemble(recipe_for(table, precision=asked), tmp_path, resume=True, quiet=True))
+    assert again.parts.recipe.train.precision == taken
 
 
 def test_a_device_is_asked_for_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,11 +324,11 @@ def test_a_device_is_asked_for_its_precision(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_no_step_waits_for_cuda(table: Path, tmp_path: Path) -> None:
     recipe = recipe_for(table, "defilip", device="cuda", precision="bf16", ema_decay=0.9)
-    trainer = Trainer(recipe, tmp_path, quiet=True)
+    trainer = Trainer(assemble(recipe, tmp_path, quiet=True))
     batches = [next(trainer.loader) for _ in range(2)]
-    training_step(trainer.parts, batches[0])
+    training_step(trainer.step_parts, batches[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.guard.check(1, training_step(trainer.parts, batches[1]))
+        trainer.guard.check(1, training_step(trainer.step_parts, batches[1]))
     finally:
         torch.cuda.set_sync_debug_mode("default")

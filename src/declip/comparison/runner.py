@@ -27,9 +27,9 @@ from declip.io.atomic import write_text
 from declip.io.progress import progress_bar, status
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
+from declip.training.assemble import assemble
 from declip.training.estimate import step_seconds
-from declip.training.setup import versions
-from declip.training.trainer import Trainer
+from declip.training.state import versions
 
 MOST_JOBS = 8
 POLL_SECONDS = 1.0  # between two looks at the progress of the trials
@@ -105,7 +105,7 @@ def seconds_per_step(recipes: Mapping[str, Recipe], threads: int) -> dict[str, f
     try:
         for name in [*recipes] * ROUNDS:
             with TemporaryDirectory() as folder:
-                times[name] += step_seconds(Trainer(recipes[name], Path(folder) / "run", quiet=True), WARM, TIMED)
+                times[name] += step_seconds(assemble(recipes[name], Path(folder) / "run", quiet=True), WARM, TIMED)
     finally:
         torch.set_num_threads(before)
     return {name: median(values) for name, values in times.items()}

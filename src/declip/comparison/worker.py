@@ -21,7 +21,8 @@ from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import write_text
 from declip.runs.folder import Run
-from declip.training.setup import versions
+from declip.training.assemble import assemble
+from declip.training.state import versions
 from declip.training.trainer import Trainer
 
 TRIALS, RESULT, FAILURE = "runs", "result.json", "failure.txt"
@@ -81,14 +82,15 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
         "seed": trial.seed,
     }
     run_folder = folder_of(folder, trial)
-    trainer = Trainer(study.variant(trial.variant).resolve(overrides), run_folder, resume=True, quiet=True)
+    parts = assemble(study.variant(trial.variant).resolve(overrides), run_folder, resume=True, quiet=True)
+    trainer = Trainer(parts)
     run = trainer.train()
     if not run.finished:
         return False
     results = [
         result.to_dict()
         for name in study.datasets
-        for result in evaluate_all(trainer.encoder, name, study.tasks, Options(progress=False))
+        for result in evaluate_all(parts.encoder, name, study.tasks, Options(progress=False))
     ]
     row = {
         **asdict(trial),

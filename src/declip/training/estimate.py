@@ -15,9 +15,11 @@ from declip.evaluation.datasets import open_dataset
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
 from declip.recipe.schema import Recipe
-from declip.training import setup
-from declip.training.step import training_step
-from declip.training.trainer import Trainer
+from declip.training.assemble import assemble, build_loader, cache_features
+from declip.training.held_out import evaluation_tasks
+from declip.training.parts import Parts
+from declip.training.resolve import open_training_source, resolve_epochs
+from declip.training.step import StepParts, training_step
 
 TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each evaluation set
 
@@ -43,57 +45,62 @@ class Estimate:
 
 def estimate(recipe: Recipe) -> Estimate:
     """Take a few steps of a recipe and keep nothing of them."""
-    source = setup.open_training_source(recipe)
-    recipe = setup.resolve_epochs(recipe, source)
+    source = open_training_source(recipe)
+    recipe = resolve_epochs(recipe, source)
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
     small = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_pairs": few})})
     small._given = recipe.given
     with TemporaryDirectory() as folder:
-        trainer = Trainer(small, Path(folder) / "run", quiet=True)
+        parts = assemble(small, Path(folder) / "run", quiet=True)
         started = time.perf_counter()
-        _ = trainer.loader  # with cached features, this computes them
+        if recipe.finetune.cached_views:
+            parts.loader = cache_features(parts)
         features = (time.perf_counter() - started) * len(source) / few
-        seconds = fmean(step_seconds(trainer, 1, TIMED))
+        seconds = fmean(step_seconds(parts, 1, TIMED))
         evaluation, count = 0.0, 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
-        for name in setup.evaluation_tasks(recipe, final=False):
+        for name in evaluation_tasks(recipe, final=False):
             pairs = open_dataset(name).split("test")
             places = np.linspace(0, len(pairs) - 1, min(ENCODED, len(pairs))).astype(int)
             started = time.perf_counter()
-            encode_source(trainer.model, pairs, indices=places)
+            encode_source(parts.model, pairs, indices=places)
             evaluation += (time.perf_counter() - started) * len(pairs) / len(places)
-        if trainer.lock is not None:
-            trainer.lock.close()
-        memory = _peak(trainer.device)
-    whole = trainer.recipe.model_copy(update={"data": recipe.data})
+        if parts.lock is not None:
+            parts.lock.close()
+        memory = _peak(parts.model.device)
+    whole = parts.recipe.model_copy(update={"data": recipe.data})
     return Estimate(whole, features, train.steps * seconds, count * evaluation, memory)
 
 
-def step_seconds(trainer: Trainer, warm: int, count: int) -> list[float]:
-    """Take steps of a run that nobody continues, and time each after the first `warm`, loading included.
+def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
+    """Time steps of a run that is then discarded, loading included, without the first `warm`.
 
     Where the views change during the run, each time is the mean over the run of one step before and one after.
     """
+    recipe = parts.recipe
+    step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, recipe.train, parts.average)
 
     def timed(loader: PairLoader) -> list[float]:
         seconds = []
         for _ in range(warm + count):
             started = time.perf_counter()
             batch = next(loader)
-            sync = trainer.hosts.sync_step(0, len(batch), stop=False)
-            training_step(trainer.parts, batch, sync)["loss"].item()  # waits for the device
+            sync = parts.hosts.sync_step(0, len(batch), stop=False)
+            training_step(step_parts, batch, sync)["loss"].item()  # waits for the device
             seconds.append(time.perf_counter() - started)
         loader.close()
         return seconds[warm:]
 
-    trainer.learner.train()
-    seconds = timed(trainer.loader)
-    if trainer.recipe.finetune.cached_views:
+    parts.learner.train()
+    seconds = timed(parts.loader)
+    if recipe.finetune.cached_views:
         return seconds
-    first, *later = trainer.plan.changes
+    first, *later = parts.plan.changes
     phases = [seconds]
     for start in later:
-        phases.append(timed(setup.build_loader(trainer.recipe, trainer.source, trainer.model, start, trainer.workers)))
-    ends = [*later, trainer.recipe.train.steps]
+        loader = build_loader(recipe, parts.source, parts.model, parts.workers)
+        loader.step = start
+        phases.append(timed(loader))
+    ends = [*later, recipe.train.steps]
     lengths = [end - start for start, end in zip([first, *later], ends, strict=True)]
     return [float(np.average(one, weights=lengths)) for one in zip(*phases, strict=True)] if later else seconds
 

@@ -5,39 +5,39 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from declip.training.sinks import Bar, JsonLines, Messages, Sink, Stretch
+from declip.training.sinks import Bar, JsonLines, Messages, RunInfo, Sink
 from declip.training.trackers import AUTO, trackers_of
 
 
 @contextmanager
 def monitored(
-    stretch: Stretch, report_to: Sequence[str] = (AUTO,), callbacks: Sequence[Sink] = (), silent: bool = False
+    info: RunInfo, report_to: Sequence[str] = (AUTO,), callbacks: Sequence[Sink] = (), silent: bool = False
 ) -> Iterator["Monitor"]:
     """Open a run's files, bar, trackers and callbacks; `silent`, as on every rank but the first, opens none."""
     sinks = [] if silent else [Messages(), JsonLines(), Bar(), *trackers_of(report_to), *callbacks]
     with ExitStack() as started:
         for sink in sinks:
-            sink.start(stretch)
+            sink.start(info)
             started.callback(sink.close)
-        yield Monitor(stretch, sinks)
+        yield Monitor(info, sinks)
 
 
 class Monitor:
     """Makes rows of numbers and hands them to sinks."""
 
-    def __init__(self, stretch: Stretch, sinks: Sequence[Sink]) -> None:
-        self.stretch, self.sinks = stretch, sinks
-        self._mark, self._mark_step = time.perf_counter(), stretch.start
+    def __init__(self, info: RunInfo, sinks: Sequence[Sink]) -> None:
+        self.info, self.sinks = info, sinks
+        self._mark, self._mark_step = time.perf_counter(), info.start
         self._seconds, self._samples = 0.0, 0
 
     def count(self, step: int) -> None:
         """Count time and samples up to a step, before an evaluation or a checkpoint."""
         self._seconds += time.perf_counter() - self._mark
-        self._samples += (step - self._mark_step) * self.stretch.batch_size
+        self._samples += (step - self._mark_step) * self.info.batch_size
         self._mark_step = step
-        self.go_on()
+        self.restart_timer()
 
-    def go_on(self) -> None:
+    def restart_timer(self) -> None:
         """Leave the time since `count` out of duration and speed."""
         self._mark = time.perf_counter()
 
@@ -51,7 +51,7 @@ class Monitor:
         self.count(step)
         seconds, samples, self._seconds, self._samples = self._seconds, self._samples, 0.0, 0
         row = {
-            "samples_seen": step * self.stretch.batch_size,
+            "samples_seen": step * self.info.batch_size,
             "lr": lr,
             "logit_scale": logit_scale,
             "loss": values["loss"],

@@ -18,8 +18,8 @@ FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The steps that a process takes of a run: those from `start` to `steps`, the number of all."""
+class RunInfo:
+    """The range of steps that this process runs: from `start` to `steps`, the number of all steps of the run."""
 
     folder: Path
     start: int
@@ -35,7 +35,7 @@ class Sink:
     can be logged twice, with the same numbers. An error that a callback raises ends the run.
     """
 
-    def start(self, stretch: Stretch) -> None:
+    def start(self, info: RunInfo) -> None:
         """Open it, before the first step."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -57,10 +57,10 @@ class Sink:
 class JsonLines(Sink):
     """metrics.jsonl and evaluations.jsonl. Rows of steps that a resumed run takes again are dropped first."""
 
-    def start(self, stretch: Stretch) -> None:
-        self.folder = stretch.folder
+    def start(self, info: RunInfo) -> None:
+        self.folder = info.folder
         for name in (METRICS, EVALUATIONS):
-            drop_rows(self.folder / name, after=stretch.start)
+            drop_rows(self.folder / name, after=info.start)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         append_row(self.folder / METRICS, {"step": step, **values})
@@ -83,8 +83,8 @@ class _LogFile(logging.FileHandler):
 class Messages(Sink):
     """log.txt: all messages."""
 
-    def start(self, stretch: Stretch) -> None:
-        self._handler = _LogFile(stretch.folder / "log.txt", encoding="utf-8")
+    def start(self, info: RunInfo) -> None:
+        self._handler = _LogFile(info.folder / "log.txt", encoding="utf-8")
         self._handler.setFormatter(FORMAT)
         log.setLevel(logging.INFO)
         log.addHandler(self._handler)
@@ -97,7 +97,7 @@ class Messages(Sink):
 class Bar(Sink):
     """Standard error: messages, and below them a progress bar or, without a terminal, a line now and then."""
 
-    def start(self, stretch: Stretch) -> None:
+    def start(self, info: RunInfo) -> None:
         # On a narrow terminal the losses give way, never the step or the time left.
         self.progress = progress_bar(
             TextColumn("[bold]{task.description}"),
@@ -107,18 +107,18 @@ class Bar(Sink):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}", "dim", table_column=Column(ratio=4, no_wrap=True)),
-            shown=not stretch.quiet,
+            shown=not info.quiet,
             refresh_per_second=2,
             expand=True,
         )
-        done, steps = stretch.start, stretch.steps
+        done, steps = info.start, info.steps
         self.task = self.progress.add_task("training", completed=done, total=steps, speed="", losses="")
         console = self.progress.console
         self._handler: logging.Handler = RichHandler(console=console, show_path=False, markup=False)
         if not console.is_interactive:
             self._handler = logging.StreamHandler(console.file)
             self._handler.setFormatter(FORMAT)
-        if not stretch.quiet:
+        if not info.quiet:
             log.addHandler(self._handler)
             self.progress.start()
 

@@ -1,6 +1,5 @@
 """One step of training."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,13 +8,16 @@ from torch.profiler import record_function
 
 from declip.data.batch import PairBatch
 from declip.data.images.crops import apply_photometric
+from declip.data.plan import Plan
+from declip.models.average import Average
 from declip.models.blocks import statistics_at_rest
+from declip.recipe.schema import Train
 from declip.supervision.objective import Gather
 from declip.supervision.tower_outputs import TowerOutputs, joined, split_like
 from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.parallel import Learner, average_gradients, clip_gradients, unwrap
-from declip.training.setup import random_states, set_random_states
+from declip.training.random_state import random_states, set_random_states
 
 
 @dataclass
@@ -24,23 +26,22 @@ class StepParts:
 
     Attributes:
         learner: From `declip.training.parallel.build_learner`.
-        mean, std: (3,) float32 on the device, statistics of the images.
-        average: Called after the update, for averaged weights.
-        grad_clip_norm: Largest norm of the whole gradient.
-        precision: "bf16" runs towers and heads in autocast; losses and logits stay float32.
-        chunk: Pairs that the towers see at a time, see `_backward_in_chunks`.
-        skip_nonfinite: Undo the step when its loss or gradient is not finite; waits for the device.
+        plan: Its image statistics normalize the views.
+        train: The recipe's section. With `precision` "bf16" towers and heads run in autocast; losses and logits stay
+            float32. With `max_nonfinite_steps` a step whose loss or gradient is not finite is undone, which waits for
+            the device.
+        average: Updated after the step.
     """
 
     learner: nn.Module
     optimizer: torch.optim.Optimizer
-    mean: Tensor
-    std: Tensor
-    average: Callable[[nn.Module], None] | None = None
-    grad_clip_norm: float | None = None
-    precision: str = "fp32"
-    chunk: int | None = None
-    skip_nonfinite: bool = False
+    plan: Plan
+    train: Train
+    average: Average | None = None
+
+    def __post_init__(self) -> None:
+        device = unwrap(self.learner).model.device
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (self.plan.mean, self.plan.std))
 
     def prepare(self, batch: PairBatch) -> PairBatch:
         """Move a batch to the device and finish its images there."""
@@ -50,7 +51,7 @@ class StepParts:
 
     def autocast(self) -> torch.autocast:
         """The context in which towers and heads run."""
-        return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
 
 
 def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = None) -> dict[str, Tensor]:
@@ -68,14 +69,14 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
     count = sync.rows[distributed.rank()]
     assert all(len(view) == count for view in batch.views.values()), "(B, 3, S, S) each"
     assert batch.texts.shape[1] == count, "(T, B, L)"
-    learner, optimizer = unwrap(parts.learner), parts.optimizer
+    learner, optimizer, train = unwrap(parts.learner), parts.optimizer, parts.train
     gather = distributed.gather(sync.rows)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # A forward pass changes the running statistics of batch norm.
-    buffers = [(buffer, buffer.clone()) for buffer in learner.buffers()] if parts.skip_nonfinite else []
+    buffers = [(buffer, buffer.clone()) for buffer in learner.buffers()] if train.max_nonfinite_steps else []
 
     optimizer.zero_grad(set_to_none=True)
-    if parts.chunk is None:
+    if train.grad_cache_chunk is None:
         batch = parts.prepare(batch)
         with parts.autocast(), record_function("declip: towers and losses"):
             losses = parts.learner(batch, gather, sync.offset)
@@ -83,14 +84,15 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
         with record_function("declip: backward"):
             losses["loss"].backward()  # DDP and FSDP average gradients over the ranks meanwhile
     else:
-        losses = _backward_in_chunks(parts, learner, batch, parts.chunk, gather, sync)
+        losses = _backward_in_chunks(parts, learner, batch, gather, sync)
 
     with record_function("declip: optimizer"):
-        if learner.sharded or parts.chunk is not None:  # DDP has done it
+        if learner.sharded or train.grad_cache_chunk is not None:  # DDP has done it
             average_gradients(parameters)
-        grad_norm = clip_gradients(parameters, float("inf") if parts.grad_clip_norm is None else parts.grad_clip_norm)
+        limit = float("inf") if train.grad_clip_norm is None else train.grad_clip_norm
+        grad_norm = clip_gradients(parameters, limit)
         values = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": grad_norm}
-        if parts.skip_nonfinite:
+        if train.max_nonfinite_steps:
             values["loss"] = distributed.average(values["loss"].clone())  # all ranks must decide alike
             if not (torch.isfinite(values["loss"]) & torch.isfinite(grad_norm)):  # waits for the device
                 for buffer, value in buffers:
@@ -100,7 +102,7 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
         optimizer.step()
         learner.objective.after_step(learner.model)  # limits the scales, and writes the queue
         if parts.average is not None:
-            parts.average(learner.model)
+            parts.average.update(learner.model)
     return values
 
 
@@ -109,7 +111,7 @@ def _weighted(losses: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
 
 
 def _backward_in_chunks(
-    parts: StepParts, learner: Learner, batch: PairBatch, chunk: int, gather: Gather, sync: StepSync
+    parts: StepParts, learner: Learner, batch: PairBatch, gather: Gather, sync: StepSync
 ) -> dict[str, Tensor]:
     """GradCache: large batches on small devices, with towers that see a batch in chunks (Gao et al., arXiv 2101.06983).
 
@@ -118,7 +120,7 @@ def _backward_in_chunks(
     part of that gradient goes backward through it. Exact where a pair's output depends on that pair alone, so not for
     towers with batch norm.
     """
-    model, objective = learner.model, learner.objective
+    model, objective, chunk = learner.model, learner.objective, parts.train.grad_cache_chunk or len(batch)
     chunks = [batch.rows(start, min(start + chunk, len(batch))) for start in range(0, len(batch), chunk)]
     outputs: list[TowerOutputs] = []
     states: list[dict[str, Tensor]] = []

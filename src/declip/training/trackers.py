@@ -18,7 +18,7 @@ from declip.interchange.weights import one_line
 from declip.io.atomic import write_text
 from declip.recipe.load import flat, read_yaml
 from declip.runs.folder import TRACKING, Run, log
-from declip.training.sinks import Sink, Stretch
+from declip.training.sinks import RunInfo, Sink
 
 AUTO = "auto"
 """The name in train.report_to that means TensorBoard where it is installed."""
@@ -33,11 +33,11 @@ Finish = Callable[[bool], None]
 """Ends the run in a tracker; the argument says whether an error ended it."""
 
 
-def open_tensorboard(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
+def open_tensorboard(folder: Path, info: RunInfo) -> tuple[Send, Finish]:
     """Write event files into the run folder."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=stretch.start + 1)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=info.start + 1)
 
     def send(step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -47,7 +47,7 @@ def open_tensorboard(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
     return send, lambda failed: writer.close()
 
 
-def open_wandb(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
+def open_wandb(folder: Path, info: RunInfo) -> tuple[Send, Finish]:
     """Write a folder for `wandb sync`, or send online where WANDB_MODE=online asks for it."""
     import wandb
 
@@ -60,12 +60,12 @@ def open_wandb(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
         dir=folder,
         mode=mode,
         config=_recipe(folder),
-        settings=wandb.Settings(console="off", silent=stretch.quiet),  # the bar's lines stay ours
+        settings=wandb.Settings(console="off", silent=info.quiet),  # the bar's lines stay ours
     )
     return lambda step, numbers: run.log(numbers, step=step), lambda failed: run.finish(exit_code=int(failed))
 
 
-def open_mlflow(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
+def open_mlflow(folder: Path, info: RunInfo) -> tuple[Send, Finish]:
     """Write the folder mlruns in the run folder, or send to the server that MLFLOW_TRACKING_URI names."""
     from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
@@ -93,7 +93,7 @@ def open_mlflow(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
     return send, lambda failed: client.set_terminated(run, "FAILED" if failed else "FINISHED")
 
 
-def open_trackio(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
+def open_trackio(folder: Path, info: RunInfo) -> tuple[Send, Finish]:
     """Write into Trackio's database on this machine, or send to the Space that TRACKIO_SPACE_ID names."""
     import trackio
 
@@ -115,7 +115,7 @@ def open_trackio(folder: Path, stretch: Stretch) -> tuple[Send, Finish]:
     return lambda step, numbers: run.log(numbers, step=step), finish
 
 
-TRACKERS: dict[str, tuple[str, Callable[[Path, Stretch], tuple[Send, Finish]]]] = {
+TRACKERS: dict[str, tuple[str, Callable[[Path, RunInfo], tuple[Send, Finish]]]] = {
     "tensorboard": ("torch.utils.tensorboard", open_tensorboard),
     "wandb": ("wandb", open_wandb),
     "mlflow": ("mlflow", open_mlflow),
@@ -130,9 +130,9 @@ class Tracker(Sink):
     def __init__(self, name: str) -> None:
         self.name, self._broken = name, False
 
-    def start(self, stretch: Stretch) -> None:
+    def start(self, info: RunInfo) -> None:
         try:
-            self._send, self._finish = TRACKERS[self.name][1](stretch.folder.resolve(), stretch)
+            self._send, self._finish = TRACKERS[self.name][1](info.folder.resolve(), info)
         except Exception as error:  # each library has errors of its own
             raise UserError(
                 f"train.report_to={self.name} cannot start: {one_line(error, 200)}. Fix its settings, or leave it out."

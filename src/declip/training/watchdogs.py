@@ -22,12 +22,12 @@ MOST_WORKERS = 8
 class NonFiniteGuard:
     """Finds steps whose loss or gradient is not finite, without waiting for the device at every one.
 
-    `allowed` such steps may be skipped (train.max_nonfinite_steps): `skipped`, counted from 0, is saved with a
-    checkpoint.
+    `allowed` such steps may be skipped (train.max_nonfinite_steps); their numbers, counted from 0, are appended to
+    `skipped`.
     """
 
-    def __init__(self, allowed: int, device: torch.device) -> None:
-        self.allowed, self.skipped = allowed, list[int]()
+    def __init__(self, allowed: int, device: torch.device, skipped: list[int]) -> None:
+        self.allowed, self.skipped = allowed, skipped
         self._first = torch.tensor(-1, device=device)
 
     def check(self, step: int, values: Mapping[str, Tensor]) -> None:
@@ -36,8 +36,8 @@ class NonFiniteGuard:
         if self.allowed and not good:
             self.skipped.append(step)
             log.warning(
-                f"The loss is not finite at step {step + 1}: {shown(values)}. The step is skipped and changes nothing; "
-                f"{len(self.skipped)} of at most {self.allowed} (train.max_nonfinite_steps)."
+                f"The loss is not finite at step {step + 1}: {format_losses(values)}. The step is skipped and changes "
+                f"nothing; {len(self.skipped)} of at most {self.allowed} (train.max_nonfinite_steps)."
             )
             good = torch.tensor(len(self.skipped) <= self.allowed)
         self._first = torch.where((self._first < 0) & ~good, step, self._first)
@@ -48,8 +48,8 @@ class NonFiniteGuard:
         return None if (found := int(self._first)) < 0 else found
 
 
-def shown(values: Mapping[str, Tensor]) -> str:
-    """Word losses with their values, for a message."""
+def format_losses(values: Mapping[str, Tensor]) -> str:
+    """Format losses for a message."""
     return ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
 
 

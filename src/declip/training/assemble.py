@@ -1,0 +1,196 @@
+"""From a recipe to the parts of a run; everything that cannot be used is refused here, before the first step."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from declip.data.assembly import Assembler
+from declip.data.cached import CachedFeatures, VariantAssembler
+from declip.data.loader import PairLoader
+from declip.data.pair import BrokenPair, PairSource
+from declip.data.plan import Plan, plan_views
+from declip.data.text.augment import in_other_script
+from declip.models.average import Average
+from declip.models.device import pick_device
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.runs import checkpoint as checkpoints
+from declip.runs import folder as run_folder
+from declip.runs.checkpoint import Checkpoint
+from declip.supervision.objective import Objective, needs_of
+from declip.training import distributed
+from declip.training.closed_form import start_closed_form
+from declip.training.compilation import compile_towers
+from declip.training.distributed import HostGroup
+from declip.training.frozen import cached_features, check_frozen
+from declip.training.frozen_encoder import set_teacher
+from declip.training.held_out import open_held_out
+from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.parallel import build_learner
+from declip.training.parts import Parts
+from declip.training.pretrained import apply_pretrained
+from declip.training.random_state import seed_rank
+from declip.training.resolve import resolve
+from declip.training.sinks import Sink
+from declip.training.state import restore
+from declip.training.trackers import require_trackers
+from declip.training.watchdogs import auto_workers
+
+
+def assemble(
+    recipe: Recipe,
+    folder: Path,
+    resume: bool = False,
+    quiet: bool = False,
+    callbacks: Sequence[Sink] = (),
+    source: PairSource | None = None,
+) -> Parts:
+    """Build the parts of a run of a recipe, or of the run in the folder, to continue it.
+
+    Args:
+        callbacks: Sinks that get the run's numbers, on rank 0.
+        source: Used instead of `data.source`.
+    """
+    # --- processes and device
+    device = pick_device(distributed.own_device(recipe.train.device))
+    distributed.join(device)
+    hosts, rank_zero = HostGroup(), distributed.is_rank_zero()
+    hosts.on_rank_zero(partial(require_trackers, recipe.train.report_to))
+
+    # --- recipe, pretrained weights and pairs; from here on the recipe does not change
+    resolved = resolve(recipe, folder, resume, device, hosts, source)
+    recipe, weights, source = resolved.recipe, resolved.weights, resolved.source
+    plan = plan_of(recipe)
+
+    # --- model and objective, random from the seed, then pretrained
+    torch.manual_seed(recipe.seed)
+    encoder = weights.encoder if weights is not None else None
+    if encoder is None and resume:
+        encoder = run_folder.kept_encoder(recipe, folder)
+    model = DualEncoder.from_recipe(recipe, encoder).to(device)
+    for key, size in recipe.image_sizes.items():
+        model.image_tower.refuse_size(recipe.image.model, size, key)
+    objective = Objective(recipe, model).to(device)
+    pretrained = apply_pretrained(weights, recipe, model, objective)
+    objective.prepare(source, model, not quiet and rank_zero)
+    set_teacher(objective, source, model, not quiet and rank_zero)
+    if recipe.finetune.cached_views:
+        check_frozen(recipe, model)
+
+    # --- learner, averaged weights, optimizer
+    learner = build_learner(recipe, model, objective)
+    average = Average(model, recipe.train.ema_decay) if recipe.train.ema_decay else None
+    if recipe.train.compile and not recipe.finetune.cached_views:  # with cached features no tower runs
+        compile_towers(recipe, model, plan)
+    multipliers = pretrained.multipliers if pretrained is not None else {}
+    named = named_trainable(model, objective)
+    optimizer = build_optimizer(named, recipe.train, multipliers, objective.over_vocabulary)
+    if not rank_zero:  # rank 0 continues the stream of the weights, as one process does
+        seed_rank(recipe.seed, 0)
+
+    # --- loader and held-out sets
+    threads, workers = torch.get_num_threads() if device.type == "cpu" else 1, recipe.data.workers
+    workers = auto_workers(threads) if workers == "auto" else workers
+    loader = build_loader(recipe, source, model, workers)
+    open_held_out(recipe)
+
+    # --- the run folder, and the checkpoint in it
+    parts = Parts(
+        recipe, folder, quiet, callbacks, hosts, source, plan, model, objective, pretrained, learner, average,
+        optimizer, loader, workers,
+    )  # fmt: skip
+    checkpoint = _open_folder(parts, resume)
+    if checkpoint is not None:
+        restore(parts, checkpoint)
+    elif pretrained is not None and rank_zero:
+        pretrained.keep(folder, recipe)
+    continue_at(parts.progress.step, parts, loader)
+    return parts
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """Plan the views of a pair that the losses of a recipe need."""
+    return plan_views(recipe, needs_of(recipe))
+
+
+def build_loader(
+    recipe: Recipe, source: PairSource, model: DualEncoder, workers: int = 0, features: CachedFeatures | None = None
+) -> PairLoader:
+    """Build the loader of a recipe, of cached features if they are given; its `step` is that of the next batch."""
+    kind: Callable[..., Assembler] = Assembler
+    if features is not None:
+        kind = partial(VariantAssembler, variants=len(features.image_rows), features=features)
+    assembler = kind(
+        source,
+        model.tokenizer,
+        plan_of(recipe),
+        batch_size=recipe.train.batch_size,
+        seed=recipe.seed,
+        shuffle_buffer=recipe.data.shuffle_buffer,
+        apart=recipe.contrastive.duplicates == "apart",
+        rank=distributed.rank(),
+        ranks=distributed.world_size(),
+    )
+    return PairLoader(
+        assembler,
+        workers=workers,
+        pin_memory=model.device.type == "cuda",
+        max_broken_fraction=recipe.data.max_broken_fraction,
+    )
+
+
+def cache_features(parts: Parts) -> PairLoader:
+    """Compute the features of frozen towers that no earlier run has, and build the loader that reads them.
+
+    At step 0 heads of `finetune.head_init=cca` get their closed-form start from these features.
+    """
+    recipe, source, model = parts.recipe, parts.source, parts.model
+    read = partial(cached_features, recipe, source, model, parts.plan)
+    kept: list[CachedFeatures] = []
+    parts.hosts.on_rank_zero(lambda: kept.append(read(not parts.quiet)))
+    features = kept[0] if kept else read(False)
+    if parts.progress.step == 0 and recipe.finetune.head_init == "cca":
+        start_closed_form(model, features, parts.plan.views[0].name)
+    loader = build_loader(recipe, source, model, features=features)
+    continue_at(parts.progress.step, parts, loader)
+    return loader
+
+
+def continue_at(step: int, parts: Parts, loader: PairLoader) -> None:
+    """Let a loader that has not begun start with the batch of a step, and count broken pairs for the run."""
+    loader.step, loader.skipped = step, parts.progress.skipped
+    loader.seen = step * parts.recipe.train.batch_size
+
+
+def _open_folder(parts: Parts, resume: bool) -> Checkpoint | None:
+    """Lock the run folder and find the checkpoint to resume from: rank 0 chooses it, the others read the same."""
+    newest: Checkpoint | None = None
+
+    def choose() -> int | None:
+        nonlocal newest
+        parts.lock = run_folder.lock_folder(parts.folder)
+        newest = run_folder.open_folder(parts.recipe, parts.folder, resume)
+        return newest.step if newest is not None else None
+
+    step = parts.hosts.on_rank_zero(choose)
+    if step is None or newest is not None:
+        return newest
+    return checkpoints.load_checkpoint(checkpoints.folder_of(parts.folder, step))
+
+
+def unaugmented(source: PairSource, plan: Plan, sample: int = 64) -> str | None:
+    """Return a warning where text views are augmented, but most captions are in a script that this leaves alone."""
+    if plan.texts.count == 1 or plan.texts.augmentation.second_view == "same" or source.remote:
+        return None
+    others = list[bool]()
+    for index in np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int).tolist():
+        with suppress(BrokenPair):
+            others += map(in_other_script, source.captions(index))
+    message = (
+        f"{sum(others)} of {len(others)} captions are not in Latin script: English augmentation does not change them."
+    )
+    return message if 2 * sum(others) > len(others) else None

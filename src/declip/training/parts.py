@@ -1,0 +1,92 @@
+"""The objects that a run is made of, and the state that changes from step to step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from declip.data.loader import PairLoader
+from declip.data.pair import PairSource, SkipCounter
+from declip.data.plan import Plan
+from declip.evaluation.encode import Encoder
+from declip.models.average import Average
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
+from declip.supervision.objective import Objective
+from declip.training.distributed import HostGroup
+from declip.training.frozen_encoder import FrozenEncoder
+from declip.training.parallel import unwrap
+from declip.training.pretrained import Pretrained
+from declip.training.sinks import Sink
+from declip.training.stopping import BestEvaluation
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps besides tensors.
+
+    Attributes:
+        step: Number of steps done.
+        skipped: Counts of the broken pairs.
+        best: The best evaluation, where `train.patience` watches them.
+        bad_steps: Steps, counted from 0, that were skipped because they were not finite.
+    """
+
+    step: int = 0
+    skipped: SkipCounter = field(default_factory=SkipCounter)
+    best: BestEvaluation | None = None
+    bad_steps: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Parts:
+    """A run before its next step, from `declip.training.assemble.assemble`.
+
+    Attributes:
+        recipe: Resolved: precision, sizes and steps are set.
+        hosts: Coordination between the ranks.
+        pretrained: What was loaded from `finetune.pretrained` or a text encoder; None where all weights are random.
+        learner: Model and objective as one module, distributed over the ranks.
+        average: Averaged weights, where the recipe asks for them.
+        loader: Batches of images and captions from the next step on.
+        workers: Number of loader processes.
+        lock: Of the run folder, on rank 0.
+    """
+
+    recipe: Recipe
+    folder: Path
+    quiet: bool
+    callbacks: Sequence[Sink]
+    hosts: HostGroup
+    source: PairSource
+    plan: Plan
+    model: DualEncoder
+    objective: Objective
+    pretrained: Pretrained | None
+    learner: nn.Module
+    average: Average | None
+    optimizer: torch.optim.Optimizer
+    loader: PairLoader
+    workers: int
+    progress: Progress = field(default_factory=Progress)
+    lock: FileIO | None = None
+
+    @property
+    def evaluated_model(self) -> DualEncoder:
+        """The averaged weights where the recipe asks for them, else the trained ones."""
+        return cast(DualEncoder, self.average.module) if self.average is not None else self.model
+
+    @property
+    def encoder(self) -> Encoder:
+        """The evaluated model; with cached features it computes each image and text once for all runs."""
+        model = self.evaluated_model
+        return cast(Encoder, FrozenEncoder(model)) if self.recipe.finetune.cached_views else model
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP shards the model."""
+        return unwrap(self.learner).sharded
