@@ -17,14 +17,14 @@ COPIED = 0.5
 """Fraction of copied validation images above which a validation set is refused."""
 
 
-class Parts(NamedTuple):
+class PairSplit(NamedTuple):
     """Indices of the two parts in the source, rising; pairs that cannot be read are in the training part."""
 
     train: np.ndarray
     val: np.ndarray
 
 
-def split_pairs(source: PairSource, fraction: float = FRACTION, most: int = MOST, progress: bool = False) -> Parts:
+def split_pairs(source: PairSource, fraction: float = FRACTION, most: int = MOST, progress: bool = False) -> PairSplit:
     """Split off a validation part: pairs with nearly the same image, the same caption, or one group stay together.
 
     Groups of such pairs are put into the validation part in an order that depends on the number of pairs alone, as long
@@ -49,7 +49,7 @@ def split_pairs(source: PairSource, fraction: float = FRACTION, most: int = MOST
             "Write captions that differ, or give a validation set with --val."
         )
     val = pairs.pairs["place"][np.isin(groups, chosen)]
-    return Parts(np.setdiff1d(np.arange(len(source)), val), val)
+    return PairSplit(np.setdiff1d(np.arange(len(source)), val), val)
 
 
 def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> str | None:
