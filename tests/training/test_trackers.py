@@ -63,7 +63,7 @@ READERS = {"tensorboard": read_tensorboard, "mlflow": read_mlflow, "trackio": re
 @pytest.mark.parametrize("name", READERS)
 def test_a_resumed_run_is_one_run_in_the_tracker(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # it is read when trackio is imported
-    pytest.importorskip(TRACKERS[name][0])
+    pytest.importorskip(TRACKERS[name].library)
     if name == "trackio" and str(sys.modules[name].TRACKIO_DIR) != str(tmp_path / "trackio"):
         pytest.skip("trackio was imported before, and writes elsewhere")
     written(tmp_path, [name])

@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, MLflow and Trackio, each offline unless the user asks."""
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow and Trackio, offline unless the user asks otherwise."""
 
 import importlib
 import json
@@ -10,6 +10,8 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,112 +29,138 @@ AUTO = "auto"
 VARIABLES = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
 """Set before the imports, unless the user has set them."""
 
-Send = Callable[[int, dict[str, float]], None]
-"""Sends the numbers of a step by name, such as "train/loss"."""
-Finish = Callable[[bool], None]
-"""Ends the run in a tracker; the argument says whether an error ended it."""
+
+class TensorBoard(Sink):
+    """Event files in the run folder."""
+
+    library = "torch.utils.tensorboard"
+
+    def start(self, info: RunInfo) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(info.folder / "tensorboard"), purge_step=info.start + 1)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # else a run that is killed and resumed has a gap
+
+    def close(self) -> None:
+        self._writer.close()
 
 
-def open_tensorboard(folder: Path, info: RunInfo) -> tuple[Send, Finish]:
-    """Write event files into the run folder."""
-    from torch.utils.tensorboard import SummaryWriter
+class WandB(Sink):
+    """A folder for `wandb sync`, or online where WANDB_MODE=online asks for it."""
 
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=info.start + 1)
+    library = "wandb"
 
-    def send(step: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()  # else a run that is killed and resumed has a gap
+    def start(self, info: RunInfo) -> None:
+        import wandb
 
-    return send, lambda failed: writer.close()
-
-
-def open_wandb(folder: Path, info: RunInfo) -> tuple[Send, Finish]:
-    """Write a folder for `wandb sync`, or send online where WANDB_MODE=online asks for it."""
-    import wandb
-
-    mode: Any = os.environ.get("WANDB_MODE", "offline")
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "declip"),
-        name=folder.name,
-        id=kept_id(folder, "wandb", lambda: uuid.uuid4().hex[:12]),
-        resume="allow" if mode == "online" else None,  # offline the id alone joins the parts
-        dir=folder,
-        mode=mode,
-        config=_recipe(folder),
-        settings=wandb.Settings(console="off", silent=info.quiet),  # the bar's lines stay ours
-    )
-    return lambda step, numbers: run.log(numbers, step=step), lambda failed: run.finish(exit_code=int(failed))
-
-
-def open_mlflow(folder: Path, info: RunInfo) -> tuple[Send, Finish]:
-    """Write the folder mlruns in the run folder, or send to the server that MLFLOW_TRACKING_URI names."""
-    from mlflow.entities import Metric, Param
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").as_uri())
-
-    def create() -> str:
-        title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "declip")
-        experiment = client.get_experiment_by_name(title)
-        where = experiment.experiment_id if experiment else client.create_experiment(title)
-        identity: str = client.create_run(where, run_name=folder.name).info.run_id
-        client.log_batch(identity, params=[Param(key, str(value)) for key, value in flat(_recipe(folder)).items()])
-        return identity
-
-    run = kept_id(folder, "mlflow", create)
-    client.update_run(run, status="RUNNING")
-
-    def send(step: int, numbers: dict[str, float]) -> None:
-        now = time.time_ns() // 1_000_000
-        # It takes names that are relative paths of letters, digits, "_", "-", "." and spaces.
-        names = (posixpath.normpath("/" + re.sub(r"[^\w.\- /]", "_", name)).lstrip("/") for name in numbers)
-        metrics = zip(names, numbers.values(), strict=True)
-        client.log_batch(run, [Metric(name, value, now, step) for name, value in metrics])
-
-    return send, lambda failed: client.set_terminated(run, "FAILED" if failed else "FINISHED")
-
-
-def open_trackio(folder: Path, info: RunInfo) -> tuple[Send, Finish]:
-    """Write into Trackio's database on this machine, or send to the Space that TRACKIO_SPACE_ID names."""
-    import trackio
-
-    with redirect_stdout(sys.stderr):
-        run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "declip"),
-            name=kept_id(folder, "trackio", lambda: f"{folder.name}-{uuid.uuid4().hex[:6]}"),
-            resume="allow",
-            config=flat(_recipe(folder)),
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "declip"),
+            name=info.folder.name,
+            id=kept_id(info.folder, "wandb", lambda: uuid.uuid4().hex[:12]),
+            resume="allow" if mode == "online" else None,  # offline the id alone joins the parts
+            dir=info.folder,
+            mode=mode,
+            config=_recipe(info.folder),
+            settings=wandb.Settings(console="off", silent=info.quiet),  # standard error stays the progress bar's
         )
 
-    def finish(failed: bool) -> None:
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish(exit_code=int(_failed()))
+
+
+class MLflow(Sink):
+    """The folder mlruns in the run folder, or the server that MLFLOW_TRACKING_URI names."""
+
+    library = "mlflow"
+
+    def start(self, info: RunInfo) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (info.folder / "mlruns").as_uri())
+        self._run = kept_id(info.folder, "mlflow", partial(self._create, info.folder))
+        self._client.update_run(self._run, status="RUNNING")
+
+    def _create(self, folder: Path) -> str:
+        from mlflow.entities import Param
+
+        title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "declip")
+        experiment = self._client.get_experiment_by_name(title)
+        where = experiment.experiment_id if experiment else self._client.create_experiment(title)
+        run: str = self._client.create_run(where, run_name=folder.name).info.run_id
+        self._client.log_batch(run, params=[Param(key, str(value)) for key, value in flat(_recipe(folder)).items()])
+        return run
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        # A metric's name must be a relative path of letters, digits, "_", "-", "." and spaces.
+        names = (posixpath.normpath("/" + re.sub(r"[^\w.\- /]", "_", name)).lstrip("/") for name in values)
+        metrics = zip(names, values.values(), strict=True)
+        self._client.log_batch(self._run, [Metric(name, value, now, step) for name, value in metrics])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run, "FAILED" if _failed() else "FINISHED")
+
+
+class Trackio(Sink):
+    """Trackio's database on this machine, or the Space that TRACKIO_SPACE_ID names."""
+
+    library = "trackio"
+
+    def start(self, info: RunInfo) -> None:
+        import trackio
+
+        with redirect_stdout(sys.stderr):
+            self._run = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", "declip"),
+                name=kept_id(info.folder, "trackio", lambda: f"{info.folder.name}-{uuid.uuid4().hex[:6]}"),
+                resume="allow",
+                config=flat(_recipe(info.folder)),
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        import trackio
+
         with redirect_stdout(sys.stderr):
             trackio.finish()
 
-    return lambda step, numbers: run.log(numbers, step=step), finish
 
-
-TRACKERS: dict[str, tuple[str, Callable[[Path, RunInfo], tuple[Send, Finish]]]] = {
-    "tensorboard": ("torch.utils.tensorboard", open_tensorboard),
-    "wandb": ("wandb", open_wandb),
-    "mlflow": ("mlflow", open_mlflow),
-    "trackio": ("trackio", open_trackio),
+TRACKERS: dict[str, type[TensorBoard | WandB | MLflow | Trackio]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
 }
-"""For every name of train.report_to but `AUTO`: a module of the library, and how to begin or continue a run in it."""
+"""Trackers by their name in train.report_to; `library` is the module that must be installed."""
 
 
-class Tracker(Sink):
-    """A sink that sends numbers to a library, whose errors never end a run: after one, the tracker is left out."""
+class Tracked(Sink):
+    """Sends a run's numbers to a tracker by flat names such as "train/loss".
+
+    An error of the tracker's library never ends a run: after the first one the tracker gets no more numbers.
+    """
 
     def __init__(self, name: str) -> None:
-        self.name, self._broken = name, False
+        self.name, self.tracker, self._failed = name, TRACKERS[name](), False
 
     def start(self, info: RunInfo) -> None:
         try:
-            self._send, self._finish = TRACKERS[self.name][1](info.folder.resolve(), info)
+            self.tracker.start(replace(info, folder=info.folder.resolve()))
         except Exception as error:  # each library has errors of its own
             raise UserError(
                 f"train.report_to={self.name} cannot start: {one_line(error, 200)}. Fix its settings, or leave it out."
@@ -143,34 +171,34 @@ class Tracker(Sink):
         numbers = {f"train/{name}": value for name, value in numbers.items()}
         if values["samples_per_second"] is not None:
             numbers["speed/samples_per_second"] = values["samples_per_second"]
-        self._attempt(self._send, step, numbers)
+        self._attempt(self.tracker.log, step, numbers)
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        place = f"{values['dataset']}/{values['task']}"
-        numbers = {f"{place}/{name}": value for name, value in values.items() if isinstance(value, float)}
-        self._attempt(self._send, step, numbers)
+        prefix = f"{values['dataset']}/{values['task']}"
+        numbers = {f"{prefix}/{name}": value for name, value in values.items() if isinstance(value, float)}
+        self._attempt(self.tracker.log, step, numbers)
 
     def close(self) -> None:
-        self._attempt(self._finish, sys.exc_info()[0] is not None)
+        self._attempt(self.tracker.close)
 
     def _attempt(self, call: Callable[..., None], *arguments: object) -> None:
-        if self._broken:
+        if self._failed:
             return
         try:
             call(*arguments)
         except Exception as error:
-            self._broken = True
-            log.warning("%s takes no more numbers (%s); metrics.jsonl has them all.", self.name, one_line(error, 200))
+            self._failed = True
+            log.warning("%s gets no more numbers (%s); metrics.jsonl has them all.", self.name, one_line(error, 200))
 
 
-def trackers_of(report_to: Sequence[str]) -> list[Tracker]:
-    """Make the trackers that train.report_to names; of `AUTO`, TensorBoard where it is installed."""
+def trackers_of(report_to: Sequence[str]) -> list[Tracked]:
+    """Create the trackers that train.report_to names; for `AUTO`, TensorBoard if it is installed."""
     names = dict.fromkeys("tensorboard" if name == AUTO else name for name in report_to)
-    return [Tracker(name) for name in names if _installed(name)]
+    return [Tracked(name) for name in names if _installed(name)]
 
 
 def require_trackers(report_to: Sequence[str]) -> None:
-    """Refuse a tracker whose library is not installed."""
+    """Raise an error if the library of a tracker is not installed."""
     for name in report_to:
         if name != AUTO and not _installed(name):
             raise UserError(
@@ -180,7 +208,7 @@ def require_trackers(report_to: Sequence[str]) -> None:
 
 
 def kept_id(folder: Path, name: str, create: Callable[[], str]) -> str:
-    """Give the id of the run in a tracker: the one in the run folder, or a new one, which is kept there."""
+    """Read the id of the run in a tracker from the run folder, or create one and save it there."""
     path = folder / TRACKING
     ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if name not in ids:
@@ -193,10 +221,15 @@ def _installed(name: str) -> bool:
     for variable, value in VARIABLES.items():
         os.environ.setdefault(variable, value)
     try:
-        importlib.import_module(TRACKERS[name][0])
+        importlib.import_module(TRACKERS[name].library)
     except ImportError:
         return False
     return True
+
+
+def _failed() -> bool:
+    """Whether the run is being closed because of an error."""
+    return sys.exc_info()[0] is not None
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
