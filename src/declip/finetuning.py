@@ -13,6 +13,7 @@ from typing import Any
 from declip.data.columns import Columns
 from declip.data.sources.open import open_source
 from declip.data.sources.shard_names import absolute
+from declip.data.sources.splits import training_part
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
@@ -140,6 +141,7 @@ def finetune_recipe(
     columns = Columns.of(read)
     source, data, sets = open_source(pairs, columns), str(pairs), list(map(str, named))
     if sets:
+        source = training_part(source)
         for name in sets:
             warning = check_copies(source, open_dataset(name).split("test"), not quiet)
             if warning is not None and os.environ.get("RANK", "0") == "0":

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from conftest import TINY, WEIGHTS
+from data.tables import write
 from data.tars import write_shards
 from declip.data.batch import View
 from declip.data.pair import PairSource
@@ -52,6 +53,16 @@ def test_one_source_stays_what_it_was(shards, table):
     assert [part.captions(i) for i in range(9)] == [part[i].captions for i in range(9)]
     with pytest.raises(UserError, match=r"data\.max_pairs=25, but 'shapes\.jsonl' has 24"):
         open_training_source(recipe_of(str(table), max_pairs=25))
+
+
+def test_rows_of_other_splits_are_not_trained_on(folder, shards):
+    rows = [("a.png", "one", "train"), ("b.png", "two", "test"), ("c.png", "three", "train")]
+    table = str(write(folder / "t.csv", rows, ("image", "caption", "split")))
+    source = open_training_source(recipe_of(table))
+    assert [source.captions(index)[0] for index in range(len(source))] == ["one", "three"]
+    mixture = open_training_source(recipe_of([table, str(shards)]))
+    assert (len(mixture), mixture.captions(1)) == (2 + 21, ("three",))
+    assert len(open_training_source(recipe_of(table, max_pairs=2))) == 2
 
 
 def test_a_group_is_refused_where_no_source_is_a_table(shards, table):

@@ -157,6 +157,10 @@ class PairSource(ABC):
         """A number that pairs showing the same thing share; 0 where nothing is known."""
         return 0
 
+    def splits(self) -> dict[str, np.ndarray]:
+        """Rising places of the pairs of each split, "train", "validation" and "test"; empty without splits."""
+        return {}
+
     def image(self, index: int) -> Image.Image:
         """Read the image alone, whatever its captions are."""
         return self[index].image

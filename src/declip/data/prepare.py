@@ -63,7 +63,8 @@ def shard_source(
 
     The shards are 000000.tar and so on, `shard_pairs` pairs of the source each, in its order; broken pairs are left out
     and counted. A pair's key is its index in the source. Its captions are a .txt file where there is one caption and no
-    keyword, else a .json file. sizes.json has the number of pairs of each shard, prepared.json the source and options.
+    keyword, else a .json file. Of a source with splits only the training pairs are written. sizes.json has the number
+    of pairs of each shard, prepared.json the source and options.
     A stopped call continues after the last complete shard when it is repeated.
 
     Args:
@@ -79,7 +80,10 @@ def shard_source(
         opened, name = source, source.name
     else:
         opened, name = open_source(source, columns), absolute(source)
-    excluded = {} if exclude is None else match_exclusions(opened, read_exclusions(exclude))
+    # Shards hold no splits: a test pair among them would be trained on.
+    splits = opened.splits()
+    held_out = {place: f"split {name}" for name in splits if name != "train" for place in splits[name].tolist()}
+    excluded = held_out | ({} if exclude is None else match_exclusions(opened, read_exclusions(exclude)))
     made_of = {
         "layout": LAYOUT,
         "source": name,

@@ -14,6 +14,7 @@ from declip.data.pair import BUILTIN_PREFIX, PairSource, printable
 from declip.data.sources.hf_dataset import is_dataset
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
+from declip.data.sources.subset import Subset
 from declip.data.sources.table import find_table
 from declip.errors import UserError, unknown
 from declip.evaluation.readers.captions import captioned
@@ -97,7 +98,7 @@ def open_dataset(dataset: str | Path | PairSource | Items | Dataset, *, label_co
     elif not isinstance(dataset, Dataset):
         if label_column is not None and not is_dataset(dataset):
             raise UserError(f"label_column is for tables, and a {type(dataset).__name__} is none. Leave it out.")
-        source = open_source(dataset)
+        source = _test_part(open_source(dataset))
         labeled = labeled_table(dataset, label_column) if is_dataset(dataset) else None
         dataset = Dataset(source.name, labeled or {"test": lambda: source}, _templates(source.name))
     dataset.split("test")
@@ -143,8 +144,14 @@ def _by_name(given: str, label_column: str | None) -> Dataset:
     # One letter before a colon is a Windows drive.
     if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not Path(given).expanduser().exists():
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
-    source = open_source(given)
+    source = _test_part(open_source(given))
     return Dataset(given, {"test": lambda: source}, _templates(source.name))
+
+
+def _test_part(source: PairSource) -> PairSource:
+    """The pairs of the split "test" of a source that has one, else all."""
+    splits = source.splits()
+    return Subset(source, splits["test"], f"{source.name} (test)") if "test" in splits else source
 
 
 def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:

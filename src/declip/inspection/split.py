@@ -1,10 +1,12 @@
 """Splitting pairs into a training and a validation part that share no image and no caption."""
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
 
 from declip.data.pair import PairSource
+from declip.data.sources.splits import training_part
 from declip.errors import UserError
 from declip.inspection.duplicates import across, components, equal_groups, near_groups
 from declip.inspection.reading import ReadPairs, read
@@ -24,32 +26,73 @@ class PairSplit(NamedTuple):
     val: np.ndarray
 
 
-def split_pairs(source: PairSource, fraction: float = FRACTION, most: int = MOST, progress: bool = False) -> PairSplit:
+def split_pairs(
+    source: PairSource,
+    fraction: float = FRACTION,
+    most: int = MOST,
+    progress: bool = False,
+    seen: PairSource | None = None,
+) -> PairSplit:
     """Split off a validation part: pairs with nearly the same image, the same caption, or one group stay together.
 
-    Groups of such pairs are put into the validation part in an order that depends on the number of pairs alone, as long
-    as they fit.
+    A source with a split "validation" keeps its own parts; one with other splits is split within its training pairs.
+    Else each set of such pairs has a hash of its first pair: the sets with hashes below `fraction` are the validation
+    part, so that a pair stays in its part when pairs are added at the end. With few pairs that number varies by chance;
+    between half and twice the wanted number are chosen.
+
+    Args:
+        seen: Pairs that were trained on before; sets with one of their images, or nearly so, go to training.
 
     Raises:
         UserError: there are too few pairs, or they are one group.
     """
-    pairs = _read(source, progress)
-    groups = _related(pairs, source)
-    sizes = np.bincount(groups)
-    target = max(1, min(round(fraction * len(groups)), most))
-    chosen, left = [], target
-    for group in np.random.default_rng((0, len(groups))).permutation(len(sizes)).tolist():
-        if sizes[group] <= left:
-            chosen.append(group)
-            left -= int(sizes[group])
-    if left > target // 2:
+    splits = source.splits()
+    candidates = training_part(source)
+    if "validation" in splits:
+        return PairSplit(splits["train"], splits["validation"])
+    pairs = _read(candidates, progress)
+    related = _related(pairs, candidates)  # (n,) int64
+    sizes, hashes = np.bincount(related), _hashes(pairs, candidates, related)
+    if seen is not None:
+        copied = across(pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False).pairs)
+        hashes[np.unique(related[copied])] = np.inf
+    val = pairs.pairs["place"][np.isin(related, _chosen(hashes, sizes, fraction, most))]
+    if not len(val):
         raise UserError(
-            f"No validation part can be split off '{source.name}': its {len(groups):,} pairs make "
+            f"No validation part can be split off '{source.name}': its {len(related):,} pairs make "
             f"{len(sizes):,} groups with the same captions or images, the largest of {sizes.max():,} pairs. "
             "Write captions that differ, or give a validation set with --val."
         )
-    val = pairs.pairs["place"][np.isin(groups, chosen)]
-    return PairSplit(np.setdiff1d(np.arange(len(source)), val), val)
+    train = np.setdiff1d(np.arange(len(candidates)), val)
+    places = splits.get("train", np.arange(len(source)))  # of the candidates in the source
+    return PairSplit(places[train], places[val])
+
+
+def _hashes(pairs: ReadPairs, source: PairSource, related: np.ndarray) -> np.ndarray:
+    """A number from 0 to 1 for each set of related pairs, from the group or the first caption of its first pair."""
+    first = np.unique(related, return_index=True)[1]
+    # (sets,): the row of the first caption of a pair is the number of captions before it.
+    captions = pairs.captions["hash"][np.cumsum(pairs.pairs["captions"])[first] - pairs.pairs["captions"][first]]
+    named = (source.group(place) for place in pairs.pairs["place"][first].tolist())
+    keys = [group or caption for group, caption in zip(named, captions.tolist(), strict=True)]
+    digests = (hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split").digest() for key in keys)
+    return np.array([int.from_bytes(digest) / 2**64 for digest in digests])
+
+
+def _chosen(hashes: np.ndarray, sizes: np.ndarray, fraction: float, most: int) -> list[int]:
+    """Numbers of the sets of the validation part; none where the sets are too large."""
+    total = int(sizes.sum())
+    target = max(1, min(round(fraction * total), most))
+    below = min(fraction, most / total)  # not target / total, which varies with each pair that is added
+    chosen, count = [], 0
+    for number in np.argsort(hashes, kind="stable").tolist():
+        wanted = hashes[number] < below
+        if not wanted and (2 * count >= target or hashes[number] == np.inf):
+            break
+        if count + sizes[number] <= (2 * target if wanted else target):
+            chosen.append(number)
+            count += int(sizes[number])
+    return chosen if 2 * count >= target else []
 
 
 def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> str | None:

@@ -10,6 +10,7 @@ from declip.data.columns import Columns
 from declip.data.pair import PairSource
 from declip.data.sources.mixture import Mixture
 from declip.data.sources.open import open_source
+from declip.data.sources.splits import training_part
 from declip.data.sources.subset import take
 from declip.errors import UserError
 from declip.interchange.weights import Weights
@@ -54,14 +55,17 @@ def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume
 
 
 def open_training_source(recipe: Recipe, given: PairSource | None = None) -> PairSource:
-    """Open the training pairs, one source or a mixture, or the one given, limited to `data.max_pairs` by the seed."""
+    """Open the training pairs, one source or a mixture, or the one given, limited to `data.max_pairs` by the seed.
+
+    Of a source with splits these are the pairs of its split "train".
+    """
     data = recipe.data
     columns = Columns.of(data)
     source: PairSource
     if isinstance(data.source, str):
-        source = given or open_source(data.source, columns)
+        source = training_part(given or open_source(data.source, columns))
     else:
-        source = Mixture([(open_source(part.source, columns), part.weight) for part in data.source])
+        source = Mixture([(training_part(open_source(part.source, columns)), part.weight) for part in data.source])
     if data.columns.get("group") is not None and source.group_column is None:
         raise UserError(
             f"data.columns.group names a column of a table, and '{source.name}' is not a table. Leave it out."

@@ -109,6 +109,23 @@ def test_the_authors_list_reads_as_it_is(folder, monkeypatch):
     assert re.search(r"is not JSONL.*jq -c '\.\[\]' array\.json > rows\.jsonl", message(folder / "array.json"))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_table_that_is_rewritten_in_place_is_named(folder, cache, monkeypatch, kind, large):
+    if large:
+        monkeypatch.setattr("declip.data.sources.rows.LARGE_TABLE", 0)
+    path = write(folder / f"t.{kind}", [(f"{n}.png", f"caption {n}") for n in range(2000)])
+    source = open_source(path)
+    assert source.captions(1999) == ("caption 1999",)
+    write(folder / f"other.{kind}", [("a.png", "caption")]).replace(folder / f"t.{kind}")
+    assert source.captions(1999) == ("caption 1999",)
+    source = open_source(write(path, [(f"{n}.png", f"caption {n}") for n in range(2000)]))
+    write(path, [("a.png", "short")])
+    for index in (0, 1999):
+        with pytest.raises(UserError, match=rf"t\.{kind}.*rewritten.*--resume"):
+            source.captions(index)
+
+
 # CSV, TSV
 
 

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import LONGEST_CAPTION, BrokenPair, clean_captions
 from declip.data.sources.entry import EntrySource
+from declip.data.sources.splits import NUMBER_OF, UNKNOWN, places_by_split
 from declip.errors import UserError
 
 MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # more is another kind of file that happens to end in .txt
@@ -44,6 +47,12 @@ class FolderSource(EntrySource):
     def entry(self, index: int) -> ImageFile:
         raw = self._keys[index].as_py()
         return ImageFile(raw.decode(errors="replace"), self.path / os.fsdecode(raw))
+
+    def splits(self) -> dict[str, np.ndarray]:
+        """Those of folders named train, val and test, if all images are in such folders."""
+        folders = pc.list_element(pc.split_pattern(self._keys, b"/"), 0)
+        numbers = [NUMBER_OF.get(name.lower().decode(errors="replace"), UNKNOWN) for name in folders.to_pylist()]
+        return {} if UNKNOWN in numbers else places_by_split(np.array(numbers))
 
     def content(self, entry: ImageFile) -> Path:
         return entry.path

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
 from declip.data.sources.entry import EntrySource, Texts
-from declip.data.sources.rows import TableRow
-from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, by_lower_name, find_column
+from declip.data.sources.rows import TableRow, by_lower_name
+from declip.data.sources.splits import COLUMN, places_by_split, split_numbers
+from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, find_column
 from declip.errors import UserError
 
 PREFIX = "python:"  # of the name of an object in a recipe, which cannot be opened from there
@@ -57,6 +59,7 @@ class ItemSource(EntrySource):
         self.root = None if columns.root is None else Path(columns.root).expanduser()
         self._columns = (columns.image, columns.caption or columns.image, columns.keywords)
         item: Any = next(self._readable(), None)
+        self._split = by_lower_name(list(item)).get(COLUMN) if _is_row(item) else None
         if _is_row(item):
             names = list(item)
             image = caption = find_column(names, columns.image, IMAGE_NAMES, "image", self.name)
@@ -80,6 +83,19 @@ class ItemSource(EntrySource):
         item = self._read(index) if self.group_column else None
         cell = item.get(self.group_column) if isinstance(item, Mapping) else None
         return TableRow("", None, [], [], cell).group()
+
+    def splits(self) -> dict[str, np.ndarray]:
+        """Those that the key "split" names; they would have to be read with the pixels where the items are no list."""
+        if self._split is None:
+            return {}
+        if not self._listed:
+            raise UserError(
+                f"The items of the {self.name} have the key '{self._split}'. Pass a list of dicts, only those of "
+                "the split 'train', or dicts without the key to train on all."
+            )
+        cells = [item.get(self._split) if isinstance(item, Mapping) else None for item in self.items]
+        names = pa.array(["" if cell is None else str(cell) for cell in cells], pa.string())
+        return places_by_split(split_numbers(names, f"The key '{self._split}' of the {self.name}"))
 
     def origin(self, index: int) -> Origin:
         return super().origin(index) if self._listed else Origin()

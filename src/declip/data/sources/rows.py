@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from declip.data.pair import BrokenPair, as_texts, clean_keywords
 from declip.data.sources.shard_names import expand, files_in
+from declip.data.sources.splits import COLUMN, places_by_split, split_numbers
 from declip.errors import UserError
 from declip.io.memo import cached_table
 
@@ -33,6 +34,11 @@ SEPARATORS = re.compile("[;,]")
 
 SPLIT = re.compile("(train|val|dev|test)(?![a-z])|validation", re.IGNORECASE)
 """Splits that begin the names of Parquet files, as the Hub has them: `train-00000-of-00002.parquet`."""
+
+
+def by_lower_name(columns: Sequence[str]) -> dict[str, str]:
+    """Columns by their names without case; the first of several."""
+    return {name.strip().lower(): name for name in reversed(columns)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ class TableRows(ABC):
     def choose(self, image: str, caption: str, keywords: str | None = None, group: str | None = None) -> None:
         """Read these columns, or map the cache file that holds them; `caption` is `image` where none is read."""
         self.image, self.caption, self.keywords, self.group = image, caption, keywords, group
-        self.wanted = list(dict.fromkeys(filter(None, (image, caption, keywords, group))))
+        self.split = by_lower_name(self.columns).get(COLUMN)
+        self.wanted = list(dict.fromkeys(filter(None, (image, caption, keywords, group, self.split))))
         self._large = self.is_large()
         self.table = self.read()
 
@@ -127,6 +134,20 @@ class TableRows(ABC):
     @abstractmethod
     def pair(self, numbers: list[int]) -> TableRow:
         """The pair of these rows of `table`; raises `BrokenPair`."""
+
+    @abstractmethod
+    def split_cells(self) -> pa.Array | pa.ChunkedArray | None:
+        """The split of each row as text, null where the row is unreadable; None without a column of splits."""
+
+    def splits(self) -> dict[str, np.ndarray]:
+        """Places of the pairs of each split. A pair with rows in several is in the last: test before train."""
+        if (cells := self.split_cells()) is None:
+            return {}
+        numbers = split_numbers(cells, f"Column '{self.split}' of '{self.path.name}'")
+        if numbers is not None:
+            rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
+            numbers = np.maximum.reduceat(numbers[rows], starts[:-1])  # (rows,) -> (pairs,)
+        return places_by_split(numbers)
 
     def is_large(self) -> bool:
         return self.path.stat().st_size > LARGE_TABLE
@@ -191,6 +212,12 @@ class ArrowRows(TableRows):
             return [b"" if is_bytes(column.type) else decoded(column[number], key) for number in numbers]
 
         return TableRow(key, image, cells(self.caption), cells(self.keywords), next(iter(cells(self.group)), None))
+
+    def split_cells(self) -> pa.Array | None:
+        if self.split is None:
+            return None
+        cells = self.table.column(self.wanted.index(self.split)).to_pylist()
+        return pa.array(["" if cell is None else str(cell) for cell in cells], pa.string())
 
     def image_keys(self, hashed: bool) -> pa.LargeBinaryArray | None:
         column = self.table.column(0)

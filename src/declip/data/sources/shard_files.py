@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from declip.data.sources import remote
+from declip.data.sources.open_file import OpenFile
 from declip.data.sources.remote import UnreadableShard
 from declip.data.sources.shard_names import expand, is_url
-from declip.data.sources.tar_members import OpenFile
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, cache_folder
 from declip.io.memo import locked

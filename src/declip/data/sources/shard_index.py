@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from declip.data.images.decode import EXTENSIONS
-from declip.data.sources.tar_members import OpenFile, members
+from declip.data.sources.open_file import OpenFile
+from declip.data.sources.tar_members import members
 from declip.errors import UserError
 
 PARTS = ("image", "text", "json")

@@ -62,9 +62,9 @@ class DerivedSource(PairSource):
 class Subset(DerivedSource):
     """Some pairs of another source, by (n,) indices in a fixed order, rising where the source has shards."""
 
-    def __init__(self, source: PairSource, indices: np.ndarray) -> None:
+    def __init__(self, source: PairSource, indices: np.ndarray, name: str | None = None) -> None:
         self.source, self.indices = source, indices
-        self.name = f"{source.name}[{len(indices)}]"
+        self.name = name or f"{source.name}[{len(indices)}]"
         self.credit, self.remote, self.group_column = source.credit, source.remote, source.group_column
         if source.blocks is not None:
             ends = np.cumsum(source.blocks)
@@ -75,6 +75,10 @@ class Subset(DerivedSource):
 
     def locate(self, index: int) -> tuple[PairSource, int]:
         return self.source, int(self.indices[index])
+
+    def splits(self) -> dict[str, np.ndarray]:
+        splits = {name: np.flatnonzero(np.isin(self.indices, places)) for name, places in self.source.splits().items()}
+        return {name: places for name, places in splits.items() if len(places)}
 
 
 def choose(name: str, size: int, count: int, seed: int) -> np.ndarray:

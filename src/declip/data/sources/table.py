@@ -6,12 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, clean_captions, printable
 from declip.data.sources.entry import EntrySource, Texts
 from declip.data.sources.hf_dataset import DatasetRows, is_dataset, names_dataset
-from declip.data.sources.rows import ParquetRows, TableRow, TableRows
+from declip.data.sources.rows import ParquetRows, TableRow, TableRows, by_lower_name
 from declip.data.sources.shard_names import holds, is_url, names_shards
 from declip.data.sources.text_rows import DelimitedRows, JsonRows
 from declip.errors import UserError
@@ -71,6 +73,9 @@ class TableSource(EntrySource):
     def group(self, index: int) -> int:
         return self.entry(index).group() if self.group_column else 0
 
+    def splits(self) -> dict[str, np.ndarray]:
+        return self.rows.splits()
+
     def content(self, entry: TableRow) -> Path | bytes:
         image = entry.image()
         if not image:
@@ -112,11 +117,6 @@ def find_table(spec: str | Path) -> str | Path | None:
     if names_shards(text):
         return path if text.lower().endswith(".parquet") and not is_url(text) else None
     return path if path.suffix.lower() in KINDS and path.exists() else None
-
-
-def by_lower_name(columns: Sequence[str]) -> dict[str, str]:
-    """Columns by their names without case; the first of several."""
-    return {name.strip().lower(): name for name in reversed(columns)}
 
 
 def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path | str) -> str:

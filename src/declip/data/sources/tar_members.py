@@ -1,36 +1,15 @@
 """Names and places of the files in a tar archive, from its headers alone; nothing is extracted."""
 
-import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
+
+from declip.data.sources.open_file import OpenFile
 
 LARGEST_HEADER = 1 << 18
 """Bytes that are read of a member's headers: `tarfile` would read extended ones whatever size they claim."""
 
 LARGEST_SIZE = 1 << 62
 MOST_PADDING = 1 << 20  # bytes behind the end of an archive; tar's own blocks have 10 KiB
-
-
-class OpenFile:
-    """An open file, closed when nothing refers to it any more."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return os.fstat(self._descriptor).st_size
-
-    def read(self, size: int, at: int) -> bytes:
-        """Read bytes, fewer at the end, without moving the position that forked processes share."""
-        return os.pread(self._descriptor, size, at)
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
 
 
 def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:

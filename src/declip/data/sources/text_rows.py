@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import BrokenPair
+from declip.data.sources.open_file import OpenFile
 from declip.data.sources.rows import TableRow, TableRows, not_utf8, whole
 from declip.errors import UserError
 
@@ -31,12 +31,13 @@ class TextRows(TableRows):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        if not path.stat().st_size:
+        self._file = OpenFile(path)
+        self._stamp = self._file.stamp
+        start = self._file.read(LONGEST_ROW, 0)
+        if not start:
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
-        self._bytes = np.memmap(path, np.uint8, "r")
-        if self._bytes[:2].tobytes() in (b"\xff\xfe", b"\xfe\xff"):
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(f"The table '{path}' is UTF-16. Save it as UTF-8.")
-        start = self._bytes[:LONGEST_ROW].tobytes()
         if b"\r" in start and b"\n" not in start:
             raise UserError(f"The table '{path}' has lines that end with CR alone: tr '\\r' '\\n' < OLD > NEW.")
 
@@ -63,20 +64,40 @@ class TextRows(TableRows):
                 start, number = start + size, number + max(1, row.count(b"\n"))
 
     def schema(self) -> pa.Schema:
-        return pa.schema([("image", pa.large_binary()), *((name, pa.int64()) for name in ("start", "size", "line"))])
+        kinds = {"image": pa.large_binary(), **dict.fromkeys(("start", "size", "line"), pa.int64())}
+        return pa.schema(kinds | ({"split": pa.string()} if self.split else {}))
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         places = self.places()
         while part := list(islice(places, ROWS_AT_ONCE)):
             starts, sizes, lines, rows = zip(*part, strict=True)
-            images = map(self._image_of, rows, lines)
-            yield pa.record_batch([pa.array(images, pa.large_binary()), starts, sizes, lines], schema=self.schema())
+            images, splits = zip(*map(self._image_and_split, rows, lines), strict=True)
+            arrays = [pa.array(images, pa.large_binary()), starts, sizes, lines]
+            yield pa.record_batch([*arrays, splits][: len(self.schema())], schema=self.schema())
+        self._read(0, 0)  # the rows were found in one state of the file
 
-    def _image_of(self, row: bytes, line: int) -> bytes:
-        image = None
-        with suppress(BrokenPair):
-            image = self._cells(row, line).get(self.image)
-        return image.encode(errors="surrogatepass") if isinstance(image, str) else b""
+    def _image_and_split(self, row: bytes, line: int) -> tuple[bytes, str | None]:
+        """The cells of a row by which pairs are grouped and split; the split of an unreadable row is None."""
+        try:
+            cells = self._cells(row, line)
+        except BrokenPair:
+            return b"", None
+        image, split = cells.get(self.image), str(cells.get(self.split or "") or "")
+        return image.encode(errors="surrogatepass") if isinstance(image, str) else b"", split
+
+    def split_cells(self) -> pa.ChunkedArray | None:
+        return self.table["split"] if self.split else None
+
+    def _read(self, size: int, at: int) -> bytes:
+        """Read bytes; raises `UserError` where the file is no longer what was opened."""
+        content = self._file.read(size, at)
+        if len(content) < size or self._file.stamp != self._stamp:
+            raise UserError(
+                f"The table '{self.path}' was rewritten while it was read: it had {self._stamp[0]:,} bytes, now "
+                f"{self._file.size:,}, so its rows can no longer be found. Restore it and continue with --resume, and "
+                "write the new table to another file."
+            )
+        return content
 
     def image_keys(self, hashed: bool) -> pa.LargeBinaryArray:
         return whole(self.table.column(0))
@@ -84,8 +105,8 @@ class TextRows(TableRows):
     def pair(self, numbers: list[int]) -> TableRow:
         rows = []
         for number in numbers:
-            start, size, line = (column[number].as_py() for column in self.table.columns[1:])
-            rows.append(self._cells(self._bytes[start : start + min(size, LONGEST_ROW + 1)].tobytes(), line))
+            start, size, line = (column[number].as_py() for column in self.table.columns[1:4])
+            rows.append(self._cells(self._read(min(size, LONGEST_ROW + 1), start), line))
         image = rows[0].get(self.image)
         key = image if image and isinstance(image, str) else f"line {self.table['line'][numbers[0]]}"
         keywords = [row.get(self.keywords) for row in rows] if self.keywords else []
@@ -118,7 +139,7 @@ class JsonRows(TextRows):
                 columns.update(dict.fromkeys(self._cells(row, line)))
             except BrokenPair as broken:
                 fault = fault or broken
-        if fault and (not columns or self._bytes[:99].tobytes().lstrip().startswith(b"[")):
+        if fault and (not columns or self._read(min(99, self._stamp[0]), 0).lstrip().startswith(b"[")):
             raise UserError(
                 f"'{path}' is not JSONL, a JSON object on each line: {fault}. To convert one JSON array: "
                 f"jq -c '.[]' {path.name} > rows.jsonl"

@@ -14,13 +14,6 @@ from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource, clean_capti
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.subset import DerivedSource
 
-SPLITS: Mapping[str, Sequence[str]] = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test", "testing"),
-}
-"""Names of splits in folders and tables."""
-
 Openers = Mapping[str, Callable[[], PairSource]]
 """Functions that open each split."""
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from declip.data.columns import Columns
-from declip.data.pair import BrokenPair, is_unicode, printable
-from declip.data.sources.rows import ArrowRows, TableRows
+from declip.data.pair import BrokenPair, is_unicode
+from declip.data.sources.rows import ArrowRows, TableRows, by_lower_name
 from declip.data.sources.subset import Subset
-from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, by_lower_name, find_column, open_rows
+from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, find_column, open_rows
 from declip.errors import UserError, unknown
-from declip.evaluation.readers.images import SPLITS, Classified, Openers
+from declip.evaluation.readers.images import Classified, Openers
 
 LABEL_NAMES = ("label", "class", "class_name", "category")
 """Names of the column of labels where none is given, in the order of preference."""
@@ -40,7 +40,7 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
         raise unknown(f"column of labels in '{path.name}'", label_column, columns)
     image = find_column(columns, "image", IMAGE_NAMES, "image", path)
     table = TableSource(table_path, Columns(image, "caption" if captioned else None))
-    rows_of = _rows_of(table, table_path)
+    rows_of = _rows_of(table)
     if not labeled:
         return {which: partial(Subset, table, places) for which, places in rows_of.items()}
     column = find_column(columns, label_column or LABEL_NAMES[0], LABEL_NAMES, "label", path)
@@ -64,28 +64,12 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
     }
 
 
-def _rows_of(table: TableSource, table_path: Any) -> dict[str, np.ndarray]:
+def _rows_of(table: TableSource) -> dict[str, np.ndarray]:
     """The pairs of each split that has some; all are the test where there is no column of splits."""
-    rows = open_rows(table_path)
-    split_of = np.array(["test"] * len(table))
-    if "split" in by_lower_name(rows.columns):
-        split_column = find_column(rows.columns, "split", ("split",), "split", rows.path)
-        split_cells = _cells(table, rows, split_column)
-        split_of = np.array([_split(cell) for cell in split_cells])
-        if not {"test"} <= set(split_of) <= set(SPLITS):
-            raise UserError(
-                f"Column '{split_column}' of '{rows.path}' needs one of {', '.join(SPLITS)} in each row, 'test' in "
-                f"some. It has: {printable(', '.join(sorted(set(map(str, split_cells)))))}."
-            )
-    places = {which: np.flatnonzero(split_of == which) for which in SPLITS}
-    return {which: found for which, found in places.items() if len(found)}
-
-
-def _split(cell: Cell) -> str:
-    """The split that a cell names, or nothing; a damaged row counts among the test's broken pairs."""
-    if isinstance(cell, BrokenPair):
-        return "test" if cell.reason == "unreadable row" else ""
-    return next((split for split, names in SPLITS.items() if cell.lower() in names), "")
+    splits = table.splits() or {"test": np.arange(len(table))}
+    if "test" not in splits:
+        raise UserError(f"'{table.name}' has no test pairs: its splits are {', '.join(splits)}. Name some rows 'test'.")
+    return splits
 
 
 def _ordered(names: set[str]) -> list[str]:

@@ -1,0 +1,34 @@
+"""A file that is read by position: safe to share between forked processes, and without a memory map."""
+
+import os
+from pathlib import Path
+
+
+class OpenFile:
+    """An open file, closed when nothing refers to it any more.
+
+    A memory map ends the process with SIGBUS where the file is cut short while it is read; `read` returns fewer bytes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self._descriptor).st_size
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """Size in bytes and time of the last change in ns; other values mean that the content was rewritten."""
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def read(self, size: int, at: int) -> bytes:
+        """Read bytes, fewer at the end, without moving the position that forked processes share."""
+        return os.pread(self._descriptor, size, at)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
