@@ -191,7 +191,6 @@ def push(
         repo: OWNER/NAME, created if missing. Its model files are replaced.
         private: Create a repository that only its owner sees; a public one is then refused.
         format: A key of `FORMATS`; by default "open_clip" if it can hold the model, else "safetensors".
-        model, license: See `export`.
     """
     if huggingface_hub.get_token() is None:
         raise UserError("Pushing requires a write token of the Hub: run `hf auth login`, or set HF_TOKEN.")
