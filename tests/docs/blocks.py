@@ -74,7 +74,9 @@ def check(words: list[str]) -> None:
         for option in words[2:]:
             assert not option.startswith("--") or option == "--help" or f'"{option}"' in script, f"{words[1]} {option}"
     if words[0] == "make":
-        assert re.search(rf"^([\w-]+ )*{words[1]}[ :]", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), words[1]
+        assert re.search(
+            rf"^([\w-]+ )*{words[1]}[ :]", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+        ), words[1]
     if words[0] == "pytest":
         assert all((ROOT / name).exists() for name in words[1:] if not name.startswith("-")), words
     if words[0] == "pip" and (extra := re.search(r"\[(.+)\]", words[-1])):

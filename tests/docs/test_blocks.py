@@ -59,7 +59,9 @@ def test_code_is_fenced_and_works_in_bash_and_zsh(page: Path) -> None:
 @pytest.mark.parametrize("name", ["clip", "slip", "filip", "declip", "defilip"])
 def test_our_numbers_are_those_of_the_results(name: str) -> None:
     results = (DOCS / "results.md").read_text(encoding="utf-8")
-    here = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8").split("\n## Measured here\n")[1].split("\n## ")[0]
+    here = (
+        (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8").split("\n## Measured here\n")[1].split("\n## ")[0]
+    )
     rows = re.findall(r"^\| `[a-z0-9-]+`[^|]*\| (.*±.*) \|$", here, re.MULTILINE)
     assert rows
     for row in rows:
