@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest, chisquare
 
 from declip.data.pair import PairSource
-from declip.data.sampling import Order, build_order, spread
+from declip.data.sampling import Order, build_order
 from declip.data.sources.mixture import Mixture
 from declip.errors import UserError
 
@@ -148,58 +148,3 @@ def test_pairs_are_taken_of_all_sources():
     assert small.sources[0].source.blocks.sum() == len(small.sources[0].source)
     with pytest.raises(UserError, match="has 200"):
         mixture.take(201, seed=1)
-
-
-def batch_by_batch(order, meanings, batch_size):
-    """The plain loop: each batch is filled from all that wait; the time grows with the square of the pairs."""
-    waiting, batches = list(order), []
-    while waiting:
-        batch, seen = [], set()
-        for pair in waiting:
-            if len(batch) < batch_size and seen.isdisjoint(meanings[pair]):
-                batch.append(pair)
-                seen |= meanings[pair]
-        if len(batch) < batch_size:
-            return batches
-        batches.append(batch)
-        waiting = [pair for pair in waiting if pair not in batch]
-    return batches
-
-
-def test_apart_fills_batches_as_the_plain_loop():
-    generator = np.random.default_rng(0)
-    for size in (2, 3, 8):
-        kinds = [{f"word {word}" for word in generator.integers(0, 12, generator.integers(0, 4))} for _ in range(120)]
-        order = generator.permutation(120)
-        found, expected = spread(order, kinds, size), batch_by_batch(order, kinds, size)
-        assert len(expected) > 3
-        assert found[: size * len(expected)].reshape(-1, size).tolist() == [
-            [int(n) for n in batch] for batch in expected
-        ]
-        assert sorted(found) == list(range(120))
-
-
-def test_pairs_that_mean_the_same_are_kept_apart():
-    class Repeated(Numbers):
-        def captions(self, index):
-            return (f"{'Caption' if index % 2 else 'caption'} {index % 17}", f"alone {index}")
-
-        def group(self, index):
-            return 1 + index // 99  # pair 99 has a group of its own
-
-    source = Repeated(100)
-    order = build_order(source, 8, 5, None, apart=True)
-    plain = build_order(source, 8, 5, None)
-    assert sorted(order.epoch(0)) == list(range(100))
-    assert not np.array_equal(order.epoch(0), order.epoch(1))
-    assert any(len({index % 17 for index in plain.indices(step)}) < 8 for step in range(12))
-    Repeated.group = lambda self, index: 0
-    order = build_order(source, 8, 5, None, apart=True)
-    for step in range(30):
-        assert len({index % 17 for index in order.indices(step)}) == 8
-    few = spread(np.arange(6), [{"a"}, {"a"}, {"b"}, {"a"}, {"a"}, set()], 2)
-    assert few.tolist() == [0, 2, 1, 5, 3, 4]
-    # A pair that waits keeps no other from its batch.
-    assert spread(np.arange(4), [{"a"}, {"a", "b"}, {"b"}, {"a"}], 2).tolist() == [0, 2, 1, 3]
-    with pytest.raises(UserError, match="duplicates=apart"):
-        build_order(SHARDS, 8, 5, 50, apart=True)

@@ -1,11 +1,10 @@
-"""Views that change during the run: a second one of its own size that starts late, and smaller ones at first."""
+"""A second view of its own size that starts during the run."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 
 from declip.api import train
@@ -19,7 +18,7 @@ from declip.supervision.objective import encode_views
 from declip.training import estimate
 from declip.training.assemble import assemble, build_loader
 from declip.training.resolve import open_training_source
-from training.starts import CONV, SMALL, recipe_for, resumes_exactly
+from training.starts import CONV, recipe_for, resumes_exactly
 
 
 def late(table: Path, second: dict[str, Any] | None, name: str = "declip", **sections: Any) -> Recipe:
@@ -47,26 +46,6 @@ def test_a_batch_has_the_second_view_from_its_step_on_and_is_else_the_same(table
         for a, b in zip(again, given[3:], strict=True)
         for v in b.views
     )
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_smaller_views_at_first_show_the_same_parts_of_the_images(table: Path, workers: int) -> None:
-    given = late(table, {"size": 20}, views={"progressive": {"size": 24, "until": 0.4}})
-    small, plain = batches(given, workers=workers), batches(late(table, {"size": 20}))
-    sizes = [[view.pixels.shape[-1] for view in batch.views.values()] for batch in small]
-    assert sizes == [[24, 20]] * 3 + [[32, 20]] * 5
-    for one, other in zip(small, plain, strict=True):
-        assert torch.equal(one.views["second"].pixels, other.views["second"].pixels)
-        smaller = F.interpolate(other.views["first"].pixels.float(), one.views["first"].pixels.shape[-2:], mode="area")
-        assert (smaller - one.views["first"].pixels.float()).abs().mean() < 12
-    assert torch.equal(small[3].views["first"].pixels, plain[3].views["first"].pixels)
-
-
-def test_a_run_resumed_before_and_after_its_images_grow(table: Path, tmp_path: Path) -> None:
-    image, text = {"model": "declip_vit_tiny", "patch_dropout": {"by": "edges"}}, {**SMALL, "dropout": 0.1}
-    recipe = late(table, None, image=image, text=text, views={"progressive": {"size": 16}})
-    for step in (3, 5):
-        resumes_exactly(recipe, tmp_path / str(step), step)
 
 
 @pytest.mark.parametrize(("contrastive", "expected"), [(None, ["first"]), ({}, ["contrastive"])])
@@ -139,14 +118,10 @@ def test_a_step_is_timed_before_and_after_the_start(table: Path, tmp_path: Path,
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
     parts = assemble(late(table, {"start": 0.75}), tmp_path / "run", quiet=True)
     assert estimate.step_seconds(parts, 1, 2) == [0.75 * 1 + 0.25 * 2] * 2
-    both = late(table, {"start": 0.75}, views={"progressive": {"size": 16, "until": 0.375}})
-    parts = assemble(both, tmp_path / "both", quiet=True)
-    assert estimate.step_seconds(parts, 1, 2) == [0.375 * 0.25 + 0.375 * 1 + 0.25 * 2] * 2
 
 
-@pytest.mark.parametrize("views", [{"image_second": {"start": 0.5}}, {"progressive": {"size": 16}}])
-def test_another_number_of_steps_would_move_the_start(table: Path, tmp_path: Path, views: Any) -> None:
-    recipe = late(table, None, views=views, train={"lr_schedule": "constant"})
+def test_another_number_of_steps_would_move_the_start(table: Path, tmp_path: Path) -> None:
+    recipe = late(table, {"start": 0.5}, train={"lr_schedule": "constant"})
     train(recipe, out=tmp_path, quiet=True, report=False)
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 16})})
     with pytest.raises(UserError, match=r"steps was 8, now 16"):

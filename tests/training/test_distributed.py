@@ -82,7 +82,7 @@ def two_steps(name: str, tower: str, counts: tuple[int, ...], **train: Any) -> d
     tree["views"] = {"image_second": {"start": 1.0} if name == CAPTIONS else None}
     tree |= SECTIONS.get(name, {})
     if name == LATE:
-        tree["views"] = {"image_second": {"size": 16, "start": 0.125}, "progressive": {"size": 24, "until": 0.125}}
+        tree["views"] = {"image_second": {"size": 16, "start": 0.125}}
     recipe = Recipe.model_validate({**tree, "train": {**TINY["train"], **train}})
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe).double()

@@ -45,7 +45,6 @@ class Assembler:
         batch_size: int,
         seed: int,
         shuffle_buffer: int | None = None,
-        apart: bool = False,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -60,7 +59,7 @@ class Assembler:
         self.text = plan.texts.augmentation
         self.scaled_decode = True  # a JPEG at 1/2, 1/4 or 1/8 where every crop stays large enough
         self.rank, self.ranks = rank, ranks
-        order = build_order(source, batch_size, seed, shuffle_buffer, apart)
+        order = build_order(source, batch_size, seed, shuffle_buffer)
         self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
 
     def __getitem__(self, step: int) -> PairBatch:

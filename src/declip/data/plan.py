@@ -52,20 +52,15 @@ class Plan:
     texts: TextSpec
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    early_size: int | None = None  # pixels of larger views before `early_steps`
-    early_steps: int = 0
 
     def at(self, step: int) -> tuple[ViewSpec, ...]:
         """Views of a step; those that start later are the last ones."""
-        started = (spec for spec in self.views if spec.start <= step)
-        if self.early_size is None or step >= self.early_steps:
-            return tuple(started)
-        return tuple(replace(spec, size=min(spec.size, self.early_size)) for spec in started)
+        return tuple(spec for spec in self.views if spec.start <= step)
 
     @property
     def changes(self) -> list[int]:
-        """Steps from which the number or the size of the views is another, the first step included."""
-        return sorted({0, self.early_steps, *(spec.start for spec in self.views)})
+        """Steps from which the number of views is another, the first step included."""
+        return sorted({0, *(spec.start for spec in self.views)})
 
 
 def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
@@ -105,6 +100,4 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
         whole_context=padded,
         masked_copy=predicts and views.text.mask is False,
     )
-    early = views.progressive
-    until = (None, 0) if early is None else (early.size, int(early.until * recipe.train.steps))
-    return Plan(tuple(specs), texts, recipe.image.mean, recipe.image.std, *until)
+    return Plan(tuple(specs), texts, recipe.image.mean, recipe.image.std)

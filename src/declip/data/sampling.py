@@ -5,15 +5,11 @@ pair i (see `Assembler`), (seed, epoch, pairs) to the whole permutation, and fiv
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from declip.data.pair import BrokenPair, PairSource, Span
-from declip.data.text.tokenizer import clean
-from declip.errors import UserError
+from declip.data.pair import PairSource, Span
 
 SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
 GROUPS_KEPT = 2
@@ -42,72 +38,16 @@ class Order(ABC):
         """All pairs of an epoch in their order, int64; the last ones may fill no batch."""
 
 
-def build_order(
-    source: PairSource, batch_size: int, seed: int, shuffle_buffer: int | None, apart: bool = False
-) -> Order:
-    """Choose the order of a source's pairs: so many are shuffled together, all by default, fewer of remote shards.
-
-    Pairs with equal captions or one group are kept `apart`: in different batches, see `spread`.
-    """
+def build_order(source: PairSource, batch_size: int, seed: int, shuffle_buffer: int | None) -> Order:
+    """Choose the order of a source's pairs: so many are shuffled together, all by default, fewer of remote shards."""
     if shuffle_buffer is None and source.remote:
         shuffle_buffer = SHUFFLE_BUFFER
     options = source.spans(), len(source), batch_size, seed
-    if shuffle_buffer is None:
-        return ShuffledOrder(*options, meanings(source) if apart else None)
-    if apart:
-        raise UserError(
-            "contrastive.duplicates=apart shuffles all pairs together, so it goes neither with data.shuffle_buffer nor "
-            "with remote shards. Take mask instead."
-        )
-    return BufferedOrder(*options, shuffle_buffer)
-
-
-def meanings(source: PairSource) -> list[set[Hashable]]:
-    """The captions and the group of each pair; none of a broken one."""
-    found: list[set[Hashable]] = [set() for _ in range(len(source))]
-    for index, own in enumerate(found):
-        with suppress(BrokenPair):
-            own.update(map(clean, source.captions(index)))
-            own.update(group for group in [source.group(index)] if group)
-    return found
-
-
-def spread(order: np.ndarray, meanings: Sequence[set[Hashable]], batch_size: int) -> np.ndarray:
-    """Reorder pairs so that no batch holds two with a meaning in common.
-
-    Each joins the first batch that has room and none of its like; what fills no batch comes last, as it is.
-    """
-    batches, held = list[list[int]](), list[set[Hashable]]()
-    free: dict[Hashable, int] = {}  # the first batch for a meaning, without which the time would grow with the square
-    first = 0
-
-    def first_free(start: int, own: set[Hashable]) -> int:
-        while start < len(batches) and (len(batches[start]) == batch_size or not held[start].isdisjoint(own)):
-            start += 1
-        return start
-
-    for pair in order.tolist():
-        own = meanings[pair]
-        batch = first_free(max([first, *(free.get(meaning, 0) for meaning in own)]), own)
-        if batch == len(batches):
-            batches.append([])
-            held.append(set())
-        batches[batch].append(pair)
-        held[batch] |= own
-        first = first_free(first, set())
-        for meaning in own:
-            free[meaning] = first_free(max(first, free.get(meaning, 0)), {meaning})
-    return np.array([pair for batch in sorted(batches, key=len, reverse=True) for pair in batch])
+    return ShuffledOrder(*options) if shuffle_buffer is None else BufferedOrder(*options, shuffle_buffer)
 
 
 class ShuffledOrder(Order):
     """All pairs of an epoch, permuted by (seed, epoch, size); the order of one epoch is held, 8 bytes a pair."""
-
-    def __init__(
-        self, spans: list[Span], size: int, batch_size: int, seed: int, meanings: Sequence[set[Hashable]] | None = None
-    ) -> None:
-        super().__init__(spans, size, batch_size, seed)
-        self._meanings = meanings
 
     def indices(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -118,13 +58,7 @@ class ShuffledOrder(Order):
             # The third number is no pair's index: no pair shares this stream.
             generator = self.generator(epoch)
             shown = np.concatenate([_shown(span, generator) for span in self.spans])
-            order = generator.permutation(shown)
-            _keep(
-                self._kept,
-                epoch,
-                order if self._meanings is None else spread(order, self._meanings, self.batch_size),
-                1,
-            )
+            _keep(self._kept, epoch, generator.permutation(shown), 1)
         return self._kept[epoch]
 
 

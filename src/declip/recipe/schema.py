@@ -181,13 +181,6 @@ class SecondView(ImageView):
         return 0 < self.start < 1
 
 
-class ProgressiveResizing(Section):
-    """Smaller image views in the first steps (EfficientNetV2; Tan and Le 2021)."""
-
-    size: int = Field(ge=16, le=4096, description="height and width in pixels of views that are larger otherwise")
-    until: float = Field(0.5, gt=0, lt=1, description="fraction of the steps that see this size")
-
-
 class TextView(Section):
     """The second text view, such as EDA (Wei and Zou 2019)."""
 
@@ -204,7 +197,6 @@ class Views(Section):
 
     image: ImageView = ImageView()
     image_second: SecondView | None = Field(None, description="second view: size, start, and keys of views.image")
-    progressive: ProgressiveResizing | None = Field(None, description="smaller views in the first steps: size, until")
     text: TextView = TextView()
     contrastive_view: ImageView | None = Field(None, description="milder first view for the contrastive loss (SLIP)")
 
@@ -220,9 +212,8 @@ class Views(Section):
 class ContrastiveConfig(Section):
     """Targets of contrastive, multi_view and nearest_neighbor."""
 
-    duplicates: Literal["negatives", "mask", "positives", "apart"] = Field(
-        "negatives",
-        description="pairs with equal captions or one group: negatives, left out, positives, or in different batches",
+    duplicates: Literal["negatives", "mask", "positives"] = Field(
+        "negatives", description="pairs with equal captions or one group: negatives, left out, or positives"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="part of the target spread evenly over all keys")
     self_distillation: float = Field(
@@ -420,7 +411,7 @@ class Recipe(Section):
             raise ValueError("train.length_buckets above 1 and late_interaction.include_padding exclude each other")
         group = self.data.columns.get("group")
         if group is not None and self.contrastive.duplicates == "negatives":
-            raise ValueError(f"data.columns.group={group} needs contrastive.duplicates=mask, positives or apart")
+            raise ValueError(f"data.columns.group={group} needs contrastive.duplicates=mask or positives")
         if group is None and self.contrastive.duplicates in ("mask", "positives") and self.finetune.mixup:
             raise ValueError(
                 "finetune.mixup mixes captions: contrastive.duplicates needs mixup=0 or data.columns.group"
@@ -441,8 +432,6 @@ class Recipe(Section):
         for key, given in no_teacher.items():
             if "distillation" in self.active_losses and given:
                 raise ValueError(f"distillation.teacher={teacher} does not work with {key}; leave one out")
-        if self.views.progressive is not None and tune.cached_views:
-            raise ValueError("views.progressive resizes images at every step; finetune.cached_views reads none")
         measured = self.evaluation.retrieval or self.evaluation.zero_shot
         if train.patience is not None and not (train.evaluate_every and measured):
             raise ValueError("train.patience needs train.evaluate_every and a set in evaluation.retrieval or zero_shot")
@@ -461,9 +450,7 @@ class Recipe(Section):
     def image_sizes(self) -> dict[str, int]:
         """Sizes of the images that the tower takes in training, by their keys."""
         second = self.views.image_second or SecondView()
-        early = self.views.progressive
         sizes = {"image.size": self.image.size, "views.image_second.size": second.size}
-        sizes["views.progressive.size"] = None if early is None else early.size
         return {key: size for key, size in sizes.items() if size is not None}
 
     @property

@@ -255,8 +255,8 @@ def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> 
     differ = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
     changed = [key for key in differ if key not in CHANGEABLE]
     # These begin, end or rise at a fraction of the steps.
-    second, early = recipe.views.image_second, recipe.views.progressive
-    late = recipe.contrastive.self_distillation or early is not None or (second is not None and second.late)
+    second = recipe.views.image_second
+    late = recipe.contrastive.self_distillation or (second is not None and second.late)
     steps_alone = (
         changed == ["train.steps"]
         and recipe.head_warmup == earlier.head_warmup

@@ -16,15 +16,15 @@ class SoftTargets:
     """Options of a contrastive loss, and the labels by which duplicates are known.
 
     Attributes:
-        duplicates: Treatment of other pairs with an equal label: they stay "negatives", are left out ("mask"), share
-            the target ("positives"), or are in other batches ("apart").
+        duplicates: Treatment of other pairs with an equal label: they stay "negatives", are left out ("mask"), or
+            share the target ("positives").
         label_smoothing: Part of the target that is spread evenly over all compared keys.
         self_distillation: Part of the target that is the model's own prediction in the other direction.
         labels: (B, k) int64 of the rows; pairs are duplicates where one of the k labels is equal and not 0.
         key_labels: (N, k) of the keys.
     """
 
-    duplicates: Literal["negatives", "mask", "positives", "apart"] = "negatives"
+    duplicates: Literal["negatives", "mask", "positives"] = "negatives"
     label_smoothing: float = 0.0
     self_distillation: float = 0.0
     labels: Tensor | None = None

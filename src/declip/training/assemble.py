@@ -131,7 +131,6 @@ def build_loader(
         batch_size=recipe.train.batch_size,
         seed=recipe.seed,
         shuffle_buffer=recipe.data.shuffle_buffer,
-        apart=recipe.contrastive.duplicates == "apart",
         rank=distributed.rank(),
         ranks=distributed.world_size(),
     )
