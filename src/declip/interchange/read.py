@@ -1,8 +1,8 @@
 """One dispatcher for weights: a name, folder or file → `Weights`, for loading, fine-tuning and importing."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
@@ -45,9 +45,11 @@ def hub_folder(where: str) -> str:
     repo, _, revision = where.removeprefix(prefix).partition("@")
 
     def get(*patterns: str) -> Path:
-        options = {"allow_patterns": [*DESCRIPTION, *patterns], "revision": revision or None}
-        download = partial(huggingface_hub.snapshot_download, repo, **options)
-        return Path(fetch(where, download, "a folder's path alone"))
+        def download(offline: bool) -> str:
+            options: Any = {"allow_patterns": [*DESCRIPTION, *patterns], "revision": revision or None}
+            return str(huggingface_hub.snapshot_download(repo, local_files_only=offline, **options))
+
+        return Path(fetch(where, download, "the path of their folder"))
 
     folder = get()
     if declip_file.matches(str(folder)):

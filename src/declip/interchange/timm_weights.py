@@ -72,4 +72,8 @@ def _download(where: str, name: str, config: Any) -> Path:
     if not config.hf_hub_id:
         raise UserError(f"timm publishes no weights of '{name}' on the Hub. Give a file, {PREFIX}NAME/FILE.")
     file = "open_clip_model.safetensors" if config.hf_hub_filename else "model.safetensors"
-    return Path(fetch(where, lambda: huggingface_hub.hf_hub_download(config.hf_hub_id, file), f"{PREFIX}NAME/FILE"))
+
+    def get(offline: bool) -> str:
+        return huggingface_hub.hf_hub_download(config.hf_hub_id, file, local_files_only=offline)
+
+    return Path(fetch(where, get, f"{PREFIX}NAME/FILE"))

@@ -4,17 +4,24 @@ No code in a file runs, and reading one takes no more memory than its size expla
 """
 
 import pickle
+import re
+import socket
+import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants
 from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
@@ -27,6 +34,9 @@ from declip.recipe.schema import LogitScale, Recipe
 from declip.supervision.objective import for_sigmoid, without_run_state
 
 T = TypeVar("T")
+
+LAYER_KEY = re.compile(r"(layers|depths?|blocks)$")
+"""Keys of numbers of layers in configurations of declip, timm, open_clip and transformers."""
 
 MAX_GROWTH = 4
 """Largest size of the tensors, in sizes of their file. Weights hardly compress, and tied ones count twice."""
@@ -53,6 +63,7 @@ class Weights:
 
     def check(self) -> "Weights":
         """Compare the tensors with the recipe."""
+        self._check_layers()
         with torch.device("meta"):  # the recipe may be a stranger's: nothing is allocated for sizes that no file backs
             model, _ = self._empty()
         if difference := first_difference(model.state_dict(), self.tensors):
@@ -63,6 +74,11 @@ class Weights:
         """Build the model, in training mode, on the CPU; adapters are merged."""
         with torch.random.fork_rng(devices=[]):
             model, adapters = self._empty()
+        if difference := first_difference(model.state_dict(), self.tensors):
+            raise UserError(
+                f"'{self.origin}' is not a complete model ({difference}), but training can start from it: "
+                f"declip finetune PAIRS --from {self.origin}"
+            )
         model.load_state_dict(self.tensors)
         return adapters.merge() if adapters is not None else model
 
@@ -110,6 +126,13 @@ class Weights:
             raise UserError(f"The weights of '{self.origin}' overrule keys; leave them out: {', '.join(overruled)}.")
         return fitted
 
+    def _check_layers(self) -> None:
+        encoder, parts = self.encoder, [self.recipe.image.model_dump()]
+        if self.whole:
+            stored = encoder.sections if isinstance(encoder, WrappedModel) else getattr(encoder, "config", None)
+            parts.append(stored or self.recipe.text.model_dump())
+        check_layers(parts, len(self.tensors), f"The model in '{self.origin}'")
+
     def _empty(self) -> tuple[DualEncoder, Adapters | None]:
         model = empty(self.recipe, self.encoder, self.whole)
         lora, towers = self.recipe.finetune.lora, adapted(self.tensors)
@@ -124,6 +147,32 @@ def empty(recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, tex
         raise
     except Exception as error:  # sizes that no one meant fail anywhere in torch and timm
         raise UserError(f"A model of these sizes cannot be built: {one_line(error)}") from error
+
+
+def check_layers(config: Any, tensors: int, where: str) -> None:
+    """Refuse a configuration with more layers than tensors: building these would take minutes and gigabytes."""
+    layers = sum(_layers(config))
+    if layers > tensors:
+        raise UserError(f"{where} has {layers:,} layers, but the weights hold {tensors:,} tensors.")
+
+
+def check_memory(modules: Iterable[nn.Module], size: int, where: str) -> None:
+    """Refuse modules, built on the meta device, that take much more memory than their weights of `size` bytes."""
+    memory = sum(parameter.numel() * 4 for module in modules for parameter in module.parameters())
+    if memory > MAX_GROWTH * size:
+        raise UserError(f"{where} takes {memory:,} bytes, but the weights hold {size:,}.")
+
+
+def _layers(config: Any, key: str = "") -> Iterator[int]:
+    """Numbers of layers anywhere in a configuration, by the usual names of their keys."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _layers(value, str(name))
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _layers(value, key)
+    elif isinstance(config, int) and LAYER_KEY.search(key):
+        yield max(config, 0)
 
 
 def read_recipe(text: str, origin: str) -> Recipe:
@@ -180,24 +229,51 @@ def unwrapped(content: Any, *keys: str) -> Mapping[str, Any]:
     return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
 
 
-def check_file(path: Path) -> None:
-    """Check a file that another library will read; the tensors of torch's archives are mapped, not read."""
+def check_file(path: Path) -> int | None:
+    """Check a file that another library will read, and count its tensors; those of torch's archives are mapped."""
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt"):  # reads the header, which says no more than the file holds
-            return
-    if path.suffix not in {".npy", ".npz"}:  # NumPy unpickles nothing by default
-        _load(path, mmap=True)
+        with safe_open(path, "pt") as file:  # reads the header, which says no more than the file holds
+            return len(file.keys())
+    if path.suffix in {".npy", ".npz"}:  # NumPy unpickles nothing by default
+        return None
+    return sum(1 for _ in _tensors(_load(path, mmap=True)))
 
 
-def fetch(given: str, get: Callable[[], T], here: str) -> T:
-    """Call what fetches a model by its name; `here` says how weights on this machine are named instead."""
+def fetch(given: str, get: Callable[[bool], T], local: str) -> T:
+    """Fetch a model by its name with `get(offline)`, where offline allows only files in the cache.
+
+    Args:
+        local: How weights on this machine are named instead, for the message.
+    """
+    offline = not online()
     try:
-        return get()
-    except Exception as error:  # hub, network and disk each have errors of their own
+        return get(offline)
+    except Exception as error:  # hub, network and disk have errors of their own
+        reason = f"no connection to {constants.ENDPOINT}" if offline else one_line(error, 180).rstrip(".")
         raise UserError(
-            f"Cannot fetch '{given}': {one_line(error, 180).rstrip('.')}. Check the network and the name; weights on "
-            f"this machine are given as {here}."
+            f"Cannot fetch '{given}': {reason}. Check the network and the name. Weights on this machine are given as "
+            f"{local}; builtin:lite0-minilm needs no network."
         ) from error
+
+
+def online(seconds: float = 5.0) -> bool:
+    """Whether the Hub can be reached; without this check its client retries for about a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    address, connected = urlsplit(constants.ENDPOINT), list[bool]()
+    if getproxies():  # the proxy connects, and may do so even if this machine cannot
+        return True
+
+    def connect() -> None:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        with suppress(OSError), socket.create_connection((address.hostname or "", port), seconds):
+            connected.append(True)
+
+    # In a thread, because looking up a name has no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(connected)
 
 
 def reason(error: Exception, longest: int = 300) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from declip.data.text.wrapped_tokenizer import WrappedTokenizer
 from declip.errors import UserError
 from declip.interchange.open_clip_model import FOLDER, PREFIX, OpenClipModel
-from declip.interchange.weights import Weights
+from declip.interchange.weights import Weights, check_layers, check_memory
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import as_user_error
 from declip.models.layers import IMAGE, TEXT
@@ -67,8 +67,6 @@ def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     with as_user_error(f"'{folder}' is no configuration of {SIGLIP[kind]}Model"):
         filled = getattr(transformers, f"{SIGLIP[kind]}Config").from_dict(plain(config))
     text, vision = filled.text_config, filled.vision_config
-    if text.num_hidden_layers + vision.num_hidden_layers > len(tensors):
-        raise UserError("config.json has more layers than the weights")  # no model of so many is built
     prepared = read_preprocessing(folder)
     factor, sides = prepared.get("rescale_factor", 1 / 255), prepared.get("size")
     if abs(factor * 255 - 1) > 1e-4 or prepared.get("do_center_crop") or "shortest_edge" in str(sides):
@@ -97,6 +95,10 @@ def _weights(
     origin: str,
 ) -> Weights:
     """Load the library's tensors into its own modules, and name them as ours."""
+    # The configuration may be a stranger's: it is compared with the weights before memory is allocated for it.
+    check_layers(stored.sections, len(state), "The configuration")
+    with torch.device("meta"):
+        check_memory(stored.build(size), sum(t.nbytes for t in state.values()), "The configuration")
     state = {n: t.detach().cpu().float() if t.is_floating_point() else t for n, t in state.items()}
     with torch.random.fork_rng(devices=[]):
         modules = stored.build(size)

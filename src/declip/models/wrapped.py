@@ -52,6 +52,11 @@ class WrappedModel:
         return replace(self, config=config, tokenizer={**self.tokenizer, "context": length})
 
     @property
+    def sections(self) -> list[Any]:
+        """Sections of the configuration that describe towers."""
+        return [{name: part for name, part in self.config.items() if name.endswith(("_cfg", "_config"))}, self.encoder]
+
+    @property
     def kinds(self) -> tuple[str, str]:
         """Kinds of the image module (timm, resnet, vit, siglip, siglip2) and of the text module (clip, hf, siglip)."""
         if self.library == "transformers":
