@@ -3,12 +3,14 @@
 import copy
 import json
 import logging
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import declip
@@ -140,16 +142,19 @@ def test_wrong_folders(tmp_path: Path) -> None:
         declip.load(folder)
 
 
-def test_without_network(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    def unreachable(*_: Any, **__: Any) -> str:
-        logging.getLogger("huggingface_hub").warning("Retrying in 1s")
-        raise OSError("Name or service\nnot known")
-
-    monkeypatch.setattr(logging.root, "handlers", [])
-    monkeypatch.setattr(pretrained, "hf_hub_download", unreachable)
-    monkeypatch.setattr(pretrained, "download_pretrained_from_url", unreachable)
-    with pytest.raises(UserError, match=r"Cannot fetch 'open_clip:ViT-B-32/openai': .*not known.*network") as caught:
-        declip.load("open_clip:ViT-B-32/openai")
+@pytest.mark.parametrize("given", ["open_clip:ViT-B-32/openai", "hf-hub:owner/name", "timm:resnet18.a1_in1k"])
+def test_without_network_nothing_is_tried_again(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The client of the Hub tries for a minute; here no request is made, and what is offline is named."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretrained, "hf_hub_download", lambda *_, **__: pytest.fail("a request was made"))
+    with pytest.raises(UserError, match=rf"'{given}'.*{address}.*builtin:lite0-minilm") as caught:
+        declip.load(given)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
 

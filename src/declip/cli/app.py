@@ -1,6 +1,8 @@
 """The command ``declip``: every command parses its arguments and calls the API."""
 
 import errno
+import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -22,7 +24,7 @@ app = typer.Typer(
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
-"""A disk that is full, read-only, forbidden or failing, or a path that is too long: the user's to fix."""
+"""Errors that the user can fix: a disk that is full, read-only, protected or failing, or a path that is too long."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,13 +61,15 @@ for group, name in ((data.group, "data"), (recipes.group, "recipes"), (index, "i
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends with its message and status 2, never with a traceback."""
+    """Run the command; a mistake in the input ends with one line and status 2, without a traceback."""
+    if not sys.warnoptions:  # those of libraries are for programmers; ours are logged
+        warnings.simplefilter("ignore")
     try:
         app()
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("Stopped. What was saved is kept; the same command continues, `declip train` with --resume.", status=130)
+        fail("Stopped. Finished parts are saved; run the same command again (declip train with --resume).", status=130)
     except OSError as error:
         if error.errno not in DISK:
             raise

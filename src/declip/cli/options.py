@@ -1,8 +1,9 @@
-"""Options, output and checks that several commands share."""
+"""Options, output and checks that commands share."""
 
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -10,16 +11,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from declip.errors import UserError
+from declip.errors import UserError, no_model, unknown
 
 PIPE_WIDTH = 10_000
-"""Columns of a line that goes to a file or another program: tables there have whole lines."""
+"""Columns of output to a file or a pipe, so that lines of tables are not broken."""
+
+MODEL_PREFIXES = ("hf-hub", "huggingface", "timm")
+"""Prefixes of names that are looked up by libraries that import torch."""
 
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def expand(path: str) -> Path:
-    """Read a path option; `~` is expanded here because shells leave it in `--out=~/x`."""
+    """Parse a path option; `~` is expanded because shells do not expand it in `--out=~/x`."""
     return Path(path).expanduser()
 
 
@@ -42,20 +46,20 @@ UNKNOWN_LICENSE = "unknown: set it"
 
 
 def say(line: str) -> None:
-    """Print a line as it is: no markup, no line breaks; of several ranks the first alone does."""
+    """Print a line without markup or line breaks, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    """Print an error with its rank, if there are several, and exit."""
+    """Print an error, with the rank if there are several, and exit."""
     rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
     Console(stderr=True).print(f"[bold red]Error:[/] {escape(rank + message)}", highlight=False, soft_wrap=True)
     sys.exit(status)
 
 
 def check_source(source: str, option: str) -> None:
-    """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns are left."""
+    """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns pass."""
     if re.match(r"[\w-]{2,}:", source) or "::" in source or any(sign in source for sign in "*?[{"):
         return
     if not source or not Path(source).expanduser().exists():
@@ -66,9 +70,20 @@ def check_source(source: str, option: str) -> None:
 
 
 def check_model(model: str) -> None:
-    """Refuse a model whose path does not exist, before torch is imported."""
-    if not re.match(r"[\w-]{2,}:", model) and not Path(model).expanduser().exists():
-        raise UserError(
-            f"There is no model at '{model}'. Give a run folder, a checkpoint folder, a weights file, "
-            "hf-hub:OWNER/NAME or open_clip:MODEL/TAG."
-        )
+    """Refuse a path that does not exist, or an unknown name, before torch is imported."""
+    prefix, colon, name = model.partition(":")
+    if prefix == "open_clip" and not name.startswith(("hf-hub:", "local-dir:")):
+        _check_open_clip(name.partition("/")[0])
+        return
+    named = model == "builtin:lite0-minilm" or (colon and prefix in MODEL_PREFIXES)
+    if not named and not Path(model).expanduser().exists():
+        raise no_model(model)
+
+
+def _check_open_clip(name: str) -> None:
+    """Look a model up in the files of the package, because importing open_clip imports torch."""
+    package = find_spec("open_clip")
+    if package is not None and package.origin is not None:
+        known = {path.stem for path in (Path(package.origin).parent / "model_configs").glob("*.json")}
+        if known and name not in known:
+            raise unknown("open_clip model", name, known)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from declip.cli.options import Quiet, check_model, check_source, console, file, say
+from declip.errors import unknown
 
 
 def train(
@@ -105,9 +106,13 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, and keep the best weights."""
-    from declip.recipe.load import parse_overrides
+    from declip.recipe.finetuning import FREEZE
+    from declip.recipe.load import check_overrides, parse_overrides
 
     given = parse_overrides(overrides or [])
+    check_overrides("finetune", given)
+    if freeze is not None and freeze not in FREEZE:
+        raise unknown("value of --freeze", freeze, FREEZE)
     for source, option in ((pairs, "PAIRS"), *((name, "--val") for name in val or ())):
         check_source(source, option)
     if weights is not None:

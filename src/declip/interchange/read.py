@@ -6,7 +6,7 @@ from typing import Any
 
 import huggingface_hub
 
-from declip.errors import UserError
+from declip.errors import UserError, no_model
 from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
 from declip.interchange.weights import Weights, fetch, read_recipe
 from declip.models.device import pick_device
@@ -85,11 +85,7 @@ def read(where: str | Path) -> Weights:
             return replace(weights, origin=given) if given != where else weights
     path = Path(where).expanduser()
     if not path.exists():
-        raise UserError(
-            f"There is no model at '{where}'. Give a run folder, a checkpoint folder, a weights file, a folder of "
-            "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG, timm:NAME.TAG or "
-            f"{starter.NAME}."
-        )
+        raise no_model(str(where))
     return weights_of(read_checkpoint(path), where)
 
 
