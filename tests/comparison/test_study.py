@@ -75,7 +75,7 @@ def test_a_later_call_for_something_else_is_refused(change: dict, named: str, tm
 
 
 def test_one_measure_of_a_probe_is_compared() -> None:
-    votes, images = tuple(Votes(k, k / 10, 1.0, 0.1) for k in (1, 5)), {"n": 10, "classes": 2, "train": 8}
+    votes, images = tuple(Votes(k, k / 10, 1.0, 0.1, 0.5, 1.0) for k in (1, 5)), {"n": 10, "classes": 2, "train": 8}
     result = KNNResult(dataset="d", features="backbone", width=4, temperature=0.07, votes=votes, **images)
     assert scores([result.to_dict()]) == {"d: 1-NN, top-1": 0.1}
 

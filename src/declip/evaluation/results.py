@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from math import sqrt
+from math import inf, sqrt
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import TypeAdapter
@@ -28,7 +28,7 @@ class Measure(NamedTuple):
 
     @property
     def times_chance(self) -> float:
-        return self.value / self.chance
+        return self.value / self.chance if self.chance else inf
 
     @property
     def margin(self) -> float:
@@ -171,6 +171,7 @@ class LinearProbeResult(ProbeResult):
     task: ClassVar[str] = "linear"
     top1: float
     mean_per_class: float
+    majority: float  # test fraction of the most frequent training class: top-1 of a probe on random features
     C: float  # the chosen inverse strength of the L2 penalty, scikit-learn's
     validation: str  # the images that C was chosen on: "validation split" or "fifth of train"
     sweep: tuple[SweepPoint, ...]  # every C that was tried, ascending
@@ -178,7 +179,10 @@ class LinearProbeResult(ProbeResult):
     converged: bool
 
     def measures(self) -> list[Measure]:
-        return [self._measure(f"linear probe, {name}", getattr(self, metric)) for metric, name in METRICS.items()]
+        return [
+            Measure("linear probe, top-1", self.top1, self.majority or self.chance, self.n),
+            self._measure("linear probe, mean per class", self.mean_per_class),
+        ]
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,8 @@ class Votes:
     top1: float
     top5: float
     mean_per_class: float
+    chance1: float  # of top-1, with shuffled training labels: fewer than five classes may have votes, and
+    chance5: float  # frequent classes have more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,11 +206,13 @@ class KNNResult(ProbeResult):
     votes: tuple[Votes, ...]
 
     def measures(self) -> list[Measure]:
-        return [
-            self._measure(f"{vote.k}-NN, {name}", getattr(vote, metric), first)
-            for vote in self.votes
-            for metric, name, first in ((self.metric, METRICS[self.metric], 1), ("top5", "top-5", 5))
-        ]
+        found = []
+        for vote in self.votes:
+            per_class = self._measure(f"{vote.k}-NN, mean per class", vote.mean_per_class)
+            top1 = Measure(f"{vote.k}-NN, top-1", vote.top1, vote.chance1, self.n)
+            found.append(per_class if self.metric == "mean_per_class" else top1)
+            found.append(Measure(f"{vote.k}-NN, top-5", vote.top5, vote.chance5, self.n))
+        return found
 
 
 READERS: Mapping[str, TypeAdapter[Any]] = {

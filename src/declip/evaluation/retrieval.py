@@ -1,7 +1,7 @@
 """Image-text retrieval: R@K of captions looking for their image, and of images looking for one of their captions."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from math import comb
 
 import numpy as np
@@ -14,7 +14,8 @@ from declip.evaluation.results import RecallAtK, RetrievalResult
 
 TIE = 1e-6  # cosines nearer than this are equal: features are float32
 LOSS_BATCH = 128  # pairs that the contrastive loss of an evaluation compares
-BLOCK = 8_000_000  # scores held at a time: 64 MB
+BLOCK = 8_000_000  # scores in memory at a time: 64 MB
+KS = (1, 5, 10)
 
 
 def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, block: int = BLOCK) -> np.ndarray:
@@ -44,11 +45,51 @@ def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, b
     return torch.cat(parts).numpy()
 
 
-def recall(rank: np.ndarray, right: Sequence[np.ndarray], candidates: int) -> RecallAtK:
-    """Summarize the ranks (N,) of the best right candidates; the number of right ones sets the chance level."""
-    hits = {f"r{k}": float(np.mean(rank <= k)) for k in (1, 5, 10)}
-    chance = {f"chance{k}": _chance(k, right, candidates) for k in (1, 5, 10)}
-    return RecallAtK(len(rank), candidates, **hits, **chance, median_rank=float(np.median(rank)))
+def recall(rank: np.ndarray, candidates: int, chance: Sequence[float]) -> RecallAtK:
+    """Summarize the ranks (N,) of the best correct candidates, with the chance levels at 1, 5 and 10."""
+    hits = {f"r{k}": float(np.mean(rank <= k)) for k in KS}
+    levels = {f"chance{k}": level for k, level in zip(KS, chance, strict=True)}
+    return RecallAtK(len(rank), candidates, **hits, **levels, median_rank=float(np.median(rank)))
+
+
+def chance_levels(correct: Iterable[Sequence[int]], sizes: Iterable[int]) -> list[float]:
+    """R@1, R@5 and R@10 of a random order of the distinct candidates.
+
+    A candidate that occurs several times, such as a shared caption, has one feature and takes as many ranks in a row.
+    Of D distinct candidates, c of them correct, exactly the wrong ones in a set S come before the first correct one
+    with probability c / ((D - |S|) * comb(D, |S|)), and R@k counts that as found if S takes fewer than k ranks::
+
+        sum(c / ((D - len(S)) * comb(D, len(S))) for S in subsets(wrong) if sum(size of S) < k)
+
+    Args:
+        correct: For each query, how often each of its distinct correct candidates occurs.
+        sizes: How often each of the D distinct candidates occurs.
+    """
+    most = max(KS)  # a candidate that occurs more often never leaves room before it, so that its size is capped
+    every = Counter(min(size, most) for size in sizes)
+    queries = Counter(tuple(sorted(min(size, most) for size in own)) for own in correct)
+    distinct = every.total()
+    orders = [(distinct - chosen) * comb(distinct, chosen) for chosen in range(min(most, distinct))]
+    levels = np.zeros(len(KS))
+    for own, count in queries.items():
+        ahead = [0.0] * most  # probability that the wrong candidates before the first correct one take this many ranks
+        for (chosen, total), number in _subsets(every - Counter(own), most - 1).items():
+            ahead[total] += number * len(own) / orders[chosen]
+        levels += [count * sum(ahead[:k]) for k in KS]
+    return (levels / queries.total()).tolist()
+
+
+def _subsets(sizes: Counter[int], most: int) -> dict[tuple[int, int], int]:
+    """Number of subsets by their length and their total size, up to a total of `most`."""
+    found = {(0, 0): 1}
+    for size, times in sizes.items():
+        choices = [comb(times, more) for more in range(min(times, most // size) + 1)]
+        wider: Counter[tuple[int, int]] = Counter()
+        for (chosen, total), number in found.items():
+            for more, ways in enumerate(choices[: (most - total) // size + 1]):
+                wider[chosen + more, total + more * size] += number * ways
+        found = wider
+    return found
 
 
 def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalResult:
@@ -61,24 +102,28 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     With the `scale` of the model's logits the `contrastive_loss` is measured too, by the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
-    images_of, rows_of, words = carriers_of(features), defaultdict(list), features.words
-    for row, word in enumerate(words):
-        rows_of[word].append(row)
-    images_of_text = [images_of[word] for word in words]
-    texts_of = {  # one array for the many images that share their captions, as names of classes
-        own: np.array(sorted({row for word in own for row in rows_of[word]}), dtype=np.int64)
+    captions, carriers = features.words, carriers_of(features)
+    rows_of: dict[str, list[int]] = {}
+    for row, caption in enumerate(captions):
+        rows_of.setdefault(caption, []).append(row)
+    times = {caption: len(rows) for caption, rows in rows_of.items()}
+    images_of_text = [carriers[caption] for caption in captions]
+    texts_of = {  # one array for the many images that share their captions, as class names
+        own: np.array(sorted({row for caption in own for row in rows_of[caption]}), dtype=np.int64)
         for own in set(features.captions)
     }
     texts_of_image = [texts_of[own] for own in features.captions]
-    first = np.unique(features.owners, return_index=True)[1]
+    text_chance = chance_levels(((1,) * len(rows) for rows in images_of_text), [1] * len(features))
+    image_chance = chance_levels(([times[each] for each in {*own}] for own in features.captions), times.values())
     text_rank = ranks(features.texts, features.images, images_of_text)
     image_rank = ranks(features.images, features.texts, texts_of_image)
+    first = np.unique(features.owners, return_index=True)[1]
     return RetrievalResult(
         dataset=features.name,
         images=len(features),
-        texts=len(words),
-        text_to_image=recall(text_rank, images_of_text, len(features)),
-        image_to_text=recall(image_rank, texts_of_image, len(words)),
+        texts=len(captions),
+        text_to_image=recall(text_rank, len(features), text_chance),
+        image_to_text=recall(image_rank, len(captions), image_chance),
         truncated_captions=features.truncated,
         loss=None if scale is None else contrastive_loss(features.images, features.texts[first], scale),
         skipped=dict(features.skipped.counts),
@@ -104,14 +149,8 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
 
 
 def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
-    """Map each caption to the rows of the images that carry it, word for word."""
+    """Map each caption to the rows of the images that have exactly this caption."""
     carriers: dict[str, set[int]] = {}
-    for word, owner in zip(features.words, features.owners.tolist(), strict=True):
-        carriers.setdefault(word, set()).add(owner)
-    return {word: np.array(sorted(rows), dtype=np.int64) for word, rows in carriers.items()}
-
-
-def _chance(k: int, right: Sequence[np.ndarray], candidates: int) -> float:
-    """R@k of a random order: 1 - C(M - c, k) / C(M, k) with c right ones among M, so k / M when c is 1."""
-    k = min(k, candidates)
-    return float(np.mean([1 - comb(candidates - len(columns), k) / comb(candidates, k) for columns in right]))
+    for caption, owner in zip(features.words, features.owners.tolist(), strict=True):
+        carriers.setdefault(caption, set()).add(owner)
+    return {caption: np.array(sorted(rows), dtype=np.int64) for caption, rows in carriers.items()}

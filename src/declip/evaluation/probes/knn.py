@@ -19,32 +19,45 @@ def knn_probe(data: ProbeData, neighbors: Sequence[int] = NEIGHBORS, *, block: i
     """Let the k nearest of the training and validation images vote on each test image.
 
     A neighbor with cosine s adds exp(s / temperature) to its class (Wu et al. 2018, "Unsupervised Feature Learning via
-    Non-Parametric Instance Discrimination", and DINO). Every k is reported and none chosen; one beyond the number of
-    training images becomes it. Classes with equal votes count against the model.
+    Non-Parametric Instance Discrimination", and DINO). Every k is reported and none is chosen; a k above the number of
+    training images is reduced to it. Classes with equal votes count against the model. The chance level is that of the
+    same votes with shuffled training labels, averaged over the test images' class frequencies.
     """
     bank = data.train.join(data.validation)
     wanted = sorted({min(k, len(bank)) for k in neighbors})
     features, voters = normalize(bank.features.to(data.device), dim=1), bank.labels.to(data.device)
+    shuffled = voters[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0)).to(voters.device)]
+    labels = data.test.labels
+    frequency = labels.bincount(minlength=data.classes).double() / len(labels)  # (classes,)
     ranks: dict[int, list[Tensor]] = {k: [] for k in wanted}
-    rows, labels = max(1, block // max(len(bank), data.classes)), data.test.labels
+    chance = {k: torch.zeros(2, dtype=torch.float64) for k in wanted}  # of top-1 and top-5, summed over the rows
+    rows = max(1, block // max(len(bank), data.classes))
     for queries, right in zip(data.test.features.split(rows), labels.to(data.device).split(rows), strict=True):
-        near, places = (normalize(queries.to(data.device), dim=1) @ features.T).topk(wanted[-1], dim=1)
+        cosines, nearest = (normalize(queries.to(data.device), dim=1) @ features.T).topk(wanted[-1], dim=1)
         # Relative to the nearest, which changes no order and cannot overflow.
-        weights = ((near - near[:, :1]) / TEMPERATURE).exp()
+        weights = ((cosines - cosines[:, :1]) / TEMPERATURE).exp()
         for k in wanted:
-            ranks[k].append(vote_ranks(weights[:, :k], voters[places[:, :k]], right, data.classes).cpu())
+            found = vote_ranks(weights[:, :k], voters[nearest[:, :k]], data.classes)
+            ranks[k].append(found.gather(1, right.unsqueeze(1)).squeeze(1).cpu())
+            random = vote_ranks(weights[:, :k].nan_to_num(1.0), shuffled[nearest[:, :k]], data.classes)
+            for place, first in enumerate((1, 5)):
+                chance[k][place] += ((random <= first).double().sum(0).cpu() * frequency).sum()
     votes = []
     for k, parts in ranks.items():
-        rank = torch.cat(parts).numpy()
+        rank, (chance1, chance5) = torch.cat(parts).numpy(), (chance[k] / len(labels)).tolist()
         mean_per_class = score(rank <= 1, labels.numpy(), "mean_per_class")
-        votes.append(Votes(k, float((rank <= 1).mean()), float((rank <= 5).mean()), mean_per_class))
+        hits = float((rank <= 1).mean()), float((rank <= 5).mean())
+        votes.append(Votes(k, *hits, mean_per_class, chance1=chance1, chance5=chance5))
     return KNNResult(**data.about, temperature=TEMPERATURE, votes=tuple(votes))
 
 
-def vote_ranks(weights: Tensor, voters: Tensor, right: Tensor, classes: int) -> Tensor:
-    """Rank of each row's right class (n,) by its neighbors' votes, 1 being the first; ties and NaN count against it.
+def vote_ranks(weights: Tensor, voters: Tensor, classes: int) -> Tensor:
+    """Rank of every class (n, classes) by the votes of each row, 1 being the first; ties and NaN count against it.
 
     `weights` (n, k) are those of the votes for the classes `voters` (n, k).
     """
     votes = weights.new_zeros(len(weights), classes).scatter_add_(1, voters, weights)
-    return (~(votes < votes.gather(1, right.unsqueeze(1)))).sum(1)
+    comparable = votes.masked_fill(votes.isnan(), torch.inf)
+    # By sorting: a comparison of all pairs of classes would be (n, classes, classes).
+    below = torch.searchsorted(comparable.sort(1).values, comparable)  # classes with strictly fewer votes
+    return (classes - below).masked_fill(votes.isnan(), classes)

@@ -30,6 +30,7 @@ def linear_probe(data: ProbeData) -> LinearProbeResult:
         **data.about,
         top1=score(right, data.test.labels.numpy()),
         mean_per_class=score(right, data.test.labels.numpy(), "mean_per_class"),
+        majority=float((data.test.labels == both.labels.bincount().argmax()).double().mean()),
         C=best.C,
         validation=data.held_out,
         sweep=tuple(points),

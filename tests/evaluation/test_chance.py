@@ -1,0 +1,74 @@
+"""The stated chance levels are the mean scores of models whose features are random."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from declip.data.pair import SkipCounter
+from declip.evaluation.encode import SourceFeatures
+from declip.evaluation.probes.data import Labeled, ProbeData
+from declip.evaluation.probes.knn import knn_probe
+from declip.evaluation.probes.linear import linear_probe
+from declip.evaluation.results import Result
+from declip.evaluation.retrieval import retrieve
+from declip.evaluation.zero_shot import classify
+
+EQUAL = np.arange(120) % 12
+UNEQUAL = np.r_[np.zeros(70, dtype=int), np.ones(30, dtype=int), 2 + np.arange(20) % 10]
+CAPTIONS = {
+    "class names": [(f"class {row % 10}",) for row in range(100)],
+    "unequal class names": [(f"class {label}",) for label in UNEQUAL],
+    "sentences": [tuple(f"{row} {number}" for number in range(5)) for row in range(30)],
+    "both": [(f"class {row % 7}", f"own {row}") if row % 3 else (f"class {row % 2}",) for row in range(80)],
+}
+
+
+def _random(rows: int, generator: torch.Generator) -> Tensor:
+    return normalize(torch.randn(rows, 16, generator=generator), dim=1)
+
+
+def _source(images: Tensor, captions: list[tuple[str, ...]], texts: Tensor | None) -> SourceFeatures:
+    return SourceFeatures("random", np.arange(len(images)), images, tuple(captions), texts, SkipCounter())
+
+
+def _near(results: list[Result]) -> None:
+    values = np.array([[measure.value for measure in result.measures()] for result in results])  # (models, measures)
+    chance = np.array([[measure.chance for measure in result.measures()] for result in results]).mean(0)
+    error = values.std(0, ddof=1) / len(results) ** 0.5
+    assert (np.abs(values.mean(0) - chance) < 4 * error + 1e-6).all(), (values.mean(0), chance)
+
+
+@pytest.mark.parametrize("captions", CAPTIONS.values(), ids=CAPTIONS)
+def test_retrieval_in_both_directions(captions: list[tuple[str, ...]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    row_of = {caption: row for row, caption in enumerate(dict.fromkeys(each for own in captions for each in own))}
+    rows = [row_of[caption] for own in captions for caption in own]
+    images = len(captions)
+    _near([
+        retrieve(_source(_random(images, generator), captions, _random(len(row_of), generator)[rows]))
+        for _ in range(200)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+def test_classification_by_names_and_by_neighbors(labels: np.ndarray) -> None:
+    generator = torch.Generator().manual_seed(0)
+    none: list[tuple[str, ...]] = [()] * len(labels)
+    _near([
+        classify(_source(_random(len(labels), generator), none, None), labels, _random(12, generator))
+        for _ in range(200)
+    ])  # fmt: skip
+    parts = [[Labeled(_random(len(labels), generator), torch.from_numpy(labels)) for _ in range(3)] for _ in range(60)]
+    _near([knn_probe(ProbeData("random", 12, *splits), (1, 3, 10, 100)) for splits in parts])
+    _near([knn_probe(ProbeData("random", 12, *splits, metric="mean_per_class"), (20,)) for splits in parts])
+
+
+def test_a_linear_probe_predicts_the_most_frequent_class() -> None:
+    generator = torch.Generator().manual_seed(0)
+    splits = [Labeled(_random(len(UNEQUAL), generator), torch.from_numpy(UNEQUAL)) for _ in range(3)]
+    top1, per_class = linear_probe(ProbeData("random", 12, *splits)).measures()
+    assert top1.chance == pytest.approx(70 / 120)
+    assert top1.value == pytest.approx(top1.chance, abs=0.05)
+    assert per_class.chance == pytest.approx(1 / 12)
