@@ -1,45 +1,44 @@
 """Fine-tuning: the split of the pairs, the recipe, and the end of the run."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from declip.data.columns import Columns
+from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.open import open_source
 from declip.data.sources.shard_names import absolute
 from declip.data.sources.splits import training_part
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
-from declip.inspection.split import FEWEST, check_copies, split_pairs
+from declip.inspection.split import FEWEST, PairSplit, check_copies, split_pairs
 from declip.interchange import starter
 from declip.interchange.export import FORMATS, export
 from declip.interchange.layouts import Refusal
 from declip.interchange.read import load, read_start
+from declip.io.atomic import remove
+from declip.io.text import plural
 from declip.models.device import pick_device
-from declip.recipe.finetuning import CPU_SIZE, FREEZE, Start, settings
-from declip.recipe.load import load_recipe, read_value
+from declip.recipe.finetuning import CPU_SIZE, FREEZE, Start, read_overrides, settings
+from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.reports.run import write_report
-from declip.runs.folder import RECIPE, Run, log, not_writable
+from declip.runs.folder import LOCK, RECIPE, Run, lock_folder, log
 from declip.training import distributed
 from declip.training.arguments import resolve_recipe, several
 from declip.training.assemble import assemble
+from declip.training.distributed import HostGroup
 from declip.training.estimate import Estimate, estimate
 from declip.training.parts import Parts
 from declip.training.trainer import Trainer
 
 SPLIT = ("train.pairs", "val.pairs")  # lists of the parts of a split, in the run folder
 FINETUNED = Path("runs") / "finetune"
-ARGUMENTS = {"data.source": "PAIRS", "finetune.pretrained": "--from"}
-ARGUMENTS |= dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--val")
-"""Recipe keys that arguments of `finetune` set."""
 
 
 def finetune(
@@ -55,17 +54,42 @@ def finetune(
 ) -> Run:
     """Fine-tune pretrained weights, see `declip.finetune`."""
     folder = FINETUNED if out is None else Path(out).expanduser()
-    with removed_on_error(folder):
+    given = read_overrides(overrides, freeze)
+    distributed.join(pick_device(distributed.own_device(given.get("train.device", "auto"))))
+    hosts = HostGroup()
+    with ExitStack() as held, ExitStack() as undo:
+        # Rank 0 alone writes, and only into a folder that it holds.
+        hosts.on_rank_zero(partial(claim_folder, folder, held, undo))
         if resume and (folder / RECIPE).is_file():
             recipe = load_recipe(folder / RECIPE, overrides)
-            _refuse_others(recipe, pairs, weights, several(val), freeze)
+            hosts.on_rank_zero(partial(_refuse_others, recipe, pairs, weights, several(val), freeze))
         else:
-            recipe = finetune_recipe(pairs, folder, weights, val, freeze, overrides, quiet)
+            resolve = partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet)
+            recipe = hosts.on_rank_zero(resolve)
         parts = assemble(recipe, folder, resume, quiet)
         check_learns(parts)
-    run = Trainer(parts).train(write_finetuned)
+        undo.pop_all()
+        run = Trainer(parts).train(write_finetuned)
     distributed.leave()
     return run
+
+
+def claim_folder(folder: Path, held: ExitStack, undo: ExitStack) -> None:
+    """Lock a run folder until `held` is closed; closing `undo` removes what was written since, and a new folder."""
+    existed = folder.exists()
+    held.enter_context(closing(lock_folder(folder)))
+    earlier = {LOCK, *(path.name for path in folder.iterdir())}
+
+    def remove_new() -> None:
+        for path in folder.iterdir():
+            if path.name not in earlier:
+                remove(path)
+        if not existed:
+            remove(folder / LOCK)
+            with suppress(OSError):  # somebody wrote into it
+                folder.rmdir()
+
+    undo.callback(remove_new)
 
 
 def _refuse_others(
@@ -98,9 +122,10 @@ def estimate_finetune(
     pairs: str | Path, weights: str | Path | None = None, *, out: str | Path | None = None, **options: Any
 ) -> tuple[str, Estimate]:
     """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
-    keywords = {name: options.pop(name) for name in ("val", "freeze", "quiet") if name in options}
+    val, freeze, quiet = (options.pop(name, default) for name, default in (("val", ()), ("freeze", None), ("quiet", 0)))
+    given = read_overrides(options, freeze)
     with TemporaryDirectory() as folder:
-        cost = estimate(finetune_recipe(pairs, Path(folder), weights, overrides=options, **keywords))
+        cost = estimate(finetune_recipe(pairs, Path(folder), weights, val, freeze, given, quiet))
     return cost.recipe.to_yaml().replace(folder, str(out or FINETUNED)), cost
 
 
@@ -110,57 +135,80 @@ def finetune_recipe(
     weights: str | Path | None = None,
     val: str | Path | Sequence[str | Path] = (),
     freeze: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Recipe:
-    """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`."""
+    """Resolve the recipe of a fine-tuning, and write the lists of its split into the folder; see `finetune`.
+
+    Args:
+        given: The user's keys, see `read_overrides`.
+    """
     if (folder / RECIPE).exists():
         raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
-    named = several(val)
-    if objects := [type(place).__name__ for place in (pairs, *named) if not isinstance(place, str | Path)]:
-        raise UserError(
-            f"finetune takes names of files and folders, not {objects[0]}. Train on a Python object with "
-            "declip.train('finetune', {'finetune.pretrained': WEIGHTS}, data=OBJECT, val=[FILE]), or write a table."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_writable(folder, error) from error
-    given = {k: read_value(k, v) if isinstance(v, str) else v for k, v in (overrides or {}).items()}
-    for key in ARGUMENTS.keys() & given:
-        raise UserError(f"{key}={given[key]}: give a fine-tuning this as {ARGUMENTS[key]}.")
-    # Wrong keys and values show at once, then faults of the weights, then those of the pairs.
-    least = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": [str(pairs)]}
-    free = {key: value for key, value in given.items() if not key.startswith("finetune.")}
-    read = load_recipe("finetune", {**least, **free}).data
+    given = dict(given or {})
     device = pick_device(given.get("train.device", "auto"))
-    start = read_start(where := str(weights or default_weights(device.type)))
+    where = str(weights or default_weights(device.type))
+    start = read_start(where)
     kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
     settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
-    load_recipe("finetune", {**least, **settled(FEWEST)})
-    columns = Columns.of(read)
-    source, data, sets = open_source(pairs, columns), str(pairs), list(map(str, named))
+    # Keys that do not suit the weights are refused before the pairs are read.
+    checked = load_recipe("finetune", {**settled(1), "evaluation.retrieval": [str(pairs)]}).data
+    columns = Columns.of(checked)
+    data: str | None = str(pairs)
+    source, sets = open_source(pairs, columns), [str(name) for name in several(val)]
     if sets:
         source = training_part(source)
-        for name in sets:
-            warning = check_copies(source, open_dataset(name).split("test"), not quiet)
-            if warning is not None and os.environ.get("RANK", "0") == "0":
-                log.warning(warning)
+        _check_copies(source, sets, quiet)
+    elif "validation" not in source.splits() and len(training_part(source)) < FEWEST:
+        source = training_part(source)
+        _check_few(source)
     else:
         parts = split_pairs(source, progress=not quiet)
-        whole = PairList(data, columns, len(source), [*range(len(source))])
-        if data.lower().endswith(LIST_KIND) and isinstance(source, Subset):
-            source, whole = source.source, read_pair_list(Path(data).expanduser())
-        for name, indices in zip(SPLIT, parts, strict=True):
-            chosen = whole._replace(indices=[whole.indices[index] for index in indices])
-            write_pair_list(folder / name, chosen, source)
         data, sets = str(folder / SPLIT[0]), [str(folder / SPLIT[1])]
+        _write_parts(folder, PairList(str(pairs), columns, len(source), []), source, parts)
         source = open_source(data)
-    count = min(len(source), read.max_pairs or len(source))
-    keys = {"finetune.pretrained": json.dumps(where), **settled(count)}
+    count = min(len(source), checked.max_pairs or len(source))
+    keys = {"finetune.pretrained": json.dumps(where), **settled(count, validated=bool(sets))}
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", CPU_SIZE)
+    if len(source) == 1:  # a batch has two pairs at least
+        keys["data.source"], data = [{"source": data, "weight": 2}], None
     return resolve_recipe("finetune", keys, data, sets)
+
+
+def _write_parts(folder: Path, whole: PairList, source: PairSource, parts: PairSplit) -> None:
+    """Write the lists of a split, whose indices are those of the source."""
+    places: Sequence[int] = range(len(source))
+    if whole.source.lower().endswith(LIST_KIND) and isinstance(source, Subset):
+        source, whole = source.source, read_pair_list(Path(whole.source).expanduser())
+        places = whole.indices
+    for name, indices in zip(SPLIT, parts, strict=True):
+        write_pair_list(folder / name, whole._replace(indices=[places[index] for index in indices]), source)
+
+
+def _check_copies(source: PairSource, sets: Sequence[str], quiet: bool) -> None:
+    for name in sets:
+        warning = check_copies(source, open_dataset(name).split("test"), not quiet)
+        if warning is not None:
+            log.warning(warning)
+
+
+def _check_few(source: PairSource) -> None:
+    """Refuse pairs that teach nothing, and warn that there is no validation part."""
+    captions, skipped = set[str](), SkipCounter()
+    for index in range(len(source)):
+        try:
+            captions |= {*source[index].captions}
+        except BrokenPair as fault:
+            skipped.add(fault)
+    if not captions:
+        raise UserError(f"No pair of '{source.name}' can be used. {skipped.explanation()}")
+    if len(captions) < 2 <= len(source):
+        raise UserError(f"All pairs of '{source.name}' have one caption. Write what each image shows.")
+    log.warning(
+        f"'{source.name}' has {plural(len(source), 'pair')}: too few for a validation part ({FEWEST}), so all are "
+        "trained on and nothing is measured. Give other pairs with --val to measure."
+    )
 
 
 def default_weights(device: str) -> str:
@@ -181,21 +229,6 @@ def check_learns(parts: Parts) -> None:
             "--freeze both leaves nothing to train: these weights have projections of their own. Give --freeze image, "
             "text or none, the last also with finetune.lora={rank: 8}."
         )
-
-
-@contextmanager
-def removed_on_error(folder: Path) -> Iterator[None]:
-    """Remove the lists of a split, and a folder that was not there before, when a run cannot begin."""
-    existed, earlier = folder.exists(), [name for name in SPLIT if (folder / name).exists()]
-    try:
-        yield
-    except BaseException:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif folder.is_dir() and not (folder / RECIPE).exists():
-            for name in set(SPLIT).difference(earlier):
-                (folder / name).unlink(missing_ok=True)
-        raise
 
 
 def write_finetuned(parts: Parts) -> None:

@@ -1,6 +1,8 @@
 """The command `declip finetune`, and the same in Python."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,7 +21,7 @@ from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.errors import UserError
 from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
-from declip.recipe.finetuning import settings
+from declip.recipe.finetuning import read_overrides, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
@@ -130,7 +132,8 @@ def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights:
     [
         ("pairs.csv --val pairs.csv", ("100.0 %", "--val")),
         ("pairs.csv --val copy.csv", ("'copy.csv'", "--val")),
-        ("few.csv", ("3 pairs",)),
+        ("pairs.csv train.steps=ten", ("train.steps='ten'",)),
+        ("pairs.csv train.lr=fast train.batch_size=[1]", ("train.lr='fast'",)),
         ("one.csv", ("one caption",)),
         ("bare.csv", ("'caption'", "data.columns.caption")),
         ("pairs.csv --from nowhere", ("'nowhere'", "open_clip:MODEL/TAG")),
@@ -166,6 +169,71 @@ def test_a_mistake_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_running_run_keeps_its_folder(
+    pairs: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, split = tmp_path / "run", finetuning.split_pairs
+    other = (
+        "import fcntl, pathlib, sys; f = pathlib.Path(sys.argv[1]); f.mkdir(exist_ok=True); l = open(f / '.lock', 'ab')"
+    )
+    other += "; fcntl.lockf(l, fcntl.LOCK_EX | fcntl.LOCK_NB); (f / 'checkpoint').touch(); print('locked', flush=True)"
+
+    def split_meanwhile(*given: Any, **options: Any) -> Any:
+        """Start another process on the same folder while this one looks at its pairs."""
+        process = subprocess.Popen([sys.executable, "-c", f"{other}; input()", out], stdin=-1, stdout=-1, stderr=-1)
+        processes.append(process)
+        assert process.stdout is not None
+        answers.append(process.stdout.readline())
+        return split(*given, **options)
+
+    processes: list[subprocess.Popen[bytes]] = []
+    answers: list[bytes] = []
+    monkeypatch.setattr(finetuning, "split_pairs", split_meanwhile)
+    run = declip.finetune(pairs, weights, out=out, quiet=True, **{"train.steps": 1, "train.batch_size": 8})
+    assert (answers, run.finished) == ([b""], True), "the folder was locked before the pairs were read"
+    held = subprocess.Popen([sys.executable, "-c", f"{other}; input()", tmp_path / "b"], stdin=-1, stdout=-1)
+    processes.append(held)
+    assert held.stdout is not None
+    assert held.stdout.readline() == b"locked\n"
+    with pytest.raises(UserError, match="in use"):
+        declip.finetune(pairs, weights, out=tmp_path / "b", quiet=True)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [".lock", "checkpoint"]
+    for process in processes:
+        process.communicate(b"\n")
+
+
+def test_a_refused_run_removes_only_its_own_files(pairs: Path, weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    with pytest.raises(UserError, match="--freeze"):
+        declip.finetune(pairs, weights, out=tmp_path / "run", freeze="both", quiet=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"notes.txt", ".lock"}
+
+
+@pytest.mark.parametrize(("name", "count"), [("single", 1), ("few", 3), ("nineteen", 19)])
+def test_a_few_pairs_train_without_a_validation_part(
+    name: str, count: int, pairs: Path, tmp_path: Path, command: Any
+) -> None:
+    head, *rows = pairs.read_text().splitlines()
+    table = pairs.with_name(f"{name}.csv")
+    table.write_text("\n".join([head, *rows[:count]]) + "\n")
+    printed = command("finetune", table, "--out", tmp_path / "run", "--quiet", "image.size=32")
+    assert printed.status == 0
+    assert "--val" in printed.err + printed.out
+    run = read_run(tmp_path / "run")
+    assert (run.step, run.recipe.train.batch_size, run.recipe.evaluation.retrieval) == (1, min(max(count, 2), 8), ())
+    model: Any = declip.load(tmp_path / "run", device="cpu")
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("rate", ["5e-4", "0.0005"])
+def test_numbers_are_read_as_python_writes_them(rate: str) -> None:
+    given = read_overrides({"train.lr": rate, "train.epochs": "1e1", "train": {"batch_size": "16"}})
+    keys = settings(64, "heads", on_cpu=True, given=given)
+    assert (keys["train.lr"], keys["train.warmup_lr"]) == (0.0005, pytest.approx(5e-6))
+    assert (keys["train.batch_size"], keys["train.evaluate_every"]) == (16, 4)
+
+
 def test_without_weights_three_ways_are_named(pairs: Path, tmp_path: Path, monkeypatch: Any, command: Any) -> None:
     monkeypatch.setattr(starter, "installed", lambda: False)
     error = command("finetune", pairs, "--out", tmp_path / "run").err
@@ -186,7 +254,7 @@ def test_dry_run_keeps_nothing(pairs: Path, weights: Path, tmp_path: Path, monke
 
 
 def test_the_table_of_settings() -> None:
-    assert settings(3, "heads", on_cpu=True)["train.batch_size"] == 8
+    assert [settings(count, "heads", on_cpu=True)["train.batch_size"] for count in (1, 3, 20)] == [2, 3, 8]
     few, more = (settings(count, "heads", on_cpu=True) for count in (200, 5_000))
     assert (few["finetune.cached_views"] > 0, few["finetune.freeze_image_blocks"]) == (True, "all")
     assert few["train.batch_size"] < more["train.batch_size"]

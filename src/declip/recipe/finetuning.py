@@ -1,12 +1,17 @@
 """Settings of fine-tuning by the number of pairs and the kind of weights: the table of docs/finetuning.md."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from declip.errors import unknown
+from declip.errors import UserError, unknown
+from declip.recipe.load import flat, load_recipe, read_value
 
 FREEZE = {"both": ("all", "all"), "image": ("all", 0), "text": (0, "all"), "none": (0, 0)}
 """--freeze → finetune.freeze_image_blocks and freeze_text_blocks."""
+
+ARGUMENTS = {"data.source": "PAIRS", "finetune.pretrained": "--from"}
+ARGUMENTS |= dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--val")
+"""Recipe keys that arguments of `declip.finetune` set."""
 
 EVALUATIONS = 10  # of a run, at most: an epoch of cached features takes less time than an evaluation
 CPU_SIZE = 128  # image size of the built-in start on a CPU: a third of the work of its 224 pixels
@@ -15,45 +20,108 @@ Start = Literal["heads", "image", "whole"]
 """What the weights lack: projections into a shared space, the text tower, or nothing."""
 
 
-def settings(
-    pairs: int, start: Start, on_cpu: bool, freeze: str | None = None, given: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Choose recipe keys by the number of pairs; the user's `given` ones hold in any case, `freeze` is of `FREEZE`."""
-    given = dict(given or {})
+def read_overrides(overrides: Mapping[str, Any] | None, freeze: str | None = None) -> dict[str, Any]:
+    """Read and check recipe keys of a fine-tuning, without torch: dotted keys and values of the schema's types.
+
+    Raises:
+        UserError: an unknown key, a value that no kind of weights allows, or a key that an argument sets.
+    """
     if freeze is not None and freeze not in FREEZE:
         raise unknown("value of --freeze", freeze, FREEZE)
+    given = dict[str, Any]()
+    for key, value in (overrides or {}).items():
+        value = read_value(key, value) if isinstance(value, str) else value
+        is_section = key in ("train", "finetune") and isinstance(value, dict)
+        given |= flat({key: value}) if is_section else {key: value}
+    for key in ARGUMENTS.keys() & given:
+        raise UserError(f"{key}={given[key]}: give a fine-tuning this as {ARGUMENTS[key]}.")
+    # What the weights are is not known yet, and some keys depend on it: one kind that allows them is enough.
+    first: UserError | None = None
+    least = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": ["validation"]}
+    unrelated = {key: value for key, value in given.items() if not key.startswith("train.")}
+    for kind in get_args(Start):
+        try:
+            others = settings(1_000, kind, True, freeze, unrelated)
+            if "train.steps" in given:
+                del others["train.epochs"]
+            tree = load_recipe("finetune", {**others, **least, **given}).model_dump()
+        except UserError as error:
+            first = first or error
+        else:
+            return {key: _value(tree, key, value) for key, value in given.items()}
+    assert first is not None
+    raise first
+
+
+def _value(tree: Any, key: str, given: Any) -> Any:
+    """The checked value of a dotted key; sections, and parts of values that are null, stay as they were given."""
+    for name in key.split("."):
+        if not isinstance(tree, Mapping) or name not in tree:
+            return given
+        tree = tree[name]
+    return given if isinstance(tree, Mapping) else tree
+
+
+def settings(
+    pairs: int,
+    start: Start,
+    on_cpu: bool,
+    freeze: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    validated: bool = True,
+) -> dict[str, Any]:
+    """Choose recipe keys by the number of pairs.
+
+    Args:
+        freeze: A key of `FREEZE`.
+        given: The user's keys with values of the schema's types, see `read_overrides`; none of them is changed.
+        validated: Whether there is a validation set.
+    """
+    given = {key: value for key, value in (given or {}).items() if (key, value) != ("train.epochs", None)}
     lora = any(value is not None for key, value in given.items() if key.startswith("finetune.lora"))
     if freeze is None:
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
-    blocks = dict(zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True))
     heads = freeze == "both" and start == "heads"
     closed = heads and given.get("finetune.head_init", "cca") == "cca"
-    mixes = given.get("contrastive.duplicates") not in ("mask", "positives")  # mixed captions are never equal
-    batch_size = min(128 if on_cpu else 256, max(8, 1 << max(1, pairs // 8).bit_length() - 1))
-    keys: dict[str, Any] = {
-        **blocks,
-        "finetune.cached_views": 4 if heads else 0,
-        **({"finetune.head_init": "cca", "finetune.mixup": float(mixes)} if heads else {}),
-        # The mean of all steps stays nearer to the closed-form start, which serves captions that training does not see.
-        **({"train.ema_decay": 1.0} if closed else {}),
-        "finetune.head_warmup_steps": 0 if heads else 200,
-        "train.batch_size": batch_size,
+    keys: dict[str, Any] = dict(
+        zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True)
+    )
+    keys |= _of_heads(closed, given) if heads else {"finetune.cached_views": 0, "finetune.head_warmup_steps": 200}
+    keys |= {
+        "train.batch_size": min(max(pairs, 2), 128 if on_cpu else 256, max(8, 1 << max(1, pairs // 8).bit_length() - 1)),
         "train.lr": 1e-5 if start == "whole" else 1e-3,
-        "train.patience": 5,
+        "train.patience": 5 if validated else None,
     }
     scale = 1.0 if start == "whole" else 0.3
     if lora:  # adapters are new: they learn like heads
         keys |= {"train.lr": 2e-4 if start == "whole" else 1e-3, "finetune.layer_decay": 1.0}
         scale = 1.0
     keys |= {"finetune.image_lr_scale": scale, "finetune.text_lr_scale": scale}
-    if "train.steps" not in given:
+    if closed and not validated:
+        # Without a validation part nothing tells when to stop: the one step, at the warm-up's rate, changes nothing.
+        keys["train.steps"] = 1
+    elif "train.steps" not in given:
         keys["train.epochs"] = 60 if heads else 20 if pairs < 10_000 else 10
+    if "train.epochs" in given:
+        keys.pop("train.steps", None)
     keys |= given
     per_epoch = max(1, pairs // keys["train.batch_size"])
     steps = keys["train.steps"] if "train.steps" in keys else max(1, round(keys["train.epochs"] * per_epoch))
     rest = {
         "train.warmup_lr": keys["train.lr"] / 100,
         "train.warmup_steps": max(1, min(100, steps // 10)),
-        "train.evaluate_every": max(1, min(steps, max(per_epoch, -(-steps // EVALUATIONS)))),
+        "train.evaluate_every": max(1, min(steps, max(per_epoch, -(-steps // EVALUATIONS)))) if validated else 0,
     }
     return {**rest, **keys}
+
+
+def _of_heads(closed: bool, given: Mapping[str, Any]) -> dict[str, Any]:
+    mixes = given.get("contrastive.duplicates") not in ("mask", "positives")  # mixed captions are never equal
+    keys = {
+        "finetune.cached_views": 4,
+        "finetune.head_init": "cca",
+        "finetune.mixup": float(mixes),
+        "finetune.head_warmup_steps": 0,
+    }
+    # The mean of all steps stays nearer to the closed-form start, which serves captions that training does not see.
+    return keys | ({"train.ema_decay": 1.0} if closed else {})

@@ -30,6 +30,7 @@ from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest
 RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "skipped.json"
 EXAMPLES = "examples.json"  # facts and example pairs for the report
 TRACKING = "tracking.json"  # ids of the run in the trackers that train.report_to names
+LOCK = ".lock"
 KEPT = "start.safetensors"
 """The pretrained weights that a run began with: it resumes from them and is compared with them."""
 OUTPUTS = (METRICS, EVALUATIONS, SKIPPED, EXAMPLES, "log.txt", "report.html", "checkpoints", "exported")
@@ -187,7 +188,7 @@ def lock_folder(folder: Path) -> FileIO:
         if taken and not (folder / RECIPE).exists():
             raise UserError(f"'{folder}' holds no run, but a '{taken[0]}' that one would change. Choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("ab+", buffering=0)
+        file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
         raise not_writable(folder, error) from error
     if sys.platform == "win32":
@@ -206,6 +207,10 @@ def lock_folder(folder: Path) -> FileIO:
             f"'{folder}' is in use: {holder} trains in it. Wait until that run ends, stop it, or choose another "
             "folder with --out."
         ) from error
+    with suppress(OSError):
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):  # removed since it was opened
+            file.close()
+            return lock_folder(folder)
     with suppress(OSError):  # a full disk is reported when the run writes
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -15,6 +15,7 @@ from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, LazyPair, Origin, Pair, PairSource
 from declip.data.sources.shard_names import absolute
 from declip.errors import UserError
+from declip.io.atomic import write_text
 
 LIST_KIND = ".pairs"
 
@@ -121,7 +122,7 @@ def write_pair_list(path: Path, listed: PairList, source: PairSource | None = No
     listed = listed._replace(source=absolute(listed.source), columns=columns)
     if source is not None and not source.remote:  # whose keys would have to be fetched
         listed = listed._replace(digest=listed.digest_in(source))
-    path.write_text(json.dumps(listed._asdict() | {"columns": asdict(columns)}) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(listed._asdict() | {"columns": asdict(columns)}) + "\n")
 
 
 def read_pair_list(path: Path) -> PairList:
