@@ -8,9 +8,8 @@ from declip import finetuning
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study
-from declip.data.columns import Columns
 from declip.data.pair import PairSource
-from declip.data.sources.open import open_source
+from declip.data.sources.open import named_objects
 from declip.data.sources.python_items import Items
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset
@@ -24,7 +23,7 @@ from declip.runs.folder import Run
 from declip.supervision.objective import extra_terms
 from declip.supervision.term import Term
 from declip.training import distributed
-from declip.training.arguments import resolve_recipe, several
+from declip.training.arguments import held_out_sets, resolve_recipe, several
 from declip.training.assemble import assemble
 from declip.training.sinks import Sink
 from declip.training.trainer import Trainer
@@ -39,7 +38,7 @@ def train(
     report: bool = True,
     *,
     data: str | Path | PairSource | Items | None = None,
-    val: str | Path | Sequence[str | Path] = (),
+    val: str | Path | PairSource | Items | Sequence[Any] = (),
     callbacks: Sequence[Sink] = (),
     terms: Mapping[str, type[Term]] | None = None,
 ) -> Run:
@@ -52,33 +51,31 @@ def train(
         resume: Continue the run in that folder if there is one; the result is bit-exact, as if never interrupted.
         report: Write report.html at the end.
         data: The training pairs, for the key ``data.source``; also a Python object, see `open_source`.
-        val: Held-out sets: for zero-shot classification if they have classes, for retrieval if they have captions.
+        val: Held-out sets: for zero-shot classification if they have classes, for retrieval if they have captions;
+            names or Python objects.
         callbacks: Objects that get the numbers of logged steps and evaluations, see `declip.Sink`.
         terms: Losses of your own, which `loss_weights` weights by these names. Give them again to resume.
 
     Returns:
         The run. `finished` is False after Ctrl-C or SIGTERM; a checkpoint was then written.
     """
-    resolved = resolve_recipe(recipe, overrides, data, val)
     for callback in callbacks:
         if not isinstance(callback, Sink):
             raise UserError(f"callbacks has {callback!r}; give objects of subclasses of declip.Sink.")
-    folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
-    source = None
-    if data is not None and not isinstance(data, str | Path):
-        source = open_source(data, Columns.of(resolved.data))
-    with extra_terms(terms or {}):
-        parts = assemble(resolved, folder, resume, quiet, callbacks, source)
+    with named_objects(data, *held_out_sets(val)) as (source, *sets), extra_terms(terms or {}):
+        resolved = resolve_recipe(recipe, overrides, source, sets)
+        folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
+        parts = assemble(resolved, folder, resume, quiet, callbacks)
         run = Trainer(parts).train(finetuning.write_run_report if report else None)
     distributed.leave()
     return run
 
 
 def finetune(
-    pairs: str | Path,
+    pairs: str | Path | PairSource | Items,
     weights: str | Path | None = None,
     *,
-    val: str | Path | Sequence[str | Path] = (),
+    val: str | Path | PairSource | Items | Sequence[Any] = (),
     out: str | Path | None = None,
     freeze: str | None = None,
     resume: bool = False,
@@ -91,7 +88,7 @@ def finetune(
     model.
 
     Args:
-        pairs: A source of pairs: a table, a folder, tar shards or a built-in set.
+        pairs: A source of pairs: a table, a folder, tar shards, a built-in set or a Python object, see `open_source`.
         weights: What `declip.load` takes, or timm:NAME; by default `declip.interchange.starter.NAME` on a CPU.
         val: Validation sets as in `train`; without one a part of the pairs is split off, see `split_pairs`.
         out: The run folder; by default ``runs/finetune``.
@@ -99,7 +96,9 @@ def finetune(
         resume: Continue the run in that folder with its recipe and its split, if there is one.
         overrides: Dotted keys, such as ``**{"train.lr": 1e-4}``; the others are those of `settings`.
     """
-    return finetuning.finetune(pairs, weights, val=val, out=out, freeze=freeze, resume=resume, quiet=quiet, **overrides)
+    with named_objects(pairs, *held_out_sets(val)) as (source, *sets):
+        options: dict[str, Any] = {"val": sets, "out": out, "freeze": freeze, "resume": resume, "quiet": quiet}
+        return finetuning.finetune(source, weights, **options, **overrides)
 
 
 def evaluate(

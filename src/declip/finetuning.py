@@ -30,7 +30,7 @@ from declip.recipe.schema import Recipe
 from declip.reports.run import write_report
 from declip.runs.folder import LOCK, RECIPE, Run, lock_folder, log
 from declip.training import distributed
-from declip.training.arguments import resolve_recipe, several
+from declip.training.arguments import resolve_recipe
 from declip.training.assemble import assemble
 from declip.training.distributed import HostGroup
 from declip.training.estimate import Estimate, estimate
@@ -45,7 +45,7 @@ def finetune(
     pairs: str | Path,
     weights: str | Path | None = None,
     *,
-    val: str | Path | Sequence[str | Path] = (),
+    val: Sequence[str | Path] = (),
     out: str | Path | None = None,
     freeze: str | None = None,
     resume: bool = False,
@@ -62,7 +62,7 @@ def finetune(
         hosts.on_rank_zero(partial(claim_folder, folder, held, undo))
         if resume and (folder / RECIPE).is_file():
             recipe = load_recipe(folder / RECIPE, overrides)
-            hosts.on_rank_zero(partial(_refuse_others, recipe, pairs, weights, several(val), freeze))
+            hosts.on_rank_zero(partial(_refuse_others, recipe, pairs, weights, val, freeze))
         else:
             resolve = partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet)
             recipe = hosts.on_rank_zero(resolve)
@@ -133,7 +133,7 @@ def finetune_recipe(
     pairs: str | Path,
     folder: Path,
     weights: str | Path | None = None,
-    val: str | Path | Sequence[str | Path] = (),
+    val: Sequence[str | Path] = (),
     freeze: str | None = None,
     given: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -155,7 +155,7 @@ def finetune_recipe(
     checked = load_recipe("finetune", {**settled(1), "evaluation.retrieval": [str(pairs)]}).data
     columns = Columns.of(checked)
     data: str | None = str(pairs)
-    source, sets = open_source(pairs, columns), [str(name) for name in several(val)]
+    source, sets = open_source(pairs, columns), [str(name) for name in val]
     if sets:
         source = training_part(source)
         _check_copies(source, sets, quiet)

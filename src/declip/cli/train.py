@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from declip.cli.options import Quiet, check_model, check_source, console, file, say
-from declip.errors import unknown
 
 
 def train(
@@ -106,13 +105,11 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, and keep the best weights."""
-    from declip.recipe.finetuning import FREEZE
-    from declip.recipe.load import check_overrides, parse_overrides
+    from declip.recipe.finetuning import read_overrides
+    from declip.recipe.load import parse_overrides
 
     given = parse_overrides(overrides or [])
-    check_overrides("finetune", given)
-    if freeze is not None and freeze not in FREEZE:
-        raise unknown("value of --freeze", freeze, FREEZE)
+    read_overrides(given, freeze)
     for source, option in ((pairs, "PAIRS"), *((name, "--val") for name in val or ())):
         check_source(source, option)
     if weights is not None:
@@ -129,6 +126,10 @@ def finetune(
     from declip.reports.page import rich_table
     from declip.reports.run import measures_table
 
-    console.print(rich_table(measures_table(run)))
-    say(f"Best: step {run.best_step:,} of {run.step:,}. Report: {run.report}. Exported: {run.folder / 'exported'}")
+    if run.evaluated:
+        console.print(rich_table(measures_table(run)))
+    best = (
+        f"Best: step {run.best_step:,} of {run.step:,}" if run.evaluated else "No validation set: nothing was measured"
+    )
+    say(f"{best}. Report: {run.report}. Exported: {run.folder / 'exported'}")
     say(f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'")

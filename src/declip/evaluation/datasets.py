@@ -13,7 +13,7 @@ from declip.data.builtin import BUILTIN_SPLITS, open_builtin
 from declip.data.pair import BUILTIN_PREFIX, PairSource, printable
 from declip.data.sources.hf_dataset import is_dataset
 from declip.data.sources.open import open_source
-from declip.data.sources.python_items import Items
+from declip.data.sources.python_items import PREFIX, Items
 from declip.data.sources.subset import Subset
 from declip.data.sources.table import find_table
 from declip.errors import UserError, unknown
@@ -142,7 +142,8 @@ def _by_name(given: str, label_column: str | None) -> Dataset:
     if table is not None and (labeled := labeled_table(table, label_column)) is not None:
         return Dataset(given, labeled)
     # One letter before a colon is a Windows drive.
-    if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not Path(given).expanduser().exists():
+    known = given.startswith(PREFIX) or Path(given).expanduser().exists()
+    if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not known:
         raise unknown("dataset", name, [*NAMED, BUILTIN_PREFIX.rstrip(":")])
     source = _test_part(open_source(given))
     return Dataset(given, {"test": lambda: source}, _templates(source.name))

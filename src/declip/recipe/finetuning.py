@@ -88,7 +88,9 @@ def settings(
     )
     keys |= _of_heads(closed, given) if heads else {"finetune.cached_views": 0, "finetune.head_warmup_steps": 200}
     keys |= {
-        "train.batch_size": min(max(pairs, 2), 128 if on_cpu else 256, max(8, 1 << max(1, pairs // 8).bit_length() - 1)),
+        "train.batch_size": min(
+            max(pairs, 2), 128 if on_cpu else 256, max(8, 1 << max(1, pairs // 8).bit_length() - 1)
+        ),
         "train.lr": 1e-5 if start == "whole" else 1e-3,
         "train.patience": 5 if validated else None,
     }

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from declip.data.pair import BrokenPair, PairSource
-from declip.data.sources.python_items import PREFIX, Items
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.recipe.load import load_recipe
@@ -18,7 +17,7 @@ from declip.recipe.schema import Recipe
 def resolve_recipe(
     recipe: str | Path | Recipe,
     overrides: Mapping[str, Any] | None = None,
-    data: str | Path | PairSource | Items | None = None,
+    data: str | Path | None = None,
     val: str | Path | Sequence[str | Path] = (),
 ) -> Recipe:
     """Load a recipe with its overrides, training pairs and held-out sets, see `train`."""
@@ -28,9 +27,7 @@ def resolve_recipe(
         return recipe
     given = dict(overrides or {})
     if data is not None:
-        size = len(data) if hasattr(data, "__len__") else "?"  # refused when it is opened
-        name = data if isinstance(data, str | Path) else f"{PREFIX}{type(data).__qualname__}[{size}]"
-        given["data.source"] = json.dumps(str(name))  # quoted, because values are read as YAML
+        given["data.source"] = json.dumps(str(data))  # quoted, because values are read as YAML
     val = several(val)
     if val:
         sets = {str(name): open_dataset(name).split("test") for name in val}
@@ -57,3 +54,9 @@ def has_captions(source: PairSource, sample: int = 64) -> bool:
 def several(given: Any) -> list[Any]:
     """A list of what was given, also where that is one string, path or number, or None."""
     return [given] if isinstance(given, str | Path | Integral) else [] if given is None else list(given)
+
+
+def held_out_sets(given: Any) -> list[Any]:
+    """A list of held-out sets; a list of dicts or (image, caption) is one set."""
+    one = isinstance(given, list | tuple) and any(isinstance(item, Mapping | tuple) for item in given)
+    return list(given) if isinstance(given, list | tuple) and not one else [] if given is None else [given]

@@ -97,7 +97,7 @@ def test_what_is_no_source_is_refused(table):
         assert "__getitem__" in message(given)
     assert "no items" in message([])
     assert "'picture'" in message(Shapes(table))
-    assert "data=object" in message("python:Shapes[24]")
+    assert "data=object" in message("python:Shapes(24)")
 
 
 def test_training_on_an_object_is_training_on_its_table(table, tmp_path):
@@ -111,7 +111,7 @@ def test_training_on_an_object_is_training_on_its_table(table, tmp_path):
         losses[column] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
     assert losses["image"] == losses["picture"]
     assert len(losses["image"]) == 4
-    assert runs["picture"].recipe.data.source == "python:Shapes[24]"
+    assert runs["picture"].recipe.data.source == "python:Shapes(24)"
     with pytest.raises(UserError, match="resolved"):
         declip.train(Recipe.model_validate(tree), data=Shapes(table))
 

@@ -1,6 +1,9 @@
 """Opening a source of pairs by its name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +18,29 @@ from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import LIST_KIND, Subset, read_pair_list
 from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
 from declip.errors import UserError
+
+_OBJECTS: dict[str, Any] = {}
+
+
+@contextmanager
+def named_objects(*given: Any) -> Iterator[list[Any]]:
+    """Give Python objects names that `open_source` takes within the block; strings, paths and None stay as they are."""
+    names: list[Any] = []
+    for item in given:
+        if item is None or isinstance(item, str | Path):
+            names.append(item)
+            continue
+        size = len(item) if hasattr(item, "__len__") else "?"  # refused when it is opened
+        name = f"{PREFIX}{type(item).__qualname__}({size})"
+        while name in _OBJECTS:
+            name += "+"
+        _OBJECTS[name] = item
+        names.append(name)
+    try:
+        yield names
+    finally:
+        for name in names:
+            _OBJECTS.pop(name, None)
 
 
 def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAULT) -> PairSource:
@@ -36,6 +62,8 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
     text = str(spec)
     if text.startswith(BUILTIN_PREFIX):
         return open_builtin(text)
+    if text in _OBJECTS:
+        return open_source(_OBJECTS[text], columns)
     if text.startswith(PREFIX):
         raise UserError(f"'{text}' was a Python object. Give it again, in Python: declip.train(recipe, data=object).")
     path = Path(text).expanduser()
