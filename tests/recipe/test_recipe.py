@@ -116,7 +116,8 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ({"seed": str(2**64)}, (f"seed={2**64}",)),
         ({"image.mean": "[123.7, 116.3, 103.5]"}, ("image.mean.0=123.7", "less than or equal to 1")),
         ({"logit_scale.init": "20"}, ("logit_scale.init 20.0", "logarithms")),
-        ({"text.hf_model": "owner/name", "text.dropout": "0.1"}, ("text.dropout", "text.hf_model")),
+        ({"text.dropout": "0.1"}, ("text.dropout", "removed")),
+        ({"masked_language.mask_input_only": "true"}, ("masked_language", "views.text.mask")),
         (
             {"views.image_second": "{start: 1}", "views.contrastive_view": "{}"},
             ("views.contrastive_view", "image_second.start below 1"),

@@ -1,7 +1,5 @@
-"""Duplicates, label smoothing and self-distillation of the contrastive losses, against plain loops in float64."""
+"""Duplicates and label smoothing of the contrastive losses, against plain loops in float64."""
 
-import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,38 +22,35 @@ CASES = [
     {"duplicates": "mask"},
     {"duplicates": "positives"},
     {"label_smoothing": 0.3},
-    {"duplicates": "mask", "label_smoothing": 0.2, "self_distillation": 0.4},
-    {"duplicates": "positives", "label_smoothing": 0.1, "self_distillation": 0.25},
+    {"duplicates": "mask", "label_smoothing": 0.2},
+    {"duplicates": "positives", "label_smoothing": 0.1},
 ]
 
 
-def loop_targets(b: int, other: list[float], case: dict[str, Any]) -> dict[int, float]:
+def loop_targets(b: int, case: dict[str, Any]) -> dict[int, float]:
     """The target of every key that row b is compared with."""
     equal = [n for n in range(6) if n != b and any(x == y != 0 for x, y in zip(*LABELS[[b, n]].tolist(), strict=True))]
     duplicates = case.get("duplicates")
-    smoothing, own = case.get("label_smoothing", 0.0), case.get("self_distillation", 0.0)
+    smoothing = case.get("label_smoothing", 0.0)
     kept = [n for n in range(6) if not (duplicates == "mask" and n in equal)]
     positives = [b, *equal] if duplicates == "positives" else [b]
-    targets = {n: (1 - smoothing) * (n in positives) / len(positives) + smoothing / len(kept) for n in kept}
-    total = sum(math.exp(other[n]) for n in kept)
-    return {n: (1 - own) * target + own * math.exp(other[n]) / total for n, target in targets.items()}
+    return {n: (1 - smoothing) * (n in positives) / len(positives) + smoothing / len(kept) for n in kept}
 
 
-def loop_direction(rows: Tensor, keys: Tensor, others: tuple[Tensor, Tensor], offset: int, case: dict[str, Any]) -> Any:
+def loop_direction(rows: Tensor, keys: Tensor, offset: int, case: dict[str, Any]) -> Any:
     """A tensor, so that autograd gives the gradients; the targets are numbers."""
     losses = []
     for b, row in enumerate(rows, offset):
         logits = [3.0 * row @ key for key in keys]
-        other = (3.0 * others[1] @ others[0][b - offset]).tolist()
-        targets = loop_targets(b, other, case)
+        targets = loop_targets(b, case)
         total = torch.stack([logits[n] for n in targets]).logsumexp(0)
         losses.append(sum(target * (total - logits[n]) for n, target in targets.items()))
     return torch.stack(losses).mean()
 
 
 def loop(image: Tensor, text: Tensor, image_keys: Tensor, text_keys: Tensor, offset: int, case: dict[str, Any]) -> Any:
-    to_text = loop_direction(image, text_keys, (text, image_keys), offset, case)
-    return (to_text + loop_direction(text, image_keys, (image, text_keys), offset, case)) / 2
+    to_text = loop_direction(image, text_keys, offset, case)
+    return (to_text + loop_direction(text, image_keys, offset, case)) / 2
 
 
 def soft(case: dict[str, Any], offset: int = 0, count: int = 6) -> SoftTargets:
@@ -153,21 +148,6 @@ def test_the_objective_finds_equal_captions_groups_and_equal_neighbors() -> None
     given = SoftTargets("mask", labels=labels, key_labels=labels)
     expected = info_nce(images, texts, images, texts, model.logit_scale.exp(), soft=given)
     torch.testing.assert_close(objective(model, batch)["contrastive"], expected)
-
-
-def test_self_distillation_rises_as_a_cosine_over_the_run() -> None:
-    weights = {"contrastive": 1.0, "multi_view": 1.0}
-    model, objective = parts(weights, contrastive={"self_distillation": 0.5})
-    batch = replace(random_batch(), masked=None, labels=None)
-    images = torch.stack([model.encode_image(view.pixels) for view in batch.views.values()])
-    texts = torch.stack([model.encode_text(view) for view in batch.texts])
-    for progress, alpha in ((0.0, 0.0), (1 / 3, 0.125), (0.5, 0.25), (1.0, 0.5)):
-        objective.set_progress(progress)
-        losses, scale, given = objective(model, batch), model.logit_scale.exp(), SoftTargets(self_distillation=alpha)
-        expected = info_nce(images[0], texts[0], images[0], texts[0], scale, soft=given)
-        torch.testing.assert_close(losses["contrastive"], expected)
-        expected = multi_view(images, texts, images, texts, scale, soft=(given, given))
-        torch.testing.assert_close(losses["multi_view"], expected)
 
 
 def test_sections_without_sense_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""A second view of its own size that starts during the run."""
+"""A second view of its own size that starts late."""
 
 from pathlib import Path
 from typing import Any

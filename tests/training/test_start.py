@@ -23,7 +23,7 @@ from declip.interchange.model_card import repository, without_folders
 from declip.interchange.read import read_start
 from declip.models.layers import IMAGE, TEXT
 from declip.recipe.load import load_recipe
-from declip.recipe.schema import PatchDropout, Recipe
+from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
@@ -78,12 +78,12 @@ def test_keys_that_hold_beside_weights(start: Path, table: Path, tmp_path: Path)
     for recipe in ("finetune", "clip", "declip-yfcc15m-vitb32"):
         assert found.fit(load_recipe(recipe, keys)).image.mean == STATISTICS["mean"]
     given = keys | {"image.mean": [0.1, 0.2, 0.3], "image.size": 48, "train.batch_size": 8}
-    given |= {"text.dropout": 0.1, "image.patch_dropout.rate": 0.25}
+    given |= {"image.patch_dropout": 0.25}
     recipe = assemble(load_recipe("clip", given), tmp_path / "run", quiet=True).recipe
     assert (recipe.image.mean, recipe.image.std, recipe.image.size) == ((0.1, 0.2, 0.3), STATISTICS["std"], 48)
-    assert (recipe.text.dropout, recipe.image.patch_dropout) == (0.1, PatchDropout(rate=0.25))
+    assert recipe.image.patch_dropout == 0.25
     again = replace(found, recipe=recipe).fit(load_recipe("clip", keys))
-    assert (again.text.dropout, again.image.patch_dropout) == (0, None)
+    assert again.image.patch_dropout == 0
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
     assert found.fit(load_recipe(tmp_path / "resolved.yaml")) == recipe
 

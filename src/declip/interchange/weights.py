@@ -109,9 +109,7 @@ class Weights:
                     changed["loss_weights"] = for_sigmoid(recipe.loss_weights)
             if any(".proj.mlp." in name for name in self.tensors):
                 changed["finetune"] = recipe.finetune.model_copy(update={"head": "mlp"})
-            text = self.recipe.text.model_copy(update={"dropout": recipe.text.dropout})
-            if text.hf_model is not None and text.dropout and not isinstance(self.encoder, WrappedModel):
-                raise UserError("text.dropout is of CLIP's transformer, and these weights have another. Leave it out.")
+            text = self.recipe.text
             if "text.context_length" in recipe.given:
                 text = text.model_copy(update={"context_length": recipe.text.context_length})
             changed |= {"text": text, "embed_dim": self.recipe.embed_dim, "logit_scale": scale}

@@ -109,10 +109,9 @@ def _parts(
 ) -> tuple[ImageTower, CaptionTokenizer, AnyTextTower]:
     image, text, dim = recipe.image, recipe.text, recipe.embed_dim
     if isinstance(encoder, WrappedModel):
-        ours = {"finetune.head": recipe.finetune.head == "mlp", "text.dropout": text.dropout > 0}
-        ours["image.patch_dropout"] = image.patch_dropout is not None
+        ours = {"finetune.head": recipe.finetune.head == "mlp", "image.patch_dropout": image.patch_dropout > 0}
         for key in (key for key, given in ours.items() if given):
-            raise UserError(f"{key} needs towers of ours, and those of another library keep their own. Leave it out.")
+            raise UserError(f"{key} requires towers built by declip, and these are of another library. Leave it out.")
         encoder = encoder.with_context(text.context_length)
         visual, words = encoder.build(image.size)
         image_tower, wrapped_tokenizer = WrappedImageTower(visual, encoder.kinds[0], dim), encoder.build_tokenizer()
@@ -139,8 +138,6 @@ def _parts(
         hf_tower = HuggingfaceTextTower(encoder, hf_tokenizer, dim, text.pooling, text.projection_bias)
         return tower, hf_tokenizer, hf_tower
     tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)
-    options: dict[str, Any] = text.model_dump(
-        include={"width", "layers", "heads", "projection_bias", "activation", "dropout"}
-    )
+    options: dict[str, Any] = text.model_dump(include={"width", "layers", "heads", "projection_bias", "activation"})
     options["context"] = text.context_length
     return tower, tokenizer, TextTower(tokenizer.vocabulary, tokenizer.end, dim, **options)

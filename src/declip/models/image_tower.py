@@ -14,8 +14,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from declip.errors import UserError, unknown
-from declip.models.patch_dropout import EdgePatchDropout
-from declip.recipe import schema
 
 warn_once = cache(logging.getLogger("declip").warning)  # once per process, however often the tower is built
 
@@ -75,7 +73,7 @@ class ImageTower(nn.Module):
         freeze_patch_embed: Leave a ViT's patch projection at its random start, as DeCLIP's official code does.
         any_size: Let a ViT take images of other sizes too, with position embeddings resampled to their grid.
         weights: State of the trunk, as timm publishes it, for any image size; None for random weights.
-        patch_dropout: What a ViT leaves out in training.
+        patch_dropout: Fraction of the patches that a ViT leaves out in training (FLIP, arXiv 2212.00794).
     """
 
     has_batch_norm: bool  # whether features depend on the other images of a batch in training
@@ -89,7 +87,7 @@ class ImageTower(nn.Module):
         freeze_patch_embed: bool = False,
         weights: Mapping[str, Tensor] | None = None,
         any_size: bool = False,
-        patch_dropout: schema.PatchDropout | None = None,
+        patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         base, _ = SMALL_TOWERS.get(name, (name, {}))
@@ -109,11 +107,10 @@ class ImageTower(nn.Module):
             nn.init.zeros_(self.proj.bias)
         self.token_width = int(self.trunk.num_features)
         self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
-        if patch_dropout is not None:
+        if patch_dropout:
             if not isinstance(self.trunk, VisionTransformer):
                 raise UserError(f"image.patch_dropout needs a vision transformer, and '{name}' is none. Leave it out.")
-            kind: Any = EdgePatchDropout if patch_dropout.by == "edges" else PatchDropout
-            self.trunk.patch_drop = kind(patch_dropout.rate, self.trunk.num_prefix_tokens)
+            self.trunk.patch_drop = PatchDropout(patch_dropout, self.trunk.num_prefix_tokens)
         if freeze_patch_embed:
             patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)
             if patches is None:
@@ -131,9 +128,6 @@ class ImageTower(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (B, 3, H, W) as pooled features (B, width) and tokens (B, P, width)."""
-        dropout = getattr(self.trunk, "patch_drop", None)
-        if isinstance(dropout, EdgePatchDropout):
-            dropout.look(images, self.trunk.patch_embed.patch_size)
         features = self.trunk.forward_features(images)
         return self.norm(self.trunk.forward_head(features, pre_logits=True)), grid_tokens(self.trunk, features)
 

@@ -115,9 +115,8 @@ class CausalSelfAttention(nn.Module):
 class TextBlock(nn.Module):
     """Pre-norm residual block; parameters are named as in CLIP."""
 
-    def __init__(self, width: int, heads: int, activation: nn.Module, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, activation: nn.Module) -> None:
         super().__init__()
-        self.drop = nn.Dropout(dropout)
         self.ln_1 = nn.LayerNorm(width)
         self.attn = CausalSelfAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
@@ -125,8 +124,8 @@ class TextBlock(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x)))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
 
 
 class TextTower(AnyTextTower):
@@ -139,7 +138,6 @@ class TextTower(AnyTextTower):
         vocabulary: Number of token ids, ``<|mask|>`` included.
         projection_bias: Whether the projection has a bias (CLIP: no; DeCLIP's official weights: yes).
         activation: "quick_gelu" (CLIP) or "gelu".
-        dropout: On the outputs of attention and MLP, in training.
     """
 
     padding = 0
@@ -155,7 +153,6 @@ class TextTower(AnyTextTower):
         context: int = 77,
         projection_bias: bool = False,
         activation: str = "quick_gelu",
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.end = end
@@ -164,7 +161,7 @@ class TextTower(AnyTextTower):
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(context, width))
         gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
-        blocks = nn.Sequential(*(TextBlock(width, heads, gelu, dropout) for _ in range(layers)))
+        blocks = nn.Sequential(*(TextBlock(width, heads, gelu) for _ in range(layers)))
         self.transformer = nn.Sequential(OrderedDict(resblocks=blocks))  # named as in CLIP
         self.ln_final = nn.LayerNorm(width)
         self.text_projection: nn.Linear = nn.Linear(width, embed_dim, bias=projection_bias)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
 
 def unknown_key(given: str) -> UserError:
     """Build the error for an unknown recipe key, with the key meant: by a name of other tools, else by letters."""
+    if given in removed_keys():
+        return UserError(f"{given} was removed: {removed_keys()[given]}.")
     name = given.rpartition(".")[2].lower().replace("-", "_")
     keys = list(recipe_keys())
     meant: dict[str, set[str]] = {}
@@ -224,9 +227,19 @@ def unknown_key(given: str) -> UserError:
     return unknown("recipe key", given, {*keys, *sections})
 
 
-def synonyms() -> Any:
-    """Names that other tools have for our keys: key → names."""
-    return yaml.safe_load((LIBRARY.parent / "synonyms.yaml").read_text("utf-8"))
+def synonyms() -> dict[str, str]:
+    """Read the names that other tools have for our keys: key → names."""
+    return _listed("synonyms")
+
+
+def removed_keys() -> dict[str, str]:
+    """Read the keys and losses of earlier versions: key → what to do now."""
+    return _listed("removed")
+
+
+@cache
+def _listed(name: str) -> Any:
+    return yaml.safe_load((LIBRARY.parent / f"{name}.yaml").read_text("utf-8"))
 
 
 def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:

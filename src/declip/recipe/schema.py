@@ -107,15 +107,6 @@ class Data(Section):
         return " + ".join(e.source if e.weight == 1 else f"{e.weight:g} × {e.source}" for e in self.source)
 
 
-class PatchDropout(Section):
-    """Patches that a ViT does not see in training (FLIP, arXiv 2212.00794)."""
-
-    rate: float = Field(0.5, gt=0, lt=1, description="fraction of the patches that is left out")
-    by: Literal["chance", "edges"] = Field(
-        "chance", description="which ones; edges: patches with edges stay more often (CLIP-PGS, arXiv 2503.17080)"
-    )
-
-
 class ImageTowerConfig(Section):
     """The image tower: a timm model by name, or one of `declip.models.image_tower.SMALL_TOWERS`."""
 
@@ -127,7 +118,7 @@ class ImageTowerConfig(Section):
     )
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
     freeze_patch_embed: bool = Field(False, description="keep a ViT's patch embedding at its random start (MoCo v3)")
-    patch_dropout: PatchDropout | None = Field(None, description="patches of a ViT left out in training: rate, by")
+    patch_dropout: float = Field(0.0, ge=0, lt=1, description="fraction of a ViT's patches left out in training (FLIP)")
 
 
 class TextTowerConfig(Section):
@@ -141,7 +132,6 @@ class TextTowerConfig(Section):
     projection_bias: bool = Field(False, description="bias of the projection, as in the official implementation")
     activation: Literal["quick_gelu", "gelu"] = Field("quick_gelu", description="activation of the MLPs")
     hf_model: Place | None = Field(None, description="Hugging Face encoder instead: its folder, or huggingface:NAME")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after attention and MLP of CLIP's transformer")
     pooling: Literal["auto", "cls", "mean", "eos"] = Field("auto", description="pooling of a Hugging Face encoder")
     pretrained: bool = Field(True, description="start a Hugging Face encoder from its own weights")
 
@@ -149,8 +139,6 @@ class TextTowerConfig(Section):
     def _consistent(self) -> Self:
         if self.hf_model is None and self.pooling != "auto":
             raise ValueError(f"text.pooling={self.pooling} goes with text.hf_model; leave it out, or give an encoder")
-        if self.hf_model is not None and self.dropout:
-            raise ValueError("text.dropout is of CLIP's transformer; text.hf_model has its own in its configuration")
         if self.width % self.heads:
             raise ValueError(f"text.width {self.width} is not a multiple of text.heads {self.heads}")
         return self
@@ -216,9 +204,6 @@ class ContrastiveConfig(Section):
         "negatives", description="pairs with equal captions or one group: negatives, left out, or positives"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="part of the target spread evenly over all keys")
-    self_distillation: float = Field(
-        0.0, ge=0, lt=1, description="part of the target from the model's own prediction, at the end of a cosine rise"
-    )
 
 
 class SimSiamConfig(Section):
@@ -249,9 +234,9 @@ class LateInteractionConfig(Section):
 
 
 class DistillationConfig(Section):
-    """The teacher: an exponential moving average of the learner, or stored features of another model."""
+    """The teacher: an exponential moving average of the learner, or a fixed model."""
 
-    teacher: Place = Field("ema", description="ema, or weights that declip.load takes, whose features are stored")
+    teacher: Place = Field("ema", description="ema, or weights that declip.load takes, with the learner's tokenizer")
     decay: float = Field(0.99, gt=0, lt=1, description="decay of the average's weights per step, with ema")
 
 
@@ -436,7 +421,6 @@ class Recipe(Section):
         if train.patience is not None and not (train.evaluate_every and measured):
             raise ValueError("train.patience needs train.evaluate_every and a set in evaluation.retrieval or zero_shot")
         second = self.views.image_second
-        second = self.views.image_second
         if self.views.contrastive_view is not None and second is not None and second.start == 1:
             raise ValueError("views.contrastive_view goes with two other views; set views.image_second.start below 1")
         return self
@@ -449,9 +433,9 @@ class Recipe(Section):
     @property
     def image_sizes(self) -> dict[str, int]:
         """Sizes of the images that the tower takes in training, by their keys."""
-        second = self.views.image_second or SecondView()
-        sizes = {"image.size": self.image.size, "views.image_second.size": second.size}
-        return {key: size for key, size in sizes.items() if size is not None}
+        second = self.views.image_second
+        own = {} if second is None or second.size is None else {"views.image_second.size": second.size}
+        return {"image.size": self.image.size, **own}
 
     @property
     def head_warmup(self) -> int:

@@ -259,9 +259,8 @@ def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> 
     now, then = flat(recipe.model_dump(mode="json")), flat(earlier.model_dump(mode="json"))
     differ = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
     changed = [key for key in differ if key not in CHANGEABLE]
-    # These begin, end or rise at a fraction of the steps.
     second = recipe.views.image_second
-    late = recipe.contrastive.self_distillation or (second is not None and second.late)
+    late = second is not None and second.late  # it begins at a fraction of the steps
     steps_alone = (
         changed == ["train.steps"]
         and recipe.head_warmup == earlier.head_warmup

@@ -43,7 +43,6 @@ def cross_entropy_to_keys(
     offset: int = 0,
     max_logit_bytes: float | None = None,
     soft: SoftTargets | None = None,
-    other: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Cross-entropy of each row against all keys, its own key being row `offset` + its position.
 
@@ -57,18 +56,13 @@ def cross_entropy_to_keys(
         offset: Row of `keys` that belongs to the first of `rows`.
         max_logit_bytes: See `mean_in_blocks`.
         soft: Other targets than the row's own key alone, see `soft_cross_entropy`.
-        other: Rows and keys of the other direction, for self-distillation; None: without.
     """
     rows, keys = to_float32(rows), to_float32(keys)
 
     def loss(start: int, stop: int) -> Tensor:
         logits = scaled_similarity(rows[start:stop], keys, scale)
         if soft is not None:
-            prediction = None
-            if other is not None and soft.self_distillation > 0:
-                with torch.no_grad():
-                    prediction = scaled_similarity(other[0][start:stop], other[1], scale)
-            return soft_cross_entropy(logits, offset + start, soft.part(start, stop), prediction)
+            return soft_cross_entropy(logits, offset + start, soft.part(start, stop))
         positives = torch.arange(offset + start, offset + stop, device=rows.device)
         return F.cross_entropy(logits, positives, reduction="sum")
 
@@ -102,9 +96,8 @@ def info_nce(
         max_logit_bytes: See `mean_in_blocks`.
         soft: See `cross_entropy_to_keys`.
     """
-    to_text, to_image = (image, text_keys), (text, image_keys)
-    image_to_text = cross_entropy_to_keys(*to_text, scale, offset, max_logit_bytes, soft, to_image)
-    text_to_image = cross_entropy_to_keys(*to_image, scale, offset, max_logit_bytes, soft, to_text)
+    image_to_text = cross_entropy_to_keys(image, text_keys, scale, offset, max_logit_bytes, soft)
+    text_to_image = cross_entropy_to_keys(text, image_keys, scale, offset, max_logit_bytes, soft)
     return (image_to_text + text_to_image) / 2
 
 
@@ -115,7 +108,7 @@ def shared_info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tenso
 
 
 class ContrastiveTerm(Term):
-    """Base class of the losses that the recipe's ``contrastive`` section gives other targets."""
+    """Base class of losses whose targets the recipe's ``contrastive`` section changes."""
 
     has_positives = True
 
@@ -129,8 +122,7 @@ class ContrastiveTerm(Term):
         if section == ContrastiveConfig():
             return None
         labels, key_labels = own.text_labels(text), keys.text_labels(text)
-        alpha = section.self_distillation * (1 - math.cos(math.pi * self.progress)) / 2
-        return SoftTargets(section.duplicates, section.label_smoothing, alpha, labels, key_labels)
+        return SoftTargets(section.duplicates, section.label_smoothing, labels, key_labels)
 
     def chance(self, batch_size: int) -> float:
         return math.log(batch_size)

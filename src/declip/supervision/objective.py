@@ -17,6 +17,7 @@ from declip.models.blocks import statistics_at_rest
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.length_buckets import encode_by_length
+from declip.recipe.load import removed_keys, unknown_key
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import Contrastive, to_float32
 from declip.supervision.distillation import Distillation
@@ -28,10 +29,8 @@ from declip.supervision.sigmoid import Sigmoid
 from declip.supervision.simclr import SimCLR
 from declip.supervision.simsiam import SimSiam
 from declip.supervision.soft_targets import pair_labels
-from declip.supervision.structure import Structure
 from declip.supervision.term import Encodings, Rows, Similarity, Term
 from declip.supervision.tower_outputs import TowerOutputs
-from declip.supervision.word_classification import WordClassification
 
 TERMS: dict[str, type[Term]] = {
     "contrastive": Contrastive,
@@ -42,9 +41,7 @@ TERMS: dict[str, type[Term]] = {
     "nearest_neighbor": NearestNeighbor,
     "simclr": SimCLR,
     "late_interaction": LateInteraction,
-    "word_classification": WordClassification,
     "distillation": Distillation,
-    "structure": Structure,
 }
 """Name in `loss_weights` → loss. A new loss is a file, a line here and a recipe."""
 
@@ -77,6 +74,8 @@ def active_terms(recipe: Recipe) -> dict[str, type[Term]]:
     """The losses with a weight above 0, in the order of `TERMS`; raises `UserError` for an unknown name."""
     for name in recipe.loss_weights:
         if name not in TERMS:
+            if f"loss_weights.{name}" in removed_keys():
+                raise unknown_key(f"loss_weights.{name}")
             raise unknown("loss", f"loss_weights.{name}", [f"loss_weights.{known}" for known in TERMS])
     return {name: term for name, term in TERMS.items() if name in recipe.active_losses}
 
@@ -130,7 +129,7 @@ class Objective(nn.Module):
         return term.queue if isinstance(term, NearestNeighbor) else None
 
     def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
-        """Let the losses count words and copy the model, before the optimizer is built and a checkpoint is loaded."""
+        """Prepare every loss, before the optimizer is built and a checkpoint is loaded."""
         for _, term in self._terms():
             term.prepare(source, model, shown)
         self.to(model.device)
@@ -222,11 +221,6 @@ class Objective(nn.Module):
         model.logit_scale.clamp_(min=limits.min, max=limits.max)
         for _, term in self._terms():
             term.after_step(model)
-
-    def set_progress(self, fraction: float) -> None:
-        """Tell the losses what fraction of the run's steps is done."""
-        for _, term in self._terms():
-            term.progress = fraction
 
     def discard_step(self) -> None:
         """Forget a step that was skipped."""

@@ -1,4 +1,4 @@
-"""Targets of the contrastive losses other than the pair's own key alone: duplicates, smoothing, self-distillation."""
+"""Targets of the contrastive losses with duplicates among the keys, and label smoothing."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,14 +19,12 @@ class SoftTargets:
         duplicates: Treatment of other pairs with an equal label: they stay "negatives", are left out ("mask"), or
             share the target ("positives").
         label_smoothing: Part of the target that is spread evenly over all compared keys.
-        self_distillation: Part of the target that is the model's own prediction in the other direction.
         labels: (B, k) int64 of the rows; pairs are duplicates where one of the k labels is equal and not 0.
         key_labels: (N, k) of the keys.
     """
 
     duplicates: Literal["negatives", "mask", "positives"] = "negatives"
     label_smoothing: float = 0.0
-    self_distillation: float = 0.0
     labels: Tensor | None = None
     key_labels: Tensor | None = None
 
@@ -35,20 +33,17 @@ class SoftTargets:
         return self if self.labels is None else replace(self, labels=self.labels[start:stop])
 
 
-def soft_cross_entropy(logits: Tensor, offset: int, soft: SoftTargets, prediction: Tensor | None = None) -> Tensor:
+def soft_cross_entropy(logits: Tensor, offset: int, soft: SoftTargets) -> Tensor:
     """Sum over rows of the cross-entropy with soft targets.
 
     Equals the plain loop, y = offset + b, D = keys but y with a label of row b, K = all keys, for "mask" without D
         q[n] = 1 / (1 + |D|) for n in y and D with "positives"; else 1 for n = y
         q[n] = (1 - ε)·q[n] + ε / |K|                               label smoothing (arXiv 1512.00567, section 7)
-        q[n] = (1 - α)·q[n] + α·softmax over K of prediction[b]     progressive self-distillation (arXiv 2204.04588)
         sum over b of  -Σ over n in K of q[n]·log softmax over K of logits[b]
 
     Args:
         logits: (B, N) float32 or float64.
         offset: Key of the first row.
-        prediction: (B, N) logits of the other direction, without gradient: text b with image n, where `logits` compare
-            image b with text n. Those of the same direction would only scale the gradient by 1 - α.
     """
     positives = torch.arange(offset, offset + len(logits), device=logits.device)[:, None]
     itself = positives == torch.arange(logits.shape[1], device=logits.device)
@@ -61,9 +56,6 @@ def soft_cross_entropy(logits: Tensor, offset: int, soft: SoftTargets, predictio
     compared = (~hidden).to(logits.dtype)
     uniform = compared / compared.sum(dim=1, keepdim=True)
     targets = torch.lerp(targets / targets.sum(dim=1, keepdim=True), uniform, soft.label_smoothing)
-    if prediction is not None:
-        predicted = prediction.masked_fill(hidden, -torch.inf).softmax(dim=1)
-        targets = torch.lerp(targets, predicted, soft.self_distillation)
     log_probabilities = logits.masked_fill(hidden, -torch.inf).log_softmax(dim=1)
     # A second time, since 0 times minus infinity is not a number.
     return -(targets * log_probabilities.masked_fill(hidden, 0)).sum()

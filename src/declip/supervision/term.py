@@ -85,8 +85,6 @@ class Term(nn.Module):
     """Name for charts."""
     explanation: ClassVar[str] = ""
     """One sentence for reports."""
-    progress = 0.0
-    """Fraction of the run's steps that are done."""
     reads_pixels = False
     """Whether `features` reads the images, which GradCache otherwise drops after the towers."""
 

@@ -77,7 +77,7 @@ def assemble(
     objective = Objective(recipe, model).to(device)
     pretrained = apply_pretrained(weights, recipe, model, objective)
     objective.prepare(source, model, not quiet and rank_zero)
-    set_teacher(objective, source, model, not quiet and rank_zero)
+    set_teacher(objective, source, model)
     if recipe.finetune.cached_views:
         check_frozen(recipe, model)
 

@@ -1,4 +1,4 @@
-"""A model whose towers are frozen, for evaluation or as a teacher: each image and text goes through them once."""
+"""A model whose towers are frozen, for evaluation: each image and text goes through them once."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,15 +13,12 @@ from torch import Tensor
 from declip.data.feature_store import KEY, FeatureStore
 from declip.data.pair import PairSource
 from declip.errors import UserError
-from declip.evaluation.encode import encode_source
 from declip.interchange.read import read
 from declip.io.atomic import cache_folder
-from declip.io.pool import usual_workers
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.layers import IMAGE, TEXT
 from declip.supervision.distillation import Distillation
 from declip.supervision.objective import Objective
-from declip.supervision.soft_targets import caption_hashes
 from declip.training.frozen import text_key, tower_digest
 
 
@@ -54,22 +51,21 @@ class FrozenEncoder:
         return F.normalize(tower.text_projection(pooled).float(), dim=-1)
 
 
-def set_teacher(objective: Objective, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
-    """Encode all pairs for `distillation` by its teacher, unless that is an average of the learner; shows a bar.
-
-    What was encoded before, for any run or until this call was killed, is only read. Broken pairs are left out.
-    """
+def set_teacher(objective: Objective, source: PairSource, model: DualEncoder) -> None:
+    """Load the fixed teacher of a loss that has one; it must read captions as the learner does."""
     for term in objective.terms.values():
-        if isinstance(term, Distillation) and term.teacher != "ema":
-            teacher = read(term.teacher).check().build().to(model.device).eval()  # a start has no projections
-            if not has_text(teacher):
-                raise UserError(f"distillation.teacher={term.teacher} has no text tower. Give one with both towers.")
-            encoded = encode_source(FrozenEncoder(teacher), source, workers=usual_workers(), progress=shown)
-            images = torch.zeros(len(source), encoded.images.shape[1])
-            images[torch.from_numpy(encoded.indices)] = encoded.images
-            hashes, order = caption_hashes(model.tokenizer(encoded.words)[None], term.padding)[0].sort()
-            stored = images, encoded.texts[order], hashes, teacher.logit_scale.detach().exp()  # type: ignore[index]
-            term.stored = tuple(tensor.to(model.device) for tensor in stored)
+        if not isinstance(term, Distillation) or term.given == "ema":
+            continue
+        teacher = read(term.given).check().build().to(model.device)  # not `as_start`, which has no projections
+        if not has_text(teacher):
+            raise UserError(f"distillation.teacher={term.given} has no text tower. Give one with both towers.")
+        captions = ["a photo of 2 dogs", *source.captions(0)]
+        if not torch.equal(*(each.tokenize(captions).cpu() for each in (model, teacher))):
+            raise UserError(
+                f"distillation.teacher={term.given} has another tokenizer or text.context_length than the model. Give "
+                "a teacher with the same ones, or its weights as finetune.pretrained too."
+            )
+        term.set_teacher(teacher)
 
 
 def _once(

@@ -158,7 +158,6 @@ class Trainer:
         lr = learning_rate(step, train)
         for group in parts.optimizer.param_groups:
             group["lr"] = group_lr(lr, step, group["multiplier"], parts.recipe.head_warmup, train)
-        parts.objective.set_progress(step / train.steps)
         if not sync.usable:
             if self.is_rank_zero:
                 warn_once("Steps with too few usable pairs (fewer than one on a process) are skipped.")

@@ -1,9 +1,15 @@
-"""STRUCTURE's regularizer: the shared space keeps the neighborhoods that the features of frozen towers have."""
+"""A regularizer for frozen towers, STRUCTURE (arXiv 2506.16895), as a loss from outside the package.
+
+python examples/structure.py pairs.csv runs/structure
+"""
+
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import declip
 from declip.data.plan import Needs
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
@@ -52,15 +58,24 @@ class Structure(Term):
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
-        if not recipe.finetune.cached_views or recipe.views.contrastive_view is not None:
-            raise UserError(
-                "loss_weights.structure compares the first view with its features of frozen towers. Set "
-                "finetune.cached_views and leave views.contrastive_view out, or set loss_weights.structure=0."
-            )
+        if not recipe.finetune.cached_views:
+            raise UserError("structure compares features of frozen towers: set finetune.cached_views.")
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
+        # (B, w) of the frozen image tower, (B, w') of the frozen text tower
         return {"image": require(encoded.outputs.pre_logits)[0].float(), "text": encoded.batch.texts[0].float()}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        images, texts = keys.augmented[0], keys.texts[0]
+        images, texts = keys.augmented[0], keys.texts[0]  # (N, d) of all ranks
         return (structure(keys.extra["image"], images) + structure(keys.extra["text"], texts)) / 2
+
+
+def main(data: str, out: str, **overrides: object) -> None:
+    """Train two projections on frozen towers with the regularizer; its authors use a weight of 10."""
+    weights = {"contrastive": 1.0, "structure": 10.0}
+    overrides = {"loss_weights": weights, **overrides}
+    declip.train("frozen", overrides, out=out, data=data, terms={"structure": Structure})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

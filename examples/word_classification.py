@@ -1,22 +1,27 @@
-"""Word classification: the image feature predicts the words of its caption, as in SuperCLIP."""
+"""Word classification, SuperCLIP (arXiv 2512.14480), as a loss with a head from outside the package.
+
+python examples/word_classification.py pairs.csv runs/words
+"""
 
 import math
+import sys
 from collections import Counter
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
+import declip
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.plan import Needs
 from declip.errors import UserError
-from declip.io.pool import pairs_bar
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
-LEAST_PAIRS = 5  # that a token must occur in to be predicted
-MOST_COUNTED = 100_000  # pairs that the tokens are counted in
+MIN_PAIRS = 5  # that a token must occur in to be predicted
+MAX_COUNTED = 100_000  # pairs that the tokens are counted in
 
 
 def token_columns(texts: Tensor, word_ids: Tensor, end: int) -> Tensor:
@@ -57,67 +62,39 @@ def word_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class WordClassification(Term):
     """Prediction of the words of all text views from the pooled feature of each image view, by one linear layer.
 
-    The words are the token ids of at least `LEAST_PAIRS` pairs, and the inverse document frequency of a word in df of N
-    pairs is log((N + 1) / (df + 1)). With cached features, which hold no token ids, the targets are the words of all
-    captions of a pair.
+    The words are the token ids of at least `MIN_PAIRS` pairs, and the inverse document frequency of a word in df of N
+    pairs is log((N + 1) / (df + 1)).
     """
 
     needs = Needs(pre_logits=True)
     over_vocabulary = ("head",)
     title = "word classification"
     explanation = "Predicts the words of the caption from the image feature."
-    head: nn.Linear
     word_ids: Tensor
     idf: Tensor
-    known: Tensor
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         self.width, self.end = model.image_tower.pre_logits_width, model.tokenizer.end
-        self.cached = recipe.finetune.cached_views > 0
 
     def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
-        stride = 1 if source.remote else math.ceil(len(source) / MOST_COUNTED)
         counts: Counter[int] = Counter()
         total = 0
-        with pairs_bar(shown) as bar:
-            for index in bar.track(range(0, len(source), stride)[:MOST_COUNTED], description="Counting words"):
-                words = self._words(source, model, index)
-                counts.update(words)
-                total += bool(words)
-        common = {word: count for word, count in sorted(counts.items()) if count >= LEAST_PAIRS}
+        for index in range(min(len(source), MAX_COUNTED)):
+            with suppress(BrokenPair):
+                counts.update({word for text in source.captions(index) for word in model.tokenizer.encode(text)[1:-1]})
+                total += 1
+        common = {word: count for word, count in sorted(counts.items()) if count >= MIN_PAIRS}
         if not common:
-            raise UserError(
-                f"No word occurs in {LEAST_PAIRS} pairs of '{source.name}', so word_classification has nothing to "
-                "predict. Give more pairs, or set loss_weights.word_classification to 0."
-            )
+            raise UserError(f"No word occurs in {MIN_PAIRS} pairs of '{source.name}': nothing to predict.")
         self.register_buffer("word_ids", torch.tensor([*common]))
         self.register_buffer("idf", torch.tensor([math.log((total + 1) / (count + 1)) for count in common.values()]))
         self.head = nn.Linear(self.width, len(common))
-        if self.cached:
-            column_of = {word: column for column, word in enumerate(common)}
-            pairs = (self._words(source, model, index) & column_of.keys() for index in range(len(source)))
-            rows = [torch.tensor([column_of[word] for word in words], dtype=torch.int32) for words in pairs]
-            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=len(common))
-            self.register_buffer("known", padded, persistent=False)  # (pairs, K) columns
-
-    def _words(self, source: PairSource, model: DualEncoder, index: int) -> set[int]:
-        """The token ids of a pair's captions without start and end; none where it cannot be read."""
-        try:
-            return {word for text in source.captions(index) for word in model.tokenizer.encode(text)[1:-1]}
-        except BrokenPair:
-            return set()
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        if "head" not in self._modules:
-            raise UserError("word_classification counts words before it trains: call objective.prepare(source, model).")
-        texts = encoded.batch.texts
-        if texts.is_floating_point():
-            columns = self.known[require(encoded.batch.sample_ids) % len(self.known)].long()
-        else:
-            columns = token_columns(texts, self.word_ids, self.end).transpose(0, 1).flatten(1)
-        logits = self.head(require(encoded.outputs.pre_logits)).transpose(0, 1)
-        return {"logits": logits, "targets": word_targets(columns, self.idf)}
+        columns = token_columns(encoded.batch.texts, self.word_ids, self.end)  # (T, B, L)
+        logits = self.head(require(encoded.outputs.pre_logits)).transpose(0, 1)  # (B, V, W)
+        return {"logits": logits, "targets": word_targets(columns.transpose(0, 1).flatten(1), self.idf)}
 
     def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}  # each image predicts its own words alone
@@ -127,3 +104,13 @@ class WordClassification(Term):
 
     def chance(self, batch_size: int) -> float | None:
         return math.log(len(self.idf)) if "idf" in self._buffers else None
+
+
+def main(data: str, out: str, **overrides: object) -> None:
+    """Train the small demo model with the additional loss."""
+    overrides = {"loss_weights": {"contrastive": 1.0, "word_classification": 0.3}, **overrides}
+    declip.train("demo-clip", overrides, out=out, data=data, terms={"word_classification": WordClassification})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
