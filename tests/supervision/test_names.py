@@ -13,6 +13,7 @@ ALLOWED = {("data/plan.py", "contrastive")}
 TENSOR_NAMES = {"interchange/official.py"}
 """Maps the official implementation's names of tensors to ours."""
 
+
 def loss_names(path: Path) -> set[str]:
     """Losses that a file names: as a string, as a section of the recipe, or by the key of its weight."""
     found = set()
