@@ -130,7 +130,7 @@ def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool = Fa
         batch = tiled(host, count).to(bench.device)
         if compiled:
             whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": count})})
-            compile_towers(whole, built.model, plan_of(recipe))
+            compile_towers(whole, built.model, built.objective, plan_of(recipe))
         training_step(built.step, batch)
         return lambda: training_step(built.step, batch)
 

@@ -160,7 +160,7 @@ def our_side(arm: str, setting: Setting) -> Side:
     if setting.shape.device.type == "cpu":
         keep_freed_memory()
     if setting.shape.compiled:
-        compile_towers(recipe, built.model, plan_of(recipe))
+        compile_towers(recipe, built.model, built.objective, plan_of(recipe))
     parameters = {
         "model": count(built.model),
         "heads": count(built.objective),

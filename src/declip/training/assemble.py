@@ -85,7 +85,7 @@ def assemble(
     learner = build_learner(recipe, model, objective)
     average = Average(model, recipe.train.ema_decay) if recipe.train.ema_decay else None
     if recipe.train.compile and not recipe.finetune.cached_views:  # with cached features no tower runs
-        compile_towers(recipe, model, plan)
+        compile_towers(recipe, model, objective, plan)
     multipliers = pretrained.multipliers if pretrained is not None else {}
     named = named_trainable(model, objective)
     optimizer = build_optimizer(named, recipe.train, multipliers, objective.over_vocabulary)

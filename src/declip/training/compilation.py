@@ -13,14 +13,15 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.text_tower import TextFeatures
 from declip.recipe.schema import Recipe
+from declip.supervision.objective import Objective
 from declip.training import distributed
 
 STEP = 16  # captions are padded to a multiple of this, so that a context length of 77 needs five graphs at most
 MOST_GRAPHS = 64  # of a tower: batch sizes × buckets × lengths, with and without gradient; torch allows 8
 
 
-def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan) -> None:
-    """Compile both towers' forward passes in place; parameters keep their names.
+def compile_towers(recipe: Recipe, model: DualEncoder, objective: Objective, plan: Plan) -> None:
+    """Let the objective run compiled forward passes of both towers.
 
     Only whole training batches are compiled. A batch that lacks a broken pair, and evaluation, run as they are. The
     choice depends on the batch size alone, so that a resumed run computes as one never stopped.
@@ -41,10 +42,10 @@ def compile_towers(recipe: Recipe, model: DualEncoder, plan: Plan) -> None:
     images = {part * count for part in parts for count in ({1} if alone else passes)}
     captions = [part * (plan.texts.count + plan.texts.masked_copy) for part in parts]
     texts = {size for rows in captions for size in (-(-rows // buckets), rows // buckets)} - {0}
-    image_tower: Any = model.image_tower
-    text_tower: Any = model.text_tower
-    image_tower.forward = _Compiled(image_tower, images)
-    text_tower.forward = _CompiledText(text_tower, texts)
+    objective.compiled = {
+        "image_tower": _Compiled(model.image_tower, images),
+        "text_tower": _CompiledText(model.text_tower, texts),
+    }
 
 
 class _Compiled:

@@ -150,29 +150,37 @@ def shard_like(like: object, tensor: Tensor) -> Tensor:
 
 
 def synchronize(module: nn.Module, device: torch.device) -> None:
-    """Synchronize every batch norm inside a module over all ranks, in place; names and values stay.
+    """Replace every batch norm inside a module by one that is synchronized over all ranks; names and values stay.
 
-    On CUDA torch's `SyncBatchNorm` is used; torch has none for a CPU, there it is `HostSyncBatchNorm`. Frozen ones are
-    left alone: they use no statistics of a batch.
+    On CUDA that is torch's `SyncBatchNorm`; torch has none for a CPU, where it is `HostSyncBatchNorm`. Frozen ones are
+    not replaced: they use no statistics of a batch.
     """
     for name, child in list(module.named_children()):
         if not isinstance(child, _BatchNorm):
             synchronize(child, device)
         elif not is_frozen(child):
-            if device.type == "cuda":
-                setattr(module, name, convert_sync_batchnorm(child))
-            else:
-                child.__class__ = HostSyncBatchNorm
+            setattr(module, name, convert_sync_batchnorm(child) if device.type == "cuda" else HostSyncBatchNorm(child))
 
 
 class HostSyncBatchNorm(_BatchNorm):
-    """Batch norm over all ranks on any device; ranks may hold different numbers of pairs, but each at least one."""
+    """Batch norm over all ranks on any device, with the parameters and statistics of another batch norm.
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    Ranks may hold different numbers of pairs, but each at least one.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        # timm's batch norms end with dropout and activation.
+        self.drop, self.act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) → the same shape."""
-        normed: Tensor = self._normalize(x)
-        # timm's batch norms have dropout and activation behind them.
-        return self.act(self.drop(normed)) if hasattr(self, "act") else normed
+        normed: Tensor = self.act(self.drop(self._normalize(x)))
+        return normed
 
     def _normalize(self: Any, x: Tensor) -> Tensor:
         """Normalize by two sums over ranks: of the values, then of the squared deviations from their mean."""
