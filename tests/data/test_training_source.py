@@ -20,7 +20,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.training.assemble import build_loader
-from declip.training.resolve import open_training_source
+from declip.training.pairs import open_training_source
 
 
 @pytest.fixture

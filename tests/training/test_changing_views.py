@@ -17,7 +17,7 @@ from declip.runs.folder import read_run
 from declip.supervision.objective import encode_views
 from declip.training import estimate
 from declip.training.assemble import assemble, build_loader
-from declip.training.resolve import open_training_source
+from declip.training.pairs import open_training_source
 from training.starts import CONV, recipe_for, resumes_exactly
 
 

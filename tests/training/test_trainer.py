@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import nn
 from conftest import WEIGHTS
 from declip.api import train
 from declip.data.images import photometric
+from declip.data.pair import PairSource
+from declip.data.sources.open import open_source
+from declip.data.sources.subset import DerivedSource
 from declip.errors import UserError
 from declip.models.average import Average
 from declip.models.device import computes_bf16
@@ -24,6 +28,7 @@ from declip.supervision.objective import Objective
 from declip.training import resolve
 from declip.training import trainer as trainer_module
 from declip.training.assemble import assemble
+from declip.training.sinks import Sink
 from declip.training.step import training_step
 from declip.training.stopping import TRY_AGAIN
 from declip.training.trainer import Trainer
@@ -153,18 +158,91 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_helps(
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-def test_a_run_of_another_recipe_or_of_other_pairs_is_not_resumed(table: Path, tmp_path: Path) -> None:
-    pairs, run = table.with_name("pairs.jsonl"), tmp_path / "run"
-    pairs.write_text(table.read_text())
-    train(recipe_for(pairs), out=run, quiet=True, report=False)
-    with pytest.raises(UserError, match=r"another recipe.*lr was 0\.001.*steps was 8.*finetune\.pretrained"):
-        train(recipe_for(pairs, lr=2e-3, steps=9), out=run, resume=True, quiet=True, report=False)
+def test_a_run_of_another_recipe_is_not_resumed(table: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(recipe_for(table), out=run, quiet=True, report=False)
+    with pytest.raises(UserError, match=r"lr was 0\.001.*steps was 8.*finetune\.pretrained"):
+        train(recipe_for(table, lr=2e-3, steps=9), out=run, resume=True, quiet=True, report=False)
     rows = (run / "metrics.jsonl").read_text()
-    assert train(recipe_for(pairs, checkpoint_every=3), out=run, resume=True, quiet=True, report=False).finished
+    assert train(recipe_for(table, checkpoint_every=3), out=run, resume=True, quiet=True, report=False).finished
     assert (run / "metrics.jsonl").read_text() == rows
-    pairs.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match=r"holds 23 pairs; when the run .* it held 24"):
-        train(recipe_for(pairs), out=run, resume=True, quiet=True, report=False)
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "val.jsonl"])
+def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(table: Path, tmp_path: Path, name: str) -> None:
+    lines = [json.loads(line) for line in table.read_text().splitlines()]
+    for row in lines:
+        row["image"] = str(table.parent / row["image"])
+    captions = [row["caption"] for row in lines]
+    broken = [{**lines[0], "caption": ""}, *lines[1:]]
+
+    def write(rows: list[dict[str, str]]) -> None:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for each in ("pairs.jsonl", "val.jsonl"):
+        (tmp_path / each).write_text("".join(json.dumps(row) + "\n" for row in broken))
+    sections = {"evaluation": {"retrieval": [str(tmp_path / "val.jsonl")]}}
+    recipe = recipe_for(tmp_path / "pairs.jsonl", "clip", sections, steps=2)
+    run = train(recipe, out=tmp_path / "run", quiet=True, report=False).folder
+    shuffled = [{**row, "caption": caption} for row, caption in zip(lines, captions[1:] + captions[:1], strict=True)]
+    for others, change in ((shuffled, "sampled keys or captions"), (lines[::-1], "sampled"), (lines[:-1], "24.*23")):
+        write(others)
+        with pytest.raises(UserError, match=f"{change}.*--out"):
+            assemble(recipe, run, resume=True, quiet=True)
+    write(lines)
+    assert assemble(recipe, run, resume=True, quiet=True).progress.step == 2
+
+
+class Breaking(DerivedSource):
+    """A source that raises a `UserError` for every pair once it is told to, as a table rewritten in place does."""
+
+    name, broken = "pairs", False
+
+    def __init__(self, table: Path) -> None:
+        self.pairs = open_source(str(table))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def locate(self, index: int) -> tuple[PairSource, int]:
+        if self.broken:
+            raise UserError("the table changed")
+        return self.pairs, index
+
+
+class At(Sink):
+    """Does something when a step is logged."""
+
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        self.step, self.action = step, action
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        if step == self.step:
+            self.action()
+
+
+@pytest.mark.parametrize("what", ["training pairs", "held-out set"])
+def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table: Path, tmp_path: Path, what: str) -> None:
+    val = tmp_path / "val.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    val.write_text("".join(json.dumps({**row, "image": str(table.parent / row["image"])}) + "\n" for row in rows))
+    sections = {"evaluation": {"retrieval": [str(val)]}, "data": {"source": str(table), "workers": 0}}
+    recipe = recipe_for(table, "clip", sections, log_every=1, checkpoint_every=100, evaluate_every=5)
+    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
+    source = Breaking(table)
+    if what == "training pairs":
+        sink, error = At(5, lambda: setattr(source, "broken", True)), "the table changed"
+    else:
+        sink, error = At(5, lambda: val.rename(tmp_path / "away.jsonl")), "val.jsonl"
+    parts = assemble(recipe, tmp_path / "run", quiet=True, callbacks=[sink], source=source)
+    with pytest.raises(UserError, match=error):
+        Trainer(parts).train()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
+    if what == "held-out set":
+        (tmp_path / "away.jsonl").rename(val)
+    source.broken = False
+    assert Trainer(assemble(recipe, tmp_path / "run", True, True, source=source)).train().finished
+    same_end(tmp_path / "whole", tmp_path / "run")
 
 
 def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table: Path, tmp_path: Path) -> None:
@@ -178,12 +256,15 @@ def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table: Pat
         assert f"{tmp_path / name}: 6." in (tmp_path / "log.txt").read_text()
 
 
-def test_a_short_run_that_lost_many_pairs_says_so(table: Path, tmp_path: Path, caplog: Any) -> None:
+def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table: Path, tmp_path: Path) -> None:
     lines = table.read_text(encoding="utf-8").replace('"image": "', f'"image": "{table.parent}/').splitlines()[:12]
     lines += [f'{{"image": "missing-{number}.png", "caption": "lost"}}' for number in range(4)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    train(recipe_for(tmp_path / "pairs.jsonl", "clip", steps=2), out=tmp_path / "run", quiet=True, report=False)
-    assert "4 of the 16 pairs seen could not be used. 4 × missing image" in caplog.text
+    data = {"source": str(tmp_path / "pairs.jsonl")}
+    with pytest.raises(UserError, match=r"4 of the 16 .*4 × missing image.*data\.max_broken_fraction"):
+        assemble(recipe_for(table, "clip", {"data": data}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+    assemble(recipe_for(table, "clip", {"data": {**data, "max_broken_fraction": 0.3}}), tmp_path / "run", quiet=True)
 
 
 def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(table: Path, tmp_path: Path) -> None:

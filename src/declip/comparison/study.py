@@ -19,7 +19,7 @@ from declip.evaluation.protocols import TASKS
 from declip.io.atomic import write_text
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
-from declip.training.resolve import open_training_source
+from declip.training.pairs import open_training_source
 
 STUDY = "study.json"
 BUDGETS = ("samples", "compute")

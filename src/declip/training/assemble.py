@@ -1,19 +1,16 @@
 """From a recipe to the parts of a run; everything that cannot be used is refused here, before the first step."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from declip.data.assembly import Assembler
 from declip.data.cached import CachedFeatures, VariantAssembler
 from declip.data.loader import PairLoader
-from declip.data.pair import BrokenPair, PairSource
+from declip.data.pair import PairSource
 from declip.data.plan import Plan, plan_views
-from declip.data.text.augment import in_other_script
 from declip.models.average import Average
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
@@ -30,6 +27,7 @@ from declip.training.frozen import cached_features, check_frozen
 from declip.training.frozen_encoder import set_teacher
 from declip.training.held_out import open_held_out
 from declip.training.optimizer import build_optimizer, named_trainable
+from declip.training.pairs import TRAINING, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.parts import Parts
 from declip.training.pretrained import apply_pretrained
@@ -65,6 +63,7 @@ def assemble(
     resolved = resolve(recipe, folder, resume, device, hosts, source)
     recipe, weights, source = resolved.recipe, resolved.weights, resolved.source
     plan = plan_of(recipe)
+    hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))
 
     # --- model and objective, random from the seed, then pretrained
     torch.manual_seed(recipe.seed)
@@ -96,12 +95,12 @@ def assemble(
     threads, workers = torch.get_num_threads() if device.type == "cpu" else 1, recipe.data.workers
     workers = auto_workers(threads) if workers == "auto" else workers
     loader = build_loader(recipe, source, model, workers)
-    open_held_out(recipe)
+    samples = {name: sample_hashes(pairs) for name, pairs in {TRAINING: source, **open_held_out(recipe)}.items()}
 
     # --- the run folder, and the checkpoint in it
     parts = Parts(
         recipe, folder, quiet, callbacks, hosts, source, plan, model, objective, pretrained, learner, average,
-        optimizer, loader, workers,
+        optimizer, loader, workers, samples,
     )  # fmt: skip
     checkpoint = _open_folder(parts, resume)
     if checkpoint is not None:
@@ -179,17 +178,3 @@ def _open_folder(parts: Parts, resume: bool) -> Checkpoint | None:
     if step is None or newest is not None:
         return newest
     return checkpoints.load_checkpoint(checkpoints.folder_of(parts.folder, step))
-
-
-def unaugmented(source: PairSource, plan: Plan, sample: int = 64) -> str | None:
-    """Return a warning where text views are augmented, but most captions are in a script that this leaves alone."""
-    if plan.texts.count == 1 or plan.texts.augmentation.second_view == "same" or source.remote:
-        return None
-    others = list[bool]()
-    for index in np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int).tolist():
-        with suppress(BrokenPair):
-            others += map(in_other_script, source.captions(index))
-    message = (
-        f"{sum(others)} of {len(others)} captions are not in Latin script: English augmentation does not change them."
-    )
-    return message if 2 * sum(others) > len(others) else None

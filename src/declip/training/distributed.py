@@ -2,9 +2,8 @@
 
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -21,13 +20,16 @@ from declip.supervision.objective import Gather, identity_gather
 T = TypeVar("T")
 
 RANK_TIMEOUT = 600.0
-"""Seconds that a process waits for the others at a step before it gives up."""
+"""Seconds that a process waits for the others at a step before the run ends."""
+
+LONG_TIMEOUT = timedelta(hours=12)
+"""How long the other ranks wait while rank 0 evaluates, writes or reads."""
+
+BARRIER_SECONDS = 5.0
+"""How long after a timeout the ranks that are left wait for each other, to name those that are missing."""
 
 JOINS = count()
 """Numbers the process groups of this process: one that ended leaves its addresses in the store."""
-
-PATIENT = timedelta(hours=12)
-"""How long the other ranks wait while rank 0 evaluates, writes or reads."""
 
 
 def rank() -> int:
@@ -141,11 +143,13 @@ class StepSync:
     Attributes:
         rows: Number of pairs of each rank.
         stop: Whether any rank was asked to stop.
+        failed: Whether any rank could not read its pairs.
         notes: Messages of the ranks that had one, in rank order.
     """
 
     rows: tuple[int, ...]
     stop: bool
+    failed: bool = False
     notes: tuple[Any, ...] = ()
 
     @property
@@ -170,42 +174,39 @@ class StepSync:
 
 
 class HostGroup:
-    """Per-step coordination between ranks over gloo, so that it never waits for the GPU stream.
+    """Coordination between ranks over gloo, so that it never waits for the GPU stream.
 
     Args:
-        timeout: Seconds that a rank is waited for at a step.
+        timeout: Seconds to wait for a rank at a step.
     """
 
     def __init__(self, timeout: float = RANK_TIMEOUT) -> None:
-        self.timeout = timeout
-        self._together = world_size() > 1
-        if self._together:
-            self._quick = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-            self._patient = dist.new_group(backend="gloo", timeout=PATIENT)
-            self._store = dist.distributed_c10d._get_default_store()
+        self.timeout, self.alone = timeout, world_size() == 1
+        if not self.alone:
+            self.step_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self.long_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
 
-    def sync_step(self, step: int, rows: int, stop: bool, note: Any = None) -> StepSync:
+    def sync_step(self, step: int, rows: int, stop: bool, note: Any = None, failed: bool = False) -> StepSync:
         """Exchange the state of all ranks, see `StepSync`, before a step, counted from 0."""
-        if not self._together:
-            return StepSync((rows,), stop, () if note is None else (note,))
-        self._store.set(f"declip/rank/{rank()}", f"{step} on {socket.gethostname()}, process {os.getpid()}")
-        with self.name_missing_ranks(step):
-            heard = torch.zeros(world_size(), 3, dtype=torch.int64)
-            heard[rank()] = torch.tensor([rows, stop, note is not None])
-            dist.all_reduce(heard, group=self._quick)
+        if self.alone:
+            return StepSync((rows,), stop, failed, () if note is None else (note,))
+        with self.explain_timeout(step):
+            states = torch.zeros(world_size(), 4, dtype=torch.int64)
+            states[rank()] = torch.tensor([rows, stop, failed, note is not None])
+            dist.all_reduce(states, group=self.step_group)
             notes: list[Any] = [None] * world_size()
-            if heard[:, 2].any():  # a second collective, for broken pairs only
-                dist.all_gather_object(notes, note, group=self._quick)
-        given = tuple(item for item in notes if item is not None)
-        return StepSync(tuple(heard[:, 0].tolist()), bool(heard[:, 1].any()), given)
+            if states[:, 3].any():  # a second collective, for broken pairs only
+                dist.all_gather_object(notes, note, group=self.step_group)
+        counts, stops, fails, _ = states.T
+        return StepSync(tuple(counts.tolist()), bool(stops.any()), bool(fails.any()), tuple(filter(None, notes)))
 
     def on_rank_zero(self, action: Callable[[], T]) -> T:
-        """Run an action on rank 0 while the others wait, and give its result to all.
+        """Run an action on rank 0 while the others wait, and return its result on all.
 
         Raises:
             UserError: the action's own; rank 0 raises it, the others exit quietly with the same status.
         """
-        if not self._together:
+        if self.alone:
             return action()
         answer: list[Any] = [None, False]
         try:
@@ -215,7 +216,7 @@ class HostGroup:
             answer[1] = True
             raise
         finally:
-            dist.broadcast_object_list(answer, src=0, group=self._patient)
+            dist.broadcast_object_list(answer, src=0, group=self.long_group)
         if answer[1]:
             raise SystemExit(2)
         return cast(T, answer[0])
@@ -223,33 +224,30 @@ class HostGroup:
     def gather_objects(self, value: Any) -> list[Any]:
         """Gather every rank's value, in rank order."""
         values: list[Any] = [value] * world_size()
-        if self._together:
-            dist.all_gather_object(values, value, group=self._patient)
+        if not self.alone:
+            dist.all_gather_object(values, value, group=self.long_group)
         return values
 
     @contextmanager
-    def name_missing_ranks(self, step: int) -> Iterator[None]:
-        """Replace torch's error of a collective by a `UserError` that names the missing ranks; other errors pass."""
+    def explain_timeout(self, step: int) -> Iterator[None]:
+        """Replace torch's error of a collective by a `UserError` with the missing ranks; other errors pass."""
         try:
             yield
         except RuntimeError as error:
             # torch raises plain RuntimeError for some of gloo's and NCCL's errors.
             known = isinstance(error, dist.DistError) or re.search("[gG]loo|NCCL|Timed out", str(error))
-            if not self._together or not known:
+            if self.alone or not known:
                 raise
             raise UserError(
-                f"Another rank is gone at step {step}: {self._missing(step) or str(error).splitlines()[0]}. It did "
-                f"not come for {self.timeout:g} s, or its process or machine is gone: the first error in the "
-                "ranks' logs says why. Continue from the newest checkpoint with --resume."
+                f"{self._missing_ranks()} did not reach step {step} within {self.timeout:g} s, or its process ended: "
+                "the first error in the ranks' logs is the cause. Continue from the newest checkpoint with --resume."
             ) from error
 
-    def _missing(self, step: int) -> str:
-        """List the ranks that did not come to a step, with the last one that each came to and where it runs."""
-        missing = []
-        with suppress(RuntimeError):  # the store is gone with the first rank
-            for other in range(world_size()):
-                key = f"declip/rank/{other}"
-                last = self._store.get(key).decode() if self._store.check([key]) else "-1"
-                if int(last.split()[0]) < step:
-                    missing.append(f"rank {other}, last at step {last}")
-        return "; ".join(missing)
+    def _missing_ranks(self) -> str:
+        """Name the ranks that do not come to a barrier, as far as torch tells this rank."""
+        try:
+            dist.monitored_barrier(self.long_group, timedelta(seconds=BARRIER_SECONDS), wait_all_ranks=True)
+        except RuntimeError as error:
+            if named := re.search(r"Ranks ([\d, ]*\d)", str(error)):
+                return f"Rank {named[1]}"
+        return "Another rank"

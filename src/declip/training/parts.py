@@ -1,6 +1,6 @@
 """The objects that a run is made of, and the state that changes from step to step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -54,6 +54,7 @@ class Parts:
         average: Averaged weights, where the recipe asks for them.
         loader: Batches of images and captions from the next step on.
         workers: Number of loader processes.
+        samples: Hashes of some training pairs and of each held-out set, see `sample_hashes`.
         lock: Of the run folder, on rank 0.
     """
 
@@ -72,6 +73,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     loader: PairLoader
     workers: int
+    samples: Mapping[str, list[str]]
     progress: Progress = field(default_factory=Progress)
     lock: FileIO | None = None
 

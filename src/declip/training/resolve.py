@@ -6,18 +6,13 @@ from pathlib import Path
 
 import torch
 
-from declip.data.columns import Columns
 from declip.data.pair import PairSource
-from declip.data.sources.mixture import Mixture
-from declip.data.sources.open import open_source
-from declip.data.sources.splits import training_part
-from declip.data.sources.subset import take
-from declip.errors import UserError
 from declip.interchange.weights import Weights
 from declip.models.device import computes_bf16
 from declip.recipe.schema import Recipe
 from declip.runs.folder import RECIPE, log, read_recipe
 from declip.training.distributed import HostGroup
+from declip.training.pairs import open_training_source
 from declip.training.pretrained import load_pretrained
 
 
@@ -52,28 +47,6 @@ def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume
     if precision == "bf16" and not computes_bf16(device):
         log.warning("%s does not support bfloat16 natively: steps are slow. Set train.precision=auto.", device)
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
-
-
-def open_training_source(recipe: Recipe, given: PairSource | None = None) -> PairSource:
-    """Open the training pairs, one source or a mixture, or the one given, limited to `data.max_pairs` by the seed.
-
-    Of a source with splits these are the pairs of its split "train".
-    """
-    data = recipe.data
-    columns = Columns.of(data)
-    source: PairSource
-    if isinstance(data.source, str):
-        source = training_part(given or open_source(data.source, columns))
-    else:
-        source = Mixture([(training_part(open_source(part.source, columns)), part.weight) for part in data.source])
-    if data.columns.get("group") is not None and source.group_column is None:
-        raise UserError(
-            f"data.columns.group names a column of a table, and '{source.name}' is not a table. Leave it out."
-        )
-    if data.max_pairs is None:
-        return source
-    limit = source.take if isinstance(source, Mixture) else partial(take, source)
-    return limit(data.max_pairs, recipe.seed)
 
 
 def resolve_epochs(recipe: Recipe, source: PairSource) -> Recipe:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 
@@ -14,6 +15,7 @@ from declip.runs.checkpoint import Checkpoint, part, prefixed
 from declip.runs.folder import log
 from declip.training import distributed
 from declip.training.optimizer import load_moments, moments
+from declip.training.pairs import TRAINING
 from declip.training.parallel import full_tensor, load_full_state, unwrap
 from declip.training.parts import Parts
 from declip.training.random_state import random_states, seed_rank, set_random_states
@@ -59,7 +61,7 @@ def collect(parts: Parts) -> Checkpoint | None:
     extra = {
         "versions": versions(),
         "skipped": {**progress.skipped.to_dict(), "seen": progress.step * parts.recipe.train.batch_size},
-        "pairs": len(parts.source),
+        "samples": dict(parts.samples),
         "bad_steps": progress.bad_steps,
         **({} if progress.best is None else {"best": asdict(progress.best)}),
     }
@@ -69,12 +71,7 @@ def collect(parts: Parts) -> Checkpoint | None:
 def restore(parts: Parts, found: Checkpoint) -> None:
     """Set the state of a checkpoint on this rank."""
     extra, progress = found.extra, parts.progress
-    if extra["pairs"] != len(parts.source):
-        raise UserError(
-            f"'{parts.source.name}' holds {len(parts.source):,} pairs; when the run in '{parts.folder}' stopped "
-            f"it held {extra['pairs']:,}. Its order would change in the middle of an epoch. Restore the pairs as they "
-            "were, or start a new run with --out."
-        )
+    _refuse_other_pairs(parts, extra["samples"])
     try:
         load_weights(parts, found)
         load_moments(parts.optimizer, part("optimizer", found.training))
@@ -100,6 +97,22 @@ def restore(parts: Parts, found: Checkpoint) -> None:
             "differently and dropout masks differ.",
             ", ".join(changed),
         )
+
+
+def _refuse_other_pairs(parts: Parts, before: Mapping[str, list[str]]) -> None:
+    """Raise an error if the training pairs or a held-out set are not those of the checkpoint."""
+    for name, now in parts.samples.items():
+        then, pairs = before.get(name, now), f"{name} '{parts.source.name}'" if name == TRAINING else f"set '{name}'"
+        # A broken pair, empty here, may be repaired.
+        differ = sum(a != b for a, b in zip(then[1:], now[1:], strict=False) if a and b)
+        change = f"{differ} of {len(now) - 1} sampled keys or captions differ" if differ else ""
+        if then[0] != now[0]:
+            change = f"{int(then[0]):,} pairs then, {int(now[0]):,} now"
+        if change:
+            raise UserError(
+                f"The {pairs} changed since the run in '{parts.folder}' stopped: {change}. Restore them, or start a "
+                "new run with --out."
+            )
 
 
 def load_weights(parts: Parts, found: Checkpoint) -> None:

@@ -6,8 +6,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -25,12 +25,13 @@ from declip.runs import folder as run_folder
 from declip.runs.checkpoint import CheckpointWriter
 from declip.runs.folder import Run, log
 from declip.training import distributed
-from declip.training.assemble import build_loader, cache_features, unaugmented
+from declip.training.assemble import build_loader, cache_features
 from declip.training.distributed import StepSync
 from declip.training.examples import example_views, write_examples
 from declip.training.held_out import evaluation_tasks
 from declip.training.monitor import Monitor, monitored
 from declip.training.optimizer import group_lr
+from declip.training.pairs import unaugmented
 from declip.training.parts import Parts
 from declip.training.sinks import RunInfo
 from declip.training.state import collect, load_weights
@@ -55,7 +56,7 @@ class Trainer:
         self.throughput = ThroughputMonitor()
         self.stop = StopRequest(parts.folder)
         self.writer = CheckpointWriter(parts.folder, recipe.train.keep_checkpoints)
-        self.is_rank_zero = distributed.is_rank_zero()
+        self.start, self.is_rank_zero = parts.progress.step, distributed.is_rank_zero()
 
     @property
     def finished(self) -> bool:
@@ -109,18 +110,14 @@ class Trainer:
         parts, progress, train = self.parts, self.progress, self.parts.recipe.train
         stopped = False
         while not (self.finished or stopped):
-            with naming_lost_workers(f" at step {progress.step}"), parts.hosts.name_missing_ranks(progress.step):
+            with naming_lost_workers(f" at step {progress.step}"), parts.hosts.explain_timeout(progress.step):
                 # --- batch
-                asked = time.perf_counter()
-                batch = next(self.loader)
-                waited, began = time.perf_counter() - asked, time.perf_counter()
+                batch, sync, waited = self._next_batch(monitor)
                 if self.is_rank_zero and not (parts.folder / run_folder.EXAMPLES).exists():
                     self._write_examples(batch)
-                sync = parts.hosts.sync_step(progress.step, len(batch), self.stop.poll(), batch.skipped or None)
-                if len(sync.rows) > 1:
-                    self.loader.count(sync.total, list(itertools.chain(*sync.notes)))
 
                 # --- step
+                began = time.perf_counter()
                 values, lr = self._step(batch, sync)
                 progress.step += 1
                 step, done = progress.step, progress.step >= train.steps
@@ -145,12 +142,45 @@ class Trainer:
 
                 # --- evaluate
                 if evaluates:
-                    saves = self._is_best(self.evaluate(monitor)) or self.finished or saves
+                    with self._saving(monitor):
+                        results = self.evaluate(monitor)
+                    saves = self._is_best(results) or self.finished or saves
 
                 # --- save
                 if saves:
                     self.save(monitor)
                 monitor.restart_timer()
+
+    def _next_batch(self, monitor: Monitor) -> tuple[PairBatch, StepSync, float]:
+        """Read a batch; return it with the state of all ranks and the seconds that it took.
+
+        If any rank cannot read its pairs, all save the steps that are done, and end.
+        """
+        asked, error, batch = time.perf_counter(), None, None
+        try:
+            batch = next(self.loader)
+        except UserError as found:
+            error = found
+        waited = time.perf_counter() - asked
+        rows, skipped = (0, None) if batch is None else (len(batch), batch.skipped or None)
+        failed = error is not None
+        sync = self.parts.hosts.sync_step(self.progress.step, rows, self.stop.poll(), skipped, failed)
+        with self._saving(monitor):
+            if batch is None or sync.failed:
+                raise error if error is not None else SystemExit(2)
+            if len(sync.rows) > 1:
+                self.loader.count(sync.total, list(itertools.chain(*sync.notes)))
+        return batch, sync, waited
+
+    @contextmanager
+    def _saving(self, monitor: Monitor) -> Iterator[None]:
+        """Save the steps that are done before an error that all ranks have at this place ends the run."""
+        try:
+            yield
+        except (UserError, SystemExit):  # SystemExit: rank 0 has the error
+            if self.progress.step > self.start:
+                self.save(monitor)
+            raise
 
     def _step(self, batch: PairBatch, sync: StepSync) -> tuple[dict[str, Tensor], float]:
         """Take a step; return its losses, none if it was left out, and the learning rate."""

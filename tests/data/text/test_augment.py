@@ -20,7 +20,7 @@ from declip.data.text.augment import (
 )
 from declip.data.text.tokenizer import Tokenizer
 from declip.recipe.load import load_recipe
-from declip.training.assemble import unaugmented
+from declip.training.pairs import unaugmented
 from golden_cases import read_json, require_file
 
 OFFICIAL = read_json("eda_cases.json")

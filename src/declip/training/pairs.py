@@ -1,0 +1,95 @@
+"""The training pairs before the first step: opened, and a sample of them checked."""
+
+import hashlib
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+
+from declip.data.columns import Columns
+from declip.data.pair import BrokenPair, PairSource, SkipCounter
+from declip.data.plan import Plan
+from declip.data.sources.mixture import Mixture
+from declip.data.sources.open import open_source
+from declip.data.sources.splits import training_part
+from declip.data.sources.subset import take
+from declip.data.text.augment import in_other_script
+from declip.errors import UserError
+from declip.recipe.schema import Recipe
+
+TRAINING = "training pairs"
+FEW = 1_000
+"""Pairs up to which all are opened before training: one broken pair in a few matters, and it takes about a second."""
+SAMPLE = 64
+"""Pairs, evenly spaced, that stand for all where reading all would take too long."""
+
+
+def open_training_source(recipe: Recipe, given: PairSource | None = None) -> PairSource:
+    """Open the training pairs, one source or a mixture, or the one given, limited to `data.max_pairs` by the seed.
+
+    Of a source with splits these are the pairs of its split "train".
+    """
+    data = recipe.data
+    columns = Columns.of(data)
+    source: PairSource
+    if isinstance(data.source, str):
+        source = training_part(given or open_source(data.source, columns))
+    else:
+        source = Mixture([(training_part(open_source(part.source, columns)), part.weight) for part in data.source])
+    if data.columns.get("group") is not None and source.group_column is None:
+        raise UserError(
+            f"data.columns.group names a column of a table, and '{source.name}' is not a table. Leave it out."
+        )
+    if data.max_pairs is None:
+        return source
+    limit = source.take if isinstance(source, Mixture) else partial(take, source)
+    return limit(data.max_pairs, recipe.seed)
+
+
+def refuse_broken(source: PairSource, allowed: float) -> None:
+    """Raise an error if more than a fraction of a few pairs cannot be used; images are opened, not decoded."""
+    if source.remote or len(source) > FEW:
+        return
+    broken = SkipCounter()
+    for index in range(len(source)):
+        try:
+            source.read_lazy(index)
+        except BrokenPair as error:
+            broken.add(error)
+    if broken.total > allowed * len(source):
+        raise UserError(
+            f"{broken.total:,} of the {len(source):,} pairs of '{source.name}' cannot be used; "
+            f"data.max_broken_fraction allows {allowed:.1%}. {broken.explanation()} Fix or remove them, or raise "
+            "data.max_broken_fraction."
+        )
+
+
+def sample_hashes(source: PairSource) -> list[str]:
+    """Hash the number of pairs, and the key and captions of some; empty for a pair that is broken or not at hand."""
+    hashes = [str(len(source))]
+    for index in [] if source.remote else _sample(source):
+        found = ""
+        with suppress(BrokenPair):
+            text = "\n".join((source.key(index), *source.captions(index)))
+            found = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        hashes.append(found)
+    return hashes
+
+
+def unaugmented(source: PairSource, plan: Plan) -> str | None:
+    """Return a warning where text views are augmented, but most captions are in a script that this leaves alone."""
+    if plan.texts.count == 1 or plan.texts.augmentation.second_view == "same" or source.remote:
+        return None
+    others = list[bool]()
+    for index in _sample(source):
+        with suppress(BrokenPair):
+            others += map(in_other_script, source.captions(index))
+    message = (
+        f"{sum(others)} of {len(others)} captions are not in Latin script: English augmentation does not change them."
+    )
+    return message if 2 * sum(others) > len(others) else None
+
+
+def _sample(source: PairSource) -> list[int]:
+    places: list[int] = np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int).tolist()
+    return places
