@@ -1,4 +1,4 @@
-"""Multinomial logistic regression on features in memory: scikit-learn's optimum, in fewer passes."""
+"""Multinomial logistic regression on features in memory: scikit-learn's objective, minimized by SciPy's L-BFGS."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -10,15 +10,15 @@ from torch.nn.functional import cross_entropy
 
 from declip.errors import UserError
 
-BLOCK, BLOCK_ON_GPU = 1 << 20, 1 << 26  # scores held at a time
-FIRST_STAGE = 20  # iterations after which the curvature is estimated anew
-SAMPLE = 4096  # rows at least that curvature and covariance are estimated on: step lengths, not the minimum
+BLOCK, BLOCK_ON_GPU = 1 << 20, 1 << 26  # scores in memory at a time
+FIRST_STAGE = 20  # iterations after which the curvature is estimated again
+SAMPLE = 4096  # least number of rows for estimates of curvature and covariance, which set step lengths only
 ROUNDING = 64 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A fitted linear classifier, of the K classes that had images to fit on."""
+    """A fitted linear classifier of the K classes that have training images."""
 
     weight: Tensor  # (K, d) float64
     bias: Tensor  # (K,) float64
@@ -32,7 +32,7 @@ class Classifier:
         return torch.addmm(self.bias.to(features), features, self.weight.to(features).T)
 
     def measure(self, features: Tensor, labels: Tensor) -> tuple[np.ndarray, float]:
-        """Whether each row (n, d) is right, (n,) bool; NaN is not. And the mean loss of the rows of fitted classes."""
+        """Whether each row (n, d) is correct, (n,) bool, NaN never; and the mean loss of the rows of fitted classes."""
         present, rows = self.present.to(labels.device), _block_rows(features, len(self.present))
         known = torch.isin(labels, present)
         targets = torch.searchsorted(present, labels).where(known, -1)
@@ -48,17 +48,17 @@ class Classifier:
 class LogisticProblem:
     """Features and labels, prepared once for fits with any number of values of C.
 
-    The objective is that of scikit-learn's `LogisticRegression`, divided by n, which moves no minimum::
+    The objective is that of scikit-learn's `LogisticRegression`, divided by n, which has the same minimum::
 
         sum(cross_entropy(X[i] @ W.T + b, y[i]) for i in range(n)) / n + (W ** 2).sum() / (2 * C * n)
 
     With two classes scikit-learn has one vector w = W[1] - W[0] with the penalty w ** 2 / (2 C). At the minimum
     W[0] = -W[1], so that C is halved here.
 
-    Two changes of variables leave the minimum where it is and save most iterations. The features are centered and
-    turned to the axes of their covariance. And L-BFGS moves in coordinates in which the loss has about the same
-    curvature in every direction: its Hessian is nearly k S + I / (C n), with the covariance S and the curvature k of
-    the softmax, which is bounded this way by Böhning (1992), "Multinomial logistic regression algorithm".
+    Two changes of variables keep the minimum and save most iterations. The features are centered and rotated to the
+    axes of their covariance. And L-BFGS works in coordinates in which the loss has about the same curvature in every
+    direction: its Hessian is nearly k S + I / (C n), with the covariance S and the curvature k of the softmax, which
+    Böhning (1992), "Multinomial logistic regression algorithm", bounds in this way.
 
     Args:
         features: (n, d), any float dtype.
@@ -90,8 +90,8 @@ class LogisticProblem:
 
         Args:
             tolerance: Largest entry of the mean loss's gradient in the coordinates above, over the root of the
-                loss where that is below 1. Half the gradient's squared length there is about what is left to gain, so
-                the default leaves about 1e-7 of the loss. In float32, rounding makes 1e-5 and less useless.
+                loss where that is below 1. Half the squared length of that gradient is about the remaining improvement,
+                so the default leaves about 1e-7 of the loss. In float32, values of 1e-5 and below are within rounding.
         """
         from scipy.optimize import minimize
 
@@ -99,8 +99,8 @@ class LogisticProblem:
         penalty[-1] = 0
         weight = self.spread.new_zeros(len(self.present), len(self.spread))
         if start is not None:
-            turned, bias = start.weight.to(weight) @ self.axes, start.bias.to(weight)
-            weight = torch.cat([turned, (bias + start.weight.to(weight) @ self.mean).unsqueeze(1)], 1)
+            rotated, bias = start.weight.to(weight) @ self.axes, start.bias.to(weight)
+            weight = torch.cat([rotated, (bias + start.weight.to(weight) @ self.mean).unsqueeze(1)], 1)
         done = 0
         for allowed in (min(FIRST_STAGE, max_iterations), max_iterations):
             near, curvature = self._estimate(weight, penalty)
@@ -112,15 +112,15 @@ class LogisticProblem:
             weight, done = torch.from_numpy(found.x).to(weight).view_as(weight) * lengths, done + int(found.nit)
             if done >= max_iterations:
                 break
-        turned = weight[:, :-1] @ self.axes.T
-        bias = weight[:, -1] - turned @ self.mean
-        # Rounding may end the line search a little before the tolerance.
+        rotated = weight[:, :-1] @ self.axes.T
+        bias = weight[:, -1] - rotated @ self.mean
+        # Rounding may end the line search slightly before the tolerance.
         converged = done < max_iterations and float(abs(found.jac).max()) <= 10 * enough
-        return Classifier(turned.cpu(), bias.cpu(), self.present.cpu(), C, done, converged)
+        return Classifier(rotated.cpu(), bias.cpu(), self.present.cpu(), C, done, converged)
 
     @torch.enable_grad()
     def _loss(self, lengths: Tensor, penalty: Tensor, steps: np.ndarray) -> tuple[float, np.ndarray]:
-        """The mean loss with its penalty, and its gradient, block by block; a weight is a step times its length."""
+        """The penalized mean loss and its gradient, block by block; a weight is a step times its length."""
         weight = torch.from_numpy(steps).to(lengths).view(-1, len(lengths)) * lengths
         weight.requires_grad_()
         total = 0.5 * (penalty * weight.square()).sum()
@@ -128,7 +128,7 @@ class LogisticProblem:
         total = total.detach()
         rows = _block_rows(self.rows, len(weight))
         for features, labels in zip(self.rows.split(rows), self.labels.split(rows), strict=True):
-            # Doubles before the softmax: 1 - p would lose all digits where p is nearly 1.
+            # float64 before the softmax: 1 - p would lose all digits where p is nearly 1.
             scores = (features @ weight.to(features).T).double()
             part = cross_entropy(scores, labels, reduction="sum") / len(self.labels)
             part.backward()
@@ -137,12 +137,12 @@ class LogisticProblem:
         return float(total), (weight.grad * lengths).flatten().cpu().numpy()
 
     def _estimate(self, weight: Tensor, penalty: Tensor) -> tuple[float, float]:
-        """The loss with its penalty, and the curvature of the softmax, on some of the rows."""
+        """The penalized loss and the curvature of the softmax, on a sample of the rows."""
         step = max(1, len(self.labels) // SAMPLE)
         scores = self.rows[::step] @ weight.to(self.rows).T
         loss = cross_entropy(scores, self.labels[::step]) + 0.5 * (penalty * weight.square()).sum()
-        chances = scores.softmax(1)
-        return float(loss), max(0.3 * float((chances * (1 - chances)).mean()), 1e-12)
+        probabilities = scores.softmax(1)
+        return float(loss), max(0.3 * float((probabilities * (1 - probabilities)).mean()), 1e-12)
 
 
 def _block_rows(features: Tensor, classes: int) -> int:
