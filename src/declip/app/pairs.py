@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field, TypeAdapter
-from scipy.stats import median_abs_deviation
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -94,8 +93,9 @@ def compare_captions(index: Index, check: Check) -> Agreement:
         raise UserError("No image of this index has a caption, so there is nothing to compare.")
     order = np.argsort(cosines, kind="stable")[:known]  # NaN comes last
     cosines = cosines[order]
-    spread = float(median_abs_deviation(cosines, scale="normal"))
-    return Agreement(ids[order], cosines, len(ids) - known, float(np.median(cosines)), spread)
+    median = float(np.median(cosines))
+    spread = 1.4826 * float(np.median(np.abs(cosines - median)))  # of normal values, their standard deviation
+    return Agreement(ids[order], cosines, len(ids) - known, median, spread)
 
 
 def find_similar(index: Index, check: Check) -> SimilarImages:

@@ -1,23 +1,18 @@
-"""Classify images: a probability of each class that the user names, streamed to a table or to folders by class."""
+"""Classify images: a probability of each class that the user names."""
 
-import csv
-import json
 import os
-import re
-import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
-from itertools import chain, repeat
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.exclude import FORMULA
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import Origin, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource, open_images
@@ -27,32 +22,17 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Batches, Encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
-from declip.io.atomic import atomic_write
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
-from declip.search.embed import read_row
 from declip.search.index import image_vectors
+from declip.search.predictions import Prediction, check_out, open_predictions
 
-TABLES = (".csv", ".json")
-OTHER_TABLES = (".jsonl", ".tsv", ".txt", ".parquet", ".xlsx")  # no names that one gives a folder
-TABLE = "predictions.csv"  # in a folder of images by class
-ELSEWHERE = "choose another place with --out"
-UNUSABLE = re.compile(r'[\x00-\x1f/\\:*?"<>|\ud800-\udfff]')  # in the names of files, on one system or another
-LONGEST_NAME = 60  # characters, at most four bytes each, of the 255 bytes that a name may have
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """An image's class: the most probable one, and the probability of each."""
-
-    image: str  # its key
-    best: str
-    probability: float
-    probabilities: dict[str, float]
+Row = tuple[str, int, Origin]
+"""Key, place in the source and origin of an image."""
 
 
 @dataclass
 class Classification:
-    """The classes of a source's images; `predictions` is empty where they were written, or handed over one by one."""
+    """The classes of a source's images; `predictions` is empty if they were written, or passed to a function."""
 
     counts: dict[str, int]  # images of each class
     skipped: SkipCounter = field(default_factory=SkipCounter)
@@ -64,9 +44,6 @@ class Classification:
         classes = ", ".join(f"{count:,} {name}" for count, name in counts[:20]) + (", …" if len(counts) > 20 else "")
         total = sum(self.counts.values())
         return "\n".join([f"{total:,} images: {classes}", *(f"Left out: {line}" for line in self.skipped.lines())])
-
-
-Take = Callable[[Prediction, int, Origin], object]  # a prediction with the image's place in the source and its origin
 
 
 def classify(
@@ -84,64 +61,78 @@ def classify(
     progress: bool = False,
     on_prediction: Callable[[Prediction], object] | None = None,
 ) -> Classification:
-    """Classify images among classes by their names; memory does not grow with the images where `out` is given.
+    """Classify images among classes by their names; with `out`, memory does not grow with the number of images.
 
     Probabilities are the softmax of the logit scale times the cosines, as in CLIP's zero-shot classification.
 
     Args:
         images: A folder, a file, a pattern such as "photos/*.jpg", or any source; images need no captions.
-        classes: Names, a file with one a line, or names separated by commas.
+        classes: Names, a file with one name per line, or names separated by commas.
         templates: A shipped template set, or sentences with ``{}`` for the class.
-        out: A .csv or .json file with all probabilities, or a new folder, which gets a folder of images for each class
-            and predictions.csv.
-        link: Make links in these folders instead of copies; an image that is in no file of its own is a copy, as PNG.
+        out: A .csv or .json file with all probabilities, or a new folder for predictions.csv and a folder of images
+            for each class.
+        link: Make links in these folders instead of copies; an image without a file of its own is saved as PNG.
         on_prediction: Called with each prediction, in the order of the images.
 
     Raises:
-        UserError: Fewer than two classes, no image can be used, a folder that is not empty, or a model without text.
+        UserError: Fewer than two classes, no readable image, a folder that is not empty, or a model without a text
+            tower.
     """
+    # Validate the input before the model is loaded.
     check_range("batch_size", batch_size, 1)
     names, prompts = read_classes(classes), read_templates(templates)[1]
     source = _open(images, replace(columns, caption=None))
-    out = None if out is None else Path(out).expanduser()
-    if out is not None and out.suffix.lower() in OTHER_TABLES:
-        raise UserError(f"Predictions are written to {' or '.join(TABLES)}, or sorted into a folder, not to '{out}'.")
-    if out is not None and out.is_dir() and (any(out.iterdir()) or out.suffix in TABLES):
-        raise UserError(f"'{out}' is a folder that is not empty; {ELSEWHERE}: a new folder, or a .csv or .json file.")
-    if out is not None and out.is_file() and out.suffix.lower() not in TABLES:
-        raise UserError(f"'{out}' is a file; {ELSEWHERE}: a new folder, or a .csv or .json file.")
+    path = None if out is None else Path(out).expanduser()
+    if path is not None:
+        check_out(path)
     encoder = load(model, device) if isinstance(model, str | Path) else model
-    encoder.tokenize([""])  # an image tower alone fails before processes start
+    encoder.tokenize([""])  # a model without a text tower fails before processes start
+
+    # Read images, in worker processes that start here: a fork does not copy the thread of the progress bar.
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
-    # The workers start here, before the bar's own thread does: a fork copies no thread.
-    stream = in_order(Batches(encoder, batches, partial(read_row, source)), len(batches), workers)
+    stream = in_order(Batches(encoder, batches, partial(_read, source)), len(batches), workers)
+
+    # Classify and write batch by batch.
     result = Classification(dict.fromkeys(names, 0))
-    writing = nullcontext(None) if out is None else _writing(out, names, source, link)
-    hand_over = on_prediction or (result.predictions.append if out is None else None)
-    with naming_lost_workers(), writing as take, pairs_bar(progress, "images") as bar:
-        weights = class_features(encoder, names, prompts, batch_size=batch_size).double()
+    writing = nullcontext(None) if path is None else open_predictions(path, names, source, link)
+    collect = on_prediction or (result.predictions.append if path is None else None)
+    with naming_lost_workers(), writing as writer, pairs_bar(progress, "images") as bar:
+        texts = class_features(encoder, names, prompts, batch_size=batch_size)
         task = bar.add_task(f"Images of {source.name}", total=len(source))
         for pixels, rows, broken in stream:
             result.skipped.merge(broken)
-            if pixels is not None:
-                cosines = image_vectors(encoder, pixels).double() @ weights.T
-                softmax = torch.softmax(logit_scale(encoder) * cosines, dim=1)
-                for (key, _, place, origin), row in zip(rows, softmax.tolist(), strict=True):
-                    best = max(range(len(row)), key=row.__getitem__)
-                    prediction = Prediction(key, names[best], row[best], dict(zip(names, row, strict=True)))
-                    result.counts[prediction.best] += 1
-                    if take is not None:
-                        take(prediction, place, origin)
-                    if hand_over is not None:
-                        hand_over(prediction)
+            for prediction, (_, place, origin) in _predict(encoder, pixels, rows, names, texts):
+                result.counts[prediction.best] += 1
+                if writer is not None:
+                    writer.add(prediction, place, origin)
+                if collect is not None:
+                    collect(prediction)
             bar.advance(task, len(rows) + broken.total)
         if not any(result.counts.values()):
             raise UserError(f"None of the {len(source):,} images can be used: {result.skipped.explanation()}")
     return result
 
 
+def _read(source: ImageSource, place: int) -> tuple[Image.Image, Row]:
+    image = source[place].image
+    return image, (source.key(place), place, source.origin(place))
+
+
+def _predict(
+    encoder: Encoder, pixels: Tensor | None, rows: Sequence[Row], names: Sequence[str], texts: Tensor
+) -> Iterator[tuple[Prediction, Row]]:
+    """Predictions of a batch; `pixels` (n, 3, S, S) is None if no image could be read, `texts` is (C, d)."""
+    if pixels is None:
+        return
+    cosines = image_vectors(encoder, pixels).double() @ texts.double().T  # (n, C)
+    softmax = torch.softmax(logit_scale(encoder) * cosines, dim=1)
+    for row, values in zip(rows, softmax.tolist(), strict=True):
+        best = max(range(len(values)), key=values.__getitem__)
+        yield Prediction(row[0], names[best], values[best], dict(zip(names, values, strict=True))), row
+
+
 def read_classes(given: str | Path | Sequence[str]) -> list[str]:
-    """Read class names: given, separated by commas, or from the lines of a file; at least two different ones."""
+    """Read class names from a list, a text with commas, or the lines of a file; at least two different ones."""
     if not isinstance(given, str | Path):
         names = list(given)
     elif "," in str(given) and not os.path.isfile(os.path.expanduser(given)):
@@ -151,7 +142,7 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
             names = Path(given).expanduser().read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"The classes '{given}' cannot be read: {error}. Give a text file with one class a line, or names "
+                f"The classes '{given}' cannot be read: {error}. Give a text file with one class per line, or names "
                 "separated by commas."
             ) from error
     names = list(dict.fromkeys(filter(None, (" ".join(str(name).split()) for name in names))))
@@ -169,73 +160,3 @@ def _open(images: str | Path | PairSource | Items, columns: Columns) -> ImageSou
     if files := [name for name in names if name.lower().endswith(EXTENSIONS)]:
         return ImageSource(open_source(files), captioned=False)
     return open_images(images, columns)
-
-
-def _plain(cell: str) -> str:
-    """A cell of which a spreadsheet computes nothing."""
-    return f"'{cell}" if FORMULA.match(cell) else cell
-
-
-@contextmanager
-def _writing(out: Path, classes: Sequence[str], source: ImageSource, link: bool) -> Iterator[Take]:
-    """Write predictions to a table or a folder, which appears when all are there."""
-    suffix = out.suffix.lower()
-    with atomic_write(out, ELSEWHERE) as target:
-        folders = None if suffix in TABLES else _Folders(target, classes, source, link)
-        path = target if suffix in TABLES else target / TABLE
-        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            table, before = csv.writer(file), chain(["[\n"], repeat(",\n"))
-
-            def take_json(one: Prediction, *_: object) -> None:
-                row = {"image": one.image, "class": one.best, "probability": one.probability}
-                file.write(next(before) + json.dumps({**row, "probabilities": one.probabilities}))
-
-            def take_row(one: Prediction, place: int, origin: Origin) -> None:
-                numbers = (f"{number:.6g}" for number in (one.probability, *one.probabilities.values()))
-                table.writerow([_plain(one.image), _plain(one.best), *numbers])
-                if folders is not None:
-                    folders.add(one, place, origin)
-
-            if suffix == ".json":
-                yield take_json
-                file.write("\n]\n")
-            else:
-                table.writerow(["image", "class", "probability", *map(_plain, classes)])
-                yield take_row
-
-
-class _Folders:
-    """A folder of images for each class; two images of the same name get numbers."""
-
-    def __init__(self, target: Path, classes: Sequence[str], source: ImageSource, link: bool) -> None:
-        self.source, self.link, self.taken = source, link, Counter[Path]()
-        names = list(map(_file_name, classes))
-        count = Counter([TABLE, *(name.lower() for name in names)])  # some file systems ignore case
-        self.folders = dict[str, Path]()
-        for n, (name, own) in enumerate(zip(classes, names, strict=True)):
-            while count[own.lower()] > 1:  # classes whose folders would be one get numbers
-                own = f"{own} {n}"
-                count[own.lower()] += 1
-            self.folders[name] = target / own
-        for folder in self.folders.values():
-            folder.mkdir(parents=True)
-
-    def add(self, prediction: Prediction, place: int, origin: Origin) -> None:
-        """Copy or link an image into the folder of its class."""
-        file = Path(self.source.source.origin(place).path)  # as it is: `ImageSource` makes its name Unicode
-        own_file = bool(origin.path) and not origin.offset and file.suffix.lower() in EXTENSIONS
-        first = self.folders[prediction.best] / (_file_name(Path(prediction.image).name) + ("" if own_file else ".png"))
-        target = first
-        while os.path.lexists(target):
-            self.taken[first] += 1
-            target = first.with_name(f"{self.taken[first]} {first.name}")
-        if not own_file:
-            self.source[place].image.save(target, "PNG")
-        elif self.link:
-            target.symlink_to(file.absolute())
-        else:
-            shutil.copyfile(file, target)
-
-
-def _file_name(text: str) -> str:
-    return UNUSABLE.sub("_", text)[-LONGEST_NAME:].strip(". ") or "_"

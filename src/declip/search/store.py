@@ -136,7 +136,9 @@ class Store:
             raise
         except (OSError, ValueError, EOFError, pa.ArrowException) as error:
             raise self._damaged(error) from error
-        self.ids: np.ndarray = self.column("id").to_numpy().copy()  # torch warns about arrays that are not writable
+        # Not `to_numpy`, which imports pandas; `concatenate` makes the writable copy that torch asks for.
+        pieces = [np.from_dlpack(chunk) for chunk in self.column("id").chunks]
+        self.ids: np.ndarray = np.concatenate([np.zeros(0, np.int64), *pieces])
         if (np.diff(self.ids) <= 0).any() or (self.ids >= info.next_id).any():
             raise self._damaged("the ids do not increase")
         sizes = [self._metadata.row_group(number).num_rows for number in range(self._metadata.num_row_groups)]

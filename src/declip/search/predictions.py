@@ -1,0 +1,140 @@
+"""Predictions of `declip.classify`, written to a table or to a folder of images for each class."""
+
+import csv
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from declip.data.exclude import FORMULA
+from declip.data.images.decode import EXTENSIONS
+from declip.data.pair import Origin
+from declip.data.sources.image_source import ImageSource
+from declip.errors import UserError
+from declip.io.atomic import atomic_write
+
+TABLES = (".csv", ".json")
+OTHER_TABLES = (".jsonl", ".tsv", ".txt", ".parquet", ".xlsx")  # refused: nobody calls a folder so
+TABLE = "predictions.csv"  # in a folder of images by class
+ELSEWHERE = "choose another path with --out"
+UNUSABLE = re.compile(r'[\x00-\x1f/\\:*?"<>|\ud800-\udfff]')  # in file names, on one system or another
+LONGEST_NAME = 60  # characters, at most four bytes each, of the 255 bytes that a name may have
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image's class: the most probable one, and the probability of each."""
+
+    image: str  # its key
+    best: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+def check_out(out: Path) -> None:
+    """Refuse a path that predictions cannot be written to, before anything is computed."""
+    suffix = out.suffix.lower()
+    if suffix in OTHER_TABLES:
+        raise UserError(f"Predictions are written to {' or '.join(TABLES)}, or sorted into a folder, not to '{out}'.")
+    if out.is_dir() and (any(out.iterdir()) or suffix in TABLES):
+        raise UserError(f"'{out}' is a folder that is not empty; {ELSEWHERE}: a new folder, or a .csv or .json file.")
+    if out.is_file() and suffix not in TABLES:
+        raise UserError(f"'{out}' is a file; {ELSEWHERE}: a new folder, or a .csv or .json file.")
+
+
+@contextmanager
+def open_predictions(
+    out: Path, classes: Sequence[str], source: ImageSource, link: bool
+) -> Iterator["JsonPredictions | CsvPredictions"]:
+    """Open a table or a folder for predictions; it appears when all of them are written."""
+    suffix = out.suffix.lower()
+    with atomic_write(out, ELSEWHERE) as target:
+        folders = None if suffix in TABLES else ClassFolders(target, classes, source, link)
+        path = target if folders is None else target / TABLE
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = JsonPredictions(file) if suffix == ".json" else CsvPredictions(file, classes, folders)
+            yield writer
+            writer.close()
+
+
+class JsonPredictions:
+    """A JSON list with an object for each image."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._before = file, "[\n"
+
+    def add(self, prediction: Prediction, place: int, origin: Origin) -> None:
+        """Write an object."""
+        row = {"image": prediction.image, "class": prediction.best, "probability": prediction.probability}
+        self._file.write(self._before + json.dumps({**row, "probabilities": prediction.probabilities}))
+        self._before = ",\n"
+
+    def close(self) -> None:
+        """Close the list."""
+        self._file.write("\n]\n")
+
+
+class CsvPredictions:
+    """A table with a column for each class; also sorts the images into folders, if there are any."""
+
+    def __init__(self, file: TextIO, classes: Sequence[str], folders: "ClassFolders | None") -> None:
+        self._table, self._folders = csv.writer(file), folders
+        self._table.writerow(["image", "class", "probability", *map(_plain, classes)])
+
+    def add(self, prediction: Prediction, place: int, origin: Origin) -> None:
+        """Write a row, and copy or link the image."""
+        numbers = (f"{number:.6g}" for number in (prediction.probability, *prediction.probabilities.values()))
+        self._table.writerow([_plain(prediction.image), _plain(prediction.best), *numbers])
+        if self._folders is not None:
+            self._folders.add(prediction, place, origin)
+
+    def close(self) -> None:
+        """Do nothing: a table has no end."""
+
+
+class ClassFolders:
+    """A folder of images for each class; classes, and images of a class, with the same file name get numbers."""
+
+    def __init__(self, target: Path, classes: Sequence[str], source: ImageSource, link: bool) -> None:
+        self._source, self._link, self._taken = source, link, Counter[Path]()
+        names = list(map(_file_name, classes))
+        count = Counter([TABLE, *(name.lower() for name in names)])  # some file systems ignore case
+        self._folders = dict[str, Path]()
+        for number, (label, name) in enumerate(zip(classes, names, strict=True)):
+            while count[name.lower()] > 1:
+                name = f"{name} {number}"
+                count[name.lower()] += 1
+            self._folders[label] = target / name
+        for folder in self._folders.values():
+            folder.mkdir(parents=True)
+
+    def add(self, prediction: Prediction, place: int, origin: Origin) -> None:
+        """Copy or link an image into the folder of its class; an image without a file of its own is saved as PNG."""
+        file = Path(self._source.source.origin(place).path)  # `origin.path` has "?" for what is not Unicode
+        has_file = bool(origin.path) and not origin.offset and file.suffix.lower() in EXTENSIONS
+        name = _file_name(Path(prediction.image).name) + ("" if has_file else ".png")
+        first = target = self._folders[prediction.best] / name
+        while os.path.lexists(target):
+            self._taken[first] += 1
+            target = first.with_name(f"{self._taken[first]} {first.name}")
+        if not has_file:
+            self._source[place].image.save(target, "PNG")
+        elif self._link:
+            target.symlink_to(file.absolute())
+        else:
+            shutil.copyfile(file, target)
+
+
+def _plain(cell: str) -> str:
+    """A cell that a spreadsheet does not compute as a formula."""
+    return f"'{cell}" if FORMULA.match(cell) else cell
+
+
+def _file_name(text: str) -> str:
+    return UNUSABLE.sub("_", text)[-LONGEST_NAME:].strip(". ") or "_"
