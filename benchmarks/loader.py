@@ -2,8 +2,8 @@
 
     python benchmarks/loader.py --repeats 7 --size 224 --json
 
-`PairLoader` reads captions, augments and masks them, and tokenises all three; of the peers, torchvision's does the two
-views alone and open_clip's tokenises the caption once. What is compared takes turns in one process, on one thread.
+`PairLoader` reads captions, augments and masks them, and tokenizes all three; of the peers, torchvision's does the two
+views alone and open_clip's tokenizes the caption once. What is compared takes turns in one process, on one thread.
 """
 
 import argparse

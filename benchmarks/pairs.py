@@ -9,7 +9,7 @@ from declip.data.pair import Pair, PairSource
 from declip.data.sources.open import open_source
 from declip.errors import UserError
 
-COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
+COLORS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
 SHAPES = ("circle", "square", "ring", "cross")
 CONTEXT = 77
 """Tokens that a text tower reads; so many words fill it."""
@@ -24,7 +24,7 @@ class Shapes(PairSource):
         return 4096
 
     def __getitem__(self, index: int) -> Pair:
-        color, shape = COLOURS[index % 8], SHAPES[index // 8 % 4]
+        color, shape = COLORS[index % 8], SHAPES[index // 8 % 4]
         image = Image.new("RGB", (96, 96), "white")
         pen, edge = ImageDraw.Draw(image), 8 + index % 24
         box = (edge, edge, 96 - edge, 96 - edge)
@@ -39,7 +39,7 @@ class Shapes(PairSource):
 
     def captions(self, index: int) -> tuple[str, ...]:
         """One caption."""
-        return (f"a {COLOURS[index % 8]} {SHAPES[index // 8 % 4]}, number {index}",)
+        return (f"a {COLORS[index % 8]} {SHAPES[index // 8 % 4]}, number {index}",)
 
 
 def open_pairs() -> PairSource:

@@ -285,7 +285,7 @@ def build(folder: Path) -> str:
     return "\n".join([*words, "", *("|".join(lexicon.synonyms(word)) for word in words)])
 
 
-def read_licence(folder: Path) -> str:
+def read_license(folder: Path) -> str:
     """Take the license from the head of a data file, where each line has a number before it."""
     with (folder / "data.noun").open(encoding="latin-1") as file:
         lines = [re.sub(r"^ +\d+ ", "", line).rstrip() for line in file if line.startswith("  ")]
@@ -302,7 +302,7 @@ def main() -> None:
     settings = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}
     packed = lzma.compress(text.encode("utf-8"), filters=[settings])
     (ASSETS / "synonyms.txt.xz").write_bytes(packed)
-    (ASSETS / "LICENSE.wordnet.txt").write_text(read_licence(folder), encoding="utf-8")
+    (ASSETS / "LICENSE.wordnet.txt").write_text(read_license(folder), encoding="utf-8")
     print(f"{len(text.splitlines()):,} lines, {len(packed):,} bytes")
 
 
