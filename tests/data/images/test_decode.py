@@ -1,3 +1,4 @@
+import warnings
 from io import BytesIO
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from conftest import encoded
-from declip.data.images.decode import decode
+from declip.data.images.decode import decode, opened
 from declip.data.pair import BrokenPair
 
 
@@ -94,3 +95,12 @@ def test_bytes_changed_at_random_break_the_pair_and_nothing_else(kind):
         except BrokenPair:
             broken += 1
     assert broken > 0
+
+
+def test_a_large_image_is_read_without_a_warning(tmp_path):
+    content = BytesIO()
+    Image.new("1", (10_000, 10_000)).save(content, "PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with opened(content.getvalue(), "large.png") as image:
+            assert image.size == (10_000, 10_000)

@@ -109,6 +109,19 @@ def test_the_authors_list_reads_as_it_is(folder, monkeypatch):
     assert re.search(r"is not JSONL.*jq -c '\.\[\]' array\.json > rows\.jsonl", message(folder / "array.json"))
 
 
+def test_tables_of_spreadsheets_and_paths_of_windows(folder):
+    (folder / "pairs.xlsx").write_bytes(b"PK")
+    assert "CSV" in message(folder / "pairs.xlsx")
+    (folder / "inner").mkdir()
+    for name in ("inner/x.png", "y\\z.png"):
+        (folder / name).write_bytes((folder / "b.png").read_bytes())
+    write(folder / "t.csv", [("inner\\x.png", "x"), ("y\\z.png", "a name with a backslash"), ("in\\none.png", "gone")])
+    for columns in (Columns(), Columns(root=folder)):
+        source = open_source(folder / "t.csv", columns)
+        assert [source[index].key for index in range(2)] == ["inner\\x.png", "y\\z.png"]
+        assert reason_of(source, 2) == "missing image"
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
 @pytest.mark.parametrize("large", [False, True])
 def test_a_table_that_is_rewritten_in_place_is_named(folder, cache, monkeypatch, kind, large):

@@ -3,6 +3,7 @@
 import os
 import stat
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +58,12 @@ def opened(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST
         if isinstance(source, Image.Image):
             yield source
             return
-        with Image.open(BytesIO(read_content(source, key)), formats=FORMATS) as image:
+        content = BytesIO(read_content(source, key))
+        with warnings.catch_warnings():
+            # Pillow warns from half of its limit on; such an image is read.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(content, formats=FORMATS)
+        with image:
             if image.width * image.height > most_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, at most {most_pixels:,}")
             yield image
@@ -67,7 +73,7 @@ def opened(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST
 def raise_as_broken_pair(key: str) -> Iterator[None]:
     try:
         yield
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
+    except (Image.DecompressionBombError, MemoryError) as error:
         raise BrokenPair("image too large", key, str(error)) from error
     except UnidentifiedImageError as error:  # its own words name an address in memory
         raise BrokenPair("unreadable image", key, f"damaged, or none of {', '.join(FORMATS)}") from error

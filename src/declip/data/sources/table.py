@@ -31,6 +31,8 @@ KINDS: dict[str, Callable[[Path], TableRows]] = {
 }
 TABLE_KINDS = tuple(KINDS)
 
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
+
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Tables in a folder of images, as Hugging Face's ImageFolder has them: column `file_name` and any others."""
 
@@ -84,6 +86,8 @@ class TableSource(EntrySource):
             return image
         if image.startswith(("http://", "https://")):
             raise BrokenPair("missing image", entry.key, "a web address; download the images and name the files")
+        if "\\" in image and not os.path.exists(self.root / image):
+            image = image.replace("\\", "/")  # written on Windows
         if self.confined:
             return image_below(self.root, image, entry.key, follow=True)
         return Path(os.path.normpath(self.root / os.path.expanduser(image)))
@@ -100,7 +104,8 @@ def open_rows(path: Any) -> TableRows:
     if path.is_dir() or (not path.exists() and names_shards(str(path))):
         return ParquetRows(path)
     if not path.is_file() or path.suffix.lower() not in KINDS:
-        raise UserError(f"'{path.name}' is not a table that can be read. Known: {', '.join(TABLE_KINDS)}.")
+        remedy = "Save it as CSV (UTF-8)." if path.suffix.lower() in SPREADSHEETS else "Give a table of these formats."
+        raise UserError(f"'{path.name}' is not a table that can be read: {', '.join(TABLE_KINDS)}. {remedy}")
     return KINDS[path.suffix.lower()](path)
 
 
