@@ -158,6 +158,8 @@ def _find(name: str | Path, folder: Path) -> Path:
             f"'{name}' is no recipe. To train on it: declip train clip --data {name}. From pretrained weights: declip "
             f"finetune {name}."
         )
+    if (now := removed_keys().get(f"recipe {name}")) is not None:
+        raise UserError(f"The recipe '{name}' was removed: {now}.")
     raise unknown("recipe file" if own else "recipe", str(name), recipe_names())
 
 
@@ -233,7 +235,7 @@ def synonyms() -> dict[str, str]:
 
 
 def removed_keys() -> dict[str, str]:
-    """Read the keys and losses of earlier versions: key → what to do now."""
+    """Read the keys, losses and recipes of earlier versions: key, or "recipe NAME" → what to do now."""
     return _listed("removed")
 
 
