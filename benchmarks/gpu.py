@@ -6,8 +6,8 @@
 
 Each part writes OUT/PART.json when it is done, and a later call takes it from there: first come the parts that are
 missing, then those of which something failed. Parts that would begin after --minutes are left to the next call, and the
-status is 1 while something fails. The towers' parts train `clip` and `declip` as in `*-yfcc15m-*`, and
-`declip-keywords`, at the largest batch that fits, found by doubling, next to open_clip's CLIP step on the same pairs.
+status is 1 while something fails. The towers' parts train `clip`, `declip` and `declip-yfcc15m-vitb32` at the largest
+batch that fits, found by doubling, next to open_clip's CLIP step on the same pairs.
 The part grad-cache takes one large batch in chunks, next to sentence-transformers' loss for that on open_clip's towers.
 """
 
@@ -51,7 +51,7 @@ from parts import build
 from peers import Shape
 from step import TOWERS, recipe_of
 
-RECIPES = ("clip", "declip", "declip-keywords")
+RECIPES = ("clip", "declip", "declip-yfcc15m-vitb32")
 
 
 def grad_cache(bench: Bench) -> list[dict[str, Any]]:

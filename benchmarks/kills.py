@@ -39,7 +39,7 @@ from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 
 RECIPES = tuple(
-    f"demo-{name}" for name in ("clip", "slip", "filip", "declip", "defilip", "declip-keywords", "declip-paper")
+    f"demo-{name}" for name in ("clip", "slip", "filip", "declip", "defilip", "declip-official", "multi-view")
 )
 STEPS = 24
 SMALL = {

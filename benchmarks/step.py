@@ -221,7 +221,7 @@ def muon_at_demo_size(options: argparse.Namespace, precision: str) -> float:
     for optimizer in ("adamw", "muon"):
         keys = {"train.optimizer": optimizer, "train.precision": precision, "data.workers": 0}
         keys |= {"train.batch_size": options.batch_size} if options.tiny else {}
-        built = build(load_recipe("demo-declip-captions", keys), source, device)
+        built = build(load_recipe("demo-declip", keys), source, device)
         tasks[optimizer] = to_its_end(partial(training_step, built.step, next(built.loader).to(device)), device)
     seconds = take_turns(5 * options.repeats, tasks)
     return seconds["muon"] / seconds["adamw"]
@@ -368,7 +368,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--image", default="ViT-B-32", help=f"{', '.join(TOWERS)}, or timm's name (default ViT-B-32)")
     found.add_argument("--batch-size", type=int, default=32, help="pairs, 2 or more (default 32)")
     found.add_argument("--repeats", type=int, default=3, help="turns of each, 1 or more (default 3)")
-    found.add_argument("--recipe", default="declip-few", help="ours (default declip-few)")
+    found.add_argument("--recipe", default="declip", help="ours (default declip)")
     found.add_argument(
         "--precision", choices=("both", "fp32", "bf16"), default="both", help="bf16: autocast, on all sides"
     )

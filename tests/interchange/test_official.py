@@ -224,7 +224,6 @@ def full_size(file, model=None):
         ("keys_vitb32.json", None, "declip-yfcc15m-vitb32", 512),
         ("keys_r50.json", None, "declip-yfcc15m-r50", 1024),
         ("keys_other.json", "clip_vitb32", "clip-yfcc15m-vitb32", 512),
-        ("keys_other.json", "clip_res50", "clip-yfcc15m-r50", 1024),
         ("keys_other.json", "slip_vitb32", "slip-yfcc15m-vitb32", 512),
         ("keys_other.json", "filip_vitb32", "filip-yfcc15m-vitb32", 768),
         ("keys_other.json", "defilip_vitb32", "defilip-yfcc15m-vitb32", 512),

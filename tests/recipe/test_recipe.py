@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from declip.errors import UserError
-from declip.recipe.load import load_recipe, recipe_keys, recipe_names, synonyms, unknown_key
+from declip.recipe.load import load_recipe, recipe_keys, recipe_names, removed_keys, synonyms, unknown_key
 from declip.recipe.schema import Evaluation, Recipe
 
 DEMO_SETS = {
@@ -29,22 +29,30 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
 
 
 SHARED = {"multi_view": 0.2, "simsiam": 0.2, "masked_language": 0.2, "nearest_neighbor": 0.2}
+OFFICIAL = {"contrastive": 0.1, **SHARED, "multi_view": 0.3}
 METHOD = {
-    "clip": {"contrastive": 1},
-    "slip": {"contrastive": 1, "simclr": 1},
-    "filip": {"contrastive": 1, "late_interaction": 1},
-    "declip": {"contrastive": 0.1, **SHARED, "multi_view": 0.3},
-    "declip-paper": {"contrastive": 0.4, **SHARED},
-    "defilip": {"contrastive": 0.1, **SHARED, "multi_view": 0.3, "late_interaction": 0.2},
+    ("clip", "demo-clip"): {"contrastive": 1},
+    ("slip", "demo-slip"): {"contrastive": 1, "simclr": 1},
+    ("filip", "demo-filip"): {"contrastive": 1, "late_interaction": 1},
+    ("declip", "demo-declip"): {"contrastive": 0.15, "multi_view": 0.45, "simsiam": 0.2, "nearest_neighbor": 0.2},
+    ("declip-yfcc15m-vitb32", "demo-declip-official"): OFFICIAL,
+    ("defilip-yfcc15m-vitb32", "demo-defilip"): {**OFFICIAL, "late_interaction": 0.2},
 }
 
 
-@pytest.mark.parametrize("name", METHOD)
-def test_recipes_have_the_weights_of_the_method(name: str) -> None:
-    recipe, demo = load_recipe(name), load_recipe("demo-declip-official" if name == "declip" else f"demo-{name}")
-    assert recipe.active_losses == demo.active_losses == METHOD[name]
+@pytest.mark.parametrize("names", METHOD, ids=lambda names: names[0])
+def test_recipes_have_the_weights_of_the_method(names: tuple[str, str]) -> None:
+    recipe, demo = map(load_recipe, names)
+    assert recipe.active_losses == demo.active_losses == METHOD[names]
     assert (recipe.image.size, demo.image.size) == (224, 32)
-    assert recipe.data.workers == "auto"
+
+
+def test_the_library_is_small_and_what_left_it_is_answered() -> None:
+    files = list((resources.files("declip.recipe") / "library").iterdir())  # type: ignore[union-attr]
+    assert sum(file.name.endswith(".yaml") for file in files) <= 22, "an option of one recipe is better than a recipe"
+    for old in ("declip-captions", "demo-declip-few"):
+        with pytest.raises(UserError, match=rf"'{old}' was removed: use "):
+            load_recipe(old)
 
 
 def test_the_published_recipe_has_the_authors_numbers() -> None:
@@ -75,7 +83,7 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
     recipe = load_recipe("clip", {"data.columns.caption": "title"})
     assert recipe.data.columns == {"image": "image", "caption": "title", "keywords": "keywords"}
     recipe = load_recipe("declip", {"loss_weights.simsiam": "0"})
-    assert recipe.loss_weights == {**METHOD["declip"], "simsiam": 0}
+    assert recipe.loss_weights == {**METHOD["declip", "demo-declip"], "simsiam": 0}
     assert "simsiam" not in recipe.active_losses
 
 
@@ -158,8 +166,8 @@ def test_names_of_other_tools_lead_to_our_keys(given: str, meant: str) -> None:
 
 def test_synonyms_lead_to_keys_and_each_to_one() -> None:
     keys = {*recipe_keys()}
-    assert len(keys) <= 100
     assert synonyms().keys() <= keys
+    assert not removed_keys().keys() & keys
     names = [name for given in synonyms().values() for name in given.split()]
     assert len(names) == len(set(names))
 

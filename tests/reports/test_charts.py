@@ -72,7 +72,7 @@ def test_scores_are_named_with_their_last_value_and_chance_is_shown() -> None:
     np.testing.assert_allclose(xy(ax, "chance 5.0 %")[1], 5)
 
 
-@pytest.mark.parametrize("names", [("image → text", "text → image"), ("demo-declip-captions-long", "demo-declip-few")])
+@pytest.mark.parametrize("names", [("image → text", "text → image"), ("demo-declip-captions-long", "demo-multi-view")])
 def test_a_legend_fits_its_chart(names: tuple[str, str]) -> None:
     ax = axes(score_chart({name: [1.0, 1.0] for name in names}, [100, 200], 0.05))
     ax.figure.canvas.draw()
