@@ -28,7 +28,7 @@ from declip.recipe.finetuning import CPU_SIZE, FREEZE, Start, read_overrides, se
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.reports.run import write_report
-from declip.runs.folder import LOCK, RECIPE, Run, lock_folder, log
+from declip.runs.folder import LOCK, RECIPE, SPLIT, Run, lock_folder, log, moved_lists
 from declip.training import distributed
 from declip.training.arguments import resolve_recipe
 from declip.training.assemble import assemble
@@ -37,7 +37,6 @@ from declip.training.estimate import Estimate, estimate
 from declip.training.parts import Parts
 from declip.training.trainer import Trainer
 
-SPLIT = ("train.pairs", "val.pairs")  # lists of the parts of a split, in the run folder
 FINETUNED = Path("runs") / "finetune"
 
 
@@ -61,7 +60,7 @@ def finetune(
         # Rank 0 alone writes, and only into a folder that it holds.
         hosts.on_rank_zero(partial(claim_folder, folder, held, undo))
         if resume and (folder / RECIPE).is_file():
-            recipe = load_recipe(folder / RECIPE, overrides)
+            recipe = moved_lists(load_recipe(folder / RECIPE, overrides), folder)
             hosts.on_rank_zero(partial(_refuse_others, recipe, pairs, weights, val, freeze))
         else:
             resolve = partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet)

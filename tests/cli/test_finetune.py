@@ -143,7 +143,7 @@ def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights:
         ("pairs.csv --from cut.safetensors", ("'cut.safetensors'", "Download the file again")),
         ("pairs.csv --from blip", ("'blip'", "model_type")),
         ("pairs.csv --from clip", ("'clip'", "tokenizer.json")),
-        ("pairs.csv --from hf-hub:owner/name", ("'hf-hub:owner/name'", "no route", "Check the network")),
+        ("pairs.csv --from hf-hub:owner/name", ("'hf-hub:owner/name'", "builtin:lite0-minilm")),
         ("pairs.csv --freeze all", ("'all'", "both")),
         ("pairs.csv --freeze both", ("--freeze", "lora")),
         ("pairs.csv train.steps=3 train.epochs=3", ("train.steps=3", "train.epochs=3")),

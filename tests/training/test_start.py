@@ -184,7 +184,7 @@ def test_timm_weights_start_the_image_tower_alone(table: Path, tmp_path: Path) -
     assert {name for name in changed if name.startswith(IMAGE)} == {"image_tower.proj.weight"}
     assert {name for name in changed if name.startswith(TEXT)} == {name for name in before if name.startswith(TEXT)}
     assert read_rows(tmp_path / "r" / "evaluations.jsonl") == []
-    with pytest.raises(UserError, match="nothing to mix with"):
+    with pytest.raises(UserError, match="nothing to interpolate with"):
         mixing.ends_of(tmp_path / "r")
 
 

@@ -34,6 +34,8 @@ LOCK = ".lock"
 KEPT = "start.safetensors"
 """The pretrained weights that a run began with: it resumes from them and is compared with them."""
 OUTPUTS = (METRICS, EVALUATIONS, SKIPPED, EXAMPLES, "log.txt", "report.html", "checkpoints", "exported")
+SPLIT = ("train.pairs", "val.pairs")
+"""Lists of the parts that `declip finetune` splits its pairs into."""
 CHANGEABLE = (
     *("name", "data.workers", "data.max_broken_fraction", "train.device", "train.max_nonfinite_steps"),
     *("train.keep_checkpoints", "train.checkpoint_every", "train.report_to"),
@@ -247,11 +249,25 @@ def read_recipe(folder: Path) -> Recipe:
     if not path.is_file():
         raise UserError(f"'{folder}' is not a run folder: it has no {RECIPE}.")
     try:
-        return load_recipe(path)
+        return moved_lists(load_recipe(path), folder)
     except ValueError as error:
         raise UserError(
             f"'{folder}' holds no run of this version of declip. {error} Choose another folder with --out."
         ) from error
+
+
+def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
+    """Find the lists of a run's split in its folder, if the folder was moved since its recipe was written."""
+
+    def found(name: str) -> str:
+        here = folder / Path(name).name
+        return str(here) if Path(name).name in SPLIT and not Path(name).exists() and here.is_file() else name
+
+    data, sets = recipe.data, dict(recipe.evaluation)
+    if isinstance(data.source, str):
+        data = data.model_copy(update={"source": found(data.source)})
+    sets = {key: tuple(map(found, names)) for key, names in sets.items() if names}
+    return recipe.model_copy(update={"data": data, "evaluation": recipe.evaluation.model_copy(update=sets)})
 
 
 def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> None:

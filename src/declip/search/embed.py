@@ -23,12 +23,13 @@ from declip.data.pair import BrokenPair, Origin, PairSource, SkipCounter
 from declip.data.sources.image_source import CaptionedImage, ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
+from declip.data.sources.stored_paths import relative, stored_path
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Batches, Encoder, text_features
 from declip.interchange.read import load
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.search.index import Index, describe_model, image_vectors
-from declip.search.info import Dtype, IndexInfo, SourceInfo, relative, stored_path
+from declip.search.info import Dtype, IndexInfo, SourceInfo
 from declip.search.store import PART_ROWS, Block, IndexedImage
 from declip.search.writer import Writer, open_writer
 

@@ -23,13 +23,14 @@ from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
+from declip.data.sources.stored_paths import resolve, stored_path
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder, measuring, model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write, sha256
 from declip.search.exact import nearest
-from declip.search.info import ModelInfo, Over, resolve, stored_path
+from declip.search.info import ModelInfo, Over
 from declip.search.store import SCHEMA, IndexedImage
 from declip.search.writer import open_index
 

@@ -1,6 +1,5 @@
 """The description of an index, `index.json`: its model, its source, its options, and the name of its files."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -10,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import declip
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import SkipCounter
-from declip.data.sources.shard_names import SEPARATOR, absolute
+from declip.data.sources.stored_paths import resolve
 from declip.errors import UserError
 from declip.io.atomic import write_text
 
@@ -113,30 +112,3 @@ class IndexInfo(InfoSection):
         raise UserError(
             f"'{path}' is damaged, or of another version of declip: {problem}. Embed again into another folder."
         )
-
-
-def stored_path(given: object, folder: Path) -> str:
-    """The path of a source or a model as an index stores it; empty for a Python object.
-
-    If the path and the index are both below the working directory, the path is relative to the index, so that it stays
-    valid when the project moves. Otherwise it is absolute.
-    """
-    if not isinstance(given, str | Path) or not str(given):
-        return ""
-    return SEPARATOR.join(relative(part, folder) for part in absolute(given).split(SEPARATOR))
-
-
-def relative(path: str, folder: Path) -> str:
-    """A path as `stored_path` stores it, without resolving links; anything but an absolute path stays."""
-    project, index = os.getcwd(), str(folder.resolve())
-    inside = all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, index))
-    return os.path.relpath(path, index) if inside and not path.startswith(index + os.sep) else path
-
-
-def resolve(path: str, folder: Path) -> str:
-    """The absolute path of what `stored_path` stored; URLs and names such as builtin:emoji stay."""
-
-    def one(part: str) -> str:
-        return os.path.normpath(folder.resolve() / part) if part.startswith(os.pardir + os.sep) else part
-
-    return SEPARATOR.join(map(one, path.split(SEPARATOR)))

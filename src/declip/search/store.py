@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from declip.data.pair import Origin
+from declip.data.sources.stored_paths import resolve
 from declip.errors import UserError, unknown
 from declip.io.atomic import ELSEWHERE, atomic_write, flush
 from declip.search.exact import VectorBlock
-from declip.search.info import IndexInfo, Over, resolve
+from declip.search.info import IndexInfo, Over
 
 ROWS = "rows.parquet"
 MATRICES: dict[Over, str] = {"images": "vectors.npy", "captions": "caption_vectors.npy"}

@@ -10,9 +10,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from declip.data.pair import SkipCounter
+from declip.data.sources.stored_paths import resolve
 from declip.errors import UserError
 from declip.io.atomic import ELSEWHERE, locked_folder, remove, sha256, write_text
-from declip.search.info import INFO, FileInfo, IndexInfo, InfoSection, resolve
+from declip.search.info import INFO, FileInfo, IndexInfo, InfoSection
 from declip.search.store import Block, Store, write_blocks
 
 UNFINISHED, STATE = ".unfinished", "state.json"  # the folder of the parts, and the file that makes a part count

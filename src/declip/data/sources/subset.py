@@ -13,7 +13,7 @@ from PIL import Image
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, LazyPair, Origin, Pair, PairSource
-from declip.data.sources.shard_names import absolute
+from declip.data.sources.stored_paths import resolve, stored_path
 from declip.errors import UserError
 from declip.io.atomic import write_text
 
@@ -116,10 +116,9 @@ class PairList(NamedTuple):
 
 
 def write_pair_list(path: Path, listed: PairList, source: PairSource | None = None) -> None:
-    """Write a list of pairs; its paths are made absolute, so that the list can be moved."""
-    root = listed.columns.root
-    columns = replace(listed.columns, root=None if root is None else absolute(root))
-    listed = listed._replace(source=absolute(listed.source), columns=columns)
+    """Write a list of pairs, with paths that stay valid when the project moves, see `stored_path`."""
+    columns = replace(listed.columns, root=stored_path(listed.columns.root, path.parent) or None)
+    listed = listed._replace(source=stored_path(listed.source, path.parent), columns=columns)
     if source is not None and not source.remote:  # whose keys would have to be fetched
         listed = listed._replace(digest=listed.digest_in(source))
     write_text(path, json.dumps(listed._asdict() | {"columns": asdict(columns)}) + "\n")
@@ -129,7 +128,9 @@ def read_pair_list(path: Path) -> PairList:
     """Read a list of pairs; raises `UserError` where the file is none."""
     try:
         listed = PairList(**json.loads(path.read_text("utf-8")))
-        listed = listed._replace(columns=Columns(**listed.columns))  # type: ignore[arg-type]
+        columns = Columns(**listed.columns)  # type: ignore[arg-type]
+        columns = replace(columns, root=columns.root and resolve(columns.root, path.parent))
+        listed = listed._replace(source=resolve(listed.source, path.parent), columns=columns)
         places = np.asarray(listed.indices)
         rising = places.dtype == np.int64 and (np.diff(places, prepend=-1, append=listed.total) > 0).all()
         texts = all(isinstance(name, str) for name in (listed.source, *filter(None, asdict(listed.columns).values())))

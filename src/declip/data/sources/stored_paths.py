@@ -1,0 +1,33 @@
+"""Paths in files of a project, such as an index or a list of pairs, that stay valid when the project moves."""
+
+import os
+from pathlib import Path
+
+from declip.data.sources.shard_names import SEPARATOR, absolute
+
+
+def stored_path(given: object, folder: Path) -> str:
+    """Path of a source or a model as a file in `folder` stores it; empty for a Python object.
+
+    If both are below the working directory, the path is relative to the folder, so that it stays
+    valid when the project moves. Otherwise it is absolute.
+    """
+    if not isinstance(given, str | Path) or not str(given):
+        return ""
+    return SEPARATOR.join(relative(part, folder) for part in absolute(given).split(SEPARATOR))
+
+
+def relative(path: str, folder: Path) -> str:
+    """A path as `stored_path` stores it, without resolving links; anything but an absolute path stays."""
+    project, place = os.getcwd(), str(folder.resolve())
+    inside = all(os.path.isabs(one) and os.path.commonpath([one, project]) == project for one in (path, place))
+    return os.path.relpath(path, place) if inside and not path.startswith(place + os.sep) else path
+
+
+def resolve(path: str, folder: Path) -> str:
+    """The absolute path of what `stored_path` stored; URLs and names such as builtin:emoji stay."""
+
+    def one(part: str) -> str:
+        return os.path.normpath(folder.resolve() / part) if part.startswith(os.pardir + os.sep) else part
+
+    return SEPARATOR.join(map(one, path.split(SEPARATOR)))

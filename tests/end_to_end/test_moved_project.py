@@ -1,0 +1,31 @@
+"""A project folder that was moved: its lists of pairs, runs and indices still work, from wherever they are called."""
+
+from pathlib import Path
+
+import pytest
+
+import declip
+from conftest import texture
+from interchange.towers import build
+
+
+def test_a_project_works_after_it_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tmp_path / "before"
+    (project / "images").mkdir(parents=True)
+    rows = ["image,caption"]
+    for number in range(40):
+        texture(number).save(project / "images" / f"{number}.png")
+        rows.append(f"{number}.png,texture number {number}")
+    (project / "pairs.csv").write_text("\n".join(rows) + "\n")
+    declip.export(build("conv"), "safetensors", project / "start")
+    monkeypatch.chdir(project)
+    keys = {"train.steps": 4, "train.batch_size": 8, "data.workers": 0, "data.image_root": "images"}
+    run = project / "runs" / "tuned"  # an absolute path, which the recipe of the run holds
+    first = declip.finetune("pairs.csv", "start", out=run, quiet=True, **keys)
+    moved = tmp_path / "after"
+    project.rename(moved)
+    monkeypatch.chdir(moved)
+    split = moved / "runs" / "tuned" / "val.pairs"
+    assert declip.evaluate("runs/tuned", split, "retrieval", batch_size=8).images > 0
+    again = declip.finetune("pairs.csv", "start", out="runs/tuned", resume=True, quiet=True)
+    assert (again.finished, again.step) == (True, first.step)
