@@ -11,6 +11,7 @@ import pytest
 
 from conftest import draw
 from declip.app.server import build
+from declip.app.state import AppState
 from declip.cli.serve import address_of, take_port
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -62,17 +63,17 @@ def test_an_image_is_dropped_and_classified(page: Any, tmp_path: Path) -> None:
     page.goto("/classify")
     page.get_by_role("button", name="Classify").click()
     sync_api.expect(page.get_by_role("status")).to_have_text("Choose an image first.")
-    page.get_by_label("Classes, one a line").fill("a red circle\na blue bar\n<b>bold</b>")
+    page.get_by_label("Classes, one per line").fill("a red circle\na blue bar\n<b>bold</b>")
     (tmp_path / "<img src=x onerror=alert(1)>.png").write_bytes(b"no image")
     page.get_by_label("Image", exact=False).set_input_files(tmp_path / "<img src=x onerror=alert(1)>.png")
-    sync_api.expect(page.get_by_role("status")).to_contain_text("no image that can be read")
+    sync_api.expect(page.get_by_role("status")).to_contain_text("cannot be read")
     draw("red", "circle").save(tmp_path / "photo.png")
     page.get_by_label("Image", exact=False).set_input_files(tmp_path / "photo.png")
     sync_api.expect(page.locator("#bars > li")).to_have_count(3)
     sync_api.expect(page.get_by_role("status")).to_contain_text("Most likely:")
     sync_api.expect(page.locator("#bars")).to_contain_text("<b>bold</b>")
     assert page.get_by_role("img", name="The chosen image").is_visible()
-    page.get_by_label("Classes, one a line").fill("")
+    page.get_by_label("Classes, one per line").fill("")
     page.get_by_role("button", name="Classify").click()
     sync_api.expect(page.get_by_role("status")).to_contain_text("no class yet")
     sync_api.expect(page.locator("#result")).to_be_hidden()
@@ -114,7 +115,7 @@ def test_old_answers_go_when_another_question_fails(page: Any, tmp_path: Path) -
     sync_api.expect(page.locator("#hits > li")).to_have_count(24)
     (tmp_path / "broken.png").write_bytes(b"no image")
     page.get_by_label("Image to search with").set_input_files(tmp_path / "broken.png")
-    sync_api.expect(page.get_by_role("status")).to_contain_text("no image that can be read")
+    sync_api.expect(page.get_by_role("status")).to_contain_text("cannot be read")
     sync_api.expect(page.locator("#hits > li")).to_have_count(0)
     page.goto("/search?id=0")
     page.get_by_role("button", name="Remove the image").click()
@@ -122,24 +123,37 @@ def test_old_answers_go_when_another_question_fails(page: Any, tmp_path: Path) -
     assert not urlsplit(page.url).query
     page.goto("/search?text=bar")
     sync_api.expect(page.locator("#hits > li")).to_have_count(24)
-    page.get_by_label("What to look for").fill("")
+    page.get_by_label("Text to search for").fill("")
     page.keyboard.press("Enter")
-    sync_api.expect(page.get_by_role("status")).to_contain_text("Type what to look for")
+    sync_api.expect(page.get_by_role("status")).to_contain_text("Enter a text")
     assert not urlsplit(page.url).query
     page.goto("/search?text=bar&template=imagenat")
     sync_api.expect(page.get_by_role("status")).to_contain_text('no template set "imagenat"')
 
 
-def test_pairs_are_marked_and_saved(page: Any) -> None:
+def tab_to(page: Any, selector: str) -> None:
+    """Press Tab until an element that matches has the focus."""
+    for _ in range(100):
+        page.keyboard.press("Tab")
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+    pytest.fail(f"Tab does not reach {selector}")
+
+
+def test_pairs_are_marked_and_saved_by_keyboard_also_after_a_restart(page: Any, shared: Any) -> None:
     page.goto("/pairs")
     sync_api.expect(page.locator("#disagreeing-rows > li")).to_have_count(24)
-    page.get_by_role("checkbox", name="exclude").first.check()
-    page.locator("#duplicates > summary").press("Enter")
+    tab_to(page, "[data-pair]")
+    page.keyboard.press("Space")
+    tab_to(page, "#duplicates > summary")
+    page.keyboard.press("Enter")
     sync_api.expect(page.locator("#duplicates-said")).to_contain_text("group")
+    shared.version = AppState(shared.index, shared.model_path).version  # as a new start of the server has it
     page.reload()
     sync_api.expect(page.locator("#list-count")).to_have_text("1 pair")
+    tab_to(page, "#save")
     with page.expect_download() as saved:
-        page.get_by_role("button", name="Save the list").click()
+        page.keyboard.press("Enter")
     assert saved.value.suggested_filename == "drop.csv"
     assert saved.value.path().read_text().count(".png") == 1
 

@@ -109,5 +109,5 @@ def test_a_comparison_is_made_once_and_ends_with_the_server(state: Any) -> None:
     assert [state.once(compare), state.once(compare)] == [7, 7]
     assert calls == [state.index]
     state.stopped.set()
-    with pytest.raises(UserError, match="ended"):
+    with pytest.raises(UserError, match="stopped"):
         state.once(find_similar)

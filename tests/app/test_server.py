@@ -78,7 +78,7 @@ def test_the_page_is_served_ctrl_c_ends_quietly_and_another_address_is_warned_of
     monkeypatch.setattr("declip.cli.serve.address_of", visited)
     words = ["app", run_folder, state.index.folder, "--port", 0, "--quiet"]
     outcome = command(*words)
-    assert "What to look for" in pages[0]
+    assert "Text to search for" in pages[0]
     assert outcome.status == 0
     assert [line.split()[0] for line in outcome.err.splitlines()] == ["24", "Open"]
     monkeypatch.setattr("declip.cli.serve.address_of", address_of)

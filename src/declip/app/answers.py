@@ -1,4 +1,4 @@
-"""Answers of the app: upload an image, classify it among classes, and search by a text, an image or both."""
+"""Routes of the app: upload an image, classify it, and search by a text, an image or both."""
 
 import time
 from typing import Annotated
@@ -19,14 +19,14 @@ MOST_PROMPTS = 8_000  # classes times templates: all are encoded while the page 
 
 
 class ClassifyQuestion(ImageQuestion):
-    """An image, the classes, and a template for them."""
+    """An image, the classes, and a prompt template for them."""
 
     classes: list[Annotated[str, OneLine]]
     template: Template = ""
 
 
 class SearchQuestion(ImageQuestion):
-    """A text, an image or both; `weight` is the text's."""
+    """A text, an image or both; `weight` is that of the text."""
 
     text: Text = ""
     template: Template = ""
@@ -36,7 +36,7 @@ class SearchQuestion(ImageQuestion):
 
 
 async def upload(request: Request) -> Response:
-    """Take an image: its vector is kept under the token in the answer, the image itself is forgotten."""
+    """Encode an uploaded image and answer with the token of its vector; the image itself is not stored."""
     state = state_of(request)
     async with state.uploading:
         content = await read_body(request, LARGEST_UPLOAD)
@@ -54,15 +54,15 @@ def _classify(request: Request, asked: ClassifyQuestion) -> Response:
     names = [name for name in dict.fromkeys(asked.classes) if name]
     count = len(names) * len(templates_of(asked.template))
     if not names:
-        raise bad_request("There is no class yet. Name some, one a line.")
+        raise bad_request("There is no class yet. Enter some, one per line.")
     if len(names) > MOST_CLASSES or max(map(len, names)) > LONGEST_CLASS:
         raise bad_request(
-            f"At most {MOST_CLASSES:,} classes of {LONGEST_CLASS} letters each; `declip classify` takes more."
+            f"At most {MOST_CLASSES:,} classes of {LONGEST_CLASS} characters each; `declip classify` takes more."
         )
     if count > MOST_PROMPTS:
         raise bad_request(
-            f"{len(names):,} classes are {count:,} texts with their templates; at most {MOST_PROMPTS:,} are encoded. "
-            "Name fewer, or take one template."
+            f"{len(names):,} classes with their templates are {count:,} texts; the limit is {MOST_PROMPTS:,}. Enter "
+            "fewer classes, or choose one template."
         )
     image = state.image_vector(asked.image, asked.id)
     if image is None:
@@ -83,7 +83,7 @@ def search(request: Request) -> Response:
         text = state.query(asked.text, template=asked.template)
         query = text if image is None else mix(text, image, (asked.weight, 1 - asked.weight))
     if query is None:
-        raise bad_request("Type what to look for, or choose an image.")
+        raise bad_request("Enter a text, or choose an image.")
     ids, cosines = state.index.nearest(query[None], asked.count, over=asked.over)
     hits = [
         {**state.describe(id), "cosine": cosine}

@@ -1,4 +1,4 @@
-"""Middleware of every request: pages of other sites are refused, and answers carry the security headers."""
+"""Middleware of every request: refuses requests of other sites' pages and adds the security headers."""
 
 import ipaddress
 import socket
@@ -22,10 +22,10 @@ SECURITY_HEADERS = {
 
 
 class Guard:
-    """Refuse requests of other sites' pages and for foreign host names, and add the security headers.
+    """Refuse requests of other sites' pages and for other host names, and add the security headers.
 
-    A request is refused where its Host is no IP address and not a name of this machine (DNS rebinding), where it
-    changes something or uploads and its Origin is not this app, or where another site's page loads from here.
+    A request is refused if its Host is neither an IP address nor a name of this machine (DNS rebinding), if it is a
+    POST request whose Origin is not this app, or if another site's page loads something from here.
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -51,13 +51,13 @@ class Guard:
     def _refusal(self, method: str, headers: Headers) -> PlainTextResponse | None:
         host = headers.get("host", "")
         if len(headers.getlist("host")) != 1 or not self._is_ours(host):
-            message = "This app does not answer to that name. Open it by its address."
+            message = "The app does not answer to this host name. Open the address that `declip app` printed."
             return PlainTextResponse(message, 421)
         if method not in ("GET", "HEAD") and headers.get("origin") not in (f"http://{host}", f"https://{host}"):
-            return PlainTextResponse("Only the app's own pages may ask for this.", 403)
+            return PlainTextResponse("Only the pages of the app may send this request.", 403)
         site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
         if site not in ("same-origin", "none") and mode != "navigate":
-            return PlainTextResponse("Another site's page may not load from here.", 403)
+            return PlainTextResponse("Pages of other sites may not load from this app.", 403)
         return None
 
     def _is_ours(self, host: str) -> bool:

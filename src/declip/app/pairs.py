@@ -1,4 +1,4 @@
-"""Pairs: captions that disagree with their image, near-duplicates, and the list of pairs to exclude."""
+"""Routes of the app for pairs: low cosines of image and caption, near-duplicates, and the list of pairs to exclude."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -17,18 +17,18 @@ from declip.search.index import Index
 
 PAGE = 24  # pairs or groups that are sent at a time
 MEMBERS = 12  # images of a group that are shown
-BLOCK, QUERIES = 4_096, 512  # rows whose vectors are in memory at a time, and images that are looked up at a time
+BLOCK, QUERIES = 4_096, 512  # rows whose vectors are in memory at a time, and images that are searched at a time
 BARS = 40  # bars of the histogram
-NEAREST = 8  # nearest images of each image that are looked at: larger groups are joined through several members
+NEAREST = 8  # nearest images of each image: larger groups are joined through several members
 LOWEST = 0.8  # cosine below which two images are never shown as near-duplicates
-MOST_COMPARED = 50_000  # images that are compared with each other, in about a minute on two cores
+MOST_COMPARED = 50_000  # images that are compared with each other, which takes about a minute on two cores
 
 Reason = Literal["image and caption disagree", "near-duplicate image"]
 MARKED = TypeAdapter(dict[Reason, list[ImageId]])
 
 
 class PairsQuestion(Question):
-    """The first row of a page, and limits of cosines."""
+    """The first row of a page, and thresholds of cosines."""
 
     start: int = Field(0, ge=0)
     below: float = Field(-1, ge=-1, le=1)
@@ -39,11 +39,11 @@ class Agreement(NamedTuple):
     """Cosine of each image with its captions.
 
     Attributes:
-        ids: (n,) int64, the images that have a caption, the least agreeing first.
-        cosines: (n,) float32, rising.
+        ids: (n,) int64, the images that have a caption, in the order of `cosines`.
+        cosines: (n,) float32, increasing.
         without: Number of images without a caption.
         median: Median of the cosines.
-        spread: Their standard deviation, estimated so that outliers hardly move it.
+        spread: Their standard deviation, estimated from the median absolute deviation.
     """
 
     ids: np.ndarray
@@ -54,7 +54,7 @@ class Agreement(NamedTuple):
 
 
 ROUNDING = 5e-4
-"""Of the cosines: copies of one image have 0.9999 to 1.0001 in float16, and the page shows three digits."""
+"""Tolerance of thresholds: copies of an image have cosines of 0.9999 to 1.0001 in float16; the page shows 3 digits."""
 
 
 class SimilarImages(NamedTuple):
@@ -65,7 +65,7 @@ class SimilarImages(NamedTuple):
     cosines: np.ndarray
 
     def groups(self, threshold: float) -> list[tuple[list[int], float]]:
-        """Groups joined by cosines of at least `threshold`: rising ids and the largest cosine, the most alike first."""
+        """Groups joined by cosines of at least `threshold`, as ids and the largest cosine; the most similar first."""
         chosen = self.cosines >= threshold - ROUNDING
         if not chosen.any():
             return []
@@ -90,7 +90,7 @@ def compare_captions(index: Index, check: Check) -> Agreement:
         cosines[block] = torch.where(texts.any(1), products, torch.nan).numpy()
     known = int(np.isfinite(cosines).sum())
     if not known:
-        raise UserError("No image of this index has a caption, so there is nothing to compare.")
+        raise UserError("No image of this index has a caption to compare with.")
     order = np.argsort(cosines, kind="stable")[:known]  # NaN comes last
     cosines = cosines[order]
     median = float(np.median(cosines))
@@ -103,8 +103,8 @@ def find_similar(index: Index, check: Check) -> SimilarImages:
     ids = index.ids
     if len(ids) > MOST_COMPARED:
         raise UserError(
-            f"{len(ids):,} images are too many to be compared with each other here (at most {MOST_COMPARED:,}). "
-            "`declip data inspect --all` finds copies among any number."
+            f"{len(ids):,} images are too many to compare with each other (the limit is {MOST_COMPARED:,}). "
+            "`declip data inspect --all` finds copies among any number of images."
         )
     pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for start in range(0, len(ids), QUERIES):
@@ -115,14 +115,14 @@ def find_similar(index: Index, check: Check) -> SimilarImages:
         alike = (near != query_ids) & (cosines >= LOWEST)
         pieces.append((query_ids[alike], near[alike], cosines[alike]))
     one, other, cosines = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    # Most pairs are met from both sides; each is kept once.
+    # Most pairs appear twice, once from each side.
     first, second = np.minimum(one, other), np.maximum(one, other)
     _, kept = np.unique(np.stack([first, second]), axis=1, return_index=True)
     return SimilarImages(first[kept], second[kept], cosines[kept].astype(np.float32))
 
 
 def disagreeing(request: Request) -> Response:
-    """The distribution of all pairs' cosines, a page of the least agreeing pairs, and the ids of all ?below a cosine.
+    """Answer with the distribution of cosines, a page of the lowest pairs, and the ids of all pairs ?below a cosine.
 
     Each pair is shown with the caption nearest to its image.
     """
@@ -143,7 +143,7 @@ def disagreeing(request: Request) -> Response:
 
 
 def duplicates(request: Request) -> Response:
-    """A page of the groups of images whose cosine is ?threshold or more, and the ids of all but the first of each."""
+    """Answer with a page of groups with cosines of at least ?threshold, and the ids of all but the first of each."""
     state, asked = state_of(request), PairsQuestion.of(request)
     similar: SimilarImages = state.once(find_similar)
     groups = similar.groups(asked.threshold)
@@ -156,13 +156,13 @@ def duplicates(request: Request) -> Response:
 
 
 async def save_list(request: Request) -> Response:
-    """Turn the ids of each reason into the list as CSV."""
+    """Answer with the marked pairs as CSV; pairs that have left the index since they were marked are omitted."""
     given, state = MARKED.validate_json(await read_body(request, LARGEST_JSON)), state_of(request)
     agreement: Agreement | None = state.compared.get(compare_captions)
     cosines = {} if agreement is None else dict(zip(agreement.ids.tolist(), agreement.cosines.tolist(), strict=True))
     rows: dict[int, tuple[str, int, str, float | None, str]] = {}
     for reason, ids in given.items():
-        for row in map(state.index.row, ids):
+        for row in map(state.index.row, np.intersect1d(ids, state.index.ids).tolist()):
             rows.setdefault(row.id, (row.key, row.place, reason, cosines.get(row.id), row.caption))
     if not rows:
         raise bad_request("The list is empty.")

@@ -1,4 +1,4 @@
-"""Parameters and bodies of requests: bounded before they are read, never written to the disk, refused with a reason."""
+"""Parameters and bodies of requests, with limits that are checked before they are read; nothing is written to disk."""
 
 import asyncio
 from typing import Annotated, Self
@@ -12,44 +12,44 @@ from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair
 
 LARGEST_UPLOAD, LARGEST_JSON = 20 << 20, 2 << 20  # bytes of an uploaded image, and of JSON: the ids of 200,000 pairs
-MOST_PIXELS = 50_000_000  # pixels of an uploaded image: larger than those of cameras and phones
+MOST_PIXELS = 50_000_000  # pixels of an uploaded image, more than those of cameras and phones
 SECONDS = 60  # time in which a body must arrive
 
 OneLine = AfterValidator(lambda text: " ".join(text.split()))
 Text = Annotated[str, StringConstraints(max_length=2_000), OneLine]
 Template = Annotated[str, StringConstraints(max_length=300), OneLine]
-"""A prompt template or the name of a set; empty for the words as they are."""
+"""A prompt template or the name of a set; empty for the text itself."""
 ImageId = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 class Question(BaseModel):
-    """Parameters of a request; a wrong one raises pydantic's `ValidationError`, which the server answers."""
+    """Parameters of a request; invalid ones raise pydantic's `ValidationError`, which the server answers."""
 
     @classmethod
     def of(cls, request: Request) -> Self:
-        """The parameters in a request's address."""
+        """Read the parameters from the query string."""
         return cls.model_validate(dict(request.query_params))
 
     @classmethod
     async def in_body(cls, request: Request) -> Self:
-        """The parameters in a request's body, a JSON object."""
+        """Read the parameters from the body, a JSON object."""
         return cls.model_validate_json(await read_body(request, LARGEST_JSON))
 
 
 class ImageQuestion(Question):
-    """A question about an image: the token of an uploaded one, or the id of one of the index."""
+    """An image: the token of an uploaded one, or the id of one of the index."""
 
     image: str | None = None
     id: ImageId | None = None
 
 
 def bad_request(message: str) -> HTTPException:
-    """The error for a request that cannot be answered."""
+    """The error for an invalid request."""
     return HTTPException(400, message)
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """Read a body of at most `most` bytes; starlette's forms would write a large one to the disk."""
+    """Read a body of at most `most` bytes; starlette's forms would write a large one to disk."""
     content = bytearray()
     try:
         async with asyncio.timeout(SECONDS):
@@ -63,9 +63,9 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 def read_image(content: bytes) -> Image.Image:
-    """Decode an uploaded image, RGB and upright; its pixels are counted before they are decoded."""
+    """Decode an uploaded image, RGB and upright; its size is checked before it is decoded."""
     try:
         return decode(content, "the image", MOST_PIXELS)
     except BrokenPair as broken:
-        kinds = f"JPEG, PNG, WebP, BMP, GIF and TIFF of up to {MOST_PIXELS // 1_000_000} million pixels can"
-        raise HTTPException(422, f"This is no image that can be read ({broken.reason}). {kinds}.") from broken
+        kinds = f"JPEG, PNG, WebP, BMP, GIF and TIFF of up to {MOST_PIXELS // 1_000_000} million pixels are supported"
+        raise HTTPException(422, f"The image cannot be read: {broken.reason}. {kinds}.") from broken

@@ -1,4 +1,4 @@
-"""The server of the app: its routes and pages, and the index that it opens or makes first."""
+"""The server of the app: its routes and pages, and opening or making its index."""
 
 import hashlib
 import logging
@@ -71,11 +71,11 @@ def page(request: Request) -> Response:
 
 
 def thumbnail(request: Request) -> Response:
-    """A small copy of an image of the index, by its id alone."""
+    """Answer with a small copy of an image of the index."""
     try:
         content = state_of(request).thumbnail(TypeAdapter(ImageId).validate_python(request.path_params["id"]))
     except UserError:
-        raise HTTPException(404, "There is no such image any more.") from None
+        raise HTTPException(404, "This image no longer exists.") from None
     return Response(content, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
 
@@ -87,7 +87,7 @@ def _examples(state: AppState) -> list[str]:
 
 
 def _answer_error(request: Request, error: Exception) -> Response:
-    """An error in the form that the asking script can show."""
+    """Answer with the message of an error, as JSON for scripts."""
     status, message = 400, str(error)
     if isinstance(error, HTTPException):
         status, message = error.status_code, error.detail
@@ -95,7 +95,7 @@ def _answer_error(request: Request, error: Exception) -> Response:
         first = error.errors(include_url=False)[0]
         message = ": ".join([*(str(part) for part in first["loc"]), first["msg"]])
     elif not isinstance(error, UserError):
-        status, message = 500, "Something went wrong; the terminal says what."
+        status, message = 500, "An unexpected error; see the terminal."
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": message}, status)
     return PlainTextResponse(message, status)
@@ -110,7 +110,7 @@ def open_state(
     """
     if (Path(source).expanduser() / INFO).is_file():
         if folder is not None:
-            raise UserError(f"'{source}' is an index already, so --index '{folder}' has no use. Leave it out.")
+            raise UserError(f"'{source}' is an index already, so --index '{folder}' is not used. Remove it.")
         index = Index.open(source, model=model, device=device)
     else:
         loaded = load(model, device)
@@ -123,7 +123,7 @@ def open_state(
 
 
 def default_folder(digest: str, source: str) -> Path:
-    """The default folder of a source's index; each model has another, so that none is refused."""
+    """The default folder of a source's index, another one for each model."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.removeprefix("builtin:")).strip("-") or "source"
     return Path("indices") / f"{name[:40]}-{digest[:8]}"
 

@@ -1,6 +1,7 @@
-"""State of the app: an index with its model, opened once, uploaded images, and comparisons of all pairs."""
+"""State of the app: an open index with its model, uploaded images, and comparisons of all pairs."""
 
 import asyncio
+import hashlib
 import io
 import secrets
 import threading
@@ -18,40 +19,43 @@ from declip.errors import UserError
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.search.index import Index
 
-MOST_UPLOADS = 256  # uploaded images whose vectors are kept; the images themselves are not
+MOST_UPLOADS = 256  # uploaded images whose vectors stay in memory; the images themselves do not
 UPLOADS_AT_ONCE = 4  # images that are received at the same time; others wait
-MOST_CLASS_SETS = 16  # sets of classes whose vectors are kept
+MOST_CLASS_SETS = 16  # sets of classes whose vectors stay in memory
 SIDE = 192  # pixels of the longer side of a thumbnail
 SHOWN_CAPTIONS = 5  # captions of an image that a page shows
 
 Check = Callable[[], None]
-"""Ends a long comparison by an error, once the server has ended."""
+"""Raises a `UserError` once the server has stopped, which ends a long comparison."""
 
 
 class AppState:
     """Everything that requests share.
 
     Args:
-        spec: Where the model was loaded from.
+        model_path: What the model was loaded from.
 
     Attributes:
         version: Differs at each start, so that a browser shows no thumbnail of an earlier index.
+        list_name: Name of the list of marked pairs in the browser, the same at each start with this index.
         scale: The model's exp(logit scale): the factor of cosines before the softmax.
         uploads: Vectors of uploaded images by a token that cannot be guessed.
         stopped: Once set, comparisons end.
     """
 
-    def __init__(self, index: Index, spec: str) -> None:
-        self.index, self.spec = index, spec
-        self.scale = logit_scale(index.model)  # loads the model, and so refuses another one now
+    def __init__(self, index: Index, model_path: str) -> None:
+        self.index, self.model_path = index, model_path
+        self.scale = logit_scale(index.model)  # loads the model now, which may be refused
         self.version = secrets.token_hex(4)
+        name = f"{index.info.created} {index.info.model.fingerprint}"
+        self.list_name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         self.uploads: dict[str, Tensor] = {}
         self.uploading = asyncio.Semaphore(UPLOADS_AT_ONCE)
         self.stopped = threading.Event()
         self.class_vectors = lru_cache(MOST_CLASS_SETS)(self._class_vectors)
         self.compared: dict[object, Any] = {}
-        # The model is put into evaluation mode and back; a source need not bear several threads; and one large image
-        # or one comparison at a time is enough.
+        # A query switches the model to evaluation mode and back, and a source may not be thread-safe. One comparison
+        # at a time uses all cores.
         self._encoding, self._reading, self._comparing = threading.Lock(), threading.Lock(), threading.Lock()
 
     def once(self, compare: Callable[[Index, Check], Any]) -> Any:
@@ -67,7 +71,7 @@ class AppState:
             return self.index.query(text, image, template=template or None)
 
     def add_upload(self, vector: Tensor) -> str:
-        """Keep an uploaded image's vector, (d,), and forget the oldest; returns its token."""
+        """Store an uploaded image's vector (d,), and drop the oldest one; returns its token."""
         token = secrets.token_urlsafe(12)
         with self._encoding:
             self.uploads[token] = vector
@@ -79,7 +83,7 @@ class AppState:
         """(d,), the vector of an uploaded image or of one of the index; None without either."""
         if token:
             if token not in self.uploads:
-                raise HTTPException(410, "The image is no longer held here. Choose it again.")
+                raise HTTPException(410, "The server no longer has this image. Choose it again.")
             return self.uploads[token]
         return None if id is None else self.index.vectors([id])[0]
 
@@ -90,7 +94,7 @@ class AppState:
         return {"id": id, "key": printable(row.key), "captions": captions}
 
     def thumbnail(self, id: int) -> bytes:
-        """A small copy of an image of the index, with nothing of its file except the pixels."""
+        """A small copy of an image of the index as WebP, without the metadata of its file."""
         with self._reading:
             image = self.index.image(id)
         small, written = image.copy(), io.BytesIO()
@@ -101,7 +105,7 @@ class AppState:
 
     def _check_running(self) -> None:
         if self.stopped.is_set():
-            raise UserError("The server has ended.")
+            raise UserError("The server has stopped.")
 
     def _class_vectors(self, names: tuple[str, ...], template: str) -> Tensor:
         """(C, d) of length 1."""
@@ -110,11 +114,11 @@ class AppState:
 
 
 def templates_of(template: str) -> list[str]:
-    """The prompt templates of a set's name or of one template; the words as they are where it is empty."""
+    """The prompt templates of a set or of one template; empty means the text itself."""
     return read_templates(template)[1] if template else ["{}"]
 
 
 def state_of(request: Request) -> AppState:
-    """The state of the app that answers a request."""
+    """The state of the app that received a request."""
     state: AppState = request.app.state.shared
     return state

@@ -1,6 +1,7 @@
 """The description of an index, `index.json`: its model, its source, its options, and the name of its files."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -73,6 +74,7 @@ class IndexInfo(InfoSection):
 
     layout: Literal[4] = 4  # raised when the files change their meaning
     declip: str = declip.__version__
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat())  # of the first call of `embed`
     model: ModelInfo
     source: SourceInfo
     dtype: Dtype

@@ -42,7 +42,7 @@ class Writer:
         fresh = wanted.model_copy(deep=True)
         if self.current is not None:
             _check_same(folder, self.current, wanted)
-            for name in ("generation", "next_id", "dimension"):
+            for name in ("created", "generation", "next_id", "dimension"):
                 setattr(fresh, name, getattr(self.current, name))
         self.state = self._read_state() or State(info=fresh)
         _check_same(folder, self.state.info, wanted)

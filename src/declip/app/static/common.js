@@ -1,4 +1,4 @@
-// Shared by all views: elements, requests, states, cards. Text from the data only ever becomes text nodes.
+// Shared by all views: elements, requests, status, cards. Text from the data only becomes text nodes.
 
 export const find = (id) => document.getElementById(id);
 
@@ -13,7 +13,7 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** The JSON at an address; throws an Error with a sentence for the user. */
+/** The JSON at an address; throws an Error with a message for the user. */
 export async function ask(address, options = {}) {
   let answer;
   try {
@@ -37,7 +37,7 @@ export function say(text, kind = "") {
   line.className = `said ${kind}`;
 }
 
-/** Wraps the work of a form: a later call makes an earlier one's answer void; `clear` takes an old one away. */
+/** Wraps the work of a form: the answer of an earlier call is ignored; `clear` removes an old result. */
 export function latest(work, clear) {
   let number = 0;
   return async (...given) => {
@@ -54,19 +54,19 @@ export function latest(work, clear) {
 
 export const thumbnail = (id) => `/thumbnails/${id}?v=${document.body.dataset.version}`;
 
-/** The thumbnail of an image of the index, or words where there is none. */
+/** The thumbnail of an image of the index, or a text if there is none. */
 function thumbnailOf(hit) {
   if (hit.id === null) return make("span", { class: "no-image" }, "not in this source");
   const image = make("img", { src: thumbnail(hit.id), alt: hit.captions[0] || hit.key, loading: "lazy", decoding: "async" });
-  image.addEventListener("error", () => image.replaceWith(make("span", { class: "no-image" }, "image cannot be read any more")));
+  image.addEventListener("error", () => image.replaceWith(make("span", { class: "no-image" }, "the image can no longer be read")));
   return image;
 }
 
-/** An image with its caption and facts; it leads to the images like it. */
+/** An image with its caption and facts; it links to similar images. */
 export function card(hit, { title, facts = [], row = false, more = [] } = {}) {
   const shown = title || hit.captions[0] || hit.key;
   const inner = thumbnailOf(hit);
-  const linked = hit.id === null ? inner : make("a", { href: `/search?id=${hit.id}`, title: "Images like this one" }, inner);
+  const linked = hit.id === null ? inner : make("a", { href: `/search?id=${hit.id}`, title: "Similar images" }, inner);
   const others = hit.captions.length > 1 ? hit.captions.join("\n") : shown;
   const lines = [make("p", { class: "words", title: others }, shown), ...facts.map((fact) => make("p", { class: "facts" }, fact)), ...more];
   return row ? make("li", { class: "card row" }, linked, make("div", {}, ...lines)) : make("li", { class: "card" }, linked, ...lines);
@@ -74,7 +74,7 @@ export function card(hit, { title, facts = [], row = false, more = [] } = {}) {
 
 export const count = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 
-/** The chosen template: a set's name, the user's own, or nothing. */
+/** The chosen template: the name of a set, the user's own, or empty. */
 export function template() {
   const chosen = find("template").value;
   return chosen === "own" ? find("own").value : chosen;

@@ -1,55 +1,55 @@
-// The list of pairs to exclude: kept in this tab until it is closed, saved as CSV by the server.
+// The list of pairs to exclude: stays in this browser under the name of the index, saved as CSV by the server.
 
 import { count, find, make, say } from "./common.js";
 
-const PLACE = `declip-list-${document.body.dataset.version}`;
-const kept = new Map(JSON.parse(sessionStorage.getItem(PLACE) || "[]"));
+const NAME = `declip-list-${document.body.dataset.list}`;
+const marked = new Map(JSON.parse(localStorage.getItem(NAME) || "[]"));
 
-/** Puts pairs on the list; one that is there keeps its first reason. */
-export function put(ids, reason) {
-  for (const id of ids) if (!kept.has(id)) kept.set(id, reason);
+/** Adds pairs to the list; a pair that is on it keeps its first reason. */
+export function add(ids, reason) {
+  for (const id of ids) if (!marked.has(id)) marked.set(id, reason);
   changed();
 }
 
-function take(id) {
-  kept.delete(id);
+function remove(id) {
+  marked.delete(id);
   changed();
 }
 
-/** A checkbox that puts a pair on the list or takes it off. */
+/** A checkbox that adds a pair to the list or removes it. */
 export function box(id, reason, label = "exclude") {
   const input = make("input", { type: "checkbox", "data-pair": id });
-  input.checked = kept.has(id);
-  input.addEventListener("change", () => (input.checked ? put([id], reason) : take(id)));
+  input.checked = marked.has(id);
+  input.addEventListener("change", () => (input.checked ? add([id], reason) : remove(id)));
   return make("label", { class: "take" }, input, label);
 }
 
 function changed() {
   try {
-    sessionStorage.setItem(PLACE, JSON.stringify([...kept]));
+    localStorage.setItem(NAME, JSON.stringify([...marked]));
   } catch {
-    // Too long for the tab's store: the list lives until the page is left.
+    // Too long for the browser's storage: the list is lost when the page is closed.
   }
-  find("list-count").textContent = count(kept.size, "pair");
-  find("save").disabled = find("clear").disabled = !kept.size;
-  for (const input of document.querySelectorAll("[data-pair]")) input.checked = kept.has(Number(input.dataset.pair));
+  find("list-count").textContent = count(marked.size, "pair");
+  find("save").disabled = find("clear").disabled = !marked.size;
+  for (const input of document.querySelectorAll("[data-pair]")) input.checked = marked.has(Number(input.dataset.pair));
 }
 
 async function save() {
   const tree = {};
-  for (const [id, reason] of kept) (tree[reason] ||= []).push(id);
+  for (const [id, reason] of marked) (tree[reason] ||= []).push(id);
   const answer = await fetch("/api/pairs/list", { method: "POST", body: JSON.stringify(tree) });
   if (!answer.ok) return say((await answer.json()).error, "bad");
   const address = URL.createObjectURL(await answer.blob());
   make("a", { href: address, download: "drop.csv" }).click();
   setTimeout(() => URL.revokeObjectURL(address), 10000);
-  return say(`Saved: ${count(kept.size, "pair")} in drop.csv`);
+  return say(`Saved: ${count(marked.size, "pair")} in drop.csv`);
 }
 
 export function watchList() {
   find("save").addEventListener("click", () => save().catch(() => say("The server does not answer.", "bad")));
   find("clear").addEventListener("click", () => {
-    kept.clear();
+    marked.clear();
     changed();
     say("The list is empty.");
   });

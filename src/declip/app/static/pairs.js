@@ -1,5 +1,5 @@
 import { ask, card, count, find, make, say } from "./common.js";
-import { box, put, watchList } from "./list.js";
+import { add, box, watchList } from "./list.js";
 
 // Reasons in the list of pairs to exclude.
 const DISAGREE = "image and caption disagree";
@@ -32,8 +32,8 @@ function watchPart(name, { reason, doing, limits, row, told }) {
 
   const mark = guarded(async () => {
     const { marked } = await get(0);
-    put(marked, reason);
-    say(`${count(marked.length, "pair")} put on the list`);
+    add(marked, reason);
+    say(`${count(marked.length, "pair")} added to the list`);
   });
 
   const begin = () => find(name).open && !run && load(true);
@@ -56,18 +56,18 @@ function histogram({ counts, edges, median, spread, total, without }, below) {
     return bar;
   });
   const ends = [edges[0], edges.at(-1)].map((value) => value.toFixed(2));
-  const label = `Histogram of the cosines, from ${ends[0]} to ${ends[1]}`;
+  const label = `Histogram of cosines, from ${ends[0]} to ${ends[1]}`;
   const missing = without ? `; ${count(without, "image")} without a caption` : "";
   return [
     make("div", { class: "columns", role: "img", "aria-label": label }, ...bars),
     make("div", { class: "ends" }, ...ends.map((end) => make("span", {}, end))),
-    make("figcaption", { class: "hint" }, `${count(total, "pair")}: usual cosine ${median.toFixed(3)}, deviation ${spread.toFixed(3)}${missing}`),
+    make("figcaption", { class: "hint" }, `${count(total, "pair")}: median cosine ${median.toFixed(3)}, standard deviation ${spread.toFixed(3)}${missing}`),
   ];
 }
 
 function disagreeingRow(row) {
-  const apart = `${Math.abs(row.deviations).toFixed(1)} deviations ${row.deviations < 0 ? "below" : "above"} the usual`;
-  const nearest = row.nearest === row.captions[0] ? "its own caption is the nearest of all" : `nearest caption: “${row.nearest}”`;
+  const apart = `${Math.abs(row.deviations).toFixed(1)} standard deviations ${row.deviations < 0 ? "below" : "above"} the median`;
+  const nearest = row.nearest === row.captions[0] ? "no other caption is nearer" : `nearest caption: “${row.nearest}”`;
   const facts = [`cosine ${row.cosine.toFixed(3)}, ${apart}`, nearest, row.key];
   return card(row, { row: true, facts, more: [box(row.id, DISAGREE)] });
 }
@@ -92,7 +92,7 @@ watchPart("disagreeing", {
     const usual = found.median - 3 * found.spread;
     find("below").value ||= usual.toFixed(3);
     find("histogram").replaceChildren(...histogram(found, usual));
-    return `${shown} of ${count(found.total, "pair")}, the least agreeing first`;
+    return `${shown} of ${count(found.total, "pair")}, the lowest cosine first`;
   },
 });
 const loadGroups = watchPart("duplicates", {
@@ -101,8 +101,8 @@ const loadGroups = watchPart("duplicates", {
   limits: () => ({ threshold: threshold() }),
   row: groupRow,
   told(found, shown) {
-    find("duplicates-said").textContent = `${count(found.total, "group")}: ${count(found.marked.length, "image")} besides the first of each.`;
-    return found.total ? `${shown} of ${count(found.total, "group")}, the most alike first` : "No two images are that much alike. Lower the cosine.";
+    find("duplicates-said").textContent = `${count(found.total, "group")}: ${count(found.marked.length, "image")} not counting the first of each.`;
+    return found.total ? `${shown} of ${count(found.total, "group")}, the most similar first` : "No two images are that similar. Lower the cosine.";
   },
 });
 find("threshold").addEventListener("input", () => (find("threshold-said").textContent = threshold()));

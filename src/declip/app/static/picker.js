@@ -1,8 +1,8 @@
-// Choosing an image: by file, by dropping, by pasting. It is sent once; after that its token stands for it.
+// Choose an image: a file, dropped or pasted. It is sent once; later requests send its token.
 
 import { ask, find, say, thumbnail } from "./common.js";
 
-/** Watches the picker; `changed` is called when an image is chosen or removed, `clear` when one is on its way. */
+/** Watches the picker; `changed` is called when an image is chosen or removed, `clear` when one is being sent. */
 export function watchPicker(changed, clear) {
   const file = find("file");
   const drop = file.closest(".drop");
@@ -49,7 +49,7 @@ export function watchPicker(changed, clear) {
     event.preventDefault();
     drop.classList.remove("over");
     if (event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
-    else say("That was no file. Drop an image from your disk.", "bad");
+    else say("Not a file. Drop an image file.", "bad");
   });
   document.addEventListener("paste", (event) => {
     if (event.clipboardData.files.length) take(event.clipboardData.files[0]);
@@ -60,7 +60,7 @@ export function watchPicker(changed, clear) {
     file.value = "";
     show(null);
     file.focus();
-    say("The image is removed.");
+    say("Image removed.");
     changed(chosen);
   });
 

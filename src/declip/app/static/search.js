@@ -13,13 +13,13 @@ const run = latest(async (current) => {
   if (!text && !image) {
     clear();
     history.replaceState(null, "", location.pathname);
-    return say("Type what to look for, or choose an image.", "bad");
+    return say("Enter a text, or choose an image.", "bad");
   }
   say("Searching …", "busy");
   const found = await ask(`/api/search?${asked}`);
   if (!current()) return;
   find("hits").replaceChildren(...found.hits.map(hit));
-  say(found.hits.length ? `The nearest ${found.hits.length} of ${count(found.images, "image")}, in ${found.seconds.toFixed(2)} s` : "Nothing is found: no image has a caption.");
+  say(found.hits.length ? `The nearest ${found.hits.length} of ${count(found.images, "image")}, in ${found.seconds.toFixed(2)} s` : "No results: no image has a caption.");
   const address = new URL(location);
   address.search = chosen.token ? "" : new URLSearchParams([...asked].filter(([name]) => name !== "count"));
   history.replaceState(null, "", address);
