@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from declip.errors import UserError
-from declip.evaluation.encode import encode_source, measuring, text_features
+from declip.evaluation.encode import encode_source, eval_mode, text_features
 
 
 def test_rows_follow_the_source_and_broken_ones_are_counted(model, painted) -> None:
@@ -14,8 +14,8 @@ def test_rows_follow_the_source_and_broken_ones_are_counted(model, painted) -> N
     found = encode_source(model, source, batch_size=2)
     assert found.indices.tolist() == [0, 2, 3]
     assert found.captions == (captions[0], captions[2], captions[3])
-    assert found.owners.tolist() == [0, 0, 1, 2, 2]
-    assert found.words == ["red", "a red thing", "blue", "yellow", "red green"]
+    assert found.image_rows.tolist() == [0, 0, 1, 2, 2]
+    assert found.flat_captions == ["red", "a red thing", "blue", "yellow", "red green"]
     assert found.skipped.counts == {"truncated image": 1}
     half = 0.5**0.5
     np.testing.assert_allclose(found.images, [[1, 0, 0], [0, 0, 1], [half, half, 0]], atol=1e-6)
@@ -34,11 +34,11 @@ def test_in_batches_in_evaluation_mode_without_gradient(model, painted) -> None:
 def test_every_part_gets_its_own_mode_back(model) -> None:
     model.train()
     model.frozen.eval()
-    with measuring(model) as device:
+    with eval_mode(model) as device:
         assert not model.training
         assert not torch.is_grad_enabled()
         assert device == torch.device("cpu")
-    with pytest.raises(KeyError), measuring(model):
+    with pytest.raises(KeyError), eval_mode(model):
         raise KeyError
     assert model.training
     assert not model.frozen.training
@@ -63,7 +63,7 @@ def test_workers_change_nothing(model, painted) -> None:
 
 
 def test_nothing_readable(model, painted) -> None:
-    with pytest.raises(UserError, match=r"'painted'.*2 pairs none.*2 × truncated image"):
+    with pytest.raises(UserError, match=r"'painted'.*2 pairs.*2 × truncated image"):
         encode_source(model, painted(["red", "red"], broken=[0, 1]), batch_size=1)
 
 

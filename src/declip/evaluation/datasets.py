@@ -1,4 +1,4 @@
-"""Evaluation datasets: opened by name, with their splits, class names, templates and metric."""
+"""Evaluation datasets by name, with their splits, class names, templates and metric."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ class LabeledSource(PairSource):
 
 @dataclass(frozen=True)
 class Named:
-    """A dataset that the user has in a folder; `files` belong there, for the message where they cannot be read."""
+    """A known dataset in a folder of the user; error messages name the expected `files`."""
 
     open: Callable[[str, Path], Openers]
     files: str
@@ -54,21 +54,21 @@ NAMED: Mapping[str, Named] = {
     "dtd": Named(torchvision_set, "dtd/", "dtd"),
     "imagenet": Named(imagenet, "val/", "imagenet"),
     "imagenet-v2": Named(imagenet, "folders 0 to 999", "imagenet"),
-    "imagenet-r": Named(imagenet, "a folder per WordNet number", "imagenet"),
-    "imagenet-sketch": Named(imagenet, "a folder per WordNet number", "imagenet"),
-    "imagenet-a": Named(imagenet, "a folder per WordNet number", "imagenet"),
+    "imagenet-r": Named(imagenet, "one folder per WordNet number", "imagenet"),
+    "imagenet-sketch": Named(imagenet, "one folder per WordNet number", "imagenet"),
+    "imagenet-a": Named(imagenet, "one folder per WordNet number", "imagenet"),
     "coco": Named(captioned, "a list of captions and its images"),
     "flickr30k": Named(captioned, "a list of captions and its images"),
-    "folder": Named(image_folder, "a folder of images per class"),
+    "folder": Named(image_folder, "one folder of images per class"),
 }
 """Names of `NAME:/path`. Metrics as in CLIP's table of datasets (Radford et al. 2021, appendix A)."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named dataset with its splits, each opened when it is first used."""
+    """A dataset with its splits, each opened on first use."""
 
-    name: str  # as the user wrote it: "pets:/data/pets", "builtin:stamps", "data/mine.csv"; results are stored by it
+    name: str  # as given: "pets:/data/pets", "builtin:stamps", "data/mine.csv"; results are stored under it
     openers: Openers  # "test" is always there
     templates: str = "plain"  # name of a template set
     metric: str = "top1"  # the dataset's convention, or "mean_per_class"
@@ -81,12 +81,12 @@ class Dataset:
         if which not in self._opened:
             self._opened[which] = self.openers[which]()
         if len(self._opened[which]) == 0:
-            raise UserError(f"'{self.name}' holds no pair in its {which} split. Nothing can be measured on it.")
+            raise UserError(f"'{self.name}' has no pairs in its {which} split. Use another dataset.")
         return self._opened[which]
 
 
 def open_dataset(dataset: str | Path | PairSource | Items | Dataset, *, label_column: str | None = None) -> Dataset:
-    """Open a dataset by its name, or make one of an open source; its test split is opened at once.
+    """Open a dataset by name, or wrap an open source; the test split is opened immediately.
 
     Args:
         dataset: ``NAME:/path`` with a name in `NAMED`, such as "pets:/data/pets"; a table, which has classes where it

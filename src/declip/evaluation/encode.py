@@ -1,4 +1,4 @@
-"""Features for evaluation: every image and caption of a source through the towers, once, without gradient."""
+"""Image and text features of a source for evaluation, without gradients."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 
 
 class Encoder(Protocol):
-    """The part of a model that an evaluation uses: two towers, with preprocessing and tokenizer."""
+    """The interface of a model that evaluation needs: two towers with preprocessing and tokenizer."""
 
     def encode_image(self, images: Tensor, /) -> Tensor: ...  # (n, 3, S, S) normalized pixels → (n, d)
     def encode_text(self, tokens: Tensor, /) -> Tensor: ...  # (n, L) token ids → (n, d)
@@ -38,13 +38,13 @@ Row = tuple[int, str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class SourceFeatures:
-    """Features of a source on the CPU; pairs that could not be read are left out and counted."""
+    """Features of a source on the CPU; pairs that cannot be read are skipped and counted."""
 
     name: str
     indices: np.ndarray  # (n,) int64, index of each row in the source
     images: Tensor  # (n, d) float32
     captions: tuple[tuple[str, ...], ...]
-    texts: Tensor | None  # (m, d) float32, all captions, row after row; None where they are not encoded
+    texts: Tensor | None  # (m, d) float32, captions of all rows in order; None if not encoded
     skipped: SkipCounter
     truncated: int = 0  # encoded captions longer than the model's context
 
@@ -52,23 +52,23 @@ class SourceFeatures:
         return len(self.indices)
 
     @property
-    def words(self) -> list[str]:
-        """The m captions in the order of `texts`."""
+    def flat_captions(self) -> list[str]:
+        """All m captions in the order of `texts`."""
         return [caption for captions in self.captions for caption in captions]
 
     @cached_property
-    def owners(self) -> np.ndarray:
+    def image_rows(self) -> np.ndarray:
         """(m,) int64, the row of `images` that each caption belongs to."""
         return np.repeat(np.arange(len(self.captions)), [len(captions) for captions in self.captions])
 
 
 @contextmanager
-def measuring(model: Encoder) -> Iterator[torch.device]:
-    """Evaluation mode without gradient; yields the weights' device. Afterwards every module gets its own mode back."""
-    modes = [(module, module.training) for module in getattr(model, "modules", tuple)()]  # none of a plain object
+def eval_mode(model: Encoder) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; yields the device of the weights. Restores the mode of each module."""
+    modes = [(module, module.training) for module in getattr(model, "modules", tuple)()]  # empty for a plain object
     weight = next(iter(getattr(model, "parameters", tuple)()), None)
     try:
-        # Not model.eval(), which calls the `train` of frozen modules and cannot be undone module by module.
+        # Not model.eval(): it calls the overridden `train` of frozen modules, and cannot be undone per module.
         for module, _ in modes:
             module.training = False
         with torch.no_grad():
@@ -83,7 +83,7 @@ def text_features(model: Encoder, texts: Sequence[str], *, batch_size: int = 256
     row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     distinct = list(row_of)
     parts = []
-    with measuring(model) as device, pairs_bar(progress, "batches") as bar:
+    with eval_mode(model) as device, pairs_bar(progress, "batches") as bar:
         for start in bar.track(range(0, len(distinct), batch_size), description="Texts"):
             batch = distinct[start : start + batch_size]
             features = normalize(model.encode_text(model.tokenize(batch).to(device)).float(), dim=-1).cpu()
@@ -103,22 +103,22 @@ def encode_source(
     workers: int = 0,
     progress: bool = False,
 ) -> SourceFeatures:
-    """Encode the images of a source in one pass over the files and, if `texts`, its captions.
+    """Encode the images of a source in one pass over its files and, with `texts`, its captions.
 
     Args:
         encode: (n, 3, S, S) normalized pixels on the model's device → (n, d); by default L2-normalized embeddings.
-        indices: Indices of the source to encode, in this order; None takes all.
-        workers: Processes that read and resize; 0 reads in this one.
+        indices: Indices of the source to encode, in this order; None: all.
+        workers: Processes that read and resize images; 0: in this one.
     """
     encode = encode or (lambda pixels: normalize(model.encode_image(pixels).float(), dim=-1))
-    wanted = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    parts_of = np.split(wanted, range(batch_size, len(wanted), batch_size))
+    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    batches = np.split(chosen, range(batch_size, len(chosen), batch_size))
     rows: list[Row] = []
     parts: list[Tensor] = []
     skipped = SkipCounter()
-    stream = in_order(Batches(model, parts_of, partial(_read_row, source)), len(parts_of), workers)
-    with naming_lost_workers(), measuring(model) as device, pairs_bar(progress, "batches") as bar:
-        for pixels, read, broken in bar.track(stream, len(parts_of), description=f"Images of {source.name}"):
+    stream = in_order(Batches(model, batches, partial(_read_row, source)), len(batches), workers)
+    with naming_lost_workers(), eval_mode(model) as device, pairs_bar(progress, "batches") as bar:
+        for pixels, read, broken in bar.track(stream, len(batches), description=f"Images of {source.name}"):
             skipped.merge(broken)
             if pixels is not None:
                 features = encode(pixels.to(device)).float().cpu()
@@ -127,21 +127,21 @@ def encode_source(
                 rows += read
     if not rows:
         raise UserError(
-            f"Nothing to measure on '{source.name}': of its {len(source)} pairs none could be read. "
+            f"Cannot evaluate on '{source.name}': none of its {len(source)} pairs could be read. "
             f"{skipped.explanation()} Check the paths and captions."
         )
-    kept, captions = np.array([index for index, _, _ in rows]), tuple(captions for _, _, captions in rows)
-    encoded = SourceFeatures(source.name, kept, torch.cat(parts), captions, None, skipped)
+    read_indices, captions = np.array([index for index, _, _ in rows]), tuple(captions for _, _, captions in rows)
+    encoded = SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
     if not texts:
         return encoded
-    words = text_features(model, encoded.words, batch_size=batch_size, progress=progress)
-    return replace(encoded, texts=words, truncated=_count_truncated(model, encoded.words))
+    features = text_features(model, encoded.flat_captions, batch_size=batch_size, progress=progress)
+    return replace(encoded, texts=features, truncated=_count_truncated(model, encoded.flat_captions))
 
 
 def model_hash(model: Encoder) -> bytes:
-    """SHA-256 of a model: its class name, tensors and settings of its towers, and its preprocessing of fixed noise."""
+    """SHA-256 of a model: class name, tensors, settings of its towers, and its preprocessing of fixed noise."""
     digest = hashlib.sha256(type(model).__qualname__.encode())
-    if (recipe := getattr(model, "recipe", None)) is not None:  # equal weights may be used in several ways
+    if (recipe := getattr(model, "recipe", None)) is not None:  # equal weights may be applied in several ways
         image, text = recipe.image, recipe.text
         digest.update(repr((image.model, image.model_kwargs, text.heads, text.activation, text.pooling)).encode())
 
@@ -168,20 +168,20 @@ def _count_truncated(model: Encoder, texts: Iterable[str]) -> int:
 
 
 class Batches(Dataset[tuple[Tensor | None, list[Any], SkipCounter]]):
-    """Pixels (n, 3, S, S) of the pairs of a batch, what `read` gives next to each image, and the broken ones."""
+    """Batches of pixels (n, 3, S, S), what `read` returns beside each image, and the broken pairs."""
 
     def __init__(
-        self, model: Encoder, places: Sequence[Iterable[int]], read: Callable[[int], tuple[Image.Image, Any]]
+        self, model: Encoder, batches: Sequence[Iterable[int]], read: Callable[[int], tuple[Image.Image, Any]]
     ) -> None:
         # `DualEncoder.preprocessor` stays on the host, where a worker may use it; `preprocess` moves to the device.
         self.preprocess = getattr(model, "preprocessor", model.preprocess)
-        self.places, self.read = places, read
+        self.batches, self.read = batches, read
 
     def __getitem__(self, number: int) -> tuple[Tensor | None, list[Any], SkipCounter]:
         images, rows, skipped = [], [], SkipCounter()
-        for place in self.places[number]:
+        for index in self.batches[number]:
             try:
-                image, row = self.read(int(place))
+                image, row = self.read(int(index))
             except BrokenPair as broken:
                 skipped.add(broken)
                 continue
@@ -200,6 +200,6 @@ def _require_finite(features: Tensor, what: str, names: Sequence[str]) -> None:
     finite = features.isfinite().all(1)
     if not bool(finite.all()):
         raise UserError(
-            f"The model's features of the {what} '{printable(names[int((~finite).nonzero()[0])])}' are not finite: its "
-            "weights have diverged or are damaged. Take an earlier checkpoint, or train with a lower train.lr."
+            f"The model's features of the {what} '{printable(names[int((~finite).nonzero()[0])])}' are not finite: the "
+            "weights diverged or are corrupted. Use an earlier checkpoint, or train with a lower train.lr."
         )

@@ -9,7 +9,7 @@ from declip.data.pair import PairSource
 from declip.data.sources.subset import Subset
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
-from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, measuring
+from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, eval_mode
 from declip.evaluation.probes.data import FeatureKind, ProbeData, check_probe, encoder_of, read_probe_data
 from declip.evaluation.probes.knn import knn_probe
 from declip.evaluation.probes.linear import linear_probe
@@ -53,7 +53,7 @@ class SharedFeatures:
     def splits(self) -> ProbeData:
         """All splits with their labels, for probes."""
         kind = self.options.features
-        with measuring(self.model) as device:
+        with eval_mode(self.model) as device:
             # Apple's devices have no float64, which the solver sums in.
             probing = "cpu" if device.type == "mps" else device
         encode = encoder_of(self.model, kind)

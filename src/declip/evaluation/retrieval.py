@@ -102,7 +102,7 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     With the `scale` of the model's logits the `contrastive_loss` is measured too, by the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
-    captions, carriers = features.words, carriers_of(features)
+    captions, carriers = features.flat_captions, carriers_of(features)
     rows_of: dict[str, list[int]] = {}
     for row, caption in enumerate(captions):
         rows_of.setdefault(caption, []).append(row)
@@ -117,7 +117,7 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     image_chance = chance_levels(([times[each] for each in {*own}] for own in features.captions), times.values())
     text_rank = ranks(features.texts, features.images, images_of_text)
     image_rank = ranks(features.images, features.texts, texts_of_image)
-    first = np.unique(features.owners, return_index=True)[1]
+    first = np.unique(features.image_rows, return_index=True)[1]
     return RetrievalResult(
         dataset=features.name,
         images=len(features),
@@ -151,6 +151,6 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
 def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
     """Map each caption to the rows of the images that have exactly this caption."""
     carriers: dict[str, set[int]] = {}
-    for caption, owner in zip(features.words, features.owners.tolist(), strict=True):
+    for caption, owner in zip(features.flat_captions, features.image_rows.tolist(), strict=True):
         carriers.setdefault(caption, set()).add(owner)
     return {caption: np.array(sorted(rows), dtype=np.int64) for caption, rows in carriers.items()}

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 import declip
 from declip.errors import UserError, unknown
-from declip.evaluation.encode import measuring
+from declip.evaluation.encode import eval_mode
 from declip.interchange import declip_file, huggingface, onnx, open_clip
 from declip.interchange.declip_file import CARD
 from declip.interchange.layouts import Refusal
@@ -109,7 +109,7 @@ def export(
     }  # fmt: skip
     if {weight.dtype for weight in traced.parameters()} != {torch.float32}:
         traced = deepcopy(traced).float()
-    with _new_folder(out, overwrite) as folder, measuring(traced):
+    with _new_folder(out, overwrite) as folder, eval_mode(traced):
         try:
             form.write(traced, folder, **options.get(format, {}))
         except Refusal as refusal:

@@ -55,12 +55,12 @@ def retrieval(
         The captions, and the fraction of all captions that rank their image first.
     """
     assert features.texts is not None
-    captions, carriers = features.words, carriers_of(features)
+    captions, carriers = features.flat_captions, carriers_of(features)
     correct = [carriers[caption] for caption in captions]
     rank = ranks(features.texts, features.images, correct)
     chosen: dict[int, int] = {}  # image → one of its captions
     for group in (np.flatnonzero(rank == 1), np.flatnonzero(rank > 1)):
-        by_image = {int(features.owners[row]): row for row in rng.permutation(group).tolist()}
+        by_image = {int(features.image_rows[row]): row for row in rng.permutation(group).tolist()}
         chosen |= dict([(image, row) for image, row in by_image.items() if image not in chosen][:each])
     queries = []
     for row in chosen.values():

@@ -25,7 +25,7 @@ from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
 from declip.data.sources.stored_paths import resolve, stored_path
 from declip.errors import UserError, check_range
-from declip.evaluation.encode import Encoder, measuring, model_hash
+from declip.evaluation.encode import Encoder, eval_mode, model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
 from declip.io.atomic import atomic_write, sha256
@@ -148,7 +148,7 @@ class Index:
                 upright = decode(given, str(image))
             except BrokenPair as broken:
                 raise UserError(f"The image to search for cannot be used: {broken}.") from broken
-            with measuring(self.model):
+            with eval_mode(self.model):
                 pixels = self.model.preprocess([upright])
             vectors.append(image_vectors(self.model, pixels)[0])
         if not vectors:
@@ -339,7 +339,7 @@ def _is_missing(path: str | Path) -> bool:
 
 def image_vectors(model: Encoder, pixels: Tensor) -> Tensor:
     """Encode (n, 3, S, S) normalized pixels to (n, d) float32 on the CPU, L2-normalized."""
-    with measuring(model) as device:
+    with eval_mode(model) as device:
         vectors = normalize(model.encode_image(pixels.to(device)).float(), dim=-1).cpu()
     if not vectors.isfinite().all():
         raise UserError("The model's image features are not finite: its weights are damaged. Try another checkpoint.")
