@@ -11,7 +11,7 @@ from typing import Any
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.open import open_source
-from declip.data.sources.shard_names import absolute
+from declip.data.sources.shard_files import absolute
 from declip.data.sources.splits import training_part
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, write_pair_list
 from declip.errors import UserError

@@ -25,7 +25,7 @@ from declip.app.middleware import Guard
 from declip.app.params import LARGEST_UPLOAD, ImageId
 from declip.app.state import AppState, state_of
 from declip.data.pair import printable
-from declip.data.sources.shard_names import absolute
+from declip.data.sources.shard_files import absolute
 from declip.errors import UserError
 from declip.evaluation.prompt_sets import prompt_names
 from declip.interchange.read import load

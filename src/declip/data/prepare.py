@@ -17,7 +17,7 @@ from declip.data.images.shrink import SIZE, downscaled_bytes
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
-from declip.data.sources.shard_names import absolute
+from declip.data.sources.shard_files import absolute
 from declip.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT
 from declip.errors import UserError, check_range
 from declip.io.atomic import ELSEWHERE, atomic_write, locked_folder, write_text

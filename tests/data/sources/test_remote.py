@@ -13,7 +13,6 @@ import pytest
 from data.tables import message
 from data.tars import SIZES, write_shards
 from declip.data.pair import BrokenPair
-from declip.data.sources import remote as shard_remote
 from declip.data.sources import shard_files
 from declip.data.sources.open import open_source
 from declip.data.sources.shards import ShardSource
@@ -24,7 +23,7 @@ fsspec = pytest.importorskip("fsspec")
 
 @pytest.fixture
 def copies(cache, monkeypatch) -> Path:
-    monkeypatch.setattr(shard_remote, "PAUSE", 0.0)
+    monkeypatch.setattr(shard_files, "PAUSE", 0.0)
     return cache / "shards/copies"
 
 
@@ -51,8 +50,8 @@ EXPECTED = [f"picture {n}" for n in range(21)]
 
 
 def test_urls_are_read_as_files_are_and_fetched_once(memory, copies, monkeypatch):
-    fetched, fetch = [], shard_remote.fetch
-    monkeypatch.setattr(shard_remote, "fetch", lambda *given: fetched.append(given[0]) or fetch(*given))
+    fetched, fetch = [], shard_files.fetch
+    monkeypatch.setattr(shard_files, "fetch", lambda *given: fetched.append(given[0]) or fetch(*given))
     for word in ("memory://set/{00000..00003}.tar", "memory://set", "memory://set/*.tar"):
         source = open_source(word)
         assert all_captions(source) == all_captions(pickle.loads(pickle.dumps(source))) == EXPECTED
@@ -151,7 +150,7 @@ def test_a_shard_that_cannot_be_fetched_breaks_its_pairs_and_is_not_asked_for_ea
     for index in (6, 7, 8):
         with pytest.raises(BrokenPair, match=r"unreadable shard: 00002.tar/.*tar: TimeoutError: no answer\)"):
             source[index]
-    assert len(asked) == shard_remote.TRIES
+    assert len(asked) == shard_files.TRIES
     monkeypatch.undo()
     monkeypatch.setenv("DECLIP_CACHE", str(copies.parents[1]))
     monkeypatch.setattr(shard_files, "RESTING", 0.0)

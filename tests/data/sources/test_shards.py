@@ -16,8 +16,7 @@ from data.tars import SIZES, pair, picture, write_shards, write_tar
 from declip.data.pair import PairSource
 from declip.data.sources import shards
 from declip.data.sources.open import open_source
-from declip.data.sources.shard_files import OPEN_FILES
-from declip.data.sources.shard_names import absolute
+from declip.data.sources.shard_files import OPEN_FILES, absolute
 from declip.data.sources.shards import ShardSource
 
 pytestmark = pytest.mark.usefixtures("cache")

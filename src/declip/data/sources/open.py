@@ -13,7 +13,7 @@ from declip.data.pair import BUILTIN_PREFIX, PairSource
 from declip.data.sources.folder import FolderSource
 from declip.data.sources.hf_dataset import is_dataset
 from declip.data.sources.python_items import PREFIX, Items, ItemSource
-from declip.data.sources.shard_names import holds, names_shards
+from declip.data.sources.shard_files import holds, names_shards
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import LIST_KIND, Subset, read_pair_list
 from declip.data.sources.table import TABLE_KINDS, TableSource, find_table

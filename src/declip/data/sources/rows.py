@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from declip.data.pair import BrokenPair, as_texts, clean_keywords
-from declip.data.sources.shard_names import expand, files_in
+from declip.data.sources.shard_files import expand, files_in
 from declip.data.sources.splits import COLUMN, places_by_split, split_numbers
 from declip.errors import UserError
 from declip.io.memo import cached_table

@@ -1,27 +1,46 @@
-"""Finding the files of shards, and opening them, remote ones through a bounded folder of local copies."""
+"""Shards by their names: expanding patterns, and opening files, remote ones through fsspec and a local cache."""
 
+import glob
 import hashlib
+import importlib
+import json
 import os
+import re
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import lru_cache
+from contextlib import contextmanager, suppress
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from declip.data.sources import remote
+from declip.data.images.decode import EXTENSIONS
 from declip.data.sources.open_file import OpenFile
-from declip.data.sources.remote import UnreadableShard
-from declip.data.sources.shard_names import expand, is_url
 from declip.errors import UserError
-from declip.io.atomic import atomic_write, cache_folder
+from declip.io.atomic import FULL, atomic_write, cache_folder
 from declip.io.memo import locked
+
+T = TypeVar("T")
+
+SEPARATOR = "::"  # joins several names into one, as in open_clip's options
+MOST_SHARDS = 1_000_000
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d{1,15})\.\.(\d{1,15})")
 
 OPEN_FILES = 64  # local shards that a process keeps open; opening one on a network file system takes milliseconds
 LAYOUT = 5  # raised when the index of a shard changes its meaning
 
-ASKED_AT_ONCE = 16
+REQUESTS = 16  # concurrent requests for the size of a shard
+TRIES, PAUSE = 3, 1.0
+"""Tries of a request, and seconds before the second one; twice as many before the third."""
 RESTING = 60.0  # seconds before a shard that could not be fetched is tried again: each of its pairs would wait
+
+SIZES, LARGEST_SIZES = "sizes.json", 64 << 20
+"""WebDataset's and open_clip's file next to the shards with the number of pairs of each; its largest size in bytes."""
+
+
+class UnreadableShard(Exception):
+    """A shard cannot be read; the message is the reason, in one line."""
 
 
 class Shard(NamedTuple):
@@ -37,14 +56,95 @@ class Shard(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The last part of its name, without a URL's query, which may be a signature."""
+        """The last part of the name, without a URL's query, which may be a signature."""
         return (self.name.partition("?")[0] if self.remote else self.name).rpartition("/")[2]
 
 
+# Names
+
+
+def names_shards(word: str) -> bool:
+    """Whether a word can only mean shards: a tar file, a URL, a pattern, or several joined by `::`."""
+    if is_url(word) or SEPARATOR in word or word.lower().endswith((".tar", ".tgz", ".tar.gz")):
+        return True
+    return any(sign in word for sign in "*?[{") and not Path(word).expanduser().exists()
+
+
+def is_url(word: str) -> bool:
+    """Whether a word is a URL rather than a path."""
+    return "://" in word
+
+
+def absolute(spec: str | Path) -> str:
+    """The name of a source, model or folder that is valid in any working directory."""
+    path = Path(spec).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if not names_shards(str(spec)):
+        return str(spec)
+    parts = str(spec).split(SEPARATOR)
+    return SEPARATOR.join(part if is_url(part) else os.path.abspath(os.path.expanduser(part)) for part in parts)
+
+
+def holds(folder: Path, ending: str) -> bool:
+    """Whether a folder has files with this ending and, directly in it, no image."""
+    endings = {path.suffix.lower() for path in folder.iterdir() if not path.name.startswith(".")}
+    return ending in endings and not endings & set(EXTENSIONS)
+
+
+def files_in(folder: Path, ending: str) -> list[str]:
+    """List the files of a folder with this ending, without hidden ones such as macOS's."""
+    return sorted(str(file) for file in folder.glob("[!.]*") if file.suffix.lower() == ending)
+
+
+def expand(word: str) -> list[str]:
+    """List the paths and URLs of the shards that a word names; those of a folder or a pattern are sorted.
+
+    A word is files, folders, patterns (`*`, `?`, `[…]`), brace ranges or lists, joined by `::`. Of URLs only braces are
+    expanded here.
+    """
+    shards: list[str] = []
+    for part in filter(None, map(str.strip, word.split(SEPARATOR))):
+        for name in [part] if not is_url(part) and Path(part).expanduser().exists() else _braces(part):
+            files = _files(name)
+            if not files:
+                raise UserError(f"There is no file '{name}'. Fetch it, or name existing files.")
+            shards += files
+    if not shards:
+        raise UserError(f"'{word}' names no shard. Give a .tar file, a folder of them, a pattern or a URL.")
+    return shards
+
+
+def _files(name: str) -> list[str]:
+    """A URL, or the files of a path, a folder or a pattern, possibly none."""
+    path = Path(name).expanduser()
+    if is_url(name) or path.is_file():
+        return [name if is_url(name) else str(path)]
+    if path.is_dir():
+        return files_in(path, ".tar")
+    return sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+
+
+def _braces(word: str) -> list[str]:
+    """Expand `{000..331}` (padded like its first number) and `{a,b}` as a shell does."""
+    braces = BRACES.search(word)
+    if braces is None:
+        return [word]
+    choices = braces[1].split(",")
+    if ends := RANGE.fullmatch(braces[1]):
+        first, last = int(ends[1]), int(ends[2])
+        if abs(last - first) >= MOST_SHARDS:
+            raise UserError(f"'{word}' names more than {MOST_SHARDS:,} shards. Shorten its range.")
+        step = 1 if first <= last else -1
+        choices = [str(number).zfill(len(ends[1])) for number in range(first, last + step, step)]
+    before, after = word[: braces.start()], word[braces.end() :]
+    return [name for choice in choices for name in _braces(before + choice + after)]
+
+
 def find_shards(word: str) -> list[Shard]:
-    """The shards that a word names (see `shard_names.expand`), in order."""
+    """Look up the shards that a word names (see `expand`), in order."""
     try:
-        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        with ThreadPoolExecutor(REQUESTS) as pool:
             return [shard for shards in pool.map(_look_up, expand(word)) for shard in shards]
     except (UnreadableShard, OSError) as error:
         raise UserError(f"A shard cannot be read: {error}.") from error
@@ -52,18 +152,96 @@ def find_shards(word: str) -> list[Shard]:
 
 def _look_up(name: str) -> list[Shard]:
     if is_url(name):
-        return [_shard(url, url, size, version) for url, size, version in remote.look_up(name)]
+        return [_shard(url, url, size, version) for url, size, version in look_up(name)]
     status = os.stat(name)
     return [_shard(name, str(Path(name).resolve()), status.st_size, str(status.st_mtime_ns))]
 
 
-def _shard(name: str, place: str, size: int, version: str) -> Shard:
-    state = repr((LAYOUT, place, size, version)).encode(errors="surrogateescape")
+def _shard(name: str, path: str, size: int, version: str) -> Shard:
+    state = repr((LAYOUT, path, size, version)).encode(errors="surrogateescape")
     return Shard(name, size, hashlib.sha256(state).hexdigest()[:32])
 
 
+# Remote files
+
+
+@contextmanager
+def _file_system(url: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL and the path on it; errors, which differ by system, become `UnreadableShard`."""
+    try:
+        core = importlib.import_module("fsspec.core")
+        yield core.url_to_fs(url)  # requested each time: fsspec then returns a new one in a forked process
+    except ImportError as error:
+        raise UserError(
+            f"Reading '{url}' requires fsspec: pip install 'declip[remote]', and the package for this kind of URL "
+            "(s3fs, gcsfs, huggingface_hub for hf)."
+        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        line = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
+        raise UnreadableShard(f"{url}: {type(error).__name__}: {line}") from error
+
+
+def _retried(work: Callable[..., T]) -> Callable[..., T]:
+    """Try up to `TRIES` times: one of many requests may fail."""
+
+    @wraps(work)
+    def trying(*arguments: Any) -> T:
+        for trial in range(1, TRIES):
+            try:
+                return work(*arguments)
+            except UnreadableShard:
+                time.sleep(PAUSE * 2 ** (trial - 1))
+        return work(*arguments)
+
+    return trying
+
+
+@_retried
+def look_up(url: str) -> list[tuple[str, int, str]]:
+    """URL, size and description of the shards of a URL: one file, those of a pattern, or a folder's .tar files."""
+    with _file_system(url) as (system, path):
+        if "*" in path or not path.partition("?")[0].lower().endswith((".tar", ".gz", ".tgz")):
+            pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
+            globbed = system.glob(pattern, detail=True)
+            files = {system.unstrip_protocol(name): info for name, info in sorted(globbed.items())}
+        else:
+            files = {url: system.info(path)}
+        if not files:
+            raise FileNotFoundError("no .tar file")
+    # Without the address that a redirect led to, which is often signed anew each time.
+    infos = {name: {key: value for key, value in info.items() if key != "url"} for name, info in files.items()}
+    return [(name, int(info.get("size") or 0), str(info)) for name, info in infos.items()]
+
+
+@_retried
+def fetch(url: str, target: Path, size: int) -> None:
+    """Copy a remote file of `size` bytes (0: unknown); raises `UnreadableShard`, or OSError if the disk is full."""
+    try:
+        with _file_system(url) as (system, path):
+            system.get_file(path, str(target))
+            received = target.stat().st_size
+            if size and received != size:
+                raise EOFError(f"{received:,} of {size:,} bytes received")
+    except UnreadableShard:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def counts(folder: str) -> dict[str, int]:
+    """The number of pairs by a shard's last name, from `SIZES` in a remote folder; empty if it is missing."""
+    with _file_system(f"{folder}/{SIZES}") as (system, path):
+        if not system.exists(path):
+            return {}
+        sizes = json.loads(system.cat_file(path, 0, LARGEST_SIZES))
+        if not all(isinstance(count, int) and 0 <= count < 2**31 for count in sizes.values()):
+            raise ValueError("not a number of pairs for each shard; fix or remove it")
+        return sizes
+
+
 class ShardFiles:
-    """Opens shards; remote ones are fetched whole, and the least recently used copies beyond `cache_gb` removed."""
+    """Opens shards; remote ones are fetched complete, and the least recently used copies beyond `cache_gb` removed."""
 
     def __init__(self, cache_gb: float) -> None:
         self._limit = cache_gb * 1e9
@@ -71,7 +249,7 @@ class ShardFiles:
         self.open_local = lru_cache(OPEN_FILES)(OpenFile)
 
     def open(self, shard: Shard) -> OpenFile:
-        """Open a shard for reading; raises `UnreadableShard`, or `UserError` for a full disk."""
+        """Open a shard for reading; raises `UnreadableShard`, or `UserError` if the disk is full."""
         try:
             # A copy is not kept open: it takes room on the disk until the last process closes it.
             return self._copy(shard) if shard.remote else self.open_local(shard.name)
@@ -88,11 +266,11 @@ class ShardFiles:
             raise UnreadableShard(reason)
         with locked("copies", shard.state):
             with suppress(FileNotFoundError):
-                return OpenFile(path)  # fetched by another thread or process meanwhile
+                return OpenFile(path)  # fetched by another thread or process in the meantime
             try:
                 with atomic_write(path) as partial:
-                    remote.fetch(shard.name, partial, shard.size)
-                    opened = OpenFile(partial)  # others who make room may remove the copy as soon as it has its name
+                    fetch(shard.name, partial, shard.size)
+                    opened = OpenFile(partial)  # another process may remove the copy as soon as it has its name
             except UnreadableShard as error:
                 self._failed[shard.state] = time.monotonic(), str(error)
                 raise

@@ -1,7 +1,14 @@
-"""Pairs from WebDataset's tar shards, the format of img2dataset and open_clip, read by random access."""
+"""Pairs from WebDataset's tar shards, the format of img2dataset and open_clip, read by random access.
+
+A shard is indexed once: `tarfile` reads its headers, and the positions of images and captions go to a cached table.
+Then a pair is read from its position in the file. Nothing is extracted or unpickled.
+"""
 
 import json
 import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -10,17 +17,19 @@ import numpy as np
 import pyarrow as pa
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from declip.data.images.decode import LARGEST_IMAGE
+from declip.data.images.decode import EXTENSIONS, LARGEST_IMAGE
 from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions, clean_keywords
 from declip.data.sources.entry import EntrySource, Texts
-from declip.data.sources.remote import UnreadableShard, counts
-from declip.data.sources.shard_files import Shard, ShardFiles, find_shards
-from declip.data.sources.shard_index import SCHEMA, Places, make_index, read_entry
+from declip.data.sources.open_file import OpenFile
+from declip.data.sources.shard_files import Shard, ShardFiles, UnreadableShard, counts, find_shards
 from declip.errors import UserError
 from declip.io.memo import cached_table
 from declip.io.progress import progress_bar
 
 LARGEST_TEXT = 1_000_000  # bytes of a text or JSON file
+LARGEST_HEADER = 1 << 18  # bytes read of a member's headers: `tarfile` reads extended ones of any size they claim
+LARGEST_SIZE = 1 << 62
+MOST_PADDING = 1 << 20  # bytes after the end of an archive; tar's own blocks have 10 KiB
 
 CAPTION_KEYS = ("caption", "captions", "text", "texts")  # the first that has any is read
 
@@ -28,19 +37,30 @@ OPEN_INDICES = 2048  # indices that stay mapped; each takes about 10 kB in addit
 MANY, FETCHED_AT_ONCE = 8, 8
 """Shards above which a progress bar is shown while they are indexed, and remote ones that are fetched at once."""
 
+PARTS = ("image", "text", "json")
+KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS} | {"txt": "text", "json": "json"}
+"""The part of a pair that a file is, by its extension."""
+
+SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^./]*)", re.DOTALL)
+"""A key and its extension; as in WebDataset the key ends at the first dot of the name's last part."""
+
+SCHEMA = pa.schema([("key", pa.large_binary()), *((part, pa.list_(pa.int64(), 2)) for part in PARTS)])
+
 
 class ShardEntry(NamedTuple):
+    """A pair of a shard: start and size in bytes of each part that it has."""
+
     key: str
     shard: Shard
-    places: Places
+    places: Mapping[str, tuple[int, int]]
 
 
 class ShardSource(EntrySource):
     """Pairs of tar shards: `KEY.jpg` (or another image), and `KEY.txt` or `KEY.json` or both.
 
     The text file is one caption. The JSON file may have "caption" or "text", a string or a list of them, and
-    "keywords", a list of strings. Each shard is indexed once; then a pair is read from its place in the file. Copies of
-    remote shards take up to `cache_gb` 10^9 bytes, by default DECLIP_SHARD_CACHE_GB or 50.
+    "keywords", a list of strings. Copies of remote shards take up to `cache_gb` 10^9 bytes, by default
+    DECLIP_SHARD_CACHE_GB or 50.
     """
 
     blocks: np.ndarray
@@ -83,8 +103,10 @@ class ShardSource(EntrySource):
             raise BrokenPair("unreadable shard", place, str(error)) from error
         if row >= len(pairs):
             raise BrokenPair("missing in shard", place, f"{len(pairs):,} pairs instead of {self.blocks[number]:,}")
-        key, places = read_entry(pairs, row)
-        return ShardEntry(f"{shard.label}/{key}", shard, places)
+        places = {part: pairs[part][row].as_py() for part in PARTS}
+        key = pairs["key"][row].as_py().decode(errors="backslashreplace")  # not every name is UTF-8
+        present = {part: tuple(place) for part, place in places.items() if place is not None}
+        return ShardEntry(f"{shard.label}/{key}", shard, present)
 
     def content(self, entry: ShardEntry) -> bytes:
         return self._read(entry, "image", LARGEST_IMAGE, "image too large")
@@ -157,3 +179,87 @@ class ShardSource(EntrySource):
         except UnreadableShard as error:
             raise UserError(f"A shard cannot be read: {error}.") from error
         return np.array(sizes, np.int64)
+
+
+def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
+    """Find the pairs of a shard, in the order in which it first names them; raises `UserError` for a damaged one.
+
+    Members of one key are a pair wherever they stand, with the first of several images. A second image of the same
+    extension, text or JSON of a key begins another pair.
+    """
+    rows: list[dict[str, object]] = []
+    latest: dict[str, dict[str, object]] = {}
+    images: dict[str, str] = {}  # the extension of the latest pair's image by key
+    try:
+        for member, at, size in members(file):
+            match = SAMPLE.fullmatch(member)
+            key, ending = (match[1], match[2].lower()) if match else ("", "")
+            if ending not in KINDS:
+                continue
+            part = KINDS[ending]
+            if part == "image" and images.setdefault(key, ending) != ending:
+                continue
+            if key not in latest or part in latest[key]:
+                latest[key] = {"key": key.encode(errors="surrogateescape")}
+                rows.append(latest[key])
+            latest[key][part] = (at, size)
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(
+            f"The shard '{name}' is no tar archive that can be read beyond its first {len(rows):,} pairs: {error}. "
+            "Fetch or write it anew, or leave it out; one that is compressed has to be unpacked once."
+        ) from error
+    return pa.RecordBatch.from_pylist(rows, SCHEMA)
+
+
+def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
+    """Walk through an archive, and yield the name of each plain file, the start of its content and its size in bytes.
+
+    The last content may reach beyond the end of the file. `tarfile.TarFile.next` takes most damage for the end of the
+    archive, so headers are read one by one here.
+
+    Raises:
+        tarfile.TarError: A header is invalid; the members yielded before can be used.
+    """
+    headers = _Headers(file)
+    at = 0
+    try:
+        tar = tarfile.TarFile(fileobj=headers, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
+        while at < file.size:
+            headers.seek(at)
+            info = tarfile.TarInfo.fromtarfile(tar)
+            if tar.offset <= at or info.size < 0:
+                raise tarfile.HeaderError("negative size")
+            at = tar.offset
+            if info.isreg() and not info.issparse():
+                yield info.name, info.offset_data, min(info.size, LARGEST_SIZE)
+    except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined]
+        if file.size - at > MOST_PADDING:
+            raise tarfile.TarError(f"empty from byte {at:,} on, as an unfinished download is") from error
+        return
+    except OSError:
+        raise
+    except Exception as error:  # of any kind, where a header lies
+        raise tarfile.TarError(f"{error or type(error).__name__} at byte {at:,}") from error
+    if at > file.size:
+        raise tarfile.TarError(f"cut short: {file.size:,} bytes of at least {at:,}")
+
+
+class _Headers:
+    """A file as `tarfile` reads it, which gives no more than `LARGEST_HEADER` bytes between two seeks."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self._file = file
+        self.seek(0)
+
+    def seek(self, at: int) -> None:
+        self._at, self._left = at, LARGEST_HEADER
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self._left:
+            raise tarfile.HeaderError(f"an extended header of {size:,} bytes")
+        content = self._file.read(size, self._at)
+        self._at, self._left = self._at + len(content), self._left - size
+        return content

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from declip.data.sources.shard_names import SEPARATOR, absolute
+from declip.data.sources.shard_files import SEPARATOR, absolute
 
 
 def stored_path(given: object, folder: Path) -> str:

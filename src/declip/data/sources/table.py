@@ -14,7 +14,7 @@ from declip.data.pair import BrokenPair, clean_captions, printable
 from declip.data.sources.entry import EntrySource, Texts
 from declip.data.sources.hf_dataset import DatasetRows, is_dataset, names_dataset
 from declip.data.sources.rows import ParquetRows, TableRow, TableRows, by_lower_name
-from declip.data.sources.shard_names import holds, is_url, names_shards
+from declip.data.sources.shard_files import holds, is_url, names_shards
 from declip.data.sources.text_rows import DelimitedRows, JsonRows
 from declip.errors import UserError
 
