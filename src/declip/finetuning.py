@@ -54,7 +54,7 @@ def finetune(
     """Fine-tune pretrained weights, see `declip.finetune`."""
     folder = FINETUNED if out is None else Path(out).expanduser()
     given = read_overrides(overrides, freeze)
-    distributed.join(pick_device(distributed.own_device(given.get("train.device", "auto"))))
+    distributed.join(pick_device(distributed.local_device(given.get("train.device", "auto"))))
     hosts = HostGroup()
     with ExitStack() as held, ExitStack() as undo:
         # Rank 0 alone writes, and only into a folder that it holds.

@@ -9,7 +9,7 @@ from torch import nn
 
 from declip.errors import UserError
 from declip.recipe.schema import Train
-from declip.training.muon import uses_muon
+from declip.training.muon import use_muon
 from declip.training.optimizer import build_optimizer, load_moments, moments
 from processes import in_processes
 from training.test_distributed import BATCH, compare, some_recipes, two_steps
@@ -71,7 +71,7 @@ def test_equals_a_plain_loop_and_adamw_on_the_rest() -> None:
             gradients[name].append(torch.randn(value.shape, generator=generator, dtype=value.dtype))
     orthogonalized = 0
     for name, parameter in ours.named_parameters():
-        muon = uses_muon(name, parameter)
+        muon = use_muon(name, parameter)
         orthogonalized += muon
         wanted = plain_muon(start[name], gradients[name]) if muon else expected[name]
         torch.testing.assert_close(parameter, wanted, rtol=1e-10, atol=1e-12)

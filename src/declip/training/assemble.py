@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run; everything that cannot be used is refused here, before the first step."""
+"""Assembly of a run from a recipe: all checks are made here, before the first step."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,7 +32,7 @@ from declip.training.parallel import build_learner
 from declip.training.parts import Parts
 from declip.training.pretrained import apply_pretrained
 from declip.training.random_state import seed_rank
-from declip.training.resolve import resolve
+from declip.training.resolve import Resolved, resolve
 from declip.training.sinks import Sink
 from declip.training.state import restore
 from declip.training.trackers import require_trackers
@@ -54,27 +54,22 @@ def assemble(
         source: Used instead of `data.source`.
     """
     # --- processes and device
-    device = pick_device(distributed.own_device(recipe.train.device))
+    device = pick_device(distributed.local_device(recipe.train.device))
     distributed.join(device)
     hosts, rank_zero = HostGroup(), distributed.is_rank_zero()
     hosts.on_rank_zero(partial(require_trackers, recipe.train.report_to))
 
     # --- recipe, pretrained weights and pairs; from here on the recipe does not change
     resolved = resolve(recipe, folder, resume, device, hosts, source)
-    recipe, weights, source = resolved.recipe, resolved.weights, resolved.source
+    recipe, source = resolved.recipe, resolved.source
     plan = plan_of(recipe)
     hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))
 
     # --- model and objective, random from the seed, then pretrained
     torch.manual_seed(recipe.seed)
-    encoder = weights.encoder if weights is not None else None
-    if encoder is None and resume:
-        encoder = run_folder.kept_encoder(recipe, folder)
-    model = DualEncoder.from_recipe(recipe, encoder).to(device)
-    for key, size in recipe.image_sizes.items():
-        model.image_tower.refuse_size(recipe.image.model, size, key)
+    model = _build_model(resolved, folder, resume).to(device)
     objective = Objective(recipe, model).to(device)
-    pretrained = apply_pretrained(weights, recipe, model, objective)
+    pretrained = apply_pretrained(resolved.weights, recipe, model, objective)
     objective.prepare(source, model, not quiet and rank_zero)
     set_teacher(objective, source, model)
     if recipe.finetune.cached_views:
@@ -92,8 +87,8 @@ def assemble(
         seed_rank(recipe.seed, 0)
 
     # --- loader and held-out sets
-    threads, workers = torch.get_num_threads() if device.type == "cpu" else 1, recipe.data.workers
-    workers = auto_workers(threads) if workers == "auto" else workers
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    workers = auto_workers(threads) if recipe.data.workers == "auto" else recipe.data.workers
     loader = build_loader(recipe, source, model, workers)
     samples = {name: sample_hashes(pairs) for name, pairs in {TRAINING: source, **open_held_out(recipe)}.items()}
 
@@ -109,6 +104,17 @@ def assemble(
         pretrained.keep(folder, recipe)
     continue_at(parts.progress.step, parts, loader)
     return parts
+
+
+def _build_model(resolved: Resolved, folder: Path, resume: bool) -> DualEncoder:
+    """Build the model with random weights; a resumed run reads its text encoder from its own checkpoint."""
+    recipe, encoder = resolved.recipe, resolved.weights.encoder if resolved.weights is not None else None
+    if encoder is None and resume:
+        encoder = run_folder.kept_encoder(recipe, folder)
+    model = DualEncoder.from_recipe(recipe, encoder)
+    for key, size in recipe.image_sizes.items():
+        model.image_tower.refuse_size(recipe.image.model, size, key)
+    return model
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -148,9 +154,9 @@ def cache_features(parts: Parts) -> PairLoader:
     """
     recipe, source, model = parts.recipe, parts.source, parts.model
     read = partial(cached_features, recipe, source, model, parts.plan)
-    kept: list[CachedFeatures] = []
-    parts.hosts.on_rank_zero(lambda: kept.append(read(not parts.quiet)))
-    features = kept[0] if kept else read(False)
+    computed: list[CachedFeatures] = []  # by rank 0 alone; the others then find all in the cache
+    parts.hosts.on_rank_zero(lambda: computed.append(read(not parts.quiet)))
+    features = computed[0] if computed else read(False)
     if parts.progress.step == 0 and recipe.finetune.head_init == "cca":
         start_closed_form(model, features, parts.plan.views[0].name)
     loader = build_loader(recipe, source, model, features=features)

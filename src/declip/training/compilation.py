@@ -1,4 +1,4 @@
-"""torch.compile for the towers, with few shapes: one graph for each length that captions are padded to."""
+"""torch.compile for the towers, with one graph for each length that captions are padded to."""
 
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -23,13 +23,13 @@ MOST_GRAPHS = 64  # of a tower: batch sizes × buckets × lengths, with and with
 def compile_towers(recipe: Recipe, model: DualEncoder, objective: Objective, plan: Plan) -> None:
     """Let the objective run compiled forward passes of both towers.
 
-    Only whole training batches are compiled. A batch that lacks a broken pair, and evaluation, run as they are. The
-    choice depends on the batch size alone, so that a resumed run computes as one never stopped.
+    Only complete training batches run compiled; a batch that lacks a broken pair, and evaluation, run eagerly. The
+    choice depends on the batch size alone, so that a resumed run computes the same as an uninterrupted one.
     """
     if recipe.train.grad_checkpointing and model.image_tower.has_batch_norm:
         raise UserError(
-            f"train.compile with train.grad_checkpointing would count the batches of '{recipe.image.model}' twice in "
-            "its batch norms. Leave one of the two out, or take a tower with layer norm."
+            f"train.compile with train.grad_checkpointing would update the statistics of '{recipe.image.model}' twice "
+            "per batch. Set one of the two to false, or use a tower with layer norm."
         )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     pairs, ranks = recipe.train.batch_size, distributed.world_size()
@@ -49,6 +49,8 @@ def compile_towers(recipe: Recipe, model: DualEncoder, objective: Objective, pla
 
 
 class _Compiled:
+    """A tower whose forward pass is compiled for training batches of some numbers of rows."""
+
     def __init__(self, tower: Any, rows: Collection[int]) -> None:
         self.tower, self.rows = tower, frozenset(rows)
         self.plain: Callable[[Tensor], Any] = tower.forward
@@ -66,5 +68,5 @@ class _CompiledText(_Compiled):
     def __call__(self, batch: Tensor) -> TextFeatures:
         length, tower = batch.shape[1], self.tower
         longer = min(-(-length // STEP) * STEP, tower.context)
-        found: TextFeatures = super().__call__(F.pad(batch, (0, longer - length), value=tower.padding))
-        return TextFeatures(found.pooled, found.text_tokens[:, :length], found.lengths)
+        features: TextFeatures = super().__call__(F.pad(batch, (0, longer - length), value=tower.padding))
+        return TextFeatures(features.pooled, features.text_tokens[:, :length], features.lengths)

@@ -52,8 +52,8 @@ def launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def own_device(name: str) -> str:
-    """Name the device of a rank: "auto" or "cuda" become "cuda:LOCAL_RANK" under torchrun."""
+def local_device(name: str) -> str:
+    """Return the name of a rank's device: "auto" or "cuda" become "cuda:LOCAL_RANK" under torchrun."""
     if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
@@ -62,15 +62,15 @@ def own_device(name: str) -> str:
 def join(device: torch.device, timeout: float = RANK_TIMEOUT) -> None:
     """Start the process group of torchrun's processes, NCCL for CUDA, gloo otherwise; without torchrun do nothing.
 
-    A collective that some rank does not reach within `timeout` seconds ends the run.
+    A collective that a rank does not reach within `timeout` seconds ends the run.
     """
     if not launched() or dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, own, ranks = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    # torchrun keeps its store when it restarts processes, with the addresses of dead ones: hence a prefix. Of several
-    # machines each counts its own restarts, and the store is new.
+    # torchrun keeps its store, with the addresses of dead processes, when it restarts them, so keys get a prefix. With
+    # several machines each counts its restarts alone, and the store is new.
     one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
     dist.init_process_group(
@@ -89,7 +89,7 @@ def leave() -> None:
 
 
 class _AllGather(torch.autograd.Function):
-    """Tensors of all ranks, by rank; what is used on several ranks gets the sum of their gradients."""
+    """Tensors of all ranks, by rank; the gradient of a tensor is the sum over the ranks that used it."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> tuple[Tensor, ...]:
@@ -109,7 +109,7 @@ all_gather_with_gradient: Callable[[Tensor], tuple[Tensor, ...]] = _AllGather.ap
 
 
 def gather(counts: Sequence[int]) -> Gather:
-    """Give a function (counts[rank], k) → (sum(counts), k) that gathers rows in rank order.
+    """Return a function (counts[rank], k) → (sum(counts), k) that gathers rows in rank order.
 
     The gradient of a row is summed over the ranks that used it.
     """
@@ -123,7 +123,7 @@ def gather(counts: Sequence[int]) -> Gather:
 
 
 def summed(values: Tensor) -> Tensor:
-    """Sum over ranks, with gradient; every rank must give the same shape."""
+    """Sum over ranks, with gradient; the shape must be equal on all ranks."""
     return torch.stack(all_gather_with_gradient(values)).sum(dim=0) if world_size() > 1 else values
 
 

@@ -1,4 +1,4 @@
-"""The steps, time and memory that a run will take, from a few steps on some of its pairs."""
+"""Estimate the time and memory of a run by taking a few of its steps."""
 
 import sys
 import time
@@ -27,7 +27,7 @@ TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of eac
 
 @dataclass(frozen=True)
 class Estimate:
-    """The expected cost of a run: seconds of its parts, and the bytes of memory that the first steps needed."""
+    """The expected cost of a run: seconds of its parts, and bytes of memory."""
 
     recipe: Recipe
     features: float
@@ -45,7 +45,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe) -> Estimate:
-    """Take a few steps of a recipe and keep nothing of them."""
+    """Estimate the cost of a recipe by a few steps in a temporary folder."""
     source = open_training_source(recipe)
     recipe = resolve_epochs(recipe, source)
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
@@ -68,8 +68,8 @@ def estimate(recipe: Recipe) -> Estimate:
         if parts.lock is not None:
             parts.lock.close()
         memory = _peak(parts.model.device)
-    whole = parts.recipe.model_copy(update={"data": recipe.data})
-    return Estimate(whole, features, train.steps * seconds, count * evaluation, memory)
+    full = parts.recipe.model_copy(update={"data": recipe.data})
+    return Estimate(full, features, train.steps * seconds, count * evaluation, memory)
 
 
 def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
@@ -107,7 +107,7 @@ def step_seconds(parts: Parts, warm: int, count: int) -> list[float]:
 
 
 def _peak(device: torch.device) -> int:
-    """Bytes: of the device, or of this process where it trains on the CPU; 0 where nobody counts them."""
+    """Bytes: of the device, or of this process where it trains on the CPU; 0 where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

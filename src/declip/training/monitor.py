@@ -1,4 +1,4 @@
-"""The monitor of a run: it makes rows of numbers and hands them to the sinks, the places that they go to."""
+"""The monitor of a run builds rows of numbers and passes them to the sinks."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from declip.training.trackers import AUTO, trackers_of
 def monitored(
     info: RunInfo, report_to: Sequence[str] = (AUTO,), callbacks: Sequence[Sink] = (), silent: bool = False
 ) -> Iterator["Monitor"]:
-    """Open a run's files, bar, trackers and callbacks; `silent`, as on every rank but the first, opens none."""
+    """Open a run's files, bar, trackers and callbacks; `silent`, as on every rank but the first, opens nothing."""
     sinks = [] if silent else [Messages(), JsonLines(), Bar(), *trackers_of(report_to), *callbacks]
     with ExitStack() as started:
         for sink in sinks:
@@ -23,7 +23,7 @@ def monitored(
 
 
 class Monitor:
-    """Makes rows of numbers and hands them to sinks."""
+    """Builds rows of numbers and passes them to sinks."""
 
     def __init__(self, info: RunInfo, sinks: Sequence[Sink]) -> None:
         self.info, self.sinks = info, sinks
@@ -38,11 +38,11 @@ class Monitor:
         self.restart_timer()
 
     def restart_timer(self) -> None:
-        """Leave the time since `count` out of duration and speed."""
+        """Exclude the time since `count` from duration and speed."""
         self._mark = time.perf_counter()
 
     def advance(self, step: int) -> None:
-        """Note that a step is done that is not logged."""
+        """Report a step that is not logged."""
         for sink in self.sinks:
             sink.advance(step)
 
@@ -69,6 +69,6 @@ class Monitor:
             sink.evaluation(step, values)
 
     def flush(self) -> None:
-        """Bring everything to the disk."""
+        """Write everything to disk."""
         for sink in self.sinks:
             sink.flush()

@@ -1,7 +1,7 @@
 """Muon: momentum whose update is orthogonalized, for the weights of linear and convolution layers.
 
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the factor on the learning rate is Liu et al.'s (arXiv
-2502.16982), by which AdamW's learning rate and weight decay can be kept.
+2502.16982), which allows AdamW's learning rate and weight decay.
 """
 
 from collections import defaultdict
@@ -22,16 +22,16 @@ RMS = 0.2
 LARGE = 128
 """Smaller dimension of a matrix from which bfloat16 is faster; on a CPU converting costs more than it saves below."""
 
-KEPT_BY_ADAMW = (*("embedding", "embeddings", "pos_embed", "cls_token", "reg_token", "bias"),)
+ADAMW_NAMES = (*("embedding", "embeddings", "pos_embed", "cls_token", "reg_token", "bias"),)
 
 
-def uses_muon(name: str, parameter: Tensor, over_vocabulary: tuple[str, ...] = ()) -> bool:
-    """Whether a parameter is a matrix or convolution between features, neither an embedding nor over a vocabulary.
+def use_muon(name: str, parameter: Tensor, over_vocabulary: tuple[str, ...] = ()) -> bool:
+    """Whether Muon updates a parameter: matrices and convolutions between features, not embeddings or vocabularies.
 
     Args:
         over_vocabulary: Beginnings of the names of layers whose outputs are words; see `Objective.over_vocabulary`.
     """
-    if parameter.ndim < 2 or name.startswith(over_vocabulary) or any(word in name for word in KEPT_BY_ADAMW):
+    if parameter.ndim < 2 or name.startswith(over_vocabulary) or any(word in name for word in ADAMW_NAMES):
         return False
     return min(parameter.shape[0], parameter[0].numel()) > 1
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from declip.errors import UserError, unknown
 from declip.recipe.schema import Train
-from declip.training.muon import Muon, uses_muon
+from declip.training.muon import Muon, use_muon
 from declip.training.parallel import shard_like
 
 
@@ -26,7 +26,7 @@ class LrMultiplier:
 BETAS = (0.9, 0.98)
 """AdamW's, as in DeCLIP's YFCC15M recipe."""
 
-OWN: dict[str, type[torch.optim.AdamW]] = {"adamw": torch.optim.AdamW, "muon": Muon}
+OPTIMIZERS: dict[str, type[torch.optim.AdamW]] = {"adamw": torch.optim.AdamW, "muon": Muon}
 
 UNDECAYED = (
     *("positional_embedding", "position_embedding.weight", "position_embeddings.weight", "pos_embed"),
@@ -36,7 +36,7 @@ UNDECAYED = (
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
     """Whether weight decay applies: not to biases, norms, scales, or position and class embeddings."""
-    # Also of shape (C, 1, 1), as layer scales and temperatures of some towers are, numbers one by one are no matrix.
+    # Also of shape (C, 1, 1), as layer scales and temperatures of some towers are, single numbers do not form a matrix.
     return sum(size > 1 for size in parameter.shape) >= 2 and not name.endswith(UNDECAYED)
 
 
@@ -54,14 +54,14 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimizer with groups by weight decay, learning rate and sharding.
 
-    Each group holds its "multiplier", see `group_lr`, and the "names" of its parameters, by which checkpoints keep
+    Each group holds its "multiplier", see `group_lr`, and the "names" of its parameters, by which checkpoints store
     their moments. Parameters without a multiplier have the recipe's learning rate.
     """
     groups: dict[tuple[bool, bool, bool, LrMultiplier], dict[str, nn.Parameter]]
     groups = {(decayed, False, False, LrMultiplier()): {} for decayed in (True, False)}
     for name, parameter in named:
         multiplier = (multipliers or {}).get(name, LrMultiplier())
-        muon = train.optimizer == "muon" and uses_muon(name.removeprefix("objective."), parameter, over_vocabulary)
+        muon = train.optimizer == "muon" and use_muon(name.removeprefix("objective."), parameter, over_vocabulary)
         group = decays(name, parameter), muon, isinstance(parameter, DTensor), multiplier
         groups.setdefault(group, {})[name] = parameter
     options: list[dict[str, Any]] = [
@@ -75,13 +75,15 @@ def build_optimizer(
         for (decayed, muon, _, multiplier), group in groups.items()
         if group
     ]
-    if train.optimizer in OWN:
-        return OWN[train.optimizer](options, lr=train.warmup_lr, betas=BETAS, fused=True)
+    if train.optimizer in OPTIMIZERS:
+        return OPTIMIZERS[train.optimizer](options, lr=train.warmup_lr, betas=BETAS, fused=True)
     if any(sharded for _, _, sharded, _ in groups):
-        raise UserError(f"train.strategy=fsdp works with train.optimizer={' or '.join(OWN)}, not {train.optimizer}.")
+        raise UserError(
+            f"train.strategy=fsdp works with train.optimizer={' or '.join(OPTIMIZERS)}, not {train.optimizer}."
+        )
     names = [str(name) for name in list_optimizers(exclude_filters=["adahessian", "*kron*"])]
     if train.optimizer not in names:
-        raise unknown("optimizer", train.optimizer, [*OWN, *names])
+        raise unknown("optimizer", train.optimizer, [*OPTIMIZERS, *names])
     for part in options:  # for those that scale decay by the learning rate over its largest, such as adamc
         part["max_lr_snapshot"] = train.lr * part["multiplier"].factor
     try:
@@ -102,9 +104,9 @@ def group_lr(lr: float, step: int, multiplier: LrMultiplier, head_warmup_steps: 
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Give what the optimizer remembers, by parameter name; learning rates and decay come from the recipe.
+    """Return the optimizer's state by parameter name; learning rates and decay come from the recipe.
 
-    Numbers that are no tensors (timm's optimizers count steps so) are stored as tensors under a name that ends in "#".
+    Numbers that are not tensors (timm's optimizers count steps so) are stored as tensors under a name that ends in "#".
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in _parameters(optimizer).items():
@@ -117,7 +119,7 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put the moments back, whole tensors, in the layout of their parameter."""
+    """Load the optimizer's state from full tensors, in the layout of their parameters."""
     parameters = _parameters(optimizer)
     numbers = {name: number for number, name in enumerate(parameters)}
     shaped = isinstance(optimizer, torch.optim.AdamW)  # timm's optimizers also keep factors and single numbers
@@ -130,8 +132,8 @@ def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
         parameter = parameters.get(name)
         if parameter is None or (shaped and moment != "step" and tensor.shape != parameter.shape):
             raise UserError(
-                f"The checkpoint's moment '{key}', {tuple(tensor.shape)}, fits no parameter: it is of another model. "
-                "Start a run in another folder with --out."
+                f"The checkpoint's moment '{key}', {tuple(tensor.shape)}, does not fit a parameter of this model. "
+                "Start a new run with --out."
             )
         value = tensor if moment.endswith("#") else shard_like(parameter, tensor)
         state.setdefault(numbers[name], {})[moment.rstrip("#")] = _unpacked(moment, value)

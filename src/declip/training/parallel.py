@@ -41,7 +41,7 @@ class Learner(nn.Module):
 def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> nn.Module:
     """Build the learner and distribute it over the ranks as the recipe's ``train`` section says.
 
-    Model and objective are changed in place; their parameters keep their names. Gives a `Learner`, or DDP around it.
+    Model and objective are changed in place; parameter names stay. Returns a `Learner`, or DDP around it.
     """
     _check(recipe, model)
     train, learner = recipe.train, Learner(model, objective)
@@ -72,17 +72,17 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
 
 
 def _check(recipe: Recipe, model: DualEncoder) -> None:
-    """Refuse keys that exclude each other."""
+    """Raise an error for keys that cannot be combined."""
     train = recipe.train
     if train.batch_size < distributed.world_size():
         raise UserError(
-            f"train.batch_size={train.batch_size} leaves some of {distributed.world_size()} processes without a pair. "
-            "Give a larger one, or start fewer processes."
+            f"train.batch_size={train.batch_size} is less than one pair for each of {distributed.world_size()} "
+            "processes. Increase it, or start fewer processes."
         )
     if train.strategy == "fsdp" and distributed.world_size() > 1:
         for key in ("grad_cache_chunk", "ema_decay", "compile"):
             if getattr(train, key):
-                raise UserError(f"train.{key} goes with train.strategy=ddp only. Leave one of the two out.")
+                raise UserError(f"train.{key} requires train.strategy=ddp. Change one of the two.")
     if train.grad_cache_chunk and model.image_tower.has_batch_norm and distributed.is_rank_zero():
         log.warning(
             f"train.grad_cache_chunk={train.grad_cache_chunk}: the batch norm of '{recipe.image.model}' sees each "
@@ -91,7 +91,7 @@ def _check(recipe: Recipe, model: DualEncoder) -> None:
 
 
 def _shard(model: DualEncoder, objective: Objective) -> None:
-    """Shard towers and heads block by block; the scales stay whole on every rank."""
+    """Shard towers and heads block by block; the scales are replicated."""
     towers = (model.image_tower, model.text_tower)
     heads = [head for term in objective.terms.values() for head in term.children() if list(head.parameters())]
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
@@ -100,14 +100,14 @@ def _shard(model: DualEncoder, objective: Objective) -> None:
 
 
 def unwrap(learner: nn.Module) -> Learner:
-    """Give the learner without DDP around it."""
+    """Return the learner without DDP around it."""
     inner = learner.module if isinstance(learner, DistributedDataParallel) else learner
     assert isinstance(inner, Learner)
     return inner
 
 
 def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
-    """Scale the whole gradient to a norm of at most `limit`; give the norm before, a scalar.
+    """Scale all gradients to a total norm of at most `limit`; return the norm before, a scalar.
 
     Sharded and other parameters may be mixed.
     """
@@ -122,7 +122,7 @@ def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Average gradients over the ranks, but those that FSDP shards; all ranks must have them for equal parameters."""
+    """Average gradients over the ranks, except those that FSDP shards; all ranks must have the same gradients."""
     for parameter in parameters:
         if not isinstance(parameter, DTensor) and parameter.grad is not None:
             distributed.average(parameter.grad)
@@ -135,13 +135,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_full_state(into: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load a state dict of whole tensors into a module whose parameters may be sharded."""
-    own = into.state_dict(keep_vars=True)
-    into.load_state_dict({name: shard_like(own.get(name), tensor) for name, tensor in tensors.items()})
+    """Load a state dict of full tensors into a module whose parameters may be sharded."""
+    present = into.state_dict(keep_vars=True)
+    into.load_state_dict({name: shard_like(present.get(name), tensor) for name, tensor in tensors.items()})
 
 
 def shard_like(like: object, tensor: Tensor) -> Tensor:
-    """Give a whole tensor the sharding and memory layout of another one, which fused kernels rely on."""
+    """Return a full tensor in the sharding and memory layout of another one, which fused kernels require."""
     if not isinstance(like, Tensor) or tensor.shape != like.shape:
         return tensor
     if not isinstance(like, DTensor):
@@ -188,8 +188,8 @@ class HostSyncBatchNorm(_BatchNorm):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         others = [0, *range(2, x.ndim)]
-        own = torch.cat([values.sum(others), values.new_tensor([values.numel() / x.shape[1]])])
-        total = distributed.summed(own)
+        local = torch.cat([values.sum(others), values.new_tensor([values.numel() / x.shape[1]])])  # (C + 1,)
+        total = distributed.summed(local)
         count = total[-1].detach()
         mean = total[:-1] / count
         shape = [1, -1] + [1] * (x.ndim - 2)

@@ -38,7 +38,7 @@ def resolve(
 
 
 def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume: bool) -> Recipe:
-    """Replace train.precision=auto by the device's; a resumed run keeps its own, on any device."""
+    """Replace train.precision=auto by the device's; a resumed run continues with that of its recipe."""
     precision = recipe.train.precision
     if precision == "auto":
         precision = "bf16" if computes_bf16(device) else "fp32"

@@ -1,4 +1,4 @@
-"""The sinks of a run: a base class for the places that numbers go to, the run's files, and the progress bar."""
+"""Sinks receive a run's numbers: the base class, the files of the run folder, and the progress bar."""
 
 import logging
 import os
@@ -29,33 +29,33 @@ class RunInfo:
 
 
 class Sink:
-    """A place for a run's numbers: the base class of callbacks. A subclass overrides what it needs.
+    """Base class of callbacks, which receive the numbers of a run. A subclass overrides what it needs.
 
-    Only the first of several processes calls it. A resumed run takes the steps after its checkpoint again, so a step
-    can be logged twice, with the same numbers. An error that a callback raises ends the run.
+    Only rank 0 calls it. A resumed run repeats the steps after its checkpoint, so a step can be logged twice, with the
+    same numbers. An error that a callback raises ends the run.
     """
 
     def start(self, info: RunInfo) -> None:
-        """Open it, before the first step."""
+        """Open the sink, before the first step."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take a row of metrics: lr, loss, losses, grad_norm, samples_per_second …, as in metrics.jsonl."""
+        """Receive a row of metrics: lr, loss, losses, grad_norm, samples_per_second …, as in metrics.jsonl."""
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take the result of an evaluation: task, dataset and its numbers, as in evaluations.jsonl."""
+        """Receive the result of an evaluation: task, dataset and its numbers, as in evaluations.jsonl."""
 
     def advance(self, step: int) -> None:
-        """Note that a step is done that is not logged."""
+        """Receive the number of a step that is not logged."""
 
     def flush(self) -> None:
-        """Bring everything to the disk; called before a checkpoint, so that none is older than its rows."""
+        """Write everything to disk; called before a checkpoint, so that no checkpoint is newer than its rows."""
 
     def close(self) -> None:
-        """Finish."""
+        """Close the sink, after the last step or an error."""
 
 
 class JsonLines(Sink):
-    """metrics.jsonl and evaluations.jsonl. Rows of steps that a resumed run takes again are dropped first."""
+    """metrics.jsonl and evaluations.jsonl. Rows of steps that a resumed run repeats are removed first."""
 
     def start(self, info: RunInfo) -> None:
         self.folder = info.folder
@@ -95,10 +95,10 @@ class Messages(Sink):
 
 
 class Bar(Sink):
-    """Standard error: messages, and below them a progress bar or, without a terminal, a line now and then."""
+    """Standard error: messages and a progress bar, or occasional lines without a terminal."""
 
     def start(self, info: RunInfo) -> None:
-        # On a narrow terminal the losses give way, never the step or the time left.
+        # On a narrow terminal the losses are truncated, never the step or the time left.
         self.progress = progress_bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),

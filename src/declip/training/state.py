@@ -1,4 +1,4 @@
-"""From a run to its checkpoint and back, bit for bit."""
+"""Collect the state of a run for a checkpoint, and restore it bit for bit."""
 
 import os
 import platform
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 def collect(parts: Parts) -> Checkpoint | None:
     """Collect the state that the next step depends on: a collective of all ranks, of which rank 0 gets the result.
 
-    Generators of all ranks are kept by rank: "random.0.cpu" and so on.
+    Generators of all ranks are stored by rank: "random.0.cpu" and so on.
     """
     progress, rank_zero = parts.progress, distributed.is_rank_zero()
     generators = parts.hosts.gather_objects(random_states(parts.model.device))

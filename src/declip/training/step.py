@@ -55,10 +55,10 @@ class StepParts:
 
 
 def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = None) -> dict[str, Tensor]:
-    """Move, augment, encode, gather, compute the losses, go backward, clip, update.
+    """Take one training step: move, augment, encode, gather, losses, backward, clip, update.
 
     Args:
-        batch: This rank's pairs as the loader gives them: views uint8 (B, 3, S, S), texts (T, B, L).
+        batch: This rank's pairs from the loader: views uint8 (B, 3, S, S), texts (T, B, L).
         sync: Number of pairs of each rank; None on one process.
 
     Returns:
@@ -131,14 +131,14 @@ def _backward_in_chunks(
             with parts.autocast():
                 outputs.append(objective.run_towers(model, ready))
     final_states = random_states(model.device)
-    whole = joined(outputs)
-    leaves = {name: tensor for name, tensor in whole.tensors().items() if tensor.is_floating_point()}
+    joint = joined(outputs)
+    leaves = {name: tensor for name, tensor in joint.tensors().items() if tensor.is_floating_point()}
     for leaf in leaves.values():
         leaf.requires_grad_()
     rest = parts.prepare(batch) if objective.reads_pixels else batch.without_images()
     rest = rest.to(model.device, non_blocking=True)
     with parts.autocast():
-        losses = _weighted(objective.losses(whole, model, rest, gather, sync.offset), sync.weight)
+        losses = _weighted(objective.losses(joint, model, rest, gather, sync.offset), sync.weight)
     losses["loss"].backward()
     gradients = {name: split_like(name, leaf.grad, outputs) for name, leaf in leaves.items() if leaf.grad is not None}
     for number, (part, state) in enumerate(zip(chunks, states, strict=True)):

@@ -1,4 +1,4 @@
-"""The end of a run before its last step: by a signal or a file, or because its evaluations no longer get better."""
+"""Early ends of a run: by a signal or a file, or because its evaluations no longer improve."""
 
 import signal
 import threading
@@ -17,26 +17,26 @@ from declip.runs.folder import log
 from declip.training.distributed import is_rank_zero
 
 TRY_AGAIN = 75
-"""Exit status of a run that was stopped from outside and wants to be queued again (EX_TEMPFAIL of sysexits.h).
+"""Exit status of a run that was stopped from outside and should be queued again (EX_TEMPFAIL of sysexits.h).
 
-Under torchrun it is 0: torchrun would take any other for a failure and start the run again."""
+Under torchrun it is 0, because torchrun restarts a run after any other status."""
 
 STOP = "stop"
-"""A file of this name in the run folder ends the run as SIGTERM does, on every machine that it runs on."""
+"""A file of this name in the run folder stops the run on all machines, as SIGTERM does."""
 
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Windows has no SIGUSR1."""
 
 
 class StopRequest:
-    """Whether the run was asked to stop, and by which signal; 0 for none or the file `STOP`."""
+    """Whether the run should stop, and by which signal; 0 for none or the file `STOP`."""
 
     def __init__(self, folder: Path) -> None:
         self.asked, self.signal = False, 0
         self._file, self._looked = folder / STOP, 0.0
 
     def poll(self) -> bool:
-        """Look for the file once a second, on rank 0; give `asked`."""
+        """Look for the file once a second, on rank 0; return whether the run should stop."""
         now = time.monotonic()
         if is_rank_zero() and now - self._looked > 1:
             self._looked = now
@@ -48,10 +48,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals `STOPS`; after the first one, Ctrl-C acts as before.
+        """Catch the signals `STOPS`; after the first one, Ctrl-C ends the process at once.
 
-        SIGTERM and SIGUSR1 may come again: a scheduler signals all processes of a job, and torchrun passes its own on.
-        Only a process's main thread can catch signals; in another one nothing changes.
+        Further SIGTERM and SIGUSR1 are ignored: a scheduler signals all processes of a job, and torchrun forwards them
+        too. Only the main thread can catch signals; in another thread this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -85,7 +85,7 @@ class BestEvaluation:
     stale: int = 0  # evaluations since
 
     def update(self, step: int, results: Sequence[Result], evaluation: Evaluation) -> bool:
-        """Take an evaluation; give whether it is the new best one.
+        """Record an evaluation; return whether it is the best so far.
 
         Its score is the mean R@1 of both directions on the recipe's retrieval sets or, without one, the mean top-1.
         """

@@ -174,7 +174,7 @@ class Trainer:
 
     @contextmanager
     def _saving(self, monitor: Monitor) -> Iterator[None]:
-        """Save the steps that are done before an error that all ranks have at this place ends the run."""
+        """Save a checkpoint before an error that all ranks raise here ends the run."""
         try:
             yield
         except (UserError, SystemExit):  # SystemExit: rank 0 has the error
@@ -295,7 +295,7 @@ class Trainer:
                 f"{error} It had the best weights. Use another checkpoint, or start a new run with --out."
             ) from error
         load_weights(self.parts, found)
-        log.info("Best: step %d, validation loss %.4f; its weights are kept.", best.step, best.loss)
+        log.info("Best: step %d, validation loss %.4f; its weights are used.", best.step, best.loss)
 
     def _evaluated_at_end(self) -> bool:
         """Whether the run folder has the results of the last step, by the best weights, already."""

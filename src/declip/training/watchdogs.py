@@ -1,4 +1,4 @@
-"""Watchdogs of a run: steps that are not finite, losses that do not fall, a loader that is too slow."""
+"""Checks during a run: steps that are not finite, losses that do not fall, a loader that is too slow."""
 
 import math
 import os
@@ -12,10 +12,10 @@ from declip.runs.folder import log
 FLAT_AFTER = 300
 """Steps after which a contrastive loss still at chance level is worth a warning."""
 STARVED = 0.25
-"""Fraction of the time spent waiting for batches from which a warning is due."""
+"""Fraction of time spent waiting for batches above which a warning is due."""
 LEAST_STEPS, LEAST_SECONDS = 20, 5.0  # before a verdict about the loader
 WARM = 3
-"""Steps after a start of the workers that do not count: their queue is empty then."""
+"""Steps after a start of the workers that do not count, because their queue is empty."""
 MOST_WORKERS = 8
 
 
@@ -31,7 +31,7 @@ class NonFiniteGuard:
         self._first = torch.tensor(-1, device=device)
 
     def check(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Keep the first bad step on the device, where asking for it would be a wait."""
+        """Record the first bad step on the device, without a wait."""
         good = torch.isfinite(values["loss"]) & torch.isfinite(values["grad_norm"])
         if self.allowed and not good:
             self.skipped.append(step)
@@ -44,7 +44,7 @@ class NonFiniteGuard:
 
     @property
     def first(self) -> int | None:
-        """The first bad step that was not skipped; waits for the device."""
+        """The first bad step that was not skipped; a wait for the device."""
         return None if (found := int(self._first)) < 0 else found
 
 
@@ -63,7 +63,7 @@ class LossMonitor:
         self._lowest = math.inf
 
     def check(self, step: int, losses: Mapping[str, float]) -> str | None:
-        """Give the warning that is due after a number of steps, if any."""
+        """Return the warning that is due after a number of steps, if any."""
         loss = losses.get(self.watched or "")
         if loss is None or not math.isfinite(loss):  # `NonFiniteGuard` handles those that are not finite
             return None
@@ -98,7 +98,7 @@ class ThroughputMonitor:
         self._steps, self._waited, self._total = -WARM, 0.0, 0.0
 
     def check(self, waited: float, took: float, workers: int) -> str | None:
-        """Count a step, which waited for its batch and then took so many seconds; give the warning, if one is due."""
+        """Count a step by its seconds of waiting and computing; return the warning that is due, if any."""
         self._steps += 1
         if self._steps > 0:
             self._waited, self._total = self._waited + waited, self._total + waited + took
@@ -116,6 +116,6 @@ class ThroughputMonitor:
 
 
 def auto_workers(training: int) -> int:
-    """Number of loader processes for the processors that are free: a rank's part of the machine's, less `training`."""
+    """Number of loader processes: this rank's share of the machine's processors, minus the `training` threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training))
