@@ -1,14 +1,14 @@
-"""Full-size training on one GPU, measured part by part: time, memory, utilization, and what must hold on CUDA.
+"""Measure full-size training on one GPU: time, memory, utilization, and exactness on CUDA.
 
-    python benchmarks/gpu.py --out runs/gpu                      on one GPU; again: the parts that are missing
+    python benchmarks/gpu.py --out runs/gpu                      on one GPU; repeat it for the missing parts
     python benchmarks/gpu.py --out runs/gpu --only ViT-B-32,resume
-    python benchmarks/gpu.py --out runs/try --device cpu --tiny  toy towers, to try this script
+    python benchmarks/gpu.py --out runs/try --device cpu --tiny  small towers, to try this script
 
-Each part writes OUT/PART.json when it is done, and a later call takes it from there: first come the parts that are
-missing, then those of which something failed. Parts that would begin after --minutes are left to the next call, and the
-status is 1 while something fails. The towers' parts train `clip`, `declip` and `declip-yfcc15m-vitb32` at the largest
-batch that fits, found by doubling, next to open_clip's CLIP step on the same pairs.
-The part grad-cache takes one large batch in chunks, next to sentence-transformers' loss for that on open_clip's towers.
+Each part writes OUT/PART.json when it is done, and a later call reads it from there: missing parts run first, then
+those in which something failed. Parts that would start after --minutes are left to the next call; the status is 1
+while something fails. The parts named after a tower train `clip`, `declip` and
+`declip-yfcc15m-vitb32` at the largest batch that fits, compared with open_clip's CLIP step on the same pairs. The
+part grad-cache takes one large batch in chunks, compared with sentence-transformers' loss on open_clip's towers.
 """
 
 import argparse
@@ -55,7 +55,7 @@ RECIPES = ("clip", "declip", "declip-yfcc15m-vitb32")
 
 
 def grad_cache(bench: Bench) -> list[dict[str, Any]]:
-    """A large batch in chunks: `clip` with `train.grad_cache_chunk`, and sentence-transformers' loss on open_clip's."""
+    """Measure a large batch in chunks: `clip` with `train.grad_cache_chunk`, and sentence-transformers' loss."""
     (shape, source), name = sizes(bench, "ViT-B-32"), "ViT-B-32"
     count, chunk = (8, 4) if bench.tiny else (4096, 256)
     recipe = recipe_of("clip-yfcc15m-vitb32", name, shape, 4 if bench.tiny else BASE)
@@ -69,28 +69,28 @@ def grad_cache(bench: Bench) -> list[dict[str, Any]]:
         row = {"tower": name, "what": what, "batch": count, "chunk": chunk, "precision": bench.precision}
         try:
             rows.append(row | measured(bench, side()(count), count))
-        except Exception as error:  # the other side is measured
-            rows.append(row | {"failed": worded(error)})
+        except Exception as error:  # the other side is still measured
+            rows.append(row | {"failed": one_line(error)})
         bench.free()
     return rows
 
 
-def worded(error: Exception) -> str:
-    """An error in a line."""
+def one_line(error: Exception) -> str:
+    """Format an error in one line."""
     remedy = ": pip install 'declip[bench]'" if isinstance(error, ImportError) else ""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}{remedy}"
 
 
 def tower(bench: Bench, name: str, compiled: bool = False) -> list[dict[str, Any]]:
-    """Steps of three recipes and of open_clip with an image tower; compiled ones at the batch that fits without."""
+    """Measure steps of three recipes and of open_clip; compiled ones at the batch size that fits uncompiled."""
     (shape, source), rows = sizes(bench, name), []
     before = {row["what"]: row.get("batch") for row in bench.known(name).get("rows", [])} if compiled else {}
     for arm in (*RECIPES, "open_clip"):
         row = {"tower": name, "what": arm, "compiled": compiled, "precision": bench.precision}
         try:
             rows.append(row | steps(bench, name, arm, replace(shape, compiled=compiled), source, before.get(arm)))
-        except Exception as error:  # of CUDA, the compiler or the peer: the others are measured
-            rows.append(row | {"failed": worded(error)})
+        except Exception as error:  # one recipe must not stop the others
+            rows.append(row | {"failed": one_line(error)})
         if compiled:
             torch.compiler.reset()
         bench.free()
@@ -100,7 +100,7 @@ def tower(bench: Bench, name: str, compiled: bool = False) -> list[dict[str, Any
 def steps(
     bench: Bench, name: str, arm: str, shape: Shape, source: InMemory, batch: int | None = None
 ) -> dict[str, Any]:
-    """Steps of one recipe, or of open_clip, at a size of the batch or the largest one that fits."""
+    """Measure steps of one recipe, or of open_clip, at a batch size or the largest one that fits."""
     shipped = {"open_clip": "clip-yfcc15m-vitb32", "clip": "clip-yfcc15m-vitb32", "declip": "declip-yfcc15m-vitb32"}
     base = 4 if bench.tiny else BASE
     recipe = recipe_of(shipped.get(arm, arm), name, shape, base)
@@ -110,7 +110,7 @@ def steps(
             return open_clips_side(bench, name, recipe, source, replace(shape, compiled=compiled))
         return our_side(bench, recipe, source, compiled)
 
-    def anew(count: int) -> Callable[[], object]:
+    def compiled_run(count: int) -> Callable[[], object]:
         return side(compiled=True)(count)
 
     run = side(compiled=False)
@@ -118,16 +118,16 @@ def steps(
         run(base)
     count = batch or bench.largest(run)
     if shape.compiled:
-        run = anew  # compiled for one size of the batch; the other side is freed
+        run = compiled_run  # compiled for one batch size; the uncompiled side is freed
         bench.free()
-    while (task := bench.attempt(run, count)) is None:  # compiled, or in memory that is in pieces, it may need more
+    while (task := bench.attempt(run, count)) is None:  # compiled, or in fragmented memory, it may need more
         bench.free()
         count //= 2
     return {"batch": count} | measured(bench, task, count, counter.get_total_flops() / base)
 
 
 def views(bench: Bench) -> list[dict[str, Any]]:
-    """Colors and blur of two views on the device against one CPU thread, and how far the results differ."""
+    """Compare color changes and blur on the device with one CPU thread: time and largest difference."""
     recipe = load_recipe("demo-declip" if bench.tiny else "declip", {"train.batch_size": 8 if bench.tiny else 128})
     source = InMemory(texts_of(Shapes(), "joined", 256), recipe.image.size)
     built = build(recipe, source)
@@ -148,7 +148,7 @@ def views(bench: Bench) -> list[dict[str, Any]]:
 
 
 def loading(bench: Bench) -> list[dict[str, Any]]:
-    """Pairs per second of one loader process, and how many keep up with each measured step."""
+    """Measure pairs per second of one loader process, and the processes that each measured step needs."""
     from loader import PAIRS, SIZES, photographs
 
     recipe = load_recipe("declip", {"image.size": 32 if bench.tiny else 224})
@@ -168,7 +168,7 @@ def loading(bench: Bench) -> list[dict[str, Any]]:
 
 
 def run_keys(bench: Bench, source: Path, **train: Any) -> dict[str, Any]:
-    """Overrides for a short run on drawn shapes."""
+    """Return overrides for a short run on drawn shapes."""
     keys: dict[str, Any] = {
         "data.source": str(source), "data.workers": 0, "train.steps": 6, "train.batch_size": 16, "train.log_every": 1,
         "train.checkpoint_every": 3, "train.keep_checkpoints": 9, "train.device": str(bench.device),
@@ -191,19 +191,19 @@ def draw_pairs(folder: Path, count: int = 128) -> Path:
 
 
 def train(recipe: str, keys: dict[str, Any], folder: Path, resume: bool = False) -> list[float]:
-    """Train a run, and give the loss of each step."""
+    """Train a run and return the loss of each step."""
     run = Trainer(assemble(load_recipe(recipe, keys), folder, resume=resume, quiet=True)).train()
     return [row["loss"] for row in run.metrics]
 
 
 def end_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a run's last checkpoint."""
+    """Return all tensors of a run's last checkpoint."""
     last = load_checkpoint(list_checkpoints(folder)[-1])
     return {**last.weights, **last.training}
 
 
 def resume(bench: Bench) -> list[dict[str, Any]]:
-    """Whether a resumed run equals one never stopped bit for bit in deterministic mode, and what that mode costs."""
+    """Check that a resumed run equals an uninterrupted one bit for bit, and measure the cost of deterministic mode."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         keys = run_keys(bench, draw_pairs(folder))
@@ -215,7 +215,7 @@ def resume(bench: Bench) -> list[dict[str, Any]]:
             train("demo-declip", keys, folder / "resumed", resume=True)
             whole, resumed = end_of(folder / "whole"), end_of(folder / "resumed")
             equal = whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
-            rows: list[dict[str, Any]] = [{"what": "resumed = never stopped, deterministic mode", "value": equal}]
+            rows: list[dict[str, Any]] = [{"what": "resumed = uninterrupted, deterministic mode", "value": equal}]
             built = build(
                 load_recipe("demo-declip", keys), InMemory(texts_of(Shapes(), "joined", 256), 64), bench.device
             )
@@ -241,9 +241,9 @@ def _rank(rank: int, backend: str, folder: str, keys: dict[str, Any], cuda: bool
 
 
 def two_processes(bench: Bench) -> list[dict[str, Any]]:
-    """DDP with synchronized batch norm, and FSDP2, on two processes against one: the largest difference of the loss.
+    """Compare two processes with one, for DDP with synchronized batch norm and FSDP2: largest difference of the loss.
 
-    On one GPU NCCL may refuse two processes; gloo is tried then, through the host's memory.
+    NCCL may refuse two processes on one GPU; gloo, through host memory, is tried next.
     """
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as name:
@@ -272,14 +272,14 @@ def two_processes(bench: Bench) -> list[dict[str, Any]]:
 
 
 def waits(bench: Bench) -> list[dict[str, Any]]:
-    """Lines at which a step makes the host wait for the device, by CUDA's own check."""
+    """Count the host's waits for the device within a step, with CUDA's own check."""
     row = {"what": "waits of the host in a step", "value": None}
     if not bench.cuda:
         return [row]
     source = InMemory(texts_of(Shapes(), "joined", 256), 32)
     built = build(load_recipe("demo-declip", {"train.precision": bench.precision}), source, bench.device)
     batch = next(built.loader).to(bench.device)
-    training_step(built.step, batch)  # makes the moments
+    training_step(built.step, batch)  # creates the optimizer state
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -305,11 +305,11 @@ PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
     "ViT-B-16-compiled": lambda bench: tower(bench, "ViT-B-16", compiled=True),
     "RN50-compiled": lambda bench: tower(bench, "RN50", compiled=True),
 }
-"""In the order in which they are measured."""
+"""Measured in this order."""
 
 
 def show(results: dict[str, dict[str, Any]], console: Console) -> None:
-    """One table of all parts, without columns that are empty."""
+    """Print one table of all parts, without empty columns."""
     rows = [(part, row) for part, result in results.items() for row in result["rows"]]
     columns = ("batch", "ms", "samples_per_second", "gb", "gflop_per_pair", "utilization", "value", "note", "failed")
     columns = tuple(name for name in columns if any(row.get(name) is not None for _, row in rows))
@@ -322,13 +322,13 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    """Measure the missing parts, show all, and print the JSON last."""
+    """Measure the missing parts, print all as a table, and as JSON in the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default runs/gpu)")
     parser.add_argument("--only", help=f"parts, separated by commas: {', '.join(PARTS)}. Default: all")
-    parser.add_argument("--minutes", type=float, default=8, help="no part begins later than this (default 8)")
+    parser.add_argument("--minutes", type=float, default=8, help="no part starts later than this (default 8)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--tiny", action="store_true", help="toy towers")
+    parser.add_argument("--tiny", action="store_true", help="small towers")
     options = parser.parse_args()
     names = options.only.split(",") if options.only else list(PARTS)
     if unknown := [name for name in names if name not in PARTS]:
@@ -337,7 +337,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         bench = Bench(options)
         if not (bench.cuda or bench.tiny):
-            parser.error(f"This needs a CUDA GPU, and the device is {bench.card}. Toy towers: --device cpu --tiny")
+            parser.error(f"A CUDA GPU is required; the device is {bench.card}. For small towers: --device cpu --tiny")
         results, left = run_parts(bench, names, options.minutes)
     except (UserError, OSError) as error:
         parser.error(str(error))
@@ -345,13 +345,13 @@ def main() -> None:
     if results:
         show(results, console if console.is_terminal else Console(stderr=True, width=160))
     if left:
-        console.print(f"Left to the next call: {', '.join(left)}")
+        console.print(f"Left for the next call: {', '.join(left)}")
     print(json.dumps(results))
     sys.exit(1 if any(failures(result) for result in results.values()) else 0)
 
 
 def run_parts(bench: Bench, names: list[str], minutes: float) -> tuple[dict[str, Any], list[str]]:
-    """The results of parts, known ones and those measured now, and the parts for which the time did not last."""
+    """Return the results of parts, earlier and new ones, and the parts that were left out for lack of time."""
     begun, results, left = time.perf_counter(), {name: bench.known(name) for name in names}, []
     for name in sorted(names, key=lambda name: bool(results[name])):
         if results[name] and not failures(results[name]):
@@ -362,8 +362,8 @@ def run_parts(bench: Bench, names: list[str], minutes: float) -> tuple[dict[str,
         started = time.perf_counter()
         try:
             rows = PARTS[name](bench)
-        except Exception as error:  # of CUDA, a peer or a part: the others are measured
-            rows = [{"what": "all", "failed": worded(error)}]
+        except Exception as error:  # one part must not stop the others
+            rows = [{"what": "all", "failed": one_line(error)}]
         bench.free()
         took = round(time.perf_counter() - started, 1)
         found = {"card": bench.card, "tiny": bench.tiny, "seconds": took, "machine": machine(), "rows": rows}
@@ -374,7 +374,7 @@ def run_parts(bench: Bench, names: list[str], minutes: float) -> tuple[dict[str,
 
 
 def failures(result: dict[str, Any]) -> bool:
-    """Whether something of a part failed."""
+    """Return whether a row of a part failed."""
     return any("failed" in row for row in result.get("rows", []))
 
 

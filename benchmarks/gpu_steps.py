@@ -1,4 +1,4 @@
-"""What the parts of gpu.py share: the device, the largest batch that fits, and the two libraries' steps."""
+"""Shared parts of gpu.py: the device, the largest batch that fits, and steps of declip and open_clip."""
 
 import argparse
 import gc
@@ -29,19 +29,19 @@ PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12, "3090": 71e12,
 }  # fmt: skip
-"""Dense bfloat16 operations per second that the makers state, by a part of the card's name; the first match counts."""
+"""Card, by part of its name (first match) → dense bfloat16 operations per second, as stated by its maker."""
 
 BASE = 64
-"""Pairs of the loader's batch, which larger ones repeat."""
+"""Pairs of the loaded batch; larger batches repeat it."""
 
 
 def peak_of(card: str) -> float | None:
-    """Operations per second of a card; None for one that is not listed."""
+    """Return the peak operations per second of a card, or None if it is not listed."""
     return next((peak for name, peak in PEAKS.items() if name in card), None)
 
 
 def tiled(batch: PairBatch, count: int) -> PairBatch:
-    """The pairs of a batch on the host, again and again until there are `count`."""
+    """Repeat the pairs of a batch until there are `count`."""
     rows = torch.arange(count) % len(batch)
 
     def view(one: View) -> View:
@@ -60,7 +60,7 @@ def tiled(batch: PairBatch, count: int) -> PairBatch:
 
 
 class Bench:
-    """What all parts share: the device, the sizes and the folder."""
+    """The device, the sizes and the output folder of all parts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.tiny, self.device = options.tiny, pick_device(options.device)
@@ -76,7 +76,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, task: Callable[[], object]) -> float:
-        """The median time of a task, after a warm-up round."""
+        """Return the median time of a task, after a warm-up round."""
         taken = []
         for _ in range(1 + self.repeats):
             begun = time.perf_counter()
@@ -86,19 +86,19 @@ class Bench:
         return median(taken[1:])
 
     def known(self, part: str) -> dict[str, Any]:
-        """The result of a part from an earlier call on the same card; empty where it is missing."""
+        """Return the result of a part from an earlier call on the same card, or an empty dict."""
         path = self.out / f"{part}.json"
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return found if (found.get("card"), found.get("tiny")) == (self.card, self.tiny) else {}
 
     def free(self) -> None:
-        """Give back the memory of what is no longer used."""
+        """Free unused memory."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
 
     def largest(self, run: "Run") -> int:
-        """The largest batch that fits, by doubling; 0 where none does."""
+        """Return the largest batch that fits, found by doubling, or 0."""
         count, limit, fits = (4, 8, 0) if self.tiny else (BASE, 1 << 14, 0)
         while count <= limit and self.attempt(run, count) is not None:
             fits, count = count, 2 * count
@@ -106,11 +106,11 @@ class Bench:
         return fits
 
     def attempt(self, run: "Run", count: int) -> Callable[[], object] | None:
-        """Take two steps of `count` pairs; give what takes another one, or None where they do not fit the memory."""
+        """Take a step of `count` pairs twice; return the step, or None if it is out of memory."""
         try:
             (task := run(count))()
             self.wait()
-        except RuntimeError as error:  # cuBLAS and cuDNN have errors of their own
+        except RuntimeError as error:  # cuBLAS and cuDNN raise errors of other types
             if not re.search("out of memory|ALLOC_FAILED", str(error)):
                 raise
             return None
@@ -118,11 +118,11 @@ class Bench:
 
 
 Run = Callable[[int], Callable[[], object]]
-"""Takes a step of so many pairs, and gives what takes it again."""
+"""Number of pairs → a function that takes a step of as many pairs; the first is taken at once."""
 
 
 def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool = False) -> Run:
-    """`training_step` of a recipe; a compiled one is for one size of the batch."""
+    """Build `training_step` of a recipe; compiled, it is for one batch size."""
     built = build(recipe, source, bench.device)
     host = batch_of(recipe, source)
 
@@ -140,7 +140,7 @@ def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool = Fa
 def open_clips_side(
     bench: Bench, name: str, recipe: Recipe, source: InMemory, shape: Shape, chunk: int | None = None
 ) -> Run:
-    """open_clip's CLIP step, on images that are finished and 77-token captions; for `chunk` see `open_clip_side`."""
+    """Build open_clip's CLIP step on preprocessed images and 77-token captions; for `chunk` see `open_clip_side`."""
     import open_clip
 
     host, plan = batch_of(recipe, source), plan_of(recipe)
@@ -161,7 +161,7 @@ def open_clips_side(
 
 
 def sizes(bench: Bench, name: str) -> tuple[Shape, InMemory]:
-    """Sizes of an image tower and the text tower that goes with it, and pairs for them."""
+    """Return the sizes of both towers, and pairs for them."""
     import open_clip
 
     config = open_clip.get_model_config(f"{name}-quickgelu")
@@ -171,7 +171,7 @@ def sizes(bench: Bench, name: str) -> tuple[Shape, InMemory]:
 
 
 def measured(bench: Bench, task: Callable[[], object], count: int, flops: float | None = None) -> dict[str, Any]:
-    """Time, rate, memory and, with the operations of a pair, utilization of a step."""
+    """Measure time, rate, memory and, given the operations per pair, utilization of a step."""
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats(bench.device)
     seconds, peak = bench.seconds(task), peak_of(bench.card)

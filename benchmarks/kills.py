@@ -1,10 +1,10 @@
-"""SIGKILL at chosen moments of a run, and whether the resumed run ends as the run that was never killed.
+"""Send SIGKILL at chosen moments of a run, and compare the resumed run with an uninterrupted one.
 
     python benchmarks/kills.py --kills 50 --seed 0 --out runs/kills.jsonl
 
-Every kill picks a recipe, one or two processes, zero or one loader process, a moment (before or after a call of the
-functions below) and a step. The killed run is started again until it ends; weights, optimizer, queue, generators,
-metrics and the order of pairs must then equal the whole run's to the last bit.
+Every kill uses a recipe, one or two processes, zero or one loader process, a moment (before or after a call of the
+functions below) and a step. The killed run is restarted until it ends; weights, optimizer state, queue, generators,
+metrics and the order of pairs must then equal those of the uninterrupted run to the last bit.
 """
 
 import argparse
@@ -65,20 +65,20 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "flushing the checkpoint": (checkpoint, "_flush"),
     "removing an old checkpoint": (checkpoint, "remove"),
 }
-"""Where a run is killed: what is called there."""
+"""Moment of the kill → the function that is called then."""
 
 
 def recipe_of(name: str, workers: int) -> Recipe:
-    """A recipe at a size of seconds."""
+    """Load a recipe with small sizes that trains in seconds."""
     return load_recipe(name, {**SMALL, "data.workers": workers})
 
 
 def run(rank: int, ranks: int, meeting: str, recipe: Recipe, folder: str, kill: dict[str, Any] | None) -> None:
-    """One process of a run, from where it stands to its end or its death."""
+    """Run one process of a run until it ends or is killed."""
     warnings.simplefilter("ignore")
     logging.getLogger("declip").setLevel(logging.CRITICAL)
     logging.getLogger("torch").setLevel(logging.CRITICAL)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the survivor of a killed pair complains
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the survivor of a killed pair prints errors
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     if kill is not None and rank == kill["rank"]:
@@ -91,7 +91,7 @@ def run(rank: int, ranks: int, meeting: str, recipe: Recipe, folder: str, kill: 
 
 
 def _arm(kill: dict[str, Any]) -> None:
-    """Let a function end this process at one of its calls."""
+    """Make a function kill this process at one of its calls."""
     owner, name = MOMENTS[kill["moment"]]
     original: Callable[..., Any] = getattr(owner, name)
     left = [kill["call"]]
@@ -109,7 +109,7 @@ def _arm(kill: dict[str, Any]) -> None:
 
 
 def start(ranks: int, recipe: Recipe, folder: Path, kill: dict[str, Any] | None = None) -> list[int]:
-    """Run to the end or to the kill; exit codes by rank."""
+    """Run to the end or to the kill, and return exit codes by rank."""
     fork = mp.get_context("fork")
     meeting = f"{folder}.meet{time.monotonic_ns()}"
     processes = [
@@ -123,7 +123,7 @@ def start(ranks: int, recipe: Recipe, folder: Path, kill: dict[str, Any] | None 
 
 
 def difference(one: Path, other: Path) -> str | None:
-    """The first thing in which two ended runs are not equal to the last bit."""
+    """Return the first difference of two finished runs, or None if they are equal to the last bit."""
     first, second = (load_checkpoint(list_checkpoints(folder)[-1]) for folder in (one, other))
     if first.step != second.step or first.step != STEPS:
         return f"steps {first.step} and {second.step}"
@@ -141,7 +141,7 @@ def difference(one: Path, other: Path) -> str | None:
 
 
 def main() -> None:
-    """Kill, go on, compare, count."""
+    """Kill, resume and compare runs, and write the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,9 +1,9 @@
-"""Pairs a second that one core loads: two views of JPEG files and their captions, compared with other libraries.
+"""Measure pairs per second of one core: two views of JPEG files and their captions, compared with other libraries.
 
     python benchmarks/loader.py --repeats 7 --size 224 --json
 
 `PairLoader` reads captions, augments and masks them, and tokenizes all three; of the peers, torchvision's does the two
-views alone and open_clip's tokenizes the caption once. What is compared takes turns in one process, on one thread.
+views alone and open_clip's tokenizes the caption once. All tasks take turns in one process, on one thread.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from pairs import open_pairs
 from timing import row, take_turns
 
 PAIRS = 64
-"""Also a batch, so that every turn loads the same files."""
+"""Also the batch size, so that every turn loads the same files."""
 
 SIZES = ((500, 375), (2048, 1536))
 QUALITY = 90
@@ -48,9 +48,9 @@ SCENES = (
 )
 
 
-DEVICE, WHOLE, CPU = "declip, colors left to the device", "the same, whole pictures decoded", "declip, all on the CPU"
+DEVICE, WHOLE, CPU = "declip, colors left to the device", "the same, full images decoded", "declip, all on the CPU"
 FAST = (DEVICE, WHOLE, CPU)
-"""What uses simplejpeg where it is installed."""
+"""Tasks that use simplejpeg if it is installed."""
 
 
 class Files(PairSource):
@@ -66,7 +66,7 @@ class Files(PairSource):
         return Pair(str(index), decode(self.files[index], str(index)), self.captions(index))
 
     def read_lazy(self, index: int) -> LazyPair:
-        """As sources of files do it."""
+        """Read the header only, as sources of files do."""
         return LazyPair(str(index), open_image(self.files[index], str(index)), self.captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ class Files(PairSource):
 
 
 def photographs(width: int, height: int) -> Files:
-    """Parts of scikit-learn's two photographs, brought to one size."""
+    """Return crops of scikit-learn's two photographs, resized to one size."""
     images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     generator, files, captions = np.random.default_rng(0), [], []
     for number, (image, said) in zip(range(PAIRS), cycle(zip(images, SCENES, strict=True)), strict=False):
@@ -88,28 +88,28 @@ def photographs(width: int, height: int) -> Files:
 
 
 def drawings() -> Files:
-    """Emoji where they are prepared, else shapes, at their own size."""
+    """Return emoji if they are downloaded, else drawn shapes."""
     source = open_pairs()
     found = [source[len(source) // PAIRS * number] for number in range(PAIRS)]
     return Files(f"{source.name}, 96 x 96", [encoded(pair.image) for pair in found], [p.captions[0] for p in found])
 
 
 def encoded(image: Image.Image) -> bytes:
-    """A JPEG file of a picture."""
+    """Encode an image as JPEG."""
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
 
 
 class Blur:
-    """Pillow's Gaussian blur of a random sigma, quicker on a picture than torchvision's; SLIP has the same."""
+    """Pillow's Gaussian blur with a random sigma, as in SLIP; faster than torchvision's."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(float(np.random.uniform(0.1, 2.0))))
 
 
 def torchvision_view(size: int) -> transforms.Compose:
-    """One view of MoCo v2's, as DeCLIP's authors and SLIP have it; its crop's resize is bilinear, ours bicubic."""
+    """Return a MoCo v2 view as in DeCLIP and SLIP; its resize is bilinear, ours bicubic."""
     tower, view = ImageTowerConfig(), ImageView()
     return transforms.Compose(
         [
@@ -125,12 +125,12 @@ def torchvision_view(size: int) -> transforms.Compose:
 
 
 def rgb(file: bytes) -> Image.Image:
-    """A file as the peers decode it."""
+    """Decode a file as the other libraries do."""
     return Image.open(BytesIO(file)).convert("RGB")
 
 
 def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
-    """What is compared, each for `PAIRS` pairs."""
+    """Return the compared tasks, each for `PAIRS` pairs."""
     recipe = Recipe(
         image=ImageTowerConfig(size=size), loss_weights={"contrastive": 0.4, "simsiam": 0.4, "masked_language": 0.2}
     )
@@ -174,7 +174,7 @@ def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
 
 
 def measure(repeats: int, size: int = 224) -> list[dict[str, object]]:
-    """Pairs a second of one core, from JPEG files in memory."""
+    """Measure pairs per second of one core, from JPEG files in memory."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = []
@@ -196,7 +196,7 @@ def measure(repeats: int, size: int = 224) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Measure, and show a table or print the rows."""
+    """Measure, and print a table or JSON."""
     from machine import machine
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

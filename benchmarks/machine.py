@@ -1,4 +1,4 @@
-"""What a measurement depends on."""
+"""The machine and the versions of a measurement."""
 
 import os
 import platform
@@ -12,11 +12,11 @@ PACKAGES = (
     "torch", "torchvision", "timm", "numpy", "pillow", "tokenizers", "open_clip_torch", "simplejpeg", "faiss-cpu",
     "sentence-transformers",
 )  # fmt: skip
-"""Ours and the peers'; None where one is not installed."""
+"""Packages whose versions are recorded; None if not installed."""
 
 
 def machine() -> dict[str, object]:
-    """What the numbers depend on."""
+    """Return date, processor, threads, load and versions."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor(),
@@ -29,7 +29,7 @@ def machine() -> dict[str, object]:
 
 
 def installed(package: str) -> str | None:
-    """The package's version, None without it."""
+    """Return the package's version, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -37,7 +37,7 @@ def installed(package: str) -> str | None:
 
 
 def processor() -> str:
-    """The processor's name, where Linux tells it."""
+    """Return the processor's name on Linux, else its architecture."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""Memory that can be trusted: each measurement in a process of its own, by the kernel's count. Linux only."""
+"""Memory of a process by the kernel's count, on Linux."""
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +21,7 @@ def in_fresh_process(function: Callable[P, T], *arguments: P.args, **keywords: P
 
 
 def added_peak(task: Callable[[], object]) -> int:
-    """Bytes that this process's memory grows by, at most, while a task runs."""
+    """Return the largest growth of this process's memory during a task, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = resident()
     task()
@@ -29,21 +29,21 @@ def added_peak(task: Callable[[], object]) -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has."""
+    """Return the resident memory of this process in bytes."""
     return _bytes("/proc/self/status", "VmRSS")
 
 
 def peak() -> int:
-    """Most bytes of memory that this program had; `ru_maxrss` would begin at the size of its parent."""
+    """Return the peak memory of this program in bytes; `ru_maxrss` would start at the size of its parent."""
     return _bytes("/proc/self/status", "VmHWM")
 
 
 def available() -> int:
-    """Bytes that a new process could have."""
+    """Return the memory that is available to a new process, in bytes."""
     return _bytes("/proc/meminfo", "MemAvailable")
 
 
 def _bytes(path: str, field: str) -> int:
-    """A field of a file of the kernel; 0 where the system is not Linux."""
+    """Read a field of a kernel file; 0 if the system is not Linux."""
     lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)

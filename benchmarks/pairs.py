@@ -1,4 +1,4 @@
-"""The pairs that are measured on: real emoji, or drawn shapes where the emoji have not been prepared; longer texts."""
+"""Pairs for the benchmarks: emoji, or drawn shapes if the emoji are not downloaded, and longer texts."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from declip.errors import UserError
 COLORS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
 SHAPES = ("circle", "square", "ring", "cross")
 CONTEXT = 77
-"""Tokens that a text tower reads; so many words fill it."""
+"""Context length of a text tower; as many words fill it."""
 
 
 class Shapes(PairSource):
-    """Colored shapes of the emoji's size, 96 x 96 pixels, each with a caption of the usual length."""
+    """Colored shapes of 96 x 96 pixels, the emoji's size, each with a caption of the usual length."""
 
     name = "drawn shapes"
 
@@ -43,7 +43,7 @@ class Shapes(PairSource):
 
 
 def open_pairs() -> PairSource:
-    """The built-in emoji where they are prepared, else shapes; the result names which."""
+    """Return the built-in emoji if they are downloaded, else shapes."""
     try:
         return open_source("builtin:emoji")
     except UserError:
@@ -51,11 +51,11 @@ def open_pairs() -> PairSource:
 
 
 CAPTIONS = ("emoji", "joined", "full")
-"""As they are; all captions and keywords of a pair in one; those of several pairs, as many as fill a text tower."""
+"""One caption; all captions and keywords of a pair joined; those of several pairs, enough to fill a text tower."""
 
 
 def texts_of(source: PairSource, kind: str, count: int = 2048) -> list[str]:
-    """Texts of `count` pairs spread over a source, of a length by `CAPTIONS`."""
+    """Return texts of `count` pairs spread over a source; `kind` is one of `CAPTIONS`."""
     pairs = [source[int(index)] for index in np.linspace(0, len(source) - 1, count)]
     if kind == "emoji":
         return [pair.captions[0] for pair in pairs]

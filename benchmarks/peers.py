@@ -1,4 +1,4 @@
-"""A training step of open_clip as its own users take it, also with sentence-transformers' loss for large batches."""
+"""A training step of open_clip, as its own trainer takes it or with sentence-transformers' loss for large batches."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 LEARNING_RATE = 1e-4
-"""Of every side; it says nothing about time, but a step that diverges would."""
+"""Of every side: small enough that no step diverges, which would change its time."""
 
 
 @dataclass
 class Side:
-    """One of those that are compared.
+    """One of the compared implementations.
 
     Attributes:
         step: Forward, loss, backward, update; gradients are set to none at its beginning.
@@ -36,7 +36,7 @@ class Side:
 
 @dataclass
 class Shape:
-    """The two towers, in open_clip's words."""
+    """Sizes of the two towers as an open_clip configuration, device and precision."""
 
     config: dict[str, Any]
     tiny: bool
@@ -51,12 +51,12 @@ class Shape:
 
 
 def count(*modules: nn.Module, learned: bool = False) -> int:
-    """Parameters, all or those that learn."""
+    """Count the parameters, all or those that are trained."""
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad or not learned)
 
 
 def cached_loss(model: Any, shape: Shape, chunk: int) -> nn.Module:
-    """sentence-transformers' loss of a large batch in chunks (GradCache), in both directions, on open_clip's towers."""
+    """Build sentence-transformers' chunked loss (GradCache) in both directions on open_clip's towers."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
@@ -76,7 +76,7 @@ def cached_loss(model: Any, shape: Shape, chunk: int) -> nn.Module:
 
 
 def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str], chunk: int | None = None) -> Side:
-    """open_clip's step as its trainer takes it without accumulation: 77 tokens, images normalized by its loader.
+    """Build open_clip's step as its trainer takes it without accumulation: 77 tokens, normalized images.
 
     Args:
         name: open_clip's name of the model.

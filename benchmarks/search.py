@@ -1,4 +1,4 @@
-"""Search of stored vectors, against faiss (clip-retrieval's path) and sentence-transformers.
+"""Compare search of stored vectors with faiss (as in clip-retrieval) and sentence-transformers.
 
     pip install faiss-cpu; pip install sentence-transformers --no-deps
     python benchmarks/search.py --sizes 10000 100000 1000000 --json search.json
@@ -46,7 +46,7 @@ SENTENCE_MISSING = "sentence-transformers can't be imported (pip install sentenc
 
 
 def vectors_of(count: int, width: int, seed: int) -> Tensor:
-    """(count, width) float32 of length 1, around centers that are the same for every seed."""
+    """Return (count, width) float32 vectors of length 1 around centers that are the same for every seed."""
     centers = torch.randn(CENTERS, width, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(CENTERS, (count,), generator=generator)
@@ -54,7 +54,7 @@ def vectors_of(count: int, width: int, seed: int) -> Tensor:
 
 
 def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
-    """An index of vectors that no model made."""
+    """Write an index of random vectors."""
     made_by = ModelInfo(path="", name="no model", fingerprint="0" * 64)
     source = SourceInfo(path="", name="made up")
     with open_writer(folder, IndexInfo(model=made_by, source=source, dtype=dtype, captions=False)) as writer:
@@ -66,13 +66,13 @@ def write_index(folder: Path, vectors: Tensor, dtype: Any) -> Index:
 
 
 def recall(answers: Tensor, exact: Tensor) -> float:
-    """Fraction of the exact ids that were found."""
+    """Return the fraction of the exact ids that were found."""
     hits = [len(set(a) & set(b)) for a, b in zip(answers.tolist(), exact.tolist(), strict=True)]
     return sum(hits) / exact.numel()
 
 
 def peers(vectors: Tensor, queries: Tensor, exact: Tensor) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[Any]]:
-    """The peers' searches, queries to ids, and notes on those that are missing."""
+    """Return the other libraries' searches, queries → ids, and notes on missing libraries."""
     searches: dict[str, Callable[[Tensor], Tensor]] = {}
     notes: list[Any] = []
     try:
@@ -137,7 +137,7 @@ def compare(count: int, width: int, batches: list[int], repeats: int) -> list[di
 
 
 def main() -> None:
-    """Measure, show a table, and print the JSON last."""
+    """Measure, print a table, and JSON in the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="vectors")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 64], help="queries at once")

@@ -1,4 +1,4 @@
-"""A long run watched: memory, open files and speed, with the trainer and its loader processes restarted on the way.
+"""Watch memory, open files and speed of a long run in which the trainer or its loader processes are restarted.
 
     python benchmarks/soak.py --steps 20000 --restart-every 2000 --out runs/soak
 
@@ -29,19 +29,19 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident(process: int) -> int:
-    """Bytes of memory that a process holds for itself: resident, less what it shares."""
+    """Return the resident memory of a process without shared memory, in bytes."""
     whole, shared = Path(f"/proc/{process}/statm").read_text().split()[1:3]
     return (int(whole) - int(shared)) * PAGE
 
 
 def children() -> list[int]:
-    """The processes that this one started and that still live."""
+    """Return the ids of this process's living children."""
     found = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     return [int(process) for process in found]
 
 
 def looked(step: int, started: float) -> dict[str, float]:
-    """What is watched."""
+    """Measure memory, open files and threads."""
     own = os.getpid()
     return {
         "step": step,
@@ -62,7 +62,7 @@ def watch(
     rows: list[dict[str, float]],
     kept: Path,
 ) -> bool:
-    """Train up to a step, with new loading processes every so many steps; returns whether the watch has ended.
+    """Train up to a step, with new loader processes every `workers_every` steps; return whether the watch has ended.
 
     The rows are kept as they come: a watch of hours that is cut off loses few of them.
     """
@@ -90,7 +90,7 @@ def watch(
 
 
 def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
-    """Early against late, each as many whole stretches between restarts, so that like is compared with like.
+    """Compare the first with the last restarts, as many of each.
 
     A trainer's memory grows while it works and falls when it is restarted; the first info warms up and is left out.
     """
@@ -116,7 +116,7 @@ def summary(rows: list[dict[str, float]], restart_every: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train, watch, write."""
+    """Train, measure and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--hours", type=float, default=float("inf"))

@@ -1,4 +1,4 @@
-"""A training step at full size next to open_clip's; the batch is on the device.
+"""Compare a full-size training step with open_clip's; the batch is on the device.
 
     python benchmarks/step.py --json
     python benchmarks/step.py --recipe my.yaml --image ViT-B-16 --batch-size 64 --precision bf16 --json
@@ -55,15 +55,15 @@ TOWERS = {
 """OpenAI's name → timm's; open_clip's is OpenAI's and "-quickgelu"."""
 
 BATCHES = 9
-"""That the one with the median text length is taken from: a batch is as long as its longest caption."""
+"""Loaded batches; the one with the median text length is used, because a batch is as long as its longest caption."""
 
 STATE_BYTES = 16
-"""Of a float32 parameter with its gradient and AdamW's two moments."""
+"""Bytes of a float32 parameter with its gradient and AdamW's two moments."""
 
 
 @dataclass
 class Setting:
-    """What all sides share.
+    """Inputs that all implementations share.
 
     Attributes:
         name: OpenAI's name of the image tower.
@@ -81,7 +81,7 @@ class Setting:
 
 
 def resolve(name: str) -> str:
-    """OpenAI's name of a tower that is given by that, by open_clip's or by timm's name.
+    """Return OpenAI's name of a tower that is given by OpenAI's, open_clip's or timm's name.
 
     Raises:
         UserError: No equivalent of it in open_clip is known here.
@@ -93,7 +93,7 @@ def resolve(name: str) -> str:
 
 
 def prepare(options: argparse.Namespace) -> Setting:
-    """Sizes, recipes and batches."""
+    """Build sizes, recipes and batches from the options."""
     import open_clip
 
     name = resolve(options.image)
@@ -109,7 +109,7 @@ def prepare(options: argparse.Namespace) -> Setting:
 
 
 def tiny(config: dict[str, Any]) -> dict[str, Any]:
-    """Narrow towers of two layers, or four blocks, for 32 px."""
+    """Shrink a configuration to narrow towers of two layers, or four blocks, for 32 px."""
     stages = isinstance(config["vision_cfg"]["layers"], list)
     vision = {"layers": [1, 1, 1, 1]} if stages else {"layers": 2, "width": 64, "patch_size": 16}
     return {
@@ -121,7 +121,7 @@ def tiny(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def recipe_of(recipe: str, name: str, shape: Shape, batch: int) -> Recipe:
-    """A recipe with the towers of the shape, and with all of its views from the first step on."""
+    """Load a recipe with the towers of the shape and all views from the first step on."""
     text, vision, convolutional = shape.config["text_cfg"], shape.config["vision_cfg"], name.startswith("RN")
     keys = {
         "image.model": TOWERS[name], "image.size": vision["image_size"], "embed_dim": shape.config["embed_dim"],
@@ -144,7 +144,7 @@ def recipe_of(recipe: str, name: str, shape: Shape, batch: int) -> Recipe:
 
 
 def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
-    """A batch of the real loader, the one with the median longest caption among the first."""
+    """Load the batch with the median text length among the first."""
     with torch.device("meta"):
         model = DualEncoder.from_recipe(recipe)
     loader = build_loader(recipe, source, model)
@@ -154,7 +154,7 @@ def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
 
 
 def our_side(arm: str, setting: Setting) -> Side:
-    """`training_step` with a shipped recipe."""
+    """Build `training_step` with a shipped recipe."""
     built, batch = build(setting.recipes[arm], setting.source, setting.shape.device), setting.batches[arm]
     recipe = setting.recipes[arm]
     if setting.shape.device.type == "cpu":
@@ -179,7 +179,7 @@ def our_side(arm: str, setting: Setting) -> Side:
 
 
 def makers(setting: Setting) -> dict[str, Callable[[], Side]]:
-    """What builds each side."""
+    """Return a builder for each implementation."""
     clip = setting.batches["clip"]
     captions = [setting.source.texts[int(number) % len(setting.source)] for number in clip.sample_ids]
     image = setting.recipes["clip"].image
@@ -193,17 +193,17 @@ def makers(setting: Setting) -> dict[str, Callable[[], Side]]:
 
 
 def tasks_of(name: str, side: Side, device: torch.device) -> dict[str, Callable[[], object]]:
-    """The step, and two of its parts alone; each waits for the device."""
+    """Return the step and two of its parts; each waits for the device."""
     parts = {name: side.step, f"{name}: optimizer": side.update}
     if side.views is not None:
         parts[f"{name}: views"] = side.views
     if side.muon is not None:
         parts[f"{name}: muon"] = side.muon
-    return parts if device.type == "cpu" else {what: to_its_end(task, device) for what, task in parts.items()}
+    return parts if device.type == "cpu" else {what: synchronized(task, device) for what, task in parts.items()}
 
 
-def to_its_end(task: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """The task, and the wait for what it started on the device."""
+def synchronized(task: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """Wrap a task so that it waits for the device."""
 
     def run() -> None:
         task()
@@ -214,7 +214,7 @@ def to_its_end(task: Callable[[], object], device: torch.device) -> Callable[[],
 
 
 def muon_at_demo_size(options: argparse.Namespace, precision: str) -> float:
-    """A demo step with Muon over one with AdamW, in turns."""
+    """Return the time of a demo step with Muon divided by one with AdamW."""
     device = pick_device(options.device)
     source = InMemory(texts_of(open_pairs(), options.captions), 32)
     tasks = {}
@@ -222,13 +222,13 @@ def muon_at_demo_size(options: argparse.Namespace, precision: str) -> float:
         keys = {"train.optimizer": optimizer, "train.precision": precision, "data.workers": 0}
         keys |= {"train.batch_size": options.batch_size} if options.tiny else {}
         built = build(load_recipe("demo-declip", keys), source, device)
-        tasks[optimizer] = to_its_end(partial(training_step, built.step, next(built.loader).to(device)), device)
+        tasks[optimizer] = synchronized(partial(training_step, built.step, next(built.loader).to(device)), device)
     seconds = take_turns(5 * options.repeats, tasks)
     return seconds["muon"] / seconds["adamw"]
 
 
 def together(setting: Setting, builders: dict[str, Callable[[], Side]], repeats: int) -> tuple[dict, dict]:
-    """All sides at once in memory."""
+    """Measure all implementations, all in memory at once."""
     sides = {name: make() for name, make in builders.items()}
     tasks: dict[str, Callable[[], object]] = {}
     for name, side in sides.items():
@@ -237,7 +237,7 @@ def together(setting: Setting, builders: dict[str, Callable[[], Side]], repeats:
 
 
 def one_by_one(setting: Setting, builders: dict[str, Callable[[], Side]], repeats: int) -> tuple[dict, dict]:
-    """They take turns too, but each is built for its turn and freed after it."""
+    """Measure all implementations in turns; each is built for its turn and freed after it."""
     taken: dict[str, list[float]] = {}
     sides = {}
     for _ in range(repeats):
@@ -252,12 +252,12 @@ def one_by_one(setting: Setting, builders: dict[str, Callable[[], Side]], repeat
 
 
 def described(side: Side) -> dict[str, Any]:
-    """What is said of a side besides its seconds."""
+    """Return the parameters and text length of an implementation."""
     return {"parameters": side.parameters, "text_length": side.text_length}
 
 
 def compare_all(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure all sides in each precision."""
+    """Measure all implementations in each precision."""
     found = {}
     for precision in ("fp32", "bf16") if options.precision == "both" else (options.precision,):
         found[precision] = compare(argparse.Namespace(**{**vars(options), "precision": precision}))
@@ -274,7 +274,7 @@ def compare_all(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure all sides."""
+    """Measure all implementations in one precision."""
     setting = prepare(options)
     about, builders = machine(), makers(setting)
     with torch.device("meta"):
@@ -323,12 +323,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The accelerator's name, or cpu."""
+    """Return the accelerator's name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def described_captions(kind: str, setting: Setting) -> dict[str, Any]:
-    """The texts' lengths in tokens, start and end included: of the source, and of the batch."""
+    """Return mean and longest text in tokens, start and end included, of the source and of the batch."""
     encode, clip = Tokenizer().encode, setting.batches["clip"]
     whole = [len(encode(text)) for text in setting.source.texts]
     of_batch = (clip.texts[0] == Tokenizer().end).int().argmax(dim=1).add(1).tolist()
@@ -341,7 +341,7 @@ def described_captions(kind: str, setting: Setting) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """A row for each side."""
+    """Print a row for each implementation."""
     table = Table("side", "s a step", "× open_clip", "AdamW, s", "views, s", "tokens", "10⁶ learned", title="Medians")
     for name, seconds in result["seconds"].items():
         views = result["views_seconds"].get(name)
@@ -363,7 +363,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Build the argument parser."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--image", default="ViT-B-32", help=f"{', '.join(TOWERS)}, or timm's name (default ViT-B-32)")
     found.add_argument("--batch-size", type=int, default=32, help="pairs, 2 or more (default 32)")
@@ -389,7 +389,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Measure, show a table, and print the JSON last."""
+    """Measure, print a table, and JSON in the last line."""
     options = (command := parser()).parse_args()
     for name, least in (("batch_size", 2), ("repeats", 1), ("threads", 1)):
         if (value := getattr(options, name)) is not None and value < least:

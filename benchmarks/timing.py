@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a shared machine: what is compared takes turns in one process."""
+"""Timing on a shared machine: the compared tasks take turns in one process."""
 
 import statistics
 import time
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 
 def time_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Run the tasks A B A B … and give all seconds of each, in order.
+    """Run the tasks A B A B … and return all seconds of each, in order.
 
-    Whatever slows the machine for a while slows all of them. One round before is not counted: it fills caches.
+    What slows the machine for a while then slows all tasks. A first round, which fills caches, is not counted.
     """
     taken: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(repeats + 1):
@@ -21,16 +21,16 @@ def time_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[
 
 
 def take_turns(repeats: int, tasks: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Run the tasks as `time_turns` does and give each one's median in seconds."""
+    """Run the tasks as `time_turns` does and return the median seconds of each."""
     return medians(time_turns(repeats, tasks))
 
 
 def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
-    """The median of each."""
+    """Return the median of each task."""
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def row(part: str, what: str, seconds: float, count: int, unit: str, **more: object) -> dict[str, object]:
-    """A measurement: `seconds` for `count` of `unit`."""
+    """Build a row of a measurement: `seconds` for `count` of `unit`."""
     each = {"microseconds_each": round(1e6 * seconds / count, 2), "per_second": round(count / seconds, 1)}
     return {"part": part, "what": what, "count": count, "unit": unit, **each, **more}

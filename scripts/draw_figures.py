@@ -1,7 +1,7 @@
 """Draw the figures of the method pages and of CONTRIBUTING.md: `python scripts/draw_figures.py` writes docs/figures/.
 
-Lines and letters have the color of the text around them, so that a drawing fits light and dark pages; it is 400 wide,
-so that a phone shows its letters at nearly their size.
+Lines and text have the color of the surrounding text, for light and dark pages. Drawings are 400 px wide, so that
+text stays readable on a phone.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,13 +11,13 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 WIDTH = 400
 STYLE = "svg{color:#222}@media (prefers-color-scheme:dark){svg{color:#ddd}}"
-"""For the file shown by itself, as on GitHub; in the site a drawing stands in the page and takes its color."""
+"""For the file alone, as on GitHub; in the site a drawing is part of the page and inherits its color."""
 
 IMAGE, TEXT, TERM, PLAIN = "#3b7dd8", "#d9822b", "#2e9e5b", "#888888"
 
 
 def drawing(height: int, title: str, *parts: str | Iterable[str]) -> str:
-    """An SVG of its parts."""
+    """Assemble an SVG."""
     inner = "\n".join(part if isinstance(part, str) else "\n".join(part) for part in parts)
     arrow = (
         '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
@@ -32,12 +32,12 @@ def drawing(height: int, title: str, *parts: str | Iterable[str]) -> str:
 
 
 def words(x: float, y: float, text: str, size: int = 13, anchor: str = "middle", color: str = "currentColor") -> str:
-    """A line of text, its middle (or its start) at x, its base line at y."""
+    """Draw a line of text with its middle (or its start) at x and its baseline at y."""
     return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{escape(text)}</text>'
 
 
 def box(x: float, y: float, width: float, height: float, lines: str, color: str = PLAIN, dashed: bool = False) -> str:
-    """A tinted box with lines of text in its middle."""
+    """Draw a tinted box with centered lines of text."""
     rows = lines.split("\n")
     top = y + height / 2 - 8 * (len(rows) - 1) + 4.5
     inside = "".join(words(x + width / 2, top + 16 * number, row) for number, row in enumerate(rows))
@@ -49,7 +49,7 @@ def box(x: float, y: float, width: float, height: float, lines: str, color: str 
 
 
 def arrow(*points: tuple[float, float], dashed: bool = False, both: bool = False, color: str = "currentColor") -> str:
-    """A line through points, with a tip at its end, or at both."""
+    """Draw a line through points with an arrowhead at its end, or at both."""
     path = "M" + " ".join(f"{x} {y}" for x, y in points)
     dash = ' stroke-dasharray="4 3"' if dashed else ""
     start = ' marker-start="url(#tip)"' if both else ""
@@ -57,7 +57,7 @@ def arrow(*points: tuple[float, float], dashed: bool = False, both: bool = False
 
 
 def down(top: float, bottom: float, *columns: float) -> list[str]:
-    """Vertical arrows between two heights."""
+    """Draw vertical arrows between two heights."""
     return [arrow((x, top), (x, bottom)) for x in columns]
 
 

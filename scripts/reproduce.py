@@ -1,11 +1,11 @@
-"""Reproduce a run of the papers: check the data, say what it costs, train, evaluate, compare the loss with a curve.
+"""Reproduce a run of the papers: check the data, estimate the cost, train, evaluate, compare the loss with a curve.
 
     python scripts/reproduce.py yfcc15m --data '/data/{00000..01538}.tar' --gpus 8 \\
         --test imagenet:/data/imagenet --check-leakage /data/imagenet-val.csv
     python scripts/reproduce.py cc3m --data cc3m.csv --check          only the checks and the cost
-    python scripts/reproduce.py synthetic --data runs/shards --gpus 2 toy towers on drawn crops, to try this script
+    python scripts/reproduce.py synthetic --data runs/shards --gpus 2 small towers, to try this script
 
-Further words KEY=VALUE are keys of the recipe. A call that was stopped continues when it is repeated.
+KEY=VALUE arguments are keys of the recipe. The same command continues a stopped call.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from declip.runs.folder import Run
 from declip.training.estimate import estimate
 
 TOLERANCE = 0.05
-"""Relative distance from the curve that is worth a warning: another shuffle or precision moves a loss by less."""
+"""Relative distance from the curve that is a problem; another order or precision changes a loss by less."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ EXPERIMENTS = {
 
 
 class Crops(PairSource):
-    """Random crops of scikit-learn's two photographs, each with a caption that says where it is from."""
+    """Random crops of scikit-learn's two photographs, each with a caption that names its place."""
 
     name = "synthetic photographs"
 
@@ -107,7 +107,7 @@ class Crops(PairSource):
 
 
 def check_data(data: str, experiment: Experiment, tests: list[str], sample: int, out: Path) -> list[str]:
-    """Check count, broken pairs and copies of test images before the first step; list the problems."""
+    """Check the number of pairs, broken pairs and copies of test images; return the problems."""
     found = inspect_source(data, sample, workers=0, check_leakage=tests)
     out.mkdir(parents=True, exist_ok=True)
     (out / "data.json").write_text(found.to_json(), encoding="utf-8")
@@ -136,7 +136,7 @@ def cost(recipe: Recipe, gpus: int) -> str:
 
 
 def read_curve(path: Path, train: Train) -> dict[int, float]:
-    """The losses of another run by step; found to be of use before days of training."""
+    """Read the losses of another run by step, and check them before days of training."""
     try:
         curve = {int(step): float(loss) for step, loss in json.loads(path.read_text()).items()}
         if not all(map(math.isfinite, curve.values())):
@@ -152,7 +152,7 @@ def read_curve(path: Path, train: Train) -> dict[int, float]:
 
 
 def compare_curve(run: Run, curve: dict[int, float] | None) -> list[str]:
-    """Compare the contrastive loss with chance, and all losses with those of another run at the same steps."""
+    """Compare the contrastive loss with chance, and all losses with those of another run; return the problems."""
     losses = {row["step"]: row["loss"] for row in run.metrics}
     (run.folder / "curve.json").write_text(json.dumps(losses), encoding="utf-8")
     problems = [] if all(map(math.isfinite, losses.values())) else ["a loss is not finite"]
@@ -160,8 +160,7 @@ def compare_curve(run: Run, curve: dict[int, float] | None) -> list[str]:
     later = mean(contrastive[len(contrastive) // 2 :])
     shown = f"{contrastive[0]:.2f} at step {run.metrics[0]['step']:,}, {later:.2f} in the second half"
     print(f"contrastive loss: {shown}; chance is ln({run.recipe.train.batch_size:,}) = {chance:.2f}")
-    # A model that knows nothing is at chance: far above it is a wrong scale or learning rate, and to stay is to learn
-    # nothing.
+    # An untrained model is at chance. Far above it: wrong scale or learning rate; staying there: nothing is learned.
     if contrastive[0] > chance + 1 or later > chance - 0.02:
         problems.append("the contrastive loss does not begin near chance, or stays there")
     if curve is None:
@@ -175,7 +174,7 @@ def compare_curve(run: Run, curve: dict[int, float] | None) -> list[str]:
 
 
 def main() -> None:
-    """Check, say, train, compare."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("keys", nargs="*", metavar="KEY=VALUE")
@@ -193,7 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="run folder (default runs/EXPERIMENT)")
     parser.add_argument("--check", action="store_true", help="no training")
-    parser.add_argument("--anyway", action="store_true", help="train in spite of problems of the data")
+    parser.add_argument("--anyway", action="store_true", help="train despite problems of the data")
     options = parser.parse_intermixed_args()
     experiment, out = EXPERIMENTS[options.experiment], options.out or Path("runs") / options.experiment
     try:
@@ -206,7 +205,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, experiment: Experiment, out: Path) -> list[str]:
-    """Reproduce an experiment; list the problems."""
+    """Reproduce an experiment and return the problems."""
     keys = {**experiment.keys, **parse_overrides(options.keys), "data.source": options.data}
     if options.test:
         keys["evaluation.final_zero_shot"] = options.test
@@ -228,14 +227,14 @@ def run(options: argparse.Namespace, experiment: Experiment, out: Path) -> list[
     status = call([sys.executable, "-m", *(launcher if options.gpus > 1 else ["declip"]), *words])
     trained = Run(out / "run")
     if status or trained.step < recipe.train.steps:
-        raise UserError("The run did not come to its end; its messages are above. The same command continues it.")
+        raise UserError("The run did not finish; its messages are above. The same command continues it.")
     for result in trained.results:
         print(json.dumps(result))
     return problems + compare_curve(trained, curve)
 
 
 def call(command: list[str]) -> int:
-    """Run a command to its end, also after Ctrl-C, which lets it save a checkpoint; give its exit status."""
+    """Run a command to its end, also after Ctrl-C, so that it saves a checkpoint; return its exit status."""
     with subprocess.Popen(command) as process:
         earlier = (
             signal.signal(signal.SIGINT, signal.SIG_IGN),

@@ -1,6 +1,6 @@
-"""mkdocs hooks: add pages from elsewhere in the repository, render formulas as MathML, inline the drawings.
+"""mkdocs hooks: add pages of the repository, render formulas as MathML, inline the drawings.
 
-Formulas are `$…$` and `$$…$$`, as in GitHub's Markdown; browsers draw MathML by themselves.
+Formulas are `$…$` and `$$…$$`, as in GitHub's Markdown; browsers render MathML without scripts.
 """
 
 import base64
