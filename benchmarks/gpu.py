@@ -6,9 +6,9 @@
 
 Each part writes OUT/PART.json when it is done, and a later call reads it from there: missing parts run first, then
 those in which something failed. Parts that would start after --minutes are left to the next call; the status is 1
-while something fails. The parts named after a tower train `clip`, `declip` and
-`declip-yfcc15m-vitb32` at the largest batch that fits, compared with open_clip's CLIP step on the same pairs. The
-part grad-cache takes one large batch in chunks, compared with sentence-transformers' loss on open_clip's towers.
+while something fails. The parts named after a tower train `clip`, `declip` and `declip-yfcc15m-vitb32` at the largest
+batch that fits, compared with open_clip's CLIP step on the same pairs. The part grad-cache takes one large batch in
+chunks, compared with sentence-transformers' loss on open_clip's towers.
 """
 
 import argparse
