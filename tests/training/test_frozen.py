@@ -23,7 +23,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.assemble import build_loader, plan_of
-from declip.training.frozen import cached_features, check_frozen
+from declip.training.frozen import cached_features, check_frozen, text_key
 
 VARIANTS = 2
 
@@ -165,6 +165,37 @@ def test_features_of_one_tower_serve_with_another_one_of_the_other_kind(pairs: P
     assert not torch.equal(shared[0], shared[1])
     shutil.rmtree(next(cache.glob("text-*")))
     assert torch.equal(texts(*each[2]), shared[2]), "the images' features alone are left"
+
+
+def test_features_of_other_versions_are_computed_again(
+    pairs: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert computed(pairs, cache) == 10 * VARIANTS
+    for name in ("torch.__version__", "timm.__version__", "PIL.__version__", "declip.training.frozen.FEATURE_VERSION"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, "another")
+            assert computed(pairs, cache) == 10 * VARIANTS, name
+
+
+@pytest.mark.parametrize("padding", [0, 1, 49])
+def test_a_caption_has_one_key_for_every_padded_length(padding: int) -> None:
+    ids = [5, 0, 1, 49, 7]
+    keys = {text_key(torch.tensor(ids + [padding] * count), padding) for count in (0, 1, 9)}
+    assert len(keys) == 1
+    assert text_key(torch.tensor([*ids, 8]), padding) not in keys
+
+
+def test_a_store_reads_only_the_keys_that_another_process_appended(tmp_path: Path) -> None:
+    first, second = (FeatureStore(tmp_path, 1, torch.float32) for _ in range(2))
+    keys = [bytes([number]) * 16 for number in range(4)]
+    first.append(keys[:2], torch.tensor([[0.0], [1.0]]))
+    assert keys[0] not in second
+    second.refresh()
+    second.append(keys[2:], torch.tensor([[2.0], [3.0]]))
+    with (tmp_path / "keys").open("r+b") as file:  # keys that were read once are not read again
+        file.write(bytes(16))
+    first.refresh()
+    assert first.rows()[first.places(keys)].squeeze(1).tolist() == [0, 1, 2, 3]
 
 
 def test_a_broken_pair_is_left_out_and_named(pairs: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -203,7 +204,10 @@ def test_evaluation_computes_the_towers_once(start: Path, monkeypatch: pytest.Mo
 
     look()
     monkeypatch.setattr(ImageTower, "pool", None)
+    read_keys = Mock()
+    monkeypatch.setattr("declip.data.feature_store.FeatureStore.refresh", read_keys)
     look()
+    assert not read_keys.called, "the store is read_keys once, not for every batch"
     monkeypatch.undo()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import declip
-from declip.cli import data, recipes, weights
+from declip.cli import cache, data, recipes, weights
 from declip.cli.classify import classify
 from declip.cli.compare import compare
 from declip.cli.evaluate import evaluate
@@ -56,7 +56,7 @@ def _removed() -> None:
 
 
 app.command(name="app")(serve_app)
-for group, name in ((data.group, "data"), (recipes.group, "recipes"), (index, "index")):
+for group, name in ((data.group, "data"), (recipes.group, "recipes"), (cache.group, "cache"), (index, "index")):
     app.add_typer(group, name=name)
 
 

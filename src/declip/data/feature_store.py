@@ -1,6 +1,7 @@
-"""Features on the disk, found by a key: computed once, appended in blocks, read through a memory map."""
+"""Feature rows on disk, found by a key: computed once, appended in blocks, read through a memory map."""
 
 import mmap
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,8 +18,8 @@ KEY = 16  # bytes of a key
 class FeatureStore:
     """Rows of numbers by key, in two files that only grow: the keys, and the rows in the same order.
 
-    The rows of a block are written before its keys, so a process that is killed loses the last block at most. Nothing
-    else may write to the folder meanwhile.
+    The rows of a block are written before its keys, so a process that is killed loses at most the last block. Only one
+    process may append at a time; call `refresh` first where another one may have appended.
     """
 
     def __init__(self, folder: Path, width: int, dtype: torch.dtype) -> None:
@@ -27,15 +28,28 @@ class FeatureStore:
         folder.mkdir(parents=True, exist_ok=True)
         for path in (self._keys, self._rows):
             path.touch()
-        self._count = min(self._keys.stat().st_size // KEY, self._rows.stat().st_size // self._bytes)
-        stored = self._keys.read_bytes()
-        self._places = {stored[KEY * n : KEY * (n + 1)]: n for n in range(self._count)}
+        os.utime(folder)  # `declip.io.cache` removes what was opened longest ago
+        self._count, self._places = 0, dict[bytes, int]()
+        self.refresh()
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
+    def refresh(self) -> None:
+        """Read the keys that were appended since the last call, by any process."""
+        count = min(self._keys.stat().st_size // KEY, self._rows.stat().st_size // self._bytes)
+        if count <= self._count:
+            return
+        with self._keys.open("rb") as file:
+            file.seek(KEY * self._count)
+            stored = file.read(KEY * (count - self._count))
+        for number in range(self._count, count):
+            start = KEY * (number - self._count)
+            self._places[stored[start : start + KEY]] = number
+        self._count = count
+
     def append(self, keys: list[bytes], rows: Tensor) -> None:
-        """Write new rows (n, width) under their keys; where the disk is full, what was written before stays."""
+        """Write new rows (n, width) under their keys; if the disk is full, earlier rows stay valid."""
         content = rows.to(self.dtype).contiguous().cpu().view(torch.uint8).numpy().tobytes()
         try:
             for path, size, block in ((self._rows, self._bytes, content), (self._keys, KEY, b"".join(keys))):
@@ -47,13 +61,14 @@ class FeatureStore:
             if error.errno not in FULL:
                 raise
             raise UserError(
-                f"No room left on the disk for features in '{self._rows}'. Make room, or set DECLIP_CACHE elsewhere."
+                f"No room left on the disk for features in '{self._rows}'. Free some with `declip cache clear`, or set "
+                "DECLIP_CACHE to a folder on another disk."
             ) from error
         self._places |= {key: self._count + number for number, key in enumerate(keys)}
         self._count += len(keys)
 
     def places(self, keys: Iterable[bytes]) -> np.ndarray:
-        """The rows' numbers, (n,) int64."""
+        """The row numbers of keys, (n,) int64."""
         return np.fromiter((self._places[key] for key in keys), np.int64)
 
     def rows(self) -> Tensor:

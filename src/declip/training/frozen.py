@@ -1,12 +1,17 @@
-"""Features of frozen towers, computed once: the heads then train on rows of numbers."""
+"""Features of frozen towers, computed once and cached, so that training reads rows of numbers."""
 
 import hashlib
 import itertools
 import json
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import timm
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -20,6 +25,7 @@ from declip.data.pair import BrokenPair, PairSource
 from declip.data.plan import Plan
 from declip.errors import UserError
 from declip.io.atomic import cache_folder
+from declip.io.cache import FEATURES, LOCK, trim_cache
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar, usual_workers
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
@@ -28,6 +34,9 @@ from declip.supervision.objective import active_terms
 
 CHUNK = 64
 """Pairs that the towers see at a time."""
+
+FEATURE_VERSION = 1
+"""Increase it when preprocessing, augmentation, tokenizers or towers compute other features of the same input."""
 
 
 def check_frozen(recipe: Recipe, model: DualEncoder) -> None:
@@ -56,49 +65,17 @@ def cached_features(
 ) -> CachedFeatures:
     """Read the features of all pairs from the cache, and compute those that are missing.
 
-    A pair is computed anew when its image, its captions, the towers or the views change. A killed call
-    continues where it stopped.
+    A pair is computed again when its image, its captions, the towers, the views or a library version change. A killed
+    call continues where it stopped.
 
     Args:
         model: Both towers frozen, in training mode as the steps use it.
-        shown: Show a bar.
+        shown: Show a progress bar.
     """
-    variants, views = recipe.finetune.cached_views, len(plan.views)
-    bf16, device = recipe.train.precision == "bf16", model.device
-    dtype, width = torch.bfloat16 if bf16 else torch.float32, model.image_tower.pre_logits_width
+    variants = recipe.finetune.cached_views
     assembler = VariantAssembler(source, model.tokenizer, plan, batch_size=2, seed=0, variants=variants)
-    about = json.loads(json.dumps(asdict(plan), default=lambda section: section.model_dump()))
-    images_folder, texts_folder = (
-        cache_folder()
-        / "features"
-        / f"{tower[:5].strip('_')}-{tower_digest(model, tower, about, recipe.train.precision)}"
-        for tower in (IMAGE, TEXT)
-    )
-    for folder in (images_folder, texts_folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    # Another run may share one of the towers alone.
-    with FileLock(images_folder / ".lock"), FileLock(texts_folder / ".lock"):
-        images = FeatureStore(images_folder, views * width, dtype)
-        texts = FeatureStore(texts_folder, model.text_tower.width, dtype)
-        # Rows of `texts`, so in its folder: who removes that removes both.
-        links = FeatureStore(texts_folder / images_folder.name, plan.texts.count, torch.int64)
-        mean, std = (torch.tensor(values, device=device) for values in (plan.mean, plan.std))
-
-        def fill(keys: list[bytes], batch: PairBatch) -> None:
-            """Run the towers on a batch and append the features to the stores."""
-            fresh = [number for number, key in enumerate(keys) if key not in images]
-            pixels = [view.pixels[fresh] for view in apply_photometric(batch.to(device).views, mean, std).values()]
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                features = [model.image_tower.pool(view) for view in pixels if fresh]
-                text_keys = [[text_key(row) for row in rows] for rows in batch.texts]
-                flat = zip(itertools.chain(*text_keys), batch.texts.flatten(0, 1), strict=True)
-                new = {key: row for key, row in flat if key not in texts}
-                if new:
-                    texts.append([*new], model.text_tower.pool(torch.stack([*new.values()]).to(device)))
-            links.append(keys, torch.from_numpy(np.stack([texts.places(some) for some in text_keys], axis=1)))
-            if fresh:
-                images.append([keys[number] for number in fresh], torch.cat(features, dim=1))
-
+    with _open_stores(recipe, model, plan) as stores:
+        # --- a key for each variant of each pair
         keys, broken = _content_keys(source, shown)
         endings = [variant.to_bytes(4) for variant in range(variants)]
         numbered = [[hashlib.blake2b(key + end, digest_size=KEY).digest() for key in keys] for end in endings]
@@ -106,8 +83,9 @@ def cached_features(
             (index, variant)
             for index in range(len(source))
             for variant in range(variants)
-            if index not in broken and not (numbered[variant][index] in images and numbered[variant][index] in links)
+            if index not in broken and numbered[variant][index] not in stores
         ]
+        # --- features of the missing ones
         chunks = -(-len(missing) // CHUNK)
         workers = usual_workers() if chunks > 8 * usual_workers() else 0
         with pairs_bar(shown and bool(missing), "views") as bar, naming_lost_workers():
@@ -115,19 +93,79 @@ def cached_features(
             for batch, samples, faults in in_order(_Samples(assembler, missing), chunks, workers):
                 broken |= faults
                 if samples:
-                    fill([numbered[variant][index] for index, variant in samples], batch)
+                    stores.compute([numbered[variant][index] for index, variant in samples], batch)
                 bar.advance(task, len(samples) + len(faults))
+    trim_cache(keep=stores.folders)
+    # --- rows of every pair in every variant
     usable = np.array([index not in broken for index in range(len(source))])
     image_rows = np.full((variants, len(source)), -1, np.int64)
     text_rows = np.zeros((variants, plan.texts.count, len(source)), np.int64)
-    linked = links.rows()
+    linked = stores.links.rows()
     for variant in range(variants):
         own = [key for key, good in zip(numbered[variant], usable, strict=True) if good]
-        image_rows[variant, usable] = images.places(own)
-        text_rows[variant][:, usable] = linked[torch.from_numpy(links.places(own))].T.numpy()
-    rows = images.rows().view(-1, views, width)
+        image_rows[variant, usable] = stores.images.places(own)
+        text_rows[variant][:, usable] = linked[torch.from_numpy(stores.links.places(own))].T.numpy()
+    rows = stores.images.rows().view(-1, len(plan.views), model.image_tower.pre_logits_width)
     named = {spec.name: rows[:, number] for number, spec in enumerate(plan.views)}
-    return CachedFeatures(named, texts.rows(), image_rows, text_rows, broken, recipe.finetune.mixup)
+    return CachedFeatures(named, stores.texts.rows(), image_rows, text_rows, broken, recipe.finetune.mixup)
+
+
+@dataclass(frozen=True)
+class _Stores:
+    """The features of both towers on disk, and the towers that compute them."""
+
+    images: FeatureStore  # (n, views · width) by variant of a pair
+    texts: FeatureStore  # (m, width) by token ids
+    links: FeatureStore  # (n, T) rows of `texts` by variant of a pair
+    folders: tuple[Path, Path]
+    model: DualEncoder
+    plan: Plan
+    bf16: bool
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.images and key in self.links
+
+    def compute(self, keys: list[bytes], batch: PairBatch) -> None:
+        """Run the towers on a batch and append the features under the keys of its pairs."""
+        device, padding = self.model.device, self.model.tokenizer.padding
+        mean, std = (torch.tensor(values, device=device) for values in (self.plan.mean, self.plan.std))
+        fresh = [number for number, key in enumerate(keys) if key not in self.images]
+        pixels = [view.pixels[fresh] for view in apply_photometric(batch.to(device).views, mean, std).values()]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            features = [self.model.image_tower.pool(view) for view in pixels if fresh]
+            text_keys = [[text_key(row, padding) for row in rows] for rows in batch.texts]  # T × B
+            flat = zip(itertools.chain(*text_keys), batch.texts.flatten(0, 1), strict=True)
+            new = {key: row for key, row in flat if key not in self.texts}
+            if new:
+                self.texts.append([*new], self.model.text_tower.pool(torch.stack([*new.values()]).to(device)))
+        self.links.append(keys, torch.from_numpy(np.stack([self.texts.places(some) for some in text_keys], axis=1)))
+        if fresh:
+            self.images.append([keys[number] for number in fresh], torch.cat(features, dim=1))
+
+
+@contextmanager
+def _open_stores(recipe: Recipe, model: DualEncoder, plan: Plan) -> Iterator[_Stores]:
+    """Open and lock the stores of both towers; another run may share one of the towers alone."""
+    bf16 = recipe.train.precision == "bf16"
+    dtype, width = torch.bfloat16 if bf16 else torch.float32, model.image_tower.pre_logits_width
+    about = json.loads(json.dumps(asdict(plan), default=lambda section: section.model_dump()))
+    first, second = (
+        features_folder(f"{kind}-{tower_digest(model, tower, about, recipe.train.precision)}")
+        for kind, tower in (("image", IMAGE), ("text", TEXT))
+    )
+    with FileLock(first / LOCK), FileLock(second / LOCK):
+        images = FeatureStore(first, len(plan.views) * width, dtype)
+        texts = FeatureStore(second, model.text_tower.width, dtype)
+        # Row numbers of `texts`, so in its folder: removing it removes both.
+        links = FeatureStore(second / first.name, plan.texts.count, torch.int64)
+        yield _Stores(images, texts, links, (first, second), model, plan, bf16)
+
+
+def features_folder(name: str) -> Path:
+    """Make a folder for the features of a tower."""
+    folder = cache_folder() / FEATURES / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _content_keys(source: PairSource, shown: bool) -> tuple[list[bytes], dict[int, BrokenPair]]:
@@ -159,18 +197,31 @@ class _Samples(Dataset):
         return self.assembler.collate(samples, []), good, faults
 
 
-def text_key(row: Tensor) -> bytes:
-    """Hash token ids without their padding."""
-    return hashlib.blake2b(np.trim_zeros(row.numpy(), "b").tobytes(), digest_size=KEY).digest()
+def text_key(row: Tensor, padding: int) -> bytes:
+    """Hash token ids (L,) without the padding at their end."""
+    ids = row.numpy()
+    length = int(np.flatnonzero(ids != padding).max(initial=-1)) + 1
+    return hashlib.blake2b(ids[:length].tobytes(), digest_size=KEY).digest()
 
 
 def tower_digest(model: DualEncoder, tower: str, *about: Any) -> str:
-    """Hash a tower's weights but the projection, its section of the recipe, and what else its features depend on."""
-    # Equal weights may compute other features: with another pooling, activation or number of heads.
+    """Hash a tower's weights except the projection, its recipe section, and whatever else its features depend on."""
+    # Equal weights may compute other features: with another pooling, activation or number of heads, or in other code.
     section = None if model.recipe is None else (model.recipe.image if tower == IMAGE else model.recipe.text)
-    digest = hashlib.sha256(json.dumps([section and section.model_dump(mode="json"), about]).encode())
+    known = [section and section.model_dump(mode="json"), about, feature_versions()]
+    digest = hashlib.sha256(json.dumps(known).encode())
     for name, tensor in model.state_dict().items():
         if name.startswith(tower) and not name.startswith(PROJECTIONS):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:24]
+
+
+def feature_versions() -> dict[str, str | int]:
+    """The versions of the code that features depend on; Pillow decodes and resizes the images."""
+    return {
+        "features": FEATURE_VERSION,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "pillow": PIL.__version__,
+    }

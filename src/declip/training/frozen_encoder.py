@@ -1,7 +1,8 @@
-"""A model whose towers are frozen, for evaluation: each image and text goes through them once."""
+"""A model whose frozen towers see each image and text once, for evaluation."""
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +15,58 @@ from declip.data.feature_store import KEY, FeatureStore
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.interchange.read import read
-from declip.io.atomic import cache_folder
+from declip.io.cache import LOCK
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.layers import IMAGE, TEXT
 from declip.supervision.distillation import Distillation
 from declip.supervision.objective import Objective
-from declip.training.frozen import text_key, tower_digest
+from declip.training.frozen import features_folder, text_key, tower_digest
 
 
 class FrozenEncoder:
     """A model for `declip.evaluation.protocols.evaluate_all` with pooled features in the cache folder.
 
-    They are found by the tower's weights and the pixels or token ids, so that another run with the same towers, or a
-    later evaluation of this one, computes its heads alone.
+    Features are found by the tower's weights and the pixels or token ids, so that another run with the same towers, or
+    a later evaluation of this one, computes its heads alone.
     """
 
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
-        self._images, self._texts = (
-            cache_folder() / "features" / f"pooled-{tower_digest(model, tower)}" for tower in (IMAGE, TEXT)
-        )
+        images, texts, padding = model.image_tower, model.text_tower, model.tokenizer.padding
+        folders = (features_folder(f"pooled-{tower_digest(model, tower)}") for tower in (IMAGE, TEXT))
+        self._images = _PooledFeatures(next(folders), images.pre_logits_width, _pixel_key, images)
+        self._texts = _PooledFeatures(next(folders), texts.width, partial(text_key, padding=padding), texts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)  # preprocessing and tokenizer are the model's
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, d) float32 of length 1."""
-        tower = self.model.image_tower
-        pooled = _once(self._images, images, _pixel_key, tower.pool, tower.pre_logits_width)
-        return F.normalize(tower.proj(pooled).float(), dim=-1)
+        return F.normalize(self.model.image_tower.proj(self._images.of(images)).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, L) ids → (n, d) float32 of length 1."""
-        tower = self.model.text_tower
-        pooled = _once(self._texts, tokens, text_key, tower.pool, tower.width)
-        return F.normalize(tower.text_projection(pooled).float(), dim=-1)
+        return F.normalize(self.model.text_tower.text_projection(self._texts.of(tokens)).float(), dim=-1)
+
+
+class _PooledFeatures:
+    """The pooled features of a tower by its input; the tower runs only on inputs that are not stored."""
+
+    def __init__(self, folder: Path, width: int, key: Callable[[Tensor], bytes], tower: Any) -> None:
+        self.key, self.tower, self.lock = key, tower, FileLock(folder / LOCK)
+        with self.lock:
+            self.store = FeatureStore(folder, width, torch.float32)
+
+    def of(self, batch: Tensor) -> Tensor:
+        """(n, …) inputs → (n, w) float32."""
+        keys = [self.key(row) for row in batch.cpu()]
+        if any(key not in self.store for key in keys):
+            with self.lock:
+                self.store.refresh()  # another process may have computed them
+                new = {key: number for number, key in enumerate(keys) if key not in self.store}
+                if new:
+                    self.store.append([*new], self.tower.pool(batch[[*new.values()]]))
+        return self.store.rows()[self.store.places(keys)].to(batch.device)
 
 
 def set_teacher(objective: Objective, source: PairSource, model: DualEncoder) -> None:
@@ -66,20 +84,6 @@ def set_teacher(objective: Objective, source: PairSource, model: DualEncoder) ->
                 "a teacher with the same ones, or its weights as finetune.pretrained too."
             )
         term.set_teacher(teacher)
-
-
-def _once(
-    folder: Path, batch: Tensor, key: Callable[[Tensor], bytes], pool: Callable[[Tensor], Tensor], width: int
-) -> Tensor:
-    """Pool the rows of a batch that the store lacks, and read all."""
-    keys = [key(row) for row in batch.cpu()]
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        store = FeatureStore(folder, width, torch.float32)
-        new = {key: number for number, key in enumerate(keys) if key not in store}
-        if new:
-            store.append([*new], pool(batch[[*new.values()]]))
-        return store.rows()[store.places(keys)].to(batch.device)
 
 
 def _pixel_key(pixels: Tensor) -> bytes:
