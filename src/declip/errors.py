@@ -1,26 +1,26 @@
-"""Errors that a user can cause and fix."""
+"""Errors in the input of a user."""
 
 import math
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-MOST_NAMES = 30
+MAX_NAMES = 30
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message says what was given, what is allowed and what to do.
+    """Invalid input: the message says what was given, what is allowed and what to do.
 
-    The command line prints the message alone, without a traceback, and exits with status 2.
+    The command line prints the message without a traceback, and exits with status 2.
     """
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
-    """Build the error for a name that is not known: it names the nearest match and the known names, or near ones."""
+    """Build the error for an unknown name, with the nearest match and the known names, or those near it."""
     names = sorted(known)
     near = get_close_matches(given, names, n=5, cutoff=0.6)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    if len(names) > MOST_NAMES:
+    if len(names) > MAX_NAMES:
         shown = f" Near it: {', '.join(near)}; {len(names)} are known." if near else f" {len(names)} are known."
     else:
         shown = f" Known: {', '.join(names)}."

@@ -187,7 +187,7 @@ def test_another_option_in_the_same_folder_is_refused(folder, tmp_path, changed,
 def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
-    with pytest.raises(UserError, match=r"already holds something else, such as 'thesis\.tex'"):
+    with pytest.raises(UserError, match=r"'thesis\.tex'"):
         shard_source(folder, tmp_path / "mine", workers=0)
     assert files(tmp_path / "mine") == {"thesis.tex": b""}
     (tmp_path / "mine/prepared.json").write_text('{"made_of": 5, "shards": {}}')

@@ -9,7 +9,7 @@ from declip.io import pool
 
 
 def test_workers_end_when_the_main_process_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "LOOKS", 0.2)
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.2)
     receiving, sending = multiprocessing.Pipe(duplex=False)
 
     def start_and_wait() -> None:

@@ -95,9 +95,8 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
     run = path.parent.parent if (path / STATE).is_file() else path
     rows = (row.result for row in read_run(run).evaluated if row.weights == checkpoint.step)
     results = tuple({(result.dataset, result.task): result for result in rows}.values())
-    pairs = checkpoint.extra.get("pairs")
+    pairs = read_run(run).examples.get("source", {}).get("pairs")
     weights = weights_of(checkpoint, str(where))
-    pairs = pairs if isinstance(pairs, int) else None
     return Traced(weights.build().eval(), Provenance(weights.recipe, checkpoint.step, pairs, results))
 
 

@@ -1,4 +1,4 @@
-"""The cache folder, and writing so that no reader ever finds an unfinished file."""
+"""Atomic writing of files and folders, and the cache folder."""
 
 import errno
 import hashlib
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 CACHE_VARIABLE = "DECLIP_CACHE"
 ELSEWHERE = "choose another folder with --out"
-DAY = 86_400  # seconds. Nothing takes that long to write, so an older file was left by a process that was killed.
+DAY = 86_400  # seconds after which a temporary file must be left over from a process that was killed
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG)
 
 
 def cache_folder() -> Path:
-    """The cache: the environment's DECLIP_CACHE, else `declip` in $XDG_CACHE_HOME or ~/.cache."""
+    """Path of the cache: $DECLIP_CACHE, else `declip` in $XDG_CACHE_HOME or ~/.cache."""
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "declip")
     return Path(os.environ.get(CACHE_VARIABLE) or usual).expanduser()
 
@@ -38,10 +38,11 @@ def atomic_write(
 ) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder, and rename it to `target` when the block succeeds.
 
-    `elsewhere` says in the error how to choose another place. A power cut leaves a durable file old or new.
+    `elsewhere` tells in the error message how to choose another path. `durable` files survive a power failure, with
+    the old or the new content.
     """
     if not target.name:
-        raise UserError(f"'{target}' cannot be replaced as a whole. Name a file or folder in it; {elsewhere}.")
+        raise UserError(f"'{target}' cannot be replaced. Give the path of a file or folder in it; {elsewhere}.")
     partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,16 +68,16 @@ def atomic_write(
 
 @contextmanager
 def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
-    """Hold a folder for this process, created if missing, without the partial files of killed processes.
+    """Create and lock a folder for this process, and remove partial files of processes that were killed.
 
-    A folder with other content and without the file `marker` is refused.
+    A folder with other content, without the file `marker`, is refused.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if others and marker not in others:
-            raise UserError(f"'{folder}' already holds something else, such as '{others[0]}'; {elsewhere}.")
+            raise UserError(f"'{folder}' already has other files, such as '{others[0]}'; {elsewhere}.")
         lock.acquire()
     except Timeout as error:
         raise UserError(f"Another process is writing to '{folder}'. Wait for it, or {elsewhere}.") from error
@@ -91,10 +92,10 @@ def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
 
 
 def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions of any other new file, not only its owner's."""
-    from safetensors.torch import save_file  # imports torch, which commands with a wrong path should not wait for
+    """Write a safetensors file with the usual permissions of a new file."""
+    from safetensors.torch import save_file  # imports torch, which takes seconds
 
-    path.touch()  # the umask cannot be asked for without changing it, for all threads
+    path.touch()  # reading the umask would change it, for all threads
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(tensors, path, metadata)
     if stat.S_IMODE(path.stat().st_mode) != mode:
@@ -108,14 +109,14 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str, elsewhere: str = ELSEWHERE, durable: bool = False) -> Path:
-    """Replace a text file at once, see `atomic_write`."""
+    """Write a text file atomically, see `atomic_write`."""
     with atomic_write(path, elsewhere, durable) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -123,8 +124,8 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk, and drop its cache: it is next read from there."""
-    if os.name == "nt":  # Windows opens no folder, and flushes no file that is open for reading
+    """Flush a file or a folder to the disk, and drop it from the page cache, so that the next read is from the disk."""
+    if os.name == "nt":  # Windows cannot open a folder, or flush a file that is open for reading
         return
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Cache a derived table as Arrow, once per version of its file; one process builds it, all memory-map it."""
+"""Cache of derived Arrow tables: one process builds a table, all memory-map it."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -11,15 +11,15 @@ from filelock import FileLock
 
 from declip.io.atomic import atomic_write, cache_folder
 
-LOCKS = 64  # number of lock files of a kind; two tables may share one and then wait for each other
+LOCKS = 64  # number of lock files of a kind; tables that share one wait for each other
 
 
 def cached_table(
     kind: str, version: object, make: Callable[[], tuple[pa.Schema, Iterable[pa.RecordBatch]]]
 ) -> pa.Table:
-    """A table memory-mapped from the cache's folder `kind`, made first where it is missing.
+    """Memory-map a table from the folder `kind` of the cache; if it is missing, `make` builds it.
 
-    `version` is all that the table depends on; its `repr` counts.
+    `version` identifies everything that the table depends on, by its `repr`.
     """
     name = hashlib.sha256(repr(version).encode(errors="surrogateescape")).hexdigest()[:32]
     target = cache_folder() / kind / f"{name}.arrow"
@@ -39,9 +39,9 @@ def cached_table(
 
 
 def _mapped(path: Path) -> pa.Table | None:
-    """The table in a file; None where it is missing, or was truncated when the disk was full or the power failed."""
+    """Memory-map a table; None if the file is missing or truncated, as by a full disk or a power failure."""
     with suppress(OSError, RuntimeError, ValueError, pa.ArrowException):
-        # Torch's map, unlike NumPy's and Arrow's, holds no open file, of which there may be a thousand.
+        # Torch's mapping, unlike those of NumPy and Arrow, keeps no file open; there may be a thousand.
         content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
         return pa.ipc.open_file(pa.py_buffer(content)).read_all()
     return None
@@ -49,9 +49,9 @@ def _mapped(path: Path) -> pa.Table | None:
 
 @contextmanager
 def locked(kind: str, name: str) -> Iterator[None]:
-    """Let one process at a time in; all of them where the cache is read-only, which the write that follows reports.
+    """Lock a name in the cache for one process; a read-only cache is not locked, and the next write reports it.
 
-    Locks of different kinds may be nested; the name begins with hexadecimal digits.
+    Locks of different kinds may be nested. The name starts with hexadecimal digits.
     """
     folder = cache_folder() / "locks"
     with ExitStack() as stack:

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from declip.errors import UserError
 from declip.io.progress import progress_bar
 
-MOST_WORKERS = 8  # default limit of worker processes: beyond this the disk is the bottleneck
+MAX_WORKERS = 8  # default limit of worker processes; with more the disk is the bottleneck
 
 
 def usual_workers() -> int:
-    """One process per core, `MOST_WORKERS` at most."""
-    return min(os.cpu_count() or 1, MOST_WORKERS)
+    """Default number of worker processes: one per core, at most `MAX_WORKERS`."""
+    return min(os.cpu_count() or 1, MAX_WORKERS)
 
 
 def in_order(parts: Dataset, count: int, workers: int | None) -> Iterator[Any]:
@@ -31,39 +31,39 @@ def in_order(parts: Dataset, count: int, workers: int | None) -> Iterator[Any]:
 
 
 def computed(parts: Dataset, numbers: Iterable[int], workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """Compute the parts of these numbers in worker processes and yield the results in order.
+    """Compute parts by their numbers in worker processes, and yield the results in order.
 
-    The processes are forked by this call, so make it before threads start, and wrap the loop in `naming_lost_workers`.
-    With 0 workers each part is computed in this process, when it is asked for.
+    The call forks the processes, so make it before threads start, and wrap the loop in `naming_lost_workers`. With 0
+    workers each part is computed in this process, on demand.
     """
     loader: DataLoader = DataLoader(
         parts,
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
-        collate_fn=_unchanged,  # torch would turn arrays into tensors
+        collate_fn=_unchanged,  # torch would convert arrays to tensors
         pin_memory=pin_memory,
         worker_init_fn=partial(leave_signals_to_main, os.getpid()),
-        generator=torch.Generator(),  # without its own the loader would advance torch's global one
-        # Forked workers share the source's memory, start at once, and need no `if __name__ == "__main__"` in a user's
-        # script. It is safe here: they use one thread each, and never touch an accelerator.
+        generator=torch.Generator(),  # otherwise the loader would advance torch's global generator
+        # Forked workers share the memory of the source, start immediately, and need no `if __name__ == "__main__"` in
+        # a script. Forking is safe here: workers use one thread each and no accelerator.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     return iter(loader)
 
 
 def pairs_bar(shown: bool, unit: str = "pairs") -> Progress:
-    """Progress on standard error that counts pairs, or other things."""
+    """Progress bar on standard error that counts pairs or other units."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(unit), TimeRemainingColumn())
     return progress_bar(*columns, shown=shown)
 
 
 @contextmanager
 def naming_lost_workers(where: str = "") -> Iterator[None]:
-    """Turn the error of a killed worker process into a `UserError` with the usual cause and the remedy.
+    """Convert the error of a killed worker process to a `UserError` with the usual cause and the remedy.
 
-    torch raises it from its handler of SIGCHLD, so anywhere in the main process: all code that runs while workers live
-    belongs inside, not only the loader's `next`.
+    torch raises it from its SIGCHLD handler, so anywhere in the main process: wrap all code that runs while workers
+    are alive, not only `next` of the loader.
     """
     try:
         yield
@@ -71,24 +71,24 @@ def naming_lost_workers(where: str = "") -> Iterator[None]:
         if "DataLoader worker" not in str(error) or "Traceback" in str(error):
             raise
         raise UserError(
-            f"A process that loads data was lost{where}: {error} Most often memory, or shared memory, ran out. Use "
-            "fewer workers (0 loads in the main process) or a smaller batch."
+            f"A worker process was killed{where}: {error} The usual cause is too little memory or shared memory. Use "
+            "fewer workers (0: load in the main process) or a smaller batch."
         ) from error
 
 
-LOOKS = 5.0  # seconds between a worker's looks whether the main process is still there
+POLL_SECONDS = 5.0  # interval at which a worker checks that the main process is alive
 
 
 def leave_signals_to_main(main: int, _: int) -> None:
-    """Ignore the signals that stop a run in a worker: the main process gets them too and still needs its batches.
+    """Ignore signals that stop a run in a worker: the main process receives them too and still needs its batches.
 
-    SIGTERM counts when the main process itself sends it: that is how Python ends workers when it exits. Where the main
-    process was killed the worker ends itself: writing to a full pipe, it would wait for ever.
+    SIGTERM is obeyed if the main process sent it, as Python does at exit. If the main process was killed, the worker
+    exits: otherwise it would block for ever on a full pipe.
     """
     for name in ("SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # macOS lacks it, and does not say who sent a signal
+    if hasattr(signal, "sigtimedwait"):  # not on macOS, which does not tell the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_request_of, args=(main,), daemon=True).start()
 
@@ -96,7 +96,7 @@ def leave_signals_to_main(main: int, _: int) -> None:
 def _exit_on_request_of(main: int) -> None:
     sent = None
     while os.getppid() == main and (sent is None or sent.si_pid != main):
-        sent = signal.sigtimedwait({signal.SIGTERM}, LOOKS)
+        sent = signal.sigtimedwait({signal.SIGTERM}, POLL_SECONDS)
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, a plain line from time to time in a file or a scheduler's log."""
+"""Progress on standard error: a bar on a terminal, plain lines at intervals in a file or a log."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
-FIRST, LONGEST = 10.0, 30.0  # seconds until the first plain line, and between two lines of a long job
+FIRST, LONGEST = 10.0, 30.0  # seconds before the first plain line, and longest interval between lines
 
 
 def progress_bar(*columns: Any, shown: bool = True, **options: Any) -> Progress:
-    """A rich progress bar on standard error; without a terminal it prints a line from time to time instead."""
+    """Create a rich progress bar on standard error, or `PlainProgress` without a terminal."""
     console = Console(stderr=True, quiet=not shown)
     kind = Progress if not shown or console.is_interactive else PlainProgress
     return kind(*columns, console=console, disable=not shown, **options)
 
 
 def status(text: str, shown: bool = True) -> AbstractContextManager[Any]:
-    """A spinner with a text on standard error while a block runs; without a terminal the text as a line."""
+    """Show a spinner with a text on standard error while a block runs, or a line without a terminal."""
     console = Console(stderr=True, quiet=not shown)
     if console.is_interactive:
         return console.status(text)
@@ -31,9 +31,9 @@ def print_line(console: Console, text: str) -> None:
 
 
 class PlainProgress(Progress):
-    """A progress bar that prints its columns, without the bar, as a line after 10 s and later at longer intervals.
+    """A progress bar that prints its columns as a line after 10 s and then at longer intervals.
 
-    The last line comes when all is done, but none for a job that is shorter.
+    A last line is printed at the end, unless the job was shorter than 10 s.
     """
 
     def __init__(self, *columns: Any, **options: Any) -> None:

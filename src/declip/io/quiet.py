@@ -1,4 +1,4 @@
-"""Quiet libraries."""
+"""Suppress log messages of libraries."""
 
 import logging
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Let a library's loggers pass errors only, and keep it from giving the root logger a handler."""
+    """Show only errors of a library's loggers, and prevent it from adding a handler to the root logger."""
     handler, logger = logging.NullHandler(), logging.getLogger(library)
     level = logger.level
     logging.root.addHandler(handler)

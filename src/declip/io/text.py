@@ -1,37 +1,37 @@
-"""Numbers, counts, durations and foreign text as words, for the terminal and for pages."""
+"""Formatting of numbers, counts, durations and untrusted text, for the terminal and for pages."""
 
 from collections.abc import Iterable
 
 import regex
 
 _UNSEEN = regex.compile(r"[\p{Cc}\p{Cs}\p{Co}\p{Zl}\p{Zp}\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters, line ends, halves of characters, and marks that turn the direction of writing."""
+"""Control characters, line ends, surrogates and marks of writing direction."""
 
 
 def shown(text: str, most: int = 160) -> str:
-    """A text from the data as it can be shown: without control characters, and truncated to `most` characters."""
+    """Replace control characters in a text from the data, and truncate it to `most` characters."""
     plain = _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text[: most + 1])
     return plain if len(plain) <= most else f"{plain[: most - 1].rstrip()}…"
 
 
 def about(number: float) -> str:
-    """A number to two digits: 1,834 is "1,800", 0.0512 is "0.051"."""
+    """Format a number with two digits: 1,834 is "1,800", 0.0512 is "0.051"."""
     return f"{float(f'{number:.2g}'):,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def plural(count: int, one: str) -> str:
-    """ "1 pair", "2,000 pairs"."""
+    """Format a count with a noun: "1 pair", "2,000 pairs"."""
     return f"{count:,} {one if count == 1 else one + 's'}"
 
 
 def listed(words: Iterable[object]) -> str:
-    """ "a, b and c"."""
+    """Join words: "a, b and c"."""
     given = [f"{word:,}" if isinstance(word, int) else str(word) for word in words]
     return given[0] if len(given) == 1 else f"{', '.join(given[:-1])} and {given[-1]}" if given else "nothing"
 
 
 def short_count(number: int) -> str:
-    """2000 is "2k", 2500 "2.5k", 1234 "1,234"."""
+    """Abbreviate a round number: 2000 is "2k", 2500 "2.5k", 1234 "1,234"."""
     for size, unit in ((1_000_000, "M"), (1_000, "k")):
         if number >= size and number % (size // 10) == 0:
             return f"{number / size:g}{unit}"
@@ -39,19 +39,19 @@ def short_count(number: int) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A fraction in percent, small ones with more digits: 0.0008 is "0.08 %", 0.367 is "36.7 %"."""
+    """Format a fraction in percent, small ones with more digits: 0.0008 is "0.08 %", 0.367 is "36.7 %"."""
     if fraction and fraction < 0.001:
         return f"{100 * fraction:.2g} %"
     return f"{100 * fraction:.2f} %" if fraction < 0.01 else f"{100 * fraction:.1f} %"
 
 
 def times(factor: float) -> str:
-    """A multiple of chance: "1.4", "37", "1,280"."""
+    """Format a multiple of chance: "1.4", "37", "1,280"."""
     return f"{factor:.1f}" if factor < 10 else f"{factor:,.0f}"
 
 
 def duration(seconds: float) -> str:
-    """ "43 s", "5 min 12 s", "3 h 5 min"."""
+    """Format seconds: "43 s", "5 min 12 s", "3 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         words = f"{whole} s"

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to resume bit-exactly, written so that no crash can leave half of one."""
+"""Checkpoints with everything to resume a run bit-exactly, written atomically."""
 
 import copy
 import hashlib
@@ -25,27 +25,27 @@ log = logging.getLogger("declip")
 
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 LAST, BEST = "last", "best"
-"""Links to the newest checkpoint and to that of the best evaluation, where links are possible."""
+"""Names of links to the newest checkpoint and to that of the best evaluation, if the file system has links."""
 NAME = re.compile(r"step-(\d{8,})")
 
 KINDS = {"step": int, "recipe": str, "extra": dict, "sha256": dict, "digest": str}
-"""Keys of state.json; "digest" is the checksum of the others."""
+"""Keys and types of state.json; "digest" is the checksum of the other keys."""
 
-MOST_STATE = 64 << 20  # bytes of state.json that are read; real ones have a few thousand
+MAX_STATE = 64 << 20  # largest size of state.json in bytes; usual ones have a few thousand
 
 
 @dataclass
 class Checkpoint:
-    """The state of a run after a step, kept in a folder ``step-00000500`` as two safetensors files and a JSON file.
+    """State of a run after a step, saved in a folder ``step-00000500`` as two safetensors files and a JSON file.
 
-    Nothing in it can run code when it is read.
+    Reading it runs no code.
 
     Attributes:
-        weights: "model.…" (and "average.…") tensors: the towers; what `declip.load` reads.
+        weights: "model.…" and "average.…" tensors, which `declip.load` reads.
         training: "objective.…", "optimizer.…" and "random.…" tensors: heads, queue, moments by parameter name, and the
-            generators of each rank, "random.0.cpu" and so on.
+            random generators of each rank, such as "random.0.cpu".
         recipe: The resolved recipe as YAML.
-        extra: JSON values: versions, counts of skipped pairs; "best", the step of the best evaluation and its number.
+        extra: JSON values: versions, counts of skipped pairs, and the best evaluation.
     """
 
     step: int
@@ -56,7 +56,7 @@ class Checkpoint:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Folder of the checkpoint of a step."""
+    """Path of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -67,15 +67,15 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """Step of a checkpoint's folder."""
+    """Step of a checkpoint by its path."""
     return int(folder.name.removeprefix("step-"))
 
 
 def snapshot(checkpoint: Checkpoint) -> Checkpoint:
-    """Copy a checkpoint into host memory, each tensor into contiguous memory of its own."""
+    """Copy a checkpoint into host memory, with contiguous tensors."""
 
     def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # From a CUDA device into page-locked memory, with one wait for all.
+        # From a CUDA device into pinned memory, asynchronously; `snapshot` synchronizes once.
         to_host: Any = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
         return {name: tensor.detach().to(non_blocking=tensor.is_cuda, **to_host) for name, tensor in tensors.items()}
 
@@ -86,15 +86,15 @@ def snapshot(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
-    """Write a snapshot under another name, flush it, read it back, rename it, and remove all but the newest `keep`.
+    """Write a checkpoint to a temporary folder, flush it, read it back, rename it, and keep the newest `keep`.
 
-    The best one stays too. Checkpoints of later steps stay and do not count: the run went back before them because they
-    are damaged. If it fails, earlier checkpoints are untouched.
+    The best one is kept too. Checkpoints of later steps are kept and not counted: they are damaged, so that the run
+    resumed before them. If writing fails, earlier checkpoints are unchanged.
     """
     final, best = folder_of(run, kept.step), best_of(run, kept)
     partial = final.with_suffix(".partial")
     try:
-        for left in final.parent.glob("*.partial"):  # by a process that was killed
+        for left in final.parent.glob("*.partial"):  # of a process that was killed
             remove(left)
         partial.mkdir(parents=True)
         save_tensors(kept.weights, partial / WEIGHTS)
@@ -105,7 +105,7 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         for path in [*partial.iterdir(), partial]:
             flush(path)
         _read_state(partial)
-        remove(final)  # damaged, or the run would have continued from it
+        remove(final)  # it is damaged: the run would have resumed from it otherwise
         partial.rename(final)
         for name, target in {LAST: final, BEST: best}.items():
             if target is not None:
@@ -114,17 +114,17 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
                     link.replace(final.with_name(name))
         flush(final.parent)
         flush(run)
-    except Exception as error:  # safetensors reports a full disk by an error class of its own
+    except Exception as error:  # safetensors has its own error class for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         older = list_checkpoints(run)
-        newest = f"The newest one there is {older[-1]}." if older else "There is no earlier one."
+        newest = f"The newest checkpoint is {older[-1]}." if older else "There is no earlier checkpoint."
         raise UserError(
             f"Cannot write the checkpoint {final}: {str(error).rstrip('.')}. {newest} "
             "Make room or choose another folder with --out, then continue with --resume."
         ) from error
     older = [path for path in list_checkpoints(run) if step_of(path) <= kept.step and path != best]
     for old in older[:-keep]:
-        aside = old.with_suffix(".partial")  # a crash in the middle leaves no part of one under its name
+        aside = old.with_suffix(".partial")  # renamed first, so that a crash leaves no incomplete checkpoint
         with suppress(OSError):
             old.rename(aside)
         remove(aside)
@@ -132,15 +132,15 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
 
 
 def best_of(run: Path, checkpoint: Checkpoint) -> Path | None:
-    """The checkpoint of the best evaluation until another one, of a run that looks for it; see `train.patience`."""
+    """Path of the best checkpoint up to another one, if the run tracks it; see `train.patience`."""
     best = checkpoint.extra.get("best")
     return folder_of(run, best["step"]) if best else None
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time, so that training waits for a copy in memory and not for the disk.
+    """Writes checkpoints in a thread, one at a time, so that training waits for a copy in memory, not for the disk.
 
-    Python waits for the thread before it exits, so that a normal end loses nothing.
+    Python waits for the thread before it exits.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
@@ -149,12 +149,12 @@ class CheckpointWriter:
         self._pending: Future[Path] | None = None
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Copy a checkpoint into host memory and start to write it, after the one before is written, see `wait`."""
+        """Copy a checkpoint into host memory and start writing it, after the previous one is written."""
         self.wait()
         self._pending = self._thread.submit(write_snapshot, self._run, snapshot(checkpoint), self._keep)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk; raise once that it could not be written."""
+        """Wait until the last checkpoint is on the disk; raises once if it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -168,13 +168,13 @@ class CheckpointWriter:
         except UserError as failed:
             if error is None:
                 raise
-            log.error("%s", failed)  # the error that ended the block matters more
+            log.error("%s", failed)  # the error that ended the block is raised
         finally:
             self._thread.shutdown()
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint, or ``checkpoints/last``, and check it against its checksums; a damaged file is named."""
+    """Read a checkpoint and verify its checksums; raises `UserError` with the damaged file."""
     try:
         state = _read_state(folder)
         weights, training = load_file(folder / WEIGHTS), load_file(folder / TRAINING)
@@ -186,7 +186,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that reads well, and what was wrong with the newer ones."""
+    """Find the newest undamaged checkpoint, and the problems of newer ones."""
     problems: list[str] = []
     for folder in reversed(list_checkpoints(run)):
         try:
@@ -197,29 +197,29 @@ def newest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put a prefix before every name."""
+    """Add a prefix to every name."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors below a prefix, without it."""
+    """Tensors whose names start with a prefix, by names without it."""
     start = f"{prefix}."
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _with_digest(state: Mapping[str, Any]) -> str:
-    """Word state.json; its digest is that of the text without the digest."""
+    """Serialize the state; its digest is that of the text without the digest."""
     digest = hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
     return json.dumps({**state, "digest": digest}, indent=1)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """Read state.json and check all files against their checksums; any byte that changed is noticed."""
+    """Read state.json and verify the checksums of all files."""
     for name in (STATE, WEIGHTS, TRAINING):
-        if not (folder / name).is_file():  # reading a pipe or a device would not end
+        if not (folder / name).is_file():  # a pipe or a device would block
             raise UserError(f"{folder} is not a complete checkpoint: there is no file {name}.")
     path = folder / STATE
-    text = path.read_bytes().decode("utf-8") if path.stat().st_size <= MOST_STATE else "null"
+    text = path.read_bytes().decode("utf-8") if path.stat().st_size <= MAX_STATE else "null"
     state = json.loads(text)
     good = (
         isinstance(state, dict)

@@ -1,4 +1,4 @@
-"""The run folder: its files and who may train in it. Only this module reads a run's JSONL files."""
+"""The run folder: its files and its lock. Only this module reads the JSONL files of a run."""
 
 import errno
 import json
@@ -29,10 +29,10 @@ from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest
 
 RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "skipped.json"
 EXAMPLES = "examples.json"  # facts and example pairs for the report
-TRACKING = "tracking.json"  # ids of the run in the trackers that train.report_to names
+TRACKING = "tracking.json"  # ids of the run in the trackers of train.report_to
 LOCK = ".lock"
 KEPT = "start.safetensors"
-"""The pretrained weights that a run began with: it resumes from them and is compared with them."""
+"""Pretrained weights that a run started from, for resuming and for interpolation."""
 OUTPUTS = (METRICS, EVALUATIONS, SKIPPED, EXAMPLES, "log.txt", "report.html", "checkpoints", "exported")
 SPLIT = ("train.pairs", "val.pairs")
 """Lists of the parts that `declip finetune` splits its pairs into."""
@@ -40,13 +40,13 @@ CHANGEABLE = (
     *("name", "data.workers", "data.max_broken_fraction", "train.device", "train.max_nonfinite_steps"),
     *("train.keep_checkpoints", "train.checkpoint_every", "train.report_to"),
 )
-"""Recipe keys that may differ when a run is resumed: none of them changes a number."""
+"""Recipe keys that may differ when a run is resumed, because they change no number."""
 log = logging.getLogger("declip")
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A result, the step after which it was measured, and the step of the weights, at the end maybe earlier ones."""
+    """A result with the step after which it was measured, and the step of the weights, which may be an earlier one."""
 
     step: int
     result: Result
@@ -55,12 +55,12 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, whether its run is finished, interrupted or still going. Files are read once, when first needed.
+    """A run folder of a finished, interrupted or running run. Files are read once, when first needed.
 
     Attributes:
-        steps_done, finished: Number of steps, and whether these are all, where `declip.train` gave this run.
-        status: Exit status of the process when the run is not finished: 130 after Ctrl-C, 75 (try again later) after
-            SIGTERM, SIGUSR1 or the file "stop", but 0 there under torchrun.
+        steps_done, finished: Number of steps, and whether the run is complete, if `declip.train` returned this run.
+        status: Exit status of the process if the run is not finished: 130 after Ctrl-C, 75 (try again later) after
+            SIGTERM, SIGUSR1 or the file "stop", or 0 in the latter cases under torchrun.
     """
 
     folder: Path
@@ -81,12 +81,12 @@ class Run:
 
     @cached_property
     def recipe_text(self) -> str:
-        """Text of recipe.yaml, empty where there is none."""
+        """Text of recipe.yaml, or an empty string."""
         return _text(self.folder / RECIPE)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl by step; of a step that was logged twice, the later row."""
+        """Rows of metrics.jsonl by step; if a step was logged twice, the later row."""
         return [row for _, row in sorted({row["step"]: row for row in read_rows(self.folder / METRICS)}.items())]
 
     @cached_property
@@ -96,7 +96,7 @@ class Run:
 
     @cached_property
     def evaluated(self) -> list[Evaluated]:
-        """The evaluations whose protocol this version knows, by step."""
+        """Evaluations with protocols of this version, by step."""
         rows = [
             Evaluated(row["step"], result, row.get("best_step", row["step"]))
             for row in self.evaluations
@@ -106,7 +106,7 @@ class Run:
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """Rows of the evaluations after the last step."""
+        """Rows of evaluations.jsonl for the last step."""
         return [row for row in self.evaluations if row["step"] == self.step]
 
     def series(self) -> list[list[Evaluated]]:
@@ -122,7 +122,7 @@ class Run:
 
     @cached_property
     def skipped(self) -> Mapping[str, Any] | None:
-        """ "seen", a number of pairs, and "reasons": count and example keys of those that could not be used, by reason.
+        """Content of skipped.json: "seen", a number of pairs, and "reasons": count and example keys by reason.
 
         None before the first checkpoint.
         """
@@ -137,15 +137,15 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Number of steps done, as far as they were logged."""
+        """Number of logged steps."""
         if self.steps_done is not None:
             return self.steps_done
-        # A last step that was left out has no row of metrics.
+        # A last step that was skipped has no row in metrics.jsonl.
         return max((int(row["step"]) for row in (*self.metrics[-1:], *self.evaluations[-1:])), default=0)
 
     @property
     def best_step(self) -> int:
-        """Step of the weights that the run ended with: the last one, or the best of a run with `train.patience`."""
+        """Step of the final weights: the last one, or the best one with `train.patience`."""
         return next((row["best_step"] for row in self.results if "best_step" in row), self.step)
 
     @property
@@ -172,23 +172,25 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Open a run folder, which must exist, for reading; files that are not there yet count as empty."""
+    """Open an existing run folder for reading; missing files count as empty."""
     if not Path(folder).is_dir():
         raise UserError(f"There is no run folder '{folder}'. Give the folder of a run.")
     return Run(Path(folder))
 
 
 def lock_folder(folder: Path) -> FileIO:
-    """Make the run folder and lock it for this process, until the returned file is closed.
+    """Create the run folder and lock it for this process, until the returned file is closed.
 
-    A folder that holds no run but files of the names that one writes is refused: they are somebody's. The operating
-    system releases the lock however the process ends, and worker processes do not inherit it. Windows and file systems
-    without such locks give none.
+    A folder without a run is refused if it has files that a run would overwrite. The operating system releases the lock
+    however the process ends, and worker processes do not inherit it. On Windows, and on file systems without such
+    locks, nothing is locked.
     """
     try:
         taken = [name for name in OUTPUTS if (folder / name).exists()]
         if taken and not (folder / RECIPE).exists():
-            raise UserError(f"'{folder}' holds no run, but a '{taken[0]}' that one would change. Choose another --out.")
+            raise UserError(
+                f"'{folder}' is no run folder, and a run would overwrite its '{taken[0]}'. Choose another --out."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
@@ -220,7 +222,7 @@ def lock_folder(folder: Path) -> FileIO:
 
 
 def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:
-    """Begin a run in a locked folder, or find the newest good checkpoint of the run in it."""
+    """Start a run in a locked folder, or find the newest good checkpoint of the run in it."""
     newest = None
     if (folder / RECIPE).exists():
         if not resume:
@@ -230,13 +232,13 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
         for problem in problems:
             log.warning(problem)
         if problems and newest is None:
-            raise UserError(f"No checkpoint in '{folder}' is complete. {problems[0]} Start anew with another --out.")
+            raise UserError(f"No checkpoint in '{folder}' is complete. {problems[0]} Start a new run: --out.")
     write_text(folder / RECIPE, recipe.to_yaml())
     return newest
 
 
 def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | WrappedModel | None:
-    """Read the Hugging Face encoder's files, if any, from the newest good checkpoint; resuming needs no other."""
+    """Read the files of the Hugging Face encoder, if any, from the newest good checkpoint, for resuming."""
     for checkpoint in reversed(list_checkpoints(folder)) if recipe.text.hf_model is not None else ():
         with suppress(OSError, SafetensorError, UserError), safe_open(checkpoint / WEIGHTS, "pt") as file:
             return encoder_kept_in({ENTRY: file.get_tensor(f"model.{ENTRY}")}, recipe, checkpoint)
@@ -252,7 +254,7 @@ def read_recipe(folder: Path) -> Recipe:
         return moved_lists(load_recipe(path), folder)
     except ValueError as error:
         raise UserError(
-            f"'{folder}' holds no run of this version of declip. {error} Choose another folder with --out."
+            f"'{folder}' is not a run of this version of declip. {error} Choose another folder with --out."
         ) from error
 
 
@@ -271,7 +273,7 @@ def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> None:
-    """Refuse to resume a run of `done` steps under a recipe that would have changed their numbers."""
+    """Refuse to resume a run after `done` steps with a recipe that would have changed these steps."""
     now, then = flat(recipe.model_dump(mode="json")), flat(earlier.model_dump(mode="json"))
     differ = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
     changed = [key for key in differ if key not in CHANGEABLE]
@@ -288,19 +290,19 @@ def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> 
     if changed:
         shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise UserError(
-            f"'{folder}' holds the run of another recipe ('{earlier.name}'): {shown}. Give the same recipe and "
-            "overrides to resume, or another folder with --out. To train longer, whose learning rates are others from "
-            f"the start, begin there from the run's weights: finetune.pretrained='{folder}'."
+            f"'{folder}' is a run of another recipe ('{earlier.name}'): {shown}. Resume with the same recipe and "
+            "overrides, or choose another folder with --out. To train longer, which changes the learning rates, start "
+            f"a new run from these weights: finetune.pretrained='{folder}'."
         )
 
 
 def not_writable(folder: Path, error: OSError) -> UserError:
-    """Build the error for a run folder that cannot be made or written into."""
+    """Build the error for a run folder that cannot be created or written."""
     return UserError(f"Cannot write into the run folder '{folder}': {error.strerror}. Choose another with --out.")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file; lines that a crash or a disk damaged are left out."""
+    """Read the rows of a JSONL file, without damaged lines."""
     rows = []
     for line in _text(path).split("\n"):
         with suppress(ValueError, RecursionError):
@@ -311,20 +313,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a JSONL file. JSON has no NaN and no infinity: they become null."""
+    """Append a row to a JSONL file; NaN and infinity, which JSON lacks, become null."""
     finite = json.loads(json.dumps(row), parse_constant=lambda _: None)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite) + "\n")
 
 
 def drop_rows(path: Path, after: int) -> None:
-    """Drop the rows of steps after one, which a resumed run takes again, and, with a warning, damaged lines."""
+    """Remove the rows of later steps, which a resumed run repeats, and, with a warning, damaged lines."""
     if not path.exists():
         return
     rows = read_rows(path)
     damaged = sum(1 for line in _text(path).split("\n") if line) - len(rows)
     if damaged:
-        log.warning("Left out damaged lines of %s: %d.", path, damaged)
+        log.warning("Removed %d damaged lines of %s.", damaged, path)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= after))
 
 
