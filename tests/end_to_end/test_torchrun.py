@@ -17,7 +17,6 @@ import yaml
 from conftest import TINY
 from declip.recipe.load import load_recipe
 from declip.training.assemble import assemble
-from declip.training.trainer import Trainer
 from end_to_end.conftest import tree_of
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sbatch"
@@ -155,7 +154,7 @@ def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continue
     assert not (run / "stop").exists()
     assert 0 < stopped_at(run) < 30000
     overrides = {"train.steps": 30000, "train.checkpoint_every": 10000}
-    assert Trainer(assemble(load_recipe(recipe, overrides), run, resume=True, quiet=True)).step == stopped_at(run)
+    assert assemble(load_recipe(recipe, overrides), run, resume=True, quiet=True).progress.step == stopped_at(run)
 
 
 def test_the_slurm_script_asks_for_a_run_folder() -> None:

@@ -25,7 +25,7 @@ RANK_TIMEOUT = 600.0
 LONG_TIMEOUT = timedelta(hours=12)
 """How long the other ranks wait while rank 0 evaluates, writes or reads."""
 
-BARRIER_SECONDS = 5.0
+BARRIER_SECONDS = 2.0
 """How long after a timeout the ranks that are left wait for each other, to name those that are missing."""
 
 JOINS = count()

@@ -59,8 +59,8 @@ def refuse_broken(source: PairSource, allowed: float) -> None:
     if broken.total > allowed * len(source):
         raise UserError(
             f"{broken.total:,} of the {len(source):,} pairs of '{source.name}' cannot be used; "
-            f"data.max_broken_fraction allows {allowed:.1%}. {broken.explanation()} Fix or remove them, or raise "
-            "data.max_broken_fraction."
+            f"data.max_broken_fraction allows {allowed:.1%}. {broken.explanation()} Fix or remove them, set "
+            "another data.source, or raise data.max_broken_fraction."
         )
 
 
