@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from declip.errors import UserError
-from declip.recipe.load import load_recipe, recipe_keys, recipe_names, removed_keys, synonyms, unknown_key
+from declip.recipe.load import load_recipe, read_value, recipe_keys, recipe_names, removed_keys, synonyms, unknown_key
 from declip.recipe.schema import Evaluation, Recipe
+from declip.recipe.yaml_text import read_yaml
 
 DEMO_SETS = {
     "zero_shot": ("builtin:emoji-validation",),
@@ -141,7 +142,7 @@ def test_a_mistake_is_named(overrides: dict[str, str], says: tuple[str, ...]) ->
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("train: {steps: 3}\ntrain: {lr: 1.0e-3}\n", "'train' is there twice"),
+        ("train: {steps: 3}\ntrain: {lr: 1.0e-3}\n", "'train' is given twice"),
         ("train.steps: 3\n", "write train: {steps: …} instead"),
     ],
 )
@@ -186,3 +187,21 @@ def test_a_recipe_that_extends_itself_is_named(tmp_path: Path) -> None:
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
     with pytest.raises(UserError, match=r"loop.yaml.* extends itself"):
         load_recipe(tmp_path / "loop.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("5e-4", 5e-4), ("1E3", 1e3), ("+2.5e+3", 2.5e3), ("1_000", 1000), ("010", 10), (".5", 0.5), ("3.", 3.0)],
+        *[("1:30", "1:30"), ("5e", "5e"), ("1.2.3", "1.2.3"), ("0x10", "0x10"), ("[5e-4, 2]", [5e-4, 2])],
+    ],
+)
+def test_numbers_are_read_as_python_writes_them(text: str, value: Any) -> None:
+    found = read_value("train.lr", text)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_text_that_looks_like_a_number_stays_text() -> None:
+    recipe = load_recipe("clip", {"name": "'5e-4'", "data.columns.caption": "'010'", "train.lr": "5e-4"})
+    again = Recipe.model_validate(read_yaml(recipe.to_yaml()))
+    assert (again.name, again.data.columns["caption"], again.train.lr) == ("5e-4", "010", 5e-4)

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import resources
 
 from declip.errors import UserError, unknown
-from declip.recipe.load import read_yaml
+from declip.recipe.yaml_text import read_yaml
 
 FOLDER = resources.files("declip.evaluation") / "prompts"
 

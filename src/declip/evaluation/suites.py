@@ -12,7 +12,7 @@ from declip.evaluation.datasets import NAMED
 from declip.evaluation.encode import Encoder
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import METRICS, Result
-from declip.recipe.load import read_yaml
+from declip.recipe.yaml_text import read_yaml
 
 SUITES: Mapping[str, Mapping[str, str]] = {
     "paper11": {

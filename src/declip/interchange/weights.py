@@ -29,8 +29,8 @@ from declip.models.hf_encoder import TextEncoder, encoder_kept_in
 from declip.models.layers import IMAGE, TEXT
 from declip.models.lora import Adapters, adapted
 from declip.models.wrapped import WrappedModel
-from declip.recipe.load import read_yaml
 from declip.recipe.schema import LogitScale, Recipe
+from declip.recipe.yaml_text import read_yaml
 from declip.supervision.objective import for_sigmoid, without_run_state
 
 T = TypeVar("T")

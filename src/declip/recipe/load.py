@@ -1,6 +1,5 @@
 """Load a recipe: YAML that may extend another recipe, with single keys overridden by their dotted names."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -12,39 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from declip.errors import UserError, unknown
 from declip.recipe.schema import Data, Recipe
-
-MOST_YAML, DEEPEST_YAML = 1 << 17, 20
-"""Characters and levels of a recipe; ours have some 3,000 and 4."""
+from declip.recipe.yaml_text import read_yaml
 
 LIBRARY = Path(__file__).parent / "library"
-
-
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        count = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := [name for name, times in count.items() if times > 1]:
-            raise yaml.YAMLError(
-                f"the key '{twice[0]}' is there twice; the second would replace the first, so join them"
-            )
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(text: str) -> Any:
-    """Read YAML from an untrusted file; raises `YAMLError`.
-
-    No tag makes an object; aliases, of which a few lines can expand to gigabytes, are refused.
-    """
-    if len(text) > MOST_YAML:
-        raise yaml.YAMLError(f"it has more than {MOST_YAML:,} characters")
-    try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_YAML:
-                raise yaml.YAMLError(f"it has aliases, or more than {DEEPEST_YAML} levels; write it out")
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a bad date, number …
-        raise yaml.YAMLError(str(error)) from error
 
 
 def recipe_names() -> list[str]:
@@ -109,7 +78,7 @@ def read_value(key: str, value: str) -> Any:
     try:
         return read_yaml(value)
     except yaml.YAMLError as error:
-        raise UserError(f"'{key}={value}' is no YAML: close its brackets, or put the value in quotes.") from error
+        raise UserError(f"'{key}={value}' is not valid YAML: close its brackets or quote the value.") from error
 
 
 def _read_tree(name: str | Path, seen: tuple[str, ...], given: set[str]) -> dict[str, Any]:
@@ -155,8 +124,8 @@ def _find(name: str | Path, folder: Path) -> Path:
             return candidate
     if path.exists():
         raise UserError(
-            f"'{name}' is no recipe. To train on it: declip train clip --data {name}. From pretrained weights: declip "
-            f"finetune {name}."
+            f"'{name}' is not a recipe. To train on it: declip train clip --data {name}. From pretrained weights: "
+            f"declip finetune {name}."
         )
     if (now := removed_keys().get(f"recipe {name}")) is not None:
         raise UserError(f"The recipe '{name}' was removed: {now}.")

@@ -1,110 +1,24 @@
-"""The recipe: one typed tree that describes a whole experiment, with every range check."""
+"""The recipe: one typed tree that describes an experiment, with every range check."""
 
-import os
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import Field, PrivateAttr, model_validator
+
+from declip.recipe.sections import (
+    RGB,
+    Count,
+    Data,
+    Fraction,
+    Place,
+    Places,
+    Portion,
+    Section,
+    Spread,
+    Strength,
+    Trackers,
+    Width,
 )
-
-
-def _expand_user(given: str) -> str:
-    """Expand a leading `~`, also after the name of a set, as in `pets:~/data`."""
-    kind, colon, path = given.rpartition(":")
-    return kind + colon + os.path.expanduser(path) if path.startswith("~") else given
-
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Width = Annotated[int, Field(ge=1)]
-Spread = Annotated[float, Field(ge=1e-6, le=1)]
-Portion = Annotated[float, Field(gt=0, le=1)]
-Strength = Annotated[float, Field(ge=0)]
-RGB = tuple[Fraction, Fraction, Fraction]
-Place = Annotated[str, AfterValidator(_expand_user)]
-OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
-Places = Annotated[tuple[Place, ...], OneOrMore]
-Column = Literal["image", "caption", "keywords", "group"]
-COLUMNS: dict[Column, str] = {"image": "image", "caption": "caption", "keywords": "keywords"}
-Trackers = Annotated[tuple[Literal["auto", "tensorboard", "wandb", "mlflow", "trackio"], ...], OneOrMore]
-
-NUMBERS = (int, float, int | None, float | None, int | Literal["auto"], int | Literal["all"])
-
-
-class Section(BaseModel):
-    """Base class of the recipe's sections; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_yes_for_a_number(cls, given: Any, info: ValidationInfo) -> Any:
-        if isinstance(given, bool) and cls.model_fields[info.field_name or ""].annotation in NUMBERS:
-            raise ValueError(f"{info.field_name} is {str(given).lower()}; give a number")
-        return given
-
-
-class WeightedSource(Section):
-    """One source of a mixture and its weight."""
-
-    source: Place = Field(description="table, folder, shards or built-in set, as in data.source")
-    weight: float = Field(1.0, gt=0, le=1000, description="how often an epoch shows each pair of this source")
-
-
-class Data(Section):
-    """The training pairs and how they are read."""
-
-    source: Place | tuple[WeightedSource, ...] = Field(
-        "builtin:emoji", description="table, folder, shards, built-in set, or a list of sources with weights"
-    )
-    columns: dict[Column, str] = Field(
-        COLUMNS, description="columns of a table: image, caption, keywords, and group, whose equal cells mean the same"
-    )
-    image_root: Place | None = Field(None, description="folder of a table's image paths; default: the table's folder")
-    max_pairs: int | None = Field(None, ge=2, description="train on this many pairs only, chosen by the seed")
-    shuffle_buffer: int | None = Field(None, ge=1, description="pairs shuffled together; default: all; remote: 50,000")
-    workers: Count | Literal["auto"] = Field("auto", description="loader processes; auto: one a free core, at most 8")
-    max_broken_fraction: Fraction = Field(0.05, description="fraction of broken pairs above which a run stops")
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _one_or_weighted(cls, given: Any) -> Any:
-        # Read here: pydantic's own message would name both kinds that a source may be.
-        if isinstance(given, str):
-            return given
-        known = ", ".join(WeightedSource.model_fields)
-        if not isinstance(given, list | tuple) or not given:
-            raise ValueError(f"data.source is {given!r}; give one source, or a list of them, each with {known}")
-        entries = [{"source": entry} if isinstance(entry, str) else entry for entry in given]
-        try:
-            return TypeAdapter(tuple[WeightedSource, ...]).validate_python(entries)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join(map(str, problem["loc"]))
-            raise ValueError(f"data.source.{place}={problem['input']!r}: {problem['msg']}; keys: {known}") from error
-
-    @field_validator("columns", mode="before")
-    @classmethod
-    def _with_usual_names(cls, given: Any) -> Any:
-        return {**COLUMNS, **given} if isinstance(given, dict) else given
-
-    @property
-    def label(self) -> str:
-        """The source, or the sources with their weights, in one line."""
-        if isinstance(self.source, str):
-            return self.source
-        return " + ".join(e.source if e.weight == 1 else f"{e.weight:g} × {e.source}" for e in self.source)
+from declip.recipe.yaml_text import write_yaml
 
 
 class ImageTowerConfig(Section):
@@ -353,7 +267,7 @@ class Evaluation(Section):
 
 
 class Recipe(Section):
-    """A whole experiment."""
+    """All settings of an experiment."""
 
     name: str = Field("unnamed", description="name for tables and reports")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, views, order and choice of pairs")
@@ -388,41 +302,53 @@ class Recipe(Section):
         return self._given
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        train = self.train
+    def _losses_fit(self) -> Self:
+        """Check losses and views against each other."""
+        duplicates, group, second = self.contrastive.duplicates, self.data.columns.get("group"), self.views.image_second
         if not self.active_losses:
             raise ValueError("every weight in loss_weights is 0; at least one must be above 0")
-        if train.length_buckets > 1 and self.late_interaction.include_padding:
-            raise ValueError("train.length_buckets above 1 and late_interaction.include_padding exclude each other")
-        group = self.data.columns.get("group")
-        if group is not None and self.contrastive.duplicates == "negatives":
-            raise ValueError(f"data.columns.group={group} needs contrastive.duplicates=mask or positives")
-        if group is None and self.contrastive.duplicates in ("mask", "positives") and self.finetune.mixup:
+        if self.train.length_buckets > 1 and self.late_interaction.include_padding:
+            raise ValueError("late_interaction.include_padding requires train.length_buckets=1")
+        if group is not None and duplicates == "negatives":
+            raise ValueError(f"data.columns.group={group} requires contrastive.duplicates=mask or positives")
+        if group is None and duplicates != "negatives" and self.finetune.mixup:
             raise ValueError(
-                "finetune.mixup mixes captions: contrastive.duplicates needs mixup=0 or data.columns.group"
+                f"finetune.mixup mixes captions: contrastive.duplicates={duplicates} requires mixup=0 or "
+                "data.columns.group"
             )
+        if self.views.contrastive_view is not None and second is not None and second.start == 1:
+            raise ValueError("views.contrastive_view requires two other views; set views.image_second.start below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_fits(self) -> Self:
+        """Check what a teacher cannot be combined with."""
+        teacher, tune = self.distillation.teacher, self.finetune
+        clashes = {"finetune.cached_views": tune.cached_views > 0}  # a fixed teacher reads images
+        if teacher == "ema":  # it is copied before the closed-form start, and not sharded
+            clashes = {"train.strategy=fsdp": self.train.strategy == "fsdp"}
+            clashes["finetune.head_init=cca"] = tune.head_init == "cca"
+        for key, given in clashes.items():
+            if "distillation" in self.active_losses and given:
+                raise ValueError(f"distillation.teacher={teacher} cannot be combined with {key}")
+        return self
+
+    @model_validator(mode="after")
+    def _training_fits(self) -> Self:
+        """Check the keys of fine-tuning and training against each other."""
+        train, tune = self.train, self.finetune
         tunes_text = self.text.hf_model is not None and self.text.pretrained
         of_text = {"text_lr_scale", "freeze_text_blocks", "layer_decay", "head_warmup_steps", "lora"}
-        wrong = [name for name in self.finetune.changed() if not (tunes_text and name in of_text)]
-        if self.finetune.pretrained is None and wrong:
-            raise ValueError(f"finetune.{wrong[0]} needs pretrained weights; give finetune.pretrained, or leave it out")
+        wrong = [name for name in tune.changed() if not (tunes_text and name in of_text)]
+        if tune.pretrained is None and wrong:
+            raise ValueError(f"finetune.{wrong[0]} requires finetune.pretrained")
         clashes = {"ema_decay": train.ema_decay, "compile": train.compile, "strategy": train.strategy == "fsdp"}
         for name, given in clashes.items():
-            if self.finetune.lora is not None and given:
-                raise ValueError(f"finetune.lora does not work with train.{name}={getattr(train, name)}; leave one out")
-        teacher, tune = self.distillation.teacher, self.finetune
-        no_teacher = {"train.strategy=fsdp": teacher == "ema" and train.strategy == "fsdp"}
-        no_teacher["finetune.head_init=cca"] = teacher == "ema" and tune.head_init == "cca"  # it starts after the copy
-        no_teacher["finetune.cached_views"] = teacher != "ema" and tune.cached_views > 0  # captions are looked up
-        for key, given in no_teacher.items():
-            if "distillation" in self.active_losses and given:
-                raise ValueError(f"distillation.teacher={teacher} does not work with {key}; leave one out")
+            if tune.lora is not None and given:
+                raise ValueError(f"finetune.lora cannot be combined with train.{name}={getattr(train, name)}")
         measured = self.evaluation.retrieval or self.evaluation.zero_shot
         if train.patience is not None and not (train.evaluate_every and measured):
-            raise ValueError("train.patience needs train.evaluate_every and a set in evaluation.retrieval or zero_shot")
-        second = self.views.image_second
-        if self.views.contrastive_view is not None and second is not None and second.start == 1:
-            raise ValueError("views.contrastive_view goes with two other views; set views.image_second.start below 1")
+            raise ValueError("train.patience requires train.evaluate_every and evaluation.retrieval or zero_shot")
         return self
 
     @property
@@ -449,4 +375,4 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe, with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return write_yaml(self.model_dump(mode="json"))

@@ -18,7 +18,8 @@ from typing import Any
 from declip.errors import UserError
 from declip.interchange.weights import one_line
 from declip.io.atomic import write_text
-from declip.recipe.load import flat, read_yaml
+from declip.recipe.load import flat
+from declip.recipe.yaml_text import read_yaml
 from declip.runs.folder import TRACKING, Run, log
 from declip.training.sinks import RunInfo, Sink
 

@@ -14,7 +14,7 @@ from declip.errors import UserError
 from declip.evaluation.per_class import sample_per_class
 from declip.evaluation.prompt_sets import class_names, read_prompts
 from declip.evaluation.readers.images import Classified, FileList, Openers
-from declip.recipe.load import read_yaml
+from declip.recipe.yaml_text import read_yaml
 
 
 def image_folder(name: str, root: Path) -> Openers:
