@@ -91,13 +91,13 @@ def open_dataset(dataset: str | Path | PairSource | Items | Dataset, *, label_co
     Args:
         dataset: ``NAME:/path`` with a name in `NAMED`, such as "pets:/data/pets"; a table, which has classes where it
             has a column of labels; anything else that `open_source` opens, also a Python object; or an open dataset.
-        label_column: A table's column; None looks for "label", "class", "class_name" or "category".
+        label_column: A table's column; None: "label", "class", "class_name" or "category".
     """
     if isinstance(dataset, str | Path):
         dataset = _by_name(str(dataset), label_column)
     elif not isinstance(dataset, Dataset):
         if label_column is not None and not is_dataset(dataset):
-            raise UserError(f"label_column is for tables, and a {type(dataset).__name__} is none. Leave it out.")
+            raise UserError(f"label_column is for tables, not for a {type(dataset).__name__}. Remove it.")
         source = _test_part(open_source(dataset))
         labeled = labeled_table(dataset, label_column) if is_dataset(dataset) else None
         dataset = Dataset(source.name, labeled or {"test": lambda: source}, _templates(source.name))
@@ -106,10 +106,11 @@ def open_dataset(dataset: str | Path | PairSource | Items | Dataset, *, label_co
 
 
 def with_classes(source: PairSource) -> LabeledSource:
-    """Check that a source can be classified."""
+    """Check that a source has classes."""
     if source.labels is None:
         raise UserError(
-            f"'{source.name}' has no classes. Give a set with labels; the task 'retrieval' needs captions only."
+            f"'{source.name}' has no classes. Use a dataset with labels, or the task 'retrieval', which only "
+            "needs captions."
         )
     labels, count = np.asarray(source.labels), len(source.class_names or ())
     low, high = labels.min(initial=0), labels.max(initial=0)
@@ -125,16 +126,16 @@ def _by_name(given: str, label_column: str | None) -> Dataset:
     name, colon, place = given.partition(":")
     if name in NAMED and colon and label_column is None:
         if not place:
-            raise UserError(f"'{given}' names no folder. Write '{name}:PATH'.")
+            raise UserError(f"'{given}' has no folder. Write '{name}:PATH'.")
         named, root = NAMED[name], Path(place).expanduser()
         if not root.is_dir():
-            raise UserError(f"There is no folder '{root}'; '{name}' expects in it: {named.files}.")
+            raise UserError(f"There is no folder '{root}'. '{name}' expects there: {named.files}.")
         readers = named.open(name, root)
         openers = {which: partial(_read, given, named.files, reader) for which, reader in readers.items()}
         return Dataset(given, openers, named.templates, named.metric)
     table = find_table(given)
     if label_column is not None and table is None:
-        raise UserError(f"A column of labels ('{label_column}') was named, but '{given}' is not a table.")
+        raise UserError(f"--label-column {label_column} requires a table, but '{given}' is not a table.")
     if given.startswith(BUILTIN_PREFIX):
         splits = BUILTIN_SPLITS.get(place, {"test": place})
         builtin = {which: partial(open_builtin, split) for which, split in splits.items()}
@@ -156,15 +157,15 @@ def _test_part(source: PairSource) -> PairSource:
 
 
 def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:
-    """Call a reader; its errors about missing, damaged or unexpected files become a `UserError`."""
+    """Call a reader, and turn its errors about missing, damaged or unexpected files into a `UserError`."""
     try:
         return read()
     except UserError:
         raise
-    except Exception as error:  # a library's reader meets a damaged file in any way
+    except Exception as error:  # readers of other libraries raise anything for a damaged file
         reason = printable(str(error).split(" You can use download")[0].rstrip("."))
         raise UserError(
-            f"The files of '{name}' are not complete, not what was published, or damaged ({type(error).__name__}: "
+            f"The files of '{name}' are incomplete, damaged or not the published ones ({type(error).__name__}: "
             f"{reason}). Expected in that folder: {files}. Unpack the original archives."
         ) from error
 

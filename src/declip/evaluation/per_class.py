@@ -1,4 +1,4 @@
-"""Sampling and scoring class by class."""
+"""Sampling and scoring by class."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 def by_class(labels: np.ndarray) -> list[np.ndarray]:
-    """The rows of each class that occurs, classes and rows ascending."""
+    """Group rows by class, for the classes that occur; classes and rows ascending."""
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def sample_per_class(labels: np.ndarray, count: Callable[[int], int], seed: int = 0) -> np.ndarray:
-    """Sample `count(size)` rows of each class: (n,) bool. With the same seed, a larger sample holds a smaller one."""
+    """Sample `count(size)` rows of each class: (n,) bool. With one seed, a larger sample includes a smaller one."""
     generator = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), dtype=bool)
     for rows in by_class(labels):
@@ -20,8 +20,8 @@ def sample_per_class(labels: np.ndarray, count: Callable[[int], int], seed: int 
     return chosen
 
 
-def score(right: np.ndarray, labels: np.ndarray, metric: str = "top1") -> float:
-    """Mean of `right`, (n,) bool: over rows for "top1", over the classes that occur for "mean_per_class"."""
+def score(correct: np.ndarray, labels: np.ndarray, metric: str = "top1") -> float:
+    """Mean of `correct`, (n,) bool: over rows for "top1", over the classes that occur for "mean_per_class"."""
     if metric == "top1":
-        return float(right.mean())
-    return float(np.mean([right[rows].mean() for rows in by_class(labels)]))
+        return float(correct.mean())
+    return float(np.mean([correct[rows].mean() for rows in by_class(labels)]))

@@ -1,4 +1,4 @@
-"""Evaluate a model on datasets by one task, or by several that share the features."""
+"""Evaluate a model on datasets by one or more tasks, which share the features."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +24,11 @@ from declip.models.dual_encoder import DualEncoder
 class Options:
     """Settings of an evaluation."""
 
-    templates: str | Sequence[str] | None = None  # zero-shot: a shipped set, or templates; None: the dataset's own
+    templates: str | Sequence[str] | None = None  # zero-shot: a shipped set or templates; None: those of the dataset
     batch_size: int = 256  # images and texts per forward pass
-    workers: int = 0  # processes that read images; 0 reads in this one
+    workers: int = 0  # processes that read images; 0: this one
     progress: bool = True
-    features: FeatureKind = "backbone"  # probes: before the projection, or "embedding", after it
+    features: FeatureKind = "backbone"  # probes: before the projection, or "embedding" after it
 
     def __post_init__(self) -> None:
         check_range("batch_size", self.batch_size, 1)
@@ -36,7 +36,7 @@ class Options:
 
 @dataclass(frozen=True)
 class SharedFeatures:
-    """The features of a dataset that several tasks share, encoded when the first one asks."""
+    """The features of a dataset, encoded on first use and shared by all tasks."""
 
     model: Encoder
     dataset: Dataset
@@ -45,16 +45,16 @@ class SharedFeatures:
 
     @cached_property
     def test(self) -> SourceFeatures:
-        """The test split, projected and normalized."""
-        # A source knows its file's name only, which another dataset may have too.
+        """Features of the test split, projected and normalized."""
+        # A source only knows the name of its file, which another dataset may have too.
         return replace(self._encode(self.dataset.split("test"), texts=self.texts), name=self.dataset.name)
 
     @cached_property
     def splits(self) -> ProbeData:
-        """All splits with their labels, for probes."""
+        """Features and labels of all splits, for probes."""
         kind = self.options.features
         with eval_mode(self.model) as device:
-            # Apple's devices have no float64, which the solver sums in.
+            # MPS has no float64, which the solver needs.
             probing = "cpu" if device.type == "mps" else device
         encode = encoder_of(self.model, kind)
         return read_probe_data(
@@ -71,14 +71,16 @@ class SharedFeatures:
 
     def retrieval(self) -> RetrievalResult:
         source, features = self.dataset.split("test"), self.test
-        if isinstance(source, Classified) and source.captioned and source.broken:  # captions need no class
+        if (
+            isinstance(source, Classified) and source.captioned and source.broken
+        ):  # retrieval also uses pairs without a class
             pairs = self._encode(Subset(source.source, source.rows), texts=True)
             features = replace(pairs, name=self.dataset.name)
-        known = isinstance(getattr(self.model, "model", self.model), DualEncoder)  # or what wraps one
+        known = isinstance(getattr(self.model, "model", self.model), DualEncoder)  # or a wrapper of one
         return retrieve(features, logit_scale(self.model) if known else None)
 
     def check(self, task: str) -> None:
-        """Refuse a dataset or a model that does not suit the task, before anything is encoded."""
+        """Refuse a dataset or model that the task cannot use, before anything is encoded."""
         if task == "zero-shot":
             with_classes(self.dataset.split("test"))
             read_templates(self.options.templates or self.dataset.templates)
@@ -105,9 +107,9 @@ def evaluate_all(
     tasks: Sequence[str],
     options: Options | None = None,
 ) -> list[Result]:
-    """Evaluate on one dataset or several by several of `TASKS`, dataset by dataset.
+    """Evaluate on one or more datasets by one or more of `TASKS`.
 
-    All datasets are checked before the first is encoded; what tasks share is read and encoded once.
+    All datasets are checked before the first one is encoded. Each image and text is encoded once for all tasks.
     """
     for task in tasks:
         if task not in TASKS:
@@ -116,12 +118,12 @@ def evaluate_all(
     for dataset in datasets if isinstance(datasets, list) else [datasets]:
         shared = SharedFeatures(model, open_dataset(dataset), options or Options(), texts="retrieval" in tasks)
         if shared.dataset.name in {other.dataset.name for other in checked}:
-            raise UserError(f"The dataset '{shared.dataset.name}' is given twice. Name each dataset once.")
+            raise UserError(f"The dataset '{shared.dataset.name}' is given twice. Pass each dataset once.")
         for task in tasks:
             shared.check(task)
         checked.append(shared)
     results = []
     while checked:
-        shared = checked.pop(0)  # so that the features of a dataset are freed when it is done
+        shared = checked.pop(0)  # frees the features of each dataset after its evaluation
         results += [TASKS[task](shared) for task in tasks]
     return results

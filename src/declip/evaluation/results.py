@@ -1,4 +1,4 @@
-"""Results of evaluations: numbers with their n and their chance, as rows of JSON and as a table."""
+"""Results of evaluations: numbers with n and chance level, as JSON rows and as a table."""
 
 import re
 from collections import Counter
@@ -14,11 +14,11 @@ from rich.table import Table
 from declip.io.text import percent, times
 
 METRICS: Mapping[str, str] = {"top1": "top-1", "mean_per_class": "mean per class"}
-"""Metrics that a dataset's convention may report → their names in tables."""
+"""Conventional metrics of datasets → their names in tables."""
 
 
 class Measure(NamedTuple):
-    """One number, its chance level, and n; results of models are matched by `name`."""
+    """One score with its chance level and n; the same score of two models has the same `name`."""
 
     name: str
     value: float
@@ -39,14 +39,14 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """Base class of the results; `skipped` counts the images that could not be read, by reason."""
+    """Base class of results; `skipped` counts the unreadable images by reason."""
 
     task: ClassVar[str]
     dataset: str
     skipped: Mapping[str, int] = field(default_factory=dict, kw_only=True)
 
     def measures(self) -> list[Measure]:
-        """The numbers that a table shows."""
+        """The scores for tables."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Result:
 
 @dataclass(frozen=True)
 class ClassificationResult(Result):
-    """Base class of results on `n` test images with `classes` to choose from."""
+    """Base class of results on `n` test images of `classes` classes."""
 
     n: int
     classes: int
@@ -74,7 +74,7 @@ class ClassificationResult(Result):
         return {**super().to_dict(), "chance": self.chance}
 
     def _measure(self, name: str, value: float, first: int = 1, majority: float | None = None) -> Measure:
-        """A measure of the images whose class is among the `first`."""
+        """Build the measure of images whose class ranks among the `first`."""
         return Measure(name, value, min(first, self.classes) / self.classes, self.n, majority)
 
 
@@ -87,7 +87,7 @@ class ZeroShotResult(ClassificationResult):
     top5: float
     mean_per_class: float  # mean of the top-1 of each class that has images
     templates: str = "plain"  # name of the prompt templates, or the templates themselves
-    majority: float | None = None  # fraction of the most frequent class: top-1 of a model that always says that class
+    majority: float | None = None  # fraction of the most frequent class: top-1 of a model that always predicts it
 
     def measures(self) -> list[Measure]:
         unbalanced = self.majority is not None and self.majority >= 1.1 * self.chance
@@ -100,7 +100,7 @@ class ZeroShotResult(ClassificationResult):
 
 @dataclass(frozen=True)
 class RecallAtK:
-    """Fraction of queries with a right candidate among the first 1, 5, 10, and the same for a random order."""
+    """Fraction of queries with a correct candidate among the first 1, 5 and 10, and the same for a random order."""
 
     queries: int
     candidates: int
@@ -110,7 +110,7 @@ class RecallAtK:
     chance1: float
     chance5: float
     chance10: float
-    median_rank: float  # of the best right candidate; 1 is perfect
+    median_rank: float  # of the best correct candidate; 1 is perfect
 
 
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
@@ -125,8 +125,8 @@ class RetrievalResult(Result):
     texts: int
     text_to_image: RecallAtK  # each caption is the query for its image
     image_to_text: RecallAtK  # each image is the query for any of its captions
-    truncated_captions: int = 0  # captions longer than the model's context; their ends were not read
-    loss: float | None = None  # `declip.evaluation.retrieval.contrastive_loss`; None where the scale is unknown
+    truncated_captions: int = 0  # captions longer than the context, which were cut
+    loss: float | None = None  # `declip.evaluation.retrieval.contrastive_loss`; None: unknown scale
 
     def measures(self) -> list[Measure]:
         return [
@@ -147,7 +147,7 @@ class RetrievalResult(Result):
 class ProbeResult(ClassificationResult):
     """Base class of the probes' results."""
 
-    train: int  # images to learn from, including those that choices are made on
+    train: int  # number of training and validation images
     features: str  # "backbone", before the projection, or "embedding", after it
     width: int
     metric: str = "top1"  # the dataset's convention, one of `METRICS`
@@ -155,7 +155,7 @@ class ProbeResult(ClassificationResult):
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One value of C that was tried: metric (`score`) and cross entropy (`loss`) on the validation images."""
+    """A tried value of C with its metric (`score`) and cross-entropy (`loss`) on the validation images."""
 
     C: float
     score: float
@@ -172,9 +172,9 @@ class LinearProbeResult(ProbeResult):
     top1: float
     mean_per_class: float
     majority: float  # test fraction of the most frequent training class: top-1 of a probe on random features
-    C: float  # the chosen inverse strength of the L2 penalty, scikit-learn's
-    validation: str  # the images that C was chosen on: "validation split" or "fifth of train"
-    sweep: tuple[SweepPoint, ...]  # every C that was tried, ascending
+    C: float  # the selected inverse strength of the L2 penalty, as in scikit-learn
+    validation: str  # the images that selected C: "validation split" or "fifth of train"
+    sweep: tuple[SweepPoint, ...]  # all tried values of C, ascending
     iterations: int
     converged: bool
 
@@ -187,7 +187,7 @@ class LinearProbeResult(ProbeResult):
 
 @dataclass(frozen=True)
 class Votes:
-    """The vote of the `k` nearest neighbors; a class that ties with another does not come first."""
+    """Scores of the vote of the `k` nearest neighbors; ties count against the model."""
 
     k: int
     top1: float
@@ -199,7 +199,7 @@ class Votes:
 
 @dataclass(frozen=True, kw_only=True)
 class KNNResult(ProbeResult):
-    """Votes of the nearest training images, weighted by exp(cosine / temperature), for each k; none is chosen."""
+    """Votes of the nearest training images, weighted by exp(cosine / temperature), for each k; no k is selected."""
 
     task: ClassVar[str] = "knn"
     temperature: float
@@ -221,7 +221,7 @@ READERS: Mapping[str, TypeAdapter[Any]] = {
 
 
 def read_result(row: Mapping[str, Any]) -> Result | None:
-    """Read a row that `to_dict` wrote; further keys, such as "step", are ignored. None for an unknown task."""
+    """Parse a row of `to_dict`, ignoring other keys such as "step"; None for an unknown task."""
     if row.get("task") not in READERS:
         return None
     recalls = {}
@@ -232,7 +232,7 @@ def read_result(row: Mapping[str, Any]) -> Result | None:
 
 
 def results_table(results: Sequence[Result], title: str | None = None) -> Table:
-    """Show every number with its chance (and majority, where that is higher), its multiple of chance and its n."""
+    """Format every score with its chance level, majority if higher, multiple of chance and n."""
     table = Table("measure", title=title)
     for name in ("value", "chance", "× chance", "n"):
         table.add_column(name, justify="right")
@@ -254,7 +254,7 @@ def results_table(results: Sequence[Result], title: str | None = None) -> Table:
 
 
 def short_names(datasets: Iterable[str]) -> dict[str, str]:
-    """Shorten names of datasets for a table: "pets:photos" for "pets:/data/photos", unless two would be alike."""
+    """Shorten dataset names for a table: "pets:photos" for "pets:/data/photos", unless two would be equal."""
     # A letter before a colon is a Windows drive.
     short = {name: re.sub(r"^([^:/\\]{2,}:)?.*[/\\](?=.)", r"\1", name.rstrip("/\\")) for name in datasets}
     count = Counter(short.values())

@@ -1,4 +1,4 @@
-"""Image-text retrieval: R@K of captions looking for their image, and of images looking for one of their captions."""
+"""Image-text retrieval: R@K from captions to images and from images to captions."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,36 +12,36 @@ from torch.nn.functional import cross_entropy
 from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.results import RecallAtK, RetrievalResult
 
-TIE = 1e-6  # cosines nearer than this are equal: features are float32
+TIE = 1e-6  # cosines closer than this are equal: features are float32
 LOSS_BATCH = 128  # pairs that the contrastive loss of an evaluation compares
 BLOCK = 8_000_000  # scores in memory at a time: 64 MB
 KS = (1, 5, 10)
 
 
-def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, block: int = BLOCK) -> np.ndarray:
-    """Rank of each query's best right candidate, 1 being the first: (N,) int64.
+def ranks(queries: Tensor, candidates: Tensor, correct: Sequence[np.ndarray], *, block: int = BLOCK) -> np.ndarray:
+    """Rank of the best correct candidate of each query, from 1: (N,) int64.
 
-    Ties count against the model: a wrong candidate whose cosine is as high as the best right one's (to `TIE`)
-    counts as before it, so that a model that gives every input the same feature finds nothing. So does NaN::
+    Ties count against the model: a wrong candidate with the same cosine as the best correct one (to `TIE`) ranks before
+    it, so that a model with the same feature for every input finds nothing. So does NaN::
 
-        best = max(scores[i, j] for j in right[i])
-        rank[i] = 1 + sum(not scores[i, j] <= best - TIE for j in range(M) if j not in right[i])
+        best = max(scores[i, j] for j in correct[i])
+        rank[i] = 1 + sum(not scores[i, j] <= best - TIE for j in range(M) if j not in correct[i])
 
     Args:
         queries, candidates: (N, d) and (M, d), L2-normalized.
-        right: N arrays, each of one or more right candidates.
-        block: Largest number of scores held at a time, about; all N × M never are.
+        correct: N arrays, each of one or more correct candidates.
+        block: Approximate number of scores in memory at a time, instead of all N × M.
     """
     rows = max(1, block // len(candidates))
     candidates = candidates.double()
     parts = []
     for start in range(0, len(queries), rows):
         scores = queries[start : start + rows].double() @ candidates.T
-        is_right = torch.zeros_like(scores, dtype=torch.bool)
-        for row, columns in enumerate(right[start : start + rows]):
-            is_right[row, torch.from_numpy(columns)] = True
-        best = scores.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)
-        parts.append(1 + (~(scores <= best - TIE) & ~is_right).sum(1))
+        is_correct = torch.zeros_like(scores, dtype=torch.bool)
+        for row, columns in enumerate(correct[start : start + rows]):
+            is_correct[row, torch.from_numpy(columns)] = True
+        best = scores.masked_fill(~is_correct, -torch.inf).amax(1, keepdim=True)
+        parts.append(1 + (~(scores <= best - TIE) & ~is_correct).sum(1))
     return torch.cat(parts).numpy()
 
 
@@ -93,13 +93,12 @@ def _subsets(sizes: Counter[int], most: int) -> dict[tuple[int, int], int]:
 
 
 def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalResult:
-    """Measure R@1, R@5 and R@10 both ways.
+    """Compute R@1, R@5 and R@10 in both directions.
 
-    A caption looks for its image among all images; an image looks for any one of its captions among the captions of
-    all images. A caption that several images carry, word for word, is right for each of them, as in training. (CLIP's
-    own evaluation counts it for one image; sets with sentences, such as COCO, hold very few of them.) Copies of an
-    image with other captions are as wrong as any other image.
-    With the `scale` of the model's logits the `contrastive_loss` is measured too, by the first caption of each image.
+    The query of text → image is a caption, and its image is correct. The query of image → text is an image, and any of
+    its captions is correct. A caption that several images share, word for word, is correct for each of them, as in
+    training. (CLIP's own evaluation counts it for one image only; sets of sentences, such as COCO, have very few.)
+    With the `scale` of the model's logits, also computes the `contrastive_loss`, with the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
     captions, carriers = features.flat_captions, carriers_of(features)
@@ -131,7 +130,7 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
-    """Symmetric InfoNCE of held-out pairs in batches of about `LOSS_BATCH`, always the same: the validation loss.
+    """The validation loss: symmetric InfoNCE of held-out pairs, in the same batches of about `LOSS_BATCH` every time.
 
     Equals the plain loop over batches of n pairs, weighted by n
         ½ mean over b of [ logsumexpₙ(s·image[b]·text[n]) + logsumexpₙ(s·text[b]·image[n]) - 2s·image[b]·text[b] ]
@@ -149,7 +148,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
 
 
 def carriers_of(features: SourceFeatures) -> dict[str, np.ndarray]:
-    """Map each caption to the rows of the images that have exactly this caption."""
+    """Map each caption to the rows of the images with exactly this caption."""
     carriers: dict[str, set[int]] = {}
     for caption, owner in zip(features.flat_captions, features.image_rows.tolist(), strict=True):
         carriers.setdefault(caption, set()).add(owner)

@@ -1,4 +1,4 @@
-"""Several datasets as one table with published results: the eleven that papers on YFCC15M report."""
+"""Suites: several datasets in one table with published results, such as the eleven of papers on YFCC15M."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ SUITES: Mapping[str, Mapping[str, str]] = {
         "imagenet": "ImageNet",
     },
 }  # fmt: skip
-"""Datasets of a suite → their short names. In the suite's folder each has a folder of its own name, which is what
-`NAME:PATH` expects: `pets` holds `oxford-iiit-pet`, `cifar10` holds `cifar-10-batches-py`, `imagenet` holds `val`."""
+"""Datasets of a suite → their short names. The folder of a suite has one folder per dataset, as for `NAME:PATH`: `pets`
+contains `oxford-iiit-pet`, `cifar10` contains `cifar-10-batches-py`, `imagenet` contains `val`."""
 
 SUITE_TASKS = ("zero-shot", "linear")
 
@@ -38,7 +38,7 @@ class SuiteResult:
 
     @property
     def values(self) -> dict[str, float]:
-        """The metric of each dataset's convention, a fraction."""
+        """The conventional metric of each dataset, a fraction."""
         return {name: float(getattr(result, NAMED[name].metric)) for name, result in self.results.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,14 +57,14 @@ class SuiteResult:
         }
 
     def markdown(self, name: str = "this model") -> str:
-        """The measured row, the published ones below it, in percent, and notes, as Markdown."""
+        """Format the measured row, the published rows and notes as Markdown, in percent."""
         short, tree, shown = SUITES[self.suite], published(self.suite, self.task), list(self.results)
         rows = [(name, "measured", self.values, fmean(self.values.values()))]
         for row in tree["rows"]:
             reported = dict(zip(tree["sets"], (value / 100 for value in row["values"]), strict=True))
             values = {dataset: reported[dataset] for dataset in shown if dataset in reported}
             if values:
-                # On the publication's own datasets its own average, which was made before the numbers were rounded.
+                # On all of its datasets, the published average, which was computed before rounding.
                 average = row["average"] / 100 if len(values) == len(reported) else fmean(values.values())
                 rows.append((row["name"], "published", values, average))
         lines = [["", "", *(short[dataset] for dataset in shown), "average"], ["---"] * 2 + ["---:"] * (len(shown) + 1)]
@@ -90,14 +90,14 @@ def published(suite: str, task: str) -> dict[str, Any]:
 
 
 def is_suite(name: str) -> bool:
-    """Whether a dataset is given as a suite, ``NAME:/path``."""
+    """Whether a dataset name is that of a suite, ``NAME:/path``."""
     return ":" in name and name.partition(":")[0] in SUITES
 
 
 def evaluate_suite(
     model: Encoder, dataset: str, task: str = "zero-shot", options: Options | None = None
 ) -> SuiteResult:
-    """Evaluate a model on all datasets of a suite, such as ``paper11:/data``, that are there; see `SUITES`."""
+    """Evaluate a model on all available datasets of a suite, such as ``paper11:/data``; see `SUITES`."""
     suite, _, place = dataset.partition(":")
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)
@@ -110,7 +110,7 @@ def evaluate_suite(
         try:
             (results[name],) = evaluate_all(model, f"{name}:{root / name}", (task,), options)
         except UserError as error:
-            missing[name] = str(error)  # and no end: hours may lie in the datasets already evaluated
+            missing[name] = str(error)  # not raised: earlier datasets may have taken hours
     if not results:
-        raise UserError(f"Not one dataset of '{suite}' in '{root}' could be evaluated. " + " ".join(missing.values()))
+        raise UserError(f"No dataset of '{suite}' in '{root}' could be evaluated. " + " ".join(missing.values()))
     return SuiteResult(suite, task, results, missing)

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose name, put into sentences, is nearest to the image."""
+"""Zero-shot classification: the class whose prompts are most similar to the image."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ USUAL_SCALE = 100.0
 
 
 def read_templates(templates: str | Sequence[str]) -> tuple[str, list[str]]:
-    """Look templates up by the name of a shipped set, or take them as given; returns a name for the result, too."""
+    """Read the templates of a shipped set, or the given ones, and return them after a name for the result."""
     if isinstance(templates, str) and "{}" not in templates:
         return templates, list(read_prompts(templates).templates)
     given = [templates] if isinstance(templates, str) else list(templates)
@@ -44,11 +44,11 @@ def class_features(
 def classify(
     features: SourceFeatures, labels: np.ndarray, classes: Tensor, *, templates: str = "plain"
 ) -> ZeroShotResult:
-    """Measure top-1, top-5 and the mean per class of rows with `labels` (n,) by the classes' text features (C, d).
+    """Compute top-1, top-5 and mean per class of rows with `labels` (n,), by the text features of the classes (C, d).
 
-    Ties count against the model, as in `declip.evaluation.retrieval.ranks`. Classes of the same name, such as
-    ImageNet's two "missile" in CLIP's published list, have the same feature and are one candidate: it stands for the
-    first of them, as `argmax` over all classes has it, and the others are never right.
+    Ties count against the model, as in `declip.evaluation.retrieval.ranks`. Classes with the same name, such as the two
+    "missile" in CLIP's list for ImageNet, have the same feature and are one candidate: a prediction of it is correct
+    for the first of them, as with `argmax` over all classes, and never for the others.
     """
     labels = np.asarray(labels, dtype=np.int64)
     distinct, candidate = torch.unique(classes, dim=0, return_inverse=True)
@@ -69,6 +69,6 @@ def classify(
 
 
 def logit_scale(model: Encoder) -> float:
-    """The factor of cosines before the softmax, exp(logit scale); CLIP's final 100 for a model that has none."""
+    """The factor of cosines before the softmax, exp(logit_scale); CLIP's final 100 for a model without one."""
     scale = getattr(model, "logit_scale", getattr(getattr(model, "model", None), "logit_scale", None))
     return USUAL_SCALE if scale is None else float(torch.as_tensor(scale).detach().exp())

@@ -59,7 +59,7 @@ def test_folders_that_cannot_be_measured(tmp_path: Path) -> None:
         open_dataset(f"folder:{tmp_path / 'train'}")
     (tmp_path / "train" / "b").mkdir()
     (tmp_path / "val").mkdir()
-    with pytest.raises(UserError, match="no pair in its test split"):
+    with pytest.raises(UserError, match="no pairs in its test split"):
         open_dataset(f"folder:{tmp_path}")
 
 
@@ -84,7 +84,7 @@ def test_caltech101_has_thirty_of_each_class_for_training_and_all_the_rest(tmp_p
     assert [test[row].key for row in range(3)] == [f"Faces/image_00{number}.jpg" for number in ("06", "08", "13")]
 
     shutil.move(folder / "BACKGROUND_Google", folder / "unicorn")
-    with pytest.raises(UserError, match=r"102 folders.*1 are missing and 1 others.*'BACKGROUND_Google'"):
+    with pytest.raises(UserError, match=r"102 folders.*1 are missing and 1 are unexpected.*'BACKGROUND_Google'"):
         open_dataset(f"caltech101:{tmp_path}")
     with pytest.raises(UserError, match="caltech101/101_ObjectCategories"):
         open_dataset(f"caltech101:{tmp_path / 'caltech101'}")
@@ -128,5 +128,5 @@ def test_imagenets_relatives_choose_among_their_own_classes(tmp_path: Path, name
     names = read_prompts("imagenet").classes
     assert test.class_names == tuple(names[wnid] for wnid in wnids)
     trees.paint(tmp_path / "n00000000" / "a.jpg", 0)
-    with pytest.raises(UserError, match=r"1 others are there \('n00000000'\)"):
+    with pytest.raises(UserError, match=r"1 are unexpected \('n00000000'\)"):
         open_dataset(f"{name}:{tmp_path}")

@@ -88,7 +88,7 @@ def test_missing_and_changed_batches_of_cifar(tmp_path: Path, monkeypatch) -> No
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     content = batch.read_bytes()
     batch.unlink()
-    with pytest.raises(UserError, match=r"not complete.*cifar-10-batches-py/"):
+    with pytest.raises(UserError, match=r"incomplete.*cifar-10-batches-py/"):
         open_dataset(f"cifar10:{tmp_path}")
     # A pickle runs code when it is read, so one that is not the published file never is.
     batch.write_bytes(content + b"x")

@@ -43,14 +43,14 @@ class ProbeData:
 
     dataset: str
     classes: int
-    train: Labeled  # fitted on
-    validation: Labeled  # for choices; never test images
-    test: Labeled  # reported
-    held_out: str = "validation split"  # origin of `validation`; else "fifth of train"
+    train: Labeled  # to fit
+    validation: Labeled  # to select hyperparameters
+    test: Labeled  # to report
+    held_out: str = "validation split"  # or "fifth of train"
     features: str = "backbone"
     metric: str = "top1"
     skipped: dict[str, int] | None = None
-    device: torch.device | str = "cpu"  # where probes compute
+    device: torch.device | str = "cpu"  # where probes are computed
 
     @property
     def about(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class ProbeData:
 
 
 def encoder_of(model: Encoder, kind: str) -> Callable[[Tensor], Tensor]:
-    """The function from normalized pixels (n, 3, S, S) to the features (n, width) that probes read.
+    """Return the function from normalized pixels (n, 3, S, S) to the features (n, width) of probes.
 
     "backbone" is `model.encode_backbone`, the pooled feature before the projection, not normalized, as in CLIP (Radford
     et al. 2021, appendix A.3); "embedding" is `model.encode_image`.
@@ -78,17 +78,17 @@ def encoder_of(model: Encoder, kind: str) -> Callable[[Tensor], Tensor]:
         raise unknown("kind of features", kind, methods)
     if not hasattr(model, methods[kind]):
         raise UserError(
-            f"{type(model).__name__} has no `{methods[kind]}`, from pixels to features. Add it, or probe the projected "
-            "ones with features='embedding'."
+            f"{type(model).__name__} has no method `{methods[kind]}` from pixels to features. Add it, or probe the "
+            "projected features with features='embedding'."
         )
     return getattr(model, methods[kind])
 
 
 def check_probe(dataset: Dataset, task: str) -> None:
-    """Check that a dataset can be probed, before anything is encoded."""
+    """Refuse a dataset that cannot be probed, before anything is encoded."""
     if "train" not in dataset.openers:
         raise UserError(
-            f"'{dataset.name}' has no train split, which '{task}' learns from. Use the task 'zero-shot' or 'retrieval'."
+            f"'{dataset.name}' has no train split, which '{task}' requires. Use the task 'zero-shot' or 'retrieval'."
         )
     splits = _splits(dataset)
     names = tuple(splits["test"].class_names)
@@ -98,7 +98,7 @@ def check_probe(dataset: Dataset, task: str) -> None:
     if task != "knn" and few >= len(names) / 2:
         raise UserError(
             f"'{dataset.name}' has fewer than two training images for {few:,} of its {len(names):,} classes: too few "
-            f"to fit on some and choose the penalty on others, as '{task}' does. Use the task 'knn'."
+            f"to split into training and validation images, as '{task}' does. Use the task 'knn'."
         )
 
 
@@ -110,7 +110,7 @@ def read_probe_data(
 ) -> ProbeData:
     """Encode the splits of a dataset that passes `check_probe`.
 
-    Without a validation split, a fifth of each class's training images, chosen with a fixed seed, takes its place.
+    Without a validation split, a fifth of each class's training images, sampled with a fixed seed, is used.
     """
     parts: dict[str, Labeled] = {}
     skipped: Counter[str] = Counter()
@@ -130,7 +130,7 @@ def read_probe_data(
 
 
 def a_fifth(count: int) -> int:
-    """A fifth of a class, to the nearest whole image; one at least where it has two or more."""
+    """A fifth of `count`, rounded, and at least one of two or more."""
     return max(1, round(count / 5)) if count > 1 else 0
 
 

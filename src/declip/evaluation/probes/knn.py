@@ -1,4 +1,4 @@
-"""The nearest-neighbor probe: the nearest training images vote, and nothing is fitted."""
+"""The nearest-neighbor probe: the nearest training images vote; nothing is fitted."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from declip.evaluation.results import KNNResult, Votes
 NEIGHBORS = (1, 10, 20, 100, 200)
 TEMPERATURE = 0.07  # Wu et al. 2018's, and DINO's
 SHUFFLED_VOTES, MOST_SHUFFLINGS = 20_000, 64
-BLOCK = 1 << 25  # cosines held at a time, about: 128 MB
+BLOCK = 1 << 25  # approximate number of cosines in memory at a time: 128 MB
 
 
 def knn_probe(data: ProbeData, neighbors: Sequence[int] = NEIGHBORS, *, block: int = BLOCK) -> KNNResult:

@@ -11,11 +11,11 @@ from declip.evaluation.results import LinearProbeResult, SweepPoint
 
 GRID: Mapping[int, float] = {step: 10 ** (step / 8) for step in range(-48, 49)}
 """C from 1e-6 to 1e6 in 96 equal steps of its logarithm, by step; 0 is 1."""
-COARSE = 16  # steps between the first seven values: two decades
+COARSE = 16  # steps between the first seven values, two decades
 
 
 def linear_probe(data: ProbeData) -> LinearProbeResult:
-    """Choose C on the validation images, fit on these and the training images, measure on the test images.
+    """Select C on the validation images, fit on training and validation images, evaluate on the test images.
 
     This is CLIP's protocol (Radford et al. 2021, appendix A.3): features before the projection, not normalized, no
     augmentation, L-BFGS with at most 1,000 iterations.
@@ -23,7 +23,7 @@ def linear_probe(data: ProbeData) -> LinearProbeResult:
     best, points = sweep(LogisticProblem(data.train.features, data.train.labels, data.device), data)
     both = data.train.join(data.validation)
     problem = LogisticProblem(both.features, both.labels, data.device)
-    # A class whose only images are validation images gives the last fit one more row than the sweep's.
+    # A class with validation images only adds a row of weights to the last fit.
     fitted = problem.fit(best.C, start=best if len(problem.present) == len(best.present) else None)
     right, _ = measure(fitted, data.test, data)
     return LinearProbeResult(
@@ -42,9 +42,9 @@ def linear_probe(data: ProbeData) -> LinearProbeResult:
 def sweep(problem: LogisticProblem, data: ProbeData) -> tuple[Classifier, list[SweepPoint]]:
     """Find the C with the best score on the validation images, in 15 fits instead of 97.
 
-    First come C = 1e-6, 1e-4, … 1e6. Then the values half-way to the best one's neighbors are tried, and the step is
-    halved until it is an eighth of a decade: CLIP's search. Of equal scores the one with the smaller cross entropy is
-    better, which CLIP leaves open. Gives the best fit, on the training images alone, and all points, C ascending.
+    This is CLIP's search: first C = 1e-6, 1e-4, … 1e6, then the values half-way to the neighbors of the best one, with
+    the step halved down to an eighth of a decade. Between equal scores the smaller cross-entropy decides, which CLIP
+    leaves open. Returns the best fit, on the training images alone, and all points, C ascending.
     """
     fits: dict[int, Classifier] = {}
     points: dict[int, SweepPoint] = {}

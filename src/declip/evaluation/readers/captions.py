@@ -8,8 +8,8 @@ from declip.errors import UserError
 from declip.evaluation.readers.images import FileList, Openers
 
 KARPATHY = {"train": ("train", "restval"), "validation": ("val",), "test": ("test",)}
-"""Our splits → those of Karpathy & Fei-Fei (2015), which retrieval is reported on: 5,000 images of COCO for the
-test, 1,000 of Flickr30k."""
+"""Our splits → those of Karpathy & Fei-Fei (2015), which papers report: 5,000 test images of COCO, 1,000 of
+Flickr30k."""
 
 COCO = (
     ("dataset_coco.json", "val2014"),
@@ -22,10 +22,10 @@ FLICKR = tuple(
 
 
 def captioned(name: str, root: Path) -> Openers:
-    """Open COCO or Flickr30k by the first of its layouts, a list and a folder of images, that is complete.
+    """Open COCO or Flickr30k in the first complete one of its layouts, a list and a folder of images.
 
     With `dataset_*.json`: Karpathy's splits; COCO's training split needs `train2014/` too. With
-    `captions_val2017.json`: COCO's 5,000 images of 2017, which are other ones. All captions of an image count.
+    `captions_val2017.json`: the 5,000 images of COCO 2017, which differ. All captions of an image are used.
     """
     layouts = COCO if name == "coco" else FLICKR
     for file, folder in layouts:
@@ -33,10 +33,10 @@ def captioned(name: str, root: Path) -> Openers:
             break
     else:
         known = "; or ".join(f"{file} with {folder}/" for file, folder in layouts)
-        raise UserError(f"'{name}' is not complete in '{root}'. Expected below that folder: {known}.")
+        raise UserError(f"'{name}' is incomplete in '{root}'. Expected in that folder: {known}.")
     if folder == "val2017":
         return {"test": partial(_coco_2017, name, root / file, root / folder)}
-    # COCO's list names the folder of each image.
+    # The list of COCO includes the folder of each image.
     images = root if name == "coco" else root / folder
     missing = {"train"} if name == "coco" and not (root / "train2014").is_dir() else set()
     return {which: partial(_karpathy, name, root / file, images, which) for which in KARPATHY if which not in missing}

@@ -1,4 +1,4 @@
-"""A folder of images with one folder per class: any, Caltech-101, ImageNet and its relatives."""
+"""Folders of images with one folder per class: custom ones, Caltech-101, ImageNet and its variants."""
 
 import os
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from declip.recipe.yaml_text import read_yaml
 
 
 def image_folder(name: str, root: Path) -> Openers:
-    """Open any folder with one folder per class, or with splits that hold one folder per class.
+    """Open any folder with one folder per class, or with folders of splits that contain one folder per class.
 
-    The folders' names, underscores as spaces, are the class names. Without a test folder the validation folder is it.
+    Class names are the folder names with spaces for underscores. Without a test folder, the validation folder is used.
     """
     folders = {
         which: root / inner for which, names in SPLITS.items() for inner in reversed(names) if (root / inner).is_dir()
@@ -30,7 +30,7 @@ def image_folder(name: str, root: Path) -> Openers:
     elif "train" not in folders or len(folders) == 1:
         raise UserError(
             f"A set with splits needs a 'train' folder and a 'validation' or 'test' folder, but '{root}' has only "
-            f"{', '.join(folders)}. To measure on one folder, give that: 'folder:{next(iter(folders.values()))}'."
+            f"{', '.join(folders)}. To evaluate on one folder, use 'folder:{next(iter(folders.values()))}'."
         )
     elif "test" not in folders:
         folders["test"] = folders.pop("validation")
@@ -44,8 +44,8 @@ def image_folder(name: str, root: Path) -> Openers:
 def caltech101(name: str, root: Path) -> Openers:
     """Open Caltech-101: `root` holds `caltech101/101_ObjectCategories/` with 102 folders.
 
-    As in CLIP (Radford et al. 2021, appendix A), the background is a class, which torchvision's reader leaves out, 30
-    images of each class are for training and all others for the test. The sample, never published, is of seed 0.
+    As in CLIP (Radford et al. 2021, appendix A), the background is a class, unlike in torchvision's reader, and each
+    class has 30 training images; all others are test images. CLIP's sample was not published; this one has seed 0.
     """
     folder = root / "caltech101" / "101_ObjectCategories"
     raw = _exactly(name, folder, list(read_prompts(name).classes))
@@ -55,10 +55,10 @@ def caltech101(name: str, root: Path) -> Openers:
 
 
 def imagenet(name: str, root: Path) -> Openers:
-    """Open ImageNet or a relative: folders named by WordNet number, in "imagenet-v2" by index into the sorted numbers.
+    """Open ImageNet or a variant: folders named by WordNet ID, or in "imagenet-v2" by index into the sorted IDs.
 
-    ImageNet has them in `val/`, which is the test, as everywhere, and, for probes, in `train/`. "imagenet-r" and
-    "imagenet-a" have 200 of the 1,000 classes, and only these can be chosen from.
+    The test split of ImageNet is `val/`, as in papers; probes also need `train/`. "imagenet-r" and "imagenet-a" have
+    200 of the 1,000 classes, and only these are candidates.
     """
     wnids = wnids_of(name)
     folders = {"test": root / "val" if name == "imagenet" else root}
@@ -72,20 +72,20 @@ def imagenet(name: str, root: Path) -> Openers:
 
 
 def wnids_of(name: str) -> list[str]:
-    """The sorted WordNet numbers of ImageNet's classes in a dataset: 200 of "imagenet-r" and "imagenet-a"."""
+    """The sorted WordNet IDs of a dataset's classes; 200 for "imagenet-r" and "imagenet-a"."""
     subsets = read_yaml((Path(__file__).parent / "imagenet_subsets.yaml").read_text(encoding="utf-8"))
     return list(subsets.get(name) or read_prompts("imagenet").classes)
 
 
 def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
-    """Check that a folder holds the classes' folders, and no others."""
+    """Check that a folder contains exactly the folders of the classes."""
     there = set(_inner(folder)) if folder.is_dir() else set()
     missing, strange = [inner for inner in raw if inner not in there], sorted(there.difference(raw))
     if missing or strange:
         raise UserError(
             f"'{name}' expects {len(raw)} folders in '{folder}', from '{raw[0]}' to '{raw[-1]}', one per class: "
-            f"{len(missing)} are missing and {len(strange)} others are there ({[*missing, *strange][0]!r}). Measure "
-            "another selection of classes as 'folder:PATH'."
+            f"{len(missing)} are missing and {len(strange)} are unexpected ({[*missing, *strange][0]!r}). Evaluate "
+            "on other classes as 'folder:PATH'."
         )
     return raw
 
@@ -93,9 +93,9 @@ def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
 def _images(
     name: str, folder: Path, raw: Sequence[str], shown: Sequence[str], sampled: str | None = None
 ) -> Classified:
-    """The images of all classes, in the order of torchvision's `make_dataset`.
+    """List the images of all classes, in the order of torchvision's `make_dataset`.
 
-    Where `sampled` is "train", 30 of each class, fewer where none would be left; where it is "test", all others.
+    With `sampled="train"`, 30 per class, or fewer so that one is left; with "test", all others.
     """
     paths: list[Path] = []
     labels: list[int] = []
@@ -112,7 +112,7 @@ def _images(
 
 
 def _inner(folder: Path) -> list[str]:
-    """Names of the folders in it, but for hidden ones; raises `UserError` where one is no text."""
+    """Names of the folders in a folder, without hidden ones; raises `UserError` for a name that is not UTF-8."""
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_dir())
     if strange := [name for name in names if not is_unicode(name)]:
         raise UserError(f"'{folder}' has a folder whose name is not UTF-8: '{printable(strange[0])}'. Rename it.")

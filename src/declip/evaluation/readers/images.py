@@ -1,4 +1,4 @@
-"""Sources of an evaluation set: image files of a list, images in memory, and the classes of a source's images."""
+"""Sources of evaluation sets: listed image files, images in memory, and sources with classes."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ Openers = Mapping[str, Callable[[], PairSource]]
 
 
 class ListedFile(NamedTuple):
-    """An image file of a list, with its captions."""
+    """A listed image file with its captions."""
 
     key: str
     path: Path
@@ -27,18 +27,18 @@ class ListedFile(NamedTuple):
 
 
 class FileList(EntrySource):
-    """Image files below a folder, which a list from elsewhere cannot leave.
+    """Image files below a folder; paths that leave the folder are refused.
 
     Args:
-        keys: n paths below the folder `root`, relative to it or not.
-        captions: n lists, as they were written; None where the images have classes instead.
+        keys: n paths below `root`, absolute or relative to it.
+        captions: n lists of raw captions; None if the images have classes instead.
     """
 
     def __init__(
         self, name: str, root: Path, keys: Sequence[str | Path], captions: Sequence[Sequence[str]] | None = None
     ) -> None:
         self.name, self.root = name, root
-        # Arrow is small and quick to hand to a worker; bytes, since not every name is UTF-8.
+        # Arrow is small and fast to send to workers; bytes, because names may not be UTF-8.
         start = root.as_posix().rstrip("/") + "/"
         paths = (os.fsencode(Path(key).as_posix().removeprefix(start)) for key in keys)
         self._keys = pa.array(paths, pa.large_binary())
@@ -61,7 +61,7 @@ class FileList(EntrySource):
 
 
 class ImageArray(PairSource):
-    """Images held in memory, (n, H, W, 3) uint8, without captions."""
+    """Images in memory, (n, H, W, 3) uint8, without captions."""
 
     def __init__(self, name: str, images: np.ndarray) -> None:
         self.name, self.images = name, images
@@ -74,13 +74,13 @@ class ImageArray(PairSource):
 
 
 class Classified(DerivedSource):
-    """Images of a source with a class each.
+    """Images of a source with one class each.
 
     Args:
         labels: (n,) class numbers.
-        rows: (n,) indices into the source; None takes all its images in order.
-        captioned: Whether the captions are the source's; without, the class name is the caption.
-        broken: Rows of the source that have no class; each is a broken pair whose label, 0, means nothing.
+        rows: (n,) indices into the source; None: all images in order.
+        captioned: Whether captions come from the source; otherwise the class name is the caption.
+        broken: Rows of the source without a class; each is a broken pair, and its label, 0, is ignored.
     """
 
     labels: np.ndarray

@@ -1,4 +1,4 @@
-"""A table with a column of labels, of splits, or both: its rows, with classes where they are named."""
+"""Tables with a column of labels, of splits, or both."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from declip.errors import UserError, unknown
 from declip.evaluation.readers.images import Classified, Openers
 
 LABEL_NAMES = ("label", "class", "class_name", "category")
-"""Names of the column of labels where none is given, in the order of preference."""
+"""Default names of the label column, in order of preference."""
 
 LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
 
@@ -24,10 +24,10 @@ Cell = str | BrokenPair
 
 
 def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
-    """Open a table by its labels and splits; None where it has neither.
+    """Open a table with labels or splits; None if it has neither.
 
     `class_names` are the sorted labels of all splits, or the names that Hugging Face's `datasets` wrote into a Parquet
-    file for its numbers. A column "split" makes splits; without it all rows are the test.
+    file for its numbers. A column "split" defines splits; without it, all rows are test rows.
     """
     rows = open_rows(table_path)
     path, columns = rows.path, rows.columns
@@ -57,7 +57,7 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
         elif cell in label_of:
             labels[row] = label_of[cell]
         else:
-            broken[row] = BrokenPair("missing label", table.key(row), f"'{cell}' is none of the classes")
+            broken[row] = BrokenPair("missing label", table.key(row), f"'{cell}' is not one of the classes")
     return {
         which: partial(Classified, table, labels[rows], names, rows=rows, captioned=captioned, broken=broken)
         for which, rows in rows_of.items()
@@ -65,7 +65,7 @@ def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
 
 
 def _rows_of(table: TableSource) -> dict[str, np.ndarray]:
-    """The pairs of each split that has some; all are the test where there is no column of splits."""
+    """The rows of each non-empty split; all rows are test rows without a split column."""
     splits = table.splits() or {"test": np.arange(len(table))}
     if "test" not in splits:
         raise UserError(f"'{table.name}' has no test pairs: its splits are {', '.join(splits)}. Name some rows 'test'.")
@@ -73,13 +73,13 @@ def _rows_of(table: TableSource) -> dict[str, np.ndarray]:
 
 
 def _ordered(names: set[str]) -> list[str]:
-    """Sort as numbers where all are whole numbers, else as text."""
+    """Sort as numbers if all are whole numbers, otherwise as text."""
     numbers = all(name.isdecimal() and len(name) < 20 for name in names)
     return sorted(names, key=int) if numbers else sorted(names)
 
 
 def _cells(table: TableSource, rows: TableRows, column: str) -> list[Cell]:
-    """For each pair of the table, its one value in a column as text, or the reason why it has none."""
+    """The value of a column for each pair as text, or the reason why it has none."""
     names = _known_names(rows, column)
     rows.choose(column, column)
     cells: list[Cell] = []
@@ -103,7 +103,7 @@ def _known_names(rows: TableRows, column: str) -> list[str]:
 
 
 def _text(key: str, values: Sequence[Any]) -> str:
-    """One label from the cells of one image, strings or whole numbers; raises `BrokenPair`."""
+    """Return the single label in the cells of one image, strings or integers; raises `BrokenPair`."""
     if any(isinstance(value, str) and len(value) > LONGEST_LABEL for value in values):
         raise BrokenPair("label too long", key, f"more than {LONGEST_LABEL:,} characters")
     texts = {" ".join(str(value).split()) if isinstance(value, str | int) else "" for value in values}

@@ -1,4 +1,4 @@
-"""Datasets that torchvision reads, from the folders that its readers expect."""
+"""Datasets that torchvision reads."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,12 +25,12 @@ SETS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
     # The first of DTD's ten partitions, as in CLIP (Radford et al. 2021, appendix A) and most papers.
     "dtd": (datasets.DTD, TRAIN_VAL_TEST),
 }
-"""Name → torchvision's class, and our splits → its argument. CIFAR's checks the MD5 of its pickles before it reads
-them."""
+"""Name → torchvision's class, and our splits → its argument. The class of CIFAR checks the MD5 of its pickles before
+it reads them."""
 
 SUN_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
 SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")
-"""Folders in which the lists, which come in an archive of their own, are looked for."""
+"""Folders that may contain the lists, which come in a separate archive."""
 
 
 def torchvision_set(name: str, root: Path) -> Openers:
@@ -40,7 +40,7 @@ def torchvision_set(name: str, root: Path) -> Openers:
 
 def _read(name: str, root: Path, argument: str | bool) -> Classified:
     files = SETS[name][0](root, download=False, **{"train" if isinstance(argument, bool) else "split": argument})
-    # The files of Flowers102 only number the classes, from 1.
+    # The files of Flowers102 have class numbers from 1, without names.
     names = class_names(name, read_prompts(name).classes if name == "flowers102" else files.classes)
     if name.startswith("cifar"):
         return Classified(ImageArray(name, files.data), files.targets, names)
@@ -66,7 +66,7 @@ def _sun(name: str, folder: Path, path: Path) -> Classified:
     classes = [line[3:] for line in (folder / "ClassName.txt").read_text(encoding="utf-8").split()]
     keys = [line.lstrip("/") for line in path.read_text(encoding="utf-8").split()]
     label_of = {raw: label for label, raw in enumerate(classes)}
-    # "a/abbey/sun_aaa.jpg": the first letter, the class, which may hold a slash itself, and the file.
+    # "a/abbey/sun_aaa.jpg": the first letter, the class, which may contain a slash, and the file.
     labels = [label_of[key.partition("/")[2].rpartition("/")[0]] for key in keys]
     names = class_names(name, [raw.replace("/", " ") for raw in classes])
     return Classified(FileList(name, folder, keys), labels, names)
