@@ -96,7 +96,7 @@ def test_another_model_is_refused(made: Index, model: DualEncoder) -> None:
 def test_a_bad_query_says_why(made: Index) -> None:
     image = Image.new("RGB", (8, 8))
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"text": "  "}, "nothing to search for"),
+        ({"text": "  "}, "Nothing to search for"),
         ({"text": "a", "k": 0}, "k is 0"),
         ({"text": "a", "image": "nowhere.png"}, "missing image"),
         ({"text": "a", "over": "words"}, "'words'"),

@@ -11,26 +11,26 @@ from declip.errors import UserError
 
 
 def classify(
-    images: Annotated[str, typer.Argument(help="a folder, an image, a pattern in quotes, a table, tar shards …")],
-    classes: Annotated[str, typer.Option(metavar="FILE|LIST", help="a file with a class on each line, or: cat,dog")],
-    model: Annotated[str | None, typer.Option(help="run, checkpoint or weights; default: the newest in runs/")] = None,
-    out: Annotated[Path | None, file(".csv, .json, or a folder: images by class", metavar="FILE|DIR")] = None,
-    link: Annotated[bool, typer.Option("--link", help="with --out DIR: links instead of copies")] = False,
+    images: Annotated[str, typer.Argument(help="a folder, an image, a pattern in quotes, a table, or tar shards")],
+    classes: Annotated[str, typer.Option(metavar="FILE|LIST", help="a file with one class per line, or: cat,dog")],
+    model: Annotated[str | None, typer.Option(help="run, checkpoint or weights; default: newest in runs/")] = None,
+    out: Annotated[Path | None, file(".csv, .json, or a folder for images by class", metavar="FILE|DIR")] = None,
+    link: Annotated[bool, typer.Option("--link", help="with --out DIR, make links instead of copies")] = False,
     templates: Annotated[str, typer.Option(help="a template set, or one template with {}")] = "plain",
     batch_size: BatchSize = 256,
-    workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")] = 0,
     image_column: ImageColumn = "image",
     image_root: ImageRoot = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Classify images among classes that you name. Without --out: a line for each, with tabs."""
-    if link and (out is None or out.suffix in (".csv", ".json")):
-        raise UserError("--link makes folders of links: give a folder with --out.")
+    """Classify images among classes that you name. Without --out, print a line with tabs for each image."""
+    if link and (out is None or out.suffix.lower() in (".csv", ".json")):
+        raise UserError("--link requires a folder. Give one with --out.")
     if model is None:
         runs = sorted(Path("runs").glob("*/checkpoints"), key=lambda path: path.stat().st_mtime)
         if not runs:
-            raise UserError("There is no run in 'runs' to take as the model. Name one: --model RUN.")
+            raise UserError("There is no run in 'runs'. Give a model with --model.")
         model = str(runs[-1].parent)
     check_model(model)
     from declip.data.pair import printable

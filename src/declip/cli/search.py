@@ -1,8 +1,8 @@
-"""The commands ``declip embed``, ``search`` and ``index``. Wrong paths are answered before torch loads."""
+"""The commands ``declip embed``, ``search`` and ``index``. Wrong paths are refused before torch is imported."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -28,17 +28,20 @@ from declip.errors import UserError
 from declip.io.atomic import atomic_write, write_text
 from declip.reports.page import check_writable
 
-index = typer.Typer(help="Look after an index of images.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from declip.search.index import Hit, Index
 
-Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder that `declip embed` wrote")]
+index = typer.Typer(help="Show and export an index of images.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder written by `declip embed`")]
 Readers = Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")]
 
 
 def embed(
     model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
     source: Annotated[str, typer.Argument(help="a folder of images, a table, tar shards, or builtin:NAME")],
-    out: Annotated[Path, file("the folder of the index", metavar="DIR")],
-    captions: Annotated[bool, typer.Option("--captions", help="also store vectors of the captions")] = False,
+    out: Annotated[Path, file("folder of the index", metavar="DIR")],
+    captions: Annotated[bool, typer.Option("--captions", help="also store a vector of each image's captions")] = False,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="type of the stored vectors")] = "float16",
     batch_size: BatchSize = 256,
     workers: Readers = 0,
@@ -48,7 +51,7 @@ def embed(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Write the vectors of a source's images to an index. The same command continues, or adds what is new."""
+    """Write the vectors of images to an index. The same command continues, or updates the index."""
     check_model(model)
     check_source(source, "SOURCE")
     from declip.search.embed import embed as run_embedding
@@ -72,38 +75,39 @@ def search(
     folder: Folder,
     text: Annotated[str | None, typer.Argument(help="text to search for")] = None,
     image: Annotated[Path | None, file("image to search for, alone or with the text")] = None,
-    weights: Annotated[str, typer.Option(help="weights of text and image, where both are given")] = "1,1",
+    weights: Annotated[str, typer.Option(help="weights of text and image, if both are given")] = "1,1",
     k: Annotated[int, typer.Option("-k", "--k", min=1, max=10_000, help="number of results")] = 10,
-    over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to compare with")] = "images",
+    over: Annotated[Literal["images", "captions"], typer.Option(help="vectors to search among")] = "images",
     template: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
-    model: Annotated[str | None, typer.Option(help="where the model that made the index is now")] = None,
-    source: Annotated[str | None, typer.Option(help="where the images are now, for --contact-sheet")] = None,
+    model: Annotated[str | None, typer.Option(help="path of the model, if it has moved")] = None,
+    source: Annotated[str | None, typer.Option(help="path of the images, if they have moved")] = None,
     device: Device = "auto",
-    sheet_out: Annotated[Path | None, file("also write a contact sheet, PNG", "--contact-sheet")] = None,
+    sheet_out: Annotated[Path | None, file("also write a contact sheet as PNG", "--contact-sheet")] = None,
     json_out: JsonOut = None,
 ) -> None:
-    """Find images in an index by a text, an image, or both."""
-    from declip.io.text import shown
+    """Search an index by a text, an image, or both."""
     from declip.search.info import IndexInfo
 
+    # Validate everything that needs no torch, whose import takes seconds.
     check_writable((sheet_out, json_out))
-    IndexInfo.read(folder)
-    if model is not None:
+    info = IndexInfo.read(folder)
+    if model is None:
+        info.model.locate(folder)
+    else:
         check_model(model)
     if source is not None:
         check_source(source, "--source")
     if image is not None and not image.is_file():
         raise UserError(f"There is no image '{image}'. Give a file with --image.")
     both = _two_numbers(weights)
+    if not image and not (text or "").strip():
+        raise UserError("Nothing to search for. Give a text, an image (--image FILE), or both.")
+
     from declip.search.index import Index
 
     opened = Index.open(folder, model=model, source=source, device=device)
     hits = opened.search(text, image, weights=both, template=template, k=k, over=over)
-    table = Table("", "cosine", "image", "caption", box=None, header_style="dim")
-    for number, hit in enumerate(hits, 1):
-        cells = (hit.key, "; ".join(hit.captions[:2]))
-        table.add_row(str(number), f"{hit.score:.3f}", *(escape(shown(cell, len(cell))) for cell in cells))
-    console.print(table)
+    _print_hits(hits)
     if json_out is not None:
         query = {"index": str(folder), "text": text, "image": None if image is None else str(image), "weights": both}
         result = json.dumps({**query, "over": over, "hits": [hit.to_dict() for hit in hits]}, indent=1) + "\n"
@@ -117,6 +121,16 @@ def search(
         with atomic_write(sheet_out, "choose another file with --contact-sheet") as target:
             drawn.save(target, "PNG")
         say(f"Written: {sheet_out}")
+
+
+def _print_hits(hits: "list[Hit]") -> None:
+    from declip.io.text import shown
+
+    table = Table("", "cosine", "image", "caption", box=None, header_style="dim")
+    for number, hit in enumerate(hits, 1):
+        cells = (hit.key, "; ".join(hit.captions[:2]))
+        table.add_row(str(number), f"{hit.score:.3f}", *(escape(shown(cell, len(cell))) for cell in cells))
+    console.print(table)
 
 
 @index.command()
@@ -137,17 +151,17 @@ def show(
 @index.command()
 def export(
     folder: Folder,
-    out: Annotated[Path, typer.Argument(parser=expand, metavar="FILE", help=".parquet, or .npy with a .csv of keys")],
+    out: Annotated[Path, typer.Argument(parser=expand, metavar="FILE", help=".parquet, or .npy (keys go to a .csv)")],
     over: Annotated[Literal["images", "captions"], typer.Option(help="vectors in .npy; .parquet has both")] = "images",
 ) -> None:
     """Write the vectors to a file for other programs."""
     say(f"Written: {_open(folder).export(out, over=over)}")
 
 
-def _open(folder: Path) -> Any:
+def _open(folder: Path) -> "Index":
     from declip.search.info import IndexInfo
 
-    IndexInfo.read(folder)
+    IndexInfo.read(folder)  # refuses another folder before torch is imported
     from declip.search.index import Index
 
     return Index.open(folder)

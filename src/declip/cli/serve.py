@@ -1,4 +1,4 @@
-"""The command ``declip app``. Wrong paths and a taken port are answered before torch loads."""
+"""The command ``declip app``. Wrong paths and a port in use are refused before torch is imported."""
 
 import socket
 from importlib.util import find_spec
@@ -17,16 +17,16 @@ ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 def app(
     model: Annotated[str, typer.Argument(help="a run folder, a checkpoint, a weights file, or open_clip:MODEL/TAG")],
-    source: Annotated[str, typer.Argument(help="an index, or a source to embed: a folder, a table, builtin:NAME …")],
-    index: Annotated[Path | None, file("folder of the source's index; default: below indices/", metavar="DIR")] = None,
-    host: Annotated[str, typer.Option(help="address to listen on; this machine alone by default")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes any that is free")] = PORT,
+    source: Annotated[str, typer.Argument(help="an index, or a source to embed: a folder, a table, or builtin:NAME")],
+    index: Annotated[Path | None, file("folder of the index; default: in indices/", metavar="DIR")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; default: this machine only")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port")] = PORT,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Look at a model and its pairs in a browser: classify, search, wrong pairs."""
+    """Open a model and its pairs in a browser: classify, search, find wrong pairs."""
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
-        raise UserError(f"The app needs {' and '.join(missing)}, not installed here: pip install 'declip[app]'.")
+        raise UserError(f"The app requires {' and '.join(missing)}: pip install 'declip[app]'.")
     check_model(model)
     check_source(source, "SOURCE")
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -35,30 +35,30 @@ def app(
 
         if host not in ("localhost", "127.0.0.1", "::1"):
             console.print(
-                f"Warning: the app will be open to everyone who can reach {host}: there is no password, and who opens "
-                "it sees all images and captions of the source and can keep this machine busy.",
+                f"Warning: everyone who can reach {host} can open the app. It has no password; all images and "
+                "captions of the source can be seen, and requests can keep this machine busy.",
                 style="yellow",
             )
         state = open_state(model, source, index, device=device, progress=not quiet)
         images = f"{len(state.index):,} images of {state.index.info.source.name}"
         console.print(f"{images}, index {state.index.folder}")
-        console.print(f"Open {address_of(bound)} (Ctrl-C ends)")
+        console.print(f"Open {address_of(bound)} (Ctrl-C stops)")
         serve(state, bound, host)
 
 
 def take_port(host: str, port: int) -> socket.socket:
-    """Listen on a port; raises `UserError` where there is no such host, or the port is taken or not allowed."""
+    """Listen on a port; raises `UserError` if the host does not exist, or the port is in use or not allowed."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(
-            f"Port {port} of '{host}' cannot be used: {error.strerror}. Choose another one with --port (0 takes any "
-            "that is free), or leave --host out for this machine alone."
+            f"Port {port} of '{host}' cannot be used: {error.strerror}. Choose another one with --port (0: any "
+            "free port), or remove --host to use this machine only."
         ) from error
 
 
 def address_of(bound: socket.socket) -> str:
-    """The address to type into a browser."""
+    """The address to open in a browser."""
     host, port = bound.getsockname()[:2]
     host = ANY_ADDRESS.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"

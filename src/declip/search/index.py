@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,7 @@ from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.sources.image_source import ImageSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.stored_paths import resolve, stored_path
+from declip.data.sources.stored_paths import is_missing, resolve, stored_path
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder, eval_mode, model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
@@ -108,16 +107,7 @@ class Index:
     def model(self) -> Encoder:
         """The model that made the index; raises `UserError` if it cannot be loaded, or is another one."""
         made_by = self.info.model
-        path = self._model_given if self._model_given is not None else resolve(made_by.path, self.folder)
-        if path == "":
-            raise UserError(
-                f"The index '{self.folder}' was made by a model given as a Python object, {made_by.name}. Open it with "
-                "model=, or search with --model."
-            )
-        if isinstance(path, str | Path) and self._model_given is None and _is_missing(path):
-            raise UserError(
-                f"The model of the index '{self.folder}' is no longer at '{path}'. Give its path now with --model."
-            )
+        path = made_by.locate(self.folder) if self._model_given is None else self._model_given
         model = load(path, self._device) if isinstance(path, str | Path) else path
         given = describe_model(model, path, self.folder)
         if given.fingerprint != made_by.fingerprint:
@@ -152,7 +142,7 @@ class Index:
                 pixels = self.model.preprocess([upright])
             vectors.append(image_vectors(self.model, pixels)[0])
         if not vectors:
-            raise UserError("There is nothing to search for. Give a text, an image (--image FILE), or both.")
+            raise UserError("Nothing to search for. Give a text, an image (--image FILE), or both.")
         return vectors[0] if len(vectors) == 1 else mix(vectors[0], vectors[1], weights)
 
     def search(
@@ -299,7 +289,7 @@ class Index:
                 f"The index was made from '{saved.name}', a Python object. To see its images, open the index with "
                 "source=, that object or what it was opened from."
             )
-        if given is None and _is_missing(path := resolve(saved.path, self.folder)):
+        if given is None and is_missing(path := resolve(saved.path, self.folder)):
             raise UserError(f"The images of the index '{self.folder}' are no longer at '{path}'. Give --source.")
         return saved.open(self.folder, given)
 
@@ -330,11 +320,6 @@ def fingerprint(model: Encoder) -> str:
     except UserError:  # a model without a text tower
         digest.update(b"no text")
     return digest.hexdigest()
-
-
-def _is_missing(path: str | Path) -> bool:
-    """Whether a path, unlike a name such as open_clip:MODEL/TAG, does not exist."""
-    return os.path.isabs(path) and not os.path.exists(path)
 
 
 def image_vectors(model: Encoder, pixels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import declip
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import SkipCounter
-from declip.data.sources.stored_paths import resolve
+from declip.data.sources.stored_paths import is_missing, resolve
 from declip.errors import UserError
 from declip.io.atomic import write_text
 
@@ -57,6 +57,18 @@ class ModelInfo(InfoSection):
     path: str
     name: str  # for messages
     fingerprint: Digest
+
+    def locate(self, folder: Path) -> str:
+        """What `declip.load` opens now for the index in `folder`; raises `UserError` if there is nothing to open."""
+        path = resolve(self.path, folder)
+        if not path:
+            raise UserError(
+                f"The index '{folder}' was made by a model given as a Python object, {self.name}. Open it with model=, "
+                "or search with --model."
+            )
+        if is_missing(path):
+            raise UserError(f"The model of the index '{folder}' is no longer at '{path}'. Give its path with --model.")
+        return path
 
     def __str__(self) -> str:
         return f"'{self.name}' (fingerprint {self.fingerprint[:8]})"

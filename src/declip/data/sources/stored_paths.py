@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from declip.data.sources.shard_files import SEPARATOR, absolute
+from declip.data.sources.shard_files import SEPARATOR, absolute, names_shards
 
 
 def stored_path(given: object, folder: Path) -> str:
@@ -31,3 +31,8 @@ def resolve(path: str, folder: Path) -> str:
         return os.path.normpath(folder.resolve() / part) if part.startswith(os.pardir + os.sep) else part
 
     return SEPARATOR.join(map(one, path.split(SEPARATOR)))
+
+
+def is_missing(path: str) -> bool:
+    """Whether this is an absolute path that does not exist, unlike a name such as open_clip:MODEL/TAG."""
+    return os.path.isabs(path) and not names_shards(path) and not os.path.exists(path)
