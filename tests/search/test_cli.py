@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +55,10 @@ def test_a_mistake_is_named_without_a_traceback(
         outcome = command(*words)
         assert (outcome.status, message in outcome.err, "Traceback" in outcome.err) == (2, True, False), words
     assert not (tmp_path / "new").exists()
+
+
+def test_wrong_paths_are_refused_without_torch() -> None:
+    program = (
+        "import sys, declip.cli.app, declip.search.info; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
-import torch
 from filelock import FileLock
 
 from declip.io.atomic import atomic_write, cache_folder
@@ -40,6 +39,8 @@ def cached_table(
 
 def _mapped(path: Path) -> pa.Table | None:
     """Memory-map a table; None if the file is missing or truncated, as by a full disk or a power failure."""
+    import torch  # takes seconds, which a command with a wrong path should not wait for
+
     with suppress(OSError, RuntimeError, ValueError, pa.ArrowException):
         # Torch's mapping, unlike those of NumPy and Arrow, keeps no file open; there may be a thousand.
         content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
