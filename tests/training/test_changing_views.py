@@ -13,12 +13,11 @@ from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
-from declip.runs.folder import read_run
 from declip.supervision.objective import encode_views
 from declip.training import estimate
 from declip.training.assemble import assemble, build_loader
 from declip.training.pairs import open_training_source
-from training.starts import CONV, recipe_for, resumes_exactly
+from training.starts import CONV, recipe_for
 
 
 def late(table: Path, second: dict[str, Any] | None, name: str = "declip", **sections: Any) -> Recipe:
@@ -54,14 +53,6 @@ def test_views_that_no_loss_reads_yet_are_not_made(table: Path, contrastive: Any
     first, *_, last = batches(recipe)
     assert list(first.views) == expected
     assert list(last.views) == [*expected, *(["first"] if contrastive is not None else []), "second"]
-
-
-def test_a_run_resumed_before_the_start_equals_one_never_interrupted(table: Path, tmp_path: Path) -> None:
-    recipe = late(table, {"size": 16, "start": 0.5}, image=CONV)
-    resumes_exactly(recipe, tmp_path, 3)
-    metrics = read_run(tmp_path / "whole").metrics
-    assert ["simsiam" in row["losses"] for row in metrics] == [False] * 4 + [True] * 4
-    assert all("multi_view" in row["losses"] for row in metrics)
 
 
 def test_running_statistics_are_those_of_the_first_size(table: Path) -> None:

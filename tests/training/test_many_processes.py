@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+import declip
 from conftest import TINY, WEIGHTS
 from declip.api import train
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
+from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.assemble import assemble
@@ -22,7 +24,7 @@ from declip.training.distributed import HostGroup
 from declip.training.stopping import STOP
 from declip.training.trainer import Trainer, warn_once
 from processes import in_processes
-from training.starts import losses, same_end, trained
+from training.starts import losses, moved, same_end, trained, tuned
 
 BROKEN = 2
 DROPOUT = {"image": {**TINY["image"], "model_kwargs": {**TINY["image"]["model_kwargs"], "pos_drop_rate": 0.5}}}
@@ -95,6 +97,30 @@ def test_two_processes_make_one_run(recipe: dict[str, Any], tmp_path: Path) -> N
     assert (tmp_path / "one/skipped.json").read_text() == (tmp_path / "two/skipped.json").read_text()
     assert torch.equal(end_of(tmp_path / "one")[TAGS], end_of(tmp_path / "two")[TAGS])
     assert len(list_checkpoints(tmp_path / "two")) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "parallel"),
+    [
+        ({"freeze_image_blocks": 2, "layer_decay": 0.8}, "fsdp"),
+        ({"lora": {"rank": 2}}, "ddp"),
+    ],
+    ids=["frozen-sharded", "lora"],
+)
+def test_two_processes_tune_as_one(
+    table: Path, tmp_path: Path, start: Path, keys: dict[str, Any], parallel: str
+) -> None:
+    recipe = tuned(table, start, {"strategy": parallel, "steps": 4, "log_every": 1}, **keys)
+    train(recipe, out=tmp_path / "one", quiet=True, report=False)
+    assert in_processes(trained, 2, tmp_path / "ranks", recipe, tmp_path / "two") == [(4, True)] * 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    given, first, second = (
+        declip.load(run, device="cpu").state_dict() for run in (start, tmp_path / "one", tmp_path / "two")
+    )  # type: ignore[attr-defined]
+    still = given.keys() - moved(given, first)
+    assert still == given.keys() - moved(given, second)
+    assert len(still) > 10
+    assert (tmp_path / "two" / KEPT).is_file()
 
 
 def warned(recipe: Recipe, folder: Path, caplog: pytest.LogCaptureFixture) -> int:

@@ -1,6 +1,5 @@
 """Training that starts from weights: what is frozen, how fast each part learns, adapters, and resuming."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import declip
 from conftest import TINY
-from declip.api import train
-from declip.errors import UserError
 from declip.interchange.declip_file import write_declip_file
 from declip.models.freezing import freeze, is_frozen
 from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, part
-from declip.runs.folder import KEPT
 from declip.training.assemble import assemble
 from declip.training.optimizer import LrMultiplier, group_lr
 from declip.training.parallel import HostSyncBatchNorm, synchronize
 from declip.training.trainer import Trainer
 from interchange.test_export import features
 from interchange.towers import build
-from processes import in_processes
-from training.starts import CONV, VIT, last, losses, moved, resumes_exactly, state, trained, tuned
+from training.starts import CONV, VIT, last, moved, state, tuned
 
 
 @pytest.mark.parametrize("kind", ["vit", "conv"])
@@ -159,29 +154,6 @@ def test_what_waits_stands_still_and_then_warms_up() -> None:
     assert group_lr(1.0, 0, LrMultiplier(0.5), 3, recipe.train) == 0.5
 
 
-@pytest.mark.parametrize(
-    ("keys", "train_keys"),
-    [
-        (
-            {"image_lr_scale": 0.5, "layer_decay": 0.8, "head_warmup_steps": 3, "freeze_text_blocks": 1},
-            {"ema_decay": 0.9},
-        ),
-        ({"lora": {"rank": 2}, "head_warmup_steps": 2}, {}),
-        ({"image_size": 48}, {}),
-    ],
-    ids=["paced", "lora", "resized"],
-)
-def test_a_resumed_run_equals_one_never_stopped_though_its_source_is_gone(
-    table: Path, tmp_path: Path, start: Path, keys: dict[str, Any], train_keys: dict[str, Any]
-) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(start, source)
-    recipe = tuned(table, source, train_keys, **keys)
-    resumes_exactly(recipe, tmp_path, meanwhile=lambda: shutil.rmtree(source))
-    with pytest.raises(UserError, match=r"no model at|no file"):
-        train(recipe, out=tmp_path / "anew", quiet=True, report=False)
-
-
 @pytest.mark.parametrize("image", [VIT, CONV], ids=["vit", "conv"])
 def test_adapters_alone_learn_and_are_merged_when_the_run_is_loaded(
     table: Path, tmp_path: Path, start: Path, conv_start: Path, image: dict[str, Any]
@@ -209,27 +181,3 @@ def test_lora_with_a_frozen_tower_leaves_it_without_adapters(table: Path, tmp_pa
     assert len(names) > 10
     trainer.train()
     declip.load(tmp_path, device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("keys", "parallel"),
-    [
-        ({"freeze_image_blocks": 2, "layer_decay": 0.8}, "fsdp"),
-        ({"lora": {"rank": 2}}, "ddp"),
-    ],
-    ids=["frozen-sharded", "lora"],
-)
-def test_two_processes_tune_as_one(
-    table: Path, tmp_path: Path, start: Path, keys: dict[str, Any], parallel: str
-) -> None:
-    recipe = tuned(table, start, {"strategy": parallel, "steps": 4, "log_every": 1}, **keys)
-    train(recipe, out=tmp_path / "one", quiet=True, report=False)
-    assert in_processes(trained, 2, tmp_path / "ranks", recipe, tmp_path / "two") == [(4, True)] * 2
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-    given, first, second = (
-        declip.load(run, device="cpu").state_dict() for run in (start, tmp_path / "one", tmp_path / "two")
-    )  # type: ignore[attr-defined]
-    still = given.keys() - moved(given, first)
-    assert still == given.keys() - moved(given, second)
-    assert len(still) > 10
-    assert (tmp_path / "two" / KEPT).is_file()

@@ -32,7 +32,7 @@ from declip.training.sinks import Sink
 from declip.training.step import training_step
 from declip.training.stopping import TRY_AGAIN
 from declip.training.trainer import Trainer
-from training.starts import recipe_for, resumes_exactly, same_end, stop_at
+from training.starts import recipe_for, same_end, stop_at
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -43,26 +43,6 @@ def test_every_recipe_lowers_its_own_loss(table: Path, tmp_path: Path, name: str
     assert run.finished
     assert sum(totals[-10:]) < 0.9 * sum(totals[:10]) if min(totals) > 0 else totals[-1] < totals[0]
     assert set(run.metrics[0]["losses"]) == set(WEIGHTS[name])
-
-
-@pytest.mark.parametrize(("name", "workers"), [("clip", 1), ("defilip", 0)])
-def test_a_resumed_run_equals_one_never_interrupted(table: Path, tmp_path: Path, name: str, workers: int) -> None:
-    data = {"source": str(table), "workers": workers}
-    resumes_exactly(recipe_for(table, name, {"data": data}, ema_decay=0.9), tmp_path)
-
-
-def test_losses_that_prepare_themselves_from_the_pairs_resume_too(table: Path, tmp_path: Path) -> None:
-    rows = [{**json.loads(line), "thing": n // 2} for n, line in enumerate(table.read_text().splitlines())]
-    given = table.with_name("groups.jsonl")
-    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sections = {
-        "loss_weights": {"contrastive": 1.0, "nearest_neighbor": 0.5, "distillation": 0.5},
-        "data": {"source": str(given), "columns": {"group": "thing"}},
-        "contrastive": {"duplicates": "positives", "label_smoothing": 0.1},
-    }
-    found = resumes_exactly(recipe_for(given, sections=sections, log_every=1), tmp_path)
-    teacher = found.training["objective.terms.distillation.teacher.image_tower.proj.weight"]
-    assert not torch.equal(teacher, found.weights["model.image_tower.proj.weight"])
 
 
 @pytest.mark.slow

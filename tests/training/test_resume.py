@@ -1,0 +1,137 @@
+"""One table of recipes: a run that was stopped and resumed equals one never interrupted, bit for bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from conftest import TINY
+from declip.errors import UserError
+from declip.recipe.schema import Recipe
+from declip.runs.checkpoint import Checkpoint
+from declip.runs.folder import KEPT, read_run
+from declip.training.assemble import assemble
+from text_encoders import roberta
+from training.starts import CONV, SMALL, recipe_for, resumes_exactly, tuned
+
+
+class Case(NamedTuple):
+    """A recipe, the step at which it is stopped, and a folder that is removed before it is resumed."""
+
+    recipe: Recipe
+    stop: int = 4
+    removed: Path | None = None
+
+
+def averaged(name: str, workers: int) -> Callable[..., Case]:
+    def case(table: Path, start: Path, folder: Path) -> Case:
+        data = {"source": str(table), "workers": workers}
+        return Case(recipe_for(table, name, {"data": data}, ema_decay=0.9))
+
+    return case
+
+
+def averaged_teacher(table: Path, start: Path, folder: Path) -> Case:
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    rows = [{**row, "image": str(table.parent / row["image"]), "thing": n // 2} for n, row in enumerate(rows)]
+    (folder / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {
+        "loss_weights": {"contrastive": 1.0, "nearest_neighbor": 0.5, "distillation": 0.5},
+        "data": {"source": str(folder / "groups.jsonl"), "columns": {"group": "thing"}},
+        "contrastive": {"duplicates": "positives", "label_smoothing": 0.1},
+    }
+    return Case(recipe_for(table, sections=sections))
+
+
+def fixed_teacher(table: Path, start: Path, folder: Path) -> Case:
+    tree = {**TINY, "data": {"source": str(table)}, "loss_weights": {"contrastive": 0.5, "distillation": 0.5}}
+    return Case(Recipe.model_validate({**tree, "text": SMALL, "distillation": {"teacher": str(start)}}))
+
+
+def late_view(table: Path, start: Path, folder: Path) -> Case:
+    sections = {"views": {"image_second": {"size": 16, "start": 0.5}}, "image": CONV}
+    return Case(recipe_for(table, "declip", sections, log_every=1), 3)
+
+
+def fine_tuned(train: dict[str, Any] | None = None, **keys: Any) -> Callable[..., Case]:
+    def case(table: Path, start: Path, folder: Path) -> Case:
+        source = Path(shutil.copytree(start, folder / "source"))
+        return Case(tuned(table, source, train, **keys), removed=source)
+
+    return case
+
+
+def frozen_towers(table: Path, start: Path, folder: Path) -> Case:
+    frozen = {"freeze_image_blocks": "all", "freeze_text_blocks": "all", "cached_views": 2}
+    heads = {"head": "mlp", "head_init": "cca", "mixup": 1.0}
+    recipe = tuned(table, start, {"ema_decay": 1.0}, **frozen, **heads)
+    return Case(recipe.model_copy(update={"loss_weights": {"contrastive": 1.0, "nearest_neighbor": 0.5}}), 3)
+
+
+def text_encoder(table: Path, start: Path, folder: Path) -> Case:
+    pytest.importorskip("transformers")
+    encoder = roberta(folder / "roberta")
+    text = {"hf_model": str(encoder), "context_length": 24, "pooling": "mean"}
+    return Case(recipe_for(table, "declip", {"text": text}, ema_decay=0.9), removed=encoder)
+
+
+CASES = {
+    "clip, a loader process, averages": averaged("clip", 1),
+    "defilip, averages": averaged("defilip", 0),
+    "averaged teacher, groups": averaged_teacher,
+    "fixed teacher": fixed_teacher,
+    "a view that starts late": late_view,
+    "layer decay, head warm-up": fine_tuned(
+        {"ema_decay": 0.9}, image_lr_scale=0.5, layer_decay=0.8, head_warmup_steps=3, freeze_text_blocks=1
+    ),
+    "adapters": fine_tuned(lora={"rank": 2}, head_warmup_steps=2),
+    "another image size": fine_tuned(image_size=48),
+    "cached features, closed form": frozen_towers,
+    "Hugging Face encoder": text_encoder,
+}
+
+
+def check_averaged_teacher(found: Checkpoint, folder: Path) -> None:
+    teacher = found.training["objective.terms.distillation.teacher.image_tower.proj.weight"]
+    assert not torch.equal(teacher, found.weights["model.image_tower.proj.weight"])
+
+
+def check_fixed_teacher(found: Checkpoint, folder: Path) -> None:
+    assert not any(".distillation.teacher" in name for name in found.training), "it is not stored"
+
+
+def check_late_view(found: Checkpoint, folder: Path) -> None:
+    metrics = read_run(folder / "whole").metrics
+    assert ["simsiam" in row["losses"] for row in metrics] == [False] * 4 + [True] * 4
+    assert all("multi_view" in row["losses"] for row in metrics)
+
+
+def check_frozen_towers(found: Checkpoint, folder: Path) -> None:
+    mean, last = (found.weights[f"{name}.image_tower.proj.weight"] for name in ("average", "model"))
+    assert not torch.equal(mean, last)
+    assert not any(n.startswith("average.") and "tower" in n and "proj" not in n for n in found.weights)
+
+
+CHECKS = {
+    "averaged teacher, groups": check_averaged_teacher,
+    "fixed teacher": check_fixed_teacher,
+    "a view that starts late": check_late_view,
+    "cached features, closed form": check_frozen_towers,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_equals_one_never_interrupted(table: Path, start: Path, tmp_path: Path, name: str) -> None:
+    case = CASES[name](table, start, tmp_path)
+    found = resumes_exactly(
+        case.recipe, tmp_path, case.stop, lambda: shutil.rmtree(case.removed) if case.removed else None
+    )
+    CHECKS.get(name, lambda *_: None)(found, tmp_path)
+    if case.removed is not None:
+        assert (tmp_path / "parts" / KEPT).is_file() == (case.removed.name == "source")
+        with pytest.raises(UserError, match=str(case.removed)):
+            assemble(case.recipe, tmp_path / "new", quiet=True)
