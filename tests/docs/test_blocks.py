@@ -38,9 +38,9 @@ def test_the_notebook_runs(emoji_cache: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     cells = json.loads((DOCS / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    assert code.count("STEPS, BATCH = 200, 64") == 1
+    assert code.count("STEPS, BATCH = 300, 128") == 1
     with plt.rc_context({"backend": "agg"}):
-        exec(code.replace("STEPS, BATCH = 200, 64", "STEPS, BATCH = 2, 8"), {"__name__": "tour"})
+        exec(code.replace("STEPS, BATCH = 300, 128", "STEPS, BATCH = 2, 8"), {"__name__": "tour"})
     assert len(plt.get_fignums()) == 3
     plt.close("all")
     assert (tmp_path / "runs/tour/report.html").is_file()
