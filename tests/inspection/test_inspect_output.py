@@ -69,7 +69,7 @@ def printed(inspection: Inspection) -> str:
 def test_the_terminal_shows_markup_as_it_is_and_no_control_characters(hostile: Inspection) -> None:
     text = printed(hostile)
     assert not re.search("\x1b\\[31m|\u202e", text)
-    assert [part for part in ("[bold red]markup[/]", "What this means", "missing image") if part not in text] == []
+    assert [part for part in ("[bold red]markup[/]", "Findings", "missing image") if part not in text] == []
 
 
 def test_numbers_are_written_and_read_back(hostile: Inspection) -> None:
@@ -122,7 +122,7 @@ def test_a_source_without_a_usable_pair_ends_with_status_2(tmp_path: Path, comma
     printed = outcome.out.replace("\n", "")
     assert [part for part in ("missing image", "images/gone.png") if part not in printed] == []
     html = page(inspect_source(tmp_path / "pairs.csv", workers=0))
-    assert "None of the 1 pair read can be used" in html
+    assert "None of the 1 pair read is usable" in html
     assert "images/gone.png" in html
 
 
@@ -131,7 +131,7 @@ def test_a_mistake_ends_with_its_message(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for words, message in (
-        ("--html nowhere/page.html", "there is no folder 'nowhere'"),
+        ("--html nowhere/page.html", "'nowhere' is not a writable folder"),
         ("--html .", "it is a folder"),
         ("--image-root nowhere", "nowhere"),
     ):

@@ -120,9 +120,9 @@ def test_without_evaluation_examples_and_classes_there_are_no_such_sections(whol
         (folder / name).unlink()
     held_out[0] = painted(["red", "green"], [("word " * 3000,), ("green",)])
     html, page = _read(write_report(folder, model))
-    assert "Nothing has been measured" in page.texts["numbers"]
+    assert "No evaluation" in page.texts["numbers"]
     assert "1,920" in page.texts["numbers"]
-    assert "nothing has been measured yet" in page.texts["head"]
+    assert "no evaluation yet" in page.texts["head"]
     assert html.count("<svg") == 3 + 3
     assert "✓" in page.texts["retrieval"]  # the examples need the model alone
     assert "word…" in page.texts["retrieval"]

@@ -1,4 +1,4 @@
-"""Charts: matplotlib figures as inline SVG that takes its colors from the page, light or dark, and as PNG."""
+"""Charts: matplotlib figures as inline SVG that uses the colors of the page, light or dark."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ CHANCE: Any = {"color": QUIET, "linewidth": 1.3, "linestyle": (0, (1, 2)), "labe
 
 VARIABLES = {color: f"--series-{place}" for place, color in enumerate(COLORS)}
 VARIABLES |= {INK: "--ink", QUIET: "--quiet", RULE: "--line"}
-"""The page's name for each color, so that it can choose others when it is dark."""
+"""The CSS variable of each color, which the dark page overrides."""
 
 STYLE: Any = {
     "font.size": 10,
@@ -46,28 +46,28 @@ STYLE: Any = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "declip",
-    "path.simplify_threshold": 1,  # a long noisy line as its outline, 20 kB however many steps there are
+    "path.simplify_threshold": 1,  # keeps a long noisy line at about 20 kB, for any number of steps
 }
 LEGEND_LETTERS = 24
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of one panel: its content for those who cannot see it, its size in inches, and how it is drawn."""
+    """A figure of one panel: its text alternative, its size in inches, and its drawing function."""
 
     words: str
     size: tuple[float, float]
     draw: Callable[[Axes], None]
 
     def figure(self) -> Figure:
-        """The figure, drawn."""
+        """Draw the figure."""
         with rc_context(STYLE):
             figure = Figure(figsize=self.size, layout="constrained")
             self.draw(figure.subplots())
         return figure
 
     def svg(self, name: str) -> Markup:
-        """An SVG element whose ids start with `name`, so that it shares none with others on the page."""
+        """Render as an SVG element whose ids start with `name`, unique on the page."""
         file = StringIO()
         with rc_context(STYLE):
             self.figure().savefig(file, format="svg", transparent=True)
@@ -82,11 +82,11 @@ class Chart:
 
 
 def value_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = True) -> Chart | None:
-    """A quantity, (n,), over the steps, thin as logged and, if noisy, thick smoothed; None when none is finite."""
+    """Draw a quantity, (n,), over the steps: thin as logged and, if noisy, thick smoothed; None if none is finite."""
     finite = np.isfinite(values)
     if not finite.any():
         return None
-    # The rare outliers would flatten the rest.
+    # Rare outliers would flatten the rest of the curve.
     low, high = np.percentile(values[finite], [0.5, 99.5])
     smooth = smoothed(np.where(finite, values.clip(low, high), np.nan)) if noisy else values
     low, high = min(low, smooth[finite].min()), max(high, smooth[finite].max())
@@ -108,7 +108,7 @@ def value_chart(name: str, steps: np.ndarray, values: np.ndarray, noisy: bool = 
 
 
 def score_chart(lines: Mapping[str, Sequence[float]], steps: Sequence[int], chance: float) -> Chart:
-    """Fractions over the steps, in %, with the chance level."""
+    """Draw fractions over the steps, in %, with the chance level."""
     top = 100 * max(chance, *(value for values in lines.values() for value in values), 1e-3)
 
     def draw(ax: Axes) -> None:
@@ -129,15 +129,15 @@ def score_chart(lines: Mapping[str, Sequence[float]], steps: Sequence[int], chan
 def pairs_chart(
     title: str, unit: str, curves: Mapping[str, EfficiencyCurve], pairs: Sequence[int], chance: float, top: float
 ) -> Chart:
-    """Curves against the number of distinct pairs: means, intervals as bars, a small dot for each seed, chance dotted.
+    """Draw curves against the number of pairs: means, intervals as bars, small dots for seeds, chance dotted.
 
     Args:
-        curves: By name, the baseline first; those without a value are left out.
+        curves: By name, the baseline first; empty ones are skipped.
         pairs: All numbers of pairs of the study.
         top: Upper end of the axis, the same for panels next to each other.
     """
     logs, shown = np.log(pairs), {name: curve for name, curve in curves.items() if curve.pairs}
-    # Lines are drawn slightly apart from each other, in log(pairs), so that bars do not hide each other.
+    # Lines are shifted slightly against each other, in log(pairs), so that bars do not overlap.
     step = min([0.02 * (1.12 * (logs[-1] - logs[0]) or 1.0), *0.8 * np.diff(logs) / max(len(shown), 1)])
     margin = max(0.06 * (logs[-1] - logs[0]), 0.6 * step * (len(shown) + 1)) if len(pairs) > 1 else 0.5
 
@@ -155,7 +155,7 @@ def pairs_chart(
             x = np.array(curve.pairs) * np.exp(step * (place - (len(curves) - 1) / 2))
             style: Any = {"color": COLORS[place % len(COLORS)], "fmt": MARKERS[place % len(MARKERS)]}
             style |= {"linestyle": DASHES[place % len(DASHES)], "elinewidth": 1, "capsize": 2.5, "markersize": 5}
-            # Matplotlib leaves labels that start with "_" out of a legend.
+            # The space: matplotlib ignores labels that start with "_".
             ax.errorbar(x, 100 * curve.means, 100 * curve.half_widths, linewidth=1.8, label=f" {name}", **style)
             across = np.repeat(x * np.exp(step / 2), [len(values) for values in curve.values])
             seeds = 100 * np.concatenate(curve.values)
@@ -171,10 +171,10 @@ def pairs_chart(
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean over a 15th of the values, three times; those that are not finite have no weight."""
+    """Running mean over a 15th of the values, applied three times; non-finite values have no weight."""
     finite = np.isfinite(values)
     sums = np.stack([np.where(finite, values, 0.0), finite])
-    for _ in range(3):  # as smooth as with a Gaussian's weights, in linear time
+    for _ in range(3):  # nearly a Gaussian filter, in linear time
         sums = uniform_filter1d(sums, max(3, len(values) // 15), mode="constant")
     return np.where(finite, sums[0] / np.maximum(sums[1], 1e-12), np.nan)
 

@@ -1,4 +1,4 @@
-"""The result of an inspection: its page, its tables for the terminal, and the list of pairs to exclude."""
+"""The page of an inspection, its tables for the terminal, and the list of pairs to exclude."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,49 +16,49 @@ from declip.reports.page import Table, environment, render, rich_table
 
 SHOWN_PERCENTILES = (5, 25, 50, 75, 95)
 LTR = "\N{LEFT-TO-RIGHT MARK}"
-"""Before a number that text in another direction follows."""
+"""Before a number that is followed by text which may run right to left."""
 
 SPREAD_COLUMNS = ("", "min", *("median" if at == 50 else f"{at} %" for at in SHOWN_PERCENTILES), "max")
 
 
 def page(inspection: Inspection) -> str:
-    """Fill in the page; everything from the data is escaped, and without control characters."""
+    """Render the page; text from the data is escaped and has no control characters."""
     context = {"it": inspection, "tables": tables(inspection), "findings": sentences(inspection)}
     return render("inspection.html", **context, thumbnail=thumbnail)
 
 
 def exclusions(inspection: Inspection) -> str:
-    """The copies of the checked sets' images, as a list that training and `data shard --exclude` leave out."""
+    """List the copies of images of the checked sets, for training and `data shard --exclude`."""
     copies = {copy: leakage.name for leakage in inspection.leakages for copy in leakage.copies}
     return write_exclusions((key, place, f"in {name}", None, "") for (key, place), name in copies.items())
 
 
 def summary(it: Inspection) -> Group:
-    """Everything that fits a terminal: numbers first, what they mean last."""
+    """Format the inspection for the terminal: numbers first, findings last."""
     parts: list[Any] = [
         Text(shown(it.name), "bold").append(f"  {render('extent.txt', it=it)} {it.seconds:.1f} s.", "not bold")
     ]
     for table in tables(it).values():
         if table.rows:
             parts += [Padding(Text(table.caption, "bold"), (1, 0, 0, 0), expand=False), rich_table(table)]
-    parts.append(Padding(Text("What this means", "bold"), (1, 0, 0, 0), expand=False))
+    parts.append(Padding(Text("Findings", "bold"), (1, 0, 0, 0), expand=False))
     for finding, text, advice in sentences(it):
         line = RichTable.grid()
         mark = Text("! ", "bold red") if finding.fix else Text("· ", "bold")
         line.add_row(mark, Text(text).append(f" {advice}", "dim"))
         parts.append(line)
-    return Group(*parts, *([] if it.findings else ["Nothing stands out."]))
+    return Group(*parts, *([] if it.findings else ["No findings."]))
 
 
 def sentences(inspection: Inspection) -> list[tuple[Finding, str, str]]:
-    """Each finding with what was found and what to do."""
+    """Each finding with its result and its advice."""
     module = environment(plain_text=True).get_template("findings.txt").module
     filled = [(each, str(getattr(module, each.rule)(each, inspection)).split("\n")) for each in inspection.findings]
     return [(each, shown(lines[0], 400), shown(lines[-1].strip(), 400)) for each, lines in filled]
 
 
 def tables(it: Inspection) -> dict[str, Table]:
-    """All tables by name; those without rows are not shown."""
+    """All tables by name; empty ones are not shown."""
     reasons = tuple(
         (name, f"{row['count']:,}", _keys(row["examples"], row["count"]))
         for name, row in sorted(it.reasons.items(), key=lambda item: -item[1]["count"])
@@ -71,7 +71,7 @@ def tables(it: Inspection) -> dict[str, Table]:
     return {
         **(_statistics(it) if it.usable else {}),
         "reasons": Table("Pairs that cannot be used", ("reason", "pairs", "such as"), reasons, 3),
-        "leakages": Table("Images that look like one of a checked set", columns, leaks, 4),
+        "leakages": Table("Images similar to those of a checked set", columns, leaks, 4),
     }
 
 
@@ -95,7 +95,7 @@ def _statistics(it: Inspection) -> dict[str, Table]:
     for kind, each in captions.kinds.items():
         examples = ", ".join(f"“{shown(text, 40)}”" for text in captions.examples[kind])
         facts.append((kind, f"{LTR}{fraction(each)}: {examples}"))
-    equal = f"{about(captions.equal_in_batch)} couples expected"
+    equal = f"{about(captions.equal_in_batch)} equal pairs expected"
     facts.append((f"equal captions in a batch of {captions.batch_size}", equal))
     if it.keywords is not None and it.keywords.count:
         facts.append(("pairs with keywords", fraction(it.keywords)))
@@ -118,12 +118,12 @@ def _repeats(it: Inspection) -> Table:
     rows = []
     for name, repeats in kinds.items():
         assert repeats is not None
-        whole = f"about {about(repeats.expected)}" if repeats.coincidences else "none seen"
+        total = f"about {about(repeats.expected)}" if repeats.coincidences else "none seen"
         largest = max(repeats.examples, key=lambda group: group.size, default=None)
         example = f"{LTR}{largest.size:,} × {shown(largest.caption, 40)}" if largest else ""
         counts = (f"{repeats.members:,}", percent(repeats.members / it.usable), f"{repeats.surplus:,}")
-        rows.append((name, example, *counts, *([] if it.whole else [whole])))
-    columns = ("", "largest group", "pairs", "fraction", "surplus", *([] if it.whole else ["couples in the whole"]))
+        rows.append((name, example, *counts, *([] if it.whole else [total])))
+    columns = ("", "largest group", "pairs", "fraction", "surplus", *([] if it.whole else ["equal pairs in total"]))
     return Table("Repeats", columns, tuple(rows), texts=2)
 
 
@@ -133,12 +133,12 @@ def _spread(name: str, spread: Spread, form: str = "{:,.0f}") -> tuple[str, ...]
 
 
 def fraction(each: Fraction) -> str:
-    """ "3.1 %", and the interval where a sample was read."""
+    """Format a fraction as "3.1 %", with its interval if a sample was read."""
     text = percent(each.fraction)
     return text if each.low == each.high else f"{text} ({percent(each.low)} to {percent(each.high)})"
 
 
 def _keys(some: Sequence[str], count: int) -> str:
-    """The first few keys, and how many more there are."""
+    """List the first keys and the number of others."""
     listed = [shown(key, 120) for key in some[:5]]
     return ", ".join(listed) + (f" and {count - len(listed):,} more" if count > len(listed) else "")

@@ -1,4 +1,4 @@
-"""Pages: one HTML file with nothing to load from elsewhere, written by Jinja templates from numbers."""
+"""Pages: self-contained HTML files, rendered from numbers by Jinja templates."""
 
 import datetime
 import os
@@ -19,16 +19,16 @@ from declip.errors import UserError
 from declip.io import text
 
 NBSP = "\N{NO-BREAK SPACE}"
-NONE = "–"  # in a table's cell without a number
+NONE = "–"  # a table cell without a number
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of words, for the page, the terminal and Markdown.
+    """A table of strings for the page, the terminal and Markdown.
 
     Attributes:
-        columns: Column names; empty for facts that need none.
-        texts: How many of the first columns are words; the others are numbers.
+        columns: Column names; may be empty.
+        texts: Number of leading text columns; the others are numbers.
     """
 
     caption: str
@@ -38,20 +38,20 @@ class Table:
 
 
 def points(fraction: float) -> str:
-    """A difference in percentage points with its sign: "−2.1", "+0.35"."""
+    """Format a difference in percentage points with its sign: "−2.1", "+0.35"."""
     value = 100 * fraction
     return f"{value:+.{1 if abs(value) >= 1 else 2}f}".replace("-", "−")
 
 
 def span(low: float, high: float) -> str:
-    """An interval: "1.10 to 1.80"; with few seeds the ends may lie far out, "0.0012 to 1.6e+05"."""
+    """Format an interval: "1.10 to 1.80", or with far ends, as from few seeds, "0.0012 to 1.6e+05"."""
     return " to ".join(f"{end:.2f}" if 0.1 <= end < 100 else f"{end:.2g}" for end in (low, high))
 
 
 @cache
 def environment(markdown: bool = False, plain_text: bool = False) -> Environment:
-    """The templates' environment; everything that is filled in is escaped for HTML, for Markdown, or not at all."""
-    made = Environment(
+    """The environment of the templates; values are escaped for HTML or Markdown, or not at all."""
+    created = Environment(
         loader=PackageLoader("declip.reports"),
         autoescape=not (markdown or plain_text),
         finalize=(lambda value: plain(value) if type(value) is str else value) if markdown else None,
@@ -59,7 +59,7 @@ def environment(markdown: bool = False, plain_text: bool = False) -> Environment
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    created.filters |= {
         "percent": lambda value: text.percent(value).replace(" ", NBSP),
         "times": text.times,
         "count": lambda value: f"{value:,}",
@@ -70,35 +70,35 @@ def environment(markdown: bool = False, plain_text: bool = False) -> Environment
         "shown": text.shown,
         "words": lambda value: value.replace(" %", f"{NBSP}%"),
     }
-    made.globals |= {"span": span, "markdown_table": markdown_table}
-    return made
+    created.globals |= {"span": span, "markdown_table": markdown_table}
+    return created
 
 
 def render(template: str, **context: Any) -> str:
-    """Fill in a template; the version and the date are known to all of them."""
+    """Render a template with the version, the date and its context."""
     now = datetime.datetime.now().strftime("%d %B %Y, %H:%M")
-    filled = environment(template.endswith(".md"), template.endswith(".txt")).get_template(template)
-    return filled.render(version=metadata.version("declip"), date=now, **context)
+    found = environment(template.endswith(".md"), template.endswith(".txt")).get_template(template)
+    return found.render(version=metadata.version("declip"), date=now, **context)
 
 
 def check_writable(paths: Iterable[Path | None]) -> None:
-    """Refuse places that cannot be written to, before work that takes long; None is left out."""
+    """Refuse paths that cannot be written, before work that takes long; None is ignored."""
     for path in filter(None, paths):
         folder = path.parent
         if path.is_dir() or not os.access(folder, os.W_OK):
-            why = "it is a folder" if path.is_dir() else f"there is no folder '{folder}' that you may write to"
-            raise UserError(f"'{path}' cannot be written: {why}. Give another file.")
+            why = "it is a folder" if path.is_dir() else f"'{folder}' is not a writable folder"
+            raise UserError(f"'{path}' cannot be written: {why}. Choose another file.")
 
 
 def plain(words: str) -> str:
-    """Escape words so that Markdown shows them as they are."""
+    """Escape text for Markdown."""
     words = " ".join(words.split())
     words = re.sub(r"([\\`*\[\]<>|~$&])|(?<!\w)_|_(?!\w)", r"\\\g<0>", words)
     return re.sub(r"^(\d*)([.)](?= )|[-+](?= )|#)", r"\1\\\2", words)
 
 
 def markdown_table(table: Table) -> Markup:
-    """A table in Markdown, under its caption."""
+    """Format a table as Markdown, below its caption."""
     rules = ["---" if place < table.texts else "---:" for place in range(len(table.columns))]
     rows = [[plain(name) for name in table.columns], rules, *([plain(word) for word in row] for row in table.rows)]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -106,7 +106,7 @@ def markdown_table(table: Table) -> Markup:
 
 
 def rich_table(table: Table) -> RichTable:
-    """A table that rich prints; words of the data are no markup."""
+    """Convert to a table of rich; text of the data is escaped."""
     printed = RichTable(box=None, header_style="dim", show_header=bool(table.columns))
     for place, name in enumerate(table.columns or ("",) * len(table.rows[0])):
         printed.add_column(escape(name), justify="left" if place < table.texts else "right", overflow="fold")

@@ -1,4 +1,4 @@
-"""The contact sheet of a search: what was found, in one image."""
+"""The contact sheet of a search: all hits in one image."""
 
 from collections.abc import Sequence
 from textwrap import wrap
@@ -12,19 +12,19 @@ from declip.search.index import Hit, Index
 
 COLUMNS = 8
 SIDE, GAP, MARGIN, HEAD = 148, 16, 28, 60
-"""Pixels: of an image, between two, around all, from the margin to the first row."""
+"""Pixels: of an image, between images, around the sheet, from the margin to the first row."""
 
 LETTERS, LINES, LINE = 19, 3, 17
-"""Letters of a caption's line, its lines, and pixels from line to line."""
+"""Letters per line of a caption, lines, and pixels per line."""
 
 CELL = SIDE + LINES * LINE + GAP
 INK, QUIET, PAPER, FRAME = "#1c2127", "#5b6470", "#fbfaf7", "#d9d5cc"
 
 
 def search_sheet(index: Index, hits: Sequence[Hit], title: str, image: Image.Image | None = None) -> Image.Image:
-    """Draw the hits of a search, the best first, each with its score and its caption, or its key.
+    """Draw the hits of a search, best first, each with its score and its caption or key.
 
-    DejaVu Sans, which matplotlib ships, lacks the scripts of East and South Asia. `image` is the query's, if any.
+    DejaVu Sans, which matplotlib ships, lacks the scripts of East and South Asia. `image` is that of the query, if any.
     """
     width = 2 * MARGIN + COLUMNS * (SIDE + GAP) - GAP
     paper = Image.new("RGB", (width, 2 * MARGIN + HEAD + -(-len(hits) // COLUMNS) * CELL - GAP), PAPER)
@@ -41,7 +41,7 @@ def search_sheet(index: Index, hits: Sequence[Hit], title: str, image: Image.Ima
         left, top = MARGIN + column * (SIDE + GAP), MARGIN + HEAD + row * CELL
         try:
             found = index.image(hit.id)
-        except UserError:  # it has left the source
+        except UserError:  # no longer in the source
             found = None
         _paste(paper, pen, found, left, top, SIDE)
         caption = shown(f"{hit.score:.3f}  {hit.caption or hit.key}")
@@ -53,7 +53,7 @@ def search_sheet(index: Index, hits: Sequence[Hit], title: str, image: Image.Ima
 def _paste(
     paper: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image | None, left: int, top: int, side: int
 ) -> None:
-    """Paste an image into a frame, which is left empty where there is none."""
+    """Paste an image into a frame, or draw an empty frame."""
     pen.rectangle((left - 1, top - 1, left + side, top + side), fill="white", outline=FRAME)
     if image is not None:
         small = image.copy()
