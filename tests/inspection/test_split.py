@@ -136,7 +136,7 @@ def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:
     one = open_source(write(tmp_path / "one", [(image, "a thing") for image in images]))
     two = open_source(write(tmp_path / "two", [(image, f"thing {n % 2}") for n, image in enumerate(images)]))
     few = open_source(write(tmp_path / "few", [(image, f"thing {n}") for n, image in enumerate(images[:3])]))
-    for source, words in ((one, "one caption"), (two, "2 groups.*15 pairs"), (few, "3 pairs")):
+    for source, words in ((one, "same caption"), (two, "2 groups.*15 pairs"), (few, "3 pairs")):
         with pytest.raises(UserError, match=words):
             split_pairs(source)
 

@@ -28,12 +28,12 @@ MOST_KEYWORDS = 3  # of a text view
 
 
 class Assembler:
-    """Makes the batch of any step.
+    """Builds the batch of any step.
 
     Epoch e shows all pairs in an order sampled from (seed, e); step s belongs to epoch s // steps_per_epoch, and pairs
-    that do not fill a last batch are left out of the epoch. Everything random about pair i in epoch e comes from a
+    that do not fill a last batch are dropped. Everything random about pair i in epoch e comes from a
     generator seeded by (seed, e, i), in this order: caption, keywords, augmentation, mask, then crop and photometric
-    parameters of each image view. Of a batch of `batch_size` pairs each of `ranks` makes consecutive ones.
+    parameters of each image view. Each of `ranks` builds consecutive pairs of a batch of `batch_size`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Assembler:
         if shown < batch_size:
             raise UserError(
                 f"'{source.name}' holds {shown} pairs, fewer than one batch of {batch_size}. "
-                "Give a smaller train.batch_size or more pairs."
+                "Set a smaller train.batch_size, or add pairs."
             )
         self.source, self.tokenizer, self.plan = source, tokenizer, plan
         self.batch_size, self.seed = batch_size, seed
@@ -63,7 +63,7 @@ class Assembler:
         self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
 
     def __getitem__(self, step: int) -> PairBatch:
-        """Make this rank's part of the batch of a step; broken pairs are in its `skipped`."""
+        """Build this rank's part of the batch of a step; `skipped` has its broken pairs."""
         epoch, views = step // self.steps_per_epoch, self.plan.at(step)
         samples: list[_Sample] = []
         skipped: list[BrokenPair] = []
@@ -75,7 +75,7 @@ class Assembler:
         return self.collate(samples, skipped, views)
 
     def words(self, sample_id: int, view: int) -> str:
-        """Text view 0 or 1 of the pair with this sample id; raises `BrokenPair` where it can no longer be read."""
+        """Text view 0 or 1 of the pair with this sample id; raises `BrokenPair` if it can no longer be read."""
         epoch, index = divmod(sample_id, len(self.source))
         pair = self.source.read_lazy(index)
         return self._texts(pair.captions, pair.keywords, self._generator(epoch, index))[view]
@@ -129,7 +129,7 @@ class Assembler:
         views = {}
         for number, spec in enumerate(specs or self.plan.views):
             crops = [sample.pixels[number] for sample in samples]
-            # In a worker this allocates memory shared with the training process: handing it over copies nothing.
+            # In a worker this allocates memory shared with the training process, which copies nothing.
             pixels = default_collate(crops) if crops else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
             views[spec.name] = View(pixels, Photometric.stack([sample.params[number] for sample in samples]))
         longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)

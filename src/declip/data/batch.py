@@ -35,7 +35,7 @@ class PhotometricParams(NamedTuple):
 class Photometric:
     """The photometric parameters of n images, a tensor (n,) for each of `PhotometricParams`; `order` is (n, 4).
 
-    They stay on the host wherever the images go: work is planned from them.
+    They stay on the host, where chunks of equal work are planned from them.
     """
 
     brightness: Tensor
@@ -109,7 +109,7 @@ class PairBatch:
     """B pairs in named image views and T text views.
 
     Attributes:
-        views: "first", "second", "contrastive" … → `View`; a tensor (B, 3, S, S) is taken as a finished view.
+        views: "first", "second", "contrastive" … → `View`; a tensor (B, 3, S, S) is a finished view.
         texts: (T, B, L) int64 token ids, T 1 or 2: [0] the caption, [1] its augmentation; or (T, B, w) float features
             of a frozen text tower.
         masked: (B, L) int64, texts[0] after the corruption for masked-language modeling.
@@ -139,7 +139,7 @@ class PairBatch:
         if set(sizes.values()) != {len(self)}:
             raise UserError(f"A batch needs a view, and {len(self)} images in each as `texts` has pairs, not {sizes}.")
         if (self.masked is None) != (self.labels is None):
-            raise UserError("`masked` and `labels` go together; give both or neither.")
+            raise UserError("`masked` requires `labels` and the other way round; pass both or neither.")
         texts, pairs, length = self.texts.shape
         shapes = {"texts": (texts, pairs, length), "masked": (pairs, length), "labels": (pairs, length)}
         for name, shape in (shapes | {"sample_ids": (pairs,), "groups": (pairs,), "lengths": (texts, pairs)}).items():

@@ -15,12 +15,12 @@ from declip.errors import UserError
 log = logging.getLogger("declip")
 
 COLUMNS = ("key", "place", "reason", "cosine", "caption")
-EXCLUDED = "excluded"  # the reason where a list gives none
+EXCLUDED = "excluded"  # the reason if a list has none
 LONGEST_REASON = 80  # characters: counts are kept by reason
 LARGEST_LIST = 1 << 30  # bytes of a list
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
-"""Beginnings of cells that a spreadsheet computes. They are written with an apostrophe before them, which shows them as
-text, and read without it; so are cells that begin with such an apostrophe already."""
+"""Beginnings of cells that a spreadsheet evaluates. Such cells are written with an apostrophe before them, which a
+spreadsheet shows as text, and read without it."""
 
 
 class Exclusion(NamedTuple):
@@ -57,7 +57,7 @@ def read_exclusions(path: str | Path) -> list[Exclusion]:
             rows = [Exclusion(line.strip()) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(
-            f"The list '{path}' cannot be read: {printable(str(error))}. Give CSV with a column 'key', or text with "
+            f"The list '{path}' cannot be read: {printable(str(error))}. Pass CSV with a column 'key', or text with "
             "one key per line, in UTF-8."
         ) from error
     if not rows:
@@ -84,7 +84,7 @@ def match_exclusions(source: PairSource, rows: Iterable[Exclusion]) -> dict[int,
         first = printable(next(iter(missing)))
         fault = f"{len(missing):,} keys of the list are not in '{source.name}', such as '{first}'."
         if not reasons:
-            raise UserError(f"{fault} Give the source that the list was made of.")
+            raise UserError(f"{fault} Use the source that the list was made from.")
         log.warning(fault)
     return reasons
 

@@ -17,13 +17,13 @@ from declip.io.pool import computed, naming_lost_workers
 if TYPE_CHECKING:
     from declip.data.pair import BrokenPair
 
-SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer say little
+SEEN_BEFORE_STOPPING = 100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
 
 
 class PairLoader(Iterator[PairBatch]):
-    """Yields the batch of step `start_step`, the next, and so on without end.
+    """Yields the batches of steps `start_step`, `start_step` + 1, and so on without end.
 
-    A batch is a function of its step alone (see `Assembler`), so any number of workers gives the same batches, and a
+    A batch is a function of its step alone (see `Assembler`), so any number of workers yields the same batches, and a
     loader started at a step continues bit-exactly where another was stopped. A broken pair is left out, so its batch is
     smaller, possibly empty; it is counted in `skipped` when its batch is yielded.
     """
@@ -65,9 +65,9 @@ class PairLoader(Iterator[PairBatch]):
         return batch
 
     def close(self) -> None:
-        """End the workers; nothing more is yielded. Closing twice is harmless."""
+        """Stop the workers; no more batches follow. Closing twice has no effect."""
         self._closed = True
-        # The iterator ends its processes when the last reference to it goes.
+        # The iterator stops its processes when the last reference to it is deleted.
         self._batches = None
 
     def __enter__(self) -> PairLoader:
@@ -82,7 +82,7 @@ class PairLoader(Iterator[PairBatch]):
         for broken in skipped:
             self.skipped.add(broken)
         fraction, allowed = self.skipped.total / max(self.seen, 1), self._max_broken_fraction * self.seen
-        # Three standard errors more: by chance the first pairs, or those of a second epoch, are the broken ones.
+        # Three standard errors are allowed on top: the first pairs may be the broken ones by chance.
         if self.seen < SEEN_BEFORE_STOPPING or self.skipped.total <= allowed + 3 * allowed**0.5:
             return
         self.close()
@@ -94,7 +94,7 @@ class PairLoader(Iterator[PairBatch]):
 
 
 class _Steps(Dataset):
-    """Batches by step; a `UserError` is returned, to be raised in the main process."""
+    """Batches by step; a `UserError` is returned and raised in the main process."""
 
     def __init__(self, assembler: Assembler) -> None:
         self.assembler = assembler

@@ -15,8 +15,8 @@ from PIL import Image
 from declip.io.text import shown
 
 LONGEST_CAPTION, MOST_CAPTIONS = 20_000, 10_000
-"""Characters of a caption, beyond which it is a page or a broken file, and captions of one image: public sets have
-five, region descriptions fifty; more are a wrong image column."""
+"""Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have
+five, region descriptions fifty; more mean a wrong image column."""
 
 CONTROL, SURROGATE = re.compile("[\x00-\x1f\x7f-\x9f]"), re.compile("[\ud800-\udfff]")
 MOST_SHOWN = 300  # characters of a key or detail in a message: a file can name its images as it likes
@@ -86,9 +86,9 @@ class BrokenPair(Exception):
 class Origin(NamedTuple):
     """The place of an image; numbers are bytes."""
 
-    path: str = ""  # of the file or the shard, or a shard's URL; empty where the image is in no file of its own
+    path: str = ""  # of the file or the shard, or a shard's URL; empty if the image has no file of its own
     offset: int = 0
-    size: int = 0  # 0 where it is unknown
+    size: int = 0  # 0: unknown
     stamp: str = ""  # changes when the image does, as far as that shows without decoding it
 
 
@@ -110,7 +110,7 @@ class Span(NamedTuple):
 
     start: int
     blocks: np.ndarray  # (shards,) int64, the number of pairs of each shard; their sum is the length
-    shown: int  # number of its pairs in an epoch, chosen anew for each epoch where these are not all
+    shown: int  # number of its pairs in an epoch, drawn again in each epoch unless it is all
 
     @property
     def length(self) -> int:
@@ -121,8 +121,8 @@ class Span(NamedTuple):
 class PairSource(ABC):
     """Pairs by number. A source can be pickled, and read from several processes.
 
-    A subclass needs a `name`, `__len__` and `__getitem__`; it overrides the other methods where it can do better than
-    to read the whole pair.
+    A subclass needs a `name`, `__len__` and `__getitem__`; it overrides the other methods if it can
+    avoid reading the complete pair.
     """
 
     name: str
@@ -145,7 +145,7 @@ class PairSource(ABC):
         return self.texts_of(index)[0]
 
     def texts_of(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Read the cleaned captions and the keywords, without opening the image where that can be avoided."""
+        """Read the cleaned captions and the keywords, without opening the image if possible."""
         pair = self.read_lazy(index)
         return pair.captions, pair.keywords
 
@@ -154,7 +154,7 @@ class PairSource(ABC):
         return self[index].key
 
     def group(self, index: int) -> int:
-        """A number that pairs showing the same thing share; 0 where nothing is known."""
+        """A number shared by pairs that show the same thing; 0 if unknown."""
         return 0
 
     def splits(self) -> dict[str, np.ndarray]:
@@ -171,7 +171,7 @@ class PairSource(ABC):
         return LazyPair(pair.key, DecodedImage(pair.image), pair.captions, pair.keywords)
 
     def origin(self, index: int) -> Origin:
-        """The place of the image; empty where it has none of its own."""
+        """The place of the image; empty if it has no file."""
         return Origin()
 
     def spans(self) -> list[Span]:
@@ -239,10 +239,10 @@ class SkipCounter:
 
 
 def as_texts(cell: Any, reason: str, key: str) -> list[str | None]:
-    """The captions of a cell, one or a list of them; raises `BrokenPair` where one is no text."""
+    """The captions of a cell, one or a list of them; raises `BrokenPair` if one is not text."""
     texts = cell if isinstance(cell, list) else [cell]
     if not all(text is None or isinstance(text, str) for text in texts):
-        raise BrokenPair(reason, key, f"the caption is no text: {str(cell)[:40]}")
+        raise BrokenPair(reason, key, f"the caption is not text: {str(cell)[:40]}")
     return texts
 
 
@@ -264,16 +264,16 @@ def clean_captions(raw: Iterable[str | None], key: str) -> tuple[str, ...]:
 
 
 def clean_keywords(raw: Iterable[Any]) -> tuple[str, ...]:
-    """Collapse white space; drop repeated keywords and values that are no usable text."""
+    """Collapse white space; drop repeated keywords and values that are not usable text."""
     words = (" ".join(CONTROL.sub(" ", word).split()) for word in raw if isinstance(word, str))
     return tuple(dict.fromkeys(word for word in words if 0 < len(word) <= LONGEST_CAPTION and is_unicode(word)))
 
 
 def printable(text: str) -> str:
-    """A text from a file as one short line that every terminal and file takes."""
+    """Format a text from a file as one short line that is safe in every terminal and file."""
     return shown(text, MOST_SHOWN)
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8; JSON's `\\ud800` alone cannot."""
+    """Whether the text can be encoded as UTF-8; JSON's lone `\\ud800` cannot."""
     return not SURROGATE.search(text)

@@ -1,4 +1,4 @@
-"""Sharding of a source (`declip data shard`): images downscaled once to the size that training needs, in tar shards."""
+"""Sharding of a source (`declip data shard`): images downscaled once to the training size, in tar shards."""
 
 import hashlib
 import io
@@ -25,10 +25,10 @@ from declip.io.pool import in_order, naming_lost_workers, pairs_bar
 from declip.io.text import plural
 
 RECORD, SIZES, NOTICE = "prepared.json", "sizes.json", "NOTICE.txt"
-LAYOUT = 1  # raised when the same options make other shards
+LAYOUT = 1  # raised when the same options write other shards
 SHARD_PAIRS, QUALITY = 10_000, 92
-PAIRS_AT_ONCE = 16  # pairs that a process hands over together
-BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it would not count as text
+PAIRS_AT_ONCE = 16  # pairs that a worker returns together
+BYTE_ORDER_MARK = "\ufeff"  # at the start of a text file it is not part of the text
 
 
 @dataclass
@@ -62,8 +62,8 @@ def shard_source(
     """Write the pairs of a source as WebDataset shards with images no larger than needed.
 
     The shards are 000000.tar and so on, `shard_pairs` pairs of the source each, in its order; broken pairs are left out
-    and counted. A pair's key is its index in the source. Its captions are a .txt file where there is one caption and no
-    keyword, else a .json file. Of a source with splits only the training pairs are written. sizes.json has the number
+    and counted. A pair's key is its index in the source. One caption without keywords is a .txt file,
+    more a .json file. Of a source with splits only the training pairs are written. sizes.json has the number
     of pairs of each shard, prepared.json the source and options.
     A stopped call continues after the last complete shard when it is repeated.
 
@@ -109,17 +109,25 @@ def shard_source(
         write_text(folder / SIZES, json.dumps(pairs, indent=1))
         if opened.credit:
             write_text(folder / NOTICE, opened.credit + "\n")
+    made = _totals(folder, done)
+    if not made.pairs:
+        raise UserError(
+            f"None of the {len(opened):,} pairs of '{opened.name}' can be used: {made.skipped.explanation()}"
+        )
+    return made
+
+
+def _totals(folder: Path, shards: Mapping[str, Mapping[str, Any]]) -> ShardedPairs:
+    """Sum the rows of all shards."""
     skipped = SkipCounter()
-    for name in pairs:
-        skipped.merge(SkipCounter.from_dict({"reasons": done[name]["skipped"]}))
-    if not any(pairs.values()):
-        explained = skipped.explanation()
-        raise UserError(f"None of the {len(opened):,} pairs of '{opened.name}' can be used: {explained}")
-    return ShardedPairs(folder, sum(pairs.values()), len(pairs), sum(row["bytes"] for row in done.values()), skipped)
+    for _, row in sorted(shards.items()):
+        skipped.merge(SkipCounter.from_dict({"reasons": row["skipped"]}))
+    pairs, size = (sum(row[key] for row in shards.values()) for key in ("pairs", "bytes"))
+    return ShardedPairs(folder, pairs, len(shards), size, skipped)
 
 
 def _content(source: PairSource) -> str | None:
-    """Hash the texts and the files' stamps of all pairs, so that a repaired table is not taken for the one before.
+    """Hash the texts and the files' stamps of all pairs, so that a changed table is detected.
 
     None for remote shards, which would all have to be fetched first.
     """
@@ -148,7 +156,7 @@ def _finished_shards(folder: Path, made_of: Mapping[str, Any]) -> dict[str, dict
     changed = [key for key in sorted(made_of.keys() | earlier.keys()) if made_of.get(key) != earlier.get(key)]
     if changed:
         shown = "; ".join(f"{key} was {earlier.get(key)!r}, now {made_of.get(key)!r}" for key in changed)
-        raise UserError(f"'{folder}' holds shards of another source or option: {shown}. Give the same, or {ELSEWHERE}.")
+        raise UserError(f"'{folder}' holds shards of another source or option: {shown}. Use the same, or {ELSEWHERE}.")
     sizes = {file.name: file.stat().st_size for file in folder.glob("*.tar")}
     return {name: row for name, row in shards.items() if sizes.get(name) == row["bytes"]}
 
@@ -156,7 +164,7 @@ def _finished_shards(folder: Path, made_of: Mapping[str, Any]) -> dict[str, dict
 def _write_shards(
     shards: Mapping[str, range], folder: Path, packer: "_Packer", workers: int | None, progress: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Write shards one after the other, while the images of the next ones are downscaled; give each one's numbers."""
+    """Write shards in order while the images of the next ones are downscaled; yield the totals of each."""
     parts = {name: [p[i : i + PAIRS_AT_ONCE] for i in range(0, len(p), PAIRS_AT_ONCE)] for name, p in shards.items()}
     packer.parts = [places for own in parts.values() for places in own]
     stream = in_order(packer, len(packer.parts), workers)
@@ -204,7 +212,7 @@ class _Packer(Dataset):
         return members, skipped
 
     def files(self, place: int) -> _Members:
-        """The members of one pair; raises `BrokenPair`, also where it is excluded."""
+        """The members of one pair; raises `BrokenPair`, also if it is excluded."""
         if place in self.excluded:
             raise BrokenPair(self.excluded[place], ImageSource(self.source).key(place))
         pair = self.source.read_lazy(place)

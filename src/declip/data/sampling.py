@@ -1,7 +1,7 @@
 """The pairs of each step, in order: a pure function of the seed and the step.
 
 Streams of random numbers are separated by their seeds: (seed, epoch, i) with i below the number of pairs belongs to
-pair i (see `Assembler`), (seed, epoch, pairs) to the whole permutation, and five numbers to everything below.
+pair i (see `Assembler`), (seed, epoch, pairs) to the permutation of an epoch, and five numbers to everything below.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ BLOCKS_STREAM, GROUP_STREAM, WITHIN_STREAM = 1, 2, 3
 
 
 class Order(ABC):
-    """Batches by step; `steps_per_epoch` is the number of whole batches among the pairs that an epoch shows."""
+    """Batches by step; `steps_per_epoch` is the number of complete batches in an epoch."""
 
     def __init__(self, spans: list[Span], size: int, batch_size: int, seed: int) -> None:
         self.spans, self.size, self.batch_size, self.seed = spans, size, batch_size, seed
@@ -55,7 +55,7 @@ class ShuffledOrder(Order):
 
     def epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self._kept:
-            # The third number is no pair's index: no pair shares this stream.
+            # The third number is not the index of a pair, so no pair shares this stream.
             generator = self.generator(epoch)
             shown = np.concatenate([_shown(span, generator) for span in self.spans])
             _keep(self._kept, epoch, generator.permutation(shown), 1)
@@ -77,9 +77,9 @@ def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
 class BufferedOrder(Order):
     """Shards in an order sampled for each epoch; the pairs of a group of consecutive shards are permuted together.
 
-    An epoch is divided into groups of at least `buffer` pairs. Each span gives every group the same fraction of its
-    pairs, so that a mixture is mixed everywhere. The pairs of a shard that lies across the border of two groups are
-    permuted first, so that chance decides which fall on either side, or are not shown. Memory does not grow with the
+    An epoch is divided into groups of at least `buffer` pairs. Each span adds the same fraction of its pairs to every
+    group, so that a mixture is mixed throughout. The pairs of a shard that is split between two groups are permuted
+    first, so that chance decides which fall on either side, or are not shown. Memory does not grow with the
     length of an epoch.
     """
 

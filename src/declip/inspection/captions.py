@@ -1,4 +1,4 @@
-"""Properties of captions: tokens, and texts that describe nothing."""
+"""Properties of captions: tokens, and texts that do not describe an image."""
 
 import regex
 
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def token_count(caption: str) -> int:
-    """CLIP tokens of a caption, start and end included, nothing truncated."""
+    """CLIP tokens of a caption, start and end included, not truncated."""
     return len(Tokenizer(context=1 << 30).encode(caption))
 
 

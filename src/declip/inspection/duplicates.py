@@ -21,22 +21,22 @@ of JPEG quality 75 pass (photographs: all)."""
 
 BLOCKS = 8
 """Blocks of 16 bits. Hashes that differ in 6 bits are equal in at least two of 8 blocks, so among hashes sorted by each
-pair of blocks, 28 in all, every pair of near-duplicates stands together once at least."""
+pair of blocks, 28 in all, every pair of near-duplicates is adjacent at least once."""
 
 REACH = 64
-"""How far apart two hashes may stand among those with the same two blocks, so that the work stays linear. Where there
-are more (blank margins, one template) some near-duplicates are met through a third only."""
+"""Maximum distance of two hashes among those with the same two blocks, so that the work stays linear. If there are
+more (blank margins, one template) some near-duplicates are connected only through a third."""
 
 SET_BITS = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 
 def image_hash(image: Image.Image) -> int:
-    """64 bits of an RGB image's size and pixels: equal for equal images, and for no others but by one in 10^19."""
+    """64 bits of an RGB image's size and pixels: equal for equal images; a collision has probability 1 in 10^19."""
     return _hash(repr(image.size).encode() + image.tobytes())
 
 
 def caption_hash(caption: str) -> int:
-    """64 bits of a caption as the tokenizer cleans it: captions that are the same to a model hash alike."""
+    """64 bits of a caption as the tokenizer cleans it: captions that a model cannot distinguish have one hash."""
     return _hash(clean(caption).encode())
 
 

@@ -1,4 +1,4 @@
-"""Rules: which numbers of an inspection matter for contrastive training on few pairs, and from which value on.
+"""Rules: thresholds at which numbers of an inspection matter for contrastive training on few pairs.
 
 The sentences are in `declip/reports/templates/findings.txt`, one macro for each rule.
 """
@@ -13,7 +13,7 @@ BROKEN = 0.05
 """Default of `data.max_broken_fraction`: a run stops above it."""
 
 EQUAL_ROWS, MANY_EQUAL_ROWS = 0.01, 0.1
-"""Fraction of a batch's rows that have an equal caption in it: from where it is reported, and is to be fixed."""
+"""Fraction of a batch's rows with an equal caption in it: reported from the first on, to be fixed above the second."""
 
 LARGE, KEPT, MULTIPLE = 3.0, 2, 32
 """Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by."""

@@ -13,7 +13,7 @@ class Fraction:
     """A count out of a number, as a fraction, 0 of none.
 
     Attributes:
-        low, high: 95 % interval (Wilson 1927) for the whole source; the fraction itself when the whole was read.
+        low, high: 95 % interval (Wilson 1927) for the complete source; the fraction itself if all of it was read.
     """
 
     count: int
@@ -24,11 +24,11 @@ class Fraction:
 
     @classmethod
     def counted(cls, count: int, of: int, whole: bool) -> "Fraction":
-        """Make the fraction of a whole source or of a sample of it."""
+        """The fraction of a complete source or of a sample of it."""
         value = count / of if of else 0.0
         if whole or not of:
             return cls(count, of, value, value, value)
-        from scipy.stats import binomtest  # half a second, which every training would pay
+        from scipy.stats import binomtest  # imported here: it takes half a second
 
         interval = binomtest(count, of).proportion_ci(method="wilson")
         return cls(count, of, float(interval.low), float(interval.high), value)
@@ -67,7 +67,7 @@ class CaptionStats:
     per_pair: Spread
     words: Spread
     characters: Spread
-    tokens: Spread  # CLIP's, start and end included, nothing truncated
+    tokens: Spread  # CLIP's, start and end included, not truncated
     truncated: dict[int, Fraction]  # captions that a `text.context_length` would truncate, by context length
     context_length: int  # the shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does
     kinds: dict[str, Fraction]  # see `captions.KINDS`
@@ -91,9 +91,9 @@ class Repeats:
 
     members: int  # pairs that have one in common with another pair
     groups: int
-    surplus: int  # pairs that would go if one of each group stayed
+    surplus: int  # pairs to remove to keep one of each group
     coincidences: int  # couples of pairs that have one in common
-    expected: float  # the same in the whole source, estimated without bias
+    expected: float  # the same in the complete source, estimated without bias
     examples: tuple[RepeatGroup, ...]
 
 

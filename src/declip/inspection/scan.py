@@ -56,15 +56,15 @@ def inspect_source(
 ) -> Inspection:
     """Inspect a source of pairs before training on it.
 
-    Reading all of a large source takes memory for numbers only: 112 bytes a pair and 17 a caption are kept, and about
-    250 more a pair while duplicates are looked for.
+    Reading all of a large source takes memory for numbers only: 112 bytes a pair and 17 a caption, and about 250 more
+    a pair during the search for duplicates.
 
     Args:
         sample: How many random pairs to read; None reads them all.
-        workers: Processes that read; 0 reads in this one, None takes one for each core, 8 at most.
+        workers: Processes that read; 0 reads in this process, None uses one per core, at most 8.
         size: Side of the training images, pixels, that resolutions are compared with.
         batch_size: Pairs of a training batch, that equal captions are counted for.
-        check_leakage: Sources whose images should not be among the pairs, such as a test set; they are read whole.
+        check_leakage: Sources whose images should not be among the pairs, such as a test set; all are read.
         columns: For tables, see `open_source`.
     """
     check_range("sample", 1 if sample is None else sample, 1)
@@ -90,18 +90,22 @@ def inspect_source(
     if len(found.pairs):
         with status("Looking for duplicates", progress):
             inspection = _described(inspection, source, found, size, batch_size)
-        leakages = []
-        for other in others:
-            title = f"Images of {other.name}" if progress else ""
-            seen, _, skipped = read(other, np.arange(len(other)), workers, title, captioned=False)
-            if not len(seen):
-                raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
-            copied = found.pairs["place"][across(found.pairs, seen)].tolist()
-            keys = map(ImageSource(source).key, copied)
-            fraction = Fraction.counted(len(copied), len(found.pairs), inspection.whole)
-            leakages.append(Leakage(other.name, len(seen), fraction, tuple(zip(keys, copied, strict=True))))
+        leakages = [_leakage(source, found, other, workers, progress) for other in others]
         inspection = replace(inspection, leakages=tuple(leakages))
     return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
+
+
+def _leakage(source: PairSource, found: ReadPairs, other: PairSource, workers: int | None, progress: bool) -> Leakage:
+    """Find the pairs whose image looks like one of another source."""
+    title = f"Images of {other.name}" if progress else ""
+    seen, _, skipped = read(other, np.arange(len(other)), workers, title, captioned=False)
+    if not len(seen):
+        raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
+    copied = found.pairs["place"][across(found.pairs, seen)].tolist()
+    keys = map(ImageSource(source).key, copied)
+    all_read = len(found.pairs) + found.skipped.total == len(source)
+    fraction = Fraction.counted(len(copied), len(found.pairs), all_read)
+    return Leakage(other.name, len(seen), fraction, tuple(zip(keys, copied, strict=True)))
 
 
 def sample_places(total: int, sample: int | None, seed: int) -> np.ndarray:
@@ -115,7 +119,7 @@ def _described(it: Inspection, source: PairSource, found: ReadPairs, size: int, 
     """Add all that needs a pair that can be used."""
     pairs, lines, n = found.pairs, found.captions, len(found.pairs)
     places, owners = pairs["place"], np.repeat(np.arange(n), pairs["captions"])
-    # Pairs of pairs in the source for each pair of pairs in the sample, broken ones taken to be equally many.
+    # Couples of pairs in the source for each couple in the sample; broken pairs are assumed equally frequent.
     scale = 1.0 if it.whole or n < 2 else it.total * (it.total - 1) / (it.read * (it.read - 1))
     same, alike, texts = equal_groups(pairs["exact"]), near_groups(pairs["look"]), equal_groups(lines["hash"])
     first = np.unique(texts, return_index=True)[1]
@@ -194,7 +198,7 @@ def _captions(
 def _repeats(
     source: PairSource, groups: np.ndarray, places: np.ndarray, scale: float, hashes: np.ndarray | None = None
 ) -> Repeats:
-    """What comes more than once: images, or captions with `hashes`, by group and place of the pair that shows it."""
+    """Group repeated images, or captions with `hashes`, by group and place of the pair that shows them."""
     numbers, sizes = repeated(groups)
     together = int((sizes.astype(np.int64) * (sizes - 1) // 2).sum())
     examples = []
@@ -218,7 +222,7 @@ def _repeats(
 def _near_examples(
     source: PairSource, places: np.ndarray, same: np.ndarray, alike: np.ndarray
 ) -> tuple[tuple[Example, ...], ...]:
-    """Groups of images that look alike: those that say most, of images that are not equal, first."""
+    """Groups of near-duplicates, those with most images that are not equal first."""
     numbers, sizes = repeated(alike)
     different = np.bincount(alike[np.unique(same, return_index=True)[1]], minlength=alike.max() + 1)
     order = np.lexsort((-sizes, -different[numbers]))[:NEAR_EXAMPLES]
@@ -235,7 +239,7 @@ def _examples(source: PairSource, places: np.ndarray) -> tuple[Example, ...]:
 
 
 def _pairs(source: PairSource, places: Iterable[int]) -> list[Pair]:
-    """Read pairs again, without those that were removed meanwhile."""
+    """Read pairs again, without those that were removed in the meantime."""
     pairs = []
     for place in places:
         with suppress(BrokenPair):

@@ -61,7 +61,7 @@ def split_pairs(
         raise UserError(
             f"No validation part can be split off '{source.name}': its {len(related):,} pairs make "
             f"{len(sizes):,} groups with the same captions or images, the largest of {sizes.max():,} pairs. "
-            "Write captions that differ, or give a validation set with --val."
+            "Write captions that differ, or pass a validation set with --val."
         )
     train = np.setdiff1d(np.arange(len(candidates)), val)
     places = splits.get("train", np.arange(len(source)))  # of the candidates in the source
@@ -96,7 +96,7 @@ def _chosen(hashes: np.ndarray, sizes: np.ndarray, fraction: float, most: int) -
 
 
 def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> str | None:
-    """Look for validation images among the training images; give a warning where there are some.
+    """Look for validation images among the training images; return a warning if there are some.
 
     Raises:
         UserError: half of the validation images and more are there.
@@ -105,8 +105,8 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
     copies = float(across(held_out, pairs).mean())
     words = f"{percent(copies)} of the images of '{val.name}' are training images too, or nearly the same"
     if copies >= COPIED:
-        raise UserError(f"{words}, so it shows nothing. Give other pairs with --val, or leave it out.")
-    return f"{words}: its numbers are too high by what was memorized." if copies else None
+        raise UserError(f"{words}, so it measures memorization. Pass other pairs with --val, or leave it out.")
+    return f"{words}: its numbers are inflated by leakage." if copies else None
 
 
 def _related(pairs: ReadPairs, source: PairSource) -> np.ndarray:
@@ -125,11 +125,11 @@ def _related(pairs: ReadPairs, source: PairSource) -> np.ndarray:
 
 def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs:
     if len(source) < fewest:
-        raise UserError(f"'{source.name}' has {plural(len(source), 'pair')}; give {fewest} or more to fine-tune on.")
+        raise UserError(f"'{source.name}' has {plural(len(source), 'pair')}; fine-tuning needs {fewest} or more.")
     workers = None if len(source) > 2_000 else 0
     pairs = read(source, np.arange(len(source)), workers, f"Comparing images of {source.name}" if progress else "")
     if not len(pairs.pairs):
         raise UserError(f"No pair of '{source.name}' can be used. {pairs.skipped.explanation()}")
     if len(np.unique(pairs.captions["hash"])) < 2:
-        raise UserError(f"All pairs of '{source.name}' have one caption. Write what each image shows.")
+        raise UserError(f"All pairs of '{source.name}' have the same caption. Describe each image.")
     return pairs

@@ -1,4 +1,4 @@
-"""Decode an image file, or its bytes, to an upright RGB image, or name its fault."""
+"""Decode an image file, or its bytes, to an upright RGB image, or name the problem."""
 
 import os
 import stat
@@ -20,7 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.
 """The raster formats that data sets are made of. Pillow's others are rare, slow, or start other programs (EPS)."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
-"""Of images, also of those that cannot be read and are counted as broken."""
+"""Extensions of images, including formats that cannot be read and count as broken."""
 
 MOST_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 2 GiB / 4 / 3, twice
 LARGEST_IMAGE = 100_000_000  # bytes of a file
@@ -35,7 +35,7 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""Inverse of each EXIF orientation; 1 is upright already."""
+"""Inverse of each EXIF orientation; 1 is already upright."""
 
 DAMAGE = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
 """Errors of Pillow's readers for a damaged file, besides OSError."""
@@ -53,7 +53,7 @@ def decode(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST
 
 @contextmanager
 def opened(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> Iterator[Image.Image]:
-    """Open an image by its header and check its size; faults here and while it is open become `BrokenPair`."""
+    """Open an image by its header and check its size; errors here and while it is open become `BrokenPair`."""
     with raise_as_broken_pair(key):
         if isinstance(source, Image.Image):
             yield source
@@ -75,7 +75,7 @@ def raise_as_broken_pair(key: str) -> Iterator[None]:
         yield
     except (Image.DecompressionBombError, MemoryError) as error:
         raise BrokenPair("image too large", key, str(error)) from error
-    except UnidentifiedImageError as error:  # its own words name an address in memory
+    except UnidentifiedImageError as error:  # its message has an address in memory
         raise BrokenPair("unreadable image", key, f"damaged, or none of {', '.join(FORMATS)}") from error
     except (OSError, *DAMAGE) as error:
         reason = "truncated image" if "truncated" in str(error).lower() else "unreadable image"
@@ -106,7 +106,7 @@ def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
 
 
 def read_content(source: Path | bytes, key: str) -> bytes:
-    """The bytes of an image file; raises `BrokenPair`, also for a named pipe, of which opening would wait for ever."""
+    """The bytes of an image file; raises `BrokenPair`, also for a named pipe, which blocks on open."""
     if isinstance(source, Path):
         try:
             status = source.stat()
@@ -131,7 +131,7 @@ def rgb(image: Image.Image) -> Image.Image:
         top = 65_535.0
         if image.mode == "F":
             top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-        if getattr(image, "tag_v2", {}).get(262) == 0:  # of TIFF: 0 is white, which Pillow heeds at 8 bits alone
+        if getattr(image, "tag_v2", {}).get(262) == 0:  # of TIFF: 0 is white, which Pillow applies at 8 bits only
             values = top - values
         image = Image.fromarray((values.clip(0.0, top) * (255.0 / top) + 0.5).astype(np.uint8))
     if image.has_transparency_data:
@@ -141,7 +141,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or the EXIF block cannot be read."""
+    """The EXIF orientation, 1 (upright) if there is none or the EXIF block cannot be read."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except (OSError, *DAMAGE):

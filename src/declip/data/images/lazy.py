@@ -1,4 +1,4 @@
-"""Image files that are opened by their headers and decoded when their pixels are asked for, no larger than needed."""
+"""Image files that are opened by their headers and decoded on demand, no larger than needed."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ except ImportError:
 
 SCALES = (8, 4, 2)  # divisors of the sides that libjpeg supports while it decodes
 SMALLEST_SCALED = 8  # pixels that a side keeps at least; the decoders disagree about images smaller than a block
-SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")  # color spaces of which simplejpeg makes the same RGB as Pillow
+SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")  # color spaces that simplejpeg converts to the same RGB as Pillow
 
 
 class LazyJpeg:
@@ -29,7 +29,7 @@ class LazyJpeg:
         self.scales = tuple(scale for scale in SCALES if min(image.size) >= SMALLEST_SCALED * scale)
 
     def pixels(self, scale: int = 1) -> np.ndarray:
-        """See `LazyImage`; by simplejpeg where it is installed and accepts the file, else by Pillow."""
+        """See `LazyImage`; by simplejpeg if it is installed and accepts the file, else by Pillow."""
         width, height = (-(-side // scale) for side in self._stored)
         pixels = self._by_simplejpeg(width, height)
         if pixels is None:
@@ -41,7 +41,7 @@ class LazyJpeg:
         return pixels if self._turn is None else np.asarray(Image.fromarray(pixels).transpose(self._turn))
 
     def _by_simplejpeg(self, width: int, height: int) -> np.ndarray | None:
-        """The pixels as stored; None where simplejpeg is missing, or the file is odd and Pillow has to judge it."""
+        """The pixels as stored; None without simplejpeg, or for an unusual file that Pillow has to check."""
         if simplejpeg is None:
             return None
         try:
@@ -56,7 +56,7 @@ class LazyJpeg:
 
 
 def open_image(source: Path | bytes | Image.Image, key: str, most_pixels: int = MOST_PIXELS) -> LazyImage:
-    """Open an image file or its content as `decode` does; of a JPEG the pixels are decoded when they are asked for."""
+    """Open an image file or its content as `decode` does; the pixels of a JPEG are decoded on demand."""
     content = source if isinstance(source, Image.Image) else read_content(source, key)
     with opened(content, key, most_pixels) as image:
         if isinstance(content, bytes) and isinstance(image, JpegImageFile):

@@ -1,7 +1,7 @@
 """Color jitter, grayscale and blur on whole batches, each sample with its own parameters.
 
-The operations are torchvision's on float images, to float32 rounding, which takes one parameter for a whole batch.
-Samples with the same order of operations are processed together, in chunks that stay in the processor's cache, and each
+The operations equal torchvision's on float images up to float32 rounding; torchvision's take one parameter for a batch.
+Samples with the same order of operations are processed together, in chunks that fit the processor's cache. Each
 operation runs only on the samples that need it.
 """
 
@@ -18,7 +18,7 @@ from declip.data.batch import Photometric
 
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue in a gray value, as torchvision has it (ITU-R 601-2)
 CHUNK_BYTES = 1 << 19  # of the float32 images processed together on a CPU: they fit its second-level cache
-SIGMAS_KEPT = 6.0  # a tap of the blur further out weighs less than 2e-8 of the central one: nothing in float32
+SIGMAS_KEPT = 6.0  # a tap further out weighs less than 2e-8 of the central one: no effect in float32
 
 
 def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def apply(images: Tensor, photometric: Photometric, mean: Tensor, std: Tensor) -
     if images.device.type == "cpu" and limit:
         limit = max(1, CHUNK_BYTES // (4 * images[0].numel()))
     for chunk in _chunks(photometric, limit):
-        # Each blocking copy would wait for all work queued on the device: some hundred times in a step.
+        # A blocking copy would synchronize with the device, about a hundred times in a step.
         rows = chunk.rows.to(images.device, non_blocking=True)
         factors = chunk.factors.to(images.device, non_blocking=True)
         pixels = images.index_select(0, rows).float().div_(255)
@@ -61,7 +61,7 @@ def _chunks(photometric: Photometric, limit: int) -> Iterator[_Chunk]:
     factors = np.stack([part.cpu().numpy() for part in (p.brightness, p.contrast, p.saturation, p.hue)])
     neutral = np.array([[1.0], [1.0], [1.0], [0.0]], dtype=np.float32)
     order = p.order.cpu().numpy()
-    # An operation that would change nothing is left out of a sample's order: -1, and at the end.
+    # An operation without effect is removed from a sample's order: -1, sorted to the end.
     acts = np.take_along_axis((factors != neutral).T & jitter[:, None], order, axis=1)
     order = np.where(acts, order, -1)
     order = np.take_along_axis(order, np.argsort(~acts, axis=1, kind="stable"), axis=1)
@@ -144,7 +144,7 @@ def blur(images: Tensor, sigma: Tensor, radius: int) -> None:
 
 
 def _like(images: Tensor, values: tuple[float, ...]) -> Tensor:
-    """Constants on the images' device, without the wait of `images.new_tensor`."""
+    """Constants on the images' device, without the synchronization of `images.new_tensor`."""
     return torch.tensor(values, dtype=images.dtype).to(images.device, non_blocking=True)
 
 

@@ -16,7 +16,7 @@ from declip.data.sources.entry import EntrySource
 from declip.data.sources.splits import NUMBER_OF, UNKNOWN, places_by_split
 from declip.errors import UserError
 
-MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # more is another kind of file that happens to end in .txt
+MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold captions
 
 
 class ImageFile(NamedTuple):
@@ -37,8 +37,8 @@ class FolderSource(EntrySource):
         self._keys = pa.array(map(os.fsencode, sorted(_images(self.path))), pa.large_binary())
         if not len(self._keys):
             raise UserError(
-                f"The folder '{self.path}' holds no image ({', '.join(EXTENSIONS)}) that can be read. Of a folder of "
-                "tables name one, or in a recipe all of them: data.source=[a.csv,b.csv]."
+                f"The folder '{self.path}' has no image ({', '.join(EXTENSIONS)}). For a folder of tables name one, "
+                "or in a recipe all of them: data.source=[a.csv,b.csv]."
             )
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class FolderSource(EntrySource):
     def texts(self, entry: ImageFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
         key, path = entry.key, entry.path.with_suffix(".txt")
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
+            if not stat.S_ISREG(path.stat().st_mode):  # a named pipe blocks on open
                 raise BrokenPair("missing caption", key, f"{path} is not a file")
             with path.open("rb") as file:
                 content = file.read(MOST_CAPTION_BYTES + 1)

@@ -63,7 +63,7 @@ class DatasetRows(ArrowRows):
         yield from self.read().to_batches()
 
 
-@lru_cache(4)  # a table is opened for its captions and for its labels; a folder written anew is another
+@lru_cache(4)  # a table is opened for its captions and for its labels; the times of writing are part of the key
 def _load(spec: str, *_: int) -> Any:
     try:
         import datasets
@@ -71,10 +71,10 @@ def _load(spec: str, *_: int) -> Any:
         raise UserError("Reading this dataset needs the package datasets: pip install 'declip[datasets]'.") from error
     try:
         if hub := HUB.fullmatch(spec):
-            with quiet("huggingface_hub"):  # it says each of its retries
+            with quiet("huggingface_hub"):  # it logs each retry
                 return datasets.load_dataset(hub["name"], revision=hub["revision"], split=hub["split"] or "train")
         return datasets.load_from_disk(str(Path(spec).expanduser()))
-    except Exception as error:  # of the package, of the network, or of what is stored
+    except Exception as error:  # from the package, the network or the stored files
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
             f"The dataset '{spec}' cannot be read ({type(error).__name__}: {reason}). Check its name, and the split "

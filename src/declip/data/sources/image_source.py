@@ -1,4 +1,4 @@
-"""The images of a source: one without a usable caption is still an image."""
+"""The images of a source, whether their captions are usable or not."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +13,7 @@ from declip.data.sources.table import TableSource
 
 
 class CaptionedImage(NamedTuple):
-    """An image with its captions, if there are any; `uncaptioned` is the reason where they cannot be used."""
+    """An image with its captions, if there are any; `uncaptioned` is the reason if they cannot be used."""
 
     key: str
     image: Image.Image
@@ -32,14 +32,14 @@ class ImageSource:
         return len(self.source)
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        """Read image `index`; raises `BrokenPair` where the image itself cannot be used."""
+        """Read image `index`; raises `BrokenPair` if the image itself cannot be used."""
         uncaptioned = None
         if self.captioned:
             try:
                 pair = self.source[index]
                 return CaptionedImage(pair.key, pair.image, pair.captions)
             except BrokenPair as broken:
-                uncaptioned = broken  # read again without the captions: where that fails too, the image is at fault
+                uncaptioned = broken  # read again without the captions: if that fails too, the image is broken
         return CaptionedImage(self.source.key(index), self.source.image(index), (), uncaptioned)
 
     def key(self, index: int) -> str:
@@ -51,7 +51,7 @@ class ImageSource:
         return key.encode(errors="replace").decode()
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of image `index`; none where they cannot be used."""
+        """The captions of image `index`; none if they cannot be used."""
         with suppress(BrokenPair):
             return self.source.captions(index) if self.captioned else ()
         return ()

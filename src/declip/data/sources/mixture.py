@@ -20,8 +20,9 @@ class Weighted(NamedTuple):
 class Mixture(DerivedSource):
     """Pairs of several sources; an epoch shows those of a source with weight w w times.
 
-    Its indices are copies of the sources laid end to end: weight 2.25 makes two that are shown whole and one of which a
-    quarter is shown. So `len` counts the indices, `shown` the pairs of an epoch, `distinct` those of the sources.
+    Its indices are copies of the sources one after the other: weight 2.25 makes two copies that are shown completely
+    and one of which a quarter is shown. So `len` counts the indices, `shown` the pairs of an epoch, `distinct` those of
+    the sources.
     """
 
     def __init__(self, sources: Sequence[tuple[PairSource, float]]) -> None:

@@ -65,7 +65,7 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
     if text in _OBJECTS:
         return open_source(_OBJECTS[text], columns)
     if text.startswith(PREFIX):
-        raise UserError(f"'{text}' was a Python object. Give it again, in Python: declip.train(recipe, data=object).")
+        raise UserError(f"'{text}' was a Python object. Pass it again in Python: declip.train(recipe, data=object).")
     path = Path(text).expanduser()
     if (table := find_table(text)) is not None:
         return TableSource(table, columns)
@@ -89,8 +89,8 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
         if len(source) != listed.total or (listed.digest and listed.digest_in(source) != listed.digest):
             now = f"{len(source):,}" if len(source) != listed.total else "others, or these in another order"
             raise UserError(
-                f"'{path}' lists pairs of '{listed.source}' when it had {listed.total:,}; now it has {now}. Make the "
-                "list anew in another folder."
+                f"'{path}' lists pairs of '{listed.source}' when it had {listed.total:,}; now it has {now}. Write "
+                "the list again in another folder."
             )
         return Subset(source, np.array(listed.indices, np.int64))
     return TableSource(path, columns)

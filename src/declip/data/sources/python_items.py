@@ -48,8 +48,8 @@ class ItemSource(EntrySource):
             items = items.to_dict("records")
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")) or isinstance(items, Mapping | bytes):
             raise UserError(
-                f"A {self.name} is no source of pairs. Give a name, or an object with __len__ and "
-                "__getitem__ that gives dicts or (image, caption), such as a list."
+                f"A {self.name} is not a source of pairs. Pass a name, or an object with __len__ and "
+                "__getitem__ that returns dicts or (image, caption), such as a list."
             )
         self.items = items
         if not len(items):

@@ -1,4 +1,4 @@
-"""Rows of tables as pairs: memory-mapped where the table is large, never held as Python objects."""
+"""Rows of tables as pairs: memory-mapped if the table is large, never Python objects."""
 
 import hashlib
 import os
@@ -60,7 +60,7 @@ class TableRow:
                 cell = cell.get("bytes") or cell.get("path")
         if cell is None or isinstance(cell, str | bytes):
             return cell
-        raise BrokenPair("missing image", self.key, f"its cell is no path: {str(cell)[:40]}")
+        raise BrokenPair("missing image", self.key, f"its cell is not a path: {str(cell)[:40]}")
 
     def captions(self) -> list[str | None]:
         """The captions as written, those of lists one by one; raises `BrokenPair`."""
@@ -117,7 +117,7 @@ class TableRows(ABC):
         self.table = self.read()
 
     def read(self) -> pa.Table:
-        return self._kept("columns", self.wanted, self.schema(), self.batches)
+        return self._in_memory_or_cached("columns", self.wanted, self.schema(), self.batches)
 
     @abstractmethod
     def schema(self) -> pa.Schema:
@@ -129,7 +129,7 @@ class TableRows(ABC):
 
     @abstractmethod
     def image_keys(self, hashed: bool) -> pa.LargeBinaryArray | None:
-        """What rows of the same image share, empty where there is no image; None if that were a hash but is not."""
+        """Key shared by rows of one image, empty without an image; None if images are bytes and not `hashed`."""
 
     @abstractmethod
     def pair(self, numbers: list[int]) -> TableRow:
@@ -169,19 +169,19 @@ class TableRows(ABC):
         merged = self.caption != self.image
 
         def group() -> Iterator[pa.RecordBatch]:
-            # Hashing images is worth its time only where captions are merged.
+            # Hashing images pays only if captions are merged.
             keys = self.image_keys(hashed=merged)
             rows = len(self.table)
             order, starts = (np.arange(rows), np.arange(rows + 1)) if keys is None else group_rows(keys)
             yield pa.record_batch([pa.LargeListArray.from_arrays(starts, pa.array(order))], ["rows"])
 
         kind = pa.schema([("rows", pa.large_list(pa.int64()))])
-        return whole(self._kept("rows", [self.image, merged], kind, group)["rows"])
+        return combined(self._in_memory_or_cached("rows", [self.image, merged], kind, group)["rows"])
 
-    def _kept(
+    def _in_memory_or_cached(
         self, kind: str, options: list[Any], schema: pa.Schema, batches: Callable[[], Iterator[pa.RecordBatch]]
     ) -> pa.Table:
-        """A table in memory or, where it is large, in the cache."""
+        """A table in memory or, if it is large, in the cache."""
         try:
             if not self._large:
                 return pa.Table.from_batches(batches(), schema)
@@ -225,7 +225,7 @@ class ArrowRows(TableRows):
             column = column.cast(column.type.value_type)
         if is_bytes(column.type):
             return pa.array(map(_key_of, column), pa.large_binary()) if hashed else None
-        return whole(column.cast(pa.large_binary()).fill_null(b""))
+        return combined(column.cast(pa.large_binary()).fill_null(b""))
 
 
 class ParquetRows(ArrowRows):
@@ -269,7 +269,7 @@ class ParquetRows(ArrowRows):
                 size, rows = size + batch.nbytes, rows + len(batch)
                 if size > most:
                     raise UserError(f"'{path}' is not read: its columns take more than {most:,} bytes.")
-                # Built again, since fields of the same type may differ in what they say of nulls, and in metadata.
+                # Rebuilt, since fields of the same type may differ in nullability and metadata.
                 yield pa.RecordBatch.from_arrays(batch.select(self.wanted).columns, schema=schema)
             if rows != count:
                 raise UserError(f"'{path}' cannot be read: it says {count:,} rows and has {rows:,}.")
@@ -287,7 +287,7 @@ def group_rows(images: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
     codes = images.dictionary_encode().indices.to_numpy()
     rows = np.arange(len(images))
     first = np.empty(len(images), np.int64)
-    first[codes[::-1]] = rows[::-1]  # the last value written to a code stays, which is its first row
+    first[codes[::-1]] = rows[::-1]  # the last value written for a code is its first row
     groups = first[codes]
     empty = np.asarray(pc.binary_length(images)) == 0
     groups[empty] = rows[empty]
@@ -297,7 +297,7 @@ def group_rows(images: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _key_of(cell: pa.Scalar) -> bytes:
-    """The hash of an image's bytes, else its path, else nothing."""
+    """The hash of an image's bytes, else its path, else empty."""
     path = None
     if pa.types.is_struct(cell.type) and cell.is_valid:
         path = cell["path"] if cell.type.get_field_index("path") >= 0 else None
@@ -307,8 +307,8 @@ def _key_of(cell: pa.Scalar) -> bytes:
     return path.as_buffer().to_pybytes() if path is not None and path.is_valid else b""
 
 
-def whole(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece; no copy where it is."""
+def combined(column: pa.ChunkedArray) -> pa.Array:
+    """Combine the chunks of a column, without a copy if it has one."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 

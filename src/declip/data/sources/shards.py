@@ -70,7 +70,7 @@ class ShardSource(EntrySource):
         try:
             cache_gb = float(given) if cache_gb is None else cache_gb
         except ValueError:
-            raise UserError(f"DECLIP_SHARD_CACHE_GB is '{given}'; give a number of 10^9 bytes, such as 50.") from None
+            raise UserError(f"DECLIP_SHARD_CACHE_GB is '{given}'; set it to 10^9 bytes, such as 50.") from None
         self._arguments = (word, cache_gb)
         self.files = ShardFiles(cache_gb)
         self._shards = find_shards(word)
@@ -81,7 +81,7 @@ class ShardSource(EntrySource):
         self._ends = np.cumsum(self.blocks)
         if not len(self):
             raise UserError(
-                f"'{word}' holds no pair. A pair is KEY.jpg (or .png, .webp …) with KEY.txt or KEY.json, where KEY "
+                f"'{word}' has no pair. A pair is KEY.jpg (or .png, .webp …) with KEY.txt or KEY.json, where KEY "
                 "has no dot."
             )
 
@@ -205,8 +205,8 @@ def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
             latest[key][part] = (at, size)
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"The shard '{name}' is no tar archive that can be read beyond its first {len(rows):,} pairs: {error}. "
-            "Fetch or write it anew, or leave it out; one that is compressed has to be unpacked once."
+            f"The shard '{name}' is not a tar archive that can be read beyond its first {len(rows):,} pairs: {error}. "
+            "Fetch or write it again, or remove it; decompress a compressed one."
         ) from error
     return pa.RecordBatch.from_pylist(rows, SCHEMA)
 
@@ -238,14 +238,14 @@ def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
         return
     except OSError:
         raise
-    except Exception as error:  # of any kind, where a header lies
+    except Exception as error:  # of any kind, from an invalid header
         raise tarfile.TarError(f"{error or type(error).__name__} at byte {at:,}") from error
     if at > file.size:
         raise tarfile.TarError(f"cut short: {file.size:,} bytes of at least {at:,}")
 
 
 class _Headers:
-    """A file as `tarfile` reads it, which gives no more than `LARGEST_HEADER` bytes between two seeks."""
+    """A file for `tarfile` that returns at most `LARGEST_HEADER` bytes between two seeks."""
 
     def __init__(self, file: OpenFile) -> None:
         self._file = file

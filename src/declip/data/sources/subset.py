@@ -97,7 +97,7 @@ def take(source: PairSource, count: int, seed: int) -> Subset:
 class PairList(NamedTuple):
     """A file that lists pairs of a source: its name and columns, its number of pairs, and rising indices.
 
-    `digest` is of some of their keys: a table that was sorted anew has others at these places.
+    `digest` is of some of their keys: a table that was sorted again has other keys at these places.
     """
 
     source: str
@@ -125,7 +125,7 @@ def write_pair_list(path: Path, listed: PairList, source: PairSource | None = No
 
 
 def read_pair_list(path: Path) -> PairList:
-    """Read a list of pairs; raises `UserError` where the file is none."""
+    """Read a list of pairs; raises `UserError` if the file is invalid."""
     try:
         listed = PairList(**json.loads(path.read_text("utf-8")))
         columns = Columns(**listed.columns)  # type: ignore[arg-type]
@@ -138,4 +138,4 @@ def read_pair_list(path: Path) -> PairList:
             return listed
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
         pass
-    raise UserError(f"'{path}' is not a list of pairs that `declip finetune` wrote. Give the pairs themselves.")
+    raise UserError(f"'{path}' is not a list of pairs that `declip finetune` wrote. Pass the pairs themselves.")

@@ -48,7 +48,7 @@ class TableSource(EntrySource):
         self.root = self.rows.folder if columns.root is None else Path(columns.root).expanduser()
         self.confined = columns.root is not None
         if not self.root.is_dir():
-            raise UserError(f"There is no folder '{self.root}' that image paths could be relative to.")
+            raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
         names = self.rows.columns
         image = find_column(names, columns.image, IMAGE_NAMES, "image", path)
         caption, keywords = image, None
@@ -125,7 +125,7 @@ def find_table(spec: str | Path) -> str | Path | None:
 
 
 def find_column(columns: Sequence[str], given: str, usual: Sequence[str], what: str, path: Path | str) -> str:
-    """Find a column by the given name or, where that is `usual[0]` and missing, by another usual name in any case."""
+    """Find a column by its name or, if that is `usual[0]` and missing, by another usual name in any case."""
     lower = by_lower_name(columns)
     names = [given, *(lower[name] for name in usual if given == usual[0] and name in lower)]
     column = next((name for name in names if name in columns), None)

@@ -1,4 +1,4 @@
-"""Rows of JSONL, CSV and TSV files, of which only the places in the file are held."""
+"""Rows of JSONL, CSV and TSV files, of which only the positions in the file are stored."""
 
 import csv
 import json
@@ -15,10 +15,10 @@ import pyarrow as pa
 from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import BrokenPair
 from declip.data.sources.open_file import OpenFile
-from declip.data.sources.rows import TableRow, TableRows, not_utf8, whole
+from declip.data.sources.rows import TableRow, TableRows, combined, not_utf8
 from declip.errors import UserError
 
-LONGEST_ROW = 16 << 20  # bytes. A longer row is a file with a lost quote or line end, not a pair.
+LONGEST_ROW = 16 << 20  # bytes. A longer row means a lost quote or line end.
 ROWS_AT_ONCE = 1 << 16  # rows whose places are collected before they are written
 PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no header lists them
 
@@ -27,7 +27,7 @@ Place = tuple[int, int, int, bytes]
 
 
 class TextRows(TableRows):
-    """A UTF-8 file of rows that start on lines of their own; blank lines are none."""
+    """A UTF-8 file of rows that start on separate lines; blank lines are skipped."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -46,7 +46,7 @@ class TextRows(TableRows):
         """The cells of a row by column; raises ValueError or RecursionError."""
 
     def complete(self, line: bytes, file: BinaryIO, number: int) -> bytes:
-        """The whole row that starts with a line; `file` is at the next."""
+        """The complete row that starts with a line; `file` is at the next line."""
         return line
 
     def places(self) -> Iterator[Place]:
@@ -89,7 +89,7 @@ class TextRows(TableRows):
         return self.table["split"] if self.split else None
 
     def _read(self, size: int, at: int) -> bytes:
-        """Read bytes; raises `UserError` where the file is no longer what was opened."""
+        """Read bytes; raises `UserError` if the file has changed since it was opened."""
         content = self._file.read(size, at)
         if len(content) < size or self._file.stamp != self._stamp:
             raise UserError(
@@ -100,7 +100,7 @@ class TextRows(TableRows):
         return content
 
     def image_keys(self, hashed: bool) -> pa.LargeBinaryArray:
-        return whole(self.table.column(0))
+        return combined(self.table.column(0))
 
     def pair(self, numbers: list[int]) -> TableRow:
         rows = []
@@ -181,7 +181,7 @@ class DelimitedRows(TextRows):
         return dict(zip(self.columns, cells, strict=True))
 
     def _split(self, row: str) -> list[str]:
-        """The cells of a row; marks that break the rules are read as spreadsheets do, and literally in TSV."""
+        """The cells of a row; invalid quotes are read as spreadsheets do, and literally in TSV."""
         for strict in (True, False) if self.delimiter != "\t" else (True,):
             if '"' in row:
                 with suppress(csv.Error):
@@ -215,7 +215,7 @@ class DelimitedRows(TextRows):
         return line
 
     def _swallows(self, lines: list[bytes]) -> bool:
-        """Whether a row of several lines seems to hold rows: two of them have enough cells, one an image."""
+        """Whether a row of several lines seems to contain rows: two lines have enough cells, one of them an image."""
         rows = [line.decode("latin-1").split(self.delimiter) for line in lines]
         rows = [cells for cells in rows if len(cells) >= len(self.columns)]
         return sum(any(cell.strip('" \r\n').lower().endswith(EXTENSIONS) for cell in cells) for cells in rows) > 1

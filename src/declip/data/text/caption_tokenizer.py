@@ -12,7 +12,7 @@ from declip.errors import UserError
 
 
 class CaptionTokenizer(ABC):
-    """Turns texts into ids and back; start and end stand around every text, and nowhere else.
+    """Encodes texts as ids and decodes them; start and end ids enclose every text and occur nowhere else.
 
     An instance can be used by threads, forked and pickled.
 
@@ -65,7 +65,7 @@ class CaptionTokenizer(ABC):
         """Encode one text or several as (n, L) int64, L the longest, rounded up to 8 and at most `context`."""
         rows = [self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
         if not rows:
-            raise UserError("No text was given to the tokenizer; give a string or a list of at least one.")
+            raise UserError("The tokenizer got no text; pass a string or a list of at least one.")
         width = padded_length(max(map(len, rows)), self.context)
         return torch.tensor([row + [self.padding] * (width - len(row)) for row in rows], dtype=torch.int64)
 

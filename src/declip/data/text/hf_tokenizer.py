@@ -10,10 +10,10 @@ SPECIALS = ("start", "end", "mask", "padding")
 
 
 class HuggingfaceTokenizer(CaptionTokenizer):
-    """Turns texts into the ids that an encoder was trained with; its own normalizer cleans them.
+    """Encodes texts as the ids that an encoder was trained with; its own normalizer cleans them.
 
     Ids equal those of transformers for every text with one exception: "[SEP]" and the like in a text are spelled out,
-    so that special ids stand only where this class or `mask_tokens` puts them.
+    so that special ids occur only where this class or `mask_tokens` inserts them.
 
     Args:
         definition: The content of tokenizer.json.

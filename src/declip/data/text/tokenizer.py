@@ -26,7 +26,7 @@ _LONGEST_CACHED = 64
 
 
 class Tokenizer(CaptionTokenizer):
-    """Turns texts into CLIP's token ids and back.
+    """Encodes texts as CLIP's token ids and decodes them.
 
     Ids equal those of OpenAI's and open_clip's `SimpleTokenizer` for every text with one exception: nothing in a text
     is read as a special token, so that pooling at the first end token is safe. Texts are decoded in lower case with
@@ -72,8 +72,8 @@ def fix(text: str) -> str:
 class _BytePairs:
     """Byte-pair encoding of strings between two spaces, with the first `merges` of CLIP's merges.
 
-    Each string is looked up in a bounded cache; a new one goes to the `tokenizers` library by a call of its own, so
-    that its thread pool is never started.
+    Each string is looked up in a bounded cache; a new one goes to the `tokenizers` library in a separate call,
+    so that its thread pool is never started.
     """
 
     def __init__(self, merges: int) -> None:

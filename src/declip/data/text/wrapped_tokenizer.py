@@ -24,7 +24,7 @@ CLEAN: Mapping[str, Callable[[str], str]] = {
 
 
 class WrappedTokenizer(CaptionTokenizer):
-    """Turns texts into the ids of another library's tokenizer; batches are padded to the whole context, as there.
+    """Encodes texts as the ids of another library's tokenizer; batches are padded to the full context, as there.
 
     Args:
         definition: Content of tokenizer.json; None for CLIP's own vocabulary.
