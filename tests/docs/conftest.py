@@ -148,7 +148,7 @@ def world(emoji_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")
         (folder / "drop.csv").write_text(f"key,reason\n{open_source('builtin:emoji').key(0)},no reason\n", "utf-8")
         declip.export(runs / "vit", "huggingface", folder / "downloads" / "clip-vit-base-patch32")
-    state = {f"module.{name}": value for name, value in load_file(SHIPPED / "declip_vit_tiny.safetensors").items()}
+    state = {f"module.{name}": value for name, value in load_file(SHIPPED / "defilip_vit_tiny.safetensors").items()}
     torch.save({"last_iter": 1, "model": state, "optimizer": {}}, folder / "ckpt.pth.tar")
     roberta(folder / "encoders" / "clinical", context=128)
     return folder

@@ -131,7 +131,7 @@ ODD = [
 
 @pytest.mark.parametrize(("name", "tensor"), ODD)
 def test_weights_of_sizes_that_no_one_meant(name: str, tensor: torch.Tensor, here: Path) -> None:
-    save_file(load_file(SHIPPED / "declip_vit_tiny.safetensors") | {name: tensor}, here / "odd.safetensors")
+    save_file(load_file(SHIPPED / "defilip_vit_tiny.safetensors") | {name: tensor}, here / "odd.safetensors")
     got, megabytes = apart(lambda: declip.load(here / "odd.safetensors", device="cpu"))
     assert got != "read"
     assert megabytes < 2 * ROOM

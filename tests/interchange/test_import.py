@@ -54,7 +54,7 @@ def test_official_models_come_in_whole(
 def test_official_weights_are_exported_for_open_clip(tmp_path: Path) -> None:
     """With their bias after the text projection."""
     pytest.importorskip("open_clip")
-    model, _ = read_official(load_file(SHIPPED / "declip_vit_tiny.safetensors"), text_heads=2)
+    model, _ = read_official(load_file(SHIPPED / "defilip_vit_tiny.safetensors"), text_heads=2)
     assert model.text_tower.text_projection.bias.abs().max() > 0.01
     export_exactly(model.eval(), "open_clip", tmp_path / "out")
 
@@ -64,7 +64,7 @@ def test_home_is_expanded_wherever_a_folder_is_given(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    file = official_file(tmp_path, load_file(SHIPPED / "declip_vit_tiny.safetensors"))
+    file = official_file(tmp_path, load_file(SHIPPED / "defilip_vit_tiny.safetensors"))
     assert declip.export(file, "safetensors", "~/imported").folder == tmp_path / "imported"
     tuned = recipe_for(table, "clip", {"finetune": {"pretrained": "~/imported"}}, steps=1)
     declip.train(tuned, out=tmp_path / "run", quiet=True, report=False)
@@ -126,7 +126,7 @@ class Painted(PairSource):
 def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    state = load_file(SHIPPED / "declip_vit_tiny.safetensors")
+    state = load_file(SHIPPED / "defilip_vit_tiny.safetensors")
     model = declip.load(official_file(tmp_path, backbone_of(state, "named")), device="cpu")
     data = Dataset("painted", {"train": Painted, "test": Painted})
     for protocol in ("knn", "linear"):
