@@ -139,7 +139,7 @@ def test_probes_of_an_image_tower_alone_work_and_zero_shot_says_why_not(
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "image tower alone" in card
     assert "image-feature-extraction" in card
-    assert "torch.Size([1, 64]) torch.Size([1, 128])" in run_card(tmp_path / "out", monkeypatch, capfd)
+    assert "torch.Size([1, 64]) torch.Size([1, 64])" in run_card(tmp_path / "out", monkeypatch, capfd)
 
 
 def test_what_is_no_model_of_ours_stays_open_clips(tmp_path: Path) -> None:
