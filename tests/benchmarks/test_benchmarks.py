@@ -64,15 +64,6 @@ def test_step_and_its_peer(call: Call) -> None:
     assert sides["clip"]["model"] - sides["open_clip"]["model"] == 64 + 32
 
 
-def test_both_recipes_step_on_the_same_pairs(scripts: Scripts) -> None:
-    step = scripts("step")
-    options = ["--recipe=declip-yfcc15m-vitb32", "--tiny", "--batch-size=4", "--captions=full", "--precision=fp32"]
-    setting = step.prepare(step.parser().parse_args(options))
-    clip, ours = setting.batches["clip"], setting.batches["ours"]
-    assert clip.sample_ids.tolist() == ours.sample_ids.tolist()
-    assert (len(clip.views), len(ours.views), ours.texts.shape[0], clip.texts.shape[-1]) == (1, 2, 2, 77)
-
-
 def test_search_and_its_peers(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     words = ("--sizes", 1200, "--width", 32, "--batch-size", 1, 4, "--repeats", 1)
@@ -132,27 +123,6 @@ def test_a_failing_gpu_part_keeps_the_rest_and_runs_last_next_time(gpu: Gpu, mon
     status, printed = gpu()
     assert (status, calls) == (0, ["early", "good", "early"])
     assert gpu() == (0, printed)
-
-
-def test_a_large_batch_without_the_peer(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    status, printed = gpu("--only", "grad-cache")
-    ours, peer = printed["grad-cache"]["rows"]
-    assert (status, ours["batch"], ours["chunk"]) == (1, 8, 4)
-    assert ours["ms"] > 0
-    assert "declip[bench]" in peer["failed"]
-
-
-def test_a_batch_is_repeated_whole(scripts: Scripts) -> None:
-    gpu = scripts("gpu")
-    recipe = gpu.load_recipe("demo-declip-official", {"train.batch_size": 4})
-    batch = next(gpu.build(recipe, gpu.InMemory(["a red circle", "a blue square"] * 4, 32)).loader)
-    more = scripts("gpu_steps").tiled(batch, 10)
-    for name, view in batch.views.items():
-        assert torch.equal(more.views[name].pixels[4:8], view.pixels)
-        assert torch.equal(more.views[name].photometric.sigma[8:], view.photometric.sigma[:2])
-    assert torch.equal(more.texts[:, 4:8], batch.texts)
-    assert torch.equal(more.labels[8:], batch.labels[:2])
 
 
 def test_reproduction(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
