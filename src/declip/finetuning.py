@@ -32,12 +32,15 @@ from declip.runs.folder import LOCK, RECIPE, SPLIT, Run, lock_folder, log, moved
 from declip.training import distributed
 from declip.training.arguments import resolve_recipe
 from declip.training.assemble import assemble
+from declip.training.captions import caption_warnings
 from declip.training.distributed import HostGroup
 from declip.training.estimate import Estimate, estimate
 from declip.training.parts import Parts
+from declip.training.resolve import open_training_source
 from declip.training.trainer import Trainer
 
 FINETUNED = Path("runs") / "finetune"
+MOST_SEEN = 200_000  # training pairs of the start that are compared with new ones: 1,000 a second
 
 
 def finetune(
@@ -67,6 +70,9 @@ def finetune(
             recipe = hosts.on_rank_zero(resolve)
         parts = assemble(recipe, folder, resume, quiet)
         check_learns(parts)
+        if distributed.is_rank_zero():
+            for warning in caption_warnings(parts.source, parts.model.tokenizer):
+                log.warning(warning)
         undo.pop_all()
         run = Trainer(parts).train(write_finetuned)
     distributed.leave()
@@ -151,28 +157,66 @@ def finetune_recipe(
     kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
     settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
     # Keys that do not suit the weights are refused before the pairs are read.
-    checked = load_recipe("finetune", {**settled(1), "evaluation.retrieval": [str(pairs)]}).data
-    columns = Columns.of(checked)
-    data: str | None = str(pairs)
-    source, sets = open_source(pairs, columns), [str(name) for name in val]
-    if sets:
-        source = training_part(source)
-        _check_copies(source, sets, quiet)
-    elif "validation" not in source.splits() and len(training_part(source)) < FEWEST:
-        source = training_part(source)
-        _check_few(source)
-    else:
-        parts = split_pairs(source, progress=not quiet)
-        data, sets = str(folder / SPLIT[0]), [str(folder / SPLIT[1])]
-        _write_parts(folder, PairList(str(pairs), columns, len(source), []), source, parts)
-        source = open_source(data)
+    checked = load_recipe("finetune", {**settled(1_000), "evaluation.retrieval": [str(pairs)]}).data
+    source, data, sets = _choose_pairs(str(pairs), Columns.of(checked), val, folder, _pairs_of(where), quiet)
     count = min(len(source), checked.max_pairs or len(source))
     keys = {"finetune.pretrained": json.dumps(where), **settled(count, validated=bool(sets))}
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", CPU_SIZE)
     if len(source) == 1:  # a batch has two pairs at least
-        keys["data.source"], data = [{"source": data, "weight": 2}], None
+        return resolve_recipe("finetune", {**keys, "data.source": [{"source": data, "weight": 2}]}, None, sets)
     return resolve_recipe("finetune", keys, data, sets)
+
+
+def _choose_pairs(
+    pairs: str, columns: Columns, val: Sequence[str | Path], folder: Path, seen: PairSource | None, quiet: bool
+) -> tuple[PairSource, str, list[str]]:
+    """The training pairs, their name, and the names of the validation sets; a split is written into the folder.
+
+    Args:
+        seen: Pairs that the weights were trained on, which are not to be validated on.
+    """
+    source = open_source(pairs, columns)
+    if val:
+        source, sets = training_part(source), [str(name) for name in val]
+        for name in sets:
+            held_out = open_dataset(name).split("test")
+            warnings = [check_copies(source, held_out, not quiet)]
+            warnings += [] if seen is None else [check_copies(seen, held_out, not quiet)]
+            for warning in filter(None, warnings):
+                log.warning(warning)
+        return source, pairs, sets
+    if "validation" not in source.splits() and len(training_part(source)) < FEWEST:
+        source = training_part(source)
+        _check_few(source)
+        return source, pairs, []
+    try:
+        parts = split_pairs(source, progress=not quiet, seen=seen)
+    except UserError:
+        if seen is None:
+            raise
+        parts = split_pairs(source, progress=not quiet)
+        log.warning(
+            f"The weights were trained on these pairs, or on most of them ('{seen.name}'), so the validation results "
+            "are too high. Give other pairs with --val."
+        )
+    _write_parts(folder, PairList(pairs, columns, len(source), []), source, parts)
+    train, held_out_part = (str(folder / name) for name in SPLIT)
+    return open_source(train), train, [held_out_part]
+
+
+def _pairs_of(weights: str) -> PairSource | None:
+    """The training pairs of a run that is the start, if they can be compared with new ones."""
+    place = Path(weights).expanduser()
+    folder = next((path for path in (place, place.parent.parent) if (path / RECIPE).is_file()), None)
+    if folder is None:
+        return None
+    try:
+        source = open_training_source(moved_lists(load_recipe(folder / RECIPE), folder))
+    except UserError as error:
+        log.warning(f"The pairs that '{weights}' was trained on cannot be compared with yours: {error}")
+        return None
+    return None if source.remote or len(source) > MOST_SEEN else source
 
 
 def _write_parts(folder: Path, whole: PairList, source: PairSource, parts: PairSplit) -> None:
@@ -183,13 +227,6 @@ def _write_parts(folder: Path, whole: PairList, source: PairSource, parts: PairS
         places = whole.indices
     for name, indices in zip(SPLIT, parts, strict=True):
         write_pair_list(folder / name, whole._replace(indices=[places[index] for index in indices]), source)
-
-
-def _check_copies(source: PairSource, sets: Sequence[str], quiet: bool) -> None:
-    for name in sets:
-        warning = check_copies(source, open_dataset(name).split("test"), not quiet)
-        if warning is not None:
-            log.warning(warning)
 
 
 def _check_few(source: PairSource) -> None:
@@ -203,7 +240,7 @@ def _check_few(source: PairSource) -> None:
     if not captions:
         raise UserError(f"No pair of '{source.name}' can be used. {skipped.explanation()}")
     if len(captions) < 2 <= len(source):
-        raise UserError(f"All pairs of '{source.name}' have one caption. Write what each image shows.")
+        raise UserError(f"All pairs of '{source.name}' have the same caption. Describe each image.")
     log.warning(
         f"'{source.name}' has {plural(len(source), 'pair')}: too few for a validation part ({FEWEST}), so all are "
         "trained on and nothing is measured. Give other pairs with --val to measure."

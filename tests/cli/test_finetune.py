@@ -236,6 +236,21 @@ def test_numbers_are_read_as_python_writes_them(rate: str) -> None:
     assert (keys["train.batch_size"], keys["train.evaluate_every"]) == (16, 4)
 
 
+def test_pairs_of_the_start_are_not_validated_on(pairs: Path, weights: Path, tmp_path: Path) -> None:
+    head, *rows = pairs.read_text().splitlines()
+    table = pairs.with_name("fewer.csv")
+    table.write_text("\n".join([head, *rows[:30]]) + "\n")
+    keys: dict[str, Any] = {"quiet": True, "train.steps": 1, "train.batch_size": 8}
+    first = declip.finetune(table, weights, out=tmp_path / "first", **keys)
+    renamed = pairs.with_name("renamed.csv")  # the same images with other captions, so that their hashes change
+    renamed.write_text("\n".join([head, *(f"{row} again" for row in rows)]) + "\n")
+    declip.finetune(renamed, first.folder, out=tmp_path / "second", **keys)
+    trained = {rows[index] for index in read_pair_list(tmp_path / "first" / "train.pairs").indices}
+    validated = {rows[index] for index in read_pair_list(tmp_path / "second" / "val.pairs").indices}
+    assert len(validated) >= 2
+    assert not trained & validated
+
+
 def test_without_weights_three_ways_are_named(pairs: Path, tmp_path: Path, monkeypatch: Any, command: Any) -> None:
     monkeypatch.setattr(starter, "installed", lambda: False)
     error = command("finetune", pairs, "--out", tmp_path / "run").err

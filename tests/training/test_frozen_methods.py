@@ -67,6 +67,15 @@ def test_cca_is_that_of_a_plain_computation() -> None:
     torch.testing.assert_close(found, plain.double(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("value", [0.0, 1.7, float("nan")])
+def test_cca_refuses_features_without_variance(side: int, value: float) -> None:
+    features = [torch.randn(50, 7), torch.randn(50, 5)]
+    features[side] = torch.full_like(features[side], value) * torch.linspace(1, 2, features[side].shape[1])
+    with pytest.raises(UserError, match="captions" if side else "images"):
+        cca(*features)
+
+
 def test_of_many_rows_the_start_needs_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     latent = doubles(5_000, 3)
     images, texts = (latent @ doubles(3, width) + 0.3 * doubles(5_000, width) for width in (7, 5))

@@ -101,7 +101,7 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
     Raises:
         UserError: half of the validation images and more are there.
     """
-    pairs, held_out = _read(train, progress).pairs, _read(val, progress, fewest=1).pairs
+    pairs, held_out = _read(train, progress, fewest=1).pairs, _read(val, progress, fewest=1).pairs
     copies = float(across(held_out, pairs).mean())
     words = f"{percent(copies)} of the images of '{val.name}' are training images too, or nearly the same"
     if copies >= COPIED:
@@ -130,6 +130,6 @@ def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs
     pairs = read(source, np.arange(len(source)), workers, f"Comparing images of {source.name}" if progress else "")
     if not len(pairs.pairs):
         raise UserError(f"No pair of '{source.name}' can be used. {pairs.skipped.explanation()}")
-    if len(np.unique(pairs.captions["hash"])) < 2:
+    if len(np.unique(pairs.captions["hash"])) < 2 <= len(source):
         raise UserError(f"All pairs of '{source.name}' have the same caption. Describe each image.")
     return pairs

@@ -82,11 +82,12 @@ def settings(
     if freeze is None:
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
     heads = freeze == "both" and start == "heads"
-    closed = heads and given.get("finetune.head_init", "cca") == "cca"
+    init = given.get("finetune.head_init", "cca" if pairs > 1 else "random")  # one pair has no correlation
+    closed = heads and init == "cca"
     keys: dict[str, Any] = dict(
         zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True)
     )
-    keys |= _of_heads(closed, given) if heads else {"finetune.cached_views": 0, "finetune.head_warmup_steps": 200}
+    keys |= _of_heads(init, given) if heads else {"finetune.cached_views": 0, "finetune.head_warmup_steps": 200}
     keys |= {
         "train.batch_size": min(
             max(pairs, 2), 128 if on_cpu else 256, max(8, 1 << max(1, pairs // 8).bit_length() - 1)
@@ -99,7 +100,7 @@ def settings(
         keys |= {"train.lr": 2e-4 if start == "whole" else 1e-3, "finetune.layer_decay": 1.0}
         scale = 1.0
     keys |= {"finetune.image_lr_scale": scale, "finetune.text_lr_scale": scale}
-    if closed and not validated:
+    if (closed or (heads and pairs == 1)) and not validated:
         # Without a validation part nothing tells when to stop: the one step, at the warm-up's rate, changes nothing.
         keys["train.steps"] = 1
     elif "train.steps" not in given:
@@ -117,13 +118,13 @@ def settings(
     return {**rest, **keys}
 
 
-def _of_heads(closed: bool, given: Mapping[str, Any]) -> dict[str, Any]:
+def _of_heads(init: str, given: Mapping[str, Any]) -> dict[str, Any]:
     mixes = given.get("contrastive.duplicates") not in ("mask", "positives")  # mixed captions are never equal
     keys = {
         "finetune.cached_views": 4,
-        "finetune.head_init": "cca",
+        "finetune.head_init": init,
         "finetune.mixup": float(mixes),
         "finetune.head_warmup_steps": 0,
     }
     # The mean of all steps stays nearer to the closed-form start, which serves captions that training does not see.
-    return keys | ({"train.ema_decay": 1.0} if closed else {})
+    return keys | ({"train.ema_decay": 1.0} if init == "cca" else {})

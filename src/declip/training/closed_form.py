@@ -10,6 +10,9 @@ from declip.models.dual_encoder import DualEncoder
 RIDGE = 1.0
 """Added to the variance of every direction, in units of their mean: with fewer pairs than widths, few are known."""
 
+LEAST_VARIANCE = 1e-8
+"""Variance of features, in units of their squared length, that is not only rounding: float32 features have 1e-14."""
+
 ENOUGH = 131_072
 """Rows that the covariances are estimated from: in float64, 18 s of one core at widths of 1,280 and 384."""
 
@@ -29,14 +32,24 @@ def cca(images: Tensor, texts: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Te
         texts: (n, w), of the same pairs.
         ridge: In units of the mean variance.
 
+    Raises:
+        UserError: the features of one side do not differ, or are not finite.
+
     Returns:
         √ρ A (k, v), √ρ B (k, w) and ρ (k,), falling, float64; k the smaller width.
     """
     whiteners, features = [], []
-    for side in (images.double(), texts.double()):
+    for name, side in (("images", images.double()), ("captions", texts.double())):
+        if not side.isfinite().all():
+            raise UserError(f"The features of the {name} are not finite. The weights may be corrupted.")
         mean = torch.nn.functional.normalize(side.mean(dim=0), dim=0)
         features.append(side - (side @ mean)[:, None] * mean)
         covariance = features[-1].mT @ features[-1] / len(side)
+        if covariance.trace() <= LEAST_VARIANCE * side.square().sum(dim=1).mean():  # rounding errors
+            raise UserError(
+                f"All {name} have the same features, so nothing can be learned from them with "
+                "finetune.head_init=cca. Give pairs that differ, or weights of another tower."
+            )
         variances, axes = torch.linalg.eigh(covariance)
         inverse = (variances.clamp(min=0) + ridge * variances.mean()).rsqrt()
         # The direction of the mean has no variance, and must stay ignored.
