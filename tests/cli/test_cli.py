@@ -55,7 +55,7 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table: Path, tmp_path: Pa
     classes.write_text("image,label\n" + "".join(f"{image},{n % 2}\n" for n, image in enumerate(images)))
     recipe = resolve_recipe("demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table))))
     assert resolve_recipe("demo-clip", val=table).evaluation.retrieval == (str(table),)
-    with pytest.raises(UserError, match="generator is no source"):
+    with pytest.raises(UserError, match="generator is not a source"):
         train("demo-clip", data=(pair for pair in ()), out=tmp_path / "run")  # type: ignore[arg-type]
     assert recipe.data.source == "a [b]: c.csv"
     assert recipe.evaluation.zero_shot == (str(both), str(classes))

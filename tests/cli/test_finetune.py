@@ -135,7 +135,7 @@ def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs: Path, weights:
         ("pairs.csv --val copy.csv", ("'copy.csv'", "--val")),
         ("pairs.csv train.steps=ten", ("train.steps='ten'",)),
         ("pairs.csv train.lr=fast train.batch_size=[1]", ("train.lr='fast'",)),
-        ("one.csv", ("one caption",)),
+        ("one.csv", ("same caption",)),
         ("bare.csv", ("'caption'", "data.columns.caption")),
         ("pairs.csv --from nowhere", ("'nowhere'", "open_clip:MODEL/TAG")),
         ("pairs.csv --from pairs.csv", ("pairs.csv",)),

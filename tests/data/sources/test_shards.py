@@ -169,7 +169,7 @@ def test_what_is_no_shard(tmp_path):
         (tmp_path / "t.tar").write_bytes(content)
         assert "decompress" in message(str(tmp_path / "t.tar"))
     (tmp_path / "t.tar").write_bytes(bytes(1024))
-    assert "holds no pair. A pair is KEY.jpg" in message(str(tmp_path / "t.tar"))
+    assert "no pair. A pair is KEY.jpg" in message(str(tmp_path / "t.tar"))
 
 
 def test_members_of_absurd_size_are_not_read(tmp_path, monkeypatch):
