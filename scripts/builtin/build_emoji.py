@@ -1,4 +1,4 @@
-"""Build the table of emoji that `builtin:emoji` reads: their names, and which drawing shows which.
+"""Build the table of `builtin:emoji`: names of emoji, and the drawings of each.
 
     python scripts/builtin/build_emoji.py PACKAGES
 
@@ -27,21 +27,21 @@ alone, and "drawn" are those by the designers."""
 
 CORRECTIONS = Path(__file__).parent / "emoji_corrections"
 SPELLED = {design.key for design in DESIGNS} - {"fxemoji"}
-"""Designs whose drawings have names written as words, which serve as captions."""
+"""Designs whose drawing names are words, and serve as captions."""
 
 SHORT_NAMES = ("emojibase", "iamcal", "github", "joypixels")
-"""Short names as chat programs write them, best English first."""
+"""Lists of short names as chat programs write them, best English first."""
 
 PARTS = 2
-"""emojibase's group of what is no emoji by itself: skin tones and hair."""
+"""emojibase's group of components, which are not emoji: skin tones and hair."""
 
 NO_PHRASE = re.compile(r"^flag \w\w$|\b[bgmw]{2,4}$|\bu[0-9a-f]{4}\b|[a-z]\d|[<>:;=\\/]")
 """Codes and emoticons: "flag fr", "family wg" (woman, girl), "u6307", "clock10", ":D"."""
 
 HELD_OUT_FRACTION = 0.2
 SALT = "30"
-"""The smallest number for which 309 of the unseen designer's 1,594 concepts are new, as the data's description says,
-and the country flags, one group of 262 that this designer does not draw, are not."""
+"""The smallest number that holds out 309 of the test designer's 1,594 concepts, and not the group of 262 country flags,
+which this designer did not draw."""
 
 NUMBERS = "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
 FAMILIES: dict[str, str] = {
@@ -63,7 +63,7 @@ FAMILIES: dict[str, str] = {
     r".* button \(blood type\)": "blood type",
     r"\w+ place medal": "place medal",
 }
-"""Groups that a pattern over the whole name tells best; the first that fits counts."""
+"""Patterns over a full name → group; the first match counts."""
 
 VARIANTS = re.compile(
     r"\b(mr|mrs|ms|mx|man|men|woman|women|people|person|child|adult"
@@ -71,7 +71,7 @@ VARIANTS = re.compile(
     r"|left|right|up|down|leftwards|rightwards|upwards|downwards|clockwise|counterclockwise"
     r"|small|medium|large|not)\b(?!’)"
 )
-"""Words in which only variants differ: gender, color, direction, size."""
+"""Words that distinguish only variants: gender, color, direction, size."""
 
 Layer = dict[str, str]
 """Code by squashed name."""
@@ -104,21 +104,21 @@ class Iconify:
 
 @dataclass
 class Concept:
-    """One emoji: the thing that all its drawings show, by its code (see `code_of`) and CLDR name."""
+    """One emoji, which all its drawings show: code (see `code_of`) and CLDR name."""
 
     code: str
     name: str
     category: str
     names: list[str] = field(default_factory=list)
-    """Further names, each of this concept alone."""
+    """Further names that no other concept has."""
     drawn: list[str] = field(default_factory=list)
-    """The same, by the designers."""
+    """Such names from the designers."""
     keywords: list[str] = field(default_factory=list)
-    """Words and short phrases that many concepts share."""
+    """Words and short phrases that several concepts may share."""
 
 
 def group_of(name: str) -> str:
-    """The part of a CLDR name that all variants share: "running" of "woman running", "heart" of "green heart".
+    """Return the part of a CLDR name that variants share: "running" of "woman running", "heart" of "green heart".
 
     Gender, color, direction, size, hour and country are taken away.
     """
@@ -131,13 +131,13 @@ def group_of(name: str) -> str:
 
 
 def squash(name: str) -> str:
-    """A name as its letters and digits alone, so that every way of writing it is the same."""
+    """Reduce a name to letters and digits, so that all spellings of it are equal."""
     plain = unicodedata.normalize("NFKD", name.replace("&", "and")).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9#*]", "", plain)
 
 
 def distinct(texts: Iterable[str], but: Iterable[str] = ()) -> list[str]:
-    """The texts in their order without repetitions, and without those in `but`, however they are written."""
+    """Return the texts in order without repetitions and those in `but`, in any spelling."""
     known = {squash(text) for text in but}
     first: dict[str, str] = {}
     for text in texts:
@@ -146,13 +146,13 @@ def distinct(texts: Iterable[str], but: Iterable[str] = ()) -> list[str]:
 
 
 def code_of(text: str) -> str:
-    """The code of an emoji, given as characters or in hexadecimal: its code points joined by "-", without FE0F."""
+    """Return the code of an emoji (characters or hexadecimal): its code points joined by "-", without FE0F."""
     plain = text if text.isascii() else "-".join(f"{ord(letter):04x}" for letter in text)
     return "-".join(part for part in plain.lower().split("-") if part != "fe0f")
 
 
 def read_concepts(packages: Path) -> tuple[dict[str, Concept], list[Layer]]:
-    """Read all emoji but skin tones and lone letters of flags, by code, and layers of names, most trustworthy first."""
+    """Read all emoji by code, except skin tones and letters of flags, and lists of names, most reliable first."""
     base = packages / "emojibase-data"
     groups = read_json(base / "meta/groups.json")["groups"]
     concepts = {}
@@ -163,7 +163,7 @@ def read_concepts(packages: Path) -> tuple[dict[str, Concept], list[Layer]]:
     layers = [{squash(concept.name): code for code, concept in concepts.items()}]
 
     def add_names(named: Iterable[tuple[str, list[str]]]) -> None:
-        """Give concepts further names, and add the layer that finds a concept by them."""
+        """Add further names to concepts, and the list that maps them to concepts."""
         layers.append({})
         for written, names in named:
             if concept := concepts.get(code_of(written)):
@@ -185,12 +185,12 @@ def read_concepts(packages: Path) -> tuple[dict[str, Concept], list[Layer]]:
 
 
 def is_phrase(text: str) -> bool:
-    """Whether it reads as English."""
+    """Return whether a text is English words."""
     return bool(re.search(r"[a-z]{3}", text.lower())) and not NO_PHRASE.search(text)
 
 
 def tidy(concepts: Mapping[str, Concept]) -> None:
-    """Keep names and keywords that read as English, once each; a name that several concepts have tells none of them."""
+    """Keep English names and keywords, once each, and drop names that several concepts have."""
     for concept in concepts.values():
         for texts in (concept.names, concept.drawn, concept.keywords):
             texts[:] = [" ".join(text.replace("_", " ").split()) for text in texts]
@@ -206,20 +206,20 @@ def tidy(concepts: Mapping[str, Concept]) -> None:
 
 
 def is_held_out(group: str) -> bool:
-    """Whether a group is among the fifth kept out of training: by a hash of its name, so that it never changes."""
+    """Return whether a group is in the held-out fifth, by a hash of its name, so that it never changes."""
     digest = hashlib.sha256(f"{SALT}:{group}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT_FRACTION * 2**64
 
 
 def corrections(prefix: str) -> dict[str, str | None]:
-    """Codes of a set's drawings whose names tell the wrong emoji or none; None for a drawing that is damaged."""
+    """Read the codes of drawings with wrong or missing names; None for damaged drawings."""
     file = CORRECTIONS / f"{prefix}.tsv"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
     return {name: None if emoji == "-" else code_of(emoji) for name, emoji in (line.split("\t") for line in lines)}
 
 
 def match(icons: Iconify, chars: Mapping[str, str], codes: Iterable[str], layers: list[Layer]) -> dict[str, str]:
-    """Find which drawing shows which emoji.
+    """Map drawings to emoji.
 
     By the set's own table of code points or, where it has none, by name: all drawings' names are looked up in a layer
     before the next, more doubtful layer is tried, and their own names before their aliases.

@@ -1,4 +1,4 @@
-"""Build the table of icons that `builtin:icons` reads: the chosen drawings, their names and keywords.
+"""Build the table of `builtin:icons`: the chosen drawings, their names and keywords.
 
     python scripts/builtin/build_icons.py PACKAGES
 
@@ -21,7 +21,7 @@ from declip.data.builtin.pictures import read_rows, split_texts, table_file
 from declip.data.text.augment import table
 
 TAGS = ("lucide-static", "@tabler/icons")
-"""Packages that say more about an icon of a name than its set does."""
+"""Packages with keywords for icon names."""
 
 LEFT_OUT = {
     "old version or further weight": (
@@ -39,14 +39,14 @@ LEFT_OUT = {
     "names do not read as words": ("whh", "medical-icon", "wi"),
     "designer of a test set": ("icon-park-outline", "icon-park-twotone", "icons8", "wpf", "la"),
 }  # fmt: skip
-"""Sets that are not used, by reason."""
+"""Reason → prefixes of sets that are not used."""
 
 RESTRICTED = re.compile(r"NC|ND|SA|GPL|MPL")
-"""Licenses that forbid commerce or changes, or ask that derived works have the same license."""
+"""Parts of licenses that forbid commercial use or changes, or require the same license for derived works."""
 
 
 def reason_to_leave_out(prefix: str, info: Mapping[str, Any]) -> str | None:
-    """Why the set of a prefix is not used, given its entry in `collections.json`; None when it is used."""
+    """Return why a set is not used, from its entry in `collections.json`, or None."""
     if (category := info.get("category", "")) in ("Emoji", "Logos"):
         return category.lower()
     if RESTRICTED.search(license_of(info)):
@@ -55,11 +55,11 @@ def reason_to_leave_out(prefix: str, info: Mapping[str, Any]) -> str | None:
 
 
 MOST_WORDS = 5
-"""Longer names tell a story."""
+"""Most words of a name; longer names are sentences."""
 
 
 def is_readable(words: list[str], common: Collection[str]) -> bool:
-    """Whether the words are WordNet's or among the `common` ones, and one of them has two letters or more."""
+    """Return whether all words are in WordNet or `common`, and one has at least two letters."""
     if not 0 < len(words) <= MOST_WORDS or not any(len(word) > 1 and word.isalpha() for word in words):
         return False
     return all(word in common or (word.isalpha() and (len(word) == 1 or word in table())) for word in words)
@@ -71,14 +71,14 @@ STYLES_KEPT = 2
 """Drawings of one thing by one set."""
 
 DESIGNERS_OF_A_WORD = 3
-"""A word that no dictionary has counts as one when so many sets use it."""
+"""Sets that must use a word that is in no dictionary."""
 
 LOGO_SETS = 3
-"""A name that so many sets of logos have, and WordNet not, is a company's."""
+"""Sets of logos that must have a name, absent from WordNet, for it to be a company's."""
 
 
 class EmojiNames:
-    """The names of emoji that no icon may have, so that the test of the emoji stays one when icons are trained on."""
+    """Names of emoji that no icon may have, so that training on icons does not leak the emoji test."""
 
     def __init__(self, emoji: Collection[Mapping[str, str]]) -> None:
         held_out = [row for row in emoji if row["held_out"] == "1"]
@@ -87,16 +87,16 @@ class EmojiNames:
         self._groups = {row["group"] for row in held_out}
 
     def taboo(self, name: str, *others: str) -> bool:
-        """Whether a thing has an emoji's name, or any name of a held-out one."""
+        """Return whether an icon has an emoji's name, or any name of a held-out emoji."""
         return squash(name) in self._names or any(map(self.holds_out, (name, *others)))
 
     def holds_out(self, name: str) -> bool:
-        """Whether it is any name of a held-out emoji, or of a variant of one."""
+        """Return whether a name belongs to a held-out emoji or a variant of one."""
         return squash(name) in self._held_out or group_of(name) in self._groups
 
 
 def _rows(icons: Iconify, logos: Collection[str]) -> Iterator[Row]:
-    """The icons of a set in at most `STYLES_KEPT` styles each, without moving ones and logos."""
+    """Return the icons of a set in at most `STYLES_KEPT` styles each, without animated ones and logos."""
     variants: dict[str, dict[str, str]] = defaultdict(dict)
     names = icons.names | set(map(without_number, icons.names))
     for drawing, icon in icons.icons.items():
@@ -127,14 +127,14 @@ def _is_logo(shown: str, categories: list[str], logos: Collection[str]) -> bool:
 
 
 def _logo_names(sets: Path, infos: Mapping[str, Any]) -> set[str]:
-    """Names, squashed, that several sets of logos have and that are no English words."""
+    """Return squashed names that several sets of logos have and that are not English words."""
     logos = (Iconify(sets / f"{prefix}.json") for prefix, info in infos.items() if info.get("category") == "Logos")
     users = Counter(name for each in logos for name in each.icons)
     return {squash(name) for name, count in users.items() if count >= LOGO_SETS and name not in table()}
 
 
 def _tags(packages: Path) -> dict[str, list[str]]:
-    """Keywords by squashed name, from the packages that say more."""
+    """Read keywords by squashed name."""
     lucide, tabler = (packages / name for name in TAGS)
     written: dict[str, list[str]] = dict(read_json(lucide / "tags.json"))
     for name, icon in read_json(tabler / "icons.json").items():
@@ -153,12 +153,12 @@ STYLES: dict[str, int] = {
     "o": 0, "r": 3, "s": 3, "thin": 3, "light": 3, "sharp": 3, "round": 3, "rounded": 3, "broken": 3, "active": 3,
     "expressive": 3, "alt": 3, "lg": 3, "md": 3, "sm": 3, "xs": 3, "xl": 3,
 }  # fmt: skip
-"""Look of a style: 0 drawn in lines, 1 filled, 2 in two tones, 3 a variant of these."""
+"""Style → look: 0 outline, 1 filled, 2 two tones, 3 a variant of these."""
 
 ALWAYS = frozenset(
     ("outline", "outlined", "fill", "filled", "solid", "duotone", "twotone", "two-tone", "alt", "lg", "md")
 )
-"""Style words that are never part of the thing shown; "traffic light" and "bar line" need a sibling as proof."""
+"""Style words that are never part of the thing; for others ("traffic light", "bar line") a sibling must exist."""
 
 
 def split_style(name: str, names: Container[str]) -> tuple[str, str]:
@@ -179,7 +179,7 @@ def split_style(name: str, names: Container[str]) -> tuple[str, str]:
 
 
 def without_number(name: str) -> str:
-    """The name without the running number, or size in pixels, at its end."""
+    """Remove the number or size in pixels at the end of a name."""
     return re.sub(r"(-\d+(px|x\d+)?)+$", "", name)
 
 
@@ -190,7 +190,7 @@ def _is_style(name: str, style: str, names: Container[str]) -> bool:
 
 
 def words_of(shown: str, categories: Iterable[str] = ()) -> list[str]:
-    """The words of a name without its style and category: "design-color-bucket" under "Design" gives color, bucket."""
+    """Return the words of a name without style and category: "design-color-bucket" in "Design" → color, bucket."""
     for category in categories:
         before = "-".join(category_words(category)) + "-"
         if shown.startswith(before) and len(shown) > len(before) + 2:
@@ -200,7 +200,7 @@ def words_of(shown: str, categories: Iterable[str] = ()) -> list[str]:
 
 
 def category_words(category: str) -> list[str]:
-    """The words of a category: "FoodDrink" and "Food / Drink" both give food, drink."""
+    """Return the words of a category: "FoodDrink" and "Food / Drink" → food, drink."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", category)
     return re.findall(r"[a-z]+", spaced.lower())
 

@@ -1,4 +1,4 @@
-"""Build the synonym table that text augmentation uses, from WordNet's own files: every form of every word.
+"""Build the synonym table of text augmentation from WordNet's files, with all forms of each word.
 
     python scripts/builtin/build_synonyms.py /usr/share/wordnet
 
@@ -115,7 +115,7 @@ def read_exceptions(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a WordNet file without the license at its top, which is set in by two spaces."""
+    """Return the lines of a WordNet file without the license, whose lines start with two spaces."""
     with path.open(encoding="latin-1") as file:
         yield from (line for line in file if not line.startswith("  "))
 
@@ -166,11 +166,11 @@ class Chooser:
         return most, list(found)
 
     def only_a_name(self, lemma: str, part: str) -> bool:
-        """Whether a lemma stands for single things only, as "Fields" does for two comedians."""
+        """Return whether a lemma is only a proper name, as "Fields" of two comedians."""
         return all(self.synsets[part, offset].instance for offset, _ in self.senses[lemma, part])
 
     def _usable(self, synset: Synset) -> bool:
-        """Whether a sense is everyday English, and no offence, no number, no name of a single thing."""
+        """Return whether a sense is everyday English: not offensive, a number, or a proper name."""
         domains = {name for about, name in synset.usage if about == 0}
         return not (
             synset.instance
@@ -181,7 +181,7 @@ class Chooser:
         )
 
     def _words(self, synset: Synset, lemma: str) -> Iterator[str]:
-        """The other words of a sense; of animals and plants no Latin names."""
+        """Return the other words of a sense, without Latin names of animals and plants."""
         living = synset.lexicographer_file in (NOUN_ANIMAL, NOUN_PLANT)
         latin = living and any(word.islower() for word in synset.words)
         for number, word in enumerate(synset.words, 1):
@@ -200,7 +200,7 @@ class Chooser:
 
 
 class Reading(NamedTuple):
-    """What a written word may be: a form of a lemma, with that lemma's synonyms."""
+    """One reading of a word: a form of a lemma, with the lemma's synonyms."""
 
     form: Form
     lemma: str
@@ -209,7 +209,7 @@ class Reading(NamedTuple):
 
 
 class Lexicon:
-    """What written words may be, and their synonyms in the same form.
+    """Readings of words, and their synonyms in the same form.
 
     Args:
         chosen: The lemmas.
@@ -223,7 +223,7 @@ class Lexicon:
             self._parts[lemma][part] = entry
 
     def words(self) -> Iterator[str]:
-        """All words that may have a reading: lemmas, their irregular forms, and the regular ones; some twice."""
+        """Return all words that may have a reading: lemmas and their forms; some twice."""
         yield from self._parts
         yield from self.irregular.words()
         for lemma, parts in self._parts.items():
@@ -233,7 +233,7 @@ class Lexicon:
                         yield lemma[: len(lemma) - len(instead)] + ending
 
     def readings(self, word: str) -> list[Reading]:
-        """List what a word in lower case may be, without the unlikely.
+        """List the likely readings of a lowercase word.
 
         A verb or adjective that is a lemma, or an irregular form, is not also taken apart by rule: "seed" is
         not the past of "see". A noun is: "clocks" is a plant, but rather more than one clock.
@@ -258,7 +258,7 @@ class Lexicon:
                 yield form, lemma, entry, FINITE_VERB if form == "third" else 1.0
 
     def synonyms(self, word: str) -> list[str]:
-        """List what may stand in a word's place, in the word's form, the most frequent sense's first."""
+        """List the synonyms of a word in the same form, most frequent sense first."""
         found: dict[str, None] = {}
         for reading in sorted(self.readings(word), key=lambda reading: -reading.likelihood):
             for synonym in reading.synonyms:
@@ -269,7 +269,7 @@ class Lexicon:
 
 
 def build(folder: Path) -> str:
-    """Make the table's text: a word a line, then, after an empty line, the synonyms of each, joined by "|"."""
+    """Format the table: one word per line, an empty line, then the synonyms of each, joined by "|"."""
     chooser = Chooser(read_synsets(folder), read_senses(folder))
     chosen: Chosen = {}
     for lemma, part in chooser.senses:
@@ -286,7 +286,7 @@ def build(folder: Path) -> str:
 
 
 def read_license(folder: Path) -> str:
-    """Take the license from the head of a data file, where each line has a number before it."""
+    """Read the license from the head of a data file, whose lines are numbered."""
     with (folder / "data.noun").open(encoding="latin-1") as file:
         lines = [re.sub(r"^ +\d+ ", "", line).rstrip() for line in file if line.startswith("  ")]
     return "\n".join(lines).strip() + "\n"

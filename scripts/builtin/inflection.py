@@ -55,7 +55,7 @@ _VOWELS = "aeiou"
 
 
 def detach(word: str) -> Iterator[tuple[str, Form, str]]:
-    """List what a word may be a regular form of.
+    """List the lemmas of which a word may be a regular form.
 
     Args:
         word: A word in lower case.
@@ -70,7 +70,7 @@ def detach(word: str) -> Iterator[tuple[str, Form, str]]:
 
 
 class Irregular:
-    """Irregular forms, both ways.
+    """Irregular forms by lemma, and lemmas by form.
 
     Args:
         rows: (part of speech, surface form, lemma), as in WordNet's exception lists.
@@ -108,7 +108,7 @@ def _irregular_form(part: str, surface: str) -> Form:
 
 
 def inflect(phrase: str, form: Form, irregular: Irregular) -> str | None:
-    """Put a word or phrase into a form.
+    """Inflect a word or phrase.
 
     Of a phrase the head is inflected: a verb's first word ("chase after" gives "chasing after"), a noun's
     last word or the one before its preposition ("break of day" gives "breaks of day").
