@@ -1,7 +1,7 @@
 """The dual encoder: an image tower and a text tower with a shared embedding space."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,13 @@ class DualEncoder(nn.Module):
         model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.init, recipe.initial_bias)
         model.recipe = recipe
         return model
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules, except those that `declip.models.freezing` keeps in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            module.training = mode and not getattr(module, "always_eval", False)
+        return self
 
     @property
     def device(self) -> torch.device:

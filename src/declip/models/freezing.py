@@ -1,7 +1,6 @@
 """Freezing of parameters, and of the modules in which none is left to train."""
 
 from collections.abc import Iterable
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -34,22 +33,17 @@ def freeze(model: DualEncoder, names: Iterable[str]) -> None:
 def keep_in_evaluation(model: DualEncoder, modules: Iterable[nn.Module]) -> None:
     """Keep modules of a model in evaluation mode whatever `train()` says; their parameters may learn."""
     for module in modules:
-        module.eval()
-        module.train = MethodType(_keep_mode, module)  # type: ignore[method-assign]
+        module.always_eval = True  # type: ignore[assignment]  # `DualEncoder.train` looks for it
+    model.train(model.training)
     tower = model.image_tower
     tower.has_batch_norm = any(isinstance(m, _BatchNorm) and not is_frozen(m) for m in tower.modules())
 
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether a module is kept in evaluation mode."""
-    return getattr(module.__dict__.get("train"), "__func__", None) is _keep_mode
+    return getattr(module, "always_eval", False)
 
 
 def _fully_frozen(module: nn.Module) -> bool:
     trainable = [parameter.requires_grad for parameter in module.parameters()]
     return bool(trainable) and not any(trainable)
-
-
-def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Replacement for the `train` method of a frozen module."""
-    return module
