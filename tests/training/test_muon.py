@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from declip.errors import UserError
 from declip.recipe.schema import Train
 from declip.training.muon import use_muon
 from declip.training.optimizer import build_optimizer, load_moments, moments
@@ -95,10 +94,7 @@ def test_ranks_take_the_steps_of_one_process(tmp_path: Path, strategy: str) -> N
         compare(expected, theirs)
 
 
-TIMM = ["lamb", "lion", "sgd", "adafactorbv", "adopt", "nadamw", "mars"]
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon", *TIMM])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_resumes_from_its_moments_with_the_same_bits(name: str) -> None:
     whole = layers()
     train = Train(optimizer=name)
@@ -113,9 +109,3 @@ def test_resumes_from_its_moments_with_the_same_bits(name: str) -> None:
     take(resumed, half, range(3, 6))
     for (key, ours), theirs in zip(whole.named_parameters(), half.parameters(), strict=True):
         assert torch.equal(ours, theirs), key
-
-
-@pytest.mark.parametrize(("name", "hint"), [("muonn", "muon"), ("fusedlamb", "fusedlamb")])
-def test_an_optimizer_that_is_not_there(name: str, hint: str) -> None:
-    with pytest.raises(UserError, match=hint):
-        build_optimizer(layers().named_parameters(), Train(optimizer=name))

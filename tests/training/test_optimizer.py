@@ -12,7 +12,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schedule import learning_rate
 from declip.recipe.schema import Recipe, Train
 from declip.supervision.objective import Objective
-from declip.training.optimizer import LrMultiplier, build_optimizer, decays, named_trainable
+from declip.training.optimizer import build_optimizer, decays, named_trainable
 from golden_cases import require_file
 
 UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "pos_embed", "positional", "cls_token")
@@ -47,24 +47,6 @@ def test_scales_positions_and_tokens_of_other_towers_do_not_decay(name: str, spa
     assert {key for key in found if key.endswith(tuple(spared))} == found
     assert {word for word in spared if any(key.endswith(word) for key in found)} == spared
     assert not decays("model.text_tower.trunk.embeddings.position_embedding.weight", torch.ones(2, 3))
-
-
-@pytest.mark.parametrize("warmup_lr", [0.0, 1e-6])
-@pytest.mark.parametrize("name", ["adamc", "sgdc", "lionc", "nadamc"])
-def test_at_the_peak_weights_decay_as_in_adamw(name: str, warmup_lr: float) -> None:
-    weights = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
-    for weight, optimizer in zip(weights, ("adamw", name), strict=True):
-        weight.grad = torch.zeros(2, 2)
-        train = Train(optimizer=optimizer, lr=1e-3, warmup_lr=warmup_lr)
-        built = build_optimizer([("model.weight", weight)], train, {"model.weight": LrMultiplier(0.1)})
-        built.param_groups[0]["lr"] = 0.1 * train.lr
-        built.step()
-    torch.testing.assert_close(*weights, rtol=1e-7, atol=0)
-
-
-def test_an_optimizer_that_refuses_a_rate_of_zero_is_built_for_a_warmup_from_zero() -> None:
-    named = [("model.weight", torch.nn.Parameter(torch.ones(2, 2)))]
-    assert build_optimizer(named, Train(optimizer="madgrad", warmup_lr=0)).param_groups
 
 
 @pytest.mark.golden

@@ -220,7 +220,7 @@ class Train(Section):
     steps: int = Field(1000, ge=1, description="number of optimizer steps")
     epochs: float | None = Field(None, gt=0, description="number of passes over the pairs, instead of steps")
     batch_size: int = Field(128, ge=2, description="number of pairs per step over all processes")
-    optimizer: str = Field("adamw", description="adamw, muon, or the name of any optimizer of timm")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw or muon")
     lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up")
     lr_schedule: Literal["cosine", "constant", "wsd"] = Field(
         "cosine", description="learning rate after the warm-up; wsd: constant, then falling in the last fifth"

@@ -25,9 +25,8 @@ from declip.training.compilation import compile_towers
 from declip.training.distributed import HostGroup
 from declip.training.frozen import cached_features, check_frozen
 from declip.training.frozen_encoder import set_teacher
-from declip.training.held_out import open_held_out
 from declip.training.optimizer import build_optimizer, named_trainable
-from declip.training.pairs import TRAINING, refuse_broken, sample_hashes
+from declip.training.pairs import TRAINING, open_held_out, refuse_broken, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.parts import Parts
 from declip.training.pretrained import apply_pretrained

@@ -16,8 +16,7 @@ from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
 from declip.recipe.schema import Recipe
 from declip.training.assemble import assemble, build_loader, cache_features
-from declip.training.held_out import evaluation_tasks
-from declip.training.pairs import open_training_source
+from declip.training.pairs import evaluation_tasks, open_training_source
 from declip.training.parts import Parts
 from declip.training.resolve import resolve_epochs
 from declip.training.step import StepParts, training_step

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from declip.errors import UserError, unknown
+from declip.errors import UserError
 from declip.recipe.schema import Train
 from declip.training.muon import Muon, use_muon
 from declip.training.parallel import shard_like
@@ -25,8 +24,6 @@ class LrMultiplier:
 
 BETAS = (0.9, 0.98)
 """AdamW's, as in DeCLIP's YFCC15M recipe."""
-
-OPTIMIZERS: dict[str, type[torch.optim.AdamW]] = {"adamw": torch.optim.AdamW, "muon": Muon}
 
 UNDECAYED = (
     *("positional_embedding", "position_embedding.weight", "position_embeddings.weight", "pos_embed"),
@@ -75,21 +72,8 @@ def build_optimizer(
         for (decayed, muon, _, multiplier), group in groups.items()
         if group
     ]
-    if train.optimizer in OPTIMIZERS:
-        return OPTIMIZERS[train.optimizer](options, lr=train.warmup_lr, betas=BETAS, fused=True)
-    if any(sharded for _, _, sharded, _ in groups):
-        raise UserError(
-            f"train.strategy=fsdp works with train.optimizer={' or '.join(OPTIMIZERS)}, not {train.optimizer}."
-        )
-    names = [str(name) for name in list_optimizers(exclude_filters=["adahessian", "*kron*"])]
-    if train.optimizer not in names:
-        raise unknown("optimizer", train.optimizer, [*OPTIMIZERS, *names])
-    for part in options:  # for those that scale decay by the learning rate over its largest, such as adamc
-        part["max_lr_snapshot"] = train.lr * part["multiplier"].factor
-    try:
-        return create_optimizer_v2(options, train.optimizer, lr=train.lr)
-    except (ImportError, AssertionError, RuntimeError, TypeError) as error:
-        raise UserError(f"train.optimizer={train.optimizer} cannot be used here: {error}") from None
+    kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
+    return kind(options, lr=train.warmup_lr, betas=BETAS, fused=True)
 
 
 def group_lr(lr: float, step: int, multiplier: LrMultiplier, head_warmup_steps: int, train: Train) -> float:
@@ -104,52 +88,26 @@ def group_lr(lr: float, step: int, multiplier: LrMultiplier, head_warmup_steps: 
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state by parameter name; learning rates and decay come from the recipe.
-
-    Numbers that are not tensors (timm's optimizers count steps so) are stored as tensors under a name that ends in "#".
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in _parameters(optimizer).items():
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors |= _packed(f"{name}.{moment}", value)
-    for number, group in enumerate(optimizer.param_groups):
-        if "step" in group:
-            tensors |= _packed(f"{number}.step", group["step"])
-    return tensors
+    """Return the optimizer's state by parameter name; learning rates and decay come from the recipe."""
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in _parameters(optimizer).items()}
+    return {f"{name}.{moment}": tensor for name, state in states.items() for moment, tensor in state.items()}
 
 
 def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Load the optimizer's state from full tensors, in the layout of their parameters."""
     parameters = _parameters(optimizer)
     numbers = {name: number for number, name in enumerate(parameters)}
-    shaped = isinstance(optimizer, torch.optim.AdamW)  # timm's optimizers also keep factors and single numbers
-    state: dict[int, dict[str, object]] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, moment = key.rsplit(".", 1)
-        if name.isdecimal():
-            optimizer.param_groups[int(name)]["step"] = _unpacked(moment, tensor)
-            continue
         parameter = parameters.get(name)
-        if parameter is None or (shaped and moment != "step" and tensor.shape != parameter.shape):
+        if parameter is None or (moment != "step" and tensor.shape != parameter.shape):
             raise UserError(
                 f"The checkpoint's moment '{key}', {tuple(tensor.shape)}, does not fit a parameter of this model. "
                 "Start a new run with --out."
             )
-        value = tensor if moment.endswith("#") else shard_like(parameter, tensor)
-        state.setdefault(numbers[name], {})[moment.rstrip("#")] = _unpacked(moment, value)
+        state.setdefault(numbers[name], {})[moment] = shard_like(parameter, tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _packed(name: str, value: object) -> dict[str, Tensor]:
-    if value is None:
-        return {}
-    if isinstance(value, Tensor):
-        return {name: value}
-    return {f"{name}#": torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)}
-
-
-def _unpacked(name: str, tensor: Tensor) -> object:
-    return tensor.tolist() if name.endswith("#") else tensor
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The training pairs before the first step: opened, and a sample of them checked."""
+"""The pairs of a run: training pairs and held-out sets are opened, and a sample is checked before the first step."""
 
 import hashlib
 from contextlib import suppress
@@ -15,6 +15,7 @@ from declip.data.sources.splits import training_part
 from declip.data.sources.subset import take
 from declip.data.text.augment import in_other_script
 from declip.errors import UserError
+from declip.evaluation.datasets import open_dataset, with_classes
 from declip.recipe.schema import Recipe
 
 TRAINING = "training pairs"
@@ -93,3 +94,24 @@ def unaugmented(source: PairSource, plan: Plan) -> str | None:
 def _sample(source: PairSource) -> list[int]:
     places: list[int] = np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int).tolist()
     return places
+
+
+def evaluation_tasks(recipe: Recipe, final: bool) -> dict[str, list[str]]:
+    """Map each dataset that a recipe evaluates on, at the end or during training, to its protocols."""
+    wanted, tasks = recipe.evaluation, dict[str, list[str]]()
+    ends = (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval)) if final else ()
+    for protocol, names in (("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval), *ends):
+        for name in names:
+            if protocol not in tasks.setdefault(name, []):
+                tasks[name].append(protocol)
+    return tasks
+
+
+def open_held_out(recipe: Recipe) -> dict[str, PairSource]:
+    """Open the test split of every dataset that the recipe evaluates on, to find an unusable one before training."""
+    sets = {}
+    for name, protocols in evaluation_tasks(recipe, final=True).items():
+        sets[name] = open_dataset(name).split("test")
+        if "zero-shot" in protocols:
+            with_classes(sets[name])
+    return sets

@@ -28,10 +28,9 @@ from declip.training import distributed
 from declip.training.assemble import build_loader, cache_features
 from declip.training.distributed import StepSync
 from declip.training.examples import example_views, write_examples
-from declip.training.held_out import evaluation_tasks
 from declip.training.monitor import Monitor, monitored
 from declip.training.optimizer import group_lr
-from declip.training.pairs import unaugmented
+from declip.training.pairs import evaluation_tasks, unaugmented
 from declip.training.parts import Parts
 from declip.training.sinks import RunInfo
 from declip.training.state import collect, load_weights
