@@ -4,6 +4,8 @@ import torch
 
 from declip.errors import UserError
 
+GENERATORS = ("cuda", "mps")  # devices with a generator of their own
+
 
 def pick_device(name: str) -> torch.device:
     """Find a device by name; "auto" is CUDA, else Apple's MPS, else the CPU."""
@@ -27,3 +29,18 @@ def computes_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     mkldnn = torch.backends.mkldnn.is_available()
     return device.type == "cpu" and mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Get the states of torch's generators: "cpu" and that of the device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type in GENERATORS:
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set the states of torch's generators."""
+    torch.set_rng_state(states["cpu"])
+    if device.type in GENERATORS and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type], device)

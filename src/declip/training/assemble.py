@@ -30,7 +30,6 @@ from declip.training.pairs import TRAINING, open_held_out, refuse_broken, sample
 from declip.training.parallel import build_learner
 from declip.training.parts import Parts
 from declip.training.pretrained import apply_pretrained
-from declip.training.random_state import seed_rank
 from declip.training.resolve import Resolved, resolve
 from declip.training.sinks import Sink
 from declip.training.state import restore
@@ -83,7 +82,7 @@ def assemble(
     named = named_trainable(model, objective)
     optimizer = build_optimizer(named, recipe.train, multipliers, objective.over_vocabulary)
     if not rank_zero:  # rank 0 continues the stream of the weights, as one process does
-        seed_rank(recipe.seed, 0)
+        distributed.seed_rank(recipe.seed, 0)
 
     # --- loader and held-out sets
     threads = torch.get_num_threads() if device.type == "cpu" else 1

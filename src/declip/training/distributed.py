@@ -88,6 +88,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def seed_rank(seed: int, step: int) -> None:
+    """Seed torch's generators differently on each rank, so that no two ranks sample equal dropout masks."""
+    torch.manual_seed(seed + 7919 * (rank() + 1) + step)
+
+
 class _AllGather(torch.autograd.Function):
     """Tensors of all ranks, by rank; the gradient of a tensor is the sum over the ranks that used it."""
 

@@ -11,6 +11,7 @@ import torch
 
 from declip.data.pair import SkipCounter
 from declip.errors import UserError
+from declip.models.device import random_states, set_random_states
 from declip.runs.checkpoint import Checkpoint, part, prefixed
 from declip.runs.folder import log
 from declip.training import distributed
@@ -18,7 +19,6 @@ from declip.training.optimizer import load_moments, moments
 from declip.training.pairs import TRAINING
 from declip.training.parallel import full_tensor, load_full_state, unwrap
 from declip.training.parts import Parts
-from declip.training.random_state import random_states, seed_rank, set_random_states
 from declip.training.stopping import BestEvaluation
 
 
@@ -84,7 +84,7 @@ def restore(parts: Parts, found: Checkpoint) -> None:
     if generators:
         set_random_states(generators, parts.model.device)
     else:  # a rank that the checkpoint does not know
-        seed_rank(parts.recipe.seed, found.step)
+        distributed.seed_rank(parts.recipe.seed, found.step)
     progress.step = found.step
     progress.skipped = SkipCounter.from_dict(extra["skipped"])
     progress.bad_steps = list(extra["bad_steps"])

@@ -11,13 +11,13 @@ from declip.data.images.crops import apply_photometric
 from declip.data.plan import Plan
 from declip.models.average import Average
 from declip.models.blocks import statistics_at_rest
+from declip.models.device import random_states, set_random_states
 from declip.recipe.schema import Train
 from declip.supervision.objective import Gather
 from declip.supervision.tower_outputs import TowerOutputs, joined, split_like
 from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.parallel import Learner, average_gradients, clip_gradients, unwrap
-from declip.training.random_state import random_states, set_random_states
 
 
 @dataclass
