@@ -1,6 +1,9 @@
-"""The device that a model computes on, by name, and the precision that it computes in."""
+"""The device that a model computes on: by name, its precision, and its random state."""
+
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from declip.errors import UserError
 
