@@ -10,7 +10,10 @@ from declip.errors import unknown
 
 
 def compare(
-    words: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys for all")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipes, and keys that override all of them"),
+    ],
     pairs: Annotated[str, typer.Option(help="numbers of distinct pairs, such as 1k,2k,4k")],
     seeds: Annotated[int, typer.Option(min=1, help="runs per number of pairs, with seeds 0, 1 …")] = 3,
     out: Annotated[Path, file("folder of the comparison", metavar="DIR")] = Path("runs/compare"),

@@ -20,11 +20,11 @@ def evaluate(
         typer.Option("--dataset", help="builtin:NAME, NAME:/path, a table, a folder, or paper11:/path; repeatable"),
     ],
     task: Annotated[str, typer.Option(help=", ".join(TASKS))] = "zero-shot",
-    templates: Annotated[str | None, typer.Option(help="a template set, or one template with {}")] = None,
-    features: Annotated[str, typer.Option(help="probes: backbone, or embedding after the projection")] = "backbone",
-    label_column: Annotated[str | None, typer.Option(help="column of a table with classes")] = None,
+    templates: Annotated[str | None, typer.Option(help="template set, or one template with {}")] = None,
+    features: Annotated[str, typer.Option(help="probes: backbone, or embedding (after the projection)")] = "backbone",
+    label_column: Annotated[str | None, typer.Option(help="column of class labels in a table")] = None,
     batch_size: BatchSize = 256,
-    workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0: none")] = 0,
     device: Device = "auto",
     json_out: JsonOut = None,
     markdown_out: Annotated[Path | None, file("paper11: also write the table", "--markdown")] = None,
@@ -37,41 +37,55 @@ def evaluate(
         ("--features", features != "backbone", ("linear", "knn")),
     ):
         if given and task not in tasks:
-            raise UserError(f"{option} goes with --task {' or '.join(tasks)}, not with {task}. Leave it out.")
+            raise UserError(f"{option} requires --task {' or '.join(tasks)}, but --task is {task}. Remove it.")
     check_model(model)
     for name in datasets:
         check_source(name, "--dataset")
-    from rich.markdown import Markdown
-
-    from declip.evaluation.datasets import open_dataset
-    from declip.evaluation.protocols import Options, evaluate_all
-    from declip.evaluation.results import results_table
-    from declip.evaluation.suites import evaluate_suite, is_suite
+    from declip.evaluation.protocols import Options
     from declip.interchange.read import load
     from declip.reports.page import check_writable
 
     check_writable((json_out, markdown_out))
-    suites = [name for name in datasets if is_suite(name)]
-    if suites and len(datasets) > 1:
-        raise UserError(f"'{suites[0]}' is a table of its own. Evaluate it alone, with one --dataset.")
-    if suites and label_column is not None:
-        raise UserError(f"--label-column names a column of a table, and '{suites[0]}' is none. Leave it out.")
-    if markdown_out is not None and not suites:
-        raise UserError(f"--markdown writes the table of paper11:/data, but --dataset is '{datasets[0]}'. Use --json.")
+    suite = _suite_of(datasets, label_column, markdown_out)
     kind: Any = features
     options = Options(templates=templates, batch_size=batch_size, workers=workers, features=kind)
     loaded = load(model, device)
-    if suites:
-        suite = evaluate_suite(loaded, datasets[0], task, options)
-        table: Any = Markdown(suite.markdown(model))
-        content = json.dumps(suite.to_dict(), indent=1)
+    if suite is not None:
+        from rich.markdown import Markdown
+
+        from declip.evaluation.suites import evaluate_suite
+
+        result = evaluate_suite(loaded, suite, task, options)
+        table: Any = Markdown(result.markdown(model))
+        content = json.dumps(result.to_dict(), indent=1)
         if markdown_out is not None:
-            write_text(markdown_out, suite.markdown(model), "choose another place with --markdown")
+            write_text(markdown_out, result.markdown(model), "choose another path with --markdown")
     else:
-        opened = [open_dataset(name, label_column=label_column) for name in datasets]
-        results = evaluate_all(loaded, opened, (task,), options)
-        rows = [result.to_dict() for result in results]
+        from declip.evaluation.datasets import open_dataset
+        from declip.evaluation.protocols import evaluate_all
+        from declip.evaluation.results import results_table
+
+        results = evaluate_all(
+            loaded, [open_dataset(name, label_column=label_column) for name in datasets], (task,), options
+        )
+        rows = [each.to_dict() for each in results]
         table, content = results_table(results), json.dumps(rows if len(rows) > 1 else rows[0], indent=1)
     console.print(table)
     if json_out is not None:
-        write_text(json_out, content, "choose another place with --json")
+        write_text(json_out, content, "choose another path with --json")
+
+
+def _suite_of(datasets: list[str], label_column: str | None, markdown_out: Path | None) -> str | None:
+    """Return the suite among the datasets, if any; refuse options that it does not allow, or that require one."""
+    from declip.evaluation.suites import is_suite
+
+    suite = next(filter(is_suite, datasets), None)
+    if suite is None:
+        if markdown_out is not None:
+            raise UserError(f"--markdown requires --dataset paper11:DIR, but --dataset is '{datasets[0]}'. Use --json.")
+        return None
+    if len(datasets) > 1:
+        raise UserError(f"'{suite}' is a suite and cannot be combined with other datasets. Use one --dataset.")
+    if label_column is not None:
+        raise UserError(f"--label-column requires a table, but --dataset is '{suite}'. Remove it.")
+    return suite

@@ -36,12 +36,12 @@ class EfficiencyCurve:
 
 @dataclass(frozen=True)
 class FactorAt:
-    """The factor at one of B's numbers of pairs, where B's curve, made monotone, is at `value`."""
+    """The factor at one of B's numbers of pairs, where the monotone curve of B has `value`."""
 
     pairs: int
     value: float
-    needed: float | None  # interpolated number of pairs with which A reaches that; None outside what A measured
-    outside: str = ""  # "below" when even A's fewest pairs reach more, "above" when A never reaches it
+    needed: float | None  # interpolated number of pairs of A for the same value; None outside of the curve of A
+    outside: str = ""  # "below" if A exceeds it with its fewest pairs, "above" if A never reaches it
 
     @property
     def factor(self) -> float | None:
@@ -51,10 +51,10 @@ class FactorAt:
 
 @dataclass(frozen=True)
 class Factor:
-    """The data-efficiency factor of a recipe A over a recipe B, at each of B's numbers of pairs and in the mean."""
+    """The data-efficiency factor of a recipe A over a recipe B, at each of B's numbers of pairs and on average."""
 
     at: tuple[FactorAt, ...]
-    mean: float | None  # geometric mean of those that lie within what A measured; None when none does
+    mean: float | None  # geometric mean over those within the curve of A; None if there are none
     low: float | None = None  # 95 % interval of `mean` by Student's t over paired seeds; None without at least two
     high: float | None = None
 
@@ -67,8 +67,8 @@ class Factor:
 def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple[float | None, str]:
     """Find the number of pairs at which a curve reaches a value, as `FactorAt.needed` and `outside`.
 
-    The curve is made monotone (isotonic regression, least squares) and is linear in log(pairs) between what was
-    measured; of a level part the geometric mean of its pairs counts. It is never extrapolated.
+    The curve is made monotone (isotonic regression, least squares) and interpolated linearly in log(pairs), never
+    extrapolated. On a level part, the result is the geometric mean of its pairs.
     """
     if not pairs:
         return None, ""
@@ -87,7 +87,7 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
 
 
 def _rising(means: np.ndarray) -> np.ndarray:
-    from scipy.optimize import isotonic_regression  # half a second, which every training would pay
+    from scipy.optimize import isotonic_regression  # half a second of imports, which training does not need
 
     return isotonic_regression(np.asarray(means, dtype=np.float64)).x
 
@@ -114,11 +114,11 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
 
 
 def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -> np.ndarray | None:
-    """(seeds,) each seed's log factor, None where the seeds are not paired.
+    """(seeds,) log factor of each seed, None if the seeds are not paired.
 
     To first order: the log factor of the means, plus the distance of the seed's two curves there divided by the slope
-    of A's mean curve. So it exists for every seed wherever the factor does, although the curve of one seed alone may
-    not reach, and its mean over the seeds is the factor's log.
+    of A's mean curve. It exists for every seed where the factor exists, even if the curve of that seed alone does not
+    reach the value, and its mean over the seeds is the log of the factor.
     """
     numbered = (curve.seeds or tuple(tuple(range(len(values))) for values in curve.values) for curve in (a, b))
     seeds = {of_size for curve in numbered for of_size in curve}
@@ -141,16 +141,16 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
 
 
 def _pooled(curve: EfficiencyCurve) -> np.ndarray:
-    """(k, seeds) values, the mean of all sizes that making the curve monotone joins."""
+    """(k, seeds) values; numbers of pairs that isotonic regression pools have their common mean."""
     values, rising = np.array(curve.values), _rising(curve.means)
     return np.array([values[rising == level].mean(axis=0) for level in rising])
 
 
 def curve_of(rows: Mapping[int, Mapping[int, float]]) -> EfficiencyCurve:
-    """Make a curve of values by number of pairs and seed; a number without values is left out."""
-    kept = {pairs: dict(sorted(rows[pairs].items())) for pairs in sorted(rows) if rows[pairs]}
+    """Build a curve from values by number of pairs and seed, without numbers that have no values."""
+    measured = {pairs: dict(sorted(rows[pairs].items())) for pairs in sorted(rows) if rows[pairs]}
     return EfficiencyCurve(
-        tuple(kept),
-        tuple(tuple(values.values()) for values in kept.values()),
-        tuple(tuple(values) for values in kept.values()),
+        tuple(measured),
+        tuple(tuple(values.values()) for values in measured.values()),
+        tuple(tuple(values) for values in measured.values()),
     )
