@@ -34,7 +34,7 @@ from declip.runs import checkpoint
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import METRICS, read_rows
 from declip.supervision.objective import Objective
-from declip.training import monitor
+from declip.training import monitor, sinks
 from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 
@@ -42,6 +42,7 @@ RECIPES = tuple(
     f"demo-{name}" for name in ("clip", "slip", "filip", "declip", "defilip", "declip-official", "multi-view")
 )
 STEPS = 24
+CLOCK = ("seconds", "samples_per_second")  # differ from run to run
 SMALL = {
     "train.steps": STEPS, "train.batch_size": 16, "train.checkpoint_every": 5, "train.log_every": 2,
     "train.keep_checkpoints": 2,
@@ -57,12 +58,12 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "forward": (Objective, "forward"),
     "backward": (torch.Tensor, "backward"),
     "optimizer": (torch.optim.AdamW, "step"),
-    "logging": (monitor, "append_row"),
+    "logging": (sinks, "append_row"),
     "flushing the log": (monitor.Monitor, "flush"),
-    "taking the state": (Trainer, "checkpoint"),
+    "taking the state": (Trainer, "save"),
     "writing the checkpoint's tensors": (checkpoint, "save_tensors"),
     "hashing the checkpoint": (checkpoint, "sha256"),
-    "flushing the checkpoint": (checkpoint, "_flush"),
+    "flushing the checkpoint": (checkpoint, "flush"),
     "removing an old checkpoint": (checkpoint, "remove"),
 }
 """Moment of the kill → the function that is called then."""
@@ -131,10 +132,7 @@ def difference(one: Path, other: Path) -> str | None:
         for name in mine.keys() | theirs.keys():
             if name not in mine or name not in theirs or not torch.equal(mine[name], theirs[name]):
                 return name
-    rows = [
-        [{k: v for k, v in row.items() if k not in monitor.CLOCK} for row in read_rows(f / METRICS)]
-        for f in (one, other)
-    ]
+    rows = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(f / METRICS)] for f in (one, other)]
     if rows[0] != rows[1]:
         return "metrics.jsonl"
     return None if (one / "skipped.json").read_text() == (other / "skipped.json").read_text() else "skipped.json"

@@ -1,4 +1,4 @@
-"""The commands ``declip recipes``: list the shipped recipes, print one, print the JSON schema of all keys."""
+"""The command ``declip recipes``: list the shipped recipes, show one, or print the JSON schema of all keys."""
 
 import json
 from typing import Annotated
@@ -7,12 +7,12 @@ import typer
 
 from declip.cli.options import console, say
 
-group = typer.Typer(help="List the shipped recipes; show one with all its keys.")
+group = typer.Typer(help="List the shipped recipes, or show one with all its keys.")
 
 
 @group.callback(invoke_without_command=True)
 def list_recipes(context: typer.Context) -> None:
-    """List the shipped recipes with tower, data and loss weights."""
+    """List the shipped recipes with image tower, data and loss weights."""
     if context.invoked_subcommand is not None:
         return
     from declip.recipe.load import load_recipe, recipe_names

@@ -1,1 +1,1 @@
-"""Foreign formats, one file each: reading models from them and writing models in them."""
+"""Reading and writing models in the formats of other libraries, one file per format."""

@@ -1,4 +1,4 @@
-"""transformers' `CLIPModel` and `CLIPProcessor`: a folder of theirs as a model of ours, and ours as such a folder."""
+"""Read and write folders of transformers' `CLIPModel` and `CLIPProcessor`; read and write SigLIP."""
 
 import json
 import math
@@ -32,7 +32,7 @@ PREPROCESSOR, PROCESSOR, TOKENIZER = "preprocessor_config.json", "processor_conf
 WEIGHTS = (FILE, "model-*.safetensors")
 
 EPS = 1e-5
-"""Epsilon of CLIP's layer norms."""
+"""Epsilon of layer norms in CLIP."""
 
 TEXT: Mapping[str, tuple[str, Any]] = {
     "width": ("hidden_size", 512), "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 8),
@@ -42,38 +42,38 @@ VISION: Mapping[str, tuple[str, Any]] = {
     "width": ("hidden_size", 768), "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12),
     "patch": ("patch_size", 32), "hidden": ("intermediate_size", 3072), "activation": ("hidden_act", "quick_gelu"),
 }  # fmt: skip
-"""Key of a recipe's section "text", or argument of `layouts.vit_keys` → key of text_config or vision_config, and
-transformers' default."""
+"""Key of the recipe section "text", or argument of `layouts.vit_keys` → key of text_config or vision_config, with the
+default of transformers."""
 
 PREPROCESSING: Mapping[str, Any] = {
     "do_resize": True, "size": 224, "resample": 3, "do_center_crop": True, "crop_size": 224, "do_rescale": True,
     "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }  # fmt: skip
-"""transformers' defaults where a file is silent; 3 is bicubic."""
+"""Defaults of transformers; 3 is bicubic."""
 
 POOLS_AT_HIGHEST = 2
-"""This end token in a text_config, the first releases', means pooling at the highest id: CLIP's end token."""
+"""This end token in text_config, of early releases, means pooling at the highest id, which is CLIP's end token."""
 
 POSITION_IDS = "embeddings.position_ids"
-"""A buffer in older files."""
+"""Buffer in older files."""
 
 CAPTIONS = ("a red circle", "Two CATS, 12 dogs: asleep on a sofa!", "日本語 😀", "")
-"""No cleaning changes them, so that they distinguish tokenizers."""
+"""Captions that cleaning does not change, to compare tokenizers."""
 
 
 def matches(where: str) -> bool:
-    """Whether this is a folder that transformers may have written."""
+    """Whether this may be a folder of transformers."""
     folder = Path(where).expanduser()
     weights = (folder / FILE).is_file() or (folder / INDEX).is_file()
-    # open_clip keeps the configuration of a text encoder under this name.
+    # open_clip stores the configuration of a text encoder by this name.
     return (folder / CONFIG).is_file() and (weights or not (folder / OPEN_CLIP_CONFIG).is_file())
 
 
 def read(where: str) -> Weights:
-    """Read a folder of `CLIPModel`, without transformers; `SiglipModel` and `Siglip2Model` keep their own towers.
+    """Read a folder of `CLIPModel`, without transformers; towers of `SiglipModel` and `Siglip2Model` are wrapped.
 
-    The vocabulary in tokenizer.json must be CLIP's, or one of CLIP's first merges as our exports have it.
+    The vocabulary in tokenizer.json must be CLIP's, or that of its first merges, as in exports of declip.
     """
     folder, kind = Path(where).expanduser(), "CLIPModel"
     try:
@@ -85,17 +85,17 @@ def read(where: str) -> Weights:
         check_layers(keys, len(weights), CONFIG)
         recipe = load_recipe("clip", {"name": "from-huggingface", **keys})
         return layouts.from_layout(recipe, layouts.TRANSFORMERS, weights, where)
-    except Exception as error:  # a stranger's files can be wrong in any way
+    except Exception as error:  # wrong files raise any class
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = f"{name}{one_line(error, 400)}".rstrip(".")
-        raise UserError(f"'{where}' cannot be read as a {kind} of transformers': {reason}.") from error
+        raise UserError(f"'{where}' cannot be read as transformers' {kind}: {reason}.") from error
 
 
 def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's keys."""
+    """Recipe keys of a configuration."""
     if (kind := config.get("model_type")) != "clip":
-        raise UserError(f"its model_type is {kind!r}; read are {', '.join(('clip', *SIGLIP))}")
-    # The first releases wrote each section under a second name too, which counts alone.
+        raise UserError(f"its model_type is {kind!r}; supported: {', '.join(('clip', *SIGLIP))}")
+    # Early releases wrote each section by a second name too, which takes precedence.
     text, vision = (config.get(f"{name}_dict") or config.get(name) or {} for name in ("text_config", "vision_config"))
     for name, section in (("text_config", text), ("vision_config", vision)):
         _expect(f"{name}.hidden_act", section.get("hidden_act", "quick_gelu"), "quick_gelu", "gelu")
@@ -121,17 +121,17 @@ def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 def _expect(key: str, value: Any, *allowed: Any) -> None:
     near = isinstance(value, float) and any(math.isclose(value, number, rel_tol=1e-4) for number in allowed)
     if value not in allowed and not near:
-        raise UserError(f"{key} is {value!r}, and ours has {' or '.join(map(repr, allowed))}")
+        raise UserError(f"{key} is {value!r}; supported: {' or '.join(map(repr, allowed))}")
 
 
 def _preprocessing(folder: Path, side: int) -> dict[str, Any]:
-    """The image preprocessing, which must be CLIP's."""
+    """Image preprocessing, which must be CLIP's."""
     given = read_preprocessing(folder)
     if not given:
         raise UserError(f"there is neither {PREPROCESSOR} nor an image_processor in {PROCESSOR}")
     kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "CLIP"
     if not kind.startswith("CLIP"):
-        raise UserError(f"its images are prepared by a {kind}, not CLIP's way")
+        raise UserError(f"its image processor is a {kind}, not CLIP's")
     given = {**PREPROCESSING, **given}
     sizes = {"size": (side, {"shortest_edge": side}), "crop_size": (side, {"height": side, "width": side})}
     for key, expected in PREPROCESSING.items():
@@ -141,20 +141,20 @@ def _preprocessing(folder: Path, side: int) -> dict[str, Any]:
 
 
 def _read_tokenizer(file: Path) -> Tokenizer:
-    """Ours with the same vocabulary, which also cuts captions the same."""
+    """Find the tokenizer of declip with the same vocabulary and the same ids."""
     try:
         theirs = tokenizers.Tokenizer.from_file(str(file))
         theirs.no_truncation()
         theirs.no_padding()
         encoded = [theirs.encode(caption).ids for caption in CAPTIONS]
-    except Exception as error:  # of the library's own kind
+    except Exception as error:  # tokenizers raises Exception itself
         raise UserError(f"{file.name} cannot be read: {one_line(error, 160)}. Put the model's own there") from error
     vocabulary = theirs.get_vocab()
     if 0 <= len(vocabulary) - layouts.NO_MERGES <= layouts.CLIP_MERGES:
         ours = Tokenizer(merges=len(vocabulary) - layouts.NO_MERGES)
         if vocabulary == backend(ours).get_vocab() and encoded == [ours.encode(caption) for caption in CAPTIONS]:
             return ours
-    raise UserError(f"{file.name} is of another tokenizer than CLIP's, or one of CLIP's first merges")
+    raise UserError(f"{file.name} is not CLIP's tokenizer, or one with its first merges")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -164,7 +164,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in sorted(files):
         if Path(file).name != file or not file.endswith(".safetensors") or not (folder / file).is_file():
-            raise UserError(f"there is no {file} in the folder; weights in a pickle are not read: save safetensors")
+            raise UserError(f"there is no {file} in the folder; pickle files are not read: save safetensors")
         weights |= load_file(folder / file)
     return {name: tensor for name, tensor in weights.items() if not name.endswith(POSITION_IDS)}
 
@@ -174,7 +174,7 @@ def _read_json(file: Path) -> Any:
 
 
 def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Give `CLIPModel`'s configuration and tensors."""
+    """Build the configuration and tensors of `CLIPModel`."""
     if (wrapped := wrapped_in(model)) is not None:
         if wrapped.library != "transformers":
             raise Refusal("its towers are open_clip's")
@@ -186,7 +186,7 @@ def express(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if text.text_projection.bias is not None:
         raise Refusal("CLIPModel has no bias after the text projection; train with text.projection_bias=false")
     if model.logit_bias is not None:
-        raise Refusal("CLIPModel has no bias of the logits, which the sigmoid loss learns")
+        raise Refusal("CLIPModel has no logit bias, which a sigmoid loss learns")
     return _config(model, keys), layouts.TRANSFORMERS.write(model.state_dict())
 
 
@@ -220,7 +220,7 @@ def write(model: DualEncoder, folder: Path) -> None:
 
 
 def reread(folder: Path) -> Reread:
-    """Load the folder with transformers."""
+    """Load an exported folder with transformers."""
     import transformers
 
     with as_user_error(f"transformers cannot read '{folder}'"):

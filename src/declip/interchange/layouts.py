@@ -1,4 +1,4 @@
-"""Tensors of a model under other libraries' names: one table for each library, applied in both directions."""
+"""Names and shapes of tensors in other libraries: one table per library, applied in both directions."""
 
 import math
 import re
@@ -22,32 +22,31 @@ from declip.recipe.schema import Recipe
 TO_CLIP_VIT = "train with image.model=vit_base_patch32_clip_quickgelu_224"
 
 CLIP_MERGES, NO_MERGES = 48_894, 514
-"""Ids of CLIP's whole vocabulary that are merges, and those that are none: bytes inside and at the end of a word,
-start, end."""
+"""Number of merges in CLIP's complete vocabulary, and of other ids: bytes in and at the end of words, start, end."""
 
 EMBEDDING = "text_tower.token_embedding.weight"
 CLASS_TOKEN, GRID = "visual.class_embedding", "visual.attnpool.positional_embedding"
 """One of these distinguishes CLIP's ViT and CLIP's ResNet from any other image network."""
 
 Names = tuple[tuple[str, str], ...]
-"""Pairs of our name and another library's, whole or its start, where the first that matches counts. # is a number; ?
-stands for q, k and v, three tensors there and one here."""
+"""Pairs of our name or prefix and that of another library; the first match counts. # is a number; ? stands for q, k and
+v, which are three tensors there and one here."""
 
 
 class Refusal(UserError):
-    """A format cannot express a model; the message says why, and which training would be accepted."""
+    """A format cannot hold a model; the message says why, and which settings of training it can hold."""
 
 
 class Reread(NamedTuple):
-    """A written model as the foreign library reads it."""
+    """An exported model as loaded by the library of its format."""
 
     by: str  # the library and its version
     image: Callable[[Tensor], Tensor]  # (n, 3, S, S) normalized pixels → (n, d) features of any length
-    text: Callable[[Tensor], Tensor] | None  # (n, L) our token ids → (n, d) features
+    text: Callable[[Tensor], Tensor] | None  # (n, L) token ids of declip → (n, d) features
 
 
 def clip_text_tower(model: DualEncoder) -> TextTower:
-    """Give the text tower where it is CLIP's."""
+    """Return the text tower if it is CLIP's, or raise a `Refusal`."""
     if not has_text(model):
         raise Refusal("it has no text tower; export a model with both towers")
     if not isinstance(model.text_tower, TextTower):
@@ -57,17 +56,17 @@ def clip_text_tower(model: DualEncoder) -> TextTower:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Another library's form of the tensors of a `DualEncoder`; the forms of two towers add up."""
+    """Layout of a `DualEncoder` in another library; layouts of two towers can be added."""
 
     names: Names
     shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # our name → change from ours
-    mask: bool = False  # whether their vocabulary has a row for <|mask|>, our last; else it is read as the mean row
+    mask: bool = False  # whether their vocabulary has <|mask|>, our last row; if not, the mean row is read
 
     def __add__(self, other: "TensorLayout") -> "TensorLayout":
         return TensorLayout(self.names + other.names, {**self.shapes, **other.shapes}, self.mask or other.mask)
 
     def write(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename and reshape a model's tensors."""
+        """Convert a model's tensors to the layout."""
         written: dict[str, Tensor] = {}
         for name, tensor in state.items():
             if name in self.shapes:
@@ -79,9 +78,9 @@ class TensorLayout:
         return written
 
     def read(self, tensors: Mapping[str, Tensor], outline: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Undo `write`; `outline` has our names and shapes."""
+        """Convert tensors from the layout; `outline` has our names and shapes."""
         if difference := first_difference(self.write(outline), tensors):
-            raise UserError(f"its weights are not those of its sizes: {difference}")
+            raise UserError(f"its weights do not match its configuration: {difference}")
         ours = {}
         for name, place in outline.items():
             parts = [tensors[their].to(place.dtype) for their in self._theirs(name)]
@@ -97,7 +96,7 @@ class TensorLayout:
 
 
 def rename(name: str, table: Names, back: bool = False) -> str:
-    """Translate a tensor's name by a table, `back` from right to left; a name that is not in it stays."""
+    """Translate a tensor's name by a table, from right to left with `back`; unknown names are unchanged."""
     for left, right in table:
         old, new = (right, left) if back else (left, right)
         end = "" if old[-1] in "._" else "$"
@@ -109,8 +108,8 @@ def rename(name: str, table: Names, back: bool = False) -> str:
 def from_layout(
     recipe: Recipe, layout: TensorLayout, tensors: Mapping[str, Tensor], origin: str, text: bool = True
 ) -> Weights:
-    """Read another library's tensors as the model of a recipe, with both towers or the image tower alone."""
-    with torch.device("meta"):  # the sizes may be a stranger's: compared before anything is allocated
+    """Convert another library's tensors to weights of a recipe, with both towers or the image tower alone."""
+    with torch.device("meta"):  # the sizes may be a stranger's: they are compared before memory is allocated
         outline = empty(recipe, text=text).state_dict()
     return Weights(recipe, layout.read(tensors, outline), origin)
 
@@ -123,7 +122,7 @@ BLOCK = (
     ("mlp.fc1.", "mlp.c_fc.", "mlp.fc1."),
     ("mlp.fc2.", "mlp.c_proj.", "mlp.fc2."),
 )
-"""Names inside a transformer's block of timm, CLIP and transformers."""
+"""Names within a transformer block of timm, CLIP and transformers."""
 
 
 def _blocks(ours: str, theirs: str, our_column: int, column: int) -> Names:
@@ -189,7 +188,7 @@ TRANSFORMERS = TensorLayout(
         ("image_tower.trunk.cls_token", "vision_model.embeddings.class_embedding"),
         ("image_tower.trunk.pos_embed", "vision_model.embeddings.position_embedding.weight"),
         ("image_tower.trunk.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
-        ("image_tower.trunk.norm_pre.", "vision_model.pre_layrnorm."),  # spelled so there
+        ("image_tower.trunk.norm_pre.", "vision_model.pre_layrnorm."),  # sic
         ("image_tower.norm.", "vision_model.post_layernorm."),
         *_blocks("image_tower.trunk.blocks", "vision_model.encoder.layers", 0, 2),
         ("text_tower.text_projection.", "text_projection."),
@@ -207,7 +206,7 @@ OFFICIAL_TEXT = TensorLayout((("text_tower.", "encode_text."),), mask=True)
 
 
 def vit_keys(width: int, layers: int, heads: int, patch: int, hidden: int, activation: str) -> dict[str, Any]:
-    """The recipe's keys of CLIP's vision transformer; `hidden` is the width inside a block's feed-forward part."""
+    """Recipe keys of CLIP's vision transformer; `hidden` is the width of the MLP in a block."""
     ratio = hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width  # timm rounds down
     quick = "quickgelu_" if activation == "quick_gelu" else ""
     options = {"patch_size": patch, "embed_dim": width, "depth": layers, "num_heads": heads, "mlp_ratio": ratio}
@@ -215,12 +214,12 @@ def vit_keys(width: int, layers: int, heads: int, patch: int, hidden: int, activ
 
 
 def activation_of(keys: Mapping[str, Any]) -> str:
-    """The activation of an image tower by its recipe's keys."""
+    """Activation of an image tower by its recipe keys."""
     return "quick_gelu" if "quickgelu" in keys["image.model"] else "gelu"
 
 
 def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
-    """The recipe's keys of a tower that is CLIP's ViT or ResNet: of these sizes they build the same. Else None."""
+    """Recipe keys that build the same tower, if it is a ViT or ResNet of CLIP; otherwise None."""
     if isinstance(tower.proj, MlpHead):
         raise Refusal("its projections are MLPs; train with finetune.head=linear")
     trunk = tower.trunk
@@ -233,21 +232,21 @@ def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
         keys = image_keys(written, heads, "quick_gelu" if quick else "gelu")
         with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet("declip"):
             twin = ImageTower(keys["image.model"], keys["image.size"], keys["embed_dim"], keys["image.model_kwargs"])
-    except (UserError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):  # of another kind
+    except (UserError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):  # another architecture
         return None
     modules, own = ([line for line in repr(t).splitlines() if "drop" not in line] for t in (twin, tower))
     return keys if modules == own and not first_difference(twin.state_dict(), tower.state_dict()) else None
 
 
 def merges_key(vocabulary: int) -> int | None:
-    """The recipe's `text.bpe_merges` of a vocabulary with so many ids, mask not counted; None for CLIP's whole one."""
+    """`text.bpe_merges` for a vocabulary size without the mask; None for CLIP's complete vocabulary."""
     return None if vocabulary == NO_MERGES + CLIP_MERGES else vocabulary - NO_MERGES
 
 
 def image_keys(state: Mapping[str, Tensor], heads: int | None, activation: str = "quick_gelu") -> dict[str, Any]:
-    """The recipe's keys of a CLIP's image tower, by its tensors' shapes; a ViT has a head for each 64 channels if None.
+    """Recipe keys of CLIP's image tower, by the shapes of its tensors.
 
-    A ResNet always has.
+    By default a ViT has one attention head per 64 channels, as CLIP's ResNets always have.
     """
     if CLASS_TOKEN in state:
         width, _, _, patch = state["visual.conv1.weight"].shape
@@ -268,7 +267,7 @@ def image_keys(state: Mapping[str, Tensor], heads: int | None, activation: str =
 
 
 def text_keys(state: Mapping[str, Tensor], start: str, heads: int | None, mask: bool) -> dict[str, Any]:
-    """The recipe's keys of a CLIP's text tower, whose names begin with `start`, by the shapes of its tensors."""
+    """Recipe keys of CLIP's text tower, by the shapes of the tensors whose names begin with `start`."""
     vocabulary, width = state[f"{start}token_embedding.weight"].shape
     return {
         "text.width": width,
@@ -281,5 +280,5 @@ def text_keys(state: Mapping[str, Tensor], start: str, heads: int | None, mask: 
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """Count the different numbers that a pattern finds at the start of the names."""
+    """Count distinct numbers that a pattern matches at the start of the names."""
     return len({match[1] for match in map(re.compile(pattern).match, state) if match})

@@ -15,10 +15,10 @@ from declip.interchange.weights import Weights, one_line, read_tensors, unwrappe
 from declip.recipe.load import load_recipe
 
 SPECIAL = 3
-"""Ids at the end of the official vocabulary: mask, start, end. Ours: start, end, mask."""
+"""Number of special ids at the end of the vocabulary: mask, start, end; in declip start, end, mask."""
 
 UNUSED = re.compile(r"visual\.fc\.|predictor_sim\.bn3\.|projector_text\.")
-"""Tensors that the official models hold and never use."""
+"""Unused tensors of the official models."""
 
 HEADS: layouts.Names = (
     ("terms.simsiam.projector.norm#.", "projector.bn#."),
@@ -38,30 +38,30 @@ HEAD_SIZES = {
     "simclr.widths": ("predictor_sim.linear1.weight", "predictor_sim.linear3.weight"),
     "late_interaction.width": ("image_mapping.weight",),
 }
-"""Recipe key → the layers whose output widths it is."""
+"""Recipe key → layers whose output widths are its value."""
 
 TEXT, EMBEDDING = "encode_text.", "encode_text.token_embedding.weight"
 NOT_OFFICIAL = (
-    "these are not weights of the official implementation with CLIP's ViT or ResNet. A file of open_clip's is given "
-    "with its model, open_clip:MODEL/FILE, and one of transformers' or of a checkpoint by its folder"
+    "these are not weights of the official implementation with CLIP's ViT or ResNet. Give a file of open_clip with its "
+    "model, open_clip:MODEL/FILE, and a file of transformers or of a checkpoint by its folder"
 )
 
 
 def matches(where: str) -> bool:
-    """Whether a path is a file; the other formats that are single files are recognized before this one."""
+    """Whether a path is a file; other formats of single files are tried before this one."""
     return Path(where).expanduser().is_file()  # a pipe would be waited for
 
 
 def read(where: str, text_heads: int | None = None, image_heads: int | None = None) -> Weights:
     """Read a checkpoint, ``.pth.tar``, ``.pth``, ``.pt`` or ``.safetensors``: both towers and heads, or an image tower.
 
-    Sizes are read off the shapes; the heads of attention in text tower and ViT are by default one for each 64 channels.
+    Sizes follow from the shapes. By default text tower and ViT have one attention head per 64 channels.
     """
     return weights_of(read_tensors(Path(where).expanduser()), where, text_heads, image_heads)
 
 
 def weights_of(content: Any, origin: str, text_heads: int | None = None, image_heads: int | None = None) -> Weights:
-    """Convert a checkpoint's content or its state dict; names may lack "module.", of an image tower alone "visual."."""
+    """Convert a checkpoint or a state dict; prefixes "module." and, of an image tower alone, "visual." are optional."""
     state = _tensors_of(content)
     try:
         whole = any("token_embedding" in name for name in state)
@@ -74,7 +74,7 @@ def weights_of(content: Any, origin: str, text_heads: int | None = None, image_h
         recipe = load_recipe(_recipe_name(tensors), _keys(tensors, text_heads, image_heads))
         heads = {name: tensor for name, tensor in tensors.items() if layouts.rename(name, HEADS, back=True) != name}
         towers = {name: tensor for name, tensor in tensors.items() if name not in heads}
-        # The official forward pass cuts a larger scale off.
+        # The official forward pass clamps the scale.
         scale = towers.get("logit_scale", torch.tensor(recipe.logit_scale.init))
         towers["logit_scale"] = scale.reshape(()).clamp(max=recipe.logit_scale.max)
         weights = layouts.from_layout(recipe, layout_of(tensors), towers, origin, whole)
@@ -86,18 +86,18 @@ def weights_of(content: Any, origin: str, text_heads: int | None = None, image_h
 
 
 def layout_of(state: Mapping[str, Any]) -> layouts.TensorLayout:
-    """Give the form of the towers of a state dict: CLIP's ViT or ResNet, and the official text tower."""
+    """Layout of a state dict: CLIP's ViT or ResNet, and the official text tower."""
     return (layouts.CLIP_VIT if layouts.CLASS_TOKEN in state else layouts.CLIP_RESNET) + layouts.OFFICIAL_TEXT
 
 
 def token_order(vocabulary: int) -> Tensor:
-    """For each of our token ids, the official id of the same token: (vocabulary,) int64."""
+    """Official id of each token id of declip: (vocabulary,) int64."""
     mask, start, end = range(vocabulary - SPECIAL, vocabulary)
     return torch.cat([torch.arange(mask), torch.tensor([start, end, mask])])
 
 
 def _tensors_of(content: Any) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint or a state dict, names without "module.", without unused ones."""
+    """Tensors of a checkpoint or a state dict by name, without "module." and without unused ones."""
     state = {}
     for given, tensor in unwrapped(content, "model", "state_dict").items():  # the second is open_clip's
         name = re.sub(r"^text_encoder\.", TEXT, str(given).removeprefix("module."))  # SLIP's
@@ -107,14 +107,14 @@ def _tensors_of(content: Any) -> dict[str, Tensor]:
 
 
 def _image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an image tower alone, named "visual.…"."""
+    """Tensors of an image tower alone, by names "visual.…"."""
     if not any(name.startswith("visual.") for name in state):
         state = {f"visual.{name}": tensor for name, tensor in state.items() if not UNUSED.match(f"visual.{name}")}
     return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
 
 
 def _keys(state: Mapping[str, Tensor], text_heads: int | None, image_heads: int | None) -> dict[str, Any]:
-    """The recipe's keys of the towers and the heads of losses."""
+    """Recipe keys of the towers and the heads of losses."""
     if EMBEDDING not in state:
         return layouts.image_keys(state, image_heads)
     widths = {key: [len(state[name]) for name in names if name in state] for key, names in HEAD_SIZES.items()}
@@ -123,7 +123,7 @@ def _keys(state: Mapping[str, Tensor], text_heads: int | None, image_heads: int 
 
 
 def _recipe_name(state: Mapping[str, Tensor]) -> str:
-    """The official recipe of the kind that the heads show."""
+    """Name of the official recipe with these heads."""
     late = "image_mapping.weight" in state
     kind = "filip" if late else "clip"
     if "predictor_sim.linear1.weight" in state:

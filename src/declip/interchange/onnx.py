@@ -1,4 +1,4 @@
-"""ONNX: a file for each tower, written by torch's exporter, with preprocessing and tokenizer next to them."""
+"""ONNX export: one file per tower, with preprocessing and tokenizer next to them."""
 
 import io
 import json
@@ -25,7 +25,7 @@ LIBRARY = "onnx"
 OPSET = 18
 IMAGE, TEXT, ABOUT, TOKENIZER = "image.onnx", "text.onnx", "declip_onnx.json", "tokenizer.json"
 ROWS, LENGTH = 2, 4
-"""Sizes of the example that is traced: a size of 1 would be taken as fixed."""
+"""Sizes of the traced example; a size of 1 would be exported as fixed."""
 
 
 class TowerModule(nn.Module):
@@ -38,16 +38,16 @@ class TowerModule(nn.Module):
 
 
 def express(model: DualEncoder) -> None:
-    """Every tower is tried; what torch cannot trace fails while it is written."""
+    """Accept every tower; `write` fails if torch cannot trace it."""
     if isinstance(model.tokenizer, WrappedTokenizer) and model.tokenizer.stored["zeroed"] is not None:
-        raise Refusal("its tokenizer replaces one id by 0, which tokenizer.json cannot hold")
+        raise Refusal("its tokenizer replaces one id by 0, which tokenizer.json cannot represent")
 
 
 def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
-    """Write image.onnx, text.onnx, tokenizer.json and declip_onnx.json, which says how their inputs are made.
+    """Write image.onnx, text.onnx, tokenizer.json and declip_onnx.json, which describes their inputs.
 
     Images are (batch, 3, S, S) float32, normalized; texts (batch, length) int64 with padding after the end, length at
-    most the context. Outputs are (batch, d) float32 of length 1. Batch and length are free.
+    most the context. Outputs are (batch, d) float32 of length 1. Batch and length are dynamic.
     """
     assert model.recipe is not None, "a model without one was refused"
     express(model)
@@ -74,7 +74,7 @@ def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
         names = {"file": TEXT, "input": "input_ids", "output": "text_embeds", "tokenizer": TOKENIZER}
         about["text"] = names | {name: getattr(tokenizer, name) for name in ("context", "start", "end", "padding")}
         clean = "" if getattr(tokenizer, "clip", None) else getattr(tokenizer, "stored", {}).get("clean", "")
-        about["text"]["clean"] = "" if clean in CLEANING else clean  # that tokenizer.json does not do itself
+        about["text"]["clean"] = "" if clean in CLEANING else clean  # tokenizer.json includes the others
         tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64, device=model.device)
         tokens[:, -1] = tokenizer.end
         sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}
@@ -86,8 +86,10 @@ def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
 
 
 def _convert(path: Path, precision: str) -> None:
-    """Replace a file by the same in another precision; inputs and outputs stay float32."""
-    with _worded(f"{path.name} cannot be converted to {precision}", "Take fp32.", ""):  # it logs on the root logger
+    """Convert a file to another precision; inputs and outputs stay float32."""
+    with _library_errors(
+        f"{path.name} cannot be converted to {precision}", "Use fp32.", ""
+    ):  # it logs to the root logger
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -95,14 +97,14 @@ def _convert(path: Path, precision: str) -> None:
         if precision == "fp16":
             onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
         else:
-            # Convolutions stay float32: quantized as well, EfficientNet's features have cosines of 0.94.
+            # Convolutions stay float32: quantized, EfficientNet's features have cosines of 0.94.
             kinds = ["MatMul", "Gemm", "Gather"]
             quantize_dynamic(path, path, kinds, per_channel=True, weight_type=QuantType.QInt8)
 
 
 @contextmanager
-def _worded(failed: str, remedy: str, logger: str) -> Iterator[None]:
-    """Hide what the libraries say of what they do, and word what they cannot do in one line."""
+def _library_errors(failed: str, remedy: str, logger: str) -> Iterator[None]:
+    """Suppress the output of the libraries, and report their errors in one line."""
     try:
         with warnings.catch_warnings(action="ignore"), quiet(logger), redirect_stdout(io.StringIO()):
             yield
@@ -110,7 +112,7 @@ def _worded(failed: str, remedy: str, logger: str) -> Iterator[None]:
         raise UserError(f"Exporting onnx needs {error.name}. Install it: pip install 'declip[onnx]'.") from error
     except OSError:
         raise
-    except Exception as error:  # the exporter and the converters have errors of their own
+    except Exception as error:  # the exporter and the converters have their own
         raise UserError(f"{failed}: {one_line(error, 200)} {remedy}") from error
 
 
@@ -131,7 +133,7 @@ def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], folder: P
     options: dict[str, Any] = {f"{kind}_names": [about[kind]] for kind in ("input", "output")}
     options |= {"dynamo": True, "dynamic_shapes": (sizes,), "opset_version": OPSET, "verbose": False}
     unchecked = mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")  # ONNX has no operator for its checks
-    with _worded(f"torch cannot export this tower to {path.name}", "Take safetensors.", "torch.onnx"), unchecked:
+    with _library_errors(f"torch cannot export this tower to {path.name}", "Use safetensors.", "torch.onnx"), unchecked:
         program = torch.onnx.export(module, (example,), **options)
         assert program is not None
         program.save(path)

@@ -1,4 +1,4 @@
-"""Models as open_clip itself builds them (Ilharco et al. 2021, github.com/mlfoundations/open_clip)."""
+"""Models built by open_clip (Ilharco et al. 2021, github.com/mlfoundations/open_clip)."""
 
 import json
 import logging
@@ -21,10 +21,10 @@ log = logging.getLogger("declip")
 PREFIX, FOLDER = "open_clip:", "local-dir:"
 CONFIG = "open_clip_config.json"
 IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")
-"""Files of weights that open_clip 3.3 looks for in a folder."""
+"""Patterns of weights that open_clip 3.3 reads in a folder."""
 
 OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
-"""Numbers that OpenAI's published models keep among their tensors; the shapes say the same."""
+"""Sizes among the tensors of OpenAI's models, which the shapes repeat."""
 
 
 class OpenClipModel(NamedTuple):
@@ -37,12 +37,12 @@ class OpenClipModel(NamedTuple):
 
 
 def matches(where: str) -> bool:
-    """Whether this is a name of open_clip's, or a folder that it wrote."""
+    """Whether this is a name of an open_clip model, or a folder that open_clip wrote."""
     return where.startswith(PREFIX) or (Path(where).expanduser() / CONFIG).is_file()
 
 
 def load_open_clip(given: str) -> OpenClipModel:
-    """Build a model of open_clip's by its name or folder, in evaluation mode, on the CPU, in float32.
+    """Build a model of open_clip by its name or folder, in evaluation mode, on the CPU, in float32.
 
     Nothing in a file or folder can run code. A Hugging Face tokenizer requires transformers, and is fetched by its name
     unless it is in the cache or folder.
@@ -73,17 +73,17 @@ def load_open_clip(given: str) -> OpenClipModel:
             raise UserError(
                 f"'{given}' needs the package {error.name}. Install it: pip install {error.name}."
             ) from error
-        except Exception as error:  # a file or configuration can be wrong in any way; open_clip checks little
+        except Exception as error:  # a wrong file or configuration raises any class
             raise UserError(
-                f"Cannot load '{given}': {reason(error)} The weights must be those of the model named, as open_clip "
-                "saves them (a state dict, or a checkpoint of its training)."
+                f"Cannot load '{given}': {reason(error)} The weights must be those of that model, as open_clip saves "
+                "them (a state dict, or a checkpoint of its training)."
             ) from error
     config = config | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
     return OpenClipModel(model.eval(), prepared, tokenizer, config)
 
 
 def _check_config(open_clip: ModuleType, name: str, config: Mapping[str, Any], tensors: int, files: list[Path]) -> None:
-    """Compare a folder's configuration, perhaps a stranger's, with its weights before memory is allocated for it."""
+    """Compare the configuration of a folder with its weights before memory is allocated for it."""
     sections = [part for key, part in config.items() if key.endswith("_cfg")]
     encoder = files[0].with_name("config.json")  # of a text encoder of transformers
     if encoder.is_file():
@@ -99,7 +99,7 @@ def _check_config(open_clip: ModuleType, name: str, config: Mapping[str, Any], t
 def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, Any]) -> Any:
     # Options of a tokenizer go to transformers, which runs Python code of a folder if this one says so.
     if (text.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
-        raise UserError(f"'{given}' asks to run code of its own (trust_remote_code). It is refused.")
+        raise UserError(f"'{given}' asks to run its own code (trust_remote_code), which is refused.")
     fetched = "hf_tokenizer_name" in text and not name.startswith(FOLDER)
     try:
         return open_clip.get_tokenizer(name, **({"local_files_only": True} if fetched and not online() else {}))
@@ -113,13 +113,13 @@ def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, 
 
 
 def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[str, Any]]:
-    """open_clip's name for a model, the files of its weights, and the options that it is created with."""
+    """Name of a model in open_clip, its files of weights, and options for creating it."""
     spec = given.removeprefix(PREFIX)
     if spec == given or spec.startswith(FOLDER):
         folder = Path(spec.removeprefix(FOLDER)).expanduser()
         files = [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
         if not (folder / CONFIG).is_file() or not files:
-            raise UserError(f"'{folder}' is no folder with {CONFIG} and weights ({', '.join(IN_FOLDER)}).")
+            raise UserError(f"'{folder}' is not a folder with {CONFIG} and weights ({', '.join(IN_FOLDER)}).")
         return f"{FOLDER}{folder}", files, {"require_pretrained": True}
     name, _, weights = spec.partition("/")
     if name not in open_clip.list_models():
@@ -141,10 +141,10 @@ def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[s
             f"which downloads, or {PREFIX}{name}/FILE. Tags: {', '.join(tags) or 'none'}."
         )
     transform: Any = open_clip.transform
-    plain = asdict(transform.PreprocessCfg())  # a file does not say how its images were prepared
+    plain = asdict(transform.PreprocessCfg())  # a file does not contain its preprocessing
     published = [transform.merge_preprocess_dict(plain, open_clip.get_pretrained_cfg(name, tag)) for tag in tags]
     if published and plain not in published:
-        log.warning("Images are prepared CLIP's way for '%s', unlike for the published %s models.", file, name)
+        log.warning("'%s' is used with CLIP's preprocessing, unlike the published weights of %s.", file, name)
     return name, [file], empty
 
 
@@ -157,8 +157,8 @@ def _cached(tag: Mapping[str, Any]) -> str:
 
 
 def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:
-    """Put a file's weights into a model, all of them and no others."""
-    if file.suffix not in {".npy", ".npz"}:  # open_clip would resize positions of another size, and say nothing
+    """Load a file of weights into a model; missing and other tensors are errors."""
+    if file.suffix not in {".npy", ".npz"}:  # open_clip would silently resize position embeddings
         held = open_clip.factory.load_state_dict(str(file), weights_only=True)
         for name, tensor in model.state_dict().items():
             if (
@@ -168,7 +168,7 @@ def _load(open_clip: ModuleType, model: nn.Module, file: Path) -> None:
             ):
                 raise ValueError(f"{name!r} has shape {tuple(held[name].shape)} instead of {tuple(tensor.shape)}")
     keys = open_clip.load_checkpoint(model, str(file), strict=False, weights_only=True)
-    if not keys:  # of NumPy's files, which are read by name
+    if not keys:  # NumPy files, which are read by name
         return
     wrong = [f"{name!r} is missing" for name in keys.missing_keys]
     wrong += [f"{name!r} belongs to another model" for name in keys.unexpected_keys if name not in OPENAI_SIZES]

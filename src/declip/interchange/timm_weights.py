@@ -1,4 +1,4 @@
-"""Image towers with timm's weights: ``timm:NAME.TAG``, downloaded unless in the cache, or ``timm:NAME/FILE``."""
+"""Image towers with weights of timm: ``timm:NAME.TAG``, which is downloaded, or ``timm:NAME/FILE``."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,15 +20,15 @@ PREFIX = "timm:"
 
 
 def matches(where: str) -> bool:
-    """Whether this is a name of timm's."""
+    """Whether this is a name of a timm model."""
     return where.startswith(PREFIX)
 
 
 def read(where: str) -> Weights:
-    """Read an image tower; its recipe has the image size and the statistics of its training."""
+    """Read an image tower, with its image size and statistics."""
     name, _, file = where.removeprefix(PREFIX).partition("/")
     architecture, config = name.split(".")[0], None
-    with suppress(RuntimeError):  # of a tag that timm does not know
+    with suppress(RuntimeError):  # an unknown tag
         config = timm.get_pretrained_cfg(name)
     if config is None:
         raise unknown("timm model or tag", name, {*timm.list_models(), *timm.list_pretrained(f"{architecture}*")})
@@ -39,14 +39,14 @@ def read(where: str) -> Weights:
     statistics = {"image.mean": list(config.mean), "image.std": list(config.std)}
     keys = {"image.model": architecture, "image.size": size, "image.model_kwargs": {}, **statistics}
     recipe = load_recipe("clip", {**keys, "embed_dim": width})
-    # timm's weights lead into no shared space, so the projection is the identity.
+    # Without a text tower there is no shared space, so the projection is the identity.
     projection = {"proj.weight": torch.eye(width), "proj.bias": torch.zeros(width)}
     tensors = {f"image_tower.{name}": projection.get(name, t) for name, t in tower.state_dict().items()}
     return Weights(recipe, tensors | {"logit_scale": torch.tensor(recipe.logit_scale.init)}, where)
 
 
 def _filled(where: str, architecture: str, size: int, weights: Mapping[str, Tensor]) -> ImageTower:
-    """Build the tower with the weights, all of them but the classifier's, and no others."""
+    """Build the tower with the weights, which must be complete except for the classifier."""
     classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None) or ()
     heads = {name.split(".")[0] for name in ([classifier] if isinstance(classifier, str) else classifier)}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -56,7 +56,7 @@ def _filled(where: str, architecture: str, size: int, weights: Mapping[str, Tens
         with torch.random.fork_rng(devices=[]):
             return ImageTower(architecture, size, embed_dim=8, weights=kept)
     except UserError as error:
-        reason = shorten(str(error.__cause__).split("\n\t")[-1], 160)  # the last of torch's lines, one for each kind
+        reason = shorten(str(error.__cause__).split("\n\t")[-1], 160)  # the last line of torch's message
         raise UserError(f"The weights of '{where}' are not those of {architecture}: {reason}") from error
 
 
@@ -64,7 +64,7 @@ def _read_file(where: str, path: Path) -> Mapping[str, Tensor]:
     content = unwrapped(read_tensors(path), "state_dict_ema", "model_ema", "state_dict", "model")
     state = {str(name).removeprefix("module."): t for name, t in content.items() if isinstance(t, Tensor)}
     if not state:
-        raise UserError(f"'{where}' holds no tensors. Give weights as timm saves them.")
+        raise UserError(f"'{where}' has no tensors. Give weights as timm saves them.")
     return state
 
 

@@ -1,4 +1,4 @@
-"""Our tokenizer as Hugging Face's files: the same ids in `tokenizers` and transformers."""
+"""Tokenizers as files of Hugging Face, with the same ids in `tokenizers` and transformers."""
 
 import json
 import re
@@ -22,7 +22,7 @@ REPLACED = (
     ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "),
     (Regex("[\u02bc\u2018-\u201b]"), "'"), (Regex("[\u201c-\u201f]"), '"'), (Regex(r"\s+"), " "),
 )  # fmt: skip
-"""The common replacements of CLIP's cleaning; ftfy's others (broken encodings, ligatures) cannot be expressed."""
+"""Common replacements of CLIP's cleaning; others of ftfy (broken encodings, ligatures) cannot be represented."""
 
 CLEANING: dict[str, list[Any]] = {
     "lowercase": [normalizers.Lowercase()],
@@ -31,11 +31,11 @@ CLEANING: dict[str, list[Any]] = {
         normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(),
     ],
 }  # fmt: skip
-"""Cleaning that transformers' own tokenizer class does, as a part of tokenizer.json."""
+"""Cleaning by transformers' tokenizer classes, as normalizers of tokenizer.json."""
 
 
 def backend(tokenizer: CaptionTokenizer) -> Backend:
-    """Build the same tokenizer of the `tokenizers` library: start, the words' ids, end, cut at the context."""
+    """Build an equal tokenizer of the `tokenizers` library: start, word ids, end, truncated to the context."""
     tokenizer = getattr(tokenizer, "clip", None) or tokenizer
     if not isinstance(tokenizer, Tokenizer):
         written = Backend.from_str(tokenizer.library.to_str())
@@ -81,9 +81,9 @@ def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
     special = {name: written.id_to_token(number) for name, number in ids.items()}
     config = {
         **special,
-        "tokenizer_class": "PreTrainedTokenizerFast",  # CLIP's own class would put its own cleaning in place of ours
+        "tokenizer_class": "PreTrainedTokenizerFast",  # CLIP's class would use its own cleaning
         "model_max_length": tokenizer.context,
-        # SigLIP's towers attend to what pads.
+        # Towers of SigLIP attend to padding.
         "model_input_names": ["input_ids", *([] if isinstance(tokenizer, WrappedTokenizer) else ["attention_mask"])],
         "padding_side": "right",
         "split_special_tokens": True,

@@ -44,34 +44,34 @@ MAX_GROWTH = 4
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a model that is not built yet."""
+    """Weights of a model, with its recipe, before it is built."""
 
     recipe: Recipe
-    tensors: Mapping[str, Tensor]  # by the names of `DualEncoder`, on the CPU; with the adapters of a run that has some
-    origin: str  # the file, folder or name, as the user gave it
+    tensors: Mapping[str, Tensor]  # by the names of `DualEncoder`, on the CPU, including adapters
+    origin: str  # file, folder or name from the user
     heads: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of `Objective`
 
     @property
     def whole(self) -> bool:
-        """Whether both towers are there; else the image tower is alone."""
+        """Whether there are both towers, or only the image tower."""
         return any(name.startswith(TEXT) for name in self.tensors)
 
     @property
     def encoder(self) -> TextEncoder | WrappedModel | None:
-        """The Hugging Face text encoder, or the wrapped model, that the weights are of."""
+        """Configuration of the Hugging Face text encoder or the wrapped model, if it is one."""
         return encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.whole else None
 
     def check(self) -> "Weights":
-        """Compare the tensors with the recipe."""
+        """Compare names and shapes of the tensors with the recipe, and return the weights."""
         self._check_layers()
-        with torch.device("meta"):  # the recipe may be a stranger's: nothing is allocated for sizes that no file backs
+        with torch.device("meta"):  # the recipe may be a stranger's: no memory is allocated for its sizes
             model, _ = self._empty()
         if difference := first_difference(model.state_dict(), self.tensors):
             raise UserError(f"The weights in '{self.origin}' do not fit their recipe: {difference}.")
         return self
 
     def build(self) -> DualEncoder:
-        """Build the model, in training mode, on the CPU; adapters are merged."""
+        """Build the model in training mode, on the CPU, with merged adapters."""
         with torch.random.fork_rng(devices=[]):
             model, adapters = self._empty()
         if difference := first_difference(model.state_dict(), self.tensors):
@@ -83,18 +83,17 @@ class Weights:
         return adapters.merge() if adapters is not None else model
 
     def as_start(self) -> "Weights":
-        """Leave out what another training cannot use: the queue, and the projection of an image tower alone."""
+        """Remove tensors that another run cannot use: the queue, and the projection of an image tower alone."""
         tensors = self.build().state_dict() if adapted(self.tensors) else self.tensors
-        if not self.whole:  # the projection leads into the space of a text tower
+        if not self.whole:  # its projection belongs to the missing text tower
             tensors = {n: t for n, t in tensors.items() if n.startswith(IMAGE) and not n.startswith(f"{IMAGE}proj.")}
         return replace(self, tensors=tensors, heads=without_run_state(self.heads))
 
     def fit(self, recipe: Recipe) -> Recipe:
-        """Put the weights' towers into a recipe: architecture, image statistics, tokenizer, activation, logit scale.
+        """Set the architecture, preprocessing, tokenizer and logit scale of a recipe to those of the weights.
 
-        How the towers are trained stays the recipe's, and so do the image size and statistics and the length of
-        captions that its user gave.
-        Without a text tower the recipe's own and its width of the shared space stay. Weights with a bias of the logits
+        Settings of training are kept, and so are an image size, image statistics and a context length from the user.
+        Without a text tower, the recipe's text tower and embedding width are kept. Weights with a bias of the logits
         are trained with a sigmoid loss, unless the user gave losses.
         """
         own = (name for name in ("size", "mean", "std") if f"image.{name}" in recipe.given)
@@ -117,11 +116,11 @@ class Weights:
         overruled = []
         for key in sorted(recipe.given):
             asked, becomes = _value(recipe, key), _value(fitted, key)
-            # Every recipe that was written out has the scale's default.
+            # A resolved recipe contains the default scale.
             if asked != becomes and (key != "logit_scale.init" or asked != LogitScale().init):
                 overruled.append(f"{key}={asked} (becomes {becomes})")
         if overruled:
-            raise UserError(f"The weights of '{self.origin}' overrule keys; leave them out: {', '.join(overruled)}.")
+            raise UserError(f"The weights of '{self.origin}' determine keys; leave them out: {', '.join(overruled)}.")
         return fitted
 
     def _check_layers(self) -> None:
@@ -143,7 +142,7 @@ def empty(recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, tex
         return DualEncoder.from_recipe(recipe, encoder, text)
     except UserError:
         raise
-    except Exception as error:  # sizes that no one meant fail anywhere in torch and timm
+    except Exception as error:  # invalid sizes fail anywhere in torch and timm
         raise UserError(f"A model of these sizes cannot be built: {one_line(error)}") from error
 
 
@@ -174,15 +173,15 @@ def _layers(config: Any, key: str = "") -> Iterator[int]:
 
 
 def read_recipe(text: str, origin: str) -> Recipe:
-    """Read the recipe that came with weights, perhaps a stranger's."""
+    """Read the recipe of weights, which may be a stranger's."""
     try:
         return Recipe.model_validate(read_yaml(text))
-    except Exception as error:  # YAML's tags and pydantic's checks each have errors of their own
+    except Exception as error:  # YAML and pydantic have their own errors
         raise UserError(f"The recipe in '{origin}' cannot be read by this version: {one_line(error)}") from error
 
 
 def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
-    """Say what differs first between two sets of named tensors, and how many more differ; None where nothing does."""
+    """Describe the first difference of two sets of named tensors, with the number of others; None if equal."""
     problems = [f"'{name}' is missing" for name in expected if name not in given]
     problems += [f"'{name}' belongs to another model" for name in given if name not in expected]
     for name, tensor in expected.items():
@@ -196,13 +195,13 @@ def first_difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> s
 
 
 def one_line(error: Exception, longest: int = 300) -> str:
-    """The message of another library's error on one line, or its class where it has none."""
+    """Format the message of an error on one line, or its class if the message is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]} …"
 
 
 def _value(recipe: Recipe, key: str) -> Any:
-    """The value of a dotted key; None where image.model_kwargs lacks it."""
+    """Value of a dotted key; None if image.model_kwargs lacks it."""
     value: Any = recipe
     for name in key.split("."):
         value = getattr(value, name) if isinstance(value, BaseModel) else value.get(name)
@@ -210,19 +209,19 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 
 def read_tensors(path: Path) -> Any:
-    """Read a file of torch's or a safetensors file onto the host."""
+    """Read a torch or safetensors file into host memory."""
     if not path.is_file() or path.suffix == ".onnx":
-        raise UserError(f"'{path}' is no file of weights. Give a path of one, as torch.save or safetensors write it.")
+        raise UserError(f"'{path}' is not a file of weights. Give one that torch.save or safetensors wrote.")
     try:
         return load_file(path) if path.suffix == ".safetensors" else _load(path)
     except UserError:
         raise
-    except Exception as error:  # a file can be wrong in any way
+    except Exception as error:  # a damaged file raises any class
         raise UserError(f"Cannot read weights from '{path}': {reason(error)} Download the file again.") from error
 
 
 def unwrapped(content: Any, *keys: str) -> Mapping[str, Any]:
-    """The weights in a checkpoint's content, under the first of the keys that it has, or all of it."""
+    """Weights in the content of a checkpoint: below the first of the keys that it has, or all of it."""
     content = content if isinstance(content, Mapping) else {}
     return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
 
@@ -275,33 +274,33 @@ def online(seconds: float = 5.0) -> bool:
 
 
 def reason(error: Exception, longest: int = 300) -> str:
-    """Say why a file cannot be read; torch's own message advises `weights_only=False`, which would run its code."""
+    """Format why a file cannot be read; torch's message would advise `weights_only=False`, which runs its code."""
     if isinstance(error, pickle.UnpicklingError):
-        return "it is no file of tensors, or it holds more than tensors."
+        return "it is not a file of tensors, or it contains other objects."
     text = one_line(error, longest)
     return text if text.endswith((".", "…")) else f"{text}."
 
 
 def _load(path: Path, mmap: bool = False) -> Any:
     with path.open("rb") as file:
-        archive = file.read(4) == b"PK\x03\x04"  # by which torch knows its archives
+        archive = file.read(4) == b"PK\x03\x04"  # torch's own test for archives
     if archive:
         with zipfile.ZipFile(path) as opened:
             entries = opened.infolist()
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise UserError(
-                f"'{path}' is a TorchScript archive, a program, which is not run here. Take OpenAI's weights by their "
-                "tag, as in 'open_clip:ViT-B-32/openai'; of your own program save the `state_dict()`."
+                f"'{path}' is a TorchScript archive, whose code is not run. Load OpenAI's weights by tag, such as "
+                "open_clip:ViT-B-32/openai; of your own models save the `state_dict()`."
             )
         _refuse_growth(path, sum(entry.file_size for entry in entries))
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=(mmap and archive) or None)
-    # A tensor can repeat one number a million times a million times; whatever copies it would take the memory.
+    # An expanded tensor can repeat one number 10^12 times, and a copy of it would take the memory.
     _refuse_growth(path, sum(tensor.nbytes for tensor in _tensors(content)))
     return content
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
-    """All tensors in nested dictionaries and lists, each once: these may hold each other, and themselves."""
+    """All tensors in nested dictionaries and lists, each once; containers may contain themselves."""
     left, seen = [content], set[int]()
     while left:
         item = left.pop()
@@ -317,6 +316,4 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 def _refuse_growth(path: Path, unpacked: int) -> None:
     size = path.stat().st_size
     if unpacked > MAX_GROWTH * size:
-        raise UserError(
-            f"'{path}' has {size:,} bytes but says that {unpacked:,} come out of it. Save the weights again."
-        )
+        raise UserError(f"'{path}' has {size:,} bytes, but its tensors take {unpacked:,}. Save the weights again.")

@@ -1,4 +1,4 @@
-"""Models whose towers stay open_clip's or transformers' own: SigLIP, MobileCLIP 2, EVA, PE-Core, CoCa's two towers."""
+"""Models with towers of open_clip or transformers: SigLIP, MobileCLIP 2, EVA, PE-Core, the towers of CoCa."""
 
 import copy
 import json
@@ -22,26 +22,26 @@ from declip.models.wrapped_towers import WrappedImageTower, WrappedTextTower, li
 from declip.recipe.load import load_recipe
 
 CLEANING = {"SiglipTokenizer": "siglip", "Siglip2Tokenizer": "lowercase", "GemmaTokenizer": "lowercase"}
-"""Tokenizer classes of transformers → their cleaning, which is not in tokenizer.json."""
+"""Tokenizer classes of transformers → cleaning that is not in tokenizer.json."""
 
 PREFIXES = {"open_clip": ("visual.", "text."), "transformers": ("vision_model.", "text_model.")}
-"""Prefixes of the image and the text tower's tensors in each library."""
+"""Prefixes of tensors of the image and the text tower in each library."""
 
 
 def wrapped_in(model: DualEncoder) -> WrappedModel | None:
-    """Give the configuration of a model with wrapped towers."""
+    """Configuration of a model with wrapped towers; None for other models."""
     tower = model.text_tower
     return WrappedModel.from_tensor(tower.stored) if isinstance(tower, WrappedTextTower) else None
 
 
 def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
-    """Take the two towers of any model of open_clip, with its tokenizer and preprocessing."""
+    """Wrap the towers of any model of open_clip, with its tokenizer and preprocessing."""
     from open_clip.model import convert_to_custom_text_state_dict
 
     prepared, config = opened.preprocess, {k: v for k, v in opened.config.items() if k != "multimodal_cfg"}
     sides = {prepared.size} if isinstance(prepared.size, int) else set(prepared.size)
     if prepared.resize_mode not in ("shortest", "squash") or len(sides) > 1:
-        raise UserError(f"its images are resized {prepared.resize_mode} to {prepared.size}")
+        raise UserError(f"its images are resized {prepared.resize_mode} to {prepared.size}, not to a square")
     text: Any = getattr(opened.model, "text", None)
     stored = WrappedModel(
         "open_clip",
@@ -60,7 +60,7 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
 
 
 def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Weights:
-    """Read a folder of transformers' `SiglipModel` or `Siglip2Model`; of the latter square images alone."""
+    """Read a folder of transformers' `SiglipModel`, or of `Siglip2Model` for square images."""
     import transformers
 
     kind = config["model_type"]
@@ -70,7 +70,7 @@ def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     prepared = read_preprocessing(folder)
     factor, sides = prepared.get("rescale_factor", 1 / 255), prepared.get("size")
     if abs(factor * 255 - 1) > 1e-4 or prepared.get("do_center_crop") or "shortest_edge" in str(sides):
-        raise UserError(f"its images are cropped, resized to {sides}, or multiplied by {factor:.4g}, not SigLIP's way")
+        raise UserError(f"its preprocessing is not SigLIP's: crop, resize to {sides}, or rescale by {factor:.4g}")
     if left_out := [key for key in ("do_resize", "do_rescale", "do_normalize") if prepared.get(key) is False]:
         raise UserError(f"image preprocessing: {left_out[0]} is False")
     resample = prepared.get("resample", 3 if kind == "siglip" else 2)
@@ -94,7 +94,7 @@ def _weights(
     state: Mapping[str, Tensor],
     origin: str,
 ) -> Weights:
-    """Load the library's tensors into its own modules, and name them as ours."""
+    """Load tensors into modules of the library, and rename them."""
     # The configuration may be a stranger's: it is compared with the weights before memory is allocated for it.
     check_layers(stored.sections, len(state), "The configuration")
     with torch.device("meta"):
@@ -127,7 +127,7 @@ def _weights(
 
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:
-    """The image preprocessing, for which transformers 5 takes the processor's file before the older one."""
+    """Read the image preprocessing; like transformers 5, prefer processor_config.json to the older file."""
     nested = _read_if_there(folder / "processor_config.json").get("image_processor")
     return nested or _read_if_there(folder / "preprocessor_config.json")
 
@@ -158,7 +158,7 @@ def _open_clip_tokenizer(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, A
 def _siglip_tokenizer(folder: Path, context: int, padding: int) -> dict[str, Any]:
     """Arguments of `WrappedTokenizer`, from tokenizer.json and tokenizer_config.json."""
     if not (folder / "tokenizer.json").is_file():
-        raise UserError("it has no tokenizer.json; save its tokenizer there with transformers")
+        raise UserError("it has no tokenizer.json; save its tokenizer with transformers")
     definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
     config = _read_if_there(folder / "tokenizer_config.json")
     pad = config.get("pad_token")
@@ -168,12 +168,12 @@ def _siglip_tokenizer(folder: Path, context: int, padding: int) -> dict[str, Any
     clean = CLEANING.get(str(config.get("tokenizer_class")).removesuffix("Fast"), "")
     arguments: dict[str, Any] = {"definition": definition, "context": context, "padding": padding, "clean": clean}
     if not WrappedTokenizer(**arguments).encode(""):
-        raise UserError("its tokenizer.json puts no end token behind a text")
+        raise UserError("its tokenizer.json adds no end token to a text")
     return arguments
 
 
 def express_wrapped(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Give the library's configuration and tensors of a model with wrapped towers."""
+    """Build the configuration and tensors of the library for a model with wrapped towers."""
     stored, recipe = wrapped_in(model), model.recipe
     assert stored is not None, "asked of a wrapped model"
     assert recipe is not None, "a model without one was refused"
