@@ -58,7 +58,7 @@ def test_damaged_checkpoints_and_their_weights_alone_are_named(
     (best / WEIGHTS).write_bytes(b"half")
     good = next(folder for folder in reversed(kept) if folder != best)
     assert read_checkpoint(tmp_path).step == step_of(good)
-    assert re.search(rf"{best.name}/{WEIGHTS} is damaged.* Step {step_of(good)} is read instead", caplog.text)
+    assert re.search(rf"{best.name}/{WEIGHTS} is damaged.*step {step_of(good)}", caplog.text)
     folder = list_checkpoints(tmp_path)[-1]
     with pytest.raises(UserError, match="by its folder"):
         declip.load(folder / WEIGHTS)

@@ -101,7 +101,7 @@ def test_a_tag_brings_its_preparation_and_activation(tmp_path: Path, monkeypatch
         ("ViT-B-32", r"does not say which weights.*Tags: openai, .*laion2b_s34b_b79k"),
         ("ViT-B-32/opneai", "no tag or file 'opneai'.*Tags: openai"),
         ("tiny-vit//missing/weights", "no tag or file '/missing/weights'.*Tags: none"),
-        ("local-dir:/missing", "'/missing' is no folder with open_clip_config.json"),
+        ("local-dir:/missing", "'/missing'.*open_clip_config.json"),
     ],
 )
 def test_wrong_names(given: str, message: str) -> None:
@@ -130,7 +130,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
         changed = copy.deepcopy(stored)
         changed["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": trust}
         config.write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=r"run code of its own \(trust_remote_code\)"):
+        with pytest.raises(UserError, match=r"trust_remote_code"):
             declip.load(folder)
     for text in ("{", "[]", '{"model_cfg": {}}', '{"model_cfg": {"embed_dim": 8}}', '{"preprocess_cfg": {}}'):
         config.write_text(text)
@@ -138,7 +138,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
             declip.load(folder)
     config.write_text(json.dumps(stored))
     weights.rename(folder / "weights.pt")
-    with pytest.raises(UserError, match=r"no folder with .* and weights \(\*\.safetensors"):
+    with pytest.raises(UserError, match=r"open_clip_config.json.*\*\.safetensors"):
         declip.load(folder)
 
 
@@ -169,7 +169,7 @@ def test_a_file_of_a_model_that_is_published_with_another_preparation(
         tags[tag] = {"resize_mode": mode}
         caplog.clear()
         declip.load(f"open_clip:tiny-vit/{file}", device="cpu")
-        assert ("unlike for the published tiny-vit" in caplog.text) == warned
+        assert ("published weights of tiny-vit" in caplog.text) == warned
 
 
 def test_the_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

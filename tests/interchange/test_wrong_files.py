@@ -74,8 +74,8 @@ WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
     "half.pth": (lambda own: half(own, "half.pth"), f"{UNREADABLE}.*Download the file again"),
     "half.safetensors": (lambda own: half(own, "half.safetensors"), UNREADABLE),
     "empty.pt": (lambda _: b"", UNREADABLE),
-    "model.onnx": (lambda _: ONNX, "'{name}' is no file of weights"),
-    "nowhere.pth": (lambda _: None, "'{name}' is no file of weights"),
+    "model.onnx": (lambda _: ONNX, "'{name}' is not a file"),
+    "nowhere.pth": (lambda _: None, "'{name}' is not a file"),
 }
 """What a file holds, made from the tensors of an official model, and how the official reader refuses it."""
 
