@@ -1,6 +1,7 @@
 """A file that is read by position: safe to share between forked processes, and without a memory map."""
 
 import os
+import weakref
 from pathlib import Path
 
 
@@ -11,8 +12,8 @@ class OpenFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)  # unlike `__del__` it also works at the end of Python
 
     @property
     def size(self) -> int:
@@ -28,7 +29,3 @@ class OpenFile:
     def read(self, size: int, at: int) -> bytes:
         """Read bytes, fewer at the end, without moving the position that forked processes share."""
         return os.pread(self._descriptor, size, at)
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
