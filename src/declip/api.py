@@ -134,7 +134,7 @@ def compare(
     out: str | Path,
     **options: Any,
 ) -> Outcome:
-    """Compare recipes at several numbers of pairs and write results.json, results.md and report.html.
+    """Compare recipes at several numbers of pairs and write results.json and report.html.
 
     The other arguments (`datasets`, `tasks`, `budgets` …) are those of `declip.comparison.study.Study.of`, and `jobs`
     and `quiet` those of `declip.comparison.runner.run`.

@@ -1,4 +1,4 @@
-"""The page of a comparison, its Markdown and its terminal output."""
+"""The page of a comparison and its terminal output."""
 
 import json
 import shlex
@@ -28,11 +28,9 @@ from declip.reports.charts import Chart, pairs_chart
 from declip.reports.page import NONE, Table, render, rich_table, span
 
 
-def write_page(outcome: Outcome, folder: Path) -> tuple[Path, Path]:
-    """Write report.html and results.md of a comparison, complete or not, and return their paths."""
-    content = context(outcome)
-    page = write_text(folder / "report.html", render("comparison.html", **content))
-    return page, write_text(folder / "results.md", render("comparison.md", **content))
+def write_page(outcome: Outcome, folder: Path) -> Path:
+    """Write report.html of a comparison, complete or not, and return its path."""
+    return write_text(folder / "report.html", render("comparison.html", **context(outcome)))
 
 
 def summary(outcome: Outcome) -> Group:

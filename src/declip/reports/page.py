@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from rich.markup import escape
 from rich.table import Table as RichTable
 
@@ -24,7 +22,7 @@ NONE = "–"  # a table cell without a number
 
 @dataclass(frozen=True)
 class Table:
-    """A table of strings for the page, the terminal and Markdown.
+    """A table of strings for the page and the terminal.
 
     Attributes:
         columns: Column names; may be empty.
@@ -49,12 +47,11 @@ def span(low: float, high: float) -> str:
 
 
 @cache
-def environment(markdown: bool = False, plain_text: bool = False) -> Environment:
-    """The environment of the templates; values are escaped for HTML or Markdown, or not at all."""
+def environment(plain_text: bool = False) -> Environment:
+    """The environment of the templates; values are escaped for HTML, or not at all."""
     created = Environment(
         loader=PackageLoader("declip.reports"),
-        autoescape=not (markdown or plain_text),
-        finalize=(lambda value: plain(value) if type(value) is str else value) if markdown else None,
+        autoescape=not plain_text,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -70,14 +67,14 @@ def environment(markdown: bool = False, plain_text: bool = False) -> Environment
         "shown": text.shown,
         "words": lambda value: value.replace(" %", f"{NBSP}%"),
     }
-    created.globals |= {"span": span, "markdown_table": markdown_table}
+    created.globals |= {"span": span}
     return created
 
 
 def render(template: str, **context: Any) -> str:
     """Render a template with the version, the date and its context."""
     now = datetime.datetime.now().strftime("%d %B %Y, %H:%M")
-    found = environment(template.endswith(".md"), template.endswith(".txt")).get_template(template)
+    found = environment(template.endswith(".txt")).get_template(template)
     return found.render(version=metadata.version("declip"), date=now, **context)
 
 
@@ -88,21 +85,6 @@ def check_writable(paths: Iterable[Path | None]) -> None:
         if path.is_dir() or not os.access(folder, os.W_OK):
             why = "it is a folder" if path.is_dir() else f"'{folder}' is not a writable folder"
             raise UserError(f"'{path}' cannot be written: {why}. Choose another file.")
-
-
-def plain(words: str) -> str:
-    """Escape text for Markdown."""
-    words = " ".join(words.split())
-    words = re.sub(r"([\\`*\[\]<>|~$&])|(?<!\w)_|_(?!\w)", r"\\\g<0>", words)
-    return re.sub(r"^(\d*)([.)](?= )|[-+](?= )|#)", r"\1\\\2", words)
-
-
-def markdown_table(table: Table) -> Markup:
-    """Format a table as Markdown, below its caption."""
-    rules = ["---" if place < table.texts else "---:" for place in range(len(table.columns))]
-    rows = [[plain(name) for name in table.columns], rules, *([plain(word) for word in row] for row in table.rows)]
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return Markup(f"**{plain(table.caption)}**\n\n{lines}")
 
 
 def rich_table(table: Table) -> RichTable:
