@@ -5,8 +5,6 @@ import io
 import json
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -139,13 +137,6 @@ def test_a_table_that_is_rewritten_in_place_is_named(folder, cache, monkeypatch,
     for index in (0, 1999):
         with pytest.raises(UserError, match=rf"t\.{kind}.*rewritten.*--resume"):
             source.captions(index)
-
-
-def test_a_table_that_is_open_at_the_end_of_python_prints_nothing(folder):
-    path = write(folder / "t.csv", [("a.png", "one")])
-    code = f"import builtins; from declip.data.sources.open import open_source as o; builtins.kept = o({str(path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("", "")
 
 
 # CSV, TSV
