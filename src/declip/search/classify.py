@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
@@ -75,36 +74,31 @@ def classify(
         on_prediction: Called with each prediction, in the order of the images.
 
     Raises:
-        UserError: Fewer than two classes, no readable image, a folder that is not empty, or a model without a text
-            tower.
+        UserError: Fewer than two classes, no readable image, a folder that is not empty, or no text tower.
     """
     # Validate the input before the model is loaded.
     check_range("batch_size", batch_size, 1)
     names, prompts = read_classes(classes), read_templates(templates)[1]
     source = _open(images, replace(columns, caption=None))
     path = None if out is None else Path(out).expanduser()
-    if path is not None:
-        check_out(path)
+    check_out(path)
     encoder = load(model, device) if isinstance(model, str | Path) else model
     encoder.tokenize([""])  # a model without a text tower fails before processes start
-
     # Read images, in worker processes that start here: a fork does not copy the thread of the progress bar.
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     stream = in_order(Batches(encoder, batches, partial(_read, source)), len(batches), workers)
-
     # Classify and write batch by batch.
     result = Classification(dict.fromkeys(names, 0))
-    writing = nullcontext(None) if path is None else open_predictions(path, names, source, link)
     collect = on_prediction or (result.predictions.append if path is None else None)
-    with naming_lost_workers(), writing as writer, pairs_bar(progress, "images") as bar:
+    writing = open_predictions(path, names, source, link)
+    with naming_lost_workers(), writing as write, pairs_bar(progress, "images") as bar:
         texts = class_features(encoder, names, prompts, batch_size=batch_size)
         task = bar.add_task(f"Images of {source.name}", total=len(source))
         for pixels, rows, broken in stream:
             result.skipped.merge(broken)
             for prediction, (_, place, origin) in _predict(encoder, pixels, rows, names, texts):
                 result.counts[prediction.best] += 1
-                if writer is not None:
-                    writer.add(prediction, place, origin)
+                write(prediction, place, origin)
                 if collect is not None:
                     collect(prediction)
             bar.advance(task, len(rows) + broken.total)

@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TextIO
 
@@ -37,65 +38,60 @@ class Prediction:
     probabilities: dict[str, float]
 
 
-def check_out(out: Path) -> None:
+Write = Callable[[Prediction, int, Origin], None]
+"""Writes the prediction of an image with its place in the source and its origin."""
+
+
+def check_out(out: Path | None) -> None:
     """Refuse a path that predictions cannot be written to, before anything is computed."""
-    suffix = out.suffix.lower()
+    suffix = "" if out is None else out.suffix.lower()
     if suffix in OTHER_TABLES:
         raise UserError(f"Predictions are written to {' or '.join(TABLES)}, or sorted into a folder, not to '{out}'.")
-    if out.is_dir() and (any(out.iterdir()) or suffix in TABLES):
+    if out is not None and out.is_dir() and (any(out.iterdir()) or suffix in TABLES):
         raise UserError(f"'{out}' is a folder that is not empty; {ELSEWHERE}: a new folder, or a .csv or .json file.")
-    if out.is_file() and suffix not in TABLES:
+    if out is not None and out.is_file() and suffix not in TABLES:
         raise UserError(f"'{out}' is a file; {ELSEWHERE}: a new folder, or a .csv or .json file.")
 
 
 @contextmanager
-def open_predictions(
-    out: Path, classes: Sequence[str], source: ImageSource, link: bool
-) -> Iterator["JsonPredictions | CsvPredictions"]:
-    """Open a table or a folder for predictions; it appears when all of them are written."""
+def open_predictions(out: Path | None, classes: Sequence[str], source: ImageSource, link: bool) -> Iterator[Write]:
+    """Open a table or a folder, which appears when all predictions are written; None writes nothing."""
+    if out is None:
+        yield lambda prediction, place, origin: None
+        return
     suffix = out.suffix.lower()
     with atomic_write(out, ELSEWHERE) as target:
         folders = None if suffix in TABLES else ClassFolders(target, classes, source, link)
         path = target if folders is None else target / TABLE
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = JsonPredictions(file) if suffix == ".json" else CsvPredictions(file, classes, folders)
-            yield writer
-            writer.close()
+            if suffix == ".json":
+                yield _json_objects(file)
+                file.write("\n]\n")
+            else:
+                yield _csv_rows(file, classes, folders)
 
 
-class JsonPredictions:
-    """A JSON list with an object for each image."""
+def _json_objects(file: TextIO) -> Write:
+    before = chain(["[\n"], repeat(",\n"))
 
-    def __init__(self, file: TextIO) -> None:
-        self._file, self._before = file, "[\n"
-
-    def add(self, prediction: Prediction, place: int, origin: Origin) -> None:
-        """Write an object."""
+    def write(prediction: Prediction, place: int, origin: Origin) -> None:
         row = {"image": prediction.image, "class": prediction.best, "probability": prediction.probability}
-        self._file.write(self._before + json.dumps({**row, "probabilities": prediction.probabilities}))
-        self._before = ",\n"
+        file.write(next(before) + json.dumps({**row, "probabilities": prediction.probabilities}))
 
-    def close(self) -> None:
-        """Close the list."""
-        self._file.write("\n]\n")
+    return write
 
 
-class CsvPredictions:
-    """A table with a column for each class; also sorts the images into folders, if there are any."""
+def _csv_rows(file: TextIO, classes: Sequence[str], folders: "ClassFolders | None") -> Write:
+    table = csv.writer(file)
+    table.writerow(["image", "class", "probability", *map(_plain, classes)])
 
-    def __init__(self, file: TextIO, classes: Sequence[str], folders: "ClassFolders | None") -> None:
-        self._table, self._folders = csv.writer(file), folders
-        self._table.writerow(["image", "class", "probability", *map(_plain, classes)])
-
-    def add(self, prediction: Prediction, place: int, origin: Origin) -> None:
-        """Write a row, and copy or link the image."""
+    def write(prediction: Prediction, place: int, origin: Origin) -> None:
         numbers = (f"{number:.6g}" for number in (prediction.probability, *prediction.probabilities.values()))
-        self._table.writerow([_plain(prediction.image), _plain(prediction.best), *numbers])
-        if self._folders is not None:
-            self._folders.add(prediction, place, origin)
+        table.writerow([_plain(prediction.image), _plain(prediction.best), *numbers])
+        if folders is not None:
+            folders.add(prediction, place, origin)
 
-    def close(self) -> None:
-        """Do nothing: a table has no end."""
+    return write
 
 
 class ClassFolders:
