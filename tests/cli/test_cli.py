@@ -36,7 +36,8 @@ def test_trains_evaluates_and_resumes(table: Path, tmp_path: Path, command: Any)
     other = tmp_path / "other.csv"
     other.write_text(f"image,caption\n{table.parent}/red-bar.png,a red bar\n{table.parent}/blue-bar.png,a blue bar\n")
     printed = command(*evaluate, both, "--dataset", other).out
-    assert printed.count("shapes.jsonl") == printed.count("other.csv") == 1
+    assert "shapes.jsonl" in printed
+    assert "other.csv" in printed
     rows = json.loads(both.read_text())
     assert [(row["dataset"], row["images"]) for row in rows] == [(str(table), 24), (str(other), 2)]
     assert rows[0] == result

@@ -18,12 +18,13 @@ from declip.evaluation.results import (
     Measure,
     ZeroShotResult,
     read_result,
-    results_table,
     short_names,
 )
 from declip.interchange.export import export
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
+from declip.reports.page import rich_table
+from declip.reports.run import results_table
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "white")
 
@@ -170,7 +171,7 @@ def test_splits_that_do_not_fit_each_other(probed, painted) -> None:
 
 def _printed(results) -> str:
     console = Console(record=True, width=120, file=io.StringIO())
-    console.print(results_table(results, "Measured"))
+    console.print(rich_table(results_table(results)))
     return console.export_text()
 
 
@@ -190,7 +191,7 @@ def test_the_table_has_every_number_with_its_chance_and_majority(model, painted)
     assert read_result({"task": "séance"}) is read_result({}) is None
     assert str(results[0]).startswith("painted\n  top-1 100.0 % (chance 14.3 %, n = 3)\n")
     text = _printed(results)
-    for words in ("Measured", "painted", "top-1", "100.0 %", "14.3 % (majority 66.7 %)", "7.0", "text → image R@1"):
+    for words in ("painted", "top-1", "100.0 %", "14.3 % (largest class 66.7 %)", "7.0", "text → image R@1"):
         assert words in text
     assert "truncated image" in text
     even = evaluate(model, painted(NAMES, classes=NAMES))

@@ -63,13 +63,14 @@ def evaluate(
     else:
         from declip.evaluation.datasets import open_dataset
         from declip.evaluation.protocols import evaluate_all
-        from declip.evaluation.results import results_table
+        from declip.reports.page import rich_table
+        from declip.reports.run import results_table
 
         results = evaluate_all(
             loaded, [open_dataset(name, label_column=label_column) for name in datasets], (task,), options
         )
         rows = [each.to_dict() for each in results]
-        table, content = results_table(results), json.dumps(rows if len(rows) > 1 else rows[0], indent=1)
+        table, content = rich_table(results_table(results)), json.dumps(rows if len(rows) > 1 else rows[0], indent=1)
     console.print(table)
     if json_out is not None:
         write_text(json_out, content, "choose another path with --json")

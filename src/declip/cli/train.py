@@ -72,17 +72,17 @@ def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str]
 
 
 def _print_results(run: Any) -> None:
-    from declip.evaluation.results import results_table
     from declip.io.text import plural
+    from declip.reports.page import rich_table
+    from declip.reports.run import measures_table
 
-    results = [row.result for row in run.evaluated if row.step == run.step]
     seen, speed = run.step * run.recipe.train.batch_size, run.samples_per_second
     pace = f"{speed:,.0f} samples/s (median)" if speed else "speed not measured"
-    if results:
-        console.print(results_table(results))
+    if run.evaluated:
+        console.print(rich_table(measures_table(run)))
     counted = f"{plural(seen, 'sample')} seen in {plural(run.step, 'step')}"
     say(f"{run.recipe.name}, seed {run.recipe.seed}: {counted}, {pace}")
-    if not results:
+    if not run.evaluated:
         say("Nothing was evaluated: name a held-out set with --val heldout.csv.")
 
 

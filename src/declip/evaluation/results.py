@@ -1,17 +1,15 @@
-"""Results of evaluations: numbers with n and chance level, as JSON rows and as a table."""
+"""Results of evaluations: numbers with n and chance level, as JSON rows."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import inf, sqrt
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import TypeAdapter
-from rich.markup import escape
-from rich.table import Table
 
-from declip.io.text import percent, times
+from declip.io.text import percent
 
 METRICS: Mapping[str, str] = {"top1": "top-1", "mean_per_class": "mean per class"}
 """Conventional metrics of datasets → their names in tables."""
@@ -229,28 +227,6 @@ def read_result(row: Mapping[str, Any]) -> Result | None:
         names = [column.name for column in fields(RecallAtK)]
         recalls = {direction: {name: row[f"{direction}_{name}"] for name in names} for direction in DIRECTIONS}
     return READERS[row["task"]].validate_python({**row, **recalls})
-
-
-def results_table(results: Sequence[Result], title: str | None = None) -> Table:
-    """Format every score with its chance level, majority if higher, multiple of chance and n."""
-    table = Table("measure", title=title)
-    for name in ("value", "chance", "× chance", "n"):
-        table.add_column(name, justify="right")
-    names = short_names(result.dataset for result in results)
-    for result in results:
-        table.add_row(f"[bold]{escape(names[result.dataset])}[/]")
-        for measure in result.measures():
-            majority = "" if measure.majority is None else f" (majority {percent(measure.majority)})"
-            numbers = percent(measure.value), percent(measure.chance) + majority, times(measure.times_chance)
-            table.add_row(f"  {measure.name}", *numbers, f"{measure.n:,}")
-        notes = dict(result.skipped)
-        if isinstance(result, RetrievalResult):
-            notes["captions longer than the model's context"] = result.truncated_captions
-        for note, count in notes.items():
-            if count:
-                table.add_row(f"  {escape(note)}", "", "", "", f"{count:,}")
-        table.add_section()
-    return table
 
 
 def short_names(datasets: Iterable[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
-from declip.evaluation.results import RetrievalResult, ZeroShotResult, short_names
+from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShotResult, short_names
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.io.atomic import write_text
 from declip.io.text import percent, times
@@ -98,12 +98,9 @@ def measures_table(run: Run) -> Table:
         result, first = row.result, started.get((row.result.dataset, row.result.task))
         before = {measure.name: measure.value for measure in first.measures()} if first else {}
         for measure in result.measures():
-            largest = "" if measure.majority is None else f" (largest class {percent(measure.majority)})"
-            chance = (percent(measure.chance) + largest, times(measure.times_chance))
             start = before.get(measure.name)
             change = (NONE, NONE) if start is None else (percent(start), points(measure.value - start))
-            numbers = (percent(measure.value), *chance, f"{measure.n:,}", f"{row.weights:,}", *change)
-            rows.append((names[result.dataset], measure.name, *numbers))
+            rows.append((names[result.dataset], *_numbers(measure), f"{row.weights:,}", *change))
         if isinstance(result, RetrievalResult) and result.loss is not None:
             old = f"{first.loss:.3f}" if isinstance(first, RetrievalResult) and first.loss is not None else NONE
             numbers = (f"{result.loss:.3f}", NONE, NONE, f"{result.images:,}", f"{row.weights:,}", old, NONE)
@@ -111,6 +108,27 @@ def measures_table(run: Run) -> Table:
     columns = ("set", "measure", "value", "chance", "× chance", "n", "step", "before", "change, points")
     shown = len(columns) if started else -2
     return Table("All last evaluations", columns[:shown], tuple(row[:shown] for row in rows), texts=2)
+
+
+def results_table(results: Sequence[Result]) -> Table:
+    """List every score of some results, and the numbers of skipped pairs and truncated captions."""
+    names, rows = short_names(result.dataset for result in results), []
+    for result in results:
+        rows += [(names[result.dataset], *_numbers(measure)) for measure in result.measures()]
+        notes = dict(result.skipped)
+        if isinstance(result, RetrievalResult):
+            notes["captions longer than the model's context"] = result.truncated_captions
+        rows += [
+            (names[result.dataset], note, NONE, NONE, NONE, f"{count:,}") for note, count in notes.items() if count
+        ]
+    return Table("Results", ("set", "measure", "value", "chance", "× chance", "n"), tuple(rows), texts=2)
+
+
+def _numbers(measure: Measure) -> tuple[str, ...]:
+    """Name, value, chance level with the largest class if that is higher, multiple of chance and n."""
+    largest = "" if measure.majority is None else f" (largest class {percent(measure.majority)})"
+    chance = percent(measure.chance) + largest, times(measure.times_chance)
+    return measure.name, percent(measure.value), *chance, f"{measure.n:,}"
 
 
 def loss_charts(run: Run) -> list[TitledChart]:
