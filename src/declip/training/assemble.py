@@ -155,8 +155,10 @@ def cache_features(parts: Parts) -> PairLoader:
     computed: list[CachedFeatures] = []  # by rank 0 alone; the others then find all in the cache
     parts.hosts.on_rank_zero(lambda: computed.append(read(not parts.quiet)))
     features = computed[0] if computed else read(False)
-    if parts.progress.step == 0 and recipe.finetune.head_init == "cca":
+    if recipe.finetune.head_init == "cca" and parts.progress.step == 0 and parts.progress.best is None:
         start_closed_form(model, features, parts.plan.views[0].name)
+        if parts.average is not None:  # it is evaluated before the first step
+            parts.average.module.load_state_dict(model.state_dict())
     loader = build_loader(recipe, source, model, features=features)
     continue_at(parts.progress.step, parts, loader)
     return loader

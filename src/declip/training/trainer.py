@@ -93,7 +93,8 @@ class Trainer:
         """Do what precedes the next step: messages, features of frozen towers, evaluation of the starting weights."""
         parts = self.parts
         self._introduce()
-        closed_form = parts.recipe.finetune.head_init == "cca"
+        watched = parts.recipe.train.patience is not None and self.progress.best is None
+        closed_form = watched and parts.recipe.finetune.head_init == "cca"  # a candidate for the best weights
         if parts.recipe.finetune.cached_views:
             self.loader = cache_features(parts)
         if self.progress.step == 0 and parts.pretrained is not None and (parts.pretrained.whole or closed_form):
