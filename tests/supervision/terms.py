@@ -35,14 +35,8 @@ def late(
     return late_interaction(images, words, own, image_keys, word_keys, mask, scale, offset, max_logit_bytes=limit)
 
 
-def neighbors(images: Tensor, keys: Tensor, scale: Scale, offset: int, limit: Limit, symmetric: bool = False) -> Tensor:
-    found = NEIGHBORS[:, : keys.shape[1]].to(images)
-    own = found[:, offset : offset + images.shape[1]]
-    return neighbor_contrast(images, own, found, scale, offset, symmetric, keys, limit)
-
-
-def both_ways(images: Tensor, keys: Tensor, scale: Scale, offset: int, limit: Limit) -> Tensor:
-    return neighbors(images, keys, scale, offset, limit, symmetric=True)
+def neighbors(images: Tensor, keys: Tensor, scale: Scale, offset: int, limit: Limit) -> Tensor:
+    return neighbor_contrast(images, NEIGHBORS[:, : keys.shape[1]].to(images), scale, offset, limit)
 
 
 def relations(
@@ -69,7 +63,6 @@ TERMS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "relations": (relations, [(BATCH, 5)] * 2),
     "sigmoid": (sigmoid, [(BATCH, 5)] * 2),
     "neighbors": (neighbors, [(2, BATCH, 5)]),
-    "neighbors both ways": (both_ways, [(2, BATCH, 5)]),
 }
 """Name → loss, and shapes of its features."""
 

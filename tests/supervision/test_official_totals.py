@@ -50,7 +50,7 @@ def declip_terms(case, text_views):
         "contrastive": info_nce(images[0], texts[0], image_keys[0], text_keys[0], 1.0),
         "multi_view": multi_view(images, texts, image_keys, text_keys, 1.0),
         "simsiam": negative_cosine(*(inputs[f"simsiam_features.{i}"] for i in range(4))),
-        "nearest_neighbor": neighbor_contrast(near, near, blocks(size, 2), 1.0),
+        "nearest_neighbor": neighbor_contrast(near, blocks(size, 2), 1.0),
         "masked_language": inputs["text_self_supervised"],
     }
 

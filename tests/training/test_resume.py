@@ -67,7 +67,7 @@ def fine_tuned(train: dict[str, Any] | None = None, **keys: Any) -> Callable[...
 
 def frozen_towers(table: Path, start: Path, folder: Path) -> Case:
     frozen = {"freeze_image_blocks": "all", "freeze_text_blocks": "all", "cached_views": 2}
-    heads = {"head": "mlp", "head_init": "cca", "mixup": 1.0}
+    heads = {"head_init": "cca", "mixup": 1.0}
     recipe = tuned(table, start, {"ema_decay": 1.0}, **frozen, **heads)
     return Case(recipe.model_copy(update={"loss_weights": {"contrastive": 1.0, "nearest_neighbor": 0.5}}), 3)
 

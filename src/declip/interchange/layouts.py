@@ -14,7 +14,6 @@ from declip.errors import UserError
 from declip.interchange.weights import Weights, empty, first_difference
 from declip.io.quiet import quiet
 from declip.models.dual_encoder import DualEncoder, has_text
-from declip.models.heads import MlpHead
 from declip.models.image_tower import ImageTower
 from declip.models.text_tower import TextTower
 from declip.recipe.schema import Recipe
@@ -220,8 +219,6 @@ def activation_of(keys: Mapping[str, Any]) -> str:
 
 def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
     """Recipe keys that build the same tower, if it is a ViT or ResNet of CLIP; otherwise None."""
-    if isinstance(tower.proj, MlpHead):
-        raise Refusal("its projections are MLPs; train with finetune.head=linear")
     trunk = tower.trunk
     try:
         resnet = isinstance(trunk.head, AttentionPool2d)

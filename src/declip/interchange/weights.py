@@ -106,8 +106,6 @@ class Weights:
                 changed["logit_bias"] = float(self.tensors["logit_bias"])
                 if not any(key.startswith("loss_weights") for key in recipe.given):
                     changed["loss_weights"] = for_sigmoid(recipe.loss_weights)
-            if any(".proj.mlp." in name for name in self.tensors):
-                changed["finetune"] = recipe.finetune.model_copy(update={"head": "mlp"})
             text = self.recipe.text
             if "text.context_length" in recipe.given:
                 text = text.model_copy(update={"context_length": recipe.text.context_length})

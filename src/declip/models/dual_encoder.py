@@ -13,7 +13,6 @@ from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
-from declip.models.heads import MlpHead
 from declip.models.hf_encoder import TextEncoder, read_encoder
 from declip.models.hf_text_tower import HuggingfaceTextTower
 from declip.models.image_tower import ImageFeatures, ImageTower
@@ -60,9 +59,6 @@ class DualEncoder(nn.Module):
         """
         image, options = recipe.image, encoder.image if isinstance(encoder, WrappedModel) else {}
         image_tower, tokenizer, text_tower = _parts(recipe, encoder, text)
-        if recipe.finetune.head == "mlp":
-            image_tower.proj = MlpHead(image_tower.proj)
-            text_tower.text_projection = MlpHead(text_tower.text_projection)  # type: ignore[arg-type]  # linear
         preprocess = Preprocess(image.size, image.mean, image.std, **options)
         model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.init, recipe.initial_bias)
         model.recipe = recipe
@@ -116,9 +112,8 @@ def _parts(
 ) -> tuple[ImageTower, CaptionTokenizer, AnyTextTower]:
     image, text, dim = recipe.image, recipe.text, recipe.embed_dim
     if isinstance(encoder, WrappedModel):
-        ours = {"finetune.head": recipe.finetune.head == "mlp", "image.patch_dropout": image.patch_dropout > 0}
-        for key in (key for key, given in ours.items() if given):
-            raise UserError(f"{key} requires towers built by declip, and these are of another library. Leave it out.")
+        if image.patch_dropout:
+            raise UserError("image.patch_dropout requires towers built by declip, and these are of another library.")
         encoder = encoder.with_context(text.context_length)
         visual, words = encoder.build(image.size)
         image_tower, wrapped_tokenizer = WrappedImageTower(visual, encoder.kinds[0], dim), encoder.build_tokenizer()

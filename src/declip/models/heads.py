@@ -1,29 +1,9 @@
-"""Heads: those on image features that only training uses, and the projection with an MLP, a part of the model."""
+"""Heads on image features, which only training uses."""
 
 from collections import OrderedDict
 from itertools import pairwise
 
-from torch import Tensor, nn
-
-
-class MlpHead(nn.Linear):
-    """A tower's projection plus an MLP, (B, width) → (B, out): FuseMix's residual adapter (arXiv 2312.10144).
-
-    W x + W₂ dropout(gelu(W₁ norm(x))), with W₂ and its bias 0 at the start, so that it begins as the linear projection.
-    """
-
-    def __init__(self, linear: nn.Linear, dropout: float = 0.2) -> None:
-        width, out = linear.in_features, linear.out_features
-        super().__init__(width, out, bias=linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        last = nn.Linear(4 * out, out)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * out), nn.GELU(), nn.Dropout(dropout), last)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Project pooled features."""
-        return super().forward(features) + self.mlp(features)
+from torch import nn
 
 
 def simclr_head(width: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:

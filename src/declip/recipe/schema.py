@@ -136,7 +136,6 @@ class NearestNeighborConfig(Section):
     """The queue of text features."""
 
     queue_size: int = Field(65536, ge=1, description="number of text features in the queue")
-    symmetric: bool = Field(False, description="both directions, as in the paper; false: as the official code")
 
 
 class LateInteractionConfig(Section):
@@ -191,7 +190,6 @@ class FineTuning(Section):
     freeze_text_blocks: Count | Literal["all"] = Field(0, description="number of lowest text blocks to freeze, or all")
     head_warmup_steps: int = Field(0, ge=0, description="first steps that train only new parameters; at most a quarter")
     cached_views: int = Field(0, ge=0, description="views whose frozen features are computed once; 0: at every step")
-    head: Literal["linear", "mlp"] = Field("linear", description="projections; mlp: linear plus an MLP with dropout")
     head_init: Literal["random", "cca"] = Field("random", description="cca: canonical correlation of features (CSA)")
     mixup: float = Field(0.0, ge=0, description="alpha of the mixup of cached features (FuseMix); 0: off")
     lora: LoRA | None = Field(None, description="train low-rank adapters instead: rank, alpha, dropout")

@@ -96,12 +96,9 @@ class Queue(nn.Module):
 
 def neighbor_contrast(
     images: Tensor,
-    neighbors: Tensor,
     neighbor_keys: Tensor,
     scale: Tensor | float,
     offset: int = 0,
-    symmetric: bool = False,
-    image_keys: Tensor | None = None,
     max_logit_bytes: float | None = None,
     soft: Sequence[SoftTargets | None] = (None, None),
 ) -> Tensor:
@@ -109,28 +106,21 @@ def neighbor_contrast(
 
     Equals the plain loop, F = images, N = neighbor_keys, y = offset + b
         mean over i, j, b of  logsumexpₙ(s·F[i, b]·N[j, n]) - s·F[i, b]·N[j, y]
-    and, when symmetric, half of that plus half of the same from neighbors[j, b] to image_keys[i]. The paper
-    writes it symmetric; the official implementation goes from image to text only. Neighbors get no gradient.
+    The official implementation's direction, from image to text; neighbors get no gradient.
 
     Args:
         images: (V, B, d) features of the image views, L2-normalized.
-        neighbors: (T, B, d) neighbors of this rank's text views, L2-normalized; used only when symmetric.
         neighbor_keys: (T, N, d) neighbors of all ranks.
         scale: exp(logit_scale).
         offset: Row of the keys that belongs to this rank's first pair.
-        symmetric: Add the direction from neighbor to image.
-        image_keys: (V, N, d) image features of all ranks, with gradient; needed only when symmetric.
         max_logit_bytes: See `mean_in_blocks`.
         soft: See `contrastive.cross_entropy_to_keys`, for each text view.
     """
-    pairings = list(product(range(len(images)), range(len(neighbor_keys))))
-    numbers = scale, offset, max_logit_bytes
-    to_text = [cross_entropy_to_keys(images[i], neighbor_keys[j].detach(), *numbers, soft[j]) for i, j in pairings]
-    if not symmetric:
-        return torch.stack(to_text).mean()
-    assert image_keys is not None, "the symmetric form needs image_keys"
-    to_image = [cross_entropy_to_keys(neighbors[j].detach(), image_keys[i], *numbers, soft[j]) for i, j in pairings]
-    return (torch.stack(to_text).mean() + torch.stack(to_image).mean()) / 2
+    losses = [
+        cross_entropy_to_keys(view, keys.detach(), scale, offset, max_logit_bytes, targets)
+        for view, (keys, targets) in product(images, zip(neighbor_keys, soft, strict=False))
+    ]
+    return torch.stack(losses).mean()
 
 
 class NearestNeighbor(ContrastiveTerm):
@@ -150,7 +140,7 @@ class NearestNeighbor(ContrastiveTerm):
         super().__init__(recipe, model)
         section = recipe.nearest_neighbor
         self.queue = Queue(section.queue_size, recipe.embed_dim)
-        self.symmetric, self._pairs = section.symmetric, 2**62  # `prepare` counts the pairs
+        self._pairs = 2**62  # `prepare` counts the pairs
         # Features of the frozen tower, in the slots of their embeddings.
         frozen = recipe.finetune.cached_views
         self.bank = Queue(section.queue_size, model.text_tower.width) if frozen else None
@@ -179,12 +169,9 @@ class NearestNeighbor(ContrastiveTerm):
         neighbors = self.queue.features[keys.extra["queue_indices"].mT]
         return neighbor_contrast(
             own.augmented,
-            neighbors[:, offset : offset + len(own)],
             neighbors,
             similarity.scale,
             offset,
-            self.symmetric,
-            keys.augmented,
             self.max_logit_bytes,
             [self.soft_targets(_by_neighbor(own), _by_neighbor(keys), view) for view in range(len(neighbors))],
         )
