@@ -34,7 +34,7 @@ from declip.runs import checkpoint
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import METRICS, read_rows
 from declip.supervision.objective import Objective
-from declip.training import monitor, sinks
+from declip.training import monitor, sinks, trainer
 from declip.training.assemble import assemble
 from declip.training.trainer import Trainer
 
@@ -42,7 +42,6 @@ RECIPES = tuple(
     f"demo-{name}" for name in ("clip", "slip", "filip", "declip", "defilip", "declip-official", "multi-view")
 )
 STEPS = 24
-CLOCK = ("seconds", "samples_per_second")  # differ from run to run
 SMALL = {
     "train.steps": STEPS, "train.batch_size": 16, "train.checkpoint_every": 5, "train.log_every": 2,
     "train.keep_checkpoints": 2,
@@ -53,6 +52,9 @@ SMALL = {
     "evaluation.final_retrieval": [],
 }  # fmt: skip
 
+CLOCK = ("seconds", "samples_per_second")
+"""Fields of metrics that depend on the time."""
+
 MOMENTS: dict[str, tuple[Any, str]] = {
     "data": (Assembler, "__getitem__"),
     "forward": (Objective, "forward"),
@@ -60,7 +62,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "optimizer": (torch.optim.AdamW, "step"),
     "logging": (sinks, "append_row"),
     "flushing the log": (monitor.Monitor, "flush"),
-    "taking the state": (Trainer, "save"),
+    "taking the state": (trainer, "collect"),
     "writing the checkpoint's tensors": (checkpoint, "save_tensors"),
     "hashing the checkpoint": (checkpoint, "sha256"),
     "flushing the checkpoint": (checkpoint, "flush"),
@@ -146,6 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/kills.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    assert all(hasattr(owner, name) for owner, name in MOMENTS.values())
     choose = random.Random(options.seed)
     done: list[dict[str, Any]] = []
     with TemporaryDirectory() as place:

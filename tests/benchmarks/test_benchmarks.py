@@ -125,6 +125,11 @@ def test_a_failing_gpu_part_keeps_the_rest_and_runs_last_next_time(gpu: Gpu, mon
     assert gpu() == (0, printed)
 
 
+def test_the_functions_at_which_runs_are_killed_exist(scripts: Scripts) -> None:
+    moments = scripts("kills").MOMENTS
+    assert [name for name, (owner, function) in moments.items() if not hasattr(owner, function)] == []
+
+
 def test_reproduction(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = scripts("reproduce")
     known = module.EXPERIMENTS["synthetic"]
