@@ -74,6 +74,7 @@ def test_recipes_are_listed_shown_and_described(command: Any) -> None:
 WITHOUT_TORCH = {
     "train nosuch": "nosuch",
     "train clip --data no.csv": "no.csv",
+    "train clip --val no.csv --data .": "no.csv",
     "train clip train.stepps=3": "train.steps",
     "finetune . train.stepps=3": "train.steps",
     "finetune . train.lr=many": "train.lr",
