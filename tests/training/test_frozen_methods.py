@@ -72,7 +72,7 @@ def test_cca_refuses_features_without_variance(side: int, value: float) -> None:
     features = [torch.randn(50, 7), torch.randn(50, 5)]
     features[side] = torch.full_like(features[side], value) * torch.linspace(1, 2, features[side].shape[1])
     with pytest.raises(UserError, match="captions" if side else "images"):
-        cca(*features)
+        cca(*features, ridge=1.0)
 
 
 def test_of_many_rows_the_start_needs_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +89,19 @@ def test_of_many_rows_the_start_needs_a_part(monkeypatch: pytest.MonkeyPatch) ->
         found.append(torch.cosine_similarity(first(images.float()), second(texts.float())).mean().item())
     assert found[0] > 0.8
     assert found[1] == pytest.approx(found[0], abs=0.02)
+
+
+@pytest.mark.parametrize(("pairs", "ridge"), [(50, 20.0), (1_000, 1.0), (2_000, 1.0)])
+def test_the_ridge_falls_with_the_number_of_pairs(pairs: int, ridge: float) -> None:
+    images, texts = torch.randn(2 * pairs, 7), torch.randn(2 * pairs, 5)
+    rows = np.arange(2 * pairs).reshape(2, pairs)
+    first, second = nn.Linear(7, 5, bias=False), nn.Linear(5, 5, bias=False)
+    model: Any = Namespace(image_tower=Namespace(proj=first), text_tower=Namespace(text_projection=second))
+    start_closed_form(model, CachedFeatures({"first": images}, texts, rows, rows[:, None], {}, 0.0), "first")
+    expected, _, _ = cca(images, texts, ridge)
+    torch.testing.assert_close(
+        F.normalize(first.weight.flatten(), dim=0), F.normalize(expected.float().flatten(), dim=0)
+    )
 
 
 def test_shared_logits_give_the_same_loss_and_gradients() -> None:

@@ -7,8 +7,13 @@ from declip.data.cached import CachedFeatures
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 
-RIDGE = 1.0
-"""Added to the variance of every direction, in units of their mean: with fewer pairs than widths, few are known."""
+RIDGE, RIDGE_PAIRS = 1.0, 1_000
+"""The ridge from this number of pairs on; with n fewer ones it is RIDGE · RIDGE_PAIRS / n.
+
+Added to the variance of every direction, in units of their mean. With n pairs 1,000 / n gave a better R@10 than 1 in 15
+of 15 cases below 700 pairs (photographs, drawings, 3D emoji), by 6 points in the mean, a better R@1 in 14, and the same
+from 1,000 pairs on.
+"""
 
 LEAST_VARIANCE = 1e-8
 """Variance of features, in units of their squared length, that is not only rounding: float32 features have 1e-14."""
@@ -17,7 +22,7 @@ ENOUGH = 131_072
 """Rows that the covariances are estimated from: in float64, 18 s of one core at widths of 1,280 and 384."""
 
 
-def cca(images: Tensor, texts: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor, Tensor]:
+def cca(images: Tensor, texts: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Projections of images and texts whose outputs correlate most: CSA (arXiv 2410.07610).
 
     With the centered features X and Y, Σ the covariances and ε the ridge, and Ũ diag(ρ) Ṽᵀ the singular value
@@ -72,7 +77,8 @@ def start_closed_form(model: DualEncoder, features: CachedFeatures, view: str) -
     if len(rows) > ENOUGH:
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:ENOUGH]
         rows, text_rows = rows[chosen], text_rows[chosen]
-    first, second, _ = cca(features.images[view][rows].float(), features.texts[text_rows].float())
+    ridge = RIDGE * max(1.0, RIDGE_PAIRS / usable.sum())
+    first, second, _ = cca(features.images[view][rows].float(), features.texts[text_rows].float(), ridge)
     projections = model.image_tower.proj, model.text_tower.text_projection
     for projection, found in zip(projections, (first, second), strict=True):
         if not isinstance(projection, nn.Linear):
