@@ -25,7 +25,7 @@ from declip.models.image_tower import ImageTower
 from declip.recipe.schema import DistillationConfig, Recipe
 from declip.runs.checkpoint import load_checkpoint
 from declip.supervision.contrastive import info_nce, shared_info_nce
-from declip.training.assemble import assemble, plan_of
+from declip.training.assemble import assemble, cache_features, plan_of
 from declip.training.closed_form import cca, start_closed_form
 from declip.training.frozen_encoder import FrozenEncoder
 from declip.training.trainer import Trainer
@@ -173,6 +173,14 @@ def test_all_methods_at_once_train_export_and_start_another(table: Path, start: 
         {**TINY, "data": {"source": str(table)}, "finetune": {"pretrained": str(tmp_path / "whole")}}
     )
     Trainer(assemble(second, tmp_path / "second", quiet=True)).train()
+
+
+def test_step_0_evaluates_and_stores_the_closed_form_start(table: Path, start: Path, tmp_path: Path) -> None:
+    recipe = tuned(table, start, head_init="cca")
+    averaged = recipe.model_copy(update={"train": recipe.train.model_copy(update={"ema_decay": 1.0})})
+    parts = assemble(averaged, tmp_path / "run", quiet=True)
+    cache_features(parts).close()
+    assert torch.equal(parts.evaluated_model.image_tower.proj.weight, parts.model.image_tower.proj.weight)
 
 
 def test_towers_of_two_models_are_frozen_and_cached(table: Path, tmp_path: Path) -> None:
