@@ -156,7 +156,9 @@ class Trainer:
 
         If any rank cannot read its pairs, all save the steps that are done, and end.
         """
-        asked, error, batch = time.perf_counter(), None, None
+        batch: PairBatch | None = None
+        error: UserError | None = None
+        asked = time.perf_counter()
         try:
             batch = next(self.loader)
         except UserError as found:
