@@ -180,7 +180,7 @@ def test_a_source_that_is_an_object_has_to_be_given_again(model: DualEncoder, ta
     photos = [(draw("red", "bar"), "a red bar"), (draw("blue", "circle"), "a blue circle")]
     declip.embed(model, photos, out=tmp_path / "photos")
     assert Index.open(tmp_path / "photos", source=photos).image(1).tobytes() == photos[1][0].tobytes()
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="NaN"):
         made.nearest(np.full((1, made.info.dimension), np.nan), 3)
 
 

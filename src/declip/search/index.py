@@ -159,14 +159,14 @@ class Index:
 
         Args:
             image: An image, or its file.
-            weights: Weights of text and image, where both are given: the query is the normalized weighted sum of their
+            weights: Weights of text and image, if both are given: the query is the normalized weighted sum of their
                 unit vectors. A negative weight searches for images unlike it.
             template: A sentence with ``{}`` for the text, or a shipped template set's name: then the mean over it.
             k: Number of results, at most.
             over: "images" compares with the vectors of the images, "captions" with those of their captions.
 
         Returns:
-            The nearest, the best first.
+            The nearest images, the best first.
 
         Raises:
             UserError: No query, an image that cannot be read, `k` out of its range, or another model.
@@ -176,7 +176,7 @@ class Index:
         return self._hits(ids[0], scores[0])
 
     def neighbors(self, id: int, k: int = 10) -> list[Hit]:
-        """The images most like one of the index, without itself."""
+        """The images most similar to one of the index, without itself."""
         check_range("k", k, 1, MOST)
         ids, scores = self.nearest(self.vectors([id]), k + 1)
         others = ids[0] != id
@@ -193,17 +193,19 @@ class Index:
         """
         queries = as_tensor(queries, dtype=float32)
         if queries.ndim != 2 or queries.shape[1] != self.info.dimension or k < 0:
-            raise UserError(f"Give queries (n, {self.info.dimension}), not {tuple(queries.shape)}, and k from 0.")
+            raise UserError(
+                f"queries has shape {tuple(queries.shape)} and k is {k}; expected (n, {self.info.dimension}), k >= 0."
+            )
         if not queries.isfinite().all():
-            raise UserError("A query is not finite. Leave it out.")
+            raise UserError("A query has NaN or infinite values. Remove it.")
         return nearest(queries, self._store.search_blocks(over), k)
 
     def row(self, id: int) -> IndexedImage:
-        """An image's key, captions and origin; raises `UserError` where there is no such id."""
+        """An image's key, captions and origin; raises `UserError` for an unknown id."""
         return self._store.row(int(self._store.positions([id])[0]))
 
     def vectors(self, ids: Sequence[int] | np.ndarray, over: Over = "images") -> Tensor:
-        """(n, d) float32, the vectors of images, or of their captions: zeros where an image has none."""
+        """(n, d) float32, the vectors of images, or of their captions: zeros if an image has none."""
         return as_tensor(self._store.matrix(over)[self._store.positions(ids)], dtype=float32)
 
     def keys(self) -> list[str]:
@@ -332,7 +334,7 @@ def image_vectors(model: Encoder, pixels: Tensor) -> Tensor:
 
 
 def mix(text: Tensor, image: Tensor, weights: tuple[float, float]) -> Tensor:
-    """Normalized weighted sum of two unit vectors (d,); raises `UserError` where they cancel."""
+    """Normalized weighted sum of two unit vectors (d,); raises `UserError` if they cancel."""
     if len(weights) != 2 or not all(map(math.isfinite, weights)):
         raise UserError(f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3.")
     both = weights[0] * text + weights[1] * image
