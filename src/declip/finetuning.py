@@ -109,7 +109,7 @@ def _refuse_others(
     listed = Path(recipe.data.label)
     if listed.suffix == LIST_KIND and not listed.is_file():
         raise UserError(
-            f"There is no '{listed}', the list of this run's pairs. Give its folder the name it had, and call from the "
+            f"There is no '{listed}', the list of this run's pairs. Rename its folder back, and run from the "
             "same working folder."
         )
     tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
@@ -268,6 +268,7 @@ def check_learns(parts: Parts) -> None:
 
 
 def write_finetuned(parts: Parts) -> None:
+    """Write the report of a finished run, and export its model to every format that can hold it."""
     write_run_report(parts)
     merged = load(parts.folder, "cpu")  # without adapters, and whole where it was sharded
     for format in ("safetensors", "open_clip", "huggingface"):

@@ -1,4 +1,4 @@
-"""Batches of features that frozen towers gave before: each pair in a few variants of its views, computed once."""
+"""Batches of cached features of frozen towers: each pair in a few variants of its views."""
 
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,7 +27,7 @@ class CachedFeatures:
 
 
 class VariantAssembler(Assembler):
-    """Makes batches whose views repeat after `variants` epochs, and are the same in every run.
+    """Assembles batches whose views repeat after `variants` epochs and are the same in every run.
 
     The random choices about a pair come from a generator seeded by its content and the variant, not by the run's seed,
     so that features computed for one run serve all others.
@@ -82,7 +82,7 @@ def fusemix(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
 
 
 def content_key(source: PairSource, index: int) -> bytes:
-    """Hash a pair: its captions, its keywords, and its image by the stamp of its place or else by its pixels."""
+    """Hash a pair: captions, keywords, and the image by its file's path and time, or else by its pixels."""
     (captions, keywords), origin = source.texts_of(index), source.origin(index)
     digest = blake2b(repr((captions, keywords, tuple(origin))).encode("utf-8", "replace"), digest_size=KEY)
     if origin == Origin():

@@ -34,7 +34,7 @@ def read_overrides(overrides: Mapping[str, Any] | None, freeze: str | None = Non
         is_section = key in ("train", "finetune") and isinstance(value, dict)
         given |= flat({key: value}) if is_section else {key: value}
     for key in ARGUMENTS.keys() & given:
-        raise UserError(f"{key}={given[key]}: give a fine-tuning this as {ARGUMENTS[key]}.")
+        raise UserError(f"{key}={given[key]} cannot be set here: use {ARGUMENTS[key]}.")
     # What the weights are is not known yet, and some keys depend on it: one kind that allows them is enough.
     first: UserError | None = None
     least = {"train.warmup_lr": 0, "train.evaluate_every": 1, "evaluation.retrieval": ["validation"]}
@@ -88,6 +88,7 @@ def settings(
         zip(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), FREEZE[freeze], strict=True)
     )
     keys |= _of_heads(init, given) if heads else {"finetune.cached_views": 0, "finetune.head_warmup_steps": 200}
+    # --- batch size and rates
     keys |= {
         "train.batch_size": min(
             max(pairs, 2), 128 if on_cpu else 256, max(8, 1 << max(1, pairs // 8).bit_length() - 1)
@@ -100,6 +101,7 @@ def settings(
         keys |= {"train.lr": 2e-4 if start == "whole" else 1e-3, "finetune.layer_decay": 1.0}
         scale = 1.0
     keys |= {"finetune.image_lr_scale": scale, "finetune.text_lr_scale": scale}
+    # --- length
     if (closed or (heads and pairs == 1)) and not validated:
         # Without a validation part nothing tells when to stop: the one step, at the warm-up's rate, changes nothing.
         keys["train.steps"] = 1
@@ -107,6 +109,7 @@ def settings(
         keys["train.epochs"] = 60 if heads else 20 if pairs < 10_000 else 10
     if "train.epochs" in given:
         keys.pop("train.steps", None)
+    # --- what follows from the user's keys
     keys |= given
     per_epoch = max(1, pairs // keys["train.batch_size"])
     steps = keys["train.steps"] if "train.steps" in keys else max(1, round(keys["train.epochs"] * per_epoch))

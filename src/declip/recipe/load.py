@@ -50,16 +50,6 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return recipe
 
 
-def check_overrides(name: str | Path, overrides: Mapping[str, Any]) -> None:
-    """Check keys and types of overrides only: checks across keys may depend on settings that are not known yet."""
-    try:
-        load_recipe(name, overrides)
-    except UserError as error:
-        cause = error.__cause__
-        if not isinstance(cause, ValidationError) or any(each["type"] != "value_error" for each in cause.errors()):
-            raise
-
-
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     """Split ``key=value`` words of the command line; raises `UserError` where one has no ``=``."""
     pairs = {}

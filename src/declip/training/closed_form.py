@@ -67,7 +67,7 @@ def cca(images: Tensor, texts: Tensor, ridge: float) -> tuple[Tensor, Tensor, Te
 
 @torch.no_grad()
 def start_closed_form(model: DualEncoder, features: CachedFeatures, view: str) -> None:
-    """Replace the weights of both projections by those of `cca`, as long as the random ones were.
+    """Replace the weights of both projections by those of `cca`, scaled to the norm of the random ones.
 
     Dimensions of the shared space beyond the number of correlations start at 0 for images and stay random for texts.
     """

@@ -1,4 +1,4 @@
-"""Pretrained weights of a run: put in place, kept in the run folder, partly frozen, with their learning rates."""
+"""Pretrained weights of a run: loaded into the model, saved in the run folder, partly frozen, with learning rates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Pretrained:
 def apply_pretrained(
     start: Weights | None, recipe: Recipe, model: DualEncoder, objective: Objective
 ) -> Pretrained | None:
-    """Put weights into a model and its heads, and freeze the pretrained part as the recipe says.
+    """Load weights into a model and its heads, and freeze the pretrained part as the recipe says.
 
     The recipe is fitted to `start` by `Weights.fit`; a pretrained text encoder has weights of its own. Parameters that
     the weights lack stay random, are never frozen, and have the recipe's learning rate. None where all are random.
@@ -113,7 +113,7 @@ def _place_model(start: Weights, model: DualEncoder) -> set[str]:
         if fitted[name].shape != own[name].shape:
             raise UserError(
                 f"'{name}' of '{start.origin}' has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}: "
-                "this tower cannot be taken to another image size. Leave image.size out."
+                "this tower does not support another image size. Leave image.size out."
             )
     model.load_state_dict({**own, **fitted})
     return set(fitted)
@@ -142,7 +142,7 @@ def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tens
 
 
 def _place_heads(start: Weights, objective: Objective) -> set[str]:
-    """Load the heads whose tensors all fit; give their names."""
+    """Load the heads whose tensors all fit, and return their names."""
 
     def head(name: str) -> str:
         return ".".join(name.split(".")[:3])  # "terms.simsiam.projector"
@@ -179,7 +179,7 @@ def _freeze(model: DualEncoder, tune: FineTuning, layers: Mapping[str, int], loa
 
 
 def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, loaded: set[str]) -> list[str]:
-    """Add adapters to the loaded towers that are not all frozen; give the names of the adapters' parameters."""
+    """Add adapters to the loaded towers that are not all frozen, and return the names of the adapters' parameters."""
     frozen = {IMAGE: tune.freeze_image_blocks, TEXT: tune.freeze_text_blocks}
     towers = [t for t in (IMAGE, TEXT) if frozen[t] != "all" and any(name.startswith(t) for name in loaded)]
     new = {name for name, _ in model.named_parameters()} - loaded
