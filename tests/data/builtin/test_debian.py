@@ -108,4 +108,4 @@ def test_stamps_have_sentences_names_and_kinds(built):
     assert train.class_names == test.class_names == ("animal", "food", "vehicle")
     assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 0], [1, 2])
     assert "contributors, GPL-2" in (built / "stamps" / NOTICE).read_text()
-    assert (built / "stamps/licences" / STAMPS.packages.name / "copyright").read_text() == "GPL-2"
+    assert (built / "stamps/licenses" / STAMPS.packages.name / "copyright").read_text() == "GPL-2"

@@ -101,7 +101,7 @@ def test_what_is_written(cache, repeated, kept, left_out, monkeypatch):
         "resvg_py": version("resvg-py"),
     }
     assert f"\n{len(kept)} squares\n\n@some/package 1.2\n" in (folder / NOTICE).read_text()
-    assert (folder / "licences/@some-package/LICENSE").read_text() == "free"
+    assert (folder / "licenses/@some-package/LICENSE").read_text() == "free"
 
 
 def test_a_split_with_classes_is_pickled_without_its_images(cache):
@@ -130,7 +130,7 @@ def flip(path, place):
         (lambda f: (f / COLOR).unlink(), "No such file"),
         (lambda f: (f / CHECKSUMS).write_text("[]"), "cannot be used"),
         (lambda f: (f / MANIFEST).write_text('{"layout": 0}'), "another version of declip"),
-        (lambda f: (f / "licences/@some-package/LICENSE").write_text("mine"), "LICENSE has changed"),
+        (lambda f: (f / "licenses/@some-package/LICENSE").write_text("mine"), "LICENSE has changed"),
         (shutil.rmtree, "not there yet"),
     ],
 )
@@ -151,7 +151,7 @@ def test_prepare_builds_once_and_repairs_damage_inside_the_images(cache, capsys)
     assert (PLAIN.packages.asked, capsys.readouterr().err) == (1, "")
     flip(folder / COLOR, 100)
     assert len(BuiltinSource(PLAIN, "plain", cache)) == 3
-    with pytest.raises(UserError, match=r"images-colour\.bin has changed"):
+    with pytest.raises(UserError, match=r"images-color\.bin has changed"):
         PLAIN.check(folder, images_too=True)
     PLAIN.download(cache)
     assert PLAIN.packages.asked == 2

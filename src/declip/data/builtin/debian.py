@@ -17,7 +17,7 @@ from declip.data.builtin.render import fill_square, rasterize_page
 class Clipart(BuiltinSet):
     """The clip art: by path; the class of a drawing is its title, and several drawings may be of one class."""
 
-    name, layout, effort = "clipart", 1, "25 MB to fetch, about a minute"
+    name, layout, effort = "clipart", 2, "25 MB to fetch, about a minute"
     side = 96
     packages = DebianPackage("openclipart-svg", "usr/share/openclipart/svg")
     splits = ("clipart",)
@@ -52,7 +52,7 @@ class Clipart(BuiltinSet):
 class Stamps(BuiltinSet):
     """The stamps: by path; "stamps" and "stamps-photos" by name, "stamps-kinds" in two parts that share no name."""
 
-    name, layout, effort = "stamps", 1, "81 MB to fetch, about a minute"
+    name, layout, effort = "stamps", 2, "81 MB to fetch, about a minute"
     side = 128  # half of the stamps are larger than 193
     packages = DebianPackage("tuxpaint-stamps-default", "usr/share/tuxpaint/stamps")
     splits: ClassVar[Mapping[str, str]] = {

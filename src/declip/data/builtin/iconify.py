@@ -51,7 +51,7 @@ SPLIT_OF = {
 class Emoji(BuiltinSet):
     """The emoji: in the order of the designers, then as Unicode orders emoji."""
 
-    name, layout, effort = "emoji", 3, "14 MB to fetch, about a minute"
+    name, layout, effort = "emoji", 4, "14 MB to fetch, about a minute"
     side = 96  # a view of a 64 px model that shows 44 % of the drawing still has a pixel for each of the model's
     packages = NpmPackages({design.package: design.version for design in DESIGNS})
     keeps_repeated = True  # two countries may have one flag
@@ -104,7 +104,7 @@ class Emoji(BuiltinSet):
 class Icons(BuiltinSet):
     """The icons by set, held-out ones first: of two equal drawings the first is kept, so training has no test's."""
 
-    name, layout, effort = "icons", 1, "104 MB to fetch, about ten minutes"
+    name, layout, effort = "icons", 2, "104 MB to fetch, about ten minutes"
     side = 64  # icons are plain: at 64 px their lines are one to five pixels wide
     packages = NpmPackages({ICONS_PACKAGE: "2.2.535"})
     splits: ClassVar[Mapping[str, str]] = {"icons": "train", "icons-validation": "validation", "icons-test": "test"}

@@ -27,11 +27,11 @@ from declip.io.atomic import atomic_write, cache_folder, sha256
 from declip.io.pool import pairs_bar
 
 TABLE, MANIFEST, CHECKSUMS, NOTICE = "pairs.parquet", "manifest.json", "checksums.json", "NOTICE.txt"
-GRAY, COLOR = IMAGES = "images-grey.bin", "images-colour.bin"
+GRAY, COLOR = IMAGES = "images-gray.bin", "images-color.bin"
 """Pixels of images without and with color, uint8, one after the other; gray ones take a third of the space."""
 
 ABOUT = """The images in this folder belong to others. Show the line of an image wherever you show it.
-All were drawn at {} px over white, margins cut off. The notices are in licences/."""
+All were drawn at {} px over white, margins cut off. The notices are in licenses/."""
 
 Row = dict[str, Any]
 """A row of a set's table: "key", "captions", "keywords" and columns of the set."""
@@ -112,7 +112,7 @@ class BuiltinSet(ABC):
         notice += "".join(f"{name} {version}\n" for name, version in versions.items())
         (folder / NOTICE).write_text(notice, encoding="utf-8")
         for name, package in packages.items():
-            licenses = folder / "licences" / name.replace("/", "-")
+            licenses = folder / "licenses" / name.replace("/", "-")
             licenses.mkdir(parents=True)
             for path in package.notices:
                 shutil.copyfile(path, licenses / path.name)
@@ -139,7 +139,7 @@ class BuiltinSet(ABC):
                 seen.add(digest)
                 colored = bool((pixels != pixels[:, :, :1]).any())
                 (color if colored else gray).write((pixels if colored else pixels[:, :, 0]).tobytes())
-                rows.append({**row, "coloured": colored, "image": counts[colored]})
+                rows.append({**row, "colored": colored, "image": counts[colored]})
                 counts[colored] += 1
         return rows, left_out
 
@@ -184,7 +184,7 @@ class BuiltinSource(PairSource):
 
     def image(self, index: int) -> Image.Image:
         row = self.rows[index]
-        return Image.fromarray(np.array(self._pixels[row["coloured"]][row["image"]])).convert("RGB")
+        return Image.fromarray(np.array(self._pixels[row["colored"]][row["image"]])).convert("RGB")
 
     def key(self, index: int) -> str:
         return self.rows[index]["key"]
