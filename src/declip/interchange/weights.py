@@ -122,7 +122,8 @@ class Weights:
         return fitted
 
     def _check_layers(self) -> None:
-        encoder, parts = self.encoder, [self.recipe.image.model_dump()]
+        encoder = self.encoder
+        parts: list[Any] = [self.recipe.image.model_dump()]
         if self.whole:
             stored = encoder.sections if isinstance(encoder, WrappedModel) else getattr(encoder, "config", None)
             parts.append(stored or self.recipe.text.model_dump())

@@ -63,8 +63,8 @@ def choose_heads(pairs: Pairs, groups: np.ndarray, classes: ClassPairs | None = 
     for fold, (_, _, to_text, to_image) in enumerate(outcomes):
         count, captions = int((folds == fold).sum()), len(to_image)
         fit[folds == fold] = to_text.double() / max(1, captions - 1)
-        both = [sum(float((ranks < k).double().mean()) for ranks in (to_text, to_image)) / 2 for k in (1, 10)]
-        recalls.append((count, *both))
+        first, ten = (sum(float((ranks < k).double().mean()) for ranks in (to_text, to_image)) / 2 for k in (1, 10))
+        recalls.append((count, first, ten))
     scale = min(SCALES, key=lambda scale: sum(_cross_entropy(s, relevant, scale) for s, relevant, *_ in outcomes))
     return Choice(heads, ridge, weight, scale, tuple(recalls), fit)
 

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from typing import Any
 
 import timm
 import torch
@@ -58,7 +59,7 @@ def collect(parts: Parts) -> Checkpoint | None:
         training = {name: full_tensor(tensor) for name, tensor in training.items()}
     for rank, states in enumerate(generators):
         training |= prefixed(f"random.{rank}", states)
-    extra = {
+    extra: dict[str, Any] = {
         "versions": versions(),
         "skipped": {**progress.skipped.to_dict(), "seen": progress.step * parts.recipe.train.batch_size},
         "samples": dict(parts.samples),

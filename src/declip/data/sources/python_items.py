@@ -93,7 +93,8 @@ class ItemSource(EntrySource):
                 f"The items of the {self.name} have the key '{self._split}'. Pass a list of dicts, only those of "
                 "the split 'train', or dicts without the key to train on all."
             )
-        cells = [item.get(self._split) if isinstance(item, Mapping) else None for item in self.items]
+        items = map(self._read, range(len(self)))
+        cells = [item.get(self._split) if isinstance(item, Mapping) else None for item in items]
         names = pa.array(["" if cell is None else str(cell) for cell in cells], pa.string())
         return places_by_split(split_numbers(names, f"The key '{self._split}' of the {self.name}"))
 

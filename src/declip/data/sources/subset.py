@@ -129,7 +129,7 @@ def read_pair_list(path: Path) -> PairList:
     try:
         listed = PairList(**json.loads(path.read_text("utf-8")))
         columns = Columns(**listed.columns)  # type: ignore[arg-type]
-        columns = replace(columns, root=columns.root and resolve(columns.root, path.parent))
+        columns = replace(columns, root=resolve(str(columns.root), path.parent) if columns.root else None)
         listed = listed._replace(source=resolve(listed.source, path.parent), columns=columns)
         places = np.asarray(listed.indices)
         rising = places.dtype == np.int64 and (np.diff(places, prepend=-1, append=listed.total) > 0).all()

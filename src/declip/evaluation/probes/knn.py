@@ -48,9 +48,9 @@ def knn_probe(data: ProbeData, neighbors: Sequence[int] = NEIGHBORS, *, block: i
                 chance[k] += hits.cpu() @ frequency / (shufflings * len(labels))
     votes = []
     for k, parts in ranks.items():
-        rank, (chance1, chance5) = torch.cat(parts).numpy(), chance[k].tolist()
-        mean_per_class = score(rank <= 1, labels.numpy(), "mean_per_class")
-        top1, top5 = float((rank <= 1).mean()), float((rank <= 5).mean())
+        places, (chance1, chance5) = torch.cat(parts).numpy(), chance[k].tolist()
+        mean_per_class = score(places <= 1, labels.numpy(), "mean_per_class")
+        top1, top5 = float((places <= 1).mean()), float((places <= 5).mean())
         votes.append(Votes(k, top1, top5, mean_per_class, chance1=chance1, chance5=chance5))
     return KNNResult(**data.about, temperature=TEMPERATURE, votes=tuple(votes))
 
