@@ -243,13 +243,6 @@ def test_losses_that_need_more_than_a_tower_gives_are_refused(families: Any, tab
         Objective(recipe, model)
 
 
-def test_patch_dropout_in_a_tower_of_another_library_is_refused(families: Any, table: Path) -> None:
-    weights = families["siglip2"][0]
-    recipe = weights.fit(tuned(table, weights.origin, **{"image.patch_dropout": 0.5}))
-    with pytest.raises(UserError, match=r"image\.patch_dropout requires"):
-        DualEncoder.from_recipe(recipe, weights.encoder)
-
-
 def test_a_tokenizer_that_is_missing_is_one_error(families: Any, tmp_path: Path) -> None:
     for family in ("siglip2", "transformers-siglip"):
         folder = shutil.copytree(

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -56,12 +55,6 @@ def test_evaluations_in_order_and_the_last_of_each(tmp_path: Path) -> None:
     assert [(each.result.dataset, each.result.top1) for each in run.last()] == [("a", 0.3), ("b", 0.1)]
 
 
-@pytest.mark.parametrize(
-    ("keys", "now"),
-    [
-        ({}, {"data.max_broken_fraction": 0.5, "train.max_nonfinite_steps": 9}),
-        ({"views.image_second": {"start": 1}, "train.lr_schedule": "constant"}, {"train.steps": 100_000}),
-    ],
-)
-def test_a_run_is_resumed_with_keys_that_change_no_step_so_far(keys: dict[str, Any], now: dict[str, Any]) -> None:
-    refuse_another(load_recipe("clip", keys | now), load_recipe("clip", keys), Path("run"), done=3000)
+def test_a_run_is_resumed_with_keys_that_change_no_number() -> None:
+    now = {"data.max_broken_fraction": 0.5, "train.keep_checkpoints": 9}
+    refuse_another(load_recipe("clip", now), load_recipe("clip"), Path("run"))

@@ -60,7 +60,7 @@ def test_validation_loss_equals_the_plain_loop() -> None:
     assert contrastive_loss(images, texts, 7.0) == pytest.approx(total / 300, rel=1e-9)
 
 
-STALE = {"lr": 0.3, "warmup_lr": 1e-3, "warmup_steps": 12, "lr_schedule": "constant", "patience": 3}
+STALE = {"lr": 0.3, "warmup_lr": 1e-3, "warmup_steps": 12, "patience": 3}
 
 
 def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table: Path, tmp_path: Path) -> None:

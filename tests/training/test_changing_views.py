@@ -109,11 +109,3 @@ def test_a_step_is_timed_before_and_after_the_start(table: Path, tmp_path: Path,
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
     parts = assemble(late(table, {"start": 0.75}), tmp_path / "run", quiet=True)
     assert estimate.step_seconds(parts, 1, 2) == [0.75 * 1 + 0.25 * 2] * 2
-
-
-def test_another_number_of_steps_would_move_the_start(table: Path, tmp_path: Path) -> None:
-    recipe = late(table, {"start": 0.5}, train={"lr_schedule": "constant"})
-    train(recipe, out=tmp_path, quiet=True, report=False)
-    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 16})})
-    with pytest.raises(UserError, match=r"steps was 8, now 16"):
-        train(longer, out=tmp_path, resume=True, quiet=True, report=False)

@@ -1,7 +1,5 @@
 """AdamW's groups and step, and the schedule of the learning rate."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import timm
@@ -56,20 +54,6 @@ def test_the_schedule_equals_the_official_one() -> None:
     train = Train(steps=128001, warmup_lr=1e-4, lr=1e-3, warmup_steps=2500)
     ours = [learning_rate(int(iteration) - 1, train) for iteration in cases["lr_schedule/iter"]]
     np.testing.assert_allclose(ours, cases["lr_schedule/lr"], rtol=1e-5, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"), [("constant", {3: 1e-3, 99: 1e-3}), ("wsd", {79: 1e-3, 84: 5e-4, 99: 0.0})]
-)
-def test_other_schedules(schedule: Any, expected: dict[int, float]) -> None:
-    train = Train(steps=100, warmup_steps=4, lr_schedule=schedule, lr=1e-3, warmup_lr=0)
-    assert learning_rate(0, train) == 0
-    assert {step: learning_rate(step, train) for step in expected} == pytest.approx(expected)
-    late = train.model_copy(update={"warmup_steps": 90})
-    rates = [learning_rate(step, late) for step in range(100)]
-    assert rates[89] == max(rates) == 1e-3, "a long warm-up reaches its peak"
-    assert (schedule == "constant") == (rates[90] == 1e-3)
-    assert learning_rate(99, train.model_copy(update={"warmup_steps": 200})) == 1e-3
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 2, 10, 50, 100])

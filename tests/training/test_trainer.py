@@ -24,7 +24,6 @@ from declip.models.device import computes_bf16
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
-from declip.supervision.objective import Objective
 from declip.training import resolve
 from declip.training import trainer as trainer_module
 from declip.training.assemble import assemble
@@ -300,43 +299,6 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
         run = train(recipe, out=tmp_path / "run", resume=True, quiet=True, report=False)
         assert [row["step"] for row in run.evaluations] == [2, 4, 6, 8]
     assert [row["loss"] for row in run.metrics] == [row["loss"] for row in plain.metrics]
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
-    """Make the total of some forward passes not a number; the features that went into the queue are then bad too."""
-    forward, calls = Objective.forward, iter(range(1000))
-
-    def bad(self: Objective, *arguments: object) -> dict[str, torch.Tensor]:
-        terms = forward(self, *arguments)  # type: ignore[arg-type]
-        if next(calls) in at:
-            terms["loss"] = terms["loss"] * float("nan")
-            assert self.queue is not None
-            self.queue.features.fill_(float("nan"))
-        return terms
-
-    monkeypatch.setattr(Objective, "forward", bad)
-
-
-def test_a_bad_step_may_be_left_out_and_changes_nothing(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recipe_for(table, steps=5, max_nonfinite_steps=1, checkpoint_every=1, log_every=1, keep_checkpoints=9)
-    with monkeypatch.context() as more:
-        poison(more, {1, 3})
-        with pytest.raises(UserError, match="not finite at step 4"):
-            train(recipe, out=tmp_path / "more", quiet=True, report=False)
-    poison(monkeypatch, {2})
-    run = train(recipe, out=tmp_path / "run", quiet=True, report=False)
-    assert run.finished
-    second, third, fourth = (load_checkpoint(path) for path in list_checkpoints(run.folder)[1:4])
-    assert all(torch.equal(second.weights[key], third.weights[key]) for key in second.weights)
-    assert all(torch.equal(second.training[key], third.training[key]) for key in second.training)
-    assert not all(torch.equal(third.weights[key], fourth.weights[key]) for key in third.weights)
-    assert third.extra["bad_steps"] == [2]
-    assert "1 of at most 1" in (run.folder / "log.txt").read_text()
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (run.folder / "metrics.jsonl").open()]
-    assert [row["step"] for row in rows if row["loss"] is None] == [3]
-    assert train(recipe, out=run.folder, resume=True, quiet=True).report.is_file()
 
 
 @pytest.mark.parametrize("chunk", [None, 3])

@@ -97,7 +97,7 @@ class Weights:
         are trained with a sigmoid loss, unless the user gave losses.
         """
         own = (name for name in ("size", "mean", "std") if f"image.{name}" in recipe.given)
-        keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", "patch_dropout", *own)}
+        keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", *own)}
         changed: dict[str, Any] = {"image": self.recipe.image.model_copy(update=keep)}
         if self.whole:
             init, limits = float(self.tensors["logit_scale"]), recipe.logit_scale

@@ -112,8 +112,6 @@ def _parts(
 ) -> tuple[ImageTower, CaptionTokenizer, AnyTextTower]:
     image, text, dim = recipe.image, recipe.text, recipe.embed_dim
     if isinstance(encoder, WrappedModel):
-        if image.patch_dropout:
-            raise UserError("image.patch_dropout requires towers built by declip, and these are of another library.")
         encoder = encoder.with_context(text.context_length)
         visual, words = encoder.build(image.size)
         image_tower, wrapped_tokenizer = WrappedImageTower(visual, encoder.kinds[0], dim), encoder.build_tokenizer()
@@ -130,7 +128,6 @@ def _parts(
         image.model_kwargs,
         image.freeze_patch_embed,
         any_size=len(set(recipe.image_sizes.values())) > 1,
-        patch_dropout=image.patch_dropout,
     )
     if not text_too:
         return tower, refuse_text, NoTextTower()  # type: ignore[return-value]  # raises when it is called

@@ -8,9 +8,8 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import AttentionPool2d, PatchDropout
+from timm.layers import AttentionPool2d
 from timm.models.byobnet import ByoBlockCfg
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from declip.errors import UserError, unknown
@@ -73,7 +72,6 @@ class ImageTower(nn.Module):
         freeze_patch_embed: Leave a ViT's patch projection at its random start, as DeCLIP's official code does.
         any_size: Let a ViT take images of other sizes too, with position embeddings resampled to their grid.
         weights: State of the trunk, as timm publishes it, for any image size; None for random weights.
-        patch_dropout: Fraction of the patches that a ViT leaves out in training (FLIP, arXiv 2212.00794).
     """
 
     has_batch_norm: bool  # whether features depend on the other images of a batch in training
@@ -87,7 +85,6 @@ class ImageTower(nn.Module):
         freeze_patch_embed: bool = False,
         weights: Mapping[str, Tensor] | None = None,
         any_size: bool = False,
-        patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         base, _ = SMALL_TOWERS.get(name, (name, {}))
@@ -107,10 +104,6 @@ class ImageTower(nn.Module):
             nn.init.zeros_(self.proj.bias)
         self.token_width = int(self.trunk.num_features)
         self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
-        if patch_dropout:
-            if not isinstance(self.trunk, VisionTransformer):
-                raise UserError(f"image.patch_dropout needs a vision transformer, and '{name}' is none. Leave it out.")
-            self.trunk.patch_drop = PatchDropout(patch_dropout, self.trunk.num_prefix_tokens)
         if freeze_patch_embed:
             patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)
             if patches is None:

@@ -32,7 +32,6 @@ class ImageTowerConfig(Section):
     )
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
     freeze_patch_embed: bool = Field(False, description="keep a ViT's patch embedding at its random start (MoCo v3)")
-    patch_dropout: float = Field(0.0, ge=0, lt=1, description="fraction of a ViT's patches left out in training (FLIP)")
 
 
 class TextTowerConfig(Section):
@@ -219,10 +218,7 @@ class Train(Section):
     epochs: float | None = Field(None, gt=0, description="number of passes over the pairs, instead of steps")
     batch_size: int = Field(128, ge=2, description="number of pairs per step over all processes")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw or muon")
-    lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up")
-    lr_schedule: Literal["cosine", "constant", "wsd"] = Field(
-        "cosine", description="learning rate after the warm-up; wsd: constant, then falling in the last fifth"
-    )
+    lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up, from which it falls to 0 as a cosine")
     warmup_lr: float = Field(1e-4, ge=0, description="learning rate of the first step")
     warmup_steps: int = Field(100, ge=0, description="number of steps with a linearly rising learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay; not on biases, norms and scales")
@@ -246,7 +242,6 @@ class Train(Section):
     grad_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
     length_buckets: int = Field(1, ge=1, description="number of length-sorted groups that captions are encoded in")
     compile: bool = Field(False, description="torch.compile for the towers")
-    max_nonfinite_steps: int = Field(0, ge=0, description="number of steps with a non-finite loss that may be skipped")
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

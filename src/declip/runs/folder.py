@@ -23,7 +23,6 @@ from declip.io.atomic import write_text
 from declip.models.hf_encoder import ENTRY, TextEncoder, encoder_kept_in
 from declip.models.wrapped import WrappedModel
 from declip.recipe.load import flat, load_recipe
-from declip.recipe.schedule import learning_rate
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
 
@@ -37,7 +36,7 @@ OUTPUTS = (METRICS, EVALUATIONS, SKIPPED, EXAMPLES, "log.txt", "report.html", "c
 SPLIT = ("train.pairs", "val.pairs")
 """Lists of the parts that `declip finetune` splits its pairs into."""
 CHANGEABLE = (
-    *("name", "data.workers", "data.max_broken_fraction", "train.device", "train.max_nonfinite_steps"),
+    *("name", "data.workers", "data.max_broken_fraction", "train.device"),
     *("train.keep_checkpoints", "train.checkpoint_every", "train.report_to"),
 )
 """Recipe keys that may differ when a run is resumed, because they change no number."""
@@ -228,7 +227,7 @@ def open_folder(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None
         if not resume:
             raise UserError(f"'{folder}' already holds a run. Continue it with --resume, or choose another --out.")
         newest, problems = newest_good(folder)
-        refuse_another(recipe, read_recipe(folder), folder, newest.step if newest else 0)
+        refuse_another(recipe, read_recipe(folder), folder)
         for problem in problems:
             log.warning(problem)
         if problems and newest is None:
@@ -272,21 +271,11 @@ def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"data": data, "evaluation": recipe.evaluation.model_copy(update=sets)})
 
 
-def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path, done: int) -> None:
-    """Refuse to resume a run after `done` steps with a recipe that would have changed these steps."""
+def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
+    """Refuse to resume a run with a recipe that changes its numbers."""
     now, then = flat(recipe.model_dump(mode="json")), flat(earlier.model_dump(mode="json"))
     differ = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
     changed = [key for key in differ if key not in CHANGEABLE]
-    second = recipe.views.image_second
-    late = second is not None and second.late  # it begins at a fraction of the steps
-    steps_alone = (
-        changed == ["train.steps"]
-        and recipe.head_warmup == earlier.head_warmup
-        and done <= recipe.train.steps
-        and not late
-    )
-    if steps_alone and all(learning_rate(n, recipe.train) == learning_rate(n, earlier.train) for n in range(done)):
-        return
     if changed:
         shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise UserError(

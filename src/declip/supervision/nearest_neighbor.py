@@ -187,9 +187,6 @@ class NearestNeighbor(ContrastiveTerm):
                     self.bank.push(frozen[:, view], tags=ids % self._pairs)
             self._pending = None
 
-    def discard_step(self) -> None:
-        self._pending = None
-
 
 def _by_neighbor(rows: Rows) -> Rows:
     """Label pairs by their neighbors: those with the same one, which no model can distinguish, are duplicates."""

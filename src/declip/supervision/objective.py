@@ -224,11 +224,6 @@ class Objective(nn.Module):
         for _, term in self._terms():
             term.after_step(model)
 
-    def discard_step(self) -> None:
-        """Forget a step that was skipped."""
-        for _, term in self._terms():
-            term.discard_step()
-
     def _terms(self) -> list[tuple[str, Term]]:
         return list(self.terms.items())  # type: ignore[arg-type]  # a ModuleDict does not know its values' class
 

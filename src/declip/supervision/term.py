@@ -131,9 +131,6 @@ class Term(nn.Module):
     def after_step(self, model: DualEncoder) -> None:
         """Update the term's own state, such as a queue, after the optimizer's step."""
 
-    def discard_step(self) -> None:
-        """Drop the state that the last forward pass left for `after_step`: its step was skipped."""
-
 
 def augmented_views(views: tuple[str, ...]) -> slice:
     """Index of the augmented views among all: "contrastive", the milder one, comes first."""

@@ -33,13 +33,11 @@ class Progress:
         step: Number of steps done.
         skipped: Counts of the broken pairs.
         best: The best evaluation, where `train.patience` watches them.
-        bad_steps: Steps, counted from 0, that were skipped because they were not finite.
     """
 
     step: int = 0
     skipped: SkipCounter = field(default_factory=SkipCounter)
     best: BestEvaluation | None = None
-    bad_steps: list[int] = field(default_factory=list)
 
 
 @dataclass

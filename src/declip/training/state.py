@@ -63,7 +63,6 @@ def collect(parts: Parts) -> Checkpoint | None:
         "versions": versions(),
         "skipped": {**progress.skipped.to_dict(), "seen": progress.step * parts.recipe.train.batch_size},
         "samples": dict(parts.samples),
-        "bad_steps": progress.bad_steps,
         **({} if progress.best is None else {"best": asdict(progress.best)}),
     }
     return Checkpoint(progress.step, weights, training, parts.recipe.to_yaml(), extra) if rank_zero else None
@@ -88,7 +87,6 @@ def restore(parts: Parts, found: Checkpoint) -> None:
         distributed.seed_rank(parts.recipe.seed, found.step)
     progress.step = found.step
     progress.skipped = SkipCounter.from_dict(extra["skipped"])
-    progress.bad_steps = list(extra["bad_steps"])
     progress.best = BestEvaluation(**extra["best"]) if "best" in extra else None
     then, now = extra["versions"], versions()
     changed = [f"{name} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]

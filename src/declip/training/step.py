@@ -28,8 +28,7 @@ class StepParts:
         learner: From `declip.training.parallel.build_learner`.
         plan: Its image statistics normalize the views.
         train: The recipe's section. With `precision` "bf16" towers and heads run in autocast; losses and logits stay
-            float32. With `max_nonfinite_steps` a step whose loss or gradient is not finite is undone, which waits for
-            the device.
+            float32.
         average: Updated after the step.
     """
 
@@ -72,8 +71,6 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
     learner, optimizer, train = unwrap(parts.learner), parts.optimizer, parts.train
     gather = distributed.gather(sync.rows)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # A forward pass changes the running statistics of batch norm.
-    buffers = [(buffer, buffer.clone()) for buffer in learner.buffers()] if train.max_nonfinite_steps else []
 
     optimizer.zero_grad(set_to_none=True)
     if train.grad_cache_chunk is None:
@@ -92,13 +89,6 @@ def training_step(parts: StepParts, batch: PairBatch, sync: StepSync | None = No
         limit = float("inf") if train.grad_clip_norm is None else train.grad_clip_norm
         grad_norm = clip_gradients(parameters, limit)
         values = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": grad_norm}
-        if train.max_nonfinite_steps:
-            values["loss"] = distributed.average(values["loss"].clone())  # all ranks must decide alike
-            if not (torch.isfinite(values["loss"]) & torch.isfinite(grad_norm)):  # waits for the device
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-                learner.objective.discard_step()
-                return values
         optimizer.step()
         learner.objective.after_step(learner.model)  # limits the scales, and writes the queue
         if parts.average is not None:

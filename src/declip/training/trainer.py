@@ -50,7 +50,7 @@ class Trainer:
         recipe, device = parts.recipe, parts.model.device
         self.parts, self.progress, self.loader = parts, parts.progress, parts.loader
         self.step_parts = StepParts(parts.learner, parts.optimizer, parts.plan, recipe.train, parts.average)
-        self.guard = NonFiniteGuard(recipe.train.max_nonfinite_steps, device, parts.progress.bad_steps)
+        self.guard = NonFiniteGuard(device)
         self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps, parts.objective.watched)
         self.throughput = ThroughputMonitor()
         self.stop = StopRequest(parts.folder)

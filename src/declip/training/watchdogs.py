@@ -7,8 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from declip.runs.folder import log
-
 FLAT_AFTER = 300
 """Steps after which a contrastive loss still at chance level is worth a warning."""
 STARVED = 0.25
@@ -20,31 +18,19 @@ MOST_WORKERS = 8
 
 
 class NonFiniteGuard:
-    """Finds steps whose loss or gradient is not finite, without waiting for the device at every one.
+    """Finds the first step whose loss or gradient is not finite, without waiting for the device at every one."""
 
-    `allowed` such steps may be skipped (train.max_nonfinite_steps); their numbers, counted from 0, are appended to
-    `skipped`.
-    """
-
-    def __init__(self, allowed: int, device: torch.device, skipped: list[int]) -> None:
-        self.allowed, self.skipped = allowed, skipped
+    def __init__(self, device: torch.device) -> None:
         self._first = torch.tensor(-1, device=device)
 
     def check(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Record the first bad step on the device, without a wait."""
+        """Record on the device whether a step, counted from 0, is the first bad one; no wait."""
         good = torch.isfinite(values["loss"]) & torch.isfinite(values["grad_norm"])
-        if self.allowed and not good:
-            self.skipped.append(step)
-            log.warning(
-                f"The loss is not finite at step {step + 1}: {format_losses(values)}. The step is skipped and changes "
-                f"nothing; {len(self.skipped)} of at most {self.allowed} (train.max_nonfinite_steps)."
-            )
-            good = torch.tensor(len(self.skipped) <= self.allowed)
         self._first = torch.where((self._first < 0) & ~good, step, self._first)
 
     @property
     def first(self) -> int | None:
-        """The first bad step that was not skipped; a wait for the device."""
+        """The first bad step; a wait for the device."""
         return None if (found := int(self._first)) < 0 else found
 
 
