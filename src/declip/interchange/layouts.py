@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import AttentionPool2d, QuickGELU
 from torch import Tensor
 
 from declip.errors import UserError
@@ -219,6 +218,8 @@ def activation_of(keys: Mapping[str, Any]) -> str:
 
 def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
     """Recipe keys that build the same tower, if it is a ViT or ResNet of CLIP; otherwise None."""
+    from timm.layers import AttentionPool2d, QuickGELU
+
     trunk = tower.trunk
     try:
         resnet = isinstance(trunk.head, AttentionPool2d)

@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -248,6 +247,8 @@ def _vision_config(model: DualEncoder, keys: Mapping[str, Any] | None, activatio
             "patch_size": sizes["patch_size"],
             "mlp_ratio": sizes["mlp_ratio"],
         }, layouts.CLIP_VIT
+    import timm
+
     name, tower = model.recipe.image.model, model.image_tower  # type: ignore[union-attr]
     difference: str | None = "timm does not know it"
     if timm.is_model(name):

@@ -7,7 +7,6 @@ from textwrap import shorten
 from typing import Any
 
 import huggingface_hub
-import timm
 import torch
 from torch import Tensor
 
@@ -26,6 +25,8 @@ def matches(where: str) -> bool:
 
 def read(where: str) -> Weights:
     """Read an image tower, with its image size and statistics."""
+    import timm
+
     name, _, file = where.removeprefix(PREFIX).partition("/")
     architecture, config = name.split(".")[0], None
     with suppress(RuntimeError):  # an unknown tag
@@ -47,6 +48,8 @@ def read(where: str) -> Weights:
 
 def _filled(where: str, architecture: str, size: int, weights: Mapping[str, Tensor]) -> ImageTower:
     """Build the tower with the weights, which must be complete except for the classifier."""
+    import timm
+
     classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None) or ()
     heads = {name.split(".")[0] for name in ([classifier] if isinstance(classifier, str) else classifier)}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

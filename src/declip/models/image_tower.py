@@ -1,18 +1,22 @@
-"""Image towers: any timm model, through one adapter that gives pooled and token features."""
+"""Image towers: any timm model, through one adapter that gives pooled and token features.
+
+timm is imported when a tower is built, because importing it takes longer than importing torch: torchvision and wandb
+come with it. A text search builds no image tower.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
-from timm.layers import AttentionPool2d
-from timm.models.byobnet import ByoBlockCfg
 from torch import Tensor, nn
 
 from declip.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from timm.models.byobnet import ByoBlockCfg
 
 warn_once = cache(logging.getLogger("declip").warning)  # once per process, however often the tower is built
 
@@ -29,8 +33,10 @@ class ImageFeatures:
     tokens: Tensor  # (B, P, width) features of the patches or grid cells before the last norm and projection
 
 
-def _blocks(kind: str, depths: Sequence[int], width: int, ratio: float) -> tuple[ByoBlockCfg, ...]:
+def _blocks(kind: str, depths: Sequence[int], width: int, ratio: float) -> "tuple[ByoBlockCfg, ...]":
     """Stages of a residual network, each but the first twice as wide as the one before, with stride 2."""
+    from timm.models.byobnet import ByoBlockCfg
+
     return tuple(
         ByoBlockCfg(type=kind, d=depth, c=width * 2**stage, s=1 if stage == 0 else 2, br=ratio)
         for stage, depth in enumerate(depths)
@@ -39,8 +45,8 @@ def _blocks(kind: str, depths: Sequence[int], width: int, ratio: float) -> tuple
 
 def _conv(width: int) -> dict[str, Any]:
     """Options of a residual network for small images: stem of stride 2 without a pool."""
-    blocks = _blocks("basic", (1, 1, 1), width, 1.0)
     plain = {"num_features": 0, "act_layer": "relu", "stem_type": "3x3", "stem_pool": ""}
+    blocks = ("basic", (1, 1, 1), width, 1.0)  # arguments of `_blocks`
     return {"blocks": blocks, "stem_chs": width // 2, **plain}
 
 
@@ -87,6 +93,8 @@ class ImageTower(nn.Module):
         any_size: bool = False,
     ) -> None:
         super().__init__()
+        from timm.layers import AttentionPool2d
+
         base, _ = SMALL_TOWERS.get(name, (name, {}))
         resampled = {"dynamic_img_size": True} if any_size and base.startswith("vit_") else {}
         self.trunk = _create(name, size, resampled | (options or {}), weights)
@@ -156,7 +164,11 @@ def grid_tokens(trunk: Any, features: Tensor) -> Tensor:
 
 
 def _create(name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:
+    import timm
+
     base, preset = SMALL_TOWERS.get(name, (name, {}))
+    if "blocks" in preset:
+        preset = preset | {"blocks": _blocks(*preset["blocks"])}
     if not timm.is_model(base):
         raise unknown("image tower", name, [*SMALL_TOWERS, *timm.list_models()])
     clip_resnet = base.startswith("resnet") and "_clip" in base

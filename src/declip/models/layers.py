@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import group_parameters
 from torch import nn
 
 from declip.models.dual_encoder import DualEncoder
@@ -45,6 +44,8 @@ def blocks(depth_of: Mapping[str, int], tower: str) -> int:
 
 
 def _timm(tower: nn.Module, trunk: Any, prefix: str) -> dict[str, int]:
+    from timm.models import group_parameters
+
     groups: dict[str, int] = group_parameters(trunk, trunk.group_matcher(coarse=False), reverse=True)
     inside = {name for name in groups if not name.startswith("head.")}  # CLIP's attention pool comes after the blocks
     last = 1 + max(groups[name] for name in inside)

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from timm.layers import QuickGELU
 from torch import Tensor, nn
 
 from declip.errors import UserError
@@ -85,6 +84,13 @@ class SelfContained(nn.Module):
         """Refuse weights that belong to another configuration or tokenizer."""
         if not state.is_meta and not torch.equal(state.cpu(), self.stored):
             raise UserError("These weights belong to a text tower with another configuration or tokenizer.")
+
+
+class QuickGELU(nn.Module):
+    """CLIP's approximation of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
 
 
 class CausalSelfAttention(nn.Module):

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -79,6 +78,7 @@ class WrappedModel:
             raise UserError(f"This model needs {error.name}. Install it: pip install 'declip[{extra}]'.") from error
 
     def _open_clip(self, size: int) -> tuple[nn.Module, nn.Module]:
+        import timm
         from open_clip import CustomTextCLIP
 
         config = deepcopy(dict(self.config))
