@@ -30,13 +30,12 @@ from declip.recipe.schema import Recipe
 from declip.reports.run import write_report
 from declip.runs.folder import LOCK, RECIPE, SPLIT, Run, lock_folder, log, moved_lists
 from declip.training import distributed
-from declip.training.arguments import resolve_recipe
 from declip.training.assemble import assemble
-from declip.training.captions import caption_warnings
 from declip.training.distributed import HostGroup
 from declip.training.estimate import Estimate, estimate
+from declip.training.pairs import caption_warnings, open_training_source
 from declip.training.parts import Parts
-from declip.training.resolve import open_training_source
+from declip.training.resolve import resolve_recipe
 from declip.training.trainer import Trainer
 
 FINETUNED = Path("runs") / "finetune"
@@ -164,7 +163,7 @@ def finetune_recipe(
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", CPU_SIZE)
     if len(source) == 1:  # a batch has two pairs at least
-        return resolve_recipe("finetune", {**keys, "data.source": [{"source": data, "weight": 2}]}, None, sets)
+        return resolve_recipe("finetune", {**keys, "data.source": [data, data]}, None, sets)
     return resolve_recipe("finetune", keys, data, sets)
 
 

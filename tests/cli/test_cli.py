@@ -13,7 +13,7 @@ import declip
 from conftest import TINY, WEIGHTS
 from declip.api import train
 from declip.errors import UserError
-from declip.training.arguments import resolve_recipe
+from declip.training.resolve import resolve_recipe
 
 
 def test_trains_evaluates_and_resumes(table: Path, tmp_path: Path, command: Any) -> None:

@@ -17,7 +17,7 @@ from data.fakes import Noise, Words, make_loader
 from declip.data.batch import PairBatch
 from declip.data.loader import PairLoader
 from declip.data.pair import Pair
-from declip.data.sources.mixture import Mixture
+from declip.data.sources.joined import Joined
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import take as choose_pairs
 from declip.errors import UserError
@@ -240,15 +240,15 @@ def test_a_process_that_leaves_its_loader_open_can_end():
     assert process.exitcode == 3
 
 
-def mixed(folder: Path) -> Mixture:
-    return Mixture([(ShardSource(f"{folder}/{{00000..00002}}.tar"), 1.5), (ShardSource(f"{folder}/00003.tar"), 2)])
+def joined(folder: Path) -> Joined:
+    return Joined([ShardSource(f"{folder}/{name}.tar") for name in ("{00000..00002}", "00003", "00003")])
 
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-@pytest.mark.parametrize(("kind", "buffer"), [("shards", 8), ("mixture", 8), ("mixture", None), ("part", 8)])
-def test_shards_and_mixtures_give_the_same_batches_for_any_workers_and_start(shard_folder, kind, buffer):
-    opened = {"shards": lambda: ShardSource(str(shard_folder)), "mixture": lambda: mixed(shard_folder),
+@pytest.mark.parametrize(("kind", "buffer"), [("shards", 8), ("joined", 8), ("joined", None), ("part", 8)])
+def test_shards_and_joined_sources_give_the_same_batches_for_any_workers_and_start(shard_folder, kind, buffer):
+    opened = {"shards": lambda: ShardSource(str(shard_folder)), "joined": lambda: joined(shard_folder),
               "part": lambda: choose_pairs(ShardSource(str(shard_folder)), 13, seed=0)}[kind]  # fmt: skip
     options = {"context": 16, "batch_size": 4, "shuffle_buffer": buffer}
     whole = take(make(opened(), **options), 10)
@@ -259,9 +259,9 @@ def test_shards_and_mixtures_give_the_same_batches_for_any_workers_and_start(sha
 
 
 @pytest.mark.usefixtures("cache")
-def test_copies_in_a_mixture_get_views_of_their_own(shard_folder):
+def test_copies_of_a_source_get_views_of_their_own(shard_folder):
     seen = defaultdict(list)
-    for batch in take(make(Mixture([(ShardSource(f"{shard_folder}/00002.tar"), 2)]), batch_size=4), 4):
+    for batch in take(make(Joined([ShardSource(f"{shard_folder}/00002.tar")] * 2), batch_size=4), 4):
         for tag, hue in zip(batch.sample_ids.tolist(), batch.views["first"].photometric.hue.tolist(), strict=True):
             seen[tag % 9].append(hue)
     twice = [hues for hues in seen.values() if len(hues) == 2]

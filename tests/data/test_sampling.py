@@ -4,11 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, chisquare
+from scipy.stats import chisquare
 
 from declip.data.pair import PairSource
 from declip.data.sampling import Order, build_order
-from declip.data.sources.mixture import Mixture
+from declip.data.sources.joined import Joined
 from declip.errors import UserError
 
 
@@ -86,65 +86,49 @@ def test_remote_shards_are_buffered_unless_told_otherwise():
     assert len({i // 1000 for i in order_of(far, buffer=10_000).epoch(0)[:20_000].tolist()}) == 20
 
 
-# Mixtures
+# Joined sources
 
-PARTS = [(Numbers(100, [30, 70], name="a"), 2.25), (Numbers(40, name="b"), 0.5), (Numbers(60, [60], name="c"), 1)]
+PARTS = [Numbers(100, [30, 70], name="a"), Numbers(40, name="b"), Numbers(60, [60], name="c")]
 
 
 @pytest.mark.parametrize("buffer", [None, 50, 150])
-def test_a_weight_is_how_often_an_epoch_shows_each_pair(buffer):
-    mixture = Mixture(PARTS)
-    assert (len(mixture), mixture.shown) == (3 * 100 + 40 + 60, 225 + 20 + 60)
-    order = order_of(mixture, buffer=buffer)
-    assert order.steps_per_epoch == 305 // 8
-    drawn = Counter()
-    for epoch in range(200):
-        indices = order.epoch(epoch).tolist()
-        assert len(set(indices)) == len(indices) == 305
-        shown = Counter(mixture[index] for index in indices)
-        assert {shown["a", i] for i in range(100)} == {2, 3}
-        assert {shown["b", i] for i in range(40)} <= {0, 1}
-        assert all(shown["c", i] == 1 for i in range(60))
-        drawn.update(dict(shown))
-    halves = [drawn["b", i] for i in range(40)]
-    assert sum(halves) == 200 * 20
-    assert all(binomtest(count, 200, 0.5).pvalue > 1e-5 for count in halves)
-    assert all(drawn["a", i] > 400 for i in range(100))
+def test_an_epoch_shows_each_pair_of_a_source_as_often_as_the_source_is_given(buffer):
+    joined = Joined([*PARTS, PARTS[0]])
+    order = order_of(joined, buffer=buffer)
+    assert (len(joined), order.steps_per_epoch) == (300, 300 // 8)
+    for epoch in range(3):
+        shown = Counter(joined[index] for index in order.epoch(epoch).tolist())
+        assert shown == {(part.name, i): 1 + (part.name == "a") for part in PARTS for i in range(len(part))}
 
 
-def test_a_mixture_is_mixed_in_every_stretch():
-    mixture = Mixture([(Numbers(9000, [900] * 10, name="a"), 1), (Numbers(1000, [500] * 2, name="b"), 1)])
-    order = order_of(mixture, batch=100, buffer=1000)
-    shares = [sum(mixture[i][0] == "b" for i in steps(order, s, s + 10).tolist()) for s in range(0, 100, 10)]
+def test_joined_sources_are_mixed_in_every_part_of_an_epoch():
+    joined = Joined([Numbers(9000, [900] * 10, name="a"), Numbers(1000, [500] * 2, name="b")])
+    order = order_of(joined, batch=100, buffer=1000)
+    shares = [sum(joined[i][0] == "b" for i in steps(order, s, s + 10).tolist()) for s in range(0, 100, 10)]
     assert shares == [100] * 10
 
 
 @pytest.mark.parametrize("sizes", [[13] * 5, [9], [3, 3, 3], [1, 1, 1, 5, 100]])
-def test_a_group_holds_a_batch_of_any_mixture(sizes):
-    mixture = Mixture([(Numbers(size, name=str(size)), 1) for size in sizes])
-    order = order_of(mixture, buffer=1)
+def test_a_group_holds_a_batch_of_any_sources(sizes):
+    order = order_of(Joined([Numbers(size, name=str(size)) for size in sizes]), buffer=1)
     assert set(np.concatenate([order.epoch(epoch) for epoch in range(3)]).tolist()) == set(range(sum(sizes)))
 
 
-def test_a_mixture_of_whole_weights_is_a_permutation_of_its_copies():
-    mixture = Mixture([(Numbers(5, name="a"), 2), (Numbers(3, name="b"), 1)])
-    assert [mixture[i] for i in range(13)] == [("a", i % 5) for i in range(10)] + [("b", i) for i in range(3)]
-    assert mixture.captions(11) == ("b 1",)
-    assert mixture.name == "2 × a + b"
-    assert Mixture([(Numbers(10), 0.001)]).shown == 1, "a tiny weight still shows a pair"
-    assert len(Mixture([(Numbers(10), 0.1 * 3 / 0.3)])) == 10, "rounding makes no copy"
+def test_joined_sources_follow_each_other():
+    joined = Joined([Numbers(5, name="a"), Numbers(5, name="a"), Numbers(3, name="b")])
+    assert [joined[i] for i in range(13)] == [("a", i % 5) for i in range(10)] + [("b", i) for i in range(3)]
+    assert joined.captions(11) == ("b 1",)
+    assert joined.name == "a + a + b"
     with pytest.raises(IndexError):
-        mixture[13]
+        joined[13]
 
 
 def test_pairs_are_taken_of_all_sources():
-    mixture = Mixture(PARTS)
-    small, large = mixture.take(50, seed=1), mixture.take(120, seed=1)
-    chosen = [{each[i] for each in (m.sources[k].source,) for i in range(len(each))}
-              for m in (small, large) for k in range(3)]  # fmt: skip
-    assert sum(map(len, chosen[:3])) == 50
-    assert all(one <= other for one, other in zip(chosen[:3], chosen[3:], strict=True))
-    assert [each.weight for each in small.sources] == [2.25, 0.5, 1]
-    assert small.sources[0].source.blocks.sum() == len(small.sources[0].source)
+    joined = Joined(PARTS)
+    small, large = joined.take(50, seed=1), joined.take(120, seed=1)
+    chosen = [{source[i] for source in one.sources for i in range(len(source))} for one in (small, large)]
+    assert len(small) == len(chosen[0]) == 50
+    assert chosen[0] <= chosen[1]
+    assert small.sources[0].blocks.sum() == len(small.sources[0])
     with pytest.raises(UserError, match="has 200"):
-        mixture.take(201, seed=1)
+        joined.take(201, seed=1)

@@ -1,4 +1,4 @@
-"""What a recipe's data section opens: one source, or several with weights."""
+"""What a recipe's data section opens: one source, or several."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from data.tables import write
 from data.tars import write_shards
 from declip.data.batch import View
 from declip.data.pair import PairSource
-from declip.data.sources.mixture import Mixture
+from declip.data.sources.joined import Joined
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.subset import Subset
 from declip.errors import UserError
@@ -32,16 +32,14 @@ def recipe_of(source: object, **data: object) -> Recipe:
     return Recipe.model_validate({**TINY, "data": {"source": source, **data}})
 
 
-def test_a_list_of_sources_is_a_mixture(shards, table):
-    recipe = recipe_of([{"source": str(table), "weight": 1.5}, str(shards)])
+def test_a_list_of_sources_is_joined(shards, table):
+    recipe = recipe_of([str(table), str(shards)])
     assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
-    assert recipe.data.label == f"1.5 × {table} + {shards}"
+    assert recipe.data.label == f"{table} + {shards}"
     source = open_training_source(recipe)
-    assert isinstance(source, Mixture)
-    assert (len(source), source.shown, source.distinct) == (24 * 2 + 21, 36 + 21, 45)
-    assert source.name == "1.5 × shapes.jsonl + shards"
-    few = open_training_source(recipe_of([{"source": str(table), "weight": 1.5}, str(shards)], max_pairs=20))
-    assert (few.distinct, [each.weight for each in few.sources]) == (20, [1.5, 1.0])
+    assert isinstance(source, Joined)
+    assert (len(source), source.name) == (24 + 21, "shapes.jsonl + shards")
+    assert len(open_training_source(recipe_of([str(table), str(shards)], max_pairs=20))) == 20
 
 
 def test_one_source_stays_what_it_was(shards, table):
@@ -60,8 +58,8 @@ def test_rows_of_other_splits_are_not_trained_on(folder, shards):
     table = str(write(folder / "t.csv", rows, ("image", "caption", "split")))
     source = open_training_source(recipe_of(table))
     assert [source.captions(index)[0] for index in range(len(source))] == ["one", "three"]
-    mixture = open_training_source(recipe_of([table, str(shards)]))
-    assert (len(mixture), mixture.captions(1)) == (2 + 21, ("three",))
+    joined = open_training_source(recipe_of([table, str(shards)]))
+    assert (len(joined), joined.captions(1)) == (2 + 21, ("three",))
     assert len(open_training_source(recipe_of(table, max_pairs=2))) == 2
 
 
@@ -110,9 +108,8 @@ def test_a_milder_contrastive_view_is_one_more(table):
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("[{source: a, wieght: 2}]", "data.source.0.wieght=2: Extra inputs are not permitted; keys: source, weight."),
-        ("[{weight: 2}]", "data.source.0.source={'weight': 2}: Field required"),
-        ("[]", "data.source is []; give one source, or a list of them, each with source, weight"),
+        ("[{source: a, weight: 2}]", "data.source is [{'source': 'a', 'weight': 2}]; give one source, or a list"),
+        ("[]", "data.source is []; give one source, or a list of sources"),
     ],
 )
 def test_a_source_that_is_none_is_explained(source, says):

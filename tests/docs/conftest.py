@@ -41,7 +41,7 @@ STEPS, BATCH, PAIRS = 2, 8, 32
 SMALL = 64
 """Largest image size that is kept; recipes for larger images get a small tower."""
 
-MAKE_SMALL = ("declip.finetuning", "declip.training.arguments", "declip.comparison", "declip.recipe.load")
+MAKE_SMALL = ("declip.finetuning", "declip.training.resolve", "declip.comparison", "declip.recipe.load")
 """Modules that resolve the recipes of commands; those that read foreign weights keep the real sizes."""
 
 

@@ -8,7 +8,7 @@ from declip.data.sources.open import open_source
 from declip.data.text.hf_tokenizer import HuggingfaceTokenizer
 from declip.data.text.tokenizer import Tokenizer
 from declip.models.hf_encoder import read_encoder
-from declip.training.captions import caption_warnings
+from declip.training.pairs import caption_warnings
 from text_encoders import bert
 
 

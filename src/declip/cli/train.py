@@ -29,7 +29,7 @@ def train(
     given = _checked(recipe, overrides or [], data, val or [])
     name = Path(recipe).stem
     from declip import api
-    from declip.training.arguments import resolve_recipe
+    from declip.training.resolve import resolve_recipe
 
     resolved = resolve_recipe(recipe, given, data=data, val=val or ())
     if dry_run:
@@ -63,7 +63,7 @@ def _checked(recipe: str, overrides: list[str], data: str | None, val: list[str]
     for path in val:
         check_source(path, "--val")
     named = resolved.data.source if data is None else data
-    for source in (named,) if isinstance(named, str) else [entry.source for entry in named]:
+    for source in (named,) if isinstance(named, str) else named:
         check_source(source, "--data or data.source")
     for key, paths in resolved.evaluation if data is None else ():
         for path in paths:

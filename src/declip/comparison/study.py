@@ -11,7 +11,6 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from declip.data.sources.mixture import Mixture
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset, with_classes
 from declip.evaluation.probes.data import check_probe
@@ -229,8 +228,7 @@ class Study:
             )
         key = recipe.data.model_dump_json()
         if key not in sizes:
-            source = open_training_source(recipe)
-            sizes[key] = source.distinct if isinstance(source, Mixture) else len(source)
+            sizes[key] = len(open_training_source(recipe))
         if self.pairs[-1] > sizes[key]:
             raise UserError(
                 f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {self.pairs[-1]:,} of --pairs. "

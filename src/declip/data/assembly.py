@@ -48,10 +48,9 @@ class Assembler:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        shown = sum(span.shown for span in source.spans())
-        if shown < batch_size:
+        if len(source) < batch_size:
             raise UserError(
-                f"'{source.name}' holds {shown} pairs, fewer than one batch of {batch_size}. "
+                f"'{source.name}' holds {len(source)} pairs, fewer than one batch of {batch_size}. "
                 "Set a smaller train.batch_size, or add pairs."
             )
         self.source, self.tokenizer, self.plan = source, tokenizer, plan

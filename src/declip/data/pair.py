@@ -105,19 +105,6 @@ def bytes_origin(content: bytes) -> Origin:
     return Origin("", 0, len(content), hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
-class Span(NamedTuple):
-    """A range of a source's indices, such as one copy of a source in a mixture."""
-
-    start: int
-    blocks: np.ndarray  # (shards,) int64, the number of pairs of each shard; their sum is the length
-    shown: int  # number of its pairs in an epoch, drawn again in each epoch unless it is all
-
-    @property
-    def length(self) -> int:
-        """The number of indices."""
-        return int(self.blocks.sum())
-
-
 class PairSource(ABC):
     """Pairs by number. A source can be pickled, and read from several processes.
 
@@ -174,12 +161,12 @@ class PairSource(ABC):
         """The place of the image; empty if it has no file."""
         return Origin()
 
-    def spans(self) -> list[Span]:
-        """The ranges of indices that an epoch shows; one that holds all pairs, unless this is a mixture."""
+    def spans(self) -> list[np.ndarray]:
+        """The number of pairs of each shard, (shards,) int64, of each source that is joined in this one."""
         blocks = self.blocks
         if blocks is None:
             blocks = np.diff([*range(0, len(self), BLOCK), len(self)])
-        return [Span(0, np.asarray(blocks, np.int64), len(self))]
+        return [np.asarray(blocks, np.int64)]
 
 
 @dataclass

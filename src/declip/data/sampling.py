@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from declip.data.pair import PairSource, Span
+from declip.data.pair import PairSource
 
 SHUFFLE_BUFFER = 50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
 GROUPS_KEPT = 2
@@ -19,10 +19,9 @@ BLOCKS_STREAM, GROUP_STREAM, WITHIN_STREAM = 1, 2, 3
 class Order(ABC):
     """Batches by step; `steps_per_epoch` is the number of complete batches in an epoch."""
 
-    def __init__(self, spans: list[Span], size: int, batch_size: int, seed: int) -> None:
-        self.spans, self.size, self.batch_size, self.seed = spans, size, batch_size, seed
-        self.shown = sum(span.shown for span in spans)
-        self.steps_per_epoch = self.shown // batch_size
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.steps_per_epoch = size // batch_size
         self._kept: dict[Any, np.ndarray] = {}
 
     def generator(self, epoch: int, *stream: int) -> np.random.Generator:
@@ -42,8 +41,10 @@ def build_order(source: PairSource, batch_size: int, seed: int, shuffle_buffer: 
     """Choose the order of a source's pairs: so many are shuffled together, all by default, fewer of remote shards."""
     if shuffle_buffer is None and source.remote:
         shuffle_buffer = SHUFFLE_BUFFER
-    options = source.spans(), len(source), batch_size, seed
-    return ShuffledOrder(*options) if shuffle_buffer is None else BufferedOrder(*options, shuffle_buffer)
+    options = len(source), batch_size, seed
+    return (
+        ShuffledOrder(*options) if shuffle_buffer is None else BufferedOrder(*options, source.spans(), shuffle_buffer)
+    )
 
 
 class ShuffledOrder(Order):
@@ -56,16 +57,8 @@ class ShuffledOrder(Order):
     def epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self._kept:
             # The third number is not the index of a pair, so no pair shares this stream.
-            generator = self.generator(epoch)
-            shown = np.concatenate([_shown(span, generator) for span in self.spans])
-            _keep(self._kept, epoch, generator.permutation(shown), 1)
+            _keep(self._kept, epoch, self.generator(epoch).permutation(self.size), 1)
         return self._kept[epoch]
-
-
-def _shown(span: Span, generator: np.random.Generator) -> np.ndarray:
-    if span.shown == span.length:
-        return span.start + np.arange(span.length)
-    return span.start + generator.permutation(span.length)[: span.shown]
 
 
 def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
@@ -77,20 +70,25 @@ def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
 class BufferedOrder(Order):
     """Shards in an order sampled for each epoch; the pairs of a group of consecutive shards are permuted together.
 
-    An epoch is divided into groups of at least `buffer` pairs. Each span adds the same fraction of its pairs to every
-    group, so that a mixture is mixed throughout. The pairs of a shard that is split between two groups are permuted
-    first, so that chance decides which fall on either side, or are not shown. Memory does not grow with the
-    length of an epoch.
+    An epoch is divided into groups of at least `buffer` pairs. Each span, of one source, adds the same fraction of its
+    pairs to every group, so that joined sources are mixed throughout. The pairs of a shard that is split between two
+    groups are permuted first, so that chance decides which fall on either side. Memory does not grow with the length
+    of an epoch.
+
+    Args:
+        spans: See `PairSource.spans`.
     """
 
-    def __init__(self, spans: list[Span], size: int, batch_size: int, seed: int, buffer: int) -> None:
-        super().__init__(spans, size, batch_size, seed)
+    def __init__(self, size: int, batch_size: int, seed: int, spans: list[np.ndarray], buffer: int) -> None:
+        super().__init__(size, batch_size, seed)
+        self.spans, lengths = spans, [int(blocks.sum()) for blocks in spans]
         # Each span's part is rounded down, so a group may lack a pair of each.
-        self.groups = max(1, self.shown // max(buffer, batch_size + len(spans)))
+        self.groups = max(1, size // max(buffer, batch_size + len(spans)))
         # (groups + 1, spans), number of pairs of a span before each group; Python's integers cannot overflow.
-        self._before = np.array([[g * span.shown // self.groups for span in spans] for g in range(self.groups + 1)])
+        self._before = np.array([[g * length // self.groups for length in lengths] for g in range(self.groups + 1)])
         self._borders = self._before.sum(1)
-        self._starts = [span.start + np.cumsum(span.blocks) - span.blocks for span in spans]
+        firsts = np.cumsum([0, *lengths])
+        self._starts = [first + np.cumsum(blocks) - blocks for first, blocks in zip(firsts, spans, strict=False)]
         self._shard_orders: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def indices(self, step: int) -> np.ndarray:
@@ -125,7 +123,7 @@ class BufferedOrder(Order):
         place = int(np.searchsorted(ends, start, "right"))
         while start < stop:
             block, end = int(blocks[place]), int(ends[place])
-            length = int(self.spans[span].blocks[block])
+            length = int(self.spans[span][block])
             first, last = start - (end - length), min(stop, end) - (end - length)
             pairs = int(self._starts[span][block]) + np.arange(length)
             if last - first < length:
@@ -137,7 +135,7 @@ class BufferedOrder(Order):
     def _shard_order(self, epoch: int, span: int) -> tuple[np.ndarray, np.ndarray]:
         """A span's shards in the order of an epoch, and the end of each in it."""
         if (epoch, span) not in self._shard_orders:
-            blocks = self.generator(epoch, BLOCKS_STREAM, span).permutation(len(self.spans[span].blocks))
-            order = blocks, np.cumsum(self.spans[span].blocks[blocks])
+            blocks = self.generator(epoch, BLOCKS_STREAM, span).permutation(len(self.spans[span]))
+            order = blocks, np.cumsum(self.spans[span][blocks])
             _keep(self._shard_orders, (epoch, span), order, 2 * len(self.spans))  # this epoch's and another's
         return self._shard_orders[epoch, span]

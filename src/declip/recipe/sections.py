@@ -9,8 +9,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
@@ -52,18 +50,11 @@ class Section(BaseModel):
         return given
 
 
-class WeightedSource(Section):
-    """One source of a mixture and its weight."""
-
-    source: Place = Field(description="table, folder, shards or built-in set, as in data.source")
-    weight: float = Field(1.0, gt=0, le=1000, description="how often an epoch shows each pair of this source")
-
-
 class Data(Section):
     """The training pairs and how they are read."""
 
-    source: Place | tuple[WeightedSource, ...] = Field(
-        "builtin:emoji", description="table, folder, shards, built-in set, or a list of sources with weights"
+    source: Place | tuple[Place, ...] = Field(
+        "builtin:emoji", description="table, folder, shards or built-in set, or a list of these"
     )
     columns: dict[Column, str] = Field(
         COLUMNS, description="columns of a table: image, caption, keywords, and group, whose equal cells mean the same"
@@ -76,20 +67,11 @@ class Data(Section):
 
     @field_validator("source", mode="before")
     @classmethod
-    def _one_or_weighted(cls, given: Any) -> Any:
-        # Read here: pydantic's own message would name both kinds that a source may be.
-        if isinstance(given, str):
-            return given
-        known = ", ".join(WeightedSource.model_fields)
-        if not isinstance(given, list | tuple) or not given:
-            raise ValueError(f"data.source is {given!r}; give one source, or a list of them, each with {known}")
-        entries = [{"source": entry} if isinstance(entry, str) else entry for entry in given]
-        try:
-            return TypeAdapter(tuple[WeightedSource, ...]).validate_python(entries)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join(map(str, problem["loc"]))
-            raise ValueError(f"data.source.{place}={problem['input']!r}: {problem['msg']}; keys: {known}") from error
+    def _one_or_several(cls, given: Any) -> Any:
+        several = isinstance(given, list | tuple) and given and all(isinstance(name, str) for name in given)
+        if not (isinstance(given, str) or several):  # pydantic's own message would name both types that this may have
+            raise ValueError(f"data.source is {given!r}; give one source, or a list of sources")
+        return given
 
     @field_validator("columns", mode="before")
     @classmethod
@@ -98,7 +80,5 @@ class Data(Section):
 
     @property
     def label(self) -> str:
-        """The source, or the sources with their weights, in one line."""
-        if isinstance(self.source, str):
-            return self.source
-        return " + ".join(e.source if e.weight == 1 else f"{e.weight:g} × {e.source}" for e in self.source)
+        """The source, or the sources, in one line."""
+        return self.source if isinstance(self.source, str) else " + ".join(self.source)

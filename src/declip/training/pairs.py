@@ -9,13 +9,15 @@ import numpy as np
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource, SkipCounter
 from declip.data.plan import Plan
-from declip.data.sources.mixture import Mixture
+from declip.data.sources.joined import Joined
 from declip.data.sources.open import open_source
 from declip.data.sources.splits import training_part
 from declip.data.sources.subset import take
 from declip.data.text.augment import in_other_script
+from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
+from declip.io.text import percent
 from declip.recipe.schema import Recipe
 
 TRAINING = "training pairs"
@@ -23,10 +25,12 @@ FEW = 1_000
 """Pairs up to which all are opened before training: one broken pair in a few matters, and it takes about a second."""
 SAMPLE = 64
 """Pairs, evenly spaced, that stand for all where reading all would take too long."""
+UNKNOWN, CUT = 0.1, 0.05
+"""Fractions of unknown tokens, and of captions that are cut, above which a warning is due."""
 
 
 def open_training_source(recipe: Recipe, given: PairSource | None = None) -> PairSource:
-    """Open the training pairs, one source or a mixture, or the one given, limited to `data.max_pairs` by the seed.
+    """Open the training pairs, one source or several, or the one given, limited to `data.max_pairs` by the seed.
 
     Of a source with splits these are the pairs of its split "train".
     """
@@ -36,14 +40,14 @@ def open_training_source(recipe: Recipe, given: PairSource | None = None) -> Pai
     if isinstance(data.source, str):
         source = training_part(given or open_source(data.source, columns))
     else:
-        source = Mixture([(training_part(open_source(part.source, columns)), part.weight) for part in data.source])
+        source = Joined([training_part(open_source(name, columns)) for name in data.source])
     if data.columns.get("group") is not None and source.group_column is None:
         raise UserError(
             f"data.columns.group names a column of a table, and '{source.name}' is not a table. Leave it out."
         )
     if data.max_pairs is None:
         return source
-    limit = source.take if isinstance(source, Mixture) else partial(take, source)
+    limit = source.take if isinstance(source, Joined) else partial(take, source)
     return limit(data.max_pairs, recipe.seed)
 
 
@@ -91,8 +95,8 @@ def unaugmented(source: PairSource, plan: Plan) -> str | None:
     return message if 2 * sum(others) > len(others) else None
 
 
-def _sample(source: PairSource) -> list[int]:
-    places: list[int] = np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int).tolist()
+def _sample(source: PairSource, size: int = SAMPLE) -> list[int]:
+    places: list[int] = np.linspace(0, len(source) - 1, min(size, len(source))).astype(int).tolist()
     return places
 
 
@@ -115,3 +119,38 @@ def open_held_out(recipe: Recipe) -> dict[str, PairSource]:
         if "zero-shot" in protocols:
             with_classes(sets[name])
     return sets
+
+
+def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer, sample: int = 512) -> list[str]:
+    """Look at the tokens of some captions, evenly spaced in the source; remote sources are not read."""
+    if source.remote:
+        return []
+    unknown, tokens, cut, captions = 0, 0, 0, 0
+    unknown_id = _unknown_id(tokenizer)
+    for index in _sample(source, sample):
+        with suppress(BrokenPair):
+            for caption in source.captions(index):
+                ids = [*tokenizer.word_ids(caption)]
+                unknown += ids.count(unknown_id)
+                tokens += len(ids)
+                cut += len(ids) + 2 > tokenizer.context  # start and end
+                captions += 1
+    warnings = []
+    if tokens and unknown / tokens > UNKNOWN:
+        warnings.append(
+            f"{percent(unknown / tokens)} of the captions' tokens are unknown to the text tower: it cannot tell these "
+            "words apart. Write captions in its language, or give weights of a multilingual text tower with --from."
+        )
+    if captions and cut / captions > CUT:
+        warnings.append(
+            f"{percent(cut / captions)} of the captions are longer than {tokenizer.context} tokens "
+            "(text.context_length); what follows is not read. Write what matters first."
+        )
+    return warnings
+
+
+def _unknown_id(tokenizer: CaptionTokenizer) -> int:
+    """The id of words that the vocabulary lacks; -1 for tokenizers that spell them in bytes."""
+    named = getattr(tokenizer.library.model, "unk_token", None)
+    found = (tokenizer.library.token_to_id(name) for name in (named, "<unk>", "[UNK]") if name is not None)
+    return next((number for number in found if number is not None), -1)

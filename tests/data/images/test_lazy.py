@@ -15,7 +15,7 @@ from declip.data.images.crops import ViewTransform
 from declip.data.images.decode import decode
 from declip.data.images.lazy import LazyJpeg, open_image
 from declip.data.pair import BrokenPair, PairSource
-from declip.data.sources.mixture import Mixture
+from declip.data.sources.joined import Joined
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
 
@@ -167,7 +167,7 @@ def sources(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_tar(tmp_path / "shards/0.tar", members)
     found = [open_source(tmp_path / name) for name in ("folder", "rows.jsonl", "shards")]
-    return [*found, take(found[0], 3, 0), Mixture([(found[1], 1.0), (found[2], 2.0)])]
+    return [*found, take(found[0], 3, 0), Joined([found[1], found[2], found[2]])]
 
 
 class Decoded(PairSource):
