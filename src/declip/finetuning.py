@@ -79,8 +79,8 @@ def finetune(
 
 
 def claim_folder(folder: Path, held: ExitStack, undo: ExitStack) -> None:
-    """Lock a run folder until `held` is closed; closing `undo` removes what was written since, and a new folder."""
-    existed = folder.exists()
+    """Lock a run folder until `held` is closed; closing `undo` removes what was written since, and new folders."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     held.enter_context(closing(lock_folder(folder)))
     earlier = {LOCK, *(path.name for path in folder.iterdir())}
 
@@ -88,10 +88,11 @@ def claim_folder(folder: Path, held: ExitStack, undo: ExitStack) -> None:
         for path in folder.iterdir():
             if path.name not in earlier:
                 remove(path)
-        if not existed:
+        if new:
             remove(folder / LOCK)
-            with suppress(OSError):  # somebody wrote into it
-                folder.rmdir()
+        with suppress(OSError):  # somebody wrote into one
+            for path in new:
+                path.rmdir()
 
     undo.callback(remove_new)
 

@@ -1,8 +1,6 @@
 """The command, as a shell starts it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,61 +67,6 @@ def test_recipes_are_listed_shown_and_described(command: Any) -> None:
     assert yaml.safe_load(command("recipes", "show", "clip", "train.steps=7").out)["train"]["steps"] == 7
     assert "loss_weights" in json.loads(command("recipes", "schema").out)["properties"]
     assert command("--version").out == f"declip {declip.__version__}\n"
-
-
-WITHOUT_TORCH = {
-    "train nosuch": "nosuch",
-    "train clip --data no.csv": "no.csv",
-    "train clip --val no.csv --data .": "no.csv",
-    "train clip train.stepps=3": "train.steps",
-    "finetune . train.stepps=3": "train.steps",
-    "finetune . train.lr=many": "train.lr",
-    "finetune . --freeze bothh": "both",
-    "finetune . --from builtin:lite1": "builtin:lite0-minilm",
-    "finetune . --from open_clip:ViT-B-31/openai": "ViT-B-32",
-    "finetune . --from openai/clip-vit-base-patch32": "hf-hub:openai/clip-vit-base-patch32",
-    "evaluate no --dataset no.csv": "no",
-    "evaluate foo:bar --dataset no.csv": "foo:bar",
-    "search nowhere a": "nowhere",
-    "embed nowhere . --out new": "nowhere",
-    "app nowhere .": "nowhere",
-    "import ckpt.pth.tar --from declip-official --out new": "--format safetensors",
-}
-"""Command → what its error names. None needs torch, whose import takes seconds."""
-
-
-def test_wrong_arguments_are_answered_without_torch(tmp_path: Path) -> None:
-    code = """
-import sys
-from declip.cli.app import main
-for words in sys.argv[1:]:
-    sys.argv[1:] = words.split()
-    try:
-        main()
-    except SystemExit as end:
-        print(end.code, "torch" in sys.modules, file=sys.stderr)
-"""
-    words = [sys.executable, "-c", code, *WITHOUT_TORCH]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    lines = done.stderr.splitlines()
-    assert lines[1::2] == ["2 False"] * len(WITHOUT_TORCH), done.stderr
-    assert [part for part, line in zip(WITHOUT_TORCH.values(), lines[::2], strict=True) if part not in line] == []
-
-
-def test_warnings_of_libraries_do_not_reach_a_user(tmp_path: Path) -> None:
-    code = """
-import sys, warnings
-import declip.cli.app as cli
-def recipe_names():
-    warnings.warn("old", FutureWarning)
-    return []
-import declip.recipe.load
-declip.recipe.load.recipe_names = recipe_names
-sys.argv[1:] = ["recipes"]
-cli.main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_public_names_are_there() -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,16 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from conftest import draw
 from declip.api import train
 from declip.cli import app as cli
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_rows
+from declip.search.embed import embed
 from end_to_end.conftest import png, tree_of
 
 Command = Callable[..., tuple[int, str]]
@@ -38,31 +42,16 @@ def declip(command: Callable[..., SimpleNamespace]) -> Command:
 
 @pytest.fixture
 def here(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a good recipe, `mine.yaml`, and much that is wrong."""
+    """A working folder with a good recipe, `mine.yaml`."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree_of(table)))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "100")
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree_of(table)))
-    files = {
-        "empty.jsonl": "",
-        "empty.csv": "",
-        "header.csv": "image,caption\n",
-        "column.jsonl": '{"image": "a.png", "captoin": "a picture"}\n',
-        "text.parquet": "I am text",
-        "text.jsonl": "I am text\n",
-        "text.txt": "I am text",
-        "extends.yaml": "extends: 5\n",
-        "tabs.yaml": "train:\n\tsteps: 5\n",
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    (tmp_path / "latin.yaml").write_bytes("name: café\n".encode("latin-1"))
-    for name in ("nothing", "uncaptioned", "others"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "others" / "report.html").write_text("mine")
-    for number in range(8):
-        draw("red", "circle").save(tmp_path / "uncaptioned" / f"{number}.png")
-    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +59,12 @@ def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny model."""
     recipe = Recipe.model_validate(tree_of(table))
     return train(recipe, out=tmp_path_factory.mktemp("trained"), quiet=True).folder
+
+
+@pytest.fixture(scope="module")
+def index(table: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of the table's images."""
+    return embed(trained, table, out=tmp_path_factory.mktemp("made") / "index").folder
 
 
 MISTAKES = {
@@ -98,7 +93,7 @@ MISTAKES = {
     "not Parquet": ("train mine.yaml --data text.parquet", "'text.parquet'"),
     "not a table": ("train mine.yaml --data text.txt", "'text.txt'", ".jsonl"),
     "folder without images": ("train mine.yaml --data nothing", "'nothing'", ".jpg"),
-    "folder without captions": ("train mine.yaml --data uncaptioned --quiet --out run", "'uncaptioned'",
+    "folder without captions": ("train mine.yaml --data uncaptioned train.batch_size=2", "'uncaptioned'",
                                 "missing caption", "data.source"),
     "missing image root": ("train mine.yaml data.image_root=nowhere", "'nowhere'"),
     "missing evaluation set": ("train mine.yaml evaluation.retrieval=no.csv", "'no.csv'", "evaluation.retrieval"),
@@ -125,24 +120,137 @@ MISTAKES = {
     "nothing to evaluate": ("evaluate RUN --dataset uncaptioned --task retrieval", "missing caption"),
     "result below a file": ("evaluate RUN --dataset TABLE --task retrieval --json text.txt/x.json", "'text.txt/x.json'",
                             "--json"),
+    "validated on its own pairs": ("finetune photos.csv --val photos.csv", "100.0 %", "--val"),
+    "validated on some of its pairs": ("finetune photos.csv --val copy.csv", "'copy.csv'", "--val"),
+    "one caption for all": ("finetune one.csv", "same caption"),
+    "fine-tunes without captions": ("finetune bare.csv", "'caption'", "data.columns.caption"),
+    "pairs as weights": ("finetune photos.csv --from photos.csv", "photos.csv"),
+    "weights of something else": ("finetune photos.csv --from other.safetensors", "'other.safetensors'",
+                                  "open_clip:MODEL/FILE"),
+    "weights cut short": ("finetune photos.csv --from cut.safetensors", "'cut.safetensors'", "Download the file again"),
+    "a model of another type": ("finetune photos.csv --from blip", "'blip'", "model_type"),
+    "no tokenizer": ("finetune photos.csv --from clip", "'clip'", "tokenizer.json"),
+    "no network": ("finetune photos.csv --from hf-hub:owner/name", "'hf-hub:owner/name'", "builtin:lite0-minilm"),
+    "nothing left to train": ("finetune photos.csv --from start --freeze both", "--freeze", "lora"),
+    "steps and epochs": ("finetune photos.csv train.steps=3 train.epochs=3", "train.steps=3", "train.epochs=3"),
+    "fine-tunes without a batch": ("finetune photos.csv --from start train.batch_size=0", "train.batch_size=0"),
+    "mixup of groups": ("finetune photos.csv --from start contrastive.duplicates=mask finetune.mixup=1 "
+                        "finetune.cached_views=2", "finetune.mixup", "group"),
+    "key without its section": ("finetune photos.csv epochs=3", "'epochs'", "'train.epochs'"),
+    "pairs given twice": ("finetune photos.csv data.source=other.csv", "data.source=other.csv", "PAIRS"),
+    "validation as a key": ("finetune photos.csv evaluation.retrieval=[other.csv]", "evaluation.retrieval", "--val"),
+    "fine-tunes into a file": ("finetune photos.csv --from start --out photos.csv", "'photos.csv'", "--out"),
+    "no query": ("search INDEX", "--image"),
+    "no such query": ("search INDEX red --image nowhere.png", "'nowhere.png'"),
+    "one weight of two": ("search INDEX red --weights 1", "--weights is '1'"),
+    "model of no index": ("search INDEX red --model nowhere", "'nowhere'"),
+    "hits below nothing": ("search INDEX red --json no/where.json", "'no/where.json'"),
+    "nothing to embed": ("embed RUN nowhere --out new", "'nowhere'"),
 }  # fmt: skip
 """By name: the words, and what the message must have: the offending value, and the key or option of the remedy."""
 
+WITHOUT_TORCH = {
+    "train nosuch": "nosuch",
+    "train clip --data no.csv": "no.csv",
+    "train clip --val no.csv --data .": "no.csv",
+    "train clip train.stepps=3": "train.steps",
+    "finetune . train.stepps=3": "train.steps",
+    "finetune . train.lr=many": "train.lr",
+    "finetune . --freeze bothh": "both",
+    "finetune . --from builtin:lite1": "builtin:lite0-minilm",
+    "finetune . --from open_clip:ViT-B-31/openai": "ViT-B-32",
+    "finetune . --from openai/clip-vit-base-patch32": "hf-hub:openai/clip-vit-base-patch32",
+    "evaluate no --dataset no.csv": "no",
+    "evaluate foo:bar --dataset no.csv": "foo:bar",
+    "search nowhere a": "nowhere",
+    "embed nowhere . --out new": "nowhere",
+    "app nowhere .": "nowhere",
+    "import ckpt.pth.tar --from declip-official --out new": "--format safetensors",
+}
+"""Command → what its error names. None needs torch, whose import takes seconds."""
+
+ONE_BY_ONE = """
+import sys, warnings
+import declip.cli.app, declip.recipe.load
+for words in sys.argv[1:]:
+    sys.argv[1:] = words.split()
+    try:
+        declip.cli.app.main()
+    except SystemExit as end:
+        print(end.code, bool({"torch", "scipy"} & {*sys.modules}), file=sys.stderr)
+declip.recipe.load.recipe_names = lambda: warnings.warn("a library's", FutureWarning) or []
+sys.argv[1:] = ["recipes"]
+declip.cli.app.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def wrong(table: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a good recipe, good pairs, good weights, and much that is wrong."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "mine.yaml").write_text(yaml.safe_dump(tree_of(table)))
+    rows = [f"{table.parent}/{path.name},{path.stem}" for path in sorted(table.parent.glob("*.png"))]
+    tables = {"photos": rows, "other": rows[:4], "copy": rows[8:], "one": [row.split(",")[0] + ",same" for row in rows]}
+    files = {f"{name}.csv": "\n".join(["image,caption", *part]) for name, part in tables.items()}
+    files |= {
+        "bare.csv": f"image,size\n{table.parent}/red-bar.png,3\n",
+        "empty.jsonl": "",
+        "empty.csv": "",
+        "header.csv": "image,caption\n",
+        "column.jsonl": '{"image": "a.png", "captoin": "a picture"}\n',
+        "text.parquet": "I am text",
+        "text.jsonl": "I am text\n",
+        "text.txt": "I am text",
+        "extends.yaml": "extends: 5\n",
+        "tabs.yaml": "train:\n\tsteps: 5\n",
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    (folder / "latin.yaml").write_bytes("name: café\n".encode("latin-1"))
+    for name in ("nothing", "uncaptioned", "others", "blip", "clip"):
+        (folder / name).mkdir()
+    (folder / "others" / "report.html").write_text("mine")
+    for number in range(2):
+        draw("red", "circle").save(folder / "uncaptioned" / f"{number}.png")
+    for kind in ("blip", "clip"):
+        (folder / kind / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+        save_file({"layer.weight": torch.zeros(64)}, folder / kind / "model.safetensors")
+    stored = (folder / "clip" / "model.safetensors").read_bytes()
+    (folder / "other.safetensors").write_bytes(stored)
+    (folder / "cut.safetensors").write_bytes(stored[:-8])
+    (folder / "start").symlink_to(trained)
+    return folder
+
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_ends_with_what_to_do(name: str, table: Path, trained: Path, here: Path, declip: Command) -> None:
+def test_a_mistake_ends_with_what_to_do(
+    name: str, table: Path, trained: Path, index: Path, wrong: Path, declip: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words, *parts = MISTAKES[name]
-    before = set(here.rglob("*"))
-    status, printed = declip(*words.replace("TABLE", str(table)).replace("RUN", str(trained)).split(" "))
-    assert status == 2, printed
+    monkeypatch.chdir(wrong)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=OSError("no route")))
+    before = set(wrong.rglob("*"))
+    for mark, path in {"TABLE": table, "RUN": trained, "INDEX": index}.items():
+        words = words.replace(mark, str(path))
+    status, printed = declip(*words.split(" "))
+    assert (status, printed.count("Error:") > 1) == (2, False), printed
     assert [part for part in parts if part not in printed] == [], printed
-    assert set(here.rglob("*")) == before or "--out run" in MISTAKES[name][0], "a mistake leaves no run folder behind"
+    assert set(wrong.rglob("*")) == before, "a mistake leaves no folder behind"
+
+
+def test_wrong_arguments_are_answered_without_torch_and_libraries_stay_silent(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", ONE_BY_ONE, *WITHOUT_TORCH]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    lines = done.stderr.splitlines()
+    assert (done.returncode, lines[1::2]) == (0, ["2 False"] * len(WITHOUT_TORCH)), done.stderr
+    assert [part for part, line in zip(WITHOUT_TORCH.values(), lines[::2], strict=True) if part not in line] == []
 
 
 @pytest.fixture
 def broken(table: Path, here: Path) -> Path:
     """A table of 24 good pairs and 8 broken ones; each reason once, "missing image" and "unreadable image" twice."""
     (here / "text.png").write_text("I am text")
+    (here / "folder").mkdir()
     (here / "huge.png").write_bytes(png(30_000, 30_000, (b"IDAT", b"")))
     draw("red", "square", size=200).save(here / "whole.jpg")
     (here / "cut.jpg").write_bytes((here / "whole.jpg").read_bytes()[:1500])
@@ -153,7 +261,7 @@ def broken(table: Path, here: Path) -> Path:
         {"image": "gone.png", "caption": "no such file"},
         {"image": None, "caption": "no image named"},
         {"image": "text.png", "caption": "text"},
-        {"image": "nothing", "caption": "a folder"},
+        {"image": "folder", "caption": "a folder"},
         {"image": "cut.jpg", "caption": "cut off"},
         {"image": "huge.png", "caption": "30,000 pixels wide and high"},
         {"image": good, "caption": "x" * 100_000},
@@ -179,7 +287,7 @@ def test_broken_pairs_are_named_and_stop_a_run_where_they_are_too_many(
     assert skipped["seen"] == 32, "one epoch"
     assert skipped["reasons"]["truncated image"]["examples"] == ["cut.jpg"]
     assert skipped["reasons"]["image too large"]["examples"] == ["huge.png"]
-    assert set(skipped["reasons"]["unreadable image"]["examples"]) == {"text.png", "nothing"}
+    assert set(skipped["reasons"]["unreadable image"]["examples"]) == {"text.png", "folder"}
     status, printed = declip("train", "mine.yaml", "data.source=broken.jsonl", "train.steps=20", "--quiet")
     assert status == 2
     assert [
@@ -307,6 +415,7 @@ def test_a_folder_that_cannot_be_read_is_not_called_empty(
     def refuse(path: Path) -> object:
         raise PermissionError(13, "Permission denied", str(path))
 
+    (here / "photos").mkdir()
     monkeypatch.setattr(Path, "iterdir", refuse)
-    status, printed = declip("train", "mine.yaml", "data.source=uncaptioned")
-    assert (status, "'uncaptioned' cannot be read or written: Permission denied" in printed) == (2, True)
+    status, printed = declip("train", "mine.yaml", "data.source=photos")
+    assert (status, [part for part in ("'photos'", "Permission denied") if part not in printed]) == (2, [])

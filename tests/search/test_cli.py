@@ -1,10 +1,7 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 
 
@@ -35,30 +32,3 @@ def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(
     _, line = command("search", index, "red").out.splitlines()
     assert line.rstrip().endswith(caption)
     assert str(index) in command("index", "show", index).out.splitlines()[0]
-
-
-def test_a_mistake_is_named_without_a_traceback(
-    weights_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    index = tmp_path / "index"
-    command("embed", weights_file, folder, "--out", index, "--quiet")
-    mistakes: tuple[tuple[list[object], str], ...] = (
-        (["search", index], "--image"),
-        (["search", index, "a cat", "--image", "nowhere.png"], "'nowhere.png'"),
-        (["search", index, "a cat", "--weights", "1"], "--weights is '1'"),
-        (["search", index, "a cat", "--model", "nowhere"], "'nowhere'"),
-        (["search", index, "a cat", "--json", "no/where.json"], "'no/where.json'"),
-        (["embed", weights_file, "nowhere", "--out", "new"], "'nowhere'"),
-    )
-    for words, message in mistakes:
-        outcome = command(*words)
-        assert (outcome.status, message in outcome.err, "Traceback" in outcome.err) == (2, True, False), words
-    assert not (tmp_path / "new").exists()
-
-
-def test_wrong_paths_are_refused_without_torch() -> None:
-    program = (
-        "import sys, declip.cli.app, declip.search.info; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
