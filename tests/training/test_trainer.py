@@ -232,7 +232,7 @@ def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table: Pat
     train(recipe_for(table, "clip"), out=tmp_path, resume=True, quiet=True, report=False)
     for name, steps in (("metrics.jsonl", [1, 2, 4, 6, 8]), ("evaluations.jsonl", [1])):
         assert [row["step"] for row in read_rows(tmp_path / name)] == steps
-        assert f"{tmp_path / name}: 6." in (tmp_path / "log.txt").read_text()
+        assert f"6 damaged lines of {tmp_path / name}" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table: Path, tmp_path: Path) -> None:

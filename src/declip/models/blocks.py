@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 from torch import nn
+from torch.distributed._composable import checkpoint
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NEARLY_ALL = 0.9
@@ -46,14 +46,13 @@ def grad_checkpointing(tower: nn.Module) -> int:
     The recomputation leaves running statistics of batch norm alone, so the numbers stay those of one pass. Returns the
     number of blocks.
     """
+
+    def contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), statistics_at_rest(block)  # of the first pass and of the recomputation
+
     blocks = blocks_of(tower)
     for block in blocks:
-
-        def contexts(block: nn.Module = block) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), statistics_at_rest(block)  # of the first pass and of the recomputation
-
-        # On the instance, not by a wrapper: the names of the parameters must stay.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        checkpoint(block, context_fn=partial(contexts, block))  # by forward hooks: names of parameters stay
     return len(blocks)
 
 
