@@ -9,6 +9,7 @@ import huggingface_hub
 from declip.errors import UserError, no_model
 from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
 from declip.interchange.weights import Weights, fetch, read_recipe
+from declip.interchange.zero_shot import complete
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.runs.checkpoint import (
@@ -66,8 +67,9 @@ def load(where: str | Path, device: str = "auto") -> DualEncoder:
             folder of `declip.export`, a checkpoint of the official implementation (``.pth``,
             ``.pth.tar``, ``.pt``, ``.safetensors``) with both towers or the image tower alone, a folder of
             transformers' `CLIPModel` or of open_clip, ``hf-hub:OWNER/NAME`` or ``hf-hub:OWNER/NAME@REVISION`` of any of
-            these formats, ``open_clip:MODEL/TAG`` (see `declip.interchange.open_clip_model`) or ``timm:NAME.TAG``. Only
-            names with a colon are downloaded.
+            these formats, ``open_clip:MODEL/TAG`` (see `declip.interchange.open_clip_model`), ``timm:NAME.TAG`` or
+            ``builtin:lite0-minilm``, which gets projections from the names of ImageNet's classes. Only names with a
+            colon are downloaded, except those that begin with ``builtin:``.
         device: "auto", "cpu", "cuda", …
 
     Returns:
@@ -77,7 +79,16 @@ def load(where: str | Path, device: str = "auto") -> DualEncoder:
 
 
 def read(where: str | Path) -> Weights:
-    """Read weights; arguments and errors as `load`."""
+    """Read weights of a model, with `complete` if they lack projections; arguments and errors as `load`."""
+    return complete(_read(where))
+
+
+def read_start(where: str) -> Weights:
+    """Read weights to start training from, as they are; arguments and errors as `load`."""
+    return _read(where).as_start()
+
+
+def _read(where: str | Path) -> Weights:
     given, where = str(where), hub_folder(str(where))
     for reader in READERS:
         if reader.matches(where):
@@ -87,11 +98,6 @@ def read(where: str | Path) -> Weights:
     if not path.exists():
         raise no_model(str(where))
     return weights_of(read_checkpoint(path), where)
-
-
-def read_start(where: str) -> Weights:
-    """Read weights to start training from; arguments and errors as `load`."""
-    return read(where).as_start()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

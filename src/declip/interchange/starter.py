@@ -1,16 +1,24 @@
-"""Pretrained towers without a network: EfficientNet-Lite0 and all-MiniLM-L6-v2, from two Python packages."""
+"""Pretrained towers without a network: EfficientNet-Lite0 and all-MiniLM-L6-v2, from two Python packages.
+
+The mean feature of images beside this file was measured by
+
+    python scripts/builtin/measure_mean.py src/declip/interchange/lite0_mean.npy
+"""
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from declip.errors import UserError
+from declip.interchange.classes import Classes
 from declip.interchange.weights import Weights, read_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
 from declip.models.layers import PROJECTIONS
+from declip.recipe.finetuning import CPU_SIZE
 from declip.recipe.load import load_recipe
 
 NAME = "builtin:lite0-minilm"
@@ -26,6 +34,7 @@ SHA256 = {
     f"{TEXT_FOLDER}/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
     f"{TEXT_FOLDER}/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
 }
+MEAN = Path(__file__).with_name("lite0_mean.npy")  # (1280,) float16
 
 
 def matches(where: str) -> bool:
@@ -64,9 +73,11 @@ def read(where: str) -> Weights:
     state = model.state_dict()
     # The file has the tensors of timm's tf_efficientnet_lite0 in the same order, by other names, and a classifier last.
     names = [name for name in state if name.startswith("image_tower.trunk.")]
-    trunk = dict(zip(names, read_tensors(image_file).values(), strict=False))
+    *image_tensors, rows, _ = read_tensors(image_file).values()
+    trunk = dict(zip(names, image_tensors, strict=True))
     tensors = {n: t for n, t in (state | trunk).items() if not n.startswith(PROJECTIONS)}
-    return Weights(recipe, tensors, where)
+    classes = Classes.of(rows, torch.from_numpy(np.load(MEAN)), CPU_SIZE)
+    return Weights(recipe, tensors, where, classes=classes)
 
 
 def _located(package: str, file: str) -> Path:

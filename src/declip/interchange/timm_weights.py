@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from declip.errors import UserError, unknown
+from declip.interchange.classes import Classes
 from declip.interchange.weights import Weights, fetch, read_tensors, unwrapped
 from declip.models.image_tower import ImageTower
 from declip.recipe.load import load_recipe
@@ -35,7 +36,7 @@ def read(where: str) -> Weights:
         raise unknown("timm model or tag", name, {*timm.list_models(), *timm.list_pretrained(f"{architecture}*")})
     state = _read_file(where, Path(file).expanduser() if file else _download(where, name, config))
     size = config.input_size[-1]
-    tower = _filled(where, architecture, size, state)
+    tower, rest = _filled(where, architecture, size, state)
     width = tower.pre_logits_width
     statistics = {"image.mean": list(config.mean), "image.std": list(config.std)}
     keys = {"image.model": architecture, "image.size": size, "image.model_kwargs": {}, **statistics}
@@ -43,11 +44,23 @@ def read(where: str) -> Weights:
     # Without a text tower there is no shared space, so the projection is the identity.
     projection = {"proj.weight": torch.eye(width), "proj.bias": torch.zeros(width)}
     tensors = {f"image_tower.{name}": projection.get(name, t) for name, t in tower.state_dict().items()}
-    return Weights(recipe, tensors | {"logit_scale": torch.tensor(recipe.logit_scale.init)}, where)
+    tensors |= {"logit_scale": torch.tensor(recipe.logit_scale.init)}
+    return Weights(recipe, tensors, where, classes=_classes(rest, width))
 
 
-def _filled(where: str, architecture: str, size: int, weights: Mapping[str, Tensor]) -> ImageTower:
-    """Build the tower with the weights, which must be complete except for the classifier."""
+def _classes(rest: Mapping[str, Tensor], width: int) -> Classes | None:
+    """Classes of the tensors that the tower lacks, if these are one linear map of its pooled features."""
+    rows = [tensor for name, tensor in rest.items() if name.endswith(".weight")]
+    if len(rows) != 1 or any(not name.endswith((".weight", ".bias")) for name in rest) or len(rest) > 2:
+        return None  # two classifiers of a distilled model, or layers before the last
+    row = rows[0].flatten(1)  # of a 1 × 1 convolution too
+    return Classes.of(row) if row.shape[1] == width and len(row) > 1 else None
+
+
+def _filled(
+    where: str, architecture: str, size: int, weights: Mapping[str, Tensor]
+) -> tuple[ImageTower, dict[str, Tensor]]:
+    """Build the tower with the weights, which must be complete except for the classifier, and return the rest."""
     import timm
 
     classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None) or ()
@@ -57,10 +70,11 @@ def _filled(where: str, architecture: str, size: int, weights: Mapping[str, Tens
     kept = {name: t for name, t in weights.items() if name in own or name.split(".")[0] not in heads}
     try:
         with torch.random.fork_rng(devices=[]):
-            return ImageTower(architecture, size, embed_dim=8, weights=kept)
+            tower = ImageTower(architecture, size, embed_dim=8, weights=kept)
     except UserError as error:
         reason = shorten(str(error.__cause__).split("\n\t")[-1], 160)  # the last line of torch's message
         raise UserError(f"The weights of '{where}' are not those of {architecture}: {reason}") from error
+    return tower, {name: tensor for name, tensor in weights.items() if name not in kept}
 
 
 def _read_file(where: str, path: Path) -> Mapping[str, Tensor]:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from declip.errors import UserError
+from declip.interchange.classes import Classes
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder, encoder_kept_in
 from declip.models.layers import IMAGE, TEXT
@@ -50,6 +51,7 @@ class Weights:
     tensors: Mapping[str, Tensor]  # by the names of `DualEncoder`, on the CPU, including adapters
     origin: str  # file, folder or name from the user
     heads: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of `Objective`
+    classes: Classes | None = None  # of the image tower's classifier, if it came with one
 
     @property
     def whole(self) -> bool:
@@ -60,6 +62,29 @@ class Weights:
     def encoder(self) -> TextEncoder | WrappedModel | None:
         """Configuration of the Hugging Face text encoder or the wrapped model, if it is one."""
         return encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.whole else None
+
+    def named_classes(self, file: str | None = None, required: bool = False) -> Classes | None:
+        """Return the classes if their names are known.
+
+        Args:
+            file: The user's names, which replace those known; see `declip.interchange.classes.read_names`.
+            required: Raise a `UserError` if there is no classifier or no names, as always with a file.
+        """
+        if self.classes is not None and file is not None:
+            return self.classes.with_names(file)
+        if self.classes is not None and self.classes.names:
+            return self.classes
+        if not required and file is None:
+            return None
+        if self.classes is None:
+            raise UserError(
+                f"'{self.origin}' has no classifier whose classes could serve as pairs. Leave finetune.class_pairs and "
+                "finetune.class_names out."
+            )
+        raise UserError(
+            f"The names of the {len(self.classes.rows):,} classes of '{self.origin}' are not known. Give them as "
+            "finetune.class_names=FILE, or set finetune.class_pairs=false."
+        )
 
     def check(self) -> "Weights":
         """Compare names and shapes of the tensors with the recipe, and return the weights."""

@@ -11,8 +11,8 @@ from declip.errors import UserError, unknown
 from declip.io.atomic import cache_folder, remove
 
 LOCK = ".lock"
-FEATURES, SHARDS = "features", "shards"
-COMPUTED = (FEATURES, SHARDS, "tables")
+FEATURES, SHARDS, HEADS = "features", "shards", "heads"
+COMPUTED = (FEATURES, SHARDS, HEADS, "tables")
 """Folders of the cache whose content is computed or copied again when it is missing."""
 
 LIMIT_VARIABLE, LIMIT_GB = "DECLIP_CACHE_GB", 50.0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+DEFAULT_RIDGE = 1.0  # of fewer pairs than can be cross-validated
 OWN_MEAN = 10  # images of one's own that weigh as much as the start's mean feature
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from declip.models.two_way_ridge import ClassPairs, Heads, Pairs, fit_heads
+from declip.models.two_way_ridge import DEFAULT_RIDGE, ClassPairs, Heads, Pairs, fit_heads
 
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Candidates, in units of the mean variance of a direction."""
@@ -14,7 +14,7 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 CLASS_WEIGHTS = (1.0, 0.25, 0.0)
 """Candidates for the weight of a class, where an own image has 1; 0 leaves the classes out."""
 
-DEFAULT_RIDGE, DEFAULT_CLASS_WEIGHT = 1.0, 1.0  # of fewer pairs than can be cross-validated
+DEFAULT_CLASS_WEIGHT = 1.0  # of fewer pairs than can be cross-validated
 SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)  # candidates for the logit scale
 FOLDS, FEWEST = 5, 20  # folds, and groups of pairs from which on there is a choice
 

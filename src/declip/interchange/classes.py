@@ -1,0 +1,85 @@
+"""Classes of an image classifier as image-text pairs: weight recycling (arXiv 2605.22484).
+
+The row of a class in the classifier's weights lies where images of the class lie, and the class has a name.
+"""
+
+import csv
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from declip.errors import UserError
+
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Suffixes of tables with the columns name and definition; any other file has one name a line."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Rows of a classifier with the names of its classes."""
+
+    rows: Tensor  # (c, v), the classifier's weights, for the pooled features of the image tower
+    mean: Tensor  # (v,), mean feature of images; zeros where nobody measured it
+    names: tuple[str, ...] = ()  # of every class; empty if unknown
+    definitions: tuple[str, ...] = ()  # of every class, "" if it has none
+    size: int | None = None  # of the images that the mean was measured on, and of a model without pairs
+
+    @classmethod
+    def of(cls, rows: Tensor, mean: Tensor | None = None, size: int | None = None) -> "Classes":
+        """Classes of a classifier's weights (c, v); ImageNet's names if it has as many classes as a set of ImageNet."""
+        from timm.data import ImageNetInfo, infer_imagenet_subset  # a second
+
+        rows = rows.detach().float()
+        classes = cls(rows, torch.zeros(rows.shape[1]) if mean is None else mean.float(), size=size)
+        subset = infer_imagenet_subset({"num_classes": len(rows)})
+        if subset is None:
+            return classes
+        info = ImageNetInfo(subset)
+        names, described = (info.label_descriptions(detailed=detailed) for detailed in (False, True))
+        definitions = (text.removeprefix(f"{name}: ") for name, text in zip(names, described, strict=True))
+        return replace(classes, names=tuple(names), definitions=tuple(definitions))
+
+    def with_names(self, file: str | Path) -> "Classes":
+        """Replace the names by those of a file, see `read_names`."""
+        names, definitions = read_names(Path(file))
+        if len(names) != len(self.rows):
+            raise UserError(
+                f"'{file}' has {len(names):,} names, and the classifier has {len(self.rows):,} classes. Give one name "
+                "for each class, in the classifier's order."
+            )
+        return replace(self, names=names, definitions=definitions)
+
+    def texts(self) -> tuple[list[str], Tensor]:
+        """Names and definitions as texts, and the class of each, (t,) int64."""
+        defined = [number for number, definition in enumerate(self.definitions) if definition]
+        texts = [*self.names, *(f"{self.names[number]}: {self.definitions[number]}" for number in defined)]
+        return texts, torch.tensor([*range(len(self.names)), *defined], dtype=torch.int64)
+
+
+def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Read names and definitions of classes, in the classifier's order.
+
+    Args:
+        file: One name a line; or a .csv or .tsv table with the column "name", and "definition" if there are any.
+    """
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the class names (finetune.class_names) in '{file}': {error}.") from error
+    names, definitions = [line.strip() for line in lines], [""] * len(lines)
+    if separator := TABLES.get(file.suffix.lower()):
+        rows = list(csv.DictReader(lines, delimiter=separator))
+        if not rows or "name" not in rows[0]:
+            raise UserError(f"'{file}' (finetune.class_names) has no column 'name'. Give a table name,definition.")
+        names, definitions = ([(row.get(key) or "").strip() for row in rows] for key in ("name", "definition"))
+    if "" in names:
+        raise UserError(f"Name {names.index('') + 1} in '{file}' (finetune.class_names) is empty. Name every class.")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(
+            f"'{file}' (finetune.class_names) has the name '{repeated[0]}' {names.count(repeated[0])} times. Tell such "
+            "classes apart by their names."
+        )
+    return tuple(names), tuple(definitions)

@@ -1,0 +1,112 @@
+"""Complete models without any image-text pair: projections from the classes of the image tower's classifier.
+
+Weight recycling (arXiv 2605.22484): the rows of a classifier and the features of its classes' names and definitions are
+the pairs that `declip.models.two_way_ridge` is fitted to.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from declip.errors import UserError
+from declip.interchange.classes import Classes
+from declip.interchange.weights import Weights
+from declip.io.atomic import atomic_write, cache_folder, save_tensors
+from declip.io.cache import HEADS
+from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import PROJECTIONS, TEXT
+from declip.models.two_way_ridge import DEFAULT_RIDGE, ClassPairs, Heads, Pairs, fit_heads
+
+log = logging.getLogger("declip")
+
+LOGIT_SCALE = 20.0
+"""Of candidates from 3 to 40, the one with the smallest cross-entropy both of classes that are held out from the fit
+(five folds of ImageNet's) and of the images and captions of builtin:stamps, at each size from 128 to 224 pixels."""
+
+VERSION = 1  # of the computation: raise it when the projections change
+BATCH = 64  # texts
+
+
+def complete(weights: Weights) -> Weights:
+    """Add projections to two towers that have none, if the image tower has a classifier with names.
+
+    Computed once for a text tower, a classifier and its names, and kept in the cache folder. Other weights are returned
+    unchanged.
+    """
+    classes = weights.named_classes()
+    if classes is None or not weights.whole or any(name.startswith(PROJECTIONS) for name in weights.tensors):
+        return weights
+    recipe = weights.recipe
+    heads = _cached_heads(weights, classes)
+    changes = {
+        "image": recipe.image.model_copy(update={"size": classes.size or recipe.image.size}),
+        "embed_dim": len(heads.image),
+        "logit_scale": recipe.logit_scale.model_copy(update={"init": math.log(LOGIT_SCALE)}),
+    }
+    new = {f"{prefix}weight": head for prefix, head in zip(PROJECTIONS, heads, strict=True)}
+    new |= {"logit_scale": torch.tensor(math.log(LOGIT_SCALE))}
+    return replace(weights, recipe=recipe.model_copy(update=changes), tensors={**weights.tensors, **new})
+
+
+def _cached_heads(weights: Weights, classes: Classes) -> Heads:
+    path = cache_folder() / HEADS / f"{_key(weights, classes)}.safetensors"
+    if path.is_file():
+        with suppress(Exception):  # a damaged file is computed again
+            return Heads(**load_file(path))
+    log.info("Computing the projections of '%s' from the names of its classes, once.", weights.origin)
+    heads = class_heads(classes, encode_texts(weights, classes.texts()[0]))
+    try:
+        with atomic_write(path) as partial:
+            save_tensors(heads._asdict(), partial)
+    except UserError as error:  # the model is the same without a cache
+        log.warning("%s", error)
+    return heads
+
+
+def class_heads(classes: Classes, texts: Tensor) -> Heads:
+    """Fit projections (w, v) and (w, w) to classes and the features (t, w) of their texts.
+
+    The shared space has the axes of the text features, which makes the projections unique: those of a singular value
+    decomposition would change with the signs of its vectors, which rounding can flip.
+    """
+    pairs = ClassPairs(classes.rows.double(), texts.double(), classes.texts()[1], classes.mean.double())
+    nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
+    (heads,) = fit_heads(nothing, torch.empty(0, dtype=torch.bool), pairs, 1.0, (DEFAULT_RIDGE,))
+    axes = normalize(heads.text, dim=1).mT  # (w, k)
+    rotated = (axes @ head for head in heads)
+    # Lengths do not change a cosine; these are the ones of a projection's random start.
+    return Heads(*((head * (len(head) ** 0.5 / head.norm())).float().contiguous() for head in rotated))
+
+
+@torch.inference_mode()
+def encode_texts(weights: Weights, texts: list[str]) -> Tensor:
+    """Pooled features (t, w) of texts by the text tower of weights without projections."""
+    with torch.random.fork_rng(devices=[]):
+        model = DualEncoder.from_recipe(weights.recipe, weights.encoder).eval()
+    model.load_state_dict(model.state_dict() | dict(weights.tensors))
+    tokens = model.tokenize(texts)
+    lengths = (tokens != model.tokenizer.padding).sum(dim=1)
+    features = torch.empty(len(texts), model.text_tower.width)
+    for rows in lengths.argsort(stable=True).split(BATCH):  # by length: little padding
+        features[rows] = model.text_tower.pool(tokens[rows, : int(lengths[rows].max())]).float()
+    return features
+
+
+def _key(weights: Weights, classes: Classes) -> str:
+    """Hash everything that the projections depend on."""
+    text = weights.recipe.text.model_dump(mode="json")
+    known = [VERSION, torch.__version__, text, classes.names, classes.definitions]
+    digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=12)
+    tower = {name: tensor for name, tensor in sorted(weights.tensors.items()) if name.startswith(TEXT)}
+    for name, tensor in {**tower, "rows": classes.rows, "mean": classes.mean}.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

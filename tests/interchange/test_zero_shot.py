@@ -1,0 +1,131 @@
+"""Models without pairs: projections from class names, computed once, in every format that can hold them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import declip
+from conftest import draw
+from declip.interchange import starter
+from declip.interchange.classes import Classes
+from declip.interchange.export import export, supported_formats
+from declip.interchange.read import read_start
+from declip.interchange.weights import Weights
+from declip.interchange.zero_shot import LOGIT_SCALE, complete, encode_texts
+from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import PROJECTIONS
+from declip.models.two_way_ridge import ClassPairs, Pairs, fit_heads
+from declip.recipe.load import load_recipe
+from interchange.towers import EXACT, KINDS
+
+COUNT = 60
+
+
+def start(kind: str = "conv") -> Weights:
+    """Two towers without projections, with a classifier."""
+    torch.manual_seed(0)
+    recipe = load_recipe("clip", KINDS[kind])
+    model = DualEncoder.from_recipe(recipe)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PROJECTIONS)}
+    rows = torch.randn(COUNT, model.image_tower.pre_logits_width)
+    names = tuple(f"a thing of the kind {number}" for number in range(COUNT))
+    return Weights(recipe, tensors, "start", classes=Classes(rows, torch.rand(rows.shape[1]), names, size=64))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "heads"
+
+
+def test_projections_compare_as_the_closed_form_does() -> None:
+    weights = start()
+    model, classes = complete(weights).build().eval(), weights.classes
+    assert classes is not None
+    texts = encode_texts(weights, list(classes.names))
+    pairs = ClassPairs(classes.rows, texts, torch.arange(COUNT), classes.mean)
+    nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
+    (heads,) = fit_heads(nothing, torch.empty(0, dtype=torch.bool), pairs, 1.0, (1.0,))
+    with torch.no_grad():
+        features = model.encode_text(model.tokenize(classes.names))
+        images = torch.nn.functional.normalize(model.image_tower.proj(classes.rows), dim=-1)
+    expected = heads.similarities(classes.rows.double(), texts.double()).float()
+    torch.testing.assert_close(images @ features.T, expected, atol=EXACT, rtol=0)
+    assert float(expected.diagonal().mean()) > float(expected.mean()) + 0.1
+    assert float(model.logit_scale.detach().exp()) == pytest.approx(LOGIT_SCALE)
+    assert (model.preprocessor.size, model.recipe and model.recipe.embed_dim) == (64, texts.shape[1])
+
+
+def test_projections_are_computed_once_for_a_classifier_and_its_names(cache: Path) -> None:
+    weights = start()
+    classes = weights.classes
+    assert classes is not None
+    first = complete(weights)
+    (file,) = cache.iterdir()
+    written = file.stat().st_mtime_ns
+    again = complete(weights)
+    assert file.stat().st_mtime_ns == written
+    others = (
+        replace(classes, names=("a pear", *classes.names[1:])),
+        replace(classes, definitions=("red", *[""] * (COUNT - 1))),
+        replace(classes, rows=classes.rows + torch.eye(COUNT, classes.rows.shape[1])),
+        replace(classes, mean=classes.mean + 1),
+    )
+    for number, other in enumerate(others, start=2):
+        complete(replace(weights, classes=other))
+        assert len(list(cache.iterdir())) == number
+    file.unlink()  # mapped into memory above
+    file.write_bytes(b"half")
+    repaired = complete(weights)
+    for name in first.tensors:
+        assert torch.equal(first.tensors[name], again.tensors[name])
+        assert torch.equal(first.tensors[name], repaired.tensors[name])
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "file"))
+    complete(start()).build()
+
+
+def test_weights_with_projections_or_without_names_stay_as_they_are() -> None:
+    weights = start()
+    assert weights.classes is not None
+    for same in (
+        complete(weights),
+        replace(weights, classes=None),
+        replace(weights, classes=replace(weights.classes, names=())),
+    ):
+        assert complete(same) is same
+
+
+def test_a_model_without_pairs_is_exported_as_any_other(tmp_path: Path) -> None:
+    weights = start("vit")
+    assert weights.classes is not None
+    weights = replace(weights, classes=replace(weights.classes, size=None))
+    model = complete(weights).build().eval()
+    formats = list(supported_formats(model))
+    assert {*formats} >= {"safetensors", "open_clip", "onnx"}
+    for name in formats:
+        exported = export(model, name, tmp_path / name)
+        assert exported.difference is None or exported.difference < EXACT
+    read = declip.load(tmp_path / "safetensors", device="cpu")
+    pixels = model.preprocess([draw("red", "circle")])
+    with torch.no_grad():
+        torch.testing.assert_close(read.encode_image(pixels), model.encode_image(pixels), atol=EXACT, rtol=0)
+
+
+@pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
+def test_the_builtin_start_is_a_whole_model_except_for_training(tmp_path: Path) -> None:
+    assert not any(name.startswith(PROJECTIONS) for name in read_start(starter.NAME).tensors)
+    exported = export(starter.NAME, "safetensors", tmp_path / "out")
+    assert exported.difference is not None
+    assert exported.difference < EXACT
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (40, 40), color).save(tmp_path / f"{name}.png")
+    model = declip.load(tmp_path / "out", device="cpu")
+    index = declip.embed(model, [str(tmp_path / f"{name}.png") for name in "ab"], out=tmp_path / "index")
+    assert len(index.search("a red apple", k=2)) == 2
