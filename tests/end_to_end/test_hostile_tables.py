@@ -197,7 +197,7 @@ def test_a_list_of_captions_of_another_make(here: Path) -> None:
     (here / "val2017").mkdir()
     for text in ("[" * 100_000, *map(json.dumps, COCO)):
         (here / "captions_val2017.json").write_text(text)
-        assert "not what was published" in said(lambda: open_dataset(f"coco:{here}"))
+        assert f"coco:{here}" in said(lambda: open_dataset(f"coco:{here}"))
 
 
 def test_a_list_that_names_images_elsewhere(here: Path) -> None:
@@ -230,16 +230,5 @@ def test_labels_of_any_kind() -> None:
     source = open_dataset(str(table("jsonl", rows))).split("test")
     long, none = "label too long", "missing label"
     assert read_all(source) == [
-        "read",
-        "read",
-        long,
-        long,
-        "invalid text",
-        none,
-        none,
-        none,
-        none,
-        "read",
-        "read",
-        none,
-    ]
+        "read", "read", long, long, "invalid text", none, none, none, none, "read", "read", none,
+    ]  # fmt: skip

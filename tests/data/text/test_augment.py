@@ -121,7 +121,7 @@ def test_replacement_takes_a_word_everywhere_and_n_different_words(generator):
 def test_stop_words_and_unknown_words_stay(generator):
     for caption in ("Who is IT in the US?", "xyzzy 2009 !!! — …", "The the THE"):
         assert all(replace_words(caption.split(), 9, generator) == caption.split() for _ in range(20))
-    assert synonyms("who")  # the World LossMonitor Organization, were it not a stop word
+    assert synonyms("who")  # the World Health Organization, were it not a stop word
 
 
 @pytest.mark.golden

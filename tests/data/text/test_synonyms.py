@@ -29,7 +29,7 @@ def test_synonyms_are_some_of_wordnets(word):
     """Lemmas of the most frequent senses only: for "dog" the animal, not the andiron.
 
     Differs on purpose: never an empty string (theirs for "two"), no numbers, no Latin names, words with punctuation
-    are looked up by text_views without it.
+    are looked up without it.
     """
     theirs = set(OFFICIAL[word])
     ours = synonyms(word.lower())
