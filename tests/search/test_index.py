@@ -1,4 +1,3 @@
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -149,9 +148,6 @@ def test_damage_is_said(made: Index) -> None:
         Index.open(made.folder)
     with pytest.raises(UserError, match="not a complete index"):
         Index.open(made.folder.parent)
-    path.rename(made.folder / "manifest.json")
-    with pytest.raises(UserError, match="earlier version"):
-        Index.open(made.folder)
 
 
 def test_a_table_that_expands_is_refused(made: Index) -> None:
@@ -193,35 +189,14 @@ def test_the_sheet_shows_what_was_found(made: Index, folder: Path) -> None:
     assert (pixels == (255, 0, 0)).all(1).sum() > 500, "what was found"
 
 
-def test_both_exports_hold_the_vectors_in_their_order(tmp_path: Path, command: Any) -> None:
-    vectors = torch.nn.functional.normalize(torch.randn(1200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    folder = write_index(tmp_path / "index", vectors).folder
-    (tmp_path / "x.csv").write_text("the pairs")
-    for name in ("x.npy", "x.parquet"):
-        assert command("index", "export", folder, tmp_path / name).status == 0
-    index = Index.open(folder)
-    loaded, table = np.load(tmp_path / "x.npy"), pq.read_table(tmp_path / "x.parquet")
-    assert (loaded.dtype, loaded.shape) == (np.float32, (1200, 8))
-    assert np.array_equal(loaded, vectors.numpy())
-    assert np.array_equal(np.array(table["vector"].to_pylist(), np.float32), vectors.numpy())
-    assert table["key"].to_pylist() == index.keys()
-    assert (tmp_path / "x.csv").read_text() == "the pairs"
-    rows = csv.DictReader((tmp_path / "x.npy.csv").open())
-    assert [(int(row["id"]), row["key"]) for row in rows] == list(zip(index.ids.tolist(), index.keys(), strict=True))
-    assert torch.equal(index.vectors(int(index.ids[3])), vectors[3:4])
-    assert ".parquet" in command("index", "export", folder, tmp_path / "x.txt").err
-    with pytest.raises(UserError, match="'words'"):
-        index.export(tmp_path / "y.npy", over="words")  # type: ignore[arg-type]
-
-
-def test_vectors_of_captions_and_of_16_bits_are_exported(tmp_path: Path, model: DualEncoder, folder: Path) -> None:
+def test_the_files_of_an_index_are_read_by_other_programs(tmp_path: Path) -> None:
     images, texts = torch.eye(3), torch.eye(3).flip(0)
     index = write_index(tmp_path / "index", images, texts, ["a", "", "c"])
-    assert np.array_equal(np.load(index.export(tmp_path / "x.npy", over="captions")), texts.numpy())
+    captions, rows, vectors = index.summary().rpartition("Files: ")[2].split(", ")
+    assert np.array_equal(np.load(vectors), images.numpy())
+    assert np.array_equal(np.load(captions), texts.numpy())
+    assert pq.read_table(rows)["key"].to_pylist() == index.keys()
     with pytest.raises(UserError, match="--captions"):
-        write_index(tmp_path / "plain", images).export(tmp_path / "y.npy", over="captions")
-    half = declip.embed(model, folder, out=tmp_path / "half")
-    loaded = np.load(half.export(tmp_path / "half.npy"))
-    assert loaded.dtype == np.float16
-    assert np.array_equal(loaded.astype(np.float32), half.vectors(half.ids).numpy())
-    assert pq.read_table(half.export(tmp_path / "half.parquet"))["vector"].type.value_type == "float"
+        write_index(tmp_path / "plain", images).vectors([0], "captions")
+    with pytest.raises(UserError, match="'words'"):
+        index.vectors([0], "words")  # type: ignore[arg-type]

@@ -7,10 +7,9 @@ import torch
 
 from conftest import TINY, WEIGHTS
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.schedule import learning_rate
 from declip.recipe.schema import Recipe, Train
 from declip.supervision.objective import Objective
-from declip.training.optimizer import build_optimizer, decays, named_trainable
+from declip.training.optimizer import build_optimizer, decays, learning_rate, named_trainable
 from golden_cases import require_file
 
 UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "pos_embed", "positional", "cls_token")

@@ -31,7 +31,7 @@ from declip.reports.page import check_writable
 if TYPE_CHECKING:
     from declip.search.index import Hit, Index
 
-index = typer.Typer(help="Show and export an index of images.", no_args_is_help=True)
+index = typer.Typer(help="Show an index of images.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="INDEX", parser=expand, help="a folder written by `declip embed`")]
 Readers = Annotated[int, typer.Option(min=0, help="processes that read images; 0 reads in this one")]
@@ -146,16 +146,6 @@ def show(
     say(f"{folder}: {opened.summary()}")
     say(f"Source: {source.path or source.name}")
     say(f"Model: {made_by}")
-
-
-@index.command()
-def export(
-    folder: Folder,
-    out: Annotated[Path, typer.Argument(parser=expand, metavar="FILE", help=".parquet, or .npy (keys go to a .csv)")],
-    over: Annotated[Literal["images", "captions"], typer.Option(help="vectors in .npy; .parquet has both")] = "images",
-) -> None:
-    """Write the vectors to a file for other programs."""
-    say(f"Written: {_open(folder).export(out, over=over)}")
 
 
 def _open(folder: Path) -> "Index":

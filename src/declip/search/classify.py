@@ -68,7 +68,7 @@ def classify(
         images: A folder, a file, a pattern such as "photos/*.jpg", or any source; images need no captions.
         classes: Names, a file with one name per line, or names separated by commas.
         templates: A shipped template set, or sentences with ``{}`` for the class.
-        out: A .csv or .json file with all probabilities, or a new folder for predictions.csv and a folder of images
+        out: A .csv file with all probabilities, or a new folder for predictions.csv and a folder of images
             for each class.
         link: Make links in these folders instead of copies; an image without a file of its own is saved as PNG.
         on_prediction: Called with each prediction, in the order of the images.

@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor, as_tensor, float32
 from torch.nn.functional import normalize
@@ -27,16 +24,15 @@ from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder, eval_mode, model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load
-from declip.io.atomic import atomic_write, sha256
+from declip.io.atomic import sha256
 from declip.search.exact import nearest
 from declip.search.info import ModelInfo, Over
-from declip.search.store import SCHEMA, IndexedImage
+from declip.search.store import IndexedImage
 from declip.search.writer import open_index
 
 MOST = 10_000  # maximum number of results of a search
 PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
 SHORTEST = 1e-6  # length of a weighted sum of two unit vectors below which they cancel
-COLUMN_NAMES: dict[Over, str] = {"images": "vector", "captions": "caption_vector"}  # in an exported table
 
 
 @dataclass(frozen=True)
@@ -231,43 +227,6 @@ class Index:
         except BrokenPair as broken:
             raise UserError(f"The image '{printable(row.key)}' cannot be read any more: {broken}.") from broken
 
-    def export(self, path: str | Path, *, over: Over = "images") -> Path:
-        """Write the vectors for other programs, in the order of `ids`.
-
-        Args:
-            path: .parquet with all columns, vectors as lists of float32; or .npy, (n, d) of the stored type, with the
-                ids, keys and paths of its rows in a file of the same name followed by .csv.
-            over: The vectors in .npy.
-        """
-        path = Path(path).expanduser()
-        if path.suffix not in (".parquet", ".npy"):
-            raise UserError(f"Vectors are written to .parquet or .npy, not to '{path.name}'.")
-        with atomic_write(path, "give another file") as target:
-            if path.suffix == ".parquet":
-                self._write_parquet(target)
-                return path
-            with target.open("wb") as file:
-                np.save(file, self._store.matrix(over))
-            with atomic_write(path.with_name(f"{path.name}.csv"), "give another file") as rows:
-                paths = [resolve(one, self.folder) for one in self._store.column("path").to_pylist()]
-                keys = self._store.column("key").combine_chunks()
-                pa.csv.write_csv(pa.table({"id": self.ids, "key": keys, "path": paths}), rows)
-        return path
-
-    def _write_parquet(self, target: Path) -> None:
-        names = {over: COLUMN_NAMES[over] for over in self._store.matrices}
-        kind = pa.list_(pa.float32())
-        schema = pa.schema([*SCHEMA, *(pa.field(name, kind) for name in names.values())])
-        with pq.ParquetWriter(target, schema) as writer:
-            for block in self._store.blocks():
-                columns = dict(zip(SCHEMA.names, block.table.columns, strict=True))
-                paths = [resolve(path, self.folder) for path in columns["path"].to_pylist()]
-                columns["path"] = pa.array(paths, pa.large_string())
-                for over, name in names.items():
-                    numbers = pa.array(block.matrices[over].astype("float32").ravel())
-                    columns[name] = pa.FixedSizeListArray.from_arrays(numbers, self.info.dimension).cast(kind)
-                writer.write_table(pa.table(columns, schema=schema))
-
     def summary(self) -> str:
         """The contents of the index, and what was left out, a line each."""
         info = self.info
@@ -276,7 +235,7 @@ class Index:
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]
         if uncaptioned := int(pc.sum(pc.equal(pc.list_value_length(self._store.column("captions")), 0)).as_py() or 0):
             lines.append(f"Without caption: {uncaptioned:,}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"Files: {', '.join(sorted(str(self._store.folder / name) for name in info.files))}"])
 
     def _hits(self, ids: Tensor, scores: Tensor) -> list[Hit]:
         return [Hit(**vars(self.row(int(id))), score=float(score)) for id, score in zip(ids, scores, strict=True)]

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from declip.data.sources.image_source import ImageSource
 
 INFO = "index.json"
-OLD_INFO = "manifest.json"  # in an index of declip before index.json
 
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 Dtype = Literal["float16", "float32"]
@@ -107,14 +106,9 @@ class IndexInfo(InfoSection):
         """Read index.json; raises `UserError` if it is missing, damaged, or of another version of declip."""
         path = folder / INFO
         if not path.is_file():
-            if (folder / OLD_INFO).is_file():
-                raise UserError(
-                    f"'{folder}' is an index of an earlier version of declip. Embed again into another folder: "
-                    "declip embed MODEL SOURCE --out DIR."
-                )
             raise UserError(
-                f"'{folder}' is not a complete index: it has no {INFO}. Make one, or continue an interrupted call: "
-                f"declip embed MODEL SOURCE --out {folder}."
+                f"'{folder}' is not a complete index of this version of declip: it has no {INFO}. Make one, or "
+                f"continue an interrupted call: declip embed MODEL SOURCE --out {folder}."
             )
         try:
             return cls.model_validate_json(path.read_bytes())

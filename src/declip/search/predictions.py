@@ -1,7 +1,6 @@
 """Predictions of `declip.classify`, written to a table or to a folder of images for each class."""
 
 import csv
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, repeat
 from pathlib import Path
 from typing import TextIO
 
@@ -20,8 +18,7 @@ from declip.data.sources.image_source import ImageSource
 from declip.errors import UserError
 from declip.io.atomic import atomic_write
 
-TABLES = (".csv", ".json")
-OTHER_TABLES = (".jsonl", ".tsv", ".txt", ".parquet", ".xlsx")  # refused: nobody calls a folder so
+OTHER_TABLES = (".json", ".jsonl", ".tsv", ".txt", ".parquet", ".xlsx")  # refused: nobody calls a folder so
 TABLE = "predictions.csv"  # in a folder of images by class
 ELSEWHERE = "choose another path with --out"
 UNUSABLE = re.compile(r'[\x00-\x1f/\\:*?"<>|\ud800-\udfff]')  # in file names, on one system or another
@@ -46,11 +43,11 @@ def check_out(out: Path | None) -> None:
     """Refuse a path that predictions cannot be written to, before anything is computed."""
     suffix = "" if out is None else out.suffix.lower()
     if suffix in OTHER_TABLES:
-        raise UserError(f"Predictions are written to {' or '.join(TABLES)}, or sorted into a folder, not to '{out}'.")
-    if out is not None and out.is_dir() and (any(out.iterdir()) or suffix in TABLES):
-        raise UserError(f"'{out}' is a folder that is not empty; {ELSEWHERE}: a new folder, or a .csv or .json file.")
-    if out is not None and out.is_file() and suffix not in TABLES:
-        raise UserError(f"'{out}' is a file; {ELSEWHERE}: a new folder, or a .csv or .json file.")
+        raise UserError(f"Predictions are written to .csv, or sorted into a folder, not to '{out}'.")
+    if out is not None and out.is_dir() and (any(out.iterdir()) or suffix == ".csv"):
+        raise UserError(f"'{out}' is a folder that is not empty; {ELSEWHERE}: a new folder, or a .csv file.")
+    if out is not None and out.is_file() and suffix != ".csv":
+        raise UserError(f"'{out}' is a file; {ELSEWHERE}: a new folder, or a .csv file.")
 
 
 @contextmanager
@@ -59,26 +56,11 @@ def open_predictions(out: Path | None, classes: Sequence[str], source: ImageSour
     if out is None:
         yield lambda prediction, place, origin: None
         return
-    suffix = out.suffix.lower()
     with atomic_write(out, ELSEWHERE) as target:
-        folders = None if suffix in TABLES else ClassFolders(target, classes, source, link)
+        folders = None if out.suffix.lower() == ".csv" else ClassFolders(target, classes, source, link)
         path = target if folders is None else target / TABLE
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            if suffix == ".json":
-                yield _json_objects(file)
-                file.write("\n]\n")
-            else:
-                yield _csv_rows(file, classes, folders)
-
-
-def _json_objects(file: TextIO) -> Write:
-    before = chain(["[\n"], repeat(",\n"))
-
-    def write(prediction: Prediction, place: int, origin: Origin) -> None:
-        row = {"image": prediction.image, "class": prediction.best, "probability": prediction.probability}
-        file.write(next(before) + json.dumps({**row, "probabilities": prediction.probabilities}))
-
-    return write
+            yield _csv_rows(file, classes, folders)
 
 
 def _csv_rows(file: TextIO, classes: Sequence[str], folders: "ClassFolders | None") -> Write:

@@ -1,5 +1,6 @@
-"""The optimizer, its parameter groups and moments."""
+"""The optimizer, its parameter groups, their learning rates, and moments."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,20 @@ def build_optimizer(
     ]
     kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
     return kind(options, lr=train.warmup_lr, betas=BETAS, fused=True)
+
+
+def learning_rate(step: int, train: Train) -> float:
+    """Compute the learning rate of a step, counted from 0: linear warm-up to `lr`, then a cosine.
+
+    The first step has `warmup_lr`, step `warmup_steps` - 1 has `lr`, the last one 0, as in DeCLIP's YFCC15M recipe.
+    """
+    number, warmup = step + 1, min(train.warmup_steps, train.steps)
+    if number < warmup:
+        return train.warmup_lr + (train.lr - train.warmup_lr) * step / (warmup - 1)
+    if number == warmup:
+        return train.lr
+    progress = (number - warmup) / max(train.steps - warmup, 1)
+    return train.lr * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 def group_lr(lr: float, step: int, multiplier: LrMultiplier, head_warmup_steps: int, train: Train) -> float:

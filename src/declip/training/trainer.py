@@ -19,7 +19,6 @@ from declip.errors import UserError
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.io.pool import naming_lost_workers
-from declip.recipe.schedule import learning_rate
 from declip.runs import checkpoint as checkpoints
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import CheckpointWriter
@@ -29,7 +28,7 @@ from declip.training.assemble import build_loader, cache_features
 from declip.training.distributed import StepSync
 from declip.training.examples import example_views, write_examples
 from declip.training.monitor import Monitor, monitored
-from declip.training.optimizer import group_lr
+from declip.training.optimizer import group_lr, learning_rate
 from declip.training.pairs import evaluation_tasks, unaugmented
 from declip.training.parts import Parts
 from declip.training.sinks import RunInfo
