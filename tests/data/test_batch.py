@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from declip.data.batch import PairBatch, Photometric, PhotometricParams, View
+from declip.data.batch import PairBatch, Photometric, View
 from declip.data.pair import BrokenPair
 from declip.errors import UserError
 
-PLAIN = PhotometricParams(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5, 1)
+PLAIN = Photometric(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5, 1)
 
 
 def photometric(count: int = 3) -> Photometric:
@@ -49,7 +49,7 @@ def test_moving_takes_every_tensor_and_leaves_the_plan_of_the_work_on_the_host()
     part = here.rows(1, 3)
     assert (part.lengths.tolist(), part.mask_positions, part.skipped) == ([[8, 6], [3, 6]], None, [])
     assert part.to("cpu").mask_positions.tolist() == [13]
-    assert len(part.views["first"].photometric) == 2
+    assert len(part.views["first"].photometric.jitter) == 2
 
 
 def test_stacked_parameters_keep_their_rows_and_types():
@@ -59,7 +59,7 @@ def test_stacked_parameters_keep_their_rows_and_types():
     assert (stacked.jitter.dtype, stacked.order.dtype, stacked.sigma.dtype) == (torch.bool, torch.int64, torch.float32)
     assert Photometric.stack([]).order.shape == (0, 4)
     both = Photometric.cat([stacked, photometric(2)])
-    assert len(both) == 5
+    assert len(both.jitter) == 5
     assert both.rows(2, 4).hue.tolist() == pytest.approx([0.2, 0.0])
 
 

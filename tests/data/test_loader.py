@@ -38,7 +38,7 @@ def content(batch: PairBatch) -> dict[str, torch.Tensor]:
     tensors = dict(vars(batch))
     for name, view in batch.views.items():
         tensors |= {f"{name}.pixels": view.pixels}
-        tensors |= {f"{name}.{key}": value for key, value in vars(view.photometric).items()}
+        tensors |= {f"{name}.{key}": value for key, value in view.photometric._asdict().items()}
     return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from declip.data.batch import IGNORED, PairBatch, Photometric, PhotometricParams, View
+from declip.data.batch import IGNORED, PairBatch, Photometric, View
 from declip.data.images.crops import ViewTransform
 from declip.data.pair import BrokenPair
 from declip.data.sampling import build_order
@@ -165,7 +165,7 @@ class _Sample(NamedTuple):
     """One pair with every random choice made."""
 
     pixels: list[torch.Tensor]  # one per view, (3, S, S) uint8
-    params: list[PhotometricParams]
+    params: list[Photometric]
     rows: list[list[int]]  # token ids of each text view
     masked: list[int]
     labels: list[int]

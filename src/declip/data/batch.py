@@ -17,59 +17,40 @@ if TYPE_CHECKING:
 IGNORED = -100  # label of a token that is not to be predicted, the default of torch's cross-entropy
 
 
-class PhotometricParams(NamedTuple):
-    """The photometric parameters of one view of one sample."""
+class Photometric(NamedTuple):
+    """The photometric parameters of one image; of n images each field is a tensor (n,), and `order` is (n, 4).
 
-    brightness: float  # factor, 1 leaves the image as it is
-    contrast: float  # factor
-    saturation: float  # factor
-    hue: float  # shift in turns of the color circle, -0.5 to 0.5
-    order: tuple[int, ...]  # the four operations by number (0 brightness ... 3 hue), first to last
-    jitter: bool  # whether the four are applied at all
-    gray: bool
-    sigma: float  # of the blur, in pixels; 0 is no blur
-    radius: int  # of the blur's kernel in pixels, less than the view's size
-
-
-@dataclass(eq=False)
-class Photometric:
-    """The photometric parameters of n images, a tensor (n,) for each of `PhotometricParams`; `order` is (n, 4).
-
-    They stay on the host, where chunks of equal work are planned from them.
+    The tensors stay on the host, where chunks of equal work are planned from them.
     """
 
-    brightness: Tensor
-    contrast: Tensor
-    saturation: Tensor
-    hue: Tensor
-    order: Tensor
-    jitter: Tensor
-    gray: Tensor
-    sigma: Tensor
-    radius: Tensor
-
-    def __len__(self) -> int:
-        return len(self.jitter)
+    brightness: Any  # factor, 1 leaves the image as it is
+    contrast: Any  # factor
+    saturation: Any  # factor
+    hue: Any  # shift in turns of the color circle, -0.5 to 0.5
+    order: Any  # the four operations by number (0 brightness ... 3 hue), first to last
+    jitter: Any  # whether the four are applied at all
+    gray: Any
+    sigma: Any  # of the blur, in pixels; 0 is no blur
+    radius: Any  # of the blur's kernel in pixels, less than the view's size
 
     def rows(self, start: int, stop: int) -> Photometric:
         """Parameters of samples start to stop - 1."""
-        return Photometric(**{name: tensor[start:stop] for name, tensor in vars(self).items()})
+        return Photometric(*(tensor[start:stop] for tensor in self))
 
     @classmethod
     def cat(cls, parts: Sequence[Photometric]) -> Photometric:
         """Parameters of several groups of images, one after the other."""
-        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in PhotometricParams._fields})
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
     @classmethod
-    def stack(cls, params: Sequence[PhotometricParams]) -> Photometric:
-        """Tensors from one `PhotometricParams` per image."""
+    def stack(cls, params: Sequence[Photometric]) -> Photometric:
+        """Tensors from the parameters of single images."""
         kinds = {"order": torch.int64, "jitter": torch.bool, "gray": torch.bool, "radius": torch.int64}
-        columns = {}
-        for name in PhotometricParams._fields:
-            values = [getattr(row, name) for row in params]
-            columns[name] = torch.tensor(values, dtype=kinds.get(name, torch.float32))
-        columns["order"] = columns["order"].reshape(-1, 4)
-        return cls(**columns)
+        columns = {
+            name: torch.tensor([getattr(row, name) for row in params], dtype=kinds.get(name, torch.float32))
+            for name in cls._fields
+        }
+        return cls(**columns)._replace(order=columns["order"].reshape(-1, 4))
 
 
 @dataclass(eq=False)
@@ -89,7 +70,7 @@ class View:
         pixels, raw = self.pixels, self.pixels.dtype == torch.uint8
         features = pixels.ndim == 2 and pixels.is_floating_point()
         images = pixels.ndim == 4 and pixels.shape[1] == 3 and (raw or pixels.is_floating_point())
-        given = None if self.photometric is None else len(self.photometric)
+        given = None if self.photometric is None else len(self.photometric.jitter)
         if not (features or images) or given != (len(pixels) if raw else None):
             raise UserError(
                 f"A view has shape {tuple(pixels.shape)}, type {pixels.dtype} and `photometric` of {given} images; it "

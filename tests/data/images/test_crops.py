@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conftest import encoded
 from data.fakes import scene
-from declip.data.batch import Photometric, PhotometricParams, View
+from declip.data.batch import Photometric, View
 from declip.data.images import photometric
 from declip.data.images.crops import Crop, ViewTransform, apply_photometric
 from declip.data.images.decode import decode
@@ -96,7 +96,7 @@ def test_every_order_of_the_jitter_occurs_and_matters():
     counts = {order: orders.count(order) for order in set(orders)}
     assert len(counts) == 24
     assert all(binomtest(count, 4800, 1 / 24).pvalue > 1e-4 for count in counts.values())
-    strong = PhotometricParams(1.6, 0.5, 1.7, 0.3, (0, 1, 2, 3), True, False, 0.0, 6)
+    strong = Photometric(1.6, 0.5, 1.7, 0.3, (0, 1, 2, 3), True, False, 0.0, 6)
     first, last = (
         applied(colors(5)[4:], Photometric.stack([strong._replace(order=order)]))
         for order in ((0, 1, 2, 3), (3, 2, 1, 0))

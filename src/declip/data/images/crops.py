@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.data.batch import Photometric, PhotometricParams, View
+from declip.data.batch import Photometric, View
 from declip.data.images import photometric as operations
 from declip.recipe.schema import ImageView
 
@@ -88,7 +88,7 @@ class ViewTransform:
         view = F.interpolate(part.permute(2, 0, 1).unsqueeze(0), (self.size, self.size), mode="bicubic", antialias=True)
         return (view.flip(-1) if flip else view)[0]
 
-    def sample_params(self, generator: np.random.Generator) -> PhotometricParams:
+    def sample_params(self, generator: np.random.Generator) -> Photometric:
         """Sample the photometric parameters of one view.
 
         The number of random numbers does not depend on the options, so that a change of one leaves the others alone.
@@ -100,7 +100,7 @@ class ViewTransform:
             (low := max(0.0, 1 - s)) + (1 + s - low) * u for s, u in zip(strength, factors, strict=False)
         )
         low, high = BLUR_SIGMA
-        return PhotometricParams(
+        return Photometric(
             brightness=brightness,
             contrast=contrast,
             saturation=saturation,
