@@ -16,7 +16,7 @@ from conftest import WEIGHTS
 from declip.api import train
 from declip.data.images import photometric
 from declip.data.pair import PairSource
-from declip.data.sources.open import open_source
+from declip.data.sources.open import named_objects, open_source
 from declip.data.sources.subset import DerivedSource
 from declip.errors import UserError
 from declip.models.average import Average
@@ -213,14 +213,15 @@ def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table: Path, tmp
         sink, error = At(5, lambda: setattr(source, "broken", True)), "the table changed"
     else:
         sink, error = At(5, lambda: val.rename(tmp_path / "away.jsonl")), "val.jsonl"
-    parts = assemble(recipe, tmp_path / "run", quiet=True, callbacks=[sink], source=source)
-    with pytest.raises(UserError, match=error):
-        Trainer(parts).train()
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
-    if what == "held-out set":
-        (tmp_path / "away.jsonl").rename(val)
-    source.broken = False
-    assert Trainer(assemble(recipe, tmp_path / "run", True, True, source=source)).train().finished
+    with named_objects(source) as (name,):
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": name})})
+        with pytest.raises(UserError, match=error):
+            train(recipe, out=tmp_path / "run", quiet=True, report=False, callbacks=[sink])
+        assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
+        if what == "held-out set":
+            (tmp_path / "away.jsonl").rename(val)
+        source.broken = False
+        assert train(recipe, out=tmp_path / "run", resume=True, quiet=True, report=False).finished
     same_end(tmp_path / "whole", tmp_path / "run")
 
 

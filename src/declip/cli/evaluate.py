@@ -56,19 +56,18 @@ def evaluate(
         from declip.evaluation.suites import evaluate_suite
 
         result = evaluate_suite(loaded, suite, task, options)
-        table: Any = Markdown(result.markdown(model))
-        content = json.dumps(result.to_dict(), indent=1)
+        markdown, content = result.markdown(model), json.dumps(result.to_dict(), indent=1)
+        table: Any = Markdown(markdown)
         if markdown_out is not None:
-            write_text(markdown_out, result.markdown(model), "choose another path with --markdown")
+            write_text(markdown_out, markdown, "choose another path with --markdown")
     else:
         from declip.evaluation.datasets import open_dataset
         from declip.evaluation.protocols import evaluate_all
         from declip.reports.page import rich_table
         from declip.reports.run import results_table
 
-        results = evaluate_all(
-            loaded, [open_dataset(name, label_column=label_column) for name in datasets], (task,), options
-        )
+        opened = [open_dataset(name, label_column=label_column) for name in datasets]
+        results = evaluate_all(loaded, opened, (task,), options)
         rows = [each.to_dict() for each in results]
         table, content = rich_table(results_table(results)), json.dumps(rows if len(rows) > 1 else rows[0], indent=1)
     console.print(table)

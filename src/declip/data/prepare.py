@@ -84,18 +84,8 @@ def shard_source(
     splits = opened.splits()
     held_out = {place: f"split {name}" for name in splits if name != "train" for place in splits[name].tolist()}
     excluded = held_out | ({} if exclude is None else match_exclusions(opened, read_exclusions(exclude)))
-    made_of = {
-        "layout": LAYOUT,
-        "source": name,
-        "pairs": len(opened),
-        "content": _content(opened),
-        "size": size,
-        "quality": quality,
-        "shard_pairs": shard_pairs,
-        **{f"columns.{name}": value for name, value in asdict(columns).items()},
-        "columns.root": None if columns.root is None else absolute(columns.root),
-        "exclude": hashlib.sha256(json.dumps(sorted(excluded.items())).encode()).hexdigest() if excluded else None,
-    }
+    options = {"size": size, "quality": quality, "shard_pairs": shard_pairs}
+    made_of = {"layout": LAYOUT, "source": name, **options, **_made_of(opened, columns, excluded)}
     starts = range(0, len(opened), shard_pairs)
     shards = {f"{k:06d}.tar": range(s, min(s + shard_pairs, len(opened))) for k, s in enumerate(starts)}
     with locked_folder(Path(out).expanduser(), RECORD, ELSEWHERE) as folder:
@@ -115,6 +105,17 @@ def shard_source(
             f"None of the {len(opened):,} pairs of '{opened.name}' can be used: {made.skipped.explanation()}"
         )
     return made
+
+
+def _made_of(source: PairSource, columns: Columns, excluded: Mapping[int, str]) -> dict[str, Any]:
+    """Everything in a source that its shards depend on."""
+    return {
+        "pairs": len(source),
+        "content": _content(source),
+        **{f"columns.{name}": value for name, value in asdict(columns).items()},
+        "columns.root": None if columns.root is None else absolute(columns.root),
+        "exclude": hashlib.sha256(json.dumps(sorted(excluded.items())).encode()).hexdigest() if excluded else None,
+    }
 
 
 def _totals(folder: Path, shards: Mapping[str, Mapping[str, Any]]) -> ShardedPairs:

@@ -43,13 +43,11 @@ def assemble(
     resume: bool = False,
     quiet: bool = False,
     callbacks: Sequence[Sink] = (),
-    source: PairSource | None = None,
 ) -> Parts:
     """Build the parts of a run of a recipe, or of the run in the folder, to continue it.
 
     Args:
         callbacks: Sinks that get the run's numbers, on rank 0.
-        source: Used instead of `data.source`.
     """
     # --- processes and device
     device = pick_device(distributed.local_device(recipe.train.device))
@@ -58,7 +56,7 @@ def assemble(
     hosts.on_rank_zero(partial(require_trackers, recipe.train.report_to))
 
     # --- recipe, pretrained weights and pairs; from here on the recipe does not change
-    resolved = resolve(recipe, folder, resume, device, hosts, source)
+    resolved = resolve(recipe, folder, resume, device, hosts)
     recipe, source = resolved.recipe, resolved.source
     plan = plan_of(recipe)
     hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))

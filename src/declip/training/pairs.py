@@ -29,8 +29,8 @@ UNKNOWN, CUT = 0.1, 0.05
 """Fractions of unknown tokens, and of captions that are cut, above which a warning is due."""
 
 
-def open_training_source(recipe: Recipe, given: PairSource | None = None) -> PairSource:
-    """Open the training pairs, one source or several, or the one given, limited to `data.max_pairs` by the seed.
+def open_training_source(recipe: Recipe) -> PairSource:
+    """Open the training pairs, one source or several, limited to `data.max_pairs` by the seed.
 
     Of a source with splits these are the pairs of its split "train".
     """
@@ -38,7 +38,7 @@ def open_training_source(recipe: Recipe, given: PairSource | None = None) -> Pai
     columns = Columns.of(data)
     source: PairSource
     if isinstance(data.source, str):
-        source = training_part(given or open_source(data.source, columns))
+        source = training_part(open_source(data.source, columns))
     else:
         source = Joined([training_part(open_source(name, columns)) for name in data.source])
     if data.columns.get("group") is not None and source.group_column is None:

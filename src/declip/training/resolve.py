@@ -81,15 +81,13 @@ class Resolved:
     source: PairSource
 
 
-def resolve(
-    recipe: Recipe, folder: Path, resume: bool, device: torch.device, hosts: HostGroup, source: PairSource | None = None
-) -> Resolved:
+def resolve(recipe: Recipe, folder: Path, resume: bool, device: torch.device, hosts: HostGroup) -> Resolved:
     """Resolve a recipe; a resumed run keeps its precision and reads its weights from its folder."""
     recipe = hosts.on_rank_zero(partial(resolve_precision, recipe, device, folder, resume))
     weights = load_pretrained(recipe, folder, resume)
     if weights is not None:
         recipe = weights.fit(recipe)
-    source = open_training_source(recipe, source)
+    source = open_training_source(recipe)
     return Resolved(resolve_epochs(recipe, source), weights, source)
 
 
