@@ -171,16 +171,18 @@ WITHOUT_TORCH = {
 
 ONE_BY_ONE = """
 import sys, warnings
-import declip.cli.app, declip.recipe.load
+class Warn:
+    def find_spec(self, name, *_):
+        if name in ("typer", "yaml"):  # imported by all commands, and by some
+            warnings.warn(f"{name} is old", FutureWarning)
+sys.meta_path.insert(0, Warn())
+import declip.__main__
 for words in sys.argv[1:]:
     sys.argv[1:] = words.split()
     try:
-        declip.cli.app.main()
+        declip.__main__.main()
     except SystemExit as end:
         print(end.code, bool({"torch", "scipy"} & {*sys.modules}), file=sys.stderr)
-declip.recipe.load.recipe_names = lambda: warnings.warn("a library's", FutureWarning) or []
-sys.argv[1:] = ["recipes"]
-declip.cli.app.main()
 """
 
 

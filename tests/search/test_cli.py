@@ -1,8 +1,17 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
+
+from declip.interchange.declip_file import write_declip_file
+from declip.models.dual_encoder import DualEncoder
+from declip.search.index import Index
+from indices import tiny_model
+from text_encoders import bert
 
 
 def test_embed_search_and_look_after(weights_file: Path, folder: Path, tmp_path: Path, command: Any) -> None:
@@ -32,3 +41,35 @@ def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(
     _, line = command("search", index, "red").out.splitlines()
     assert line.rstrip().endswith(caption)
     assert str(index) in command("index", "show", index).out.splitlines()[0]
+
+
+def loaded_by(code: str, *names: str) -> list[str]:
+    """Which of some modules a program imports."""
+    ending = f"\nprint(*(name for name in {names} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", f"import sys\n{code}{ending}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()
+
+
+def test_the_package_and_its_commands_import_no_torch() -> None:
+    assert loaded_by("import declip", "torch", "numpy", "typer", "pydantic") == []
+    assert loaded_by("import declip.cli.app, declip.search.info", "torch", "scipy", "huggingface_hub") == []
+
+
+@pytest.mark.parametrize("encoder", ["clip", "bert"])
+def test_a_text_search_builds_no_image_tower(encoder: str, folder: Path, tmp_path: Path, command: Any) -> None:
+    model = tiny_model()
+    if encoder == "bert":
+        changes: dict[str, Any] = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}
+        recipe = model.recipe.model_copy(update={"text": model.recipe.text.model_copy(update=changes)})
+        model = DualEncoder.from_recipe(recipe)
+    write_declip_file(model, tmp_path / "model.safetensors")
+    index = tmp_path / "index"
+    assert command("embed", tmp_path / "model.safetensors", folder, "--out", index, "--quiet").status == 0
+    names = ("timm", "torchvision", "transformers", "wandb", "pandas", "matplotlib", "torch._dynamo", "torch")
+    code = f"import declip.search.index as i\nopened = i.Index.open({str(index)!r})\nhits = opened.search('red', k=3)"
+    assert loaded_by(code, *names) == ["torch"]
+    # The text tower alone finds what the model finds.
+    parts, whole = Index.open(index), Index.open(index, model=tmp_path / "model.safetensors")
+    assert whole.model.image_tower.proj is not None
+    assert [(hit.key, hit.score) for hit in parts.search("red")] == [(h.key, h.score) for h in whole.search("red")]

@@ -1,8 +1,6 @@
 """The command ``declip``: every command parses its arguments and calls the API."""
 
 import errno
-import sys
-import warnings
 from typing import Annotated
 
 import typer
@@ -62,8 +60,6 @@ for group, name in ((data.group, "data"), (recipes.group, "recipes"), (cache.gro
 
 def main() -> None:
     """Run the command; a mistake in the input ends with one line and status 2, without a traceback."""
-    if not sys.warnoptions:  # those of libraries are for programmers; ours are logged
-        warnings.simplefilter("ignore")
     try:
         app()
     except UserError as error:

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from declip.errors import UserError
 from declip.interchange.classes import Classes
@@ -41,6 +42,13 @@ LAYER_KEY = re.compile(r"(layers|depths?|blocks)$")
 
 MAX_GROWTH = 4
 """Largest size of the tensors, in sizes of their file. Weights hardly compress, and tied ones count twice."""
+
+
+RANDOM = {
+    *(Tensor.normal_, Tensor.uniform_),
+    *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.trunc_normal_),
+}
+"""Functions that fill a tensor in place with random numbers, and return it."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +97,23 @@ class Weights:
     def check(self) -> "Weights":
         """Compare names and shapes of the tensors with the recipe, and return the weights."""
         self._check_layers()
-        with torch.device("meta"):  # the recipe may be a stranger's: no memory is allocated for its sizes
+        # The recipe may be a stranger's: no memory is allocated for its sizes.
+        with torch.device("meta"), Uninitialized():
             model, _ = self._empty()
         if difference := first_difference(model.state_dict(), self.tensors):
             raise UserError(f"The weights in '{self.origin}' do not fit their recipe: {difference}.")
         return self
 
+    @property
+    def text(self) -> "Weights | None":
+        """The weights without the image tower, whose `build` imports no timm; None where the towers share something."""
+        if not self.whole or adapted(self.tensors) or isinstance(self.encoder, WrappedModel):
+            return None
+        return replace(self, tensors={name: t for name, t in self.tensors.items() if not name.startswith(IMAGE)})
+
     def build(self) -> DualEncoder:
         """Build the model in training mode, on the CPU, with merged adapters."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), Uninitialized():
             model, adapters = self._empty()
         if difference := first_difference(model.state_dict(), self.tensors):
             raise UserError(
@@ -155,15 +171,34 @@ class Weights:
         check_layers(parts, len(self.tensors), f"The model in '{self.origin}'")
 
     def _empty(self) -> tuple[DualEncoder, Adapters | None]:
-        model = empty(self.recipe, self.encoder, self.whole)
+        encoder = self.encoder
+        if isinstance(encoder, TextEncoder):
+            encoder = replace(encoder, filled_later=True)
+        image = any(name.startswith(IMAGE) for name in self.tensors)
+        model = empty(self.recipe, encoder, self.whole, image)
         lora, towers = self.recipe.finetune.lora, adapted(self.tensors)
         return model, Adapters(model, lora, towers) if lora is not None and towers else None
 
 
-def empty(recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, text: bool = True) -> DualEncoder:
+class Uninitialized(TorchFunctionMode):
+    """Skip random initialization, where weights are loaded afterwards; other values, as of buffers, are computed.
+
+    On the meta device it would import torch._dynamo, which takes longer than importing torch.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def empty(
+    recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, text: bool = True, image: bool = True
+) -> DualEncoder:
     """Build the model of a recipe that came with weights, with random weights."""
     try:
-        return DualEncoder.from_recipe(recipe, encoder, text)
+        return DualEncoder.from_recipe(recipe, encoder, text, image)
     except UserError:
         raise
     except Exception as error:  # invalid sizes fail anywhere in torch and timm

@@ -15,7 +15,7 @@ from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.models.hf_encoder import TextEncoder, read_encoder
 from declip.models.hf_text_tower import HuggingfaceTextTower
-from declip.models.image_tower import ImageFeatures, ImageTower
+from declip.models.image_tower import ImageFeatures, ImageTower, NoImageTower
 from declip.models.text_tower import AnyTextTower, NoTextTower, TextTower, refuse_text
 from declip.models.wrapped import WrappedModel
 from declip.models.wrapped_towers import WrappedImageTower, WrappedTextTower
@@ -49,17 +49,28 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_recipe(
-        cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None, text: bool = True
+        cls,
+        recipe: Recipe,
+        encoder: TextEncoder | WrappedModel | None = None,
+        text: bool = True,
+        image: bool = True,
     ) -> "DualEncoder":
         """Build the model that a recipe describes, with random weights from torch's current seed.
 
         The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false; `encoder` is
         used instead where the weights will be loaded anyway. A `WrappedModel` gives both towers. Without `text` the
-        model is an image tower alone, and encoding captions raises a `UserError`.
+        model is an image tower alone, and encoding captions raises a `UserError`. Without `image` it encodes captions
+        alone, which a `WrappedModel` cannot.
         """
-        image, options = recipe.image, encoder.image if isinstance(encoder, WrappedModel) else {}
-        image_tower, tokenizer, text_tower = _parts(recipe, encoder, text)
-        preprocess = Preprocess(image.size, image.mean, image.std, **options)
+        if isinstance(encoder, WrappedModel):
+            image_tower, tokenizer, text_tower = _wrapped_parts(recipe, encoder)
+            options = encoder.image
+        else:
+            image_tower = _image_tower(recipe) if image else NoImageTower()
+            # `refuse_text` stands for a tokenizer: it raises when it is called.
+            tokenizer, text_tower = _text_parts(recipe, encoder) if text else (refuse_text, NoTextTower())  # type: ignore[assignment]
+            options = {}
+        preprocess = Preprocess(recipe.image.size, recipe.image.mean, recipe.image.std, **options)
         model = cls(image_tower, text_tower, preprocess, tokenizer, recipe.logit_scale.init, recipe.initial_bias)
         model.recipe = recipe
         return model
@@ -107,36 +118,33 @@ def has_text(model: DualEncoder) -> bool:
     return not isinstance(model.text_tower, NoTextTower)
 
 
-def _parts(
-    recipe: Recipe, encoder: TextEncoder | WrappedModel | None, text_too: bool
-) -> tuple[ImageTower, CaptionTokenizer, AnyTextTower]:
-    image, text, dim = recipe.image, recipe.text, recipe.embed_dim
-    if isinstance(encoder, WrappedModel):
-        encoder = encoder.with_context(text.context_length)
-        visual, words = encoder.build(image.size)
-        image_tower, wrapped_tokenizer = WrappedImageTower(visual, encoder.kinds[0], dim), encoder.build_tokenizer()
-        text_tower = WrappedTextTower(words, wrapped_tokenizer, encoder)
-        if recipe.views.text.mask:
-            text_tower.language_head()  # raises
-        return image_tower, wrapped_tokenizer, text_tower
-    if image.model == text.hf_model:
+def _wrapped_parts(recipe: Recipe, encoder: WrappedModel) -> tuple[ImageTower, CaptionTokenizer, AnyTextTower]:
+    encoder = encoder.with_context(recipe.text.context_length)
+    visual, words = encoder.build(recipe.image.size)
+    tokenizer = encoder.build_tokenizer()
+    text_tower = WrappedTextTower(words, tokenizer, encoder)
+    if recipe.views.text.mask:
+        text_tower.language_head()  # raises
+    return WrappedImageTower(visual, encoder.kinds[0], recipe.embed_dim), tokenizer, text_tower
+
+
+def _image_tower(recipe: Recipe) -> ImageTower:
+    image = recipe.image
+    if image.model == recipe.text.hf_model:
         raise UserError(f"image.model={image.model} comes with weights: give them as finetune.pretrained.")
-    tower = ImageTower(
-        image.model,
-        image.size,
-        dim,
-        image.model_kwargs,
-        image.freeze_patch_embed,
-        any_size=len(set(recipe.image_sizes.values())) > 1,
+    any_size = len(set(recipe.image_sizes.values())) > 1
+    return ImageTower(
+        image.model, image.size, recipe.embed_dim, image.model_kwargs, image.freeze_patch_embed, any_size=any_size
     )
-    if not text_too:
-        return tower, refuse_text, NoTextTower()  # type: ignore[return-value]  # raises when it is called
+
+
+def _text_parts(recipe: Recipe, encoder: TextEncoder | None) -> tuple[CaptionTokenizer, AnyTextTower]:
+    text, dim = recipe.text, recipe.embed_dim
     if text.hf_model is not None:
         encoder = encoder or read_encoder(text.hf_model, text.pretrained)
         hf_tokenizer = HuggingfaceTokenizer(encoder.tokenizer, encoder.specials, text.context_length)
-        hf_tower = HuggingfaceTextTower(encoder, hf_tokenizer, dim, text.pooling, text.projection_bias)
-        return tower, hf_tokenizer, hf_tower
+        return hf_tokenizer, HuggingfaceTextTower(encoder, hf_tokenizer, dim, text.pooling, text.projection_bias)
     tokenizer = Tokenizer(context=text.context_length, merges=text.bpe_merges)
     options: dict[str, Any] = text.model_dump(include={"width", "layers", "heads", "projection_bias", "activation"})
     options["context"] = text.context_length
-    return tower, tokenizer, TextTower(tokenizer.vocabulary, tokenizer.end, dim, **options)
+    return tokenizer, TextTower(tokenizer.vocabulary, tokenizer.end, dim, **options)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from declip.data.pair import printable
 from declip.errors import UserError
+from declip.models.bert import Bert, is_plain
 from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import Recipe
 
@@ -66,6 +67,7 @@ class TextEncoder:
     specials: Mapping[str, int]  # ids, see `declip.data.text.hf_tokenizer.SPECIALS`
     folder: Path | None = None  # of its weights; None for random ones
     pooling: str | None = None  # that it was trained with, a value of `POOLINGS` or an unknown name; None if not stored
+    filled_later: bool = False  # whether weights will be loaded into it, so that the initial ones do not matter
 
     def to_tensor(self) -> Tensor:
         """Configuration and tokenizer as bytes, (n,) uint8."""
@@ -79,6 +81,13 @@ class TextEncoder:
         tree = json.loads(stored.numpy().tobytes())
         config = {name: value for name, value in tree["config"].items() if name in SIZES or name == "model_type"}
         return cls(config, tree["tokenizer"], tree["specials"], pooling=tree.get("pooling"))
+
+    def build_base(self) -> tuple[nn.Module, nn.Module | None]:
+        """Build the encoder, and its masked-language head unless weights are loaded into the encoder afterwards."""
+        if self.filled_later and is_plain(self.config):
+            return Bert(self.config), None
+        model: Any = self.build()
+        return model.base_model, HEADS[self.config["model_type"]](model)
 
     def build(self) -> nn.Module:
         """Build transformers' model with a masked-language head, with the weights of `folder` or random ones."""

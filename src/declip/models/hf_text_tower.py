@@ -1,7 +1,6 @@
 """A Hugging Face text encoder, such as BERT or RoBERTa, as a text tower."""
 
 import copy
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,10 +31,9 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
     ) -> None:
         super().__init__()
         _check(encoder, tokenizer)
-        model: Any = encoder.build()
-        self.encoder = model.base_model
+        self.encoder, head = encoder.build_base()
         # In a list, so that it is no submodule: its output weights are the word embeddings.
-        self._language: list[nn.Module] = [HEADS[encoder.config["model_type"]](model)]
+        self._language = [head]
         self.stored = encoder.to_tensor()
         self.padding, self.context = tokenizer.padding, tokenizer.context
         self.pooling = encoder.pooling or "cls" if pooling == "auto" else pooling
@@ -44,7 +42,7 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
                 f"{POOLING} of the text encoder has the pooling {encoder.pooling}; known are cls, mean and lasttoken. "
                 "Set text.pooling=mean, cls or eos."
             )
-        self.width = int(model.config.hidden_size)
+        self.width = int(encoder.config.get("hidden_size") or encoder.config["dim"])  # DistilBERT's is "dim"
         self.text_projection: nn.Linear = nn.Linear(self.width, embed_dim, bias=projection_bias)
         nn.init.normal_(self.text_projection.weight, std=self.width**-0.5)
         if projection_bias:

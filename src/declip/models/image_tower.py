@@ -154,6 +154,13 @@ class ImageTower(nn.Module):
             self.train(training)
 
 
+class NoImageTower(ImageTower):
+    """Placeholder for an image tower that is not built, because only texts are encoded."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
 def grid_tokens(trunk: Any, features: Tensor) -> Tensor:
     """Take (B, P, width) patches or grid cells from the features of a timm trunk."""
     if features.ndim == 4:  # (B, C, h, w), or (B, h, w, C) for the towers that work channels last

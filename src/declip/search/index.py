@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,9 @@ from declip.data.sources.stored_paths import is_missing, resolve, stored_path
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import Encoder, eval_mode, model_hash
 from declip.evaluation.zero_shot import class_features, read_templates
-from declip.interchange.read import load
+from declip.interchange.read import load, read_text
 from declip.io.atomic import sha256
+from declip.models.device import pick_device
 from declip.search.exact import nearest
 from declip.search.info import ModelInfo, Over
 from declip.search.store import IndexedImage
@@ -116,6 +117,20 @@ class Index:
             )
         return model
 
+    @cached_property
+    def text_model(self) -> Encoder:
+        """The model to encode texts with: without its image tower, if that would have to be loaded first."""
+        given = self._model_given
+        if "model" in vars(self) or not isinstance(given, str | Path | None):
+            return self.model
+        read = read_text(self.info.model.locate(self.folder) if given is None else given)
+        if read is None:
+            return self.model
+        weights, tensors = read
+        model = weights.build().to(pick_device(self._device)).eval()
+        # Another model is refused by `model`, with the difference.
+        return model if fingerprint(model, tensors) == self.info.model.fingerprint else self.model
+
     def query(
         self,
         text: str | None = None,
@@ -127,7 +142,7 @@ class Index:
         vectors = []
         if text and not text.isspace():
             templates = ["{}"] if template is None else read_templates(template)[1]
-            vectors.append(class_features(self.model, [text.strip()], templates)[0])
+            vectors.append(class_features(self.text_model, [text.strip()], templates)[0])
         if image is not None:
             given = image if isinstance(image, Image.Image) else Path(image).expanduser()
             try:
@@ -271,11 +286,17 @@ def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
     return ModelInfo(path=stored, name=name, fingerprint=fingerprint(model))
 
 
-def fingerprint(model: Encoder) -> str:
-    """SHA-256, in hexadecimal, of a model's weights, preprocessing and tokenizer."""
+def fingerprint(model: Encoder, tensors: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256, in hexadecimal, of a model's weights, preprocessing and tokenizer.
+
+    Args:
+        tensors: Tensors of the model in the types of the file, if it was built in part.
+    """
+    if tensors is not None:  # a model computes in float32
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     if not hasattr(model, "state_dict"):
         raise UserError(f"{type(model).__name__} has no `state_dict`, so it cannot be distinguished from other models.")
-    digest = hashlib.sha256(model_hash(model))
+    digest = hashlib.sha256(model_hash(model, tensors))
     try:
         digest.update(repr(model.tokenize([PROBE]).tolist()).encode())
     except UserError:  # a model without a text tower
