@@ -40,10 +40,11 @@ class Bert(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """Encode ids (B, L), with a mask (B, 1, 1, L) that is true where there is no padding."""
         parts: Any = self.embeddings
+        encoder: Any = self.encoder
         x = parts.word_embeddings(input_ids) + parts.token_type_embeddings.weight[0]
         x = parts.LayerNorm(x + parts.position_embeddings.weight[: input_ids.shape[1]])  # (B, L, width)
         x = F.dropout(x, self.dropout, self.training)
-        for block in self.encoder["layer"]:  # type: ignore[union-attr]
+        for block in encoder.layer:
             x = block(x, attention_mask)
         return SimpleNamespace(last_hidden_state=x)
 
@@ -68,9 +69,10 @@ class BertBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         attention: Any = self.attention
         # (B, L, width) → (B, heads, L, width / heads)
-        split = [layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in attention["self"].values()]
+        maps = attention["self"].values()
+        query, key, value = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in maps)
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*split, attn_mask=mask, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         x = self._add(attention["output"], mixed.transpose(1, 2).flatten(2), x)
         return self._add(self.output, F.gelu(self.intermediate["dense"](x)), x)
 

@@ -1,6 +1,7 @@
 """A Hugging Face text encoder, such as BERT or RoBERTa, as a text tower."""
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -64,7 +65,12 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
 
     def language_head(self) -> nn.Module:
         """Copy the encoder's masked-language head, untied: its output weights start as the word embeddings."""
-        return copy.deepcopy(self._language[0])
+        if self._language[0] is not None:
+            return copy.deepcopy(self._language[0])
+        encoder = TextEncoder.from_tensor(self.stored)
+        model: Any = encoder.build()
+        model.base_model.load_state_dict(self.encoder.state_dict())
+        return HEADS[encoder.config["model_type"]](model)
 
 
 def _check(encoder: TextEncoder, tokenizer: HuggingfaceTokenizer) -> None:
