@@ -180,6 +180,9 @@ class FineTuning(Section):
     """The pretrained weights, and how freely they may change."""
 
     pretrained: Place | None = Field(None, description="weights that declip.load takes, or timm:NAME")
+    class_names: Place | None = Field(
+        None, description="file with the names of the pretrained classifier's classes: one a line, or name,definition"
+    )
     image_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for the image tower")
     text_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate for the text tower")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer below the last")

@@ -1,7 +1,7 @@
 """Pretrained weights of a run: loaded into the model, saved in the run folder, partly frozen, with learning rates."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,8 +35,11 @@ def load_pretrained(recipe: Recipe, folder: Path, resume: bool) -> Weights | Non
     """Load a run's pretrained weights, if any: the copy in its folder when resuming, else `finetune.pretrained`."""
     if recipe.finetune.pretrained is None:
         return None
-    kept = folder / KEPT
-    return read_part(str(kept)) if resume and kept.is_file() else read_start(recipe.finetune.pretrained)
+    kept, names = folder / KEPT, recipe.finetune.class_names
+    if resume and kept.is_file():
+        return read_part(str(kept))
+    start = read_start(recipe.finetune.pretrained)
+    return start if names is None else replace(start, classes=start.named_classes(names))
 
 
 @dataclass(frozen=True)
