@@ -184,7 +184,7 @@ def test_a_gather_without_its_gradient_is_noticed(
 ) -> None:
     """The field's classic bug: the comparison above fails for it."""
     expected = {"clip": two_steps("clip", "layer norm", (BATCH,))}
-    monkeypatch.setattr(distributed, "all_gather_with_gradient", partial(gathered, keep_own=keep_own))
+    monkeypatch.setattr(distributed, "all_gather", partial(gathered, keep_own=keep_own))
     for theirs in in_processes(some_recipes, 2, tmp_path, ["clip"], (4, 4), "layer norm", {}):
         with pytest.raises(AssertionError, match="grad"):
             compare(expected, theirs)

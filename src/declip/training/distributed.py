@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
 
 from declip.errors import UserError
@@ -93,26 +94,6 @@ def seed_rank(seed: int, step: int) -> None:
     torch.manual_seed(seed + 7919 * (rank() + 1) + step)
 
 
-class _AllGather(torch.autograd.Function):
-    """Tensors of all ranks, by rank; the gradient of a tensor is the sum over the ranks that used it."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> tuple[Tensor, ...]:
-        own = own.contiguous()
-        parts = [torch.empty_like(own) for _ in range(world_size())]
-        dist.all_gather(parts, own)
-        return tuple(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        received = torch.empty_like(sent := torch.stack(gradients))
-        dist.all_to_all_single(received, sent)
-        return received.sum(dim=0)
-
-
-all_gather_with_gradient: Callable[[Tensor], tuple[Tensor, ...]] = _AllGather.apply
-
-
 def gather(counts: Sequence[int]) -> Gather:
     """Return a function (counts[rank], k) → (sum(counts), k) that gathers rows in rank order.
 
@@ -121,7 +102,7 @@ def gather(counts: Sequence[int]) -> Gather:
 
     def rows(own: Tensor) -> Tensor:
         padding = own.new_zeros(max(counts) - len(own), *own.shape[1:])  # a collective needs equal shapes
-        parts = all_gather_with_gradient(torch.cat([own, padding]))
+        parts = all_gather(torch.cat([own, padding]))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     return rows if world_size() > 1 else identity_gather
@@ -129,7 +110,7 @@ def gather(counts: Sequence[int]) -> Gather:
 
 def summed(values: Tensor) -> Tensor:
     """Sum over ranks, with gradient; the shape must be equal on all ranks."""
-    return torch.stack(all_gather_with_gradient(values)).sum(dim=0) if world_size() > 1 else values
+    return torch.stack(all_gather(values)).sum(dim=0) if world_size() > 1 else values
 
 
 @torch.no_grad()
