@@ -16,7 +16,8 @@ from declip.data.sources.splits import training_part
 from declip.data.sources.subset import LIST_KIND, PairList, Subset, read_pair_list, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
-from declip.inspection.split import FEWEST, PairSplit, check_copies, split_pairs
+from declip.evaluation.encode import Encoder
+from declip.inspection.split import FEWEST, PairSplit, check_copies, related_pairs, split_pairs
 from declip.interchange import starter
 from declip.interchange.export import FORMATS, export
 from declip.interchange.layouts import Refusal
@@ -33,6 +34,7 @@ from declip.training import distributed
 from declip.training.assemble import assemble
 from declip.training.distributed import HostGroup
 from declip.training.estimate import Estimate, estimate
+from declip.training.fit import closed_form, fit
 from declip.training.pairs import caption_warnings, open_training_source
 from declip.training.parts import Parts
 from declip.training.resolve import resolve_recipe
@@ -67,13 +69,16 @@ def finetune(
         else:
             resolve = partial(finetune_recipe, pairs, folder, weights, val, freeze, given, quiet)
             recipe = hosts.on_rank_zero(resolve)
-        parts = assemble(recipe, folder, resume, quiet)
-        check_learns(parts)
-        if distributed.is_rank_zero():
-            for warning in caption_warnings(parts.source, parts.model.tokenizer):
-                log.warning(warning)
-        undo.pop_all()
-        run = Trainer(parts).train(write_finetuned)
+        if closed_form(recipe):
+            run = fit(recipe, folder, resume, quiet, related_pairs, write_finetuned)
+            undo.pop_all()
+        else:
+            parts = assemble(recipe, folder, resume, quiet)
+            if distributed.is_rank_zero():
+                for warning in caption_warnings(parts.source, parts.model.tokenizer):
+                    log.warning(warning)
+            undo.pop_all()
+            run = Trainer(parts).train(lambda parts: write_finetuned(parts.folder, trained_model(parts)))
     distributed.leave()
     return run
 
@@ -157,24 +162,32 @@ def finetune_recipe(
     kind: Start = "heads" if starter.matches(where) else "whole" if start.whole else "image"
     settled = partial(settings, start=kind, on_cpu=device.type == "cpu", freeze=freeze, given=given)
     # Keys that do not suit the weights are refused before the pairs are read.
-    checked = load_recipe("finetune", {**settled(1_000), "evaluation.retrieval": [str(pairs)]}).data
-    source, data, sets = _choose_pairs(str(pairs), Columns.of(checked), val, folder, _pairs_of(where), quiet)
+    resolved = load_recipe("finetune", {**settled(1_000), "evaluation.retrieval": [str(pairs)]})
+    checked, closed = resolved.data, closed_form(resolved)
+    source, data, sets = _choose_pairs(str(pairs), Columns.of(checked), val, folder, _pairs_of(where), quiet, closed)
     count = min(len(source), checked.max_pairs or len(source))
     keys = {"finetune.pretrained": json.dumps(where), **settled(count, validated=bool(sets))}
     if starter.matches(where) and device.type == "cpu":
         keys.setdefault("image.size", CPU_SIZE)
-    if len(source) == 1:  # a batch has two pairs at least
+    if len(source) == 1 and not closed:  # a batch has two pairs at least
         return resolve_recipe("finetune", {**keys, "data.source": [data, data]}, None, sets)
     return resolve_recipe("finetune", keys, data, sets)
 
 
 def _choose_pairs(
-    pairs: str, columns: Columns, val: Sequence[str | Path], folder: Path, seen: PairSource | None, quiet: bool
+    pairs: str,
+    columns: Columns,
+    val: Sequence[str | Path],
+    folder: Path,
+    seen: PairSource | None,
+    quiet: bool,
+    closed: bool = False,
 ) -> tuple[PairSource, str, list[str]]:
     """The training pairs, their name, and the names of the validation sets; a split is written into the folder.
 
     Args:
         seen: Pairs that the weights were trained on, which are not to be validated on.
+        closed: Whether heads are fitted in closed form, which cross-validation measures: nothing is split off.
     """
     source = open_source(pairs, columns)
     if val:
@@ -186,6 +199,8 @@ def _choose_pairs(
             for warning in filter(None, warnings):
                 log.warning(warning)
         return source, pairs, sets
+    if closed and "validation" not in source.splits():
+        return training_part(source), pairs, []
     if "validation" not in source.splits() and len(training_part(source)) < FEWEST:
         source = training_part(source)
         _check_few(source)
@@ -257,25 +272,15 @@ def default_weights(device: str) -> str:
     )
 
 
-def check_learns(parts: Parts) -> None:
-    """Refuse a run that would train the logit scale alone."""
-    trained = {name for group in parts.optimizer.param_groups for name in group["names"]}
-    if trained <= {"model.logit_scale", "model.logit_bias"}:
-        raise UserError(
-            "--freeze both leaves nothing to train: these weights have projections of their own. Give --freeze image, "
-            "text or none, the last also with finetune.lora={rank: 8}."
-        )
-
-
-def write_finetuned(parts: Parts) -> None:
+def write_finetuned(folder: Path, model: Encoder) -> None:
     """Write the report of a finished run, and export its model to every format that can hold it."""
-    write_run_report(parts)
-    merged = load(parts.folder, "cpu")  # without adapters, and whole where it was sharded
+    write_report(folder, model)
+    merged = load(folder, "cpu")  # without adapters, and whole where it was sharded
     for format in ("safetensors", "open_clip", "huggingface"):
         try:
             if format != "safetensors":
                 FORMATS[format].express(merged)
-            export(parts.folder, format, parts.folder / "exported" / format, overwrite=True)
+            export(folder, format, folder / "exported" / format, overwrite=True)
         except Refusal:
             continue
         except UserError as error:  # the run is whole without it
@@ -284,6 +289,10 @@ def write_finetuned(parts: Parts) -> None:
 
 def write_run_report(parts: Parts) -> None:
     """Write report.html of a finished run."""
+    write_report(parts.folder, trained_model(parts))
+
+
+def trained_model(parts: Parts) -> Encoder:
+    """The model of a finished run."""
     # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
-    model: Any = load(parts.folder) if parts.sharded else parts.evaluated_model
-    write_report(parts.folder, model)
+    return load(parts.folder) if parts.sharded else parts.evaluated_model

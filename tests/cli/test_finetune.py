@@ -26,6 +26,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.folder import read_run
 from declip.training.assemble import assemble
+from declip.training.fit import closed_form
 from declip.training.trainer import Trainer
 from interchange.towers import build
 from training.starts import same_end
@@ -160,17 +161,16 @@ def test_a_refused_run_removes_only_its_own_files(pairs: Path, weights: Path, tm
 
 @pytest.mark.parametrize(("name", "count"), [("single", 1), ("nineteen", 19)])
 def test_a_few_pairs_train_without_a_validation_part(
-    name: str, count: int, pairs: Path, tmp_path: Path, command: Any, caplog: pytest.LogCaptureFixture
+    name: str, count: int, pairs: Path, tmp_path: Path, command: Any
 ) -> None:
     head, *rows = pairs.read_text().splitlines()
     table = pairs.with_name(f"{name}.csv")
     table.write_text("\n".join([head, *rows[:count]]) + "\n")
     printed = command("finetune", table, "--out", tmp_path / "run", "--quiet", "image.size=32")
     assert printed.status == 0
-    assert all(part in caplog.text for part in (plural(count, "pair"), "--val"))
-    assert "nothing was measured" in printed.out
+    assert all(part in printed.out for part in (plural(count, "pair"), "--val", "nothing was measured"))
     run = read_run(tmp_path / "run")
-    assert (run.step, run.recipe.train.batch_size, run.recipe.evaluation.retrieval) == (1, min(max(count, 2), 8), ())
+    assert (run.recipe.evaluation.retrieval, run.cross_validation["pairs"]) == ((), count)
     model: Any = declip.load(tmp_path / "run", device="cpu")
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
 
@@ -178,7 +178,7 @@ def test_a_few_pairs_train_without_a_validation_part(
 @pytest.mark.parametrize("rate", ["5e-4", "0.0005"])
 def test_numbers_are_read_as_python_writes_them(rate: str) -> None:
     given = read_overrides({"train.lr": rate, "train.epochs": "1e1", "train": {"batch_size": "16"}})
-    keys = settings(64, "heads", on_cpu=True, given=given)
+    keys = settings(64, "heads", on_cpu=False, given=given)
     assert (keys["train.lr"], keys["train.warmup_lr"]) == (0.0005, pytest.approx(5e-6))
     assert (keys["train.batch_size"], keys["train.evaluate_every"]) == (16, 4)
 
@@ -218,21 +218,26 @@ def test_dry_run_keeps_nothing(pairs: Path, weights: Path, tmp_path: Path, monke
 
 
 def test_the_table_of_settings() -> None:
-    assert [settings(count, "heads", on_cpu=True)["train.batch_size"] for count in (1, 3, 20)] == [2, 3, 8]
-    few, more = (settings(count, "heads", on_cpu=True) for count in (200, 5_000))
-    assert (few["finetune.cached_views"] > 0, few["finetune.freeze_image_blocks"]) == (True, "all")
+    views = {"finetune.cached_views": 4}
+    assert [settings(n, "heads", True, given=views)["train.batch_size"] for n in (1, 3, 20)] == [2, 3, 8]
+    few, more = (settings(count, "heads", on_cpu=True, given=views) for count in (200, 5_000))
     assert few["train.batch_size"] < more["train.batch_size"]
     assert few["train.ema_decay"] == 1
-    assert "train.ema_decay" not in settings(200, "heads", True, given={"finetune.head_init": "random"})
+    assert settings(200, "heads", True, given=views | {"contrastive.duplicates": "mask"})["finetune.mixup"] == 0
+    for start, freeze, on_cpu, expected in (
+        ("heads", None, True, True),
+        ("heads", None, False, False),
+        ("heads", "both", False, True),
+        ("heads", "image", True, False),
+        ("whole", None, True, False),
+    ):
+        assert closed_form(load_recipe("finetune", settings(200, start, on_cpu, freeze, None, False))) == expected  # type: ignore[arg-type]
     lora = {"finetune.lora": {"rank": 2}, "train.patience": None}
     adapters = load_recipe("finetune", settings(200, "heads", on_cpu=True, given=lora))
     assert (adapters.finetune.freeze_image_blocks, adapters.finetune.layer_decay, adapters.train.lr) == (0, 1.0, 0.001)
     given = settings(1_000, "whole", on_cpu=False, given={"train.steps": 40, "train.batch_size": 10, "train.lr": 1.0})
     assert "train.epochs" not in given
     assert (given["train.evaluate_every"], given["train.warmup_steps"], given["train.warmup_lr"]) == (40, 4, 0.01)
-    assert settings(200, "heads", True, given={"contrastive.duplicates": "mask"})["finetune.mixup"] == 0
-    adapted = settings(200, "heads", on_cpu=True, given={"finetune.lora": {"rank": 8}})
-    assert (adapted["finetune.freeze_text_blocks"], adapted["finetune.layer_decay"]) == (0, 1)
 
 
 def test_python_objects_are_split_and_validated_on(pairs: Path, tmp_path: Path) -> None:

@@ -4,17 +4,29 @@ import numpy as np
 import pytest
 import torch
 
-from declip.models.two_way_ridge import Pairs
-from declip.training.heads import assign_folds, choose_heads, held_out
+from declip.models.two_way_ridge import Heads, Pairs
+from declip.training import heads
+from declip.training.heads import HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
 from pair_features import class_pairs, pairs_of
+
+
+def held_out(found: Heads, pairs: Pairs) -> HeldOutRanks:
+    outcome = HeldOutRanks.empty(pairs)
+    score(
+        outcome,
+        found,
+        Pairs(*(t.double() if t.is_floating_point() else t for t in pairs)),
+        torch.arange(len(pairs.images)),
+        caption_numbers(pairs),
+    )
+    return outcome
 
 
 def test_classes_alone_make_heads_that_find_images() -> None:
     nothing = Pairs(torch.empty(0, 12), torch.empty(0, 7), torch.empty(0, dtype=torch.int64))
     choice = choose_heads(nothing, np.empty(0, np.int64), class_pairs())
-    _, _, to_text, _ = held_out(choice.heads, pairs_of(40), torch.ones(40, dtype=torch.bool))
     assert choice.class_weight == 1
-    assert float((to_text < 1).double().mean()) > 0.5  # chance: 1 of 40
+    assert float((held_out(choice.heads, pairs_of(40)).to_text < 1).double().mean()) > 0.5  # chance: 1 of 40
 
 
 def test_choice_leaves_wrong_classes_out() -> None:
@@ -25,25 +37,36 @@ def test_choice_leaves_wrong_classes_out() -> None:
 
 
 def test_more_noise_needs_more_ridge() -> None:
-    clear, noisy = (choose_heads(pairs_of(60, noise=noise), np.arange(60)).ridge for noise in (0.01, 3.0))
+    clear, noisy = (choose_heads(pairs_of(300, noise=noise), np.arange(300)).ridge for noise in (0.3, 3.0))
     assert clear < noisy
 
 
 def test_cross_validated_recall_is_near_that_of_new_images() -> None:
-    choice = choose_heads(pairs_of(400, noise=1.0), np.arange(400))
-    _, _, to_text, to_image = held_out(choice.heads, pairs_of(80, noise=1.0, seed=5), torch.ones(80, dtype=torch.bool))
-    truth = float((torch.cat([to_text, to_image]) < 10).double().mean())
-    estimate = sum(count * recall for count, _, recall in choice.recalls) / 400
-    assert estimate == pytest.approx(truth, abs=0.1)  # folds of 80 images, too
+    pairs, new = pairs_of(400, noise=1.0), pairs_of(80, noise=1.0, seed=5)
+    choice = choose_heads(pairs, np.arange(400))
+    assert choice.outcome is not None
+    truth = held_out(choice.heads, new).recall(10, new, np.arange(80)).value
+    estimate = choice.outcome.recall(10, pairs, np.arange(400))
+    assert estimate.value == pytest.approx(truth, abs=0.1)  # folds of 80 images, too
+    assert estimate.low < estimate.value < estimate.high
+
+
+def test_many_images_compete_in_blocks_and_all_have_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = pairs_of(200, noise=0.5)
+    monkeypatch.setattr(heads, "MOST", 100)
+    monkeypatch.setattr(heads, "BLOCK", 20)
+    outcome = choose_heads(pairs, np.arange(200)).outcome
+    assert outcome is not None
+    assert (set(outcome.images.tolist()), bool(outcome.fit.isfinite().all())) == ({20}, True)
 
 
 def test_captions_that_do_not_fit_have_bad_ranks_out_of_fold() -> None:
     pairs = pairs_of(200)
     wrong = torch.arange(0, 40, 2)
     pairs.texts[wrong] = pairs.texts[wrong.roll(1)]
-    fit = choose_heads(pairs, np.arange(200)).fit
-    assert fit is not None
-    assert int(torch.isin(fit.argsort(descending=True)[:30], wrong).sum()) >= 16
+    outcome = choose_heads(pairs, np.arange(200)).outcome
+    assert outcome is not None
+    assert int(torch.isin(outcome.fit.argsort(descending=True)[:30], wrong).sum()) >= 16
 
 
 def test_folds_keep_groups_together_and_are_of_one_size() -> None:
@@ -55,4 +78,4 @@ def test_folds_keep_groups_together_and_are_of_one_size() -> None:
 
 def test_fewer_groups_than_can_be_validated_take_the_defaults() -> None:
     choice = choose_heads(pairs_of(30), np.arange(30) // 2)
-    assert (choice.ridge, choice.class_weight, choice.recalls, choice.fit) == (1.0, 0.0, (), None)
+    assert (choice.ridge, choice.class_weight, choice.outcome) == (1.0, 0.0, None)

@@ -124,12 +124,16 @@ def finetune(
     run = api.finetune(pairs, weights, resume=resume, **options)
     leave_unless_finished(run)
     from declip.reports.page import rich_table
-    from declip.reports.run import measures_table
+    from declip.reports.run import fitted_lines, measures_table
 
     if run.evaluated:
         console.print(rich_table(measures_table(run)))
-    best = (
-        f"Best: step {run.best_step:,} of {run.step:,}" if run.evaluated else "No validation set: nothing was measured"
-    )
-    say(f"{best}. Report: {run.report}. Exported: {run.folder / 'exported'}")
+    if run.cross_validation:
+        for line in fitted_lines(run):
+            say(line)
+    elif run.evaluated:
+        say(f"Best: step {run.best_step:,} of {run.step:,}.")
+    else:
+        say("No validation set: nothing was measured.")
+    say(f"Report: {run.report}. Exported: {run.folder / 'exported'}")
     say(f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'")

@@ -109,6 +109,16 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
     return f"{words}: its numbers are inflated by leakage." if copies else None
 
 
+def related_pairs(source: PairSource, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Find pairs that must not be held out from each other: indices of the pairs that can be used, and their groups.
+
+    Raises:
+        UserError: no pair can be used, or all have the same caption.
+    """
+    pairs = _read(source, progress, fewest=1)
+    return pairs.pairs["place"], _related(pairs, source)
+
+
 def _related(pairs: ReadPairs, source: PairSource) -> np.ndarray:
     """Number the sets of pairs joined by nearly the same image, a caption, or the source's groups: int64 (n,)."""
     n = len(pairs.pairs)

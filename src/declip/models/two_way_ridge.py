@@ -57,14 +57,38 @@ def two_way_ridge(
         mean: (v,) mean feature of images; None: that of `images`.
     """
     weights = (weights / weights.sum()).double()
-    sides = []
-    for features, center in ((images.double(), mean), (texts.double(), None)):
-        center = weights @ features if center is None else center.double()
+    image_side = CenteredFeatures.of(images.double(), weights, mean)
+    text_side = CenteredFeatures.of(texts.double(), weights)
+    maps = ridge_both_ways(image_side.rows, text_side.rows, weights, ridges)
+    return [Heads(image_side.projection(left), text_side.projection(right)) for left, right in maps]
+
+
+class CenteredFeatures(NamedTuple):
+    """Features without the direction of their mean, scaled to unit length."""
+
+    rows: Tensor  # (n, v)
+    direction: Tensor  # (v,), of unit length
+
+    @classmethod
+    def of(cls, features: Tensor, weights: Tensor, mean: Tensor | None = None) -> "CenteredFeatures":
+        """Center features (n, v) by their weighted mean, or a given one (v,)."""
+        center = weights.to(features) @ features if mean is None else mean.to(features)
         direction = normalize(center, dim=0)
-        unit = normalize(features - (features @ direction)[:, None] * direction, dim=-1)
+        return cls(normalize(features - (features @ direction)[:, None] * direction, dim=-1), direction)
+
+    def projection(self, rows: Tensor) -> Tensor:
+        """A projection (k, v) of the centered features as one of features, which ignores their mean's direction."""
+        # Equal features have no variance in the mean's direction, others have: it must stay ignored.
+        return rows - (rows @ self.direction)[:, None] * self.direction
+
+
+def ridge_both_ways(x: Tensor, y: Tensor, weights: Tensor, ridges: tuple[float, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Solve both regressions of centered features (n, v) and (n, w), and split M into projections (k, v) and (k, w)."""
+    sides = []
+    for unit in (x, y):
         variances, axes = torch.linalg.eigh((unit * weights[:, None]).mT @ unit)  # the dominant cost: O(v³)
-        sides.append((unit, variances.clamp(min=0), axes, direction))
-    (x, x_variances, x_axes, x_mean), (y, y_variances, y_axes, y_mean) = sides
+        sides.append((variances.clamp(min=0), axes))
+    (x_variances, x_axes), (y_variances, y_axes) = sides
     cross = x_axes.mT @ ((x * weights[:, None]).mT @ y) @ y_axes  # (v, w), in the axes of both sides
     found = []
     for ridge in ridges:
@@ -72,9 +96,7 @@ def two_way_ridge(
         backward = cross / (y_variances + ridge * y_variances.mean())
         units = (normalize(side.flatten(), dim=0).view_as(cross) for side in (forward, backward))
         left, right = split_product(sum(units, torch.zeros_like(cross)))
-        projections = (left @ x_axes.mT, x_mean), (right @ y_axes.mT, y_mean)
-        # Equal features have no variance in the mean's direction, others have: it must stay ignored.
-        found.append(Heads(*(rows - (rows @ mean)[:, None] * mean for rows, mean in projections)))
+        found.append((left @ x_axes.mT, right @ y_axes.mT))
     return found
 
 
@@ -98,6 +120,21 @@ def fit_heads(
     pairs: Pairs, chosen: Tensor, classes: ClassPairs | None, class_weight: float, ridges: tuple[float, ...]
 ) -> list[Heads]:
     """Heads of the chosen images (bool, (n,)) and of a classifier's classes, for each ridge."""
+    rows = regression_rows(pairs, chosen, classes, class_weight)
+    return two_way_ridge(rows.images, rows.texts, rows.weights, ridges, rows.mean)
+
+
+class RegressionRows(NamedTuple):
+    """Pairs of one image and one text with weights: first the captions of the images, then the texts of the classes."""
+
+    images: Tensor  # (r, v)
+    texts: Tensor  # (r, w)
+    weights: Tensor  # (r,) float64
+    mean: Tensor | None  # (v,) mean feature of images; None: that of `images`
+
+
+def regression_rows(pairs: Pairs, chosen: Tensor, classes: ClassPairs | None, class_weight: float) -> RegressionRows:
+    """Rows of the regression: a chosen image weighs 1, a class `class_weight`, however many texts they have."""
     captions = chosen[pairs.owners]
     owners = pairs.owners[captions]
     images, texts = [pairs.images[owners]], [pairs.texts[captions]]
@@ -111,4 +148,4 @@ def fit_heads(
             images.append((classes.rows - classes.rows.mean(dim=0))[classes.owners])
             texts.append(classes.texts)
             weights.append(class_weight / torch.bincount(classes.owners)[classes.owners].double())
-    return two_way_ridge(torch.cat(images), torch.cat(texts), torch.cat(weights), ridges, mean)
+    return RegressionRows(torch.cat(images), torch.cat(texts), torch.cat(weights), mean)

@@ -13,6 +13,10 @@ ARGUMENTS = {"data.source": "PAIRS", "finetune.pretrained": "--from"}
 ARGUMENTS |= dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--val")
 """Recipe keys that arguments of `declip.finetune` set."""
 
+UNUSED = ("train", "loss_weights", "contrastive", "views")
+USED = ("train.device", "train.report_to", "train.keep_checkpoints", "train.precision")
+"""Sections that heads in closed form do not read, and the keys of these that they do."""
+
 EVALUATIONS = 10  # of a run, at most: an epoch of cached features takes less time than an evaluation
 CPU_SIZE = 128  # image size of the built-in start on a CPU: a third of the work of its 224 pixels
 
@@ -42,8 +46,7 @@ def read_overrides(overrides: Mapping[str, Any] | None, freeze: str | None = Non
     for kind in get_args(Start):
         try:
             others = settings(1_000, kind, True, freeze, unrelated)
-            if "train.steps" in given:
-                del others["train.epochs"]
+            others.pop("train.epochs" if "train.steps" in given else "train.steps", None)
             tree = load_recipe("finetune", {**others, **least, **given}).model_dump()
         except UserError as error:
             first = first or error
@@ -81,7 +84,9 @@ def settings(
     lora = any(value is not None for key, value in given.items() if key.startswith("finetune.lora"))
     if freeze is None:
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
-    heads = freeze == "both" and start == "heads"
+    heads = freeze == "both" and start != "whole"
+    if heads and not given.get("finetune.cached_views"):
+        return _closed_form(given)
     init = given.get("finetune.head_init", "cca" if pairs > 1 else "random")  # one pair has no correlation
     closed = heads and init == "cca"
     keys: dict[str, Any] = dict(
@@ -119,6 +124,18 @@ def settings(
         "train.evaluate_every": max(1, min(steps, max(per_epoch, -(-steps // EVALUATIONS)))) if validated else 0,
     }
     return {**rest, **keys}
+
+
+def _closed_form(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of heads in closed form; those of training are refused, as they would change nothing."""
+    for key, value in given.items():
+        if key.split(".")[0] in UNUSED and key not in USED:
+            raise UserError(
+                f"{key}={value} has no effect: with both towers frozen the projections are computed in closed form, "
+                "without steps or batches. Leave it out, or train the towers too with --freeze none."
+            )
+    frozen = dict.fromkeys(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), "all")
+    return {**frozen, "train.steps": 1, "train.warmup_steps": 0, **given}
 
 
 def _of_heads(init: str, given: Mapping[str, Any]) -> dict[str, Any]:

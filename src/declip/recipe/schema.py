@@ -191,6 +191,9 @@ class FineTuning(Section):
     )
     freeze_text_blocks: Count | Literal["all"] = Field(0, description="number of lowest text blocks to freeze, or all")
     head_warmup_steps: int = Field(0, ge=0, description="first steps that train only new parameters; at most a quarter")
+    class_pairs: bool = Field(
+        True, description="with frozen towers, use the classes of the start's classifier as pairs"
+    )
     cached_views: int = Field(0, ge=0, description="views whose frozen features are computed once; 0: at every step")
     head_init: Literal["random", "cca"] = Field("random", description="cca: canonical correlation of features (CSA)")
     mixup: float = Field(0.0, ge=0, description="alpha of the mixup of cached features (FuseMix); 0: off")

@@ -1,6 +1,6 @@
 """The report of a run: one HTML file with its numbers, curves, examples and recipe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -15,8 +15,7 @@ from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
 from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShotResult, short_names
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.io.atomic import write_text
-from declip.io.text import percent, times
-from declip.models.dual_encoder import DualEncoder
+from declip.io.text import percent, plural, times
 from declip.reports.charts import score_chart, value_chart
 from declip.reports.examples import Confusion, confusions, retrieval
 from declip.reports.page import NONE, Table, points, render
@@ -46,7 +45,7 @@ class HeldOut(NamedTuple):
     templates: str | Sequence[str]
 
 
-def write_report(folder: Path, model: DualEncoder, limit: int = 4_000) -> Path:
+def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     """Write ``report.html`` into a run folder, from its files.
 
     Headline and examples are of one set of the recipe's evaluation: the user's own before a built-in one, final ones
@@ -77,6 +76,10 @@ def write_report(folder: Path, model: DualEncoder, limit: int = 4_000) -> Path:
         zero_shot=next((result for result in results if isinstance(result, ZeroShotResult)), None),
         retrieval=next((result for result in results if isinstance(result, RetrievalResult)), None),
         results_table=measures_table(run),
+        fitted=fitted_lines(run),
+        worst=Table(
+            "Captions that fit worst", ("image", "caption", "out-of-fold rank"), run.worst_captions(10), texts=2
+        ),
         losses=loss_charts(run) if run.metrics else [],
         progress=[TitledChart(title, _svg(title, run, key, noisy)) for key, (title, noisy) in PROGRESS.items()],
         accuracy=accuracy_charts(run),
@@ -88,6 +91,29 @@ def write_report(folder: Path, model: DualEncoder, limit: int = 4_000) -> Path:
         credits=list(dict.fromkeys(filter(None, credits))),
     )
     return write_text(folder / NAME, content)
+
+
+def fitted_lines(run: Run) -> list[str]:
+    """Describe heads in closed form, and what cross-validation says about them, in lines; none for other runs."""
+    fitted = run.cross_validation
+    if not fitted:
+        return []
+    used = f"{plural(fitted['pairs'], 'pair')} with {plural(fitted['captions'], 'caption')}"
+    if fitted["classes"]:
+        used += f"; {fitted['classes']:,} classes of the start, each with weight {fitted['class_weight']:g}"
+    lines = [f"Fitted on {used}; ridge {fitted['ridge']:g}."]
+    if "recall" not in fitted:
+        return [*lines, "Too few different pairs to cross-validate: nothing was measured. Give other pairs with --val."]
+    lines.append(f"Cross-validated among {fitted['candidates']:,} images: {_recalls(fitted['recall'])}.")
+    if "recall_without_classes" in fitted:
+        lines.append(f"The same without the classes: {_recalls(fitted['recall_without_classes'])}.")
+    return lines
+
+
+def _recalls(recalls: Mapping[str, Mapping[str, float]]) -> str:
+    """Format recalls by k with their 95 % intervals."""
+    numbers = ((k, *(percent(each[name]) for name in ("value", "low", "high"))) for k, each in recalls.items())
+    return ", ".join(f"R@{k} {value} ({low} to {high})" for k, value, low, high in numbers)
 
 
 def measures_table(run: Run) -> Table:

@@ -1,6 +1,8 @@
 """The run folder: its files and its lock. Only this module reads the JSONL files of a run."""
 
+import csv
 import errno
+import itertools
 import json
 import logging
 import os
@@ -29,10 +31,12 @@ from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest
 RECIPE, METRICS, EVALUATIONS, SKIPPED = "recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "skipped.json"
 EXAMPLES = "examples.json"  # facts and example pairs for the report
 TRACKING = "tracking.json"  # ids of the run in the trackers of train.report_to
+CROSS_VALIDATION, OUT_OF_FOLD = "cross_validation.json", "out_of_fold.csv"  # of heads in closed form
 LOCK = ".lock"
 KEPT = "start.safetensors"
 """Pretrained weights that a run started from, for resuming and for interpolation."""
-OUTPUTS = (METRICS, EVALUATIONS, SKIPPED, EXAMPLES, "log.txt", "report.html", "checkpoints", "exported")
+OUTPUTS = (METRICS, EVALUATIONS, SKIPPED, EXAMPLES, CROSS_VALIDATION, OUT_OF_FOLD)
+OUTPUTS += ("log.txt", "report.html", "checkpoints", "exported")
 SPLIT = ("train.pairs", "val.pairs")
 """Lists of the parts that `declip finetune` splits its pairs into."""
 CHANGEABLE = (
@@ -133,6 +137,18 @@ class Run:
         """examples.json: "source" (name, pairs, credit), "losses" by name, "views"; empty before the first step."""
         text = _text(self.folder / EXAMPLES)
         return json.loads(text) if text else {}
+
+    @cached_property
+    def cross_validation(self) -> Mapping[str, Any]:
+        """cross_validation.json of heads in closed form, see `declip.training.fit`; empty for other runs."""
+        text = _text(self.folder / CROSS_VALIDATION)
+        return json.loads(text) if text else {}
+
+    def worst_captions(self, count: int) -> tuple[tuple[str, str, str], ...]:
+        """Image, caption and out-of-fold rank, 0 best and 1 worst, of the captions with the highest ranks."""
+        table = csv.reader(_text(self.folder / OUT_OF_FOLD).splitlines(keepends=True))
+        rows = [row for row in itertools.islice(table, 1, count + 1) if len(row) == 3]
+        return tuple((key, caption, rank) for key, caption, rank in rows)
 
     @property
     def step(self) -> int:

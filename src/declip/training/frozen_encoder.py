@@ -1,7 +1,7 @@
 """A model whose frozen towers see each image and text once, for evaluation."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,17 @@ from torch import Tensor
 from declip.data.feature_store import KEY, FeatureStore
 from declip.data.pair import PairSource
 from declip.errors import UserError
+from declip.evaluation.encode import eval_mode
 from declip.interchange.read import read
 from declip.io.cache import LOCK
+from declip.io.pool import pairs_bar
 from declip.models.dual_encoder import DualEncoder, has_text
 from declip.models.layers import IMAGE, TEXT
 from declip.supervision.distillation import Distillation
 from declip.supervision.objective import Objective
 from declip.training.frozen import features_folder, text_key, tower_digest
+
+BATCH = 64  # captions that the tower sees at a time
 
 
 class FrozenEncoder:
@@ -39,6 +43,25 @@ class FrozenEncoder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)  # preprocessing and tokenizer are the model's
+
+    def pool_images(self, images: Tensor) -> Tensor:
+        """(n, 3, S, S) normalized → (n, v) float32, before the projection."""
+        return self._images.of(images)
+
+    def pool_captions(self, captions: Sequence[str], shown: bool = False, title: str = "Captions") -> Tensor:
+        """Encode captions up to the projection: (m, w) float32, rows of equal captions equal bit for bit."""
+        distinct = sorted(
+            set(captions), key=lambda caption: (len(caption), caption)
+        )  # batches of one length have little padding
+        found: list[Tensor] = []
+        with eval_mode(self.model) as device, pairs_bar(shown, "captions") as bar:
+            task = bar.add_task(title, total=len(distinct))
+            for start in range(0, len(distinct), BATCH):
+                batch = distinct[start : start + BATCH]
+                found.append(self._texts.of(self.model.tokenize(batch).to(device)).cpu())
+                bar.advance(task, len(batch))
+        place = {caption: row for row, caption in enumerate(distinct)}
+        return torch.cat(found)[torch.tensor([place[caption] for caption in captions])]
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, d) float32 of length 1."""

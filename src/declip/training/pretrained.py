@@ -71,7 +71,7 @@ def apply_pretrained(
     the weights lack stay random, are never frozen, and have the recipe's learning rate. None where all are random.
     """
     tune = recipe.finetune
-    taken = _place_model(start, model) if start is not None else set()
+    taken = load_tensors(start, model) if start is not None else set()
     with_encoder = recipe.text.hf_model is not None and recipe.text.pretrained
     encoder = {name for name, _ in model.named_parameters() if name.startswith(f"{TEXT}encoder.") and with_encoder}
     loaded = taken | encoder
@@ -101,7 +101,8 @@ def apply_pretrained(
     return Pretrained(kept, multipliers, whole, summary)
 
 
-def _place_model(start: Weights, model: DualEncoder) -> set[str]:
+def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
+    """Load the tensors of a start into a model of its recipe, resampled where they depend on a size, and name them."""
     own = model.state_dict()
     fitted: dict[str, Tensor] = {}
     old = start.recipe.text.context_length

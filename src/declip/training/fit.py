@@ -1,0 +1,241 @@
+"""Fine-tuning of the projections between frozen towers in closed form: no steps, no batches, no validation part.
+
+Every caption of every pair is used, on one plain view of its image; cross-validation measures and chooses.
+"""
+
+import csv
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from declip.data.pair import PairSource, SkipCounter
+from declip.errors import UserError
+from declip.evaluation.encode import Encoder, encode_source
+from declip.evaluation.protocols import Options, evaluate_all
+from declip.io.atomic import atomic_write, write_text
+from declip.io.pool import usual_workers
+from declip.models.device import pick_device
+from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import PROJECTIONS
+from declip.models.two_way_ridge import ClassPairs, Pairs
+from declip.recipe.schema import Recipe
+from declip.runs import folder as run_folder
+from declip.runs.checkpoint import Checkpoint, list_checkpoints, prefixed, write_snapshot
+from declip.runs.folder import Run, log
+from declip.training import distributed
+from declip.training.distributed import HostGroup
+from declip.training.frozen_encoder import FrozenEncoder
+from declip.training.heads import Choice, HeldOutRanks, choose_heads
+from declip.training.monitor import Monitor, monitored
+from declip.training.pairs import TRAINING, evaluation_tasks, open_held_out, refuse_broken, sample_hashes
+from declip.training.pretrained import load_tensors
+from declip.training.resolve import Resolved, resolve
+from declip.training.sinks import RunInfo
+from declip.training.state import versions
+
+STEP = 1  # of the checkpoint: fitting is one step
+MANY = 2_000  # pairs from which on processes read the images
+
+Related = Callable[[PairSource, bool], tuple[np.ndarray, np.ndarray]]
+"""Finds pairs that must not be held out from each other, see `declip.inspection.split.related_pairs`."""
+
+
+class Features(NamedTuple):
+    """Pooled features of all pairs that can be used, with what the out-of-fold table says of them."""
+
+    pairs: Pairs
+    groups: np.ndarray  # (n,), see `choose_heads`
+    keys: list[str]  # (m,) of the image of each caption
+    captions: list[str]  # (m,)
+    skipped: SkipCounter
+
+
+def closed_form(recipe: Recipe) -> bool:
+    """Whether a fine-tuning fits projections alone: both towers are frozen, and no views are cached to train on."""
+    tune = recipe.finetune
+    return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and not tune.cached_views and tune.lora is None
+
+
+def fit(
+    recipe: Recipe, folder: Path, resume: bool, quiet: bool, related: Related, finish: Callable[[Path, Encoder], None]
+) -> Run:
+    """Fit the projections of frozen towers, evaluate them, and write the run folder; rank 0 works, the others wait.
+
+    Args:
+        finish: Called on rank 0 with the folder and the model, which has its features at hand.
+    """
+    device = pick_device(distributed.local_device(recipe.train.device))
+    distributed.join(device)
+    hosts = HostGroup()
+    resolved = resolve(recipe, folder, resume, device, hosts)
+    hosts.on_rank_zero(partial(_fit, resolved, device, folder, resume, quiet, related, finish))
+    return Run(folder, STEP, True, is_rank_zero=distributed.is_rank_zero())
+
+
+def _fit(
+    resolved: Resolved,
+    device: torch.device,
+    folder: Path,
+    resume: bool,
+    quiet: bool,
+    related: Related,
+    finish: Callable[[Path, Encoder], None],
+) -> None:
+    recipe, source = resolved.recipe, resolved.source
+    # --- all checks, then the run folder
+    model = frozen_model(resolved).to(device)
+    refuse_broken(source, recipe.data.max_broken_fraction)
+    samples = {name: sample_hashes(pairs) for name, pairs in {TRAINING: source, **open_held_out(recipe)}.items()}
+    run_folder.open_folder(recipe, folder, resume)
+    if list_checkpoints(folder) and (folder / "exported").exists():
+        log.info("The run in '%s' is finished.", folder)
+        return
+    info = RunInfo(folder, 0, STEP, recipe.train.batch_size, quiet)
+    with monitored(info, recipe.train.report_to) as monitor:
+        # --- features, heads and the checkpoint
+        encoder = FrozenEncoder(model)
+        features = compute_features(encoder, source, recipe, related, not quiet)
+        classes = class_pairs(resolved, encoder, not quiet)
+        choice = choose_heads(features.pairs, features.groups, classes, recipe.seed)
+        set_heads(model, choice)
+        extra = {"versions": versions(), "skipped": _skipped(features, source), "samples": samples, "bad_steps": []}
+        weights = prefixed("model", model.state_dict())
+        write_snapshot(folder, Checkpoint(STEP, weights, {}, recipe.to_yaml(), extra), recipe.train.keep_checkpoints)
+        monitor.advance(STEP)
+        # --- what is known about them
+        _write_facts(folder, source, features, choice, classes)
+        _evaluate(monitor, encoder, recipe, quiet)
+        monitor.flush()
+        finish(folder, cast(Encoder, encoder))
+
+
+def frozen_model(resolved: Resolved) -> DualEncoder:
+    """Build the model with the towers of the start and projections that are still to be set."""
+    recipe, weights = resolved.recipe, resolved.weights
+    assert weights is not None, "the schema requires finetune.pretrained for frozen blocks"
+    if any(name.startswith(PROJECTIONS) for name in weights.tensors):
+        raise UserError(
+            "--freeze both leaves nothing to train: these weights have projections of their own. Give --freeze image, "
+            "text or none, the last also with finetune.lora={rank: 8}."
+        )
+    if not weights.whole and not (recipe.text.hf_model is not None and recipe.text.pretrained):
+        raise UserError(
+            "The weights hold no text tower to freeze. Leave --freeze text and finetune.freeze_text_blocks out."
+        )
+    torch.manual_seed(recipe.seed)
+    model = DualEncoder.from_recipe(recipe, weights.encoder)
+    model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
+    load_tensors(weights, model)
+    return model.eval()
+
+
+def compute_features(
+    encoder: FrozenEncoder, source: PairSource, recipe: Recipe, related: Related, shown: bool
+) -> Features:
+    """Compute the pooled features of all images and distinct captions, and the groups that stay in one fold."""
+    places, groups = related(source, shown)
+    # A pair that cannot be read now was read or refused a moment ago, so both passes see the same pairs.
+    found = encode_source(
+        cast(Encoder, encoder),
+        source,
+        encode=encoder.pool_images,
+        texts=False,
+        batch_size=64,
+        workers=usual_workers() if len(source) > MANY else 0,
+        progress=shown,
+    )
+    allowed = recipe.data.max_broken_fraction * len(source)
+    if found.skipped.total > allowed:
+        raise UserError(
+            f"{found.skipped.total:,} of the {len(source):,} pairs of '{source.name}' cannot be used; "
+            f"data.max_broken_fraction allows {recipe.data.max_broken_fraction:.1%}. {found.skipped.explanation()}"
+        )
+    group_of = dict(zip(places.tolist(), groups.tolist(), strict=True))
+    captions = found.flat_captions
+    pairs = Pairs(found.images, encoder.pool_captions(captions, shown), torch.from_numpy(found.image_rows))
+    keys = [source.key(index) for index in found.indices[found.image_rows].tolist()]
+    own = np.array([group_of.get(index, -1 - index) for index in found.indices.tolist()])
+    return Features(pairs, own, keys, captions, found.skipped)
+
+
+def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> ClassPairs | None:
+    """Return the classes of the start's classifier as pairs, if it has one with names and the recipe uses them."""
+    weights, tune = resolved.weights, resolved.recipe.finetune
+    if weights is None or not tune.class_pairs:
+        return None
+    classes = weights.named_classes(required="finetune.class_pairs" in resolved.recipe.given)
+    if classes is None:
+        return None
+    texts, owners = classes.texts()
+    return ClassPairs(classes.rows, encoder.pool_captions(texts, shown, "Class names"), owners, classes.mean)
+
+
+@torch.no_grad()
+def set_heads(model: DualEncoder, choice: Choice) -> None:
+    """Set both projections and the logit scale; dimensions beyond the number of directions are 0."""
+    projections = model.image_tower.proj, model.text_tower.text_projection
+    for projection, rows in zip(projections, choice.heads, strict=True):
+        if not isinstance(projection, nn.Linear):
+            raise UserError("--freeze both needs projections of declip; towers of another library keep theirs.")
+        count = min(len(rows), len(projection.weight))
+        projection.weight.zero_()
+        projection.weight[:count] = rows[:count].to(projection.weight)
+        if projection.bias is not None:
+            projection.bias.zero_()
+    model.logit_scale.fill_(float(np.log(choice.logit_scale)))
+
+
+def _evaluate(monitor: Monitor, encoder: FrozenEncoder, recipe: Recipe, quiet: bool) -> None:
+    for name, protocols in evaluation_tasks(recipe, final=True).items():
+        for result in evaluate_all(cast(Encoder, encoder), name, protocols, Options(progress=not quiet)):
+            monitor.evaluation(STEP, result.to_dict())
+
+
+# --- the files that the report reads
+
+
+def _skipped(features: Features, source: PairSource) -> dict[str, Any]:
+    return {**features.skipped.to_dict(), "seen": len(source)}
+
+
+def _write_facts(
+    folder: Path, source: PairSource, features: Features, choice: Choice, classes: ClassPairs | None
+) -> None:
+    """Write what was fitted and what cross-validation says about it."""
+    pairs, outcome = features.pairs, choice.outcome
+    write_text(folder / run_folder.SKIPPED, json.dumps(_skipped(features, source), indent=1))
+    facts = {"name": source.name, "pairs": len(source), "credit": source.credit}
+    write_text(folder / run_folder.EXAMPLES, json.dumps({"source": facts, "losses": {}, "views": []}))
+    fitted: dict[str, Any] = {
+        "pairs": len(pairs.images),
+        "captions": len(pairs.texts),
+        "classes": 0 if classes is None else len(classes.rows),
+        "ridge": choice.ridge,
+        "class_weight": choice.class_weight,
+        "logit_scale": choice.logit_scale,
+    }
+    for name, each in (("recall", outcome), ("recall_without_classes", choice.without_classes)):
+        if each is not None:
+            fitted[name] = {str(k): each.recall(k, pairs, features.groups)._asdict() for k in (1, 10)}
+    if outcome is not None:
+        fitted["candidates"] = round(float(outcome.images.double().mean()))
+        _write_fits(folder, features, outcome)
+    write_text(folder / run_folder.CROSS_VALIDATION, json.dumps(fitted, indent=1))
+
+
+def _write_fits(folder: Path, features: Features, outcome: HeldOutRanks) -> None:
+    """Write the out-of-fold rank of each caption, the worst first: 0 is best, 1 worst."""
+    with (
+        atomic_write(folder / run_folder.OUT_OF_FOLD) as beside,
+        beside.open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(["key", "caption", "rank"])
+        for row in outcome.fit.argsort(descending=True, stable=True).tolist():
+            table.writerow([features.keys[row], features.captions[row], f"{float(outcome.fit[row]):.4f}"])
