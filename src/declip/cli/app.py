@@ -44,15 +44,6 @@ COMMANDS = (finetune, train, evaluate, compare, classify, embed, search, weights
 for command in COMMANDS:
     app.command()(command)
 
-
-@app.command(name="import", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def _removed() -> None:
-    raise UserError(
-        "`declip import` was removed: use declip export WEIGHTS --format safetensors --out DIR, where WEIGHTS is a "
-        "checkpoint, open_clip:MODEL/TAG, hf-hub:OWNER/NAME or a folder."
-    )
-
-
 app.command(name="app")(serve_app)
 for group, name in ((data.group, "data"), (recipes.group, "recipes"), (cache.group, "cache"), (index, "index")):
     app.add_typer(group, name=name)

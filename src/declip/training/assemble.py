@@ -44,11 +44,7 @@ def assemble(
     quiet: bool = False,
     callbacks: Sequence[Sink] = (),
 ) -> Parts:
-    """Build the parts of a run of a recipe, or of the run in the folder, to continue it.
-
-    Args:
-        callbacks: Sinks that get the run's numbers, on rank 0.
-    """
+    """Build the parts of a recipe's run, or of the run in the folder, to continue it; `callbacks` get its numbers."""
     # --- processes and device
     device = pick_device(distributed.local_device(recipe.train.device))
     distributed.join(device)

@@ -115,5 +115,8 @@ class Classified(DerivedSource):
             raise self.broken[row]
         return self.source.captions(row) if self.captioned else (self.class_names[self.labels[index]],)
 
+    def texts_of(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.captions(index), ()
+
     def read_lazy(self, index: int) -> LazyPair:
         return PairSource.read_lazy(self, index)
