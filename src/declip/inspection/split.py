@@ -28,7 +28,6 @@ class PairSplit(NamedTuple):
 
 def split_pairs(
     source: PairSource,
-    fraction: float = FRACTION,
     most: int = MOST,
     progress: bool = False,
     seen: PairSource | None = None,
@@ -36,7 +35,7 @@ def split_pairs(
     """Split off a validation part: pairs with nearly the same image, the same caption, or one group stay together.
 
     A source with a split "validation" keeps its own parts; one with other splits is split within its training pairs.
-    Else each set of such pairs has a hash of its first pair: the sets with hashes below `fraction` are the validation
+    Else each set of such pairs has a hash of its first pair: the sets with hashes below `FRACTION` are the validation
     part, so that a pair stays in its part when pairs are added at the end. With few pairs that number varies by chance;
     between half and twice the wanted number are chosen.
 
@@ -56,7 +55,7 @@ def split_pairs(
     if seen is not None:
         copied = across(pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False).pairs)
         hashes[np.unique(related[copied])] = np.inf
-    val = pairs.pairs["place"][np.isin(related, _chosen(hashes, sizes, fraction, most))]
+    val = pairs.pairs["place"][np.isin(related, _chosen(hashes, sizes, most))]
     if not len(val):
         raise UserError(
             f"No validation part can be split off '{source.name}': its {len(related):,} pairs make "
@@ -79,11 +78,11 @@ def _hashes(pairs: ReadPairs, source: PairSource, related: np.ndarray) -> np.nda
     return np.array([int.from_bytes(digest) / 2**64 for digest in digests])
 
 
-def _chosen(hashes: np.ndarray, sizes: np.ndarray, fraction: float, most: int) -> list[int]:
+def _chosen(hashes: np.ndarray, sizes: np.ndarray, most: int) -> list[int]:
     """Numbers of the sets of the validation part; none where the sets are too large."""
     total = int(sizes.sum())
-    target = max(1, min(round(fraction * total), most))
-    below = min(fraction, most / total)  # not target / total, which varies with each pair that is added
+    target = max(1, min(round(FRACTION * total), most))
+    below = min(FRACTION, most / total)  # not target / total, which varies with each pair that is added
     chosen, count = [], 0
     for number in np.argsort(hashes, kind="stable").tolist():
         wanted = hashes[number] < below

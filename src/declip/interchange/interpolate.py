@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from declip.errors import UserError
-from declip.evaluation.protocols import Options, evaluate_all
+from declip.evaluation.protocols import evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange import declip_file
 from declip.interchange.export import export
@@ -57,13 +57,12 @@ def measure_mixtures(
     datasets: Sequence[str],
     task: str = "zero-shot",
     device: str = "auto",
-    options: Options | None = None,
 ) -> Iterator[tuple[float, list[Result]]]:
     """Evaluate interpolated models of a run on datasets: yields each alpha with a result for each dataset."""
     start, end = ends_of(run, device)
     for alpha in alphas:
         model = interpolate(start, end, alpha)
-        yield alpha, [evaluate_all(model, name, (task,), options)[0] for name in datasets]
+        yield alpha, [evaluate_all(model, name, (task,))[0] for name in datasets]
 
 
 def first_measure(result: Result) -> str:

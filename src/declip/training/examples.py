@@ -39,7 +39,7 @@ def write_examples(
 
 
 def example_views(
-    batch: PairBatch, source: PairSource, plan: Plan, tokenizer: CaptionTokenizer, count: int = SHOWN_PAIRS
+    batch: PairBatch, source: PairSource, plan: Plan, tokenizer: CaptionTokenizer
 ) -> list[dict[str, Any]]:
     """Show random pairs of a batch as the towers see them: pixels un-normalized, token ids decoded.
 
@@ -52,7 +52,7 @@ def example_views(
     if batch.labels is not None:
         changed += (batch.labels != IGNORED).any(1)
     order = np.random.default_rng(0).permutation(len(batch))
-    chosen = order[np.argsort(-changed.numpy()[order], kind="stable")][:count]
+    chosen = order[np.argsort(-changed.numpy()[order], kind="stable")][:SHOWN_PAIRS]
     thumbnails = thumbnails_of(source)
     pairs: list[dict[str, Any]] = []
     for row in chosen.tolist():

@@ -121,13 +121,13 @@ def open_held_out(recipe: Recipe) -> dict[str, PairSource]:
     return sets
 
 
-def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer, sample: int = 512) -> list[str]:
+def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[str]:
     """Look at the tokens of some captions, evenly spaced in the source; remote sources are not read."""
     if source.remote:
         return []
     unknown, tokens, cut, captions = 0, 0, 0, 0
     unknown_id = _unknown_id(tokenizer)
-    for index in _sample(source, sample):
+    for index in _sample(source, 512):
         with suppress(BrokenPair):
             for caption in source.captions(index):
                 ids = [*tokenizer.word_ids(caption)]

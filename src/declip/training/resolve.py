@@ -20,7 +20,7 @@ from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.folder import RECIPE, log, read_recipe
 from declip.training.distributed import HostGroup
-from declip.training.pairs import open_training_source
+from declip.training.pairs import SAMPLE, open_training_source
 from declip.training.pretrained import load_pretrained
 
 
@@ -49,9 +49,9 @@ def resolve_recipe(
     return load_recipe(recipe, given)
 
 
-def has_captions(source: PairSource, sample: int = 64) -> bool:
+def has_captions(source: PairSource) -> bool:
     """Whether any of the first pairs has a caption other than the name of its class, for retrieval."""
-    for index in range(min(sample, len(source))):
+    for index in range(min(SAMPLE, len(source))):
         with suppress(BrokenPair):
             captions = source.captions(index)
             if source.labels is None or source.class_names is None:
