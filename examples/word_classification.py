@@ -77,7 +77,7 @@ class WordClassification(Term):
         super().__init__(recipe, model)
         self.width, self.end = model.image_tower.pre_logits_width, model.tokenizer.end
 
-    def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
+    def prepare(self, source: PairSource, model: DualEncoder) -> None:
         counts: Counter[int] = Counter()
         total = 0
         for index in range(min(len(source), MAX_COUNTED)):

@@ -61,7 +61,7 @@ class Distillation(Term):
         self.average: Average | None = None
         self._fixed: list[DualEncoder] = []  # in a list, so that checkpoints do not store it
 
-    def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
+    def prepare(self, source: PairSource, model: DualEncoder) -> None:
         if self.given == "ema":
             self.average = Average(model, self.decay)
             self.teacher = self.average.module.eval().requires_grad_(False)  # a submodule, so that it is stored

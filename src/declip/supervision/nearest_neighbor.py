@@ -146,7 +146,7 @@ class NearestNeighbor(ContrastiveTerm):
         self.bank = Queue(section.queue_size, model.text_tower.width) if frozen else None
         self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
 
-    def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
+    def prepare(self, source: PairSource, model: DualEncoder) -> None:
         self._pairs = len(source)
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:

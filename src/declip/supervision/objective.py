@@ -129,10 +129,10 @@ class Objective(nn.Module):
         term = dict(self.terms.items()).get("nearest_neighbor")
         return term.queue if isinstance(term, NearestNeighbor) else None
 
-    def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
+    def prepare(self, source: PairSource, model: DualEncoder) -> None:
         """Prepare every loss, before the optimizer is built and a checkpoint is loaded."""
         for _, term in self._terms():
-            term.prepare(source, model, shown)
+            term.prepare(source, model)
         self.to(model.device)
 
     @property

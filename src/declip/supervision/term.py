@@ -97,7 +97,7 @@ class Term(nn.Module):
         """Return the needs, where they depend on the recipe."""
         return cls.needs
 
-    def prepare(self, source: PairSource, model: DualEncoder, shown: bool = False) -> None:
+    def prepare(self, source: PairSource, model: DualEncoder) -> None:
         """Build what depends on the training pairs or on the weights that a run starts from, equal on every rank."""
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def assemble(
     model = _build_model(resolved, folder, resume).to(device)
     objective = Objective(recipe, model).to(device)
     pretrained = apply_pretrained(resolved.weights, recipe, model, objective)
-    objective.prepare(source, model, not quiet and rank_zero)
+    objective.prepare(source, model)
     set_teacher(objective, source, model)
     if recipe.finetune.cached_views:
         check_frozen(recipe, model)
