@@ -30,7 +30,9 @@ def show() -> None:
 
 @group.command()
 def clear(
-    folder: Annotated[str | None, typer.Argument(help="one folder; default: features, shards and tables")] = None,
+    folder: Annotated[
+        str | None, typer.Argument(help="one folder; default: features, shards, heads and tables")
+    ] = None,
 ) -> None:
     """Remove what can be computed or copied again; entries in use stay."""
     from declip.io.cache import clear_cache

@@ -89,7 +89,10 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
     path = Path(where).expanduser()
     if not (path / STATE).is_file() and not list_checkpoints(path):
         weights = read(where)
-        provenance = Provenance(weights.recipe, origin=f"`{without_folders(str(where))}`")
+        origin = f"`{without_folders(str(where))}`"
+        if weights.whole and weights.classes is not None:
+            origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
+        provenance = Provenance(weights.recipe, origin=origin)
         return Traced(weights.build().eval(), provenance, without_run_state(weights.heads))
     checkpoint = read_checkpoint(path)
     run = path.parent.parent if (path / STATE).is_file() else path
@@ -166,7 +169,7 @@ def _head(name: str, whole: bool, library: str, license: str, provenance: Proven
 
 def _base_models(recipe: Recipe) -> list[str]:
     """Repositories on the Hub of the weights that a run started from."""
-    if recipe.finetune.pretrained == starter.NAME:
+    if starter.NAME in (recipe.finetune.pretrained, recipe.text.hf_model):
         return list(starter.REPOSITORIES)
     starts = recipe.finetune.pretrained, recipe.text.hf_model if recipe.text.pretrained else None
     return list(dict.fromkeys(id for start in starts if start and (id := repository(start))))
