@@ -175,7 +175,9 @@ def run_keys(bench: Bench, source: Path, **train: Any) -> dict[str, Any]:
         "train.precision": bench.precision, "evaluation.zero_shot": [], "evaluation.retrieval": [],
         "evaluation.final_zero_shot": [], "evaluation.final_retrieval": [], "nearest_neighbor.queue_size": 64,
     }  # fmt: skip
-    if not bench.tiny:
+    if bench.tiny:
+        keys |= {"image.size": 32, "text.layers": 1, "text.width": 64, "text.heads": 2, "simsiam.widths": [64, 64, 32]}
+    else:
         keys |= {"image.model": TOWERS["ViT-B-32"], "image.size": 224, "train.batch_size": 128}
     return keys | {f"train.{name}": value for name, value in train.items()}
 

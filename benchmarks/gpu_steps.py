@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from declip.data.batch import PairBatch, View
+from declip.data.batch import PairBatch, Photometric, View
 from declip.data.images.crops import apply_photometric
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
@@ -45,9 +45,7 @@ def tiled(batch: PairBatch, count: int) -> PairBatch:
     rows = torch.arange(count) % len(batch)
 
     def view(one: View) -> View:
-        photometric = one.photometric
-        columns = {name: column[rows] for name, column in vars(photometric).items()}
-        return View(one.pixels[rows], replace(photometric, **columns))
+        return View(one.pixels[rows], one.photometric and Photometric(*(column[rows] for column in one.photometric)))
 
     fields = {name: getattr(batch, name) for name in ("masked", "labels", "sample_ids")}
     return replace(

@@ -134,6 +134,7 @@ def test_reproduction(scripts: Scripts, call: Call, tmp_path: Path, monkeypatch:
     module = scripts("reproduce")
     known = module.EXPERIMENTS["synthetic"]
     small = {**known.keys, "train.steps": 8, "train.batch_size": 8, "train.warmup_steps": 0, "train.log_every": 1}
+    small |= {"image.size": 32, "text.layers": 1, "text.width": 64, "text.heads": 2}
     monkeypatch.setitem(module.EXPERIMENTS, "synthetic", replace(known, keys=small, pairs=40))
     shards, out = tmp_path / "shards", tmp_path / "out"
     words = ("synthetic", "--data", shards, "--out", out)

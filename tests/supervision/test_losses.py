@@ -75,12 +75,6 @@ def loop_neighbors(images, image_keys, scale, offset):
     return sum(loop(dots(view, neighbors, scale), offset) for view in images for neighbors in found) / 4
 
 
-def loop_both_ways(images, image_keys, scale, offset):
-    own = NEIGHBORS.double()[:, offset : offset + images.shape[1]]
-    back = sum(loop(dots(neighbors, view, scale), offset) for neighbors in own for view in image_keys) / 4
-    return (loop_neighbors(images, image_keys, scale, offset) + back) / 2
-
-
 def loop_relations(images, texts, image_keys, text_keys, scale, offset):
     image, text = TEACHER.double()[:, : len(text_keys)]
     found = 0
@@ -105,7 +99,6 @@ LOOPS = {
     "nt_xent": loop_nt_xent,
     "late_interaction": loop_late,
     "neighbors": loop_neighbors,
-    "neighbors both ways": loop_both_ways,
 }
 
 
