@@ -1,5 +1,7 @@
 """Features of pairs that share directions, for tests of closed-form heads."""
 
+from typing import Any
+
 import torch
 
 from declip.models.two_way_ridge import ClassPairs, Pairs
@@ -18,7 +20,7 @@ def features(n: int, v: int = 12, w: int = 7, seed: int = 0, noise: float = 0.1)
     return sides[0], sides[1]
 
 
-def pairs_of(n: int, **options: float) -> Pairs:
+def pairs_of(n: int, **options: Any) -> Pairs:
     images, texts = features(n, **options)
     return Pairs(images, texts, torch.arange(n))
 

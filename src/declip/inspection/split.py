@@ -111,11 +111,16 @@ def check_copies(train: PairSource, val: PairSource, progress: bool = False) -> 
 def related_pairs(source: PairSource, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Find pairs that must not be held out from each other: indices of the pairs that can be used, and their groups.
 
+    A group's number is the least hash of its captions, so that it does not depend on the order of the pairs.
+
     Raises:
         UserError: no pair can be used, or all have the same caption.
     """
     pairs = _read(source, progress, fewest=1)
-    return pairs.pairs["place"], _related(pairs, source)
+    related = _related(pairs, source)
+    least = np.full(related.max() + 1, np.iinfo(np.uint64).max)
+    np.minimum.at(least, np.repeat(related, pairs.pairs["captions"]), pairs.captions["hash"])
+    return pairs.pairs["place"], least.view(np.int64)[related]
 
 
 def _related(pairs: ReadPairs, source: PairSource) -> np.ndarray:

@@ -169,7 +169,7 @@ def class_pairs(resolved: Resolved, encoder: FrozenEncoder, shown: bool) -> Clas
     weights, tune = resolved.weights, resolved.recipe.finetune
     if weights is None or not tune.class_pairs:
         return None
-    classes = weights.named_classes(required="finetune.class_pairs" in resolved.recipe.given)
+    classes = weights.named_classes()
     if classes is None:
         return None
     texts, owners = classes.texts()

@@ -145,14 +145,14 @@ def choose_heads(pairs: Pairs, groups: np.ndarray, classes: ClassPairs | None = 
 def _best(
     tried: dict[tuple[float, float], HeldOutRanks], usual: tuple[float, float], pairs: Pairs
 ) -> tuple[float, float]:
-    """The candidate of the best mean reciprocal rank; the usual one unless the difference exceeds its standard error.
+    """The candidate whose gain in mean reciprocal rank over the usual one, less its standard error, is largest.
 
-    A dozen images cannot tell the candidates apart, and the best of 21 would be one by chance.
+    A dozen images cannot tell the candidates apart: the best of 21 would be one by chance. With 31 to 124 pairs this
+    chose heads that were up to 7 points better on other pairs (builtin:stamps and stamps-photos, mean of R@1 and R@10).
     """
     ranks = {key: outcome.reciprocal_ranks(pairs.owners) for key, outcome in tried.items()}
-    best = max(ranks, key=lambda key: float(ranks[key].mean()))
-    gain = ranks[best] - ranks[usual]
-    return best if float(gain.mean()) > float(gain.std()) / len(gain) ** 0.5 else usual
+    gains = {key: each - ranks[usual] for key, each in ranks.items()}
+    return max(gains, key=lambda key: float(gains[key].mean() - gains[key].std() / len(gains[key]) ** 0.5))
 
 
 def cross_validate(

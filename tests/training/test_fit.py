@@ -1,0 +1,186 @@
+"""Fine-tuning of projections between frozen towers in closed form."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import declip
+from conftest import texture
+from declip.data.sources.open import open_source
+from declip.errors import UserError
+from declip.finetuning import finetune_recipe
+from declip.inspection.split import related_pairs
+from declip.models.two_way_ridge import Pairs, fit_heads
+from declip.runs.folder import CROSS_VALIDATION, KEPT, OUT_OF_FOLD, Run, read_run
+from declip.training.fit import fit
+from processes import in_processes
+from text_encoders import bert
+
+pytest.importorskip("transformers")
+
+COUNT = 40
+COLORS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs with two captions each, and two towers without projections."""
+    folder = tmp_path_factory.mktemp("fit")
+    torch.manual_seed(0)
+    bert(folder / "bert")
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), folder / "vit.safetensors")
+    rows = []
+    for number in range(COUNT):
+        texture(number).save(folder / f"{number}.png")
+        words = f"{COLORS[number % 4]} {COLORS[number // 4 % 4]} {COLORS[number // 16]}"
+        rows.append(
+            (f"{number}.png", f"{words} circle", f"{words} on paper", ["test", "val", "train", "train"][number % 4])
+        )
+    write(folder / "pairs.csv", rows, split=False)
+    write(folder / "reversed.csv", rows[::-1], split=False)
+    write(folder / "split.csv", rows, split=True)
+    return folder
+
+
+def write(path: Path, rows: list[tuple[str, str, str, str]], split: bool) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption", *["split"] * split])
+        for name, first, second, part in rows:
+            for caption in (first, second):
+                table.writerow([name, caption, *[part] * split])
+
+
+def keys_of(folder: Path, **keys: Any) -> dict[str, Any]:
+    return {"text.hf_model": str(folder / "bert"), "image.size": 32, "text.context_length": 24, **keys}
+
+
+def fitted(folder: Path, out: Path, table: str = "pairs.csv", resume: bool = False, **keys: Any) -> Run:
+    """Fine-tune as the command does."""
+    options: dict[str, Any] = {"freeze": "both", "quiet": True, "resume": resume, **keys_of(folder, **keys)}
+    return declip.finetune(folder / table, f"timm:test_vit/{folder / 'vit.safetensors'}", out=out, **options)
+
+
+def cosines(where: Path, folder: Path) -> Tensor:
+    """Similarities of all images and captions, and the logit scale."""
+    model: Any = declip.load(where, device="cpu")
+    source = open_source(folder / "pairs.csv")
+    captions = [caption for index in range(len(source)) for caption in source.captions(index)]
+    with torch.no_grad():
+        images = model.encode_image(model.preprocess([source[index].image for index in range(len(source))]))
+        return images @ model.encode_text(model.tokenize(captions)).mT * model.logit_scale.exp()
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    return fitted(folder, folder / "run")
+
+
+def test_heads_are_those_of_every_caption_of_all_pairs(run: Run, folder: Path) -> None:
+    model: Any = declip.load(run.folder, device="cpu")
+    source = open_source(folder / "pairs.csv")
+    captions = [source.captions(index) for index in range(COUNT)]
+    with torch.no_grad():
+        images = model.image_tower.pool(model.preprocess([source[index].image for index in range(COUNT)]))
+        texts = model.text_tower.pool(model.tokenize([each for pair in captions for each in pair]))
+    known = run.cross_validation
+    pairs = Pairs(images, texts, torch.arange(COUNT).repeat_interleave(2))
+    (heads,) = fit_heads(pairs, torch.ones(COUNT, dtype=torch.bool), None, 0.0, (known["ridge"],))
+    expected = heads.similarities(images.double(), texts.double()).float() * known["logit_scale"]
+    torch.testing.assert_close(cosines(run.folder, folder), expected, rtol=0, atol=1e-3)
+    assert (known["pairs"], known["captions"], known["classes"], known["candidates"]) == (COUNT, 2 * COUNT, 0, 8)
+
+
+def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(run: Run, folder: Path) -> None:
+    assert run.finished
+    assert [path.name for path in (run.folder / "checkpoints").glob("step-*")] == ["step-00000001"]
+    assert not (run.folder / KEPT).exists()
+    exported = cosines(run.folder / "exported" / "safetensors", folder)
+    torch.testing.assert_close(exported, cosines(run.folder, folder), rtol=0, atol=1e-5)
+    page = run.report.read_text(encoding="utf-8")
+    assert "Cross-validated among 8 images" in page
+    assert "Captions that fit worst" in page
+
+
+def test_every_caption_has_an_out_of_fold_rank(run: Run) -> None:
+    head, *rows = csv.reader((run.folder / OUT_OF_FOLD).open(encoding="utf-8"))
+    ranks = [float(rank) for _, _, rank in rows]
+    assert (head, len(rows), len({(key, caption) for key, caption, _ in rows})) == (
+        ["key", "caption", "rank"], 2 * COUNT, 2 * COUNT
+    )  # fmt: skip
+    assert ranks == sorted(ranks, reverse=True)
+    assert 0 <= ranks[-1] < ranks[0] <= 1
+
+
+def test_the_order_of_pairs_does_not_matter(run: Run, folder: Path, tmp_path: Path) -> None:
+    other = fitted(folder, tmp_path / "run", "reversed.csv")
+    assert other.cross_validation["ridge"] == run.cross_validation["ridge"]
+    torch.testing.assert_close(cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3)
+
+
+def test_a_finished_run_stays_and_a_killed_one_is_fitted_again(run: Run, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run.folder, copy, symlinks=True)
+    written = (copy / CROSS_VALIDATION).stat().st_mtime_ns
+    assert fitted(folder, copy, resume=True).finished
+    assert (copy / CROSS_VALIDATION).stat().st_mtime_ns == written
+    for name in ("checkpoints", "exported"):
+        shutil.rmtree(copy / name)
+    assert fitted(folder, copy, resume=True).finished
+    assert torch.equal(cosines(copy, folder), cosines(run.folder, folder))
+
+
+def test_a_split_column_decides_what_is_validated_on(folder: Path, tmp_path: Path) -> None:
+    run = fitted(folder, tmp_path / "run", "split.csv")
+    assert run.cross_validation["pairs"] == COUNT // 2
+    assert [row.result.images for row in read_run(run.folder).last()] == [COUNT // 4]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"train.lr": 0.1}, ("train.lr=0.1", "--freeze none")),
+        ({"loss_weights.multi_view": 1.0}, ("loss_weights.multi_view", "--freeze none")),
+    ],
+)
+def test_keys_without_effect_are_refused(
+    keys: dict[str, Any], named: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        fitted(folder, tmp_path / "run", **keys)
+    assert all(part in str(error.value) for part in named)
+    assert not (tmp_path / "run").exists()
+
+
+def fitted_here(folder: Path, out: Path) -> tuple[bool, bool]:
+    """Fit in one of several processes, see `fitted`."""
+    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
+    recipe = finetune_recipe(folder / "pairs.csv", out.with_suffix(".none"), start, (), "both", keys_of(folder), True)
+    run = fit(recipe, out, False, True, related_pairs, lambda folder, model: None)
+    return run.finished, run.is_rank_zero
+
+
+def test_two_processes_are_one(run: Run, folder: Path, tmp_path: Path) -> None:
+    assert in_processes(fitted_here, 2, tmp_path / "meet", folder, tmp_path / "run") == [(True, True), (True, False)]
+    ours, theirs = (
+        load_file(each / "checkpoints/step-00000001/model.safetensors") for each in (run.folder, tmp_path / "run")
+    )
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_broken_pairs_are_counted_and_refused(folder: Path, tmp_path: Path) -> None:
+    head, *rows = (folder / "pairs.csv").read_text().splitlines()
+    (folder / "broken.csv").write_text("\n".join([head, *rows, "missing.png,a red circle"]) + "\n")
+    run = fitted(folder, tmp_path / "run", "broken.csv")
+    skipped = json.loads((run.folder / "skipped.json").read_text())
+    assert (skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
+    with pytest.raises(UserError, match="max_broken_fraction"):
+        fitted(folder, tmp_path / "refused", "broken.csv", **{"data.max_broken_fraction": 0.01})
