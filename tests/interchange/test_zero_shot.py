@@ -14,7 +14,7 @@ from declip.interchange.classes import Classes
 from declip.interchange.export import export, supported_formats
 from declip.interchange.read import read_start
 from declip.interchange.weights import Weights
-from declip.interchange.zero_shot import LOGIT_SCALE, complete, encode_texts
+from declip.interchange.zero_shot import LOGIT_SCALE, class_heads, complete, encode_texts
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import PROJECTIONS
 from declip.models.two_way_ridge import ClassPairs, Pairs, fit_heads
@@ -83,6 +83,16 @@ def test_projections_are_computed_once_for_a_classifier_and_its_names(cache: Pat
     for name in first.tensors:
         assert torch.equal(first.tensors[name], again.tensors[name])
         assert torch.equal(first.tensors[name], repaired.tensors[name])
+
+
+def test_projections_do_not_depend_on_the_order_of_sums() -> None:
+    weights = start()
+    classes = weights.classes
+    assert classes is not None
+    texts, order = encode_texts(weights, list(classes.names)), torch.randperm(COUNT)
+    other = replace(classes, rows=classes.rows[order], names=tuple(classes.names[number] for number in order))
+    for first, second in zip(class_heads(classes, texts), class_heads(other, texts[order]), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
