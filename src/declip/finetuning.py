@@ -111,7 +111,8 @@ def _refuse_others(
         place = Path(name).expanduser()
         return read_pair_list(place).source if place.suffix == LIST_KIND and place.is_file() else absolute(name)
 
-    listed = Path(recipe.data.label)
+    named = recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]  # one pair, twice
+    listed = Path(named)
     if listed.suffix == LIST_KIND and not listed.is_file():
         raise UserError(
             f"There is no '{listed}', the list of this run's pairs. Rename its folder back, and run from the "
@@ -119,7 +120,7 @@ def _refuse_others(
         )
     tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
     others = {
-        f"PAIRS={pairs}": behind(pairs) != behind(recipe.data.label),
+        f"PAIRS={pairs}": behind(pairs) != behind(named),
         f"--from {weights}": weights is not None and absolute(weights) != absolute(tune.pretrained or ""),
         **{f"--val {name}": absolute(name) not in map(absolute, sets) for name in val},
         f"--freeze {freeze}": freeze and FREEZE.get(freeze) != (tune.freeze_image_blocks, tune.freeze_text_blocks),

@@ -1,5 +1,6 @@
 """Training that starts from weights: what it can start from, what is taken over, mixtures, and what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,3 +321,12 @@ def test_wrong_files_are_no_start(table: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             train(tuned(table, where, **keys), out=tmp_path / "run", quiet=True, report=False)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_one_pair_is_resumed(start: Path, table: Path, tmp_path: Path) -> None:
+    row = json.loads(table.read_text().splitlines()[0])
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({**row, "image": str(table.parent / row["image"])}))
+    for resume in (False, True):
+        run = declip.finetune(one, start, out=tmp_path / "run", freeze="none", resume=resume, quiet=True)
+        assert (run.finished, run.recipe.data.source) == (True, (str(one), str(one)))
