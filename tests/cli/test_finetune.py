@@ -20,7 +20,6 @@ from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
 from declip.errors import UserError
 from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
-from declip.io.text import plural
 from declip.recipe.finetuning import read_overrides, settings
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
@@ -159,18 +158,14 @@ def test_a_refused_run_removes_only_its_own_files(pairs: Path, weights: Path, tm
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"notes.txt", ".lock"}
 
 
-@pytest.mark.parametrize(("name", "count"), [("single", 1), ("nineteen", 19)])
-def test_a_few_pairs_train_without_a_validation_part(
-    name: str, count: int, pairs: Path, tmp_path: Path, command: Any
-) -> None:
-    head, *rows = pairs.read_text().splitlines()
-    table = pairs.with_name(f"{name}.csv")
-    table.write_text("\n".join([head, *rows[:count]]) + "\n")
+def test_one_pair_is_fitted_without_a_validation_part(pairs: Path, tmp_path: Path, command: Any) -> None:
+    table = pairs.with_name("single.csv")
+    table.write_text("\n".join(pairs.read_text().splitlines()[:2]) + "\n")
     printed = command("finetune", table, "--out", tmp_path / "run", "--quiet", "image.size=32")
     assert printed.status == 0
-    assert all(part in printed.out for part in (plural(count, "pair"), "--val", "nothing was measured"))
+    assert all(part in printed.out for part in ("1 pair", "--val", "nothing was measured"))
     run = read_run(tmp_path / "run")
-    assert (run.recipe.evaluation.retrieval, run.cross_validation["pairs"]) == ((), count)
+    assert (run.recipe.evaluation.retrieval, run.cross_validation["pairs"]) == ((), 1)
     model: Any = declip.load(tmp_path / "run", device="cpu")
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
 

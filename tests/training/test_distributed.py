@@ -43,7 +43,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     SOFT: {"contrastive": {"duplicates": "mask", "label_smoothing": 0.1}},
     FIXED: {"distillation": {"teacher": "another model"}},
 }
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {"layer norm": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}}
 TOWERS = {"layer norm": "declip_vit_tiny", "batch norm": "declip_conv_tiny"}
 
 
@@ -145,7 +145,7 @@ def test_ranks_learn_what_one_process_learns(
         compare({name: expected[name] for name in names}, theirs)
 
 
-@pytest.mark.parametrize(("tower", "last"), [("layer norm", False), ("layer norm", True), ("batch norm", True)])
+@pytest.mark.parametrize(("tower", "last"), [("layer norm", False), ("batch norm", True)])
 def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str, last: bool) -> None:
     names = [FIXED, LATE]  # its first step leaves a head without gradient
     train = {"strategy": "fsdp", "channels_last": last}
