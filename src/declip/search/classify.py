@@ -22,6 +22,7 @@ from declip.evaluation.encode import Batches, Encoder
 from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
 from declip.interchange.read import load
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
+from declip.models.inference import image_encoder
 from declip.search.index import image_vectors
 from declip.search.predictions import Prediction, check_out, open_predictions
 
@@ -93,10 +94,13 @@ def classify(
     writing = open_predictions(path, names, source, link)
     with naming_lost_workers(), writing as write, pairs_bar(progress, "images") as bar:
         texts = class_features(encoder, names, prompts, batch_size=batch_size)
+        encode, scale = image_encoder(encoder), logit_scale(encoder)
         task = bar.add_task(f"Images of {source.name}", total=len(source))
         for pixels, rows, broken in stream:
             result.skipped.merge(broken)
-            for prediction, (_, place, origin) in _predict(encoder, pixels, rows, names, texts):
+            vectors = image_vectors(encoder, pixels, encode) if pixels is not None else texts[:0]
+            cosines = vectors.double() @ texts.double().T  # (n, C)
+            for prediction, (_, place, origin) in _predict(scale * cosines, rows, names):
                 result.counts[prediction.best] += 1
                 write(prediction, place, origin)
                 if collect is not None:
@@ -112,15 +116,9 @@ def _read(source: ImageSource, place: int) -> tuple[Image.Image, Row]:
     return image, (source.key(place), place, source.origin(place))
 
 
-def _predict(
-    encoder: Encoder, pixels: Tensor | None, rows: Sequence[Row], names: Sequence[str], texts: Tensor
-) -> Iterator[tuple[Prediction, Row]]:
-    """Predictions of a batch; `pixels` (n, 3, S, S) is None if no image could be read, `texts` is (C, d)."""
-    if pixels is None:
-        return
-    cosines = image_vectors(encoder, pixels).double() @ texts.double().T  # (n, C)
-    softmax = torch.softmax(logit_scale(encoder) * cosines, dim=1)
-    for row, values in zip(rows, softmax.tolist(), strict=True):
+def _predict(logits: Tensor, rows: Sequence[Row], names: Sequence[str]) -> Iterator[tuple[Prediction, Row]]:
+    """Predictions of a batch from logits (n, C)."""
+    for row, values in zip(rows, torch.softmax(logits, dim=1).tolist(), strict=True):
         best = max(range(len(values)), key=values.__getitem__)
         yield Prediction(row[0], names[best], values[best], dict(zip(names, values, strict=True))), row
 

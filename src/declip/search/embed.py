@@ -28,6 +28,7 @@ from declip.errors import UserError, check_range, unknown
 from declip.evaluation.encode import Batches, Encoder, text_features
 from declip.interchange.read import load
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
+from declip.models.inference import image_encoder
 from declip.search.index import Index, describe_model, image_vectors
 from declip.search.info import Dtype, IndexInfo, SourceInfo
 from declip.search.store import PART_ROWS, Block, IndexedImage
@@ -165,13 +166,14 @@ def _embed_places(
     batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
     # The workers start here, before the bar's own thread does: a fork copies no thread.
     stream = in_order(Batches(model, batches, partial(read_row, source)), len(batches), workers)
+    encode = image_encoder(model)
     with naming_lost_workers(), pairs_bar(progress, "images") as bar:
         task = bar.add_task(f"Images of {source.name}", total=len(places))
         for part in parts:
             rows, vectors = list[IndexedImage](), list[Tensor]()
             for pixels, read, broken in islice(stream, math.ceil(len(part) / batch_size)):
                 if pixels is not None:
-                    vectors.append(image_vectors(model, pixels))
+                    vectors.append(image_vectors(model, pixels, encode))
                 for key, texts, place, origin in read:
                     origin = origin._replace(path=relative(origin.path, writer.folder))
                     rows.append(IndexedImage(info.next_id + len(rows), key, texts, place, origin))

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -304,10 +304,14 @@ def fingerprint(model: Encoder, tensors: Mapping[str, Tensor] | None = None) -> 
     return digest.hexdigest()
 
 
-def image_vectors(model: Encoder, pixels: Tensor) -> Tensor:
-    """Encode (n, 3, S, S) normalized pixels to (n, d) float32 on the CPU, L2-normalized."""
+def image_vectors(model: Encoder, pixels: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Encode (n, 3, S, S) normalized pixels to (n, d) float32 on the CPU, L2-normalized.
+
+    Args:
+        encode: `declip.models.inference.image_encoder` of the model, for many images.
+    """
     with eval_mode(model) as device:
-        vectors = normalize(model.encode_image(pixels.to(device)).float(), dim=-1).cpu()
+        vectors = normalize((encode or model.encode_image)(pixels.to(device)).float(), dim=-1).cpu()
     if not vectors.isfinite().all():
         raise UserError("The model's image features are not finite: its weights are damaged. Try another checkpoint.")
     return vectors
