@@ -19,6 +19,7 @@ from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
 from declip.data.text.caption_tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar
+from declip.models.inference import image_encoder
 
 
 class Encoder(Protocol):
@@ -110,7 +111,6 @@ def encode_source(
         indices: Indices of the source to encode, in this order; None: all.
         workers: Processes that read and resize images; 0: in this one.
     """
-    encode = encode or (lambda pixels: normalize(model.encode_image(pixels).float(), dim=-1))
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     batches = np.split(chosen, range(batch_size, len(chosen), batch_size))
     rows: list[Row] = []
@@ -118,10 +118,12 @@ def encode_source(
     skipped = SkipCounter()
     stream = in_order(Batches(model, batches, partial(_read_row, source)), len(batches), workers)
     with naming_lost_workers(), eval_mode(model) as device, pairs_bar(progress, "batches") as bar:
+        embed = image_encoder(model) if encode is None else encode
         for pixels, read, broken in bar.track(stream, len(batches), description=f"Images of {source.name}"):
             skipped.merge(broken)
             if pixels is not None:
-                features = encode(pixels.to(device)).float().cpu()
+                features = embed(pixels.to(device)).float().cpu()
+                features = normalize(features, dim=-1) if encode is None else features
                 _require_finite(features, "image", [key for _, key, _ in read])
                 parts.append(features)
                 rows += read

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from declip.data.pair import PairSource
@@ -18,6 +18,7 @@ from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.evaluation.retrieval import retrieve
 from declip.evaluation.zero_shot import class_features, classify, logit_scale, read_templates
 from declip.models.dual_encoder import DualEncoder
+from declip.models.inference import chunked
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class SharedFeatures:
         with eval_mode(self.model) as device:
             # MPS has no float64, which the solver needs.
             probing = "cpu" if device.type == "mps" else device
-        encode = encoder_of(self.model, kind)
+        encode = partial(chunked, encoder_of(self.model, kind))
         return read_probe_data(
             self.dataset, lambda source: self._encode(source, encode=encode, texts=False), kind, probing
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 
 PIXELS = 2**18
@@ -29,11 +30,13 @@ def chunked(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 def image_encoder(model: Any) -> Callable[[Tensor], Tensor]:
     """Return a function like `model.encode_image` for many images, with the model's weights of now."""
-    tower = getattr(model, "image_tower", None)
-    folds = isinstance(tower, ImageTower) and tower.has_batch_norm and tower.proj.weight.dtype == torch.float32
-    if not folds or model.device.type != "cpu":
+    if not isinstance(model, DualEncoder):
+        return model.encode_image  # type: ignore[no-any-return]
+    if not model.image_tower.has_batch_norm or model.device.type != "cpu":
         return lambda images: chunked(model.encode_image, images)
-    folded = fold_batch_norm(tower, model.preprocessor.size)
+    if next(model.image_tower.parameters()).dtype != torch.float32:  # folding would round the weights again
+        return lambda images: chunked(model.encode_image, images)
+    folded = fold_batch_norm(model.image_tower, model.preprocessor.size)
 
     def encode(images: Tensor) -> Tensor:
         pooled = folded(images.contiguous(memory_format=torch.channels_last)).pooled
@@ -46,16 +49,17 @@ def fold_batch_norm(tower: ImageTower, size: int) -> ImageTower:
     """Copy a tower with batch norm folded into the convolutions before it, for images of a size.
 
     Whether a norm follows a convolution is assumed from their order in the module, so the features of two images are
-    compared; where they differ, the copy is left as it is.
+    compared; where they differ, the tower itself is returned.
     """
-    plain = deepcopy(tower).eval().requires_grad_(False)
-    folded = deepcopy(plain)
+    if any(module.training for module in tower.modules()):
+        tower = deepcopy(tower).eval()
+    folded = deepcopy(tower).requires_grad_(False)
     _fold(folded)
     folded = folded.to(memory_format=torch.channels_last)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before, after = plain(images).pooled, folded(images).pooled
-    return folded if bool((before - after).abs().max() <= TOLERANCE * before.abs().max()) else plain
+        before, after = tower(images).pooled, folded(images).pooled
+    return folded if bool((before - after).abs().max() <= TOLERANCE * before.abs().max()) else tower
 
 
 def _fold(parent: nn.Module) -> None:

@@ -28,6 +28,7 @@ from declip.io.atomic import cache_folder
 from declip.io.cache import FEATURES, LOCK, trim_cache
 from declip.io.pool import in_order, naming_lost_workers, pairs_bar, usual_workers
 from declip.models.dual_encoder import DualEncoder
+from declip.models.inference import chunked
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import active_terms
@@ -132,7 +133,7 @@ class _Stores:
         fresh = [number for number, key in enumerate(keys) if key not in self.images]
         pixels = [view.pixels[fresh] for view in apply_photometric(batch.to(device).views, mean, std).values()]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            features = [self.model.image_tower.pool(view) for view in pixels if fresh]
+            features = [chunked(self.model.image_tower.pool, view) for view in pixels if fresh]
             text_keys = [[text_key(row, padding) for row in rows] for rows in batch.texts]  # T × B
             flat = zip(itertools.chain(*text_keys), batch.texts.flatten(0, 1), strict=True)
             new = {key: row for key, row in flat if key not in self.texts}

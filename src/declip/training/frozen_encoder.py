@@ -19,6 +19,7 @@ from declip.interchange.read import read
 from declip.io.cache import LOCK
 from declip.io.pool import pairs_bar
 from declip.models.dual_encoder import DualEncoder, has_text
+from declip.models.inference import chunked
 from declip.models.layers import IMAGE, TEXT
 from declip.supervision.distillation import Distillation
 from declip.supervision.objective import Objective
@@ -88,7 +89,9 @@ class _PooledFeatures:
                 self.store.refresh()  # another process may have computed them
                 new = {key: number for number, key in enumerate(keys) if key not in self.store}
                 if new:
-                    self.store.append([*new], self.tower.pool(batch[[*new.values()]]))
+                    fresh = batch[[*new.values()]]
+                    features = chunked(self.tower.pool, fresh) if fresh.ndim == 4 else self.tower.pool(fresh)
+                    self.store.append([*new], features)
         return self.store.rows()[self.store.places(keys)].to(batch.device)
 
 
