@@ -55,7 +55,7 @@ def fold_batch_norm(tower: ImageTower, size: int) -> ImageTower:
         tower = deepcopy(tower).eval()
     folded = deepcopy(tower).requires_grad_(False)
     _fold(folded)
-    folded = folded.to(memory_format=torch.channels_last)
+    folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before, after = tower(images).pooled, folded(images).pooled
@@ -66,14 +66,14 @@ def _fold(parent: nn.Module) -> None:
     previous = ""
     for name, child in list(parent.named_children()):
         convolution = getattr(parent, previous, None)
-        if _follows(child, convolution):
+        if (
+            isinstance(convolution, nn.Conv2d)
+            and isinstance(child, _BatchNorm)
+            and child.running_mean is not None
+            and child.num_features == convolution.out_channels
+        ):
             setattr(parent, previous, fuse_conv_bn_eval(convolution, child))
             setattr(parent, name, getattr(child, "act", nn.Identity()))  # timm's norms end with an activation
         else:
             _fold(child)
         previous = name
-
-
-def _follows(norm: nn.Module, convolution: Any) -> bool:
-    fits = isinstance(norm, _BatchNorm) and isinstance(convolution, nn.Conv2d) and norm.running_mean is not None
-    return fits and norm.num_features == convolution.out_channels
