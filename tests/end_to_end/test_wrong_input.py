@@ -165,7 +165,6 @@ WITHOUT_TORCH = {
     "search nowhere a": "nowhere",
     "embed nowhere . --out new": "nowhere",
     "app nowhere .": "nowhere",
-    "import ckpt.pth.tar --from declip-official --out new": "--format safetensors",
 }
 """Command → what its error names. None needs torch, whose import takes seconds."""
 
