@@ -165,6 +165,7 @@ def finetune_recipe(
     # Keys that do not suit the weights are refused before the pairs are read.
     resolved = load_recipe("finetune", {**settled(1_000), "evaluation.retrieval": [str(pairs)]})
     checked, closed = resolved.data, closed_form(resolved)
+    start.named_classes(resolved.finetune.class_names, required=bool(given.get("finetune.class_pairs")))
     source, data, sets = _choose_pairs(str(pairs), Columns.of(checked), val, folder, _pairs_of(where), quiet, closed)
     count = min(len(source), checked.max_pairs or len(source))
     keys = {"finetune.pretrained": json.dumps(where), **settled(count, validated=bool(sets))}

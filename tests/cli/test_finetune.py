@@ -9,7 +9,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 import declip
 from conftest import TINY, texture
@@ -148,6 +150,29 @@ def test_a_running_run_keeps_its_folder(
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [".lock", "checkpoint"]
     for process in processes:
         process.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "says"),
+    [
+        (None, {"finetune.class_pairs": True}, ("7 classes", "finetune.class_names")),
+        ("a\nb\n", {}, ("2 names", "7 classes")),
+        ("a\nb\nb\n", {}, ("'b'", "2 times", "finetune.class_names")),
+        ("a\n", {"finetune.class_pairs": False}, ("finetune.class_pairs", "--freeze both")),
+    ],
+)
+def test_classes_without_a_name_each_are_refused(
+    names: str | None, keys: dict[str, Any], says: tuple[str, ...], tmp_path: Path
+) -> None:
+    save_file(timm.create_model("test_vit", num_classes=7).state_dict(), tmp_path / "w.safetensors")
+    if names is not None:
+        (tmp_path / "names.txt").write_text(names, encoding="utf-8")
+        keys = {**keys, "finetune.class_names": str(tmp_path / "names.txt")}
+    with pytest.raises(UserError) as caught:  # before the pairs, which do not exist, are read
+        declip.finetune(
+            "no.csv", f"timm:test_vit/{tmp_path / 'w.safetensors'}", freeze="both", out=tmp_path / "r", **keys
+        )
+    assert all(word in str(caught.value) for word in says)
 
 
 def test_a_refused_run_removes_only_its_own_files(pairs: Path, weights: Path, tmp_path: Path) -> None:

@@ -209,6 +209,11 @@ class FineTuning(Section):
         for name, off in (("head_init", "random"), ("mixup", 0)):
             if getattr(self, name) != off and not self.cached_views:
                 raise ValueError(f"finetune.{name} reads cached features; set finetune.cached_views, or leave it out")
+        frozen = self.freeze_image_blocks == self.freeze_text_blocks == "all" and self.class_pairs
+        if self.class_names is not None and not frozen:
+            raise ValueError(
+                "finetune.class_names requires finetune.class_pairs and both towers frozen (--freeze both)"
+            )
         for name in ("freeze_image_blocks", "freeze_text_blocks"):
             if self.lora is not None and getattr(self, name) not in (0, "all"):
                 raise ValueError(f"finetune.lora freezes all blocks; finetune.{name} is 0 or all then")
