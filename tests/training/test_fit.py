@@ -160,6 +160,18 @@ def test_keys_without_effect_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_classes_of_the_start_are_pairs_too(folder: Path, tmp_path: Path) -> None:
+    save_file(timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "vit.safetensors")
+    (tmp_path / "names.txt").write_text("\n".join(COLORS))
+    options: dict[str, Any] = {"freeze": "both", "quiet": True, "finetune.class_names": str(tmp_path / "names.txt")}
+    start = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
+    run = declip.finetune(folder / "pairs.csv", start, out=tmp_path / "run", **options, **keys_of(folder))
+    assert (run.cross_validation["classes"], set(run.cross_validation["recall_without_classes"])) == (4, {"1", "10"})
+    options["finetune.class_pairs"] = False
+    run = declip.finetune(folder / "pairs.csv", start, out=tmp_path / "without", **options, **keys_of(folder))
+    assert run.cross_validation["classes"] == 0
+
+
 def fitted_here(folder: Path, out: Path) -> tuple[bool, bool]:
     """Fit in one of several processes, see `fitted`."""
     start = f"timm:test_vit/{folder / 'vit.safetensors'}"
