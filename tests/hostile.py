@@ -41,7 +41,7 @@ def said(work: Callable[[], object]) -> str:
     return "read"
 
 
-def apart(work: Callable[[], object], seconds: float = 10) -> tuple[str, float]:
+def apart(work: Callable[[], object]) -> tuple[str, float]:
     """The same in a process of its own: what the file got, and the MB that reading it took at most."""
     fork = multiprocessing.get_context("fork")
     reader, writer = fork.Pipe(duplex=False)
@@ -57,7 +57,7 @@ def apart(work: Callable[[], object], seconds: float = 10) -> tuple[str, float]:
     process.start()
     writer.close()
     try:
-        assert reader.poll(seconds), "it hangs"
+        assert reader.poll(60), "it hangs"
         return reader.recv()
     except EOFError:
         pytest.fail("it ended the process, or raised what no one catches")

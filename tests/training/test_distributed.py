@@ -1,5 +1,6 @@
 """Many processes learn what one learns from the whole batch: losses, every gradient, batch norm, queue, in float64."""
 
+import functools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -131,32 +132,33 @@ def compare(one: dict[str, dict[str, torch.Tensor]], many: dict[str, dict[str, t
             print(f"{name}, {kind}: {max(near):.1e}")
 
 
-@pytest.fixture(scope="module", params=TOWERS)
-def alone(request: pytest.FixtureRequest) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
-    return request.param, some_recipes(list(CASES), (BATCH,), request.param, {})
+one_process = functools.cache(partial(two_steps, counts=(BATCH,)))
 
 
-@pytest.mark.parametrize(("counts", "names"), [((5, 3), list(CASES)), ((2, 2, 2, 2), ["defilip", CAPTIONS])], ids=str)
-def test_ranks_learn_what_one_process_learns(
-    alone: Any, tmp_path: Path, counts: tuple[int, ...], names: list[str]
-) -> None:
-    tower, expected = alone
+def alone(names: list[str], tower: str = "layer norm") -> dict[str, dict[str, torch.Tensor]]:
+    """What one process learns of each recipe; computed once."""
+    return {name: one_process(name, tower) for name in names}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("counts", [(5, 3), (2, 2, 2, 2)], ids=str)
+def test_ranks_learn_what_one_process_learns(tmp_path: Path, tower: str, counts: tuple[int, ...]) -> None:
+    names = list(CASES) if len(counts) == 2 else ["defilip", CAPTIONS]
     for theirs in in_processes(some_recipes, len(counts), tmp_path, names, counts, tower, {}):
-        compare({name: expected[name] for name in names}, theirs)
+        compare(alone(names, tower), theirs)
 
 
 @pytest.mark.parametrize(("tower", "last"), [("layer norm", False), ("batch norm", True)])
 def test_sharded_towers_learn_the_same(tmp_path: Path, tower: str, last: bool) -> None:
     names = [FIXED, LATE]  # its first step leaves a head without gradient
     train = {"strategy": "fsdp", "channels_last": last}
-    expected = {name: two_steps(name, tower, (BATCH,)) for name in names}
     for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), tower, train):
-        compare(expected, theirs)
+        compare(alone(names, tower), theirs)
 
 
 @pytest.mark.parametrize(("tower", "strategy"), [("layer norm", "ddp"), ("batch norm", "fsdp")])
 def test_activations_computed_twice_change_nothing(tmp_path: Path, tower: str, strategy: str) -> None:
-    expected = {"declip": two_steps("declip", tower, (BATCH,))}
+    expected = alone(["declip"], tower)
     compare(expected, {"declip": two_steps("declip", tower, (BATCH,), grad_checkpointing=True)})
     train = {"strategy": strategy, "grad_checkpointing": True}
     for theirs in in_processes(some_recipes, 2, tmp_path, ["declip"], (4, 4), tower, train):
@@ -183,7 +185,7 @@ def test_a_gather_without_its_gradient_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_own: bool
 ) -> None:
     """The field's classic bug: the comparison above fails for it."""
-    expected = {"clip": two_steps("clip", "layer norm", (BATCH,))}
+    expected = alone(["clip"])
     monkeypatch.setattr(distributed, "all_gather", partial(gathered, keep_own=keep_own))
     for theirs in in_processes(some_recipes, 2, tmp_path, ["clip"], (4, 4), "layer norm", {}):
         with pytest.raises(AssertionError, match="grad"):
@@ -191,15 +193,13 @@ def test_a_gather_without_its_gradient_is_noticed(
 
 
 def test_chunks_give_every_gradient_of_the_whole_batch() -> None:
-    expected = some_recipes(list(CASES), (BATCH,), "layer norm", {})
-    compare(expected, some_recipes(list(CASES), (BATCH,), "layer norm", {"grad_cache_chunk": 3}))
+    compare(alone(list(CASES)), some_recipes(list(CASES), (BATCH,), "layer norm", {"grad_cache_chunk": 3}))
 
 
 def test_ranks_with_chunks_learn_the_same(tmp_path: Path) -> None:
     names = ["declip", "filip", AVERAGED]
-    expected = some_recipes(names, (BATCH,), "layer norm", {})
     for theirs in in_processes(some_recipes, 2, tmp_path, names, (5, 3), "layer norm", {"grad_cache_chunk": 2}):
-        compare(expected, theirs)
+        compare(alone(names), theirs)
 
 
 def test_the_towers_see_a_chunk_at_a_time_and_batch_norm_is_told(
