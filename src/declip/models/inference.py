@@ -31,7 +31,7 @@ def chunked(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def image_encoder(model: Any) -> Callable[[Tensor], Tensor]:
     """Return a function like `model.encode_image` for many images, with the model's weights of now."""
     if not isinstance(model, DualEncoder):
-        return model.encode_image  # type: ignore[no-any-return]
+        return model.encode_image
     if not model.image_tower.has_batch_norm or model.device.type != "cpu":
         return lambda images: chunked(model.encode_image, images)
     if next(model.image_tower.parameters()).dtype != torch.float32:  # folding would round the weights again
