@@ -1,6 +1,7 @@
 """Models without pairs: projections from class names, computed once, in every format that can hold them."""
 
 from dataclasses import replace
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from declip.interchange.read import read_start
 from declip.interchange.weights import Weights
 from declip.interchange.zero_shot import LOGIT_SCALE, class_heads, complete, encode_texts
 from declip.models.dual_encoder import DualEncoder
+from declip.models.hf_encoder import read_encoder
 from declip.models.layers import PROJECTIONS
 from declip.models.two_way_ridge import ClassPairs, Pairs, fit_heads
 from declip.recipe.load import load_recipe
@@ -140,3 +142,12 @@ def test_the_builtin_start_is_a_whole_model_except_for_training(tmp_path: Path) 
     model = declip.load(tmp_path / "out", device="cpu")
     index = declip.embed(model, [str(tmp_path / f"{name}.png") for name in "ab"], out=tmp_path / "index")
     assert len(index.search("a red apple", k=2)) == 2
+
+
+@pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")
+def test_the_builtin_text_encoder_is_what_transformers_reads() -> None:
+    folder = Path(str(distribution(starter.TEXT).locate_file(starter.TEXT_FOLDER)))
+    expected, weights = read_encoder(str(folder), pretrained=True), read_start(starter.NAME)
+    assert weights.encoder == replace(expected, folder=None)
+    built = expected.build().base_model.state_dict()  # type: ignore[operator, union-attr]
+    assert all(torch.equal(tensor, weights.tensors[f"text_tower.encoder.{name}"]) for name, tensor in built.items())

