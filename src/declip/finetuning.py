@@ -34,7 +34,7 @@ from declip.training import distributed
 from declip.training.assemble import assemble
 from declip.training.distributed import HostGroup
 from declip.training.estimate import Estimate, estimate
-from declip.training.fit import closed_form, fit
+from declip.training.fit import closed_form, estimate_fit, fit
 from declip.training.pairs import caption_warnings, open_training_source
 from declip.training.parts import Parts
 from declip.training.resolve import resolve_recipe
@@ -131,13 +131,19 @@ def _refuse_others(
 
 def estimate_finetune(
     pairs: str | Path, weights: str | Path | None = None, *, out: str | Path | None = None, **options: Any
-) -> tuple[str, Estimate]:
+) -> tuple[str, Estimate | str]:
     """Resolve the recipe of a fine-tuning, as YAML, and measure what it will cost; arguments as `finetune`."""
     val, freeze, quiet = (options.pop(name, default) for name, default in (("val", ()), ("freeze", None), ("quiet", 0)))
     given = read_overrides(options, freeze)
     with TemporaryDirectory() as folder:
-        cost = estimate(finetune_recipe(pairs, Path(folder), weights, val, freeze, given, quiet))
-    return cost.recipe.to_yaml().replace(folder, str(out or FINETUNED)), cost
+        recipe = finetune_recipe(pairs, Path(folder), weights, val, freeze, given, quiet)
+        cost: Estimate | str
+        if closed_form(recipe):
+            resolved, cost = estimate_fit(recipe)
+        else:
+            cost = estimate(recipe)
+            resolved = cost.recipe
+    return resolved.to_yaml().replace(folder, str(out or FINETUNED)), cost
 
 
 def finetune_recipe(

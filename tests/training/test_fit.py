@@ -16,7 +16,7 @@ import declip
 from conftest import texture
 from declip.data.sources.open import open_source
 from declip.errors import UserError
-from declip.finetuning import finetune_recipe
+from declip.finetuning import estimate_finetune, finetune_recipe
 from declip.inspection.split import related_pairs
 from declip.models.two_way_ridge import Pairs, fit_heads
 from declip.runs.folder import CROSS_VALIDATION, KEPT, OUT_OF_FOLD, Run, read_run
@@ -141,7 +141,7 @@ def test_a_finished_run_stays_and_a_killed_one_is_fitted_again(run: Run, folder:
 def test_a_split_column_decides_what_is_validated_on(folder: Path, tmp_path: Path) -> None:
     run = fitted(folder, tmp_path / "run", "split.csv")
     assert run.cross_validation["pairs"] == COUNT // 2
-    assert [row.result.images for row in read_run(run.folder).last()] == [COUNT // 4]  # type: ignore[union-attr]
+    assert [row.result.images for row in read_run(run.folder).last()] == [COUNT // 4]  # type: ignore[attr-defined,union-attr,unused-ignore]
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,17 @@ def test_the_classes_of_the_start_are_pairs_too(folder: Path, tmp_path: Path) ->
     start = f"timm:test_vit/{tmp_path / 'vit.safetensors'}"
     run = declip.finetune(folder / "pairs.csv", start, out=tmp_path / "run", **options, **keys_of(folder))
     assert (run.cross_validation["classes"], set(run.cross_validation["recall_without_classes"])) == (4, {"1", "10"})
-    options["finetune.class_pairs"] = False
+    options = {"freeze": "both", "quiet": True, "finetune.class_pairs": False}
     run = declip.finetune(folder / "pairs.csv", start, out=tmp_path / "without", **options, **keys_of(folder))
     assert run.cross_validation["classes"] == 0
+
+
+def test_the_cost_is_estimated_without_a_run(folder: Path, tmp_path: Path) -> None:
+    start = f"timm:test_vit/{folder / 'vit.safetensors'}"
+    recipe, cost = estimate_finetune(folder / "pairs.csv", start, out=tmp_path / "r", freeze="both", **keys_of(folder))
+    assert f"{COUNT} pairs" in str(cost)
+    assert "freeze_text_blocks: all" in recipe
+    assert not (tmp_path / "r").exists()
 
 
 def fitted_here(folder: Path, out: Path) -> tuple[bool, bool]:
@@ -195,4 +203,4 @@ def test_broken_pairs_are_counted_and_refused(folder: Path, tmp_path: Path) -> N
     skipped = json.loads((run.folder / "skipped.json").read_text())
     assert (skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
     with pytest.raises(UserError, match="max_broken_fraction"):
-        fitted(folder, tmp_path / "refused", "broken.csv", **{"data.max_broken_fraction": 0.01})
+        fitted(folder, tmp_path / "refused", "broken.csv", **{"data.max_broken_fraction": 0.01})  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ Every caption of every pair is used, on one plain view of its image; cross-valid
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from declip.evaluation.encode import Encoder, encode_source
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import atomic_write, write_text
 from declip.io.pool import usual_workers
+from declip.io.text import plural
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import PROJECTIONS
@@ -40,6 +42,7 @@ from declip.training.sinks import RunInfo
 from declip.training.state import versions
 
 STEP = 1  # of the checkpoint: fitting is one step
+TIMED = 32  # pairs of an estimate
 MANY = 2_000  # pairs from which on processes read the images
 
 Related = Callable[[PairSource, bool], tuple[np.ndarray, np.ndarray]]
@@ -113,6 +116,21 @@ def _fit(
         _evaluate(monitor, encoder, recipe, quiet)
         monitor.flush()
         finish(folder, cast(Encoder, encoder))
+
+
+def estimate_fit(recipe: Recipe) -> tuple[Recipe, str]:
+    """Resolve the recipe of heads in closed form, and estimate the time of their features from a few pairs."""
+    device = pick_device(distributed.local_device(recipe.train.device))
+    resolved = resolve(recipe, Path(), False, device, HostGroup())
+    model, source = frozen_model(resolved).to(device), resolved.source
+    places = np.linspace(0, len(source) - 1, min(TIMED, len(source))).astype(int)
+    began = time.perf_counter()
+    encode_source(model, source, indices=places)
+    seconds = (time.perf_counter() - began) * len(source) / len(places)
+    return resolved.recipe, (
+        f"Projections in closed form, without steps: about {seconds:,.0f} s for the features of "
+        f"{plural(len(source), 'pair')}, less for those in the cache, then about 10 s for cross-validation."
+    )
 
 
 def frozen_model(resolved: Resolved) -> DualEncoder:

@@ -64,10 +64,11 @@ class HeldOutRanks:
 
     @classmethod
     def empty(cls, pairs: Pairs) -> "HeldOutRanks":
-        """The outcome before the first block."""
+        """Ranks before the first block."""
         n, m = len(pairs.images), len(pairs.texts)
-        ranks = (torch.zeros(size, dtype=torch.int64) for size in (n, m, n))
-        return cls(*ranks, torch.full((m,), torch.nan), torch.zeros(len(SCALES), dtype=torch.float64))
+        to_text, to_image, images = (torch.zeros(size, dtype=torch.int64) for size in (n, m, n))
+        losses = torch.zeros(len(SCALES), dtype=torch.float64)
+        return cls(to_text, to_image, images, torch.full((m,), torch.nan), losses)
 
     def reciprocal_ranks(self, owners: Tensor) -> Tensor:
         """(n,) mean of both directions for each image: smoother than R@1 where there are a dozen images."""
