@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 from torch import nn
-from torch.distributed._composable import checkpoint
 from torch.nn.modules.batchnorm import _BatchNorm
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -46,18 +45,21 @@ def grad_checkpointing(tower: nn.Module) -> int:
     The recomputation leaves running statistics of batch norm alone, so the numbers stay those of one pass. Returns the
     number of blocks.
     """
+    # Imported late: only memory-saving runs need it. It is the one checkpointing of torch that works by forward hooks,
+    # so that parameters keep their names; the wrapper of torch.distributed.algorithms renames them.
+    from torch.distributed._composable import checkpoint
 
     def contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), statistics_at_rest(block)  # of the first pass and of the recomputation
+        return nullcontext(), frozen_batch_norm_stats(block)  # of the first pass and of the recomputation
 
     blocks = blocks_of(tower)
     for block in blocks:
-        checkpoint(block, context_fn=partial(contexts, block))  # by forward hooks: names of parameters stay
+        checkpoint(block, context_fn=partial(contexts, block))
     return len(blocks)
 
 
 @contextmanager
-def statistics_at_rest(block: nn.Module) -> Iterator[None]:
+def frozen_batch_norm_stats(block: nn.Module) -> Iterator[None]:
     """Restore batch norm's running statistics when the context ends."""
     buffers = [buffer for module in block.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()]
     before = [buffer.clone() for buffer in buffers]

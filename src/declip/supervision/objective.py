@@ -13,7 +13,7 @@ from declip.data.batch import PairBatch
 from declip.data.pair import PairSource
 from declip.data.plan import Needs
 from declip.errors import UserError, unknown
-from declip.models.blocks import statistics_at_rest
+from declip.models.blocks import frozen_batch_norm_stats
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.length_buckets import encode_by_length
@@ -309,7 +309,7 @@ def encode_views(
     parts: dict[int, tuple[Tensor, ...]] = {}
     for group in groups.values():
         other_size = views[group[0]].shape != views[0].shape
-        with statistics_at_rest(tower) if other_size else nullcontext():
+        with frozen_batch_norm_stats(tower) if other_size else nullcontext():
             features = (run or tower)(torch.cat([views[number] for number in group]))
         fields = (features.pooled, features.pre_logits, features.tokens)
         parts |= zip(group, zip(*(field.chunk(len(group)) for field in fields), strict=True), strict=True)

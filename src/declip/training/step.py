@@ -10,7 +10,7 @@ from declip.data.batch import PairBatch
 from declip.data.images.crops import apply_photometric
 from declip.data.plan import Plan
 from declip.models.average import Average
-from declip.models.blocks import statistics_at_rest
+from declip.models.blocks import frozen_batch_norm_stats
 from declip.models.device import random_states, set_random_states
 from declip.recipe.schema import Train
 from declip.supervision.objective import Gather
@@ -114,7 +114,7 @@ def _backward_in_chunks(
     chunks = [batch.rows(start, min(start + chunk, len(batch))) for start in range(0, len(batch), chunk)]
     outputs: list[TowerOutputs] = []
     states: list[dict[str, Tensor]] = []
-    with torch.no_grad(), statistics_at_rest(model):
+    with torch.no_grad(), frozen_batch_norm_stats(model):
         for part in chunks:
             states.append(random_states(model.device))
             ready = parts.prepare(part)
