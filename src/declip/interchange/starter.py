@@ -91,7 +91,8 @@ def _text_encoder(folder: Path) -> TextEncoder:
     tree = json.loads((folder / "config.json").read_bytes())
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     names = {"start": "[CLS]", "end": "[SEP]", "mask": "[MASK]", "padding": "[PAD]"}
-    specials = {special: tokenizer.token_to_id(name) for special, name in names.items()}
+    vocabulary = tokenizer.get_vocab()
+    specials = {special: vocabulary[name] for special, name in names.items()}
     config = {name: tree[name] for name in ("model_type", *sorted(SIZES & tree.keys()))}
     return TextEncoder(config, tokenizer.to_str(), specials, pooling="mean", filled_later=True)
 

@@ -35,8 +35,10 @@ CROSS_VALIDATION, OUT_OF_FOLD = "cross_validation.json", "out_of_fold.csv"  # of
 LOCK = ".lock"
 KEPT = "start.safetensors"
 """Pretrained weights that a run started from, for resuming and for interpolation."""
-OUTPUTS = (METRICS, EVALUATIONS, SKIPPED, EXAMPLES, CROSS_VALIDATION, OUT_OF_FOLD)
-OUTPUTS += ("log.txt", "report.html", "checkpoints", "exported")
+OUTPUTS = (
+    *(METRICS, EVALUATIONS, SKIPPED, EXAMPLES, CROSS_VALIDATION, OUT_OF_FOLD),
+    *("log.txt", "report.html", "checkpoints", "exported"),
+)
 SPLIT = ("train.pairs", "val.pairs")
 """Lists of the parts that `declip finetune` splits its pairs into."""
 CHANGEABLE = (
