@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from declip.models.two_way_ridge import ClassPairs, Pairs
+from declip.models.closed_form import ClassPairs, Pairs
 
 
 def features(n: int, v: int = 12, w: int = 7, seed: int = 0, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:

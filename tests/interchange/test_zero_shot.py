@@ -16,10 +16,10 @@ from declip.interchange.export import export, supported_formats
 from declip.interchange.read import read_start
 from declip.interchange.weights import Weights
 from declip.interchange.zero_shot import LOGIT_SCALE, class_heads, complete, encode_texts
+from declip.models.closed_form import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
 from declip.models.layers import PROJECTIONS
-from declip.models.two_way_ridge import ClassPairs, Pairs, fit_heads
 from declip.recipe.load import load_recipe
 from interchange.towers import EXACT, KINDS
 
@@ -50,7 +50,7 @@ def test_projections_compare_as_the_closed_form_does() -> None:
     texts = encode_texts(weights, list(classes.names))
     pairs = ClassPairs(classes.rows, texts, torch.arange(COUNT), classes.mean)
     nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
-    (heads,) = fit_heads(nothing, torch.empty(0, dtype=torch.bool), pairs, 1.0, (1.0,))
+    (heads,) = fit_heads(nothing, torch.empty(0, dtype=torch.bool), pairs, 1.0, (DEFAULT_FORM,))
     with torch.no_grad():
         features = model.encode_text(model.tokenize(classes.names))
         images = torch.nn.functional.normalize(model.image_tower.proj(classes.rows), dim=-1)

@@ -18,7 +18,7 @@ from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.finetuning import estimate_finetune, finetune_recipe
 from declip.inspection.split import related_pairs
-from declip.models.two_way_ridge import Pairs, fit_heads
+from declip.models.closed_form import Form, Pairs, fit_heads
 from declip.runs.folder import CROSS_VALIDATION, KEPT, OUT_OF_FOLD, Run, read_run
 from declip.training.fit import fit
 from processes import in_processes
@@ -93,7 +93,9 @@ def test_heads_are_those_of_every_caption_of_all_pairs(run: Run, folder: Path) -
         texts = model.text_tower.pool(model.tokenize([each for pair in captions for each in pair]))
     known = run.cross_validation
     pairs = Pairs(images, texts, torch.arange(COUNT).repeat_interleave(2))
-    (heads,) = fit_heads(pairs, torch.ones(COUNT, dtype=torch.bool), None, 0.0, (known["ridge"],))
+    (heads,) = fit_heads(
+        pairs, torch.ones(COUNT, dtype=torch.bool), None, 0.0, (Form(known["method"], known["ridge"]),)
+    )
     expected = heads.similarities(images.double(), texts.double()).float() * known["logit_scale"]
     torch.testing.assert_close(cosines(run.folder, folder), expected, rtol=0, atol=1e-3)
     assert (known["pairs"], known["captions"], known["classes"], known["candidates"]) == (COUNT, 2 * COUNT, 0, 8)

@@ -1,7 +1,7 @@
 """Complete models without any image-text pair: projections from the classes of the image tower's classifier.
 
 Weight recycling (arXiv 2605.22484): the rows of a classifier and the features of its classes' names and definitions are
-the pairs that `declip.models.two_way_ridge` is fitted to.
+the pairs that `declip.models.closed_form` is fitted to.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from declip.interchange.classes import Classes
 from declip.interchange.weights import Weights
 from declip.io.atomic import atomic_write, cache_folder, save_tensors
 from declip.io.cache import HEADS
+from declip.models.closed_form import DEFAULT_FORM, ClassPairs, Heads, Pairs, fit_heads
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import PROJECTIONS, TEXT
-from declip.models.two_way_ridge import DEFAULT_RIDGE, ClassPairs, Heads, Pairs, fit_heads
 
 log = logging.getLogger("declip")
 
@@ -81,7 +81,7 @@ def class_heads(classes: Classes, texts: Tensor) -> Heads:
     """
     pairs = ClassPairs(classes.rows.double(), texts.double(), classes.texts()[1], classes.mean.double())
     nothing = Pairs(torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long())
-    (heads,) = fit_heads(nothing, torch.empty(0, dtype=torch.bool), pairs, 1.0, (DEFAULT_RIDGE,))
+    (heads,) = fit_heads(nothing, torch.empty(0, dtype=torch.bool), pairs, 1.0, (DEFAULT_FORM,))
     axes = normalize(heads.text, dim=1).mT  # (w, k)
     rotated = (axes @ head for head in heads)
     # Lengths do not change a cosine; these are the ones of a projection's random start.

@@ -101,7 +101,8 @@ def fitted_lines(run: Run) -> list[str]:
     used = f"{plural(fitted['pairs'], 'pair')} with {plural(fitted['captions'], 'caption')}"
     if fitted["classes"]:
         used += f"; {fitted['classes']:,} classes of the start, each with weight {fitted['class_weight']:g}"
-    lines = [f"Fitted on {used}; ridge {fitted['ridge']:g}."]
+    name = {"ridge": "ridge regression both ways", "cca": "canonical correlation"}[fitted["method"]]
+    lines = [f"Fitted on {used}, by {name} with ridge {fitted['ridge']:g}."]
     if "recall" not in fitted:
         return [*lines, "Too few different pairs to cross-validate: nothing was measured. Give other pairs with --val."]
     lines.append(f"Cross-validated among {fitted['candidates']:,} images: {_recalls(fitted['recall'])}.")

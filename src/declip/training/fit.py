@@ -22,10 +22,10 @@ from declip.evaluation.protocols import Options, evaluate_all
 from declip.io.atomic import atomic_write, write_text
 from declip.io.pool import usual_workers
 from declip.io.text import plural
+from declip.models.closed_form import ClassPairs, Pairs
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import PROJECTIONS
-from declip.models.two_way_ridge import ClassPairs, Pairs
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint, list_checkpoints, prefixed, write_snapshot
@@ -234,7 +234,7 @@ def _write_facts(
         "pairs": len(pairs.images),
         "captions": len(pairs.texts),
         "classes": 0 if classes is None else len(classes.rows),
-        "ridge": choice.ridge,
+        **choice.form._asdict(),  # method and ridge
         "class_weight": choice.class_weight,
         "logit_scale": choice.logit_scale,
     }

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from sklearn.linear_model import Ridge
 
-from declip.models.two_way_ridge import Pairs, fit_heads, split_product, two_way_ridge
+from declip.models.closed_form import DEFAULT_FORM, Form, Pairs, closed_form_heads, fit_heads, split_product
 from pair_features import class_pairs, features, pairs_of
 
 
@@ -20,7 +21,7 @@ def centered(side: torch.Tensor, weights: torch.Tensor) -> np.ndarray:
 def test_two_way_ridge_is_scikit_learns_ridge_both_ways(ridge: float) -> None:
     images, texts = features(40)
     weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
-    (heads,) = two_way_ridge(images, texts, weights, (ridge,))
+    (heads,) = closed_form_heads(images, texts, weights, (Form("ridge", ridge),))
 
     x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()
     product = np.zeros((12, 7))
@@ -33,6 +34,24 @@ def test_two_way_ridge_is_scikit_learns_ridge_both_ways(ridge: float) -> None:
 
     bilinear = (heads.image.mT @ heads.text).numpy()
     np.testing.assert_allclose(x @ bilinear @ y.T, x @ product @ y.T, atol=1e-8)
+
+
+@pytest.mark.parametrize("ridge", [0.1, 3.0])
+def test_cca_whitens_both_sides(ridge: float) -> None:
+    images, texts = features(40)
+    weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
+    (heads,) = closed_form_heads(images, texts, weights, (Form("cca", ridge),))
+
+    x, y, share = centered(images, weights), centered(texts, weights), (weights / weights.sum()).numpy()
+    whiteners = []
+    for side in (x, y):
+        covariance = (side * share[:, None]).T @ side
+        damped = covariance + ridge * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        whiteners.append(np.real(scipy.linalg.sqrtm(np.linalg.inv(damped))))
+    product = whiteners[0] @ (x * share[:, None]).T @ y @ whiteners[1]
+
+    bilinear = (heads.image.mT @ heads.text).numpy()
+    np.testing.assert_allclose(x @ bilinear @ y.T, x @ whiteners[0] @ product @ whiteners[1] @ y.T, atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
@@ -51,20 +70,20 @@ def test_an_image_counts_once_however_many_captions_it_has() -> None:
     owners = torch.cat([torch.arange(30), torch.zeros(3, dtype=torch.int64)])
     thrice = Pairs(images, torch.cat([texts, texts[:1].expand(3, -1)]), owners)
     everything = torch.ones(30, dtype=torch.bool)
-    (first,), (second,) = (fit_heads(pairs, everything, None, 0.0, (1.0,)) for pairs in (once, thrice))
+    (first,), (second,) = (fit_heads(pairs, everything, None, 0.0, (DEFAULT_FORM,)) for pairs in (once, thrice))
     torch.testing.assert_close(first.image.mT @ first.text, second.image.mT @ second.text)
 
 
 def test_directions_of_the_means_are_ignored() -> None:
     pairs = pairs_of(50)
-    (heads,) = fit_heads(pairs, torch.ones(50, dtype=torch.bool), None, 0.0, (1.0,))
+    (heads,) = fit_heads(pairs, torch.ones(50, dtype=torch.bool), None, 0.0, (DEFAULT_FORM,))
     for head, side in ((heads.image, pairs.images), (heads.text, pairs.texts)):
         assert float((head @ side.mean(dim=0)).norm() / head.norm()) < 1e-12
 
 
 def test_features_without_variance_give_finite_heads() -> None:
     pairs = Pairs(torch.ones(5, 12), torch.ones(5, 7), torch.arange(5))
-    (heads,) = fit_heads(pairs, torch.ones(5, dtype=torch.bool), None, 0.0, (1.0,))
+    (heads,) = fit_heads(pairs, torch.ones(5, dtype=torch.bool), None, 0.0, (DEFAULT_FORM,))
     assert bool(heads.image.isfinite().all() and heads.text.isfinite().all())
 
 
@@ -73,6 +92,6 @@ def test_a_common_vector_of_the_classifier_changes_nothing() -> None:
     moved = classes._replace(rows=classes.rows + torch.linspace(-3, 3, 12, dtype=torch.float64))
     products = []
     for each in (classes, moved):
-        (heads,) = fit_heads(pairs, chosen, each, 1.0, (1.0,))
+        (heads,) = fit_heads(pairs, chosen, each, 1.0, (DEFAULT_FORM,))
         products.append(heads.image.mT @ heads.text)
     torch.testing.assert_close(*products)

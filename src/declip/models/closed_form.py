@@ -1,13 +1,25 @@
-"""Projections of frozen towers in closed form: ridge regression both ways, from pairs and a classifier's classes."""
+"""Projections of frozen towers in closed form, from pairs and a classifier's classes.
 
-from typing import NamedTuple
+Ridge regression both ways is best with few pairs, canonical correlation analysis (CCA) with thousands.
+"""
+
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-DEFAULT_RIDGE = 1.0  # of fewer pairs than can be cross-validated
 OWN_MEAN = 10  # images of one's own that weigh as much as the start's mean feature
+
+
+class Form(NamedTuple):
+    """A closed form of the projections."""
+
+    method: Literal["ridge", "cca"]
+    ridge: float  # added to the variance of each direction, in units of their mean
+
+
+DEFAULT_FORM = Form("ridge", 1.0)  # of fewer pairs than can be cross-validated
 
 
 class Pairs(NamedTuple):
@@ -38,28 +50,29 @@ class Heads(NamedTuple):
         return normalize(images @ self.image.mT, dim=-1) @ normalize(texts @ self.text.mT, dim=-1).mT
 
 
-def two_way_ridge(
-    images: Tensor, texts: Tensor, weights: Tensor, ridges: tuple[float, ...], mean: Tensor | None = None
+def closed_form_heads(
+    images: Tensor, texts: Tensor, weights: Tensor, forms: tuple[Form, ...], mean: Tensor | None = None
 ) -> list[Heads]:
-    """Two linear projections from ridge regression in both directions, for each ridge.
+    """Two linear projections by each form, from ridge regression in both directions or canonical correlation.
 
     With X and Y the features without the direction of their mean, scaled to unit length, and Ω the weights,
         R₁ = (XᵀΩX + εₓI)⁻¹ XᵀΩY        R₂ = (YᵀΩY + εᵧI)⁻¹ YᵀΩX
         M = R₁/‖R₁‖ + R₂ᵀ/‖R₂‖ = U diag(s) Vᵀ
-    the projections are √s Uᵀ and √s Vᵀ: the product of an image's and a text's projection is xᵀ M y. Projections
-    without a bias cannot subtract a mean, so they ignore its direction.
+    the projections of "ridge" are √s Uᵀ and √s Vᵀ: the product of an image's and a text's projection is xᵀ M y. Those
+    of "cca" whiten both sides first (CSA, arXiv 2410.07610, with √s where the paper has s in the cosine):
+        Wₓ = (XᵀΩX + εₓI)^-½        Wᵧ = (YᵀΩY + εᵧI)^-½        Wₓ XᵀΩY Wᵧ = U diag(s) Vᵀ
+    and are √s UᵀWₓ and √s VᵀWᵧ. Projections without a bias cannot subtract a mean, so they ignore its direction.
 
     Args:
         images: (n, v).
         texts: (n, w), of the same pairs.
         weights: (n,), of the pairs.
-        ridges: ε in units of the mean variance of a direction.
         mean: (v,) mean feature of images; None: that of `images`.
     """
     weights = (weights / weights.sum()).double()
     image_side = CenteredFeatures.of(images.double(), weights, mean)
     text_side = CenteredFeatures.of(texts.double(), weights)
-    maps = ridge_both_ways(image_side.rows, text_side.rows, weights, ridges)
+    maps = solve(image_side.rows, text_side.rows, weights, forms)
     return [Heads(image_side.projection(left), text_side.projection(right)) for left, right in maps]
 
 
@@ -82,8 +95,8 @@ class CenteredFeatures(NamedTuple):
         return rows - (rows @ self.direction)[:, None] * self.direction
 
 
-def ridge_both_ways(x: Tensor, y: Tensor, weights: Tensor, ridges: tuple[float, ...]) -> list[tuple[Tensor, Tensor]]:
-    """Solve both regressions of centered features (n, v) and (n, w), and split M into projections (k, v) and (k, w)."""
+def solve(x: Tensor, y: Tensor, weights: Tensor, forms: tuple[Form, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Projections (k, v) and (k, w) of centered features (n, v) and (n, w) by each form."""
     sides = []
     for unit in (x, y):
         variances, axes = torch.linalg.eigh((unit * weights[:, None]).mT @ unit)  # the dominant cost: O(v³)
@@ -91,11 +104,16 @@ def ridge_both_ways(x: Tensor, y: Tensor, weights: Tensor, ridges: tuple[float, 
     (x_variances, x_axes), (y_variances, y_axes) = sides
     cross = x_axes.mT @ ((x * weights[:, None]).mT @ y) @ y_axes  # (v, w), in the axes of both sides
     found = []
-    for ridge in ridges:
-        forward = cross / (x_variances + ridge * x_variances.mean())[:, None]
-        backward = cross / (y_variances + ridge * y_variances.mean())
-        units = (normalize(side.flatten(), dim=0).view_as(cross) for side in (forward, backward))
-        left, right = split_product(sum(units, torch.zeros_like(cross)))
+    for method, ridge in forms:
+        x_damped, y_damped = (side + ridge * side.mean() for side in (x_variances, y_variances))
+        if method == "cca":
+            # Equal features have no variance at all: they are left at 0 instead of divided by it.
+            x_white, y_white = (torch.where(side > 0, side.rsqrt(), 0.0) for side in (x_damped, y_damped))
+            left, right = split_product(x_white[:, None] * cross * y_white)
+            left, right = left * x_white, right * y_white
+        else:
+            units = [normalize(side.flatten(), dim=0) for side in (cross / x_damped[:, None], cross / y_damped)]
+            left, right = split_product((units[0] + units[1]).view_as(cross))
         found.append((left @ x_axes.mT, right @ y_axes.mT))
     return found
 
@@ -117,11 +135,11 @@ def split_product(product: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_heads(
-    pairs: Pairs, chosen: Tensor, classes: ClassPairs | None, class_weight: float, ridges: tuple[float, ...]
+    pairs: Pairs, chosen: Tensor, classes: ClassPairs | None, class_weight: float, forms: tuple[Form, ...]
 ) -> list[Heads]:
-    """Heads of the chosen images (bool, (n,)) and of a classifier's classes, for each ridge."""
+    """Heads of the chosen images (bool, (n,)) and of a classifier's classes, by each form."""
     rows = regression_rows(pairs, chosen, classes, class_weight)
-    return two_way_ridge(rows.images, rows.texts, rows.weights, ridges, rows.mean)
+    return closed_form_heads(rows.images, rows.texts, rows.weights, forms, rows.mean)
 
 
 class RegressionRows(NamedTuple):
