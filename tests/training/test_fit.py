@@ -19,7 +19,7 @@ from declip.errors import UserError
 from declip.finetuning import estimate_finetune, finetune_recipe
 from declip.inspection.split import related_pairs
 from declip.models.closed_form import Form, Pairs, fit_heads
-from declip.runs.folder import CROSS_VALIDATION, KEPT, OUT_OF_FOLD, Run, read_run
+from declip.runs.folder import CROSS_VALIDATION, KEPT, Run, read_run
 from declip.training.fit import fit
 from processes import in_processes
 from text_encoders import bert
@@ -113,11 +113,8 @@ def test_the_run_is_a_normal_run_with_one_checkpoint_and_no_copy_of_the_start(ru
 
 
 def test_every_caption_has_an_out_of_fold_rank(run: Run) -> None:
-    head, *rows = csv.reader((run.folder / OUT_OF_FOLD).open(encoding="utf-8"))
-    ranks = [float(rank) for _, _, rank in rows]
-    assert (head, len(rows), len({(key, caption) for key, caption, _ in rows})) == (
-        ["key", "caption", "rank"], 2 * COUNT, 2 * COUNT
-    )  # fmt: skip
+    ranks = list(run.caption_ranks.values())
+    assert len(ranks) == 2 * COUNT
     assert ranks == sorted(ranks, reverse=True)
     assert 0 <= ranks[-1] < ranks[0] <= 1
 

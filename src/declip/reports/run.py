@@ -1,5 +1,6 @@
 """The report of a run: one HTML file with its numbers, curves, examples and recipe."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -62,6 +63,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     skipped = sorted((run.skipped or {"reasons": {}})["reasons"].items(), key=lambda item: -item[1]["count"])
     reasons = tuple((reason, ", ".join(row["examples"]), f"{row['count']:,}") for reason, row in skipped)
+    worst = tuple((*row, f"{rank:.4f}") for row, rank in itertools.islice(run.caption_ranks.items(), 10))
     held_out = _readable("retrieved images", lambda: None if dataset is None else _encode(model, dataset, limit))
     classified = held_out is not None and held_out.source.labels is not None
     source = run.examples.get("source")
@@ -77,9 +79,7 @@ def write_report(folder: Path, model: Encoder, limit: int = 4_000) -> Path:
         retrieval=next((result for result in results if isinstance(result, RetrievalResult)), None),
         results_table=measures_table(run),
         fitted=fitted_lines(run),
-        worst=Table(
-            "Captions that fit worst", ("image", "caption", "out-of-fold rank"), run.worst_captions(10), texts=2
-        ),
+        worst=Table("Captions that fit worst", ("image", "caption", "out-of-fold rank"), worst, texts=2),
         losses=loss_charts(run) if run.metrics else [],
         progress=[TitledChart(title, _svg(title, run, key, noisy)) for key, (title, noisy) in PROGRESS.items()],
         accuracy=accuracy_charts(run),

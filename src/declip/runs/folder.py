@@ -146,11 +146,12 @@ class Run:
         text = _text(self.folder / CROSS_VALIDATION)
         return json.loads(text) if text else {}
 
-    def worst_captions(self, count: int) -> tuple[tuple[str, str, str], ...]:
-        """Image, caption and out-of-fold rank, 0 best and 1 worst, of the captions with the highest ranks."""
+    @cached_property
+    def caption_ranks(self) -> dict[tuple[str, str], float]:
+        """Out-of-fold ranks of captions by key and caption, the worst first: 0 best, 1 worst; empty for other runs."""
         table = csv.reader(_text(self.folder / OUT_OF_FOLD).splitlines(keepends=True))
-        rows = [row for row in itertools.islice(table, 1, count + 1) if len(row) == 3]
-        return tuple((key, caption, rank) for key, caption, rank in rows)
+        rows = [row for row in itertools.islice(table, 1, None) if len(row) == 3]
+        return {(key, caption): float(rank) for key, caption, rank in rows}
 
     @property
     def step(self) -> int:
