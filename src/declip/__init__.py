@@ -1,8 +1,8 @@
 """declip: contrastive language-image models when pairs are few.
 
-The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `classify`, `embed`, `Index`, `export`, `push`,
-`Columns`, `PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package `interchange`. They are imported when
-they are first used, so that ``import declip`` is quick and asks for nothing.
+The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `classify`, `embed`, `Index`, `export`, `Columns`,
+`PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package `interchange`. They are imported when they are
+first used, so that ``import declip`` is quick and asks for nothing.
 """
 
 from importlib import import_module
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from declip.data.columns import Columns as Columns
     from declip.errors import UserError as UserError
     from declip.interchange.export import export as export
-    from declip.interchange.export import push as push
     from declip.interchange.read import load as load
     from declip.recipe.load import load_recipe as load_recipe
     from declip.recipe.schema import Recipe as Recipe
@@ -46,7 +45,6 @@ _WHERE = {
     "finetune": "declip.api",
     "load": "declip.interchange.read",
     "load_recipe": "declip.recipe.load",
-    "push": "declip.interchange.export",
     "train": "declip.api",
 }
 __all__ = sorted([*_WHERE, "interchange"])

@@ -99,10 +99,12 @@ def why_not(line: str) -> str | None:
     program = line.split()[0]
     if DOWNLOADED.search(line):
         return "network"
-    if line.startswith("declip push") or "report_to=" in line:
-        return "an account of the Hub, or packages for tracking"
+    if "report_to=" in line:
+        return "packages for tracking"
     if program in ("torchrun", "sbatch"):
         return "several processes"
+    if program == "hf":
+        return "an account of the Hub"
     if program in ("pip", "make", "pytest", "git") or line.startswith(("python benchmarks/", "python3 -m venv")):
         return "installs, or takes minutes"
     return None

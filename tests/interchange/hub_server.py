@@ -1,6 +1,5 @@
-"""A Hub of the size that a test needs, on this machine: create a repository, commit to it, download a revision."""
+"""A Hub of the size that a test needs, on this machine: download a revision."""
 
-import base64
 import hashlib
 import json
 import re
@@ -17,15 +16,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.revisions: dict[str, dict[str, dict[str, bytes]]] = {}  # by repository and id, oldest first: files
-        self.private: set[str] = set()  # repositories
-        self.cards: list[str] = []  # metadata that was sent to be checked
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
-
-    def files(self, repo: str, revision: str = "main") -> tuple[str, dict[str, bytes]]:
-        """The id and the files of a commit, given whole or by its first characters."""
-        commits = self.revisions[repo]
-        sha = list(commits)[-1] if revision == "main" else next(sha for sha in commits if sha.startswith(revision))
-        return sha, commits[sha]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -49,58 +40,22 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def say(self, content: Any, status: int = 200) -> None:
-        self.answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Authorization") != "Bearer hf_test":
-            self.say({"error": "Invalid username or password."}, 401)
-        elif self.path == "/api/repos/create":
-            given = json.loads(body)
-            repo = f"{given['organization']}/{given['name']}"
-            if repo in self.server.revisions:
-                self.say({"error": "You already created this model repo", "url": f"{self.server.endpoint}/{repo}"}, 409)
-                return
-            self.server.revisions[repo] = {"0" * 40: {}}
-            if given.get("private") or given.get("visibility") == "private":
-                self.server.private.add(repo)
-            self.say({"url": f"{self.server.endpoint}/{repo}", "name": repo, "id": repo})
-        elif self.path == "/api/validate-yaml":
-            self.server.cards.append(json.loads(body)["content"])
-            self.say({"errors": [], "warnings": []})
-        elif "/preupload/" in self.path:
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
-            self.say({"files": files})
-        elif match := re.match(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", self.path):
-            files = dict(self.server.files(match[1])[1])
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-                if entry["key"] == "deletedFile":
-                    del files[entry["value"]["path"]]
-            sha = hashlib.sha1(body).hexdigest()
-            self.server.revisions[match[1]][sha] = files
-            self.say(
-                {"success": True, "commitOid": sha, "commitUrl": f"{self.server.endpoint}/{match[1]}/commit/{sha}"}
-            )
-        else:
-            self.say({"error": self.path}, 404)
+    def say(self, content: Any) -> None:
+        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def do_GET(self) -> None:
         asked, wanted = self.info.fullmatch(self.path), self.resolve.match(self.path)
         match = asked or wanted
-        if match is None or match[1] not in self.server.revisions:
+        commits = self.server.revisions.get(match[1], {}) if match else {}
+        if match is None or not commits:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
             return
-        sha, files = self.server.files(match[1], match[2] or "main")
+        sha = list(commits)[-1] if match[2] in (None, "main") else match[2]
+        files = commits[sha]
         if "/tree/" in self.path:
             self.say([{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files])
         elif asked:
-            siblings = [{"rfilename": name} for name in files]
-            self.say({"id": match[1], "sha": sha, "private": match[1] in self.server.private, "siblings": siblings})
+            self.say({"id": match[1], "sha": sha, "siblings": [{"rfilename": name} for name in files]})
         elif match[3] in files:
             etag = hashlib.sha1(files[match[3]]).hexdigest()
             self.answer(200, files[match[3]], {"ETag": f'"{etag}"', "X-Repo-Commit": sha})

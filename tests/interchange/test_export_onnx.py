@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,6 @@ import torch
 
 import declip
 from declip.errors import UserError
-from declip.interchange import export as export_module
-from declip.interchange import onnx as onnx_format
 from interchange.test_export import run_card, same_until_the_end
 from interchange.towers import CAPTIONS, EXACT, build, export_exactly, largest, pictures
 
@@ -90,35 +87,3 @@ def test_without_its_packages_or_for_what_it_cannot_trace_it_says_so(
     with pytest.raises(UserError, match=message):
         declip.export(build("vit"), "onnx", tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("precision", "most"), [("fp16", 2e-3), ("int8", 0.03)])
-def test_lower_precisions_are_smaller_and_near(
-    precision: str, most: float, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The exporter itself, which takes seconds, is replaced by its files of the same model."""
-    monkeypatch.setattr(onnx_format, "_export", lambda module, example, sizes, folder, about: shutil.copy(
-        exported / about["file"], folder / about["file"]
-    ))  # fmt: skip
-    model, out = build("vit-bias"), tmp_path / "out"
-    found = declip.export(model, "onnx", out, precision=precision)
-    assert found.difference is not None
-    assert found.cosine is not None
-    assert 1e-6 < found.difference < most
-    assert 0.999 < found.cosine < 1
-    assert "at least 0.99" in str(found)
-    for name in ("image.onnx", "text.onnx"):
-        assert (out / name).stat().st_size < 0.8 * (exported / name).stat().st_size
-        session = onnxruntime.InferenceSession(out / name)
-        assert session.get_outputs()[0].type == "tensor(float)"
-    assert json.loads((out / "declip_onnx.json").read_text())["precision"] == precision
-    monkeypatch.setitem(export_module.MIN_COSINE, precision, 1.1)
-    with pytest.raises(UserError, match=r"with a cosine of .*--precision"):
-        declip.export(model, "onnx", tmp_path / "refused", precision=precision)
-    assert not (tmp_path / "refused").exists()
-
-
-@pytest.mark.parametrize(("format", "precision"), [("onnx", "int4"), ("safetensors", "fp16")])
-def test_other_precisions_are_refused(format: str, precision: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"'{precision}'.*fp16, int8"):
-        declip.export(build("vit"), format, tmp_path / "out", precision=precision)

@@ -14,7 +14,6 @@ from declip.cli.options import fail
 from declip.cli.search import embed, index, search
 from declip.cli.serve import app as serve_app
 from declip.cli.train import finetune, train
-from declip.cli.weights import push
 from declip.errors import UserError
 
 app = typer.Typer(
@@ -40,7 +39,7 @@ def _root(
     pass
 
 
-COMMANDS = (finetune, train, evaluate, compare, classify, embed, search, weights.export, push, weights.interpolate)
+COMMANDS = (finetune, train, evaluate, compare, classify, embed, search, weights.export, weights.interpolate)
 for command in COMMANDS:
     app.command()(command)
 

@@ -1,4 +1,4 @@
-"""The commands ``declip export``, ``declip push`` and ``declip interpolate``."""
+"""The commands ``declip export`` and ``declip interpolate``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,13 +19,12 @@ def export(
     license: License = UNKNOWN_LICENSE,
     repo: Annotated[str | None, typer.Option(help="OWNER/NAME of its future repository on the Hub")] = None,
     overwrite: Overwrite = False,
-    precision: Annotated[str, typer.Option(help="onnx: fp32, fp16, or int8")] = "fp32",
 ) -> None:
     """Export a model for another library, or any weights as one file of declip (safetensors), with a model card."""
     check_model(model)
     from declip.interchange.export import export as run_export
 
-    exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo, precision=precision)
+    exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo)
     checked = "" if exported.difference is None else f" {exported}"  # otherwise a warning was logged
     say(f"Written: {exported.folder}.{checked}")
 
@@ -61,21 +60,3 @@ def interpolate(
         console.print(table)
     if out is not None and alphas is not None:
         say(f"Written: {mixing.write_mixture(run, alphas[0], out, license=license, overwrite=overwrite)}")
-
-
-def push(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="run, checkpoint, weights, or hf-hub:OWNER/NAME")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="repository on the Hub, created if missing")],
-    private: Annotated[bool, typer.Option("--private", help="create a private repository")] = False,
-    format: Annotated[
-        str | None,
-        typer.Option(help="as for declip export; default: open_clip if possible, else safetensors"),
-    ] = None,
-    license: License = UNKNOWN_LICENSE,
-) -> None:
-    """Upload a model with its card to the Hugging Face Hub."""
-    check_model(model)
-    from declip.interchange.export import push as run_push
-
-    say(f"Pushed: {run_push(model, repo, private=private, format=format, license=license)}")
-    say(f'Load it in Python: declip.load("hf-hub:{repo}")')

@@ -1,25 +1,19 @@
-"""Export a model as a folder of another library's or our format, with a model card, and push it to the Hub."""
+"""Export a model as a folder of another library's or our format, with a model card."""
 
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
-import huggingface_hub
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
-import declip
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import eval_mode
 from declip.interchange import declip_file, huggingface, onnx, open_clip
@@ -36,9 +30,6 @@ log = logging.getLogger("declip")
 TOLERANCE = 1e-4
 """Tolerance for features of length 1, between a model and its export; exact exports differ by about 1e-7."""
 
-MIN_COSINE = {"fp16": 0.999, "int8": 0.95}
-"""Tolerance for exports in a lower precision: the cosine of a feature and that of the export."""
-
 CAPTIONS = ("a red circle", "two cats asleep on a sofa, seen from above", "!")
 
 FORMATS: Mapping[str, ModuleType] = {
@@ -46,12 +37,6 @@ FORMATS: Mapping[str, ModuleType] = {
 }  # fmt: skip
 """Modules with `express(model)`, which raises a `Refusal` if the format cannot hold a model, `write(model, folder)`,
 `reread(folder)`, which raises ImportError if the library is not installed, and `LIBRARY`, its name on the Hub."""
-
-REPLACED = (
-    *("*.safetensors", "*.onnx", "*_config.json", "config.json", "model.safetensors.index.json"),
-    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
-)
-"""Files of an earlier model to delete from a repository: they would be read instead of the new ones."""
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """OWNER/NAME on the Hub."""
@@ -64,14 +49,11 @@ class Exported:
     folder: Path
     difference: float | None  # largest of any number of a feature of length 1; None where the library is not installed
     by: str  # the library and its version
-    cosine: float | None = None  # smallest of a feature and the one read back, for a lower precision
 
     def __str__(self) -> str:
         if self.difference is None:
             return f"Not read back here: {self.by} is not installed."
-        rounded_down = math.floor((self.cosine or 0) * 1e6) / 1e6
-        cosine = "" if self.cosine is None else f", their cosine is at least {rounded_down:.6f}"
-        return f"Read back by {self.by}: features differ by at most {self.difference:.1e}{cosine}."
+        return f"Read back by {self.by}: features differ by at most {self.difference:.1e}."
 
 
 def export(
@@ -82,7 +64,6 @@ def export(
     license: str = NO_LICENSE,
     overwrite: bool = False,
     repo: str | None = None,
-    precision: str = "fp32",
 ) -> Exported:
     """Export a model in a format, read it back if the format's library is installed, and add a model card.
 
@@ -94,19 +75,14 @@ def export(
         overwrite: Replace an earlier export.
         repo: The repository, OWNER/NAME, that the folder will be on the Hub, for the card. Loading "open_clip" from
             there requires it unless the vocabulary is CLIP's.
-        precision: Of "onnx": "fp32", "fp16" or "int8"; refused if the cosine of a feature is below `MIN_COSINE`.
     """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
     if repo is not None and not REPOSITORY.fullmatch(repo):
         raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
-    if precision != "fp32" and (format != "onnx" or precision not in MIN_COSINE):
-        raise UserError(f"--precision is '{precision}'; {', '.join(MIN_COSINE)} are for onnx, fp32 for all.")
     out, form = Path(out).expanduser(), FORMATS[format]
     traced, provenance, heads = trace(model)
-    options: dict[str, Any] = {
-        "open_clip": {"repo": repo, "home": out}, "onnx": {"precision": precision}, "safetensors": {"heads": heads},
-    }  # fmt: skip
+    options: dict[str, Any] = {"open_clip": {"repo": repo, "home": out}, "safetensors": {"heads": heads}}
     if {weight.dtype for weight in traced.parameters()} != {torch.float32}:
         traced = deepcopy(traced).float()
     with _new_folder(out, overwrite) as folder, eval_mode(traced):
@@ -117,7 +93,7 @@ def export(
             raise UserError(
                 f"This model cannot be exported as {format}: {refusal}. Formats that can: {able}."
             ) from refusal
-        exported = replace(_compare(traced, form, folder, precision), folder=out)
+        exported = replace(_compare(traced, form, folder), folder=out)
         card = model_card(traced, provenance, form.LIBRARY, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
     if exported.difference is None:
@@ -149,7 +125,7 @@ def supported_formats(model: DualEncoder) -> Iterator[str]:
             yield name
 
 
-def _compare(model: DualEncoder, form: ModuleType, folder: Path, precision: str) -> Exported:
+def _compare(model: DualEncoder, form: ModuleType, folder: Path) -> Exported:
     """Read a folder back and compare the features."""
     try:
         foreign = form.reread(folder)
@@ -167,60 +143,10 @@ def _compare(model: DualEncoder, form: ModuleType, folder: Path, precision: str)
         expected.append(model.encode_text(tokens))
         features.append(foreign.text(tokens.cpu()))
     ours, theirs = torch.cat(expected).cpu(), F.normalize(torch.cat(features).float(), dim=-1)
-    difference, cosine = float((ours - theirs).abs().max()), float((ours * theirs).sum(-1).min())  # NaN where any is
-    near = difference <= TOLERANCE if precision == "fp32" else cosine >= MIN_COSINE[precision]
-    if not near:
+    difference = float((ours - theirs).abs().max())
+    if not difference <= TOLERANCE:  # NaN too
         raise UserError(
-            f"{foreign.by} computes other features from the export in {precision} (they differ by {difference:.1e}, "
-            f"with a cosine of {cosine:.4f}), so it was removed. Give another --precision, or report its recipe."
+            f"{foreign.by} computes other features from the export (they differ by {difference:.1e}), so it was "
+            "removed. Report its recipe."
         )
-    return Exported(folder, difference, foreign.by, None if precision == "fp32" else cosine)
-
-
-def push(
-    model: str | Path | DualEncoder,
-    repo: str,
-    *,
-    private: bool = False,
-    format: str | None = None,
-    license: str = NO_LICENSE,
-) -> str:
-    """Upload a model with its card to the Hugging Face Hub, in one commit, and return the repository's address.
-
-    Args:
-        repo: OWNER/NAME, created if missing. Its model files are replaced.
-        private: Create a repository that only its owner sees; a public one is then refused.
-        format: A key of `FORMATS`; by default "open_clip" if it can hold the model, else "safetensors".
-    """
-    if huggingface_hub.get_token() is None:
-        raise UserError("Pushing requires a write token of the Hub: run `hf auth login`, or set HF_TOKEN.")
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        try:
-            export(model, format or "open_clip", folder, license=license, repo=repo)
-        except UserError as error:
-            if format is not None or not isinstance(error.__cause__, Refusal):
-                raise
-            export(model, "safetensors", folder, license=license, repo=repo)
-        try:
-            return _upload(folder, repo, private)
-        except UserError:
-            raise
-        except Exception as error:  # the Hub, the network and their libraries have their own
-            raise UserError(
-                f"Cannot push to '{repo}': {one_line(error, 300).rstrip('.')}. Check the network, and that the token "
-                "may write there."
-            ) from error
-
-
-def _upload(folder: Path, repo: str, private: bool) -> str:
-    """Upload a folder's files in one commit."""
-    api = HfApi(library_name="declip", library_version=declip.__version__)
-    api.create_repo(repo, private=private or None, exist_ok=True)
-    if private and not api.model_info(repo).private:
-        raise UserError(f"'{repo}' is public already, so nothing was pushed. Leave --private out, or rename it.")
-    # Named one by one, because a pattern of the Hub would match in subfolders too.
-    old = [name for name in api.list_repo_files(repo) if "/" not in name and any(fnmatch(name, p) for p in REPLACED)]
-    commit = f"Upload by declip {declip.__version__}"
-    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit, delete_patterns=old)
-    return f"{api.endpoint}/{repo}"
+    return Exported(folder, difference, foreign.by)

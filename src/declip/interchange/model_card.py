@@ -1,13 +1,12 @@
 """The origin of a model, and its model card (README.md): how to use it, training data, results."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
@@ -28,13 +27,6 @@ from declip.supervision.objective import without_run_state
 NO_LICENSE = "unknown: set it"
 IDENTIFIER = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9.]+)*", re.IGNORECASE)
 """License identifiers of the Hub, such as "mit" or "cc-by-4.0"; any other license is "other" with a name."""
-
-TASKS: Mapping[str, str] = {
-    "zero-shot": "zero-shot-image-classification",
-    "features": "image-feature-extraction",
-    "retrieval": "image-text-retrieval",
-}
-"""Task of a result, or "features" → task type of the Hub; probes are "image-classification"."""
 
 HUB_DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 
@@ -126,7 +118,7 @@ def model_card(
     environment.filters |= {"percent": percent, "times": times}
     return environment.get_template("model_card.md").render(
         vars(replace(provenance, recipe=recipe)),
-        head=_head(name, has_text(model), library, license, provenance),
+        head=_head(has_text(model), library, license, provenance),
         name=name,
         repo=repo,
         whole=has_text(model),
@@ -151,9 +143,10 @@ def _without_folders(tree: Any) -> Any:
     return without_folders(tree) if isinstance(tree, str) and ("/" in tree or "\\" in tree) else tree
 
 
-def _head(name: str, whole: bool, library: str, license: str, provenance: Provenance) -> str:
-    """Metadata of the card as YAML, with results as model-index."""
-    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": TASKS["zero-shot" if whole else "features"]}
+def _head(whole: bool, library: str, license: str, provenance: Provenance) -> str:
+    """Metadata of the card as YAML."""
+    task = "zero-shot-image-classification" if whole else "image-feature-extraction"
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task}
     fields |= {"license": "other", "license_name": license}
     if license == NO_LICENSE or IDENTIFIER.fullmatch(license):
         fields |= {"license": license.partition(":")[0].lower(), "license_name": None}
@@ -162,8 +155,6 @@ def _head(name: str, whole: bool, library: str, license: str, provenance: Proven
     if provenance.step is not None and (datasets := HUB_DATASET.findall(provenance.recipe.data.label)):
         fields["datasets"] = list(dict.fromkeys(datasets))
     fields["tags"] = ["clip", "declip", "contrastive-learning"]
-    if results := _eval_results(provenance.results):
-        fields |= {"model_name": name, "eval_results": results}
     return f"{ModelCardData(**fields).to_yaml()}\n"
 
 
@@ -173,20 +164,3 @@ def _base_models(recipe: Recipe) -> list[str]:
         return list(starter.REPOSITORIES)
     starts = recipe.finetune.pretrained, recipe.text.hf_model if recipe.text.pretrained else None
     return list(dict.fromkeys(id for start in starts if start and (id := repository(start))))
-
-
-def _eval_results(results: Sequence[Result]) -> list[EvalResult]:
-    """Convert results to the Hub's format, with one entry per metric."""
-    names = short_names(result.dataset for result in results)
-    rows = []
-    for result in results:
-        task = TASKS.get(result.task, "image-classification")
-        on, hub = without_folders(names[result.dataset]), HUB_DATASET.findall(result.dataset)
-        kind = hub[0] if hub else re.sub(r"[^\w.-]+", "-", on)
-        for measure in result.measures():
-            recall = re.search(r"R@(\d+)", measure.name)
-            metric = f"recall_at_{recall[1]}" if recall else "accuracy"
-            if math.isfinite(measure.value):
-                value = round(measure.value, 4)
-                rows.append(EvalResult(task, kind, on, metric, value, task.replace("-", " "), metric_name=measure.name))
-    return rows

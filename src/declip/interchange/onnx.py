@@ -4,8 +4,8 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +43,7 @@ def express(model: DualEncoder) -> None:
         raise Refusal("its tokenizer replaces one id by 0, which tokenizer.json cannot represent")
 
 
-def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
+def write(model: DualEncoder, folder: Path) -> None:
     """Write image.onnx, text.onnx, tokenizer.json and declip_onnx.json, which describes their inputs.
 
     Images are (batch, 3, S, S) float32, normalized; texts (batch, length) int64 with padding after the end, length at
@@ -54,7 +54,6 @@ def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
     image, batch, squash = model.recipe.image, torch.export.Dim("batch"), model.preprocessor.squash
     about: dict[str, Any] = {
         "opset": OPSET,
-        "precision": precision,
         "embed_dim": model.recipe.embed_dim,
         "logit_scale": model.logit_scale.exp().item(),
         "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
@@ -80,40 +79,7 @@ def write(model: DualEncoder, folder: Path, precision: str = "fp32") -> None:
         sizes = {0: batch, 1: torch.export.Dim("length", max=tokenizer.context)}
         _export(TowerModule(model, model.encode_text), tokens, sizes, folder, about["text"])
         backend(tokenizer).save(str(folder / TOKENIZER))
-    for path in folder.glob("*.onnx") if precision != "fp32" else ():
-        _convert(path, precision)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def _convert(path: Path, precision: str) -> None:
-    """Convert a file to another precision; inputs and outputs stay float32."""
-    with _library_errors(
-        f"{path.name} cannot be converted to {precision}", "Use fp32.", ""
-    ):  # it logs to the root logger
-        import onnx
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-
-        if precision == "fp16":
-            onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
-        else:
-            # Convolutions stay float32: quantized, EfficientNet's features have cosines of 0.94.
-            kinds = ["MatMul", "Gemm", "Gather"]
-            quantize_dynamic(path, path, kinds, per_channel=True, weight_type=QuantType.QInt8)
-
-
-@contextmanager
-def _library_errors(failed: str, remedy: str, logger: str) -> Iterator[None]:
-    """Suppress the output of the libraries, and report their errors in one line."""
-    try:
-        with warnings.catch_warnings(action="ignore"), quiet(logger), redirect_stdout(io.StringIO()):
-            yield
-    except ImportError as error:
-        raise UserError(f"Exporting onnx needs {error.name}. Install it: pip install 'declip[onnx]'.") from error
-    except OSError:
-        raise
-    except Exception as error:  # the exporter and the converters have their own
-        raise UserError(f"{failed}: {one_line(error, 200)} {remedy}") from error
 
 
 def reread(folder: Path) -> Reread:
@@ -133,7 +99,16 @@ def _export(module: nn.Module, example: Tensor, sizes: dict[int, Any], folder: P
     options: dict[str, Any] = {f"{kind}_names": [about[kind]] for kind in ("input", "output")}
     options |= {"dynamo": True, "dynamic_shapes": (sizes,), "opset_version": OPSET, "verbose": False}
     unchecked = mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")  # ONNX has no operator for its checks
-    with _library_errors(f"torch cannot export this tower to {path.name}", "Use safetensors.", "torch.onnx"), unchecked:
-        program = torch.onnx.export(module, (example,), **options)
-        assert program is not None
-        program.save(path)
+    try:
+        # The exporter warns and prints.
+        with warnings.catch_warnings(action="ignore"), quiet("torch.onnx"), redirect_stdout(io.StringIO()), unchecked:
+            program = torch.onnx.export(module, (example,), **options)
+            assert program is not None
+            program.save(path)
+    except ImportError as error:
+        raise UserError(f"Exporting onnx needs {error.name}. Install it: pip install 'declip[onnx]'.") from error
+    except OSError:
+        raise
+    except Exception as error:  # the exporter has its own
+        reason = one_line(error, 200)
+        raise UserError(f"torch cannot export this tower to {path.name}: {reason} Use safetensors.") from error
