@@ -19,7 +19,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -81,46 +80,31 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}{remedy}"
 
 
-def tower(bench: Bench, name: str, compiled: bool = False) -> list[dict[str, Any]]:
-    """Measure steps of three recipes and of open_clip; compiled ones at the batch size that fits uncompiled."""
+def tower(bench: Bench, name: str) -> list[dict[str, Any]]:
+    """Measure steps of three recipes and of open_clip."""
     (shape, source), rows = sizes(bench, name), []
-    before = {row["what"]: row.get("batch") for row in bench.known(name).get("rows", [])} if compiled else {}
     for arm in (*RECIPES, "open_clip"):
-        row = {"tower": name, "what": arm, "compiled": compiled, "precision": bench.precision}
+        row = {"tower": name, "what": arm, "precision": bench.precision}
         try:
-            rows.append(row | steps(bench, name, arm, replace(shape, compiled=compiled), source, before.get(arm)))
+            rows.append(row | steps(bench, name, arm, shape, source))
         except Exception as error:  # one recipe must not stop the others
             rows.append(row | {"failed": one_line(error)})
-        if compiled:
-            torch.compiler.reset()
         bench.free()
     return rows
 
 
-def steps(
-    bench: Bench, name: str, arm: str, shape: Shape, source: InMemory, batch: int | None = None
-) -> dict[str, Any]:
-    """Measure steps of one recipe, or of open_clip, at a batch size or the largest one that fits."""
+def steps(bench: Bench, name: str, arm: str, shape: Shape, source: InMemory) -> dict[str, Any]:
+    """Measure steps of one recipe, or of open_clip, at the largest batch size that fits."""
     shipped = {"open_clip": "clip-yfcc15m-vitb32", "clip": "clip-yfcc15m-vitb32", "declip": "declip-yfcc15m-vitb32"}
     base = 4 if bench.tiny else BASE
     recipe = recipe_of(shipped.get(arm, arm), name, shape, base)
 
-    def side(compiled: bool) -> Run:
-        if arm == "open_clip":
-            return open_clips_side(bench, name, recipe, source, replace(shape, compiled=compiled))
-        return our_side(bench, recipe, source, compiled)
-
-    def compiled_run(count: int) -> Callable[[], object]:
-        return side(compiled=True)(count)
-
-    run = side(compiled=False)
+    theirs = arm == "open_clip"
+    run = open_clips_side(bench, name, recipe, source, shape) if theirs else our_side(bench, recipe, source)
     with FlopCounterMode(display=False) as counter:
         run(base)
-    count = batch or bench.largest(run)
-    if shape.compiled:
-        run = compiled_run  # compiled for one batch size; the uncompiled side is freed
-        bench.free()
-    while (task := bench.attempt(run, count)) is None:  # compiled, or in fragmented memory, it may need more
+    count = bench.largest(run)
+    while (task := bench.attempt(run, count)) is None:  # in fragmented memory it may need more
         bench.free()
         count //= 2
     return {"batch": count} | measured(bench, task, count, counter.get_total_flops() / base)
@@ -300,12 +284,9 @@ PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
     "views": views,
     "waits": waits,
     "grad-cache": grad_cache,
-    "ViT-B-32-compiled": lambda bench: tower(bench, "ViT-B-32", compiled=True),
     "ViT-B-16": lambda bench: tower(bench, "ViT-B-16"),
     "RN50": lambda bench: tower(bench, "RN50"),
     "loading": loading,
-    "ViT-B-16-compiled": lambda bench: tower(bench, "ViT-B-16", compiled=True),
-    "RN50-compiled": lambda bench: tower(bench, "RN50", compiled=True),
 }
 """Measured in this order."""
 
@@ -317,9 +298,8 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
     columns = tuple(name for name in columns if any(row.get(name) is not None for _, row in rows))
     table = Table("part", "what", *columns, title=f"{next(iter(results.values()))['card']}, medians")
     for part, row in rows:
-        compiled = ", compiled" if row.get("compiled") else ""
         cells = ("" if row.get(name) is None else str(row[name]) for name in columns)
-        table.add_row(part, row["what"] + compiled, *cells)
+        table.add_row(part, row["what"], *cells)
     console.print(table)
 
 

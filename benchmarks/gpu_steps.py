@@ -18,7 +18,6 @@ from declip.data.images.crops import apply_photometric
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
 from declip.training.assemble import plan_of
-from declip.training.compilation import compile_towers
 from declip.training.step import training_step
 from pairs import InMemory, open_pairs, texts_of
 from parts import build
@@ -119,16 +118,13 @@ Run = Callable[[int], Callable[[], object]]
 """Number of pairs → a function that takes a step of as many pairs; the first is taken at once."""
 
 
-def our_side(bench: Bench, recipe: Recipe, source: InMemory, compiled: bool = False) -> Run:
-    """Build `training_step` of a recipe; compiled, it is for one batch size."""
+def our_side(bench: Bench, recipe: Recipe, source: InMemory) -> Run:
+    """Build `training_step` of a recipe."""
     built = build(recipe, source, bench.device)
     host = batch_of(recipe, source)
 
     def run(count: int) -> Callable[[], object]:
         batch = tiled(host, count).to(bench.device)
-        if compiled:
-            whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": count})})
-            compile_towers(whole, built.model, built.objective, plan_of(recipe))
         training_step(built.step, batch)
         return lambda: training_step(built.step, batch)
 

@@ -42,7 +42,6 @@ class Shape:
     tiny: bool
     device: torch.device
     precision: str
-    compiled: bool = False
     autocast: Callable[[], Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,8 +92,6 @@ def open_clip_side(name: str, shape: Shape, images: Tensor, captions: list[str],
     else:
         model = open_clip.create_model(name, device=shape.device, output_dict=True)
     model.train()
-    if shape.compiled:
-        model.compile()
     texts = open_clip.get_tokenizer(name)(captions).to(shape.device)
     loss = open_clip.ClipLoss(cache_labels=True)
     cached = None if chunk is None else cached_loss(model, shape, chunk)

@@ -33,8 +33,7 @@ from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
-from declip.training.assemble import build_loader, plan_of
-from declip.training.compilation import compile_towers
+from declip.training.assemble import build_loader
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.step import training_step
 from declip.training.trainer import keep_freed_memory
@@ -100,7 +99,7 @@ def prepare(options: argparse.Namespace) -> Setting:
     config = open_clip.get_model_config(f"{name}-quickgelu")
     config = tiny(config) if options.tiny else config
     device = pick_device(options.device)
-    shape = Shape(config, options.tiny, device, options.precision, options.compile)
+    shape = Shape(config, options.tiny, device, options.precision)
     shipped = {"clip": "clip-yfcc15m-vitb32", "ours": options.recipe}
     recipes = {arm: recipe_of(recipe, name, shape, options.batch_size) for arm, recipe in shipped.items()}
     source = InMemory(texts_of(open_pairs(), options.captions), config["vision_cfg"]["image_size"])
@@ -159,8 +158,6 @@ def our_side(arm: str, setting: Setting) -> Side:
     recipe = setting.recipes[arm]
     if setting.shape.device.type == "cpu":
         keep_freed_memory()
-    if setting.shape.compiled:
-        compile_towers(recipe, built.model, built.objective, plan_of(recipe))
     parameters = {
         "model": count(built.model),
         "heads": count(built.objective),
@@ -294,7 +291,6 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "batch": options.batch_size,
         "repeats": options.repeats,
         "precision": options.precision,
-        "compiled": options.compile,
         "device": device_name(setting.shape.device),
         "threads": torch.get_num_threads(),
         "built": "one by one" if apart else "together",
@@ -373,7 +369,6 @@ def parser() -> argparse.ArgumentParser:
         "--precision", choices=("both", "fp32", "bf16"), default="both", help="bf16: autocast, on all sides"
     )
     found.add_argument("--threads", type=int, help="default: torch's own number")
-    found.add_argument("--compile", action="store_true", help="torch.compile: both towers of ours, open_clip's model")
     found.add_argument("--device", default="auto")
     found.add_argument(
         "--captions",

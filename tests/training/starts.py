@@ -13,6 +13,8 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, part
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
+from declip.training.sinks import RunInfo, Sink
+from declip.training.stopping import StopRequest
 from declip.training.trainer import Trainer
 
 CLOCK = ("seconds", "samples_per_second")
@@ -57,10 +59,27 @@ def tuned(table: Path, weights: object, train_keys: dict[str, Any] | None = None
     return recipe
 
 
+class StopBefore(Sink):
+    """Asks a run to stop after a step, when it has taken the one before."""
+
+    step: int
+    request: StopRequest
+
+    def start(self, info: RunInfo) -> None:
+        self.advance(info.start)
+
+    def log(self, step: int, values: object) -> None:
+        self.advance(step)
+
+    def advance(self, step: int) -> None:
+        self.request.asked = step + 1 >= self.step
+
+
 def stop_at(recipe: Recipe, folder: Path, step: int) -> None:
     """Train until a step, as if a signal had come then."""
-    trainer = Trainer(assemble(recipe, folder, quiet=True))
-    trainer.stop.poll = lambda: trainer.progress.step + 1 >= step  # type: ignore[method-assign]
+    sink = StopBefore()
+    trainer = Trainer(assemble(recipe, folder, quiet=True, callbacks=[sink]))
+    sink.step, sink.request = step, trainer.stop
     run = trainer.train()
     assert (run.step, run.finished) == (step, False)
 

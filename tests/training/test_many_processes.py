@@ -21,7 +21,6 @@ from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.assemble import assemble
 from declip.training.distributed import HostGroup
-from declip.training.stopping import STOP
 from declip.training.trainer import Trainer, warn_once
 from processes import in_processes
 from training.starts import losses, moved, same_end, trained, tuned
@@ -229,11 +228,3 @@ def test_what_the_first_rank_refuses_ends_the_others_too(recipe: dict[str, Any],
     first, second = in_processes(refused, 2, tmp_path / "a", of(recipe), run)
     assert "already holds a run" in first
     assert second == "ended with 2"
-
-
-def test_a_file_named_stop_ends_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / STOP).touch()
-    run = Trainer(assemble(of(recipe), tmp_path, quiet=True)).train()
-    assert (run.step, run.finished, run.status) == (1, False, 75)
-    assert not (tmp_path / STOP).exists()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]

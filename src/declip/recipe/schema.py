@@ -149,7 +149,6 @@ class DistillationConfig(Section):
     """The teacher: an exponential moving average of the learner, or a fixed model."""
 
     teacher: Place = Field("ema", description="ema, or weights that declip.load takes, with the learner's tokenizer")
-    decay: float = Field(0.99, gt=0, lt=1, description="decay of the average's weights per step, with ema")
 
 
 class LogitScale(Section):
@@ -252,7 +251,6 @@ class Train(Section):
     grad_cache_chunk: int | None = Field(None, ge=1, description="pairs per GradCache chunk and process; default: off")
     grad_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
     length_buckets: int = Field(1, ge=1, description="number of length-sorted groups that captions are encoded in")
-    compile: bool = Field(False, description="torch.compile for the towers")
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
@@ -346,7 +344,7 @@ class Recipe(Section):
         wrong = [name for name in tune.changed() if not (tunes_text and name in of_text)]
         if tune.pretrained is None and wrong:
             raise ValueError(f"finetune.{wrong[0]} requires finetune.pretrained")
-        clashes = {"ema_decay": train.ema_decay, "compile": train.compile, "strategy": train.strategy == "fsdp"}
+        clashes = {"ema_decay": train.ema_decay, "strategy": train.strategy == "fsdp"}
         for name, given in clashes.items():
             if tune.lora is not None and given:
                 raise ValueError(f"finetune.lora cannot be combined with train.{name}={getattr(train, name)}")

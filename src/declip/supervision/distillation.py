@@ -17,6 +17,8 @@ from declip.supervision.term import Encodings, Rows, Similarity, Term
 
 Compared = tuple[Tensor, Tensor, Tensor | float]
 
+DECAY = 0.99  # of the teacher's weights, per step
+
 
 def relational_distillation(learner: Compared, teacher: Compared, max_logit_bytes: float | None = None) -> Tensor:
     """Divergence of the learner's similarities from the teacher's: CLIP-KD's contrastive relational distillation.
@@ -55,7 +57,7 @@ class Distillation(Term):
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
-        self.given, self.decay = recipe.distillation.teacher, recipe.distillation.decay
+        self.given = recipe.distillation.teacher
         self.chunk = recipe.train.grad_cache_chunk or recipe.train.batch_size
         self.preprocessor = model.preprocessor
         self.average: Average | None = None
@@ -63,7 +65,7 @@ class Distillation(Term):
 
     def prepare(self, source: PairSource, model: DualEncoder) -> None:
         if self.given == "ema":
-            self.average = Average(model, self.decay)
+            self.average = Average(model, DECAY)
             self.teacher = self.average.module.eval().requires_grad_(False)  # a submodule, so that it is stored
 
     def set_teacher(self, teacher: DualEncoder) -> None:

@@ -113,7 +113,6 @@ class Objective(nn.Module):
         self.weights = {name: recipe.loss_weights[name] for name in active}
         self.terms = nn.ModuleDict({name: term(recipe, model) for name, term in active.items()})
         self.needs = needs_of(recipe)
-        self.compiled: dict[str, Callable[[Tensor], Any]] = {}  # by tower, see declip.training.compilation
         self.reaches_all = any(term.reaches_all for term in active.values())
         if model.logit_bias is not None and not any(term.uses_bias for term in active.values()):
             model.logit_bias.requires_grad_(False)  # softmax does not see it
@@ -195,10 +194,9 @@ class Objective(nn.Module):
             any(getattr(need, output) for need in self.needs) for output in ("tokens", "pre_logits", "masked")
         )
         pixels = [view.pixels for view in batch.views.values()]
-        images = encode_views(model, pixels, self.compiled.get("image_tower", model.image_tower))
+        images = encode_views(model, pixels)
         captions, masked_at, lengths = self._captions(batch, masked)
-        text_tower = self.compiled.get("text_tower", model.text_tower)
-        texts = encode_by_length(text_tower, captions.flatten(0, 1), lengths, self.recipe.train.length_buckets)
+        texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, self.recipe.train.length_buckets)
         count, size = captions.shape[:2]
         text_tokens = texts.text_tokens.unflatten(0, (count, size))
         rows, targets = None, None
@@ -292,9 +290,7 @@ def _unpacked(part: Tensor, like: Tensor) -> Tensor:
     return part.reshape(len(part), *like.shape[1:])
 
 
-def encode_views(
-    model: DualEncoder, views: Sequence[Tensor], run: Callable[[Tensor], ImageFeatures] | None = None
-) -> ImageFeatures:
+def encode_views(model: DualEncoder, views: Sequence[Tensor]) -> ImageFeatures:
     """Encode (B, 3, S, S) views of equal size in one pass, or one by one where batch norm must see each view alone.
 
     `pooled` and `pre_logits` have a leading axis of views; `tokens` are the first view's. Running statistics of batch
@@ -310,7 +306,7 @@ def encode_views(
     for group in groups.values():
         other_size = views[group[0]].shape != views[0].shape
         with frozen_batch_norm_stats(tower) if other_size else nullcontext():
-            features = (run or tower)(torch.cat([views[number] for number in group]))
+            features = tower(torch.cat([views[number] for number in group]))
         fields = (features.pooled, features.pre_logits, features.tokens)
         parts |= zip(group, zip(*(field.chunk(len(group)) for field in fields), strict=True), strict=True)
     pooled, pre_logits, tokens = zip(*(parts[number] for number in range(len(views))), strict=True)

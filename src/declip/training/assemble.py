@@ -21,7 +21,6 @@ from declip.runs.checkpoint import Checkpoint
 from declip.supervision.objective import Objective, needs_of
 from declip.training import distributed
 from declip.training.closed_form import start_closed_form
-from declip.training.compilation import compile_towers
 from declip.training.distributed import HostGroup
 from declip.training.frozen import cached_features, check_frozen
 from declip.training.frozen_encoder import set_teacher
@@ -70,8 +69,6 @@ def assemble(
     # --- learner, averaged weights, optimizer
     learner = build_learner(recipe, model, objective)
     average = Average(model, recipe.train.ema_decay) if recipe.train.ema_decay else None
-    if recipe.train.compile and not recipe.finetune.cached_views:  # with cached features no tower runs
-        compile_towers(recipe, model, objective, plan)
     multipliers = pretrained.multipliers if pretrained is not None else {}
     named = named_trainable(model, objective)
     optimizer = build_optimizer(named, recipe.train, multipliers, objective.over_vocabulary)

@@ -80,7 +80,7 @@ def _check(recipe: Recipe, model: DualEncoder) -> None:
             "processes. Increase it, or start fewer processes."
         )
     if train.strategy == "fsdp" and distributed.world_size() > 1:
-        for key in ("grad_cache_chunk", "ema_decay", "compile"):
+        for key in ("grad_cache_chunk", "ema_decay"):
             if getattr(train, key):
                 raise UserError(f"train.{key} requires train.strategy=ddp. Change one of the two.")
     if train.grad_cache_chunk and model.image_tower.has_batch_norm and distributed.is_rank_zero():

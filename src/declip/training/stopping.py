@@ -1,12 +1,10 @@
-"""Early ends of a run: by a signal or a file, or because its evaluations no longer improve."""
+"""Early ends of a run: by a signal, or because its evaluations no longer improve."""
 
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from types import FrameType
 from typing import Any
@@ -14,37 +12,21 @@ from typing import Any
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.recipe.schema import Evaluation
 from declip.runs.folder import log
-from declip.training.distributed import is_rank_zero
 
 TRY_AGAIN = 75
 """Exit status of a run that was stopped from outside and should be queued again (EX_TEMPFAIL of sysexits.h).
 
 Under torchrun it is 0, because torchrun restarts a run after any other status."""
 
-STOP = "stop"
-"""A file of this name in the run folder stops the run on all machines, as SIGTERM does."""
-
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Windows has no SIGUSR1."""
 
 
 class StopRequest:
-    """Whether the run should stop, and by which signal; 0 for none or the file `STOP`."""
+    """Whether the run should stop, and by which signal; 0 for none."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         self.asked, self.signal = False, 0
-        self._file, self._looked = folder / STOP, 0.0
-
-    def poll(self) -> bool:
-        """Look for the file once a second, on rank 0; return whether the run should stop."""
-        now = time.monotonic()
-        if is_rank_zero() and now - self._looked > 1:
-            self._looked = now
-            if self._file.exists():
-                log.info("Found the file '%s': stopping after this step and saving.", STOP)
-                self._file.unlink(missing_ok=True)
-                self.asked = True
-        return self.asked
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -52,7 +52,7 @@ class Trainer:
         self.guard = NonFiniteGuard(device)
         self.losses = LossMonitor(recipe.train.batch_size, recipe.train.warmup_steps, parts.objective.watched)
         self.throughput = ThroughputMonitor()
-        self.stop = StopRequest(parts.folder)
+        self.stop = StopRequest()
         self.writer = CheckpointWriter(parts.folder, recipe.train.keep_checkpoints)
         self.start, self.is_rank_zero = parts.progress.step, distributed.is_rank_zero()
 
@@ -165,7 +165,7 @@ class Trainer:
         waited = time.perf_counter() - asked
         rows, skipped = (0, None) if batch is None else (len(batch), batch.skipped or None)
         failed = error is not None
-        sync = self.parts.hosts.sync_step(self.progress.step, rows, self.stop.poll(), skipped, failed)
+        sync = self.parts.hosts.sync_step(self.progress.step, rows, self.stop.asked, skipped, failed)
         with self._saving(monitor):
             if batch is None or sync.failed:
                 raise error if error is not None else SystemExit(2)
