@@ -117,7 +117,7 @@ def evaluate(
         model: What `declip.load` takes, or anything with `encode_image`, `encode_text`, `preprocess` and `tokenize`;
             for probes of the backbone also `encode_backbone`.
         dataset: A name or path that `declip.evaluation.datasets.open_dataset` opens, or an open dataset or source.
-        task: "zero-shot", "retrieval", "linear" or "knn".
+        task: "zero-shot", "retrieval" or "linear".
         label_column: A table's column with the classes; see `open_dataset`.
         options: Fields of `declip.evaluation.protocols.Options`, such as ``batch_size=64`` or
             ``templates="a photo of {}"``.

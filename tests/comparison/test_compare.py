@@ -282,7 +282,7 @@ def _study(recipes: dict[str, str], table: Path) -> Study:
         ({"datasets": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         ({"seeds": ()}, "one seed"),
         ({"budgets": []}, "one budget"),
-        ({"tasks": ["retrieval", "knn"]}, "no train split|no classes"),
+        ({"tasks": ["retrieval", "linear"]}, "no train split|no classes"),
         ({"overrides": {"train.stepz": 3}}, "train.steps"),
         ({"overrides": {"seed": 5}}, "--seeds"),
         ({"overrides": {"data.max_pairs": 5}}, "--pairs"),

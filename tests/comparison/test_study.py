@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from declip.comparison.outcome import scores
 from declip.comparison.study import Study, Variant, extended, read_counts, read_study, write_study
 from declip.errors import UserError
-from declip.evaluation.results import KNNResult, Votes
 
 STUDY = Study(
     variants=(Variant.of("clip", {}), Variant.of("declip", {"train.steps": 100})),
@@ -72,12 +70,6 @@ def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measur
 def test_a_later_call_for_something_else_is_refused(change: dict, named: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=named):
         extended(replace(STUDY, **change), STUDY, tmp_path)
-
-
-def test_one_measure_of_a_probe_is_compared() -> None:
-    votes, images = tuple(Votes(k, k / 10, 1.0, 0.1, 0.5, 1.0) for k in (1, 5)), {"n": 10, "classes": 2, "train": 8}
-    result = KNNResult(dataset="d", features="backbone", width=4, temperature=0.07, votes=votes, **images)
-    assert scores([result.to_dict()]) == {"d: 1-NN, top-1": 0.1}
 
 
 def test_numbers_of_pairs() -> None:

@@ -113,7 +113,6 @@ MISTAKES = {
     "missing set": ("evaluate RUN --dataset no.csv", "'no.csv'", "--dataset"),
     "unknown task": ("evaluate RUN --dataset TABLE --task zeroshot", "'zeroshot'", "'zero-shot'"),
     "templates of retrieval": ("evaluate RUN --dataset TABLE --task retrieval --templates emoji", "--templates"),
-    "features of zero-shot": ("evaluate RUN --dataset TABLE --features embedding", "--features", "linear or knn"),
     "zero-shot on a table": ("evaluate RUN --dataset TABLE", "shapes.jsonl", "retrieval"),
     "no batch": ("evaluate RUN --dataset TABLE --batch-size 0", "'--batch-size'"),
     "unknown device to evaluate": ("evaluate RUN --dataset TABLE --device gpu", "'gpu'", "--device"),

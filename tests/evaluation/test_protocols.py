@@ -13,7 +13,6 @@ from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import (
-    KNNResult,
     LinearProbeResult,
     Measure,
     ZeroShotResult,
@@ -92,30 +91,14 @@ def dataset(painted):
 
 def test_probes_of_a_model_that_knows_its_colors(probed, dataset) -> None:
     on = dataset(train=NAMES * 3, validation=NAMES * 2, test=("red", "blue", "white"))
-    results = linear, knn = evaluate_all(probed, on, ["linear", "knn"])
+    linear = evaluate(probed, on, "linear")
     assert sum(size for _, size, *_ in probed.passes) == 38  # each split once
     assert not any(training or grad for *_, training, grad in probed.passes)
     assert isinstance(linear, LinearProbeResult)
     assert (linear.top1, linear.mean_per_class, linear.n, linear.classes) == (1.0, 1.0, 3, 7)
-    assert (linear.dataset, linear.train, linear.width, linear.features) == ("set", 35, 3, "backbone")
-    assert linear.validation == "validation split"
-    assert isinstance(knn, KNNResult)
-    assert [vote.k for vote in knn.votes] == [1, 10, 20, 35]
-    assert knn.votes[0].top1 == 1.0
+    assert (linear.dataset, linear.train, linear.width, linear.validation) == ("set", 35, 3, "validation split")
     assert [measure.name for measure in linear.measures()] == ["linear probe, top-1", "linear probe, mean per class"]
-    assert [(measure.name, measure.value) for measure in knn.measures()[:2]] == [("1-NN, top-1", 1), ("1-NN, top-5", 1)]
-    assert [measure.chance for measure in knn.measures()[:2]] == pytest.approx([1 / 7, 1 / 7], abs=0.05)
-    assert "20-NN, top-5" in _printed(results)
-    for result in results:
-        _assert_read_back(result)
-
-
-def test_features_after_the_projection(model, dataset) -> None:
-    on = dataset(train=NAMES * 3, test=NAMES)
-    assert evaluate(model, on, "knn", features="embedding").features == "embedding"
-    for kind, message in (("backbone", r"`encode_backbone`.*features='embedding'"), ("back", "'back'.*embedding")):
-        with pytest.raises(UserError, match=message):
-            evaluate(model, on, "knn", features=kind)
+    _assert_read_back(linear)
 
 
 def test_a_real_model_can_be_probed_and_its_truncated_captions_are_counted(painted, dataset) -> None:
@@ -142,31 +125,29 @@ def test_unreadable_images_are_counted_over_all_splits(probed, painted) -> None:
     train = painted(NAMES * 3, classes=NAMES, broken=[19, 20])
     test = painted(NAMES, classes=NAMES, broken=[0])
     on = Dataset("set", {"train": lambda: train, "test": lambda: test}, metric="mean_per_class")
-    result = evaluate(probed, on, "knn")
-    assert result.metric == "mean_per_class"
-    assert result.votes[0].top1 == 1.0  # labels follow the images that could be read
+    result = evaluate(probed, on, "linear")
+    assert result.mean_per_class == 1.0  # labels follow the images that could be read
     assert result.skipped == {"truncated image": 3}
     assert (result.train, result.n) == (19, 6)
 
 
-def test_sets_that_cannot_be_probed(probed, painted, dataset) -> None:
+def test_sets_and_models_that_cannot_be_probed(model, probed, painted, dataset) -> None:
     with pytest.raises(UserError, match=r"'painted' has no train split.*'zero-shot' or 'retrieval'"):
         evaluate(probed, painted(NAMES, classes=NAMES), "linear")
     on = dataset(train=NAMES, test=NAMES)
-    with pytest.raises(UserError, match=r"fewer than two training images for 7 of its 7 classes.*'knn'"):
+    with pytest.raises(UserError, match=r"fewer than two training images for 7 of its 7 classes"):
         evaluate(probed, on, "linear")
     assert probed.passes == []
-    assert evaluate(probed, on, "knn").votes[0].top1 == 1.0
 
 
 def test_splits_that_do_not_fit_each_other(probed, painted) -> None:
     train, test = painted(NAMES * 2, classes=NAMES), painted(NAMES, classes=NAMES[::-1])
     with pytest.raises(UserError, match=r"splits of 'set' .*7 class names.*same order"):
-        evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "knn")
+        evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "linear")
     test = painted(NAMES, classes=NAMES)
     train.labels[3] = 7
     with pytest.raises(UserError, match="from 0 to 7"):
-        evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "knn")
+        evaluate(probed, Dataset("set", {"train": lambda: train, "test": lambda: test}), "linear")
 
 
 def _printed(results) -> str:

@@ -78,7 +78,7 @@ def test_each_set_by_its_own_metric_and_the_missing_ones_listed(root: Path) -> N
     ("on", "task", "message"),
     [
         ("paper12:/x", "zero-shot", "'paper12'.*'paper11'"),
-        ("paper11:/x", "knn", "'knn'.*linear, zero-shot"),
+        ("paper11:/x", "retrieval", "'retrieval'.*linear, zero-shot"),
         ("paper11:/nowhere", "zero-shot", "'paper11'.*'/nowhere/cifar10'"),
     ],
 )

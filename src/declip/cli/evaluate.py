@@ -10,7 +10,7 @@ from declip.cli.options import BatchSize, Device, JsonOut, check_model, check_so
 from declip.errors import UserError, unknown
 from declip.io.atomic import write_text
 
-TASKS = ("zero-shot", "retrieval", "linear", "knn")
+TASKS = ("zero-shot", "retrieval", "linear")
 
 
 def evaluate(
@@ -21,7 +21,6 @@ def evaluate(
     ],
     task: Annotated[str, typer.Option(help=", ".join(TASKS))] = "zero-shot",
     templates: Annotated[str | None, typer.Option(help="template set, or one template with {}")] = None,
-    features: Annotated[str, typer.Option(help="probes: backbone, or embedding (after the projection)")] = "backbone",
     label_column: Annotated[str | None, typer.Option(help="column of class labels in a table")] = None,
     batch_size: BatchSize = 256,
     workers: Annotated[int, typer.Option(min=0, help="processes that read images; 0: none")] = 0,
@@ -32,12 +31,8 @@ def evaluate(
     """Evaluate a model on held-out images."""
     if task not in TASKS:
         raise unknown("task", task, TASKS)
-    for option, given, tasks in (
-        ("--templates", templates is not None, ("zero-shot",)),
-        ("--features", features != "backbone", ("linear", "knn")),
-    ):
-        if given and task not in tasks:
-            raise UserError(f"{option} requires --task {' or '.join(tasks)}, but --task is {task}. Remove it.")
+    if templates is not None and task != "zero-shot":
+        raise UserError(f"--templates requires --task zero-shot, but --task is {task}. Remove it.")
     check_model(model)
     for name in datasets:
         check_source(name, "--dataset")
@@ -47,8 +42,7 @@ def evaluate(
 
     check_writable((json_out, markdown_out))
     suite = _suite_of(datasets, label_column, markdown_out)
-    kind: Any = features
-    options = Options(templates=templates, batch_size=batch_size, workers=workers, features=kind)
+    options = Options(templates=templates, batch_size=batch_size, workers=workers)
     loaded = load(model, device)
     if suite is not None:
         from rich.markdown import Markdown

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset, with_classes
-from declip.evaluation.probes.data import check_probe
+from declip.evaluation.linear_probe import check_probe
 from declip.evaluation.protocols import TASKS
 from declip.io.atomic import write_text
 from declip.recipe.load import flat, load_recipe
@@ -202,8 +202,8 @@ class Study:
             dataset = open_dataset(name)
             if "zero-shot" in self.tasks:
                 with_classes(dataset.split("test"))
-            for task in {"linear", "knn"} & {*self.tasks}:
-                check_probe(dataset, task)
+            if "linear" in self.tasks:
+                check_probe(dataset)
 
     def check_names(self) -> None:
         """Refuse variants with the same name, or with names that become the same folder."""

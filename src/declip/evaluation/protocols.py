@@ -10,9 +10,7 @@ from declip.data.sources.subset import Subset
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.datasets import Dataset, open_dataset, with_classes
 from declip.evaluation.encode import Encoder, SourceFeatures, encode_source, eval_mode
-from declip.evaluation.probes.data import FeatureKind, ProbeData, check_probe, encoder_of, read_probe_data
-from declip.evaluation.probes.knn import knn_probe
-from declip.evaluation.probes.linear import linear_probe
+from declip.evaluation.linear_probe import ProbeData, check_probe, linear_probe, read_probe_data
 from declip.evaluation.readers.images import Classified
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult
 from declip.evaluation.retrieval import retrieve
@@ -29,7 +27,6 @@ class Options:
     batch_size: int = 256  # images and texts per forward pass
     workers: int = 0  # processes that read images; 0: this one
     progress: bool = True
-    features: FeatureKind = "backbone"  # probes: before the projection, or "embedding" after it
 
     def __post_init__(self) -> None:
         check_range("batch_size", self.batch_size, 1)
@@ -52,15 +49,12 @@ class SharedFeatures:
 
     @cached_property
     def splits(self) -> ProbeData:
-        """Features and labels of all splits, for probes."""
-        kind = self.options.features
+        """Features before the projection and labels of all splits, for probes."""
         with eval_mode(self.model) as device:
             # MPS has no float64, which the solver needs.
             probing = "cpu" if device.type == "mps" else device
-        encode = partial(chunked, encoder_of(self.model, kind))
-        return read_probe_data(
-            self.dataset, lambda source: self._encode(source, encode=encode, texts=False), kind, probing
-        )
+        encode = partial(chunked, self.model.encode_backbone)  # type: ignore[attr-defined]  # `check` looked
+        return read_probe_data(self.dataset, lambda source: self._encode(source, encode=encode, texts=False), probing)
 
     def zero_shot(self) -> ZeroShotResult:
         source, options = with_classes(self.dataset.split("test")), self.options
@@ -86,8 +80,12 @@ class SharedFeatures:
             with_classes(self.dataset.split("test"))
             read_templates(self.options.templates or self.dataset.templates)
         elif task != "retrieval":
-            encoder_of(self.model, self.options.features)
-            check_probe(self.dataset, task)
+            if not hasattr(self.model, "encode_backbone"):
+                raise UserError(
+                    f"{type(self.model).__name__} has no method `encode_backbone` from pixels (n, 3, S, S) to features "
+                    "(n, width), which 'linear' requires. Add it, or use the task 'zero-shot' or 'retrieval'."
+                )
+            check_probe(self.dataset)
 
     def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
         shared = {name: getattr(self.options, name) for name in ("batch_size", "workers", "progress")}
@@ -98,7 +96,6 @@ TASKS: Mapping[str, Callable[[SharedFeatures], Result]] = {
     "zero-shot": SharedFeatures.zero_shot,
     "retrieval": SharedFeatures.retrieval,
     "linear": lambda shared: linear_probe(shared.splits),
-    "knn": lambda shared: knn_probe(shared.splits),
 }
 
 

@@ -141,16 +141,6 @@ class RetrievalResult(Result):
         return row
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProbeResult(ClassificationResult):
-    """Base class of the probes' results."""
-
-    train: int  # number of training and validation images
-    features: str  # "backbone", before the projection, or "embedding", after it
-    width: int
-    metric: str = "top1"  # the dataset's convention, one of `METRICS`
-
-
 @dataclass(frozen=True)
 class SweepPoint:
     """A tried value of C with its metric (`score`) and cross-entropy (`loss`) on the validation images."""
@@ -158,22 +148,22 @@ class SweepPoint:
     C: float
     score: float
     loss: float
-    iterations: int
     converged: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbeResult(ProbeResult):
-    """Logistic regression on frozen features."""
+class LinearProbeResult(ClassificationResult):
+    """Logistic regression on frozen features, before the projection."""
 
     task: ClassVar[str] = "linear"
+    train: int  # number of training and validation images
+    width: int
     top1: float
     mean_per_class: float
     majority: float  # test fraction of the most frequent training class: top-1 of a probe on random features
     C: float  # the selected inverse strength of the L2 penalty, as in scikit-learn
     validation: str  # the images that selected C: "validation split" or "fifth of train"
     sweep: tuple[SweepPoint, ...]  # all tried values of C, ascending
-    iterations: int
     converged: bool
 
     def measures(self) -> list[Measure]:
@@ -183,38 +173,8 @@ class LinearProbeResult(ProbeResult):
         ]
 
 
-@dataclass(frozen=True)
-class Votes:
-    """Scores of the vote of the `k` nearest neighbors; ties count against the model."""
-
-    k: int
-    top1: float
-    top5: float
-    mean_per_class: float
-    chance1: float  # of top-1, with shuffled training labels: fewer than five classes may have votes, and
-    chance5: float  # frequent classes have more
-
-
-@dataclass(frozen=True, kw_only=True)
-class KNNResult(ProbeResult):
-    """Votes of the nearest training images, weighted by exp(cosine / temperature), for each k; no k is selected."""
-
-    task: ClassVar[str] = "knn"
-    temperature: float
-    votes: tuple[Votes, ...]
-
-    def measures(self) -> list[Measure]:
-        found = []
-        for vote in self.votes:
-            per_class = self._measure(f"{vote.k}-NN, mean per class", vote.mean_per_class)
-            top1 = Measure(f"{vote.k}-NN, top-1", vote.top1, vote.chance1, self.n)
-            found.append(per_class if self.metric == "mean_per_class" else top1)
-            found.append(Measure(f"{vote.k}-NN, top-5", vote.top5, vote.chance5, self.n))
-        return found
-
-
 READERS: Mapping[str, TypeAdapter[Any]] = {
-    kind.task: TypeAdapter(kind) for kind in (ZeroShotResult, RetrievalResult, LinearProbeResult, KNNResult)
+    kind.task: TypeAdapter(kind) for kind in (ZeroShotResult, RetrievalResult, LinearProbeResult)
 }
 
 

@@ -61,7 +61,7 @@ def refuse_text(texts: str | Sequence[str] | Tensor = ()) -> NoReturn:
     """Stand in for a missing tokenizer or text tower: raise a `UserError`."""
     raise UserError(
         "This model has an image tower alone, so captions and class names cannot be encoded. Use its image features "
-        "(--task linear or knn), or give a file with both towers."
+        "(--task linear), or give a file with both towers."
     )
 
 

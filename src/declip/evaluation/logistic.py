@@ -1,7 +1,6 @@
 """Multinomial logistic regression on features in memory: scikit-learn's objective, minimized by SciPy's L-BFGS."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -10,10 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from declip.errors import UserError
 
-BLOCK, BLOCK_ON_GPU = 1 << 20, 1 << 26  # scores in memory at a time
+BLOCK = 1 << 22  # scores in memory at a time
 FIRST_STAGE = 20  # iterations after which the curvature is estimated again
-SAMPLE = 4096  # least number of rows for estimates of curvature and covariance, which set step lengths only
-ROUNDING = 64 * torch.finfo(torch.float64).eps
+SAMPLE = 4096  # least number of rows for the estimates of curvature and covariance, which set step lengths only
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Classifier:
 
     def measure(self, features: Tensor, labels: Tensor) -> tuple[np.ndarray, float]:
         """Whether each row (n, d) is correct, (n,) bool, NaN never; and the mean loss of the rows of fitted classes."""
-        present, rows = self.present.to(labels.device), _block_rows(features, len(self.present))
+        present, rows = self.present.to(labels.device), max(1, BLOCK // len(self.present))
         known = torch.isin(labels, present)
         targets = torch.searchsorted(present, labels).where(known, -1)
         right, total = [], 0.0
@@ -55,10 +53,9 @@ class LogisticProblem:
     With two classes scikit-learn has one vector w = W[1] - W[0] with the penalty w ** 2 / (2 C). At the minimum
     W[0] = -W[1], so that C is halved here.
 
-    Two changes of variables keep the minimum and save most iterations. The features are centered and rotated to the
-    axes of their covariance. And L-BFGS works in coordinates in which the loss has about the same curvature in every
-    direction: its Hessian is nearly k S + I / (C n), with the covariance S and the curvature k of the softmax, which
-    Böhning (1992), "Multinomial logistic regression algorithm", bounds in this way.
+    L-BFGS works in coordinates in which the loss has about the same curvature in every direction, which keeps the
+    minimum and saves most iterations: the Hessian is nearly k S + I / (C n), with the covariance S of the features and
+    the curvature k of the softmax (Böhning 1992, "Multinomial logistic regression algorithm").
 
     Args:
         features: (n, d), any float dtype.
@@ -79,7 +76,7 @@ class LogisticProblem:
         self.mean, centered = mean.double(), features - mean
         sample = centered[:: max(1, len(labels) // max(SAMPLE, 8 * len(mean)))].double()
         spread, self.axes = torch.linalg.eigh(sample.T @ sample / len(sample))
-        # The bias is the weight of a last column of ones.
+        # (n, d + 1) on the axes of the covariance. The bias is the weight of a last column of ones.
         self.rows = torch.cat([centered @ self.axes.to(dtype), centered.new_ones(len(labels), 1)], 1)
         self.spread = torch.cat([spread.clamp_min(0), spread.new_ones(1)])
 
@@ -89,15 +86,14 @@ class LogisticProblem:
         """Find the minimum for one C by L-BFGS, from the fit with another C or from zero.
 
         Args:
-            tolerance: Largest entry of the mean loss's gradient in the coordinates above, over the root of the
-                loss where that is below 1. Half the squared length of that gradient is about the remaining improvement,
-                so the default leaves about 1e-7 of the loss. In float32, values of 1e-5 and below are within rounding.
+            tolerance: Largest entry of the gradient in the coordinates above, over the root of the loss where that is
+                below 1. The default leaves about 1e-7 of the loss. In float32, 1e-5 is within rounding.
         """
         from scipy.optimize import minimize
 
         penalty = torch.full_like(self.spread, (2 if len(self.present) == 2 else 1) / (C * len(self.labels)))
         penalty[-1] = 0
-        weight = self.spread.new_zeros(len(self.present), len(self.spread))
+        weight = self.spread.new_zeros(len(self.present), len(self.spread))  # (K, d + 1)
         if start is not None:
             rotated, bias = start.weight.to(weight) @ self.axes, start.bias.to(weight)
             weight = torch.cat([rotated, (bias + start.weight.to(weight) @ self.mean).unsqueeze(1)], 1)
@@ -105,10 +101,9 @@ class LogisticProblem:
         for allowed in (min(FIRST_STAGE, max_iterations), max_iterations):
             near, curvature = self._estimate(weight, penalty)
             lengths, enough = (curvature * self.spread + penalty).rsqrt(), tolerance * min(1.0, near) ** 0.5
-            options = {"maxiter": allowed - done, "maxfun": 2 * max_iterations, "gtol": enough, "ftol": ROUNDING}
+            options = {"maxiter": allowed - done, "maxfun": 2 * max_iterations, "gtol": enough, "ftol": 1e-14}
             begin = (weight / lengths).flatten().cpu().numpy()
-            loss = partial(self._loss, lengths, penalty)
-            found = minimize(loss, begin, jac=True, method="L-BFGS-B", options=options)
+            found = minimize(self._loss, begin, (lengths, penalty), jac=True, method="L-BFGS-B", options=options)
             weight, done = torch.from_numpy(found.x).to(weight).view_as(weight) * lengths, done + int(found.nit)
             if done >= max_iterations:
                 break
@@ -119,14 +114,14 @@ class LogisticProblem:
         return Classifier(rotated.cpu(), bias.cpu(), self.present.cpu(), C, done, converged)
 
     @torch.enable_grad()
-    def _loss(self, lengths: Tensor, penalty: Tensor, steps: np.ndarray) -> tuple[float, np.ndarray]:
+    def _loss(self, steps: np.ndarray, lengths: Tensor, penalty: Tensor) -> tuple[float, np.ndarray]:
         """The penalized mean loss and its gradient, block by block; a weight is a step times its length."""
         weight = torch.from_numpy(steps).to(lengths).view(-1, len(lengths)) * lengths
         weight.requires_grad_()
         total = 0.5 * (penalty * weight.square()).sum()
         total.backward()
         total = total.detach()
-        rows = _block_rows(self.rows, len(weight))
+        rows = max(1, BLOCK // len(weight))
         for features, labels in zip(self.rows.split(rows), self.labels.split(rows), strict=True):
             # float64 before the softmax: 1 - p would lose all digits where p is nearly 1.
             scores = (features @ weight.to(features).T).double()
@@ -143,7 +138,3 @@ class LogisticProblem:
         loss = cross_entropy(scores, self.labels[::step]) + 0.5 * (penalty * weight.square()).sum()
         probabilities = scores.softmax(1)
         return float(loss), max(0.3 * float((probabilities * (1 - probabilities)).mean()), 1e-12)
-
-
-def _block_rows(features: Tensor, classes: int) -> int:
-    return max(1, (BLOCK if features.device.type == "cpu" else BLOCK_ON_GPU) // classes)

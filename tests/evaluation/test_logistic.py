@@ -7,8 +7,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from declip.errors import UserError
-from declip.evaluation.probes import logistic
-from declip.evaluation.probes.logistic import LogisticProblem
+from declip.evaluation import logistic
+from declip.evaluation.logistic import LogisticProblem
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from declip.evaluation.per_class import by_class, sample_per_class, score
-from declip.evaluation.probes.data import Labeled, ProbeData, a_fifth
-from declip.evaluation.probes.linear import GRID, linear_probe, measure, sweep
-from declip.evaluation.probes.logistic import LogisticProblem
+from declip.evaluation.linear_probe import GRID, Labeled, ProbeData, a_fifth, linear_probe, measure, sweep
+from declip.evaluation.logistic import LogisticProblem
 from declip.evaluation.results import LinearProbeResult
 
 STEPS = {C: step for step, C in GRID.items()}
