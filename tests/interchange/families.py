@@ -51,11 +51,6 @@ SIGLIP_TEXT = {
     "tokenizer_kwargs": {"clean": "canonicalize"}, "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
 }  # fmt: skip
 OPEN_CLIP: dict[str, dict[str, Any]] = {
-    "siglip": {
-        "embed_dim": 32, "init_logit_bias": -10, "custom_text": True,
-        "text_cfg": {name: value for name, value in SIGLIP_TEXT.items() if name != "act_kwargs"},
-        "vision_cfg": _timm("vit_base_patch16_siglip_224", "map", "none"),
-    },
     "siglip2": {
         "embed_dim": 32, "init_logit_bias": -10, "custom_text": True, "text_cfg": SIGLIP_TEXT,
         "vision_cfg": _timm("vit_base_patch16_siglip_224", "map", "none"),
@@ -96,12 +91,11 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
 ENCODERS = {"biomedclip": bert, "xlm-roberta": lambda folder: roberta(folder, kind="XLMRoberta")}
 SIGLIP_IMAGES = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 PREPARED = {
-    "siglip": SIGLIP_IMAGES,
     "siglip2": SIGLIP_IMAGES,
     "mobileclip2": {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"},
     "pe-core": {"interpolation": "bilinear", "resize_mode": "squash"},
 }
-FAMILIES = (*OPEN_CLIP, "transformers-siglip", "transformers-siglip2")
+FAMILIES = (*OPEN_CLIP, "transformers-siglip")
 
 
 def saved(family: str, folder: Path) -> tuple[str, Any]:
@@ -149,14 +143,12 @@ def _open_clip(family: str, folder: Path) -> tuple[str, Any]:
 def _siglip(family: str, folder: Path) -> tuple[str, Any]:
     import transformers
 
-    name = "Siglip2" if family.endswith("2") else "Siglip"
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    grid = {"num_patches": 16} if name == "Siglip2" else {"image_size": 32}
     text = {**sizes, "vocab_size": 60, "max_position_embeddings": 12, "pad_token_id": 0, "projection_size": 32}
-    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config={**sizes, "patch_size": 8, **grid})
-    model = _spread(getattr(transformers, f"{name}Model")(config))
+    vision = {**sizes, "patch_size": 8, "image_size": 32}
+    model: Any = _spread(transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision)))
     model.save_pretrained(folder)
-    _tokenizer(folder, f"{name}Tokenizer")
+    _tokenizer(folder, "SiglipTokenizer")
     return str(folder), model
 
 
@@ -179,14 +171,6 @@ def features(family: str, model: Any, pixels: torch.Tensor, tokens: torch.Tensor
     with torch.no_grad():
         if not family.startswith("transformers"):
             return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
-        given: dict[str, Any] = {"pixel_values": pixels}
-        if family.endswith("2"):
-            from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
-
-            patches = [convert_image_to_patches(image.numpy(), 8) for image in pixels]
-            given["pixel_values"] = torch.stack([torch.from_numpy(rows) for rows in patches])
-            given["pixel_attention_mask"] = torch.ones(len(pixels), 16, dtype=torch.int64)
-            given["spatial_shapes"] = torch.full((len(pixels), 2), 4)
-        found = (model.get_image_features(**given), model.get_text_features(input_ids=tokens))
+        found = (model.get_image_features(pixel_values=pixels), model.get_text_features(input_ids=tokens))
         images, texts = (torch.nn.functional.normalize(each.pooler_output, dim=-1) for each in found)
         return images, texts

@@ -94,12 +94,11 @@ def test_features_equal_the_librarys_and_the_export_goes_back(
 
 
 def assert_same_probabilities(model: Any, folder: Path) -> None:
-    """Compare with what transformers makes by itself of square images; SigLIP 2 has another grid for others."""
+    """Compare with what transformers makes by itself of square images."""
     import transformers
 
     images = [picture.resize((40, 40)) for picture in pictures()[1:4]]
     processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
-    # That of SigLIP 2 is Gemma's, whatever tokenizer.json says.
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     inputs = tokenizer(CAPTIONS[:1], padding="max_length", truncation=True, return_tensors="pt")
     inputs |= processor.image_processor(images, return_tensors="pt")
@@ -110,7 +109,7 @@ def assert_same_probabilities(model: Any, folder: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES if os.environ.get("DECLIP_ONNX") else ["transformers-siglip2"])
+@pytest.mark.parametrize("family", FAMILIES if os.environ.get("DECLIP_ONNX") else ["transformers-siglip"])
 def test_onnx_gives_the_same_features_at_any_batch_and_length(family: str, families: Any, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -153,7 +152,7 @@ def test_every_parameter_has_a_gradient_and_a_layer(family: str, files: dict[str
     assert not any("proj.weight" in n and "patch_embed" not in n for n in stem)
 
 
-@every_family
+@pytest.mark.parametrize("family", ["siglip2", "mobileclip2", "transformers-siglip"])  # timm, batch norm, transformers
 def test_training_moves_every_parameter_and_resumes_to_the_bit(
     family: str, files: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +168,7 @@ def test_training_moves_every_parameter_and_resumes_to_the_bit(
     same_end(tmp_path / "whole", tmp_path / "parts")
 
 
-@every_family
+@pytest.mark.parametrize("family", ["mobileclip2", "coca", "xlm-roberta", "transformers-siglip"])
 def test_a_run_with_adapters_is_merged_when_it_is_loaded(
     family: str, files: dict[str, str], table: Path, tmp_path: Path
 ) -> None:
@@ -195,7 +194,7 @@ def test_a_run_with_adapters_is_merged_when_it_is_loaded(
     assert max(differences) < 1e-5
 
 
-LENGTHS = {"siglip2": 20, "eva": 6, "coca": 20, "biomedclip": 24, "transformers-siglip": 20}
+LENGTHS = {"eva": 6, "coca": 20, "biomedclip": 24, "transformers-siglip": 20}
 
 
 @pytest.mark.parametrize("family", LENGTHS)

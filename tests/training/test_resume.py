@@ -35,14 +35,14 @@ def averaged(name: str, workers: int) -> Callable[..., Case]:
     return case
 
 
-def averaged_teacher(table: Path, start: Path, folder: Path) -> Case:
+def groups(table: Path, start: Path, folder: Path) -> Case:
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     rows = [{**row, "image": str(table.parent / row["image"]), "thing": n // 2} for n, row in enumerate(rows)]
     (folder / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sections = {
-        "loss_weights": {"contrastive": 1.0, "nearest_neighbor": 0.5, "distillation": 0.5},
+        "loss_weights": {"contrastive": 1.0, "nearest_neighbor": 0.5},
         "data": {"source": str(folder / "groups.jsonl"), "columns": {"group": "thing"}},
-        "contrastive": {"duplicates": "positives", "label_smoothing": 0.1},
+        "contrastive": {"duplicates": "mask", "label_smoothing": 0.1},
     }
     return Case(recipe_for(table, sections=sections))
 
@@ -82,7 +82,7 @@ def text_encoder(table: Path, start: Path, folder: Path) -> Case:
 CASES = {
     "clip, a loader process, averages": averaged("clip", 1),
     "defilip, averages": averaged("defilip", 0),
-    "averaged teacher, groups": averaged_teacher,
+    "groups": groups,
     "fixed teacher": fixed_teacher,
     "a view that starts late": late_view,
     "layer decay, head warm-up": fine_tuned(
@@ -93,11 +93,6 @@ CASES = {
     "cached features, closed form": frozen_towers,
     "Hugging Face encoder": text_encoder,
 }
-
-
-def check_averaged_teacher(found: Checkpoint, folder: Path) -> None:
-    teacher = found.training["objective.terms.distillation.teacher.image_tower.proj.weight"]
-    assert not torch.equal(teacher, found.weights["model.image_tower.proj.weight"])
 
 
 def check_fixed_teacher(found: Checkpoint, folder: Path) -> None:
@@ -117,7 +112,6 @@ def check_frozen_towers(found: Checkpoint, folder: Path) -> None:
 
 
 CHECKS = {
-    "averaged teacher, groups": check_averaged_teacher,
     "fixed teacher": check_fixed_teacher,
     "a view that starts late": check_late_view,
     "cached features, closed form": check_frozen_towers,

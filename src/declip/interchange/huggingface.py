@@ -22,7 +22,6 @@ from declip.interchange.wrapped_weights import express_wrapped, read_preprocessi
 from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import as_user_error
-from declip.models.wrapped import SIGLIP
 from declip.models.wrapped_towers import WrappedImageTower
 from declip.recipe.load import load_recipe
 
@@ -71,15 +70,15 @@ def matches(where: str) -> bool:
 
 
 def read(where: str) -> Weights:
-    """Read a folder of `CLIPModel`, without transformers; towers of `SiglipModel` and `Siglip2Model` are wrapped.
+    """Read a folder of `CLIPModel`, without transformers; towers of `SiglipModel` are wrapped.
 
     The vocabulary in tokenizer.json must be CLIP's, or that of its first merges, as in exports of declip.
     """
     folder, kind = Path(where).expanduser(), "CLIPModel"
     try:
         config = _read_json(folder / CONFIG)
-        if config.get("model_type") in SIGLIP:
-            kind = f"{SIGLIP[config['model_type']]}Model"
+        if config.get("model_type") == "siglip":
+            kind = "SiglipModel"
             return read_siglip(folder, config, _read_weights(folder), where)
         keys, weights = _keys(folder, config), _read_weights(folder)
         check_layers(keys, len(weights), CONFIG)
@@ -94,7 +93,7 @@ def read(where: str) -> Weights:
 def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe keys of a configuration."""
     if (kind := config.get("model_type")) != "clip":
-        raise UserError(f"its model_type is {kind!r}; supported: {', '.join(('clip', *SIGLIP))}")
+        raise UserError(f"its model_type is {kind!r}; supported: clip, siglip")
     # Early releases wrote each section by a second name too, which takes precedence.
     text, vision = (config.get(f"{name}_dict") or config.get(name) or {} for name in ("text_config", "vision_config"))
     for name, section in (("text_config", text), ("vision_config", vision)):
@@ -197,12 +196,8 @@ def write(model: DualEncoder, folder: Path) -> None:
     name, square = "CLIP", {"height": image.size, "width": image.size}
     sizes: dict[str, Any] = {"size": {"shortest_edge": image.size}, "crop_size": square}
     if wrapped is not None:
-        name = SIGLIP[config["model_type"]]
-        resample = Image.Resampling[wrapped.image["interpolation"].upper()].value
+        name, resample = "Siglip", Image.Resampling[wrapped.image["interpolation"].upper()].value
         sizes = {"size": square, "crop_size": None, "do_center_crop": False, "resample": resample}
-        if name == "Siglip2":
-            vision = config["vision_config"]
-            sizes |= {"patch_size": vision["patch_size"], "max_num_patches": vision["num_patches"]}
     preprocessor = {
         "image_processor_type": f"{name}ImageProcessor",
         "processor_class": f"{name}Processor",
@@ -226,7 +221,7 @@ def reread(folder: Path) -> Reread:
     with as_user_error(f"transformers cannot read '{folder}'"):
         model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
     by, kind = f"transformers {transformers.__version__}", model.config.model_type
-    if kind in SIGLIP:
+    if kind == "siglip":
         image = WrappedImageTower(model.vision_model, kind, model.config.vision_config.hidden_size)
         return Reread(by, image.pool, lambda tokens: model.text_model(input_ids=tokens).pooler_output)
     return Reread(

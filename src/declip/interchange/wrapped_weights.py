@@ -17,7 +17,7 @@ from declip.interchange.weights import Weights, check_layers, check_memory
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import as_user_error
 from declip.models.layers import IMAGE, TEXT
-from declip.models.wrapped import SIGLIP, WrappedModel, plain
+from declip.models.wrapped import WrappedModel, plain
 from declip.models.wrapped_towers import WrappedImageTower, WrappedTextTower, library_state
 from declip.recipe.load import load_recipe
 
@@ -60,12 +60,11 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
 
 
 def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Weights:
-    """Read a folder of transformers' `SiglipModel`, or of `Siglip2Model` for square images."""
+    """Read a folder of transformers' `SiglipModel`."""
     import transformers
 
-    kind = config["model_type"]
-    with as_user_error(f"'{folder}' is no configuration of {SIGLIP[kind]}Model"):
-        filled = getattr(transformers, f"{SIGLIP[kind]}Config").from_dict(plain(config))
+    with as_user_error(f"'{folder}' has no configuration of SiglipModel"):
+        filled = transformers.SiglipConfig.from_dict(plain(config))
     text, vision = filled.text_config, filled.vision_config
     prepared = read_preprocessing(folder)
     factor, sides = prepared.get("rescale_factor", 1 / 255), prepared.get("size")
@@ -73,16 +72,14 @@ def read_siglip(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
         raise UserError(f"its preprocessing is not SigLIP's: crop, resize to {sides}, or rescale by {factor:.4g}")
     if left_out := [key for key in ("do_resize", "do_rescale", "do_normalize") if prepared.get(key) is False]:
         raise UserError(f"image preprocessing: {left_out[0]} is False")
-    resample = prepared.get("resample", 3 if kind == "siglip" else 2)
     stored = WrappedModel(
         "transformers",
         plain(filled.to_dict()),
-        {"interpolation": {2: "bilinear", 3: "bicubic"}[resample], "squash": True},
+        {"interpolation": {2: "bilinear", 3: "bicubic"}[prepared.get("resample", 3)], "squash": True},
         _siglip_tokenizer(folder, text.max_position_embeddings, text.pad_token_id),
     )
-    size = vision.image_size if kind == "siglip" else vision.patch_size * round(vision.num_patches**0.5)
     statistics = tuple(prepared.get(f"image_{name}", [0.5] * 3) for name in ("mean", "std"))
-    return _weights(stored, f"huggingface:{kind}", size, statistics, text.projection_size, tensors, where)
+    return _weights(stored, "huggingface:siglip", vision.image_size, statistics, text.projection_size, tensors, where)
 
 
 def _weights(
@@ -186,8 +183,7 @@ def express_wrapped(model: DualEncoder) -> tuple[dict[str, Any], dict[str, Tenso
     config = copy.deepcopy(dict(stored.config))
     if stored.library == "transformers":
         tensors |= {name: tensors[name].reshape(1) for name in ("logit_scale", "logit_bias")}
-        if "image_size" in config["vision_config"]:
-            config["vision_config"]["image_size"] = recipe.image.size
+        config["vision_config"]["image_size"] = recipe.image.size
         return config, tensors
     config["custom_text"] = True
     if model.logit_bias is not None:

@@ -1,4 +1,4 @@
-"""Averages of weights over training steps, for evaluation or as a teacher."""
+"""Averages of weights over training steps, for evaluation."""
 
 from copy import deepcopy
 from itertools import chain

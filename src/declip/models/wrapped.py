@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from declip.data.text.wrapped_tokenizer import WrappedTokenizer
 from declip.errors import UserError
 
-SIGLIP = {"siglip": "Siglip", "siglip2": "Siglip2"}
-"""model_type of transformers → prefix of its classes."""
-
 
 @dataclass(frozen=True)
 class WrappedModel:
@@ -57,9 +54,9 @@ class WrappedModel:
 
     @property
     def kinds(self) -> tuple[str, str]:
-        """Kinds of the image module (timm, resnet, vit, siglip, siglip2) and of the text module (clip, hf, siglip)."""
+        """Kinds of the image module (timm, resnet, vit, siglip) and of the text module (clip, hf, siglip)."""
         if self.library == "transformers":
-            return self.config["model_type"], "siglip"
+            return "siglip", "siglip"
         vision, text = self.config["vision_cfg"], self.config["text_cfg"]
         resnet = isinstance(vision.get("layers"), list | tuple)
         image = "timm" if vision.get("timm_model_name") else "resnet" if resnet else "vit"
@@ -105,16 +102,11 @@ class WrappedModel:
         import transformers
 
         config = plain(self.config)
-        name = SIGLIP[config["model_type"]]
-        if "num_patches" not in config["vision_config"]:
-            config["vision_config"]["image_size"] = size
-
-        def module(kind: str) -> nn.Module:
-            made = getattr(transformers, f"{name}{kind.title()}Config")(**config[f"{kind}_config"])
-            options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-            return getattr(transformers, f"{name}{kind.title()}Model")._from_config(made, **options)
-
-        return module("vision"), module("text")
+        vision = transformers.SiglipVisionConfig(**{**config["vision_config"], "image_size": size})
+        text = transformers.SiglipTextConfig(**config["text_config"])
+        options: Any = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+        image_module = transformers.SiglipVisionModel._from_config(vision, **options)
+        return image_module, transformers.SiglipTextModel._from_config(text, **options)
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class WrappedImageTower(ImageTower):
     def __init__(self, module: Any, kind: str, embed_dim: int) -> None:
         nn.Module.__init__(self)
         name, self.trunk = "proj", module
-        self._timm, self._patches = kind == "timm", kind == "siglip2"
+        self._timm = kind == "timm"
         self.gives_tokens = kind != "resnet"  # one token per patch
         if self._timm and not hasattr(module.head, "pool"):
             classifier = module.trunk.get_classifier()
@@ -46,15 +46,6 @@ class WrappedImageTower(ImageTower):
         if self._timm:
             features = module.trunk.forward_features(images)
             return module.head(module.trunk.forward_head(features)), grid_tokens(module.trunk, features)
-        if self._patches:  # (B, 3, H, W) → (B, P, p·p·3), as transformers' image processor cuts them
-            size = module.config.patch_size
-            count, _, height, width = images.shape
-            grid = images.new_tensor([height // size, width // size]).long().expand(count, 2)
-            cut = images.unflatten(2, (-1, size)).unflatten(4, (-1, size)).permute(0, 2, 4, 3, 5, 1)
-            patches = cut.flatten(3).flatten(1, 2)
-            given = {"pixel_attention_mask": patches.new_ones(patches.shape[:2]).long(), "spatial_shapes": grid}
-            out = module(pixel_values=patches, **given)
-            return out.pooler_output, out.last_hidden_state
         out = module(images)
         if not self.gives_tokens:
             return out, out.unsqueeze(1)

@@ -139,7 +139,7 @@ def _closed_form(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_heads(init: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    mixes = given.get("contrastive.duplicates") not in ("mask", "positives")  # mixed captions are never equal
+    mixes = given.get("contrastive.duplicates") != "mask"  # mixed captions are never equal
     keys = {
         "finetune.cached_views": 4,
         "finetune.head_init": init,

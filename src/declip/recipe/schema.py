@@ -113,7 +113,7 @@ class Views(Section):
 class ContrastiveConfig(Section):
     """Targets of contrastive, multi_view and nearest_neighbor."""
 
-    duplicates: Literal["negatives", "mask", "positives"] = Field(
+    duplicates: Literal["negatives", "mask"] = Field(
         "negatives", description="pairs with equal captions or one group: negatives, left out, or positives"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="part of the target spread evenly over all keys")
@@ -146,9 +146,9 @@ class LateInteractionConfig(Section):
 
 
 class DistillationConfig(Section):
-    """The teacher: an exponential moving average of the learner, or a fixed model."""
+    """The teacher."""
 
-    teacher: Place = Field("ema", description="ema, or weights that declip.load takes, with the learner's tokenizer")
+    teacher: Place | None = Field(None, description="weights that declip.load takes, with the learner's tokenizer")
 
 
 class LogitScale(Section):
@@ -312,7 +312,7 @@ class Recipe(Section):
         if self.train.length_buckets > 1 and self.late_interaction.include_padding:
             raise ValueError("late_interaction.include_padding requires train.length_buckets=1")
         if group is not None and duplicates == "negatives":
-            raise ValueError(f"data.columns.group={group} requires contrastive.duplicates=mask or positives")
+            raise ValueError(f"data.columns.group={group} requires contrastive.duplicates=mask")
         if group is None and duplicates != "negatives" and self.finetune.mixup:
             raise ValueError(
                 f"finetune.mixup mixes captions: contrastive.duplicates={duplicates} requires mixup=0 or "
@@ -325,14 +325,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _teacher_fits(self) -> Self:
         """Check what a teacher cannot be combined with."""
-        teacher, tune = self.distillation.teacher, self.finetune
-        clashes = {"finetune.cached_views": tune.cached_views > 0}  # a fixed teacher reads images
-        if teacher == "ema":  # it is copied before the closed-form start, and not sharded
-            clashes = {"train.strategy=fsdp": self.train.strategy == "fsdp"}
-            clashes["finetune.head_init=cca"] = tune.head_init == "cca"
-        for key, given in clashes.items():
-            if "distillation" in self.active_losses and given:
-                raise ValueError(f"distillation.teacher={teacher} cannot be combined with {key}")
+        teacher, distills = self.distillation.teacher, "distillation" in self.active_losses
+        if distills and teacher is None:
+            raise ValueError("loss_weights.distillation requires distillation.teacher=WEIGHTS, such as a run's folder")
+        if distills and self.finetune.cached_views > 0:  # a teacher reads images
+            raise ValueError(f"distillation.teacher={teacher} cannot be combined with finetune.cached_views")
         return self
 
     @model_validator(mode="after")

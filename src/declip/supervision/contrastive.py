@@ -121,8 +121,7 @@ class ContrastiveTerm(Term):
         section = self.section
         if section == ContrastiveConfig():
             return None
-        labels, key_labels = own.text_labels(text), keys.text_labels(text)
-        return SoftTargets(section.duplicates, section.label_smoothing, labels, key_labels)
+        return SoftTargets(section.label_smoothing, own.text_labels(text), keys.text_labels(text))
 
     def chance(self, batch_size: int) -> float:
         return math.log(batch_size)

@@ -1,14 +1,12 @@
-"""Distillation: the similarities of the learner follow those of a teacher, its moving average or a fixed model."""
+"""Distillation: the similarities of the learner follow those of a teacher, a fixed model."""
 
-from typing import Self, cast
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.data.pair import PairSource
 from declip.errors import UserError
-from declip.models.average import Average
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.chunked import mean_in_blocks
@@ -16,8 +14,6 @@ from declip.supervision.contrastive import scaled_similarity, to_float32
 from declip.supervision.term import Encodings, Rows, Similarity, Term
 
 Compared = tuple[Tensor, Tensor, Tensor | float]
-
-DECAY = 0.99  # of the teacher's weights, per step
 
 
 def relational_distillation(learner: Compared, teacher: Compared, max_logit_bytes: float | None = None) -> Tensor:
@@ -46,30 +42,23 @@ def relational_distillation(learner: Compared, teacher: Compared, max_logit_byte
 class Distillation(Term):
     """The similarities of each image view with the caption follow those of a teacher, in both directions.
 
-    The teacher is a member of the loss, always in evaluation mode: the moving average of the learner, or a fixed model
-    of any width with the same tokenizer. It sees the contrastive or else the first view, and the clean caption.
+    The teacher, always in evaluation mode, has any width and the same tokenizer. It sees the contrastive or else the
+    first view, and the clean caption.
     """
 
     reads_pixels = True
-    run_state = ("",)
     title = "distillation"
-    explanation = "Follows a teacher: an average of the model's earlier weights, or another model."
+    explanation = "Follows a teacher, another model."
 
     def __init__(self, recipe: Recipe, model: DualEncoder) -> None:
         super().__init__(recipe, model)
         self.given = recipe.distillation.teacher
         self.chunk = recipe.train.grad_cache_chunk or recipe.train.batch_size
         self.preprocessor = model.preprocessor
-        self.average: Average | None = None
         self._fixed: list[DualEncoder] = []  # in a list, so that checkpoints do not store it
 
-    def prepare(self, source: PairSource, model: DualEncoder) -> None:
-        if self.given == "ema":
-            self.average = Average(model, DECAY)
-            self.teacher = self.average.module.eval().requires_grad_(False)  # a submodule, so that it is stored
-
     def set_teacher(self, teacher: DualEncoder) -> None:
-        """Use a fixed teacher, which has the tokenizer of the learner."""
+        """Set the teacher, which has the tokenizer of the learner."""
         ours, theirs = self.preprocessor, teacher.preprocessor
         affine = ours.std / theirs.std, (ours.mean - theirs.mean) / theirs.std
         self._factor, self._shift = (values.view(3, 1, 1).to(teacher.device) for values in affine)
@@ -80,44 +69,26 @@ class Distillation(Term):
 
     @torch.no_grad()
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        if not self._fixed and self.average is None:
-            step = "objective.prepare" if self.given == "ema" else "declip.training.frozen_encoder.set_teacher"
-            raise UserError(f"distillation has no teacher yet: call {step} before training.")
-        teacher = self._present()
+        if not self._fixed:
+            raise UserError("distillation has no teacher yet: call declip.training.frozen_encoder.set_teacher first.")
+        (teacher,) = self._fixed
         view = next(iter(encoded.batch.views.values()))  # the contrastive view comes first
         pixels, tokens = view.pixels.split(self.chunk), encoded.batch.texts[0].split(self.chunk)
         image = torch.cat([teacher.image_tower(self._as_seen_by(teacher, part)).pooled for part in pixels])  # (B, d')
         text = torch.cat([teacher.text_tower(part).pooled for part in tokens])  # (B, d')
         return {"image": F.normalize(to_float32(image), dim=-1), "text": F.normalize(to_float32(text), dim=-1)}
 
-    def _present(self) -> DualEncoder:
-        return self._fixed[0] if self._fixed else cast(DualEncoder, self.teacher)
-
     def _as_seen_by(self, teacher: DualEncoder, pixels: Tensor) -> Tensor:
-        """Convert (B, 3, S, S) to the size and statistics of a fixed teacher's images."""
-        if not self._fixed:
-            return pixels
+        """Convert (B, 3, S, S) to the size and statistics of the teacher's images."""
         size = teacher.preprocessor.size
         if pixels.shape[-1] != size:
             pixels = F.interpolate(pixels.float(), (size, size), mode="bilinear", antialias=True)
         return pixels * self._factor + self._shift
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        ours, theirs, limit = similarity.scale, self._present().logit_scale.exp(), self.max_logit_bytes
+        ours, theirs, limit = similarity.scale, self._fixed[0].logit_scale.exp(), self.max_logit_bytes
         to_text = own.extra["image"], keys.extra["text"], theirs
         to_image = own.extra["text"], keys.extra["image"], theirs
         losses = [relational_distillation((view, keys.texts[0], ours), to_text, limit) for view in own.images]
         losses += [relational_distillation((own.texts[0], view, ours), to_image, limit) for view in keys.images]
         return torch.stack(losses).mean()
-
-    @torch.no_grad()
-    def after_step(self, model: DualEncoder) -> None:
-        if self.average is not None:
-            self.average.update(model)
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(0) if self.average is None else self.average.n_averaged
-
-    def set_extra_state(self, state: Tensor) -> None:
-        if self.average is not None:
-            self.average.n_averaged.copy_(state)

@@ -103,11 +103,11 @@ class Objective(nn.Module):
         super().__init__()
         self.recipe = recipe
         active = active_terms(recipe)
-        duplicates = recipe.contrastive.duplicates
-        if duplicates in ("mask", "positives") and not any(term.has_positives for term in active.values()):
+        masks = recipe.contrastive.duplicates == "mask"
+        if masks and not any(term.has_positives for term in active.values()):
             known = ", ".join(name for name, term in TERMS.items() if term.has_positives)
             raise UserError(
-                f"contrastive.duplicates={duplicates} changes nothing for {', '.join(active)}: it is for {known}. Set "
+                f"contrastive.duplicates=mask changes nothing for {', '.join(active)}: it is for {known}. Set "
                 "negatives, or give a weight to one of these losses."
             )
         self.weights = {name: recipe.loss_weights[name] for name in active}
@@ -174,8 +174,8 @@ class Objective(nn.Module):
         ids = batch.sample_ids
         if ids is None:
             ids = torch.full((len(batch),), -1, device=texts.device)
-        soft = self.recipe.contrastive.duplicates in ("mask", "positives")
-        labels = pair_labels(batch, model.tokenizer.padding) if soft else None
+        masks = self.recipe.contrastive.duplicates == "mask"
+        labels = pair_labels(batch, model.tokenizer.padding) if masks else None
         gathered = own = Rows(outputs.views, images, texts, ids, {}, labels)
         if gather is not identity_gather:
             keys = {name: term.pad_keys(keys[name]) for name, term in terms}

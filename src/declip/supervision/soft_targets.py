@@ -1,7 +1,6 @@
 """Targets of the contrastive losses with duplicates among the keys, and label smoothing."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,20 +12,11 @@ MULTIPLIER = 6364136223846793005  # Knuth's, for hashes modulo 2⁶⁴
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """Options of a contrastive loss, and the labels by which duplicates are known.
+    """Label smoothing, and the labels of duplicates: other pairs where one of k labels is equal and not 0."""
 
-    Attributes:
-        duplicates: Treatment of other pairs with an equal label: they stay "negatives", are left out ("mask"), or
-            share the target ("positives").
-        label_smoothing: Part of the target that is spread evenly over all compared keys.
-        labels: (B, k) int64 of the rows; pairs are duplicates where one of the k labels is equal and not 0.
-        key_labels: (N, k) of the keys.
-    """
-
-    duplicates: Literal["negatives", "mask", "positives"] = "negatives"
-    label_smoothing: float = 0.0
-    labels: Tensor | None = None
-    key_labels: Tensor | None = None
+    label_smoothing: float = 0.0  # part of the target that is spread evenly over all compared keys
+    labels: Tensor | None = None  # (B, k) int64 of the rows; None where duplicates stay negatives
+    key_labels: Tensor | None = None  # (N, k) of the keys
 
     def part(self, start: int, stop: int) -> "SoftTargets":
         """The targets of some of the rows."""
@@ -36,9 +26,8 @@ class SoftTargets:
 def soft_cross_entropy(logits: Tensor, offset: int, soft: SoftTargets) -> Tensor:
     """Sum over rows of the cross-entropy with soft targets.
 
-    Equals the plain loop, y = offset + b, D = keys but y with a label of row b, K = all keys, for "mask" without D
-        q[n] = 1 / (1 + |D|) for n in y and D with "positives"; else 1 for n = y
-        q[n] = (1 - ε)·q[n] + ε / |K|                               label smoothing (arXiv 1512.00567, section 7)
+    Equals the plain loop, y = offset + b, K = all keys without those but y that have a label of row b
+        q[n] = (1 - ε)·[n = y] + ε / |K|                            label smoothing (arXiv 1512.00567, section 7)
         sum over b of  -Σ over n in K of q[n]·log softmax over K of logits[b]
 
     Args:
@@ -47,15 +36,13 @@ def soft_cross_entropy(logits: Tensor, offset: int, soft: SoftTargets) -> Tensor
     """
     positives = torch.arange(offset, offset + len(logits), device=logits.device)[:, None]
     itself = positives == torch.arange(logits.shape[1], device=logits.device)
-    same = itself
-    if soft.labels is not None and soft.key_labels is not None and soft.duplicates != "negatives":
+    hidden = torch.zeros_like(itself)  # (B, N), duplicates
+    if soft.labels is not None and soft.key_labels is not None:
         for row_labels, key_labels in zip(soft.labels.mT[..., None], soft.key_labels.mT, strict=True):
-            same = same | ((row_labels == key_labels) & (row_labels != 0))
-    hidden = same & ~itself if soft.duplicates == "mask" else torch.zeros_like(itself)
-    targets = (same & ~hidden).to(logits.dtype)
+            hidden = hidden | ((row_labels == key_labels) & (row_labels != 0) & ~itself)
     compared = (~hidden).to(logits.dtype)
     uniform = compared / compared.sum(dim=1, keepdim=True)
-    targets = torch.lerp(targets / targets.sum(dim=1, keepdim=True), uniform, soft.label_smoothing)
+    targets = torch.lerp(itself.to(logits.dtype), uniform, soft.label_smoothing)
     log_probabilities = logits.masked_fill(hidden, -torch.inf).log_softmax(dim=1)
     # A second time, since 0 times minus infinity is not a number.
     return -(targets * log_probabilities.masked_fill(hidden, 0)).sum()

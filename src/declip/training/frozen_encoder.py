@@ -98,7 +98,7 @@ class _PooledFeatures:
 def set_teacher(objective: Objective, source: PairSource, model: DualEncoder) -> None:
     """Load the fixed teacher of a loss that has one; it must read captions as the learner does."""
     for term in objective.terms.values():
-        if not isinstance(term, Distillation) or term.given == "ema":
+        if not isinstance(term, Distillation) or term.given is None:
             continue
         teacher = read(term.given).check().build().to(model.device)  # not `as_start`, which has no projections
         if not has_text(teacher):
