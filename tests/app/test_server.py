@@ -43,17 +43,17 @@ def test_a_mistake_ends_with_one_line(
     other, index = tmp_path / "other.safetensors", state.index.folder
     write_declip_file(tiny_model(1), other)
     with take_port("127.0.0.1", 0) as taken:  # held from here on, before the server listens
-        mistakes: tuple[tuple[list[object], str], ...] = (
-            ([run_folder, "nowhere"], "'nowhere'"),
-            ([other, index], "another model"),
-            ([run_folder, index, "--index", "elsewhere"], "--index"),
-            ([run_folder, index, "--port", taken.getsockname()[1]], "--port"),
-            ([run_folder, index, "--host", "no.such.host.invalid"], "'no.such.host.invalid'"),
+        mistakes: tuple[tuple[list[object], list[object]], ...] = (
+            ([run_folder, "nowhere"], ["'nowhere'"]),
+            ([other, index], ["another model", f"'{run_folder}'", f"'{other}'"]),
+            ([run_folder, index, "--index", "elsewhere"], ["--index"]),
+            ([run_folder, index, "--port", taken.getsockname()[1]], ["--port"]),
+            ([run_folder, index, "--host", "no.such.host.invalid"], ["'no.such.host.invalid'"]),
         )
-        for words, message in mistakes:
+        for words, named in mistakes:
             outcome = command("app", "--port", 0, *words, "--quiet")
             assert (outcome.status, outcome.err.count("\n")) == (2, 1), words
-            assert message in outcome.err
+            assert all(str(name) in outcome.err for name in named), outcome.err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     outcome = command("app", run_folder, index)
     assert outcome.status == 2

@@ -19,6 +19,7 @@ from declip.interchange.zero_shot import LOGIT_SCALE, class_heads, complete, enc
 from declip.models.closed_form import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import read_encoder
+from declip.models.image_tower import NoImageTower
 from declip.models.layers import PROJECTIONS
 from declip.recipe.load import load_recipe
 from interchange.towers import EXACT, KINDS
@@ -139,9 +140,12 @@ def test_the_builtin_start_is_a_whole_model_except_for_training(tmp_path: Path) 
     assert exported.difference < EXACT
     for name, color in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (40, 40), color).save(tmp_path / f"{name}.png")
-    model = declip.load(tmp_path / "out", device="cpu")
-    index = declip.embed(model, [str(tmp_path / f"{name}.png") for name in "ab"], out=tmp_path / "index")
-    assert len(index.search("a red apple", k=2)) == 2
+    images = [str(tmp_path / f"{name}.png") for name in "ab"]
+    whole = declip.embed(declip.load(tmp_path / "out", device="cpu"), images, out=tmp_path / "whole")
+    declip.embed(starter.NAME, images, out=tmp_path / "index")
+    parts = declip.Index.open(tmp_path / "index")
+    assert isinstance(parts.text_model.image_tower, NoImageTower)  # type: ignore[attr-defined]
+    assert [hit.score for hit in parts.search("an apple")] == [hit.score for hit in whole.search("an apple")]
 
 
 @pytest.mark.skipif(not starter.installed(), reason="the packages of the built-in start are not installed")

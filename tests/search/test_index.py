@@ -16,7 +16,7 @@ from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.reports.sheets import search_sheet
-from declip.search.index import Index
+from declip.search.index import Index, fingerprint
 from declip.search.info import INFO
 from declip.search.store import SCHEMA
 from indices import tiny_model, write_index
@@ -90,6 +90,17 @@ def test_another_model_is_refused(made: Index, model: DualEncoder) -> None:
     with pytest.raises(UserError, match="a Python object"):
         Index.open(made.folder).search("a red bar")
     assert Index.open(made.folder, model=model).search("a red bar", k=1)
+
+
+def test_projections_that_are_computed_on_another_machine_are_the_same_model() -> None:
+    one, other = tiny_model(), tiny_model()
+    other.image_tower.proj.weight.data *= 1 + 1e-6
+    name = "image_tower.proj.weight"
+    for model in (one, other):
+        model.computed = ("digests of published files", {name: model.state_dict()[name].clone()})
+    assert fingerprint(one) == fingerprint(other)
+    other.image_tower.proj.weight.data *= 1 + 1e-6  # trained since
+    assert fingerprint(one) != fingerprint(other)
 
 
 def test_a_bad_query_says_why(made: Index) -> None:

@@ -45,7 +45,8 @@ class AppState:
 
     def __init__(self, index: Index, model_path: str) -> None:
         self.index, self.model_path = index, model_path
-        self.scale = logit_scale(index.model)  # loads the model now, which may be refused
+        # Loads the text tower now, which may be refused, and the image tower with the first image that asks for it.
+        self.scale = logit_scale(index.text_model)
         self.version = secrets.token_hex(4)
         name = f"{index.info.created} {index.info.model.fingerprint}"
         self.list_name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
@@ -110,7 +111,7 @@ class AppState:
     def _class_vectors(self, names: tuple[str, ...], template: str) -> Tensor:
         """(C, d) of length 1."""
         with self._encoding:
-            return class_features(self.index.model, names, templates_of(template))
+            return class_features(self.index.text_model, names, templates_of(template))
 
 
 def templates_of(template: str) -> list[str]:

@@ -1,7 +1,6 @@
 """Image and text features of a source for evaluation, without gradients."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -138,30 +137,6 @@ def encode_source(
         return encoded
     features = text_features(model, encoded.flat_captions, batch_size=batch_size, progress=progress)
     return replace(encoded, texts=features, truncated=_count_truncated(model, encoded.flat_captions))
-
-
-def model_hash(model: Encoder, tensors: Mapping[str, Any] | None = None) -> bytes:
-    """SHA-256 of a model: class name, tensors, settings of its towers, and its preprocessing of fixed noise.
-
-    Args:
-        tensors: Tensors of the model, if it was built in part.
-    """
-    digest = hashlib.sha256(type(model).__qualname__.encode())
-    if (recipe := getattr(model, "recipe", None)) is not None:  # equal weights may be applied in several ways
-        image, text = recipe.image, recipe.text
-        digest.update(repr((image.model, image.model_kwargs, text.heads, text.activation, text.pooling)).encode())
-
-    def update(head: str, tensor: Tensor) -> None:
-        digest.update(f"{head}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-    state = model.state_dict() if tensors is None else tensors  # type: ignore[attr-defined]  # the caller looked
-    for name, value in sorted(state.items()):
-        if isinstance(value, Tensor):
-            update(f"{name} {value.dtype} ", value)
-    noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
-    update("", model.preprocess([Image.fromarray(noise)]).float())
-    return digest.digest()
 
 
 def _count_truncated(model: Encoder, texts: Iterable[str]) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from declip.errors import UserError, no_model
 from declip.interchange import declip_file, huggingface, official, open_clip, starter, timm_weights
 from declip.interchange.weights import Weights, fetch, read_recipe
-from declip.interchange.zero_shot import complete
+from declip.interchange.zero_shot import complete, complete_text
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.runs.checkpoint import (
@@ -102,12 +102,16 @@ def _read(where: str | Path) -> Weights:
     return weights_of(read_checkpoint(path), where)
 
 
-def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor]] | None:
-    """Read the text tower of a run or of a file of declip, and all tensors of the model; None for other formats.
+def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] | None:
+    """Read the text tower of a run, a file of declip or the built-in start, which can be built without timm.
 
-    The text tower can be built in half the time, without timm.
+    Returns:
+        The text tower, and all tensors of the model, None for published files; or None for other formats.
     """
     where = str(where)
+    if starter.matches(where):
+        text = complete_text(starter.read_text(where), starter.CPU_SIZE)
+        return None if text is None else (text.check(), None)
     if declip_file.matches(where):
         weights = declip_file.read_part(where)
     elif (path := Path(where).expanduser()).is_dir() and ((path / STATE).is_file() or list_checkpoints(path)):

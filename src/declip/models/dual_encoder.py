@@ -29,6 +29,7 @@ class DualEncoder(nn.Module):
     """
 
     recipe: Recipe | None = None  # that `from_recipe` built the model from
+    computed: tuple[str, dict[str, Tensor]] = ("", {})  # `Weights.published`, and the projections computed from it
 
     def __init__(
         self,

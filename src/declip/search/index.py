@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from PIL import Image
 from torch import Tensor, as_tensor, float32
 from torch.nn.functional import normalize
@@ -21,7 +22,7 @@ from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
 from declip.data.sources.stored_paths import is_missing, resolve, stored_path
 from declip.errors import UserError, check_range
-from declip.evaluation.encode import Encoder, eval_mode, model_hash
+from declip.evaluation.encode import Encoder, eval_mode
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import load, read_text
 from declip.io.atomic import sha256
@@ -287,21 +288,39 @@ def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
 
 
 def fingerprint(model: Encoder, tensors: Mapping[str, Tensor] | None = None) -> str:
-    """SHA-256, in hexadecimal, of a model's weights, preprocessing and tokenizer.
+    """SHA-256, in hexadecimal, of a model: class, tensors, settings of its towers, preprocessing and tokenizer.
 
     Args:
         tensors: Tensors of the model in the types of the file, if it was built in part.
     """
-    if tensors is not None:  # a model computes in float32
-        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     if not hasattr(model, "state_dict"):
         raise UserError(f"{type(model).__name__} has no `state_dict`, so it cannot be distinguished from other models.")
-    digest = hashlib.sha256(model_hash(model, tensors))
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    if (recipe := getattr(model, "recipe", None)) is not None:  # equal weights may be applied in several ways
+        image, text = recipe.image, recipe.text
+        digest.update(repr((image.model, image.model_kwargs, text.heads, text.activation, text.pooling)).encode())
+    state = model.state_dict() if tensors is None else tensors
+    # The last digits of computed projections differ between machines, so what they are computed from stands for them.
+    published, projections = getattr(model, "computed", ("", {}))
+    if published and all(torch.equal(state[name].cpu(), tensor) for name, tensor in projections.items()):
+        digest.update(published.encode())
+        state = {}
+    for name, value in sorted(state.items()):
+        if isinstance(value, Tensor):
+            value = value.float() if value.is_floating_point() and tensors is not None else value  # as models compute
+            _update(digest, f"{name} {value.dtype} ", value)
+    noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
+    _update(digest, "", model.preprocess([Image.fromarray(noise)]).float())
     try:
         digest.update(repr(model.tokenize([PROBE]).tolist()).encode())
     except UserError:  # a model without a text tower
         digest.update(b"no text")
     return digest.hexdigest()
+
+
+def _update(digest: Any, head: str, tensor: Tensor) -> None:
+    digest.update(f"{head}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def image_vectors(model: Encoder, pixels: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
