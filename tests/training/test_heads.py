@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from declip.models.closed_form import Heads, Pairs
+from declip.models.closed_form import DEFAULT_FORM, Heads, Pairs
 from declip.training import heads
 from declip.training.heads import HeldOutRanks, assign_folds, caption_numbers, choose_heads, score
 from pair_features import class_pairs, pairs_of
@@ -36,6 +36,14 @@ def test_wrong_classes_do_no_harm() -> None:
     assert choice.without_classes is not None
     assert choice.outcome.recall(1, pairs, groups).value >= choice.without_classes.recall(1, pairs, groups).value - 0.02
     assert choose_heads(pairs_of(20), np.arange(20), classes).class_weight > 0
+
+
+def test_ties_keep_the_usual_heads() -> None:
+    same = torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
+    choice = choose_heads(Pairs(same, same, torch.arange(100)), np.arange(100))
+    assert choice.outcome is not None
+    assert int(choice.outcome.to_text.sum()) == 0
+    assert choice.form == DEFAULT_FORM
 
 
 def test_more_noise_needs_more_ridge() -> None:

@@ -31,7 +31,7 @@ from declip.training.pretrained import _resized
 from declip.training.trainer import Trainer
 from interchange.towers import build
 from text_encoders import bert
-from training.starts import STATISTICS, last, moved, same_end, state, tuned
+from training.starts import STATISTICS, VIT, last, moved, same_end, state, tuned
 
 
 def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table: Path, tmp_path: Path, start: Path) -> None:
@@ -78,8 +78,10 @@ def test_keys_that_hold_beside_weights(start: Path, table: Path, tmp_path: Path)
     for recipe in ("finetune", "clip", "declip-yfcc15m-vitb32"):
         assert found.fit(load_recipe(recipe, keys)).image.mean == STATISTICS["mean"]
     given = keys | {"image.mean": [0.1, 0.2, 0.3], "image.size": 48, "train.batch_size": 8}
+    given |= {"image.model_kwargs": {"patch_drop_rate": 0.5}}
     recipe = assemble(load_recipe("clip", given), tmp_path / "run", quiet=True).recipe
     assert (recipe.image.mean, recipe.image.std, recipe.image.size) == ((0.1, 0.2, 0.3), STATISTICS["std"], 48)
+    assert recipe.image.model_kwargs == {**VIT["model_kwargs"], "patch_drop_rate": 0.5}
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
     assert found.fit(load_recipe(tmp_path / "resolved.yaml")) == recipe
 

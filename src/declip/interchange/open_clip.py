@@ -141,9 +141,7 @@ def write(model: DualEncoder, folder: Path, repo: str | None = None, home: Path 
         text_config["hf_tokenizer_name"] = repo or "tokenizer.json"
         write_tokenizer(model.tokenizer, folder)
         if repo is None:
-            log.warning(
-                "open_clip loads this export as local-dir:FOLDER. For the Hub: declip export --repo OWNER/NAME."
-            )
+            log.info("open_clip loads this export as local-dir:FOLDER. For the Hub: declip export --repo OWNER/NAME.")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(contiguous, folder / WEIGHTS, {"format": "pt"})

@@ -51,6 +51,9 @@ RANDOM = {
 """Functions that fill a tensor in place with random numbers, and return it."""
 
 
+DROP_RATES = ("drop_rate", "drop_path_rate")  # ends of the names of timm's arguments
+
+
 @dataclass(frozen=True)
 class Weights:
     """Weights of a model, with its recipe, before it is built."""
@@ -137,12 +140,16 @@ class Weights:
     def fit(self, recipe: Recipe) -> Recipe:
         """Set the architecture, preprocessing, tokenizer and logit scale of a recipe to those of the weights.
 
-        Settings of training are kept, and so are an image size, image statistics and a context length from the user.
+        Settings of training and rates of dropout are kept, and so are an image size, image statistics and a context
+        length from the user.
         Without a text tower, the recipe's text tower and embedding width are kept. Weights with a bias of the logits
         are trained with a sigmoid loss, unless the user gave losses.
         """
         own = (name for name in ("size", "mean", "std") if f"image.{name}" in recipe.given)
         keep = {name: getattr(recipe.image, name) for name in ("freeze_patch_embed", *own)}
+        # Rates of dropout, such as patch_drop_rate, change no weights.
+        theirs, asked = self.recipe.image.model_kwargs, recipe.image.model_kwargs
+        keep["model_kwargs"] = theirs | {name: rate for name, rate in asked.items() if name.endswith(DROP_RATES)}
         changed: dict[str, Any] = {"image": self.recipe.image.model_copy(update=keep)}
         if self.whole:
             init, limits = float(self.tensors["logit_scale"]), recipe.logit_scale

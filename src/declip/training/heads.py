@@ -31,6 +31,7 @@ CLASS_WEIGHTS = (1.0, 0.25, 0.0)
 DEFAULT_CLASS_WEIGHT = 1.0  # of fewer pairs than can be cross-validated
 SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)  # candidates for the logit scale
 DEFAULT_SCALE = 20.0
+TIE = 1e-9  # gains that differ by less are equal: the usual heads, or else the larger weight of the classes, are kept
 FOLDS, FEWEST = 5, 20  # folds, and groups of pairs from which on there is a choice
 MOST = 5_000  # images that the choice is made on: the heads are of all, and so are their out-of-fold ranks
 BLOCK = 1_000  # images that compete, so that the time grows with the number of images, not its square
@@ -155,8 +156,13 @@ def _best(tried: dict[tuple[Form, float], HeldOutRanks], usual: tuple[Form, floa
     chose heads that were up to 7 points better on other pairs (builtin:stamps and stamps-photos, mean of R@1 and R@10).
     """
     ranks = {key: outcome.scores(pairs.owners) for key, outcome in tried.items()}
-    gains = {key: each - ranks[usual] for key, each in ranks.items()}
-    return max(gains, key=lambda key: float(gains[key].mean() - gains[key].std() / len(gains[key]) ** 0.5))
+    best, largest = usual, 0.0
+    for key, each in ranks.items():
+        gains = each - ranks[usual]  # (n,)
+        gain = float(gains.mean() - gains.std() / len(gains) ** 0.5)
+        if gain > largest + TIE:
+            best, largest = key, gain
+    return best
 
 
 def cross_validate(
