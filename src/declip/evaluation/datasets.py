@@ -11,7 +11,6 @@ import numpy as np
 
 from declip.data.builtin import BUILTIN_SPLITS, open_builtin
 from declip.data.pair import BUILTIN_PREFIX, PairSource, printable
-from declip.data.sources.hf_dataset import is_dataset
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import PREFIX, Items
 from declip.data.sources.subset import Subset
@@ -96,11 +95,10 @@ def open_dataset(dataset: str | Path | PairSource | Items | Dataset, *, label_co
     if isinstance(dataset, str | Path):
         dataset = _by_name(str(dataset), label_column)
     elif not isinstance(dataset, Dataset):
-        if label_column is not None and not is_dataset(dataset):
+        if label_column is not None:
             raise UserError(f"label_column is for tables, not for a {type(dataset).__name__}. Remove it.")
         source = _test_part(open_source(dataset))
-        labeled = labeled_table(dataset, label_column) if is_dataset(dataset) else None
-        dataset = Dataset(source.name, labeled or {"test": lambda: source}, _templates(source.name))
+        dataset = Dataset(source.name, {"test": lambda: source}, _templates(source.name))
     dataset.split("test")
     return dataset
 

@@ -88,12 +88,6 @@ def test_folders_lists_and_subsets_have_splits(folder):
         training_part(open_source(numbered))
 
 
-def test_a_dataset_with_a_column_of_splits(folder):
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list([dict(zip(NAMES, row, strict=True)) for row in ROWS])
-    assert captions(training_part(open_source(rows))) == ["one", "four"]
-
-
 def test_shards_hold_the_training_pairs_alone(folder, tmp_path):
     (folder / "d.png").write_bytes((folder / "a.png").read_bytes())
     made = shard_source(write(folder / "t.csv", ROWS, NAMES), tmp_path / "shards", workers=0)

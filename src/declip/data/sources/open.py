@@ -11,7 +11,6 @@ from declip.data.builtin import open_builtin
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BUILTIN_PREFIX, PairSource
 from declip.data.sources.folder import FolderSource
-from declip.data.sources.hf_dataset import is_dataset
 from declip.data.sources.python_items import PREFIX, Items, ItemSource
 from declip.data.sources.shard_files import holds, names_shards
 from declip.data.sources.shards import ShardSource
@@ -47,18 +46,17 @@ def open_source(spec: str | Path | PairSource | Items, columns: Columns = DEFAUL
     """Open a source of pairs.
 
     Args:
-        spec: A built-in set such as "builtin:emoji", a table (.jsonl, .json, .csv, .tsv, .parquet), a folder or a
-            pattern of Parquet files, a folder of images with a metadata table or with a text file for each image, a
-            dataset of Hugging Face's `datasets` as "hf://datasets/OWNER/NAME:split" or a folder of `save_to_disk`, or
-            tar shards: a .tar file, a folder of them, a pattern, a brace range such as "data/{00000..00331}.tar", a
-            URL, or several joined by "::"; or a list of pairs (.pairs), which names its columns itself. In Python also
-            a dataset, a source, or any object with `__len__` and `__getitem__`, see `ItemSource`.
+        spec: A built-in set such as "builtin:emoji"; a table (.jsonl, .json, .csv, .tsv, .parquet); a folder or a
+            pattern of Parquet files; a folder of images with a metadata table, or with a text file for each image; tar
+            shards: a .tar file, a folder of them, a pattern, a brace range such as "data/{00000..00331}.tar" or a URL;
+            a list of pairs (.pairs), which names its columns itself. In Python also a source, or any object with
+            `__len__` and `__getitem__`, see `ItemSource`.
         columns: The columns of a table, or the keys of a Python object's dicts.
     """
     if not isinstance(spec, str | Path):
         if isinstance(spec, PairSource):
             return spec
-        return TableSource(spec, columns) if is_dataset(spec) else ItemSource(spec, columns)
+        return ItemSource(spec, columns)
     text = str(spec)
     if text.startswith(BUILTIN_PREFIX):
         return open_builtin(text)

@@ -103,21 +103,14 @@ class TableRows(ABC):
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path.parent  # the folder that image paths are relative to
         self.files = [path]
-
-    def version(self) -> list[object]:
-        """Everything that the rows depend on, for the cache."""
-        return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        self.large = path.is_file() and path.stat().st_size > LARGE_TABLE  # what is read goes to a cache file
 
     def choose(self, image: str, caption: str, keywords: str | None = None, group: str | None = None) -> None:
         """Read these columns, or map the cache file that holds them; `caption` is `image` where none is read."""
         self.image, self.caption, self.keywords, self.group = image, caption, keywords, group
         self.split = by_lower_name(self.columns).get(COLUMN)
         self.wanted = list(dict.fromkeys(filter(None, (image, caption, keywords, group, self.split))))
-        self._large = self.is_large()
-        self.table = self.read()
-
-    def read(self) -> pa.Table:
-        return self._in_memory_or_cached("columns", self.wanted, self.schema(), self.batches)
+        self.table = self._in_memory_or_cached("columns", self.wanted, self.schema(), self.batches)
 
     @abstractmethod
     def schema(self) -> pa.Schema:
@@ -148,9 +141,6 @@ class TableRows(ABC):
             rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
             numbers = np.maximum.reduceat(numbers[rows], starts[:-1])  # (rows,) -> (pairs,)
         return places_by_split(numbers)
-
-    def is_large(self) -> bool:
-        return self.path.stat().st_size > LARGE_TABLE
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -183,20 +173,61 @@ class TableRows(ABC):
     ) -> pa.Table:
         """A table in memory or, if it is large, in the cache."""
         try:
-            if not self._large:
+            if not self.large:
                 return pa.Table.from_batches(batches(), schema)
-            return cached_table(f"tables/{kind}", (*self.version(), options), lambda: (schema, batches()))
+            version = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+            return cached_table(f"tables/{kind}", (*version, options), lambda: (schema, batches()))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"'{self.path}' cannot be read: {error}.") from error
 
 
-class ArrowRows(TableRows):
-    """A table with Arrow's types; images as paths, as bytes, or as structs of `bytes` and `path`."""
+class ParquetRows(TableRows):
+    """A Parquet file, or several: those of a folder or a pattern, in the order of their names.
 
-    arrow_schema: pa.Schema  # of all columns
+    Images are paths, bytes, or structs of `bytes` and `path`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        if path.is_dir():
+            self.files = list(map(Path, files_in(path, ".parquet")))
+            splits = {name[0].lower() for file in self.files if (name := SPLIT.match(file.name))}
+            if len(splits) > 1:
+                one = path / f"{min(splits)}*.parquet"
+                raise UserError(f"'{path}' has the splits {', '.join(sorted(splits))}. Name the files of one: '{one}'.")
+        elif not path.is_file():
+            self.files = [Path(file) for file in expand(str(path))]
+        self.folder = Path(os.path.commonpath([file.parent for file in self.files]))
+        footers = [_footer(file) for file in self.files]
+        self.arrow_schema = footers[0].schema.to_arrow_schema()
+        self.columns = self.arrow_schema.names
+        self._rows = [footer.num_rows for footer in footers]
+        # Counted over all columns: asking pyarrow 26 for one column ends the process where the file is damaged.
+        size = sum(data.row_group(group).total_byte_size for data in footers for group in range(data.num_row_groups))
+        self.large = size > LARGE_TABLE or sum(self._rows) > MANY_ROWS
 
     def schema(self) -> pa.Schema:
         return pa.schema([self.arrow_schema.field(name) for name in self.wanted])
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        schema = self.schema()
+        for path, count in zip(self.files, self._rows, strict=True):
+            file, most = pq.ParquetFile(path), max(MOST_GROWTH * path.stat().st_size, MOST_IN_PARQUET)
+            types = {field.name: field.type for field in file.schema_arrow}
+            if other := [field.name for field in schema if types.get(field.name) != field.type]:
+                raise UserError(
+                    f"Column '{other[0]}' of '{self.files[0]}' is missing in '{path}' or of another type. Files of one "
+                    "table have the same columns; name the others as another source."
+                )
+            size = rows = 0
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=self.wanted):
+                size, rows = size + batch.nbytes, rows + len(batch)
+                if size > most:
+                    raise UserError(f"'{path}' is not read: its columns take more than {most:,} bytes.")
+                # Rebuilt, since fields of the same type may differ in nullability and metadata.
+                yield pa.RecordBatch.from_arrays(batch.select(self.wanted).columns, schema=schema)
+            if rows != count:
+                raise UserError(f"'{path}' cannot be read: it says {count:,} rows and has {rows:,}.")
 
     def pair(self, numbers: list[int]) -> TableRow:
         image: Any = self.table.column(0)[numbers[0]]  # its bytes are not copied before they are needed
@@ -226,53 +257,6 @@ class ArrowRows(TableRows):
         if is_bytes(column.type):
             return pa.array(map(_key_of, column), pa.large_binary()) if hashed else None
         return combined(column.cast(pa.large_binary()).fill_null(b""))
-
-
-class ParquetRows(ArrowRows):
-    """A Parquet file, or several: those of a folder or a pattern, in the order of their names."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        if path.is_dir():
-            self.files = list(map(Path, files_in(path, ".parquet")))
-            splits = {name[0].lower() for file in self.files if (name := SPLIT.match(file.name))}
-            if len(splits) > 1:
-                one = path / f"{min(splits)}*.parquet"
-                raise UserError(f"'{path}' has the splits {', '.join(sorted(splits))}. Name the files of one: '{one}'.")
-        elif not path.is_file():
-            self.files = [Path(file) for file in expand(str(path))]
-        self.folder = Path(os.path.commonpath([file.parent for file in self.files]))
-        footers = [_footer(file) for file in self.files]
-        self.arrow_schema = footers[0].schema.to_arrow_schema()
-        self.columns = self.arrow_schema.names
-        self._rows = [footer.num_rows for footer in footers]
-        # Counted over all columns: asking pyarrow 26 for one column ends the process where the file is damaged.
-        self._size = sum(
-            data.row_group(group).total_byte_size for data in footers for group in range(data.num_row_groups)
-        )
-
-    def is_large(self) -> bool:
-        return self._size > LARGE_TABLE or sum(self._rows) > MANY_ROWS
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        schema = self.schema()
-        for path, count in zip(self.files, self._rows, strict=True):
-            file, most = pq.ParquetFile(path), max(MOST_GROWTH * path.stat().st_size, MOST_IN_PARQUET)
-            types = {field.name: field.type for field in file.schema_arrow}
-            if other := [field.name for field in schema if types.get(field.name) != field.type]:
-                raise UserError(
-                    f"Column '{other[0]}' of '{self.files[0]}' is missing in '{path}' or of another type. Files of one "
-                    "table have the same columns; name the others as another source."
-                )
-            size = rows = 0
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=self.wanted):
-                size, rows = size + batch.nbytes, rows + len(batch)
-                if size > most:
-                    raise UserError(f"'{path}' is not read: its columns take more than {most:,} bytes.")
-                # Rebuilt, since fields of the same type may differ in nullability and metadata.
-                yield pa.RecordBatch.from_arrays(batch.select(self.wanted).columns, schema=schema)
-            if rows != count:
-                raise UserError(f"'{path}' cannot be read: it says {count:,} rows and has {rows:,}.")
 
 
 def _footer(path: Path) -> pq.FileMetaData:

@@ -209,7 +209,7 @@ def look_up(url: str) -> list[tuple[str, int, str]]:
         else:
             files = {url: system.info(path)}
         if not files:
-            raise FileNotFoundError("no .tar file")
+            raise FileNotFoundError("no .tar file; Parquet files are read from a folder on this machine")
     # Without the address that a redirect led to, which is often signed anew each time.
     infos = {name: {key: value for key, value in info.items() if key != "url"} for name, info in files.items()}
     return [(name, int(info.get("size") or 0), str(info)) for name, info in infos.items()]

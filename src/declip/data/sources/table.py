@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, clean_captions, printable
 from declip.data.sources.entry import EntrySource, Texts
-from declip.data.sources.hf_dataset import DatasetRows, is_dataset, names_dataset
 from declip.data.sources.rows import ParquetRows, TableRow, TableRows, by_lower_name
 from declip.data.sources.shard_files import holds, is_url, names_shards
 from declip.data.sources.text_rows import DelimitedRows, JsonRows
@@ -40,7 +38,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 class TableSource(EntrySource):
     """Pairs from the rows of a table, see `open_source`; a keyword column is optional unless another name is given."""
 
-    def __init__(self, path: Any, columns: Columns = DEFAULT) -> None:
+    def __init__(self, path: str | Path, columns: Columns = DEFAULT) -> None:
         self._arguments = (path, columns)
         self.rows = open_rows(path)
         path = self.rows.path
@@ -96,10 +94,8 @@ class TableSource(EntrySource):
         return TableSource, self._arguments
 
 
-def open_rows(path: Any) -> TableRows:
-    """Open the rows of a table: of a file, of Parquet files by their folder or pattern, or of a dataset."""
-    if is_dataset(path):
-        return DatasetRows(path)
+def open_rows(path: str | Path) -> TableRows:
+    """Open the rows of a table: of a file, or of Parquet files by their folder or pattern."""
     path = Path(path).expanduser()
     if path.is_dir() or (not path.exists() and names_shards(str(path))):
         return ParquetRows(path)
@@ -109,15 +105,12 @@ def open_rows(path: Any) -> TableRows:
     return KINDS[path.suffix.lower()](path)
 
 
-def find_table(spec: str | Path) -> str | Path | None:
-    """The table that a name means: a file, Parquet files, a dataset, a folder's metadata; None for other sources."""
+def find_table(spec: str | Path) -> Path | None:
+    """The table that a name means: a file, Parquet files, a folder's metadata; None for other sources."""
     text, path = str(spec), Path(spec).expanduser()
-    if names_dataset(text):
-        return text
     if path.is_dir():
-        named = [path / name for name in METADATA if (path / name).is_file()]
-        if named or is_dataset(path):
-            return named[0] if named else path
+        if named := [path / name for name in METADATA if (path / name).is_file()]:
+            return named[0]
         return path if holds(path, ".parquet") and not holds(path, ".tar") else None
     if names_shards(text):
         return path if text.lower().endswith(".parquet") and not is_url(text) else None

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, is_unicode
-from declip.data.sources.rows import ArrowRows, TableRows, by_lower_name
+from declip.data.sources.rows import ParquetRows, TableRows, by_lower_name
 from declip.data.sources.subset import Subset
 from declip.data.sources.table import CAPTION_NAMES, IMAGE_NAMES, TableSource, find_column, open_rows
 from declip.errors import UserError, unknown
@@ -23,7 +24,7 @@ LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
 Cell = str | BrokenPair
 
 
-def labeled_table(table_path: Any, label_column: str | None) -> Openers | None:
+def labeled_table(table_path: str | Path, label_column: str | None) -> Openers | None:
     """Open a table with labels or splits; None if it has neither.
 
     `class_names` are the sorted labels of all splits, or the names that Hugging Face's `datasets` wrote into a Parquet
@@ -94,7 +95,7 @@ def _cells(table: TableSource, rows: TableRows, column: str) -> list[Cell]:
 
 def _known_names(rows: TableRows, column: str) -> list[str]:
     """The names that Hugging Face's `datasets` stores for a column of class numbers; none for other files."""
-    metadata = (rows.arrow_schema.metadata or {}) if isinstance(rows, ArrowRows) else {}
+    metadata = (rows.arrow_schema.metadata or {}) if isinstance(rows, ParquetRows) else {}
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
         return [" ".join(name.split()) for name in names]
